@@ -14,7 +14,8 @@ from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
 from nemo_upcycle.models.rotary import same_frequencies
-from nemo_upcycle.spec import UpcycleSpec, check_capacity, find_router_kind
+from nemo_upcycle.spec import UpcycleSpec, find_router_kind
+from nemo_upcycle.utils.validation import check_capacity
 
 
 #: What every block has: field of an `Architecture` -> Megatron's and NeMo's setting.

@@ -66,6 +66,7 @@ class UpcycleReceipt:
     ranks: int = 1
     layout: dict[str, int] = field(default_factory=dict)
     auxiliary_losses: list[ActingCoefficient] = field(default_factory=list)
+    calibration: dict[str, str] = field(default_factory=dict)
     equivalence: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 

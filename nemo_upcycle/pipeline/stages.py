@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_upcycle.errors import StageError, StageStopped
+from nemo_upcycle.init.calibration import NAME
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
@@ -136,17 +137,21 @@ def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> 
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle once in float32, compare with the parent, and keep the model of step 0."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
+    from nemo_upcycle.trainers.calibrated import with_calibration
     from nemo_upcycle.trainers.equivalence import check_step0
 
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     training, dense_folder = required_training(plan, "pretrain"), dense_folder_of(run_dir)
+    folder, data_folder = run_dir / "upcycle", data_folder_of(run_dir, plan)
+    spec = with_calibration(training.spec(dense_folder), None, folder, dense_folder, data_folder)
+    assert spec is not None
     receipt = check_step0(
         training.model_config(dense_folder, dense=False),
         training.model_config(dense_folder, dense=True),
         dense_folder,
-        training.spec(dense_folder),
+        spec,
         _sample_tokens(run_dir, plan),
-        run_dir / "upcycle" / "hf",
+        folder / "hf",
     )
     receipt.write(run_dir / "receipt.json")
     result = receipt.equivalence
@@ -238,8 +243,9 @@ def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
-    training = required_training(plan, name)
-    return training.train(run_dir / name, dense_folder_of(run_dir), data_folder_of(run_dir, plan))
+    training, folders = required_training(plan, name), (dense_folder_of(run_dir), data_folder_of(run_dir, plan))
+    calibration = run_dir / "upcycle" / NAME if name == "pretrain" else None
+    return training.train(run_dir / name, *folders, calibration=calibration)
 
 
 def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.spec import check_capacity
+from nemo_upcycle.utils.validation import check_capacity
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from nemo_upcycle.spec import check_capacity
         ({"num_experts": 8.0}, ["num_experts", "8.0"]),
         ({"method": "copi"}, ["copi", "Did you mean 'copy'?"]),
         ({"router_init": "norml"}, ["Did you mean 'normal'?"]),
-        ({"router_init": ["normal"]}, ["router_init", "Valid: normal, uniform, zero"]),
+        ({"router_init": ["normal"]}, ["router_init", "Valid: kmeans, normal, prompts, ridge, uniform, zero"]),
         ({"router_order": "softmax"}, ["softmax_topk"]),
         (
             {"router_score": "sigmoid", "router_order": "softmax_topk"},
