@@ -187,19 +187,18 @@ def scaled_rows(rows_CD: torch.Tensor, sample: LayerSample) -> torch.Tensor:
     """
     import torch
 
-    rows_CD = rows_CD - rows_CD.mean(0)
+    size, rows_CD = float(rows_CD.norm()), rows_CD - rows_CD.mean(0)
     turned_DC = rows_CD.T.float().contiguous()
 
     def squares(batch_ND: torch.Tensor) -> torch.Tensor:
-        logits_NC = (batch_ND @ turned_DC).double()
-        return (logits_NC - logits_NC.mean(1, keepdim=True)).square_().mean(1).sum()
+        return (batch_ND @ turned_DC).double().square_().mean(1).sum()  # their mean over the copies is zero
 
     tokens = sum(len(batch) for batch in sample.batches)
     spread = float(torch.stack(list(sample.run(squares, sample.batches))).sum() / tokens) ** 0.5
-    if not spread > 1e-6 * float(rows_CD.norm()) or not spread < float("inf"):
+    if not (float(rows_CD.norm()) > 1e-6 * size and 0 < spread < float("inf")):
         raise UpcycleError(
             "rows of a router from data",
-            got="the same for all copies" if spread == spread else "NaN",
+            got="NaN" if spread != spread else "the same for all copies",
             expected="rows that tell them apart",
             fix="give texts, or prompts, that differ",
         )
