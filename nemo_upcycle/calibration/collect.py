@@ -287,7 +287,7 @@ class _Pass:
     def _embedded(self) -> tuple[list[torch.Tensor], dict[tuple[int, ...], list[dict[str, Any]]]]:
         """Return what the first layer gets of each batch, and how the model calls its layers, by shapes of batches."""
         used, places = torch.cat([batch.flatten() for batch in self.sample.batches]).unique(return_inverse=True)
-        name = mapping_of("embedding", self.arch).hf[0]
+        name = mapping_of("embedding", self.dense.architecture).hf[0]
         rows = self.dense.read(name)[used].float()  # of a mapped file, no more than these rows are looked at
         module = self.model.get_submodule(name.removesuffix(".weight"))
         module.weight = torch.nn.Parameter(rows, requires_grad=False)
@@ -330,7 +330,7 @@ class _Pass:
 
     def _network(self, module: Any) -> tuple[Any, Any]:
         """Return a layer's network, and its down projection."""
-        down = mapping_of("fc2", self.arch).hf[0].partition("{layer}.")[2].removesuffix(".weight")
+        down = mapping_of("fc2", self.dense.architecture).hf[0].partition("{layer}.")[2].removesuffix(".weight")
         return module.get_submodule(down.rpartition(".")[0]), module.get_submodule(down)
 
     def _fill(self, module: Any, layer: int) -> None:
