@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,9 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.calibration.batches import several_at_a_time
+from nemo_upcycle.calibration.layers import LayerInputs, Recorded, recorded_calls
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.init.calibration import FORMAT, LINEAGE, NEURONS, ROUTER, Calibration, LayerSample, scaled_rows
-from nemo_upcycle.init.coactivation import most_active, split_by_coactivation
+from nemo_upcycle.init.coactivation import split_by_coactivation
 from nemo_upcycle.init.rng import block_generator
 from nemo_upcycle.init.routers import CalibratedInit
 from nemo_upcycle.models.architecture import Architecture
@@ -231,12 +231,12 @@ def _work_folder(output: Path, lineage: dict[str, Any]) -> Iterator[Path]:
         if not (folder / _PLAN).is_file() or read_json(folder / _PLAN) != lineage:
             clear(folder)
             write_json(folder / _PLAN, lineage)
-        yield folder
+        try:
+            yield folder
+        except UpcycleError:  # work based on a user's mistake is not worth keeping
+            shutil.rmtree(folder)
+            raise
         shutil.rmtree(folder)
-
-
-class _Recorded(Exception):
-    """All layers were called: what comes behind them is not wanted."""
 
 
 class _Pass:
@@ -294,7 +294,7 @@ class _Pass:
         states, calls = [], {}
         for numbers in places.split([batch.numel() for batch in self.sample.batches]):
             batch = self.sample.batches[len(states)]
-            with _recorded(self.layers) as recorded, torch.no_grad(), suppress(_Recorded):
+            with recorded_calls(self.layers) as recorded, torch.no_grad(), suppress(Recorded):
                 self.model.model(numbers.view(batch.shape), use_cache=False)
             states.append(recorded[0].pop("states"))
             calls.setdefault(tuple(batch.shape), list(recorded))
@@ -307,7 +307,7 @@ class _Pass:
         module, is_moe = self.layers[layer], self.arch.is_moe_layer(layer)
         is_done = not is_moe or (self.folder / _LAYER.format(layer=layer)).is_file()
         self._fill(module, layer)
-        inputs = _Inputs(self._network(module), self.spec.reads_split and not is_done)
+        inputs = LayerInputs(self._network(module), self.spec.reads_split and not is_done)
 
         def computed(state_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
             call = calls[tuple(state_BSD.shape[:2])][layer]
@@ -357,53 +357,3 @@ class _Pass:
             write_json(self.folder / f"within.{layer}.json", {str(layer): shares})
         with whole_file(self.folder / _LAYER.format(layer=layer)) as aside:
             save_file(tensors, aside)
-
-
-class _Inputs:
-    """Takes what enters a layer's network, and which neurons it activates, of the batch that this thread computes."""
-
-    def __init__(self, modules: tuple[Any, Any], with_marks: bool) -> None:
-        self._local = threading.local()
-        network, down = modules
-        self._handles = [network.register_forward_pre_hook(self._network)]
-        if with_marks:
-            self._handles.append(down.register_forward_pre_hook(self._down))
-
-    def _network(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        self._local.entered = args[0].flatten(0, -2)
-
-    def _down(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        self._local.marks = most_active(args[0].flatten(0, -2))
-
-    def taken(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return both, [N, D] and [N, F]."""
-        return self._local.entered, getattr(self._local, "marks", None)
-
-    def remove(self) -> None:
-        """Take nothing any more."""
-        for handle in self._handles:
-            handle.remove()
-
-
-@contextmanager
-def _recorded(layers: Any) -> Iterator[list[dict[str, Any]]]:
-    """Note how the model calls its layers, in place of computing them; of the first also with which states."""
-    calls: list[dict[str, Any]] = []
-
-    def recorder(is_last: bool) -> Callable[..., Any]:
-        def record(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            call = {"args": args, "kwargs": kwargs}
-            calls.append(call if calls else call | {"states": states})
-            if is_last:
-                raise _Recorded
-            return states
-
-        return record
-
-    for number, layer in enumerate(layers):
-        layer.forward = recorder(number == len(layers) - 1)
-    try:
-        yield calls
-    finally:
-        for layer in layers:
-            del layer.forward

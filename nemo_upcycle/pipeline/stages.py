@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_upcycle.errors import StageError, StageStopped
-from nemo_upcycle.init.calibration import NAME
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.plan import PLAN, Plan, Stage, required_training
 from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
 from nemo_upcycle.trainers.base import last_checkpoint
+from nemo_upcycle.trainers.calibrated import take_calibration, with_calibration
 from nemo_upcycle.utils.files import read_json
 
 
@@ -137,21 +137,19 @@ def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> 
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle once in float32, compare with the parent, and keep the model of step 0."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.trainers.calibrated import with_calibration
     from nemo_upcycle.trainers.equivalence import check_step0
 
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     training, dense_folder = required_training(plan, "pretrain"), dense_folder_of(run_dir)
-    folder, data_folder = run_dir / "upcycle", data_folder_of(run_dir, plan)
-    spec = with_calibration(training.spec(dense_folder), None, folder, dense_folder, data_folder)
-    assert spec is not None
+    spec, folders = training.spec(dense_folder), (dense_folder, data_folder_of(run_dir, plan))
+    spec = with_calibration(spec, run_dir / "upcycle", *folders, started=False) or spec
     receipt = check_step0(
         training.model_config(dense_folder, dense=False),
         training.model_config(dense_folder, dense=True),
         dense_folder,
         spec,
         _sample_tokens(run_dir, plan),
-        folder / "hf",
+        run_dir / "upcycle" / "hf",
     )
     receipt.write(run_dir / "receipt.json")
     result = receipt.equivalence
@@ -234,6 +232,7 @@ def data_folder_of(run_dir: Path, plan: RunPlan) -> Path:
 
 def pretrain_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle online inside the training job, and continue pretraining."""
+    take_calibration(run_dir / "upcycle", run_dir / "pretrain")
     return _train(run_dir, plan, "pretrain")
 
 
@@ -243,9 +242,8 @@ def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
-    training, folders = required_training(plan, name), (dense_folder_of(run_dir), data_folder_of(run_dir, plan))
-    calibration = run_dir / "upcycle" / NAME if name == "pretrain" else None
-    return training.train(run_dir / name, *folders, calibration=calibration)
+    training = required_training(plan, name)
+    return training.train(run_dir / name, dense_folder_of(run_dir), data_folder_of(run_dir, plan))
 
 
 def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:

@@ -367,13 +367,7 @@ class Training(ABC):
 
     @abstractmethod
     def train(
-        self,
-        folder: Path,
-        dense_folder: Path,
-        data_folder: Path,
-        *,
-        suite: Path | None = None,
-        calibration: Path | None = None,
+        self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
     ) -> dict[str, Any]:
         """Train on all ranks of a job; go on where an earlier start stopped.
 
@@ -382,8 +376,6 @@ class Training(ABC):
             dense_folder: the dense parent.
             data_folder: a finished folder of `nemo-upcycle data`.
             suite: the folder of the suite that scores the live model, where the recipe asks for it.
-            calibration: the file that an earlier stage made, where the spec needs one and names none; None: the
-                training makes it first.
 
         Returns:
             On the first rank the last `checkpoint`.

@@ -227,13 +227,7 @@ class BridgeTraining(Training):
         return upcycled_provider(dense_folder, None, seq_length=model.seq_length) if dense else model
 
     def train(
-        self,
-        folder: Path,
-        dense_folder: Path,
-        data_folder: Path,
-        *,
-        suite: Path | None = None,
-        calibration: Path | None = None,
+        self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
     ) -> dict[str, Any]:
         """See `Training.train`."""
         from nemo_upcycle.cpu.backend import use_cpu_backend
@@ -244,7 +238,7 @@ class BridgeTraining(Training):
         config = self.config(dense_folder)
         place_config(config, folder, data_folder)
         hook = required_hook(config)
-        hook.spec = with_calibration(hook.spec, calibration, folder, dense_folder, data_folder)
+        hook.spec = with_calibration(hook.spec, folder, dense_folder, data_folder)
         evaluations = self.evaluations
         if evaluations and suite:
             evaluations = replace(evaluations, suite=str(suite))

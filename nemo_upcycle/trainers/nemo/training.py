@@ -206,13 +206,7 @@ class NeMoTraining(Training):
         return model_config(self.recipe, dense=dense)
 
     def train(
-        self,
-        folder: Path,
-        dense_folder: Path,
-        data_folder: Path,
-        *,
-        suite: Path | None = None,
-        calibration: Path | None = None,
+        self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
     ) -> dict[str, Any]:
         """See `Training.train`."""
         recipe = load_recipe(self.text)
@@ -222,7 +216,7 @@ class NeMoTraining(Training):
         from nemo_upcycle.trainers.nemo.stopping import step_kept
 
         place_recipe(recipe, folder, dense_folder, data_folder)
-        spec = with_calibration(spec_of(recipe), calibration, folder, dense_folder, data_folder)
+        spec = with_calibration(spec_of(recipe), folder, dense_folder, data_folder)
         if spec and spec.calibration:
             recipe.resume.restore_config.spec.calibration = spec.calibration
         for callback in recipe.trainer.callbacks if suite else ():
