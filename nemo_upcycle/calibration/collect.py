@@ -134,7 +134,7 @@ def calibrate(
             raise UpcycleError(str(output), got="a calibration of other settings", expected="no such file", fix=fix)
     with _work_folder(output, lineage) as folder, several_at_a_time(threads) as run:
         _Pass(dense.branches()[0], moe_arch, spec, sample, folder, run, save_every_s).run_layers()
-        tensors, within = {}, {}
+        tensors, within = dict[str, torch.Tensor](), dict[str, list[float]]()
         for path in folder.glob(_LAYER.format(layer="*")):
             tensors |= load_file(path)
         for path in folder.glob("within.*.json"):
@@ -291,7 +291,7 @@ class _Pass:
         rows = self.dense.read(name)[used].float()  # of a mapped file, no more than these rows are looked at
         module = self.model.get_submodule(name.removesuffix(".weight"))
         module.weight = torch.nn.Parameter(rows, requires_grad=False)
-        states, calls = [], {}
+        states, calls = list[torch.Tensor](), dict[tuple[int, ...], list[dict[str, Any]]]()
         for numbers in places.split([batch.numel() for batch in self.sample.batches]):
             batch = self.sample.batches[len(states)]
             with recorded_calls(self.layers) as recorded, torch.no_grad(), suppress(Recorded):
@@ -312,11 +312,11 @@ class _Pass:
         def computed(state_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
             call = calls[tuple(state_BSD.shape[:2])][layer]
             out = module(state_BSD, *call["args"], **call["kwargs"])
-            entered, marks = inputs.taken()
+            entered_ND, marks_NF = inputs.taken()
             out = out[0] if isinstance(out, tuple) else out
-            return out, None if is_done else entered, marks
+            return out, None if is_done else entered_ND, marks_NF
 
-        new, entered, marks = [], [], []
+        new, entered, marks = list[torch.Tensor](), list[Any](), list[Any]()
         for out, entered_ND, marks_NF in self.run(computed, states):
             new.append(out)
             entered.append(entered_ND)
@@ -345,7 +345,7 @@ class _Pass:
 
     def _write(self, layer: int, entered: list[torch.Tensor], marks: list[torch.Tensor]) -> None:
         """Write the rows of a layer's router and the order of its neurons."""
-        tensors, init = {}, ROUTER_INITS[self.spec.router_init]
+        tensors, init = dict[str, torch.Tensor](), ROUTER_INITS[self.spec.router_init]
         if isinstance(init, CalibratedInit):
             generator = block_generator(self.spec.seed, "calibration", init.name, layer)
             sample = LayerSample(entered, self.sample.labels, self.spec.copies, generator, self.run)

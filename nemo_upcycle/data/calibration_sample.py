@@ -73,7 +73,7 @@ def blend_sample(blend: FinishedBlend, spec: UpcycleSpec, tokens: int = TOKENS) 
     left = 0 if told_apart else count - sum(wanted.values())
     for source in sorted(sources, key=lambda source: wanted[source] - shares[source] * count)[:left]:
         wanted[source] += 1
-    batches, labels, taken = [], [], {}
+    batches, labels, taken = list[torch.Tensor](), list[int](), dict[str, int]()
     for label, source in enumerate(sources):
         windows = [
             (prefix, start)
@@ -126,7 +126,7 @@ def prompts_sample(file: Path, dense: Path, copies: int) -> Sample:
         expected = f"a list of {copies}, a text or a list of texts for each copy"
         raise UpcycleError(f"prompts in {file}", got=got, expected=expected, fix="write an entry for each: - [TEXT]")
     tokenizer = open_tokenizer(dense)
-    batches, labels = [], []
+    batches, labels = list[torch.Tensor](), list[int]()
     for label, entry in enumerate(texts):
         for text in entry:
             ids = tokenizer(text)["input_ids"][:WINDOW_TOKENS]

@@ -153,6 +153,18 @@ def _opened(path: Path, state: tuple[int, int] | None) -> Calibration:
     return Calibration(path)
 
 
+def require_files(spec: UpcycleSpec) -> None:
+    """Check that the files which a spec names are there: the calibration, or the prompts that it is made of.
+
+    Raises:
+        SpecError: one is not.
+    """
+    name = "calibration" if spec.calibration else "router_prompts"
+    path = Path(getattr(spec, name)).expanduser()
+    if getattr(spec, name) and not path.is_file():
+        raise SpecError(field=name, got=f"{path}, no such file", expected="a file", fix="check the path")
+
+
 def _read_from_it(spec: UpcycleSpec) -> str:
     fields = [("router_init", spec.reads_router), ("expert_split", spec.reads_split)]
     names = [f"<{name}>={getattr(spec, name)}" for name, is_read in fields if is_read]

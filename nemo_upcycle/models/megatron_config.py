@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.init.calibration import require_files
 from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.config_fields import check_fields
@@ -241,6 +242,7 @@ def check_spec(config: Any, spec: UpcycleSpec | None, hybrid: HybridLayers | Non
     check_fields(config)
     if spec is None:
         return
+    require_files(spec)
     _check_routing_type(config, spec)
     if getattr(config, "moe_router_enable_expert_bias", False) and spec.router_score == "softmax":
         raise SpecError(

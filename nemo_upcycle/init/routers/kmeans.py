@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.init.routers import CalibratedInit, register
 
@@ -28,7 +28,8 @@ class KMeans(CalibratedInit):
         from torch.nn.functional import normalize
 
         unit = list(sample.run(lambda batch_ND: normalize(batch_ND, dim=1), sample.batches))
-        centres_CD, before = _first_centres(unit, sample), None
+        centres_CD = _first_centres(unit, sample)
+        before: torch.Tensor | None = None
         for _ in range(ROUNDS):
             turned_DC = centres_CD.T.float().contiguous()
 
@@ -39,7 +40,7 @@ class KMeans(CalibratedInit):
                 sums_CD = torch.zeros(sample.copies, batch_ND.shape[1], dtype=torch.float64)
                 return chosen_N, cosines_N, sums_CD.index_add_(0, chosen_N, batch_ND.double())
 
-            chosen, cosines, sums_CD = [], [], torch.zeros_like(centres_CD)
+            chosen, cosines, sums_CD = list[Any](), list[Any](), torch.zeros_like(centres_CD)
             for chosen_N, cosines_N, part_CD in sample.run(assigned, unit):
                 chosen.append(chosen_N)
                 cosines.append(cosines_N)
