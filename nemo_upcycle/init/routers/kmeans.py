@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from nemo_upcycle.init.calibration import LayerSample
 
-#: Rounds after which it ends, settled or not.
-ROUNDS = 30
+#: Rounds after which it ends, settled or not; and tokens of which the best becomes a first centre.
+ROUNDS, TRIALS = 30, 8
 
 
 @register
@@ -56,23 +56,23 @@ class KMeans(CalibratedInit):
 
 
 def _first_centres(unit: list[torch.Tensor], sample: LayerSample) -> torch.Tensor:
-    """Return tokens, each drawn with a probability that grows with its distance from those before it."""
+    """Return tokens, each the best of some drawn with a probability that grows with its distance from those before."""
     import torch
 
     from nemo_upcycle.init.rng import uniform
 
-    drawn_C = uniform((sample.copies,), [sample.generator])[0]
-    distance_T = torch.full(
-        (sum(map(len, unit)),), 2.0, dtype=torch.float64
-    )  # that of opposite ones: all are as likely
+    distance_T = torch.full((sum(map(len, unit)),), 2.0, dtype=torch.float64)  # all are as likely at first
     centres: list[torch.Tensor] = []
-    for draw in drawn_C:
+    for draws in uniform((sample.copies, TRIALS), [sample.generator])[0]:
         edges_T = distance_T.cumsum(0)
-        place = int(torch.searchsorted(edges_T, draw * edges_T[-1], right=True))
-        centres.append(_token(unit, min(place, len(edges_T) - 1)))
-        centre_D = centres[-1].float()
-        cosines_T = torch.cat(list(sample.run(lambda batch_ND, centre_D=centre_D: batch_ND @ centre_D, unit)))
-        distance_T = torch.minimum(distance_T, (1.0 - cosines_T.double()).clamp_(min=0.0))
+        places = torch.searchsorted(edges_T, draws * edges_T[-1], right=True).clamp_(max=len(edges_T) - 1)
+        drawn = [_token(unit, int(place)) for place in places]
+        turned_Dt = torch.stack(drawn, 1).float()
+        cosines_Tt = torch.cat(list(sample.run(lambda batch_ND, turned_Dt=turned_Dt: batch_ND @ turned_Dt, unit)))
+        distances_Tt = torch.minimum(distance_T[:, None], (1.0 - cosines_Tt.double()).clamp_(min=0.0))
+        best = int(distances_Tt.sum(0).argmin())
+        centres.append(drawn[best])
+        distance_T = distances_Tt[:, best]
     return torch.stack(centres)
 
 
