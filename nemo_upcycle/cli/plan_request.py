@@ -15,8 +15,8 @@ from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import FORCED_IMBALANCE, USUAL_IMBALANCE, Workload
-from nemo_upcycle.spec import UpcycleSpec, check_capacity
-from nemo_upcycle.utils.validation import check_number, check_whole
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.validation import check_capacity, check_number, check_whole
 
 
 #: Of a model without a recipe. Gradients are those of NVIDIA's recipes.

@@ -68,6 +68,7 @@ class UpcycleReceipt:
     layout: dict[str, int] = field(default_factory=dict)
     auxiliary_losses: list[ActingCoefficient] = field(default_factory=list)
     balancing_bias: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, str] = field(default_factory=dict)
     equivalence: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 

@@ -24,6 +24,7 @@ from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.calibrated import with_calibration
 from nemo_upcycle.trainers.layout import BRIDGE_SETTINGS, check_layout, layout_of
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
 from nemo_upcycle.trainers.values import check_values, setting
@@ -233,12 +234,14 @@ class BridgeTraining(Training):
     ) -> dict[str, Any]:
         """See `Training.train`."""
         from nemo_upcycle.cpu.backend import use_cpu_backend
-        from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, run_config
+        from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, required_hook, run_config
         from nemo_upcycle.trainers.bridge.run_folder import RECEIPT
 
         use_cpu_backend()  # before the model's configuration is made: Megatron checks it at once
         config = self.config(dense_folder)
         place_config(config, folder, data_folder)
+        hook = required_hook(config)
+        hook.spec = with_calibration(hook.spec, folder, dense_folder, data_folder)
         evaluations = self.evaluations
         if evaluations and suite:
             evaluations = replace(evaluations, suite=str(suite))

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_upcycle.data.dense import local_parent, read_parent
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
+from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.planning.commands import fp8_precision
@@ -181,6 +182,24 @@ def check_kernels(recipe: run.Partial, where: str = "") -> None:
                 f"{where}model.config.apply_rope_fusion=False"
             ),
         )
+
+
+def check_calibration(recipe: run.Partial, *, here: bool) -> None:
+    """Check that a recipe which is trained by itself names the calibration file that its spec needs.
+
+    Args:
+        recipe: of a training job.
+        here: whether it starts on this machine, which then has to have the file.
+
+    Raises:
+        UpcycleError: it names none, or the file is missing, damaged, or something else.
+    """
+    spec = spec_of(recipe) if setting(recipe, "resume.restore_config.spec") else None
+    if spec and (here or not spec.calibration):
+        try:
+            calibration_of(spec)
+        except SpecError as error:
+            raise error.renamed(lambda name: f"resume.restore_config.spec.{name}") from None
 
 
 def check_data(recipe: run.Partial) -> None:

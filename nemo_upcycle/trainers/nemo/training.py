@@ -22,6 +22,7 @@ from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.calibrated import with_calibration
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.checks import check_kernels, check_parent, check_recipe, precision_name, ranks_of
 from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
@@ -218,6 +219,9 @@ class NeMoTraining(Training):
         from nemo_upcycle.trainers.nemo.stopping import step_kept
 
         place_recipe(recipe, folder, dense_folder, data_folder)
+        spec = with_calibration(spec_of(recipe), folder, dense_folder, data_folder)
+        if spec and spec.calibration:
+            recipe.resume.restore_config.spec.calibration = spec.calibration
         for callback in recipe.trainer.callbacks if suite else ():
             if _is(callback, "EvaluateWhileTraining"):
                 callback.suite = str(suite)
