@@ -184,9 +184,8 @@ class _AllExperts:
         """Return what experts give for the tokens that are sent to them, [S, D]: expert by expert, in their order."""
         layer, config, dispatcher = self._layer, copy.copy(self._config), copy.copy(self._layer.token_dispatcher)
         config.moe_router_topk = config.num_moe_experts - config.moe_router_topk
-        config.moe_expert_capacity_factor, config.moe_permute_fusion = None, False
-        for padding in ("moe_router_padding_for_fp8", "moe_router_padding_for_quantization"):
-            setattr(config, padding, False)
+        for name in ("moe_permute_fusion", "moe_router_padding_for_fp8", "moe_router_padding_for_quantization"):
+            setattr(config, name, False)
         dispatcher.config, dispatcher.drop_and_pad, dispatcher.shared_experts = config, False, None
         ones_TE = asked_TE.to(torch.promote_types(hidden_TD.dtype, torch.float32))  # what tensor parallelism sums in
         sent, weights = dispatcher.dispatch_preprocess(hidden_TD, asked_TE, ones_TE)
