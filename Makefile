@@ -112,7 +112,7 @@ $(BRIDGE_VENV)/.complete: scripts/te_env.sh
 # benchmarks.verification_cards` reads the reports.
 test-bridge: bridge-env
 	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/te.xml tests/te
-	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 2 --dist loadfile tests/bridge $(addprefix tests/unit/,init online convert verify monitoring planning pipeline/test_ft.py data/test_epoch_dataset.py)
+	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 2 --dist loadfile tests/bridge $(addprefix tests/distributed/,test_aux_loss.py test_balancing_bias.py test_router_gradient.py) $(addprefix tests/unit/,init online convert verify monitoring planning pipeline/test_ft.py data/test_epoch_dataset.py)
 
 test-k8s: venv
 	scripts/k8s_apiserver.sh

@@ -24,6 +24,7 @@ ROUTER_INITS: dict[str, "RouterInit"] = {}
 ROUTER_SCORES: list[str] = []
 ROUTER_ORDERS: list[str] = []
 OUTPUT_SCALES = ("exact", "none")
+EXPERT_SPLITS = ("consecutive", "coactivation")
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
 #: Four times the experts of the largest open models: beyond it, names and headers alone take minutes.
 MAX_EXPERTS = 2048
@@ -39,6 +40,8 @@ class UpcycleSpec:
         granularity: G. The dense network's F neurons are cut into G shards; expert `c G + g` holds shard g, and the
             experts of one copy c share their router row, so that top-k, a multiple of G, picks whole networks
             ("virtual groups", arXiv 2410.07524). 1 keeps the network whole.
+        expert_split: which neurons are a shard: `consecutive` ones, or by `coactivation` those that are active for the
+            same tokens.
         method: `copy` (exact copies), `noise` (copies plus Gaussian noise), `drop` (Drop-Upcycling, arXiv 2502.19261:
             a part of every expert's neurons is drawn anew) or another one of `init/methods`.
         noise_std: of method `noise`, as a part of the standard deviation of the matrix it is added to.
@@ -47,8 +50,13 @@ class UpcycleSpec:
             what such a shard adds to the output comes half from them, half from the routed experts: the sum is exact.
         moe_layers: `all`; `every-N` (layers 0, N, 2N ...: Megatron's `moe_layer_freq`); `first-K-dense`; or the
             numbers of the MoE layers, from 0: `0,2,5`.
-        router_init: `normal` (mean 0), `uniform` (mean 0) or `zero`.
+        router_init: `normal` (mean 0), `uniform` (mean 0) or `zero`; from data `kmeans`, `ridge` or `prompts`.
         router_std: standard deviation of the router's weights; the paper gives none, 0.02 is the family's usual one.
+        router_spread: of a router from data, the standard deviation over the copies of a token's logits, root mean
+            square over the calibration's tokens.
+        router_prompts: of `prompts`, a YAML file: a list with the texts of each copy.
+        calibration: what `nemo-upcycle calibrate` wrote, from which a router from data and a split by coactivation are
+            read; a pipeline makes its own where none is named.
         router_order: `topk_softmax` (Mixtral type: the weights of the chosen experts sum to one) or `softmax_topk`
             (ST type: they do not; `moe_router_pre_softmax` in Megatron).
         router_score: `softmax`, or `sigmoid` (DeepSeek-V3 type: the chosen scores divided by their sum, if top_k > 1).
@@ -70,6 +78,7 @@ class UpcycleSpec:
     num_experts: int = 8
     top_k: int = 2
     granularity: int = 1
+    expert_split: str = "consecutive"
     method: str = "copy"
     noise_std: float = 0.01
     drop_ratio: float = 0.5
@@ -77,6 +86,9 @@ class UpcycleSpec:
     moe_layers: str = "all"
     router_init: str = "normal"
     router_std: float = 0.02
+    router_spread: float = 1.0
+    router_prompts: str = ""
+    calibration: str = ""
     router_order: str = "topk_softmax"
     router_score: str = "softmax"
     routed_scaling_factor: float = 1.0
@@ -86,6 +98,7 @@ class UpcycleSpec:
     def __post_init__(self) -> None:
         for name, valid in (
             ("method", tuple(INIT_METHODS)),  # a value that has no hash is none of them
+            ("expert_split", EXPERT_SPLITS),
             ("router_init", tuple(ROUTER_INITS)),
             ("router_order", tuple(ROUTER_ORDERS)),
             ("router_score", tuple(ROUTER_SCORES)),
@@ -99,6 +112,7 @@ class UpcycleSpec:
         check_whole("shared_experts", self.shared_experts, 0, self.granularity, "granularity")
         check_whole("seed", self.seed, 0, 2**63 - 1)
         check_number("router_std", self.router_std, 0.0, 1000.0)
+        check_number("router_spread", self.router_spread, 0.0, 1000.0)
         check_number("noise_std", self.noise_std, 0.0, 1000.0)
         check_number("drop_ratio", self.drop_ratio, 0.0, 1.0)
         check_number("routed_scaling_factor", self.routed_scaling_factor, 0.001, 1000.0)
@@ -116,6 +130,17 @@ class UpcycleSpec:
                 fix=f"keep <router_order>={orders[0]}",
             )
         self.router_kind.check(self)
+        ROUTER_INITS[self.router_init].check(self)
+        if self.reads_split and self.granularity == 1:
+            expected = f"2 or more with <expert_split>={self.expert_split}: a whole network has no parts"
+            raise SpecError(
+                field="granularity", got=1, expected=expected, fix="set <granularity>, or omit <expert_split>"
+            )
+        if self.calibration and not self.needs_calibration:
+            fix = "set <router_init>=kmeans or <expert_split>=coactivation, or omit it"
+            raise SpecError(
+                field="calibration", got=self.calibration, expected="none: nothing is read from it", fix=fix
+            )
         object.__setattr__(self, "moe_layers", _layers(self.moe_layers))
 
     @property
@@ -165,6 +190,21 @@ class UpcycleSpec:
         """Factor on one routed expert's down projection."""
         is_shared = expert % self.granularity < self.shared_experts
         return self.down_scale * (1 - self.shared_scale if is_shared else 1)
+
+    @property
+    def reads_router(self) -> bool:
+        """Whether the routers' rows are read from a calibration file."""
+        return bool(ROUTER_INITS[self.router_init].texts)
+
+    @property
+    def reads_split(self) -> bool:
+        """Whether the order of the neurons is read from a calibration file."""
+        return self.expert_split != "consecutive"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a calibration file is read."""
+        return self.reads_router or self.reads_split
 
     @property
     def _has_zero_router(self) -> bool:
@@ -300,14 +340,29 @@ class RouterInit(ABC):
 
     #: what `UpcycleSpec.router_init` calls it
     name: ClassVar[str]
+    #: the texts that its rows are made of: `blend`, `sources` (of one, told apart) or `prompts`; "": they are drawn
+    texts: ClassVar[str] = ""
 
     @abstractmethod
-    def rows(self, spec: UpcycleSpec, hidden_size: int, generators: Sequence["torch.Generator"]) -> "torch.Tensor":
-        """Return the row of every copy, [C, D] in float64, each drawn from its own generator."""
+    def rows(
+        self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence["torch.Generator"]
+    ) -> "torch.Tensor":
+        """Return the row of every copy in a layer, [C, D] in float64, each drawn from its own generator."""
 
     def is_zero(self, spec: UpcycleSpec) -> bool:
         """Return whether all weights are zero."""
-        return spec.router_std == 0
+        return (spec.router_spread if self.texts else spec.router_std) == 0
+
+    def check(self, spec: UpcycleSpec) -> None:
+        """Check the settings that only some initialisations have.
+
+        Raises:
+            SpecError: one is given that it has not, or is missing.
+        """
+        if spec.router_prompts:
+            expected = f"none with <router_init>={self.name}"
+            fix = "set <router_init>=prompts, or omit it"
+            raise SpecError(field="router_prompts", got=spec.router_prompts, expected=expected, fix=fix)
 
 
 def _layers(value: str | Sequence[int]) -> str:
@@ -321,36 +376,3 @@ def _layers(value: str | Sequence[int]) -> str:
     if not is_list or not numbers:
         raise SpecError(field="moe_layers", got=value, expected="layer numbers from 0", fix="set <moe_layers>=0,2,4")
     return ",".join(str(number) for number in sorted(set(numbers)))
-
-
-def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int) -> None:
-    """Check how many token slots an expert gets: `moe_expert_capacity_factor`, `moe_pad_expert_input_to_capacity`.
-
-    Args:
-        factor: slots over those of perfect balance; None drops nothing.
-        pad: whether every expert computes its whole capacity.
-        num_experts: of a layer.
-        top_k: of the router.
-
-    Raises:
-        SpecError: an expert would have more slots than there are tokens (Megatron-Core then fails in the first step),
-            or padding would let every expert compute every token, or there is no capacity to pad to.
-    """
-    most = num_experts / top_k
-    problems = (
-        (factor is None and pad, "a number with padding", "set <capacity_factor>=1, or do not pad"),
-        (
-            factor is not None and not factor <= most,  # nor NaN
-            f"at most num_experts / top_k ({most:g}), which drops nothing",
-            f"set <capacity_factor>={most:g}",
-        ),
-        (
-            factor == most and pad,
-            f"less than {most:g} with padding: every expert would compute every token",
-            "lower it, or do not pad",
-        ),
-    )
-    got = None if factor is None else f"{factor:g}"
-    for holds, expected, fix in problems:
-        if holds:
-            raise SpecError(field="capacity_factor", got=got, expected=expected, fix=fix)

@@ -10,10 +10,11 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
+from nemo_upcycle.init.calibration import NeuronOrder, calibration_of, neuron_order
 from nemo_upcycle.init.experts import ExpertMatrix
 from nemo_upcycle.init.methods import METHODS, Method
 from nemo_upcycle.init.router import router_weight
@@ -22,6 +23,7 @@ from nemo_upcycle.models.mapping import ParamMapping, Sharding, mapping_of, mapp
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite, require_fits
+from nemo_upcycle.sources.reordered import InNeuronOrder
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -29,6 +31,8 @@ Bounds = tuple[tuple[int, int], ...]
 #: Roles that no dense tensor stands behind.
 _ROUTER_ROLES = ("router", "router_bias")
 _WHOLE = Shard()
+#: How parameters are cut whose rows, or columns, are neurons.
+_BY_NEURON = (Sharding.GATED, Sharding.NEURON_ROWS, Sharding.NEURON_COLUMNS)
 
 
 class DenseSlice(NamedTuple):
@@ -59,6 +63,8 @@ class TensorPlan:
         branch: which of several dense models a routed expert comes from; None for everything else.
         factors: factors on it, applied in turn, each product rounded to the tensor's type.
         method: changes each expert's copy afterwards; None leaves the copies as they are.
+        order: of the dense network's neurons, in which the slices lie along the axis of the neurons; None: as they are
+            stored.
     """
 
     mapping: ParamMapping
@@ -68,6 +74,7 @@ class TensorPlan:
     branch: int | None = None
     factors: tuple[float, ...] = ()
     method: Method | None = None
+    order: NeuronOrder | None = None
 
     @property
     def is_router(self) -> bool:
@@ -91,15 +98,22 @@ class TensorPlan:
 
     def source(self, dense: DenseSource) -> DenseSource:
         """Return the one of several mixed dense models that the slices are read from."""
-        return dense if self.branch is None else dense.branches()[self.branch]
+        source = dense if self.branch is None else dense.branches()[self.branch]
+        if self.order is None:
+            return source
+        return cast("DenseSource", InNeuronOrder(source, self.order, int(self.is_down)))
 
     def made_by(self, spec: UpcycleSpec | None) -> str:
         """Return how the tensor is made, for the receipt."""
         if self.mapping.role == "router_bias":
             return "zero"
         if self.is_router and spec:
+            if calibration := calibration_of(spec) if spec.reads_router else None:
+                return f"router_init={spec.router_init}, spread={spec.router_spread}, {calibration.name}"
             return f"router_init={spec.router_init}, std={spec.router_std}, seed={spec.seed}"
         words = ["copied", *(f"times {factor:.6g}" for factor in self.factors)]
+        if self.order:
+            words.insert(1, f"neurons by {self.order.made_by}")
         return ", ".join([*words, self.method.made_by(spec)] if self.method and spec else words)
 
     def drawn(self, spec: UpcycleSpec, hidden_size: int) -> torch.Tensor:
@@ -159,8 +173,12 @@ def plan_tensor(
     )
     branch = copy % parents if mapping.is_expert else None
     factors = _factors(mapping, expert, spec, hf=hf_part is not None) if spec else ()
-    method = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
-    return TensorPlan(mapping, layer, slices, shard, branch, factors, method if method and method.computes else None)
+    found = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
+    method = found if found and found.computes else None
+    order = None
+    if spec and (mapping.is_expert or mapping.is_shared) and mapping.sharding in _BY_NEURON:
+        order = neuron_order(spec, layer)
+    return TensorPlan(mapping, layer, slices, shard, branch, factors, method, order)
 
 
 def plan_hf_tensor(

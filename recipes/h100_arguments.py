@@ -15,8 +15,9 @@ from nemo.collections.llm.recipes.precision import mixed_precision
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.spec import ROUTER_KINDS, check_capacity
+from nemo_upcycle.spec import ROUTER_KINDS
 from nemo_upcycle.trainers.nemo.recompute import RecomputeFirstSteps
+from nemo_upcycle.utils.validation import check_capacity
 
 
 #: Those of NeMo 2.7; the planner knows later ones as well.

@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.init.methods import METHODS
-from nemo_upcycle.spec import MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
+from nemo_upcycle.spec import EXPERT_SPLITS, MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
 from nemo_upcycle.utils.dtypes import DTYPES, dtype_of
 
 
@@ -21,13 +21,25 @@ _SPEC_FIELDS: dict[str, tuple[type, str, str]] = {
     "num_experts": (int, "N", "routed experts of an MoE layer"),
     "top_k": (int, "K", "experts that process a token"),
     "granularity": (int, "G", "parts that the dense network is cut into; N and K are multiples of G"),
+    "expert_split": (str, "|".join(EXPERT_SPLITS), "neurons of a part: consecutive, or active for the same tokens"),
     "method": (str, "|".join(METHODS), "; ".join(method.summary for method in METHODS.values())),
     "noise_std": (float, "X", "standard deviation of the noise over that of the weights"),
     "drop_ratio": (float, "R", "share of the neurons that drop redraws"),
     "shared_experts": (int, "S", "experts that process every token, at most G"),
     "moe_layers": (str, "WHICH", "; ".join((*MOE_LAYERS[:3], "or numbers: 0,2,4"))),
-    "router_init": (str, "|".join(ROUTER_INITS), "distribution of the router's weights"),
+    "router_init": (
+        str,
+        "|".join(ROUTER_INITS),
+        "distribution of the router's weights, or the way from data to them",
+    ),
     "router_std": (float, "X", "standard deviation of the router's weights"),
+    "router_spread": (float, "X", "from data: standard deviation of a token's logits over the copies"),
+    "router_prompts": (str, "FILE", "YAML: a list with the texts of each copy, for prompts"),
+    "calibration": (
+        str,
+        "FILE",
+        "of nemo-upcycle calibrate, for a router from data or a split by data",
+    ),
     "router_order": (str, "|".join(ROUTER_ORDERS), "softmax after or before top-k"),
     "output_scale": (str, "|".join(OUTPUT_SCALES), "exact: copies compute the dense function"),
     "seed": (int, "N", "seed of all random numbers"),

@@ -26,6 +26,7 @@ COMMANDS = {
     "advise": "go on dense, upcycle, or an MoE from nothing: costs, expected losses, and whether that decides",
     "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",
     "fetch": "what a run takes from networks -> one folder, for machines without a network",
+    "calibrate": "dense model and text -> what routers from data and splits by co-activation are read from",
     "convert": "dense checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model",
     "verify": "dense folder against MoE folder: what was done to the weights, and do both compute the same function?",
     "export": "NeMo or Megatron checkpoint, saved under any layout -> Hugging Face folder",

@@ -93,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "(default: the recipe's alltoall; hybridep for --model on Blackwell)"
     model.add_argument("--dispatcher", metavar="NAME", help=f"{', '.join(DISPATCHERS)} {text}")
     model.add_argument("--routing", metavar="NAME", help=f"{', '.join(ROUTINGS)} (balanced)")
+    text = "routers learn from all experts, which then compute for each token"
+    model.add_argument("--dense-router-gradient", action="store_true", help=text)
     text = "what runs beside computation; the recipes have none, --model what NVIDIA's recipes have for the layout"
     model.add_argument("--overlap", metavar="tp,ep,launch", help=text)
     model.add_argument(
@@ -254,6 +256,7 @@ def _settings_line(plan: Plan, command: str | None) -> str:
     names = {"gradients": work.gradients, "overlap": "+".join(work.overlap) or "none"}
     names |= {"dispatcher": work.dispatcher} if plan.request.arch.num_experts else {}
     names |= {"parameters": work.precision} if work.low_params else {}
+    names |= {"router gradient": "of all experts"} if work.dense_router_gradient else {}
     line = ", ".join(f"{name} {value}" for name, value in names.items()) + f", {plan.request.software}"
     return f"{line} (the recipe of the command overlaps nothing)" if command and work.overlap else line
 

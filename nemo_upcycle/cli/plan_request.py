@@ -15,8 +15,8 @@ from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import FORCED_IMBALANCE, USUAL_IMBALANCE, Workload
-from nemo_upcycle.spec import UpcycleSpec, check_capacity
-from nemo_upcycle.utils.validation import check_number, check_whole
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.validation import check_capacity, check_number, check_whole
 
 
 #: Of a model without a recipe. Gradients are those of NVIDIA's recipes.
@@ -160,9 +160,11 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         dispatcher=args.dispatcher or "alltoall",
         routing=args.routing or "balanced",
         overlap=tuple(args.overlap.split(",")) if args.overlap else (),
+        dense_router_gradient=args.dense_router_gradient,
     )
     if args.micro_batch is not None:
         check_whole("micro_batch", args.micro_batch, 1, work.global_batch, "global_batch")
+    is_usual = not args.recipe and not args.dense_router_gradient  # which takes neither from NVIDIA's recipes
     return PlanRequest(
         arch=subject.arch,
         gpu=hardware.known_gpu(args.gpu),
@@ -170,7 +172,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         work=work,
         tokens=given("tokens"),
         software=_software(args),
-        usual=tuple(name for name in ("dispatcher", "overlap") if not args.recipe and getattr(args, name) is None),
+        usual=tuple(name for name in ("dispatcher", "overlap") if is_usual and getattr(args, name) is None),
         grouped=_is_grouped(subject),
         micro_batch=args.micro_batch,
         recompute=args.recompute or None,
@@ -201,6 +203,7 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
     of_experts = {
         "--capacity-factor": args.capacity_factor,
         "--pad-to-capacity": args.pad_to_capacity or None,
+        "--dense-router-gradient": args.dense_router_gradient or None,
         "--dispatcher": None if args.dispatcher == "alltoall" else args.dispatcher,
         "--overlap": "ep" if "ep" in overlap else None,
         "--recompute": args.recompute if {"layernorm", "moe_act", "moe"} & {*recompute} else None,

@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1e-4,
         help="largest difference of logits over the largest logit (default: 1e-4)",
     )
+    parser.add_argument(
+        "--calibration", metavar="FILE", type=Path, help="the calibration file that the experts were split by"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,7 +67,15 @@ def run(args: argparse.Namespace) -> int:
 
     check_tolerance(args.tolerance)
     dense, moe = (Path(local_model(source)) for source in (args.dense, args.moe))
-    result = verify(dense, moe, args.text, layers=args.layers, logits=not args.weights_only, tolerance=args.tolerance)
+    result = verify(
+        dense,
+        moe,
+        args.text,
+        layers=args.layers,
+        logits=not args.weights_only,
+        tolerance=args.tolerance,
+        calibration=args.calibration,
+    )
     show(args, asdict(result), _text(result))
     return 0 if result.equal else 1
 

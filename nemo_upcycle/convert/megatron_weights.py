@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hybrid import LayerPart, hybrid_of
 from nemo_upcycle.models.mapping import BY_ROLE, MODEL_MAPPINGS, ParamMapping, layer_mappings, stored_hybrid
@@ -75,10 +75,10 @@ class CheckpointWeights:
         return self.checkpoint.shape(names[0])[-2] if names else None
 
     @property
-    def balancing_bias(self) -> bool:
-        """Whether its training balanced the experts by biases."""
-        bias = BY_ROLE["balancing_bias"].stored[0]
-        return any(name.endswith(bias) for name in model_tensors(self.checkpoint, self._prefix))
+    def balancing_biases(self) -> dict[str, Any]:
+        """Whether its training balanced the experts by biases, by their role."""
+        names = list(model_tensors(self.checkpoint, self._prefix))
+        return {role: any(name.endswith(BY_ROLE[role].stored) for name in names) for role in BALANCING_BIASES}
 
     @property
     def num_layers(self) -> int:
@@ -177,7 +177,9 @@ def open_checkpoint(
                 expected=f"num_experts={experts}, as in {checkpoint}",
                 fix="give the spec that the model was upcycled by",
             )
-        arch = replace(arch.upcycled(spec), balancing_bias=weights.balancing_bias)
+        arch = replace(arch.upcycled(spec), **weights.balancing_biases)
+        if arch.quantile_bias:
+            arch = replace(arch, hf_class="")  # every class that has such biases adds them to scores, not to logits
     elif spec is not None:
         raise SpecError(
             "spec", got=spec, expected=f"none: {checkpoint} is a dense model", fix="omit the spec's options"

@@ -173,6 +173,8 @@ def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
     fields = {
         name: value for name, value in spec.to_dict().items() if name in always or value != getattr(default, name)
     }
+    for name in {"calibration", "router_prompts"} & fields.keys():  # a path says where a file lay on one machine
+        fields[name] = Path(fields[name]).name
     return {"Upcycled by": f"`UpcycleSpec({', '.join(f'{name}={value!r}' for name, value in fields.items())})`"}
 
 

@@ -23,10 +23,12 @@ from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_
 from nemo_upcycle.convert.model_card import spec_fact, write_card
 from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
 from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.models.families import server_caveats
 from nemo_upcycle.models.mapping import extra_params, mapping_of
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import BrokenWeights, check_source, rounded_because
 from nemo_upcycle.sources.safetensors_folder import INDEX
 from nemo_upcycle.sources.several_parents import require_copies
@@ -125,6 +127,7 @@ def convert(
     require_apart(output, *(source.path for source in dense.branches()))
     require_dtype(dtype := dtype or dense.dtype(mapping_of("embedding", dense.architecture).hf[0]))
     require_copies(dense, spec.copies)
+    require_calibration(dense, spec)
     expansion = Expansion(dense, spec, dtype)
     moe_arch = expansion.moe_arch
     _check_folder(dense)
@@ -252,6 +255,7 @@ def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shar
         "mixed": list(dense.inexact_because()),
         "config_sha256": sha256_file(dense.path / "config.json"),
         "spec": spec.to_dict(),
+        "calibration_sha256": calibration.sha256 if (calibration := calibration_of(spec)) else None,
         "dtype": str(dtype),
         "max_shard_bytes": max_shard_bytes,
         "version": __version__,

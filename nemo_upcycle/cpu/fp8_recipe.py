@@ -18,6 +18,8 @@ from nemo_upcycle.errors import UpcycleError
 #: Of a linear layer, in the order of a state's columns.
 INPUT, WEIGHT, GRADIENT = range(3)
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+#: Counts what a training quantises, where `fp8_losses.watch_fp8` has set it.
+watcher: Any = None
 #: What Transformer Engine would compute in FP8 beside linear layers, or leave out of it.
 _ELSEWHERE = ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_output_proj")
 
@@ -94,6 +96,8 @@ class Fp8Recipe:
         elif self.name == "mxfp8":
             options["e8m0"] = True
         first = quantize(x_RC, self.dtype(role), along_columns, **options)
+        if watcher is not None and twice:
+            watcher.count(role, x_RC, first, has_own_scale=scale is None)
         if along_columns == along_rows or not twice:
             return first, first
         return first, quantize(x_RC, self.dtype(role), along_rows, **options)

@@ -16,7 +16,7 @@ def router_weight(spec: UpcycleSpec, layer: int, hidden_size: int) -> torch.Tens
     are chosen together. A row depends on its copy's number, not on how many there are.
 
     Args:
-        spec: says how, with which deviation and seed.
+        spec: says how, with which deviation and seed, or which calibration file has the rows.
         layer: number of the layer in the whole model, from 0.
         hidden_size: D.
 
@@ -24,5 +24,5 @@ def router_weight(spec: UpcycleSpec, layer: int, hidden_size: int) -> torch.Tens
         A float32 tensor of shape [E, D], E the experts of all expert-parallel ranks.
     """
     generators = [block_generator(spec.seed, "router", layer, copy) for copy in range(spec.copies)]
-    rows_CD = ROUTER_INITS[spec.router_init].rows(spec, hidden_size, generators)
+    rows_CD = ROUTER_INITS[spec.router_init].rows(spec, layer, hidden_size, generators)
     return rows_CD.to(torch.float32).repeat_interleave(spec.granularity, dim=0)

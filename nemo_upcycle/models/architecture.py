@@ -17,6 +17,8 @@ from nemo_upcycle.spec import RouterKind, UpcycleSpec, find_router_kind
 
 #: Hugging Face class -> its `Family`, which says what it can hold: `families` hands in each.
 FAMILIES: dict[str, Any] = {}
+#: Fields of an `Architecture` that say which biases its routers have, and roles in the mapping table: buffers.
+BALANCING_BIASES = ("balancing_bias", "quantile_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,7 @@ class Architecture:
         routed_scaling_factor: on the weights of the chosen experts.
         balancing_bias: whether every routed expert has a bias that counts when experts are chosen, and that a training
             moves to balance them (arXiv 2408.15664). It is no parameter.
+        quantile_bias: whether it has one that is taken from its logits instead, a quantile of them.
         qk_norm: whether query and key are normalised before the rotary embedding, head by head.
         wide_qk_norm: whether over all heads at once instead.
         post_norm: whether a layer's norms stand after attention and feed-forward network, not before them.
@@ -161,6 +164,7 @@ class Architecture:
     router_score: str = "softmax"
     routed_scaling_factor: float = 1.0
     balancing_bias: bool = False
+    quantile_bias: bool = False
     mamba: MambaLayers | None = None
 
     @property

@@ -21,7 +21,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
 from nemo_upcycle.models.planned_parameters import PLANNED, planned_shapes
@@ -163,6 +163,7 @@ MOE_MAPPINGS = (
     ParamMapping("router", ("mlp.router.weight",), Sharding.REPLICATED),
     ParamMapping("router_bias", ("mlp.router.bias",), Sharding.REPLICATED),
     ParamMapping("balancing_bias", ("mlp.router.expert_bias",), Sharding.REPLICATED),  # a buffer, zero at first
+    ParamMapping("quantile_bias", ("mlp.router.qb_beta",), Sharding.REPLICATED),  # as well, from 0.19 on
     _expert("expert_fc1", "linear_fc1.weight", Sharding.GATED, _GATE_UP),
     _expert("expert_fc1_bias", "linear_fc1.bias", Sharding.GATED, _GATE_UP),
     _expert("expert_fc2", "linear_fc2.weight", Sharding.NEURON_COLUMNS, ("down",)),
@@ -172,7 +173,6 @@ MOE_MAPPINGS = (
     ParamMapping("shared_gate", ("mlp.shared_experts.gate_weight",), Sharding.REPLICATED),
 )
 
-#: In a Mamba layer.
 MAMBA_MAPPINGS = (
     ParamMapping("mamba_norm", ("mixer.in_proj.layer_norm_weight", "norm.weight"), Sharding.REPLICATED),
     ParamMapping("mamba_in", ("mixer.in_proj.weight",), Sharding.PARTS, ("z", "x", "B", "C", "dt")),
@@ -286,8 +286,8 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     """Return whether the architecture has this parameter where a layer of that kind could have it."""
     if mapping.is_shared:  # none that is upcycled has a gate; the folder's is a constant of its class
         return arch.shared_ffn_size > 0 and mapping.role != "shared_gate"
-    some = {"qkv": arch.latent is None, "qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
-    some |= {"query_norm": arch.qk_norm, "key_norm": arch.qk_norm, "balancing_bias": arch.balancing_bias}
+    some = {"qkv": arch.latent is None, "query_norm": arch.qk_norm, "key_norm": arch.qk_norm}
+    some |= {bias: getattr(arch, bias) for bias in ("qkv_bias", "attention_out_bias", *BALANCING_BIASES)}
     some |= dict.fromkeys(PLANNED, False)
     some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias", *planned_shapes(arch)), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)

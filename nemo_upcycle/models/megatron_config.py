@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.init.calibration import require_files
 from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.architecture import Architecture, MambaLayers
+from nemo_upcycle.models.balancing import check_balancing
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
 from nemo_upcycle.models.rotary import same_frequencies
-from nemo_upcycle.spec import UpcycleSpec, check_capacity, find_router_kind
+from nemo_upcycle.spec import UpcycleSpec, find_router_kind
+from nemo_upcycle.utils.validation import check_capacity
 
 
 #: What every block has: field of an `Architecture` -> Megatron's and NeMo's setting.
@@ -240,14 +243,9 @@ def check_spec(config: Any, spec: UpcycleSpec | None, hybrid: HybridLayers | Non
     check_fields(config)
     if spec is None:
         return
+    require_files(spec)
     _check_routing_type(config, spec)
-    if getattr(config, "moe_router_enable_expert_bias", False) and spec.router_score == "softmax":
-        raise SpecError(
-            field="model.config.moe_router_enable_expert_bias",
-            got=True,
-            expected="false with router_score=softmax: Megatron adds the biases to sigmoid scores",
-            fix="set the spec's router_score to sigmoid, or balance by a loss",
-        )
+    check_balancing(config, spec.router_score)
     capacity = getattr(config, "moe_expert_capacity_factor", None)
     pad = bool(getattr(config, "moe_pad_expert_input_to_capacity", False))
     try:  # Megatron takes a negative factor for none

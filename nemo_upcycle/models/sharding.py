@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, hf_constants, hf_names, mapping_of_hf
 from nemo_upcycle.models.planned_parameters import planned_shapes
 
@@ -88,8 +88,7 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
         "fc2": (width, neurons),
         "router": (arch.num_experts or 0, arch.hidden_size),
         "router_bias": (arch.num_experts or 0,),
-        "balancing_bias": (arch.num_experts or 0,),
-    }
+    } | dict.fromkeys(BALANCING_BIASES, (arch.num_experts or 0,))
     return (shapes | planned_shapes(arch)).get(mapping.dense_role, (arch.hidden_size,))
 
 

@@ -18,17 +18,22 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-from nemo_upcycle.models.mapping import find_mapping
+from nemo_upcycle.models.architecture import BALANCING_BIASES
+from nemo_upcycle.models.balancing import balancing_bias
+from nemo_upcycle.models.mapping import BY_ROLE, find_mapping
 
 
 #: An expert that is given less than this part of a balanced share counts as dead.
 DEAD_BELOW = 0.01
-#: Megatron's names of the losses in its tracker, by the kind of balancing.
+#: Megatron's names of the losses in its tracker, by the kind of balancing; the z-loss stands beside any of them.
 _LOSSES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
     "global_aux_loss": "global_load_balancing_loss",
+    "z_loss": "z_loss",
 }
+#: Buffers of a router in which a training keeps the biases that balance its experts.
+_BIASES = tuple(BY_ROLE[role].megatron[0].rpartition(".")[2] for role in BALANCING_BIASES)
 #: Neurons and model dimensions of an expert that are looked at: 3 x 32 x 32 weights, so that a distance is known to a
 #: few percent of itself, and all experts of Llama 3 8B E8T2 fit into 6 MiB.
 _SAMPLED = 32
@@ -63,7 +68,9 @@ class RouterHealth:
         self._described = list(range(config.num_layers) if layers is None else layers)
         self._layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
         kinds = config.moe_router_load_balancing_type
-        self._kinds = [kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind in _LOSSES]
+        kinds = [*([kinds] if isinstance(kinds, str) else kinds), *(["z_loss"] if config.moe_z_loss_coeff else [])]
+        self._kinds = [kind for kind in kinds if kind in _LOSSES]
+        self._has_biases = bool(balancing_bias(config))
         self._counts_LE = torch.zeros(config.num_layers, config.num_moe_experts, dtype=torch.float64)
         self._slots_L = torch.zeros(config.num_layers, dtype=torch.float64)
         for module in self._layers:
@@ -88,13 +95,16 @@ class RouterHealth:
 
         Returns:
             `counts` [L, E] token slots processed, `slots` [L] token slots wanted (tokens times top-k), one entry [L]
-            for each auxiliary loss and, if asked for, `experts` [L, E, sampled weights].
+            for each auxiliary loss, `balancing_bias_range` [L] where there are such biases and, if asked for,
+            `experts` [L, E, sampled weights].
         """
         parts = {"counts": self._counts_LE.clone(), "slots": self._slots_L.clone()}
         self._counts_LE.zero_()
         self._slots_L.zero_()
         for kind in self._kinds:
             parts[_LOSSES[kind]] = self._take_loss(kind)
+        if self._has_biases:
+            parts["balancing_bias_range"] = self._bias_range()
         if with_experts:
             parts["experts"] = self._sample_experts()
         return parts
@@ -105,13 +115,22 @@ class RouterHealth:
         if collected is None:
             return torch.zeros(self.config.num_layers, dtype=torch.float64)
         # The ranks of a tensor- and context-parallel group (for the global loss: of the data-parallel one as well)
-        # hold a part of it each, replicas the whole.
+        # hold a part of it each, replicas the whole. Of the z-loss every rank has its own tokens' mean.
         replicas = 1 if kind == "global_aux_loss" else parallel_state.get_data_parallel_world_size()
+        replicas = _ranks_of_a_layer() if kind == "z_loss" else replicas
         values: torch.Tensor = collected["values"]
         values_L: torch.Tensor = values[: self.config.num_layers].double() / (replicas * get_num_microbatches())
         if self._clears_losses:
             values.zero_()
         return values_L
+
+    def _bias_range(self) -> torch.Tensor:
+        """Return how far apart the biases of each layer are, [L]; every rank that holds a layer has all of them."""
+        range_L = self._counts_LE.new_zeros(self.config.num_layers)
+        for module in self._layers:
+            (bias_E,) = (bias for name in _BIASES if (bias := getattr(module.router, name, None)) is not None)
+            range_L[module.layer_number - 1] = (bias_E.max() - bias_E.min()) / _ranks_of_a_layer()
+        return range_L
 
     def _sample_experts(self) -> torch.Tensor:
         """Return the same few weights of every expert, [L, E, samples]; only the first of several replicas gives any.
@@ -150,7 +169,9 @@ class RouterHealth:
             `load_min`, `load_max`: shares of the processed token slots; `load_cv`: their deviation over their mean;
             `load_entropy`: over that of perfect balance, which is 1; `dead_experts`: how many are given less than 1 %
             of a balanced share; `dropped`: share of the wanted slots that the capacity did not hold; the auxiliary
-            losses without their coefficient (1 in perfect balance); `expert_distance`, where sampled: see there.
+            losses without their coefficient (balancing: 1 in perfect balance; `z_loss`: the mean squared logsumexp of
+            the logits); `balancing_bias_range`: the highest of the biases that balance the experts, less the lowest;
+            `expert_distance`, where sampled: see there.
         """
         shares_LE, balanced = shares(summed["counts"]), 1 / self.config.num_moe_experts
         is_moe_L = summed["slots"] > 0
@@ -162,7 +183,7 @@ class RouterHealth:
             "load_entropy": torch.special.entr(shares_LE).sum(dim=1) / math.log(self.config.num_moe_experts),
             "dead_experts": (shares_LE < DEAD_BELOW * balanced).sum(dim=1),
             "dropped": dropped_L,
-            **{name: summed[name] for name in _LOSSES.values() if name in summed},
+            **{name: summed[name] for name in (*_LOSSES.values(), "balancing_bias_range") if name in summed},
         }
         if "experts" in summed:
             health["expert_distance"] = self._distance(summed["experts"])
@@ -206,6 +227,12 @@ def sum_over_ranks(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | 
         return None
     pieces = flat.cpu().split([part.numel() for part in parts.values()])
     return {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+
+
+def _ranks_of_a_layer() -> int:
+    """Return how many ranks hold the same router."""
+    stages: int = parallel_state.get_pipeline_model_parallel_world_size()
+    return torch.distributed.get_world_size() // stages
 
 
 def _spread(size: int) -> list[int]:

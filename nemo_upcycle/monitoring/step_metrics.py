@@ -22,7 +22,7 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -60,25 +60,41 @@ class TrainingFacts:
     expert_distance_every: int = 100
 
 
+class Probe(Protocol):
+    """What a trainer measures of every step beside what `StepMetrics` does."""
+
+    def local(self) -> dict[str, torch.Tensor]:
+        """Return this rank's part since the last call, to be summed over all ranks."""
+
+    def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Return what the step's line gets of the sums."""
+
+
 class StepMetrics:
     """Writes a line for every step, on the first rank; every rank of the job has one and calls it.
 
     A step's line holds `step`, `loss`, `grad_norm`, `lr`, `tokens`, `seconds`; the rates of `Throughput.of`;
     `memory_gib` (the most that any rank has held) and `memory_share` of its GPU; and, of an MoE model,
     `expert_load` ([L][E], each expert's share of its layer's token slots) and `router` (`RouterHealth.describe`, one
-    number a layer). A validation has a line with `step` and `validation_loss`.
+    number a layer), and what the probe describes. A validation has a line with `step` and `validation_loss`.
 
     Args:
         training: what is trained.
         health: that watches the routers of this rank; None for a dense model.
         first_step: after which the training starts, 0 for a new one; lines of later steps are deleted.
         settings: for `training.json`.
+        probe: of what the trainer measures besides; None: nothing. All ranks must agree on it.
     """
 
     def __init__(
-        self, training: TrainingFacts, health: RouterHealth | None, first_step: int, settings: dict[str, Any]
+        self,
+        training: TrainingFacts,
+        health: RouterHealth | None,
+        first_step: int,
+        settings: dict[str, Any],
+        probe: Probe | None = None,
     ) -> None:
-        self._training, self._health, self._first_step = training, health, first_step
+        self._training, self._health, self._first_step, self._probe = training, health, first_step, probe
         gpu = training.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
         ranks = torch.distributed.get_world_size()
         self._throughput = Throughput(training.architecture, training.seq_length, ranks, peaks_of(gpu))
@@ -105,6 +121,7 @@ class StepMetrics:
         training = self._training
         due = step in (1, training.max_steps) or step % training.expert_distance_every == 0
         parts = self._health.local(with_experts=due) if self._health else {}
+        parts |= self._probe.local() if self._probe else {}
         summed = sum_over_ranks(parts | {"memory": _own_memory(), "loss": _given(loss)})
         if summed is None:
             return None
@@ -127,6 +144,7 @@ class StepMetrics:
         if self._health:
             line["expert_load"] = [[round(share, 5) for share in row] for row in shares(summed["counts"]).tolist()]
             line["router"] = self._health.describe(summed)
+        line |= self._probe.describe(summed) if self._probe else {}
         self._append(line)
         return line
 

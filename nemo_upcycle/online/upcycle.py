@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.init.experts import fill_copies
+from nemo_upcycle.models.balancing import balancing_bias
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.mapping import Sharding
 from nemo_upcycle.models.megatron_config import changed_by, check_model, check_spec
@@ -29,6 +31,7 @@ from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
 from nemo_upcycle.online.quantized import kept_values, quantize
 from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt
 from nemo_upcycle.sources import DenseSource, open_dense
+from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import check_source, rounded_because
 from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
@@ -133,6 +136,8 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     check_source(dense, sampled=True)
     for model in models:
         check_model(model, moe_arch)
+    if spec:
+        require_calibration(dense, spec)
     coords, parents = RankCoords.here(), len(dense.branches())
     plans = [plan for model in models for plan in param_plans(model, arch, moe_arch, spec, coords, parents)]
     if spec:
@@ -230,6 +235,7 @@ def make_receipt(
     moe_arch = arch.upcycled(spec) if spec else arch
     slices = {(plan.made_of.branch, slice_.name, slice_.bounds) for plan in plans for slice_ in plan.made_of.slices}
     dtypes = dict.fromkeys(plan.tensors[0].dtype for plan in plans if plan.made_of.slices)
+    calibration = calibration_of(spec)
     reasons = (
         *(spec.inexact_because if spec else ()),
         *dense.inexact_because(),
@@ -254,7 +260,9 @@ def make_receipt(
         bytes_written=sum(tensor.nbytes for plan in plans for tensor in plan.tensors),
         seconds=round(seconds, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        balancing_bias=balancing_bias(_unwrap(chunk).config),
         exact_masters=all(kept_values(parameter) is not None for plan in plans for parameter in plan.quantized),
+        calibration={"path": str(calibration.path), "sha256": calibration.sha256} if calibration else {},
     )
 
 

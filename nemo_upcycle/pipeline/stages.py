@@ -18,6 +18,7 @@ from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.plan import PLAN, Plan, Stage, required_training
 from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
 from nemo_upcycle.trainers.base import last_checkpoint
+from nemo_upcycle.trainers.calibrated import take_calibration, with_calibration
 from nemo_upcycle.utils.files import read_json
 
 
@@ -140,11 +141,13 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     training, dense_folder = required_training(plan, "pretrain"), dense_folder_of(run_dir)
+    spec, folders = training.spec(dense_folder), (dense_folder, data_folder_of(run_dir, plan))
+    spec = with_calibration(spec, run_dir / "upcycle", *folders, started=False) or spec
     receipt = check_step0(
         training.model_config(dense_folder, dense=False),
         training.model_config(dense_folder, dense=True),
         dense_folder,
-        training.spec(dense_folder),
+        spec,
         _sample_tokens(run_dir, plan),
         run_dir / "upcycle" / "hf",
     )
@@ -229,6 +232,7 @@ def data_folder_of(run_dir: Path, plan: RunPlan) -> Path:
 
 def pretrain_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle online inside the training job, and continue pretraining."""
+    take_calibration(run_dir / "upcycle", run_dir / "pretrain")
     return _train(run_dir, plan, "pretrain")
 
 

@@ -51,6 +51,7 @@ _NOT_LOCAL = {
     "rotary": "the fused kernel of the rotary embedding keeps neither cosines nor sines",
     "dispatch": "Transformer Engine's permutation keeps a map of 8 bytes for each token and expert, the local one"
     " 16 for each slot",
+    "dense router gradient": "the layer runs without it",
 }
 _NO_MOE_ACT = "only Transformer Engine's grouped experts recompute their activation alone"
 

@@ -103,9 +103,10 @@ def layer_bytes(
 
     Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
     key, value and the attention's output, (2 H + 2 R) K; all of it over tp. Latent attention keeps its narrow tensors
-    besides, twice; a Mamba mixer its inputs and outputs. A dense network adds (2 F + F) / tp, an MoE layer
-    (2 F + F) / etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's logits,
-    half of them for the order of the slots. In FP8 the inputs of linear layers take one byte, all others two.
+    besides, twice; a Mamba mixer its inputs and outputs. A dense network adds (2 F + F) / tp, an MoE layer (2 F + F) /
+    etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's logits, half of them
+    for the order of the slots; 8 more with a router gradient of all experts. In FP8 the inputs of linear layers take
+    one byte, all others two.
 
     Args:
         arch: the model's architecture.
@@ -146,6 +147,12 @@ def layer_bytes(
         cut = (arch.expert_ffn_size or 0) / layout.etp
         sizes = (slots * saved * arch.expert_width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
         network |= dict(zip(ROUTED, sizes, strict=True))
+    other_experts = 0.0
+    if moe and work.dense_router_gradient:
+        network["dense router gradient"] = tokens * 8 * (arch.num_experts or 0)  # weights of all, and their softmax
+        # A part has as many slots as were chosen: sent, received, multiplied and sent back, all in BF16.
+        even = tokens * (arch.top_k or 0) * layout.etp
+        other_experts = 2 * even * (4 * arch.expert_width + (gates + 1) * (arch.expert_ffn_size or 0) / layout.etp)
     terms = attention | norm | network
     freed: set[str] = set()
     if work.recomputes("core_attn"):
@@ -161,8 +168,10 @@ def layer_bytes(
     if work.recompute == "full":
         freed = set(terms) - {next(iter(terms))}  # the input of its first norm
     freed &= set(terms)
-    # Gradients of a layer's largest tensors live beside them: of its network, and of attention, never both.
-    working = sum(terms[term] for term in freed) + max(sum(attention.values()), sum(network.values()))
+    # Gradients of a layer's largest tensors live beside them: of its network, and of attention, never both; nor beside
+    # the pass through the experts that were not chosen.
+    working = sum(terms[term] for term in freed)
+    working += max(sum(attention.values()), sum(network.values()), other_experts)
     return LayerBytes({term: value for term, value in terms.items() if term not in freed}, working)
 
 

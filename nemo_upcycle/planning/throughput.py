@@ -7,17 +7,14 @@ All times are of one GPU and of forward and backward together.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.flops import mean_context
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.planning.workload import LayerKind, Workload, layer_kinds
 
 
 #: Matrix products work on tiles of so many rows and columns.
@@ -75,24 +72,6 @@ class StepTime:
     def to_dict(self) -> dict[str, float]:
         """Return the parts and their sum."""
         return self.__dict__ | {"total": self.total}
-
-
-class LayerKind(NamedTuple):
-    """What the time of a layer depends on: experts, FP8, its parts (`Architecture.parts`), attention's window."""
-
-    moe: bool
-    fp8: bool
-    parts: str
-    window: int | None
-
-
-@functools.lru_cache(maxsize=64)
-def layer_kinds(arch: Architecture, work: Workload) -> Counter[LayerKind]:
-    """Return the number of layers of each kind."""
-    layers = range(arch.num_layers)
-    return Counter(
-        LayerKind(arch.is_moe_layer(n), work.is_fp8_layer(arch, n), arch.parts(n), arch.window_of(n)) for n in layers
-    )
 
 
 class ThroughputModel:
@@ -184,6 +163,8 @@ class ThroughputModel:
             self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), work)
         if moe and work.recomputes("layernorm"):
             self._moved(layer, tokens / layout.tp * 2 * width, work)
+        if moe and work.dense_router_gradient:
+            layer.add(self._other_experts(layout, work, tokens))
         return layer
 
     def _attention(self, layer: StepTime, tokens: float, layout: Layout, work: Workload, window: int | None) -> None:
@@ -232,7 +213,19 @@ class ThroughputModel:
         volume = 2 * 2 * tokens * (rows + inner) / layout.tp * (layout.cp - 1) / layout.cp
         self._link(layer, layout, volume, layout.tp * layout.cp, layout.cp)
 
-    def _moe(self, layout: Layout, work: Workload, tokens: float) -> StepTime:
+    def _other_experts(self, layout: Layout, work: Workload, tokens: float) -> StepTime:
+        """Return the time of a router gradient of all experts: forward through those not chosen, in BF16, evenly."""
+        chosen = self.arch.top_k or 1
+        left_out = (self.arch.num_experts or 1) - chosen
+        even = replace(work, precision="bf16", capacity_factor=left_out / chosen, pad=True)
+        times, experts, traffic = StepTime(), self._moe(layout, even, tokens, routed_alone=True), StepTime()
+        experts.launch *= math.ceil(left_out / chosen)  # in so many parts
+        self._dispatch(traffic, layout, even, tokens, hidden=0.0)
+        times.add(experts, 1 / 3)
+        times.add(traffic, 1 / 2)
+        return times
+
+    def _moe(self, layout: Layout, work: Workload, tokens: float, *, routed_alone: bool = False) -> StepTime:
         arch, machine, local = self.arch, self.machine, (self.arch.num_experts or 1) // layout.ep
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
         expert_us = machine.expert_us if work.pad else machine.uneven_us(work.numbers)
@@ -245,7 +238,7 @@ class ThroughputModel:
                 self._matrix(times, tokens / layout.tp, *sides, 1, work)
         # Permute, sort by expert, sort back, unpermute: read and written, forward and backward.
         self._moved(times, slots * 16 * arch.expert_width, work)
-        if arch.shared_ffn_size:
+        if arch.shared_ffn_size and not routed_alone:
             self._network(times, tokens, arch.shared_ffn_size / layout.tp, work)
             self._tensor_traffic(times, tokens, layout, work)
         return times

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
@@ -93,6 +96,7 @@ class Workload:
         dispatcher: one of `DISPATCHERS`.
         routing: one of `ROUTINGS`, for the time.
         overlap: what runs beside computation, of `OVERLAPS`.
+        dense_router_gradient: whether routers learn from all experts (`trainers.router_gradient`).
 
     Raises:
         SpecError: a value is out of range or unknown.
@@ -110,6 +114,7 @@ class Workload:
     dispatcher: str = "alltoall"
     routing: str = "balanced"
     overlap: tuple[str, ...] = ()
+    dense_router_gradient: bool = False
 
     def __post_init__(self) -> None:
         names: dict[str, Collection[str]] = {
@@ -135,6 +140,15 @@ class Workload:
                 expected="alltoall",
                 fix="plan without padding, or set <dispatcher>=alltoall",
             )
+        limits = (
+            ("dispatcher", self.dispatcher, self.dispatcher != "alltoall"),
+            ("overlap", "ep", "ep" in self.overlap),
+            ("low_params", True, self.low_params),
+        )
+        for name, got, is_refused in limits if self.dense_router_gradient else ():
+            if is_refused:  # by `trainers.router_gradient`, which says why
+                expected = "alltoall, no overlap of experts and parameters in BF16 with <dense_router_gradient>"
+                raise SpecError(field=name, got=got, expected=expected, fix=f"plan without <{name}>")
         if self.precision == "fp8-delayed" and (refused := {"moe_act", "layernorm"} & {*modules}):
             raise SpecError(
                 field="recompute",
@@ -180,3 +194,21 @@ class Workload:
         capacity = self.capacity_factor if self.capacity_factor is not None else float("inf")
         share = capacity if self.pad else min(capacity, self.imbalance if ep > 1 else 1.0)
         return min((arch.top_k or 0) * share, float(arch.num_experts or 0))
+
+
+class LayerKind(NamedTuple):
+    """What the time of a layer depends on: experts, FP8, its parts (`Architecture.parts`), attention's window."""
+
+    moe: bool
+    fp8: bool
+    parts: str
+    window: int | None
+
+
+@functools.lru_cache(maxsize=64)
+def layer_kinds(arch: Architecture, work: Workload) -> Counter[LayerKind]:
+    """Return the number of layers of each kind."""
+    layers = range(arch.num_layers)
+    return Counter(
+        LayerKind(arch.is_moe_layer(n), work.is_fp8_layer(arch, n), arch.parts(n), arch.window_of(n)) for n in layers
+    )

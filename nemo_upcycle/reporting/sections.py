@@ -40,6 +40,7 @@ _ROUTER_ROWS = {
     "dead_experts": "dead experts, all layers (less than 1 % of a balanced share)",
     "dropped": "dropped, as a part of the wanted slots",
     "load_balancing_loss": "load-balancing loss without its coefficient (1: balanced)",
+    "balancing_bias_range": "range of the biases that balance the experts",
     "expert_distance": "distance of the experts from their mean, relative (0: copies)",
 }
 
@@ -227,6 +228,8 @@ def _settings(done: dict[str, Any]) -> dict[str, str]:
         "optimizer": f"{settings['optimizer']}, weight decay {number(settings['weight_decay'], 6)}",
         "ranks of the training job": str(settings["ranks"]),
     }
+    if "balancing" in settings:
+        rows["balancing of the experts"] = str(settings["balancing"])
     factors = settings.get("lr_factors", {})
     if factors.get("warmup_steps") or any(factors.get(part, 1) != 1 for part in ("router", "experts")):
         steps = factors["warmup_steps"]
@@ -234,6 +237,8 @@ def _settings(done: dict[str, Any]) -> dict[str, str]:
         rows["factors on the learning rate"] = (
             f"router {number(factors['router'], 6)}, experts {number(factors['experts'], 6)}{frozen}"
         )
+    if settings.get("dense_router_gradient"):
+        rows["gradient of the router"] = "of all experts, not only of the chosen ones"
     return rows
 
 

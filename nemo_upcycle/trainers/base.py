@@ -60,11 +60,8 @@ class TrainingSettings:
         """
 
         def are(names: tuple[str, ...]) -> dict[str, str]:
-            return {
-                name: value
-                for name, value in values.items()
-                if any(name == one or (one.endswith(".") and name.startswith(one)) for one in names)
-            }
+            begun = tuple(one for one in names if one.endswith("."))
+            return {name: value for name, value in values.items() if name in names or name.startswith(begun)}
 
         others = are((steps, *free))
         fixed = {name: value for name, value in values.items() if name not in others}
@@ -175,6 +172,7 @@ class TrainingFacts:
         gradients: what data parallelism sums them in, in the planner's words.
         low_params: whether parameters are kept and gathered in FP8 or FP4.
         rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
+        dense_router_gradient: whether routers learn from all experts.
         software: the generation of Megatron-Core that trains, in the planner's words.
         weight_bytes: of a parameter in a checkpoint.
         save_every: steps between two checkpoints.
@@ -204,6 +202,7 @@ class TrainingFacts:
     gradients: str
     low_params: bool = False
     rank_capacity: float | None = None
+    dense_router_gradient: bool = False
     software: str
     weight_bytes: int
     save_every: int

@@ -24,7 +24,9 @@ from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.calibrated import with_calibration
 from nemo_upcycle.trainers.layout import BRIDGE_SETTINGS, check_layout, layout_of
+from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
 from nemo_upcycle.trainers.values import check_values, setting
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.files import is_complete
@@ -152,6 +154,7 @@ class BridgeTraining(Training):
             overlap=tuple(name for name, is_on in shares.items() if is_on),
             gradients="fp32" if _reduces_in_fp32(config) else "bf16",
             low_params=_keeps_low_params(config),
+            dense_router_gradient=settings_of(config).dense_router_gradient,
             software=BRIDGE_SOFTWARE,
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,
@@ -174,6 +177,7 @@ class BridgeTraining(Training):
             return dict(self.named_settings())
         config = self.config(folder)
         values = {name: setting(config, name) for name in _SHOWN}
+        values[f"upcycle.{DENSE_GRADIENT}"] = setting(config, f"upcycle.{DENSE_GRADIENT}") or None
         return {name: value for name, value in values.items() if value is not None} | {"precision": _precision(config)}
 
     def check(self, stage: str) -> None:
@@ -230,12 +234,14 @@ class BridgeTraining(Training):
     ) -> dict[str, Any]:
         """See `Training.train`."""
         from nemo_upcycle.cpu.backend import use_cpu_backend
-        from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, run_config
+        from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, required_hook, run_config
         from nemo_upcycle.trainers.bridge.run_folder import RECEIPT
 
         use_cpu_backend()  # before the model's configuration is made: Megatron checks it at once
         config = self.config(dense_folder)
         place_config(config, folder, data_folder)
+        hook = required_hook(config)
+        hook.spec = with_calibration(hook.spec, folder, dense_folder, data_folder)
         evaluations = self.evaluations
         if evaluations and suite:
             evaluations = replace(evaluations, suite=str(suite))
@@ -334,10 +340,13 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
         micro_batch_size=config.train.micro_batch_size,
     )
     ranks = training.nodes * training.ranks_per_node
+    settings = settings_of(config)
     try:
-        settings_of(config).check()
+        settings.check()
     except UpcycleError as error:
         raise error.renamed(lambda name: f"{stage}.upcycle.{name}") from None
+    if settings.dense_router_gradient:
+        check_router_gradient(config.model, f"{stage}.model.", f"{stage}.upcycle.")
     try:
         check_layout(config.model, config.model, data, ranks, BRIDGE_SETTINGS, _precision(config))
         hook.check()

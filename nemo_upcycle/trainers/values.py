@@ -57,6 +57,8 @@ RULES: tuple[Rule, ...] = (
     Rule("model.config.attention_dropout", "model.attention_dropout", *_SHARE),
     Rule("model.config.moe_aux_loss_coeff", "model.moe_aux_loss_coeff", _each_finite, *_RATE[1:]),
     Rule("model.config.moe_z_loss_coeff", "model.moe_z_loss_coeff", *_RATE),
+    Rule("model.config.moe_router_bias_update_rate", "model.moe_router_bias_update_rate", *_RATE),
+    Rule("", "model.moe_router_quantile_balancing_ema", *_SHARE),
     Rule("log.ckpt.every_n_train_steps", "checkpoint.save_interval", *_from(1)),
     Rule("log.ckpt.keep_last", "", *_from(1)),
     # What a run that is filled from a dense checkpoint cannot have beside `models/config_fields.yaml`.

@@ -57,3 +57,36 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
         limit = "or more" if high == math.inf else f"to {high:g}"
         fix = f"set <{name}> within the range"
         raise SpecError(field=name, got=value, expected=f"a number, {low:g} {limit}", fix=fix)
+
+
+def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int) -> None:
+    """Check how many token slots an expert gets: `moe_expert_capacity_factor`, `moe_pad_expert_input_to_capacity`.
+
+    Args:
+        factor: slots over those of perfect balance; None drops nothing.
+        pad: whether every expert computes its whole capacity.
+        num_experts: of a layer.
+        top_k: of the router.
+
+    Raises:
+        SpecError: an expert would have more slots than there are tokens (Megatron-Core then fails in the first step),
+            or padding would let every expert compute every token, or there is no capacity to pad to.
+    """
+    most = num_experts / top_k
+    problems = (
+        (factor is None and pad, "a number with padding", "set <capacity_factor>=1, or do not pad"),
+        (
+            factor is not None and not factor <= most,  # nor NaN
+            f"at most num_experts / top_k ({most:g}), which drops nothing",
+            f"set <capacity_factor>={most:g}",
+        ),
+        (
+            factor == most and pad,
+            f"less than {most:g} with padding: every expert would compute every token",
+            "lower it, or do not pad",
+        ),
+    )
+    got = None if factor is None else f"{factor:g}"
+    for holds, expected, fix in problems:
+        if holds:
+            raise SpecError(field="capacity_factor", got=got, expected=expected, fix=fix)

@@ -92,6 +92,7 @@ def verify(
     layers: bool = False,
     logits: bool = True,
     tolerance: float = TOLERANCE,
+    calibration: Path | None = None,
 ) -> Verification:
     """Compare a dense Hugging Face folder with the MoE folder made from it.
 
@@ -103,6 +104,7 @@ def verify(
         logits: whether to load and run the models, one after the other, in float32, and a granular one in its own type
             as well; else only weights are compared.
         tolerance: largest difference of logits over the largest logit, to count as equal.
+        calibration: the file that the experts were split by, if they were; else consecutive neurons are expected.
 
     Raises:
         CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is of another parent.
@@ -126,7 +128,7 @@ def verify(
         if logits:
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
         tokens_BS = _tokens(dense, text_file) if logits else None  # a wrong text shows before the long work
-        weights = compare_weights(parent, child)
+        weights = compare_weights(parent, child, calibration)
         own_type, moe_arch = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture
     found = torn = None
     if tokens_BS is not None:

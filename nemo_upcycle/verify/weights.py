@@ -7,15 +7,18 @@ times a factor, or were some of its neurons changed? Nothing is loaded whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.init.calibration import Calibration
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.mapping import constant_tensors, hf_constants, hf_names
 from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import check_source, require_finite, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.tensor_plan import TensorPlan, plan_hf_tensor
@@ -101,15 +104,20 @@ class WeightComparison(NamedTuple):
     granularity: int
 
 
-def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
+def compare_weights(dense: DenseSource, moe: DenseSource, calibration: Path | None = None) -> WeightComparison:
     """Return what was done to the weights of an MoE model, and whether they compute the dense function.
 
     They do if everything is the dense model's but the experts' down projection, which is scaled as the model's routing
     asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`UpcycleSpec.is_exact`).
 
+    Args:
+        dense: the open dense model.
+        moe: the MoE model, open as well.
+        calibration: the file that says which neurons an expert has; None: consecutive ones.
+
     Raises:
         CheckpointError: a folder's tensors are not those of its configuration, one holds NaN or infinity, or the MoE
-            model is of another parent.
+            model, or the calibration, is of another parent.
     """
     check_source(dense)
     arch, moe_arch = dense.architecture, moe.architecture
@@ -118,7 +126,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
     groups: dict[str, WeightGroup] = {}
     dtypes: dict[torch.dtype, None] = {}
     is_exact = _constants_are_as_written(moe)
-    spec = _spec_of(arch, moe_arch)
+    spec = _split_by(calibration, dense, moe_arch, _spec_of(arch, moe_arch))
     names = list(hf_names(moe_arch))
     for name in track(names, "compare weights", len(names)):
         plan, _ = plan_hf_tensor(name, arch, moe_arch, spec)
@@ -201,6 +209,18 @@ def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | Non
     )
 
 
+def _split_by(calibration: Path | None, dense: DenseSource, moe_arch: Architecture, spec: UpcycleSpec) -> UpcycleSpec:
+    """Return the spec with the split of a calibration file, if it has one."""
+    split = Calibration(calibration).lineage["settings"]["expert_split"] if calibration else "consecutive"
+    if split == "consecutive":
+        return spec
+    layers = [layer for layer in range(moe_arch.num_layers) if moe_arch.is_moe_layer(layer)]
+    moe_layers = ",".join(map(str, layers))
+    spec = replace(spec, expert_split=split, calibration=str(calibration), moe_layers=moe_layers)
+    require_calibration(dense, spec)
+    return spec
+
+
 def _kind(plan: TensorPlan) -> str:
     mapping = plan.mapping
     if plan.is_router or not (mapping.is_expert or mapping.is_shared):
@@ -223,7 +243,7 @@ def _pairs(
         for start in range(first, last, rows):
             stop = min(start + rows, last)
             theirs = moe.read(name, [(row, row + stop - start), *((0, size) for size in shape[1:])])
-            ours = dense.read(slice_.name, [(start, stop), *rest])
+            ours = plan.source(dense).read(slice_.name, [(start, stop), *rest])
             row += stop - start
             require_finite(theirs, name, moe)
             ours = ours.to(dtype)

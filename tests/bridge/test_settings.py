@@ -44,7 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _train(
     dense: Path, folder: Path, settings: dict[str, Any], options: dict[str, Any], rate: float
 ) -> dict[str, Any]:
-    """Train on this rank; return weights after each step, and the coefficients that its routers had."""
+    """Train on this rank; return weights and biases after each step, and the coefficients that its routers had."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
@@ -57,19 +57,21 @@ def _train(
     from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
     from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
-    spec = UpcycleSpec(num_experts=4, top_k=2)
+    spec = UpcycleSpec(num_experts=4, top_k=2, method=options.pop("method", "copy"))
     config = UpcyclingConfig.of(run_config(dense, folder, spec, **options))
     config.optimizer.lr = config.optimizer.min_lr = rate
     config.checkpoint.save_interval = 2
     for name, value in settings.items():
         setattr(config.upcycle, name, value)
     upcycle_on_start(config, dense, spec)
-    seen: dict[str, Any] = {"weights": [], "coefficients": []}
+    seen: dict[str, Any] = {"weights": [], "coefficients": [], "biases": []}
 
     class Watch(Callback):
         def _note(self, context: CallbackContext) -> None:
             named = [pair for chunk in context.model for pair in chunk.named_parameters()]
             seen["weights"].append({name: weight.detach().clone() for name, weight in named})
+            buffers = [pair for chunk in context.model for pair in chunk.named_buffers()]
+            seen["biases"].append({name: bias.clone() for name, bias in buffers if name.endswith("qb_beta")})
 
         def on_train_start(self, context: CallbackContext) -> None:
             self._note(context)
@@ -126,11 +128,30 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(dense: Path, tmp
         assert torch.equal(weight, resumed["weights"][-1][name]), name
 
 
-def test_routers_have_the_coefficient_of_the_step(dense: Path, tmp_path: Path) -> None:
-    (seen,) = _trained(dense, tmp_path / "run", {"aux_loss_steps": 2, "aux_loss_end": 0.5}, steps=4)
-    anneal = Anneal(start=seen["coefficients"][0].pop(), end=0.5, steps=2)
-    assert anneal.start > 0
-    assert [one.pop() for one in seen["coefficients"][1:]] == [anneal.at(step) for step in (1, 2, 3)]
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"pp": 2}], ids=str)
+def test_routers_have_the_coefficient_of_the_step(dense: Path, tmp_path: Path, layout: dict[str, int]) -> None:
+    settings, ranks = {"aux_loss_steps": 2, "aux_loss_end": 0.5}, 2 if layout else 1
+    for seen in _trained(dense, tmp_path / "run", settings, ranks=ranks, steps=4, **layout):
+        anneal = Anneal(start=seen["coefficients"][0].pop(), end=0.5, steps=2)
+        assert anneal.start > 0
+        assert [one.pop() for one in seen["coefficients"][1:]] == [anneal.at(step) for step in (1, 2, 3)]
+    words = "aux_loss 0.01, to 0.5 in the first 2 steps (cosine)"
+    assert read_json(tmp_path / "run/training.json")["balancing"] == words
+
+
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2}], ids=["dp2", "ep2", "tp2"])
+def test_a_dense_router_gradient_moves_the_routers_otherwise_and_keeps_the_first_loss(
+    dense: Path, tmp_path: Path, layout: dict[str, int]
+) -> None:
+    moves, losses = [], []
+    for value in (False, True):
+        folder, options = tmp_path / str(value), {"method": "drop"} | layout  # copies give a router no gradient
+        (seen, _) = _trained(dense, folder, {"dense_router_gradient": value}, ranks=2, **options)
+        moves.append(_moved(*seen["weights"], "router"))
+        losses.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+        assert ("dense_router_gradient" in read_json(folder / "training.json")) == value
+    assert losses[0] == losses[1]
+    assert (moves[0].sign() != moves[1].sign()).double().mean() > 0.05
 
 
 def test_a_spike_ends_the_run_on_all_ranks_where_that_is_asked_for(dense: Path, tmp_path: Path) -> None:
@@ -205,6 +226,17 @@ def test_a_wrong_setting_is_told_in_the_words_of_the_command(inputs: Path) -> No
     with pytest.raises(UpcycleError) as caught:
         training.check_parent("pretrain", str(inputs / "parent"), remote=False)
     assert caught.value.field == "pretrain.upcycle.router_lr_mult"
+
+
+def test_a_dense_router_gradient_is_planned_and_refused_before_anything_is_written(inputs: Path) -> None:
+    words, dense = ("upcycle.dense_router_gradient=true",), str(inputs / "parent")
+    facts = _training(*words).facts(dense)
+    assert facts is not None
+    assert facts.dense_router_gradient
+    training = _training(*words, "model.moe_token_dispatcher_type=allgather")
+    with pytest.raises(UpcycleError) as caught:
+        training.check_parent("pretrain", dense, remote=False)
+    assert caught.value.field == "pretrain.model.moe_token_dispatcher_type"
 
 
 @pytest.mark.full

@@ -35,6 +35,16 @@ def test_a_killed_run_resumes_to_the_bit_under_delayed_scaling(runs: Runs, delay
     assert delayed[-1]["loss"] < delayed[0]["loss"] - 0.1
 
 
+def test_the_lines_say_what_the_numbers_of_a_step_lose(delayed: list[dict[str, Any]]) -> None:
+    """A scale of 1 loses most gradients of the first step; later ones have scales of what was seen."""
+    first, last = (line["fp8"] for line in (delayed[0], delayed[-1]))
+    assert set(first) == {"input", "weight", "gradient"}
+    assert first["gradient"]["underflow"] > 2 * last["gradient"]["underflow"]
+    for operand in (*first.values(), *last.values()):
+        assert operand["amax"] > 0
+        assert 0 <= operand["saturated"] <= operand["underflow"] + 1 <= 2
+
+
 @pytest.mark.parametrize("recipe", quick(RECIPES, "blockwise"))
 def test_the_demo_trains_in_fp8(runs: Runs, recipe: str) -> None:
     losses = [line["loss"] for line in runs.train(f"{recipe}-alone", 1, steps=4, fp8=recipe)]

@@ -73,6 +73,13 @@ MISTAKES = {
     f"{DEMO} pretrain.trainer.strategy.expert_model_parallel_size=0": (
         "pretrain.trainer.strategy.expert_model_parallel_size: got 0, expected 1 or more"
     ),
+    f"{DEMO} pretrain.model.config.moe_router_bias_update_rate=-1": (
+        "pretrain.model.config.moe_router_bias_update_rate: got -1"
+    ),
+    f"{DEMO} pretrain.model.config.moe_router_load_balancing_type=quantile_balancing": (
+        "pretrain.model.config.moe_router_load_balancing_type: got quantile_balancing, expected a balancing that this "
+        "Megatron-Core has"
+    ),
     f"{DEMO} pretrain.model.config.mtp_num_layers=1": "pretrain.model.config.mtp_num_layers: got 1, expected None",
     f"{DEMO} dir=a dir=b --dryrun": "argument 'dir': got a and b, expected one value",
     f"{DEMO} --until data --until=report": "argument '--until': got data and report",

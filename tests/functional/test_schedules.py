@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemo_upcycle.trainers.schedules import Anneal, part_of
+from nemo_upcycle.utils.files import read_json
 from tests.distributed.ranks import run_ranks
 from tests.functional.runs import tiny_recipe
 from tests.functional.tiny import BATCH, LAYERS, prepare
@@ -82,6 +83,8 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any], settings
         setattr(recipe.optim.config, name, value)
     for name, value in options.get("model", {}).items():
         setattr(recipe.model.config, name, value)
+    for name, value in options.get("spec", {}).items():
+        setattr(recipe.resume.restore_config.spec, name, value)
     for name in ("warmup_steps", "constant_steps"):
         if name in options:
             setattr(recipe.optim.lr_scheduler, name, options[name])
@@ -289,3 +292,26 @@ def test_settings_without_effect_are_refused(
         jobs.train(request.node.callspec.id, 1, settings, steps=1, **options)
     for word in ("SpecError", *words):
         assert word in str(raised.value)
+
+
+def test_a_dense_router_gradient_moves_the_routers_otherwise_and_keeps_the_first_loss(jobs: Jobs) -> None:
+    options = {"steps": 1, "ep": 2, "spec": {"method": "drop"}}  # copies give a router no gradient
+    plain, dense = (
+        jobs.train(f"gradient-{value}", 2, {"dense_router_gradient": value}, **options)[0] for value in (False, True)
+    )
+    assert dense["shown"][0]["reduced_train_loss"] == plain["shown"][0]["reduced_train_loss"]
+    routers = [name for name in plain["weights"][0] if part_of(name) == "router"]
+    starts, *ends = (
+        [state[name] for name in routers] for state in (plain["weights"][0], plain["weights"][1], dense["weights"][1])
+    )
+    without, with_it = (torch.cat([(b - a).flatten() for a, b in zip(starts, end, strict=True)]) for end in ends)
+    assert (without.sign() != with_it.sign()).double().mean() > 0.05
+    settings = read_json(jobs.folder / "gradient-True/training.json")
+    assert settings["dense_router_gradient"] is True
+    assert "dense_router_gradient" not in read_json(jobs.folder / "gradient-False/training.json")
+
+
+def test_what_stands_in_its_way_is_refused_before_the_job(jobs: Jobs) -> None:
+    options = {"steps": 1, "model": {"moe_token_dispatcher_type": "allgather"}}
+    with pytest.raises(RuntimeError, match="moe_token_dispatcher_type: got allgather, expected alltoall"):
+        jobs.train("refused", 1, {"dense_router_gradient": True}, **options)

@@ -72,6 +72,7 @@ def test_training_json_holds_the_settings_that_act(runs: Runs, alone: list[dict[
         "max_lr": 1e-3,
         "schedule": {"name": "CosineAnnealing", "warmup_steps": 2, "constant_steps": 0, "min_lr": 1e-5},
         "lr_factors": {"router": 1.0, "experts": 1.0, "warmup_steps": 0, "freezes": "experts"},
+        "balancing": "aux_loss 0.01",
     }
     assert max(line["lr"] for line in alone) == pytest.approx(settings["max_lr"])
 

@@ -6,7 +6,7 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.spec import check_capacity
+from nemo_upcycle.utils.validation import check_capacity
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,14 @@ from nemo_upcycle.spec import check_capacity
         ({"num_experts": 8.0}, ["num_experts", "8.0"]),
         ({"method": "copi"}, ["copi", "Did you mean 'copy'?"]),
         ({"router_init": "norml"}, ["Did you mean 'normal'?"]),
-        ({"router_init": ["normal"]}, ["router_init", "Valid: normal, uniform, zero"]),
+        ({"router_init": ["normal"]}, ["router_init", "Valid: kmeans, normal, prompts, ridge, uniform, zero"]),
         ({"router_order": "softmax"}, ["softmax_topk"]),
+        ({"expert_split": "coactivated", "granularity": 2}, ["Did you mean 'coactivation'?"]),
+        ({"expert_split": "coactivation"}, ["granularity: got 1, expected 2 or more", "set granularity, or omit"]),
+        ({"calibration": "file"}, ["calibration: got file, expected none: nothing is read from it"]),
+        ({"router_init": "kmeans", "router_spread": -1.0}, ["router_spread: got -1.0"]),
+        ({"router_init": "kmeans", "router_prompts": "file"}, ["router_prompts: got file, expected none with router"]),
+        ({"router_init": "prompts"}, ["router_prompts: got none", "name it, or the calibration that was made of it"]),
         (
             {"router_score": "sigmoid", "router_order": "softmax_topk"},
             ["router_order: got softmax_topk, expected topk_softmax with router_score=sigmoid"],
@@ -69,6 +75,17 @@ def test_the_default_is_the_papers() -> None:
 def test_softmax_before_top_k(changes: dict, exact: bool, scale: float) -> None:
     spec = UpcycleSpec(**changes)
     assert (spec.is_exact, spec.down_scale) == (exact, scale)
+
+
+def test_a_router_from_data_is_exact_as_a_drawn_one_is() -> None:
+    kmeans = {"router_init": "kmeans", "calibration": "file"}
+    assert UpcycleSpec(**kmeans).is_exact
+    assert not UpcycleSpec(**kmeans, router_order="softmax_topk").is_exact
+    assert UpcycleSpec(**kmeans, router_order="softmax_topk", router_spread=0.0).is_exact
+    granular = kmeans | {"num_experts": 8, "top_k": 4, "granularity": 2, "router_score": "sigmoid"}
+    assert UpcycleSpec(**granular, router_std=5.0).is_exact
+    (reason,) = UpcycleSpec(**granular, router_spread=10.0).inexact_because
+    assert reason.startswith("router_spread=10 makes large logits")
 
 
 @pytest.mark.parametrize("factor", [4.5, float("inf"), float("nan")])

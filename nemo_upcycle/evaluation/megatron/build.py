@@ -13,7 +13,8 @@ from nemo_upcycle.convert.megatron_weights import CheckpointWeights, open_checkp
 from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.activation import activation_function
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
+from nemo_upcycle.models.balancing import QUANTILES, check_balancing
 from nemo_upcycle.models.mapping import BY_ROLE, ParamMapping, find_mapping, mapping_of, stored_as
 from nemo_upcycle.models.megatron_config import check_model, megatron_fields
 from nemo_upcycle.models.rotary import rope_frequencies
@@ -25,7 +26,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-(_BALANCING_BIAS,) = BY_ROLE["balancing_bias"].megatron
+_BALANCING_BIASES = tuple(name for role in BALANCING_BIASES for name in BY_ROLE[role].megatron)
 
 
 def layout_here(*, tp: int = 1, pp: int = 1, vp: int = 1, ep: int = 1) -> Layout:
@@ -143,11 +144,12 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=on_gpu and bool(arch.num_experts),
         moe_router_enable_expert_bias=arch.balancing_bias,
-        moe_router_load_balancing_type="none",  # a loss that nobody asks for
+        moe_router_load_balancing_type=QUANTILES if arch.quantile_bias else "none",  # a loss that nobody asks for
         moe_router_dtype="fp32",  # in 16 bits the logits of two copies can be equal
         **_sizes(layout),
         sequence_parallel=layout.tp > 1,  # without it Megatron 0.15 fails in a warning of its own
     )
+    check_balancing(config, arch.router_score)
     config.sequence_parallel = False  # a token of a continuation cannot be cut
     rows = 8 * layout.tp  # padding, as short as it can be
     chunks = []
@@ -201,7 +203,7 @@ def _parameters(
     """
     layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
     first_expert = coords.experts.rank * (arch.num_experts or 0) // coords.experts.size
-    biases = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(_BALANCING_BIAS)]
+    biases = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(_BALANCING_BIASES)]
     for _, bias in biases:
         bias.data = bias.data.float()  # of the model's type they would be rounded
     for name, parameter in (*chunk.named_parameters(), *biases):

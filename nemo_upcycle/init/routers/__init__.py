@@ -8,15 +8,46 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any, TypeVar
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.spec import ROUTER_INITS, ROUTER_KINDS, ROUTER_ORDERS, ROUTER_SCORES, RouterInit, RouterKind
 
 
-__all__ = ["RouterInit", "RouterKind", "register"]
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_upcycle.init.calibration import LayerSample
+    from nemo_upcycle.spec import UpcycleSpec
+
+
+__all__ = ["CalibratedInit", "RouterInit", "RouterKind", "register"]
 
 _Type = TypeVar("_Type", bound="type[RouterKind] | type[RouterInit]")
+
+
+class CalibratedInit(RouterInit):
+    """Rows that are made of what enters the MoE, once for each layer, and read from the calibration file."""
+
+    texts = "blend"
+
+    @abstractmethod
+    def fit(self, sample: LayerSample) -> torch.Tensor:
+        """Return the row of every copy, [C, D] in float64, of any scale; the same bits whatever the machine's threads.
+
+        Args:
+            sample: what enters the MoE of the layer.
+        """
+
+    def rows(self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[Any]) -> torch.Tensor:
+        """See `RouterInit.rows`."""
+        from nemo_upcycle.init.calibration import calibration_of
+
+        calibration = calibration_of(spec)
+        assert calibration is not None
+        return calibration.router(layer).double() * spec.router_spread
 
 
 def register(type_: _Type) -> _Type:

@@ -20,7 +20,9 @@ class Normal(RouterInit):
 
     name = "normal"
 
-    def rows(self, spec: UpcycleSpec, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    def rows(
+        self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
         """See `RouterInit.rows`."""
         from nemo_upcycle.init.rng import normal
 

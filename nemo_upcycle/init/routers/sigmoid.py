@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.init.routers import RouterKind, register
+from nemo_upcycle.spec import ROUTER_INITS
 
 
 if TYPE_CHECKING:
@@ -12,8 +13,9 @@ if TYPE_CHECKING:
 
     from nemo_upcycle.spec import UpcycleSpec
 
-#: Up to here a logit of 17, whose sigmoid is 1 in float32, is rare: 5.3 sigma for a token of 16,384 numbers of RMS 1.
-_SAFE_STD = 0.025
+#: Up to here a logit of 17, whose sigmoid is 1 in float32, is rare: 5.3 sigma for a token of 16,384 numbers of RMS 1,
+#: and as many spreads of a router from data.
+_SAFE_STD, _SAFE_SPREAD = 0.025, 3.2
 
 
 @register
@@ -34,9 +36,11 @@ class Sigmoid(RouterKind):
 
     def inexact_because(self, spec: UpcycleSpec) -> str:
         """Return that scores of several copies are equal, where granularity needs them apart."""
-        if not (spec.needs_float32_routing and spec.router_std > _SAFE_STD):
+        from_data = bool(ROUTER_INITS[spec.router_init].texts)
+        name, safe = ("router_spread", _SAFE_SPREAD) if from_data else ("router_std", _SAFE_STD)
+        if not (spec.needs_float32_routing and getattr(spec, name) > safe):
             return ""
         return (
-            f"router_std={spec.router_std:.3g} makes large logits, whose sigmoid scores are all 1 in float32:"
+            f"{name}={getattr(spec, name):.3g} makes large logits, whose sigmoid scores are all 1 in float32:"
             " top-k then mixes copies"
         )

@@ -21,7 +21,9 @@ class Uniform(RouterInit):
 
     name = "uniform"
 
-    def rows(self, spec: UpcycleSpec, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    def rows(
+        self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
         """See `RouterInit.rows`."""
         from nemo_upcycle.init.rng import uniform
 

@@ -24,7 +24,9 @@ class Zero(RouterInit):
         """See `RouterInit.is_zero`."""
         return True
 
-    def rows(self, spec: UpcycleSpec, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    def rows(
+        self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
         """See `RouterInit.rows`."""
         import torch
 

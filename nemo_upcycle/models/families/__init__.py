@@ -95,7 +95,7 @@ def require_class(moe_arch: Architecture) -> None:
     for family in targets():
         titles.setdefault(next(family.unsupported(moe_arch)), []).append(family.title)
     fix = "keep the model in NeMo: it trains and evaluates there"
-    if moe_arch.mamba:
+    if moe_arch.mamba or moe_arch.quantile_bias:
         fix = "keep the model in Megatron-Bridge"
     if moe_arch.window:
         fix += ", or set sliding_window to null in config.json if training sequences were no longer"

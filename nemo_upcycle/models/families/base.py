@@ -228,6 +228,7 @@ class MoeFamily(Family, ABC):
             "a bias of the attention's output": arch.attention_out_bias and not self.has_attention_bias,
             "biases of the feed-forward network": arch.ffn_bias,
             f"{arch.router_score} scores": arch.router_score != self.router_score,
+            "quantile_balancing: biases of the router's logits": arch.quantile_bias,
             "a routed_scaling_factor": is_scaled and "routed_scaling_factor" not in self.defaults,
             f"norms {place} attention and network": arch.post_norm != self.post_norm,
             f"norms of query and key {width}": arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm,

@@ -2,8 +2,9 @@
 
 # No postponed annotations here, and Optional[...]: NeMo-Run parses values by them.
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Optional
 
 import nemo_run as run
@@ -14,6 +15,7 @@ from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.commands import BRIDGE_RECIPES
 from nemo_upcycle.planning.hardware import gpu_names, known_gpu, known_recipe
+from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge_training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
 from nemo_upcycle.utils.validation import check_whole
@@ -54,7 +56,8 @@ def pipeline(
     """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model, with Megatron-Bridge.
 
     Run it again after a stop of any kind, with the same `dir`: finished stages are skipped, training resumes from its
-    last checkpoint. `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` change a recipe as Bridge's command line does.
+    last checkpoint. `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` change a recipe as Bridge's command line does, and
+    `pretrain.spec.FIELD=VALUE` its UpcycleSpec.
 
     Args:
         ctx: NeMo-Run's context of the command.
@@ -100,7 +103,7 @@ def training_of(
 
     Args:
         recipe: its name.
-        settings: `KEY=VALUE`, as Bridge's command line takes them.
+        settings: `KEY=VALUE`, as Bridge's command line takes them; `spec.FIELD=VALUE` of the UpcycleSpec.
         gpus: ranks; None takes those in the recipe's name.
         gpus_per_node: how many of them a node has; None: as many as one with the GPU in the recipe's name, else 8.
 
@@ -125,7 +128,25 @@ def training_of(
         raise UpcycleError(
             "gpus", got=ranks, expected=f"a multiple of gpus_per_node ({gpus_per_node})", fix="change one of them"
         )
-    return BridgeTraining(recipe, tuple(settings), ranks // per_node, per_node)
+    prefix = "spec."
+    others = tuple(word for word in settings if not word.startswith(prefix))
+    changes = json.dumps(_fields(word.removeprefix(prefix) for word in settings if word.startswith(prefix)))
+    return BridgeTraining(recipe, others, ranks // per_node, per_node, changes=changes)
+
+
+def _fields(words: Iterable[str]) -> dict[str, Any]:
+    """Return fields of the spec from `FIELD=VALUE`, each of the type of its default."""
+    fields, default = dict[str, Any](), UpcycleSpec().to_dict()
+    for name, _, value in (word.partition("=") for word in words):
+        if name not in default:
+            raise UpcycleError.unknown("pretrain.spec: field", name, default)
+        kind = type(default[name])
+        try:
+            fields[name] = kind(value)
+        except ValueError:
+            expected = "a whole number" if kind is int else "a number"
+            raise UpcycleError(f"pretrain.spec.{name}", got=f"'{value}'", expected=expected, fix="give one") from None
+    return fields
 
 
 def chain(name: str) -> Callable[..., run.Partial]:

@@ -65,6 +65,7 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
         recompute=facts.recompute,
         dispatcher=_dispatcher(facts),
         overlap=facts.overlap,
+        dense_router_gradient=facts.dense_router_gradient,
     )
     request = PlanRequest(
         arch=facts.arch,

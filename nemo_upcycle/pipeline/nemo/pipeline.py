@@ -10,7 +10,13 @@ from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, answe
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.trainers.nemo.checks import check_data, check_kernels, check_parents, check_recipe
+from nemo_upcycle.trainers.nemo.checks import (
+    check_calibration,
+    check_data,
+    check_kernels,
+    check_parents,
+    check_recipe,
+)
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
 from nemo_upcycle.trainers.values import setting
@@ -88,6 +94,7 @@ class _OthersContext(run.cli.RunContext):
 def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
     """Check a training that `nemo llm pretrain` was told to start, and return it."""
     check_recipe(task)
+    check_calibration(task, here=is_local(ctx.executor) and not ctx.dryrun)
     if is_local(ctx.executor):
         if not ctx.dryrun:
             check_kernels(task)

@@ -8,8 +8,9 @@ from typing import Any
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
 
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.balancing import act_as_set
 from nemo_upcycle.trainers.bridge.models import upcycled_provider
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, load_receipt
 
@@ -27,6 +28,7 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
 
     Raises:
         UpcycleError: the run was not upcycled, or has no checkpoint.
+        SpecError: `seq_aux_loss`, in which tokens that pad a sequence would count.
 
     Example:
         >>> finetune_from(config, "/runs/mine", expert_model_parallel_size=8)  # doctest: +SKIP
@@ -43,5 +45,19 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
     spec = UpcycleSpec(**receipt["spec"]) if receipt["spec"] else None
     changes = {"seq_length": config.dataset.seq_length, "perform_initialization": False} | changes
     config.model = upcycled_provider(receipt["source"], spec, **changes)
+    if "seq_aux_loss" in (kinds := config.model.moe_router_load_balancing_type):  # a name, or a list of them
+        raise SpecError(
+            field="config.model.moe_router_load_balancing_type",
+            got=kinds,
+            expected="no loss of single sequences: Bridge gives routers no mask of the tokens that pad one",
+            fix="set aux_loss, or none",
+        )
+    config.model.register_pre_wrap_hook(_let_losses_act)
     config.tokenizer.use_tokenizer_vocab_size = False
     config.checkpoint.pretrained_checkpoint = str(run)
+
+
+def _let_losses_act(chunks: list[Any]) -> list[Any]:
+    """Let auxiliary losses act with their coefficients, as in the run before."""
+    act_as_set(chunks[0].config)
+    return chunks

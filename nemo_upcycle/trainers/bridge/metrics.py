@@ -12,16 +12,19 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
+from nemo_upcycle.cpu.fp8_losses import watch_fp8
 from nemo_upcycle.data.blend_samples import describe_blend
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
+from nemo_upcycle.trainers.balancing import describe_balancing
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.settings import settings_of
 from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
+from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 
 
 class BridgeMetrics(Callback):
@@ -59,7 +62,8 @@ class BridgeMetrics(Callback):
             config.train.global_batch_size,
             config.train.train_iters,
         )
-        self._metrics = StepMetrics(facts, health, context.state.train_state.step, _settings(config))
+        step = context.state.train_state.step
+        self._metrics = StepMetrics(facts, health, step, _settings(config), watch_fp8(transformer))
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         """Note the learning rate of the step: after it, the next one's is set."""
@@ -132,7 +136,7 @@ def loss_on_last_rank(losses: dict[str, torch.Tensor] | None) -> torch.Tensor | 
 def _settings(config: ConfigContainer) -> dict[str, Any]:
     """Return what a run is trained on and with: data, batch, sequence length, precision, learning rate."""
     data, scheduler, optimizer = config.dataset, config.scheduler, config.optimizer
-    factors, _ = settings_of(config).schedules()
+    factors, anneal = settings_of(config).schedules()
     precision = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
     name = "bf16" if precision and precision.bf16 else "fp16" if precision and precision.fp16 else "32"
     return {
@@ -152,4 +156,6 @@ def _settings(config: ConfigContainer) -> dict[str, Any]:
             "min_lr": optimizer.min_lr,
         },
         "lr_factors": asdict(factors),
+        **({DENSE_GRADIENT: True} if settings_of(config).dense_router_gradient else {}),
+        **describe_balancing(getattr(config.model, "transformer", config.model), anneal),
     }

@@ -22,12 +22,14 @@ from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists, i
 from megatron.training.models.base import ModelConfig
 
 from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.models.balancing import QUANTILES
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.balancing import act_as_set
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
 from nemo_upcycle.trainers.bridge.settings import require_callbacks
@@ -147,6 +149,7 @@ class UpcycleHook:
         if config.checkpoint.async_save and not torch.cuda.is_available():
             expected = "False without a GPU: Bridge divides by the number of GPUs"
             raise SpecError(field="config.checkpoint.async_save", got=True, expected=expected, fix="set it to False")
+        losses = act_as_set(chunks[0].config)
         if not _goes_on(config, self.paths, self.spec):
             if config._checkpoint_load_required:
                 raise SpecError(
@@ -156,6 +159,7 @@ class UpcycleHook:
                     fix="call pretrain(config, forward_step), on any data; finetune_from(config, run) follows it",
                 )
             receipt = fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights)
+            receipt.auxiliary_losses = losses
             with open_dense(self.paths[0]) as dense:
                 padding = chunks[0].vocab_size - dense.architecture.vocab_size
             if padding:
@@ -214,6 +218,8 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
             expected=f"a multiple of TP: Bridge pads no vocabulary that is set ({rest} rows are over)",
             fix="give the model a vocab_size that TP divides: rows that only pad are filled with zeros",
         )
+    if spec and transformer.moe_router_load_balancing_type == QUANTILES:
+        _check_quantiles(config.dataset.seq_length * config.train.micro_batch_size, spec)
     is_interleaved = getattr(transformer, "moe_mlp_glu_interleave_size", None)
     saves_hf = is_interleaved and checkpoint.also_save_hf_checkpoint
     is_local = checkpoint.non_persistent_ckpt_type == "local"
@@ -254,6 +260,17 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
         )
     if spec and checkpoint.also_save_hf_checkpoint:
         _check_template(checkpoint.hf_source_path, spec)
+
+
+def _check_quantiles(tokens: int, spec: UpcycleSpec) -> None:
+    """Check that the quantiles of a micro-batch's tokens exist: all experts get as many tokens."""
+    if rest := tokens * spec.top_k % spec.num_experts:
+        raise SpecError(
+            field="config.train.micro_batch_size",
+            got=f"{tokens} tokens of {spec.top_k} experts each, {rest} more than {spec.num_experts} experts share",
+            expected=f"with {QUANTILES}, tokens that all experts can have as many of",
+            fix="change it, or config.dataset.seq_length",
+        )
 
 
 def _check_template(source: str | None, spec: UpcycleSpec) -> None:

@@ -12,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_upcycle.data.dense import local_parent, read_parent
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
+from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.planning.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
+from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
 from nemo_upcycle.trainers.schedules import schedules_of
 from nemo_upcycle.trainers.values import check_masters, check_values, setting
 from nemo_upcycle.utils.validation import is_whole
@@ -94,6 +96,8 @@ def check_settings(recipe: run.Partial, where: str = "") -> None:
         schedules_of(**{name: value for name in names if (value := setting(recipe, f"optim.{name}")) is not None})
     except SpecError as error:
         raise error.renamed(lambda name: f"{where}optim.{name}") from None
+    if setting(recipe, f"optim.{DENSE_GRADIENT}"):
+        check_router_gradient(recipe.model.config, f"{where}model.config.", f"{where}optim.")
     try:
         restore = setting(recipe, "resume.restore_config")
         if hasattr(restore, "spec"):
@@ -178,6 +182,24 @@ def check_kernels(recipe: run.Partial, where: str = "") -> None:
                 f"{where}model.config.apply_rope_fusion=False"
             ),
         )
+
+
+def check_calibration(recipe: run.Partial, *, here: bool) -> None:
+    """Check that a recipe which is trained by itself names the calibration file that its spec needs.
+
+    Args:
+        recipe: of a training job.
+        here: whether it starts on this machine, which then has to have the file.
+
+    Raises:
+        UpcycleError: it names none, or the file is missing, damaged, or something else.
+    """
+    spec = spec_of(recipe) if setting(recipe, "resume.restore_config.spec") else None
+    if spec and (here or not spec.calibration):
+        try:
+            calibration_of(spec)
+        except SpecError as error:
+            raise error.renamed(lambda name: f"resume.restore_config.spec.{name}") from None
 
 
 def check_data(recipe: run.Partial) -> None:

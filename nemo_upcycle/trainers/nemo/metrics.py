@@ -11,10 +11,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
+from nemo_upcycle.cpu.fp8_losses import watch_fp8
 from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
+from nemo_upcycle.trainers.balancing import describe_balancing
+from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.utils.nested import flat
 
 
@@ -66,7 +69,8 @@ class MetricsLogger(Callback):
             self.gpu,
             self.expert_distance_every,
         )
-        self._metrics = StepMetrics(training, health, trainer.global_step, _settings(trainer, pl_module))
+        settings = _settings(trainer, pl_module)
+        self._metrics = StepMetrics(training, health, trainer.global_step, settings, watch_fp8(config))
         if trainer.num_sanity_val_steps and trainer.global_step == 0:
             self._metrics.validation(0, self._loss_before)
 
@@ -96,7 +100,9 @@ class MetricsLogger(Callback):
 
     def _log(self, trainer: pl.Trainer, line: dict[str, Any]) -> None:
         """Pass the line to TensorBoard and other loggers, without what NeMo logs there itself."""
-        rates = {name: line[name] for name in line if name.startswith(("tokens_per_s", "tflops", "mfu", "memory"))}
+        rates = {
+            name: line[name] for name in line if name.startswith(("tokens_per_s", "tflops", "mfu", "memory", "fp8"))
+        }
         scalars = dict(flat(rates, "/"))
         every_layer = line["step"] % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         for name, values in line.get("router", {}).items():
@@ -132,8 +138,10 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "max_lr": optim.config.lr,
         "schedule": schedule | {name: getattr(scheduler, name) for name in parts if hasattr(scheduler, name)},
     }
-    factors = getattr(optim, "factors", None)  # of `UpcycleOptimizer`
-    return settings | ({"lr_factors": asdict(factors)} if factors else {})
+    settings |= describe_balancing(pl_module.config, getattr(optim, "aux_loss", None))  # of `UpcycleOptimizer`
+    factors = getattr(optim, "factors", None)
+    settings |= {"lr_factors": asdict(factors)} if factors else {}
+    return settings | ({DENSE_GRADIENT: True} if getattr(optim, DENSE_GRADIENT, False) else {})
 
 
 def _move_logs_only() -> None:

@@ -22,9 +22,11 @@ from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.calibrated import with_calibration
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.checks import check_kernels, check_parent, check_recipe, precision_name, ranks_of
 from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
+from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.trainers.values import setting
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.ranks import is_first_rank
@@ -134,6 +136,7 @@ class NeMoTraining(Training):
             overlap=("tp",) if getattr(overlaps, "tp_comm_overlap", False) else (),
             gradients=_gradients(recipe),
             low_params=any(setting(recipe, f"trainer.plugins.{name}") for name in ("fp8_param_gather", "fp8_params")),
+            dense_router_gradient=bool(setting(recipe, f"optim.{DENSE_GRADIENT}")),
             software=DEFAULT_SOFTWARE,
             weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,
             save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
@@ -154,6 +157,7 @@ class NeMoTraining(Training):
         values = {name: setting(self.recipe, name) for name in _SHOWN}
         if not setting(self.recipe, _FP8):
             del values[_FP8_RECIPE]
+        values[f"optim.{DENSE_GRADIENT}"] = setting(self.recipe, f"optim.{DENSE_GRADIENT}") or None
         return {
             name: value for name, value in values.items() if value is not None and not isinstance(value, fdl.Buildable)
         }
@@ -215,6 +219,9 @@ class NeMoTraining(Training):
         from nemo_upcycle.trainers.nemo.stopping import step_kept
 
         place_recipe(recipe, folder, dense_folder, data_folder)
+        spec = with_calibration(spec_of(recipe), folder, dense_folder, data_folder)
+        if spec and spec.calibration:
+            recipe.resume.restore_config.spec.calibration = spec.calibration
         for callback in recipe.trainer.callbacks if suite else ():
             if _is(callback, "EvaluateWhileTraining"):
                 callback.suite = str(suite)

@@ -22,10 +22,11 @@ from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.online.receipt import ActingCoefficient, UpcycleReceipt
+from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.balancing import act_as_set
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
@@ -96,9 +97,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
         overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
         with temporarily_set(model.config, "perform_initialization", False) if overwritten else nullcontext():
             super().setup_megatron_parallel(trainer)
-        self._auxiliary_losses = _act_as_set(model.config)
-        if torch.distributed.get_rank() == 0:
-            _say(self._auxiliary_losses)
+        self._auxiliary_losses = act_as_set(model.config)
 
     def init_model_parallel(self) -> None:
         """Wrap the chunks, then fill them from the dense checkpoint, before optimizers make master weights of them."""
@@ -148,29 +147,6 @@ def _check_gather(ddp: Any) -> None:
             expected="False with parameters in MXFP8, which NeMo 2.7 would gather before they are there",
             fix="set it to False, also in MegatronCommOverlapCallback",
         )
-
-
-def _act_as_set(config: Any) -> list[ActingCoefficient]:
-    """Correct auxiliary losses, where this Megatron has the names by which they are measured."""
-    try:
-        from nemo_upcycle.trainers.nemo.aux_loss import act_as_set
-    except ImportError as error:
-        if torch.distributed.get_rank() == 0:
-            show_messages().warning("auxiliary losses act as Megatron has them, not measured: %s", error.msg)
-        return []
-    return act_as_set(config)
-
-
-def _say(losses: list[ActingCoefficient]) -> None:
-    """Report the auxiliary losses that do not act as they are set, and those that this package corrects."""
-    for loss in losses:
-        if loss.acting != loss.coefficient:
-            text = "%s: a coefficient of %g acts as %g (%s); a coefficient %.4g times as large compensates"
-            show_messages().warning(
-                text, loss.name, loss.coefficient, loss.acting, loss.why, loss.coefficient / loss.acting
-            )
-        elif loss.why != "as set":
-            show_messages().info("%s: a coefficient of %g acts as set (%s)", loss.name, loss.coefficient, loss.why)
 
 
 def _report(receipt: UpcycleReceipt) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_upcycle.cli.main import main
+from nemo_upcycle.errors import UpcycleError
 from tests.unit.cli.test_plan import _json, _run
 
 
@@ -92,3 +93,16 @@ def test_bridges_command_of_a_model_has_the_gradients_that_are_planned(capsys: p
     ][0]
     assert row["layout"]["gradients"] == "fp32"
     assert "mixed_precision=bf16_mixed" in row["command"]
+
+
+def test_plan_has_the_cost_of_a_router_gradient_of_all_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--recipe", "llama3_8b_e8t2", "--gpus", "128", "--layout", "cp=2,ep=8")
+    plain, dense = (_json(capsys, *options, *more)["rows"][0] for more in ((), ("--dense-router-gradient",)))
+    assert 1.3 < dense["hours"] / plain["hours"] < 2.2
+    assert "optim.dense_router_gradient=True" in dense["command"]
+    assert "dense_router_gradient" not in plain["command"]
+    _run(*options, "--dense-router-gradient", "--explain", "1")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "router gradient of all experts: 6.765e+10 FLOPs of a token more, 74 %, none of MFU" in text
+    with pytest.raises(UpcycleError, match="none for a dense model"):
+        _run("--recipe", "llama3_8b_dense_ct", "--gpus", "128", "--dense-router-gradient")

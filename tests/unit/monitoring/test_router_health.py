@@ -18,6 +18,8 @@ def _health(layers: Sequence[int] | None = None, **changes: Any) -> RouterHealth
         "num_moe_experts": 4,
         "moe_router_topk": 2,
         "moe_router_load_balancing_type": "aux_loss",
+        "moe_router_enable_expert_bias": False,
+        "moe_z_loss_coeff": None,
         "ffn_hidden_size": 64,
         "moe_ffn_hidden_size": 64,
     }

@@ -252,3 +252,36 @@ def test_the_papers_grid_takes_the_papers_blend_and_knows_that_its_learning_rate
     assert lengths == {"capacity_4": 6438, "dense": 6438, "dense_equal_flops": 10199}
     assert cells["capacity_4-seed1"]["schedule"] == cells["dense-seed1"]["schedule"]
     assert "lr=3e-05, CosineAnnealingScheduler(" in cells["dense-seed1"]["schedule"]
+
+
+def test_arms_of_the_grid_of_routers_differ_from_their_references_in_one_thing() -> None:
+    """What a router starts from, its scores, what balances or teaches it, or how networks are cut."""
+    routers = read_grid("routers")
+    recipes = {name[: -len("-seed1")]: load_recipe(text) for name, text in routers.cells.items() if "seed1" in name}
+    names = ("num_experts", "top_k", "granularity", "method")
+    for arm, reference in routers.described["references"].items():
+        one, other = recipes[arm], recipes[reference]
+        specs = [recipe.resume.restore_config.spec for recipe in (one, other)]
+        assert len({tuple(getattr(spec, name) for name in names) for spec in specs}) == 1
+        assert one.data == other.data
+        assert one.trainer.max_steps == other.trainer.max_steps
+        balanced = [
+            (config.moe_router_load_balancing_type, config.moe_router_enable_expert_bias)
+            for config in (one.model.config, other.model.config)
+        ]
+        taught = [getattr(recipe.optim, "dense_router_gradient", False) for recipe in (one, other)]
+        drawn = [(spec.router_init, spec.router_std, spec.router_score, spec.expert_split) for spec in specs]
+        assert sum(pair[0] != pair[1] for pair in (balanced, taught, drawn)) == 1, arm
+    assert len(routers.cells) == 3 * len(recipes) == 42
+
+
+def test_arms_of_the_grid_of_fp8_differ_in_their_precision_alone() -> None:
+    fp8 = read_grid("fp8")
+    recipes = {name[: -len("-seed1")]: load_recipe(text) for name, text in fp8.cells.items() if "seed1" in name}
+    kinds = {name: (recipe.trainer.plugins.fp8, recipe.trainer.plugins.fp8_recipe) for name, recipe in recipes.items()}
+    assert kinds["bf16"][0] is None
+    assert kinds["delayed"] == kinds["delayed_short"] == ("hybrid", "delayed")
+    assert (kinds["current"], kinds["blockwise"]) == (("hybrid", "tensorwise"), ("hybrid", "blockwise"))
+    assert kinds["mxfp8"] == ("e4m3", "mxfp8")
+    assert {recipe.trainer.plugins.precision for recipe in recipes.values()} == {"bf16-mixed"}
+    assert all(recipe.model == recipes["bf16"].model for recipe in recipes.values())

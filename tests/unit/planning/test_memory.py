@@ -163,3 +163,14 @@ def test_buffers_pad_where_megatron_pads() -> None:
     assert [buffer.owned(shard) for shard in range(4)] == [160, 140, 102, 68]
     alone = lay_out([(100, True), (70, False)], shards=2, bucket=None)
     assert alone.buckets == ((0, 128), (128, 256))
+
+
+def test_a_router_gradient_of_all_experts_keeps_eight_bytes_an_expert_and_no_output() -> None:
+    layout, work = parse_layout("ep=8", 8), replace(WORK, seq_length=1024)
+    plain, dense = (
+        layer_bytes(LLAMA, layout, replace(work, dense_router_gradient=value), moe=True, fp8=False)
+        for value in (False, True)
+    )
+    assert dense.plain - plain.plain == 1024 * 8 * 8
+    assert dense.routed == plain.routed
+    assert plain.working < dense.working < 1.3 * plain.working  # copies that are sent

@@ -122,6 +122,7 @@ def test_the_command_and_the_resolved_recipes_are_named(run_dir: Path) -> None:
 
 def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     other = SETTINGS | {"data": "blend tiny (blend)", "ranks": 1, "lr_factors": {}}
+    del other["balancing"]
     (run_dir / "dense_ct/training.json").write_text(json.dumps(other))
     path = run_dir / "pretrain/metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -139,6 +140,7 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     rate = "3e-05, CosineAnnealing to 3e-07 over 3 steps, 1 of them warm-up"
     assert found["learning rate, peak"] == [rate, rate]
     assert found["factors on the learning rate"] == ["router 4, experts 1, experts frozen for 100 steps", "-"]
+    assert found["balancing of the experts"] == ["aux_loss 0.01, z_loss 0.001", "-"]
     assert found["batch, sequences a step"] == ["4 (micro batch 1)"] * 2
     assert found["sequence length, tokens"] == ["250", "250"]
     assert found["precision"] == ["bf16-mixed"] * 2

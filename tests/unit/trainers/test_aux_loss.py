@@ -37,7 +37,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> set[str]:
 def test_every_coefficient_acts_as_set_on_one_rank(settings: dict[str, Any]) -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from nemo_upcycle.trainers.nemo.aux_loss import act_as_set
+    from nemo_upcycle.trainers.aux_loss import act_as_set
 
     names, values = ["aux_loss", "seq_aux_loss", "global_aux_loss"], [0.012345678, 0.0, 0.03]
     config = _config(
@@ -58,7 +58,7 @@ def test_every_coefficient_acts_as_set_on_one_rank(settings: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("changes", [{"num_experts": None}, {"moe_router_load_balancing_type": "none"}])
 def test_a_model_without_auxiliary_losses_reports_no_coefficient(changes: dict[str, Any]) -> None:
-    from nemo_upcycle.trainers.nemo.aux_loss import act_as_set
+    from nemo_upcycle.trainers.aux_loss import act_as_set
 
     assert act_as_set(_config(**changes)) == []
 
@@ -68,7 +68,7 @@ def test_a_coefficient_that_starts_at_zero_is_corrected_for_the_steps_that_raise
 ) -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from nemo_upcycle.trainers.nemo.aux_loss import act_as_set
+    from nemo_upcycle.trainers.aux_loss import act_as_set
 
     megatrons = MoEAuxLossAutoScaler.set_loss_scale
     halving = staticmethod(lambda scale: megatrons(scale / 2))  # as on two ranks of a context-parallel group
@@ -84,14 +84,16 @@ def test_a_megatron_without_the_needed_names_trains_with_a_warning(
 ) -> None:
     from megatron.core.transformer.moe import moe_utils
 
-    from nemo_upcycle.trainers.nemo import upcycling
+    import nemo_upcycle.trainers
+    from nemo_upcycle.trainers.balancing import act_as_set
     from nemo_upcycle.utils.progress import show_messages
 
     config = _config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01)
     monkeypatch.setattr(show_messages(), "propagate", True)
     monkeypatch.delattr(moe_utils, "get_default_pg_collection")
-    monkeypatch.delitem(sys.modules, "nemo_upcycle.trainers.nemo.aux_loss", raising=False)
-    assert upcycling._act_as_set(config) == []
+    monkeypatch.delitem(sys.modules, "nemo_upcycle.trainers.aux_loss", raising=False)
+    monkeypatch.delattr(nemo_upcycle.trainers, "aux_loss", raising=False)
+    assert act_as_set(config) == []
     (warning,) = _warnings(caplog)
     assert "cannot import name 'get_default_pg_collection'" in warning
 
@@ -99,10 +101,10 @@ def test_a_megatron_without_the_needed_names_trains_with_a_warning(
 def test_a_job_warns_of_a_loss_that_does_not_act_as_set(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_upcycle.trainers.nemo.upcycling import _say
+    from nemo_upcycle.trainers.balancing import _say
     from nemo_upcycle.utils.progress import show_messages
 
     monkeypatch.setattr(show_messages(), "propagate", True)
-    _say([ActingCoefficient("global_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])
+    _say([ActingCoefficient("seq_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])
     text = "a coefficient of 0.01 acts as 0.00125 (divided); a coefficient 8 times as large compensates"
-    assert _warnings(caplog) == {f"global_aux_loss: {text}"}
+    assert _warnings(caplog) == {f"seq_aux_loss: {text}"}

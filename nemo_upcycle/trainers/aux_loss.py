@@ -3,7 +3,9 @@
 A rank of a tensor- and context-parallel group computes its tokens' part of such a loss. Megatron sums gradients over
 tensor-parallel ranks and averages them over data- and context-parallel ones, so the context-parallel size belongs in
 the loss scale. In megatron-core 0.15 it is missing; with `calculate_per_token_loss` the tensor-parallel size is, too.
-What is missing is measured, not looked up by version: containers hold releases with fixes of their own.
+Of `global_aux_loss` data-parallel ranks have a part each as well, and the data-parallel size is missing in every
+release up to 0.19. What is missing is measured, not looked up by version: containers hold releases with fixes of
+their own.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from nemo_upcycle.online.receipt import ActingCoefficient
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
+GLOBAL = "global_aux_loss"
 #: Settings of the router that is measured: plain top-1, nothing dropped, no random number drawn, no loss scale.
 _PROBE: dict[str, Any] = {
     "moe_router_topk": 1,
@@ -32,6 +35,7 @@ _PROBE: dict[str, Any] = {
     "moe_router_group_topk": None,
     "moe_router_enable_expert_bias": False,
     "moe_router_fusion": False,
+    "moe_enable_routing_replay": False,
     "moe_expert_capacity_factor": None,
     "perform_initialization": False,
     "grad_scale_func": None,
@@ -41,12 +45,11 @@ _PROBE: dict[str, Any] = {
 
 
 def act_as_set(config: Any) -> list[ActingCoefficient]:
-    """Multiply Megatron's scale of auxiliary losses by what it lacks on this layout, in this process.
+    """Multiply what Megatron makes of auxiliary losses by what it lacks on this layout, in this process.
 
     The scale is where Megatron 0.16 has it, too: it serves every auxiliary loss and schedule, coefficients that change
-    during the training, and FP16's loss scale. Where nothing is missing, Megatron stays as it is. `global_aux_loss` is
-    weaker by the data-parallel size on top, in every release up to 0.19; that is reported and left so, because its
-    coefficients are chosen with Megatron as it is.
+    during the training, and FP16's loss scale. Where nothing is missing, Megatron stays as it is. What the global
+    loss lacks on top is multiplied into its coefficient, when a router asks for it.
 
     Args:
         config: the model's. Megatron's groups must be there, and every rank must call this.
@@ -55,11 +58,18 @@ def act_as_set(config: Any) -> list[ActingCoefficient]:
         What is set and what acts, for each auxiliary loss of the model.
     """
     _multiply_scale(1.0)
+    _multiply_global(1.0)
     if not config.num_moe_experts:
         return []
-    missing = round(1 / _acting_share(config, "aux_loss"), 4)
-    _multiply_scale(missing)
-    return [_describe(config, name, value, missing) for name, value in _coefficients(config).items()]
+    undone = round(1 / _acting_share(config, "aux_loss"), 4)
+    _multiply_scale(undone)
+    coefficients = _coefficients(config)
+    undone_global = round(1 / _acting_share(config, GLOBAL), 4) if GLOBAL in coefficients else 1.0
+    _multiply_global(undone_global)
+    return [
+        _describe(config, name, value, undone * (undone_global if name == GLOBAL else 1.0))
+        for name, value in coefficients.items()
+    ]
 
 
 def _multiply_scale(factor: float) -> None:
@@ -73,6 +83,21 @@ def _multiply_scale(factor: float) -> None:
     MoEAuxLossAutoScaler.set_loss_scale = staticmethod(original if factor == 1 else set_loss_scale)
 
 
+def _multiply_global(factor: float) -> None:
+    """Let routers balance the global batch with `factor` times its coefficient; 1 puts their own method back.
+
+    The loss that Megatron logs is divided by the same number, so it stays as it is.
+    """
+    original = getattr(TopKRouter.get_aux_loss_coeff, "__wrapped__", TopKRouter.get_aux_loss_coeff)
+
+    @functools.wraps(original)
+    def get_aux_loss_coeff(router: TopKRouter, aux_loss_type: str) -> float:
+        coefficient: float = original(router, aux_loss_type)
+        return coefficient * factor if aux_loss_type == GLOBAL else coefficient
+
+    TopKRouter.get_aux_loss_coeff = original if factor == 1 else get_aux_loss_coeff
+
+
 def _coefficients(config: Any) -> dict[str, float]:
     kinds, values = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     balancing = dict(zip(kinds, values, strict=True)) if isinstance(kinds, list) else {kinds: values}
@@ -80,13 +105,12 @@ def _coefficients(config: Any) -> dict[str, float]:
     return {name: value for name, value in {**losses, "z_loss": config.moe_z_loss_coeff}.items() if value}
 
 
-def _describe(config: Any, name: str, coefficient: float, missing: float) -> ActingCoefficient:
+def _describe(config: Any, name: str, coefficient: float, undone: float) -> ActingCoefficient:
     share, reasons = float(f"{_acting_share(config, name):.5g}"), []
-    if missing != 1:
-        reasons.append(f"megatron-core {megatron_version} divides it by {missing:g} on this layout, which is undone")
+    if undone != 1:
+        reasons.append(f"megatron-core {megatron_version} divides it by {undone:g} on this layout, which is undone")
     if share != 1:
-        replicas = parallel_state.get_data_parallel_world_size()
-        reasons.append(f"megatron-core divides {name} by the data-parallel size, {replicas}")
+        reasons.append(f"megatron-core {megatron_version} multiplies it by {share:g} on this layout")
     return ActingCoefficient(name, coefficient, coefficient * share, "; ".join(reasons) or "as set")
 
 
@@ -107,17 +131,23 @@ def _acting_share(config: Any, name: str) -> float:
     logits.requires_grad_()
     alone = logits.logsumexp(-1).square() if is_z_loss else config.num_moe_experts * logits.softmax(-1)[..., 0]
     expected = torch.autograd.grad(alone.sum(), logits)[0]
-    got = _gradient(probe, logits)
+    got = gradient_of_losses(TopKRouter(probe, get_default_pg_collection()).train(), logits)
     if not config.calculate_per_token_loss:  # by the sum over tensor-parallel ranks; else tokens are counted instead
         got = got * parallel_state.get_tensor_model_parallel_world_size()
     return float((got * expected).sum() / expected.square().sum())
 
 
-def _gradient(config: Any, logits: torch.Tensor) -> torch.Tensor:
-    """Return what the auxiliary losses alone add to the gradient of these logits on this rank."""
+def gradient_of_losses(router: TopKRouter, logits: torch.Tensor, **routing: Any) -> torch.Tensor:
+    """Return what a router's auxiliary losses alone add to the gradient of its logits on this rank.
+
+    Args:
+        router: in training.
+        logits: [S, B, E], a leaf that requires a gradient.
+        routing: further arguments of the router's `routing`.
+    """
     with temporarily_set(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):
-        scores, _ = TopKRouter(config, get_default_pg_collection()).train().routing(logits)
+        scores, _ = router.routing(logits, **routing)
         # What a schedule does after every forward step: here of a stage without a loss of its own.
         context = parallel_state.get_context_parallel_world_size()
-        forward_step_calc_loss(None, scores, None, config, None, False, 1, [], context, False)
+        forward_step_calc_loss(None, scores, None, router.config, None, False, 1, [], context, False)
         return torch.autograd.grad(scores, logits, torch.zeros_like(scores))[0]

@@ -1,0 +1,86 @@
+"""Biases that balance the experts in what chooses them: they begin at zero, so step 0 is the parent's.
+
+Losses only teach the router; `trainers/aux_loss.py` sees to their coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nemo_upcycle.errors import SpecError
+
+
+#: Megatron-Core 0.19's balancing: once a step, each expert's bias becomes the quantile of its logits that gives it as
+#: many tokens as every other.
+QUANTILES = "quantile_balancing"
+_EMA = "moe_router_quantile_balancing_ema"
+_BIASES = "moe_router_enable_expert_bias"
+_KIND = "moe_router_load_balancing_type"
+
+
+def balancing_bias(config: Any) -> dict[str, float]:
+    """Return what moves the biases of a model's routers, by Megatron's name; empty where they have none.
+
+    Args:
+        config: the model's.
+
+    Example:
+        >>> balancing_bias(chunk.config)  # doctest: +SKIP
+        {'moe_router_bias_update_rate': 0.001}
+    """
+    if not config.num_moe_experts:
+        return {}
+    names = ["moe_router_bias_update_rate"] if getattr(config, _BIASES) else []
+    names += [_EMA] if QUANTILES in _kinds(config) else []
+    return {name: getattr(config, name) for name in names}
+
+
+def check_balancing(config: Any, router_score: str) -> None:
+    """Check that biases which shall balance the experts can do so.
+
+    Args:
+        config: Megatron's, NeMo's or Bridge's, built or as a `run.Config`.
+        router_score: of the model's spec.
+
+    Raises:
+        SpecError: this Megatron-Core has none such, or another setting is in the way.
+    """
+    for name, in_the_way, expected, fix in (*_of_signs(config, router_score), *_of_quantiles(config)):
+        if in_the_way:
+            got = getattr(config, name)
+            raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix=fix)
+
+
+def _of_signs(config: Any, router_score: str) -> Iterator[tuple[str, bool, str, str]]:
+    """Yield what biases that move by a rate exclude: setting, whether it is in the way, what it must be, fix."""
+    if getattr(config, _BIASES, False):
+        expected = "false with router_score=softmax: Megatron adds the biases to sigmoid scores"
+        fix = "set the spec's router_score to sigmoid, or balance by a loss"
+        yield _BIASES, router_score == "softmax", expected, fix
+        name = "moe_pad_expert_input_to_capacity"
+        expected = (
+            f"false with {_BIASES}: padding counts as tokens, so that all experts have as many, and no bias moves"
+        )
+        yield name, bool(getattr(config, name, False)), expected, f"set it to false, or {_BIASES}"
+
+
+def _of_quantiles(config: Any) -> Iterator[tuple[str, bool, str, str]]:
+    """Yield the same for biases by quantiles."""
+    if QUANTILES not in (kinds := _kinds(config)):
+        return
+    expected = "a balancing that this Megatron-Core has: quantiles come with 0.19, and 0.15 would balance nothing"
+    fix = f"train in Megatron-Bridge, or set it to aux_loss, or to none with {_BIASES}"
+    yield _KIND, not hasattr(config, _EMA), expected, fix
+    yield _KIND, len(kinds) > 1, f"{QUANTILES} alone: it takes no loss beside it", f"set it to {QUANTILES}"
+    for name, expected in (
+        ("moe_aux_loss_coeff", f"0 with {QUANTILES}: there is no loss"),
+        (_BIASES, f"false with {QUANTILES}, which has biases of its own"),
+        ("moe_router_fusion", f"false with {QUANTILES}, which the fused router does not know"),
+    ):
+        yield name, bool(getattr(config, name, None)), expected, "set it to that"
+
+
+def _kinds(config: Any) -> list[str]:
+    kinds = getattr(config, _KIND, None) or []
+    return [kinds] if isinstance(kinds, str) else list(kinds)

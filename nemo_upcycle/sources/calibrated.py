@@ -1,0 +1,81 @@
+"""Whether a calibration file is of this dense model and this spec, told before anything is read or written for it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.init.calibration import NEURONS, ROUTER, Calibration, calibration_of
+from nemo_upcycle.models.mapping import hf_names
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.spec import UpcycleSpec
+
+
+_SIZES = ("hidden_size", "ffn_size", "num_layers")
+
+
+def parent_digest(dense: DenseSource) -> str:
+    """Return a hash that tells dense models of one shape apart: of the middle row of every tensor, as float32.
+
+    It is the same for a Hugging Face folder and for a distributed checkpoint of the same weights, and takes a few
+    thousandths of their bytes. Of several models that are mixed it is that of the first.
+
+    Args:
+        dense: the open dense model.
+    """
+    first, digest = dense.branches()[0], hashlib.sha256()
+    for name in hf_names(first.architecture):
+        rows, *rest = first.shape(name)
+        row = first.read(name, [(rows // 2, rows // 2 + 1), *((0, size) for size in rest)])
+        digest.update(f"{name} {rows} {rest} ".encode())
+        digest.update(row.to(torch.float32).contiguous().numpy().tobytes())
+    first.release()
+    return digest.hexdigest()
+
+
+def require_calibration(dense: DenseSource, spec: UpcycleSpec) -> Calibration | None:
+    """Check that what a spec reads from a calibration file is there, and of this dense model; return the file.
+
+    Args:
+        dense: the open dense model.
+        spec: what to make of it.
+
+    Returns:
+        The file; None where the spec needs none.
+
+    Raises:
+        SpecError: the spec names no file, and needs one.
+        CheckpointError: the file is of another model or of other settings.
+        UpcycleError: it is missing, damaged, or something else.
+    """
+    calibration = calibration_of(spec)
+    if calibration is None:
+        return None
+    lineage, arch = calibration.lineage, dense.architecture.upcycled(spec)
+    parent, settings = lineage["parent"], lineage["settings"]
+    wanted = {"router_init": spec.router_init, "copies": spec.copies} if spec.reads_router else {}
+    if spec.reads_split:
+        wanted |= {"expert_split": spec.expert_split, "granularity": spec.granularity}
+    pairs = [(name, parent[name], getattr(dense.architecture, name)) for name in _SIZES]
+    pairs += [(name, settings[name], value) for name, value in wanted.items()]
+    for name, got, expected in pairs:
+        if got != expected:
+            raise _other(calibration, name, got, expected)
+    layers = [layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer)]
+    for name, is_read in ((ROUTER, spec.reads_router), (NEURONS, spec.reads_split)):
+        if missing := [layer for layer in layers if is_read and not calibration.has(name, layer)]:
+            raise _other(calibration, "MoE layers", f"none for layer {missing[0]}", f"those of {spec.moe_layers}")
+    if (digest := parent_digest(dense)) != parent["sha256"]:
+        raise _other(calibration, "parent", f"other weights, of {parent['path']}", f"those of {dense.path} ({digest})")
+    return calibration
+
+
+def _other(calibration: Calibration, name: str, got: object, expected: object) -> CheckpointError:
+    return CheckpointError(
+        f"{name} of {calibration.path}",
+        got=got,
+        expected=expected,
+        fix="make the file anew from this parent, with the settings of this spec (nemo-upcycle calibrate)",
+    )

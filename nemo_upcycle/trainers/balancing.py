@@ -1,0 +1,73 @@
+"""How a training balances the experts: what is set right and said at its start, in NeMo and Megatron-Bridge alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from nemo_upcycle.models.balancing import balancing_bias
+from nemo_upcycle.online.receipt import ActingCoefficient
+from nemo_upcycle.trainers.schedules import Anneal
+from nemo_upcycle.utils.progress import show_messages
+
+
+def act_as_set(config: Any) -> list[ActingCoefficient]:
+    """Let auxiliary losses act with the coefficients that are set, where this Megatron has the names to measure them.
+
+    What is corrected, and what does not act as it is set all the same, is said by the first rank.
+
+    Args:
+        config: the model's. Megatron's groups must be there, and every rank must call this.
+
+    Returns:
+        What is set and what acts, for each auxiliary loss of the model.
+    """
+    try:
+        from nemo_upcycle.trainers import aux_loss
+    except ImportError as error:
+        if torch.distributed.get_rank() == 0:
+            show_messages().warning("auxiliary losses act as Megatron has them, not measured: %s", error.msg)
+        return []
+    losses = aux_loss.act_as_set(config)
+    if torch.distributed.get_rank() == 0:
+        _say(losses)
+    return losses
+
+
+def _say(losses: list[ActingCoefficient]) -> None:
+    """Report the auxiliary losses that do not act as they are set, and those that this package corrects."""
+    for loss in losses:
+        if loss.acting != loss.coefficient:
+            text = "%s: a coefficient of %g acts as %g (%s); a coefficient %.4g times as large compensates"
+            show_messages().warning(
+                text, loss.name, loss.coefficient, loss.acting, loss.why, loss.coefficient / loss.acting
+            )
+        elif loss.why != "as set":
+            show_messages().info("%s: a coefficient of %g acts as set (%s)", loss.name, loss.coefficient, loss.why)
+
+
+def describe_balancing(config: Any, anneal: Anneal | None) -> dict[str, str]:
+    """Return what `training.json` says of how the experts are balanced; nothing of a dense model.
+
+    Args:
+        config: the model's.
+        anneal: of the coefficient; None: there is none.
+
+    Example:
+        >>> describe_balancing(config, Anneal(start=0.01, end=0.001, steps=2000))  # doctest: +SKIP
+        {'balancing': 'aux_loss 0.01, to 0.001 in the first 2000 steps (cosine)'}
+    """
+    return {"balancing": ", ".join(_methods(config, anneal)) or "none"} if config.num_moe_experts else {}
+
+
+def _methods(config: Any, anneal: Anneal | None) -> Iterator[str]:
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    pairs = zip(kinds, coefficients, strict=True) if isinstance(kinds, list) else [(kinds, coefficients)]
+    yield from (f"{kind} {value:g}" for kind, value in pairs if kind.endswith("aux_loss"))
+    if anneal and anneal.steps:
+        yield f"to {anneal.end:g} in the first {anneal.steps} steps ({anneal.shape})"
+    if config.moe_z_loss_coeff:
+        yield f"z_loss {config.moe_z_loss_coeff:g}"
+    yield from (f"{name} {value:g}" for name, value in balancing_bias(config).items())

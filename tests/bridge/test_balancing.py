@@ -1,0 +1,127 @@
+"""Experts that are balanced in Bridge, by the loss of the global batch and by quantiles of their logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.convert.export import export_checkpoint
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.utils.files import read_json
+from tests.bridge.runs import VOCABULARY, run_config, train
+from tests.bridge.test_settings import _trained
+from tests.distributed.ranks import run_ranks
+from tests.models import write_llama
+
+
+pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+QUANTILES = {"moe_router_load_balancing_type": "quantile_balancing", "moe_aux_loss_coeff": 0.0}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tied Llama."""
+    return write_llama(tmp_path_factory.mktemp("llama") / "dense", tied=True, vocab_size=VOCABULARY)
+
+
+def test_the_receipt_says_that_the_loss_of_the_global_batch_acts_as_set(dense: Path, tmp_path: Path) -> None:
+    model = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.02, "moe_z_loss_coeff": 1e-3}
+    _trained(dense, tmp_path / "run", {}, ranks=2, ep=2, model=model)
+    loss, z_loss = read_json(tmp_path / "run/receipt.json")["auxiliary_losses"]
+    assert (loss["name"], loss["coefficient"], loss["acting"]) == ("global_aux_loss", 0.02, 0.02)
+    assert "divides it by 2 on this layout, which is undone" in loss["why"]
+    assert z_loss == {"name": "z_loss", "coefficient": 1e-3, "acting": 1e-3, "why": "as set"}
+    assert read_json(tmp_path / "run/training.json")["balancing"] == "global_aux_loss 0.02, z_loss 0.001"
+    (line,) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    for name in ("global_load_balancing_loss", "z_loss"):
+        assert all(value > 0.5 for value in line["router"][name])
+
+
+@pytest.fixture(scope="module")
+def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Four steps with biases by quantiles, on two ranks."""
+    folder = tmp_path_factory.mktemp("quantiles") / "run"
+    return folder, _trained(dense, folder, {}, ranks=2, steps=4, ep=2, model=QUANTILES)
+
+
+def test_biases_by_quantiles_begin_at_zero_and_move_once_a_step(whole: tuple[Path, list[Any]]) -> None:
+    folder, ranks = whole
+    for seen in ranks:
+        start, *steps = seen["biases"]
+        assert len(start) > 0
+        assert not any(bias.any() for bias in start.values())
+        for before, after in zip(seen["biases"], steps, strict=False):
+            assert not any(torch.equal(before[name], after[name]) for name in after)
+    ranges = [json.loads(line)["router"]["balancing_bias_range"] for line in (folder / "metrics.jsonl").open()]
+    for step, biases in enumerate(steps):
+        expected = [float(bias.max() - bias.min()) for bias in biases.values()]
+        assert ranges[step] == pytest.approx(expected, abs=1e-6)
+    receipt = read_json(folder / "receipt.json")
+    assert receipt["balancing_bias"] == {"moe_router_quantile_balancing_ema": 0.0}
+    assert receipt["exact"] is True
+
+
+def test_a_resumed_run_has_the_biases_of_one_that_was_not_stopped(
+    dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]
+) -> None:
+    for steps in (2, 4):
+        ranks = _trained(dense, tmp_path / "run", {}, ranks=2, steps=steps, ep=2, model=QUANTILES)
+    for resumed, expected in zip(ranks, whole[1], strict=True):
+        for kind in ("biases", "weights"):
+            for name, values in expected[kind][-1].items():
+                assert torch.equal(values, resumed[kind][-1][name]), name
+
+
+def test_a_checkpoint_is_evaluated_with_its_biases_and_exported_to_no_class(
+    dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]
+) -> None:
+    folder, ranks = whole
+    checkpoint = folder / "iter_0000004"
+    (loaded,) = run_ranks(_loaded, 1, checkpoint, dense)
+    expected = [bias.tolist() for bias in ranks[0]["biases"][-1].values()]
+    assert loaded == [pytest.approx(bias, abs=1e-7) for bias in expected]
+    with pytest.raises(SpecError, match=r"quantile_balancing.*keep the model in Megatron-Bridge"):
+        export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
+
+
+def _loaded(checkpoint: Path, dense: Path) -> list[list[float]]:
+    from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
+
+    (chunk,), _ = load_chunks(checkpoint, dense, SPEC, layout_here(), torch.float32)
+    return [buffer.tolist() for name, buffer in chunk.named_buffers() if name.endswith("qb_beta")]
+
+
+@pytest.mark.parametrize(
+    ("model", "experts", "words"),
+    [
+        (QUANTILES | {"moe_aux_loss_coeff": 0.01}, 4, "moe_aux_loss_coeff: got 0.01, expected 0 with"),
+        (QUANTILES, 6, "64 tokens of 2 experts each|tokens that all experts can have as many of"),
+    ],
+)
+def test_quantiles_that_could_not_be_are_refused_before_anything_is_built(
+    dense: Path, tmp_path: Path, model: dict[str, Any], experts: int, words: str
+) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    spec = UpcycleSpec(num_experts=experts, top_k=2)
+    with pytest.raises(SpecError, match=words):
+        upcycle_on_start(run_config(dense, tmp_path / "run", spec, model=model), dense, spec)
+
+
+def test_finetuning_refuses_a_loss_in_which_padding_would_count(dense: Path, tmp_path: Path) -> None:
+    run_ranks(_train, 1, dense, tmp_path / "run", process_group=False)
+    from nemo_upcycle.trainers.bridge.finetuning import finetune_from
+
+    config = run_config(dense, tmp_path / "sft", None)
+    with pytest.raises(SpecError, match="moe_router_load_balancing_type: got seq_aux_loss"):
+        finetune_from(config, tmp_path / "run", moe_router_load_balancing_type="seq_aux_loss")
+
+
+def _train(dense: Path, run: Path) -> None:
+    train(dense, run, {"num_experts": 4, "top_k": 2})

@@ -1,0 +1,209 @@
+"""Upcycling from a calibration file: exact, the same bits offline, and refused where the file is of something else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.convert.export import export_weights
+from nemo_upcycle.convert.megatron_weights import LiveWeights
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.init.calibration import Calibration
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.sources.calibrated import require_calibration
+from nemo_upcycle.trainers.equivalence import megatron_logits
+from nemo_upcycle.verify.verification import verify
+from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, write_llama
+from tests.unit.calibration.samples import calibrated
+from tests.unit.convert.conversions import _same_bits
+
+
+COPIES: dict[str, Any] = {"num_experts": 4, "top_k": 2, "router_init": "kmeans"}
+SPLIT: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "expert_split": "coactivation"}
+CASES = {
+    "kmeans": COPIES,
+    "split": SPLIT,
+    "both, shared": SPLIT | COPIES | {"num_experts": 8, "top_k": 4, "shared_experts": 1},
+    "both, mixed layers": SPLIT | {"router_init": "kmeans", "moe_layers": "1"},
+    "split, drop": SPLIT | {"method": "drop"},
+    "split, noise, sigmoid": SPLIT | {"method": "noise", "router_score": "sigmoid"},
+}
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.models import write_tokenizer
+
+    return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), layers=2, vocab_size=259, mlp_bias=False))
+
+
+def _model(dense: Path, spec: UpcycleSpec) -> Any:
+    (model,) = build_chunks(dense, **moe_settings(read_architecture(dense), spec))
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_model_computes_the_dense_function_and_has_the_bits_of_the_conversion(
+    dense: Path, tmp_path: Path, case: str
+) -> None:
+    spec = calibrated(dense, tmp_path / "file", **CASES[case])
+    model = _model(dense, spec)
+    with open_dense(dense) as source:
+        receipt = upcycle_into([model], source, spec)
+        convert(source, tmp_path / "offline", spec)
+    assert receipt.exact is (spec.method == "copy")
+    assert receipt.calibration == {"path": spec.calibration, "sha256": Calibration(tmp_path / "file").sha256}
+    export_weights(
+        LiveWeights(model), read_architecture(dense).upcycled(spec), dense, tmp_path / "online", dtype=torch.float32
+    )
+    _same_bits(tmp_path / "online", tmp_path / "offline")
+    if receipt.exact:
+        tokens = sample_tokens(259)
+        wanted, got = hugging_face_logits(dense, tokens), megatron_logits(model.eval(), tokens)[..., :259]
+        assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_rows_are_the_files_times_the_spread_and_the_receipt_names_the_file(dense: Path, tmp_path: Path) -> None:
+    spec = replace(calibrated(dense, tmp_path / "file", **CASES["both, shared"]), router_spread=0.5)
+    model, file = _model(dense, spec), Calibration(tmp_path / "file")
+    with open_dense(dense) as source:
+        receipt = upcycle_into([model], source, spec)
+    made_by = {record.name: record.made_by for record in receipt.parameters}
+    for layer in (0, 1):
+        router_ED = model.decoder.layers[layer].mlp.router.weight
+        assert torch.equal(router_ED, file.router(layer).mul(0.5).repeat_interleave(2, dim=0))
+        name = f"decoder.layers.{layer}.mlp"
+        assert made_by[f"{name}.router.weight"] == f"router_init=kmeans, spread=0.5, calibration {file.sha256[:12]}"
+        expert = next(text for found, text in made_by.items() if found.startswith(name) and "experts" in found)
+        assert expert.startswith(f"copied, neurons by coactivation of calibration {file.sha256[:12]}")
+    others = [text for name, text in made_by.items() if "attention" in name or "norm" in name]
+    assert set(others) == {"copied"}
+
+
+def test_an_expert_has_the_neurons_that_the_file_says(dense: Path, tmp_path: Path) -> None:
+    spec = calibrated(dense, tmp_path / "file", **SPLIT)
+    with open_dense(dense) as source:
+        convert(source, tmp_path / "moe", spec)
+        neurons = Calibration(tmp_path / "file").neurons(1).neurons
+        assert neurons.tolist() != list(range(96))
+        gate_FD = source.read("model.layers.1.mlp.gate_proj.weight").clone()
+        down_DF = source.read("model.layers.1.mlp.down_proj.weight").clone()
+    tensors = load_file(tmp_path / "moe" / "model.safetensors")
+    for copy in range(4):
+        for part in range(2):
+            mine = neurons[48 * part : 48 * (part + 1)]
+            name = f"model.layers.1.block_sparse_moe.experts.{2 * copy + part}"
+            assert torch.equal(tensors[f"{name}.w1.weight"], gate_FD[mine])
+            assert torch.equal(tensors[f"{name}.w2.weight"], 2 * down_DF[:, mine])
+
+
+def test_a_split_reads_whole_matrices_for_each_part(dense: Path, tmp_path: Path) -> None:
+    """What docs/router_data.md says that it costs."""
+    spec = calibrated(dense, tmp_path / "file", **SPLIT)
+    read = {}
+    for name, one in (("split", spec), ("consecutive", UpcycleSpec(**SPLIT | {"expert_split": "consecutive"}))):
+        with open_dense(dense) as source:
+            receipt = upcycle_into([_model(dense, one)], source, one)
+        read[name] = receipt.bytes_read, receipt.bytes_needed
+    network = 2 * 3 * 96 * 64 * 4
+    assert read["split"][1] == read["consecutive"][1] == read["consecutive"][0]
+    assert read["consecutive"][0] + 0.9 * network < read["split"][0] <= read["consecutive"][0] + network
+
+
+def test_verify_knows_a_split_by_its_file(dense: Path, tmp_path: Path) -> None:
+    spec = calibrated(dense, tmp_path / "file", **SPLIT)
+    with open_dense(dense) as source:
+        convert(source, tmp_path / "moe", spec)
+    assert verify(dense, tmp_path / "moe").equal
+    assert not verify(dense, tmp_path / "moe", logits=False).weights_exact
+    assert verify(dense, tmp_path / "moe", logits=False, calibration=tmp_path / "file").weights_exact
+
+
+def _spoiled(file: Path, change: str, dense: Path, other: Path) -> None:
+    """Write the file of another parent, or damage it."""
+    if change == "removed":
+        file.unlink()
+    elif change == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    elif change == "something else":
+        save_file({"rows": torch.zeros(4, 64)}, file)
+    elif change == "a layer less":
+        file.unlink()
+        calibrated(dense, file, **COPIES, moe_layers="0")
+    elif change == "other experts":
+        file.unlink()
+        calibrated(dense, file, **COPIES | {"num_experts": 8})
+    elif change == "no router":
+        file.unlink()
+        calibrated(dense, file, **SPLIT)
+    else:
+        file.unlink()
+        calibrated(write_llama(other, layers=2, vocab_size=259, **SIZES[change]), file, **COPIES)
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "wider": {"hidden_size": 128},
+    "more neurons": {"intermediate_size": 128},
+    "more layers": {"num_hidden_layers": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("removed", "calibration.* no such file, expected"),
+        ("cut", "expected a whole file"),
+        ("something else", "got another file, expected nemo-upcycle calibration 1"),
+        ("a layer less", "MoE layers of .*: got none for layer 1, expected those of all"),
+        ("other experts", "copies of .*: got 8, expected 4"),
+        ("no router", "router_init of .*: got normal, expected kmeans"),
+        ("wider", "hidden_size of .*: got 128, expected 64"),
+        ("more neurons", "ffn_size of .*: got 128, expected 96"),
+        ("more layers", "num_layers of .*: got 3, expected 2"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_before_anything_is_written(
+    dense: Path, tmp_path: Path, change: str, words: str
+) -> None:
+    spec = calibrated(dense, tmp_path / "file", **COPIES)
+    _spoiled(tmp_path / "file", change, dense, tmp_path / "other")
+    model = _model(dense, spec)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with open_dense(dense) as source:
+        with pytest.raises(UpcycleError, match=words):
+            upcycle_into([model], source, spec)
+        with pytest.raises(UpcycleError, match=words):
+            convert(source, tmp_path / "moe", spec)
+    pairs = zip(before, model.parameters(), strict=True)
+    assert all(torch.equal(old.view(torch.uint8), new.detach().view(torch.uint8)) for old, new in pairs)
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.q_proj.weight", "post_attention_layernorm.weight", "mlp.down_proj.weight"]
+)
+def test_a_file_of_a_parent_with_other_weights_is_refused(dense: Path, tmp_path: Path, name: str) -> None:
+    spec = calibrated(dense, tmp_path / "file", **COPIES)
+    other = write_llama(tmp_path / "other", layers=2, vocab_size=259)
+    tensors = load_file(other / "model.safetensors")
+    with open_dense(other) as source:
+        assert require_calibration(source, spec)
+    tensors[f"model.layers.1.{name}"] *= 1.5
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with open_dense(other) as source, pytest.raises(CheckpointError, match=r"parent of .*: got other weights, of"):
+        require_calibration(source, spec)
+
+
+def test_a_spec_without_a_file_is_refused(dense: Path) -> None:
+    spec = UpcycleSpec(**COPIES)
+    with open_dense(dense) as source, pytest.raises(SpecError, match="calibration: got none, expected the file that"):
+        upcycle_into([_model(dense, spec)], source, spec)
