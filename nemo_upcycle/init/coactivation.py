@@ -70,9 +70,10 @@ def split_by_coactivation(marks: Sequence[torch.Tensor], parts: int, run: Run) -
     chosen_F = _first_parts(marks, parts, size_F, run)
     for _ in range(ROUNDS):
         shared_FG = _shared(marks, chosen_F, parts, run)
-        length_G = torch.zeros(parts, dtype=torch.float64).index_add_(
-            0, chosen_F, shared_FG.gather(1, chosen_F[:, None])[:, 0]
-        )
+        own_F = shared_FG.gather(1, chosen_F[:, None])[:, 0]
+        length_G = torch.zeros(parts, dtype=torch.float64).index_add_(0, chosen_F, own_F)
+        # A neuron is not to stay where it is because it is there.
+        others_FG = shared_FG.scatter_add(1, chosen_F[:, None], -size_F[:, None])
         cosines_FG = others_FG / (size_F.sqrt()[:, None] * length_G.sqrt()).clamp_(min=1.0)
         before_F, chosen_F = chosen_F, _assign(cosines_FG)
         if torch.equal(before_F, chosen_F):
