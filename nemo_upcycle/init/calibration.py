@@ -168,7 +168,7 @@ def require_files(spec: UpcycleSpec) -> None:
 def _read_from_it(spec: UpcycleSpec) -> str:
     fields = [("router_init", spec.reads_router), ("expert_split", spec.reads_split)]
     names = [f"<{name}>={getattr(spec, name)}" for name, is_read in fields if is_read]
-    return f"{' and '.join(names)} read from"
+    return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} read from"
 
 
 def neuron_order(spec: UpcycleSpec, layer: int | None) -> NeuronOrder | None:

@@ -70,15 +70,16 @@ def split_by_coactivation(marks: Sequence[torch.Tensor], parts: int, run: Run) -
     chosen_F = _first_parts(marks, parts, size_F, run)
     for _ in range(ROUNDS):
         shared_FG = _shared(marks, chosen_F, parts, run)
-        length_G = torch.zeros(parts, dtype=torch.float64).index_add_(
-            0, chosen_F, shared_FG.gather(1, chosen_F[:, None])[:, 0]
-        )
-        cosines_FG = shared_FG / (size_F.sqrt()[:, None] * length_G.sqrt()).clamp_(min=1.0)
+        own_F = shared_FG.gather(1, chosen_F[:, None])[:, 0]
+        length_G = torch.zeros(parts, dtype=torch.float64).index_add_(0, chosen_F, own_F)
+        # A neuron is not to stay where it is because it is there.
+        others_FG = shared_FG.scatter_add(1, chosen_F[:, None], -size_F[:, None])
+        cosines_FG = others_FG / (size_F.sqrt()[:, None] * length_G.sqrt()).clamp_(min=1.0)
         before_F, chosen_F = chosen_F, _assign(cosines_FG)
         if torch.equal(before_F, chosen_F):
             break
     neurons = torch.cat([(chosen_F == part).nonzero()[:, 0] for part in range(parts)])
-    return Split(neurons, *(_within(marks, cut_F, parts, run) for cut_F in (chosen_F, consecutive_F)))
+    return Split(neurons, *(_within(marks, cut_F, parts, size_F, run) for cut_F in (chosen_F, consecutive_F)))
 
 
 def _first_parts(marks: Sequence[torch.Tensor], parts: int, size_F: torch.Tensor, run: Run) -> torch.Tensor:
@@ -127,6 +128,9 @@ def _assign(alike_FG: torch.Tensor) -> torch.Tensor:
     return chosen_F
 
 
-def _within(marks: Sequence[torch.Tensor], chosen_F: torch.Tensor, parts: int, run: Run) -> float:
+def _within(
+    marks: Sequence[torch.Tensor], chosen_F: torch.Tensor, parts: int, size_F: torch.Tensor, run: Run
+) -> float:
     shared_FG = _shared(marks, chosen_F, parts, run)
-    return float(shared_FG.gather(1, chosen_F[:, None]).sum() / shared_FG.sum())
+    alone = size_F.sum()  # a neuron with itself
+    return float((shared_FG.gather(1, chosen_F[:, None]).sum() - alone) / (shared_FG.sum() - alone).clamp_(min=1.0))

@@ -11,7 +11,7 @@ from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.calibration.collect import CalibrationReport, Sample, calibrate
 
 
-def random_sample(vocab_size: int, lengths: tuple[int, ...] = (48,) * 8, labels: tuple[int, ...] = ()) -> Sample:
+def random_sample(vocab_size: int, lengths: tuple[int, ...] = (64,) * 9, labels: tuple[int, ...] = ()) -> Sample:
     """Return batches of one sequence each, of these lengths."""
     generator = torch.Generator().manual_seed(11)
     batches = tuple(torch.randint(vocab_size, (1, length), generator=generator) for length in lengths)

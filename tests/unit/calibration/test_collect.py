@@ -128,8 +128,8 @@ def test_the_file_has_the_moe_layers_and_says_what_it_is_of(dense: Path, tmp_pat
     assert tensors.keys() == names
     assert tensors[ROUTER.format(layer=1)].shape == (4, 64)
     assert sorted(tensors[NEURONS.format(layer=2)].tolist()) == list(range(96))
-    assert (report.layers, report.tokens) == (2, 384)
-    assert lineage["data"] == {"random": [48] * 8}
+    assert (report.layers, report.tokens) == (2, 576)
+    assert lineage["data"] == {"random": [64] * 9}
     assert lineage["settings"]["seed"] == 1234
     assert lineage["within"].keys() == {"1", "2"}
     assert all(by_data > consecutive for by_data, consecutive in lineage["within"].values())

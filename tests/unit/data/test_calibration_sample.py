@@ -37,11 +37,11 @@ def blend(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sources_have_windows_by_their_shares(blend: Path) -> None:
-    sample = blend_sample(open_blend(blend), KMEANS, 18 * WINDOW_TOKENS)
-    assert sample.about["windows"] == {"books": 4, "talks": 14}
-    assert sample.labels == (0,) * 4 + (1,) * 14
+    sample = blend_sample(open_blend(blend), KMEANS, 20 * WINDOW_TOKENS)
+    assert sample.about["windows"] == {"books": 5, "talks": 15}
+    assert sample.labels == (0,) * 5 + (1,) * 15
     assert {tuple(batch.shape) for batch in sample.batches} == {(1, WINDOW_TOKENS)}
-    assert sample.tokens == 18 * WINDOW_TOKENS
+    assert sample.tokens == 20 * WINDOW_TOKENS
 
 
 def test_a_window_is_tokens_in_a_row_of_the_file(blend: Path) -> None:

@@ -60,5 +60,5 @@ def test_neurons_ascend_in_a_part_and_shares_are_of_pairs() -> None:
     marks = [torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]]).bool()]
     split = split_by_coactivation(marks, 2, map)
     assert split.neurons.tolist() == [0, 2, 1, 3]
-    # Of the 12 ordered pairs of active neurons, with themselves: 10 in {0, 2} and {1, 3}, 8 in {0, 1} and {2, 3}.
-    assert (split.within, split.within_consecutive) == (pytest.approx(10 / 12), pytest.approx(8 / 12))
+    # Of the three pairs of active neurons two are in {0, 2} and {1, 3}, one is in {0, 1} and {2, 3}.
+    assert (split.within, split.within_consecutive) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
