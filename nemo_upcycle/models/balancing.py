@@ -5,7 +5,7 @@ Losses only teach the router; `trainers/aux_loss.py` sees to their coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
@@ -34,6 +34,18 @@ def balancing_bias(config: Any) -> dict[str, float]:
     names = ["moe_router_bias_update_rate"] if getattr(config, _BIASES) else []
     names += [_EMA] if QUANTILES in _kinds(config) else []
     return {name: getattr(config, name) for name in names}
+
+
+def bias_fields(moved_by: Mapping[str, float]) -> dict[str, Any]:
+    """Return the settings of a model whose routers keep their biases, the inverse of `balancing_bias`.
+
+    Args:
+        moved_by: what moves them; empty where there are none.
+    """
+    if not moved_by:
+        return {}
+    kind = {_KIND: QUANTILES, "moe_aux_loss_coeff": 0.0} if _EMA in moved_by else {_KIND: "none", _BIASES: True}
+    return kind | dict(moved_by)
 
 
 def check_balancing(config: Any, router_score: str) -> None:

@@ -90,6 +90,14 @@ def test_a_checkpoint_is_evaluated_with_its_biases_and_exported_to_no_class(
         export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
 
 
+def test_finetuning_keeps_the_biases(dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]) -> None:
+    from nemo_upcycle.trainers.bridge.finetuning import finetune_from
+
+    finetune_from(config := run_config(dense, tmp_path / "sft", None), whole[0])
+    for name, value in (QUANTILES | {"moe_router_quantile_balancing_ema": 0.0}).items():
+        assert getattr(config.model, name) == value
+
+
 def _loaded(checkpoint: Path, dense: Path) -> list[list[float]]:
     from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
 

@@ -9,6 +9,7 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
 
 from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.models.balancing import bias_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.balancing import act_as_set
 from nemo_upcycle.trainers.bridge.models import upcycled_provider
@@ -19,7 +20,8 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
     """Let a fine-tuning start from the newest checkpoint of an upcycled run, or of its dense baseline.
 
     Sets the model of the run's spec, with the parent's vocabulary: Bridge's recipes take the tokenizer's, padded, and
-    the run's checkpoint has no such rows. The parent's `config.json` must still be where it was.
+    the run's checkpoint has no such rows. Biases that balance its experts stay, and go on moving. The parent's
+    `config.json` must still be where it was.
 
     Args:
         config: the fine-tuning; changed in place. Its data set says how long sequences are.
@@ -43,7 +45,8 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
             fix="check the path",
         )
     spec = UpcycleSpec(**receipt["spec"]) if receipt["spec"] else None
-    changes = {"seq_length": config.dataset.seq_length, "perform_initialization": False} | changes
+    kept = bias_fields(receipt.get("balancing_bias", {}))
+    changes = {"seq_length": config.dataset.seq_length, "perform_initialization": False} | kept | changes
     config.model = upcycled_provider(receipt["source"], spec, **changes)
     if "seq_aux_loss" in (kinds := config.model.moe_router_load_balancing_type):  # a name, or a list of them
         raise SpecError(

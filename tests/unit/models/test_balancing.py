@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.models.balancing import balancing_bias, check_balancing
+from nemo_upcycle.models.balancing import balancing_bias, bias_fields, check_balancing
 
 
 SIGNS = {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.002}
@@ -70,3 +70,7 @@ def test_biases_that_could_not_balance_are_refused_by_name(
 def test_what_moves_the_biases_is_named(changes: dict[str, Any], score: str, moved_by: dict[str, float]) -> None:
     check_balancing(config := _config(**changes), score)
     assert balancing_bias(config) == moved_by
+    if config.num_moe_experts:
+        kept = _config(**bias_fields(moved_by))
+        check_balancing(kept, score)
+        assert balancing_bias(kept) == moved_by
