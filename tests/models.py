@@ -13,7 +13,7 @@ from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
-from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields
+from nemo_upcycle.models.megatron_config import NORMS, megatron_fields, moe_fields
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -271,12 +271,13 @@ def build_chunks(
     from megatron.core import parallel_state as ps
     from megatron.core import tensor_parallel
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
+    from nemo_upcycle.online.decoder_layers import decoder_layers
+
     sizes = {"tp": 1, "cp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1} | (layout or {})
     virtual = sizes["vp"] if sizes["vp"] > 1 else None
     if not ps.model_parallel_is_initialized():
@@ -310,27 +311,25 @@ def build_chunks(
         "pipeline_dtype": torch.float32,
     }
     config = TransformerConfig(**(settings | changes))
-    mixed = config.moe_layer_freq != 1
-    spec = get_gpt_layer_local_spec(num_experts=num_experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    norms = {name: getattr(arch, name) for name in NORMS}
+    rotary = {"rotary_base": int(arch.rope_theta), "rotary_percent": arch.rotary_percent}
     padded = -(-arch.vocab_size // (8 * sizes["tp"])) * 8 * sizes["tp"]
     chunks = []
     for stage in range(sizes["vp"]):
         vp_stage = stage if virtual else None
         first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        if mixed:
-            spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm", vp_stage=vp_stage)
         chunks.append(
             GPTModel(
                 config,
-                spec,
+                decoder_layers(config, False, vp_stage, **norms),
                 padded,
                 128,
                 pre_process=first,
                 post_process=last,
                 share_embeddings_and_output_weights=arch.tied_embeddings,
                 vp_stage=vp_stage,
-                **({"position_embedding_type": "rope", "rotary_base": int(arch.rope_theta)} | (model or {})),
+                **({"position_embedding_type": "rope"} | rotary | (model or {})),
             )
         )
     if arch.rope_scaling:

@@ -50,15 +50,18 @@ _MAMBA = {
     "num_groups": "mamba_num_groups",
     "state_size": "mamba_state_dim",
 }
+#: Fields that say where norms stand: settings of `online.decoder_layers`, which Megatron has none for.
+NORMS = ("pre_norm", "post_norm", "wide_qk_norm")
+_SHAPES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
 #: Fields that a recipe has in common with the dense model that it starts from.
-SIZES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
+SIZES = (*_SHAPES, "rotary_percent", *NORMS)
 
 
 def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
-    """Check that the layers of Megatron-Core's GPT model, or of its HybridModel, can be those of an architecture.
+    """Check that the layers of a GPT model, or of Megatron-Core's HybridModel, can be those of an architecture.
 
     Raises:
-        CheckpointError: its norms stand where no layer of 0.15 to 0.19 has any, or a GPT model has no such layers.
+        CheckpointError: a HybridModel has no norms in these places, or a GPT model has no such layers.
     """
     if arch.mamba and not hybrid:
         raise CheckpointError(
@@ -68,12 +71,12 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
             fix="upcycle its Hugging Face folder into a HybridModel in Megatron-Bridge",
         )
     norms = {"after attention and network": arch.post_norm, "of query and key over all heads": arch.wide_qk_norm}
-    if got := [place for place, holds in norms.items() if holds]:
+    if hybrid and (got := [place for place, holds in norms.items() if holds]):
         raise CheckpointError(
             f"norms of {arch.hf_class or 'the model'}",
             got=", ".join(got),
-            expected="before attention and network, and head by head: Megatron-Core's layers have them nowhere else",
-            fix="make a Hugging Face folder of it with nemo-upcycle convert, and train that elsewhere",
+            expected="before attention and network, and head by head: a HybridModel has them nowhere else",
+            fix="omit hybrid_layer_pattern: a GPTModel can have them",
         )
 
 
@@ -139,7 +142,7 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
         >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
         47491321856
     """
-    names = (*SIZES, "gated", *_BIASES, "tied_embeddings", "num_experts")
+    names = (*_SHAPES, "gated", *_BIASES, "tied_embeddings", "num_experts")
     fields = {name: getattr(config, FIELDS[name]) for name in names}
     hybrid = hybrid_of(config)
     fields["num_layers"] = hybrid.num_layers if hybrid else fields["num_layers"]
@@ -157,7 +160,15 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
             "shared_ffn_size": config.moe_shared_expert_intermediate_size or 0,
             "moe_pattern": None if all(pattern) else pattern,
         }
+    fields |= layer_norms(config) | {"rotary_percent": getattr(config, "rotary_percent", 1.0)}
     return Architecture(hf_class="", vocab_size=vocab_size, attention_out_bias=fields["ffn_bias"], **fields)
+
+
+def layer_norms(config: Any) -> dict[str, bool]:
+    """Return where the layers of a configuration have norms, field by field; nothing where they are Megatron's own."""
+    spec = getattr(config, "transformer_layer_spec", None)
+    given = getattr(spec, "keywords", None) or getattr(spec, "__arguments__", {})
+    return {name: given[name] for name in NORMS if name in given}
 
 
 def router_fields(model: Architecture | UpcycleSpec) -> dict[str, Any]:
@@ -316,6 +327,8 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
     if config.softmax_scale and not math.isclose(config.softmax_scale, moe_arch.head_dim**-0.5, rel_tol=1e-6):
         checks.append(("softmax_scale", config.softmax_scale, f"None or {moe_arch.head_dim**-0.5:.6g}"))
+    if hasattr(config, "rotary_percent"):  # NeMo's and Bridge's; it is in the frequencies, too, if there are any yet
+        checks.append(("rotary_percent", config.rotary_percent, moe_arch.rotary_percent))
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
     checks.append(("activation_func", activation_of(config.activation_func), moe_arch.activation))
     if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, moe_arch):

@@ -12,6 +12,9 @@ from nemo_upcycle.models.architecture import Architecture
 if TYPE_CHECKING:
     import torch  # a second and a half, which the planner does without
 
+#: The scaling of arXiv 2402.13753: a factor for each frequency, others for long sequences, and one on sine and cosine.
+LONGROPE = "longrope"
+
 
 def rope_kind(arch: Architecture) -> str:
     """Return how the rotary frequencies are scaled: `default` (not at all) or `llama3`.
@@ -25,7 +28,7 @@ def rope_kind(arch: Architecture) -> str:
             "rope_scaling",
             got=kind,
             expected="default or llama3",
-            fix="use a checkpoint without position interpolation",
+            fix="use a checkpoint without position interpolation, or nemo-upcycle convert",
         )
     return str(kind)
 
@@ -33,12 +36,15 @@ def rope_kind(arch: Architecture) -> str:
 def rope_frequencies(arch: Architecture) -> torch.Tensor:
     """Return the rotary embedding's inverse frequencies, float32 [K / 2], scaled as `rope_scaling` says.
 
+    Where heads are turned in part, K is that part.
+
     Raises:
         CheckpointError: the kind of scaling is not known; only none and Llama 3's are.
     """
     import torch
 
-    inverse = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
+    turned = int(arch.head_dim * arch.rotary_percent)
+    inverse = arch.rope_theta ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned)
     scaling = arch.rope_scaling or {}
     if rope_kind(arch) == "default":
         return inverse

@@ -186,6 +186,7 @@ class CheckpointContext:
             "rms_norm_eps": get("layernorm_epsilon", 1e-5),
             "rope_theta": get("rotary_base", 10000),
             "rope_scaling": _rope_scaling(self.settings),
+            "partial_rotary_factor": get("rotary_percent", 1.0),
             "max_position_embeddings": get("seq_length", 4096),
             "sliding_window": int(window[0]) + 1 if window and int(window[0]) >= 0 else None,
         }

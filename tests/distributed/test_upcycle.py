@@ -16,7 +16,7 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.init.experts import BLOCK
 from tests.distributed.gather import GlobalShard, gather, global_shards
 from tests.distributed.ranks import run_ranks
-from tests.models import build_chunks, moe_settings, write_llama, write_qwen3
+from tests.models import build_chunks, moe_settings, write_llama, write_olmo2, write_phi3, write_qwen3
 from tests.tiers import quick
 
 
@@ -37,6 +37,8 @@ COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
 CASES = {
     "Qwen3": ("qwen3", UpcycleSpec(**COPIES)),
+    "OLMo 2": ("olmo2", UpcycleSpec(**COPIES)),
+    "Phi-3": ("phi3", UpcycleSpec(**COPIES)),
     "copy": ("untied", UpcycleSpec(**COPIES)),
     "copy, tied": ("tied", UpcycleSpec(**COPIES)),
     "noise": ("untied", UpcycleSpec(**COPIES, method="noise")),
@@ -100,7 +102,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
     for name, changes in PARENTS.items():
         write_llama(folder / name, shards=3, **(SIZES | changes))
-    write_qwen3(folder / "qwen3", **SIZES)
+    for name, write in (("qwen3", write_qwen3), ("olmo2", write_olmo2), ("phi3", write_phi3)):
+        write(folder / name, layers=4, **SIZES)
     return folder
 
 
