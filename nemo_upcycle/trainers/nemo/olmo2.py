@@ -5,14 +5,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning import OptimizerModule
 
 from nemo_upcycle.models.families import olmo2
+from nemo_upcycle.models.megatron_config import NORMS
 from nemo_upcycle.online.decoder_layers import decoder_layers
+
+
+_LAYERS = partial(
+    decoder_layers,
+    use_transformer_engine=True,
+    **{name: getattr(olmo2.FAMILY, name) for name in NORMS},
+)
 
 
 @dataclass
@@ -35,19 +43,13 @@ class Olmo2Config(GPTConfig):
     qk_layernorm: bool = True
     layernorm_epsilon: float = 1e-6
     rotary_base: float = 500000.0
-    vocab_size: Optional[int] = 100352
+    vocab_size: int | None = 100352
     bias_activation_fusion: bool = True
     masked_softmax_fusion: bool = True
     persist_layer_norm: bool = True
     bias_dropout_fusion: bool = True
     apply_rope_fusion: bool = True
-    transformer_layer_spec: Any = partial(
-        decoder_layers,
-        use_transformer_engine=True,
-        pre_norm=olmo2.FAMILY.pre_norm,
-        post_norm=olmo2.FAMILY.post_norm,
-        wide_qk_norm=olmo2.FAMILY.wide_qk_norm,
-    )
+    transformer_layer_spec: Any = _LAYERS
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Olmo2Config7B(Olmo2Config):
     hidden_size: int = 4096
     ffn_hidden_size: int = 11008
     num_attention_heads: int = 32
-    num_query_groups: Optional[int] = 32
+    num_query_groups: int | None = 32
 
 
 class Olmo2Model(GPTModel):
@@ -73,9 +75,9 @@ class Olmo2Model(GPTModel):
 
     def __init__(
         self,
-        config: Optional[Olmo2Config] = None,
-        optim: Optional[OptimizerModule] = None,
+        config: Olmo2Config | None = None,
+        optim: OptimizerModule | None = None,
         tokenizer: Any = None,
-        model_transform: Optional[Callable] = None,
+        model_transform: Callable | None = None,
     ) -> None:
         super().__init__(config or Olmo2Config(), optim=optim, tokenizer=tokenizer, model_transform=model_transform)

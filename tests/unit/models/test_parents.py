@@ -123,7 +123,7 @@ def test_norms_in_other_places_are_no_place_for_a_parents(tmp_path: Path) -> Non
     for folder, other in ((olmo2, llama), (llama, olmo2)):
         (model,) = build_chunks(other, num_experts=None)
         before = [parameter.clone() for parameter in model.parameters()]
-        with open_dense(folder) as dense, pytest.raises(CheckpointError, match="qk_layernorm|without a source"):
+        with open_dense(folder) as dense, pytest.raises(CheckpointError, match=r"qk_layernorm|without a source"):
             load_dense_into([model], dense)
         assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
     with pytest.raises(CheckpointError, match="Fix: omit hybrid_layer_pattern"):
