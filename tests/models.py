@@ -54,20 +54,20 @@ def write_qwen3(folder: Path, *, tied: bool = False, layers: int = 4, **changes:
     return _write_parent(folder, Qwen3ForCausalLM, Qwen3Config, tied, layers, 1, changes)
 
 
-def write_phi3(folder: Path, *, layers: int = 2, **changes: Any) -> Path:
+def write_phi3(folder: Path, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
     """Write a random Phi-3, whose query, key and value, and gate and up are fused, as `write_llama` writes a Llama."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     changes = {"head_dim": None, "pad_token_id": 0} | changes
-    return _write_parent(folder, Phi3ForCausalLM, Phi3Config, False, layers, 1, changes)
+    return _write_parent(folder, Phi3ForCausalLM, Phi3Config, tied, layers, 1, changes)
 
 
-def write_olmo2(folder: Path, *, layers: int = 2, **changes: Any) -> Path:
+def write_olmo2(folder: Path, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
     """Write a random OLMo 2, whose norms stand after attention and network, as `write_llama` writes a Llama."""
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     changes = {"head_dim": None, "pad_token_id": 0} | changes
-    return _write_parent(folder, Olmo2ForCausalLM, Olmo2Config, False, layers, 1, changes)
+    return _write_parent(folder, Olmo2ForCausalLM, Olmo2Config, tied, layers, 1, changes)
 
 
 def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -> Path:

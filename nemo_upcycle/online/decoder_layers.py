@@ -1,7 +1,8 @@
 """Layers of a GPTModel with norms where Megatron-Core, 0.15 to 0.19, has none.
 
-OLMo 2 has them after attention and network, and over all heads. They are Megatron's own modules, with Transformer Engine or without; what is new is a norm of
-each part's output before it is added, and one of query or key as a whole.
+OLMo 2 has them after attention and network, and over all heads. Its layers are Megatron's own modules, with
+Transformer Engine or without; what is new is a norm of each part's output before it is added, and one of query or key
+as a whole.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ PARENTS = {
     ),
     "Phi-3, window": Parent(partial(write_phi3, sliding_window=5), "MixtralForCausalLM", online=False),
     "Phi-3, LongRoPE": Parent(partial(write_phi3, **LONGROPE), "MixtralForCausalLM", online=False),
-    "Phi-4-mini": Parent(partial(write_phi3, partial_rotary_factor=0.75, tie_word_embeddings=True), ""),
+    "Phi-4-mini": Parent(partial(write_phi3, partial_rotary_factor=0.75, tied=True), ""),
     "Phi-4-mini, sigmoid": Parent(partial(write_phi3, partial_rotary_factor=0.75), "Glm4MoeForCausalLM", SIGMOID),
 }
 
