@@ -294,3 +294,11 @@ def test_every_family_names_each_part_of_a_parameter() -> None:
         assert {role: len(names) for role, names in family.names.items()} == {
             role: parts[role] for role in family.names
         }
+
+
+def test_the_readme_names_every_family() -> None:
+    text = " ".join((Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8").split())
+    *first, last = [family.title for family in families.parents()]
+    assert f"A dense checkpoint ({', '.join(first)} or {last}: [which]" in text
+    nemo_has = [family.title for family in families.parents() if family.nemo_module not in ("", "olmo2")]
+    assert f"any NeMo recipe of a dense {', '.join(nemo_has[:-1])} or {nemo_has[-1]} " in text
