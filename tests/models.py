@@ -12,8 +12,9 @@ import torch
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.layer_settings import NORMS
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
-from nemo_upcycle.models.megatron_config import NORMS, megatron_fields, moe_fields
+from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -68,6 +69,22 @@ def write_olmo2(folder: Path, *, tied: bool = False, layers: int = 2, **changes:
 
     changes = {"head_dim": None, "pad_token_id": 0} | changes
     return _write_parent(folder, Olmo2ForCausalLM, Olmo2Config, tied, layers, 1, changes)
+
+
+def write_smollm3(folder: Path, *, layers: int = 4, **changes: Any) -> Path:
+    """Write a random SmolLM3, every fourth layer of which has no positions, as `write_llama` writes a Llama."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    changes = {"head_dim": None, "pad_token_id": 0} | changes
+    return _write_parent(folder, SmolLM3ForCausalLM, SmolLM3Config, True, layers, 1, changes)
+
+
+def write_exaone4(folder: Path, *, layers: int = 4, **changes: Any) -> Path:
+    """Write a random EXAONE 4, whose attention sees a window but in every fourth layer, as `write_llama` does."""
+    from transformers import Exaone4Config, Exaone4ForCausalLM
+
+    changes = {"sliding_window": 5, "pad_token_id": 0} | changes
+    return _write_parent(folder, Exaone4ForCausalLM, Exaone4Config, False, layers, 1, changes)
 
 
 def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -> Path:

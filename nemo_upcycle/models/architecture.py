@@ -113,6 +113,7 @@ class Architecture:
         post_norm: whether it has norms after them.
         zero_centered_norm: whether norms store their distance from one.
         scaled_embedding: whether the embedding is multiplied by the root of D.
+        rope_pattern: in which layers the rotary embedding turns heads; None: in all.
         rotary_percent: part of a head, its first numbers, that the rotary embedding turns; 1: all of it.
         sliding_window: tokens that attention sees, the current one included; None: all before it.
         window_pattern: in which layers it does; None: in all.
@@ -147,6 +148,7 @@ class Architecture:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)  # a dict has no hash
+    rope_pattern: tuple[bool, ...] | None = None
     rotary_percent: float = 1.0
     max_positions: int = 4096
     sliding_window: int | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
@@ -61,3 +62,21 @@ def same_frequencies(inverse: torch.Tensor, arch: Architecture) -> bool:
 
     expected = rope_frequencies(arch)
     return inverse.shape == expected.shape and torch.allclose(inverse.cpu().float(), expected, rtol=1e-5, atol=0)
+
+
+def scaling_settings(factor: float) -> dict[str, Any]:
+    """Return NeMo's settings of the scaling of rotary frequencies that Megatron has: Llama 3.1's, with any factor."""
+    return {"scale_factor": factor, "old_context_len": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def scaling_of(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return `rope_scaling`, as Hugging Face has it, of NeMo's settings; None without any."""
+    if "old_context_len" not in settings:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": float(settings["scale_factor"]),
+        "low_freq_factor": float(settings["low_freq_factor"]),
+        "high_freq_factor": float(settings["high_freq_factor"]),
+        "original_max_position_embeddings": int(settings["old_context_len"]),
+    }

@@ -19,7 +19,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.megatron_config import NORMS
+from nemo_upcycle.models.layer_settings import NORMS
 
 
 def decoder_layers(

@@ -19,7 +19,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.megatron_config import NORMS
+from nemo_upcycle.models.layer_settings import NORMS
 from nemo_upcycle.planning.check import megatron_rank, transformer_config
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import GIB, layer_bytes, layers_in_flight, worst_memory

@@ -14,8 +14,9 @@ from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.layer_settings import NORMS, window_fields
 from nemo_upcycle.models.mapping import BY_ROLE, ParamMapping, find_mapping, mapping_of, stored_as
-from nemo_upcycle.models.megatron_config import NORMS, check_model, megatron_fields
+from nemo_upcycle.models.megatron_config import check_model, megatron_fields
 from nemo_upcycle.models.rotary import rope_frequencies
 from nemo_upcycle.models.sharding import Shard, hf_shape, source_slices
 from nemo_upcycle.online.plan import RankCoords, split_name
@@ -127,11 +128,10 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
             fix="export the checkpoint and evaluate the Hugging Face folder",
         )
     on_gpu = torch.cuda.is_available()
-    window = (arch.sliding_window - 1, 0) if arch.sliding_window else None
     config = TransformerConfig(
         **megatron_fields(arch),
         activation_func=activation_function(arch.activation),
-        window_size=window,
+        **window_fields(arch),
         bias_activation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -19,6 +19,8 @@ _MODULES = (
     "gemma",
     "olmo2",
     "phi3",
+    "smollm3",
+    "exaone4",
     "nemotron_h",
     "mixtral",
     "qwen3_moe",

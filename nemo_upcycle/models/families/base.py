@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from nemo_upcycle.models.architecture import Architecture, MambaLayers
 
 
 TANH_GELU = "gelu_pytorch_tanh"
+#: What `layer_types` calls layers whose attention sees a window, and those that see all.
+WINDOW, FULL = "sliding_attention", "full_attention"
 #: Hugging Face's activations -> the architecture's.
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
 #: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `qkv_bias`), so that
@@ -153,8 +155,14 @@ class Family:
         Raises:
             CheckpointError: layers attend in a way that is not known.
         """
-        self._layer_types(settings, num_layers, ("full_attention",))
+        self._layer_types(settings, num_layers, (FULL,))
         return {}
+
+    @staticmethod
+    def _pattern(holds: Iterable[bool]) -> tuple[bool, ...] | None:
+        """Return in which layers something holds, as an `Architecture` has it: None for all."""
+        pattern = tuple(holds)
+        return None if all(pattern) else pattern
 
     @staticmethod
     def _layer_types(settings: Settings, num_layers: int, known: tuple[str, ...]) -> list[str] | None:
@@ -236,6 +244,8 @@ class MoeFamily(Family, ABC):
             "a routed_scaling_factor": is_scaled and "routed_scaling_factor" not in self.defaults,
             f"norms {place} attention and network": arch.norm_places != (self.pre_norm, self.post_norm),
             f"norms of query and key {width}": arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm,
+            "layers without positions": arch.rope_pattern is not None,
+            "a window in some layers": arch.window_pattern is not None,
             "heads that are rotated in part": arch.rotary_percent != 1 and not self.has_partial_rotary,
         }
 

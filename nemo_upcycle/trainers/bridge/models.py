@@ -22,6 +22,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.layer_settings import window_fields
 from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields, router_fields
 from nemo_upcycle.online.decoder_layers import decoder_layers, layers_of
 from nemo_upcycle.spec import UpcycleSpec
@@ -172,12 +173,11 @@ def _routing(spec: UpcycleSpec | None) -> dict[str, Any]:
 
 def _transformer(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
     """Return the settings of Megatron's `TransformerConfig`."""
-    window = {"window_size": (arch.sliding_window - 1, 0)} if arch.sliding_window else {}
     return {
         **megatron_fields(arch, hybrid=hybrid),
         **_KERNELS,
         **(_MOE_KERNELS if arch.num_experts else {}),
-        **window,
+        **window_fields(arch),
         # Megatron's own has a name to be saved by.
         "activation_func": squared_relu if arch.activation == "squared_relu" else activation_function(arch.activation),
         # Megatron's fused activation knows SwiGLU alone where experts weigh their tokens.

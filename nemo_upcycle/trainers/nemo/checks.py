@@ -13,7 +13,8 @@ from nemo_upcycle.data.dense import local_parent, read_parent
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
 from nemo_upcycle.models.config_fields import check_fields
-from nemo_upcycle.models.megatron_config import FIELDS, NORMS, SIZES, architecture_of, check_spec, require_buildable
+from nemo_upcycle.models.layer_settings import NORMS
+from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.planning.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of

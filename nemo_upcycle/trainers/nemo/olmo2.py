@@ -12,7 +12,7 @@ from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning import OptimizerModule
 
 from nemo_upcycle.models.families import olmo2
-from nemo_upcycle.models.megatron_config import NORMS
+from nemo_upcycle.models.layer_settings import NORMS
 from nemo_upcycle.online.decoder_layers import decoder_layers
 
 

@@ -17,7 +17,8 @@ from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo_upcycle.data.blend_module import mock_tokenizer
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.families import find_nemo_module, parents
-from nemo_upcycle.models.megatron_config import layer_norms, moe_fields, router_fields
+from nemo_upcycle.models.layer_settings import layer_norms
+from nemo_upcycle.models.megatron_config import moe_fields, router_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.nemo.checks import check_settings
 from nemo_upcycle.trainers.nemo.metrics import MetricsLogger

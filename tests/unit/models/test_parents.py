@@ -17,12 +17,22 @@ from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.layer_settings import window_fields
 from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
 from nemo_upcycle.verify.verification import verify
 from tests.loading.cases import logits
-from tests.models import build_chunks, moe_settings, sample_tokens, write_llama, write_olmo2, write_phi3
+from tests.models import (
+    build_chunks,
+    moe_settings,
+    sample_tokens,
+    write_exaone4,
+    write_llama,
+    write_olmo2,
+    write_phi3,
+    write_smollm3,
+)
 
 
 COPIES = {"num_experts": 4, "top_k": 2}
@@ -61,8 +71,14 @@ PARENTS = {
     "Phi-3, shared expert": Parent(
         write_phi3, "Qwen2MoeForCausalLM", COPIES | {"granularity": 2, "shared_experts": 1}
     ),
-    "Phi-3, window": Parent(partial(write_phi3, sliding_window=5), "MixtralForCausalLM", online=False),
+    "Phi-3, window": Parent(partial(write_phi3, sliding_window=5), "MixtralForCausalLM"),
     "Phi-3, LongRoPE": Parent(partial(write_phi3, **LONGROPE), "MixtralForCausalLM", online=False),
+    "SmolLM3": Parent(write_smollm3, ""),
+    "SmolLM3, no layer without positions": Parent(
+        partial(write_smollm3, no_rope_layers=[1] * 4), "MixtralForCausalLM"
+    ),
+    "EXAONE 4": Parent(write_exaone4, ""),
+    "EXAONE 4, no window": Parent(partial(write_exaone4, sliding_window=None, layer_types=["full_attention"] * 4), ""),
     "Phi-4-mini": Parent(partial(write_phi3, partial_rotary_factor=0.75, tied=True), ""),
     "Phi-4-mini, sigmoid": Parent(partial(write_phi3, partial_rotary_factor=0.75), "Glm4MoeForCausalLM", SIGMOID),
 }
@@ -98,11 +114,13 @@ def test_megatrons_layers_compute_what_a_parent_does(parent: tuple[Parent, Path]
     if not online:
         return
     wanted = logits(folder, sample_tokens(250))
-    (dense_model,) = build_chunks(folder, num_experts=None)
-    (model,) = build_chunks(folder, **moe_settings(arch, spec))
+    window = window_fields(arch)
+    (dense_model,) = build_chunks(folder, num_experts=None, **window)
+    (model,) = build_chunks(folder, **moe_settings(arch, spec), **window)
     with open_dense(folder) as dense:
         assert load_dense_into([dense_model], dense).exact
         receipt = upcycle_into([model], dense, spec)
+    assert receipt.exact
     assert receipt.bytes_read == receipt.bytes_needed
     with torch.no_grad():
         for made in (dense_model.eval(), model.eval()):
