@@ -15,6 +15,7 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import NORMS
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields
+from nemo_upcycle.models.rotary import turn_as
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -349,21 +350,10 @@ def build_chunks(
                 **({"position_embedding_type": "rope"} | rotary | (model or {})),
             )
         )
-    if arch.rope_scaling:
-        _scale_rotary(chunks, arch)
+    if arch.rope_scaling:  # after building, which is when NeMo does it
+        for chunk in chunks:
+            turn_as(chunk, arch)
     return chunks
-
-
-def _scale_rotary(chunks: list[Any], arch: Architecture) -> None:
-    """Scale the frequencies as transformers does, after building, which is when NeMo does it."""
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaling = {"rope_theta": arch.rope_theta} | (arch.rope_scaling or {})
-    config = LlamaConfig(head_dim=arch.head_dim, rope_theta=arch.rope_theta, rope_scaling=scaling)
-    frequencies, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
-    for chunk in chunks:
-        chunk.rotary_pos_emb.inv_freq = frequencies
 
 
 def sample_tokens(vocab_size: int, batch: int = 2, length: int = 32) -> torch.Tensor:

@@ -245,7 +245,9 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     parent = _family_of(dense_config, "config.json")
     settings = family.expert_settings(arch)
     dropped = {"attention_bias", "mlp_bias", "hidden_activation", _PART, *parent.spelling}
-    is_long = arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == LONGROPE
+    scaling = arch.rope_scaling or {}
+    # Where it is the longest, it is what a class takes for it; written, it would take the place of a factor.
+    is_beside = scaling.get("rope_type") == LONGROPE and scaling[_SHORT] != arch.max_positions
     return {
         **{key: value for key, value in dense_config.items() if key not in dropped},
         "architectures": [arch.hf_class],
@@ -264,7 +266,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "hidden_size": arch.hidden_size,
         "num_attention_heads": arch.num_heads,
         **settings,
-        **({_SHORT: arch.rope_scaling[_SHORT]} if arch.rope_scaling and is_long else {}),
+        **({_SHORT: scaling[_SHORT]} if is_beside else {}),
         **both_ropes(arch.rope_theta, arch.rope_scaling, settings.get(_PART)),
     }
 

@@ -14,7 +14,7 @@ from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
 from nemo_upcycle.models.layer_settings import NORMS, layer_norms, layers_with, no_rope, rope_pattern, window_fields
-from nemo_upcycle.models.rotary import same_frequencies
+from nemo_upcycle.models.rotary import attention_factor, factor_of, same_frequencies
 from nemo_upcycle.spec import UpcycleSpec, check_capacity, find_router_kind
 
 
@@ -336,7 +336,13 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
         checks.append(("rotary_percent", config.rotary_percent, moe_arch.rotary_percent))
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
     checks.append(("activation_func", activation_of(config.activation_func), moe_arch.activation))
-    if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, moe_arch):
+    factor, got_factor = attention_factor(moe_arch), factor_of(config)
+    if not math.isclose(got_factor, factor, rel_tol=1e-6):
+        checks.append(("yarn_mscale", f"a factor of {got_factor:.6g}", f"{factor:.6g} on sine and cosine"))
+    if factor != 1 and config.apply_rope_fusion:  # whose kernel has no such factor
+        checks.append(("apply_rope_fusion", True, False))
+    length = model.max_sequence_length
+    if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, moe_arch, length):
         got = f"rotary_base {model.rotary_base:g}, frequencies down to {float(frequencies[-1]):.4g}"
         expected = f"rope_theta {moe_arch.rope_theta:g}, rope_scaling {moe_arch.rope_scaling}"
         checks.append(("rotary_base and RoPE scaling", got, expected))

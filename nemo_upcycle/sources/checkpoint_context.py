@@ -193,7 +193,7 @@ class CheckpointContext:
             "rope_theta": get("rotary_base", 10000),
             "rope_scaling": scaling_of(self.settings),
             "partial_rotary_factor": get("rotary_percent", 1.0),
-            "max_position_embeddings": get("seq_length", 4096),
+            "max_position_embeddings": get("max_position_embeddings" if get("short_factor") else "seq_length", 4096),
             "sliding_window": int(window[0]) + 1 if window and int(window[0]) >= 0 else None,
         }
 

@@ -17,7 +17,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.layer_settings import NORMS, window_fields
 from nemo_upcycle.models.mapping import BY_ROLE, ParamMapping, find_mapping, mapping_of, stored_as
 from nemo_upcycle.models.megatron_config import check_model, megatron_fields
-from nemo_upcycle.models.rotary import rope_frequencies
+from nemo_upcycle.models.rotary import turn_as
 from nemo_upcycle.models.sharding import Shard, hf_shape, source_slices
 from nemo_upcycle.online.plan import RankCoords, split_name
 from nemo_upcycle.planning import rules
@@ -167,8 +167,7 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
             rotary_base=int(arch.rope_theta),
             vp_stage=vp_stage,
         ).to(device="cuda" if on_gpu else "cpu", dtype=dtype)
-        rotary = chunk.rotary_pos_emb
-        rotary.inv_freq = rope_frequencies(arch).to(rotary.inv_freq.device)
+        turn_as(chunk, arch)
         check_model(chunk, arch)
         chunks.append(chunk.eval())
     return chunks

@@ -215,9 +215,9 @@ def _check_dense(recipe: Any) -> None:
             fix="give the dense model's recipe, or change the spec of one that upcycles with use_spec(recipe, spec)",
         )
     config = recipe.model.config
-    theirs = ("nemo.", "nemo_upcycle.")
-    nemo = next((kind for kind in config.__fn_or_cls__.__mro__ if kind.__module__.startswith(theirs)), object)
-    if find_nemo_module(nemo.__module__.rpartition(".")[2]) not in parents():
+    ours = ("nemo.", "nemo_upcycle.")
+    known = next((kind for kind in config.__fn_or_cls__.__mro__ if kind.__module__.startswith(ours)), object)
+    if find_nemo_module(known.__module__.rpartition(".")[2]) not in parents():
         raise SpecError(
             "model.config",
             got=f"{config.__fn_or_cls__.__name__}, of another family",

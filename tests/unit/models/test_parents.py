@@ -39,6 +39,8 @@ COPIES = {"num_experts": 4, "top_k": 2}
 SIGMOID = COPIES | {"router_score": "sigmoid", "routed_scaling_factor": 2.5}
 LONG = {"short_factor": [1.0 + 0.1 * n for n in range(8)], "long_factor": [2.0 + n for n in range(8)]}
 LONGROPE = {"rope_scaling": LONG | {"type": "longrope"}, "original_max_position_embeddings": 16}
+#: The same where three quarters of a head are turned.
+SHORTER = LONGROPE | {"rope_scaling": {name: values[:6] for name, values in LONG.items()} | {"type": "longrope"}}
 
 
 class Parent(NamedTuple):
@@ -72,15 +74,21 @@ PARENTS = {
         write_phi3, "Qwen2MoeForCausalLM", COPIES | {"granularity": 2, "shared_experts": 1}
     ),
     "Phi-3, window": Parent(partial(write_phi3, sliding_window=5), "MixtralForCausalLM"),
-    "Phi-3, LongRoPE": Parent(partial(write_phi3, **LONGROPE), "MixtralForCausalLM", online=False),
+    "Phi-3.5": Parent(partial(write_phi3, **LONGROPE), "MixtralForCausalLM"),
+    "Phi-3.5, short": Parent(
+        partial(write_phi3, **(LONGROPE | {"original_max_position_embeddings": 128, "max_position_embeddings": 512})),
+        "MixtralForCausalLM",
+    ),
     "SmolLM3": Parent(write_smollm3, ""),
     "SmolLM3, no layer without positions": Parent(
         partial(write_smollm3, no_rope_layers=[1] * 4), "MixtralForCausalLM"
     ),
     "EXAONE 4": Parent(write_exaone4, ""),
     "EXAONE 4, no window": Parent(partial(write_exaone4, sliding_window=None, layer_types=["full_attention"] * 4), ""),
-    "Phi-4-mini": Parent(partial(write_phi3, partial_rotary_factor=0.75, tied=True), ""),
-    "Phi-4-mini, sigmoid": Parent(partial(write_phi3, partial_rotary_factor=0.75), "Glm4MoeForCausalLM", SIGMOID),
+    "Phi-4-mini": Parent(partial(write_phi3, partial_rotary_factor=0.75, tied=True, **SHORTER), ""),
+    "Phi-4-mini, sigmoid": Parent(
+        partial(write_phi3, partial_rotary_factor=0.75, **SHORTER), "Glm4MoeForCausalLM", SIGMOID
+    ),
 }
 
 
@@ -149,11 +157,25 @@ def test_norms_in_other_places_are_no_place_for_a_parents(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("megatron")
-def test_a_scaling_that_megatron_lacks_is_refused(tmp_path: Path) -> None:
-    (model,) = build_chunks(write_phi3(tmp_path / "plain"), num_experts=None)
+def test_longrope_needs_its_factor_and_its_frequencies(tmp_path: Path) -> None:
+    folder = write_phi3(tmp_path / "dense", **LONGROPE)
+    plain, fused, other = (build_chunks(folder, num_experts=None)[0] for _ in range(3))
+    plain.config.yarn_mscale = 0.0
+    fused.config.apply_rope_fusion = True
+    other.rotary_pos_emb.inv_freq = other.rotary_pos_emb.inv_freq * 2
+    words = ("yarn_mscale: got a factor of 1, expected", "apply_rope_fusion: got True", "rotary_base and RoPE scaling")
+    for model, text in zip((plain, fused, other), words, strict=True):
+        with open_dense(folder) as dense, pytest.raises(CheckpointError, match=text):
+            load_dense_into([model], dense)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_scaling_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    (model,) = build_chunks(write_llama(tmp_path / "plain"), num_experts=None)
     with (
-        open_dense(write_phi3(tmp_path / "dense", **LONGROPE)) as dense,
-        pytest.raises(CheckpointError, match="rope_scaling: got longrope, expected default or llama3"),
+        open_dense(write_llama(tmp_path / "dense", rope_scaling=yarn)) as dense,
+        pytest.raises(CheckpointError, match="rope_scaling: got yarn, expected default or llama3 or longrope"),
     ):
         load_dense_into([model], dense)
 
