@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,12 @@ def write_smollm3(folder: Path, *, layers: int = 4, **changes: Any) -> Path:
     return _write_parent(folder, SmolLM3ForCausalLM, SmolLM3Config, True, layers, 1, changes)
 
 
-def write_exaone4(folder: Path, *, layers: int = 4, **changes: Any) -> Path:
+def write_exaone4(folder: Path, *, window: int | None = 5, layers: int = 4, **changes: Any) -> Path:
     """Write a random EXAONE 4, whose attention sees a window but in every fourth layer, as `write_llama` does."""
     from transformers import Exaone4Config, Exaone4ForCausalLM
 
-    changes = {"sliding_window": 5, "pad_token_id": 0} | changes
-    return _write_parent(folder, Exaone4ForCausalLM, Exaone4Config, False, layers, 1, changes)
+    config = partial(Exaone4Config, sliding_window=window)  # None is not the default
+    return _write_parent(folder, Exaone4ForCausalLM, config, False, layers, 1, {"pad_token_id": 0} | changes)
 
 
 def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -> Path:

@@ -84,7 +84,7 @@ PARENTS = {
         partial(write_smollm3, no_rope_layers=[1] * 4), "MixtralForCausalLM"
     ),
     "EXAONE 4": Parent(write_exaone4, ""),
-    "EXAONE 4, no window": Parent(partial(write_exaone4, sliding_window=None, layer_types=["full_attention"] * 4), ""),
+    "EXAONE 4, no window": Parent(partial(write_exaone4, window=None, layer_types=["full_attention"] * 4), ""),
     "Phi-4-mini": Parent(partial(write_phi3, partial_rotary_factor=0.75, tied=True, **SHORTER), ""),
     "Phi-4-mini, sigmoid": Parent(
         partial(write_phi3, partial_rotary_factor=0.75, **SHORTER), "Glm4MoeForCausalLM", SIGMOID
