@@ -1,4 +1,4 @@
-"""Parents whose layers are no Llama's compute in Bridge's GPTModel what they do in transformers, dense and upcycled."""
+"""Parents whose layers are no Llama's compute in Bridge's GPTModel what they do in transformers, upcycled too."""
 
 from __future__ import annotations
 
