@@ -40,6 +40,9 @@ from nemo_upcycle.trainers.nemo.watchers import hang_detection, straggler_report
 
 #: The paper gives tokens, not steps: 100B, at 512 sequences of 8192 a step (NeMo's batch for Llama 3).
 MAX_STEPS = 23_842
+TOKENS_A_STEP = 512 * 8192
+#: Of eight H100.
+NODES = 64
 #: Of Llama 3 and 3.1, whose configurations do not name it; the last id is the mock tokenizer's end of document.
 VOCABULARY = 128_256
 #: The blend of a chain: the paper's, as far as it can be had.
@@ -87,9 +90,9 @@ def moe_trainer(
         pipeline_parallelism: int = pipeline_parallelism,
         virtual_pipeline_parallelism: Optional[int] = virtual_pipeline_parallelism,
         context_parallelism: int = context_parallelism,
-        sequence_parallelism: bool = True,
+        sequence_parallelism: bool = tensor_parallelism > 1,
         expert_parallelism: int = 8,
-        num_nodes: int = 64,
+        num_nodes: int = NODES,
         num_gpus_per_node: int = 8,
         max_steps: int = MAX_STEPS,
         callbacks: Optional[list[run.Config[Callback]]] = None,
@@ -143,6 +146,8 @@ def paper_training(recipe: run.Partial) -> run.Partial:
     recipe.optim.lr_scheduler.warmup_steps = 100
     recipe.optim.lr_scheduler.constant_steps = 0
     recipe.optim.lr_scheduler.min_lr = 3e-7
+    recipe.data.seq_length = recipe.model.config.seq_length
+    recipe.data.global_batch_size = TOKENS_A_STEP // recipe.data.seq_length
     vocabulary = getattr(recipe.model.config, "vocab_size", None) or VOCABULARY
     recipe.data.tokenizer = run.Config(NullTokenizer, vocab_size=vocabulary - 1)
     return recipe
@@ -185,6 +190,8 @@ def upcycled_recipe(
     dense: str,
     spec: UpcycleSpec,
     fast: Callable[[run.Partial], run.Partial],
+    *,
+    num_nodes: int = NODES,
 ) -> Callable[..., run.Partial]:
     """Register and return the `pretrain_recipe` of an upcycled model: the paper's training, on H100s.
 
@@ -196,6 +203,7 @@ def upcycled_recipe(
         dense: the checkpoint to start from, by default.
         spec: how to upcycle.
         fast: turns the recipe into its fast run.
+        num_nodes: by default.
     """
 
     @run.cli.factory(target=pretrain, name=name)
@@ -203,7 +211,7 @@ def upcycled_recipe(
     def pretrain_recipe(
         dir: Optional[str] = None,
         name: str = name,
-        num_nodes: int = 64,
+        num_nodes: int = num_nodes,
         num_gpus_per_node: int = 8,
         performance_mode: bool = False,
         dense: str = dense,
@@ -288,12 +296,12 @@ def chain(
         recipe: its `pretrain_recipe`.
         baseline: `pretrain_recipe` of the dense baseline.
     """
-    parent = inspect.signature(recipe).parameters["dense"].default
+    parent, nodes = (inspect.signature(recipe).parameters[argument].default for argument in ("dense", "num_nodes"))
 
     @run.cli.factory(target=pipeline, name=name)
     def pipeline_recipe(
         dir: str = f"runs/{name}",
-        num_nodes: int = 64,
+        num_nodes: int = nodes,
         num_gpus_per_node: int = 8,
         performance_mode: bool = False,
         dense: str = parent,
@@ -332,7 +340,13 @@ def chain(
 
 
 def dense_baseline(
-    name: str, nemo_recipe: ModuleType, dense: str, model: Optional[Callable[[], run.Config]] = None
+    name: str,
+    nemo_recipe: ModuleType,
+    dense: str,
+    model: Optional[Callable[[], run.Config]] = None,
+    *,
+    layout: Optional[dict[str, int]] = None,
+    num_nodes: int = NODES,
 ) -> Callable[..., run.Partial]:
     """Register and return the `pretrain_recipe` of a dense baseline: the dense model, trained as the upcycled one is.
 
@@ -341,13 +355,15 @@ def dense_baseline(
         nemo_recipe: NeMo's recipe module, whose layout is kept.
         dense: the checkpoint to start from, by default.
         model: the dense model, where it is not the module's.
+        layout: Megatron's settings of it that are to differ.
+        num_nodes: by default.
     """
 
     @run.cli.factory(target=pretrain, name=name)
     def pretrain_recipe(
         dir: Optional[str] = None,
         name: str = name,
-        num_nodes: int = 64,
+        num_nodes: int = num_nodes,
         num_gpus_per_node: int = 8,
         performance_mode: bool = False,
         dense: str = dense,
@@ -380,6 +396,8 @@ def dense_baseline(
         recipe = paper_training(recipe)
         if performance_mode:  # not an argument of all of NeMo's recipes
             recipe = nemo_recipe.pretrain_performance_optimizations(recipe)
+        for setting, size in (layout or {}).items():
+            setattr(recipe.trainer.strategy, setting, size)
         return resilient(start_from(recipe, dense, None, data))
 
     return pretrain_recipe

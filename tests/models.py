@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.layer_settings import NORMS
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields
+from nemo_upcycle.models.rotary import turn_as
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -54,20 +57,36 @@ def write_qwen3(folder: Path, *, tied: bool = False, layers: int = 4, **changes:
     return _write_parent(folder, Qwen3ForCausalLM, Qwen3Config, tied, layers, 1, changes)
 
 
-def write_phi3(folder: Path, *, layers: int = 2, **changes: Any) -> Path:
+def write_phi3(folder: Path, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
     """Write a random Phi-3, whose query, key and value, and gate and up are fused, as `write_llama` writes a Llama."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     changes = {"head_dim": None, "pad_token_id": 0} | changes
-    return _write_parent(folder, Phi3ForCausalLM, Phi3Config, False, layers, 1, changes)
+    return _write_parent(folder, Phi3ForCausalLM, Phi3Config, tied, layers, 1, changes)
 
 
-def write_olmo2(folder: Path, *, layers: int = 2, **changes: Any) -> Path:
+def write_olmo2(folder: Path, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
     """Write a random OLMo 2, whose norms stand after attention and network, as `write_llama` writes a Llama."""
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     changes = {"head_dim": None, "pad_token_id": 0} | changes
-    return _write_parent(folder, Olmo2ForCausalLM, Olmo2Config, False, layers, 1, changes)
+    return _write_parent(folder, Olmo2ForCausalLM, Olmo2Config, tied, layers, 1, changes)
+
+
+def write_smollm3(folder: Path, *, layers: int = 4, **changes: Any) -> Path:
+    """Write a random SmolLM3, every fourth layer of which has no positions, as `write_llama` writes a Llama."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    changes = {"head_dim": None, "pad_token_id": 0} | changes
+    return _write_parent(folder, SmolLM3ForCausalLM, SmolLM3Config, True, layers, 1, changes)
+
+
+def write_exaone4(folder: Path, *, window: int | None = 5, layers: int = 4, **changes: Any) -> Path:
+    """Write a random EXAONE 4, whose attention sees a window but in every fourth layer, as `write_llama` does."""
+    from transformers import Exaone4Config, Exaone4ForCausalLM
+
+    config = partial(Exaone4Config, sliding_window=window)  # None is not the default
+    return _write_parent(folder, Exaone4ForCausalLM, config, False, layers, 1, {"pad_token_id": 0} | changes)
 
 
 def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -> Path:
@@ -271,12 +290,13 @@ def build_chunks(
     from megatron.core import parallel_state as ps
     from megatron.core import tensor_parallel
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
+    from nemo_upcycle.online.decoder_layers import decoder_layers
+
     sizes = {"tp": 1, "cp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1} | (layout or {})
     virtual = sizes["vp"] if sizes["vp"] > 1 else None
     if not ps.model_parallel_is_initialized():
@@ -310,44 +330,31 @@ def build_chunks(
         "pipeline_dtype": torch.float32,
     }
     config = TransformerConfig(**(settings | changes))
-    mixed = config.moe_layer_freq != 1
-    spec = get_gpt_layer_local_spec(num_experts=num_experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    norms = {name: getattr(arch, name) for name in NORMS}
+    rotary = {"rotary_base": int(arch.rope_theta), "rotary_percent": arch.rotary_percent}
     padded = -(-arch.vocab_size // (8 * sizes["tp"])) * 8 * sizes["tp"]
     chunks = []
     for stage in range(sizes["vp"]):
         vp_stage = stage if virtual else None
         first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        if mixed:
-            spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm", vp_stage=vp_stage)
         chunks.append(
             GPTModel(
                 config,
-                spec,
+                decoder_layers(config, False, vp_stage, **norms),
                 padded,
                 128,
                 pre_process=first,
                 post_process=last,
                 share_embeddings_and_output_weights=arch.tied_embeddings,
                 vp_stage=vp_stage,
-                **({"position_embedding_type": "rope", "rotary_base": int(arch.rope_theta)} | (model or {})),
+                **({"position_embedding_type": "rope"} | rotary | (model or {})),
             )
         )
-    if arch.rope_scaling:
-        _scale_rotary(chunks, arch)
+    if arch.rope_scaling:  # after building, which is when NeMo does it
+        for chunk in chunks:
+            turn_as(chunk, arch)
     return chunks
-
-
-def _scale_rotary(chunks: list[Any], arch: Architecture) -> None:
-    """Scale the frequencies as transformers does, after building, which is when NeMo does it."""
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaling = {"rope_theta": arch.rope_theta} | (arch.rope_scaling or {})
-    config = LlamaConfig(head_dim=arch.head_dim, rope_theta=arch.rope_theta, rope_scaling=scaling)
-    frequencies, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
-    for chunk in chunks:
-        chunk.rotary_pos_emb.inv_freq = frequencies
 
 
 def sample_tokens(vocab_size: int, batch: int = 2, length: int = 32) -> torch.Tensor:

@@ -86,7 +86,7 @@ class CheckpointWeights:
         if self._hybrid:
             return self._hybrid.num_layers
         inside = self._prefix + "decoder.layers."
-        for stored in BY_ROLE["attention_norm"].stored:
+        for stored in BY_ROLE["attention_out"].stored:
             if inside + stored in self.checkpoint.names():
                 return self.checkpoint.shape(inside + stored)[0]
         found = (re.match(re.escape(inside) + r"(\d+)\.", name) for name in self.checkpoint.names())

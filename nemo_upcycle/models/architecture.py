@@ -112,9 +112,12 @@ class Architecture:
         quantile_bias: whether it has one that is taken from its logits instead, a quantile of them.
         qk_norm: whether query and key are normalised before the rotary embedding, head by head.
         wide_qk_norm: whether over all heads at once instead.
-        post_norm: whether a layer's norms stand after attention and feed-forward network, not before them.
+        pre_norm: whether a layer has norms before attention and feed-forward network.
+        post_norm: whether it has norms after them.
         zero_centered_norm: whether norms store their distance from one.
         scaled_embedding: whether the embedding is multiplied by the root of D.
+        rope_pattern: in which layers the rotary embedding turns heads; None: in all.
+        rotary_percent: part of a head, its first numbers, that the rotary embedding turns; 1: all of it.
         sliding_window: tokens that attention sees, the current one included; None: all before it.
         window_pattern: in which layers it does; None: in all.
         attention_sinks: whether each head learns a number that takes part in its softmax.
@@ -141,12 +144,15 @@ class Architecture:
     ffn_bias: bool = False
     qk_norm: bool = False
     wide_qk_norm: bool = False
+    pre_norm: bool = True
     post_norm: bool = False
     zero_centered_norm: bool = False
     scaled_embedding: bool = False
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)  # a dict has no hash
+    rope_pattern: tuple[bool, ...] | None = None
+    rotary_percent: float = 1.0
     max_positions: int = 4096
     sliding_window: int | None = None
     window_pattern: tuple[bool, ...] | None = None
@@ -166,6 +172,11 @@ class Architecture:
     balancing_bias: bool = False
     quantile_bias: bool = False
     mamba: MambaLayers | None = None
+
+    @property
+    def norm_places(self) -> tuple[bool, bool]:
+        """Whether norms stand before attention and network, and after them."""
+        return self.pre_norm, self.post_norm
 
     @property
     def heads_per_group(self) -> int:
@@ -273,7 +284,7 @@ class Architecture:
         layers = attentions * self.attention_params + (networks - moe_layers) * dense
         layers += moe_layers * self._moe_params(experts)
         layers += mamba * self.mamba.params(self.hidden_size) if self.mamba else 0
-        norms = (attentions + networks + mamba + 1) * self.hidden_size
+        norms = (sum(self.norm_places) * (attentions + networks + mamba) + 1) * self.hidden_size
         return layers + embeddings + norms
 
     def mtp_params(self, *, active: bool = False) -> int:

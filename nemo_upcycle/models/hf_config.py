@@ -10,16 +10,23 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, planned, targets
 from nemo_upcycle.models.families.base import ACTIVATIONS, MoeFamily, Settings
+from nemo_upcycle.models.rotary import LONGROPE
 from nemo_upcycle.utils.files import read_json
 
 
+_PART = "partial_rotary_factor"
 #: What transformers 5 keeps together with the scaling of rotary frequencies.
-_NO_SCALING = ("rope_theta", "partial_rotary_factor")
+_NO_SCALING = ("rope_theta", _PART)
+#: Positions up to which a model was trained before its rotary frequencies were scaled. LongRoPE's stand beside its
+#: settings in transformers 4, among them in 5.
+_SHORT = "original_max_position_embeddings"
 #: Settings of a kind of scaling; those of other kinds travel along unread.
 _SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _SHORT),
 }
+#: Former names of kinds.
+_FORMER = {"su": LONGROPE}
 
 
 def _family_of(config: Any, where: str, *, to_plan: bool = False) -> Family:
@@ -74,6 +81,9 @@ def architecture_from_config(
     if heads % groups:
         raise settings.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     bias = settings.flag("attention_bias")
+    part = settings.number(_PART) if _PART in settings.values else 1.0
+    if part != 1 and not family.has_partial_rotary:
+        raise settings.wrong(_PART, "1 or nothing", "use a checkpoint whose heads are rotated as a whole")
     if (norms := settings.flag("qk_norm")) and "query_norm" not in family.names:
         raise settings.wrong(
             "qk_norm", f"no norms of query and key in {family.hf_class}", "use a checkpoint of Qwen3's class"
@@ -95,12 +105,14 @@ def architecture_from_config(
         ffn_bias=settings.flag("mlp_bias"),
         qk_norm=norms,
         wide_qk_norm=family.wide_qk_norm,
+        pre_norm=family.pre_norm,
         post_norm=family.post_norm,
         zero_centered_norm=settings.flag("zero_centered_norm"),
         scaled_embedding=settings.flag("scaled_embedding"),
         norm_eps=settings.number("rms_norm_eps"),
         rope_theta=settings.number("rope_theta"),
         rope_scaling=settings.values["rope_scaling"],
+        rotary_percent=part,
         max_positions=settings.whole("max_position_embeddings"),
         sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
         mamba=mamba,
@@ -158,6 +170,9 @@ def _settings_of(config: Any, where: str, *, to_plan: bool) -> tuple[Family, Set
         fix = "train with sequences within the window, and set use_sliding_window to false"
         raise given.wrong("use_sliding_window", "full attention", fix)
     values = {**family.defaults, **given.values, **rope_settings(config, where)}
+    if (scaling := values["rope_scaling"]) and scaling["rope_type"] == LONGROPE:
+        length = values.get(_SHORT, values.get("max_position_embeddings"))
+        values["rope_scaling"] = {_SHORT: length} | scaling
     # Treat null as absent, except for these keys, where null has a meaning.
     if config.get("num_key_value_heads", "") is None:
         values["num_key_value_heads"] = config.get("num_attention_heads")
@@ -188,14 +203,12 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
     given = _given(config, where)
     scalings = {key: _scaling(given, key) for key in ("rope_scaling", "rope_parameters") if key in given.values}
     places = [given, *(_inside(given, key) for key in scalings)]
-    for key in (*_NO_SCALING, "original_max_position_embeddings"):
+    for key in (*_NO_SCALING, _SHORT):
         said = [place for place in places if key in place.values]
         for place in said[:-1]:
             if place.values[key] != (last := said[-1]).values[key]:
                 expected = f"{last.values[key]}, as in {last.where.removeprefix(f'{where}: ')}"
                 raise place.wrong(key, expected, "keep one of the two in config.json")
-        if said and key == "partial_rotary_factor" and said[0].values[key] != 1:
-            raise said[0].wrong(key, "1 or nothing", "use a checkpoint whose heads are rotated as a whole")
     if len(scalings) == 2 and scalings["rope_scaling"] != scalings["rope_parameters"]:
         fix = "keep one of the two in config.json"
         raise given.wrong("rope_scaling", f"{scalings['rope_parameters']}, as in rope_parameters", fix)
@@ -212,7 +225,7 @@ def both_ropes(theta: float, scaling: dict[str, Any] | None, part: float | None 
         part: of a head that is rotated, for a class whose own default is not the whole.
     """
     parameters = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
-    parameters |= {} if part is None else {"partial_rotary_factor": part}
+    parameters |= {} if part is None else {_PART: part}
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}
 
 
@@ -231,7 +244,10 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     assert isinstance(family, MoeFamily), arch.hf_class
     parent = _family_of(dense_config, "config.json")
     settings = family.expert_settings(arch)
-    dropped = {"attention_bias", "mlp_bias", "hidden_activation", *parent.spelling}
+    dropped = {"attention_bias", "mlp_bias", "hidden_activation", _PART, *parent.spelling}
+    scaling = arch.rope_scaling or {}
+    # Where it is the longest, it is what a class takes for it; written, it would take the place of a factor.
+    is_beside = scaling.get("rope_type") == LONGROPE and scaling[_SHORT] != arch.max_positions
     return {
         **{key: value for key, value in dense_config.items() if key not in dropped},
         "architectures": [arch.hf_class],
@@ -250,7 +266,8 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "hidden_size": arch.hidden_size,
         "num_attention_heads": arch.num_heads,
         **settings,
-        **both_ropes(arch.rope_theta, arch.rope_scaling, settings.get("partial_rotary_factor")),
+        **({_SHORT: scaling[_SHORT]} if is_beside else {}),
+        **both_ropes(arch.rope_theta, arch.rope_scaling, settings.get(_PART)),
     }
 
 
@@ -267,6 +284,7 @@ def _scaling(given: Settings, key: str) -> dict[str, Any] | None:
     inside = _inside(given, key)
     if inside.values.get("type", kind) != kind:
         raise inside.wrong("type", f"{kind}, as its rope_type", "keep one of the two in config.json")
+    kind = _FORMER.get(kind, kind)
     scaling = {name: value for name, value in scaling.items() if name not in ("type", *_NO_SCALING)}
     for name in _SCALINGS.get(kind, ()):
         inside.number(name)

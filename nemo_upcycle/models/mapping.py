@@ -38,22 +38,14 @@ _NEARLY_ZERO = 2.0**-100
 class Sharding(Enum):
     """How tensor parallelism cuts a parameter. Networks are cut by neuron, attention by key-value group."""
 
-    #: whole on every rank
-    REPLICATED = "replicated"
-    #: rows [V, D], padded at the end so that every rank has as many
-    VOCABULARY = "vocabulary"
-    #: rows, by key-value group
-    QKV = "qkv"
-    #: rows of one matrix, by neuron (a network without a gate)
-    NEURON_ROWS = "neuron rows"
-    #: rows of gate and up, each on its own, by neuron
-    GATED = "gated"
-    #: columns, by neuron
-    NEURON_COLUMNS = "neuron columns"
-    #: columns, by head
-    COLUMNS = "columns"
-    #: rows of each part on its own, by head or group of heads
-    PARTS = "parts"
+    REPLICATED = "replicated"  #: whole on every rank
+    VOCABULARY = "vocabulary"  #: rows [V, D], padded at the end so that every rank has as many
+    QKV = "qkv"  #: rows, by key-value group
+    NEURON_ROWS = "neuron rows"  #: rows of one matrix, by neuron (a network without a gate)
+    GATED = "gated"  #: rows of gate and up, each on its own, by neuron
+    NEURON_COLUMNS = "neuron columns"  #: columns, by neuron
+    COLUMNS = "columns"  #: columns, by head
+    PARTS = "parts"  #: rows of each part on its own, by head or group of heads
 
 
 @dataclass(frozen=True)
@@ -140,7 +132,9 @@ ATTENTION_MAPPINGS = (
     ParamMapping("attention_out_bias", ("self_attention.linear_proj.bias",), Sharding.REPLICATED),
     ParamMapping("query_norm", ("self_attention.q_layernorm.weight",), Sharding.REPLICATED),
     ParamMapping("key_norm", ("self_attention.k_layernorm.weight",), Sharding.REPLICATED),
+    ParamMapping("attention_post_norm", ("post_self_attn_layernorm.weight",), Sharding.REPLICATED),
     ParamMapping("ffn_norm", ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"), Sharding.REPLICATED),
+    ParamMapping("ffn_post_norm", ("post_mlp_layernorm.weight",), Sharding.REPLICATED),
 )
 
 #: In a dense layer. A network without a gate has its up projection alone.
@@ -288,6 +282,8 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
         return arch.shared_ffn_size > 0 and mapping.role != "shared_gate"
     some = {"qkv": arch.latent is None, "query_norm": arch.qk_norm, "key_norm": arch.qk_norm}
     some |= {bias: getattr(arch, bias) for bias in ("qkv_bias", "attention_out_bias", *BALANCING_BIASES)}
+    some |= dict.fromkeys(("attention_norm", "ffn_norm"), arch.pre_norm)
+    some |= dict.fromkeys(("attention_post_norm", "ffn_post_norm"), arch.post_norm)
     some |= dict.fromkeys(PLANNED, False)
     some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias", *planned_shapes(arch)), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)

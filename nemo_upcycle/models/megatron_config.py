@@ -15,7 +15,8 @@ from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.balancing import check_balancing
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
-from nemo_upcycle.models.rotary import same_frequencies
+from nemo_upcycle.models.layer_settings import NORMS, layer_norms, layers_with, no_rope, rope_pattern, window_fields
+from nemo_upcycle.models.rotary import attention_factor, factor_of, same_frequencies
 from nemo_upcycle.spec import UpcycleSpec, find_router_kind
 from nemo_upcycle.utils.validation import check_capacity
 
@@ -37,6 +38,7 @@ _BLOCK = {
 FIELDS = _BLOCK | {
     "tied_embeddings": "share_embeddings_and_output_weights",
     "activation": "activation_func",
+    "rope_pattern": "no_rope_freq",
     "qkv_bias": "add_qkv_bias",
     "ffn_bias": "add_bias_linear",
     "num_experts": "num_moe_experts",
@@ -53,15 +55,16 @@ _MAMBA = {
     "num_groups": "mamba_num_groups",
     "state_size": "mamba_state_dim",
 }
+_SHAPES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
 #: Fields that a recipe has in common with the dense model that it starts from.
-SIZES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
+SIZES = (*_SHAPES, "rotary_percent", "rope_pattern", *NORMS)
 
 
 def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
-    """Check that the layers of Megatron-Core's GPT model, or of its HybridModel, can be those of an architecture.
+    """Check that the layers of a GPT model, or of Megatron-Core's HybridModel, can be those of an architecture.
 
     Raises:
-        CheckpointError: its norms stand where no layer of 0.15 to 0.19 has any, or a GPT model has no such layers.
+        CheckpointError: a HybridModel has no norms in these places, or a GPT model has no such layers.
     """
     if arch.mamba and not hybrid:
         raise CheckpointError(
@@ -70,13 +73,18 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
             expected="attention and a network in each, in a GPTModel and in Megatron checkpoints that are read",
             fix="upcycle its Hugging Face folder into a HybridModel in Megatron-Bridge",
         )
-    norms = {"after attention and network": arch.post_norm, "of query and key over all heads": arch.wide_qk_norm}
-    if got := [place for place, holds in norms.items() if holds]:
+    special = {
+        "norms after attention and network": arch.post_norm,
+        "norms of query and key over all heads": arch.wide_qk_norm,
+        "layers without positions": arch.rope_pattern is not None,
+        "a window in some layers": arch.window_pattern is not None,
+    }
+    if hybrid and (got := [what for what, holds in special.items() if holds]):
         raise CheckpointError(
-            f"norms of {arch.hf_class or 'the model'}",
+            f"layers of {arch.hf_class or 'the model'}",
             got=", ".join(got),
-            expected="before attention and network, and head by head: Megatron-Core's layers have them nowhere else",
-            fix="make a Hugging Face folder of it with nemo-upcycle convert, and train that elsewhere",
+            expected="what the layers of a HybridModel have",
+            fix="omit hybrid_layer_pattern: a GPTModel can have them",
         )
 
 
@@ -96,6 +104,8 @@ def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, An
     require_buildable(arch, hybrid=hybrid)
     fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch)
     fields["normalization"] = "RMSNorm"
+    if arch.rope_pattern:
+        fields["no_rope_freq"] = no_rope(arch.rope_pattern)
     if arch.num_experts:
         fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
@@ -142,7 +152,7 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
         >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
         47491321856
     """
-    names = (*SIZES, "gated", *_BIASES, "tied_embeddings", "num_experts")
+    names = (*_SHAPES, "gated", *_BIASES, "tied_embeddings", "num_experts")
     fields = {name: getattr(config, FIELDS[name]) for name in names}
     hybrid = hybrid_of(config)
     fields["num_layers"] = hybrid.num_layers if hybrid else fields["num_layers"]
@@ -160,6 +170,8 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
             "shared_ffn_size": config.moe_shared_expert_intermediate_size or 0,
             "moe_pattern": None if all(pattern) else pattern,
         }
+    fields |= layer_norms(config) | {"rotary_percent": getattr(config, "rotary_percent", 1.0)}
+    fields["rope_pattern"] = rope_pattern(getattr(config, "no_rope_freq", None), fields["num_layers"])
     return Architecture(hf_class="", vocab_size=vocab_size, attention_out_bias=fields["ffn_bias"], **fields)
 
 
@@ -314,9 +326,21 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
     if config.softmax_scale and not math.isclose(config.softmax_scale, moe_arch.head_dim**-0.5, rel_tol=1e-6):
         checks.append(("softmax_scale", config.softmax_scale, f"None or {moe_arch.head_dim**-0.5:.6g}"))
+    got_rope = rope_pattern(getattr(config, "no_rope_freq", None), moe_arch.num_layers)
+    if got_rope != moe_arch.rope_pattern:
+        wanted_rope = no_rope(moe_arch.rope_pattern) if moe_arch.rope_pattern else None
+        checks.append(("no_rope_freq", config.no_rope_freq, wanted_rope))
+    if hasattr(config, "rotary_percent"):  # NeMo's and Bridge's; it is in the frequencies, too, if there are any yet
+        checks.append(("rotary_percent", config.rotary_percent, moe_arch.rotary_percent))
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
     checks.append(("activation_func", activation_of(config.activation_func), moe_arch.activation))
-    if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, moe_arch):
+    factor, got_factor = attention_factor(moe_arch), factor_of(config)
+    if not math.isclose(got_factor, factor, rel_tol=1e-6):
+        checks.append(("yarn_mscale", f"a factor of {got_factor:.6g}", f"{factor:.6g} on sine and cosine"))
+    if factor != 1 and config.apply_rope_fusion:  # whose kernel has no such factor
+        checks.append(("apply_rope_fusion", True, False))
+    length = model.max_sequence_length
+    if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, moe_arch, length):
         got = f"rotary_base {model.rotary_base:g}, frequencies down to {float(frequencies[-1]):.4g}"
         expected = f"rope_theta {moe_arch.rope_theta:g}, rope_scaling {moe_arch.rope_scaling}"
         checks.append(("rotary_base and RoPE scaling", got, expected))
@@ -342,10 +366,14 @@ def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Ite
     # Megatron counts the tokens before the current one (NeMo's import forgets that), Hugging Face that one, too.
     tokens, window = min(dense.max_positions, model.max_sequence_length), config.window_size
     seen = window[0] + 1 if window and window[0] >= 0 else tokens
-    wanted = dense.sliding_window or tokens
-    if min(seen, tokens) != min(wanted, tokens) or (seen < tokens and config.window_attn_skip_freq):
-        exact = (wanted - 1, 0) if dense.sliding_window else None
-        yield f"window_size={window} is not the dense model's attention: {exact} in every layer would be"
+    wanted, layers = dense.sliding_window or tokens, dense.num_layers
+    pattern = layers_with(config.window_attn_skip_freq, layers, True)
+    is_where = pattern == (dense.window_pattern or (True,) * layers)
+    if min(seen, tokens) != min(wanted, tokens) or (seen < tokens and not is_where):
+        exact, where = window_fields(dense).get("window_size"), "every layer"
+        if dense.window_pattern:
+            where = f"layers {', '.join(str(layer) for layer, sees in enumerate(dense.window_pattern) if sees)}"
+        yield f"window_size={window} is not the dense model's attention: {exact} in {where} would be"
     # Gemma multiplies its embedding by the root of D; NeMo's model class does so, Megatron's has no setting for it.
     scales = any(base.__name__ == "EmbeddingScalingMixin" for base in type(getattr(model, "embedding", None)).__mro__)
     if model.pre_process and scales is not dense.scaled_embedding:

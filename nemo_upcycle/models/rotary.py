@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
@@ -12,46 +13,128 @@ from nemo_upcycle.models.architecture import Architecture
 if TYPE_CHECKING:
     import torch  # a second and a half, which the planner does without
 
+#: The scaling of arXiv 2402.13753: a factor for each frequency, others for long sequences, and one on sine and cosine.
+LONGROPE = "longrope"
+
+
+#: Kinds of `rope_scaling` whose frequencies are known here.
+_KINDS = ("default", "llama3", LONGROPE)
+_SHORT = "original_max_position_embeddings"
+
 
 def rope_kind(arch: Architecture) -> str:
-    """Return how the rotary frequencies are scaled: `default` (not at all) or `llama3`.
+    """Return how the rotary frequencies are scaled: `default` (not at all), `llama3` or `longrope`.
 
     Raises:
-        CheckpointError: in another way, which Megatron-Core's rotary embedding does not know.
+        CheckpointError: in another way, which is not known.
     """
     kind = (arch.rope_scaling or {}).get("rope_type", "default")
-    if kind not in ("default", "llama3"):
+    if kind not in _KINDS:
         raise CheckpointError(
             "rope_scaling",
             got=kind,
-            expected="default or llama3",
+            expected=" or ".join(_KINDS),
             fix="use a checkpoint without position interpolation",
         )
     return str(kind)
 
 
-def rope_frequencies(arch: Architecture) -> torch.Tensor:
+def rope_frequencies(arch: Architecture, length: int = 0) -> torch.Tensor:
     """Return the rotary embedding's inverse frequencies, float32 [K / 2], scaled as `rope_scaling` says.
 
+    Where heads are turned in part, K is that part.
+
+    Args:
+        arch: the model's.
+        length: of its sequences, in tokens: LongRoPE has other frequencies for long ones.
+
     Raises:
-        CheckpointError: the kind of scaling is not known; only none and Llama 3's are.
+        CheckpointError: the kind of scaling is not known.
     """
     import torch
 
-    inverse = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
-    scaling = arch.rope_scaling or {}
-    if rope_kind(arch) == "default":
+    turned = int(arch.head_dim * arch.rotary_percent)
+    inverse = arch.rope_theta ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned)
+    scaling, kind = arch.rope_scaling or {}, rope_kind(arch)
+    if kind == "default":
         return inverse
+    if kind == LONGROPE:
+        factors = scaling["long_factor" if length > scaling[_SHORT] else "short_factor"]
+        if len(factors) != len(inverse):
+            expected = f"{len(inverse)}, one for two of the numbers of a head that are turned"
+            fix = "correct rope_scaling in config.json"
+            raise CheckpointError("factors of LongRoPE", got=len(factors), expected=expected, fix=fix)
+        return inverse / torch.tensor(factors, dtype=torch.float32)
     factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     # Long waves are stretched by the factor, short ones kept, and those between get a mean of the two.
-    turns = float(scaling["original_max_position_embeddings"]) * inverse / (2 * math.pi)
+    turns = float(scaling[_SHORT]) * inverse / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * inverse / factor + kept * inverse
 
 
-def same_frequencies(inverse: torch.Tensor, arch: Architecture) -> bool:
+def attention_factor(arch: Architecture) -> float:
+    """Return the factor on sine and cosine: 1 but with LongRoPE, whose every sequence has the one of the longest."""
+    scaling = arch.rope_scaling or {}
+    if scaling.get("rope_type") != LONGROPE:
+        return 1.0
+    if factor := scaling.get("attention_factor"):
+        return float(factor)
+    short = scaling[_SHORT]
+    stretched = arch.max_positions / short if short != arch.max_positions else scaling.get("factor", 1.0)
+    return math.sqrt(1 + math.log(stretched) / math.log(short)) if stretched > 1 else 1.0
+
+
+def same_frequencies(inverse: torch.Tensor, arch: Architecture, length: int = 0) -> bool:
     """Return whether a model's inverse frequencies are the architecture's, up to rounding."""
     import torch
 
-    expected = rope_frequencies(arch)
+    expected = rope_frequencies(arch, length)
     return inverse.shape == expected.shape and torch.allclose(inverse.cpu().float(), expected, rtol=1e-5, atol=0)
+
+
+def turn_as(model: Any, arch: Architecture) -> None:
+    """Give a Megatron model the rotary embedding of an architecture, for sequences of the length that it is built for.
+
+    Args:
+        model: a `GPTModel`; its configuration is changed, too: Megatron-Core 0.15 multiplies sine and cosine by a
+            factor that it makes of YaRN's settings, but in the fused kernel of `apply_rope_fusion`.
+        arch: the architecture.
+    """
+    rotary = model.rotary_pos_emb
+    rotary.inv_freq = rope_frequencies(arch, model.max_sequence_length).to(rotary.inv_freq.device)
+    if (factor := attention_factor(arch)) != 1:
+        for name, value in zip(_YARN, (math.e, 10 * (factor - 1), 0.0), strict=True):
+            setattr(model.config, name, value)
+
+
+#: Megatron's settings of YaRN, which make a factor on sine and cosine.
+_YARN = ("yarn_rotary_scaling_factor", "yarn_mscale", "yarn_mscale_all_dim")
+
+
+def factor_of(config: Any) -> float:
+    """Return the factor on sine and cosine that a model of Megatron's has."""
+    stretched, part, whole = (getattr(config, name, None) for name in _YARN)
+    if stretched is None or part is None or whole is None or stretched <= 1:
+        return 1.0
+    return float((0.1 * part * math.log(stretched) + 1) / (0.1 * whole * math.log(stretched) + 1))
+
+
+def scaling_settings(factor: float) -> dict[str, Any]:
+    """Return NeMo's settings of the scaling of rotary frequencies that Megatron has: Llama 3.1's, with any factor."""
+    return {"scale_factor": factor, "old_context_len": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def scaling_of(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return `rope_scaling`, as Hugging Face has it, of NeMo's settings; None without any."""
+    if settings.get("short_factor"):
+        names = ("short_factor", "long_factor", _SHORT)
+        return {"rope_type": LONGROPE, **{name: settings[name] for name in names}}
+    if "old_context_len" not in settings:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": float(settings["scale_factor"]),
+        "low_freq_factor": float(settings["low_freq_factor"]),
+        "high_freq_factor": float(settings["high_freq_factor"]),
+        "original_max_position_embeddings": int(settings["old_context_len"]),
+    }

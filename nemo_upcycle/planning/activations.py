@@ -19,6 +19,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.layer_settings import NORMS
 from nemo_upcycle.planning.check import megatron_rank, transformer_config
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import GIB, layer_bytes, layers_in_flight, worst_memory
@@ -30,7 +31,8 @@ from nemo_upcycle.utils.attributes import temporarily_set
 TOLERANCE = 0.01
 #: Megatron's modules, as regular expressions of their names in a layer -> the term of what they keep.
 _TERMS = {
-    r"input_layernorm": "attention norm",
+    r"input_layernorm|post_self_attn_layernorm": "attention norm",
+    r"post_mlp_layernorm": "network norm",
     r"self_attention\.linear_qkv": "qkv input",
     r"self_attention\.[qk]_layernorm": "query and key norms",
     r"self_attention.*": "attention",
@@ -176,8 +178,9 @@ def kept_by_layer(
 
 
 def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool, stand_ins: bool) -> Any:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.spec_utils import build_module
+
+    from nemo_upcycle.online.decoder_layers import decoder_layers
 
     config = transformer_config(arch, layout)
     settings: dict[str, Any] = {
@@ -199,9 +202,12 @@ def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool, stand_
         settings |= {"recompute_granularity": "selective", "recompute_modules": work.recompute.split(",")}
     for name, value in settings.items():
         setattr(config, name, value)
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm").layer_specs[0]
+    spec = decoder_layers(config, False, **{name: getattr(arch, name) for name in NORMS}).layer_specs[0]
     norm = _FusedNorm if stand_ins else _LocalNorm
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    if arch.pre_norm:
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    if arch.post_norm:
+        spec.params["norm"] = norm
     attention = spec.submodules.self_attention.submodules
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm

@@ -15,6 +15,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.layer_settings import NORMS
 from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.models.sharding import Shard
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
@@ -200,7 +201,8 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
     """
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    from nemo_upcycle.online.decoder_layers import decoder_layers
 
     config = transformer_config(arch, layout)
     if engine is not None:
@@ -212,9 +214,7 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
     chunks = []
     for number, parts in enumerate(layout.chunks(arch, ps.get_pipeline_model_parallel_rank())):
         stage = number if layout.vp > 1 else None
-        block = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=engine is not None, normalization="RMSNorm", vp_stage=stage
-        )
+        block = decoder_layers(config, engine is not None, stage, **{name: getattr(arch, name) for name in NORMS})
         # Tied embeddings stay where they are made: Megatron moves them to the GPU to make them equal on both stages.
         with torch.device("meta"), temporarily_set(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
             chunks.append(

@@ -136,7 +136,8 @@ def layer_bytes(
     unfused = 2 if arch.num_experts and not is_fused else 0
     before_fc2 = 2 * gates + (2 * unfused if arch.gated else 0)
     if "-" in parts:
-        norm = {"network norm": tokens * 2 * width, "network input": tokens * (2 if moe else saved) * width}
+        norms = sum(arch.norm_places)  # each keeps its input
+        norm = {"network norm": tokens * 2 * norms * width, "network input": tokens * (2 if moe else saved) * width}
         neurons = arch.shared_ffn_size if moe else arch.ffn_size
         network = {"fc1 output": tokens * before_fc2 * neurons, "fc2 input": tokens * saved * neurons}
     if moe:
@@ -180,7 +181,7 @@ def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool
     heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     values, out = arch.num_kv_heads * arch.value_dim, arch.num_heads * arch.value_dim
     terms = {
-        "attention norm": 2 * arch.hidden_size,
+        "attention norm": 2 * sum(arch.norm_places) * arch.hidden_size,
         "qkv input": saved * arch.hidden_size,
         "attention": 2 * (heads + groups + values) + 2 * out,
         "softmax statistics": 4 * arch.num_heads,

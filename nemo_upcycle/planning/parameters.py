@@ -87,6 +87,8 @@ _ATTENTION = (
     *("query", "query_down", "query_up_norm", "query_up", "kv_down", "kv_up_norm", "kv_up", "ffn_norm"),
 )
 _ORDER = {role: number for number, role in enumerate(_ATTENTION)}
+#: Behind a layer's other parameters.
+_LAST = ("attention_post_norm", "ffn_post_norm")
 
 
 def _kind(arch: Architecture, layer: int) -> tuple[bool, str]:
@@ -105,7 +107,8 @@ def _layer_shapes(
     table = [(m, shard_shape(m, arch, Shard(0, etp if m.is_expert else tp))) for m in mappings]
     experts = [item for item in table if item[0].is_expert] * ((arch.num_experts or 0) // ep)
     shared = [item for item in table if item[0].is_shared]
-    return [item for item in table if not (item[0].is_expert or item[0].is_shared)] + experts + shared
+    last = [item for item in table if item[0].role in _LAST]
+    return [item for item in table if item not in (*experts, *shared, *last)] + experts + shared + last
 
 
 @dataclass(frozen=True)

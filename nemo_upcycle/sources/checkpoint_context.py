@@ -19,11 +19,12 @@ import yaml
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.config_fields import refusals
-from nemo_upcycle.models.families import find_family, find_nemo_module, llama, parents, qwen3
+from nemo_upcycle.models.families import find_family, find_nemo_module, llama, parents, qwen3, smollm3
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.hybrid import HybridLayers
+from nemo_upcycle.models.layer_settings import rope_pattern
 from nemo_upcycle.models.megatron_config import FIELDS, layer_pattern, spec_fields
-from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
+from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies, scaling_of, scaling_settings
 from nemo_upcycle.sources.planned_checkpoints import planned_config
 from nemo_upcycle.sources.torch_pickles import Inert, read_saved
 from nemo_upcycle.spec import UpcycleSpec
@@ -39,6 +40,7 @@ _FUNCTION = {
     for name in (
         *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings"),
         *("activation", "qkv_bias", "ffn_bias", "qk_norm", "zero_centered_norm", "norm_eps", "scaled_embedding"),
+        "rope_pattern",
     )
 }
 #: Bridge's configurations of the models that are known here.
@@ -154,11 +156,14 @@ class CheckpointContext:
         family = find_nemo_module(self.module)
         if family not in parents():  # read as Llama, or Qwen3
             family = qwen3.FAMILY if has_norms else llama.FAMILY
+        turns = rope_pattern(get("no_rope_freq"), int(self.settings["num_layers"]))
+        family = smollm3.FAMILY if turns and family is llama.FAMILY else family
         activation = self.settings["activation_func"]["_target_"].rpartition(".")[2]
         refused = refusals(get, experts=False, parameters=False)
         checks: list[tuple[str, Any, Any]] = [(name, got, taken) for name, got, taken, _ in refused]
         checks.append(("gated_linear_unit", get("gated_linear_unit", True), True))
         checks.append(("softmax_scale", get("softmax_scale"), None))
+        checks.append(("no_rope_freq", bool(turns), family is smollm3.FAMILY))
         checks.append(("qk_layernorm", has_norms, "query_norm" in family.names))
         known = activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS)
         checks.append(("activation_func", activation, known))
@@ -170,6 +175,7 @@ class CheckpointContext:
         return {
             "architectures": [family.hf_class],
             "num_hidden_layers": int(self.settings["num_layers"]),
+            **({"no_rope_layers": [int(one) for one in turns]} if turns else {}),
             "hidden_size": hidden,
             "intermediate_size": int(self.settings["ffn_hidden_size"]),
             "num_attention_heads": heads,
@@ -185,8 +191,9 @@ class CheckpointContext:
             "zero_centered_norm": bool(get("layernorm_zero_centered_gamma")),
             "rms_norm_eps": get("layernorm_epsilon", 1e-5),
             "rope_theta": get("rotary_base", 10000),
-            "rope_scaling": _rope_scaling(self.settings),
-            "max_position_embeddings": get("seq_length", 4096),
+            "rope_scaling": scaling_of(self.settings),
+            "partial_rotary_factor": get("rotary_percent", 1.0),
+            "max_position_embeddings": get("max_position_embeddings" if get("short_factor") else "seq_length", 4096),
             "sliding_window": int(window[0]) + 1 if window and int(window[0]) >= 0 else None,
         }
 
@@ -337,7 +344,7 @@ def _bridge_settings(path: Path) -> dict[str, Any]:
     if activation.endswith(".gelu"):
         settings["activation_func"] = {"_target_": "openai_gelu"}
     if settings.get("rope_scaling"):
-        settings |= _megatron_rope_scaling(settings.get("rope_scaling_factor", 8.0))
+        settings |= scaling_settings(settings.get("rope_scaling_factor", 8.0))
     return settings
 
 
@@ -356,7 +363,7 @@ def _megatron_settings(path: Path) -> dict[str, Any] | None:
     }
     settings |= _dense_layers(settings)
     if given.get("use_rope_scaling"):
-        settings |= _megatron_rope_scaling(given.get("rope_scaling_factor", 8.0))
+        settings |= scaling_settings(given.get("rope_scaling_factor", 8.0))
     return settings
 
 
@@ -367,23 +374,6 @@ def _dense_layers(settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     hybrid = HybridLayers(pattern)
     return {"num_layers": hybrid.num_layers, "moe_layer_freq": [int(is_moe) for is_moe in hybrid.moe_pattern]}
-
-
-def _megatron_rope_scaling(factor: float) -> dict[str, Any]:
-    """Return NeMo's settings of the scaling of rotary frequencies that Megatron has: Llama 3.1's, with any factor."""
-    return {"scale_factor": factor, "old_context_len": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-
-
-def _rope_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
-    if "old_context_len" not in config:
-        return None
-    return {
-        "rope_type": "llama3",
-        "factor": float(config["scale_factor"]),
-        "low_freq_factor": float(config["low_freq_factor"]),
-        "high_freq_factor": float(config["high_freq_factor"]),
-        "original_max_position_embeddings": int(config["old_context_len"]),
-    }
 
 
 def _tokenizer_size(context: Path) -> int | None:

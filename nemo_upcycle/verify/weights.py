@@ -29,8 +29,8 @@ _BLOCK_BYTES = 32 << 20
 #: Settings that change the function or the shapes if they differ from the parent's.
 _KEPT = (
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"),
-    *("activation", "rope_theta", "rope_scaling", "window", "qkv_bias"),
-    *("qk_norm", "wide_qk_norm", "post_norm", "zero_centered_norm"),
+    *("activation", "rope_theta", "rope_scaling", "rotary_percent", "rope_pattern", "window", "qkv_bias"),
+    *("qk_norm", "wide_qk_norm", "pre_norm", "post_norm", "zero_centered_norm"),
 )
 
 

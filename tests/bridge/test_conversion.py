@@ -1,7 +1,4 @@
-"""Bridge's own conversion of the classes that it lacks: what is imported is exported again, bit by bit.
-
-A Phi-3, whose matrices are fused, is a family that this test alone has.
-"""
+"""Bridge's own conversion of the classes that it lacks: what is imported is exported again, bit by bit."""
 
 from __future__ import annotations
 
@@ -15,12 +12,10 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
-from nemo_upcycle.models import families
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
 from tests.distributed.ranks import run_ranks
-from tests.families import PHI3, registered
-from tests.models import write_llama, write_phi3, write_qwen2
+from tests.models import write_llama, write_olmo2, write_phi3, write_qwen2
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -28,19 +23,20 @@ pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environ
 
 def _folder(name: str, folder: Path) -> Path:
     """Write a folder of a class that Bridge lacks; MoEs are made by `convert`."""
-    if name == "Phi-3":
-        return write_phi3(folder / "dense", vocab_size=256)
+    if name in ("Phi-3", "OLMo 2"):
+        return (write_phi3 if name == "Phi-3" else write_olmo2)(folder / "dense", vocab_size=256)
     fields: dict[str, Any] = {"num_experts": 4, "top_k": 2}
-    if name.startswith("Mixtral"):
+    if name == "FlexOlmo":
+        dense = write_olmo2(folder / "dense", vocab_size=256)
+    elif name.startswith("Mixtral"):
         dense = write_llama(folder / "dense", tied="tied" in name, vocab_size=256)
     else:  # a shared expert of the model, or one of zeros beside dense layers
         dense = write_qwen2(folder / "dense", vocab_size=256)
         fields |= {"shared_experts": 1} if "shared" in name else {"moe_layers": "every-2"}
     with open_dense(dense) as source:
         convert(source, folder / "moe", UpcycleSpec(**fields), dtype=torch.float32, progress=False)
-    assert read_json(folder / "moe/config.json")["architectures"] == [
-        "MixtralForCausalLM" if name.startswith("Mixtral") else "Qwen2MoeForCausalLM"
-    ]
+    hf_class = f"{name.partition(',')[0].replace('-MoE', 'Moe')}ForCausalLM"
+    assert read_json(folder / "moe/config.json")["architectures"] == [hf_class]
     return folder / "moe"
 
 
@@ -50,7 +46,10 @@ CONTRIBUTION = {
     "MixtralForCausalLM": "examples.bridge_contribution.mixtral.mixtral_bridge.MixtralBridge",
     "Qwen2MoeForCausalLM": "examples.bridge_contribution.qwen.qwen2_moe_bridge.Qwen2MoEBridge",
 }
-CASES = [*itertools.product(MOES, [{}, {"ep": 2}, {"tp": 2, "ep": 2}]), ("Phi-3", {}), ("Phi-3", {"tp": 2})]
+CASES = [
+    *itertools.product([*MOES, "FlexOlmo"], [{}, {"ep": 2}, {"tp": 2, "ep": 2}]),
+    *itertools.product(["Phi-3", "OLMo 2"], [{}, {"tp": 2}]),
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
@@ -59,7 +58,7 @@ def test_a_folder_is_imported_and_exported_with_the_same_bits(
 ) -> None:
     folder = _folder(name, tmp_path)
     (exported, *_) = run_ranks(_round_trip, max([1, *layout.values()]), folder, layout)
-    with registered(PHI3), SafetensorsFolder(folder) as moe:
+    with SafetensorsFolder(folder) as moe:
         assert set(exported) == set(moe.names())
         assert [tensor for tensor in moe.names() if not torch.equal(exported[tensor], moe.read(tensor))] == []
 
@@ -70,7 +69,6 @@ def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]
     use_cpu_backend()
     from megatron.bridge import AutoBridge
 
-    families.register(PHI3)
     import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
     from tests.bridge.runs import SIZES
 

@@ -16,7 +16,7 @@ from nemo_upcycle.planning.commands import BRIDGE_RECIPES
 from nemo_upcycle.planning.hardware import known_gpu, known_recipe
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.values import setting
-from tests.golden import GOLDEN, golden_path
+from tests.golden import GOLDEN, TABLE, golden_path
 from tests.models import LLAMA3_8B
 
 
@@ -45,6 +45,12 @@ _QWEN3_8B = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+_LLAMA32 = LLAMA3_8B | {
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "rope_scaling": _LLAMA31_SCALING | {"factor": 32.0},
+    "tie_word_embeddings": True,
+}
 #: The parents' `config.json`, as far as it decides anything.
 PARENTS: dict[str, dict[str, Any]] = {
     "llama3_8b": LLAMA3_8B,
@@ -55,10 +61,25 @@ PARENTS: dict[str, dict[str, Any]] = {
     "qwen3_600m": _QWEN3_8B
     | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
     | {"tie_word_embeddings": True},
+    "llama32_1b": _LLAMA32 | {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "llama32_3b": _LLAMA32 | {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24},
+    "qwen3_1p7b": _QWEN3_8B
+    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
+    | {"tie_word_embeddings": True},
+    "qwen3_4b": _QWEN3_8B | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+    "qwen3_14b": _QWEN3_8B
+    | {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "qwen3_32b": _QWEN3_8B
+    | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64},
+    "olmo2_7b": LLAMA3_8B
+    | {"architectures": ["Olmo2ForCausalLM"], "intermediate_size": 11008, "num_key_value_heads": 32}
+    | {"vocab_size": 100352, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6},
     "smollm2_135m": LLAMA3_8B
     | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
     | {"num_key_value_heads": 3, "vocab_size": 49152, "rope_theta": 100000.0, "tie_word_embeddings": True},
 }
+#: Of one table: those that are not on 64 GPUs.
+ON_512 = ("qwen3_14b", "qwen3_32b", "olmo2_7b")
 #: NeMo has no such dispatcher; the training is that of its recipe.
 HYBRIDEP = "qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_hybridep_config"
 #: Recipe by Bridge's naming -> NeMo's, as `tests/golden` has it.
@@ -76,6 +97,11 @@ PAIRS = {
     HYBRIDEP: "qwen3_8b_e8t2",
     "qwen3_8b_e8t2_pretrain_128gpu_h100_fp8sc_config": "qwen3_8b_e8t2-fp8",
     "qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config": "qwen3_8b_dense_ct",
+    **{
+        f"{base}_{kind}_pretrain_{512 if base in ON_512 else 64}gpu_h100_bf16_config": f"{base}_{kind}"
+        for base in TABLE
+        for kind in ("e8t2", "dense_ct")
+    },
     "qwen3_600m_e8t2_pretrain_1gpu_h100_bf16_config": "qwen3_600m_e8t2",
     "qwen3_600m_dense_ct_pretrain_1gpu_h100_bf16_config": "qwen3_600m_dense_ct",
     "smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config": "smollm2_135m_e8t2",

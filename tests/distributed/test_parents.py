@@ -19,7 +19,7 @@ from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import score
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_mixed_checkpoint import save_upcycled
-from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_qwen3
+from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_olmo2, write_phi3, write_qwen3
 from tests.tiers import quick
 
 
@@ -28,6 +28,8 @@ VOCAB, LENGTH, PROMPT, WRITTEN = 250, 24, 12, 8
 PARENTS = {
     "qwen3": write_qwen3,  # norms of query and key, each with weights of its own
     "mistral": lambda folder: write_mistral(folder, window=5),  # shorter than the texts, and than the prompts
+    "olmo2": write_olmo2,  # norms over all heads, which tensor parallelism cuts
+    "phi3": lambda folder: write_phi3(folder, sliding_window=5),
 }
 
 

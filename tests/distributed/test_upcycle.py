@@ -17,7 +17,7 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.init.experts import BLOCK
 from tests.distributed.gather import GlobalShard, gather, global_shards
 from tests.distributed.ranks import run_ranks
-from tests.models import build_chunks, moe_settings, write_llama, write_qwen3
+from tests.models import build_chunks, moe_settings, write_llama, write_olmo2, write_phi3, write_qwen3
 from tests.tiers import quick
 from tests.unit.calibration.samples import made
 
@@ -43,6 +43,8 @@ FROM_DATA = UpcycleSpec(
 )
 CASES = {
     "Qwen3": ("qwen3", UpcycleSpec(**COPIES)),
+    "OLMo 2": ("olmo2", UpcycleSpec(**COPIES)),
+    "Phi-3": ("phi3", UpcycleSpec(**COPIES)),
     "copy": ("untied", UpcycleSpec(**COPIES)),
     "copy, tied": ("tied", UpcycleSpec(**COPIES)),
     "noise": ("untied", UpcycleSpec(**COPIES, method="noise")),
@@ -110,7 +112,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
     for name, changes in PARENTS.items():
         write_llama(folder / name, shards=3, **(SIZES | changes))
-    write_qwen3(folder / "qwen3", **SIZES)
+    for name, write in (("qwen3", write_qwen3), ("olmo2", write_olmo2), ("phi3", write_phi3)):
+        write(folder / name, layers=4, **SIZES)
     for name in ("untied", "biases"):
         made(folder / name, folder / f"{name}.file", FROM_DATA)
     return folder

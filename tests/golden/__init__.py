@@ -22,6 +22,8 @@ from nemo_upcycle.spec import UpcycleSpec
 
 FOLDER = Path(__file__).parent
 PLANNER = FOLDER.parents[1] / "conf/planning/recipes.yaml"
+#: Rows of recipes/h100_table.py.
+TABLE = ("llama32_1b", "llama32_3b", "qwen3_1p7b", "qwen3_4b", "qwen3_14b", "qwen3_32b", "olmo2_7b")
 #: File name -> recipe and its arguments.
 GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3_8b_e8t2": ("llama3_8b_e8t2", {}),
@@ -41,6 +43,7 @@ GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_8b_e8t2": ("qwen3_8b_e8t2", {}),
     "qwen3_8b_e8t2-fp8": ("qwen3_8b_e8t2", {"performance_mode": True, "fp8_recipe": "blockwise"}),
     "qwen3_8b_dense_ct": ("qwen3_8b_dense_ct", {}),
+    **{f"{base}_{kind}": (f"{base}_{kind}", {}) for base in TABLE for kind in ("e8t2", "dense_ct")},
     "qwen3_600m_e8t2": ("qwen3_600m_e8t2", {}),
     "qwen3_600m_dense_ct": ("qwen3_600m_dense_ct", {}),
     "smollm2_135m_e8t2": ("smollm2_135m_e8t2", {}),
@@ -117,20 +120,22 @@ def _dense_architecture(config: Any) -> Architecture:
 
     from nemo_upcycle.models.megatron_config import architecture_of
     from nemo_upcycle.recipes.h100 import VOCABULARY
+    from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config
 
     kind = config.__fn_or_cls__
     # Sequences of a recipe may be shorter than its parent's. NeMo has no class for SmolLM2; its config.json has these.
     vocab_size, positions = (49_152, 8192) if kind is LlamaConfig else (VOCABULARY, kind.seq_length)
-    is_qwen3 = issubclass(kind, Qwen3Config)
+    is_qwen3, is_olmo2 = issubclass(kind, Qwen3Config), issubclass(kind, Olmo2Config)
     if is_qwen3:
         vocab_size, positions = kind.vocab_size, kind.max_position_embeddings
+    vocab_size = kind.vocab_size if is_olmo2 else vocab_size
     scaling = None
     if issubclass(kind, Llama31Config):
         scaling = {"rope_type": "llama3", "factor": config.scale_factor, "low_freq_factor": config.low_freq_factor}
         scaling |= {"high_freq_factor": config.high_freq_factor}
         scaling |= {"original_max_position_embeddings": config.old_context_len}
     sizes = asdict(architecture_of(config, vocab_size)) | {
-        "hf_class": "Qwen3ForCausalLM" if is_qwen3 else "LlamaForCausalLM",
+        "hf_class": "Qwen3ForCausalLM" if is_qwen3 else "Olmo2ForCausalLM" if is_olmo2 else "LlamaForCausalLM",
         "rope_theta": float(config.rotary_base),
         "rope_scaling": scaling,
         "max_positions": positions,

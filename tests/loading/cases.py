@@ -14,11 +14,19 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hf_model import errors_only, load_model
 from nemo_upcycle.models.mapping import as_written
-from tests.models import sample_tokens, write_llama, write_qwen2, write_qwen3
+from tests.models import sample_tokens, write_llama, write_olmo2, write_phi3, write_qwen2, write_qwen3
 
 
 VOCABULARY = 250
-PARENTS = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
+PARENTS = {
+    "Llama": write_llama,
+    "Qwen2": write_qwen2,
+    "Qwen3": write_qwen3,
+    "OLMo 2": write_olmo2,
+    "Phi-3": write_phi3,
+}
+#: Those whose heads make up the hidden size.
+_NO_HEAD_DIM = ("Qwen2", "OLMo 2", "Phi-3")
 
 
 class Case(NamedTuple):
@@ -38,18 +46,20 @@ class Case(NamedTuple):
 def random_case(seed: int) -> Case:
     """Return a parent and a spec that the seed decides."""
     draw = random.Random(seed)
-    parent = draw.choice(["Llama", "Qwen2", "Qwen3", "Qwen3", "Qwen3"])
+    parent = draw.choice(["Llama", "Qwen2", "Qwen3", "Qwen3", "OLMo 2", "OLMo 2", "Phi-3", "Phi-3"])
     groups, per_group = draw.choice([1, 2, 4]), draw.choice([1, 2, 3])
     head_dim = draw.choice([8, 16, 32])
     heads = groups * per_group
     # transformers 5 wants the hidden size to be a multiple of the heads, which are as wide as they like.
-    hidden = heads * (head_dim if parent == "Qwen2" else draw.choice([8, 16, head_dim]))
+    hidden = heads * (head_dim if parent in _NO_HEAD_DIM else draw.choice([8, 16, head_dim]))
     sizes = {
         **{"num_attention_heads": heads, "num_key_value_heads": groups, "hidden_size": hidden},
-        **({} if parent == "Qwen2" else {"head_dim": head_dim}),
+        **({} if parent in _NO_HEAD_DIM else {"head_dim": head_dim}),
         **{"intermediate_size": draw.choice([48, 96, 144]), "layers": draw.choice([1, 2, 3, 4])},
         **{"tied": draw.random() < 0.5, "rope_theta": draw.choice([10000.0, 1e6]), "rms_norm_eps": 1e-6},
     }
+    if parent == "Phi-3":
+        sizes |= _of_phi3(draw, head_dim)
     granularity, copies = draw.choice([1, 1, 2, 4]), draw.choice([2, 4, 8])
     experts = granularity * copies
     spec: dict[str, Any] = {
@@ -74,17 +84,35 @@ def random_case(seed: int) -> Case:
     return Case(parent, sizes, spec)
 
 
+def _of_phi3(draw: random.Random, head_dim: int) -> dict[str, Any]:
+    """Return what only a Phi-3 has: a part of its heads turned, LongRoPE shorter than the text, a window."""
+    part = draw.choice([1.0, 1.0, 0.75])
+    sizes: dict[str, Any] = {"partial_rotary_factor": part, "sliding_window": draw.choice([None, 7])}
+    if draw.random() < 0.5:
+        count = int(head_dim * part) // 2
+        factors = {name: [1 + 9 * draw.random() for _ in range(count)] for name in ("short_factor", "long_factor")}
+        sizes |= {"rope_scaling": factors | {"type": "longrope"}}
+        sizes |= {"original_max_position_embeddings": draw.choice([16, 64]), "max_position_embeddings": 128}
+    return sizes
+
+
 def has_class(case: Case) -> bool:
     """Return whether some class holds what the case makes, as docs/classes.md has it."""
     spec, layers = UpcycleSpec(**case.spec), case.sizes["layers"]
-    pattern = list(spec.moe_pattern(layers))
+    pattern, windowed = list(spec.moe_pattern(layers)), bool(case.sizes.get("sliding_window"))
+    if case.parent == "OLMo 2":
+        return all(pattern) and spec.router_score == "softmax" and not spec.shared_experts
     if spec.router_score == "sigmoid":
-        return pattern == sorted(pattern)
+        return pattern == sorted(pattern) and not windowed
     if case.parent == "Qwen3":
         return not spec.shared_experts
-    is_mixtral = case.parent == "Llama" and all(pattern) and spec.sums_to_one and not spec.shared_experts
+    if case.sizes.get("partial_rotary_factor", 1) != 1:
+        return False
+    is_mixtral = case.parent != "Qwen2" and all(pattern) and spec.sums_to_one and not spec.shared_experts
+    if windowed:
+        return is_mixtral
     heads = case.sizes["num_attention_heads"] * case.sizes.get("head_dim", 1)
-    return is_mixtral or case.parent == "Qwen2" or heads == case.sizes["hidden_size"]
+    return is_mixtral or case.parent in _NO_HEAD_DIM or heads == case.sizes["hidden_size"]
 
 
 class Outcome(NamedTuple):

@@ -38,6 +38,10 @@ KNOWN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("Qwen3", {"tied": True}, FINE | {"moe_layers": "every-2"}, "Qwen3MoeForCausalLM"),
     ("Qwen3", {}, {"router_order": "softmax_topk", "router_init": "zero"}, "Qwen3MoeForCausalLM"),
     ("Qwen3", {"tied": True}, FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1,2,3"}, "Glm4MoeForCausalLM"),
+    ("OLMo 2", {"tied": True}, FINE, "FlexOlmoForCausalLM"),
+    ("OLMo 2", {}, {"router_order": "softmax_topk", "router_init": "zero"}, "FlexOlmoForCausalLM"),
+    ("Phi-3", {"tied": True, "sliding_window": 7}, FINE, "MixtralForCausalLM"),
+    ("Phi-3", {"partial_rotary_factor": 0.75}, SIGMOID, "Glm4MoeForCausalLM"),
 ]
 
 

@@ -11,7 +11,6 @@ from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.models.sharding import Shard
 from nemo_upcycle.tensor_plan import change_copies, plan_tensor
-from tests.families import PHI3, registered
 from tests.models import MemorySource, small_architecture
 
 
@@ -30,22 +29,21 @@ def test_a_method_that_changes_nothing_reads_nothing(dense: Path) -> None:
 
 def test_the_slices_of_fused_matrices_hold_the_numbers_of_separate_ones() -> None:
     spec = UpcycleSpec(num_experts=8, top_k=4, granularity=2)
-    with registered(PHI3):
-        llama = MemorySource(small_architecture())
-        arch = replace(llama.architecture, hf_class=PHI3.hf_class)
-        moe_arch = arch.upcycled(spec)
-        tensors = {}
-        for role in ("qkv", "fc1"):
-            parts = [name.format(layer=1) for name in mapping_of(role, llama.architecture).hf]
-            tensors[mapping_of(role, arch).hf[0].format(layer=1)] = torch.cat([llama.tensors[name] for name in parts])
-        for role in ("qkv", "expert_fc1"):
-            for rank in range(2):
-                mapping = mapping_of(role, moe_arch)
-                plans = [
-                    plan_tensor(mapping, 1, 3, dense, moe_arch, spec, shard=Shard(rank, 2))
-                    for dense in (llama.architecture, arch)
-                ]
-                assert len(plans[1].slices) == len(mapping.parts)
-                for plain, fused in zip(*(plan.slices for plan in plans), strict=True):
-                    index = tuple(slice(*bounds) for bounds in fused.bounds)
-                    assert torch.equal(tensors[fused.name][index], llama.read(plain.name, plain.bounds))
+    llama = MemorySource(small_architecture())
+    arch = replace(llama.architecture, hf_class="Phi3ForCausalLM")
+    moe_arch = arch.upcycled(spec)
+    tensors = {}
+    for role in ("qkv", "fc1"):
+        parts = [name.format(layer=1) for name in mapping_of(role, llama.architecture).hf]
+        tensors[mapping_of(role, arch).hf[0].format(layer=1)] = torch.cat([llama.tensors[name] for name in parts])
+    for role in ("qkv", "expert_fc1"):
+        for rank in range(2):
+            mapping = mapping_of(role, moe_arch)
+            plans = [
+                plan_tensor(mapping, 1, 3, dense, moe_arch, spec, shard=Shard(rank, 2))
+                for dense in (llama.architecture, arch)
+            ]
+            assert len(plans[1].slices) == len(mapping.parts)
+            for plain, fused in zip(*(plan.slices for plan in plans), strict=True):
+                index = tuple(slice(*bounds) for bounds in fused.bounds)
+                assert torch.equal(tensors[fused.name][index], llama.read(plain.name, plain.bounds))

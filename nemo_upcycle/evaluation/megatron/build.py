@@ -15,9 +15,10 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.balancing import QUANTILES, check_balancing
+from nemo_upcycle.models.layer_settings import NORMS, window_fields
 from nemo_upcycle.models.mapping import BY_ROLE, ParamMapping, find_mapping, mapping_of, stored_as
 from nemo_upcycle.models.megatron_config import check_model, megatron_fields
-from nemo_upcycle.models.rotary import rope_frequencies
+from nemo_upcycle.models.rotary import turn_as
 from nemo_upcycle.models.sharding import Shard, hf_shape, source_slices
 from nemo_upcycle.online.plan import RankCoords, split_name
 from nemo_upcycle.planning import rules
@@ -116,8 +117,9 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from nemo_upcycle.online.decoder_layers import decoder_layers
 
     if arch.scaled_embedding:
         raise CheckpointError(
@@ -127,11 +129,10 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
             fix="export the checkpoint and evaluate the Hugging Face folder",
         )
     on_gpu = torch.cuda.is_available()
-    window = (arch.sliding_window - 1, 0) if arch.sliding_window else None
     config = TransformerConfig(
         **megatron_fields(arch),
         activation_func=activation_function(arch.activation),
-        window_size=window,
+        **window_fields(arch),
         bias_activation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -157,18 +158,18 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         vp_stage = stage if layout.vp > 1 else None
         chunk = GPTModel(
             config,
-            get_gpt_decoder_block_spec(config, on_gpu, normalization=config.normalization, vp_stage=vp_stage),
+            decoder_layers(config, on_gpu, vp_stage, **{name: getattr(arch, name) for name in NORMS}),
             -(-arch.vocab_size // rows) * rows,
             arch.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=arch.tied_embeddings,
             position_embedding_type="rope",
+            rotary_percent=arch.rotary_percent,
             rotary_base=int(arch.rope_theta),
             vp_stage=vp_stage,
         ).to(device="cuda" if on_gpu else "cpu", dtype=dtype)
-        rotary = chunk.rotary_pos_emb
-        rotary.inv_freq = rope_frequencies(arch).to(rotary.inv_freq.device)
+        turn_as(chunk, arch)
         check_model(chunk, arch)
         chunks.append(chunk.eval())
     return chunks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from nemo_upcycle.models.architecture import Architecture, MambaLayers
 
 
 TANH_GELU = "gelu_pytorch_tanh"
+#: What `layer_types` calls layers whose attention sees a window, and those that see all.
+WINDOW, FULL = "sliding_attention", "full_attention"
 #: Hugging Face's activations -> the architecture's.
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
 #: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `qkv_bias`), so that
@@ -97,12 +99,14 @@ class Family:
         defaults: what its `config.json` leaves unsaid, under Llama's names: the defaults of transformers'
             configuration class, and what the class fixes (`qkv_bias`, `zero_centered_norm`, `scaled_embedding`).
         spelling: its own name of a setting -> Llama's, where they differ.
-        post_norm: whether norms stand after attention and network (`attention_norm` and `ffn_norm` name those).
+        pre_norm: whether norms stand before attention and network (`attention_norm`, `ffn_norm`).
+        post_norm: whether norms stand after them (`attention_post_norm`, `ffn_post_norm`).
         wide_qk_norm: whether query and key are normalised over all heads at once.
         gated: whether networks have a gate; without one, the last name of `fc1` counts.
         has_window: whether the class reads `sliding_window`.
+        has_partial_rotary: whether it turns the part of a head that `partial_rotary_factor` says, and leaves the rest.
         windowed_class: the class that is the same model with a sliding window, if there is one.
-        nemo_module: NeMo's module with the configuration of such models.
+        nemo_module: NeMo's module with the configuration of such models, or this package's where NeMo has none.
         hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1.
         divided_by: how the names of constants end that a server divides by, so that they cannot be zero.
 
@@ -118,10 +122,12 @@ class Family:
     names: Mapping[str, tuple[str, ...]]
     defaults: Mapping[str, Any]
     spelling: Mapping[str, str] = field(default_factory=dict)
+    pre_norm: bool = True
     post_norm: bool = False
     wide_qk_norm: bool = False
     gated: bool = True
     has_window: bool = False
+    has_partial_rotary: bool = False
     windowed_class: str = ""
     nemo_module: str = ""
     hf_factors: Mapping[str, float] = field(default_factory=dict)
@@ -149,8 +155,14 @@ class Family:
         Raises:
             CheckpointError: layers attend in a way that is not known.
         """
-        self._layer_types(settings, num_layers, ("full_attention",))
+        self._layer_types(settings, num_layers, (FULL,))
         return {}
+
+    @staticmethod
+    def _pattern(holds: Iterable[bool]) -> tuple[bool, ...] | None:
+        """Return in which layers something holds, as an `Architecture` has it: None for all."""
+        pattern = tuple(holds)
+        return None if all(pattern) else pattern
 
     @staticmethod
     def _layer_types(settings: Settings, num_layers: int, known: tuple[str, ...]) -> list[str] | None:
@@ -219,7 +231,8 @@ class MoeFamily(Family, ABC):
         Args:
             arch: the model's architecture, without a Hugging Face class.
         """
-        place, width = "after" if arch.post_norm else "before", "over all heads" if arch.wide_qk_norm else "by head"
+        place = "before and after" if arch.pre_norm and arch.post_norm else "after" if arch.post_norm else "before"
+        width = "over all heads" if arch.wide_qk_norm else "by head"
         is_scaled = arch.routed_scaling_factor != 1
         return {
             "Mamba layers": arch.mamba is not None,
@@ -230,8 +243,11 @@ class MoeFamily(Family, ABC):
             f"{arch.router_score} scores": arch.router_score != self.router_score,
             "quantile_balancing: biases of the router's logits": arch.quantile_bias,
             "a routed_scaling_factor": is_scaled and "routed_scaling_factor" not in self.defaults,
-            f"norms {place} attention and network": arch.post_norm != self.post_norm,
+            f"norms {place} attention and network": arch.norm_places != (self.pre_norm, self.post_norm),
             f"norms of query and key {width}": arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm,
+            "layers without positions": arch.rope_pattern is not None,
+            "a window in some layers": arch.window_pattern is not None,
+            "heads that are rotated in part": arch.rotary_percent != 1 and not self.has_partial_rotary,
         }
 
     @staticmethod

@@ -17,12 +17,8 @@ _SHARED = _MLP + "shared_experts."
 
 class _Glm4Moe(MoeFamily):
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        for key, default, fix in (
-            ("partial_rotary_factor", 0.5, "use a checkpoint whose heads are rotated as a whole"),
-            ("n_group", 1, "use a checkpoint whose experts are not chosen by group"),
-        ):
-            if settings.values.get(key, default) != 1:
-                raise settings.wrong(key, "1", fix)
+        if settings.values.get("n_group", 1) != 1:
+            raise settings.wrong("n_group", "1", "use a checkpoint whose experts are not chosen by group")
         fields = experts_after_dense(settings, num_layers)
         return fields | ({"shared_ffn_size": 0} if "shared_expert" in zero_filled(settings) else {})
 
@@ -58,7 +54,7 @@ class _Glm4Moe(MoeFamily):
             "routed_scaling_factor": arch.routed_scaling_factor,
             "attention_bias": arch.qkv_bias,
             "use_qk_norm": arch.qk_norm,
-            "partial_rotary_factor": 1.0,
+            "partial_rotary_factor": arch.rotary_percent,
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -86,7 +82,8 @@ FAMILY = _Glm4Moe(
     },
     defaults=COMMON_DEFAULTS
     | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
-    | {"norm_topk_prob": True, "routed_scaling_factor": 1.0},
+    | {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "partial_rotary_factor": 0.5},
     spelling={"attention_bias": "qkv_bias", "use_qk_norm": "qk_norm"},
+    has_partial_rotary=True,
     router_score="sigmoid",
 )

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, WINDOW, Family, Settings
 from nemo_upcycle.models.families.routed import experts_everywhere
-
-
-_WINDOW, _FULL = "sliding_attention", "full_attention"
 
 
 class _GptOss(Family):
@@ -17,8 +14,8 @@ class _GptOss(Family):
         return "windows in some layers and sinks"
 
     def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        kinds = self._layer_types(settings, num_layers, (_WINDOW, _FULL)) or [_WINDOW, _FULL] * num_layers
-        return {"attention_sinks": True, "window_pattern": tuple(kind == _WINDOW for kind in kinds[:num_layers])}
+        kinds = self._layer_types(settings, num_layers, (WINDOW, FULL)) or [WINDOW, FULL] * num_layers
+        return {"attention_sinks": True, "window_pattern": tuple(kind == WINDOW for kind in kinds[:num_layers])}
 
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         return experts_everywhere(settings, "num_local_experts")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.models.transformer_config import TransformerConfig
 from megatron.core.activations import squared_relu
 from megatron.core.extensions.transformer_engine import TENorm
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,7 +22,9 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.layer_settings import window_fields
 from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields, router_fields
+from nemo_upcycle.online.decoder_layers import decoder_layers, layers_of
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -102,6 +102,8 @@ def upcycled_config(
     settings = _hybrid_model(arch) if hybrid else _model(arch)
     if hybrid and arch.qk_norm:
         settings["hybrid_stack_spec"] = hybrid_stack_with_qk_norm()
+    elif (layers := layers_of(arch)).func is decoder_layers:
+        settings["transformer_layer_spec"] = layers
     transformer = TransformerConfig(**(_transformer(arch, hybrid=hybrid) | inner))
     config = model_class(transformer=transformer, **(settings | outer))
     config.transformer.seq_length = config.seq_length  # where the warm-up of Bridge 0.6 looks for it
@@ -137,8 +139,9 @@ def provider_fields(arch: Architecture) -> dict[str, Any]:
         SpecError: Bridge's model class cannot be it.
     """
     fields = _transformer(arch) | _model(arch)
-    if arch.moe_pattern is not None:  # Bridge's own choice makes all layers alike
-        fields["transformer_layer_spec"] = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+    layers = layers_of(arch)
+    if arch.moe_pattern is not None or layers.func is decoder_layers:  # Bridge's own choice makes all layers alike
+        fields["transformer_layer_spec"] = layers
     return fields
 
 
@@ -170,12 +173,11 @@ def _routing(spec: UpcycleSpec | None) -> dict[str, Any]:
 
 def _transformer(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
     """Return the settings of Megatron's `TransformerConfig`."""
-    window = {"window_size": (arch.sliding_window - 1, 0)} if arch.sliding_window else {}
     return {
         **megatron_fields(arch, hybrid=hybrid),
         **_KERNELS,
         **(_MOE_KERNELS if arch.num_experts else {}),
-        **window,
+        **window_fields(arch),
         # Megatron's own has a name to be saved by.
         "activation_func": squared_relu if arch.activation == "squared_relu" else activation_function(arch.activation),
         # Megatron's fused activation knows SwiGLU alone where experts weigh their tokens.
@@ -198,6 +200,7 @@ def _model(arch: Architecture) -> dict[str, Any]:
         "seq_length": arch.max_positions,
         "share_embeddings_and_output_weights": arch.tied_embeddings,
         "position_embedding_type": "rope",
+        "rotary_percent": arch.rotary_percent,
         "rotary_base": int(arch.rope_theta),
         "rope_scaling": bool(scaling),
         "rope_scaling_factor": float(scaling["factor"]) if scaling else 1.0,

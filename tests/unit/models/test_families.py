@@ -19,16 +19,15 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models import families
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import Family, MoeFamily, llama
+from nemo_upcycle.models.families import Family, MoeFamily, llama, phi3
 from nemo_upcycle.models.families.base import Settings
 from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
 from nemo_upcycle.models.mapping import MAPPINGS, hf_names, mapping_of_hf
-from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from nemo_upcycle.verify.verification import verify
-from tests.families import FLEX_OLMO, OLMO2, PHI3, registered
-from tests.models import build_chunks, moe_settings, sample_tokens, write_llama, write_olmo2, write_phi3
+from tests.families import registered
+from tests.models import build_chunks, moe_settings, sample_tokens, write_llama, write_phi3
 from tests.unit.convert.exports import write_checkpoint
 
 
@@ -186,7 +185,7 @@ def test_a_target_family_from_outside_holds_what_no_other_can(tmp_path: Path, mo
     folder = write_llama(tmp_path / "dense", layers=2)
     with (
         open_dense(folder) as dense,
-        pytest.raises(SpecError, match=r"sigmoid scores \(Mixtral, Qwen3-MoE, Qwen2-MoE\)"),
+        pytest.raises(SpecError, match=r"sigmoid scores \(Mixtral, Qwen3-MoE, Qwen2-MoE, FlexOlmo\)"),
     ):
         convert(dense, tmp_path / "offline", spec)
     with registered(TARGET):
@@ -206,7 +205,7 @@ GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2, "shared_experts": 1}
 #: A target whose experts are fused like its attention.
 FUSED_TARGET = replace(
     TARGET,
-    names=TARGET.names | PHI3.names | {"expert_fc1": (_EXPERT + "gate_up", _EXPERT + "gate_up")},
+    names=TARGET.names | phi3.FAMILY.names | {"expert_fc1": (_EXPERT + "gate_up", _EXPERT + "gate_up")},
 )
 
 
@@ -214,31 +213,29 @@ FUSED_TARGET = replace(
 @pytest.mark.parametrize("fields", [COPIES, GRANULAR | {"method": "drop"}], ids=["copies", "granular, shared, drop"])
 def test_fused_matrices_of_a_parent_are_taken_apart(tmp_path: Path, fields: dict[str, Any]) -> None:
     spec = UpcycleSpec(**fields)
-    with registered(PHI3):
-        folder = write_phi3(tmp_path / "dense")
-        with open_dense(folder) as dense:
-            convert(dense, tmp_path / "offline", spec)
-        (model,) = build_chunks(folder, **moe_settings(read_architecture(folder), spec))
-        with open_dense(folder) as dense:
-            receipt = upcycle_into([model], dense, spec)
-        assert receipt.bytes_read == receipt.bytes_needed or spec.method == "drop"
-        arch = read_architecture(folder).upcycled(spec)
-        export_weights(LiveWeights(model), arch, folder, tmp_path / "online", dtype=torch.float32)
-        assert _same_weights(tmp_path / "online", tmp_path / "offline")
-        assert verify(folder, tmp_path / "offline", logits=False).equal is (spec.method == "copy")
+    folder = write_phi3(tmp_path / "dense")
+    with open_dense(folder) as dense:
+        convert(dense, tmp_path / "offline", spec)
+    (model,) = build_chunks(folder, **moe_settings(read_architecture(folder), spec))
+    with open_dense(folder) as dense:
+        receipt = upcycle_into([model], dense, spec)
+    assert receipt.bytes_read == receipt.bytes_needed or spec.method == "drop"
+    arch = read_architecture(folder).upcycled(spec)
+    export_weights(LiveWeights(model), arch, folder, tmp_path / "online", dtype=torch.float32)
+    assert _same_weights(tmp_path / "online", tmp_path / "offline")
+    assert verify(folder, tmp_path / "offline", logits=False).equal is (spec.method == "copy")
     if spec.method == "copy":
         _check_logits(folder, tmp_path / "offline")
 
 
 @pytest.mark.usefixtures("megatron")
 def test_fused_matrices_of_a_dense_model_are_put_together_again(tmp_path: Path) -> None:
-    with registered(PHI3):
-        folder = write_phi3(tmp_path / "dense")
-        (model,) = build_chunks(folder, num_experts=None)
-        with open_dense(folder) as dense:
-            load_dense_into([model], dense)
-        output = tmp_path / "again"
-        export_weights(LiveWeights(model), read_architecture(folder), folder, output, dtype=torch.float32)
+    folder = write_phi3(tmp_path / "dense")
+    (model,) = build_chunks(folder, num_experts=None)
+    with open_dense(folder) as dense:
+        load_dense_into([model], dense)
+    output = tmp_path / "again"
+    export_weights(LiveWeights(model), read_architecture(folder), folder, output, dtype=torch.float32)
     assert _same_weights(output, folder)
 
 
@@ -248,7 +245,7 @@ def test_fused_matrices_of_a_dense_model_are_put_together_again(tmp_path: Path) 
 def test_a_target_may_be_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, fused: bool) -> None:
     monkeypatch.delitem(families._FAMILIES, "Glm4MoeForCausalLM")
     spec = UpcycleSpec(**COPIES, router_score="sigmoid", method=method)
-    with registered(PHI3, FUSED_TARGET):
+    with registered(FUSED_TARGET):
         folder = (write_phi3 if fused else write_llama)(tmp_path / "dense", layers=2)
         with open_dense(folder) as dense:
             convert(dense, tmp_path / "offline", spec)
@@ -268,67 +265,22 @@ def test_a_target_may_be_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_checkpoint_is_read_and_exported_under_fused_names(tmp_path: Path) -> None:
-    with registered(PHI3):
-        phi3, same_sizes = write_phi3(tmp_path / "phi3"), write_llama(tmp_path / "llama", layers=2)
-        checkpoint = write_checkpoint(tmp_path / "checkpoint", phi3, None)
-        exported = load_file(
-            export_checkpoint(checkpoint, phi3, tmp_path / "hf", dtype=torch.float32) / "model.safetensors"
-        )
-        with (
-            MegatronCheckpoint(checkpoint, phi3 / "config.json") as fused,
-            MegatronCheckpoint(checkpoint, same_sizes / "config.json") as apart,
-        ):
-            assert all(torch.equal(fused.read(name), exported[name]) for name in fused.names())
-            for layer in ("model.layers.0.", "model.layers.1."):
-                parts = [apart.read(f"{layer}self_attn.{part}_proj.weight") for part in "qkv"]
-                assert torch.equal(fused.read(layer + "self_attn.qkv_proj.weight"), whole := torch.cat(parts))
-                for start, stop in ((0, 0), (5, 70), (64, 96), (70, 128)):  # in one part, over its end, a whole one
-                    bounds = [(start, stop), (3, 64)]
-                    assert torch.equal(fused.read(layer + "self_attn.qkv_proj.weight", bounds), whole[start:stop, 3:])
-
-
-@pytest.mark.parametrize("fields", [COPIES, {"num_experts": 8, "top_k": 4, "granularity": 2}], ids=str)
-def test_norms_after_attention_and_network_are_converted(tmp_path: Path, fields: dict[str, int]) -> None:
-    spec = UpcycleSpec(**fields)
-    with registered(OLMO2):
-        folder = write_olmo2(tmp_path / "dense")
-        arch = read_architecture(folder)
-        assert arch.total_params == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
-        with (
-            open_dense(folder) as dense,
-            pytest.raises(SpecError, match=r"norms after attention and network \(Mixtral, .*MoE\)"),
-        ):
-            convert(dense, tmp_path / "moe", spec)
-        with registered(FLEX_OLMO):
-            with open_dense(folder) as dense:
-                assert convert(dense, tmp_path / "moe", spec).exact
-            made = read_architecture(tmp_path / "moe")
-            assert replace(made, ffn_size=arch.ffn_size) == arch.upcycled(spec)
-            assert verify(folder, tmp_path / "moe", logits=False).equal
-            llama_reasons = list(FLEX_OLMO.unsupported(replace(arch, post_norm=False, wide_qk_norm=False)))
-            assert llama_reasons == ["norms before attention and network", "norms of query and key by head"]
-    _check_logits(folder, tmp_path / "moe")
-
-
-@pytest.mark.usefixtures("megatron")
-def test_norms_that_megatrons_layers_lack_are_refused_where_a_model_is_built(tmp_path: Path) -> None:
-    words = (
-        "norms of .*: got after attention and network, of query and key over all heads, expected before .*Fix: make"
+    parent, same_sizes = write_phi3(tmp_path / "phi3"), write_llama(tmp_path / "llama", layers=2)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", parent, None)
+    exported = load_file(
+        export_checkpoint(checkpoint, parent, tmp_path / "hf", dtype=torch.float32) / "model.safetensors"
     )
-    with registered(OLMO2):
-        folder = write_olmo2(tmp_path / "dense")
-        arch = read_architecture(folder)
-        (model,) = build_chunks(replace(arch, post_norm=False, wide_qk_norm=False), num_experts=4)
-        before = [parameter.clone() for parameter in model.parameters()]
-        with open_dense(folder) as dense, pytest.raises(CheckpointError, match=words):
-            upcycle_into([model], dense, UpcycleSpec(**COPIES))
-        assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
-        checkpoint = write_checkpoint(tmp_path / "checkpoint", folder, None)
-        with pytest.raises(CheckpointError, match=words):
-            export_checkpoint(checkpoint, folder, tmp_path / "hf")
-    for moe_arch in (arch, arch.upcycled(UpcycleSpec(**COPIES))):
-        with pytest.raises(CheckpointError, match=words):
-            megatron_fields(moe_arch)
+    with (
+        MegatronCheckpoint(checkpoint, parent / "config.json") as fused,
+        MegatronCheckpoint(checkpoint, same_sizes / "config.json") as apart,
+    ):
+        assert all(torch.equal(fused.read(name), exported[name]) for name in fused.names())
+        for layer in ("model.layers.0.", "model.layers.1."):
+            parts = [apart.read(f"{layer}self_attn.{part}_proj.weight") for part in "qkv"]
+            assert torch.equal(fused.read(layer + "self_attn.qkv_proj.weight"), whole := torch.cat(parts))
+            for start, stop in ((0, 0), (5, 70), (64, 96), (70, 128)):  # in one part, over its end, a whole one
+                bounds = [(start, stop), (3, 64)]
+                assert torch.equal(fused.read(layer + "self_attn.qkv_proj.weight", bounds), whole[start:stop, 3:])
 
 
 def test_messages_use_the_familys_own_names() -> None:
@@ -342,3 +294,11 @@ def test_every_family_names_each_part_of_a_parameter() -> None:
         assert {role: len(names) for role, names in family.names.items()} == {
             role: parts[role] for role in family.names
         }
+
+
+def test_the_readme_names_every_family() -> None:
+    text = " ".join((Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8").split())
+    *first, last = [family.title for family in families.parents()]
+    assert f"A dense checkpoint ({', '.join(first)} or {last}: [which]" in text
+    nemo_has = [family.title for family in families.parents() if family.nemo_module not in ("", "olmo2")]
+    assert f"any NeMo recipe of a dense {', '.join(nemo_has[:-1])} or {nemo_has[-1]} " in text

@@ -38,7 +38,7 @@ def test_a_setting_that_changes_the_function_is_refused(changes: dict, words: st
     ("model", "changes", "words"),
     [
         ({"seq_len_interpolation_factor": 4.0}, {}, "seq_len_interpolation_factor: got 4.0, expected None"),
-        ({"rotary_percent": 0.5}, {}, "rotary_percent: got 0.5, expected 1.0"),
+        ({"rotary_percent": 0.5}, {}, "rotary_base and RoPE scaling: got"),
         ({"position_embedding_type": "none"}, {}, "position_embedding_type: got none, expected rope"),
         (
             {"position_embedding_type": "learned_absolute"},

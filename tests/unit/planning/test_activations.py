@@ -74,6 +74,8 @@ def test_recomputation_frees_what_megatrons_layers_free(recompute: str) -> None:
         (known_recipe("llama3_8b_dense_ct").arch, "tp=2,pp=2", 8, "none"),
         (known_recipe("llama3_8b_dense_ct").arch, "tp=4,cp=2", 8, "mlp"),
         (shape("qwen3_30b_a3b"), "tp=2,ep=8", 16, "none"),
+        (known_recipe("olmo2_7b_e8t2").arch, "tp=2,ep=8", 16, "none"),
+        (known_recipe("olmo2_7b_dense_ct").arch, "tp=2,cp=2", 8, "none"),
         (replace(SMALL, activation="gelu_tanh"), "tp=1", 2, "none"),
         (replace(SMALL, activation="gelu_tanh").upcycled(UpcycleSpec()), "ep=2", 2, "none"),
         (replace(SMALL, activation="squared_relu", gated=False).upcycled(UpcycleSpec()), "ep=2", 2, "none"),

@@ -28,6 +28,8 @@ SMALL = replace(known_shape("llama3_8b"), **SIZES)
 TIED = replace(SMALL, tied_embeddings=True)
 BIASED = replace(SMALL, hf_class="Qwen2ForCausalLM", qkv_bias=True)
 NORMED = replace(known_shape("qwen3_600m"), **SIZES).upcycled(UpcycleSpec())
+#: Norms where OLMo 2 has them.
+OLMO2_NORMS = {"qk_norm": True, "wide_qk_norm": True, "pre_norm": False, "post_norm": True}
 E8T2 = SMALL.upcycled(UpcycleSpec())
 MIXED = BIASED.upcycled(UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2"))
 TIED_MOE = TIED.upcycled(UpcycleSpec(num_experts=4))
@@ -48,6 +50,8 @@ CASES = [
     (TIED_MOE, "pp=2,ep=2", 12),
     (BIASED, "tp=2,pp=2", 4),
     (NORMED, "tp=2,pp=2,ep=4", 16),
+    (replace(SMALL, **OLMO2_NORMS), "tp=2,pp=2", 4),
+    (replace(SMALL, **OLMO2_NORMS).upcycled(UpcycleSpec()), "tp=2,pp=2,ep=4", 16),
     (LLAMA, "tp=2,pp=4,vp=8,ep=8", 64),
 ]  # fmt: skip
 WORK = Workload(seq_length=512, global_batch=840)

@@ -15,12 +15,12 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from tests.blends import write_blend
 from tests.functional.tiny import texts, write_parent
-from tests.golden import GOLDEN, PLANNER, golden_path, planner_text, text_of
+from tests.golden import GOLDEN, PLANNER, TABLE, golden_path, planner_text, text_of
 from tests.waiting import HANG_S
 
 
 BIG = ("llama3_8b", "llama31_8b", "llama3_70b", "qwen3_8b")
-BASES = ("smollm2_135m", "qwen3_600m", *BIG)
+BASES = ("smollm2_135m", "qwen3_600m", *BIG, *TABLE)
 UPCYCLED = tuple(f"{base}_e8t2" for base in BASES)
 NAMES = (*UPCYCLED, *(f"{base}_dense_ct" for base in BASES))
 ABLATIONS = sorted((Path(__file__).parents[3] / "conf/ablations/arms").glob("*.yaml"))
@@ -243,7 +243,9 @@ def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_without_a_data_folder_says_what_it_trains_on(recipes: Any, name: str) -> None:
     recipe = getattr(recipes, name).pretrain_recipe
-    kind, words = ("MockDataModule", "mock data") if name.startswith(BIG) else ("blend_data", "the blend `sotu`")
+    kind, words = (
+        ("MockDataModule", "mock data") if name.startswith((*BIG, *TABLE)) else ("blend_data", "the blend `sotu`")
+    )
     assert recipe().data.__fn_or_cls__.__name__ == kind
     (line,) = [line for line in (recipe.__doc__ or "").splitlines() if "data (str | None)" in line]
     assert words in line
@@ -331,7 +333,7 @@ def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seq_len_interpolation_factor", 2.0), ("position_embedding_type", "none"), ("rotary_percent", 0.5)],
+    [("seq_len_interpolation_factor", 2.0), ("position_embedding_type", "none")],
 )
 def test_refuses_recipe_with_other_position_embeddings(recipes: Any, name: str, value: Any) -> None:
     from nemo_upcycle.trainers.nemo.checks import check_recipe

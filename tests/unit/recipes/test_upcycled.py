@@ -53,9 +53,18 @@ UPCYCLED: dict[str, int | None] = {
     "qwen3_8b": None,
     "qwen3_14b": None,
     "qwen3_32b": None,
+    "phi3_mini_4k_instruct": None,
 }
 #: Tensor parallelism is among them.
-OF_EACH_FAMILY = ("gemma_2b", "llama2_7b", "llama32_1b", "mistral_7b", "qwen2_72b", "qwen3_8b")
+OF_EACH_FAMILY = (
+    "gemma_2b",
+    "llama2_7b",
+    "llama32_1b",
+    "mistral_7b",
+    "phi3_mini_4k_instruct",
+    "qwen2_72b",
+    "qwen3_8b",
+)
 _EXPERTS, _FAMILY = "model.config.num_moe_experts", "of another family"
 #: Module -> words of the refusal.
 REFUSED = {
@@ -63,7 +72,7 @@ REFUSED = {
     **dict.fromkeys(("mixtral_8x7b", "mixtral_8x7b_16k", "mixtral_8x7b_64k", "mixtral_8x22b"), _EXPERTS),
     **dict.fromkeys(("mixtral_8x22b_64k", "qwen3_30b_a3b", "qwen3_235b_a22b"), _EXPERTS),
     **dict.fromkeys(("baichuan2_7b", "bert_110m", "bert_340m", "chatglm3_6b", "gpt3_175b"), _FAMILY),
-    **dict.fromkeys(("gemma2_2b", "gemma2_9b", "gemma2_27b", "gemma3_1b", "phi3_mini_4k_instruct"), _FAMILY),
+    **dict.fromkeys(("gemma2_2b", "gemma2_9b", "gemma2_27b", "gemma3_1b"), _FAMILY),
     **dict.fromkeys(("hyena_1b", "hyena_7b", "hyena_40b", "hyena_base"), _FAMILY),
     **dict.fromkeys(("llama31_nemotron_nano_8b", "llama31_nemotron_70b"), _FAMILY),
     **dict.fromkeys((f"mamba2_{size}" for size in ("130m", "370m", "780m", "1_3b", "2_7b", "8b")), _FAMILY),

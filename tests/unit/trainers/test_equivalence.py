@@ -22,7 +22,6 @@ from nemo_upcycle.trainers import equivalence, paged_models
 from nemo_upcycle.trainers.equivalence import check_step0, megatron_logits
 from nemo_upcycle.trainers.nemo.recipes import model_config
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
-from tests.families import PHI3, registered
 from tests.models import hugging_face_logits, sample_tokens, write_llama, write_phi3
 
 
@@ -85,9 +84,8 @@ def test_paged_models_compute_what_whole_ones_do(tmp_path: Path, tied: bool, mon
 
 
 def test_fused_matrices_are_filled_layer_by_layer_too(tmp_path: Path) -> None:
-    with registered(PHI3):
-        folder = write_phi3(tmp_path / "dense", vocab_size=259, layers=3)
-        receipt = check_step0(_config(EXACT, False), _config(None, False), folder, EXACT, sample_tokens(259), None)
+    folder = write_phi3(tmp_path / "dense", vocab_size=259, layers=3)
+    receipt = check_step0(_config(EXACT, False), _config(None, False), folder, EXACT, sample_tokens(259), None)
     assert receipt.equivalence["within_tolerance"]
 
 

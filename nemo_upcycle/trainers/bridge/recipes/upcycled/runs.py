@@ -141,9 +141,17 @@ def small_run(dense: str, spec: UpcycleSpec | None) -> UpcyclingConfig:
 
 
 def _paper_run(
-    dense: str, spec: UpcycleSpec | None, *, tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1, **model: Any
+    dense: str,
+    spec: UpcycleSpec | None,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vp: int | None = None,
+    cp: int = 1,
+    seq_length: int = 8192,
+    **model: Any,
 ) -> UpcyclingConfig:
-    """Return 100B tokens at 512 sequences of 8192 a step, with the paper's learning rates.
+    """Return 100B tokens at 512 sequences of 8192 a step, or as many tokens, with the paper's learning rates.
 
     Args:
         dense: the dense checkpoint.
@@ -152,6 +160,7 @@ def _paper_run(
         pp: pipeline stages.
         vp: chunks of each stage.
         cp: ranks that share a sequence.
+        seq_length: S.
         model: further settings of the model.
     """
     model |= {
@@ -164,8 +173,9 @@ def _paper_run(
     }
     if spec is not None:
         model |= {"expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1}
-    config = _with_rates(upcycled_pretraining(dense, spec, seq_length=8192, **model), 3e-5, 3e-7, warmup=100)
-    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 23_842, 512, 1
+    config = _with_rates(upcycled_pretraining(dense, spec, seq_length=seq_length, **model), 3e-5, 3e-7, warmup=100)
+    config.train.train_iters, config.train.micro_batch_size = 23_842, 1
+    config.train.global_batch_size = 512 * 8192 // seq_length
     config.validation.eval_interval = 2000
     config.checkpoint.save_interval = 1000
     config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # virtual stages send many times as often

@@ -1,4 +1,4 @@
-"""Llama 3 8B and 70B and Llama 3.1 8B upcycled to 8 experts, top-2, as in arXiv 2412.09952, on H100."""
+"""Llama 3 8B and 70B, 3.1 8B and 3.2 1B and 3B upcycled to 8 experts, top-2, as in arXiv 2412.09952, on H100."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 LLAMA3_8B = "hf://meta-llama/Meta-Llama-3-8B"
 LLAMA31_8B = "hf://meta-llama/Llama-3.1-8B"
 LLAMA3_70B = "hf://meta-llama/Meta-Llama-3-70B"
+LLAMA32_1B = "hf://meta-llama/Llama-3.2-1B"
+LLAMA32_3B = "hf://meta-llama/Llama-3.2-3B"
 _CURRENT, _BLOCKWISE = "bf16_with_fp8_current_scaling_mixed", "bf16_with_fp8_subchannel_scaling_mixed"
 
 
@@ -58,3 +60,23 @@ def llama3_70b_e8t2_pretrain_512gpu_h100_fp8sc_config() -> UpcyclingConfig:
 def llama3_70b_dense_ct_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
     """Return the dense baseline of Llama 3 70B: TP4 CP2 PP4 VPP5, as NeMo's and Bridge's own recipes of the model."""
     return dense_run(LLAMA3_70B, tp=4, cp=2, pp=4, vp=5)
+
+
+def llama32_1b_e8t2_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the training of Llama 3.2 1B: EP8."""
+    return upcycled_run(LLAMA32_1B)
+
+
+def llama32_1b_dense_ct_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the dense baseline of Llama 3.2 1B: CP2."""
+    return dense_run(LLAMA32_1B, cp=2)
+
+
+def llama32_3b_e8t2_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the training of Llama 3.2 3B: EP8."""
+    return upcycled_run(LLAMA32_3B)
+
+
+def llama32_3b_dense_ct_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the dense baseline of Llama 3.2 3B: CP2."""
+    return dense_run(LLAMA32_3B, cp=2)

@@ -1,4 +1,4 @@
-"""Qwen3 8B and 0.6B upcycled to 8 experts, top-2, on H100; exported as Qwen3-MoE."""
+"""Qwen3 0.6B to 32B upcycled to 8 experts, top-2, on H100; exported as Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 
 QWEN3_8B = "hf://Qwen/Qwen3-8B-Base"
 QWEN3_600M = "hf://Qwen/Qwen3-0.6B-Base"
+QWEN3_1P7B = "hf://Qwen/Qwen3-1.7B-Base"
+QWEN3_4B = "hf://Qwen/Qwen3-4B-Base"
+QWEN3_14B = "hf://Qwen/Qwen3-14B-Base"
+QWEN3_32B = "hf://Qwen/Qwen3-32B"
 
 
 def qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
@@ -45,3 +49,43 @@ def qwen3_600m_e8t2_pretrain_1gpu_h100_bf16_config() -> UpcyclingConfig:
 def qwen3_600m_dense_ct_pretrain_1gpu_h100_bf16_config() -> UpcyclingConfig:
     """Return a short training of Qwen3-0.6B as it is, the dense baseline."""
     return small_run(QWEN3_600M, None)
+
+
+def qwen3_1p7b_e8t2_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the training of Qwen3 1.7B: EP8."""
+    return upcycled_run(QWEN3_1P7B)
+
+
+def qwen3_1p7b_dense_ct_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the dense baseline of Qwen3 1.7B: CP2."""
+    return dense_run(QWEN3_1P7B, cp=2)
+
+
+def qwen3_4b_e8t2_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the training of Qwen3 4B: EP8."""
+    return upcycled_run(QWEN3_4B)
+
+
+def qwen3_4b_dense_ct_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the dense baseline of Qwen3 4B: CP2."""
+    return dense_run(QWEN3_4B, cp=2)
+
+
+def qwen3_14b_e8t2_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the training of Qwen3 14B: PP4 VPP10 CP2 EP8."""
+    return upcycled_run(QWEN3_14B, pp=4, vp=10, cp=2)
+
+
+def qwen3_14b_dense_ct_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the dense baseline of Qwen3 14B: TP2 CP2."""
+    return dense_run(QWEN3_14B, tp=2, cp=2)
+
+
+def qwen3_32b_e8t2_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the training of Qwen3 32B: TP2 PP8 VPP8 EP8."""
+    return upcycled_run(QWEN3_32B, tp=2, pp=8, vp=8)
+
+
+def qwen3_32b_dense_ct_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return the dense baseline of Qwen3 32B: TP4 PP2 VPP16."""
+    return dense_run(QWEN3_32B, tp=4, pp=2, vp=16)

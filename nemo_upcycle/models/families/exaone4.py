@@ -1,0 +1,37 @@
+"""EXAONE 4: norms after attention and network, windows in most layers, positions in those alone.
+
+No class of MoE models has its norms there and by head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.models.families import olmo2
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, WINDOW, Family, Settings
+
+
+class _Exaone4(Family):
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        if "sliding_window" not in settings.values:
+            return super().attention(settings, num_layers)
+        kinds = self._layer_types(settings, num_layers, (WINDOW, FULL))
+        if kinds is None:
+            every = settings.whole("sliding_window_pattern", 4)
+            kinds = [WINDOW if (layer + 1) % every else FULL for layer in range(num_layers)]
+        windowed = self._pattern(kind == WINDOW for kind in kinds)
+        return {"window_pattern": windowed, "rope_pattern": windowed}
+
+
+FAMILY = _Exaone4(
+    title="EXAONE 4",
+    hf_class="Exaone4ForCausalLM",
+    model_type="exaone4",
+    names=olmo2.NAMES,
+    defaults=COMMON_DEFAULTS
+    | {"num_key_value_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096}
+    | {"qk_norm": True},
+    pre_norm=False,
+    post_norm=True,
+    has_window=True,
+)

@@ -1,0 +1,56 @@
+"""FlexOlmo: OLMo 2's attention and norms, routed experts in every layer, expert weights of any sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import olmo2
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily, Settings
+from nemo_upcycle.models.families.routed import ROUTED_NAMES, experts_everywhere
+
+
+class _FlexOlmo(MoeFamily):
+    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        return experts_everywhere(settings, "num_experts") | {"norm_topk": settings.flag("norm_topk_prob")}
+
+    def limits(self, arch: Architecture) -> dict[str, bool]:
+        return super().limits(arch) | {
+            "no norms of query and key": not arch.qk_norm,
+            "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
+            "shared experts": arch.shared_ffn_size > 0,
+            "dense layers": arch.moe_pattern is not None,
+            "a sliding window": arch.window is not None,
+        }
+
+    def caveats(self, arch: Architecture) -> Iterator[str]:
+        """See `MoeFamily.caveats`: by the sources of these servers, none of which was run with this class.
+
+        vLLM does not divide the chosen experts' weights by their sum; the norm behind the network takes a common
+        factor out again, up to its epsilon.
+        """
+        yield "SGLang, llama.cpp: they do not know this class"
+        if arch.attention_out_bias:
+            yield "vLLM: it knows no biases of attention in this class"
+
+    def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        return {
+            "num_experts": arch.num_experts,
+            "intermediate_size": arch.expert_ffn_size,
+            "norm_topk_prob": arch.norm_topk,
+            **({"attention_bias": True} if arch.attention_out_bias else {}),
+        }
+
+
+FAMILY = _FlexOlmo(
+    title="FlexOlmo",
+    hf_class="FlexOlmoForCausalLM",
+    model_type="flex_olmo",
+    names=olmo2.NAMES | ROUTED_NAMES,
+    defaults=COMMON_DEFAULTS | {"max_position_embeddings": 4096, "rope_theta": 5e5, "qk_norm": True},
+    pre_norm=False,
+    post_norm=True,
+    wide_qk_norm=True,
+    has_attention_bias=True,
+)

@@ -1,0 +1,29 @@
+"""SmolLM3: a Llama without positions in every fourth layer. No class of MoE models has such layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.models.families import llama
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+
+
+class _SmolLm3(Family):
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        said = settings.values.get("no_rope_layers")  # one where there are positions
+        if said is None:
+            every = settings.whole("no_rope_layer_interval", 4)
+            said = [int((layer + 1) % every != 0) for layer in range(num_layers)]
+        if not isinstance(said, list) or len(said) != num_layers or any(turns not in (0, 1) for turns in said):
+            raise settings.wrong("no_rope_layers", f"{num_layers} times 0 or 1, one a layer")
+        return super().attention(settings, num_layers) | {"rope_pattern": self._pattern(map(bool, said))}
+
+
+FAMILY = _SmolLm3(
+    title="SmolLM3",
+    hf_class="SmolLM3ForCausalLM",
+    model_type="smollm3",
+    names=llama.NAMES,
+    defaults=COMMON_DEFAULTS
+    | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True},
+)

@@ -1,0 +1,83 @@
+"""OLMo 2 in NeMo, which has no such model: a configuration whose layers have norms where OLMo 2 has them."""
+
+# No postponed annotations, and Optional: NeMo-Run parses settings of the model by them.
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
+from nemo.lightning import OptimizerModule
+
+from nemo_upcycle.models.families import olmo2
+from nemo_upcycle.models.layer_settings import NORMS
+from nemo_upcycle.online.decoder_layers import decoder_layers
+
+
+_LAYERS = partial(
+    decoder_layers,
+    use_transformer_engine=True,
+    **{name: getattr(olmo2.FAMILY, name) for name in NORMS},
+)
+
+
+@dataclass
+class Olmo2Config(GPTConfig):
+    """Configuration of an OLMo 2, dense or with experts; the defaults are those of all sizes.
+
+    Example:
+        >>> Olmo2Config7B(num_moe_experts=8, moe_router_topk=2)  # doctest: +SKIP
+    """
+
+    normalization: str = "RMSNorm"
+    activation_func: Callable = torch.nn.functional.silu
+    gated_linear_unit: bool = True
+    position_embedding_type: str = "rope"
+    add_bias_linear: bool = False
+    seq_length: int = 4096
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    share_embeddings_and_output_weights: bool = False
+    qk_layernorm: bool = True
+    layernorm_epsilon: float = 1e-6
+    rotary_base: float = 500000.0
+    vocab_size: int | None = 100352
+    bias_activation_fusion: bool = True
+    masked_softmax_fusion: bool = True
+    persist_layer_norm: bool = True
+    bias_dropout_fusion: bool = True
+    apply_rope_fusion: bool = True
+    transformer_layer_spec: Any = _LAYERS
+
+
+@dataclass
+class Olmo2Config7B(Olmo2Config):
+    """OLMo 2 7B (OLMo-2-1124-7B): 7.30B parameters."""
+
+    num_layers: int = 32
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 11008
+    num_attention_heads: int = 32
+    num_query_groups: int | None = 32
+
+
+class Olmo2Model(GPTModel):
+    """NeMo's model of an `Olmo2Config`.
+
+    Args:
+        config: of the model.
+        optim: its optimizer.
+        tokenizer: that of the data.
+        model_transform: called with the model once it is built.
+    """
+
+    def __init__(
+        self,
+        config: Olmo2Config | None = None,
+        optim: OptimizerModule | None = None,
+        tokenizer: Any = None,
+        model_transform: Callable | None = None,
+    ) -> None:
+        super().__init__(config or Olmo2Config(), optim=optim, tokenizer=tokenizer, model_transform=model_transform)

@@ -1,0 +1,10 @@
+"""Qwen3 4B, trained on as a dense model: the baseline that `qwen3_4b_e8t2` has to beat on the same data.
+
+A row of `h100_table.py`, which says how it is trained and where.
+"""
+
+from nemo_upcycle.recipes import h100_table
+
+
+NAME = "qwen3_4b_dense_ct"
+model, trainer, pretrain_recipe = h100_table.baseline(NAME)

@@ -1,0 +1,49 @@
+"""Parents whose layers are no Llama's compute in Bridge's GPTModel what they do in transformers, upcycled too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from tests.distributed.ranks import run_ranks
+from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_olmo2, write_phi3, write_smollm3
+from tests.tiers import quick
+
+
+pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+WRITERS = {"OLMo 2": write_olmo2, "SmolLM3": write_smollm3, "EXAONE 4": write_exaone4, "Phi-3": write_phi3}
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+
+
+def _logits(folder: Path, spec: UpcycleSpec | None, tensor: int) -> torch.Tensor:
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from megatron.bridge.models.conversion.utils import unwrap_model
+
+    from nemo_upcycle.trainers.bridge.models import upcycled_provider
+    from nemo_upcycle.trainers.equivalence import megatron_logits
+
+    settings = {"params_dtype": torch.float32, "bf16": False, "seq_length": 64, "sequence_parallel": tensor > 1}
+    provider = upcycled_provider(folder, spec, tensor_model_parallel_size=tensor, **settings)
+    provider.finalize()
+    provider.initialize_model_parallel(seed=0)
+    chunks = unwrap_model(provider.provide_distributed_model(wrap_with_ddp=False))
+    with open_dense(folder) as dense:
+        assert upcycle_into(chunks, dense, spec).exact
+    with torch.no_grad():
+        return megatron_logits(chunks[0].eval(), sample_tokens(250))
+
+
+@pytest.mark.parametrize("spec", [None, SPEC], ids=["dense", "upcycled"])
+@pytest.mark.parametrize(("name", "tensor"), quick([(one, n) for one in WRITERS for n in (1, 2)], ("OLMo 2", 2)))
+def test_bridges_model_computes_what_the_parent_does(
+    tmp_path: Path, name: str, tensor: int, spec: UpcycleSpec | None
+) -> None:
+    folder = WRITERS[name](tmp_path / "dense")
+    parts = run_ranks(_logits, tensor, folder, spec, tensor)
+    wanted, got = hugging_face_logits(folder, sample_tokens(250)), torch.cat(parts, dim=-1)[..., :250]
+    assert float((got - wanted).norm() / wanted.norm()) <= 2e-6
