@@ -23,7 +23,14 @@ from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
-from nemo_upcycle.trainers.nemo.checks import check_kernels, check_parent, check_recipe, precision_name, ranks_of
+from nemo_upcycle.trainers.nemo.checks import (
+    check_kernels,
+    check_parent,
+    check_recipe,
+    precision_name,
+    ranks_of,
+    reads_chat,
+)
 from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
 from nemo_upcycle.trainers.values import setting
 from nemo_upcycle.utils.console import is_verbose
@@ -91,6 +98,11 @@ class NeMoTraining(Training):
     def ranks(self) -> tuple[int, int]:
         """See `Training.ranks`."""
         return ranks_of(self.recipe)
+
+    @property
+    def reads_chat(self) -> bool:
+        """See `Training.reads_chat`."""
+        return reads_chat(self.recipe)
 
     @property
     def script(self) -> str | None:
