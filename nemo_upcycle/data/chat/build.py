@@ -32,6 +32,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, read_json, write_json
+from nemo_upcycle.utils.progress import track
 
 
 MADE_BY = "nemo-upcycle chat"
@@ -205,7 +206,7 @@ def _write(
     """Write a split; return its counts, of packs with what NeMo's metadata say of them."""
     size, kept = chat.config.seq_length, []
     counts = Counter(conversations=0, answers=0, tokens=0, answer_tokens=0, cut=0)
-    for found in template.tokens(conversations):
+    for found in template.tokens(track(conversations, f"pack {split}", len(conversations))):
         if isinstance(found, Problem):
             _note(found, problems, strict)
             continue
