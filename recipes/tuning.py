@@ -68,7 +68,7 @@ def tuned(
     recipe.trainer.limit_val_batches = 1.0  # all packs that are held back for it
     recipe.optim.config.lr = lr
     scheduler = recipe.optim.lr_scheduler
-    scheduler.warmup_steps, scheduler.constant_steps, scheduler.min_lr = warmup_steps, 0, lr / 10
+    scheduler.warmup_steps, scheduler.constant_steps, scheduler.min_lr = warmup_steps, 0, float(f"{lr / 10:g}")
     recipe.log.ckpt.every_n_train_steps = max(1, max_steps // 4)
     return recipe
 

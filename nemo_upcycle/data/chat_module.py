@@ -75,7 +75,7 @@ def chat_data(
 
 
 class PackedChatModule(FineTuningDataModule):
-    """NeMo's data module, made by `chat_data`: it says what is read, and validates on all packs, however few."""
+    """NeMo's data module, made by `chat_data`: resumed runs read on, and all packs, however few, are validated on."""
 
     @property
     def chat(self) -> FinishedChat:
@@ -83,8 +83,13 @@ class PackedChatModule(FineTuningDataModule):
         return open_chat(self.dataset_root)
 
     def setup(self, stage: str) -> None:
-        """Set up as NeMo does; the first rank says what the run reads."""
+        """Set up as NeMo does, with twice the packs; the first rank says what the run reads.
+
+        A resumed run counts its steps from the first, and its packs from the last checkpoint. With NeMo's own number
+        it would end the epoch before it has read them, and begin again with those behind the checkpoint.
+        """
         super().setup(stage)
+        self.max_train_samples = (2 * self.trainer.max_steps + 1) * self.global_batch_size
         if is_first_rank():
             show_messages().info("%s", self.chat.describe(self.trainer.max_steps, self.global_batch_size))
 

@@ -23,6 +23,10 @@ from tests.chats import sums, write_chat_tokenizer, write_lines
 from tests.distributed.ranks import run_ranks
 from tests.functional.test_pipeline import STAGES, run_in_own_process
 from tests.functional.tiny import SEQUENCE, write_parent
+from tests.tiers import quick
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +50,12 @@ def test_the_first_loss_is_the_parents_on_the_answers_of_each_conversation_alone
     assert first == pytest.approx(_answer_loss(parent, chat / "validation.npy"), abs=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"), [(2, {"ep": 2}), (2, {"tp": 2}), (2, {"pp": 2}), (2, {})], ids=["ep", "tp", "pp", "dp"]
-)
+@pytest.mark.parametrize("divided", quick(["ep", "tp", "pp", "data"], "ep"))
 def test_losses_do_not_depend_on_the_layout(
-    inputs: tuple[Path, Path], one_rank: list[float], tmp_path: Path, ranks: int, layout: dict[str, int]
+    inputs: tuple[Path, Path], one_rank: list[float], tmp_path: Path, divided: str
 ) -> None:
-    losses = [line["loss"] for line in _train(inputs, tmp_path / "run", ranks, steps=4, **layout)]
+    layout = {} if divided == "data" else {divided: 2}
+    losses = [line["loss"] for line in _train(inputs, tmp_path / "run", 2, steps=4, **layout)]
     assert losses == pytest.approx(one_rank, abs=2e-4)
     assert losses[-1] < losses[0] - 0.1
 
@@ -62,6 +65,7 @@ def one_rank(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     return [line["loss"] for line in _train(inputs, tmp_path_factory.mktemp("one") / "run", 1, steps=4)]
 
 
+@pytest.mark.full
 def test_a_resumed_tuning_ends_with_the_same_bits(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     _train(inputs, tmp_path / "whole", 1, steps=4, every=2)
     with pytest.raises(RuntimeError, match="rank 0 died"):
@@ -70,17 +74,18 @@ def test_a_resumed_tuning_ends_with_the_same_bits(inputs: tuple[Path, Path], tmp
     assert _differing(tmp_path / "whole", tmp_path / "parts") == []
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["moe", "dense"])
+@pytest.mark.parametrize("model", quick(["moe", "dense"], "moe"))
 def test_a_tuning_starts_from_what_another_training_left(
-    inputs: tuple[Path, Path], tmp_path: Path, dense: bool
+    inputs: tuple[Path, Path], tmp_path: Path, model: str
 ) -> None:
+    dense = model == "dense"
     _train(inputs, tmp_path / "first", 1, steps=2, every=2, dense=dense)
     _train(inputs, tmp_path / "second", 1, steps=1, every=1, dense=dense, start=str(tmp_path / "first"), frozen=True)
     assert _differing(tmp_path / "first", tmp_path / "second") == []
     assert not (tmp_path / "second/receipt.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_chain_tunes_killed_in_the_middle_and_compares_four_models(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
