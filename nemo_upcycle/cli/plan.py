@@ -284,8 +284,13 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
 
 def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Change]:
     """Return single changes that make a plan faster; where it has a command, they have one, too."""
-    why = why_no_command(args.backend, subject.recipe, plan.work)
-    return best_changes(plan, lambda other: why_no_command(args.backend, subject.recipe, other.work) in ("", why))
+    why, tunes = why_no_command(args.backend, subject.recipe, plan.work), subject.recipe and subject.recipe.tunes
+
+    def has_settings(other: Plan) -> bool:
+        allowed = other.layout.takes_packs or not tunes
+        return allowed and why_no_command(args.backend, subject.recipe, other.work) in ("", why)
+
+    return best_changes(plan, has_settings)
 
 
 def _overrides(args: argparse.Namespace, plan: Plan, change: Change) -> list[str]:
