@@ -137,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.layout is None:
             plans = search(request, args.rows)
+            if subject.recipe and subject.recipe.tunes:
+                plans = [plan for plan in plans if plan.layout.takes_packs] or plans
         else:
             plans = [evaluate_layout(request, parse_layout(args.layout, args.gpus, args.micro_batch))]
     except SpecError as error:

@@ -91,3 +91,14 @@ def _setting(recipe: Any, name: str) -> Any:
     for part in name.split("."):
         recipe = getattr(recipe, part, None)
     return recipe
+
+
+def test_the_planner_commands_a_tuning_with_a_pack_a_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two packs at a time would be faster, but NeMo takes one."""
+    from nemo_upcycle.cli.main import main
+
+    assert main(["plan", "--recipe", "qwen3_600m_e8t2_sft", "--gpus", "1", "--rows", "1"]) == 0
+    text = capsys.readouterr().out
+    assert 'nemo llm finetune --factory \\\n  "qwen3_600m_e8t2_sft(' in text
+    assert "mbs=2" not in text
+    assert "micro_batch_size" not in text
