@@ -12,10 +12,11 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo demo-bridge check test test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
+.PHONY: help demo demo-tune demo-bridge check test test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
+	@echo "make demo-tune  upcycle that model and tune it on conversations, beside the dense model (no GPU)"
 	@echo "make demo-bridge  the same on Megatron-Bridge (PYTHON=python3.12; its environment is built first, about 13 minutes)"
 	@echo "make check   the tests that import no NeMo (meant for under 2 minutes)"
 	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (meant for under 6 minutes)"
@@ -52,6 +53,9 @@ $(addsuffix /.complete,$(VENV) $(DATA_VENV) $(DOCS_VENV) $(TF5_VENV) $(VLLM_VENV
 
 demo: venv
 	$(BIN)/nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=$(RUN_DIR) --yes
+
+demo-tune: venv
+	$(BIN)/nemo upcycle pipeline --factory smollm2_135m_e8t2_sft dir=$(RUN_DIR)-tune --yes
 
 demo-bridge: bridge-env $(DATA_VENV)/.complete
 	$(BRIDGE_VENV)/bin/nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=$(RUN_DIR)-bridge --yes

@@ -13,7 +13,7 @@ from nemo_upcycle.utils.console import collector_paused
 
 if find_spec("nemo"):
     with quiet_imports():
-        from nemo.collections.llm.api import pretrain
+        from nemo.collections.llm.api import finetune, pretrain
 
         importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
         from nemo_upcycle.pipeline.nemo.pipeline import PretrainContext
@@ -23,8 +23,9 @@ if find_spec("nemo"):
             importlib.import_module(f"{__name__}.{_module.name}")
         from nemo_upcycle.recipes.common import upcycled as upcycled
 
-    # `nemo llm pretrain` is NeMo's own: with a recipe of ours it checks the arguments first, with others nothing.
-    pretrain.cli_entrypoint.run_ctx_cls = PretrainContext
+    # `nemo llm pretrain` and `finetune` are NeMo's own: with a recipe of ours they check the arguments first, with
+    # others nothing.
+    pretrain.cli_entrypoint.run_ctx_cls = finetune.cli_entrypoint.run_ctx_cls = PretrainContext
 elif find_spec("megatron"):
     if find_spec("megatron.bridge"):
         with collector_paused():

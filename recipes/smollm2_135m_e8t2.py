@@ -114,6 +114,17 @@ def upcycled_recipe(name: str, baseline: Callable[..., run.Partial], dense: str)
 pretrain_recipe = upcycled_recipe(NAME, dense_ct.pretrain_recipe, dense_ct.DENSE)
 
 
+def fit_laptop(recipe: run.Partial) -> run.Partial:
+    """Let a recipe of the upcycled model recompute its layers where there is no GPU, in place, and return it.
+
+    A laptop has memory for 692M parameters and their Adam states; of activations it keeps the layers' inputs.
+    """
+    if not torch.cuda.is_available():
+        config = recipe.model.config
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+    return recipe
+
+
 @run.cli.factory(target=pipeline, name=NAME)
 def pipeline_recipe(dir: str = "runs/smollm2_135m_e8t2", processes: Optional[int] = None) -> run.Partial:
     """Create the whole chain: import, upcycle, pretrain, dense baseline, export, evaluate, report.
@@ -132,15 +143,10 @@ def pipeline_recipe(dir: str = "runs/smollm2_135m_e8t2", processes: Optional[int
             $ nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=runs/more pretrain.trainer.max_steps=100 --yes
     """
     processes = processes or (1 if torch.cuda.device_count() == 1 else 2)
-    training = pretrain_recipe(num_gpus_per_node=processes, expert_parallelism=processes)
-    if not torch.cuda.is_available():
-        # A laptop has memory for 692M parameters and their Adam states; of activations it keeps the layers' inputs.
-        config = training.model.config
-        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     return run.Partial(
         pipeline,
         dir=dir,
         dense=dense_ct.DENSE,
-        pretrain=training,
+        pretrain=fit_laptop(pretrain_recipe(num_gpus_per_node=processes, expert_parallelism=processes)),
         dense_ct=dense_ct.pretrain_recipe(num_gpus_per_node=processes),
     )

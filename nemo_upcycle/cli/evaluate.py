@@ -116,19 +116,23 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:
     """Build a named suite beside the results."""
+    from nemo_upcycle.data.chat.config import is_chat
+    from nemo_upcycle.data.chat.finished import open_chat
     from nemo_upcycle.data.finished import open_blend
-    from nemo_upcycle.suites.local_tasks import is_text
+    from nemo_upcycle.suites.local_tasks import is_answers, is_text
     from nemo_upcycle.suites.suite import build_named_suite
 
     tasks = config["tasks"] if config["local"] else ()
-    texts = [task for task in tasks if is_text(task)]
+    texts = [task for task in tasks if is_text(task) or is_answers(task)]
     if texts and args.data is None:
         raise UpcycleError(
             f"held-out documents for {', '.join(texts)}",
             got="none",
-            expected="the folder of a blend that holds some out",
-            fix="add --data FOLDER, as nemo-upcycle data or a run's data stage made it",
+            expected="the folder of a blend, or of conversations, that holds some out",
+            fix="add --data FOLDER, as nemo-upcycle data, chat or a run's data stage made it",
         )
+    if args.data and is_chat(str(args.data)):
+        return build_named_suite(args.suite, [], args.output / "suite", open_chat(args.data).answers())
     documents = open_blend(args.data).heldout() if args.data else []
     return build_named_suite(args.suite, documents, args.output / "suite")
 

@@ -139,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.layout is None:
             plans = search(request, args.rows)
+            if subject.recipe and subject.recipe.tunes:
+                plans = [plan for plan in plans if plan.layout.takes_packs] or plans
         else:
             plans = [evaluate_layout(request, parse_layout(args.layout, args.gpus, args.micro_batch))]
     except SpecError as error:
@@ -287,8 +289,13 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
 
 def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Change]:
     """Return single changes that make a plan faster; where it has a command, they have one, too."""
-    why = why_no_command(args.backend, subject.recipe, plan.work)
-    return best_changes(plan, lambda other: why_no_command(args.backend, subject.recipe, other.work) in ("", why))
+    why, tunes = why_no_command(args.backend, subject.recipe, plan.work), subject.recipe and subject.recipe.tunes
+
+    def has_settings(other: Plan) -> bool:
+        allowed = other.layout.takes_packs or not tunes
+        return allowed and why_no_command(args.backend, subject.recipe, other.work) in ("", why)
+
+    return best_changes(plan, has_settings)
 
 
 def _overrides(args: argparse.Namespace, plan: Plan, change: Change) -> list[str]:

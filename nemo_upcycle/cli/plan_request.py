@@ -174,7 +174,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         software=_software(args),
         usual=tuple(name for name in ("dispatcher", "overlap") if is_usual and getattr(args, name) is None),
         grouped=_is_grouped(subject),
-        micro_batch=args.micro_batch,
+        micro_batch=1 if args.micro_batch is None and subject.recipe and subject.recipe.tunes else args.micro_batch,
         recompute=args.recompute or None,
         price_per_gpu_hour=args.price_per_gpu_hour,
     )

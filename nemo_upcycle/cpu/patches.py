@@ -204,6 +204,46 @@ def gather_uneven_rows() -> None:
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_rows, scatter_rows
 
 
+def keep_packed_sequences_apart() -> None:
+    """Let the local attention take packs of sequences, with a mask that keeps each to itself.
+
+    Without it tuning on packs fails: "Packed sequence is not supported by DotProductAttention". Transformer Engine's
+    kernels take the sequences' borders themselves.
+    """
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    attend = DotProductAttention.forward
+
+    @functools.wraps(attend)
+    def attend_apart(self: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        packed = kwargs.pop("packed_seq_params", None)
+        if packed is None:
+            return attend(self, query, key, value, mask, *args, **kwargs)
+        padded = packed.cu_seqlens_q_padded
+        mask = packed_mask(packed.cu_seqlens_q if padded is None else padded, len(query))
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))  # of one batch
+        return attend(self, query, key, value, mask, *args, **kwargs)
+
+    DotProductAttention.forward = attend_apart
+
+
+def packed_mask(borders: torch.Tensor, length: int) -> torch.Tensor:
+    """Return which tokens of a pack do not see which, [1, 1, S, S]: those behind them, and those of other sequences.
+
+    Args:
+        borders: where sequences begin, with the end of the last one.
+        length: S, of the pack.
+
+    Example:
+        >>> (~packed_mask(torch.tensor([0, 2, 3]), 3)).int().tolist()
+        [[[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]]
+    """
+    places = torch.arange(length)
+    sequence = torch.searchsorted(borders[1:].contiguous().long(), places, right=True)
+    apart = sequence[:, None] != sequence[None, :]
+    return (apart | (places[:, None] < places[None, :]))[None, None]
+
+
 def compile_nothing() -> None:
     """Run eagerly what Megatron decorates with `torch.compile`.
 
@@ -288,6 +328,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     compute_without_transformer_engine,
     hand_over_split_sizes,
     gather_uneven_rows,
+    keep_packed_sequences_apart,
     compile_nothing,
     pad_tokens_of_experts,
     communicate_in_place,

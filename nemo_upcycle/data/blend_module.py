@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 
 from nemo_upcycle.data.blend_samples import describe_blend, index_folder, say_what_is_read
 from nemo_upcycle.data.build import cached_blend
+from nemo_upcycle.data.chat_module import PackedChatModule
 from nemo_upcycle.data.dense import read_parent
 from nemo_upcycle.data.epoch_dataset import EpochDataset
 from nemo_upcycle.data.finished import MANIFEST, TOKENIZER, FinishedBlend, open_blend
@@ -138,4 +139,6 @@ def describe_data(datamodule: Any) -> str:
         return "NeMo's mock data (random tokens)"
     if isinstance(datamodule, BlendDataModule):
         return describe_blend(datamodule.blend)
+    if isinstance(datamodule, PackedChatModule):
+        return datamodule.chat.card
     return type(datamodule).__name__

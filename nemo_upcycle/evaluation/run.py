@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.evaluation.backends import Backend, close_model, open_model
-from nemo_upcycle.evaluation.compare import RATIOS, cluster_sums, jackknife_stderr, left_out
+from nemo_upcycle.evaluation.compare import RATIOS, cluster_sums, jackknife_stderr, left_out, statistic
+from nemo_upcycle.evaluation.heldout import METRIC
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.suites.lm_eval_tasks import LoadedTask, quiet
 from nemo_upcycle.suites.local_tasks import data_files
@@ -193,14 +194,15 @@ def _extract(results: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
                 continue
             stderr = values.get(key.replace(",", "_stderr,", 1))
             if metric in RATIOS and task in items:  # lm-eval has none for the perplexity of whole texts
-                scores = [item["scores"][metric] for item in items[task]]
-                clusters = [item.get("cluster", item["id"]) for item in items[task]]
-                stderr = jackknife_stderr(left_out(metric, cluster_sums(metric, scores, clusters)))
+                stderr = jackknife_stderr(left_out(metric, _sums(metric, items[task])))
             metrics[f"{task}{suffix}/{metric}"] = {
                 "value": value,
                 "stderr": stderr if isinstance(stderr, float) else None,
                 "higher_is_better": results["higher_is_better"].get(task, {}).get(metric),
             }
+    for task, entries in items.items():
+        if METRIC in entries[0]["scores"] and f"{task}{suffix}/{METRIC}" not in metrics:
+            metrics[f"{task}{suffix}/{METRIC}"] = _bits_per_byte(entries)
     children = results.get("group_subtasks", {})
     groups = {task: _leaves(task, children) for task, below in children.items() if below}
     return {
@@ -208,6 +210,18 @@ def _extract(results: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
         "items": {f"{task}{suffix}": entries for task, entries in items.items()},
         "groups": {f"{task}{suffix}": [f"{leaf}{suffix}" for leaf in leaves] for task, leaves in groups.items()},
     }
+
+
+def _sums(metric: str, items: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return the two sums that make a metric, of each cluster of a task's items."""
+    clusters = [item.get("cluster", item["id"]) for item in items]
+    return cluster_sums(metric, [item["scores"][metric] for item in items], clusters)
+
+
+def _bits_per_byte(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    sums = _sums(METRIC, items)
+    value, stderr = statistic(METRIC, sums), jackknife_stderr(left_out(METRIC, sums))
+    return {"value": value, "stderr": stderr, "higher_is_better": False}
 
 
 def _item(sample: dict[str, Any]) -> dict[str, Any]:
@@ -223,6 +237,8 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
     ) is not None:
         item["cluster"] = cluster
     item["scores"] = {metric: sample[metric] for metric in sample["metrics"]}
+    if size_bytes := sample["doc"].get("answer_bytes"):  # lm-eval scores such a text in bits per byte, but no answer
+        item["scores"][METRIC] = [likelihoods[0], size_bytes]
     return item
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.build import check_files
+from nemo_upcycle.data.chat.config import is_chat, read_chat
+from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.finished import open_blend
@@ -20,6 +22,7 @@ from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.pipeline.order import kind_of
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.files import resolved
 
@@ -40,14 +43,22 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     check_folder(run_dir)
     check_detach(ctx)
     check_address(plan.dense)
-    check_blend(plan.data, remote=not shown)
-    read_suite_config(plan.evaluation)
+    check_data(plan.data, remote=not shown)
+    check_asked(plan)
     is_here = is_local(ctx.executor) and not shown
     if is_here:
         check_here(plan, stages)
     trainings = {stage.name: training for stage in plan.stages if (training := plan.training(stage.name))}
     for name, training in trainings.items():
         training.check(name)
+        if training.reads_chat != plan.reads_chat:
+            kinds = ("texts", "conversations")
+            raise UpcycleError(
+                "data",
+                got=f"{plan.data}: {kinds[plan.reads_chat]}",
+                expected=f"{kinds[training.reads_chat]}, which {name} reads",
+                fix="name other data, or take a recipe that tunes (..._sft) or one that does not",
+            )
     check_started(run_dir, plan)
     imports = any(stage.name == "import" for stage in stages) and not StageFolder(run_dir, "import").marker.is_file()
     for name, training in trainings.items():
@@ -102,13 +113,36 @@ def check_started(run_dir: Path, plan: Plan) -> None:
             folder.require_same(setting_texts(stage.settings_of(plan)))
 
 
-def check_blend(data: str, *, remote: bool) -> None:
-    """Check what a run is trained on: a finished folder, or a blend and its files.
+def check_asked(plan: RunPlan) -> None:
+    """Check that what a suite asks is held back of the data: documents of texts, or answers of conversations.
+
+    Raises:
+        UpcycleError: it is not, or there is no such suite.
+    """
+    config = read_suite_config(plan.evaluation)
+    for task in config.tasks if config.local else ():
+        if is_text(task) if plan.reads_chat else is_answers(task):
+            raise UpcycleError(
+                f"evaluation {plan.evaluation}",
+                got=task,
+                expected=f"no such task: {plan.data} holds back {'answers' if plan.reads_chat else 'documents'}",
+                fix=f"name evaluation={'answers' if plan.reads_chat else 'demo'}, or another suite",
+            )
+
+
+def check_data(data: str, *, remote: bool) -> None:
+    """Check what a run is trained on: a finished folder, or a blend or conversations and their files.
 
     Args:
         data: the argument of the pipeline.
         remote: whether to ask for files behind addresses, too, which needs the network.
     """
+    if is_chat(data):
+        if Path(data).is_dir():
+            open_chat(data)
+        else:
+            read_chat(data).paths(fetch=False)
+        return
     if Path(data).is_dir():
         open_blend(data)
         return

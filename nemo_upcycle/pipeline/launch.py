@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import read_blend
+from nemo_upcycle.data.chat.config import read_chat
 from nemo_upcycle.data.inputs import folders_of
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
@@ -36,9 +37,9 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def absolute_argument(name: str, *, folder: bool = False) -> str:
-    """Return the absolute path of an argument that names a folder or a YAML file: a job may run in another folder."""
+    """Return the absolute path of an argument that names a folder, YAML or JSON lines: a job may run elsewhere."""
     path = Path(name).expanduser()
-    is_path = path.suffix in (".yaml", ".yml") or (folder and path.is_dir())
+    is_path = path.suffix in (".yaml", ".yml") or (folder and (path.is_dir() or path.suffix in (".jsonl", ".json")))
     return str(path.absolute()) if is_path else name
 
 
@@ -58,6 +59,8 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sy
     named = [Path(text.removeprefix("hf://")) for text in (*inputs, *scripts)]
     dense, *_ = plan.inputs()
     texts = folders_of(read_blend(plan.blend)) if plan.blend else []
+    if chat := getattr(plan, "chat", None):
+        texts = [path.parent for path in read_chat(chat).paths(fetch=False)]
     suites = [getattr(plan, name) for name, kind in plan.files.items() if kind == "evaluation"]
     tasks = [folder for suite in suites for folder in folders_of_suite(suite)]
     reads = tuple(dict.fromkeys(path for path in (*texts, *tasks, *named) if path.is_absolute()))

@@ -8,13 +8,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_upcycle.errors import StageError, StageStopped
+from nemo_upcycle.data.chat.config import is_chat
+from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.pipeline.data_stage import (
+    data_card,
+    data_folder_of,
+    data_stage,
+    dense_folder_of,
+    require_data,
+    sample_tokens,
+    suite_inputs,
+)
 from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use
-from nemo_upcycle.pipeline.markers import STEPS, StageFolder
+from nemo_upcycle.pipeline.markers import STEPS
 from nemo_upcycle.pipeline.plan import PLAN, Plan, Stage, required_training
 from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
 from nemo_upcycle.trainers.base import last_checkpoint
@@ -23,8 +34,6 @@ from nemo_upcycle.utils.files import read_json
 
 
 logger = logging.getLogger(__name__)
-#: Size of the real text that the step-0 check runs on: B windows of S tokens.
-SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,9 @@ class RunPlan(Plan):
     Args:
         recipe: name of the upcycling recipe, for titles.
         dense: address of the dense parent.
-        data: a blend (a name in `conf/data`, or a YAML file), or a finished folder of `nemo-upcycle data`.
+        data: a blend (a name in `conf/data`, or a YAML file), or a finished folder of `nemo-upcycle data`; for
+            trainings that tune, conversations: a name in `conf/chat`, a YAML file, JSON lines, or a folder of
+            `nemo-upcycle chat`.
         evaluation: a name in `conf/evaluation`, or a YAML file.
         pretrain: the recipe of the upcycled model, as its trainer writes it.
         dense_ct: the recipe of the dense baseline; None omits it.
@@ -76,7 +87,17 @@ class RunPlan(Plan):
     @property
     def blend(self) -> str | None:
         """See `Plan.blend`."""
-        return None if Path(self.data).is_dir() else self.data
+        return None if Path(self.data).is_dir() or self.reads_chat else self.data
+
+    @cached_property
+    def reads_chat(self) -> bool:
+        """Whether its trainings tune on conversations."""
+        return is_chat(self.data)
+
+    @property
+    def chat(self) -> str | None:
+        """The conversations that are packed; None where there are none, or a finished folder is used."""
+        return self.data if self.reads_chat and not Path(self.data).is_dir() else None
 
 
 def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -84,54 +105,6 @@ def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.data.dense import import_dense
 
     return {"dense_folder": str(import_dense(plan.dense, run_dir / "dense").resolve())}
-
-
-def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Clean the blend and tokenise it with the dense parent's tokenizer; a finished folder is used where it lies."""
-    from nemo_upcycle.data.finished import open_blend
-
-    dense_folder = dense_folder_of(run_dir)
-    folder = data_folder_of(run_dir, plan)
-    training = plan.training("pretrain")
-    seq_length = training.seq_length(dense_folder) if training else None
-    if Path(plan.data).is_dir():
-        open_blend(folder).require_tokenizer_of(str(dense_folder))
-    else:
-        build_data(plan.data, str(dense_folder), folder, seq_length)
-    blend = open_blend(folder)
-    blend.paths(seq_length or blend.manifest["seq_length"])  # before hours of other work: is there text enough?
-    if not blend.heldout():
-        raise StageError(
-            f"held-out documents of {folder}",
-            got="none",
-            expected="some, to measure perplexity on",
-            fix="name heldout files in the blend, or raise hold_out.heldout",
-        )
-    splits = blend.manifest["splits"]
-    return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
-
-
-def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> None:
-    """Build a blend, or resume a stopped build.
-
-    Args:
-        blend: name or path of the blend.
-        dense: the dense model whose tokenizer is used.
-        folder: where to.
-        seq_length: tokens of a sequence; None: the blend's own.
-
-    Raises:
-        StageStopped: it was told to stop, and can resume.
-    """
-    from nemo_upcycle.data.blend import read_blend
-    from nemo_upcycle.data.build import build_blend
-
-    try:
-        length = [f"seq_length={seq_length}"] if seq_length else []
-        build_blend(read_blend(blend, [f"tokenizer={dense}", *length]), folder)
-    except KeyboardInterrupt:  # the engine was told to stop
-        text = "stage 'data' stopped early: its finished tasks are kept, and the same command resumes from there"
-        raise StageStopped(text) from None
 
 
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -148,7 +121,7 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         training.model_config(dense_folder, dense=True),
         dense_folder,
         spec,
-        _sample_tokens(run_dir, plan),
+        sample_tokens(data_folder_of(run_dir, plan)),
         run_dir / "upcycle" / "hf",
     )
     receipt.write(run_dir / "receipt.json")
@@ -165,34 +138,6 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     return result
 
 
-def _sample_tokens(run_dir: Path, plan: RunPlan) -> Any:
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    from nemo_upcycle.data.finished import open_blend
-
-    blend = open_blend(data_folder_of(run_dir, plan))
-    wanted, parts = SAMPLE_WINDOWS * SAMPLE_WINDOW_TOKENS, [torch.zeros(0, dtype=torch.int64)]
-    for prefix in (prefix for prefixes in blend.tokens["validation"].values() for prefix in prefixes):
-        dataset = IndexedDataset(str(blend.folder / prefix))
-        for number in range(len(dataset)):
-            if sum(map(len, parts)) < wanted:
-                parts.append(torch.from_numpy(dataset[number].astype("int64")))
-    if len(tokens := torch.cat(parts)) < wanted:
-        raise StageError(
-            "tokens of the validation split",
-            got=len(tokens),
-            expected=f"{wanted} or more",
-            fix="give the blend a longer validation split",
-        )
-    return tokens[:wanted].view(SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS)
-
-
-def dense_folder_of(run_dir: Path) -> Path:
-    """Return the dense parent's folder, as the import stage found it."""
-    return Path(StageFolder(run_dir, "import").outputs()["dense_folder"])
-
-
 def require_kept(folder: Path, run_dir: Path) -> None:
     """Check that a folder of a model is whole, if it lies in a run's folder: of another, this machine may not know.
 
@@ -207,27 +152,10 @@ def require_kept(folder: Path, run_dir: Path) -> None:
             raise StageError(f"{folder / gone[0]}", got="no such file", expected="weights", fix="run the stage again")
 
 
-def require_blend(plan: Plan, folder: Path) -> None:
-    """Check that a blend which a run has built is whole.
-
-    Raises:
-        UpcycleError: a file is gone, or of another size.
-    """
-    from nemo_upcycle.data.finished import open_blend
-
-    if plan.blend:
-        open_blend(folder)
-
-
 def _exported(run_dir: Path, plan: RunPlan) -> None:
     require_kept(run_dir / "hf", run_dir)
     if plan.dense_ct:
         require_kept(run_dir / "dense_ct" / "hf", run_dir)
-
-
-def data_folder_of(run_dir: Path, plan: RunPlan) -> Path:
-    """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
-    return Path(plan.data) if Path(plan.data).is_dir() else run_dir / "data" / "blend"
 
 
 def pretrain_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -250,12 +178,11 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Export the trained models to Hugging Face folders."""
     from nemo_upcycle.convert.export import CardInfo, export_checkpoint
     from nemo_upcycle.convert.model_card import spec_fact, training_facts
-    from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.sources.checkpoints import steps_in
 
     dense_folder = dense_folder_of(run_dir)
     spec = required_training(plan, "pretrain").spec(dense_folder)
-    data = {"Data": open_blend(data_folder_of(run_dir, plan)).card}
+    data = {"Data": data_card(data_folder_of(run_dir, plan))}
 
     def export(stage: str, output: Path, title: str, **options: Any) -> str:
         checkpoint = last_checkpoint(run_dir / stage)
@@ -272,14 +199,13 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Evaluate parent, step 0, the trained model and the dense baseline on the same items."""
-    from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.evaluation.run import evaluate
     from nemo_upcycle.reporting.run_folder import MODELS
     from nemo_upcycle.suites.suite import build_named_suite, load_suite_tasks
     from nemo_upcycle.suites.suite_config import read_suite_config
 
     suite = run_dir / "suite"
-    build_named_suite(plan.evaluation, open_blend(data_folder_of(run_dir, plan)).heldout(), suite)
+    build_named_suite(plan.evaluation, output=suite, **suite_inputs(data_folder_of(run_dir, plan)))
     tasks = load_suite_tasks(suite)  # once: every model is asked the same
     dense_folder = dense_folder_of(run_dir)
     models = {
@@ -355,7 +281,7 @@ STAGES = (
         ("import",),
         ("data",),
         resumable=True,
-        outputs=lambda run, plan: require_blend(plan, data_folder_of(run, plan)),
+        outputs=lambda run, plan: require_data(plan, data_folder_of(run, plan)),
         disk=_data_disk,
     ),
     Stage(

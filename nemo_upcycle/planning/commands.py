@@ -238,7 +238,8 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
         settings |= {name: value for name, value in again.items() if value is not None}
     call = f"{recipe.name}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
     words = [f"{name}={value}" for name, value in settings.items()]
-    return f'nemo llm pretrain --factory "{call}" ' + " ".join(f'"{word}"' if "[" in word else word for word in words)
+    verb, quoted = "finetune" if recipe.tunes else "pretrain", [f'"{word}"' if "[" in word else word for word in words]
+    return f'nemo llm {verb} --factory "{call}" ' + " ".join(quoted)
 
 
 def _fp8_settings(work: Workload) -> dict[str, Any]:

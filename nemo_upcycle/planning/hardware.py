@@ -174,6 +174,11 @@ class KnownRecipe:
         """The architecture that is trained."""
         return self.dense.upcycled(self.spec) if self.spec else self.dense
 
+    @property
+    def tunes(self) -> bool:
+        """Whether it tunes on packs of conversations, of which a micro batch takes one."""
+        return self.name.endswith("_sft")
+
 
 @lru_cache(maxsize=8)
 def read_data(name: str) -> Any:

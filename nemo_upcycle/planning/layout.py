@@ -76,6 +76,11 @@ class Layout:
     loss: int = 0
 
     @property
+    def takes_packs(self) -> bool:
+        """Whether a training that tunes may have it: a micro batch is a pack, whose conversations no ranks share."""
+        return self.micro_batch == self.cp == 1
+
+    @property
     def sizes(self) -> str:
         """The sizes that are not 1, as `--layout` takes them; without the copies that follow from them (dp)."""
         names = [name for name in ("tp", "pp", "vp", "cp", "ep") if getattr(self, name) > 1]

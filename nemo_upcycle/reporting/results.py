@@ -11,7 +11,7 @@ from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.reporting.run_folder import Curve, RunRecord
-from nemo_upcycle.suites.local_tasks import LOCAL_TASKS, is_text
+from nemo_upcycle.suites.local_tasks import LOCAL_TASKS
 
 
 #: Which models are compared: the second against the first.
@@ -101,7 +101,7 @@ def _contamination(contamination: dict[str, Any] | None, metrics: Iterable[str])
         plain = re.sub(r"_\d+shot$", "", task)
         name = f"lm-eval/{plain}"
         if plain in LOCAL_TASKS:
-            name = "" if is_text(plain) else "mmlu"
+            name = "mmlu" if plain.startswith("mmlu") else ""
         if name in contamination.get("without", []):
             counted[task] = {"items": None, "removed": None, "left": None, "left_words": report["words"]}
         elif name in contamination["sets"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.finished import percent
-from nemo_upcycle.evaluation.heldout import BITS
+from nemo_upcycle.evaluation.heldout import ANSWER_BITS, BITS
 from nemo_upcycle.reporting.evaluation_sections import verdict
 from nemo_upcycle.reporting.figures import chain_only
 from nemo_upcycle.reporting.markdown import (
@@ -30,6 +30,8 @@ from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
 
 
+#: The most sensitive metrics of the local suites, and what each is of.
+_BITS = {BITS: "text", ANSWER_BITS: "answers"}
 #: With how many numbers a report opens.
 _NUMBERS = 4
 #: The models of the training stages.
@@ -82,11 +84,11 @@ def _compared(difference: dict[str, Any]) -> str:
 
 def _metric(results: dict[str, Any]) -> str:
     metrics = results["evaluation"]["dense"]
-    return BITS if BITS in metrics else next(iter(metrics))  # the most sensitive one of the local suites
+    return next((metric for metric in _BITS if metric in metrics), next(iter(metrics)))
 
 
 def _name(metric: str) -> str:
-    return "bits per byte of held-out text" if metric == BITS else label(metric)
+    return f"bits per byte of held-out {_BITS[metric]}" if metric in _BITS else label(metric)
 
 
 def _numbers(results: dict[str, Any]) -> list[list[str]]:

@@ -38,6 +38,13 @@ LOCAL_TASKS: dict[str, dict[str, Any]] = {
         "doc_to_target": "text",
         "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
     },
+    # Prompts are rendered with the parent's chat template. lm-eval has no loss of answers: `evaluate` adds it.
+    "heldout_answers": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
 }
 
 #: How an example of the same subject shows its answer.
@@ -47,6 +54,11 @@ _SHOWN_ANSWERS = {"mmlu_letter": "{{'ABCD'[answer]}}", "mmlu_answer": "{{choices
 def is_text(task: str) -> bool:
     """Return whether a task predicts whole texts, and asks no question."""
     return LOCAL_TASKS[task]["output_type"] == "loglikelihood_rolling"
+
+
+def is_answers(task: str) -> bool:
+    """Return whether a task scores the answers of conversations that were held back."""
+    return LOCAL_TASKS[task]["output_type"] == "loglikelihood"
 
 
 def task_name(task: str, shots: int) -> str:

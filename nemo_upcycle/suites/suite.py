@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.suites.lm_eval_tasks import LoadedTask, load_available_tasks
-from nemo_upcycle.suites.local_tasks import is_text, task_name, write_task
+from nemo_upcycle.suites.local_tasks import is_answers, is_text, task_name, write_task
 from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig, read_suite_config
 from nemo_upcycle.utils.files import MARKER, output_folder, read_json, require_complete, sha256_file, write_json
 
@@ -27,13 +27,19 @@ from nemo_upcycle.utils.files import MARKER, output_folder, read_json, require_c
 PROMPTS, PROMPT_BYTES = 2, 160
 
 
-def build_named_suite(name: str | Path, heldout_documents: Iterable[tuple[str, str]], output: Path) -> Path:
+def build_named_suite(
+    name: str | Path,
+    heldout_documents: Iterable[tuple[str, str]],
+    output: Path,
+    answers: Iterable[dict[str, Any]] = (),
+) -> Path:
     """Write the folder of a suite.
 
     Args:
         name: of `conf/evaluation`, or a YAML file.
         heldout_documents: id and text of whole documents that training did not see.
         output: the folder to write; an earlier one is replaced.
+        answers: as in `build_suite`.
 
     Returns:
         `output`.
@@ -42,7 +48,7 @@ def build_named_suite(name: str | Path, heldout_documents: Iterable[tuple[str, s
         UpcycleError: the configuration is wrong, a local task has no item, or the questions cannot be fetched.
     """
     config = read_suite_config(name)
-    return build_suite(local_questions(config), heldout_documents, output, config)
+    return build_suite(local_questions(config), heldout_documents, output, config, answers)
 
 
 def build_suite(
@@ -50,6 +56,7 @@ def build_suite(
     heldout_documents: Iterable[tuple[str, str]],
     output: Path,
     config: SuiteConfig,
+    answers: Iterable[dict[str, Any]] = (),
 ) -> Path:
     """Write the folder of a suite, which `evaluate` reads.
 
@@ -59,6 +66,7 @@ def build_suite(
         output: the folder to write; an earlier one is replaced.
         config: what to take. With `local: false` the folder only names lm-eval's own tasks; of the documents only the
             prompts are used, and the questions not at all.
+        answers: of conversations that training did not see: `document`, `turn`, `prompt` and `answer`.
 
     Returns:
         `output`.
@@ -66,8 +74,8 @@ def build_suite(
     Raises:
         UpcycleError: a local task has no item.
     """
-    documents = list(heldout_documents)
-    prompts = choose_prompts(documents, config.seed)
+    documents, replies = list(heldout_documents), choose_answers(answers, config.heldout, config.seed)
+    prompts = choose_prompts(documents, config.seed) or [_as_prompt(row) for row in replies[:PROMPTS]]
     described: dict[str, Any] = {"config": dataclasses.asdict(config), "tasks": {}, "prompts": prompts}
     with output_folder(output) as folder:
         if config.local:
@@ -76,7 +84,7 @@ def build_suite(
             examples = choose_examples(asked, config.questions, config.seed)
             windows = choose_windows(documents, config.heldout, config.seed)
             for task, shots in ((task, shots) for task, numbers in config.tasks.items() for shots in numbers):
-                rows = windows if is_text(task) else chosen
+                rows = windows if is_text(task) else replies if is_answers(task) else chosen
                 if shots:
                     rows = [{**row, "examples": examples[row["subject"]][:shots]} for row in rows]
                 write_task(folder, output, task, shots, rows)
@@ -187,6 +195,17 @@ def choose_windows(documents: Iterable[tuple[str, str]], config: HeldoutConfig, 
     ranked = sorted(windows, key=lambda entry: _rank(seed, entry["text"]))
     taken = ranked[: config.windows]
     return sorted(taken, key=lambda entry: (entry["document"], entry["window"]))
+
+
+def choose_answers(answers: Iterable[dict[str, Any]], config: HeldoutConfig, seed: int) -> list[dict[str, Any]]:
+    """Return the held-out answers that a configuration asks for, each with its length, `answer_bytes`."""
+    ranked = sorted(answers, key=lambda row: _rank(seed, row["prompt"], row["answer"]))
+    taken = sorted(ranked[: config.answers], key=lambda row: (row["document"], row["turn"]))
+    return [row | {"answer_bytes": len(row["answer"].encode())} for row in taken]
+
+
+def _as_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    return {"document": row["document"], "prompt": row["prompt"], "goes_on": row["answer"]}
 
 
 def choose_prompts(documents: Iterable[tuple[str, str]], seed: int) -> list[dict[str, Any]]:

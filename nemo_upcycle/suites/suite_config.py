@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.local_tasks import LOCAL_TASKS, is_text
+from nemo_upcycle.suites.local_tasks import LOCAL_TASKS, is_answers, is_text
 from nemo_upcycle.utils.conf import as_dataclass, is_conf_file, read_conf
 from nemo_upcycle.utils.validation import is_whole
 
@@ -23,10 +23,11 @@ class QuestionsConfig:
 
 @dataclass
 class HeldoutConfig:
-    """How held-out documents are cut, and how many windows are taken; None is all."""
+    """How held-out documents are cut, how many windows are taken, and how many answers; None is all."""
 
     window_bytes: int = 4096
     windows: int | None = None
+    answers: int | None = None
 
 
 @dataclass
@@ -99,13 +100,14 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
     for task, shots in config.tasks.items() if config.local else ():
         if task not in LOCAL_TASKS:
             raise UpcycleError.unknown(f"{path}: local task", task, LOCAL_TASKS)
-        most = 0 if is_text(task) else config.questions.examples
+        asks = not (is_text(task) or is_answers(task))
+        most = config.questions.examples if asks else 0
         if not shots or not all(is_whole(number, 0) and number <= most for number in shots):
             raise UpcycleError(
                 f"{path}: tasks.{task}",
                 got=shots,
                 expected=f"numbers of examples from 0 to {most}",
-                fix="write [0]" if is_text(task) else "keep that many of each subject: questions.examples",
+                fix="write [0]" if not asks else "keep that many of each subject: questions.examples",
             )
     return config
 

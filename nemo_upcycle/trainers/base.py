@@ -286,6 +286,11 @@ class Training(ABC):
         """Nodes, and ranks on each."""
 
     @property
+    def reads_chat(self) -> bool:
+        """Whether it tunes on conversations, and does not train on texts."""
+        return False
+
+    @property
     def script(self) -> str | None:
         """The script that was started, if the recipe refers to something defined in it."""
         return None
@@ -346,11 +351,7 @@ class Training(ABC):
 
     @abstractmethod
     def check_here(self, stage: str) -> None:
-        """Check that this machine has what the training asks for.
-
-        Raises:
-            UpcycleError: it has not.
-        """
+        """Check that this machine has what the training asks for, else raise an UpcycleError."""
 
     @abstractmethod
     def seq_length(self, dense_folder: Path) -> int:
@@ -391,9 +392,7 @@ def last_checkpoint(folder: Path) -> Path:
     Raises:
         StageError: there is none.
     """
-    checkpoint = newest_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
-        raise StageError(
-            f"checkpoint in {folder}", got="none", expected="a finished checkpoint", fix="run the stage again"
-        )
-    return checkpoint
+    if checkpoint := newest_checkpoint(folder / "checkpoints"):
+        return checkpoint
+    fix = "run the stage again"
+    raise StageError(f"checkpoint in {folder}", got="none", expected="a finished checkpoint", fix=fix)

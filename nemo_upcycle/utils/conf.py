@@ -15,7 +15,7 @@ from nemo_upcycle.utils.masking import MASK, is_secret, masked_text
 
 _T = TypeVar("_T")
 #: folder of `conf/` -> the file of it that explains the keys
-_TEMPLATES = {"data": "text", "evaluation": "demo", "ablations": "laptop", "executors": "slurm"}
+_TEMPLATES = {"data": "text", "chat": "messages", "evaluation": "demo", "ablations": "laptop", "executors": "slurm"}
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 #: what a field of a kind takes from YAML; a bool is no number, and a number is text where text is wanted
 _TAKEN = {str: (str, int, float), int: (int,), float: (int, float), bool: (bool,), type(None): (type(None),)}
@@ -37,7 +37,7 @@ class Conf(NamedTuple):
 
 
 def packaged(kind: str) -> Path:
-    """Return the folder of the package's own files of a kind: `data`, `evaluation`, `ablations`, `executors`."""
+    """Return the folder of the package's own files of a kind: `data`, `chat`, `evaluation`, `ablations`, ..."""
     return Path(str(resources.files("nemo_upcycle.conf"))) / kind
 
 

@@ -48,6 +48,11 @@ GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_600m_dense_ct": ("qwen3_600m_dense_ct", {}),
     "smollm2_135m_e8t2": ("smollm2_135m_e8t2", {}),
     "smollm2_135m_dense_ct": ("smollm2_135m_dense_ct", {}),
+    **{
+        f"{model}_{kind}_sft": (f"{model}_{kind}_sft", {})
+        for model in ("llama3_8b", "qwen3_8b", "qwen3_600m", "smollm2_135m")
+        for kind in ("e8t2", "dense")
+    },
 }
 
 
@@ -62,11 +67,16 @@ def text_of(name: str) -> str:
     from nemo_upcycle.trainers.nemo.recipes import settings
 
     recipe, arguments = GOLDEN[name]
-    config = getattr(recipes, recipe).pretrain_recipe(**arguments)
+    config = factory_of(getattr(recipes, recipe))(**arguments)
     call = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     # What the processor can decides the demo's precision where there is no GPU.
     lines = [f"{key}: {value}" for key, value in settings(config) if not _depends_on_machine(recipe, key)]
     return "\n".join([f"# {recipe}({call}), made by `python -m tests.golden`.", *lines]) + "\n"
+
+
+def factory_of(module: Any) -> Any:
+    """Return what makes a module's recipe, a pretraining or a tuning."""
+    return getattr(module, "pretrain_recipe", None) or module.finetune_recipe
 
 
 def _depends_on_machine(recipe: str, key: str) -> bool:
@@ -81,7 +91,7 @@ def planner_text() -> str:
     shapes, entries = {}, {}
     for name in sorted({recipe for recipe, _ in GOLDEN.values()}):
         module = getattr(recipes, name)
-        factory = module.pretrain_recipe
+        factory = factory_of(module)
         recipe = factory()
         config = recipe.model.config
         spec = spec_of(recipe) if recipe.resume.restore_config.spec else None
@@ -93,8 +103,8 @@ def planner_text() -> str:
             "tokens": float(f"{recipe.trainer.max_steps * batch * length:.4g}"),
             "gradients": "fp32" if recipe.trainer.strategy.ddp.grad_reduce_in_fp32 else "bf16",
         }
-        dense = re.sub(r"_(e\d+t\d+|dense_ct)$", "", name)
-        if spec is None:
+        dense = re.sub(r"_(e\d+t\d+|dense)(_ct|_sft)?$", "", name)
+        if spec is None and name.endswith("_ct"):
             shapes[dense] = _changed(asdict(_dense_architecture(config)), Architecture)
         h100 = "performance_mode" in inspect.signature(factory).parameters
         upcycling = _changed(spec.to_dict(), UpcycleSpec, "num_experts", "top_k") if spec else None

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nemo_upcycle.pipeline.data_stage import require_data
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.plan import Plan, Stage, required_training
-from nemo_upcycle.pipeline.stages import require_blend, require_kept
+from nemo_upcycle.pipeline.stages import require_kept
 from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
 from nemo_upcycle.trainers.base import last_checkpoint
 
@@ -161,7 +162,7 @@ def _untrained(run_dir: Path, _: GridPlan) -> None:
 
 
 def _blend(run_dir: Path, plan: GridPlan) -> None:
-    require_blend(plan, data_folder(run_dir, plan))
+    require_data(plan, data_folder(run_dir, plan))
 
 
 def _training(name: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
@@ -207,7 +208,7 @@ def untrained_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Clean the blend and tokenise it with the parent's tokenizer; a finished folder is used where it lies."""
     from nemo_upcycle.data.finished import open_blend
-    from nemo_upcycle.pipeline.stages import build_data
+    from nemo_upcycle.pipeline.data_stage import build_data
 
     first = UNTRAINED if plan.parent else "dense"
     tokenizer = StageFolder(run_dir, first).outputs()["folder"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_upcycle.planning.search import Plan
-from nemo_upcycle.suites.local_tasks import is_text
+from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.suites.suite_config import SuiteConfig, read_suite_config
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.utils.files import MARKER
@@ -16,6 +16,8 @@ from nemo_upcycle.utils.files import MARKER
 #: Bytes of a token of English text, at least: tokenizers of Llama's kind take four and more.
 _TOKEN_BYTES = 3
 _CHOICES = 4
+#: Of a conversation up to an answer and with it, of most.
+_ANSWER_TOKENS = 1024
 #: Characters of the longest question of MMLU with its answers, and of what a prompt puts around a question, at most.
 _LONGEST_QUESTION, _PROMPT = 4844, 150
 
@@ -77,11 +79,14 @@ def list_texts(config: SuiteConfig, limit: int | None) -> list[tuple[int, int]] 
     parts = []
     for task, shots in ((task, shots) for task, numbers in config.tasks.items() for shots in numbers):
         most = config.heldout.windows if is_text(task) else config.questions.total
+        most = config.heldout.answers if is_answers(task) else most
         bounds = [bound for bound in (most, limit) if bound is not None]
         if not bounds:
             return None
         if is_text(task):
             parts.append((min(bounds), config.heldout.window_bytes // _TOKEN_BYTES))
+        elif is_answers(task):
+            parts.append((min(bounds), _ANSWER_TOKENS))
         else:
             characters = (config.questions.max_characters or _LONGEST_QUESTION) + _PROMPT
             parts.append((_CHOICES * min(bounds), (1 + shots) * characters // _TOKEN_BYTES))

@@ -234,7 +234,9 @@ def _faster_changes(training: Training, plan: Plan) -> list[FasterChange]:
         except SpecError:
             return []
 
-    found = best_changes(plan, lambda other: bool(overrides(other)))
+    found = best_changes(
+        plan, lambda other: (other.layout.takes_packs or not training.reads_chat) and bool(overrides(other))
+    )
     return [FasterChange(change.kind, change.percent, overrides(change.plan)) for change in found]
 
 

@@ -1,4 +1,4 @@
-"""The commands of NeMo's recipes: `nemo upcycle pipeline`, and `nemo llm pretrain` with checks before it starts."""
+"""The commands of NeMo's recipes: `nemo upcycle pipeline`; `nemo llm pretrain` and `finetune` with checks first."""
 
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
@@ -64,7 +64,7 @@ def pipeline(
 
 
 class PretrainContext(CheckedContext):
-    """NeMo's own context of `nemo llm pretrain`, which checks recipes that upcycle before they start."""
+    """NeMo's own context of `nemo llm pretrain` and `finetune`, which checks recipes of ours before they start."""
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Leave the command lines of others' recipes to NeMo-Run."""
@@ -92,7 +92,7 @@ class _OthersContext(run.cli.RunContext):
 
 
 def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
-    """Check a training that `nemo llm pretrain` was told to start, and return it."""
+    """Check a training that `nemo llm pretrain` or `finetune` was told to start, and return it."""
     check_recipe(task)
     check_calibration(task, here=is_local(ctx.executor) and not ctx.dryrun)
     if is_local(ctx.executor):

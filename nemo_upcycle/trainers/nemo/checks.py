@@ -9,6 +9,7 @@ from typing import Any
 import nemo_run as run
 from torch.nn.parallel import DistributedDataParallel
 
+from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.dense import local_parent, read_parent
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
@@ -92,6 +93,8 @@ def check_settings(recipe: run.Partial, where: str = "") -> None:
     """
     _check_names(recipe.trainer.strategy, f"{where}trainer.strategy")
     check_values(recipe, "nemo", where)
+    if reads_chat(recipe):
+        _check_tuning(recipe, where)
     names = inspect.signature(schedules_of).parameters  # of `UpcycleOptimizer`; NeMo's own has none of them
     try:
         schedules_of(**{name: value for name in names if (value := setting(recipe, f"optim.{name}")) is not None})
@@ -120,6 +123,38 @@ def _check_names(strategy: Any, where: str) -> None:
     for name in strategy.__arguments__:
         if name not in known:
             raise SpecError(f"setting '{where}.{name}' does not exist.{did_you_mean(name, known, prefix=f'{where}.')}")
+
+
+def reads_chat(recipe: run.Partial) -> bool:
+    """Return whether a recipe tunes on conversations."""
+    from nemo_upcycle.data.chat_module import chat_data
+
+    return getattr(recipe.data, "__fn_or_cls__", None) is chat_data
+
+
+def _check_tuning(recipe: run.Partial, where: str) -> None:
+    """Check what packs of conversations ask of a training.
+
+    Raises:
+        SpecError: a setting does not fit.
+    """
+    wrong = (
+        "1: a micro batch is a pack" if (got := setting(recipe, field := "data.micro_batch_size") or 1) != 1 else ""
+    )
+    if not wrong and (got := setting(recipe, field := "trainer.strategy.context_parallel_size") or 1) != 1:
+        wrong = "1: the conversations of a pack are not cut for several ranks"
+    if wrong:
+        raise SpecError(field=f"{where}{field}", got=got, expected=wrong, fix="set it to 1")
+    if setting(recipe, "peft"):
+        name = getattr(recipe.peft, "__fn_or_cls__", type(recipe.peft)).__name__
+        raise SpecError(field=f"{where}peft", got=name, expected="none: all weights are tuned", fix="omit it")
+    if setting(recipe, "tokenizer") != "data":
+        raise SpecError(
+            field=f"{where}tokenizer",
+            got=setting(recipe, "tokenizer"),
+            expected="data: a model from a dense checkpoint brings none",
+            fix="set it to data",
+        )
 
 
 def check_parents(recipe: run.Partial, *, remote: bool) -> None:
@@ -214,6 +249,11 @@ def check_data(recipe: run.Partial) -> None:
     from nemo_upcycle.data.blend_module import blend_data
 
     data = recipe.data
+    if reads_chat(recipe) and data.folder is not None:
+        chat = open_chat(data.folder)
+        chat.require_length(data.seq_length)
+        if Path(data.dense.removeprefix("nemo://")).is_dir():
+            chat.require_tokenizer_of(data.dense)
     if data.__fn_or_cls__ is not blend_data or data.folder is None:
         return
     blend = open_blend(data.folder)

@@ -82,12 +82,16 @@ def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:
     """Let a recipe train on a finished folder of `nemo-upcycle data`, in place; its batches stay.
 
     Args:
-        recipe: of a training.
+        recipe: of a training; one that tunes takes a folder of `nemo-upcycle chat`.
         data_folder: the folder.
         dense: the dense model, whose tokenizer the data must have.
     """
     from nemo_upcycle.data.blend_module import blend_data
+    from nemo_upcycle.data.chat_module import chat_data
 
+    if recipe.data.__fn_or_cls__ is chat_data:
+        recipe.data.dense, recipe.data.folder = dense, str(data_folder)
+        return
     kept = ("seq_length", "micro_batch_size", "global_batch_size", "num_workers", "seed", "indices", "skip_samples")
     given = {name: value for name in kept if (value := getattr(recipe.data, name, None)) is not None}
     if recipe.data.__fn_or_cls__ is not blend_data:  # the seed of NeMo's mock data says nothing

@@ -24,7 +24,14 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.calibrated import with_calibration
 from nemo_upcycle.trainers.layout import layout_of
-from nemo_upcycle.trainers.nemo.checks import check_kernels, check_parent, check_recipe, precision_name, ranks_of
+from nemo_upcycle.trainers.nemo.checks import (
+    check_kernels,
+    check_parent,
+    check_recipe,
+    precision_name,
+    ranks_of,
+    reads_chat,
+)
 from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.trainers.values import setting
@@ -93,6 +100,11 @@ class NeMoTraining(Training):
     def ranks(self) -> tuple[int, int]:
         """See `Training.ranks`."""
         return ranks_of(self.recipe)
+
+    @property
+    def reads_chat(self) -> bool:
+        """See `Training.reads_chat`."""
+        return reads_chat(self.recipe)
 
     @property
     def script(self) -> str | None:

@@ -27,6 +27,7 @@ from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.balancing import act_as_set
+from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
@@ -50,6 +51,8 @@ class UpcycleConfig(RestoreConfig):
         spec: how to upcycle it; None loads it into a dense model as it is (continued training of the parent).
         branches: further dense checkpoints of the same architecture, named as `path` is: the experts are copies of the
             first, the second ... in turn (Branch-Train-MiX).
+        checkpoint: a checkpoint of a training of the same model, or the folder of such a run, to start from in place
+            of what `path` makes; only its weights are taken. `path` and `spec` still say what the model was made of.
         non_expert_weights: with branches, where all other weights come from: the "first" checkpoint or the "mean" of
             all.
 
@@ -62,6 +65,7 @@ class UpcycleConfig(RestoreConfig):
     path: str
     spec: Optional[UpcycleSpec] = None
     branches: Optional[list[str]] = None
+    checkpoint: Optional[str] = None
     non_expert_weights: str = "first"
     load_artifacts: bool = False  # the folder holds no NeMo context; the tokenizer comes with the data
 
@@ -69,6 +73,7 @@ class UpcycleConfig(RestoreConfig):
         # AutoResume accepts no address but nemo:// in `path`; it gets the folder in which the model will be.
         self.path = str(_local(self.path))
         self.branches = [str(_local(branch)) for branch in self.branches or []]
+        self.checkpoint = str(_checkpoint(Path(self.checkpoint).expanduser())) if self.checkpoint else None
 
 
 def _local(source: str) -> Path:
@@ -77,6 +82,11 @@ def _local(source: str) -> Path:
         return Path(source.removeprefix("nemo://"))
     # The tokenizer comes with the data: unlike a Hugging Face folder, this one need not hold its files.
     return Path(source) if is_megatron(Path(source)) else ensure_dense(source)
+
+
+def _checkpoint(path: Path) -> Path:
+    """Return a checkpoint: the path itself, or the newest that a run left in its folder."""
+    return path if (path / "weights").is_dir() else last_checkpoint(path.absolute())
 
 
 class UpcycleStrategy(nl.MegatronStrategy):
@@ -103,7 +113,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
         """Wrap the chunks, then fill them from the dense checkpoint, before optimizers make master weights of them."""
         super().init_model_parallel()
         restore = self.restore_config
-        if not isinstance(restore, UpcycleConfig) or self.trainer.ckpt_path:
+        if not isinstance(restore, UpcycleConfig) or self.trainer.ckpt_path or restore.checkpoint:
             return
         precision, optimizer = setting(self.precision_plugin, "dtype_config"), setting(self.model, "optim.config")
         check_masters(precision, optimizer, "optim.config.use_precision_aware_optimizer")
@@ -114,9 +124,15 @@ class UpcycleStrategy(nl.MegatronStrategy):
         self._receipt = fill_chunks(chunks, paths, restore.spec, restore.non_expert_weights)
 
     def selective_restore(self) -> None:
-        """Write the receipt of what was filled."""
-        if not isinstance(self.restore_config, UpcycleConfig):
+        """Write the receipt of what was filled; or load the weights of an earlier training."""
+        restore = self.restore_config
+        if not isinstance(restore, UpcycleConfig):
             super().selective_restore()
+            return
+        if restore.checkpoint:
+            earlier = RestoreConfig(path=restore.checkpoint, load_artifacts=False)
+            with temporarily_set(self, "restore_config", earlier):
+                super().selective_restore()
             return
         receipt = self._receipt
         receipt.auxiliary_losses = self._auxiliary_losses

@@ -29,7 +29,7 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize("name", ["demo", "full", "laptop", "offline", "paper", "watch", "wide"])
+@pytest.mark.parametrize("name", ["answers", "demo", "full", "laptop", "offline", "paper", "watch", "wide"])
 def test_every_configuration_of_the_package_loads(name: str) -> None:
     config = read_suite_config(name)
     assert config.tasks

@@ -1,0 +1,256 @@
+"""Build the folder of a set of conversations, complete or not at all.
+
+training.npy, validation.npy   packs, as NeMo's and Megatron-Bridge's data modules for fine-tuning read them
+packing.json          how full they are, in NeMo's form
+heldout.jsonl         answers that are scored afterwards, each with what the model is given before it
+tokenizer/            with the chat template
+removed.jsonl         every line that was not taken, by file, line and field
+manifest.json         counts, licence, files
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from nemo_upcycle.data.chat.config import KIND, Chat, read_chat
+from nemo_upcycle.data.chat.finished import FORMAT, PACKING, PACKS, REMOVED, open_chat
+from nemo_upcycle.data.chat.messages import Conversation, Problem, read_conversations
+from nemo_upcycle.data.chat.packing import write_packs
+from nemo_upcycle.data.chat.template import ChatTemplate, Tokens
+from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
+from nemo_upcycle.data.finished import HELDOUT, MANIFEST, TOKENIZER
+from nemo_upcycle.data.tokenizers import open_tokenizer, save_tokenizer
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.cache import writable_cache
+from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, read_json, write_json
+from nemo_upcycle.utils.progress import track
+
+
+MADE_BY = "nemo-upcycle chat"
+_SPLITS = ("train", "validation", "heldout")
+
+
+def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, Any]:
+    """Build a set of conversations; a finished folder of the same set is kept.
+
+    Args:
+        chat: what to build.
+        output: the folder to make.
+        strict: whether a line that is wrong ends the build; otherwise it is listed and left out.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UpcycleError: a file, the tokenizer or its chat template is missing; a split has no conversation; with
+            `strict`, a line is wrong; or the folder holds something else.
+
+    Example:
+        >>> build_chat(read_chat("mine.jsonl", ["tokenizer=/models/Llama-3-8B"]), Path("data/mine"))  # doctest: +SKIP
+    """
+    named = chat.config.tokenizer
+    if named is None:
+        raise UpcycleError(
+            "tokenizer",
+            got="none",
+            expected="the dense model whose tokenizer and chat template are used",
+            fix="add tokenizer=FOLDER, or hf://ORG/NAME",
+        )
+    paths = chat.paths()
+    made_from = {"format": FORMAT, "chat": dataclasses.asdict(chat.config), "files": stamps(paths), "strict": strict}
+    if is_complete(output) and _is_of(output, made_from):
+        return open_chat(output).manifest
+    dense = tokenizer_folder(named)
+    tokenizer = open_tokenizer(dense)
+    template = ChatTemplate(tokenizer, chat.template_text(), named)
+    with output_folder(output, MADE_BY) as folder:
+        facts = save_tokenizer(dense, folder / TOKENIZER)
+        problems: list[Problem] = []
+        splits = _split(chat, _read(paths, template.special_tokens, problems, strict), problems)
+        counts = {split: _write(folder, split, splits[split], chat, template, problems, strict) for split in _SPLITS}
+        packings = [counts[split].pop("packing") for split in PACKS]
+        write_json(folder / PACKING, packings, indent=None)
+        _write_lines(folder / REMOVED, (dataclasses.asdict(problem) for problem in problems))
+        manifest = {
+            "kind": KIND,
+            "format": FORMAT,
+            "chat": chat.name,
+            "license": chat.config.license,
+            "seq_length": chat.config.seq_length,
+            "seed": chat.config.seed,
+            "tokenizer": facts,
+            "splits": counts,
+            "packing": dict(zip(PACKS, packings, strict=True)),
+            "removed": dict(sorted(Counter(problem.reason for problem in problems).items())),
+            "files": {name: (folder / name).stat().st_size for name in (*PACKS.values(), PACKING, HELDOUT, REMOVED)},
+            "inputs": [str(path) for path in paths],
+            "made_by": {"nemo_upcycle": __version__},
+        }
+        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MARKER, {"made_by": MADE_BY, "made_from": made_from})
+    return manifest
+
+
+def cached_chat(name: str, dense: str, seq_length: int) -> Path:
+    """Return the folder of a set of conversations for a dense model, built once, in the cache.
+
+    Several ranks may call it at the same time: one builds it, the others wait.
+
+    Args:
+        name: of the set, as in `read_chat`.
+        dense: the dense model, by address.
+        seq_length: tokens of a sequence.
+
+    Raises:
+        UpcycleError: as in `build_chat`.
+    """
+    chat = read_chat(name, [f"tokenizer={ensure_dense(dense)}", f"seq_length={seq_length}"])
+    made_from = json.dumps([FORMAT, dataclasses.asdict(chat.config), stamps(chat.paths())])
+    digest = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    output = writable_cache("chats") / f"{chat.name}-{digest}"
+    with FileLock(f"{output}.lock"):
+        build_chat(chat, output)
+    return output
+
+
+def stamps(paths: Iterable[Path]) -> list[list[Any]]:
+    """Return path, size and time of files: others under the same names are another set."""
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def _is_of(output: Path, made_from: dict[str, Any]) -> bool:
+    """Return whether a finished folder was made from this; refuse one that was made from something else."""
+    earlier = read_json(output / MARKER).get("made_from")
+    if earlier == made_from:
+        return True
+    raise UpcycleError(
+        str(output),
+        got="what was made from something else",
+        expected="no such folder, or that of these conversations",
+        fix="choose another folder, or remove it first",
+    )
+
+
+def _read(
+    paths: Sequence[Path], special_tokens: Sequence[str], problems: list[Problem], strict: bool
+) -> list[Conversation]:
+    """Return the conversations that can be taken, equal ones once; note the others."""
+    taken: dict[str, Conversation] = {}
+    are_apart = len({path.name for path in paths}) == len(paths)
+    for path in paths:
+        for found in read_conversations(path, special_tokens, path.name if are_apart else str(path)):
+            if isinstance(found, Problem):
+                _note(found, problems, strict)
+            elif taken.setdefault(found.whole, found) is not found:
+                problems.append(Problem(found.place, "", "equal to an earlier one"))
+    return list(taken.values())
+
+
+def _note(problem: Problem, problems: list[Problem], strict: bool) -> None:
+    if strict:
+        raise problem.error()
+    problems.append(problem)
+
+
+def _split(chat: Chat, conversations: list[Conversation], problems: list[Problem]) -> dict[str, list[Conversation]]:
+    """Return the conversations of each split. Those that share what stands before their first answer stay together."""
+    config = chat.config
+    together: dict[str, list[Conversation]] = {}
+    for conversation in conversations:
+        together.setdefault(conversation.question, []).append(conversation)
+    ranked = sorted(together, key=lambda question: hashlib.sha256(f"{config.seed} {question}".encode()).digest())
+    splits: dict[str, list[Conversation]] = {}
+    for split, share in (("heldout", config.heldout), ("validation", config.validation)):
+        wanted, splits[split] = max(1, round(share * len(conversations))), []
+        while ranked and len(splits[split]) < wanted:
+            splits[split] += together[ranked.pop()]
+    splits["train"] = [conversation for question in reversed(ranked) for conversation in together[question]]
+    for split in _SPLITS:
+        if not splits[split]:
+            raise UpcycleError(
+                f"conversations of {chat.name}",
+                got=f"{len(conversations)} that can be taken, none left for {split}; {_most(problems)}",
+                expected="three or more, with different questions",
+                fix="look at the first lines of the files: each is an object with `messages`",
+            )
+    return splits
+
+
+def _most(problems: Sequence[Problem]) -> str:
+    """Return what is wrong with most lines, with an example."""
+    if not problems:
+        return "no line is wrong"
+    reason, count = Counter(problem.reason for problem in problems).most_common(1)[0]
+    first = next(problem for problem in problems if problem.reason == reason)
+    return f"{count} lines: {' '.join(filter(None, (first.field, reason)))} ({first.place})"
+
+
+def _write(
+    folder: Path,
+    split: str,
+    conversations: list[Conversation],
+    chat: Chat,
+    template: ChatTemplate,
+    problems: list[Problem],
+    strict: bool,
+) -> dict[str, Any]:
+    """Write a split; return its counts, of packs with what NeMo's metadata say of them."""
+    size, kept = chat.config.seq_length, []
+    counts = Counter(conversations=0, answers=0, tokens=0, answer_tokens=0, cut=0)
+    for found in template.tokens(track(conversations, f"pack {split}", len(conversations))):
+        if isinstance(found, Problem):
+            _note(found, problems, strict)
+            continue
+        part: Tokens | None = found
+        if len(found.ids) > size + 1:
+            part = found.cut(size + 1) if chat.config.too_long == "cut" else None
+        if part is None:
+            problems.append(Problem(found.place, "messages", "longer than a sequence"))
+            continue
+        kept.append(part)
+        counts.update(
+            answers=len(part.ends),
+            tokens=len(part.ids),
+            answer_tokens=int(part.is_answer.sum()),
+            cut=part is not found,
+        )
+    counts["conversations"] = len({part.place for part in kept})
+    if not kept:
+        raise UpcycleError(
+            f"conversations of {chat.name} for {split}",
+            got=f"none of {len(conversations)} ({_most(problems)})",
+            expected="one or more that fit",
+            fix="raise seq_length, or look at the lines",
+        )
+    if split in PACKS:
+        packing = write_packs(folder / PACKS[split], kept, size, chat.config.seed)
+        return {**counts, "packs": packing["packs"], "packing": packing}
+    fit: Counter[str] = Counter()
+    for part in kept:
+        fit[part.place] += len(part.ends)
+    rows = [row for one in conversations for row in _asked(one, template, fit[one.place])]
+    _write_lines(folder / HELDOUT, rows)
+    return {**counts, "answers": len(rows)}
+
+
+def _asked(conversation: Conversation, template: ChatTemplate, answers: int) -> list[dict[str, Any]]:
+    turns = template.asked(conversation) if answers else []
+    assert not isinstance(turns, Problem)
+    return [
+        {"document": conversation.place, "turn": number, "prompt": turn.prompt, "answer": turn.answer}
+        for number, turn in enumerate(turns[:answers])
+    ]
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,188 @@
+"""What a set of conversations is: its files, the length of a sequence, and what is held back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.finished import MANIFEST
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.conf import as_dataclass, is_conf_file, packaged_names, read_conf, template
+from nemo_upcycle.utils.files import read_json, read_text
+
+
+TOO_LONG = ("cut", "drop")
+#: What the manifest of a finished folder says that it holds.
+KIND = "conversations"
+_LINES = (".jsonl", ".json")
+_ASSET = "asset://"
+
+
+@dataclass
+class ChatConfig:
+    """A set of conversations; `conf/chat/messages.yaml` explains every key.
+
+    Attributes:
+        files: JSON lines, each a conversation: paths, patterns, or `asset://NAME`.
+        tokenizer: the dense model whose tokenizer and chat template are used, by address.
+        seq_length: tokens of a sequence, which several conversations share.
+        validation: share of the conversations that the loss is watched on.
+        heldout: share of the conversations whose answers are scored afterwards.
+        too_long: what happens to a conversation of more than `seq_length` tokens: `cut` keeps it up to the last answer
+            that fits, `drop` removes it.
+        chat_template: a Jinja file, in the place of the tokenizer's own template.
+        license: of the conversations, for the model card.
+        seed: of what is held back, and of the order.
+    """
+
+    files: list[str]
+    tokenizer: str | None = None
+    seq_length: int = 2048
+    validation: float = 0.02
+    heldout: float = 0.02
+    too_long: str = "cut"
+    chat_template: str | None = None
+    license: str = "not stated"
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A set of conversations whose configuration was read and checked.
+
+    Attributes:
+        name: of its file, without suffix.
+        folder: where relative paths start.
+        config: its content.
+    """
+
+    name: str
+    folder: Path
+    config: ChatConfig
+
+    @property
+    def assets(self) -> list[str]:
+        """Return the names of the assets that are fetched on first use."""
+        return [entry.removeprefix(_ASSET) for entry in self.config.files if entry.startswith(_ASSET)]
+
+    def paths(self, *, fetch: bool = True) -> list[Path]:
+        """Return the files, in the order in which they are read.
+
+        Args:
+            fetch: whether assets are fetched; otherwise they are left out.
+
+        Raises:
+            UpcycleError: an entry names no file, or a file stands there twice.
+        """
+        found: list[Path] = []
+        for entry in self.config.files:
+            if entry.startswith(_ASSET) and not fetch:
+                continue
+            matches = self._matches(entry)
+            if not matches:
+                raise UpcycleError(
+                    f"{self.name}: files",
+                    got=f"{entry}, which is no file",
+                    expected="JSON lines",
+                    fix="check the path",
+                )
+            found += matches
+        if twice := {path for path in found if found.count(path) > 1}:
+            raise UpcycleError(
+                f"{self.name}: files", got=f"{min(twice)} twice", expected="each file once", fix="name it once"
+            )
+        return found
+
+    def template_text(self) -> str | None:
+        """Return the chat template that is given in the place of the tokenizer's.
+
+        Raises:
+            UpcycleError: it cannot be read.
+        """
+        path = self.config.chat_template
+        return read_text(self.folder / Path(path).expanduser()) if path else None
+
+    def _matches(self, entry: str) -> list[Path]:
+        if entry.startswith(_ASSET):
+            from nemo_upcycle.demo.conversations import fetch_conversations
+
+            return [fetch_conversations(entry.removeprefix(_ASSET))]
+        pattern = str(self.folder / Path(entry).expanduser())
+        return sorted(path for name in glob(pattern, recursive=True) if (path := Path(name)).is_file())
+
+
+def read_chat(name: str | Path, overrides: Sequence[str] = ()) -> Chat:
+    """Read the configuration of a set of conversations.
+
+    Args:
+        name: one of the package's own in `conf/chat`, a YAML file, or a file of JSON lines alone.
+        overrides: `key=value`, as in `seq_length=4096`.
+
+    Raises:
+        UpcycleError: there is no such set, or a key or value is wrong.
+
+    Example:
+        >>> read_chat("messages").config.too_long
+        'cut'
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(name).expanduser()
+    if path.suffix in _LINES:
+        content, where, folder = {"files": [str(path.absolute())]}, str(path), path.absolute().parent
+    else:
+        conf = read_conf("chat", name, "conversations")
+        content, where, folder = conf.content, str(conf.path), conf.folder
+    try:
+        merged = OmegaConf.merge(content, *(OmegaConf.from_dotlist([override]) for override in overrides))
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError):
+        raise UpcycleError(
+            f"overrides of {where}",
+            got=" ".join(overrides),
+            expected="KEY=VALUE, each value as YAML writes it",
+            fix="put a value with [, {, : or # in quotes",
+        ) from None
+    config = as_dataclass(where, values, ChatConfig, "chat")
+    _check(where, config)
+    return Chat(path.stem, folder, config)
+
+
+def is_chat(data: str) -> bool:
+    """Return whether what a run reads are conversations, and not texts.
+
+    Args:
+        data: as `data=` of a pipeline names it: of `conf/chat`, a YAML file that names `files`, JSON lines, or a
+            finished folder of `nemo-upcycle chat`.
+
+    Example:
+        >>> is_chat("messages"), is_chat("sotu"), is_chat("mine.jsonl")
+        (True, False, True)
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+        return isinstance(manifest, dict) and manifest.get("kind") == KIND
+    if is_conf_file(data):
+        return path.is_file() and "files" in read_conf("chat", path, "data").content
+    return path.suffix in _LINES or data in packaged_names("chat")
+
+
+def _check(where: str, config: ChatConfig) -> None:
+    def require(holds: bool, key: str, got: object, expected: str, fix: str) -> None:
+        if not holds:
+            raise UpcycleError(f"{where}: {key}", got=got, expected=expected, fix=fix)
+
+    require(bool(config.files), "files", "none", "at least one", f"see {template('chat')}")
+    require(config.seq_length >= 2, "seq_length", config.seq_length, "2 or more", "set seq_length=2048")
+    for name in ("validation", "heldout"):
+        share = getattr(config, name)
+        require(0 < share < 0.5, name, share, "more than 0, less than 0.5", f"set {name}=0.02")
+    if config.too_long not in TOO_LONG:
+        raise UpcycleError.unknown(f"{where}: too_long", config.too_long, TOO_LONG)
+    require(config.seed >= 0, "seed", config.seed, "0 or more", "set seed=1234")

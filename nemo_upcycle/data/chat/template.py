@@ -1,0 +1,195 @@
+"""Render conversations with a model's chat template, and tell its answers from what it is given.
+
+A prompt is rendered as the model will be asked, up to where it begins to answer, and tokenised on its own where the
+tokenizer can: the first token of an answer is then the one that it has to find. The loss is on the answers, with
+the token that ends each.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from typing import Any
+
+import numpy as np
+
+from nemo_upcycle.data.chat.messages import Conversation, Messages, Problem
+from nemo_upcycle.errors import UpcycleError
+
+
+#: Conversations that are tokenised in one call.
+_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sequence to train on: all of a conversation, or what leads to one of its answers.
+
+    Attributes:
+        place: of the conversation.
+        ids: of its tokens, int32.
+        is_answer: which of them the loss is on, bool.
+        ends: for each answer, how many tokens there are up to its end.
+    """
+
+    place: str
+    ids: np.ndarray
+    is_answer: np.ndarray
+    ends: tuple[int, ...]
+
+    def cut(self, length: int) -> Tokens | None:
+        """Return what there is up to the last answer that ends within so many tokens; None where none does."""
+        ends = tuple(end for end in self.ends if end <= length)
+        return Tokens(self.place, self.ids[: ends[-1]], self.is_answer[: ends[-1]], ends) if ends else None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a model is given before an answer, since the answer before, and the answer with what ends it."""
+
+    prompt: str
+    answer: str
+
+
+class ChatTemplate:
+    """A tokenizer with its chat template, or another in its place.
+
+    Args:
+        tokenizer: of transformers.
+        source: Jinja, in the place of the tokenizer's own.
+        where: what the tokenizer belongs to, for errors.
+
+    Raises:
+        UpcycleError: there is no template.
+    """
+
+    def __init__(self, tokenizer: Any, source: str | None, where: str) -> None:
+        self.tokenizer, self.source = tokenizer, source or tokenizer.chat_template
+        if not self.source:
+            raise UpcycleError(
+                f"chat template of {where}",
+                got="none: a model that was not tuned for conversations",
+                expected="one that says how a conversation is written",
+                fix="set chat_template to a Jinja file, for example the template of the model's Instruct form",
+            )
+        if isinstance(self.source, dict):  # several, by name
+            self.source = self.source.get("default") or next(iter(self.source.values()))
+        added = tokenizer.added_tokens_decoder
+        self.special_ids = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+        self.special_tokens = tuple(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
+        # Those of SentencePiece put a blank before each text: then a conversation is not tokenised in pieces.
+        alone = tokenizer("so", add_special_tokens=False)["input_ids"]
+        self._is_additive = "".join(tokenizer.convert_ids_to_tokens(alone)) == "so"
+
+    def conversations(self, conversation: Conversation) -> list[list[Turn]] | Problem:
+        """Return the texts to train on: turn by turn, or one text for each answer.
+
+        Some templates write an earlier answer in another way than the last one, without its thoughts for example. Then
+        each answer follows what the model will be given before it.
+        """
+        from jinja2 import TemplateError
+
+        answers, turns, before = conversation.answers(), [], ""
+        try:
+            rendered = [self._rendered(conversation, number) for number in answers]
+        except (TemplateError, TypeError, KeyError) as error:
+            return Problem(conversation.place, "messages", f"the chat template refuses it: {error}")
+        for number, (prompt, whole) in zip(answers, rendered, strict=True):
+            if not whole.startswith(prompt):
+                reason = "the chat template writes an answer in another way than it asks for one"
+                return Problem(conversation.place, f"messages[{number}]", reason)
+        for prompt, whole in rendered:
+            if not prompt.startswith(before):
+                return [[Turn(prompt, whole[len(prompt) :])] for prompt, whole in rendered]
+            turns.append(Turn(prompt[len(before) :], whole[len(prompt) :]))
+            before = whole
+        return [turns]
+
+    def _rendered(self, conversation: Conversation, answer: int) -> tuple[str, str]:
+        """Return what the model is given before an answer, and the same with the answer."""
+        messages = conversation.messages
+        return (
+            self._render(messages[:answer], conversation, add_generation_prompt=True),
+            self._render(messages[: answer + 1], conversation, add_generation_prompt=False),
+        )
+
+    def _render(self, messages: Messages, conversation: Conversation, **options: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            messages, tools=conversation.tools, chat_template=self.source, tokenize=False, **options
+        )
+        return text
+
+    def tokens(self, conversations: Iterable[Conversation]) -> Iterator[Tokens | Problem]:
+        """Yield what there is to train on of each conversation, in their order."""
+        rest = iter(conversations)
+        while batch := list(islice(rest, _BATCH)):
+            rendered = [(conversation.place, self.conversations(conversation)) for conversation in batch]
+            texts = [turns for _, found in rendered if not isinstance(found, Problem) for turns in found]
+            ids = iter(
+                self._ids([[piece for turn in turns for piece in (turn.prompt, turn.answer)] for turns in texts])
+            )
+            for place, found in rendered:
+                if isinstance(found, Problem):
+                    yield found
+                else:
+                    for _ in found:
+                        pieces = iter(next(ids))
+                        yield self._joined(place, list(zip(pieces, pieces, strict=True)))
+
+    def _ids(self, texts: list[list[str]]) -> list[list[list[int]]]:
+        """Return the ids of texts, each cut into pieces."""
+        if self._is_additive:
+            flat = [piece for pieces in texts for piece in pieces]
+            ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+            return [[next(ids) for _ in pieces] for pieces in texts]
+        return [self._ids_of_whole(pieces) for pieces in texts]
+
+    def _ids_of_whole(self, pieces: list[str]) -> list[list[int]]:
+        """Return the ids of one text, sorted into the pieces in which each token begins."""
+        whole = self.tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
+        ends: list[int] = list(accumulate(map(len, pieces)))
+        found: list[list[int]] = [[] for _ in pieces]
+        for number, (start, _) in zip(whole["input_ids"], whole["offset_mapping"], strict=True):
+            found[min(bisect_right(ends, start), len(pieces) - 1)].append(number)
+        return found
+
+    def _joined(self, place: str, turns: list[tuple[list[int], list[int]]]) -> Tokens:
+        ids: list[int] = []
+        is_answer: list[bool] = []
+        ends: list[int] = []
+        for number, (prompt, answer) in enumerate(turns):
+            scored = self._scored(answer)
+            if not scored and number == len(turns) - 1:  # nothing else would tell the model to stop
+                answer = [*answer, self.tokenizer.eos_token_id]
+            scored = scored or len(answer)
+            ids += prompt + answer
+            is_answer += [False] * len(prompt) + [True] * scored + [False] * (len(answer) - scored)
+            ends.append(len(ids) - len(answer) + scored)
+        return Tokens(place, np.array(ids, np.int32)[: ends[-1]], np.array(is_answer)[: ends[-1]], tuple(ends))
+
+    def _scored(self, answer: Sequence[int]) -> int:
+        """Return how many tokens of an answer the model has to write: up to the last special one; 0 without any."""
+        return next((number + 1 for number in reversed(range(len(answer))) if answer[number] in self.special_ids), 0)
+
+    def asked(self, conversation: Conversation) -> list[Turn] | Problem:
+        """Return, for each answer of a conversation, all that the model is given before it, and the answer.
+
+        The answer ends where the model has to stop, as text.
+        """
+        texts = self.conversations(conversation)
+        if isinstance(texts, Problem):
+            return texts
+        asked = []
+        for turns in texts:
+            before = ""
+            for turn in turns:
+                asked.append(Turn(before + turn.prompt, self._stopped(turn.answer)))
+                before += turn.prompt + turn.answer
+        return asked
+
+    def _stopped(self, answer: str) -> str:
+        """Return an answer without what a template writes behind the last special token of it."""
+        ends = [answer.rfind(name) + len(name) for name in self.special_tokens if name in answer]
+        return answer[: max(ends)] if ends else answer

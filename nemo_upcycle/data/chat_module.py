@@ -1,0 +1,115 @@
+"""Tune on a finished folder of `nemo-upcycle chat`: NeMo's own data module for fine-tuning, checked."""
+
+# No postponed annotations, and Optional: NeMo-Run parses `data.seq_length=4096` by them.
+
+from typing import Any, Optional
+
+import torch
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
+from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
+from torch.utils.data import DataLoader, Dataset
+
+from nemo_upcycle.data.chat.build import cached_chat
+from nemo_upcycle.data.chat.finished import PACKING, PACKS, FinishedChat, open_chat
+from nemo_upcycle.data.finished import TOKENIZER
+from nemo_upcycle.utils.progress import show_messages
+from nemo_upcycle.utils.ranks import is_first_rank
+
+
+def chat_data(
+    dense: str,
+    folder: Optional[str] = None,  # noqa: UP045
+    chat: Optional[str] = None,  # noqa: UP045
+    seq_length: int = 2048,
+    micro_batch_size: int = 1,
+    global_batch_size: int = 128,
+    num_workers: int = 8,
+    seed: Optional[int] = None,  # noqa: UP045
+) -> "PackedChatModule":
+    """Return NeMo's data module for fine-tuning over a finished folder of `nemo-upcycle chat`.
+
+    A sample is a pack of conversations that do not see each other; the loss is on their answers. The packs are read
+    epoch by epoch, each in another order that depends on `seed` alone: a longer run, and the dense baseline, see the
+    same first samples.
+
+    Args:
+        dense: the dense model that training starts from, whose tokenizer the data must have.
+        folder: the folder; all nodes must share it.
+        chat: without a folder, the conversations to pack once, in the cache: a name in `conf/chat`, a YAML file, or a
+            file of JSON lines.
+        seq_length: places of a pack, as the folder was made with.
+        micro_batch_size: packs of a micro batch; NeMo takes 1.
+        global_batch_size: packs of a step, over all ranks.
+        num_workers: processes that load data, per rank.
+        seed: of the order of the packs; None takes the manifest's.
+
+    Raises:
+        UpcycleError: the folder is not finished, damaged, of another length, or made with another tokenizer.
+
+    Example:
+        >>> recipe.data = run.Config(chat_data, dense="/models/Llama-3-8B", folder="data/mine")  # doctest: +SKIP
+    """
+    finished = open_chat(folder if folder is not None else cached_chat(chat or "", dense, seq_length))
+    finished.require_tokenizer_of(dense)
+    finished.require_length(seq_length)
+    train, validation = (str(finished.folder / name) for name in PACKS.values())
+    specs = PackedSequenceSpecs(
+        packed_sequence_size=seq_length,
+        packed_train_data_path=train,
+        packed_val_data_path=validation,
+        packed_metadata_path=str(finished.folder / PACKING),
+    )
+    return PackedChatModule(
+        dataset_root=str(finished.folder),
+        seq_length=seq_length,
+        tokenizer=AutoTokenizer(pretrained_model_name=str(finished.folder / TOKENIZER)),
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        seed=finished.manifest["seed"] if seed is None else seed,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        packed_sequence_specs=specs,
+        dataset_kwargs={"pad_to_max_length": True},  # pipeline stages, and FP8, take one length
+    )
+
+
+class PackedChatModule(FineTuningDataModule):
+    """NeMo's data module, made by `chat_data`: resumed runs read on, and all packs, however few, are validated on."""
+
+    @property
+    def chat(self) -> FinishedChat:
+        """Read the folder again."""
+        return open_chat(self.dataset_root)
+
+    def setup(self, stage: str) -> None:
+        """Set up as NeMo does, with twice the packs; the first rank says what the run reads.
+
+        A resumed run counts its steps from the first, and its packs from the last checkpoint. With NeMo's own number
+        it would end the epoch before it has read them, and begin again with those behind the checkpoint.
+        """
+        super().setup(stage)
+        self.max_train_samples = (2 * self.trainer.max_steps + 1) * self.global_batch_size
+        if is_first_rank():
+            show_messages().info("%s", self.chat.describe(self.trainer.max_steps, self.global_batch_size))
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the packs to validate on, filled up to whole batches: NeMo drops what is less than one."""
+        packs = self._create_dataset(
+            self.validation_path_packed, pack_metadata_path=self.pack_metadata, is_test=True, **self.dataset_kwargs
+        )
+        return self._create_dataloader(_WholeBatches(packs, self.global_batch_size), mode="validation")
+
+
+class _WholeBatches(Dataset):
+    """Packs, and behind them packs without a loss up to a whole number of batches."""
+
+    def __init__(self, packs: Any, batch: int) -> None:
+        self.packs, self.batch, self.collate_fn = packs, batch, packs.collate_fn
+
+    def __len__(self) -> int:
+        return -(-len(self.packs) // self.batch) * self.batch
+
+    def __getitem__(self, number: int) -> Any:
+        there = len(self.packs)
+        return self.packs[number if number < there else -1 - number % there]  # NeMo's packs have no loss below zero

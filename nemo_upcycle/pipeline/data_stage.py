@@ -1,0 +1,173 @@
+"""The stage that makes the data of a run, of texts or of conversations, and what later stages read of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.data.chat.config import is_chat
+from nemo_upcycle.errors import StageError, StageStopped
+from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.plan import Plan
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.pipeline.stages import RunPlan
+
+#: Size of the real text that the step-0 check runs on: B windows of S tokens.
+SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
+
+
+def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    """Clean and tokenise the blend, or pack the conversations, with the dense parent's tokenizer.
+
+    A finished folder is used where it lies.
+    """
+    from nemo_upcycle.data.finished import open_blend
+
+    dense_folder = dense_folder_of(run_dir)
+    folder = data_folder_of(run_dir, plan)
+    training = plan.training("pretrain")
+    seq_length = training.seq_length(dense_folder) if training else None
+    if plan.reads_chat:
+        return _pack_chat(plan, dense_folder, folder, seq_length)
+    if Path(plan.data).is_dir():
+        open_blend(folder).require_tokenizer_of(str(dense_folder))
+    else:
+        build_data(plan.data, str(dense_folder), folder, seq_length)
+    blend = open_blend(folder)
+    blend.paths(seq_length or blend.manifest["seq_length"])  # before hours of other work: is there text enough?
+    if not blend.heldout():
+        raise StageError(
+            f"held-out documents of {folder}",
+            got="none",
+            expected="some, to measure perplexity on",
+            fix="name heldout files in the blend, or raise hold_out.heldout",
+        )
+    splits = blend.manifest["splits"]
+    return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
+
+
+def _pack_chat(plan: RunPlan, dense_folder: Path, folder: Path, seq_length: int | None) -> dict[str, Any]:
+    from nemo_upcycle.data.chat.build import build_chat
+    from nemo_upcycle.data.chat.config import read_chat
+    from nemo_upcycle.data.chat.finished import open_chat
+
+    if plan.chat:
+        length = [f"seq_length={seq_length}"] if seq_length else []
+        build_chat(read_chat(plan.chat, [f"tokenizer={dense_folder}", *length]), folder)
+    chat = open_chat(folder)
+    chat.require_tokenizer_of(str(dense_folder))
+    if seq_length:
+        chat.require_length(seq_length)
+    splits = chat.manifest["splits"]
+    return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
+
+
+def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> None:
+    """Build a blend, or resume a stopped build.
+
+    Args:
+        blend: name or path of the blend.
+        dense: the dense model whose tokenizer is used.
+        folder: where to.
+        seq_length: tokens of a sequence; None: the blend's own.
+
+    Raises:
+        StageStopped: it was told to stop, and can resume.
+    """
+    from nemo_upcycle.data.blend import read_blend
+    from nemo_upcycle.data.build import build_blend
+
+    try:
+        length = [f"seq_length={seq_length}"] if seq_length else []
+        build_blend(read_blend(blend, [f"tokenizer={dense}", *length]), folder)
+    except KeyboardInterrupt:  # the engine was told to stop
+        text = "stage 'data' stopped early: its finished tasks are kept, and the same command resumes from there"
+        raise StageStopped(text) from None
+
+
+def data_folder_of(run_dir: Path, plan: RunPlan) -> Path:
+    """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
+    return Path(plan.data) if Path(plan.data).is_dir() else run_dir / "data" / "blend"
+
+
+def dense_folder_of(run_dir: Path) -> Path:
+    """Return the dense parent's folder, as the import stage found it."""
+    return Path(StageFolder(run_dir, "import").outputs()["dense_folder"])
+
+
+def sample_tokens(folder: Path) -> Any:
+    """Return the tokens that the check of step 0 runs on, of validation data, [B, S].
+
+    Raises:
+        StageError: there are not so many.
+    """
+    import torch
+
+    wanted, parts = SAMPLE_WINDOWS * SAMPLE_WINDOW_TOKENS, [torch.zeros(0, dtype=torch.int64)]
+    for tokens in _held_back(folder):
+        if sum(map(len, parts)) < wanted:
+            parts.append(torch.from_numpy(tokens.astype("int64")))
+    if len(tokens := torch.cat(parts)) < wanted:
+        raise StageError(
+            "tokens of the validation split",
+            got=len(tokens),
+            expected=f"{wanted} or more",
+            fix="give the data a longer validation split",
+        )
+    return tokens[:wanted].view(SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS)
+
+
+def _held_back(folder: Path) -> Iterator[Any]:
+    """Yield the tokens of a folder's validation documents, or of its packs of conversations: few, so all of them."""
+    if is_chat(str(folder)):
+        import numpy as np
+
+        from nemo_upcycle.data.chat.finished import PACKS
+
+        for split in reversed(PACKS):
+            yield from (row["input_ids"] for row in np.load(folder / PACKS[split], allow_pickle=True))
+        return
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from nemo_upcycle.data.finished import open_blend
+
+    blend = open_blend(folder)
+    for prefix in (prefix for prefixes in blend.tokens["validation"].values() for prefix in prefixes):
+        dataset = IndexedDataset(str(blend.folder / prefix))
+        yield from (dataset[number] for number in range(len(dataset)))
+
+
+def require_data(plan: Plan, folder: Path) -> None:
+    """Check that data which a run has made are whole.
+
+    Raises:
+        UpcycleError: a file is gone, or of another size.
+    """
+    from nemo_upcycle.data.chat.finished import open_chat
+    from nemo_upcycle.data.finished import open_blend
+
+    if plan.blend:
+        open_blend(folder)
+    elif getattr(plan, "chat", None):
+        open_chat(folder)
+
+
+def data_card(folder: Path) -> str:
+    """Return what a model card says of the data."""
+    from nemo_upcycle.data.chat.finished import open_chat
+    from nemo_upcycle.data.finished import open_blend
+
+    return open_chat(folder).card if is_chat(str(folder)) else open_blend(folder).card
+
+
+def suite_inputs(folder: Path) -> dict[str, Any]:
+    """Return what was held back for evaluation, as `build_named_suite` takes it: documents, or answers."""
+    from nemo_upcycle.data.chat.finished import open_chat
+    from nemo_upcycle.data.finished import open_blend
+
+    if is_chat(str(folder)):
+        return {"heldout_documents": [], "answers": open_chat(folder).answers()}
+    return {"heldout_documents": open_blend(folder).heldout()}

@@ -1,0 +1,241 @@
+"""Conversations become packs whose loss is on the answers; what is wrong is named, and nothing is half written."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nemo_upcycle.data.chat.build import build_chat
+from nemo_upcycle.data.chat.config import read_chat
+from nemo_upcycle.data.chat.finished import open_chat
+from nemo_upcycle.data.chat.messages import Conversation, Problem, read_conversations
+from nemo_upcycle.data.chat.packing import pack
+from nemo_upcycle.data.chat.template import ChatTemplate, Tokens
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.models.hf_model import load_tokenizer
+from tests.chats import FORGETS, TEMPLATE, messages, sums, write_chat_tokenizer, write_lines
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_tokenizer(tmp_path_factory.mktemp("parent"))
+
+
+def _build(tokenizer: Path, folder: Path, lines: list[Any], *overrides: str, strict: bool = False) -> dict[str, Any]:
+    path = write_lines(folder / "mine.jsonl", lines)
+    values = [f"tokenizer={tokenizer}", "seq_length=96", "validation=0.1", "heldout=0.1", *overrides]
+    return build_chat(read_chat(path, values), folder / "chat", strict=strict)
+
+
+def _tokens(folder: Path, conversation: list[dict[str, Any]], template: str | None = None) -> list[Tokens]:
+    chat = ChatTemplate(load_tokenizer(folder), template, "the parent")
+    found = list(chat.tokens([Conversation("mine.jsonl:1", conversation)]))
+    assert all(isinstance(one, Tokens) for one in found)
+    return found  # type: ignore[return-value]
+
+
+def _texts(folder: Path, tokens: Tokens) -> tuple[str, str]:
+    decode = load_tokenizer(folder).decode
+    return decode(tokens.ids), decode(tokens.ids[tokens.is_answer])
+
+
+def test_the_loss_is_on_answers_and_on_what_ends_each(tokenizer: Path) -> None:
+    (tokens,) = _tokens(tokenizer, messages("How?", "So.", "Why?", "Thus."))
+    whole, scored = _texts(tokenizer, tokens)
+    assert whole == "user: How?</s>\nassistant: So.</s>\nuser: Why?</s>\nassistant: Thus.</s>"
+    assert scored == "So.</s>Thus.</s>"
+
+
+def test_an_answer_that_a_template_does_not_end_is_ended(tokenizer: Path) -> None:
+    plain = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    (tokens,) = _tokens(tokenizer, messages("How?", "So."), plain)
+    assert _texts(tokenizer, tokens) == ("How? So. </s>", "So. </s>")
+
+
+def test_a_template_that_rewrites_earlier_answers_gives_a_sequence_for_each_answer(tokenizer: Path) -> None:
+    found = _tokens(tokenizer, messages("How?", "[hm]So.", "Why?", "[ah]Thus."), FORGETS)
+    assert [_texts(tokenizer, tokens) for tokens in found] == [
+        ("user: How?</s>assistant: [hm]So.</s>", "[hm]So.</s>"),
+        ("user: How?</s>assistant: So.</s>user: Why?</s>assistant: [ah]Thus.</s>", "[ah]Thus.</s>"),
+    ]
+
+
+def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path) -> None:
+    other = TEMPLATE.replace("assistant: {% endif", "Assistant: {% endif")
+    chat = ChatTemplate(load_tokenizer(tokenizer), other, "the parent")
+    (found,) = chat.tokens([Conversation("mine.jsonl:1", messages("How?", "So."))])
+    assert isinstance(found, Problem)
+    assert found.field == "messages[1]"
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "reason"),
+    [
+        ("{", "", "broken JSON"),
+        ("[1]", "", "no JSON object"),
+        ('{"text": "How?"}', "messages", "missing"),
+        ('{"messages": "How?"}', "messages", "no list of messages"),
+        ('{"messages": [], "x": 1}', "messages", "no list of messages"),
+        ('{"messages": ["How?"]}', "messages[0]", "no JSON object"),
+        (messages("How?"), "messages", "no answer"),
+        (messages("How?", " "), "messages[1].content", "an empty answer"),
+        (messages("How?", "So.")[1:], "messages", "no question"),
+        (messages("How?", "So.")[1:] + messages("How?", "So."), "messages[0].role", "an answer before any question"),
+        ([{"role": "User", "content": "How?"}], "messages[0].role", "none of system, user, assistant, tool"),
+        ([{"role": "user"}], "messages[0].content", "missing"),
+        ([{"role": "user", "content": ["How?"]}], "messages[0].content", "no text"),
+        (messages("How?</s>assistant: So.", "No."), "messages[0].content", "the name of a special token"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "messages[0].content", "half of a surrogate pair"),
+    ],
+)
+def test_a_wrong_line_is_named_by_field_and_reason(tmp_path: Path, line: Any, field: str, reason: str) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", [messages("How?", "So."), line])
+    good, bad = read_conversations(path, ["</s>"])
+    assert isinstance(good, Conversation)
+    assert bad == Problem("mine.jsonl:2", field, reason)
+
+
+def test_bytes_that_are_not_utf_8_cost_their_line_alone(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", [messages("How?", "So.")])
+    path.write_bytes(b"\xff\xfe{}\n" + path.read_bytes())
+    bad, good = read_conversations(path)
+    assert bad == Problem("mine.jsonl:1", "", "not UTF-8")
+    assert isinstance(good, Conversation)
+
+
+def test_packs_hold_every_sequence_once_and_are_full() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, size=500).tolist()
+    packs = pack(lengths, 100, seed=0)
+    assert sorted(number for numbers in packs for number in numbers) == list(range(500))
+    assert max(sum(lengths[number] for number in numbers) for numbers in packs) <= 100
+    assert len(packs) <= sum(lengths) / 100 * 1.06
+
+
+def test_a_folder_holds_what_its_manifest_counts(tokenizer: Path, tmp_path: Path) -> None:
+    manifest = _build(tokenizer, tmp_path, [*sums(), "{", messages("1 + 1?", "2.", "again?")])
+    chat = open_chat(tmp_path / "chat")
+    rows = [np.load(chat.folder / name, allow_pickle=True) for name in ("training.npy", "validation.npy")]
+    train = manifest["splits"]["train"]
+    assert sum(int(row["loss_mask"].sum()) for row in rows[0]) == train["answer_tokens"]
+    assert sum(len(row["input_ids"]) for row in rows[0]) == train["tokens"]
+    assert all(len(row["input_ids"]) - len(row["seq_start_id"]) <= 96 for row in rows[0])
+    conversations = [manifest["splits"][split]["conversations"] for split in ("train", "validation", "heldout")]
+    assert sum(conversations) == 41
+    assert min(conversations) >= 4
+    assert manifest["removed"] == {"broken JSON": 1}
+    removed = [json.loads(line) for line in (chat.folder / "removed.jsonl").read_text().splitlines()]
+    assert removed == [{"place": "mine.jsonl:41", "field": "", "reason": "broken JSON"}]
+
+
+def test_the_mask_of_a_pack_is_that_of_the_labels(tokenizer: Path, tmp_path: Path) -> None:
+    """A label is the token behind: the loss of the first one of an answer is at the last one of its prompt."""
+    _build(tokenizer, tmp_path, sums())
+    decode = load_tokenizer(tokenizer).decode
+    for row in np.load(tmp_path / "chat/training.npy", allow_pickle=True):
+        borders = [*row["seq_start_id"], len(row["input_ids"])]
+        for begin, end in itertools.pairwise(borders):
+            ids, mask = row["input_ids"][begin:end], row["loss_mask"][begin:end].astype(bool)
+            answers = [turn.split("</s>")[0] + "</s>" for turn in decode(ids).split("assistant: ")[1:]]
+            assert decode(ids[1:][mask[:-1]]) == "".join(answers)
+            assert not mask[-1]
+
+
+def test_no_question_of_an_answer_that_is_held_back_is_trained_on(tokenizer: Path, tmp_path: Path) -> None:
+    """Of two conversations that begin alike, both or none is held back."""
+    lines = [one for a in range(20) for one in (messages(f"{a}?", "Yes."), messages(f"{a}?", "No."))]
+    _build(tokenizer, tmp_path, lines)
+    asked = {row["prompt"] for row in open_chat(tmp_path / "chat").answers()}
+    decode = load_tokenizer(tokenizer).decode
+    trained = "".join(decode(row["input_ids"]) for row in np.load(tmp_path / "chat/training.npy", allow_pickle=True))
+    assert len(asked) == 2
+    assert not any(prompt in trained for prompt in asked)
+
+
+def test_held_out_answers_end_where_the_model_has_to_stop(tokenizer: Path, tmp_path: Path) -> None:
+    _build(tokenizer, tmp_path, sums())
+    rows = open_chat(tmp_path / "chat").answers()
+    assert {row["turn"] for row in rows} == {0, 1}
+    for row in rows:
+        assert row["prompt"].endswith("</s>\nassistant: ")
+        assert row["answer"].endswith(".</s>")
+
+
+def test_a_longer_conversation_is_cut_behind_the_last_answer_that_fits(tokenizer: Path, tmp_path: Path) -> None:
+    long = messages("Who?", "Me.", "And who else?", "x" * 100)
+    manifest = _build(tokenizer, tmp_path, [*sums(), long])
+    assert sum(manifest["splits"][split]["cut"] for split in ("train", "validation", "heldout")) == 1
+    dropped = _build(tokenizer, tmp_path / "dropped", [*sums(), long], "too_long=drop")
+    assert dropped["removed"] == {"longer than a sequence": 1}
+
+
+def test_a_strict_build_ends_at_the_first_wrong_line_and_leaves_nothing(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"mine\.jsonl:2: messages: got missing"):
+        _build(tokenizer, tmp_path, [sums()[0], "{}", *sums()[1:]], strict=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+def test_lines_without_one_conversation_are_explained(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"2 lines: messages missing \(mine\.jsonl:1\)"):
+        _build(tokenizer, tmp_path, ['{"text": "a"}', '{"text": "b"}'])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+def test_a_tokenizer_without_chat_template_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    plain = write_chat_tokenizer(tmp_path / "base", template=None)
+    with pytest.raises(UpcycleError, match=r"chat template of .*base: got none"):
+        _build(plain, tmp_path, sums())
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    assert _build(plain, tmp_path, sums(), "chat_template=own.jinja")["splits"]["train"]["packs"]
+
+
+def test_the_same_conversations_are_kept_and_others_refused(tokenizer: Path, tmp_path: Path) -> None:
+    _build(tokenizer, tmp_path, sums())
+    before = (tmp_path / "chat/training.npy").stat().st_mtime_ns
+    values = [f"tokenizer={tokenizer}", "seq_length=96", "validation=0.1", "heldout=0.1"]
+    build_chat(read_chat(tmp_path / "mine.jsonl", values), tmp_path / "chat")
+    assert (tmp_path / "chat/training.npy").stat().st_mtime_ns == before
+    with pytest.raises(UpcycleError, match="made from something else"):
+        build_chat(read_chat(tmp_path / "mine.jsonl", [*values, "seed=1"]), tmp_path / "chat")
+
+
+def test_a_damaged_folder_is_refused_by_file(tokenizer: Path, tmp_path: Path) -> None:
+    _build(tokenizer, tmp_path, sums())
+    (tmp_path / "chat/validation.npy").write_bytes(b"short")
+    with pytest.raises(UpcycleError, match=r"validation\.npy: got 5 bytes"):
+        open_chat(tmp_path / "chat")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("too_long=trim", "too_long 'trim' does not exist"),
+        ("heldout=0", "heldout: got 0.0, expected more than 0"),
+        ("seq_length=1", "seq_length: got 1"),
+        ("tokeniser=x", "key 'tokeniser' does not exist. Did you mean"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(tmp_path: Path, override: str, message: str) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", sums())
+    with pytest.raises(UpcycleError) as caught:
+        read_chat(path, [override])
+    assert message in str(caught.value)
+
+
+def test_a_tokenizer_that_puts_a_blank_before_each_text_reads_a_conversation_as_a_whole(tmp_path: Path) -> None:
+    """As those of SentencePiece do: in pieces, blanks would stand where none are."""
+    from tokenizers import pre_tokenizers
+
+    folder = write_chat_tokenizer(tmp_path / "parent")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    chat = ChatTemplate(tokenizer, TEMPLATE, "the parent")
+    (tokens,) = chat.tokens([Conversation("mine.jsonl:1", messages("How?", "So.", "Why?", "Thus."))])
+    assert isinstance(tokens, Tokens)
+    rendered = "user: How?</s>\nassistant: So.</s>\nuser: Why?</s>\nassistant: Thus.</s>"
+    assert tokens.ids.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens.ids[tokens.is_answer]) == "So.</s>Thus.</s>"

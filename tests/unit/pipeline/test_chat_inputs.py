@@ -1,0 +1,62 @@
+"""Conversations where a chain takes its data: told from texts, and refused where recipe or suite ask for the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.data.chat.config import is_chat
+from nemo_upcycle.data.network import run_needs
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.checks import check_asked, check_data
+from nemo_upcycle.pipeline.launch import absolute_argument
+from nemo_upcycle.pipeline.stages import RunPlan
+from tests.chats import sums, write_lines
+
+
+def _plan(data: str, evaluation: str) -> RunPlan:
+    return RunPlan("recipe", "dense", data, evaluation, "text", None)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"), [("sotu", False), ("chatterbot", True), ("mine.jsonl", True), ("nowhere.yaml", False)]
+)
+def test_data_are_told_by_their_name(data: str, expected: bool) -> None:
+    assert is_chat(data) is expected
+
+
+def test_yaml_files_are_told_by_their_keys(tmp_path: Path) -> None:
+    for name, text in (("chat", "files: [a.jsonl]"), ("texts", "sources: {a: {train: [a.txt]}}")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert is_chat(str(tmp_path / "chat.yaml"))
+    assert not is_chat(str(tmp_path / "texts.yaml"))
+
+
+@pytest.mark.parametrize(("data", "suite"), [("chatterbot", "demo"), ("sotu", "answers")])
+def test_a_suite_that_asks_what_is_not_held_back_is_refused(data: str, suite: str) -> None:
+    check_asked(_plan(data, {"demo": "answers", "answers": "demo"}[suite]))
+    with pytest.raises(UpcycleError, match=f"evaluation {suite}: got heldout_"):
+        check_asked(_plan(data, suite))
+
+
+def test_files_of_conversations_are_looked_for_before_anything_starts(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "mine.jsonl", sums(3))
+    check_data(str(lines), remote=False)
+    with pytest.raises(UpcycleError, match=r"which is no file"):
+        check_data(str(tmp_path / "other.jsonl"), remote=False)
+
+
+def test_a_plan_reads_conversations_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_argument("mine.jsonl", folder=True) == str(tmp_path / "mine.jsonl")
+    plan = _plan("mine.jsonl", "answers")
+    assert (plan.blend, plan.chat) == (None, "mine.jsonl")
+    assert (_plan("sotu", "demo").blend, _plan("sotu", "demo").chat) == ("sotu", None)
+
+
+def test_the_demos_conversations_are_fetched_beforehand() -> None:
+    needs = {need.what: need for need in run_needs("", "chatterbot", "answers")}
+    assert needs["conversations chatterbot"].inputs == ("data",)
+    assert needs["conversations chatterbot"].place == "PyPI (chatterbot-corpus==1.3.3)"
+    assert "questions mmlu" in needs
