@@ -3,8 +3,8 @@
     python -m benchmarks.law_bands            the table
     python -m benchmarks.law_bands --trials 3 --workers 1
 
-Each truth makes grids as `conf/ablations/budget.yaml` does: four parents, three numbers of tokens, three seeds; the
-law is fitted to each, and asked inside the range and beyond it. No form is right for the truths of `NO_FORM`.
+Each truth makes grids of four parents, three numbers of tokens and three seeds; the law is fitted to each, and asked
+inside the range and beyond it. The noise is a choice. No form is right for the truths of `NO_FORM`.
 """
 
 from __future__ import annotations
