@@ -51,6 +51,8 @@ class UpcycleConfig(RestoreConfig):
             first, the second ... in turn (Branch-Train-MiX).
         non_expert_weights: with branches, where all other weights come from: the "first" checkpoint or the "mean" of
             all.
+        trained_on: tokens that the dense checkpoint was trained on, as 15T, for the advice of `--dryrun`; no training
+            depends on it.
 
     Example:
         >>> recipe.resume.restore_config = run.Config(  # doctest: +SKIP
@@ -62,6 +64,7 @@ class UpcycleConfig(RestoreConfig):
     spec: Optional[UpcycleSpec] = None
     branches: Optional[list[str]] = None
     non_expert_weights: str = "first"
+    trained_on: Optional[str] = None
     load_artifacts: bool = False  # the folder holds no NeMo context; the tokenizer comes with the data
 
     def __post_init__(self) -> None:
