@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.planning.law import FORMS, Law
-from nemo_upcycle.planning.law_fit import DRAWS, LEAST_PARENTS, HeldOut, fit_law, held_out_differences
+from nemo_upcycle.planning.law_fit import ALIKE, DRAWS, LEAST_PARENTS, HeldOut, fit_law, held_out_differences
 from nemo_upcycle.planning.upcycling_points import points_file, read_points
 
 
@@ -25,7 +25,9 @@ HEADER = """\
 # lines. source: its points. options: of each the form (planning/law.py has the formulas), its coefficients in nats a
 # token and their 90 % intervals, the lowest and highest parent_tokens, tokens and parameters (of the parent) among the
 # points, {draws} draws of the bootstrap over seeds in the order of the coefficients, error: half of the 90 % interval
-# of held-out differences to `dense`, held_out: root mean square error of each form on parents left out of the fit.
+# of held-out differences to `dense`, held_out: root mean square error of each form on parents left out of the fit,
+# others: the coefficients of the other forms whose error is at most {alike:g} times that of the chosen one.
+# left_out: why an option has no law though some trainings of it are there.
 """
 
 
@@ -39,6 +41,8 @@ def main() -> None:
     points = read_points(args.grid)
     law = fit_law(points, args.about, str(points_file(args.grid)))
     print(table(law))
+    for option, why in law.left_out.items():
+        print(f"{option} is left out: {why}\n")
     if len({point.parent_tokens for point in points if point.parent_tokens}) > LEAST_PARENTS:
         print(held_out_table(held_out_differences(points)))
     if args.write:
@@ -48,9 +52,9 @@ def main() -> None:
 def law_yaml(law: Law, path: str) -> str:
     """Return a law as its file has it."""
     options = {name: _plain(vars(option)) for name, option in law.options.items()}
-    values = {"about": law.about, "source": law.source, "options": options}
+    values = {"about": law.about, "source": law.source, "options": options, "left_out": dict(law.left_out)}
     text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=128)
-    return HEADER.format(path=path, draws=DRAWS) + text
+    return HEADER.format(path=path, draws=DRAWS, alike=ALIKE) + text
 
 
 def _plain(value: Any) -> Any:

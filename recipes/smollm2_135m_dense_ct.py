@@ -140,7 +140,8 @@ def baseline_recipe(
                 num_workers=0,
             ),
             log=default_log(dir=dir, name=name),
-            # The peak of the upcycling run in the paper is 3e-5 on 8B parameters; small models tolerate more.
+            # The peak of the upcycling run in the paper is 3e-5 on 8B parameters; small models tolerate more. For few
+            # steps, without a source: docs/own_model.md has what longer trainings took.
             optim=distributed_fused_adam_with_cosine_annealing(
                 warmup_steps=2, constant_steps=0, max_lr=1e-4, min_lr=1e-5
             ),

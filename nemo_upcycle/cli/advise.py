@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_upcycle.cli.common import show
-from nemo_upcycle.cli.plan_request import number_of_tokens, router_order
+from nemo_upcycle.cli.plan_request import router_order
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
@@ -19,8 +19,8 @@ from nemo_upcycle.planning.law import Law, fitted_law, published_checks, publish
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.utils.console import in_columns
-from nemo_upcycle.utils.validation import check_number, check_whole
+from nemo_upcycle.utils.console import in_columns, short_count
+from nemo_upcycle.utils.validation import check_number, check_whole, number_of_tokens
 
 
 EPILOG = """examples:
@@ -99,16 +99,17 @@ def run(args: argparse.Namespace) -> int:
     laws = {"published": published_law()}
     fitted = _grid_law(args.grid) if args.grid else fitted_law()
     laws |= {"fitted": fitted} if fitted else {}
-    verdicts = {name: question.decide(law, options) for name, law in laws.items()}
+    verdicts = {name: question.parent.decide(law, options) for name, law in laws.items()}
     answer = {
         "model": {"parameters": question.parameters, "trained_on": args.trained_on},
         "options": {
             option.name: option_values(option)
-            | {name: expectation_values(question.expect(law, option, options[0])) for name, law in laws.items()}
+            | {name: expectation_values(question.parent.expect(law, option, options[0])) for name, law in laws.items()}
             for option in options
         },
         "laws": {
-            name: {"about": law.about, "source": law.source} | vars(verdicts[name]) for name, law in laws.items()
+            name: {"about": law.about, "source": law.source, "left_out": dict(law.left_out)} | vars(verdicts[name])
+            for name, law in laws.items()
         },
         "best": verdicts["fitted"].best if fitted else None,
         "grid_command": _GRID,
@@ -189,11 +190,12 @@ def _text(
     def folded(text: str) -> str:
         return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
-    budget = f"{args.hours:g} hours" if args.hours is not None else f"{_short(args.tokens)} tokens"
+    budget = f"{args.hours:g} hours" if args.hours is not None else f"{short_count(args.tokens)} tokens"
     lines = [
         folded(
-            f"A dense model of {_short(question.parameters)} parameters, trained on {_short(args.trained_on)} tokens"
-            f" ({args.trained_on / question.parameters:,.0f} a parameter); {budget} on {args.gpus} x"
+            f"A dense model of {short_count(question.parameters)} parameters, trained on"
+            f" {short_count(args.trained_on)} tokens ({args.trained_on / question.parameters:,.0f} a parameter);"
+            f" {budget} on {args.gpus} x"
             f" {question.request.gpu.name}, {args.precision}, natural routing."
         ),
         "",
@@ -208,6 +210,7 @@ def _text(
         lean = f" It leans to '{verdict.leans_to}'." if verdict.leans_to and not verdict.best else ""
         far = _beyond(name, answer["options"])
         lines.append(folded(f"{name}: {law.source} ({law.about}): {verdict.why}.{lean}{far}"))
+        lines += [folded(f"{name}: {option} is left out: {why}.") for option, why in law.left_out.items()]
     for check in answer["checks"]:
         text = f"{check['measured']:+.3f} was measured ({check['source']}, {check['what']})"
         lines.append(folded(f"Where {text}, the published law says {check['predicted']:+.3f}."))
@@ -239,7 +242,7 @@ def _verdict(args: argparse.Namespace, best: str | None) -> list[str]:
 
 def _parent(outcome: dict[str, Any]) -> str:
     tokens = outcome["parent_tokens"]
-    return str(outcome["parent"]) + (f" after {_short(tokens)} tokens" if tokens else "")
+    return str(outcome["parent"]) + (f" after {short_count(tokens)} tokens" if tokens else "")
 
 
 def _cost_table(options: Sequence[Option], values: dict[str, Any]) -> list[str]:
@@ -249,10 +252,10 @@ def _cost_table(options: Sequence[Option], values: dict[str, Any]) -> list[str]:
     for option in options:
         value = values[option.name]
         cost = [f"{value['cost']:,.0f}"] if has_price else []
-        cells = [_short(value["tokens"]), f"{value['hours']:,.1f}", f"{value['gpu_hours']:,.0f}", *cost]
+        cells = [short_count(value["tokens"]), f"{value['hours']:,.1f}", f"{value['gpu_hours']:,.0f}", *cost]
         if not option.fits:
             cells = ["no fit", *["-"] * (len(cells) - 1)]
-        sizes = [_short(value["active_parameters"]), _short(value["total_parameters"])]
+        sizes = [short_count(value["active_parameters"]), short_count(value["total_parameters"])]
         rows.append(
             [option.name, *cells, f"{value['memory_gib']:.1f}", *sizes, f"{value['served_bytes'] / 1e9:,.3g} GB"]
         )
@@ -283,11 +286,3 @@ def _beyond(name: str, values: dict[str, Any]) -> str:
             ratios[what] = max(ratio, ratios.get(what, 1))
     far = [f"{what} {ratio_text(ratio)}x" for what, ratio in ratios.items() if ratio > 1]
     return f" Beyond its range: {', '.join(far)}." if far else ""
-
-
-def _short(number: float) -> str:
-    """Return a number with three digits and a unit: 8.03B."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:,.0f}"

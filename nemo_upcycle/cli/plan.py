@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_upcycle.cli.common import show
-from nemo_upcycle.cli.plan_request import Subject, number_of_tokens, request_of, subject_of
+from nemo_upcycle.cli.plan_request import Subject, request_of, subject_of
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import hardware, table
@@ -41,7 +41,7 @@ from nemo_upcycle.planning.workload import (
     RECOMPUTES,
     ROUTINGS,
 )
-from nemo_upcycle.utils.validation import check_whole
+from nemo_upcycle.utils.validation import check_whole, number_of_tokens
 
 
 EPILOG = """examples:

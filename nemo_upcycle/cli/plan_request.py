@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,6 @@ _DEFAULTS = {
     "tokens": 100e9,
     "gradients": "bf16",
 }
-#: Larger numbers of tokens are mistakes.
-_MOST_TOKENS = 1e18
-_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -45,30 +41,6 @@ class Subject:
     recipe: hardware.KnownRecipe | None
     defaults: dict[str, Any]
     folder: Path | None = None
-
-
-def number_of_tokens(text: str, option: str = "--tokens") -> float:
-    """Return the number that a text such as `100B`, `1.5T`, `27e9` or `27,000,000,000` stands for.
-
-    Args:
-        text: the option's value.
-        option: its name.
-
-    Raises:
-        SpecError: it stands for none.
-    """
-    unit = _UNITS.get(text[-1:].upper())
-    number = text[:-1] if unit else text
-    if re.fullmatch(r"\d{1,3}(,\d{3})+", number):
-        number = number.replace(",", "")
-    try:
-        value = float(number) * (unit or 1)
-    except ValueError:
-        value = 0.0
-    if not 1 <= value <= _MOST_TOKENS:
-        expected = f"a number: 100B, 1.5T, 500M or 1e11, at most {_MOST_TOKENS:g}"
-        raise SpecError(option, got=repr(text), expected=expected, fix=f"set {option} 100B")
-    return value
 
 
 def router_order(top_k: int | None) -> str:

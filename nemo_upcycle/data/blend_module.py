@@ -111,7 +111,7 @@ class BlendDataModule(PreTrainingDataModule):
             steps = max(steps, min(trainer_val_check_interval, once))
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first:
-            say_what_is_read(blend, trainer_max_steps, step_tokens)
+            say_what_is_read(blend, trainer_max_steps, step_tokens, self.skip_samples * self.seq_length)
         if isinstance(trainer_limit_val_batches, float):
             prefixes, _ = self.build_kwargs["blend_per_split"][1]
             self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # Megatron blends whole epochs by length only

@@ -25,12 +25,23 @@ def describe_blend(blend: FinishedBlend) -> str:
     return f"blend {blend.name} ({blend.folder.name}){blend.contamination}"
 
 
-def say_what_is_read(blend: FinishedBlend, steps: int, step_tokens: int) -> None:
-    """Log what a run reads, and warn where it reads a source more often than the blend's `max_epochs`."""
+def say_what_is_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_tokens: int = 0) -> None:
+    """Log what a run reads, and warn where a source is read more often than the blend's `max_epochs`.
+
+    Args:
+        blend: what it reads of.
+        steps: of the run.
+        step_tokens: tokens of a step, over all ranks.
+        parent_tokens: that its parent has read of the same order; with them a source is read more often.
+    """
     messages = show_messages()
     messages.info("%s", blend.describe(steps, step_tokens))
-    limit = blend.manifest["max_epochs"]
-    for source, epochs in blend.epochs(steps * step_tokens).items():
+    if parent_tokens:
+        messages.info("  its parent read %s tokens of it before", f"{parent_tokens:,}")
+    limit, also = blend.manifest["max_epochs"], " with its parent's reading" if parent_tokens else ""
+    for source, epochs in blend.epochs(parent_tokens + steps * step_tokens).items():
         if epochs > limit:
-            text = "data: source %s is read %.1f times, more often than max_epochs (%g): lower its weight or the steps"
-            messages.warning(text, source, epochs, limit)
+            text = (
+                "data: source %s is read %.1f times%s, more often than max_epochs (%g): lower its weight or the steps"
+            )
+            messages.warning(text, source, epochs, also, limit)

@@ -313,6 +313,11 @@ class Architecture:
         """Parameters that one token passes through; Llama 3 8B E8T2 has 13_668_454_400 (the paper prints 11.8B)."""
         return self._params(self.top_k or 0)
 
+    @property
+    def dense(self) -> Architecture:
+        """The same model without experts: of one that was upcycled, the sizes of its parent."""
+        return replace(self, num_experts=None, top_k=None, expert_ffn_size=None, moe_pattern=None, shared_ffn_size=0)
+
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
         """Return the MoE architecture that a spec makes of this dense one.
 

@@ -22,6 +22,7 @@ from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.pipeline.order import kind_of
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.planning.run_advice import known_parent_tokens
 from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.files import resolved
@@ -45,6 +46,7 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     check_address(plan.dense)
     check_data(plan.data, remote=not shown)
     check_asked(plan)
+    known_parent_tokens(plan.dense, plan.trained_on)
     is_here = is_local(ctx.executor) and not shown
     if is_here:
         check_here(plan, stages)

@@ -71,14 +71,20 @@ def describe_changes(names: Sequence[str], before: Mapping[str, str], inputs: Ma
     """Return which inputs changed, for people: settings with both values, stages by name.
 
     Example:
-        >>> describe_changes(["setting dense", "stage data"], {"setting dense": "a"}, {"setting dense": "c"})
-        'dense was a, is c; stage data ran again'
+        >>> before, now = {"setting dense": "a", "stage x": "b"}, {"setting dense": "c", "stage y": "b"}
+        >>> describe_changes(["setting dense", "stage x", "stage y"], before, now)
+        'dense was a, is c; it read stage x; it reads stage y now'
     """
     changes = []
     for name in names[:_LISTED]:
         kind, _, plain = name.partition(" ")
         was, now = before.get(name, "not set"), inputs.get(name, "not set")
-        changes.append(f"{plain} was {was}, is {now}" if kind == "setting" else f"{name} ran again")
+        if kind == "setting":
+            changes.append(f"{plain} was {was}, is {now}")
+        elif name not in inputs:
+            changes.append(f"it read {name}")
+        else:
+            changes.append(f"{name} ran again" if name in before else f"it reads {name} now")
     return "; ".join(changes) + (f"; and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
@@ -137,7 +143,8 @@ class StageFolder:
         """Check that the folder holds no work that was started from other inputs; more steps are no others.
 
         Args:
-            inputs: what `inputs()` gave, or `setting_texts`, which is a part of it.
+            inputs: what `inputs()` gave, or `setting_texts`, which is a part of it: then of the stages before it only
+                their names are compared, since they need not be done.
 
         Raises:
             StageError: it was started from others.
@@ -146,7 +153,8 @@ class StageFolder:
         if before is None:
             return
         if not any(name.startswith("stage ") for name in inputs):
-            before = {name: value for name, value in before.items() if name.startswith("setting ")}
+            before = {name: "" if name.startswith("stage ") else value for name, value in before.items()}
+            inputs = inputs | {f"stage {name}": "" for name in self.after}
         if changed := refused_changes(before, inputs):
             raise StageError(
                 f"{self.path}",

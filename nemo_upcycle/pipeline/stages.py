@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,6 +53,8 @@ class RunPlan(Plan):
         pretrain: the recipe of the upcycled model, as its trainer writes it.
         dense_ct: the recipe of the dense baseline; None omits it.
         trainer: `nemo` or `bridge`.
+        trained_on: tokens that the dense parent was trained on, as 15T, for the advice of the forecast and the report;
+            None: those of a published parent. No training depends on it.
     """
 
     file: ClassVar[str] = PLAN
@@ -66,6 +68,7 @@ class RunPlan(Plan):
     pretrain: str
     dense_ct: str | None
     trainer: str = "nemo"
+    trained_on: str | None = None
 
     def setting(self, name: str) -> Any:
         """See `Plan.setting`; "step 0" is what the check of step 0 depends on."""
@@ -251,8 +254,7 @@ def _import_disk(_: Path, plan: RunPlan, models: Mapping[str, Architecture | Non
     if not plan.dense.startswith("asset://"):
         return []  # it stays where it is
     moe = models["pretrain"]
-    dense = moe and replace(moe, num_experts=None, moe_pattern=None, shared_ffn_size=0)
-    return [model_use("import", "dense parent", dense)]
+    return [model_use("import", "dense parent", moe and moe.dense)]
 
 
 def _data_disk(run_dir: Path, plan: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:
@@ -321,6 +323,6 @@ STAGES = (
         disk=_export_disk,
     ),
     Stage("evaluate", evaluate_stage, ("import", "data", "upcycle", "export"), ("evaluation",)),
-    Stage("report", report_stage, ("evaluate",), ()),
+    Stage("report", report_stage, ("evaluate",), ("trained_on",)),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

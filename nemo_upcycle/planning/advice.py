@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_upcycle.planning.law import Band, Law, shape_name
 from nemo_upcycle.planning.memory import GIB
@@ -16,6 +16,26 @@ from nemo_upcycle.spec import UpcycleSpec
 #: out of a fit lie up to a factor 2 beyond the others, and a fit to one model has no term for its size.
 MOST_BEYOND = 2.0
 BYTES_SERVED = 2  # of a parameter, in BF16
+
+
+class Candidate(Protocol):
+    """What a law is asked about: an `Option`, or something to do without a plan."""
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+
+    @property
+    def key(self) -> str:
+        """Its name in a `Law`."""
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that are trained on."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPUs hold it."""
 
 
 @dataclass(frozen=True)
@@ -86,64 +106,33 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked.
+class DenseParent:
+    """The dense model that a law is asked about.
 
     Args:
-        request: of the dense model; its tokens count where `hours` is None.
-        parent_tokens: that the model was trained on.
-        hours: of the GPUs, for each option; None: all train on the same tokens.
+        tokens: that it was trained on.
+        parameters: all of them.
     """
 
-    request: PlanRequest
-    parent_tokens: float
-    hours: float | None = None
+    tokens: float
+    parameters: float
 
-    @property
-    def parameters(self) -> int:
-        """Of the dense model."""
-        return self.request.arch.total_params
-
-    def option(self, name: str, key: str, spec: UpcycleSpec | None = None) -> Option:
-        """Return an option with its fastest layout, and the tokens that the hours allow.
-
-        Raises:
-            SpecError: no layout obeys the rules, or the spec does not fit the model.
-        """
-        request = self.request
-        if spec:
-            request = replace(request, arch=request.arch.upcycled(spec))
-        plan = search(request, 1)[0]
-        if self.hours is not None:
-            tokens = plan.tokens_per_s_per_gpu * request.gpus * 3600 * self.hours
-            plan = replace(plan, request=replace(plan.request, tokens=tokens))
-        return Option(name, key, plan)
-
-    def options(self, specs: Sequence[UpcycleSpec]) -> list[Option]:
-        """Return going on dense, upcycling to each spec, and an MoE of each shape from nothing, at the same speed."""
-        found = [self.option("dense", "dense")]
-        for spec in specs:
-            shape = shape_name(spec.num_experts, spec.top_k, spec.granularity)
-            found.append(self.option(f"upcycle {shape}", f"upcycled_{shape}", spec))
-        new = [Option(f"new {one.shape}", f"moe_from_nothing_{one.shape}", one.plan) for one in found[1:]]
-        return [*found, *new]
-
-    def expect(self, law: Law, option: Option, dense: Option) -> Expectation | None:
+    def expect(self, law: Law, option: Candidate, dense: Candidate) -> Expectation | None:
         """Return what a law says of an option; None where it has none of this shape, or the option does not fit."""
         if not (law.has(option.key) and option.fits and dense.fits):
             return None
-        sizes = (self.parent_tokens, self.parameters)
+        sizes = (self.tokens, self.parameters)
         difference: Band | None = law.difference(option.key, option.tokens, "dense", dense.tokens, *sizes)
-        beyond = law.beyond(option.key, self.parent_tokens, option.tokens, self.parameters)
+        beyond = law.beyond(option.key, self.tokens, option.tokens, self.parameters)
         if beyond["parameters"] > MOST_BEYOND and not law.has_size:
             return Expectation(None, beyond)
         above = False
         if option.key.startswith("upcycled") and "dense_from_nothing" in law.options and max(beyond.values()) > 1:
-            parent = law.loss("dense_from_nothing", 0, self.parent_tokens, self.parameters)
-            above = law.loss(option.key, self.parent_tokens, option.tokens, self.parameters) > parent
+            parent = law.loss("dense_from_nothing", 0, self.tokens, self.parameters)
+            above = law.loss(option.key, self.tokens, option.tokens, self.parameters) > parent
         return Expectation(difference, beyond, above)
 
-    def decide(self, law: Law, options: Sequence[Option]) -> Verdict:
+    def decide(self, law: Law, options: Sequence[Candidate]) -> Verdict:
         """Return whether a law decides between the options that it has."""
         known = {option.name: (option, self.expect(law, option, options[0])) for option in options}
         expected = {name: (option, found) for name, (option, found) in known.items() if found}
@@ -170,8 +159,57 @@ class Question:
         left_out = "".join(f"; '{name}' lies too far out to count" for name in expected if name not in near)
         return Verdict(best, best, f"the band of '{best}' is apart from all others{left_out}")
 
-    def _between(self, law: Law, one: Option, other: Option) -> Band:
-        return law.difference(one.key, one.tokens, other.key, other.tokens, self.parent_tokens, self.parameters)
+    def _between(self, law: Law, one: Candidate, other: Candidate) -> Band:
+        return law.difference(one.key, one.tokens, other.key, other.tokens, self.tokens, self.parameters)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Args:
+        request: of the dense model; its tokens count where `hours` is None.
+        parent_tokens: that the model was trained on.
+        hours: of the GPUs, for each option; None: all train on the same tokens.
+    """
+
+    request: PlanRequest
+    parent_tokens: float
+    hours: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Of the dense model."""
+        return self.request.arch.total_params
+
+    @property
+    def parent(self) -> DenseParent:
+        """The dense model, as a law is asked about it."""
+        return DenseParent(self.parent_tokens, self.parameters)
+
+    def option(self, name: str, key: str, spec: UpcycleSpec | None = None) -> Option:
+        """Return an option with its fastest layout, and the tokens that the hours allow.
+
+        Raises:
+            SpecError: no layout obeys the rules, or the spec does not fit the model.
+        """
+        request = self.request
+        if spec:
+            request = replace(request, arch=request.arch.upcycled(spec))
+        plan = search(request, 1)[0]
+        if self.hours is not None:
+            tokens = plan.tokens_per_s_per_gpu * request.gpus * 3600 * self.hours
+            plan = replace(plan, request=replace(plan.request, tokens=tokens))
+        return Option(name, key, plan)
+
+    def options(self, specs: Sequence[UpcycleSpec]) -> list[Option]:
+        """Return going on dense, upcycling to each spec, and an MoE of each shape from nothing, at the same speed."""
+        found = [self.option("dense", "dense")]
+        for spec in specs:
+            shape = shape_name(spec.num_experts, spec.top_k, spec.granularity)
+            found.append(self.option(f"upcycle {shape}", f"upcycled_{shape}", spec))
+        new = [Option(f"new {one.shape}", f"moe_from_nothing_{one.shape}", one.plan) for one in found[1:]]
+        return [*found, *new]
 
 
 def ratio_text(ratio: float) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from nemo_upcycle.planning.hardware import read_data
@@ -67,6 +68,8 @@ FORMS = {
 WITH_PARENT, FROM_NOTHING = ("interaction", "product", "additive", "sum"), ("power",)
 #: The form of an upcycled model beside its parent trained on: its terms may have either sign.
 RELATIVE = "difference"
+#: The chosen forms, and no other.
+NO_OTHERS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class OptionLaw:
         held_out: root of the mean squared error of each form on parents that were left out, in nats a token; of an
             upcycled model, of its difference to `dense`.
         intervals: 90 % interval of each coefficient.
+        others: by form, the coefficients of those whose held-out error is not much larger than that of the chosen one:
+            they may be right as well.
     """
 
     form: str
@@ -95,8 +100,11 @@ class OptionLaw:
     error: float = 0.0
     held_out: Mapping[str, float] | None = None
     intervals: Mapping[str, Sequence[float]] | None = None
+    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def loss(self, parent_tokens: float, tokens: float, parameters: float, draw: int | None = None) -> float:
+    def loss(
+        self, parent_tokens: float, tokens: float, parameters: float, draw: int | None = None, other: str | None = None
+    ) -> float:
         """Return the loss in nats a token; of the form `difference` only what is added to that of dense.
 
         Args:
@@ -104,8 +112,9 @@ class OptionLaw:
             tokens: that follow.
             parameters: of the dense parent.
             draw: number of a draw of the bootstrap; None: the fitted coefficients.
+            other: one of `others`, in place of the chosen form.
         """
-        form, values = FORMS[self.form], dict(self.coefficients)
+        form, values = FORMS[other or self.form], dict(self.others[other] if other else self.coefficients)
         if draw is not None:
             values |= dict(zip(form.coefficients, self.draws[draw], strict=True))
         exponents = [values[name] for name in form.exponents]
@@ -147,25 +156,42 @@ class Law:
         options: by name: `dense`, `dense_from_nothing`, and of a shape such as `e8t2` `upcycled_e8t2` and
             `moe_from_nothing_e8t2`.
         fitted: whether it was fitted here; else it is published.
+        left_out: by option, why it has no law though some trainings of it are there.
     """
 
     about: str
     source: str
     options: Mapping[str, OptionLaw]
     fitted: bool = True
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def loss(
-        self, option: str, parent_tokens: float, tokens: float, parameters: float, draw: int | None = None
+        self,
+        option: str,
+        parent_tokens: float,
+        tokens: float,
+        parameters: float,
+        draw: int | None = None,
+        others: Mapping[str, str] = NO_OTHERS,
     ) -> float:
         """Return an option's loss in nats a token.
 
         A published law has no continued dense training: it is taken as one training on the tokens of both.
+
+        Args:
+            option: its name.
+            parent_tokens: that the parent was trained on.
+            tokens: that follow.
+            parameters: of the dense parent.
+            draw: number of a draw of the bootstrap; None: the fitted coefficients.
+            others: by option, one of its `others` in place of the chosen form.
         """
         if option == "dense" and option not in self.options:
             return self.options["dense_from_nothing"].loss(0, parent_tokens + tokens, parameters, draw)
-        loss = self.options[option].loss(parent_tokens, tokens, parameters, draw)
-        if self.options[option].form == RELATIVE:
-            loss += self.loss("dense", parent_tokens, tokens, parameters, draw)
+        form = others.get(option)
+        loss = self.options[option].loss(parent_tokens, tokens, parameters, draw, form)
+        if (form or self.options[option].form) == RELATIVE:
+            loss += self.loss("dense", parent_tokens, tokens, parameters, draw, others)
         return loss
 
     @property
@@ -183,7 +209,7 @@ class Law:
         """Return the loss of one option less that of another.
 
         The band joins the bootstrap over seeds, whose draws are the same for both, and the error on parents that were
-        left out of the fit.
+        left out of the fit; and it reaches around what each form says that predicted these about as well.
 
         Args:
             one, other: names of options.
@@ -192,9 +218,9 @@ class Law:
             parameters: of the dense parent.
         """
 
-        def value(draw: int | None) -> float:
-            first = self.loss(one, parent_tokens, tokens, parameters, draw)
-            return first - self.loss(other, parent_tokens, other_tokens, parameters, draw)
+        def value(draw: int | None, others: Mapping[str, str] = NO_OTHERS) -> float:
+            first = self.loss(one, parent_tokens, tokens, parameters, draw, others)
+            return first - self.loss(other, parent_tokens, other_tokens, parameters, draw, others)
 
         center = value(None)
         count = min(len(self.options[name].draws) if name in self.options else 0 for name in (one, other))
@@ -203,7 +229,14 @@ class Law:
         values = sorted(value(draw) for draw in range(count))
         errors = [self.options[name].error for name in {one, other} if name != "dense"] or [0.0]
         down, up = center - quantile(values, 0.05), quantile(values, 0.95) - center
-        return Band(center, center - math.hypot(max(down, 0.0), *errors), center + math.hypot(max(up, 0.0), *errors))
+        by_form = [
+            value(None, {name: form})
+            for name in dict.fromkeys((one, other, "dense"))
+            if name in self.options
+            for form in self.options[name].others
+        ]
+        low, high = min([center, *by_form]), max([center, *by_form])
+        return Band(center, low - math.hypot(max(down, 0.0), *errors), high + math.hypot(max(up, 0.0), *errors))
 
     def beyond(self, option: str, parent_tokens: float, tokens: float, parameters: float) -> dict[str, float]:
         """Return how far a point lies outside of the fitted range, as ratios; 1 is inside."""
@@ -223,7 +256,7 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 def law_of(values: Mapping[str, Any], *, fitted: bool) -> Law:
     """Return a law from the plain values of its YAML file."""
     options = {name: OptionLaw(**option) for name, option in values["options"].items()}
-    return Law(values["about"], values["source"], options, fitted)
+    return Law(values["about"], values["source"], options, fitted, values.get("left_out", {}))
 
 
 def published_law() -> Law:

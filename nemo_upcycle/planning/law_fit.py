@@ -32,6 +32,8 @@ Cells = dict[tuple[float, float], float]
 Array = NDArray[np.float64]
 DRAWS = 100
 LEAST_PARENTS = 3  # of a fit; from nothing as many numbers of tokens
+#: Forms whose held-out error is up to so many times the smallest may be right as well: the band reaches around them.
+ALIKE = 2.0
 #: Where the search for exponents begins; the logarithm of w begins at 0.
 _STARTS = (0.1, 0.4)
 _LIMIT = 10.0
@@ -57,6 +59,8 @@ class _Fit:
 def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS) -> Law:
     """Return the law that is fitted to a grid's trainings, each option by itself.
 
+    An option from nothing with too few points is left out, as after a grid that was interrupted; the law says so.
+
     Args:
         points: of one grid: one parent architecture, one held-out set.
         about: what was trained.
@@ -64,7 +68,8 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
         draws: of the bootstrap.
 
     Raises:
-        UpcycleError: an option has too few points for a fit, `dense` or `moe` is missing, or sizes of dense differ.
+        UpcycleError: another option has too few points for a fit, `dense` or `moe` is missing, or sizes of dense
+            differ.
     """
     by_option: dict[str, list[Point]] = defaultdict(list)
     for point in points:
@@ -82,29 +87,47 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
         raise UpcycleError(f"grid {source}", got=got, expected="those of one size", fix="make a file of each")
     means = {option: mean_cells(rows) for option, rows in by_option.items()}
     errors: dict[str, dict[str, Cells]] = {}
+    left_out: dict[str, str] = {}
     for option in sorted(by_option):  # dense first: the others are compared with it
-        errors[option] = _held_out_errors(source, option, means, errors)
-    best = {option: min(of, key=lambda form: _root_mean_square(of[form])) for option, of in errors.items()}
+        has_parent, lengths = any(parent for parent, _ in means[option]), {tokens for _, tokens in means[option]}
+        if not has_parent and len(lengths) < LEAST_PARENTS:
+            left_out[option] = f"{len(lengths)} of at least {LEAST_PARENTS} numbers of tokens were trained"
+        else:
+            errors[option] = _held_out_errors(source, option, means, errors)
+    held_out = {
+        option: {form: _root_mean_square(of_form) for form, of_form in of.items()} for option, of in errors.items()
+    }
+    best = {option: min(of, key=lambda form: of[form]) for option, of in held_out.items()}
     laws = {}
     drawn = [_drawn(by_option, number) for number in range(draws)]
     for option, form in best.items():
         cells = means[option]
-        fitted = _fit(form, _fitted_to(form, option, means))
-        refitted = [_fit(form, _fitted_to(form, option, draw), fitted.exponents).coefficients for draw in drawn]
+        fitted = {name: _fit(name, _fitted_to(name, option, means)) for name in _alike(held_out[option])}
+        exponents = fitted[form].exponents
+        refitted = [_fit(form, _fitted_to(form, option, draw), exponents).coefficients for draw in drawn]
         parents, tokens = zip(*cells, strict=True)
         names = FORMS[form].coefficients
+        coefficients = {
+            name: dict(zip(FORMS[name].coefficients, fit.coefficients, strict=True)) for name, fit in fitted.items()
+        }
         laws[option] = OptionLaw(
             form=form,
-            coefficients=dict(zip(names, fitted.coefficients, strict=True)),
+            coefficients=coefficients.pop(form),
             parent_tokens=(min(parents), max(parents)),
             tokens=(min(tokens), max(tokens)),
             parameters=(parameters, parameters),
             draws=[[float(f"{value:.7g}") for value in values] for values in refitted],
             error=_error(option, {name: errors[name][best[name]] for name in {option, "dense"}}),
-            held_out={name: _root_mean_square(of_form) for name, of_form in errors[option].items()},
+            held_out=held_out[option],
             intervals={name: _interval([values[place] for values in refitted]) for place, name in enumerate(names)},
+            others=coefficients,
         )
-    return Law(about, source, laws)
+    return Law(about, source, laws, left_out=left_out)
+
+
+def _alike(held_out: Mapping[str, float]) -> list[str]:
+    """Return the forms that predict what was left out about as well as the best one, which is among them."""
+    return [form for form, error in held_out.items() if error <= ALIKE * min(held_out.values())]
 
 
 def mean_cells(points: Sequence[Point]) -> Cells:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_upcycle.evaluation.arms import difference_of_arms, mean_of_seeds, sums_after, tokens_to_reach
 from nemo_upcycle.evaluation.compare import jackknife_stderr, left_out
 from nemo_upcycle.evaluation.heldout import METRIC, Sums, bits_per_byte
+from nemo_upcycle.planning.law import shape_name
 from nemo_upcycle.reporting.figures import legend_below, short_numbers, tidy
 from nemo_upcycle.reporting.grid import COSTS_APART, ArmRecord
 from nemo_upcycle.reporting.grid_figures import arm_style
@@ -26,8 +27,9 @@ COLUMNS = (
     *("training_flops", "seconds", "seed", "loss", "loss_stderr", "bits_per_byte", "start_loss", "steps", "arm"),
     "schedule",
 )
-#: What tells MoEs of a grid apart.
+#: What tells MoEs of a grid apart, and the name of its dense models.
 _MODEL = ("experts", "topk", "granularity")
+_DENSE = shape_name(1, 1, 1)
 
 
 def option_of(cell: Mapping[str, Any]) -> str:
@@ -169,12 +171,31 @@ def _overtaken(row: Mapping[str, Any]) -> str:
     return f"{short_numbers(row['overtaken'])} ({row['overtaken'] / row['tokens']:.1f} times)"
 
 
+def _shape(cell: Mapping[str, Any]) -> str:
+    return shape_name(*(cell[name] for name in _MODEL))
+
+
+def _series(rows: list[dict[str, Any]], shapes: Mapping[str, str]) -> dict[tuple[str, int, int], list[dict[str, Any]]]:
+    """Return the rows of each line of gains, one row a parent: by shape, number among MoEs of it, and new tokens.
+
+    Args:
+        rows: what `compare_parents` returned.
+        shapes: of the MoEs, by arm.
+    """
+    series: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["equal_tokens"]:
+            number, shape, tokens = 0, shapes[row["arm"]], row["tokens"]
+            while row["parent_tokens"] in (one["parent_tokens"] for one in series.get((shape, number, tokens), ())):
+                number += 1
+            series.setdefault((shape, number, tokens), []).append(row)
+    return {key: series[key] for key in sorted(series)}
+
+
 def parents_figure(
     rows: list[dict[str, Any]], arms: Mapping[str, ArmRecord], described: Mapping[str, Any]
 ) -> Figure | None:
     """Return two panels: curves over all tokens, from nothing and after each parent, and the gains by the parent.
-
-    Of several MoEs from one parent the first one's gains are drawn; the table has all.
 
     Args:
         rows: what `compare_parents` returned; no figure without any.
@@ -188,23 +209,27 @@ def parents_figure(
         return None
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     curves_axes, gains_axes = figure.subplots(1, 2)
-    parents = sorted({cell["parent_tokens"] for cell in _curves(described)})
+    curves = {cell["arm"]: cell for cell in _curves(described)}
+    parents = sorted({cell["parent_tokens"] for cell in curves.values()})
+    shapes = sorted({_shape(cell) for cell in curves.values()} - {_DENSE})
     names = {"dense": "trained on", "moe": "upcycled", "dense_from_nothing": "dense", "moe_from_nothing": "MoE"}
-    for cell in {cell["arm"]: cell for cell in _curves(described)}.values():
-        arm, before, option = arms[cell["arm"]], cell["parent_tokens"], option_of(cell)
-        style = arm_style(parents.index(before)) | {"linestyle": "-" if option.startswith("moe") else ":"}
-        style |= {"marker": "o" if option.startswith("moe") else "s"}
-        points = {before + tokens: scores for tokens, scores in arm.scores.items() if tokens or before}
-        label = f"{short_numbers(before)}, {names[option]}" if before else f"{names[option]} from nothing"
+    for name, cell in curves.items():
+        before, option, shape = cell["parent_tokens"], option_of(cell), _shape(cell)
+        style, what = arm_style(parents.index(before)) | {"linestyle": ":", "marker": "s"}, names[option]
+        if shape != _DENSE:
+            style |= {"linestyle": "-", "marker": arm_style(2 * shapes.index(shape))["marker"]}
+            what += f" {shape}" if len(shapes) > 1 else ""
+        points = {before + tokens: scores for tokens, scores in arms[name].scores.items() if tokens or before}
+        label = f"{short_numbers(before)}, {what}" if before else f"{what} from nothing"
         means = [mean_of_seeds(scores)["value"] for scores in points.values()]
         curves_axes.plot(list(points), means, label=label, **style)
-    for position, tokens in enumerate(sorted({row["tokens"] for row in rows})):
-        here = [row for row in rows if row["tokens"] == tokens and row["equal_tokens"]]
-        known = list({row["parent_tokens"]: row for row in reversed(here)}.values())[::-1]
+    series = _series(rows, {name: _shape(cell) for name, cell in curves.items()})
+    for position, ((shape, number, tokens), known) in enumerate(series.items()):
         gains = [-row["equal_tokens"]["difference"] for row in known]
         half = [(row["equal_tokens"]["high"] - row["equal_tokens"]["low"]) / 2 for row in known]
-        where = [row["parent_tokens"] * 1.03 ** (position - 1) for row in known]
-        label = f"{short_numbers(tokens)} new tokens"
+        where = [row["parent_tokens"] * 1.03 ** (position - (len(series) - 1) / 2) for row in known]
+        label = f"{short_numbers(tokens)} new tokens{f', {shape}' if len(shapes) > 1 else ''}"
+        label += f" ({number + 1})" if number else ""
         gains_axes.errorbar(where, gains, yerr=half, capsize=3, label=label, **arm_style(position))
     gains_axes.axhline(0, color="#999999", linewidth=1)
     curves_axes.set_ylabel("bits per byte of held-out text")

@@ -73,3 +73,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def short_count(number: float) -> str:
+    """Return a number with three digits and a unit.
+
+    Example:
+        >>> short_count(8_030_261_248), short_count(15e12), short_count(6144)
+        ('8.03B', '15T', '6,144')
+    """
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,.0f}"

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 from nemo_upcycle.errors import SpecError
+
+
+#: Larger numbers of tokens are mistakes.
+_MOST_TOKENS = 1e18
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def is_whole(value: object, low: int, high: float = math.inf) -> bool:
@@ -90,3 +96,27 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
     for holds, expected, fix in problems:
         if holds:
             raise SpecError(field="capacity_factor", got=got, expected=expected, fix=fix)
+
+
+def number_of_tokens(text: str, option: str = "--tokens") -> float:
+    """Return the number that a text such as `100B`, `1.5T`, `27e9` or `27,000,000,000` stands for.
+
+    Args:
+        text: the option's value.
+        option: its name.
+
+    Raises:
+        SpecError: it stands for none.
+    """
+    unit = _UNITS.get(text[-1:].upper())
+    number = text[:-1] if unit else text
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", number):
+        number = number.replace(",", "")
+    try:
+        value = float(number) * (unit or 1)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= _MOST_TOKENS:
+        expected = f"a number: 100B, 1.5T, 500M or 1e11, at most {_MOST_TOKENS:g}"
+        raise SpecError(option, got=repr(text), expected=expected, fix=f"set {option} 100B")
+    return value

@@ -46,6 +46,7 @@ MISTAKES = {
     "--factory smollm2_135m_e8t2 pretrain.train.train_itres=4": "train.train_itres=4: ",
     f"dense=asset://smollm2-135m recipe={SMALL.replace('e8t2', 'dense_ct')}": "expected an upcycled model's",
     f"{TINY} evaluation=dmo": "Did you mean 'demo'?",
+    f"{TINY} trained_on=lots": "trained_on: got 'lots', expected a number: 100B",
     f"{TINY} --from evaluate": "expected done, before 'evaluate'",
 }
 DRYRUN = f"{TINY} dense_ct={DENSE_CT} --dryrun"
@@ -89,5 +90,6 @@ def test_a_dry_run_forecasts_both_trainings_and_writes_nothing(answers: dict[str
     assert f"recipe tests.bridge.recipes:tiny {DENSE_CT}" in words
     assert "checkpoints of pretrain" in words
     assert "checkpoints of dense_ct" in words
+    assert "Does it pay not known: what the parent was trained on; add trained_on=15T (its tokens), or ask:" in words
     assert "pretrain.train.train_iters" not in words, "settings stand below the name of their stage"
     assert answer.written == []

@@ -39,6 +39,7 @@ def test_a_dry_run_says_what_has_to_be_known_and_writes_nothing(tmp_path: Path) 
         "619.22 GiB every 1,000 steps, 3 at once",
         "trainer.max_steps                                      5000                             command line",
         "Slurm: 64 nodes x 8 ranks",
+        "e8t2 after 15T + 21B tokens: no fitted law applies",
         f"--- {tmp_path}/run/jobs/pretrain/pretrain.sh\n#!/bin/bash\n",
         "Before it can be submitted: run.executor.partition: got nothing",
     ):

@@ -117,6 +117,7 @@ MISTAKES = {
     "--factory smollm2_135m_e8t2(processs=2)": "Did you mean 'processes'?",
     "--factory smollm2_135m_e8t2(processes=two)": "got 'two', expected Optional[int]",
     "dir=FILES/run": "no dense, no pretrain",
+    f"{DEMO} trained_on=lots --dryrun": "trained_on: got 'lots', expected a number: 100B",
     f"{DEMO} --dryrn": "Did you mean '--dryrun'?",
     # a part of the chain
     f"{DEMO} --until pretrian": "--until: stage 'pretrian' does not exist. Did you mean 'pretrain'?",

@@ -50,6 +50,7 @@ def forecast_text(recipe: str, cluster: str) -> str:
         mock.patch.dict("os.environ", {"NEMO_UPCYCLE_CACHE": "/nowhere", "HF_HOME": "/nowhere"}),
         mock.patch("torch.cuda.is_available", return_value=False),
         mock.patch.object(smollm2_135m_dense_ct, "cpu_has_fast_bf16", return_value=True),
+        mock.patch("nemo_upcycle.planning.run_advice.fitted_law", return_value=None),  # changes with its grid
     ):
         chain = getattr(recipes, recipe).pipeline_recipe(dir=f"/runs/{recipe}")
         found = forecast_of(chain, Path(chain.dir), ["--factory", recipe], CLUSTERS[cluster]())
@@ -110,6 +111,6 @@ def plan_of(chain: Any) -> Any:
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 
     dense_ct = dump_recipe(chain.dense_ct) if chain.dense_ct else None
-    return RunPlan(
-        chain.pretrain.log.name, chain.dense, chain.data, chain.evaluation, dump_recipe(chain.pretrain), dense_ct
-    )
+    recipes = dump_recipe(chain.pretrain), dense_ct
+    trained_on = chain.trained_on
+    return RunPlan(chain.pretrain.log.name, chain.dense, chain.data, chain.evaluation, *recipes, trained_on=trained_on)

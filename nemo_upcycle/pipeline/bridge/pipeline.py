@@ -48,6 +48,7 @@ def pipeline(
     evaluation: str = "demo",
     gpus: Optional[int] = None,
     gpus_per_node: Optional[int] = None,
+    trained_on: Optional[str] = None,
     from_stage: Optional[str] = None,
     until_stage: Optional[str] = None,
     only_stage: Optional[str] = None,
@@ -69,6 +70,7 @@ def pipeline(
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
         gpus: ranks of both trainings; None takes the recipe's, from its name.
         gpus_per_node: how many of them a node has; None: as many as one with the GPU in the recipe's name, else 8.
+        trained_on: tokens that the parent was trained on (15T), for the advice; None: those of a published parent.
         from_stage: `--from STAGE`: start with this one; those before it must be finished.
         until_stage: `--until STAGE`: end after this one.
         only_stage: `--only STAGE`: this one alone.
@@ -92,7 +94,8 @@ def pipeline(
             fix="give dense_ct=NAME, or omit the setting",
         )
     baseline = trainings["dense_ct"].to_text() if dense_ct else None
-    plan = RunPlan(recipe, dense, data, evaluation, trainings["pretrain"].to_text(), baseline, trainer="bridge")
+    texts = trainings["pretrain"].to_text(), baseline
+    plan = RunPlan(recipe, dense, data, evaluation, *texts, trainer="bridge", trained_on=trained_on)
     launch_chain(ctx, dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
 
 

@@ -15,6 +15,7 @@ from nemo_run.cli.cli_parser import parse_factory
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
+from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast, forecast_network
 from nemo_upcycle.pipeline.forecast.scores import ScoreForecast, forecast_scores
@@ -106,6 +107,7 @@ class Forecast:
         network: of the stages that need one.
         settings: those that matter, with their origins.
         performance: NVIDIA's settings of the trainings, by stage.
+        advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
     """
 
     run_dir: Path
@@ -117,6 +119,7 @@ class Forecast:
     network: NetworkForecast
     settings: tuple[Setting, ...]
     performance: Mapping[str, Sequence[PerformanceSetting]]
+    advice: str
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -171,8 +174,18 @@ def forecast(
     performance = {stage.name: performance_of(jobs[stage.name]) for stage in trained}
     running = [stage for stage, found in zip(stages, stage_forecasts, strict=True) if found.runs]
     network = forecast_network(running, plan, cluster, jobs, facts)
+    upcycles = any(stage.name == "pretrain" and stage.runs for stage in stage_forecasts)
     return Forecast(
-        run_dir, plan.recipe, stage_forecasts, trainings, scores, disk, network, tuple(settings), performance
+        run_dir=run_dir,
+        recipe=plan.recipe,
+        stages=stage_forecasts,
+        trainings=trainings,
+        scores=scores,
+        disk=disk,
+        network=network,
+        settings=tuple(settings),
+        performance=performance,
+        advice=advice_of(plan.dense, plan.trained_on, facts) if upcycles else "",
     )
 
 
@@ -184,9 +197,9 @@ def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -
         recipes: names of the recipes, by the stage of a training.
         origins: of the command.
     """
-    for name in ("dense", "data", "evaluation"):
-        value = getattr(plan, name)
-        yield Setting(name, value, origins.of(name, value, f"recipe {origins.recipe or plan.recipe}"))
+    for name in ("dense", "trained_on", "data", "evaluation"):
+        if value := getattr(plan, name):
+            yield Setting(name, value, origins.of(name, value, f"recipe {origins.recipe or plan.recipe}"))
     for stage, recipe in recipes.items():
         for path, value in required_training(plan, stage).shown_settings(plan.dense).items():
             name = f"{stage}.{path}"

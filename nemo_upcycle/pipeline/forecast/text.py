@@ -31,6 +31,7 @@ def render_forecast(forecast: Forecast) -> str:
         ("Trainings", _training_lines(trainings, _training_cells)),
         ("Performance settings in force", _training_lines(trainings, performance_settings)),
         ("Faster by one change, and what to type", _faster_lines(trainings)),
+        ("Does it pay", _wrapped(forecast.advice, _INDENT)),
         ("Scores", _score_lines(forecast)),
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk)),
         ("Network", _network_lines(forecast.network)),

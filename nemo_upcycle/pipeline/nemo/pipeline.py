@@ -2,14 +2,17 @@
 
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
+import sys
 from typing import Any, Optional
 
 import nemo_run as run
 
 from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, answered, factories
 from nemo_upcycle.pipeline.executors.base import is_local
+from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.planning.run_advice import known_parent_tokens
 from nemo_upcycle.trainers.nemo.checks import (
     check_calibration,
     check_data,
@@ -18,9 +21,14 @@ from nemo_upcycle.trainers.nemo.checks import (
     check_recipe,
 )
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
 from nemo_upcycle.trainers.values import setting
 from nemo_upcycle.utils.ranks import is_first_rank
+
+
+#: Where a recipe says what its parent was trained on.
+_TRAINED_ON = "resume.restore_config.trained_on"
 
 
 @run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=PipelineContext)
@@ -32,6 +40,7 @@ def pipeline(
     dense_ct: Optional[run.Partial] = None,
     data: str = "sotu",
     evaluation: str = "demo",
+    trained_on: Optional[str] = None,
     from_stage: Optional[str] = None,
     until_stage: Optional[str] = None,
     only_stage: Optional[str] = None,
@@ -50,6 +59,7 @@ def pipeline(
         dense_ct: recipe of the dense baseline; None omits it.
         data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`.
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
+        trained_on: tokens that the parent was trained on (15T), for the advice; None: those of a published parent.
         from_stage: `--from STAGE`: start with this one; those before it must be finished.
         until_stage: `--until STAGE`: end after this one.
         only_stage: `--only STAGE`: this one alone.
@@ -59,7 +69,8 @@ def pipeline(
         UpcycleError: an argument or a recipe is not valid, or a stage did not finish.
     """
     baseline = dump_recipe(dense_ct) if dense_ct else None
-    plan = RunPlan(pretrain.log.name, dense, data, evaluation, dump_recipe(pretrain), baseline)
+    trainings = dump_recipe(pretrain), baseline
+    plan = RunPlan(pretrain.log.name, dense, data, evaluation, *trainings, trained_on=trained_on)
     launch_chain(ctx, dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
 
 
@@ -92,12 +103,17 @@ class _OthersContext(run.cli.RunContext):
 
 
 def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
-    """Check a training that `nemo llm pretrain` or `finetune` was told to start, and return it."""
+    """Check a training that `nemo llm pretrain` or `finetune` was told to start; with `--dryrun` of one, advise."""
     check_recipe(task)
     check_calibration(task, here=is_local(ctx.executor) and not ctx.dryrun)
+    known_parent_tokens("", setting(task, _TRAINED_ON), _TRAINED_ON)
     if is_local(ctx.executor):
         if not ctx.dryrun:
             check_kernels(task)
         check_data(task)
         check_parents(task, remote=not ctx.dryrun and is_first_rank())
+    if ctx.dryrun and task.resume.restore_config.spec and is_first_rank():
+        dense = task.resume.restore_config.path
+        facts = {"pretrain": NeMoTraining(dump_recipe(task)).facts(dense)}
+        sys.stdout.write(f"Does it pay: {advice_of(dense, setting(task, _TRAINED_ON), facts, name=_TRAINED_ON)}\n")
     return task

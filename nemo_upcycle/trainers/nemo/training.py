@@ -81,7 +81,14 @@ class NeMoTraining(Training):
     """
 
     steps_setting = "trainer.max_steps"
-    free_settings = ("log.", "trainer.log_every_n_steps", "trainer.num_nodes", "trainer.devices", "data.num_workers")
+    free_settings = (
+        "log.",
+        "trainer.log_every_n_steps",
+        "trainer.num_nodes",
+        "trainer.devices",
+        "data.num_workers",
+        "resume.restore_config.trained_on",
+    )
     step0_settings = ("model.", "resume.restore_config.spec.")
 
     text: str

@@ -224,6 +224,17 @@ def test_more_epochs_than_the_blend_allows_are_warned_of(
     assert "source books" not in said
 
 
+@pytest.mark.parametrize(("read_before", "warned"), [(600, False), (700, True)])
+def test_epochs_that_the_parent_has_read_count_as_well(
+    folder: Path, tiny_dense: Path, read_before: int, *, warned: bool
+) -> None:
+    """Of 1,296 sequences the talks are read 4 times: 350 steps of two are half of them."""
+    (said,) = run_ranks(_said, 1, folder, tiny_dense, 320, {"skip_samples": read_before})
+    assert f"its parent read {16 * read_before:,} tokens of it before" in said
+    assert "320 steps read 10,240 tokens" in said, "what it reads itself stays what it is"
+    assert ("source talks is read 4.1 times with its parent's reading, more often than" in said) is warned
+
+
 def _said(folder: Path, dense: Path, steps: int, options: dict[str, Any]) -> str:
     """Return this rank's messages."""
     text = io.StringIO()

@@ -40,6 +40,24 @@ def test_resumable_work_refuses_other_inputs_and_names_the_setting_that_changed(
         _start(stage, {"pretrain": {"optim.lr": 3e-5}})
 
 
+def test_another_stage_before_it_is_refused_at_the_start_of_a_run(tmp_path: Path) -> None:
+    """Before the stages that it reads are done; that one of them ran again is seen when it starts."""
+    for name in ("dense_a-hf", "data"):
+        before = StageFolder(tmp_path, name)
+        before.start({}, resumable=False)
+        before.finish({}, 1.0, {})
+    stage = StageFolder(tmp_path, "moe", ("dense_a-hf", "data"))
+    _start(stage, {"seed": 1})
+    stage.require_same(setting_texts({"seed": 1}))
+    other = StageFolder(tmp_path, "moe", ("dense_b-hf", "data"))
+    with pytest.raises(StageError, match=r"\(it read stage dense_a-hf; it reads stage dense_b-hf now\)"):
+        other.require_same(setting_texts({"seed": 1}))
+    StageFolder(tmp_path, "data").finish({}, 2.0, {})
+    stage.require_same(setting_texts({"seed": 1}))
+    with pytest.raises(StageError, match=r"\(stage data ran again\)"):
+        _start(stage, {"seed": 1})
+
+
 def _start(stage: StageFolder, settings: dict[str, object], free: dict[str, object] | None = None) -> list[str]:
     return stage.start(stage.inputs(settings), setting_texts({"pretrain": free or {}}), resumable=True)
 

@@ -53,14 +53,14 @@ def options() -> list[Option]:
 def test_it_decides_where_bands_are_apart(
     options: list[Option], upcycled: float, error: float, best: str | None, leans_to: str, why: str
 ) -> None:
-    verdict = _question().decide(_law(upcycled, error), options)
+    verdict = _question().parent.decide(_law(upcycled, error), options)
     assert (verdict.best, verdict.leans_to, verdict.why) == (best, leans_to, why)
 
 
 @pytest.mark.parametrize(("ratio", "decides"), [(1.0, True), (MOST_BEYOND, True), (MOST_BEYOND + 0.1, False)])
 def test_it_decides_up_to_a_distance_from_the_points(options: list[Option], ratio: float, decides: bool) -> None:
     question = _question(parent_tokens=2e10 * ratio)
-    verdict = question.decide(_law(2.9), options)
+    verdict = question.parent.decide(_law(2.9), options)
     assert verdict.leans_to == "upcycle e8t2"
     assert (verdict.best is not None) is decides
     if not decides:
@@ -71,25 +71,25 @@ def test_an_option_from_nothing_that_lies_too_far_out_does_not_keep_it_from_deci
     law = _law(2.9)
     draws = [[0.0, 0.1, 2.0]] * 2
     far = OptionLaw("power", {"A": 0.0, "a": 0.1, "E": 2.0}, (0, 0), (1e12, 2e12), (PARAMETERS, PARAMETERS), draws)
-    verdict = _question().decide(Law("", "", {**law.options, "moe_from_nothing_e8t2": far}), options)
+    verdict = _question().parent.decide(Law("", "", {**law.options, "moe_from_nothing_e8t2": far}), options)
     assert verdict.best == "upcycle e8t2"
     assert verdict.why.endswith("; 'new e8t2' lies too far out to count")
 
 
 def test_a_law_of_another_size_says_nothing_of_this_one(options: list[Option]) -> None:
     law = _law(2.9, parameters=PARAMETERS / 10)
-    found = _question().expect(law, options[1], options[0])
+    found = _question().parent.expect(law, options[1], options[0])
     assert found is not None
     assert found.difference is None
-    verdict = _question().decide(law, options)
+    verdict = _question().parent.decide(law, options)
     assert (verdict.best, verdict.leans_to) == (None, None)
     assert verdict.why.startswith("the parameters are 10.0 times beyond its range")
 
 
 def test_the_published_law_leans_and_never_decides(options: list[Option]) -> None:
-    verdict = _question().decide(published_law(), options)
+    verdict = _question().parent.decide(published_law(), options)
     assert (verdict.best, verdict.leans_to, verdict.why) == (None, "upcycle e8t2", "it has no intervals")
-    far = _question(parent_tokens=1e14).decide(published_law(), options)
+    far = _question(parent_tokens=1e14).parent.decide(published_law(), options)
     assert (far.best, far.leans_to) == (None, None)
     assert far.why.startswith("it has 'upcycle e8t2' above the parent that its training begins from")
 
@@ -98,7 +98,7 @@ def test_a_law_without_the_shape_says_so() -> None:
     granular = UpcycleSpec(num_experts=16, top_k=4, granularity=2)
     options = _question().options([granular])
     assert [option.name for option in options] == ["dense", "upcycle e16t4g2", "new e16t4g2"]
-    verdict = _question().decide(_law(2.9), options)
+    verdict = _question().parent.decide(_law(2.9), options)
     assert (verdict.best, verdict.why) == (None, "it has no upcycled model of these shapes that fits")
 
 

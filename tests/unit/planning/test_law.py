@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,15 @@ import yaml
 
 from benchmarks.upcycling_law import law_yaml
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.planning.law import Law, law_of, published_checks, published_law, published_outcomes
-from nemo_upcycle.planning.law_fit import fit_law, held_out_differences
+from nemo_upcycle.planning.law import (
+    Law,
+    OptionLaw,
+    law_of,
+    published_checks,
+    published_law,
+    published_outcomes,
+)
+from nemo_upcycle.planning.law_fit import ALIKE, fit_law, held_out_differences
 from nemo_upcycle.planning.upcycling_points import Point, read_points
 
 
@@ -86,6 +94,49 @@ def test_bands_hold_the_true_differences_and_widen_beyond_the_points(law: Law) -
         assert band.low < _interaction(parent, tokens) - _dense(parent, tokens) < band.high
         widths.append(band.high - band.low)
     assert widths[1] > 1.5 * widths[0]
+
+
+def test_a_band_reaches_around_the_forms_that_are_as_good() -> None:
+    chosen = {"A": 2.0, "a": 0.0, "b": 0.05, "E": 2.0}
+    other = {"A": 0.0, "B": 2.0 * 2e6**0.03, "a": 0.0, "b": 0.08, "E": 2.0}  # the same after 2M tokens
+    sizes = ((5e6, 2e7), (1e6, 4e6), (1.0, 1.0))
+    dense = OptionLaw("product", chosen | {"A": 0.0}, *sizes, draws=[[0.0, 0.0, 0.05, 2.0]] * 2)
+    alone = OptionLaw("product", chosen, *sizes, draws=[list(chosen.values())] * 2, error=0.001)
+    both = replace(alone, others={"additive": other})
+
+    def widths(tokens: float) -> tuple[float, float]:
+        found = []
+        for option in (alone, both):
+            law = Law("", "", {"dense": dense, "upcycled_e8t2": option})
+            band = law.difference("upcycled_e8t2", tokens, "dense", tokens, 1e7, 1)
+            assert band.value == pytest.approx(2.0 * tokens**-0.05)
+            assert band.low is not None
+            assert band.high is not None
+            found.append(band.high - band.low)
+        return found[0], found[1]
+
+    assert widths(2e6) == pytest.approx((0.002, 0.002))
+    assert widths(2e7) == pytest.approx((0.002, 0.002 + 2.0 * 2e7**-0.05 - other["B"] * 2e7**-0.08))
+
+
+def test_forms_that_predict_as_well_are_kept_and_others_are_not(law: Law) -> None:
+    for option in law.options.values():
+        assert option.held_out is not None
+        least = min(option.held_out.values())
+        assert option.held_out[option.form] == least
+        alike = {form for form, error in option.held_out.items() if error <= ALIKE * least}
+        assert set(option.others) == alike - {option.form}
+
+
+def test_an_option_from_nothing_with_too_few_lengths_is_left_out_and_said(law: Law) -> None:
+    for counts in (1, 2):
+        new = [
+            Point("moe_from_nothing_e8t2", 0, tokens, 4e6, 1, 4 - 0.1 * math.log(tokens)) for tokens in TOKENS[:counts]
+        ]
+        found = fit_law([*_points(_interaction), *new], "synthetic", "here", draws=2)
+        assert set(found.options) == set(law.options)
+        assert found.left_out == {"moe_from_nothing_e8t2": f"{counts} of at least 3 numbers of tokens were trained"}
+    assert law.left_out == {}
 
 
 @pytest.mark.slow

@@ -307,6 +307,7 @@ def test_nemo_shows_the_recipe_without_running_it(tmp_path: Path) -> None:
     assert "UpcycleStrategy" in shown.stdout
     assert "folder='blend'" in shown.stdout
     assert "blend_data" in shown.stdout
+    assert "Does it pay: e8t2 after 15T + 16,384 tokens: " in shown.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"blend", "parent"}
 
 

@@ -14,6 +14,7 @@ from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, write_evidence
 from nemo_upcycle.reporting.grid_parents import compare_parents, parents_figure, points_csv
 from nemo_upcycle.reporting.grid_table import write_grid
+from tests.unit.reporting.drawn import faults_of
 from tests.unit.reporting.grids import AFTER, PARENTS, STEP_TOKENS, laptop_evidence, parents_evidence
 
 
@@ -48,7 +49,30 @@ def test_two_moes_of_one_parent_have_rows_each_and_the_one_from_nothing_of_their
     first = [row for row in rows if row["arm"] == "moe_610"]
     assert [row["equal_tokens"] for row in second] == [row["equal_tokens"] for row in first]
     assert [row["from_nothing"] for row in second] == [None] * 3
-    assert parents_figure(found, arms_of(both), both["described"]) is not None
+    figure = parents_figure(found, arms_of(both), both["described"])
+    curves, gains = figure.axes
+    labels = gains.get_legend_handles_labels()[1]
+    assert [label.partition(", ")[2] for label in labels] == ["e4t2"] * 3 + ["e8t2"] * 3
+    points = [container.lines[0].get_xydata() for container in gains.containers]
+    assert [len(line) for line in points] == [1] * 3 + [len(PARENTS)] * 3
+    for small, large in zip(points[:3], points[3:], strict=True):
+        assert small[0, 1] == pytest.approx(large[1, 1]), "of the second parent, by as much"
+    assert {line.get_label() for line in curves.lines} >= {"5M, upcycled e4t2", "5M, upcycled e8t2", "5M, trained on"}
+    assert faults_of(figure) == []
+
+
+def test_moes_of_one_shape_and_parent_have_a_line_of_gains_each(
+    evidence: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    """Such as two init methods."""
+    described = dict(evidence["described"]["cells"])
+    described |= {f"{name}-b": cell | {"arm": "moe_610b"} for name, cell in described.items() if "moe_610-" in name}
+    cells = {name: evidence["cells"][name.removesuffix("-b")] for name in described}
+    both = evidence | {"cells": cells, "described": evidence["described"] | {"cells": described}}
+    figure = parents_figure(compare_parents(arms_of(both), both["described"]), arms_of(both), both["described"])
+    labels = figure.axes[1].get_legend_handles_labels()[1]
+    assert [label for label in labels if label.endswith("(2)")] == [f"{label} (2)" for label in labels[:3]]
+    assert not any("e8t2" in label for label in labels)
 
 
 def test_gains_are_those_of_the_ends_of_whole_trainings(rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,40 @@
+"""Whether upcycling is expected to pay with the numbers of a run: one line of its forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nemo_upcycle.planning.run_advice import advice_line
+from nemo_upcycle.trainers.base import TrainingFacts
+
+
+def advice_of(
+    dense: str, trained_on: str | None, facts: Mapping[str, TrainingFacts | None], *, name: str = "trained_on"
+) -> str:
+    """Return the advice for a run, in a line.
+
+    Args:
+        dense: the address of the dense parent.
+        trained_on: tokens that it was trained on, as the user says; None: those of a published parent.
+        facts: of the trainings `pretrain`, which upcycles, and `dense_ct`, as far as there are any; None of one whose
+            facts are not known before the parent is fetched.
+        name: the setting that says what the parent was trained on.
+
+    Raises:
+        SpecError: `trained_on` is no number of tokens.
+    """
+    pretrain, dense_ct = facts.get("pretrain"), facts.get("dense_ct")
+    return advice_line(
+        dense,
+        trained_on,
+        pretrain.arch if pretrain and pretrain.knows_vocabulary else None,
+        _tokens(pretrain),
+        _tokens(dense_ct),
+        pretrain.layout.gpus if pretrain else None,
+        name,
+    )
+
+
+def _tokens(facts: TrainingFacts | None) -> float:
+    """Return the tokens of a training; 0 where they are not known."""
+    return float(max(0, facts.steps) * facts.step_tokens) if facts else 0.0
