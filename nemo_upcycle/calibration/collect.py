@@ -145,11 +145,20 @@ def calibrate(
     return _report(Calibration(output), sample, start_s, made=True)
 
 
-def _check(dense: DenseSource, spec: UpcycleSpec, sample: Sample) -> Architecture:
-    """Check that there is something to do, and all that is needed for it; return the MoE model's architecture."""
+def require_use(spec: UpcycleSpec) -> None:
+    """Check that a spec reads something from a calibration file.
+
+    Raises:
+        SpecError: it does not.
+    """
     if not spec.needs_calibration:
         expected = "<router_init>=kmeans, ridge or prompts, or <expert_split>=coactivation: all else needs no data"
         raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="set one of them")
+
+
+def _check(dense: DenseSource, spec: UpcycleSpec, sample: Sample) -> Architecture:
+    """Check that there is something to do, and all that is needed for it; return the MoE model's architecture."""
+    require_use(spec)
     arch, path = dense.architecture, dense.branches()[0].path
     moe_arch = arch.upcycled(spec)
     if arch.mamba or not (path / "config.json").is_file():

@@ -45,11 +45,12 @@ def run(args: argparse.Namespace) -> int:
     """
     spec = UpcycleSpec(**given_spec(args))
     check_whole("tokens", args.tokens, 1)
-    from nemo_upcycle.calibration.collect import calibrate
+    from nemo_upcycle.calibration.collect import calibrate, require_use
     from nemo_upcycle.data.calibration_sample import calibration_sample
     from nemo_upcycle.data.dense import local_model
     from nemo_upcycle.sources import open_dense
 
+    require_use(spec)
     source = local_model(args.source)
     with open_dense(source) as dense:
         sample = calibration_sample(spec, Path(dense.path), args.data, args.tokens)
