@@ -39,6 +39,7 @@ _PROBE: dict[str, Any] = {
     "moe_expert_capacity_factor": None,
     "perform_initialization": False,
     "grad_scale_func": None,
+    "moe_grad_scale_func": None,
     "mtp_num_layers": None,
     "timers": None,
 }
