@@ -112,7 +112,7 @@ def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
             check_kernels(task)
         check_data(task)
         check_parents(task, remote=not ctx.dryrun and is_first_rank())
-    if ctx.dryrun and task.resume.restore_config.spec and is_first_rank():
+    if ctx.dryrun and setting(task, "resume.restore_config.spec") and is_first_rank():
         dense = task.resume.restore_config.path
         facts = {"pretrain": NeMoTraining(dump_recipe(task)).facts(dense)}
         sys.stdout.write(f"Does it pay: {advice_of(dense, setting(task, _TRAINED_ON), facts, name=_TRAINED_ON)}\n")

@@ -26,7 +26,7 @@ def test_a_forecast_advises_with_the_runs_own_numbers(llama: Any, tmp_path: Path
 
 def test_tokens_of_the_parent_that_a_user_gives_are_shown_and_count(llama: Any, tmp_path: Path) -> None:
     chain = copy.deepcopy(llama)
-    chain.dense = "/models/mine"
+    chain.dense = "hf://mine/dense"
     assert "add trained_on=15T" in forecast_of(chain, tmp_path).advice
     chain.trained_on = "300B"
     found = forecast_of(chain, tmp_path, ["trained_on=300B"])
