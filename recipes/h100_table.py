@@ -73,15 +73,15 @@ def _cut(tensor: int, **others: int) -> tuple[tuple[str, int], ...]:
 
 ROWS = {
     "llama32_1b": Row("Llama 3.2 1B", "hf://meta-llama/Llama-3.2-1B", llama32_1b.model, num_nodes=8),
-    "llama32_3b": Row("Llama 3.2 3B", "hf://meta-llama/Llama-3.2-3B", llama32_3b.model, num_nodes=8),
+    "llama32_3b": Row("Llama 3.2 3B", "hf://meta-llama/Llama-3.2-3B", llama32_3b.model, (1, 1, None, 2), num_nodes=8),
     "qwen3_1p7b": Row("Qwen3 1.7B", "hf://Qwen/Qwen3-1.7B-Base", _qwen3(qwen3_1p7b), num_nodes=8),
-    "qwen3_4b": Row("Qwen3 4B", "hf://Qwen/Qwen3-4B-Base", _qwen3(qwen3_4b), num_nodes=8),
-    "qwen3_14b": Row("Qwen3 14B", "hf://Qwen/Qwen3-14B-Base", _qwen3(qwen3_14b), (1, 4, 10, 2), _cut(2)),
+    "qwen3_4b": Row("Qwen3 4B", "hf://Qwen/Qwen3-4B-Base", _qwen3(qwen3_4b), (2, 1, None, 1), num_nodes=8),
+    "qwen3_14b": Row("Qwen3 14B", "hf://Qwen/Qwen3-14B-Base", _qwen3(qwen3_14b), (2, 4, 10, 2), _cut(2)),
     "qwen3_32b": Row(
         "Qwen3 32B",
         "hf://Qwen/Qwen3-32B",  # there is no base model of this size
         _qwen3(qwen3_32b),
-        (2, 8, 8, 1),
+        (4, 8, 8, 2),
         _cut(
             4,
             context_parallel_size=1,

@@ -34,11 +34,16 @@ def test_a_setting_that_changes_the_function_is_refused(changes: dict, words: st
         upcycle_into(chunks, MemorySource(small_architecture()), SPEC)
 
 
+def test_heads_that_are_turned_in_part_are_refused_for_a_parent_that_turns_them_whole() -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, model={"rotary_percent": 0.5})
+    with pytest.raises(UpcycleError, match="rotary_base and RoPE scaling: got"):
+        upcycle_into(chunks, MemorySource(small_architecture()), SPEC)
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "words"),
     [
         ({"seq_len_interpolation_factor": 4.0}, {}, "seq_len_interpolation_factor: got 4.0, expected None"),
-        ({"rotary_percent": 0.5}, {}, "rotary_base and RoPE scaling: got"),
         ({"position_embedding_type": "none"}, {}, "position_embedding_type: got none, expected rope"),
         (
             {"position_embedding_type": "learned_absolute"},

@@ -73,8 +73,8 @@ def llama32_1b_dense_ct_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
 
 
 def llama32_3b_e8t2_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
-    """Return the training of Llama 3.2 3B: EP8."""
-    return upcycled_run(LLAMA32_3B)
+    """Return the training of Llama 3.2 3B: CP2 EP8."""
+    return upcycled_run(LLAMA32_3B, cp=2)
 
 
 def llama32_3b_dense_ct_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:

@@ -62,8 +62,8 @@ def qwen3_1p7b_dense_ct_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
 
 
 def qwen3_4b_e8t2_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
-    """Return the training of Qwen3 4B: EP8."""
-    return upcycled_run(QWEN3_4B)
+    """Return the training of Qwen3 4B: TP2 EP8."""
+    return upcycled_run(QWEN3_4B, tp=2)
 
 
 def qwen3_4b_dense_ct_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
@@ -72,8 +72,8 @@ def qwen3_4b_dense_ct_pretrain_64gpu_h100_bf16_config() -> UpcyclingConfig:
 
 
 def qwen3_14b_e8t2_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
-    """Return the training of Qwen3 14B: PP4 VPP10 CP2 EP8."""
-    return upcycled_run(QWEN3_14B, pp=4, vp=10, cp=2)
+    """Return the training of Qwen3 14B: TP2 CP2 PP4 VPP10 EP8."""
+    return upcycled_run(QWEN3_14B, tp=2, pp=4, vp=10, cp=2)
 
 
 def qwen3_14b_dense_ct_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
@@ -82,8 +82,8 @@ def qwen3_14b_dense_ct_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
 
 
 def qwen3_32b_e8t2_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
-    """Return the training of Qwen3 32B: TP2 PP8 VPP8 EP8."""
-    return upcycled_run(QWEN3_32B, tp=2, pp=8, vp=8)
+    """Return the training of Qwen3 32B: TP4 CP2 PP8 VPP8 EP8."""
+    return upcycled_run(QWEN3_32B, tp=4, pp=8, vp=8, cp=2)
 
 
 def qwen3_32b_dense_ct_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
