@@ -18,7 +18,7 @@ How they differ from `performance_mode` of NeMo's own recipes, and why:
 import inspect
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Optional
+from typing import Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
@@ -53,22 +53,8 @@ RECOMPUTE_MOE_STEPS = 500
 #: save, and a file that storage lost must not cost the run. More are a matter of room: one of an upcycled 8B model
 #: takes 619 GiB, and while one is written there is one more. `log.ckpt.keep_every=5000` keeps some for good.
 KEEP_LAST = 2
-#: Of a tuning: MoEsturizer (OpenReview HDZ2GBwrWo) tunes on 150,000 conversations; here a step has 128 packs of 4,096
-#: tokens on eight nodes. The learning rate is below the peak of the paper's pretraining, 3e-5.
-TUNING = {"num_nodes": 8, "seq_length": 4096, "global_batch_size": 128, "max_steps": 1000, "lr": 1e-5}
-TUNING |= {"warmup_steps": 50}
 #: Steps between two checkpoints: about half an hour of Llama 3 8B E8T2 on 512 H100 (derived).
 CHECKPOINT_STEPS = 1000
-
-
-def moe_kernels(capacity_factor: Optional[float]) -> dict[str, Any]:
-    """Return the fields of a model config for experts on GPUs: grouped GEMM, fused permutation, the capacity."""
-    return {
-        "moe_grouped_gemm": True,
-        "moe_permute_fusion": True,
-        "moe_expert_capacity_factor": capacity_factor,
-        "moe_pad_expert_input_to_capacity": False,
-    }
 
 
 def moe_trainer(

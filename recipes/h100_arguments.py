@@ -30,6 +30,16 @@ FP8_RECIPES = {
 }
 
 
+def moe_kernels(capacity_factor: Optional[float]) -> dict[str, Any]:
+    """Return the fields of a model config for experts on GPUs: grouped GEMM, fused permutation, the capacity."""
+    return {
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": True,
+        "moe_expert_capacity_factor": capacity_factor,
+        "moe_pad_expert_input_to_capacity": False,
+    }
+
+
 def adjust(
     recipe: run.Partial,
     *,

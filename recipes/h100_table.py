@@ -26,10 +26,10 @@ from nemo_upcycle.recipes.h100 import (
     chain,
     dense_baseline,
     fast_run,
-    moe_kernels,
     moe_trainer,
     upcycled_recipe,
 )
+from nemo_upcycle.recipes.h100_arguments import moe_kernels
 from nemo_upcycle.recipes.qwen3_8b_dense_ct import FUSIONS
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config7B, Olmo2Model

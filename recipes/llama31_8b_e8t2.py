@@ -10,7 +10,8 @@ from nemo.collections.llm.recipes import llama31_8b
 
 from nemo_upcycle.recipes import llama31_8b_dense_ct
 from nemo_upcycle.recipes.common import moe_settings
-from nemo_upcycle.recipes.h100 import chain, moe_kernels, upcycled_recipe
+from nemo_upcycle.recipes.h100 import chain, upcycled_recipe
+from nemo_upcycle.recipes.h100_arguments import moe_kernels
 from nemo_upcycle.recipes.llama3_8b_e8t2 import SPEC, pretrain_performance_optimizations, trainer
 
 

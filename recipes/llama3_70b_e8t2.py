@@ -15,7 +15,8 @@ from nemo.collections.llm.recipes import llama3_70b
 
 from nemo_upcycle.recipes import llama3_70b_dense_ct
 from nemo_upcycle.recipes.common import moe_settings
-from nemo_upcycle.recipes.h100 import chain, fast_run, moe_kernels, moe_trainer, upcycled_recipe
+from nemo_upcycle.recipes.h100 import chain, fast_run, moe_trainer, upcycled_recipe
+from nemo_upcycle.recipes.h100_arguments import moe_kernels
 from nemo_upcycle.recipes.llama3_8b_e8t2 import SPEC
 
 

@@ -1,8 +1,7 @@
 """Llama 3 8B upcycled to 8 experts, top-2, and tuned on conversations: 64 H100, layout of `llama3_8b_e8t2`."""
 
 from nemo_upcycle.recipes import llama3_8b_dense_sft, llama3_8b_e8t2
-from nemo_upcycle.recipes.h100 import TUNING
-from nemo_upcycle.recipes.tuning import tuning_chain, tuning_recipe
+from nemo_upcycle.recipes.tuning import TUNING, tuning_chain, tuning_recipe
 
 
 NAME = "llama3_8b_e8t2_sft"

@@ -1,8 +1,7 @@
 """Qwen3 8B, tuned on conversations as a dense model: what `qwen3_8b_e8t2_sft` is compared with."""
 
 from nemo_upcycle.recipes import qwen3_8b_dense_ct
-from nemo_upcycle.recipes.h100 import TUNING
-from nemo_upcycle.recipes.tuning import tuning_recipe
+from nemo_upcycle.recipes.tuning import TUNING, tuning_recipe
 
 
 NAME = "qwen3_8b_dense_sft"

@@ -11,7 +11,8 @@ from nemo.collections.llm.recipes import llama3_8b
 
 from nemo_upcycle.recipes import qwen3_8b_dense_ct as dense_ct
 from nemo_upcycle.recipes.common import change_model, moe_settings
-from nemo_upcycle.recipes.h100 import chain, fast_run, moe_kernels, moe_trainer, upcycled_recipe
+from nemo_upcycle.recipes.h100 import chain, fast_run, moe_trainer, upcycled_recipe
+from nemo_upcycle.recipes.h100_arguments import moe_kernels
 from nemo_upcycle.spec import UpcycleSpec
 
 

@@ -3,8 +3,7 @@
 import inspect
 
 from nemo_upcycle.recipes import qwen3_8b_dense_sft, qwen3_8b_e8t2
-from nemo_upcycle.recipes.h100 import TUNING
-from nemo_upcycle.recipes.tuning import tuning_chain, tuning_recipe
+from nemo_upcycle.recipes.tuning import TUNING, tuning_chain, tuning_recipe
 
 
 NAME = "qwen3_8b_e8t2_sft"

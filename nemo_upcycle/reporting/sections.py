@@ -357,8 +357,7 @@ def _layout(layout: dict[str, int]) -> str:
 
 
 def _measured_with(settings: dict[str, Any]) -> str:
-    batch = settings["batch_size"]
-    amount = "as many sequences as fit" if batch == "auto" else f"{batch} sequences"
+    amount = f"{batch} sequences" if (batch := settings["batch_size"]) != "auto" else "as many sequences as fit"
     by = " by vLLM" if settings.get("backend") == "vllm" else ""
     return f"{settings['dtype']} on {settings['device']}{by}, {amount} at a time"
 
