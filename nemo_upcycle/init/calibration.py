@@ -214,4 +214,5 @@ def scaled_rows(rows_CD: torch.Tensor, sample: LayerSample) -> torch.Tensor:
             expected="rows that tell them apart",
             fix="give texts, or prompts, that differ",
         )
-    return rows_CD / spread
+    scaled_CD: torch.Tensor = rows_CD / spread
+    return scaled_CD

@@ -6,6 +6,7 @@ float64: they have the same bits in any order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,7 +67,7 @@ def split_by_coactivation(marks: Sequence[torch.Tensor], parts: int, run: Run) -
 
     count = marks[0].shape[1]
     consecutive_F = torch.arange(count) // (count // parts)
-    size_F = sum(run(lambda batch_NF: batch_NF.sum(0).double(), marks))
+    size_F = _sum(run(lambda batch_NF: batch_NF.sum(0).double(), marks))
     chosen_F = _first_parts(marks, parts, size_F, run)
     for _ in range(ROUNDS):
         shared_FG = _shared(marks, chosen_F, parts, run)
@@ -89,12 +90,20 @@ def _first_parts(marks: Sequence[torch.Tensor], parts: int, size_F: torch.Tensor
     seeds, alike_FG = [int(size_F.argmax())], torch.zeros(len(size_F), parts, dtype=torch.float64)
     is_busy_F = size_F >= size_F.median()
     for part in range(parts):
-        seed = seeds[-1]
-        shared_F = sum(run(lambda batch_NF, seed=seed: batch_NF[batch_NF[:, seed]].sum(0).double(), marks))
-        alike_FG[:, part] = shared_F / (size_F * size_F[seed]).sqrt().clamp_(min=1.0)
+        shared_F = _sum(run(functools.partial(_active_with, seeds[-1]), marks))
+        alike_FG[:, part] = shared_F / (size_F * size_F[seeds[-1]]).sqrt().clamp_(min=1.0)
         most_F = alike_FG[:, : part + 1].max(1).values.masked_fill(~is_busy_F, torch.inf)
         seeds.append(int(most_F.argmin()))
     return _assign(alike_FG)
+
+
+def _active_with(neuron: int, batch_NF: torch.Tensor) -> torch.Tensor:
+    """Return how often each neuron is active together with one of them."""
+    return batch_NF[batch_NF[:, neuron]].sum(0).double()
+
+
+def _sum(counts: Iterator[torch.Tensor]) -> torch.Tensor:
+    return functools.reduce(lambda total, count: total + count, counts)
 
 
 def _shared(marks: Sequence[torch.Tensor], chosen_F: torch.Tensor, parts: int, run: Run) -> torch.Tensor:
@@ -107,8 +116,7 @@ def _shared(marks: Sequence[torch.Tensor], chosen_F: torch.Tensor, parts: int, r
         active_NF = batch_NF.double()
         return active_NF.T @ (active_NF @ one_hot_FG)
 
-    total_FG: torch.Tensor = sum(run(shared_FG, marks))
-    return total_FG
+    return _sum(run(shared_FG, marks))
 
 
 def _assign(alike_FG: torch.Tensor) -> torch.Tensor:

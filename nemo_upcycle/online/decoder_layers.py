@@ -89,7 +89,7 @@ def layers_of(arch: Architecture) -> functools.partial[Any]:
     return functools.partial(decoder_layers, use_transformer_engine=True, **norms)
 
 
-class PostNormLayer(TransformerLayer):
+class PostNormLayer(TransformerLayer):  # type: ignore[misc]
     """A layer that normalises what attention and network return, before it adds it to their input.
 
     Args:
@@ -102,8 +102,8 @@ class PostNormLayer(TransformerLayer):
         size = self.config.hidden_size
         make = functools.partial(norm, config=self.config, hidden_size=size, eps=self.config.layernorm_epsilon)
         self.post_self_attn_layernorm, self.post_mlp_layernorm = make(), make()
-        self.self_attn_bda = _norm_first(self.self_attn_bda, self.post_self_attn_layernorm)
-        self.mlp_bda = _norm_first(self.mlp_bda, self.post_mlp_layernorm)
+        self.self_attn_bda: Callable[..., Any] = _norm_first(self.self_attn_bda, self.post_self_attn_layernorm)
+        self.mlp_bda: Callable[..., Any] = _norm_first(self.mlp_bda, self.post_mlp_layernorm)
 
 
 def _norm_first(bias_dropout_add: Callable[..., Any], norm: torch.nn.Module) -> Callable[..., Any]:

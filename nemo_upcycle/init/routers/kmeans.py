@@ -68,7 +68,7 @@ def _first_centres(unit: list[torch.Tensor], sample: LayerSample) -> torch.Tenso
         places = torch.searchsorted(edges_T, draws * edges_T[-1], right=True).clamp_(max=len(edges_T) - 1)
         drawn = [_token(unit, int(place)) for place in places]
         turned_Dt = torch.stack(drawn, 1).float()
-        cosines_Tt = torch.cat(list(sample.run(lambda batch_ND, turned_Dt=turned_Dt: batch_ND @ turned_Dt, unit)))
+        cosines_Tt = torch.cat([*sample.run(turned_Dt.__rmatmul__, unit)])
         distances_Tt = torch.minimum(distance_T[:, None], (1.0 - cosines_Tt.double()).clamp_(min=0.0))
         best = int(distances_Tt.sum(0).argmin())
         centres.append(drawn[best])
