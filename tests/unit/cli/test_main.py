@@ -50,7 +50,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
             main([word])
         assert done.value.code == 0
         texts.append(capsys.readouterr().out)
-    assert all(f"  {name} " in texts[0] for name in COMMANDS)
+    assert all(f"\n    {name}" in texts[0] for name in COMMANDS)
     assert len(set(texts)) == 1
     assert main([]) == 2
     assert "usage: nemo-upcycle" in capsys.readouterr().err

@@ -23,6 +23,11 @@ BIG = ("llama3_8b", "llama31_8b", "llama3_70b", "qwen3_8b")
 BASES = ("smollm2_135m", "qwen3_600m", *BIG, *TABLE)
 UPCYCLED = tuple(f"{base}_e8t2" for base in BASES)
 NAMES = (*UPCYCLED, *(f"{base}_dense_ct" for base in BASES))
+TUNED = tuple(
+    f"{base}_{kind}_sft"
+    for base in ("smollm2_135m", "qwen3_600m", "llama3_8b", "qwen3_8b")
+    for kind in ("e8t2", "dense")
+)
 ABLATIONS = sorted((Path(__file__).parents[3] / "conf/ablations/arms").glob("*.yaml"))
 #: Tokens of a step of the H100 recipes.
 STEP_TOKENS = 512 * 8192
@@ -157,7 +162,7 @@ def test_planner_knows_every_recipe() -> None:
 
 
 def test_every_recipe_has_a_golden_file() -> None:
-    assert {recipe for recipe, _ in GOLDEN.values()} == set(NAMES)
+    assert {recipe for recipe, _ in GOLDEN.values()} == {*NAMES, *TUNED}
     assert {path.stem for path in golden_path("x").parent.glob("*.yaml")} == set(GOLDEN)
 
 
