@@ -1,7 +1,7 @@
 """Turn a stock NeMo recipe into one that upcycles a dense checkpoint: only what experts need is changed.
 
-    python examples/stock_nemo_recipe.py --factory "llama32_1b_e8t2(dense='/models/Llama-3.2-1B')" --dryrun
-    torchrun --nproc-per-node 8 examples/stock_nemo_recipe.py --factory llama32_1b_e8t2 trainer.max_steps=100 --yes
+    python examples/stock_nemo_recipe.py --factory "stock_llama32_e8t2(dense='/models/Llama-3.2-1B')" --dryrun
+    torchrun --nproc-per-node 8 examples/stock_nemo_recipe.py --factory stock_llama32_e8t2 trainer.max_steps=100 --yes
 
 The words behind the factory are NeMo-Run's: any setting of the recipe, `--dryrun`, `--yes`, `run.executor=...`. The
 script says what it changed in NeMo's recipe. In place of `llm.llama32_1b` any NeMo recipe of a dense Llama, Mistral,
@@ -19,7 +19,7 @@ import nemo_run as run
 from nemo.collections import llm
 
 
-def llama32_1b_e8t2(
+def stock_llama32_e8t2(
     dense: str = "hf://meta-llama/Llama-3.2-1B", dir: Optional[str] = None, data: Optional[str] = None
 ) -> run.Partial:
     """Create NeMo's training of Llama 3.2 1B on one node of eight GPUs, upcycled to 8 experts, top-2.
@@ -32,7 +32,7 @@ def llama32_1b_e8t2(
     Returns:
         run.Partial: Partial configuration for pretraining.
     """
-    stock = llm.llama32_1b.pretrain_recipe(dir=dir, name="llama32_1b_e8t2", num_gpus_per_node=8)
+    stock = llm.llama32_1b.pretrain_recipe(dir=dir, name="stock_llama32_e8t2", num_gpus_per_node=8)
     recipe = upcycled(stock, dense=dense, spec=UpcycleSpec(num_experts=8, top_k=2), data=data)
     recipe.trainer.strategy.expert_model_parallel_size = 8
     recipe.optim.config.lr = 3e-5  # NeMo's 3e-4 is for random weights

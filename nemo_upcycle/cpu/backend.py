@@ -54,6 +54,19 @@ def use_cpu_backend() -> bool:
     return True
 
 
+def watch_fp8(config: Any) -> Any:
+    """Return a probe of what emulated FP8 loses in training, see `Fp8Losses`; None where nothing is emulated.
+
+    Args:
+        config: of the model.
+    """
+    if torch.cuda.is_available():
+        return None
+    from nemo_upcycle.cpu import fp8_losses
+
+    return fp8_losses.watch_fp8(config)
+
+
 def cpu_has_fast_bf16() -> bool:
     """Return whether the processor multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, or Arm's BF16).
 

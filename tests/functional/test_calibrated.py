@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def _recipe(**fields: Any) -> Any:
     from nemo_upcycle.recipes import smollm2_135m_e8t2
 
-    recipe = shrink(smollm2_135m_e8t2.pretrain_recipe(), max_steps=2, checkpoint_every=2)
+    recipe = shrink(smollm2_135m_e8t2.pretrain_recipe(num_gpus_per_node=2), max_steps=2, checkpoint_every=2)
     for name, value in fields.items():
         setattr(recipe.resume.restore_config.spec, name, value)
     return recipe

@@ -66,7 +66,7 @@ def test_recipes_are_dry_run_and_say_what_they_changed(inputs: Path) -> None:
     cut = [f"{name}={value}" for name, value in sizes.items()]
     dense = f"dense='{inputs / 'parent'}'"
     commands = [
-        [str(EXAMPLES / "stock_nemo_recipe.py"), "--factory", f"llama32_1b_e8t2({dense})", *cut, "--dryrun"],
+        [str(EXAMPLES / "stock_nemo_recipe.py"), "--factory", f"stock_llama32_e8t2({dense})", *cut, "--dryrun"],
         ["llm", "pretrain", "--factory", f"my_recipes.llama32({dense},num_nodes=2)", *cut, "--dryrun"],
         ["llm", "pretrain", "--factory", f"my_llama32({dense})", *cut, "--dryrun"],
     ]

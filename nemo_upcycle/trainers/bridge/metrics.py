@@ -12,7 +12,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
-from nemo_upcycle.cpu.fp8_losses import watch_fp8
+from nemo_upcycle.cpu.backend import watch_fp8
 from nemo_upcycle.data.blend_samples import describe_blend
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.models.hybrid import hybrid_of

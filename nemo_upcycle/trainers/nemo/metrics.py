@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
-from nemo_upcycle.cpu.fp8_losses import watch_fp8
+from nemo_upcycle.cpu.backend import watch_fp8
 from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth

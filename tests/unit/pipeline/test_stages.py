@@ -29,7 +29,8 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             if ending:
                 raise ending
 
-        recipe = SimpleNamespace(trainer=SimpleNamespace(max_steps=10))
+        resume = SimpleNamespace(restore_config=SimpleNamespace(spec=None))
+        recipe = SimpleNamespace(trainer=SimpleNamespace(max_steps=10), resume=resume)
         monkeypatch.setattr(nemo_training, "load_recipe", lambda text: recipe)
         monkeypatch.setattr(nemo_training, "place_recipe", lambda *_: None)
         monkeypatch.setattr("nemo_upcycle.cpu.backend.use_cpu_backend", lambda: True)

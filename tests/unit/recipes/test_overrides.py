@@ -80,7 +80,8 @@ from nemo.collections.llm.gpt.model.llama import Llama32Config1B, LlamaModel
 from nemo.collections.llm.recipes import llama32_1b
 
 from nemo_upcycle.recipes.common import moe_settings
-from nemo_upcycle.recipes.h100 import dense_baseline, fast_run, moe_kernels, moe_trainer, upcycled_recipe
+from nemo_upcycle.recipes.h100 import dense_baseline, fast_run, moe_trainer, upcycled_recipe
+from nemo_upcycle.recipes.h100_arguments import moe_kernels
 from nemo_upcycle.spec import UpcycleSpec
 
 NAME = "llama32_1b_e16t4"
