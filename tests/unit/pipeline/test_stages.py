@@ -37,7 +37,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(stages, "dense_folder_of", lambda run_dir: run_dir)
         # else it silences NeMo for the tests that follow
         monkeypatch.setattr(nemo_training, "is_verbose", lambda: True)
-        monkeypatch.setattr("fiddle.build", lambda recipe: training)
+        monkeypatch.setattr("fiddle.build", lambda config: training if config is recipe else config)
         return stages._train(tmp_path, PLAN, "pretrain")
 
     return run
