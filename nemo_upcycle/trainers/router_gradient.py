@@ -2,10 +2,10 @@
 
 An MoE layer gives the sum of p_e y_e over the chosen experts: p_e their weights, y_e their outputs. Top-k has no
 gradient, so a router learns from the experts that it has chosen, and never what another one would have given. The
-straight-through estimator differentiates as if nothing had been left out: dL/dw_e = <dL/dout, y_e> for every expert,
-with w the weights of a router that chooses all, scaled to equal p where an expert was chosen; the scale of each token
-is held constant. (For softmax w_e is its probability, over the sum of the chosen ones' where they are made to sum to
-one.)
+straight-through estimator differentiates as if nothing had been left out: dL/dw_e = <dL/dy, y_e> for every expert,
+with y the layer's output and w the weights of a router that chooses all, scaled to equal p where an expert was chosen;
+the scale of each token is held constant. (For softmax w_e is its probability, over the sum of the chosen ones' where
+they are made to sum to one.)
 
 Experts learn from their own tokens alone, as before, and the layer's value has the same bits. Forward, nothing more is
 computed. Backward, Megatron gives the products with the outputs of the chosen experts (they are the gradient of p);
