@@ -284,5 +284,5 @@ def _beyond(name: str, values: dict[str, Any]) -> str:
     for option in values.values():
         for what, ratio in (option[name] or {"beyond": {}})["beyond"].items():
             ratios[what] = max(ratio, ratios.get(what, 1))
-    far = [f"{what} {ratio_text(ratio)}x" for what, ratio in ratios.items() if ratio > 1]
+    far = [f"{what} {ratio_text(ratio)}x" for what, ratio in ratios.items() if ratio >= 1.05]
     return f" Beyond its range: {', '.join(far)}." if far else ""

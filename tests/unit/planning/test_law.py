@@ -154,6 +154,15 @@ def test_resolved_predictions_for_parents_that_were_left_out_have_the_right_sign
     assert sum(one.is_right is not None for one in same) <= 2, "a tie is not resolved"
 
 
+@pytest.mark.slow
+def test_the_published_grid_resolves_no_left_out_parent_with_the_wrong_sign() -> None:
+    found = held_out_differences(read_points(Path(__file__).parents[3] / "docs/results/budget"), draws=30)
+    answers = [one.is_right for one in found if one.option == "upcycled_e8t2"]
+    assert len(answers) == 8
+    assert answers.count(True) >= 3
+    assert answers.count(False) == 0
+
+
 def test_a_law_is_the_same_after_its_file(law: Law) -> None:
     text = law_yaml(law, "grid")
     assert text.startswith("#")
