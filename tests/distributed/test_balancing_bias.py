@@ -62,7 +62,7 @@ def steps() -> Steps:
 def test_biases_move_on_every_layout_as_on_one_rank(steps: Steps, layout: str, case: str) -> None:
     got = by_layer(steps.ranks(layout, case), "biases")
     expected = by_layer([steps.alone[case]], "biases")
-    assert (got - expected).abs().max() < 1e-6
+    assert (got - expected).abs().max() < (1e-5 if "quantile" in case else 1e-6)
     assert (expected != 0).any(dim=1).all()
     if case == "signs":
         assert (((got.abs() - RATE).abs() < 1e-6) | (got == 0)).all()
