@@ -33,7 +33,7 @@ def cut(recipe: run.Partial, **sizes: Any) -> run.Partial:
 
 def llama(parent: str, dir: str = "runs", data: str = "") -> run.Partial:
     """NeMo's recipe of Llama 3.2 1B, upcycled."""
-    return cut(stock_nemo_recipe.llama32_1b_e8t2(parent, dir, data or None))
+    return cut(stock_nemo_recipe.stock_llama32_e8t2(parent, dir, data or None))
 
 
 def chain(inputs: str) -> run.Partial:

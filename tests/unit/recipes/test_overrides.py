@@ -90,7 +90,7 @@ SPEC = UpcycleSpec(num_experts=16, top_k=4)
 trainer = moe_trainer(
     llama32_1b.trainer, tensor_parallelism=1, pipeline_parallelism=2, virtual_pipeline_parallelism=None
 )
-baseline = dense_baseline("llama32_1b_dense_ct", llama32_1b, DENSE)
+baseline = dense_baseline("llama32_1b_e16t4_dense", llama32_1b, DENSE)
 
 
 @run.cli.factory(name=NAME)
@@ -128,7 +128,7 @@ def test_new_recipe_takes_under_30_lines(tmp_path: Path, monkeypatch: pytest.Mon
     assert ranks_of(recipe) == (2, 8)
     assert spec_of(recipe) == UpcycleSpec(num_experts=16, top_k=4)
     assert load_recipe(dump_recipe(recipe)) == recipe
-    baseline = LazyEntrypoint(pretrain, factory="llama32_1b_dense_ct").resolve()
+    baseline = LazyEntrypoint(pretrain, factory="llama32_1b_e16t4_dense").resolve()
     assert baseline.resume.restore_config.spec is None
     for name in ("data", "optim"):
         assert getattr(baseline, name).__arguments__.keys() == getattr(recipe, name).__arguments__.keys()
