@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
 
-from nemo_upcycle.data.parents import OF_TOKENIZER, find_parent, on_this_machine
+from nemo_upcycle.data.parents import OF_TOKENIZER, cached_asset, find_parent, on_this_machine
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.checks import check_source
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
-from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import is_complete
 
 
@@ -158,11 +156,6 @@ def ensure_dense(source: str) -> Path:
             with suppress(UpcycleError):  # the first one has not come this far: then this one fetches it
                 return import_dense(source, Path(), sampled=True, offline=True)
         return import_dense(source, Path(), sampled=True)
-
-
-def cached_asset(name: str) -> Path:
-    """Return the folder in which the cache keeps a model of an asset, made or not; beside it lies a lock."""
-    return writable_cache("dense") / re.sub(r"\W+", "-", name).strip("-")
 
 
 def local_model(source: str, *, nemo: bool = False) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.utils.cache import writable_cache
+from nemo_upcycle.utils.files import is_complete
 
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -98,10 +100,17 @@ def on_this_machine(
         UpcycleError: it cannot be made or downloaded.
     """
     if parent.kind == "asset":
+        if is_complete(made := cached_asset(parent.name)):
+            return made
         from nemo_upcycle.data.dense import ensure_dense  # imports torch
 
         return ensure_dense(f"asset://{parent.name}")
     return _download(parent.name, wanted, offline, cache) if parent.kind == "hub" else Path(parent.name)
+
+
+def cached_asset(name: str) -> Path:
+    """Return the folder in which the cache keeps a model of an asset, made or not; beside it lies a lock."""
+    return writable_cache("dense") / re.sub(r"\W+", "-", name).strip("-")
 
 
 def _download(name: str, wanted: Sequence[str], offline: bool, cache: Path | None) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.cli.main import main
+from nemo_upcycle.utils.cache import CACHE_VARIABLE
+from nemo_upcycle.utils.files import MARKER
 from tests.models import LLAMA3_8B
 from tests.waiting import HANG_S
 
@@ -156,12 +160,19 @@ def test_an_moe_is_no_parent(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert "--model: got 8 experts, expected a dense model" in capsys.readouterr().err
 
 
-def test_it_advises_without_what_takes_time_to_import(llama: str) -> None:
+def test_it_advises_without_what_takes_time_to_import(llama: str, tmp_path: Path) -> None:
+    made = tmp_path / "cache/dense/smollm2-135m"  # an asset that an earlier command made
+    made.mkdir(parents=True)
+    shutil.copy(f"{llama}/config.json", made)
+    (made / MARKER).touch()
     code = (
         "import sys\n"
         "from nemo_upcycle.cli.main import main\n"
         f"assert main({_paper(llama, '--hours', '48', '--json')!r}) == 1\n"
         "assert not {'torch', 'numpy', 'scipy', 'megatron', 'nemo', 'filelock'} & set(sys.modules)\n"
+        f"assert main({_paper('asset://smollm2-135m', '--hours', '48', '--json')!r}) == 1\n"
+        "assert not {'torch', 'numpy', 'megatron', 'nemo'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
+    variables = os.environ | {CACHE_VARIABLE: str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, env=variables)
     assert done.returncode == 0, done.stderr
