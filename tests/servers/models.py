@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.models.hf_model import load_model
+from tests.unit.calibration.samples import calibrated
 
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -25,16 +27,36 @@ SPECS: dict[str, dict[str, Any]] = {
     "softmax first, shared": {"router_order": "softmax_topk", "router_init": "zero", "shared_experts": 1},
     "sigmoid": FINE | SIGMOID | {"moe_layers": "1"},
     "sigmoid, shared": FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1"},
+    "from data": FINE | {"router_init": "kmeans", "expert_split": "coactivation"},
+    "sigmoid, from data": SIGMOID | {"router_init": "kmeans", "moe_layers": "1"},
 }
+#: Specs whose routers choose parts of networks in 16 bits, where top-k mixes copies: docs/classes.md.
+MIXED_IN_16_BITS = ("granular", "from data")
 #: Parent, tied -> names of specs.
 MODELS = {
     ("Llama", False): ["plain", "sigmoid, shared"],
-    ("Llama", True): ["plain", "granular", "shared", "every second layer", "softmax first", "softmax first, shared"],
+    ("Llama", True): [
+        "plain",
+        "granular",
+        "shared",
+        "every second layer",
+        "softmax first",
+        "softmax first, shared",
+        "from data",
+    ],
     ("Qwen2", True): ["plain", "softmax first"],
     ("Qwen3", False): ["plain", "every second layer", "softmax first"],
-    ("Qwen3", True): ["granular", "sigmoid", "sigmoid, shared"],
+    ("Qwen3", True): ["granular", "sigmoid", "sigmoid, shared", "from data", "sigmoid, from data"],
 }
 CASES = [(*parent, name) for parent, names in MODELS.items() for name in names]
+
+
+def spec_of(name: str, dense: Path, folder: Path) -> UpcycleSpec:
+    """Return a spec, with the calibration file that it needs made in a folder."""
+    fields = SPECS[name]
+    if UpcycleSpec(**fields).needs_calibration:
+        return calibrated(dense, folder / "calibration.safetensors", **fields)
+    return UpcycleSpec(**fields)
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle import open_dense
 from nemo_upcycle.convert.offline import convert
 from tests.loading.cases import PARENTS
-from tests.servers.models import CASES, COUNT, MODELS, SPECS, TYPES, clear_prompt
+from tests.servers.models import CASES, COUNT, MODELS, TYPES, clear_prompt, spec_of
 
 
 #: The one that this environment has.
@@ -51,7 +51,8 @@ def test_a_model_gives_its_parents_tokens_or_convert_says_that_it_does_not(
     parents: Parents, tmp_path: Path, parent: str, tied: bool, name: str, dtype: str
 ) -> None:
     folder, prompt, wanted = parents[parent, tied]
+    spec = spec_of(name, folder, tmp_path)
     with open_dense(folder) as source:
-        done = convert(source, tmp_path / "moe", UpcycleSpec(**SPECS[name]), dtype=TYPES[dtype], progress=False)
+        done = convert(source, tmp_path / "moe", spec, dtype=TYPES[dtype], progress=False)
     differs = any(said.lower().startswith(f"{ENGINE}:") and "tokens differ" in said for said in done.caveats)
     assert (_greedy(tmp_path / "moe", dtype, prompt) != wanted) is differs, done.caveats

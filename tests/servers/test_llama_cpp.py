@@ -15,7 +15,7 @@ from nemo_upcycle.data.dense import import_dense
 from nemo_upcycle.models.hf_model import load_model
 from tests.loading.cases import PARENTS
 from tests.servers.llama_cpp import HOME, NotServedError, greedy
-from tests.servers.models import CASES, COUNT, MODELS, SPECS, TYPES, continuation
+from tests.servers.models import CASES, COUNT, MIXED_IN_16_BITS, MODELS, TYPES, continuation, spec_of
 
 
 pytestmark = pytest.mark.skipif(not (HOME / "llama.cpp").is_dir(), reason="`make test-servers` fetches llama.cpp")
@@ -66,14 +66,15 @@ def test_a_model_gives_its_parents_tokens_or_convert_says_that_it_does_not(
     name: str,
     dtype: str,
 ) -> None:
+    spec = spec_of(name, parents[parent, tied], tmp_path)
     with open_dense(parents[parent, tied]) as source:
-        done = convert(source, tmp_path / "moe", UpcycleSpec(**SPECS[name]), dtype=TYPES[dtype], progress=False)
+        done = convert(source, tmp_path / "moe", spec, dtype=TYPES[dtype], progress=False)
     refused = [words for caveat, words in REFUSALS.items() if any(caveat in said for said in done.caveats)]
     if refused:
         with pytest.raises(NotServedError, match=refused[0]):
             greedy(tmp_path / "moe", tmp_path / "moe.gguf", dtype, PROMPT, COUNT)
         return
-    if dtype == "bf16" and name == "granular":
+    if dtype == "bf16" and name in MIXED_IN_16_BITS:
         pytest.skip("its routers compute in 16 bits, where top-k mixes copies: docs/classes.md")
     differs = any(said.startswith("llama.cpp") and "tokens differ" in said for said in done.caveats)
     got = greedy(tmp_path / "moe", tmp_path / "moe.gguf", dtype, PROMPT, COUNT)
