@@ -51,7 +51,10 @@ class UpcycleSpec:
         moe_layers: `all`; `every-N` (layers 0, N, 2N ...: Megatron's `moe_layer_freq`); `first-K-dense`; or the
             numbers of the MoE layers, from 0: `0,2,5`.
         router_init: `normal` (mean 0), `uniform` (mean 0) or `zero`; from data `kmeans`, `ridge` or `prompts`.
+        expert_utility: of a parent with experts, a YAML file with a number for each of them (or a list for each MoE
+            layer): the more useful have more copies; without it all have as many.
         router_std: standard deviation of the router's weights; the paper gives none, 0.02 is the family's usual one.
+            Of a parent with experts, that of what is added to its rows, as a part of their own.
         router_spread: of a router from data, the standard deviation over the copies of a token's logits, root mean
             square over the calibration's tokens.
         router_prompts: of `prompts`, a YAML file: a list with the texts of each copy.
@@ -84,6 +87,7 @@ class UpcycleSpec:
     drop_ratio: float = 0.5
     shared_experts: int = 0
     moe_layers: str = "all"
+    expert_utility: str = ""
     router_init: str = "normal"
     router_std: float = 0.02
     router_spread: float = 1.0
