@@ -68,7 +68,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
         _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")
         return Subject(arch, arch, None, hardware.recipe_for(arch, arch), _DEFAULTS, folder)
     if arch.num_experts:
-        check_parent(arch, str(folder))
+        check_parent(arch, "--experts")
         _refuse({"--granularity": args.granularity}, "none: experts of a parent are copied whole", "omit {}")
         spec = growth_spec(arch, args.num_experts, args.top_k)
         return Subject(arch.upcycled(spec), arch, spec, None, _DEFAULTS, folder)
