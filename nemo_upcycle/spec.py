@@ -35,7 +35,7 @@ class UpcycleSpec:
     """How a dense model becomes a Mixture-of-Experts model; by default as in the paper (arXiv 2412.09952, section 2).
 
     Args:
-        num_experts: E, routed experts in every MoE layer, at most 2048.
+        num_experts: E, routed experts in every MoE layer, at most 2048; a multiple of those that the parent has.
         top_k: experts that a token passes through; 1 with `softmax_topk` or sigmoid only, as in Megatron.
         granularity: G. The dense network's F neurons are cut into G shards; expert `c G + g` holds shard g, and the
             experts of one copy c share their router row, so that top-k, a multiple of G, picks whole networks

@@ -19,7 +19,7 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
-from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.growth import growth_spec, inexact_because, source_experts
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online.upcycle import load_dense_into
@@ -200,6 +200,19 @@ def test_the_more_useful_experts_have_more_copies(mixtral: Path, tmp_path: Path)
             assert torch.equal(made[begin + "gate.weight"][expert], own[begin + "gate.weight"][source])
             names = (f"{begin}experts.{number}.w2.weight" for number in (expert, source))
             assert torch.equal(made[next(names)], own[next(names)])
+
+
+def test_a_conversion_goes_on_with_the_same_utilities_alone(mixtral: Path, tmp_path: Path) -> None:
+    utility, moe = tmp_path / "utility.yaml", tmp_path / "moe"
+    spec = UpcycleSpec(num_experts=6, expert_utility=str(utility))
+    utility.write_text("[1, 2, 3, 4]", encoding="utf-8")
+    with open_dense(mixtral) as dense:
+        first, again = (convert(dense, moe, spec, max_shard_bytes=100_000, progress=False) for _ in range(2))
+        assert (first.files_kept, again.files_kept, again.bytes_written) == (0, first.files, 0)
+        assert first.files > 1
+        utility.write_text("[4, 3, 2, 1]", encoding="utf-8")
+        with pytest.raises(UpcycleError, match="made from something else"):
+            convert(dense, moe, spec, progress=False)
 
 
 @pytest.mark.parametrize(

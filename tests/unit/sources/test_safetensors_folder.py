@@ -184,9 +184,7 @@ def test_an_moe_whose_experts_cannot_become_more_is_refused_with_the_reason(fold
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2}
     (folder / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 48}))
-    with pytest.raises(
-        CheckpointError, match="gate of the shared experts is not copied, expected a dense"
-    ):
+    with pytest.raises(CheckpointError, match="gate of the shared experts is not copied, expected a dense"):
         open_dense(folder)
 
 
