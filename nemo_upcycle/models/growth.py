@@ -222,7 +222,8 @@ def inexact_because(parent: Architecture, spec: UpcycleSpec) -> tuple[str, ...]:
     """
     if not parent.num_experts:
         return spec.inexact_because
-    chosen, copies, reasons = parent.top_k or 1, _copies(parent, spec), []
+    chosen, copies = parent.top_k or 1, _copies(parent, spec)
+    reasons: list[str] = []
     if changed := INIT_METHODS[spec.method](spec):
         reasons.append(changed)
     if copies is None:

@@ -190,7 +190,8 @@ def _fill(plan: ParamPlan, dense: DenseSource, spec: UpcycleSpec | None) -> None
         return
     source = made_of.source(dense)
     at_once = first.is_cuda or first.nbytes <= _BLOCK_BYTES  # the other experts are copies of the whole first one
-    held, slice_ = None, first
+    held: object = None
+    slice_ = first
     for name, piece in made_of.slices:
         if held != (name, piece.source):  # the rows of a parent's router come once for each copy
             held, slice_ = (name, piece.source), source.read(name, piece.source)
