@@ -71,9 +71,11 @@ def find_model(
     context = read_context(checkpoint)
     if not (context or receipt.get("spec")) and given:
         _require_unseen(given, checkpoint)
-    parent = read_architecture(dense) if context and (dense / "config.json").is_file() else None
-    fields = context.spec_fields_of(parent) if context and parent else {}
-    known = {name: value for name, (_, value) in fields.items()}
+    known: dict[str, Any] = {}
+    if context:
+        parent = read_architecture(dense) if (dense / "config.json").is_file() else None
+        fields = context.spec_fields_of(parent) if parent else context.spec_fields
+        known = {name: value for name, (_, value) in fields.items()}
     spec = spec_of(receipt.get("spec"), receipt_path, given, known)
     return FoundModel(checkpoint, dense, spec, receipt_path, receipt)
 
