@@ -35,7 +35,7 @@ class UpcycleSpec:
     """How a dense model becomes a Mixture-of-Experts model; by default as in the paper (arXiv 2412.09952, section 2).
 
     Args:
-        num_experts: E, routed experts in every MoE layer, at most 2048.
+        num_experts: E, routed experts in every MoE layer, at most 2048; a multiple of those that the parent has.
         top_k: experts that a token passes through; 1 with `softmax_topk` or sigmoid only, as in Megatron.
         granularity: G. The dense network's F neurons are cut into G shards; expert `c G + g` holds shard g, and the
             experts of one copy c share their router row, so that top-k, a multiple of G, picks whole networks
@@ -51,7 +51,10 @@ class UpcycleSpec:
         moe_layers: `all`; `every-N` (layers 0, N, 2N ...: Megatron's `moe_layer_freq`); `first-K-dense`; or the
             numbers of the MoE layers, from 0: `0,2,5`.
         router_init: `normal` (mean 0), `uniform` (mean 0) or `zero`; from data `kmeans`, `ridge` or `prompts`.
+        expert_utility: of a parent with experts, a YAML file with a number for each of them (or a list for each MoE
+            layer): the more useful have more copies; without it all have as many.
         router_std: standard deviation of the router's weights; the paper gives none, 0.02 is the family's usual one.
+            Of a parent with experts, that of what is added to its rows, as a part of their own.
         router_spread: of a router from data, the standard deviation over the copies of a token's logits, root mean
             square over the calibration's tokens.
         router_prompts: of `prompts`, a YAML file: a list with the texts of each copy.
@@ -84,6 +87,7 @@ class UpcycleSpec:
     drop_ratio: float = 0.5
     shared_experts: int = 0
     moe_layers: str = "all"
+    expert_utility: str = ""
     router_init: str = "normal"
     router_std: float = 0.02
     router_spread: float = 1.0

@@ -2,13 +2,15 @@
 
 `plan_tensor` decides it, and nothing else does: the slices of the dense tensors, which of several dense models they
 come from, the factors on them and what the init method changes. `expand_slice` and `change_copies` carry it out.
+Of a parent with experts, an expert is made of one of its experts, and the router of its router's rows.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -17,8 +19,9 @@ import torch
 from nemo_upcycle.init.calibration import NeuronOrder, calibration_of, neuron_order
 from nemo_upcycle.init.experts import ExpertMatrix
 from nemo_upcycle.init.methods import METHODS, Method
-from nemo_upcycle.init.router import router_weight
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.init.router import RowNoise, router_weight
+from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
+from nemo_upcycle.models.growth import expert_scale, router_moves, source_experts
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, mapping_of, mapping_of_hf
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices
 from nemo_upcycle.sources.base import DenseSource
@@ -28,8 +31,9 @@ from nemo_upcycle.spec import UpcycleSpec
 
 
 Bounds = tuple[tuple[int, int], ...]
-#: Roles that no dense tensor stands behind.
+#: Roles that no tensor of a dense model stands behind, and those with a row for every expert.
 _ROUTER_ROLES = ("router", "router_bias")
+_ROW_ROLES = (*_ROUTER_ROLES, *BALANCING_BIASES)
 _WHOLE = Shard()
 #: How parameters are cut whose rows, or columns, are neurons.
 _BY_NEURON = (Sharding.GATED, Sharding.NEURON_ROWS, Sharding.NEURON_COLUMNS)
@@ -58,7 +62,8 @@ class TensorPlan:
     Args:
         mapping: what the tensor is in the upcycled model.
         layer: number in the whole model, from 0; None outside the layers.
-        slices: the dense slices that it is put together from, in the order of its rows; none for a router.
+        slices: the dense slices that it is put together from, in the order of its rows; none for a router that is
+            drawn.
         shard: the rank's part of it.
         branch: which of several dense models a routed expert comes from; None for everything else.
         factors: factors on it, applied in turn, each product rounded to the tensor's type.
@@ -78,8 +83,13 @@ class TensorPlan:
 
     @property
     def is_router(self) -> bool:
-        """Whether it belongs to a router, which is drawn and not made of dense slices."""
+        """Whether it belongs to a router."""
         return self.mapping.role in _ROUTER_ROLES
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it is drawn and not made of dense slices: a router, unless the parent has one."""
+        return self.is_router and not self.slices
 
     @property
     def is_down(self) -> bool:
@@ -105,9 +115,9 @@ class TensorPlan:
 
     def made_by(self, spec: UpcycleSpec | None) -> str:
         """Return how the tensor is made, for the receipt."""
-        if self.mapping.role == "router_bias":
+        if self.mapping.role == "router_bias" and self.is_drawn:
             return "zero"
-        if self.is_router and spec:
+        if self.is_drawn and spec:
             if calibration := calibration_of(spec) if spec.reads_router else None:
                 return f"router_init={spec.router_init}, spread={spec.router_spread}, {calibration.name}"
             return f"router_init={spec.router_init}, std={spec.router_std}, seed={spec.seed}"
@@ -141,7 +151,8 @@ def plan_tensor(
     """Decide what a tensor is made of.
 
     Copy c of the dense network, cut into G shards, is the experts c G to c G + G - 1 and comes from parent
-    c modulo `parents`. An expert's output, and the shared experts', is scaled so that their sum stays exact.
+    c modulo `parents`. An expert's output, and the shared experts', is scaled so that their sum stays exact. Of a
+    parent with experts, `source_experts` says which one is copied; its shared experts, as all else, stay as they are.
 
     Args:
         mapping: what the tensor is in the upcycled model.
@@ -157,24 +168,32 @@ def plan_tensor(
             itself.
         interleaved: as in `source_slices`.
     """
-    if mapping.role in _ROUTER_ROLES:
+    grows = bool(dense.num_experts)
+    if mapping.role in _ROUTER_ROLES and not grows:
         return TensorPlan(mapping, layer, shard=shard)
     tied = mapping.role == "output" and dense.tied_embeddings
-    source = mapping_of("embedding" if tied else mapping.dense_role, dense)
+    source = mapping_of("embedding" if tied else mapping.role if grows else mapping.dense_role, dense)
     copy, first_neuron = 0, 0
-    if mapping.is_expert and moe.expert_ffn_size:
+    sources = source_experts(dense, spec, layer) if grows and (mapping.is_expert or mapping.role in _ROW_ROLES) else ()
+    if mapping.is_expert and moe.expert_ffn_size and not grows:
         copy, part = divmod(expert, dense.ffn_size // moe.expert_ffn_size)
         first_neuron = part * moe.expert_ffn_size
     shape = shape or shard_shape(mapping, moe, shard)
     slices = tuple(
-        DenseSlice(source.hf[piece.part].format(layer=layer), piece.in_tensor(source, dense))
+        DenseSlice(
+            source.hf[piece.part].format(layer=layer, expert=sources[expert] if mapping.is_expert and sources else 0),
+            piece.in_tensor(source, dense),
+        )
         for piece in source_slices(source, dense, shard, shape, first_neuron, interleaved)
         if hf_part is None or piece.part in mapping.together(hf_part)
     )
     branch = copy % parents if mapping.is_expert else None
-    factors = _factors(mapping, expert, spec, hf=hf_part is not None) if spec else ()
+    factors = _factors(mapping, source, expert, dense, spec, hf=hf_part is not None) if spec or grows else ()
     found = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
     method = found if found and found.computes else None
+    if sources and mapping.role in _ROW_ROLES:
+        slices = tuple(_rows_of(slices[0], sources))
+        method = RowNoise(sources) if spec and mapping.role == "router" and router_moves(spec) else None
     order = None
     if spec and (mapping.is_expert or mapping.is_shared) and mapping.sharding in _BY_NEURON:
         order = neuron_order(spec, layer)
@@ -198,14 +217,36 @@ def plan_hf_tensor(
     return plan_tensor(mapping, within, expert, dense, moe, spec, parents=parents, hf_part=part), expert
 
 
-def _factors(mapping: ParamMapping, expert: int, spec: UpcycleSpec, *, hf: bool) -> tuple[float, ...]:
+def _rows_of(whole: DenseSlice, sources: Sequence[int]) -> Iterator[DenseSlice]:
+    """Yield the slices of a tensor with a row for each expert of which one for more experts is put together."""
+    _, *rest = whole.bounds
+    starts = [row for row, source in enumerate(sources) if row == 0 or source != sources[row - 1] + 1]
+    for row, end in itertools.pairwise([*starts, len(sources)]):
+        first = sources[row]
+        piece = SourceSlice(whole.piece.part, ((first, first + end - row), *rest), 1, (row, end))
+        yield DenseSlice(whole.name, piece)
+
+
+def _factors(
+    mapping: ParamMapping,
+    source: ParamMapping,
+    expert: int,
+    dense: Architecture,
+    spec: UpcycleSpec | None,
+    *,
+    hf: bool,
+) -> tuple[float, ...]:
     """Return the factors on what stands behind a network's activation: weights and bias of its output."""
-    of_role = {
-        "expert_fc2": spec.expert_scale(expert),
-        "expert_fc2_bias": spec.bias_scale,
-        "shared_fc2": spec.shared_scale,
-    }
-    factors = (of_role.get(mapping.role, 1.0), mapping.hf_factor if hf else 1.0)
+    of_role: dict[str, float] = {}
+    if spec and dense.num_experts:
+        of_role = dict.fromkeys(("expert_fc2", "expert_fc2_bias"), expert_scale(dense, spec))
+    elif spec:
+        of_role = {
+            "expert_fc2": spec.expert_scale(expert),
+            "expert_fc2_bias": spec.bias_scale,
+            "shared_fc2": spec.shared_scale,
+        }
+    factors = (of_role.get(mapping.role, 1.0), (mapping.hf_factor if hf else 1.0) / source.hf_factor)
     return tuple(factor for factor in factors if factor != 1.0)
 
 
@@ -246,7 +287,7 @@ def change_copies(
         plan: of the tensors; without a method nothing happens.
         spec: says how much, and with which seed.
         source: read once more where tensor parallelism left a part of the matrix on this rank.
-        experts: numbers of the experts over all ranks.
+        experts: numbers of the experts over all ranks; 0 for a router.
         tensors: their copies.
 
     Raises:
@@ -257,7 +298,7 @@ def change_copies(
     assert plan.layer is not None
     for expert, tensor in zip(experts, tensors, strict=True):
         views = [tensor.T] if plan.is_down else _matrices(plan, tensor)
-        for part, dense_slice, view_FD in zip(plan.parts, plan.slices, views, strict=True):
+        for part, dense_slice, view_FD in zip(plan.parts, plan.slices, views, strict=not plan.is_router):
             whole_FD = functools.cache(functools.partial(_whole_matrix, plan, dense_slice, source, view_FD))
             first = plan.shard.rank * view_FD.shape[0]
             plan.method.change(spec, ExpertMatrix(plan.layer, expert, part, first, view_FD, whole_FD))
@@ -268,6 +309,8 @@ def change_copies(
 
 def _matrices(plan: TensorPlan, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     """Return the matrices [F, D] that lie in a tensor one below the other, as views; copies where they interleave."""
+    if plan.is_router:
+        return [tensor]
     if plan.slices[0].piece.blocks == 1:
         return tensor.chunk(len(plan.parts))
     return [piece.view(tensor).flatten(0, 1) for _, piece in plan.slices]

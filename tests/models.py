@@ -15,7 +15,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import NORMS
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
-from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields
+from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields, router_fields
 from nemo_upcycle.models.rotary import turn_as
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
 from nemo_upcycle.spec import UpcycleSpec
@@ -55,6 +55,21 @@ def write_qwen3(folder: Path, *, tied: bool = False, layers: int = 4, **changes:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     return _write_parent(folder, Qwen3ForCausalLM, Qwen3Config, tied, layers, 1, changes)
+
+
+def write_moe(folder: Path, kind: str, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
+    """Write a random parent of 4 experts, 2 for a token, as `write_llama` writes a Llama."""
+    import transformers
+
+    sizes = {"num_local_experts" if kind == "Mixtral" else "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 48, "norm_topk_prob": True} if kind == "Qwen3Moe" else {}
+    model_class, config_class = (getattr(transformers, kind + what) for what in ("ForCausalLM", "Config"))
+    return _write_parent(folder, model_class, config_class, tied, layers, 1, sizes | changes)
+
+
+write_mixtral, write_qwen3_moe, write_olmoe = (
+    partial(write_moe, kind=kind) for kind in ("Mixtral", "Qwen3Moe", "Olmoe")
+)
 
 
 def write_phi3(folder: Path, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
@@ -262,7 +277,7 @@ def small_architecture(**changes: Any) -> Architecture:
 
 def moe_settings(arch: Architecture, spec: UpcycleSpec) -> dict[str, Any]:
     """Return what `build_chunks` needs for the model that a spec makes."""
-    fields = moe_fields(spec, arch.ffn_size, arch.num_layers)
+    fields = router_fields(spec) if arch.num_experts else moe_fields(spec, arch.ffn_size, arch.num_layers)
     fields["num_experts"], fields["top_k"] = fields.pop("num_moe_experts"), fields.pop("moe_router_topk")
     fields["moe_router_dtype"] = "fp32" if spec.needs_float32_routing else None
     return fields
@@ -314,7 +329,7 @@ def build_chunks(
         **megatron_fields(arch),
         "num_moe_experts": num_experts,
         "moe_router_topk": top_k,
-        "moe_ffn_hidden_size": arch.ffn_size if num_experts else None,
+        "moe_ffn_hidden_size": arch.expert_ffn_size or arch.ffn_size if num_experts else None,
         "moe_token_dispatcher_type": "alltoall",
         "activation_func": activation_function(arch.activation),
         "bias_activation_fusion": False,

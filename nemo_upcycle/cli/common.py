@@ -27,12 +27,17 @@ _SPEC_FIELDS: dict[str, tuple[type, str, str]] = {
     "drop_ratio": (float, "R", "share of the neurons that drop redraws"),
     "shared_experts": (int, "S", "experts that process every token, at most G"),
     "moe_layers": (str, "WHICH", "; ".join((*MOE_LAYERS[:3], "or numbers: 0,2,4"))),
+    "expert_utility": (str, "FILE", "YAML: a number for each expert of the parent; the more useful have more copies"),
     "router_init": (
         str,
         "|".join(ROUTER_INITS),
         "distribution of the router's weights, or the way from data to them",
     ),
-    "router_std": (float, "X", "standard deviation of the router's weights"),
+    "router_std": (
+        float,
+        "X",
+        "standard deviation of the router's weights; of a parent with experts, of what is added",
+    ),
     "router_spread": (float, "X", "from data: standard deviation of a token's logits over the copies"),
     "router_prompts": (str, "FILE", "YAML: a list with the texts of each copy, for prompts"),
     "calibration": (

@@ -68,8 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--model", metavar="MODEL", help=text)
     model = parser.add_argument_group("model and step")
-    model.add_argument("--experts", dest="num_experts", type=int, metavar="N", help="upcycle --model to N experts")
-    model.add_argument("--top-k", type=int, metavar="K", help="experts that a token passes through (default: 2)")
+    model.add_argument(
+        "--experts", dest="num_experts", type=int, metavar="N", help="upcycle --model to N experts, or to more"
+    )
+    model.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="experts that a token passes through (default: 2, or so many that --model's function is kept)",
+    )
     model.add_argument("--granularity", type=int, metavar="G", help="parts of a dense network (default: 1)")
     model.add_argument("--seq-length", type=int, metavar="TOKENS", help="tokens of a sequence (default: 8192)")
     model.add_argument("--global-batch", type=int, metavar="SEQUENCES", help="sequences of a step (default: 512)")

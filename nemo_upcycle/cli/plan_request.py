@@ -9,6 +9,8 @@ from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import check_parent
+from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware
@@ -66,12 +68,10 @@ def subject_of(args: argparse.Namespace) -> Subject:
         _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")
         return Subject(arch, arch, None, hardware.recipe_for(arch, arch), _DEFAULTS, folder)
     if arch.num_experts:
-        raise SpecError(
-            "--experts",
-            got=args.num_experts,
-            expected="a dense model",
-            fix="omit --experts: an MoE model is planned as it is",
-        )
+        check_parent(arch, "--experts")
+        _refuse({"--granularity": args.granularity}, "none: experts of a parent are copied whole", "omit {}")
+        spec = growth_spec(arch, args.num_experts, args.top_k)
+        return Subject(arch.upcycled(spec), arch, spec, None, _DEFAULTS, folder)
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
     spec = UpcycleSpec(num_experts=args.num_experts, router_order=router_order(args.top_k), **given)
     moe_arch = arch.upcycled(spec)

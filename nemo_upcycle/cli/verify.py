@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="FILE", type=Path, help="the calibration file that the experts were split by"
     )
+    text = "of a parent with experts: the file that says which have more copies"
+    parser.add_argument("--expert-utility", metavar="FILE", type=Path, help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         logits=not args.weights_only,
         tolerance=args.tolerance,
         calibration=args.calibration,
+        expert_utility=args.expert_utility,
     )
     show(args, asdict(result), _text(result))
     return 0 if result.equal else 1

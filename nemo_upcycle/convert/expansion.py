@@ -88,7 +88,7 @@ class Expansion:
         for plan, copies in self._copies(names).items():
             if isinstance(plan, str):
                 file.write(as_bytes(self._constants[plan].contiguous()))
-            elif plan.is_router:
+            elif plan.is_drawn:
                 router = plan.drawn(self.spec, self.moe_arch.hidden_size)
                 cast = router.to(self.dtype)
                 require_finite(router, copies[0][0], made=cast)

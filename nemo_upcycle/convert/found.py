@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online.receipt import read_receipt, spec_of
 from nemo_upcycle.sources.checkpoint_context import read_context
 from nemo_upcycle.sources.checkpoints import UNFINISHED, complete_checkpoints, is_marked
@@ -70,7 +71,11 @@ def find_model(
     context = read_context(checkpoint)
     if not (context or receipt.get("spec")) and given:
         _require_unseen(given, checkpoint)
-    known = {name: value for name, (_, value) in context.spec_fields.items()} if context else {}
+    known: dict[str, Any] = {}
+    if context:
+        parent = read_architecture(dense) if (dense / "config.json").is_file() else None
+        fields = context.spec_fields_of(parent) if parent else context.spec_fields
+        known = {name: value for name, (_, value) in fields.items()}
     spec = spec_of(receipt.get("spec"), receipt_path, given, known)
     return FoundModel(checkpoint, dense, spec, receipt_path, receipt)
 

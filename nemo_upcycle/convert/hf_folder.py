@@ -16,9 +16,6 @@ from nemo_upcycle.utils.files import read_json, write_json
 if TYPE_CHECKING:
     import torch
 
-#: The coefficient of the load-balancing loss, unless a checkpoint says another: that of the recipes and of NeMo's
-#: Mixtral. transformers' own default is a tenth of it.
-ROUTER_AUX_LOSS = 0.01
 #: What travels with the weights unchanged: a tokenizer saved again by a newer library may not open in an older one.
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -88,7 +85,7 @@ def write_config(
     """Write the `config.json` of `arch`, made from the parent's; no key of it makes a loader run code."""
     config = _without_code(read_json(dense_folder / "config.json"))
     if arch.num_experts:
-        config = moe_config(config, arch, ROUTER_AUX_LOSS if router_aux_loss is None else router_aux_loss)
+        config = moe_config(config, arch, router_aux_loss)
     else:
         config |= both_ropes(arch.rope_theta, arch.rope_scaling)
     config["torch_dtype"] = dtype_name(dtype)

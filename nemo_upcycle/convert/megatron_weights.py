@@ -168,16 +168,17 @@ def open_checkpoint(
     weights.require_parent(arch)
     if context:
         context.require_parent(arch, dense_folder)
-        spec = context.spec(spec)
+        spec = context.spec(spec, arch)
     if experts := weights.num_experts:
-        if spec is None or spec.num_experts != experts:
+        is_parents = spec is None and experts == arch.num_experts  # which was trained as it is
+        if not is_parents and (spec is None or spec.num_experts != experts):
             raise SpecError(
                 "spec",
                 got=f"num_experts={spec.num_experts}" if spec else "none",
                 expected=f"num_experts={experts}, as in {checkpoint}",
                 fix="give the spec that the model was upcycled by",
             )
-        arch = replace(arch.upcycled(spec), **weights.balancing_biases)
+        arch = replace(arch.upcycled(spec) if spec else arch, **weights.balancing_biases)
         if arch.quantile_bias:
             arch = replace(arch, hf_class="")  # every class that has such biases adds them to scores, not to logits
     elif spec is not None:

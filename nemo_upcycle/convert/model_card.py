@@ -13,6 +13,7 @@ import yaml
 
 from nemo_upcycle.convert.hf_folder import tokenizer_file_names
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import extra_params, hf_constants
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
@@ -24,6 +25,10 @@ _SCORES, _LICENCE = "## Scores", "## Licence"
 #: What a parent's card says that holds for what is made of it.
 _INHERITED = ("license", "license_name", "license_link", "language")
 _MAX_BYTES = 1 << 20
+_FROM_DENSE = (
+    "upcycled from a dense model ([arXiv 2412.09952](https://arxiv.org/abs/2412.09952)): the experts are made of its "
+    "feed-forward network."
+)
 
 
 def write_card(
@@ -62,12 +67,9 @@ def write_card(
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
     if arch.num_experts:
-        lines += [
-            f"A Mixture-of-Experts model ({arch.num_experts} experts, {arch.top_k} for a token), upcycled from a "
-            "dense model ([arXiv 2412.09952](https://arxiv.org/abs/2412.09952)): the experts are made of its "
-            "feed-forward network.",
-            "",
-        ]
+        own = read_architecture(parents[0]).num_experts
+        made = f"made from one of {own}: the experts are copies of its own." if own else _FROM_DENSE
+        lines += [f"A Mixture-of-Experts model ({arch.num_experts} experts, {arch.top_k} for a token), {made}", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items()), ""]
     lines += ["## Load it", "", *_loading(arch, parents[0]), ""]
     if notes:
@@ -173,7 +175,11 @@ def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
     fields = {
         name: value for name, value in spec.to_dict().items() if name in always or value != getattr(default, name)
     }
-    for name in {"calibration", "router_prompts"} & fields.keys():  # a path says where a file lay on one machine
+    for name in {
+        "calibration",
+        "expert_utility",
+        "router_prompts",
+    } & fields.keys():  # a path says where a file lay on one machine
         fields[name] = Path(fields[name]).name
     return {"Upcycled by": f"`UpcycleSpec({', '.join(f'{name}={value!r}' for name, value in fields.items())})`"}
 

@@ -25,6 +25,7 @@ from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, Safetensors
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.models.families import server_caveats
+from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.models.mapping import extra_params, mapping_of
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
@@ -139,7 +140,11 @@ def convert(
     writer = SafetensorsWriter(expansion.shapes, dtype, max_shard_bytes, expansion.order)
     check_source(dense)
     plan = _plan_of(dense, spec, dtype, max_shard_bytes)
-    reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded_because(dense, dtype, spec))
+    reasons = (
+        *inexact_because(dense.architecture, spec),
+        *dense.inexact_because(),
+        *rounded_because(dense, dtype, spec),
+    )
     kept, written_bytes = len(writer.files), 0
     if _is_done(output, plan):
         _check_done(output, writer)
@@ -255,6 +260,7 @@ def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shar
         "mixed": list(dense.inexact_because()),
         "config_sha256": sha256_file(dense.path / "config.json"),
         "spec": spec.to_dict(),
+        "utility_sha256": sha256_file(Path(spec.expert_utility).expanduser()) if spec.expert_utility else None,
         "calibration_sha256": calibration.sha256 if (calibration := calibration_of(spec)) else None,
         "dtype": str(dtype),
         "max_shard_bytes": max_shard_bytes,

@@ -1,9 +1,16 @@
-"""The router of an upcycled layer. The paper (arXiv 2412.09952, section 2): random; distribution, scale not given."""
+"""The router of an upcycled layer. The paper (arXiv 2412.09952, section 2): random; distribution, scale not given.
+
+Of a parent with experts the rows are copied, and numbers of the same distributions are added.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
+from nemo_upcycle.init.experts import ExpertMatrix
+from nemo_upcycle.init.methods import Method
 from nemo_upcycle.init.rng import block_generator
 from nemo_upcycle.spec import ROUTER_INITS, UpcycleSpec
 
@@ -23,6 +30,39 @@ def router_weight(spec: UpcycleSpec, layer: int, hidden_size: int) -> torch.Tens
     Returns:
         A float32 tensor of shape [E, D], E the experts of all expert-parallel ranks.
     """
-    generators = [block_generator(spec.seed, "router", layer, copy) for copy in range(spec.copies)]
-    rows_CD = ROUTER_INITS[spec.router_init].rows(spec, layer, hidden_size, generators)
+    rows_CD = _drawn(spec, layer, hidden_size, spec.copies)
     return rows_CD.to(torch.float32).repeat_interleave(spec.granularity, dim=0)
+
+
+def _drawn(spec: UpcycleSpec, layer: int, hidden_size: int, count: int) -> torch.Tensor:
+    """Return so many rows in float64, each from a generator of its own."""
+    generators = [block_generator(spec.seed, "router", layer, row) for row in range(count)]
+    return ROUTER_INITS[spec.router_init].rows(spec, layer, hidden_size, generators)
+
+
+@dataclass(frozen=True)
+class RowNoise(Method):
+    """What tells the copies of a parent's expert apart: noise on their rows of the router, whose sum is zero.
+
+    Its standard deviation, before the mean over the copies is taken off, is router_std times that of all weights of
+    the layer's router, so that one number serves any model. The row of an expert with one copy stays as it is.
+
+    Args:
+        sources: the parent's expert that each one is a copy of.
+    """
+
+    sources: tuple[int, ...]
+
+    def made_by(self, spec: UpcycleSpec) -> str:
+        """Return what the receipt says."""
+        return f"router_init={spec.router_init} added, std={spec.router_std} of the parent's, seed={spec.seed}"
+
+    def change(self, spec: UpcycleSpec, matrix: ExpertMatrix) -> None:
+        """Add the noise, computed in float64; every rank has all rows."""
+        rows_ED = matrix.local_FD
+        _, deviation = replace(matrix, whole_FD=lambda: rows_ED).mean_and_std()
+        noise_ED = _drawn(spec, matrix.layer, rows_ED.shape[1], len(self.sources)) * deviation
+        sources_E = torch.tensor(self.sources)
+        sums = torch.zeros(1 + max(self.sources), rows_ED.shape[1], dtype=torch.float64)
+        means = sums.index_add_(0, sources_E, noise_ED) / torch.bincount(sources_E)[:, None]
+        rows_ED.copy_(rows_ED.double() + (noise_ED - means[sources_E]).to(rows_ED.device))

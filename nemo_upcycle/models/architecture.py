@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.growth import grown, refuse_utility
 from nemo_upcycle.spec import RouterKind, UpcycleSpec, find_router_kind
 
 
@@ -319,14 +320,18 @@ class Architecture:
         return replace(self, num_experts=None, top_k=None, expert_ffn_size=None, moe_pattern=None, shared_ffn_size=0)
 
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
-        """Return the MoE architecture that a spec makes of this dense one.
+        """Return the MoE architecture that a spec makes of this one.
 
-        The Hugging Face class is the first that can hold the model; "" if none can.
+        The Hugging Face class is the first that can hold the model; "" if none can. That of a parent with experts
+        stays.
 
         Raises:
-            SpecError: the spec's layers do not fit.
+            SpecError: the spec's layers do not fit, or what it says of experts.
             CheckpointError: granularity does not divide F.
         """
+        if self.num_experts:
+            return grown(self, spec)
+        refuse_utility(spec)
         if self.ffn_size % spec.granularity:
             divisors = [number for number in range(1, 65) if self.ffn_size % number == 0]
             raise CheckpointError(

@@ -15,6 +15,9 @@ from nemo_upcycle.utils.files import read_json
 
 
 _PART = "partial_rotary_factor"
+#: The coefficient of the load-balancing loss, unless a checkpoint says another: that of the recipes and of NeMo's
+#: Mixtral. transformers' own default is a tenth of it.
+ROUTER_AUX_LOSS = 0.01
 #: What transformers 5 keeps together with the scaling of rotary frequencies.
 _NO_SCALING = ("rope_theta", _PART)
 #: Positions up to which a model was trained before its rotary frequencies were scaled. LongRoPE's stand beside its
@@ -229,7 +232,7 @@ def both_ropes(theta: float, scaling: dict[str, Any] | None, part: float | None 
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}
 
 
-def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss: float) -> dict[str, Any]:
+def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss: float | None) -> dict[str, Any]:
     """Return the `config.json` of an upcycled model: the parent's settings, plus what the experts need.
 
     Special tokens and the like are kept as they are. What decides the function is always written, as transformers 4
@@ -238,7 +241,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     Args:
         dense_config: the parent's `config.json`.
         arch: the MoE model's architecture; a Hugging Face class can hold it.
-        router_aux_loss: coefficient of the load-balancing loss.
+        router_aux_loss: coefficient of the load-balancing loss; None: the parent's, where it has one.
     """
     family = find_family(arch.hf_class)
     assert isinstance(family, MoeFamily), arch.hf_class
@@ -259,7 +262,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "hidden_act": next(name for name, kind in ACTIVATIONS.items() if kind == arch.activation),
         "max_position_embeddings": arch.max_positions,
         "output_router_logits": False,
-        "router_aux_loss_coef": router_aux_loss,
+        "router_aux_loss_coef": _aux_loss(dense_config) if router_aux_loss is None else router_aux_loss,
         "model_type": family.model_type,
         "vocab_size": arch.vocab_size,
         "num_hidden_layers": arch.num_layers,
@@ -269,6 +272,12 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         **({_SHORT: scaling[_SHORT]} if is_beside else {}),
         **both_ropes(arch.rope_theta, arch.rope_scaling, settings.get(_PART)),
     }
+
+
+def _aux_loss(config: dict[str, Any]) -> Any:
+    """Return the coefficient of the load-balancing loss in the `config.json` of a parent with experts, or our own."""
+    said = config.get("router_aux_loss_coef")
+    return ROUTER_AUX_LOSS if said is None else said
 
 
 def _inside(given: Settings, key: str) -> Settings:

@@ -235,22 +235,30 @@ def spec_fields(settings: Mapping[str, Any], ffn_size: int, num_layers: int) -> 
     }
 
 
-def check_spec(config: Any, spec: UpcycleSpec | None, hybrid: HybridLayers | None = None) -> None:
+def check_spec(
+    config: Any,
+    spec: UpcycleSpec | None,
+    hybrid: HybridLayers | None = None,
+    parent: Architecture | None = None,
+) -> None:
     """Check that a model's configuration can be filled, and is what a spec asks for.
 
     Args:
         config: Megatron's or NeMo's, built or as a `run.Config`.
-        spec: what the model is to be made by; None for a dense model.
+        spec: what the model is to be made by; None for the parent itself.
         hybrid: of a HybridModel: its layers.
+        parent: its architecture, where it is known and may have experts.
 
     Raises:
         SpecError: they disagree, or the model would not compute its parent's function.
     """
-    wanted = router_fields(spec) if spec else {"num_moe_experts": None}
+    wanted = router_fields(spec or parent) if spec or parent else {}
+    wanted = wanted or {"num_moe_experts": None}
     for name, value in wanted.items():
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):
             expected = f"{value} (from the UpcycleSpec)" if spec else "none without an UpcycleSpec"
+            expected = f"{value}, as in the parent" if value and not spec else expected
             raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="make them agree")
     check_fields(config)
     if spec is None:

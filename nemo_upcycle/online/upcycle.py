@@ -24,6 +24,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.init.experts import fill_copies
 from nemo_upcycle.models.balancing import balancing_bias
+from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.mapping import Sharding
 from nemo_upcycle.models.megatron_config import changed_by, check_model, check_spec
@@ -132,7 +133,7 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
         hybrid = hybrid_of(model)
         if hybrid:
             hybrid.require_stages(model.pg_collection.pp.size(), len(models))
-        check_spec(model.config, spec, hybrid)
+        check_spec(model.config, spec, hybrid, parent=arch)
     check_source(dense, sampled=True)
     for model in models:
         check_model(model, moe_arch)
@@ -183,14 +184,17 @@ def fill(
 
 def _fill(plan: ParamPlan, dense: DenseSource, spec: UpcycleSpec | None) -> None:
     made_of, first = plan.made_of, plan.tensors[0]
-    if made_of.is_router:
+    if made_of.is_drawn:
         assert spec is not None
         first.copy_(made_of.drawn(spec, dense.architecture.hidden_size))
         return
     source = made_of.source(dense)
     at_once = first.is_cuda or first.nbytes <= _BLOCK_BYTES  # the other experts are copies of the whole first one
+    held: object = None
+    slice_ = first
     for name, piece in made_of.slices:
-        slice_ = source.read(name, piece.source)
+        if held != (name, piece.source):  # the rows of a parent's router come once for each copy
+            held, slice_ = (name, piece.source), source.read(name, piece.source)
         whole = (piece.seen(slice_), *(piece.view(tensor) for tensor in plan.tensors[: 1 if at_once else None]))
         for part, *experts in [whole] if at_once else _blocks(whole):
             expand_slice(made_of, name, part, source, first.dtype, out=experts[0])
@@ -201,7 +205,7 @@ def _fill(plan: ParamPlan, dense: DenseSource, spec: UpcycleSpec | None) -> None
         rows = sum(piece.rows[1] for _, piece in made_of.slices)
         first[rows:].zero_()
     if spec:
-        change_copies(made_of, spec, source, plan.experts, plan.tensors)
+        change_copies(made_of, spec, source, plan.experts or (0,), plan.tensors)
 
 
 def _blocks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -237,7 +241,7 @@ def make_receipt(
     dtypes = dict.fromkeys(plan.tensors[0].dtype for plan in plans if plan.made_of.slices)
     calibration = calibration_of(spec)
     reasons = (
-        *(spec.inexact_because if spec else ()),
+        *(inexact_because(arch, spec) if spec else ()),
         *dense.inexact_because(),
         *(why for dtype in dtypes for why in rounded_because(dense, dtype, spec)),
         *changed_by(_unwrap(chunk), arch, spec),

@@ -228,14 +228,25 @@ class CheckpointContext:
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         return float(value) if isinstance(value, int | float) else None
 
-    def spec(self, given: UpcycleSpec | None = None) -> UpcycleSpec | None:
+    def spec_fields_of(self, parent: Architecture) -> dict[str, tuple[str, Any]]:
+        """Return `spec_fields` of what was made of a parent; one with experts has widths of its own."""
+        own = ("granularity", "shared_experts") if parent.num_experts else ()
+        return {name: value for name, value in self.spec_fields.items() if name not in own}
+
+    def spec(self, given: UpcycleSpec | None, parent: Architecture) -> UpcycleSpec | None:
         """Return the spec of the model: the one given, else what a Hugging Face class must know of it.
+
+        Args:
+            given: what the user says it is.
+            parent: what it was made of; a parent with experts that was trained as it is has no spec.
 
         Raises:
             SpecError: the one given contradicts the checkpoint.
         """
-        fields = self.spec_fields
+        fields = self.spec_fields_of(parent)
         if given is None:
+            if parent.num_experts and parent.num_experts == self.settings.get("num_moe_experts"):
+                return None
             return UpcycleSpec(**{name: value for name, (_, value) in fields.items()}) if fields else None
         layers = self.dense.num_layers
         for name, (setting, expected) in fields.items():

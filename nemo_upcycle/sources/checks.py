@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.growth import expert_scale
 from nemo_upcycle.models.mapping import hf_names, mapping_of
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
@@ -182,6 +183,8 @@ def rounded(stored: dict[str, torch.dtype], dtype: torch.dtype) -> Iterator[str]
 
 def _factors(spec: UpcycleSpec, dense: DenseSource) -> dict[str, float]:
     """Return the factors that a spec puts on weights."""
+    if dense.architecture.num_experts:
+        return {"down projection": expert_scale(dense.architecture, spec)}
     factors = {"down projection": spec.down_scale}
     factors |= {"shared experts' down projection": spec.shared_scale} if spec.shared_experts else {}
     return factors | ({"output bias": spec.bias_scale} if dense.architecture.ffn_bias else {})

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.models.families import parents
+from nemo_upcycle.models.families import check_parent
+from nemo_upcycle.models.growth import require_one
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint, is_megatron
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
@@ -27,7 +28,8 @@ def open_dense(uri: str | Path | Sequence[str | Path], *, non_expert_weights: st
         non_expert_weights: of several: whether everything but the experts is the "first" one's or the "mean" of all.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is damaged, or it is not a dense Llama-family model.
+        CheckpointError: there is no such checkpoint, it is damaged, or it is neither a dense Llama-family model nor
+            one with experts that can get more of them.
         SpecError: `non_expert_weights` is neither.
 
     Example:
@@ -40,7 +42,9 @@ def open_dense(uri: str | Path | Sequence[str | Path], *, non_expert_weights: st
     if len(uris) == 1:
         return _open_one(str(uris[0]))
     with ExitStack() as opened:
-        branches = Branches([opened.enter_context(_open_one(str(one))) for one in uris], non_expert_weights)
+        sources = [opened.enter_context(_open_one(str(one))) for one in uris]
+        require_one([source.architecture for source in sources])
+        branches = Branches(sources, non_expert_weights)
         opened.pop_all()
     return branches
 
@@ -71,11 +75,5 @@ def _open_one(uri: str) -> DenseSource:
         )
     kind = _SCHEMES[scheme] if separator else MegatronCheckpoint if is_megatron(path) else SafetensorsFolder
     source: DenseSource = kind(path)
-    if source.architecture.num_experts:
-        raise CheckpointError(
-            str(path),
-            got=source.architecture.hf_class,
-            expected=f"a dense model ({', '.join(family.hf_class for family in parents())})",
-            fix="give the dense parent",
-        )
+    check_parent(source.architecture, str(path))
     return source

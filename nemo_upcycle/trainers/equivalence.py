@@ -24,6 +24,7 @@ import torch
 
 from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.cpu.one_rank import one_rank
+from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.online.receipt import UpcycleReceipt
@@ -134,7 +135,7 @@ def check_step0(
 def _export(paged: PagedModel, dense: DenseSource, spec: UpcycleSpec, dense_folder: Path, step0_folder: Path) -> None:
     """Write the upcycled model, in the dense parent's type if copies of its weights fit into that."""
     own = functools.reduce(torch.promote_types, (dense.dtype(name) for name in dense.names()))
-    is_copy = not spec.inexact_because and not any(rounded_because(dense, own, spec))
+    is_copy = not inexact_because(dense.architecture, spec) and not any(rounded_because(dense, own, spec))
     dtype = own if is_copy else torch.float32
     arch = dense.architecture.upcycled(spec)
     export_weights(PagedWeights(paged, dtype), arch, dense_folder, step0_folder, dtype=dtype)

@@ -93,6 +93,7 @@ def verify(
     logits: bool = True,
     tolerance: float = TOLERANCE,
     calibration: Path | None = None,
+    expert_utility: Path | None = None,
 ) -> Verification:
     """Compare a dense Hugging Face folder with the MoE folder made from it.
 
@@ -105,6 +106,7 @@ def verify(
             as well; else only weights are compared.
         tolerance: largest difference of logits over the largest logit, to count as equal.
         calibration: the file that the experts were split by, if they were; else consecutive neurons are expected.
+        expert_utility: of a parent with experts, the file that says which have more copies, if there was one.
 
     Raises:
         CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is of another parent.
@@ -128,7 +130,7 @@ def verify(
         if logits:
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
         tokens_BS = _tokens(dense, text_file) if logits else None  # a wrong text shows before the long work
-        weights = compare_weights(parent, child, calibration)
+        weights = compare_weights(parent, child, calibration, expert_utility)
         own_type, moe_arch = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture
     found = torn = None
     if tokens_BS is not None:

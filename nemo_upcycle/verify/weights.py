@@ -16,6 +16,7 @@ import torch
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.init.calibration import Calibration
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.growth import growth_spec, inexact_because
 from nemo_upcycle.models.mapping import constant_tensors, hf_constants, hf_names
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.calibrated import require_calibration
@@ -32,6 +33,11 @@ _KEPT = (
     *("activation", "rope_theta", "rope_scaling", "rotary_percent", "rope_pattern", "window", "qkv_bias"),
     *("qk_norm", "wide_qk_norm", "pre_norm", "post_norm", "zero_centered_norm"),
 )
+
+
+#: Of a parent with experts, what all models of it have, too.
+_COPIED = ("expert_ffn_size", "shared_ffn_size", "moe_pattern", "norm_topk", "router_score", "routed_scaling_factor")
+_OWN = "compare a model with its own parent"
 
 
 @dataclass
@@ -104,16 +110,20 @@ class WeightComparison(NamedTuple):
     granularity: int
 
 
-def compare_weights(dense: DenseSource, moe: DenseSource, calibration: Path | None = None) -> WeightComparison:
+def compare_weights(
+    dense: DenseSource, moe: DenseSource, calibration: Path | None = None, expert_utility: Path | None = None
+) -> WeightComparison:
     """Return what was done to the weights of an MoE model, and whether they compute the dense function.
 
     They do if everything is the dense model's but the experts' down projection, which is scaled as the model's routing
     asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`UpcycleSpec.is_exact`).
+    Of a parent with experts, the router's rows have to be its own, too (`models/growth.py`).
 
     Args:
         dense: the open dense model.
         moe: the MoE model, open as well.
         calibration: the file that says which neurons an expert has; None: consecutive ones.
+        expert_utility: of a parent with experts, the file that says which have more copies; None: all have as many.
 
     Raises:
         CheckpointError: a folder's tensors are not those of its configuration, one holds NaN or infinity, or the MoE
@@ -126,13 +136,15 @@ def compare_weights(dense: DenseSource, moe: DenseSource, calibration: Path | No
     groups: dict[str, WeightGroup] = {}
     dtypes: dict[torch.dtype, None] = {}
     is_exact = _constants_are_as_written(moe)
-    spec = _split_by(calibration, dense, moe_arch, _spec_of(arch, moe_arch))
+    spec = _split_by(calibration, dense, moe_arch, _spec_of(arch, moe_arch, utility=expert_utility))
+    if arch.num_experts:
+        arch.upcycled(spec)  # which checks that they fit
     names = list(hf_names(moe_arch))
     for name in track(names, "compare weights", len(names)):
         plan, _ = plan_hf_tensor(name, arch, moe_arch, spec)
         kind = _kind(plan)
         group = groups.setdefault(kind, WeightGroup(kind))
-        if plan.is_router:
+        if plan.is_drawn:
             group.tensors += 1
             require_finite(router_ED := moe.read(name), name, moe)
             routers.look_at(router_ED, spec.granularity)
@@ -144,7 +156,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource, calibration: Path | No
     router = moe_arch.router_kind
     if not moe_arch.norm_topk and not router.pre_softmax and router.sums_to_one(spec):
         is_exact = False  # no spec makes it: scores of several experts that keep the sum they have
-    is_exact &= routers.tied and _spec_of(arch, moe_arch, routers).is_exact
+    is_exact &= routers.tied and not inexact_because(arch, _spec_of(arch, moe_arch, routers, expert_utility))
     rounded = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
     return WeightComparison(tuple(groups.values()), is_exact, tuple(rounded), spec.granularity)
 
@@ -173,10 +185,13 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
                 f"{moe.path}: {name}",
                 got=got,
                 expected=f"{wanted}, as in the dense model",
-                fix="compare a model with its own parent",
+                fix=_OWN,
             )
     width = moe_arch.expert_ffn_size or 0
-    if (
+    for name in _COPIED if arch.num_experts else ():
+        if (got := getattr(moe_arch, name)) != (wanted := getattr(arch, name)):
+            raise CheckpointError(f"{moe.path}: {name}", got=got, expected=f"{wanted}, as in the parent", fix=_OWN)
+    if not arch.num_experts and (
         arch.ffn_size % width
         or moe_arch.shared_ffn_size % width
         or (moe_arch.num_experts or 0) % (arch.ffn_size // width)
@@ -190,8 +205,12 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
     check_source(moe)
 
 
-def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | None = None) -> UpcycleSpec:
+def _spec_of(
+    arch: Architecture, moe_arch: Architecture, routers: _Routers | None = None, utility: Path | None = None
+) -> UpcycleSpec:
     """Return a spec of plain copies that makes this model, as far as the configuration and the routers show."""
+    if arch.num_experts:
+        return growth_spec(arch, moe_arch.num_experts or 0, moe_arch.top_k, str(utility or ""))
     width, experts, top_k = moe_arch.expert_ffn_size or 1, moe_arch.num_experts or 0, moe_arch.top_k or 1
     granularity = arch.ffn_size // width
     if top_k == 1 and moe_arch.norm_topk:  # which no spec makes; one expert more has the same sums

@@ -17,19 +17,32 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import score
+from nemo_upcycle.models.hf_config import read_architecture
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_mixed_checkpoint import save_upcycled
-from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_olmo2, write_phi3, write_qwen3
+from tests.models import (
+    hugging_face_logits,
+    sample_tokens,
+    write_mistral,
+    write_mixtral,
+    write_olmo2,
+    write_phi3,
+    write_qwen3,
+    write_qwen3_moe,
+)
 from tests.tiers import quick
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
+MORE_EXPERTS = UpcycleSpec(num_experts=8, top_k=4, router_std=0.0)
 VOCAB, LENGTH, PROMPT, WRITTEN = 250, 24, 12, 8
 PARENTS = {
     "qwen3": write_qwen3,  # norms of query and key, each with weights of its own
     "mistral": lambda folder: write_mistral(folder, window=5),  # shorter than the texts, and than the prompts
     "olmo2": write_olmo2,  # norms over all heads, which tensor parallelism cuts
     "phi3": lambda folder: write_phi3(folder, sliding_window=5),
+    "mixtral": write_mixtral,  # has experts, which become more
+    "qwen3_moe": write_qwen3_moe,
 }
 
 
@@ -38,8 +51,13 @@ def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A parent; beside it a checkpoint of the model that is upcycled from it."""
     folder = tmp_path_factory.mktemp(request.param)
     PARENTS[request.param](folder / "dense")
-    run_ranks(save_upcycled, 2, str(folder / "dense"), str(folder / "saved/weights"), SPEC, {"ep": 2})
-    return folder / "dense"
+    dense = folder / "dense"
+    run_ranks(save_upcycled, 2, str(dense), str(folder / "saved/weights"), _spec_of(dense), {"ep": 2})
+    return dense
+
+
+def _spec_of(parent: Path) -> UpcycleSpec:
+    return MORE_EXPERTS if read_architecture(parent).num_experts else SPEC
 
 
 def _texts() -> list[list[int]]:
@@ -49,7 +67,7 @@ def _texts() -> list[list[int]]:
 def _asked(parent: str, layout: dict[str, int]) -> tuple[list[list[float]], list[list[int]]]:
     """Return the log-likelihoods of texts, and the continuations of their beginnings."""
     dense = Path(parent)
-    chunks, arch = load_chunks(dense.parent / "saved", dense, SPEC, layout_here(**layout), torch.float32)
+    chunks, arch = load_chunks(dense.parent / "saved", dense, _spec_of(dense), layout_here(**layout), torch.float32)
     scored = score(chunks, [(text, LENGTH - 1) for text in _texts()], vocab_size=arch.vocab_size)
     prompts = [text[:PROMPT] for text in _texts()]
     written = generate(chunks, prompts, most=WRITTEN, ends=lambda *_: False, vocab_size=arch.vocab_size)
@@ -72,13 +90,14 @@ def test_a_checkpoint_scores_and_continues_as_its_parent_does(
 
 
 def test_an_export_computes_what_its_parent_does(parent: Path, tmp_path: Path) -> None:
-    export_checkpoint(parent.parent / "saved", parent, tmp_path / "hf", spec=SPEC, dtype=torch.float32)
+    saved, spec = parent.parent / "saved", _spec_of(parent)
+    export_checkpoint(saved, parent, tmp_path / "hf", spec=spec, dtype=torch.float32)
     wanted, found = (load_file(folder / "model.safetensors") for folder in (parent, tmp_path / "hf"))
     for name, tensor in wanted.items():
         parts = (
             [name.replace("qkv_proj", part) for part in ("q_proj", "k_proj", "v_proj")] if "qkv" in name else [name]
         )
-        assert "mlp" in name or torch.equal(torch.cat([found[part] for part in parts]), tensor), name
+        assert "mlp" in name or "moe" in name or torch.equal(torch.cat([found[part] for part in parts]), tensor), name
     tokens = sample_tokens(VOCAB)
     logits = hugging_face_logits(parent, tokens)
     assert float((hugging_face_logits(tmp_path / "hf", tokens) - logits).norm() / logits.norm()) <= 2e-6

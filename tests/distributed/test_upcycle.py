@@ -7,6 +7,7 @@ layouts cut blocks in their middle. The vocabulary's padding is another for each
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.init.experts import BLOCK
 from tests.distributed.gather import GlobalShard, gather, global_shards
 from tests.distributed.ranks import run_ranks
-from tests.models import build_chunks, moe_settings, write_llama, write_olmo2, write_phi3, write_qwen3
+from tests.models import (
+    build_chunks,
+    moe_settings,
+    write_llama,
+    write_mixtral,
+    write_olmo2,
+    write_phi3,
+    write_qwen3,
+    write_qwen3_moe,
+)
 from tests.tiers import quick
 from tests.unit.calibration.samples import made
 
@@ -35,6 +45,13 @@ PARENTS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
 }
+WRITERS = {
+    "qwen3": write_qwen3,
+    "olmo2": write_olmo2,
+    "phi3": write_phi3,
+    "mixtral": write_mixtral,
+    "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=2 * BLOCK + 128),
+}
 COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
 #: Its calibration is made of the untied parent, and lies in the folder of the parents.
@@ -50,6 +67,8 @@ CASES = {
     "noise": ("untied", UpcycleSpec(**COPIES, method="noise")),
     "drop": ("untied", UpcycleSpec(**COPIES, method="drop")),
     "granular": ("untied", UpcycleSpec(**GRANULAR)),
+    "more experts": ("mixtral", UpcycleSpec(num_experts=8, top_k=4)),
+    "more experts, noise": ("qwen3_moe", UpcycleSpec(num_experts=8, top_k=4, method="noise")),
     "granular, biases": ("biases", UpcycleSpec(**GRANULAR, method="noise")),
     "shared": ("untied", UpcycleSpec(**GRANULAR, shared_experts=1, method="drop")),
     "mixed": ("tied", UpcycleSpec(**GRANULAR, moe_layers=(0, 3), method="noise")),
@@ -112,7 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
     for name, changes in PARENTS.items():
         write_llama(folder / name, shards=3, **(SIZES | changes))
-    for name, write in (("qwen3", write_qwen3), ("olmo2", write_olmo2), ("phi3", write_phi3)):
+    for name, write in WRITERS.items():
         write(folder / name, layers=4, **SIZES)
     for name in ("untied", "biases"):
         made(folder / name, folder / f"{name}.file", FROM_DATA)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from nemo_upcycle.errors import SpecError
+from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import FAMILIES, Architecture
 from nemo_upcycle.models.families.base import Family, MoeFamily
 from nemo_upcycle.spec import find_router_kind
@@ -27,6 +27,7 @@ _MODULES = (
     "glm4_moe",
     "qwen2_moe",
     "flex_olmo",
+    "olmoe",
     "gpt_oss",
     "deepseek_v3",
     "grok",
@@ -35,6 +36,7 @@ _FAMILIES: dict[str, Family] = FAMILIES
 __all__ = [
     "Family",
     "MoeFamily",
+    "check_parent",
     "find_family",
     "find_nemo_module",
     "parents",
@@ -86,6 +88,28 @@ def planned() -> list[Family]:
 def targets() -> list[MoeFamily]:
     """Return the families of MoE models."""
     return [family for family in _FAMILIES.values() if isinstance(family, MoeFamily)]
+
+
+def check_parent(arch: Architecture, where: str) -> None:
+    """Check that a model can become one with experts, or with more of them.
+
+    Args:
+        arch: its architecture.
+        where: how messages call it.
+
+    Raises:
+        CheckpointError: it has experts, and its class gets no more of them.
+    """
+    family = _FAMILIES.get(arch.hf_class)
+    reason = family.no_parent_because if isinstance(family, MoeFamily) else "which nemo-upcycle plan alone knows"
+    if arch.num_experts and reason:
+        growing = [one.hf_class for one in targets() if not one.no_parent_because]
+        raise CheckpointError(
+            where,
+            got=f"{arch.hf_class}, {reason}",
+            expected=f"a dense model, or one of {', '.join(growing)}",
+            fix="give the dense parent",
+        )
 
 
 def require_class(moe_arch: Architecture) -> None:

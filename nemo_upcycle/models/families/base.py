@@ -216,10 +216,12 @@ class MoeFamily(Family, ABC):
     Args:
         router_score: what the class sends the router's logits through, as in `UpcycleSpec`.
         has_attention_bias: whether it reads `attention_bias`: of query, key, value and the output, all or none.
+        no_parent_because: why a model of the class gets no more experts; "" if it can.
     """
 
     router_score: str = "softmax"
     has_attention_bias: bool = False
+    no_parent_because: str = ""
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
         """Yield what the class cannot hold of an MoE model."""

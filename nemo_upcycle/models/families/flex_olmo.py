@@ -53,4 +53,5 @@ FAMILY = _FlexOlmo(
     post_norm=True,
     wide_qk_norm=True,
     has_attention_bias=True,
+    no_parent_because="whose experts are of different models",
 )

@@ -86,4 +86,5 @@ FAMILY = _Glm4Moe(
     spelling={"attention_bias": "qkv_bias", "use_qk_norm": "qk_norm"},
     has_partial_rotary=True,
     router_score="sigmoid",
+    no_parent_because="whose routers' biases are not copied",
 )

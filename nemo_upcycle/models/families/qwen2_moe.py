@@ -80,5 +80,6 @@ FAMILY = _Qwen2Moe(
     },
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True},
     hf_factors={"shared_fc2": 2.0},
+    no_parent_because="whose gate of the shared experts is not copied",
     divided_by=("shared_expert_gate.weight",),
 )

@@ -24,6 +24,8 @@ def advice_of(
         SpecError: `trained_on` is no number of tokens.
     """
     pretrain, dense_ct = facts.get("pretrain"), facts.get("dense_ct")
+    if dense_ct and dense_ct.arch.num_experts:
+        return "not known: no law of models whose parent has experts is published"
     return advice_line(
         dense,
         trained_on,

@@ -76,7 +76,7 @@ def upcycle_on_start(
             fix = "copy it there (nemo_upcycle.data.dense.ensure_dense fetches hf://ORG/NAME)"
             raise SpecError(field="dense", got=path, expected="a folder that every rank sees", fix=fix)
     config.tokenizer.use_tokenizer_vocab_size = False  # the dense checkpoint's vocabulary counts, not the tokenizer's
-    _check(config, spec)
+    _check(config, spec, Path(dense))
     model = config.model
     transformer = getattr(model, "transformer", model)
     transformer.perform_initialization = False  # it would be overwritten
@@ -138,7 +138,7 @@ class UpcycleHook:
         Raises:
             SpecError: it cannot, or does not.
         """
-        _check(self.config, self.spec)
+        _check(self.config, self.spec, self.paths[0])
 
     def fill(self, chunks: list[Any]) -> list[Any]:
         """Fill a rank's chunks, and write the receipt on the first rank."""
@@ -183,7 +183,7 @@ def _hooks(model: Any) -> Sequence[Any]:
     return model.pre_wrap_hooks if isinstance(model, ModelConfig) else getattr(model, "_pre_wrap_hooks", [])
 
 
-def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
+def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> None:
     """Check that the run can be filled and keeps what it was filled with."""
     model, checkpoint = config.model, config.checkpoint
     transformer = getattr(model, "transformer", model)
@@ -198,7 +198,8 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
     virtual = transformer.virtual_pipeline_model_parallel_size
     if hybrid:
         hybrid.require_stages(transformer.pipeline_model_parallel_size, virtual or 1)
-    check_spec(transformer, spec, hybrid)
+    parent = read_architecture(dense) if (dense / "config.json").is_file() else None
+    check_spec(transformer, spec, hybrid, parent)
     if not checkpoint.save:
         raise SpecError(field="config.checkpoint.save", got=None, expected="a folder, for the receipt", fix="set it")
     check_folder(checkpoint.save)

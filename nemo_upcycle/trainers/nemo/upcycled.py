@@ -1,4 +1,4 @@
-"""Any NeMo recipe of a dense Llama-family model, turned into one that upcycles it; this package's recipes as well."""
+"""Any NeMo recipe of a Llama-family model, turned into one that upcycles it; this package's recipes as well."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo.collections.llm.recipes.log.default import default_log, default_resume
 
 from nemo_upcycle.data.blend_module import mock_tokenizer
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.models.families import find_nemo_module, parents
+from nemo_upcycle.models.families import MoeFamily, find_nemo_module, parents
 from nemo_upcycle.models.layer_settings import layer_norms
 from nemo_upcycle.models.megatron_config import moe_fields, router_fields
 from nemo_upcycle.spec import UpcycleSpec
@@ -106,7 +106,8 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: 
     recipe.resume.restore_config = run.Config(UpcycleConfig, path=str(dense), spec=None)
     if spec:  # the optimizer's settings are neutral, but only a run that starts with it can resume with it
         _take_ours(recipe, "optim")
-        for name, value in moe_settings(spec).items():
+        settings = router_fields(spec) if _own_experts(recipe.model.config) else moe_settings(spec)
+        for name, value in settings.items():
             if name not in recipe.model.config.__arguments__ or name in router_fields(spec):
                 setattr(recipe.model.config, name, value)
         _set_spec(recipe, spec)
@@ -166,25 +167,34 @@ def _set_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     config = recipe.model.config
-    fields = moe_fields(spec, config.ffn_hidden_size, config.num_layers) | {
-        "moe_router_load_balancing_type": "aux_loss",
-        # In bfloat16 the logits of two copies can collide, and top-k then picks parts of both.
-        "moe_router_dtype": "fp32" if spec.granularity > 1 else config.moe_router_dtype,
-    }
+    fields = router_fields(spec)
+    if not _own_experts(config):
+        fields = moe_fields(spec, config.ffn_hidden_size, config.num_layers) | {
+            "moe_router_load_balancing_type": "aux_loss",
+            # In bfloat16 the logits of two copies can collide, and top-k then picks parts of both.
+            "moe_router_dtype": "fp32" if spec.granularity > 1 else config.moe_router_dtype,
+        }
     for name, value in fields.items():
         now = getattr(config, name)
         if now is None and name == "moe_ffn_hidden_size":  # so Megatron takes it
             now = config.ffn_hidden_size
         if now != value:
             setattr(config, name, value)
-    if spec.moe_layers != "all" and not layer_norms(config):  # NeMo's default builds every layer alike
+    if spec.moe_layers != "all" and not (
+        layer_norms(config) or _own_experts(config)
+    ):  # NeMo's default builds every layer alike
         config.transformer_layer_spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
     recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **spec.to_dict())
     return recipe
 
 
+def _own_experts(config: run.Config) -> int | None:
+    """Return the experts that the class of a model has by itself: those of a parent, not what a spec makes of it."""
+    return getattr(config.__fn_or_cls__, "num_moe_experts", None)
+
+
 def _check_dense(recipe: Any) -> None:
-    """Check that a recipe is one of a dense model that can be upcycled.
+    """Check that a recipe is one of a model that can be upcycled: a dense one, or one of more experts than it has.
 
     Raises:
         SpecError: it is not; the text says why.
@@ -207,17 +217,18 @@ def _check_dense(recipe: Any) -> None:
     for name in ("trainer.strategy", "model.config", "data"):
         if not isinstance(found := setting(recipe, name), run.Config):
             raise SpecError(name, got=found, expected="a run.Config", fix=f"give the recipe {name} as a run.Config")
-    if experts := setting(recipe, "model.config.num_moe_experts"):
+    config = recipe.model.config
+    if (experts := setting(config, "num_moe_experts")) and not _own_experts(config):
         raise SpecError(
             "model.config.num_moe_experts",
             got=experts,
-            expected="a dense model",
-            fix="give the dense model's recipe, or change the spec of one that upcycles with use_spec(recipe, spec)",
+            expected="a dense model, or one whose class has experts",
+            fix="give the parent's recipe, or change the spec of one that upcycles with use_spec(recipe, spec)",
         )
-    config = recipe.model.config
     ours = ("nemo.", "nemo_upcycle.")
     known = next((kind for kind in config.__fn_or_cls__.__mro__ if kind.__module__.startswith(ours)), object)
-    if find_nemo_module(known.__module__.rpartition(".")[2]) not in parents():
+    family = find_nemo_module(known.__module__.rpartition(".")[2])
+    if family not in parents() and not (isinstance(family, MoeFamily) and not family.no_parent_because):
         raise SpecError(
             "model.config",
             got=f"{config.__fn_or_cls__.__name__}, of another family",

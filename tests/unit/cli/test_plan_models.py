@@ -84,7 +84,7 @@ def test_the_parameters_of_multi_token_prediction_are_told(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--experts", "8"], "--experts: got 8, expected a dense model"),
+        (["--experts", "8"], "--experts: got NemotronHForCausalLM, which nemo-upcycle plan alone knows"),
         (["--check", "--layout", "ep=8"], "--check: got NemotronHForCausalLM, expected a GPTModel that this package"),
         (["--recompute", "mla_up_proj"], "expected another kind: only latent attention has mla_up_proj"),
         (["--layout", "tp=4"], "--layout tp: got 4, expected a divisor of the key-value heads (2)"),
@@ -190,3 +190,9 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, capsys: pytest.Cap
     assert _json(capsys, "--model", folder, "--gpus", "64")["model"]["total_params"] == 46_702_792_704
     assert _run("--model", folder, "--gpus", "64", "--rows", "1") == 0
     assert "No recipe of this package trains this model" in capsys.readouterr().out
+    more = _json(capsys, "--model", folder, "--experts", "16", "--gpus", "64")["model"]
+    layers, routers, networks = 32, 8 * 4096, 8 * 3 * 4096 * 14336
+    assert more["total_params"] == 46_702_792_704 + layers * (routers + networks)
+    assert "--granularity: got 2, expected none" in _refusal(
+        capsys, "--model", folder, "--experts", "16", "--granularity", "2", "--gpus", "64"
+    )

@@ -13,10 +13,10 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.export import export_checkpoint
-from nemo_upcycle.convert.hf_folder import ROUTER_AUX_LOSS, copy_tokenizer_files, tokenizer_file_names
+from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.hf_config import ROUTER_AUX_LOSS, read_architecture
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 from tests.models import write_llama, write_tokenizer
 from tests.unit.convert.exports import SPEC, write_checkpoint

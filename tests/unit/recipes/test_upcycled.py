@@ -65,12 +65,16 @@ OF_EACH_FAMILY = (
     "qwen2_72b",
     "qwen3_8b",
 )
-_EXPERTS, _FAMILY = "model.config.num_moe_experts", "of another family"
+#: Module of a parent with experts -> experts and top-k of a model with twice as many.
+GROWN = {
+    **dict.fromkeys(("mixtral_8x7b", "mixtral_8x7b_16k", "mixtral_8x7b_64k"), (16, 4)),
+    **dict.fromkeys(("mixtral_8x22b", "mixtral_8x22b_64k"), (16, 4)),
+    **dict.fromkeys(("qwen3_30b_a3b", "qwen3_235b_a22b"), (256, 16)),
+}
+_FAMILY = "of another family"
 #: Module -> words of the refusal.
 REFUSED = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "llama4_e16", "llama4_e128"), _EXPERTS),
-    **dict.fromkeys(("mixtral_8x7b", "mixtral_8x7b_16k", "mixtral_8x7b_64k", "mixtral_8x22b"), _EXPERTS),
-    **dict.fromkeys(("mixtral_8x22b_64k", "qwen3_30b_a3b", "qwen3_235b_a22b"), _EXPERTS),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "llama4_e16", "llama4_e128"), _FAMILY),
     **dict.fromkeys(("baichuan2_7b", "bert_110m", "bert_340m", "chatglm3_6b", "gpt3_175b"), _FAMILY),
     **dict.fromkeys(("gemma2_2b", "gemma2_9b", "gemma2_27b", "gemma3_1b"), _FAMILY),
     **dict.fromkeys(("hyena_1b", "hyena_7b", "hyena_40b", "hyena_base"), _FAMILY),
@@ -96,7 +100,7 @@ def test_every_recipe_of_nemo_is_in_a_table(recipes: Any) -> None:
 
     names = [module.name for module in pkgutil.iter_modules(stock.__path__)]
     found = {name for name in names if hasattr(importlib.import_module(f"{stock.__name__}.{name}"), "pretrain_recipe")}
-    assert found == {*UPCYCLED, *REFUSED, *NONE}
+    assert found == {*UPCYCLED, *GROWN, *REFUSED, *NONE}
 
 
 @pytest.mark.parametrize("name", quick(UPCYCLED, "llama31_405b", "llama3_70b", *OF_EACH_FAMILY))
@@ -129,6 +133,25 @@ def test_a_dense_recipe_of_nemo_becomes_one_that_upcycles(recipes: Any, name: st
     assert load_recipe(dump_recipe(recipe)) == recipe
 
 
+@pytest.mark.parametrize("name", quick(GROWN, "mixtral_8x7b", "qwen3_30b_a3b"))
+def test_a_recipe_of_a_parent_with_experts_gets_more_of_them_and_keeps_the_rest(recipes: Any, name: str) -> None:
+    from nemo_upcycle.trainers.nemo.recipes import spec_of
+    from nemo_upcycle.trainers.nemo.upcycled import use_spec
+
+    experts, top_k = GROWN[name]
+    spec, stock = UpcycleSpec(num_experts=experts, top_k=top_k), _stock(name)
+    recipe = recipes.upcycled(stock, dense=DENSE, spec=spec)
+    assert spec_of(recipe) == spec
+    config = recipe.model.config
+    assert (config.num_moe_experts, config.moe_router_topk) == (experts, top_k)
+    for kept in ("moe_aux_loss_coeff", "moe_ffn_hidden_size", "moe_token_dispatcher_type"):
+        assert getattr(config, kept) == getattr(stock.model.config, kept)
+    _only_differs(config, stock.model.config, "num_moe_experts moe_router_topk")
+    more = UpcycleSpec(num_experts=2 * experts, top_k=2 * top_k)
+    assert use_spec(recipe, more).model.config.num_moe_experts == 2 * experts
+    assert recipe.model.config.moe_ffn_hidden_size == stock.model.config.moe_ffn_hidden_size
+
+
 def _only_differs(recipe: Any, stock: Any, names: str) -> None:
     """Check that no other setting changed; those of the load-balancing and what NeMo ignores aside."""
     always = "moe_router_load_balancing_type moe_aux_loss_coeff moe_token_dispatcher_type ckpt_include_optimizer"
@@ -158,7 +181,7 @@ def test_the_recipe_builds_without_gpu(recipes: Any, name: str) -> None:
     fdl.build(recipe.optim)
 
 
-@pytest.mark.parametrize("name", quick(REFUSED, "deepseek_v3", "mixtral_8x7b", "qwen3_30b_a3b", "gemma2_2b", "t5_3b"))
+@pytest.mark.parametrize("name", quick(REFUSED, "deepseek_v3", "gemma2_2b", "t5_3b"))
 def test_what_cannot_be_upcycled_is_refused_with_the_reason(recipes: Any, name: str) -> None:
     recipe = _stock(name)
     before = copy.deepcopy(recipe)

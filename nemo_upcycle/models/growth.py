@@ -1,0 +1,257 @@
+"""A parent that has experts gets more of them: which is a copy of which, and what keeps the function.
+
+Each of the parent's E experts has m copies with the same row of the router, so that all have its logit l. What they
+add up to depends on how many are chosen, of which the parent chose k:
+
+- m k: top-k takes all copies of the parent's k experts. Softmax after top-k gives each exp(l) / (m sum over the k of
+  exp(l)), softmax before it exp(l) / (m sum over the E of exp(l)), sigmoid scores are divided by m times their sum: in
+  each case the m copies add up to the parent's weight. Exact, and nothing is scaled.
+- k, as before: the copies of its best experts take all places, so that a token passes through k / m of the parent's
+  experts. Exact for k = 1 alone, where any copy will do: softmax before top-k leaves it 1 / m of the parent's weight,
+  which a factor on the down projections makes up for.
+- With more copies of some experts, none of these: each copy counts in the sums.
+
+Rows that are the same, of experts that are, stay so in a training: `router_std` tells them apart. What it adds to the
+copies of one expert sums to zero, so that their weights together change in the second order only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, UpcycleSpec
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.models.architecture import Architecture
+
+
+#: Fields of a spec that follow from a parent with experts, and why.
+_KEPT = {
+    "granularity": "the parent's experts are copied whole",
+    "expert_split": "the parent's experts are copied whole",
+    "shared_experts": "the parent's own are copied",
+    "moe_layers": "as in the parent",
+    "router_order": "as in the parent",
+    "router_score": "as in the parent",
+    "routed_scaling_factor": "as in the parent",
+}
+
+
+def _layers(spec: UpcycleSpec, parent: Architecture) -> tuple[bool, ...]:
+    return spec.moe_pattern(parent.num_layers)
+
+
+def grown(parent: Architecture, spec: UpcycleSpec) -> Architecture:
+    """Return the architecture with more experts that a spec makes of one that has some.
+
+    Raises:
+        SpecError: the spec asks for another number of experts, or for what only a dense parent can become.
+    """
+    if spec.expert_utility:
+        source_experts(parent, spec, None)
+    elif spec.num_experts % (experts := parent.num_experts or 1) or spec.num_experts <= experts:
+        raise SpecError(
+            field="num_experts",
+            got=spec.num_experts,
+            expected=f"a multiple of the parent's {experts} experts, {2 * experts} or more",
+            fix=f"set <num_experts>={experts * max(2, round(spec.num_experts / experts))}, or give <expert_utility>",
+        )
+    kept = growth_spec(parent, spec.num_experts, spec.top_k)
+    for name, why in _KEPT.items():
+        got, value = (_layers(one, parent) if name == "moe_layers" else getattr(one, name) for one in (spec, kept))
+        if got != value:
+            value = getattr(kept, name)
+            fix = f"set <{name}>={value}"
+            raise SpecError(field=name, got=getattr(spec, name), expected=f"{value}: {why}", fix=fix)
+    if spec.reads_router:
+        expected = "normal, uniform or zero: the parent's rows are copied, and this is added"
+        raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="omit it")
+    return replace(parent, num_experts=spec.num_experts, top_k=spec.top_k)
+
+
+def growth_spec(
+    parent: Architecture, num_experts: int, top_k: int | None = None, expert_utility: str = ""
+) -> UpcycleSpec:
+    """Return the spec of plain copies of a parent's experts, with all that has to be as in the parent.
+
+    Args:
+        parent: its architecture, with experts.
+        num_experts: of the model.
+        top_k: of the model; None: so many that the model is exact.
+        expert_utility: as in `UpcycleSpec`.
+
+    Raises:
+        SpecError: the parent does not become such a model.
+
+    Example:
+        >>> growth_spec(mixtral, 16).top_k  # doctest: +SKIP
+        4
+    """
+    exact_top_k = (parent.top_k or 1) * max(1, num_experts // (parent.num_experts or 1))
+    numbers = ",".join(str(layer) for layer in range(parent.num_layers) if parent.is_moe_layer(layer))
+    return UpcycleSpec(
+        num_experts=num_experts,
+        top_k=top_k or exact_top_k,
+        moe_layers="all" if parent.moe_pattern is None else numbers,
+        expert_utility=expert_utility,
+        router_std=0.0,
+        router_order=parent.router_kind.order,
+        router_score=parent.router_score,
+        routed_scaling_factor=parent.routed_scaling_factor,
+    )
+
+
+def refuse_utility(spec: UpcycleSpec) -> None:
+    """Refuse utilities of experts where the parent is dense.
+
+    Raises:
+        SpecError: the spec names some.
+    """
+    if spec.expert_utility:
+        expected = "none: the parent is dense, and has no experts"
+        raise SpecError(field="expert_utility", got=spec.expert_utility, expected=expected, fix="omit it")
+
+
+def source_experts(parent: Architecture, spec: UpcycleSpec | None, layer: int | None) -> tuple[int, ...]:
+    """Return the parent's expert that each expert of a layer is a copy of.
+
+    The first E are the parent's, the next ones their second copies, and so on: where expert parallelism cuts between
+    them, the copies of one expert are on several ranks.
+
+    Args:
+        parent: the parent's architecture, with experts.
+        spec: how many become of them; None: as many.
+        layer: number in the whole model; None: the first one with experts.
+
+    Raises:
+        SpecError: the utilities do not fit the parent.
+
+    Example:
+        >>> source_experts(mixtral, UpcycleSpec(num_experts=16), 0)  # doctest: +SKIP
+        (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7)
+    """
+    experts = parent.num_experts or 1
+    if spec is None or not spec.expert_utility:
+        return tuple(expert % experts for expert in range(spec.num_experts if spec else experts))
+    moe_layers = tuple(number for number in range(parent.num_layers) if parent.is_moe_layer(number))
+    path = Path(spec.expert_utility).expanduser()
+    state = path.stat() if path.is_file() else None
+    rows = _utilities(path, (state.st_mtime_ns, state.st_size) if state else None, experts, len(moe_layers))
+    if spec.num_experts <= experts:
+        expected = f"more than the parent's {experts}"
+        raise SpecError(field="num_experts", got=spec.num_experts, expected=expected, fix=f"set it to {2 * experts}")
+    place = 0 if layer is None or len(rows) == 1 else moe_layers.index(layer)
+    return _dealt(rows[place], spec.num_experts)
+
+
+@functools.lru_cache(maxsize=512)
+def _dealt(utilities: tuple[float, ...], count: int) -> tuple[int, ...]:
+    """Deal out copies: one to every expert, each further one where the utility of a copy is largest."""
+    copies = [1] * len(utilities)
+    for _ in range(count - len(utilities)):
+        ranked = ((utility / copies[one], -copies[one], -one) for one, utility in enumerate(utilities))
+        copies[-max(ranked)[2]] += 1
+    return tuple(one for turn in range(max(copies)) for one, number in enumerate(copies) if turn < number)
+
+
+@functools.lru_cache(maxsize=8)
+def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: int) -> tuple[tuple[float, ...], ...]:
+    """Return the utilities of every MoE layer, or of all in one; another file of the name has another state."""
+    import yaml
+
+    def wrong(got: object, fix: str = "correct the file") -> SpecError:
+        expected = f"a YAML list of {experts} numbers from 0, the utility of each expert, or {layers} such lists"
+        return SpecError(field="expert_utility", got=f"{path}: {got}", expected=expected, fix=fix)
+
+    if state is None:
+        raise wrong("no such file", "check the path")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise wrong(error) from None
+    rows = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
+    if len(rows) not in (1, layers):
+        raise wrong(f"{len(rows)} lists")
+    for row in rows:
+        if not isinstance(row, list) or len(row) != experts:
+            raise wrong(f"{len(row)} numbers" if isinstance(row, list) else type(row).__name__)
+        if bad := [one for one in row if isinstance(one, bool) or not isinstance(one, int | float) or one < 0]:
+            raise wrong(repr(bad[0]))
+        if not math.isfinite(sum(row)):
+            raise wrong("numbers that are not finite")
+    return tuple(tuple(map(float, row)) for row in rows)
+
+
+def _copies(parent: Architecture, spec: UpcycleSpec) -> int | None:
+    """Return how many copies every expert has; None where some have more than others."""
+    layers: Sequence[int | None] = [None]
+    if spec.expert_utility:
+        layers = [layer for layer in range(parent.num_layers) if parent.is_moe_layer(layer)]
+    numbers = {number for layer in layers for number in Counter(source_experts(parent, spec, layer)).values()}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def expert_scale(parent: Architecture, spec: UpcycleSpec) -> float:
+    """Return the factor on the down projection of every routed expert; not 1 for a parent of top-1 alone."""
+    copies = _copies(parent, spec)
+    any_will_do = parent.top_k == 1 and copies is not None and spec.top_k <= copies
+    if not (any_will_do and copies and spec.router_kind.pre_softmax and spec.output_scale == "exact"):
+        return 1.0
+    return copies / spec.top_k
+
+
+def router_moves(spec: UpcycleSpec) -> bool:
+    """Return whether anything is added to the router's rows of a parent with experts."""
+    return not ROUTER_INITS[spec.router_init].is_zero(spec)
+
+
+def inexact_because(parent: Architecture, spec: UpcycleSpec) -> tuple[str, ...]:
+    """Return why a model does not compute its parent's function at step 0; empty if it does, up to rounding.
+
+    Args:
+        parent: the parent's architecture, dense or with experts.
+        spec: what is made of it.
+    """
+    if not parent.num_experts:
+        return spec.inexact_because
+    chosen, copies = parent.top_k or 1, _copies(parent, spec)
+    reasons: list[str] = []
+    if changed := INIT_METHODS[spec.method](spec):
+        reasons.append(changed)
+    if copies is None:
+        reasons.append("expert_utility gives some experts more copies than others, and a router counts each copy")
+    elif spec.top_k != copies * chosen and not (chosen == 1 and spec.top_k <= copies):
+        reasons.append(
+            f"with {copies} copies of each expert, top_k={spec.top_k} takes those of the parent's best"
+            f" {spec.top_k / copies:.3g}, where it takes {chosen}: top_k={copies * chosen} would be exact"
+        )
+    elif chosen == 1 and spec.router_kind.pre_softmax and spec.output_scale == "none" and spec.top_k != copies:
+        reasons.append(f"output_scale=none leaves {spec.top_k / copies:.4g} of the parent's expert")
+    if chosen == 1 and spec.router_score == "sigmoid":
+        reasons.append("Megatron divides no single sigmoid score by itself, as the parent's class does")
+    if router_moves(spec):
+        reasons.append(f"router_std={spec.router_std:.3g} tells the copies of an expert apart in the router")
+    return tuple(reasons)
+
+
+def require_one(parents: Sequence[Architecture]) -> None:
+    """Check that parents with experts come alone.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    if len(parents) > 1 and (one := next((arch for arch in parents if arch.num_experts), None)):
+        raise CheckpointError(
+            "several parents",
+            got=f"{one.hf_class} among {len(parents)}",
+            expected="dense models, whose networks become experts in turn, or one model with experts",
+            fix="give that one alone",
+        )

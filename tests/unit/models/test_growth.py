@@ -1,0 +1,267 @@
+"""A parent with experts gets more of them: what is converted, and what Megatron is filled with, computes what it does.
+
+transformers' own classes give the parent's logits and those of the folder that is made.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.convert.export import export_weights
+from nemo_upcycle.convert.megatron_weights import LiveWeights
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.models.growth import growth_spec, inexact_because, source_experts
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.online.upcycle import load_dense_into
+from nemo_upcycle.trainers.equivalence import megatron_logits
+from nemo_upcycle.utils.files import read_json
+from nemo_upcycle.verify.verification import verify
+from tests.loading.cases import logits
+from tests.models import (
+    build_chunks,
+    moe_settings,
+    sample_tokens,
+    write_llama,
+    write_mixtral,
+    write_olmoe,
+    write_qwen3_moe,
+)
+
+
+EXACT, VISIBLE = 2e-6, 1e-3
+SOFTMAX_FIRST = {"router_order": "softmax_topk"}
+
+
+class Parent(NamedTuple):
+    """A parent with four experts.
+
+    Args:
+        write: writes a random one.
+        spec: what a spec has to say, as the parent does.
+    """
+
+    write: Callable[[Path], Path]
+    spec: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+
+
+PARENTS = {
+    "Mixtral": Parent(write_mixtral),
+    "Qwen3-MoE": Parent(write_qwen3_moe),
+    "Qwen3-MoE, softmax first": Parent(partial(write_qwen3_moe, norm_topk_prob=False), SOFTMAX_FIRST),
+    "OLMoE": Parent(write_olmoe, SOFTMAX_FIRST),
+    "OLMoE, divided by their sum": Parent(partial(write_olmoe, norm_topk_prob=True)),
+    "Qwen3-MoE, dense layer": Parent(partial(write_qwen3_moe, mlp_only_layers=[0]), {"moe_layers": "1"}),
+}
+
+
+@pytest.fixture(scope="module", params=PARENTS)
+def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A parent's folder, and what a spec of it says."""
+    found = PARENTS[request.param]
+    return found.write(tmp_path_factory.mktemp("parent") / "dense"), found.spec
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mixtral(tmp_path_factory.mktemp("mixtral") / "dense")
+
+
+def _error(folder: Path, moe: Path) -> float:
+    wanted, got = (logits(one, sample_tokens(250)) for one in (folder, moe))
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def _grown(folder: Path, moe: Path, **fields: Any) -> float:
+    """Convert, check that what is said of exactness and what verify finds agree, and return the error of logits."""
+    spec = UpcycleSpec(**fields)
+    with open_dense(folder) as dense:
+        done = convert(dense, moe, spec, progress=False)
+    arch = read_architecture(folder)
+    assert (done.hf_class, done.exact) == (arch.hf_class, not inexact_because(arch, spec))
+    utility = Path(spec.expert_utility) if spec.expert_utility else None
+    assert verify(folder, moe, logits=False, expert_utility=utility).equal is done.exact
+    assert read_architecture(moe).num_experts == spec.num_experts
+    return _error(folder, moe)
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_copies_with_as_much_more_top_k_compute_what_the_parent_does(
+    parent: tuple[Path, dict[str, Any]], tmp_path: Path, copies: int
+) -> None:
+    folder, fields = parent
+    spec = {"num_experts": 4 * copies, "top_k": 2 * copies, "router_std": 0.0} | fields
+    assert inexact_because(read_architecture(folder), UpcycleSpec(**spec)) == ()
+    assert _grown(folder, tmp_path / "moe", **spec) <= EXACT
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("method", ["copy", "noise", "drop"])
+def test_megatrons_layers_and_the_folder_get_the_same_bits(
+    parent: tuple[Path, dict[str, Any]], tmp_path: Path, method: str
+) -> None:
+    folder, fields = parent
+    arch = read_architecture(folder)
+    spec = UpcycleSpec(**({"num_experts": 8, "top_k": 4, "method": method} | fields))
+    (model,) = build_chunks(folder, **moe_settings(arch, spec))
+    with open_dense(folder) as dense:
+        receipt = upcycle_into([model], dense, spec)
+        convert(dense, tmp_path / "offline", spec, progress=False)
+    assert receipt.bytes_read == receipt.bytes_needed or method != "copy"  # which look at what they change
+    assert any("router_std" in reason for reason in receipt.inexact_because)
+    export_weights(LiveWeights(model), arch.upcycled(spec), folder, tmp_path / "online", dtype=torch.float32)
+    online, offline = (load_file(tmp_path / name / "model.safetensors") for name in ("online", "offline"))
+    assert online.keys() == offline.keys()
+    assert [name for name in online if not torch.equal(online[name], offline[name])] == []
+    assert read_json(tmp_path / "online/config.json") == read_json(tmp_path / "offline/config.json")
+
+
+@pytest.mark.usefixtures("megatron")
+def test_megatron_computes_what_a_parent_does_before_and_after(parent: tuple[Path, dict[str, Any]]) -> None:
+    folder, fields = parent
+    arch = read_architecture(folder)
+    spec = UpcycleSpec(**({"num_experts": 8, "top_k": 4, "router_init": "zero"} | fields))
+    pairs = moe_settings(arch, spec), moe_settings(arch, spec) | {"num_experts": 4, "top_k": 2}
+    (model,), (own,) = (build_chunks(folder, **settings) for settings in pairs)
+    with open_dense(folder) as dense:
+        assert upcycle_into([model], dense, spec).exact
+        assert load_dense_into([own], dense).exact
+    tokens = sample_tokens(250)
+    wanted = logits(folder, tokens)
+    for one in (own, model):
+        error = (megatron_logits(one.eval(), tokens)[..., :250] - wanted).norm() / wanted.norm()
+        assert float(error) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields", "scale"),
+    [
+        ({"num_experts_per_tok": 1}, {"top_k": 1}, 2.0),
+        ({"num_experts_per_tok": 1}, {"top_k": 2}, 1.0),
+        ({"num_experts_per_tok": 4}, {"top_k": 8}, 1.0),
+    ],
+)
+def test_any_copy_will_do_where_the_parent_takes_one_expert(
+    tmp_path: Path, sizes: dict[str, int], fields: dict[str, int], scale: float
+) -> None:
+    folder = write_qwen3_moe(tmp_path / "dense", norm_topk_prob=False, **sizes)
+    error = _grown(folder, tmp_path / "moe", **({"num_experts": 8, "router_std": 0.0} | SOFTMAX_FIRST | fields))
+    assert error <= EXACT
+    name = "model.layers.1.mlp.experts.5.down_proj.weight"
+    down = load_file(tmp_path / "moe/model.safetensors")[name]
+    assert torch.equal(down, load_file(folder / "model.safetensors")[name.replace("5", "1")] * scale)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"top_k": 2}, "top_k=4 would be exact"),
+        ({"top_k": 3}, "best 1.5, where it takes 2"),
+        ({"top_k": 4, "method": "noise"}, "noise_std"),
+    ],
+)
+def test_what_is_not_exact_is_told_and_shows(mixtral: Path, tmp_path: Path, fields: dict[str, Any], why: str) -> None:
+    spec = {"num_experts": 8, "router_std": 0.0} | fields
+    assert why in " ".join(inexact_because(read_architecture(mixtral), UpcycleSpec(**spec)))
+    assert _grown(mixtral, tmp_path / "moe", **spec) >= VISIBLE
+
+
+def test_noise_on_the_router_tells_copies_apart_and_moves_the_function_little(mixtral: Path, tmp_path: Path) -> None:
+    assert 0 < _grown(mixtral, tmp_path / "moe", num_experts=8, top_k=4) <= 0.02
+    name = "model.layers.0.block_sparse_moe.gate.weight"
+    rows, own = (load_file(one / "model.safetensors")[name].double() for one in (tmp_path / "moe", mixtral))
+    first, second = rows.view(2, *own.shape)
+    torch.testing.assert_close((first + second) / 2, own, rtol=0, atol=1e-7)
+    assert float((first - second).std() / own.std()) == pytest.approx(0.02 * 2**0.5, rel=0.1)
+
+
+def test_the_more_useful_experts_have_more_copies(mixtral: Path, tmp_path: Path) -> None:
+    utility = tmp_path / "utility.yaml"
+    utility.write_text("[[4, 1, 0.5, 3], [0, 0, 0, 9]]", encoding="utf-8")
+    spec = growth_spec(read_architecture(mixtral), 7, 2, str(utility))
+    arch = read_architecture(mixtral)
+    assert source_experts(arch, spec, 0) == (0, 1, 2, 3, 0, 3, 0)
+    assert Counter(source_experts(arch, spec, 1)) == {0: 1, 1: 1, 2: 1, 3: 4}
+    fields = {"num_experts": 7, "top_k": 2, "router_std": 0.0, "expert_utility": str(utility)}
+    assert _grown(mixtral, tmp_path / "moe", **fields) >= VISIBLE
+    made, own = (load_file(one / "model.safetensors") for one in (tmp_path / "moe", mixtral))
+    for layer in (0, 1):
+        begin = f"model.layers.{layer}.block_sparse_moe."
+        for expert, source in enumerate(source_experts(arch, spec, layer)):
+            assert torch.equal(made[begin + "gate.weight"][expert], own[begin + "gate.weight"][source])
+            names = (f"{begin}experts.{number}.w2.weight" for number in (expert, source))
+            assert torch.equal(made[next(names)], own[next(names)])
+
+
+def test_a_conversion_goes_on_with_the_same_utilities_alone(mixtral: Path, tmp_path: Path) -> None:
+    utility, moe = tmp_path / "utility.yaml", tmp_path / "moe"
+    spec = UpcycleSpec(num_experts=6, expert_utility=str(utility))
+    utility.write_text("[1, 2, 3, 4]", encoding="utf-8")
+    with open_dense(mixtral) as dense:
+        first, again = (convert(dense, moe, spec, max_shard_bytes=100_000, progress=False) for _ in range(2))
+        assert (first.files_kept, again.files_kept, again.bytes_written) == (0, first.files, 0)
+        assert first.files > 1
+        utility.write_text("[4, 3, 2, 1]", encoding="utf-8")
+        with pytest.raises(UpcycleError, match="made from something else"):
+            convert(dense, moe, spec, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("utility", "got"),
+    [
+        ("[1, 2, 3]", "3 numbers"),
+        ("[[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]", "3 lists"),
+        ("[1, 2, -3, 4]", "-3"),
+        ("[1, 2, .inf, 4]", "not finite"),
+        ("text", "str"),
+    ],
+)
+def test_utilities_that_do_not_fit_are_refused(mixtral: Path, tmp_path: Path, utility: str, got: str) -> None:
+    path = tmp_path / "utility.yaml"
+    path.write_text(utility, encoding="utf-8")
+    with pytest.raises(SpecError, match=got) as caught:
+        read_architecture(mixtral).upcycled(UpcycleSpec(num_experts=8, expert_utility=str(path)))
+    assert caught.value.field == "expert_utility"
+    assert "a YAML list of 4 numbers from 0" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("num_experts", 6, "a multiple of the parent's 4 experts, 8 or more"),
+        ("num_experts", 4, "a multiple of the parent's 4 experts, 8 or more"),
+        ("granularity", 2, "1: the parent's experts are copied whole"),
+        ("moe_layers", "0", "all: as in the parent"),
+        ("router_order", "softmax_topk", "topk_softmax: as in the parent"),
+        ("router_score", "sigmoid", "softmax: as in the parent"),
+        ("routed_scaling_factor", 2.5, "1.0: as in the parent"),
+        ("router_init", "kmeans", "normal, uniform or zero"),
+        ("expert_utility", "nowhere.yaml", "a YAML list of 4 numbers"),
+    ],
+)
+def test_what_a_parent_with_experts_does_not_become_is_refused(
+    mixtral: Path, field: str, value: Any, expected: str
+) -> None:
+    with pytest.raises(SpecError, match=expected) as caught:
+        read_architecture(mixtral).upcycled(UpcycleSpec(**({"num_experts": 8} | {field: value})))
+    assert caught.value.field == field
+
+
+def test_utilities_are_refused_where_the_parent_is_dense(tmp_path: Path) -> None:
+    arch = read_architecture(write_llama(tmp_path / "dense", layers=1))
+    with pytest.raises(SpecError, match="the parent is dense"):
+        arch.upcycled(UpcycleSpec(expert_utility="utility.yaml"))
+
+
+def test_a_parent_with_experts_comes_alone(mixtral: Path) -> None:
+    with pytest.raises(CheckpointError, match="one model with experts"):
+        open_dense([mixtral, mixtral])
