@@ -21,6 +21,7 @@ _MODULES = (
     "phi3",
     "smollm3",
     "exaone4",
+    "granite",
     "nemotron_h",
     "mixtral",
     "qwen3_moe",
