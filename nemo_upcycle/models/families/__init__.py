@@ -18,6 +18,7 @@ _MODULES = (
     "qwen3",
     "gemma",
     "olmo2",
+    "olmo3",
     "phi3",
     "smollm3",
     "exaone4",
