@@ -33,6 +33,7 @@ _MODULES = (
     "granite_moe",
     "granite_moe_shared",
     "gpt_oss",
+    "gemma2",
     "deepseek_v3",
     "grok",
 )
