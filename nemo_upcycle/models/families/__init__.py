@@ -24,6 +24,7 @@ _MODULES = (
     "exaone4",
     "granite",
     "granite4",
+    "gemma3",
     "nemotron_h",
     "mixtral",
     "qwen3_moe",
