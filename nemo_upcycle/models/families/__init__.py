@@ -25,6 +25,7 @@ _MODULES = (
     "granite",
     "granite4",
     "gemma3",
+    "ministral3",
     "nemotron_h",
     "mixtral",
     "qwen3_moe",
