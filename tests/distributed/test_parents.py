@@ -14,12 +14,15 @@ from safetensors.torch import load_file
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import score
+from nemo_upcycle.models.hf_config import read_architecture
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_mixed_checkpoint import save_upcycled
 from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_olmo2, write_phi3, write_qwen3
+from tests.parents import write_granite, write_olmo3
 from tests.tiers import quick
 
 
@@ -30,6 +33,8 @@ PARENTS = {
     "mistral": lambda folder: write_mistral(folder, window=5),  # shorter than the texts, and than the prompts
     "olmo2": write_olmo2,  # norms over all heads, which tensor parallelism cuts
     "phi3": lambda folder: write_phi3(folder, sliding_window=5),
+    "olmo3": write_olmo3,  # the same in some layers
+    "granite": write_granite,  # factors at both ends of a pipeline, and in between
 }
 
 
@@ -72,7 +77,14 @@ def test_a_checkpoint_scores_and_continues_as_its_parent_does(
 
 
 def test_an_export_computes_what_its_parent_does(parent: Path, tmp_path: Path) -> None:
-    export_checkpoint(parent.parent / "saved", parent, tmp_path / "hf", spec=SPEC, dtype=torch.float32)
+    def export() -> None:
+        export_checkpoint(parent.parent / "saved", parent, tmp_path / "hf", spec=SPEC, dtype=torch.float32)
+
+    if not read_architecture(parent).upcycled(SPEC).hf_class:
+        with pytest.raises(SpecError, match="Hugging Face class for this MoE"):
+            export()
+        return
+    export()
     wanted, found = (load_file(folder / "model.safetensors") for folder in (parent, tmp_path / "hf"))
     for name, tensor in wanted.items():
         parts = (
