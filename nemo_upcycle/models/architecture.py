@@ -7,6 +7,7 @@ K head dim, E routed experts, G granularity, C copies of the dense network (E / 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -191,7 +192,7 @@ class Architecture:
     @property
     def softmax_scale(self) -> float:
         """The factor on the products of query and key."""
-        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+        return 1 / math.sqrt(self.head_dim) if self.attention_multiplier is None else self.attention_multiplier
 
     @property
     def scales_in_layers(self) -> bool:

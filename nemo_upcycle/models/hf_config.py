@@ -226,12 +226,11 @@ def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
     That of layers with a window may have a base of its own, as transformers 4 spells it, and no scaling.
     """
     kinds = config.get("rope_parameters")
-    if not isinstance(kinds, dict) or not kinds or kinds.keys() - {FULL, WINDOW}:
+    if not isinstance(kinds, dict) or kinds.keys() != {FULL, WINDOW}:
         return config
-    first, *others = kinds.values()
-    if all(other == first for other in others):
-        return config | {"rope_parameters": first}
     local = kinds[WINDOW]
+    if local == kinds[FULL]:
+        return config | {"rope_parameters": local}
     if not isinstance(local, dict) or local.get("rope_type", "default") != "default" or "rope_theta" not in local:
         return config
     return config | {"rope_parameters": kinds[FULL], LOCAL_BASE: local["rope_theta"]}

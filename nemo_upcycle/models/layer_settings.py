@@ -44,7 +44,7 @@ def wrong_layers(model: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any
         windowed = arch.window_of(layer.layer_number - 1) is not None
         got = getattr(layer, "rotary_frequencies", None)
         is_right = arch.scales_in_layers == (got is not None)
-        if got is not None and is_right and not got.is_meta:
+        if got is not None and is_right:
             is_right = same_frequencies(got, arch, windowed=windowed)
         if not is_right:
             wanted = f"those of rope_theta {arch.rope_theta:g}, {arch.rope_scaling}, {arch.local_rope_theta}"

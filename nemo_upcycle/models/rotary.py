@@ -133,7 +133,7 @@ def attention_factor(arch: Architecture | Rope) -> float:
     if kind == "yarn":
         grown = 0.1 * math.log(max(1.0, float(scaling["factor"])))
         mine, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        return (mine * grown + 1) / (all_dim * grown + 1) if mine and all_dim else grown + 1
+        return float((mine * grown + 1) / (all_dim * grown + 1)) if mine and all_dim else grown + 1
     short = scaling[_SHORT]
     stretched = arch.max_positions / short if short != arch.max_positions else scaling.get("factor", 1.0)
     return math.sqrt(1 + math.log(stretched) / math.log(short)) if stretched > 1 else 1.0

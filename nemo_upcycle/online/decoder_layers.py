@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.layer_settings import DECODER, decoder_settings, layers_with
 from nemo_upcycle.models.rotary import Rope, attention_factor, layer_frequencies, plain_frequencies
@@ -64,6 +65,9 @@ def decoder_layers(
     Returns:
         Megatron's `TransformerBlockSubmodules`.
 
+    Raises:
+        SpecError: YaRN multiplies heads that are rotated in part.
+
     Example:
         >>> config.transformer_layer_spec = partial(  # doctest: +SKIP
         ...     decoder_layers, use_transformer_engine=True, pre_norm=False, post_norm=True, wide_qk_norm=True
@@ -81,6 +85,9 @@ def decoder_layers(
     rope = None
     if rope_theta is not None:
         rope = Rope(config.kv_channels, rotary_percent, rope_theta, rope_scaling, local_rope_theta, max_positions)
+        if rotary_percent != 1 and attention_factor(rope) != 1:  # scores alone are multiplied here
+            fix = "use a checkpoint whose heads are rotated as a whole"
+            raise SpecError(field="rotary_percent", got=rotary_percent, expected="1 with YaRN's factor", fix=fix)
     for spec in {id(layer): layer for layer in block.layer_specs}.values():
         layer = spec.submodules
         attention = layer.self_attention.submodules
@@ -163,10 +170,12 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     ) -> None:
         super().__init__(*args, **options)
         # Not buffers, which a model in 16 bits would have in 16 bits.
-        self.rotary_frequencies = self._ratio = None
+        self.rotary_frequencies: torch.Tensor | None = None
+        self._ratio: torch.Tensor | None = None
         if rope:
-            self.rotary_frequencies = layer_frequencies(rope, _is_windowed(self.config, self.layer_number))
-            self._ratio = (self.rotary_frequencies / plain_frequencies(rope)).repeat(2)
+            with torch.device("cpu"):  # a model may be made on meta first
+                self.rotary_frequencies = layer_frequencies(rope, _is_windowed(self.config, self.layer_number))
+                self._ratio = (self.rotary_frequencies / plain_frequencies(rope)).repeat(2)
         self.embedding_multiplier, self.residual_multiplier = embedding_multiplier, residual_multiplier
         after: list[Any] = [None, None]
         if norm:
@@ -188,8 +197,9 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     def _turned(self, angles: torch.Tensor) -> torch.Tensor:
         """Return this layer's angles, made of the model's."""
         assert self._ratio is not None
-        self._ratio = self._ratio.to(angles.device)
-        return angles * self._ratio
+        ratio = self._ratio.to(angles.device)
+        self._ratio = self._ratio if ratio.is_meta else ratio
+        return angles * ratio
 
 
 def _changed_first(bias_dropout_add: Callable[..., Any], norm: Any, factor: float) -> Callable[..., Any]:
