@@ -13,7 +13,7 @@ import torch
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.models.layer_settings import NORMS
+from nemo_upcycle.models.layer_settings import decoder_settings
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields, router_fields
 from nemo_upcycle.models.rotary import turn_as
@@ -40,21 +40,21 @@ def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: in
     """Write a random Llama with Hugging Face's own writer: weights of std 0.1 keep activations of order one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return _write_parent(folder, LlamaForCausalLM, LlamaConfig, tied, layers, shards, changes)
+    return write_parent(folder, LlamaForCausalLM, LlamaConfig, tied, layers, shards, changes)
 
 
 def write_qwen2(folder: Path, *, tied: bool = False, layers: int = 4, **changes: Any) -> Path:
     """Write a random Qwen2 as `write_llama` writes a Llama."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return _write_parent(folder, Qwen2ForCausalLM, Qwen2Config, tied, layers, 1, {"head_dim": None} | changes)
+    return write_parent(folder, Qwen2ForCausalLM, Qwen2Config, tied, layers, 1, {"head_dim": None} | changes)
 
 
 def write_qwen3(folder: Path, *, tied: bool = False, layers: int = 4, **changes: Any) -> Path:
     """Write a random Qwen3 as `write_llama` writes a Llama."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return _write_parent(folder, Qwen3ForCausalLM, Qwen3Config, tied, layers, 1, changes)
+    return write_parent(folder, Qwen3ForCausalLM, Qwen3Config, tied, layers, 1, changes)
 
 
 def write_moe(folder: Path, kind: str, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
@@ -64,7 +64,7 @@ def write_moe(folder: Path, kind: str, *, tied: bool = False, layers: int = 2, *
     sizes = {"num_local_experts" if kind == "Mixtral" else "num_experts": 4, "num_experts_per_tok": 2}
     sizes |= {"moe_intermediate_size": 48, "norm_topk_prob": True} if kind == "Qwen3Moe" else {}
     model_class, config_class = (getattr(transformers, kind + what) for what in ("ForCausalLM", "Config"))
-    return _write_parent(folder, model_class, config_class, tied, layers, 1, sizes | changes)
+    return write_parent(folder, model_class, config_class, tied, layers, 1, sizes | changes)
 
 
 write_mixtral, write_qwen3_moe, write_olmoe = (
@@ -77,7 +77,7 @@ def write_phi3(folder: Path, *, tied: bool = False, layers: int = 2, **changes: 
     from transformers import Phi3Config, Phi3ForCausalLM
 
     changes = {"head_dim": None, "pad_token_id": 0} | changes
-    return _write_parent(folder, Phi3ForCausalLM, Phi3Config, tied, layers, 1, changes)
+    return write_parent(folder, Phi3ForCausalLM, Phi3Config, tied, layers, 1, changes)
 
 
 def write_olmo2(folder: Path, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
@@ -85,23 +85,25 @@ def write_olmo2(folder: Path, *, tied: bool = False, layers: int = 2, **changes:
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     changes = {"head_dim": None, "pad_token_id": 0} | changes
-    return _write_parent(folder, Olmo2ForCausalLM, Olmo2Config, tied, layers, 1, changes)
+    return write_parent(folder, Olmo2ForCausalLM, Olmo2Config, tied, layers, 1, changes)
 
 
-def write_smollm3(folder: Path, *, layers: int = 4, **changes: Any) -> Path:
+def write_smollm3(folder: Path, *, tied: bool = True, layers: int = 4, **changes: Any) -> Path:
     """Write a random SmolLM3, every fourth layer of which has no positions, as `write_llama` writes a Llama."""
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
     changes = {"head_dim": None, "pad_token_id": 0} | changes
-    return _write_parent(folder, SmolLM3ForCausalLM, SmolLM3Config, True, layers, 1, changes)
+    return write_parent(folder, SmolLM3ForCausalLM, SmolLM3Config, tied, layers, 1, changes)
 
 
-def write_exaone4(folder: Path, *, window: int | None = 5, layers: int = 4, **changes: Any) -> Path:
+def write_exaone4(
+    folder: Path, *, window: int | None = 5, tied: bool = False, layers: int = 4, **changes: Any
+) -> Path:
     """Write a random EXAONE 4, whose attention sees a window but in every fourth layer, as `write_llama` does."""
     from transformers import Exaone4Config, Exaone4ForCausalLM
 
     config = partial(Exaone4Config, sliding_window=window)  # None is not the default
-    return _write_parent(folder, Exaone4ForCausalLM, config, False, layers, 1, {"pad_token_id": 0} | changes)
+    return write_parent(folder, Exaone4ForCausalLM, config, tied, layers, 1, {"pad_token_id": 0} | changes)
 
 
 def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -> Path:
@@ -130,12 +132,13 @@ def write_mistral(folder: Path, window: int, *, layers: int = 4, **changes: Any)
     from transformers import MistralConfig, MistralForCausalLM
 
     changes = {"sliding_window": window} | changes
-    return _write_parent(folder, MistralForCausalLM, MistralConfig, False, layers, 1, changes)
+    return write_parent(folder, MistralForCausalLM, MistralConfig, False, layers, 1, changes)
 
 
-def _write_parent(
+def write_parent(
     folder: Path, model_class: Any, config_class: Any, tied: bool, layers: int, shards: int, changes: dict[str, Any]
 ) -> Path:
+    """Write a random model of a class: matrices of std 0.1, norms of 0.5 to 1.5."""
     torch.manual_seed(7)
     sizes = {
         "vocab_size": 250,
@@ -345,7 +348,7 @@ def build_chunks(
         "pipeline_dtype": torch.float32,
     }
     config = TransformerConfig(**(settings | changes))
-    norms = {name: getattr(arch, name) for name in NORMS}
+    norms = decoder_settings(arch)
     rotary = {"rotary_base": int(arch.rope_theta), "rotary_percent": arch.rotary_percent}
     padded = -(-arch.vocab_size // (8 * sizes["tp"])) * 8 * sizes["tp"]
     chunks = []

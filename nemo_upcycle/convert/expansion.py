@@ -19,6 +19,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.mapping import as_written, constant_tensors
 from nemo_upcycle.models.sharding import hf_shapes
+from nemo_upcycle.models.stacked import is_stacked
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.spec import UpcycleSpec
@@ -72,7 +73,7 @@ class Expansion:
 
     def order(self, names: list[str]) -> list[str]:
         """Return the tensors of a file in the order in which they are written: copies of one slice are neighbours."""
-        return [name for copies in self._copies(names).values() for name, _ in copies]
+        return [name for _, copies in self._copies(names) for name, _ in copies]
 
     def write_tensors(self, file: StreamedFile, names: list[str], advance: Callable[[int], None]) -> None:
         """Write the data of one file; several threads may do so, each another file.
@@ -85,7 +86,7 @@ class Expansion:
         Raises:
             CheckpointError: a slice holds NaN, infinity or a number too large for the type.
         """
-        for plan, copies in self._copies(names).items():
+        for plan, copies in self._copies(names):
             if isinstance(plan, str):
                 file.write(as_bytes(self._constants[plan].contiguous()))
             elif plan.is_drawn:
@@ -108,13 +109,16 @@ class Expansion:
             for name in self.shapes
         }
 
-    def _copies(self, names: list[str]) -> dict[TensorPlan | str, list[tuple[str, int]]]:
-        """Return name and expert of the tensors by what they are made of."""
-        found: dict[TensorPlan | str, list[tuple[str, int]]] = {}
+    def _copies(self, names: list[str]) -> list[tuple[TensorPlan | str, list[tuple[str, int]]]]:
+        """Return name and expert of the tensors by what they are made of; those of one tensor keep their order."""
+        found: dict[tuple[TensorPlan | str, int], list[tuple[str, int]]] = {}
+        last, run = None, 0
         for name in names:
             plan, expert = self._plans[name]
-            found.setdefault(plan, []).append((name, expert))
-        return found
+            run += plan != last
+            found.setdefault((plan, run if is_stacked(name) else 0), []).append((name, expert))
+            last = plan
+        return [(plan, copies) for (plan, _), copies in found.items()]
 
     def _write_copies(self, file: StreamedFile, plan: TensorPlan, experts: list[int]) -> None:
         """Write the tensors that are made of the same dense slices."""

@@ -163,7 +163,7 @@ def export_weights(
             "made_by": MADE_BY,
             "version": __version__,
             "checkpoint": about.checkpoint,
-            "tensors": len(shapes),
+            "tensors": writer.tensors,
             "bytes": writer.total_bytes,
             "dtype": dtype_name(dtype),
             "rounded": lossy,

@@ -167,7 +167,7 @@ def convert(
         dense_params=dense.architecture.total_params,
         total_params=total_params,
         active_params=total_params - moe_arch.total_params + moe_arch.active_params,
-        tensors=len(writer.shapes),
+        tensors=writer.tensors,
         files=len(writer.files),
         files_kept=kept,
         bytes_total=writer.total_bytes,
@@ -236,7 +236,7 @@ def _finish(
     write_config(dense.path, folder, moe_arch, expansion.dtype)
     tokenizer_files = copy_tokenizer_files(dense.path, folder)
     marker = {
-        "tensors": len(writer.shapes),
+        "tensors": writer.tensors,
         "bytes": writer.total_bytes,
         "companions": tokenizer_files,
         "made_from": plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.models.stacked import is_stacked, tensor_of
 from nemo_upcycle.sources.safetensors_folder import INDEX
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import clear_unfinished, require_disk, write_json
@@ -54,9 +56,11 @@ def safetensors_header(names: Iterable[str], shapes: Shapes, dtype: torch.dtype)
     """Return what comes before the data of a safetensors file that holds these tensors one after the other."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name in names:
-        stop = offset + torch.Size(shapes[name]).numel() * dtype.itemsize
-        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [offset, stop]}
+    for tensor, parts in itertools.groupby(names, tensor_of):
+        first, *others = parts
+        shape = [1 + len(others)] * is_stacked(first) + list(shapes[first])
+        stop = offset + torch.Size(shape).numel() * dtype.itemsize
+        entries[tensor] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
@@ -93,12 +97,13 @@ class SafetensorsWriter:
         """The tensors of every file, which is named as transformers names it."""
         shards: list[list[str]] = [[]]
         size_bytes = 0
-        for name in self.shapes:
-            tensor_bytes = self.size_bytes([name])
+        for _, parts in itertools.groupby(self.shapes, tensor_of):
+            names = list(parts)
+            tensor_bytes = self.size_bytes(names)
             if shards[-1] and size_bytes + tensor_bytes > self.max_shard_bytes:
                 shards.append([])
                 size_bytes = 0
-            shards[-1].append(name)
+            shards[-1] += names
             size_bytes += tensor_bytes
         if len(shards) == 1:
             return {"model.safetensors": shards[0]}
@@ -112,6 +117,11 @@ class SafetensorsWriter:
     def total_bytes(self) -> int:
         """The bytes of the data of all tensors."""
         return self.size_bytes(self.shapes)
+
+    @cached_property
+    def tensors(self) -> int:
+        """The tensors that the files hold."""
+        return len({tensor_of(name) for name in self.shapes})
 
     def is_whole(self, folder: Path, file: str) -> bool:
         """Return whether a file is there, as far as its size and header tell."""
@@ -153,7 +163,7 @@ class SafetensorsWriter:
             line.advance(len(self.shapes) - sum(len(self.files[file]) for file in todo))
             self._write_files(folder, todo, write_tensors, writers, line)
         if len(self.files) > 1:
-            weight_map = {name: file for file, names in self.files.items() for name in names}
+            weight_map = {tensor_of(name): file for file, names in self.files.items() for name in names}
             write_json(folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
         return kept, todo_bytes
 

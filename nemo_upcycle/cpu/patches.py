@@ -116,10 +116,19 @@ def track_random_states() -> None:
     random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
 
 
+class NormAroundZero(torch.nn.RMSNorm):
+    """A norm whose weight is its distance from one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows, normalised."""
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight + 1, self.eps)
+
+
 def mark_norms_sequence_parallel() -> None:
     """Let torch's norms work under sequence parallelism, and mark them so that Megatron sums their gradients.
 
-    Without it the local layer spec refuses: "sequence parallel not supported by torch LayerNorm".
+    Without it the local layer spec refuses: "sequence parallel not supported by torch LayerNorm". It refuses norms
+    around zero, too, which Gemma has.
     """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -128,8 +137,11 @@ def mark_norms_sequence_parallel() -> None:
     @functools.wraps(make)
     def make_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         unsharded = copy.copy(config)
-        unsharded.sequence_parallel = False
+        unsharded.sequence_parallel = unsharded.layernorm_zero_centered_gamma = False
         norm = make(cls, unsharded, *args, **kwargs)
+        if config.layernorm_zero_centered_gamma:
+            norm.__class__ = NormAroundZero
+            torch.nn.init.zeros_(norm.weight)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm

@@ -7,6 +7,7 @@ K head dim, E routed experts, G granularity, C copies of the dense network (E / 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -117,6 +118,11 @@ class Architecture:
         post_norm: whether it has norms after them.
         zero_centered_norm: whether norms store their distance from one.
         scaled_embedding: whether the embedding is multiplied by the root of D.
+        embedding_multiplier: factor on the embedding, as Granite has it.
+        attention_multiplier: factor on the products of query and key; None: one over the root of K.
+        residual_multiplier: factor on what attention and network add to their input.
+        logits_scaling: what the logits are divided by.
+        local_rope_theta: base of the rotary embedding of layers with a window, unscaled; None: they have all layers'.
         rope_pattern: in which layers the rotary embedding turns heads; None: in all.
         rotary_percent: part of a head, its first numbers, that the rotary embedding turns; 1: all of it.
         sliding_window: tokens that attention sees, the current one included; None: all before it.
@@ -149,9 +155,14 @@ class Architecture:
     post_norm: bool = False
     zero_centered_norm: bool = False
     scaled_embedding: bool = False
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)  # a dict has no hash
+    local_rope_theta: float | None = None
     rope_pattern: tuple[bool, ...] | None = None
     rotary_percent: float = 1.0
     max_positions: int = 4096
@@ -178,6 +189,16 @@ class Architecture:
     def norm_places(self) -> tuple[bool, bool]:
         """Whether norms stand before attention and network, and after them."""
         return self.pre_norm, self.post_norm
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on the products of query and key."""
+        return 1 / math.sqrt(self.head_dim) if self.attention_multiplier is None else self.attention_multiplier
+
+    @property
+    def scales_in_layers(self) -> bool:
+        """Whether layers have these rotary frequencies in Megatron, whose models know none of the kind."""
+        return self.local_rope_theta is not None or (self.rope_scaling or {}).get("rope_type") in ("yarn", "linear")
 
     @property
     def heads_per_group(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, planned, targets
-from nemo_upcycle.models.families.base import ACTIVATIONS, MoeFamily, Settings
+from nemo_upcycle.models.families.base import ACTIVATIONS, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
 from nemo_upcycle.models.rotary import LONGROPE
 from nemo_upcycle.utils.files import read_json
 
@@ -173,6 +173,8 @@ def _settings_of(config: Any, where: str, *, to_plan: bool) -> tuple[Family, Set
         fix = "train with sequences within the window, and set use_sliding_window to false"
         raise given.wrong("use_sliding_window", "full attention", fix)
     values = {**family.defaults, **given.values, **rope_settings(config, where)}
+    if LOCAL_BASE in values and LOCAL_BASE not in family.defaults:
+        raise given.wrong("rope_parameters", "the same for every kind of layer", "use another checkpoint")
     if (scaling := values["rope_scaling"]) and scaling["rope_type"] == LONGROPE:
         length = values.get(_SHORT, values.get("max_position_embeddings"))
         values["rope_scaling"] = {_SHORT: length} | scaling
@@ -203,6 +205,7 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         CheckpointError: settings contradict each other, or mean more than base and scaling.
     """
+    config = _one_rope(config)
     given = _given(config, where)
     scalings = {key: _scaling(given, key) for key in ("rope_scaling", "rope_parameters") if key in given.values}
     places = [given, *(_inside(given, key) for key in scalings)]
@@ -216,7 +219,24 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
         fix = "keep one of the two in config.json"
         raise given.wrong("rope_scaling", f"{scalings['rope_parameters']}, as in rope_parameters", fix)
     said_of = {key: place.values[key] for key in _NO_SCALING for place in places if key in place.values}
+    said_of |= {LOCAL_BASE: given.values[LOCAL_BASE]} if LOCAL_BASE in given.values else {}
     return {"rope_scaling": next(iter(scalings.values()), None), **said_of}
+
+
+def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with one rotary embedding, where transformers 5 has one for each kind of layer.
+
+    That of layers with a window may have a base of its own, as transformers 4 spells it, and no scaling.
+    """
+    kinds = config.get("rope_parameters")
+    if not isinstance(kinds, dict) or kinds.keys() != {FULL, WINDOW}:
+        return config
+    local = kinds[WINDOW]
+    if local == kinds[FULL]:
+        return config | {"rope_parameters": local}
+    if not isinstance(local, dict) or local.get("rope_type", "default") != "default" or "rope_theta" not in local:
+        return config
+    return config | {"rope_parameters": kinds[FULL], LOCAL_BASE: local["rope_theta"]}
 
 
 def both_ropes(theta: float, scaling: dict[str, Any] | None, part: float | None = None) -> dict[str, Any]:
@@ -247,7 +267,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     assert isinstance(family, MoeFamily), arch.hf_class
     parent = _family_of(dense_config, "config.json")
     settings = family.expert_settings(arch)
-    dropped = {"attention_bias", "mlp_bias", "hidden_activation", _PART, *parent.spelling}
+    dropped = {"attention_bias", "mlp_bias", "hidden_activation", "layer_types", _PART, *parent.spelling}
     scaling = arch.rope_scaling or {}
     # Where it is the longest, it is what a class takes for it; written, it would take the place of a factor.
     is_beside = scaling.get("rope_type") == LONGROPE and scaling[_SHORT] != arch.max_positions

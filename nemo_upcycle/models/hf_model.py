@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,16 @@ def empty_model(folder: Path) -> Any:
     config = _config(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            kind = {"rope_type": module.rope_type} if "rope_type" in signature(type(module)).parameters else {}
+            _set(model, name, type(module)(config=module.config, **kind))
     for name in [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         shapes = hf_constants(read_architecture(folder))
+        if name.endswith(".embed_scale"):  # Gemma's
+            _set(model, name, torch.tensor(config.hidden_size**0.5))
         if name in shapes:
-            module, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(module), attribute, torch.zeros(shapes[name]))
+            _set(model, name, torch.zeros(shapes[name]))
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError(
             f"{type(model).__name__} of {folder}",
@@ -79,6 +84,11 @@ def empty_model(folder: Path) -> Any:
             fix="use a parent of a class in models/families",
         )
     return model
+
+
+def _set(model: Any, name: str, value: Any) -> None:
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, value)
 
 
 def _config(folder: Path) -> Any:

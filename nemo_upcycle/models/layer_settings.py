@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.rotary import same_frequencies
 
 
 #: Fields that say where norms stand: settings of `online.decoder_layers`, which Megatron has none for.
 NORMS = ("pre_norm", "post_norm", "wide_qk_norm")
+#: Fields that multiply what a layer, or the model, computes: settings of the same, at 1 in most models.
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+DECODER = (*NORMS, *MULTIPLIERS)
+#: Fields of rotary embeddings that layers have on their own: settings of the same where they do.
+ROPE = ("rope_theta", "rope_scaling", "local_rope_theta", "max_positions", "rotary_percent")
 
 
-def layer_norms(config: Any) -> dict[str, bool]:
-    """Return where the layers of a configuration have norms, field by field; nothing where they are Megatron's own."""
+def decoder_settings(arch: Architecture) -> dict[str, Any]:
+    """Return the settings of `online.decoder_layers` that make the layers of an architecture."""
+    return {name: getattr(arch, name) for name in (*DECODER, *(ROPE if arch.scales_in_layers else ()))}
+
+
+def layer_fields(config: Any) -> dict[str, Any]:
+    """Return what the layers of a configuration have that Megatron's own have not, field by field."""
     spec = getattr(config, "transformer_layer_spec", None)
     given = getattr(spec, "keywords", None) or getattr(spec, "__arguments__", {})
-    return {name: given[name] for name in NORMS if name in given}
+    return {name: given[name] for name in DECODER if name in given}
+
+
+def wrong_layers(model: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what the layers of a Megatron model have, and what they should have: name, got, expected.
+
+    Args:
+        model: a `GPTModel` or `HybridModel`; this rank's part of it.
+        arch: the architecture that it is to have.
+    """
+    for layer in model.decoder.layers:
+        names = ("embedding_multiplier",) * (layer.layer_number == 1) + ("residual_multiplier",)
+        for name in names:
+            yield f"transformer_layer_spec.{name}", getattr(layer, name, 1.0), getattr(arch, name)
+        windowed = arch.window_of(layer.layer_number - 1) is not None
+        got = getattr(layer, "rotary_frequencies", None)
+        is_right = arch.scales_in_layers == (got is not None)
+        if got is not None and is_right:
+            is_right = same_frequencies(got, arch, windowed=windowed)
+        if not is_right:
+            wanted = f"those of rope_theta {arch.rope_theta:g}, {arch.rope_scaling}, {arch.local_rope_theta}"
+            yield f"transformer_layer_spec: frequencies of layer {layer.layer_number - 1}", "others", wanted
+    if (norm := getattr(model.decoder, "final_layernorm", None)) is not None:
+        yield "transformer_layer_spec.logits_scaling", getattr(norm, "logits_scaling", 1.0), arch.logits_scaling
 
 
 def window_fields(arch: Architecture) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.balancing import check_balancing
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
-from nemo_upcycle.models.layer_settings import NORMS, layer_norms, layers_with, no_rope, rope_pattern, window_fields
+from nemo_upcycle.models.layer_settings import (
+    DECODER,
+    layer_fields,
+    layers_with,
+    no_rope,
+    rope_pattern,
+    window_fields,
+    wrong_layers,
+)
 from nemo_upcycle.models.rotary import attention_factor, factor_of, same_frequencies
 from nemo_upcycle.spec import UpcycleSpec, find_router_kind
 from nemo_upcycle.utils.validation import check_capacity
@@ -57,7 +66,7 @@ _MAMBA = {
 }
 _SHAPES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
 #: Fields that a recipe has in common with the dense model that it starts from.
-SIZES = (*_SHAPES, "rotary_percent", "rope_pattern", *NORMS)
+SIZES = (*_SHAPES, "rotary_percent", "rope_pattern", *DECODER)
 
 
 def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
@@ -78,6 +87,8 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
         "norms of query and key over all heads": arch.wide_qk_norm,
         "layers without positions": arch.rope_pattern is not None,
         "a window in some layers": arch.window_pattern is not None,
+        "multipliers": arch.attention_multiplier is not None,
+        "YaRN, or two rotary embeddings": arch.scales_in_layers,
     }
     if hybrid and (got := [what for what, holds in special.items() if holds]):
         raise CheckpointError(
@@ -104,6 +115,8 @@ def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, An
     require_buildable(arch, hybrid=hybrid)
     fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch)
     fields["normalization"] = "RMSNorm"
+    if arch.attention_multiplier is not None:
+        fields["softmax_scale"] = arch.attention_multiplier
     if arch.rope_pattern:
         fields["no_rope_freq"] = no_rope(arch.rope_pattern)
     if arch.num_experts:
@@ -170,7 +183,9 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
             "shared_ffn_size": config.moe_shared_expert_intermediate_size or 0,
             "moe_pattern": None if all(pattern) else pattern,
         }
-    fields |= layer_norms(config) | {"rotary_percent": getattr(config, "rotary_percent", 1.0)}
+    scale = getattr(config, "softmax_scale", None)
+    fields |= {} if scale is None or scale == fields["head_dim"] ** -0.5 else {"attention_multiplier": scale}
+    fields |= layer_fields(config) | {"rotary_percent": getattr(config, "rotary_percent", 1.0)}
     fields["rope_pattern"] = rope_pattern(getattr(config, "no_rope_freq", None), fields["num_layers"])
     return Architecture(hf_class="", vocab_size=vocab_size, attention_out_bias=fields["ffn_bias"], **fields)
 
@@ -332,8 +347,11 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
     settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch, hybrid=hybrid is not None)
     settings += _MAMBA.values() if moe_arch.mamba else ()
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
-    if config.softmax_scale and not math.isclose(config.softmax_scale, moe_arch.head_dim**-0.5, rel_tol=1e-6):
-        checks.append(("softmax_scale", config.softmax_scale, f"None or {moe_arch.head_dim**-0.5:.6g}"))
+    scale = config.softmax_scale or moe_arch.head_dim**-0.5
+    if not math.isclose(scale, moe_arch.softmax_scale, rel_tol=1e-6):
+        default = "" if moe_arch.attention_multiplier else "None or "
+        checks.append(("softmax_scale", config.softmax_scale, f"{default}{moe_arch.softmax_scale:.6g}"))
+    checks += wrong_layers(model, moe_arch)
     got_rope = rope_pattern(getattr(config, "no_rope_freq", None), moe_arch.num_layers)
     if got_rope != moe_arch.rope_pattern:
         wanted_rope = no_rope(moe_arch.rope_pattern) if moe_arch.rope_pattern else None
@@ -342,15 +360,16 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
         checks.append(("rotary_percent", config.rotary_percent, moe_arch.rotary_percent))
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
     checks.append(("activation_func", activation_of(config.activation_func), moe_arch.activation))
-    factor, got_factor = attention_factor(moe_arch), factor_of(config)
+    in_model = replace(moe_arch, rope_scaling=None) if moe_arch.scales_in_layers else moe_arch
+    factor, got_factor = attention_factor(in_model), factor_of(config)
     if not math.isclose(got_factor, factor, rel_tol=1e-6):
         checks.append(("yarn_mscale", f"a factor of {got_factor:.6g}", f"{factor:.6g} on sine and cosine"))
     if factor != 1 and config.apply_rope_fusion:  # whose kernel has no such factor
         checks.append(("apply_rope_fusion", True, False))
     length = model.max_sequence_length
-    if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, moe_arch, length):
+    if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, in_model, length):
         got = f"rotary_base {model.rotary_base:g}, frequencies down to {float(frequencies[-1]):.4g}"
-        expected = f"rope_theta {moe_arch.rope_theta:g}, rope_scaling {moe_arch.rope_scaling}"
+        expected = f"rope_theta {moe_arch.rope_theta:g}, rope_scaling {in_model.rope_scaling}"
         checks.append(("rotary_base and RoPE scaling", got, expected))
     for name, got, value in checks:
         if got != value:

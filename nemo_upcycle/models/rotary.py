@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
@@ -18,12 +18,12 @@ LONGROPE = "longrope"
 
 
 #: Kinds of `rope_scaling` whose frequencies are known here.
-_KINDS = ("default", "llama3", LONGROPE)
+_KINDS = ("default", "linear", "llama3", "yarn", LONGROPE)
 _SHORT = "original_max_position_embeddings"
 
 
-def rope_kind(arch: Architecture) -> str:
-    """Return how the rotary frequencies are scaled: `default` (not at all), `llama3` or `longrope`.
+def rope_kind(arch: Architecture | Rope) -> str:
+    """Return how the rotary frequencies are scaled: `default` (not at all), or by one of `_KINDS`.
 
     Raises:
         CheckpointError: in another way, which is not known.
@@ -39,7 +39,38 @@ def rope_kind(arch: Architecture) -> str:
     return str(kind)
 
 
-def rope_frequencies(arch: Architecture, length: int = 0) -> torch.Tensor:
+class Rope(NamedTuple):
+    """What an `Architecture` says of rotary embeddings, by its names."""
+
+    head_dim: int
+    rotary_percent: float
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None
+    local_rope_theta: float | None
+    max_positions: int
+
+
+def plain_frequencies(rope: Architecture | Rope, theta: float | None = None) -> torch.Tensor:
+    """Return a rotary embedding's inverse frequencies without scaling, float32 [K / 2].
+
+    Args:
+        rope: the model's.
+        theta: another base than its own.
+    """
+    import torch
+
+    turned = int(rope.head_dim * rope.rotary_percent)
+    return (theta or rope.rope_theta) ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned)
+
+
+def layer_frequencies(rope: Architecture | Rope, windowed: bool) -> torch.Tensor:
+    """Return the inverse frequencies of a layer, with a window or without."""
+    if windowed and rope.local_rope_theta is not None:
+        return plain_frequencies(rope, rope.local_rope_theta)
+    return rope_frequencies(rope)
+
+
+def rope_frequencies(arch: Architecture | Rope, length: int = 0) -> torch.Tensor:
     """Return the rotary embedding's inverse frequencies, float32 [K / 2], scaled as `rope_scaling` says.
 
     Where heads are turned in part, K is that part.
@@ -53,11 +84,13 @@ def rope_frequencies(arch: Architecture, length: int = 0) -> torch.Tensor:
     """
     import torch
 
-    turned = int(arch.head_dim * arch.rotary_percent)
-    inverse = arch.rope_theta ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned)
-    scaling, kind = arch.rope_scaling or {}, rope_kind(arch)
+    inverse, scaling, kind = plain_frequencies(arch), arch.rope_scaling or {}, rope_kind(arch)
     if kind == "default":
         return inverse
+    if kind == "linear":
+        return inverse / float(scaling["factor"])
+    if kind == "yarn":
+        return _yarn_frequencies(inverse, arch)
     if kind == LONGROPE:
         factors = scaling["long_factor" if length > scaling[_SHORT] else "short_factor"]
         if len(factors) != len(inverse):
@@ -72,23 +105,52 @@ def rope_frequencies(arch: Architecture, length: int = 0) -> torch.Tensor:
     return (1 - kept) * inverse / factor + kept * inverse
 
 
-def attention_factor(arch: Architecture) -> float:
-    """Return the factor on sine and cosine: 1 but with LongRoPE, whose every sequence has the one of the longest."""
+def _yarn_frequencies(inverse: torch.Tensor, arch: Architecture | Rope) -> torch.Tensor:
+    """Return frequencies of YaRN (arXiv 2309.00071): slow turns are slowed down by the factor, fast ones kept."""
+    import torch
+
+    scaling, count = arch.rope_scaling or {}, 2 * len(inverse)
+    trained = scaling.get(_SHORT) or arch.max_positions
+    # Where in a head the numbers are that turn so often within the positions that it was trained with.
+    places = [
+        count * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(arch.rope_theta))
+        for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
+    ]
+    if scaling.get("truncate", True):
+        places = [math.floor(places[0]), math.ceil(places[1])]
+    first, last = max(places[0], 0), min(places[1], count - 1)
+    slowed = ((torch.arange(len(inverse), dtype=torch.float32) - first) / (last - first or 1e-3)).clamp(0, 1)
+    return inverse * (1 - slowed) + inverse / float(scaling["factor"]) * slowed
+
+
+def attention_factor(arch: Architecture | Rope) -> float:
+    """Return the factor on sine and cosine: 1 but with YaRN and LongRoPE, whose sequences have the longest one's."""
     scaling = arch.rope_scaling or {}
-    if scaling.get("rope_type") != LONGROPE:
+    if (kind := scaling.get("rope_type")) not in ("yarn", LONGROPE):
         return 1.0
     if factor := scaling.get("attention_factor"):
         return float(factor)
+    if kind == "yarn":
+        grown = 0.1 * math.log(max(1.0, float(scaling["factor"])))
+        mine, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        return float((mine * grown + 1) / (all_dim * grown + 1)) if mine and all_dim else grown + 1
     short = scaling[_SHORT]
     stretched = arch.max_positions / short if short != arch.max_positions else scaling.get("factor", 1.0)
     return math.sqrt(1 + math.log(stretched) / math.log(short)) if stretched > 1 else 1.0
 
 
-def same_frequencies(inverse: torch.Tensor, arch: Architecture, length: int = 0) -> bool:
-    """Return whether a model's inverse frequencies are the architecture's, up to rounding."""
+def same_frequencies(inverse: torch.Tensor, arch: Architecture, length: int = 0, windowed: bool | None = None) -> bool:
+    """Return whether a model's inverse frequencies are the architecture's, up to rounding.
+
+    Args:
+        inverse: the model's, or those of one of its layers.
+        arch: the architecture.
+        length: as in `rope_frequencies`.
+        windowed: of a layer, whether it sees a window; None for the model's.
+    """
     import torch
 
-    expected = rope_frequencies(arch, length)
+    expected = rope_frequencies(arch, length) if windowed is None else layer_frequencies(arch, windowed)
     return inverse.shape == expected.shape and torch.allclose(inverse.cpu().float(), expected, rtol=1e-5, atol=0)
 
 
@@ -101,6 +163,8 @@ def turn_as(model: Any, arch: Architecture) -> None:
         arch: the architecture.
     """
     rotary = model.rotary_pos_emb
+    if arch.scales_in_layers:
+        return
     rotary.inv_freq = rope_frequencies(arch, model.max_sequence_length).to(rotary.inv_freq.device)
     if (factor := attention_factor(arch)) != 1:
         for name, value in zip(_YARN, (math.e, 10 * (factor - 1), 0.0), strict=True):

@@ -1,8 +1,9 @@
-"""Layers of a GPTModel with norms where Megatron-Core, 0.15 to 0.19, has none.
+"""Layers of a GPTModel with norms, or factors, where Megatron-Core, 0.15 to 0.19, has none.
 
-OLMo 2 has them after attention and network, and over all heads. Its layers are Megatron's own modules, with
-Transformer Engine or without; what is new is a norm of each part's output before it is added, and one of query or key
-as a whole.
+OLMo 2 has norms after attention and network, and over all heads; Granite multiplies there, and its embedding and its
+logits; in OLMo 3 and Gemma 3 rotary embeddings differ from layer to layer. Their layers are Megatron's own modules,
+with Transformer Engine or without; what is new is a norm or a factor of each part's output before it is added, a norm
+of query or key as a whole, factors at both ends, and angles that a layer makes of the model's.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.layer_settings import NORMS
+from nemo_upcycle.models.layer_settings import DECODER, decoder_settings, layers_with
+from nemo_upcycle.models.rotary import Rope, attention_factor, layer_frequencies, plain_frequencies
 
 
 def decoder_layers(
@@ -30,6 +33,14 @@ def decoder_layers(
     pre_norm: bool = True,
     post_norm: bool = False,
     wide_qk_norm: bool = False,
+    embedding_multiplier: float = 1.0,
+    residual_multiplier: float = 1.0,
+    logits_scaling: float = 1.0,
+    rope_theta: float | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+    local_rope_theta: float | None = None,
+    max_positions: int = 4096,
+    rotary_percent: float = 1.0,
 ) -> Any:
     """Return the layers of a rank of a `GPTModel`, as `get_gpt_decoder_block_spec` does, with norms in these places.
 
@@ -42,9 +53,20 @@ def decoder_layers(
         pre_norm: whether there are norms before attention and network.
         post_norm: whether there are norms after them, before the residual is added.
         wide_qk_norm: whether norms of query and key, which `qk_layernorm` switches on, are over all heads at once.
+        embedding_multiplier: factor on the embedding, which the first layer multiplies by.
+        residual_multiplier: factor on what attention and network add to their input.
+        logits_scaling: what the logits are divided by; the last norm's output is.
+        rope_theta: base of the model's rotary embedding, where layers change it; None: they do not.
+        rope_scaling: how its frequencies are scaled in layers without a window, and in others without their own base.
+        local_rope_theta: base of the rotary embedding in layers with a window, unscaled.
+        max_positions: as in an `Architecture`.
+        rotary_percent: as in an `Architecture`.
 
     Returns:
         Megatron's `TransformerBlockSubmodules`.
+
+    Raises:
+        SpecError: YaRN multiplies heads that are rotated in part.
 
     Example:
         >>> config.transformer_layer_spec = partial(  # doctest: +SKIP
@@ -60,6 +82,12 @@ def decoder_layers(
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         backend = TESpecProvider()
+    rope = None
+    if rope_theta is not None:
+        rope = Rope(config.kv_channels, rotary_percent, rope_theta, rope_scaling, local_rope_theta, max_positions)
+        if rotary_percent != 1 and attention_factor(rope) != 1:  # scores alone are multiplied here
+            fix = "use a checkpoint whose heads are rotated as a whole"
+            raise SpecError(field="rotary_percent", got=rotary_percent, expected="1 with YaRN's factor", fix=fix)
     for spec in {id(layer): layer for layer in block.layer_specs}.values():
         layer = spec.submodules
         attention = layer.self_attention.submodules
@@ -69,11 +97,21 @@ def decoder_layers(
             network = getattr(layer.mlp, "submodules", None) or layer.mlp.keywords["submodules"]
             if hasattr(network, "linear_fc1"):  # experts have theirs without a norm
                 network.linear_fc1 = backend.column_parallel_linear()
-        if post_norm:
-            spec.module = PostNormLayer
-            spec.params = {**(spec.params or {}), "norm": backend.layer_norm(rms_norm=True)}
+        if rope:
+            attention.core_attention = _scaled(attention.core_attention, rope)
+        if post_norm or rope or (embedding_multiplier, residual_multiplier) != (1.0, 1.0):
+            spec.module = DecoderLayer
+            spec.params = {
+                **(spec.params or {}),
+                "norm": backend.layer_norm(rms_norm=True) if post_norm else None,
+                "embedding_multiplier": embedding_multiplier,
+                "residual_multiplier": residual_multiplier,
+                "rope": rope,
+            }
         if wide_qk_norm and config.qk_layernorm:
             attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
+    if logits_scaling != 1.0:
+        block.layer_norm = _divided(block.layer_norm, logits_scaling)
     return block
 
 
@@ -83,42 +121,115 @@ def layers_of(arch: Architecture) -> functools.partial[Any]:
     Args:
         arch: of the model, dense or with experts.
     """
-    if arch.norm_places == (True, False) and not arch.wide_qk_norm:
+    fields = decoder_settings(arch)
+    if fields == {name: Architecture.__dataclass_fields__[name].default for name in DECODER}:
         return functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
-    norms = {name: getattr(arch, name) for name in NORMS}
-    return functools.partial(decoder_layers, use_transformer_engine=True, **norms)
+    return functools.partial(decoder_layers, use_transformer_engine=True, **fields)
 
 
-class PostNormLayer(TransformerLayer):  # type: ignore[misc]
-    """A layer that normalises what attention and network return, before it adds it to their input.
+def _is_windowed(config: Any, layer_number: int) -> bool:
+    """Return whether a layer, counted from 1, sees a window."""
+    return bool(
+        config.window_size and layers_with(config.window_attn_skip_freq, config.num_layers, True)[layer_number - 1]
+    )
+
+
+def _scaled(core_attention: Any, rope: Rope) -> type:
+    """Return the class of an attention that multiplies scores by the square of the factor on sine and cosine."""
+
+    class Scaled:
+        def __new__(cls, config: Any, layer_number: int, *args: Any, softmax_scale: Any = None, **options: Any) -> Any:
+            has_own = _is_windowed(config, layer_number) and rope.local_rope_theta is not None
+            factor = 1.0 if has_own else attention_factor(rope)
+            if factor != 1.0:
+                softmax_scale = (softmax_scale or config.kv_channels**-0.5) * factor**2
+            return core_attention(config, layer_number, *args, softmax_scale=softmax_scale, **options)
+
+    return Scaled
+
+
+class DecoderLayer(TransformerLayer):  # type: ignore[misc]
+    """A layer that normalises or multiplies what attention and network return, before it adds it to their input.
 
     Args:
-        norm: the norm's class.
+        norm: the norm's class; None: without.
+        embedding_multiplier: factor on the input of the model's first layer.
+        residual_multiplier: factor on what is added.
+        rope: its rotary embedding, where it is not the model's; None: it is.
         options: further arguments of Megatron's layer.
     """
 
-    def __init__(self, *args: Any, norm: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        norm: Any = None,
+        embedding_multiplier: float = 1.0,
+        residual_multiplier: float = 1.0,
+        rope: Rope | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        size = self.config.hidden_size
-        make = functools.partial(norm, config=self.config, hidden_size=size, eps=self.config.layernorm_epsilon)
-        self.post_self_attn_layernorm, self.post_mlp_layernorm = make(), make()
-        self.self_attn_bda: Callable[..., Any] = _norm_first(self.self_attn_bda, self.post_self_attn_layernorm)
-        self.mlp_bda: Callable[..., Any] = _norm_first(self.mlp_bda, self.post_mlp_layernorm)
+        # Not buffers, which a model in 16 bits would have in 16 bits.
+        self.rotary_frequencies: torch.Tensor | None = None
+        self._ratio: torch.Tensor | None = None
+        if rope:
+            with torch.device("cpu"):  # a model may be made on meta first
+                self.rotary_frequencies = layer_frequencies(rope, _is_windowed(self.config, self.layer_number))
+                self._ratio = (self.rotary_frequencies / plain_frequencies(rope)).repeat(2)
+        self.embedding_multiplier, self.residual_multiplier = embedding_multiplier, residual_multiplier
+        after: list[Any] = [None, None]
+        if norm:
+            size, eps = self.config.hidden_size, self.config.layernorm_epsilon
+            after = [norm(config=self.config, hidden_size=size, eps=eps) for _ in range(2)]
+            self.post_self_attn_layernorm, self.post_mlp_layernorm = after
+        self.self_attn_bda: Callable[..., Any] = _changed_first(self.self_attn_bda, after[0], residual_multiplier)
+        self.mlp_bda: Callable[..., Any] = _changed_first(self.mlp_bda, after[1], residual_multiplier)
+
+    def _forward_attention(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if self.layer_number == 1 and self.embedding_multiplier != 1.0:
+            hidden_states = hidden_states * self.embedding_multiplier
+        if self._ratio is not None and (angles := options.get("rotary_pos_emb")) is not None:
+            options["rotary_pos_emb"] = (
+                tuple(map(self._turned, angles)) if isinstance(angles, tuple) else self._turned(angles)
+            )
+        return super()._forward_attention(hidden_states, *args, **options)
+
+    def _turned(self, angles: torch.Tensor) -> torch.Tensor:
+        """Return this layer's angles, made of the model's."""
+        assert self._ratio is not None
+        ratio = self._ratio.to(angles.device)
+        self._ratio = self._ratio if ratio.is_meta else ratio
+        return angles * ratio
 
 
-def _norm_first(bias_dropout_add: Callable[..., Any], norm: torch.nn.Module) -> Callable[..., Any]:
-    """Return Megatron's function that adds a part's output to its input, with the norm of the output before it."""
+def _changed_first(bias_dropout_add: Callable[..., Any], norm: Any, factor: float) -> Callable[..., Any]:
+    """Return Megatron's function that adds a part's output to its input, with norm and factor of the output before."""
 
     def adds(training: bool, fused: bool) -> Callable[..., Any]:
         add = bias_dropout_add(training, fused)
 
-        def norm_and_add(output_with_bias: tuple[torch.Tensor, Any], residual: torch.Tensor, dropout: float) -> Any:
+        def change_and_add(output_with_bias: tuple[torch.Tensor, Any], residual: torch.Tensor, dropout: float) -> Any:
             output, bias = output_with_bias
-            return add((norm(output if bias is None else output + bias), None), residual, dropout)
+            output = output if bias is None else output + bias
+            output = norm(output) if norm else output
+            return add((output if factor == 1.0 else output * factor, None), residual, dropout)
 
-        return norm_and_add
+        return change_and_add
 
     return adds
+
+
+def _divided(norm: Any, divisor: float) -> type:
+    """Return the class of a norm whose output is divided: an output layer without a bias then divides its logits."""
+
+    class Divided:
+        def __new__(cls, *args: Any, **options: Any) -> Any:
+            made = norm(*args, **options)
+            made.logits_scaling = divisor
+            made.register_forward_hook(lambda _module, _inputs, output: output / divisor)
+            return made
+
+    return Divided
 
 
 class _WideNorm(torch.nn.Module):

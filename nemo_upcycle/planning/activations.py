@@ -19,7 +19,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.layer_settings import NORMS
+from nemo_upcycle.models.layer_settings import decoder_settings
 from nemo_upcycle.planning.check import megatron_rank, transformer_config
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import GIB, layer_bytes, layers_in_flight, worst_memory
@@ -202,7 +202,7 @@ def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool, stand_
         settings |= {"recompute_granularity": "selective", "recompute_modules": work.recompute.split(",")}
     for name, value in settings.items():
         setattr(config, name, value)
-    spec = decoder_layers(config, False, **{name: getattr(arch, name) for name in NORMS}).layer_specs[0]
+    spec = decoder_layers(config, False, **decoder_settings(arch)).layer_specs[0]
     norm = _FusedNorm if stand_ins else _LocalNorm
     if arch.pre_norm:
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm

@@ -15,7 +15,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.layer_settings import NORMS
+from nemo_upcycle.models.layer_settings import decoder_settings
 from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.models.sharding import Shard
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
@@ -214,7 +214,7 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
     chunks = []
     for number, parts in enumerate(layout.chunks(arch, ps.get_pipeline_model_parallel_rank())):
         stage = number if layout.vp > 1 else None
-        block = decoder_layers(config, engine is not None, stage, **{name: getattr(arch, name) for name in NORMS})
+        block = decoder_layers(config, engine is not None, stage, **decoder_settings(arch))
         # Tied embeddings stay where they are made: Megatron moves them to the GPU to make them equal on both stages.
         with torch.device("meta"), temporarily_set(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
             chunks.append(

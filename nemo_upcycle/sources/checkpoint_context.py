@@ -19,10 +19,11 @@ import yaml
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.config_fields import refusals
-from nemo_upcycle.models.families import find_family, find_nemo_module, llama, parents, qwen3, smollm3
+from nemo_upcycle.models.families import find_family, find_nemo_module, granite, llama, parents, qwen3, smollm3
+from nemo_upcycle.models.families.base import FULL, WINDOW
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.hybrid import HybridLayers
-from nemo_upcycle.models.layer_settings import rope_pattern
+from nemo_upcycle.models.layer_settings import MULTIPLIERS, layers_with, rope_pattern
 from nemo_upcycle.models.megatron_config import FIELDS, layer_pattern, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies, scaling_of, scaling_settings
 from nemo_upcycle.sources.planned_checkpoints import planned_config
@@ -40,7 +41,7 @@ _FUNCTION = {
     for name in (
         *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings"),
         *("activation", "qkv_bias", "ffn_bias", "qk_norm", "zero_centered_norm", "norm_eps", "scaled_embedding"),
-        "rope_pattern",
+        *("rope_pattern", "softmax_scale", *MULTIPLIERS),
     )
 }
 #: Bridge's configurations of the models that are known here.
@@ -134,6 +135,8 @@ class CheckpointContext:
         family = find_family(*config["architectures"])
         if config["sliding_window"] and family and family.windowed_class:
             config["architectures"] = [family.windowed_class]
+        if not config["sliding_window"]:
+            del config["layer_types"]
         return architecture_from_config(config, str(self.path))
 
     def _hf_config(self, fix: str) -> dict[str, Any]:
@@ -158,11 +161,13 @@ class CheckpointContext:
             family = qwen3.FAMILY if has_norms else llama.FAMILY
         turns = rope_pattern(get("no_rope_freq"), int(self.settings["num_layers"]))
         family = smollm3.FAMILY if turns and family is llama.FAMILY else family
+        family = granite.FAMILY if (scale := get("softmax_scale")) is not None else family
+        layers = get("transformer_layer_spec")
+        multipliers = {name: layers[name] for name in MULTIPLIERS if isinstance(layers, dict) and name in layers}
         activation = self.settings["activation_func"]["_target_"].rpartition(".")[2]
         refused = refusals(get, experts=False, parameters=False)
         checks: list[tuple[str, Any, Any]] = [(name, got, taken) for name, got, taken, _ in refused]
         checks.append(("gated_linear_unit", get("gated_linear_unit", True), True))
-        checks.append(("softmax_scale", get("softmax_scale"), None))
         checks.append(("no_rope_freq", bool(turns), family is smollm3.FAMILY))
         checks.append(("qk_layernorm", has_norms, "query_norm" in family.names))
         known = activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS)
@@ -172,6 +177,7 @@ class CheckpointContext:
                 raise CheckpointError(f"{self.path}: {name}", got=got, expected=expected, fix=fix)
         hidden, heads = int(self.settings["hidden_size"]), int(self.settings["num_attention_heads"])
         window = get("window_size")  # (tokens back, tokens ahead), -1 for all
+        sees = layers_with(get("window_attn_skip_freq"), int(self.settings["num_layers"]), True)
         return {
             "architectures": [family.hf_class],
             "num_hidden_layers": int(self.settings["num_layers"]),
@@ -190,11 +196,14 @@ class CheckpointContext:
             "qk_norm": has_norms,
             "zero_centered_norm": bool(get("layernorm_zero_centered_gamma")),
             "rms_norm_eps": get("layernorm_epsilon", 1e-5),
+            **({"attention_multiplier": scale, **multipliers} if scale is not None else {}),
             "rope_theta": get("rotary_base", 10000),
-            "rope_scaling": scaling_of(self.settings),
+            "rope_scaling": (layers.get("rope_scaling") if isinstance(layers, dict) else None)
+            or scaling_of(self.settings),
             "partial_rotary_factor": get("rotary_percent", 1.0),
             "max_position_embeddings": get("max_position_embeddings" if get("short_factor") else "seq_length", 4096),
             "sliding_window": int(window[0]) + 1 if window and int(window[0]) >= 0 else None,
+            "layer_types": [WINDOW if one else FULL for one in sees],
         }
 
     @cached_property

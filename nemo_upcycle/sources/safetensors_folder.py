@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.mapping import hf_names
+from nemo_upcycle.models.stacked import is_stacked, tensor_of
 from nemo_upcycle.sources.base import DenseSource, Index
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, TensorFiles, row_major
 from nemo_upcycle.utils.files import read_json
@@ -117,6 +121,16 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
         self.files = MappedFiles(folder)
         for file, names in _files_of(folder).items():
             self._add_file(file, names)
+        for name in {tensor_of(name) for name in hf_names(self.architecture) if is_stacked(name)} & set(self._tensors):
+            self._add_experts(name, self._tensors.pop(name))
+
+    def _add_experts(self, name: str, whole: Stored) -> None:
+        count, *shape = whole.shape
+        part_bytes = math.prod(shape) * whole.dtype.itemsize
+        for expert in range(count):
+            start_byte = whole.start_byte + expert * part_bytes
+            part = replace(whole, shape=tuple(shape), stride=row_major(tuple(shape)), start_byte=start_byte)
+            self._tensors[f"{name}[{expert}]"] = part
 
     def _add_file(self, file: str, names: set[str]) -> None:
         path = self.path / file

@@ -17,6 +17,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.init.calibration import Calibration
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.growth import growth_spec, inexact_because
+from nemo_upcycle.models.layer_settings import MULTIPLIERS
 from nemo_upcycle.models.mapping import constant_tensors, hf_constants, hf_names
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.calibrated import require_calibration
@@ -31,7 +32,7 @@ _BLOCK_BYTES = 32 << 20
 _KEPT = (
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"),
     *("activation", "rope_theta", "rope_scaling", "rotary_percent", "rope_pattern", "window", "qkv_bias"),
-    *("qk_norm", "wide_qk_norm", "pre_norm", "post_norm", "zero_centered_norm"),
+    *("qk_norm", "wide_qk_norm", "pre_norm", "post_norm", "zero_centered_norm", "softmax_scale", *MULTIPLIERS),
 )
 
 

@@ -16,15 +16,20 @@ from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
 from tests.distributed.ranks import run_ranks
 from tests.models import write_llama, write_olmo2, write_phi3, write_qwen2
+from tests.parents import write_granite, write_granite4, write_olmo3
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 
 
+DENSE = {"Phi-3": write_phi3, "OLMo 2": write_olmo2, "OLMo 3": write_olmo3}
+DENSE |= {"Granite 3": write_granite, "Granite 4": write_granite4}
+
+
 def _folder(name: str, folder: Path) -> Path:
     """Write a folder of a class that Bridge lacks; MoEs are made by `convert`."""
-    if name in ("Phi-3", "OLMo 2"):
-        return (write_phi3 if name == "Phi-3" else write_olmo2)(folder / "dense", vocab_size=256)
+    if name in DENSE:
+        return DENSE[name](folder / "dense", vocab_size=256)
     fields: dict[str, Any] = {"num_experts": 4, "top_k": 2}
     if name == "FlexOlmo":
         dense = write_olmo2(folder / "dense", vocab_size=256)
@@ -48,7 +53,7 @@ CONTRIBUTION = {
 }
 CASES = [
     *itertools.product([*MOES, "FlexOlmo"], [{}, {"ep": 2}, {"tp": 2, "ep": 2}]),
-    *itertools.product(["Phi-3", "OLMo 2"], [{}, {"tp": 2}]),
+    *itertools.product(DENSE, [{}, {"tp": 2}]),
 ]
 
 

@@ -13,7 +13,7 @@ from nemo_upcycle.planning.hardware import known_shape
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
-LINEAR = {"rope_type": "linear", "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
 @pytest.mark.parametrize("style", ["upcycled_provider", "upcycled_config"])
@@ -21,7 +21,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     ("changes", "words"),
     [
         ({"scaled_embedding": True}, "multiplies its embedding by sqrt"),
-        ({"rope_scaling": LINEAR}, "rope_scaling of the dense checkpoint"),
+        ({"rope_scaling": DYNAMIC}, "rope_scaling of the dense checkpoint"),
     ],
     ids=["scaled embedding", "RoPE scaling"],
 )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import score
@@ -30,6 +31,7 @@ from tests.models import (
     write_qwen3,
     write_qwen3_moe,
 )
+from tests.parents import write_granite, write_olmo3
 from tests.tiers import quick
 
 
@@ -43,6 +45,8 @@ PARENTS = {
     "phi3": lambda folder: write_phi3(folder, sliding_window=5),
     "mixtral": write_mixtral,  # has experts, which become more
     "qwen3_moe": write_qwen3_moe,
+    "olmo3": write_olmo3,  # the same in some layers
+    "granite": write_granite,  # factors at both ends of a pipeline, and in between
 }
 
 
@@ -91,7 +95,15 @@ def test_a_checkpoint_scores_and_continues_as_its_parent_does(
 
 def test_an_export_computes_what_its_parent_does(parent: Path, tmp_path: Path) -> None:
     saved, spec = parent.parent / "saved", _spec_of(parent)
-    export_checkpoint(saved, parent, tmp_path / "hf", spec=spec, dtype=torch.float32)
+
+    def export() -> None:
+        export_checkpoint(saved, parent, tmp_path / "hf", spec=spec, dtype=torch.float32)
+
+    if not read_architecture(parent).upcycled(spec).hf_class:
+        with pytest.raises(SpecError, match="Hugging Face class for this MoE"):
+            export()
+        return
+    export()
     wanted, found = (load_file(folder / "model.safetensors") for folder in (parent, tmp_path / "hf"))
     for name, tensor in wanted.items():
         parts = (

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hf_model import errors_only, load_model
 from nemo_upcycle.models.mapping import as_written
-from tests.models import sample_tokens, write_llama, write_olmo2, write_phi3, write_qwen2, write_qwen3
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.checks import check_source
+from tests.models import (
+    sample_tokens,
+    write_exaone4,
+    write_llama,
+    write_olmo2,
+    write_phi3,
+    write_qwen2,
+    write_qwen3,
+    write_smollm3,
+)
+from tests.parents import write_gemma3, write_granite, write_granite4, write_ministral3, write_olmo3
 
 
 VOCABULARY = 250
@@ -23,10 +37,17 @@ PARENTS = {
     "Qwen2": write_qwen2,
     "Qwen3": write_qwen3,
     "OLMo 2": write_olmo2,
+    "OLMo 3": write_olmo3,
     "Phi-3": write_phi3,
+    "SmolLM3": write_smollm3,
+    "EXAONE 4": write_exaone4,
+    "Granite 3": write_granite,
+    "Granite 4": write_granite4,
+    "Gemma 3": write_gemma3,
+    **({"Ministral 3": write_ministral3} if hasattr(transformers, "Ministral3ForCausalLM") else {}),
 }
 #: Those whose heads make up the hidden size.
-_NO_HEAD_DIM = ("Qwen2", "OLMo 2", "Phi-3")
+_NO_HEAD_DIM = ("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3", "Granite 3", "Granite 4")
 
 
 class Case(NamedTuple):
@@ -43,10 +64,10 @@ class Case(NamedTuple):
     spec: dict[str, Any]
 
 
-def random_case(seed: int) -> Case:
-    """Return a parent and a spec that the seed decides."""
+def random_case(seed: int, parents: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", "Phi-3")) -> Case:
+    """Return a parent, one of these, and a spec that the seed decides."""
     draw = random.Random(seed)
-    parent = draw.choice(["Llama", "Qwen2", "Qwen3", "Qwen3", "OLMo 2", "OLMo 2", "Phi-3", "Phi-3"])
+    parent = draw.choice(parents)
     groups, per_group = draw.choice([1, 2, 4]), draw.choice([1, 2, 3])
     head_dim = draw.choice([8, 16, 32])
     heads = groups * per_group
@@ -60,6 +81,11 @@ def random_case(seed: int) -> Case:
     }
     if parent == "Phi-3":
         sizes |= _of_phi3(draw, head_dim)
+    if parent.startswith("Granite"):
+        sizes |= {"attention_multiplier": draw.choice([0.0625, 0.3]), "embedding_multiplier": draw.choice([1.0, 12.0])}
+        sizes |= {"residual_multiplier": draw.choice([1.0, 0.22]), "logits_scaling": draw.choice([1.0, 10.0])}
+    if parent in _LAYERS_DIFFER:
+        sizes |= _LAYERS_DIFFER[parent](draw, sizes["layers"])
     granularity, copies = draw.choice([1, 1, 2, 4]), draw.choice([2, 4, 8])
     experts = granularity * copies
     spec: dict[str, Any] = {
@@ -96,11 +122,38 @@ def _of_phi3(draw: random.Random, head_dim: int) -> dict[str, Any]:
     return sizes
 
 
+def _kinds(draw: random.Random, layers: int) -> dict[str, Any]:
+    """Return where windows are: by default, everywhere, nowhere, or as it falls."""
+    kinds = ("sliding_attention", "full_attention")
+    chosen = draw.choice([None, [kinds[0]] * layers, [kinds[1]] * layers, [draw.choice(kinds) for _ in range(layers)]])
+    return {"layer_types": chosen, "window": draw.choice([5, 9])}
+
+
+def _positions(draw: random.Random, layers: int) -> dict[str, Any]:
+    """Return in which layers a SmolLM3 has positions: by default, in all, or as it falls."""
+    chosen = [None, [1] * layers, [1] * layers, [draw.randint(0, 1) for _ in range(layers)]]
+    return {"no_rope_layers": draw.choice(chosen), "no_rope_layer_interval": draw.choice([2, 4])}
+
+
+#: Parent -> what draws settings of its layers that differ.
+_LAYERS_DIFFER = {"OLMo 3": _kinds, "EXAONE 4": _kinds, "Gemma 3": _kinds, "SmolLM3": _positions}
+
+
 def has_class(case: Case) -> bool:
     """Return whether some class holds what the case makes, as docs/classes.md has it."""
     spec, layers = UpcycleSpec(**case.spec), case.sizes["layers"]
     pattern, windowed = list(spec.moe_pattern(layers)), bool(case.sizes.get("sliding_window"))
-    if case.parent == "OLMo 2":
+    kinds = case.sizes.get("layer_types") or ["sliding_attention"]
+    if case.parent in ("EXAONE 4", "Gemma 3") or (case.parent == "OLMo 3" and "sliding_attention" in kinds):
+        return False
+    if case.parent == "SmolLM3":
+        every = case.sizes["no_rope_layer_interval"]
+        turns = case.sizes["no_rope_layers"] or [(layer + 1) % every for layer in range(layers)]
+        if not all(turns):
+            return False
+    if case.parent.startswith("Granite"):
+        return all(pattern) and spec.router_score == "softmax" and spec.sums_to_one
+    if case.parent.startswith("OLMo"):
         return all(pattern) and spec.router_score == "softmax" and not spec.shared_experts
     if spec.router_score == "sigmoid":
         return pattern == sorted(pattern) and not windowed
@@ -138,11 +191,24 @@ def outcome(case: Case, folder: Path) -> Outcome:
     """
     dense = PARENTS[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
     with open_dense(dense) as source:
+        _check_read(source)
         done = convert(source, folder / "moe", UpcycleSpec(**case.spec), progress=False)
     _check_read_back(dense, folder / "moe", UpcycleSpec(**case.spec))
     tokens = sample_tokens(VOCABULARY)
     wanted, got = (logits(folder / name, tokens) for name in ("dense", "moe"))
     return Outcome(done.hf_class, done.exact, float((got - wanted).norm() / wanted.norm()))
+
+
+def _check_read(source: DenseSource) -> None:
+    """Check that the parent is read as transformers has it: its numbers, and in which layers what differs is."""
+    check_source(source)
+    arch, config = source.architecture, transformers.AutoConfig.from_pretrained(source.path)
+    if hasattr(config, "no_rope_layers"):
+        assert [*map(bool, config.no_rope_layers)] == [*(arch.rope_pattern or [True] * arch.num_layers)]
+    kinds = getattr(config, "layer_types", None) or []
+    assert [kind == "sliding_attention" for kind in kinds] == [
+        arch.window_of(n) is not None for n in range(len(kinds))
+    ]
 
 
 def _check_read_back(dense: Path, moe: Path, spec: UpcycleSpec) -> None:

@@ -1,7 +1,7 @@
 """What `convert` writes loads in this transformers, whole, and computes the parent's function where it says so.
 
 Under the release of the main environment in `make test-all`, under the newest one in `make test-tf5`. How many random
-models are made is the variable CASES; `make test` takes four of them.
+models are made is the variable CASES, of which parents PARENTS (`SmolLM3,EXAONE 4`); `make test` takes four of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 CASES = int(os.environ.get("CASES", "12"))
+PARENTS = [named.split(",")] if (named := os.environ.get("PARENTS")) else []
 TOLERANCE = 2e-6
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
 SIGMOID = {"router_score": "sigmoid", "routed_scaling_factor": 2.5, "router_std": 0.02}
@@ -40,6 +41,11 @@ KNOWN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("Qwen3", {"tied": True}, FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1,2,3"}, "Glm4MoeForCausalLM"),
     ("OLMo 2", {"tied": True}, FINE, "FlexOlmoForCausalLM"),
     ("OLMo 2", {}, {"router_order": "softmax_topk", "router_init": "zero"}, "FlexOlmoForCausalLM"),
+    ("OLMo 3", {"layer_types": ["full_attention"] * 4}, FINE, "FlexOlmoForCausalLM"),
+    ("SmolLM3", {"no_rope_layers": [1] * 4}, FINE, "MixtralForCausalLM"),
+    ("Granite 3", {"tied": True}, {}, "GraniteMoeForCausalLM"),
+    ("Granite 4", {}, FINE, "GraniteMoeForCausalLM"),
+    ("Granite 4", {}, FINE | {"shared_experts": 1}, "GraniteMoeSharedForCausalLM"),
     ("Phi-3", {"tied": True, "sliding_window": 7}, FINE, "MixtralForCausalLM"),
     ("Phi-3", {"partial_rotary_factor": 0.75}, SIGMOID, "Glm4MoeForCausalLM"),
 ]
@@ -57,7 +63,7 @@ def test_every_class_computes_what_the_parent_does(
 
 @pytest.mark.parametrize("seed", quick(range(CASES), *range(min(CASES, 4))))
 def test_a_random_model_loads_whole_and_keeps_its_word(tmp_path: Path, seed: int) -> None:
-    case = random_case(seed)
+    case = random_case(seed, *PARENTS)
     if not has_class(case):
         with pytest.raises(SpecError, match="Hugging Face class for this MoE"):
             outcome(case, tmp_path)

@@ -15,7 +15,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.balancing import QUANTILES, check_balancing
-from nemo_upcycle.models.layer_settings import NORMS, window_fields
+from nemo_upcycle.models.layer_settings import decoder_settings, window_fields
 from nemo_upcycle.models.mapping import BY_ROLE, ParamMapping, find_mapping, mapping_of, stored_as
 from nemo_upcycle.models.megatron_config import check_model, megatron_fields
 from nemo_upcycle.models.rotary import turn_as
@@ -158,7 +158,7 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         vp_stage = stage if layout.vp > 1 else None
         chunk = GPTModel(
             config,
-            decoder_layers(config, on_gpu, vp_stage, **{name: getattr(arch, name) for name in NORMS}),
+            decoder_layers(config, on_gpu, vp_stage, **decoder_settings(arch)),
             -(-arch.vocab_size // rows) * rows,
             arch.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

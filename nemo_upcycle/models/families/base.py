@@ -14,6 +14,8 @@ from nemo_upcycle.models.architecture import Architecture, MambaLayers
 TANH_GELU = "gelu_pytorch_tanh"
 #: What `layer_types` calls layers whose attention sees a window, and those that see all.
 WINDOW, FULL = "sliding_attention", "full_attention"
+#: Base of the rotary embedding in layers with a window, where it is another: only classes that have a default read it.
+LOCAL_BASE = "rope_local_base_freq"
 #: Hugging Face's activations -> the architecture's.
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
 #: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `qkv_bias`), so that
@@ -95,7 +97,8 @@ class Family:
         hf_class: the class in `architectures`.
         model_type: the `model_type` beside it.
         names: role in the mapping table -> names of the tensors, one for each part of the role's `ParamMapping`, the
-            same for parts that one tensor holds; `{layer}` and `{expert}` stand for numbers.
+            same for parts that one tensor holds; `{layer}` and `{expert}` stand for numbers. A name that ends in
+            `[{expert}]` is one of an expert in a tensor of all.
         defaults: what its `config.json` leaves unsaid, under Llama's names: the defaults of transformers'
             configuration class, and what the class fixes (`qkv_bias`, `zero_centered_norm`, `scaled_embedding`).
         spelling: its own name of a setting -> Llama's, where they differ.
@@ -105,6 +108,7 @@ class Family:
         gated: whether networks have a gate; without one, the last name of `fc1` counts.
         has_window: whether the class reads `sliding_window`.
         has_partial_rotary: whether it turns the part of a head that `partial_rotary_factor` says, and leaves the rest.
+        has_multipliers: whether it multiplies embedding, scores, residual branches and logits as its settings say.
         windowed_class: the class that is the same model with a sliding window, if there is one.
         nemo_module: NeMo's module with the configuration of such models, or this package's where NeMo has none.
         hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1.
@@ -128,6 +132,7 @@ class Family:
     gated: bool = True
     has_window: bool = False
     has_partial_rotary: bool = False
+    has_multipliers: bool = False
     windowed_class: str = ""
     nemo_module: str = ""
     hf_factors: Mapping[str, float] = field(default_factory=dict)
@@ -155,7 +160,7 @@ class Family:
         Raises:
             CheckpointError: layers attend in a way that is not known.
         """
-        self._layer_types(settings, num_layers, (FULL,))
+        self._layer_types(settings, num_layers, (WINDOW if "sliding_window" in settings.values else FULL,))
         return {}
 
     @staticmethod
@@ -169,11 +174,16 @@ class Family:
         """Return how each layer attends; None where the file does not say it."""
         kinds = settings.values.get("layer_types", [])
         if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
-            fix = "use a checkpoint whose layers all attend " + ("so" if len(known) > 1 else "to every token")
+            fix = "use a checkpoint whose layers all attend " + ("to every token" if known == (FULL,) else "so")
             raise settings.wrong("layer_types", f"{' or '.join(known)} alone", fix)
         if kinds and len(kinds) != num_layers:
             raise settings.wrong("layer_types", f"{num_layers}, one a layer")
         return kinds or None
+
+    def _windowed(self, settings: Settings, num_layers: int, every: int) -> list[bool]:
+        """Return which layers see a window: as the file says it, else all but each n-th."""
+        kinds = self._layer_types(settings, num_layers, (WINDOW, FULL))
+        return [kind == WINDOW for kind in kinds] if kinds else [(n + 1) % every != 0 for n in range(num_layers)]
 
     def mamba(self, settings: Settings) -> MambaLayers | None:
         """Return the Mamba layers and where they are; None for a class that has none.
@@ -249,6 +259,7 @@ class MoeFamily(Family, ABC):
             f"norms of query and key {width}": arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm,
             "layers without positions": arch.rope_pattern is not None,
             "a window in some layers": arch.window_pattern is not None,
+            "multipliers of scores and embedding": arch.attention_multiplier is not None and not self.has_multipliers,
             "heads that are rotated in part": arch.rotary_percent != 1 and not self.has_partial_rotary,
         }
 

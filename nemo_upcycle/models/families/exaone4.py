@@ -8,18 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import olmo2
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, WINDOW, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
 
 
 class _Exaone4(Family):
     def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         if "sliding_window" not in settings.values:
             return super().attention(settings, num_layers)
-        kinds = self._layer_types(settings, num_layers, (WINDOW, FULL))
-        if kinds is None:
-            every = settings.whole("sliding_window_pattern", 4)
-            kinds = [WINDOW if (layer + 1) % every else FULL for layer in range(num_layers)]
-        windowed = self._pattern(kind == WINDOW for kind in kinds)
+        every = 4 if settings.values.get("layer_types") else settings.whole("sliding_window_pattern", 4)
+        windowed = self._pattern(self._windowed(settings, num_layers, every))
         return {"window_pattern": windowed, "rope_pattern": windowed}
 
 

@@ -6,14 +6,16 @@ from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.families.base import ACTIVATIONS, COMMON_DEFAULTS, TANH_GELU, Family, Settings
 
 
-class _Gemma(Family):
+class Gemma(Family):
+    """Classes of Gemma."""
+
     def activation(self, settings: Settings) -> str:
         """Read `hidden_activation` before `hidden_act`: the first configs say gelu there and mean the tanh form."""
         key = "hidden_activation" if "hidden_activation" in settings.values else "hidden_act"
         return settings.choice(key, ACTIVATIONS, f"Gemma was trained with {TANH_GELU}: set that")
 
 
-FAMILY = _Gemma(
+FAMILY = Gemma(
     title="Gemma",
     hf_class="GemmaForCausalLM",
     model_type="gemma",

@@ -34,6 +34,7 @@ from nemo_upcycle.models.families import Family, MoeFamily, parents, targets
 from nemo_upcycle.models.families.base import ZERO_FILLED
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.mapping import MAPPINGS, Sharding, constant_tensors, hf_constants
+from nemo_upcycle.models.stacked import is_stacked
 from nemo_upcycle.trainers.bridge.models import provider_fields
 
 
@@ -181,5 +182,7 @@ for _family in (*parents(), *targets()):
     # Bridge's mappings know no factor. Qwen2-MoE's makes up for the gate, which Bridge's model has itself.
     _loses_factor = _family.hf_factors and "shared_gate" not in _family.names
     _is_known = _family.hf_class in AutoBridge.list_supported_models()
+    if any(is_stacked(_name) for _names in _family.names.values() for _name in _names):
+        continue  # nor a tensor of all experts
     if isinstance(_family, MoeFamily) if _is_known else not _loses_factor:
         _register(_family)

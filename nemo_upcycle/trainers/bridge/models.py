@@ -187,7 +187,7 @@ def _transformer(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
 
 def _model(arch: Architecture) -> dict[str, Any]:
     """Return what Bridge's model takes beside its `TransformerConfig`."""
-    scaling = arch.rope_scaling
+    scaling = None if arch.scales_in_layers else arch.rope_scaling
     if scaling and any(scaling.get(name) != value for name, value in _LLAMA3_SCALING.items()):
         raise SpecError(
             "rope_scaling of the dense checkpoint",

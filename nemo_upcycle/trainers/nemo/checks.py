@@ -15,7 +15,7 @@ from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
 from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.models.config_fields import check_fields
-from nemo_upcycle.models.layer_settings import NORMS
+from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.planning.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
@@ -193,7 +193,7 @@ def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bo
         got, expected = getattr(model, name), getattr(parent, name)
         if got != expected:
             raise UpcycleError(
-                f"{where}model.config.{'transformer_layer_spec.' if name in NORMS else ''}{FIELDS.get(name, name)}",
+                f"{where}model.config.{'transformer_layer_spec.' if name in DECODER else ''}{FIELDS.get(name, name)}",
                 got=got,
                 expected=f"{expected}, as {dense} has",
                 fix="give the recipe of a model of this family and size, or another dense",

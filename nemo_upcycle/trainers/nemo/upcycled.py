@@ -17,7 +17,7 @@ from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo_upcycle.data.blend_module import mock_tokenizer
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.families import MoeFamily, find_nemo_module, parents
-from nemo_upcycle.models.layer_settings import layer_norms
+from nemo_upcycle.models.layer_settings import layer_fields
 from nemo_upcycle.models.megatron_config import moe_fields, router_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.nemo.checks import check_settings
@@ -180,9 +180,8 @@ def _set_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
             now = config.ffn_hidden_size
         if now != value:
             setattr(config, name, value)
-    if spec.moe_layers != "all" and not (
-        layer_norms(config) or _own_experts(config)
-    ):  # NeMo's default builds every layer alike
+    has_own_layers = layer_fields(config) or _own_experts(config)
+    if spec.moe_layers != "all" and not has_own_layers:  # NeMo's default builds every layer alike
         config.transformer_layer_spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
     recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **spec.to_dict())
     return recipe

@@ -86,6 +86,76 @@ PARENTS: dict[str, tuple[dict[str, Any], float]] = {
         32.0,
     ),
 }
+_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
+_PLAIN = {"rope_type": "default", "rope_theta": 5e5}
+_OLMO3 = {"architectures": ["Olmo3ForCausalLM"], "vocab_size": 100278, "rope_theta": 500000, "rms_norm_eps": 1e-6}
+_GRANITE3 = {"architectures": ["GraniteForCausalLM"], "vocab_size": 49152, "num_key_value_heads": 8, "rope_theta": 1e7}
+_GRANITE3 |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "tie_word_embeddings": True}
+PARENTS |= {
+    "OLMo 3 7B, before its contexts grew": (
+        _OLMO3 | _sizes(4096, 11008, 32, 32, max_position_embeddings=8192, sliding_window=4096),
+        7.30,
+    ),
+    "Granite 3.3 2B": (
+        _GRANITE3 | _sizes(2048, 8192, 40, 32, attention_multiplier=0.015625, logits_scaling=8.0),
+        2.53,
+    ),
+    "Granite 3.3 8B": (
+        _GRANITE3 | _sizes(4096, 12800, 40, 32, attention_multiplier=0.0078125, logits_scaling=16.0),
+        8.17,
+    ),
+    "Granite 4.0 Micro": (  # its card says 3B
+        {"architectures": ["GraniteMoeHybridForCausalLM"], "vocab_size": 100352, "num_key_value_heads": 8}
+        | {"embedding_multiplier": 12, "residual_multiplier": 0.22, "logits_scaling": 10, "rope_theta": 1e7}
+        | {"num_local_experts": 0, "shared_intermediate_size": 8192, "position_embedding_type": "rope"}
+        | {"layer_types": ["attention"] * 40, "attention_multiplier": 0.015625, "tie_word_embeddings": True}
+        | _sizes(2560, 8192, 40, 40),
+        3.40,
+    ),
+    "OLMo 3 7B": (
+        _OLMO3 | _sizes(4096, 11008, 32, 32, max_position_embeddings=65536, rope_scaling=_YARN),
+        7.30,
+    ),
+    "OLMo 3 32B, as transformers 5 has it": (
+        _OLMO3
+        | _sizes(5120, 27648, 64, 40, num_key_value_heads=8, max_position_embeddings=65536)
+        | {"rope_parameters": {"sliding_attention": _PLAIN, "full_attention": _YARN | {"rope_theta": 5e5}}},
+        32.2,
+    ),
+    "Gemma 3 1B": (
+        {"architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144, "sliding_window": 512}
+        | _sizes(1152, 6912, 26, 4, num_key_value_heads=1, head_dim=256, max_position_embeddings=32768),
+        1.0,
+    ),
+    "Ministral 3 14B": (
+        {"architectures": ["Ministral3ForCausalLM"], "vocab_size": 131072, "num_key_value_heads": 8}
+        | _sizes(5120, 16384, 40, 32, head_dim=128, rope_parameters=_YARN | {"rope_theta": 1e9}),
+        13.5,
+    ),
+}
+#: The same of parents that are planned only, and the reason.
+PLANNED: dict[str, tuple[dict[str, Any], float, str]] = {
+    "Gemma 2 9B": (
+        {"architectures": ["Gemma2ForCausalLM"], "vocab_size": 256000, "sliding_window": 4096}
+        | _sizes(3584, 14336, 42, 16, num_key_value_heads=8, head_dim=256),
+        9.24,
+        "capped scores and logits",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_what_is_planned_only_is_refused_by_name(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, billions, reason = PLANNED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "--model", str(tmp_path), "--gpus", "512", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"][0]["fits"] == "fits", found["rows"][0]
+    assert found["model"]["total_params"] / 1e9 == pytest.approx(billions, rel=0.005)
+    assert main(["convert", str(tmp_path), str(tmp_path / "moe")]) == 2
+    assert f"with {reason}, which nemo-upcycle plan alone knows" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("name", PARENTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_a_target_family_from_outside_holds_what_no_other_can(tmp_path: Path, mo
     folder = write_llama(tmp_path / "dense", layers=2)
     with (
         open_dense(folder) as dense,
-        pytest.raises(SpecError, match=r"sigmoid scores \(Mixtral, Qwen3-MoE, Qwen2-MoE, FlexOlmo\)"),
+        pytest.raises(SpecError, match=r"sigmoid scores \(Mixtral, Qwen3-MoE, Qwen2-MoE, FlexOlmo, GraniteMoe, "),
     ):
         convert(dense, tmp_path / "offline", spec)
     with registered(TARGET):
@@ -294,6 +295,20 @@ def test_every_family_names_each_part_of_a_parameter() -> None:
         assert {role: len(names) for role, names in family.names.items()} == {
             role: parts[role] for role in family.names
         }
+
+
+def test_the_pages_name_every_family() -> None:
+    docs = Path(__file__).parents[3] / "docs"
+    parents = (docs / "own_model.md").read_text(encoding="utf-8")
+    for family in families.parents():
+        assert f"\n| {family.title}" in parents or f", {family.title}" in parents or f"; {family.title}" in parents
+    classes = (docs / "classes.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+ForCausalLM)` \|", classes, re.MULTILINE) == [
+        family.hf_class for family in families.targets()
+    ]
+    planned = (docs / "planning.md").read_text(encoding="utf-8")
+    for family in families.planned():
+        assert f"`{family.hf_class}`" in planned
 
 
 def test_the_readme_names_every_family() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from nemo_upcycle import UpcycleSpec, open_dense
@@ -17,9 +19,10 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.evaluation import backends as evaluation
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.models.hf_model import load_model, load_tokenizer
+from nemo_upcycle.models.hf_model import empty_model, load_model, load_tokenizer
 from nemo_upcycle.verify.verification import verify
 from tests.models import as_transformers_5, hugging_face_logits, write_llama, write_tokenizer
+from tests.parents import YARN, write_gemma3, write_granite4, write_olmo3
 
 
 TOKENS_BS = torch.arange(200).view(1, -1)
@@ -113,3 +116,33 @@ def test_what_cannot_be_read_is_refused_and_not_evaluated(tmp_path: Path, change
     _config(as_transformers_5(folder), **changes)
     with pytest.raises(CheckpointError, match=words):
         load_model(folder)
+
+
+def _of_two_bases(folder: Path) -> Path:
+    """Rewrite a Gemma 3's rotary settings as transformers 5 has them, one for each kind of layer."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    bases = {"full_attention": config.pop("rope_theta"), "sliding_attention": config.pop("rope_local_base_freq")}
+    kinds = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
+    path.write_text(json.dumps(config | {"rope_parameters": kinds, "rope_scaling": None}), encoding="utf-8")
+    return folder
+
+
+def test_a_rotary_embedding_for_each_kind_of_layer_is_read_as_both_releases_spell_it(tmp_path: Path) -> None:
+    folder = write_gemma3(tmp_path / "dense", rope_local_base_freq=3000.0)
+    arch, tokens = read_architecture(folder), torch.arange(32).view(1, -1)
+    wanted = hugging_face_logits(folder, tokens)
+    assert (arch.rope_theta, arch.local_rope_theta) == (100000.0, 3000.0)
+    assert read_architecture(_of_two_bases(folder)) == arch
+    assert torch.equal(hugging_face_logits(folder, tokens), wanted)
+
+
+@pytest.mark.parametrize("write", [partial(write_olmo3, rope_scaling=YARN), write_gemma3, write_granite4])
+def test_an_empty_model_lacks_its_weights_alone(tmp_path: Path, write: Any) -> None:
+    folder = write(tmp_path / "dense")
+    model, tokens = empty_model(folder), torch.arange(32).view(1, -1)
+    weights = load_file(folder / "model.safetensors")
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    model.load_state_dict(weights, assign=True)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, hugging_face_logits(folder, tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_weights
@@ -18,6 +19,7 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import window_fields
+from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
@@ -31,8 +33,10 @@ from tests.models import (
     write_llama,
     write_olmo2,
     write_phi3,
+    write_qwen3,
     write_smollm3,
 )
+from tests.parents import YARN, write_gemma3, write_granite, write_granite4, write_olmo3
 
 
 COPIES = {"num_experts": 4, "top_k": 2}
@@ -69,6 +73,9 @@ PARENTS = {
     "OLMo 2, sigmoid": Parent(write_olmo2, "", SIGMOID),
     "OLMo 2, shared expert": Parent(write_olmo2, "", COPIES | {"granularity": 2, "shared_experts": 1}),
     "OLMo 2, dense layer": Parent(write_olmo2, "", COPIES | {"moe_layers": "1"}),
+    "OLMo 3": Parent(write_olmo3, ""),
+    "OLMo 3, windows everywhere": Parent(partial(write_olmo3, layer_types=["sliding_attention"] * 4), ""),
+    "OLMo 3, no window": Parent(partial(write_olmo3, layer_types=["full_attention"] * 4), "FlexOlmoForCausalLM"),
     "Phi-3": Parent(write_phi3, "MixtralForCausalLM"),
     "Phi-3, shared expert": Parent(
         write_phi3, "Qwen2MoeForCausalLM", COPIES | {"granularity": 2, "shared_experts": 1}
@@ -85,6 +92,26 @@ PARENTS = {
     ),
     "EXAONE 4": Parent(write_exaone4, ""),
     "EXAONE 4, no window": Parent(partial(write_exaone4, window=None, layer_types=["full_attention"] * 4), ""),
+    "OLMo 3, YaRN": Parent(partial(write_olmo3, rope_scaling=YARN | {"attention_factor": 1.2}), ""),
+    "Qwen3, YaRN": Parent(partial(write_qwen3, layers=2, rope_scaling=YARN), "Qwen3MoeForCausalLM"),
+    "Llama, stretched": Parent(
+        partial(write_llama, layers=2, rope_scaling={"rope_type": "linear", "factor": 3.0}), "MixtralForCausalLM"
+    ),
+    "Gemma 3": Parent(write_gemma3, ""),
+    "Granite 3": Parent(write_granite, "GraniteMoeForCausalLM"),
+    "Granite 3, tied and granular": Parent(
+        partial(write_granite, tied=True), "GraniteMoeForCausalLM", {"num_experts": 8, "top_k": 4, "granularity": 2}
+    ),
+    "Granite 3, biases": Parent(partial(write_granite, attention_bias=True), "GraniteMoeForCausalLM", online=False),
+    "Granite 3, shared expert": Parent(
+        write_granite, "GraniteMoeSharedForCausalLM", COPIES | {"granularity": 2, "shared_experts": 1}
+    ),
+    "Granite 3, sigmoid": Parent(write_granite, "", SIGMOID),
+    "Granite 3, dense layer": Parent(write_granite, "", COPIES | {"moe_layers": "1"}),
+    "Granite 4": Parent(write_granite4, "GraniteMoeForCausalLM"),
+    "Granite 4, shared expert": Parent(
+        write_granite4, "GraniteMoeSharedForCausalLM", COPIES | {"granularity": 2, "shared_experts": 1}
+    ),
     "Phi-4-mini": Parent(partial(write_phi3, partial_rotary_factor=0.75, tied=True, **SHORTER), ""),
     "Phi-4-mini, sigmoid": Parent(
         partial(write_phi3, partial_rotary_factor=0.75, **SHORTER), "Glm4MoeForCausalLM", SIGMOID
@@ -135,12 +162,46 @@ def test_megatrons_layers_compute_what_a_parent_does(parent: tuple[Parent, Path]
             got = megatron_logits(made, sample_tokens(250))[..., :250]
             assert float((got - wanted).norm() / wanted.norm()) <= 2e-6
     if hf_class:
-        with open_dense(folder) as dense:
-            convert(dense, tmp_path / "offline", spec, dtype=torch.float32, progress=False)
-        export_weights(LiveWeights(model), arch.upcycled(spec), folder, tmp_path / "online", dtype=torch.float32)
-        one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("offline", "online"))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        _check_both_ways(model, [folder], tmp_path, spec)
+
+
+def _another(first: Path, folder: Path) -> Path:
+    shutil.copytree(first, folder)
+    weights = load_file(first / "model.safetensors")
+    save_file({name: weight * 0.5 + 0.01 for name, weight in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(
+    "name", ["OLMo 2", "OLMo 3", "Gemma 3", "Phi-3", "SmolLM3", "EXAONE 4", "Granite 3", "Granite 4"]
+)
+def test_several_parents_become_experts_in_turn(tmp_path: Path, name: str) -> None:
+    write, hf_class, fields, _ = PARENTS[name]
+    first = write(tmp_path / "first")
+    folders, spec = [first, _another(first, tmp_path / "second")], UpcycleSpec(**fields)
+    arch = read_architecture(first)
+    (model,) = build_chunks(first, **moe_settings(arch, spec), **window_fields(arch))
+    with open_dense(folders, non_expert_weights="mean") as dense:
+        assert not upcycle_into([model], dense, spec).exact
+    weights = LiveWeights(model)
+    for expert, folder in enumerate(folders * 2):
+        with open_dense(folder) as parent:
+            wanted = parent.read(mapping_of("fc2", arch).hf[0].format(layer=1))
+        assert torch.equal(weights.read(mapping_of("expert_fc2", arch), 1, expert), wanted)
+    if hf_class:
+        _check_both_ways(model, folders, tmp_path, spec)
+
+
+def _check_both_ways(model: torch.nn.Module, folders: list[Path], output: Path, spec: UpcycleSpec) -> None:
+    """Check that a filled model is exported with the bits that `convert` writes."""
+    with open_dense(folders if len(folders) > 1 else folders[0], non_expert_weights="mean") as dense:
+        convert(dense, output / "offline", spec, dtype=torch.float32, progress=False)
+    arch = read_architecture(folders[0]).upcycled(spec)
+    export_weights(LiveWeights(model), arch, folders[0], output / "online", dtype=torch.float32)
+    one, other = (load_file(output / name / "model.safetensors") for name in ("offline", "online"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.usefixtures("megatron")
@@ -171,11 +232,14 @@ def test_longrope_needs_its_factor_and_its_frequencies(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("megatron")
 def test_a_scaling_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    dynamic = {"rope_type": "dynamic", "factor": 4.0}
     (model,) = build_chunks(write_llama(tmp_path / "plain"), num_experts=None)
     with (
-        open_dense(write_llama(tmp_path / "dense", rope_scaling=yarn)) as dense,
-        pytest.raises(CheckpointError, match="rope_scaling: got yarn, expected default or llama3 or longrope"),
+        open_dense(write_llama(tmp_path / "dense", rope_scaling=dynamic)) as dense,
+        pytest.raises(
+            CheckpointError,
+            match="rope_scaling: got dynamic, expected default or linear or llama3 or yarn or longrope",
+        ),
     ):
         load_dense_into([model], dense)
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
 import pytest
+from nemo.collections.llm.gpt.model.llama import LlamaConfig
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import architecture_of, moe_fields, router_fields
 from nemo_upcycle.recipes import olmo2_7b_e8t2, upcycled
 from nemo_upcycle.recipes.common import change_model
 from nemo_upcycle.trainers.equivalence import check_step0
+from nemo_upcycle.trainers.nemo.decoder import decoder_model
 from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config, Olmo2Model
 from nemo_upcycle.trainers.nemo.phi3mini import LongRopePhi3Config, phi3_model
-from tests.models import sample_tokens, write_olmo2, write_phi3
+from tests.models import sample_tokens, write_exaone4, write_olmo2, write_phi3, write_smollm3
+from tests.parents import write_gemma3, write_granite, write_granite4, write_olmo3
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
@@ -52,7 +57,16 @@ def _olmo2(folder: Path) -> tuple[Path, run.Config]:
     return folder, run.Config(Olmo2Model, config=config)
 
 
-@pytest.mark.parametrize("write", [_phi35, _olmo2])
+def _decoder(write: Any, folder: Path) -> tuple[Path, run.Config]:
+    return write(folder, vocab_size=259), decoder_model(str(folder), seq_length=64)
+
+
+_DECODERS = [partial(_decoder, write) for write in (write_granite, write_granite4, write_olmo3, write_smollm3)]
+
+
+@pytest.mark.parametrize(
+    "write", [_phi35, _olmo2, *_DECODERS, partial(_decoder, write_exaone4), partial(_decoder, write_gemma3)]
+)
 def test_step_0_of_a_model_of_this_package_is_its_parents(tmp_path: Path, write: Any) -> None:
     folder, model = write(tmp_path / "dense")
     moe = moe_fields(SPEC, model.config.ffn_hidden_size, model.config.num_layers) | router_fields(SPEC)
@@ -64,10 +78,11 @@ def test_step_0_of_a_model_of_this_package_is_its_parents(tmp_path: Path, write:
 
 def test_a_recipe_with_such_a_model_is_upcycled(tmp_path: Path) -> None:
     stock = olmo2_7b_e8t2.h100_table.llama3_8b.pretrain_recipe()
-    for write, kind in ((_phi35, LongRopePhi3Config), (_olmo2, Olmo2Config)):
-        folder, stock.model = write(tmp_path / kind.__name__)
+    kinds = ((_phi35, LongRopePhi3Config), (_olmo2, Olmo2Config), *((one, LlamaConfig) for one in _DECODERS))
+    for number, (write, kind) in enumerate(kinds):
+        folder, stock.model = write(tmp_path / str(number))
         recipe = upcycled(stock, dense=str(folder), spec=SPEC)
         assert recipe.model.config.__fn_or_cls__ is kind
         arch, parent = architecture_of(recipe.model.config, 259), read_architecture(folder)
-        for name in ("rotary_percent", "post_norm", "pre_norm", "wide_qk_norm", "qk_norm"):
+        for name in ("rotary_percent", "qk_norm", "rope_pattern", "attention_multiplier", *DECODER):
             assert getattr(arch, name) == getattr(parent, name), name

@@ -1,0 +1,42 @@
+"""Gemma 3 of text: norms on both sides, windows in five layers of six, with a rotary embedding of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_upcycle.models.families import gemma, gemma2, qwen3
+from nemo_upcycle.models.families.base import LOCAL_BASE, Settings
+
+
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
+class _Gemma3(gemma.Gemma):
+    def planned_only(self, config: Mapping[str, Any]) -> str:
+        if any(config.get(name) is not None for name in _CAPS):
+            return "capped scores or logits"
+        return "attention to what follows" if config.get("use_bidirectional_attention") else ""
+
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        every = 6 if settings.values.get("layer_types") else settings.whole("sliding_window_pattern", 6)
+        return {
+            "window_pattern": self._pattern(self._windowed(settings, num_layers, every)),
+            "local_rope_theta": settings.number(LOCAL_BASE),
+            "attention_multiplier": settings.number("query_pre_attn_scalar") ** -0.5,
+            "embedding_multiplier": settings.whole("hidden_size") ** 0.5,
+        }
+
+
+FAMILY = _Gemma3(
+    title="Gemma 3",
+    hf_class="Gemma3ForCausalLM",
+    model_type="gemma3_text",
+    names=qwen3.NAMES | gemma2.NAMES,
+    defaults={name: value for name, value in gemma.FAMILY.defaults.items() if name != "scaled_embedding"}
+    | {"num_key_value_heads": 4, "sliding_window": 4096, "max_position_embeddings": 131072, "rope_theta": 1e6}
+    | {"qk_norm": True, LOCAL_BASE: 10000.0, "query_pre_attn_scalar": 256},
+    post_norm=True,
+    has_window=True,
+    has_multipliers=True,
+)

@@ -1,0 +1,35 @@
+"""Granite 4 without experts and Mamba layers: a Granite 3 whose network is the shared expert of an MoE class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.models.families import llama
+from nemo_upcycle.models.families.base import FULL, Family, Settings
+from nemo_upcycle.models.families.granite import DEFAULTS, multipliers
+
+
+_MLP = llama.LAYER + "shared_mlp."
+
+
+class _Granite4(Family):
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        fix = "use a Granite 4 without Mamba layers and experts, as granite-4.0-micro"
+        if settings.whole("num_local_experts", 8, least=0):
+            raise settings.wrong("num_local_experts", "0", fix)
+        kinds = settings.values.get("layer_types")
+        if kinds not in (["attention"] * num_layers, [FULL] * num_layers):  # as transformers 4 and 5 call it
+            raise settings.wrong("layer_types", f"{num_layers} times attention" if kinds else "it", fix)
+        if settings.values.get("position_embedding_type") != "rope":
+            raise settings.wrong("position_embedding_type", "rope", fix)
+        return {"ffn_size": settings.whole("shared_intermediate_size", 1024)} | multipliers(settings)
+
+
+FAMILY = _Granite4(
+    title="Granite 4",
+    hf_class="GraniteMoeHybridForCausalLM",
+    model_type="granitemoehybrid",
+    names=llama.NAMES | {"fc1": (_MLP + "input_linear.weight",) * 2, "fc2": (_MLP + "output_linear.weight",)},
+    defaults=DEFAULTS | {"intermediate_size": 1},  # of its experts
+    has_multipliers=True,
+)

@@ -1,0 +1,75 @@
+"""GraniteMoe: Granite's multipliers, experts in every layer, whose weights sum to one and which lie in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import llama
+from nemo_upcycle.models.families.base import MoeFamily, Settings
+from nemo_upcycle.models.families.granite import DEFAULTS, multipliers
+from nemo_upcycle.models.families.routed import experts_everywhere
+
+
+_MOE = llama.LAYER + "block_sparse_moe."
+NAMES = llama.NAMES | {
+    "router": (_MOE + "router.layer.weight",),
+    "expert_fc1": (_MOE + "input_linear.weight[{expert}]",) * 2,
+    "expert_fc2": (_MOE + "output_linear.weight[{expert}]",),
+}
+
+
+class GraniteMoe(MoeFamily):
+    """Classes of Granite's MoE models."""
+
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        """Return Granite's multipliers."""
+        return super().attention(settings, num_layers) | multipliers(settings)
+
+    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        """Return the fields of an `Architecture` that describe its experts."""
+        return experts_everywhere(settings, "num_local_experts")
+
+    def limits(self, arch: Architecture) -> dict[str, bool]:
+        """See `MoeFamily.limits`."""
+        return super().limits(arch) | {
+            "no multipliers": arch.attention_multiplier is None,
+            "heads that do not make up the hidden size": arch.num_heads * arch.head_dim != arch.hidden_size,
+            "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
+            "norms of query and key": arch.qk_norm,
+            "shared experts": arch.shared_ffn_size > 0 and "shared_fc1" not in self.names,
+            "no shared experts": arch.shared_ffn_size == 0 and "shared_fc1" in self.names,
+            "dense layers": arch.moe_pattern is not None,
+            "a sliding window": arch.window is not None,
+            "expert weights that do not sum to one": not arch.norm_topk,
+        }
+
+    def caveats(self, arch: Architecture) -> Iterator[str]:
+        """See `MoeFamily.caveats`: no server was run with these classes."""
+        yield from super().caveats(arch)
+        yield "vLLM, SGLang, llama.cpp: not tried with this class"
+
+    def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        """See `MoeFamily.expert_settings`."""
+        return {
+            "num_local_experts": arch.num_experts,
+            "intermediate_size": arch.expert_ffn_size,
+            "attention_bias": arch.attention_out_bias,
+            "embedding_multiplier": arch.embedding_multiplier,
+            "attention_multiplier": arch.attention_multiplier,
+            "residual_multiplier": arch.residual_multiplier,
+            "logits_scaling": arch.logits_scaling,
+        }
+
+
+FAMILY = GraniteMoe(
+    title="GraniteMoe",
+    hf_class="GraniteMoeForCausalLM",
+    model_type="granitemoe",
+    names=NAMES,
+    defaults=DEFAULTS,
+    has_multipliers=True,
+    has_attention_bias=True,
+    no_parent_because="whose experts lie in one tensor",
+)

@@ -1,0 +1,33 @@
+"""OLMo 3: OLMo 2's norms, and windows in most layers; where positions are scaled, they are so in the other layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.models.families import olmo2
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, LOCAL_BASE, Family, Settings
+
+
+class _Olmo3(Family):
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        windowed = self._windowed(settings, num_layers, every=4)
+        if not any(windowed):
+            return {"sliding_window": None}
+        base = settings.number(LOCAL_BASE if settings.values[LOCAL_BASE] else "rope_theta")
+        own = base if settings.values["rope_scaling"] or base != settings.number("rope_theta") else None
+        return {"window_pattern": self._pattern(windowed), "local_rope_theta": own}
+
+
+FAMILY = _Olmo3(
+    title="OLMo 3",
+    hf_class="Olmo3ForCausalLM",
+    model_type="olmo3",
+    names=olmo2.NAMES,
+    defaults=COMMON_DEFAULTS
+    | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096, "qk_norm": True}
+    | {LOCAL_BASE: 0},  # the base of all layers
+    pre_norm=False,
+    post_norm=True,
+    wide_qk_norm=True,
+    has_window=True,
+)

@@ -1,0 +1,53 @@
+"""Parents that NeMo has no configuration of: that of its Llama, with the layers and settings that the parent has."""
+
+# No postponed annotations, and Optional: NeMo-Run parses settings of the model by them.
+
+from pathlib import Path
+
+import nemo_run as run
+from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.activation import activation_function
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.layer_settings import window_fields
+from nemo_upcycle.models.megatron_config import megatron_fields
+from nemo_upcycle.online.decoder_layers import layers_of
+
+
+def decoder_model(dense: str, seq_length: int = 4096) -> run.Config[LlamaModel]:
+    """Return NeMo's model of a Granite, OLMo 3, SmolLM3, EXAONE 4, Gemma 3 or Ministral 3, for a recipe of yours.
+
+    Args:
+        dense: its Hugging Face folder.
+        seq_length: of the sequences to train on.
+
+    Raises:
+        SpecError: rotary frequencies are scaled in a way that NeMo's own configurations have.
+
+    Example:
+        >>> recipe.model = decoder_model("/models/granite-3.3-8b-base")  # doctest: +SKIP
+    """
+    arch = read_architecture(Path(dense))
+    if arch.rope_scaling and not arch.scales_in_layers:
+        raise SpecError(
+            "rope_scaling of the dense checkpoint",
+            got=arch.rope_scaling,
+            expected="none, yarn or linear",
+            fix="take NeMo's configuration of this family",
+        )
+    layers = layers_of(arch)
+    config = run.Config(
+        LlamaConfig,
+        **megatron_fields(arch),
+        **window_fields(arch),
+        activation_func=activation_function(arch.activation),
+        bias_activation_fusion=arch.activation == "silu",
+        rotary_base=arch.rope_theta,
+        rotary_percent=arch.rotary_percent,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        transformer_layer_spec=run.Partial(layers.func, **layers.keywords),
+        seq_length=seq_length,
+        vocab_size=arch.vocab_size,
+    )
+    return run.Config(LlamaModel, config=config)
