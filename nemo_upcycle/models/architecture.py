@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.growth import grown, refuse_utility
+from nemo_upcycle.models.growth import check_growth, refuse_utility
 from nemo_upcycle.spec import RouterKind, UpcycleSpec, find_router_kind
 
 
@@ -351,7 +351,8 @@ class Architecture:
             CheckpointError: granularity does not divide F.
         """
         if self.num_experts:
-            return grown(self, spec)
+            check_growth(self, spec)
+            return replace(self, num_experts=spec.num_experts, top_k=spec.top_k)
         refuse_utility(spec)
         if self.ffn_size % spec.granularity:
             divisors = [number for number in range(1, 65) if self.ffn_size % number == 0]

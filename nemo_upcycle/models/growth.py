@@ -21,16 +21,11 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, UpcycleSpec
-
-
-if TYPE_CHECKING:
-    from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, RouterKind, UpcycleSpec
 
 
 #: Fields of a spec that follow from a parent with experts, and why.
@@ -45,12 +40,51 @@ _KEPT = {
 }
 
 
-def _layers(spec: UpcycleSpec, parent: Architecture) -> tuple[bool, ...]:
+class Parent(Protocol):
+    """What is asked of a parent: an `Architecture` is one, which itself asks here what becomes of it."""
+
+    @property
+    def hf_class(self) -> str:
+        """Its class in transformers."""
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+
+    @property
+    def num_experts(self) -> int | None:
+        """E; None without experts."""
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts of a token."""
+
+    @property
+    def moe_pattern(self) -> tuple[bool, ...] | None:
+        """Which layers have experts; None: all."""
+
+    @property
+    def router_kind(self) -> RouterKind:
+        """The kind of its routers."""
+
+    @property
+    def router_score(self) -> str:
+        """What its logits go through."""
+
+    @property
+    def routed_scaling_factor(self) -> float:
+        """On the weights of the chosen experts."""
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Return whether a layer has experts."""
+
+
+def _layers(spec: UpcycleSpec, parent: Parent) -> tuple[bool, ...]:
     return spec.moe_pattern(parent.num_layers)
 
 
-def grown(parent: Architecture, spec: UpcycleSpec) -> Architecture:
-    """Return the architecture with more experts that a spec makes of one that has some.
+def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
+    """Check that a model with experts can become what a spec makes of it.
 
     Raises:
         SpecError: the spec asks for another number of experts, or for what only a dense parent can become.
@@ -74,12 +108,9 @@ def grown(parent: Architecture, spec: UpcycleSpec) -> Architecture:
     if spec.reads_router:
         expected = "normal, uniform or zero: the parent's rows are copied, and this is added"
         raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="omit it")
-    return replace(parent, num_experts=spec.num_experts, top_k=spec.top_k)
 
 
-def growth_spec(
-    parent: Architecture, num_experts: int, top_k: int | None = None, expert_utility: str = ""
-) -> UpcycleSpec:
+def growth_spec(parent: Parent, num_experts: int, top_k: int | None = None, expert_utility: str = "") -> UpcycleSpec:
     """Return the spec of plain copies of a parent's experts, with all that has to be as in the parent.
 
     Args:
@@ -120,7 +151,7 @@ def refuse_utility(spec: UpcycleSpec) -> None:
         raise SpecError(field="expert_utility", got=spec.expert_utility, expected=expected, fix="omit it")
 
 
-def source_experts(parent: Architecture, spec: UpcycleSpec | None, layer: int | None) -> tuple[int, ...]:
+def source_experts(parent: Parent, spec: UpcycleSpec | None, layer: int | None) -> tuple[int, ...]:
     """Return the parent's expert that each expert of a layer is a copy of.
 
     The first E are the parent's, the next ones their second copies, and so on: where expert parallelism cuts between
@@ -190,7 +221,7 @@ def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: 
     return tuple(tuple(map(float, row)) for row in rows)
 
 
-def _copies(parent: Architecture, spec: UpcycleSpec) -> int | None:
+def _copies(parent: Parent, spec: UpcycleSpec) -> int | None:
     """Return how many copies every expert has; None where some have more than others."""
     layers: Sequence[int | None] = [None]
     if spec.expert_utility:
@@ -199,7 +230,7 @@ def _copies(parent: Architecture, spec: UpcycleSpec) -> int | None:
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def expert_scale(parent: Architecture, spec: UpcycleSpec) -> float:
+def expert_scale(parent: Parent, spec: UpcycleSpec) -> float:
     """Return the factor on the down projection of every routed expert; not 1 for a parent of top-1 alone."""
     copies = _copies(parent, spec)
     any_will_do = parent.top_k == 1 and copies is not None and spec.top_k <= copies
@@ -213,7 +244,7 @@ def router_moves(spec: UpcycleSpec) -> bool:
     return not ROUTER_INITS[spec.router_init].is_zero(spec)
 
 
-def inexact_because(parent: Architecture, spec: UpcycleSpec) -> tuple[str, ...]:
+def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
     """Return why a model does not compute its parent's function at step 0; empty if it does, up to rounding.
 
     Args:
@@ -242,7 +273,7 @@ def inexact_because(parent: Architecture, spec: UpcycleSpec) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def require_one(parents: Sequence[Architecture]) -> None:
+def require_one(parents: Sequence[Parent]) -> None:
     """Check that parents with experts come alone.
 
     Raises:

@@ -267,8 +267,8 @@ def check_spec(
     Raises:
         SpecError: they disagree, or the model would not compute its parent's function.
     """
-    wanted = router_fields(spec or parent) if spec or parent else {}
-    wanted = wanted or {"num_moe_experts": None}
+    source = spec or parent
+    wanted = (router_fields(source) if source else {}) or {"num_moe_experts": None}
     for name, value in wanted.items():
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):

@@ -29,7 +29,7 @@ FAMILY = _Gemma2(
     hf_class="Gemma2ForCausalLM",
     model_type="gemma2",
     names=NAMES,
-    defaults=gemma.FAMILY.defaults | {"num_key_value_heads": 4, "sliding_window": 4096},
+    defaults={**gemma.FAMILY.defaults, "num_key_value_heads": 4, "sliding_window": 4096},
     post_norm=True,
     has_window=True,
 )
