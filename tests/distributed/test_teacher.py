@@ -57,7 +57,7 @@ def test_the_term_is_that_of_the_whole_vocabulary_on_any_number_of_ranks(tempera
         gradient = torch.cat([one[1] for one in found], dim=-1)
         for one in found:
             torch.testing.assert_close(one[0], wanted.detach().float(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(gradient, whole.grad.float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient, whole.grad.float(), rtol=1e-4, atol=5e-4)
         assert found[0][0][0].abs() < 1e-6
         assert gradient[rows[0]].abs().max() < 1e-5
 

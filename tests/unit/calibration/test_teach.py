@@ -93,7 +93,7 @@ def test_a_stopped_pass_goes_on_with_its_part_and_leaves_the_same_files(
 def test_a_finished_folder_is_kept_and_one_of_other_models_is_refused(dense: Path, tmp_path: Path) -> None:
     assert _taught(dense, tmp_path / "teacher", _packs()).made
     assert not _taught(dense, tmp_path / "teacher", _packs()).made
-    other = write_llama(tmp_path / "other", layers=2, seed=9)
+    other = write_llama(tmp_path / "other", layers=2, intermediate_size=128)
     with pytest.raises(UpcycleError, match="answers of other packs or models"):
         _taught(other, tmp_path / "teacher", _packs())
 
