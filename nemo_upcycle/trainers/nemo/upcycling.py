@@ -116,7 +116,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
     def init_model_parallel(self) -> None:
         """Wrap the chunks, then fill them from the dense checkpoint, before optimizers make master weights of them."""
         super().init_model_parallel()
-        lesson = getattr(self.trainer.datamodule, "lesson", None)
+        lesson = setting(self.trainer, "datamodule.lesson")
         if lesson:
             TeacherLoss(lesson, list(self.megatron_parallel))
         restore = self.restore_config
@@ -143,7 +143,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
             return
         receipt = self._receipt
         receipt.auxiliary_losses = self._auxiliary_losses
-        lesson = getattr(self.trainer.datamodule, "lesson", None)
+        lesson = setting(self.trainer, "datamodule.lesson")
         receipt.teacher = lesson.describe() if lesson else {}
         layout = layout_of(self, torch.distributed.get_world_size())
         receipt.layout = {
