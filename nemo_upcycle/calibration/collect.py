@@ -12,7 +12,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.calibration.batches import several_at_a_time
-from nemo_upcycle.calibration.layers import LayerInputs, Recorded, recorded_calls
+from nemo_upcycle.calibration.layers import LayerInputs
+from nemo_upcycle.calibration.streaming import Calls, StreamedModel
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.init.calibration import FORMAT, LINEAGE, NEURONS, ROUTER, Calibration, LayerSample, scaled_rows
 from nemo_upcycle.init.coactivation import split_by_coactivation
 from nemo_upcycle.init.rng import block_generator
 from nemo_upcycle.init.routers import CalibratedInit
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.hf_model import empty_model, errors_only
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
@@ -263,16 +263,14 @@ class _Pass:
     ) -> None:
         self.dense, self.arch, self.spec, self.sample = dense, moe_arch, spec, sample
         self.folder, self.run, self.save_every_s = folder, run, save_every_s
-        with errors_only():
-            self.model = empty_model(dense.path)
-        self.layers = self.model.model.layers
+        self.model = StreamedModel(dense)
         self.last = max(layer for layer in range(moe_arch.num_layers) if moe_arch.is_moe_layer(layer))
 
     def run_layers(self) -> None:
         """Run all layers up to the last MoE layer, from the one that an earlier pass came to."""
         kept = [int(path.name.split(".")[1]) for path in self.folder.glob(_STATES.format(layer="*"))]
         first, saved_s = max(kept, default=0), time.monotonic()
-        states, calls = self._embedded()
+        states, calls = self.model.embedded(self.sample.batches)
         if first:
             stored = load_file(self.folder / _STATES.format(layer=first))
             states = [stored[f"{number}"] for number in range(len(states))]
@@ -293,29 +291,10 @@ class _Pass:
         for path in before:
             path.unlink()
 
-    def _embedded(self) -> tuple[list[torch.Tensor], dict[tuple[int, ...], list[dict[str, Any]]]]:
-        """Return what the first layer gets of each batch, and how the model calls its layers, by shapes of batches."""
-        used, places = torch.cat([batch.flatten() for batch in self.sample.batches]).unique(return_inverse=True)
-        name = mapping_of("embedding", self.dense.architecture).hf[0]
-        rows = self.dense.read(name)[used].float()  # of a mapped file, no more than these rows are looked at
-        module = self.model.get_submodule(name.removesuffix(".weight"))
-        module.weight = torch.nn.Parameter(rows, requires_grad=False)
-        states, calls = list[torch.Tensor](), dict[tuple[int, ...], list[dict[str, Any]]]()
-        for numbers in places.split([batch.numel() for batch in self.sample.batches]):
-            batch = self.sample.batches[len(states)]
-            with recorded_calls(self.layers) as recorded, torch.no_grad(), suppress(Recorded):
-                self.model.model(numbers.view(batch.shape), use_cache=False)
-            states.append(recorded[0].pop("states"))
-            calls.setdefault(tuple(batch.shape), list(recorded))
-        module.weight = torch.nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
-        self.dense.release()
-        return states, calls
-
-    def _layer(self, layer: int, states: list[torch.Tensor], calls: Any, line: ProgressLine) -> list[torch.Tensor]:
+    def _layer(self, layer: int, states: list[torch.Tensor], calls: Calls, line: ProgressLine) -> list[torch.Tensor]:
         """Run a layer on all batches, write what is made of what enters its network, and return what it hands on."""
-        module, is_moe = self.layers[layer], self.arch.is_moe_layer(layer)
+        module, is_moe = self.model.filled(layer), self.arch.is_moe_layer(layer)
         is_done = not is_moe or (self.folder / _LAYER.format(layer=layer)).is_file()
-        self._fill(module, layer)
         inputs = LayerInputs(self._network(module), self.spec.reads_split and not is_done)
 
         def computed(state_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -341,16 +320,6 @@ class _Pass:
         """Return a layer's network, and its down projection."""
         down = mapping_of("fc2", self.dense.architecture).hf[0].partition("{layer}.")[2].removesuffix(".weight")
         return module.get_submodule(down.rpartition(".")[0]), module.get_submodule(down)
-
-    def _fill(self, module: Any, layer: int) -> None:
-        names = [name for name, _ in module.named_parameters()]
-        for name in names:
-            self.dense.prefetch(f"model.layers.{layer}.{name}")
-        weights = {
-            name: self.dense.read(f"model.layers.{layer}.{name}").to(torch.float32, copy=True) for name in names
-        }
-        module.load_state_dict(weights, assign=True, strict=False)
-        self.dense.release()
 
     def _write(self, layer: int, entered: list[torch.Tensor], marks: list[torch.Tensor]) -> None:
         """Write the rows of a layer's router and the order of its neurons."""

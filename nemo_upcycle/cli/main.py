@@ -26,6 +26,7 @@ COMMANDS = {
     "advise": "go on dense, upcycle, or an MoE from nothing: costs, expected losses, and whether that decides",
     "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",
     "chat": "conversations -> packed sequences to tune on, with a loss on the answers alone",
+    "teach": "dense parent and packed conversations -> its answers, for a tuning that stays near them",
     "fetch": "what a run takes from networks -> one folder, for machines without a network",
     "calibrate": "dense model and text -> what routers from data and splits by co-activation are read from",
     "convert": "dense checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model",

@@ -46,7 +46,8 @@ class UpcycleReceipt:
     `peak_rss_gib` (of the process's whole life) then those of the slowest and the largest rank. `exact_masters` says
     whether master weights that are made from now on equal what was filled in: not where a parameter is in FP8 or FP4
     and the values before are not kept, or no longer because an optimizer has taken them. `auxiliary_losses` are those
-    that a training has, `balancing_bias` is what moves the biases of its routers, by Megatron's name.
+    that a training has, `balancing_bias` is what moves the biases of its routers, by Megatron's name, and `teacher` is
+    what it learns from the dense parent's answers.
     """
 
     source: str
@@ -69,6 +70,7 @@ class UpcycleReceipt:
     auxiliary_losses: list[ActingCoefficient] = field(default_factory=list)
     balancing_bias: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, str] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
     equivalence: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 

@@ -97,6 +97,7 @@ class Workload:
         routing: one of `ROUTINGS`, for the time.
         overlap: what runs beside computation, of `OVERLAPS`.
         dense_router_gradient: whether routers learn from all experts (`trainers.router_gradient`).
+        teacher: whether the loss has a term to the dense parent's answers (`trainers.teacher`).
 
     Raises:
         SpecError: a value is out of range or unknown.
@@ -115,6 +116,7 @@ class Workload:
     routing: str = "balanced"
     overlap: tuple[str, ...] = ()
     dense_router_gradient: bool = False
+    teacher: bool = False
 
     def __post_init__(self) -> None:
         names: dict[str, Collection[str]] = {

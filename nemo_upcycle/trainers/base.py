@@ -173,6 +173,7 @@ class TrainingFacts:
         low_params: whether parameters are kept and gathered in FP8 or FP4.
         rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
         dense_router_gradient: whether routers learn from all experts.
+        teacher_weight: of the divergence from the dense parent's answers in the loss; 0: there is no teacher.
         software: the generation of Megatron-Core that trains, in the planner's words.
         weight_bytes: of a parameter in a checkpoint.
         save_every: steps between two checkpoints.
@@ -203,6 +204,7 @@ class TrainingFacts:
     low_params: bool = False
     rank_capacity: float | None = None
     dense_router_gradient: bool = False
+    teacher_weight: float = 0.0
     software: str
     weight_bytes: int
     save_every: int

@@ -8,12 +8,14 @@ from typing import Any
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
 
+from nemo_upcycle.calibration.teacher import Lesson
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.balancing import bias_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.balancing import act_as_set
 from nemo_upcycle.trainers.bridge.models import upcycled_provider
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, load_receipt
+from nemo_upcycle.trainers.teacher import TeacherLoss
 
 
 def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> None:
@@ -58,6 +60,37 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
     config.model.register_pre_wrap_hook(_let_losses_act)
     config.tokenizer.use_tokenizer_vocab_size = False
     config.checkpoint.pretrained_checkpoint = str(run)
+
+
+def learn_from_parent(config: ConfigContainer, lesson: Lesson) -> None:
+    """Let a fine-tuning learn from what a dense parent answers, with a term of the loss; see `trainers.teacher`.
+
+    `upcycle_callbacks` shows it as `teacher_kl`.
+
+    Args:
+        config: the fine-tuning, with its model; changed in place.
+        lesson: the parent's answers to what the fine-tuning reads.
+
+    Raises:
+        SpecError: Bridge makes the loss without the logits that are compared.
+
+    Example:
+        >>> learn_from_parent(config, Lesson(Teacher(folder), weight=1.0))  # doctest: +SKIP
+        >>> finetune(config, forward_step, callbacks=upcycle_callbacks(config, folder))  # doctest: +SKIP
+    """
+    if (fusion := getattr(config.model, "cross_entropy_fusion_impl", "native")) not in ("native", "te"):
+        raise SpecError(
+            field="config.model.cross_entropy_fusion_impl",
+            got=fusion,
+            expected="native or te: a teacher's term needs the logits",
+            fix="set it to native",
+        )
+
+    def attach(chunks: list[Any]) -> list[Any]:
+        TeacherLoss(lesson, chunks)
+        return chunks
+
+    config.model.register_pre_wrap_hook(attach)
 
 
 def _let_losses_act(chunks: list[Any]) -> list[Any]:

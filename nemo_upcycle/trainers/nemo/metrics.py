@@ -18,6 +18,7 @@ from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
 from nemo_upcycle.trainers.balancing import describe_balancing
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
+from nemo_upcycle.trainers.teacher import teacher_loss_of
 from nemo_upcycle.utils.nested import flat
 
 
@@ -70,7 +71,8 @@ class MetricsLogger(Callback):
             self.expert_distance_every,
         )
         settings = _settings(trainer, pl_module)
-        self._metrics = StepMetrics(training, health, trainer.global_step, settings, watch_fp8(config))
+        probes = watch_fp8(config), teacher_loss_of(list(trainer.strategy.megatron_parallel))  # type: ignore[attr-defined]
+        self._metrics = StepMetrics(training, health, trainer.global_step, settings, probes)
         if trainer.num_sanity_val_steps and trainer.global_step == 0:
             self._metrics.validation(0, self._loss_before)
 
@@ -101,7 +103,9 @@ class MetricsLogger(Callback):
     def _log(self, trainer: pl.Trainer, line: dict[str, Any]) -> None:
         """Pass the line to TensorBoard and other loggers, without what NeMo logs there itself."""
         rates = {
-            name: line[name] for name in line if name.startswith(("tokens_per_s", "tflops", "mfu", "memory", "fp8"))
+            name: line[name]
+            for name in line
+            if name.startswith(("tokens_per_s", "tflops", "mfu", "memory", "fp8", "teacher"))
         }
         scalars = dict(flat(rates, "/"))
         every_layer = line["step"] % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
@@ -141,6 +145,8 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
     settings |= describe_balancing(pl_module.config, getattr(optim, "aux_loss", None))  # of `UpcycleOptimizer`
     factors = getattr(optim, "factors", None)
     settings |= {"lr_factors": asdict(factors)} if factors else {}
+    lesson = getattr(trainer.datamodule, "lesson", None)
+    settings |= {"teacher": lesson.describe()} if lesson else {}
     return settings | ({DENSE_GRADIENT: True} if getattr(optim, DENSE_GRADIENT, False) else {})
 
 

@@ -68,6 +68,8 @@ _SHOWN = (
     "log.ckpt.keep_last",
     "log.ckpt.keep_every",
 )
+#: Those of a teacher, where there is one.
+_TAUGHT = ("data.teacher_weight", "data.teacher_temperature")
 #: Sizes that tell one known parent from another, without its vocabulary.
 _SHAPE = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings")
 
@@ -156,6 +158,7 @@ class NeMoTraining(Training):
             gradients=_gradients(recipe),
             low_params=any(setting(recipe, f"trainer.plugins.{name}") for name in ("fp8_param_gather", "fp8_params")),
             dense_router_gradient=bool(setting(recipe, f"optim.{DENSE_GRADIENT}")),
+            teacher_weight=setting(recipe, "data.teacher_weight") or 0.0,
             software=DEFAULT_SOFTWARE,
             weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,
             save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
@@ -176,6 +179,7 @@ class NeMoTraining(Training):
         values = {name: setting(self.recipe, name) for name in _SHOWN}
         if not setting(self.recipe, _FP8):
             del values[_FP8_RECIPE]
+        values |= {name: setting(self.recipe, name) for name in _TAUGHT if setting(self.recipe, _TAUGHT[0])}
         values[f"optim.{DENSE_GRADIENT}"] = setting(self.recipe, f"optim.{DENSE_GRADIENT}") or None
         return {
             name: value for name, value in values.items() if value is not None and not isinstance(value, fdl.Buildable)

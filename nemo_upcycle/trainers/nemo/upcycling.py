@@ -31,6 +31,7 @@ from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
+from nemo_upcycle.trainers.teacher import TeacherLoss
 from nemo_upcycle.trainers.values import check_masters, setting
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
@@ -115,6 +116,9 @@ class UpcycleStrategy(nl.MegatronStrategy):
     def init_model_parallel(self) -> None:
         """Wrap the chunks, then fill them from the dense checkpoint, before optimizers make master weights of them."""
         super().init_model_parallel()
+        lesson = setting(self.trainer, "datamodule.lesson")
+        if lesson:
+            TeacherLoss(lesson, list(self.megatron_parallel))
         restore = self.restore_config
         if not isinstance(restore, UpcycleConfig) or self.trainer.ckpt_path or restore.checkpoint:
             return
@@ -139,6 +143,8 @@ class UpcycleStrategy(nl.MegatronStrategy):
             return
         receipt = self._receipt
         receipt.auxiliary_losses = self._auxiliary_losses
+        lesson = setting(self.trainer, "datamodule.lesson")
+        receipt.teacher = lesson.describe() if lesson else {}
         layout = layout_of(self, torch.distributed.get_world_size())
         receipt.layout = {
             "tensor": layout.tp,

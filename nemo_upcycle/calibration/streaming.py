@@ -1,0 +1,96 @@
+"""A dense model that computes layer by layer: one is in memory, in float32, and what it hands on is kept outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from nemo_upcycle.calibration.layers import Recorded, recorded_calls
+from nemo_upcycle.models.hf_model import empty_model, errors_only
+from nemo_upcycle.models.mapping import mapping_of
+from nemo_upcycle.sources.base import DenseSource
+
+
+#: How the model calls its layers, by the shape of a batch.
+Calls = dict[tuple[int, ...], list[dict[str, Any]]]
+
+
+class StreamedModel:
+    """The classes of transformers, whose weights are read when they compute.
+
+    Args:
+        dense: the open dense model, one.
+        device: where layers compute; what is handed on stays on the CPU.
+
+    Example:
+        >>> model = StreamedModel(dense)  # doctest: +SKIP
+        >>> states, calls = model.embedded(batches)  # doctest: +SKIP
+    """
+
+    def __init__(self, dense: DenseSource, device: torch.device | None = None) -> None:
+        self.dense, self.device = dense, device or torch.device("cpu")
+        with errors_only():
+            self.model = empty_model(dense.path)
+        self.layers = self.model.model.layers
+
+    def embedded(self, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Calls]:
+        """Return what the first layer gets of each batch of token ids, [B, S], and how the model calls its layers."""
+        used, places = torch.cat([batch.flatten() for batch in batches]).unique(return_inverse=True)
+        name = mapping_of("embedding", self.dense.architecture).hf[0]
+        rows = self.dense.read(name)[used].float()  # of a mapped file, no more than these rows are looked at
+        module = self.model.get_submodule(name.removesuffix(".weight"))
+        module.weight = torch.nn.Parameter(rows, requires_grad=False)
+        states, calls, moved = list[torch.Tensor](), Calls(), dict[int, torch.Tensor]()
+        for batch, numbers in zip(batches, places.split([batch.numel() for batch in batches]), strict=True):
+            with recorded_calls(self.layers) as recorded, torch.no_grad(), suppress(Recorded):
+                self.model.model(numbers.view(batch.shape), use_cache=False)
+            states.append(recorded[0].pop("states"))
+            if tuple(batch.shape) not in calls:
+                calls[tuple(batch.shape)] = _on(recorded, self.device, moved)
+        module.weight = torch.nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+        self.dense.release()
+        return states, calls
+
+    def filled(self, layer: int) -> Any:
+        """Return a layer with its weights; `.to("meta")` gives them up."""
+        module = self.layers[layer]
+        self._fill(module, f"model.layers.{layer}.")
+        return module
+
+    def filled_output(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what makes logits [N, V] of what the last layer hands on, [N, D]."""
+        arch = self.dense.architecture
+        norm, head = self.model.model.norm, self.model.lm_head
+        self._fill(norm, "model.norm.")
+        name = mapping_of("embedding", arch).hf[0] if arch.tied_embeddings else "lm_head.weight"
+        weights = self.dense.read(name).to(torch.float32, copy=True).to(self.device)
+        head.weight = torch.nn.Parameter(weights, requires_grad=False)
+        self.dense.release()
+        return lambda states_ND: head(norm(states_ND))
+
+    def give_up_output(self) -> None:
+        """Give up what `filled_output` has read."""
+        self.model.model.norm.to("meta")
+        self.model.lm_head.weight = torch.nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+
+    def _fill(self, module: Any, prefix: str) -> None:
+        names = [name for name, _ in module.named_parameters()]
+        for name in names:
+            self.dense.prefetch(f"{prefix}{name}")
+        weights = {
+            name: self.dense.read(f"{prefix}{name}").to(torch.float32, copy=True).to(self.device) for name in names
+        }
+        module.load_state_dict(weights, assign=True, strict=False)
+        self.dense.release()
+
+
+def _on(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:
+    """Return what a call has, with its tensors on a device; what layers share stays one."""
+    if isinstance(value, torch.Tensor):
+        return value if value.device == device else moved.setdefault(id(value), value.to(device))
+    if isinstance(value, dict):
+        return {name: _on(inner, device, moved) for name, inner in value.items()}
+    return type(value)(_on(inner, device, moved) for inner in value) if isinstance(value, list | tuple) else value
