@@ -69,7 +69,7 @@ class StreamedModel:
         weights = self.dense.read(name).to(torch.float32, copy=True).to(self.device)
         head.weight = torch.nn.Parameter(weights, requires_grad=False)
         self.dense.release()
-        return lambda states_ND: head(norm(states_ND))
+        return lambda states_ND: head(norm(states_ND)) / arch.logits_scaling
 
     def give_up_output(self) -> None:
         """Give up what `filled_output` has read."""

@@ -110,11 +110,12 @@ def teach(
     """
     start_s, arch = time.monotonic(), dense.architecture
     _check(dense, packs)
+    top_k = min(TOP_K, arch.vocab_size - 1)
     made_from = {
         "format": FORMAT,
         "parent": {"path": str(dense.branches()[0].path.resolve()), "sha256": parent_digest(dense)},
         "data": about,
-        "top_k": min(TOP_K, arch.vocab_size - 1),
+        "top_k": top_k,
         "part_tokens": _PART_TOKENS,
     }
     if is_complete(output):
@@ -131,7 +132,7 @@ def teach(
         model = StreamedModel(dense.branches()[0], device)
         with several_at_a_time(threads) as run, ProgressLine("teach", work) as line:
             for number in missing:
-                tensors = _answered(model, parts[number], made_from["top_k"], run, line)
+                tensors = _answered(model, parts[number], top_k, run, line)
                 with whole_file(folder / part_name(number)) as aside:
                     save_file(tensors, aside)
         facts = {"parts": len(parts), "packs": len(packs), **_facts(folder, len(parts)), "version": __version__}
@@ -199,10 +200,10 @@ def _batches(packs: Sequence[Pack]) -> Iterator[_Batch]:
     for length, found in sorted(by_length.items()):
         count = max(1, _BATCH_TOKENS // length)
         for first in range(0, len(found), count):
-            ids, scored, rows = zip(*found[first : first + count], strict=True)
-            padded = torch.stack([torch.nn.functional.pad(one, (0, length - len(one))) for one in ids])
-            flat = [number * length + places for number, places in enumerate(scored)]
-            yield _Batch(padded, torch.cat(flat), torch.cat(rows))
+            texts, asked, answers = zip(*found[first : first + count], strict=True)
+            padded = torch.stack([torch.nn.functional.pad(text, (0, length - len(text))) for text in texts])
+            flat = [number * length + places for number, places in enumerate(asked)]
+            yield _Batch(padded, torch.cat(flat), torch.cat(answers))
 
 
 def _answered(
@@ -221,7 +222,8 @@ def _answered(
         def computed(state_BSD: torch.Tensor, module: Any = module, layer: int = layer) -> torch.Tensor:
             call = calls[tuple(state_BSD.shape[:2])][layer]
             out = module(state_BSD.to(model.device), *call["args"], **call["kwargs"])
-            return (out[0] if isinstance(out, tuple) else out).cpu()
+            handed_on: torch.Tensor = (out[0] if isinstance(out, tuple) else out).cpu()
+            return handed_on
 
         new = list[torch.Tensor]()
         for state in run(computed, states):

@@ -31,7 +31,7 @@ MADE_BY = "nemo-upcycle teach"
 
 def pack_key(labels_S: torch.Tensor) -> bytes:
     """Return the hash of a pack's labels [S], padded as the data module pads them."""
-    return hashlib.blake2b(labels_S.to("cpu", torch.int64).contiguous().numpy(), digest_size=KEY_BYTES).digest()
+    return hashlib.blake2b(labels_S.to("cpu", torch.int64).numpy().tobytes(), digest_size=KEY_BYTES).digest()
 
 
 @dataclass(frozen=True)
