@@ -135,7 +135,8 @@ class CheckpointContext:
         family = find_family(*config["architectures"])
         if config["sliding_window"] and family and family.windowed_class:
             config["architectures"] = [family.windowed_class]
-        if not config["sliding_window"]:
+            family = find_family(family.windowed_class)
+        if not (config["sliding_window"] and family and family.has_window):
             del config["layer_types"]
         return architecture_from_config(config, str(self.path))
 

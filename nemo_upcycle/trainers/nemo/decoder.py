@@ -16,25 +16,25 @@ from nemo_upcycle.online.decoder_layers import layers_of
 
 
 def decoder_model(dense: str, seq_length: int = 4096) -> run.Config[LlamaModel]:
-    """Return NeMo's model of a Granite, OLMo 3, SmolLM3, EXAONE 4, Gemma 3 or Ministral 3, for a recipe of yours.
+    """Return NeMo's model of a Granite, OLMo 3, SmolLM3 or EXAONE 4, for a recipe of yours.
 
     Args:
         dense: its Hugging Face folder.
         seq_length: of the sequences to train on.
 
     Raises:
-        SpecError: rotary frequencies are scaled in a way that NeMo's own configurations have.
+        SpecError: rotary frequencies are scaled, or differ from layer to layer.
 
     Example:
         >>> recipe.model = decoder_model("/models/granite-3.3-8b-base")  # doctest: +SKIP
     """
     arch = read_architecture(Path(dense))
-    if arch.rope_scaling and not arch.scales_in_layers:
+    if arch.rope_scaling or arch.scales_in_layers:
         raise SpecError(
             "rope_scaling of the dense checkpoint",
-            got=arch.rope_scaling,
-            expected="none, yarn or linear",
-            fix="take NeMo's configuration of this family",
+            got=arch.rope_scaling or "a rotary embedding of its own in layers with windows",
+            expected="none",
+            fix="take NeMo's configuration of this family, or a GPTModel with online.decoder_layers",
         )
     layers = layers_of(arch)
     config = run.Config(

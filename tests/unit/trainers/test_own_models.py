@@ -22,7 +22,7 @@ from nemo_upcycle.trainers.nemo.decoder import decoder_model
 from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config, Olmo2Model
 from nemo_upcycle.trainers.nemo.phi3mini import LongRopePhi3Config, phi3_model
 from tests.models import sample_tokens, write_exaone4, write_olmo2, write_phi3, write_smollm3
-from tests.parents import write_gemma3, write_granite, write_granite4, write_olmo3
+from tests.parents import write_granite, write_granite4, write_olmo3
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
@@ -64,9 +64,7 @@ def _decoder(write: Any, folder: Path) -> tuple[Path, run.Config]:
 _DECODERS = [partial(_decoder, write) for write in (write_granite, write_granite4, write_olmo3, write_smollm3)]
 
 
-@pytest.mark.parametrize(
-    "write", [_phi35, _olmo2, *_DECODERS, partial(_decoder, write_exaone4), partial(_decoder, write_gemma3)]
-)
+@pytest.mark.parametrize("write", [_phi35, _olmo2, *_DECODERS, partial(_decoder, write_exaone4)])
 def test_step_0_of_a_model_of_this_package_is_its_parents(tmp_path: Path, write: Any) -> None:
     folder, model = write(tmp_path / "dense")
     moe = moe_fields(SPEC, model.config.ffn_hidden_size, model.config.num_layers) | router_fields(SPEC)
