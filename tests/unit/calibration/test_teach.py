@@ -41,7 +41,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("write", "options"), [(write_llama, {}), (write_llama, {"tied": True}), (write_qwen3, {})], ids=str
+    ("write", "options"),
+    [(write_llama, {}), (write_llama, {"tied": True}), (write_qwen3, {})],
+    ids=["Llama", "tied Llama", "Qwen3"],
 )
 def test_answers_are_those_of_the_model_for_each_conversation_alone(tmp_path: Path, write: Any, options: Any) -> None:
     folder, packs = write(tmp_path / "dense", layers=2, **options), _packs()

@@ -80,7 +80,7 @@ def test_recomputation_frees_what_megatrons_layers_free(recompute: str) -> None:
         (replace(SMALL, activation="gelu_tanh").upcycled(UpcycleSpec()), "ep=2", 2, "none"),
         (replace(SMALL, activation="squared_relu", gated=False).upcycled(UpcycleSpec()), "ep=2", 2, "none"),
         (
-            LLAMA.upcycled(
+            known_recipe("llama3_8b_dense_ct").arch.upcycled(
                 UpcycleSpec(num_experts=16, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2")
             ),
             "tp=2,ep=4",
