@@ -80,3 +80,15 @@ def rope_pattern(no_rope_freq: int | Sequence[int] | None, num_layers: int) -> t
     if no_rope_freq and not isinstance(no_rope_freq, int):
         turns = tuple(not skips for skips in turns)
     return None if all(turns) else turns
+
+
+def layer_freq(pattern: Sequence[bool]) -> int | list[int]:
+    """Return Megatron's `moe_layer_freq` of which layers have experts."""
+    return 1 if all(pattern) else [int(is_moe) for is_moe in pattern]
+
+
+def layer_pattern(layer_freq: int | Sequence[int], num_layers: int) -> tuple[bool, ...]:
+    """Return which layers have experts, from Megatron's `moe_layer_freq`."""
+    if isinstance(layer_freq, int):
+        return tuple(layer % layer_freq == 0 for layer in range(num_layers))
+    return tuple(bool(layer_freq[layer]) for layer in range(num_layers))

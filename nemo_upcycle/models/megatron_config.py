@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
 from nemo_upcycle.models.layer_settings import (
     DECODER,
     layer_fields,
+    layer_freq,
+    layer_pattern,
     layers_with,
     no_rope,
     rope_pattern,
@@ -122,7 +124,7 @@ def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, An
     if arch.num_experts:
         fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
-        fields[FIELDS["moe_pattern"]] = _layer_freq(_moe_pattern(arch))
+        fields[FIELDS["moe_pattern"]] = layer_freq(_moe_pattern(arch))
     if arch.mamba:
         return fields | {setting: getattr(arch.mamba, name) for name, setting in _MAMBA.items()}
     if hybrid:
@@ -141,17 +143,6 @@ def hybrid_symbols(arch: Architecture) -> str:
     if arch.mamba is None:
         return hybrid_pattern(_moe_pattern(arch))
     return "".join("E" if moe else symbol for symbol, moe in zip(arch.mamba.pattern, _moe_pattern(arch), strict=True))
-
-
-def _layer_freq(pattern: Sequence[bool]) -> int | list[int]:
-    return 1 if all(pattern) else [int(is_moe) for is_moe in pattern]
-
-
-def layer_pattern(layer_freq: int | Sequence[int], num_layers: int) -> tuple[bool, ...]:
-    """Return which layers have experts, from Megatron's `moe_layer_freq`."""
-    if isinstance(layer_freq, int):
-        return tuple(layer % layer_freq == 0 for layer in range(num_layers))
-    return tuple(bool(layer_freq[layer]) for layer in range(num_layers))
 
 
 def architecture_of(config: Any, vocab_size: int) -> Architecture:
@@ -219,7 +210,7 @@ def moe_fields(spec: UpcycleSpec, ffn_size: int, num_layers: int) -> dict[str, A
     return router_fields(spec) | {
         "moe_ffn_hidden_size": width,
         "moe_shared_expert_intermediate_size": spec.shared_experts * width or None,
-        "moe_layer_freq": _layer_freq(spec.moe_pattern(num_layers)),
+        "moe_layer_freq": layer_freq(spec.moe_pattern(num_layers)),
     }
 
 

@@ -14,20 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.config_fields import refusals
 from nemo_upcycle.models.families import find_family, find_nemo_module, granite, llama, parents, qwen3, smollm3
 from nemo_upcycle.models.families.base import FULL, WINDOW
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.models.hybrid import HybridLayers
-from nemo_upcycle.models.layer_settings import MULTIPLIERS, layers_with, rope_pattern
-from nemo_upcycle.models.megatron_config import FIELDS, layer_pattern, spec_fields
-from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies, scaling_of, scaling_settings
+from nemo_upcycle.models.layer_settings import MULTIPLIERS, layer_pattern, layers_with, rope_pattern
+from nemo_upcycle.models.megatron_config import FIELDS, spec_fields
+from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies, scaling_of
 from nemo_upcycle.sources.planned_checkpoints import planned_config
-from nemo_upcycle.sources.torch_pickles import Inert, read_saved
+from nemo_upcycle.sources.saved_settings import saved_settings
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json
 
@@ -43,16 +40,6 @@ _FUNCTION = {
         *("activation", "qkv_bias", "ffn_bias", "qk_norm", "zero_centered_norm", "norm_eps", "scaled_embedding"),
         *("rope_pattern", "softmax_scale", *MULTIPLIERS),
     )
-}
-#: Bridge's configurations of the models that are known here.
-_BRIDGE_MODELS = ("GPTModelProvider", "GPTModelConfig", "HybridModelProvider", "HybridModelConfig")
-#: Megatron-LM's argument -> NeMo's setting, where the names differ.
-_ARGUMENTS = {
-    "norm_epsilon": "layernorm_epsilon",
-    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
-    "swiglu": "gated_linear_unit",
-    "num_experts": "num_moe_experts",
-    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
 }
 
 
@@ -322,79 +309,8 @@ def read_context(checkpoint: Path) -> CheckpointContext | None:
     Raises:
         CheckpointError: there is a description, and it cannot be read.
     """
-    readers = {
-        "context/model.yaml": _nemo_settings,
-        "run_config.yaml": _bridge_settings,
-        "common.pt": _megatron_settings,
-        "weights/common.pt": _megatron_settings,
-    }
-    for path, read in ((checkpoint / name, read) for name, read in readers.items()):
-        if not path.is_file():
-            continue
-        try:
-            settings = read(path)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-            raise CheckpointError(
-                str(path),
-                got=f"an unreadable description ({type(error).__name__})",
-                expected="that of a language model",
-                fix=f"copy the checkpoint again; to read a dense parent, {_GIVE_CONFIG}",
-            ) from None
-        if settings:
-            return CheckpointContext(path, settings)
-    return None
-
-
-def _nemo_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of NeMo's model configuration, by name."""
-    settings = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["config"])
-    settings["_target_"].split(".")[-2]  # a class in a module
-    return settings
-
-
-def _bridge_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of Bridge's model, by Megatron's names, which are NeMo's."""
-    model = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
-    settings = model | dict(model.get("transformer") or {})  # of a builder's configuration, beside the model's
-    if model["_target_"].rpartition(".")[2] in _BRIDGE_MODELS:  # others compute otherwise
-        settings["_target_"] = "megatron.GPTModel"
-    # A builder's configuration is written without it: then it is that of nearly every parent.
-    activation = settings.setdefault("activation_func", {"_target_": "torch.nn.functional.silu"})["_target_"]
-    int(settings["num_layers"])
-    settings |= _dense_layers(settings)
-    if activation.endswith(".gelu"):
-        settings["activation_func"] = {"_target_": "openai_gelu"}
-    if settings.get("rope_scaling"):
-        settings |= scaling_settings(settings.get("rope_scaling_factor", 8.0))
-    return settings
-
-
-def _megatron_settings(path: Path) -> dict[str, Any] | None:
-    """Return the settings among a Megatron-LM run's arguments; None where there are none."""
-    saved = read_saved(path)
-    arguments = saved.get("args") if isinstance(saved, dict) else None
-    if not isinstance(arguments, Inert) or "num_layers" not in (given := vars(arguments)):
-        return None
-    settings = {_ARGUMENTS.get(name, name): value for name, value in given.items() if not isinstance(value, Inert)}
-    settings |= {
-        "_target_": "megatron.training.arguments",
-        "activation_func": {"_target_": "torch.nn.functional." + ("silu" if given.get("swiglu") else "gelu")},
-        "share_embeddings_and_output_weights": not given.get("untie_embeddings_and_output_weights"),
-        "num_query_groups": given.get("num_query_groups") if given.get("group_query_attention") else None,
-    }
-    settings |= _dense_layers(settings)
-    if given.get("use_rope_scaling"):
-        settings |= scaling_settings(given.get("rope_scaling_factor", 8.0))
-    return settings
-
-
-def _dense_layers(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of layers that a GPTModel has which computes the same as a HybridModel; none for others."""
-    pattern = settings.get("hybrid_layer_pattern") or ""
-    if not pattern or "M" in pattern:
-        return {}
-    hybrid = HybridLayers(pattern)
-    return {"num_layers": hybrid.num_layers, "moe_layer_freq": [int(is_moe) for is_moe in hybrid.moe_pattern]}
+    found = saved_settings(checkpoint, fix=f"copy the checkpoint again; to read a dense parent, {_GIVE_CONFIG}")
+    return CheckpointContext(*found) if found else None
 
 
 def _tokenizer_size(context: Path) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_upcycle.models.megatron_config import layer_pattern
+from nemo_upcycle.models.layer_settings import layer_pattern
 
 
 #: Megatron's setting -> that of each class here.

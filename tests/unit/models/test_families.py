@@ -18,7 +18,7 @@ from nemo_upcycle.convert.export import export_checkpoint, export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.models import families
+from nemo_upcycle.models import architecture, families
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, MoeFamily, llama, phi3
 from nemo_upcycle.models.families.base import Settings
@@ -181,12 +181,16 @@ def _check_logits(dense: Path, moe: Path) -> None:
 
 @pytest.mark.usefixtures("megatron")
 def test_a_target_family_from_outside_holds_what_no_other_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(families._FAMILIES, "Glm4MoeForCausalLM")
+    others = {name: family for name, family in families._FAMILIES.items() if name != "Glm4MoeForCausalLM"}
+    for module in (families, architecture):  # `delitem` would put it back behind all others, which come in order
+        monkeypatch.setattr(module, "_FAMILIES" if module is families else "FAMILIES", others)
     spec = UpcycleSpec(num_experts=4, top_k=2, router_score="sigmoid", routed_scaling_factor=2.0)
     folder = write_llama(tmp_path / "dense", layers=2)
     with (
         open_dense(folder) as dense,
-        pytest.raises(SpecError, match=r"sigmoid scores \(Mixtral, Qwen3-MoE, Qwen2-MoE, FlexOlmo, GraniteMoe, "),
+        pytest.raises(
+            SpecError, match=r"sigmoid scores \(Mixtral, Qwen3-MoE, Qwen2-MoE, FlexOlmo, OLMoE, GraniteMoe, "
+        ),
     ):
         convert(dense, tmp_path / "offline", spec)
     with registered(TARGET):
@@ -244,7 +248,9 @@ def test_fused_matrices_of_a_dense_model_are_put_together_again(tmp_path: Path) 
 @pytest.mark.parametrize("method", ["copy", "drop"])
 @pytest.mark.parametrize("fused", [False, True], ids=["a Llama", "a Phi-3"])
 def test_a_target_may_be_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, fused: bool) -> None:
-    monkeypatch.delitem(families._FAMILIES, "Glm4MoeForCausalLM")
+    others = {name: family for name, family in families._FAMILIES.items() if name != "Glm4MoeForCausalLM"}
+    for module in (families, architecture):  # `delitem` would put it back behind all others, which come in order
+        monkeypatch.setattr(module, "_FAMILIES" if module is families else "FAMILIES", others)
     spec = UpcycleSpec(**COPIES, router_score="sigmoid", method=method)
     with registered(FUSED_TARGET):
         folder = (write_phi3 if fused else write_llama)(tmp_path / "dense", layers=2)

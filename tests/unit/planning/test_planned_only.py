@@ -164,7 +164,11 @@ def test_nvidias_recipes_of_mamba_layers_overlap_no_experts() -> None:
         ("gpt_oss_120b", {"layer_types": ["linear_attention"] * 36}, "layer_types: .*sliding_attention or full_atten"),
         ("gpt_oss_120b", {"layer_types": ["full_attention"]}, "layer_types: got .*expected 36, one a layer"),
         ("deepseek_v3", {"layer_types": ["linear_attention"] * 61}, "layer_types: .*expected full_attention alone"),
-        ("deepseek_v3", {"architectures": ["DeepseekV32ForCausalLM"]}, "DeepseekV32.*GptOssForCausalLM, DeepseekV3F"),
+        (
+            "deepseek_v3",
+            {"architectures": ["DeepseekV32ForCausalLM"]},
+            "DeepseekV32.*Gemma2ForCausalLM, DeepseekV3F",
+        ),
         ("deepseek_v3", {"architectures": None, "model_type": "kimi_linear"}, "got model_type kimi_linear"),
         ("deepseek_v3", {"first_k_dense_replace": 61}, "first_k_dense_replace: got 61, expected at most 60"),
         ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank: got 0, expected a positive whole number"),

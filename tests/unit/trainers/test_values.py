@@ -76,8 +76,8 @@ def test_master_weights_may_not_be_made_of_parameters_in_fp8(changes: dict[str, 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.nemo], ids=lambda rule: rule.nemo)
 def test_every_rule_of_nemo_is_about_a_setting_that_a_recipe_has(rule: Rule) -> None:
-    from nemo_upcycle.recipes import llama3_8b_e8t2
+    from nemo_upcycle.recipes import llama3_8b_e8t2, llama3_8b_e8t2_sft
 
     owner, _, name = rule.nemo.rpartition(".")
-    found = setting(llama3_8b_e8t2.pretrain_recipe(), owner)
-    assert name in {*found.__signature_info__.parameters, *found.__arguments__}
+    found = [setting(make(), owner) for make in (llama3_8b_e8t2.pretrain_recipe, llama3_8b_e8t2_sft.finetune_recipe)]
+    assert any(name in {*one.__signature_info__.parameters, *one.__arguments__} for one in found)

@@ -1,0 +1,114 @@
+"""The settings of a model as checkpoints keep them beside the weights, by NeMo's names.
+
+NeMo writes `context/model.yaml`, Bridge `run_config.yaml`, Megatron-LM its arguments into `common.pt`. All are read as
+plain values: a class name is a text here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.hybrid import HybridLayers
+from nemo_upcycle.models.rotary import scaling_settings
+from nemo_upcycle.sources.torch_pickles import Inert, read_saved
+
+
+#: Bridge's configurations of the models that are known here.
+_BRIDGE_MODELS = ("GPTModelProvider", "GPTModelConfig", "HybridModelProvider", "HybridModelConfig")
+#: Megatron-LM's argument -> NeMo's setting, where the names differ.
+_ARGUMENTS = {
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "swiglu": "gated_linear_unit",
+    "num_experts": "num_moe_experts",
+    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+}
+
+
+def saved_settings(checkpoint: Path, fix: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the file that describes a checkpoint's model, and NeMo's settings of it; None where there is none.
+
+    Args:
+        checkpoint: its folder.
+        fix: what to do about a description that cannot be read.
+
+    Raises:
+        CheckpointError: there is a description, and it cannot be read.
+    """
+    readers = {
+        "context/model.yaml": _nemo_settings,
+        "run_config.yaml": _bridge_settings,
+        "common.pt": _megatron_settings,
+        "weights/common.pt": _megatron_settings,
+    }
+    for path, read in ((checkpoint / name, read) for name, read in readers.items()):
+        if not path.is_file():
+            continue
+        try:
+            settings = read(path)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+            raise CheckpointError(
+                str(path),
+                got=f"an unreadable description ({type(error).__name__})",
+                expected="that of a language model",
+                fix=fix,
+            ) from None
+        if settings:
+            return path, settings
+    return None
+
+
+def _nemo_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of NeMo's model configuration, by name."""
+    settings = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["config"])
+    settings["_target_"].split(".")[-2]  # a class in a module
+    return settings
+
+
+def _bridge_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of Bridge's model, by Megatron's names, which are NeMo's."""
+    model = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
+    settings = model | dict(model.get("transformer") or {})  # of a builder's configuration, beside the model's
+    if model["_target_"].rpartition(".")[2] in _BRIDGE_MODELS:  # others compute otherwise
+        settings["_target_"] = "megatron.GPTModel"
+    # A builder's configuration is written without it: then it is that of nearly every parent.
+    activation = settings.setdefault("activation_func", {"_target_": "torch.nn.functional.silu"})["_target_"]
+    int(settings["num_layers"])
+    settings |= _dense_layers(settings)
+    if activation.endswith(".gelu"):
+        settings["activation_func"] = {"_target_": "openai_gelu"}
+    if settings.get("rope_scaling"):
+        settings |= scaling_settings(settings.get("rope_scaling_factor", 8.0))
+    return settings
+
+
+def _megatron_settings(path: Path) -> dict[str, Any] | None:
+    """Return the settings among a Megatron-LM run's arguments; None where there are none."""
+    saved = read_saved(path)
+    arguments = saved.get("args") if isinstance(saved, dict) else None
+    if not isinstance(arguments, Inert) or "num_layers" not in (given := vars(arguments)):
+        return None
+    settings = {_ARGUMENTS.get(name, name): value for name, value in given.items() if not isinstance(value, Inert)}
+    settings |= {
+        "_target_": "megatron.training.arguments",
+        "activation_func": {"_target_": "torch.nn.functional." + ("silu" if given.get("swiglu") else "gelu")},
+        "share_embeddings_and_output_weights": not given.get("untie_embeddings_and_output_weights"),
+        "num_query_groups": given.get("num_query_groups") if given.get("group_query_attention") else None,
+    }
+    settings |= _dense_layers(settings)
+    if given.get("use_rope_scaling"):
+        settings |= scaling_settings(given.get("rope_scaling_factor", 8.0))
+    return settings
+
+
+def _dense_layers(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of layers that a GPTModel has which computes the same as a HybridModel; none for others."""
+    pattern = settings.get("hybrid_layer_pattern") or ""
+    if not pattern or "M" in pattern:
+        return {}
+    hybrid = HybridLayers(pattern)
+    return {"num_layers": hybrid.num_layers, "moe_layer_freq": [int(is_moe) for is_moe in hybrid.moe_pattern]}
