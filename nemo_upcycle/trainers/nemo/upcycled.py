@@ -180,8 +180,8 @@ def _set_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
             now = config.ffn_hidden_size
         if now != value:
             setattr(config, name, value)
-    has_own_layers = layer_fields(config) or _own_experts(config)
-    if spec.moe_layers != "all" and not has_own_layers:  # NeMo's default builds every layer alike
+    # NeMo's default builds every layer alike.
+    if spec.moe_layers != "all" and not (layer_fields(config) or _own_experts(config)):
         config.transformer_layer_spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
     recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **spec.to_dict())
     return recipe
