@@ -77,9 +77,10 @@ def find_family(hf_class: str) -> Family | None:
     return _FAMILIES.get(hf_class)
 
 
-def find_nemo_module(name: str) -> Family | None:
-    """Return the first family that NeMo keeps in a module of this name; None if it is not known."""
-    return next((family for family in _FAMILIES.values() if name and family.nemo_module == name), None)
+def find_nemo_module(name: str, *, has_experts: bool = False) -> Family | None:
+    """Return the family whose configurations a module of NeMo has; with experts: the one of models that have some."""
+    found = [family for family in _FAMILIES.values() if name and family.nemo_module == name]
+    return next((family for family in found if isinstance(family, MoeFamily) or not has_experts), None)
 
 
 def parents() -> list[Family]:

@@ -36,6 +36,7 @@ FAMILY = _Qwen3Moe(
     title="Qwen3-MoE",
     hf_class="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
+    nemo_module="qwen3",
     names=qwen3.NAMES | ROUTED_NAMES,
     spelling={"num_local_experts": "num_experts"},  # as transformers 5 saves it
     has_attention_bias=True,

@@ -226,7 +226,7 @@ def _check_dense(recipe: Any) -> None:
         )
     ours = ("nemo.", "nemo_upcycle.")
     known = next((kind for kind in config.__fn_or_cls__.__mro__ if kind.__module__.startswith(ours)), object)
-    family = find_nemo_module(known.__module__.rpartition(".")[2])
+    family = find_nemo_module(known.__module__.rpartition(".")[2], has_experts=bool(_own_experts(config)))
     if family not in parents() and not (isinstance(family, MoeFamily) and not family.no_parent_because):
         raise SpecError(
             "model.config",
