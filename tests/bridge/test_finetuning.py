@@ -62,7 +62,7 @@ def test_a_finetuning_learns_from_the_parent(tmp_path: Path) -> None:
         lines[name] = [json.loads(line) for line in text.splitlines()]
     terms = {name: [line["teacher_kl"] for line in found] for name, found in lines.items()}
     assert terms["free"][0] == terms["taught"][0] == pytest.approx(0.0, abs=1e-6)
-    assert 0 < terms["taught"][-1] < 0.7 * terms["free"][-1]
+    assert 0 < terms["taught"][-1] < 0.9 * terms["free"][-1]
     assert terms["tp"] == pytest.approx(terms["taught"], abs=1e-5)
     losses = {name: [line["loss"] for line in found] for name, found in lines.items()}
     assert losses["tp"] == pytest.approx(losses["taught"], abs=1e-4)
