@@ -11,9 +11,13 @@ from nemo_upcycle.reporting.figures import ROUTER_PANELS, legend_below, short_nu
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow. With lines and markers no two of
-#: 70 arms look alike, and no two of ten have the same marker.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow; behind them, of Paul Tol's and
+#: others, what is least like them. Of 20 arms no two have the same colour, of 80 none the same colour and line.
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#882255", "#999933", "#332288", "#117733", "#CC6677", "#44AA99", "#888888"),
+    *("#661100", "#AA4499", "#DDCC77", "#6699CC", "#AACC00", "#4B2E1E"),
+)
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX<>*"
 #: How a verdict is drawn: colour, marker, and whether it is filled.
@@ -36,6 +40,13 @@ def arm_style(position: int) -> dict[str, Any]:
     }
 
 
+def _labels(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a legend calls the arms: lines of fewer seeds than others have are no means to compare with them."""
+    seeds = {arm: len(result["seeds"]) for arm, result in values["arms"].items()}
+    most = max(seeds.values())
+    return {arm: arm if count == most else f"{arm} ({count} of {most} seeds)" for arm, count in seeds.items()}
+
+
 def curves_figure(values: Mapping[str, Any]) -> Figure:
     """Return three panels: every arm's curve, the same enlarged with bands over seeds, and the differences.
 
@@ -49,23 +60,26 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     whole, near = parts[0].subplots(1, 2)
-    for position, (arm, result) in enumerate(values["arms"].items()):
-        style = arm_style(position)
-        tokens = [point["tokens"] for point in result["curve"]]
-        for axes in (whole, near):
-            axes.plot(tokens, [point["value"] for point in result["curve"]], label=arm, **style)
-        known = [point for point in result["curve"] if point["low"] is not None]
-        band = [[point[key] for point in known] for key in ("tokens", "low", "high")]
-        near.fill_between(*band, color=style["color"], alpha=0.1, linewidth=0)
     ends = [result["bits_per_byte"]["value"] for result in values["arms"].values()]
     starts = min(result["start"]["value"] for result in values["arms"].values())
     room = 0.15 * (max(*ends, starts) - min(ends)) or 0.01
     near.set_ylim(min(ends) - room, max(*ends, starts) + room)
-    for axes, title in ((whole, "mean over seeds"), (near, "enlarged, with 95 % intervals over seeds")):
+    height, labels = near.get_ylim()[1] - near.get_ylim()[0], _labels(values)
+    for position, (arm, result) in enumerate(values["arms"].items()):
+        style = arm_style(position)
+        tokens = [point["tokens"] for point in result["curve"]]
+        for axes in (whole, near):
+            axes.plot(tokens, [point["value"] for point in result["curve"]], label=labels[arm], **style)
+        known = [point for point in result["curve"] if point["low"] is not None]
+        if any(point["high"] - point["low"] > height / 2 for point in known):
+            continue  # it would cover the lines, and say no more than the table
+        band = [[point[key] for point in known] for key in ("tokens", "low", "high")]
+        near.fill_between(*band, color=style["color"], alpha=0.1, linewidth=0)
+    for axes, title in ((whole, "mean over seeds"), (near, "enlarged, with 95 % intervals over seeds that fit")):
         tokens_axis(axes, max(result["tokens"] for result in values["arms"].values()))
         axes.set_title(title, fontsize=10)
     whole.set_ylabel("bits per byte of held-out text")
-    legend_below(parts[0], whole, 5)
+    legend_below(parts[0], whole, 4)
     if compared:
         _draw_differences(parts[1].subplots(), compared, values["margin"])
     return figure
@@ -112,7 +126,7 @@ def routers_figure(values: Mapping[str, Any]) -> Figure | None:
     """
     from matplotlib.figure import Figure
 
-    arms = values["arms"]
+    arms, labels = values["arms"], _labels(values)
     names = [name for name in ROUTER_PANELS if any(result["routers"].get(name) for result in arms.values())]
     if not names:
         return None
@@ -124,10 +138,12 @@ def routers_figure(values: Mapping[str, Any]) -> Figure | None:
         for position, (arm, result) in enumerate(arms.items()):
             if points := result["routers"].get(name):
                 tokens, means = zip(*points, strict=True)
-                axes.plot(tokens, means, label=arm, markevery=max(1, len(points) // 8), **arm_style(position))
+                axes.plot(tokens, means, label=labels[arm], markevery=max(1, len(points) // 8), **arm_style(position))
         axes.set_title(ROUTER_PANELS[name], fontsize=10)
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(-0.05 * high, low), high)  # none of them can be negative
         tokens_axis(axes, last)
-    legend_below(figure, figure.axes[0], 5, "means over layers and seeds")
+    legend_below(figure, figure.axes[0], 4, "means over layers and seeds")
     return figure
 
 
