@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.calibration.batches import several_at_a_time
 from nemo_upcycle.calibration.layers import LayerInputs
-from nemo_upcycle.calibration.streaming import Calls, StreamedModel
-from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.calibration.streaming import Calls, StreamedModel, check_streamed
+from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.init.calibration import FORMAT, LINEAGE, NEURONS, ROUTER, Calibration, LayerSample, scaled_rows
 from nemo_upcycle.init.coactivation import split_by_coactivation
 from nemo_upcycle.init.rng import block_generator
@@ -159,15 +159,8 @@ def require_use(spec: UpcycleSpec) -> None:
 def _check(dense: DenseSource, spec: UpcycleSpec, sample: Sample) -> Architecture:
     """Check that there is something to do, and all that is needed for it; return the MoE model's architecture."""
     require_use(spec)
-    arch, path = dense.architecture, dense.branches()[0].path
-    moe_arch = arch.upcycled(spec)
-    if arch.mamba or not (path / "config.json").is_file():
-        raise CheckpointError(
-            str(path),
-            got="Mamba layers" if arch.mamba else "no config.json",
-            expected="a Hugging Face folder of layers with attention and network",
-            fix="export the checkpoint first (nemo-upcycle export)",
-        )
+    moe_arch = dense.architecture.upcycled(spec)
+    check_streamed(dense, sample.batches, "sample", "give a blend that was made with the tokenizer of this model")
     needed = max(spec.copies if spec.reads_router else 1, spec.granularity if spec.reads_split else 1)
     needed *= 1 if ROUTER_INITS[spec.router_init].texts == "prompts" and not spec.reads_split else TOKENS_PER_COPY
     if sample.tokens < needed:
@@ -176,14 +169,6 @@ def _check(dense: DenseSource, spec: UpcycleSpec, sample: Sample) -> Architectur
             got=sample.tokens,
             expected=f"{needed} or more",
             fix="give more text, or fewer copies",
-        )
-    largest = max(int(batch.max()) for batch in sample.batches)
-    if largest >= arch.vocab_size:
-        raise CheckpointError(
-            "tokens of the sample",
-            got=f"token {largest}",
-            expected=f"numbers below {arch.vocab_size}, the vocabulary of {path}",
-            fix="give a blend that was made with the tokenizer of this model",
         )
     return moe_arch
 

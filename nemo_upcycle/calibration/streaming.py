@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 
 from nemo_upcycle.calibration.layers import Recorded, recorded_calls
+from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_model import empty_model, errors_only
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.sources.base import DenseSource
@@ -16,6 +17,35 @@ from nemo_upcycle.sources.base import DenseSource
 
 #: How the model calls its layers, by the shape of a batch.
 Calls = dict[tuple[int, ...], list[dict[str, Any]]]
+
+
+def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor], what: str, fix: str) -> None:
+    """Check that a dense model can be run layer by layer, and knows these tokens.
+
+    Args:
+        dense: the open dense model; of several, the first.
+        batches: token ids.
+        what: they are tokens of, for messages.
+        fix: what to do about tokens of another tokenizer.
+
+    Raises:
+        CheckpointError: it cannot, or does not.
+    """
+    arch, path = dense.architecture, dense.branches()[0].path
+    if arch.mamba or not (path / "config.json").is_file():
+        raise CheckpointError(
+            str(path),
+            got="Mamba layers" if arch.mamba else "no config.json",
+            expected="a Hugging Face folder of layers with attention and network",
+            fix="export the checkpoint first (nemo-upcycle export)",
+        )
+    if (largest := max(int(batch.max()) for batch in batches)) >= arch.vocab_size:
+        raise CheckpointError(
+            f"tokens of the {what}",
+            got=f"token {largest}",
+            expected=f"numbers below {arch.vocab_size}, the vocabulary of {path}",
+            fix=fix,
+        )
 
 
 class StreamedModel:

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nemo_upcycle.calibration.batches import several_at_a_time
-from nemo_upcycle.calibration.streaming import StreamedModel
+from nemo_upcycle.calibration.streaming import StreamedModel, check_streamed
 from nemo_upcycle.calibration.teacher import FORMAT, MADE_BY, TOP_K, Teacher, pack_key, part_name
-from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.calibrated import parent_digest
@@ -109,7 +109,8 @@ def teach(
         ...     teach(dense, Path("data/mine/teacher"), packs_of(open_chat("data/mine")), {})
     """
     start_s, arch = time.monotonic(), dense.architecture
-    _check(dense, packs)
+    fix = "give conversations that were packed with the tokenizer of this model"
+    check_streamed(dense, (ids for pack in packs for ids, _ in pack.sequences), "packs", fix)
     top_k = min(TOP_K, arch.vocab_size - 1)
     made_from = {
         "format": FORMAT,
@@ -138,26 +139,6 @@ def teach(
         facts = {"parts": len(parts), "packs": len(packs), **_facts(folder, len(parts)), "version": __version__}
         write_json(folder / MARKER, {"made_by": MADE_BY, "made_from": made_from, **facts})
     return _report(output, made=True, seconds=time.monotonic() - start_s)
-
-
-def _check(dense: DenseSource, packs: Sequence[Pack]) -> None:
-    """Check that the parent can answer these packs."""
-    arch, path = dense.architecture, dense.branches()[0].path
-    if arch.mamba or not (path / "config.json").is_file():
-        raise CheckpointError(
-            str(path),
-            got="Mamba layers" if arch.mamba else "no config.json",
-            expected="a Hugging Face folder of layers with attention and network",
-            fix="export the checkpoint first (nemo-upcycle export)",
-        )
-    largest = max(int(ids.max()) for pack in packs for ids, _ in pack.sequences)
-    if largest >= arch.vocab_size:
-        raise CheckpointError(
-            "tokens of the packs",
-            got=f"token {largest}",
-            expected=f"numbers below {arch.vocab_size}, the vocabulary of {path}",
-            fix="give conversations that were packed with the tokenizer of this model",
-        )
 
 
 def _parts(packs: Sequence[Pack]) -> Iterator[list[Pack]]:
