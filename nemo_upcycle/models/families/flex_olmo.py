@@ -11,11 +11,15 @@ from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily, Settin
 from nemo_upcycle.models.families.routed import ROUTED_NAMES, experts_everywhere
 
 
-class _FlexOlmo(MoeFamily):
+class FlexOlmo(MoeFamily):
+    """Classes of OLMo with experts in every layer, and norms of query and key over all heads."""
+
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        """Return the fields of an `Architecture` that describe its experts."""
         return experts_everywhere(settings, "num_experts") | {"norm_topk": settings.flag("norm_topk_prob")}
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
+        """See `MoeFamily.limits`."""
         return super().limits(arch) | {
             "no norms of query and key": not arch.qk_norm,
             "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
@@ -35,6 +39,7 @@ class _FlexOlmo(MoeFamily):
             yield "vLLM: it knows no biases of attention in this class"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        """See `MoeFamily.expert_settings`."""
         return {
             "num_experts": arch.num_experts,
             "intermediate_size": arch.expert_ffn_size,
@@ -43,7 +48,7 @@ class _FlexOlmo(MoeFamily):
         }
 
 
-FAMILY = _FlexOlmo(
+FAMILY = FlexOlmo(
     title="FlexOlmo",
     hf_class="FlexOlmoForCausalLM",
     model_type="flex_olmo",
