@@ -10,6 +10,7 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence
+from nemo_upcycle.reporting.grid_fp8 import compare_fp8, fp8_section
 from nemo_upcycle.reporting.grid_parents import compare_parents, parents_figure, parents_section, points_csv
 from nemo_upcycle.reporting.markdown import mean_with_interval, number, section, table, with_verdict
 from nemo_upcycle.reporting.sections import overlap
@@ -122,6 +123,7 @@ def draw_table(folder: Path) -> str:
     described, arms = evidence["described"], arms_of(evidence)
     values = {"grid": evidence["grid"], "about": described["about"], **compare_arms(arms, described)}
     values |= {"parents": rows} if (rows := compare_parents(arms, described)) else {}
+    values |= {"fp8": losses} if (losses := compare_fp8(evidence)) else {}
     values |= {"missing": described["missing"]} if described.get("missing") else {}
     if found := evidence.get("heldout_overlap"):  # not in older evidence
         values["heldout_overlap"] = found
@@ -158,6 +160,7 @@ def render_table(values: Mapping[str, Any]) -> str:
         _differences(values["differences"], values["margin"]),
         _rankings(values["rankings"]),
         _budgets(values["budgets"]),
+        fp8_section(values.get("fp8", {})),
         _sources(arms),
         section("Held-out text", text) if (text := overlap(values.get("heldout_overlap"))) else "",
         f"Every number: `table.json`, made from `{EVIDENCE}`.\n",

@@ -17,10 +17,21 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.config_fields import refusals
-from nemo_upcycle.models.families import find_family, find_nemo_module, granite, llama, parents, qwen3, smollm3
-from nemo_upcycle.models.families.base import FULL, WINDOW
+from nemo_upcycle.models.families import (
+    exaone4,
+    find_family,
+    find_nemo_module,
+    gemma3,
+    granite,
+    llama,
+    olmo2,
+    parents,
+    qwen3,
+    smollm3,
+)
+from nemo_upcycle.models.families.base import FULL, LOCAL_BASE, WINDOW, Family
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.models.layer_settings import MULTIPLIERS, layer_pattern, layers_with, rope_pattern
+from nemo_upcycle.models.layer_settings import MULTIPLIERS, NORMS, layer_pattern, layers_with, rope_pattern
 from nemo_upcycle.models.megatron_config import FIELDS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies, scaling_of
 from nemo_upcycle.sources.planned_checkpoints import planned_config
@@ -38,9 +49,11 @@ _FUNCTION = {
     for name in (
         *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings"),
         *("activation", "qkv_bias", "ffn_bias", "qk_norm", "zero_centered_norm", "norm_eps", "scaled_embedding"),
-        *("rope_pattern", "softmax_scale", *MULTIPLIERS),
+        *("rope_pattern", "softmax_scale", *MULTIPLIERS, *NORMS),
     )
-}
+} | {"window_pattern": "window_attn_skip_freq", "local_rope_theta": "transformer_layer_spec"}
+#: Families by where their norms stand, which `transformer_layer_spec` says where Megatron's layers do not hold them.
+_BY_NORMS = {tuple(getattr(one, name) for name in NORMS): one for one in (gemma3.FAMILY, exaone4.FAMILY, olmo2.FAMILY)}
 
 
 @dataclass(frozen=True)
@@ -144,19 +157,23 @@ class CheckpointContext:
                 expected="no Mamba layers (M): Megatron checkpoints with them are planned, but not read",
                 fix="keep the model in Megatron-Bridge, and upcycle from a Hugging Face folder",
             )
-        family = find_nemo_module(self.module)
-        if family not in parents():  # read as Llama, or Qwen3
-            family = qwen3.FAMILY if has_norms else llama.FAMILY
-        turns = rope_pattern(get("no_rope_freq"), int(self.settings["num_layers"]))
-        family = smollm3.FAMILY if turns and family is llama.FAMILY else family
-        family = granite.FAMILY if (scale := get("softmax_scale")) is not None else family
-        layers = get("transformer_layer_spec")
-        multipliers = {name: layers[name] for name in MULTIPLIERS if isinstance(layers, dict) and name in layers}
+        num_layers = int(self.settings["num_layers"])
+        window = get("window_size")  # (tokens back, tokens ahead), -1 for all
+        has_window = bool(window) and int(window[0]) >= 0
+        sees = layers_with(get("window_attn_skip_freq"), num_layers, True)
+        turns, scale = rope_pattern(get("no_rope_freq"), num_layers), get("softmax_scale")
+        layers = layers if isinstance(layers := get("transformer_layer_spec"), dict) else {}
+        multipliers = {name: layers[name] for name in MULTIPLIERS if name in layers}
+        family = self._family(layers, has_norms=has_norms, skips=bool(turns), multiplies=scale is not None)
+        skipped = turns if family is smollm3.FAMILY else None
+        if family is exaone4.FAMILY and has_window and not all(sees):
+            skipped = sees  # positions where there are windows
         activation = self.settings["activation_func"]["_target_"].rpartition(".")[2]
         refused = refusals(get, experts=False, parameters=False)
         checks: list[tuple[str, Any, Any]] = [(name, got, taken) for name, got, taken, _ in refused]
         checks.append(("gated_linear_unit", get("gated_linear_unit", True), True))
-        checks.append(("no_rope_freq", bool(turns), family is smollm3.FAMILY))
+        checks.append(("no_rope_freq", turns, skipped))
+        checks.append(("softmax_scale", scale, scale if family.has_multipliers else None))
         checks.append(("qk_layernorm", has_norms, "query_norm" in family.names))
         known = activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS)
         checks.append(("activation_func", activation, known))
@@ -164,12 +181,10 @@ class CheckpointContext:
             if got != expected:
                 raise CheckpointError(f"{self.path}: {name}", got=got, expected=expected, fix=fix)
         hidden, heads = int(self.settings["hidden_size"]), int(self.settings["num_attention_heads"])
-        window = get("window_size")  # (tokens back, tokens ahead), -1 for all
-        sees = layers_with(get("window_attn_skip_freq"), int(self.settings["num_layers"]), True)
         return {
             "architectures": [family.hf_class],
-            "num_hidden_layers": int(self.settings["num_layers"]),
-            **({"no_rope_layers": [int(one) for one in turns]} if turns else {}),
+            "num_hidden_layers": num_layers,
+            **({"no_rope_layers": [int(one) for one in turns]} if turns and family is smollm3.FAMILY else {}),
             "hidden_size": hidden,
             "intermediate_size": int(self.settings["ffn_hidden_size"]),
             "num_attention_heads": heads,
@@ -184,15 +199,38 @@ class CheckpointContext:
             "qk_norm": has_norms,
             "zero_centered_norm": bool(get("layernorm_zero_centered_gamma")),
             "rms_norm_eps": get("layernorm_epsilon", 1e-5),
-            **({"attention_multiplier": scale, **multipliers} if scale is not None else {}),
+            **(
+                {"attention_multiplier": scale, "query_pre_attn_scalar": scale**-2, **multipliers}
+                if scale is not None
+                else {}
+            ),
             "rope_theta": get("rotary_base", 10000),
-            "rope_scaling": (layers.get("rope_scaling") if isinstance(layers, dict) else None)
-            or scaling_of(self.settings),
+            **({LOCAL_BASE: local} if (local := layers.get("local_rope_theta")) else {}),
+            "rope_scaling": layers.get("rope_scaling") or scaling_of(self.settings),
             "partial_rotary_factor": get("rotary_percent", 1.0),
             "max_position_embeddings": get("max_position_embeddings" if get("short_factor") else "seq_length", 4096),
-            "sliding_window": int(window[0]) + 1 if window and int(window[0]) >= 0 else None,
+            "sliding_window": int(window[0]) + 1 if has_window else None,
             "layer_types": [WINDOW if one else FULL for one in sees],
         }
+
+    def _family(self, layers: dict[str, Any], *, has_norms: bool, skips: bool, multiplies: bool) -> Family:
+        """Return the family of the dense model: by where its norms stand, by NeMo's module, else a Llama's or Qwen3's.
+
+        Args:
+            layers: its `transformer_layer_spec`, where that is one of `online.decoder_layers`.
+            has_norms: whether it has norms of query and key.
+            skips: whether there are layers without positions.
+            multiplies: whether it multiplies scores.
+        """
+        norms = tuple(layers.get(name, getattr(llama.FAMILY, name)) for name in NORMS)
+        if norms in _BY_NORMS:
+            return _BY_NORMS[norms]
+        family = find_nemo_module(self.module)
+        if family is None or family not in parents():
+            family = qwen3.FAMILY if has_norms else llama.FAMILY
+        if skips and family is llama.FAMILY:
+            family = smollm3.FAMILY
+        return granite.FAMILY if multiplies else family
 
     @cached_property
     def spec_fields(self) -> dict[str, tuple[str, Any]]:

@@ -22,6 +22,11 @@ def cut(recipe: run.Partial, **sizes: Any) -> run.Partial:
     """Cut a recipe down to toy width, for a machine without a GPU; all else is NeMo's."""
     for name, value in ({**SIZES, **sizes, "apply_rope_fusion": False}).items():
         setattr(recipe.model.config, name, value)
+    return cut_training(recipe)
+
+
+def cut_training(recipe: run.Partial) -> run.Partial:
+    """Let a recipe train three small steps, on a machine without a GPU."""
     recipe.data.seq_length, recipe.data.global_batch_size, recipe.data.num_workers = SEQUENCE, BATCH, 0
     trainer = recipe.trainer
     trainer.accelerator, trainer.devices, trainer.max_steps = "auto", 1, 3
