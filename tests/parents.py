@@ -48,6 +48,13 @@ def write_granite4(folder: Path, *, tied: bool = True, layers: int = 2, **change
     return write_parent(folder, GraniteMoeHybridForCausalLM, GraniteMoeHybridConfig, tied, layers, 1, changes)
 
 
+def write_gemma(folder: Path, *, layers: int = 2, **changes: Any) -> Path:
+    """Write a random Gemma, which multiplies its embedding and whose norms are around one, as `write_llama` does."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    return write_parent(folder, GemmaForCausalLM, GemmaConfig, True, layers, 1, changes)
+
+
 def write_gemma3(folder: Path, *, window: int = 5, tied: bool = True, layers: int = 6, **changes: Any) -> Path:
     """Write a random Gemma 3, whose layers but every sixth see a window and have another rotary base."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig

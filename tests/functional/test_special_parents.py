@@ -1,4 +1,4 @@
-"""Parents that NeMo has no configuration of, trained by a stock recipe: what was saved is read back and computes."""
+"""Parents whose MoE hardly a Hugging Face class holds, trained by a stock recipe: what was saved computes the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.blends import write_blend
 from tests.distributed.ranks import run_ranks
 from tests.functional.tiny import texts
 from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_smollm3, write_tokenizer
-from tests.parents import write_granite, write_olmo3
+from tests.parents import write_gemma, write_granite, write_olmo3
 from tests.tiers import quick
 
 
@@ -24,7 +24,27 @@ WRITERS: dict[str, Callable[..., Path]] = {
     "EXAONE 4": write_exaone4,
     "SmolLM3": write_smollm3,
     "Granite 3": write_granite,
+    "Gemma": write_gemma,
 }
+
+
+def _model(parent: str) -> Any:
+    """Return NeMo's model of a parent: its own Gemma, and what this package makes of the others."""
+    import nemo_run as run
+    from nemo.collections import llm
+
+    from nemo_upcycle.models.hf_config import read_architecture
+    from nemo_upcycle.models.megatron_config import megatron_fields
+    from nemo_upcycle.trainers.nemo.decoder import decoder_model
+
+    arch = read_architecture(Path(parent))
+    if not arch.scaled_embedding:
+        return decoder_model(parent, seq_length=64)
+    config = run.Config(
+        llm.GemmaConfig, **megatron_fields(arch), vocab_size=arch.vocab_size, rotary_base=arch.rope_theta
+    )
+    config.seq_length = 64
+    return run.Config(llm.GemmaModel, config=config)
 
 
 def _train(parent: str, data: str, folder: str) -> None:
@@ -35,12 +55,11 @@ def _train(parent: str, data: str, folder: str) -> None:
     from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.recipes import upcycled
     from nemo_upcycle.trainers.nemo.checks import check_recipe
-    from nemo_upcycle.trainers.nemo.decoder import decoder_model
     from tests.functional.stock import SPEC, cut_training
 
     use_cpu_backend()
     recipe = llm.qwen3_600m.pretrain_recipe()
-    recipe.model = decoder_model(parent, seq_length=64)
+    recipe.model = _model(parent)
     recipe = upcycled(cut_training(recipe), parent, SPEC, data)
     recipe.optim.config.lr = recipe.optim.lr_scheduler.min_lr = 1e-30
     recipe.optim.config.weight_decay = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,6 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         arch: the model's.
         layout: that Megatron's groups were made for.
         dtype: the type to compute in.
-
-    Raises:
-        CheckpointError: Megatron's own model class cannot compute it.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -121,13 +119,8 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
 
     from nemo_upcycle.online.decoder_layers import decoder_layers
 
-    if arch.scaled_embedding:
-        raise CheckpointError(
-            "embedding of the model",
-            got="multiplied by sqrt(hidden_size)",
-            expected="as it is: Megatron's own model class does not multiply it",
-            fix="export the checkpoint and evaluate the Hugging Face folder",
-        )
+    if arch.scaled_embedding:  # Megatron's own model class does not scale it; a layer of ours does
+        arch = replace(arch, scaled_embedding=False, embedding_multiplier=arch.hidden_size**0.5)
     on_gpu = torch.cuda.is_available()
     config = TransformerConfig(
         **megatron_fields(arch),
