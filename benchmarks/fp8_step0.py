@@ -1,4 +1,4 @@
-"""What FP8 does to an upcycled model at step 0: SmolLM2-135M and its E8T2 in BF16 and by each FP8 recipe, on a CPU.
+"""What FP8 and NVFP4 do to an upcycled model at step 0: SmolLM2-135M and its E8T2 in BF16 and each recipe, on a CPU.
 
     python -m benchmarks.fp8_step0 DENSE HELDOUT    # writes benchmarks/results/fp8_step0.md
 
@@ -36,6 +36,7 @@ PRECISIONS: dict[str, str | None] = {
     "tensorwise": "tensorwise",
     "blockwise": "blockwise",
     "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4",
 }
 
 
@@ -80,7 +81,9 @@ def built(dense: Any, spec: UpcycleSpec | None) -> Any:
 
 def measured(model: Any, tokens_BS: torch.Tensor, recipe: str | None) -> Pass:
     """Return a pass by a recipe."""
-    model.config.fp8, model.config.fp8_recipe = "hybrid" if recipe else None, recipe
+    is_nvfp4 = recipe == "nvfp4"
+    model.config.fp4 = "e2m1" if is_nvfp4 else None
+    model.config.fp8, model.config.fp8_recipe = ("hybrid", recipe) if recipe and not is_nvfp4 else (None, None)
     model.config.fp8_amax_history_len, model.config.fp8_amax_compute_algo = 1024, "max"
     model.set_is_first_microbatch()
     return Pass(model, tokens_BS)

@@ -16,7 +16,6 @@ _CPU_FIELDS: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "cross_entropy_loss_fusion": False,
     "fp8_param": False,
-    "fp4": None,
     "fp4_param": False,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,

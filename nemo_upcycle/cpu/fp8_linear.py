@@ -158,10 +158,10 @@ def _delayed_scales(
 
 
 def _context(config: Any, layer_no: int = -1, is_init: bool = False) -> AbstractContextManager[None]:
-    """Return what Megatron's `get_fp8_context` does on a GPU, for the local layers."""
+    """Return what Megatron's `get_fp8_context` and `get_fp4_context` do on a GPU, for the local layers."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
-    if is_init or not config.fp8 or is_first_last_bf16_layer(config, layer_no):
+    if is_init or not (config.fp8 or config.fp4) or is_first_last_bf16_layer(config, layer_no):
         return nullcontext()
     recipe = Fp8Recipe.of(config)
     _say_once(recipe.name)
@@ -171,7 +171,9 @@ def _context(config: Any, layer_no: int = -1, is_init: bool = False) -> Abstract
 @functools.cache
 def _say_once(recipe: str) -> None:
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        logger.warning("FP8 (%s) is emulated on this CPU: passes take several times as long as in BF16", recipe)
+        logger.warning(
+            "Low precision (%s) is emulated on this CPU: passes take several times as long as in BF16", recipe
+        )
 
 
 def _checkpoint(
@@ -216,22 +218,25 @@ def _or_in_fp8(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 def emulate_fp8() -> None:
-    """Compute in FP8 what a recipe's `fp8` and `fp8_recipe` ask for, in Megatron's local layers.
+    """Compute in FP8 or NVFP4 what a recipe's `fp8_recipe`, or `fp4_recipe`, asks for, in Megatron's local layers.
 
     Without it a recipe in FP8 trains in BF16; with experts it does not start where Transformer Engine is missing
     (Megatron compares its version with None), nor recompute where it is there (its `checkpoint` wants CUDA).
     """
-    from megatron.core import fp8_utils, utils
+    from megatron.core import fp4_utils, fp8_utils, utils
     from megatron.core.extensions import transformer_engine
     from megatron.core.tensor_parallel import layers, random
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.moe import moe_layer
 
     utils._te_version = utils.get_te_version() or Version("1.11")  # the first whose experts Megatron lets be in FP8
-    stock = fp8_utils.get_fp8_context
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get("get_fp8_context") is stock:
-            module.get_fp8_context = _context  # type: ignore[attr-defined]
+    for name, stock in {
+        "get_fp8_context": fp8_utils.get_fp8_context,
+        "get_fp4_context": fp4_utils.get_fp4_context,
+    }.items():
+        for module in list(sys.modules.values()):
+            if getattr(module, "__dict__", {}).get(name) is stock:
+                setattr(module, name, _context)
     transformer_engine.te_checkpoint = transformer_block.te_checkpoint = moe_layer.te_checkpoint = _checkpoint
     if find_spec("megatron.core.recompute"):  # of later releases
         from megatron.core import recompute

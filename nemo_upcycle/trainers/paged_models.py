@@ -46,6 +46,7 @@ _ONE_RANK: dict[str, Any] = {
     "bf16": False,
     "fp16": False,
     "fp8": None,
+    "fp4": None,
     "moe_router_padding_for_fp8": False,
     "moe_router_padding_for_quantization": False,
     "params_dtype": torch.float32,

@@ -47,7 +47,6 @@ MODELS = {
     ("Qwen2", True): ["plain", "softmax first"],
     ("Qwen3", False): ["plain", "every second layer", "softmax first"],
     ("Qwen3", True): ["granular", "sigmoid", "sigmoid, shared", "from data", "sigmoid, from data"],
-    ("Phi-3", False): ["plain", "sigmoid"],
     ("OLMo 2", False): ["plain", "softmax first"],
     ("Granite 3", True): ["plain", "shared"],
     ("Granite 4", True): ["plain"],
