@@ -158,8 +158,8 @@ class CheckpointContext:
                 fix="keep the model in Megatron-Bridge, and upcycle from a Hugging Face folder",
             )
         num_layers = int(self.settings["num_layers"])
-        window = get("window_size")  # (tokens back, tokens ahead), -1 for all
-        has_window = bool(window) and int(window[0]) >= 0
+        back, _ = get("window_size") or (-1, -1)  # tokens back, tokens ahead; -1 for all
+        has_window = int(back) >= 0
         sees = layers_with(get("window_attn_skip_freq"), num_layers, True)
         turns, scale = rope_pattern(get("no_rope_freq"), num_layers), get("softmax_scale")
         layers = layers if isinstance(layers := get("transformer_layer_spec"), dict) else {}
@@ -209,7 +209,7 @@ class CheckpointContext:
             "rope_scaling": layers.get("rope_scaling") or scaling_of(self.settings),
             "partial_rotary_factor": get("rotary_percent", 1.0),
             "max_position_embeddings": get("max_position_embeddings" if get("short_factor") else "seq_length", 4096),
-            "sliding_window": int(window[0]) + 1 if has_window else None,
+            "sliding_window": int(back) + 1 if has_window else None,
             "layer_types": [WINDOW if one else FULL for one in sees],
         }
 
