@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ def write_granite4(folder: Path, *, tied: bool = True, layers: int = 2, **change
     changes |= {"shared_intermediate_size": changes.pop("intermediate_size"), "intermediate_size": 32}
     changes |= {"head_dim": None, "pad_token_id": 0, "num_local_experts": 0, "mamba_n_heads": 1}
     changes |= {"position_embedding_type": "rope", "layer_types": ["attention"] * layers}
-    return write_parent(folder, GraniteMoeHybridForCausalLM, GraniteMoeHybridConfig, tied, layers, 1, changes)
+    write_parent(folder, GraniteMoeHybridForCausalLM, GraniteMoeHybridConfig, tied, layers, 1, changes)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("time_step_limit", None)  # of Mamba layers: transformers 5 writes one that it does not read again
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def write_gemma(folder: Path, *, layers: int = 2, **changes: Any) -> Path:

@@ -10,19 +10,20 @@ import torch
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from tests.distributed.ranks import run_ranks
 from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_olmo2, write_phi3, write_smollm3
-from tests.parents import write_gemma3, write_granite, write_ministral3, write_olmo3
+from tests.parents import write_gemma3, write_granite, write_granite4, write_ministral3, write_olmo3
 from tests.tiers import quick
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
-# Not Granite 4, whose saved configuration transformers 5.12 cannot read, nor OLMo 3 with YaRN, all of whose layers it
-# turns by it; 4.57 turns those alone that see all tokens: tests/unit/models/test_parents.py. Ministral 3 has YaRN.
+# Not OLMo 3 with YaRN, all of whose layers transformers 5.12 turns by it; 4.57 turns those alone that see all tokens:
+# tests/unit/models/test_parents.py. Ministral 3 has YaRN.
 WRITERS = {
     "OLMo 2": write_olmo2,
     "OLMo 3": write_olmo3,
     "SmolLM3": write_smollm3,
     "EXAONE 4": write_exaone4,
     "Granite 3": write_granite,
+    "Granite 4": write_granite4,
     "Phi-3": write_phi3,
     "Gemma 3": write_gemma3,
     "Ministral 3": write_ministral3,
