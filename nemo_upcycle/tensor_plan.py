@@ -31,9 +31,8 @@ from nemo_upcycle.spec import UpcycleSpec
 
 
 Bounds = tuple[tuple[int, int], ...]
-#: Roles that no tensor of a dense model stands behind, and those with a row for every expert.
-_ROUTER_ROLES = ("router", "router_bias")
-_ROW_ROLES = (*_ROUTER_ROLES, *BALANCING_BIASES)
+#: Roles of a router: with a row for every expert, and no tensor of a dense model behind it.
+_ROUTER_ROLES = ("router", "router_bias", *BALANCING_BIASES)
 _WHOLE = Shard()
 #: How parameters are cut whose rows, or columns, are neurons.
 _BY_NEURON = (Sharding.GATED, Sharding.NEURON_ROWS, Sharding.NEURON_COLUMNS)
@@ -115,7 +114,7 @@ class TensorPlan:
 
     def made_by(self, spec: UpcycleSpec | None) -> str:
         """Return how the tensor is made, for the receipt."""
-        if self.mapping.role == "router_bias" and self.is_drawn:
+        if self.mapping.role != "router" and self.is_drawn:
             return "zero"
         if self.is_drawn and spec:
             if calibration := calibration_of(spec) if spec.reads_router else None:
@@ -128,7 +127,7 @@ class TensorPlan:
 
     def drawn(self, spec: UpcycleSpec, hidden_size: int) -> torch.Tensor:
         """Return a router's weight [E, D] or bias [E], float32."""
-        if self.mapping.role == "router_bias":
+        if self.mapping.role != "router":
             return torch.zeros(spec.num_experts)
         assert self.layer is not None
         return router_weight(spec, self.layer, hidden_size)
@@ -174,7 +173,8 @@ def plan_tensor(
     tied = mapping.role == "output" and dense.tied_embeddings
     source = mapping_of("embedding" if tied else mapping.role if grows else mapping.dense_role, dense)
     copy, first_neuron = 0, 0
-    sources = source_experts(dense, spec, layer) if grows and (mapping.is_expert or mapping.role in _ROW_ROLES) else ()
+    is_copied = grows and (mapping.is_expert or mapping.role in _ROUTER_ROLES)
+    sources = source_experts(dense, spec, layer) if is_copied else ()
     if mapping.is_expert and moe.expert_ffn_size and not grows:
         copy, part = divmod(expert, dense.ffn_size // moe.expert_ffn_size)
         first_neuron = part * moe.expert_ffn_size
@@ -191,7 +191,7 @@ def plan_tensor(
     factors = _factors(mapping, source, expert, dense, spec, hf=hf_part is not None) if spec or grows else ()
     found = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
     method = found if found and found.computes else None
-    if sources and mapping.role in _ROW_ROLES:
+    if sources and mapping.role in _ROUTER_ROLES:
         slices = tuple(_rows_of(slices[0], sources))
         method = RowNoise(sources) if spec and mapping.role == "router" and router_moves(spec) else None
     order = None

@@ -57,21 +57,6 @@ def write_qwen3(folder: Path, *, tied: bool = False, layers: int = 4, **changes:
     return write_parent(folder, Qwen3ForCausalLM, Qwen3Config, tied, layers, 1, changes)
 
 
-def write_moe(folder: Path, kind: str, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
-    """Write a random parent of 4 experts, 2 for a token, as `write_llama` writes a Llama."""
-    import transformers
-
-    sizes = {"num_local_experts" if kind == "Mixtral" else "num_experts": 4, "num_experts_per_tok": 2}
-    sizes |= {"moe_intermediate_size": 48, "norm_topk_prob": True} if kind == "Qwen3Moe" else {}
-    model_class, config_class = (getattr(transformers, kind + what) for what in ("ForCausalLM", "Config"))
-    return write_parent(folder, model_class, config_class, tied, layers, 1, sizes | changes)
-
-
-write_mixtral, write_qwen3_moe, write_olmoe = (
-    partial(write_moe, kind=kind) for kind in ("Mixtral", "Qwen3Moe", "Olmoe")
-)
-
-
 def write_phi3(folder: Path, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
     """Write a random Phi-3, whose query, key and value, and gate and up are fused, as `write_llama` writes a Llama."""
     from transformers import Phi3Config, Phi3ForCausalLM
@@ -159,6 +144,9 @@ def write_parent(
             parameter.data.normal_(0, 0.1)
         else:
             parameter.data.uniform_(0.5, 1.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # as large as a training makes them
+            buffer.uniform_(7, 7.3)
     total_bytes = sum(parameter.nbytes for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=total_bytes if shards == 1 else total_bytes // shards)
     return folder

@@ -1,8 +1,9 @@
-"""Random dense checkpoints of further families, as `tests.models` writes a Llama."""
+"""Random checkpoints of further families, as `tests.models` writes a Llama."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,32 @@ def write_ministral3(folder: Path, *, tied: bool = False, layers: int = 2, **cha
     return write_parent(
         folder, Ministral3ForCausalLM, Ministral3Config, tied, layers, 1, {"pad_token_id": 0} | changes
     )
+
+
+#: Class of models with experts -> settings that are not those of all, or not its defaults.
+_OF_MOE: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": {"moe_intermediate_size": 48, "norm_topk_prob": True},
+    "Qwen2Moe": {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 80, "head_dim": None},
+    "Glm4Moe": {
+        "moe_intermediate_size": 48,
+        "routed_scaling_factor": 2.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+    },
+    "FlexOlmo": {"head_dim": None, "pad_token_id": 0},
+}
+
+
+def write_moe(folder: Path, kind: str, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
+    """Write a random parent of 4 experts, 2 for a token, as `write_llama` writes a Llama."""
+    import transformers
+
+    count = {"Mixtral": "num_local_experts", "Glm4Moe": "n_routed_experts"}.get(kind, "num_experts")
+    sizes = {count: 4, "num_experts_per_tok": 2} | _OF_MOE.get(kind, {})
+    model_class, config_class = (getattr(transformers, kind + what) for what in ("ForCausalLM", "Config"))
+    return write_parent(folder, model_class, config_class, tied, layers, 1, sizes | changes)
+
+
+write_mixtral, write_qwen3_moe, write_olmoe = (
+    partial(write_moe, kind=kind) for kind in ("Mixtral", "Qwen3Moe", "Olmoe")
+)

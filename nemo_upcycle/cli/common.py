@@ -46,7 +46,7 @@ _SPEC_FIELDS: dict[str, tuple[type, str, str]] = {
         "of nemo-upcycle calibrate, for a router from data or a split by data",
     ),
     "router_order": (str, "|".join(ROUTER_ORDERS), "softmax after or before top-k"),
-    "output_scale": (str, "|".join(OUTPUT_SCALES), "exact: copies compute the dense function"),
+    "output_scale": (str, "|".join(OUTPUT_SCALES), "exact: copies compute the parent's function"),
     "seed": (int, "N", "seed of all random numbers"),
 }
 

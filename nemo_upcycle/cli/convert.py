@@ -28,7 +28,9 @@ exit status: 0 done; 2 a value or a file is wrong."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    text = "dense checkpoint: Hugging Face folder, hf://ORG/NAME on the hub (downloaded), or asset://smollm2-135m"
+    text = (
+        "dense, or with experts: Hugging Face folder, hf://ORG/NAME on the hub (downloaded), or asset://smollm2-135m"
+    )
     parser.add_argument("source", metavar="SRC", help=text)
     parser.add_argument("output", metavar="DST", type=folder_to_make, help="folder to make")
     add_spec_options(parser)
@@ -84,7 +86,7 @@ def _text(done: Conversion, source: str) -> str:
     lines = [
         f"{done.output}: {done.hf_class}, {done.total_params / 1e9:.4g}B parameters ({done.active_params / 1e9:.4g}B"
         f" active), {done.dtype}, {done.bytes_total / 1e9:.4g} GB in {done.seconds:.3g} s",
-        "computes the dense function" if done.exact else "not exact: " + "; ".join(done.inexact_because),
+        "computes the parent's function" if done.exact else "not exact: " + "; ".join(done.inexact_because),
     ]
     if done.needs_float32_routing:
         lines.append(

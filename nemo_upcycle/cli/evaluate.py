@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N items of each task")
     parser.add_argument("--strict", action="store_true", help="end where the data of a task cannot be had")
     group = parser.add_argument_group("a checkpoint")
-    group.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: from the receipt)")
+    group.add_argument("--dense", type=Path, metavar="FOLDER", help="the parent (default: from the receipt)")
     for option, text in (("tp", "share every matrix"), ("pp", "share the layers"), ("ep", "share the experts")):
         group.add_argument(f"--{option}", type=int, default=1, metavar="N", help=f"ranks that {text} (default: 1)")
     group.add_argument(

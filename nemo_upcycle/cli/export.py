@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", metavar="CHECKPOINT", type=Path, help="folder with weights/ or .metadata, or a folder above it"
     )
     parser.add_argument("output", metavar="DST", type=folder_to_make, help="folder to make")
-    parser.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: from the receipt)")
+    parser.add_argument("--dense", type=Path, metavar="FOLDER", help="the parent (default: from the receipt)")
     parser.add_argument(
         "--receipt", type=Path, metavar="FILE", help="receipt.json of the run (default: search above CHECKPOINT)"
     )

@@ -15,10 +15,10 @@ import torch
 
 from nemo_upcycle.convert.safetensors_writer import as_bytes
 from nemo_upcycle.init.methods import METHODS
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.mapping import as_written, constant_tensors
-from nemo_upcycle.models.sharding import hf_shapes
+from nemo_upcycle.models.sharding import float32_names, hf_shapes
 from nemo_upcycle.models.stacked import is_stacked
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
@@ -65,6 +65,14 @@ class Expansion:
     @cached_property
     def _constants(self) -> dict[str, torch.Tensor]:
         return constant_tensors(self.moe_arch, self.dtype)
+
+    @cached_property
+    def float32(self) -> frozenset[str]:
+        """The tensors that are float32 whatever the type."""
+        return float32_names(self.moe_arch)
+
+    def _dtype(self, plan: TensorPlan) -> torch.dtype:
+        return torch.float32 if self.float32 and plan.mapping.role in BALANCING_BIASES else self.dtype
 
     @property
     def writers(self) -> int:
@@ -143,7 +151,7 @@ class Expansion:
     def _unchanged(self, source: DenseSource, plan: TensorPlan) -> ByteRange | None:
         """Return where in a file the bytes of the output stand already; None if they stand nowhere."""
         slice_, *others = plan.slices
-        if others or plan.method or plan.factors or source.dtype(slice_.name) is not self.dtype:
+        if others or plan.method or plan.factors or source.dtype(slice_.name) is not self._dtype(plan):
             return None
         return source.byte_range(slice_.name, slice_.bounds)
 
@@ -155,5 +163,5 @@ class Expansion:
             rows = last - first if plan.method else max(1, BLOCK_BYTES // row_bytes)
             for start in range(first, last, rows):
                 block = source.read(slice_.name, ((start, min(start + rows, last)), *rest))
-                yield expand_slice(plan, slice_.name, block, source, self.dtype).contiguous()
+                yield expand_slice(plan, slice_.name, block, source, self._dtype(plan)).contiguous()
                 source.release()  # pages of the mapped file; what is still needed comes back from the page cache

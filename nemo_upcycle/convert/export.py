@@ -27,7 +27,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class, server_caveats
 from nemo_upcycle.models.mapping import as_written, constant_tensors, hf_constants, mapping_of_hf, stored_as
-from nemo_upcycle.models.sharding import Shard, hf_shape, hf_shapes, shard_shape, source_slices
+from nemo_upcycle.models.sharding import Shard, float32_names, hf_shape, hf_shapes, shard_shape, source_slices
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.checks import require_finite, rounded
 from nemo_upcycle.spec import UpcycleSpec
@@ -40,7 +40,7 @@ from nemo_upcycle.utils.streams import StreamedFile
 MADE_BY = "nemo-upcycle export"
 _ASSUMED = (
     "the checkpoint says nothing of its model (no context/model.yaml, no arguments in common.pt): rotary embedding,"
-    " norm epsilon, activation and window are taken to be the dense parent's, and the router's scores a softmax"
+    " norm epsilon, activation and window are taken to be the parent's, and the router's scores a softmax"
 )
 
 
@@ -72,12 +72,12 @@ def _write_tensors(weights: MegatronWeights, arch: Architecture, dtype: torch.dt
         CheckpointError: when it is called, a tensor has another shape than the architecture says, or contains NaN,
             infinity or a number too large for the type.
     """
-    constants = constant_tensors(arch, dtype)
+    constants, float32 = constant_tensors(arch, dtype), float32_names(arch)
 
     def write(file: StreamedFile, names: list[str], advance: Callable[[int], None]) -> None:
         for name in names:
             tensor = constants[name] if name in constants else _hf_tensor(weights, name, arch)
-            cast = tensor.to(dtype)
+            cast = tensor.to(torch.float32 if name in float32 else dtype)
             require_finite(tensor, name, made=cast)
             file.write(as_bytes(cast))
             advance(1)
@@ -96,7 +96,7 @@ def _hf_tensor(weights: MegatronWeights, hf_name: str, arch: Architecture) -> to
             f"shape of {hf_name}",
             got=list(whole.shape),
             expected=list(wanted),
-            fix="the checkpoint belongs to another dense parent",
+            fix="the checkpoint belongs to another parent",
         )
     parts = [
         piece.view(whole).reshape(hf_shape(mapping, piece.part, arch))
@@ -142,11 +142,12 @@ def export_weights(
     for name in (name for name in shapes if name not in constants):
         mapping, _, layer, expert = mapping_of_hf(name, arch)
         stored[name] = weights.dtype(stored_as(mapping, arch), layer, expert)
-    lossy = list(rounded(stored, dtype))
+    float32 = float32_names(arch)
+    lossy = list(rounded({name: own for name, own in stored.items() if name not in float32}, dtype))
     with output_folder(output, MADE_BY, plan) as folder:
         write_config(dense_folder, folder, arch, dtype, about.router_aux_loss)
         tokenizer_files = copy_tokenizer_files(dense_folder, folder)
-        writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES)
+        writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES, float32=float32)
         writer.write(folder, _write_tensors(weights, arch, dtype), f"export {output.name}")
         notes = [*about.notes, *server_caveats(arch)]
         write_card(

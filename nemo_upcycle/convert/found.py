@@ -63,7 +63,7 @@ def find_model(
     dense = dense or (Path(receipt["source"]) if isinstance(receipt.get("source"), str) else None)
     if dense is None:
         raise UpcycleError(
-            "dense parent",
+            "parent",
             got="none",
             expected="its Hugging Face folder",
             fix="add --dense FOLDER, or --receipt FILE of the run",

@@ -108,8 +108,8 @@ class CheckpointWeights:
                 raise CheckpointError(
                     f"{what} of {self.checkpoint.path}",
                     got=got,
-                    expected=f"{expected}, as in the dense parent",
-                    fix="export with the dense parent that the model was made from",
+                    expected=f"{expected}, as in the parent",
+                    fix="export with the parent that the model was made from",
                 )
 
     def require_all_read(self, arch: Architecture) -> None:
@@ -193,15 +193,20 @@ class LiveWeights:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model, self._hybrid = model, hybrid_of(model)
-        self._names = {name for name, _ in model.named_parameters()}
+        self._names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
 
     def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
         """Return a parameter's type."""
-        return self._model.get_parameter(self.name(mapping, layer, expert)).dtype
+        return self._tensor(mapping, layer, expert).dtype
 
     def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
         """Return a parameter."""
-        return self._model.get_parameter(self.name(mapping, layer, expert)).detach()
+        return self._tensor(mapping, layer, expert).detach()
+
+    def _tensor(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
+        owner, _, name = self.name(mapping, layer, expert).rpartition(".")
+        tensor: torch.Tensor = getattr(self._model.get_submodule(owner), name)  # of biases, a buffer
+        return tensor
 
     def name(self, mapping: ParamMapping, layer: int, expert: int) -> str:
         """Return a parameter's name in the model."""

@@ -120,7 +120,7 @@ def _besides(arch: Architecture) -> dict[str, str]:
     if copied:
         told.append(f"the embedding again as the output layer, {copied:,} numbers: not all servers share the two")
     if constants:
-        told.append(f"{constants:,} zeros in tensors that the class has and the dense model does not")
+        told.append(f"{constants:,} zeros in tensors that the class has and the parent does not")
     return {"Also in the files": "; ".join(told)} if told else {}
 
 
@@ -163,10 +163,10 @@ def _front(names: list[str | None], cards: list[dict[str, Any]], arch: Architect
 def _licence(front: dict[str, Any], cards: list[dict[str, Any]]) -> str:
     if "license" in front:
         name = front.get("license_name", front["license"])
-        return f"The dense model's: {name}. Its licence files, where it has some, lie in this folder."
+        return f"The parent's: {name}. Its licence files, where it has some, lie in this folder."
     if any("license" in card for card in cards):
-        return "The dense models have several: " + "; ".join(str(card.get("license", "none named")) for card in cards)
-    return "The dense model's folder names none: see where it came from."
+        return "The parents have several: " + "; ".join(str(card.get("license", "none named")) for card in cards)
+    return "The parent's folder names none: see where it came from."
 
 
 def spec_fact(spec: UpcycleSpec) -> dict[str, str]:

@@ -7,6 +7,7 @@ time and by anything, continues with the first file that is missing. `expansion.
 from __future__ import annotations
 
 import errno
+import math
 import resource
 import shutil
 import time
@@ -111,7 +112,7 @@ def convert(
         progress: whether to show how far it is, on stderr.
 
     Returns:
-        Counts, bytes, time and whether the model computes the dense function.
+        Counts, bytes, time and whether the model computes its parent's function.
 
     Raises:
         SpecError: the spec does not fit, or no Hugging Face class can hold the model. Nothing was written.
@@ -137,7 +138,7 @@ def convert(
         require_disk(
             output, (moe_arch.total_params + extra_params(moe_arch)) * dtype.itemsize, f"convert {output.name}"
         )
-    writer = SafetensorsWriter(expansion.shapes, dtype, max_shard_bytes, expansion.order)
+    writer = SafetensorsWriter(expansion.shapes, dtype, max_shard_bytes, expansion.order, expansion.float32)
     check_source(dense)
     plan = _plan_of(dense, spec, dtype, max_shard_bytes)
     reasons = (
@@ -157,7 +158,7 @@ def convert(
                 folder, expansion.write_tensors, label, writers=writers, progress=progress
             )
             _finish(expansion, writer, folder, output.name, reasons, plan)
-    total_params = writer.total_bytes // dtype.itemsize
+    total_params = sum(math.prod(shape) for shape in expansion.shapes.values())
     return Conversion(
         output=output,
         hf_class=moe_arch.hf_class,
@@ -227,7 +228,7 @@ def _finish(
     plan: dict[str, Any],
 ) -> None:
     """Add everything but the weights; the marker comes last."""
-    start = f"not the dense function: {'; '.join(reasons)}" if reasons else "the dense function, up to rounding"
+    start = f"not the parent's function: {'; '.join(reasons)}" if reasons else "the parent's function, up to rounding"
     facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Computes": start}
     dense, moe_arch = expansion.dense, expansion.moe_arch
     parents = [source.path for source in dense.branches()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,15 +52,18 @@ def require_dtype(dtype: torch.dtype) -> None:
         )
 
 
-def safetensors_header(names: Iterable[str], shapes: Shapes, dtype: torch.dtype) -> bytes:
+def safetensors_header(
+    names: Iterable[str], shapes: Shapes, dtype: torch.dtype, float32: Collection[str] = ()
+) -> bytes:
     """Return what comes before the data of a safetensors file that holds these tensors one after the other."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor, parts in itertools.groupby(names, tensor_of):
         first, *others = parts
         shape = [1 + len(others)] * is_stacked(first) + list(shapes[first])
-        stop = offset + torch.Size(shape).numel() * dtype.itemsize
-        entries[tensor] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, stop]}
+        own = torch.float32 if first in float32 else dtype
+        stop = offset + torch.Size(shape).numel() * own.itemsize
+        entries[tensor] = {"dtype": _DTYPE_NAMES[own], "shape": shape, "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
@@ -81,6 +84,7 @@ class SafetensorsWriter:
         dtype: type of all of them on disk.
         max_shard_bytes: largest size of a file's data.
         order: returns a file's tensors in the order in which they are written; by default the model's.
+        float32: those that are float32 whatever the type; they come first, where they are aligned.
 
     Example:
         >>> writer = SafetensorsWriter(shapes, torch.bfloat16)  # doctest: +SKIP
@@ -91,6 +95,7 @@ class SafetensorsWriter:
     dtype: torch.dtype
     max_shard_bytes: int = MAX_SHARD_BYTES
     order: Callable[[list[str]], list[str]] = list
+    float32: frozenset[str] = frozenset()
 
     @cached_property
     def files(self) -> dict[str, list[str]]:
@@ -111,7 +116,15 @@ class SafetensorsWriter:
 
     def size_bytes(self, names: Iterable[str]) -> int:
         """Return the bytes of the data of these tensors."""
-        return sum(torch.Size(self.shapes[name]).numel() for name in names) * self.dtype.itemsize
+        sizes = {True: 4, False: self.dtype.itemsize}
+        return sum(torch.Size(self.shapes[name]).numel() * sizes[name in self.float32] for name in names)
+
+    def _ordered(self, file: str) -> list[str]:
+        """Return a file's tensors in the order in which they are written."""
+        return sorted(self.order(self.files[file]), key=lambda name: name not in self.float32)
+
+    def _header(self, file: str) -> bytes:
+        return safetensors_header(self._ordered(file), self.shapes, self.dtype, self.float32)
 
     @cached_property
     def total_bytes(self) -> int:
@@ -125,11 +138,11 @@ class SafetensorsWriter:
 
     def is_whole(self, folder: Path, file: str) -> bool:
         """Return whether a file is there, as far as its size and header tell."""
-        path, names = folder / file, self.files[file]
+        path = folder / file
         if not path.is_file():
             return False
-        header = safetensors_header(self.order(names), self.shapes, self.dtype)
-        if path.stat().st_size != len(header) + self.size_bytes(names):
+        header = self._header(file)
+        if path.stat().st_size != len(header) + self.size_bytes(self.files[file]):
             return False
         with path.open("rb") as handle:
             return handle.read(len(header)) == header
@@ -179,12 +192,12 @@ class SafetensorsWriter:
             with counting:
                 line.advance(tensors)
 
-        def write(file: str, names: list[str]) -> None:
+        def write(file: str) -> None:
             unfinished = folder / f"{file}{_UNFINISHED}"
             try:
                 with StreamedFile(unfinished) as out:
-                    out.write(safetensors_header(names, self.shapes, self.dtype))
-                    write_tensors(out, names, advance)
+                    out.write(self._header(file))
+                    write_tensors(out, self._ordered(file), advance)
                 unfinished.rename(folder / file)
             except BaseException:
                 unfinished.unlink(missing_ok=True)
@@ -192,7 +205,7 @@ class SafetensorsWriter:
 
         with ThreadPoolExecutor(writers, "write") as pool:
             try:
-                for job in as_completed([pool.submit(write, file, self.order(self.files[file])) for file in todo]):
+                for job in as_completed([pool.submit(write, file) for file in todo]):
                     job.result()
             except BaseException:  # an interrupt, too
                 stopped.set()

@@ -231,7 +231,7 @@ def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
             f"model {folder}",
             got=f"{type(error).__name__}: {error}",
             expected="a model that transformers can load",
-            fix="export the model again, with the tokenizer files of the dense model",
+            fix="export the model again, with the tokenizer files of the parent",
         ) from error
     wrong = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
     if wrong:

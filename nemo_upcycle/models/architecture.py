@@ -105,6 +105,7 @@ class Architecture:
         expert_ffn_size: F of one routed expert; None in a dense model.
         expert_input_size: numbers of a token that routed experts see, projected to them and back; None: all, D.
         shared_ffn_size: F of all shared experts together; 0 without.
+        shared_gate: whether a token decides by what, from 0 to 1, their output is multiplied.
         moe_pattern: which layers are MoE layers; None: all, if there are experts.
         norm_topk: whether the weights of the chosen experts are made to sum to one.
         router_score: what the router's logits go through, as in `UpcycleSpec`.
@@ -177,6 +178,7 @@ class Architecture:
     expert_ffn_size: int | None = None
     expert_input_size: int | None = None
     shared_ffn_size: int = 0
+    shared_gate: bool = False
     moe_pattern: tuple[bool, ...] | None = None
     norm_topk: bool = True
     router_score: str = "softmax"
@@ -295,6 +297,7 @@ class Architecture:
         """Return the parameters of an MoE layer's network, with `experts` routed experts."""
         router = (self.num_experts or 0) * (self.hidden_size + (1 if self.ffn_bias else 0))
         shared = self.ffn_params(self.shared_ffn_size) if self.shared_ffn_size else 0
+        shared += self.hidden_size if self.shared_gate else 0
         around = 2 * self.hidden_size * (self.expert_input_size or 0)
         return experts * self.expert_params + around + router + shared
 
@@ -338,7 +341,8 @@ class Architecture:
     @property
     def dense(self) -> Architecture:
         """The same model without experts: of one that was upcycled, the sizes of its parent."""
-        return replace(self, num_experts=None, top_k=None, expert_ffn_size=None, moe_pattern=None, shared_ffn_size=0)
+        kept = replace(self, num_experts=None, top_k=None, expert_ffn_size=None, moe_pattern=None)
+        return replace(kept, shared_ffn_size=0, shared_gate=False)
 
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
         """Return the MoE architecture that a spec makes of this one.

@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import read_architecture, rope_settings
-from nemo_upcycle.models.mapping import hf_constants
+from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.utils.files import read_json
 
 
@@ -54,6 +54,8 @@ def load_model(folder: Path, **options: Any) -> Any:
 def empty_model(folder: Path) -> Any:
     """Return the model of a Hugging Face folder in float32 on the meta device, ready to compute but for its weights.
 
+    Buffers that are in the folder, too, are zeros.
+
     Args:
         folder: its Hugging Face folder.
 
@@ -71,7 +73,7 @@ def empty_model(folder: Path) -> Any:
             kind = {"rope_type": module.rope_type} if "rope_type" in signature(type(module)).parameters else {}
             _set(model, name, type(module)(config=module.config, **kind))
     for name in [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-        shapes = hf_constants(read_architecture(folder))
+        shapes = hf_shapes(read_architecture(folder))
         if name.endswith(".embed_scale"):  # Gemma's
             _set(model, name, torch.tensor(config.hidden_size**0.5))
         if name in shapes:

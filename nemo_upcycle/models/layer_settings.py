@@ -20,14 +20,15 @@ ROPE = ("rope_theta", "rope_scaling", "local_rope_theta", "max_positions", "rota
 
 def decoder_settings(arch: Architecture) -> dict[str, Any]:
     """Return the settings of `online.decoder_layers` that make the layers of an architecture."""
-    return {name: getattr(arch, name) for name in (*DECODER, *(ROPE if arch.scales_in_layers else ()))}
+    names = (*DECODER, *(ROPE if arch.scales_in_layers else ()), *(("shared_gate",) if arch.shared_gate else ()))
+    return {name: getattr(arch, name) for name in names}
 
 
 def layer_fields(config: Any) -> dict[str, Any]:
     """Return what the layers of a configuration have that Megatron's own have not, field by field."""
     spec = getattr(config, "transformer_layer_spec", None)
     given = getattr(spec, "keywords", None) or getattr(spec, "__arguments__", {})
-    return {name: given[name] for name in DECODER if name in given}
+    return {name: given[name] for name in (*DECODER, "shared_gate") if name in given}
 
 
 def wrong_layers(model: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:

@@ -245,14 +245,15 @@ def mapping_of(role: str, arch: Architecture) -> ParamMapping:
 
     Where no Hugging Face class can hold the model, the parts stand for the names.
     """
-    return _mapping_of(role, find_family(arch.hf_class), arch.gated)
+    return _mapping_of(role, find_family(arch.hf_class), arch.gated, arch.shared_gate)
 
 
 @functools.cache
-def _mapping_of(role: str, family: Family | None, gated: bool) -> ParamMapping:
+def _mapping_of(role: str, family: Family | None, gated: bool, shared_gate: bool) -> ParamMapping:
     mapping = BY_ROLE[role]
     names = family.names.get(role, mapping.parts) if family else mapping.parts
-    mapping = replace(mapping, hf=names, hf_factor=family.hf_factors.get(role, 1.0) if family else 1.0)
+    factors = family.hf_factors if family and not shared_gate else {}
+    mapping = replace(mapping, hf=names, hf_factor=factors.get(role, 1.0))
     if mapping.sharding is Sharding.GATED and not gated:
         return replace(mapping, parts=mapping.parts[1:], hf=names[-1:], sharding=Sharding.NEURON_ROWS)
     return mapping
@@ -278,8 +279,8 @@ def part_mappings(arch: Architecture, part: LayerPart) -> tuple[ParamMapping, ..
 
 def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     """Return whether the architecture has this parameter where a layer of that kind could have it."""
-    if mapping.is_shared:  # none that is upcycled has a gate; the folder's is a constant of its class
-        return arch.shared_ffn_size > 0 and mapping.role != "shared_gate"
+    if mapping.is_shared:  # where the model has no gate, the folder's is a constant of its class
+        return arch.shared_ffn_size > 0 and (arch.shared_gate or mapping.role != "shared_gate")
     some = {"qkv": arch.latent is None, "query_norm": arch.qk_norm, "key_norm": arch.qk_norm}
     some |= {bias: getattr(arch, bias) for bias in ("qkv_bias", "attention_out_bias", *BALANCING_BIASES)}
     some |= dict.fromkeys(("attention_norm", "ffn_norm"), arch.pre_norm)
@@ -351,7 +352,7 @@ def mapping_of_hf(hf_name: str, arch: Architecture) -> tuple[ParamMapping, int, 
     Raises:
         CheckpointError: the table has no such tensor.
     """
-    for mapping, part, pattern in _hf_patterns(find_family(arch.hf_class), arch.gated):
+    for mapping, part, pattern in _hf_patterns(find_family(arch.hf_class), arch.gated, arch.shared_gate):
         if match := pattern.fullmatch(hf_name):
             numbers = match.groupdict()
             return mapping, part, int(numbers.get("layer", 0)), int(numbers.get("expert", 0))
@@ -359,9 +360,11 @@ def mapping_of_hf(hf_name: str, arch: Architecture) -> tuple[ParamMapping, int, 
 
 
 @functools.cache
-def _hf_patterns(family: Family | None, gated: bool) -> list[tuple[ParamMapping, int, re.Pattern[str]]]:
+def _hf_patterns(
+    family: Family | None, gated: bool, shared_gate: bool
+) -> list[tuple[ParamMapping, int, re.Pattern[str]]]:
     """Return mapping, part and pattern of every Hugging Face name of a family."""
-    mappings = [_mapping_of(role, family, gated) for role in (family.names if family else ())]
+    mappings = [_mapping_of(role, family, gated, shared_gate) for role in (family.names if family else ())]
     return [(mapping, part, _pattern(name)) for mapping in mappings for part, name in enumerate(mapping.hf)]
 
 

@@ -195,6 +195,7 @@ def router_fields(model: Architecture | UpcycleSpec) -> dict[str, Any]:
         "moe_router_pre_softmax": model.router_kind.pre_softmax,
         "moe_router_score_function": model.router_kind.score,
         "moe_router_topk_scaling_factor": None if model.routed_scaling_factor == 1 else model.routed_scaling_factor,
+        **({"moe_router_enable_expert_bias": True} if getattr(model, "balancing_bias", False) else {}),
     }
 
 
@@ -258,8 +259,7 @@ def check_spec(
     Raises:
         SpecError: they disagree, or the model would not compute its parent's function.
     """
-    source = spec or parent
-    wanted = (router_fields(source) if source else {}) or {"num_moe_experts": None}
+    wanted = (router_fields(source) if (source := spec or parent) else {}) or {"num_moe_experts": None}
     for name, value in wanted.items():
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):
@@ -334,9 +334,10 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
     fields = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
     hybrid = hybrid_of(model)
     if hybrid:
-        _check_pattern(hybrid, hybrid_symbols(moe_arch), "as in the dense checkpoint")
+        _check_pattern(hybrid, hybrid_symbols(moe_arch), "as in the parent")
     settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch, hybrid=hybrid is not None)
     settings += _MAMBA.values() if moe_arch.mamba else ()
+    settings += ("moe_router_enable_expert_bias",) if moe_arch.balancing_bias else ()
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
     scale = config.softmax_scale or moe_arch.head_dim**-0.5
     if not math.isclose(scale, moe_arch.softmax_scale, rel_tol=1e-6):
@@ -367,8 +368,8 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
             raise CheckpointError(
                 f"model.config.{name}",
                 got=got,
-                expected=f"{value}, as in the dense checkpoint",
-                fix="use the dense model's own configuration",
+                expected=f"{value}, as in the parent",
+                fix="use the parent's own configuration",
             )
 
 
@@ -391,9 +392,9 @@ def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Ite
         exact, where = window_fields(dense).get("window_size"), "every layer"
         if dense.window_pattern:
             where = f"layers {', '.join(str(layer) for layer, sees in enumerate(dense.window_pattern) if sees)}"
-        yield f"window_size={window} is not the dense model's attention: {exact} in {where} would be"
+        yield f"window_size={window} is not the parent's attention: {exact} in {where} would be"
     # Gemma multiplies its embedding by the root of D; NeMo's model class does so, Megatron's has no setting for it.
     scales = any(base.__name__ == "EmbeddingScalingMixin" for base in type(getattr(model, "embedding", None)).__mro__)
     if model.pre_process and scales is not dense.scaled_embedding:
         done = ("does not multiply", "multiplies")[scales]
-        yield f"the model {done} its embedding by sqrt(hidden_size), unlike the dense one: see NeMo's GemmaModel"
+        yield f"the model {done} its embedding by sqrt(hidden_size), unlike the parent: see NeMo's GemmaModel"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
-from nemo_upcycle.models.mapping import ParamMapping, Sharding, hf_constants, hf_names, mapping_of_hf
+from nemo_upcycle.models.mapping import ParamMapping, Sharding, hf_constants, hf_names, mapping_of, mapping_of_hf
 from nemo_upcycle.models.planned_parameters import planned_shapes
 
 
@@ -88,6 +88,7 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
         "fc2": (width, neurons),
         "router": (arch.num_experts or 0, arch.hidden_size),
         "router_bias": (arch.num_experts or 0,),
+        "gate": (1, arch.hidden_size),
     } | dict.fromkeys(BALANCING_BIASES, (arch.num_experts or 0,))
     return (shapes | planned_shapes(arch)).get(mapping.dense_role, (arch.hidden_size,))
 
@@ -105,6 +106,13 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         mapping, part, _, _ = mapping_of_hf(name, arch)
         shapes[name] = tensor_shape(mapping, part, arch)
     return shapes | hf_constants(arch)
+
+
+def float32_names(arch: Architecture) -> frozenset[str]:
+    """Return the tensors that are float32 whatever the type of the weights: biases that choose experts."""
+    templates = mapping_of("balancing_bias", arch).hf if arch.balancing_bias else ()
+    layers = [layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer)]
+    return frozenset(template.format(layer=layer) for template in templates for layer in layers)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_upcycle.errors import SpecError
@@ -41,6 +42,7 @@ def decoder_layers(
     local_rope_theta: float | None = None,
     max_positions: int = 4096,
     rotary_percent: float = 1.0,
+    shared_gate: bool = False,
 ) -> Any:
     """Return the layers of a rank of a `GPTModel`, as `get_gpt_decoder_block_spec` does, with norms in these places.
 
@@ -61,6 +63,7 @@ def decoder_layers(
         local_rope_theta: base of the rotary embedding in layers with a window, unscaled.
         max_positions: as in an `Architecture`.
         rotary_percent: as in an `Architecture`.
+        shared_gate: whether shared experts have a gate, which Megatron's own modules compute.
 
     Returns:
         Megatron's `TransformerBlockSubmodules`.
@@ -91,10 +94,12 @@ def decoder_layers(
     for spec in {id(layer): layer for layer in block.layer_specs}.values():
         layer = spec.submodules
         attention = layer.self_attention.submodules
+        network = getattr(layer.mlp, "submodules", None) or layer.mlp.keywords["submodules"]
+        if shared_gate and getattr(network, "shared_experts", None):
+            network.shared_experts = _with_gate(network.shared_experts)
         if not pre_norm:
             layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
             attention.linear_qkv = backend.column_parallel_linear()
-            network = getattr(layer.mlp, "submodules", None) or layer.mlp.keywords["submodules"]
             if hasattr(network, "linear_fc1"):  # experts have theirs without a norm
                 network.linear_fc1 = backend.column_parallel_linear()
         if rope:
@@ -125,6 +130,14 @@ def layers_of(arch: Architecture) -> functools.partial[Any]:
     if fields == {name: Architecture.__dataclass_fields__[name].default for name in DECODER}:
         return functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
     return functools.partial(decoder_layers, use_transformer_engine=True, **fields)
+
+
+def _with_gate(shared_experts: Any) -> Any:
+    """Return what builds shared experts with a gate: in 0.15 a `ModuleSpec` says it, in 0.19 what calls a function."""
+    if isinstance(shared_experts, ModuleSpec):
+        shared_experts.params = {**(shared_experts.params or {}), "gate": True}
+        return shared_experts
+    return lambda **options: shared_experts(**(options | {"gate": True}))
 
 
 def _is_windowed(config: Any, layer_number: int) -> bool:

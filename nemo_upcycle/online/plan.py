@@ -5,7 +5,8 @@ Nothing is read or written here, so that a plan can be made for any rank of any 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +97,10 @@ def param_plans(
     """
     parts = layer_parts(model)
     layers = [part.layer for part in parts]
-    grouped: dict[TensorPlan, list[tuple[int, str, torch.nn.Parameter, torch.Tensor]]] = {}
+    grouped: dict[TensorPlan, list[tuple[int, str, torch.Tensor, torch.Tensor]]] = {}
     found: dict[int | None, dict[str, str]] = {}
     mapped, unknown_names = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *(_biases(model) if moe_arch.balancing_bias else ())):
         layer, inner = split_name(name, layers)
         if match := find_mapping(inner, in_layer=layer is not None):
             found.setdefault(layer, {})[match[0].role] = name
@@ -111,7 +112,7 @@ def param_plans(
         raise CheckpointError(
             "output layer of the model",
             got="none",
-            expected="output_layer.weight: the dense checkpoint has one of its own",
+            expected="output_layer.weight: the parent has one of its own",
             fix="set share_embeddings_and_output_weights to False",
         )
     first_expert = coords.experts.rank * (moe_arch.num_experts or 0) // coords.experts.size
@@ -153,12 +154,29 @@ def _checked_shape(
     if too_few:
         expected = f"at least {moe_arch.vocab_size} rows over all ranks"
     if shape != wanted or too_few:
-        fix = "vocabulary and layout must fit the dense checkpoint"
+        fix = "vocabulary and layout must fit the parent's checkpoint"
         raise CheckpointError(f"shape of {name}", got=list(shape), expected=expected, fix=fix)
     return shape
 
 
-def _tensor_to_fill(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+def _biases(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the biases that choose experts, buffers of the routers that from now on no cast of the model rounds."""
+    for name, module in model.named_modules():
+        if name.endswith(".mlp.router") and (bias := getattr(module, "expert_bias", None)) is not None:
+            bias.data = bias.data.float()
+            module._apply = functools.partial(_apply_but_to_bias, module)
+            yield f"{name}.expert_bias", bias
+
+
+def _apply_but_to_bias(router: Any, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """Move or cast a router as `Module._apply` does, its bias but to another device."""
+    kept = router.expert_bias
+    made = torch.nn.Module._apply(router, change, recurse)
+    router.expert_bias = kept.to(router.expert_bias.device)
+    return made
+
+
+def _tensor_to_fill(name: str, parameter: torch.Tensor) -> torch.Tensor:
     """Return what a parameter holds, which must be memory that can be filled through views, or what is quantized.
 
     Raises:
@@ -166,7 +184,7 @@ def _tensor_to_fill(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     """
     if is_quantized(parameter):
         return values_to_fill(parameter)
-    if type(parameter) is not torch.nn.Parameter:
+    if type(parameter) is not torch.nn.Parameter and not name.endswith(".expert_bias"):
         raise SpecError(
             f"parameter {name}",
             got=type(parameter).__name__,
@@ -201,11 +219,11 @@ def _check_roles(
         got = found.get(layer, {})
         surplus += [name for role, name in got.items() if role not in wanted]
         missing += [f"{role} in layer {layer}" for role in sorted(wanted - got.keys())]
-    for what, names in (("without a source", surplus), ("missing: dense tensors that nothing takes", missing)):
+    for what, names in (("without a source", surplus), ("missing: tensors of the parent that nothing takes", missing)):
         if names:
             raise CheckpointError(
                 f"model parameters {what}",
                 got=", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else ""),
-                expected="the dense checkpoint's layers, with experts where the spec puts them",
+                expected="the parent's layers, with experts where the spec puts them",
                 fix="make the model's configuration (biases, shared experts, moe_layer_freq) and the spec agree",
             )

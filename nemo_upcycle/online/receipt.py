@@ -42,12 +42,12 @@ class ActingCoefficient:
 class UpcycleReceipt:
     """What `upcycle_into` did on one rank; `merge` makes it that of all ranks.
 
-    `*_params` count the whole model. Bytes are this rank's until merged, then the sum over ranks; seconds and
-    `peak_rss_gib` (of the process's whole life) then those of the slowest and the largest rank. `exact_masters` says
-    whether master weights that are made from now on equal what was filled in: not where a parameter is in FP8 or FP4
-    and the values before are not kept, or no longer because an optimizer has taken them. `auxiliary_losses` are those
-    that a training has, `balancing_bias` is what moves the biases of its routers, by Megatron's name, and `teacher` is
-    what it learns from the dense parent's answers.
+    `*_params` count the whole model, `dense_params` its parent, whose layers have `parent_experts`. Bytes are this
+    rank's until merged, then the sum over ranks; seconds and `peak_rss_gib` (of the process's whole life) then those
+    of the slowest and the largest rank. `exact_masters` says whether master weights that are made from now on equal
+    what was filled in: not where a parameter is in FP8 or FP4 and the values before are not kept, or no longer
+    because an optimizer has taken them. `auxiliary_losses` are those that a training has, `balancing_bias` is what
+    moves the biases of its routers, by Megatron's name, and `teacher` is what it learns from the parent's answers.
     """
 
     source: str
@@ -64,6 +64,8 @@ class UpcycleReceipt:
     bytes_written: int
     seconds: float
     peak_rss_gib: float
+    parent_experts: int = 0
+    parent_active_params: int | None = None
     exact_masters: bool = True
     ranks: int = 1
     layout: dict[str, int] = field(default_factory=dict)

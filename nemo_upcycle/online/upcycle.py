@@ -255,6 +255,8 @@ def make_receipt(
         dense_params=arch.total_params,
         total_params=moe_arch.total_params,
         active_params=moe_arch.active_params,
+        parent_experts=arch.num_experts or 0,
+        parent_active_params=arch.active_params,
         parameters=records,
         bytes_read=bytes_read,
         bytes_needed=sum(

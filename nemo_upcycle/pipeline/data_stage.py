@@ -20,7 +20,7 @@ SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
 
 
 def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Clean and tokenise the blend, or pack the conversations, with the dense parent's tokenizer.
+    """Clean and tokenise the blend, or pack the conversations, with the parent's tokenizer.
 
     A finished folder is used where it lies.
     """

@@ -104,7 +104,7 @@ class RunPlan(Plan):
 
 
 def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Get the dense parent."""
+    """Get the parent."""
     from nemo_upcycle.data.dense import import_dense
 
     return {"dense_folder": str(import_dense(plan.dense, run_dir / "dense").resolve())}
@@ -168,7 +168,7 @@ def pretrain_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Continue pretraining of the dense parent on the same data."""
+    """Continue pretraining of the parent on the same data."""
     return _train(run_dir, plan, "dense_ct") if plan.dense_ct else {"left_out": True}
 
 
@@ -196,12 +196,12 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
     folders = {"trained": export("pretrain", run_dir / "hf", plan.recipe, spec=spec)}
     if plan.dense_ct:
-        folders["dense_ct"] = export("dense_ct", run_dir / "dense_ct" / "hf", f"{plan.recipe}: dense baseline")
+        folders["dense_ct"] = export("dense_ct", run_dir / "dense_ct" / "hf", f"{plan.recipe}: baseline")
     return folders
 
 
 def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Evaluate parent, step 0, the trained model and the dense baseline on the same items."""
+    """Evaluate parent, step 0, the trained model and the baseline on the same items."""
     from nemo_upcycle.evaluation.run import evaluate
     from nemo_upcycle.reporting.run_folder import MODELS
     from nemo_upcycle.suites.suite import build_named_suite, load_suite_tasks
@@ -254,7 +254,7 @@ def _import_disk(_: Path, plan: RunPlan, models: Mapping[str, Architecture | Non
     if not plan.dense.startswith("asset://"):
         return []  # it stays where it is
     moe = models["pretrain"]
-    return [model_use("import", "dense parent", moe and moe.dense)]
+    return [model_use("import", "parent", moe and moe.dense)]
 
 
 def _data_disk(run_dir: Path, plan: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:

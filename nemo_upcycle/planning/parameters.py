@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, layer_mappings, mapping_of
 from nemo_upcycle.models.sharding import Shard, shard_shape
 from nemo_upcycle.planning.layout import Chunk, Layout
@@ -51,7 +51,7 @@ class Param(NamedTuple):
     @property
     def is_linear(self) -> bool:
         """Whether it is the weight of a layer's linear module that can multiply in FP8."""
-        return self.layer is not None and len(self.shape) == 2 and self.mapping.role != "router"
+        return self.layer is not None and len(self.shape) == 2 and self.mapping.role not in ("router", "shared_gate")
 
 
 def chunk_params(arch: Architecture, layout: Layout, chunk: Chunk) -> list[Param]:
@@ -86,7 +86,7 @@ _ATTENTION = (
     *("attention_norm", "sinks", "attention_out", "attention_out_bias", "qkv", "qkv_bias", "query_norm", "key_norm"),
     *("query", "query_down", "query_up_norm", "query_up", "kv_down", "kv_up_norm", "kv_up", "ffn_norm"),
 )
-_ORDER = {role: number for number, role in enumerate(_ATTENTION)}
+_ORDER = {role: number for number, role in enumerate((*_ATTENTION, "shared_gate"))}
 #: Behind a layer's other parameters.
 _LAST = ("attention_post_norm", "ffn_post_norm")
 
@@ -103,7 +103,8 @@ def _layer_shapes(
     if arch.mamba and len(parts) > 1:  # of multi-token prediction
         return _layer_shapes(arch, False, "*", tp, etp, ep) + _layer_shapes(arch, moe, "-", tp, etp, ep)
     layer = next(n for n in range(arch.num_layers) if _kind(arch, n) == (moe, parts))
-    mappings = sorted(layer_mappings(arch, layer), key=lambda mapping: _ORDER.get(mapping.role, len(_ORDER)))
+    mappings = [mapping for mapping in layer_mappings(arch, layer) if mapping.role not in BALANCING_BIASES]  # buffers
+    mappings.sort(key=lambda mapping: _ORDER.get(mapping.role, len(_ORDER)))
     table = [(m, shard_shape(m, arch, Shard(0, etp if m.is_expert else tp))) for m in mappings]
     experts = [item for item in table if item[0].is_expert] * ((arch.num_experts or 0) // ep)
     shared = [item for item in table if item[0].is_shared]

@@ -1,4 +1,4 @@
-"""What the laws expected of a run's upcycled model beside its dense baseline, and what came of it."""
+"""What the laws expected of a run's upcycled model beside its baseline, and what came of it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def expectation(run: RunRecord, results: Mapping[str, Any]) -> dict[str, Any] | 
         results: `training` and `paired` of `collect_results`.
 
     Returns:
-        What `RunAdvice.values` has, and `measured`: the loss of the MoE less that of the dense baseline in nats a
+        What `RunAdvice.values` has, and `measured`: the loss of the MoE less that of the baseline in nats a
         token, with its `stderr` and what it is `of`; None without a baseline. None where it is not known what the
-        parent was trained on.
+        parent was trained on, or where it has experts.
     """
     parent_tokens = known_parent_tokens(run.dense, run.trained_on)
-    if parent_tokens is None:
+    if parent_tokens is None or run.receipt.get("parent_experts"):  # no law of such a parent is published
         return None
     spec, training = run.receipt["spec"], results["training"]
     tokens = training["pretrain"]["tokens"]
@@ -58,7 +58,7 @@ def expectation_section(results: Mapping[str, Any]) -> str:
     if not found:
         return ""
     measured = found["measured"]
-    rows = [["measured: not, for the chain trained no dense baseline", "-", "-"]]
+    rows = [["measured: not, for the chain trained no baseline", "-", "-"]]
     if measured:
         rows = [[f"measured on {measured['of']}", signed(measured["difference"], measured["stderr"]), "-"]]
     rows += [[f"{name} law ({law['source']})", *_expected(law, measured)] for name, law in found["laws"].items()]
@@ -69,7 +69,7 @@ def expectation_section(results: Mapping[str, Any]) -> str:
         tokens += f" (the baseline: {short_count(found['dense_tokens'])})"
     return section(
         "Expectation and outcome",
-        table(["loss of the MoE less the dense baseline's, nats a token", "difference", "outcome"], rows, words=1),
+        table(["loss of the MoE less the baseline's, nats a token", "difference", "outcome"], rows, words=1),
         f"Of {found['shape']} after {tokens} tokens. The published law decides nothing; a fitted one only where it"
         " stands near its points: `nemo-upcycle advise` says when.",
     )

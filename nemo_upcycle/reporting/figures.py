@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("dense baseline", "#D55E00", "s")}
+STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("baseline", "#D55E00", "s")}
 #: Most points of a curve and columns of a heat map: more cannot be distinguished in a page's width.
 _COLUMNS = 200
 #: Figures and report of a run with fewer steps say that it only shows that the chain works.
@@ -47,7 +47,7 @@ def chain_only(steps: int) -> str:
 
 
 def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float] | None = None) -> Figure:
-    """Return validation loss of the MoE and its dense baseline over tokens, and over FLOPs; behind it training loss.
+    """Return validation loss of the MoE and its baseline over tokens, and over FLOPs; behind it training loss.
 
     A validation loss from before the first step is drawn as a line to compare with. That of the baseline is the
     dense parent's.
@@ -67,7 +67,7 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
         _draw_losses(axes, curves, factors)
         tokens_axis(axes, max(curve.steps[-1]["tokens"] * factors[stage] for stage, curve in curves.items()), label)
     steps = curves["pretrain"].steps[-1]["step"]
-    title = f"Loss of the upcycled MoE{' and its dense baseline' if 'dense_ct' in curves else ''}, {steps:,} steps"
+    title = f"Loss of the upcycled MoE{' and its baseline' if 'dense_ct' in curves else ''}, {steps:,} steps"
     panels[0].set_title("\n".join(filter(None, [title, chain_only(steps)])), fontsize=11)
     for axes in panels:
         axes.set(ylabel="cross-entropy loss (nats per token)")
@@ -97,7 +97,7 @@ def _draw_losses(axes: Any, curves: Mapping[str, Curve], factors: Mapping[str, f
     begins = {stage: loss for stage, (tokens, loss) in validated.items() if not tokens}
     if begins:
         stage = "dense_ct" if "dense_ct" in begins else "pretrain"
-        label = "dense parent, validation" if stage == "dense_ct" else "MoE at step 0, validation"
+        label = "parent, validation" if stage == "dense_ct" else "MoE at step 0, validation"
         axes.axhline(begins[stage], color="black", linestyle="--", linewidth=1, zorder=2, label=label)
 
 

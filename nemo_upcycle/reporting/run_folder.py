@@ -16,10 +16,10 @@ from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, read_json_lines
 
 #: The models that are evaluated, in the order of the report, and what each is called there.
 MODELS = {
-    "dense": "dense parent",
+    "dense": "parent",
     "step0": "MoE at step 0",
     "trained": "trained MoE",
-    "dense_ct": "trained dense baseline",
+    "dense_ct": "trained baseline",
 }
 #: The keys that the report prints, and so must find, in every file, and what they hold.
 _NUMBER = int | float

@@ -60,7 +60,7 @@ def opening(results: dict[str, Any]) -> str:
 
 def _headline(results: dict[str, Any]) -> str:
     spec, done, metric = results["receipt"]["spec"], results["training"]["pretrain"], _metric(results)
-    others = {"dense": "its dense parent", "dense_ct": "the dense baseline"}
+    others = {"dense": "its parent", "dense_ct": "the baseline"}
     compared = [
         f"{_compared(results['paired'][pair][metric])} {title}"
         for name, title in others.items()
@@ -95,7 +95,7 @@ def _numbers(results: dict[str, Any]) -> list[list[str]]:
     """Return rows of a question, what was measured and a verdict, the most important first."""
     metric, training = _metric(results), results["training"]
     rows = [_step_zero(results)]
-    for name, title in (("dense", "the dense parent"), ("dense_ct", "the dense baseline")):
+    for name, title in (("dense", "the parent"), ("dense_ct", "the baseline")):
         if paired := results["paired"].get(f"trained_minus_{name}", {}).get(metric):
             difference = signed(paired["difference"], paired["stderr"])
             rows.append([f"trained MoE - {title}: {_name(metric)}", difference, verdict(paired, title, "the MoE")])
@@ -115,14 +115,14 @@ def _step_zero(results: dict[str, Any]) -> list[str]:
         equal = "equal up to rounding" if receipt.get("within_tolerance") else "not equal"
         text = f"{equal} (allowed: {number(allowed, 3)})"
     changed = f"; {step0['changed_answers']} of {step0['questions']} answers changed" if step0["questions"] else ""
-    return ["MoE at step 0 - the dense parent: largest logit difference", number(measured, 3), text + changed]
+    return ["MoE at step 0 - the parent: largest logit difference", number(measured, 3), text + changed]
 
 
 def _speed(training: dict[str, Any]) -> list[str]:
-    """Compare the speed with the plan's, else with that of the dense baseline."""
+    """Compare the speed with the plan's, else with that of the baseline."""
     speed = training["pretrain"]["tokens_per_s"]
     planned = (training["pretrain"].get("planned") or {}).get("tokens_per_s")
-    others = {"the plan's": planned, "the dense baseline's": training.get("dense_ct", {}).get("tokens_per_s")}
+    others = {"the plan's": planned, "the baseline's": training.get("dense_ct", {}).get("tokens_per_s")}
     ratios = [
         f"{speed / other:.2f} times {title} {number(other)}" for title, other in others.items() if speed and other
     ]
@@ -132,14 +132,15 @@ def _speed(training: dict[str, Any]) -> list[str]:
 def _made(results: dict[str, Any]) -> str:
     """Return what was made of what, and how the MoE's compute compares with the baseline's."""
     receipt, training = results["receipt"], results["training"]
+    parent = "A model with experts" if receipt.get("parent_experts") else "A dense model"
     text = (
-        f"A dense model of {millions(receipt['dense_params'])} parameters became an MoE of"
+        f"{parent} of {millions(receipt['dense_params'])} parameters became an MoE of"
         f" {millions(receipt['total_params'])}, {millions(receipt['active_params'])} of them active for a token."
     )
     if "dense_ct" in training:
         tokens = [training[stage]["tokens"] for stage in ("pretrain", "dense_ct")]
         same = "equally many tokens" if tokens[0] == tokens[1] else f"{tokens[0]:,} and {tokens[1]:,} tokens"
-        share = receipt["active_params"] / receipt["dense_params"]
+        share = receipt["active_params"] / (receipt.get("parent_active_params") or receipt["dense_params"])
         text += f" MoE and baseline saw {same}; for each, the MoE computes with {share:.2f} times the parameters."
     return f"{text} Differences are ± their paired standard error. Every number is repeated below, with its file."
 
@@ -316,7 +317,7 @@ def receipt(results: dict[str, Any]) -> str:
         columns["training job"] = (results["online_receipt"], "pretrain/receipt.json")
     receipts = [receipt for receipt, _ in columns.values()]
     rows = [
-        ["parameters, dense", *(millions(entry["dense_params"]) for entry in receipts)],
+        ["parameters, parent", *(millions(entry["dense_params"]) for entry in receipts)],
         ["parameters, MoE", *(millions(entry["total_params"]) for entry in receipts)],
         ["of these active for a token", *(millions(entry["active_params"]) for entry in receipts)],
         ["bytes read", *(size_text(entry["bytes_read"]) for entry in receipts)],
@@ -335,7 +336,7 @@ def receipt(results: dict[str, Any]) -> str:
         f"Specification: {spec}.",
         _exactness(receipts[0]),
         f"Tensors by what made them:\n\n{made}" if made else "",
-        f"Dense source: {code(receipts[0]['source'])}. {sources(*(file for _, file in columns.values()))}",
+        f"Made from {code(receipts[0]['source'])}. {sources(*(file for _, file in columns.values()))}",
     )
 
 

@@ -138,7 +138,10 @@ class CheckpointContext:
             family = find_family(family.windowed_class)
         if not (config["sliding_window"] and family and family.has_window):
             del config["layer_types"]
-        return architecture_from_config(config, str(self.path))
+        # A class with experts may turn a part of a head where no dense one does that is read here.
+        part = config.pop("partial_rotary_factor") if self.settings.get("num_moe_experts") else None
+        arch = architecture_from_config(config, str(self.path))
+        return arch if part is None else replace(arch, rotary_percent=part)
 
     def _hf_config(self, fix: str) -> dict[str, Any]:
         """Return the settings in Hugging Face's terms, as those of a dense model: experts do not count.
@@ -307,7 +310,7 @@ class CheckpointContext:
         """
         for name, got, setting, expected in self._differences(parent):
             raise CheckpointError(
-                f"{name} of the dense parent {folder}",
+                f"{name} of the parent {folder}",
                 got=got,
                 expected=f"{expected} ({setting} in {self.path})",
                 fix="give the parent that the model was made from (--dense), or correct its config.json",

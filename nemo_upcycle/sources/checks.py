@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 import torch
 
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import find_family
 from nemo_upcycle.models.growth import expert_scale
 from nemo_upcycle.models.mapping import hf_names, mapping_of
-from nemo_upcycle.models.sharding import hf_shapes
+from nemo_upcycle.models.sharding import float32_names, hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.dtypes import dtype_name
@@ -39,7 +42,7 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
     arch = dense.architecture
     shapes = hf_shapes(arch)
     # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
-    present = {name for name in dense.names() if not name.endswith("rotary_emb.inv_freq")}
+    present = {name for name in dense.names() if not (name.endswith("rotary_emb.inv_freq") or _is_mtp(name, arch))}
     if arch.tied_embeddings:
         present.discard(mapping_of("output", arch).hf[0])
     for what, names in (
@@ -64,6 +67,12 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
     for source in dense.branches():
         if arch.tied_embeddings and mapping_of("output", arch).hf[0] in source.names():
             _check_tied(source, sampled)
+
+
+def _is_mtp(name: str, arch: Architecture) -> bool:
+    """Return whether a tensor belongs to multi-token prediction, behind the layers of a class that may have it."""
+    family, layer = find_family(arch.hf_class), re.match(r"model\.layers\.(\d+)\.", name)
+    return bool(family and family.has_mtp and layer and int(layer[1]) >= arch.num_layers)
 
 
 def _check_tied(dense: DenseSource, sampled: bool) -> None:
@@ -156,7 +165,8 @@ def rounded_because(dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | 
         ...     rounded_because(dense, torch.bfloat16)
         ('float32 weights are rounded to bfloat16 (model.embed_tokens.weight and 290 more)',)
     """
-    weights = rounded({name: dense.dtype(name) for name in hf_names(dense.architecture)}, dtype)
+    arch = dense.architecture
+    weights = rounded({name: dense.dtype(name) for name in hf_names(arch) if name not in float32_names(arch)}, dtype)
     factors = (
         f"the factor {factor:.4g} on the {what} {how}"
         for what, factor in (_factors(spec, dense) if spec else {}).items()

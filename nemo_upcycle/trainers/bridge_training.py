@@ -325,7 +325,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
     check_values(config, "bridge", f"{stage}.")
     hook = required_hook(config)
     if (hook.spec is None) != (stage == "dense_ct"):
-        wanted = "a dense model's recipe" if stage == "dense_ct" else "an upcycled model's"
+        wanted = "a baseline's recipe" if stage == "dense_ct" else "an upcycled model's"
         name = "dense_ct" if stage == "dense_ct" else "recipe"
         raise UpcycleError(name, got=training.recipe, expected=wanted, fix="name another one")
     if config.model.seq_length != config.dataset.seq_length:

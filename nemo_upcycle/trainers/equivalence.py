@@ -26,7 +26,9 @@ from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.models.hybrid import hybrid_of
+from nemo_upcycle.models.mapping import hf_names
 from nemo_upcycle.models.megatron_config import require_buildable
+from nemo_upcycle.models.sharding import float32_names
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.online.upcycle import make_receipt
 from nemo_upcycle.sources import open_dense
@@ -134,7 +136,8 @@ def check_step0(
 
 def _export(paged: PagedModel, dense: DenseSource, spec: UpcycleSpec, dense_folder: Path, step0_folder: Path) -> None:
     """Write the upcycled model, in the dense parent's type if copies of its weights fit into that."""
-    own = functools.reduce(torch.promote_types, (dense.dtype(name) for name in dense.names()))
+    names = set(hf_names(dense.architecture)) - float32_names(dense.architecture)
+    own = functools.reduce(torch.promote_types, map(dense.dtype, names))
     is_copy = not inexact_because(dense.architecture, spec) and not any(rounded_because(dense, own, spec))
     dtype = own if is_copy else torch.float32
     arch = dense.architecture.upcycled(spec)

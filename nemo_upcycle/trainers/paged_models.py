@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.cpu.configuration import configure_for_cpu
+from nemo_upcycle.models.architecture import BALANCING_BIASES
 from nemo_upcycle.models.hf_model import empty_model
 from nemo_upcycle.models.hybrid import hybrid_of
-from nemo_upcycle.models.mapping import ParamMapping
+from nemo_upcycle.models.mapping import ParamMapping, mapping_of
+from nemo_upcycle.models.sharding import float32_names
 from nemo_upcycle.online.plan import ParamPlan
 from nemo_upcycle.online.upcycle import checked_plans, fill
 from nemo_upcycle.sources.base import DenseSource
@@ -56,6 +59,11 @@ _ONE_RANK: dict[str, Any] = {
 }
 
 
+#: What transformers 5 calls the parts of a layer's experts in every class.
+_OF_5 = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.(?P<what>gate\.weight|experts\.(gate_up|down)_proj)")
+_ROLES = {"gate.weight": "router", "experts.gate_up_proj": "expert_fc1", "experts.down_proj": "expert_fc2"}
+
+
 def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) -> tuple[PagedModel, list[ParamPlan]]:
     """Return a Megatron model on one rank, whose parts are filled when they compute, and of what.
 
@@ -76,6 +84,7 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
         fill([replace(plan, tensors=tuple(tensors[name] for name in plan.names)) for plan in mine], dense, spec, None)
         dense.release()
 
+    fill([plan for plan in plans if plan.made_of.mapping.role in BALANCING_BIASES], dense, spec, None)  # which stay
     layers = [f"decoder.layers.{number}" for number in range(len(model.decoder.layers))]
     norm = "decoder.final_norm" if hybrid_of(model) else "decoder.final_layernorm"
     ends = [norm, *([] if arch.tied_embeddings else ["output_layer"])]
@@ -116,13 +125,28 @@ def paged_hugging_face(folder: Path, dense: DenseSource) -> PagedModel:
 
     def fill_part(tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
-            tensor.copy_(dense.read(name))
+            _read_into(tensor, name, dense)
         dense.release()
 
+    for name, buffer in model.named_buffers():
+        if name in float32_names(dense.architecture):
+            buffer.copy_(dense.read(name))
     layers = [f"model.layers.{number}" for number in range(dense.architecture.num_layers)]
     tied = dense.architecture.tied_embeddings
     parts = ["model.embed_tokens", *layers, "model.norm", *([] if tied else ["lm_head"])]
     return PagedModel(model, parts, fill_part, stay=["model.embed_tokens"] if tied else [])
+
+
+def _read_into(tensor: torch.Tensor, name: str, dense: DenseSource) -> None:
+    """Read a parameter of a Hugging Face model; transformers 5 stacks experts, and calls all routers alike."""
+    found = None if name in dense.names() else _OF_5.fullmatch(name)
+    if found is None:
+        tensor.copy_(dense.read(name))
+        return
+    names = mapping_of(_ROLES[found["what"]], dense.architecture).hf
+    for expert, rows in enumerate(tensor if len(names) > 1 or "{expert}" in names[0] else [tensor]):
+        parts = [dense.read(one.format(layer=found["layer"], expert=expert)) for one in names]
+        rows.copy_(torch.cat(parts))
 
 
 class PagedWeights(LiveWeights):
@@ -139,9 +163,11 @@ class PagedWeights(LiveWeights):
 
     def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
         """Return the type that a parameter's numbers need; a router's are drawn, and may need all of float32."""
-        return torch.float32 if mapping.role == "router" else self._dtype
+        return torch.float32 if mapping.role in ("router", *BALANCING_BIASES) else self._dtype
 
     def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
         """Return a parameter."""
+        if mapping.role in BALANCING_BIASES:
+            return super().read(mapping, layer, expert)
         weight: torch.Tensor = self._paged.only(self.name(mapping, layer, expert)).detach()
         return weight

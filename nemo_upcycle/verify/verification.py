@@ -125,7 +125,7 @@ def verify(
                 str(moe),
                 got=hf_class,
                 expected=f"an MoE model ({', '.join(family.hf_class for family in targets())})",
-                fix="give the dense folder first, then the MoE's",
+                fix="give the parent's folder first, then the MoE's",
             )
         if logits:
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
@@ -182,7 +182,7 @@ def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
 def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: bool) -> LogitComparison:
     with ProgressLine("verify", 2) as line:
         parent = _run(dense, tokens_BS, torch.float32, output_hidden_states=layers)
-        line.advance(note="dense model")
+        line.advance(note="parent")
         child = _run(moe, tokens_BS, torch.float32, output_hidden_states=layers)
         line.advance(note="MoE model")
     for folder, model in ((dense, parent), (moe, child)):

@@ -19,9 +19,10 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.growth import growth_spec, inexact_because
 from nemo_upcycle.models.layer_settings import MULTIPLIERS
 from nemo_upcycle.models.mapping import constant_tensors, hf_constants, hf_names
+from nemo_upcycle.models.sharding import float32_names
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.calibrated import require_calibration
-from nemo_upcycle.sources.checks import check_source, require_finite, rounded_because
+from nemo_upcycle.sources.checks import check_source, require_finite, rounded, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.tensor_plan import TensorPlan, plan_hf_tensor
 from nemo_upcycle.utils.progress import track
@@ -37,7 +38,10 @@ _KEPT = (
 
 
 #: Of a parent with experts, what all models of it have, too.
-_COPIED = ("expert_ffn_size", "shared_ffn_size", "moe_pattern", "norm_topk", "router_score", "routed_scaling_factor")
+_COPIED = (
+    *("expert_ffn_size", "shared_ffn_size", "shared_gate", "moe_pattern", "norm_topk", "router_score"),
+    *("routed_scaling_factor", "balancing_bias"),
+)
 _OWN = "compare a model with its own parent"
 
 
@@ -140,7 +144,7 @@ def compare_weights(
     spec = _split_by(calibration, dense, moe_arch, _spec_of(arch, moe_arch, utility=expert_utility))
     if arch.num_experts:
         arch.upcycled(spec)  # which checks that they fit
-    names = list(hf_names(moe_arch))
+    names, float32 = list(hf_names(moe_arch)), float32_names(moe_arch)
     for name in track(names, "compare weights", len(names)):
         plan, _ = plan_hf_tensor(name, arch, moe_arch, spec)
         kind = _kind(plan)
@@ -148,18 +152,23 @@ def compare_weights(
         if plan.is_drawn:
             group.tensors += 1
             require_finite(router_ED := moe.read(name), name, moe)
-            routers.look_at(router_ED, spec.granularity)
+            if plan.mapping.role == "router":
+                routers.look_at(router_ED, spec.granularity)
+            else:  # biases, which begin at zero
+                is_exact &= not router_ED.any()
             continue
         dtypes[moe.dtype(name)] = None
         scale, changed = _relation(_pairs(dense, moe, name, plan), plan.is_down, plan.factor)
         group.add(scale, changed)
         is_exact &= changed == 0.0 and scale == plan.factor
+        if name in float32:  # what rounds them chooses other experts
+            is_exact &= not any(rounded({name: dense.dtype(plan.slices[0].name)}, moe.dtype(name)))
     router = moe_arch.router_kind
     if not moe_arch.norm_topk and not router.pre_softmax and router.sums_to_one(spec):
         is_exact = False  # no spec makes it: scores of several experts that keep the sum they have
     is_exact &= routers.tied and not inexact_because(arch, _spec_of(arch, moe_arch, routers, expert_utility))
-    rounded = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
-    return WeightComparison(tuple(groups.values()), is_exact, tuple(rounded), spec.granularity)
+    lossy = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
+    return WeightComparison(tuple(groups.values()), is_exact, tuple(lossy), spec.granularity)
 
 
 def _constants_are_as_written(moe: DenseSource) -> bool:
@@ -185,7 +194,7 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
             raise CheckpointError(
                 f"{moe.path}: {name}",
                 got=got,
-                expected=f"{wanted}, as in the dense model",
+                expected=f"{wanted}, as in the parent",
                 fix=_OWN,
             )
     width = moe_arch.expert_ffn_size or 0
@@ -243,7 +252,7 @@ def _split_by(calibration: Path | None, dense: DenseSource, moe_arch: Architectu
 
 def _kind(plan: TensorPlan) -> str:
     mapping = plan.mapping
-    if plan.is_router or not (mapping.is_expert or mapping.is_shared):
+    if plan.is_router or mapping.role == "shared_gate" or not (mapping.is_expert or mapping.is_shared):
         return "router" if plan.is_router else "everything else"
     return f"{mapping.role.partition('_')[0]} {plan.parts[0]}"
 

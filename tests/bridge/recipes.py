@@ -28,6 +28,11 @@ def tiny_dense_ct() -> Any:
     return _tiny(None, pipeline_model_parallel_size=2)
 
 
+def tiny_grown() -> Any:
+    """Twice the experts of a parent that has four, two for a token, on two ranks."""
+    return _tiny(UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), expert_model_parallel_size=2)
+
+
 def builder() -> Any:
     """A model in the form of Bridge's builders, which the chain does not take."""
     from nemo_upcycle.trainers.bridge.models import upcycled_config

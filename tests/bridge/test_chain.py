@@ -95,7 +95,7 @@ def test_the_report_says_what_was_trained(finished: Path) -> None:
         if "router" in line
     ]
     assert all(value == pytest.approx(1, abs=0.2) for line in balance for value in line)
-    assert "dense baseline" in (finished / "report.md").read_text()
+    assert "trained baseline" in (finished / "report.md").read_text()
 
 
 def test_a_resumed_training_has_the_bits_of_one_that_was_not_stopped(

@@ -13,6 +13,7 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_checkpoint, export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.cpu.one_rank import one_rank
+from nemo_upcycle.models.hf_config import read_architecture
 from tests.distributed.ranks import run_ranks
 from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, write_llama
 from tests.tiers import quick
@@ -33,12 +34,12 @@ def _upcycled(folder: Path, spec: UpcycleSpec, layout: dict[str, int], **fields:
 def save_upcycled(
     folder: str, output: str, spec: UpcycleSpec, layout: dict[str, int], fields: dict[str, Any] | None = None
 ) -> None:
-    """Save a model that was not trained; biases that balance experts, where it has any, are different numbers."""
+    """Save a model that was not trained; biases that balance experts, where its parent has none, are made some."""
     from megatron.core import dist_checkpointing
 
     (chunk,) = _upcycled(Path(folder), spec, layout, **(fields or {}))
     for name, bias in chunk.named_buffers():
-        if name.endswith("expert_bias"):
+        if name.endswith("expert_bias") and not read_architecture(Path(folder)).balancing_bias:
             assert not bias.any()
             bias.copy_(torch.linspace(-0.3, 0.4, bias.numel()).roll(int(name.split(".")[2])))
     Path(output).mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ table of parameters, and would be wrong together. Copied experts make the upcycl
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,25 +19,16 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import score
+from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_mixed_checkpoint import save_upcycled
-from tests.models import (
-    hugging_face_logits,
-    sample_tokens,
-    write_mistral,
-    write_mixtral,
-    write_olmo2,
-    write_phi3,
-    write_qwen3,
-    write_qwen3_moe,
-)
-from tests.parents import write_granite, write_olmo3
+from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_olmo2, write_phi3, write_qwen3
+from tests.parents import write_granite, write_mixtral, write_moe, write_olmo3, write_qwen3_moe
 from tests.tiers import quick
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
-MORE_EXPERTS = UpcycleSpec(num_experts=8, top_k=4, router_std=0.0)
 VOCAB, LENGTH, PROMPT, WRITTEN = 250, 24, 12, 8
 PARENTS = {
     "qwen3": write_qwen3,  # norms of query and key, each with weights of its own
@@ -45,6 +37,9 @@ PARENTS = {
     "phi3": lambda folder: write_phi3(folder, sliding_window=5),
     "mixtral": write_mixtral,  # has experts, which become more
     "qwen3_moe": write_qwen3_moe,
+    "qwen2_moe": partial(write_moe, kind="Qwen2Moe"),  # a shared expert with a gate
+    "glm4_moe": partial(write_moe, kind="Glm4Moe"),  # biases that choose experts, a dense layer
+    "flex_olmo": partial(write_moe, kind="FlexOlmo"),
     "olmo3": write_olmo3,  # the same in some layers
     "granite": write_granite,  # factors at both ends of a pipeline, and in between
 }
@@ -61,7 +56,8 @@ def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def _spec_of(parent: Path) -> UpcycleSpec:
-    return MORE_EXPERTS if read_architecture(parent).num_experts else SPEC
+    arch = read_architecture(parent)
+    return growth_spec(arch, 8) if arch.num_experts else SPEC
 
 
 def _texts() -> list[list[int]]:

@@ -18,16 +18,8 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.init.experts import BLOCK
 from tests.distributed.gather import GlobalShard, gather, global_shards
 from tests.distributed.ranks import run_ranks
-from tests.models import (
-    build_chunks,
-    moe_settings,
-    write_llama,
-    write_mixtral,
-    write_olmo2,
-    write_phi3,
-    write_qwen3,
-    write_qwen3_moe,
-)
+from tests.models import build_chunks, moe_settings, write_llama, write_olmo2, write_phi3, write_qwen3
+from tests.parents import write_mixtral, write_moe, write_qwen3_moe
 from tests.tiers import quick
 from tests.unit.calibration.samples import made
 
@@ -51,6 +43,7 @@ WRITERS = {
     "phi3": write_phi3,
     "mixtral": write_mixtral,
     "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=2 * BLOCK + 128),
+    "qwen2_moe": partial(write_moe, kind="Qwen2Moe"),
 }
 COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
@@ -69,6 +62,7 @@ CASES = {
     "granular": ("untied", UpcycleSpec(**GRANULAR)),
     "more experts": ("mixtral", UpcycleSpec(num_experts=8, top_k=4)),
     "more experts, noise": ("qwen3_moe", UpcycleSpec(num_experts=8, top_k=4, method="noise")),
+    "more experts, gate": ("qwen2_moe", UpcycleSpec(num_experts=8, top_k=4, router_order="softmax_topk")),
     "granular, biases": ("biases", UpcycleSpec(**GRANULAR, method="noise")),
     "shared": ("untied", UpcycleSpec(**GRANULAR, shared_experts=1, method="drop")),
     "mixed": ("tied", UpcycleSpec(**GRANULAR, moe_layers=(0, 3), method="noise")),

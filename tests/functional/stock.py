@@ -10,8 +10,11 @@ import nemo_run as run
 import stock_nemo_recipe
 import torch
 from nemo import lightning as nl
+from nemo.collections import llm
 
 from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.recipes import pipeline, upcycled
+from nemo_upcycle.recipes.common import start_from
 from tests.functional.tiny import BATCH, SEQUENCE, SIZES
 
 
@@ -49,3 +52,22 @@ def chain(inputs: str) -> run.Partial:
     cut(made.pretrain)
     cut(made.dense_ct)
     return made
+
+
+def grown_chain(inputs: str) -> run.Partial:
+    """The chain of a parent with experts: NeMo's recipe of Qwen3 30B-A3B, with twice its experts and as it is."""
+    folder = Path(inputs)
+    parent, data = str(folder / "qwen3_moe"), str(folder / "blend")
+
+    def stock(name: str) -> run.Partial:
+        sizes = {"kv_channels": 16, "vocab_size": 259, "moe_ffn_hidden_size": 48}
+        recipe = cut(llm.qwen3_30b_a3b.pretrain_recipe(name=name), **sizes, num_moe_experts=4, moe_router_topk=2)
+        strategy = recipe.trainer.strategy
+        strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size = 1, 1
+        return recipe
+
+    moe = upcycled(stock("grown"), parent, UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), data)
+    baseline = start_from(stock("parent"), parent, None, data)
+    evaluation = str(folder / "evaluation.yaml")
+    made = {"dir": str(folder / "grown"), "dense": parent, "data": data, "evaluation": evaluation}
+    return run.Partial(pipeline, **made, pretrain=moe, dense_ct=baseline)

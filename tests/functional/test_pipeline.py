@@ -169,10 +169,10 @@ def test_the_evaluation_says_which_model_of_how_many(copy: Path) -> None:
     dense = read_json(copy / "import" / MARKER)["outputs"]["dense_folder"]
     lines = run_in_own_process("evaluate", copy).text.splitlines()
     assert [line for line in lines if " of 4: " in line] == [
-        f"[evaluate] model 1 of 4: dense (dense parent), {dense}",
+        f"[evaluate] model 1 of 4: dense (parent), {dense}",
         f"[evaluate] model 2 of 4: step0 (MoE at step 0), {copy / 'upcycle/hf'}",
         f"[evaluate] model 3 of 4: trained (trained MoE), {copy / 'hf'}",
-        f"[evaluate] model 4 of 4: dense_ct (trained dense baseline), {copy / 'dense_ct/hf'}",
+        f"[evaluate] model 4 of 4: dense_ct (trained baseline), {copy / 'dense_ct/hf'}",
     ]
 
 

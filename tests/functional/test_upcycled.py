@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle.models.hf_config import read_architecture
 from tests.blends import write_blend
 from tests.distributed.ranks import run_ranks
 from tests.functional.tiny import EVALUATION, LAYERS, texts
 from tests.functional.typed import Answer, type_commands
 from tests.models import write_llama, write_qwen3, write_tokenizer
+from tests.parents import write_qwen3_moe
 
 
 pytestmark = pytest.mark.slow
@@ -29,7 +31,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     both: dict[str, Any] = {"tied": True, "vocab_size": 259, "layers": LAYERS}
     llama = write_llama(folder / "llama", rope_theta=500000.0, rope_scaling=scaling, **both)
     qwen3 = write_qwen3(folder / "qwen3", rope_theta=1e6, rms_norm_eps=1e-6, **both)
-    for parent in (llama, qwen3):
+    grown = both | {"tied": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+    qwen3_moe = write_qwen3_moe(folder / "qwen3_moe", **grown)
+    for parent in (llama, qwen3, qwen3_moe):
         write_tokenizer(parent)
     write_blend(folder / "blend", llama, texts=texts())
     (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
@@ -115,3 +119,25 @@ def test_a_stock_llama_recipe_goes_through_the_chain(inputs: Path) -> None:
     assert json.loads((inputs / "run/receipt.json").read_text())["within_tolerance"] is True
     assert len(_losses(inputs / "run/pretrain")) == 3
     shutil.rmtree(inputs / "run")
+
+
+@pytest.mark.full
+def test_a_parent_with_experts_goes_through_the_chain(inputs: Path) -> None:
+    command = "upcycle pipeline --factory tests.functional.stock.grown_chain(inputs='INPUTS')"
+    planned, done = _type(inputs, f"{command} --dryrun", f"{command} --yes")
+    assert planned.status == 0, planned.text
+    assert "no law of models whose parent has experts is published" in planned.text
+    assert done.status == 0, done.text
+    run = inputs / "grown"
+    receipt, trained = (json.loads((run / name / "receipt.json").read_text()) for name in ("", "pretrain"))
+    assert (receipt["exact"], receipt["within_tolerance"], receipt["parent_experts"]) == (True, True, 4)
+    assert trained["bytes_read"] == trained["bytes_needed"]
+    losses, own = (_losses(run / stage) for stage in ("pretrain", "dense_ct"))
+    assert losses[0] == pytest.approx(own[0], rel=1e-5)
+    for name, experts in (("upcycle/hf", 8), ("hf", 8), ("dense_ct/hf", 4)):
+        arch = read_architecture(run / name)
+        assert (arch.hf_class, arch.num_experts, arch.top_k) == ("Qwen3MoeForCausalLM", experts, experts // 2)
+    report = (run / "report.md").read_text()
+    assert "A model with experts of" in report
+    assert "dense parent" not in report
+    assert "dense baseline" not in report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from tests.models import (
     write_qwen3,
     write_smollm3,
 )
-from tests.parents import write_gemma3, write_granite, write_granite4, write_ministral3, write_olmo3
+from tests.parents import write_gemma3, write_granite, write_granite4, write_ministral3, write_moe, write_olmo3
 
 
 VOCABULARY = 250
@@ -46,6 +47,10 @@ PARENTS = {
     "Gemma 3": write_gemma3,
     **({"Ministral 3": write_ministral3} if hasattr(transformers, "Ministral3ForCausalLM") else {}),
 }
+#: Parents with experts.
+GROWN = {
+    kind: partial(write_moe, kind=kind) for kind in ("Mixtral", "Qwen3Moe", "Qwen2Moe", "Glm4Moe", "Olmoe", "FlexOlmo")
+}
 #: Those whose heads make up the hidden size.
 _NO_HEAD_DIM = ("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3", "Granite 3", "Granite 4")
 
@@ -54,7 +59,7 @@ class Case(NamedTuple):
     """A parent and what is made of it.
 
     Args:
-        parent: a key of `PARENTS`.
+        parent: a key of `PARENTS` or `GROWN`.
         sizes: settings of the parent's configuration.
         spec: fields of the `UpcycleSpec`.
     """
@@ -108,6 +113,45 @@ def random_case(seed: int, parents: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2"
     if draw.random() < 0.15:
         spec["method"] = draw.choice(["noise", "drop"])
     return Case(parent, sizes, spec)
+
+
+def random_growth(seed: int) -> Case:
+    """Return a parent with experts, and a spec of more of them that the seed decides."""
+    draw = random.Random(seed)
+    kind, layers = draw.choice([*GROWN]), draw.choice([1, 2, 3])
+    experts, copies = draw.choice([2, 3, 4, 6]), draw.choice([2, 3])
+    chosen, norm = draw.randint(1, experts), draw.random() < 0.5
+    count = {"Mixtral": "num_local_experts", "Glm4Moe": "n_routed_experts"}.get(kind, "num_experts")
+    sizes: dict[str, Any] = {count: experts, "num_experts_per_tok": chosen, "layers": layers}
+    sizes |= {"tied": draw.random() < 0.3, "intermediate_size": draw.choice([48, 96])}
+    spec: dict[str, Any] = {"num_experts": copies * experts, "seed": draw.randrange(1000)}
+    spec |= {"top_k": copies * chosen, "router_std": draw.choice([0.0, 0.0, 0.0, 0.02])}
+    if chosen == 1 and not norm:
+        spec["top_k"] = draw.randint(1, copies)
+    elif chosen > 1 and draw.random() < 0.15:
+        spec["top_k"] = chosen
+    if kind in ("Qwen3Moe", "Qwen2Moe", "Olmoe", "FlexOlmo"):
+        sizes["norm_topk_prob"] = norm
+        spec["router_order"] = "topk_softmax" if norm else "softmax_topk"
+    elif spec["top_k"] < copies:
+        spec["top_k"] = copies
+    first = draw.randrange(layers)
+    if kind == "Glm4Moe":
+        factor, heads = draw.choice([1.0, 2.5]), draw.random() < 0.5
+        sizes |= {
+            "routed_scaling_factor": factor,
+            "first_k_dense_replace": first,
+            "n_shared_experts": draw.choice([1, 2]),
+        }
+        sizes |= {"attention_bias": heads, "use_qk_norm": not heads, "partial_rotary_factor": draw.choice([0.5, 1.0])}
+        spec |= {"router_score": "sigmoid", "routed_scaling_factor": factor}
+    if kind in ("Qwen3Moe", "Qwen2Moe"):
+        sizes["mlp_only_layers"] = [*range(first)]
+    if first and kind in ("Glm4Moe", "Qwen3Moe", "Qwen2Moe"):
+        spec["moe_layers"] = ",".join(map(str, range(first, layers)))
+    if draw.random() < 0.15:
+        spec["method"] = draw.choice(["noise", "drop"])
+    return Case(kind, sizes, spec)
 
 
 def _of_phi3(draw: random.Random, head_dim: int) -> dict[str, Any]:
@@ -189,7 +233,7 @@ def outcome(case: Case, folder: Path) -> Outcome:
         SpecError: no class holds such a model.
         AssertionError: a tensor is missing, or one too many.
     """
-    dense = PARENTS[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
+    dense = (PARENTS | GROWN)[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
     with open_dense(dense) as source:
         _check_read(source)
         done = convert(source, folder / "moe", UpcycleSpec(**case.spec), progress=False)

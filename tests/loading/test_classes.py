@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from tests.loading.cases import Case, has_class, outcome, random_case
+from tests.loading.cases import Case, has_class, outcome, random_case, random_growth
 from tests.tiers import quick
 
 
@@ -68,5 +68,12 @@ def test_a_random_model_loads_whole_and_keeps_its_word(tmp_path: Path, seed: int
         with pytest.raises(SpecError, match="Hugging Face class for this MoE"):
             outcome(case, tmp_path)
         return
+    found = outcome(case, tmp_path)
+    assert not found.is_exact or found.relative <= TOLERANCE, (case, found)
+
+
+@pytest.mark.parametrize("seed", quick(range(CASES), *range(min(CASES, 4))))
+def test_a_random_model_that_gets_more_experts_keeps_its_word(tmp_path: Path, seed: int) -> None:
+    case = random_growth(seed)
     found = outcome(case, tmp_path)
     assert not found.is_exact or found.relative <= TOLERANCE, (case, found)

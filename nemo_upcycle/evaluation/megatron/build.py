@@ -137,7 +137,6 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         use_cpu_initialization=not on_gpu,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=on_gpu and bool(arch.num_experts),
-        moe_router_enable_expert_bias=arch.balancing_bias,
         moe_router_load_balancing_type=QUANTILES if arch.quantile_bias else "none",  # a loss that nobody asks for
         moe_router_dtype="fp32",  # in 16 bits the logits of two copies can be equal
         **_sizes(layout),

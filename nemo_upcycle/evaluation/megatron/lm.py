@@ -283,5 +283,5 @@ def _tokenizer_of(dense: Path) -> Any:
             f"tokenizer of {dense}",
             got=f"{type(error).__name__}: {error}",
             expected="a Hugging Face tokenizer",
-            fix="name the folder of the dense parent, with its tokenizer files (dense=FOLDER, --dense FOLDER)",
+            fix="name the folder of the parent, with its tokenizer files (dense=FOLDER, --dense FOLDER)",
         ) from None

@@ -111,6 +111,8 @@ def check_parent(arch: Architecture, where: str) -> None:
     """
     family = _FAMILIES.get(arch.hf_class)
     reason = family.no_parent_because if isinstance(family, MoeFamily) else "which nemo-upcycle plan alone knows"
+    if arch.router_score == "sigmoid" and not arch.norm_topk:
+        reason = "whose scores are not divided by their sum (norm_topk_prob), as Megatron divides them"
     if arch.num_experts and reason:
         growing = [one.hf_class for one in targets() if not one.no_parent_because]
         raise CheckpointError(

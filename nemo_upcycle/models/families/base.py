@@ -18,8 +18,8 @@ WINDOW, FULL = "sliding_attention", "full_attention"
 LOCAL_BASE = "rope_local_base_freq"
 #: Hugging Face's activations -> the architecture's.
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
-#: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `qkv_bias`), so that
-#: zeros stand for it.
+#: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `shared_gate`,
+#: `qkv_bias`, `balancing_bias`), so that zeros stand for it.
 ZERO_FILLED = "zero_filled"
 #: What transformers' configuration classes of the Llama family have in common. Without a default of its own, heads
 #: share no keys, and the head dim is their part of the hidden size.
@@ -111,7 +111,9 @@ class Family:
         has_multipliers: whether it multiplies embedding, scores, residual branches and logits as its settings say.
         windowed_class: the class that is the same model with a sliding window, if there is one.
         nemo_module: NeMo's module with the configuration of such models, or this package's where NeMo has none.
-        hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1.
+        hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1; none where
+            shared experts have a gate of their own.
+        has_mtp: whether its checkpoints may hold layers of multi-token prediction behind its own; they are left out.
         divided_by: how the names of constants end that a server divides by, so that they cannot be zero.
 
     Example:
@@ -137,6 +139,7 @@ class Family:
     nemo_module: str = ""
     hf_factors: Mapping[str, float] = field(default_factory=dict)
     divided_by: tuple[str, ...] = ()
+    has_mtp: bool = False
 
     def activation(self, settings: Settings) -> str:
         """Return the activation function, as architectures call it.

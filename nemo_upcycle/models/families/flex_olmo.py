@@ -58,5 +58,4 @@ FAMILY = FlexOlmo(
     post_norm=True,
     wide_qk_norm=True,
     has_attention_bias=True,
-    no_parent_because="whose experts are of different models",
 )

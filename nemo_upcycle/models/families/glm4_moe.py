@@ -19,8 +19,9 @@ class _Glm4Moe(MoeFamily):
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         if settings.values.get("n_group", 1) != 1:
             raise settings.wrong("n_group", "1", "use a checkpoint whose experts are not chosen by group")
-        fields = experts_after_dense(settings, num_layers)
-        return fields | ({"shared_ffn_size": 0} if "shared_expert" in zero_filled(settings) else {})
+        zeros, fields = zero_filled(settings), experts_after_dense(settings, num_layers)
+        fields["balancing_bias"] = "balancing_bias" not in zeros
+        return fields | ({"shared_ffn_size": 0} if "shared_expert" in zeros else {})
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
         pattern = [arch.is_moe_layer(layer) for layer in range(arch.num_layers)]
@@ -41,10 +42,12 @@ class _Glm4Moe(MoeFamily):
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         width = arch.expert_ffn_size or 1
+        zeros = {"shared_expert": not arch.shared_ffn_size, "balancing_bias": not arch.balancing_bias}
         return {
             "n_routed_experts": arch.num_experts,
             "n_shared_experts": arch.shared_ffn_size // width or 1,
-            ZERO_FILLED: [] if arch.shared_ffn_size else ["shared_expert"],
+            ZERO_FILLED: [name for name, absent in zeros.items() if absent],
+            "num_nextn_predict_layers": 0,
             "intermediate_size": arch.ffn_size,
             "moe_intermediate_size": width,
             "first_k_dense_replace": arch.num_layers - arch.moe_layer_count,
@@ -86,5 +89,5 @@ FAMILY = _Glm4Moe(
     spelling={"attention_bias": "qkv_bias", "use_qk_norm": "qk_norm"},
     has_partial_rotary=True,
     router_score="sigmoid",
-    no_parent_because="whose routers' biases are not copied",
+    has_mtp=True,
 )

@@ -21,8 +21,10 @@ class _Qwen2Moe(RoutedFamily):
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         shared = settings.whole("shared_expert_intermediate_size", 0, least=0)
         zeros = zero_filled(settings)
+        shared = 0 if "shared_expert" in zeros else shared
         return super().experts(settings, num_layers) | {
-            "shared_ffn_size": 0 if "shared_expert" in zeros else shared,
+            "shared_ffn_size": shared,
+            "shared_gate": shared > 0 and "shared_gate" not in zeros,
             "qkv_bias": settings.flag("qkv_bias") and "qkv_bias" not in zeros,
         }
 
@@ -40,6 +42,7 @@ class _Qwen2Moe(RoutedFamily):
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         zeros = {"qkv_bias": not arch.qkv_bias, "shared_expert": not arch.shared_ffn_size}
+        zeros["shared_gate"] = arch.shared_ffn_size > 0 and not arch.shared_gate
         return super().expert_settings(arch) | {
             "shared_expert_intermediate_size": arch.shared_ffn_size or _SHARED_WIDTH,
             "qkv_bias": True,
@@ -47,13 +50,14 @@ class _Qwen2Moe(RoutedFamily):
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the gate of the shared expert, and what the class always has where the model does not.
+        """Return the gate of the shared expert and all else that the class always has, where the model does not.
 
         The class multiplies its shared expert by the sigmoid of the gate: one half, if the gate is zero or nearly so
         (llama.cpp divides by it). `hf_factors` doubles the shared down projection for it. vLLM and SGLang read no
         folder without biases of query, key and value, or with a shared expert of no neurons.
         """
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self.names["shared_gate"], (1, arch.hidden_size))
+        gate = () if arch.shared_gate else self.names["shared_gate"]
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(gate, (1, arch.hidden_size))
         if not arch.shared_ffn_size:
             shapes |= dict.fromkeys(self.names["shared_fc1"], (_SHARED_WIDTH, arch.hidden_size))
             shapes |= dict.fromkeys(self.names["shared_fc2"], (arch.hidden_size, _SHARED_WIDTH))
@@ -80,6 +84,5 @@ FAMILY = _Qwen2Moe(
     },
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True},
     hf_factors={"shared_fc2": 2.0},
-    no_parent_because="whose gate of the shared experts is not copied",
     divided_by=("shared_expert_gate.weight",),
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.planning.run_advice import advice_line
 from nemo_upcycle.trainers.base import TrainingFacts
 
@@ -24,7 +26,7 @@ def advice_of(
         SpecError: `trained_on` is no number of tokens.
     """
     pretrain, dense_ct = facts.get("pretrain"), facts.get("dense_ct")
-    if dense_ct and dense_ct.arch.num_experts:
+    if (dense_ct and dense_ct.arch.num_experts) or _has_experts(dense):
         return "not known: no law of models whose parent has experts is published"
     return advice_line(
         dense,
@@ -35,6 +37,12 @@ def advice_of(
         pretrain.layout.gpus if pretrain else None,
         name,
     )
+
+
+def _has_experts(dense: str) -> bool:
+    """Return whether a parent that is a folder on this machine has experts."""
+    folder = Path(dense.removeprefix("hf://")).expanduser()
+    return (folder / "config.json").is_file() and bool(read_architecture(folder).num_experts)
 
 
 def _tokens(facts: TrainingFacts | None) -> float:

@@ -283,7 +283,7 @@ def _check_template(source: str | None, spec: UpcycleSpec) -> None:
         raise SpecError(
             field="config.checkpoint.hf_source_path",
             got=f"{source}, of a model with {experts or 'no'} experts" if source else None,
-            expected=f"a folder with {spec.num_experts} experts, for names and configuration: the parent's has none",
+            expected=f"a folder with {spec.num_experts} experts, for names and configuration, not the parent's",
             fix="make one with nemo-upcycle convert",
         )
 

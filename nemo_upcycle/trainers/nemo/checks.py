@@ -26,6 +26,10 @@ from nemo_upcycle.trainers.values import check_masters, check_values, setting
 from nemo_upcycle.utils.validation import is_whole
 
 
+#: Sizes of the experts, where there are some.
+_EXPERTS = ("num_experts", "top_k", "expert_ffn_size", "shared_ffn_size", "shared_gate", "moe_pattern")
+
+
 def ranks_of(recipe: run.Partial, where: str = "") -> tuple[int, int]:
     """Return the nodes and the ranks per node that a recipe's trainer asks for.
 
@@ -173,24 +177,29 @@ def check_parents(recipe: run.Partial, *, remote: bool) -> None:
 
 
 def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bool) -> None:
-    """Check that a recipe's model has the sizes of a dense model, as far as it can be opened.
+    """Check that a recipe's model has the sizes of a parent and the experts made of it, as far as it can be opened.
 
     Args:
         recipe: of a training job.
-        dense: the dense model's address.
+        dense: the parent's address.
         where: prefix of the recipe's overrides, for the text of errors.
         remote: as `check_parents` takes it.
 
     Raises:
-        UpcycleError: it has not, or the dense model is not there or no such model.
+        UpcycleError: it has not, the parent does not become such a model, is not there or no such model.
     """
     parent = local_parent(dense) or (read_parent(dense) if remote and not dense.startswith("asset://") else None)
     if parent is None:  # an asset, or a name on the hub that is not to be asked for
         return
     require_buildable(parent)
     model = architecture_of(recipe.model.config, parent.vocab_size)
-    for name in SIZES:
-        got, expected = getattr(model, name), getattr(parent, name)
+    spec = spec_of(recipe) if setting(recipe, "resume.restore_config.spec") else None
+    try:
+        wanted = parent.upcycled(spec) if spec else parent
+    except UpcycleError as error:
+        raise error.renamed(lambda name: f"{where}resume.restore_config.spec.{name}") from None
+    for name in (*SIZES, "tied_embeddings", *(_EXPERTS if wanted.num_experts or model.num_experts else ())):
+        got, expected = getattr(model, name), getattr(wanted, name)
         if got != expected:
             raise UpcycleError(
                 f"{where}model.config.{'transformer_layer_spec.' if name in DECODER else ''}{FIELDS.get(name, name)}",

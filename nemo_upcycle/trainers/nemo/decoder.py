@@ -1,11 +1,13 @@
-"""Parents that NeMo has no configuration of: that of its Llama, with the layers and settings that the parent has."""
+"""Parents that NeMo has no configuration of: its Llama's, or Mixtral's, with the parent's layers and settings."""
 
 # No postponed annotations, and Optional: NeMo-Run parses settings of the model by them.
 
 from pathlib import Path
 
 import nemo_run as run
+from nemo.collections.llm.gpt.model.base import GPTModel
 from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
+from nemo.collections.llm.gpt.model.mixtral import MixtralConfig, MixtralModel
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
@@ -15,8 +17,8 @@ from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.online.decoder_layers import layers_of
 
 
-def decoder_model(dense: str, seq_length: int = 4096) -> run.Config[LlamaModel]:
-    """Return NeMo's model of a Granite, OLMo 3, SmolLM3 or EXAONE 4, for a recipe of yours.
+def decoder_model(dense: str, seq_length: int = 4096) -> run.Config[GPTModel]:
+    """Return NeMo's model of a Granite, OLMo 3, SmolLM3, EXAONE 4, Qwen2-MoE or Glm4-MoE, for a recipe of yours.
 
     Args:
         dense: its Hugging Face folder.
@@ -37,8 +39,9 @@ def decoder_model(dense: str, seq_length: int = 4096) -> run.Config[LlamaModel]:
             fix="take NeMo's configuration of this family, or a GPTModel with online.decoder_layers",
         )
     layers = layers_of(arch)
+    has_experts = bool(arch.num_experts)
     config = run.Config(
-        LlamaConfig,
+        MixtralConfig if has_experts else LlamaConfig,
         **megatron_fields(arch),
         **window_fields(arch),
         activation_func=activation_function(arch.activation),
@@ -49,5 +52,6 @@ def decoder_model(dense: str, seq_length: int = 4096) -> run.Config[LlamaModel]:
         transformer_layer_spec=run.Partial(layers.func, **layers.keywords),
         seq_length=seq_length,
         vocab_size=arch.vocab_size,
+        **({"moe_grouped_gemm": True} if has_experts else {}),
     )
-    return run.Config(LlamaModel, config=config)
+    return run.Config(MixtralModel if has_experts else LlamaModel, config=config)

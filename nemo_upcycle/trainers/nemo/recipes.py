@@ -13,6 +13,8 @@ import nemo_run as run
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.megatron_config import router_fields
 from nemo_upcycle.trainers.nemo.imports import quiet_imports
 
 
@@ -55,11 +57,17 @@ def spec_of(recipe: run.Partial) -> Any:
         raise getattr(error, "proxy_base_exception", error) from None
 
 
-def model_config(recipe: run.Partial, *, dense: bool) -> Any:
-    """Return the NeMo model config of an upcycling recipe, or that of its dense parent, built."""
+def model_config(recipe: run.Partial, parent: Architecture | None = None) -> Any:
+    """Return the NeMo model config of an upcycling recipe, built.
+
+    Args:
+        recipe: of the upcycled model.
+        parent: for the config of its parent, which has this architecture.
+    """
     config = copy.deepcopy(recipe.model.config)
-    if dense:
-        config.num_moe_experts = None
+    if parent:
+        for name, value in (router_fields(parent) or {"num_moe_experts": None}).items():
+            setattr(config, name, value)
     return fdl.build(config)
 
 

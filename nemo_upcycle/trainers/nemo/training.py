@@ -15,6 +15,7 @@ import fiddle as fdl
 from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.errors import SpecError, StageStopped
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.commands import changed_settings
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, read_data
@@ -229,7 +230,7 @@ class NeMoTraining(Training):
 
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
         """See `Training.model_config`: NeMo's."""
-        return model_config(self.recipe, dense=dense)
+        return model_config(self.recipe, read_architecture(dense_folder) if dense else None)
 
     def train(
         self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None

@@ -74,7 +74,8 @@ def upcycled(recipe: run.Partial, dense: str, spec: UpcycleSpec, data: str | Non
     strategy = made.trainer.strategy
     if (tensor := strategy.tensor_model_parallel_size) > 1:
         strategy.sequence_parallel = True  # Megatron trains experts in no other way
-    if strategy.expert_model_parallel_size == 1 and strategy.expert_tensor_parallel_size:
+    is_unused = strategy.expert_model_parallel_size == 1 and not _own_experts(recipe.model.config)
+    if is_unused and strategy.expert_tensor_parallel_size:
         strategy.expert_tensor_parallel_size = tensor  # 1 in NeMo's recipes of Qwen3, which have no experts
     check_settings(made)
     if is_first_rank():

@@ -35,7 +35,7 @@ def test_what_is_calibrated_is_converted_and_verified(
     assert "made before, from the same inputs" in out
     assert "co-activated pairs in one part" in out
     assert main(["convert", str(dense), moe, *SPLIT, "--calibration", file]) == 0
-    assert "computes the dense function" in capsys.readouterr().out
+    assert "computes the parent's function" in capsys.readouterr().out
     assert main(["verify", str(dense), moe, "--weights-only", "--calibration", file]) == 0
 
 

@@ -32,7 +32,7 @@ def test_a_type_on_disk_that_rounds_is_told(dense: Path, tmp_path: Path, capsys:
     assert main(["convert", str(dense), str(tmp_path / "moe"), *SPEC, "--dtype", "bfloat16"]) == 0
     assert "not exact: float32 weights are rounded to bfloat16 (model.embed" in capsys.readouterr().out
     assert main(["convert", str(dense), str(tmp_path / "same"), *SPEC]) == 0
-    assert "computes the dense function" in capsys.readouterr().out
+    assert "computes the parent's function" in capsys.readouterr().out
 
 
 def test_more_parents_than_copies_are_refused(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +112,7 @@ def test_granular_models_are_exact_with_float32_routing_and_it_says_so(
 ) -> None:
     command = ["convert", str(dense), str(tmp_path / "moe"), "--experts", "8", "--top-k", "4", "--granularity", "2"]
     assert main(command) == 0
-    assert "computes the dense function\nwith router logits in float32: in 16 bits" in capsys.readouterr().out
+    assert "computes the parent's function\nwith router logits in float32: in 16 bits" in capsys.readouterr().out
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["needs_float32_routing"] is True
     assert main(["convert", str(dense), str(tmp_path / "whole"), *SPEC, "--json"]) == 0

@@ -297,7 +297,7 @@ def test_a_spec_of_a_dense_model_is_refused(saved: Path, dense: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("parent", "words"),
     [
-        ({"intermediate_size": 128}, "another dense parent"),
+        ({"intermediate_size": 128}, "another parent"),
         ({"vocab_size": 400}, r"embed_tokens\.weight: got \[272, 64\], expected \[400, 64\]"),
         ({"num_hidden_layers": 5}, r"num_layers of .*got 4, expected 5"),
         ({"num_hidden_layers": 3}, r"num_layers of .*got 4, expected 3"),

@@ -70,9 +70,9 @@ def test_the_card_names_the_parent_and_its_licence(parent: Path, tmp_path: Path)
         "# moe",
         "| Made from | us/small-1 |",
         "UpcycleSpec(num_experts=4, top_k=2, method='drop', drop_ratio=0.25, router_std=0.02, seed=1234)",
-        "| Computes | not the dense function: drop_ratio=0.25 draws neurons anew |",
+        "| Computes | not the parent's function: drop_ratio=0.25 draws neurons anew |",
         f"nemo-upcycle convert, version {__version__}",
-        "The dense model's: the licence.",
+        "The parent's: the licence.",
     ):
         assert words in text
     assert str(tmp_path) not in text
@@ -83,7 +83,7 @@ def test_a_parent_without_a_name_on_the_hub_passes_on_its_own_base(parent: Path,
     front, text = _convert([local], tmp_path / "moe", SPEC)
     assert front["base_model"] == "us/grandparent"
     assert "| Made from | local, made from us/grandparent |" in text
-    assert "| Computes | the dense function, up to rounding |" in text
+    assert "| Computes | the parent's function, up to rounding |" in text
 
 
 def test_several_parents_are_all_named(parent: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_several_parents_are_all_named(parent: Path, tmp_path: Path) -> None:
     front, text = _convert([parent, other], tmp_path / "moe", SPEC)
     assert front["base_model"] == ["us/small-1", "them/other"]
     assert "license" not in front
-    assert "The dense models have several: llama3; mit" in text
+    assert "The parents have several: llama3; mit" in text
 
 
 @pytest.mark.parametrize("card", [None, "# no front matter", "---\nlicense: [\n---\n", "---\n- a\n---\n", "\xff---\n"])

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_weights
@@ -24,18 +25,11 @@ from nemo_upcycle.models.growth import growth_spec, inexact_because, source_expe
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
-from nemo_upcycle.utils.files import read_json
+from nemo_upcycle.utils.files import read_json, write_json
 from nemo_upcycle.verify.verification import verify
 from tests.loading.cases import logits
-from tests.models import (
-    build_chunks,
-    moe_settings,
-    sample_tokens,
-    write_llama,
-    write_mixtral,
-    write_olmoe,
-    write_qwen3_moe,
-)
+from tests.models import build_chunks, moe_settings, sample_tokens, write_llama
+from tests.parents import write_mixtral, write_moe, write_olmoe, write_qwen3_moe
 
 
 EXACT, VISIBLE = 2e-6, 1e-3
@@ -61,6 +55,12 @@ PARENTS = {
     "OLMoE": Parent(write_olmoe, SOFTMAX_FIRST),
     "OLMoE, divided by their sum": Parent(partial(write_olmoe, norm_topk_prob=True)),
     "Qwen3-MoE, dense layer": Parent(partial(write_qwen3_moe, mlp_only_layers=[0]), {"moe_layers": "1"}),
+    "Qwen2-MoE": Parent(partial(write_moe, kind="Qwen2Moe"), SOFTMAX_FIRST),
+    "Glm4-MoE": Parent(
+        partial(write_moe, kind="Glm4Moe"),
+        {"router_score": "sigmoid", "routed_scaling_factor": 2.5, "moe_layers": "1"},
+    ),
+    "FlexOlmo": Parent(partial(write_moe, kind="FlexOlmo"), SOFTMAX_FIRST),
 }
 
 
@@ -265,3 +265,71 @@ def test_utilities_are_refused_where_the_parent_is_dense(tmp_path: Path) -> None
 def test_a_parent_with_experts_comes_alone(mixtral: Path) -> None:
     with pytest.raises(CheckpointError, match="one model with experts"):
         open_dense([mixtral, mixtral])
+
+
+@pytest.fixture(scope="module")
+def glm4_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As GLM saves it: weights in bfloat16, biases in float32, and a layer of multi-token prediction."""
+    folder = write_moe(tmp_path_factory.mktemp("glm4_moe") / "dense", kind="Glm4Moe")
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: weight if name.endswith(BIAS) else weight.bfloat16() for name, weight in weights.items()}
+    weights["model.layers.2.eh_proj.weight"] = torch.ones(64, 128, dtype=torch.bfloat16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = read_json(folder / "config.json") | {"num_nextn_predict_layers": 1}
+    write_json(folder / "config.json", config)
+    return folder
+
+
+BIAS = "e_score_correction_bias"
+GLM4 = UpcycleSpec(
+    num_experts=8, top_k=4, router_std=0.0, router_score="sigmoid", routed_scaling_factor=2.5, moe_layers="1"
+)
+
+
+def test_biases_stay_float32_in_a_folder_of_bfloat16(glm4_moe: Path, tmp_path: Path) -> None:
+    with open_dense(glm4_moe) as dense:
+        done = convert(dense, tmp_path / "moe", GLM4, progress=False)
+    assert (done.exact, done.dtype) == (True, "bfloat16")
+    assert verify(glm4_moe, tmp_path / "moe", logits=False).equal
+    made, own = (load_file(one / "model.safetensors") for one in (tmp_path / "moe", glm4_moe))
+    (name,) = (name for name in own if name.endswith(BIAS))
+    assert torch.equal(made[name], own[name].repeat(2))
+    assert {weight.dtype for other, weight in made.items() if other != name} == {torch.bfloat16}
+    assert not any(".layers.2." in name for name in made)
+    assert read_json(tmp_path / "moe/config.json")["num_nextn_predict_layers"] == 0
+    assert _error(glm4_moe, tmp_path / "moe") <= EXACT
+    made[name] = made[name].bfloat16()
+    save_file(made, tmp_path / "moe/model.safetensors", metadata={"format": "pt"})
+    assert not verify(glm4_moe, tmp_path / "moe", logits=False).equal
+
+
+@pytest.mark.usefixtures("megatron")
+def test_no_cast_of_a_megatron_model_rounds_the_biases(glm4_moe: Path) -> None:
+    (model,) = build_chunks(glm4_moe, **moe_settings(read_architecture(glm4_moe), GLM4))
+    with open_dense(glm4_moe) as dense:
+        assert upcycle_into([model], dense, GLM4).exact
+    router, own = model.bfloat16().decoder.layers[1].mlp.router, load_file(glm4_moe / "model.safetensors")
+    assert torch.equal(router.expert_bias, own[f"model.layers.1.mlp.gate.{BIAS}"].repeat(2))
+    assert router.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_model_without_a_place_for_biases_or_gate_is_refused(glm4_moe: Path, tmp_path: Path) -> None:
+    settings = moe_settings(read_architecture(glm4_moe), GLM4) | {"moe_router_enable_expert_bias": False}
+    (model,) = build_chunks(glm4_moe, **settings)
+    with (
+        open_dense(glm4_moe) as dense,
+        pytest.raises(CheckpointError, match="enable_expert_bias: got False"),
+    ):
+        upcycle_into([model], dense, GLM4)
+    gated = write_moe(tmp_path / "dense", kind="Qwen2Moe")
+    arch = read_architecture(gated)
+    (model,) = build_chunks(replace(arch, shared_gate=False), num_experts=4, top_k=2)
+    with open_dense(gated) as dense, pytest.raises(CheckpointError, match="shared_gate in layer 0"):
+        load_dense_into([model], dense)
+
+
+def test_what_cannot_be_grown_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_moe(tmp_path / "dense", kind="Glm4Moe", norm_topk_prob=False)
+    with pytest.raises(CheckpointError, match="not divided by their sum"):
+        open_dense(folder)

@@ -124,7 +124,7 @@ def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
 def test_another_activation_is_refused(parent: str, function: Any, got: str) -> None:
     chunks = build_chunks(small_architecture(), num_experts=4, activation_func=function)
     source = MemorySource(small_architecture(activation=parent))
-    with _refuses(chunks, CheckpointError, f"activation_func: got {got}, expected {parent}, as in the dense"):
+    with _refuses(chunks, CheckpointError, f"activation_func: got {got}, expected {parent}, as in the parent"):
         upcycle_into(chunks, source, SPEC)
 
 

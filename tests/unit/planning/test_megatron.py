@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.planning.check import allocated_bytes, build_rank, check_layout_against_megatron, megatron_rank
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.layout import Layout, parse_layout
@@ -33,6 +34,16 @@ OLMO2_NORMS = {"qk_norm": True, "wide_qk_norm": True, "pre_norm": False, "post_n
 E8T2 = SMALL.upcycled(UpcycleSpec())
 MIXED = BIASED.upcycled(UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2"))
 TIED_MOE = TIED.upcycled(UpcycleSpec(num_experts=4))
+#: Parents with experts: a gate of the shared ones; biases that choose them.
+QWEN2_MOE = replace(MIXED, hf_class="Qwen2MoeForCausalLM", shared_gate=True, norm_topk=False)
+GLM4_MOE = replace(
+    NORMED,
+    hf_class="Glm4MoeForCausalLM",
+    shared_ffn_size=168,
+    moe_pattern=(False, *[True] * 7),
+    router_score="sigmoid",
+    balancing_bias=True,
+)
 LLAMA = known_shape("llama3_8b").upcycled(UpcycleSpec())
 
 CASES = [
@@ -52,6 +63,8 @@ CASES = [
     (NORMED, "tp=2,pp=2,ep=4", 16),
     (replace(SMALL, **OLMO2_NORMS), "tp=2,pp=2", 4),
     (replace(SMALL, **OLMO2_NORMS).upcycled(UpcycleSpec()), "tp=2,pp=2,ep=4", 16),
+    (QWEN2_MOE, "tp=2,ep=2", 4),
+    (GLM4_MOE, "tp=2,pp=2,ep=4", 16),
     (LLAMA, "tp=2,pp=4,vp=8,ep=8", 64),
 ]  # fmt: skip
 WORK = Workload(seq_length=512, global_batch=840)
@@ -116,6 +129,13 @@ def test_check_compares_every_kind_of_rank(spec: UpcycleSpec) -> None:
     result = check_layout_against_megatron(moe_arch, layout, WORK, SMALL, spec)
     assert (result.ranks, result.kinds) == (32, 8)
     assert result.tensors > 0
+
+
+@pytest.mark.parametrize("parent", [QWEN2_MOE, GLM4_MOE], ids=["Qwen2-MoE", "Glm4-MoE"])
+def test_check_compares_every_kind_of_rank_of_a_parent_with_experts(parent: Architecture) -> None:
+    spec = growth_spec(parent, 16)
+    layout = parse_layout("tp=2,pp=2,ep=4", 16)
+    assert check_layout_against_megatron(parent.upcycled(spec), layout, WORK, parent, spec).tensors > 0
 
 
 def test_check_finds_a_plan_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

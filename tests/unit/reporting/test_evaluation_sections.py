@@ -87,8 +87,7 @@ def test_published_values_stand_beside_ours(run_dir: Path) -> None:
     report = write_report(run_dir)
     lines = report.read_text().splitlines()
     header = lines.index(
-        "| % | published: Parent | published: MoE | dense parent | MoE at step 0 | trained MoE |"
-        " trained dense baseline |"
+        "| % | published: Parent | published: MoE | parent | MoE at step 0 | trained MoE | trained baseline |"
     )
     assert lines[header + 2] == "| acc (quiz) | 65.20 | 64.00 | 25 ± 25 | 50 ± 25 | 50 ± 25 | 25 ± 25 |"
     assert lines[header + 3] == "| mean of these | 65.20 | 64.00 | 25.00 | 50.00 | 50.00 | 25.00 |"

@@ -90,12 +90,12 @@ def test_without_a_dense_baseline_the_report_says_that_nothing_was_measured(
     (run_dir / "dense_ct/_SUCCESS.json").write_text(json.dumps(marker))
     section, found = _report(run_dir, monkeypatch, _law(-0.5))
     assert found["measured"] is None
-    assert "| measured: not, for the chain trained no dense baseline | - | - |" in section
+    assert "| measured: not, for the chain trained no baseline | - | - |" in section
 
 
 def test_the_section_stands_in_the_report(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section, found = _report(run_dir, monkeypatch, _law(-0.5))
-    assert section.startswith("## Expectation and outcome\n\n| loss of the MoE less the dense baseline's,")
+    assert section.startswith("## Expectation and outcome\n\n| loss of the MoE less the baseline's,")
     assert section in write_report(run_dir).read_text()
     assert json.loads((run_dir / "results.json").read_text())["expectation"] == found
 
@@ -104,3 +104,9 @@ def test_without_the_parents_tokens_no_law_is_asked(run_dir: Path, monkeypatch: 
     assert _report(run_dir, monkeypatch, _law(-0.5), trained_on=None) == ("", None)
     _, found = _report(run_dir, monkeypatch, _law(-0.5), trained_on=None, dense="asset://smollm2-135m")
     assert found["parent_tokens"] == 2e12
+
+
+def test_of_a_parent_with_experts_no_law_is_asked(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    receipt = json.loads((run_dir / "receipt.json").read_text())
+    (run_dir / "receipt.json").write_text(json.dumps(receipt | {"parent_experts": 4}))
+    assert _report(run_dir, monkeypatch, _law(-0.5)) == ("", None)

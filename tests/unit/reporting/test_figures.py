@@ -50,13 +50,13 @@ def test_validation_is_the_line_and_training_the_background() -> None:
     assert validation.get_zorder() > training.get_zorder()
     assert validation.get_linewidth() > training.get_linewidth()
     assert (validation.get_alpha() or 1) > training.get_alpha()
-    assert set(lines) >= {"dense baseline, validation", "dense baseline, training"}
-    assert list(lines["dense parent, validation"].get_ydata()) == [3.5, 3.5]
+    assert set(lines) >= {"baseline, validation", "baseline, training"}
+    assert list(lines["parent, validation"].get_ydata()) == [3.5, 3.5]
 
 
 def test_the_parent_is_no_line_where_validation_did_not_begin_with_it() -> None:
     lines = lines_of(loss_figure({"pretrain": Curve(STEPS, [(1000, 3.5)]), "dense_ct": Curve(DENSE, [])}))
-    assert set(lines) == {"MoE, validation", "MoE, training", "dense baseline, training"}
+    assert set(lines) == {"MoE, validation", "MoE, training", "baseline, training"}
 
 
 def test_without_the_dense_baseline_the_moe_itself_is_the_line_to_compare_with() -> None:
@@ -70,7 +70,7 @@ def test_losses_stand_over_flops_too_where_they_are_known() -> None:
     tokens, flops = figure.axes
     by_label = {line.get_label(): line.get_xdata().tolist() for line in flops.lines}
     assert by_label["MoE, training"] == [3e12, 6e12, 9e12]
-    assert by_label["dense baseline, training"] == [2e12, 4e12, 6e12]
+    assert by_label["baseline, training"] == [2e12, 4e12, 6e12]
     assert [line.get_xdata().tolist() for line in tokens.lines] == [[1000, 2000, 3000]] * 2
     assert len(loss_figure(curves, {"pretrain": 3e9}).axes) == 1
 

@@ -83,7 +83,7 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
     found = rows(reported / "report.md")
     # differences of 1.5, 2 and 2.5 nats in windows of 100 bytes: mean 2, standard error 0.5 / sqrt(3); in bits, a byte
     against_baseline, _, _ = found["bits per byte (heldout_perplexity)"]  # of the second table
-    assert against_baseline == "+0.0289 ± 0.0042 (trained dense baseline is better)"
+    assert against_baseline == "+0.0289 ± 0.0042 (trained baseline is better)"
     assert found["training loss, last step"] == ["2.75", "3.25"]
     assert found["validation loss, first"] == ["3.5", "4"]
     assert found["tokens"] == ["3,000", "3,000"]
@@ -147,7 +147,7 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     assert found["optimizer"] == ["adam, weight decay 0.1"] * 2
     text = (run_dir / "report.md").read_text()
     assert "Data of the trained MoE: NeMo's mock data (random tokens)." in text
-    assert "Data of the trained dense baseline: blend tiny (blend)." in text
+    assert "Data of the trained baseline: blend tiny (blend)." in text
     assert found["ranks of the training job"] == ["2", "1"]
     assert found["TFLOP/s of a rank (full attention / causal half)"] == ["200 / 180", "-"]
     assert found["MFU, BF16 peak (full attention / causal half)"] == ["20.0 % / 18.0 %", "-"]
@@ -185,7 +185,7 @@ def test_samples_stand_beside_each_other(run_dir: Path) -> None:
     text = write_report(run_dir).read_text()
     table = text.split("## Samples")[1].split("## ")[0]
     assert "|  | 1990 |\n|---|---|\n| prompt | The state |\n| the text itself | of the union |" in table
-    assert "| dense parent | a\\|b \\*dense\\* |" in table
+    assert "| parent | a\\|b \\*dense\\* |" in table
     assert "| trained MoE | a\\|b \\*trained\\* |" in table
     (found,) = json.loads((run_dir / "results.json").read_text())["samples"]
     assert found["continuations"]["dense_ct"] == "a|b\n*dense_ct*"
@@ -195,10 +195,9 @@ def test_the_report_says_so_when_the_dense_baseline_wins(reported: Path) -> None
     text = (reported / "report.md").read_text()
     headline, opening = text.split("\n\n")[1:3]
     assert (
-        "top-2, is better than its dense parent and worse than the dense baseline, by bits per byte of held-out text."
-        in headline
+        "top-2, is better than its parent and worse than the baseline, by bits per byte of held-out text." in headline
     )
-    assert "+0.0289 ± 0.0042 | the dense baseline is better |" in opening
+    assert "+0.0289 ± 0.0042 | the baseline is better |" in opening
     found = rows(reported / "report.md")
     assert found["acc (quiz)"][0].startswith("+0.25 ± 0.25 (no difference shown)")
 
@@ -252,7 +251,7 @@ def test_the_command_needs_neither_torch_nor_scipy(run_dir: Path) -> None:
     command = [sys.executable, "-c", _WITHOUT, "report", str(run_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{run_dir / 'report.md'}\n"), done.stderr
-    assert "+0.0289 ± 0.0042 (trained dense baseline is better)" in (run_dir / "report.md").read_text()
+    assert "+0.0289 ± 0.0042 (trained baseline is better)" in (run_dir / "report.md").read_text()
 
 
 def test_the_figures_are_drawn(reported: Path) -> None:

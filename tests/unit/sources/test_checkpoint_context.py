@@ -239,7 +239,7 @@ def test_export_says_what_it_takes_for_granted(checkpoint: Path, dense: Path, tm
     shutil.rmtree(checkpoint / "context")
     export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
     (assumed,) = read_json(tmp_path / "hf" / MODEL_MARKER)["notes"]
-    assert "rotary embedding, norm epsilon, activation and window are taken to be the dense parent's" in assumed
+    assert "rotary embedding, norm epsilon, activation and window are taken to be the parent's" in assumed
     assert assumed in (tmp_path / "hf/README.md").read_text()
 
 

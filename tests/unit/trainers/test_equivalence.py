@@ -43,7 +43,7 @@ def _config(spec: UpcycleSpec | None, tied: bool) -> Any:
     for name, value in (SIZES | {"share_embeddings_and_output_weights": tied}).items():
         setattr(recipe.model.config, name, value)
     recipe.model.config.num_moe_experts = spec.num_experts if spec else None
-    return model_config(recipe, dense=spec is None)
+    return model_config(recipe)
 
 
 def _whole(folder: Path, spec: UpcycleSpec | None, tied: bool, step0: Path) -> list[torch.Tensor]:

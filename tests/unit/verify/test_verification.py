@@ -260,7 +260,7 @@ def test_bad_input_is_refused(dense: Path, tmp_path: Path, monkeypatch: pytest.M
     other = write_tokenizer(write_llama(tmp_path / "other", vocab_size=259, layers=2))
     with pytest.raises(CheckpointError, match="num_layers: got 3, expected 2"):
         verify(other, moe)
-    with pytest.raises(CheckpointError, match="give the dense folder first"):
+    with pytest.raises(CheckpointError, match="give the parent's folder first"):
         verify(dense, dense)
     with pytest.raises(UpcycleError, match=r"no such file|No such file"):
         verify(dense, moe, tmp_path / "absent")

@@ -53,7 +53,7 @@ def test_a_child_with_other_settings_is_not_the_parents(tmp_path: Path, change: 
     dense = write_llama(tmp_path / "dense", layers=2)
     moe = _converted(dense, tmp_path / "moe")
     assert _equal(dense, moe)
-    with pytest.raises(CheckpointError, match=f"{words}, as in the dense model"):
+    with pytest.raises(CheckpointError, match=f"{words}, as in the parent"):
         _equal(dense, _change(moe, change))
 
 

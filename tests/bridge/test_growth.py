@@ -1,0 +1,85 @@
+"""In Megatron-Bridge a parent with experts gets more of them: the bits of `convert`, and so of NeMo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.models.growth import growth_spec
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.utils.files import read_json
+from tests.blends import write_blend
+from tests.bridge.runs import VOCABULARY
+from tests.bridge.test_upcycling import _export, _offline, _same_bits, _train
+from tests.distributed.ranks import run_ranks
+from tests.functional.test_pipeline import STAGES, run_in_own_process
+from tests.functional.tiny import EVALUATION, texts
+from tests.models import write_tokenizer
+from tests.parents import write_mixtral, write_moe, write_qwen3_moe
+
+
+pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+WRITE: dict[str, Callable[[Path], Path]] = {
+    "Mixtral": partial(write_mixtral, vocab_size=VOCABULARY),
+    "Qwen3-MoE": partial(write_qwen3_moe, vocab_size=VOCABULARY, mlp_only_layers=[0], norm_topk_prob=False),
+    "Qwen2-MoE": partial(write_moe, kind="Qwen2Moe", vocab_size=VOCABULARY),
+    "Glm4-MoE": partial(write_moe, kind="Glm4Moe", vocab_size=VOCABULARY),
+}
+
+
+@pytest.fixture(scope="module", params=WRITE)
+def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parent of four experts, two for a token."""
+    return WRITE[request.param](tmp_path_factory.mktemp("parent") / "dense")
+
+
+@pytest.mark.parametrize(
+    ("style", "layout"),
+    [("provider", {"ep": 4}), ("provider", {"tp": 2, "ep": 2, "etp": 1}), ("builder", {"pp": 2})],
+    ids=str,
+)
+def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
+    parent: Path, tmp_path: Path, style: str, layout: dict[str, int]
+) -> None:
+    fields = growth_spec(read_architecture(parent), 8).to_dict() | {"router_std": 0.02, "method": "drop"}
+    ranks = max(layout.values())
+    run_ranks(_train, ranks, parent, tmp_path / "run", fields, {"style": style, **layout}, process_group=False)
+    exported = _export(parent, tmp_path / "run", tmp_path / "hf")
+    assert read_architecture(exported).num_experts == 8
+    assert _same_bits(exported, _offline(parent, tmp_path / "offline", fields))
+    receipt = read_json(tmp_path / "run/receipt.json")
+    assert (receipt["parent_experts"], receipt["spec"]) == (4, UpcycleSpec(**fields).to_dict())
+
+
+def test_the_baseline_is_the_parent_as_it_is(parent: Path, tmp_path: Path) -> None:
+    run_ranks(_train, 2, parent, tmp_path / "run", None, {"ep": 2}, process_group=False)
+    assert read_json(tmp_path / "run/receipt.json")["exact"] is True
+    assert _same_bits(_export(parent, tmp_path / "run", tmp_path / "hf"), parent)
+
+
+def test_a_parent_with_experts_goes_through_the_chain(tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge_training import BridgeTraining
+
+    parent = write_tokenizer(write_mixtral(tmp_path / "parent", vocab_size=259))
+    write_blend(tmp_path / "blend", parent, texts=texts())
+    (tmp_path / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    recipes = "tests.bridge.recipes:tiny_grown", "tests.bridge.recipes:tiny_dense_ct"
+    moe, baseline = (BridgeTraining(recipe, (), nodes=1, ranks_per_node=2).to_text() for recipe in recipes)
+    named = [str(tmp_path / name) for name in ("parent", "blend", "evaluation.yaml")]
+    RunPlan(recipes[0], *named, moe, baseline, trainer="bridge").write(run := tmp_path / "run")
+    for name in STAGES:
+        answer = run_in_own_process(name, run, ranks=2 if name in ("pretrain", "dense_ct") else 1)
+        assert answer.status == 0, answer.text
+    assert read_json(run / "receipt.json")["within_tolerance"] is True
+    sizes = {name: read_architecture(run / name) for name in ("upcycle/hf", "hf", "dense_ct/hf")}
+    assert [(arch.hf_class, arch.num_experts, arch.top_k) for arch in sizes.values()] == [
+        ("MixtralForCausalLM", 8, 4),
+        ("MixtralForCausalLM", 8, 4),
+        ("MixtralForCausalLM", 4, 2),
+    ]
+    assert "A model with experts of" in (run / "report.md").read_text()
