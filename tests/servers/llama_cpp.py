@@ -60,7 +60,16 @@ def to_gguf(folder: Path, file: Path, dtype: str) -> None:
         NotServedError: it cannot.
     """
     script = HOME / "llama.cpp/convert_hf_to_gguf.py"
-    _run([sys.executable, str(script), str(folder), "--outfile", str(file), "--outtype", dtype], file.parent)
+    command = [
+        sys.executable,
+        str(script),
+        str(folder.resolve()),
+        "--outfile",
+        str(file.resolve()),
+        "--outtype",
+        dtype,
+    ]
+    _run(command, file.parent)
 
 
 def _ask(script: str, file: Path, count: int, *words: str) -> Any:

@@ -159,6 +159,8 @@ class UpcycleHook:
                     expected="one: finetune starts from a checkpoint, upcycling makes the first",
                     fix="call pretrain(config, forward_step), on any data; finetune_from(config, run) follows it",
                 )
+            if isinstance(config.dataset, ChatDataset):
+                config.dataset.chat.require_tokenizer_of(str(self.paths[0]))
             receipt = fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights)
             receipt.auxiliary_losses = losses
             receipt.teacher = getattr(settings_of(config), "lesson", {})
