@@ -78,7 +78,7 @@ def check_here(plan: RunPlan, stages: Sequence[Stage]) -> None:
         engine_version(data_python())  # of what builds the blend
     if isinstance(plan, RunPlan) and any(stage.name == "evaluate" for stage in stages):
         config = read_suite_config(plan.evaluation)
-        check_needs(() if config.local else config.tasks, config.files)
+        check_needs([] if config.local else list(config.tasks), config.files)
     for name in (stage.name for stage in stages):
         if training := plan.training(name):
             training.check_here(name)

@@ -106,7 +106,8 @@ def load_config(
             expected="a provider",
             fix="make it by upcycled_provider",
         )
-    data_class, data = ChatDataset if tunes(recipe) else BlendDataset, config.dataset
+    data_class: Any = ChatDataset if tunes(recipe) else BlendDataset
+    data = config.dataset
     if isinstance(data, ChatDataset) != tunes(recipe):
         raise UpcycleError(
             f"recipe {recipe}",

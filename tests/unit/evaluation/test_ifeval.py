@@ -60,7 +60,8 @@ def suite(tmp_path: Path) -> Path:
 
 
 def test_instructions_are_checked_by_lm_evals_own_code(suite: Path, tmp_path: Path) -> None:
-    result = ask(_writer(tmp_path, prompts := []), suite, samples=False)
+    prompts: list[str] = []
+    result = ask(_writer(tmp_path, prompts), suite, samples=False)
     assert [item["scores"]["inst_level_strict_acc"] for item in result["items"]["ifeval"]] == [[1, 2], [2, 2], [0, 1]]
     assert [bool(item["scores"]["prompt_level_strict_acc"]) for item in result["items"]["ifeval"]] == [
         False,
