@@ -83,6 +83,12 @@ def _row(kind: str, split: str, number: int) -> dict[str, Any]:
                 "spans": [["x"]],
             },
         },
+        "ifeval": {
+            "key": number,
+            "prompt": f"{text} Use no comma.",
+            "instruction_id_list": ["punctuation:no_comma"],
+            "kwargs": [{"num_words": None}],
+        },
         "medmcqa": {"question": text, **dict(zip(("opa", "opb", "opc", "opd"), four, strict=True)), "cop": number % 4},
         "text": {"id": f"{split}/{number}", "text": " ".join(_sentence(split, number, n) for n in range(12))},
     }[kind]
@@ -119,6 +125,7 @@ SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "openai/gsm8k": ("gsm8k", ("main",), ("train", "test")),
     "EleutherAI/wikitext_document_level": ("wikitext", ("wikitext-2-raw-v1",), _ALL),
     "EleutherAI/lambada_openai": ("lambada", ("default",), ("test",)),
+    "google/IFEval": ("ifeval", (), ("train",)),
     "EleutherAI/drop": ("drop", (), _NO_TEST),
     "openlifescienceai/medmcqa": ("medmcqa", (), _NO_TEST),
 }

@@ -107,4 +107,4 @@ def _suite_needs(suite: str) -> Iterator[Need]:
     if asks_mmlu(config):
         yield asset_need("mmlu")
     elif not config.local:
-        yield from (task_need(name, config.include_path) for name in config.tasks)
+        yield from (task_need(name, config.include_path) for name in config.tasks if name not in config.files)

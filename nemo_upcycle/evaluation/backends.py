@@ -282,6 +282,16 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) ->
             with self._reporting("questions", len(passes)):
                 return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            with self._reporting("texts written", len(requests)):
+                return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            written = super()._model_generate(context, *args, **kwargs)
+            if self._line:
+                self._line.advance(len(context))
+            return written
+
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> Any:
             line, self._line = self._line, None  # its passes are no progress
             try:

@@ -14,9 +14,11 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 
 
-Score = Any  # a number, or [loglikelihood, units] for a metric that divides sums
-#: Metrics that divide the sum of log-likelihoods (nats) by the sum of words or bytes; every other one is a mean.
-RATIOS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+Score = Any  # a number, or a pair for a metric that divides sums
+#: Of IFEval, whose prompts have several instructions: those that are followed by all.
+INSTRUCTIONS = ("inst_level_strict_acc", "inst_level_loose_acc")
+#: Metrics that divide the sum of log-likelihoods (nats) by the sum of words or bytes, or as above; others are means.
+RATIOS = ("word_perplexity", "byte_perplexity", "bits_per_byte", *INSTRUCTIONS)
 
 
 def statistic(metric: str, scores: Sequence[Score]) -> float:
@@ -24,7 +26,8 @@ def statistic(metric: str, scores: Sequence[Score]) -> float:
 
     Args:
         metric: its name, without the task.
-        scores: one entry an item: a pair of log-likelihood and units for the metrics in `RATIOS`, else a number.
+        scores: one entry an item: a pair of what is divided for the metrics in `RATIOS`, as log-likelihood and bytes,
+            else a number.
 
     Example:
         >>> statistic("acc", [1.0, 0.0])

@@ -12,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.backends import Backend, close_model, open_model
-from nemo_upcycle.evaluation.compare import RATIOS, cluster_sums, jackknife_stderr, left_out, statistic
+from nemo_upcycle.evaluation.compare import INSTRUCTIONS, RATIOS, cluster_sums, jackknife_stderr, left_out, statistic
 from nemo_upcycle.evaluation.heldout import METRIC
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.suites.lm_eval_tasks import LoadedTask, quiet
@@ -64,7 +65,7 @@ def evaluate(
     Raises:
         CheckpointError: the folder is not a model, or its weights do not fit it exactly.
         UpcycleError: the suite is incomplete, lm-eval does not know a task, no task's data can be had, or the suite
-            asks for vLLM where it is not.
+            asks for vLLM where it is not, or for a chat template that the model does not have.
 
     Example:
         >>> evaluate(Path("models/dense"), Path("runs/suite"), Path("runs/evaluation"), name="dense")  # doctest: +SKIP
@@ -116,6 +117,13 @@ def ask(
     sampled_s = time.monotonic()
     merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
     tasks = tasks or load_suite_tasks(suite)
+    if config.get("chat_template") and not getattr(model.lm.tokenizer, "chat_template", None):
+        raise UpcycleError(
+            "chat template of the model's tokenizer",
+            got="none",
+            expected="one: chat_template of the suite is true",
+            fix="evaluate a model that was tuned on conversations, or omit chat_template",
+        )
     if config["local"]:
         runs: dict[int | None, list[LoadedTask]] = {None: [_local_task(suite, task) for task in described["tasks"]]}
     else:
@@ -125,7 +133,7 @@ def ask(
         }
     for shots, asked in runs.items():
         if asked:
-            results = _run(model.lm, asked, shots, limit)
+            results = _run(model.lm, asked, shots, limit, chat_template=config.get("chat_template", False))
             for part, values in _extract(results, f"_{shots}shot" if shots else "").items():
                 merged[part].update(values)
     return {
@@ -139,7 +147,9 @@ def ask(
     }
 
 
-def _run(lm: Any, tasks: list[LoadedTask], shots: int | None, limit: int | None) -> dict[str, Any]:
+def _run(
+    lm: Any, tasks: list[LoadedTask], shots: int | None, limit: int | None, *, chat_template: bool
+) -> dict[str, Any]:
     """Run lm-eval on some tasks with one number of few-shot examples; None is the task's own."""
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
@@ -153,6 +163,7 @@ def _run(lm: Any, tasks: list[LoadedTask], shots: int | None, limit: int | None)
                 tasks=[one for task in tasks for one in ([task.group] if task.group else task.tasks)],
                 num_fewshot=shots,  # 0 is none, also where a task's own number is 5
                 limit=limit,
+                apply_chat_template=chat_template,
                 bootstrap_iters=_BOOTSTRAP_DRAWS,
                 random_seed=None,  # those of the process: it may be training
                 numpy_random_seed=None,
@@ -237,6 +248,9 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
     ) is not None:
         item["cluster"] = cluster
     item["scores"] = {metric: sample[metric] for metric in sample["metrics"]}
+    for metric in (metric for metric in INSTRUCTIONS if metric in item["scores"]):
+        followed = item["scores"][metric]
+        item["scores"][metric] = [sum(followed), len(followed)]
     if size_bytes := sample["doc"].get("answer_bytes"):  # lm-eval scores such a text in bits per byte, but no answer
         item["scores"][METRIC] = [likelihoods[0], size_bytes]
     return item

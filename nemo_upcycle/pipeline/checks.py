@@ -23,6 +23,7 @@ from nemo_upcycle.pipeline.order import kind_of
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.run_advice import known_parent_tokens
+from nemo_upcycle.suites.lm_eval_tasks import check_needs
 from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.files import resolved
@@ -75,6 +76,9 @@ def check_here(plan: RunPlan, stages: Sequence[Stage]) -> None:
     """
     if plan.blend and any(stage.name == "data" for stage in stages):
         engine_version(data_python())  # of what builds the blend
+    if isinstance(plan, RunPlan) and any(stage.name == "evaluate" for stage in stages):
+        config = read_suite_config(plan.evaluation)
+        check_needs([] if config.local else list(config.tasks), config.files)
     for name in (stage.name for stage in stages):
         if training := plan.training(name):
             training.check_here(name)

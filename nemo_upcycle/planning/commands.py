@@ -39,8 +39,15 @@ _BRIDGE_GPUS = {
     "olmo2_7b_e8t2": 512,
     "qwen3_600m_e8t2": 1,
     "smollm2_135m_e8t2": 1,
+    "llama3_8b_e8t2_sft": 64,
+    "qwen3_8b_e8t2_sft": 64,
+    "qwen3_600m_e8t2_sft": 1,
+    "smollm2_135m_e8t2_sft": 1,
 }
-BRIDGE_RECIPES = {name: f"{name}_pretrain_{gpus}gpu_h100_bf16_config" for name, gpus in _BRIDGE_GPUS.items()}
+BRIDGE_RECIPES = {
+    name: f"{name}{'' if name.endswith('_sft') else '_pretrain'}_{gpus}gpu_h100_bf16_config"
+    for name, gpus in _BRIDGE_GPUS.items()
+}
 BACKENDS = ("nemo", "bridge")
 _TITLES = {"nemo": "NeMo", "bridge": "Bridge"}
 
@@ -192,6 +199,7 @@ def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) ->
     parts = [
         *([f"NEMO_UPCYCLE_DENSE={shlex.quote(dense)}"] if dense else []),
         f"{launcher} Megatron-Bridge/scripts/training/run_recipe.py --recipe {BRIDGE_RECIPES[recipe.name]}",
+        *(["--mode pretrain", "dataset.folder=$PWD/data"] if recipe.tunes else []),  # it upcycles as it starts
         *(shlex.quote(f"{name}={value}") for name, value in settings.items()),
         "checkpoint.save=$PWD/run checkpoint.load=$PWD/run",
     ]

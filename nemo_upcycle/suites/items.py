@@ -43,7 +43,8 @@ def suite_items(suite: str | Path, without: Collection[str] = ()) -> Iterator[It
     """
     config = read_suite_config(suite)
     if not config.local:
-        yield from lm_eval_items([name for name in config.tasks if name not in without], config.include_path)
+        names = [name for name in config.tasks if name not in without]
+        yield from lm_eval_items(names, config.include_path, config.files)
     else:
         numbered = [{**row, "number": number} for number, row in enumerate(local_questions(config))]
         for row in choose_questions(numbered, config.questions, config.seed):
@@ -51,17 +52,20 @@ def suite_items(suite: str | Path, without: Collection[str] = ()) -> Iterator[It
             yield Item("mmlu", f"{row['subject']}/{row['number']}", forms)
 
 
-def lm_eval_items(names: Sequence[str], include_path: str | Path | None = None) -> Iterator[Item]:
+def lm_eval_items(
+    names: Sequence[str], include_path: str | Path | None = None, files: Mapping[str, str] | None = None
+) -> Iterator[Item]:
     """Yield the documents that tasks of lm-eval evaluate: those of the test split, else of the validation split.
 
     Args:
         names: tasks or groups; each is an evaluation set, `lm-eval/NAME`.
         include_path: a folder with task files of the user's own, or None.
+        files: as in `load_tasks`.
 
     Raises:
         UpcycleError: an unknown task, or data that cannot be fetched.
     """
-    for name, tasks in load_tasks(names, include_path).items():
+    for name, tasks in load_tasks(names, include_path, files).items():
         for task in tasks:
             for number, document in enumerate(task.eval_docs):
                 yield Item(set_name(name), f"{task.task_name}/{number}", _forms(task, document))

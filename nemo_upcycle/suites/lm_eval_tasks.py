@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
 import re
 import string
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
@@ -22,6 +24,13 @@ from nemo_upcycle.utils.progress import show_messages
 #: Of what a library says of a data set that it cannot load.
 _MOST_CHARACTERS = 300
 _REACH_HUB = "run where the Hugging Face hub can be reached, once: the data stay in its cache"
+#: Follows instructions that code can check, as `lm_eval/tasks/ifeval`; its instruction that counts sentences.
+IFEVAL, _SENTENCES = "ifeval", "length_constraints:number_sentences"
+#: Task -> what its code imports beyond lm-eval's own requirements, of the extra with its name.
+_IMPORTED = {IFEVAL: ("langdetect", "immutabledict", "nltk")}
+#: `datasets` names all rows of a single file so.
+_ASKED_OF_A_FILE = {"dataset_path": "json", "dataset_name": None, "training_split": None, "validation_split": None}
+_ASKED_OF_A_FILE |= {"test_split": "train", "fewshot_split": None}
 _LABEL_BEFORE = re.compile(r"^\s*(?:question|q|problem|passage|context)\s*:\s*", re.IGNORECASE)
 _LABEL_WITHIN = re.compile(r"\n\s*(?:question|q|choices|options)\s*:[ \t]*", re.IGNORECASE)
 _LABEL_AFTER = re.compile(r"\s*\b(?:answer|a)\s*:\s*$", re.IGNORECASE)
@@ -79,8 +88,15 @@ def load_task(name: str, include_path: str | Path | None = None) -> LoadedTask:
     return _load(name, _managers([name], include_path))
 
 
-def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> dict[str, list[Any]]:
+def load_tasks(
+    names: Sequence[str], include_path: str | Path | None = None, files: Mapping[str, str] | None = None
+) -> dict[str, list[Any]]:
     """Load tasks, groups or tags with their data, all of them, as `load_task` does.
+
+    Args:
+        names: as in `load_task`.
+        include_path: as in `load_task`.
+        files: as in `load_available_tasks`.
 
     Returns:
         For each name, its tasks, by their names.
@@ -89,17 +105,22 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
         UpcycleError: as `load_task`, for the first that cannot be loaded.
     """
     managers = _managers(names, include_path)
-    return {name: _load(name, managers).tasks for name in names}
+    return {name: _load(name, managers, (files or {}).get(name)).tasks for name in names}
 
 
 def load_available_tasks(
-    names: Sequence[str], include_path: str | Path | None = None, *, strict: bool = False
+    names: Sequence[str],
+    include_path: str | Path | None = None,
+    *,
+    files: Mapping[str, str] | None = None,
+    strict: bool = False,
 ) -> tuple[dict[str, LoadedTask], dict[str, str]]:
     """Load what can be had of tasks, groups or tags; say at once what cannot.
 
     Args:
         names: as in `load_task`.
         include_path: as in `load_task`.
+        files: of tasks whose data set is not asked for, JSON lines in the form of its rows.
         strict: whether the first that cannot be had ends it.
 
     Returns:
@@ -114,7 +135,7 @@ def load_available_tasks(
     missing: dict[str, str] = {}
     for name in names:
         try:
-            loaded[name] = _load(name, managers)
+            loaded[name] = _load(name, managers, (files or {}).get(name))
         except TaskDataError as error:
             if strict:
                 raise
@@ -128,6 +149,46 @@ def load_available_tasks(
             fix=_REACH_HUB,
         )
     return loaded, missing
+
+
+def check_needs(names: Iterable[str], files: Mapping[str, str]) -> None:
+    """Check that this machine has what the code of tasks imports, and reads beside their data.
+
+    Args:
+        names: of tasks.
+        files: as in `load_available_tasks`: one in which nothing asks for sentences needs nothing to count them.
+
+    Raises:
+        UpcycleError: it does not.
+    """
+    for name in names:
+        absent = [package for package in _IMPORTED.get(name, ()) if importlib.util.find_spec(package) is None]
+        if absent:
+            raise UpcycleError(
+                f"packages of lm-eval's task {name}",
+                got=f"no {', '.join(absent)}",
+                expected=", ".join(_IMPORTED[name]),
+                fix=f'pip install "lm-eval[{name}]"',
+            )
+        if name == IFEVAL and not _counts_sentences():
+            text = Path(files[name]).read_text(encoding="utf-8") if name in files else _SENTENCES
+            if _SENTENCES in text:
+                raise UpcycleError(
+                    f"lm-eval's task {name}",
+                    got="no punkt_tab of NLTK, by which it counts sentences",
+                    expected="the folder tokenizers/punkt_tab in one that NLTK reads",
+                    fix="run `python -m nltk.downloader punkt_tab` where there is a network, and copy ~/nltk_data",
+                )
+
+
+def _counts_sentences() -> bool:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
 
 
 def _managers(names: Sequence[str], include_path: str | Path | None) -> list[Any]:
@@ -147,17 +208,28 @@ def _managers(names: Sequence[str], include_path: str | Path | None) -> list[Any
     return managers
 
 
-def _load(name: str, managers: Sequence[Any]) -> LoadedTask:
+def _load(name: str, managers: Sequence[Any], file: str | None = None) -> LoadedTask:
+    check_needs([name], {name: file} if file else {})
     manager = next(manager for manager in managers if name in manager.all_tasks)
     try:
-        with quiet():
-            loaded = manager.load([name])
+        with quiet(), TemporaryDirectory() as scratch:
+            loaded = manager.load([name if file is None else _over_file(manager, name, file, Path(scratch))])
     except Exception as error:  # lm-eval passes on what its libraries raise, of a dozen kinds
         got, fix = _reason(error)
         raise TaskDataError(
             f"data of lm-eval's task {name}", got=got, expected="a data set that the task can read", fix=fix
         ) from error
     return LoadedTask([loaded["tasks"][key] for key in sorted(loaded["tasks"])], loaded["groups"].get(name))
+
+
+def _over_file(manager: Any, name: str, file: str, folder: Path) -> str:
+    """Return a file, in a folder, that defines a task as it is, over JSON lines."""
+    import yaml
+
+    defined = {"include": str(manager.task_index[name].yaml_path), "task": name, **_ASKED_OF_A_FILE}
+    path = folder / "task.yaml"
+    path.write_text(yaml.safe_dump(defined | {"dataset_kwargs": {"data_files": file}}), encoding="utf-8")
+    return str(path)
 
 
 def _reason(error: Exception) -> tuple[str, str]:

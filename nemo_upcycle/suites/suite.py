@@ -127,7 +127,10 @@ def load_suite_tasks(suite: Path, *, strict: bool = False) -> SuiteTasks:
     if config["local"]:
         return SuiteTasks({}, {})
     strict = strict or config.get("strict", False)
-    return SuiteTasks(*load_available_tasks(list(config["tasks"]), config.get("include_path"), strict=strict))
+    files = config.get("files")
+    return SuiteTasks(
+        *load_available_tasks(list(config["tasks"]), config.get("include_path"), files=files, strict=strict)
+    )
 
 
 def local_questions(config: SuiteConfig) -> list[dict[str, Any]]:

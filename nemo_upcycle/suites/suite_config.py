@@ -46,6 +46,8 @@ class SuiteConfig:
     tasks: dict[str, list[int]]
     local: bool = True
     include_path: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    chat_template: bool = False
     strict: bool = False
     seed: int = 1234
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
@@ -86,6 +88,7 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
                 expected="a folder with task files of lm-eval's kind, relative to this file, and local: false",
                 fix="set local: false" if config.local else "check the path",
             )
+    _check_not_local(config, path, folder)
     if config.dtype not in DTYPES:
         raise UpcycleError.unknown(f"{path}: dtype", config.dtype, DTYPES)
     if config.backend not in BACKENDS:
@@ -112,12 +115,34 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
     return config
 
 
+def _check_not_local(config: SuiteConfig, path: Path, folder: Path) -> None:
+    """Check what lm-eval's own tasks alone can have, and find the files; of local ones this package has the data."""
+    if config.local and (config.files or config.chat_template):
+        raise UpcycleError(
+            f"{path}: {'files' if config.files else 'chat_template'}",
+            got="local: true",
+            expected="lm-eval's own tasks: of local ones data and prompts are made already",
+            fix="set local: false, or omit it",
+        )
+    for task, file in config.files.items():
+        config.files[task] = str(folder.absolute() / Path(file).expanduser())
+        shots = config.tasks.get(task)
+        if shots != [0] or not Path(config.files[task]).is_file():
+            raise UpcycleError(
+                f"{path}: files.{task}",
+                got=f"tasks.{task}: {shots}" if shots != [0] else f"{file}, which is no file",
+                expected="JSON lines of what the task asks, relative to this file, and no examples",
+                fix="write [0] there" if shots != [0] else "check the path",
+            )
+
+
 def folders_of_suite(name: str | Path) -> list[Path]:
-    """Return the folders of this machine that a suite reads from: its YAML file's, and that of the user's own tasks.
+    """Return the folders of this machine that a suite reads from: its YAML file's, and those of the user's own files.
 
     Raises:
         UpcycleError: as in `read_suite_config`.
     """
-    own = read_suite_config(name).include_path
+    config = read_suite_config(name)
     here = [Path(name).absolute().parent] if is_conf_file(str(name)) else []
-    return [*here, *([Path(own)] if own else [])]
+    own = [Path(config.include_path)] if config.include_path else []
+    return [*here, *own, *sorted({Path(file).parent for file in config.files.values()})]

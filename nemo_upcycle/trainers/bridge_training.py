@@ -6,6 +6,7 @@ It can be read where Bridge is not installed; what needs Bridge, in `bridge/`, i
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -28,7 +29,7 @@ from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingF
 from nemo_upcycle.trainers.calibrated import with_calibration
 from nemo_upcycle.trainers.layout import BRIDGE_SETTINGS, check_layout, layout_of
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
-from nemo_upcycle.trainers.values import check_values, setting
+from nemo_upcycle.trainers.values import check_packs, check_values, setting
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.files import is_complete
 from nemo_upcycle.utils.ranks import is_first_rank
@@ -58,6 +59,8 @@ _SHOWN = (
     "checkpoint.most_recent_k",
     "checkpoint.async_save",
 )
+#: Those of a teacher, where there is one.
+_TAUGHT = ("upcycle.teacher_weight", "upcycle.teacher_temperature")
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,11 @@ class BridgeTraining(Training):
         return json.dumps(asdict(self))
 
     @property
+    def reads_chat(self) -> bool:
+        """See `Training.reads_chat`: its name says it."""
+        return tunes(self.recipe)
+
+    @property
     def ranks(self) -> tuple[int, int]:
         """See `Training.ranks`."""
         return self.nodes, self.ranks_per_node
@@ -156,6 +164,7 @@ class BridgeTraining(Training):
             gradients="fp32" if _reduces_in_fp32(config) else "bf16",
             low_params=_keeps_low_params(config),
             dense_router_gradient=settings_of(config).dense_router_gradient,
+            teacher_weight=settings_of(config).teacher_weight,
             software=BRIDGE_SOFTWARE,
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,
@@ -178,6 +187,7 @@ class BridgeTraining(Training):
             return dict(self.named_settings())
         config = self.config(folder)
         values = {name: setting(config, name) for name in _SHOWN}
+        values |= {name: setting(config, name) for name in _TAUGHT if setting(config, _TAUGHT[0])}
         values[f"upcycle.{DENSE_GRADIENT}"] = setting(config, f"upcycle.{DENSE_GRADIENT}") or None
         return {name: value for name, value in values.items() if value is not None} | {"precision": _precision(config)}
 
@@ -260,6 +270,16 @@ class BridgeTraining(Training):
         return {"checkpoint": str(checkpoint)}
 
 
+def tunes(recipe: str) -> bool:
+    """Return whether a recipe tunes on conversations; in Bridge its name says it, which has `sft` as a word.
+
+    Example:
+        >>> tunes("llama3_8b_e8t2_sft_64gpu_h100_bf16_config"), tunes("my_sft.recipes:pretraining")
+        (True, False)
+    """
+    return re.search(r"(^|_)sft(_|$)", recipe.rpartition(":")[2]) is not None
+
+
 @lru_cache
 def parent_configuration(dense: str) -> Path | None:
     """Return a folder with a parent's configuration; None where it is not within reach. Asks a hub once.
@@ -340,6 +360,8 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
     )
+    if training.reads_chat:
+        check_packs(config, "train.micro_batch_size", "model.context_parallel_size", f"{stage}.")
     ranks = training.nodes * training.ranks_per_node
     settings = settings_of(config)
     try:

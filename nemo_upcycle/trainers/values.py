@@ -80,6 +80,26 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def check_packs(recipe: Any, micro_batch_size: str, context_parallel_size: str, where: str = "") -> None:
+    """Check what packs of conversations ask of a training.
+
+    Args:
+        recipe: NeMo's recipe, or Bridge's configuration.
+        micro_batch_size: the name of this setting.
+        context_parallel_size: of this one.
+        where: prefix of its overrides, for the text of errors.
+
+    Raises:
+        SpecError: a setting does not fit.
+    """
+    for name, expected in (
+        (micro_batch_size, "1: a micro batch is a pack"),
+        (context_parallel_size, "1: the conversations of a pack are not cut for several ranks"),
+    ):
+        if (got := setting(recipe, name) or 1) != 1:
+            raise SpecError(field=f"{where}{name}", got=got, expected=expected, fix="set it to 1")
+
+
 def check_values(recipe: Any, trainer: str, where: str = "") -> None:
     """Check the values of a training's settings, one by one.
 

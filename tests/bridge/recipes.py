@@ -33,6 +33,31 @@ def tiny_grown() -> Any:
     return _tiny(UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), expert_model_parallel_size=2)
 
 
+def tiny_sft() -> Any:
+    """A tuning of the upcycled model on conversations, on two ranks."""
+    return _tuned(UpcycleSpec(num_experts=4, top_k=2), expert_model_parallel_size=2)
+
+
+def tiny_dense_sft() -> Any:
+    """That of the dense model, in two pipeline stages."""
+    return _tuned(None, pipeline_model_parallel_size=2)
+
+
+def one_rank_sft() -> Any:
+    """That of the upcycled model on one rank."""
+    return _tuned(UpcycleSpec(num_experts=4, top_k=2))
+
+
+def tensor_parallel_sft() -> Any:
+    """The same with tensor parallelism."""
+    return _tuned(UpcycleSpec(num_experts=4, top_k=2), tensor_model_parallel_size=2, sequence_parallel=True)
+
+
+def pipeline_parallel_sft() -> Any:
+    """The same in four pipeline stages."""
+    return _tuned(UpcycleSpec(num_experts=4, top_k=2), pipeline_model_parallel_size=4)
+
+
 def builder() -> Any:
     """A model in the form of Bridge's builders, which the chain does not take."""
     from nemo_upcycle.trainers.bridge.models import upcycled_config
@@ -53,6 +78,14 @@ def random() -> Any:
     config = _pretrain_common()
     config.model = _tiny(None).model
     config.model._pre_wrap_hooks = []
+    return config
+
+
+def _tuned(spec: UpcycleSpec | None, **layout: Any) -> Any:
+    from nemo_upcycle.trainers.bridge.recipes.upcycled.runs import tuned
+
+    config = tuned(_tiny(spec, **layout), seq_length=SEQUENCE, global_batch=BATCH, steps=6, highest=1e-3, warmup=1)
+    config.checkpoint.save_interval = 2
     return config
 
 

@@ -47,7 +47,8 @@ def test_the_first_loss_is_the_parents_on_the_answers_of_each_conversation_alone
     parent, chat = inputs
     lines = _train(inputs, tmp_path / "run", 1, steps=1, validate=True, vocabulary=259)  # without rows of padding
     first = next(line["validation_loss"] for line in lines if line["step"] == 0)
-    assert first == pytest.approx(_answer_loss(parent, chat / "validation.npy"), abs=2e-5)
+    total, count = np.array(answer_losses(parent, chat / "validation.npy")).sum(0)
+    assert first == pytest.approx(total / count, abs=2e-5)
 
 
 @pytest.mark.parametrize("divided", quick(["ep", "tp", "pp", "data"], "ep"))
@@ -197,18 +198,29 @@ def _tune(parent: str, chat: str, folder: str, options: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _answer_loss(parent: Path, packs: Path) -> float:
+def answer_losses(parent: Path, packs: Path) -> list[tuple[float, int]]:
+    """Return the loss of a parent in transformers, which reads one conversation at a time.
+
+    Args:
+        parent: its folder.
+        packs: of conversations.
+
+    Returns:
+        For each pack the sum over the tokens that count, and how many these are.
+    """
     from nemo_upcycle.models.hf_model import load_model
 
-    model, total, count = load_model(parent, dtype=torch.float32).eval(), 0.0, 0
+    model, found = load_model(parent, dtype=torch.float32).eval(), []
     for row in np.load(packs, allow_pickle=True):
+        total, count = 0.0, 0
         borders = [*row["seq_start_id"], len(row["input_ids"])]
         for begin, end in itertools.pairwise(borders):
             ids = torch.from_numpy(row["input_ids"][begin:end].astype(np.int64))
             scored = torch.from_numpy(row["loss_mask"][begin : end - 1].astype(bool))
             losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
             total, count = total + float(losses[scored].sum()), count + int(scored.sum())
-    return total / count
+        found.append((total, count))
+    return found
 
 
 def _differing(one: Path, other: Path) -> list[str]:

@@ -3,7 +3,7 @@ import {getLlama, LlamaLogLevel} from "node-llama-cpp";
 const [file, count, ...ids] = process.argv.slice(2);
 const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});
 const model = await llama.loadModel({modelPath: file});
-const context = await model.createContext({contextSize: 256});
+const context = await model.createContext({contextSize: 256, threads: 1});
 const sequence = context.getSequence();
 const tokens = [];
 for await (const token of sequence.evaluate(ids.map(Number), {temperature: 0})) {

@@ -1,4 +1,4 @@
-"""llama.cpp, as `scripts/llama_cpp.sh` fetches it: the greedy continuation of a Hugging Face folder."""
+"""llama.cpp, as `scripts/llama_cpp.sh` fetches it: the greedy continuation of a Hugging Face folder, and a chat."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 HOME = Path(os.environ.get("NEMO_UPCYCLE_LLAMA_CPP", Path(__file__).parents[2] / ".cache/llama_cpp"))
@@ -31,12 +32,50 @@ def greedy(folder: Path, file: Path, dtype: str, prompt: Sequence[int], count: i
     Raises:
         NotServedError: llama.cpp cannot convert it or cannot load it.
     """
+    to_gguf(folder, file, dtype)
+    return list(_ask("greedy.mjs", file, count, *map(str, prompt)))
+
+
+def chat(file: Path, count: int, questions: Sequence[str]) -> list[dict[str, Any]]:
+    """Chat with the chat template that a GGUF carries, greedily; each question follows the answers before it.
+
+    Args:
+        file: the GGUF.
+        count: tokens of an answer, at most.
+        questions: of the user, one after the other.
+
+    Returns:
+        For each question the tokens of its `prompt`, the answer's `tokens` and `text`, and whether it `ended` itself.
+
+    Raises:
+        NotServedError: llama.cpp cannot load it, or it has no template.
+    """
+    return list(_ask("chat.mjs", file, count, *questions))
+
+
+def to_gguf(folder: Path, file: Path, dtype: str) -> None:
+    """Convert a Hugging Face folder with llama.cpp's converter.
+
+    Raises:
+        NotServedError: it cannot.
+    """
     script = HOME / "llama.cpp/convert_hf_to_gguf.py"
-    _run([sys.executable, str(script), str(folder), "--outfile", str(file), "--outtype", dtype], file.parent)
-    engine = HOME / "greedy.mjs"  # node looks for packages beside the script
-    shutil.copyfile(Path(__file__).with_name("greedy.mjs"), engine)
-    answer = _run(["node", str(engine), str(file), str(count), *map(str, prompt)], HOME)
-    return list(json.loads(answer.splitlines()[-1]))
+    command = [
+        sys.executable,
+        str(script),
+        str(folder.resolve()),
+        "--outfile",
+        str(file.resolve()),
+        "--outtype",
+        dtype,
+    ]
+    _run(command, file.parent)
+
+
+def _ask(script: str, file: Path, count: int, *words: str) -> Any:
+    engine = HOME / script  # node looks for packages beside the script
+    shutil.copyfile(Path(__file__).with_name(script), engine)
+    return json.loads(_run(["node", str(engine), str(file), str(count), *words], HOME).splitlines()[-1])
 
 
 def _run(command: list[str], folder: Path) -> str:

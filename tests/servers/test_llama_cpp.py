@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,10 @@ import torch
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.data.dense import import_dense
+from nemo_upcycle.data.tokenizers import open_tokenizer
 from nemo_upcycle.models.hf_model import load_model
 from tests.loading.cases import PARENTS
-from tests.servers.llama_cpp import HOME, NotServedError, greedy
+from tests.servers.llama_cpp import HOME, NotServedError, chat, greedy
 from tests.servers.models import CASES, COUNT, MIXED_IN_16_BITS, MODELS, TYPES, continuation, spec_of
 
 
@@ -54,7 +55,7 @@ def wanted(
 ) -> Callable[[str, bool, str], list[int]]:
     """The tokens of a parent in llama.cpp, in each type; in float32 they are those of transformers."""
 
-    @functools.cache
+    @cache
     def tokens(parent: str, tied: bool, dtype: str) -> list[int]:
         dense, file = parents[parent, tied], tmp_path_factory.mktemp("gguf") / "dense.gguf"
         found = greedy(dense, file, dtype, PROMPT, COUNT)
@@ -92,9 +93,25 @@ def test_a_model_gives_its_parents_tokens_or_convert_says_that_it_does_not(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_smollm2_upcycled_gives_its_parents_tokens(smollm2: Path, tmp_path: Path, dtype: str) -> None:
+def test_smollm2_upcycled_gives_its_parents_tokens_and_chats_with_its_template(
+    smollm2: Path, tmp_path: Path, dtype: str
+) -> None:
     with open_dense(smollm2) as source:
         convert(source, tmp_path / "moe", UpcycleSpec(), dtype=TYPES[dtype], progress=False)
-    wanted = greedy(smollm2, tmp_path / "dense.gguf", dtype, PROMPT, 24)
+    files = [tmp_path / "dense.gguf", tmp_path / "moe.gguf"]
+    wanted, got = (
+        greedy(folder, file, dtype, PROMPT, 24)
+        for folder, file in zip((smollm2, tmp_path / "moe"), files, strict=True)
+    )
     assert len(wanted) == 24
-    assert greedy(tmp_path / "moe", tmp_path / "moe.gguf", dtype, PROMPT, 24) == wanted
+    assert got == wanted
+    answered, turns = (chat(file, 32, ["What is the capital of France?", "And of Italy?"]) for file in files)
+    assert turns == answered
+    messages: list[dict[str, str]] = []
+    render = partial(open_tokenizer(tmp_path / "moe").apply_chat_template, add_generation_prompt=True)
+    for turn in turns:
+        messages.append({"role": "user", "content": turn["question"]})
+        assert turn["prompt"] == render(messages, return_dict=False)
+        assert turn["tokens"]
+        messages.append({"role": "assistant", "content": turn["text"]})
+    assert turns[0]["ended"]

@@ -66,7 +66,8 @@ def pipeline(
         dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         recipe: of the upcycled model, by Bridge's naming; `package.module:function` for one of your own.
         dense_ct: recipe of the dense baseline; None omits it.
-        data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`.
+        data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
+            of recipes that tune, conversations (a name in conf/chat, a YAML file, or JSON lines).
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
         gpus: ranks of both trainings; None takes the recipe's, from its name.
         gpus_per_node: how many of them a node has; None: as many as one with the GPU in the recipe's name, else 8.
@@ -176,7 +177,7 @@ def chain(name: str) -> Callable[..., run.Partial]:
                 $ nemo upcycle pipeline --factory NAME dir=runs/first pretrain.train.train_iters=4 --yes
                 $ nemo upcycle pipeline --factory NAME run.executor=slurm dir=/shared/runs/first --yes
         """
-        baseline = recipe.replace("_e8t2_", "_dense_ct_")
+        baseline = recipe.replace("_e8t2_", "_dense_" if known_recipe(name).tunes else "_dense_ct_")
         return run.Partial(pipeline, dir=dir, recipe=recipe, dense_ct=baseline, **(inputs | {"dense": dense}))
 
     return pipeline_recipe

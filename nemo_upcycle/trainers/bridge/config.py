@@ -17,13 +17,16 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.training.models.base import ModelConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
+from nemo_upcycle.trainers.bridge.chat import ChatDataset
 from nemo_upcycle.trainers.bridge.recipes import named_recipes
 from nemo_upcycle.trainers.bridge.recipes.common import made_for
 from nemo_upcycle.trainers.bridge.upcycling import UpcycleHook, hook_of
+from nemo_upcycle.trainers.bridge_training import tunes
 from nemo_upcycle.utils.children import shield_children
 
 
@@ -103,11 +106,17 @@ def load_config(
             expected="a provider",
             fix="make it by upcycled_provider",
         )
-    config.dataset = BlendDataset(  # before the settings, which may be the blend's
-        folder="",
-        seq_length=config.dataset.seq_length,
-        num_workers=config.dataset.num_workers,
-        pin_memory=torch.cuda.is_available(),
+    data_class: Any = ChatDataset if tunes(recipe) else BlendDataset
+    data = config.dataset
+    if isinstance(data, ChatDataset) != tunes(recipe):
+        raise UpcycleError(
+            f"recipe {recipe}",
+            got=f"a {type(data).__name__}",
+            expected="a ChatDataset, by its name's `sft`" if tunes(recipe) else "`sft` in the name of one that tunes",
+            fix="change the data of the recipe, or its name",
+        )
+    config.dataset = data_class(  # before the settings, which may be the data's
+        folder="", seq_length=data.seq_length, num_workers=data.num_workers, pin_memory=torch.cuda.is_available()
     )
     for setting in settings:
         _change(config, setting)
@@ -155,12 +164,18 @@ def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> No
     Args:
         config: from `load_config`.
         folder: of the stage, for checkpoints and logs.
-        data_folder: a finished folder of `nemo-upcycle data`.
+        data_folder: a finished folder of `nemo-upcycle data`, or of `nemo-upcycle chat`.
 
     Raises:
         UpcycleError: the folder is not finished.
     """
-    config.dataset.folder = str(open_blend(data_folder).folder)
+    if isinstance(config.dataset, ChatDataset):
+        chat = open_chat(data_folder)
+        config.dataset.folder, packs = str(chat.folder), chat.manifest["splits"]["validation"]["packs"]
+        all_packs = -(-packs // config.train.global_batch_size)
+        config.validation.eval_iters = min(config.validation.eval_iters, all_packs)
+    else:
+        config.dataset.folder = str(open_blend(data_folder).folder)
     config.checkpoint.save = config.checkpoint.load = str(folder / CHECKPOINTS)
     if config.logger.tensorboard_dir:  # null: nowhere
         config.logger.tensorboard_dir = str(folder / "tb_logs")

@@ -9,12 +9,16 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
 
 from nemo_upcycle.calibration.teacher import Lesson
+from nemo_upcycle.data.chat.taught import teacher_of
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.balancing import bias_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.balancing import act_as_set
+from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.models import upcycled_provider
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, load_receipt
+from nemo_upcycle.trainers.bridge.settings import settings_of
+from nemo_upcycle.trainers.bridge.upcycling import hook_of
 from nemo_upcycle.trainers.teacher import TeacherLoss
 
 
@@ -50,13 +54,7 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
     kept = bias_fields(receipt.get("balancing_bias", {}))
     changes = {"seq_length": config.dataset.seq_length, "perform_initialization": False} | kept | changes
     config.model = upcycled_provider(receipt["source"], spec, **changes)
-    if "seq_aux_loss" in (kinds := config.model.moe_router_load_balancing_type):  # a name, or a list of them
-        raise SpecError(
-            field="config.model.moe_router_load_balancing_type",
-            got=kinds,
-            expected="no loss of single sequences: Bridge gives routers no mask of the tokens that pad one",
-            fix="set aux_loss, or none",
-        )
+    check_balancing(config.model)
     config.model.register_pre_wrap_hook(_let_losses_act)
     config.tokenizer.use_tokenizer_vocab_size = False
     config.checkpoint.pretrained_checkpoint = str(run)
@@ -65,7 +63,8 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
 def learn_from_parent(config: ConfigContainer, lesson: Lesson) -> None:
     """Let a fine-tuning learn from what a dense parent answers, with a term of the loss; see `trainers.teacher`.
 
-    `upcycle_callbacks` shows it as `teacher_kl`.
+    `upcycle_callbacks` shows it as `teacher_kl`. On conversations of `nemo-upcycle chat` it is called by that, where
+    `config.upcycle.teacher_weight` is set.
 
     Args:
         config: the fine-tuning, with its model; changed in place.
@@ -91,6 +90,33 @@ def learn_from_parent(config: ConfigContainer, lesson: Lesson) -> None:
         return chunks
 
     config.model.register_pre_wrap_hook(attach)
+
+
+def learn_as_set(config: ConfigContainer) -> None:
+    """Let a training learn from its dense parent as `config.upcycle` says; what it answers is kept beside the packs.
+
+    Args:
+        config: the training; changed in place.
+
+    Raises:
+        SpecError: its data are no conversations of `nemo-upcycle chat`, or as in `learn_from_parent`.
+        UpcycleError: as in `data.chat.taught.teacher_of`.
+    """
+    settings, data = settings_of(config), config.dataset
+    if not settings.teacher_weight or hasattr(settings, "lesson"):
+        return
+    if not isinstance(data, ChatDataset):
+        raise SpecError(
+            field="config.upcycle.teacher_weight",
+            got=settings.teacher_weight,
+            expected=f"0 with {type(data).__name__}: the parent answers packs of conversations",
+            fix="set it to 0, or make the dataset a ChatDataset",
+        )
+    hook = hook_of(config)
+    dense = hook.paths[0] if hook else (load_receipt(str(config.checkpoint.pretrained_checkpoint)) or {})["source"]
+    lesson = Lesson(teacher_of(data.chat, dense), settings.teacher_weight, settings.teacher_temperature)
+    settings.lesson = lesson.describe()  # type: ignore[attr-defined]  # for the receipt
+    learn_from_parent(config, lesson)
 
 
 def _let_losses_act(chunks: list[Any]) -> list[Any]:

@@ -22,10 +22,12 @@ from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
 from nemo_upcycle.trainers.balancing import describe_balancing
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
+from nemo_upcycle.trainers.bridge.chat import ChatDataset
 from nemo_upcycle.trainers.bridge.settings import settings_of
 from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.trainers.teacher import teacher_loss_of
+from nemo_upcycle.utils.progress import show_messages
 
 
 class BridgeMetrics(Callback):
@@ -107,7 +109,9 @@ class BridgeEvaluations(Callback):
         """Build the suite, and evaluate what the training starts from."""
         config = context.state.cfg
         data = config.dataset
-        assert isinstance(data, BlendDataset)
+        if not isinstance(data, BlendDataset):
+            show_messages().info("no evaluation while training: %s holds out no texts", type(data).__name__)
+            return
         self._live = LiveEvaluation(
             self._evaluations,
             self._folder,
@@ -120,8 +124,8 @@ class BridgeEvaluations(Callback):
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Evaluate after every few steps, and after the last."""
-        assert self._live is not None
-        self._live.after(context.state.train_state.step + 1)  # it counts the step after this
+        if self._live is not None:
+            self._live.after(context.state.train_state.step + 1)  # it counts the step after this
 
 
 def _flat(model: Any) -> Any:
@@ -136,6 +140,14 @@ def loss_on_last_rank(losses: dict[str, torch.Tensor] | None) -> torch.Tensor | 
     return losses.get("lm loss") if losses and is_last else None
 
 
+def _data_of(config: ConfigContainer) -> str:
+    """Return in a few words what a run is trained on, for its report."""
+    data = config.dataset
+    if isinstance(data, BlendDataset):
+        return describe_blend(open_blend(data.folder))
+    return data.chat.card if isinstance(data, ChatDataset) else type(data).__name__
+
+
 def _settings(config: ConfigContainer) -> dict[str, Any]:
     """Return what a run is trained on and with: data, batch, sequence length, precision, learning rate."""
     data, scheduler, optimizer = config.dataset, config.scheduler, config.optimizer
@@ -143,7 +155,7 @@ def _settings(config: ConfigContainer) -> dict[str, Any]:
     precision = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
     name = "bf16" if precision and precision.bf16 else "fp16" if precision and precision.fp16 else "32"
     return {
-        "data": describe_blend(open_blend(data.folder)) if isinstance(data, BlendDataset) else type(data).__name__,
+        "data": _data_of(config),
         "max_steps": config.train.train_iters,
         "ranks": torch.distributed.get_world_size(),
         "micro_batch_size": config.train.micro_batch_size,

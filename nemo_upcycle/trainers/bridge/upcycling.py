@@ -30,9 +30,10 @@ from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.balancing import act_as_set
+from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
-from nemo_upcycle.trainers.bridge.settings import require_callbacks
+from nemo_upcycle.trainers.bridge.settings import require_callbacks, settings_of
 from nemo_upcycle.trainers.values import check_masters
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
@@ -158,8 +159,11 @@ class UpcycleHook:
                     expected="one: finetune starts from a checkpoint, upcycling makes the first",
                     fix="call pretrain(config, forward_step), on any data; finetune_from(config, run) follows it",
                 )
+            if isinstance(config.dataset, ChatDataset):
+                config.dataset.chat.require_tokenizer_of(str(self.paths[0]))
             receipt = fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights)
             receipt.auxiliary_losses = losses
+            receipt.teacher = getattr(settings_of(config), "lesson", {})
             with open_dense(self.paths[0]) as dense:
                 padding = chunks[0].vocab_size - dense.architecture.vocab_size
             if padding:
@@ -219,6 +223,8 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
             expected=f"a multiple of TP: Bridge pads no vocabulary that is set ({rest} rows are over)",
             fix="give the model a vocab_size that TP divides: rows that only pad are filled with zeros",
         )
+    if spec and isinstance(config.dataset, ChatDataset):
+        check_balancing(transformer)
     if spec and transformer.moe_router_load_balancing_type == QUANTILES:
         _check_quantiles(config.dataset.seq_length * config.train.micro_batch_size, spec)
     is_interleaved = getattr(transformer, "moe_mlp_glu_interleave_size", None)

@@ -22,7 +22,7 @@ from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
 from nemo_upcycle.trainers.schedules import schedules_of
-from nemo_upcycle.trainers.values import check_masters, check_values, setting
+from nemo_upcycle.trainers.values import check_masters, check_packs, check_values, setting
 from nemo_upcycle.utils.validation import is_whole
 
 
@@ -142,13 +142,7 @@ def _check_tuning(recipe: run.Partial, where: str) -> None:
     Raises:
         SpecError: a setting does not fit.
     """
-    wrong = (
-        "1: a micro batch is a pack" if (got := setting(recipe, field := "data.micro_batch_size") or 1) != 1 else ""
-    )
-    if not wrong and (got := setting(recipe, field := "trainer.strategy.context_parallel_size") or 1) != 1:
-        wrong = "1: the conversations of a pack are not cut for several ranks"
-    if wrong:
-        raise SpecError(field=f"{where}{field}", got=got, expected=wrong, fix="set it to 1")
+    check_packs(recipe, "data.micro_batch_size", "trainer.strategy.context_parallel_size", where)
     if setting(recipe, "peft"):
         name = getattr(recipe.peft, "__fn_or_cls__", type(recipe.peft)).__name__
         raise SpecError(field=f"{where}peft", got=name, expected="none: all weights are tuned", fix="omit it")

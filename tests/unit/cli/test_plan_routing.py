@@ -42,6 +42,9 @@ def test_bridges_command_is_for_the_recipes_that_bridge_has(capsys: pytest.Captu
     sizes = ["--gpus", "64", "--backend", "bridge"]
     assert main(["plan", "--recipe", "qwen3_8b_e8t2", *sizes]) == 0
     assert "-m nemo_upcycle.bridge" in capsys.readouterr().out
+    assert main(["plan", "--recipe", "qwen3_8b_e8t2_sft", *sizes]) == 0
+    command = capsys.readouterr().out.replace("\\\n", "")
+    assert "qwen3_8b_e8t2_sft_64gpu_h100_bf16_config --mode pretrain dataset.folder=" in " ".join(command.split())
     assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64", "--backend", "megatron"]) == 2
     assert "bridge" in capsys.readouterr().err
 

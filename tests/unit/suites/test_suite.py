@@ -29,15 +29,17 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize("name", ["answers", "demo", "full", "laptop", "offline", "paper", "watch", "wide"])
+@pytest.mark.parametrize(
+    "name", ["answers", "demo", "full", "instructions", "laptop", "offline", "paper", "watch", "wide"]
+)
 def test_every_configuration_of_the_package_loads(name: str) -> None:
     config = read_suite_config(name)
     assert config.tasks
-    assert config.local == (name not in ("paper", "wide"))
+    assert config.local == (name not in ("instructions", "paper", "wide"))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["paper", "wide"])
+@pytest.mark.parametrize("name", ["instructions", "paper", "wide"])
 def test_lm_eval_knows_every_task_of_the_hub_suites(name: str) -> None:
     from lm_eval.tasks import TaskManager
 

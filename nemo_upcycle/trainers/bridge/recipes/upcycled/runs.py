@@ -12,6 +12,7 @@ from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.bridge.chat import ChatDataset
 from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
 from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 
@@ -137,6 +138,29 @@ def small_run(dense: str, spec: UpcycleSpec | None) -> UpcyclingConfig:
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 6, 2, 1
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
     config.checkpoint.save_interval, config.checkpoint.most_recent_k = 10, 1
+    return config
+
+
+def tuned(
+    config: UpcyclingConfig, *, seq_length: int, global_batch: int, steps: int, highest: float, warmup: int
+) -> UpcyclingConfig:
+    """Let one of these trainings tune on conversations instead, from the dense checkpoint on; see `recipes/tuning.py`.
+
+    Args:
+        config: the training; changed in place. Its layout stays, but for context parallelism.
+        seq_length: places of a pack.
+        global_batch: packs of a step.
+        steps: of the tuning.
+        highest: learning rate; it falls to a tenth.
+        warmup: steps in which it rises.
+    """
+    config.dataset = ChatDataset(folder="", seq_length=seq_length, num_workers=config.dataset.num_workers)
+    config.model.seq_length, config.model.context_parallel_size = seq_length, 1
+    config.train.train_iters, config.train.global_batch_size = steps, global_batch
+    config.validation.eval_interval = config.checkpoint.save_interval = max(1, steps // 4)
+    config.validation.eval_iters = 32  # the chain takes all packs that are held back for it, if that is less
+    config.optimizer.lr, config.optimizer.min_lr = highest, float(f"{highest / 10:g}")
+    config.scheduler.lr_warmup_iters = warmup
     return config
 
 

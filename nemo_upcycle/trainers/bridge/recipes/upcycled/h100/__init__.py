@@ -39,12 +39,24 @@ from nemo_upcycle.trainers.bridge.recipes.upcycled.h100.smollm2 import (
     smollm2_135m_dense_ct_pretrain_1gpu_h100_bf16_config,
     smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config,
 )
+from nemo_upcycle.trainers.bridge.recipes.upcycled.h100.tuning import (
+    llama3_8b_dense_sft_64gpu_h100_bf16_config,
+    llama3_8b_e8t2_sft_64gpu_h100_bf16_config,
+    qwen3_8b_dense_sft_64gpu_h100_bf16_config,
+    qwen3_8b_e8t2_sft_64gpu_h100_bf16_config,
+    qwen3_600m_dense_sft_1gpu_h100_bf16_config,
+    qwen3_600m_e8t2_sft_1gpu_h100_bf16_config,
+    smollm2_135m_dense_sft_1gpu_h100_bf16_config,
+    smollm2_135m_e8t2_sft_1gpu_h100_bf16_config,
+)
 
 
 __all__ = [
     "llama3_8b_dense_ct_pretrain_512gpu_h100_bf16_config",
+    "llama3_8b_dense_sft_64gpu_h100_bf16_config",
     "llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config",
     "llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config",
+    "llama3_8b_e8t2_sft_64gpu_h100_bf16_config",
     "llama3_70b_dense_ct_pretrain_512gpu_h100_bf16_config",
     "llama3_70b_e8t2_pretrain_512gpu_h100_bf16_config",
     "llama3_70b_e8t2_pretrain_512gpu_h100_fp8sc_config",
@@ -62,15 +74,21 @@ __all__ = [
     "qwen3_4b_dense_ct_pretrain_64gpu_h100_bf16_config",
     "qwen3_4b_e8t2_pretrain_64gpu_h100_bf16_config",
     "qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config",
+    "qwen3_8b_dense_sft_64gpu_h100_bf16_config",
     "qwen3_8b_e8t2_pretrain_128gpu_h100_fp8sc_config",
     "qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_config",
     "qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_hybridep_config",
+    "qwen3_8b_e8t2_sft_64gpu_h100_bf16_config",
     "qwen3_14b_dense_ct_pretrain_512gpu_h100_bf16_config",
     "qwen3_14b_e8t2_pretrain_512gpu_h100_bf16_config",
     "qwen3_32b_dense_ct_pretrain_512gpu_h100_bf16_config",
     "qwen3_32b_e8t2_pretrain_512gpu_h100_bf16_config",
     "qwen3_600m_dense_ct_pretrain_1gpu_h100_bf16_config",
+    "qwen3_600m_dense_sft_1gpu_h100_bf16_config",
     "qwen3_600m_e8t2_pretrain_1gpu_h100_bf16_config",
+    "qwen3_600m_e8t2_sft_1gpu_h100_bf16_config",
     "smollm2_135m_dense_ct_pretrain_1gpu_h100_bf16_config",
+    "smollm2_135m_dense_sft_1gpu_h100_bf16_config",
     "smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config",
+    "smollm2_135m_e8t2_sft_1gpu_h100_bf16_config",
 ]

@@ -1,0 +1,160 @@
+"""lm-eval's ifeval, by its own code, over prompts of a file: the chat template, scores, and what is needed before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.paired import paired_difference
+from nemo_upcycle.evaluation.run import ask, evaluate
+from nemo_upcycle.suites import lm_eval_tasks
+from nemo_upcycle.suites.items import lm_eval_items
+from nemo_upcycle.suites.suite import build_named_suite, load_suite_tasks
+from nemo_upcycle.suites.suite_config import read_suite_config
+from tests.chats import TEMPLATE
+
+
+SUITE = "tasks: {ifeval: [0]}\nlocal: false\nchat_template: true\nfiles: {ifeval: ifeval.jsonl}\n"
+#: In the form of google/IFEval, in words of our own.
+PROMPTS = [
+    {
+        "key": 1,
+        "prompt": "Say hello without a single comma, and write no capital letter.",
+        "instruction_id_list": ["punctuation:no_comma", "change_case:english_lowercase"],
+        "kwargs": [{}, {}],
+    },
+    {
+        "key": 2,
+        "prompt": "Name a colour in three bullet points, and mention the word sky.",
+        "instruction_id_list": ["detectable_format:number_bullet_lists", "keywords:existence"],
+        "kwargs": [{"num_bullets": 3}, {"keywords": ["sky"]}],
+    },
+    {
+        "key": 3,
+        "prompt": "Write fewer than five words.",
+        "instruction_id_list": ["length_constraints:number_words"],
+        "kwargs": [{"relation": "less than", "num_words": 5}],
+    },
+]
+SENTENCES = {
+    "key": 4,
+    "prompt": "Write two sentences.",
+    "instruction_id_list": ["length_constraints:number_sentences"],
+    "kwargs": [{"relation": "at least", "num_sentences": 2}],
+}
+#: What is written to each prompt: one follows one of two instructions, one both, one none.
+WRITTEN = {1: "hello there, friend", 2: "* the sky\n* the sea\n* ink", 3: "Blue is the colour of it"}
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    pytest.importorskip("langdetect", reason='pip install "lm-eval[ifeval]"')
+    pytest.importorskip("immutabledict", reason='pip install "lm-eval[ifeval]"')
+    return build_named_suite(_write(tmp_path, PROMPTS), [], tmp_path / "suite")
+
+
+def test_instructions_are_checked_by_lm_evals_own_code(suite: Path, tmp_path: Path) -> None:
+    prompts: list[str] = []
+    result = ask(_writer(tmp_path, prompts), suite, samples=False)
+    assert [item["scores"]["inst_level_strict_acc"] for item in result["items"]["ifeval"]] == [[1, 2], [2, 2], [0, 1]]
+    assert [bool(item["scores"]["prompt_level_strict_acc"]) for item in result["items"]["ifeval"]] == [
+        False,
+        True,
+        False,
+    ]
+    assert result["metrics"]["ifeval/prompt_level_strict_acc"]["value"] == pytest.approx(1 / 3)
+    assert result["metrics"]["ifeval/inst_level_strict_acc"]["value"] == pytest.approx(3 / 5)
+    assert result["metrics"]["ifeval/inst_level_strict_acc"]["stderr"] > 0
+    assert prompts == [f"user: {row['prompt']}</s>\nassistant: " for row in PROMPTS]
+    paired = paired_difference(result | {"name": "a"}, result | {"name": "b"}, "ifeval/inst_level_loose_acc")
+    assert (paired["difference"], paired["items"], paired["higher_is_better"]) == (0, 3, True)
+
+
+def test_a_model_writes_to_prompts_of_its_template(suite: Path, tmp_path: Path, tiny_llama: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    with pytest.raises(UpcycleError, match=r"chat template of the model's tokenizer: got none"):
+        evaluate(folder, suite, tmp_path / "results", name="base", limit=1)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    tasks = load_suite_tasks(suite)
+    tasks.loaded["ifeval"].tasks[0].set_config("generation_kwargs", {"max_gen_toks": 16}, update=True)  # not 1,280
+    result = evaluate(folder, suite, tmp_path / "results", name="tuned", limit=1, tasks=tasks)
+    assert len(result["items"]["ifeval"]) == 1
+    assert set(result["metrics"]) == {
+        f"ifeval/{level}_level_{way}_acc" for level in ("prompt", "inst") for way in ("strict", "loose")
+    }
+
+
+def test_a_blend_can_be_kept_clear_of_the_prompts(suite: Path, tmp_path: Path) -> None:
+    config = read_suite_config(tmp_path / "instructions.yaml")
+    items = list(lm_eval_items(["ifeval"], files=config.files))
+    assert len(items) == 3
+    assert any(PROMPTS[2]["prompt"] in form for form in items[2].renderings)
+
+
+def test_what_the_task_imports_is_missed_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lm_eval_tasks._IMPORTED, "ifeval", ("no_such_package",))
+    with pytest.raises(UpcycleError, match=r'got no no_such_package.*pip install "lm-eval\[ifeval\]"'):
+        lm_eval_tasks.check_needs(["ifeval"], {})
+
+
+def test_what_counts_sentences_is_asked_for_where_a_prompt_does(suite: Path, tmp_path: Path) -> None:
+    if lm_eval_tasks._counts_sentences():
+        pytest.skip("NLTK's punkt_tab is here")
+    load_suite_tasks(suite)
+    asks = build_named_suite(_write(tmp_path / "more", [*PROMPTS, SENTENCES]), [], tmp_path / "more/suite")
+    with pytest.raises(UpcycleError, match=r"punkt_tab.*nltk\.downloader"):
+        load_suite_tasks(asks)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (SUITE.replace("[0]", "[2]"), r"tasks\.ifeval: \[2\]"),
+        (SUITE.replace("ifeval.jsonl", "nowhere.jsonl"), "nowhere.jsonl, which is no file"),
+        (SUITE.replace("ifeval: [0]", "mmlu_letter: [0]").replace("local: false", "local: true"), "files: got local"),
+        ("tasks: {mmlu_letter: [0]}\nchat_template: true\n", "chat_template: got local"),
+    ],
+)
+def test_a_suite_whose_files_cannot_be_is_refused(tmp_path: Path, text: str, match: str) -> None:
+    path = _write(tmp_path, PROMPTS)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UpcycleError, match=match):
+        read_suite_config(path)
+
+
+def _write(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "ifeval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = folder / "instructions.yaml"
+    path.write_text(SUITE, encoding="utf-8")
+    return path
+
+
+def _writer(folder: Path, prompts: list[str]) -> Any:
+    """Return a model that answers each prompt as `WRITTEN` says, and notes what it was given."""
+    from lm_eval.models.huggingface import HFLM
+
+    from nemo_upcycle.models.hf_model import load_tokenizer
+    from tests.chats import write_chat_tokenizer
+
+    class Writer(HFLM):
+        def __init__(self) -> None:
+            self.tokenizer, self.chat_template_args, self.enable_thinking = load_tokenizer(folder), {}, None
+            self._rank, self._world_size, self.backend = 0, 1, "causal"
+
+        def get_model_info(self) -> dict[str, Any]:
+            return {}
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            prompts.extend(request.args[0] for request in requests)
+            return [WRITTEN[request.doc["key"]] for request in requests]
+
+    write_chat_tokenizer(folder)
+    lm = Writer()
+    return SimpleNamespace(**{"lm": lm, "name": "hf", "device": "cpu", "batch_size": 1}, continue_prompts=lambda _: [])
