@@ -10,10 +10,14 @@ from nemo.collections.llm.api import finetune
 
 from nemo_upcycle.data.chat_module import chat_data
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
+from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 
 
 #: The conversations of a recipe that is given none: the demo's, for trying.
 CONVERSATIONS = "chatterbot"
+#: On one card, with LoRA: 32M tokens, as `qwen3_600m_dense_sft`. Rate, rank and alpha are those of NeMo's own recipes.
+ONE_CARD = {"num_nodes": 1, "num_gpus_per_node": 1, "seq_length": 4096, "global_batch_size": 16, "max_steps": 500}
+ONE_CARD |= {"lr": 1e-4, "warmup_steps": 25, "lora": 8}
 #: Of 8B models: MoEsturizer (OpenReview HDZ2GBwrWo) tunes on 150,000 conversations; here a step has 128 packs of 4,096
 #: tokens on eight nodes. The learning rate is below the peak of the paper's pretraining, 3e-5.
 TUNING = {"num_nodes": 8, "seq_length": 4096, "global_batch_size": 128, "max_steps": 1000, "lr": 1e-5}
@@ -30,6 +34,7 @@ def tuned(
     max_steps: int,
     lr: float,
     warmup_steps: int,
+    lora: int = 0,
 ) -> run.Partial:
     """Let a recipe that trains on from a dense checkpoint tune on conversations instead, in NeMo's `llm.finetune`.
 
@@ -47,6 +52,7 @@ def tuned(
         max_steps: of the tuning.
         lr: highest learning rate; it falls to a tenth, by a cosine.
         warmup_steps: in which the learning rate rises.
+        lora: rank of adapters that are trained in place of all weights, beside the routers; 0: none.
 
     Returns:
         The recipe.
@@ -74,6 +80,25 @@ def tuned(
     scheduler = recipe.optim.lr_scheduler
     scheduler.warmup_steps, scheduler.constant_steps, scheduler.min_lr = warmup_steps, 0, float(f"{lr / 10:g}")
     recipe.log.ckpt.every_n_train_steps = max(1, max_steps // 4)
+    return with_lora(recipe, lora) if lora else recipe
+
+
+def with_lora(recipe: run.Partial, rank: int) -> run.Partial:
+    """Let a tuning train LoRA's adapters of attention and networks, and routers in full, in place of all weights.
+
+    Args:
+        recipe: of a tuning on one GPU, or without expert parallelism; changed in place.
+        rank: of the adapters; their alpha is twice as much, as in NeMo's recipes.
+
+    Returns:
+        The recipe.
+    """
+    recipe.peft = run.Config(UpcycleLoRA, dim=rank, alpha=2 * rank)
+    # As in NeMo's recipes, which say of the fusion that it does not work with LoRA.
+    recipe.optim.config.use_distributed_optimizer = recipe.trainer.strategy.ddp.overlap_param_gather = False
+    recipe.model.config.cross_entropy_loss_fusion = False
+    if recipe.model.config.num_moe_experts:
+        recipe.model.config.moe_grouped_gemm = False  # each expert has adapters of its own
     return recipe
 
 
@@ -84,18 +109,19 @@ def tuning_recipe(name: str, base: Callable[..., run.Partial], **schedule: Any) 
         name: of the recipe.
         base: `pretrain_recipe` of the model, whose arguments for nodes, ranks and the dense checkpoint stay.
         schedule: `seq_length`, `global_batch_size`, `max_steps`, `lr` and `warmup_steps`, as `tuned` takes them; and
-            `dense` and `num_nodes`, where they are not those of `base`.
+            `dense`, `num_nodes` and `num_gpus_per_node`, where they are not those of `base`.
     """
     usual = {one: parameter.default for one, parameter in inspect.signature(base).parameters.items()}
-    nodes, parent = (schedule.pop(one, usual[one]) for one in ("num_nodes", "dense"))
+    alone = 1 if "expert_parallelism" in usual and schedule.get("num_gpus_per_node") == 1 else None
+    nodes, ranks, parent = (schedule.pop(one, usual[one]) for one in ("num_nodes", "num_gpus_per_node", "dense"))
 
     @run.cli.factory(target=finetune, name=name)
     def finetune_recipe(
         dir: Optional[str] = None,
         name: str = name,
         num_nodes: int = nodes,
-        num_gpus_per_node: int = usual["num_gpus_per_node"],
-        expert_parallelism: Optional[int] = None,
+        num_gpus_per_node: int = ranks,
+        expert_parallelism: Optional[int] = alone,
         dense: str = parent,
         data: Optional[str] = None,
         start: Optional[str] = None,

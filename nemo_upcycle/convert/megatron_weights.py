@@ -49,6 +49,8 @@ class CheckpointWeights:
         own = [name.removeprefix(self._prefix) for name in model_tensors(self.checkpoint, self._prefix)]
         self._hybrid = stored_hybrid(own)
         self._released_at_bytes = 0
+        #: Of LoRA's adapters, which are added up with their weights; over their rank it is their factor.
+        self.lora_alpha: float | None = None
 
     def _key(self, mapping: ParamMapping, layer: int) -> tuple[str, bool]:
         """Return the name of a mapping's tensor and whether its first axis counts layers."""
@@ -121,6 +123,7 @@ class CheckpointWeights:
         mappings = [(mapping, 0) for mapping in MODEL_MAPPINGS if mapping.role != "output" or not arch.tied_embeddings]
         mappings += [(mapping, layer) for layer in range(arch.num_layers) for mapping in layer_mappings(arch, layer)]
         read = {self._key(mapping, layer)[0] for mapping, layer in mappings}
+        read |= {name for key in read for name in self._adapters(key)}
         if unread := sorted(set(model_tensors(self.checkpoint, self._prefix)) - read):
             raise CheckpointError(
                 f"{self.checkpoint.path}: tensors that the export would leave out",
@@ -140,7 +143,27 @@ class CheckpointWeights:
             self._released_at_bytes = self.checkpoint.bytes_read
         key, stacked = self._key(mapping, layer)
         position = ([layer] if stacked else []) + ([expert] if mapping.is_expert else [])
+        weight = self._read(key, position)
+        if adapters := self._adapters(key):
+            out, into = (self._read(name, position).float() for name in adapters)
+            if self.lora_alpha is None:
+                raise CheckpointError(
+                    adapters[0],
+                    got="LoRA's adapters, and no context/model.yaml with their alpha",
+                    expected="it",
+                    fix="copy the checkpoint again, whole",
+                )
+            weight = (weight.float() + self.lora_alpha / into.shape[0] * out @ into).to(weight.dtype)
+        return weight
+
+    def _adapters(self, key: str) -> list[str]:
+        """Return the names of LoRA's two matrices of a weight, the outer one first; none where it has none."""
+        names = [f"{key.removesuffix('weight')}adapter.linear_{part}.weight" for part in ("out", "in")]
+        return names if names[0] in self.checkpoint.names() else []
+
+    def _read(self, key: str, position: list[int]) -> torch.Tensor:
         shape = self.checkpoint.shape(key)
+        position = position[: len(shape) - 2] if ".adapter." in key else position  # grouped experts share theirs
         index = [(at, at + 1) for at in position] + [(0, size) for size in shape[len(position) :]]
         return self.checkpoint.read(key, index).view(shape[len(position) :])
 
@@ -169,6 +192,7 @@ def open_checkpoint(
     if context:
         context.require_parent(arch, dense_folder)
         spec = context.spec(spec, arch)
+        weights.lora_alpha = context.settings.get("lora_alpha")
     if experts := weights.num_experts:
         is_parents = spec is None and experts == arch.num_experts  # which was trained as it is
         if not is_parents and (spec is None or spec.num_experts != experts):

@@ -64,8 +64,11 @@ def saved_settings(checkpoint: Path, fix: str) -> tuple[Path, dict[str, Any]] | 
 
 def _nemo_settings(path: Path) -> dict[str, Any]:
     """Return the settings of NeMo's model configuration, by name."""
-    settings = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["config"])
+    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = dict(described["config"])
     settings["_target_"].split(".")[-2]  # a class in a module
+    if adapters := described.get("model_transform"):
+        settings["lora_alpha"] = float(adapters.get("alpha", 32))  # NeMo's own
     return settings
 
 

@@ -16,7 +16,8 @@ from nemo_upcycle.data.chat.config import read_chat
 from nemo_upcycle.evaluation.heldout import ANSWER_BITS
 from nemo_upcycle.pipeline.checks import check_asked
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
+from nemo_upcycle.sources.megatron_checkpoint import model_tensors
 from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.utils.files import read_json
 from tests.chats import sums, write_chat_tokenizer, write_lines
@@ -104,6 +105,42 @@ def test_a_resumed_tuning_ends_with_the_same_bits(inputs: tuple[Path, Path], tmp
     assert _differing(tmp_path / "whole", tmp_path / "parts") == []
 
 
+def test_lora_trains_adapters_and_routers_and_an_export_adds_them_up(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The parent's classes in Hugging Face compute with the exported weights what Megatron does with the adapters."""
+    from nemo_upcycle import UpcycleSpec
+    from nemo_upcycle.convert.export import export_checkpoint
+
+    parent, chat = inputs
+    options: dict[str, Any] = {"steps": 4, "vocabulary": 259, "validate": True}
+    lines = _train(inputs, tmp_path / "run", 1, every=2, lora=4, **options)
+    _train(inputs, tmp_path / "before", 1, every=4, frozen=True, **options)
+    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert losses[-1] < losses[0] - 0.02
+    assert read_json(tmp_path / "run/training.json")["lora"] == {"rank": 4, "alpha": 8}
+    before = DistributedCheckpoint(last_checkpoint(tmp_path / "before") / "weights")
+    after = DistributedCheckpoint(last_checkpoint(tmp_path / "run") / "weights")
+    names, kept = ({*model_tensors(one, model_prefix(one))} for one in (after, before))
+    changed = [name for name in kept if not torch.equal(before.read(name), after.read(name))]
+    assert changed
+    assert all(".mlp.router." in name for name in changed)
+    adapted = {name.partition(".adapter.")[0].rpartition(".")[2] for name in names - kept}
+    assert adapted == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
+    spec = UpcycleSpec(num_experts=8, top_k=2)
+    export_checkpoint(last_checkpoint(tmp_path / "run"), parent, tmp_path / "hf", spec=spec, dtype=torch.float32)
+    assert _answer_loss(tmp_path / "hf", chat / "validation.npy") == pytest.approx(losses[-1], abs=2e-5)
+
+
+@pytest.mark.full
+def test_a_resumed_lora_ends_with_the_same_bits(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    _train(inputs, tmp_path / "whole", 1, steps=4, every=2, lora=4)
+    with pytest.raises(RuntimeError, match="rank 0 died"):
+        _train(inputs, tmp_path / "parts", 1, steps=4, every=2, kill=3, lora=4)
+    _train(inputs, tmp_path / "parts", 1, steps=4, every=2, lora=4)
+    assert _differing(tmp_path / "whole", tmp_path / "parts") == []
+
+
 @pytest.mark.parametrize("model", quick(["moe", "dense"], "moe"))
 def test_a_tuning_starts_from_what_another_training_left(
     inputs: tuple[Path, Path], tmp_path: Path, model: str
@@ -179,6 +216,11 @@ def _tune(parent: str, chat: str, folder: str, options: dict[str, Any]) -> None:
         recipe.model.config.make_vocab_size_divisible_by = options["vocabulary"]
     if "teacher" in options:
         recipe.data.teacher_weight, recipe.data.teacher_temperature = options["teacher"]
+    if "lora" in options:
+        from nemo_upcycle.recipes.tuning import with_lora
+
+        with_lora(recipe, options["lora"])
+        recipe.optim.config.lr = 1e-2
     if "kill" in options:
         recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
     if options.get("validate"):

@@ -145,9 +145,7 @@ def _check_tuning(recipe: run.Partial, where: str) -> None:
         wrong = "1: the conversations of a pack are not cut for several ranks"
     if wrong:
         raise SpecError(field=f"{where}{field}", got=got, expected=wrong, fix="set it to 1")
-    if setting(recipe, "peft"):
-        name = getattr(recipe.peft, "__fn_or_cls__", type(recipe.peft)).__name__
-        raise SpecError(field=f"{where}peft", got=name, expected="none: all weights are tuned", fix="omit it")
+    _check_lora(recipe, where)
     if setting(recipe, "tokenizer") != "data":
         raise SpecError(
             field=f"{where}tokenizer",
@@ -155,6 +153,49 @@ def _check_tuning(recipe: run.Partial, where: str) -> None:
             expected="data: a model from a dense checkpoint brings none",
             fix="set it to data",
         )
+
+
+def _check_lora(recipe: run.Partial, where: str) -> None:
+    """Check that a tuning of few weights is one that this package resumes, exports and gets the same on every layout.
+
+    Raises:
+        SpecError: it is not.
+    """
+    from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
+
+    if not setting(recipe, "peft"):
+        return
+    kind = getattr(recipe.peft, "__fn_or_cls__", type(recipe.peft))
+    if kind is not UpcycleLoRA:
+        raise SpecError(
+            field=f"{where}peft",
+            got=kind.__name__,
+            expected="none, or nemo_upcycle.trainers.nemo.lora.UpcycleLoRA: NeMo's, with whole checkpoints",
+            fix="give that, with the same arguments",
+        )
+    limits = (
+        (
+            "trainer.strategy.expert_model_parallel_size",
+            lambda value: (value or 1) > 1,
+            "1 with peft: NeMo's adapters of experts are averaged over all ranks, whosever experts they have",
+            "set it to 1",
+        ),
+        (
+            "model.config.moe_grouped_gemm",
+            bool,
+            "False with peft: NeMo gives grouped experts one adapter together, and copies would stay copies",
+            "set it to False",
+        ),
+        (
+            "model.config.recompute_granularity",
+            lambda value: value == "full",
+            "none or selective with peft: the first layer's input has no gradient, and its adapters would get none",
+            "set it to selective",
+        ),
+    )
+    for name, is_wrong, expected, fix in limits:
+        if is_wrong(value := setting(recipe, name)):
+            raise SpecError(field=f"{where}{name}", got=value, expected=expected, fix=fix)
 
 
 def check_parents(recipe: run.Partial, *, remote: bool) -> None:

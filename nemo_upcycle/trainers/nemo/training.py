@@ -158,6 +158,7 @@ class NeMoTraining(Training):
             gradients=_gradients(recipe),
             low_params=any(setting(recipe, f"trainer.plugins.{name}") for name in ("fp8_param_gather", "fp8_params")),
             dense_router_gradient=bool(setting(recipe, f"optim.{DENSE_GRADIENT}")),
+            lora=setting(recipe, "peft.dim") or 0,
             teacher_weight=setting(recipe, "data.teacher_weight") or 0.0,
             software=DEFAULT_SOFTWARE,
             weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,

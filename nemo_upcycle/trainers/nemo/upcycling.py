@@ -111,11 +111,18 @@ class UpcycleStrategy(nl.MegatronStrategy):
         overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
         with temporarily_set(model.config, "perform_initialization", False) if overwritten else nullcontext():
             super().setup_megatron_parallel(trainer)
+        if not self._init_model_parallel:  # LoRA wraps linear layers of a filled model, before NeMo wraps the chunks
+            self._fill()
         self._auxiliary_losses = act_as_set(model.config)
 
     def init_model_parallel(self) -> None:
         """Wrap the chunks, then fill them from the dense checkpoint, before optimizers make master weights of them."""
         super().init_model_parallel()
+        if self._init_model_parallel:
+            self._fill()
+
+    def _fill(self) -> None:
+        """Let the parent teach, and fill the chunks from it, unless the run goes on from a checkpoint."""
         lesson = setting(self.trainer, "datamodule.lesson")
         if lesson:
             TeacherLoss(lesson, list(self.megatron_parallel))

@@ -9,7 +9,7 @@ import pytest
 from nemo_upcycle.errors import SpecError
 
 
-MODELS = ("llama3_8b", "qwen3_8b", "qwen3_600m", "smollm2_135m")
+MODELS = ("llama3_8b", "qwen3_8b", "qwen3_600m", "smollm2_135m", "llama32_1b", "qwen3_1p7b")
 NAMES = tuple(f"{model}_{kind}_sft" for model in MODELS for kind in ("e8t2", "dense"))
 
 
