@@ -9,6 +9,7 @@ import nemo_run as run
 from nemo.collections.llm.api import finetune
 
 from nemo_upcycle.data.chat_module import chat_data
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 
@@ -17,7 +18,8 @@ from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 CONVERSATIONS = "chatterbot"
 #: On one card, with LoRA: 32M tokens, as `qwen3_600m_dense_sft`. Rate, rank and alpha are those of NeMo's own recipes.
 ONE_CARD = {"num_nodes": 1, "num_gpus_per_node": 1, "seq_length": 4096, "global_batch_size": 16, "max_steps": 500}
-ONE_CARD |= {"lr": 1e-4, "warmup_steps": 25, "lora": 8}
+ONE_CARD |= {"lr": 1e-4, "warmup_steps": 25, "peft_scheme": "lora"}
+RANK = 8
 #: Of 8B models: MoEsturizer (OpenReview HDZ2GBwrWo) tunes on 150,000 conversations; here a step has 128 packs of 4,096
 #: tokens on eight nodes. The learning rate is below the peak of the paper's pretraining, 3e-5.
 TUNING = {"num_nodes": 8, "seq_length": 4096, "global_batch_size": 128, "max_steps": 1000, "lr": 1e-5}
@@ -34,7 +36,6 @@ def tuned(
     max_steps: int,
     lr: float,
     warmup_steps: int,
-    lora: int = 0,
 ) -> run.Partial:
     """Let a recipe that trains on from a dense checkpoint tune on conversations instead, in NeMo's `llm.finetune`.
 
@@ -52,7 +53,6 @@ def tuned(
         max_steps: of the tuning.
         lr: highest learning rate; it falls to a tenth, by a cosine.
         warmup_steps: in which the learning rate rises.
-        lora: rank of adapters that are trained in place of all weights, beside the routers; 0: none.
 
     Returns:
         The recipe.
@@ -80,10 +80,10 @@ def tuned(
     scheduler = recipe.optim.lr_scheduler
     scheduler.warmup_steps, scheduler.constant_steps, scheduler.min_lr = warmup_steps, 0, float(f"{lr / 10:g}")
     recipe.log.ckpt.every_n_train_steps = max(1, max_steps // 4)
-    return with_lora(recipe, lora) if lora else recipe
+    return recipe
 
 
-def with_lora(recipe: run.Partial, rank: int) -> run.Partial:
+def with_lora(recipe: run.Partial, rank: int = RANK) -> run.Partial:
     """Let a tuning train LoRA's adapters of attention and networks, and routers in full, in place of all weights.
 
     Args:
@@ -109,11 +109,12 @@ def tuning_recipe(name: str, base: Callable[..., run.Partial], **schedule: Any) 
         name: of the recipe.
         base: `pretrain_recipe` of the model, whose arguments for nodes, ranks and the dense checkpoint stay.
         schedule: `seq_length`, `global_batch_size`, `max_steps`, `lr` and `warmup_steps`, as `tuned` takes them; and
-            `dense`, `num_nodes` and `num_gpus_per_node`, where they are not those of `base`.
+            `dense`, `num_nodes`, `num_gpus_per_node` and `peft_scheme`, where they are not those of `base`.
     """
     usual = {one: parameter.default for one, parameter in inspect.signature(base).parameters.items()}
     alone = 1 if "expert_parallelism" in usual and schedule.get("num_gpus_per_node") == 1 else None
-    nodes, ranks, parent = (schedule.pop(one, usual[one]) for one in ("num_nodes", "num_gpus_per_node", "dense"))
+    named = ("num_nodes", "num_gpus_per_node", "dense", "peft_scheme")
+    nodes, ranks, parent, scheme = (schedule.pop(one, usual.get(one)) for one in named)
 
     @run.cli.factory(target=finetune, name=name)
     def finetune_recipe(
@@ -125,6 +126,7 @@ def tuning_recipe(name: str, base: Callable[..., run.Partial], **schedule: Any) 
         dense: str = parent,
         data: Optional[str] = None,
         start: Optional[str] = None,
+        peft_scheme: Optional[str] = scheme,
     ) -> run.Partial:
         """Create a recipe that tunes a model on conversations, with a loss on the answers alone.
 
@@ -137,26 +139,43 @@ def tuning_recipe(name: str, base: Callable[..., run.Partial], **schedule: Any) 
             dense (str): The dense checkpoint to start from, and whose chat template is used.
             data (str | None): A finished folder of `nemo-upcycle chat`; None: the demo's conversations.
             start (str | None): A checkpoint of a training of this model to start from, in place of the dense one.
+            peft_scheme (str | None): lora: train adapters and routers; none: all weights.
 
         Returns:
             run.Partial: Partial configuration for fine-tuning.
+
+        Raises:
+            SpecError: another scheme.
 
         Examples:
             CLI usage:
                 $ nemo llm finetune --factory NAME --dryrun
                 $ nemo llm finetune --factory "NAME(data='data/answers', dense='/models/Llama-3-8B-Instruct')" --yes
                 $ nemo llm finetune --factory "NAME(data='data/answers', start='runs/first/pretrain')" --yes
+                $ nemo llm finetune --factory "NAME(data='data/answers', peft_scheme='lora')" peft.dim=16 --yes
 
             Python API usage:
                 >>> recipe = finetune_recipe(data="data/answers")
         """
+        is_lora = _is_lora(peft_scheme)
+        if is_lora and "expert_parallelism" in usual:
+            expert_parallelism = expert_parallelism or 1
         given = {} if expert_parallelism is None else {"expert_parallelism": expert_parallelism}
         recipe = base(
             dir=dir, name=name, num_nodes=num_nodes, num_gpus_per_node=num_gpus_per_node, dense=dense, **given
         )
-        return tuned(recipe, data=data, start=start, **schedule)
+        recipe = tuned(recipe, data=data, start=start, **schedule)
+        return with_lora(recipe) if is_lora else recipe
 
     return finetune_recipe
+
+
+def _is_lora(peft_scheme: Optional[str]) -> bool:
+    """Return whether NeMo's name of a scheme is LoRA's; none is that of all weights."""
+    scheme = (peft_scheme or "none").lower()
+    if scheme not in ("lora", "none"):
+        raise SpecError("peft_scheme", got=peft_scheme, expected="lora or none", fix="take lora")
+    return scheme == "lora"
 
 
 def tuning_chain(
@@ -181,15 +200,19 @@ def tuning_chain(
         sizes: nodes and ranks of both trainings, by default; of the upcycled model's `expert_parallelism`.
     """
     experts = sizes.pop("expert_parallelism", None)
+    scheme = inspect.signature(recipe).parameters["peft_scheme"].default
 
     @run.cli.factory(target=pipeline, name=name)
-    def pipeline_recipe(dir: str = f"runs/{name}", dense: str = dense, data: str = data) -> run.Partial:
+    def pipeline_recipe(
+        dir: str = f"runs/{name}", dense: str = dense, data: str = data, peft_scheme: Optional[str] = scheme
+    ) -> run.Partial:
         """Create the whole chain: import, pack, upcycle, tune, tune the dense model alike, export, evaluate, report.
 
         Args:
             dir (str): Folder of the run.
             dense (str): The dense parent, whose chat template is used.
             data (str): The conversations: a name in conf/chat, a YAML file, JSON lines, or a finished folder.
+            peft_scheme (str | None): lora: train adapters and routers, in both tunings; none: all weights.
 
         Returns:
             run.Partial: Partial configuration of the pipeline.
@@ -198,12 +221,13 @@ def tuning_chain(
             CLI usage:
                 $ nemo upcycle pipeline --factory NAME dir=runs/tuned data=mine.jsonl --yes
         """
+        spread = None if _is_lora(peft_scheme) else experts
         return run.Partial(
             pipeline,
             dir=dir,
             dense=dense,
-            pretrain=adapt(recipe(dense=dense, expert_parallelism=experts, **sizes)),
-            dense_ct=baseline(dense=dense, **sizes),
+            pretrain=adapt(recipe(dense=dense, expert_parallelism=spread, peft_scheme=peft_scheme, **sizes)),
+            dense_ct=baseline(dense=dense, peft_scheme=peft_scheme, **sizes),
             data=data,
             evaluation="answers",
         )

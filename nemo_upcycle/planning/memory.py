@@ -250,7 +250,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
     tokens = work.seq_length // layout.cp * layout.micro_batch
     logits = tokens * layout.padded_vocab(arch) // layout.tp * (LOGIT_BYTES + work.teacher * TEACHER_LOGIT_BYTES)
     weights, gradients, optimizer = states.weights_bytes, states.gradients_bytes, states.optimizer_bytes()
-    if work.lora:
+    if work.lora:  # as if no rank shared them with others: an upper bound with tensor or pipeline parallelism
         adapters, routers = lora_params(arch, work.lora)
         trained = adapters + routers
         weights += adapters * WEIGHT_BYTES
@@ -270,10 +270,10 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
 
 
 def lora_params(arch: Architecture, rank: int) -> tuple[int, int]:
-    """Return the parameters of LoRA's adapters, and of the routers, of the whole model, as one rank has them.
+    """Return the parameters of LoRA's adapters, and of the routers, of the whole model.
 
     Args:
-        arch: of the model.
+        arch: of the model, of a family that is trained.
         rank: of the adapters: an outer and an inner matrix for each linear layer of attention and networks, and of
             every expert.
     """
@@ -285,7 +285,8 @@ def lora_params(arch: Architecture, rank: int) -> tuple[int, int]:
         return 2 * width + (gate + 1) * size
 
     moe = sum(arch.is_moe_layer(layer) for layer in range(arch.num_layers)) if arch.num_experts else 0
-    experts = (arch.num_experts or 0) * network(arch.expert_width) if moe else 0
+    experts = (arch.num_experts or 0) * network(arch.expert_ffn_size or arch.ffn_size)
+    experts += network(arch.shared_ffn_size) if arch.shared_ffn_size else 0
     plain = network(arch.ffn_size) * (arch.num_layers - moe)
     adapters = rank * (arch.num_layers * attention + moe * experts + plain)
     return adapters, moe * (arch.num_experts or 0) * width

@@ -171,7 +171,7 @@ def _check_lora(recipe: run.Partial, where: str) -> None:
             field=f"{where}peft",
             got=kind.__name__,
             expected="none, or nemo_upcycle.trainers.nemo.lora.UpcycleLoRA: NeMo's, with whole checkpoints",
-            fix="give that, with the same arguments",
+            fix="omit it, and give the recipe's factory peft_scheme='lora'; its rank is peft.dim",
         )
     limits = (
         (
@@ -185,12 +185,6 @@ def _check_lora(recipe: run.Partial, where: str) -> None:
             bool,
             "False with peft: NeMo gives grouped experts one adapter together, and copies would stay copies",
             "set it to False",
-        ),
-        (
-            "model.config.recompute_granularity",
-            lambda value: value == "full",
-            "none or selective with peft: the first layer's input has no gradient, and its adapters would get none",
-            "set it to selective",
         ),
     )
     for name, is_wrong, expected, fix in limits:

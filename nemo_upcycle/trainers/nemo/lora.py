@@ -5,17 +5,16 @@ before it is trained: here checkpoints are whole, adapters beside the weights th
 them up.
 """
 
-# No postponed annotations: NeMo-Run parses `peft.dim=16` by them.
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import fiddle as fdl
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from nemo.collections.llm.peft.lora import LoRA
 from nemo.utils.callbacks.dist_ckpt_io import AsyncCompatibleCheckpointIO
 
@@ -36,11 +35,14 @@ class UpcycleLoRA(LoRA):
     """
 
     def freeze_model(self, model: torch.nn.Module) -> None:
-        """Freeze all but the routers."""
+        """Freeze all but the routers; what is recomputed passes gradients on only where its input has one."""
         super().freeze_model(model)
         for name, parameter in model.named_parameters():
             if part_of(name) == ROUTER:
                 parameter.requires_grad = True
+        for module in model.modules():
+            if isinstance(module, LanguageModelEmbedding):
+                module.register_forward_hook(_with_gradient)
 
     def get_wrappped_io(self) -> Any:
         """Return what makes the reader and writer of checkpoints, which are whole."""
@@ -52,6 +54,15 @@ class UpcycleLoRA(LoRA):
         if recorded := getattr(getattr(pl_module, "__io__", None), "model_transform", None):
             fdl.update_callable(recorded, LoRA)  # so that plain NeMo opens the checkpoints
         self.wrapped_io.resumed = trainer.ckpt_path
+
+
+# NeMo's are postponed: NeMo-Run would not know that `peft.dim=16` is a number.
+UpcycleLoRA.__init__.__annotations__.update(get_type_hints(LoRA))
+
+
+def _with_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Return the output of a frozen embedding, as a forward hook, with a gradient that nobody reads."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 class _WholeCheckpoints(_WrappingCheckpointIO, AsyncCompatibleCheckpointIO):

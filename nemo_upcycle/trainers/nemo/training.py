@@ -153,7 +153,7 @@ class NeMoTraining(Training):
             seq_length=data.seq_length,
             global_batch=data.global_batch_size,
             steps=steps,
-            first_steps=first_steps,
+            first_steps=first_steps if first_steps < steps else 0,
             overlap=("tp",) if getattr(overlaps, "tp_comm_overlap", False) else (),
             gradients=_gradients(recipe),
             low_params=any(setting(recipe, f"trainer.plugins.{name}") for name in ("fp8_param_gather", "fp8_params")),
