@@ -17,8 +17,17 @@ from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 #: The conversations of a recipe that is given none: the demo's, for trying.
 CONVERSATIONS = "chatterbot"
 #: On one card, with LoRA: 32M tokens, as `qwen3_600m_dense_sft`. Rate, rank and alpha are those of NeMo's own recipes.
-ONE_CARD = {"num_nodes": 1, "num_gpus_per_node": 1, "seq_length": 4096, "global_batch_size": 16, "max_steps": 500}
-ONE_CARD |= {"lr": 1e-4, "warmup_steps": 25, "peft_scheme": "lora"}
+ONE_CARD: dict[str, Any] = {
+    "num_nodes": 1,
+    "num_gpus_per_node": 1,
+    "seq_length": 4096,
+    "global_batch_size": 16,
+    "max_steps": 500,
+    "lr": 1e-4,
+    "warmup_steps": 25,
+    "peft_scheme": "lora",
+}
+#: Of LoRA's adapters, by default.
 RANK = 8
 #: Of 8B models: MoEsturizer (OpenReview HDZ2GBwrWo) tunes on 150,000 conversations; here a step has 128 packs of 4,096
 #: tokens on eight nodes. The learning rate is below the peak of the paper's pretraining, 3e-5.

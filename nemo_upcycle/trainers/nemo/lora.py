@@ -86,9 +86,11 @@ class _WholeCheckpoints(_WrappingCheckpointIO, AsyncCompatibleCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> Any:
         """Write a checkpoint, whole."""
-        return self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        inner: Any = self.checkpoint_io
+        return inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read what is asked for."""
-        read: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
+        inner: Any = self.checkpoint_io
+        read: dict[str, Any] = inner.load_checkpoint(path, *args, **kwargs)
         return read
