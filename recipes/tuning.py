@@ -9,11 +9,26 @@ import nemo_run as run
 from nemo.collections.llm.api import finetune
 
 from nemo_upcycle.data.chat_module import chat_data
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
+from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 
 
 #: The conversations of a recipe that is given none: the demo's, for trying.
 CONVERSATIONS = "chatterbot"
+#: On one card, with LoRA: 32M tokens, as `qwen3_600m_dense_sft`. Rate, rank and alpha are those of NeMo's own recipes.
+ONE_CARD: dict[str, Any] = {
+    "num_nodes": 1,
+    "num_gpus_per_node": 1,
+    "seq_length": 4096,
+    "global_batch_size": 16,
+    "max_steps": 500,
+    "lr": 1e-4,
+    "warmup_steps": 25,
+    "peft_scheme": "lora",
+}
+#: Of LoRA's adapters, by default.
+RANK = 8
 #: Of 8B models: MoEsturizer (OpenReview HDZ2GBwrWo) tunes on 150,000 conversations; here a step has 128 packs of 4,096
 #: tokens on eight nodes. The learning rate is below the peak of the paper's pretraining, 3e-5.
 TUNING = {"num_nodes": 8, "seq_length": 4096, "global_batch_size": 128, "max_steps": 1000, "lr": 1e-5}
@@ -77,6 +92,25 @@ def tuned(
     return recipe
 
 
+def with_lora(recipe: run.Partial, rank: int = RANK) -> run.Partial:
+    """Let a tuning train LoRA's adapters of attention and networks, and routers in full, in place of all weights.
+
+    Args:
+        recipe: of a tuning on one GPU, or without expert parallelism; changed in place.
+        rank: of the adapters; their alpha is twice as much, as in NeMo's recipes.
+
+    Returns:
+        The recipe.
+    """
+    recipe.peft = run.Config(UpcycleLoRA, dim=rank, alpha=2 * rank)
+    # As in NeMo's recipes, which say of the fusion that it does not work with LoRA.
+    recipe.optim.config.use_distributed_optimizer = recipe.trainer.strategy.ddp.overlap_param_gather = False
+    recipe.model.config.cross_entropy_loss_fusion = False
+    if recipe.model.config.num_moe_experts:
+        recipe.model.config.moe_grouped_gemm = False  # each expert has adapters of its own
+    return recipe
+
+
 def tuning_recipe(name: str, base: Callable[..., run.Partial], **schedule: Any) -> Callable[..., run.Partial]:
     """Register and return the `finetune_recipe` of a model: that of `base`, tuned on conversations.
 
@@ -84,21 +118,24 @@ def tuning_recipe(name: str, base: Callable[..., run.Partial], **schedule: Any) 
         name: of the recipe.
         base: `pretrain_recipe` of the model, whose arguments for nodes, ranks and the dense checkpoint stay.
         schedule: `seq_length`, `global_batch_size`, `max_steps`, `lr` and `warmup_steps`, as `tuned` takes them; and
-            `dense` and `num_nodes`, where they are not those of `base`.
+            `dense`, `num_nodes`, `num_gpus_per_node` and `peft_scheme`, where they are not those of `base`.
     """
     usual = {one: parameter.default for one, parameter in inspect.signature(base).parameters.items()}
-    nodes, parent = (schedule.pop(one, usual[one]) for one in ("num_nodes", "dense"))
+    alone = 1 if "expert_parallelism" in usual and schedule.get("num_gpus_per_node") == 1 else None
+    named = ("num_nodes", "num_gpus_per_node", "dense", "peft_scheme")
+    nodes, ranks, parent, scheme = (schedule.pop(one, usual.get(one)) for one in named)
 
     @run.cli.factory(target=finetune, name=name)
     def finetune_recipe(
         dir: Optional[str] = None,
         name: str = name,
         num_nodes: int = nodes,
-        num_gpus_per_node: int = usual["num_gpus_per_node"],
-        expert_parallelism: Optional[int] = None,
+        num_gpus_per_node: int = ranks,
+        expert_parallelism: Optional[int] = alone,
         dense: str = parent,
         data: Optional[str] = None,
         start: Optional[str] = None,
+        peft_scheme: Optional[str] = scheme,
     ) -> run.Partial:
         """Create a recipe that tunes a model on conversations, with a loss on the answers alone.
 
@@ -111,26 +148,43 @@ def tuning_recipe(name: str, base: Callable[..., run.Partial], **schedule: Any) 
             dense (str): The dense checkpoint to start from, and whose chat template is used.
             data (str | None): A finished folder of `nemo-upcycle chat`; None: the demo's conversations.
             start (str | None): A checkpoint of a training of this model to start from, in place of the dense one.
+            peft_scheme (str | None): lora: train adapters and routers; none: all weights.
 
         Returns:
             run.Partial: Partial configuration for fine-tuning.
+
+        Raises:
+            SpecError: another scheme.
 
         Examples:
             CLI usage:
                 $ nemo llm finetune --factory NAME --dryrun
                 $ nemo llm finetune --factory "NAME(data='data/answers', dense='/models/Llama-3-8B-Instruct')" --yes
                 $ nemo llm finetune --factory "NAME(data='data/answers', start='runs/first/pretrain')" --yes
+                $ nemo llm finetune --factory "NAME(data='data/answers', peft_scheme='lora')" peft.dim=16 --yes
 
             Python API usage:
                 >>> recipe = finetune_recipe(data="data/answers")
         """
+        is_lora = _is_lora(peft_scheme)
+        if is_lora and "expert_parallelism" in usual:
+            expert_parallelism = expert_parallelism or 1
         given = {} if expert_parallelism is None else {"expert_parallelism": expert_parallelism}
         recipe = base(
             dir=dir, name=name, num_nodes=num_nodes, num_gpus_per_node=num_gpus_per_node, dense=dense, **given
         )
-        return tuned(recipe, data=data, start=start, **schedule)
+        recipe = tuned(recipe, data=data, start=start, **schedule)
+        return with_lora(recipe) if is_lora else recipe
 
     return finetune_recipe
+
+
+def _is_lora(peft_scheme: Optional[str]) -> bool:
+    """Return whether NeMo's name of a scheme is LoRA's; none is that of all weights."""
+    scheme = (peft_scheme or "none").lower()
+    if scheme not in ("lora", "none"):
+        raise SpecError("peft_scheme", got=peft_scheme, expected="lora or none", fix="take lora")
+    return scheme == "lora"
 
 
 def tuning_chain(
@@ -155,15 +209,19 @@ def tuning_chain(
         sizes: nodes and ranks of both trainings, by default; of the upcycled model's `expert_parallelism`.
     """
     experts = sizes.pop("expert_parallelism", None)
+    scheme = inspect.signature(recipe).parameters["peft_scheme"].default
 
     @run.cli.factory(target=pipeline, name=name)
-    def pipeline_recipe(dir: str = f"runs/{name}", dense: str = dense, data: str = data) -> run.Partial:
+    def pipeline_recipe(
+        dir: str = f"runs/{name}", dense: str = dense, data: str = data, peft_scheme: Optional[str] = scheme
+    ) -> run.Partial:
         """Create the whole chain: import, pack, upcycle, tune, tune the dense model alike, export, evaluate, report.
 
         Args:
             dir (str): Folder of the run.
             dense (str): The dense parent, whose chat template is used.
             data (str): The conversations: a name in conf/chat, a YAML file, JSON lines, or a finished folder.
+            peft_scheme (str | None): lora: train adapters and routers, in both tunings; none: all weights.
 
         Returns:
             run.Partial: Partial configuration of the pipeline.
@@ -172,12 +230,13 @@ def tuning_chain(
             CLI usage:
                 $ nemo upcycle pipeline --factory NAME dir=runs/tuned data=mine.jsonl --yes
         """
+        spread = None if _is_lora(peft_scheme) else experts
         return run.Partial(
             pipeline,
             dir=dir,
             dense=dense,
-            pretrain=adapt(recipe(dense=dense, expert_parallelism=experts, **sizes)),
-            dense_ct=baseline(dense=dense, **sizes),
+            pretrain=adapt(recipe(dense=dense, expert_parallelism=spread, peft_scheme=peft_scheme, **sizes)),
+            dense_ct=baseline(dense=dense, peft_scheme=peft_scheme, **sizes),
             data=data,
             evaluation="answers",
         )

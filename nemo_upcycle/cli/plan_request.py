@@ -133,6 +133,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         routing=args.routing or "balanced",
         overlap=tuple(args.overlap.split(",")) if args.overlap else (),
         dense_router_gradient=args.dense_router_gradient,
+        lora=subject.defaults.get("lora", 0),
     )
     if args.micro_batch is not None:
         check_whole("micro_batch", args.micro_batch, 1, work.global_batch, "global_batch")

@@ -16,6 +16,7 @@ from nemo_upcycle.models.hybrid import LayerPart, hybrid_of
 from nemo_upcycle.models.mapping import BY_ROLE, MODEL_MAPPINGS, ParamMapping, layer_mappings, stored_hybrid
 from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context
+from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.sources.megatron_checkpoint import model_tensors
 from nemo_upcycle.spec import UpcycleSpec
@@ -40,15 +41,19 @@ class CheckpointWeights:
 
     Args:
         folder: a NeMo checkpoint (with `weights/`) or a Megatron one (with `.metadata`).
+        adapters: a checkpoint of LoRA's adapters to these weights; by default they lie beside them, if there are any.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapters: Path | None = None) -> None:
         weights = folder / "weights"
         self.checkpoint = DistributedCheckpoint(weights if weights.is_dir() else folder)
+        self._adapted = DistributedCheckpoint(adapters) if adapters else self.checkpoint
         self._prefix = model_prefix(self.checkpoint)
         own = [name.removeprefix(self._prefix) for name in model_tensors(self.checkpoint, self._prefix)]
         self._hybrid = stored_hybrid(own)
         self._released_at_bytes = 0
+        #: Of LoRA's adapters, which are added up with their weights; over their rank it is their factor.
+        self.lora_alpha: float | None = None
 
     def _key(self, mapping: ParamMapping, layer: int) -> tuple[str, bool]:
         """Return the name of a mapping's tensor and whether its first axis counts layers."""
@@ -121,7 +126,9 @@ class CheckpointWeights:
         mappings = [(mapping, 0) for mapping in MODEL_MAPPINGS if mapping.role != "output" or not arch.tied_embeddings]
         mappings += [(mapping, layer) for layer in range(arch.num_layers) for mapping in layer_mappings(arch, layer)]
         read = {self._key(mapping, layer)[0] for mapping, layer in mappings}
-        if unread := sorted(set(model_tensors(self.checkpoint, self._prefix)) - read):
+        read |= {name for key in read for name in self._adapters(key)}
+        stored = {*model_tensors(self.checkpoint, self._prefix), *model_tensors(self._adapted, self._prefix)}
+        if unread := sorted(stored - read):
             raise CheckpointError(
                 f"{self.checkpoint.path}: tensors that the export would leave out",
                 got=", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else ""),
@@ -140,9 +147,32 @@ class CheckpointWeights:
             self._released_at_bytes = self.checkpoint.bytes_read
         key, stacked = self._key(mapping, layer)
         position = ([layer] if stacked else []) + ([expert] if mapping.is_expert else [])
-        shape = self.checkpoint.shape(key)
-        index = [(at, at + 1) for at in position] + [(0, size) for size in shape[len(position) :]]
-        return self.checkpoint.read(key, index).view(shape[len(position) :])
+        weight = _read(self.checkpoint, key, position)
+        if adapters := self._adapters(key):
+            # Grouped experts share theirs.
+            own = position[: len(self._adapted.shape(adapters[0])) - 2]
+            out, into = (_read(self._adapted, name, own).float() for name in adapters)
+            if self.lora_alpha is None:
+                raise CheckpointError(
+                    adapters[0],
+                    got="LoRA's adapters, and no description with their alpha",
+                    expected="context/model.yaml, or Bridge's run_config.yaml",
+                    fix="copy the checkpoint again, whole",
+                )
+            weight = (weight.float() + self.lora_alpha / into.shape[0] * out @ into).to(weight.dtype)
+        return weight
+
+    def _adapters(self, key: str) -> list[str]:
+        """Return the names of LoRA's two matrices of a weight, the outer one first; none where it has none."""
+        names = [f"{key.removesuffix('weight')}adapter.linear_{part}.weight" for part in ("out", "in")]
+        return names if names[0] in self._adapted.names() else []
+
+
+def _read(checkpoint: DistributedCheckpoint, key: str, position: list[int]) -> torch.Tensor:
+    """Return what lies at a position of a tensor's first axes."""
+    shape = checkpoint.shape(key)
+    index = [(at, at + 1) for at in position] + [(0, size) for size in shape[len(position) :]]
+    return checkpoint.read(key, index).view(shape[len(position) :])
 
 
 def open_checkpoint(
@@ -162,13 +192,16 @@ def open_checkpoint(
         SpecError: an MoE checkpoint without a spec, a dense one with a spec, or one that its context contradicts.
         CheckpointError: the checkpoint is damaged, belongs to another parent, or was trained with other settings.
     """
-    weights, context = CheckpointWeights(checkpoint), read_context(checkpoint)
+    context = read_context(checkpoint)
+    base = context.settings.get("lora_base") if context else None
+    weights = CheckpointWeights(_newest(Path(base)), checkpoint) if base else CheckpointWeights(checkpoint)
     arch = read_architecture(dense_folder)
     require_buildable(arch)
     weights.require_parent(arch)
     if context:
         context.require_parent(arch, dense_folder)
         spec = context.spec(spec, arch)
+        weights.lora_alpha = context.settings.get("lora_alpha")
     if experts := weights.num_experts:
         is_parents = spec is None and experts == arch.num_experts  # which was trained as it is
         if not is_parents and (spec is None or spec.num_experts != experts):
@@ -186,6 +219,22 @@ def open_checkpoint(
             "spec", got=spec, expected=f"none: {checkpoint} is a dense model", fix="omit the spec's options"
         )
     return weights, arch, context
+
+
+def _newest(run: Path) -> Path:
+    """Return the checkpoint that Bridge's LoRA has its weights from: the newest of a run's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if found := newest_checkpoint(run):
+        return found
+    raise CheckpointError(
+        str(run),
+        got="no checkpoint",
+        expected="the run whose weights these adapters change (checkpoint.pretrained_checkpoint)",
+        fix="put it back where it was",
+    )
 
 
 class LiveWeights:

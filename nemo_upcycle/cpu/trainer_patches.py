@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,6 +48,18 @@ def print_progress_alone() -> None:
     from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
     ProgressPrinter.log_megatron_timers = lambda self, timers: None
+
+
+def adapt_layers_of_megatron() -> None:
+    """Let NeMo's LoRA compare a layer's class with Transformer Engine's where that is not installed.
+
+    Without it: UnavailableError, "transformer_engine.pytorch could not be imported", and then a TypeError of
+    `isinstance`, for Megatron has None in the place of its classes for grouped experts.
+    """
+    from nemo.collections.llm.peft import lora, utils
+
+    if not lora.HAVE_TE:
+        lora.te, utils.HAVE_TE = SimpleNamespace(Linear=None), False
 
 
 def start_without_cuda() -> None:
@@ -93,5 +106,10 @@ def keep_random_states() -> None:
     torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
 
 
-NEMO_PATCHES: tuple[Callable[[], None], ...] = (seed_random_states, leave_loaded_tensors, print_progress_alone)
+NEMO_PATCHES: tuple[Callable[[], None], ...] = (
+    seed_random_states,
+    leave_loaded_tensors,
+    print_progress_alone,
+    adapt_layers_of_megatron,
+)
 BRIDGE_PATCHES: tuple[Callable[[], None], ...] = (start_without_cuda, use_compiled_helpers, keep_random_states)

@@ -244,6 +244,7 @@ def _spread(size: int) -> list[int]:
 def _expert_weights(module: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yield role, expert number and weight for every parameter of a layer's routed experts on this rank."""
     for name, parameter in module.experts.named_parameters():
+        name = name.replace(".to_wrap.", ".")  # beside LoRA's adapters
         mapping, number = find_mapping(f"mlp.experts.{name}", in_layer=True) or (None, None)
         if mapping is not None and number is not None:
             yield mapping.role, module.local_expert_indices[number], parameter.detach()

@@ -206,17 +206,20 @@ def known_gpu(name: str) -> Gpu:
     return Gpu(**known[name])
 
 
-def gpu_of_device(device: str) -> Gpu | None:
-    """Return a GPU by its driver's name; None for one that is not known, or not in SXM form.
+_OTHER_FORMS = ("pcie", "nvl", "laptop", "4090d")
 
-    PCIe and NVL GPUs have lower peaks than those of `gpus.yaml`.
+
+def gpu_of_device(device: str) -> Gpu | None:
+    """Return a GPU by its driver's name; None for one that is not known, or of another form.
+
+    PCIe and NVL GPUs have lower peaks than those of `gpus.yaml`, as have those of laptops.
 
     Args:
         device: for example `NVIDIA H100 80GB HBM3`, or a name of `gpus.yaml`.
     """
-    name = device.lower()
+    name = device.lower().replace(" ", "")
     known = max((key for key in gpu_names() if key in name), key=len, default=None)  # gb200 before b200
-    return None if known is None or "pcie" in name or "nvl" in name else known_gpu(known)
+    return None if known is None or any(form in name for form in _OTHER_FORMS) else known_gpu(known)
 
 
 def known_shape(name: str) -> Architecture:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.parameters import stage_plan
+from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES, stage_plan
 from nemo_upcycle.planning.workload import Workload
 
 
@@ -249,11 +249,17 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
     plain, routed, working = activation_bytes(arch, layout, work, stage)
     tokens = work.seq_length // layout.cp * layout.micro_batch
     logits = tokens * layout.padded_vocab(arch) // layout.tp * (LOGIT_BYTES + work.teacher * TEACHER_LOGIT_BYTES)
+    weights, gradients, optimizer = states.weights_bytes, states.gradients_bytes, states.optimizer_bytes()
+    if work.lora:  # as if no rank shared them with others: an upper bound with tensor or pipeline parallelism
+        adapters, routers = lora_params(arch, work.lora)
+        trained = adapters + routers
+        weights += adapters * WEIGHT_BYTES
+        gradients, optimizer = trained * work.gradient_bytes, trained * OPTIMIZER_BYTES
     group_sizes = (layout.tp, layout.pp, layout.cp, layout.ep, layout.etp, layout.dense_shards, layout.expert_dp)
     return Memory(
-        weights=states.weights_bytes,
-        gradients=states.gradients_bytes,
-        optimizer=states.optimizer_bytes(),
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
         fp8_copies=states.fp8_bytes,
         activations=round(plain),
         routed=round(routed),
@@ -261,6 +267,29 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
         workspace=round(working),
         context=CONTEXT_BYTES + GROUP_BYTES * sum(size > 1 for size in group_sizes),
     )
+
+
+def lora_params(arch: Architecture, rank: int) -> tuple[int, int]:
+    """Return the parameters of LoRA's adapters, and of the routers, of the whole model.
+
+    Args:
+        arch: of the model, of a family that is trained.
+        rank: of the adapters: an outer and an inner matrix for each linear layer of attention and networks, and of
+            every expert.
+    """
+    width, head = arch.hidden_size, arch.head_dim
+    attention = 2 * width + (2 * arch.num_heads + 2 * arch.num_kv_heads) * head
+    gate = 2 if arch.gated else 1
+
+    def network(size: int) -> int:
+        return 2 * width + (gate + 1) * size
+
+    moe = sum(arch.is_moe_layer(layer) for layer in range(arch.num_layers)) if arch.num_experts else 0
+    experts = (arch.num_experts or 0) * network(arch.expert_ffn_size or arch.ffn_size)
+    experts += network(arch.shared_ffn_size) if arch.shared_ffn_size else 0
+    plain = network(arch.ffn_size) * (arch.num_layers - moe)
+    adapters = rank * (arch.num_layers * attention + moe * experts + plain)
+    return adapters, moe * (arch.num_experts or 0) * width
 
 
 def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[int, Memory]:

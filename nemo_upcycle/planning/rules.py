@@ -135,6 +135,8 @@ def _data_rules(layout: Layout, work: Workload) -> Iterator[RuleViolation]:
     if work.seq_length % multiple:
         text = f"tp{' x 2 x cp' if layout.cp > 1 else ''} ({multiple})"
         yield RuleViolation("seq_length", work.seq_length, f"a multiple of {text}")
+    if work.lora and layout.ep > 1:
+        yield RuleViolation("ep", layout.ep, "1 with LoRA: NeMo averages experts' adapters over all ranks")
     step, batch = layout.dp * layout.micro_batch, work.global_batch
     if batch % step:
         text = f"dp x micro-batch ({layout.dp} x {layout.micro_batch})"

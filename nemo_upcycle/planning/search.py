@@ -15,7 +15,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, known_machine
 from nemo_upcycle.planning.layout import Layout, divisors
-from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, stage_memory, worst_memory
+from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, lora_params, stage_memory, worst_memory
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
 from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
@@ -184,8 +184,11 @@ class Plan:
     @property
     def checkpoint_gib(self) -> float:
         """Size of a checkpoint with optimizer states."""
-        params = self.request.arch.total_params + self.request.arch.mtp_params()
-        return (WEIGHT_BYTES + OPTIMIZER_BYTES) * params / GIB
+        params = trained = self.request.arch.total_params + self.request.arch.mtp_params()
+        if self.work.lora:
+            adapters, routers = lora_params(self.request.arch, self.work.lora)
+            params, trained = params + adapters, adapters + routers
+        return (WEIGHT_BYTES * params + OPTIMIZER_BYTES * trained) / GIB
 
 
 @functools.lru_cache(maxsize=256)
@@ -365,6 +368,8 @@ def _least_gib(request: PlanRequest, layout: Layout) -> float:
     """Return a lower bound of what the worst rank holds: the states of its share of the parameters."""
     dense, expert = request.model.rank_params(layout)
     weight = min(WEIGHT_BYTES, request.work.numbers.copy_bytes) if request.work.low_params else WEIGHT_BYTES
+    if request.work.lora:  # nearly all are frozen
+        return (dense + expert) * weight / GIB
     state = weight + request.work.gradient_bytes
     owned = dense / layout.dense_shards + expert / layout.expert_dp
     return ((dense + expert) * state + owned * OPTIMIZER_BYTES) / GIB

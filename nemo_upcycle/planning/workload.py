@@ -97,6 +97,7 @@ class Workload:
         routing: one of `ROUTINGS`, for the time.
         overlap: what runs beside computation, of `OVERLAPS`.
         dense_router_gradient: whether routers learn from all experts (`trainers.router_gradient`).
+        lora: rank of the adapters that are trained beside the routers, each expert's its own; 0: all weights are.
         teacher: whether the loss has a term to the dense parent's answers (`trainers.teacher`).
 
     Raises:
@@ -117,6 +118,7 @@ class Workload:
     overlap: tuple[str, ...] = ()
     dense_router_gradient: bool = False
     teacher: bool = False
+    lora: int = 0
 
     def __post_init__(self) -> None:
         names: dict[str, Collection[str]] = {

@@ -64,14 +64,18 @@ def saved_settings(checkpoint: Path, fix: str) -> tuple[Path, dict[str, Any]] | 
 
 def _nemo_settings(path: Path) -> dict[str, Any]:
     """Return the settings of NeMo's model configuration, by name."""
-    settings = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["config"])
+    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = dict(described["config"])
     settings["_target_"].split(".")[-2]  # a class in a module
+    if adapters := described.get("model_transform"):
+        settings["lora_alpha"] = float(adapters.get("alpha", 32))  # NeMo's own
     return settings
 
 
 def _bridge_settings(path: Path) -> dict[str, Any]:
     """Return the settings of Bridge's model, by Megatron's names, which are NeMo's."""
-    model = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
+    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    model = dict(described["model"])
     settings = model | dict(model.get("transformer") or {})  # of a builder's configuration, beside the model's
     if model["_target_"].rpartition(".")[2] in _BRIDGE_MODELS:  # others compute otherwise
         settings["_target_"] = "megatron.GPTModel"
@@ -83,6 +87,10 @@ def _bridge_settings(path: Path) -> dict[str, Any]:
         settings["activation_func"] = {"_target_": "openai_gelu"}
     if settings.get("rope_scaling"):
         settings |= scaling_settings(settings.get("rope_scaling_factor", 8.0))
+    adapters = described.get("peft") or {}
+    if adapters.get("_target_", "").endswith(".LoRA"):
+        settings["lora_alpha"] = float(adapters.get("alpha", 32))  # Bridge's own
+        settings["lora_base"] = described["checkpoint"]["pretrained_checkpoint"]
     return settings
 
 

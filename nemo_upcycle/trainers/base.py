@@ -174,6 +174,7 @@ class TrainingFacts:
         rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
         dense_router_gradient: whether routers learn from all experts.
         teacher_weight: of the divergence from the dense parent's answers in the loss; 0: there is no teacher.
+        lora: rank of the adapters that are trained beside the routers; 0: all weights are trained.
         software: the generation of Megatron-Core that trains, in the planner's words.
         weight_bytes: of a parameter in a checkpoint.
         save_every: steps between two checkpoints.
@@ -205,6 +206,7 @@ class TrainingFacts:
     rank_capacity: float | None = None
     dense_router_gradient: bool = False
     teacher_weight: float = 0.0
+    lora: int = 0
     software: str
     weight_bytes: int
     save_every: int
@@ -240,10 +242,9 @@ class TrainingFacts:
             overlaps: the trainer's own settings of them, which replace those of the others and choose by the layout
                 where they are None; None: the trainer is given none.
         """
-        chosen = usual_communication(layout)
-        given = {name: getattr(overlaps, setting, None) for name, setting in COMMUNICATION.items()}
+        chosen, owner = usual_communication(layout), ddp if overlaps is None else overlaps
+        given = {name: getattr(owner, setting, None) for name, setting in COMMUNICATION.items()}
         if overlaps is None:
-            given = {name: getattr(ddp, setting, None) for name, setting in COMMUNICATION.items()}
             given["stages"] = getattr(config, COMMUNICATION["stages"], None)
             chosen = dict.fromkeys(chosen, False)
         granularity, named = config.recompute_granularity, config.recompute_modules
@@ -396,5 +397,4 @@ def last_checkpoint(folder: Path) -> Path:
     """
     if checkpoint := newest_checkpoint(folder / "checkpoints"):
         return checkpoint
-    fix = "run the stage again"
-    raise StageError(f"checkpoint in {folder}", got="none", expected="a finished checkpoint", fix=fix)
+    raise StageError(f"checkpoint in {folder}", got="none", expected="a finished one", fix="run the stage again")

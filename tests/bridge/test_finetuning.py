@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.models.hf_model import load_model
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.utils.files import read_json
 from tests.bridge.runs import SEQUENCE, SIZES, VOCABULARY, run_config, train
@@ -70,6 +72,30 @@ def test_a_finetuning_learns_from_the_parent(tmp_path: Path) -> None:
     assert read_json(tmp_path / "taught/training.json")["teacher"]["weight"] == 10.0
 
 
+def test_loras_adapters_train_resume_and_are_exported_with_the_run_they_started_from(tmp_path: Path) -> None:
+    """The exported model loses on the batch behind the checkpoint what Bridge says of its step."""
+    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
+    run_ranks(_train, 1, dense, tmp_path / "run", "provider", process_group=False)
+    for name, stops in (("whole", [None]), ("parts", [2, None])):
+        for stop in stops:
+            run_ranks(_adapt, 1, dense, tmp_path / "run", tmp_path / name, stop, process_group=False)
+    checkpoints = [DistributedCheckpoint(tmp_path / name / "iter_0000005") for name in ("whole", "parts")]
+    trained = [name for name in checkpoints[0].names() if not name.startswith("optimizer.")]
+    assert trained
+    assert all(".adapter." in name for name in trained)
+    assert [name for name in trained if not torch.equal(*(one.read(name) for one in checkpoints))] == []
+    export_checkpoint(tmp_path / "whole/iter_0000004", dense, tmp_path / "hf", spec=UpcycleSpec(**SPEC))
+    lines = (tmp_path / "whole/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[-1] < losses[0] - 0.02
+    samples = [_Windows()[number] for number in range(16, 20)]
+    tokens, labels = (torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels"))
+    with torch.no_grad():
+        logits = load_model(tmp_path / "hf", dtype=torch.float32).eval()(tokens).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert losses[4] == pytest.approx(float(loss), abs=1e-5)
+
+
 class _Windows(torch.utils.data.Dataset[Any]):
     """Sequences of random tokens."""
 
@@ -88,20 +114,9 @@ class _Windows(torch.utils.data.Dataset[Any]):
         }
 
 
-def _learn(dense: Path, run: Path, folder: Path, weight: float, layout: dict[str, int]) -> None:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from filelock import FileLock
+def _windows() -> Any:
+    """Return Bridge's provider of `_Windows`."""
     from megatron.bridge.data.base import DatasetProvider
-    from megatron.bridge.training.finetune import finetune
-    from megatron.bridge.training.gpt_step import forward_step
-
-    from nemo_upcycle import open_dense
-    from nemo_upcycle.calibration.teach import Pack, teach
-    from nemo_upcycle.calibration.teacher import Lesson, Teacher
-    from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
-    from nemo_upcycle.trainers.bridge.finetuning import finetune_from, learn_from_parent
 
     @dataclass(kw_only=True)
     class Windows(DatasetProvider):
@@ -111,13 +126,49 @@ def _learn(dense: Path, run: Path, folder: Path, weight: float, layout: dict[str
         def build_datasets(self, context: Any) -> tuple[Any, None, None]:
             return _Windows(), None, None
 
+    return Windows(seq_length=SEQUENCE, num_workers=0, pin_memory=False)
+
+
+def _adapt(dense: Path, run: Path, folder: Path, stop: int | None) -> None:
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.training.finetune import finetune
+    from megatron.bridge.training.gpt_step import forward_step
+
+    from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
+    from nemo_upcycle.trainers.bridge.finetuning import finetune_from
+
+    config = run_config(dense, folder, None, steps=5, lr=1e-2)
+    config.dataset, config.peft = _windows(), LoRA(dim=4, alpha=8)
+    config.train.exit_interval, config.checkpoint.save_interval = stop, 2
+    types = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
+    finetune_from(config, run, **types)
+    finetune(config, forward_step, callbacks=upcycle_callbacks(config, folder))
+
+
+def _learn(dense: Path, run: Path, folder: Path, weight: float, layout: dict[str, int]) -> None:
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from filelock import FileLock
+    from megatron.bridge.training.finetune import finetune
+    from megatron.bridge.training.gpt_step import forward_step
+
+    from nemo_upcycle import open_dense
+    from nemo_upcycle.calibration.teach import Pack, teach
+    from nemo_upcycle.calibration.teacher import Lesson, Teacher
+    from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
+    from nemo_upcycle.trainers.bridge.finetuning import finetune_from, learn_from_parent
+
     scored = torch.ones(SEQUENCE, dtype=torch.bool)
     samples = [_Windows()[number] for number in range(64)]
     packs = [Pack(sample["labels"], ((sample["tokens"], scored),)) for sample in samples]
     with FileLock(f"{dense}.lock"), open_dense(dense) as source:
         teach(source, dense.with_name("teacher"), packs, {})
     config = run_config(dense, folder, None, steps=3, lr=1e-3)
-    config.dataset = Windows(seq_length=SEQUENCE, num_workers=0, pin_memory=False)
+    config.dataset = _windows()
     types = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     finetune_from(config, run, sequence_parallel=bool(layout), **types, **layout)
     learn_from_parent(config, Lesson(Teacher(dense.with_name("teacher")), weight))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.data.chat.build import build_chat
 from nemo_upcycle.data.chat.config import read_chat
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.evaluation.heldout import ANSWER_BITS
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.pipeline.checks import check_asked
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+from nemo_upcycle.planning.memory import lora_params
+from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
+from nemo_upcycle.sources.megatron_checkpoint import model_tensors
 from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.utils.files import read_json
 from tests.chats import sums, write_chat_tokenizer, write_lines
@@ -105,6 +112,83 @@ def test_a_resumed_tuning_ends_with_the_same_bits(inputs: tuple[Path, Path], tmp
     assert _differing(tmp_path / "whole", tmp_path / "parts") == []
 
 
+#: Of LoRA's run: without rows of padding, which no exported model has.
+_ADAPTED: dict[str, Any] = {"steps": 4, "vocabulary": 259, "validate": True, "lora": 4}
+
+
+@pytest.fixture(scope="module")
+def adapted(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run of LoRA that nothing stopped, and its metrics."""
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    return folder, _train(inputs, folder, 1, every=2, **_ADAPTED)
+
+
+def test_lora_trains_adapters_and_routers_and_keeps_all_other_bits(
+    inputs: tuple[Path, Path], adapted: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, lines = adapted
+    _train(inputs, tmp_path / "before", 1, every=1, steps=1, vocabulary=259, frozen=True)
+    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert losses[-1] < losses[0] - 0.02
+    assert read_json(folder / "training.json")["lora"] == {"rank": 4, "alpha": 8}
+    before, after = (DistributedCheckpoint(last_checkpoint(one) / "weights") for one in (tmp_path / "before", folder))
+    names, kept = ({*model_tensors(one, model_prefix(one))} for one in (after, before))
+    changed = [name for name in kept if not torch.equal(before.read(name), after.read(name))]
+    assert changed
+    assert all(".mlp.router." in name for name in changed)
+    adapters = names - kept
+    assert all(".adapter." in name and after.read(name).abs().max() > 0 for name in adapters)
+    modules = {name.partition(".adapter.")[0].rpartition(".")[2] for name in adapters}
+    assert modules == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
+    arch = read_architecture(inputs[0]).upcycled(UpcycleSpec(num_experts=8, top_k=2))
+    routers = sum(math.prod(before.shape(name)) for name in kept if ".mlp.router." in name)
+    assert (sum(math.prod(after.shape(name)) for name in adapters), routers) == lora_params(arch, 4)
+
+
+def test_an_export_adds_loras_adapters_up(
+    inputs: tuple[Path, Path], adapted: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Hugging Face computes with the exported weights what Megatron did with the adapters."""
+    folder, lines = adapted
+    spec = UpcycleSpec(num_experts=8, top_k=2)
+    export_checkpoint(last_checkpoint(folder), inputs[0], tmp_path / "hf", spec=spec, dtype=torch.float32)
+    last = next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line)
+    assert _answer_loss(tmp_path / "hf", inputs[1] / "validation.npy") == pytest.approx(last, abs=2e-5)
+
+
+@pytest.mark.full
+def test_a_resumed_lora_ends_with_the_same_bits(
+    inputs: tuple[Path, Path], adapted: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="rank 0 died"):
+        _train(inputs, tmp_path / "parts", 1, every=2, kill=3, **_ADAPTED)
+    _train(inputs, tmp_path / "parts", 1, every=2, **_ADAPTED)
+    assert _differing(adapted[0], tmp_path / "parts") == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("change", ["data", "pp", "recompute"])
+def test_loras_losses_do_not_depend_on_the_layout_or_on_what_is_recomputed(
+    inputs: tuple[Path, Path], adapted: tuple[Path, list[dict[str, Any]]], tmp_path: Path, change: str
+) -> None:
+    ranks, pp = 1 if change == "recompute" else 2, 2 if change == "pp" else 1
+    lines = _train(inputs, tmp_path / "run", ranks, recompute=change == "recompute", pp=pp, **_ADAPTED)
+    changed, usual = ([line["loss"] for line in one if "loss" in line] for one in (lines, adapted[1]))
+    equal = 1 if change == "pp" else 4  # each stage draws adapters of its own, which add nothing at first
+    assert changed[:equal] == pytest.approx(usual[:equal], abs=2e-4)
+    assert changed[-1] < changed[0] - 0.5
+
+
+def test_a_start_from_loras_checkpoint_is_refused(
+    inputs: tuple[Path, Path], adapted: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
+
+    with pytest.raises(SpecError, match="LoRA") as caught:
+        UpcycleConfig(path=str(inputs[0]), checkpoint=str(adapted[0]))
+    assert caught.value.field == "checkpoint"
+
+
 @pytest.mark.parametrize("model", quick(["moe", "dense"], "moe"))
 def test_a_tuning_starts_from_what_another_training_left(
     inputs: tuple[Path, Path], tmp_path: Path, model: str
@@ -180,6 +264,14 @@ def _tune(parent: str, chat: str, folder: str, options: dict[str, Any]) -> None:
         recipe.model.config.make_vocab_size_divisible_by = options["vocabulary"]
     if "teacher" in options:
         recipe.data.teacher_weight, recipe.data.teacher_temperature = options["teacher"]
+    if "lora" in options:
+        from nemo_upcycle.recipes.tuning import with_lora
+
+        with_lora(recipe, options["lora"])
+        recipe.optim.config.lr = 1e-2
+    if options.get("recompute"):
+        config = recipe.model.config
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     if "kill" in options:
         recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
     if options.get("validate"):

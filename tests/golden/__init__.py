@@ -50,7 +50,7 @@ GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2_135m_dense_ct": ("smollm2_135m_dense_ct", {}),
     **{
         f"{model}_{kind}_sft": (f"{model}_{kind}_sft", {})
-        for model in ("llama3_8b", "qwen3_8b", "qwen3_600m", "smollm2_135m")
+        for model in ("llama3_8b", "qwen3_8b", "qwen3_600m", "smollm2_135m", "llama32_1b", "qwen3_1p7b")
         for kind in ("e8t2", "dense")
     },
 }
@@ -103,6 +103,7 @@ def planner_text() -> str:
             "tokens": float(f"{recipe.trainer.max_steps * batch * length:.4g}"),
             "gradients": "fp32" if recipe.trainer.strategy.ddp.grad_reduce_in_fp32 else "bf16",
         }
+        defaults |= {"lora": recipe.peft.dim} if getattr(recipe, "peft", None) else {}
         dense = re.sub(r"_(e\d+t\d+|dense)(_ct|_sft)?$", "", name)
         if spec is None and name.endswith("_ct"):
             shapes[dense] = _changed(asdict(_dense_architecture(config)), Architecture)

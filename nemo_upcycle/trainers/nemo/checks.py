@@ -143,9 +143,7 @@ def _check_tuning(recipe: run.Partial, where: str) -> None:
         SpecError: a setting does not fit.
     """
     check_packs(recipe, "data.micro_batch_size", "trainer.strategy.context_parallel_size", where)
-    if setting(recipe, "peft"):
-        name = getattr(recipe.peft, "__fn_or_cls__", type(recipe.peft)).__name__
-        raise SpecError(field=f"{where}peft", got=name, expected="none: all weights are tuned", fix="omit it")
+    _check_lora(recipe, where)
     if setting(recipe, "tokenizer") != "data":
         raise SpecError(
             field=f"{where}tokenizer",
@@ -153,6 +151,43 @@ def _check_tuning(recipe: run.Partial, where: str) -> None:
             expected="data: a model from a dense checkpoint brings none",
             fix="set it to data",
         )
+
+
+def _check_lora(recipe: run.Partial, where: str) -> None:
+    """Check that a tuning of few weights is one that this package resumes, exports and gets the same on every layout.
+
+    Raises:
+        SpecError: it is not.
+    """
+    from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
+
+    if not setting(recipe, "peft"):
+        return
+    kind = getattr(recipe.peft, "__fn_or_cls__", type(recipe.peft))
+    if kind is not UpcycleLoRA:
+        raise SpecError(
+            field=f"{where}peft",
+            got=kind.__name__,
+            expected="none, or nemo_upcycle.trainers.nemo.lora.UpcycleLoRA: NeMo's, with whole checkpoints",
+            fix="omit it, and give the recipe's factory peft_scheme='lora'; its rank is peft.dim",
+        )
+    limits = (
+        (
+            "trainer.strategy.expert_model_parallel_size",
+            lambda value: (value or 1) > 1,
+            "1 with peft: NeMo's adapters of experts are averaged over all ranks, whosever experts they have",
+            "set it to 1",
+        ),
+        (
+            "model.config.moe_grouped_gemm",
+            bool,
+            "False with peft: NeMo gives grouped experts one adapter together, and copies would stay copies",
+            "set it to False",
+        ),
+    )
+    for name, is_wrong, expected, fix in limits:
+        if is_wrong(value := setting(recipe, name)):
+            raise SpecError(field=f"{where}{name}", got=value, expected=expected, fix=fix)
 
 
 def check_parents(recipe: run.Partial, *, remote: bool) -> None:

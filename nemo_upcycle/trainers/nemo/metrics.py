@@ -17,6 +17,7 @@ from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
 from nemo_upcycle.trainers.balancing import describe_balancing
+from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.trainers.teacher import teacher_loss_of
 from nemo_upcycle.utils.nested import flat
@@ -147,6 +148,8 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
     settings |= {"lr_factors": asdict(factors)} if factors else {}
     lesson = getattr(trainer.datamodule, "lesson", None)
     settings |= {"teacher": lesson.describe()} if lesson else {}
+    adapters = next((one for one in trainer.callbacks if isinstance(one, UpcycleLoRA)), None)
+    settings |= {"lora": {"rank": adapters.dim, "alpha": adapters.alpha}} if adapters else {}
     return settings | ({DENSE_GRADIENT: True} if getattr(optim, DENSE_GRADIENT, False) else {})
 
 

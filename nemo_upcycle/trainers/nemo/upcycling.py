@@ -24,6 +24,7 @@ from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
+from nemo_upcycle.sources.checkpoint_context import read_context
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.balancing import act_as_set
@@ -89,8 +90,21 @@ def _local(source: str) -> Path:
 
 
 def _checkpoint(path: Path) -> Path:
-    """Return a checkpoint: the path itself, or the newest that a run left in its folder."""
-    return path if (path / "weights").is_dir() else last_checkpoint(path.absolute())
+    """Return a checkpoint: the path itself, or the newest that a run left in its folder.
+
+    Raises:
+        SpecError: it has LoRA's adapters, which would be left out.
+    """
+    found = path if (path / "weights").is_dir() else last_checkpoint(path.absolute())
+    described = read_context(found)
+    if described and "lora_alpha" in described.settings:
+        raise SpecError(
+            field="checkpoint",
+            got=f"{found}, of a tuning by LoRA",
+            expected="one without adapters, which only the run that made them goes on with",
+            fix="give the checkpoint that the tuning started from, or a run that trained all weights",
+        )
+    return found
 
 
 class UpcycleStrategy(nl.MegatronStrategy):
@@ -111,11 +125,18 @@ class UpcycleStrategy(nl.MegatronStrategy):
         overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
         with temporarily_set(model.config, "perform_initialization", False) if overwritten else nullcontext():
             super().setup_megatron_parallel(trainer)
+        if not self._init_model_parallel:  # LoRA wraps linear layers of a filled model, before NeMo wraps the chunks
+            self._fill()
         self._auxiliary_losses = act_as_set(model.config)
 
     def init_model_parallel(self) -> None:
         """Wrap the chunks, then fill them from the dense checkpoint, before optimizers make master weights of them."""
         super().init_model_parallel()
+        if self._init_model_parallel:
+            self._fill()
+
+    def _fill(self) -> None:
+        """Let the parent teach, and fill the chunks from it, unless the run goes on from a checkpoint."""
         lesson = setting(self.trainer, "datamodule.lesson")
         if lesson:
             TeacherLoss(lesson, list(self.megatron_parallel))

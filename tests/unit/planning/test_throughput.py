@@ -262,7 +262,13 @@ def test_matrices_that_are_no_whole_tiles_are_slower_on_blackwell() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "name"), [("NVIDIA GB200", "GB200"), ("NVIDIA B200", "B200"), ("NVIDIA GB300", "GB300")]
+    ("device", "name"),
+    [
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GB300", "GB300"),
+        ("NVIDIA GeForce RTX 4090", "RTX"),
+    ],
 )
 def test_a_device_is_known_by_its_whole_name(device: str, name: str) -> None:
     gpu = gpu_of_device(device)

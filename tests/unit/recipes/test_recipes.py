@@ -25,7 +25,7 @@ UPCYCLED = tuple(f"{base}_e8t2" for base in BASES)
 NAMES = (*UPCYCLED, *(f"{base}_dense_ct" for base in BASES))
 TUNED = tuple(
     f"{base}_{kind}_sft"
-    for base in ("smollm2_135m", "qwen3_600m", "llama3_8b", "qwen3_8b")
+    for base in ("smollm2_135m", "qwen3_600m", "llama3_8b", "qwen3_8b", "llama32_1b", "qwen3_1p7b")
     for kind in ("e8t2", "dense")
 )
 ABLATIONS = sorted((Path(__file__).parents[3] / "conf/ablations/arms").glob("*.yaml"))

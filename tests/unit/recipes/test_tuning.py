@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 
 
-MODELS = ("llama3_8b", "qwen3_8b", "qwen3_600m", "smollm2_135m")
+MODELS = ("llama3_8b", "qwen3_8b", "qwen3_600m", "smollm2_135m", "llama32_1b", "qwen3_1p7b")
 NAMES = tuple(f"{model}_{kind}_sft" for model in MODELS for kind in ("e8t2", "dense"))
 
 
@@ -29,7 +30,9 @@ def test_a_recipe_is_nemos_finetune_of_the_pretraining_recipe(recipes: Any, name
     assert recipe.data.__fn_or_cls__ is chat_data
     assert recipe.tokenizer == "data"
     check_recipe(recipe)
-    kept = ("trainer.strategy.tensor_model_parallel_size", "trainer.strategy.expert_model_parallel_size")
+    by_lora = getattr(recipe, "peft", None) is not None
+    layout = ("tensor", *(() if by_lora else ("expert",)))
+    kept = [f"trainer.strategy.{kind}_model_parallel_size" for kind in layout]
     for setting in (*kept, "model.config.num_moe_experts", "resume.restore_config.spec", "trainer.callbacks"):
         values = [_setting(one, setting) for one in (recipe, base)]
         assert values[0] == values[1], setting
@@ -123,3 +126,100 @@ def test_the_planner_commands_a_tuning_with_a_pack_a_micro_batch(capsys: pytest.
     assert 'nemo llm finetune --factory \\\n  "qwen3_600m_e8t2_sft(' in text
     assert "mbs=2" not in text
     assert "micro_batch_size" not in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("trainer.strategy.expert_model_parallel_size", 2), ("model.config.moe_grouped_gemm", True)],
+)
+def test_what_lora_does_not_take_is_refused_by_name(recipes: Any, field: str, value: Any) -> None:
+    from nemo_upcycle.trainers.nemo.checks import check_settings
+
+    recipe = recipes.qwen3_8b_e8t2_sft.finetune_recipe(peft_scheme="lora")
+    check_settings(recipe, "pretrain.")
+    owner, _, name = field.rpartition(".")
+    setattr(_setting(recipe, owner), name, value)
+    with pytest.raises(SpecError, match="with peft") as caught:
+        check_settings(recipe, "pretrain.")
+    assert caught.value.field == f"pretrain.{field}"
+
+
+def test_a_scheme_is_lora_or_none_as_in_nemos_recipes(recipes: Any) -> None:
+    usual = {name: getattr(recipes, name).finetune_recipe() for name in NAMES}
+    cards = ("llama32_1b", "qwen3_1p7b")
+    assert [name for name, one in usual.items() if getattr(one, "peft", None)] == [
+        name for name in NAMES if name.startswith(cards)
+    ]
+    whole = recipes.qwen3_1p7b_e8t2_sft.finetune_recipe(peft_scheme="none")
+    assert getattr(whole, "peft", None) is None
+    assert whole.model.config.moe_grouped_gemm
+    with pytest.raises(SpecError, match="peft_scheme"):
+        recipes.qwen3_600m_e8t2_sft.finetune_recipe(peft_scheme="dora")
+
+
+def test_loras_rank_is_set_on_the_command_line(recipes: Any) -> None:
+    from nemo.collections.llm.api import finetune
+    from nemo_run.cli.cli_parser import parse_cli_args, parse_factory
+
+    recipe = parse_factory(finetune, "", finetune, "qwen3_600m_e8t2_sft(peft_scheme='lora')")
+    recipe = parse_cli_args(finetune, ["peft.dim=16", "peft.alpha=32"], recipe)
+    assert (recipe.peft.dim, recipe.peft.alpha) == (16, 32)
+
+
+def test_a_chain_by_lora_tunes_both_models_so_without_expert_parallelism(recipes: Any) -> None:
+    from nemo_upcycle.trainers.nemo.checks import check_settings
+
+    chain = recipes.smollm2_135m_e8t2_sft.pipeline_recipe(peft_scheme="lora")
+    for training in (chain.pretrain, chain.dense_ct):
+        check_settings(training, "")
+        assert training.peft.dim == 8
+    assert chain.pretrain.trainer.strategy.expert_model_parallel_size == 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [None, UpcycleSpec(), UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2")],
+)
+def test_the_planner_counts_the_adapters_of_megatrons_modules(recipes: Any, spec: UpcycleSpec | None) -> None:
+    """Of heads that are not the width together, on the meta device."""
+    from dataclasses import replace
+
+    from nemo.collections.llm.fn.base import walk
+
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+    from nemo_upcycle.planning.check import build_rank, megatron_rank
+    from nemo_upcycle.planning.hardware import known_shape
+    from nemo_upcycle.planning.layout import Layout
+    from nemo_upcycle.planning.memory import lora_params
+    from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
+
+    use_cpu_backend()
+    sizes = {"num_layers": 4, "hidden_size": 72, "ffn_size": 168, "num_heads": 8, "num_kv_heads": 4, "head_dim": 10}
+    arch = replace(known_shape("llama3_8b"), **sizes)
+    arch = arch.upcycled(spec) if spec else arch
+    layout = Layout(gpus=1)
+    with megatron_rank(layout, 0):
+        [chunk] = build_rank(arch, layout)
+        walk(chunk, UpcycleLoRA(dim=4).transform)
+        named = dict(chunk.named_parameters())
+    adapters = sum(one.numel() for name, one in named.items() if ".adapter." in name)
+    routers = sum(one.numel() for name, one in named.items() if name.endswith("mlp.router.weight"))
+    assert (adapters, routers) == lora_params(arch, 4)
+
+
+def test_a_forecast_by_lora_has_states_of_few_weights(recipes: Any) -> None:
+    from nemo_upcycle.pipeline.forecast.recipe_to_plan import plans_of
+    from nemo_upcycle.planning.hardware import known_gpu
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+    from nemo_upcycle.trainers.nemo.training import NeMoTraining
+
+    for name, card, gib in (("llama32_1b_e8t2_sft", "rtx4090", 24), ("qwen3_1p7b_e8t2_sft", "h100", 80)):
+        plans = {}
+        for scheme in ("lora", "none"):
+            recipe = getattr(recipes, name).finetune_recipe(peft_scheme=scheme)
+            facts = NeMoTraining.from_text(dump_recipe(recipe)).facts(recipe.resume.restore_config.path)
+            plans[scheme] = plans_of(facts, known_gpu(card))[1]
+        assert [plan.verdict for plan in plans.values()] == ["fits", "no"]
+        assert plans["lora"].work.recompute == "moe"
+        assert plans["lora"].memory.total < 0.9 * gib * 2**30
+        assert plans["lora"].memory.optimizer < 0.02 * plans["none"].memory.optimizer
