@@ -148,7 +148,7 @@ def write_parent(
         if name.endswith("e_score_correction_bias"):  # as large as a training makes them
             buffer.uniform_(7, 7.3)
     total_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    model.save_pretrained(folder, max_shard_size=total_bytes if shards == 1 else total_bytes // shards)
+    model.save_pretrained(folder, max_shard_size=2 * total_bytes if shards == 1 else total_bytes // shards)
     return folder
 
 

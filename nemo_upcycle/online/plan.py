@@ -164,7 +164,7 @@ def _biases(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, module in model.named_modules():
         if name.endswith(".mlp.router") and (bias := getattr(module, "expert_bias", None)) is not None:
             bias.data = bias.data.float()
-            module._apply = functools.partial(_apply_but_to_bias, module)
+            vars(module)["_apply"] = functools.partial(_apply_but_to_bias, module)
             yield f"{name}.expert_bias", bias
 
 

@@ -133,10 +133,8 @@ def _made(results: dict[str, Any]) -> str:
     """Return what was made of what, and how the MoE's compute compares with the baseline's."""
     receipt, training = results["receipt"], results["training"]
     parent = "A model with experts" if receipt.get("parent_experts") else "A dense model"
-    text = (
-        f"{parent} of {millions(receipt['dense_params'])} parameters became an MoE of"
-        f" {millions(receipt['total_params'])}, {millions(receipt['active_params'])} of them active for a token."
-    )
+    before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
+    text = f"{parent} of {before} parameters became an MoE of {total}, {active} of them active for a token."
     if "dense_ct" in training:
         tokens = [training[stage]["tokens"] for stage in ("pretrain", "dense_ct")]
         same = "equally many tokens" if tokens[0] == tokens[1] else f"{tokens[0]:,} and {tokens[1]:,} tokens"
