@@ -292,6 +292,21 @@ def lora_params(arch: Architecture, rank: int) -> tuple[int, int]:
     return adapters, moe * (arch.num_experts or 0) * width
 
 
+def checkpoint_bytes(arch: Architecture, lora: int = 0, weight_bytes: int = WEIGHT_BYTES) -> int:
+    """Return the size of a checkpoint with the optimizer states of what is trained.
+
+    Args:
+        arch: of the model.
+        lora: rank of the adapters that are trained beside the routers; 0: all weights are.
+        weight_bytes: of a parameter.
+    """
+    params = trained = arch.total_params
+    if lora:
+        adapters, routers = lora_params(arch, lora)
+        params, trained = params + adapters, adapters + routers
+    return weight_bytes * params + OPTIMIZER_BYTES * trained
+
+
 def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[int, Memory]:
     """Return the pipeline stage whose ranks hold most, and what they hold."""
     # Of equal stages the first keeps most micro-batches and the last the logits.

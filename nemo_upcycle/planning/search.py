@@ -15,7 +15,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, known_machine
 from nemo_upcycle.planning.layout import Layout, divisors
-from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, lora_params, stage_memory, worst_memory
+from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, stage_memory, worst_memory
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
 from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
@@ -184,11 +184,9 @@ class Plan:
     @property
     def checkpoint_gib(self) -> float:
         """Size of a checkpoint with optimizer states."""
-        params = trained = self.request.arch.total_params + self.request.arch.mtp_params()
-        if self.work.lora:
-            adapters, routers = lora_params(self.request.arch, self.work.lora)
-            params, trained = params + adapters, adapters + routers
-        return (WEIGHT_BYTES * params + OPTIMIZER_BYTES * trained) / GIB
+        arch = self.request.arch
+        mtp = (WEIGHT_BYTES + OPTIMIZER_BYTES) * arch.mtp_params()
+        return (checkpoint_bytes(arch, self.work.lora) + mtp) / GIB
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES
+from nemo_upcycle.planning.memory import checkpoint_bytes
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
@@ -225,7 +225,7 @@ class TrainingFacts:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint with optimizer states."""
-        return (self.weight_bytes + OPTIMIZER_BYTES) * self.arch.total_params
+        return checkpoint_bytes(self.arch, self.lora, self.weight_bytes)
 
     @staticmethod
     def of_model(

@@ -214,12 +214,14 @@ def test_a_forecast_by_lora_has_states_of_few_weights(recipes: Any) -> None:
     from nemo_upcycle.trainers.nemo.training import NeMoTraining
 
     for name, card, gib in (("llama32_1b_e8t2_sft", "rtx4090", 24), ("qwen3_1p7b_e8t2_sft", "h100", 80)):
-        plans = {}
+        plans, sizes = {}, {}
         for scheme in ("lora", "none"):
             recipe = getattr(recipes, name).finetune_recipe(peft_scheme=scheme)
             facts = NeMoTraining.from_text(dump_recipe(recipe)).facts(recipe.resume.restore_config.path)
+            sizes[scheme] = facts.checkpoint_bytes
             plans[scheme] = plans_of(facts, known_gpu(card))[1]
         assert [plan.verdict for plan in plans.values()] == ["fits", "no"]
+        assert sizes["lora"] < 0.2 * sizes["none"]
         assert plans["lora"].work.recompute == "moe"
         assert plans["lora"].memory.total < 0.9 * gib * 2**30
         assert plans["lora"].memory.optimizer < 0.02 * plans["none"].memory.optimizer
