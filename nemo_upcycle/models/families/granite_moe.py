@@ -46,9 +46,9 @@ class GraniteMoe(MoeFamily):
         }
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
-        """See `MoeFamily.caveats`: no server was run with these classes."""
+        """See `MoeFamily.caveats`."""
         yield from super().caveats(arch)
-        yield "vLLM, SGLang, llama.cpp: not tried with this class"
+        yield "vLLM, SGLang: not tried with this class"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         """See `MoeFamily.expert_settings`."""
