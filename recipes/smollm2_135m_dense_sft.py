@@ -6,5 +6,5 @@ from nemo_upcycle.recipes.tuning import tuning_recipe
 
 NAME = "smollm2_135m_dense_sft"
 #: 8 steps of 2 x 512 tokens: what two CPU cores do in a few minutes.
-SCHEDULE = {"seq_length": 512, "global_batch_size": 2, "max_steps": 8, "lr": 1e-4, "warmup_steps": 2}
+SCHEDULE = {"seq_length": 512, "global_batch_size": 2, "max_steps": 8, "lr": 1e-5, "warmup_steps": 2}
 finetune_recipe = tuning_recipe(NAME, smollm2_135m_dense_ct.pretrain_recipe, **SCHEDULE)

@@ -52,9 +52,9 @@ def qwen3_600m_dense_sft_1gpu_h100_bf16_config() -> UpcyclingConfig:
 
 def smollm2_135m_e8t2_sft_1gpu_h100_bf16_config() -> UpcyclingConfig:
     """Return a short tuning of the upcycled SmolLM2-135M-Instruct, on one GPU or none."""
-    return tuned(small_run(SMOLLM2_135M, E8T2), highest=1e-4, **_ON_A_LAPTOP)
+    return tuned(small_run(SMOLLM2_135M, E8T2), highest=1e-5, **_ON_A_LAPTOP)
 
 
 def smollm2_135m_dense_sft_1gpu_h100_bf16_config() -> UpcyclingConfig:
     """Return a short tuning of SmolLM2-135M-Instruct as it is, the dense baseline."""
-    return tuned(small_run(SMOLLM2_135M, None), highest=1e-4, **_ON_A_LAPTOP)
+    return tuned(small_run(SMOLLM2_135M, None), highest=1e-5, **_ON_A_LAPTOP)
