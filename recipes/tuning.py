@@ -85,6 +85,8 @@ def tuned(
     recipe.trainer.max_steps = max_steps
     recipe.trainer.val_check_interval = max(1, max_steps // 4)
     recipe.trainer.limit_val_batches = 1.0  # all packs that are held back for it
+    if getattr(recipe.trainer, "num_sanity_val_steps", 0):
+        recipe.trainer.num_sanity_val_steps = -1  # all of them before the first step, too
     recipe.optim.config.lr = lr
     scheduler = recipe.optim.lr_scheduler
     scheduler.warmup_steps, scheduler.constant_steps, scheduler.min_lr = warmup_steps, 0, float(f"{lr / 10:g}")
