@@ -37,13 +37,20 @@ PARENTS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
 }
+
+
+def _write_qwen2_moe(folder: Path, **sizes: Any) -> Path:
+    """Write one whose heads make up the hidden size, as its class wants them."""
+    return write_moe(folder, "Qwen2Moe", **(sizes | {"num_attention_heads": 4}))
+
+
 WRITERS = {
     "qwen3": write_qwen3,
     "olmo2": write_olmo2,
     "phi3": write_phi3,
     "mixtral": write_mixtral,
     "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=2 * BLOCK + 128),
-    "qwen2_moe": partial(write_moe, kind="Qwen2Moe"),
+    "qwen2_moe": _write_qwen2_moe,
 }
 COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}

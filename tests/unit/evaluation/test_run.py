@@ -169,7 +169,7 @@ def test_own_tasks_are_scored_with_each_number_of_examples_and_what_is_missing_i
 
 def test_what_cannot_be_asked_is_known_before_the_model_is_loaded(own_suite: Path, tmp_path: Path) -> None:
     for name, tasks, strict in (("all", {"lost": [0]}, False), ("one", {"quiz": [0], "lost": [0]}, True)):
-        config = SuiteConfig(tasks, False, str(own_suite / "tasks"), strict)
+        config = SuiteConfig(tasks, False, str(own_suite / "tasks"), strict=strict)
         suite = build_suite([], [], tmp_path / name, config)
         with pytest.raises(UpcycleError, match=r"data of .*lost: got .*nowhere\.jsonl"):
             evaluate(tmp_path / "no_model", suite, tmp_path / "out", name="none")

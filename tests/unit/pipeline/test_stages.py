@@ -56,7 +56,7 @@ def test_earlier_step_kept_is_stopped(train: Any, ending: BaseException | None) 
 
 
 def test_no_checkpoint_is_an_error_unless_it_was_told_to_stop(train: Any) -> None:
-    with pytest.raises(StageError, match="expected a finished checkpoint"):
+    with pytest.raises(StageError, match="expected a finished one"):
         train([], None)
     with pytest.raises(StageStopped, match="0 of 10 steps"):
         train([], SystemExit(0))

@@ -182,9 +182,9 @@ def test_a_body_that_was_saved_without_its_head_is_told_as_that(tmp_path: Path) 
 
 def test_an_moe_whose_experts_cannot_become_more_is_refused_with_the_reason(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2}
-    (folder / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 48}))
-    with pytest.raises(CheckpointError, match="gate of the shared experts is not copied, expected a dense"):
+    config |= {"architectures": ["GraniteMoeForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="whose experts lie in one tensor, expected a dense"):
         open_dense(folder)
 
 
