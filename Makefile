@@ -16,7 +16,7 @@ COMMAND_DIR := runs/test-command
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
-	@echo "make demo-tune  upcycle that model and tune it on conversations, beside the dense model (no GPU)"
+	@echo "make demo-tune  upcycle that model and tune it on conversations, beside the dense model (about 7 minutes, no GPU)"
 	@echo "make demo-bridge  the same on Megatron-Bridge (PYTHON=python3.12; its environment is built first, about 13 minutes)"
 	@echo "make check   the tests that import no NeMo (meant for under 2 minutes)"
 	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (meant for under 6 minutes)"
