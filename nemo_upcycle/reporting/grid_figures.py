@@ -60,10 +60,14 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     whole, near = parts[0].subplots(1, 2)
+    starts = [result["start"]["value"] for result in values["arms"].values()]
     ends = [result["bits_per_byte"]["value"] for result in values["arms"].values()]
-    starts = min(result["start"]["value"] for result in values["arms"].values())
-    room = 0.15 * (max(*ends, starts) - min(ends)) or 0.01
-    near.set_ylim(min(ends) - room, max(*ends, starts) + room)
+    ends = [
+        end for end in ends if end <= max(starts)
+    ] or ends  # an arm that went astray would press the others together
+    top = max(*ends, min(starts))
+    room = 0.15 * (top - min(ends)) or 0.01
+    near.set_ylim(min(ends) - room, top + room)
     height, labels = near.get_ylim()[1] - near.get_ylim()[0], _labels(values)
     for position, (arm, result) in enumerate(values["arms"].items()):
         style = arm_style(position)
