@@ -17,7 +17,7 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.utils.files import is_complete, read_json
 from tests.distributed.ranks import run_ranks
 from tests.functional.started import STAGE, environment, start_training
-from tests.functional.test_pipeline import STAGES, run_in_own_process
+from tests.functional.test_pipeline import run_in_own_process, run_killed_in_training
 from tests.functional.tiny import write_finished_inputs
 from tests.waiting import HANG_S
 
@@ -50,12 +50,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of all stages; the training was killed after three steps, and run again."""
     run_dir = tmp_path_factory.mktemp("run") / "run"
     _plan(inputs).write(run_dir)
-    for name in STAGES:
-        if name == "pretrain":
-            with pytest.raises(RuntimeError, match="died"):
-                run_in_own_process(name, run_dir, ranks=2, kill_at=("pretrain/metrics.jsonl", 4))
-        answer = run_in_own_process(name, run_dir, ranks=_ranks(name))
-        assert answer.status == 0, answer.text
+    run_killed_in_training(run_dir, 4, ranks=2)
     return run_dir
 
 

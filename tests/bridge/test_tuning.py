@@ -20,7 +20,7 @@ from nemo_upcycle.utils.files import read_json
 from tests.bridge.recipes import BATCH, SEQUENCE
 from tests.chats import sums, write_chat_tokenizer, write_lines
 from tests.distributed.ranks import run_ranks
-from tests.functional.test_pipeline import STAGES, run_in_own_process
+from tests.functional.test_pipeline import run_in_own_process, run_killed_in_training
 from tests.functional.test_tuning import answer_losses
 from tests.models import write_llama
 
@@ -115,12 +115,7 @@ def test_a_chain_tunes_killed_in_the_middle_and_compares_four_models(
 ) -> None:
     finished, plain = (tmp_path / name for name in ("run", "plain"))
     _plan(inputs, tmp_path).write(finished)
-    for stage in STAGES:
-        if stage == "pretrain":
-            with pytest.raises(RuntimeError, match="died"):
-                run_in_own_process(stage, finished, ranks=2, kill_at=("pretrain/metrics.jsonl", 4))
-        answer = run_in_own_process(stage, finished, ranks=_ranks(stage))
-        assert answer.status == 0, answer.text
+    run_killed_in_training(finished, 4, ranks=2)
     results = read_json(finished / "results.json")
     bits = {name: values[ANSWER_BITS]["value"] for name, values in results["evaluation"].items()}
     assert bits["step0"] == pytest.approx(bits["dense"], abs=1e-4)

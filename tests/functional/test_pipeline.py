@@ -62,6 +62,23 @@ def run_in_own_process(name: str, run_dir: Path, ranks: int = 1, kill_at: tuple[
     return run_ranks(_stage, ranks, name, str(run_dir), kill_at, process_group=False)[0]
 
 
+def run_killed_in_training(run_dir: Path, lines: int, ranks: int = 1) -> None:
+    """Run all stages; the training is killed once its metrics have so many lines, and run again.
+
+    Args:
+        run_dir: of a chain whose plan is written.
+        lines: of `metrics.jsonl`.
+        ranks: of the two trainings.
+    """
+    for name in STAGES:
+        count = ranks if name in ("pretrain", "dense_ct") else 1
+        if name == "pretrain":
+            with pytest.raises(RuntimeError, match="died"):
+                run_in_own_process(name, run_dir, ranks=count, kill_at=("pretrain/metrics.jsonl", lines))
+        answer = run_in_own_process(name, run_dir, ranks=count)
+        assert answer.status == 0, answer.text
+
+
 def write_plan(folder: Path) -> RunPlan:
     """Write the inputs of a tiny run; return its plan."""
     from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2

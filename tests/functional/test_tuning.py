@@ -28,7 +28,7 @@ from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.utils.files import read_json
 from tests.chats import sums, write_chat_tokenizer, write_lines
 from tests.distributed.ranks import run_ranks
-from tests.functional.test_pipeline import STAGES, run_in_own_process
+from tests.functional.test_pipeline import run_killed_in_training
 from tests.functional.tiny import SEQUENCE, write_parent
 from tests.tiers import quick
 
@@ -221,12 +221,7 @@ def test_a_chain_tunes_killed_in_the_middle_and_compares_four_models(
     plan = RunPlan("tiny", str(parent), *files, *trainings)
     check_asked(plan)
     plan.write(tmp_path / "run")
-    for stage in STAGES:
-        if stage == "pretrain":
-            with pytest.raises(RuntimeError, match="rank 0 died"):
-                run_in_own_process(stage, tmp_path / "run", kill_at=("pretrain/metrics.jsonl", 3))
-        answer = run_in_own_process(stage, tmp_path / "run")
-        assert answer.status == 0, answer.text
+    run_killed_in_training(tmp_path / "run", 3)
     results = read_json(tmp_path / "run/results.json")
     bits = {name: values[ANSWER_BITS]["value"] for name, values in results["evaluation"].items()}
     assert bits["step0"] == pytest.approx(bits["dense"], abs=1e-4)

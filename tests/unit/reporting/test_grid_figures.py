@@ -62,6 +62,14 @@ def test_ten_arms_are_told_apart_by_colour_and_line_and_each_has_its_marker(figu
     assert len({line.get_marker() for line in lines}) == len(ARMS)
 
 
+def test_an_arm_that_went_astray_does_not_press_the_others_together(in_memory: dict[str, Any]) -> None:
+    astray = copy.deepcopy(in_memory)
+    astray["arms"]["drop"]["bits_per_byte"]["value"] = 5.0
+    limits = [curves_figure(values).axes[1].get_ylim() for values in (in_memory, astray)]
+    assert limits[1][0] > limits[0][0] - 0.01
+    assert limits[1][1] < limits[0][1] + 0.01
+
+
 def test_an_arm_looks_alike_in_every_figure(figures: dict[str, Any]) -> None:
     def looks(axes: Any) -> dict[str, Any]:
         return {line.get_label(): (line.get_color(), line.get_marker()) for line in axes.lines}
