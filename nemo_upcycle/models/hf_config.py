@@ -14,8 +14,6 @@ from nemo_upcycle.models.rotary import LONGROPE
 from nemo_upcycle.utils.files import read_json
 
 
-#: What a Granite 4 says of itself alone: with a width of shared experts llama.cpp looks for them in GraniteMoe, too.
-_GRANITE4 = ("shared_intermediate_size", "position_embedding_type", "time_step_limit", "normalization_function")
 _PART = "partial_rotary_factor"
 #: The coefficient of the load-balancing loss, unless a checkpoint says another: that of the recipes and of NeMo's
 #: Mixtral. transformers' own default is a tenth of it.
@@ -269,12 +267,13 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     assert isinstance(family, MoeFamily), arch.hf_class
     parent = _family_of(dense_config, "config.json")
     settings = family.expert_settings(arch)
-    dropped = {"attention_bias", "mlp_bias", "hidden_activation", "layer_types", _PART, *_GRANITE4, *parent.spelling}
+    dropped = {"attention_bias", "mlp_bias", "hidden_activation", "layer_types", _PART}
+    dropped |= {*parent.spelling, *parent.own_settings}
     scaling = arch.rope_scaling or {}
     # Where it is the longest, it is what a class takes for it; written, it would take the place of a factor.
     is_beside = scaling.get("rope_type") == LONGROPE and scaling[_SHORT] != arch.max_positions
     return {
-        **{key: value for key, value in dense_config.items() if key not in dropped and not key.startswith("mamba_")},
+        **{key: value for key, value in dense_config.items() if key not in dropped},
         "architectures": [arch.hf_class],
         "num_experts_per_tok": arch.top_k,
         "head_dim": arch.head_dim,

@@ -115,6 +115,7 @@ class Family:
             shared experts have a gate of their own.
         has_mtp: whether its checkpoints may hold layers of multi-token prediction behind its own; they are left out.
         divided_by: how the names of constants end that a server divides by, so that they cannot be zero.
+        own_settings: what its `config.json` says of itself alone, and another class would take for its own.
 
     Example:
         >>> from nemo_upcycle.models.families import llama, register
@@ -140,6 +141,7 @@ class Family:
     hf_factors: Mapping[str, float] = field(default_factory=dict)
     divided_by: tuple[str, ...] = ()
     has_mtp: bool = False
+    own_settings: tuple[str, ...] = ()
 
     def activation(self, settings: Settings) -> str:
         """Return the activation function, as architectures call it.

@@ -10,6 +10,7 @@ from nemo_upcycle.models.families.granite import DEFAULTS, multipliers
 
 
 _MLP = llama.LAYER + "shared_mlp."
+_MAMBA = ("chunk_size", "conv_bias", "d_conv", "d_head", "d_state", "expand", "n_groups", "n_heads", "proj_bias")
 
 
 class _Granite4(Family):
@@ -32,4 +33,9 @@ FAMILY = _Granite4(
     names=llama.NAMES | {"fc1": (_MLP + "input_linear.weight",) * 2, "fc2": (_MLP + "output_linear.weight",)},
     defaults=DEFAULTS | {"intermediate_size": 1},  # of its experts
     has_multipliers=True,
+    # With a width of shared experts llama.cpp looks for them in a GraniteMoe, too.
+    own_settings=(
+        *("shared_intermediate_size", "position_embedding_type", "time_step_limit", "normalization_function"),
+        *(f"mamba_{name}" for name in _MAMBA),
+    ),
 )
