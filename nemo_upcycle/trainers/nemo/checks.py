@@ -58,12 +58,18 @@ def precision_name(recipe: Any, precision: str) -> str:
 
     Args:
         recipe: of a training job.
-        precision: of its plugin, in Lightning's words; FP8 is told by the recipe's settings.
+        precision: of its plugin, in Lightning's words; FP8 and NVFP4 are told by the recipe's settings.
     """
-    plugins, config = getattr(recipe.trainer, "plugins", None), recipe.model.config
-    if not (getattr(plugins, "fp8", None) or getattr(config, "fp8", None)):
-        return "bf16" if precision.startswith("bf16") else precision
-    return fp8_precision(getattr(plugins, "fp8_recipe", None) or getattr(config, "fp8_recipe", None))
+    places = getattr(recipe.trainer, "plugins", None), recipe.model.config
+
+    def given(name: str) -> Any:
+        return next((value for place in places if (value := getattr(place, name, None))), None)
+
+    if given("fp4"):
+        return fp8_precision(given("fp4_recipe") or "nvfp4")
+    if given("fp8"):
+        return fp8_precision(given("fp8_recipe"))
+    return "bf16" if precision.startswith("bf16") else precision
 
 
 def check_recipe(recipe: run.Partial, where: str = "") -> None:

@@ -106,3 +106,15 @@ def test_master_weights_of_8_bits_are_refused_before_a_job() -> None:
     recipe.optim.config.use_precision_aware_optimizer = True
     with pytest.raises(SpecError, match=r"^pretrain\.optim\.config\.use_precision_aware_optimizer: got True"):
         check_recipe(recipe, "pretrain.")
+
+
+@pytest.mark.parametrize("place", ["trainer.plugins", "model.config"])
+def test_the_planner_is_told_of_nvfp4_as_of_fp8(place: str) -> None:
+    from nemo_upcycle.recipes import llama3_8b_e8t2
+    from nemo_upcycle.trainers.nemo.checks import precision_name
+
+    recipe = llama3_8b_e8t2.pretrain_recipe()
+    assert precision_name(recipe, "bf16-mixed") == "bf16"
+    owner = recipe.trainer.plugins if place == "trainer.plugins" else recipe.model.config
+    owner.fp4 = "e2m1"
+    assert precision_name(recipe, "bf16-mixed") == "nvfp4"
