@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo demo-tune demo-bridge check test test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
+.PHONY: help demo demo-tune demo-bridge check test test-ci test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
@@ -20,7 +20,8 @@ help:
 	@echo "make demo-bridge  the same on Megatron-Bridge (PYTHON=python3.12; its environment is built first, about 13 minutes)"
 	@echo "make check   the tests that import no NeMo (meant for under 2 minutes)"
 	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (meant for under 6 minutes)"
-	@echo "make test-all  all tests that need no GPU (meant for under an hour)"
+	@echo "make test-ci  what a change must pass: those, slow tests, some mutants (meant for under 30 minutes)"
+	@echo "make test-all  all tests that need no GPU, every row of every table (meant for under an hour)"
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
 	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 14 GiB of memory, 11 of disk)"
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
@@ -65,6 +66,7 @@ demo-bridge: bridge-env $(DATA_VENV)/.complete
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 CHECK := -n 2 -m "not full and not slow" --without-nemo tests/unit tests/loading tests/mutants
 TEST := -n 2 -m "not full"
+TEST_CI := -n 3 -m "not weekly"
 TEST_ALL := -n 3
 
 check: venv
@@ -72,6 +74,10 @@ check: venv
 
 test: venv
 	$(PYTEST) $(TEST)
+
+test-ci: venv
+	$(PYTEST) $(TEST_CI)
+	$(BIN)/python -m tests.mutants --sample 5
 
 test-all: venv
 	$(PYTEST) $(TEST_ALL)

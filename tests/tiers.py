@@ -1,4 +1,4 @@
-"""Which rows of a table `make test` runs; the others are marked `full`, for `make test-all`."""
+"""Which rows of a table `make test` runs; the others are marked `full` and `weekly`, for `make test-all` alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def quick(rows: Iterable[Any], *kept: Any) -> list[Any]:
-    """Return rows as parameters of a test, all but those in `kept` marked `full`.
+    """Return rows as parameters of a test, all but those in `kept` marked `full` and `weekly`.
 
     Args:
         rows: tuples of arguments, or single arguments.
@@ -18,7 +18,7 @@ def quick(rows: Iterable[Any], *kept: Any) -> list[Any]:
 
     Example:
         >>> [len(row.marks) for row in quick(["a", "b", "c"], "b")]
-        [1, 0, 1]
+        [2, 0, 2]
     """
     rows = list(rows)
     assert all(row in rows for row in kept), kept
@@ -63,4 +63,4 @@ def _product(axes: list[list[Any]], kept: Collection[tuple[int, ...]]) -> list[A
 
 
 def _parameters(row: tuple[Any, ...], is_kept: bool) -> Any:
-    return pytest.param(*row, marks=() if is_kept else pytest.mark.full)
+    return pytest.param(*row, marks=() if is_kept else (pytest.mark.full, pytest.mark.weekly))
