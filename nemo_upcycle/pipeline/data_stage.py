@@ -155,6 +155,18 @@ def require_data(plan: Plan, folder: Path) -> None:
         open_chat(folder)
 
 
+def data_files(folder: Path) -> list[Path]:
+    """Return the files that hold what trainings read of data, and what is held back, by which these know them."""
+    from nemo_upcycle.data.chat.finished import PACKS
+    from nemo_upcycle.data.finished import HELDOUT, open_blend
+
+    if is_chat(str(folder)):
+        return [*(path for name in PACKS.values() if (path := folder / name).is_file()), folder / HELDOUT]
+    tokens = open_blend(folder).tokens.values()
+    prefixes = sorted(prefix for sources in tokens for found in sources.values() for prefix in found)
+    return [*(folder / f"{prefix}{ending}" for prefix in prefixes for ending in (".idx", ".bin")), folder / HELDOUT]
+
+
 def data_card(folder: Path) -> str:
     """Return what a model card says of the data."""
     from nemo_upcycle.data.chat.finished import open_chat

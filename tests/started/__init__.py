@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def unpack(release: str, folder: Path) -> Path:
         except UnicodeDecodeError:
             continue
         if PLACE in text:
-            path.write_text(text.replace(PLACE, str(folder)), encoding="utf-8")
+            _write(path, text.replace(PLACE, str(folder)))
     run_dir = folder / "run"
     for path in (run_dir / stage / name for stage in _STAGES for name in _NOTES):  # paths are part of what is hashed
         notes = json.loads(path.read_text())
@@ -35,5 +36,12 @@ def unpack(release: str, folder: Path) -> Path:
             if key.startswith("stage "):
                 marker = run_dir / key.removeprefix("stage ") / "_SUCCESS.json"
                 notes["inputs"][key] = hashlib.sha256(marker.read_bytes()).hexdigest()
-        path.write_text(json.dumps(notes, indent=2) + "\n")
+        _write(path, json.dumps(notes, indent=2) + "\n")
     return run_dir
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file's text, and keep its time."""
+    written_ns = path.stat().st_mtime_ns
+    path.write_text(text, encoding="utf-8")
+    os.utime(path, ns=(written_ns, written_ns))

@@ -26,6 +26,7 @@ from nemo_upcycle.models.balancing import QUANTILES
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
+from nemo_upcycle.online.receipt import spec_of
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec
@@ -331,12 +332,12 @@ def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None)
             expected="a new folder, or one of an upcycled run",
             fix="give config.checkpoint.save and .load another folder",
         )
-    wanted = spec.to_dict() if spec else None
+    made_by = spec_of(made.get("spec"), Path(folder) / RECEIPT, {})
     dense = paths[0].resolve()
     same = dense == Path(made.get("source", "")).resolve()
     found = _source_files(dense) if same and len(paths) == 1 else None
     for name, got, expected, differs in (
-        ("spec", made.get("spec"), wanted, made.get("spec") != wanted),
+        ("spec", made_by, spec, made_by != spec),  # with the defaults of fields that the receipt's release had not
         ("source", made.get("source"), str(dense), not same),
         ("source_files", made.get("source_files"), found, found not in (None, made.get("source_files"))),
     ):

@@ -18,8 +18,9 @@ from tests.unit.pipeline.markers import finish
 
 def _start(chain: Any, run_dir: Path, name: str, steps: int | None) -> None:
     """Leave what a killed training leaves; with a number of steps, a checkpoint after them."""
-    folder = BY_NAME[name].folder(run_dir)
-    folder.start(folder.inputs(BY_NAME[name].settings_of(plan_of(chain))), resumable=False)
+    plan = plan_of(chain)
+    folder = BY_NAME[name].folder(run_dir, plan)
+    folder.start(BY_NAME[name].inputs(run_dir, plan), resumable=False)
     if steps is not None:
         import torch.distributed.checkpoint as dcp
 

@@ -25,9 +25,11 @@ from tests.unit.pipeline.test_local import processes_of
 _FINISH = """
 from pathlib import Path
 from nemo_upcycle.pipeline.markers import StageFolder
-folder = StageFolder(run_dir, name, tuple(sys.argv[3:]))
-folder.start(folder.inputs({}), resumable=False)
-folder.finish(folder.inputs({}), 1.0, {})
+reads = tuple(sys.argv[3:])
+folder = StageFolder(run_dir, name, reads)
+inputs = folder.inputs(dict.fromkeys((name, *reads), {}))
+folder.start(inputs, resumable=False)
+folder.finish(inputs, 1.0, {})
 """
 _WAIT_FOR = """
 (run_dir / ('here-' + name)).write_text(str(os.getpid()))
