@@ -25,7 +25,7 @@ def numbered(content: Mapping[str, Any]) -> dict[str, Any]:
     return {_KEY: SCHEMA, **content}
 
 
-def require_known(content: Mapping[str, Any], path: object) -> int:
+def require_known(content: object, path: object) -> int:
     """Check that this release can read what was written; return its number.
 
     Args:
@@ -35,7 +35,7 @@ def require_known(content: Mapping[str, Any], path: object) -> int:
     Raises:
         UpcycleError: a newer release wrote it.
     """
-    found = content.get(_KEY, 0)
+    found = content.get(_KEY, 0) if isinstance(content, Mapping) else 0
     if not is_whole(found, 0, SCHEMA):
         raise UpcycleError(
             f"schema of {path}",

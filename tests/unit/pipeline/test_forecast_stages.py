@@ -12,6 +12,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.forecast import check_stages, render_forecast
 from nemo_upcycle.pipeline.forecast.stages import State
 from nemo_upcycle.pipeline.stages import BY_NAME
+from nemo_upcycle.utils.files import MARKER
 from tests.golden.forecasts import forecast_of, plan_of
 from tests.unit.pipeline.markers import finish
 
@@ -91,20 +92,31 @@ def test_a_changed_setting_is_named_and_what_follows_runs_again(demo: Any, tmp_p
     evaluate, report = found.stages[-2:]
     assert (evaluate.finding.state, report.finding.state) == (State.RUN, State.RUN)
     assert evaluate.finding.why == "finished before, but evaluation changed"
-    assert report.finding.why == "evaluate runs again, so its earlier result does not count"
+    assert report.finding.why == "finished before, but evaluate changed"
 
 
 def test_work_that_would_be_refused_is_forecast_so(demo: Any, tmp_path: Path) -> None:
     finish(demo, tmp_path, "import", "data", "upcycle")
     _start(demo, tmp_path, "pretrain", steps=4)
-    BY_NAME["upcycle"].folder(tmp_path).marker.unlink()
+    demo.dense = "hf://someone/else"
     found = forecast_of(demo, tmp_path)
-    assert (_states(found)["upcycle"], _states(found)["pretrain"]) == ("run", "refused")
-    (warning,) = [text for text in found.warnings if "refused" in text]
-    assert warning.startswith("stage pretrain will be refused: upcycle runs again, and ")
+    assert (_states(found)["import"], _states(found)["pretrain"]) == ("run", "refused")
+    warning = next(text for text in found.warnings if "stage pretrain will be refused" in text)
+    assert warning.startswith("stage pretrain will be refused: import changed, and ")
     assert str(tmp_path / "pretrain") in warning
-    with pytest.raises(UpcycleError, match=r"pretrain will be refused: upcycle runs again, .* delete that folder\."):
+    with pytest.raises(UpcycleError, match=r"will be refused: import changed, .* delete that folder\."):
         check_stages(found)
+
+
+@pytest.mark.parametrize("lost", ["import", "upcycle"])
+def test_a_stage_that_runs_again_from_the_same_settings_holds_up_no_training(
+    demo: Any, tmp_path: Path, lost: str
+) -> None:
+    finish(demo, tmp_path, "import", "data", "upcycle")
+    _start(demo, tmp_path, "pretrain", steps=4)
+    (tmp_path / lost / MARKER).unlink()
+    states = _states(forecast_of(demo, tmp_path))
+    assert (states[lost], states["data"], states["pretrain"]) == ("run", "done", "resume")
 
 
 @pytest.mark.parametrize("only", ["evaluate", "report"])
