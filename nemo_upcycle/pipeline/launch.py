@@ -18,7 +18,7 @@ from nemo_upcycle.pipeline.checks import check_here, check_run
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local, masked_executor
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
-from nemo_upcycle.pipeline.forecast import Forecast, Origins, check_space, check_stages, forecast, render_forecast
+from nemo_upcycle.pipeline.forecast import Forecast, Origins, check_space, forecast, render_forecast
 from nemo_upcycle.pipeline.markers import renew
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
 from nemo_upcycle.pipeline.plan import ADOPTED, KEPT, PLAN, Plan, Stage
@@ -129,7 +129,6 @@ def launch_chain(
         except UpcycleError as error:
             sys.stdout.write(f"\nBefore it can {'be submitted' if cluster else 'run here'}: {error}\n")
         return
-    check_stages(expected)
     if launch(ctx, run_dir, plan, stages, forecast=expected) and stages[-1] is STAGES[-1] and not ctx.detach:
         report = run_dir / "report.md"
         headline = report.read_text(encoding="utf-8").split("\n\n")[1]

@@ -301,17 +301,20 @@ class StageFolder:
                 file.write(json.dumps(change | {"before": before.get(name), "after": now.get(name)}) + "\n")
         return [describe_changes([name], before, now) for name in names]
 
-    def finish(self, inputs: Mapping[str, str], seconds: float, outputs: dict[str, Any], content: str = "") -> None:
+    def finish(
+        self, inputs: Mapping[str, str], seconds: float | None, outputs: dict[str, Any], content: str = ""
+    ) -> None:
         """Write the success marker.
 
         Args:
             inputs: what `inputs()` gave.
-            seconds: that it took.
+            seconds: that it took; None where that is not known.
             outputs: what it reports.
             content: hash of what it left for other stages; empty where none reads it.
         """
         marker = {"stage": self.name, "inputs": dict(inputs), "content": content}
-        write_json(self.marker, numbered(marker | {"seconds": round(seconds, 1), "outputs": outputs}))
+        took = {} if seconds is None else {"seconds": round(seconds, 1)}
+        write_json(self.marker, numbered(marker | took | {"outputs": outputs}))
 
     def ended(self, how: str) -> None:
         """Record how the stage ended without a result: `STOPPED` or `FAILED`."""

@@ -19,7 +19,7 @@ from nemo_upcycle.pipeline.disk_use import DiskUse
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder, changed_inputs, content_hash, setting_texts, sha256
 from nemo_upcycle.trainers.base import Training, TrainingSettings
 from nemo_upcycle.utils.conf import is_conf_file, read_conf
-from nemo_upcycle.utils.files import read_json, sha256_file, write_json
+from nemo_upcycle.utils.files import in_use, read_json, sha256_file, write_json
 from nemo_upcycle.utils.schema import numbered, require_known
 
 
@@ -287,11 +287,16 @@ class Stage:
 
         So it does too where a kill came between the result and the marker.
         """
-        outputs = self.left_whole(run_dir, plan)
-        if outputs is not None:
-            content = self.content_of(run_dir, plan, outputs)
-            self.folder(run_dir, plan).finish(self.inputs(run_dir, plan), 0.0, outputs, content)
-        return outputs is not None
+        folder, outputs = self.folder(run_dir, plan), self.left_whole(run_dir, plan)
+        if outputs is None:
+            return False
+        try:
+            with in_use(folder.path):
+                content = self.content_of(run_dir, plan, outputs)
+                folder.finish(self.inputs(run_dir, plan), None, outputs, content)
+        except UpcycleError:  # a job is about to make it
+            return False
+        return True
 
     def content_of(self, run_dir: Path, plan: Plan, outputs: Mapping[str, Any]) -> str:
         """Return the hash of what it left for others, of which it reports `outputs`; empty where it left nothing."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, SaveLimit, is_local
-from nemo_upcycle.pipeline.markers import CONTENT, changed_inputs, refused_changes
+from nemo_upcycle.pipeline.markers import CONTENT, changed_inputs
 from nemo_upcycle.pipeline.plan import ADOPTED, Stage
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
@@ -27,7 +27,6 @@ class State(Enum):
     DONE = "done"
     RESUME = "resume"
     RUN = "run"
-    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -146,9 +145,6 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
     if stage.left_whole(run_dir, plan) is not None:
         return Finding(State.DONE, f"its marker is lost or damaged: {ADOPTED}")
     if stage.resumable and started is not None:
-        if changed := refused_changes(started, inputs):
-            refusal = f"and {folder.path} holds work from before: set it back, or delete that folder"
-            return Finding(State.REFUSED, f"{_listed(changed)} changed, {refusal}")
         if not stage.parallel:
             return Finding(State.RESUME, "stopped before it finished; continues with what it left")
         checkpoint = newest_checkpoint(folder.path / "checkpoints")

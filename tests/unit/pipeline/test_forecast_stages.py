@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.forecast import check_stages, render_forecast
+from nemo_upcycle.pipeline.forecast import render_forecast
 from nemo_upcycle.pipeline.forecast.stages import State
 from nemo_upcycle.pipeline.stages import BY_NAME
 from nemo_upcycle.utils.files import MARKER
@@ -93,19 +92,6 @@ def test_a_changed_setting_is_named_and_what_follows_runs_again(demo: Any, tmp_p
     assert (evaluate.finding.state, report.finding.state) == (State.RUN, State.RUN)
     assert evaluate.finding.why == "finished before, but evaluation changed"
     assert report.finding.why == "finished before, but evaluate changed"
-
-
-def test_work_that_would_be_refused_is_forecast_so(demo: Any, tmp_path: Path) -> None:
-    finish(demo, tmp_path, "import", "data", "upcycle")
-    _start(demo, tmp_path, "pretrain", steps=4)
-    demo.dense = "hf://someone/else"
-    found = forecast_of(demo, tmp_path)
-    assert (_states(found)["import"], _states(found)["pretrain"]) == ("run", "refused")
-    warning = next(text for text in found.warnings if "stage pretrain will be refused" in text)
-    assert warning.startswith("stage pretrain will be refused: import changed, and ")
-    assert str(tmp_path / "pretrain") in warning
-    with pytest.raises(UpcycleError, match=r"will be refused: import changed, .* delete that folder\."):
-        check_stages(found)
 
 
 @pytest.mark.parametrize("lost", ["import", "upcycle"])

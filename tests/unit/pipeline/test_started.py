@@ -13,7 +13,7 @@ import pytest
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.checks import check_started
-from nemo_upcycle.pipeline.forecast.stages import State, find
+from nemo_upcycle.pipeline.forecast.stages import find
 from nemo_upcycle.pipeline.markers import renew
 from nemo_upcycle.pipeline.order import chosen_stages, finished, read_plan, require_earlier, require_same_work
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, RunPlan
@@ -67,7 +67,6 @@ def launch(run_dir: Path, plan: RunPlan, first: str | None = None) -> list[str]:
     findings: dict[str, Any] = {}
     for stage in stages:
         findings[stage.name] = find(stage, run_dir, plan, findings)
-        assert findings[stage.name].state is not State.REFUSED, findings[stage.name].why
     renew([stage.folder(run_dir, plan) for stage in plan.stages])
     for stage in plan.stages:
         stage.adopt(run_dir, plan)
