@@ -11,7 +11,7 @@ from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json, write_json
-from nemo_upcycle.utils.schema import numbered, require_known
+from nemo_upcycle.utils.schema import KEY, numbered, require_known
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
 
 def equivalence_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a receipt, as `UpcycleReceipt.to_dict` makes it, says of the comparison with the parent."""
-    others = {"schema", *(one.name for one in fields(UpcycleReceipt))}
+    others = {KEY, *(one.name for one in fields(UpcycleReceipt))}
     return {name: value for name, value in receipt.items() if name not in others}
 
 

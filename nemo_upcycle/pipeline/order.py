@@ -59,12 +59,14 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
 
 
 def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
-    """Check that what a part of the chain needs is done, and still there.
+    """Check that what a part of the chain needs is done, or whole without its marker, and still there.
 
     Raises:
         UpcycleError: a stage is not done, or not from its present inputs, or what it left is gone.
     """
-    if (missing := unfinished(before(plan, *(stage.name for stage in stages)), run_dir, plan)) is not None:
+    needed = before(plan, *(stage.name for stage in stages))
+    lost = (stage.name for stage in needed if not stage.is_done(run_dir, plan))
+    if missing := next((name for name in lost if plan.stage(name).left_whole(run_dir, plan) is None), None):
         raise UpcycleError(
             f"stage '{missing}' in {run_dir}",
             got="not done, or from other inputs",

@@ -44,7 +44,7 @@ def require_newer(path: Path, run_dir: Path, stage: str) -> None:
     Raises:
         StageError: it did not.
     """
-    if path.stat().st_mtime_ns < (run_dir / stage / STARTED).stat().st_mtime_ns:
+    if not path.is_file() or path.stat().st_mtime_ns < (run_dir / stage / STARTED).stat().st_mtime_ns:
         raise StageError(str(path), got="of an earlier start", expected="of the last one", fix="run the stage again")
 
 

@@ -20,7 +20,7 @@ from nemo_upcycle.pipeline.markers import STEPS, StageFolder, changed_inputs, co
 from nemo_upcycle.trainers.base import Training, TrainingSettings
 from nemo_upcycle.utils.conf import is_conf_file, read_conf
 from nemo_upcycle.utils.files import in_use, read_json, sha256_file, write_json
-from nemo_upcycle.utils.schema import numbered, require_known
+from nemo_upcycle.utils.schema import KEY, numbered, require_known
 
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Plan(ABC):
         """
         content = read_json(run_dir / cls.file)
         require_known(content, run_dir / cls.file)
-        content.pop("schema", None)
+        content.pop(KEY, None)
         known = content.pop("training_settings_of", {})
         plan = cls(**content)
         plan._known.update({digest: TrainingSettings(**values) for digest, values in known.items()})

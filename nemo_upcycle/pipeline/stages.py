@@ -26,6 +26,7 @@ from nemo_upcycle.pipeline.data_stage import (
     require_data,
     sample_tokens,
     suite_inputs,
+    whole_data,
 )
 from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use
 from nemo_upcycle.pipeline.markers import STEPS
@@ -156,7 +157,7 @@ def _whole_upcycle(run_dir: Path, _: RunPlan) -> dict[str, Any]:
     require_kept(run_dir / "upcycle" / "hf", run_dir)
     require_newer(run_dir / "receipt.json", run_dir, "upcycle")
     receipt = read_receipt(run_dir / "receipt.json")
-    if receipt["exact"] and not receipt["within_tolerance"]:
+    if receipt.get("exact") and not receipt.get("within_tolerance"):
         raise StageError("step 0", got="beyond the tolerance", expected="within", fix="run the stage again")
     return equivalence_of(receipt)
 
@@ -168,7 +169,7 @@ def _whole_export(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     for stage, folder in folders.values():
         require_kept(folder, run_dir)
         require_newer(folder / MODEL_MARKER, run_dir, "export")
-        exported, last = read_json(folder / MODEL_MARKER)["checkpoint"], last_checkpoint(run_dir / stage).name
+        exported, last = read_json(folder / MODEL_MARKER).get("checkpoint"), last_checkpoint(run_dir / stage).name
         if exported != last:
             raise StageError(str(folder), got=f"made of {exported}", expected=last, fix="run the stage again")
     return {name: str(folder) for name, (_, folder) in folders.items()}
@@ -308,6 +309,7 @@ STAGES = (
         ("data",),
         resumable=True,
         content=lambda run, plan, _: data_files(data_folder_of(run, plan)),
+        whole=whole_data,
         outputs=lambda run, plan: require_data(plan, data_folder_of(run, plan)),
         disk=_data_disk,
     ),

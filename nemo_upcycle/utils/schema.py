@@ -12,7 +12,7 @@ from nemo_upcycle.utils.validation import is_whole
 #: Raised when earlier releases could not read what is written; a further field does not raise it. What has no number
 #: was written before there was one: 0.
 SCHEMA = 1
-_KEY = "schema"
+KEY = "schema"
 
 
 def numbered(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def numbered(content: Mapping[str, Any]) -> dict[str, Any]:
         >>> numbered({"stage": "import"})
         {'schema': 1, 'stage': 'import'}
     """
-    return {_KEY: SCHEMA, **content}
+    return {KEY: SCHEMA, **content}
 
 
 def require_known(content: object, path: object) -> int:
@@ -35,7 +35,7 @@ def require_known(content: object, path: object) -> int:
     Raises:
         UpcycleError: a newer release wrote it.
     """
-    found = content.get(_KEY, 0) if isinstance(content, Mapping) else 0
+    found = content.get(KEY, 0) if isinstance(content, Mapping) else 0
     if not is_whole(found, 0, SCHEMA):
         raise UpcycleError(
             f"schema of {path}",

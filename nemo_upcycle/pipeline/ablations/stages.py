@@ -235,7 +235,7 @@ def untrained_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Clean the blend and tokenise it with the parent's tokenizer; a finished folder is used where it lies."""
     from nemo_upcycle.data.finished import open_blend
-    from nemo_upcycle.pipeline.data_stage import build_data
+    from nemo_upcycle.pipeline.data_stage import build_data, made_data
 
     first = UNTRAINED if plan.parent else "dense"
     tokenizer = StageFolder(run_dir, first).outputs()["folder"]
@@ -244,8 +244,7 @@ def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
         trainings = [training for stage in plan.stages if (training := plan.training(stage.name))]
         build_data(plan.blend, tokenizer, folder, max(one.seq_length(Path(tokenizer)) for one in trainings))
     open_blend(folder).require_tokenizer_of(tokenizer)
-    splits = open_blend(folder).manifest["splits"]
-    return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
+    return made_data(folder, open_blend(folder).manifest)
 
 
 def suite_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def test_a_finished_run_of_an_earlier_release_has_nothing_to_do(run_dir: Path, p
         (lose("upcycle"), ["upcycle"]),
         (lose(f"pretrain/{MARKER}"), []),
         (lose("import"), ["import"]),
-        (lose(f"data/{MARKER}"), ["data"]),
-        (damage(*(f"{name}/{MARKER}" for name in NAMES)), ["data", "evaluate", "report"]),
+        (lose(f"data/{MARKER}"), []),
+        (damage(*(f"{name}/{MARKER}" for name in NAMES)), ["evaluate", "report"]),
     ],
 )
 @pytest.mark.parametrize("renewed", [True, False])
@@ -182,7 +182,7 @@ def same(plan: RunPlan) -> RunPlan:
         (None, other_parent, None, "delete"),
         (None, other_parent, None, "back"),
         (touch_parent, same, None, "delete"),
-        (lose(f"data/{MARKER}"), same, "export", "from"),
+        (lose("data"), same, "export", "from"),
         (None, other_evaluation, "report", "from"),
         (lose("export", "data/blend/manifest.json", "data/blend/_SUCCESS.json"), same, "export", "delete"),
         (lose("evaluate", "upcycle/hf/model.safetensors"), same, "evaluate", "delete"),
@@ -232,3 +232,9 @@ def test_more_steps_go_on_and_what_reads_the_training_runs_again(run_dir: Path, 
     plan._known.update({digest: replace(settings, steps=6) for digest in plan._known})
     assert launch(run_dir, plan) == ["pretrain", "export", "evaluate", "report"]
     assert BY_NAME["pretrain"].folder(run_dir, plan).started_from() is not None
+
+
+def test_a_part_of_the_chain_starts_where_a_marker_alone_was_lost(run_dir: Path, plan: RunPlan) -> None:
+    damage(f"import/{MARKER}", f"upcycle/{MARKER}")(run_dir)
+    lose("export", "hf")(run_dir)
+    assert launch(run_dir, plan, "export") == ["export"]
