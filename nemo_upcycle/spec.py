@@ -2,10 +2,11 @@
 
 # No postponed annotations: NeMo-Run reads those of the fields, for overrides on the command line.
 
+import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_upcycle.errors import SpecError
@@ -284,8 +285,24 @@ class UpcycleSpec:
         return pattern
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, for receipts."""
-        return asdict(self)
+        """Return the sizes, and the other fields that are not at their default, as plain values, for receipts.
+
+        A field that a later release adds changes nothing of what is written, unless it is used.
+        """
+        return {"num_experts": self.num_experts, "top_k": self.top_k} | without_defaults(asdict(self))
+
+
+def without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of fields of an `UpcycleSpec`, as they are or as the text of markers, that are not the default.
+
+    Example:
+        >>> without_defaults({"num_experts": 16, "noise_std": 0.01, "method": '"copy"'})
+        {'num_experts': 16}
+    """
+    defaults = {
+        field.name: (field.default, json.dumps(field.default), str(field.default)) for field in fields(UpcycleSpec)
+    }
+    return {name: value for name, value in values.items() if value not in defaults.get(name, ())}
 
 
 class RouterKind(ABC):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,7 @@ def _licence(front: dict[str, Any], cards: list[dict[str, Any]]) -> str:
 def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
     """Return how a model was upcycled, for a card: sizes and seed always, the rest where it is not the default."""
     always, default = ("num_experts", "top_k", "router_std", "seed"), UpcycleSpec()
-    fields = {
-        name: value for name, value in spec.to_dict().items() if name in always or value != getattr(default, name)
-    }
+    fields = {name: value for name, value in asdict(spec).items() if name in always or value != getattr(default, name)}
     for name in {
         "calibration",
         "expert_utility",

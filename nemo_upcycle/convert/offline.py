@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import BrokenWeights, check_source, rounded_because
 from nemo_upcycle.sources.safetensors_folder import INDEX
 from nemo_upcycle.sources.several_parents import require_copies
-from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.spec import UpcycleSpec, without_defaults
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import (
     MODEL_MARKER,
@@ -260,7 +260,7 @@ def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shar
         "sources": sources,
         "mixed": list(dense.inexact_because()),
         "config_sha256": sha256_file(dense.path / "config.json"),
-        "spec": spec.to_dict(),
+        "spec": without_defaults(asdict(spec)),
         "utility_sha256": sha256_file(Path(spec.expert_utility).expanduser()) if spec.expert_utility else None,
         "calibration_sha256": calibration.sha256 if (calibration := calibration_of(spec)) else None,
         "dtype": str(dtype),
@@ -277,7 +277,8 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if is_complete(output) and _marker(output).get("made_from") == plan:
+    made_from = _marker(output).get("made_from") if is_complete(output) else None
+    if made_from and made_from | {"spec": without_defaults(made_from.get("spec", {}))} == plan:
         return True
     raise UpcycleError(
         str(output),

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from nemo_upcycle.data.blend import Blend, read_blend
+from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig, read_blend
 from nemo_upcycle.data.contamination import build_index, check_suites, merge_contamination
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.engine.plan import BEGUN
@@ -177,9 +177,9 @@ def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
     """Return whether the folder is finished; refuse one that holds something else."""
     begun = output / BUILD / "made_from.json"
     if is_complete(output):
-        earlier = read_json(output / MARKER).get("made_from", {})
+        earlier = _with_defaults(read_json(output / MARKER).get("made_from", {}))
     elif begun.is_file():
-        earlier = read_json(begun)
+        earlier = _with_defaults(read_json(begun))
         if earlier != made_from and not (output / BUILD / BEGUN).is_file():  # nothing was read yet
             shutil.rmtree(output / BUILD)
             return False
@@ -205,6 +205,16 @@ def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
             fix="choose another folder, or remove it first",
         )
     return is_complete(output)
+
+
+def _with_defaults(made_from: dict[str, Any]) -> dict[str, Any]:
+    """Return what an earlier release noted, with the settings that it did not have."""
+    if not made_from:
+        return made_from
+    default = texts_of(BlendConfig({"": SourceConfig([])}))
+    blend = default | made_from["blend"]
+    sources = {name: default["sources"][""] | source for name, source in blend["sources"].items()}
+    return made_from | {"blend": blend | {"sources": sources}}
 
 
 def _with_sources_of(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

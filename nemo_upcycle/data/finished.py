@@ -12,6 +12,7 @@ from typing import Any
 from nemo_upcycle.data.indexed_dataset import HEADER, MAGIC, TOKEN_BYTES
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, read_json_lines, require_complete, resolved
+from nemo_upcycle.utils.schema import require_known
 
 
 logger = logging.getLogger(__name__)
@@ -230,6 +231,7 @@ def open_blend(folder: str | Path) -> FinishedBlend:
     folder = resolved(Path(folder).expanduser())
     require_complete(folder, "data folder", "run `nemo-upcycle data BLEND DIR` with it as DIR")
     manifest = read_json(folder / MANIFEST)
+    require_known(manifest, folder / MANIFEST)
     version = manifest.get("format") if isinstance(manifest, dict) else "no JSON object"
     if version != FORMAT:
         raise UpcycleError(

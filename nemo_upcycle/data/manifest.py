@@ -20,6 +20,7 @@ from nemo_upcycle.data.indexed_dataset import join_datasets
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.files import aside_of, read_json, read_json_lines, whole_file, write_json
 from nemo_upcycle.utils.progress import ProgressLine
+from nemo_upcycle.utils.schema import numbered
 
 
 #: Indexed datasets of one source and split.
@@ -110,7 +111,7 @@ def make_manifest(
         decontaminated: whether evaluation items were looked for.
     """
     config = blend.config
-    return {
+    manifest = {
         "format": FORMAT,
         "blend": blend.name,
         "seed": config.seed,
@@ -138,6 +139,7 @@ def make_manifest(
         "tasks": len(stats),
         "made_by": {"nemo_upcycle": __version__, "engine": engine},
     }
+    return numbered(manifest)
 
 
 def texts_of(config: BlendConfig) -> dict[str, Any]:

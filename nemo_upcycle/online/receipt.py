@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json, write_json
+from nemo_upcycle.utils.schema import KEY, numbered, require_known
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class UpcycleReceipt:
         """Return the receipt as plain values; the equivalence numbers stand at the top level."""
         value = asdict(self)
         equivalence, parameters = value.pop("equivalence"), value.pop("parameters")
-        return {**equivalence, **value, "parameters": parameters}
+        return numbered({**equivalence, **value, "parameters": parameters})
 
     def write(self, path: Path) -> None:
         """Write the receipt as JSON, atomically."""
@@ -103,14 +105,21 @@ def read_receipt(path: Path) -> dict[str, Any]:
     """Return a receipt as plain values, as `UpcycleReceipt.to_dict` makes them.
 
     Raises:
-        UpcycleError: the file is missing or no receipt.
+        UpcycleError: the file is missing, no receipt, or of a newer release.
     """
     value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("spec") or {}, dict):
         raise UpcycleError(
             str(path), got="no receipt", expected="the receipt of an upcycling", fix="give the receipt.json of the run"
         )
+    require_known(value, path)
     return value
+
+
+def equivalence_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a receipt, as `UpcycleReceipt.to_dict` makes it, says of the comparison with the parent."""
+    others = {KEY, *(one.name for one in fields(UpcycleReceipt))}
+    return {name: value for name, value in receipt.items() if name not in others}
 
 
 def spec_of(

@@ -18,8 +18,8 @@ from nemo_upcycle.data.inputs import require_disjoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.settings import CLUSTERS, cluster_for
-from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
-from nemo_upcycle.pipeline.order import kind_of
+from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.order import kind_of, require_same_work
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.run_advice import known_parent_tokens
@@ -104,19 +104,13 @@ def check_started(run_dir: Path, plan: Plan) -> None:
     """Check now, and not after hours of other stages, that what a folder holds was started from the same inputs.
 
     Raises:
-        UpcycleError: a marker is damaged, a resumable stage was started from others, or the folder is of another kind
-            of run.
+        UpcycleError: resumable stages were started from others, or the folder is of another kind of run.
     """
     if (kind := kind_of(run_dir)) and not isinstance(plan, kind):
         raise UpcycleError(
             f"dir {run_dir}", got=kind.kind, expected=f"{plan.kind}, or a new folder", fix="choose another"
         )
-    for stage in plan.stages:
-        folder = stage.folder(run_dir)
-        if folder.marker.is_file():
-            folder.outputs()
-        if stage.resumable:
-            folder.require_same(setting_texts(stage.settings_of(plan)))
+    require_same_work(run_dir, plan)
 
 
 def check_asked(plan: RunPlan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,27 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
             expected="some, to measure perplexity on",
             fix="name heldout files in the blend, or raise hold_out.heldout",
         )
-    splits = blend.manifest["splits"]
+    return made_data(folder, blend.manifest)
+
+
+def whole_data(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    """Return what the marker of the data stage reports, from the finished folder.
+
+    Raises:
+        UpcycleError: it is not whole, or of another tokenizer than the parent's.
+    """
+    from nemo_upcycle.data.chat.finished import open_chat
+    from nemo_upcycle.data.finished import open_blend
+
+    folder = data_folder_of(run_dir, plan)
+    made = open_chat(folder) if plan.reads_chat else open_blend(folder)
+    made.require_tokenizer_of(str(dense_folder_of(run_dir)))
+    return made_data(made.folder, made.manifest)
+
+
+def made_data(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a data stage reports of a finished folder."""
+    splits = manifest["splits"]
     return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
 
@@ -61,8 +81,7 @@ def _pack_chat(plan: RunPlan, dense_folder: Path, folder: Path, seq_length: int 
     chat.require_tokenizer_of(str(dense_folder))
     if seq_length:
         chat.require_length(seq_length)
-    splits = chat.manifest["splits"]
-    return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
+    return made_data(folder, chat.manifest)
 
 
 def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> None:
@@ -153,6 +172,19 @@ def require_data(plan: Plan, folder: Path) -> None:
         open_blend(folder)
     elif getattr(plan, "chat", None):
         open_chat(folder)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Return the files that hold what trainings read of data, and what is held back, by which these know them."""
+    from nemo_upcycle.data.chat.finished import PACKS
+    from nemo_upcycle.data.finished import HELDOUT, open_blend
+
+    names = [*PACKS.values(), HELDOUT]
+    if not is_chat(str(folder)):
+        tokens = open_blend(folder).tokens.values()
+        prefixes = sorted(prefix for sources in tokens for found in sources.values() for prefix in found)
+        names = [*(prefix + ending for prefix in prefixes for ending in (".idx", ".bin")), HELDOUT]
+    return [path for name in names if (path := folder / name).is_file()]
 
 
 def data_card(folder: Path) -> str:

@@ -18,9 +18,10 @@ from nemo_upcycle.pipeline.checks import check_here, check_run
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local, masked_executor
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
-from nemo_upcycle.pipeline.forecast import Forecast, Origins, check_space, check_stages, forecast, render_forecast
+from nemo_upcycle.pipeline.forecast import Forecast, Origins, check_space, forecast, render_forecast
+from nemo_upcycle.pipeline.markers import renew
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
-from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan, Stage
+from nemo_upcycle.pipeline.plan import ADOPTED, KEPT, PLAN, Plan, Stage
 from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.suites.suite_config import folders_of_suite
@@ -128,7 +129,6 @@ def launch_chain(
         except UpcycleError as error:
             sys.stdout.write(f"\nBefore it can {'be submitted' if cluster else 'run here'}: {error}\n")
         return
-    check_stages(expected)
     if launch(ctx, run_dir, plan, stages, forecast=expected) and stages[-1] is STAGES[-1] and not ctx.detach:
         report = run_dir / "report.md"
         headline = report.read_text(encoding="utf-8").split("\n\n")[1]
@@ -176,6 +176,10 @@ def launch(
         _require_no_other_jobs(chain, run_dir, own_plan)
         _write_plan(run_dir, own_plan, copies)
         (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
+        renew([stage.folder(run_dir, plan) for stage in plan.stages])
+        for stage in plan.stages:
+            if stage.adopt(run_dir, plan):
+                sys.stderr.write(f"[{stage.name}] its marker was lost or damaged: {ADOPTED}\n")
         _write_recipes(run_dir, own_plan)
         if chain:
             _run_chain(chain, detach=ctx.detach)
@@ -237,7 +241,7 @@ def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: Plan) -> No
             expected="none of another scheduler",
             fix=f"make sure that none of them is left there, and delete {run_dir / JOBS}",
         )
-    if kind_of(run_dir) and read_plan(run_dir) != plan and (alive := chain.alive()):
+    if kind_of(run_dir) and not plan.is_as(read_plan(run_dir)) and (alive := chain.alive()):
         raise UpcycleError(
             f"dir {run_dir}",
             got=f"jobs in the queue, submitted with other arguments ({_listed(alive)})",

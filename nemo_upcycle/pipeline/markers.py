@@ -1,36 +1,45 @@
 """The marker that a finished stage leaves, by which the next run knows whether to run the stage again.
 
-A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds everything the stage depends on: its settings, and the hashes of
-the markers of the stages before it. A change upstream changes these hashes, and the stage runs again. What does not
-change a result (how often a training logs or saves, on how many nodes it runs) is no part of it: a run that has
+A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds everything the stage depends on: its settings, and of each stage
+whose results it reads the settings (`stage NAME`) and what that left (`content NAME`), as hashes. So a stage that runs
+again, from the same settings and to the same result, changes nothing of what reads it, however long it took. What does
+not change a result (how often a training logs or saves, on how many nodes it runs) is no part of it: a run that has
 started resumes with other values, and notes the change.
+
+Releases before there was a schema noted of a stage before the hash of its whole marker; `_translated` reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.spec import without_defaults
 from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, sha256_file, write_json
 from nemo_upcycle.utils.nested import flat
+from nemo_upcycle.utils.schema import numbered, require_known
 
 
-_STARTED = "_STARTED.json"
+STARTED = "_STARTED.json"
 #: How a stage that is not done ended, in one word, for the shell of a batch job: it stopped and can resume, or it
 #: failed for a reason that a new start would meet again. A stage that was killed writes neither.
 ENDED = "_ENDED"
 STOPPED, FAILED = "stopped", "failed"
-_DELETE_MARKER = "delete it: the stage then runs again"
 #: The name of a setting that holds how many steps a training takes ends so: in a started run it may grow.
 STEPS = " steps"
 #: A longer text of a setting is kept as its hash; of more changes the first ones are named.
 _SHORT, _LISTED = 200, 5
+#: What is hashed of a file: so many pieces, of this size.
+_PIECES, _PIECE_BYTES = 16, 1 << 16
+#: What the names of inputs begin with. A hash that is not known is empty, and equals every other.
+SETTING, STAGE, CONTENT = "setting ", "stage ", "content "
 
 
 def setting_texts(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -41,21 +50,66 @@ def setting_texts(settings: Mapping[str, Any]) -> dict[str, str]:
         {'setting dense': '/models/8b', 'setting pretrain.optim.lr': '3e-05'}
     """
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in flat(settings, ".")}
-    return {f"setting {name}": text if len(text) <= _SHORT else _sha256(text) for name, text in texts.items()}
+    return _plain({SETTING + name: text if len(text) <= _SHORT else sha256(text) for name, text in texts.items()})
 
 
-def _sha256(text: str) -> str:
+def _plain(inputs: Mapping[str, str]) -> dict[str, str]:
+    """Return inputs without the fields of an `UpcycleSpec` that have their default, which some releases write."""
+    parts = {name: name.rpartition(".")[::2] for name in inputs}
+    return {
+        name: text
+        for name, text in inputs.items()
+        if not parts[name][0].endswith(".spec") or without_defaults({parts[name][1]: text})
+    }
+
+
+def sha256(text: str) -> str:
+    """Return the hex sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_hash(files: Iterable[Path]) -> str:
+    """Return a hash that tells files with other content apart: of names, sizes, and pieces spread over each.
+
+    A checkpoint of hundreds of GiB takes seconds: other weights differ everywhere.
+
+    Args:
+        files: in their order; of paths only the last part counts.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        last = max(0, size - _PIECE_BYTES)
+        with path.open("rb") as handle:
+            for start in sorted({last * number // (_PIECES - 1) for number in range(_PIECES)}):
+                handle.seek(start)
+                digest.update(handle.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def settings_hash(inputs: Mapping[str, str]) -> str:
+    """Return the hash of a stage's own settings, by which the stages that read it know them."""
+    return sha256(json.dumps(sorted(item for item in inputs.items() if item[0].startswith(SETTING))))
 
 
 def changed_inputs(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
     """Return the names of the inputs that were something else before, or are new, or gone.
 
+    What a stage before left is compared where it is known of both times.
+
     Example:
-        >>> changed_inputs({"setting dense": "a", "stage import": "b"}, {"setting dense": "c", "stage import": "b"})
+        >>> changed_inputs({"setting dense": "a", "stage import": "b"}, {"setting dense": "c", "stage import": ""})
         ['setting dense']
     """
-    return sorted(name for name in {*before, *inputs} if before.get(name) != inputs.get(name))
+
+    def differs(name: str) -> bool:
+        was, now = before.get(name), inputs.get(name)
+        if "" in (was, now) and not name.startswith(SETTING):
+            return False
+        return was != now and not (name.startswith(CONTENT) and None in (was, now))
+
+    return sorted(name for name in {*before, *inputs} if differs(name))
 
 
 def refused_changes(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
@@ -79,12 +133,14 @@ def describe_changes(names: Sequence[str], before: Mapping[str, str], inputs: Ma
     for name in names[:_LISTED]:
         kind, _, plain = name.partition(" ")
         was, now = before.get(name, "not set"), inputs.get(name, "not set")
-        if kind == "setting":
+        if f"{kind} " == SETTING:
             changes.append(f"{plain} was {was}, is {now}")
+        elif f"{kind} " == CONTENT:
+            changes.append(f"stage {plain} left something else")
         elif name not in inputs:
             changes.append(f"it read {name}")
         else:
-            changes.append(f"{name} ran again" if name in before else f"it reads {name} now")
+            changes.append(f"{name} has other settings" if name in before else f"it reads {name} now")
     return "; ".join(changes) + (f"; and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
@@ -95,12 +151,12 @@ class StageFolder:
     Args:
         run_dir: the run's folder.
         name: of the stage.
-        after: names of the stages whose results it reads.
+        reads: names of the stages whose results it reads, directly or not.
     """
 
     run_dir: Path
     name: str
-    after: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -112,58 +168,103 @@ class StageFolder:
         """The success marker."""
         return self.path / MARKER
 
-    def inputs(self, settings: dict[str, Any]) -> dict[str, str]:
-        """Return the stage's settings and the hashes of the markers of the stages before it, which are done."""
-        markers = {before: StageFolder(self.run_dir, before).marker for before in self.after}
-        return setting_texts(settings) | {f"stage {before}": sha256_file(path) for before, path in markers.items()}
-
-    def is_done(self, inputs: dict[str, str]) -> bool:
-        """Return whether the stage finished earlier, from the same inputs."""
-        return self.done_from() == inputs
-
-    def done_from(self) -> dict[str, str] | None:
-        """Return the inputs that the stage finished from; None where it has not."""
-        try:
-            return _notes(self.marker, _DELETE_MARKER).get("inputs") if self.marker.is_file() else None
-        except StageError:
-            if self.marker.is_file():
-                raise
-            return None  # a job has started the stage again and removed it
-
-    def started_from(self) -> dict[str, str] | None:
-        """Return the inputs that the stage was last started from; None where it was not."""
-        return (self._started() or {}).get("inputs")
-
-    def _started(self) -> dict[str, Any] | None:
-        fix = f"delete it if the settings are those the work was started from, else {self.path}, to lose that work"
-        started = self.path / _STARTED
-        return _notes(started, fix, "inputs") if started.is_file() else None
-
-    def require_same(self, inputs: dict[str, str]) -> None:
-        """Check that the folder holds no work that was started from other inputs; more steps are no others.
+    def inputs(self, settings: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+        """Return what the stage is made from.
 
         Args:
-            inputs: what `inputs()` gave, or `setting_texts`, which is a part of it: then of the stages before it only
-                their names are compared, since they need not be done.
+            settings: `setting_texts` of the stage itself and of those that it reads, by name.
+        """
+        inputs = dict(settings[self.name])
+        for before in self.reads:
+            inputs[STAGE + before] = settings_hash(settings[before])
+            if content := StageFolder(self.run_dir, before).content:
+                inputs[CONTENT + before] = content
+        return inputs
+
+    @property
+    def content(self) -> str:
+        """The hash of what it left, as its marker has it; empty where it is not done, or noted none."""
+        return str((self._done() or {}).get("content", ""))
+
+    def is_done(self, inputs: Mapping[str, str]) -> bool:
+        """Return whether the stage finished earlier, from the same inputs."""
+        done = self.done_from()
+        return done is not None and not changed_inputs(done, inputs)
+
+    def done_from(self) -> dict[str, str] | None:
+        """Return the inputs that the stage finished from; None where it has not, or its marker is damaged."""
+        return (self._done() or {}).get("inputs")
+
+    def started_from(self) -> dict[str, str] | None:
+        """Return the inputs that the stage was last started from; None where it was not.
 
         Raises:
-            StageError: it was started from others.
+            StageError: the note is damaged.
         """
-        before = self.started_from()
-        if before is None:
-            return
-        if not any(name.startswith("stage ") for name in inputs):
-            before = {name: "" if name.startswith("stage ") else value for name, value in before.items()}
-            inputs = inputs | {f"stage {name}": "" for name in self.after}
-        if changed := refused_changes(before, inputs):
-            raise StageError(
-                f"{self.path}",
-                got=f"work started from other inputs ({describe_changes(changed, before, inputs)})",
-                expected="the inputs it was started from, since its result depends on them",
-                fix=f"set them back, choose another dir, or delete {self.path} to lose that work",
-            )
+        return (self._started() or {}).get("inputs")
 
-    def start(self, inputs: dict[str, str], free: Mapping[str, str] | None = None, *, resumable: bool) -> list[str]:
+    def _done(self) -> dict[str, Any] | None:
+        return self._notes(self.marker, "inputs", "outputs")
+
+    def _started(self) -> dict[str, Any] | None:
+        started = self.path / STARTED
+        notes = self._notes(started, "inputs")
+        if notes is None and started.is_file():
+            raise StageError(
+                str(started),
+                got="a damaged file",
+                expected="what the stage noted",
+                fix=f"delete it if the settings are those the work was started from, else {self.path}, to lose that "
+                "work",
+            )
+        return notes
+
+    def _notes(self, path: Path, *keys: str) -> dict[str, Any] | None:
+        """Return the content of a stage's JSON file; None where it is not there, or damaged.
+
+        Raises:
+            UpcycleError: a newer release wrote it.
+        """
+        try:
+            notes = read_json(path)
+        except UpcycleError:
+            return None
+        if not isinstance(notes, dict) or any(not isinstance(notes.get(key), dict) for key in keys):
+            return None
+        inputs = notes["inputs"] if require_known(notes, path) else self._translated(notes["inputs"])
+        return notes | {"inputs": _plain(inputs)}
+
+    def _translated(self, inputs: Mapping[str, str]) -> dict[str, str]:
+        """Return the inputs that a release before schema 1 noted, as they are noted now.
+
+        Of a stage before, it noted the hash of the whole marker. Where that marker was written again since, what it
+        said is not known.
+        """
+        found = dict(self._found(inputs))
+        if "" in found.values():
+            found = dict.fromkeys(self.reads, "") | found
+        settings = {name: text for name, text in inputs.items() if name.startswith(SETTING)}
+        return settings | {STAGE + name: found[name] for name in self.reads if name in found}
+
+    def _found(self, inputs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """Yield the stages that a release before schema 1 named, and those that they name, with their settings."""
+        for name in (key.removeprefix(STAGE) for key in inputs if key.startswith(STAGE)):
+            folder = StageFolder(self.run_dir, name)
+            is_same = folder.marker.is_file() and sha256_file(folder.marker) == inputs[STAGE + name]
+            before = read_json(folder.marker)["inputs"] if is_same else {}
+            yield name, settings_hash(_plain(before)) if is_same else ""
+            yield from self._found(before)
+
+    def refusal(self, inputs: Mapping[str, str]) -> str:
+        """Return why work that was started in the folder may not go on from these inputs; empty if it may.
+
+        Raises:
+            StageError: the note of its start is damaged.
+        """
+        before = self.started_from() or inputs
+        return describe_changes(refused_changes(before, inputs), before, inputs)
+
+    def start(self, inputs: Mapping[str, str], free: Mapping[str, str] | None = None, *, resumable: bool) -> list[str]:
         """Record what the stage is started from, and delete its old marker.
 
         Args:
@@ -179,11 +280,11 @@ class StageFolder:
         """
         changes = []
         if resumable:
-            self.require_same(inputs)
+            require_same({self: inputs})
             changes = self._note_changes(inputs, free or {})
         self.marker.unlink(missing_ok=True)
         (self.path / ENDED).unlink(missing_ok=True)
-        write_json(self.path / _STARTED, {"inputs": inputs, "free": free or {}})
+        write_json(self.path / STARTED, numbered({"inputs": dict(inputs), "free": dict(free or {})}))
         return changes
 
     def _note_changes(self, inputs: Mapping[str, str], free: Mapping[str, str]) -> list[str]:
@@ -192,35 +293,85 @@ class StageFolder:
         if started is None:
             return []
         before, now = started["inputs"] | started.get("free", {}), {**inputs, **free}
-        names = [name for name in changed_inputs(before, now) if not name.startswith("stage ")]
+        names = [name for name in changed_inputs(before, now) if name.startswith(SETTING)]
         with (self.path / CHANGES).open("a", encoding="utf-8") as file:
             for name in names:
                 when = datetime.now().astimezone().isoformat(timespec="seconds")
-                change = {"time": when, "setting": name.removeprefix("setting ")}
+                change = {"time": when, "setting": name.removeprefix(SETTING)}
                 file.write(json.dumps(change | {"before": before.get(name), "after": now.get(name)}) + "\n")
         return [describe_changes([name], before, now) for name in names]
 
-    def finish(self, inputs: dict[str, str], seconds: float, outputs: dict[str, Any]) -> None:
-        """Write the success marker."""
-        write_json(
-            self.marker, {"stage": self.name, "inputs": inputs, "seconds": round(seconds, 1), "outputs": outputs}
-        )
+    def finish(
+        self, inputs: Mapping[str, str], seconds: float | None, outputs: dict[str, Any], content: str = ""
+    ) -> None:
+        """Write the success marker.
+
+        Args:
+            inputs: what `inputs()` gave.
+            seconds: that it took; None where that is not known.
+            outputs: what it reports.
+            content: hash of what it left for other stages; empty where none reads it.
+        """
+        marker = {"stage": self.name, "inputs": dict(inputs), "content": content}
+        took = {} if seconds is None else {"seconds": round(seconds, 1)}
+        write_json(self.marker, numbered(marker | took | {"outputs": outputs}))
 
     def ended(self, how: str) -> None:
         """Record how the stage ended without a result: `STOPPED` or `FAILED`."""
         (self.path / ENDED).write_text(f"{how}\n", encoding="utf-8")
 
     def outputs(self) -> dict[str, Any]:
-        """Return what a finished stage reported."""
-        return _notes(self.marker, _DELETE_MARKER)["outputs"]
+        """Return what a finished stage reported.
+
+        Raises:
+            StageError: it is not finished, or its marker is damaged.
+        """
+        done = self._done()
+        if done is None:
+            got = "a damaged file" if self.marker.is_file() else "no such file"
+            fix = "run the pipeline again with the same dir: the stage is looked at again"
+            raise StageError(str(self.marker), got=got, expected="what the stage noted", fix=fix)
+        outputs: dict[str, Any] = done["outputs"]
+        return outputs
+
+    def renewed(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yield its notes that a release before schema 1 wrote, as they are written now."""
+        for path in (self.path / STARTED, self.marker):
+            notes = self._notes(path, "inputs")
+            if notes is not None and not require_known(notes, path):
+                yield path, numbered(notes)
 
 
-def _notes(path: Path, fix: str, *keys: str) -> dict[str, Any]:
-    """Read a stage's JSON file; name the `fix` if it is damaged, since nobody can write it again by hand."""
-    try:
-        notes = read_json(path)
-    except UpcycleError:
-        notes = None
-    if not isinstance(notes, dict) or any(key not in notes for key in keys):
-        raise StageError(str(path), got="a damaged file", expected="what the stage noted", fix=fix)
-    return notes
+def renew(folders: Sequence[StageFolder]) -> None:
+    """Write notes of releases before schema 1 as they are written now: they know a stage by the bytes of its marker.
+
+    Args:
+        folders: of a run's stages, each after those that it reads. The last are written first: a kill leaves the
+            bytes that the others know.
+    """
+    notes = [note for folder in folders for note in folder.renewed()]
+    for path, content in reversed(notes):
+        written_ns = path.stat().st_mtime_ns
+        write_json(path, content)
+        os.utime(path, ns=(written_ns, written_ns))  # what a stage left is newer than the note of its start
+
+
+def require_same(folders: Mapping[StageFolder, Mapping[str, str]]) -> None:
+    """Check that no folder holds work that was started from other inputs; more steps are no others.
+
+    Args:
+        folders: of stages that continue their work, and what each is made from now.
+
+    Raises:
+        StageError: one does. All that do are named: who gives up the work of one loses that of the others, too.
+    """
+    refusals = {folder: text for folder, inputs in folders.items() if (text := folder.refusal(inputs))}
+    if refusals:
+        first, *others = (str(folder.path) for folder in refusals)
+        both = f" and {', '.join(others)}" if others else ""
+        raise StageError(
+            first,
+            got=f"work started from other inputs ({next(iter(refusals.values()))})",
+            expected="the inputs it was started from, since its result depends on them",
+            fix=f"set them back, choose another dir, or delete {first}{both} to lose that work",
+        )

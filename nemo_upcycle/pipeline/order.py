@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.ablations.stages import GridPlan
+from nemo_upcycle.pipeline.markers import require_same
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, RunPlan
 
@@ -23,11 +24,13 @@ def read_plan(run_dir: Path) -> Plan:
 
 
 def before(plan: Plan, *names: str) -> tuple[Stage, ...]:
-    """Return the stages whose results some stages need, directly or not, in order and without these themselves."""
+    """Return the stages that must be done before some, in order and without these themselves.
+
+    Those that they come after, and what is read for it: a check that is lost later holds up nothing but its training.
+    """
     needed: set[str] = set()
-    for stage in reversed(plan.stages):
-        if stage.name in names or stage.name in needed:
-            needed.update(stage.after)
+    for stage in (plan.stage(name) for name in names):
+        needed.update(plan.reads[stage.name], *({one, *plan.reads[one]} for one in stage.after))
     return tuple(stage for stage in plan.stages if stage.name in needed.difference(names))
 
 
@@ -56,12 +59,14 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
 
 
 def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
-    """Check that what a part of the chain needs is done, and still there.
+    """Check that what a part of the chain needs is done, or whole without its marker, and still there.
 
     Raises:
         UpcycleError: a stage is not done, or not from its present inputs, or what it left is gone.
     """
-    if (missing := unfinished(before(plan, *(stage.name for stage in stages)), run_dir, plan)) is not None:
+    needed = before(plan, *(stage.name for stage in stages))
+    lost = (stage.name for stage in needed if not stage.is_done(run_dir, plan))
+    if missing := next((name for name in lost if plan.stage(name).left_whole(run_dir, plan) is None), None):
         raise UpcycleError(
             f"stage '{missing}' in {run_dir}",
             got="not done, or from other inputs",
@@ -85,23 +90,31 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
                 if read.outputs:
                     read.outputs(run_dir, plan)
             except UpcycleError as error:
+                start = f"start with it: --from {read.name}" if read.name in BY_NAME else "start again"
                 raise UpcycleError(
                     f"outputs of stage '{read.name}' in {run_dir}",
                     got=error.problem,
                     expected=f"all that '{stage.name}' reads",
-                    fix=f"put it back, or delete {read.folder(run_dir).path} and start with it: --from {read.name}",
+                    fix=f"put it back, or delete {read.folder(run_dir, plan).path} and {start}",
                 ) from None
+
+
+def require_same_work(run_dir: Path, plan: Plan) -> None:
+    """Check that what the folders of resumable stages hold was started from what they would go on from.
+
+    Raises:
+        StageError: some of it was not, or a note of a start is damaged.
+    """
+    require_same(
+        {stage.folder(run_dir, plan): stage.inputs(run_dir, plan) for stage in plan.stages if stage.resumable}
+    )
 
 
 def finished(run_dir: Path, plan: Plan) -> list[str]:
     """Return the stages that are done from their present inputs, in order."""
-    done: list[str] = []
-    for stage in plan.stages:
-        if set(stage.after) <= set(done) and stage.is_done(run_dir, plan):
-            done.append(stage.name)
-    return done
+    return [stage.name for stage in plan.stages if stage.is_done(run_dir, plan)]
 
 
 def unfinished(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> str | None:
-    """Return the first of these stages that is not done from its present inputs; those before them must be."""
+    """Return the first of these stages that is not done from its present inputs; None where all are."""
     return next((stage.name for stage in stages if not stage.is_done(run_dir, plan)), None)

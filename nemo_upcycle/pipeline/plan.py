@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 
 from nemo_upcycle.data.finished import MANIFEST
-from nemo_upcycle.errors import StageError
+from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.disk_use import DiskUse
-from nemo_upcycle.pipeline.markers import STEPS, StageFolder, setting_texts
+from nemo_upcycle.pipeline.markers import STEPS, StageFolder, changed_inputs, content_hash, setting_texts, sha256
 from nemo_upcycle.trainers.base import Training, TrainingSettings
 from nemo_upcycle.utils.conf import is_conf_file, read_conf
-from nemo_upcycle.utils.files import read_json, sha256_file, write_json
+from nemo_upcycle.utils.files import in_use, read_json, sha256_file, write_json
+from nemo_upcycle.utils.schema import KEY, numbered, require_known
 
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ _TRAININGS = {
 PLAN = "pipeline.json"
 #: The folder of a run that keeps the user's YAML files as they were when the run started.
 KEPT = "config"
+#: What happens to a stage whose marker is lost or damaged.
+ADOPTED = "made again from what the stage left, which is whole"
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,19 @@ class Plan(ABC):
         A stage that only looks whether trainings are done then need not load a recipe, which imports its trainer.
         """
         texts = {stage.name: self.training_text(stage.name) for stage in self.stages}
-        known = {_digest(text): asdict(self.training_settings(name)) for name, text in texts.items() if text}
-        write_json(run_dir / self.file, asdict(self) | {"training_settings_of": known})
+        known = {sha256(text): asdict(self.training_settings(name)) for name, text in texts.items() if text}
+        write_json(run_dir / self.file, numbered(asdict(self) | {"training_settings_of": known}))
 
     @classmethod
     def read(cls, run_dir: Path) -> Self:
-        """Read the plan of a run."""
+        """Read the plan of a run.
+
+        Raises:
+            UpcycleError: it is damaged, or of a newer release.
+        """
         content = read_json(run_dir / cls.file)
+        require_known(content, run_dir / cls.file)
+        content.pop(KEY, None)
         known = content.pop("training_settings_of", {})
         plan = cls(**content)
         plan._known.update({digest: TrainingSettings(**values) for digest, values in known.items()})
@@ -84,7 +92,7 @@ class Plan(ABC):
             content = self.content_of(name)
             if isinstance(content, dict):
                 text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-                place = Path(KEPT, _digest(text)[:12], Path(getattr(self, name)).name)
+                place = Path(KEPT, sha256(text)[:12], Path(getattr(self, name)).name)
                 names[name], texts[place] = str(run_dir / place), text
         return replace(self, **names), texts
 
@@ -132,9 +140,9 @@ class Plan(ABC):
         text = self.training_text(stage)
         if not text:
             return TrainingSettings({}, 0, {}, {})
-        if _digest(text) not in self._known:
-            self._known[_digest(text)] = required_training(self, stage).settings()
-        return self._known[_digest(text)]
+        if sha256(text) not in self._known:
+            self._known[sha256(text)] = required_training(self, stage).settings()
+        return self._known[sha256(text)]
 
     def content_of(self, name: str) -> Any:
         """Return a field as the markers hash it: the hash of a finished folder, the content of a user's YAML file.
@@ -154,6 +162,26 @@ class Plan(ABC):
     @cached_property
     def _contents(self) -> dict[str, Any]:
         return {}
+
+    def is_as(self, other: Plan) -> bool:
+        """Return whether the stages of two plans are made from the same, however their recipes are written."""
+        mine, theirs = ({stage.name: stage.free_of(plan) for stage in plan.stages} for plan in (self, other))
+        return self.own_settings == other.own_settings and mine == theirs
+
+    @cached_property
+    def own_settings(self) -> dict[str, dict[str, str]]:
+        """By stage, its settings as markers name them."""
+        return {stage.name: setting_texts(stage.settings_of(self)) for stage in self.stages}
+
+    @cached_property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """By stage, those whose results it reads, directly or not, in their order."""
+        reads: dict[str, tuple[str, ...]] = {}
+        for stage in self.stages:
+            direct = stage.after if stage.reads is None else stage.reads
+            needed = {*direct, *(name for one in direct for name in reads[one])}
+            reads[stage.name] = tuple(name for name in reads if name in needed)
+        return reads
 
     def stage(self, name: str) -> Stage:
         """Return a stage by its name.
@@ -179,10 +207,6 @@ def open_training(trainer: str, text: str) -> Training:
     return training
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def required_training(plan: Plan, stage: str) -> Training:
     """Return the training of a stage that has one."""
     training = plan.training(stage)
@@ -202,6 +226,10 @@ class Stage:
         parallel: whether it runs on all ranks of the training job.
         resumable: whether a new start continues where a killed one stopped.
         reads: stages whose outputs it opens; None: those that it comes after.
+        content: the function that lists the files that hold what it left for others, by which these know it; takes the
+            run's folder and plan and what its work returned. None: it left nothing.
+        whole: the function that returns what the marker reports, from what it left, and raises an UpcycleError unless
+            that is all; None: that cannot be told, or running it again is as quick.
         outputs: the function that opens what it left and raises an UpcycleError where something is gone; None: it left
             nothing that another stage opens.
         disk: the function that lists what it writes into the run's folder, for the forecast; takes folder, plan, and
@@ -216,12 +244,18 @@ class Stage:
     parallel: bool = False
     resumable: bool = False
     reads: tuple[str, ...] | None = None
+    content: Callable[[Path, Any, Mapping[str, Any]], Iterable[Path]] | None = None
+    whole: Callable[[Path, Any], dict[str, Any]] | None = None
     outputs: Callable[[Path, Any], object] | None = None
     disk: Callable[[Path, Any, Mapping[str, Architecture | None]], Sequence[DiskUse]] | None = None
 
-    def folder(self, run_dir: Path) -> StageFolder:
+    def folder(self, run_dir: Path, plan: Plan) -> StageFolder:
         """Return its folder in a run."""
-        return StageFolder(run_dir, self.name, self.after)
+        return StageFolder(run_dir, self.name, plan.reads[self.name])
+
+    def inputs(self, run_dir: Path, plan: Plan) -> dict[str, str]:
+        """Return what it is made from: settings of its own and of the stages that it reads, and what these left."""
+        return self.folder(run_dir, plan).inputs(plan.own_settings)
 
     def settings_of(self, plan: Plan) -> dict[str, Any]:
         """Return the values of its settings."""
@@ -232,6 +266,38 @@ class Stage:
         return setting_texts({self.name: plan.training_settings(self.name).free})
 
     def is_done(self, run_dir: Path, plan: Plan) -> bool:
-        """Return whether it finished from its present inputs; the stages before it must be done."""
-        folder = self.folder(run_dir)
-        return folder.is_done(folder.inputs(self.settings_of(plan)))
+        """Return whether it finished from its present inputs."""
+        return self.folder(run_dir, plan).is_done(self.inputs(run_dir, plan))
+
+    def left_whole(self, run_dir: Path, plan: Plan) -> dict[str, Any] | None:
+        """Return what its marker, which is lost or damaged, reported; None where what it left is not whole."""
+        folder = self.folder(run_dir, plan)
+        if self.whole is None or folder.done_from() is not None:
+            return None
+        try:
+            before = folder.started_from()
+            if before is None or changed_inputs(before, self.inputs(run_dir, plan)):
+                return None
+            return self.whole(run_dir, plan)
+        except UpcycleError:
+            return None
+
+    def adopt(self, run_dir: Path, plan: Plan) -> bool:
+        """Make its marker again, if it is lost or damaged, from what it left, if that is whole; return whether it did.
+
+        So it does too where a kill came between the result and the marker.
+        """
+        folder, outputs = self.folder(run_dir, plan), self.left_whole(run_dir, plan)
+        if outputs is None:
+            return False
+        try:
+            with in_use(folder.path):
+                content = self.content_of(run_dir, plan, outputs)
+                folder.finish(self.inputs(run_dir, plan), None, outputs, content)
+        except UpcycleError:  # a job is about to make it
+            return False
+        return True
+
+    def content_of(self, run_dir: Path, plan: Plan, outputs: Mapping[str, Any]) -> str:
+        """Return the hash of what it left for others, of which it reports `outputs`; empty where it left nothing."""
+        return content_hash(self.content(run_dir, plan, outputs)) if self.content else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED, StageFolder
-from nemo_upcycle.pipeline.order import before, read_plan, unfinished
+from nemo_upcycle.pipeline.order import before, read_plan, require_same_work, unfinished
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.utils.console import is_verbose, quiet_libraries
 from nemo_upcycle.utils.files import in_use
@@ -64,8 +64,7 @@ def _run(stage: Stage, run_dir: Path, plan: Plan) -> None:
     # Abort if an earlier stage failed; not every executor does.
     if (broken := unfinished(before(plan, stage.name), run_dir, plan)) is not None:
         raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")
-    folder = stage.folder(run_dir)
-    inputs = folder.inputs(stage.settings_of(plan))
+    folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)
     first = is_first_rank()
     if folder.is_done(inputs):
         if first:
@@ -76,11 +75,13 @@ def _run(stage: Stage, run_dir: Path, plan: Plan) -> None:
             stage.work(run_dir, plan)
         return
     with in_use(folder.path), _recorded(folder):
+        if stage.resumable:
+            require_same_work(run_dir, plan)
         for change in folder.start(inputs, stage.free_of(plan), resumable=stage.resumable):
             logger.info("[%s] goes on with a changed setting: %s", stage.name, change)
         logger.info("[%s] %s", stage.name, (stage.work.__doc__ or "").split("\n")[0])
         start_s = time.monotonic()
         outputs = stage.work(run_dir, plan)
         seconds = time.monotonic() - start_s
-        folder.finish(inputs, seconds, outputs)
+        folder.finish(inputs, seconds, outputs, stage.content_of(run_dir, plan, outputs))
         logger.info("[%s] done in %s", stage.name, duration(seconds))

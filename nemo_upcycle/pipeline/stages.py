@@ -13,24 +13,28 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_upcycle.data.chat.config import is_chat
+from nemo_upcycle.data.parents import find_parent
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.online.receipt import equivalence_of, read_receipt
 from nemo_upcycle.pipeline.data_stage import (
     data_card,
+    data_files,
     data_folder_of,
     data_stage,
     dense_folder_of,
     require_data,
     sample_tokens,
     suite_inputs,
+    whole_data,
 )
 from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use
 from nemo_upcycle.pipeline.markers import STEPS
+from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, require_newer, weights_in, whole_training
 from nemo_upcycle.pipeline.plan import PLAN, Plan, Stage, required_training
-from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
 from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.calibrated import take_calibration, with_calibration
-from nemo_upcycle.utils.files import read_json
+from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -141,24 +145,43 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     return result
 
 
-def require_kept(folder: Path, run_dir: Path) -> None:
-    """Check that a folder of a model is whole, if it lies in a run's folder: of another, this machine may not know.
+def _whole_import(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    from nemo_upcycle.data.dense import import_dense
 
-    Raises:
-        UpcycleError: it is gone.
-    """
-    if folder.is_relative_to(run_dir.resolve()) or folder.is_relative_to(run_dir):
-        read_json(folder / "config.json")
-        index = folder / INDEX
-        files = set(read_json(index)["weight_map"].values()) if index.is_file() else {SINGLE}
-        if gone := sorted(name for name in files if not (folder / name).is_file()):
-            raise StageError(f"{folder / gone[0]}", got="no such file", expected="weights", fix="run the stage again")
+    own = run_dir / "dense"
+    source = str(own) if find_parent(plan.dense).kind == "asset" else plan.dense
+    return {"dense_folder": str(import_dense(source, own, sampled=True, offline=True).resolve())}
 
 
-def _exported(run_dir: Path, plan: RunPlan) -> None:
-    require_kept(run_dir / "hf", run_dir)
+def _whole_upcycle(run_dir: Path, _: RunPlan) -> dict[str, Any]:
+    require_kept(run_dir / "upcycle" / "hf", run_dir)
+    require_newer(run_dir / "receipt.json", run_dir, "upcycle")
+    receipt = read_receipt(run_dir / "receipt.json")
+    if receipt.get("exact") and not receipt.get("within_tolerance"):
+        raise StageError("step 0", got="beyond the tolerance", expected="within", fix="run the stage again")
+    return equivalence_of(receipt)
+
+
+def _whole_export(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    folders = {"trained": ("pretrain", run_dir / "hf")}
     if plan.dense_ct:
-        require_kept(run_dir / "dense_ct" / "hf", run_dir)
+        folders["dense_ct"] = ("dense_ct", run_dir / "dense_ct" / "hf")
+    for stage, folder in folders.values():
+        require_kept(folder, run_dir)
+        require_newer(folder / MODEL_MARKER, run_dir, "export")
+        exported, last = read_json(folder / MODEL_MARKER).get("checkpoint"), last_checkpoint(run_dir / stage).name
+        if exported != last:
+            raise StageError(str(folder), got=f"made of {exported}", expected=last, fix="run the stage again")
+    return {name: str(folder) for name, (_, folder) in folders.items()}
+
+
+def _exported(run_dir: Path, plan: RunPlan) -> list[Path]:
+    return [run_dir / "hf", *([run_dir / "dense_ct" / "hf"] if plan.dense_ct else [])]
+
+
+def _require_exported(run_dir: Path, plan: RunPlan) -> None:
+    for folder in _exported(run_dir, plan):
+        require_kept(folder, run_dir)
 
 
 def pretrain_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -274,6 +297,8 @@ STAGES = (
         import_stage,
         (),
         ("dense",),
+        content=lambda _, __, outputs: weights_in(Path(outputs["dense_folder"])),
+        whole=_whole_import,
         outputs=lambda run, _: require_kept(dense_folder_of(run), run),
         disk=_import_disk,
     ),
@@ -283,6 +308,8 @@ STAGES = (
         ("import",),
         ("data",),
         resumable=True,
+        content=lambda run, plan, _: data_files(data_folder_of(run, plan)),
+        whole=whole_data,
         outputs=lambda run, plan: require_data(plan, data_folder_of(run, plan)),
         disk=_data_disk,
     ),
@@ -291,6 +318,8 @@ STAGES = (
         upcycle_stage,
         ("import", "data"),
         ("step 0",),
+        content=lambda run, *_: weights_in(run / "upcycle" / "hf"),
+        whole=_whole_upcycle,
         outputs=lambda run, _: require_kept(run / "upcycle" / "hf", run),
         disk=lambda _, __, models: [model_use("upcycle", "model of step 0", models["pretrain"])],
     ),
@@ -302,6 +331,8 @@ STAGES = (
         parallel=True,
         resumable=True,
         reads=("import", "data"),
+        content=lambda run, *_: checkpoint_files(run / "pretrain"),
+        whole=lambda run, plan: whole_training(run, plan, "pretrain"),
         outputs=lambda run, _: last_checkpoint(run / "pretrain"),
     ),
     Stage(
@@ -311,6 +342,8 @@ STAGES = (
         ("dense_ct", "dense_ct" + STEPS),
         parallel=True,
         resumable=True,
+        content=lambda run, plan, _: checkpoint_files(run / "dense_ct") if plan.dense_ct else (),
+        whole=lambda run, plan: whole_training(run, plan, "dense_ct") if plan.dense_ct else {"left_out": True},
         outputs=lambda run, plan: plan.dense_ct and last_checkpoint(run / "dense_ct"),
     ),
     Stage(
@@ -319,7 +352,9 @@ STAGES = (
         ("pretrain", "dense_ct"),
         (),
         reads=("import", "data", "pretrain", "dense_ct"),
-        outputs=_exported,
+        content=lambda run, plan, _: weights_in(*_exported(run, plan)),
+        whole=_whole_export,
+        outputs=_require_exported,
         disk=_export_disk,
     ),
     Stage("evaluate", evaluate_stage, ("import", "data", "upcycle", "export"), ("evaluation",)),

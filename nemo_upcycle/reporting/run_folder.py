@@ -12,6 +12,7 @@ from nemo_upcycle.data.finished import CONTAMINATION, MANIFEST
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import BITS
 from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, read_json_lines, read_text
+from nemo_upcycle.utils.schema import require_known
 
 
 #: The models that are evaluated, in the order of the report, and what each is called there.
@@ -225,6 +226,7 @@ def _read(path: Path, stage: str, keys: Mapping[str, Any] = MappingProxyType({})
     value = read_json(_made_by(stage, path))
     if not isinstance(value, dict):
         keys, value = {"JSON object": dict}, {}
+    require_known(value, path)
     wrong = [key for key, kind in keys.items() if not isinstance(value.get(key), kind)]
     if wrong:
         actual = value.get(wrong[0])

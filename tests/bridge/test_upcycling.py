@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from nemo_upcycle.utils.files import read_json, write_json
 from nemo_upcycle.utils.progress import show_messages
 from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train
 from tests.distributed.ranks import run_ranks
@@ -97,10 +99,12 @@ def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path, s
     """The dense checkpoint is gone by then, so that nothing could be read of it."""
     parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
     run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"style": style}, process_group=False)
-    before = (tmp_path / "run/receipt.json").stat().st_mtime_ns
+    receipt = tmp_path / "run/receipt.json"
+    write_json(receipt, read_json(receipt) | {"spec": asdict(SPEC)})  # with all defaults, as c2f5a068 wrote it
+    before = receipt.stat().st_mtime_ns
     (parent / "model.safetensors").unlink()
     run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"style": style, "steps": 2}, process_group=False)
-    assert (tmp_path / "run/receipt.json").stat().st_mtime_ns == before
+    assert receipt.stat().st_mtime_ns == before
     assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), _offline(dense, tmp_path / "offline", SPEC))
 
 

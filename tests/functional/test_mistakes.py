@@ -254,7 +254,7 @@ def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Pat
     other = [word.replace("/tiny", "/other") for word in command]
     ((answer,),) = run_ranks(type_commands, 1, [other], str(tmp_path), str(files), process_group=False)
     assert answer.status == 2, answer.text
-    assert "Error: stage data will be refused: import runs again, and " in answer.text
+    assert "work started from other inputs (stage import has other settings)" in answer.text
     assert answer.written == []
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from nemo_upcycle.data.chat.config import KIND, Chat, read_chat
+from nemo_upcycle.data.chat.config import KIND, Chat, ChatConfig, read_chat
 from nemo_upcycle.data.chat.finished import FORMAT, PACKING, PACKS, REMOVED, open_chat
 from nemo_upcycle.data.chat.messages import Conversation, Problem, read_conversations
 from nemo_upcycle.data.chat.packing import write_packs
@@ -33,6 +33,7 @@ from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, read_json, write_json
 from nemo_upcycle.utils.progress import track
+from nemo_upcycle.utils.schema import numbered
 
 
 MADE_BY = "nemo-upcycle chat"
@@ -95,7 +96,7 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
             "inputs": [str(path) for path in paths],
             "made_by": {"nemo_upcycle": __version__},
         }
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, numbered(manifest))
         write_json(folder / MARKER, {"made_by": MADE_BY, "made_from": made_from})
     return manifest
 
@@ -130,7 +131,7 @@ def stamps(paths: Iterable[Path]) -> list[list[Any]]:
 def _is_of(output: Path, made_from: dict[str, Any]) -> bool:
     """Return whether a finished folder was made from this; refuse one that was made from something else."""
     earlier = read_json(output / MARKER).get("made_from")
-    if earlier == made_from:
+    if earlier and earlier | {"chat": dataclasses.asdict(ChatConfig([])) | earlier["chat"]} == made_from:
         return True
     raise UpcycleError(
         str(output),

@@ -10,6 +10,7 @@ from nemo_upcycle.data.chat.config import KIND
 from nemo_upcycle.data.finished import HELDOUT, MANIFEST, require_same_tokenizer
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, read_json_lines, require_complete, resolved
+from nemo_upcycle.utils.schema import require_known
 
 
 #: Of the manifest; and what the folder holds.
@@ -104,6 +105,7 @@ def open_chat(folder: str | Path) -> FinishedChat:
     again = "run `nemo-upcycle chat CONVERSATIONS DIR` with it as DIR"
     require_complete(folder, "folder of conversations", again)
     manifest = read_json(folder / MANIFEST)
+    require_known(manifest, folder / MANIFEST)
     kind = manifest.get("kind", "texts") if isinstance(manifest, dict) else "no JSON object"
     if kind != KIND or manifest["format"] != FORMAT:
         got = kind if kind != KIND else f"format {manifest['format']}"

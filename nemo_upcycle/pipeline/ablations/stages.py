@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_upcycle.pipeline.data_stage import require_data
+from nemo_upcycle.pipeline.data_stage import data_files, require_data
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
+from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, weights_in, whole_training
 from nemo_upcycle.pipeline.plan import Plan, Stage, required_training
-from nemo_upcycle.pipeline.stages import require_kept
 from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
 from nemo_upcycle.trainers.base import last_checkpoint
 
@@ -81,13 +81,20 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
     first: tuple[Stage, ...]
     if plan.parent:
         first = (
-            Stage(UNTRAINED, untrained_stage, (), ("parent", "vocabulary", "data"), outputs=_untrained),
-            Stage("data", data_stage, (UNTRAINED,), ("data",), resumable=True, outputs=_blend),
+            Stage(
+                UNTRAINED,
+                untrained_stage,
+                (),
+                ("parent", "vocabulary", "data"),
+                content=_weights,
+                outputs=_untrained,
+            ),
+            Stage("data", data_stage, (UNTRAINED,), ("data",), resumable=True, content=_tokens, outputs=_blend),
         )
     else:
         first = (
-            Stage("dense", import_stage, (), ("dense",), outputs=_dense),
-            Stage("data", data_stage, ("dense",), ("data",), resumable=True, outputs=_blend),
+            Stage("dense", import_stage, (), ("dense",), content=_weights, outputs=_dense),
+            Stage("data", data_stage, ("dense",), ("data",), resumable=True, content=_tokens, outputs=_blend),
         )
     if trains_parent:
         first += (
@@ -98,6 +105,8 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
                 ("parent", "parent" + STEPS),
                 parallel=True,
                 resumable=True,
+                content=lambda run, *_: checkpoint_files(run / "parent"),
+                whole=_whole("parent"),
                 outputs=lambda run, _: last_checkpoint(run / "parent"),
             ),
             _export("dense", "parent"),
@@ -106,13 +115,15 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
     for name in plan.cells:
         needs = (_start_of(plan, name), "data", "suite")
         settings, is_parent = (name, name + STEPS), name in plan.parents.values()
-        outputs = _checkpoint(name) if is_parent else None
-        cells.append(Stage(name, _training(name), needs, settings, parallel=True, resumable=True, outputs=outputs))
+        stage = Stage(name, _training(name), needs, settings, parallel=True, resumable=True, whole=_whole(name))
+        cells.append(replace(stage, content=_saved(name), outputs=_checkpoint(name)) if is_parent else stage)
         if is_parent:
             cells.append(_export(_exported(name), name))
     return (
         *first,
-        Stage("suite", suite_stage, ("data",), ("suite",)),
+        Stage(
+            "suite", suite_stage, ("data",), ("suite",), content=lambda run, *_: sorted((run / SUITE).glob("*.jsonl"))
+        ),
         *cells,
         Stage("table", table_stage, tuple(plan.cells), ("described",)),
     )
@@ -146,7 +157,23 @@ def _export(name: str, trained: str) -> Stage:
     def outputs(run_dir: Path, _: GridPlan) -> None:
         require_kept(parent_folder(run_dir, name), run_dir)
 
-    return Stage(name, work, (trained,), (), reads=(UNTRAINED, trained), outputs=outputs)
+    return Stage(name, work, (trained,), (), reads=(UNTRAINED, trained), content=_weights, outputs=outputs)
+
+
+def _weights(_: Path, __: GridPlan, outputs: Mapping[str, Any]) -> list[Path]:
+    return weights_in(Path(outputs["folder"]))
+
+
+def _tokens(run_dir: Path, plan: GridPlan, _: Mapping[str, Any]) -> list[Path]:
+    return data_files(data_folder(run_dir, plan))
+
+
+def _whole(cell: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
+    return lambda run_dir, plan: whole_training(run_dir, plan, cell)
+
+
+def _saved(cell: str) -> Callable[[Path, GridPlan, Mapping[str, Any]], list[Path]]:
+    return lambda run_dir, *_: checkpoint_files(run_dir / cell)
 
 
 def _checkpoint(cell: str) -> Callable[[Path, GridPlan], object]:
@@ -208,7 +235,7 @@ def untrained_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Clean the blend and tokenise it with the parent's tokenizer; a finished folder is used where it lies."""
     from nemo_upcycle.data.finished import open_blend
-    from nemo_upcycle.pipeline.data_stage import build_data
+    from nemo_upcycle.pipeline.data_stage import build_data, made_data
 
     first = UNTRAINED if plan.parent else "dense"
     tokenizer = StageFolder(run_dir, first).outputs()["folder"]
@@ -217,8 +244,7 @@ def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
         trainings = [training for stage in plan.stages if (training := plan.training(stage.name))]
         build_data(plan.blend, tokenizer, folder, max(one.seq_length(Path(tokenizer)) for one in trainings))
     open_blend(folder).require_tokenizer_of(tokenizer)
-    splits = open_blend(folder).manifest["splits"]
-    return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
+    return made_data(folder, open_blend(folder).manifest)
 
 
 def suite_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:

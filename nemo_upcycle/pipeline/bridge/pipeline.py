@@ -5,6 +5,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, Optional
 
 import nemo_run as run
@@ -140,7 +141,7 @@ def training_of(
 
 def _fields(words: Iterable[str]) -> dict[str, Any]:
     """Return fields of the spec from `FIELD=VALUE`, each of the type of its default."""
-    fields, default = dict[str, Any](), UpcycleSpec().to_dict()
+    fields, default = dict[str, Any](), asdict(UpcycleSpec())
     for name, _, value in (word.partition("=") for word in words):
         if name not in default:
             raise UpcycleError.unknown("pretrain.spec: field", name, default)

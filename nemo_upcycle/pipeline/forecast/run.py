@@ -19,7 +19,7 @@ from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast, forecast_network
 from nemo_upcycle.pipeline.forecast.scores import ScoreForecast, forecast_scores
-from nemo_upcycle.pipeline.forecast.stages import StageForecast, State, forecast_stages
+from nemo_upcycle.pipeline.forecast.stages import StageForecast, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
 from nemo_upcycle.pipeline.plan import Stage, required_training
 from nemo_upcycle.pipeline.stages import RunPlan
@@ -235,17 +235,6 @@ def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -
             yield Setting(typed, str(value), TYPED if typed in origins.typed else named.get(name, otherwise))
 
 
-def check_stages(forecast: Forecast) -> None:
-    """Check that no stage will refuse to start.
-
-    Raises:
-        UpcycleError: one will, because of work that its folder holds.
-    """
-    for stage in forecast.stages:
-        if stage.finding.state is State.REFUSED:
-            raise UpcycleError(f"{_refusal(stage)}.")
-
-
 def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
     """Check that what a run writes fits on its disk, as far as its size is known.
 
@@ -269,14 +258,7 @@ def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
     )
 
 
-def _refusal(stage: StageForecast) -> str:
-    return f"stage {stage.name} will be refused: {stage.finding.why}"
-
-
 def _warnings(forecast: Forecast) -> Iterator[str]:
-    for stage in forecast.stages:
-        if stage.finding.state is State.REFUSED:
-            yield _refusal(stage)
     for name, training in forecast.trainings.items():
         if training.stage.runs:
             yield from _training_warnings(name, training)

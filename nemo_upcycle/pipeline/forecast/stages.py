@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, SaveLimit, is_local
-from nemo_upcycle.pipeline.markers import changed_inputs, refused_changes
-from nemo_upcycle.pipeline.plan import Stage
+from nemo_upcycle.pipeline.markers import CONTENT, changed_inputs
+from nemo_upcycle.pipeline.plan import ADOPTED, Stage
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
@@ -27,7 +27,6 @@ class State(Enum):
     DONE = "done"
     RESUME = "resume"
     RUN = "run"
-    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -132,23 +131,20 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
         plan: what the stages are given.
         before: what will happen to the stages before it; one that is omitted is done.
     """
-    folder = stage.folder(run_dir)
-    started, done = folder.started_from(), folder.done_from()
-    refusal = f"and {folder.path} holds work from before: set it back, or delete that folder"
-    # Their markers will be new, so whatever was made from the earlier ones does not count.
-    if again := [name for name in stage.after if name in before and before[name].state is not State.DONE]:
-        those = f"{_listed(again)} {'runs' if len(again) == 1 else 'run'}"
-        if stage.resumable and started is not None:
-            return Finding(State.REFUSED, f"{those} again, {refusal}")
-        if started is not None or done is not None:
-            return Finding(State.RUN, f"{those} again, so its earlier result does not count")
-        return Finding(State.RUN, f"not run yet; {those} first")
-    inputs = folder.inputs(stage.settings_of(plan))
-    if done == inputs:
-        return Finding(State.DONE, "finished before, from the same inputs")
+    folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)
+    again = [name for name in plan.reads[stage.name] if name in before and before[name].state is not State.DONE]
+    for name in again:  # what it leaves is known when it has run
+        inputs.pop(CONTENT + name, None)
+    done = folder.done_from()
+    if done is not None and not changed_inputs(done, inputs):
+        unless = (
+            f", unless {_listed(again)} {'leaves' if len(again) == 1 else 'leave'} something else" if again else ""
+        )
+        return Finding(State.DONE, f"finished before, from the same inputs{unless}")
+    started = folder.started_from()
+    if stage.left_whole(run_dir, plan) is not None:
+        return Finding(State.DONE, f"its marker is lost or damaged: {ADOPTED}")
     if stage.resumable and started is not None:
-        if changed := refused_changes(started, inputs):
-            return Finding(State.REFUSED, f"{_listed(changed)} changed, {refusal}")
         if not stage.parallel:
             return Finding(State.RESUME, "stopped before it finished; continues with what it left")
         checkpoint = newest_checkpoint(folder.path / "checkpoints")
@@ -156,10 +152,11 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
             return Finding(State.RUN, "started before, but no checkpoint is complete; starts anew")
         return Finding(State.RESUME, f"checkpoint after step {steps_in(checkpoint):,}, {checkpoint.name}", checkpoint)
     if done is not None:
-        changed = changed_inputs(done, inputs) or ["the list of inputs"]
-        return Finding(State.RUN, f"finished before, but {_listed(changed)} changed")
+        return Finding(State.RUN, f"finished before, but {_listed(changed_inputs(done, inputs))} changed")
     if started is not None:
         return Finding(State.RUN, "started before and not finished; starts anew")
+    if waits := [name for name in stage.after if name in before and before[name].state is not State.DONE]:
+        return Finding(State.RUN, f"not run yet; {_listed(waits)} {'runs' if len(waits) == 1 else 'run'} first")
     return Finding(State.RUN, "not run yet")
 
 
@@ -170,5 +167,7 @@ def _listed(names: Sequence[str]) -> str:
         >>> _listed(["setting dense", "stage import", "setting data"])
         'dense, import and data'
     """
-    plain = [name.removeprefix("setting ").removeprefix("stage ") for name in names]
+    plain = list(
+        dict.fromkeys(name.removeprefix("setting ").removeprefix("stage ").removeprefix(CONTENT) for name in names)
+    )
     return " and ".join([", ".join(plain[:-1]), plain[-1]] if len(plain) > 1 else plain)

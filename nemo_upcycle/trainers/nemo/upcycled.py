@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import fiddle as fdl
@@ -184,7 +185,7 @@ def _set_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
     # NeMo's default builds every layer alike.
     if spec.moe_layers != "all" and not (layer_fields(config) or _own_experts(config)):
         config.transformer_layer_spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
-    recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **spec.to_dict())
+    recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **asdict(spec))  # all, for people
     return recipe
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt, equivalence_of, read_receipt, spec_of
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.files import read_json, write_json
 
 
 def _receipt(number: int) -> UpcycleReceipt:
@@ -33,3 +41,25 @@ def test_bytes_add_up_and_times_are_the_slowest_ranks() -> None:
     assert (merged.dense_params, merged.total_params, merged.active_params) == (10, 40, 20)
     named = [(record.name, record.rank) for record in merged.parameters]
     assert named == [("weight3", 0), ("weight5", 1), ("weight4", 2)]
+
+
+def test_a_receipt_says_of_the_spec_what_is_not_the_default_and_the_sizes(tmp_path: Path) -> None:
+    spec = UpcycleSpec(num_experts=8, top_k=2, granularity=2)
+    assert spec.to_dict() == {"num_experts": 8, "top_k": 2, "granularity": 2}
+    assert spec_of(spec.to_dict(), tmp_path, {}) == spec
+
+
+def test_a_receipt_that_says_all_of_the_spec_says_the_same(tmp_path: Path) -> None:
+    """As c2f5a068 wrote it; a release that adds a field reads it with that field's default."""
+    spec = UpcycleSpec(num_experts=8, top_k=2, granularity=2)
+    assert spec_of(asdict(spec), tmp_path, {}) == spec
+
+
+def test_a_receipt_of_a_newer_release_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "receipt.json"
+    _receipt(1).write(path)
+    assert equivalence_of(read_receipt(path)) == {}
+    write_json(path, read_json(path) | {"schema": 2})
+    with pytest.raises(UpcycleError) as refused:
+        read_receipt(path)
+    assert refused.value.subject == f"schema of {path}"

@@ -11,8 +11,8 @@ from tests.golden.forecasts import plan_of
 
 def finish(chain: Any, run_dir: Path, *names: str) -> None:
     """Leave what finished stages leave: their markers."""
+    plan = plan_of(chain)
     for name in names:
-        folder = BY_NAME[name].folder(run_dir)
-        inputs = folder.inputs(BY_NAME[name].settings_of(plan_of(chain)))
+        folder, inputs = BY_NAME[name].folder(run_dir, plan), BY_NAME[name].inputs(run_dir, plan)
         folder.start(inputs, resumable=False)
         folder.finish(inputs, 1.0, {})

@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.forecast import check_stages, render_forecast
+from nemo_upcycle.pipeline.forecast import render_forecast
 from nemo_upcycle.pipeline.forecast.stages import State
 from nemo_upcycle.pipeline.stages import BY_NAME
+from nemo_upcycle.utils.files import MARKER
 from tests.golden.forecasts import forecast_of, plan_of
 from tests.unit.pipeline.markers import finish
 
 
 def _start(chain: Any, run_dir: Path, name: str, steps: int | None) -> None:
     """Leave what a killed training leaves; with a number of steps, a checkpoint after them."""
-    folder = BY_NAME[name].folder(run_dir)
-    folder.start(folder.inputs(BY_NAME[name].settings_of(plan_of(chain))), resumable=False)
+    plan = plan_of(chain)
+    folder = BY_NAME[name].folder(run_dir, plan)
+    folder.start(BY_NAME[name].inputs(run_dir, plan), resumable=False)
     if steps is not None:
         import torch.distributed.checkpoint as dcp
 
@@ -90,20 +91,18 @@ def test_a_changed_setting_is_named_and_what_follows_runs_again(demo: Any, tmp_p
     evaluate, report = found.stages[-2:]
     assert (evaluate.finding.state, report.finding.state) == (State.RUN, State.RUN)
     assert evaluate.finding.why == "finished before, but evaluation changed"
-    assert report.finding.why == "evaluate runs again, so its earlier result does not count"
+    assert report.finding.why == "finished before, but evaluate changed"
 
 
-def test_work_that_would_be_refused_is_forecast_so(demo: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["import", "upcycle"])
+def test_a_stage_that_runs_again_from_the_same_settings_holds_up_no_training(
+    demo: Any, tmp_path: Path, lost: str
+) -> None:
     finish(demo, tmp_path, "import", "data", "upcycle")
     _start(demo, tmp_path, "pretrain", steps=4)
-    BY_NAME["upcycle"].folder(tmp_path).marker.unlink()
-    found = forecast_of(demo, tmp_path)
-    assert (_states(found)["upcycle"], _states(found)["pretrain"]) == ("run", "refused")
-    (warning,) = [text for text in found.warnings if "refused" in text]
-    assert warning.startswith("stage pretrain will be refused: upcycle runs again, and ")
-    assert str(tmp_path / "pretrain") in warning
-    with pytest.raises(UpcycleError, match=r"pretrain will be refused: upcycle runs again, .* delete that folder\."):
-        check_stages(found)
+    (tmp_path / lost / MARKER).unlink()
+    states = _states(forecast_of(demo, tmp_path))
+    assert (states[lost], states["data"], states["pretrain"]) == ("run", "done", "resume")
 
 
 @pytest.mark.parametrize("only", ["evaluate", "report"])

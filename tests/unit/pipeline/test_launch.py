@@ -55,10 +55,9 @@ def test_threads_are_the_users_or_share_the_cores(monkeypatch: pytest.MonkeyPatc
 
 def test_a_stage_that_ended_just_before_the_signal_counts_as_finished(tmp_path: Path) -> None:
     plan, stage = RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", "", None), STAGES[0]
-    folder = stage.folder(tmp_path)
-    inputs = folder.inputs(stage.settings_of(plan))
+    folder = stage.folder(tmp_path, plan)
     folder.path.mkdir()
-    folder.finish(inputs, 1.0, {})
+    folder.finish(stage.inputs(tmp_path, plan), 1.0, {})
     text = stopped(signal.SIGTERM, [stage], tmp_path, plan)
     assert f"Stopped by SIGTERM in stage 'import'. Kept in {tmp_path}: finished stages: import.\n" in text
 

@@ -3,63 +3,105 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import make_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemo_upcycle.errors import StageError
-from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
-from nemo_upcycle.utils.files import CHANGES, MARKER
+from nemo_upcycle import spec
+from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.pipeline.markers import StageFolder, content_hash, renew, require_same, setting_texts
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.files import CHANGES, MARKER, sha256_file, write_json
 
 
-def test_changed_inputs_invalidate_the_marker(tmp_path: Path) -> None:
-    first, second = StageFolder(tmp_path, "import"), StageFolder(tmp_path, "upcycle", ("import",))
-    inputs = first.inputs({"dense": "a"})
-    first.start(inputs, resumable=False)
-    assert not first.is_done(inputs)
-    first.finish(inputs, 1.0, {"x": 1})
-    assert first.is_done(inputs)
-    assert first.outputs() == {"x": 1}
-    assert not first.is_done(first.inputs({"dense": "b"}))
-    before = second.inputs({})
-    first.finish(inputs, 2.0, {"x": 2})
-    assert second.inputs({}) != before
+def inputs_of(stage: StageFolder, settings: Mapping[str, Any], **others: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a stage is made from, by its own settings and those of the stages that it reads."""
+    read = {name: setting_texts(others.get(name, {})) for name in stage.reads}
+    return stage.inputs(read | {stage.name: setting_texts(settings)})
+
+
+def finish(stage: StageFolder, settings: Mapping[str, Any], seconds: float = 1.0, content: str = "") -> None:
+    inputs = inputs_of(stage, settings)
+    stage.start(inputs, resumable=False)
+    stage.finish(inputs, seconds, {"seconds_measured": seconds}, content)
+
+
+def _start(stage: StageFolder, settings: Mapping[str, Any], free: dict[str, object] | None = None) -> list[str]:
+    return stage.start(inputs_of(stage, settings), setting_texts({"pretrain": free or {}}), resumable=True)
+
+
+def test_a_stage_is_done_from_the_settings_that_it_finished_from(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path, "import")
+    inputs = inputs_of(stage, {"dense": "a"})
+    stage.start(inputs, resumable=False)
+    assert not stage.is_done(inputs)
+    stage.finish(inputs, 1.0, {"x": 1})
+    assert stage.is_done(inputs)
+    assert stage.outputs() == {"x": 1}
+    assert not stage.is_done(inputs_of(stage, {"dense": "b"}))
+
+
+def test_a_stage_before_counts_by_its_settings_and_by_what_it_left_and_by_nothing_measured(tmp_path: Path) -> None:
+    first, second = StageFolder(tmp_path, "import"), StageFolder(tmp_path, "data", ("import",))
+    finish(first, {"dense": "a"}, content="1")
+    started = inputs_of(second, {}, **{"import": {"dense": "a"}})
+    second.start(started, resumable=True)
+    finish(first, {"dense": "a"}, seconds=2.0, content="1")
+    assert inputs_of(second, {}, **{"import": {"dense": "a"}}) == started
+    first.marker.unlink()
+    assert second.refusal(inputs_of(second, {}, **{"import": {"dense": "a"}})) == ""
+    finish(first, {"dense": "a"}, content="2")
+    with pytest.raises(StageError, match=r"\(stage import left something else\)"):
+        second.start(inputs_of(second, {}, **{"import": {"dense": "a"}}), resumable=True)
+    with pytest.raises(StageError, match="stage import has other settings"):
+        second.start(inputs_of(second, {}, **{"import": {"dense": "b"}}), resumable=True)
+
+
+def test_content_is_known_by_name_size_and_bytes_anywhere(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(1 << 20))
+    before = content_hash([file])
+    (tmp_path / "moved").mkdir()
+    assert content_hash([file.rename(tmp_path / "moved" / file.name)]) == before
+    for place in (0, 1 << 19, (1 << 20) - 1):
+        changed = bytearray(1 << 20)
+        changed[place] = 1
+        file.write_bytes(changed)
+        assert content_hash([file]) != before
+    file.write_bytes(bytes((1 << 20) + 1))
+    assert content_hash([file]) != before
 
 
 def test_resumable_work_refuses_other_inputs_and_names_the_setting_that_changed(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path, "pretrain")
-    stage.start(stage.inputs({"pretrain": {"optim.lr": 3e-5}, "seed": 1}), resumable=True)
-    stage.start(stage.inputs({"pretrain": {"optim.lr": 3e-5}, "seed": 1}), resumable=True)
-    changed = {"pretrain": {"optim.lr": 2e-5}, "seed": 1}
-    for refused in (lambda: stage.require_same(setting_texts(changed)), lambda: _start(stage, changed)):
-        with pytest.raises(StageError, match=r"\(pretrain\.optim\.lr was 3e-05, is 2e-05\)"):
-            refused()
+    _start(stage, {"pretrain": {"optim.lr": 3e-5}, "seed": 1})
+    _start(stage, {"pretrain": {"optim.lr": 3e-5}, "seed": 1})
+    with pytest.raises(StageError, match=r"\(pretrain\.optim\.lr was 3e-05, is 2e-05\)"):
+        _start(stage, {"pretrain": {"optim.lr": 2e-5}, "seed": 1})
     with pytest.raises(StageError, match="wd was not set, is 0"):
         _start(stage, {"pretrain": {"optim.lr": 3e-5, "optim.wd": 0.1}, "seed": 1})
     with pytest.raises(StageError, match="seed was 1, is not set"):
         _start(stage, {"pretrain": {"optim.lr": 3e-5}})
 
 
-def test_another_stage_before_it_is_refused_at_the_start_of_a_run(tmp_path: Path) -> None:
-    """Before the stages that it reads are done; that one of them ran again is seen when it starts."""
-    for name in ("dense_a-hf", "data"):
-        before = StageFolder(tmp_path, name)
-        before.start({}, resumable=False)
-        before.finish({}, 1.0, {})
+def test_all_folders_that_are_refused_are_named_at_once(tmp_path: Path) -> None:
+    folders = [StageFolder(tmp_path, name) for name in ("data", "pretrain")]
+    for folder in folders:
+        _start(folder, {"dense": "a"})
+    with pytest.raises(StageError) as refused:
+        require_same({folder: inputs_of(folder, {"dense": "b"}) for folder in folders})
+    assert all(str(folder.path) in refused.value.fix for folder in folders)
+
+
+def test_another_stage_before_it_is_refused(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path, "moe", ("dense_a-hf", "data"))
     _start(stage, {"seed": 1})
-    stage.require_same(setting_texts({"seed": 1}))
     other = StageFolder(tmp_path, "moe", ("dense_b-hf", "data"))
     with pytest.raises(StageError, match=r"\(it read stage dense_a-hf; it reads stage dense_b-hf now\)"):
-        other.require_same(setting_texts({"seed": 1}))
-    StageFolder(tmp_path, "data").finish({}, 2.0, {})
-    stage.require_same(setting_texts({"seed": 1}))
-    with pytest.raises(StageError, match=r"\(stage data ran again\)"):
-        _start(stage, {"seed": 1})
-
-
-def _start(stage: StageFolder, settings: dict[str, object], free: dict[str, object] | None = None) -> list[str]:
-    return stage.start(stage.inputs(settings), setting_texts({"pretrain": free or {}}), resumable=True)
+        _start(other, {"seed": 1})
 
 
 def test_started_work_goes_on_with_more_steps_and_not_with_fewer(tmp_path: Path) -> None:
@@ -73,7 +115,7 @@ def test_started_work_goes_on_with_more_steps_and_not_with_fewer(tmp_path: Path)
 def test_what_does_not_change_the_result_may_change_and_is_noted(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path, "pretrain")
     _start(stage, {"pretrain": {"optim.lr": 3e-5}}, {"log.every": 1000})
-    inputs = stage.inputs({"pretrain": {"optim.lr": 3e-5}})
+    inputs = inputs_of(stage, {"pretrain": {"optim.lr": 3e-5}})
     stage.finish(inputs, 1.0, {})
     assert stage.is_done(inputs)
     assert _start(stage, {"pretrain": {"optim.lr": 3e-5}}, {"log.every": 500}) == [
@@ -84,14 +126,70 @@ def test_what_does_not_change_the_result_may_change_and_is_noted(tmp_path: Path)
     assert (noted["setting"], noted["before"], noted["after"]) == ("pretrain.log.every", "1000", "500")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", ""])
-@pytest.mark.parametrize(
-    ("name", "fix"), [(MARKER, "the stage then runs again"), ("_STARTED.json", "to lose that work")]
-)
-def test_a_damaged_marker_is_refused_with_the_fix(tmp_path: Path, name: str, fix: str, content: str) -> None:
+@pytest.mark.parametrize("where", ["pretrain.resume.restore_config.spec", "pretrain.spec"])  # NeMo's, and Bridge's
+def test_a_field_that_a_release_adds_to_the_spec_locks_no_started_run(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = StageFolder(tmp_path, "pretrain")
+    _start(stage, {f"{where}.num_experts": "16", f"{where}.method": '"copy"'})
+    later = make_dataclass("Later", [("neutral", float, 1.0)], bases=(UpcycleSpec,), frozen=True, kw_only=True)
+    monkeypatch.setattr(spec, "UpcycleSpec", later)
+    assert _start(stage, {f"{where}.num_experts": "16", f"{where}.neutral": "1.0"}) == []
+    with pytest.raises(StageError, match=r"spec\.neutral was not set, is 2\.0"):
+        _start(stage, {f"{where}.num_experts": "16", f"{where}.neutral": "2.0"})
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "", "{}"])
+def test_a_damaged_marker_is_as_none(tmp_path: Path, content: str) -> None:
     folder = StageFolder(tmp_path, "pretrain")
-    folder.start({}, resumable=True)
-    folder.finish({}, 1.0, {})
-    (folder.path / name).write_text(content)
-    with pytest.raises(StageError, match=f"{name}: got a damaged file.*{fix}"):
-        folder.require_same({}) if name != MARKER else folder.is_done({})
+    finish(folder, {"seed": 1})
+    folder.marker.write_text(content)
+    assert folder.done_from() is None
+    with pytest.raises(StageError, match=f"{MARKER}: got a damaged file"):
+        folder.outputs()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_damaged_note_of_a_start_is_refused_with_the_fix(tmp_path: Path, content: str) -> None:
+    folder = StageFolder(tmp_path, "pretrain")
+    _start(folder, {"seed": 1})
+    (folder.path / "_STARTED.json").write_text(content)
+    with pytest.raises(StageError, match=r"_STARTED\.json: got a damaged file.*to lose that work"):
+        folder.refusal({})
+
+
+def test_notes_of_a_newer_release_are_refused_by_name(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path, "import")
+    finish(folder, {"dense": "a"})
+    write_json(folder.marker, json.loads(folder.marker.read_text()) | {"schema": 2})
+    with pytest.raises(UpcycleError) as refused:
+        folder.done_from()
+    assert (refused.value.subject, refused.value.got) == (f"schema of {folder.marker}", 2)
+
+
+def _note_without_schema(run_dir: Path, name: str, inputs: Mapping[str, str]) -> None:
+    """Write a marker and the note of a start as c2f5a068 wrote them."""
+    write_json(run_dir / name / "_STARTED.json", {"inputs": inputs, "free": {}})
+    marker = {"stage": name, "inputs": inputs, "seconds": 3.1, "outputs": {"loss": 2.5}}
+    write_json(run_dir / name / MARKER, marker)
+
+
+@pytest.mark.parametrize("renewed", [True, False])
+def test_notes_without_a_schema_know_a_stage_before_by_the_bytes_of_its_marker(tmp_path: Path, renewed: bool) -> None:
+    names = ("import", "data", "pretrain")
+    folders = [StageFolder(tmp_path, name, names[:number]) for number, name in enumerate(names)]
+    settings: dict[str, dict[str, Any]] = {"import": {"dense": "a"}, "data": {"data": "sotu"}, "pretrain": {"seed": 1}}
+    for number, name in enumerate(names):
+        read = {f"stage {before}": sha256_file(tmp_path / before / MARKER) for before in names[:number]}
+        _note_without_schema(tmp_path, name, setting_texts(settings[name]) | read)
+    if renewed:
+        renew(folders)
+    *_, pretrain = folders
+    texts = {name: setting_texts(values) for name, values in settings.items()}
+    assert all(folder.is_done(folder.inputs(texts)) for folder in folders)
+    other = texts | {"import": setting_texts({"dense": "b"})}
+    assert pretrain.refusal(pretrain.inputs(other)) == "stage import has other settings"
+    finish(
+        folders[0], {"dense": "b"}
+    )  # what it was from is known as long as a marker says so, or its readers were renewed
+    assert pretrain.is_done(pretrain.inputs(other)) is not renewed

@@ -25,9 +25,11 @@ from tests.unit.pipeline.test_local import processes_of
 _FINISH = """
 from pathlib import Path
 from nemo_upcycle.pipeline.markers import StageFolder
-folder = StageFolder(run_dir, name, tuple(sys.argv[3:]))
-folder.start(folder.inputs({}), resumable=False)
-folder.finish(folder.inputs({}), 1.0, {})
+reads = tuple(sys.argv[3:])
+folder = StageFolder(run_dir, name, reads)
+inputs = folder.inputs(dict.fromkeys((name, *reads), {}))
+folder.start(inputs, resumable=False)
+folder.finish(inputs, 1.0, {})
 """
 _WAIT_FOR = """
 (run_dir / ('here-' + name)).write_text(str(os.getpid()))
@@ -76,7 +78,14 @@ class Processes(Plan):
             Job(
                 stage.name,
                 run_dir,
-                (sys.executable, "-c", head + self.code[stage.name], stage.name, str(run_dir), *stage.after),
+                (
+                    sys.executable,
+                    "-c",
+                    head + self.code[stage.name],
+                    stage.name,
+                    str(run_dir),
+                    *self.reads[stage.name],
+                ),
                 stage.after,
                 is_training=True,
             )
@@ -149,7 +158,8 @@ def test_sigterm_ends_all_of_them(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_an_error_of_the_launcher_ends_what_runs(tmp_path: Path) -> None:
-    damage = "(run_dir / name).mkdir(); (run_dir / name / '_SUCCESS.json').write_text('{')"
+    newer = '{"schema": 9, "inputs": {}, "outputs": {}}'
+    damage = f"(run_dir / name).mkdir(); (run_dir / name / '_SUCCESS.json').write_text('{newer}')"
     with pytest.raises(UpcycleError):
         run_stages(tmp_path, {"one": damage, "two": "time.sleep(600)"}, {})
     assert processes_of(tmp_path) == []

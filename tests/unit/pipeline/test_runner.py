@@ -34,9 +34,9 @@ def run_dir(tmp_path: Path) -> Path:
     folder.mkdir()
     plan.write(folder)
     stage = BY_NAME["import"]
-    inputs = stage.folder(folder).inputs(stage.settings_of(plan))
-    stage.folder(folder).start(inputs, resumable=False)
-    stage.folder(folder).finish(inputs, 1.0, {"dense_folder": str(parent)})
+    inputs = stage.inputs(folder, plan)
+    stage.folder(folder, plan).start(inputs, resumable=False)
+    stage.folder(folder, plan).finish(inputs, 1.0, {"dense_folder": str(parent)})
     return folder
 
 

@@ -1,0 +1,60 @@
+"""What finished stages left: the files by which other stages know it, and whether all of it is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import StageError
+from nemo_upcycle.pipeline.markers import STARTED
+from nemo_upcycle.pipeline.plan import Plan
+from nemo_upcycle.sources.checkpoints import steps_in
+from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
+from nemo_upcycle.trainers.base import last_checkpoint
+from nemo_upcycle.utils.files import read_json
+
+
+def require_kept(folder: Path, run_dir: Path) -> None:
+    """Check that a folder of a model is whole, if it lies in a run's folder: of another, this machine may not know.
+
+    Raises:
+        UpcycleError: it is gone.
+    """
+    if folder.is_relative_to(run_dir.resolve()) or folder.is_relative_to(run_dir):
+        read_json(folder / "config.json")
+        index = folder / INDEX
+        files = set(read_json(index)["weight_map"].values()) if index.is_file() else {SINGLE}
+        if gone := sorted(name for name in files if not (folder / name).is_file()):
+            raise StageError(f"{folder / gone[0]}", got="no such file", expected="weights", fix="run the stage again")
+
+
+def weights_in(*folders: Path) -> list[Path]:
+    """Return the files that hold the weights of models, by which those that read them know them."""
+    return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the files with the tensors of the last checkpoint of a training."""
+    return sorted(last_checkpoint(folder).rglob("*.distcp"))
+
+
+def require_newer(path: Path, run_dir: Path, stage: str) -> None:
+    """Check that a stage wrote a file after its last start, and not at an earlier one.
+
+    Raises:
+        StageError: it did not.
+    """
+    if not path.is_file() or path.stat().st_mtime_ns < (run_dir / stage / STARTED).stat().st_mtime_ns:
+        raise StageError(str(path), got="of an earlier start", expected="of the last one", fix="run the stage again")
+
+
+def whole_training(run_dir: Path, plan: Plan, stage: str) -> dict[str, Any]:
+    """Return what the marker of a training reports, from its last checkpoint.
+
+    Raises:
+        StageError: it has not taken all of its steps, or its recipe alone knows how many.
+    """
+    checkpoint, wanted = last_checkpoint(run_dir / stage), plan.training_settings(stage).steps
+    if not 0 < wanted <= steps_in(checkpoint):
+        raise StageError(str(checkpoint), got="an earlier step", expected=f"step {wanted}", fix="run the stage again")
+    return {"checkpoint": str(checkpoint)}

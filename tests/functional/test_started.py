@@ -1,0 +1,47 @@
+"""A small run that c2f5a068 finished is gone on with: more steps, and export, evaluation and report after them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nemo_upcycle.pipeline.checks import check_started
+from nemo_upcycle.pipeline.launch import launch
+from nemo_upcycle.pipeline.order import finished, read_plan
+from nemo_upcycle.pipeline.stages import STAGES, RunPlan
+from nemo_upcycle.utils.files import read_json
+from tests.started import unpack
+
+
+pytestmark = pytest.mark.slow
+HERE = SimpleNamespace(executor=None, detach=False, confirm=lambda: True)
+
+
+def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe
+
+    run_dir = unpack("c2f5a068", tmp_path)
+    plan = read_plan(run_dir)
+    assert isinstance(plan, RunPlan)
+    recipe = load_recipe(plan.pretrain)
+    recipe.trainer.max_steps = 6
+    (run_dir / "import/_SUCCESS.json").write_text("{")  # what locked out trainings before
+    (run_dir / "upcycle/_SUCCESS.json").unlink()
+    plan = replace(plan, pretrain=dump_recipe(recipe))
+    check_started(run_dir, plan)
+    launch(HERE, run_dir, plan, STAGES)
+    said = capfd.readouterr().err
+    assert "[import] its marker was lost or damaged: made again from what the stage left, which is whole\n" in said
+    assert [name for name in (stage.name for stage in STAGES) if f"[{name}] done in" in said] == [
+        "pretrain",
+        "export",
+        "evaluate",
+        "report",
+    ]
+    assert "\nstep 5/6 " in said
+    assert "\nstep 4/6 " not in said
+    assert finished(run_dir, plan) == [stage.name for stage in STAGES]
+    assert read_json(run_dir / "results.json")["training"]["pretrain"]["steps"] == 6

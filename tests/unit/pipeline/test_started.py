@@ -1,0 +1,240 @@
+"""A run that an earlier release finished, and what users meet in its folder: no refusal that its fix does not end."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.checks import check_started
+from nemo_upcycle.pipeline.forecast.stages import find
+from nemo_upcycle.pipeline.markers import renew
+from nemo_upcycle.pipeline.order import chosen_stages, finished, read_plan, require_earlier, require_same_work
+from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, RunPlan
+from nemo_upcycle.utils.files import MARKER, read_json, write_json
+from tests.started import unpack
+
+
+NAMES = [stage.name for stage in STAGES]
+#: What each stage leaves, in the run's folder.
+LEFT = {"data": ["data/blend"], "upcycle": ["upcycle/hf", "receipt.json"], "pretrain": ["pretrain/checkpoints"]}
+LEFT |= {"export": ["hf"], "evaluate": ["evaluation", "suite"]}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of c2f5a068: never changed."""
+    return unpack("c2f5a068", tmp_path_factory.mktemp("started"))
+
+
+def kept_of(run_dir: Path) -> Path:
+    """Return where a test finds the run as it was."""
+    return run_dir.parent.with_name("kept") / run_dir.name
+
+
+@pytest.fixture
+def run_dir(packed: Path) -> Iterable[Path]:
+    """The run, to be changed by the test; where it stood, since paths are settings."""
+    root, kept = packed.parent, kept_of(packed).parent
+    shutil.copytree(root, kept)
+    yield packed
+    shutil.rmtree(root)
+    kept.rename(root)
+
+
+@pytest.fixture
+def plan(packed: Path) -> RunPlan:
+    found = read_plan(packed)
+    assert isinstance(found, RunPlan)
+    return found
+
+
+def launch(run_dir: Path, plan: RunPlan, first: str | None = None) -> list[str]:
+    """Check a run as its command does, and let its stages do what they have to; return those that ran.
+
+    Raises:
+        UpcycleError: it is refused, now or when a stage starts.
+    """
+    stages = chosen_stages(first, None, None)
+    check_started(run_dir, plan)
+    require_earlier(stages, run_dir, plan)
+    findings: dict[str, Any] = {}
+    for stage in stages:
+        findings[stage.name] = find(stage, run_dir, plan, findings)
+    renew([stage.folder(run_dir, plan) for stage in plan.stages])
+    for stage in plan.stages:
+        stage.adopt(run_dir, plan)
+    plan.write(run_dir)
+    ran = []
+    for stage in stages:
+        if not stage.is_done(run_dir, plan):
+            folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)
+            if stage.resumable:
+                require_same_work(run_dir, plan)
+            folder.start(inputs, resumable=stage.resumable)
+            outputs = read_json(kept_of(run_dir) / stage.name / MARKER)["outputs"]
+            for name in LEFT.get(stage.name, ()):
+                if not (run_dir / name).exists():
+                    source = kept_of(run_dir) / name
+                    (shutil.copytree if source.is_dir() else shutil.copy)(source, run_dir / name)
+            folder.finish(inputs, 1.0, outputs, stage.content_of(run_dir, plan, outputs))
+            ran.append(stage.name)
+    assert finished(run_dir, plan) == NAMES
+    return ran
+
+
+def damage(*paths: str) -> Callable[[Path], None]:
+    return lambda run_dir: [(run_dir / path).write_text("{") for path in paths] and None
+
+
+def lose(*paths: str) -> Callable[[Path], None]:
+    def delete(run_dir: Path) -> None:
+        for path in paths:
+            shutil.rmtree(run_dir / path) if (run_dir / path).is_dir() else (run_dir / path).unlink()
+
+    return delete
+
+
+def test_a_finished_run_of_an_earlier_release_has_nothing_to_do(run_dir: Path, plan: RunPlan) -> None:
+    assert finished(run_dir, plan) == NAMES
+    assert launch(run_dir, plan) == []
+    assert {read_json(run_dir / name / MARKER)["schema"] for name in NAMES} == {1}
+
+
+@pytest.mark.parametrize(
+    ("change", "ran"),
+    [
+        (lose(f"export/{MARKER}"), []),
+        (lose("hf", f"export/{MARKER}"), ["export"]),
+        (lose("export", "hf", "evaluate", "evaluation", "report"), ["export", "evaluate", "report"]),
+        (lose(f"upcycle/{MARKER}", "upcycle/hf"), ["upcycle"]),
+        (lose("upcycle"), ["upcycle"]),
+        (lose(f"pretrain/{MARKER}"), []),
+        (lose("import"), ["import"]),
+        (lose(f"data/{MARKER}"), []),
+        (damage(*(f"{name}/{MARKER}" for name in NAMES)), ["evaluate", "report"]),
+    ],
+)
+@pytest.mark.parametrize("renewed", [True, False])
+def test_a_lost_or_damaged_marker_is_made_again_and_locks_nothing(
+    run_dir: Path, plan: RunPlan, change: Callable[[Path], None], ran: list[str], renewed: bool
+) -> None:
+    if renewed:
+        launch(run_dir, plan)
+    change(run_dir)
+    assert launch(run_dir, plan) == ran
+
+
+def test_the_check_of_step_0_may_run_again_before_a_training_goes_on(run_dir: Path, plan: RunPlan) -> None:
+    lose("upcycle", f"pretrain/{MARKER}", "pretrain/checkpoints")(run_dir)
+    ran = launch(run_dir, plan)
+    assert ran[:2] == ["upcycle", "pretrain"]
+
+
+def test_from_export_goes_on_without_the_check_of_step_0_where_nothing_reads_it(run_dir: Path, plan: RunPlan) -> None:
+    lose("upcycle", "export", "hf")(run_dir)
+    require_earlier(chosen_stages(None, None, "export"), run_dir, plan)
+    with pytest.raises(UpcycleError, match="--from upcycle"):  # evaluate reads its model
+        require_earlier(chosen_stages("export", None, None), run_dir, plan)
+    assert launch(run_dir, plan, "upcycle") == ["upcycle", "export"]
+
+
+def changed_plan(plan: RunPlan, **changes: str) -> RunPlan:
+    """Return a plan with other fields, which keeps what it knows of its recipes: to load them takes NeMo."""
+    changed = replace(plan, **changes)
+    changed._known.update(plan._known)
+    return changed
+
+
+def other_parent(plan: RunPlan) -> RunPlan:
+    """Change a setting that all trainings depend on."""
+    return changed_plan(plan, dense=f"{plan.dense}/")
+
+
+def other_evaluation(plan: RunPlan) -> RunPlan:
+    return changed_plan(plan, evaluation="demo")
+
+
+def touch_parent(run_dir: Path) -> None:
+    """Change the parent's weights in place, and let it be imported again."""
+    weights = run_dir.parent / "parent/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    lose("import")(run_dir)
+
+
+def same(plan: RunPlan) -> RunPlan:
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("change", "changed", "first", "fix"),
+    [
+        (damage("data/_STARTED.json"), same, None, "delete"),
+        (damage("pretrain/_STARTED.json"), same, None, "delete folder"),
+        (None, other_parent, None, "delete"),
+        (None, other_parent, None, "back"),
+        (touch_parent, same, None, "delete"),
+        (lose("data"), same, "export", "from"),
+        (None, other_evaluation, "report", "from"),
+        (lose("export", "data/blend/manifest.json", "data/blend/_SUCCESS.json"), same, "export", "delete"),
+        (lose("evaluate", "upcycle/hf/model.safetensors"), same, "evaluate", "delete"),
+        (lose("export", "hf", "pretrain/checkpoints"), same, "export", "delete"),
+        (lose("evaluate", "hf/model.safetensors"), same, "evaluate", "delete"),
+    ],
+)
+def test_whoever_does_what_a_refusal_says_goes_on(
+    run_dir: Path,
+    plan: RunPlan,
+    change: Callable[[Path], None] | None,
+    changed: Callable[[RunPlan], RunPlan],
+    first: str | None,
+    fix: str,
+) -> None:
+    lose(*NAMES)(run_dir)
+    launch(run_dir, plan)  # all anew, so that what each stage left is noted
+    if change:
+        change(run_dir)
+    tried = changed(plan)
+    with pytest.raises(UpcycleError) as refused:
+        launch(run_dir, tried, first)
+    text = refused.value.fix
+    if fix == "back":
+        launch(run_dir, plan, first)
+        return
+    if fix.startswith("delete"):
+        paths = re.findall(rf"{re.escape(str(run_dir))}[\w./]*\w", text)
+        if refused.value.subject.endswith("_STARTED.json"):
+            paths = [refused.value.subject] if fix == "delete" else paths
+        for path in map(Path, paths):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if start := re.search(r"--from (\w+)", text):
+        first = start[1]
+    launch(run_dir, tried, first)
+
+
+def test_a_run_of_a_newer_release_is_refused_by_name(run_dir: Path, plan: RunPlan) -> None:
+    write_json(run_dir / plan.file, read_json(run_dir / plan.file) | {"schema": 2})
+    with pytest.raises(UpcycleError) as refused:
+        read_plan(run_dir)
+    assert refused.value.subject == f"schema of {run_dir / plan.file}"
+
+
+def test_more_steps_go_on_and_what_reads_the_training_runs_again(run_dir: Path, plan: RunPlan) -> None:
+    settings = plan.training_settings("pretrain")
+    plan._known.update({digest: replace(settings, steps=6) for digest in plan._known})
+    assert launch(run_dir, plan) == ["pretrain", "export", "evaluate", "report"]
+    assert BY_NAME["pretrain"].folder(run_dir, plan).started_from() is not None
+
+
+def test_a_part_of_the_chain_starts_where_a_marker_alone_was_lost(run_dir: Path, plan: RunPlan) -> None:
+    damage(f"import/{MARKER}", f"upcycle/{MARKER}")(run_dir)
+    lose("export", "hf")(run_dir)
+    assert launch(run_dir, plan, "export") == ["export"]
