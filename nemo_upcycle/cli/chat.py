@@ -59,4 +59,6 @@ def _text(manifest: dict[str, Any], folder: str) -> str:
             line += f"; {counts['packs']:,} packs, {manifest['packing'][split]['packing_efficiency']:g} % full"
         lines.append(line + (f"; {counts['cut']:,} cut" if counts["cut"] else ""))
     lines += [f"  removed: {count:,} lines, {reason}" for reason, count in manifest["removed"].items()]
+    if manifest["removed"]:
+        lines.append(f"  {folder}/removed.jsonl: file, line and field of each, and what to do")
     return "\n".join(lines)
