@@ -18,7 +18,7 @@ EPILOG = f"""examples:
 A line of the files is a conversation:
   {{"messages": [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]}}
 Tune on the result with nemo llm finetune --factory "RECIPE(data='DIR')".
-exit status: 0 done; 2 a value or a file is wrong.
+exit status: 0 done; 1 more lines are wrong than max_lost allows; 2 a value or a file is wrong.
 
 The package's own sets are in {packaged("chat")}; messages.yaml explains every key."""
 

@@ -29,7 +29,7 @@ from nemo_upcycle.data.chat.template import ChatTemplate, Tokens
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.finished import HELDOUT, MANIFEST, TOKENIZER
 from nemo_upcycle.data.tokenizers import open_tokenizer, save_tokenizer
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import LostError, UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, read_json, write_json
@@ -199,7 +199,7 @@ def _require_few(chat: Chat, problems: Sequence[Problem], lines: int) -> None:
     if len(wrong) > chat.config.max_lost * lines:
         most, fix = _most(wrong)
         enough = math.ceil(100 * len(wrong) / lines) / 100
-        raise UpcycleError(
+        raise LostError(
             f"conversations of {chat.name}",
             got=f"{len(wrong):,} of {lines:,} lines that cannot be taken ({most})",
             expected=f"at most {chat.config.max_lost:.0%} of them",

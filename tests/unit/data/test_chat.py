@@ -272,7 +272,7 @@ def test_more_wrong_lines_than_allowed_end_the_build_with_what_to_do(tokenizer: 
     lines = [*sums(), *([messages("How?")] * 3), *(asks_tool(f"Warm in {n}?") for n in range(6))]
     with pytest.raises(UpcycleError, match="9 of 49 lines") as caught:
         _build(tokenizer, tmp_path, lines)
-    assert "6 lines: tool_calls that the chat template does not write" in caught.value.got
+    assert "6 lines: tool_calls that the chat template does not write" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
     assert "max_lost to 0.19" in caught.value.fix
     manifest = _build(tokenizer, tmp_path, lines, "max_lost=0.19")
