@@ -125,7 +125,7 @@ def test_compressed_files(tmp_path: Path, suffix: str, compress: Callable[[bytes
     assert texts(work)[:good] == many[:good]
     counts = stats(work)
     assert counts["steps"]["read"]["removed"]["damaged compressed file"] == 1
-    assert 0.85 < counts["bytes_in"] / len(content) < 1.15  # what is lost is estimated
+    assert 0.65 < counts["bytes_in"] / len(content) < 1.15  # what is lost is estimated
 
 
 @pytest.mark.parametrize(("name", "reader"), [("a.jsonl", "jsonl"), ("a.jsonl.gz", "jsonl"), ("a.txt", "text")])

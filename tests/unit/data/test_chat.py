@@ -274,6 +274,7 @@ def test_more_wrong_lines_than_allowed_end_the_build_with_what_to_do(tokenizer: 
         _build(tokenizer, tmp_path, lines)
     assert "6 lines: tool_calls that the chat template does not write" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+    assert caught.value.exit_status == 1
     assert "max_lost to 0.19" in caught.value.fix
     manifest = _build(tokenizer, tmp_path, lines, "max_lost=0.19")
     assert sum(manifest["removed"].values()) == 9
