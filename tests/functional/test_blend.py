@@ -123,7 +123,7 @@ def built(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     status, said, errors = _answer(texts, output)
     assert status == 0, errors
     assert "web:" in said
-    assert f"3 documents, 21 bytes: broken JSON, first at {texts}/web/0.jsonl.gz:8" in said
+    assert f"3 documents, 24 bytes: broken JSON, first at {texts}/web/0.jsonl.gz:8" in said
     return output
 
 
