@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend
-from nemo_upcycle.data.readers import READERS
+from nemo_upcycle.data.readers import NO_FIELD, READERS
 from nemo_upcycle.errors import LostError
 
 
@@ -77,11 +77,15 @@ def require_read(blend: Blend, source: str, tasks: Sequence[Mapping[str, Any]]) 
 
 
 def text_field(blend: Blend, source: str, tasks: Iterable[Mapping[str, Any]]) -> str:
-    """Return how to name the field in which records without a text have most; an empty text where they have none."""
+    """Return how to name the field that most records have in place of a text; empty: a text, or no field."""
     fields: Counter[str] = Counter()
+    documents = without = 0
     for task in tasks:
         fields.update(task["fields"])
-    if not fields or "text_key" not in READERS[blend.config.sources[source].reader].options:
+        documents += task["steps"]["read"]["in"]
+        without += sum(one["documents"] for reason, one in task["lost"].items() if reason.startswith(NO_FIELD))
+    has_key = "text_key" in READERS[blend.config.sources[source].reader].options
+    if not fields or not has_key or 2 * without <= documents:
         return ""
     names = [name for name, _ in fields.most_common()]
     return f"set sources.{source}.options.text_key={names[0]} (fields of text there: {', '.join(names)})"

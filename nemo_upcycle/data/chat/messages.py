@@ -106,7 +106,8 @@ def _conversation(place: str, line: bytes, special_tokens: Collection[str]) -> C
         return Problem(place, "", "no JSON object")
     messages = value.get("messages")
     if not isinstance(messages, list) or not messages:
-        return Problem(place, "messages", "no list of messages" if "messages" in value else "missing")
+        fix = 'write {"messages": [...]}; texts without them are for `nemo-upcycle data`'
+        return Problem(place, "messages", "no list of messages" if "messages" in value else "missing", fix)
     tools = value.get("tools")
     if tools is not None and not isinstance(tools, list):
         return Problem(place, "tools", "no list")
@@ -134,7 +135,7 @@ def _problem(message: Any, special_tokens: Collection[str]) -> tuple[str, str] |
         return ".role", f"none of {', '.join(ROLES)}"
     if message.get("weight") not in ((None, 0, 1) if role == ANSWER else (None, 0)):
         return ".weight", "neither 0 nor 1" if role == ANSWER else "on what is no answer"
-    if reason := _untangled(message):
+    if reason := _wrong_calls(message):
         return ".tool_calls", reason
     is_call = role == ANSWER and any(map(message.get, _CALLS))
     if is_call and message.get("content") is None:
@@ -150,7 +151,7 @@ def _problem(message: Any, special_tokens: Collection[str]) -> tuple[str, str] |
     return None
 
 
-def _untangled(message: dict[str, Any]) -> str:
+def _wrong_calls(message: dict[str, Any]) -> str:
     """Read the arguments of tool calls that are JSON in a text, as templates want them; return what is wrong."""
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):

@@ -21,7 +21,7 @@ from nemo_upcycle.data.engine.lines import (
     size_of,
     zip_members,
 )
-from nemo_upcycle.data.readers import FORMATS, format_of
+from nemo_upcycle.data.readers import FORMATS, NO_FIELD, format_of
 
 
 #: Of records without the field that holds the text: other fields that are remembered.
@@ -81,7 +81,7 @@ class ReadDocuments(LedgerStep):
             if text is None and len(self.ledger.fields) < _MOST_FIELDS:
                 texts_there = {name: len(value) + 1 for name, value in record.items() if isinstance(value, str)}
                 self.ledger.fields.update(texts_there)
-            return f"no field {key}" if text is None else f"{key} is no text"
+            return f"{NO_FIELD} {key}" if text is None else f"{key} is no text"
         own = record.get(options.get("id_key", "id"))
         if own is not None:  # two documents may have the same
             identity = f"{own}@{identity}"

@@ -18,7 +18,7 @@ from nemo_upcycle.utils.files import write_json
 
 
 #: Of what a task counts, what a first pass over its documents knows.
-READ = ("bytes_in", "lost", "fields", "files", "steps")
+_FIRST_PASS = ("bytes_in", "lost", "fields", "files", "steps")
 _FIELDS = 8
 STEPS = ("read", "filter", "deduplicate", "overlap", "decontaminate", "tokenise")
 
@@ -196,7 +196,7 @@ class CountText(LedgerStep):
                 counts["bytes"] += document.metadata["bytes"]
             yield document
         if not self.ledger.is_kept:
-            read = {key: value for key, value in self.ledger.summary().items() if key in READ}
+            read = {key: value for key, value in self.ledger.summary().items() if key in _FIRST_PASS}
             write_json(self.ledger.plan.path("read", rank, "json"), counts | read)
 
 

@@ -127,7 +127,8 @@ def test_a_wrong_line_is_named_by_field_and_reason(tmp_path: Path, line: Any, fi
     path = write_lines(tmp_path / "mine.jsonl", [messages("How?", "So."), line])
     good, bad = read_conversations(path, ["</s>"])
     assert isinstance(good, Conversation)
-    assert bad == Problem("mine.jsonl:2", field, reason)
+    assert isinstance(bad, Problem)
+    assert (bad.place, bad.field, bad.reason) == ("mine.jsonl:2", field, reason)
 
 
 def test_the_loss_is_on_calls_of_tools_as_the_template_writes_them(tokenizer: Path, tmp_path: Path) -> None:

@@ -58,9 +58,11 @@ def test_more_than_a_source_may_lose_is_refused_with_status_1() -> None:
     require_read(_blend(max_lost=0.34), "web", tasks)
 
 
-@pytest.mark.parametrize(("reader", "is_named"), [("files", True), ("packages", False)])
-def test_field_that_holds_the_text_is_named_where_it_can_be_set(reader: str, is_named: bool) -> None:
-    tasks = [_task(10, 1000, lost("no field text", 5, 500), id=50, body=450)]
+@pytest.mark.parametrize(
+    ("reader", "documents", "is_named"), [("files", 6, True), ("files", 5, False), ("packages", 6, False)]
+)
+def test_field_that_holds_most_texts_is_named_where_it_can_be_set(reader: str, documents: int, is_named: bool) -> None:
+    tasks = [_task(10, 1000, lost("no field text", documents, 500), id=50, body=450)]
     with pytest.raises(LostError) as caught:
         require_read(_blend(reader=reader), "web", tasks)
     assert ("sources.web.options.text_key=body" in caught.value.fix) == is_named
