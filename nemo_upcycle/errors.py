@@ -121,6 +121,12 @@ class CheckpointError(UpcycleError):
     """A checkpoint is missing, truncated, of another architecture, or does not fit the model."""
 
 
+class LostError(UpcycleError):
+    """More of the input could not be read than its settings allow: nothing is finished."""
+
+    exit_status = 1
+
+
 class StageError(UpcycleError):
     """A stage of the pipeline cannot start or did not finish."""
 

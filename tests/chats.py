@@ -22,6 +22,15 @@ FORGETS = (
     "{% else %}{{ message['content'] }}{% endif %}</s>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+#: One that writes tools, thoughts of the last answer, calls and what they returned, much as Qwen's does.
+TOOLS = (
+    "{% if tools %}system: {{ tools | tojson }}</s>{% endif %}"
+    "{% for message in messages %}{{ message.role }}: "
+    "{% if loop.last and message.reasoning_content %}[{{ message.reasoning_content }}]{% endif %}{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    "<call>{{ call.function.name }} {{ call.function.arguments | tojson }}</call>{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def write_chat_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
@@ -37,6 +46,17 @@ def write_chat_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
 def messages(*texts: str) -> list[dict[str, Any]]:
     """Return questions and answers in turn as messages."""
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def asks_tool(question: str = "Warm?") -> list[dict[str, Any]]:
+    """Return a question, a call of a tool in OpenAI's form, what the tool said, and the answer."""
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "5 degrees"},
+        {"role": "assistant", "content": "No."},
+    ]
 
 
 def write_lines(path: Path, conversations: list[Any]) -> Path:

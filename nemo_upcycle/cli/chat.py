@@ -18,7 +18,7 @@ EPILOG = f"""examples:
 A line of the files is a conversation:
   {{"messages": [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]}}
 Tune on the result with nemo llm finetune --factory "RECIPE(data='DIR')".
-exit status: 0 done; 2 a value or a file is wrong.
+exit status: 0 done; 1 more lines are wrong than max_lost allows; 2 a value or a file is wrong.
 
 The package's own sets are in {packaged("chat")}; messages.yaml explains every key."""
 
@@ -59,4 +59,6 @@ def _text(manifest: dict[str, Any], folder: str) -> str:
             line += f"; {counts['packs']:,} packs, {manifest['packing'][split]['packing_efficiency']:g} % full"
         lines.append(line + (f"; {counts['cut']:,} cut" if counts["cut"] else ""))
     lines += [f"  removed: {count:,} lines, {reason}" for reason, count in manifest["removed"].items()]
+    if manifest["removed"]:
+        lines.append(f"  {folder}/removed.jsonl: file, line and field of each, and what to do")
     return "\n".join(lines)

@@ -19,18 +19,23 @@ if TYPE_CHECKING:
 EPILOG = f"""examples:
   nemo-upcycle data sotu runs/data tokenizer=asset://smollm2-135m
   nemo-upcycle data blend.yaml /data/blend tokenizer=/models/Llama-3-8B seq_length=4096 --workers 16
+  nemo-upcycle data mine.jsonl /data/mine tokenizer=/models/Llama-3-8B sources.texts.options.text_key=content
   nemo-upcycle data fineweb_edu_academic_7_3 /data/web --slurm cpu --time 24:00:00
   nemo-upcycle data blend.yaml /data/blend --check
 
 Run it again to continue a stopped build. Train on the result with nemo llm pretrain --factory "RECIPE(data='DIR')".
-exit status: 0 done; 2 a value or a file is wrong.
+exit status: 0 done; 1 more of a source could not be read than its max_lost allows; 2 a value or a file is wrong.
 
 The package's own blends are in {packaged("data")}; text.yaml explains every key."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("blend", metavar="BLEND", help=f"{', '.join(packaged_names('data'))}, or a YAML file")
+    parser.add_argument(
+        "blend",
+        metavar="BLEND",
+        help=f"{', '.join(packaged_names('data'))}, a YAML file, or texts (.jsonl, .txt, .parquet)",
+    )
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make, which all workers share")
     parser.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="other values of the blend's keys"
@@ -116,6 +121,7 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
 
 
 def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:
+    from nemo_upcycle.data.losses import lost_text
     from nemo_upcycle.data.sizes import epochs_text
 
     splits = manifest["splits"]
@@ -123,9 +129,17 @@ def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:
     lines = [f"{blend_folder.folder}: {counts} tokens"]
     for name, source in manifest["sources"].items():
         train = source["splits"]["train"]
-        removed = {f"{step} {why}": n for step, one in source["steps"].items() for why, n in one["removed"].items()}
+        removed = {
+            f"{step} {why}": n
+            for step, one in source["steps"].items()
+            for why, n in one["removed"].items()
+            if step != "read"
+        }
         lines.append(f"  {name}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on")
         lines += [f"    removed: {count:,} documents, {why}" for why, count in removed.items()]
+        if (lost := source.get("lost")) and lost["reasons"]:  # earlier versions did not count it
+            lines.append(f"    lost: {lost['share']:.1%} of what was to be read")
+            lines += [f"      {line}" for line in lost_text(lost)]
         if cut := source["cut"]["documents"]:
             lines.append(
                 f"    passages of evaluation items cut out of {cut:,} documents, {source['cut']['bytes']:,} bytes"

@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(list(sys.argv[1:] if argv is None else argv), output)
     except UpcycleError as error:
         sys.stderr.write(f"error: {error}\n")
+        return error.exit_status
     except OSError as error:
         sys.stderr.write(f"error: {_format_os_error(error)}\n")
     except ModuleNotFoundError as error:

@@ -35,6 +35,7 @@ class SourceConfig:
         tokens: most tokens to take for training; None takes all.
         license: of the documents, for the model card.
         trains: columns of an evaluation whose training split, or kin of it, is in here.
+        max_lost: largest share of its documents, or of their bytes, that may be unreadable; above it no blend is made.
         on_hit: what happens to a document that holds an evaluation item: its passage is cut out, or all is dropped.
         options: what else the reader takes.
         pii: what is replaced in its texts, of `PII`; None leaves it to the blend.
@@ -48,6 +49,7 @@ class SourceConfig:
     tokens: float | None = None
     license: str = "not stated"
     trains: list[str] = field(default_factory=list)
+    max_lost: float = 0.1
     on_hit: str = "cut"
     options: dict[str, Any] = field(default_factory=dict)
     pii: list[str] | None = None
@@ -138,7 +140,8 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
     """Read a blend.
 
     Args:
-        name: one of the package's own in `conf/data` (`sotu`, `fineweb_edu_academic_7_3`, ...), or a YAML file.
+        name: one of the package's own in `conf/data` (`sotu`, `fineweb_edu_academic_7_3`, ...), a YAML file, or a file
+            of texts, which is then its one source `texts`.
         overrides: `key=value`, as in `sources.web.weight=0.8`.
 
     Raises:
@@ -152,7 +155,11 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    conf = read_conf("data", name, "blend")
+    from nemo_upcycle.data.readers import format_of  # which imports this module
+
+    path = Path(name).expanduser().absolute()
+    alone = {"sources": {"texts": {"train": [str(path)]}}}
+    conf = Conf(alone, path, path.parent) if format_of(path.name) else read_conf("data", name, "blend")
     known = conf.content.get("sources")
     for override in overrides:
         named = re.match(r"sources\.([^.=]+)", override)
@@ -189,6 +196,8 @@ def _check(conf: Conf, config: BlendConfig) -> None:
         require(bool(source.train), f"{key}.train", "nothing", "at least one entry", "name what is trained on")
         most = source.tokens
         require(most is None or 1 <= most < math.inf, f"{key}.tokens", most, "1 or more", "omit it to take all")
+        lost = source.max_lost
+        require(0 <= lost <= 1, f"{key}.max_lost", lost, "0 to 1", f"set {key}.max_lost=0.1")
         if source.on_hit not in ON_HIT:
             raise UpcycleError.unknown(f"{conf.path}: {key}.on_hit", source.on_hit, ON_HIT)
     of_sources = {f"sources.{name}.pii": source.pii or [] for name, source in config.sources.items()}

@@ -1,6 +1,6 @@
 """Join what the tasks of the data engine wrote, and describe the blend in its manifest.
 
-The manifest has weights, licences, tokens, what every step removed, files and versions.
+The manifest has weights, licences, tokens, what could not be read, what every step removed, files and versions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from nemo_upcycle.data.blend import Blend, BlendConfig
 from nemo_upcycle.data.finished import FORMAT, MANIFEST, open_blend
 from nemo_upcycle.data.indexed_dataset import join_datasets
+from nemo_upcycle.data.losses import count_lost
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.files import aside_of, read_json, read_json_lines, whole_file, write_json
 from nemo_upcycle.utils.progress import ProgressLine
@@ -121,6 +122,7 @@ def make_manifest(
             name: {
                 **_of_the_source(blend, name),
                 "splits": merged[name],
+                "lost": count_lost([entry for entry in stats if entry["source"] == name]),
                 "steps": _sum_steps(entry for entry in stats if entry["source"] == name),
                 "cut": _sum_counts(entry["cut"] for entry in stats if entry["source"] == name),
                 "pii": dict(sum((Counter(entry["pii"]) for entry in stats if entry["source"] == name), Counter())),
@@ -148,7 +150,7 @@ def texts_of(config: BlendConfig) -> dict[str, Any]:
     for key in ("seq_length", "max_epochs"):
         del values[key]
     for source in values["sources"].values():
-        for key in ("weight", "license", "trains"):
+        for key in ("weight", "license", "trains", "max_lost"):
             del source[key]
     return values
 

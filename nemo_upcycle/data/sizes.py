@@ -1,15 +1,16 @@
-"""What a run would draw of each source, and sources that are too small for it, said before all is tokenised."""
+"""What a run would draw of each source, and sources that are too small or lost, said before all is tokenised."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend
 from nemo_upcycle.data.engine.plan import BEGUN
+from nemo_upcycle.data.losses import count_lost, lost_text, require_read, text_field
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json
 
@@ -18,13 +19,15 @@ from nemo_upcycle.utils.files import read_json
 _BYTES_PER_TOKEN = 4
 #: What the engine writes of each task: what it read, in a pass before the last one; and what it made of it.
 _READ, _STATS = "read", "stats"
+_TRAIN = ("documents", "bytes", "tokens")
 
 
 def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[], None]:
     """Return a check of what the engine has written so far, to be called again and again.
 
     Once all tasks of a source have been read, and again once they are tokenised, it refuses a source that has no
-    sequence to train on; once those of all sources have been read, it shows what a run would draw.
+    sequence to train on, or of which too much could not be read; once those of all sources have been read, it shows
+    what a run would draw.
 
     Args:
         blend: the blend.
@@ -35,6 +38,7 @@ def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[]
     ranks = {name: [rank for rank, task in tasks if task["source"] == name] for name in blend.config.sources}
     waiting = {(kind, name): list(numbers) for kind in (_READ, _STATS) for name, numbers in ranks.items()}
     text_bytes: dict[str, int] = {}
+    checked: set[str] = set()
     has_begun = False
 
     def check() -> None:
@@ -52,8 +56,12 @@ def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[]
             counts = [read_json(work / kind / f"{rank:05d}.json") for rank in ranks[name]]
             train: Counter[str] = Counter()
             for one in counts:
-                train.update(one if kind == _READ else one["splits"].get("train", {}))
-            _require_sequence(blend, name, train, work)
+                of_training = one if kind == _READ else one["splits"].get("train", {})
+                train.update({key: of_training[key] for key in _TRAIN if key in of_training})
+            _require_sequence(blend, name, train, counts)
+            if name not in checked:
+                checked.add(name)
+                require_read(blend, name, counts)
             if kind == _READ:
                 text_bytes[name] = train["bytes"]
                 if len(text_bytes) == len(ranks):
@@ -62,20 +70,26 @@ def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[]
     return check
 
 
-def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], work: Path) -> None:
+def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks: Sequence[Mapping[str, Any]]) -> None:
     """Check what a source has to train on: `documents`, `bytes` and, if they are known, `tokens`."""
     most = train.get("tokens", train["bytes"] + 2 * train["documents"])  # a token has a byte, an end has none
     if most > blend.config.seq_length:
         return
     bound = "" if "tokens" in train else "at most "
+    read = sum(task["steps"]["read"]["in"] for task in tasks)
+    removed: Counter[str] = Counter()
+    for task in tasks:
+        for step, one in task["steps"].items():
+            removed.update({why: n for why, n in one["removed"].items() if step != "read"})
+    gone = [*lost_text(count_lost(tasks)), *(f"{count:,} documents: {why}" for why, count in removed.items())]
+    field = text_field(blend, source, tasks)
+    without = "take the source out of the blend and run the same command, which continues, or "
     raise UpcycleError(
         f"source {source}",
-        got=f"{bound}{most:,} tokens to train on, in {train['documents']:,} documents"
-        if train["documents"]
-        else "no document left to train on",
+        got=f"{bound}{most:,} tokens to train on, in {train['documents']:,} of {read:,} documents"
+        + (f" ({'; '.join(gone)})" if gone else ""),
         expected=f"more than a sequence ({blend.config.seq_length:,}), for {blend.share(source):.1%} of a run",
-        fix=f"remove the source and run the same command, which continues, or give it more text, in another folder; "
-        f"{work / 'removed'} says what was removed",
+        fix=f"{without if len(blend.config.sources) > 1 else ''}{field or 'give it more text'}, in another folder",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.chat.config import read_chat
 from nemo_upcycle.data.inputs import folders_of
+from nemo_upcycle.data.readers import format_of
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.checks import check_here, check_run
@@ -38,9 +39,11 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def absolute_argument(name: str, *, folder: bool = False) -> str:
-    """Return the absolute path of an argument that names a folder, YAML or JSON lines: a job may run elsewhere."""
+    """Return the absolute path of an argument that names a folder, YAML or a file of data: a job may run elsewhere."""
     path = Path(name).expanduser()
-    is_path = path.suffix in (".yaml", ".yml") or (folder and (path.is_dir() or path.suffix in (".jsonl", ".json")))
+    is_path = path.suffix in (".yaml", ".yml") or (
+        folder and (path.is_dir() or path.suffix == ".json" or bool(format_of(path.name)))
+    )
     return str(path.absolute()) if is_path else name
 
 

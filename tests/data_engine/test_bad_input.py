@@ -52,8 +52,8 @@ def _outcome(folder: Path, file: Path, **task: object) -> tuple[list[str], list[
         (b'["no object"]\n', "no JSON object"),
         (b'"no object"\n', "no JSON object"),
         (b"17\n", "no JSON object"),
-        (b'{"content": "another field"}\n', "no text"),
-        (b'{"text": null}\n', "no text"),
+        (b'{"content": "another field"}\n', "no field text"),
+        (b'{"text": null}\n', "no field text"),
         (b'{"text": ["a", "list"]}\n', "text is no text"),
         ('{"text": "привет"}\n'.encode("cp1251"), "not UTF-8"),
         ('{"text": "café'.encode() + b'\xc3"}\n', "not UTF-8"),  # half of a character
@@ -93,6 +93,8 @@ def test_endless_line_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pyte
     file = tmp_path / "some.jsonl"
     file.write_bytes(_between(b"x" * 200_000 + b"\n") + b"y" * 200_000)
     assert _outcome(tmp_path, file) == (GOOD, [("line too long", 3), ("line too long", 8)])
+    lost = stats(tmp_path / "work")["lost"]["line too long"]
+    assert lost == {"documents": 2, "bytes": 400_001, "files": 0, "first": f"{file}:3"}
 
 
 def _zstd(content: bytes) -> bytes:
@@ -113,13 +115,17 @@ def test_compressed_files(tmp_path: Path, suffix: str, compress: Callable[[bytes
             assert (len(kept), lost) == (len(many), [])
         else:
             assert lost == [("truncated compressed file", len(kept) + 1)]
+            counts = stats(tmp_path / name / "work")
+            assert counts["lost"]["truncated compressed file"]["bytes"] >= counts["bytes_in"] / 2
             assert len(kept) > len(many) * (0.9 if name == "cut" else 0.4)
     file = tmp_path / f"damaged.jsonl.{suffix}"
     file.write_bytes(whole[: len(whole) // 2] + b"\0" * 50 + whole[len(whole) // 2 + 50 :])
     work = execute(write_plan(tmp_path / "damaged", [{"files": [str(file)]}]))
     good = int(len(many) * 0.4)
     assert texts(work)[:good] == many[:good]
-    assert stats(work)["steps"]["read"]["removed"]["damaged compressed file"] == 1
+    counts = stats(work)
+    assert counts["steps"]["read"]["removed"]["damaged compressed file"] == 1
+    assert 0.65 < counts["bytes_in"] / len(content) < 1.15  # what is lost is estimated
 
 
 @pytest.mark.parametrize(("name", "reader"), [("a.jsonl", "jsonl"), ("a.jsonl.gz", "jsonl"), ("a.txt", "text")])
@@ -138,6 +144,7 @@ def test_vanished_file(tmp_path: Path, reader: str) -> None:
         write_plan(tmp_path, [{"files": [str(tmp_path / "gone")], "reader": reader}, {"files": [str(there)]}])
     )
     assert stats(work, 0)["steps"]["read"] == {"in": 1, "kept": 0, "removed": {"missing file": 1}}
+    assert stats(work, 0)["lost"]["missing file"]["files"] == 1
     assert removed(work, 0)[0]["where"] == f"{tmp_path / 'gone'}:0"
     assert texts(work, 1) == GOOD
 
@@ -145,6 +152,22 @@ def test_vanished_file(tmp_path: Path, reader: str) -> None:
 def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert _outcome(tmp_path, tmp_path / "folder") == ([], [("unreadable file", 0)])
+
+
+def test_fields_of_records_without_a_text_are_weighed_by_what_is_in_them(tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_bytes(b"".join(json.dumps({"id": "a", "content": text, "n": 1}).encode() + b"\n" for text in GOOD))
+    assert _outcome(tmp_path, file)[1] == [("no field text", number) for number in range(1, 7)]
+    counts = stats(tmp_path / "work")
+    assert list(counts["fields"]) == ["content", "id"]
+    assert counts["lost"]["no field text"]["bytes"] == counts["bytes_in"] == file.stat().st_size
+
+
+def test_file_that_is_no_text_is_lost_in_full(tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_bytes(bytes(range(256)) * 40)
+    assert _outcome(tmp_path, file)[1] == [("not text", 1)]
+    assert stats(tmp_path / "work")["lost"]["not text"]["bytes"] == 256 * 40
 
 
 def test_text_file_loses_only_its_bad_line(tmp_path: Path) -> None:
@@ -159,9 +182,12 @@ def test_parquet(tmp_path: Path) -> None:
     table = pyarrow.table({"text": [*GOOD[:2], None, *GOOD[2:]], "id": ["same"] * 7})
     file = tmp_path / "some.parquet"
     pyarrow.parquet.write_table(table, file)
-    assert _outcome(tmp_path / "good", file, reader="parquet") == (GOOD, [("no text", 3)])
+    assert _outcome(tmp_path / "good", file, reader="parquet") == (GOOD, [("no field text", 3)])
     missing = {"reader": "parquet", "options": {"text_key": "content"}}
-    assert _outcome(tmp_path / "missing", file, **missing) == ([], [("no column content", 0)])
+    assert _outcome(tmp_path / "missing", file, **missing) == ([], [("no field content", 0)])
+    counts = stats(tmp_path / "missing" / "work")
+    assert counts["lost"]["no field content"]["bytes"] == file.stat().st_size
+    assert set(counts["fields"]) == {"text", "id"}
     file.write_bytes(file.read_bytes()[:-20])
     kept, lost = _outcome(tmp_path / "cut", file, reader="parquet")
     assert (kept, lost) == ([], [("damaged Parquet file (ArrowInvalid)", 1)])

@@ -123,7 +123,7 @@ def built(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     status, said, errors = _answer(texts, output)
     assert status == 0, errors
     assert "web:" in said
-    assert "removed: 3 documents, read broken JSON" in said
+    assert f"3 documents, 24 bytes: broken JSON, first at {texts}/web/0.jsonl.gz:8" in said
     return output
 
 
@@ -243,9 +243,8 @@ def test_an_empty_source_is_refused_early_and_can_be_taken_out(texts: Path, buil
     command = [sys.executable, "-m", "nemo_upcycle.cli", "data", str(blend), str(output), "--workers", "1"]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert refused.returncode == 2
-    assert "source tiny: got at most 11 tokens to train on, in 1 documents, expected more than a sequence (16)" in (
-        refused.stderr
-    )
+    got = "got at most 11 tokens to train on, in 1 of 1 documents, expected more than a sequence (16)"
+    assert f"source tiny: {got}" in refused.stderr
     assert not list(output.glob("build/stats/*"))  # nothing was tokenised
     signed = {path: path.stat().st_mtime_ns for path in output.glob("build/logs/1_sign/completions/*")}
     blend.write_text(content)
@@ -254,6 +253,22 @@ def test_an_empty_source_is_refused_early_and_can_be_taken_out(texts: Path, buil
     assert {path: path.stat().st_mtime_ns for path in signed if path.name != "00005"}.items() <= signed.items()
     same = {name: digest for name, digest in _bytes(output).items() if name.startswith(("tokens/", "heldout"))}
     assert same.items() <= _bytes(built).items()
+
+
+@pytest.mark.full
+def test_a_source_that_is_lost_in_part_ends_the_build_until_it_may_be(texts: Path, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": _text(n)}) + "\n" for n in range(2000))
+    (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-50_000])
+    output = tmp_path / "data"
+    command = [sys.executable, "-m", "nemo_upcycle.cli", "data", str(tmp_path / "half.jsonl.gz"), str(output)]
+    command += [f"tokenizer={texts / 'parent'}", "seq_length=16"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
+    assert refused.returncode == 1
+    assert "truncated compressed file" in refused.stderr
+    assert not (output / "_SUCCESS.json").exists()
+    done = subprocess.run([*command, "sources.texts.max_lost=0.6"], capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0, done.stderr
+    assert "warning: source texts: " in done.stderr
 
 
 def test_a_folder_of_an_earlier_version_is_named(texts: Path, built: Path, tmp_path: Path) -> None:

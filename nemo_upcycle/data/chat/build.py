@@ -4,7 +4,7 @@ training.npy, validation.npy   packs, as NeMo's and Megatron-Bridge's data modul
 packing.json          how full they are, in NeMo's form
 heldout.jsonl         answers that are scored afterwards, each with what the model is given before it
 tokenizer/            with the chat template
-removed.jsonl         every line that was not taken, by file, line and field
+removed.jsonl         every line that was not taken, by file, line and field, and what to do
 manifest.json         counts, licence, files
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from nemo_upcycle.data.chat.template import ChatTemplate, Tokens
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.finished import HELDOUT, MANIFEST, TOKENIZER
 from nemo_upcycle.data.tokenizers import open_tokenizer, save_tokenizer
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import LostError, UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, read_json, write_json
@@ -38,6 +39,8 @@ from nemo_upcycle.utils.schema import numbered
 
 MADE_BY = "nemo-upcycle chat"
 _SPLITS = ("train", "validation", "heldout")
+#: Why a line that is right is not taken: by its own settings.
+_EQUAL, _TOO_LONG = "equal to an earlier one", "longer than a sequence"
 
 
 def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
 
     Raises:
         UpcycleError: a file, the tokenizer or its chat template is missing; a split has no conversation; with
-            `strict`, a line is wrong; or the folder holds something else.
+            `strict`, a line is wrong; more lines are wrong than `max_lost` allows; or the folder holds something else.
 
     Example:
         >>> build_chat(read_chat("mine.jsonl", ["tokenizer=/models/Llama-3-8B"]), Path("data/mine"))  # doctest: +SKIP
@@ -67,7 +70,8 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
             fix="add tokenizer=FOLDER, or hf://ORG/NAME",
         )
     paths = chat.paths()
-    made_from = {"format": FORMAT, "chat": dataclasses.asdict(chat.config), "files": stamps(paths), "strict": strict}
+    config = {key: value for key, value in dataclasses.asdict(chat.config).items() if key != "max_lost"}
+    made_from = {"format": FORMAT, "chat": config, "files": stamps(paths), "strict": strict}
     if is_complete(output) and _is_of(output, made_from):
         return open_chat(output).manifest
     dense = tokenizer_folder(named)
@@ -76,8 +80,11 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
     with output_folder(output, MADE_BY) as folder:
         facts = save_tokenizer(dense, folder / TOKENIZER)
         problems: list[Problem] = []
-        splits = _split(chat, _read(paths, template.special_tokens, problems, strict), problems)
+        conversations = _read(paths, template.special_tokens, problems, strict)
+        lines = len(conversations) + len(problems)
+        splits = _split(chat, conversations, problems)
         counts = {split: _write(folder, split, splits[split], chat, template, problems, strict) for split in _SPLITS}
+        _require_few(chat, problems, lines)
         packings = [counts[split].pop("packing") for split in PACKS]
         write_json(folder / PACKING, packings, indent=None)
         _write_lines(folder / REMOVED, (dataclasses.asdict(problem) for problem in problems))
@@ -152,7 +159,7 @@ def _read(
             if isinstance(found, Problem):
                 _note(found, problems, strict)
             elif taken.setdefault(found.whole, found) is not found:
-                problems.append(Problem(found.place, "", "equal to an earlier one"))
+                problems.append(Problem(found.place, "", _EQUAL, "add other conversations"))
     return list(taken.values())
 
 
@@ -177,22 +184,37 @@ def _split(chat: Chat, conversations: list[Conversation], problems: list[Problem
     splits["train"] = [conversation for question in reversed(ranked) for conversation in together[question]]
     for split in _SPLITS:
         if not splits[split]:
+            most, fix = _most(problems)
             raise UpcycleError(
                 f"conversations of {chat.name}",
-                got=f"{len(conversations)} that can be taken, none left for {split}; {_most(problems)}",
+                got=f"{len(conversations)} that can be taken, none left for {split} ({most})",
                 expected="three or more, with different questions",
-                fix="look at the first lines of the files: each is an object with `messages`",
+                fix=fix,
             )
     return splits
 
 
-def _most(problems: Sequence[Problem]) -> str:
-    """Return what is wrong with most lines, with an example."""
+def _require_few(chat: Chat, problems: Sequence[Problem], lines: int) -> None:
+    """Check that no more lines are wrong than the set allows."""
+    wrong = [problem for problem in problems if problem.reason not in (_EQUAL, _TOO_LONG)]
+    if len(wrong) > chat.config.max_lost * lines:
+        most, fix = _most(wrong)
+        enough = math.ceil(100 * len(wrong) / lines) / 100
+        raise LostError(
+            f"conversations of {chat.name}",
+            got=f"{len(wrong):,} of {lines:,} lines that cannot be taken ({most})",
+            expected=f"at most {chat.config.max_lost:.0%} of them",
+            fix=f"{fix}; or set max_lost to {enough:g}, to go on without them",
+        )
+
+
+def _most(problems: Sequence[Problem]) -> tuple[str, str]:
+    """Return what is wrong with most lines, with an example; and what to do."""
     if not problems:
-        return "no line is wrong"
+        return "no line is wrong", "add conversations"
     reason, count = Counter(problem.reason for problem in problems).most_common(1)[0]
     first = next(problem for problem in problems if problem.reason == reason)
-    return f"{count} lines: {' '.join(filter(None, (first.field, reason)))} ({first.place})"
+    return f"{count:,} lines: {reason}, {': '.join(filter(None, (first.place, first.field)))}", first.fix
 
 
 def _write(
@@ -215,7 +237,7 @@ def _write(
         if len(found.ids) > size + 1:
             part = found.cut(size + 1) if chat.config.too_long == "cut" else None
         if part is None:
-            problems.append(Problem(found.place, "messages", "longer than a sequence"))
+            problems.append(Problem(found.place, "messages", _TOO_LONG, "raise seq_length"))
             continue
         kept.append(part)
         counts.update(
@@ -226,11 +248,12 @@ def _write(
         )
     counts["conversations"] = len({part.place for part in kept})
     if not kept:
+        most, fix = _most(problems)
         raise UpcycleError(
             f"conversations of {chat.name} for {split}",
-            got=f"none of {len(conversations)} ({_most(problems)})",
+            got=f"none of {len(conversations)} ({most})",
             expected="one or more that fit",
-            fix="raise seq_length, or look at the lines",
+            fix=fix,
         )
     if split in PACKS:
         packing = write_packs(folder / PACKS[split], kept, size, chat.config.seed)

@@ -33,6 +33,7 @@ class ChatConfig:
         heldout: share of the conversations whose answers are scored afterwards.
         too_long: what happens to a conversation of more than `seq_length` tokens: `cut` keeps it up to the last answer
             that fits, `drop` removes it.
+        max_lost: largest share of the lines that may be wrong; above it nothing is built.
         chat_template: a Jinja file, in the place of the tokenizer's own template.
         license: of the conversations, for the model card.
         seed: of what is held back, and of the order.
@@ -44,6 +45,7 @@ class ChatConfig:
     validation: float = 0.02
     heldout: float = 0.02
     too_long: str = "cut"
+    max_lost: float = 0.1
     chat_template: str | None = None
     license: str = "not stated"
     seed: int = 1234
@@ -185,4 +187,5 @@ def _check(where: str, config: ChatConfig) -> None:
         require(0 < share < 0.5, name, share, "more than 0, less than 0.5", f"set {name}=0.02")
     if config.too_long not in TOO_LONG:
         raise UpcycleError.unknown(f"{where}: too_long", config.too_long, TOO_LONG)
+    require(0 <= config.max_lost <= 1, "max_lost", config.max_lost, "0 to 1", "set max_lost=0.1")
     require(config.seed >= 0, "seed", config.seed, "0 or more", "set seed=1234")

@@ -14,16 +14,19 @@ from nemo_upcycle.errors import UpcycleError
 
 ANSWER = "assistant"
 ROLES = ("system", "user", ANSWER, "tool")
+_CALLS = ("tool_calls", "function_call")
+#: What an answer may say beside its content, as the interfaces of models name it.
+BESIDE = (*_CALLS, "reasoning_content", "reasoning", "thinking")
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation, up to its last answer.
+    """One conversation, up to the last answer that is learned.
 
     Attributes:
         place: file and line, `mine.jsonl:17`.
-        messages: dicts with `role` and `content`, and what else a template reads of them.
+        messages: dicts with `role` and `content`, and what else a template reads of them; `weight` 0: not learned.
         tools: as the line names them, for templates that show them; None: none.
     """
 
@@ -34,7 +37,8 @@ class Conversation:
     @property
     def question(self) -> str:
         """Return the hash of what stands before the first answer: conversations that share it share their split."""
-        return _digest(self.messages[: self.answers()[0]])
+        roles = [message["role"] for message in self.messages]
+        return _digest(self.messages[: roles.index(ANSWER)])
 
     @property
     def whole(self) -> str:
@@ -42,8 +46,8 @@ class Conversation:
         return _digest([*self.messages, {"tools": self.tools}])
 
     def answers(self) -> list[int]:
-        """Return the positions of the answers among the messages."""
-        return [number for number, message in enumerate(self.messages) if message["role"] == ANSWER]
+        """Return the positions of the answers that are learned among the messages."""
+        return [number for number, message in enumerate(self.messages) if _is_learned(message)]
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,18 @@ class Problem:
         place: file and line.
         field: of the line, as `messages[1].content`.
         reason: what is wrong, in a few words that many lines may share.
+        fix: what to do.
     """
 
     place: str
     field: str
     reason: str
+    fix: str = "correct or delete the line"
 
     def error(self) -> UpcycleError:
         """Return it as the error that ends a strict build."""
         where = f"{self.place}: {self.field}" if self.field else self.place
-        return UpcycleError(where, got=self.reason, expected="a conversation", fix="correct or delete the line")
+        return UpcycleError(where, got=self.reason, expected="a conversation", fix=self.fix)
 
 
 def read_conversations(
@@ -100,18 +106,21 @@ def _conversation(place: str, line: bytes, special_tokens: Collection[str]) -> C
         return Problem(place, "", "no JSON object")
     messages = value.get("messages")
     if not isinstance(messages, list) or not messages:
-        return Problem(place, "messages", "no list of messages" if "messages" in value else "missing")
+        fix = 'write {"messages": [...]}; texts without them are for `nemo-upcycle data`'
+        return Problem(place, "messages", "no list of messages" if "messages" in value else "missing", fix)
     tools = value.get("tools")
     if tools is not None and not isinstance(tools, list):
         return Problem(place, "tools", "no list")
+    if reason := _unwritable(tools, special_tokens):
+        return Problem(place, "tools", reason)
     for number, message in enumerate(messages):
         if found := _problem(message, special_tokens):
             name, reason = found
             return Problem(place, f"messages[{number}]{name}", reason)
-    while messages and messages[-1]["role"] != ANSWER:
+    while messages and not _is_learned(messages[-1]):
         messages.pop()
     if len(messages) < 2:
-        return Problem(place, "messages", "no answer" if not messages else "no question")
+        return Problem(place, "messages", "no answer to learn" if not messages else "no question")
     if messages[0]["role"] == ANSWER:
         return Problem(place, "messages[0].role", "an answer before any question")
     return Conversation(place, messages, tools)
@@ -121,23 +130,56 @@ def _problem(message: Any, special_tokens: Collection[str]) -> tuple[str, str] |
     """Return field and reason of what is wrong with a message."""
     if not isinstance(message, dict):
         return "", "no JSON object"
-    role, content = message.get("role"), message.get("content")
+    role = message.get("role")
     if role not in ROLES:
         return ".role", f"none of {', '.join(ROLES)}"
-    if content is None and role == ANSWER and message.get("tool_calls"):
+    if message.get("weight") not in ((None, 0, 1) if role == ANSWER else (None, 0)):
+        return ".weight", "neither 0 nor 1" if role == ANSWER else "on what is no answer"
+    if reason := _wrong_calls(message):
+        return ".tool_calls", reason
+    is_call = role == ANSWER and any(map(message.get, _CALLS))
+    if is_call and message.get("content") is None:
         message["content"] = ""
-        return None
+    content = message.get("content")
     if not isinstance(content, str):
         return ".content", "missing" if content is None else "no text"
-    if role == ANSWER and not content.strip() and not message.get("tool_calls"):
+    if role == ANSWER and not content.strip() and not is_call:
         return ".content", "an empty answer"
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        return ".content", "half of a surrogate pair"
-    if any(name in content for name in special_tokens):
-        return ".content", "the name of a special token"
+    for name in ("content", *BESIDE):
+        if reason := _unwritable(message.get(name), special_tokens):
+            return f".{name}", reason
     return None
+
+
+def _wrong_calls(message: dict[str, Any]) -> str:
+    """Read the arguments of tool calls that are JSON in a text, as templates want them; return what is wrong."""
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return "no list of JSON objects"
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return "a call without the name of a function"
+        if isinstance(function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(function["arguments"] or "{}")
+            except (ValueError, RecursionError):
+                return "a call with broken JSON in its arguments"
+    return ""
+
+
+def _unwritable(value: Any, special_tokens: Collection[str]) -> str:
+    """Return why a value may not be written into a conversation; an empty text: it may."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair"
+    return "the name of a special token" if any(name in text for name in special_tokens) else ""
+
+
+def _is_learned(message: dict[str, Any]) -> bool:
+    return message["role"] == ANSWER and message.get("weight") != 0
 
 
 def _digest(messages: Messages) -> str:

@@ -7,20 +7,25 @@ the token that ends each.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
-from nemo_upcycle.data.chat.messages import Conversation, Messages, Problem
+from nemo_upcycle.data.chat.messages import BESIDE, Conversation, Problem
 from nemo_upcycle.errors import UpcycleError
 
 
 #: Conversations that are tokenised in one call.
 _BATCH = 512
+#: What a template raises that does not take a conversation.
+_REFUSED = (TemplateError, TypeError, KeyError)
+_OTHER_TEMPLATE = "set chat_template to a Jinja file that writes it, or delete the line"
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class ChatTemplate:
         added = tokenizer.added_tokens_decoder
         self.special_ids = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
         self.special_tokens = tuple(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
+        self._ends = re.compile("|".join(map(re.escape, self.special_tokens)))
         # Those of SentencePiece put a blank before each text: then a conversation is not tokenised in pieces.
         alone = tokenizer("so", add_special_tokens=False)["input_ids"]
         self._is_additive = "".join(tokenizer.convert_ids_to_tokens(alone)) == "so"
@@ -89,17 +95,22 @@ class ChatTemplate:
         Some templates write an earlier answer in another way than the last one, without its thoughts for example. Then
         each answer follows what the model will be given before it.
         """
-        from jinja2 import TemplateError
-
         answers, turns, before = conversation.answers(), [], ""
         try:
             rendered = [self._rendered(conversation, number) for number in answers]
-        except (TemplateError, TypeError, KeyError) as error:
+            unread = self._unread(conversation)
+        except _REFUSED as error:
             return Problem(conversation.place, "messages", f"the chat template refuses it: {error}")
+        if unread:
+            reason = f"{unread.rpartition('.')[2]} that the chat template does not write"
+            return Problem(conversation.place, unread, reason, _OTHER_TEMPLATE)
         for number, (prompt, whole) in zip(answers, rendered, strict=True):
             if not whole.startswith(prompt):
                 reason = "the chat template writes an answer in another way than it asks for one"
                 return Problem(conversation.place, f"messages[{number}]", reason)
+            if not self._ends.sub("", whole[len(prompt) :]).strip():
+                reason = "an answer of which the chat template writes nothing"
+                return Problem(conversation.place, f"messages[{number}]", reason, _OTHER_TEMPLATE)
         for prompt, whole in rendered:
             if not prompt.startswith(before):
                 return [[Turn(prompt, whole[len(prompt) :])] for prompt, whole in rendered]
@@ -109,15 +120,38 @@ class ChatTemplate:
 
     def _rendered(self, conversation: Conversation, answer: int) -> tuple[str, str]:
         """Return what the model is given before an answer, and the same with the answer."""
-        messages = conversation.messages
-        return (
-            self._render(messages[:answer], conversation, add_generation_prompt=True),
-            self._render(messages[: answer + 1], conversation, add_generation_prompt=False),
-        )
+        before, up_to = (replace(conversation, messages=conversation.messages[: answer + n]) for n in (0, 1))
+        return self._render(before, add_generation_prompt=True), self._render(up_to)
 
-    def _render(self, messages: Messages, conversation: Conversation, **options: bool) -> str:
+    def _unread(self, conversation: Conversation) -> str:
+        """Return the first field without which the template writes the same; empty: there is none."""
+        messages = conversation.messages
+        for number, message in enumerate(messages):
+            before, up_to = (replace(conversation, messages=messages[: number + n]) for n in (0, 1))
+            if message["role"] == "tool" and self._writes_same(up_to, before):
+                return f"messages[{number}].content"
+            for name in filter(message.get, BESIDE):
+                without = {key: value for key, value in message.items() if key != name}
+                if self._writes_same(up_to, replace(conversation, messages=[*messages[:number], without])):
+                    return f"messages[{number}].{name}"
+        if conversation.tools and self._writes_same(conversation, replace(conversation, tools=None)):
+            return "tools"
+        return ""
+
+    def _writes_same(self, conversation: Conversation, other: Conversation) -> bool:
+        whole = self._render(conversation)
+        try:
+            return whole == self._render(other)
+        except _REFUSED:
+            return False
+
+    def _render(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            messages, tools=conversation.tools, chat_template=self.source, tokenize=False, **options
+            conversation.messages,
+            tools=conversation.tools,
+            chat_template=self.source,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
         return text
 

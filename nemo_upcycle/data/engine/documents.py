@@ -21,7 +21,11 @@ from nemo_upcycle.data.engine.lines import (
     size_of,
     zip_members,
 )
-from nemo_upcycle.data.readers import FORMATS, format_of
+from nemo_upcycle.data.readers import FORMATS, NO_FIELD, format_of
+
+
+#: Of records without the field that holds the text: other fields that are remembered.
+_MOST_FIELDS = 100
 
 
 class ReadDocuments(LedgerStep):
@@ -34,29 +38,33 @@ class ReadDocuments(LedgerStep):
         task = self.ledger.task
         options = {**FORMATS[task.reader].defaults, **task.options}
         for file in task.files:
-            name = self._name(file)
+            name, before = self._name(file), self.ledger.bytes_in
             listed = self._listed_duplicates(options.get("duplicates", {}).get(file))
             try:
-                self.ledger.files[file] = {"bytes": size_of(file), "whole": False}
+                stored = size_of(file)
+                self.ledger.files[file] = {"bytes": stored, "whole": False}
+                start, stop, _ = options.get("part", (0, stored, 1))
                 texts = self.ledger.texts[file] = xxh3_128()
                 for place, identity, size_bytes, record in _records(file, name, task.reader, options):
+                    if size_bytes is None and stop is not None:
+                        size_bytes = max(0, stop - start - (self.ledger.bytes_in - before))
                     self.ledger.records_in += 1
-                    self.ledger.bytes_in += size_bytes
+                    self.ledger.bytes_in += size_bytes or 0
                     document = self._document(place, identity, record, options, texts)
                     if isinstance(document, str):
-                        self.ledger.removed("read", document, identity, place, size_bytes)
+                        self.ledger.lost(document, identity, place, size_bytes)
                         continue
                     document.metadata["listed"] = bool(listed) and int(place.rpartition(":")[2]) - 1 in listed
                     yield document
                 self.ledger.files[file]["whole"] = True  # unless max_tokens ended the task before
             except NOT_THERE as error:
                 reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-                self._lost(file, f"{reason} file", error.__cause__ or error)
+                self._lost(file, f"{reason} file", None, error.__cause__ or error)
 
-    def _lost(self, file: str, reason: str, error: BaseException) -> None:
+    def _lost(self, file: str, reason: str, size_bytes: int | None, error: BaseException) -> None:
         self.ledger.records_in += 1
         identity = _identity(self._name(file), 0, self.ledger.task.reader)
-        self.ledger.removed("read", reason, identity, f"{file}:0", 0, message=str(error)[:200])
+        self.ledger.lost(reason, identity, f"{file}:0", size_bytes, message=str(error)[:200])
 
     def _name(self, file: str) -> str:
         return self.ledger.plan.names.get((self.ledger.task.source, file), file)
@@ -70,7 +78,10 @@ class ReadDocuments(LedgerStep):
         key = options.get("text_key", "text")
         text = record.get(key)
         if not isinstance(text, str):
-            return f"no {key}" if text is None else f"{key} is no text"
+            if text is None and len(self.ledger.fields) < _MOST_FIELDS:
+                texts_there = {name: len(value) + 1 for name, value in record.items() if isinstance(value, str)}
+                self.ledger.fields.update(texts_there)
+            return f"{NO_FIELD} {key}" if text is None else f"{key} is no text"
         own = record.get(options.get("id_key", "id"))
         if own is not None:  # two documents may have the same
             identity = f"{own}@{identity}"
@@ -110,14 +121,16 @@ class ReadDocuments(LedgerStep):
                 listed = pyarrow.parquet.read_table(handle, columns=["doc_id"], use_threads=False)["doc_id"]
             return {int(doc_id.as_py().rpartition("/")[2]) for doc_id in listed}
         except (OSError, KeyError, ValueError, AttributeError, pyarrow.ArrowException) as error:
-            self._lost(url, "unreadable list of duplicates", error)
+            self._lost(url, "unreadable list of duplicates", 0, error)
             return set()
 
 
 def _records(
     file: str, name: str, format: str, options: dict[str, Any]
-) -> Iterator[tuple[str, str, int, dict[str, Any] | str]]:
+) -> Iterator[tuple[str, str, int | None, dict[str, Any] | str]]:
     """Yield the place of every record of a file, its id, its bytes, and the object there or what is wrong with it.
+
+    Bytes of None are all that the file has left.
 
     Args:
         file: a path or fsspec URL.
@@ -134,7 +147,7 @@ def _records(
             return
         members = zip_members(file)
         if not members:
-            yield f"{file}:0", _identity(name, 0, format), 0, "damaged or empty zip file"
+            yield f"{file}:0", _identity(name, 0, format), None, "damaged or empty zip file"
         for member in members:
             inner = member.removeprefix(MEMBER).partition("::")[0]
             kind = format_of(inner) or (format if len(members) == 1 else None)

@@ -17,6 +17,9 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import write_json
 
 
+#: Of what a task counts, what a first pass over its documents knows.
+_FIRST_PASS = ("bytes_in", "lost", "fields", "files", "steps")
+_FIELDS = 8
 STEPS = ("read", "filter", "deduplicate", "overlap", "decontaminate", "tokenise")
 
 
@@ -50,6 +53,8 @@ class Ledger:
         self.rank = rank
         self.passed: Counter[str] = Counter()  # documents that left a step
         self.removed_by: dict[str, Counter[str]] = defaultdict(Counter)
+        self.lost_by: dict[str, dict[str, Any]] = {}  # by reason: what could not be read
+        self.fields: Counter[str] = Counter()  # of records without a text: characters of their other fields
         self.upstream_s: dict[str, float] = {}  # CPU seconds of a step and all before it
         self.files: dict[str, dict[str, int | bool | None]] = {}
         self.texts: dict[str, xxh3_128] = {}  # of a file: all the texts that were read from it
@@ -67,16 +72,24 @@ class Ledger:
             self._aside.parent.mkdir(exist_ok=True)
             self._lines = self._aside.open("w", encoding="utf-8")
 
-    def removed(self, step: str, reason: str, identity: str, where: str, size_bytes: int, **more: Any) -> None:
-        """Count a thing that a step removed, and write its line.
+    def lost(self, reason: str, identity: str, where: str, size_bytes: int | None, **more: Any) -> None:
+        """Count what could not be read, and write its line; bytes of None are a file whose size nobody says.
 
         Raises:
-            UpcycleError: it could not be read, and the plan is strict.
+            UpcycleError: the plan is strict.
         """
-        if step == "read" and self.plan.strict:
+        if self.plan.strict:
             raise UpcycleError(
                 where, got=reason, expected="input without mistakes", fix="correct it, or omit --strict"
             )
+        lost = self.lost_by.setdefault(reason, {"documents": 0, "bytes": 0, "files": 0, "first": where})
+        lost["documents"] += 1
+        lost["bytes"] += size_bytes or 0
+        lost["files"] += size_bytes is None
+        self.removed("read", reason, identity, where, size_bytes or 0, **more)
+
+    def removed(self, step: str, reason: str, identity: str, where: str, size_bytes: int, **more: Any) -> None:
+        """Count a thing that a step removed, and write its line."""
         self.removed_by[step][reason] += 1
         self.note(step, reason, identity, where, size_bytes, **more)
 
@@ -116,6 +129,8 @@ class Ledger:
         return {
             "source": self.task.source,
             "bytes_in": self.bytes_in,
+            "lost": self.lost_by,
+            "fields": dict(self.fields.most_common(_FIELDS)),
             "steps": steps,
             "splits": {split: dict(counts) for split, counts in sorted(self.splits.items()) if counts},
             "seconds": seconds,
@@ -165,7 +180,10 @@ class CountDocuments(LedgerStep):
 
 
 class CountText(LedgerStep):
-    """Counts the documents of training and their bytes; a first pass writes them, before anything is tokenised."""
+    """Counts the documents of training and their bytes; a first pass writes them, before anything is tokenised.
+
+    With them goes what could not be read.
+    """
 
     type, name = "count", "text to train on"
 
@@ -178,7 +196,8 @@ class CountText(LedgerStep):
                 counts["bytes"] += document.metadata["bytes"]
             yield document
         if not self.ledger.is_kept:
-            write_json(self.ledger.plan.path("read", rank, "json"), counts)
+            read = {key: value for key, value in self.ledger.summary().items() if key in _FIRST_PASS}
+            write_json(self.ledger.plan.path("read", rank, "json"), counts | read)
 
 
 class RemovedWriter:

@@ -8,7 +8,7 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,7 +38,7 @@ _WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between trials to read a file from a server
 
 
 class _DamagedError(Exception):
-    """What is wrong with a file, or with the rest of it."""
+    """What is wrong with a file, or with the rest of it, and how many bytes of text that costs; None: all the rest."""
 
 
 class OtherFormatError(Exception):
@@ -47,11 +47,11 @@ class OtherFormatError(Exception):
 
 @dataclass(frozen=True)
 class Damage:
-    """A line that could not be read, with its size where it is known."""
+    """A line that could not be read, or the rest of a file, with its bytes; None: all that the file has left."""
 
     reason: str
     number: int
-    size_bytes: int = 0
+    size_bytes: int | None
 
 
 def open_input(url: str) -> IO[bytes]:
@@ -201,7 +201,8 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
     """Yield the number, from 1, and the bytes of every line, with its end; and what was damaged.
 
     Its bytes tell how it is compressed, and whether it is UTF-16, whose lines become UTF-8. A compressed file that
-    ends too early, or is damaged, gives the lines before that.
+    ends too early, or is damaged, gives the lines before that. What a damaged one has behind them is estimated from
+    what came out of as many bytes before; one that ends too early says nothing, and is taken for half of a file.
 
     Args:
         url: a path or fsspec URL, or a file in a zip file as `zip_members` names it.
@@ -217,13 +218,14 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
     else:
         chunks = _text(_of_member(url) if url.startswith(MEMBER) else _of_file(url))
     rest: list[bytes] = []
-    number, rest_bytes, damage = part[2] if part else 1, 0, ""
+    number, rest_bytes = part[2] if part else 1, 0
+    damage: tuple[str, int | None] | None = None
     try:
         for chunk in chunks:
             start = 0
             while end := chunk.find(b"\n", start) + 1:
                 if rest_bytes > LONGEST_LINE_BYTES:
-                    yield Damage("line too long", number, rest_bytes)
+                    yield Damage("line too long", number, rest_bytes + end - start)
                 else:
                     yield number, b"".join((*rest, chunk[start:end]))
                 rest, rest_bytes, start = [], 0, end
@@ -232,13 +234,14 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
                 rest_bytes += len(chunk) - start
                 rest = [*rest, chunk[start:]] if rest_bytes <= LONGEST_LINE_BYTES else []
     except _DamagedError as error:
-        damage = str(error)
+        damage = error.args[0], error.args[1]
     if rest_bytes > LONGEST_LINE_BYTES:
         yield Damage("line too long", number, rest_bytes)
     elif rest and not damage:
         yield number, b"".join(rest)
     if damage:  # the line at hand is a part of one
-        yield Damage(damage, number, rest_bytes)
+        reason, lost_bytes = damage
+        yield Damage(reason, number, None if lost_bytes is None else rest_bytes + lost_bytes)
 
 
 def zip_members(url: str) -> list[str]:
@@ -258,13 +261,17 @@ def _archive(url: str) -> ZipFile:
 
 def _of_member(url: str) -> Iterator[bytes]:
     name, _, archive = url.removeprefix(MEMBER).partition("::")
+    left = 0
     try:
+        left = _archive(archive).getinfo(name).file_size
         with _archive(archive).open(name) as handle:
-            yield from iter(lambda: handle.read(_CHUNK_BYTES), b"")
+            while chunk := handle.read(_CHUNK_BYTES):
+                left -= len(chunk)
+                yield chunk
     except UpcycleError:
         raise
     except Exception:  # each way to compress has its own; some files need a password
-        raise _DamagedError("damaged zip file") from None
+        raise _DamagedError("damaged zip file", max(0, left)) from None
 
 
 def _of_part(url: str, start: int, stop: int) -> Iterator[bytes]:
@@ -291,21 +298,25 @@ def _of_file(url: str) -> Iterator[bytes]:
         yield from _decompressed(chunks, new_stream) if new_stream else chunks
 
 
-def _decompressed(chunks: Iterable[bytes], new_stream: Callable[[], Any]) -> Iterator[bytes]:
+def _decompressed(chunks: Iterator[bytes], new_stream: Callable[[], Any]) -> Iterator[bytes]:
     """Decompress one stream after the other; NULs between them fill a block."""
     stream: Any = None
+    stored_bytes = text_bytes = 0
     for chunk in chunks:
+        stored_bytes += len(chunk)
         while chunk := chunk if stream else chunk.lstrip(b"\0"):
             stream = stream or new_stream()
             try:
                 content = stream.decompress(chunk)
             except Exception:  # each library has its own
-                raise _DamagedError("damaged compressed file") from None
+                left = sum(map(len, chunks))
+                raise _DamagedError("damaged compressed file", text_bytes * left // stored_bytes) from None
+            text_bytes += len(content)
             yield content
             chunk = stream.unused_data if stream.eof else b""
             stream = None if stream.eof else stream
     if stream:
-        raise _DamagedError("truncated compressed file")
+        raise _DamagedError("truncated compressed file", text_bytes)
 
 
 def _text(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -317,7 +328,7 @@ def _text(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield from (decoder.decode(chunk).encode() for chunk in chunks)
         yield decoder.decode(b"", final=True).encode()
     elif encodings.is_binary(head):
-        raise _DamagedError(NOT_TEXT)
+        raise _DamagedError(NOT_TEXT, None)
     else:
         yield head.removeprefix(codecs.BOM_UTF8)
         yield from chunks

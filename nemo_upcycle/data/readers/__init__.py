@@ -20,8 +20,11 @@ from nemo_upcycle.data.blend import Blend
 from nemo_upcycle.data.needs import Need
 
 
-#: What a format gives: the line or row from 1, its bytes, and the object there or what is wrong with it.
-Records = Iterator[tuple[int, int, "dict[str, Any] | str"]]
+#: What a format gives: the line or row from 1, its bytes (None: all that the file has left), and the object there or
+#: what is wrong with it.
+Records = Iterator[tuple[int, "int | None", "dict[str, Any] | str"]]
+#: Why a record without a text is lost; the name of the field follows.
+NO_FIELD = "no field"
 
 
 @dataclass(frozen=True)

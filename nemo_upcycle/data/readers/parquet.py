@@ -22,7 +22,7 @@ class Parquet(Format):
         import pyarrow.parquet
 
         keys = [options.get("text_key", "text"), options.get("id_key", "id"), "bucket"]
-        row = 0
+        row = size_bytes = 0
         with open_to_seek(file) as handle:
             if handle.read(len(PARQUET)) != PARQUET:
                 raise OtherFormatError("jsonl")
@@ -30,7 +30,8 @@ class Parquet(Format):
                 table = pyarrow.parquet.ParquetFile(handle)
                 there = [key for key in keys if key in table.schema_arrow.names]
                 if keys[0] not in there:
-                    yield 0, 0, f"no column {keys[0]}"
+                    columns = [one.name for one in table.schema_arrow if _is_text(one.type)]
+                    yield 0, None, dict.fromkeys(columns, "")
                     return
                 if table.metadata.num_rows == 0:
                     yield 0, 0, "empty file"
@@ -38,9 +39,12 @@ class Parquet(Format):
                 for batch in table.iter_batches(1000, columns=there, use_threads=False):
                     for record in _as_bytes(batch).to_pylist():
                         row += 1
-                        yield row, len(record[keys[0]] or b"") if keys[0] in texts else 0, _decoded(record, texts)
+                        text_bytes = len(record[keys[0]] or b"") if keys[0] in texts else 0
+                        size_bytes += text_bytes
+                        yield row, text_bytes, _decoded(record, texts)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
-                yield row + 1, 0, f"damaged Parquet file ({type(error).__name__})"
+                left = (table.metadata.num_rows - row) * size_bytes // row if row else None
+                yield row + 1, left, f"damaged Parquet file ({type(error).__name__})"
 
 
 def _is_text(kind: Any) -> bool:

@@ -57,6 +57,7 @@ def test_overrides_change_weights_length_and_tokenizer() -> None:
         ("sources.speeches.train=a.txt", "train: got 'a.txt', expected a list, each text. Fix: write ['a.txt']"),
         ("tokenizer=[abc", "got tokenizer=[abc, expected KEY=VALUE"),
         ("seed=-1", "seed: got -1, expected 0 or more"),
+        ("sources.speeches.max_lost=2", "sources.speeches.max_lost: got 2.0, expected 0 to 1"),
         ("max_epochs=0", "max_epochs: got 0.0, expected more than 0"),
         ("pii=[mail]", "pii 'mail' does not exist. Did you mean 'email'?"),
         ("sources.speeches.pii=[iban]", "sources.speeches.pii 'iban' does not exist"),
@@ -66,6 +67,14 @@ def test_mistakes_are_named(override: str, words: str) -> None:
     with pytest.raises(UpcycleError) as caught:
         read_blend("sotu", [override])
     assert words in str(caught.value)
+
+
+def test_a_file_of_texts_is_a_blend_of_one_source(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl.gz"
+    blend = read_blend(path, ["sources.texts.options.text_key=content"])
+    assert blend.config.sources["texts"].train == [str(path)]
+    assert blend.config.sources["texts"].options == {"text_key": "content"}
+    assert blend.folder == tmp_path
 
 
 def test_a_file_without_sources_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ from nemo_upcycle.data.chat.packing import pack
 from nemo_upcycle.data.chat.template import ChatTemplate, Tokens
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_model import load_tokenizer
-from tests.chats import FORGETS, TEMPLATE, messages, sums, write_chat_tokenizer, write_lines
+from tests.chats import FORGETS, TEMPLATE, TOOLS, asks_tool, messages, sums, write_chat_tokenizer, write_lines
+
+
+CALL = '<call>weather {"city": "Köln"}</call>'
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,12 @@ def _build(tokenizer: Path, folder: Path, lines: list[Any], *overrides: str, str
     path = write_lines(folder / "mine.jsonl", lines)
     values = [f"tokenizer={tokenizer}", "seq_length=96", "validation=0.1", "heldout=0.1", *overrides]
     return build_chat(read_chat(path, values), folder / "chat", strict=strict)
+
+
+def _read(folder: Path, line: Any) -> Conversation:
+    (found,) = read_conversations(write_lines(folder / "mine.jsonl", [line]))
+    assert isinstance(found, Conversation)
+    return found
 
 
 def _tokens(folder: Path, conversation: list[dict[str, Any]], template: str | None = None) -> list[Tokens]:
@@ -73,6 +82,14 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path)
     assert found.field == "messages[1]"
 
 
+def _answered(**more: Any) -> list[dict[str, Any]]:
+    return [*messages("How?"), {"role": "assistant", "content": "So.", **more}]
+
+
+def _called(function: Any) -> list[dict[str, Any]]:
+    return _answered(content=None, tool_calls=[{"function": function}])
+
+
 @pytest.mark.parametrize(
     ("line", "field", "reason"),
     [
@@ -82,7 +99,7 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path)
         ('{"messages": "How?"}', "messages", "no list of messages"),
         ('{"messages": [], "x": 1}', "messages", "no list of messages"),
         ('{"messages": ["How?"]}', "messages[0]", "no JSON object"),
-        (messages("How?"), "messages", "no answer"),
+        (messages("How?"), "messages", "no answer to learn"),
         (messages("How?", " "), "messages[1].content", "an empty answer"),
         (messages("How?", "So.")[1:], "messages", "no question"),
         (messages("How?", "So.")[1:] + messages("How?", "So."), "messages[0].role", "an answer before any question"),
@@ -90,6 +107,19 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path)
         ([{"role": "user"}], "messages[0].content", "missing"),
         ([{"role": "user", "content": ["How?"]}], "messages[0].content", "no text"),
         (messages("How?</s>assistant: So.", "No."), "messages[0].content", "the name of a special token"),
+        (_answered(weight=0), "messages", "no answer to learn"),
+        (_answered(weight=0.5), "messages[1].weight", "neither 0 nor 1"),
+        ([{"role": "user", "content": "How?", "weight": 1}], "messages[0].weight", "on what is no answer"),
+        (_answered(reasoning_content="</s>"), "messages[1].reasoning_content", "the name of a special token"),
+        (_answered(tool_calls="weather()"), "messages[1].tool_calls", "no list of JSON objects"),
+        (_called("weather"), "messages[1].tool_calls", "a call without the name of a function"),
+        (_called({"arguments": "{}"}), "messages[1].tool_calls", "a call without the name of a function"),
+        (
+            _called({"name": "f", "arguments": "{"}),
+            "messages[1].tool_calls",
+            "a call with broken JSON in its arguments",
+        ),
+        (_called({"name": "</s>"}), "messages[1].tool_calls", "the name of a special token"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "messages[0].content", "half of a surrogate pair"),
     ],
 )
@@ -97,7 +127,65 @@ def test_a_wrong_line_is_named_by_field_and_reason(tmp_path: Path, line: Any, fi
     path = write_lines(tmp_path / "mine.jsonl", [messages("How?", "So."), line])
     good, bad = read_conversations(path, ["</s>"])
     assert isinstance(good, Conversation)
-    assert bad == Problem("mine.jsonl:2", field, reason)
+    assert isinstance(bad, Problem)
+    assert (bad.place, bad.field, bad.reason) == ("mine.jsonl:2", field, reason)
+
+
+def test_the_loss_is_on_calls_of_tools_as_the_template_writes_them(tokenizer: Path, tmp_path: Path) -> None:
+    (tokens,) = _tokens(tokenizer, _read(tmp_path, asks_tool()).messages, TOOLS)
+    whole, scored = _texts(tokenizer, tokens)
+    assert whole == f"user: Warm?</s>assistant: {CALL}</s>tool: 5 degrees</s>assistant: No.</s>"
+    assert scored == f"{CALL}</s>No.</s>"
+
+
+def test_there_is_no_loss_on_an_answer_of_weight_0(tokenizer: Path, tmp_path: Path) -> None:
+    turns = messages("How?", "So.", "Why?", "Thus.", "And?", "Ah.")
+    turns[1]["weight"], turns[3]["weight"], turns[5]["weight"] = 0, 1, 0
+    conversation = _read(tmp_path, turns)
+    (tokens,) = _tokens(tokenizer, conversation.messages)
+    whole, scored = _texts(tokenizer, tokens)
+    assert whole == "user: How?</s>\nassistant: So.</s>\nuser: Why?</s>\nassistant: Thus.</s>"
+    assert scored == "Thus.</s>"
+    chat = ChatTemplate(load_tokenizer(tokenizer), None, "the parent")
+    assert [turn.answer for turn in chat.asked(conversation)] == ["Thus.</s>"]  # type: ignore[union-attr]
+
+
+def test_thoughts_are_learned_where_the_template_writes_them(tokenizer: Path) -> None:
+    (tokens,) = _tokens(tokenizer, _answered(reasoning_content="hm"), TOOLS)
+    assert _texts(tokenizer, tokens)[1] == "[hm]So.</s>"
+
+
+EMPTY = TEMPLATE.replace(
+    "{{ message['content'] }}", "{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}"
+)
+NO_TOOL = TOOLS.replace("in messages", "in messages if message.role != 'tool'")
+
+
+@pytest.mark.parametrize(
+    ("template", "conversation", "tools", "field"),
+    [
+        (TEMPLATE, asks_tool(), None, "messages[1].tool_calls"),
+        (TEMPLATE, [*asks_tool()[:1], asks_tool()[1] | {"content": "I look."}], None, "messages[1].tool_calls"),
+        (TEMPLATE, _answered(reasoning_content="hm"), None, "messages[1].reasoning_content"),
+        (TEMPLATE, _answered(), [{"name": "weather"}], "tools"),
+        (NO_TOOL, asks_tool(), [{"name": "weather"}], "messages[2].content"),
+        (EMPTY, _answered(), None, "messages[1]"),
+    ],
+)
+def test_what_the_template_does_not_write_is_refused_by_name(
+    tokenizer: Path, tmp_path: Path, template: str, conversation: list[dict[str, Any]], tools: Any, field: str
+) -> None:
+    chat = ChatTemplate(load_tokenizer(tokenizer), template, "the parent")
+    line = json.dumps({"messages": conversation, "tools": tools})
+    (found,) = chat.tokens([_read(tmp_path, line)])
+    assert isinstance(found, Problem)
+    assert (found.place, found.field) == ("mine.jsonl:1", field)
+    assert "chat_template" in found.fix
+
+
+def test_no_answer_that_is_held_back_is_empty(tokenizer: Path, tmp_path: Path) -> None:
+    _build(tokenizer, tmp_path, [*sums(), *(asks_tool(f"Warm in {n}?") for n in range(40))], "max_lost=0.5")
+    assert all(row["answer"] != "</s>" for row in open_chat(tmp_path / "chat").answers())
 
 
 def test_bytes_that_are_not_utf_8_cost_their_line_alone(tmp_path: Path) -> None:
@@ -129,7 +217,9 @@ def test_a_folder_holds_what_its_manifest_counts(tokenizer: Path, tmp_path: Path
     assert min(conversations) >= 4
     assert manifest["removed"] == {"broken JSON": 1}
     removed = [json.loads(line) for line in (chat.folder / "removed.jsonl").read_text().splitlines()]
-    assert removed == [{"place": "mine.jsonl:41", "field": "", "reason": "broken JSON"}]
+    assert removed == [
+        {"place": "mine.jsonl:41", "field": "", "reason": "broken JSON", "fix": "correct or delete the line"}
+    ]
 
 
 def test_the_mask_of_a_pack_is_that_of_the_labels(tokenizer: Path, tmp_path: Path) -> None:
@@ -179,8 +269,20 @@ def test_a_strict_build_ends_at_the_first_wrong_line_and_leaves_nothing(tokenize
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
 
+def test_more_wrong_lines_than_allowed_end_the_build_with_what_to_do(tokenizer: Path, tmp_path: Path) -> None:
+    lines = [*sums(), *([messages("How?")] * 3), *(asks_tool(f"Warm in {n}?") for n in range(6))]
+    with pytest.raises(UpcycleError, match="9 of 49 lines") as caught:
+        _build(tokenizer, tmp_path, lines)
+    assert "6 lines: tool_calls that the chat template does not write" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+    assert caught.value.exit_status == 1
+    assert "max_lost to 0.19" in caught.value.fix
+    manifest = _build(tokenizer, tmp_path, lines, "max_lost=0.19")
+    assert sum(manifest["removed"].values()) == 9
+
+
 def test_lines_without_one_conversation_are_explained(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"2 lines: messages missing \(mine\.jsonl:1\)"):
+    with pytest.raises(UpcycleError, match=r"2 lines: missing, mine\.jsonl:1: messages"):
         _build(tokenizer, tmp_path, ['{"text": "a"}', '{"text": "b"}'])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 

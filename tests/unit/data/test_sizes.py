@@ -11,6 +11,7 @@ from nemo_upcycle.data.build import _as_begun
 from nemo_upcycle.data.sizes import size_check
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import write_json
+from tests.unit.data.test_losses import lost
 
 
 PLAN = {"tasks": [{"source": "web"}, {"source": "tiny"}, {"source": "web"}]}
@@ -21,10 +22,12 @@ def _blend(**more: object) -> Blend:
     return Blend("mine", Path(), BlendConfig(sources, seq_length=64, **more))  # type: ignore[arg-type]
 
 
-def _write(work: Path, kind: str, rank: int, documents: int, size: int) -> None:
+def _write(work: Path, kind: str, rank: int, documents: int, size: int, **more: object) -> None:
     train = {"documents": documents, "bytes": size}
     counts = train if kind == "read" else {"splits": {"train": train | {"tokens": size // 4}}}
-    write_json(work / kind / f"{rank:05d}.json", counts)
+    read = {"read": {"in": documents, "kept": documents, "removed": {}}}
+    record = {"bytes_in": size, "files": {"a": {}}, "lost": {}, "fields": {}, "steps": read} | more
+    write_json(work / kind / f"{rank:05d}.json", record | counts)
 
 
 def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) -> None:
@@ -35,7 +38,7 @@ def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) ->
     with pytest.raises(UpcycleError) as caught:
         check()
     assert str(caught.value).startswith(
-        "source tiny: got at most 54 tokens to train on, in 2 documents, expected more than a sequence (64), for 25"
+        "source tiny: got at most 54 tokens to train on, in 2 of 2 documents, expected more than a sequence (64)"
     )
 
 
@@ -47,15 +50,34 @@ def test_source_without_a_sequence_is_refused_once_it_is_tokenised(tmp_path: Pat
     _write(tmp_path, "stats", 0, 10, 4000)
     check()
     _write(tmp_path, "stats", 1, 2, 240)
-    with pytest.raises(UpcycleError, match="source tiny: got 60 tokens to train on, in 2 documents"):
+    with pytest.raises(UpcycleError, match="source tiny: got 60 tokens to train on, in 2 of 2 documents"):
         check()
 
 
-def test_source_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
+def test_source_of_which_nothing_is_left_says_what_became_of_it(tmp_path: Path) -> None:
     write_json(tmp_path / "engine.json", {"plan": PLAN})
-    write_json(tmp_path / "stats/00001.json", {"splits": {}})
-    with pytest.raises(UpcycleError, match="source tiny: got no document left to train on"):
+    steps = {"read": {"in": 9, "removed": {"no field text": 7}}, "filter": {"in": 2, "removed": {"too short": 2}}}
+    _write(tmp_path, "read", 1, 0, 0, steps=steps, lost=lost("no field text", 7, 70), fields={"id": 9, "body": 60})
+    with pytest.raises(UpcycleError) as caught:
         size_check(_blend(), tmp_path, PLAN)()
+    text = str(caught.value)
+    assert (
+        "0 of 9 documents (7 documents, 70 bytes: no field text, first at a.jsonl:7; 2 documents: too short)" in text
+    )
+    assert "set sources.tiny.options.text_key=body (fields of text there: body, id), in another folder" in text
+    assert caught.value.exit_status == 2
+
+
+def test_source_is_warned_about_once_above_one_per_cent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "engine.json", {"plan": PLAN})
+    check = size_check(_blend(), tmp_path, PLAN)
+    for kind in ("read", "stats"):
+        _write(tmp_path, kind, 1, 100, 4000, lost=lost("broken JSON", 2, 10))
+        check()
+    assert capsys.readouterr().err == (
+        "warning: source tiny: 2.0% of what was to be read is lost (2 documents, 10 bytes: broken JSON,"
+        " first at a.jsonl:7)\n"
+    )
 
 
 def test_shares_and_epochs_are_shown_once_all_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
