@@ -129,7 +129,8 @@ def verify(
             )
         if logits:
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
-        tokens_BS = _tokens(dense, text_file) if logits else None  # a wrong text shows before the long work
+        # a wrong text shows before the long work
+        tokens_BS = _tokens(dense, text_file, parent.architecture.vocab_size) if logits else None
         weights = compare_weights(parent, child, calibration, expert_utility)
         own_type, moe_arch = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture
     found = torn = None
@@ -154,8 +155,8 @@ def _require_memory(needed_bytes: int) -> None:
         )
 
 
-def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
-    """Return token ids of the text, [B, S]."""
+def _tokens(dense: Path, text_file: Path | None, vocab_size: int) -> torch.Tensor:
+    """Return token ids of the text, [B, S], all of them in the model's vocabulary."""
     try:
         text = (text_file or _SAMPLE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -176,6 +177,13 @@ def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
     length = min(WINDOW_TOKENS, len(ids))
     if length < 2:
         raise UpcycleError(str(text_file), got=f"{length} tokens", expected="some words", fix="choose another text")
+    if (largest := int(ids.max())) >= vocab_size:
+        raise UpcycleError(
+            f"{dense}: tokenizer",
+            got=f"token {largest} in the text",
+            expected=f"0 to {vocab_size - 1}, the tokens of the model",
+            fix="copy the model's own tokenizer files there, or compare the weights alone (--weights-only)",
+        )
     return ids[: len(ids) // length * length].view(-1, length)
 
 

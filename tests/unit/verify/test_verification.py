@@ -270,6 +270,9 @@ def test_bad_input_is_refused(dense: Path, tmp_path: Path, monkeypatch: pytest.M
     bare = write_llama(tmp_path / "bare", vocab_size=259, layers=3)
     with pytest.raises(UpcycleError, match="tokenizer: got none"):
         verify(bare, moe)
+    small = write_tokenizer(write_llama(tmp_path / "small", vocab_size=100, layers=3))
+    with pytest.raises(UpcycleError, match=r"tokenizer: got token 220 in the text, expected 0 to 99"):
+        verify(small, _made(small, tmp_path / "small_moe"))
     monkeypatch.setattr(Path, "read_text", lambda self, **_: "MemAvailable: 100 kB\n")
     with pytest.raises(UpcycleError, match="memory for the MoE model in float32"):
         verify_memory(4 * 10**6)
