@@ -98,13 +98,19 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
             expected=f"a multiple of the parent's {experts} experts, {2 * experts} or more",
             fix=f"set <num_experts>={experts * max(2, round(spec.num_experts / experts))}, or give <expert_utility>",
         )
-    kept = growth_spec(parent, spec.num_experts, spec.top_k)
-    for name, why in _KEPT.items():
-        got, value = (_layers(one, parent) if name == "moe_layers" else getattr(one, name) for one in (spec, kept))
-        if got != value:
-            value = getattr(kept, name)
-            fix = f"set <{name}>={value}"
-            raise SpecError(field=name, got=getattr(spec, name), expected=f"{value}: {why}", fix=fix)
+    kept = growth_spec(parent, spec.num_experts, max(2, spec.top_k))  # a single expert is refused of some orders
+    wrong = [name for name in _KEPT if getattr(spec, name) != getattr(kept, name)]
+    if _layers(spec, parent) == _layers(kept, parent):
+        wrong = [name for name in wrong if name != "moe_layers"]
+    if wrong:
+        name, reroutes = wrong[0], {"router_order", "router_score"} & {*wrong}
+        changed = [*wrong, "top_k"] if reroutes and spec.top_k == 1 else wrong
+        raise SpecError(
+            field=name,
+            got=getattr(spec, name),
+            expected=f"{getattr(kept, name)}: {_KEPT[name]}",
+            fix="set " + ", ".join(f"<{one}>={getattr(kept, one)}" for one in changed),
+        )
     if spec.reads_router:
         expected = "normal, uniform or zero: the parent's rows are copied, and this is added"
         raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="omit it")

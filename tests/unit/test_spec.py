@@ -17,7 +17,7 @@ from nemo_upcycle.utils.validation import check_capacity
         ({"num_experts": 1}, ["num_experts: got 1, expected a whole number, 2 to 2048"]),
         ({"num_experts": 10**9}, ["num_experts: got 1000000000, expected a whole number, 2 to 2048"]),
         ({"granularity": 16}, ["granularity: got 16, expected a whole number, 1 to 8 (num_experts)"]),
-        ({"top_k": 1}, ["top_k: got 1, expected 2 or more", "set router_order=softmax_topk", "or top_k=2"]),
+        ({"top_k": 1}, ["top_k: got 1, expected 2 or more", "set top_k=2, or of a dense parent"]),
         ({"num_experts": 8.0}, ["num_experts", "8.0"]),
         ({"method": "copi"}, ["copi", "Did you mean 'copy'?"]),
         ({"router_init": "norml"}, ["Did you mean 'normal'?"]),

@@ -5,6 +5,7 @@ transformers' own classes give the parent's logits and those of the folder that 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
@@ -254,6 +256,27 @@ def test_what_a_parent_with_experts_does_not_become_is_refused(
     with pytest.raises(SpecError, match=expected) as caught:
         read_architecture(mixtral).upcycled(UpcycleSpec(**({"num_experts": 8} | {field: value})))
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Mixtral", {"num_experts": 6}),
+        ("Mixtral", {"top_k": 1, "router_order": "softmax_topk"}),
+        ("Mixtral", {"top_k": 1, "router_score": "sigmoid"}),
+        ("Mixtral", {"granularity": 2, "routed_scaling_factor": 2.5, "moe_layers": "0"}),
+        ("Glm4Moe", {"top_k": 1, "router_order": "softmax_topk"}),
+        ("Glm4Moe", {"granularity": 2}),
+    ],
+    ids=str,
+)
+def test_a_spec_is_taken_once_its_fix_is_done(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
+    arch = read_architecture(write_moe(tmp_path / "dense", kind=kind, num_experts_per_tok=1))
+    with pytest.raises(SpecError) as caught:
+        arch.upcycled(UpcycleSpec(**fields))
+    fix = {name: yaml.safe_load(value) for name, value in re.findall(r"<(\w+)>=([\w.]+)", caught.value.fix)}
+    fix |= {name: str(value) for name, value in fix.items() if name == "moe_layers"}
+    assert arch.upcycled(UpcycleSpec(**(fields | fix))).hf_class == arch.hf_class
 
 
 def test_utilities_are_refused_where_the_parent_is_dense(tmp_path: Path) -> None:
