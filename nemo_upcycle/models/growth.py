@@ -279,6 +279,21 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def needs_float32_routing(parent: Parent, spec: UpcycleSpec) -> bool:
+    """Return whether a model computes its parent's function only where the router's logits are float32 or more.
+
+    Of networks that were cut see `UpcycleSpec.needs_float32_routing`. Copies of one expert have the same logit, too:
+    where two experts' logits are the same in 16 bits, top-k takes copies of both for those of one.
+
+    Args:
+        parent: the parent's architecture, dense or with experts.
+        spec: what is made of it.
+    """
+    if not parent.num_experts:
+        return spec.needs_float32_routing
+    return 1 < spec.top_k < spec.num_experts and not inexact_because(parent, spec)
+
+
 def require_one(parents: Sequence[Parent]) -> None:
     """Check that parents with experts come alone.
 

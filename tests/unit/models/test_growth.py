@@ -23,7 +23,7 @@ from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.models.growth import growth_spec, inexact_because, source_experts
+from nemo_upcycle.models.growth import growth_spec, inexact_because, needs_float32_routing, source_experts
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
@@ -104,6 +104,26 @@ def test_copies_with_as_much_more_top_k_compute_what_the_parent_does(
     spec = {"num_experts": 4 * copies, "top_k": 2 * copies, "router_std": 0.0} | fields
     assert inexact_because(read_architecture(folder), UpcycleSpec(**spec)) == ()
     assert _grown(folder, tmp_path / "moe", **spec) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("chosen", "fields", "needs"),
+    [
+        (2, {"top_k": 4, "router_std": 0.0}, True),
+        (2, {"top_k": 4}, False),
+        (2, {"top_k": 3, "router_std": 0.0}, False),
+        (4, {"top_k": 8, "router_std": 0.0}, False),
+        (1, {"top_k": 2, "router_std": 0.0} | SOFTMAX_FIRST, True),
+        (1, {"top_k": 1, "router_std": 0.0} | SOFTMAX_FIRST, False),
+    ],
+    ids=str,
+)
+def test_copies_are_chosen_together_in_float32(
+    tmp_path: Path, chosen: int, fields: dict[str, Any], needs: bool
+) -> None:
+    is_divided = "router_order" not in fields
+    folder = write_qwen3_moe(tmp_path / "dense", num_experts_per_tok=chosen, norm_topk_prob=is_divided)
+    assert needs_float32_routing(read_architecture(folder), UpcycleSpec(num_experts=8, **fields)) is needs
 
 
 @pytest.mark.usefixtures("megatron")
