@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.init.routers import inexact_in_float32
 from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, RouterKind, UpcycleSpec
 
 
@@ -50,6 +51,10 @@ class Parent(Protocol):
     @property
     def num_layers(self) -> int:
         """L."""
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
 
     @property
     def num_experts(self) -> int | None:
@@ -258,7 +263,7 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
         spec: what is made of it.
     """
     if not parent.num_experts:
-        return spec.inexact_because
+        return spec.inexact_because or inexact_in_float32(spec, parent.hidden_size)
     chosen, copies = parent.top_k or 1, _copies(parent, spec)
     reasons: list[str] = []
     if changed := INIT_METHODS[spec.method](spec):
