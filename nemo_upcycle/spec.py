@@ -3,6 +3,7 @@
 # No postponed annotations: NeMo-Run reads those of the fields, for overrides on the command line.
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,8 @@ EXPERT_SPLITS = ("consecutive", "coactivation")
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
 #: Four times the experts of the largest open models: beyond it, names and headers alone take minutes.
 MAX_EXPERTS = 2048
+#: Distance of a float32 number to the next one, at most, over the number.
+FLOAT32 = 2.0**-23
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,9 +220,13 @@ class UpcycleSpec:
 
     @property
     def inexact_because(self) -> tuple[str, ...]:
-        """Why the upcycled model does not compute the dense function at step 0; empty if it does, up to rounding."""
+        """Why the upcycled model does not compute the dense function at step 0; empty if it does, in exact numbers.
+
+        `init.routers.inexact_in_float32` knows what float32 adds, which depends on the parent's hidden size, and
+        `models.growth.inexact_because` both.
+        """
         free_sum = not self.sums_to_one and not self._has_zero_router
-        changed, mixed = INIT_METHODS[self.method](self), self.router_kind.inexact_because(self)
+        changed = INIT_METHODS[self.method](self)
         torn, part = self.top_k % self.granularity, self.weight_sum / self.granularity
         tied = self._has_zero_router and self.granularity > 1 and self.top_k < self.num_experts
         reasons = (
@@ -229,7 +236,6 @@ class UpcycleSpec:
                 f"top_k={self.top_k} is no multiple of granularity={self.granularity}: tokens get parts of networks",
             ),
             (tied and not torn, "a zero router ties all experts: top-k then chooses parts of networks"),
-            (mixed, mixed),
             (free_sum, "only with a zero router is the sum of the chosen experts' weights known"),
             (self.output_scale == "none" and part != 1, f"output_scale=none leaves {part:.4g} of the dense output"),
         )
@@ -247,7 +253,7 @@ class UpcycleSpec:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the upcycled model computes the dense function at step 0, up to rounding, routed in float32."""
+        """Whether the upcycled model computes the dense function at step 0, in exact numbers."""
         return not self.inexact_because
 
     def moe_pattern(self, num_layers: int) -> tuple[bool, ...]:
@@ -315,6 +321,8 @@ class RouterKind(ABC):
     pre_softmax: ClassVar[bool]
     #: whether Hugging Face classes with it compute its logits in float32, not in the model's type
     in_float32: ClassVar[bool] = False
+    #: the largest of the logits must be above it, or the sum by which scores are divided is not theirs in float32
+    least_logit: ClassVar[float] = -math.inf
 
     @abstractmethod
     def weight_sum(self, spec: UpcycleSpec) -> float:
@@ -335,9 +343,12 @@ class RouterKind(ABC):
             SpecError: it cannot.
         """
 
-    def inexact_because(self, spec: UpcycleSpec) -> str:
-        """Return why scores of this kind choose parts of copies; empty if they do not."""
-        return ""
+    def spacing(self, logit: float) -> float:
+        """Return how much two logits near this one must differ for float32 scores that differ; softmax's by default.
+
+        A score of softmax has 2^-23 of itself to its neighbour, which is as much of the logit, and so has a logit.
+        """
+        return FLOAT32 * max(1.0, abs(logit))
 
 
 def find_router_kind(score: str, *, pre_softmax: bool) -> RouterKind:

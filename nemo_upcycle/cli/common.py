@@ -11,7 +11,15 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.init.methods import METHODS
-from nemo_upcycle.spec import EXPERT_SPLITS, MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
+from nemo_upcycle.spec import (
+    EXPERT_SPLITS,
+    MOE_LAYERS,
+    OUTPUT_SCALES,
+    ROUTER_INITS,
+    ROUTER_ORDERS,
+    ROUTER_SCORES,
+    UpcycleSpec,
+)
 from nemo_upcycle.utils.dtypes import DTYPES, dtype_of
 
 
@@ -46,6 +54,8 @@ _SPEC_FIELDS: dict[str, tuple[type, str, str]] = {
         "of nemo-upcycle calibrate, for a router from data or a split by data",
     ),
     "router_order": (str, "|".join(ROUTER_ORDERS), "softmax after or before top-k"),
+    "router_score": (str, "|".join(ROUTER_SCORES), "what the router's logits go through"),
+    "routed_scaling_factor": (float, "X", "factor on the weights of the chosen experts"),
     "output_scale": (str, "|".join(OUTPUT_SCALES), "exact: copies compute the parent's function"),
     "seed": (int, "N", "seed of all random numbers"),
 }

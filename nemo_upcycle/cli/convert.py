@@ -90,8 +90,8 @@ def _text(done: Conversion, source: str) -> str:
     ]
     if done.needs_float32_routing:
         lines.append(
-            "with router logits in float32: in 16 bits those of two copies can be equal, and top-k then picks parts of"
-            " both (nemo-upcycle verify counts such tokens)"
+            "with router logits in float32: in 16 bits those of two networks can be equal, and top-k then mixes them"
+            " (nemo-upcycle verify counts such tokens)"
         )
     lines += [f"not for every server: {caveat}" for caveat in done.caveats]
     if done.files_kept:

@@ -18,9 +18,9 @@ EPILOG = """examples:
   nemo-upcycle verify models/Llama-3-8B models/Llama-3-8B-E8T2 --weights-only
   nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --text README.md --layers
 
-Logits are compared in float32, with streamed weights. With granularity, the command counts the tokens whose routing,
-in the MoE model's own type, picks parts of several copies: such a model needs float32 routing, which the verdict
-assumes.
+Logits are compared in float32, with streamed weights. With granularity, or where a parent's experts were copied, the
+command counts the tokens whose routing, in the MoE model's own type, mixes networks: such a model needs float32
+routing, which the verdict assumes.
 exit status: 0 equal within the tolerance; 1 not; 2 a folder is damaged or a value is wrong."""
 
 
@@ -98,7 +98,7 @@ def _text(result: Verification) -> str:
             names = ["embedding", *(f"layer {number}" for number in range(len(logits.layer_relative) - 1))]
             lines.append("difference after")
             lines += [f"  {name:<10}{value:.3g}" for name, value in zip(names, logits.layer_relative, strict=True)]
-    if result.granularity > 1:
+    if result.granularity > 1 or result.torn:
         lines.append(f"routing: {_routing(result)}")
     lines.append("equal: " + ("yes" if result.equal else "no"))
     return "\n".join(lines)
@@ -109,6 +109,6 @@ def _routing(result: Verification) -> str:
     if torn is None:
         return "top-k picks whole copies only where router logits are float32: omit --weights-only to count"
     if not torn.torn:
-        return f"in {torn.dtype}, all {torn.tokens} tokens get whole copies"
-    share = f"{torn.torn} of {torn.tokens} tokens ({100 * torn.share:.2g} %) get parts of several copies"
+        return f"in {torn.dtype}, all {torn.tokens} tokens get whole networks"
+    share = f"{torn.torn} of {torn.tokens} tokens ({100 * torn.share:.2g} %) get parts of several networks"
     return f"in {torn.dtype}, {share}; serve this model with router logits in float32, for which the verdict holds"

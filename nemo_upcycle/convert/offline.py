@@ -26,7 +26,7 @@ from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, Safetensors
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.models.families import server_caveats
-from nemo_upcycle.models.growth import inexact_because
+from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
 from nemo_upcycle.models.mapping import extra_params, mapping_of
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
@@ -175,7 +175,7 @@ def convert(
         bytes_written=written_bytes,
         bytes_read=dense.bytes_read - bytes_before,
         max_shard_bytes=max_shard_bytes,
-        needs_float32_routing=spec.needs_float32_routing,
+        needs_float32_routing=needs_float32_routing(dense.architecture, spec),
         caveats=server_caveats(moe_arch),
         seconds=round(time.monotonic() - start_s, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.init.routers import inexact_in_float32
 from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, RouterKind, UpcycleSpec
 
 
@@ -50,6 +51,10 @@ class Parent(Protocol):
     @property
     def num_layers(self) -> int:
         """L."""
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
 
     @property
     def num_experts(self) -> int | None:
@@ -98,13 +103,19 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
             expected=f"a multiple of the parent's {experts} experts, {2 * experts} or more",
             fix=f"set <num_experts>={experts * max(2, round(spec.num_experts / experts))}, or give <expert_utility>",
         )
-    kept = growth_spec(parent, spec.num_experts, spec.top_k)
-    for name, why in _KEPT.items():
-        got, value = (_layers(one, parent) if name == "moe_layers" else getattr(one, name) for one in (spec, kept))
-        if got != value:
-            value = getattr(kept, name)
-            fix = f"set <{name}>={value}"
-            raise SpecError(field=name, got=getattr(spec, name), expected=f"{value}: {why}", fix=fix)
+    kept = growth_spec(parent, spec.num_experts, max(2, spec.top_k))  # a single expert is refused of some orders
+    wrong = [name for name in _KEPT if getattr(spec, name) != getattr(kept, name)]
+    if _layers(spec, parent) == _layers(kept, parent):
+        wrong = [name for name in wrong if name != "moe_layers"]
+    if wrong:
+        name, reroutes = wrong[0], {"router_order", "router_score"} & {*wrong}
+        changed = [*wrong, "top_k"] if reroutes and spec.top_k == 1 else wrong
+        raise SpecError(
+            field=name,
+            got=getattr(spec, name),
+            expected=f"{getattr(kept, name)}: {_KEPT[name]}",
+            fix="set " + ", ".join(f"<{one}>={getattr(kept, one)}" for one in changed),
+        )
     if spec.reads_router:
         expected = "normal, uniform or zero: the parent's rows are copied, and this is added"
         raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="omit it")
@@ -252,7 +263,7 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
         spec: what is made of it.
     """
     if not parent.num_experts:
-        return spec.inexact_because
+        return spec.inexact_because or inexact_in_float32(spec, parent.hidden_size)
     chosen, copies = parent.top_k or 1, _copies(parent, spec)
     reasons: list[str] = []
     if changed := INIT_METHODS[spec.method](spec):
@@ -271,6 +282,21 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
     if router_moves(spec):
         reasons.append(f"router_std={spec.router_std:.3g} tells the copies of an expert apart in the router")
     return tuple(reasons)
+
+
+def needs_float32_routing(parent: Parent, spec: UpcycleSpec) -> bool:
+    """Return whether a model computes its parent's function only where the router's logits are float32 or more.
+
+    Of networks that were cut see `UpcycleSpec.needs_float32_routing`. Copies of one expert have the same logit, too:
+    where two experts' logits are the same in 16 bits, top-k takes copies of both for those of one.
+
+    Args:
+        parent: the parent's architecture, dense or with experts.
+        spec: what is made of it.
+    """
+    if not parent.num_experts:
+        return spec.needs_float32_routing
+    return 1 < spec.top_k < spec.num_experts and not inexact_because(parent, spec)
 
 
 def require_one(parents: Sequence[Parent]) -> None:

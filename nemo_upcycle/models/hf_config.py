@@ -10,7 +10,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, planned, targets
 from nemo_upcycle.models.families.base import ACTIVATIONS, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
-from nemo_upcycle.models.rotary import LONGROPE
+from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE
 from nemo_upcycle.utils.files import read_json
 
 
@@ -315,6 +315,8 @@ def _scaling(given: Settings, key: str) -> dict[str, Any] | None:
     if inside.values.get("type", kind) != kind:
         raise inside.wrong("type", f"{kind}, as its rope_type", "keep one of the two in config.json")
     kind = _FORMER.get(kind, kind)
+    if kind not in (*KINDS, DYNAMIC):
+        raise CheckpointError.unknown(f"{inside.where}: rope_type", kind, (*KINDS, DYNAMIC))
     scaling = {name: value for name, value in scaling.items() if name not in ("type", *_NO_SCALING)}
     for name in _SCALINGS.get(kind, ()):
         inside.number(name)

@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 
 #: The scaling of arXiv 2402.13753: a factor for each frequency, others for long sequences, and one on sine and cosine.
 LONGROPE = "longrope"
-
-
+#: That whose factor grows with the sequence: transformers alone computes it.
+DYNAMIC = "dynamic"
 #: Kinds of `rope_scaling` whose frequencies are known here.
-_KINDS = ("default", "linear", "llama3", "yarn", LONGROPE)
+KINDS = ("default", "linear", "llama3", "yarn", LONGROPE)
 _SHORT = "original_max_position_embeddings"
 
 
 def rope_kind(arch: Architecture | Rope) -> str:
-    """Return how the rotary frequencies are scaled: `default` (not at all), or by one of `_KINDS`.
+    """Return how the rotary frequencies are scaled: `default` (not at all), or by one of `KINDS`.
 
     Raises:
         CheckpointError: in another way, which is not known.
     """
     kind = (arch.rope_scaling or {}).get("rope_type", "default")
-    if kind not in _KINDS:
+    if kind not in KINDS:
         raise CheckpointError(
             "rope_scaling",
             got=kind,
-            expected=" or ".join(_KINDS),
+            expected=" or ".join(KINDS),
             fix="use a checkpoint without position interpolation",
         )
     return str(kind)

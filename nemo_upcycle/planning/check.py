@@ -212,12 +212,18 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
         meta = {"use_cpu_initialization": False, "init_model_with_meta_device": True}
         cut = {"sequence_parallel": layout.tp > 1, "context_parallel_size": layout.cp}
         config = replace(config, moe_grouped_gemm=grouped, **cut, **meta, **fp8)
+    # Megatron's routers make their biases on the current device, which only Transformer Engine's modules need.
+    current_device = (lambda: torch.device("meta")) if engine is None else torch.cuda.current_device
     chunks = []
     for number, parts in enumerate(layout.chunks(arch, ps.get_pipeline_model_parallel_rank())):
         stage = number if layout.vp > 1 else None
         block = decoder_layers(config, engine is not None, stage, **decoder_settings(arch))
         # Tied embeddings stay where they are made: Megatron moves them to the GPU to make them equal on both stages.
-        with torch.device("meta"), temporarily_set(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
+        with (
+            torch.device("meta"),
+            temporarily_set(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
+            temporarily_set(torch.cuda, "current_device", current_device),
+        ):
             chunks.append(
                 GPTModel(
                     config,

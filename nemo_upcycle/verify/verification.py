@@ -2,7 +2,7 @@
 
 Twice: of the weights, matrix by matrix and streamed, which tells what was done to them; and of the logits on real
 text, in float32 with Hugging Face's own implementations, which tells whether the two compute the same function. Where
-granularity cut the networks, also of the routing in the MoE model's own type: in 16 bits top-k may tear copies.
+experts share their row of the router, also of the routing in the MoE model's own type: in 16 bits top-k may tear them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SAMPLE = Path(__file__).with_name("sample.txt")
 
 @dataclass(frozen=True)
 class TornTokens:
-    """Tokens to which top-k gives parts of several copies in some layer, in a model of that type.
+    """Tokens to which top-k gives parts of several networks in some layer, in a model of that type.
 
     Args:
         dtype: the type.
@@ -129,14 +129,17 @@ def verify(
             )
         if logits:
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
-        tokens_BS = _tokens(dense, text_file) if logits else None  # a wrong text shows before the long work
+        # a wrong text shows before the long work
+        tokens_BS = _tokens(dense, text_file, parent.architecture.vocab_size) if logits else None
         weights = compare_weights(parent, child, calibration, expert_utility)
         own_type, moe_arch = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture
+        experts = parent.architecture.num_experts
     found = torn = None
     if tokens_BS is not None:
         found = _compare_logits(dense, moe, tokens_BS, layers)
-        if weights.granularity > 1:
-            torn = _count_torn(moe, moe_arch, tokens_BS, own_type, weights.granularity)
+        network_E = [n % experts if experts else n // weights.granularity for n in range(moe_arch.num_experts or 0)]
+        if weights.granularity > 1 or (experts and weights.exact):
+            torn = _count_torn(moe, moe_arch, tokens_BS, own_type, network_E)
     equal = found.relative <= tolerance if found else weights.exact and not weights.rounded
     return Verification(dense, moe, hf_class, equal, tolerance, *weights, found, torn)
 
@@ -154,8 +157,8 @@ def _require_memory(needed_bytes: int) -> None:
         )
 
 
-def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
-    """Return token ids of the text, [B, S]."""
+def _tokens(dense: Path, text_file: Path | None, vocab_size: int) -> torch.Tensor:
+    """Return token ids of the text, [B, S], all of them in the model's vocabulary."""
     try:
         text = (text_file or _SAMPLE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -176,6 +179,13 @@ def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
     length = min(WINDOW_TOKENS, len(ids))
     if length < 2:
         raise UpcycleError(str(text_file), got=f"{length} tokens", expected="some words", fix="choose another text")
+    if (largest := int(ids.max())) >= vocab_size:
+        raise UpcycleError(
+            f"{dense}: tokenizer",
+            got=f"token {largest} in the text",
+            expected=f"0 to {vocab_size - 1}, the tokens of the model",
+            fix="copy the model's own tokenizer files there, or compare the weights alone (--weights-only)",
+        )
     return ids[: len(ids) // length * length].view(-1, length)
 
 
@@ -199,19 +209,31 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
 
 @torch.no_grad()
 def _count_torn(
-    folder: Path, moe_arch: Architecture, tokens_BS: torch.Tensor, dtype: torch.dtype, granularity: int
+    folder: Path, moe_arch: Architecture, tokens_BS: torch.Tensor, dtype: torch.dtype, network_E: list[int]
 ) -> TornTokens:
-    """Count the tokens for which top-k, as transformers does it, does not take whole copies in some layer."""
+    """Count the tokens for which top-k, as transformers does it, does not take whole networks in some layer.
+
+    Args:
+        folder: the MoE model's.
+        moe_arch: its architecture.
+        tokens_BS: what it is run on.
+        dtype: in which it is.
+        network_E: the network that each expert is a part of, or the parent's expert that it is a copy of.
+    """
+    top_k = moe_arch.top_k or 1
+    whole = min(top_k, network_E.count(0))
     with errors_only():
         model = load_model(folder, dtype=dtype).eval()
     with _router_logits(model, moe_arch) as router_logits:
         model(tokens_BS, use_cache=False)
     torn_layers = []
     for logits_TE in router_logits:
-        chosen_Tk = moe_arch.router_kind.scores(logits_TE.float()).topk(moe_arch.top_k or 1).indices
-        taken_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_Tk, True)
-        copies_TCG = taken_TE.unflatten(1, (-1, granularity))
-        torn_layers.append((copies_TCG.any(-1) != copies_TCG.all(-1)).any(-1))
+        chosen_Tk = moe_arch.router_kind.scores(logits_TE.float()).topk(top_k).indices
+        network_Tk = torch.tensor(network_E)[chosen_Tk]
+        taken_TC = torch.zeros(len(logits_TE), 1 + max(network_E)).scatter_add(
+            1, network_Tk, torch.ones(network_Tk.shape)
+        )
+        torn_layers.append(((taken_TC > 0) & (taken_TC < whole)).any(-1))
     torn_T = torch.stack(torn_layers).any(0)
     torn = int(torn_T.sum())
     return TornTokens(dtype_name(dtype), len(torn_T), torn, torn / len(torn_T))

@@ -121,8 +121,8 @@ def compare_weights(
     """Return what was done to the weights of an MoE model, and whether they compute the dense function.
 
     They do if everything is the dense model's but the experts' down projection, which is scaled as the model's routing
-    asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`UpcycleSpec.is_exact`).
-    Of a parent with experts, the router's rows have to be its own, too (`models/growth.py`).
+    asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`models/growth.py`). Of a
+    parent with experts, the router's rows have to be its own, too.
 
     Args:
         dense: the open dense model.

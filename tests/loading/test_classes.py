@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 CASES = int(os.environ.get("CASES", "12"))
 PARENTS = [named.split(",")] if (named := os.environ.get("PARENTS")) else []
-TOLERANCE = 2e-6
+TOLERANCE, VISIBLE = 2e-6, 1e-3
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
 SIGMOID = {"router_score": "sigmoid", "routed_scaling_factor": 2.5, "router_std": 0.02}
 #: Parent, its sizes, the spec -> the class.
@@ -59,6 +59,25 @@ def test_every_class_computes_what_the_parent_does(
     found = outcome(Case(parent, sizes, {"router_std": 1.0} | spec), tmp_path)
     assert (found.hf_class, found.is_exact) == (hf_class, True)
     assert found.relative <= TOLERANCE
+
+
+#: Routers, and with which deviations a model of hidden size 64 is exact, and is not.
+ROUTERS: list[tuple[dict[str, Any], tuple[float, ...], tuple[float, ...]]] = [
+    ({"num_experts": 4}, (1e-8, 0.02, 1000.0), ()),
+    (FINE, (0.02, 0.1, 0.5, 1.0, 1000.0), (1e-7, 1e-8)),
+    ({"num_experts": 4, "router_score": "sigmoid"}, (1e-8, 0.02, 0.1, 0.5, 1.0), (1000.0, 20.0)),
+    (FINE | {"router_score": "sigmoid"}, (0.02, 0.1, 0.5), (1e-8, 5.0)),
+]
+EDGES = [(spec | {"router_std": std}, std in exact) for spec, exact, inexact in ROUTERS for std in (*exact, *inexact)]
+
+
+@pytest.mark.parametrize(("spec", "is_exact"), quick(EDGES, *(edge for edge in EDGES if not edge[1])), ids=str)
+def test_what_float32_loses_of_a_router_is_said_where_it_shows(
+    tmp_path: Path, spec: dict[str, Any], is_exact: bool
+) -> None:
+    found = outcome(Case("Llama", {"layers": 2}, spec), tmp_path)
+    assert found.is_exact is is_exact
+    assert found.relative <= TOLERANCE if is_exact else found.relative >= VISIBLE
 
 
 @pytest.mark.parametrize("seed", quick(range(CASES), *range(min(CASES, 4))))

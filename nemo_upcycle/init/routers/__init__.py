@@ -7,6 +7,7 @@ when its module is imported. None of them imports torch at the top: the planner 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from nemo_upcycle.spec import UpcycleSpec
 
 
-__all__ = ["CalibratedInit", "RouterInit", "RouterKind", "register"]
+__all__ = ["CalibratedInit", "RouterInit", "RouterKind", "inexact_in_float32", "register"]
 
 _Type = TypeVar("_Type", bound="type[RouterKind] | type[RouterInit]")
 
@@ -64,6 +65,62 @@ def register(type_: _Type) -> _Type:
         for name, names in ((made.score, ROUTER_SCORES), (made.order, ROUTER_ORDERS)):
             names += [] if name in names else [name]
     return type_
+
+
+#: The part of a layer's tokens up to which nothing is said: most texts hold none of them.
+_RARE = 1e-5
+
+
+def inexact_in_float32(spec: UpcycleSpec, hidden_size: int) -> tuple[str, ...]:
+    """Return why a model that is exact in exact numbers is not so in float32; empty if it is, up to rounding.
+
+    A token has a logit for each of the C copies of the network. They are taken as normal with a standard deviation of
+    s = router_std sqrt(hidden_size), which independent weights and a token of root mean square 1 give: a parent whose
+    norm makes tokens n times as large acts as an n times larger router_std. A router from data has s = router_spread.
+    Each is said where it befalls more than one token in 100,000 of a layer:
+
+    - Sigmoid scores are so small that 1e-20, which is added to their sum, counts: all logits are below `least_logit`,
+      which happens with probability Phi(least_logit / s)^C.
+    - With granularity, the last of the c copies that are chosen has the same float32 score as the next one, and top-k
+      takes parts of both: their logits differ by less than `RouterKind.spacing`. At z standard deviations the two are
+      next to each other with density C! / ((c - 1)! (C - c - 1)!) (1 - Phi)^(c - 1) Phi^(C - c - 1) phi^2 / s; that
+      times the spacing, over all z, is the probability. So both very small and very large logits tie.
+
+    Args:
+        spec: what is made of a dense parent.
+        hidden_size: the parent's.
+
+    Example:
+        >>> inexact_in_float32(UpcycleSpec(num_experts=8, top_k=4, granularity=2, router_std=0.02), 4096)
+        ()
+    """
+    router, kind, copies, chosen = ROUTER_INITS[spec.router_init], spec.router_kind, spec.copies, spec.top_k
+    if router.is_zero(spec):
+        return ()
+    name = "router_spread" if router.texts else "router_std"
+    deviation = getattr(spec, name) * (1.0 if router.texts else math.sqrt(hidden_size))
+    cause, reasons = f"with {name}={getattr(spec, name):.3g}", list[str]()
+    if chosen > 1 and _below(kind.least_logit / deviation) ** copies > _RARE:
+        reasons.append(f"{cause} float32 loses the sum of {kind.score} scores where all logits are far below zero")
+    if spec.needs_float32_routing:
+        chosen //= spec.granularity
+        ways = math.lgamma(copies + 1) - math.lgamma(chosen) - math.lgamma(copies - chosen)
+        tied = 0.0
+        for step in range(-160, 161):
+            place = step / 20
+            others = (chosen - 1) * math.log(_below(-place)) + (copies - chosen - 1) * math.log(_below(place))
+            both = math.exp(ways + others - place**2) / (2 * math.pi * deviation)
+            tied += both * kind.spacing(place * deviation) / 20
+        if tied > _RARE:
+            reasons.append(
+                f"{cause} two copies can have the same {kind.score} score in float32, and top-k then mixes them"
+            )
+    return tuple(reasons)
+
+
+def _below(place: float) -> float:
+    """Return the probability of a normal number below so many standard deviations."""
+    return math.erfc(-place / math.sqrt(2.0)) / 2.0
 
 
 def _add(table: dict[Any, Any], key: Any, made: object) -> None:

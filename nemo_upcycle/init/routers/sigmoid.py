@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.init.routers import RouterKind, register
-from nemo_upcycle.spec import ROUTER_INITS
+from nemo_upcycle.spec import FLOAT32
 
 
 if TYPE_CHECKING:
     import torch
 
     from nemo_upcycle.spec import UpcycleSpec
-
-#: Up to here a logit of 17, whose sigmoid is 1 in float32, is rare: 5.3 sigma for a token of 16,384 numbers of RMS 1,
-#: and as many spreads of a router from data.
-_SAFE_STD, _SAFE_SPREAD = 0.025, 3.2
 
 
 @register
@@ -25,6 +22,7 @@ class Sigmoid(RouterKind):
     score, order = "sigmoid", "topk_softmax"
     pre_softmax = False
     in_float32 = True
+    least_logit = math.log(1e-20 / FLOAT32)  # Megatron and transformers add 1e-20 to the sum
 
     def weight_sum(self, spec: UpcycleSpec) -> float:
         """Return 1, or the sigmoid of zero where one expert is chosen."""
@@ -34,13 +32,6 @@ class Sigmoid(RouterKind):
         """Return the sigmoid of every logit."""
         return logits_TE.sigmoid()
 
-    def inexact_because(self, spec: UpcycleSpec) -> str:
-        """Return that scores of several copies are equal, where granularity needs them apart."""
-        from_data = bool(ROUTER_INITS[spec.router_init].texts)
-        name, safe = ("router_spread", _SAFE_SPREAD) if from_data else ("router_std", _SAFE_STD)
-        if not (spec.needs_float32_routing and getattr(spec, name) > safe):
-            return ""
-        return (
-            f"{name}={getattr(spec, name):.3g} makes large logits, whose sigmoid scores are all 1 in float32:"
-            " top-k then mixes copies"
-        )
+    def spacing(self, logit: float) -> float:
+        """See `RouterKind.spacing`: the slope of log sigmoid is 1 / (1 + exp(logit)), so that from 17 on all are 1."""
+        return FLOAT32 * (1.0 + math.exp(min(logit, 100.0)))

@@ -31,5 +31,5 @@ class TopkSoftmax(RouterKind):
                 field="top_k",
                 got=1,
                 expected=f"{expected}, so that it never learns",
-                fix="set <router_order>=softmax_topk (exact with <router_init>=zero), or <top_k>=2",
+                fix="set <top_k>=2, or of a dense parent <router_order>=softmax_topk (exact with <router_init>=zero)",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 from nemo_upcycle.errors import CheckpointError, SpecError
@@ -137,8 +138,10 @@ def require_class(moe_arch: Architecture) -> None:
     fix = "keep the model in NeMo: it trains and evaluates there"
     if moe_arch.mamba or moe_arch.quantile_bias:
         fix = "keep the model in Megatron-Bridge"
-    if moe_arch.window:
-        fix += ", or set sliding_window to null in config.json if training sequences were no longer"
+    wide = replace(moe_arch, sliding_window=None, window_pattern=None, local_rope_theta=None)
+    if moe_arch.window and any(not any(family.unsupported(wide)) for family in targets()):
+        fix += ", or if training sequences were no longer than the window, set sliding_window in config.json to null,"
+        fix += " or where it has layer_types each of them to full_attention"
     for family in targets():
         if list(family.unsupported(moe_arch)) == [f"{moe_arch.router_score} scores"]:
             kind = find_router_kind(family.router_score, pre_softmax=False)

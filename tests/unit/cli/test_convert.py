@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.utils.files import MODEL_MARKER
 from tests.models import write_llama
+from tests.parents import write_moe
 from tests.tiers import quick
 from tests.unit.convert.exports import _Usage
 
@@ -40,6 +41,19 @@ def test_more_parents_than_copies_are_refused(dense: Path, tmp_path: Path, capsy
     assert main(["convert", str(dense), str(tmp_path / "moe"), *more, *SPEC]) == 2
     assert "dense sources: got 3, expected at most 2" in capsys.readouterr().err
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"), [("Glm4Moe", ["--top-k=2"]), ("Mixtral", ["--top-k=1", "--router-order=softmax_topk"])]
+)
+def test_a_parent_with_experts_is_converted_once_the_fix_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, given: list[str]
+) -> None:
+    parent = write_moe(tmp_path / "dense", kind=kind, num_experts_per_tok=1)
+    command = ["convert", str(parent), str(tmp_path / "moe"), "--experts", "8", *given]
+    assert main(command) == 2
+    fix = capsys.readouterr().err.strip().removesuffix(".").partition("Fix: set ")[2].split(", ")
+    assert main([*command, *fix, "--router-std", "0"]) == 0
 
 
 def test_a_source_in_float64_asks_for_a_type(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,7 +130,7 @@ def test_it_starts_without_torch_and_nemo() -> None:
         ),
         (
             ["convert", "a", "b", "--top-k", "1"],
-            "Fix: set --router-order=softmax_topk (exact with --router-init=zero)",
+            "Fix: set --top-k=2, or of a dense parent --router-order=softmax_topk (exact with --router-init=zero)",
         ),
         (["convert", "/absent", "b"], "model '/absent': got no such folder"),
         (["convert", "a", "b", "--non-expert-weights", "men"], "'men' does not exist. Did you mean 'mean'?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.init.router import router_weight
+from nemo_upcycle.init.routers import inexact_in_float32
 from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.megatron_config import moe_fields, spec_fields
@@ -93,6 +95,42 @@ def test_the_experts_of_one_copy_share_their_row(kind: str, granularity: int) ->
     whole = UpcycleSpec(num_experts=4, top_k=2, router_init=kind)
     assert torch.equal(rows_cgD, router_weight(whole, 5, 96)[:, None].expand_as(rows_cgD))
     assert len({tuple(row.tolist()) for row in rows_cgD[:, 0]}) == 4
+
+
+GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
+SIGMOID = {"router_score": "sigmoid"}
+KMEANS = {"router_init": "kmeans", "calibration": "file", "router_std": 1000.0}
+
+
+@pytest.mark.parametrize("width", [64, 576, 4096, 16384])
+@pytest.mark.parametrize("fields", [{}, GRANULAR, SIGMOID | {"num_experts": 64}], ids=str)
+def test_float32_is_enough_for_ordinary_routers(fields: dict[str, Any], width: int) -> None:
+    for std in (0.02, 0.1, 0.5, 1.0):
+        assert inexact_in_float32(UpcycleSpec(**(fields | {"router_std": std})), width) == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "width", "reasons"),
+    [
+        (GRANULAR | {"router_std": 0.0001}, 64, 1),
+        (GRANULAR | {"router_std": 0.0001}, 10**8, 0),
+        (GRANULAR | {"top_k": 8, "router_std": 1e-8}, 64, 0),
+        ({"num_experts": 8, "router_std": 1e-8}, 64, 0),
+        (SIGMOID | {"router_std": 1.0}, 64, 0),
+        (SIGMOID | {"router_std": 1.0}, 4096, 1),
+        (SIGMOID | {"router_init": "uniform", "router_std": 1.0}, 4096, 1),
+        (SIGMOID | {"num_experts": 64, "router_std": 1000.0}, 4096, 0),
+        (SIGMOID | {"router_init": "zero", "router_std": 1000.0}, 4096, 0),
+        (GRANULAR | SIGMOID | {"router_std": 0.1}, 64, 0),
+        (GRANULAR | SIGMOID | {"router_std": 0.1}, 4096, 1),
+        (GRANULAR | SIGMOID | {"router_std": 1.0}, 4096, 2),
+        (GRANULAR | SIGMOID | KMEANS, 4096, 0),
+        (GRANULAR | SIGMOID | KMEANS | {"router_spread": 10.0}, 64, 1),
+    ],
+    ids=str,
+)
+def test_what_float32_loses_is_told(fields: dict[str, Any], width: int, reasons: int) -> None:
+    assert len(inexact_in_float32(UpcycleSpec(**fields), width)) == reasons
 
 
 def test_bits_are_what_they_were() -> None:

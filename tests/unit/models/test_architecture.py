@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models import families
 from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.hf_config import architecture_from_config, moe_config, read_architecture
@@ -113,6 +113,7 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
         ),
         ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, ["rope_scaling: mrope_section: got ["]),
         ({"rope_scaling": {"type": "mrope", "rope_type": "default"}}, ["rope_scaling: type: got 'mrope'"]),
+        ({"rope_scaling": {"rope_type": "yarm"}}, ["rope_scaling: rope_type 'yarm' does not exist", "mean 'yarn'?"]),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_by_name(changes: dict, words: list[str]) -> None:
@@ -272,6 +273,26 @@ def test_a_sliding_window_needs_a_class_that_has_one(window: int | None, spec: U
     assert made.hf_class == hf_class
     if hf_class == "MixtralForCausalLM":
         assert moe_config(MISTRAL, made, 0.01)["sliding_window"] == window
+
+
+@pytest.mark.parametrize(
+    ("hf_class", "spec", "fix"),
+    [
+        ("MistralForCausalLM", UpcycleSpec(router_score="sigmoid"), {"sliding_window": None}),
+        ("Olmo3ForCausalLM", UpcycleSpec(), {"layer_types": ["full_attention"] * 32}),
+        ("Gemma3ForCausalLM", UpcycleSpec(), None),
+        ("Exaone4ForCausalLM", UpcycleSpec(), None),
+    ],
+)
+def test_a_window_is_to_be_opened_where_a_class_can_then_hold_the_model(
+    hf_class: str, spec: UpcycleSpec, fix: dict[str, Any] | None
+) -> None:
+    config = LLAMA3_8B | {"architectures": [hf_class]}
+    with pytest.raises(SpecError) as caught:
+        families.require_class(architecture_from_config(config).upcycled(spec))
+    assert ("set sliding_window in config.json to null" in caught.value.fix) is (fix is not None)
+    if fix:
+        families.require_class(architecture_from_config(config | fix).upcycled(spec))
 
 
 def test_a_window_that_the_parents_class_does_not_know_is_not_handed_on() -> None:

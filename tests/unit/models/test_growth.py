@@ -5,6 +5,7 @@ transformers' own classes give the parent's logits and those of the folder that 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
@@ -21,7 +23,7 @@ from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.models.growth import growth_spec, inexact_because, source_experts
+from nemo_upcycle.models.growth import growth_spec, inexact_because, needs_float32_routing, source_experts
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
@@ -102,6 +104,26 @@ def test_copies_with_as_much_more_top_k_compute_what_the_parent_does(
     spec = {"num_experts": 4 * copies, "top_k": 2 * copies, "router_std": 0.0} | fields
     assert inexact_because(read_architecture(folder), UpcycleSpec(**spec)) == ()
     assert _grown(folder, tmp_path / "moe", **spec) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("chosen", "fields", "needs"),
+    [
+        (2, {"top_k": 4, "router_std": 0.0}, True),
+        (2, {"top_k": 4}, False),
+        (2, {"top_k": 3, "router_std": 0.0}, False),
+        (4, {"top_k": 8, "router_std": 0.0}, False),
+        (1, {"top_k": 2, "router_std": 0.0} | SOFTMAX_FIRST, True),
+        (1, {"top_k": 1, "router_std": 0.0} | SOFTMAX_FIRST, False),
+    ],
+    ids=str,
+)
+def test_copies_are_chosen_together_in_float32(
+    tmp_path: Path, chosen: int, fields: dict[str, Any], needs: bool
+) -> None:
+    is_divided = "router_order" not in fields
+    folder = write_qwen3_moe(tmp_path / "dense", num_experts_per_tok=chosen, norm_topk_prob=is_divided)
+    assert needs_float32_routing(read_architecture(folder), UpcycleSpec(num_experts=8, **fields)) is needs
 
 
 @pytest.mark.usefixtures("megatron")
@@ -254,6 +276,27 @@ def test_what_a_parent_with_experts_does_not_become_is_refused(
     with pytest.raises(SpecError, match=expected) as caught:
         read_architecture(mixtral).upcycled(UpcycleSpec(**({"num_experts": 8} | {field: value})))
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Mixtral", {"num_experts": 6}),
+        ("Mixtral", {"top_k": 1, "router_order": "softmax_topk"}),
+        ("Mixtral", {"top_k": 1, "router_score": "sigmoid"}),
+        ("Mixtral", {"granularity": 2, "routed_scaling_factor": 2.5, "moe_layers": "0"}),
+        ("Glm4Moe", {"top_k": 1, "router_order": "softmax_topk"}),
+        ("Glm4Moe", {"granularity": 2}),
+    ],
+    ids=str,
+)
+def test_a_spec_is_taken_once_its_fix_is_done(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
+    arch = read_architecture(write_moe(tmp_path / "dense", kind=kind, num_experts_per_tok=1))
+    with pytest.raises(SpecError) as caught:
+        arch.upcycled(UpcycleSpec(**fields))
+    fix = {name: yaml.safe_load(value) for name, value in re.findall(r"<(\w+)>=([\w.]+)", caught.value.fix)}
+    fix |= {name: str(value) for name, value in fix.items() if name == "moe_layers"}
+    assert arch.upcycled(UpcycleSpec(**(fields | fix))).hf_class == arch.hf_class
 
 
 def test_utilities_are_refused_where_the_parent_is_dense(tmp_path: Path) -> None:

@@ -43,3 +43,16 @@ def test_longrope_has_transformers_frequencies_and_factor(length: int) -> None:
     expected, factor = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=length)
     torch.testing.assert_close(rope_frequencies(arch, length), expected, rtol=1e-6, atol=0)
     assert attention_factor(arch) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_has_transformers_frequencies_and_factor(truncate: bool) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "truncate": truncate}
+    arch = small_architecture(head_dim=64, rope_theta=10000.0, rope_scaling=scaling)
+    config = LlamaConfig(head_dim=64, rope_theta=10000.0, rope_scaling=scaling, max_position_embeddings=32768)
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    torch.testing.assert_close(rope_frequencies(arch), expected, rtol=1e-6, atol=0)
+    assert attention_factor(arch) == pytest.approx(factor)

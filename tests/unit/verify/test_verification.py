@@ -16,6 +16,7 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.verify.verification import Verification, verify
 from tests.models import write_llama, write_tokenizer
+from tests.parents import write_mixtral
 from tests.tiers import quick
 
 
@@ -107,6 +108,18 @@ def test_tokens_that_16_bits_tear_are_counted_in_the_models_own_type(dense: Path
     assert half.torn is not None
     assert (half.torn.dtype, half.torn.tokens) == ("bfloat16", 512)
     assert 0 < half.torn.torn == round(half.torn.share * 512) < 100
+
+
+@pytest.mark.parametrize(("dtype", "tears"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_copies_of_a_parents_experts_are_torn_in_16_bits(tmp_path: Path, dtype: torch.dtype, tears: bool) -> None:
+    parent = write_tokenizer(write_mixtral(tmp_path / "dense", vocab_size=259, num_local_experts=8))
+    with open_dense(parent) as source:
+        spec = UpcycleSpec(num_experts=16, top_k=4, router_std=0.0)
+        done = convert(source, tmp_path / "moe", spec, dtype=dtype)
+    assert done.needs_float32_routing
+    torn = verify(parent, done.output).torn
+    assert torn is not None
+    assert (torn.tokens, torn.torn > 0) == (512, tears)
 
 
 def test_a_granular_model_with_sigmoid_scores_is_verified(dense: Path, tmp_path: Path) -> None:
@@ -270,6 +283,9 @@ def test_bad_input_is_refused(dense: Path, tmp_path: Path, monkeypatch: pytest.M
     bare = write_llama(tmp_path / "bare", vocab_size=259, layers=3)
     with pytest.raises(UpcycleError, match="tokenizer: got none"):
         verify(bare, moe)
+    small = write_tokenizer(write_llama(tmp_path / "small", vocab_size=100, layers=3))
+    with pytest.raises(UpcycleError, match=r"tokenizer: got token 220 in the text, expected 0 to 99"):
+        verify(small, _made(small, tmp_path / "small_moe"))
     monkeypatch.setattr(Path, "read_text", lambda self, **_: "MemAvailable: 100 kB\n")
     with pytest.raises(UpcycleError, match="memory for the MoE model in float32"):
         verify_memory(4 * 10**6)
