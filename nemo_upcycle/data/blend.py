@@ -32,7 +32,7 @@ class SourceConfig:
         heldout: documents held back for perplexity, as validation.
         reader: a key of `nemo_upcycle.data.readers.READERS`.
         weight: share of the training tokens, relative to the other sources'.
-        tokens: most tokens to take for training; None takes all.
+        tokens: most tokens to take for training, of what the removals leave; None takes all.
         license: of the documents, for the model card.
         trains: columns of an evaluation whose training split, or kin of it, is in here.
         on_hit: what happens to a document that holds an evaluation item: its passage is cut out, or all is dropped.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,23 @@ from nemo_upcycle.data.finished import (
     TOKENS,
 )
 from nemo_upcycle.data.inputs import NGRAMS, InputFile, list_inputs, make_plan, reader_of, require_disjoint
-from nemo_upcycle.data.manifest import describe_anew, make_manifest, merge_heldout, merge_tokens, read_stats, texts_of
+from nemo_upcycle.data.manifest import (
+    describe_anew,
+    make_manifest,
+    merge_heldout,
+    merge_tokens,
+    read_stats,
+    shortfalls,
+    texts_of,
+)
 from nemo_upcycle.data.sizes import size_check
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import MARKER, in_use, is_complete, read_json, require_disk, write_json
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,8 +144,10 @@ def build_blend(
         run_engine([str(work / "plan.json"), *engine_options], size_check(blend, work, plan))
         manifest = _finish(blend, output, read_stats(work, len(plan["tasks"])), tokenizer, checked.engine, items)
         write_json(output / MARKER, {"made_from": made_from, "tokens": manifest["splits"]["train"]["tokens"]})
-        for name in ("tokens", "duplicates", "overlap"):
+        for name in ("tokens", "duplicates", "overlap", "quotas"):
             shutil.rmtree(work / name, ignore_errors=True)
+        for line in shortfalls(manifest):
+            logger.warning(line)
         return manifest
 
 

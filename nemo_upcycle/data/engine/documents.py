@@ -48,7 +48,7 @@ class ReadDocuments(LedgerStep):
                         continue
                     document.metadata["listed"] = bool(listed) and int(place.rpartition(":")[2]) - 1 in listed
                     yield document
-                self.ledger.files[file]["whole"] = True  # unless max_tokens ended the task before
+                self.ledger.files[file]["whole"] = True
             except NOT_THERE as error:
                 reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
                 self._lost(file, f"{reason} file", error.__cause__ or error)

@@ -31,7 +31,7 @@ class Task:
         split: where its documents go; None spreads them over the splits, as `Plan.hold_out` says.
         options: of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its list),
             `part` (of its one file, as `read_lines` takes it).
-        max_tokens: the task stops once it has written so many tokens of training.
+        max_tokens: tokens of training that are taken of all the tasks of its source; None takes all.
         on_hit: what becomes of a training document that shares a passage with an evaluation item.
         pii: what is replaced in its documents, of `nemo_upcycle.data.blend.PII`.
     """

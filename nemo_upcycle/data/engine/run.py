@@ -22,8 +22,8 @@ from nemo_upcycle.data.engine.plan import BEGUN, Plan, clear_asides
 from nemo_upcycle.data.engine.processes import die_with_parent
 from nemo_upcycle.data.engine.stages import (
     JOIN,
-    READ,
     SIGN,
+    TAKE,
     WRITE,
     RunOn,
     completed,
@@ -110,8 +110,8 @@ def _forget(plan: Plan, out: list[int]) -> None:
     Run again after a kill, it ends the same.
     """
     folder, counts = plan.folder / "duplicates", tasks_of_stages(plan)
-    ranks: dict[str, Iterable[int]] = {READ: out, SIGN: out, WRITE: range(len(plan.tasks))}
-    if JOIN not in counts:  # only of equal texts it is known which task lost them
+    ranks: dict[str, Iterable[int]] = {SIGN: out, WRITE: range(len(plan.tasks))}
+    if JOIN not in counts and TAKE not in counts:  # only of equal texts it is known which task lost them
         ranks[WRITE] = {*out, *(int(path.name.partition(".")[0]) for path in (folder / "found").glob("*/*.c4_dup"))}
     for stage, tasks in counts.items():
         for rank in ranks.get(stage, range(tasks)):
