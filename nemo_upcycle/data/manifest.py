@@ -121,6 +121,7 @@ def make_manifest(
         "sources": {
             name: {
                 **_of_the_source(blend, name),
+                **({"most_tokens": tokens} if (tokens := config.sources[name].tokens) else {}),
                 "splits": merged[name],
                 "steps": _sum_steps(entry for entry in stats if entry["source"] == name),
                 "cut": _sum_counts(entry["cut"] for entry in stats if entry["source"] == name),
@@ -169,19 +170,14 @@ def _of_the_run(blend: Blend) -> dict[str, Any]:
 
 def _of_the_source(blend: Blend, name: str) -> dict[str, Any]:
     source = blend.config.sources[name]
-    return {
-        "weight": blend.share(name),
-        "license": source.license,
-        "trains": source.trains,
-        "most_tokens": source.tokens,
-    }
+    return {"weight": blend.share(name), "license": source.license, "trains": source.trains}
 
 
 def shortfalls(manifest: Mapping[str, Any]) -> list[str]:
     """Say which sources give less than the `tokens` that were asked of them, by more than 2 %."""
     lines = []
     for name, source in manifest["sources"].items():
-        asked, got = source["most_tokens"] or 0, source["splits"]["train"]["tokens"]
+        asked, got = source.get("most_tokens", 0), source["splits"]["train"]["tokens"]
         if got < _NEAR_ENOUGH * asked:
             is_left = source["steps"]["tokenise"]["removed"]
             why = (

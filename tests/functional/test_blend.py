@@ -194,6 +194,25 @@ def test_the_same_again_is_done_already_and_another_blend_is_refused(texts: Path
     assert _bytes(built) == before
 
 
+def test_changed_files_are_said_and_built_again_when_asked_for(texts: Path, built: Path, tmp_path: Path) -> None:
+    copy, added = shutil.copytree(built, tmp_path / "data"), texts / "mine/added.txt"
+    before = _bytes(copy)
+    added.write_text(_text(9004))
+    try:
+        status, said, errors = _answer(texts, copy, "--json")
+        assert (status, json.loads(said)["changed_files"]) == (1, {"new": [str(added)]})
+        assert "add --update to build it again" in errors
+        assert _bytes(copy) == before
+        status, _, errors = _answer(texts, copy, "--update")
+        assert status == 0, errors
+        assert str(added) in _manifest(copy)["sources"]["mine"]["files"]
+        assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    finally:
+        added.unlink()
+    counts = [_manifest(folder)["sources"]["mine"]["splits"]["train"]["documents"] for folder in (built, copy)]
+    assert counts[1] == counts[0] + 1
+
+
 @pytest.mark.full
 def test_weights_may_change_afterwards(texts: Path, built: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(built, tmp_path / "data")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
@@ -37,7 +38,7 @@ class ReadDocuments(LedgerStep):
             name = self._name(file)
             listed = self._listed_duplicates(options.get("duplicates", {}).get(file))
             try:
-                self.ledger.files[file] = {"bytes": size_of(file), "whole": False}
+                self.ledger.files[file] = {"bytes": size_of(file), **_modified(file), "whole": False}
                 texts = self.ledger.texts[file] = xxh3_128()
                 for place, identity, size_bytes, record in _records(file, name, task.reader, options):
                     self.ledger.records_in += 1
@@ -112,6 +113,11 @@ class ReadDocuments(LedgerStep):
         except (OSError, KeyError, ValueError, AttributeError, pyarrow.ArrowException) as error:
             self._lost(url, "unreadable list of duplicates", error)
             return set()
+
+
+def _modified(file: str) -> dict[str, int]:
+    """Return when a file of this machine was changed last, by which later commands see that it is another one."""
+    return {} if "://" in file else {"modified_ns": Path(file).stat().st_mtime_ns}
 
 
 def _records(
