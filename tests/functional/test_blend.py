@@ -162,7 +162,7 @@ def test_the_planted_question_is_reported(built: Path) -> None:
     assert found["documents"] == 1
     assert found["examples"][0]["where"].endswith("planted.txt:1")
     said = open_blend(built).contamination
-    removed = f"; removed passages of {found['items_hit']} items of mmlu (1 documents, {found['bytes']:,} bytes)"
+    removed = f"; removed text with {found['items_hit']} items of mmlu (1 documents, {found['bytes']:,} bytes)"
     assert said.startswith(f"{removed}; what is left shares 8 words in a row with ")
 
 

@@ -89,7 +89,7 @@ def _require_same_plan(plan: Plan) -> None:
         changed = [key for key in now["plan"] if now["plan"].get(key) != before["plan"].get(key)]
         raise UpcycleError(
             str(plan.folder),
-            got=f"work of another plan (other: {', '.join(changed) or 'the content of the tokenizer or the n-grams'})",
+            got=f"work of another plan (other: {', '.join(changed) or 'the tokenizer, the n-grams or the version'})",
             expected="work of this plan, or none",
             fix="choose another folder, or delete this one",
         )
