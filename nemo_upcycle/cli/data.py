@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ EPILOG = f"""examples:
   nemo-upcycle data blend.yaml /data/blend --check
 
 Run it again to continue a stopped build. Train on the result with nemo llm pretrain --factory "RECIPE(data='DIR')".
-exit status: 0 done; 1 more of a source could not be read than its max_lost allows; 2 a value or a file is wrong.
+exit status: 0 done; 1 its files changed since (--update builds it again), or more of a source could not be read
+than its max_lost allows; 2 a value or a file is wrong.
 
 The package's own blends are in {packaged("data")}; text.yaml explains every key."""
 
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--qos", metavar="NAME", help="with --slurm: quality of service")
     how.add_argument("--ray", action="store_true", help="run the tasks on the Ray cluster of RAY_ADDRESS")
     how.add_argument("--strict", action="store_true", help="end at the first broken input (default: count and go on)")
+    how.add_argument("--update", action="store_true", help="build a finished folder again if its files changed since")
     how.add_argument("--check", action="store_true", help="check the blend, count its files and stop")
 
 
@@ -61,12 +64,16 @@ def run(args: argparse.Namespace) -> int:
     blend = read_blend(args.blend, args.overrides)
     if args.check:
         return _check(args, blend)
-    from nemo_upcycle.data.build import build_blend
+    from nemo_upcycle.data.build import build_blend, changed_files, changes_text, update_blend
     from nemo_upcycle.data.finished import open_blend
 
-    manifest = build_blend(blend, args.output, options, strict=args.strict)
-    show(args, manifest, _text(manifest, open_blend(args.output)))
-    return 0
+    build = update_blend if args.update else build_blend
+    manifest = build(blend, args.output, options, strict=args.strict)
+    changes = changed_files(blend, args.output)
+    show(args, manifest | {"changed_files": changes}, _text(manifest, open_blend(args.output)))
+    if changes:
+        sys.stderr.write(f"{changes_text(changes, args.output)}: add --update to build it again\n")
+    return 1 if changes else 0
 
 
 def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:

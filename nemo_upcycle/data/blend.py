@@ -32,7 +32,7 @@ class SourceConfig:
         heldout: documents held back for perplexity, as validation.
         reader: a key of `nemo_upcycle.data.readers.READERS`.
         weight: share of the training tokens, relative to the other sources'.
-        tokens: most tokens to take for training; None takes all.
+        tokens: most tokens to take for training, of what the removals leave; None takes all.
         license: of the documents, for the model card.
         trains: columns of an evaluation whose training split, or kin of it, is in here.
         max_lost: largest share of its documents, or of their bytes, that may be unreadable; above it no blend is made.
@@ -91,8 +91,9 @@ class BlendConfig:
         seq_length: tokens of a training sequence.
         max_epochs: above this a source is warned about.
         hold_out: what is held back of sources without splits of their own.
-        heldout_overlap: the largest part of its 13-grams that a held-out document may share with the training
-            documents, or one of these with the held-out documents; 1 removes none, None does not look.
+        heldout_overlap: the largest part of its words that a held-out document may share with the training
+            documents, or one of these with the held-out documents, in rows of 8 or more; 1 removes none, None does not
+            look.
         decontaminate: suites of `conf/evaluation` whose items must not be trained on.
         decontaminate_without: tasks of those suites that are not looked for.
         deduplicate: whether equal texts are kept once.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig, read_blend
+from nemo_upcycle.data.blend import SPLITS, Blend, BlendConfig, SourceConfig, read_blend
 from nemo_upcycle.data.contamination import build_index, check_suites, merge_contamination
+from nemo_upcycle.data.copies import is_address
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.engine.plan import BEGUN
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
@@ -38,12 +40,34 @@ from nemo_upcycle.data.finished import (
     TOKENS,
 )
 from nemo_upcycle.data.inputs import NGRAMS, InputFile, list_inputs, make_plan, reader_of, require_disjoint
-from nemo_upcycle.data.manifest import describe_anew, make_manifest, merge_heldout, merge_tokens, read_stats, texts_of
+from nemo_upcycle.data.manifest import (
+    describe_anew,
+    make_manifest,
+    merge_heldout,
+    merge_tokens,
+    read_stats,
+    shortfalls,
+    texts_of,
+)
 from nemo_upcycle.data.sizes import size_check
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import writable_cache
-from nemo_upcycle.utils.files import MARKER, in_use, is_complete, read_json, require_disk, write_json
+from nemo_upcycle.utils.files import (
+    MARKER,
+    aside_of,
+    in_use,
+    is_complete,
+    read_json,
+    require_disk,
+    resolved,
+    write_json,
+)
+
+
+logger = logging.getLogger(__name__)
+#: Files that a message names of each kind.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -94,7 +118,7 @@ def _named_tokenizer(blend: Blend) -> str:
 def build_blend(
     blend: Blend, output: Path, engine_options: tuple[str, ...] = (), *, strict: bool = False
 ) -> dict[str, Any]:
-    """Build a blend, or continue a stopped build; a finished one of the same blend is kept.
+    """Build a blend, or continue a stopped build; a finished one of the same blend is kept (see `changed_files`).
 
     Args:
         blend: what to build.
@@ -132,9 +156,99 @@ def build_blend(
         run_engine([str(work / "plan.json"), *engine_options], size_check(blend, work, plan))
         manifest = _finish(blend, output, read_stats(work, len(plan["tasks"])), tokenizer, checked.engine, items)
         write_json(output / MARKER, {"made_from": made_from, "tokens": manifest["splits"]["train"]["tokens"]})
-        for name in ("tokens", "duplicates", "overlap"):
+        for name in ("tokens", "duplicates", "overlap", "quotas"):
             shutil.rmtree(work / name, ignore_errors=True)
+        for line in shortfalls(manifest):
+            logger.warning(line)
         return manifest
+
+
+def changed_files(blend: Blend, output: Path) -> dict[str, list[str]]:
+    """Return the user's files that are `new`, `gone` or `changed` since a finished folder was made of them.
+
+    Size and time of a file are compared. Not compared are sources at addresses and those that are rendered first, and
+    those of a folder that an earlier version made.
+
+    Args:
+        blend: the blend.
+        output: its finished folder.
+
+    Example:
+        >>> changed_files(read_blend("mine.yaml"), Path("data/mine"))  # doctest: +SKIP
+        {'new': ['/texts/added.jsonl']}
+    """
+    found: dict[str, list[str]] = {"new": [], "gone": [], "changed": []}
+    for name, source in read_json(output / MANIFEST)["sources"].items():
+        before = {path: file for path, file in source["files"].items() if "modified_ns" in file}
+        config = blend.config.sources[name]
+        if not before or any(is_address(entry) for split in SPLITS for entry in getattr(config, split)):
+            continue
+        try:
+            files = check_files(blend, name)
+        except UpcycleError as error:
+            found["gone"].append(error.subject)
+            continue
+        now = {
+            file.path: Path(file.path).stat() for split in files.values() for file in split if "://" not in file.path
+        }
+        found["new"] += [path for path in now if path not in before]
+        found["gone"] += [path for path in before if now and path not in now]
+        found["changed"] += [
+            path
+            for path, file in before.items()
+            if path in now and (now[path].st_size, now[path].st_mtime_ns) != (file["bytes"], file["modified_ns"])
+        ]
+    return {how: paths for how, paths in found.items() if paths}
+
+
+def changes_text(changes: dict[str, list[str]], output: Path) -> str:
+    """Say which files are new, gone or changed, the first ones by name.
+
+    Example:
+        >>> changes_text({"new": ["/texts/a.txt", "/texts/b.txt"]}, Path("data"))
+        'since data was made 2 files are new (/texts/a.txt, /texts/b.txt)'
+    """
+    kinds = []
+    for how, paths in changes.items():
+        more = f", and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+        kinds.append(
+            f"{len(paths):,} {'files are' if len(paths) > 1 else 'is'} {how} ({', '.join(paths[:_NAMED])}{more})"
+        )
+    return f"since {output} was made {', '.join(kinds)}"
+
+
+def update_blend(
+    blend: Blend, output: Path, engine_options: tuple[str, ...] = (), *, strict: bool = False
+) -> dict[str, Any]:
+    """Build a blend as `build_blend` does, and again if its files changed since its folder was finished.
+
+    Removals look at all texts together, so all are read again; the folder stays as it is until the new one is whole,
+    and a stopped update resumes.
+
+    Args:
+        blend: what to build.
+        output: the folder to make.
+        engine_options: as in `build_blend`.
+        strict: as in `build_blend`.
+
+    Raises:
+        UpcycleError: as in `build_blend`.
+    """
+    output = resolved(output)
+    fresh, replaced = aside_of(output), output.with_name(f".{output.name}.replaced")
+    if is_complete(fresh) and not output.exists():  # killed between the two names
+        fresh.rename(output)
+    manifest = build_blend(blend, output, engine_options, strict=strict)
+    if not changed_files(blend, output):
+        return manifest
+    if is_complete(fresh) and changed_files(blend, fresh):
+        shutil.rmtree(fresh)
+    build_blend(blend, fresh, engine_options, strict=strict)
+    shutil.rmtree(replaced, ignore_errors=True)
+    output.rename(replaced)
+    fresh.rename(output)
+    shutil.rmtree(replaced)
+    return describe_anew(blend, output)
 
 
 def cached_blend(name: str, dense: str) -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +60,20 @@ class FinishedBlend:
         return {source: weight / sum(weights.values()) for source, weight in weights.items()}
 
     @property
+    def identity(self) -> str:
+        """Return a hash of what a training or an evaluation reads: the same for the same texts, tokens and shares.
+
+        Paths and times of files, licences, and the versions that made the folder are no part of it.
+        """
+        sources: dict[str, Any] = {}
+        for name, share in self.shares.items():
+            source = self.manifest["sources"][name]
+            texts = [file["texts_xxh3_128"] for file in source.get("files", {}).values()]
+            sources[name] = [share, texts, *(source.get(key) for key in ("splits", "steps", "pii"))]
+        content = [self.manifest["seed"], self.manifest["tokenizer"]["sha256"], self.manifest["splits"], sources]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
     def contamination(self) -> str:
         """Say which evaluation items were found in the texts; empty where none were looked for."""
         if not (path := self.folder / CONTAMINATION).is_file():
@@ -64,7 +81,7 @@ class FinishedBlend:
         content = read_json(path)
         hit_sets = {name: counts for name, counts in content["sets"].items() if counts["items_hit"]}
         words = (
-            f"of {counts['items_hit']} items of {name} ({counts['documents']} documents, {counts['bytes']:,} bytes)"
+            f"{counts['items_hit']} items of {name} ({counts['documents']} documents, {counts['bytes']:,} bytes)"
             for name, counts in hit_sets.items()
         )
         left = (
@@ -72,7 +89,7 @@ class FinishedBlend:
             for name, counts in content["report"]["sets"].items()
             if counts["items_hit"]
         )
-        removed = f"; removed passages {', '.join(words)}" if hit_sets else "; no evaluation item was found in it"
+        removed = f"; removed text with {', '.join(words)}" if hit_sets else "; no evaluation item was found in it"
         shared = f"{content['report']['words']} words in a row with"
         without = f"; not looked for: {', '.join(names)}" if (names := content.get("without")) else ""
         return f"{removed}; what is left shares {shared} {', '.join(left) or 'none'}{without}"
@@ -82,11 +99,11 @@ class FinishedBlend:
         """Say how much of its held-out text stands in training text, a line for each source and split."""
         found = self.manifest.get("heldout_overlap") or {"rows": []}
         return [
-            f"{row['source']}, {row['split']}: {percent(row['shared'], row['ngrams'])} of the {found['words']}-grams"
+            f"{row['source']}, {row['split']}: {before} of the {overlap_unit(found)}"
             f" of {row['documents']:,} documents stood in training text ({row['above']:,} had above"
-            f" {100 * found['most']:g} %); {row['removed']:,} removed,"
-            f" {percent(row['shared_after'], row['ngrams_after'])} left"
+            f" {100 * found['most']:g} %); {row['removed']:,} removed, {after} left"
             for row in found["rows"]
+            for before, after in [overlap_shares(row)]
         ]
 
     @property
@@ -212,6 +229,17 @@ def percent(part: int, whole: int) -> str:
         ('12.5 %', '0.0 %')
     """
     return f"{100 * part / max(whole, 1):.1f} %"
+
+
+def overlap_unit(found: Mapping[str, Any]) -> str:
+    """Return what `heldout_overlap` of a manifest counts; earlier versions counted n-grams."""
+    return str(found.get("unit") or f"{found['words']}-grams")
+
+
+def overlap_shares(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the shares before and after the removals of a row of `heldout_overlap`."""
+    unit = "words" if "words" in row else "ngrams"
+    return percent(row["shared"], row[unit]), percent(row["shared_after"], row[f"{unit}_after"])
 
 
 def open_blend(folder: str | Path) -> FinishedBlend:

@@ -128,9 +128,7 @@ def make_plan(
             splits = inputs[name]
             has_own = bool(splits["validation"] or splits["heldout"])
             groups, trained = _groups(splits[split], task_bytes), split == "train"
-            sizes = [sum(map(_size_of, group)) for group in groups]
-            for group, size_bytes in zip(groups, sizes, strict=True):
-                share = size_bytes / max(1, sum(sizes))
+            for group in groups:
                 tasks.append(
                     {
                         "source": name,
@@ -138,7 +136,7 @@ def make_plan(
                         "split": split if has_own or not trained else None,
                         "files": [file.path for file in group],
                         "options": _joined_options(group),
-                        "max_tokens": math.ceil(source.tokens * share) if trained and source.tokens else None,
+                        "max_tokens": math.ceil(source.tokens) if trained and source.tokens else None,
                         "on_hit": source.on_hit,
                         "pii": config.pii if source.pii is None else source.pii,
                     }

@@ -26,6 +26,8 @@ from nemo_upcycle.utils.schema import numbered
 
 #: Indexed datasets of one source and split.
 MOST_PREFIXES, PREFIX_BYTES = 16, 64 << 30
+#: Of the tokens asked of a source: with less it is said.
+_NEAR_ENOUGH = 0.98
 
 
 def read_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
@@ -121,6 +123,7 @@ def make_manifest(
         "sources": {
             name: {
                 **_of_the_source(blend, name),
+                **({"most_tokens": tokens} if (tokens := config.sources[name].tokens) else {}),
                 "splits": merged[name],
                 "lost": count_lost([entry for entry in stats if entry["source"] == name]),
                 "steps": _sum_steps(entry for entry in stats if entry["source"] == name),
@@ -172,6 +175,20 @@ def _of_the_run(blend: Blend) -> dict[str, Any]:
 def _of_the_source(blend: Blend, name: str) -> dict[str, Any]:
     source = blend.config.sources[name]
     return {"weight": blend.share(name), "license": source.license, "trains": source.trains}
+
+
+def shortfalls(manifest: Mapping[str, Any]) -> list[str]:
+    """Say which sources give less than the `tokens` that were asked of them, by more than 2 %."""
+    lines = []
+    for name, source in manifest["sources"].items():
+        asked, got = source.get("most_tokens", 0), source["splits"]["train"]["tokens"]
+        if got < _NEAR_ENOUGH * asked:
+            is_left = source["steps"]["tokenise"]["removed"]
+            why = (
+                "the documents left are too long for the rest" if is_left else "no document is left after the removals"
+            )
+            lines.append(f"source {name} gives {got:,} of the {asked:,.0f} tokens asked of it: {why}")
+    return lines
 
 
 def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[str, Any]:

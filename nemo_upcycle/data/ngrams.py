@@ -121,7 +121,7 @@ class NgramIndex:
         items.sort(key=lambda item: names.index(item.name))  # stable
         name_of = np.array([names.index(item.name) for item in items], np.int32)
         texts = [(number, text) for number, item in enumerate(items) for text in map(normalise, item.renderings)]
-        measured = [(number, text, *_measure(text)) for number, text in dict.fromkeys(texts)]
+        measured = [(number, text, _length(text), stretch_of(text)) for number, text in dict.fromkeys(texts)]
         lengths = np.zeros(len(items), np.int64)
         for number, _, length, _ in measured:
             lengths[number] = max(lengths[number], length)
@@ -308,13 +308,18 @@ def _changes(*columns: np.ndarray) -> np.ndarray:
     return changed
 
 
-def _measure(text: bytes) -> tuple[int, int]:
-    """Return the words of a normalised text, and how many of them stand for one of English."""
-    length = len(text.replace(b"\0", b" ").split())
-    decoded = "" if text.isascii() else text.decode()
+def stretch_of(text: bytes) -> int:
+    """Return how many words of a normalised text stand for one of English."""
+    if text.isascii():
+        return 1
+    decoded = text.decode()
     counts = {stretch: len(re.findall(f"[{script}]", decoded)) for script, stretch in STRETCH.items()}
     stretch = max(counts, key=lambda stretch: counts[stretch])
-    return length, stretch if 2 * counts[stretch] > length else 1
+    return stretch if 2 * counts[stretch] > _length(text) else 1
+
+
+def _length(text: bytes) -> int:
+    return len(text.replace(b"\0", b" ").split())
 
 
 def _grams_of(groups: dict[int, list[tuple[int, bytes]]], prefix: int, lettered: int) -> np.ndarray:

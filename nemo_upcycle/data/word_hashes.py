@@ -45,6 +45,8 @@ _TAG = re.compile(
     r"|small|span|strike|strong|sub|sup|t[drh]|table|tbody|tt|u|ul|var)(?:\s[^<>=]{1,20}=[^<>]{0,200})?\s?/?>",
     re.IGNORECASE,
 )
+#: A number at the start of a line; so many lines whose numbers go up by one are numbered lines, which items are not.
+_NUMBERED, _LINES = re.compile(r"\n[ \t]*(\d{1,9})(?=[\s.:)|])"), 5
 _ENTITY = re.compile("&(?:nbsp|amp|quot|lt|gt|[lr]dquo|[mn]dash|hellip|(#0?39|#x27|#821[67]|apos|[lr]squo));")
 
 
@@ -96,12 +98,25 @@ def normalise(text: str) -> bytes:
 
 
 def _without_markup(text: str) -> str:
-    """Return a text of the same length, without tags, and with apostrophes for the entities that stand for one."""
+    """Return a text of the same length, without tags and numbers of lines, and with apostrophes for their entities."""
     if "<" in text:
         text = _TAG.sub(lambda tag: " " * len(tag.group()), text)
     if "&" in text:
         text = _ENTITY.sub(lambda entity: ("'" if entity[1] else " ") * len(entity.group()), text)
-    return text
+    return _without_line_numbers(text)
+
+
+def _without_line_numbers(text: str) -> str:
+    rows: list[list[re.Match[str]]] = []
+    for number in _NUMBERED.finditer(text):
+        if rows and int(number[1]) == int(rows[-1][-1][1]) + 1:
+            rows[-1].append(number)
+        else:
+            rows.append([number])
+    places = {number.start() for row in rows if len(row) >= _LINES for number in row}
+    if not places:
+        return text
+    return _NUMBERED.sub(lambda number: " " * len(number[0]) if number.start() in places else number[0], text)
 
 
 def origin(text: str) -> np.ndarray:

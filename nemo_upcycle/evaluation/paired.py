@@ -37,8 +37,9 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
         `difference` (b minus a), its `stderr` (a jackknife over clusters), a 95 % t interval `low` to `high` (None
         with fewer than two clusters), `bootstrap` (the 95 % percentile interval over clusters; None with fewer than
         `LEAST_CLUSTERS`), `mcnemar_p` (the exact two-sided test, of a metric that is 0 or 1 for every item; it takes
-        items for independent), `items`, `clusters`, `higher_is_better`, and
-        `significant`: the t interval leaves 0 out.
+        items for independent), `items`, `clusters`, `higher_is_better`,
+        `identical`: every item has the same score, which says nothing of how far other items would differ, so there
+        is no error and no interval; and `significant`: the t interval leaves 0 out.
 
     Raises:
         UpcycleError: no such metric, or not the same items.
@@ -54,7 +55,8 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
     sums = [cluster_sums(name, side, keys) for side in scores]
     value = statistic(name, scores[1]) - statistic(name, scores[0])
     without = zip(*(left_out(name, side) for side in sums), strict=True)
-    stderr = jackknife_stderr([other - one for one, other in without])
+    identical = scores[0] == scores[1]
+    stderr = None if identical else jackknife_stderr([other - one for one, other in without])
     clusters = len(sums[0])
     half_width = None if stderr is None else stderr * t_quantile(clusters - 1)
     return {
@@ -62,11 +64,12 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
         "stderr": stderr,
         "low": None if half_width is None else value - half_width,
         "high": None if half_width is None else value + half_width,
-        "bootstrap": _bootstrap(name, *sums) if clusters >= LEAST_CLUSTERS else None,
+        "bootstrap": _bootstrap(name, *sums) if clusters >= LEAST_CLUSTERS and not identical else None,
         "mcnemar_p": mcnemar_p(*scores) if all(score in (0, 1) for side in scores for score in side) else None,
         "items": len(pairs),
         "clusters": clusters,
         "higher_is_better": a["metrics"][metric]["higher_is_better"],
+        "identical": identical,
         "significant": half_width is not None and abs(value) > half_width,
     }
 

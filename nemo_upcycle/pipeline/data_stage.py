@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from nemo_upcycle.pipeline.plan import Plan
 if TYPE_CHECKING:
     from nemo_upcycle.pipeline.stages import RunPlan
 
+logger = logging.getLogger(__name__)
 #: Size of the real text that the step-0 check runs on: B windows of S tokens.
 SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
 
@@ -36,6 +38,7 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         open_blend(folder).require_tokenizer_of(str(dense_folder))
     else:
         build_data(plan.data, str(dense_folder), folder, seq_length)
+        _say_changes(plan.data, folder)
     blend = open_blend(folder)
     blend.paths(seq_length or blend.manifest["seq_length"])  # before hours of other work: is there text enough?
     if not blend.heldout():
@@ -107,6 +110,18 @@ def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> 
         raise StageStopped(text) from None
 
 
+def _say_changes(blend: str, folder: Path) -> None:
+    """Say which files changed since the data of a run were made; the run goes on with what it has."""
+    from nemo_upcycle.data.blend import read_blend
+    from nemo_upcycle.data.build import changed_files, changes_text
+
+    if changes := changed_files(read_blend(blend), folder):
+        logger.warning(
+            "[data] %s: the run goes on with the texts that it has; another dir= trains on the files as they are",
+            changes_text(changes, folder),
+        )
+
+
 def data_folder_of(run_dir: Path, plan: RunPlan) -> Path:
     """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
     return Path(plan.data) if Path(plan.data).is_dir() else run_dir / "data" / "blend"
@@ -160,7 +175,7 @@ def _held_back(folder: Path) -> Iterator[Any]:
 
 
 def require_data(plan: Plan, folder: Path) -> None:
-    """Check that data which a run has made are whole.
+    """Check that data which a run has made are whole, and say which files changed since.
 
     Raises:
         UpcycleError: a file is gone, or of another size.
@@ -170,6 +185,7 @@ def require_data(plan: Plan, folder: Path) -> None:
 
     if plan.blend:
         open_blend(folder)
+        _say_changes(plan.blend, folder)
     elif getattr(plan, "chat", None):
         open_chat(folder)
 

@@ -14,6 +14,8 @@ from nemo_upcycle.reporting.run_folder import MODELS
 
 def verdict(paired: dict[str, Any], a: str, b: str) -> str:
     """Name the better model; only a difference whose 95 % interval leaves 0 out counts."""
+    if paired["identical"]:
+        return "the same on every item"
     if paired["stderr"] is None or paired["higher_is_better"] is None:
         return "not judged"
     if not paired["significant"]:

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.finished import percent
+from nemo_upcycle.data.finished import overlap_shares, overlap_unit
 from nemo_upcycle.evaluation.heldout import ANSWER_BITS, BITS
 from nemo_upcycle.reporting.evaluation_sections import verdict
 from nemo_upcycle.reporting.figures import chain_only
@@ -204,13 +204,12 @@ def overlap(found: dict[str, Any] | None) -> str:
         [
             f"{row['source']}, {row['split']}",
             *(f"{row[key]:,}" for key in ("documents", "above", "removed")),
-            percent(row["shared"], row["ngrams"]),
-            percent(row["shared_after"], row["ngrams_after"]),
+            *overlap_shares(row),
         ]
         for row in found["rows"]
     ]
     above = f"with more than {100 * found['most']:g} % in training text"
-    header = ["held-out text", "documents", above, "removed", f"share of {found['words']}-grams before", "after"]
+    header = ["held-out text", "documents", above, "removed", f"share of {overlap_unit(found)} before", "after"]
     return table(header, rows) + "\n\nSource: `manifest.json` of the data."
 
 

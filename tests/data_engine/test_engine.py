@@ -15,7 +15,6 @@ pytest.importorskip("datatrove")
 import pyarrow
 import pyarrow.parquet
 
-from nemo_upcycle.data.engine import tokenise
 from tests.data_engine.blend import (
     command,
     everything,
@@ -25,7 +24,6 @@ from tests.data_engine.blend import (
     sentence,
     stats,
     texts,
-    tokens,
     write_plan,
 )
 from tests.waiting import HANG_S
@@ -183,47 +181,6 @@ def test_redpajama_as_published(tmp_path: Path) -> None:
     work = execute(write_plan(tmp_path / "broken_list", [task]))
     assert len(texts(work)) == 5
     assert stats(work)["steps"]["read"]["removed"] == {"unreadable list of duplicates": 1}
-
-
-@pytest.mark.parametrize("deduplicate", [True, False])
-def test_max_tokens_samples_documents_by_the_hash_of_their_ids(
-    tmp_path: Path, deduplicate: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenise, "_BATCH_DOCUMENTS", 600)
-    many = [sentence(number, 5 + number % 30) for number in range(4000)]
-    again = [
-        [text, many[number // 2]] if deduplicate and number % 4 == 1 else [text] for number, text in enumerate(many)
-    ]
-    file = write_jsonl(tmp_path / "1.jsonl", *(text for some in again for text in some))
-    more: dict[str, object] = {"deduplicate": deduplicate, "hold_out": {"validation": 0.05}}
-    task: dict[str, object] = {"files": [file], "split": None}
-    everything_there = tokens(execute(write_plan(tmp_path / "all", [task], **more)), 0)
-    work = execute(write_plan(tmp_path / "some", [{**task, "max_tokens": 20_000}], **more))
-    kept = tokens(work, 0)
-    assert 0.99 * 20_000 < sum(map(len, kept)) < 1.01 * 20_000
-    rest = iter(everything_there)
-    assert all(one in rest for one in kept)  # in their order
-    places = [everything_there.index(one) for one in kept]
-    quarters = [sum(start <= place < start + 950 for place in places) for start in range(0, 3800, 950)]
-    assert min(quarters) > 0.6 * max(quarters)  # not the head of the file
-    assert set(stats(work)["steps"]["tokenise"]["removed"]) == {"max_tokens"}
-    assert len(tokens(work, 0, "validation")) == len(tokens(tmp_path / "all/work", 0, "validation"))
-
-
-def test_max_tokens_above_all_there_is_keeps_all(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "1.jsonl", *map(sentence, range(300)))
-    plan = write_plan(tmp_path, [{"files": [file], "max_tokens": 1_000_000}])
-    assert len(tokens(execute(plan), 0)) == 300
-
-
-def test_file_that_is_read_in_part_is_said_to_be(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "1.jsonl", *(f"{sentence(number)} " * 20_000 for number in range(4)))
-    known = {}
-    for name, limit in (("all", None), ("some", 1000)):
-        work = execute(write_plan(tmp_path / name, [{"files": [file], "max_tokens": limit}]))
-        (known[name],) = stats(work)["files"].values()
-    assert (known["all"]["whole"], known["some"]["whole"]) == (True, False)
-    assert known["all"]["texts_xxh3_128"] != known["some"]["texts_xxh3_128"]
 
 
 def test_changed_plan_is_refused(tmp_path: Path) -> None:

@@ -66,10 +66,10 @@ def test_copy_leaves_training_and_text_inside_a_longer_document_leaves_the_held_
             "documents": 4,
             "above": 2,
             "removed": 1,
-            "ngrams": 4 * 288,
-            "shared": 288 + 288 + 88,
-            "ngrams_after": 3 * 288,
-            "shared_after": 88,
+            "words": 4 * 300,
+            "shared": 300 + 300 + 100,
+            "words_after": 3 * 300,
+            "shared_after": 100,
         }
     ]
 
@@ -79,6 +79,47 @@ def test_one_that_is_in_many_pieces_all_over_training_leaves_the_held_out(tmp_pa
     work = _run(tmp_path, pieces, HELD[:2])
     assert texts(work, 1) == pieces
     assert _held(work) == HELD[1:2]
+
+
+def _reworded(text: str, seed: int, share: float = 0.1) -> str:
+    """The text with some of its words changed."""
+    chance = random.Random(seed)
+    return " ".join(f"other{n}" if chance.random() < share else word for n, word in enumerate(text.split()))
+
+
+def test_copies_with_one_word_in_ten_changed_leave_training(tmp_path: Path) -> None:
+    held = [words(n) for n in range(20, 40)]
+    regular = [" ".join(f"other{n}" if n % 10 == 5 else word for n, word in enumerate(text.split())) for text in held]
+    work = _run(tmp_path, [*regular, *(_reworded(text, n) for n, text in enumerate(held)), OTHER], held)
+    assert texts(work, 1) == [OTHER]
+    assert _held(work) == held
+
+
+def test_held_out_text_whose_reworded_copy_stands_in_a_longer_document_goes(tmp_path: Path) -> None:
+    longer = f"{words(11, 900)} {_reworded(HELD[1], 3)}"
+    work = _run(tmp_path, [longer, OTHER], HELD)
+    assert texts(work, 1) == [longer, OTHER]
+    assert _held(work) == [HELD[0], HELD[2], HELD[3]]
+
+
+def test_stock_phrases_of_other_documents_are_no_copy(tmp_path: Path) -> None:
+    phrases = [" ".join(text.split()[at : at + 8]) for text in HELD for at in range(0, 100, 20)]
+    speech = " ".join(f"{words(50 + n, 12)} {phrase}" for n, phrase in enumerate(phrases))
+    work = _run(tmp_path, [speech], HELD)
+    assert texts(work, 1) == [speech]
+    assert _held(work) == HELD
+
+
+def test_scripts_without_blanks_have_longer_ngrams(tmp_path: Path) -> None:
+    def chinese(seed: int, count: int = 300) -> str:
+        return "".join(random.Random(seed).choices([chr(0x4E00 + n) for n in range(800)], k=count))
+
+    held = chinese(1)
+    phrases = "".join(f"{chinese(9 + at, 7)}{held[at : at + 12]}" for at in range(0, 240, 12))
+    copy = "".join(chr(0x5FFF) if n % 25 == 5 else letter for n, letter in enumerate(held))
+    work = _run(tmp_path, [phrases, copy], [held])
+    assert texts(work, 1) == [phrases]
+    assert _held(work) == [held]
 
 
 def test_bytes_without_overlap_are_those_without_the_step(tmp_path: Path) -> None:
@@ -94,7 +135,7 @@ def test_one_removes_nothing_and_counts(tmp_path: Path) -> None:
     work = _run(tmp_path, [SHORT, LONG], HELD, heldout_overlap=1.0)
     assert (texts(work, 1), _held(work)) == ([SHORT, LONG], HELD)
     (row,) = _summary(work)["rows"]
-    assert (row["shared"], row["shared_after"], row["removed"]) == (2 * 288, 2 * 288, 0)
+    assert (row["shared"], row["shared_after"], row["removed"]) == (2 * 300, 2 * 300, 0)
 
 
 def test_duplicate_of_a_training_document_goes_alone(tmp_path: Path) -> None:
@@ -113,7 +154,7 @@ def test_without_deduplication(tmp_path: Path) -> None:
 
 
 def test_documents_of_fewer_words_than_an_ngram_stay(tmp_path: Path) -> None:
-    few = words(7, 12)
+    few = words(7, 7)
     work = _run(tmp_path, [f"{few} {OTHER}", few + " end"], [few, HELD[0]])
     assert _held(work) == [few, HELD[0]]
     assert len(texts(work, 1)) == 2
@@ -124,7 +165,8 @@ def test_many_ngrams_are_sampled_by_hash(tmp_path: Path, monkeypatch: pytest.Mon
     heldout._searched.cache_clear()
     work = _run(tmp_path, [SHORT, LONG, QUOTE, OTHER], HELD)
     assert _summary(work)["every"] == 4
-    assert _summary(work)["rows"][0]["ngrams"] == pytest.approx(288, rel=0.2)
+    (row,) = _summary(work)["rows"]
+    assert (row["words"], row["shared"]) == (1200, pytest.approx(700, rel=0.1))
     assert (texts(work, 1), _held(work)) == ([LONG, QUOTE, OTHER], [HELD[0], HELD[2], HELD[3]])
 
 

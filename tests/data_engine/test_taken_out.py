@@ -16,7 +16,7 @@ from tests.data_engine.blend import run, sentence, tokens, write_plan
 from tests.data_engine.test_engine import write_jsonl
 
 
-def _plan(folder: Path, *, with_first: bool, **more: object) -> Path:
+def _plan(folder: Path, *, with_first: bool, most: int | None = None, **more: object) -> Path:
     """A plan of three sources of two tasks each, which share texts; the first one may read nothing."""
     tasks = []
     for number, source in enumerate(("first", "second", "third")):
@@ -24,7 +24,7 @@ def _plan(folder: Path, *, with_first: bool, **more: object) -> Path:
             numbers = range(100 * number + 30 * part, 100 * number + 30 * part + 40)
             file = write_jsonl(folder / f"{source}/{part}.jsonl", *map(sentence, [*range(10), *numbers]))
             files = [file] if with_first or number else []
-            tasks.append({"source": source, "files": files, "split": None})
+            tasks.append({"source": source, "files": files, "split": None, "max_tokens": most})
     return write_plan(folder, tasks, hold_out={"validation": 0.1}, **more)
 
 
@@ -41,8 +41,8 @@ NEAR = {"heldout_overlap": 0.5, "near_duplicates": {"bands": 14, "hashes_per_ban
 
 @pytest.mark.parametrize(
     "steps",
-    [{"deduplicate": True}, {"deduplicate": False}, {"deduplicate": True} | NEAR],
-    ids=["equal texts", "all texts", "near and held-out texts"],
+    [{"deduplicate": True}, {"deduplicate": False}, {"deduplicate": True} | NEAR, {"deduplicate": True, "most": 500}],
+    ids=["equal texts", "all texts", "near and held-out texts", "some of the tokens"],
 )
 def test_source_taken_out_gives_what_a_build_without_it_gives(tmp_path: Path, steps: dict[str, Any]) -> None:
     wanted = _plan(tmp_path / "fresh", with_first=False, **steps)

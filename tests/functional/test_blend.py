@@ -162,7 +162,7 @@ def test_the_planted_question_is_reported(built: Path) -> None:
     assert found["documents"] == 1
     assert found["examples"][0]["where"].endswith("planted.txt:1")
     said = open_blend(built).contamination
-    removed = f"; removed passages of {found['items_hit']} items of mmlu (1 documents, {found['bytes']:,} bytes)"
+    removed = f"; removed text with {found['items_hit']} items of mmlu (1 documents, {found['bytes']:,} bytes)"
     assert said.startswith(f"{removed}; what is left shares 8 words in a row with ")
 
 
@@ -192,6 +192,25 @@ def test_the_same_again_is_done_already_and_another_blend_is_refused(texts: Path
     assert status == 2
     assert "got another blend's (seed differ), expected an empty folder, or this blend's" in errors
     assert _bytes(built) == before
+
+
+def test_changed_files_are_said_and_built_again_when_asked_for(texts: Path, built: Path, tmp_path: Path) -> None:
+    copy, added = shutil.copytree(built, tmp_path / "data"), texts / "mine/added.txt"
+    before = _bytes(copy)
+    added.write_text(_text(9004))
+    try:
+        status, said, errors = _answer(texts, copy, "--json")
+        assert (status, json.loads(said)["changed_files"]) == (1, {"new": [str(added)]})
+        assert "add --update to build it again" in errors
+        assert _bytes(copy) == before
+        status, _, errors = _answer(texts, copy, "--update")
+        assert status == 0, errors
+        assert str(added) in _manifest(copy)["sources"]["mine"]["files"]
+        assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    finally:
+        added.unlink()
+    counts = [_manifest(folder)["sources"]["mine"]["splits"]["train"]["documents"] for folder in (built, copy)]
+    assert counts[1] == counts[0] + 1
 
 
 @pytest.mark.full

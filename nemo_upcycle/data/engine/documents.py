@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
@@ -42,7 +43,7 @@ class ReadDocuments(LedgerStep):
             listed = self._listed_duplicates(options.get("duplicates", {}).get(file))
             try:
                 stored = size_of(file)
-                self.ledger.files[file] = {"bytes": stored, "whole": False}
+                self.ledger.files[file] = {"bytes": stored, **_modified(file), "whole": False}
                 start, stop, _ = options.get("part", (0, stored, 1))
                 texts = self.ledger.texts[file] = xxh3_128()
                 for place, identity, size_bytes, record in _records(file, name, task.reader, options):
@@ -56,7 +57,7 @@ class ReadDocuments(LedgerStep):
                         continue
                     document.metadata["listed"] = bool(listed) and int(place.rpartition(":")[2]) - 1 in listed
                     yield document
-                self.ledger.files[file]["whole"] = True  # unless max_tokens ended the task before
+                self.ledger.files[file]["whole"] = True
             except NOT_THERE as error:
                 reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
                 self._lost(file, f"{reason} file", None, error.__cause__ or error)
@@ -123,6 +124,11 @@ class ReadDocuments(LedgerStep):
         except (OSError, KeyError, ValueError, AttributeError, pyarrow.ArrowException) as error:
             self._lost(url, "unreadable list of duplicates", 0, error)
             return set()
+
+
+def _modified(file: str) -> dict[str, int]:
+    """Return when a file of this machine was changed last, by which later commands see that it is another one."""
+    return {} if "://" in file else {"modified_ns": Path(file).stat().st_mtime_ns}
 
 
 def _records(

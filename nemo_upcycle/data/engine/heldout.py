@@ -1,8 +1,9 @@
 """Held-out text that stands in training text as well: one of the two documents goes.
 
-Looked for are the n-grams of decontamination, in what deduplication leaves. A training document that has most of its
-n-grams in held-out text is removed: it is a copy, or a part. What is left of training text is compared with each
-held-out document: one that has most of its n-grams there is removed.
+Looked for are the short n-grams of decontamination, in what deduplication leaves. What counts are the words that they
+cover together, as in its clusters: of a copy with one word in ten changed most words, though few of its n-grams are
+left. A training document that has most of its words in held-out text is removed: it is a copy, or a part. What is left
+of training text is compared with each held-out document: one that has most of its words there is removed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nemo_upcycle.data.engine.clean import DUPLICATES, numbered, write_numbers
 from nemo_upcycle.data.engine.ledger import LedgerStep
 from nemo_upcycle.data.engine.plan import Plan
 from nemo_upcycle.data.finished import HELDOUT_OVERLAP
-from nemo_upcycle.data.ngrams import WORDS
+from nemo_upcycle.data.ngrams import SHORT_WORDS, stretch_of
 from nemo_upcycle.data.word_hashes import HashFilter, look_up, normalise, word_blocks
 from nemo_upcycle.utils.files import whole_file, write_json
 
@@ -35,10 +36,21 @@ REMOVED = {
 }
 
 
-def _grams(text: str) -> Iterator[np.ndarray]:
-    """Yield the hashes of all n-grams of a text, block by block."""
-    for block in word_blocks(normalise(text), WORDS - 1):
-        yield block.grams(WORDS)
+def _grams(text: str) -> tuple[int, Iterator[np.ndarray]]:
+    """Return the words of an n-gram, which its script decides, and the hashes of a text's n-grams, block by block."""
+    words = normalise(text)
+    size = SHORT_WORDS * stretch_of(words)
+    return size, (block.grams(size) for block in word_blocks(words, size - 1))
+
+
+def _covered(starts: np.ndarray, size: int | np.ndarray) -> np.ndarray:
+    """Return how many words each n-gram covers that the next one does not, from their first words in order."""
+    return np.minimum(np.diff(starts, append=starts[-1:] + np.max(size, initial=0)), size)
+
+
+def _seen(every: int, size: int | np.ndarray) -> Any:
+    """Return the part of a copy's words that n-grams cover where one in `every` is looked for."""
+    return 1 - (1 - 1 / every) ** size
 
 
 def _joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
@@ -47,13 +59,11 @@ def _joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Documents:
-    """The held-out documents of a task: their numbers, splits, numbers of n-grams, and the hashes of all these.
-
-    An n-gram counts once in a document.
-    """
+    """The held-out documents of a task: number, split, words of an n-gram, n-grams of each, and the hashes of all."""
 
     numbers: np.ndarray
     splits: np.ndarray
+    spans: np.ndarray
     sizes: np.ndarray
     hashes: np.ndarray
 
@@ -67,12 +77,22 @@ class _Documents:
     def where(self, kept: np.ndarray) -> _Documents:
         """Return some of the documents."""
         hashes = self.hashes[np.repeat(kept, self.sizes)]
-        return _Documents(self.numbers[kept], self.splits[kept], self.sizes[kept], hashes)
+        return _Documents(self.numbers[kept], self.splits[kept], self.spans[kept], self.sizes[kept], hashes)
 
-    def sums(self, of_grams: np.ndarray) -> np.ndarray:
-        """Return the sums of a value of every n-gram, document by document."""
+    @property
+    def words(self) -> np.ndarray:
+        """The words of every document; none of one that is shorter than an n-gram."""
+        return np.where(self.sizes, self.sizes + self.spans - 1, 0)
+
+    def covered(self, chosen: np.ndarray) -> np.ndarray:
+        """Return how many words of every document stand in the n-grams that are chosen."""
+        more = np.cumsum(self.spans - 1) - (self.spans - 1)  # words before a document that begin no n-gram
+        starts = np.flatnonzero(chosen)
+        counts = np.zeros(len(chosen), np.int64)
+        words = starts + np.repeat(more, self.sizes)[starts]
+        counts[starts] = _covered(words, np.repeat(self.spans, self.sizes)[starts])
         ends = np.cumsum(self.sizes)
-        running = np.append(0, np.cumsum(of_grams, dtype=np.int64))
+        running = np.append(0, np.cumsum(counts))
         return running[ends] - running[ends - self.sizes]
 
 
@@ -83,15 +103,22 @@ class WriteHeldout(LedgerStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Pass documents on."""
-        numbers, splits, hashes = [], [], []
+        numbers, splits, spans, hashes = [], [], [], []
         for document in data:
             if document.metadata["split"] != "train":
                 numbers.append(document.metadata["number"])
                 splits.append(document.metadata["split"])
-                hashes.append(np.unique(_joined(_grams(document.text))))
+                size, grams = _grams(document.text)
+                spans.append(size)
+                hashes.append(_joined(grams))
             yield document
-        sizes = np.array([len(one) for one in hashes], np.int64)
-        documents = _Documents(np.array(numbers, np.uint32), np.array(splits, np.str_), sizes, _joined(hashes))
+        documents = _Documents(
+            numbers=np.array(numbers, np.uint32),
+            splits=np.array(splits, np.str_),
+            spans=np.array(spans, np.int64),
+            sizes=np.array([len(one) for one in hashes], np.int64),
+            hashes=_joined(hashes),
+        )
         _save(self.ledger.plan.path("overlap/ngrams", rank, "npz"), **dataclasses.asdict(documents))
 
 
@@ -152,14 +179,18 @@ class CompareTraining(LedgerStep):
         for document in data if self.ledger.task.split in (None, "train") else ():
             if document.metadata["split"] != "train":
                 continue
-            total, places = 0, [np.empty(0, np.int64)]
-            for hashes in _grams(document.text):
-                total += len(hashes) if every == 1 else int(_chosen(hashes, every).sum())
-                found, same = look_up(index, hashes[may_hold.may_hold(hashes)])
+            total, places, starts = 0, [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+            size, grams = _grams(document.text)
+            for hashes in grams:
+                at = may_hold.may_hold(hashes)
+                found, same = look_up(index, hashes[at])
                 places.append(found[same])
+                starts.append(total + at[same])
+                total += len(hashes)
             shared = np.concatenate(places)
             before[shared] = True
-            if len(shared) > _most(plan) * total:
+            covered = _covered(np.concatenate(starts), size).sum()
+            if covered > _most(plan) * (total + size - 1) * _seen(every, size):
                 removed.append(document.metadata["number"])
             else:
                 after[shared] = True
@@ -186,19 +217,21 @@ class JudgeHeldout(LedgerStep):
             documents = _Documents.load(plan, number)
             chosen = _chosen(documents.hashes, every)
             places = look_up(index, documents.hashes)[0]
-            ngrams, before, after = (
-                documents.sums(of_grams) for of_grams in (chosen, *(chosen & bits[places] for bits in found.values()))
+            words, seen = documents.words, _seen(every, documents.spans)
+            before, after = (
+                np.minimum(np.rint(documents.covered(chosen & bits[places]) / seen).astype(np.int64), words)
+                for bits in found.values()
             )
-            is_removed = after > _most(plan) * ngrams
+            is_removed = after > _most(plan) * words
             path = plan.folder / REMOVED["mostly in training text"].format(rank=number)
             write_numbers(path, documents.numbers[is_removed])
             counts = {
-                "documents": np.ones_like(ngrams),
-                "above": before > _most(plan) * ngrams,
+                "documents": np.ones_like(words),
+                "above": before > _most(plan) * words,
                 "removed": is_removed,
-                "ngrams": ngrams,
+                "words": words,
                 "shared": before,
-                "ngrams_after": ngrams * ~is_removed,
+                "words_after": words * ~is_removed,
                 "shared_after": after * ~is_removed,
             }
             for split in np.unique(documents.splits).tolist():
@@ -206,7 +239,8 @@ class JudgeHeldout(LedgerStep):
                 sums = {name: int(count[of_split].sum()) for name, count in counts.items()}
                 rows.setdefault((task.source, split), Counter()).update(sums)
         written = [{"source": source, "split": split, **sums} for (source, split), sums in rows.items()]
-        write_json(plan.folder / HELDOUT_OVERLAP, {"words": WORDS, "every": every, "rows": written})
+        about = {"words": SHORT_WORDS, "unit": f"words (in rows of {SHORT_WORDS} or more)", "every": every}
+        write_json(plan.folder / HELDOUT_OVERLAP, about | {"rows": written})
 
 
 def _found(plan: Plan, kind: str, size: int) -> np.ndarray:

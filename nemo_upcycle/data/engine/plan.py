@@ -18,6 +18,8 @@ from nemo_upcycle.utils.files import read_json, sha256_file
 MAX_TASKS = 65_535
 #: In the folder of the plan: what the engine began to work on, as `Plan.fingerprint` says it.
 BEGUN = "engine.json"
+#: Of the files that one stage leaves for another.
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Task:
         split: where its documents go; None spreads them over the splits, as `Plan.hold_out` says.
         options: of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its list),
             `part` (of its one file, as `read_lines` takes it).
-        max_tokens: the task stops once it has written so many tokens of training.
+        max_tokens: tokens of training that are taken of all the tasks of its source; None takes all.
         on_hit: what becomes of a training document that shares a passage with an evaluation item.
         pii: what is replaced in its documents, of `nemo_upcycle.data.blend.PII`.
     """
@@ -64,7 +66,7 @@ class Plan:
         min_characters: the shortest document to keep.
         hold_out: the shares of `validation` and `heldout`, for tasks without a split.
         near_duplicates: `bands`, `hashes_per_band` and `n_grams` of MinHash, where near duplicates are removed, too.
-        heldout_overlap: the largest part of its n-grams that a held-out document may share with training documents,
+        heldout_overlap: the largest part of its words that a held-out document may share with training documents,
             or one of these with held-out documents; None looks for none.
     """
 
@@ -104,6 +106,7 @@ class Plan:
         """Return what must be the same for the work of an earlier run to be continued."""
         inputs = [Path(path) for path in (self.tokenizer, self.ngram_index) if path]
         return {
+            "format": _FORMAT,
             "plan": read_json(self.folder / "plan.json"),
             "sha256": {path.name: sha256_file(path) for path in inputs},
         }

@@ -22,8 +22,8 @@ from nemo_upcycle.data.engine.plan import BEGUN, Plan, clear_asides
 from nemo_upcycle.data.engine.processes import die_with_parent
 from nemo_upcycle.data.engine.stages import (
     JOIN,
-    READ,
     SIGN,
+    TAKE,
     WRITE,
     RunOn,
     completed,
@@ -89,7 +89,7 @@ def _require_same_plan(plan: Plan) -> None:
         changed = [key for key in now["plan"] if now["plan"].get(key) != before["plan"].get(key)]
         raise UpcycleError(
             str(plan.folder),
-            got=f"work of another plan (other: {', '.join(changed) or 'the content of the tokenizer or the n-grams'})",
+            got=f"work of another plan (other: {', '.join(changed) or 'the tokenizer, the n-grams or the version'})",
             expected="work of this plan, or none",
             fix="choose another folder, or delete this one",
         )
@@ -110,8 +110,8 @@ def _forget(plan: Plan, out: list[int]) -> None:
     Run again after a kill, it ends the same.
     """
     folder, counts = plan.folder / "duplicates", tasks_of_stages(plan)
-    ranks: dict[str, Iterable[int]] = {READ: out, SIGN: out, WRITE: range(len(plan.tasks))}
-    if JOIN not in counts:  # only of equal texts it is known which task lost them
+    ranks: dict[str, Iterable[int]] = {SIGN: out, WRITE: range(len(plan.tasks))}
+    if JOIN not in counts and TAKE not in counts:  # only of equal texts it is known which task lost them
         ranks[WRITE] = {*out, *(int(path.name.partition(".")[0]) for path in (folder / "found").glob("*/*.c4_dup"))}
     for stage, tasks in counts.items():
         for rank in ranks.get(stage, range(tasks)):

@@ -14,7 +14,7 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactFindDedups
 
-from nemo_upcycle.data.engine import clean, heldout, near
+from nemo_upcycle.data.engine import clean, heldout, near, quotas
 from nemo_upcycle.data.engine.documents import ReadDocuments
 from nemo_upcycle.data.engine.ledger import CountDocuments, CountText, Ledger, LedgerStep
 from nemo_upcycle.data.engine.pii import ReplacePII
@@ -68,7 +68,7 @@ class StartTask(LedgerStep):
         self.ledger.begin(rank)
 
 
-READ, SIGN, WRITE = "0_read", "1_sign", "3_write"
+SIGN, COUNT, TAKE, WRITE = "1_sign", "2_count", "2_take", "3_write"
 FIND, FIND_NEAR, JOIN, COMPARE, JUDGE = "2_find", "2_find_near", "2_join", "2_compare", "2_judge"
 
 
@@ -76,15 +76,14 @@ def tasks_of_stages(plan: Plan) -> dict[str, int]:
     """Return the names of the stages, in their order, and their numbers of tasks."""
     tasks = len(plan.tasks)
     overlaps, near = plan.heldout_overlap is not None, plan.near_duplicates
-    looks_back = plan.deduplicate or overlaps
-    samples = any(task.max_tokens for task in plan.tasks)  # for which the bytes of all texts are counted first
+    samples = any(task.max_tokens for task in plan.tasks)
     return {
-        **({READ: tasks} if samples and not looks_back else {}),
-        **({SIGN: tasks} if looks_back else {}),
+        **({SIGN: tasks} if plan.deduplicate or overlaps or samples else {}),
         **({FIND: plan.finders} if plan.deduplicate else {}),
         **({FIND_NEAR: near["bands"]} if near else {}),
         **({JOIN: 1} if near or overlaps else {}),
         **({COMPARE: tasks, JUDGE: 1} if overlaps else {}),
+        **({COUNT: tasks, TAKE: 1} if samples else {}),
         WRITE: tasks,
     }
 
@@ -97,13 +96,7 @@ def stages(plan: Plan, library: str) -> list[Stage]:
     find = ExactFindDedups(signatures, found, clean.deduplication(), lines_to_buffer=1024)
     sign: list[PipelineStep] = [*_documents(unwritten), clean.SignDocuments(unwritten, folder, plan.finders)]
     join: list[PipelineStep] = [StartTask(unwritten)]
-    pipelines: dict[str, list[Any]] = {
-        READ: _documents(unwritten),
-        SIGN: sign,
-        FIND: [StartTask(unwritten), find],
-        JOIN: join,
-    }
-    overlap: list[PipelineStep] = []
+    pipelines: dict[str, list[Any]] = {SIGN: sign, FIND: [StartTask(unwritten), find], JOIN: join}
     if plan.heldout_overlap is not None:
         sign.append(heldout.WriteHeldout(unwritten))
     if plan.near_duplicates:
@@ -115,20 +108,28 @@ def stages(plan: Plan, library: str) -> list[Stage]:
         join.append(heldout.IndexHeldout(unwritten))
         pipelines[COMPARE] = [*_deduplicated(unwritten, plan), heldout.CompareTraining(unwritten)]
         pipelines[JUDGE] = [StartTask(unwritten), heldout.JudgeHeldout(unwritten)]
-        overlap.append(clean.RemoveNumbered(ledger, "overlap", heldout.REMOVED))
+    pipelines[COUNT] = [*_cleaned(unwritten, plan), quotas.CountTokens(unwritten, library)]
+    pipelines[TAKE] = [StartTask(unwritten), quotas.TakeDocuments(unwritten)]
+    counts = tasks_of_stages(plan)
+    beyond = [clean.RemoveNumbered(ledger, "tokenise", quotas.BEYOND)] if TAKE in counts else []
+    pipelines[WRITE] = [*_cleaned(ledger, plan), *beyond, Tokenise(ledger, library)]
+    return [Stage(name, pipelines[name], tasks) for name, tasks in counts.items()]
+
+
+def _cleaned(ledger: Ledger, plan: Plan) -> list[PipelineStep]:
+    """Return the steps up to the documents that may be written."""
+    overlap = clean.RemoveNumbered(ledger, "overlap", heldout.REMOVED)
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
     if any(task.pii for task in plan.tasks):
         decontaminate.append(ReplacePII(ledger))
-    pipelines[WRITE] = [
+    return [
         *_deduplicated(ledger, plan),
         CountDocuments(ledger, "deduplicate"),
-        *overlap,
+        *([overlap] if plan.heldout_overlap is not None else []),
         CountDocuments(ledger, "overlap"),
         *decontaminate,
         CountDocuments(ledger, "decontaminate"),
-        Tokenise(ledger, library),
     ]
-    return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]
 
 
 def _deduplicated(ledger: Ledger, plan: Plan) -> list[PipelineStep]:

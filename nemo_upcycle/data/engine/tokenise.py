@@ -17,18 +17,15 @@ import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 from numpy.typing import NDArray
-from xxhash import xxh64_intdigest
 
 from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep
 from nemo_upcycle.data.engine.plan import Plan, aside, outputs
-from nemo_upcycle.utils.files import read_json
 
 
 #: Texts -> the ids of all of them, and where each begins and the last one ends.
 Encode = Callable[[Sequence[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
 FASTOKENS, TOKENIZERS = "fastokens", "tokenizers"
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 21, 10_000
-_FIRST_DOCUMENTS = 100  # by which bytes a token are known when none is written yet
 _LARGEST_16_BIT_VOCABULARY = 1 << 16
 _PROBE = (
     "Ten years\t later,  12345.678 x≠y; don\u2019t — I'll, WE'VE!\r\n\n   naïve café Ünïcødé e\u0301 \u200b ﬁ ½ ²",
@@ -160,20 +157,14 @@ class Tokenise(LedgerStep):
         self.library = library
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        """Write the documents of a task, until its tokens of training are enough."""
+        """Write the documents of a task."""
         plan = self.ledger.plan
         (plan.folder / "tokens").mkdir(exist_ok=True)
         self.files: dict[str, Any] = {}
         self.ledger.tokenizer = self.library
         encode = load_encode(plan, self.library)
-        self.offered_bytes = self.kept_bytes = 0
-        for batch in _batches(data):
-            if self.ledger.task.max_tokens:
-                batch = self._sampled(batch, encode, rank)
-            ids, offsets = encode([document.text for document in batch])
-            if not self._write(batch, ids, offsets):
-                data.close()
-                break
+        for batch in batches(data):
+            self._write(batch, *encode([document.text for document in batch]))
         for file in self.files.values():
             file.close()
         written = {path for file in self.files.values() for path in file.final.values()}
@@ -182,64 +173,13 @@ class Tokenise(LedgerStep):
                 path.unlink(missing_ok=True)
         self.ledger.finish()
 
-    def _sampled(self, batch: list[Document], encode: Encode, rank: int) -> list[Document]:
-        """Return what is kept of a batch: its share of the tokens, chosen by a hash of the ids."""
-        task, read = self.ledger.task, self.ledger.text["bytes"]
-        sizes = [len(document.text.encode()) if document.metadata["split"] == "train" else 0 for document in batch]
-        self.offered_bytes += sum(sizes)
-        tokens = self.ledger.splits["train"]["tokens"]
-        if self.kept_bytes:
-            bytes_per_token = self.kept_bytes / tokens
-        else:
-            first = [document.text for document in batch[:_FIRST_DOCUMENTS]]
-            bytes_per_token = sum(len(text.encode()) for text in first) / (len(encode(first)[0]) + len(first))
-        # What is removed of the rest is taken to be what was removed of the text so far.
-        rest_bytes = (self._text_bytes(rank) - read) * self.offered_bytes / max(read, 1)
-        share = sum(sizes) / max(sum(sizes) + rest_bytes, 1)
-        wanted_bytes = ((task.max_tokens or 0) - tokens) * bytes_per_token * share
-        kept = set()
-        for number in sorted(range(len(batch)), key=lambda number: self._place(batch[number])):
-            if wanted_bytes > 0 or not sizes[number]:
-                kept.add(number)
-                wanted_bytes -= sizes[number]
-                self.kept_bytes += sizes[number]
-            else:
-                self.ledger.removed_document("tokenise", "max_tokens", batch[number])
-        return [batch[number] for number in sorted(kept)]
-
-    def _place(self, document: Document) -> int:
-        return xxh64_intdigest(f"{self.ledger.plan.seed}:{document.id}".encode(errors="surrogatepass"))
-
-    def _text_bytes(self, rank: int) -> int:
-        return int(read_json(self.ledger.plan.path("read", rank, "json"))["bytes"])
-
-    def _write(self, batch: list[Document], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> bool:
-        """Write a batch; return whether the task continues."""
-        start, continues = 0, True
-        limit = self._documents_wanted(batch, offsets)
-        if limit < len(batch):
-            continues = False
-            for document in batch[limit:]:
-                self.ledger.removed_document("tokenise", "max_tokens", document)
-            batch = batch[:limit]
+    def _write(self, batch: list[Document], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> None:
+        start = 0
         while start < len(batch):  # runs of one split
             split = batch[start].metadata["split"]
             stop = next((n for n in range(start, len(batch)) if batch[n].metadata["split"] != split), len(batch))
             self._write_run(split, batch[start:stop], ids[offsets[start] : offsets[stop]], offsets[start : stop + 1])
             start = stop
-        wanted = self.ledger.task.max_tokens
-        return continues and (wanted is None or self.ledger.splits["train"]["tokens"] < wanted)
-
-    def _documents_wanted(self, batch: list[Document], offsets: NDArray[np.int64]) -> int:
-        if (wanted := self.ledger.task.max_tokens) is None:
-            return len(batch)
-        tokens = self.ledger.splits["train"]["tokens"]
-        for number, document in enumerate(batch, 1):
-            if document.metadata["split"] == "train":
-                tokens += int(offsets[number] - offsets[number - 1]) + 1
-            if tokens >= wanted:
-                return number
-        return len(batch)
 
     def _write_run(
         self, split: str, documents: list[Document], ids: NDArray[np.uint32], offsets: NDArray[np.int64]
@@ -252,7 +192,7 @@ class Tokenise(LedgerStep):
         self.ledger.splits[split].update(documents=len(documents), tokens=tokens, bytes=size_bytes)
 
 
-def _batches(data: DocumentsPipeline) -> Iterator[list[Document]]:
+def batches(data: DocumentsPipeline) -> Iterator[list[Document]]:
     """Yield lists of documents, of about two million characters together."""
     batch: list[Document] = []
     characters = 0

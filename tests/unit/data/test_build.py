@@ -1,13 +1,15 @@
-"""A finished folder of data is known by what it was made from, whichever release noted that."""
+"""A finished folder of data is known by what it was made from, and says which of the user's files are others since."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data.blend import BlendConfig, SourceConfig
-from nemo_upcycle.data.build import _is_done
+from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
+from nemo_upcycle.data.build import _is_done, changed_files, changes_text
 from nemo_upcycle.data.finished import FORMAT
 from nemo_upcycle.data.manifest import texts_of
 from nemo_upcycle.errors import UpcycleError
@@ -24,3 +26,54 @@ def test_settings_that_a_release_did_not_have_count_as_their_defaults(tmp_path: 
     config.pii = ["email"]
     with pytest.raises(UpcycleError, match=r"another blend's \(pii differ\)"):
         _is_done(tmp_path, now | {"blend": texts_of(config)})
+
+
+@pytest.fixture
+def blend(tmp_path: Path) -> Blend:
+    """A blend of two files, and its finished folder beside them."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    stats = {str(path): path.stat() for path in tmp_path.glob("*.txt")}
+    files = {path: {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns} for path, stat in stats.items()}
+    far = {"s3://shelf/c.txt": {"bytes": 3}}
+    write_json(tmp_path / "data/manifest.json", {"sources": {"mine": {"files": files}, "far": {"files": far}}})
+    sources = {"mine": SourceConfig(train=["*.txt"]), "far": SourceConfig(train=["s3://shelf/*.txt"])}
+    return Blend("mine", tmp_path, BlendConfig(sources))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, list[str]]]] = {
+    "none": (lambda folder: None, {}),
+    "a file more": (lambda folder: (folder / "added.txt").touch(), {"new": ["added.txt"]}),
+    "a file less": (lambda folder: (folder / "a.txt").unlink(), {"gone": ["a.txt"]}),
+    "another name": (
+        lambda folder: (folder / "a.txt").rename(folder / "c.txt"),
+        {"new": ["c.txt"], "gone": ["a.txt"]},
+    ),
+    "another size": (lambda folder: (folder / "b.txt").write_text("longer than it was"), {"changed": ["b.txt"]}),
+    "another time": (lambda folder: os.utime(folder / "b.txt", ns=(5, 5)), {"changed": ["b.txt"]}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_files_that_are_others_are_named(blend: Blend, tmp_path: Path, change: str) -> None:
+    act, expected = CHANGES[change]
+    act(tmp_path)
+    wanted = {how: [str(tmp_path / name) for name in names] for how, names in expected.items()}
+    assert changed_files(blend, tmp_path / "data") == wanted
+
+
+def test_texts_that_are_all_gone_are_named_by_their_pattern(blend: Blend, tmp_path: Path) -> None:
+    for path in tmp_path.glob("*.txt"):
+        path.unlink()
+    assert changed_files(blend, tmp_path / "data") == {"gone": ["pattern *.txt"]}
+
+
+def test_folder_of_an_earlier_version_is_not_compared(blend: Blend, tmp_path: Path) -> None:
+    files = {str(tmp_path / "a.txt"): {"bytes": 3}}
+    write_json(tmp_path / "data/manifest.json", {"sources": {"mine": {"files": files}}})
+    assert changed_files(blend, tmp_path / "data") == {}
+
+
+def test_of_many_files_the_first_ones_are_named() -> None:
+    text = changes_text({"new": list("abcde"), "gone": ["f"]}, Path("data"))
+    assert text == "since data was made 5 files are new (a, b, c, and 2 more), 1 is gone (f)"

@@ -120,8 +120,9 @@ def test_seeds_have_no_epoch_in_common(tmp_path: Path) -> None:
 def test_tiny_source_is_read_for_many_epochs(tmp_path: Path, lengths: list[int]) -> None:
     """Every sample, or every second one, goes on in the next epoch."""
     tokens, epochs = sum(lengths), 500
-    read = _tokens(_open(_write(tmp_path, lengths), epochs * tokens // SEQUENCE + 1))
-    _require_epochs(read, tokens, epochs)
+    dataset = _open(_write(tmp_path, lengths), epochs * tokens // SEQUENCE + 1)
+    _require_epochs(_tokens(dataset), tokens, epochs)
+    assert sorted(dataset.shuffle_index) == list(range(len(dataset)))  # a last sample without its last target is none
 
 
 def test_indices_are_memory_mapped_and_shared_by_runs_of_as_many_epochs(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
 from nemo_upcycle.data.finished import open_blend
-from nemo_upcycle.data.manifest import _files_of, describe_anew
+from nemo_upcycle.data.manifest import _files_of, describe_anew, shortfalls
 from tests.blends import write_blend
 
 
@@ -31,3 +31,10 @@ def test_a_file_that_was_read_in_parts_is_one_entry(tmp_path: Path) -> None:
     stats = [entry(True, "11"), entry(False, "22"), entry(True, "33", "other"), entry(True, "44")]
     assert _files_of("web", stats, tmp_path) == {"a.jsonl": {"bytes": 9, "whole": False, "texts_xxh3_128": "11-22-44"}}
     assert _files_of("other", stats, tmp_path)["a.jsonl"]["texts_xxh3_128"] == "33"
+
+
+@pytest.mark.parametrize(("asked", "got", "is_said"), [(0, 5, False), (1000, 981, False), (1000, 979, True)])
+def test_a_source_that_gives_less_than_was_asked_of_it_is_said(asked: float, got: int, is_said: bool) -> None:
+    steps = {"tokenise": {"removed": {}}}
+    sources = {"web": {"most_tokens": asked, "splits": {"train": {"tokens": got}}, "steps": steps}}
+    assert [str(got) in line for line in shortfalls({"sources": sources})] == [True] * is_said

@@ -98,3 +98,18 @@ def test_filter_passes_every_member_and_few_others() -> None:
     assert len(chosen.may_hold(members)) == len(members)
     assert len(chosen.may_hold(others)) < 0.02 * len(others)
     assert not len(HashFilter(members[:0]).may_hold(others))
+
+
+@pytest.mark.parametrize("style", ["{n:4d}  {line}", "{n}: {line}", "{n}|{line}", "{n}\t{line}"])
+def test_numbers_of_lines_are_no_words(style: str) -> None:
+    lines = ["in the year", "1990 came 12", "of 30 and", "7 more", "than", "before 5"]
+    text = "\n" + "\n".join(style.format(n=n, line=line) for n, line in enumerate(lines, 98))
+    assert normalise(text).split(b"\0").count(b"98") == 0
+    assert [word for word in normalise(text).split(b"\0") if word] == " ".join(lines).encode().split()
+    assert len(origin(text)) == len(normalise(text))
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3, 4], [1, 2, 4, 5, 6, 8, 9], [1990, 1980, 12, 13, 14, 15]])
+def test_other_numbers_at_the_start_of_lines_are_words(numbers: list[int]) -> None:
+    words = normalise("".join(f"\n{number} of them" for number in numbers)).split(b"\0")
+    assert [int(word) for word in words if word.isdigit()] == numbers

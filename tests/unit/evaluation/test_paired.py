@@ -39,7 +39,14 @@ def test_a_difference_beyond_twice_its_error_is_significant() -> None:
     one = evaluation("one", [], [], texts)
     better = evaluation("better", [], [], [value + 2.0 + 0.01 * number for number, value in enumerate(texts)])
     assert paired_difference(one, better, "text/bits_per_byte")["significant"] is True
-    assert paired_difference(one, one, "text/bits_per_byte")["significant"] is False
+
+
+@pytest.mark.parametrize("metric", ["quiz/acc", "text/bits_per_byte"])
+def test_the_same_scores_on_every_item_have_no_interval(metric: str) -> None:
+    one = evaluation("one", [[-1.0, -2.0]] * LEAST_CLUSTERS, [1.0] * LEAST_CLUSTERS, [-20.0] * LEAST_CLUSTERS)
+    found = paired_difference(one, one, metric)
+    assert (found["difference"], found["identical"], found["significant"]) == (0.0, True, False)
+    assert [found[key] for key in ("stderr", "low", "high", "bootstrap")] == [None] * 4
 
 
 def _in_clusters(result: dict[str, Any], of: int) -> dict[str, Any]:
