@@ -8,15 +8,16 @@ import inspect
 import logging
 import re
 import sys
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Union, get_args
 
 import catalogue
 import fiddle as fdl
 import nemo_run as run
 from nemo_run.cli.api import EXECUTOR_CLASSES
-from nemo_run.cli.cli_parser import parse_cli_args
+from nemo_run.cli.cli_parser import TypeParser, parse_cli_args, type_parser
 from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
@@ -28,6 +29,20 @@ from nemo_upcycle.utils.console import end_soon
 
 #: Options of the pipeline, and the argument that each sets.
 OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_stage", "--render": "render"}
+_parse_in_order = TypeParser.parse_union
+
+
+def _parse_numbers_first(parser: TypeParser, value: str, kinds: Any) -> Any:
+    """Parse the value of a setting of several kinds, as a number where that is one of them.
+
+    NeMo-Run tries them in their order, and every word is a text: `trainer.devices=2` would be none of a number.
+    """
+    numbers_first = sorted(get_args(kinds), key=lambda kind: kind not in (int, float))
+    return _parse_in_order(parser, value, Union[tuple(numbers_first)])  # noqa: UP007
+
+
+TypeParser.parse_union = _parse_numbers_first
+type_parser.custom_parsers[types.UnionType] = type_parser.parse_union  # `int | None`, which it does not know
 
 
 class CheckedContext(run.cli.RunContext):
