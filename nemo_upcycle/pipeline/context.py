@@ -156,6 +156,30 @@ class PipelineContext(CheckedContext):
         fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
 
 
+def refuse_bridge(words: Sequence[str]) -> None:
+    """Check that the words of `nemo upcycle pipeline` are NeMo's, which this environment trains with.
+
+    Args:
+        words: of the command line, behind the command.
+
+    Raises:
+        UpcycleError: one is Megatron-Bridge's.
+
+    Example:
+        >>> refuse_bridge(["--factory", "llama3_8b_e8t2"])
+    """
+    if given := next((word for word in words if word.startswith("recipe=")), None):
+        raise UpcycleError(
+            f"argument '{given}'",
+            got="Megatron-Bridge's argument in an environment of NeMo's",
+            expected="--factory NAME, or Megatron-Bridge, which trains by recipe=",
+            fix=(
+                'for Bridge, type it where Megatron-Bridge is installed, and pip install -e ".[bridge,eval,demo]" '
+                "(docs/bridge.md); here, name a recipe of NeMo's with --factory"
+            ),
+        )
+
+
 @contextmanager
 def answered() -> Iterator[None]:
     """Answer a mistake with one message and its status."""
