@@ -259,7 +259,9 @@ class BridgeTraining(Training):
         try:
             ended_itself = run_config(config, folder, evaluations=evaluations, verbose=is_verbose())
         except Exception as error:
-            raise (full_disk(error, folder / CHECKPOINTS) or error) from None
+            if full := full_disk(error, folder / CHECKPOINTS):
+                raise full from None
+            raise
         if ended_itself and not is_first_rank():  # the first tells whether all is there
             return {}
         checkpoint, wanted = newest_checkpoint(folder / CHECKPOINTS), config.train.train_iters

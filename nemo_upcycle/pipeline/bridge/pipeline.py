@@ -10,7 +10,7 @@ from typing import Any, Optional
 import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.commands import BRIDGE_RECIPES
@@ -37,7 +37,7 @@ class BridgeContext(PipelineContext):
         return rest
 
 
-@run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=BridgeContext)
+@entrypoint(BridgeContext)
 def pipeline(
     ctx: run.cli.RunContext,
     dir: str,
