@@ -118,10 +118,9 @@ def mistake_in_file(error: BaseException) -> UpcycleError | None:
 
 def _is_of_a_user(file: str) -> bool:
     """Return whether a file of code is neither Python's, nor of an installed package, nor of this one."""
-    paths = sysconfig.get_paths()
-    package = Path(__file__).parent
-    others = [*(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), package]
-    others.append(package.with_name("recipes"))
+    paths, package = sysconfig.get_paths(), Path(__file__).parent
+    others = [Path(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    others += [package, package.with_name("recipes")]
     return Path(file).is_file() and not any(Path(file).is_relative_to(folder) for folder in others)
 
 
