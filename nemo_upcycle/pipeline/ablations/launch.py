@@ -43,7 +43,7 @@ def ablate(
     Args:
         ctx: NeMo-Run's context of the command.
         grid: `--grid GRID`: a name in conf/ablations, or a YAML file like those.
-        dir: folder of the grid.
+        dir: folder of the grid: a new one, an empty one, or the grid's own.
         dense: another dense parent than the grid's.
         data: another blend than the grid's, or a finished folder of `nemo-upcycle data`.
         at_once: trainings that run at the same time on this machine's cores.

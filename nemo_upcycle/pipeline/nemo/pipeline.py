@@ -53,7 +53,7 @@ def pipeline(
 
     Args:
         ctx: NeMo-Run's context of the command.
-        dir: folder of the run.
+        dir: folder of the run: a new one, an empty one, or the run's own.
         dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         pretrain: recipe of the upcycled model.
         dense_ct: recipe of the dense baseline; None omits it.
