@@ -8,7 +8,10 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 
@@ -91,6 +94,34 @@ class UpcycleError(Exception):
         error = copy.copy(self)
         error.subject = f"{where}: {self.subject}"
         return error
+
+
+def mistake_in_file(error: BaseException) -> UpcycleError | None:
+    """Return the error of a user's file in which another error arose, with its line; None where that arose elsewhere.
+
+    Args:
+        error: what was caught where the file's code was called; one that stands for it may have come between.
+    """
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, UpcycleError):
+        places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(cause.__traceback__)]
+        if isinstance(cause, SyntaxError) and cause.filename:
+            places.append((cause.filename, cause.lineno))
+        for file, line in reversed(places):
+            if _is_of_a_user(file):
+                what = cause.msg if isinstance(cause, SyntaxError) else cause
+                got = f"{type(cause).__name__}: {what}"
+                return UpcycleError(f"{file}, line {line}", got=got, expected="no error", fix="correct the file")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _is_of_a_user(file: str) -> bool:
+    """Return whether a file of code is neither Python's, nor of an installed package, nor of this one."""
+    paths, package = sysconfig.get_paths(), Path(__file__).parent
+    others = [Path(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    others += [package, package.with_name("recipes")]
+    return Path(file).is_file() and not any(Path(file).is_relative_to(folder) for folder in others)
 
 
 def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:

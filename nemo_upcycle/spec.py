@@ -265,12 +265,8 @@ class UpcycleSpec:
         numbers = [int(number) for number in self.moe_layers.split(",") if number.isdigit()]
         if numbers:
             if numbers[-1] >= num_layers:
-                raise SpecError(
-                    field="moe_layers",
-                    got=numbers[-1],
-                    expected=f"0 to {num_layers - 1} (the model has {num_layers} layers)",
-                    fix="correct the list",
-                )
+                expected = f"0 to {num_layers - 1} (the model has {num_layers} layers)"
+                raise SpecError(field="moe_layers", got=numbers[-1], expected=expected, fix="correct the list")
             pattern = tuple(layer in numbers for layer in range(num_layers))
         else:
             kind, _, rest = self.moe_layers.partition("-")
@@ -282,12 +278,8 @@ class UpcycleSpec:
             }
             pattern = tuple(rules[kind](layer) for layer in range(num_layers))
         if not any(pattern):
-            raise SpecError(
-                field="moe_layers",
-                got=self.moe_layers,
-                expected=f"at least one MoE layer in {num_layers} layers",
-                fix="set <moe_layers>=all",
-            )
+            expected = f"at least one MoE layer in {num_layers} layers"
+            raise SpecError(field="moe_layers", got=self.moe_layers, expected=expected, fix="set <moe_layers>=all")
         return pattern
 
     def to_dict(self) -> dict[str, Any]:
@@ -305,9 +297,7 @@ def without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         >>> without_defaults({"num_experts": 16, "noise_std": 0.01, "method": '"copy"'})
         {'num_experts': 16}
     """
-    defaults = {
-        field.name: (field.default, json.dumps(field.default), str(field.default)) for field in fields(UpcycleSpec)
-    }
+    defaults = {one.name: (one.default, json.dumps(one.default), str(one.default)) for one in fields(UpcycleSpec)}
     return {name: value for name, value in values.items() if value not in defaults.get(name, ())}
 
 

@@ -5,6 +5,7 @@ Beside Megatron-Bridge, where NeMo's language models are not, it registers the c
 
 import importlib
 import pkgutil
+import sys
 from importlib.util import find_spec
 
 from nemo_upcycle.trainers.nemo.imports import quiet_imports
@@ -12,6 +13,11 @@ from nemo_upcycle.utils.console import collector_paused
 
 
 if find_spec("nemo"):
+    from nemo_upcycle.pipeline.context import answered, refuse_bridge
+
+    if sys.argv[1:3] == ["upcycle", "pipeline"]:
+        with answered():  # before NeMo is imported, which takes longest
+            refuse_bridge(sys.argv[3:])
     with quiet_imports():
         from nemo.collections.llm.api import finetune, pretrain
 

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "suite", metavar="SUITE", help=f"{', '.join(packaged_names('evaluation'))}, a YAML file, or a folder"
     )
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder for the result")
-    parser.add_argument("--name", default="trained", metavar="NAME", help="of the model (default: trained)")
+    parser.add_argument(
+        "--name", metavar="NAME", help="of the model (default: dense of a dense Hugging Face folder, else trained)"
+    )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="blend whose held-out documents are scored")
     parser.add_argument("--backend", metavar="hf|vllm|megatron|auto", help="what computes (default: the suite's)")
     parser.add_argument(
@@ -64,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.backend is not None and args.backend not in BACKENDS:
         raise UpcycleError.unknown("--backend", args.backend, BACKENDS)
+    args.name = args.name or _name_of(args.model)
     suite, is_built = Path(args.suite), (Path(args.suite) / MARKER).is_file()
     config = read_json(suite / MARKER)["config"] if is_built else vars(read_suite_config(args.suite))
     megatron: dict[str, Any] = {name: getattr(args, name) for name in ("tp", "pp", "vp", "ep")}
@@ -112,6 +115,16 @@ def run(args: argparse.Namespace) -> int:
     answer = {"output": path, **{key: result[key] for key in ("metrics", "missing", "model", "seconds")}}
     show(args, answer, "\n".join([f"{path}: {result['model']['class']}, {result['settings']['dtype']}", *lines]))
     return 0
+
+
+def _name_of(model: Path) -> str:
+    """Return what a model is called whose name was not given: a Hugging Face folder without experts is a parent's."""
+    from nemo_upcycle.models.hf_config import read_architecture
+
+    try:
+        return "trained" if read_architecture(model).num_experts else "dense"
+    except UpcycleError:  # a checkpoint, or a model of a class that this package does not upcycle
+        return "trained"
 
 
 def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:

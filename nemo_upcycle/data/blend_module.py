@@ -12,7 +12,7 @@ from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 from torch.utils.data import Subset
 
-from nemo_upcycle.data.blend_samples import describe_blend, index_folder, say_what_is_read
+from nemo_upcycle.data.blend_samples import clamp_interval, describe_blend, index_folder, say_what_is_read
 from nemo_upcycle.data.build import cached_blend
 from nemo_upcycle.data.chat_module import PackedChatModule
 from nemo_upcycle.data.dense import read_parent
@@ -91,6 +91,11 @@ class BlendDataModule(PreTrainingDataModule):
         (first, *_), _ = self.build_kwargs["blend_per_split"][0]
         return open_blend(Path(first).parents[1])
 
+    def setup(self, stage: str = "") -> None:
+        """Set up as NeMo does, with an interval between validations that the data have."""
+        clamp_interval(self.trainer)
+        super().setup(stage)
+
     def build(
         self,
         trainer_max_steps: int,
@@ -106,9 +111,6 @@ class BlendDataModule(PreTrainingDataModule):
         blend = self.blend
         step_tokens = self.global_batch_size * self.seq_length
         steps = trainer_max_steps + 1  # a run that is finished may start again, and finds samples
-        if isinstance(trainer_val_check_interval, int):  # Lightning refuses one above the length of the data
-            once = blend.manifest["splits"]["train"]["tokens"] // step_tokens
-            steps = max(steps, min(trainer_val_check_interval, once))
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first:
             say_what_is_read(blend, trainer_max_steps, step_tokens, self.skip_samples * self.seq_length)

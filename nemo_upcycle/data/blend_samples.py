@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.data.finished import MANIFEST, FinishedBlend
 from nemo_upcycle.utils.files import sha256_file
 from nemo_upcycle.utils.progress import show_messages
+from nemo_upcycle.utils.ranks import is_first_rank
 
 
 #: The folder, in that of the blend, in which Megatron keeps the order of the samples.
@@ -45,3 +47,20 @@ def say_what_is_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_
                 "data: source %s is read %.1f times%s, more often than max_epochs (%g): lower its weight or the steps"
             )
             messages.warning(text, source, epochs, also, limit)
+
+
+def clamp_interval(trainer: Any) -> None:
+    """Let a trainer of Lightning's validate at the latest in the step after its last one, and say that none is left.
+
+    Lightning refuses an interval above the length of the data. After one of as many steps as the run has, NeMo leaves
+    the last checkpoint to the validation, which may write none.
+
+    Args:
+        trainer: of the run, not started; an interval that is a fraction of the data stays.
+    """
+    interval, steps = trainer.val_check_interval, trainer.max_steps
+    if isinstance(interval, int) and interval > steps:
+        trainer.val_check_interval = steps + 1
+        if trainer.limit_val_batches and is_first_rank():
+            text = "validation: none in %d steps, trainer.val_check_interval is %d; for one set it to %d or less"
+            show_messages().info(text, steps, interval, steps)

@@ -11,6 +11,7 @@ from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from torch.utils.data import DataLoader, Dataset
 
 from nemo_upcycle.calibration.teacher import Lesson
+from nemo_upcycle.data.blend_samples import clamp_interval
 from nemo_upcycle.data.chat.build import cached_chat
 from nemo_upcycle.data.chat.finished import PACKING, PACKS, FinishedChat, open_chat
 from nemo_upcycle.data.chat.taught import teacher_of
@@ -102,6 +103,7 @@ class PackedChatModule(FineTuningDataModule):
         A resumed run counts its steps from the first, and its packs from the last checkpoint. With NeMo's own number
         it would end the epoch before it has read them, and begin again with those behind the checkpoint.
         """
+        clamp_interval(self.trainer)
         super().setup(stage)
         self.max_train_samples = (2 * self.trainer.max_steps + 1) * self.global_batch_size
         if is_first_rank():

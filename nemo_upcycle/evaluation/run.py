@@ -156,8 +156,13 @@ def _run(
 
     own = [(one, one.config.num_fewshot) for task in tasks for one in task.tasks]
     try:
-        # Its description of the machine takes seconds, and a training may wait; `versions` says what is needed.
-        with quiet(), temporarily_set(evaluator, "add_env_info", lambda results: None):
+        # Its description of the machine takes seconds, and a training may wait; `versions` says what is needed. Git
+        # would speak of the folder that the user is in.
+        with (
+            quiet(),
+            temporarily_set(evaluator, "add_env_info", lambda results: None),
+            temporarily_set(evaluator, "get_git_commit_hash", lambda: None),
+        ):
             return evaluator.simple_evaluate(
                 model=lm,
                 tasks=[one for task in tasks for one in ([task.group] if task.group else task.tasks)],

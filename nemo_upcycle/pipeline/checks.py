@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,22 @@ from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.data.inputs import require_disjoint
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.chain import JOBS
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.settings import CLUSTERS, cluster_for
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.order import kind_of, require_same_work
-from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.pipeline.plan import KEPT, Plan, Stage
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.run_advice import known_parent_tokens
 from nemo_upcycle.suites.lm_eval_tasks import check_needs
 from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.files import resolved
+
+
+#: Names that a new run's folder may hold: hidden files, what a run writes before its plan, a log of who starts it.
+_NO_MATTER = re.compile(rf"^(\.|lost\+found$|logs$|{re.escape(JOBS)}$|{KEPT}$)|\.(log|out|err)$")
 
 
 def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *, shown: bool = False) -> None:
@@ -104,13 +110,36 @@ def check_started(run_dir: Path, plan: Plan) -> None:
     """Check now, and not after hours of other stages, that what a folder holds was started from the same inputs.
 
     Raises:
-        UpcycleError: resumable stages were started from others, or the folder is of another kind of run.
+        UpcycleError: resumable stages were started from others, or the folder is of another kind of run, or of
+            something else.
     """
+    _require_own(run_dir, plan)
     if (kind := kind_of(run_dir)) and not isinstance(plan, kind):
         raise UpcycleError(
             f"dir {run_dir}", got=kind.kind, expected=f"{plan.kind}, or a new folder", fix="choose another"
         )
     require_same_work(run_dir, plan)
+
+
+def _require_own(run_dir: Path, plan: Plan) -> None:
+    """Check that a folder is a run's, or holds nothing that its user would not find again among a run's files.
+
+    Raises:
+        UpcycleError: it holds other files.
+    """
+    folders = [stage.folder(run_dir) for stage in plan.stages]
+    begun = any(inputs is not None for one in folders for inputs in (one.done_from(), one.started_from()))
+    if begun or kind_of(run_dir) or not run_dir.is_dir():
+        return
+    foreign = sorted(path.name for path in run_dir.iterdir() if not _NO_MATTER.search(path.name))
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise UpcycleError(
+            f"dir {run_dir}",
+            got=f"a folder with {', '.join(foreign[:3])}{more}",
+            expected="a new folder, an empty one, or a run's",
+            fix=f"choose another: dir={run_dir / 'run'}",
+        )
 
 
 def check_asked(plan: RunPlan) -> None:

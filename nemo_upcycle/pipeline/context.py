@@ -4,23 +4,25 @@ NeMo-Run answers a mistake with the whole configuration and status 1. These cont
 the argument and the closest match, and with status 2; 1 is for a stage that did not finish.
 """
 
+import importlib
 import inspect
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Union, get_args
 
 import catalogue
 import fiddle as fdl
 import nemo_run as run
 from nemo_run.cli.api import EXECUTOR_CLASSES
-from nemo_run.cli.cli_parser import parse_cli_args
+from nemo_run.cli.cli_parser import TypeParser, parse_cli_args, parse_factory, type_parser
 from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
-from nemo_upcycle.errors import UpcycleError, did_you_mean
+from nemo_upcycle.errors import UpcycleError, did_you_mean, mistake_in_file
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.console import end_soon
@@ -28,6 +30,20 @@ from nemo_upcycle.utils.console import end_soon
 
 #: Options of the pipeline, and the argument that each sets.
 OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_stage", "--render": "render"}
+_parse_in_order = TypeParser.parse_union
+
+
+def _parse_numbers_first(parser: TypeParser, value: str, kinds: Any) -> Any:
+    """Parse the value of a setting of several kinds, as a number where that is one of them.
+
+    NeMo-Run tries them in their order, and every word is a text: `trainer.devices=2` would be none of a number.
+    """
+    numbers_first = sorted(get_args(kinds), key=lambda kind: kind not in (int, float))
+    return _parse_in_order(parser, value, Union[tuple(numbers_first)])  # noqa: UP007
+
+
+TypeParser.parse_union = _parse_numbers_first
+type_parser.custom_parsers[types.UnionType] = type_parser.parse_union  # `int | None`, which it does not know
 
 
 class CheckedContext(run.cli.RunContext):
@@ -69,7 +85,9 @@ class CheckedContext(run.cli.RunContext):
             raise self._explained(fn, args, error) from None
 
     def _explained(self, fn: Any, args: list[str], error: Exception) -> Exception:
-        """Return an error that names the argument at which NeMo-Run failed."""
+        """Return an error that names the argument at which NeMo-Run failed, or what is wrong in the user's file."""
+        if mistake := mistake_of(str(self.factory)):
+            return mistake
         try:
             with _silent():
                 config = LazyEntrypoint(fn, factory=self.factory).resolve(ctx=self)
@@ -91,6 +109,20 @@ class CheckedContext(run.cli.RunContext):
         overrides = [tuple(map(str.strip, word.partition("="))) for word in arguments.rstrip(")").split(",")]
         bad_override = _first_bad_override(run.Partial(known[name]), overrides, where=f"argument of {name}")
         return bad_override or UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
+
+
+def entrypoint(context: type[CheckedContext]) -> Callable[[Any], Any]:
+    """Register a command of `nemo upcycle`, whose list of commands shows the first line of its docstring.
+
+    Args:
+        context: the class that takes its command line.
+    """
+
+    def register(function: Any) -> Any:
+        about = inspect.cleandoc(function.__doc__.partition("Args:")[0])
+        return run.cli.entrypoint(function, namespace="upcycle", type="experiment", run_ctx_cls=context, help=about)
+
+    return register
 
 
 class PipelineContext(CheckedContext):
@@ -141,6 +173,30 @@ class PipelineContext(CheckedContext):
         fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
 
 
+def refuse_bridge(words: Sequence[str]) -> None:
+    """Check that the words of `nemo upcycle pipeline` are NeMo's, which this environment trains with.
+
+    Args:
+        words: of the command line, behind the command.
+
+    Raises:
+        UpcycleError: one is Megatron-Bridge's.
+
+    Example:
+        >>> refuse_bridge(["--factory", "llama3_8b_e8t2"])
+    """
+    if given := next((word for word in words if word.startswith("recipe=")), None):
+        raise UpcycleError(
+            f"argument '{given}'",
+            got="Megatron-Bridge's argument in an environment of NeMo's",
+            expected="--factory NAME, or Megatron-Bridge, which trains by recipe=",
+            fix=(
+                'for Bridge, type it where Megatron-Bridge is installed, and pip install -e ".[bridge,eval,demo]" '
+                "(docs/bridge.md); here, name a recipe of NeMo's with --factory"
+            ),
+        )
+
+
 @contextmanager
 def answered() -> Iterator[None]:
     """Answer a mistake with one message and its status."""
@@ -165,6 +221,28 @@ def factories(target: Any) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+
+
+def mistake_of(factory: str) -> UpcycleError | None:
+    """Return what is wrong in the user's file that has a factory, which NeMo-Run failed to call; None where nothing.
+
+    NeMo-Run takes an error in the file for a name that does not exist.
+
+    Args:
+        factory: as it was typed: `module.function`, with arguments or without.
+    """
+    module = factory.partition("(")[0].rpartition(".")[0]
+    try:
+        importlib.import_module(module)
+        parse_factory(object, "", object, factory)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            return mistake_in_file(error)
+        fix = f"set PYTHONPATH to the folder of {error.name}.py"
+        return UpcycleError(f"factory {factory}", got=f"no module {error.name}", expected="one", fix=fix)
+    except Exception as error:
+        return mistake_in_file(error)
+    return None
 
 
 def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTIONS) -> list[str]:
@@ -266,6 +344,8 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
     parameter = inspect.signature(at.__fn_or_cls__).parameters.get(name)  # a class may take what it does not name
     kind = parameter.annotation if parameter else Any
     expected = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
+    if "Partial" in expected and (mistake := mistake_of(value)):  # a recipe
+        return mistake
     if kind in (inspect.Parameter.empty, Any):
         return UpcycleError(f"{where} '{key}': {_first_line(error)}.")
     now = getattr(at, name, None)

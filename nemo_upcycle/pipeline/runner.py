@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
@@ -55,8 +55,9 @@ def _recorded(folder: StageFolder) -> Iterator[None]:
         if not is_first_rank():
             time.sleep(_FIRST_SPEAKS_S)
         if is_first_rank() or not (folder.path / ENDED).is_file():
-            folder.ended(STOPPED if isinstance(error, StageStopped) else FAILED)
             sys.stderr.write(f"[{folder.name}] {error}\n")
+            with suppress(OSError):  # a full disk, which the message may be about
+                folder.ended(STOPPED if isinstance(error, StageStopped) else FAILED)
         raise SystemExit(error.exit_status) from None
 
 

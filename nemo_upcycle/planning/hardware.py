@@ -241,6 +241,17 @@ def known_recipe(name: str) -> KnownRecipe:
     return KnownRecipe(name, known_shape(entry["dense"]), spec, entry["defaults"], entry["h100"], entry["inputs"])
 
 
+def known_parent(address: str) -> Architecture | None:
+    """Return the architecture of a parent by its address in a recipe; None of one that no recipe names.
+
+    Example:
+        >>> known_parent("asset://smollm2-135m").num_layers
+        30
+    """
+    entries = read_data("recipes.yaml")["recipes"].values()
+    return next((known_shape(entry["dense"]) for entry in entries if entry["inputs"].get("dense") == address), None)
+
+
 def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:
     """Return the recipe that makes a model of a dense one; None if there is none. Everything computed must be equal.
 

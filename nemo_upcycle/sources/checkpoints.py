@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import shutil
 from pathlib import Path
 
-from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.errors import CheckpointError, UnfinishedError
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+from nemo_upcycle.utils.files import size_text
 
 
 #: NeMo puts an empty file of the checkpoint's name and this ending beside it, from its first byte to its last.
@@ -14,6 +17,8 @@ UNFINISHED = "-unfinished"
 _STEP = re.compile(r"step=(\d+)|^iter_(\d+)$")
 #: Where Megatron-LM and Bridge write the number of the last checkpoint that all ranks have finished.
 _TRACKER = "latest_checkpointed_iteration.txt"
+#: Room that a disk may still have of which a first checkpoint, whose size is not known, is said to have filled it.
+_LITTLE_BYTES = 16 * 2**20
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -89,3 +94,51 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the complete checkpoint of the highest step in a `checkpoints` folder; None without one."""
     return next(filter(is_complete_checkpoint, reversed(by_step(folder))), None)
+
+
+def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
+    """Return the error of a training that was ended by a full disk; None where another thing ended it.
+
+    Torch and Megatron speak of that in other words (`unexpected pos 704 vs 598`), so the disk itself is asked: whether
+    it has less room than a checkpoint needs whose writing has begun.
+
+    Args:
+        error: what ended it.
+        folder: its `checkpoints`.
+
+    Example:
+        >>> full_disk(RuntimeError("unexpected pos"), Path("runs/mine/pretrain/checkpoints")) is None  # doctest: +SKIP
+        True
+    """
+    kept, found = newest_checkpoint(folder), by_step(folder)
+    begun = found[found.index(kept) + 1 :] if kept else found
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free, written, size = shutil.disk_usage(there).free, sum(map(_size, begun)), _size(kept) if kept else 0
+    lacks = (size - written if kept else _LITTLE_BYTES) - free
+    told = _told_full(error)
+    if not told and not (begun and lacks > 0):
+        return None
+    room = f"{told}, {size_text(free)} of room" if told else f"{size_text(free)} of room"
+    half = f" beside {size_text(written)} that are half-written" if begun else ""
+    needed = size_text(size) if kept else f"more than {size_text(written)}"
+    free_text = f"free at least {size_text(lacks)} there" if kept and lacks > 0 else "free some space there"
+    goes_on = f"goes on from {kept}, which is whole" if kept else "starts again: no checkpoint is finished yet"
+    return UnfinishedError(
+        f"disk of {folder}",
+        got=f"{room}{half}",
+        expected=f"{needed} for a checkpoint",
+        fix=f"{free_text}, and give the same command, which {goes_on}",
+    )
+
+
+def _told_full(error: BaseException | None) -> str | None:
+    """Return what the operating system said of a full disk, or a quota, on the way to an error; None where nothing."""
+    while error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

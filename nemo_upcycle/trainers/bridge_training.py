@@ -23,7 +23,7 @@ from nemo_upcycle.planning.commands import changed_settings, fp8_precision
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.planning.search import Plan
-from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
+from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.calibrated import with_calibration
@@ -256,7 +256,12 @@ class BridgeTraining(Training):
         evaluations = self.evaluations
         if evaluations and suite:
             evaluations = replace(evaluations, suite=str(suite))
-        ended_itself = run_config(config, folder, evaluations=evaluations, verbose=is_verbose())
+        try:
+            ended_itself = run_config(config, folder, evaluations=evaluations, verbose=is_verbose())
+        except Exception as error:
+            if full := full_disk(error, folder / CHECKPOINTS):
+                raise full from None
+            raise
         if ended_itself and not is_first_rank():  # the first tells whether all is there
             return {}
         checkpoint, wanted = newest_checkpoint(folder / CHECKPOINTS), config.train.train_iters

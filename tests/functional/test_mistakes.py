@@ -40,6 +40,9 @@ MISTAKES = {
     f"{DEMO} data=FILES/globs.yaml": "pattern texts/*.txt: got no file",
     f"{DEMO} evaluation=dmeo": "Did you mean 'demo'?",
     f"{DEMO} evaluation=FILES/key.yaml": "FILES/key.yaml",
+    "--factory llama3_8b_e8t2 dense=asset://smollm2-135m --dryrun": "num_layers: got 32, expected 30, as asset://smoll",
+    f"{DEMO} dir=FILES": "got a folder with a.txt, ",
+    f"{DEMO} pretrain=wrong_recipe.mine": "FILES/wrong_recipe.py, line 2: got NameError: name 'llm' is not defined",
     f"{DEMO} dir=/dev/null/x": "/dev/null is a file, expected a writable folder",
     f"{DEMO} dir=FILES/not.yaml": "FILES/not.yaml is a file",
     # numbers
@@ -144,6 +147,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.from_file(str(write_parent(folder / "other") / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save(str(folder / "other/tokenizer.json"))
+    (folder / "wrong_recipe.py").write_text("def mine():\n    return llm.llama3_8b.pretrain_recipe()\n")
+    (folder / "wrong_import.py").write_text("import no_such_module\n")
     (folder / "not.yaml").write_text("files: [\n")
     (folder / "key.yaml").write_text("data: text\nflies: 1\n")
     (folder / "source.yaml").write_text("source: text\n")
@@ -200,6 +205,8 @@ LLM_MISTAKES = {
     f"{DEMO} resume.restore_config.path=/nope --dryrun": "model '/nope': got no such folder",
     f"{DEMO} resume.restore_config.path=hf://nobody/nothing": "download of nobody/nothing from the Hugging Face hub",
     f"{DEMO} resume.restore_config.path=FILES/tiny": "model.config.num_layers: got 30, expected 4, as FILES/tiny has",
+    "--factory wrong_recipe.mine": "FILES/wrong_recipe.py, line 2: got NameError: name 'llm' is not defined",
+    "--factory wrong_import.mine": "FILES/wrong_import.py, line 1: got ModuleNotFoundError: No module named 'no_such_",
     "--factory llama3_8b_e8t2(data='/nope') --dryrun": "data folder /nope: got ",
     "--factory smollm2_135m_e8t2(data='FILES/empty')": "data folder FILES/empty: got no _SUCCESS.json",
     "--factory smollm2_135m_e8t2(data='FILES/blend')": "tokens of the longest validation source in FILES/blend: got ",
@@ -309,8 +316,12 @@ def test_ctrl_c_during_the_checks_ends_them_at_once(files: Path, tmp_path: Path)
 
 
 @pytest.mark.full
-def test_the_command_answers_as_a_process_of_its_own(tmp_path: Path) -> None:
-    """Import of NeMo included; `python -m benchmarks.answers` measures how long that takes."""
-    done = run([NEMO, "upcycle", "pipeline", *DEMO.split(), "dense=/nope", "--yes"], tmp_path)
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [(f"{DEMO} dense=/nope", "model '/nope'"), ("dense=/mine recipe=mine:config", "argument 'recipe=mine:config'")],
+)
+def test_the_command_answers_as_a_process_of_its_own(typed: str, answer: str, tmp_path: Path) -> None:
+    """Import of NeMo included, where it is needed; `python -m benchmarks.answers` measures how long that takes."""
+    done = run([NEMO, "upcycle", "pipeline", *typed.split(), "--yes"], tmp_path)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("Error: model '/nope'")
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {answer}")

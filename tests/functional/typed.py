@@ -19,10 +19,14 @@ class Answer(NamedTuple):
 
 
 def type_commands(commands: list[list[str]], folder: str, watched: str, programs: str = "") -> list[Answer]:
-    """Run `nemo`, or the script that is named first, with these words: one after the other, in this process."""
+    """Run `nemo`, or the script that is named first, with these words: one after the other, in this process.
+
+    Python finds the modules that lie in `watched`, as recipes of a user's.
+    """
     from nemo_run.cli.api import create_cli
 
     os.chdir(folder)
+    sys.path.insert(0, watched)
     os.environ["COLUMNS"] = "200"
     if programs:
         os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import runpy
+from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.errors import CheckpointError, SpecError, UnfinishedError, UpcycleError
+from nemo_upcycle.errors import CheckpointError, SpecError, UnfinishedError, UpcycleError, mistake_in_file
 
 
 TOP_K = SpecError(field="top_k", got="<9>", expected="1 to <num_experts> (8)", fix="set <top_k>=2.")
@@ -46,3 +48,34 @@ def test_an_error_without_a_field_keeps_its_words() -> None:
     assert error.renamed(str.upper) is error
     assert str(error.within("mine.yaml")) == "mine.yaml: stage <data>: got <x>, expected <y>. Fix: <z>."
     assert error.within("mine.yaml").exit_status == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("x = 1\ny = x + 'a'\n", 2, "TypeError: unsupported operand"),
+        ("import json\n\njson.loads('{')\n", 3, "JSONDecodeError: Expecting property name"),
+        ("def f(:\n    pass\n", 1, "SyntaxError: invalid syntax"),
+        ("import no_such_module\n", 1, "ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+    ids=["its own", "of what it calls", "no Python", "an import"],
+)
+def test_an_error_of_a_users_file_has_its_line(tmp_path: Path, text: str, line: int, what: str) -> None:
+    """Whatever a library made of it on the way."""
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises((Exception,)) as caught:
+        runpy.run_path(str(file))
+    of_library = RuntimeError("no factory")
+    of_library.__cause__ = caught.value
+    found = mistake_in_file(of_library)
+    assert found is not None
+    assert found.subject == f"{file}, line {line}"
+    assert str(found.got).startswith(what)
+
+
+def test_an_error_of_pythons_own_is_no_file_of_a_users() -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        runpy.run_path("/nope.py")
+    below = caught.value.with_traceback(caught.tb.tb_next)  # this file is not Python's
+    assert mistake_in_file(below) is None

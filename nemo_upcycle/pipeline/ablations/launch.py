@@ -11,7 +11,7 @@ import nemo_run as run
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.stages import GridPlan
 from nemo_upcycle.pipeline.checks import check_started
-from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.launch import absolute_argument, launch
@@ -27,7 +27,7 @@ class AblateContext(PipelineContext):
     options = ("--grid",)
 
 
-@run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=AblateContext)
+@entrypoint(AblateContext)
 def ablate(
     ctx: run.cli.RunContext,
     grid: str,
@@ -43,7 +43,7 @@ def ablate(
     Args:
         ctx: NeMo-Run's context of the command.
         grid: `--grid GRID`: a name in conf/ablations, or a YAML file like those.
-        dir: folder of the grid.
+        dir: folder of the grid: a new one, an empty one, or the grid's own.
         dense: another dense parent than the grid's.
         data: another blend than the grid's, or a finished folder of `nemo-upcycle data`.
         at_once: trainings that run at the same time on this machine's cores.

@@ -11,7 +11,7 @@ from typing import Any, Optional
 import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.commands import BRIDGE_RECIPES
@@ -38,7 +38,7 @@ class BridgeContext(PipelineContext):
         return rest
 
 
-@run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=BridgeContext)
+@entrypoint(BridgeContext)
 def pipeline(
     ctx: run.cli.RunContext,
     dir: str,
@@ -63,7 +63,7 @@ def pipeline(
 
     Args:
         ctx: NeMo-Run's context of the command.
-        dir: folder of the run.
+        dir: folder of the run: a new one, an empty one, or the run's own.
         dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         recipe: of the upcycled model, by Bridge's naming; `package.module:function` for one of your own.
         dense_ct: recipe of the dense baseline; None omits it.

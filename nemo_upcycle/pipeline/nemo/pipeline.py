@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import nemo_run as run
 
-from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, answered, factories
+from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, answered, entrypoint, factories, mistake_of
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.launch import launch_chain
@@ -31,7 +31,7 @@ from nemo_upcycle.utils.ranks import is_first_rank
 _TRAINED_ON = "resume.restore_config.trained_on"
 
 
-@run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=PipelineContext)
+@entrypoint(PipelineContext)
 def pipeline(
     ctx: run.cli.RunContext,
     dir: str,
@@ -53,7 +53,7 @@ def pipeline(
 
     Args:
         ctx: NeMo-Run's context of the command.
-        dir: folder of the run.
+        dir: folder of the run: a new one, an empty one, or the run's own.
         dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         pretrain: recipe of the upcycled model.
         dense_ct: recipe of the dense baseline; None omits it.
@@ -97,7 +97,12 @@ class _OthersContext(run.cli.RunContext):
     """NeMo-Run's context as it is, until a recipe turns out to be one that upcycles: of a user's factory, or YAML."""
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
-        task = super().parse_fn(fn, args, **default_kwargs)
+        try:
+            task = super().parse_fn(fn, args, **default_kwargs)
+        except Exception:
+            if mistake := mistake_of(str(self.factory)):
+                raise mistake from None
+            raise
         restore = setting(task, "resume.restore_config")
         return _checked(task, self) if getattr(restore, "__fn_or_cls__", None) is UpcycleConfig else task
 

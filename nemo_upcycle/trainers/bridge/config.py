@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.finished import open_blend
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import UpcycleError, mistake_in_file
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
@@ -57,8 +57,10 @@ def find_recipe(name: str) -> Callable[[], ConfigContainer]:
     try:
         found: Any = getattr(importlib.import_module(module), function)
         inspect.signature(found).bind()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UpcycleError(
+    except UpcycleError:
+        raise
+    except Exception as error:
+        raise mistake_in_file(error) or UpcycleError(
             "recipe",
             got=name,
             expected=f"a function without arguments that can be imported ({error})",
@@ -83,7 +85,12 @@ def load_config(
     """
     make = find_recipe(recipe)
     with made_for(dense, changes or {}):  # Bridge's recipes have no arguments
-        config = make()
+        try:
+            config = make()
+        except Exception as error:
+            if mistake := mistake_in_file(error):
+                raise mistake from None
+            raise
     if hook_of(config) is None:
         raise UpcycleError(
             f"recipe {recipe}",

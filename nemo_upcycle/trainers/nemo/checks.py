@@ -18,6 +18,7 @@ from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.planning.commands import fp8_precision
+from nemo_upcycle.planning.hardware import known_parent
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
@@ -223,8 +224,9 @@ def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bo
     Raises:
         UpcycleError: it has not, the parent does not become such a model, is not there or no such model.
     """
-    parent = local_parent(dense) or (read_parent(dense) if remote and not dense.startswith("asset://") else None)
-    if parent is None:  # an asset, or a name on the hub that is not to be asked for
+    asks = remote and not dense.startswith("asset://")  # an asset would be fetched and made
+    parent = local_parent(dense) or (read_parent(dense) if asks else known_parent(dense))
+    if parent is None:
         return
     require_buildable(parent)
     model = architecture_of(recipe.model.config, parent.vocab_size)

@@ -1,4 +1,4 @@
-"""End a training job on SIGTERM and Ctrl-C, and print what it keeps: at once, or with a checkpoint."""
+"""End a training job on SIGTERM, Ctrl-C and a full disk, and print what it keeps: at once, or with a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.errors import StageStopped
-from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
+from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps_in
 from nemo_upcycle.utils.children import shield_children
 
 
 class StopOnSignal(Callback):
     """End this rank on SIGTERM and SIGINT; the first rank prints which checkpoint the run will resume from.
+
+    On a full disk the error says so, and the same.
 
     Without it Lightning looks at a SIGTERM only between two steps, so a job that hangs cannot be ended. `SaveOnSignal`
     and NeMo's `PreemptionCallback`, which save before they end, set their own handler for SIGTERM when training
@@ -54,6 +56,15 @@ class StopOnSignal(Callback):
             os.kill(os.getpid(), signum)
 
         self._before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say of a full disk that it is full, and what it keeps.
+
+        Raises:
+            UnfinishedError: the disk is full.
+        """
+        if (log_dir := AppState().log_dir) and (full := full_disk(exception, Path(log_dir) / "checkpoints")):
+            raise full from None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the earlier handlers."""

@@ -26,6 +26,16 @@ def test_a_metrics_line_without_tokens_is_told(run_dir: Path, capsys: pytest.Cap
     assert "expected one JSON object with step, tokens, seconds. Fix: delete the line" in error
 
 
+def test_a_folder_of_something_else_is_not_sent_to_the_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").touch()
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: got no pipeline.json" in error
+    assert "dir" not in error.partition("Fix: ")[2]
+
+
 @pytest.mark.full
 def test_the_evidence_of_a_grid_becomes_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, folder = tmp_path / "laptop.md", tmp_path / "laptop"

@@ -243,14 +243,6 @@ def _said(folder: Path, dense: Path, steps: int, options: dict[str, Any]) -> str
     return text.getvalue()
 
 
-@pytest.mark.parametrize(("every", "steps"), [(50, 50), (10**9, 191), (1.0, 5)])
-def test_interval_of_validations_may_be_longer_than_a_run(
-    folder: Path, tiny_dense: Path, every: float, steps: int
-) -> None:
-    """Lightning refuses one above the length of the data, so of what is there once these are laid out as long."""
-    assert len(_read(folder, tiny_dense, 4, validation=(every, 3))["train"]) // BATCH == steps
-
-
 def test_data_are_checked_before_they_are_trained_on(tiny_dense: Path, tmp_path: Path) -> None:
     folder = write_blend(tmp_path / "blend", tiny_dense, tokenizer={"sha256": "0" * 64})
     with pytest.raises(UpcycleError, match="tokenizer of "):

@@ -177,16 +177,24 @@ def test_what_cannot_be_asked_is_known_before_the_model_is_loaded(own_suite: Pat
 
 
 def test_the_command_says_what_is_not_scored_and_ends_there_if_it_shall(
-    own_suite: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own_suite: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ["evaluate", str(tiny_llama), str(own_suite / "mine.yaml"), str(tmp_path / "out")]
+    monkeypatch.chdir(tmp_path)
     assert main(words) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    said = capfd.readouterr()
+    assert "fatal: " not in said.err, "of git, which is in no repository there"
+    assert said.out.startswith(f"{tmp_path / 'out/dense.json'}: "), "it has no experts"
+    last = said.out.splitlines()[-1]
     assert last.startswith("lost: not scored, its data cannot be had: ")
     assert main([*words, "--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)["missing"]) == ["lost"]
+    assert list(json.loads(capfd.readouterr().out)["missing"]) == ["lost"]
     assert main([*words, "--strict"]) == 2
-    assert "error: data of lm-eval's task lost: got " in capsys.readouterr().err
+    assert "error: data of lm-eval's task lost: got " in capfd.readouterr().err
 
 
 def test_of_several_ways_to_read_an_answer_the_first_counts() -> None:

@@ -77,6 +77,20 @@ def test_every_field_of_this_package_can_be_overridden(name: str) -> None:
         assert _value(changed, override.partition("=")[0]) == value, override
 
 
+@pytest.mark.parametrize(("typed", "value"), [("2", 2), ("auto", "auto"), ("[0,1]", [0, 1])])
+def test_a_number_is_one_where_a_text_may_stand_too(typed: str, value: Any) -> None:
+    """Lightning takes `devices` as a list, a text or a number, and NeMo-Run takes the first that fits."""
+    from nemo.collections.llm.api import pretrain
+    from nemo_run.cli.lazy import LazyEntrypoint
+
+    from nemo_upcycle.trainers.nemo.checks import ranks_of
+
+    recipe = LazyEntrypoint(pretrain, factory="smollm2_135m_e8t2", overwrites=[f"trainer.devices={typed}"]).resolve()
+    assert recipe.trainer.devices == value
+    if typed == "2":
+        assert ranks_of(recipe) == (1, 2)
+
+
 def test_a_recipe_with_another_parent_and_spec_builds_its_restore_configuration(tmp_path: Any) -> None:
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.lazy import LazyEntrypoint

@@ -17,9 +17,12 @@ from nemo_upcycle.utils.files import in_use
 from tests.functional.tiny import write_parent, write_texts
 
 
-#: Stands for the Python of the data environment; the engine is told to stop by its parent, as Slurm tells it.
-ENGINE = f"""#!/bin/bash
+#: Stands for the Python of the data environment.
+PYTHON = f"""#!/bin/bash
 [ "${{@: -1}}" = --version ] && echo "nemo-upcycle {__version__}, datatrove" && exit
+"""
+#: Its engine is told to stop by its parent, as Slurm tells it.
+ENGINE = f"""{PYTHON}
 trap 'exit 143' TERM
 kill -TERM $PPID
 sleep 60 &>/dev/null & wait
@@ -71,3 +74,12 @@ def test_failed_stage_records_it(run_dir: Path) -> None:
     done = run_data_stage(run_dir, "#!/bin/bash\nexit 1\n")
     assert done.returncode == 2
     assert (run_dir / "data" / ENDED).read_text() == "failed\n"
+
+
+def test_a_stage_that_fails_on_a_full_disk_still_says_why(run_dir: Path) -> None:
+    ended = run_dir / "data" / ENDED
+    done = run_data_stage(run_dir, f"{PYTHON}ln -s /dev/full {ended}\nexit 2\n")
+    assert ended.is_symlink()
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("[data] ")
+    assert "Traceback" not in done.stderr

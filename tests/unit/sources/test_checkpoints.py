@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nemo_upcycle.sources.checkpoints import complete_checkpoints, newest_checkpoint, step_of
+from nemo_upcycle.sources.checkpoints import complete_checkpoints, full_disk, newest_checkpoint, step_of
 
 
 def write(folder: Path, step: int, ending: str = "-last") -> Path:
@@ -70,3 +72,39 @@ def test_a_folder_that_is_not_there_holds_no_checkpoint(tmp_path: Path) -> None:
 def test_step_of_reads_the_name_alone() -> None:
     assert step_of(Path("model_name=0--val_loss=1.25-step=12-consumed_samples=48.0-last")) == 12
     assert step_of(Path("model-last")) is None
+
+
+def _fill_room_of(checkpoint: Path) -> None:
+    """Let a checkpoint need twice the room that its disk has, without writing it."""
+    more = checkpoint / "more"
+    more.touch()
+    os.truncate(more, 2 * shutil.disk_usage(checkpoint).free)
+
+
+def test_a_save_that_began_without_the_room_of_the_last_one_is_a_full_disk(tmp_path: Path) -> None:
+    whole, half = write(tmp_path, 9), write(tmp_path, 11)
+    _mark(half)
+    anything = RuntimeError("unexpected pos 704 vs 598")
+    assert full_disk(anything, tmp_path) is None
+    _fill_room_of(whole)
+    error = full_disk(anything, tmp_path)
+    assert error is not None
+    assert str(tmp_path) in error.subject
+    assert f"goes on from {whole}, " in error.fix
+    assert error.exit_status == 1
+    shutil.rmtree(half)
+    assert full_disk(anything, tmp_path) is None, "nothing was being saved"
+
+
+def test_what_the_system_says_of_a_full_disk_counts_wherever_it_was_said(tmp_path: Path) -> None:
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as cause:
+            raise RuntimeError("of a library") from cause
+    except RuntimeError as error:
+        found = full_disk(error, tmp_path / "checkpoints")
+    assert found is not None
+    assert str(found.got).startswith("No space left on device, ")
+    assert "no checkpoint is finished yet" in found.fix
+    assert full_disk(OSError(errno.EACCES, "Permission denied"), tmp_path / "checkpoints") is None
