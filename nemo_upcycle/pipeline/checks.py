@@ -127,7 +127,7 @@ def _require_own(run_dir: Path, plan: Plan) -> None:
     Raises:
         UpcycleError: it holds other files.
     """
-    folders = [stage.folder(run_dir) for stage in plan.stages]
+    folders = [stage.folder(run_dir, plan) for stage in plan.stages]
     begun = any(inputs is not None for one in folders for inputs in (one.done_from(), one.started_from()))
     if begun or kind_of(run_dir) or not run_dir.is_dir():
         return
