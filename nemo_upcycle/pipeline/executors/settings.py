@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.stages import BY_NAME
-from nemo_upcycle.utils.conf import field_values, members, packaged, packaged_names, read_conf
+from nemo_upcycle.utils.conf import (
+    field_values,
+    members,
+    packaged,
+    packaged_names,
+    parse_yaml,
+    read_conf,
+    require_bounded,
+)
 
 
 #: The schedulers of this package.
@@ -120,10 +129,10 @@ def _typed(words: Sequence[str], schema: type) -> tuple[dict[str, Any], dict[str
         elif str in taken and not (bool in taken and text.lower() in ("true", "false")):
             found[name] = text
         else:
-            try:
-                found[name] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                found[name] = text  # which the field does not take
+            found[name] = text  # which the field does not take, if it is no YAML
+            with suppress(yaml.YAMLError):
+                require_bounded(text, f"run.executor.{key}")
+                found[name] = parse_yaml(text, f"run.executor.{key}")
     return common, stages
 
 
