@@ -106,6 +106,17 @@ def test_a_mistake_in_a_file_is_named_with_file_and_key(tmp_path: Path, text: st
     assert str(caught.value).startswith(f"{path}: {message}")
 
 
+def test_entries_of_a_mapping_are_added_one_by_one(tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("{executor: slurm, env_vars: {A: file}, stages: {data: {env_vars: {D: file}}}}", encoding="utf-8")
+    words = ["env_vars.A=1", "env_vars.B=b", "performance.NCCL_NVLS_ENABLE=null"]
+    made = read_executor(str(site), [*words, "stages.pretrain.env_vars.C={c}", "stages.data.env_vars.B=2"])
+    assert made.env_vars == {"A": "1", "B": "b"}
+    assert made.performance == {"NCCL_NVLS_ENABLE": None}
+    assert made.stages["pretrain"]["env_vars"] == {"A": "1", "B": "b", "C": "{c}"}
+    assert made.stages["data"]["env_vars"] == {"D": "file", "B": "2"}
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
