@@ -27,7 +27,7 @@ from nemo_upcycle.suites.suite_config import folders_of_suite
 from nemo_upcycle.utils.conf import is_conf_file
 from nemo_upcycle.utils.console import command_line, end_soon
 from nemo_upcycle.utils.files import in_use
-from nemo_upcycle.utils.masking import write_private
+from nemo_upcycle.utils.masking import without_secrets, write_private
 
 
 #: What was typed, in the run's folder.
@@ -213,7 +213,8 @@ def _write_recipes(run_dir: Path, plan: Plan) -> None:
     folder.mkdir(exist_ok=True)
     for stage in plan.stages:
         if training := plan.training(stage.name):
-            lines = [f"{name}: {value}\n" for name, value in training.named_settings().items()]
+            settings = without_secrets(training.named_settings())
+            lines = [f"{name}: {value}\n" for name, value in settings.items()]
             (folder / f"{stage.name}.yaml").write_text("".join(lines), encoding="utf-8")
 
 
@@ -221,7 +222,7 @@ def _write_plan(folder: Path, plan: Plan, copies: Mapping[Path, str]) -> None:
     """Write a plan and the copies of the user's files that it names."""
     for place, text in copies.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_text(text, encoding="utf-8")
+        write_private(folder / place, text)
     plan.write(folder)
 
 

@@ -276,7 +276,7 @@ def _bounded_text(path: Path, where: str) -> str:
 
 
 def _invalid(where: str, error: Exception) -> UpcycleError:
-    got = " ".join(str(error).split())  # some errors take three lines
+    got = masked_text(" ".join(str(error).split()))  # some errors take three lines
     return UpcycleError(where, got=got, expected="valid YAML", fix="correct that line")
 
 

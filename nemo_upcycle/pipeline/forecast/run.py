@@ -25,6 +25,7 @@ from nemo_upcycle.pipeline.plan import Stage, required_training
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.values import setting
 from nemo_upcycle.utils.files import size_text
+from nemo_upcycle.utils.masking import without_secrets
 
 
 TYPED = "command line"
@@ -199,11 +200,13 @@ def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -
     """
     for name in ("dense", "trained_on", "data", "evaluation"):
         if value := getattr(plan, name):
-            yield Setting(name, value, origins.of(name, value, f"recipe {origins.recipe or plan.recipe}"))
+            yield Setting(
+                name, without_secrets(value), origins.of(name, value, f"recipe {origins.recipe or plan.recipe}")
+            )
     for stage, recipe in recipes.items():
         for path, value in required_training(plan, stage).shown_settings(plan.dense).items():
             name = f"{stage}.{path}"
-            yield Setting(name, str(value), origins.of(name, value, f"recipe {recipe}"))
+            yield Setting(name, without_secrets(str(value)), origins.of(name, value, f"recipe {recipe}"))
 
 
 def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -> Iterator[Setting]:
@@ -232,7 +235,9 @@ def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -
     for name, value in (common | differing).items():
         if isinstance(value, (str, int, float, bool)) and value != "":
             typed = f"run.executor.{name}"
-            yield Setting(typed, str(value), TYPED if typed in origins.typed else named.get(name, otherwise))
+            yield Setting(
+                typed, without_secrets(str(value)), TYPED if typed in origins.typed else named.get(name, otherwise)
+            )
 
 
 def check_stages(forecast: Forecast) -> None:
