@@ -18,7 +18,15 @@ from nemo_upcycle.pipeline.checks import check_here, check_run
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local, masked_executor
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
-from nemo_upcycle.pipeline.forecast import Forecast, Origins, check_space, check_stages, forecast, render_forecast
+from nemo_upcycle.pipeline.forecast import (
+    Forecast,
+    Origins,
+    check_space,
+    check_stages,
+    forecast,
+    render_forecast,
+    unchecked,
+)
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan, Stage
 from nemo_upcycle.pipeline.run_here import run_stages
@@ -294,4 +302,5 @@ def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder
     sys.stdout.write(
         f"Written to {folder}: {', '.join(names)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN}"
         f"{f' and {folder / KEPT}' if copies else ''} there before you submit them.\n"
+        + (f"Not checked: {missing}.\n" if (missing := unchecked(plan.inputs()[0])) else "")
     )

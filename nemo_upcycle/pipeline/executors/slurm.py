@@ -203,7 +203,7 @@ class SlurmScheduler(Cluster):
         variables = (hub_variables(job, mine.env_vars) if mine.container_image else {}) | performance.variables(fast)
         variables = {name: value for name, value in (variables | mine.env_vars).items() if value is not None}
         exports = [f'export {name}="{escaped(str(value))}"' for name, value in variables.items()]
-        lines = [*setup_lines(job), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
+        lines = [*setup_lines(job, signal_s(mine.signal)), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
         detects_hangs = self._detects_hangs(job)
         tasks = job.ranks_per_node if detects_hangs else 1  # of a rank each, in one of Slurm's
         # Otherwise Slurm keeps jobs queued whose predecessor failed.

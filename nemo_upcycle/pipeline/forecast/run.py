@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_run.cli.cli_parser import parse_factory
 
+from nemo_upcycle.data.dense import is_configuration
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
@@ -109,6 +110,7 @@ class Forecast:
         settings: those that matter, with their origins.
         performance: NVIDIA's settings of the trainings, by stage.
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
+        unchecked: what could not be looked at, in a line; "" where all could.
     """
 
     run_dir: Path
@@ -121,6 +123,7 @@ class Forecast:
     settings: tuple[Setting, ...]
     performance: Mapping[str, Sequence[PerformanceSetting]]
     advice: str
+    unchecked: str = ""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -187,7 +190,16 @@ def forecast(
         settings=tuple(settings),
         performance=performance,
         advice=advice_of(plan.dense, plan.trained_on, facts) if upcycles else "",
+        unchecked=unchecked(plan.dense),
     )
+
+
+def unchecked(dense: str) -> str:
+    """Return what of a run cannot be checked here, in a line: a parent whose weights lie elsewhere; else nothing."""
+    folder = Path(dense.removeprefix("hf://")).expanduser()
+    if not is_configuration(folder):
+        return ""
+    return f"{folder} holds the parent's config.json alone: its weights and tokenizer are checked where it is whole"
 
 
 def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -> Iterator[Setting]:
@@ -282,6 +294,8 @@ def _warnings(forecast: Forecast) -> Iterator[str]:
     for stage in forecast.stages:
         if stage.finding.state is State.REFUSED:
             yield _refusal(stage)
+    if forecast.unchecked:
+        yield forecast.unchecked
     for name, training in forecast.trainings.items():
         if training.stage.runs:
             yield from _training_warnings(name, training)

@@ -195,9 +195,9 @@ def write_commands(folder: Path, **texts: str) -> Path:
     return folder
 
 
-def decide(job: Job, ranks: str, *, state: str = "RUNNING") -> subprocess.CompletedProcess[str]:
+def decide(job: Job, ranks: str, *, state: str = "RUNNING", limit: str = "") -> subprocess.CompletedProcess[str]:
     """Run a rendered batch script with bash; what stands for Slurm's commands prints, and requeues nothing."""
-    scontrol = f'echo "scontrol $*"; echo JobState={state} PreemptTime=None'
+    scontrol = f'echo "scontrol $*"; echo JobState={state} PreemptTime=None TimeLimit={limit} TimeMin=N/A'
     commands = write_commands(job.run_dir / "bin", srun=ranks, scontrol=scontrol, sleep=":")
     cluster = cluster_for(built(*SITE))
     assert cluster is not None
@@ -243,6 +243,29 @@ def test_a_batch_script_requeues_while_the_step_advances(
     assert ("scontrol requeue 7" in done.stdout) == requeued, done.stdout + done.stderr
     assert done.returncode == status
     assert not (status == 0 and in_vain_file.exists())
+
+
+@pytest.mark.parametrize(
+    ("limit", "set_up_s", "said", "requeued"),
+    [
+        ("00:11:00", 50, "start-up took 50 s of 60 s; raise run.executor.stages.pretrain.time", False),
+        ("1-00:10:00", 70_000, "start-up took 70000 s of 86400 s", False),
+        ("00:11:00", 40, "start-up took 40 s of 60 s", True),
+        ("00:11:00", 10, "", True),
+        ("UNLIMITED", 70_000, "", True),
+    ],
+)
+def test_a_training_that_starts_up_for_most_of_its_time_is_not_requeued_for_ever(
+    tmp_path: Path, limit: str, set_up_s: int, said: str, requeued: bool
+) -> None:
+    (tmp_path / "jobs/pretrain").mkdir(parents=True)
+    (tmp_path / "jobs/pretrain/in_vain").touch()  # as the start before this one
+    started, ready = tmp_path / "jobs/pretrain/started", tmp_path / "pretrain/training.json"
+    ranks = f"{KEPT}; touch -d @1000 {started}; touch -d @{1000 + set_up_s} {ready}; exit 75"
+    done = decide(training(tmp_path), ranks.format(tmp_path), limit=limit)
+    assert ("scontrol requeue 7" in done.stdout) == requeued, done.stdout + done.stderr
+    assert ("start-up took" in done.stdout) == bool(said)
+    assert said in done.stdout
 
 
 @pytest.mark.parametrize(
