@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.masking import without_secrets
 
 
 #: name -> what it does; `nemo_upcycle/cli/NAME.py` has `EPILOG` (with examples), `add_arguments(parser)` and
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _signals():
             return _run(list(sys.argv[1:] if argv is None else argv), output)
     except UpcycleError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {without_secrets(str(error))}\n")
         return error.exit_status
     except OSError as error:
         sys.stderr.write(f"error: {_format_os_error(error)}\n")

@@ -13,11 +13,13 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.convert.hf_folder import tokenizer_file_names
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import extra_params, hf_constants
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.conf import parse_yaml
 from nemo_upcycle.utils.files import MODEL_MARKER, whole_file
 
 
@@ -209,7 +211,7 @@ def _front_matter(folder: Path) -> dict[str, Any]:
             return {}
         before, start, rest = path.read_text(encoding="utf-8").partition("---\n")
         front, end, _ = rest.partition("\n---")
-        values = yaml.safe_load(front) if not before.strip() and start and end else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        values = parse_yaml(front, str(path)) if not before.strip() and start and end else None
+    except (OSError, ValueError, UpcycleError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.conf import Conf, as_dataclass, read_conf, template
+from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, read_conf, template
 
 
 #: The splits of a blend: trained on, watched during training, and measured afterwards.
@@ -152,10 +152,6 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
         >>> read_blend("sotu").config.sources["speeches"].reader
         'sotu'
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     from nemo_upcycle.data.readers import format_of  # which imports this module
 
     path = Path(name).expanduser().absolute()
@@ -166,17 +162,7 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
         named = re.match(r"sources\.([^.=]+)", override)
         if named and isinstance(known, dict) and named[1] not in known:
             raise UpcycleError.unknown(f"{conf.path}: source", named[1], known)
-    try:
-        merged = OmegaConf.merge(conf.content, *(OmegaConf.from_dotlist([override]) for override in overrides))
-        content: Any = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError):
-        raise UpcycleError(
-            f"overrides of {conf.path}",
-            got=" ".join(overrides),
-            expected="KEY=VALUE, each value as YAML writes it",
-            fix="put a value with [, {, : or # in quotes",
-        ) from None
-    config = as_dataclass(str(conf.path), content, BlendConfig, "data")
+    config = as_dataclass(str(conf.path), overridden(conf, overrides), BlendConfig, "data")
     _check(conf, config)
     return Blend(conf.path.stem, conf.folder, config)
 

@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-import yaml
 
 from nemo_upcycle.calibration.collect import Sample
 from nemo_upcycle.data.finished import MANIFEST, FinishedBlend, open_blend
@@ -15,7 +14,8 @@ from nemo_upcycle.data.tokenizers import open_tokenizer
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.init.rng import block_generator
 from nemo_upcycle.spec import ROUTER_INITS, UpcycleSpec
-from nemo_upcycle.utils.files import read_text, sha256_file
+from nemo_upcycle.utils.conf import read_yaml
+from nemo_upcycle.utils.files import sha256_file
 
 
 #: Tokens of a calibration, and of each of its windows: the longest context that a token of it is seen in.
@@ -113,10 +113,7 @@ def prompts_sample(file: Path, dense: Path, copies: int) -> Sample:
     Raises:
         UpcycleError: the file is not such a list.
     """
-    try:
-        given = yaml.safe_load(read_text(file))
-    except yaml.YAMLError as error:
-        given = f"no YAML ({str(error).splitlines()[0]})"
+    given = read_yaml(file, "prompts in")
     texts = [[entry] if isinstance(entry, str) else entry for entry in given] if isinstance(given, list) else []
     is_list = all(
         isinstance(entry, list) and entry and all(isinstance(text, str) for text in entry) for entry in texts

@@ -11,6 +11,7 @@ from filelock import FileLock
 from nemo_upcycle.data.parents import OF_TOKENIZER, cached_asset, find_parent, on_this_machine
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import check_parent
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.checks import check_source
@@ -56,11 +57,12 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
     return folder
 
 
-def check_address(source: str) -> Architecture | None:
+def check_address(source: str, *, whole: bool = False) -> Architecture | None:
     """Check what the user names as dense model, as far as that takes no time: a folder is opened, nothing is fetched.
 
     Args:
         source: as in `import_dense`.
+        whole: whether a folder has to hold weights and tokenizer: a configuration alone says what a run would be.
 
     Returns:
         The architecture of a folder's model; None for what is still to be fetched.
@@ -71,9 +73,19 @@ def check_address(source: str) -> Architecture | None:
     parent = find_parent(source)
     if parent.kind != "folder":
         return None
+    if not whole and is_configuration(Path(parent.name)):
+        architecture = read_architecture(Path(parent.name))
+        check_parent(architecture, parent.name)
+        return architecture
     require_tokenizer(Path(parent.name))
     with open_dense(parent.name) as dense:
         return dense.architecture
+
+
+def is_configuration(folder: Path) -> bool:
+    """Return whether a folder holds a model's configuration and no weights, whatever their format."""
+    weights = ("*.safetensors*", "*.bin*", "*.pt*", "*.gguf")
+    return (folder / "config.json").is_file() and not any(True for kind in weights for _ in folder.glob(kind))
 
 
 def require_tokenizer(folder: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import yaml
 from filelock import FileLock
 
 from nemo_upcycle.demo.assets import ASSETS, fetch_asset
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import writable_cache
+from nemo_upcycle.utils.conf import read_yaml
 from nemo_upcycle.utils.files import whole_file
 
 
@@ -46,7 +46,7 @@ def fetch_conversations(name: str) -> Path:
 def _lines(folder: Path) -> list[str]:
     lines = []
     for subject in SUBJECTS:
-        content = yaml.safe_load((folder / f"{subject}.yml").read_text(encoding="utf-8"))
+        content = read_yaml(folder / f"{subject}.yml")
         for texts in content["conversations"]:
             if len(texts) == 2:
                 roles = zip(("user", "assistant"), texts, strict=True)

@@ -21,6 +21,7 @@ from nemo_upcycle.suites.lm_eval_tasks import LoadedTask, quiet
 from nemo_upcycle.suites.local_tasks import data_files
 from nemo_upcycle.suites.suite import SuiteTasks, load_suite_tasks
 from nemo_upcycle.utils.attributes import temporarily_set
+from nemo_upcycle.utils.conf import read_yaml
 from nemo_upcycle.utils.files import MARKER, read_json, require_complete, write_json
 
 
@@ -184,11 +185,10 @@ def _run(
 def _local_task(folder: Path, name: str) -> LoadedTask:
     """Return a task of a suite, with its data where the folder lies now."""
     import datasets
-    import yaml
     from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()  # the suite's own files: there is nothing to wait for
-    definition = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+    definition = read_yaml(folder / f"{name}.yaml", "suite's task")
     definition |= {"dataset_kwargs": data_files(folder, name)}
     with quiet():
         return LoadedTask(list(TaskManager(include_defaults=False).load([definition])["tasks"].values()))

@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.mapping import ParamMapping, Sharding
+from nemo_upcycle.utils.conf import read_yaml
 
 
 #: Modules of the classes whose fields the table has, beginnings of their names.
@@ -34,9 +35,7 @@ _INTERLEAVED = {
 @functools.cache
 def table() -> dict[str, dict[str, Any]]:
     """Return the table: meaning -> where, why or which kind -> fields."""
-    import yaml
-
-    return dict(yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")))
+    return dict(read_yaml(Path(__file__).with_suffix(".yaml")))
 
 
 @functools.cache

@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.init.routers import inexact_in_float32
 from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, RouterKind, UpcycleSpec
+from nemo_upcycle.utils.conf import read_yaml
 
 
 #: Fields of a spec that follow from a parent with experts, and why.
@@ -207,7 +208,6 @@ def _dealt(utilities: tuple[float, ...], count: int) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=8)
 def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: int) -> tuple[tuple[float, ...], ...]:
     """Return the utilities of every MoE layer, or of all in one; another file of the name has another state."""
-    import yaml
 
     def wrong(got: object, fix: str = "correct the file") -> SpecError:
         expected = f"a YAML list of {experts} numbers from 0, the utility of each expert, or {layers} such lists"
@@ -216,9 +216,9 @@ def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: 
     if state is None:
         raise wrong("no such file", "check the path")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise wrong(error) from None
+        found = read_yaml(path)
+    except UpcycleError as error:
+        raise wrong(error.got, error.fix) from None
     rows = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
     if len(rows) not in (1, layers):
         raise wrong(f"{len(rows)} lists")

@@ -11,6 +11,7 @@ from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json, write_json
+from nemo_upcycle.utils.masking import without_secrets
 from nemo_upcycle.utils.schema import KEY, numbered, require_known
 
 
@@ -98,7 +99,7 @@ class UpcycleReceipt:
 
     def write(self, path: Path) -> None:
         """Write the receipt as JSON, atomically."""
-        write_json(path, self.to_dict())
+        write_json(path, without_secrets(self.to_dict()))
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

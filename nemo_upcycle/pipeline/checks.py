@@ -50,7 +50,7 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     """
     check_folder(run_dir)
     check_detach(ctx)
-    check_address(plan.dense)
+    check_address(plan.dense, whole=not shown)
     check_data(plan.data, remote=not shown)
     check_asked(plan)
     known_parent_tokens(plan.dense, plan.trained_on)

@@ -26,6 +26,7 @@ from nemo_upcycle.errors import UpcycleError, did_you_mean, mistake_in_file
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.console import end_soon
+from nemo_upcycle.utils.masking import without_secrets
 
 
 #: Options of the pipeline, and the argument that each sets.
@@ -204,7 +205,7 @@ def answered() -> Iterator[None]:
         yield
     except UpcycleError as error:
         plain = getattr(error, "proxy_base_exception", error)  # fiddle's adds the configuration that it was building
-        sys.stderr.write(f"Error: {plain}\n")
+        sys.stderr.write(f"Error: {without_secrets(str(plain))}\n")
         end_soon()
         raise SystemExit(error.exit_status) from None  # NeMo-Run turns every Exception into status 1
 

@@ -19,7 +19,14 @@ from nemo_upcycle.pipeline.checks import check_here, check_run
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local, masked_executor
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
-from nemo_upcycle.pipeline.forecast import Forecast, Origins, check_space, forecast, render_forecast
+from nemo_upcycle.pipeline.forecast import (
+    Forecast,
+    Origins,
+    check_space,
+    forecast,
+    render_forecast,
+    unchecked,
+)
 from nemo_upcycle.pipeline.markers import renew
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
 from nemo_upcycle.pipeline.plan import ADOPTED, KEPT, PLAN, Plan, Stage
@@ -29,7 +36,7 @@ from nemo_upcycle.suites.suite_config import folders_of_suite
 from nemo_upcycle.utils.conf import is_conf_file
 from nemo_upcycle.utils.console import command_line, end_soon
 from nemo_upcycle.utils.files import in_use
-from nemo_upcycle.utils.masking import write_private
+from nemo_upcycle.utils.masking import without_secrets, write_private
 
 
 #: What was typed, in the run's folder.
@@ -220,7 +227,8 @@ def _write_recipes(run_dir: Path, plan: Plan) -> None:
     folder.mkdir(exist_ok=True)
     for stage in plan.stages:
         if training := plan.training(stage.name):
-            lines = [f"{name}: {value}\n" for name, value in training.named_settings().items()]
+            settings = without_secrets(training.named_settings())
+            lines = [f"{name}: {value}\n" for name, value in settings.items()]
             (folder / f"{stage.name}.yaml").write_text("".join(lines), encoding="utf-8")
 
 
@@ -228,7 +236,7 @@ def _write_plan(folder: Path, plan: Plan, copies: Mapping[Path, str]) -> None:
     """Write a plan and the copies of the user's files that it names."""
     for place, text in copies.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_text(text, encoding="utf-8")
+        write_private(folder / place, text)
     plan.write(folder)
 
 
@@ -300,4 +308,5 @@ def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder
     sys.stdout.write(
         f"Written to {folder}: {', '.join(names)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN}"
         f"{f' and {folder / KEPT}' if copies else ''} there before you submit them.\n"
+        + (f"Not checked: {missing}.\n" if (missing := unchecked(plan.inputs()[0])) else "")
     )

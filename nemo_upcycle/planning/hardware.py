@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib import resources
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.workload import FORCED_IMBALANCE, Precision
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.conf import packaged, read_yaml
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,7 @@ class KnownRecipe:
 @lru_cache(maxsize=8)
 def read_data(name: str) -> Any:
     """Return a file of `conf/planning` as plain values."""
-    import yaml
-
-    text = (resources.files("nemo_upcycle.conf") / "planning" / name).read_text(encoding="utf-8")
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return read_yaml(packaged("planning") / name)
 
 
 def gpu_names() -> list[str]:

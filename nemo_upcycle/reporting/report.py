@@ -15,6 +15,7 @@ from nemo_upcycle.reporting.markdown import plain
 from nemo_upcycle.reporting.results import collect_results
 from nemo_upcycle.reporting.run_folder import read_run
 from nemo_upcycle.utils.files import read_json, whole_file, write_json
+from nemo_upcycle.utils.masking import without_secrets
 
 
 def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None = None) -> Path:
@@ -50,6 +51,7 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
     }
     images = {f"{name}.png": figures.png_of(figure) for name, figure in drawn.items() if figure is not None}
     results["figures"] = [name for name, figure in drawn.items() if figure is not None]
+    results = without_secrets(results)
     write_json(run_dir / "results.json", results)
     text, target = compose(results, run_dir), run_dir / "report.md"
     # Half of a character of two is no text: it is replaced.

@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.hybrid import HybridLayers
 from nemo_upcycle.models.rotary import scaling_settings
 from nemo_upcycle.sources.torch_pickles import Inert, read_saved
+from nemo_upcycle.utils.conf import read_yaml
 
 
 #: Bridge's configurations of the models that are known here.
@@ -50,7 +49,11 @@ def saved_settings(checkpoint: Path, fix: str) -> tuple[Path, dict[str, Any]] | 
             continue
         try:
             settings = read(path)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        except UpcycleError as error:
+            raise CheckpointError(
+                str(path), got=f"an unreadable description ({error.got})", expected=error.expected, fix=fix
+            ) from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 str(path),
                 got=f"an unreadable description ({type(error).__name__})",
@@ -64,7 +67,7 @@ def saved_settings(checkpoint: Path, fix: str) -> tuple[Path, dict[str, Any]] | 
 
 def _nemo_settings(path: Path) -> dict[str, Any]:
     """Return the settings of NeMo's model configuration, by name."""
-    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    described = read_yaml(path)
     settings = dict(described["config"])
     settings["_target_"].split(".")[-2]  # a class in a module
     if adapters := described.get("model_transform"):
@@ -74,7 +77,7 @@ def _nemo_settings(path: Path) -> dict[str, Any]:
 
 def _bridge_settings(path: Path) -> dict[str, Any]:
     """Return the settings of Bridge's model, by Megatron's names, which are NeMo's."""
-    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    described = read_yaml(path)
     model = dict(described["model"])
     settings = model | dict(model.get("transformer") or {})  # of a builder's configuration, beside the model's
     if model["_target_"].rpartition(".")[2] in _BRIDGE_MODELS:  # others compute otherwise

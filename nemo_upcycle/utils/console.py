@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_upcycle.utils.masking import masked_text
+from nemo_upcycle.utils.masking import masked_text, without_secrets
 
 
 #: Loggers of the libraries that trainers use.
@@ -26,9 +26,9 @@ def is_verbose() -> bool:
 
 
 def command_line() -> str:
-    """Return the command line as it was typed, with secrets among an executor's variables hidden."""
+    """Return the command line as it was typed, with secrets hidden."""
     program, *words = sys.argv
-    words = [masked_text(word) if re.search(r"\benv_vars\b", word) else word for word in words]
+    words = [masked_text(word) if re.search(r"\benv_vars\b", word) else without_secrets(word) for word in words]
     typed = [Path(program).name] if os.access(program, os.X_OK) else ["python", program]
     return shlex.join([*typed, *words])
 

@@ -75,6 +75,7 @@ def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
         "mount_path": str(mount),
         "volumes": {"datasets": "/data"},
         "kind": kind,
+        "run_as": "1000:1000",
         "queue": "gpus",
         "cpus": 16,
         "memory_gib": 64,

@@ -105,6 +105,13 @@ def test_variables_reach_the_ranks_whatever_the_callers_environment(
     finish(chain_of(run_dir, {"import": command}, env_vars={"MINE": "a b"}))
 
 
+def test_rank_gets_the_cpus_that_its_stage_asks_for(run_dir: Path) -> None:
+    """On a site that binds, also where srun inherits nothing, as in Slurm 22.05 to 24.05."""
+    commands = {"import": "test $(nproc) = 2 && {done}", "data": "test $(nproc) = 1 && {done}"}
+    like_them = {"setup_lines": "unset SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK", "srun_args": ["--cpu-bind=cores"]}
+    finish(chain_of(run_dir, commands, cpus_per_task=2, stages={"data": {"cpus_per_task": 1}}, **like_them))
+
+
 def test_jobs_start_from_within_an_allocation(run_dir: Path) -> None:
     """`sbatch` inside `salloc --mem-per-cpu`, by the rendered script, too."""
     chain = chain_of(run_dir, {"import": "{done}"})

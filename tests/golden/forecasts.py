@@ -25,7 +25,9 @@ def _cluster(name: str, *site: str) -> Any:
 CLUSTERS: dict[str, Callable[[], Any]] = {
     "here": lambda: None,
     "slurm": lambda: _cluster("slurm", "account=me", "partition=h100", "container_image=nemo", "price_per_gpu_hour=3"),
-    "kubernetes": lambda: _cluster("kubernetes", "image=nemo", "claim=runs", "mount_path=/runs", "queue=batch"),
+    "kubernetes": lambda: _cluster(
+        "kubernetes", "image=nemo", "claim=runs", "mount_path=/runs", "queue=batch", "run_as=1000:1000"
+    ),
 }
 RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "qwen3_8b_e8t2", "smollm2_135m_e8t2")
 GOLDEN = [(recipe, cluster) for recipe in RECIPES for cluster in CLUSTERS]

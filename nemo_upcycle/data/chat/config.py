@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
 
 from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.conf import as_dataclass, is_conf_file, packaged_names, read_conf, template
+from nemo_upcycle.utils.conf import Conf, as_dataclass, is_conf_file, overridden, packaged_names, read_conf, template
 from nemo_upcycle.utils.files import read_json, read_text
 
 
@@ -130,27 +129,13 @@ def read_chat(name: str | Path, overrides: Sequence[str] = ()) -> Chat:
         >>> read_chat("messages").config.too_long
         'cut'
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     path = Path(name).expanduser()
     if path.suffix in _LINES:
-        content, where, folder = {"files": [str(path.absolute())]}, str(path), path.absolute().parent
+        conf = Conf({"files": [str(path.absolute())]}, path, path.absolute().parent)
     else:
         conf = read_conf("chat", name, "conversations")
-        content, where, folder = conf.content, str(conf.path), conf.folder
-    try:
-        merged = OmegaConf.merge(content, *(OmegaConf.from_dotlist([override]) for override in overrides))
-        values: Any = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError):
-        raise UpcycleError(
-            f"overrides of {where}",
-            got=" ".join(overrides),
-            expected="KEY=VALUE, each value as YAML writes it",
-            fix="put a value with [, {, : or # in quotes",
-        ) from None
-    config = as_dataclass(where, values, ChatConfig, "chat")
+    where, folder = str(conf.path), conf.folder
+    config = as_dataclass(where, overridden(conf, overrides), ChatConfig, "chat")
     _check(where, config)
     return Chat(path.stem, folder, config)
 

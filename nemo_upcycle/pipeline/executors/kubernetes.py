@@ -189,6 +189,7 @@ class KubernetesScheduler(Cluster):
         settings = self.settings_for(job.name)
         found = {
             "queue": settings.queue,
+            "user": "{}:{}".format(*settings.user) if settings.user else "",
             "nodes": job.nodes,
             "GPUs per node": settings.gpus_per_node,
             "CPUs per node": settings.cpus,

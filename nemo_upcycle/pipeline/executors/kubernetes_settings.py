@@ -2,6 +2,8 @@
 
 # No postponed annotations, and Optional[...]: NeMo-Run parses the executor's fields by them.
 
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -45,6 +47,8 @@ class KubernetesExecutor(run.Executor):
         labels: of the jobs and their pods.
         annotations: of the jobs and their pods.
         priority_class: of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
+        run_as: `UID:GID` of the pods, whose group owns new files on the claims; None: those of who launches, whose
+            files in the run's folder they write beside. "": the image's or the cluster's (as in Trainer 2.1).
         security_context: of the container, as `{capabilities: {add: [IPC_LOCK]}}` for InfiniBand (not in Trainer 2.1).
         overrides: what else a pod's spec has, merged into it last: mappings key by key, lists of named entries by
             name, other lists as a whole; None removes. A TrainJob takes a part of a pod's fields only.
@@ -95,6 +99,7 @@ class KubernetesExecutor(run.Executor):
     labels: dict[str, str] = field(default_factory=dict)
     annotations: dict[str, str] = field(default_factory=dict)
     priority_class: str = ""
+    run_as: Optional[str] = None  # noqa: UP045
     security_context: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     pull_secrets: list[str] = field(default_factory=list)
@@ -119,6 +124,17 @@ class KubernetesExecutor(run.Executor):
     def mounts(self) -> dict[str, str]:
         """All claims, and where they are mounted."""
         return {self.claim: self.mount_path, **self.volumes}
+
+    @property
+    def user(self) -> tuple[int, int] | None:
+        """The user and the group of the pods; None: the image or the cluster says it."""
+        named = f"{os.getuid()}:{os.getgid()}" if self.run_as is None else self.run_as
+        if not named:
+            return None
+        if not re.fullmatch(r"\d+:\d+", named, re.ASCII):
+            raise UpcycleError("run.executor.run_as", got=named, expected="UID:GID", fix="as `id -u` and `id -g` say")
+        user, _, group = named.partition(":")
+        return int(user), int(group)
 
 
 @dataclass(frozen=True)

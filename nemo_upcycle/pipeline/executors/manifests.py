@@ -101,7 +101,7 @@ def manifest(
     for lacking, instead in resource.lacks.items():
         if value := getattr(settings, lacking):
             expected = f"nothing: a job of kind {settings.kind} has no field for it"
-            fix = f"omit it, and set {instead}"
+            fix = f"set it to {type(value)()!r}, and {instead}"
             raise UpcycleError(f"run.executor.{lacking}", got=value, expected=expected, fix=fix)
     labels = {"app.kubernetes.io/name": "nemo-upcycle", "nemo-upcycle/stage": job.name}
     labels |= {QUEUE_LABEL: settings.queue} if settings.queue else {}
@@ -186,6 +186,7 @@ def _pod(settings: KubernetesExecutor, container: dict[str, Any]) -> dict[str, A
         "containers": [{**container, "volumeMounts": mounts, **_given(securityContext=settings.security_context)}],
         "volumes": volumes,
         **_given(
+            securityContext=_pod_security(settings),
             affinity=settings.affinity,
             priorityClassName=settings.priority_class,
             tolerations=settings.tolerations,
@@ -197,6 +198,15 @@ def _pod(settings: KubernetesExecutor, container: dict[str, Any]) -> dict[str, A
     }
     metadata = _given(labels=settings.labels, annotations=settings.annotations)
     return {**_given(metadata=metadata), "spec": merged(spec, settings.overrides)}
+
+
+def _pod_security(settings: KubernetesExecutor) -> dict[str, Any]:
+    """Return who the pods run as; nothing where the image says it, or the kind of job has no field for it."""
+    if settings.user is None or settings.kind == "trainjob-2.1":
+        return {}
+    user, group = settings.user
+    owner = {"runAsUser": user, "runAsGroup": group, "fsGroup": group, "fsGroupChangePolicy": "OnRootMismatch"}
+    return {"runAsNonRoot": user != 0, **owner}
 
 
 def merged(base: Any, changes: Any) -> Any:
@@ -234,7 +244,9 @@ def _command(settings: KubernetesExecutor, job: Job, name: str) -> list[str]:
 
 def _environment(settings: KubernetesExecutor, job: Job, fast: Mapping[str, str]) -> list[dict[str, Any]]:
     set_by_site = {**settings.env_vars, **settings.secret_env_vars}
-    plain = {"PYTHONUNBUFFERED": "1", **hub_variables(job, set_by_site), **fast, **settings.env_vars}
+    # A user that no image knows has no home, and libraries ask for its name.
+    home = {"HOME": "/tmp", "USER": "nemo-upcycle"} if _pod_security(settings).get("runAsUser") else {}
+    plain = {"PYTHONUNBUFFERED": "1", **home, **hub_variables(job, set_by_site), **fast, **settings.env_vars}
     given = {name: value for name, value in plain.items() if value is not None}
     variables: list[dict[str, Any]] = [{"name": name, "value": str(value)} for name, value in given.items()]
     for name, source in settings.secret_env_vars.items():

@@ -7,13 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.conf import packaged, read_yaml
 
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class PerformanceSetting:
 @lru_cache
 def table() -> Any:
     """Return the table as plain values."""
-    return yaml.safe_load((resources.files("nemo_upcycle.conf") / "performance.yaml").read_text(encoding="utf-8"))
+    return read_yaml(packaged("performance.yaml"))
 
 
 def names() -> set[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.stages import BY_NAME
-from nemo_upcycle.utils.conf import field_values, members, packaged, packaged_names, read_conf
+from nemo_upcycle.utils.conf import (
+    field_values,
+    members,
+    packaged,
+    packaged_names,
+    parse_yaml,
+    read_conf,
+    require_bounded,
+)
 
 
 #: The schedulers of this package.
@@ -59,7 +68,8 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
 
     Args:
         name: one of conf/executors, or the path of a `.yaml` or `.yml` file.
-        overrides: `FIELD=VALUE` and `stages.STAGE.FIELD=VALUE`.
+        overrides: `FIELD=VALUE` and `stages.STAGE.FIELD=VALUE`; with `FIELD.ENTRY` one entry of a mapping, as
+            `env_vars.HF_HOME=/hf`.
 
     Raises:
         UpcycleError: a key or a stage does not exist, or a value is not of its field's type.
@@ -83,14 +93,15 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
         (shown, f"{shown}: ", content.pop("stages", None), content),
         ("command line", "run.executor.", typed_stages, typed),
     ):
-        common |= _checked(prefix, given, schema, explained)
+        common |= _added(common, given, _checked(prefix, given, schema, explained))
         origins |= dict.fromkeys(given, origin)
         of_stages = field_values(prefix, {"stages": table}, _Stages, explained)["stages"]
         for stage, settings in of_stages.items():
             if stage not in BY_NAME:
                 raise UpcycleError.unknown(f"{prefix}stages: stage", stage, BY_NAME)
             found = _checked(f"{prefix}stages.{stage}.", settings or {}, schema, explained)
-            stages.setdefault(stage, {}).update(found)
+            mine = stages.setdefault(stage, {})
+            mine |= _added({**common, **mine}, settings or {}, found)
             origins |= dict.fromkeys((f"stages.{stage}.{key}" for key in found), origin)
     executor: run.Executor = schema(**common, stages=stages, origins=origins)
     return executor
@@ -101,6 +112,18 @@ class _Stages:
     """The table of stages, each with what it sets of the executor's fields."""
 
     stages: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+
+
+class _Entries(dict[str, Any]):
+    """Entries of a mapping that were named one by one, and come to those that it has."""
+
+
+def _added(before: Mapping[str, Any], given: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that were found good, each with what it is added to."""
+    return {
+        name: {**(before.get(name) or {}), **value} if isinstance(given[name], _Entries) else value
+        for name, value in found.items()
+    }
 
 
 def _typed(words: Sequence[str], schema: type) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -114,16 +137,19 @@ def _typed(words: Sequence[str], schema: type) -> tuple[dict[str, Any], dict[str
         if key.startswith("stages."):
             stage, _, name = key.removeprefix("stages.").partition(".")
             found = stages.setdefault(stage, {})
-        taken = members(kinds.get(name, Any))
+        kind, (mapping, dot, entry) = kinds.get(name, Any), name.partition(".")
+        if dot and typing.get_origin(kinds.get(mapping)) is dict and isinstance(found.get(mapping, {}), dict):
+            found, name, kind = found.setdefault(mapping, _Entries()), entry, typing.get_args(kinds[mapping])[1]
+        taken = members(kind)
         if text in ("null", "None"):
             found[name] = None
         elif str in taken and not (bool in taken and text.lower() in ("true", "false")):
             found[name] = text
         else:
-            try:
-                found[name] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                found[name] = text  # which the field does not take
+            found[name] = text  # which the field does not take, if it is no YAML
+            with suppress(yaml.YAMLError):
+                require_bounded(text, f"run.executor.{key}")
+                found[name] = parse_yaml(text, f"run.executor.{key}")
     return common, stages
 
 

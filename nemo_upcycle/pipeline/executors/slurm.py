@@ -203,23 +203,26 @@ class SlurmScheduler(Cluster):
         variables = (hub_variables(job, mine.env_vars) if mine.container_image else {}) | performance.variables(fast)
         variables = {name: value for name, value in (variables | mine.env_vars).items() if value is not None}
         exports = [f'export {name}="{escaped(str(value))}"' for name, value in variables.items()]
-        lines = [*setup_lines(job), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
+        lines = [*setup_lines(job, signal_s(mine.signal)), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
         detects_hangs = self._detects_hangs(job)
         tasks = job.ranks_per_node if detects_hangs else 1  # of a rank each, in one of Slurm's
         # Otherwise Slurm keeps jobs queued whose predecessor failed.
         parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
+        cpus_per_task = mine.cpus_per_task and mine.cpus_per_task * tasks
+        # Of Slurm 22.05 to 24.05, srun does not inherit it; 24.11 does not read SRUN_CPUS_PER_TASK.
+        own_cpus = [f"--cpus-per-task={cpus_per_task}"] if cpus_per_task else []
         return dataclasses.replace(
             mine,
             container_mounts=[*mine.container_mounts, *missing_mounts(job, mine.container_mounts)],
             nodes=job.nodes,
             ntasks_per_node=1 if detects_hangs else job.ranks_per_node,
-            cpus_per_task=mine.cpus_per_task and mine.cpus_per_task * tasks,
+            cpus_per_task=cpus_per_task,
             gpus_per_task=mine.gpus_per_task and mine.gpus_per_task * tasks,
             env_vars={},
             # In a container an image's own variables win over all that are not named.
             container_env=list(dict.fromkeys([*(mine.container_env or []), *variables])),
             job_dir=str(job.folder),
-            srun_args=[*performance.srun_options(fast), *(mine.srun_args or [])],
+            srun_args=[*own_cpus, *performance.srun_options(fast), *(mine.srun_args or [])],
             exclusive=mine.exclusive or None,  # NeMo-Run would write --exclusive=False, which Slurm refuses
             segment=performance.segment(fast, job.nodes) or mine.segment,
             job_details=dataclasses.replace(mine.job_details),  # rendering writes the job's name and folder into it

@@ -65,23 +65,38 @@ persist() {{  # the controller may be busy, or fail over
 }}
 at_start=$(progress)
 """
-_AGAIN = r"""    case "$(persist scontrol --oneliner show job "$SLURM_JOB_ID")" in
+_AGAIN = r"""    shown=$(persist scontrol --oneliner show job "$SLURM_JOB_ID")
+    case "$shown" in
     *JobState=RUNNING*PreemptTime=2*)
         scontrol --oneliner show partition "$SLURM_JOB_PARTITION" | grep -q PreemptMode=REQUEUE && exit 1 ;;
     *JobState=RUNNING*) ;;
     *) exit 1 ;;
     esac
     kept=$(progress)
-    if [ "${{kept:--1}}" -gt "${{at_start:--1}}" ]; then
+    slow=
+{alarm}    if [ "${{kept:--1}}" -gt "${{at_start:--1}}" ] && [ -z "$slow" ]; then
         rm -f {in_vain}
     elif [ -e {in_vain} ]; then
-        echo "[{name}] stopped, twice no further than at the start ({unit} ${{kept:-none}}): not requeued"
+        echo "[{name}] stopped, twice no further than at the start, or hardly ({unit} ${{kept:-none}}): not requeued"
         exit 1
     else
         touch {in_vain}
     fi
     echo "[{name}] stopped; kept {unit} ${{kept:-none}}; to be requeued and to go on from there"
     persist scontrol requeue "$SLURM_JOB_ID" && sleep 60
+"""
+#: Of a training, whose ranks write a file when they are set up. A job that sets up for most of its time goes on by a
+#: step or two, and would be requeued for ever: that is said, and counts as no progress, which may happen once: a file
+#: system may have been slow. `limit` is without the time that the signal leaves.
+_ALARM = r"""    limit=$(sed -n 's/.*TimeLimit=\([0-9:-]*\).*/\1/p' <<<"$shown" | tr - : |
+        awk -F: '{{ for (i = 1; i <= NF; i++) s = s * (NF == 4 && i == 2 ? 24 : 60) + $i; print s - {signal_s} }}')
+    ready=$(date +%s)
+    [ ! "$stage/training.json" -nt {job}/started ] || ready=$(stat -c %Y "$stage/training.json")
+    setup=$((ready - $(stat -c %Y {job}/started)))
+    if [ "${{limit:-0}}" -gt 0 ] && [ $((2 * setup)) -ge "$limit" ]; then
+        echo "[{name}] start-up took $setup s of $limit s; raise run.executor.stages.{name}.time"
+        [ $((4 * setup)) -lt $((3 * limit)) ] || slow=yes
+    fi
 """
 
 #: A script that submits jobs by hand, as `SlurmScheduler.submit` does.
@@ -107,11 +122,12 @@ def in_vain(job: Job) -> Path:
     return job.folder / "in_vain"
 
 
-def setup_lines(job: Job) -> list[str]:
+def setup_lines(job: Job, signal_s: int = 0) -> list[str]:
     """Return the lines of the batch script that come before a stage, and decide what follows its end.
 
     Args:
         job: the stage; one that is resumable is requeued while it gets further.
+        signal_s: seconds before the end of its time at which it is told to stop.
 
     Example:
         >>> from pathlib import Path
@@ -128,7 +144,9 @@ def setup_lines(job: Job) -> list[str]:
         "marker": MARKER,
         "ended": ENDED,
         "failed": FAILED,
+        "signal_s": signal_s,
     }
+    names["alarm"] = _ALARM.format(**names) if job.is_training else ""
     before, again = (text.format(**names) if job.is_resumable else "" for text in (_BEFORE, _AGAIN))
     code = shlex.quote(str(job.folder / "code"))  # where NeMo-Run lets the ranks start
     return [f"mkdir -p {code}", _DECIDE.format(**names, before=before, again=again).strip()]

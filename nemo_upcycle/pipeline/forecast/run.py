@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_run.cli.cli_parser import parse_factory
 
+from nemo_upcycle.data.dense import is_configuration
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
@@ -25,6 +26,7 @@ from nemo_upcycle.pipeline.plan import Stage, required_training
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.values import setting
 from nemo_upcycle.utils.files import size_text
+from nemo_upcycle.utils.masking import without_secrets
 
 
 TYPED = "command line"
@@ -108,6 +110,7 @@ class Forecast:
         settings: those that matter, with their origins.
         performance: NVIDIA's settings of the trainings, by stage.
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
+        unchecked: what could not be looked at, in a line; "" where all could.
     """
 
     run_dir: Path
@@ -120,6 +123,7 @@ class Forecast:
     settings: tuple[Setting, ...]
     performance: Mapping[str, Sequence[PerformanceSetting]]
     advice: str
+    unchecked: str = ""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -186,7 +190,16 @@ def forecast(
         settings=tuple(settings),
         performance=performance,
         advice=advice_of(plan.dense, plan.trained_on, facts) if upcycles else "",
+        unchecked=unchecked(plan.dense),
     )
+
+
+def unchecked(dense: str) -> str:
+    """Return what of a run cannot be checked here, in a line: a parent whose weights lie elsewhere; else nothing."""
+    folder = Path(dense.removeprefix("hf://")).expanduser()
+    if not is_configuration(folder):
+        return ""
+    return f"{folder} holds the parent's config.json alone: its weights and tokenizer are checked where it is whole"
 
 
 def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -> Iterator[Setting]:
@@ -199,11 +212,13 @@ def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -
     """
     for name in ("dense", "trained_on", "data", "evaluation"):
         if value := getattr(plan, name):
-            yield Setting(name, value, origins.of(name, value, f"recipe {origins.recipe or plan.recipe}"))
+            yield Setting(
+                name, without_secrets(value), origins.of(name, value, f"recipe {origins.recipe or plan.recipe}")
+            )
     for stage, recipe in recipes.items():
         for path, value in required_training(plan, stage).shown_settings(plan.dense).items():
             name = f"{stage}.{path}"
-            yield Setting(name, str(value), origins.of(name, value, f"recipe {recipe}"))
+            yield Setting(name, without_secrets(str(value)), origins.of(name, value, f"recipe {recipe}"))
 
 
 def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -> Iterator[Setting]:
@@ -232,7 +247,9 @@ def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -
     for name, value in (common | differing).items():
         if isinstance(value, (str, int, float, bool)) and value != "":
             typed = f"run.executor.{name}"
-            yield Setting(typed, str(value), TYPED if typed in origins.typed else named.get(name, otherwise))
+            yield Setting(
+                typed, without_secrets(str(value)), TYPED if typed in origins.typed else named.get(name, otherwise)
+            )
 
 
 def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
@@ -259,6 +276,8 @@ def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
 
 
 def _warnings(forecast: Forecast) -> Iterator[str]:
+    if forecast.unchecked:
+        yield forecast.unchecked
     for name, training in forecast.trainings.items():
         if training.stage.runs:
             yield from _training_warnings(name, training)

@@ -17,6 +17,7 @@ from nemo_upcycle.pipeline.forecast.stages import StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
 from nemo_upcycle.utils.console import in_columns
 from nemo_upcycle.utils.files import size_text
+from nemo_upcycle.utils.masking import without_secrets
 
 
 WIDTH = 119
@@ -46,7 +47,7 @@ def render_forecast(forecast: Forecast) -> str:
     for stage in forecast.stages:
         for path, text in stage.files.items():
             lines += ["", f"--- {path}", *text.rstrip("\n").split("\n")]
-    return "\n".join(lines)
+    return without_secrets("\n".join(lines))
 
 
 def _wrapped(text: str, hanging: str, room: int = WIDTH - len(_INDENT)) -> list[str]:

@@ -114,7 +114,7 @@ def test_prompts_are_read_for_each_copy(dense: Path, tmp_path: Path) -> None:
         ("- one\n- [two, 3]\n", "something else"),
         ("- one\n- []\n", "something else"),
         ("one: two\n", "something else"),
-        ("- [one\n", "something else"),
+        ("- [one\n", "while parsing"),
     ],
 )
 def test_other_files_are_no_prompts(dense: Path, tmp_path: Path, text: str, got: str) -> None:

@@ -106,6 +106,17 @@ def test_a_mistake_in_a_file_is_named_with_file_and_key(tmp_path: Path, text: st
     assert str(caught.value).startswith(f"{path}: {message}")
 
 
+def test_entries_of_a_mapping_are_added_one_by_one(tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("{executor: slurm, env_vars: {A: file}, stages: {data: {env_vars: {D: file}}}}", encoding="utf-8")
+    words = ["env_vars.A=1", "env_vars.B=b", "performance.NCCL_NVLS_ENABLE=null"]
+    made = read_executor(str(site), [*words, "stages.pretrain.env_vars.C={c}", "stages.data.env_vars.B=2"])
+    assert made.env_vars == {"A": "1", "B": "b"}
+    assert made.performance == {"NCCL_NVLS_ENABLE": None}
+    assert made.stages["pretrain"]["env_vars"] == {"A": "1", "B": "b", "C": "{c}"}
+    assert made.stages["data"]["env_vars"] == {"D": "file", "B": "2"}
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -184,9 +195,9 @@ def write_commands(folder: Path, **texts: str) -> Path:
     return folder
 
 
-def decide(job: Job, ranks: str, *, state: str = "RUNNING") -> subprocess.CompletedProcess[str]:
+def decide(job: Job, ranks: str, *, state: str = "RUNNING", limit: str = "") -> subprocess.CompletedProcess[str]:
     """Run a rendered batch script with bash; what stands for Slurm's commands prints, and requeues nothing."""
-    scontrol = f'echo "scontrol $*"; echo JobState={state} PreemptTime=None'
+    scontrol = f'echo "scontrol $*"; echo JobState={state} PreemptTime=None TimeLimit={limit} TimeMin=N/A'
     commands = write_commands(job.run_dir / "bin", srun=ranks, scontrol=scontrol, sleep=":")
     cluster = cluster_for(built(*SITE))
     assert cluster is not None
@@ -232,6 +243,29 @@ def test_a_batch_script_requeues_while_the_step_advances(
     assert ("scontrol requeue 7" in done.stdout) == requeued, done.stdout + done.stderr
     assert done.returncode == status
     assert not (status == 0 and in_vain_file.exists())
+
+
+@pytest.mark.parametrize(
+    ("limit", "set_up_s", "said", "requeued"),
+    [
+        ("00:11:00", 50, "start-up took 50 s of 60 s; raise run.executor.stages.pretrain.time", False),
+        ("1-00:10:00", 70_000, "start-up took 70000 s of 86400 s", False),
+        ("00:11:00", 40, "start-up took 40 s of 60 s", True),
+        ("00:11:00", 10, "", True),
+        ("UNLIMITED", 70_000, "", True),
+    ],
+)
+def test_a_training_that_starts_up_for_most_of_its_time_is_not_requeued_for_ever(
+    tmp_path: Path, limit: str, set_up_s: int, said: str, requeued: bool
+) -> None:
+    (tmp_path / "jobs/pretrain").mkdir(parents=True)
+    (tmp_path / "jobs/pretrain/in_vain").touch()  # as the start before this one
+    started, ready = tmp_path / "jobs/pretrain/started", tmp_path / "pretrain/training.json"
+    ranks = f"{KEPT}; touch -d @1000 {started}; touch -d @{1000 + set_up_s} {ready}; exit 75"
+    done = decide(training(tmp_path), ranks.format(tmp_path), limit=limit)
+    assert ("scontrol requeue 7" in done.stdout) == requeued, done.stdout + done.stderr
+    assert ("start-up took" in done.stdout) == bool(said)
+    assert said in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +171,7 @@ def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_p
         ({"secret_env_vars": {"HF_TOKEN": ""}}, "run.executor.secret_env_vars.HF_TOKEN: got ''"),
         ({"secret_env_vars": {"HF_TOKEN": "hub/"}}, "run.executor.secret_env_vars.HF_TOKEN: got 'hub/'"),
         ({"env_vars": {"A-B": "1"}}, "run.executor.env_vars: got 'A-B'"),
+        ({"run_as": "me"}, "run.executor.run_as: got me, expected UID:GID"),
         ({"tolerations": [{"key": "a", "operator_": "Exists"}]}, "Did you mean 'operator'?"),
         ({"tolerations": [{"key": "a", "operator": "Exist"}]}, "Did you mean 'Exists'?"),
         ({"tolerations": [{"key": "a", "effect": "NoShedule"}]}, "Did you mean 'NoSchedule'?"),
@@ -189,6 +191,31 @@ def test_settings_that_cannot_work_are_refused_with_the_fix(
         scheduler.check([job])
 
 
+def test_pods_run_as_who_launches_or_who_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 501)
+    monkeypatch.setattr(os, "getgid", lambda: 20)
+
+    def pod(run_as: str | None) -> tuple[Any, list[str]]:
+        scheduler, _ = _scheduler(tmp_path, kind="pytorchjob", run_as=run_as)
+        (text,) = scheduler.render(_job(tmp_path)).values()
+        spec = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+        homes = [one["value"] for one in spec["containers"][0]["env"] if one["name"] == "HOME"]
+        return spec.get("securityContext"), homes
+
+    mine, homes = pod(None)
+    assert homes == ["/tmp"]
+    assert mine == {
+        "runAsNonRoot": True,
+        "runAsUser": 501,
+        "runAsGroup": 20,
+        "fsGroup": 20,
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
+    root, homes = pod("0:0")
+    assert (root["runAsNonRoot"], root["fsGroup"], homes) == (False, 0, [])
+    assert pod("") == (None, [])
+
+
 def test_a_recipe_that_trains_on_what_is_there_needs_no_gpu(tmp_path: Path) -> None:
     scheduler, _ = _scheduler(tmp_path, stages={})
     scheduler.check([_job(tmp_path, ranks_per_node=2, is_training=True, profile=Profile(accelerator="auto"))])
@@ -197,6 +224,7 @@ def test_a_recipe_that_trains_on_what_is_there_needs_no_gpu(tmp_path: Path) -> N
 def test_pods_of_a_training_get_performance_settings_that_the_site_changes(tmp_path: Path) -> None:
     scheduler, _ = _scheduler(
         tmp_path,
+        run_as="",
         env_vars={"NCCL_NVLS_ENABLE": "1", "TORCH_NCCL_HIGH_PRIORITY": None},
         performance={"TOKENIZERS_PARALLELISM": None, "CUDA_DEVICE_MAX_CONNECTIONS": 8},
         secret_env_vars={"NVTE_FWD_LAYERNORM_SM_MARGIN": "sms/forward"},

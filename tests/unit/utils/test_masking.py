@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle.utils.console import command_line
-from nemo_upcycle.utils.masking import MASK, is_secret, masked, masked_text, write_private
+from nemo_upcycle.utils.masking import MASK, is_secret, masked, masked_text, without_secrets, write_private
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "my_token"])
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "my_token", "MY_PWD", "DB_PASS"]
+)
 def test_names_of_secrets(name: str) -> None:
     assert is_secret(name)
     assert masked({name: "abc", "HF_HOME": "/hf"}) == {name: MASK, "HF_HOME": "/hf"}
 
 
-@pytest.mark.parametrize("name", ["HF_HOME", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "http_proxy"])
+@pytest.mark.parametrize(
+    "name", ["HF_HOME", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "http_proxy", "PWD", "OLDPWD", "AUTHOR"]
+)
 def test_names_of_other_variables(name: str) -> None:
     assert not is_secret(name)
 
@@ -39,10 +44,63 @@ def test_value_of_a_secret_is_in_no_text(text: str) -> None:
     assert "HF_TOKEN" in masked_text(text)
 
 
+_SECRETS = (
+    "hf_" + "aB3" * 11,
+    "sk-proj-" + "x" * 24,
+    "ghp_" + "a1" * 18,
+    "github_pat_" + "A_b" * 9,
+    "glpat-" + "a" * 20,
+    "xoxb-123456789012-abc",
+    "AKIA" + "A" * 16,
+    "nvapi-" + "a-_" * 9,
+)
+
+
+@pytest.mark.parametrize("secret", _SECRETS)
+def test_tokens_are_known_by_what_they_begin_with(secret: str) -> None:
+    for text in (secret, f"A={secret}", f"run --with '{secret}'; true", f"https://{secret}@host/x"):
+        assert secret not in without_secrets(text)
+        assert without_secrets(text) == text.replace(secret, MASK)
+        assert masked({"HARMLESS": text}) == {"HARMLESS": text.replace(secret, MASK)}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgres://u:pw@h/db", "postgres://***@h/db"),
+        ("docker://user:pw@reg#image:tag", "docker://***@reg#image:tag"),
+        ("a=https://t:p@ss@h:80/x, s3://b/c", "a=https://***@h:80/x, s3://b/c"),
+        ("redis://:pw@h", "redis://***@h"),
+    ],
+)
+def test_addresses_lose_user_and_password(text: str, shown: str) -> None:
+    assert without_secrets([{"at": (text,)}]) == [{"at": (shown,)}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ssh://git@host/x",
+        "https://host:80/a@b",
+        "https://h/?at=a:b@c",
+        "docker://reg#a:b",
+        "hf://ORG/NAME",
+        "hf_checkpoint_of_a_model",
+        "disk-usage-of-all-the-folders",
+        "NVIDIA's nvapi-x",
+        "d0be1a2b3c4d5e6f708192a3b4c5d6e7f8091a2b",
+    ],
+)
+def test_what_is_no_secret_is_shown(text: str) -> None:
+    assert without_secrets(text) == text
+
+
 def test_command_line_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["run.executor.env_vars={HF_TOKEN: hf_abc, A: b}", "run.executor.stages.data.env_vars={MY_KEY: x y}"]
     monkeypatch.setattr("sys.argv", ["nemo", "upcycle", "tokenizer=/t", "sources.web.tokens=5", *words])
+    sys.argv.append("run.executor.container_image=docker://me:pw@reg#image")
     line = command_line()
+    assert "me:pw" not in line
     assert "hf_abc" not in line
     assert "x y" not in line
     for kept in ("tokenizer=/t", "web.tokens=5", "A: b"):
@@ -57,3 +115,5 @@ def test_private_file_is_its_owners_alone_from_the_first_byte(tmp_path: Path, pr
     write_private(path, "text", private=private)
     assert path.read_text() == "text"
     assert (path.stat().st_mode & 0o044 == 0) is private
+    write_private(path, "--container-image docker://me:pw@reg#image")
+    assert path.stat().st_mode & 0o044 == 0
