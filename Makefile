@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 TE_VENV := .venv-te
 BRIDGE_VENV := .venv-bridge
+SAMPLE_VENV := .venv-bridge-sample
 DOCS_VENV := .venv-docs
 TF5_VENV := .venv-tf5
 VLLM_VENV := .venv-vllm
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo demo-tune demo-bridge check test test-ci test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
+.PHONY: help demo demo-tune demo-bridge check test test-ci test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-bridge-sample test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
@@ -30,6 +31,7 @@ help:
 	@echo "make venv    only the environments, $(VENV) and $(DATA_VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
 	@echo "make test-bridge  upcycling in Megatron-Bridge, in $(BRIDGE_VENV) (no GPU; PYTHON=python3.12)"
+	@echo "make test-bridge-sample  a part of that in $(SAMPLE_VENV), which compiles nothing (Python 3.12)"
 	@echo "make test-k8s  tests against a real Kubernetes API server, built once into .cache/k8s (about 4 minutes, Debian)"
 	@echo "make test-slurm  the chain on a real Slurm, which it installs as root (ACCOUNTING=--accounting: with slurmdbd)"
 	@echo "make data-env  the environment of the data stage, $(DATA_VENV): datatrove and its numpy 2 (about a minute)"
@@ -49,7 +51,9 @@ $(DATA_VENV)/.complete: CONTENTS = data
 $(DOCS_VENV)/.complete: CONTENTS = docs
 $(TF5_VENV)/.complete: CONTENTS = tf5
 $(VLLM_VENV)/.complete: CONTENTS = vllm
-$(addsuffix /.complete,$(VENV) $(DATA_VENV) $(DOCS_VENV) $(TF5_VENV) $(VLLM_VENV)): scripts/env.sh pyproject.toml uv.lock
+$(SAMPLE_VENV)/.complete: CONTENTS = bridge-sample
+$(SAMPLE_VENV)/.complete: scripts/bridge.txt tests/bridge/stand_in/transformer_engine.py
+$(addsuffix /.complete,$(VENV) $(DATA_VENV) $(DOCS_VENV) $(TF5_VENV) $(VLLM_VENV) $(SAMPLE_VENV)): scripts/env.sh pyproject.toml uv.lock
 	PYTHON=$(PYTHON) scripts/env.sh $(@D) $(CONTENTS)
 
 demo: venv
@@ -115,7 +119,7 @@ test-te: te-env
 
 bridge-env: $(BRIDGE_VENV)/.complete
 
-$(BRIDGE_VENV)/.complete: scripts/te_env.sh
+$(BRIDGE_VENV)/.complete: scripts/te_env.sh scripts/bridge.txt
 	PYTHON=$(PYTHON) scripts/te_env.sh $(BRIDGE_VENV) bridge
 
 # Layer 2 and Transformer Engine's modules on Megatron-Core 0.19, then Bridge itself. `python -m
@@ -123,6 +127,11 @@ $(BRIDGE_VENV)/.complete: scripts/te_env.sh
 test-bridge: bridge-env
 	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/te.xml tests/te
 	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 2 --dist loadfile tests/bridge $(addprefix tests/distributed/,test_aux_loss.py test_balancing_bias.py test_router_gradient.py) $(addprefix tests/unit/,init online convert verify monitoring planning pipeline/test_ft.py data/test_epoch_dataset.py)
+
+# Models filled, beside Bridge's own loader too, a training with a resume, the chain's mistakes: for every change. One
+# worker: each rank's process is forked of one that has imported Bridge.
+test-bridge-sample: $(SAMPLE_VENV)/.complete
+	$(SAMPLE_VENV)/bin/python -m pytest $(addprefix tests/bridge/,test_mistakes.py test_models.py test_config_fields.py) $(addprefix tests/bridge/test_upcycling.py::,test_a_second_start_in_the_same_process_is_not_upcycled_again test_paths_are_compared_resolved)
 
 test-k8s: venv
 	scripts/k8s_apiserver.sh

@@ -33,7 +33,6 @@ def main(dense: str, folder: str, *settings: str) -> None:
     config = upcycled_pretraining(dense, UpcycleSpec(num_experts=8, top_k=2), seq_length=512)
     config.checkpoint.save = config.checkpoint.load = folder
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 100, 8, 1
-    config.optimizer.lr, config.optimizer.min_lr = 3e-5, 3e-7
     config.scheduler.lr_warmup_iters = 5
     pretrain(process_config_with_overrides(config, cli_overrides=list(settings)), forward_step)
 

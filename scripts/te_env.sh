@@ -15,13 +15,8 @@ env=$(cd "$1" && pwd)
 install() { "$env/bin/pip" install --progress-bar off "$@"; }
 case ${2:-nemo} in
     nemo) engine=2.10.0 packages=("megatron-core==0.15.3" "numpy<2") ;;
-    # What Bridge imports of all that it asks for: the rest is for models of pictures and speech, or needs a CUDA compiler.
     bridge)
-        engine=2.16.1 packages=("megatron-core==0.19.2" "transformers>=5.8,<=5.12.1" "nvidia-resiliency-ext==0.6.0"
-            "megatron-energon>=7,<8" nvidia-modelopt datasets diffusers "gguf>=0.17" ipython matplotlib requests tensorboard
-            "omegaconf>=2.3,<2.4" "hydra-core>=1.3.4,<1.4" "rich<16" "filelock>=4,<5" hypothesis pytest-xdist
-            # The chain of stages around a training.
-            "nemo-run>=0.11,<0.12" "leptonai>=0.26.6,<0.28" accelerate "lm-eval>=0.4.13,<0.5" markdown-it-py)
+        engine=2.16.1 packages=(--requirement "$root/scripts/bridge.txt")
         "$env/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' ||
             { echo "$0: Megatron-Bridge needs Python 3.12: PYTHON=python3.12" >&2; exit 1; } ;;
     *) echo "$0: got $2, expected nothing or bridge" >&2; exit 1 ;;

@@ -21,11 +21,7 @@ from nemo_upcycle.trainers.layout import usual_communication
 
 #: Communication that may run beside computation -> Megatron's setting: sums of gradients and gathering of weights over
 #: data parallelism, and what pipeline stages send one another.
-COMMUNICATION = {
-    "gradients": "overlap_grad_reduce",
-    "weights": "overlap_param_gather",
-    "stages": "overlap_p2p_comm",
-}
+COMMUNICATION = {"gradients": "overlap_grad_reduce", "weights": "overlap_param_gather", "stages": "overlap_p2p_comm"}
 #: Set by NVIDIA's `ft_launcher` for the ranks that it watches: the socket of the process that does.
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
@@ -184,6 +180,7 @@ class TrainingFacts:
         uses_wandb: whether it sends its metrics to Weights & Biases.
         schedule: what tells schedules of the learning rate apart.
         is_rate_constant: whether the learning rate stays what it is.
+        warnings: what few mean to do.
     """
 
     recipe: str
@@ -216,6 +213,7 @@ class TrainingFacts:
     uses_wandb: bool = False
     schedule: str
     is_rate_constant: bool
+    warnings: tuple[str, ...] = ()
 
     @property
     def step_tokens(self) -> int:

@@ -28,6 +28,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.calibrated import with_calibration
 from nemo_upcycle.trainers.layout import BRIDGE_SETTINGS, check_layout, layout_of
+from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
 from nemo_upcycle.trainers.values import check_packs, check_values, setting
 from nemo_upcycle.utils.console import is_verbose
@@ -174,6 +175,7 @@ class BridgeTraining(Training):
             keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
             schedule=f"lr={rate}, {style}(min_lr={lowest}, warmup_steps={warmup})",
             is_rate_constant=style == "constant" or lowest == rate,
+            warnings=tuple(filter(None, [high_rate(rate)])),
         )
 
     def changed_settings(self, before: Plan, after: Plan) -> list[str]:

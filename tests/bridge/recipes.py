@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_upcycle import UpcycleSpec
+from tests.bridge.runs import run_config
 
 
 SEQUENCE, BATCH = 64, 4
@@ -68,6 +70,18 @@ def builder() -> Any:
     assert hook is not None
     config.model = upcycled_config(hook.paths[0], hook.spec, seq_length=SEQUENCE)
     upcycle_on_start(config, hook.paths[0], hook.spec)
+    return config
+
+
+def in_own_words(dense: Path, spec: UpcycleSpec | None, *branches: Path) -> Any:
+    """A run whose parent is written in, made of Bridge's own configuration; it names no tokenizer."""
+    from megatron.bridge.training.tokenizers.config import TokenizerConfig
+
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    config = run_config(dense, "run", spec, vocab_size=259, steps=2)
+    config.tokenizer = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=None)
+    upcycle_on_start(config, dense, spec, branches=branches)
     return config
 
 

@@ -23,6 +23,13 @@ from tests.waiting import HANG_S
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+OWN = """
+from pathlib import Path
+from nemo_upcycle import UpcycleSpec
+from tests.bridge.recipes import in_own_words
+
+def linked(): return in_own_words(Path("{link}"), UpcycleSpec(num_experts=4, top_k=2))
+"""
 TINY, DENSE_CT = "tests.bridge.recipes:tiny", "tests.bridge.recipes:tiny_dense_ct"
 
 
@@ -225,8 +232,11 @@ def _command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_runs_a_part_of_the_chain(inputs: Path, tmp_path: Path) -> None:
+    """With a recipe of a user's own, which names the parent by a link, and no tokenizer."""
+    (tmp_path / "link").symlink_to(inputs / "parent")
+    (tmp_path / "own.py").write_text(OWN.format(link=tmp_path / "link"))
     words = [f"dense={inputs / 'parent'}", f"data={inputs / 'blend'}", f"evaluation={inputs / 'evaluation.yaml'}"]
-    words += [f"recipe={TINY}", "gpus=2", "pretrain.train.train_iters=2", "dir=run", "--until", "pretrain", "--yes"]
+    words += ["recipe=own:linked", "gpus=2", "pretrain.train.train_iters=2", "dir=run", "--until", "pretrain", "--yes"]
     done = _command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train.train_iters: 2\n" in (tmp_path / "run/recipes/pretrain.yaml").read_text()

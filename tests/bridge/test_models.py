@@ -1,18 +1,24 @@
-"""Parents that Bridge's model classes cannot be are refused by name."""
+"""Parents that Bridge's model classes cannot be are refused by name, and models that nothing has filled."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.planning.hardware import known_shape
+from tests.bridge.runs import VOCABULARY, run_config
+from tests.distributed.ranks import run_ranks
+from tests.models import write_llama
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
@@ -31,3 +37,44 @@ def test_a_parent_that_bridges_model_cannot_be_is_refused(changes: dict[str, Any
     parent = replace(known_shape("llama3_8b"), **changes)
     with pytest.raises(SpecError, match=words):
         getattr(models, style)(parent, UpcycleSpec(num_experts=8, top_k=2), seq_length=64)
+
+
+@pytest.mark.parametrize("case", ["forgotten", "forgotten by a builder", "another model later"])
+def test_a_model_that_nothing_filled_is_refused_before_the_first_step(tmp_path: Path, case: str) -> None:
+    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
+    assert run_ranks(_field_of_refusal, 1, dense, tmp_path / "run", case, process_group=False) == ["config.model"]
+    assert not (tmp_path / "run").exists()
+
+
+def _field_of_refusal(dense: Path, run: Path, case: str) -> str:
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    config = run_config(dense, run, SPEC, style="builder" if "builder" in case else "provider")
+    if "later" in case:
+        upcycle_on_start(config, dense, SPEC)
+        config.model = run_config(dense, run, SPEC).model
+    with pytest.raises(SpecError) as refused:
+        pretrain(config, forward_step)
+    return refused.value.field
+
+
+def test_a_model_of_an_architecture_may_start_from_random_weights(tmp_path: Path) -> None:
+    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
+    run_ranks(_train_from_random_weights, 1, dense, tmp_path / "run", process_group=False)
+    assert (tmp_path / "run/iter_0000001").is_dir()
+
+
+def _train_from_random_weights(dense: Path, run: Path) -> None:
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    pretrain(run_config(read_architecture(dense), run, SPEC), forward_step)

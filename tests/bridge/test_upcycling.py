@@ -18,14 +18,15 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
-from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.utils.files import read_json, write_json
 from nemo_upcycle.utils.progress import show_messages
 from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train
 from tests.distributed.ranks import run_ranks
 from tests.loading.cases import logits
-from tests.models import sample_tokens, write_llama, write_qwen3
+from tests.models import sample_tokens, write_llama, write_qwen3, write_tokenizer
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -174,7 +175,7 @@ def test_a_configuration_that_contradicts_is_refused_by_name(
 ) -> None:
     from megatron.bridge.training.mixed_precision import bf16_mixed
 
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+    from nemo_upcycle.trainers.bridge.upcycling import hook_of, upcycle_on_start
 
     spec = UpcycleSpec(**SPEC)
     config = run_config(dense, tmp_path, spec)
@@ -184,7 +185,7 @@ def test_a_configuration_that_contradicts_is_refused_by_name(
         setattr(getattr(config, part), field, value)
     with pytest.raises(SpecError, match=message):
         upcycle_on_start(config, dense, spec)
-    assert config.model.pre_wrap_hook is None
+    assert hook_of(config) is None
 
 
 @pytest.mark.parametrize(
@@ -234,6 +235,22 @@ def test_bridges_own_export_wants_a_folder_of_the_models_class(
     config.tokenizer.tokenizer_model = str(dense)
     with pytest.raises(SpecError, match=r"hf_source_path: got .* expected a folder with 4 experts"):
         upcycle_on_start(config, dense, UpcycleSpec(**SPEC))
+
+
+def test_a_run_without_a_tokenizer_gets_the_parents_or_is_refused(dense: Path, tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    spec, parent = UpcycleSpec(**SPEC), tmp_path / "parent"
+    config = run_config(dense, tmp_path / "run", spec)
+    config.tokenizer.tokenizer_type = "HuggingFaceTokenizer"
+    with pytest.raises(CheckpointError, match=rf"tokenizer in {dense}: got none"):
+        upcycle_on_start(config, dense, spec)
+    write_tokenizer(shutil.copytree(dense, parent))
+    upcycle_on_start(config, parent, spec)
+    assert config.tokenizer.tokenizer_model == str(parent)
+    config.tokenizer.tokenizer_model = "/models/mine"
+    upcycle_on_start(config, parent, spec)
+    assert config.tokenizer.tokenizer_model == "/models/mine"
 
 
 def test_a_provider_that_loads_weights_itself_is_refused(dense: Path, tmp_path: Path) -> None:
@@ -331,7 +348,15 @@ def test_a_padded_vocabulary_is_said_not_to_be_exact(dense: Path, tmp_path: Path
     assert f"not the parent's function: {reason}" in said
 
 
-def _messages_of_a_run(dense: Path, run: Path, vocab_size: int) -> list[str]:
+def test_a_start_says_its_schedule_and_what_few_mean_to_do(dense: Path, tmp_path: Path) -> None:
+    (said,) = run_ranks(_messages_of_a_run, 1, dense, tmp_path / "run", VOCABULARY, 3e-4, process_group=False)
+    schedule = "1 steps of 4 sequences of 32 tokens; learning rate 0.0003 to 0.0003, cosine, 0 steps of warm-up"
+    assert said.count(schedule) == 1
+    assert len([line for line in said if "mock data" in line]) == 1
+    assert said.count(high_rate(3e-4)) == 1
+
+
+def _messages_of_a_run(dense: Path, run: Path, vocab_size: int, lr: float = 0.0) -> list[str]:
     said: list[str] = []
 
     class Keep(logging.Handler):
@@ -339,7 +364,7 @@ def _messages_of_a_run(dense: Path, run: Path, vocab_size: int) -> list[str]:
             said.append(record.getMessage())
 
     show_messages().addHandler(Keep())
-    train(dense, run, SPEC, vocab_size=vocab_size)
+    train(dense, run, SPEC, vocab_size=vocab_size, lr=lr)
     return said
 
 

@@ -302,6 +302,7 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
             f"{name}: memory {what} ({gib} a GPU); search a layout: "
             f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"
         )
+    yield from (f"{name}: {text}" for text in training.facts.warnings)
     if not training.facts.knows_vocabulary:
         yield f"{name}: the vocabulary is not known before the parent is fetched; sizes omit the embeddings"
     for limit in training.stage.save_limits:

@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError, mistake_in_file
+from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.calibrated import parent_digest
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
@@ -81,7 +83,8 @@ def load_config(
         changes: fields of the recipe's spec that are to differ.
 
     Raises:
-        UpcycleError: there is no such recipe, it upcycles nothing, or a setting does not exist or takes no such value.
+        UpcycleError: there is no such recipe, it upcycles nothing, or another checkpoint, or a setting does not exist
+            or takes no such value.
     """
     make = find_recipe(recipe)
     with made_for(dense, changes or {}):  # Bridge's recipes have no arguments
@@ -98,6 +101,7 @@ def load_config(
             expected="upcycle_on_start in it",
             fix="take one of this package's, or call upcycle_on_start(config, dense, spec) in yours",
         )
+    _check_parents(recipe, required_hook(config).paths, dense)
     spec = required_hook(config).spec
     if changes and (spec is None or replace(spec, **changes) != spec):
         raise UpcycleError(
@@ -128,6 +132,36 @@ def load_config(
     for setting in settings:
         _change(config, setting)
     return config
+
+
+def _check_parents(recipe: str, paths: Sequence[Path], dense: Path) -> None:
+    """Check that a recipe starts from the checkpoint that a run imports, asks for step 0 and reports about."""
+    parents = ", ".join(map(str, paths))
+    if len(paths) > 1:
+        raise UpcycleError(
+            f"recipe {recipe}",
+            got=f"{len(paths)} parents: {parents}",
+            expected="one, which the stages around the training are about",
+            fix="train it by a script: pretrain(config, forward_step)",
+        )
+    if not _is_same_model(paths[0], dense):
+        raise UpcycleError(
+            "dense",
+            got=str(dense),
+            expected=f"{parents}, which recipe {recipe} starts from",
+            fix=f"give dense={parents}, or make the recipe by upcycled_pretraining, which takes the one that is given",
+        )
+
+
+def _is_same_model(one: Path, other: Path) -> bool:
+    """Return whether two folders are one, or hold the same weights, as an asset's in the cache and in a run do."""
+    if one.resolve() == other.resolve():
+        return True
+    try:
+        with open_dense(one) as ours, open_dense(other) as theirs:
+            return ours.architecture == theirs.architecture and parent_digest(ours) == parent_digest(theirs)
+    except UpcycleError:  # of one of them the configuration alone is here
+        return False
 
 
 def _change(config: ConfigContainer, setting: str) -> None:

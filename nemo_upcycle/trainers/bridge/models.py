@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import UserList
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +59,11 @@ def upcycled_provider(
     """Return Bridge's provider of the model that a spec makes of a dense checkpoint.
 
     With a `hybrid_layer_pattern` among the changes it is a HybridModel's, else a GPTModel's; of a parent with Mamba
-    layers it always is, by default with the parent's pattern, without borders.
+    layers it always is, by default with the parent's pattern, without borders. A model of a folder trains when
+    `upcycle_on_start` has filled it or a checkpoint was loaded, and refuses its first step else.
 
     Args:
-        dense: the dense checkpoint's folder, or its architecture.
+        dense: the dense checkpoint's folder; or its architecture, of which a model may start from random weights.
         spec: what is made of it; None for the dense model itself.
         changes: fields of the provider that are to differ: layout, precision, kernels.
 
@@ -72,13 +77,18 @@ def upcycled_provider(
     """
     arch = _architecture(dense)
     arch = arch.upcycled(spec) if spec else arch
+    provider: GPTModelProvider | HybridModelProvider
     if not (arch.mamba or "hybrid_layer_pattern" in changes):
-        return GPTModelProvider(**(provider_fields(arch) | _routing(spec) | changes))
-    fields = _transformer(arch, hybrid=True) | _hybrid_model(arch)
-    fields["attention_backend"] = AttnBackend.auto  # a GPTModel's: a process keeps to one
-    if arch.qk_norm:
-        fields["hybrid_stack_spec"] = hybrid_stack_with_qk_norm
-    return HybridModelProvider(**(fields | _routing(spec) | changes))
+        provider = GPTModelProvider(**(provider_fields(arch) | _routing(spec) | changes))
+    else:
+        fields = _transformer(arch, hybrid=True) | _hybrid_model(arch)
+        fields["attention_backend"] = AttnBackend.auto  # a GPTModel's: a process keeps to one
+        if arch.qk_norm:
+            fields["hybrid_stack_spec"] = hybrid_stack_with_qk_norm
+        provider = HybridModelProvider(**(fields | _routing(spec) | changes))
+    if not isinstance(dense, Architecture):
+        provider.register_pre_wrap_hook(partial(refuse_unfilled, str(dense)))
+    return provider
 
 
 def upcycled_config(
@@ -87,7 +97,7 @@ def upcycled_config(
     """Return the same as a configuration of Bridge's builders, which are to replace its providers.
 
     Args:
-        dense: the dense checkpoint's folder, or its architecture.
+        dense: see `upcycled_provider`.
         spec: what is made of it; None for the dense model itself.
         changes: fields of the configuration or of its `TransformerConfig` that are to differ.
 
@@ -107,7 +117,47 @@ def upcycled_config(
     transformer = TransformerConfig(**(_transformer(arch, hybrid=hybrid) | inner))
     config = model_class(transformer=transformer, **(settings | outer))
     config.transformer.seq_length = config.seq_length  # where the warm-up of Bridge 0.6 looks for it
+    if not isinstance(dense, Architecture):
+        config.pre_wrap_hooks = UserList([partial(refuse_unfilled, str(dense))])  # see `upcycle_on_start`
     return config
+
+
+def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
+    """Let chunks that have just been built refuse their first pass, if nothing gives them weights until then.
+
+    Their norms and biases are no numbers meanwhile: whatever fills or loads a model replaces them, and what would not
+    come through a chunk, as a schedule that takes its layers apart, ends with a loss that is no number.
+
+    Args:
+        dense: the checkpoint that they are to be filled from.
+        chunks: of this rank.
+
+    Returns:
+        The chunks.
+    """
+
+    def look(chunk: Any, _: Any) -> None:
+        handles.pop(chunk).remove()
+        if any(bool(vector.isnan().any()) for vector in _vectors(chunk)):
+            raise SpecError(
+                field="config.model",
+                got="random weights",
+                expected=f"those of {dense}, or of a checkpoint",
+                fix="call upcycle_on_start(config, dense, spec) last of all, with this model in the configuration; or "
+                "for random weights make the model of nemo_upcycle.models.hf_config.read_architecture(dense)",
+            )
+
+    for chunk in chunks:
+        with torch.no_grad():
+            for vector in _vectors(chunk):
+                vector.fill_(math.nan)
+    handles = {chunk: chunk.register_forward_pre_hook(look) for chunk in chunks}
+    return chunks
+
+
+def _vectors(chunk: Any) -> Iterator[torch.Tensor]:
+    """Yield a chunk's norms and biases: no precision of weights changes them."""
+    return (parameter for parameter in chunk.parameters() if parameter.ndim == 1)
 
 
 class _SavedWithSizes:

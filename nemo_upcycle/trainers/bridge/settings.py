@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.config import ConfigContainer, MockGPTDatasetConfig
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.trainers.schedules import Anneal, LearningRateFactors, schedules_of
 from nemo_upcycle.utils.validation import check_number, check_whole
 
@@ -124,3 +125,20 @@ def require_callbacks(config: Any) -> None:
             expected="both",
             fix="call pretrain(config, forward_step, callbacks=upcycle_callbacks(config, folder))",
         )
+
+
+def describe(config: Any) -> list[str]:
+    """Return what a run says at its start: its schedule, and what few mean to do: mock data, a high learning rate.
+
+    Args:
+        config: the run, completed by Bridge.
+    """
+    optimizer, scheduler, data = config.optimizer, config.scheduler, config.dataset
+    steps, batch, rate = config.train.train_iters, config.train.global_batch_size, optimizer.lr
+    said = [
+        f"{steps:,} steps of {batch} sequences of {data.seq_length} tokens; learning rate {rate:g} to "
+        f"{optimizer.min_lr or 0:g}, {scheduler.lr_decay_style}, {scheduler.lr_warmup_iters} steps of warm-up"
+    ]
+    if getattr(data, "mock", False) and not isinstance(data, MockGPTDatasetConfig):
+        said.append("the data are Bridge's mock data: set config.dataset to train on texts")
+    return [*said, *filter(None, [high_rate(rate)])]

@@ -21,6 +21,7 @@ from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists, is_hf_checkpoint_dir
 from megatron.training.models.base import ModelConfig
 
+from nemo_upcycle.data.dense import require_tokenizer
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.balancing import QUANTILES
 from nemo_upcycle.models.hf_config import read_architecture
@@ -33,7 +34,7 @@ from nemo_upcycle.trainers.balancing import act_as_set
 from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
-from nemo_upcycle.trainers.bridge.settings import require_callbacks, settings_of
+from nemo_upcycle.trainers.bridge.settings import describe, require_callbacks, settings_of
 from nemo_upcycle.trainers.values import check_masters
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
@@ -54,7 +55,7 @@ def upcycle_on_start(
     """Let a run of Bridge's start from a dense checkpoint; call it last, when the configuration is complete.
 
     A run that has a checkpoint of its own goes on from it and reads nothing of the dense one. The receipt is written
-    beside the checkpoints, as `receipt.json`, before the first of them.
+    beside the checkpoints, as `receipt.json`, before the first of them. A run without a tokenizer gets the parent's.
 
     Args:
         config: the run; changed in place. Its model is one of `nemo_upcycle.trainers.bridge.models`, or Bridge's own.
@@ -65,6 +66,7 @@ def upcycle_on_start(
 
     Raises:
         SpecError: the configuration contradicts the spec, or would overwrite or lose what is filled in.
+        CheckpointError: neither the run nor the parent has a tokenizer.
 
     Example:
         >>> config = my_pretraining()  # doctest: +SKIP
@@ -77,6 +79,9 @@ def upcycle_on_start(
             fix = "copy it there (nemo_upcycle.data.dense.ensure_dense fetches hf://ORG/NAME)"
             raise SpecError(field="dense", got=path, expected="a folder that every rank sees", fix=fix)
     config.tokenizer.use_tokenizer_vocab_size = False  # the dense checkpoint's vocabulary counts, not the tokenizer's
+    if config.tokenizer.tokenizer_type == "HuggingFaceTokenizer" and not config.tokenizer.tokenizer_model:
+        require_tokenizer(Path(dense))
+        config.tokenizer.tokenizer_model = str(Path(dense).absolute())
     _check(config, spec, Path(dense))
     model = config.model
     transformer = getattr(model, "transformer", model)
@@ -171,8 +176,11 @@ class UpcycleHook:
                 receipt.inexact_because.append(f"{padding} rows that only pad the vocabulary take part in the loss")
             if merged := merge_receipts(receipt):
                 save_receipt(merged, config.checkpoint.save)
-                if merged.inexact_because:  # no warning: Bridge drops those
-                    show_messages().info("not the parent's function: %s", "; ".join(merged.inexact_because))
+                said = describe(config)
+                if merged.inexact_because:
+                    said.append(f"not the parent's function: {'; '.join(merged.inexact_because)}")
+                for line in said:  # no warnings: Bridge drops those
+                    show_messages().info("%s", line)
             torch.distributed.barrier()
         return chunks
 

@@ -79,6 +79,17 @@ def test_a_field_that_only_a_newer_megatron_has_is_refused_unless_it_is_at_its_d
             check_fields(config)
 
 
+def test_what_a_newer_megatron_turns_on_with_fused_experts_is_known() -> None:
+    """Megatron-Core 0.20 sets it of its own accord, so that no fix could unset it."""
+    kind = dataclasses.make_dataclass("Newer", [("moe_use_grouped_tensor", bool, False)], bases=(type(_config()),))
+    config = kind(num_layers=2, hidden_size=8, num_attention_heads=2, normalization="RMSNorm", num_moe_experts=4)
+    config.moe_use_grouped_tensor = config.moe_grouped_gemm = config.use_transformer_engine_op_fuser = True
+    check_fields(config)
+    config.moe_single_grouped_weight = True
+    with pytest.raises(SpecError, match=r"model\.config\.moe_single_grouped_weight: got True"):
+        check_fields(config)
+
+
 def test_a_rank_budget_that_can_overflow_is_told() -> None:
     from nemo_upcycle import UpcycleSpec, upcycle_into
 

@@ -134,7 +134,8 @@ def small_run(dense: str, spec: UpcycleSpec | None) -> UpcyclingConfig:
         dense: the dense checkpoint.
         spec: how to upcycle it; None for the dense baseline.
     """
-    config = _with_rates(upcycled_pretraining(dense, spec, seq_length=512), 1e-4, 1e-5, warmup=2)
+    config = upcycled_pretraining(dense, spec, seq_length=512)
+    config.optimizer.lr, config.optimizer.min_lr, config.scheduler.lr_warmup_iters = 1e-4, 1e-5, 2
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 6, 2, 1
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
     config.checkpoint.save_interval, config.checkpoint.most_recent_k = 10, 1
@@ -175,7 +176,7 @@ def _paper_run(
     seq_length: int = 8192,
     **model: Any,
 ) -> UpcyclingConfig:
-    """Return 100B tokens at 512 sequences of 8192 a step, or as many tokens, with the paper's learning rates.
+    """Return the paper's training in a layout.
 
     Args:
         dense: the dense checkpoint.
@@ -197,20 +198,6 @@ def _paper_run(
     }
     if spec is not None:
         model |= {"expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1}
-    config = _with_rates(upcycled_pretraining(dense, spec, seq_length=seq_length, **model), 3e-5, 3e-7, warmup=100)
-    config.train.train_iters, config.train.micro_batch_size = 23_842, 1
-    config.train.global_batch_size = 512 * 8192 // seq_length
-    config.validation.eval_interval = 2000
-    config.checkpoint.save_interval = 1000
+    config = upcycled_pretraining(dense, spec, seq_length=seq_length, **model)
     config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # virtual stages send many times as often
-    return config
-
-
-def _with_rates(config: UpcyclingConfig, highest: float, lowest: float, warmup: int) -> UpcyclingConfig:
-    """Set the learning rates, and the numbers of Adam in which Bridge's defaults differ from NeMo's."""
-    config.optimizer.lr, config.optimizer.min_lr = highest, lowest
-    config.scheduler.lr_warmup_iters = warmup
-    config.optimizer.adam_eps = 1e-5
-    # Bridge's scheduler has 0.033, which takes the place of the optimizer's 0.1.
-    config.scheduler.start_weight_decay = config.scheduler.end_weight_decay = config.optimizer.weight_decay
     return config

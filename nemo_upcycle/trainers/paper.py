@@ -1,0 +1,35 @@
+"""The training of arXiv 2412.09952 in numbers, for the recipes of both trainers.
+
+Stated are 100B tokens, the learning rates, a cosine between them and the warm-up. It does not give steps: batches are
+NeMo's for Llama 3, which He et al. (arXiv 2410.07524) found best.
+"""
+
+from __future__ import annotations
+
+
+#: Learning rates, and the steps until the first is reached.
+PEAK, END, WARMUP_STEPS = 3e-5, 3e-7, 100
+TOKENS_A_STEP = 512 * 8192
+STEPS = 23_842
+#: Steps between two checkpoints: about half an hour of Llama 3 8B E8T2 on 512 H100 (derived).
+CHECKPOINT_STEPS = 1000
+#: Peaks above this one are for random weights, or for hundreds of billions of tokens (docs/own_model.md).
+HIGH = 1e-4
+
+
+def high_rate(peak: float | None) -> str:
+    """Return what to say of a peak that trained weights may not survive; empty of others.
+
+    Args:
+        peak: of the learning rate; None: not known.
+
+    Example:
+        >>> high_rate(3e-5)
+        ''
+    """
+    if peak is None or peak <= HIGH:
+        return ""
+    return (
+        f"the learning rate goes up to {peak:g}: above {HIGH:g} a parent's weights are soon lost, unless very many "
+        f"tokens follow (docs/own_model.md); the paper's peak is {PEAK:g}"
+    )
