@@ -145,6 +145,34 @@ def train(
         pretrain(config, forward_step, callbacks=callbacks)
 
 
+def fill_twice(parent: Path, folder: Path, options: dict[str, Any]) -> list[str]:
+    """Fill a dense model by the hook, and one by Bridge's own loader; return the parameters that differ.
+
+    Args:
+        parent: the dense checkpoint.
+        folder: for the receipt.
+        options: of `run_config`.
+    """
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from megatron.bridge import AutoBridge
+
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    configs = [run_config(parent, folder, None, **options) for _ in range(2)]
+    upcycle_on_start(configs[0], parent, None)
+    configs[0]._checkpoint_load_required = False  # as Bridge's pretrain sets it
+    configs[0].model.finalize()
+    configs[0].model.initialize_model_parallel(seed=1)
+    (ours,) = configs[0].model.provide_distributed_model(wrap_with_ddp=False)
+    configs[1].model.finalize()
+    (theirs,) = configs[1].model.provide_distributed_model(wrap_with_ddp=False)
+    AutoBridge.from_hf_pretrained(str(parent)).load_hf_weights([theirs])
+    pairs = zip(ours.named_parameters(), theirs.named_parameters(), strict=True)
+    return [name for (name, one), (same, other) in pairs if name != same or not torch.equal(one, other)]
+
+
 def _export_at_the_end(hf_source: Path, output: Path | None) -> Any:
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.callbacks import Callback

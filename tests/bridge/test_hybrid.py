@@ -14,7 +14,7 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.online.receipt import read_receipt
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
-from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train
+from tests.bridge.runs import SEQUENCE, VOCABULARY, fill_twice, run_config, train
 from tests.distributed.ranks import run_ranks
 from tests.models import sample_tokens, write_llama, write_nemotron_h, write_qwen3
 
@@ -218,33 +218,11 @@ def test_a_nemotron_h_is_filled_as_bridge_fills_it(tmp_path: Path, pattern: str,
     """Before its training, for Mamba's kernels need a GPU: `tests/te/test_mamba.py` says more of what is filled."""
     parent = write_nemotron_h(tmp_path / "dense")
     options = {"pattern": pattern, **layout}
-    differing = run_ranks(_fill_twice, 2, parent, tmp_path / "run", options)
+    differing = run_ranks(fill_twice, 2, parent, tmp_path / "run", options)
     assert differing == [[], []]
     receipt = read_receipt(tmp_path / "run/receipt.json")
     assert receipt["exact"]
     assert {"decoder.layers.0.mixer.in_proj.weight"} < {record["name"] for record in receipt["parameters"]}
-
-
-def _fill_twice(parent: Path, folder: Path, options: dict[str, Any]) -> list[str]:
-    """Fill a dense model by the hook, and one by Bridge's own loader; return the parameters that differ."""
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from megatron.bridge import AutoBridge
-
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    configs = [run_config(parent, folder, None, **options) for _ in range(2)]
-    upcycle_on_start(configs[0], parent, None)
-    configs[0]._checkpoint_load_required = False  # as Bridge's pretrain sets it
-    configs[0].model.finalize()
-    configs[0].model.initialize_model_parallel(seed=1)
-    (ours,) = configs[0].model.provide_distributed_model(wrap_with_ddp=False)
-    configs[1].model.finalize()
-    (theirs,) = configs[1].model.provide_distributed_model(wrap_with_ddp=False)
-    AutoBridge.from_hf_pretrained(str(parent)).load_hf_weights([theirs])
-    pairs = zip(ours.named_parameters(), theirs.named_parameters(), strict=True)
-    return [name for (name, one), (same, other) in pairs if name != same or not torch.equal(one, other)]
 
 
 def test_scaled_rotary_frequencies_are_refused(tmp_path: Path) -> None:

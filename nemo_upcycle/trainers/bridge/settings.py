@@ -133,12 +133,12 @@ def describe(config: Any) -> list[str]:
     Args:
         config: the run, completed by Bridge.
     """
-    optimizer, scheduler, data = config.optimizer, config.scheduler, config.dataset
-    steps, batch, rate = config.train.train_iters, config.train.global_batch_size, optimizer.lr
+    train, rate, lowest = config.train, config.optimizer.lr, config.optimizer.min_lr
     said = [
-        f"{steps:,} steps of {batch} sequences of {data.seq_length} tokens; learning rate {rate:g} to "
-        f"{optimizer.min_lr or 0:g}, {scheduler.lr_decay_style}, {scheduler.lr_warmup_iters} steps of warm-up"
+        f"{train.train_iters} steps of {train.global_batch_size} sequences of {config.model.seq_length} tokens; "
+        f"learning rate {rate} to {lowest}, {config.scheduler.lr_decay_style}, {config.scheduler.lr_warmup_iters} "
+        "steps of warm-up"
     ]
-    if getattr(data, "mock", False) and not isinstance(data, MockGPTDatasetConfig):
+    if getattr(config.dataset, "mock", False) and not isinstance(config.dataset, MockGPTDatasetConfig):
         said.append("the data are Bridge's mock data: set config.dataset to train on texts")
     return [*said, *filter(None, [high_rate(rate)])]

@@ -35,6 +35,19 @@ def test_a_folder_is_opened(tmp_path: Path) -> None:
         check_address(str(folder))
 
 
+def test_a_configuration_alone_says_what_the_parent_is_where_nothing_is_read(tmp_path: Path) -> None:
+    whole = write_tokenizer(write_llama(tmp_path / "whole"))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_bytes((whole / "config.json").read_bytes())
+    assert check_address(str(alone)) == check_address(str(whole), whole=True)
+    with pytest.raises(UpcycleError, match=r"got none, expected one of tokenizer\.json"):
+        check_address(str(alone), whole=True)
+    (alone / "model.safetensors.index.json").write_text("{}")  # weights, which are not whole
+    with pytest.raises(UpcycleError):
+        check_address(str(alone))
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [

@@ -179,8 +179,15 @@ def test_vocabulary_of_an_unknown_parent_is_said_to_be_unknown(demo: Any, tmp_pa
     assert any("vocabulary is not known" in warning for warning in found.warnings)
     from tests.models import write_llama, write_tokenizer
 
-    demo.dense = str(write_tokenizer(write_llama(tmp_path / "parent", vocab_size=259)))
-    assert forecast_of(demo, tmp_path).trainings["pretrain"].facts.arch.vocab_size == 259
+    parent = write_tokenizer(write_llama(tmp_path / "parent", vocab_size=259))
+    demo.dense = str(parent)
+    found = forecast_of(demo, tmp_path)
+    assert (found.trainings["pretrain"].facts.arch.vocab_size, found.unchecked) == (259, "")
+    for file in set(parent.iterdir()) - {parent / "config.json"}:
+        file.unlink()
+    found = forecast_of(demo, tmp_path)
+    assert found.trainings["pretrain"].facts.arch.vocab_size == 259
+    assert [text for text in found.warnings if text.startswith(f"{parent} holds the parent's config.json alone")]
 
 
 def test_a_recipe_of_plain_settings_is_forecast_with_the_defaults_it_will_train_with(

@@ -238,3 +238,9 @@ def test_a_part_of_the_chain_starts_where_a_marker_alone_was_lost(run_dir: Path,
     damage(f"import/{MARKER}", f"upcycle/{MARKER}")(run_dir)
     lose("export", "hf")(run_dir)
     assert launch(run_dir, plan, "export") == ["export"]
+
+
+def test_plans_are_the_same_by_what_stages_are_made_from(run_dir: Path, plan: RunPlan) -> None:
+    """Jobs that an earlier release submitted, which wrote its recipes in other words, go on being watched."""
+    assert changed_plan(plan, recipe="renamed").is_as(plan)
+    assert not other_evaluation(plan).is_as(plan)
