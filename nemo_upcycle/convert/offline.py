@@ -278,7 +278,8 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     made_from = _marker(output).get("made_from") if is_complete(output) else None
-    if made_from and made_from | {"spec": without_defaults(made_from.get("spec", {}))} == plan:
+    spec = made_from.get("spec") if isinstance(made_from, dict) else None
+    if isinstance(spec, dict) and made_from | {"spec": without_defaults(spec)} == plan:
         return True
     raise UpcycleError(
         str(output),

@@ -179,8 +179,11 @@ def changed_files(blend: Blend, output: Path) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {"new": [], "gone": [], "changed": []}
     for name, source in read_json(output / MANIFEST)["sources"].items():
-        before = {path: file for path, file in source["files"].items() if "modified_ns" in file}
-        config = blend.config.sources[name]
+        before = {path: file for path, file in source.get("files", {}).items() if "modified_ns" in file}
+        config = blend.config.sources.get(name)
+        if config is None:
+            found["gone"].append(f"source {name}")
+            continue
         if not before or any(is_address(entry) for split in SPLITS for entry in getattr(config, split)):
             continue
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.data.chat.config import is_chat
-from nemo_upcycle.errors import StageError, StageStopped
+from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import Plan
 
@@ -115,7 +115,12 @@ def _say_changes(blend: str, folder: Path) -> None:
     from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.data.build import changed_files, changes_text
 
-    if changes := changed_files(read_blend(blend), folder):
+    try:
+        changes = changed_files(read_blend(blend), folder)
+    except UpcycleError as error:
+        logger.warning("[data] whether the files of %s changed since it was made is not known: %s", folder, error)
+        return
+    if changes:
         logger.warning(
             "[data] %s: the run goes on with the texts that it has; another dir= trains on the files as they are",
             changes_text(changes, folder),

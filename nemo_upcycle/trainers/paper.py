@@ -31,5 +31,5 @@ def high_rate(peak: float | None) -> str:
         return ""
     return (
         f"the learning rate goes up to {peak:g}: above {HIGH:g} a parent's weights are soon lost, unless very many "
-        f"tokens follow (docs/own_model.md); the paper's peak is {PEAK:g}"
+        f"tokens follow; the paper's peak is {PEAK:g}"
     )

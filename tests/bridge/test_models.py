@@ -1,4 +1,4 @@
-"""Parents that Bridge's model classes cannot be are refused by name, and models that nothing has filled."""
+"""What is refused by name: parents that Bridge's classes cannot be, models that nothing filled, runs without tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.errors import SpecError
+from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.planning.hardware import known_shape
 from tests.bridge.runs import VOCABULARY, fill_twice, run_config
 from tests.distributed.ranks import run_ranks
-from tests.models import write_llama
+from tests.models import write_llama, write_tokenizer
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -84,3 +84,19 @@ def _train_from_random_weights(dense: Path, run: Path) -> None:
     from megatron.bridge.training.pretrain import pretrain
 
     pretrain(run_config(read_architecture(dense), run, SPEC), forward_step)
+
+
+def test_a_run_without_a_tokenizer_gets_the_parents_or_is_refused(tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
+    config = run_config(dense, tmp_path / "run", SPEC)
+    config.tokenizer.tokenizer_type = "HuggingFaceTokenizer"
+    with pytest.raises(CheckpointError, match=rf"tokenizer in {dense}: got none"):
+        upcycle_on_start(config, dense, SPEC)
+    write_tokenizer(dense)
+    upcycle_on_start(config, dense, SPEC)
+    assert config.tokenizer.tokenizer_model == str(dense)
+    config.tokenizer.tokenizer_model = "/models/mine"
+    upcycle_on_start(config, dense, SPEC)
+    assert config.tokenizer.tokenizer_model == "/models/mine"

@@ -18,7 +18,7 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
-from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.utils.files import read_json, write_json
@@ -26,7 +26,7 @@ from nemo_upcycle.utils.progress import show_messages
 from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train
 from tests.distributed.ranks import run_ranks
 from tests.loading.cases import logits
-from tests.models import sample_tokens, write_llama, write_qwen3, write_tokenizer
+from tests.models import sample_tokens, write_llama, write_qwen3
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -235,22 +235,6 @@ def test_bridges_own_export_wants_a_folder_of_the_models_class(
     config.tokenizer.tokenizer_model = str(dense)
     with pytest.raises(SpecError, match=r"hf_source_path: got .* expected a folder with 4 experts"):
         upcycle_on_start(config, dense, UpcycleSpec(**SPEC))
-
-
-def test_a_run_without_a_tokenizer_gets_the_parents_or_is_refused(dense: Path, tmp_path: Path) -> None:
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    spec, parent = UpcycleSpec(**SPEC), tmp_path / "parent"
-    config = run_config(dense, tmp_path / "run", spec)
-    config.tokenizer.tokenizer_type = "HuggingFaceTokenizer"
-    with pytest.raises(CheckpointError, match=rf"tokenizer in {dense}: got none"):
-        upcycle_on_start(config, dense, spec)
-    write_tokenizer(shutil.copytree(dense, parent))
-    upcycle_on_start(config, parent, spec)
-    assert config.tokenizer.tokenizer_model == str(parent)
-    config.tokenizer.tokenizer_model = "/models/mine"
-    upcycle_on_start(config, parent, spec)
-    assert config.tokenizer.tokenizer_model == "/models/mine"
 
 
 def test_a_provider_that_loads_weights_itself_is_refused(dense: Path, tmp_path: Path) -> None:

@@ -70,8 +70,7 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
             fix="add tokenizer=FOLDER, or hf://ORG/NAME",
         )
     paths = chat.paths()
-    config = {key: value for key, value in dataclasses.asdict(chat.config).items() if key != "max_lost"}
-    made_from = {"format": FORMAT, "chat": config, "files": stamps(paths), "strict": strict}
+    made_from = {"format": FORMAT, "chat": _made_by(chat.config), "files": stamps(paths), "strict": strict}
     if is_complete(output) and _is_of(output, made_from):
         return open_chat(output).manifest
     dense = tokenizer_folder(named)
@@ -135,10 +134,15 @@ def stamps(paths: Iterable[Path]) -> list[list[Any]]:
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
+def _made_by(config: ChatConfig) -> dict[str, Any]:
+    """Return the settings that decide what is written."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key != "max_lost"}
+
+
 def _is_of(output: Path, made_from: dict[str, Any]) -> bool:
     """Return whether a finished folder was made from this; refuse one that was made from something else."""
     earlier = read_json(output / MARKER).get("made_from")
-    if earlier and earlier | {"chat": dataclasses.asdict(ChatConfig([])) | earlier["chat"]} == made_from:
+    if earlier and earlier | {"chat": _made_by(ChatConfig([])) | earlier["chat"]} == made_from:
         return True
     raise UpcycleError(
         str(output),

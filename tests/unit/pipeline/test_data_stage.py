@@ -32,5 +32,4 @@ def test_run_goes_on_with_its_data_and_says_which_files_changed_since(
     added = tmp_path / "texts/added.txt"
     added.write_text("more")
     require_data(plan, folder)
-    (record,) = caplog.records
-    assert f"1 is new ({added})" in record.getMessage()
+    assert f"1 is new ({added})" in caplog.messages[0]

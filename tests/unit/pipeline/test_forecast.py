@@ -374,19 +374,10 @@ def test_every_card_with_settings_has_a_speed(llama: Any, tmp_path: Path) -> Non
     assert ("CUDA_DEVICE_MAX_CONNECTIONS", "32") in {(one.name, one.value) for one in found.performance["pretrain"]}
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("4:00:00", 14_400),
-        ("30", 1800),
-        ("30:15", 1815),
-        ("2-0", 172_800),
-        ("1-12:30", 131_400),
-        ("7200s", 7200),
-        ("", None),
-        ("infinite", None),
-    ],
-)
+TIMES = {"4:00:00": 14_400, "30": 1800, "30:15": 1815, "2-0": 172_800, "1-12:30": 131_400, "7200s": 7200, "": None}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [*TIMES.items(), ("infinite", None)])
 def test_time_limits_are_read_as_slurm_writes_them(text: str, seconds: float | None) -> None:
     assert time_limit_s(text) == seconds
 
