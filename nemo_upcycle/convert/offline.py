@@ -278,8 +278,9 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     made_from = _marker(output).get("made_from") if is_complete(output) else None
-    spec = made_from.get("spec") if isinstance(made_from, dict) else None
-    if isinstance(spec, dict) and made_from | {"spec": without_defaults(spec)} == plan:
+    if isinstance(made_from, dict) and isinstance(spec := made_from.get("spec"), dict):
+        made_from = made_from | {"spec": without_defaults(spec)}  # earlier releases wrote all fields
+    if made_from == plan:
         return True
     raise UpcycleError(
         str(output),

@@ -1,4 +1,4 @@
-"""What is refused by name: parents that Bridge's classes cannot be, models that nothing filled, runs without tokens."""
+"""What is refused by name: parents that Bridge's classes cannot be, models that nothing filled, no tokenizer."""
 
 from __future__ import annotations
 
