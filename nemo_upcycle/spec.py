@@ -336,7 +336,8 @@ class RouterKind(ABC):
     def spacing(self, logit: float) -> float:
         """Return how much two logits near this one must differ for float32 scores that differ; softmax's by default.
 
-        A score of softmax has 2^-23 of itself to its neighbour, which is as much of the logit, and so has a logit.
+        Neighbouring scores of softmax differ by 2^-23 of themselves at most, which a logit 2^-23 larger makes;
+        neighbouring logits by as much of their own size.
         """
         return FLOAT32 * max(1.0, abs(logit))
 

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from nemo_upcycle.errors import CheckpointError, UnfinishedError
+from nemo_upcycle.errors import CheckpointError, StageStopped, UnfinishedError, UpcycleError
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.utils.files import size_text
 
@@ -110,6 +110,8 @@ def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
         >>> full_disk(RuntimeError("unexpected pos"), Path("runs/mine/pretrain/checkpoints")) is None  # doctest: +SKIP
         True
     """
+    if isinstance(error, SystemExit | KeyboardInterrupt | StageStopped | UpcycleError):
+        return None  # it was told to end, or has said why
     kept, found = newest_checkpoint(folder), by_step(folder)
     begun = found[found.index(kept) + 1 :] if kept else found
     there = next(path for path in (folder, *folder.parents) if path.is_dir())

@@ -260,7 +260,7 @@ class BridgeTraining(Training):
             evaluations = replace(evaluations, suite=str(suite))
         try:
             ended_itself = run_config(config, folder, evaluations=evaluations, verbose=is_verbose())
-        except Exception as error:
+        except BaseException as error:  # as torch's CheckpointException is
             if full := full_disk(error, folder / CHECKPOINTS):
                 raise full from None
             raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, one_hot
 
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
@@ -229,10 +229,7 @@ def _count_torn(
     torn_layers = []
     for logits_TE in router_logits:
         chosen_Tk = moe_arch.router_kind.scores(logits_TE.float()).topk(top_k).indices
-        network_Tk = torch.tensor(network_E)[chosen_Tk]
-        taken_TC = torch.zeros(len(logits_TE), 1 + max(network_E)).scatter_add(
-            1, network_Tk, torch.ones(network_Tk.shape)
-        )
+        taken_TC = one_hot(torch.tensor(network_E)[chosen_Tk], 1 + max(network_E)).sum(1)
         torn_layers.append(((taken_TC > 0) & (taken_TC < whole)).any(-1))
     torn_T = torch.stack(torn_layers).any(0)
     torn = int(torn_T.sum())

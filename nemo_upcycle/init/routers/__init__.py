@@ -84,7 +84,9 @@ def inexact_in_float32(spec: UpcycleSpec, hidden_size: int) -> tuple[str, ...]:
     - With granularity, the last of the c copies that are chosen has the same float32 score as the next one, and top-k
       takes parts of both: their logits differ by less than `RouterKind.spacing`. At z standard deviations the two are
       next to each other with density C! / ((c - 1)! (C - c - 1)!) (1 - Phi)^(c - 1) Phi^(C - c - 1) phi^2 / s; that
-      times the spacing, over all z, is the probability. So both very small and very large logits tie.
+      times the spacing, over all z, is the probability. So small logits tie, and large ones of sigmoid scores. Hugging
+      Face's classes choose so. Megatron's softmax after top-k chooses by the logits, of which small ones do not tie:
+      such a model is exact there, and its export is not.
 
     Args:
         spec: what is made of a dense parent.

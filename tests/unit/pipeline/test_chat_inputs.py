@@ -50,6 +50,7 @@ def test_files_of_conversations_are_looked_for_before_anything_starts(tmp_path: 
 def test_a_plan_reads_conversations_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute_argument("mine.jsonl", folder=True) == str(tmp_path / "mine.jsonl")
+    assert absolute_argument("texts.parquet", folder=True) == str(tmp_path / "texts.parquet")
     plan = _plan("mine.jsonl", "answers")
     assert (plan.blend, plan.chat) == (None, "mine.jsonl")
     assert (_plan("sotu", "demo").blend, _plan("sotu", "demo").chat) == ("sotu", None)

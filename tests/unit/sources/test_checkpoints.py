@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.sources.checkpoints import complete_checkpoints, full_disk, newest_checkpoint, step_of
 
 
@@ -84,7 +86,7 @@ def _fill_room_of(checkpoint: Path) -> None:
 def test_a_save_that_began_without_the_room_of_the_last_one_is_a_full_disk(tmp_path: Path) -> None:
     whole, half = write(tmp_path, 9), write(tmp_path, 11)
     _mark(half)
-    anything = RuntimeError("unexpected pos 704 vs 598")
+    anything = CheckpointException("write", {0: (RuntimeError("unexpected pos 704 vs 598"), None)})  # type: ignore
     assert full_disk(anything, tmp_path) is None
     _fill_room_of(whole)
     error = full_disk(anything, tmp_path)
@@ -92,6 +94,8 @@ def test_a_save_that_began_without_the_room_of_the_last_one_is_a_full_disk(tmp_p
     assert str(tmp_path) in error.subject
     assert f"goes on from {whole}, " in error.fix
     assert error.exit_status == 1
+    for another in (SystemExit(75), KeyboardInterrupt(), SpecError("of a setting")):
+        assert full_disk(another, tmp_path) is None, "it was told to end, or has said why"
     shutil.rmtree(half)
     assert full_disk(anything, tmp_path) is None, "nothing was being saved"
 
