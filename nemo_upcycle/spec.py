@@ -3,7 +3,6 @@
 # No postponed annotations: NeMo-Run reads those of the fields, for overrides on the command line.
 
 import json
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -312,7 +311,7 @@ class RouterKind(ABC):
     #: whether Hugging Face classes with it compute its logits in float32, not in the model's type
     in_float32: ClassVar[bool] = False
     #: the largest of the logits must be above it, or the sum by which scores are divided is not theirs in float32
-    least_logit: ClassVar[float] = -math.inf
+    least_logit: ClassVar[float] = float("-inf")
 
     @abstractmethod
     def weight_sum(self, spec: UpcycleSpec) -> float:

@@ -42,8 +42,9 @@ case $2 in
     data) # without torch
         lock --extra data --group test
         install --no-deps -e .
-        # shellcheck disable=SC2046 # a word for each requirement
-        install --group test $("$env/bin/nemo-upcycle" doctor --data-requirements) ;;
+        needed=$("$env/bin/nemo-upcycle" doctor --data-requirements)
+        # shellcheck disable=SC2086 # a word for each requirement
+        install --group test $needed ;;
     docs) # the reference is read from the source: the package is not installed
         lock --only-group docs
         install --group docs ;;

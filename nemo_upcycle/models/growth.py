@@ -27,7 +27,6 @@ from typing import Protocol
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.init.routers import inexact_in_float32
 from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, RouterKind, UpcycleSpec
-from nemo_upcycle.utils.conf import read_yaml
 
 
 #: Fields of a spec that follow from a parent with experts, and why.
@@ -216,6 +215,8 @@ def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: 
     if state is None:
         raise wrong("no such file", "check the path")
     try:
+        from nemo_upcycle.utils.conf import read_yaml  # `doctor` runs without PyYAML
+
         found = read_yaml(path)
     except UpcycleError as error:
         raise wrong(error.got, error.fix) from None

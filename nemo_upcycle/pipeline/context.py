@@ -192,8 +192,8 @@ def refuse_bridge(words: Sequence[str]) -> None:
             got="Megatron-Bridge's argument in an environment of NeMo's",
             expected="--factory NAME, or Megatron-Bridge, which trains by recipe=",
             fix=(
-                "for Bridge, type it where Megatron-Bridge and this package's extras bridge, eval and demo are "
-                "installed; here, name a recipe of NeMo's with --factory"
+                'for Bridge, type it where Megatron-Bridge is installed, and pip install -e ".[bridge,eval,demo]" there; '
+                "here, name a recipe of NeMo's with --factory"
             ),
         )
 

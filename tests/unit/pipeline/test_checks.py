@@ -34,7 +34,7 @@ def test_a_run_keeps_its_folder_whatever_lies_there(tmp_path: Path) -> None:
     """With a plan, or, where that is lost, with a stage that was started."""
     plan = plan_of()
     (tmp_path / "notes.txt").touch()
-    plan.stage("import").folder(tmp_path).start({}, resumable=False)
+    plan.stage("import").folder(tmp_path, plan).start({}, resumable=False)
     check_started(tmp_path, plan)
     (tmp_path / "import/_STARTED.json").unlink()
     with pytest.raises(UpcycleError, match=r"notes\.txt"):
