@@ -192,7 +192,7 @@ def refuse_bridge(words: Sequence[str]) -> None:
             got="Megatron-Bridge's argument in an environment of NeMo's",
             expected="--factory NAME, or Megatron-Bridge, which trains by recipe=",
             fix=(
-                'for Bridge, type it where Megatron-Bridge is installed, and pip install -e ".[bridge,eval,demo]" there; '
+                'for Bridge, type it where that is installed, and there pip install -e ".[bridge,eval,demo]"; '
                 "here, name a recipe of NeMo's with --factory"
             ),
         )
