@@ -150,5 +150,7 @@ def everything(work: Path) -> dict[str, bytes]:
     for path in sorted(work.glob("stats/*")):
         counts = json.loads(path.read_text(encoding="utf-8"))
         del counts["seconds"]
+        for file in counts["files"].values():
+            file.pop("modified_ns", None)  # not of files at addresses
         found[path.name] = json.dumps(counts).encode()
     return found
