@@ -101,7 +101,9 @@ def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path, s
     parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
     run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"style": style}, process_group=False)
     receipt = tmp_path / "run/receipt.json"
-    write_json(receipt, read_json(receipt) | {"spec": asdict(SPEC)})  # with all defaults, as c2f5a068 wrote it
+    write_json(
+        receipt, read_json(receipt) | {"spec": asdict(UpcycleSpec(**SPEC))}
+    )  # with all defaults, as c2f5a068 wrote it
     before = receipt.stat().st_mtime_ns
     (parent / "model.safetensors").unlink()
     run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"style": style, "steps": 2}, process_group=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.bridge.pipeline import training_of
+from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.config import required_hook
 from nemo_upcycle.trainers.bridge_training import BridgeTraining, required_parent
@@ -44,6 +46,8 @@ class BridgeArm:
     ) -> None:
         self._recipe, self._gpus, self._dense = recipe, gpus, dense
         self._fields, self._settings = dict(fields), dict(settings)
+        if wrong := sorted({*fields} - {one.name for one in fields_of(UpcycleSpec)}):
+            raise UpcycleError(f"{where}: spec", got=wrong[0], expected="fields of UpcycleSpec", fix="correct it")
         try:
             self._folder = required_parent(dense)
             training = self._training({}, {})
@@ -51,9 +55,6 @@ class BridgeArm:
             training.check_parent("pretrain" if self._is_upcycled else "dense_ct", dense, remote=False)
         except UpcycleError as error:
             raise error.within(where) from None
-        except TypeError as error:  # a field that the spec does not have
-            expected = "fields of UpcycleSpec"
-            raise UpcycleError(f"{where}: spec", got=error, expected=expected, fix="correct it") from None
 
     def _training(self, settings: dict[str, Any], fields: dict[str, Any]) -> BridgeTraining:
         overrides = [f"{name}={value}" for name, value in (self._settings | settings).items()]
