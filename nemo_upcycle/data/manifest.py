@@ -198,6 +198,8 @@ def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[st
     for entry in stats:
         for path, file in entry["files"].items() if entry["source"] == source else ():
             name = path.removeprefix(within)
+            if name != path:  # rendered by each build anew
+                file = {key: value for key, value in file.items() if key != "modified_ns"}
             if name in files:  # read in parts
                 digests = f"{files[name]['texts_xxh3_128']}-{file['texts_xxh3_128']}"
                 file = file | {"whole": files[name]["whole"] and file["whole"], "texts_xxh3_128": digests}
