@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _name_of(model: Path) -> str:
-    """Return what a model is called whose name was not given: a Hugging Face folder without experts is a parent's."""
+    """Name a model that was given no name: `dense` for a Hugging Face folder without experts."""
     from nemo_upcycle.models.hf_config import read_architecture
 
     try:

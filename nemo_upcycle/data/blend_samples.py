@@ -56,7 +56,7 @@ def clamp_interval(trainer: Any) -> None:
     the last checkpoint to the validation, which may write none.
 
     Args:
-        trainer: of the run, not started; an interval that is a fraction of the data stays.
+        trainer: Lightning's, not started; an interval that is a fraction of the data stays.
     """
     interval, steps = trainer.val_check_interval, trainer.max_steps
     if isinstance(interval, int) and interval > steps:

@@ -325,7 +325,7 @@ def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
 
 
 def _with_defaults(made_from: dict[str, Any]) -> dict[str, Any]:
-    """Return what an earlier release noted, with the settings that it did not have."""
+    """Add the defaults of later settings to what an earlier release noted."""
     if not made_from:
         return made_from
     default = texts_of(BlendConfig({"": SourceConfig([])}))

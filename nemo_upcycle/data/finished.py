@@ -232,7 +232,7 @@ def percent(part: int, whole: int) -> str:
 
 
 def overlap_unit(found: Mapping[str, Any]) -> str:
-    """Return what `heldout_overlap` of a manifest counts; earlier versions counted n-grams."""
+    """Name the unit of a manifest's `heldout_overlap`: words, or n-grams in earlier versions."""
     return str(found.get("unit") or f"{found['words']}-grams")
 
 

@@ -47,7 +47,7 @@ def count_lost(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def lost_text(lost: Mapping[str, Any]) -> list[str]:
-    """Return what `count_lost` counted, a line for each reason."""
+    """Describe the counts of `count_lost`, one line a reason."""
     return [
         f"{one['documents']:,} documents, {one['bytes']:,} bytes: {reason}, first at {one['first']}"
         for reason, one in lost["reasons"].items()

@@ -213,7 +213,7 @@ def _require_few(chat: Chat, problems: Sequence[Problem], lines: int) -> None:
 
 
 def _most(problems: Sequence[Problem]) -> tuple[str, str]:
-    """Return what is wrong with most lines, with an example; and what to do."""
+    """Describe the most frequent fault of the lines, with an example, and its fix."""
     if not problems:
         return "no line is wrong", "add conversations"
     reason, count = Counter(problem.reason for problem in problems).most_common(1)[0]
