@@ -86,8 +86,8 @@ _AGAIN = r"""    shown=$(persist scontrol --oneliner show job "$SLURM_JOB_ID")
     persist scontrol requeue "$SLURM_JOB_ID" && sleep 60
 """
 #: Of a training, whose ranks write a file when they are set up. A job that sets up for most of its time goes on by a
-#: step or two, and would be requeued without end. It is said, and counts as no progress, which is allowed once, since a
-#: file system may have been slow. `limit` is without the time that the signal leaves.
+#: step or two, and would be requeued without end. It is said, and counts as no progress, which is
+#: allowed once, since a file system may have been slow. `limit` is without the time that the signal leaves.
 _ALARM = r"""    limit=$(sed -n 's/.*TimeLimit=\([0-9:-]*\).*/\1/p' <<<"$shown" | tr - : |
         awk -F: '{{ for (i = 1; i <= NF; i++) s = s * (NF == 4 && i == 2 ? 24 : 60) + $i; print s - {signal_s} }}')
     ready=$(date +%s)
