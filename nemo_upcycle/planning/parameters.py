@@ -1,6 +1,6 @@
 """Every parameter of a rank, and the buffers that Megatron-Core lays parameters, gradients and optimizer states into.
 
-Exact: the counts equal those of Megatron's own modules (`--check` builds them), the buffers those of its
+Exact: the counts equal those of Megatron's own modules (tests build them), the buffers those of its
 `DistributedDataParallel` with the distributed optimizer (`_ParamAndGradBuffer` of Megatron-Core 0.15).
 """
 

@@ -85,7 +85,6 @@ def test_the_parameters_of_multi_token_prediction_are_told(tmp_path: Path, capsy
     ("options", "words"),
     [
         (["--experts", "8"], "--experts: got NemotronHForCausalLM, which nemo-upcycle plan alone knows"),
-        (["--check", "--layout", "ep=8"], "--check: got NemotronHForCausalLM, expected a GPTModel that this package"),
         (["--recompute", "mla_up_proj"], "expected another kind: only latent attention has mla_up_proj"),
         (["--layout", "tp=4"], "--layout tp: got 4, expected a divisor of the key-value heads (2)"),
     ],
