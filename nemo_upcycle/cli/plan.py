@@ -51,7 +51,6 @@ EPILOG = """examples:
 keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp expert tensor parallelism; pp pipeline
   stages, vp virtual stages of each; mbs sequences of a micro-batch; dp data parallelism, which follows from the rest;
   first, last: layers of the first and the last stage; embedding=1, loss=1: count as a layer when layers are dealt out
-  (of models that are planned only, loss may be more)
 
 exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
@@ -260,15 +259,12 @@ def _continued(words: list[str], width: int) -> str:
 
 def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
     length, positions = request.work.seq_length, subject.dense.max_positions
-    found = []
-    if subject.arch.planned_only:
-        found.append(f"{subject.arch.hf_class} is planned only: this package neither upcycles, converts nor trains it")
-    if length > positions:
-        found.append(
-            f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it"
-            " was not trained on longer ones, and what it computes of them is poor at first"
-        )
-    return found
+    if length <= positions:
+        return []
+    return [
+        f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it"
+        " was not trained on longer ones, and what it computes of them is poor at first"
+    ]
 
 
 def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Change]:

@@ -151,8 +151,6 @@ def model_line(arch: Architecture, seq_length: int) -> str:
         f"{arch.total_params / 1e9:.2f}B parameters, {arch.active_params / 1e9:.2f}B active; training on a token of a "
         f"sequence of {seq_length}: {full:.3e} FLOPs (full attention), {causal:.3e} (causal half)"
     )
-    if arch.mtp_layers:
-        text += f"\nMulti-token prediction, which these leave out, has {arch.mtp_params() / 1e9:.2f}B parameters."
     if (arch.total_params, arch.active_params) == (47_491_321_856, 13_668_454_400):
         text += (
             "\nThe paper (arXiv 2412.09952, Table 1) prints 34.4B and 11.8B: it counts two of the three matrices of "
