@@ -113,10 +113,11 @@ class DenseParent(NamedTuple):
         if ratio > MOST_BEYOND:
             times = f"{ratio:,.1f}" if ratio < 100 else f"{ratio:,.0f}"
             return None, f"the {what} are {times} times beyond its range; it decides up to {MOST_BEYOND:g} times"
-        near = {name: (one, found.difference) for name, (one, found) in expected.items() if found.is_near}
-        best = min(near, key=lambda name: near[name][1].value if near[name][1] else 0.0)
-        for name, (one, _) in near.items():
-            band = law.difference(near[best][0].key, near[best][0].tokens, one.key, one.tokens, self.tokens)
+        near = {name: one for name, (one, found) in expected.items() if found.is_near}
+        losses = {name: band.value for name in near if (band := expected[name][1].difference)}
+        best = min(losses, key=lambda name: losses[name])
+        for name, one in near.items():
+            band = law.difference(near[best].key, near[best].tokens, one.key, one.tokens, self.tokens)
             if name != best and not band.is_resolved:
                 return None, f"the bands of '{best}' and '{name}' overlap"
         left_out = "".join(f"; '{name}' lies too far out to count" for name in expected if name not in near)
