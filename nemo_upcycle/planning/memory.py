@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES, stage_plan
+from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES, average_params, stage_plan
 from nemo_upcycle.planning.workload import Workload
 
 
@@ -220,8 +220,8 @@ def layers_in_flight(
     return counts
 
 
-def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
-    """Return what a stage's ranks keep at the peak, in bytes: plain, of routed experts, of the layer that runs."""
+def _activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
+    """Sum up what a stage's ranks keep at the peak, in bytes: plain, of routed experts, of the layer that runs."""
     counts = layers_in_flight(arch, layout, work, stage)
     held = {kind: layer_bytes(arch, layout, work, *kind) for kind in counts}
     return (
@@ -231,10 +231,27 @@ def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: 
     )
 
 
+def least_bytes(arch: Architecture, layout: Layout, work: Workload) -> float:
+    """Bound from below what the fullest rank holds, quickly: the states of its share of the parameters."""
+    dense, expert = average_params(arch, layout)
+    weight = min(WEIGHT_BYTES, work.numbers.copy_bytes) if work.low_params else WEIGHT_BYTES
+    if work.lora:  # nearly all are frozen
+        return (dense + expert) * weight
+    owned = dense / layout.dense_shards + expert / layout.expert_dp
+    return (dense + expert) * (weight + work.gradient_bytes) + owned * OPTIMIZER_BYTES
+
+
+def least_with_activations(arch: Architecture, layout: Layout, work: Workload) -> float:
+    """Bound it more tightly, with the activations of the first stage."""
+    if arch.moe_pattern or arch.mamba:  # which may hold less than its share
+        return stage_memory(arch, layout, work, 0).total
+    return least_bytes(arch, layout, work) + sum(_activation_bytes(arch, layout, work, 0))
+
+
 def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Memory:
     """Return what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
     states = stage_plan(arch, layout, replace(work, recompute="none", overlap=()), stage)  # neither changes a state
-    plain, routed, working = activation_bytes(arch, layout, work, stage)
+    plain, routed, working = _activation_bytes(arch, layout, work, stage)
     tokens = work.seq_length // layout.cp * layout.micro_batch
     logits = tokens * layout.padded_vocab(arch) // layout.tp * (LOGIT_BYTES + work.teacher * TEACHER_LOGIT_BYTES)
     weights, gradients, optimizer = states.weights_bytes, states.gradients_bytes, states.optimizer_bytes()

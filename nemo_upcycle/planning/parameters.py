@@ -101,6 +101,18 @@ def _layer_shapes(
     return [item for item in table if item not in (*experts, *shared, *last)] + experts + shared + last
 
 
+def average_params(arch: Architecture, layout: Layout) -> tuple[float, float]:
+    """Compute the parameters of an average rank: dense part, routed experts."""
+    dense, routed = _all_params(arch)
+    return dense / layout.tp / layout.pp, routed / layout.ep / layout.etp / layout.pp
+
+
+@functools.lru_cache(maxsize=64)
+def _all_params(arch: Architecture) -> tuple[float, float]:
+    routed = float(arch.moe_layer_count * (arch.num_experts or 0) * arch.expert_params)
+    return arch.total_params - routed, routed
+
+
 @dataclass(frozen=True)
 class Buffer:
     """One contiguous buffer of Megatron's data-parallel wrapper.

@@ -15,8 +15,14 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, known_machine
 from nemo_upcycle.planning.layout import Layout, divisors
-from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, stage_memory, worst_memory
-from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
+from nemo_upcycle.planning.memory import (
+    GIB,
+    Memory,
+    checkpoint_bytes,
+    least_bytes,
+    least_with_activations,
+    worst_memory,
+)
 from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
@@ -86,6 +92,11 @@ class PlanRequest:
             "overlap": usual_overlap(self.arch, self.gpu, layout, self.work, recompute, self.software),
         }
         return _changed(self.work, recompute, *(usual[name] if name in self.usual else None for name in usual))
+
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU up to which a layout is tight."""
+        return self.gpu.memory_gib * TIGHT * GIB
 
     @property
     def recomputes(self) -> tuple[str, ...]:
@@ -294,20 +305,18 @@ def _batches(batch: int, step: int) -> list[int]:
 def _fits(request: PlanRequest) -> bool:
     """Return whether some layout fits; looks only at those that need least memory."""
     smallest = _smallest(request, layouts(request), 20)
-    able = (layout for layout in smallest if _least_gib(request, layout) <= request.gpu.memory_gib * TIGHT)
+    able = (layout for layout in smallest if _least(request, layout) <= request.room)
     return any(request.plans(layout)[-1].verdict != "no" for layout in able)
 
 
 def _smallest(request: PlanRequest, every: Iterable[Layout], count: int) -> list[Layout]:
-    return heapq.nsmallest(count, every, key=lambda layout: _least_gib(request, layout))
+    return heapq.nsmallest(count, every, key=lambda layout: _least(request, layout))
 
 
 def find(request: PlanRequest, limit: int) -> list[Plan]:
     """Return what `search` returns, or an empty list where `search` raises."""
     every = list(layouts(request))
-    room_gib = request.gpu.memory_gib * TIGHT
-    able = [layout for layout in every if _least_gib(request, layout) <= room_gib]
-    kinds = [request.plans(layout) for layout in able]
+    kinds = [request.plans(layout) for layout in every if _least(request, layout) <= request.room]
     chosen: dict[int, Plan] = {}
     # Fastest first: of a layout that which recomputes nothing, and where it does not fit all others.
     queue = [(*_speed(plans[0]), number, 0) for number, plans in enumerate(kinds)]
@@ -316,7 +325,8 @@ def find(request: PlanRequest, limit: int) -> list[Plan]:
         *_, number, kind = heapq.heappop(queue)
         plans = kinds[number]
         plan = plans[kind]
-        able_to_run = number not in chosen and _could_fit(plan) and plan.verdict != "no"
+        could_fit = least_with_activations(request.arch, plan.layout, plan.work) <= request.room
+        able_to_run = number not in chosen and could_fit and plan.verdict != "no"
         # A tight one gives way to a slower one of the same layout that fits.
         if able_to_run and (plan.verdict == "fits" or not any(other.verdict == "fits" for other in plans)):
             chosen[number] = plan
@@ -352,21 +362,5 @@ def layouts(request: PlanRequest) -> Iterator[Layout]:
                     yield layout
 
 
-def _least_gib(request: PlanRequest, layout: Layout) -> float:
-    """Return a lower bound of what the worst rank holds: the states of its share of the parameters."""
-    dense, expert = request.model.rank_params(layout)
-    weight = min(WEIGHT_BYTES, request.work.numbers.copy_bytes) if request.work.low_params else WEIGHT_BYTES
-    if request.work.lora:  # nearly all are frozen
-        return (dense + expert) * weight / GIB
-    state = weight + request.work.gradient_bytes
-    owned = dense / layout.dense_shards + expert / layout.expert_dp
-    return ((dense + expert) * state + owned * OPTIMIZER_BYTES) / GIB
-
-
-def _could_fit(plan: Plan) -> bool:
-    """Return whether the first stage has room for states and activations; cheap, and true for every plan that fits."""
-    request, room_gib = plan.request, plan.request.gpu.memory_gib * TIGHT
-    if request.arch.moe_pattern or request.arch.mamba:  # the first stage may hold less than its share
-        return stage_memory(request.arch, plan.layout, plan.work, 0).total / GIB <= room_gib
-    activations = activation_bytes(request.arch, plan.layout, plan.work, 0)
-    return _least_gib(request, plan.layout) + sum(activations) / GIB <= room_gib
+def _least(request: PlanRequest, layout: Layout) -> float:
+    return least_bytes(request.arch, layout, request.work)

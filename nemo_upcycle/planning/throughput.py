@@ -14,6 +14,7 @@ from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.flops import mean_context
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.parameters import average_params
 from nemo_upcycle.planning.workload import LayerKind, Workload, layer_kinds
 
 
@@ -86,8 +87,6 @@ class ThroughputModel:
     def __init__(self, arch: Architecture, gpu: Gpu, machine: Machine) -> None:
         self.arch, self.gpu, self.machine = arch, gpu, machine
         self._known: dict[tuple[object, ...], tuple[StepTime, StepTime]] = {}
-        self._routed = float(arch.moe_layer_count * (arch.num_experts or 0) * arch.expert_params)
-        self._rest = arch.total_params - self._routed
 
     def step(self, layout: Layout, work: Workload) -> StepTime:
         """Return the time of a step.
@@ -340,7 +339,7 @@ class ThroughputModel:
         return times
 
     def _optimizer_s(self, layout: Layout, work: Workload) -> float:
-        dense, expert = self.rank_params(layout)
+        dense, expert = average_params(self.arch, layout)
         owned = dense / layout.dense_shards + expert / layout.expert_dp
         # Adam reads gradient, master and moments, and writes them and the weight; clearing the gradients writes them.
         moved = owned * (30 + work.gradient_bytes) + (dense + expert) * 2 * work.gradient_bytes
@@ -351,7 +350,7 @@ class ThroughputModel:
 
         A ring over nodes uses the network cards of all its members in a node at once.
         """
-        dense, expert = self.rank_params(layout)
+        dense, expert = average_params(self.arch, layout)
         sent = work.gradient_bytes + (work.numbers.gather_bytes if work.low_params else 2)
         time_s = 0.0
         for params, ranks, stride in (
@@ -364,7 +363,3 @@ class ThroughputModel:
                 bandwidth = min(bandwidth, self.gpu.network_gb_s * members)
             time_s += sent * params * (1 - 1 / ranks) / (self.machine.link * bandwidth * 1e9)
         return max(time_s / max(1, self.arch.num_layers // layout.pp), time_s - backward_s)
-
-    def rank_params(self, layout: Layout) -> tuple[float, float]:
-        """Return the parameters of an average rank: dense part, routed experts."""
-        return self._rest / layout.tp / layout.pp, self._routed / layout.ep / layout.etp / layout.pp
