@@ -8,7 +8,7 @@ import textwrap
 from typing import Any
 
 from nemo_upcycle.cli.common import show
-from nemo_upcycle.cli.plan_request import router_order
+from nemo_upcycle.cli.plan_request import add_shared_options, router_order
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
@@ -18,7 +18,7 @@ from nemo_upcycle.planning.advice import DenseParent, Option, nearest_outcomes, 
 from nemo_upcycle.planning.law import fitted_law
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
-from nemo_upcycle.planning.workload import PRECISIONS, Workload
+from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.console import in_columns, short_count
 from nemo_upcycle.utils.validation import check_number, check_whole, number_of_tokens
@@ -38,31 +38,16 @@ _OUTCOMES = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    model = parser.add_argument_group("the dense model, and what it would become")
+    model = parser.add_argument_group("the dense model, and what it would become (default: 8 experts, top-2)")
     text = "a Hugging Face folder or its config.json, hf://ORG/NAME on the hub, asset://smollm2-135m"
     model.add_argument("--model", required=True, metavar="MODEL", help=text)
     text = "tokens that it was trained on: 15T, 300B"
     model.add_argument("--trained-on", required=True, type=_parent_tokens, metavar="N", help=text)
-    text = "experts (default: 8)"
-    model.add_argument("--experts", dest="num_experts", type=int, default=8, metavar="N", help=text)
-    text = "experts that a token passes through (default: 2)"
-    model.add_argument("--top-k", type=int, default=2, metavar="K", help=text)
-    text = "parts of a dense network (default: 1)"
-    model.add_argument("--granularity", type=int, default=1, metavar="G", help=text)
     budget = parser.add_argument_group("budget").add_mutually_exclusive_group(required=True)
     budget.add_argument("--hours", type=float, metavar="H", help="of all GPUs, for each option")
     budget.add_argument("--tokens", type=number_of_tokens, metavar="N", help="for each option: 100B, 27e9")
-    cluster = parser.add_argument_group("cluster and step")
-    cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
-    text = f"{', '.join(hardware.gpu_names())} (default: h100)"
-    cluster.add_argument("--gpu", default="h100", metavar="NAME", help=text)
-    cluster.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in your currency")
-    text = f"{', '.join(PRECISIONS)} (default: bf16)"
-    cluster.add_argument("--precision", default="bf16", metavar="NAME", help=text)
-    text = "tokens of a sequence (default: 8192, or the model's positions)"
-    cluster.add_argument("--seq-length", type=int, metavar="TOKENS", help=text)
-    text = "sequences of a step (default: 512)"
-    cluster.add_argument("--global-batch", type=int, default=512, metavar="SEQUENCES", help=text)
+    add_shared_options(model, parser.add_argument_group("cluster"))
+    parser.set_defaults(num_experts=8, top_k=2, granularity=1, global_batch=512)
 
 
 def _parent_tokens(text: str) -> float:
@@ -84,11 +69,8 @@ def run(args: argparse.Namespace) -> int:
         raise SpecError("--model", got=f"{arch.num_experts} experts", expected="a dense model", fix=fix)
     sizes = {name: getattr(args, name) for name in ("num_experts", "top_k", "granularity")}
     spec = UpcycleSpec(**sizes, router_order=router_order(args.top_k))
-    parent, found, law = (
-        DenseParent(args.trained_on, arch.total_params),
-        options(_request(args, arch), spec, args.hours),
-        fitted_law(),
-    )
+    parent, law = DenseParent(args.trained_on, arch.total_params), fitted_law()
+    found = options(_request(args, arch), spec, args.hours)
     trainings = [option.training for option in found]
     best, why = parent.decide(law, trainings) if law else (None, "no law was fitted yet")
     expected = {one.name: parent.expect(law, one, trainings[0]) if law else None for one in trainings}

@@ -10,8 +10,8 @@ import shutil
 import textwrap
 from typing import Any
 
-from nemo_upcycle.cli.common import show
-from nemo_upcycle.cli.plan_request import Subject, request_of, subject_of
+from nemo_upcycle.cli.common import OptionRow, add_options, show
+from nemo_upcycle.cli.plan_request import Subject, add_shared_options, request_of, subject_of
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import hardware, table
@@ -36,7 +36,6 @@ from nemo_upcycle.planning.search import (
 from nemo_upcycle.planning.workload import (
     DISPATCHERS,
     GRADIENTS,
-    PRECISIONS,
     RECOMPUTES,
     ROUTINGS,
 )
@@ -65,29 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " hf://ORG/NAME on the hub, asset://smollm2-135m"
     )
     what.add_argument("--model", metavar="MODEL", help=text)
-    model = parser.add_argument_group("model and step")
-    model.add_argument(
-        "--experts", dest="num_experts", type=int, metavar="N", help="upcycle --model to N experts, or to more"
-    )
-    model.add_argument(
-        "--top-k",
-        type=int,
-        metavar="K",
-        help="experts that a token passes through (default: 2, or so many that --model's function is kept)",
-    )
-    model.add_argument("--granularity", type=int, metavar="G", help="parts of a dense network (default: 1)")
-    model.add_argument("--seq-length", type=int, metavar="TOKENS", help="tokens of a sequence (default: 8192)")
-    model.add_argument("--global-batch", type=int, metavar="SEQUENCES", help="sequences of a step (default: 512)")
-    model.add_argument("--capacity-factor", type=float, metavar="CF", help="of the experts; 0 drops nothing")
+    model, cluster = (parser.add_argument_group(title) for title in ("model and step", "cluster"))
+    add_shared_options(model, cluster)
+    dispatchers = f"{', '.join(DISPATCHERS)} (default: the recipe's alltoall; hybridep for --model on Blackwell)"
+    beside = "what runs beside computation; the recipes have none, --model what NVIDIA's recipes have for the layout"
+    step: dict[str, OptionRow] = {
+        "capacity_factor": (float, "CF", "of the experts; 0 drops nothing"),
+        "imbalance": (float, "X", "busiest over mean expert rank (1.5; 1.11 with --routing balanced)"),
+        "dispatcher": (str, "NAME", dispatchers),
+        "routing": (str, "NAME", f"{', '.join(ROUTINGS)} (balanced)"),
+        "overlap": (str, "tp,ep,launch", beside),
+        "tokens": (number_of_tokens, "N", "tokens of the run: 100B, 27e9 (default: 100B)"),
+    }
+    add_options(model, step)
     model.add_argument("--pad-to-capacity", action="store_true", help="pad every expert up to its capacity")
-    model.add_argument(
-        "--imbalance",
-        type=float,
-        metavar="X",
-        help="busiest over mean expert rank (1.5; 1.11 with --routing balanced)",
-    )
-    text = f"{', '.join(PRECISIONS)}; the last two on Blackwell (default: bf16)"
-    model.add_argument("--precision", default="bf16", metavar="NAME", help=text)
+    text = "routers learn from all experts, which then compute for each token"
+    model.add_argument("--dense-router-gradient", action="store_true", help=text)
     text = (
         "keep parameters in FP8 or FP4 (default: for --model without --experts that no recipe trains, as NVIDIA does)"
     )
@@ -95,38 +87,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--low-precision-params", dest="low_params", action=switch, help=text)
     text = f"{', '.join(GRADIENTS)}: what gradients are summed in (default: the recipe's; for --model bf16)"
     model.add_argument("--grad-dtype", dest="gradients", metavar="NAME", help=text)
-    text = "(default: the recipe's alltoall; hybridep for --model on Blackwell)"
-    model.add_argument("--dispatcher", metavar="NAME", help=f"{', '.join(DISPATCHERS)} {text}")
-    model.add_argument("--routing", metavar="NAME", help=f"{', '.join(ROUTINGS)} (balanced)")
-    text = "routers learn from all experts, which then compute for each token"
-    model.add_argument("--dense-router-gradient", action="store_true", help=text)
-    text = "what runs beside computation; the recipes have none, --model what NVIDIA's recipes have for the layout"
-    model.add_argument("--overlap", metavar="tp,ep,launch", help=text)
-    model.add_argument(
-        "--tokens", type=number_of_tokens, metavar="N", help="tokens of the run: 100B, 27e9 (default: 100B)"
-    )
-    cluster = parser.add_argument_group("cluster")
-    cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
-    cluster.add_argument(
-        "--gpu", default="h100", metavar="NAME", help=f"{', '.join(hardware.gpu_names())} (default: h100)"
-    )
     text = f"{', '.join(hardware.SOFTWARE)}, or NVIDIA's container, 26.02 (default: the back end's)"
     cluster.add_argument("--software", metavar="NAME", help=text)
-    cluster.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in your currency")
-    layout = parser.add_argument_group("layout")
-    layout.add_argument("--layout", metavar="tp=2,pp=4,...", help="evaluate this one; its keys are listed below")
-    layout.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch (default: searched)")
-    text = f"{', '.join(RECOMPUTES)}, or several modules: layernorm,moe_act"
-    layout.add_argument("--recompute", metavar="KIND", help=f"{text} (default: the fastest that fits)")
-    layout.add_argument("--rows", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--explain", type=int, metavar="ROW", help="show the arithmetic of a row")
-    output.add_argument("--rank", metavar="R", help="parameters of rank R (a number, 1,2,3 or all) in the first row")
-    output.add_argument("--columns", metavar="GiB,MFU,...", help="columns of the table (default: what has room)")
-    output.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
-    output.add_argument(
-        "--backend", default="nemo", metavar="NAME", help="whose command: nemo or bridge (default: nemo)"
-    )
+    recomputes = f"{', '.join(RECOMPUTES)}, or several modules: layernorm,moe_act (default: the fastest that fits)"
+    layout: dict[str, OptionRow] = {
+        "layout": (str, "tp=2,pp=4,...", "evaluate this one; its keys are listed below"),
+        "micro_batch": (int, "N", "sequences of a micro-batch (default: searched)"),
+        "recompute": (str, "KIND", recomputes),
+    }
+    group = parser.add_argument_group("layout")
+    add_options(group, layout)
+    add_options(group, {"rows": (int, "N", "layouts to show (default: 10)")}, 10)
+    output: dict[str, OptionRow] = {
+        "explain": (int, "ROW", "show the arithmetic of a row"),
+        "rank": (str, "R", "parameters of rank R (a number, 1,2,3 or all) in the first row"),
+        "columns": (str, "GiB,MFU,...", "columns of the table (default: what has room)"),
+    }
+    group = parser.add_argument_group("output")
+    add_options(group, output)
+    group.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
+    add_options(group, {"backend": (str, "NAME", "whose command: nemo or bridge (default: nemo)")}, "nemo")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.cli.common import OptionRow, add_options
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import check_parent
@@ -15,7 +16,7 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
-from nemo_upcycle.planning.workload import FORCED_IMBALANCE, USUAL_IMBALANCE, Workload
+from nemo_upcycle.planning.workload import FORCED_IMBALANCE, PRECISIONS, USUAL_IMBALANCE, Workload
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.validation import check_capacity, check_number, check_whole
 
@@ -43,6 +44,23 @@ class Subject:
     recipe: hardware.KnownRecipe | None
     defaults: dict[str, Any]
     folder: Path | None = None
+
+
+def add_shared_options(model: argparse._ArgumentGroup, cluster: argparse._ArgumentGroup) -> None:
+    """Add the options of `plan` that `advise` has, too."""
+    upcycling: dict[str, OptionRow] = {
+        "num_experts": (int, "N", "upcycle --model to N experts, or to more"),
+        "top_k": (int, "K", "experts that a token passes through (default: 2, or what keeps --model's function)"),
+        "granularity": (int, "G", "parts of a dense network (default: 1)"),
+        "seq_length": (int, "TOKENS", "tokens of a sequence (default: 8192)"),
+        "global_batch": (int, "SEQUENCES", "sequences of a step (default: 512)"),
+    }
+    add_options(model, upcycling)
+    precisions = f"{', '.join(PRECISIONS)}; the last two on Blackwell (default: bf16)"
+    add_options(model, {"precision": (str, "NAME", precisions)}, "bf16")
+    cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    add_options(cluster, {"gpu": (str, "NAME", f"{', '.join(hardware.gpu_names())} (default: h100)")}, "h100")
+    add_options(cluster, {"price_per_gpu_hour": (float, "PRICE", "in your currency")})
 
 
 def router_order(top_k: int | None) -> str:
