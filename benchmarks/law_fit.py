@@ -98,10 +98,10 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
     An option from nothing with too few points is left out, as after a grid that was interrupted; the law says so.
 
     Args:
-        points: of one grid: one parent architecture, one held-out set.
+        points: one grid's: one parent architecture, one held-out set.
         about: what was trained.
         source: where the points are.
-        draws: of the bootstrap.
+        draws: number of the bootstrap's.
 
     Raises:
         UpcycleError: another option has too few points for a fit, `dense` or `moe` is missing, or sizes of dense
@@ -175,7 +175,7 @@ def mean_cells(points: Sequence[Point]) -> Cells:
 
 
 def _fitted_to(form: str, option: str, means: Mapping[str, Cells]) -> Cells:
-    """Return what a form of an option is fitted to: its mean losses, or what they differ from dense by."""
+    """Select what a form of an option is fitted to: its mean losses, or what they differ from dense by."""
     return _both(means[option], means["dense"]) if form == RELATIVE else means[option]
 
 
@@ -303,7 +303,7 @@ class HeldOut:
 
     Args:
         option: whose loss.
-        parent_tokens, tokens: of the trainings.
+        parent_tokens, tokens: the trainings'.
         predicted: the difference, with its band.
         measured: the difference.
     """
@@ -321,7 +321,7 @@ class HeldOut:
 
 
 def held_out_differences(points: Sequence[Point], draws: int = DRAWS) -> list[HeldOut]:
-    """Return what the laws of all parents but one say of that one, for each in turn.
+    """Ask, for each parent in turn, the law of all others about it.
 
     Raises:
         UpcycleError: there are no more than `LEAST_PARENTS`.

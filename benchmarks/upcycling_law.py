@@ -89,7 +89,7 @@ def table(law: Law) -> str:
 
 
 def held_out_table(found: list[HeldOut]) -> str:
-    """Return what the laws of the other parents say of each parent, and how often the sign is right."""
+    """Tabulate what the laws of the other parents say of each parent, and how often the sign is right."""
     lines = ["| option | parent's tokens | tokens | predicted | measured | sign |", "|---|---:|---:|---|---:|---|"]
     words = {True: "right", False: "wrong", None: "not resolved"}
     for one in found:

@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size_name(name: str, micro_batch: int | None) -> str:
-    """Return what the command line calls a size of a layout, or some of them; other names as they are."""
+    """Name a size as the command line does (or some of them); other names stay as they are."""
     if name == "micro_batch":
         return name if micro_batch else "--layout mbs"
     return f"--layout {name}" if {*name.split(" x ")} <= SIZES else name
@@ -266,7 +266,7 @@ def _overrides(args: argparse.Namespace, plan: Plan, change: Change) -> list[str
 
 
 def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
-    """Return what to say where nothing fits: something that does."""
+    """Name something that fits, where nothing does."""
     gpus = f"{request.gpus} GPU" + "s" * (request.gpus > 1)
     if args.layout is None:
         text = f"Nothing fits {gpus}: these come nearest."

@@ -112,7 +112,7 @@ def _model_of(source: str) -> tuple[Path, Architecture]:
 
 
 def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
-    """Return what is to be planned for.
+    """Make the request that the command line describes.
 
     Raises:
         SpecError: a value is wrong.

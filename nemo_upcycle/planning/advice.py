@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -154,12 +155,12 @@ def nearest_outcomes(parent: DenseParent) -> list[dict[str, Any]]:
 
     What was not measured of one parent, whose tokens are null in the file, has none and comes last.
     """
-    found = []
+    sizes, found = {"parent_tokens": parent.tokens, "parameters": parent.parameters}, []
     for outcome in read_data("upcycling_points.yaml")["outcomes"]:
-        sizes = {"parent_tokens": parent.tokens, "parameters": parent.parameters}
         distance = {name: outcome[name] / own for name, own in sizes.items() if outcome["parent_tokens"]}
-        found.append(outcome | {"distance": {name: round(ratio, 4) for name, ratio in distance.items()}})
-    return sorted(found, key=lambda one: max((max(r, 1 / r) for r in one["distance"].values()), default=float("inf")))
+        farthest = max((max(ratio, 1 / ratio) for ratio in distance.values()), default=math.inf)
+        found.append((farthest, outcome | {"distance": {name: float(f"{r:.4g}") for name, r in distance.items()}}))
+    return [outcome for _, outcome in sorted(found, key=lambda pair: pair[0])]
 
 
 class RunAdvice(NamedTuple):

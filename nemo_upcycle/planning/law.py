@@ -73,7 +73,7 @@ class OptionLaw:
         held_out: root of the mean squared error of each form on parents that were left out, in nats a token; of an
             upcycled model, of its difference to `dense`.
         intervals: 90 % interval of each coefficient.
-        others: by form, the coefficients of those whose held-out error is not much larger than that of the chosen one:
+        others: coefficients, by form, of those whose held-out error is not much larger than that of the chosen one:
             they may be right as well.
     """
 
@@ -133,9 +133,9 @@ class Law:
     Args:
         about: what was trained.
         source: where the points are.
-        options: by name: `dense`, `dense_from_nothing`, and of a shape such as `e8t2` `upcycled_e8t2` and
+        options: their laws, by name: `dense`, `dense_from_nothing`, and of a shape such as `e8t2` `upcycled_e8t2` and
             `moe_from_nothing_e8t2`.
-        left_out: by option, why it has no law though some trainings of it are there.
+        left_out: reasons, by option, why it has no law though some trainings of it are there.
     """
 
     about: str
@@ -158,7 +158,7 @@ class Law:
             parent_tokens: tokens of the parent.
             tokens: tokens that follow.
             draw: number of a draw of the bootstrap; None: the fitted coefficients.
-            others: by option, one of its `others` in place of the chosen form.
+            others: forms, by option, from its `others`, in place of the chosen one.
         """
         form = others.get(option)
         loss = self.options[option].loss(parent_tokens, tokens, draw, form)

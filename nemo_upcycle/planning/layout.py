@@ -134,7 +134,7 @@ class Layout:
         return GroupRanks(tp, cp, dp, pp, etp, ep, rest % self.expert_dp)
 
     def chunks(self, arch: Architecture, stage: int) -> list[Chunk]:
-        """Return what a pipeline stage holds, a chunk for every virtual stage."""
+        """List the chunks that a pipeline stage holds, one for every virtual stage."""
         chunks, begin = [], 0
         for virtual in range(self.vp):
             for other in range(self.pp):

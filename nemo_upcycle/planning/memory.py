@@ -102,7 +102,7 @@ class LayerBytes:
 def layer_bytes(
     arch: Architecture, layout: Layout, work: Workload, moe: bool, fp8: bool, parts: str = "*-"
 ) -> LayerBytes:
-    """Return what one layer keeps of one micro-batch.
+    """Sum up what one layer keeps of one micro-batch.
 
     Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
     key, value and the attention's output, (2 H + 2 R) K; all of it over tp. A Mamba mixer keeps its inputs and
@@ -249,7 +249,7 @@ def least_with_activations(arch: Architecture, layout: Layout, work: Workload) -
 
 
 def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Memory:
-    """Return what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
+    """Sum up what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
     states = stage_plan(arch, layout, replace(work, recompute="none", overlap=()), stage)  # neither changes a state
     plain, routed, working = _activation_bytes(arch, layout, work, stage)
     tokens = work.seq_length // layout.cp * layout.micro_batch
@@ -278,9 +278,9 @@ def lora_params(arch: Architecture, rank: int) -> tuple[int, int]:
     """Return the parameters of LoRA's adapters, and of the routers, of the whole model.
 
     Args:
-        arch: of the model, of a family that is trained.
-        rank: of the adapters: an outer and an inner matrix for each linear layer of attention and networks, and of
-            every expert.
+        arch: the model's architecture.
+        rank: rank of the adapters: an outer and an inner matrix for each linear layer of attention and networks, and
+            of every expert.
     """
     width, head = arch.hidden_size, arch.head_dim
     attention = 2 * width + (2 * arch.num_heads + 2 * arch.num_kv_heads) * head
@@ -301,9 +301,9 @@ def checkpoint_bytes(arch: Architecture, lora: int = 0, weight_bytes: int = WEIG
     """Return the size of a checkpoint with the optimizer states of what is trained.
 
     Args:
-        arch: of the model.
+        arch: the model's architecture.
         lora: rank of the adapters that are trained beside the routers; 0: all weights are.
-        weight_bytes: of a parameter.
+        weight_bytes: bytes of a parameter.
     """
     params = trained = arch.total_params
     if lora:
@@ -324,7 +324,7 @@ def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[in
 
 
 def _contents(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[object, ...]:
-    """Return what stages have in common whose ranks hold the same states."""
+    """Describe a stage: ranks of stages with equal descriptions hold the same states."""
     return tuple(
         (
             chunk.has_embedding,

@@ -36,7 +36,7 @@ class Param(NamedTuple):
     Args:
         mapping: its row of the mapping table.
         layer: its layer in the whole model; None outside the layers.
-        shape: of the rank's shard.
+        shape: shape of the rank's shard.
     """
 
     mapping: ParamMapping
@@ -185,7 +185,7 @@ class StagePlan:
     """The buffers of all ranks of one pipeline stage.
 
     Args:
-        arch: of the model.
+        arch: the model's architecture.
         layout: the cluster's.
         work: decides the precision of weights and gradients.
         stage: the pipeline stage.

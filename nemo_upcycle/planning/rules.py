@@ -34,7 +34,7 @@ def check_layout(layout: Layout, arch: Architecture, work: Workload) -> None:
 
     Args:
         layout: the layout.
-        arch: of the model that is trained.
+        arch: the trained model's architecture.
         work: what a step works on.
 
     Raises:
@@ -165,7 +165,7 @@ def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterato
 
 
 def _row_multiple(layout: Layout, work: Workload) -> int:
-    """Return what the tokens of a rank's micro-batch are a multiple of.
+    """Compute the number that the tokens of a rank's micro-batch are a multiple of.
 
     By Transformer Engine's sources at d0067d0d: 16 (MXFP8: 32) where a weight's gradient sums over them
     (`cublaslt_gemm.cu`), and 8 in what sequence parallelism leaves each rank (`assert_dim_for_fp8_exec`).

@@ -43,11 +43,11 @@ class PlanRequest:
     """What to plan for.
 
     Args:
-        arch: of the model that is trained.
+        arch: the trained model's architecture.
         gpu: their kind.
         gpus: their number.
         work: what a step works on.
-        tokens: of the whole run.
+        tokens: the whole run's.
         software: one of `hardware.SOFTWARE`.
         usual: the settings, of `dispatcher` and `overlap`, that are not `work`'s but those of NVIDIA's recipes.
         grouped: whether the experts' products are grouped; else Megatron-Core cannot recompute their activation alone.
@@ -213,7 +213,7 @@ def usual_dispatcher(arch: Architecture, gpu: Gpu, layout: Layout, work: Workloa
 def usual_overlap(
     arch: Architecture, gpu: Gpu, layout: Layout, work: Workload, recompute: str, software: str
 ) -> tuple[str, ...]:
-    """Return what NVIDIA's recipes overlap (`perf_recipes` of Megatron-Bridge 0.6.2, NeMo's `performance_mode`).
+    """List what NVIDIA's recipes overlap (`perf_recipes` of Megatron-Bridge 0.6.2, NeMo's `performance_mode`).
 
     Tensor parallelism's traffic in dense models, but in FP4; the experts' between nodes, where Megatron-Core can: with
     interleaved stages or none, without Mamba layers, and without recomputing whole layers; in MXFP8 and NVFP4 of the
@@ -314,7 +314,7 @@ def _smallest(request: PlanRequest, every: Iterable[Layout], count: int) -> list
 
 
 def find(request: PlanRequest, limit: int) -> list[Plan]:
-    """Return what `search` returns, or an empty list where `search` raises."""
+    """Search, and return an empty list where `search` raises."""
     every = list(layouts(request))
     kinds = [request.plans(layout) for layout in every if _least(request, layout) <= request.room]
     chosen: dict[int, Plan] = {}
@@ -340,7 +340,7 @@ def find(request: PlanRequest, limit: int) -> list[Plan]:
 
 
 def _speed(plan: Plan) -> tuple[float, int]:
-    """Return what plans are ordered by; of two that are as fast, the one without context parallelism is simpler."""
+    """Make the key that orders plans; of two that are as fast, the one without context parallelism is simpler."""
     return plan.time.total, plan.layout.cp
 
 

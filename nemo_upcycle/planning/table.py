@@ -63,7 +63,7 @@ def table_text(plans: list[Plan], names: list[str] | None, width: int | None) ->
     Args:
         plans: a row each.
         names: the columns; None chooses.
-        width: of the terminal; None for all columns.
+        width: the terminal's; None for all columns.
     """
     every = [name for name in _CELLS if name != "cost" or plans[0].cost is not None]
     columns = {name: [name, *(_CELLS[name](plan) for plan in plans)] for name in names or every}
@@ -101,7 +101,7 @@ def row_values(plan: Plan, command: str | None, why_none: str) -> dict[str, Any]
 
     Args:
         plan: the plan.
-        command: that runs it; None: there is none.
+        command: the one that runs it; None: there is none.
         why_none: why no recipe has its settings; "" where one has.
     """
     layout = plan.layout
@@ -131,7 +131,7 @@ def row_values(plan: Plan, command: str | None, why_none: str) -> dict[str, Any]
 
 
 def routing_line(plan: Plan) -> str:
-    """Return what a plan's speed assumes of the router, and what natural routing costs; "" where it costs nothing."""
+    """Say what a plan's speed assumes of the router, and what natural routing costs; "" where it costs nothing."""
     other = replace(plan, work=replace(plan.work, routing="natural"))
     slower = other.time.total / plan.time.total - 1
     if plan.work.routing == "natural":

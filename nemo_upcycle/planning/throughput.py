@@ -79,7 +79,7 @@ class ThroughputModel:
     """Predicts steps of one architecture on one kind of GPU.
 
     Args:
-        arch: of the model that is trained.
+        arch: the trained model's architecture.
         gpu: their kind.
         machine: what is reached of its peaks.
     """
@@ -304,7 +304,7 @@ class ThroughputModel:
             span: neighbouring ranks that the group lies within.
             size: ranks of the group.
             hidden: seconds of work that hide it.
-            share: of it that can be hidden.
+            share: the part of it that can be hidden.
         """
         if volume <= 0 or size <= 1:
             return

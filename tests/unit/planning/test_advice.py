@@ -115,6 +115,7 @@ def test_what_was_measured_nearest_to_the_case_comes_first() -> None:
         assert found[0]["parent"] == first
         assert [bool(one["distance"]) for one in found] == [True, True, True, False, False]
     assert nearest_outcomes(PARENT)[0]["distance"] == {"parent_tokens": 1.0, "parameters": pytest.approx(1, rel=1e-3)}
+    assert nearest_outcomes(DenseParent(1e18, 1.0))[0]["distance"]["parent_tokens"] == 2e-6
     assert {one["reading"] for one in found} == {"for", "against"}
     assert all(one["source"].startswith("arXiv ") and one["found"] for one in found)
 
