@@ -53,7 +53,7 @@ def best_changes(plan: Plan, has_settings: Callable[[Plan], bool]) -> list[Chang
 
 
 def _single_changes(plan: Plan) -> Iterator[Change]:
-    """Try a size of the layout doubled or halved, another precision, the planner's recomputation; yield those that fit."""
+    """Yield those that fit of: a size doubled or halved, another precision, the planner's recomputation."""
     request, layout = plan.request, plan.layout
     changes: list[tuple[str, str, PlanRequest, Layout]] = []
     for key in ("tp", "pp", "vp", "cp", "ep", "etp", "micro_batch"):
