@@ -117,13 +117,10 @@ def test_forms_that_predict_as_well_are_kept_and_others_are_not(law: Law) -> Non
 
 
 def test_an_option_from_nothing_with_too_few_lengths_is_left_out_and_said(law: Law) -> None:
-    for counts in (1, 2):
-        new = [
-            Point("moe_from_nothing_e8t2", 0, tokens, 4e6, 1, 4 - 0.1 * math.log(tokens)) for tokens in TOKENS[:counts]
-        ]
-        found = fit_law([*_points(_interaction), *new], "synthetic", "here", draws=2)
-        assert set(found.options) == set(law.options)
-        assert found.left_out == {"moe_from_nothing_e8t2": f"{counts} of at least 3 numbers of tokens were trained"}
+    new = [Point("moe_from_nothing_e8t2", 0, tokens, 4e6, 1, 4 - 0.1 * math.log(tokens)) for tokens in TOKENS[:2]]
+    found = fit_law([*_points(_interaction), *new], "synthetic", "here", draws=1)
+    assert set(found.options) == set(law.options)
+    assert found.left_out == {"moe_from_nothing_e8t2": "2 of at least 3 numbers of tokens were trained"}
     assert law.left_out == {}
 
 
