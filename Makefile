@@ -26,7 +26,7 @@ help:
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
 	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 14 GiB of memory, 11 of disk)"
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
-	@echo "make lint    format, style, spelling, types, import layers"
+	@echo "make lint    format, style, spelling, types, import layers; lines of code by room"
 	@echo "make docs    the pages of docs/ and the reference, into site/, in an environment of their own, $(DOCS_VENV)"
 	@echo "make venv    only the environments, $(VENV) and $(DATA_VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
@@ -174,6 +174,7 @@ lint: venv
 	git ls-files | xargs $(BIN)/codespell
 	$(BIN)/mypy
 	$(MAKE) layers
+	$(BIN)/python scripts/count_lines.py
 
 # The package as it is installed, copied: tools that read files find recipes/ and conf/ in their places.
 tree:

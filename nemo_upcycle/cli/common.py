@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from nemo_upcycle.utils.dtypes import DTYPES, dtype_of
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-#: field of the spec -> (type, placeholder, help)
-_SPEC_FIELDS: dict[str, tuple[type, str, str]] = {
+#: Type, placeholder and help of an option.
+OptionRow = tuple[Callable[[str], Any], str, str]
+#: field of the spec -> its option
+_SPEC_FIELDS: dict[str, OptionRow] = {
     "num_experts": (int, "N", "routed experts of an MoE layer"),
     "top_k": (int, "K", "experts that process a token"),
     "granularity": (int, "G", "parts that the dense network is cut into; N and K are multiples of G"),
@@ -61,14 +64,29 @@ _SPEC_FIELDS: dict[str, tuple[type, str, str]] = {
 }
 
 
+def add_options(group: argparse._ArgumentGroup, fields: Mapping[str, OptionRow], default: Any = None) -> None:
+    """Add an option for each field: --top-k for `top_k`, --experts for `num_experts`.
+
+    Args:
+        group: where they stand in the help.
+        fields: name of a field -> its option.
+        default: the value of an option that is not given.
+    """
+    for field, (kind, placeholder, text) in fields.items():
+        option = "--" + field.removeprefix("num_").replace("_", "-")
+        group.add_argument(option, dest=field, type=kind, metavar=placeholder, default=default, help=text)
+
+
 def add_spec_options(parser: argparse.ArgumentParser, title: str = "what to make", defaults: bool = True) -> None:
     """Add the options that make an `UpcycleSpec`; with `defaults`, the help shows the spec's own."""
-    group = parser.add_argument_group(title)
-    for field, (kind, placeholder, text) in _SPEC_FIELDS.items():
-        if defaults:
-            text += f" (default: {UpcycleSpec.__dataclass_fields__[field].default})"
-        option = "--" + field.removeprefix("num_").replace("_", "-")
-        group.add_argument(option, dest=field, type=kind, metavar=placeholder, default=argparse.SUPPRESS, help=text)
+    fields = _SPEC_FIELDS
+    if defaults:
+        own = UpcycleSpec.__dataclass_fields__
+        fields = {
+            name: (kind, placeholder, f"{text} (default: {own[name].default})")
+            for name, (kind, placeholder, text) in fields.items()
+        }
+    add_options(parser.add_argument_group(title), fields, argparse.SUPPRESS)
 
 
 def given_spec(args: argparse.Namespace) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def _data_command() -> str:
 
 
 def _where_from() -> str:
-    """Return what pip installed this package from: a wheel, a folder; its name, where pip kept no address."""
+    """Find what pip installed this package from: a wheel, a folder; its name, where pip kept no address."""
     source = json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}")
     if not source or "vcs_info" in source:
         return f"{_PACKAGE}=={__version__}"

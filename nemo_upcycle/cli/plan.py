@@ -8,11 +8,10 @@ import re
 import shlex
 import shutil
 import textwrap
-from dataclasses import asdict
 from typing import Any
 
-from nemo_upcycle.cli.common import show
-from nemo_upcycle.cli.plan_request import Subject, request_of, subject_of
+from nemo_upcycle.cli.common import OptionRow, add_options, show
+from nemo_upcycle.cli.plan_request import Subject, add_shared_options, request_of, subject_of
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import hardware, table
@@ -37,7 +36,6 @@ from nemo_upcycle.planning.search import (
 from nemo_upcycle.planning.workload import (
     DISPATCHERS,
     GRADIENTS,
-    PRECISIONS,
     RECOMPUTES,
     ROUTINGS,
 )
@@ -47,12 +45,11 @@ from nemo_upcycle.utils.validation import check_whole, number_of_tokens
 EPILOG = """examples:
   nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 128
   nemo-upcycle plan --model /models/Llama-3-8B --experts 8 --top-k 2 --gpus 64 --tokens 27B --price-per-gpu-hour 2.5
-  nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512 --layout tp=2,pp=4,vp=8,cp=1,ep=8,etp=1 --explain 1 --check
+  nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512 --layout tp=2,pp=4,vp=8,cp=1,ep=8,etp=1 --explain 1
 
 keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp expert tensor parallelism; pp pipeline
   stages, vp virtual stages of each; mbs sequences of a micro-batch; dp data parallelism, which follows from the rest;
   first, last: layers of the first and the last stage; embedding=1, loss=1: count as a layer when layers are dealt out
-  (of models that are planned only, loss may be more)
 
 exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
@@ -67,29 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " hf://ORG/NAME on the hub, asset://smollm2-135m"
     )
     what.add_argument("--model", metavar="MODEL", help=text)
-    model = parser.add_argument_group("model and step")
-    model.add_argument(
-        "--experts", dest="num_experts", type=int, metavar="N", help="upcycle --model to N experts, or to more"
-    )
-    model.add_argument(
-        "--top-k",
-        type=int,
-        metavar="K",
-        help="experts that a token passes through (default: 2, or so many that --model's function is kept)",
-    )
-    model.add_argument("--granularity", type=int, metavar="G", help="parts of a dense network (default: 1)")
-    model.add_argument("--seq-length", type=int, metavar="TOKENS", help="tokens of a sequence (default: 8192)")
-    model.add_argument("--global-batch", type=int, metavar="SEQUENCES", help="sequences of a step (default: 512)")
-    model.add_argument("--capacity-factor", type=float, metavar="CF", help="of the experts; 0 drops nothing")
+    model, cluster = (parser.add_argument_group(title) for title in ("model and step", "cluster"))
+    add_shared_options(model, cluster)
+    dispatchers = f"{', '.join(DISPATCHERS)} (default: the recipe's alltoall; hybridep for --model on Blackwell)"
+    beside = "what runs beside computation; the recipes have none, --model what NVIDIA's recipes have for the layout"
+    step: dict[str, OptionRow] = {
+        "capacity_factor": (float, "CF", "of the experts; 0 drops nothing"),
+        "imbalance": (float, "X", "busiest over mean expert rank (1.5; 1.11 with --routing balanced)"),
+        "dispatcher": (str, "NAME", dispatchers),
+        "routing": (str, "NAME", f"{', '.join(ROUTINGS)} (balanced)"),
+        "overlap": (str, "tp,ep,launch", beside),
+        "tokens": (number_of_tokens, "N", "tokens of the run: 100B, 27e9 (default: 100B)"),
+    }
+    add_options(model, step)
     model.add_argument("--pad-to-capacity", action="store_true", help="pad every expert up to its capacity")
-    model.add_argument(
-        "--imbalance",
-        type=float,
-        metavar="X",
-        help="busiest over mean expert rank (1.5; 1.11 with --routing balanced)",
-    )
-    text = f"{', '.join(PRECISIONS)}; the last two on Blackwell (default: bf16)"
-    model.add_argument("--precision", default="bf16", metavar="NAME", help=text)
+    text = "routers learn from all experts, which then compute for each token"
+    model.add_argument("--dense-router-gradient", action="store_true", help=text)
     text = (
         "keep parameters in FP8 or FP4 (default: for --model without --experts that no recipe trains, as NVIDIA does)"
     )
@@ -97,39 +87,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--low-precision-params", dest="low_params", action=switch, help=text)
     text = f"{', '.join(GRADIENTS)}: what gradients are summed in (default: the recipe's; for --model bf16)"
     model.add_argument("--grad-dtype", dest="gradients", metavar="NAME", help=text)
-    text = "(default: the recipe's alltoall; hybridep for --model on Blackwell)"
-    model.add_argument("--dispatcher", metavar="NAME", help=f"{', '.join(DISPATCHERS)} {text}")
-    model.add_argument("--routing", metavar="NAME", help=f"{', '.join(ROUTINGS)} (balanced)")
-    text = "routers learn from all experts, which then compute for each token"
-    model.add_argument("--dense-router-gradient", action="store_true", help=text)
-    text = "what runs beside computation; the recipes have none, --model what NVIDIA's recipes have for the layout"
-    model.add_argument("--overlap", metavar="tp,ep,launch", help=text)
-    model.add_argument(
-        "--tokens", type=number_of_tokens, metavar="N", help="tokens of the run: 100B, 27e9 (default: 100B)"
-    )
-    cluster = parser.add_argument_group("cluster")
-    cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
-    cluster.add_argument(
-        "--gpu", default="h100", metavar="NAME", help=f"{', '.join(hardware.gpu_names())} (default: h100)"
-    )
     text = f"{', '.join(hardware.SOFTWARE)}, or NVIDIA's container, 26.02 (default: the back end's)"
     cluster.add_argument("--software", metavar="NAME", help=text)
-    cluster.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in your currency")
-    layout = parser.add_argument_group("layout")
-    layout.add_argument("--layout", metavar="tp=2,pp=4,...", help="evaluate this one; its keys are listed below")
-    layout.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch (default: searched)")
-    text = f"{', '.join(RECOMPUTES)}, or several modules: layernorm,moe_act"
-    layout.add_argument("--recompute", metavar="KIND", help=f"{text} (default: the fastest that fits)")
-    layout.add_argument("--rows", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--explain", type=int, metavar="ROW", help="show the arithmetic of a row")
-    output.add_argument("--rank", metavar="R", help="parameters of rank R (a number, 1,2,3 or all) in the first row")
-    output.add_argument("--check", action="store_true", help="compare the first row with Megatron's own modules")
-    output.add_argument("--columns", metavar="GiB,MFU,...", help="columns of the table (default: what has room)")
-    output.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
-    output.add_argument(
-        "--backend", default="nemo", metavar="NAME", help="whose command: nemo or bridge (default: nemo)"
-    )
+    recomputes = f"{', '.join(RECOMPUTES)}, or several modules: layernorm,moe_act (default: the fastest that fits)"
+    layout: dict[str, OptionRow] = {
+        "layout": (str, "tp=2,pp=4,...", "evaluate this one; its keys are listed below"),
+        "micro_batch": (int, "N", "sequences of a micro-batch (default: searched)"),
+        "recompute": (str, "KIND", recomputes),
+    }
+    group = parser.add_argument_group("layout")
+    add_options(group, layout)
+    add_options(group, {"rows": (int, "N", "layouts to show (default: 10)")}, 10)
+    output: dict[str, OptionRow] = {
+        "explain": (int, "ROW", "show the arithmetic of a row"),
+        "rank": (str, "R", "parameters of rank R (a number, 1,2,3 or all) in the first row"),
+        "columns": (str, "GiB,MFU,...", "columns of the table (default: what has room)"),
+    }
+    group = parser.add_argument_group("output")
+    add_options(group, output)
+    group.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
+    add_options(group, {"backend": (str, "NAME", "whose command: nemo or bridge (default: nemo)")}, "nemo")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -165,13 +142,12 @@ def run(args: argparse.Namespace) -> int:
     answer["faster_by_one_change"] = {change.text: change.percent for change in faster}
     answer["overrides_of_changes"] = {change.text: _overrides(args, chosen, change) for change in faster}
     answer |= {"ranks": ranks} if ranks is not None else {}
-    answer |= {"check": _check(subject, plans[0])} if args.check else {}
     show(args, answer, "" if args.json else _text(args, subject, plans, answer, names))
     return 1 if all(plan.verdict == "no" for plan in plans) else 0
 
 
 def _size_name(name: str, micro_batch: int | None) -> str:
-    """Return what the command line calls a size of a layout, or some of them; other names as they are."""
+    """Name a size as the command line does (or some of them); other names stay as they are."""
     if name == "micro_batch":
         return name if micro_batch else "--layout mbs"
     return f"--layout {name}" if {*name.split(" x ")} <= SIZES else name
@@ -189,19 +165,6 @@ def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
         {"rank": rank, "params": plans[stage].params, "expert_params": plans[stage].expert_params}
         for rank, stage in zip(ranks, stages, strict=True)
     ]
-
-
-def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
-    if subject.arch.planned_only or subject.arch.mamba:
-        got = subject.arch.hf_class or "Mamba layers"
-        raise SpecError("--check", got=got, expected="a GPTModel that this package trains", fix="omit --check")
-    from nemo_upcycle.planning.activations import check_activations
-    from nemo_upcycle.planning.check import check_layout_against_megatron
-
-    dense = subject.dense if subject.folder is None or subject.spec else None
-    checked = check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec)
-    terms = check_activations(subject.arch, plan.layout, plan.work)
-    return asdict(checked) | {"activations": [asdict(term) for term in terms]}
 
 
 def _text(
@@ -249,13 +212,6 @@ def _text(
     for rank in answer.get("ranks", []):
         counts = f"{rank['params']:,} parameters, {rank['expert_params']:,} of them of experts"
         lines.append(folded(f"rank {rank['rank']}: {counts}"))
-    if checked := answer.get("check"):
-        equal = "all equal in parameters, buffers of weights and gradients, and optimizer states"
-        text = f"checked with Megatron's own modules: {checked['ranks']} ranks of {checked['kinds']} kinds, {equal}"
-        lines += [folded(text), folded(f"built as: {', '.join(checked['specs'])}")]
-        if checked["tensors"]:
-            lines.append(folded(f"and the read plan fills each of their {checked['tensors']} tensors once"))
-        lines += [folded(line) for line in table.activations_lines(checked["activations"])]
     return "\n".join(lines)
 
 
@@ -283,15 +239,12 @@ def _continued(words: list[str], width: int) -> str:
 
 def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
     length, positions = request.work.seq_length, subject.dense.max_positions
-    found = []
-    if subject.arch.planned_only:
-        found.append(f"{subject.arch.hf_class} is planned only: this package neither upcycles, converts nor trains it")
-    if length > positions:
-        found.append(
-            f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it"
-            " was not trained on longer ones, and what it computes of them is poor at first"
-        )
-    return found
+    if length <= positions:
+        return []
+    return [
+        f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it"
+        " was not trained on longer ones, and what it computes of them is poor at first"
+    ]
 
 
 def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Change]:
@@ -313,7 +266,7 @@ def _overrides(args: argparse.Namespace, plan: Plan, change: Change) -> list[str
 
 
 def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
-    """Return what to say where nothing fits: something that does."""
+    """Name something that fits, where nothing does."""
     gpus = f"{request.gpus} GPU" + "s" * (request.gpus > 1)
     if args.layout is None:
         text = f"Nothing fits {gpus}: these come nearest."

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.cli.common import OptionRow, add_options
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import check_parent
@@ -15,7 +16,7 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
-from nemo_upcycle.planning.workload import FORCED_IMBALANCE, USUAL_IMBALANCE, Workload
+from nemo_upcycle.planning.workload import FORCED_IMBALANCE, PRECISIONS, USUAL_IMBALANCE, Workload
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.validation import check_capacity, check_number, check_whole
 
@@ -45,6 +46,23 @@ class Subject:
     folder: Path | None = None
 
 
+def add_shared_options(model: argparse._ArgumentGroup, cluster: argparse._ArgumentGroup) -> None:
+    """Add the options of `plan` that `advise` has, too."""
+    upcycling: dict[str, OptionRow] = {
+        "num_experts": (int, "N", "upcycle --model to N experts, or to more"),
+        "top_k": (int, "K", "experts that a token passes through (default: 2, or what keeps --model's function)"),
+        "granularity": (int, "G", "parts of a dense network (default: 1)"),
+        "seq_length": (int, "TOKENS", "tokens of a sequence (default: 8192)"),
+        "global_batch": (int, "SEQUENCES", "sequences of a step (default: 512)"),
+    }
+    add_options(model, upcycling)
+    precisions = f"{', '.join(PRECISIONS)}; the last two on Blackwell (default: bf16)"
+    add_options(model, {"precision": (str, "NAME", precisions)}, "bf16")
+    cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    add_options(cluster, {"gpu": (str, "NAME", f"{', '.join(hardware.gpu_names())} (default: h100)")}, "h100")
+    add_options(cluster, {"price_per_gpu_hour": (float, "PRICE", "in your currency")})
+
+
 def router_order(top_k: int | None) -> str:
     """Return the router's order, which does not change what training costs: with one expert the other is refused."""
     return "softmax_topk" if top_k == 1 else "topk_softmax"
@@ -62,8 +80,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
         known = hardware.known_recipe(args.recipe)
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder, arch = _model_of(args.model)
-    if not arch.planned_only:
-        rope_kind(arch)  # training refuses another kind, too
+    rope_kind(arch)  # training refuses another kind, too
     if args.num_experts is None:
         _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")
         return Subject(arch, arch, None, hardware.recipe_for(arch, arch), _DEFAULTS, folder)
@@ -88,14 +105,14 @@ def _model_of(source: str) -> tuple[Path, Architecture]:
 
     folder = configuration_folder(source, nemo=True)
     if (folder / "config.json").is_file():
-        return folder, read_architecture(folder, to_plan=True)
+        return folder, read_architecture(folder)
     from nemo_upcycle.sources.megatron_checkpoint import is_megatron, read_megatron_architecture  # imports torch
 
     return folder, (read_megatron_architecture if is_megatron(folder) else read_architecture)(folder)
 
 
 def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
-    """Return what is to be planned for.
+    """Make the request that the command line describes.
 
     Raises:
         SpecError: a value is wrong.
@@ -181,8 +198,6 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
         "--overlap": "ep" if "ep" in overlap else None,
         "--recompute": args.recompute if {"layernorm", "moe_act", "moe"} & {*recompute} else None,
     }
-    if "mla_up_proj" in recompute and not subject.arch.latent:
-        _refuse({"--recompute": args.recompute}, "another kind: only latent attention has mla_up_proj", "omit {}")
     if args.low_params and args.precision == "bf16":
         _refuse({"--low-precision-params": True}, "--precision in FP8 or FP4 beside it", "add --precision fp8-current")
     if not subject.arch.num_experts:

@@ -43,8 +43,8 @@ class TrainingFacts:
     """What the metrics of a training need to know of it.
 
     Args:
-        path: of `metrics.jsonl`; `training.json` is beside it.
-        architecture: of the whole model.
+        path: where `metrics.jsonl` is written; `training.json` is beside it.
+        architecture: the whole model's architecture.
         seq_length: tokens of a sequence.
         global_batch_size: sequences of a step.
         max_steps: steps of the training.
@@ -68,7 +68,7 @@ class Probe(Protocol):
         """Return this rank's part since the last call, to be summed over all ranks."""
 
     def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Return what the step's line gets of the sums."""
+        """Make the values of the step's line from the sums."""
 
 
 class StepMetrics:
@@ -81,10 +81,10 @@ class StepMetrics:
 
     Args:
         training: what is trained.
-        health: that watches the routers of this rank; None for a dense model.
+        health: what watches the routers of this rank; None for a dense model.
         first_step: after which the training starts, 0 for a new one; lines of later steps are deleted.
         settings: for `training.json`.
-        probes: of what the trainer measures besides; None among them: nothing. All ranks must agree on them.
+        probes: what the trainer measures besides; None among them: nothing. All ranks must agree on them.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class StepMetrics:
 
         Args:
             step: its number, from 1 on.
-            loss: of the step, a number or a tensor of one, on the one rank that gives it; None on all others.
+            loss: the step's, a number or a tensor of one, on the one rank that gives it; None on all others.
             grad_norm: norm of the gradient; that of the first rank counts.
             lr: learning rate, likewise.
 
@@ -252,10 +252,10 @@ class Throughput:
     """Turns tokens and seconds into rates.
 
     Args:
-        architecture: of the whole model.
+        architecture: the whole model's architecture.
         seq_length: s, tokens of a sequence.
         gpus: ranks that share the work.
-        peak_tflops: of one of them, by precision; empty where there is no MFU to be stated.
+        peak_tflops: one GPU's, by precision; empty where there is no MFU to be stated.
 
     Example:
         >>> rates = Throughput(llama3_8b_e8t2, 8192, gpus=128, peak_tflops=peaks_of("H100")).of(645_760, 1.0)
@@ -278,7 +278,7 @@ class Throughput:
         """Return the rates of a step.
 
         Args:
-            tokens: of the step, over all ranks.
+            tokens: the step's, over all ranks.
             seconds: it took.
 
         Returns:

@@ -27,7 +27,7 @@ class Change(NamedTuple):
         kind: what is another: parallel sizes, stages, micro-batch, precision or recomputation.
         text: the setting, as `nemo-upcycle plan` takes it.
         plan: with it.
-        percent: of speed that it adds.
+        percent: the speed that it adds.
     """
 
     kind: str
@@ -53,7 +53,7 @@ def best_changes(plan: Plan, has_settings: Callable[[Plan], bool]) -> list[Chang
 
 
 def _single_changes(plan: Plan) -> Iterator[Change]:
-    """Yield what fits: a size of the layout doubled or halved, another precision, the planner's recomputation."""
+    """Yield those that fit of: a size doubled or halved, another precision, the planner's recomputation."""
     request, layout = plan.request, plan.layout
     changes: list[tuple[str, str, PlanRequest, Layout]] = []
     for key in ("tp", "pp", "vp", "cp", "ep", "etp", "micro_batch"):

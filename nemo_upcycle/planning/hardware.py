@@ -100,7 +100,7 @@ class Machine:
         """Return token slots of the busiest expert rank over the mean.
 
         Args:
-            experts: of a layer.
+            experts: a layer's.
             natural: whether the router decides, as in training; else it is made to balance.
         """
         added = self.uneven * max(0.0, math.log2(max(experts, 1) / 4)) if natural else 0.0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES, stage_plan
+from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES, average_params, stage_plan
 from nemo_upcycle.planning.workload import Workload
 
 
@@ -102,14 +102,13 @@ class LayerBytes:
 def layer_bytes(
     arch: Architecture, layout: Layout, work: Workload, moe: bool, fp8: bool, parts: str = "*-"
 ) -> LayerBytes:
-    """Return what one layer keeps of one micro-batch.
+    """Sum up what one layer keeps of one micro-batch.
 
     Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
-    key, value and the attention's output, (2 H + 2 R) K; all of it over tp. Latent attention keeps its narrow tensors
-    besides, twice; a Mamba mixer its inputs and outputs. A dense network adds (2 F + F) / tp, an MoE layer (2 F + F) /
-    etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's logits, half of them
-    for the order of the slots; 8 more with a router gradient of all experts. In FP8 the inputs of linear layers take
-    one byte, all others two.
+    key, value and the attention's output, (2 H + 2 R) K; all of it over tp. A Mamba mixer keeps its inputs and
+    outputs. A dense network adds (2 F + F) / tp, an MoE layer (2 F + F) / etp for every token slot, the experts'
+    input, D a slot, and 16 bytes for each of the router's logits, half of them for the order of the slots; 8 more with
+    a router gradient of all experts. In FP8 the inputs of linear layers take one byte, all others two.
 
     Args:
         arch: the model's architecture.
@@ -145,24 +144,21 @@ def layer_bytes(
         network = {"fc1 output": tokens * before_fc2 * neurons, "fc2 input": tokens * saved * neurons}
     if moe:
         network |= dict.fromkeys(("router", "dispatch"), tokens * 8 * (arch.num_experts or 0))
-        network["latent input"] = tokens * saved * (arch.expert_input_size or 0)
         # As many slots as the rank's own tokens have, from all over its group; etp ranks gather theirs.
         slots = tokens * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
         cut = (arch.expert_ffn_size or 0) / layout.etp
-        sizes = (slots * saved * arch.expert_width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
+        sizes = (slots * saved * width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
         network |= dict(zip(ROUTED, sizes, strict=True))
     other_experts = 0.0
     if moe and work.dense_router_gradient:
         network["dense router gradient"] = tokens * 8 * (arch.num_experts or 0)  # weights of all, and their softmax
         # A part has as many slots as were chosen: sent, received, multiplied and sent back, all in BF16.
         even = tokens * (arch.top_k or 0) * layout.etp
-        other_experts = 2 * even * (4 * arch.expert_width + (gates + 1) * (arch.expert_ffn_size or 0) / layout.etp)
+        other_experts = 2 * even * (4 * width + (gates + 1) * (arch.expert_ffn_size or 0) / layout.etp)
     terms = attention | norm | network
     freed: set[str] = set()
     if work.recomputes("core_attn"):
         freed.add("softmax statistics")  # flash attention keeps no scores
-    if work.recomputes("mla_up_proj"):
-        freed.add("latent attention")
     if moe and work.recomputes("layernorm"):  # Transformer Engine's other norms are one with a linear layer
         freed.add("network input")
     if moe and work.recomputes("moe_act"):
@@ -182,23 +178,18 @@ def layer_bytes(
 def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool) -> dict[str, float]:
     """Return the bytes that attention and its norm keep of a token, by term."""
     heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    values, out = arch.num_kv_heads * arch.value_dim, arch.num_heads * arch.value_dim
     terms = {
         "attention norm": 2 * sum(arch.norm_places) * arch.hidden_size,
         "qkv input": saved * arch.hidden_size,
-        "attention": 2 * (heads + groups + values) + 2 * out,
+        "attention": 4 * (heads + groups),
         "softmax statistics": 4 * arch.num_heads,
     }
-    if arch.latent:
-        terms["attention"] = 2 * out
-        terms["latent attention"] = 2 * (heads + groups + values)  # query, key and value
-        terms["latent tensors"] = (2 + saved) * ((arch.latent.query_rank or 0) + arch.latent.kv_rank)
-    elif work.recomputes("core_attn"):  # keeps the value, which is a view of what the linear layer makes of all three
+    if work.recomputes("core_attn"):  # keeps the value, which is a view of what the linear layer makes of all three
         terms["attention"] += 2 * (heads + groups)
     if arch.qk_norm:
         terms["query and key norms"] = 2 * (heads + groups)  # they keep their input
     if work.precision == "fp8-delayed" and fp8:
-        terms["projection input"] = out  # else attention's own output serves both
+        terms["projection input"] = heads  # else attention's own output serves both
     return terms
 
 
@@ -226,14 +217,11 @@ def layers_in_flight(
     for chunk, count in zip(layout.chunks(arch, stage), in_flight(layout, work, stage), strict=True):
         for layer in chunk.layers:
             counts[arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer), arch.parts(layer)] += count
-        if arch.mtp_layers and chunk.has_output:
-            fp8 = work.is_fp8_layer(arch, arch.num_layers - 1)
-            counts[bool(arch.num_experts), fp8, "*-"] += arch.mtp_layers * count
     return counts
 
 
-def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
-    """Return what a stage's ranks keep at the peak, in bytes: plain, of routed experts, of the layer that runs."""
+def _activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
+    """Sum up what a stage's ranks keep at the peak, in bytes: plain, of routed experts, of the layer that runs."""
     counts = layers_in_flight(arch, layout, work, stage)
     held = {kind: layer_bytes(arch, layout, work, *kind) for kind in counts}
     return (
@@ -243,10 +231,27 @@ def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: 
     )
 
 
+def least_bytes(arch: Architecture, layout: Layout, work: Workload) -> float:
+    """Bound from below what the fullest rank holds, quickly: the states of its share of the parameters."""
+    dense, expert = average_params(arch, layout)
+    weight = min(WEIGHT_BYTES, work.numbers.copy_bytes) if work.low_params else WEIGHT_BYTES
+    if work.lora:  # nearly all are frozen
+        return (dense + expert) * weight
+    owned = dense / layout.dense_shards + expert / layout.expert_dp
+    return (dense + expert) * (weight + work.gradient_bytes) + owned * OPTIMIZER_BYTES
+
+
+def least_with_activations(arch: Architecture, layout: Layout, work: Workload) -> float:
+    """Bound it more tightly, with the activations of the first stage."""
+    if arch.moe_pattern or arch.mamba:  # which may hold less than its share
+        return stage_memory(arch, layout, work, 0).total
+    return least_bytes(arch, layout, work) + sum(_activation_bytes(arch, layout, work, 0))
+
+
 def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Memory:
-    """Return what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
+    """Sum up what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
     states = stage_plan(arch, layout, replace(work, recompute="none", overlap=()), stage)  # neither changes a state
-    plain, routed, working = activation_bytes(arch, layout, work, stage)
+    plain, routed, working = _activation_bytes(arch, layout, work, stage)
     tokens = work.seq_length // layout.cp * layout.micro_batch
     logits = tokens * layout.padded_vocab(arch) // layout.tp * (LOGIT_BYTES + work.teacher * TEACHER_LOGIT_BYTES)
     weights, gradients, optimizer = states.weights_bytes, states.gradients_bytes, states.optimizer_bytes()
@@ -263,7 +268,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
         fp8_copies=states.fp8_bytes,
         activations=round(plain),
         routed=round(routed),
-        logits=logits * (1 + arch.mtp_layers) if stage == layout.pp - 1 else 0,
+        logits=logits if stage == layout.pp - 1 else 0,
         workspace=round(working),
         context=CONTEXT_BYTES + GROUP_BYTES * sum(size > 1 for size in group_sizes),
     )
@@ -273,9 +278,9 @@ def lora_params(arch: Architecture, rank: int) -> tuple[int, int]:
     """Return the parameters of LoRA's adapters, and of the routers, of the whole model.
 
     Args:
-        arch: of the model, of a family that is trained.
-        rank: of the adapters: an outer and an inner matrix for each linear layer of attention and networks, and of
-            every expert.
+        arch: the model's architecture.
+        rank: rank of the adapters: an outer and an inner matrix for each linear layer of attention and networks, and
+            of every expert.
     """
     width, head = arch.hidden_size, arch.head_dim
     attention = 2 * width + (2 * arch.num_heads + 2 * arch.num_kv_heads) * head
@@ -296,9 +301,9 @@ def checkpoint_bytes(arch: Architecture, lora: int = 0, weight_bytes: int = WEIG
     """Return the size of a checkpoint with the optimizer states of what is trained.
 
     Args:
-        arch: of the model.
+        arch: the model's architecture.
         lora: rank of the adapters that are trained beside the routers; 0: all weights are.
-        weight_bytes: of a parameter.
+        weight_bytes: bytes of a parameter.
     """
     params = trained = arch.total_params
     if lora:
@@ -319,7 +324,7 @@ def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[in
 
 
 def _contents(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[object, ...]:
-    """Return what stages have in common whose ranks hold the same states."""
+    """Describe a stage: ranks of stages with equal descriptions hold the same states."""
     return tuple(
         (
             chunk.has_embedding,

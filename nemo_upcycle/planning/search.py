@@ -15,8 +15,14 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, known_machine
 from nemo_upcycle.planning.layout import Layout, divisors
-from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, stage_memory, worst_memory
-from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
+from nemo_upcycle.planning.memory import (
+    GIB,
+    Memory,
+    checkpoint_bytes,
+    least_bytes,
+    least_with_activations,
+    worst_memory,
+)
 from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
@@ -26,7 +32,6 @@ from nemo_upcycle.planning.workload import PRECISIONS, Workload
 FITS, TIGHT = 0.90, 0.97
 _MICRO_BATCHES = (1, 2, 4)
 _CONTEXTS = (1, 2, 4, 8, 16)
-_UNEVEN_STAGES = (2, 4, 8, 16, 32)
 #: Above this, matrices are small.
 _MOST_TP = 8
 #: Larger numbers of GPUs are mistakes.
@@ -38,11 +43,11 @@ class PlanRequest:
     """What to plan for.
 
     Args:
-        arch: of the model that is trained.
+        arch: the trained model's architecture.
         gpu: their kind.
         gpus: their number.
         work: what a step works on.
-        tokens: of the whole run.
+        tokens: the whole run's.
         software: one of `hardware.SOFTWARE`.
         usual: the settings, of `dispatcher` and `overlap`, that are not `work`'s but those of NVIDIA's recipes.
         grouped: whether the experts' products are grouped; else Megatron-Core cannot recompute their activation alone.
@@ -89,6 +94,11 @@ class PlanRequest:
         return _changed(self.work, recompute, *(usual[name] if name in self.usual else None for name in usual))
 
     @property
+    def room(self) -> float:
+        """Bytes of a GPU up to which a layout is tight."""
+        return self.gpu.memory_gib * TIGHT * GIB
+
+    @property
     def recomputes(self) -> tuple[str, ...]:
         """The kinds of recomputation to choose from, nothing first, and last what keeps least.
 
@@ -100,7 +110,6 @@ class PlanRequest:
             return ("none", "mlp", "full")
         delayed, dense = self.work.precision == "fp8-delayed", ("mlp",) if self.arch.moe_pattern else ()
         light = () if delayed else ("layernorm", *(("moe_act", "layernorm,moe_act") if self.grouped else ()))
-        light = (*light, "mla_up_proj", *(f"{kind},mla_up_proj" for kind in light[-1:])) if self.arch.latent else light
         heavy = ("moe",) if delayed else ("moe", "layernorm,moe")
         return ("none", *light, *dense, *heavy, "full")
 
@@ -184,9 +193,7 @@ class Plan:
     @property
     def checkpoint_gib(self) -> float:
         """Size of a checkpoint with optimizer states."""
-        arch = self.request.arch
-        mtp = (WEIGHT_BYTES + OPTIMIZER_BYTES) * arch.mtp_params()
-        return (checkpoint_bytes(arch, self.work.lora) + mtp) / GIB
+        return checkpoint_bytes(self.request.arch, self.work.lora) / GIB
 
 
 @functools.lru_cache(maxsize=256)
@@ -206,7 +213,7 @@ def usual_dispatcher(arch: Architecture, gpu: Gpu, layout: Layout, work: Workloa
 def usual_overlap(
     arch: Architecture, gpu: Gpu, layout: Layout, work: Workload, recompute: str, software: str
 ) -> tuple[str, ...]:
-    """Return what NVIDIA's recipes overlap (`perf_recipes` of Megatron-Bridge 0.6.2, NeMo's `performance_mode`).
+    """List what NVIDIA's recipes overlap (`perf_recipes` of Megatron-Bridge 0.6.2, NeMo's `performance_mode`).
 
     Tensor parallelism's traffic in dense models, but in FP4; the experts' between nodes, where Megatron-Core can: with
     interleaved stages or none, without Mamba layers, and without recomputing whole layers; in MXFP8 and NVFP4 of the
@@ -298,20 +305,18 @@ def _batches(batch: int, step: int) -> list[int]:
 def _fits(request: PlanRequest) -> bool:
     """Return whether some layout fits; looks only at those that need least memory."""
     smallest = _smallest(request, layouts(request), 20)
-    able = (layout for layout in smallest if _least_gib(request, layout) <= request.gpu.memory_gib * TIGHT)
+    able = (layout for layout in smallest if _least(request, layout) <= request.room)
     return any(request.plans(layout)[-1].verdict != "no" for layout in able)
 
 
 def _smallest(request: PlanRequest, every: Iterable[Layout], count: int) -> list[Layout]:
-    return heapq.nsmallest(count, every, key=lambda layout: _least_gib(request, layout))
+    return heapq.nsmallest(count, every, key=lambda layout: _least(request, layout))
 
 
 def find(request: PlanRequest, limit: int) -> list[Plan]:
-    """Return what `search` returns, or an empty list where `search` raises."""
+    """Search, and return an empty list where `search` raises."""
     every = list(layouts(request))
-    room_gib = request.gpu.memory_gib * TIGHT
-    able = [layout for layout in every if _least_gib(request, layout) <= room_gib]
-    kinds = [request.plans(layout) for layout in able]
+    kinds = [request.plans(layout) for layout in every if _least(request, layout) <= request.room]
     chosen: dict[int, Plan] = {}
     # Fastest first: of a layout that which recomputes nothing, and where it does not fit all others.
     queue = [(*_speed(plans[0]), number, 0) for number, plans in enumerate(kinds)]
@@ -320,7 +325,8 @@ def find(request: PlanRequest, limit: int) -> list[Plan]:
         *_, number, kind = heapq.heappop(queue)
         plans = kinds[number]
         plan = plans[kind]
-        able_to_run = number not in chosen and _could_fit(plan) and plan.verdict != "no"
+        could_fit = least_with_activations(request.arch, plan.layout, plan.work) <= request.room
+        able_to_run = number not in chosen and could_fit and plan.verdict != "no"
         # A tight one gives way to a slower one of the same layout that fits.
         if able_to_run and (plan.verdict == "fits" or not any(other.verdict == "fits" for other in plans)):
             chosen[number] = plan
@@ -334,49 +340,27 @@ def find(request: PlanRequest, limit: int) -> list[Plan]:
 
 
 def _speed(plan: Plan) -> tuple[float, int]:
-    """Return what plans are ordered by; of two that are as fast, the one without context parallelism is simpler."""
+    """Make the key that orders plans; of two that are as fast, the one without context parallelism is simpler."""
     return plan.time.total, plan.layout.cp
 
 
 def layouts(request: PlanRequest) -> Iterator[Layout]:
-    """Yield every layout of even stages that obeys the rules; tensor parallelism stays within NVLink.
-
-    Of models that are planned only, the last stage may have fewer layers.
-    """
+    """Yield every layout of even stages that obeys the rules; tensor parallelism stays within NVLink."""
     arch, node = request.arch, min(_MOST_TP, request.gpu.nvlink_gpus)
     micro_batches = _MICRO_BATCHES if request.micro_batch is None else (request.micro_batch,)
     experts = divisors(arch.num_experts) if arch.num_experts else [1]
-    stages = sorted({*divisors(arch.num_layers), *(_UNEVEN_STAGES if arch.planned_only else ())})
-    for tp, cp, pp, ep in itertools.product(divisors(node), _CONTEXTS, stages, experts):
+    for tp, cp, pp, ep in itertools.product(divisors(node), _CONTEXTS, divisors(arch.num_layers), experts):
         if request.gpus % (tp * cp * pp) or request.gpus % (ep * pp) or arch.num_kv_heads % tp:
             continue
         for etp in {1, tp} if ep > 1 else {tp}:
             # Context parallelism cuts what a larger micro-batch adds: together they gain nothing.
             micros = micro_batches[:1] if cp > 1 else micro_batches
-            chunks = [1, *_UNEVEN_STAGES] if arch.num_layers % pp else divisors(arch.num_layers // pp)
-            for vp, micro in itertools.product(chunks if pp > 1 else [1], micros):
-                loss = -arch.num_layers % (pp * vp)
-                sizes = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp, "loss": loss}
-                layout = Layout(gpus=request.gpus, micro_batch=micro, **sizes)
+            chunks = divisors(arch.num_layers // pp) if pp > 1 else [1]
+            for vp, micro in itertools.product(chunks, micros):
+                layout = Layout(gpus=request.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
                 if first_violation(layout, request.arch, request.work) is None:
                     yield layout
 
 
-def _least_gib(request: PlanRequest, layout: Layout) -> float:
-    """Return a lower bound of what the worst rank holds: the states of its share of the parameters."""
-    dense, expert = request.model.rank_params(layout)
-    weight = min(WEIGHT_BYTES, request.work.numbers.copy_bytes) if request.work.low_params else WEIGHT_BYTES
-    if request.work.lora:  # nearly all are frozen
-        return (dense + expert) * weight / GIB
-    state = weight + request.work.gradient_bytes
-    owned = dense / layout.dense_shards + expert / layout.expert_dp
-    return ((dense + expert) * state + owned * OPTIMIZER_BYTES) / GIB
-
-
-def _could_fit(plan: Plan) -> bool:
-    """Return whether the first stage has room for states and activations; cheap, and true for every plan that fits."""
-    request, room_gib = plan.request, plan.request.gpu.memory_gib * TIGHT
-    if request.arch.moe_pattern or request.arch.mamba:  # the first stage may hold less than its share
-        return stage_memory(request.arch, plan.layout, plan.work, 0).total / GIB <= room_gib
-    activations = activation_bytes(request.arch, plan.layout, plan.work, 0)
-    return _least_gib(request, plan.layout) + sum(activations) / GIB <= room_gib
+def _least(request: PlanRequest, layout: Layout) -> float:
+    return least_bytes(request.arch, layout, request.work)

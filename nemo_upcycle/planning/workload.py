@@ -17,13 +17,13 @@ class Precision:
     """How numbers are kept; parameters in BF16, unless `Workload.low_params`.
 
     Args:
-        bits: of the numbers that the linear layers inside the transformer layers multiply: 16, 8 or 4.
+        bits: those of the numbers that the linear layers inside the transformer layers multiply: 16, 8 or 4.
         copy_bytes: bytes of the copies that Transformer Engine holds of each of their weights, in rows and in columns,
             scales included.
-        saved_bytes: of one element of an input that such a layer keeps for its backward pass.
+        saved_bytes: bytes of one element of an input that such a layer keeps for its backward pass.
         cast_bytes: read and written to cast an element of an input, or of a gradient, into rows and columns, where
             that is counted; delayed, current and blockwise scaling have it in `Machine.gemm_fp8`.
-        gather_bytes: of a low-precision parameter, where data parallelism gathers it.
+        gather_bytes: bytes of a low-precision parameter, where data parallelism gathers it.
         bf16_ends: layers at either end of the model that stay in BF16.
         rows: a product needs a multiple of this many, and of columns.
         blackwell: whether only Blackwell has it.
@@ -57,9 +57,9 @@ PRECISIONS = {
 #: What data parallelism sums gradients in (`grad_reduce_in_fp32`) -> bytes of one.
 GRADIENTS = {"fp32": 4, "bf16": 2}
 #: What is recomputed in the backward pass: modules by Megatron-Core's names (the norm before the experts, the core of
-#: attention, the wide query, key and value of latent attention, the experts' activation function, the network of a
+#: attention, the experts' activation function, the network of a
 #: dense or of an MoE layer), or whole layers.
-MODULES = ("layernorm", "core_attn", "mla_up_proj", "moe_act", "mlp", "moe")
+MODULES = ("layernorm", "core_attn", "moe_act", "mlp", "moe")
 RECOMPUTES = ("none", *MODULES, "full")
 #: Larger numbers are taken for mistakes.
 _MOST = 10**9

@@ -16,7 +16,7 @@ def temporarily_set(owner: Any, name: str, value: Any) -> Iterator[None]:
 
     Args:
         owner: a module or another object; an attribute that it does not have is deleted afterwards.
-        name: of the attribute.
+        name: the attribute to set.
         value: what it is inside the block.
 
     Example:

@@ -95,7 +95,7 @@ def write_private(path: Path, text: str, *, private: bool = False) -> None:
     """Write a text file whole; where it holds secrets, no other user may read it.
 
     Args:
-        path: of the file.
+        path: the file.
         text: its content.
         private: whether it holds secrets that it does not show by themselves.
     """

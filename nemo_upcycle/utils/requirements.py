@@ -19,10 +19,10 @@ class Requirement(NamedTuple):
     """A line of a package's metadata.
 
     Attributes:
-        name: of the package.
-        extras: of that package, with commas between them.
+        name: the package.
+        extras: the package's, with commas between them.
         bounds: on its version, as pip writes them.
-        extra: that the line belongs to; empty for what is always required.
+        extra: the one that the line belongs to; empty for what is always required.
     """
 
     name: str
@@ -64,7 +64,7 @@ def _holds(version: str, operator: str, bound: str) -> bool:
 
 
 def _key(version: str) -> tuple[tuple[int, ...], tuple[str, int], bool]:
-    """Return what orders versions."""
+    """Make the key that orders versions."""
     match = _VERSION.match(version)
     if not match:
         return (), ("", 0), False  # before every other

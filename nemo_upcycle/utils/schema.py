@@ -16,7 +16,7 @@ KEY = "schema"
 
 
 def numbered(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is to be written, with the number in front.
+    """Put the number in front of what is written.
 
     Example:
         >>> numbered({"stage": "import"})
@@ -30,7 +30,7 @@ def require_known(content: object, path: object) -> int:
 
     Args:
         content: what was read.
-        path: of the file.
+        path: the file.
 
     Raises:
         UpcycleError: a newer release wrote it.

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from nemo_upcycle.cli.common import file_size
 from nemo_upcycle.cli.main import main
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MODEL_MARKER
 from tests.models import write_llama
 from tests.parents import write_moe
@@ -97,9 +99,7 @@ def _command(dense: Path, output: Path) -> str:
 
 @pytest.mark.parametrize("redirect", quick([">&-", "2>&-"], "2>&-"))
 def test_a_closed_output_or_a_poor_terminal_stops_nothing(dense: Path, tmp_path: Path, redirect: str) -> None:
-    command = shlex.join(
-        [sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(tmp_path / "m\u00f6e"), *SPEC]
-    )
+    command = _command(dense, tmp_path / "m\u00f6e")
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(f"{command} {redirect}", shell=True, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -109,10 +109,8 @@ def test_a_closed_output_or_a_poor_terminal_stops_nothing(dense: Path, tmp_path:
 
 @pytest.mark.slow
 def test_a_file_larger_than_the_system_takes(dense: Path, tmp_path: Path) -> None:
-    command = shlex.join(
-        [sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(tmp_path / "moe"), *SPEC]
-    )
-    done = subprocess.run(["bash", "-c", f"ulimit -f 100; {command}"], capture_output=True, check=False, text=True)
+    command = f"ulimit -f 100; {_command(dense, tmp_path / 'moe')}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False, text=True)
     assert done.returncode == 2
     assert (
         "got a file too large for it, expected files of that size: see ulimit -f, or lower --max-shard-size"
@@ -157,11 +155,10 @@ def test_a_stopped_run_keeps_files_of_the_size_asked_for(
 
 
 @pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5 Gigs", "", "1e3GB", "9999999GB", "5G"])
-def test_a_size_that_is_none_is_refused(
-    dense: Path, tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["convert", str(dense), str(tmp_path / "moe"), *SPEC, f"--max-shard-size={size}"]) == 2
-    assert f"size of a file: got {size!r}, expected a number above 0 and a unit: KB" in capsys.readouterr().err
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    with pytest.raises(UpcycleError) as caught:
+        file_size(size)
+    assert caught.value.subject == "size of a file"
 
 
 @pytest.mark.parametrize(
@@ -185,13 +182,6 @@ def test_what_is_out_of_reach_is_refused_and_leaves_nothing(
     assert main(["convert", str(dense), str(tmp_path / "moe"), *words]) == 2
     assert told in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
-
-
-def test_an_empty_name_is_no_folder(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(dense), "", *SPEC]) == 2
-    assert "folder to make: got an empty name, expected a path. Fix: name one" in capsys.readouterr().err
-    assert main(["convert", "", "moe", *SPEC]) == 2
-    assert "model: got an empty name, expected a folder or hf://ORG/NAME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"companions": 5}', '{"companions": [{}]}', "\x00"])

@@ -70,11 +70,16 @@ def test_doctor_reads_the_packages_own_pins(
     assert f"{sys.executable} -m pip install -e '{ROOT}[nemo]'  # training" in text
 
 
-def test_doctor_says_when_the_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib.metadata import PackageNotFoundError
+def test_doctor_names_what_verify_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _without(monkeypatch, "transformers")
+    found = _found(capsys)
+    assert {one["state"] for one in found["libraries"] if one["name"] == "transformers"} == {"missing"}
+    assert f"{sys.executable} -m pip install 'transformers>=4.56'" in found["fixes"]
 
+
+def test_doctor_says_when_the_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
-        raise PackageNotFoundError(name)
+        raise doctor.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor, "metadata", absent)
     with pytest.raises(UpcycleError, match="nemo-upcycle: got not installed"):
@@ -170,36 +175,36 @@ def test_doctor_is_content_with_a_container_that_has_what_it_asks_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the image of docker/Dockerfile.nemo, what NVIDIA has in releases of its own stays."""
-    _in_container(monkeypatch, "0.3.1", **{"nemo-toolkit": "2.7.0", "scipy": "1.99", "gguf": "0.17.1"})
-    assert main(["doctor", "--missing"]) == 0
-    assert capsys.readouterr().out == "\n"
+    own = {"nemo-toolkit": "2.7.0", "scipy": "1.99"}
+    for gguf, missing in (("", "gguf<1,>=0.17"), ("0.17.1", "")):
+        _in_container(monkeypatch, "0.3.1", **own, gguf=gguf)
+        assert main(["doctor", "--missing"]) == 0
+        assert capsys.readouterr().out == f"{missing}\n"
     found = _found(capsys)
     assert (found["container"], found["fits"], found["fixes"]) == ("26.02", True, [])
 
 
-def test_doctor_prints_what_pip_would_have_to_add(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _in_container(monkeypatch, "0.3.0", **{"nemo-toolkit": "2.7.0"})
-    assert main(["doctor", "--missing"]) == 0
-    assert capsys.readouterr().out == "gguf<1,>=0.17\n"
-
-
 @pytest.mark.parametrize(
-    ("bridge", "own", "release"),
-    [("0.2.0", {"nemo-toolkit": "2.6.0"}, "25.11"), ("0.4.1", {"nemo-toolkit": "2.8.0"}, "26.04")],
+    ("bridge", "own", "said"),
+    [
+        ("0.2.0", {"nemo-toolkit": "2.6.0"}, "nvcr.io/nvidia/nemo:25.11"),
+        ("0.4.1", {"nemo-toolkit": "2.8.0"}, "nvcr.io/nvidia/nemo:26.04"),
+        ("0.9.0", {"nemo-toolkit": "2.9.0"}, "one of NVIDIA's, but none that is known"),
+    ],
 )
 def test_doctor_names_the_container_to_take_where_nothing_can_be_laid_over(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bridge: str, own: dict[str, str], release: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    bridge: str,
+    own: dict[str, str],
+    said: str,
 ) -> None:
     _in_container(monkeypatch, bridge, **own)
     _has_core(monkeypatch, "0.15.0")
     assert not [fix for fix in _found(capsys, status=1)["fixes"] if "--no-deps" in fix]
     assert main(["doctor"]) == 1
-    assert (
-        f"container: nvcr.io/nvidia/nemo:{release}; take 26.02 for NeMo 2.7, 26.08 for Megatron-Bridge"
-        in capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert f"container: {said}; take 26.02 for NeMo 2.7, 26.08 for Megatron-Bridge" in out
 
 
 def test_doctor_asks_for_what_megatron_bridge_needs_in_its_container(
@@ -211,14 +216,6 @@ def test_doctor_asks_for_what_megatron_bridge_needs_in_its_container(
     states = {one["name"]: one["state"] for one in found["libraries"]}
     assert states["megatron-bridge"] == "the container's"
     assert "nemo-toolkit" not in states
-
-
-def test_doctor_says_so_in_a_container_that_it_does_not_know(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _in_container(monkeypatch, "0.9.0")
-    main(["doctor"])
-    assert "container: one of NVIDIA's, but none that is known; take 26.02" in capsys.readouterr().out
 
 
 def test_doctor_believes_the_sources_of_megatron_before_the_metadata(

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.cli import doctor
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.convert.offline import convert
 from tests.models import write_llama, write_tokenizer
@@ -46,17 +42,3 @@ def test_a_damaged_tokenizer_is_told(
     (dense / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')
     assert main(["verify", str(dense), folders[1]]) == 2
     assert f"{dense}: tokenizer: got " in capsys.readouterr().err
-
-
-def test_doctor_names_what_verify_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def installed(name: str) -> str:
-        if name == "transformers":
-            raise PackageNotFoundError(name)
-        return version(name)
-
-    monkeypatch.setattr(doctor, "version", installed)
-    assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    (state,) = {one["state"] for one in found["libraries"] if one["name"] == "transformers"}
-    assert state == "missing"
-    assert f"{sys.executable} -m pip install 'transformers>=4.56'" in found["fixes"]
