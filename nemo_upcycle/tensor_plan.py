@@ -12,11 +12,11 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
-from nemo_upcycle.init.calibration import NeuronOrder, calibration_of, neuron_order
+from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.init.experts import ExpertMatrix
 from nemo_upcycle.init.methods import METHODS, Method
 from nemo_upcycle.init.router import RowNoise, router_weight
@@ -26,7 +26,6 @@ from nemo_upcycle.models.mapping import ParamMapping, Sharding, mapping_of, mapp
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite, require_fits
-from nemo_upcycle.sources.reordered import InNeuronOrder
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -34,8 +33,6 @@ Bounds = tuple[tuple[int, int], ...]
 #: Roles of a router: with a row for every expert, and no tensor of a dense model behind it.
 _ROUTER_ROLES = ("router", "router_bias", *BALANCING_BIASES)
 _WHOLE = Shard()
-#: How parameters are cut whose rows, or columns, are neurons.
-_BY_NEURON = (Sharding.GATED, Sharding.NEURON_ROWS, Sharding.NEURON_COLUMNS)
 
 
 class DenseSlice(NamedTuple):
@@ -67,8 +64,6 @@ class TensorPlan:
         branch: which of several dense models a routed expert comes from; None for everything else.
         factors: factors on it, applied in turn, each product rounded to the tensor's type.
         method: changes each expert's copy afterwards; None leaves the copies as they are.
-        order: of the dense network's neurons, in which the slices lie along the axis of the neurons; None: as they are
-            stored.
     """
 
     mapping: ParamMapping
@@ -78,7 +73,6 @@ class TensorPlan:
     branch: int | None = None
     factors: tuple[float, ...] = ()
     method: Method | None = None
-    order: NeuronOrder | None = None
 
     @property
     def is_router(self) -> bool:
@@ -107,22 +101,17 @@ class TensorPlan:
 
     def source(self, dense: DenseSource) -> DenseSource:
         """Return the one of several mixed dense models that the slices are read from."""
-        source = dense if self.branch is None else dense.branches()[self.branch]
-        if self.order is None:
-            return source
-        return cast("DenseSource", InNeuronOrder(source, self.order, int(self.is_down)))
+        return dense if self.branch is None else dense.branches()[self.branch]
 
     def made_by(self, spec: UpcycleSpec | None) -> str:
         """Return how the tensor is made, for the receipt."""
         if self.mapping.role != "router" and self.is_drawn:
             return "zero"
         if self.is_drawn and spec:
-            if calibration := calibration_of(spec) if spec.reads_router else None:
+            if calibration := calibration_of(spec):
                 return f"router_init={spec.router_init}, spread={spec.router_spread}, {calibration.name}"
             return f"router_init={spec.router_init}, std={spec.router_std}, seed={spec.seed}"
         words = ["copied", *(f"times {factor:.6g}" for factor in self.factors)]
-        if self.order:
-            words.insert(1, f"neurons by {self.order.made_by}")
         return ", ".join([*words, self.method.made_by(spec)] if self.method and spec else words)
 
     def drawn(self, spec: UpcycleSpec, hidden_size: int) -> torch.Tensor:
@@ -194,10 +183,7 @@ def plan_tensor(
     if sources and mapping.role in _ROUTER_ROLES:
         slices = tuple(_rows_of(slices[0], sources))
         method = RowNoise(sources) if spec and mapping.role == "router" and router_moves(spec) else None
-    order = None
-    if spec and (mapping.is_expert or mapping.is_shared) and mapping.sharding in _BY_NEURON:
-        order = neuron_order(spec, layer)
-    return TensorPlan(mapping, layer, slices, shard, branch, factors, method, order)
+    return TensorPlan(mapping, layer, slices, shard, branch, factors, method)
 
 
 def plan_hf_tensor(
