@@ -218,7 +218,7 @@ def _or_in_fp8(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 def emulate_fp8() -> None:
-    """Compute in FP8 or NVFP4 what a recipe's `fp8_recipe`, or `fp4_recipe`, asks for, in Megatron's local layers.
+    """Compute in FP8 what a recipe's `fp8_recipe` asks for, in Megatron's local layers; refuse `fp4_recipe`.
 
     Without it a recipe in FP8 trains in BF16; with experts it does not start where Transformer Engine is missing
     (Megatron compares its version with None), nor recompute where it is there (its `checkpoint` wants CUDA).

@@ -74,5 +74,5 @@ def watch_fp8(config: Any) -> Fp8Losses | None:
     Args:
         config: of the model.
     """
-    fp8_recipe.watcher = Fp8Losses() if config.fp8 or config.fp4 else None
+    fp8_recipe.watcher = Fp8Losses() if config.fp8 else None
     return fp8_recipe.watcher
