@@ -25,11 +25,11 @@ from nemo_upcycle.convert.safetensors_writer import safetensors_header
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.online.plan import RankCoords, param_plans
-from nemo_upcycle.planning.check import build_rank, megatron_rank
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.mapped_files import row_major
 from nemo_upcycle.utils.progress import track
+from tests.megatron_ranks import build_rank, megatron_rank
 
 
 RESULTS = Path(__file__).parent / "results" / "bytes_read.md"

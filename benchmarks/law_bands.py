@@ -16,8 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
-from nemo_upcycle.planning.law_fit import fit_law
-from nemo_upcycle.planning.upcycling_points import Point
+from benchmarks.law_fit import Point, fit_law
 
 
 PARENTS, TOKENS, SEEDS = (2.5e6, 5e6, 1e7, 2e7), (1.25e6, 2.5e6, 5e6), (1, 2, 3)
@@ -98,7 +97,7 @@ def asked(job: tuple[str, int, int]) -> list[tuple[str, str, bool, bool, bool, f
     for place, factors in PLACES.items():
         for of_parent, of_tokens in factors:
             parent, tokens = of_parent * PARENTS[-1], of_tokens * TOKENS[-1]
-            band = law.difference("upcycled_e8t2", tokens, "dense", tokens, parent, PARAMETERS)
+            band = law.difference("upcycled_e8t2", tokens, "dense", tokens, parent)
             true = upcycled(parent, tokens) - dense(parent, tokens)
             assert band.low is not None
             assert band.high is not None

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,6 @@ import yaml
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, Gpu, known_gpu, known_machine, known_shape, read_data
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.memory import GIB, worst_memory
@@ -33,7 +31,6 @@ class Published:
     Args:
         tokens_per_s_per_gpu: measured; from TFLOP/s or MFU by the formula of `models.flops.flops_per_token`.
         fitted: whether the constants of `Machine` were fitted on it.
-        later: whether it came after the fit.
         sets: a constant of `Machine` that was chosen by hand for this row, if any.
         software: one of `planning.hardware.SOFTWARE`.
     """
@@ -47,7 +44,6 @@ class Published:
     source: str
     assumed: str
     fitted: bool
-    later: bool
     sets: str
     software: str
 
@@ -58,8 +54,8 @@ class Published:
 
     @property
     def is_unseen(self) -> bool:
-        """Whether it was there when constants were fitted or chosen, and none was on it."""
-        return not self.fitted and not self.sets and not self.later
+        """Whether no constant was fitted or chosen on it."""
+        return not self.fitted and not self.sets
 
     def predicted(self, reached: dict[str, float] | None = None) -> float:
         """Return the predicted tokens/s/GPU, of a run with the settings of its source.
@@ -106,16 +102,12 @@ def published_peaks() -> list[Peak]:
     return [Peak(_row(values), values.get("allocated_gib"), values["peak_gib"]) for values in rows]
 
 
-def public_config(name: str) -> dict[str, Any]:
-    """Return the `config.json` of a public model that no recipe has, as far as the planner reads it."""
-    return dict(deepcopy(_data()["configs"][name]))
-
-
 def shape(name: str) -> Architecture:
-    """Return the architecture of a model by its name here or, for the recipes' parents, in `recipes.yaml`."""
-    if name in _data()["configs"]:
-        return architecture_from_config(public_config(name), name, to_plan=True)
-    return Architecture(**_data()["shapes"][name]) if name in _data()["shapes"] else known_shape(name)
+    """Make the architecture of a model by its name here or, for the recipes' parents, in `recipes.yaml`."""
+    if name not in _data()["shapes"]:
+        return known_shape(name)
+    values = _data()["shapes"][name].items()
+    return Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in values})
 
 
 @cache
@@ -157,8 +149,7 @@ def _row(values: dict[str, Any]) -> Published:
         tokens_per_s_per_gpu=measured,
         source=values["source"],
         assumed=values.get("assumed", ""),
-        fitted=values.get("fit", True) and not values.get("later", False),
-        later=values.get("later", False),
+        fitted=values.get("fit", True),
         sets=values.get("sets", ""),
         software=values.get("software", DEFAULT_SOFTWARE),
     )

@@ -96,7 +96,7 @@ def table(rows: Sequence[Published], left_out: dict[str, float]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        role = "fitted" if row.fitted else "added later" if row.later else "never fitted"
+        role = "fitted" if row.fitted else "never fitted"
         role = f"sets {row.sets}" if row.sets else role
         role = f"{100 * left_out[row.name]:+.1f} %" if row.name in left_out else role
         errors = f"{100 * error(row):+.1f} % | {100 * error_as_asked(row):+.1f} %"
@@ -108,7 +108,6 @@ def table(rows: Sequence[Published], left_out: dict[str, float]) -> str:
     kinds = {
         "fitted": [row for row in rows if row.fitted],
         "never fitted, setting nothing": [row for row in rows if row.is_unseen],
-        "added after the fit": [row for row in rows if row.later],
     }
     for card in dict.fromkeys(row.card for row in rows):
         for kind, every in kinds.items():

@@ -14,9 +14,8 @@ from typing import Any
 
 import yaml
 
-from nemo_upcycle.planning.law import FORMS, Law
-from nemo_upcycle.planning.law_fit import ALIKE, DRAWS, LEAST_PARENTS, HeldOut, fit_law, held_out_differences
-from nemo_upcycle.planning.upcycling_points import points_file, read_points
+from benchmarks.law_fit import ALIKE, DRAWS, LEAST_PARENTS, HeldOut, fit_law, held_out_differences, read_points
+from nemo_upcycle.planning.law import Law
 
 
 LAW = Path(__file__).resolve().parent.parent / "conf/planning/upcycling_law.yaml"
@@ -30,23 +29,33 @@ HEADER = """\
 # left_out: why an option has no law though some trainings of it are there.
 """
 
+#: The formulas of `planning.law.FORMS`.
+TEXTS = {
+    "interaction": "A * D1^-a * D2^(-b + c ln D1) + E",
+    "product": "A * D1^-a * D2^-b + E",
+    "additive": "A * D1^-a + B * D2^-b + E",
+    "sum": "A * (D2 + e^w D1)^-a + E",
+    "difference": "loss of dense + P ln D1 + Q ln D2 + E",
+    "power": "A * D2^-a + E",
+}
+
 
 def main() -> None:
     """Fit, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", help="a folder with points.csv, or the file")
+    parser.add_argument("grid", type=Path, help="a folder with points.csv")
     parser.add_argument("--about", default="the parents of docs/results/budget.md", help="what was trained")
     parser.add_argument("--write", action="store_true", help=f"write {LAW.name}")
     args = parser.parse_args()
-    points = read_points(args.grid)
-    law = fit_law(points, args.about, str(points_file(args.grid)))
+    points = read_points(args.grid / "points.csv")
+    law = fit_law(points, args.about, str(args.grid / "points.csv"))
     print(table(law))
     for option, why in law.left_out.items():
         print(f"{option} is left out: {why}\n")
     if len({point.parent_tokens for point in points if point.parent_tokens}) > LEAST_PARENTS:
         print(held_out_table(held_out_differences(points)))
     if args.write:
-        LAW.write_text(law_yaml(law, args.grid), encoding="utf-8")
+        LAW.write_text(law_yaml(law, str(args.grid)), encoding="utf-8")
 
 
 def law_yaml(law: Law, path: str) -> str:
@@ -70,13 +79,12 @@ def table(law: Law) -> str:
     """Return the chosen forms, their coefficients, and the held-out errors of all forms."""
     lines = ["| option | form | coefficients (90 % interval) | held-out error of each form |", "|---|---|---|---|"]
     for name, option in law.options.items():
-        intervals = option.intervals or {}
         shown = "; ".join(
-            f"{key} {value:.4g} ({intervals[key][0]:.3g} to {intervals[key][1]:.3g})"
+            f"{key} {value:.4g} ({option.intervals[key][0]:.3g} to {option.intervals[key][1]:.3g})"
             for key, value in option.coefficients.items()
         )
-        errors = ", ".join(f"{form} {error:.4f}" for form, error in (option.held_out or {}).items())
-        lines.append(f"| {name} | {option.form}: {FORMS[option.form].text} | {shown} | {errors} |")
+        errors = ", ".join(f"{form} {error:.4f}" for form, error in option.held_out.items())
+        lines.append(f"| {name} | {option.form}: {TEXTS[option.form]} | {shown} | {errors} |")
     return "\n".join(lines) + "\n"
 
 

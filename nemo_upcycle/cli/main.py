@@ -24,7 +24,7 @@ from nemo_upcycle.utils.masking import without_secrets
 #: `run(args) -> exit status`
 COMMANDS = {
     "plan": "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU",
-    "advise": "go on dense, upcycle, or an MoE from nothing: costs, expected losses, and whether that decides",
+    "advise": "go on dense, upcycle, or an MoE from nothing: costs, what was measured near, and what the law says",
     "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",
     "chat": "conversations -> packed sequences to tune on, with a loss on the answers alone",
     "teach": "dense parent and packed conversations -> its answers, for a tuning that stays near them",

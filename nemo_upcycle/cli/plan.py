@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import textwrap
-from dataclasses import asdict
 from typing import Any
 
 from nemo_upcycle.cli.common import show
@@ -47,12 +46,11 @@ from nemo_upcycle.utils.validation import check_whole, number_of_tokens
 EPILOG = """examples:
   nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 128
   nemo-upcycle plan --model /models/Llama-3-8B --experts 8 --top-k 2 --gpus 64 --tokens 27B --price-per-gpu-hour 2.5
-  nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512 --layout tp=2,pp=4,vp=8,cp=1,ep=8,etp=1 --explain 1 --check
+  nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512 --layout tp=2,pp=4,vp=8,cp=1,ep=8,etp=1 --explain 1
 
 keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp expert tensor parallelism; pp pipeline
   stages, vp virtual stages of each; mbs sequences of a micro-batch; dp data parallelism, which follows from the rest;
   first, last: layers of the first and the last stage; embedding=1, loss=1: count as a layer when layers are dealt out
-  (of models that are planned only, loss may be more)
 
 exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
@@ -124,7 +122,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--explain", type=int, metavar="ROW", help="show the arithmetic of a row")
     output.add_argument("--rank", metavar="R", help="parameters of rank R (a number, 1,2,3 or all) in the first row")
-    output.add_argument("--check", action="store_true", help="compare the first row with Megatron's own modules")
     output.add_argument("--columns", metavar="GiB,MFU,...", help="columns of the table (default: what has room)")
     output.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
     output.add_argument(
@@ -165,7 +162,6 @@ def run(args: argparse.Namespace) -> int:
     answer["faster_by_one_change"] = {change.text: change.percent for change in faster}
     answer["overrides_of_changes"] = {change.text: _overrides(args, chosen, change) for change in faster}
     answer |= {"ranks": ranks} if ranks is not None else {}
-    answer |= {"check": _check(subject, plans[0])} if args.check else {}
     show(args, answer, "" if args.json else _text(args, subject, plans, answer, names))
     return 1 if all(plan.verdict == "no" for plan in plans) else 0
 
@@ -189,19 +185,6 @@ def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
         {"rank": rank, "params": plans[stage].params, "expert_params": plans[stage].expert_params}
         for rank, stage in zip(ranks, stages, strict=True)
     ]
-
-
-def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
-    if subject.arch.planned_only or subject.arch.mamba:
-        got = subject.arch.hf_class or "Mamba layers"
-        raise SpecError("--check", got=got, expected="a GPTModel that this package trains", fix="omit --check")
-    from nemo_upcycle.planning.activations import check_activations
-    from nemo_upcycle.planning.check import check_layout_against_megatron
-
-    dense = subject.dense if subject.folder is None or subject.spec else None
-    checked = check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec)
-    terms = check_activations(subject.arch, plan.layout, plan.work)
-    return asdict(checked) | {"activations": [asdict(term) for term in terms]}
 
 
 def _text(
@@ -249,13 +232,6 @@ def _text(
     for rank in answer.get("ranks", []):
         counts = f"{rank['params']:,} parameters, {rank['expert_params']:,} of them of experts"
         lines.append(folded(f"rank {rank['rank']}: {counts}"))
-    if checked := answer.get("check"):
-        equal = "all equal in parameters, buffers of weights and gradients, and optimizer states"
-        text = f"checked with Megatron's own modules: {checked['ranks']} ranks of {checked['kinds']} kinds, {equal}"
-        lines += [folded(text), folded(f"built as: {', '.join(checked['specs'])}")]
-        if checked["tensors"]:
-            lines.append(folded(f"and the read plan fills each of their {checked['tensors']} tensors once"))
-        lines += [folded(line) for line in table.activations_lines(checked["activations"])]
     return "\n".join(lines)
 
 
@@ -283,15 +259,12 @@ def _continued(words: list[str], width: int) -> str:
 
 def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
     length, positions = request.work.seq_length, subject.dense.max_positions
-    found = []
-    if subject.arch.planned_only:
-        found.append(f"{subject.arch.hf_class} is planned only: this package neither upcycles, converts nor trains it")
-    if length > positions:
-        found.append(
-            f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it"
-            " was not trained on longer ones, and what it computes of them is poor at first"
-        )
-    return found
+    if length <= positions:
+        return []
+    return [
+        f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it"
+        " was not trained on longer ones, and what it computes of them is poor at first"
+    ]
 
 
 def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Change]:

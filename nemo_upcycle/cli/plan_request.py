@@ -62,8 +62,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
         known = hardware.known_recipe(args.recipe)
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder, arch = _model_of(args.model)
-    if not arch.planned_only:
-        rope_kind(arch)  # training refuses another kind, too
+    rope_kind(arch)  # training refuses another kind, too
     if args.num_experts is None:
         _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")
         return Subject(arch, arch, None, hardware.recipe_for(arch, arch), _DEFAULTS, folder)
@@ -88,7 +87,7 @@ def _model_of(source: str) -> tuple[Path, Architecture]:
 
     folder = configuration_folder(source, nemo=True)
     if (folder / "config.json").is_file():
-        return folder, read_architecture(folder, to_plan=True)
+        return folder, read_architecture(folder)
     from nemo_upcycle.sources.megatron_checkpoint import is_megatron, read_megatron_architecture  # imports torch
 
     return folder, (read_megatron_architecture if is_megatron(folder) else read_architecture)(folder)
@@ -181,8 +180,6 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
         "--overlap": "ep" if "ep" in overlap else None,
         "--recompute": args.recompute if {"layernorm", "moe_act", "moe"} & {*recompute} else None,
     }
-    if "mla_up_proj" in recompute and not subject.arch.latent:
-        _refuse({"--recompute": args.recompute}, "another kind: only latent attention has mla_up_proj", "omit {}")
     if args.low_params and args.precision == "bf16":
         _refuse({"--low-precision-params": True}, "--precision in FP8 or FP4 beside it", "add --precision fp8-current")
     if not subject.arch.num_experts:

@@ -24,7 +24,7 @@ from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.order import kind_of, require_same_work
 from nemo_upcycle.pipeline.plan import KEPT, Plan, Stage
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.planning.run_advice import known_parent_tokens
+from nemo_upcycle.planning.advice import known_parent_tokens
 from nemo_upcycle.suites.lm_eval_tasks import check_needs
 from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.suites.suite_config import read_suite_config

@@ -1,249 +1,292 @@
-"""Should a dense model be upcycled: what each option costs, what the laws expect of it, and whether that decides."""
+"""Should a dense model be upcycled: what each option costs, and what the fitted law says of it inside its range."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from nemo_upcycle.planning.law import Band, Law, shape_name
-from nemo_upcycle.planning.memory import GIB
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.planning.hardware import read_data
+from nemo_upcycle.planning.law import Band, Law, fitted_law, shape_name
 from nemo_upcycle.planning.search import Plan, PlanRequest, search
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.console import short_count
+from nemo_upcycle.utils.validation import number_of_tokens
 
 
 #: Up to this ratio beyond the fitted range, of tokens or of parameters, a law decides. A choice: parents that are left
 #: out of a fit lie up to a factor 2 beyond the others, and a fit to one model has no term for its size.
 MOST_BEYOND = 2.0
-BYTES_SERVED = 2  # of a parameter, in BF16
 
 
-class Candidate(Protocol):
-    """What a law is asked about: an `Option`, or something to do without a plan."""
-
-    @property
-    def name(self) -> str:
-        """For a table."""
-
-    @property
-    def key(self) -> str:
-        """Its name in a `Law`."""
-
-    @property
-    def tokens(self) -> float:
-        """Tokens that are trained on."""
-
-    @property
-    def fits(self) -> bool:
-        """Whether the GPUs hold it."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """Something to do with the dense model.
+class Training(NamedTuple):
+    """Something to do with a dense model.
 
     Args:
-        name: for a table.
+        name: its name in a table.
         key: its name in a `Law`.
-        plan: the fastest layout that fits, with the tokens of the option.
+        tokens: tokens that are trained on.
+        fits: whether the GPUs hold it.
     """
 
     name: str
     key: str
+    tokens: float
+    fits: bool = True
+
+
+class Option(NamedTuple):
+    """A training, and the fastest layout that fits it, with the training's tokens."""
+
+    training: Training
     plan: Plan
 
-    @property
-    def shape(self) -> str:
-        """Of an MoE: `e8t2`."""
-        return self.key.rpartition("_")[2]
 
-    @property
-    def fits(self) -> bool:
-        """Whether the GPUs hold it."""
-        return self.plan.verdict != "no"
-
-    @property
-    def tokens(self) -> float:
-        """Tokens that are trained on."""
-        return self.plan.request.tokens
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What a law says of an option.
+class Expectation(NamedTuple):
+    """What a law says of a training.
 
     Args:
-        difference: of its loss to going on dense, in nats a token; of dense itself 0. None: the model has another size
-            than the law's, which has no term for it.
+        difference: its loss less that of going on dense, in nats a token. None: the law's models have another size.
         beyond: ratios to the fitted range, by what is beyond it; 1 is inside.
-        above_parent: whether the law has the upcycled model above its own parent, where its training begins: there the
-            law does not hold.
+        above_parent: whether an upcycled model lies above its own parent, where its training begins: there the law
+            does not hold.
     """
 
     difference: Band | None
     beyond: dict[str, float]
-    above_parent: bool = False
+    above_parent: bool
 
     @property
     def is_near(self) -> bool:
         """Whether the law may decide here."""
         return max(self.beyond.values()) <= MOST_BEYOND
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a law decides between options.
-
-    Args:
-        best: the name of the best option; None: not decided.
-        leans_to: the name of the option with the lowest expected loss; None: the law does not hold there.
-        why: a sentence.
-    """
-
-    best: str | None
-    leans_to: str | None
-    why: str
+    def values(self) -> dict[str, Any]:
+        """List it for machines."""
+        band = self.difference
+        limits = [limit for limit in (band.low, band.high) if limit is not None] if band else []
+        return {
+            "loss_difference": None if band is None else round(band.value, 5),
+            "band_90": [round(limit, 5) for limit in limits] or None,
+            "near": self.is_near,
+            "beyond": {what: round(ratio, 3) for what, ratio in self.beyond.items()},
+            "above_parent": self.above_parent,
+        }
 
 
-@dataclass(frozen=True)
-class DenseParent:
+class DenseParent(NamedTuple):
     """The dense model that a law is asked about.
 
     Args:
-        tokens: that it was trained on.
-        parameters: all of them.
+        tokens: tokens that it was trained on.
+        parameters: all of its parameters.
     """
 
     tokens: float
     parameters: float
 
-    def expect(self, law: Law, option: Candidate, dense: Candidate) -> Expectation | None:
-        """Return what a law says of an option; None where it has none of this shape, or the option does not fit."""
-        if not (law.has(option.key) and option.fits and dense.fits):
+    def expect(self, law: Law, one: Training, dense: Training) -> Expectation | None:
+        """Ask a law about a training; None where it has none of this shape, or the GPUs do not hold it."""
+        if not (one.key in law.options and one.fits and dense.fits):
             return None
-        sizes = (self.tokens, self.parameters)
-        difference: Band | None = law.difference(option.key, option.tokens, "dense", dense.tokens, *sizes)
-        beyond = law.beyond(option.key, self.tokens, option.tokens, self.parameters)
-        if beyond["parameters"] > MOST_BEYOND and not law.has_size:
-            return Expectation(None, beyond)
+        beyond = law.options[one.key].beyond(self.tokens, one.tokens, self.parameters)
+        if beyond["parameters"] > MOST_BEYOND:
+            return Expectation(None, beyond, above_parent=False)
         above = False
-        if option.key.startswith("upcycled") and "dense_from_nothing" in law.options and max(beyond.values()) > 1:
-            parent = law.loss("dense_from_nothing", 0, self.tokens, self.parameters)
-            above = law.loss(option.key, self.tokens, option.tokens, self.parameters) > parent
-        return Expectation(difference, beyond, above)
+        if one.key.startswith("upcycled") and "dense_from_nothing" in law.options and max(beyond.values()) > 1:
+            above = law.loss(one.key, self.tokens, one.tokens) > law.loss("dense_from_nothing", 0, self.tokens)
+        return Expectation(law.difference(one.key, one.tokens, "dense", dense.tokens, self.tokens), beyond, above)
 
-    def decide(self, law: Law, options: Sequence[Candidate]) -> Verdict:
-        """Return whether a law decides between the options that it has."""
-        known = {option.name: (option, self.expect(law, option, options[0])) for option in options}
-        expected = {name: (option, found) for name, (option, found) in known.items() if found}
-        if not any(option.key.startswith("upcycled") for option, _ in expected.values()):
-            return Verdict(None, None, "it has no upcycled model of these shapes that fits")
+    def decide(self, law: Law, trainings: Sequence[Training]) -> tuple[str | None, str]:
+        """Name the best training, or None where the law does not decide, and say why; the first one is dense."""
+        known = {one.name: (one, self.expect(law, one, trainings[0])) for one in trainings}
+        expected = {name: (one, found) for name, (one, found) in known.items() if found}
+        if not any(one.key.startswith("upcycled") for one, _ in expected.values()):
+            return None, "it has no upcycled model of this shape that fits"
         if broken := [name for name, (_, found) in expected.items() if found.above_parent]:
             why = f"it has '{broken[0]}' above the parent that its training begins from: it does not hold so far out"
-            return Verdict(None, None, why)
-        differences = {name: found.difference.value for name, (_, found) in expected.items() if found.difference}
-        best = min(differences, key=lambda name: differences[name]) if differences else None
-        main = [found for option, found in expected.values() if "from_nothing" not in option.key]
+            return None, why
+        main = [found for one, found in expected.values() if "from_nothing" not in one.key]
         ratio, what = max((ratio, what) for found in main for what, ratio in found.beyond.items())
-        if best is None or ratio > MOST_BEYOND:
-            limit = f"it decides up to {MOST_BEYOND:g} times"
-            return Verdict(None, best, f"the {what} are {ratio_text(ratio)} times beyond its range; {limit}")
-        near = {name: option for name, (option, found) in expected.items() if found.is_near}
-        best = min(near, key=lambda name: differences[name])
-        for name in [name for name in near if name != best]:
-            band = self._between(law, near[best], near[name])
-            if band.low is None:
-                return Verdict(None, best, "it has no intervals")
-            if not band.is_resolved:
-                return Verdict(None, best, f"the bands of '{best}' and '{name}' overlap")
+        if ratio > MOST_BEYOND:
+            times = f"{ratio:,.1f}" if ratio < 100 else f"{ratio:,.0f}"
+            return None, f"the {what} are {times} times beyond its range; it decides up to {MOST_BEYOND:g} times"
+        near = {name: (one, found.difference) for name, (one, found) in expected.items() if found.is_near}
+        best = min(near, key=lambda name: near[name][1].value if near[name][1] else 0.0)
+        for name, (one, _) in near.items():
+            band = law.difference(near[best][0].key, near[best][0].tokens, one.key, one.tokens, self.tokens)
+            if name != best and not band.is_resolved:
+                return None, f"the bands of '{best}' and '{name}' overlap"
         left_out = "".join(f"; '{name}' lies too far out to count" for name in expected if name not in near)
-        return Verdict(best, best, f"the band of '{best}' is apart from all others{left_out}")
-
-    def _between(self, law: Law, one: Candidate, other: Candidate) -> Band:
-        return law.difference(one.key, one.tokens, other.key, other.tokens, self.tokens, self.parameters)
+        return best, f"the band of '{best}' is apart from all others{left_out}"
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is asked.
+def options(request: PlanRequest, spec: UpcycleSpec, hours: float | None = None) -> list[Option]:
+    """Plan to go on dense, to upcycle, and an MoE from nothing, which trains as fast.
 
     Args:
-        request: of the dense model; its tokens count where `hours` is None.
-        parent_tokens: that the model was trained on.
-        hours: of the GPUs, for each option; None: all train on the same tokens.
+        request: the dense model's; its tokens count where `hours` is None.
+        spec: how it is upcycled.
+        hours: hours of the GPUs for each option; None: all train on the same tokens.
+
+    Raises:
+        SpecError: no layout obeys the rules, or the spec does not fit the model.
+    """
+    plans = []
+    for arch in (request.arch, request.arch.upcycled(spec)):
+        plan = search(replace(request, arch=arch), 1)[0]
+        if hours is not None:
+            tokens = plan.tokens_per_s_per_gpu * request.gpus * 3600 * hours
+            plan = replace(plan, request=replace(plan.request, tokens=tokens))
+        plans.append(plan)
+    dense, moe = plans
+    shape = shape_name(spec.num_experts, spec.top_k, spec.granularity)
+    named = [("dense", "dense", dense), (f"upcycle {shape}", f"upcycled_{shape}", moe)]
+    named.append((f"new {shape}", f"moe_from_nothing_{shape}", moe))
+    return [Option(Training(name, key, plan.request.tokens, plan.verdict != "no"), plan) for name, key, plan in named]
+
+
+def nearest_outcomes(parent: DenseParent) -> list[dict[str, Any]]:
+    """List what others measured, the nearest first, with `distance`: ratios to the parent's tokens and parameters.
+
+    What was not measured of one parent, whose tokens are null in the file, has none and comes last.
+    """
+    found = []
+    for outcome in read_data("upcycling_points.yaml")["outcomes"]:
+        sizes = {"parent_tokens": parent.tokens, "parameters": parent.parameters}
+        distance = {name: outcome[name] / own for name, own in sizes.items() if outcome["parent_tokens"]}
+        found.append(outcome | {"distance": {name: round(ratio, 4) for name, ratio in distance.items()}})
+    return sorted(found, key=lambda one: max((max(r, 1 / r) for r in one["distance"].values()), default=float("inf")))
+
+
+class RunAdvice(NamedTuple):
+    """What the fitted law says of the numbers of a run.
+
+    Args:
+        parent: the dense model.
+        shape: the upcycled model's shape: `e8t2`.
+        tokens: tokens that it is trained on.
+        dense_tokens: tokens that the dense baseline is trained on; without a baseline as many.
     """
 
-    request: PlanRequest
-    parent_tokens: float
-    hours: float | None = None
+    parent: DenseParent
+    shape: str
+    tokens: float
+    dense_tokens: float
 
     @property
-    def parameters(self) -> int:
-        """Of the dense model."""
-        return self.request.arch.total_params
+    def trainings(self) -> tuple[Training, Training]:
+        """The parent trained on, and the upcycled model."""
+        upcycled = Training(f"upcycle {self.shape}", f"upcycled_{self.shape}", self.tokens)
+        return Training("dense", "dense", self.dense_tokens), upcycled
 
-    @property
-    def parent(self) -> DenseParent:
-        """The dense model, as a law is asked about it."""
-        return DenseParent(self.parent_tokens, self.parameters)
+    def text(self) -> str:
+        """Say what the law decides, or why it does not."""
+        law, (dense, upcycled) = fitted_law(), self.trainings
+        if law is None:
+            return "no fitted law applies (none was fitted yet)"
+        expected = self.parent.expect(law, upcycled, dense)
+        if expected is None:
+            return f"no fitted law applies (it has no {self.shape})"
+        best, why = self.parent.decide(law, self.trainings)
+        if best and (band := expected.difference):
+            limits = "" if band.low is None else f" (90 % {band.low:+.3f} to {band.high:+.3f})"
+            return f"{best}, by the fitted law: {band.value:+.3f} nats a token beside the parent trained on{limits}"
+        return f"{'not resolved by the fitted law' if expected.is_near else 'no fitted law applies'} ({why})"
 
-    def option(self, name: str, key: str, spec: UpcycleSpec | None = None) -> Option:
-        """Return an option with its fastest layout, and the tokens that the hours allow.
-
-        Raises:
-            SpecError: no layout obeys the rules, or the spec does not fit the model.
-        """
-        request = self.request
-        if spec:
-            request = replace(request, arch=request.arch.upcycled(spec))
-        plan = search(request, 1)[0]
-        if self.hours is not None:
-            tokens = plan.tokens_per_s_per_gpu * request.gpus * 3600 * self.hours
-            plan = replace(plan, request=replace(plan.request, tokens=tokens))
-        return Option(name, key, plan)
-
-    def options(self, specs: Sequence[UpcycleSpec]) -> list[Option]:
-        """Return going on dense, upcycling to each spec, and an MoE of each shape from nothing, at the same speed."""
-        found = [self.option("dense", "dense")]
-        for spec in specs:
-            shape = shape_name(spec.num_experts, spec.top_k, spec.granularity)
-            found.append(self.option(f"upcycle {shape}", f"upcycled_{shape}", spec))
-        new = [Option(f"new {one.shape}", f"moe_from_nothing_{one.shape}", one.plan) for one in found[1:]]
-        return [*found, *new]
+    def values(self) -> dict[str, Any]:
+        """List what the law says, for machines."""
+        law, (dense, upcycled) = fitted_law(), self.trainings
+        expected = self.parent.expect(law, upcycled, dense) if law else None
+        laws = {}
+        if law and expected:
+            decides = bool(self.parent.decide(law, self.trainings)[0])
+            laws["fitted"] = {"source": law.source, "decides": decides} | expected.values()
+        sizes = {"parent_tokens": self.parent.tokens, "parameters": self.parent.parameters, "shape": self.shape}
+        return sizes | {"tokens": self.tokens, "dense_tokens": self.dense_tokens, "laws": laws}
 
 
-def ratio_text(ratio: float) -> str:
-    """Return a ratio for people: 8.0, or 40,761."""
-    return f"{ratio:,.1f}" if ratio < 100 else f"{ratio:,.0f}"
+def run_shape(num_experts: int, top_k: int, granularity: int, *, shares: bool, everywhere: bool) -> str:
+    """Name the shape of a run's model; with what no law has trained it is one that no law has.
+
+    Args:
+        num_experts, top_k, granularity: as `shape_name` takes them.
+        shares: whether it has shared experts.
+        everywhere: whether every layer has experts.
+
+    Example:
+        >>> run_shape(8, 2, 1, shares=False, everywhere=True), run_shape(8, 2, 1, shares=True, everywhere=False)
+        ('e8t2', 'e8t2 with shared experts in some layers')
+    """
+    name = shape_name(num_experts, top_k, granularity)
+    return name + " with shared experts" * shares + " in some layers" * (not everywhere)
 
 
-def option_values(option: Option) -> dict[str, Any]:
-    """Return what an option costs, for machines."""
-    plan, arch = option.plan, option.plan.request.arch
-    return {
-        "fits": plan.verdict,
-        "layout": plan.layout.sizes,
-        "tokens": option.tokens,
-        "hours": round(plan.hours, 2),
-        "gpu_hours": round(plan.gpu_hours, 1),
-        "cost": None if plan.cost is None else round(plan.cost, 2),
-        "memory_gib": round(plan.memory.total / GIB, 1),
-        "active_parameters": arch.active_params,
-        "total_parameters": arch.total_params,
-        "served_bytes": BYTES_SERVED * arch.total_params,
-    }
+def known_parent_tokens(address: str, given: str | None, name: str = "trained_on") -> float | None:
+    """Find the tokens that a parent was trained on: as a user says, else those of a published one; None: not known.
+
+    Args:
+        address: the parent's, as a run has it.
+        given: what the user says: 15T, 300B.
+        name: the setting's name.
+
+    Raises:
+        SpecError: it is no number of tokens.
+
+    Example:
+        >>> known_parent_tokens("asset://smollm2-135m", None), known_parent_tokens("/models/mine", "300B")
+        (2000000000000.0, 300000000000.0)
+    """
+    if given:
+        return number_of_tokens(str(given), name)
+    known: Mapping[str, Any] = read_data("parents.yaml").get(address, {})
+    return known.get("tokens")
 
 
-def expectation_values(found: Expectation | None) -> dict[str, Any] | None:
-    """Return what a law says of an option, for machines."""
-    if found is None:
-        return None
-    band = found.difference
-    limits = [limit for limit in (band.low, band.high) if limit is not None] if band else []
-    return {
-        "loss_difference": None if band is None else round(band.value, 5),
-        "band_90": [round(limit, 5) for limit in limits] or None,
-        "near": found.is_near,
-        "beyond": {what: round(ratio, 3) for what, ratio in found.beyond.items()},
-        "above_parent": found.above_parent,
-    }
+def advice_line(
+    address: str,
+    trained_on: str | None,
+    arch: Architecture | None,
+    tokens: float,
+    dense_tokens: float,
+    gpus: int | None,
+    name: str = "trained_on",
+) -> str:
+    """Write the advice for a run, in a line, with the command that says more.
+
+    Args:
+        address: the dense parent's.
+        trained_on: the parent's tokens, as the user says; None: those of a published parent.
+        arch: the upcycled model's; None: it is not known yet.
+        tokens: tokens that it is trained on; 0: not known yet.
+        dense_tokens: tokens of the dense baseline; 0: there is none.
+        gpus: the training's; None: not known.
+        name: the setting that says what the parent was trained on.
+
+    Raises:
+        SpecError: `trained_on` is no number of tokens.
+    """
+    parent_tokens = known_parent_tokens(address, trained_on, name)
+    words = ["nemo-upcycle", "advise", "--model", address]
+    words += ["--trained-on", short_count(parent_tokens) if parent_tokens else "N"]
+    words += ["--tokens", short_count(tokens) if tokens else "N"]
+    if arch is None:
+        return f"not known before the parent is fetched; ask: {shlex.join([*words, '--gpus', str(gpus or 'N')])}"
+    experts, top_k = arch.num_experts or 1, arch.top_k or 1
+    granularity = arch.ffn_size // (arch.expert_ffn_size or arch.ffn_size)
+    shape = run_shape(
+        experts, top_k, granularity, shares=bool(arch.shared_ffn_size), everywhere=arch.moe_pattern is None
+    )
+    words += ["--experts", str(experts), "--top-k", str(top_k)]
+    words += ["--granularity", str(granularity)] if granularity > 1 else []
+    command = shlex.join([*words, "--gpus", str(gpus or "N")])
+    if not tokens:
+        return f"not known: how long it trains; ask: {command}"
+    if parent_tokens is None:
+        return f"not known: what the parent was trained on; add {name}=15T (its tokens), or ask: {command}"
+    parent = DenseParent(parent_tokens, arch.dense.total_params)
+    advice = RunAdvice(parent, shape, tokens, dense_tokens or tokens)
+    after = f"{short_count(parent_tokens)} + {short_count(tokens)} tokens"
+    return f"{advice.shape} after {after}: {advice.text()}. Costs and more: {command}"

@@ -54,8 +54,7 @@ class Layout:
         first: layers of the first pipeline stage, if different (`num_layers_in_first_pipeline_stage`).
         last: layers of the last pipeline stage, if different.
         embedding: 1 counts the embedding as a layer when layers are dealt out (`account_for_embedding_in_...`).
-        loss: layers that the output layer counts as: 1 with `account_for_loss_in_pipeline_split`, more with a
-            `pipeline_model_parallel_layout` whose last chunk has so many fewer.
+        loss: 1 counts the output layer as a layer (`account_for_loss_in_pipeline_split`).
 
     Example:
         >>> Layout(gpus=128, tp=2, pp=4, vp=8, cp=2, ep=8).dp

@@ -105,11 +105,10 @@ def layer_bytes(
     """Return what one layer keeps of one micro-batch.
 
     Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
-    key, value and the attention's output, (2 H + 2 R) K; all of it over tp. Latent attention keeps its narrow tensors
-    besides, twice; a Mamba mixer its inputs and outputs. A dense network adds (2 F + F) / tp, an MoE layer (2 F + F) /
-    etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's logits, half of them
-    for the order of the slots; 8 more with a router gradient of all experts. In FP8 the inputs of linear layers take
-    one byte, all others two.
+    key, value and the attention's output, (2 H + 2 R) K; all of it over tp. A Mamba mixer keeps its inputs and
+    outputs. A dense network adds (2 F + F) / tp, an MoE layer (2 F + F) / etp for every token slot, the experts'
+    input, D a slot, and 16 bytes for each of the router's logits, half of them for the order of the slots; 8 more with
+    a router gradient of all experts. In FP8 the inputs of linear layers take one byte, all others two.
 
     Args:
         arch: the model's architecture.
@@ -145,24 +144,21 @@ def layer_bytes(
         network = {"fc1 output": tokens * before_fc2 * neurons, "fc2 input": tokens * saved * neurons}
     if moe:
         network |= dict.fromkeys(("router", "dispatch"), tokens * 8 * (arch.num_experts or 0))
-        network["latent input"] = tokens * saved * (arch.expert_input_size or 0)
         # As many slots as the rank's own tokens have, from all over its group; etp ranks gather theirs.
         slots = tokens * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
         cut = (arch.expert_ffn_size or 0) / layout.etp
-        sizes = (slots * saved * arch.expert_width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
+        sizes = (slots * saved * width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
         network |= dict(zip(ROUTED, sizes, strict=True))
     other_experts = 0.0
     if moe and work.dense_router_gradient:
         network["dense router gradient"] = tokens * 8 * (arch.num_experts or 0)  # weights of all, and their softmax
         # A part has as many slots as were chosen: sent, received, multiplied and sent back, all in BF16.
         even = tokens * (arch.top_k or 0) * layout.etp
-        other_experts = 2 * even * (4 * arch.expert_width + (gates + 1) * (arch.expert_ffn_size or 0) / layout.etp)
+        other_experts = 2 * even * (4 * width + (gates + 1) * (arch.expert_ffn_size or 0) / layout.etp)
     terms = attention | norm | network
     freed: set[str] = set()
     if work.recomputes("core_attn"):
         freed.add("softmax statistics")  # flash attention keeps no scores
-    if work.recomputes("mla_up_proj"):
-        freed.add("latent attention")
     if moe and work.recomputes("layernorm"):  # Transformer Engine's other norms are one with a linear layer
         freed.add("network input")
     if moe and work.recomputes("moe_act"):
@@ -182,23 +178,18 @@ def layer_bytes(
 def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool) -> dict[str, float]:
     """Return the bytes that attention and its norm keep of a token, by term."""
     heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    values, out = arch.num_kv_heads * arch.value_dim, arch.num_heads * arch.value_dim
     terms = {
         "attention norm": 2 * sum(arch.norm_places) * arch.hidden_size,
         "qkv input": saved * arch.hidden_size,
-        "attention": 2 * (heads + groups + values) + 2 * out,
+        "attention": 4 * (heads + groups),
         "softmax statistics": 4 * arch.num_heads,
     }
-    if arch.latent:
-        terms["attention"] = 2 * out
-        terms["latent attention"] = 2 * (heads + groups + values)  # query, key and value
-        terms["latent tensors"] = (2 + saved) * ((arch.latent.query_rank or 0) + arch.latent.kv_rank)
-    elif work.recomputes("core_attn"):  # keeps the value, which is a view of what the linear layer makes of all three
+    if work.recomputes("core_attn"):  # keeps the value, which is a view of what the linear layer makes of all three
         terms["attention"] += 2 * (heads + groups)
     if arch.qk_norm:
         terms["query and key norms"] = 2 * (heads + groups)  # they keep their input
     if work.precision == "fp8-delayed" and fp8:
-        terms["projection input"] = out  # else attention's own output serves both
+        terms["projection input"] = heads  # else attention's own output serves both
     return terms
 
 
@@ -226,9 +217,6 @@ def layers_in_flight(
     for chunk, count in zip(layout.chunks(arch, stage), in_flight(layout, work, stage), strict=True):
         for layer in chunk.layers:
             counts[arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer), arch.parts(layer)] += count
-        if arch.mtp_layers and chunk.has_output:
-            fp8 = work.is_fp8_layer(arch, arch.num_layers - 1)
-            counts[bool(arch.num_experts), fp8, "*-"] += arch.mtp_layers * count
     return counts
 
 
@@ -263,7 +251,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
         fp8_copies=states.fp8_bytes,
         activations=round(plain),
         routed=round(routed),
-        logits=logits * (1 + arch.mtp_layers) if stage == layout.pp - 1 else 0,
+        logits=logits if stage == layout.pp - 1 else 0,
         workspace=round(working),
         context=CONTEXT_BYTES + GROUP_BYTES * sum(size > 1 for size in group_sizes),
     )

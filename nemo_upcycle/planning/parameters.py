@@ -1,6 +1,6 @@
 """Every parameter of a rank, and the buffers that Megatron-Core lays parameters, gradients and optimizer states into.
 
-Exact: the counts equal those of Megatron's own modules (`--check` builds them), the buffers those of its
+Exact: the counts equal those of Megatron's own modules (tests build them), the buffers those of its
 `DistributedDataParallel` with the distributed optimizer (`_ParamAndGradBuffer` of Megatron-Core 0.15).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
-from nemo_upcycle.models.mapping import ParamMapping, Sharding, layer_mappings, mapping_of
+from nemo_upcycle.models.mapping import ParamMapping, layer_mappings, mapping_of
 from nemo_upcycle.models.sharding import Shard, shard_shape
 from nemo_upcycle.planning.layout import Chunk, Layout
 from nemo_upcycle.planning.workload import Workload
@@ -55,12 +55,8 @@ class Param(NamedTuple):
 
 
 def chunk_params(arch: Architecture, layout: Layout, chunk: Chunk) -> list[Param]:
-    """Return the parameters of one chunk on any rank that holds it, in the order of Megatron's modules.
-
-    The last chunk has the layers of multi-token prediction, with what they embed tokens by.
-    """
-    mtp = arch.mtp_layers if chunk.has_output else 0
-    first = ["embedding"] if chunk.has_embedding or mtp else []
+    """List the parameters of one chunk on any rank that holds it, in the order of Megatron's modules."""
+    first = ["embedding"] if chunk.has_embedding else []
     last = ["final_norm"] if chunk.has_output else []
     last += ["output"] if chunk.has_output and not (arch.tied_embeddings and chunk.has_embedding) else []
     vocab, shard = layout.padded_vocab(arch), Shard(0, layout.tp)
@@ -71,20 +67,15 @@ def chunk_params(arch: Architecture, layout: Layout, chunk: Chunk) -> list[Param
 
     sizes = (layout.tp, layout.etp, layout.ep)
     kinds = [(n, _kind(arch, n)) for n in chunk.layers]
-    kinds += [(arch.num_layers - 1, (bool(arch.num_experts), "*-"))] * mtp
     shapes = {kind: _layer_shapes(arch, *kind, *sizes) for kind in {kind for _, kind in kinds}}
     layers = [Param(mapping, n, shape) for n, kind in kinds for mapping, shape in shapes[kind]]
-    norm, width = mapping_of("final_norm", arch), arch.hidden_size
-    projection = ParamMapping("mtp_projection", ("mtp.layers.{layer}.eh_proj.weight",), Sharding.PARTS)
-    joined = [Param(projection, arch.num_layers - 1, (width // layout.tp, 2 * width))]
-    joined += [Param(norm, None, (width,))] * 3  # of both of its inputs, and of the output
-    return outside(first) + layers + joined * mtp + outside(last)
+    return outside(first) + layers + outside(last)
 
 
 #: Megatron registers attention's modules in this order; the mapping table has Hugging Face's.
 _ATTENTION = (
-    *("attention_norm", "sinks", "attention_out", "attention_out_bias", "qkv", "qkv_bias", "query_norm", "key_norm"),
-    *("query", "query_down", "query_up_norm", "query_up", "kv_down", "kv_up_norm", "kv_up", "ffn_norm"),
+    *("attention_norm", "attention_out", "attention_out_bias", "qkv", "qkv_bias"),
+    *("query_norm", "key_norm", "ffn_norm"),
 )
 _ORDER = {role: number for number, role in enumerate((*_ATTENTION, "shared_gate"))}
 #: Behind a layer's other parameters.
@@ -100,8 +91,6 @@ def _layer_shapes(
     arch: Architecture, moe: bool, parts: str, tp: int, etp: int, ep: int
 ) -> list[tuple[ParamMapping, tuple[int, ...]]]:
     """Return mapping and shard shape of every parameter of a kind of layer; a rank's experts follow one another."""
-    if arch.mamba and len(parts) > 1:  # of multi-token prediction
-        return _layer_shapes(arch, False, "*", tp, etp, ep) + _layer_shapes(arch, moe, "-", tp, etp, ep)
     layer = next(n for n in range(arch.num_layers) if _kind(arch, n) == (moe, parts))
     mappings = [mapping for mapping in layer_mappings(arch, layer) if mapping.role not in BALANCING_BIASES]  # buffers
     mappings.sort(key=lambda mapping: _ORDER.get(mapping.role, len(_ORDER)))

@@ -19,8 +19,6 @@ from nemo_upcycle.planning.workload import Workload
 
 _SIZES = ("tp", "pp", "vp", "cp", "ep", "etp", "micro_batch")
 _SWITCHES = ("embedding", "loss")
-#: What the output layer may count as where layers are dealt out by hand, as NVIDIA does for DeepSeek-V3.
-_MOST_LOSS = 16
 
 
 class RuleViolation(NamedTuple):
@@ -59,7 +57,7 @@ def first_violation(layout: Layout, arch: Architecture, work: Workload) -> RuleV
     Rules are checked one by one: a later one makes sense only if the earlier ones hold.
     """
     layout_rules = (
-        _value_rules(layout, arch),
+        _value_rules(layout),
         _model_rules(layout, arch),
         _stage_rules(layout, arch),
         _rank_rules(layout),
@@ -67,14 +65,13 @@ def first_violation(layout: Layout, arch: Architecture, work: Workload) -> RuleV
     return next(chain(*layout_rules, _data_rules(layout, work), _kernel_rules(layout, arch, work)), None)
 
 
-def _value_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
+def _value_rules(layout: Layout) -> Iterator[RuleViolation]:
     for name in ("gpus", *_SIZES, "first", "last"):
         if (value := getattr(layout, name)) is not None and value < 1:
             yield RuleViolation(name, value, "1 or more")
     for name in _SWITCHES:
-        most = _MOST_LOSS if name == "loss" and arch.planned_only else 1
-        if not 0 <= (value := getattr(layout, name)) <= most:
-            yield RuleViolation(name, value, "0 or 1" if most == 1 else f"0 to {most}")
+        if (value := getattr(layout, name)) not in (0, 1):
+            yield RuleViolation(name, value, "0 or 1")
 
 
 def _model_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
@@ -120,8 +117,6 @@ def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
         yield RuleViolation("pp", layout.pp, expected)
     if stages:
         yield from _divides("vp", layout.vp, left // stages, "the layers of a pipeline stage")
-        if layout.loss > (each := left // stages // layout.vp):
-            yield RuleViolation("loss", layout.loss, f"at most the layers of a chunk ({each})")
 
 
 def _rank_rules(layout: Layout) -> Iterator[RuleViolation]:

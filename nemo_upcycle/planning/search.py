@@ -26,7 +26,6 @@ from nemo_upcycle.planning.workload import PRECISIONS, Workload
 FITS, TIGHT = 0.90, 0.97
 _MICRO_BATCHES = (1, 2, 4)
 _CONTEXTS = (1, 2, 4, 8, 16)
-_UNEVEN_STAGES = (2, 4, 8, 16, 32)
 #: Above this, matrices are small.
 _MOST_TP = 8
 #: Larger numbers of GPUs are mistakes.
@@ -100,7 +99,6 @@ class PlanRequest:
             return ("none", "mlp", "full")
         delayed, dense = self.work.precision == "fp8-delayed", ("mlp",) if self.arch.moe_pattern else ()
         light = () if delayed else ("layernorm", *(("moe_act", "layernorm,moe_act") if self.grouped else ()))
-        light = (*light, "mla_up_proj", *(f"{kind},mla_up_proj" for kind in light[-1:])) if self.arch.latent else light
         heavy = ("moe",) if delayed else ("moe", "layernorm,moe")
         return ("none", *light, *dense, *heavy, "full")
 
@@ -184,9 +182,7 @@ class Plan:
     @property
     def checkpoint_gib(self) -> float:
         """Size of a checkpoint with optimizer states."""
-        arch = self.request.arch
-        mtp = (WEIGHT_BYTES + OPTIMIZER_BYTES) * arch.mtp_params()
-        return (checkpoint_bytes(arch, self.work.lora) + mtp) / GIB
+        return checkpoint_bytes(self.request.arch, self.work.lora) / GIB
 
 
 @functools.lru_cache(maxsize=256)
@@ -339,25 +335,19 @@ def _speed(plan: Plan) -> tuple[float, int]:
 
 
 def layouts(request: PlanRequest) -> Iterator[Layout]:
-    """Yield every layout of even stages that obeys the rules; tensor parallelism stays within NVLink.
-
-    Of models that are planned only, the last stage may have fewer layers.
-    """
+    """Yield every layout of even stages that obeys the rules; tensor parallelism stays within NVLink."""
     arch, node = request.arch, min(_MOST_TP, request.gpu.nvlink_gpus)
     micro_batches = _MICRO_BATCHES if request.micro_batch is None else (request.micro_batch,)
     experts = divisors(arch.num_experts) if arch.num_experts else [1]
-    stages = sorted({*divisors(arch.num_layers), *(_UNEVEN_STAGES if arch.planned_only else ())})
-    for tp, cp, pp, ep in itertools.product(divisors(node), _CONTEXTS, stages, experts):
+    for tp, cp, pp, ep in itertools.product(divisors(node), _CONTEXTS, divisors(arch.num_layers), experts):
         if request.gpus % (tp * cp * pp) or request.gpus % (ep * pp) or arch.num_kv_heads % tp:
             continue
         for etp in {1, tp} if ep > 1 else {tp}:
             # Context parallelism cuts what a larger micro-batch adds: together they gain nothing.
             micros = micro_batches[:1] if cp > 1 else micro_batches
-            chunks = [1, *_UNEVEN_STAGES] if arch.num_layers % pp else divisors(arch.num_layers // pp)
-            for vp, micro in itertools.product(chunks if pp > 1 else [1], micros):
-                loss = -arch.num_layers % (pp * vp)
-                sizes = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp, "loss": loss}
-                layout = Layout(gpus=request.gpus, micro_batch=micro, **sizes)
+            chunks = divisors(arch.num_layers // pp) if pp > 1 else [1]
+            for vp, micro in itertools.product(chunks, micros):
+                layout = Layout(gpus=request.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
                 if first_violation(layout, request.arch, request.work) is None:
                     yield layout
 

@@ -151,8 +151,6 @@ def model_line(arch: Architecture, seq_length: int) -> str:
         f"{arch.total_params / 1e9:.2f}B parameters, {arch.active_params / 1e9:.2f}B active; training on a token of a "
         f"sequence of {seq_length}: {full:.3e} FLOPs (full attention), {causal:.3e} (causal half)"
     )
-    if arch.mtp_layers:
-        text += f"\nMulti-token prediction, which these leave out, has {arch.mtp_params() / 1e9:.2f}B parameters."
     if (arch.total_params, arch.active_params) == (47_491_321_856, 13_668_454_400):
         text += (
             "\nThe paper (arXiv 2412.09952, Table 1) prints 34.4B and 11.8B: it counts two of the three matrices of "
@@ -199,20 +197,3 @@ def explanation(plan: Plan) -> str:
 def _router_gradient_line(arch: Architecture, work: Workload) -> str:
     more, flops = dense_router_gradient_flops(arch), flops_per_token(arch, work.seq_length, causal=False)
     return f"router gradient of all experts: {more:.3e} FLOPs of a token more, {100 * more / flops:.0f} %, none of MFU"
-
-
-def activations_lines(terms: list[dict[str, Any]]) -> list[str]:
-    """Return the activations by the planner and by Megatron's modules as a table, and why terms differ.
-
-    Args:
-        terms: of `ActivationTerm`, as dictionaries.
-    """
-    lines = ["GiB that its layers keep, in BF16:", f"  {'':<24}{'planner':>9}{'modules':>9}{'difference':>12}"]
-    sizes = ("planner_gib", "modules_gib", "difference_gib")
-    total = {"term": "all of them"} | {size: sum(term[size] for term in terms) for size in sizes}
-    for term in [*terms, total]:
-        planner, modules, difference = (round(term[size], 3) + 0.0 for size in sizes)
-        lines.append(f"  {term['term']:<24}{planner:9.3f}{modules:9.3f}{difference:+12.3f}")
-    for why in dict.fromkeys(term["why"] for term in terms if term["why"]):
-        lines.append(f"{', '.join(term['term'] for term in terms if term['why'] == why)}: {why}")
-    return lines

@@ -121,18 +121,9 @@ class ThroughputModel:
         key = (*sizes, layout.node_gpus(self.gpu.nvlink_gpus), work)
         if key not in self._known:
             layer, in_bf16 = StepTime(), replace(work, precision="bf16")
-            kinds = layer_kinds(self.arch, work)
-            for kind, count in kinds.items():
+            for kind, count in layer_kinds(self.arch, work).items():
                 layer.add(self._layer(layout, work if kind.fp8 else in_bf16, kind), count / self.arch.num_layers)
-            output = self._output(layout, in_bf16)
-            if self.arch.mtp_layers:
-                more = self._output(layout, in_bf16)
-                last = next(reversed(kinds))
-                more.add(self._layer(layout, work, last._replace(moe=bool(self.arch.num_experts), parts="*-")))
-                tokens, width = work.seq_length / layout.cp * layout.micro_batch, self.arch.hidden_size
-                self._matrix(more, tokens, 2 * width, width / layout.tp, 1, work)
-                output.add(more, self.arch.mtp_layers)
-            self._known[key] = layer, output
+            self._known[key] = layer, self._output(layout, in_bf16)
         return self._known[key]
 
     def _layer(self, layout: Layout, work: Workload, kind: LayerKind) -> StepTime:
@@ -171,27 +162,18 @@ class ThroughputModel:
         """Add attention: its projections, its core, and what its parallelism sends."""
         arch = self.arch
         queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        values, out = arch.num_kv_heads * arch.value_dim, arch.num_heads * arch.value_dim
         # The core is called once for each step of context parallelism's ring.
         layer.launch += self.machine.layer_us * 1e-6 * (layout.cp - 1) / 4
-        for inputs, outputs, is_cut in arch.projections:
-            # A matrix that is not cut works on the rank's part of the sequence.
-            rows, columns = (tokens, outputs / layout.tp) if is_cut else (tokens / layout.tp, outputs)
-            self._matrix(layer, rows, inputs, columns, 1, work)
-        if arch.latent and work.recomputes("mla_up_proj"):
-            again = StepTime()
-            for role, (inputs, outputs, _) in arch.latent.projections(arch.hidden_size, arch.num_heads).items():
-                if role in ("query_up", "kv_up"):
-                    self._matrix(again, tokens, inputs, outputs / layout.tp, 1, work)
-            layer.add(again, 1 / 3)
+        for inputs, outputs in ((arch.hidden_size, queries + 2 * keys), (queries, arch.hidden_size)):
+            self._matrix(layer, tokens, inputs, outputs / layout.tp, 1, work)
         # Forward, two products of the causal half; 2.5 times as much backward.
-        scores = 2.0 * tokens * mean_context(work.seq_length, window) * (queries + out) / layout.tp
+        scores = 2.0 * tokens * mean_context(work.seq_length, window) * 2 * queries / layout.tp
         layer.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
         # Rotary embedding and what the core reads and writes.
-        self._moved(layer, tokens / layout.tp * 4 * (queries + keys + values + out), work)
+        self._moved(layer, tokens / layout.tp * 8 * (queries + keys), work)
         self._tensor_traffic(layer, tokens, layout, work)
         # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
-        ring = 3 * 2 * (keys + values) / layout.tp * tokens * (layout.cp - 1)
+        ring = 3 * 2 * 2 * keys / layout.tp * tokens * (layout.cp - 1)
         self._link(layer, layout, ring, layout.tp * layout.cp, layout.cp, hidden=layer.attention)
 
     def _mamba(self, layer: StepTime, mamba: MambaLayers, tokens: float, layout: Layout, work: Workload) -> None:
@@ -232,12 +214,9 @@ class ThroughputModel:
         times = StepTime(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
         neurons = (arch.expert_ffn_size or 0) / layout.etp
         # A rank's experts get slots of its whole group: as many as its own tokens, etp times.
-        self._network(times, slots * layout.etp / local, neurons, work, local, arch.expert_width)
-        if arch.expert_input_size:
-            for sides in ((arch.hidden_size, arch.expert_width), (arch.expert_width, arch.hidden_size)):
-                self._matrix(times, tokens / layout.tp, *sides, 1, work)
+        self._network(times, slots * layout.etp / local, neurons, work, local)
         # Permute, sort by expert, sort back, unpermute: read and written, forward and backward.
-        self._moved(times, slots * 16 * arch.expert_width, work)
+        self._moved(times, slots * 16 * arch.hidden_size, work)
         if arch.shared_ffn_size and not routed_alone:
             self._network(times, tokens, arch.shared_ffn_size / layout.tp, work)
             self._tensor_traffic(times, tokens, layout, work)
@@ -259,21 +238,19 @@ class ThroughputModel:
             per_node = layout.node_gpus(self.gpu.nvlink_gpus)
             places = layout.ep if span <= per_node else span // per_node
             copies *= self._expected_places(places) / (self.arch.top_k or 1)
-        bytes_of_copy = 4 * 2 * tokens / layout.tp * self.arch.expert_width
+        bytes_of_copy = 4 * 2 * tokens / layout.tp * self.arch.hidden_size
         volume = bytes_of_copy * copies * (layout.ep - 1) / layout.ep
         self._link(times, layout, volume, span, layout.ep, hidden, self.machine.ep_hidden)
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
-        self._link(times, layout, 4 * 2 * slots * self.arch.expert_width * (layout.etp - 1), layout.etp, layout.etp)
+        self._link(times, layout, 4 * 2 * slots * self.arch.hidden_size * (layout.etp - 1), layout.etp, layout.etp)
 
     def _expected_places(self, places: int) -> float:
         """Return the expected number of distinct ranks or nodes holding a token's experts, under uniform routing."""
         experts, top_k = self.arch.num_experts or 1, self.arch.top_k or 1
         return places * (1 - math.comb(experts - experts // places, top_k) / math.comb(experts, top_k))
 
-    def _network(
-        self, times: StepTime, rows: float, neurons: float, work: Workload, count: int = 1, width: int | None = None
-    ) -> None:
-        gates, width = 2 if self.arch.gated else 1, width or self.arch.hidden_size
+    def _network(self, times: StepTime, rows: float, neurons: float, work: Workload, count: int = 1) -> None:
+        gates, width = 2 if self.arch.gated else 1, self.arch.hidden_size
         self._matrix(times, rows, width, gates * neurons, count, work)
         self._matrix(times, rows, neurons, width, count, work)
         self._moved(times, count * rows * 8 * neurons, work)

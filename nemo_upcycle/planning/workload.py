@@ -57,9 +57,9 @@ PRECISIONS = {
 #: What data parallelism sums gradients in (`grad_reduce_in_fp32`) -> bytes of one.
 GRADIENTS = {"fp32": 4, "bf16": 2}
 #: What is recomputed in the backward pass: modules by Megatron-Core's names (the norm before the experts, the core of
-#: attention, the wide query, key and value of latent attention, the experts' activation function, the network of a
+#: attention, the experts' activation function, the network of a
 #: dense or of an MoE layer), or whole layers.
-MODULES = ("layernorm", "core_attn", "mla_up_proj", "moe_act", "mlp", "moe")
+MODULES = ("layernorm", "core_attn", "moe_act", "mlp", "moe")
 RECOMPUTES = ("none", *MODULES, "full")
 #: Larger numbers are taken for mistakes.
 _MOST = 10**9

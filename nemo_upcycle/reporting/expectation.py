@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.evaluation.heldout import BITS
-from nemo_upcycle.planning.advice import DenseParent
-from nemo_upcycle.planning.run_advice import RunAdvice, known_parent_tokens, run_shape
+from nemo_upcycle.planning.advice import DenseParent, RunAdvice, known_parent_tokens, run_shape
 from nemo_upcycle.reporting.markdown import section, signed, table
 from nemo_upcycle.reporting.run_folder import RunRecord
 from nemo_upcycle.utils.console import short_count
@@ -70,8 +69,8 @@ def expectation_section(results: Mapping[str, Any]) -> str:
     return section(
         "Expectation and outcome",
         table(["loss of the MoE less the baseline's, nats a token", "difference", "outcome"], rows, words=1),
-        f"Of {found['shape']} after {tokens} tokens. The published law decides nothing; a fitted one only where it"
-        " stands near its points: `nemo-upcycle advise` says when.",
+        f"Of {found['shape']} after {tokens} tokens. A fitted law decides only where it stands"
+        " near its points: `nemo-upcycle advise` says when.",
     )
 
 

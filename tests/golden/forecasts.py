@@ -52,7 +52,7 @@ def forecast_text(recipe: str, cluster: str) -> str:
         mock.patch.dict("os.environ", {"NEMO_UPCYCLE_CACHE": "/nowhere", "HF_HOME": "/nowhere"}),
         mock.patch("torch.cuda.is_available", return_value=False),
         mock.patch.object(smollm2_135m_dense_ct, "cpu_has_fast_bf16", return_value=True),
-        mock.patch("nemo_upcycle.planning.run_advice.fitted_law", return_value=None),  # changes with its grid
+        mock.patch("nemo_upcycle.planning.advice.fitted_law", return_value=None),  # changes with its grid
     ):
         chain = getattr(recipes, recipe).pipeline_recipe(dir=f"/runs/{recipe}")
         found = forecast_of(chain, Path(chain.dir), ["--factory", recipe], CLUSTERS[cluster]())

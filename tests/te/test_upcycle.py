@@ -22,8 +22,8 @@ from nemo_upcycle.models.mapping import MAPPINGS, find_mapping
 from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.online.plan import RankCoords, param_plans
 from nemo_upcycle.online.upcycle import load_dense_into
-from nemo_upcycle.planning.check import megatron_rank, transformer_config
 from nemo_upcycle.planning.layout import Layout
+from tests.megatron_ranks import megatron_rank, transformer_config
 from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
 
 

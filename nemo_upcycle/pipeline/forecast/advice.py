@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.planning.run_advice import advice_line
+from nemo_upcycle.planning.advice import advice_line
 from nemo_upcycle.trainers.base import TrainingFacts
 
 

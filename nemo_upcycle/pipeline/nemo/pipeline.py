@@ -12,7 +12,7 @@ from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.planning.run_advice import known_parent_tokens
+from nemo_upcycle.planning.advice import known_parent_tokens
 from nemo_upcycle.trainers.nemo.checks import (
     check_calibration,
     check_data,

@@ -381,16 +381,3 @@ def test_it_plans_without_what_takes_time_to_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_check_compares_activations_with_megatrons_layers(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--layout", "ep=2", "--check")
-    check = _json(capsys, *options)["check"]
-    assert check["ranks"] == 2
-    fields = {"term", "planner_gib", "modules_gib", "difference_gib", "local_gib", "why", "explained"}
-    assert all(set(term) == fields for term in check["activations"])
-    assert _run(*options) == 0
-    out = capsys.readouterr().out
-    assert "  expert fc1 output " in out
-    assert "\nrotary: " in out

@@ -82,7 +82,7 @@ def test_plan_names_the_option_that_was_typed(
         ([*PAPER, "--precision", "fp8-delayed", "--recompute", "moe_act"], "moe_act with fp8-delayed"),
         (
             [*PAPER, "--recompute", "none,moe"],
-            "recompute 'none' does not exist. Valid: core_attn, layernorm, mla_up_proj, mlp, moe, m",
+            "recompute 'none' does not exist. Valid: core_attn, layernorm, mlp, moe, m",
         ),
         ([*PAPER, "--low-precision-params"], "low-precision-params: got it, expected --precision in FP8 or FP4"),
     ],

@@ -1,112 +1,213 @@
-"""Advice decides where a law's bands are apart, and nowhere else."""
+"""Advice decides where a law's bands are apart, and nowhere else; a run's line says so with its command."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemo_upcycle.planning.advice import MOST_BEYOND, Option, Question
-from nemo_upcycle.planning.hardware import known_gpu, known_shape
-from nemo_upcycle.planning.law import Law, OptionLaw, published_law
+from nemo_upcycle.cli.main import main
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.planning import advice
+from nemo_upcycle.planning.advice import (
+    MOST_BEYOND,
+    DenseParent,
+    RunAdvice,
+    Training,
+    advice_line,
+    known_parent_tokens,
+    nearest_outcomes,
+    options,
+)
+from nemo_upcycle.planning.hardware import known_gpu, known_recipe, known_shape, read_data
+from nemo_upcycle.planning.law import Law, OptionLaw
 from nemo_upcycle.planning.search import PlanRequest
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
+from tests.models import LLAMA3_8B
 
 
-E8T2 = UpcycleSpec(num_experts=8, top_k=2)
-PARAMETERS = known_shape("smollm2_135m").total_params
+LLAMA = known_recipe("llama3_8b_e8t2")
+ADDRESS = LLAMA.inputs["dense"]
+PARENT = DenseParent(15e12, LLAMA.dense.total_params)
+OPTIONS = [Training("dense", "dense", 1e11), Training("upcycle e8t2", "upcycled_e8t2", 1e11)]
+NEW = Training("new e8t2", "moe_from_nothing_e8t2", 1e11)
 
 
-def _question(**changes: object) -> Question:
-    work = Workload(seq_length=2048, global_batch=512, routing="natural", gradients="bf16")
-    request = PlanRequest(known_shape("smollm2_135m"), known_gpu("h100"), 8, work, tokens=2e9)
-    return replace(Question(request, parent_tokens=1e10), **changes)
+def _law(upcycled: float, parameters: float = PARENT.parameters, error: float = 0.01) -> Law:
+    """Make a law of parents of 8T to 20T tokens: the upcycled model differs by a constant, +-`error`."""
 
-
-def _law(upcycled: float, error: float = 0.01, parameters: float = PARAMETERS) -> Law:
-    """Return a law of two options whose losses differ by a constant, with two draws that scatter by 0.002."""
-
-    def option(loss: float, error: float, parents: tuple[float, float]) -> OptionLaw:
-        draws = [[0.0, 0.1, 0.1, loss + shift] for shift in (-0.002, 0.002)]
+    def option(loss: float) -> OptionLaw:
         coefficients = {"A": 0.0, "a": 0.1, "b": 0.1, "E": loss}
-        sizes = (parameters, parameters)
-        return OptionLaw("product", coefficients, parents, (1e9, 4e9), sizes, draws, error)
+        sizes = ((8e12, 2e13), (5e10, 2e11), (parameters, parameters))
+        return OptionLaw("product", coefficients, *sizes, [[0.0, 0.1, 0.1, loss]] * 2, error=error)
 
-    parents = (5e9, 2e10)
-    return Law("test", "here", {"dense": option(3.0, 0, parents), "upcycled_e8t2": option(upcycled, error, parents)})
+    return Law("test", "here", {"dense": option(2.0), "upcycled_e8t2": option(2.0 + upcycled)})
 
 
-@pytest.fixture(scope="module")
-def options() -> list[Option]:
-    return _question().options([E8T2])
+DENSE_ALONE = Law("", "", {"dense": _law(0).options["dense"]})
 
 
 @pytest.mark.parametrize(
-    ("upcycled", "error", "best", "leans_to", "why"),
+    ("law", "parent_tokens", "best", "why"),
     [
-        (2.9, 0.01, "upcycle e8t2", "upcycle e8t2", "the band of 'upcycle e8t2' is apart from all others"),
-        (3.1, 0.01, "dense", "dense", "the band of 'dense' is apart from all others"),
-        (2.9, 0.2, None, "upcycle e8t2", "the bands of 'upcycle e8t2' and 'dense' overlap"),
+        (_law(-0.05), 15e12, "upcycle e8t2", "the band of 'upcycle e8t2' is apart from all others"),
+        (_law(0.05), 15e12, "dense", "the band of 'dense' is apart from all others"),
+        (_law(-0.05, error=0.1), 15e12, None, "the bands of 'upcycle e8t2' and 'dense' overlap"),
+        (_law(-0.05), 2e13 * MOST_BEYOND, "upcycle e8t2", "the band of 'upcycle e8t2' is apart from all others"),
+        (_law(-0.05), 4.2e13, None, "the parent's tokens are 2.1 times beyond its range; it decides up to 2 times"),
+        (
+            _law(-0.05, PARENT.parameters / 10),
+            15e12,
+            None,
+            "the parameters are 10.0 times beyond its range; it decides up to 2 times",
+        ),
+        (
+            Law("", "", {"dense": _law(0).options["dense"]}),
+            15e12,
+            None,
+            "it has no upcycled model of this shape that fits",
+        ),
     ],
 )
-def test_it_decides_where_bands_are_apart(
-    options: list[Option], upcycled: float, error: float, best: str | None, leans_to: str, why: str
-) -> None:
-    verdict = _question().parent.decide(_law(upcycled, error), options)
-    assert (verdict.best, verdict.leans_to, verdict.why) == (best, leans_to, why)
+def test_it_decides_where_bands_are_apart(law: Law, parent_tokens: float, best: str | None, why: str) -> None:
+    assert PARENT._replace(tokens=parent_tokens).decide(law, OPTIONS) == (best, why)
 
 
-@pytest.mark.parametrize(("ratio", "decides"), [(1.0, True), (MOST_BEYOND, True), (MOST_BEYOND + 0.1, False)])
-def test_it_decides_up_to_a_distance_from_the_points(options: list[Option], ratio: float, decides: bool) -> None:
-    question = _question(parent_tokens=2e10 * ratio)
-    verdict = question.parent.decide(_law(2.9), options)
-    assert verdict.leans_to == "upcycle e8t2"
-    assert (verdict.best is not None) is decides
-    if not decides:
-        assert verdict.why == "the parent's tokens are 2.1 times beyond its range; it decides up to 2 times"
-
-
-def test_an_option_from_nothing_that_lies_too_far_out_does_not_keep_it_from_deciding(options: list[Option]) -> None:
-    law = _law(2.9)
+def test_an_option_from_nothing_that_lies_too_far_out_does_not_keep_it_from_deciding() -> None:
     draws = [[0.0, 0.1, 2.0]] * 2
-    far = OptionLaw("power", {"A": 0.0, "a": 0.1, "E": 2.0}, (0, 0), (1e12, 2e12), (PARAMETERS, PARAMETERS), draws)
-    verdict = _question().parent.decide(Law("", "", {**law.options, "moe_from_nothing_e8t2": far}), options)
-    assert verdict.best == "upcycle e8t2"
-    assert verdict.why.endswith("; 'new e8t2' lies too far out to count")
+    sizes = ((0, 0), (1e14, 2e14), (PARENT.parameters, PARENT.parameters))
+    far = OptionLaw("power", {"A": 0.0, "a": 0.1, "E": 2.0}, *sizes, draws)
+    law = Law("", "", {**_law(-0.05).options, NEW.key: far})
+    best, why = PARENT.decide(law, [*OPTIONS, NEW])
+    assert best == "upcycle e8t2"
+    assert why.endswith("; 'new e8t2' lies too far out to count")
+    assert PARENT.decide(law, [*OPTIONS, NEW._replace(fits=False)]) == PARENT.decide(_law(-0.05), OPTIONS)
 
 
-def test_a_law_of_another_size_says_nothing_of_this_one(options: list[Option]) -> None:
-    law = _law(2.9, parameters=PARAMETERS / 10)
-    found = _question().parent.expect(law, options[1], options[0])
-    assert found is not None
-    assert found.difference is None
-    verdict = _question().parent.decide(law, options)
-    assert (verdict.best, verdict.leans_to) == (None, None)
-    assert verdict.why.startswith("the parameters are 10.0 times beyond its range")
-
-
-def test_the_published_law_leans_and_never_decides(options: list[Option]) -> None:
-    verdict = _question().parent.decide(published_law(), options)
-    assert (verdict.best, verdict.leans_to, verdict.why) == (None, "upcycle e8t2", "it has no intervals")
-    far = _question(parent_tokens=1e14).parent.decide(published_law(), options)
-    assert (far.best, far.leans_to) == (None, None)
-    assert far.why.startswith("it has 'upcycle e8t2' above the parent that its training begins from")
-
-
-def test_a_law_without_the_shape_says_so() -> None:
-    granular = UpcycleSpec(num_experts=16, top_k=4, granularity=2)
-    options = _question().options([granular])
-    assert [option.name for option in options] == ["dense", "upcycle e16t4g2", "new e16t4g2"]
-    verdict = _question().parent.decide(_law(2.9), options)
-    assert (verdict.best, verdict.why) == (None, "it has no upcycled model of these shapes that fits")
+def test_a_law_that_has_an_upcycled_model_above_its_parent_does_not_hold() -> None:
+    sizes = ((0, 0), (8e12, 2e13), (PARENT.parameters, PARENT.parameters))
+    parent = OptionLaw("power", {"A": 0.0, "a": 0.1, "E": 1.9}, *sizes, [[0.0, 0.1, 1.9]] * 2)
+    law = Law("", "", {**_law(-0.05).options, "dense_from_nothing": parent})
+    assert PARENT.decide(law, OPTIONS)[0] == "upcycle e8t2"
+    best, why = PARENT._replace(tokens=3e13).decide(law, OPTIONS)
+    assert best is None
+    assert why.startswith("it has 'upcycle e8t2' above the parent that its training begins from")
 
 
 def test_hours_give_each_option_what_it_reaches_in_them() -> None:
-    dense, upcycled, new = _question(hours=10.0).options([E8T2])
-    assert dense.plan.hours == pytest.approx(10)
-    assert upcycled.plan.hours == pytest.approx(10)
-    assert dense.tokens > 1.3 * upcycled.tokens
-    assert new.tokens == upcycled.tokens
-    rate = dense.plan.tokens_per_s_per_gpu * 8
-    assert dense.tokens == pytest.approx(rate * 36_000)
+    work = Workload(seq_length=2048, global_batch=512, routing="natural", gradients="bf16")
+    request = PlanRequest(known_shape("smollm2_135m"), known_gpu("h100"), 8, work, tokens=2e9)
+    dense, upcycled, new = options(request, UpcycleSpec(num_experts=8, top_k=2), hours=10.0)
+    assert dense.plan.hours == upcycled.plan.hours == pytest.approx(10)
+    assert dense.training.tokens > 1.3 * upcycled.training.tokens
+    assert new.training.tokens == upcycled.training.tokens
+    assert dense.training.tokens == pytest.approx(dense.plan.tokens_per_s_per_gpu * 8 * 36_000)
+
+
+def test_what_was_measured_nearest_to_the_case_comes_first() -> None:
+    for parent, first in ((PARENT, "Llama 3 8B"), (DenseParent(2e12, 1e9), "OLMo 1B")):
+        found = nearest_outcomes(parent)
+        assert found[0]["parent"] == first
+        assert [bool(one["distance"]) for one in found] == [True, True, True, False, False]
+    assert nearest_outcomes(PARENT)[0]["distance"] == {"parent_tokens": 1.0, "parameters": pytest.approx(1, rel=1e-3)}
+    assert {one["reading"] for one in found} == {"for", "against"}
+    assert all(one["source"].startswith("arXiv ") and one["found"] for one in found)
+
+
+def _line(law: Law | None, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
+    monkeypatch.setattr(advice, "fitted_law", lambda: law)
+    given = {"address": ADDRESS, "trained_on": None, "arch": LLAMA.arch, "tokens": 1e11, "dense_tokens": 1e11}
+    return advice_line(**(given | {"gpus": 512} | changes))
+
+
+@pytest.mark.parametrize(
+    ("law", "said"),
+    [
+        (
+            _law(-0.05),
+            "upcycle e8t2, by the fitted law: -0.050 nats a token beside the parent trained on"
+            " (90 % -0.060 to -0.040). Costs",
+        ),
+        (_law(0.005), "not resolved by the fitted law (the bands of 'dense' and 'upcycle e8t2' overlap)"),
+        (_law(-0.05, 1e9), "no fitted law applies (the parameters are 8.0 times beyond its range"),
+        (None, "no fitted law applies (none was fitted yet). Costs"),
+    ],
+)
+def test_a_line_says_what_the_fitted_law_decides(law: Law | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = _line(law, monkeypatch)
+    assert line.startswith(f"e8t2 after 15T + 100B tokens: {said}")
+    assert "\n" not in line
+    assert line.endswith(
+        f"Costs and more: nemo-upcycle advise --model {ADDRESS} --trained-on 15T --tokens 100B --experts 8 --top-k 2"
+        " --gpus 512"
+    )
+
+
+def test_a_shape_that_the_law_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = LLAMA.dense.upcycled(UpcycleSpec(num_experts=16, top_k=4, granularity=2))
+    line = _line(_law(-0.05), monkeypatch, trained_on="74B", arch=arch)
+    assert "no fitted law applies (it has no e16t4g2). Costs" in line
+    assert "--experts 16 --top-k 4 --granularity 2" in line
+    arch = LLAMA.dense.upcycled(UpcycleSpec(num_experts=8, top_k=2, shared_experts=1, moe_layers="every-2"))
+    line = _line(_law(-0.05), monkeypatch, arch=arch)
+    assert "no fitted law applies (it has no e8t2 with shared experts in some layers). Costs" in line
+
+
+def test_a_baseline_of_more_tokens_counts_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    law = _law(-0.05)
+    power = {"A": 2.0, "a": 0.0, "b": 0.05, "E": 2.0}
+    dense = replace(law.options["dense"], coefficients=power, draws=[list(power.values())] * 2)
+    law = replace(law, options={**law.options, "dense": dense})
+    same, more = (_line(law, monkeypatch, dense_tokens=tokens) for tokens in (1e11, 1.6e11))
+    assert same.partition(" nats")[0] != more.partition(" nats")[0]
+
+
+def test_what_is_not_known_is_said_with_the_command_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = _line(None, monkeypatch, address="/models/my model")
+    assert line == (
+        "not known: what the parent was trained on; add trained_on=15T (its tokens), or ask: nemo-upcycle advise"
+        " --model '/models/my model' --trained-on N --tokens 100B --experts 8 --top-k 2 --gpus 512"
+    )
+    line = _line(None, monkeypatch, tokens=0.0)
+    assert line.startswith("not known: how long it trains; ask: nemo-upcycle advise --model")
+    assert "--trained-on 15T --tokens N --experts 8" in line
+    line = _line(None, monkeypatch, arch=None, tokens=0.0, gpus=None)
+    assert line == (
+        "not known before the parent is fetched; ask: nemo-upcycle advise"
+        f" --model {ADDRESS} --trained-on 15T --tokens N --gpus N"
+    )
+
+
+def test_the_command_of_a_line_is_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B))
+    line = _line(None, monkeypatch, address=str(tmp_path), trained_on="15T", tokens=100_000_595_968.0)
+    words = shlex.split(line.partition("nemo-upcycle ")[2])
+    assert main([*words, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["options"]["upcycle e8t2"]["tokens"] == 1e11
+
+
+def test_tokens_are_the_users_or_those_of_a_published_parent() -> None:
+    assert known_parent_tokens("/models/mine", None) is None
+    assert known_parent_tokens(ADDRESS, None) == 15e12
+    assert known_parent_tokens(ADDRESS, "300B") == 3e11
+    with pytest.raises(SpecError) as caught:
+        known_parent_tokens(ADDRESS, "many")
+    assert caught.value.subject == "trained_on"
+    recipes = read_data("recipes.yaml")["recipes"].values()
+    assert all(known_parent_tokens(recipe["inputs"]["dense"], None) for recipe in recipes)
+    assert all(entry["source"] and entry["tokens"] > 1e11 for entry in read_data("parents.yaml").values())
+
+
+def test_values_have_the_law_where_it_has_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice, "fitted_law", lambda: _law(-0.05))
+    values = RunAdvice(PARENT, "e8t2", 1e11, 1e11).values()
+    assert values["laws"]["fitted"]["decides"] is True
+    assert values["laws"]["fitted"]["band_90"] == [-0.06, -0.04]
+    assert RunAdvice(PARENT, "e16t4", 1e11, 1e11).values()["laws"] == {}

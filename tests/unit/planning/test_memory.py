@@ -7,15 +7,20 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.published import published_peaks
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.memory import GIB, Memory, in_flight, layer_bytes, stage_memory, worst_memory
 from nemo_upcycle.planning.parameters import StagePlan, lay_out
 from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.spec import UpcycleSpec
+from tests.unit.models.test_nemotron_h import CONFIG
 
 
 LLAMA = known_recipe("llama3_8b_e8t2").arch
 DENSE = known_recipe("llama3_8b_dense_ct").arch
+NEMOTRON_H = architecture_from_config(CONFIG)
 WORK = Workload(seq_length=8192, global_batch=512, capacity_factor=1.0, pad=True)
 
 
@@ -53,6 +58,34 @@ def test_activations_of_a_dense_layer_by_hand() -> None:
     elements = 4 * 4096 + (32 + 2 * 8) * 128 + 32 * 128 + 3 * 14336
     assert held.plain == 2 * elements + 4 * 32  # and the softmax's statistics, float32 for each head
     assert held.routed == 0
+
+
+def test_activations_of_a_mamba_mixer_by_hand() -> None:
+    work, layout = replace(WORK, seq_length=1, global_batch=1), parse_layout("tp=1", 1)
+    held = layer_bytes(NEMOTRON_H, layout, work, moe=False, fp8=False, parts="M")
+    inner, states = 128 * 64, 8 * 128
+    assert held.plain == 2 * (2 * 4096 + 2 * inner + 2 * states + 128 + 3 * inner)
+    held = layer_bytes(NEMOTRON_H, layout, work, moe=False, fp8=False, parts="-")
+    assert held.plain == 2 * (2 * 4096 + 2 * 21504)
+
+
+@pytest.mark.parametrize(
+    ("arch", "text", "gpus"),
+    [(LLAMA, "tp=2,pp=4,vp=8,ep=8", 64), (NEMOTRON_H.upcycled(UpcycleSpec()), "tp=2,pp=5,ep=4", 40)],
+    ids=["Llama", "Nemotron-H"],
+)
+def test_the_ranks_together_hold_every_parameter_once(arch: Architecture, text: str, gpus: int) -> None:
+    layout, held = parse_layout(text, gpus), 0
+    for stage in range(layout.pp):
+        plan = StagePlan(arch, layout, WORK, stage)
+        held += layout.ep * plan.expert_params
+        for param in (param for chunk in plan.chunks for param in chunk if not param.mapping.is_expert):
+            role = param.mapping.role
+            is_cut = role != "router" and (
+                len(param.shape) > 1 or (role.startswith("mamba_") and role != "mamba_norm")
+            )
+            held += param.numel * (layout.tp if is_cut else 1)
+    assert held == arch.total_params + 2 * (layout.padded_vocab(arch) - arch.vocab_size) * arch.hidden_size
 
 
 def test_token_slots_by_hand() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.published import shape
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.planning.hardware import known_gpu, known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.rules import check_layout
@@ -21,6 +22,8 @@ from nemo_upcycle.planning.search import (
     usual_overlap,
 )
 from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.spec import UpcycleSpec
+from tests.unit.models.test_nemotron_h import CONFIG
 
 
 def _request(gpus: int, recipe: str = "llama3_8b_e8t2", gpu: str = "h100", batch: int = 512) -> PlanRequest:
@@ -146,6 +149,12 @@ def test_experts_overlap_where_nvidias_recipes_do(
 ) -> None:
     work = replace(DROPLESS, **changes)
     assert usual_overlap(QWEN, known_gpu(gpu), parse_layout(text, 256), work, recompute, software) == expected
+
+
+def test_experts_behind_mamba_layers_overlap_nothing() -> None:
+    arch = architecture_from_config(CONFIG).upcycled(UpcycleSpec())
+    work = replace(DROPLESS, precision="mxfp8")
+    assert usual_overlap(arch, known_gpu("gb300"), parse_layout("ep=8", 8), work, "none", "mcore-0.18") == ()
 
 
 def test_a_request_takes_nvidias_settings_for_each_layout() -> None:

@@ -11,24 +11,21 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.layer_settings import decoder_settings
-from nemo_upcycle.planning.check import megatron_rank, transformer_config
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.memory import GIB, layer_bytes, layers_in_flight, worst_memory
+from nemo_upcycle.planning.memory import layer_bytes, layers_in_flight
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.utils.attributes import temporarily_set
+from tests.megatron_ranks import megatron_rank, transformer_config
 
 
-#: What a term may differ by without a reason, as a part of all terms together.
-TOLERANCE = 0.01
 #: Megatron's modules, as regular expressions of their names in a layer -> the term of what they keep.
 _TERMS = {
     r"input_layernorm|post_self_attn_layernorm": "attention norm",
@@ -44,113 +41,31 @@ _TERMS = {
     r"mlp.*\.linear_fc2": "fc2 input",
     r"mlp.*": "fc1 output",
 }
-_FLASH = "PyTorch's flash attention stands in for Megatron's local one, which keeps scores of s x s"
-_NORM = "a norm that keeps its input, as fused ones, stands in for PyTorch's, which off the GPU keeps float32 copies"
-_STAND_INS = {"attention": _FLASH, "softmax statistics": _FLASH}
-_STAND_INS |= dict.fromkeys(("attention norm", "query and key norms", "network norm"), _NORM)
-#: Terms that the local modules cannot show, and why.
-_NOT_LOCAL = {
-    "rotary": "the fused kernel of the rotary embedding keeps neither cosines nor sines",
-    "dispatch": "Transformer Engine's permutation keeps a map of 8 bytes for each token and expert, the local one"
-    " 16 for each slot",
-    "dense router gradient": "the layer runs without it",
-}
-_NO_MOE_ACT = "only Transformer Engine's grouped experts recompute their activation alone"
+#: Terms that the local modules cannot show: the rotary embedding's fused kernel keeps neither cosines nor sines, and
+#: Transformer Engine's permutation a map of 8 bytes for each token and expert, the local one 16 for each slot.
+NOT_LOCAL = {"rotary", "dispatch"}
 
 
-@dataclass(frozen=True)
-class ActivationTerm:
-    """One term of what the layers of the fullest rank keep.
+def kept_by_stage(arch: Architecture, layout: Layout, work: Workload, stage: int) -> dict[str, tuple[float, float]]:
+    """Count what a stage's layers keep at the peak, term by term: bytes by the planner, and by Megatron's layers.
 
-    Args:
-        term: what it is of, or whose input.
-        planner_gib: by the planner's formula.
-        modules_gib: by Megatron's modules, with stand-ins for two kernels.
-        difference_gib: of the two.
-        local_gib: by Megatron's local modules as they are.
-        why: they differ, or a stand-in was needed; "" where nothing has to be said.
-        explained: whether `why` says where the difference comes from.
+    Both are in BF16: in FP8 linear layers keep smaller inputs, which only Transformer Engine's modules do, on a GPU.
     """
-
-    term: str
-    planner_gib: float
-    modules_gib: float
-    difference_gib: float
-    local_gib: float
-    why: str
-    explained: bool
-
-
-def compare_activations(arch: Architecture, layout: Layout, work: Workload) -> list[ActivationTerm]:
-    """Return the activations of a plan's fullest rank by the planner and by Megatron's layers, term by term.
-
-    Both are of BF16: in FP8 linear layers keep smaller inputs, which only Transformer Engine's modules do, on a GPU.
-
-    Args:
-        arch: of the model.
-        layout: the cluster's.
-        work: what a step works on.
-    """
-    stage, _ = worst_memory(arch, layout, work)
     work = replace(work, precision="bf16", low_params=False)
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for (moe, fp8, _), count in layers_in_flight(arch, layout, work, stage).items():
-        planner = layer_bytes(arch, layout, work, moe, fp8).kept
-        modules, local = (kept_by_layer(arch, layout, work, moe, stand_ins) for stand_ins in (True, False))
-        for number, layer in enumerate((planner, modules, local)):
+        planned, built = layer_bytes(arch, layout, work, moe, fp8).kept, kept_by_layer(arch, layout, work, moe)
+        for number, layer in enumerate((planned, built)):
             for term, size in layer.items():
                 sums[term][number] += count * size
-    return [_compared(term, work, *sizes) for term, sizes in sums.items() if any(sizes)]
+    return {term: (planned, built) for term, (planned, built) in sums.items() if planned or built}
 
 
-def _compared(term: str, work: Workload, planner: float, modules: float, local: float) -> ActivationTerm:
-    why = _NOT_LOCAL.get(term, "")
-    if term == "expert fc2 input" and work.recomputes("moe_act"):
-        why = _NO_MOE_ACT
-    explained = bool(why)
-    if local != modules:
-        why = _STAND_INS.get(term, why)
-    return ActivationTerm(
-        term,
-        planner_gib=round(planner / GIB, 4),
-        modules_gib=round(modules / GIB, 4),
-        difference_gib=round((modules - planner) / GIB, 4),
-        local_gib=round(local / GIB, 4),
-        why=why,
-        explained=explained,
-    )
+def kept_by_layer(arch: Architecture, layout: Layout, work: Workload, moe: bool) -> dict[str, float]:
+    """Run a layer of Megatron's forward for one micro-batch, and count the bytes that it keeps on a rank, by term.
 
-
-def check_activations(arch: Architecture, layout: Layout, work: Workload) -> list[ActivationTerm]:
-    """Return what `compare_activations` does.
-
-    Raises:
-        UpcycleError: a term differs by more than `TOLERANCE` of all of them, and does not say why.
-    """
-    terms = compare_activations(arch, layout, work)
-    most = TOLERANCE * sum(term.planner_gib for term in terms)
-    for term in terms:
-        if abs(term.difference_gib) > most and not term.explained:
-            raise UpcycleError(
-                f"activations: {term.term}",
-                got=f"{term.modules_gib} GiB (Megatron)",
-                expected=f"{term.planner_gib} GiB (plan), or nearer than {100 * TOLERANCE:g} % of all activations",
-                fix="report it: the plan and Megatron-Core disagree",
-            )
-    return terms
-
-
-def kept_by_layer(
-    arch: Architecture, layout: Layout, work: Workload, moe: bool, stand_ins: bool = True
-) -> dict[str, float]:
-    """Run a layer of Megatron's forward for one micro-batch, and return the bytes that it keeps on a rank, by term.
-
-    Args:
-        arch: of the model.
-        layout: the cluster's.
-        work: sequence, slots of the experts, recomputation; in BF16.
-        moe: whether the layer has experts.
-        stand_ins: use flash attention and fused norms, not those of the local modules.
+    Flash attention stands in for Megatron's local one, which keeps scores of s x s, and a norm that keeps its input,
+    as fused ones do, for PyTorch's, which off the GPU keeps copies in float32.
     """
     from megatron.core import tensor_parallel
 
@@ -161,13 +76,12 @@ def kept_by_layer(
     shape = (length // layout.tp, layout.micro_batch, arch.hidden_size)
     hidden = torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
     angles = torch.empty(length, 1, 1, arch.head_dim, device="meta")
-    mask = None if stand_ins else torch.empty(1, 1, length, length, device="meta", dtype=torch.bool)
     with megatron_rank(layout, 0), _without_cuda():
-        layer = _layer(one_layer, layout, work, moe, stand_ins)
+        layer = _layer(one_layer, layout, work, moe)
         with _what_is_kept(layer, moe) as kept:
 
             def forward(hidden: torch.Tensor) -> Any:
-                return layer(hidden, attention_mask=mask, rotary_pos_emb=angles)[0]
+                return layer(hidden, attention_mask=None, rotary_pos_emb=angles)[0]
 
             output = (
                 tensor_parallel.checkpoint(forward, False, hidden) if work.recompute == "full" else forward(hidden)
@@ -177,7 +91,7 @@ def kept_by_layer(
     return terms
 
 
-def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool, stand_ins: bool) -> Any:
+def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool) -> Any:
     from megatron.core.transformer.spec_utils import build_module
 
     from nemo_upcycle.online.decoder_layers import decoder_layers
@@ -203,16 +117,14 @@ def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool, stand_
     for name, value in settings.items():
         setattr(config, name, value)
     spec = decoder_layers(config, False, **decoder_settings(arch)).layer_specs[0]
-    norm = _FusedNorm if stand_ins else _LocalNorm
     if arch.pre_norm:
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _FusedNorm
     if arch.post_norm:
-        spec.params["norm"] = norm
+        spec.params["norm"] = _FusedNorm
     attention = spec.submodules.self_attention.submodules
     if arch.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = norm
-    if stand_ins:
-        attention.core_attention = _FlashAttention
+        attention.q_layernorm = attention.k_layernorm = _FusedNorm
+    attention.core_attention = _FlashAttention
     with torch.device("meta"):
         layer: Any = build_module(spec, config=config, layer_number=1).bfloat16()
     # Transformer Engine's other norms are one with a linear layer.
@@ -262,7 +174,7 @@ def _what_is_kept(layer: Any, moe: bool) -> Iterator[Callable[[], dict[str, floa
     """Watch a layer run.
 
     Yields:
-        What returns the bytes that its graph keeps, by term; it is to be called while the output lives.
+        A function that counts the bytes its graph keeps, by term; it is to be called while the output lives.
     """
     running: list[str] = []
     inputs: dict[int, str] = {}  # storages that have a term of their own
@@ -306,7 +218,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _term(kept: _Kept, moe: bool) -> str:
-    """Return the term of a tensor, by the module that keeps it."""
+    """Name the term of a tensor, by the module that keeps it."""
     if kept.module == "self_attention" and kept.tensor.shape[1:3] == (1, 1):
         return "rotary"
     if kept.module == "self_attention.core_attention" and kept.tensor.dtype == torch.float32:
@@ -316,18 +228,14 @@ def _term(kept: _Kept, moe: bool) -> str:
     return next(term for pattern, term in _TERMS.items() if re.fullmatch(pattern, kept.module))
 
 
-class _LocalNorm(torch.nn.RMSNorm):
-    """PyTorch's norm, which Megatron's local modules have; their own wrapper refuses sequence parallelism."""
+class _FusedNorm(torch.nn.RMSNorm):
+    """A norm that keeps what those of Transformer Engine, and PyTorch's on a GPU, keep."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps)
 
-
-class _FusedNorm(_LocalNorm):
-    """A norm that keeps what those of Transformer Engine, and PyTorch's on a GPU, keep."""
-
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the input's shape."""
+        """Make a tensor of the input's shape."""
         normed: torch.Tensor = _KeepsInput.apply(tensor, self.weight)
         return normed
 
@@ -348,7 +256,7 @@ class _FlashAttention(torch.nn.Module):
         super().__init__()
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Return [S, B, H x K] of [S, B, H, K], each tensor contiguous, as Transformer Engine makes them."""
+        """Make [S, B, H x K] of [S, B, H, K], each tensor contiguous, as Transformer Engine makes them."""
         parts = (part.contiguous().flatten(1, 2)[None] for part in (query, key, value))
         length = query.shape[0]
         flash = torch.ops.aten._flash_attention_forward

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +17,11 @@ from scipy.optimize import least_squares, nnls
 from scipy.stats import t as student_t
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.planning.law import (
-    FORMS,
-    FROM_NOTHING,
-    RELATIVE,
-    WITH_PARENT,
-    Band,
-    Law,
-    OptionLaw,
-    quantile,
-)
-from nemo_upcycle.planning.upcycling_points import Point
+from nemo_upcycle.planning.law import FORMS, RELATIVE, Band, Law, OptionLaw, quantile, shape_name
 
 
+#: Forms of an option that has a parent, and of one that begins from nothing.
+WITH_PARENT, FROM_NOTHING = ("interaction", "product", "additive", "sum"), ("power",)
 #: Parent's tokens and tokens after it -> mean loss over the seeds.
 Cells = dict[tuple[float, float], float]
 Array = NDArray[np.float64]
@@ -37,6 +32,47 @@ ALIKE = 2.0
 #: Where the search for exponents begins; the logarithm of w begins at 0.
 _STARTS = (0.1, 0.4)
 _LIMIT = 10.0
+
+
+class Point(NamedTuple):
+    """A training.
+
+    Args:
+        option: name of its option in a `Law`: `dense`, `dense_from_nothing`, `upcycled_e8t2`,
+            `moe_from_nothing_e8t2`.
+        parent_tokens: tokens of its parent; 0 without one.
+        tokens: tokens of this training.
+        parameters: all of the model's parameters.
+        seed: trainings of one seed see the same data in the same order.
+        loss: held-out, in nats a token.
+    """
+
+    option: str
+    parent_tokens: float
+    tokens: float
+    parameters: float
+    seed: int
+    loss: float
+
+
+def read_points(path: Path) -> list[Point]:
+    """Read a grid's `points.csv`: one row a training, no two of one option, parent, number of tokens and seed.
+
+    Raises:
+        UpcycleError: two rows are of one training.
+    """
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    points: dict[tuple[str, float, float, int], Point] = {}
+    for row in rows:
+        option, shape = row["option"], shape_name(*(int(row[name]) for name in ("experts", "topk", "granularity")))
+        if option.startswith("moe"):
+            option = f"upcycled_{shape}" if option == "moe" else f"{option}_{shape}"
+        sizes = [float(row[name]) for name in ("parent_tokens", "tokens", "total_parameters")]
+        point = Point(option, *sizes, int(row["seed"]), float(row["loss"]))
+        if points.setdefault(training := (option, *sizes[:2], point.seed), point) is not point:
+            fix = "keep one: a trial with other settings is no seed"
+            raise UpcycleError(f"{path}: {training}", got="two rows", expected="one row a training", fix=fix)
+    return list(points.values())
 
 
 @dataclass(frozen=True)
@@ -79,7 +115,7 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
             f"grid {source}",
             got=f"the options {', '.join(by_option)}",
             expected=f"dense and moe, each with at least {LEAST_PARENTS} parents and 2 numbers of tokens",
-            fix="add these trainings, or omit --grid",
+            fix="add these trainings",
         )
     parameters, *others = sorted({point.parameters for point in by_option["dense"]})
     if others:
@@ -122,7 +158,7 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
             intervals={name: _interval([values[place] for values in refitted]) for place, name in enumerate(names)},
             others=coefficients,
         )
-    return Law(about, source, laws, left_out=left_out)
+    return Law(about, source, laws, left_out)
 
 
 def _alike(held_out: Mapping[str, float]) -> list[str]:
@@ -296,10 +332,9 @@ def held_out_differences(points: Sequence[Point], draws: int = DRAWS) -> list[He
         law = fit_law(others, "", "the other parents", draws)
         rows = [point for point in points if point.parent_tokens == left_out]
         losses = {option: mean_cells([row for row in rows if row.option == option]) for option in law.options}
-        parameters = law.options["dense"].parameters[0]
         for option in sorted(losses.keys() - {"dense"}):
             for key in sorted(losses[option].keys() & losses["dense"].keys()):
-                predicted = law.difference(option, key[1], "dense", key[1], left_out, parameters)
+                predicted = law.difference(option, key[1], "dense", key[1], left_out)
                 answers.append(HeldOut(option, *key, predicted, losses[option][key] - losses["dense"][key]))
     return answers
 
