@@ -24,7 +24,6 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
-from nemo_upcycle.models.planned_parameters import PLANNED, planned_shapes
 
 
 if TYPE_CHECKING:
@@ -179,9 +178,8 @@ MAMBA_MAPPINGS = (
     ParamMapping("mamba_out", ("mixer.out_proj.weight",), Sharding.COLUMNS),
 )
 
-PLANNED_MAPPINGS = tuple(ParamMapping(role, (name,), Sharding(kind)) for role, (name, kind) in PLANNED.items())
 MAPPINGS = (*MODEL_MAPPINGS, *ATTENTION_MAPPINGS, *DENSE_MAPPINGS, *MOE_MAPPINGS, *MAMBA_MAPPINGS)
-BY_ROLE = {mapping.role: mapping for mapping in (*MAPPINGS, *PLANNED_MAPPINGS)}
+BY_ROLE = {mapping.role: mapping for mapping in MAPPINGS}
 
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
@@ -263,7 +261,6 @@ def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
     """Return the mappings of one layer of `arch`."""
     moe = arch.is_moe_layer(layer)
     mappings = ATTENTION_MAPPINGS + (MOE_MAPPINGS if moe else DENSE_MAPPINGS)
-    mappings += tuple(mapping for mapping in PLANNED_MAPPINGS if moe or mapping.in_attention)
     if arch.mamba:
         kind = arch.parts(layer)
         parts = tuple(mapping for mapping in mappings if mapping.in_attention is (kind == "*"))
@@ -281,12 +278,11 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     """Return whether the architecture has this parameter where a layer of that kind could have it."""
     if mapping.is_shared:  # where the model has no gate, the folder's is a constant of its class
         return arch.shared_ffn_size > 0 and (arch.shared_gate or mapping.role != "shared_gate")
-    some = {"qkv": arch.latent is None, "query_norm": arch.qk_norm, "key_norm": arch.qk_norm}
+    some = {"query_norm": arch.qk_norm, "key_norm": arch.qk_norm}
     some |= {bias: getattr(arch, bias) for bias in ("qkv_bias", "attention_out_bias", *BALANCING_BIASES)}
     some |= dict.fromkeys(("attention_norm", "ffn_norm"), arch.pre_norm)
     some |= dict.fromkeys(("attention_post_norm", "ffn_post_norm"), arch.post_norm)
-    some |= dict.fromkeys(PLANNED, False)
-    some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias", *planned_shapes(arch)), True)
+    some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias"), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 
 

@@ -34,7 +34,6 @@ from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.layer_settings import MULTIPLIERS, NORMS, layer_pattern, layers_with, rope_pattern
 from nemo_upcycle.models.megatron_config import FIELDS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies, scaling_of
-from nemo_upcycle.sources.planned_checkpoints import planned_config
 from nemo_upcycle.sources.saved_settings import saved_settings
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json
@@ -104,8 +103,6 @@ class CheckpointContext:
             CheckpointError: it is no model that the planner knows.
         """
         vocabulary = self._vocab_size(padded_vocab)
-        if config := self._read(lambda: planned_config(self.settings) or {}):
-            return architecture_from_config(config | {"vocab_size": vocabulary}, str(self.path), to_plan=True)
         arch = self._architecture(vocabulary, _GIVE_CONFIG)
         if not self.spec_fields:
             return arch

@@ -151,14 +151,6 @@ class Family:
         """
         return settings.choice("hidden_act", ACTIVATIONS, "use a SwiGLU or GEGLU checkpoint")
 
-    def planned_only(self, config: Mapping[str, Any]) -> str:
-        """Return what the planner alone knows of a model: nothing here converts, fills or trains it; "" for nothing.
-
-        Args:
-            config: the parsed `config.json`.
-        """
-        return ""
-
     def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         """Return the fields of an `Architecture` in which attention is not Llama's.
 

@@ -133,29 +133,6 @@ PARENTS |= {
         13.5,
     ),
 }
-#: The same of parents that are planned only, and the reason.
-PLANNED: dict[str, tuple[dict[str, Any], float, str]] = {
-    "Gemma 2 9B": (
-        {"architectures": ["Gemma2ForCausalLM"], "vocab_size": 256000, "sliding_window": 4096}
-        | _sizes(3584, 14336, 42, 16, num_key_value_heads=8, head_dim=256),
-        9.24,
-        "capped scores and logits",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PLANNED)
-def test_what_is_planned_only_is_refused_by_name(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config, billions, reason = PLANNED[name]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main(["plan", "--model", str(tmp_path), "--gpus", "512", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["rows"][0]["fits"] == "fits", found["rows"][0]
-    assert found["model"]["total_params"] / 1e9 == pytest.approx(billions, rel=0.005)
-    assert main(["convert", str(tmp_path), str(tmp_path / "moe")]) == 2
-    assert f"with {reason}, which nemo-upcycle plan alone knows" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("name", PARENTS)
