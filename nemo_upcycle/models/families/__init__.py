@@ -42,6 +42,7 @@ __all__ = [
     "Family",
     "MoeFamily",
     "check_parent",
+    "find_dense",
     "find_family",
     "find_nemo_module",
     "parents",
@@ -77,6 +78,12 @@ def find_nemo_module(name: str, *, has_experts: bool = False) -> Family | None:
     """Return the family whose configurations a module of NeMo has; with experts: the one of models that have some."""
     found = [family for family in _FAMILIES.values() if name and family.nemo_module == name]
     return next((family for family in found if isinstance(family, MoeFamily) or not has_experts), None)
+
+
+def find_dense(arch: Architecture, nemo_module: str) -> Family | None:
+    """Find the class of a dense model: its module of NeMo's own, or else the first that computes the same."""
+    own, known = find_nemo_module(nemo_module), parents()
+    return next((family for family in (own, *known) if family in known and family.computes(arch)), None)
 
 
 def parents() -> list[Family]:

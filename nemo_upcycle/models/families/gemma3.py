@@ -37,5 +37,6 @@ FAMILY = _Gemma3(
     | {"qk_norm": True, LOCAL_BASE: 10000.0, "query_pre_attn_scalar": 256},
     post_norm=True,
     has_window=True,
+    layer_patterns=("window_pattern",),
     has_multipliers=True,
 )
