@@ -30,10 +30,8 @@ from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
 from nemo_upcycle.models.mapping import extra_params, mapping_of
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import BrokenWeights, check_source, rounded_because
 from nemo_upcycle.sources.safetensors_folder import INDEX
-from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec, without_defaults
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import (
@@ -128,8 +126,6 @@ def convert(
     output = resolved(output)
     require_apart(output, *(source.path for source in dense.branches()))
     require_dtype(dtype := dtype or dense.dtype(mapping_of("embedding", dense.architecture).hf[0]))
-    require_copies(dense, spec.copies)
-    require_calibration(dense, spec)
     expansion = Expansion(dense, spec, dtype)
     moe_arch = expansion.moe_arch
     _check_folder(dense)

@@ -32,11 +32,9 @@ from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
 from nemo_upcycle.online.quantized import kept_values, quantize
 from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt
 from nemo_upcycle.sources import DenseSource, open_dense
-from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import check_source, rounded_because
-from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import change_copies, expand_slice
+from nemo_upcycle.tensor_plan import ModelPlan, change_copies, expand_slice
 from nemo_upcycle.utils.progress import ProgressLine
 
 
@@ -126,24 +124,17 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     Raises:
         SpecError, CheckpointError: as in `upcycle_into`.
     """
-    arch = dense.architecture
-    moe_arch = arch.upcycled(spec) if spec else arch
-    models = [_unwrap(chunk) for chunk in chunks]
+    plan, models = ModelPlan.of(dense, spec), [_unwrap(chunk) for chunk in chunks]
     for model in models:
         hybrid = hybrid_of(model)
         if hybrid:
             hybrid.require_stages(model.pg_collection.pp.size(), len(models))
-        check_spec(model.config, spec, hybrid, parent=arch)
+        check_spec(model.config, spec, hybrid, parent=plan.dense)
     check_source(dense, sampled=True)
     for model in models:
-        check_model(model, moe_arch)
-    if spec:
-        require_calibration(dense, spec)
-    coords, parents = RankCoords.here(), len(dense.branches())
-    plans = [plan for model in models for plan in param_plans(model, arch, moe_arch, spec, coords, parents)]
-    if spec:
-        require_copies(dense, spec.copies)
-    return plans
+        check_model(model, plan.moe_arch)
+    coords = RankCoords.here()
+    return [one for model in models for one in param_plans(model, plan, coords)]
 
 
 def fill(

@@ -22,7 +22,7 @@ from nemo_upcycle.models.sharding import float32_names
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import check_source, require_finite, rounded, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import TensorPlan, plan_hf_tensor
+from nemo_upcycle.tensor_plan import ModelPlan, TensorPlan
 from nemo_upcycle.utils.progress import track
 
 
@@ -140,8 +140,9 @@ def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path |
     if arch.num_experts:
         arch.upcycled(spec)  # which checks that they fit
     names, float32 = list(hf_names(moe_arch)), float32_names(moe_arch)
+    model_plan = ModelPlan(arch, moe_arch, spec)
     for name in track(names, "compare weights", len(names)):
-        plan, _ = plan_hf_tensor(name, arch, moe_arch, spec)
+        plan, _ = model_plan.hf_tensor(name)
         kind = _kind(plan)
         group = groups.setdefault(kind, WeightGroup(kind))
         if plan.is_drawn:
