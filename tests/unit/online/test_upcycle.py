@@ -319,10 +319,11 @@ def test_a_half_precision_parent_fills_a_float32_model(copy: Path, dtype: torch.
 def test_a_float32_parent_fills_a_bfloat16_model(dense: Path) -> None:
     chunks = build_chunks(dense, num_experts=4, params_dtype=torch.bfloat16)
     with open_dense(dense) as source:
-        upcycle_into(chunks, source, SPEC)
+        (reason,) = upcycle_into(chunks, source, SPEC).inexact_because
         gate = source.read("model.layers.1.mlp.gate_proj.weight").to(torch.bfloat16)
     for expert in chunks[0].decoder.layers[1].mlp.experts.local_experts:
         assert torch.equal(expert.linear_fc1.weight[:96], gate)
+    assert reason.startswith("float32 weights are rounded to bfloat16 (")
 
 
 def test_repeated_and_derived_tensors_are_no_obstacle(tmp_path: Path) -> None:
