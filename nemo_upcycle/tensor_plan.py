@@ -184,7 +184,7 @@ class ModelPlan:
                 parameter itself.
             interleaved: as in `source_slices`.
         """
-        dense, spec = self.dense, self.spec
+        dense, moe, spec = self.dense, self.moe_arch, self.spec
         grows = bool(dense.num_experts)
         if mapping.role in _ROUTER_ROLES and not grows:
             return TensorPlan(mapping, layer, shard=shard)
@@ -193,10 +193,10 @@ class ModelPlan:
         copy, first_neuron = 0, 0
         is_copied = grows and (mapping.is_expert or mapping.role in _ROUTER_ROLES)
         sources = source_experts(dense, spec, layer) if is_copied else ()
-        if mapping.is_expert and self.moe_arch.expert_ffn_size and not grows:
-            copy, part = divmod(expert, dense.ffn_size // self.moe_arch.expert_ffn_size)
-            first_neuron = part * self.moe_arch.expert_ffn_size
-        shape = shape or shard_shape(mapping, self.moe_arch, shard)
+        if mapping.is_expert and moe.expert_ffn_size and not grows:
+            copy, part = divmod(expert, dense.ffn_size // moe.expert_ffn_size)
+            first_neuron = part * moe.expert_ffn_size
+        shape = shape or shard_shape(mapping, moe, shard)
         number = sources[expert] if mapping.is_expert and sources else 0
         slices = tuple(
             DenseSlice(source.hf[piece.part].format(layer=layer, expert=number), piece.in_tensor(source, dense))
