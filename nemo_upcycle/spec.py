@@ -46,14 +46,14 @@ class UpcycleSpec:
             ("virtual groups", arXiv 2410.07524). 1 keeps the network whole.
         method: `copy` (exact copies), `noise` (copies plus Gaussian noise), `drop` (Drop-Upcycling, arXiv 2502.19261:
             a part of every expert's neurons is drawn anew) or another one of `init/methods`.
-        noise_std: of method `noise`, as a part of the standard deviation of the matrix it is added to.
-        drop_ratio: of method `drop`, the part of the neurons.
+        noise_std: for method `noise`, as a part of the standard deviation of the matrix it is added to.
+        drop_ratio: for method `drop`, the part of the neurons.
         shared_experts: S, at most G: experts that every token passes through. They hold the shards 0 to S - 1, and
             what such a shard adds to the output comes half from them, half from the routed experts: the sum is exact.
         moe_layers: `all`; `every-N` (layers 0, N, 2N ...: Megatron's `moe_layer_freq`); `first-K-dense`; or the
             numbers of the MoE layers, from 0: `0,2,5`.
         router_init: `normal` (mean 0), `uniform` (mean 0) or `zero`; or from data, `prompts`.
-        expert_utility: of a parent with experts, a YAML file with a number for each of them (or a list for each MoE
+        expert_utility: for a parent with experts, a YAML file with a number for each of them (or a list for each MoE
             layer): the more useful have more copies; without it all have as many.
         router_std: standard deviation of the router's weights; the paper gives none, 0.02 is the family's usual one.
             Of a parent with experts, that of what is added to its rows, as a part of their own.
@@ -68,7 +68,7 @@ class UpcycleSpec:
         routed_scaling_factor: on the weights of the chosen experts (`moe_router_topk_scaling_factor` in Megatron).
         output_scale: `exact` scales the experts' down projection so that identical experts compute the dense function,
             see `down_scale`; `none` leaves the weights as they are, as the paper does.
-        seed: of all random numbers. They depend on seed, layer, expert and element of the matrix, never on the layout.
+        seed: for all random numbers: they depend on it, layer, expert and element of the matrix, never on the layout.
 
     Raises:
         SpecError: a value is out of range or unknown, or values contradict each other.
@@ -308,7 +308,7 @@ class RouterKind(ABC):
 
     @abstractmethod
     def weight_sum(self, spec: UpcycleSpec) -> float:
-        """Return what the chosen weights sum to, unscaled; where the router decides it, with a zero router."""
+        """Compute the sum of the chosen weights, unscaled; where the router decides it, with a zero router."""
 
     def scores(self, logits_TE: "torch.Tensor") -> "torch.Tensor":
         """Return the scores by which top-k chooses, from the logits [T, E] in float32; by default their softmax."""

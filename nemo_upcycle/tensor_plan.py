@@ -180,7 +180,7 @@ class ModelPlan:
             expert: number of the routed expert over all ranks; 0 for everything else.
             shard: the rank's part of the tensor.
             shape: the shard's shape, where a vocabulary may be padded.
-            hf_part: of a fused Megatron parameter, a part in the Hugging Face tensor that is meant; None: the
+            hf_part: in a fused Megatron parameter, a part in the Hugging Face tensor that is meant; None: the
                 parameter itself.
             interleaved: as in `source_slices`.
         """
@@ -259,11 +259,11 @@ def expand_slice(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what a dense slice, or some rows of it, becomes: cast, then scaled in that type.
+    """Cast a dense slice, or some rows of it, and scale it in that type.
 
     Args:
-        plan: of the tensor that it is a part of.
-        name: of the dense tensor.
+        plan: the plan of the tensor that it is a part of.
+        name: the dense tensor.
         slice_: as it was read.
         source: where from, for the text of an error.
         dtype: the type of the result.
@@ -285,7 +285,7 @@ def change_copies(
     """Let the init method change every expert's copy, in place.
 
     Args:
-        plan: of the tensors; without a method nothing happens.
+        plan: the tensors'; without a method nothing happens.
         spec: says how much, and with which seed.
         source: read once more where tensor parallelism left a part of the matrix on this rank.
         experts: numbers of the experts over all ranks; 0 for a router.

@@ -43,7 +43,7 @@ class Sample:
 
     Args:
         batches: token ids, [B, S] each.
-        labels: of each batch, the copy whose prompts it is of.
+        labels: the copy whose prompts each batch is of.
         about: where it is from, as plain values: what the file's lineage says.
     """
 
@@ -209,7 +209,7 @@ def router_rows(batches: Sequence[torch.Tensor], labels: Sequence[int], copies: 
 
     Args:
         batches: what enters the MoE of a layer, [N, D] in float32 each.
-        labels: of each batch, the copy whose prompts it is of.
+        labels: the copy whose prompts each batch is of.
         copies: C.
         run: applies a function to items, and yields the results in order.
 

@@ -68,7 +68,7 @@ class StreamedModel:
         self.layers = self.model.model.layers
 
     def embedded(self, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Calls]:
-        """Return what the first layer gets of each batch of token ids, [B, S], and how the model calls its layers."""
+        """Embed each batch of token ids, [B, S], for the first layer, and note how the model calls its layers."""
         used, places = torch.cat([batch.flatten() for batch in batches]).unique(return_inverse=True)
         name = mapping_of("embedding", self.dense.architecture).hf[0]
         rows = self.dense.read(name)[used].float()  # of a mapped file, no more than these rows are looked at
@@ -92,7 +92,7 @@ class StreamedModel:
         return module
 
     def filled_output(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return what makes logits [N, V] of what the last layer hands on, [N, D]."""
+        """Read what makes logits [N, V] of the last layer's states, [N, D]."""
         arch = self.dense.architecture
         norm, head = self.model.model.norm, self.model.lm_head
         self._fill(norm, "model.norm.")
@@ -119,7 +119,7 @@ class StreamedModel:
 
 
 def _on(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:
-    """Return what a call has, with its tensors on a device; what layers share stays one."""
+    """Move the tensors of a call to a device; what layers share stays one."""
     if isinstance(value, torch.Tensor):
         return value if value.device == device else moved.setdefault(id(value), value.to(device))
     if isinstance(value, dict):

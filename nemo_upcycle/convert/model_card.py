@@ -114,7 +114,7 @@ def add_scores(folder: Path, text: str) -> None:
     Without such a card nothing is done, and a folder that is a link to elsewhere is left alone.
 
     Args:
-        folder: that of the model.
+        folder: the model's.
         text: what stands below the section's title, as Markdown.
     """
     path = folder / CARD
@@ -141,7 +141,7 @@ def _besides(arch: Architecture) -> dict[str, str]:
 
 
 def training_facts(metrics: Path, step: int) -> dict[str, str]:
-    """Return what a run's `metrics.jsonl` says of a step, for a card; nothing where it does not.
+    """Read a step of a run's `metrics.jsonl`, for a card; nothing where it is not there.
 
     Args:
         metrics: the file.
@@ -196,7 +196,7 @@ def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
 
 
 def _called(folder: Path, address: str | None, card: Mapping[str, Any]) -> str:
-    """Return what a reader knows a parent by: its name on the hub or its address, or its folder's and its base's."""
+    """Name a parent as a reader knows it: by the hub or its address, or by its folder and its base."""
     if name := _hub_name(folder):
         return name
     _, separator, rest = (address or "").partition("://")

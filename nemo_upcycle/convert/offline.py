@@ -242,7 +242,7 @@ def _finish(
 
 
 def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:
-    """Return what the bytes of the output follow from; files of a stopped run are kept only if all of it is the same.
+    """List all that the bytes of the output follow from; files of a stopped run are kept only if it is the same.
 
     Two models of one shape have the same headers: the times at which the files were written tell them apart.
     """
@@ -305,7 +305,7 @@ def _check_done(output: Path, writer: SafetensorsWriter) -> None:
 
 
 def _marker(output: Path) -> dict[str, Any]:
-    """Return what a finished folder says of itself.
+    """Make the marker of a finished folder.
 
     Raises:
         UpcycleError: it is damaged.

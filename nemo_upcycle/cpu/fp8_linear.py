@@ -158,7 +158,7 @@ def _delayed_scales(
 
 
 def _context(config: Any, layer_no: int = -1, is_init: bool = False) -> AbstractContextManager[None]:
-    """Return what Megatron's `get_fp8_context` and `get_fp4_context` do on a GPU, for the local layers."""
+    """Do for the local layers what Megatron's `get_fp8_context` does on a GPU; refuse what `get_fp4_context` does."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
     if is_init or not (config.fp8 or config.fp4) or is_first_last_bf16_layer(config, layer_no):

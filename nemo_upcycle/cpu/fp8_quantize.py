@@ -29,7 +29,7 @@ class Quantized(NamedTuple):
     block: tuple[int, int]
 
     def values(self) -> torch.Tensor:
-        """Return what the matrix stands for, float32 [R, C]."""
+        """Compute the numbers that the matrix stands for, float32 [R, C]."""
         tiles = _tiles(self.data.float(), self.block) * self.scale_inv[:, None, :, None]
         return _untile(tiles, self.data.shape)
 
@@ -68,7 +68,7 @@ def quantize(
 
 
 def _scales(amax: torch.Tensor, largest: float, highest: float, power_of_two: bool) -> torch.Tensor:
-    """Return what maps `amax` to the largest FP8 number; 1 where all is zero, or not finite."""
+    """Compute the scales that map `amax` to the largest FP8 number; 1 where all is zero, or not finite."""
     scales = torch.div(largest, amax)  # `largest / amax` multiplies by a reciprocal, which rounds once more
     scales = torch.where(scales.isinf(), highest, scales)
     if power_of_two:

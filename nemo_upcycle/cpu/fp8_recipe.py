@@ -85,7 +85,7 @@ class Fp8Recipe:
         Args:
             x_RC: an input [tokens, in], a weight [out, in] or an output's gradient [tokens, out].
             role: which of them.
-            scale: of delayed scaling.
+            scale: delayed scaling's.
             twice: False where only products over its columns follow; then both are the first.
         """
         along_columns, along_rows = self._blocks(role, x_RC.shape)
@@ -121,7 +121,7 @@ class DelayedScales:
     """What delayed scaling remembers of one linear layer, as Transformer Engine does.
 
     Args:
-        length: of the history.
+        length: rows of the history.
 
     Attributes:
         scale: float32 [3], by role.
@@ -161,7 +161,7 @@ class DelayedScales:
 
     @classmethod
     def from_bytes(cls, state: Any) -> DelayedScales | None:
-        """Return what `to_bytes` gave; None for anything else, such as Transformer Engine's."""
+        """Read what `to_bytes` wrote; None for anything else, such as Transformer Engine's."""
         if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
             return None
         data = state.numpy().tobytes()

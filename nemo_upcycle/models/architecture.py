@@ -29,10 +29,10 @@ class MambaLayers:
 
     Args:
         pattern: what each layer of the dense model is: `M` (Mamba-2), `*` (attention) or `-` (network).
-        num_heads: of a Mamba layer.
-        head_dim: of these heads.
-        num_groups: of heads that share B and C.
-        state_size: of a head.
+        num_heads: heads of a Mamba layer.
+        head_dim: numbers of such a head.
+        num_groups: groups of heads that share B and C.
+        state_size: numbers of a head's state.
     """
 
     #: Tokens that the convolution before the scan sees; Megatron-Core can have no others.
@@ -173,7 +173,7 @@ class Architecture:
         return bool(self.num_experts) and (self.moe_pattern is None or self.moe_pattern[layer])
 
     def parts(self, layer: int) -> str:
-        """Return what a layer has: attention (`*`), a network, dense or of experts (`-`), or a Mamba mixer (`M`)."""
+        """Name the parts of a layer: attention (`*`), a network, dense or of experts (`-`), or a Mamba mixer (`M`)."""
         return self.mamba.pattern[layer] if self.mamba else "*-"
 
     @cached_property

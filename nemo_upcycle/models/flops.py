@@ -49,7 +49,7 @@ def dense_router_gradient_flops(arch: Architecture) -> float:
     leave them out, as they leave out recomputation.
 
     Args:
-        arch: of a model with experts.
+        arch: a model's with experts.
 
     Example:
         Llama 3 8B E8T2: 6.76e10 beside the 9.17e10 of training on a token of 8192, full attention.

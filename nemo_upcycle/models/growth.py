@@ -125,8 +125,8 @@ def growth_spec(parent: Parent, num_experts: int, top_k: int | None = None, expe
 
     Args:
         parent: its architecture, with experts.
-        num_experts: of the model.
-        top_k: of the model; None: so many that the model is exact.
+        num_experts: the model's.
+        top_k: the model's; None: so many that the model is exact.
         expert_utility: as in `UpcycleSpec`.
 
     Raises:

@@ -230,12 +230,12 @@ def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def both_ropes(theta: float, scaling: dict[str, Any] | None, part: float | None = None) -> dict[str, Any]:
-    """Return what a `config.json` says of the rotary embedding, spelled for transformers 4 and for transformers 5.
+    """Spell the rotary embedding in a `config.json`, for transformers 4 and for transformers 5.
 
     Args:
         theta: the base.
         scaling: as `rope_settings` returns it.
-        part: of a head that is rotated, for a class whose own default is not the whole.
+        part: share of a head that is rotated, for a class whose own default is not the whole.
     """
     parameters = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
     parameters |= {} if part is None else {_PART: part}

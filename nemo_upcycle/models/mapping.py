@@ -189,7 +189,7 @@ def split_stored(name: str) -> tuple[str | None, str]:
     """Return the layer's number in a name of a distributed checkpoint, and the name inside the layer.
 
     Args:
-        name: of the model's tensor, without the checkpoint's prefix.
+        name: a tensor of the model, without the checkpoint's prefix.
 
     Returns:
         The number as text: "" where layers are stacked, None outside them.
@@ -212,7 +212,7 @@ def stored_hybrid(names: Collection[str]) -> HybridLayers | None:
     """Return the layers of a HybridModel, as its distributed checkpoint has them; None for a GPTModel's.
 
     Args:
-        names: of the model's tensors, without the checkpoint's prefix.
+        names: tensors of the model, without the checkpoint's prefix.
 
     Raises:
         CheckpointError: a layer is neither attention nor network.
@@ -365,7 +365,7 @@ def _hf_patterns(
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """Return what matches a name with numbers in the place of `{layer}` and `{expert}`."""
+    """Make a pattern that matches a name with numbers in the place of `{layer}` and `{expert}`."""
     return re.compile(re.sub(r"\\\{(layer|expert)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
 
 
@@ -390,6 +390,6 @@ def find_mapping(name: str, *, in_layer: bool) -> tuple[ParamMapping, int | None
 
 @functools.cache
 def _megatron_patterns(in_layer: bool) -> list[tuple[ParamMapping, re.Pattern[str]]]:
-    """Return what `find_mapping` looks for: compiled once, for a model has thousands of names."""
+    """Compile the patterns of `find_mapping` once: a model has thousands of names."""
     mappings = [mapping for mapping in MAPPINGS if mapping.in_layer is in_layer]
     return [(mapping, _pattern(template)) for mapping in mappings for template in mapping.megatron]

@@ -50,7 +50,7 @@ class ParamPlan:
     """A parameter of this rank, or the same matrix of those experts of a layer that are made of one dense slice.
 
     Args:
-        names: of the parameters.
+        names: the parameters'.
         tensors: their data; of a quantized parameter, the values to quantize.
         experts: numbers of the experts over all ranks; empty for what is not a routed expert's.
         made_of: what each of the tensors is made of.
@@ -162,7 +162,7 @@ def _apply_but_to_bias(router: Any, change: Callable[[torch.Tensor], torch.Tenso
 
 
 def _tensor_to_fill(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return what a parameter holds, which must be memory that can be filled through views, or what is quantized.
+    """Take the memory of a parameter that is filled through views, or the values that are quantized.
 
     Raises:
         SpecError: it is a `DTensor` of FSDP, or the like.

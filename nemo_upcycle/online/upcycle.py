@@ -114,7 +114,7 @@ def _unwrap(chunk: Any) -> Any:
 
 
 def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: UpcycleSpec | None) -> list[ParamPlan]:
-    """Return what is to be filled in the local chunks of a model, also on the meta device, and of what.
+    """Plan the fill of the local chunks of a model, also on the meta device.
 
     Args:
         chunks: as in `upcycle_into`.
@@ -224,7 +224,7 @@ def make_receipt(
         plans: what was to be filled.
         records: how it was made.
         seconds: what it took.
-        bytes_read: of the dense checkpoint.
+        bytes_read: bytes of the dense checkpoint.
     """
     arch = dense.architecture
     moe_arch = arch.upcycled(spec) if spec else arch
@@ -305,7 +305,7 @@ def merge_receipts(receipt: UpcycleReceipt) -> UpcycleReceipt | None:
     """Return the receipt of all ranks on the first of them, None on the others; a collective call.
 
     Args:
-        receipt: of this rank.
+        receipt: this rank's.
     """
     first = torch.distributed.get_rank() == 0
     receipts: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None

@@ -66,7 +66,7 @@ class CheckpointContext:
 
     Args:
         path: the file that they are from.
-        settings: by NeMo's names.
+        settings: values by NeMo's names.
     """
 
     path: Path
@@ -285,7 +285,7 @@ class CheckpointContext:
 
 
 def read_context(checkpoint: Path) -> CheckpointContext | None:
-    """Return what a NeMo or Megatron checkpoint says of its model; None where it says nothing.
+    """Read the settings of the model of a NeMo or Megatron checkpoint; None where it has none.
 
     Raises:
         CheckpointError: there is a description, and it cannot be read.

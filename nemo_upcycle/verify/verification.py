@@ -98,13 +98,13 @@ def verify(
 
     Args:
         dense: the parent, with its tokenizer.
-        moe: of a class in `models/families`.
+        moe: its class is in `models/families`.
         text_file: UTF-8 text to run on; a short one of the package's when None.
         layers: whether to compare what every layer hands on, to find where the models part.
         logits: whether to load and run the models, one after the other, in float32, and a granular one in its own type
             as well; else only weights are compared.
         tolerance: largest difference of logits over the largest logit, to count as equal.
-        expert_utility: of a parent with experts, the file that says which have more copies, if there was one.
+        expert_utility: for a parent with experts, the file that says which have more copies, if there was one.
 
     Raises:
         CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is of another parent.

@@ -114,7 +114,7 @@ class WeightComparison(NamedTuple):
 
 
 def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path | None = None) -> WeightComparison:
-    """Return what was done to the weights of an MoE model, and whether they compute the dense function.
+    """Tell what was done to the weights of an MoE model, and whether they compute the dense function.
 
     They do if everything is the dense model's but the experts' down projection, which is scaled as the model's routing
     asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`models/growth.py`). Of a
@@ -123,7 +123,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path |
     Args:
         dense: the open dense model.
         moe: the MoE model, open as well.
-        expert_utility: of a parent with experts, the file that says which have more copies; None: all have as many.
+        expert_utility: for a parent with experts, the file that says which have more copies; None: all have as many.
 
     Raises:
         CheckpointError: a folder's tensors are not those of its configuration, one holds NaN or infinity, or the MoE

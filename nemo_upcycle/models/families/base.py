@@ -38,7 +38,7 @@ class Settings:
     """The values of a Hugging Face `config.json`, each checked when it is read.
 
     Args:
-        values: by Llama's names, without nulls.
+        values: settings by Llama's names, without nulls.
         where: how messages call the file.
         spelling: the file's own name of a setting -> Llama's, where they differ.
     """
@@ -79,7 +79,7 @@ class Settings:
         return value
 
     def choice(self, key: str, choices: Mapping[str, str], fix: str) -> str:
-        """Return what a name stands for."""
+        """Look up what a name stands for."""
         name = self.values.get(key)
         if not isinstance(name, str) or name not in choices:
             raise self.wrong(key, " or ".join(choices), fix)

@@ -55,7 +55,7 @@ class _NemotronH(Family):
 
 
 def _pattern(config: Mapping[str, Any]) -> str:
-    """Return what each layer is, as a pattern says it or, in transformers 5, a list of kinds; "" for neither."""
+    """Read what each layer is, from a pattern or, in transformers 5, a list of kinds; "" for neither."""
     pattern, kinds = config.get("hybrid_override_pattern"), config.get("layers_block_type")
     if pattern is None and isinstance(kinds, list):
         return "".join(_KINDS.get(kind, "?") if isinstance(kind, str) else "?" for kind in kinds)

@@ -26,7 +26,7 @@ def experts_everywhere(settings: Settings, count: str) -> dict[str, Any]:
     """Return the fields of an `Architecture` of classes like Mixtral: experts in every layer, of dense width.
 
     Args:
-        settings: of the class.
+        settings: the class's.
         count: what it calls the number of experts.
     """
     experts = settings.whole(count)
