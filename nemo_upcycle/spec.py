@@ -25,8 +25,8 @@ ROUTER_INITS: dict[str, "RouterInit"] = {}
 ROUTER_SCORES: list[str] = []
 ROUTER_ORDERS: list[str] = []
 OUTPUT_SCALES = ("exact", "none")
-#: Field -> values of earlier releases that gained nothing (docs/results/routers.md).
-REMOVED = {"router_init": ("kmeans", "ridge"), "expert_split": ("coactivation",)}
+#: Routers of earlier releases that gained nothing (docs/results/routers.md), as did any `expert_split` but this.
+_REMOVED, _CONSECUTIVE = ("kmeans", "ridge"), "consecutive"
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
 #: Four times the experts of the largest open models: beyond it, names and headers alone take minutes.
 MAX_EXPERTS = 2048
@@ -100,14 +100,15 @@ class UpcycleSpec:
     output_scale: str = "exact"
     seed: int = 1234
     #: Specs of earlier releases say it; no attribute of this one.
-    expert_split: InitVar[str] = "consecutive"
+    expert_split: InitVar[str] = _CONSECUTIVE
 
     def __post_init__(self, expert_split: str) -> None:
-        for name, value in (("router_init", self.router_init), ("expert_split", expert_split)):
-            if value in REMOVED[name]:
-                expected = "a value that this release has: it gained nothing and was removed"
-                fix = f"omit <{name}>, or go on with the release that the run was begun with"
-                raise SpecError(field=name, got=value, expected=expected, fix=fix)
+        removed = {"router_init": self.router_init} if self.router_init in _REMOVED else {}
+        removed |= {"expert_split": expert_split} if expert_split != _CONSECUTIVE else {}
+        for name, value in removed.items():
+            expected = "another: this one gained nothing and was removed"
+            fix = f"omit <{name}>, or go on with the release that the run was begun with"
+            raise SpecError(field=name, got=value, expected=expected, fix=fix)
         for name, valid in (
             ("method", tuple(INIT_METHODS)),  # a value that has no hash is none of them
             ("router_init", tuple(ROUTER_INITS)),

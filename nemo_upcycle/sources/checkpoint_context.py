@@ -143,7 +143,7 @@ class CheckpointContext:
             raise SpecError(
                 field="hybrid_layer_pattern",
                 got=pattern,
-                expected="no Mamba layers (M): Megatron checkpoints with them are planned, but not read",
+                expected="no Mamba layers (M): Megatron checkpoints with them are not read",
                 fix="keep the model in Megatron-Bridge, and upcycle from a Hugging Face folder",
             )
         for name, got, taken, _ in refusals(get, experts=False, parameters=False):

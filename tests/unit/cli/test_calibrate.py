@@ -41,7 +41,7 @@ def test_what_is_calibrated_is_converted(dense: Path, tmp_path: Path, capsys: py
         ),
         (
             ["calibrate", "DENSE", "FILE", *SPEC[:-1], "kmeans"],
-            "--router-init: got kmeans, expected a value that this",
+            "--router-init: got kmeans, expected another: this",
         ),
         (
             ["convert", "DENSE", "FILE", *SPEC, "--router-prompts", "x"],
