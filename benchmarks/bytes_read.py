@@ -28,6 +28,7 @@ from nemo_upcycle.online.plan import RankCoords, param_plans
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.mapped_files import row_major
+from nemo_upcycle.tensor_plan import ModelPlan
 from nemo_upcycle.utils.progress import track
 from tests.megatron_ranks import build_rank, megatron_rank
 
@@ -63,7 +64,7 @@ def slices_of(rank: int, dense: DenseSource, spec: UpcycleSpec) -> Iterator[Slic
     moe_arch = arch.upcycled(spec)
     with megatron_rank(LAYOUT, rank):
         for chunk in build_rank(moe_arch, LAYOUT):
-            for plan in param_plans(chunk, arch, moe_arch, spec, RankCoords.here()):
+            for plan in param_plans(chunk, ModelPlan(arch, moe_arch, spec), RankCoords.here()):
                 yield from ((slice_.name, slice_.bounds) for slice_ in plan.made_of.slices)
 
 

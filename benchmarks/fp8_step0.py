@@ -36,7 +36,6 @@ PRECISIONS: dict[str, str | None] = {
     "tensorwise": "tensorwise",
     "blockwise": "blockwise",
     "mxfp8": "mxfp8",
-    "nvfp4": "nvfp4",
 }
 
 
@@ -81,9 +80,7 @@ def built(dense: Any, spec: UpcycleSpec | None) -> Any:
 
 def measured(model: Any, tokens_BS: torch.Tensor, recipe: str | None) -> Pass:
     """Return a pass by a recipe."""
-    is_nvfp4 = recipe == "nvfp4"
-    model.config.fp4 = "e2m1" if is_nvfp4 else None
-    model.config.fp8, model.config.fp8_recipe = ("hybrid", recipe) if recipe and not is_nvfp4 else (None, None)
+    model.config.fp8, model.config.fp8_recipe = ("hybrid", recipe) if recipe else (None, None)
     model.config.fp8_amax_history_len, model.config.fp8_amax_compute_algo = 1024, "max"
     model.set_is_first_microbatch()
     return Pass(model, tokens_BS)

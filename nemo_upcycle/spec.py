@@ -6,7 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_upcycle.errors import SpecError
@@ -25,7 +25,8 @@ ROUTER_INITS: dict[str, "RouterInit"] = {}
 ROUTER_SCORES: list[str] = []
 ROUTER_ORDERS: list[str] = []
 OUTPUT_SCALES = ("exact", "none")
-EXPERT_SPLITS = ("consecutive", "coactivation")
+#: Routers of earlier releases that gained nothing (docs/results/routers.md), as did any `expert_split` but this.
+_REMOVED, _CONSECUTIVE = ("kmeans", "ridge"), "consecutive"
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
 #: Four times the experts of the largest open models: beyond it, names and headers alone take minutes.
 MAX_EXPERTS = 2048
@@ -43,33 +44,31 @@ class UpcycleSpec:
         granularity: G. The dense network's F neurons are cut into G shards; expert `c G + g` holds shard g, and the
             experts of one copy c share their router row, so that top-k, a multiple of G, picks whole networks
             ("virtual groups", arXiv 2410.07524). 1 keeps the network whole.
-        expert_split: which neurons are a shard: `consecutive` ones, or by `coactivation` those that are active for the
-            same tokens.
         method: `copy` (exact copies), `noise` (copies plus Gaussian noise), `drop` (Drop-Upcycling, arXiv 2502.19261:
             a part of every expert's neurons is drawn anew) or another one of `init/methods`.
-        noise_std: of method `noise`, as a part of the standard deviation of the matrix it is added to.
-        drop_ratio: of method `drop`, the part of the neurons.
+        noise_std: for method `noise`, as a part of the standard deviation of the matrix it is added to.
+        drop_ratio: for method `drop`, the part of the neurons.
         shared_experts: S, at most G: experts that every token passes through. They hold the shards 0 to S - 1, and
             what such a shard adds to the output comes half from them, half from the routed experts: the sum is exact.
         moe_layers: `all`; `every-N` (layers 0, N, 2N ...: Megatron's `moe_layer_freq`); `first-K-dense`; or the
             numbers of the MoE layers, from 0: `0,2,5`.
-        router_init: `normal` (mean 0), `uniform` (mean 0) or `zero`; from data `kmeans`, `ridge` or `prompts`.
-        expert_utility: of a parent with experts, a YAML file with a number for each of them (or a list for each MoE
+        router_init: `normal` (mean 0), `uniform` (mean 0) or `zero`; or from data, `prompts`.
+        expert_utility: for a parent with experts, a YAML file with a number for each of them (or a list for each MoE
             layer): the more useful have more copies; without it all have as many.
         router_std: standard deviation of the router's weights; the paper gives none, 0.02 is the family's usual one.
             Of a parent with experts, that of what is added to its rows, as a part of their own.
-        router_spread: of a router from data, the standard deviation over the copies of a token's logits, root mean
-            square over the calibration's tokens.
-        router_prompts: of `prompts`, a YAML file: a list with the texts of each copy.
-        calibration: what `nemo-upcycle calibrate` wrote, from which a router from data and a split by coactivation are
-            read; a pipeline makes its own where none is named.
+        router_spread: for `prompts`, the standard deviation over the copies of a token's logits, root mean square over
+            the prompts' tokens.
+        router_prompts: for `prompts`, a YAML file: a list with the texts of each copy.
+        calibration: what `nemo-upcycle calibrate` wrote, from which the rows for `prompts` are read; a pipeline makes
+            its own where none is named.
         router_order: `topk_softmax` (Mixtral type: the weights of the chosen experts sum to one) or `softmax_topk`
             (ST type: they do not; `moe_router_pre_softmax` in Megatron).
         router_score: `softmax`, or `sigmoid` (DeepSeek-V3 type: the chosen scores divided by their sum, if top_k > 1).
         routed_scaling_factor: on the weights of the chosen experts (`moe_router_topk_scaling_factor` in Megatron).
         output_scale: `exact` scales the experts' down projection so that identical experts compute the dense function,
             see `down_scale`; `none` leaves the weights as they are, as the paper does.
-        seed: of all random numbers. They depend on seed, layer, expert and element of the matrix, never on the layout.
+        seed: for all random numbers: they depend on it, layer, expert and element of the matrix, never on the layout.
 
     Raises:
         SpecError: a value is out of range or unknown, or values contradict each other.
@@ -84,7 +83,6 @@ class UpcycleSpec:
     num_experts: int = 8
     top_k: int = 2
     granularity: int = 1
-    expert_split: str = "consecutive"
     method: str = "copy"
     noise_std: float = 0.01
     drop_ratio: float = 0.5
@@ -101,11 +99,18 @@ class UpcycleSpec:
     routed_scaling_factor: float = 1.0
     output_scale: str = "exact"
     seed: int = 1234
+    #: Specs of earlier releases say it; no attribute of this one.
+    expert_split: InitVar[str] = _CONSECUTIVE
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, expert_split: str) -> None:
+        removed = {"router_init": self.router_init} if self.router_init in _REMOVED else {}
+        removed |= {"expert_split": expert_split} if expert_split != _CONSECUTIVE else {}
+        for name, value in removed.items():
+            expected = "another: this one gained nothing and was removed"
+            fix = f"omit <{name}>, or go on with the release that the run was begun with"
+            raise SpecError(field=name, got=value, expected=expected, fix=fix)
         for name, valid in (
             ("method", tuple(INIT_METHODS)),  # a value that has no hash is none of them
-            ("expert_split", EXPERT_SPLITS),
             ("router_init", tuple(ROUTER_INITS)),
             ("router_order", tuple(ROUTER_ORDERS)),
             ("router_score", tuple(ROUTER_SCORES)),
@@ -138,13 +143,8 @@ class UpcycleSpec:
             )
         self.router_kind.check(self)
         ROUTER_INITS[self.router_init].check(self)
-        if self.reads_split and self.granularity == 1:
-            expected = f"2 or more with <expert_split>={self.expert_split}: a whole network has no parts"
-            raise SpecError(
-                field="granularity", got=1, expected=expected, fix="set <granularity>, or omit <expert_split>"
-            )
         if self.calibration and not self.needs_calibration:
-            fix = "set <router_init>=kmeans or <expert_split>=coactivation, or omit it"
+            fix = "set <router_init>=prompts, or omit it"
             raise SpecError(
                 field="calibration", got=self.calibration, expected="none: nothing is read from it", fix=fix
             )
@@ -199,19 +199,9 @@ class UpcycleSpec:
         return self.down_scale * (1 - self.shared_scale if is_shared else 1)
 
     @property
-    def reads_router(self) -> bool:
-        """Whether the routers' rows are read from a calibration file."""
-        return bool(ROUTER_INITS[self.router_init].texts)
-
-    @property
-    def reads_split(self) -> bool:
-        """Whether the order of the neurons is read from a calibration file."""
-        return self.expert_split != "consecutive"
-
-    @property
     def needs_calibration(self) -> bool:
-        """Whether a calibration file is read."""
-        return self.reads_router or self.reads_split
+        """Whether its routers' rows are read from a calibration file."""
+        return ROUTER_INITS[self.router_init].from_data
 
     @property
     def _has_zero_router(self) -> bool:
@@ -289,6 +279,9 @@ class UpcycleSpec:
         return {"num_experts": self.num_experts, "top_k": self.top_k} | without_defaults(asdict(self))
 
 
+UpcycleSpec.__init__.__annotations__["expert_split"] = str  # by which NeMo-Run reads what a command line gives
+
+
 def without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values of fields of an `UpcycleSpec`, as they are or as the text of markers, that are not the default.
 
@@ -296,7 +289,8 @@ def without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         >>> without_defaults({"num_experts": 16, "noise_std": 0.01, "method": '"copy"'})
         {'num_experts': 16}
     """
-    defaults = {one.name: (one.default, json.dumps(one.default), str(one.default)) for one in fields(UpcycleSpec)}
+    known = {name: one.default for name, one in UpcycleSpec.__dataclass_fields__.items()}
+    defaults = {name: (default, json.dumps(default), str(default)) for name, default in known.items()}
     return {name: value for name, value in values.items() if value not in defaults.get(name, ())}
 
 
@@ -315,7 +309,7 @@ class RouterKind(ABC):
 
     @abstractmethod
     def weight_sum(self, spec: UpcycleSpec) -> float:
-        """Return what the chosen weights sum to, unscaled; where the router decides it, with a zero router."""
+        """Compute the sum of the chosen weights, unscaled; where the router decides it, with a zero router."""
 
     def scores(self, logits_TE: "torch.Tensor") -> "torch.Tensor":
         """Return the scores by which top-k chooses, from the logits [T, E] in float32; by default their softmax."""
@@ -362,8 +356,8 @@ class RouterInit(ABC):
 
     #: what `UpcycleSpec.router_init` calls it
     name: ClassVar[str]
-    #: the texts that its rows are made of: `blend`, `sources` (of one, told apart) or `prompts`; "": they are drawn
-    texts: ClassVar[str] = ""
+    #: whether its rows are read from a calibration file; else they are drawn
+    from_data: ClassVar[bool] = False
 
     @abstractmethod
     def rows(
@@ -373,7 +367,7 @@ class RouterInit(ABC):
 
     def is_zero(self, spec: UpcycleSpec) -> bool:
         """Return whether all weights are zero."""
-        return (spec.router_spread if self.texts else spec.router_std) == 0
+        return (spec.router_spread if self.from_data else spec.router_std) == 0
 
     def check(self, spec: UpcycleSpec) -> None:
         """Check the settings that only some initialisations have.

@@ -1,6 +1,6 @@
 """What a tensor of an upcycled model is made of: one record for upcycling, conversion, verification and receipt.
 
-`plan_tensor` decides it, and nothing else does: the slices of the dense tensors, which of several dense models they
+`ModelPlan` decides it, and nothing else does: the slices of the dense tensors, which of several dense models they
 come from, the factors on them and what the init method changes. `expand_slice` and `change_copies` carry it out.
 Of a parent with experts, an expert is made of one of its experts, and the router of its router's rows.
 """
@@ -12,11 +12,11 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
-from nemo_upcycle.init.calibration import NeuronOrder, calibration_of, neuron_order
+from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.init.experts import ExpertMatrix
 from nemo_upcycle.init.methods import METHODS, Method
 from nemo_upcycle.init.router import RowNoise, router_weight
@@ -25,8 +25,9 @@ from nemo_upcycle.models.growth import expert_scale, router_moves, source_expert
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, mapping_of, mapping_of_hf
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices
 from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import require_finite, require_fits
-from nemo_upcycle.sources.reordered import InNeuronOrder
+from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -34,8 +35,6 @@ Bounds = tuple[tuple[int, int], ...]
 #: Roles of a router: with a row for every expert, and no tensor of a dense model behind it.
 _ROUTER_ROLES = ("router", "router_bias", *BALANCING_BIASES)
 _WHOLE = Shard()
-#: How parameters are cut whose rows, or columns, are neurons.
-_BY_NEURON = (Sharding.GATED, Sharding.NEURON_ROWS, Sharding.NEURON_COLUMNS)
 
 
 class DenseSlice(NamedTuple):
@@ -67,8 +66,6 @@ class TensorPlan:
         branch: which of several dense models a routed expert comes from; None for everything else.
         factors: factors on it, applied in turn, each product rounded to the tensor's type.
         method: changes each expert's copy afterwards; None leaves the copies as they are.
-        order: of the dense network's neurons, in which the slices lie along the axis of the neurons; None: as they are
-            stored.
     """
 
     mapping: ParamMapping
@@ -78,7 +75,6 @@ class TensorPlan:
     branch: int | None = None
     factors: tuple[float, ...] = ()
     method: Method | None = None
-    order: NeuronOrder | None = None
 
     @property
     def is_router(self) -> bool:
@@ -107,22 +103,17 @@ class TensorPlan:
 
     def source(self, dense: DenseSource) -> DenseSource:
         """Return the one of several mixed dense models that the slices are read from."""
-        source = dense if self.branch is None else dense.branches()[self.branch]
-        if self.order is None:
-            return source
-        return cast("DenseSource", InNeuronOrder(source, self.order, int(self.is_down)))
+        return dense if self.branch is None else dense.branches()[self.branch]
 
     def made_by(self, spec: UpcycleSpec | None) -> str:
         """Return how the tensor is made, for the receipt."""
         if self.mapping.role != "router" and self.is_drawn:
             return "zero"
         if self.is_drawn and spec:
-            if calibration := calibration_of(spec) if spec.reads_router else None:
+            if calibration := calibration_of(spec):
                 return f"router_init={spec.router_init}, spread={spec.router_spread}, {calibration.name}"
             return f"router_init={spec.router_init}, std={spec.router_std}, seed={spec.seed}"
         words = ["copied", *(f"times {factor:.6g}" for factor in self.factors)]
-        if self.order:
-            words.insert(1, f"neurons by {self.order.made_by}")
         return ", ".join([*words, self.method.made_by(spec)] if self.method and spec else words)
 
     def drawn(self, spec: UpcycleSpec, hidden_size: int) -> torch.Tensor:
@@ -133,88 +124,98 @@ class TensorPlan:
         return router_weight(spec, self.layer, hidden_size)
 
 
-def plan_tensor(
-    mapping: ParamMapping,
-    layer: int | None,
-    expert: int,
-    dense: Architecture,
-    moe: Architecture,
-    spec: UpcycleSpec | None,
-    *,
-    parents: int = 1,
-    shard: Shard = _WHOLE,
-    shape: tuple[int, ...] | None = None,
-    hf_part: int | None = None,
-    interleaved: int | None = None,
-) -> TensorPlan:
-    """Decide what a tensor is made of.
-
-    Copy c of the dense network, cut into G shards, is the experts c G to c G + G - 1 and comes from parent
-    c modulo `parents`. An expert's output, and the shared experts', is scaled so that their sum stays exact. Of a
-    parent with experts, `source_experts` says which one is copied; its shared experts, as all else, stay as they are.
+@dataclass(frozen=True)
+class ModelPlan:
+    """What a model is made of, decided once: the plan of each of its tensors follows.
 
     Args:
-        mapping: what the tensor is in the upcycled model.
-        layer: number in the whole model; None outside the layers.
-        expert: number of the routed expert over all ranks; 0 for everything else.
         dense: the dense model's architecture.
-        moe: the upcycled model's; the dense one's where nothing is upcycled.
+        moe_arch: the upcycled model's; the dense one's where nothing is upcycled.
         spec: how one becomes the other; None for a dense model.
         parents: number of dense models that become experts in turn.
-        shard: the rank's part of the tensor.
-        shape: the shard's shape, where a vocabulary may be padded.
-        hf_part: of a fused Megatron parameter, a part in the Hugging Face tensor that is meant; None: the parameter
-            itself.
-        interleaved: as in `source_slices`.
     """
-    grows = bool(dense.num_experts)
-    if mapping.role in _ROUTER_ROLES and not grows:
-        return TensorPlan(mapping, layer, shard=shard)
-    tied = mapping.role == "output" and dense.tied_embeddings
-    source = mapping_of("embedding" if tied else mapping.role if grows else mapping.dense_role, dense)
-    copy, first_neuron = 0, 0
-    is_copied = grows and (mapping.is_expert or mapping.role in _ROUTER_ROLES)
-    sources = source_experts(dense, spec, layer) if is_copied else ()
-    if mapping.is_expert and moe.expert_ffn_size and not grows:
-        copy, part = divmod(expert, dense.ffn_size // moe.expert_ffn_size)
-        first_neuron = part * moe.expert_ffn_size
-    shape = shape or shard_shape(mapping, moe, shard)
-    slices = tuple(
-        DenseSlice(
-            source.hf[piece.part].format(layer=layer, expert=sources[expert] if mapping.is_expert and sources else 0),
-            piece.in_tensor(source, dense),
+
+    dense: Architecture
+    moe_arch: Architecture
+    spec: UpcycleSpec | None
+    parents: int = 1
+
+    @staticmethod
+    def of(dense: DenseSource, spec: UpcycleSpec | None) -> ModelPlan:
+        """Plan what a spec makes of an open dense checkpoint, or the checkpoint's own model.
+
+        Raises:
+            SpecError: the spec does not fit, names no calibration file and needs one, or leaves out a parent.
+            CheckpointError: the calibration file is of another model or of other settings.
+            UpcycleError: that file is missing, damaged, or something else.
+        """
+        arch = dense.architecture
+        if spec is None:
+            return ModelPlan(arch, arch, None)
+        require_copies(dense, spec.copies)
+        require_calibration(dense, spec)
+        return ModelPlan(arch, arch.upcycled(spec), spec, len(dense.branches()))
+
+    def tensor(
+        self,
+        mapping: ParamMapping,
+        layer: int | None,
+        expert: int,
+        *,
+        shard: Shard = _WHOLE,
+        shape: tuple[int, ...] | None = None,
+        hf_part: int | None = None,
+        interleaved: int | None = None,
+    ) -> TensorPlan:
+        """Decide what a tensor is made of.
+
+        Copy c of the dense network, cut into G shards, is the experts c G to c G + G - 1 and comes from parent
+        c modulo `parents`. An expert's output, and the shared experts', is scaled so that their sum stays exact. Of a
+        parent with experts, `source_experts` says which one is copied; its shared experts, as all else, stay as they
+        are.
+
+        Args:
+            mapping: what the tensor is in the upcycled model.
+            layer: number in the whole model; None outside the layers.
+            expert: number of the routed expert over all ranks; 0 for everything else.
+            shard: the rank's part of the tensor.
+            shape: the shard's shape, where a vocabulary may be padded.
+            hf_part: in a fused Megatron parameter, a part in the Hugging Face tensor that is meant; None: the
+                parameter itself.
+            interleaved: as in `source_slices`.
+        """
+        dense, moe, spec = self.dense, self.moe_arch, self.spec
+        grows = bool(dense.num_experts)
+        if mapping.role in _ROUTER_ROLES and not grows:
+            return TensorPlan(mapping, layer, shard=shard)
+        tied = mapping.role == "output" and dense.tied_embeddings
+        source = mapping_of("embedding" if tied else mapping.role if grows else mapping.dense_role, dense)
+        copy, first_neuron = 0, 0
+        is_copied = grows and (mapping.is_expert or mapping.role in _ROUTER_ROLES)
+        sources = source_experts(dense, spec, layer) if is_copied else ()
+        if mapping.is_expert and moe.expert_ffn_size and not grows:
+            copy, part = divmod(expert, dense.ffn_size // moe.expert_ffn_size)
+            first_neuron = part * moe.expert_ffn_size
+        shape = shape or shard_shape(mapping, moe, shard)
+        number = sources[expert] if mapping.is_expert and sources else 0
+        slices = tuple(
+            DenseSlice(source.hf[piece.part].format(layer=layer, expert=number), piece.in_tensor(source, dense))
+            for piece in source_slices(source, dense, shard, shape, first_neuron, interleaved)
+            if hf_part is None or piece.part in mapping.together(hf_part)
         )
-        for piece in source_slices(source, dense, shard, shape, first_neuron, interleaved)
-        if hf_part is None or piece.part in mapping.together(hf_part)
-    )
-    branch = copy % parents if mapping.is_expert else None
-    factors = _factors(mapping, source, expert, dense, spec, hf=hf_part is not None) if spec or grows else ()
-    found = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
-    method = found if found and found.computes else None
-    if sources and mapping.role in _ROUTER_ROLES:
-        slices = tuple(_rows_of(slices[0], sources))
-        method = RowNoise(sources) if spec and mapping.role == "router" and router_moves(spec) else None
-    order = None
-    if spec and (mapping.is_expert or mapping.is_shared) and mapping.sharding in _BY_NEURON:
-        order = neuron_order(spec, layer)
-    return TensorPlan(mapping, layer, slices, shard, branch, factors, method, order)
+        branch = copy % self.parents if mapping.is_expert else None
+        factors = _factors(mapping, source, expert, dense, spec, hf=hf_part is not None) if spec or grows else ()
+        found = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
+        method = found if found and found.computes else None
+        if sources and mapping.role in _ROUTER_ROLES:
+            slices = tuple(_rows_of(slices[0], sources))
+            method = RowNoise(sources) if spec and mapping.role == "router" and router_moves(spec) else None
+        return TensorPlan(mapping, layer, slices, shard, branch, factors, method)
 
-
-def plan_hf_tensor(
-    hf_name: str, dense: Architecture, moe: Architecture, spec: UpcycleSpec, parents: int = 1
-) -> tuple[TensorPlan, int]:
-    """Return what a tensor of an upcycled Hugging Face model is made of, and the number of its routed expert.
-
-    Args:
-        hf_name: the tensor's name.
-        dense: the dense model's architecture.
-        moe: the upcycled model's.
-        spec: how one becomes the other.
-        parents: number of dense models that become experts in turn.
-    """
-    mapping, part, layer, expert = mapping_of_hf(hf_name, moe)
-    within = layer if mapping.in_layer else None
-    return plan_tensor(mapping, within, expert, dense, moe, spec, parents=parents, hf_part=part), expert
+    def hf_tensor(self, hf_name: str) -> tuple[TensorPlan, int]:
+        """Decide what a tensor of the Hugging Face model is made of; with the number of its routed expert."""
+        mapping, part, layer, expert = mapping_of_hf(hf_name, self.moe_arch)
+        return self.tensor(mapping, layer if mapping.in_layer else None, expert, hf_part=part), expert
 
 
 def _rows_of(whole: DenseSlice, sources: Sequence[int]) -> Iterator[DenseSlice]:
@@ -258,11 +259,11 @@ def expand_slice(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what a dense slice, or some rows of it, becomes: cast, then scaled in that type.
+    """Cast a dense slice, or some rows of it, and scale it in that type.
 
     Args:
-        plan: of the tensor that it is a part of.
-        name: of the dense tensor.
+        plan: the plan of the tensor that it is a part of.
+        name: the dense tensor.
         slice_: as it was read.
         source: where from, for the text of an error.
         dtype: the type of the result.
@@ -284,7 +285,7 @@ def change_copies(
     """Let the init method change every expert's copy, in place.
 
     Args:
-        plan: of the tensors; without a method nothing happens.
+        plan: the tensors'; without a method nothing happens.
         spec: says how much, and with which seed.
         source: read once more where tensor parallelism left a part of the matrix on this rank.
         experts: numbers of the experts over all ranks; 0 for a router.

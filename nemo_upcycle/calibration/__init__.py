@@ -1,1 +1,1 @@
-"""Run a dense model over a sample of text, layer by layer, and keep what routers from data and splits are made of."""
+"""Run a dense model layer by layer: over prompts, of which routers are made, and over packs that a training learns."""

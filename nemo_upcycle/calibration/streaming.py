@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
-from nemo_upcycle.calibration.layers import Recorded, recorded_calls
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_model import empty_model, errors_only
 from nemo_upcycle.models.mapping import mapping_of
@@ -67,7 +68,7 @@ class StreamedModel:
         self.layers = self.model.model.layers
 
     def embedded(self, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Calls]:
-        """Return what the first layer gets of each batch of token ids, [B, S], and how the model calls its layers."""
+        """Embed each batch of token ids, [B, S], for the first layer, and note how the model calls its layers."""
         used, places = torch.cat([batch.flatten() for batch in batches]).unique(return_inverse=True)
         name = mapping_of("embedding", self.dense.architecture).hf[0]
         rows = self.dense.read(name)[used].float()  # of a mapped file, no more than these rows are looked at
@@ -75,7 +76,7 @@ class StreamedModel:
         module.weight = torch.nn.Parameter(rows, requires_grad=False)
         states, calls, moved = list[torch.Tensor](), Calls(), dict[int, torch.Tensor]()
         for batch, numbers in zip(batches, places.split([batch.numel() for batch in batches]), strict=True):
-            with recorded_calls(self.layers) as recorded, torch.no_grad(), suppress(Recorded):
+            with _recorded_calls(self.layers) as recorded, torch.no_grad(), suppress(_Recorded):
                 self.model.model(numbers.view(batch.shape), use_cache=False)
             states.append(recorded[0].pop("states"))
             if tuple(batch.shape) not in calls:
@@ -91,7 +92,7 @@ class StreamedModel:
         return module
 
     def filled_output(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return what makes logits [N, V] of what the last layer hands on, [N, D]."""
+        """Read what makes logits [N, V] of the last layer's states, [N, D]."""
         arch = self.dense.architecture
         norm, head = self.model.model.norm, self.model.lm_head
         self._fill(norm, "model.norm.")
@@ -118,9 +119,71 @@ class StreamedModel:
 
 
 def _on(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:
-    """Return what a call has, with its tensors on a device; what layers share stays one."""
+    """Move the tensors of a call to a device; what layers share stays one."""
     if isinstance(value, torch.Tensor):
         return value if value.device == device else moved.setdefault(id(value), value.to(device))
     if isinstance(value, dict):
         return {name: _on(inner, device, moved) for name, inner in value.items()}
     return type(value)(_on(inner, device, moved) for inner in value) if isinstance(value, list | tuple) else value
+
+
+class _Recorded(Exception):
+    """All layers were called: what comes behind them is not wanted."""
+
+
+@contextmanager
+def _recorded_calls(layers: Any) -> Iterator[list[dict[str, Any]]]:
+    """Note how the model calls its layers, in place of computing them; of the first also with which states."""
+    calls: list[dict[str, Any]] = []
+
+    def recorder(is_last: bool) -> Callable[..., Any]:
+        def record(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            call = {"args": args, "kwargs": kwargs}
+            calls.append(call if calls else call | {"states": states})
+            if is_last:
+                raise _Recorded
+            return states
+
+        return record
+
+    for number, layer in enumerate(layers):
+        layer.forward = recorder(number == len(layers) - 1)
+    try:
+        yield calls
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def several_at_a_time(threads: int | None = None) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Any]]:
+    """Give a function that applies another to items, several at a time, and yields the results in order.
+
+    How a library cuts a product among threads decides in which order it is summed. Here every item is computed by one
+    thread, and several items at a time: the results do not depend on how many.
+
+    Args:
+        threads: how many items at a time; None: as many as torch has threads.
+    """
+    before = torch.get_num_threads()
+    count = threads or before
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+            def run(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+                waiting: deque[Any] = deque()
+                try:
+                    for item in items:
+                        waiting.append(pool.submit(torch.no_grad()(function), item))
+                        if len(waiting) > count:  # no more results at a time than are computed
+                            yield waiting.popleft().result()
+                    while waiting:
+                        yield waiting.popleft().result()
+                finally:
+                    for future in waiting:
+                        future.cancel()
+
+            yield run
+    finally:
+        torch.set_num_threads(before)

@@ -16,8 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nemo_upcycle.calibration.batches import several_at_a_time
-from nemo_upcycle.calibration.streaming import StreamedModel, check_streamed
+from nemo_upcycle.calibration.streaming import StreamedModel, check_streamed, several_at_a_time
 from nemo_upcycle.calibration.teacher import FORMAT, MADE_BY, TOP_K, Teacher, pack_key, part_name
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__

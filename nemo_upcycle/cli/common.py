@@ -13,7 +13,6 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.init.methods import METHODS
 from nemo_upcycle.spec import (
-    EXPERT_SPLITS,
     MOE_LAYERS,
     OUTPUT_SCALES,
     ROUTER_INITS,
@@ -32,7 +31,6 @@ _SPEC_FIELDS: dict[str, OptionRow] = {
     "num_experts": (int, "N", "routed experts of an MoE layer"),
     "top_k": (int, "K", "experts that process a token"),
     "granularity": (int, "G", "parts that the dense network is cut into; N and K are multiples of G"),
-    "expert_split": (str, "|".join(EXPERT_SPLITS), "neurons of a part: consecutive, or active for the same tokens"),
     "method": (str, "|".join(METHODS), "; ".join(method.summary for method in METHODS.values())),
     "noise_std": (float, "X", "standard deviation of the noise over that of the weights"),
     "drop_ratio": (float, "R", "share of the neurons that drop redraws"),
@@ -42,20 +40,16 @@ _SPEC_FIELDS: dict[str, OptionRow] = {
     "router_init": (
         str,
         "|".join(ROUTER_INITS),
-        "distribution of the router's weights, or the way from data to them",
+        "distribution of the router's weights; or prompts, of which they are made",
     ),
     "router_std": (
         float,
         "X",
         "standard deviation of the router's weights; of a parent with experts, of what is added",
     ),
-    "router_spread": (float, "X", "from data: standard deviation of a token's logits over the copies"),
+    "router_spread": (float, "X", "for prompts: standard deviation of a token's logits over the copies"),
     "router_prompts": (str, "FILE", "YAML: a list with the texts of each copy, for prompts"),
-    "calibration": (
-        str,
-        "FILE",
-        "of nemo-upcycle calibrate, for a router from data or a split by data",
-    ),
+    "calibration": (str, "FILE", "made by nemo-upcycle calibrate, for prompts"),
     "router_order": (str, "|".join(ROUTER_ORDERS), "softmax after or before top-k"),
     "router_score": (str, "|".join(ROUTER_SCORES), "what the router's logits go through"),
     "routed_scaling_factor": (float, "X", "factor on the weights of the chosen experts"),

@@ -29,7 +29,7 @@ COMMANDS = {
     "chat": "conversations -> packed sequences to tune on, with a loss on the answers alone",
     "teach": "dense parent and packed conversations -> its answers, for a tuning that stays near them",
     "fetch": "what a run takes from networks -> one folder, for machines without a network",
-    "calibrate": "dense model and text -> what routers from data and splits by co-activation are read from",
+    "calibrate": "dense model and prompts -> what a router of prompts is read from",
     "convert": "checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model",
     "verify": "parent against MoE: what was done to the weights, and do both compute the same function?",
     "export": "NeMo or Megatron checkpoint, saved under any layout -> Hugging Face folder",

@@ -43,9 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1e-4,
         help="largest difference of logits over the largest logit (default: 1e-4)",
     )
-    parser.add_argument(
-        "--calibration", metavar="FILE", type=Path, help="the calibration file that the experts were split by"
-    )
     text = "of a parent with experts: the file that says which have more copies"
     parser.add_argument("--expert-utility", metavar="FILE", type=Path, help=text)
 
@@ -76,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
         layers=args.layers,
         logits=not args.weights_only,
         tolerance=args.tolerance,
-        calibration=args.calibration,
         expert_utility=args.expert_utility,
     )
     show(args, asdict(result), _text(result))

@@ -23,7 +23,7 @@ from nemo_upcycle.models.stacked import is_stacked
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import TensorPlan, change_copies, expand_slice, plan_hf_tensor
+from nemo_upcycle.tensor_plan import ModelPlan, TensorPlan, change_copies, expand_slice
 from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
 
@@ -52,9 +52,14 @@ class Expansion:
     dtype: torch.dtype
 
     @cached_property
+    def plan(self) -> ModelPlan:
+        """What the upcycled model is made of."""
+        return ModelPlan.of(self.dense, self.spec)
+
+    @property
     def moe_arch(self) -> Architecture:
         """The upcycled model's architecture."""
-        return self.dense.architecture.upcycled(self.spec)
+        return self.plan.moe_arch
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -109,13 +114,7 @@ class Expansion:
     @cached_property
     def _plans(self) -> dict[str, tuple[TensorPlan | str, int]]:
         """What every tensor is made of, and its expert; a constant is made of its name."""
-        parents = len(self.dense.branches())
-        return {
-            name: (name, 0)
-            if name in self._constants
-            else plan_hf_tensor(name, self.dense.architecture, self.moe_arch, self.spec, parents)
-            for name in self.shapes
-        }
+        return {name: (name, 0) if name in self._constants else self.plan.hf_tensor(name) for name in self.shapes}
 
     def _copies(self, names: list[str]) -> list[tuple[TensorPlan | str, list[tuple[str, int]]]]:
         """Return name and expert of the tensors by what they are made of; those of one tensor keep their order."""

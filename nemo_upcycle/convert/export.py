@@ -66,7 +66,7 @@ class CardInfo:
 
 
 def _write_tensors(weights: MegatronWeights, arch: Architecture, dtype: torch.dtype) -> WriteTensors:
-    """Return what writes the tensors of a file one by one, so that one of them is in memory at a time.
+    """Make the function that writes the tensors of a file one by one, with one of them in memory at a time.
 
     Raises:
         CheckpointError: when it is called, a tensor has another shape than the architecture says, or contains NaN,

@@ -169,7 +169,7 @@ class CheckpointWeights:
 
 
 def _read(checkpoint: DistributedCheckpoint, key: str, position: list[int]) -> torch.Tensor:
-    """Return what lies at a position of a tensor's first axes."""
+    """Take the part of a tensor at a position of its first axes."""
     shape = checkpoint.shape(key)
     index = [(at, at + 1) for at in position] + [(0, size) for size in shape[len(position) :]]
     return checkpoint.read(key, index).view(shape[len(position) :])
@@ -181,7 +181,7 @@ def open_checkpoint(
     """Open a checkpoint and find out what its model is.
 
     Args:
-        checkpoint: of NeMo or Megatron, saved under any layout.
+        checkpoint: NeMo's or Megatron's, saved under any layout.
         dense_folder: the dense parent's Hugging Face folder.
         spec: what an MoE checkpoint was upcycled by; by default what its own context says.
 

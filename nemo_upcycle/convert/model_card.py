@@ -32,6 +32,27 @@ _FROM_DENSE = (
     "upcycled from a dense model ([arXiv 2412.09952](https://arxiv.org/abs/2412.09952)): the experts are made of its "
     "feed-forward network."
 )
+_TEMPLATE = """---
+{front}
+---
+
+# {title}
+
+{made}| | |
+|---|---|
+{rows}
+
+## Load it
+
+```python
+from transformers import {imported}
+model = {hf_class}.from_pretrained(".", dtype="auto")  # this folder, or its name on the hub
+{tokenizer}```
+
+{notes}{licence_title}
+
+{licence}
+"""
 
 
 def write_card(
@@ -68,17 +89,23 @@ def write_card(
         **facts,
         "Written by": f"{tool}, version {__version__}",
     }
-    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
-    if arch.num_experts:
-        own = read_architecture(parents[0]).num_experts
-        made = f"made from one of {own}: the experts are copies of its own." if own else _FROM_DENSE
-        lines += [f"A Mixture-of-Experts model ({arch.num_experts} experts, {arch.top_k} for a token), {made}", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items()), ""]
-    lines += ["## Load it", "", *_loading(arch, parents[0]), ""]
-    if notes:
-        lines += ["## What to know", "", *(f"- {note}" for note in notes), ""]
-    lines += [_LICENCE, "", _licence(front, cards), ""]
-    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+    own = read_architecture(parents[0]).num_experts if arch.num_experts else None
+    made = f"made from one of {own}: the experts are copies of its own." if own else _FROM_DENSE
+    made = f"A Mixture-of-Experts model ({arch.num_experts} experts, {arch.top_k} for a token), {made}\n\n"
+    has_tokenizer = any(name.startswith(("tokenizer", "vocab")) for name in tokenizer_file_names(parents[0]))
+    text = _TEMPLATE.format(
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        title=title,
+        made=made if arch.num_experts else "",
+        rows="\n".join(f"| {name} | {text} |" for name, text in rows.items()),
+        imported=f"AutoTokenizer, {arch.hf_class}" if has_tokenizer else arch.hf_class,
+        hf_class=arch.hf_class,
+        tokenizer='tokenizer = AutoTokenizer.from_pretrained(".")\n' if has_tokenizer else "",
+        notes="\n".join(["## What to know", "", *(f"- {note}" for note in notes), "", ""]) if notes else "",
+        licence_title=_LICENCE,
+        licence=_licence(front, cards),
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def add_scores(folder: Path, text: str) -> None:
@@ -87,7 +114,7 @@ def add_scores(folder: Path, text: str) -> None:
     Without such a card nothing is done, and a folder that is a link to elsewhere is left alone.
 
     Args:
-        folder: that of the model.
+        folder: the model's.
         text: what stands below the section's title, as Markdown.
     """
     path = folder / CARD
@@ -99,20 +126,6 @@ def add_scores(folder: Path, text: str) -> None:
     parts.insert(place, f"{_SCORES}\n\n{text}\n\n")
     with whole_file(path) as aside:
         aside.write_text("".join(parts), encoding="utf-8", errors="replace")
-
-
-def _loading(arch: Architecture, parent: Path) -> list[str]:
-    """Return the lines of Python that load the model."""
-    imported, tokenizer = arch.hf_class, []
-    if any(name.startswith(("tokenizer", "vocab")) for name in tokenizer_file_names(parent)):
-        imported, tokenizer = f"AutoTokenizer, {imported}", ['tokenizer = AutoTokenizer.from_pretrained(".")']
-    return [
-        "```python",
-        f"from transformers import {imported}",
-        f'model = {arch.hf_class}.from_pretrained(".", dtype="auto")  # this folder, or its name on the hub',
-        *tokenizer,
-        "```",
-    ]
 
 
 def _besides(arch: Architecture) -> dict[str, str]:
@@ -128,7 +141,7 @@ def _besides(arch: Architecture) -> dict[str, str]:
 
 
 def training_facts(metrics: Path, step: int) -> dict[str, str]:
-    """Return what a run's `metrics.jsonl` says of a step, for a card; nothing where it does not.
+    """Read a step of a run's `metrics.jsonl`, for a card; nothing where it is not there.
 
     Args:
         metrics: the file.
@@ -176,17 +189,14 @@ def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
     """Return how a model was upcycled, for a card: sizes and seed always, the rest where it is not the default."""
     always, default = ("num_experts", "top_k", "router_std", "seed"), UpcycleSpec()
     fields = {name: value for name, value in asdict(spec).items() if name in always or value != getattr(default, name)}
-    for name in {
-        "calibration",
-        "expert_utility",
-        "router_prompts",
-    } & fields.keys():  # a path says where a file lay on one machine
-        fields[name] = Path(fields[name]).name
+    for name in ("calibration", "expert_utility", "router_prompts"):  # a path says where a file lay on one machine
+        if name in fields:
+            fields[name] = Path(fields[name]).name
     return {"Upcycled by": f"`UpcycleSpec({', '.join(f'{name}={value!r}' for name, value in fields.items())})`"}
 
 
 def _called(folder: Path, address: str | None, card: Mapping[str, Any]) -> str:
-    """Return what a reader knows a parent by: its name on the hub or its address, or its folder's and its base's."""
+    """Name a parent as a reader knows it: by the hub or its address, or by its folder and its base."""
     if name := _hub_name(folder):
         return name
     _, separator, rest = (address or "").partition("://")

@@ -30,10 +30,8 @@ from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
 from nemo_upcycle.models.mapping import extra_params, mapping_of
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import BrokenWeights, check_source, rounded_because
 from nemo_upcycle.sources.safetensors_folder import INDEX
-from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec, without_defaults
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import (
@@ -128,8 +126,6 @@ def convert(
     output = resolved(output)
     require_apart(output, *(source.path for source in dense.branches()))
     require_dtype(dtype := dtype or dense.dtype(mapping_of("embedding", dense.architecture).hf[0]))
-    require_copies(dense, spec.copies)
-    require_calibration(dense, spec)
     expansion = Expansion(dense, spec, dtype)
     moe_arch = expansion.moe_arch
     _check_folder(dense)
@@ -246,7 +242,7 @@ def _finish(
 
 
 def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:
-    """Return what the bytes of the output follow from; files of a stopped run are kept only if all of it is the same.
+    """List all that the bytes of the output follow from; files of a stopped run are kept only if it is the same.
 
     Two models of one shape have the same headers: the times at which the files were written tell them apart.
     """
@@ -309,7 +305,7 @@ def _check_done(output: Path, writer: SafetensorsWriter) -> None:
 
 
 def _marker(output: Path) -> dict[str, Any]:
-    """Return what a finished folder says of itself.
+    """Make the marker of a finished folder.
 
     Raises:
         UpcycleError: it is damaged.

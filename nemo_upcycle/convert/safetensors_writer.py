@@ -55,7 +55,7 @@ def require_dtype(dtype: torch.dtype) -> None:
 def safetensors_header(
     names: Iterable[str], shapes: Shapes, dtype: torch.dtype, float32: Collection[str] = ()
 ) -> bytes:
-    """Return what comes before the data of a safetensors file that holds these tensors one after the other."""
+    """Make the header of a safetensors file that holds these tensors one after the other."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor, parts in itertools.groupby(names, tensor_of):

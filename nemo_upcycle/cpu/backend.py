@@ -58,7 +58,7 @@ def watch_fp8(config: Any) -> Any:
     """Return a probe of what emulated FP8 loses in training, see `Fp8Losses`; None where nothing is emulated.
 
     Args:
-        config: of the model.
+        config: the model's.
     """
     if torch.cuda.is_available():
         return None

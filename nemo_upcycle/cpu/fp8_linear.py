@@ -158,7 +158,7 @@ def _delayed_scales(
 
 
 def _context(config: Any, layer_no: int = -1, is_init: bool = False) -> AbstractContextManager[None]:
-    """Return what Megatron's `get_fp8_context` and `get_fp4_context` do on a GPU, for the local layers."""
+    """Do for the local layers what Megatron's `get_fp8_context` does on a GPU; refuse what `get_fp4_context` does."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
     if is_init or not (config.fp8 or config.fp4) or is_first_last_bf16_layer(config, layer_no):
@@ -218,7 +218,7 @@ def _or_in_fp8(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 def emulate_fp8() -> None:
-    """Compute in FP8 or NVFP4 what a recipe's `fp8_recipe`, or `fp4_recipe`, asks for, in Megatron's local layers.
+    """Compute in FP8 what a recipe's `fp8_recipe` asks for, in Megatron's local layers; refuse `fp4_recipe`.
 
     Without it a recipe in FP8 trains in BF16; with experts it does not start where Transformer Engine is missing
     (Megatron compares its version with None), nor recompute where it is there (its `checkpoint` wants CUDA).

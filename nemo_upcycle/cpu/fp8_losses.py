@@ -69,10 +69,10 @@ class Fp8Losses:
 
 
 def watch_fp8(config: Any) -> Fp8Losses | None:
-    """Return what counts from now on, in this process; None where nothing is emulated.
+    """Begin to count, in this process; None where nothing is emulated.
 
     Args:
-        config: of the model.
+        config: the model's.
     """
-    fp8_recipe.watcher = Fp8Losses() if config.fp8 or config.fp4 else None
+    fp8_recipe.watcher = Fp8Losses() if config.fp8 else None
     return fp8_recipe.watcher

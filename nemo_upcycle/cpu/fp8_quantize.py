@@ -1,8 +1,8 @@
-"""Numbers of 8 and 4 bits and the scales of their blocks, to the bit as Transformer Engine's kernels make them.
+"""Numbers of 8 bits and the scales of their blocks, to the bit as Transformer Engine's kernels make them.
 
 By Transformer Engine's sources at d0067d0d: `common/recipe/recipe_common.cuh` for the scale of a tensor or of a block,
 `common/util/ptx_arch_spec.cuh` for the exponents of MXFP8, and the saturating conversions of CUDA, which round to the
-nearest and ties to even; for NVFP4 by its reference, `quantization_ref_nvfp4.py` of 2.16.
+nearest and ties to even.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ import torch
 
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-#: The largest number of NVFP4's four bits (E2M1), and rows of a Hadamard matrix, as many as numbers of a block.
-_LARGEST_E2M1, SIXTEEN = 6.0, 16
-#: What the columns of NVFP4's Hadamard matrix are multiplied by: fixed signs.
-_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
 class Quantized(NamedTuple):
-    """A matrix in FP8, or in NVFP4.
+    """A matrix in FP8.
 
     Attributes:
-        data: [R, C], in E4M3 or E5M2; the numbers of E2M1 are among those of E4M3.
+        data: [R, C], in E4M3 or E5M2.
         scale_inv: float32 [blocks of rows, blocks of columns]: what a block's numbers are multiplied by.
         block: rows and columns of a block; the last ones may be smaller.
     """
@@ -33,7 +29,7 @@ class Quantized(NamedTuple):
     block: tuple[int, int]
 
     def values(self) -> torch.Tensor:
-        """Return what the matrix stands for, float32 [R, C]."""
+        """Compute the numbers that the matrix stands for, float32 [R, C]."""
         tiles = _tiles(self.data.float(), self.block) * self.scale_inv[:, None, :, None]
         return _untile(tiles, self.data.shape)
 
@@ -71,56 +67,8 @@ def quantize(
     return Quantized(_untile(data, x_RC.shape), inverse, block)
 
 
-def quantize_nvfp4(x_RC: torch.Tensor, block: tuple[int, int], *, stochastic: bool = False) -> Quantized:
-    """Quantise a matrix to four bits: a scale in E4M3 for each block, and one in float32 for all.
-
-    Args:
-        x_RC: the matrix, [R, C].
-        block: rows and columns of a block.
-        stochastic: round up or down by chance, so that the mean is right, where the matrix itself seeds what is drawn:
-            a resumed run draws the same. Else to the nearest, ties to even.
-    """
-    highest = torch.finfo(torch.float32).max
-    tiles = _tiles(x_RC.float(), block)
-    largest = tiles.abs().amax((1, 3))
-    of_all = torch.cat([largest.flatten(), torch.zeros(1)]).amax()
-    encode = torch.div(torch.finfo(E4M3).max * _LARGEST_E2M1, of_all).clamp(max=highest)
-    decode = torch.div(1.0, encode)
-    scales = largest * (encode * torch.tensor(_LARGEST_E2M1).reciprocal())
-    scales = scales.clamp(max=torch.finfo(E4M3).max).to(E4M3).float() * decode
-    factors = torch.div(1.0, scales).clamp(max=highest)
-    numbers = (tiles * factors[:, None, :, None]).clamp_(-_LARGEST_E2M1, _LARGEST_E2M1)
-    return Quantized(_untile(_to_e2m1(numbers, stochastic).to(E4M3), x_RC.shape), scales, block)
-
-
-def _to_e2m1(numbers: torch.Tensor, stochastic: bool) -> torch.Tensor:
-    """Return the numbers of E2M1 next to some within its range: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and their negatives."""
-    size = numbers.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    steps = size / step
-    if stochastic:
-        seed = int(numbers.contiguous().view(torch.int32).sum())
-        steps = (steps + torch.rand(steps.shape, generator=torch.Generator().manual_seed(seed))).floor()
-    else:
-        steps = steps.round()
-    return (steps * step).copysign(numbers)
-
-
-def rotate_rows(x_RC: torch.Tensor) -> torch.Tensor:
-    """Return a matrix times NVFP4's random Hadamard matrix, every 16 rows; missing rows are zeros.
-
-    A product over rows of two such matrices is that of the two as they were; what is large is spread over 16 numbers.
-    """
-    x_RC = torch.nn.functional.pad(x_RC, (0, 0, 0, -x_RC.shape[0] % SIXTEEN))
-    hadamard = torch.ones(1, 1)
-    while len(hadamard) < SIXTEEN:
-        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
-    rotation = (torch.tensor(_SIGNS)[:, None] * hadamard).to(x_RC.dtype) * SIXTEEN**-0.5
-    return (x_RC.T.reshape(-1, SIXTEEN) @ rotation).view(x_RC.shape[1], -1).T
-
-
 def _scales(amax: torch.Tensor, largest: float, highest: float, power_of_two: bool) -> torch.Tensor:
-    """Return what maps `amax` to the largest FP8 number; 1 where all is zero, or not finite."""
+    """Compute the scales that map `amax` to the largest FP8 number; 1 where all is zero, or not finite."""
     scales = torch.div(largest, amax)  # `largest / amax` multiplies by a reciprocal, which rounds once more
     scales = torch.where(scales.isinf(), highest, scales)
     if power_of_two:

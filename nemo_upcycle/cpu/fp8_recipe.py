@@ -11,22 +11,13 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.cpu.fp8_quantize import (
-    E4M3,
-    E5M2,
-    SIXTEEN,
-    Quantized,
-    quantize,
-    quantize_nvfp4,
-    rotate_rows,
-)
+from nemo_upcycle.cpu.fp8_quantize import E4M3, E5M2, Quantized, quantize
 from nemo_upcycle.errors import UpcycleError
 
 
 #: Of a linear layer, in the order of a state's columns.
 INPUT, WEIGHT, GRADIENT = range(3)
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-NVFP4 = "nvfp4"
 #: Counts what a training quantises, where `fp8_losses.watch_fp8` has set it.
 watcher: Any = None
 #: What Transformer Engine would compute in FP8 beside linear layers, or leave out of it.
@@ -35,10 +26,10 @@ _ELSEWHERE = ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_outp
 
 @dataclass(frozen=True)
 class Fp8Recipe:
-    """One FP8 recipe, or NVFP4.
+    """One FP8 recipe.
 
     Attributes:
-        name: Megatron's, of `RECIPES`, or NVFP4.
+        name: Megatron's, one of `RECIPES`.
         gradient: type of output gradients; inputs and weights are E4M3.
         margin, history, algorithm: of delayed scaling, as Megatron's `fp8_margin`, `fp8_amax_history_len` and
             `fp8_amax_compute_algo`.
@@ -62,11 +53,11 @@ class Fp8Recipe:
         from megatron.core import parallel_state
 
         low = config.fp4_recipe if config.fp4 else config.fp8_recipe
-        name, known = getattr(low, "value", low), (*RECIPES, NVFP4)
+        name = getattr(low, "value", low)
         elsewhere = [field for field in _ELSEWHERE if getattr(config, field, False)]
-        if name not in known or elsewhere or not config.fp8_wgrad:
-            got = name if name not in known else elsewhere[0] if elsewhere else "fp8_wgrad=False"
-            expected = f"{', '.join(known)} on a CPU, in linear layers alone"
+        if name not in RECIPES or elsewhere or not config.fp8_wgrad:
+            got = name if name not in RECIPES else elsewhere[0] if elsewhere else "fp8_wgrad=False"
+            expected = f"{', '.join(RECIPES)} on a CPU, in linear layers alone"
             raise UpcycleError("fp8_recipe", got=got, expected=expected, fix="train so on a GPU, or choose another")
         group = None
         if name == "delayed" and parallel_state.model_parallel_is_initialized():
@@ -94,14 +85,9 @@ class Fp8Recipe:
         Args:
             x_RC: an input [tokens, in], a weight [out, in] or an output's gradient [tokens, out].
             role: which of them.
-            scale: of delayed scaling.
+            scale: delayed scaling's.
             twice: False where only products over its columns follow; then both are the first.
         """
-        if self.name == NVFP4:
-            first = _four_bits(x_RC, role)
-            if watcher is not None and twice:
-                watcher.count(role, x_RC, first, has_own_scale=True)
-            return first, _four_bits(x_RC, role, by_rows=True) if twice else first
         along_columns, along_rows = self._blocks(role, x_RC.shape)
         options: dict[str, Any] = {"scale": scale}
         if self.name == "tensorwise":
@@ -126,23 +112,6 @@ class Fp8Recipe:
         return whole, whole
 
 
-def _four_bits(x_RC: torch.Tensor, role: int, *, by_rows: bool = False) -> Quantized:
-    """Return an operand in NVFP4, for products over its columns or over its rows; with Transformer Engine's switches.
-
-    Weights have blocks of 16 x 16; others' rows are rotated for products over them, and gradients rounded by chance.
-    """
-    flat, plain, nearest = (
-        os.environ.get(f"NVTE_NVFP4_DISABLE_{what}", "0") == "1"
-        for what in ("2D_QUANTIZATION", "RHT", "STOCHASTIC_ROUNDING")
-    )
-    if role == WEIGHT and not flat:
-        return quantize_nvfp4(x_RC, (SIXTEEN, SIXTEEN))
-    if by_rows and role != WEIGHT and not plain:
-        x_RC = rotate_rows(x_RC)
-    block = (SIXTEEN, 1) if by_rows else (1, SIXTEEN)
-    return quantize_nvfp4(x_RC, block, stochastic=role == GRADIENT and not nearest)
-
-
 #: What a layer's state begins with in a checkpoint: a pickled None. Transformer Engine reads that, and no further: a
 #: run that goes on from a CPU's checkpoint on a GPU starts without a history, as from a checkpoint in BF16.
 _NOTHING = pickle.dumps(None, protocol=4)
@@ -152,7 +121,7 @@ class DelayedScales:
     """What delayed scaling remembers of one linear layer, as Transformer Engine does.
 
     Args:
-        length: of the history.
+        length: rows of the history.
 
     Attributes:
         scale: float32 [3], by role.
@@ -192,7 +161,7 @@ class DelayedScales:
 
     @classmethod
     def from_bytes(cls, state: Any) -> DelayedScales | None:
-        """Return what `to_bytes` gave; None for anything else, such as Transformer Engine's."""
+        """Read what `to_bytes` wrote; None for anything else, such as Transformer Engine's."""
         if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
             return None
         data = state.numpy().tobytes()

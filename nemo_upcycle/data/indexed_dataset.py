@@ -57,19 +57,3 @@ def _read_index(prefix: Path) -> tuple[int, np.ndarray, np.ndarray]:
         lengths = np.frombuffer(index.read(4 * sequences), dtype=np.int32)
         index.seek(8 * sequences, 1)
         return code, lengths, np.frombuffer(index.read(8 * documents), dtype=np.int64)
-
-
-def read_tokens(prefix: Path, start: int, count: int) -> np.ndarray:
-    """Return tokens of a dataset, whatever documents they are of, as int64.
-
-    Args:
-        prefix: its path, without suffix.
-        start: the first one's number.
-        count: how many, which are there.
-    """
-    with prefix.with_name(f"{prefix.name}.idx").open("rb") as index:
-        code = HEADER.unpack(index.read(HEADER.size))[2]
-    dtype = {4: np.int32, 8: np.uint16}[code]
-    with prefix.with_name(f"{prefix.name}.bin").open("rb") as tokens:
-        tokens.seek(start * TOKEN_BYTES[code])
-        return np.frombuffer(tokens.read(count * TOKEN_BYTES[code]), dtype=dtype).astype(np.int64)

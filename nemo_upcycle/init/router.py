@@ -54,7 +54,7 @@ class RowNoise(Method):
     sources: tuple[int, ...]
 
     def made_by(self, spec: UpcycleSpec) -> str:
-        """Return what the receipt says."""
+        """Say it for the receipt."""
         return f"router_init={spec.router_init} added, std={spec.router_std} of the parent's, seed={spec.seed}"
 
     def change(self, spec: UpcycleSpec, matrix: ExpertMatrix) -> None:

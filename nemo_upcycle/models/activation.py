@@ -28,7 +28,7 @@ _KNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str:
-    """Return what an architecture calls a model's activation function, told by its values; else its own name.
+    """Name a model's activation function as an architecture does, told by its values; else by its own name.
 
     Example:
         >>> activation_of(torch.nn.functional.gelu), activation_of(torch.nn.GELU("tanh"))  # doctest: +SKIP

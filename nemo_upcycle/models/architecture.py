@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.growth import check_growth, refuse_utility
@@ -29,10 +29,10 @@ class MambaLayers:
 
     Args:
         pattern: what each layer of the dense model is: `M` (Mamba-2), `*` (attention) or `-` (network).
-        num_heads: of a Mamba layer.
-        head_dim: of these heads.
-        num_groups: of heads that share B and C.
-        state_size: of a head.
+        num_heads: heads of a Mamba layer.
+        head_dim: numbers of such a head.
+        num_groups: groups of heads that share B and C.
+        state_size: numbers of a head's state.
     """
 
     #: Tokens that the convolution before the scan sees; Megatron-Core can have no others.
@@ -56,45 +56,6 @@ class MambaLayers:
         return (z + 2 * x + b + c + dt) * hidden_size + (x + b + c) * (self.conv_size + 1) + x + 3 * dt
 
 
-class Projection(NamedTuple):
-    """A matrix of attention: from how many numbers of a token to how many, and whether tensor parallelism cuts it."""
-
-    inputs: int
-    outputs: int
-    is_cut: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentAttention:
-    """Multi-head latent attention (MLA, arXiv 2405.04434): query, key and value pass through narrow projections.
-
-    A head's query and key have `nope_dim + rope_dim` numbers, which is the architecture's `head_dim`.
-
-    Args:
-        query_rank: numbers that a token's query passes through; None: it is projected at once.
-        kv_rank: numbers that its key and value pass through.
-        nope_dim: of a head's query and key, without positions.
-        rope_dim: the same, with positions; all heads have one such key.
-        value_dim: of a head's value.
-    """
-
-    query_rank: int | None
-    kv_rank: int
-    nope_dim: int
-    rope_dim: int
-    value_dim: int
-
-    def projections(self, hidden_size: int, num_heads: int) -> dict[str, Projection]:
-        """Return its matrices but the last, by role, in the order that a token passes through them."""
-        queries = num_heads * (self.nope_dim + self.rope_dim)
-        matrices = {"query": Projection(hidden_size, queries)}
-        if rank := self.query_rank:
-            matrices = {"query_down": Projection(hidden_size, rank, False), "query_up": Projection(rank, queries)}
-        down = Projection(hidden_size, self.kv_rank + self.rope_dim, False)
-        up = Projection(self.kv_rank, num_heads * (self.nope_dim + self.value_dim))
-        return matrices | {"kv_down": down, "kv_up": up}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Everything about a decoder that decides shapes, and what has to travel with its weights.
@@ -103,7 +64,6 @@ class Architecture:
         hf_class: the Hugging Face class that names its tensors.
         ffn_size: F of a dense layer.
         expert_ffn_size: F of one routed expert; None in a dense model.
-        expert_input_size: numbers of a token that routed experts see, projected to them and back; None: all, D.
         shared_ffn_size: F of all shared experts together; 0 without.
         shared_gate: whether a token decides by what, from 0 to 1, their output is multiplied.
         moe_pattern: which layers are MoE layers; None: all, if there are experts.
@@ -128,10 +88,6 @@ class Architecture:
         rotary_percent: part of a head, its first numbers, that the rotary embedding turns; 1: all of it.
         sliding_window: tokens that attention sees, the current one included; None: all before it.
         window_pattern: in which layers it does; None: in all.
-        attention_sinks: whether each head learns a number that takes part in its softmax.
-        latent: its latent attention; None: query, key and value are projected at once.
-        mtp_layers: layers of multi-token prediction behind the model's own, each with a projection of 2 D to D.
-        planned_only: whether the planner alone knows such a model: nothing here converts, fills or trains it.
         mamba: the Mamba layers of a model that has any: each layer is then one of them, an attention or a network,
             with one norm, and attention has no rotary embedding.
     """
@@ -169,14 +125,9 @@ class Architecture:
     max_positions: int = 4096
     sliding_window: int | None = None
     window_pattern: tuple[bool, ...] | None = None
-    attention_sinks: bool = False
-    latent: LatentAttention | None = None
-    mtp_layers: int = 0
-    planned_only: bool = False
     num_experts: int | None = None
     top_k: int | None = None
     expert_ffn_size: int | None = None
-    expert_input_size: int | None = None
     shared_ffn_size: int = 0
     shared_gate: bool = False
     moe_pattern: tuple[bool, ...] | None = None
@@ -222,7 +173,7 @@ class Architecture:
         return bool(self.num_experts) and (self.moe_pattern is None or self.moe_pattern[layer])
 
     def parts(self, layer: int) -> str:
-        """Return what a layer has: attention (`*`), a network, dense or of experts (`-`), or a Mamba mixer (`M`)."""
+        """Name the parts of a layer: attention (`*`), a network, dense or of experts (`-`), or a Mamba mixer (`M`)."""
         return self.mamba.pattern[layer] if self.mamba else "*-"
 
     @cached_property
@@ -243,50 +194,25 @@ class Architecture:
         return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
 
     @property
-    def expert_width(self) -> int:
-        """Numbers of a token that routed experts see."""
-        return self.expert_input_size or self.hidden_size
-
-    @property
     def expert_params(self) -> int:
         """Parameters of one routed expert; 0 in a dense model."""
-        return self.ffn_params(self.expert_ffn_size or 0, self.expert_width) if self.num_experts else 0
+        return self.ffn_params(self.expert_ffn_size or 0) if self.num_experts else 0
 
-    def ffn_params(self, ffn_size: int, width: int | None = None) -> int:
-        """Return the parameters of one feed-forward network of F neurons: gate (if gated), up, down, biases.
-
-        Args:
-            ffn_size: F.
-            width: of its input and output; None: D.
-        """
-        matrices, width = 3 if self.gated else 2, width or self.hidden_size
-        biases = (matrices - 1) * ffn_size + width if self.ffn_bias else 0
-        return matrices * ffn_size * width + biases
-
-    @property
-    def value_dim(self) -> int:
-        """Numbers of a head's value."""
-        return self.latent.value_dim if self.latent else self.head_dim
-
-    @property
-    def projections(self) -> tuple[Projection, ...]:
-        """The matrices of one layer's attention, in the order that a token passes through them."""
-        out = Projection(self.num_heads * self.value_dim, self.hidden_size)
-        if self.latent:
-            return *self.latent.projections(self.hidden_size, self.num_heads).values(), out
-        return Projection(self.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim), out
+    def ffn_params(self, ffn_size: int) -> int:
+        """Count the parameters of one feed-forward network of F neurons: gate (if gated), up, down, biases."""
+        matrices = 3 if self.gated else 2
+        biases = (matrices - 1) * ffn_size + self.hidden_size if self.ffn_bias else 0
+        return matrices * ffn_size * self.hidden_size + biases
 
     @property
     def attention_params(self) -> int:
-        """Parameters of one layer's attention, with its biases, inner norms and sinks."""
+        """Parameters of one layer's attention, with its biases and inner norms."""
         heads, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        count = sum(matrix.inputs * matrix.outputs for matrix in self.projections)
+        count = 2 * (heads + groups) * self.hidden_size
         count += (heads + 2 * groups if self.qkv_bias else 0) + (self.hidden_size if self.attention_out_bias else 0)
         if self.qk_norm:
             count += heads + groups if self.wide_qk_norm else 2 * self.head_dim
-        if self.latent:
-            count += (self.latent.query_rank or 0) + self.latent.kv_rank
-        return count + (self.num_heads if self.attention_sinks else 0)
+        return count
 
     @property
     def embedding_params(self) -> int:
@@ -298,8 +224,7 @@ class Architecture:
         router = (self.num_experts or 0) * (self.hidden_size + (1 if self.ffn_bias else 0))
         shared = self.ffn_params(self.shared_ffn_size) if self.shared_ffn_size else 0
         shared += self.hidden_size if self.shared_gate else 0
-        around = 2 * self.hidden_size * (self.expert_input_size or 0)
-        return experts * self.expert_params + around + router + shared
+        return experts * self.expert_params + router + shared
 
     def _params(self, experts: int) -> int:
         """Return all parameters, with `experts` routed experts counted per MoE layer; tied embeddings count once."""
@@ -311,17 +236,6 @@ class Architecture:
         layers += mamba * self.mamba.params(self.hidden_size) if self.mamba else 0
         norms = (sum(self.norm_places) * (attentions + networks + mamba) + 1) * self.hidden_size
         return layers + embeddings + norms
-
-    def mtp_params(self, *, active: bool = False) -> int:
-        """Return the parameters of multi-token prediction, which `total_params` leaves out, as model cards do.
-
-        Args:
-            active: whether to count those alone that one token passes through.
-        """
-        experts = (self.top_k if active else self.num_experts) or 0
-        network = self._moe_params(experts) if self.num_experts else self.ffn_params(self.ffn_size)
-        projection, norms = 2 * self.hidden_size**2, 5 * self.hidden_size
-        return self.mtp_layers * (projection + self.attention_params + network + norms)
 
     @property
     def total_params(self) -> int:

@@ -20,7 +20,7 @@ _KIND = "moe_router_load_balancing_type"
 
 
 def balancing_bias(config: Any) -> dict[str, float]:
-    """Return what moves the biases of a model's routers, by Megatron's name; empty where they have none.
+    """Name, as Megatron does, what moves the biases of a model's routers; empty where they have none.
 
     Args:
         config: the model's.
@@ -53,7 +53,7 @@ def check_balancing(config: Any, router_score: str) -> None:
 
     Args:
         config: Megatron's, NeMo's or Bridge's, built or as a `run.Config`.
-        router_score: of the model's spec.
+        router_score: the spec's.
 
     Raises:
         SpecError: this Megatron-Core has none such, or another setting is in the way.

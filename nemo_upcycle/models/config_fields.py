@@ -85,7 +85,7 @@ def check_fields(config: Any, *parts: Any) -> None:
 
     Args:
         config: Megatron's, NeMo's or Bridge's, built or as a `run.Config`.
-        parts: of the built model; a value that they have goes before that of the configuration.
+        parts: modules of the built model; a value that they have goes before that of the configuration.
 
     Raises:
         SpecError: a field is refused, is not known, or needs another.
@@ -119,9 +119,9 @@ def glu_interleave_size(config: Any, mapping: ParamMapping, name: str, rows: int
 
     Args:
         config: the model's.
-        mapping: of the parameter.
-        name: of the parameter.
-        rows: of this rank's shard.
+        mapping: the parameter's.
+        name: the parameter's.
+        rows: length of this rank's shard.
 
     Raises:
         SpecError: the module does not read it so, or the blocks do not fit.

@@ -25,8 +25,7 @@ def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> flo
         scores (`causal=False`: as arXiv 2412.09952, Table 1, and Megatron-Core to 0.10 count) or 6 L H K s over
         its lower half (`causal=True`: as Megatron-Bridge counts).
 
-    Where a window hides tokens, s is what is left of it; with latent attention, 2 K is a head's key and value. The
-    output layer counts, tied or not, and once more for each layer of multi-token prediction; norms and biases are
+    Where a window hides tokens, s is what is left of it. The output layer counts, tied or not; norms and biases are
     counted with the parameters. L are the layers that have an attention; the scan of Mamba layers is not counted.
 
     Args:
@@ -38,11 +37,9 @@ def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> flo
         Llama 3 8B, s = 8192, full: 4.744e14 FLOPs a sequence; its E8T2 7.515e14 (the paper: 4.7e14 and 7.5e14).
     """
     params = arch.active_params - (0 if arch.tied_embeddings else arch.embedding_params)
-    params += arch.mtp_params(active=True) + arch.mtp_layers * arch.embedding_params
     windows = [arch.window_of(layer) for layer in arch.layers_with("*")]
-    windows += windows[-1:] * arch.mtp_layers
     seen = sum(count * mean_context(seq_length, window) for window, count in Counter(windows).items())
-    return 6.0 * params + (6 if causal else 12) * seen * arch.num_heads * (arch.head_dim + arch.value_dim)
+    return 6.0 * params + (6 if causal else 12) * seen * 2 * arch.num_heads * arch.head_dim
 
 
 def dense_router_gradient_flops(arch: Architecture) -> float:
@@ -52,10 +49,9 @@ def dense_router_gradient_flops(arch: Architecture) -> float:
     leave them out, as they leave out recomputation.
 
     Args:
-        arch: of a model with experts.
+        arch: a model's with experts.
 
     Example:
         Llama 3 8B E8T2: 6.76e10 beside the 9.17e10 of training on a token of 8192, full attention.
     """
-    layers = arch.moe_layer_count + arch.mtp_layers
-    return 2.0 * layers * ((arch.num_experts or 0) - (arch.top_k or 0)) * arch.expert_params
+    return 2.0 * arch.moe_layer_count * ((arch.num_experts or 0) - (arch.top_k or 0)) * arch.expert_params

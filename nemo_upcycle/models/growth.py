@@ -32,7 +32,6 @@ from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, RouterKind, UpcycleSpe
 #: Fields of a spec that follow from a parent with experts, and why.
 _KEPT = {
     "granularity": "the parent's experts are copied whole",
-    "expert_split": "the parent's experts are copied whole",
     "shared_experts": "the parent's own are copied",
     "moe_layers": "as in the parent",
     "router_order": "as in the parent",
@@ -116,7 +115,7 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
             expected=f"{getattr(kept, name)}: {_KEPT[name]}",
             fix="set " + ", ".join(f"<{one}>={getattr(kept, one)}" for one in changed),
         )
-    if spec.reads_router:
+    if spec.needs_calibration:
         expected = "normal, uniform or zero: the parent's rows are copied, and this is added"
         raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="omit it")
 
@@ -126,8 +125,8 @@ def growth_spec(parent: Parent, num_experts: int, top_k: int | None = None, expe
 
     Args:
         parent: its architecture, with experts.
-        num_experts: of the model.
-        top_k: of the model; None: so many that the model is exact.
+        num_experts: the model's.
+        top_k: the model's; None: so many that the model is exact.
         expert_utility: as in `UpcycleSpec`.
 
     Raises:

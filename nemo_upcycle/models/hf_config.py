@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import Family, find_family, parents, planned, targets
+from nemo_upcycle.models.families import Family, find_family, parents, targets
 from nemo_upcycle.models.families.base import ACTIVATIONS, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
 from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE
 from nemo_upcycle.utils.files import read_json
@@ -32,47 +32,40 @@ _SCALINGS: dict[str, tuple[str, ...]] = {
 _FORMER = {"su": LONGROPE}
 
 
-def _family_of(config: Any, where: str, *, to_plan: bool = False) -> Family:
+def _family_of(config: Any, where: str) -> Family:
     if not isinstance(config, dict):
         raise CheckpointError(
             where, got=type(config).__name__, expected="a model's configuration", fix="correct config.json"
         )
     names = config.get("architectures")
     if names is None:  # a config of transformers' own, before a model was saved with it
-        kinds = {one.model_type: one for one in (*planned(), *targets(), *parents())}
+        kinds = {one.model_type: one for one in (*targets(), *parents())}
         family = kinds.get(str(config.get("model_type")))
     else:
         family = find_family(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
-    known = [one.hf_class for one in (*parents(), *targets(), *(planned() if to_plan else ()))]
-    expected, fix = f"a Llama-family model ({', '.join(known)})", "use a checkpoint of one of these classes"
     if family is None:
+        known = ", ".join(one.hf_class for one in (*parents(), *targets()))
         raise CheckpointError(
             f"{where}: architectures",
             got=names or (f"model_type {config['model_type']}" if config.get("model_type") else "nothing"),
-            expected=expected,
-            fix=fix,
+            expected=f"a Llama-family model ({known})",
+            fix="use a checkpoint of one of these classes",
         )
-    if not to_plan and (reason := family.planned_only(config)):
-        got = f"{family.hf_class} with {reason}, which nemo-upcycle plan alone knows"
-        raise CheckpointError(f"{where}: architectures", got=got, expected=expected, fix=fix)
     return family
 
 
-def architecture_from_config(
-    config: dict[str, Any], where: str = "config.json", *, to_plan: bool = False
-) -> Architecture:
+def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
     """Return the architecture that a Hugging Face configuration describes, read as transformers 4 and 5 write it.
 
     Args:
         config: the parsed `config.json`.
         where: how messages call the file.
-        to_plan: whether models that are planned only will do.
 
     Raises:
         CheckpointError: the class is not known, the weights are quantized, a size is missing, a value is of another
             type, or values contradict each other.
     """
-    family, settings = _settings_of(config, where, to_plan=to_plan)
+    family, settings = _settings_of(config, where)
     heads, hidden = (settings.whole(key) for key in ("num_attention_heads", "hidden_size"))
     mamba = family.mamba(settings)
     layers = settings.whole("num_hidden_layers", len(mamba.pattern) if mamba else None, most=10_000)
@@ -119,17 +112,15 @@ def architecture_from_config(
         max_positions=settings.whole("max_position_embeddings"),
         sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
         mamba=mamba,
-        planned_only=bool(family.planned_only(config)),
     )
     return replace(architecture, **family.attention(settings, layers), **family.experts(settings, layers))
 
 
-def read_architecture(folder: Path, *, to_plan: bool = False) -> Architecture:
+def read_architecture(folder: Path) -> Architecture:
     """Return the architecture of a Hugging Face folder.
 
     Args:
         folder: with `config.json`.
-        to_plan: whether models that are planned only will do.
 
     Raises:
         CheckpointError: the folder or its `config.json` is missing, or describes no Llama-family model.
@@ -146,21 +137,20 @@ def read_architecture(folder: Path, *, to_plan: bool = False) -> Architecture:
             expected="a Hugging Face folder with config.json and *.safetensors",
             fix="check the path",
         )
-    return architecture_from_config(read_json(path), str(path), to_plan=to_plan)
+    return architecture_from_config(read_json(path), str(path))
 
 
-def _settings_of(config: Any, where: str, *, to_plan: bool) -> tuple[Family, Settings]:
+def _settings_of(config: Any, where: str) -> tuple[Family, Settings]:
     """Return family and settings of a parsed `config.json`, as transformers 4 or 5 writes it, defaults included.
 
     Raises:
         CheckpointError: the class is not known, the weights are quantized, attention has a window in some layers only,
             or settings of the rotary embedding contradict each other.
     """
-    family = _family_of(config, where, to_plan=to_plan)
-    is_planned = bool(family.planned_only(config))  # its weights are not read
+    family = _family_of(config, where)
     config = {family.spelling.get(key, key): value for key, value in config.items()}
     given = _given(config, where, family)
-    if "quantization_config" in given.values and not is_planned:
+    if "quantization_config" in given.values:
         quantized = given.values["quantization_config"]
         method = quantized.get("quant_method", "of some kind") if isinstance(quantized, dict) else quantized
         raise CheckpointError(
@@ -240,12 +230,12 @@ def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def both_ropes(theta: float, scaling: dict[str, Any] | None, part: float | None = None) -> dict[str, Any]:
-    """Return what a `config.json` says of the rotary embedding, spelled for transformers 4 and for transformers 5.
+    """Spell the rotary embedding in a `config.json`, for transformers 4 and for transformers 5.
 
     Args:
         theta: the base.
         scaling: as `rope_settings` returns it.
-        part: of a head that is rotated, for a class whose own default is not the whole.
+        part: share of a head that is rotated, for a class whose own default is not the whole.
     """
     parameters = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
     parameters |= {} if part is None else {_PART: part}

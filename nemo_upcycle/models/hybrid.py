@@ -163,7 +163,7 @@ def hybrid_of(model: Any) -> HybridLayers | None:
 
 
 def layer_parts(model: Any) -> list[LayerPart]:
-    """Return what each layer of a Megatron chunk is."""
+    """Tell which part of which layer each layer of a Megatron chunk is."""
     hybrid = hybrid_of(model)
     numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
     return [hybrid.parts[number] if hybrid else LayerPart(number) for number in numbers]

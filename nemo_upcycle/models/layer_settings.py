@@ -25,9 +25,9 @@ def decoder_settings(arch: Architecture) -> dict[str, Any]:
 
 
 def layer_fields(config: Any) -> dict[str, Any]:
-    """Return what the layers of a configuration have that Megatron's own have not, field by field."""
+    """Read the fields of a configuration's layers that Megatron's own have not."""
     spec = getattr(config, "transformer_layer_spec", None)
-    given = getattr(spec, "keywords", None) or getattr(spec, "__arguments__", {})
+    given = spec if isinstance(spec, dict) else getattr(spec, "keywords", None) or getattr(spec, "__arguments__", {})
     return {name: given[name] for name in (*DECODER, "shared_gate") if name in given}
 
 

@@ -24,7 +24,6 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
-from nemo_upcycle.models.planned_parameters import PLANNED, planned_shapes
 
 
 if TYPE_CHECKING:
@@ -179,9 +178,8 @@ MAMBA_MAPPINGS = (
     ParamMapping("mamba_out", ("mixer.out_proj.weight",), Sharding.COLUMNS),
 )
 
-PLANNED_MAPPINGS = tuple(ParamMapping(role, (name,), Sharding(kind)) for role, (name, kind) in PLANNED.items())
 MAPPINGS = (*MODEL_MAPPINGS, *ATTENTION_MAPPINGS, *DENSE_MAPPINGS, *MOE_MAPPINGS, *MAMBA_MAPPINGS)
-BY_ROLE = {mapping.role: mapping for mapping in (*MAPPINGS, *PLANNED_MAPPINGS)}
+BY_ROLE = {mapping.role: mapping for mapping in MAPPINGS}
 
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
@@ -191,7 +189,7 @@ def split_stored(name: str) -> tuple[str | None, str]:
     """Return the layer's number in a name of a distributed checkpoint, and the name inside the layer.
 
     Args:
-        name: of the model's tensor, without the checkpoint's prefix.
+        name: a tensor of the model, without the checkpoint's prefix.
 
     Returns:
         The number as text: "" where layers are stacked, None outside them.
@@ -214,7 +212,7 @@ def stored_hybrid(names: Collection[str]) -> HybridLayers | None:
     """Return the layers of a HybridModel, as its distributed checkpoint has them; None for a GPTModel's.
 
     Args:
-        names: of the model's tensors, without the checkpoint's prefix.
+        names: tensors of the model, without the checkpoint's prefix.
 
     Raises:
         CheckpointError: a layer is neither attention nor network.
@@ -263,7 +261,6 @@ def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
     """Return the mappings of one layer of `arch`."""
     moe = arch.is_moe_layer(layer)
     mappings = ATTENTION_MAPPINGS + (MOE_MAPPINGS if moe else DENSE_MAPPINGS)
-    mappings += tuple(mapping for mapping in PLANNED_MAPPINGS if moe or mapping.in_attention)
     if arch.mamba:
         kind = arch.parts(layer)
         parts = tuple(mapping for mapping in mappings if mapping.in_attention is (kind == "*"))
@@ -281,12 +278,11 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     """Return whether the architecture has this parameter where a layer of that kind could have it."""
     if mapping.is_shared:  # where the model has no gate, the folder's is a constant of its class
         return arch.shared_ffn_size > 0 and (arch.shared_gate or mapping.role != "shared_gate")
-    some = {"qkv": arch.latent is None, "query_norm": arch.qk_norm, "key_norm": arch.qk_norm}
+    some = {"query_norm": arch.qk_norm, "key_norm": arch.qk_norm}
     some |= {bias: getattr(arch, bias) for bias in ("qkv_bias", "attention_out_bias", *BALANCING_BIASES)}
     some |= dict.fromkeys(("attention_norm", "ffn_norm"), arch.pre_norm)
     some |= dict.fromkeys(("attention_post_norm", "ffn_post_norm"), arch.post_norm)
-    some |= dict.fromkeys(PLANNED, False)
-    some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias", *planned_shapes(arch)), True)
+    some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias"), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 
 
@@ -369,7 +365,7 @@ def _hf_patterns(
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """Return what matches a name with numbers in the place of `{layer}` and `{expert}`."""
+    """Make a pattern that matches a name with numbers in the place of `{layer}` and `{expert}`."""
     return re.compile(re.sub(r"\\\{(layer|expert)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
 
 
@@ -394,6 +390,6 @@ def find_mapping(name: str, *, in_layer: bool) -> tuple[ParamMapping, int | None
 
 @functools.cache
 def _megatron_patterns(in_layer: bool) -> list[tuple[ParamMapping, re.Pattern[str]]]:
-    """Return what `find_mapping` looks for: compiled once, for a model has thousands of names."""
+    """Compile the patterns of `find_mapping` once: a model has thousands of names."""
     mappings = [mapping for mapping in MAPPINGS if mapping.in_layer is in_layer]
     return [(mapping, _pattern(template)) for mapping in mappings for template in mapping.megatron]

@@ -216,10 +216,10 @@ def moe_fields(spec: UpcycleSpec, ffn_size: int, num_layers: int) -> dict[str, A
 
 
 def spec_fields(settings: Mapping[str, Any], ffn_size: int, num_layers: int) -> dict[str, tuple[str, Any]]:
-    """Return what a spec of a model must say, the inverse of `moe_fields`: field -> (Megatron's setting, value).
+    """List what a spec of a model must say, the inverse of `moe_fields`: field -> (Megatron's setting, value).
 
     Args:
-        settings: of the model, as plain values.
+        settings: the model's, as plain values.
         ffn_size: F of the dense parent.
         num_layers: L.
     """
@@ -253,7 +253,7 @@ def check_spec(
     Args:
         config: Megatron's or NeMo's, built or as a `run.Config`.
         spec: what the model is to be made by; None for the parent itself.
-        hybrid: of a HybridModel: its layers.
+        hybrid: the layers of a HybridModel.
         parent: its architecture, where it is known and may have experts.
 
     Raises:

@@ -77,7 +77,7 @@ def rope_frequencies(arch: Architecture | Rope, length: int = 0) -> torch.Tensor
 
     Args:
         arch: the model's.
-        length: of its sequences, in tokens: LongRoPE has other frequencies for long ones.
+        length: tokens of its sequences: LongRoPE has other frequencies for long ones.
 
     Raises:
         CheckpointError: the kind of scaling is not known.
@@ -146,7 +146,7 @@ def same_frequencies(inverse: torch.Tensor, arch: Architecture, length: int = 0,
         inverse: the model's, or those of one of its layers.
         arch: the architecture.
         length: as in `rope_frequencies`.
-        windowed: of a layer, whether it sees a window; None for the model's.
+        windowed: whether the layer sees a window; None for the model's.
     """
     import torch
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, hf_constants, hf_names, mapping_of, mapping_of_hf
-from nemo_upcycle.models.planned_parameters import planned_shapes
 
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def ffn_size(mapping: ParamMapping, arch: Architecture) -> int:
 def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int, ...]:
     """Return the shape of one of a mapping's parts, as Hugging Face has it."""
     attention, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    neurons, width = ffn_size(mapping, arch), arch.expert_width if mapping.is_expert else arch.hidden_size
+    neurons = ffn_size(mapping, arch)
     if arch.mamba and mapping.sharding is Sharding.PARTS:
         inner = {"mamba_in": (arch.hidden_size,), "mamba_conv": (1, arch.mamba.conv_size)}
         return (arch.mamba.rows(mapping.parts[part]), *inner.get(mapping.role, ()))
@@ -79,18 +78,18 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
         "output": (arch.vocab_size, arch.hidden_size),
         "qkv": (attention if part == 0 else groups, arch.hidden_size),
         "qkv_bias": (attention if part == 0 else groups,),
-        "attention_out": (arch.hidden_size, arch.num_heads * arch.value_dim),
+        "attention_out": (arch.hidden_size, attention),
         "query_norm": (attention if arch.wide_qk_norm else arch.head_dim,),
         "key_norm": (groups if arch.wide_qk_norm else arch.head_dim,),
         "mamba_out": (arch.hidden_size, arch.mamba.rows("x") if arch.mamba else 0),
-        "fc1": (neurons, width),
+        "fc1": (neurons, arch.hidden_size),
         "fc1_bias": (neurons,),
-        "fc2": (width, neurons),
+        "fc2": (arch.hidden_size, neurons),
         "router": (arch.num_experts or 0, arch.hidden_size),
         "router_bias": (arch.num_experts or 0,),
         "gate": (1, arch.hidden_size),
     } | dict.fromkeys(BALANCING_BIASES, (arch.num_experts or 0,))
-    return (shapes | planned_shapes(arch)).get(mapping.dense_role, (arch.hidden_size,))
+    return shapes.get(mapping.dense_role, (arch.hidden_size,))
 
 
 def tensor_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int, ...]:

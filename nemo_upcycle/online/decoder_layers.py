@@ -124,7 +124,7 @@ def layers_of(arch: Architecture) -> functools.partial[Any]:
     """Return the `transformer_layer_spec` of an architecture, with Transformer Engine; Megatron's own where it can be.
 
     Args:
-        arch: of the model, dense or with experts.
+        arch: the model's, dense or with experts.
     """
     fields = decoder_settings(arch)
     if fields == {name: Architecture.__dataclass_fields__[name].default for name in DECODER}:
@@ -133,7 +133,7 @@ def layers_of(arch: Architecture) -> functools.partial[Any]:
 
 
 def _with_gate(shared_experts: Any) -> Any:
-    """Return what builds shared experts with a gate: in 0.15 a `ModuleSpec` says it, in 0.19 what calls a function."""
+    """Build shared experts with a gate: in 0.15 a `ModuleSpec` says it, in 0.19 what calls a function."""
     if isinstance(shared_experts, ModuleSpec):
         shared_experts.params = {**(shared_experts.params or {}), "gate": True}
         return shared_experts

@@ -21,7 +21,7 @@ from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape
 from nemo_upcycle.online.quantized import is_quantized, values_to_fill
 from nemo_upcycle.online.receipt import ParameterRecord
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import TensorPlan, plan_tensor
+from nemo_upcycle.tensor_plan import ModelPlan, TensorPlan
 from nemo_upcycle.utils.dtypes import dtype_name
 
 
@@ -50,7 +50,7 @@ class ParamPlan:
     """A parameter of this rank, or the same matrix of those experts of a layer that are made of one dense slice.
 
     Args:
-        names: of the parameters.
+        names: the parameters'.
         tensors: their data; of a quantized parameter, the values to quantize.
         experts: numbers of the experts over all ranks; empty for what is not a routed expert's.
         made_of: what each of the tensors is made of.
@@ -73,29 +73,19 @@ class ParamPlan:
         return [ParameterRecord(name, shape, dtype, made_by, sources) for name in self.names]
 
 
-def param_plans(
-    model: Any,
-    dense: Architecture,
-    moe_arch: Architecture,
-    spec: UpcycleSpec | None,
-    coords: RankCoords,
-    parents: int = 1,
-) -> list[ParamPlan]:
-    """Return what is to be filled in one model chunk, every parameter exactly once.
+def param_plans(model: Any, plan: ModelPlan, coords: RankCoords) -> list[ParamPlan]:
+    """Plan what is to be filled in one model chunk, every parameter exactly once.
 
     Args:
         model: Megatron's `GPTModel` or `HybridModel`, also on the meta device.
-        dense: the dense checkpoint's architecture.
-        moe_arch: the model's own.
-        spec: how one becomes the other; None for a dense model.
+        plan: what the whole model is made of.
         coords: the rank's.
-        parents: number of dense models that become experts in turn.
 
     Raises:
         CheckpointError: a parameter has no source, one is missing, or a shape is wrong.
         SpecError: a parameter cannot be filled through views.
     """
-    parts = layer_parts(model)
+    parts, moe_arch = layer_parts(model), plan.moe_arch
     layers = [part.layer for part in parts]
     grouped: dict[TensorPlan, list[tuple[int, str, torch.Tensor, torch.Tensor]]] = {}
     found: dict[int | None, dict[str, str]] = {}
@@ -108,7 +98,7 @@ def param_plans(
         else:
             unknown_names.append(name)
     _check_roles(unknown_names, found, moe_arch, parts)
-    if model.post_process and not dense.tied_embeddings and "output" not in found.get(None, {}):
+    if model.post_process and not plan.dense.tied_embeddings and "output" not in found.get(None, {}):
         raise CheckpointError(
             "output layer of the model",
             got="none",
@@ -122,13 +112,8 @@ def param_plans(
         expert = 0 if local_expert is None else first_expert + local_expert
         tensor = _tensor_to_fill(name, parameter)
         shape = _checked_shape(name, tensor, mapping, moe_arch, shard)
-        made_of = plan_tensor(
-            *(mapping, layer, expert, dense, moe_arch, spec),
-            parents=parents,
-            shard=shard,
-            shape=shape,
-            interleaved=glu_interleave_size(model.config, mapping, name, shape[0]),
-        )
+        interleaved = glu_interleave_size(model.config, mapping, name, shape[0])
+        made_of = plan.tensor(mapping, layer, expert, shard=shard, shape=shape, interleaved=interleaved)
         grouped.setdefault(made_of, []).append((expert, name, parameter, tensor))
     plans = []
     for made_of, members in grouped.items():
@@ -177,7 +162,7 @@ def _apply_but_to_bias(router: Any, change: Callable[[torch.Tensor], torch.Tenso
 
 
 def _tensor_to_fill(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return what a parameter holds, which must be memory that can be filled through views, or what is quantized.
+    """Take the memory of a parameter that is filled through views, or the values that are quantized.
 
     Raises:
         SpecError: it is a `DTensor` of FSDP, or the like.

@@ -45,7 +45,7 @@ def quantize(parameter: Any, values: torch.Tensor) -> None:
 
     Args:
         parameter: a tensor that `is_quantized`.
-        values: of its shape.
+        values: numbers in its shape.
     """
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
 

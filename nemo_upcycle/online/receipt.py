@@ -118,7 +118,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
 
 
 def equivalence_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a receipt, as `UpcycleReceipt.to_dict` makes it, says of the comparison with the parent."""
+    """Read the comparison with the parent in a receipt, as `UpcycleReceipt.to_dict` makes it."""
     others = {KEY, *(one.name for one in fields(UpcycleReceipt))}
     return {name: value for name, value in receipt.items() if name not in others}
 
@@ -130,7 +130,7 @@ def spec_of(
 
     Args:
         fields: those of the receipt's spec, if there is a receipt.
-        path: of its file, for the text of an error.
+        path: its file, for the text of an error.
         given: what the options say.
         unsaid: without a receipt, fields that are known from elsewhere.
 

@@ -32,11 +32,9 @@ from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
 from nemo_upcycle.online.quantized import kept_values, quantize
 from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt
 from nemo_upcycle.sources import DenseSource, open_dense
-from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import check_source, rounded_because
-from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import change_copies, expand_slice
+from nemo_upcycle.tensor_plan import ModelPlan, change_copies, expand_slice
 from nemo_upcycle.utils.progress import ProgressLine
 
 
@@ -116,7 +114,7 @@ def _unwrap(chunk: Any) -> Any:
 
 
 def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: UpcycleSpec | None) -> list[ParamPlan]:
-    """Return what is to be filled in the local chunks of a model, also on the meta device, and of what.
+    """Plan the fill of the local chunks of a model, also on the meta device.
 
     Args:
         chunks: as in `upcycle_into`.
@@ -126,24 +124,17 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     Raises:
         SpecError, CheckpointError: as in `upcycle_into`.
     """
-    arch = dense.architecture
-    moe_arch = arch.upcycled(spec) if spec else arch
-    models = [_unwrap(chunk) for chunk in chunks]
+    plan, models = ModelPlan.of(dense, spec), [_unwrap(chunk) for chunk in chunks]
     for model in models:
         hybrid = hybrid_of(model)
         if hybrid:
             hybrid.require_stages(model.pg_collection.pp.size(), len(models))
-        check_spec(model.config, spec, hybrid, parent=arch)
+        check_spec(model.config, spec, hybrid, parent=plan.dense)
     check_source(dense, sampled=True)
     for model in models:
-        check_model(model, moe_arch)
-    if spec:
-        require_calibration(dense, spec)
-    coords, parents = RankCoords.here(), len(dense.branches())
-    plans = [plan for model in models for plan in param_plans(model, arch, moe_arch, spec, coords, parents)]
-    if spec:
-        require_copies(dense, spec.copies)
-    return plans
+        check_model(model, plan.moe_arch)
+    coords = RankCoords.here()
+    return [one for model in models for one in param_plans(model, plan, coords)]
 
 
 def fill(
@@ -233,7 +224,7 @@ def make_receipt(
         plans: what was to be filled.
         records: how it was made.
         seconds: what it took.
-        bytes_read: of the dense checkpoint.
+        bytes_read: bytes of the dense checkpoint.
     """
     arch = dense.architecture
     moe_arch = arch.upcycled(spec) if spec else arch
@@ -314,7 +305,7 @@ def merge_receipts(receipt: UpcycleReceipt) -> UpcycleReceipt | None:
     """Return the receipt of all ranks on the first of them, None on the others; a collective call.
 
     Args:
-        receipt: of this rank.
+        receipt: this rank's.
     """
     first = torch.distributed.get_rank() == 0
     receipts: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None

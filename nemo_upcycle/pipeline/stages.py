@@ -121,8 +121,8 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     training, dense_folder = required_training(plan, "pretrain"), dense_folder_of(run_dir)
-    spec, folders = training.spec(dense_folder), (dense_folder, data_folder_of(run_dir, plan))
-    spec = with_calibration(spec, run_dir / "upcycle", *folders, started=False) or spec
+    spec = training.spec(dense_folder)
+    spec = with_calibration(spec, run_dir / "upcycle", dense_folder, started=False) or spec
     receipt = check_step0(
         training.model_config(dense_folder, dense=False),
         training.model_config(dense_folder, dense=True),

@@ -49,7 +49,7 @@ class DenseSource(Protocol):
         """Give back memory that earlier reads still take up."""
 
     def fingerprint(self) -> dict[str, str]:
-        """Return what identifies the files without reading them whole."""
+        """Identify the files without reading them whole."""
 
     def branches(self) -> Sequence[DenseSource]:
         """Return the sources whose networks become experts, copy by copy in turn: one, unless several are mixed."""

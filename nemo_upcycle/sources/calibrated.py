@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.init.calibration import NEURONS, ROUTER, Calibration, calibration_of
+from nemo_upcycle.init.calibration import Calibration, calibration_of
 from nemo_upcycle.models.mapping import hf_names
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
@@ -55,18 +55,14 @@ def require_calibration(dense: DenseSource, spec: UpcycleSpec) -> Calibration | 
         return None
     lineage, arch = calibration.lineage, dense.architecture.upcycled(spec)
     parent, settings = lineage["parent"], lineage["settings"]
-    wanted = {"router_init": spec.router_init, "copies": spec.copies} if spec.reads_router else {}
-    if spec.reads_split:
-        wanted |= {"expert_split": spec.expert_split, "granularity": spec.granularity}
     pairs = [(name, parent[name], getattr(dense.architecture, name)) for name in _SIZES]
-    pairs += [(name, settings[name], value) for name, value in wanted.items()]
+    pairs += [(name, settings[name], getattr(spec, name)) for name in ("router_init", "copies")]
     for name, got, expected in pairs:
         if got != expected:
             raise _other(calibration, name, got, expected)
-    layers = [layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer)]
-    for name, is_read in ((ROUTER, spec.reads_router), (NEURONS, spec.reads_split)):
-        if missing := [layer for layer in layers if is_read and not calibration.has(name, layer)]:
-            raise _other(calibration, "MoE layers", f"none for layer {missing[0]}", f"those of {spec.moe_layers}")
+    for layer in range(arch.num_layers):
+        if arch.is_moe_layer(layer) and not calibration.has(layer):
+            raise _other(calibration, "MoE layers", f"none for layer {layer}", f"those of {spec.moe_layers}")
     if (digest := parent_digest(dense)) != parent["sha256"]:
         raise _other(calibration, "parent", f"other weights, of {parent['path']}", f"those of {dense.path} ({digest})")
     return calibration

@@ -12,48 +12,52 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.config_fields import refusals
-from nemo_upcycle.models.families import (
-    exaone4,
-    find_family,
-    find_nemo_module,
-    gemma3,
-    granite,
-    llama,
-    olmo2,
-    parents,
-    qwen3,
-    smollm3,
-)
-from nemo_upcycle.models.families.base import FULL, LOCAL_BASE, WINDOW, Family
-from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.models.layer_settings import MULTIPLIERS, NORMS, layer_pattern, layers_with, rope_pattern
-from nemo_upcycle.models.megatron_config import FIELDS, spec_fields
+from nemo_upcycle.models.families import find_dense, find_nemo_module, parents
+from nemo_upcycle.models.layer_settings import MULTIPLIERS, NORMS, layers_with
+from nemo_upcycle.models.megatron_config import FIELDS, architecture_of, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies, scaling_of
-from nemo_upcycle.sources.planned_checkpoints import planned_config
 from nemo_upcycle.sources.saved_settings import saved_settings
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json
 
 
+_Type = TypeVar("_Type")
 _KEEP = "keep the model in NeMo: it trains and evaluates there"
 _GIVE_CONFIG = "put the Hugging Face config.json of the model beside the checkpoint's weights"
-_ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_pytorch_tanh"}
+#: PyTorch's and Megatron's functions -> the architecture's.
+_ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_tanh"}
+#: What a setting is that a checkpoint does not say.
+_UNSAID = {
+    **dict.fromkeys(("add_qkv_bias", "add_bias_linear", "share_embeddings_and_output_weights", "qk_layernorm"), False),
+    **{"gated_linear_unit": True, "rotary_percent": 1.0, "moe_layer_freq": 1, "moe_router_topk": 2},
+}
 #: Fields of an architecture that make the function -> NeMo's setting; rotary embedding and window are checked apart.
 _FUNCTION = {
     name: FIELDS.get(name, "_target_")
     for name in (
         *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings"),
-        *("activation", "qkv_bias", "ffn_bias", "qk_norm", "zero_centered_norm", "norm_eps", "scaled_embedding"),
-        *("rope_pattern", "softmax_scale", *MULTIPLIERS, *NORMS),
+        *("activation", "gated", "qkv_bias", "ffn_bias", "qk_norm", "zero_centered_norm", "norm_eps"),
+        *("scaled_embedding", "rope_pattern", "softmax_scale", *MULTIPLIERS, *NORMS),
     )
 } | {"window_pattern": "window_attn_skip_freq", "local_rope_theta": "transformer_layer_spec"}
-#: Families by where their norms stand, which `transformer_layer_spec` says where Megatron's layers do not hold them.
-_BY_NORMS = {tuple(getattr(one, name) for name in NORMS): one for one in (gemma3.FAMILY, exaone4.FAMILY, olmo2.FAMILY)}
+
+
+class _Said:
+    """Saved settings as attributes, as a configuration has them; a HybridModel's layers are counted before."""
+
+    hybrid_layer_pattern = None
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._settings.get(name)
+        return _UNSAID.get(name) if value is None else value
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class CheckpointContext:
 
     Args:
         path: the file that they are from.
-        settings: by NeMo's names.
+        settings: values by NeMo's names.
     """
 
     path: Path
@@ -70,8 +74,8 @@ class CheckpointContext:
 
     @cached_property
     def dense(self) -> Architecture:
-        """The parent's architecture, as the checkpoint has it; its vocabulary is not known."""
-        return self._architecture(1, _KEEP)
+        """The parent's architecture, as the checkpoint has it; its vocabulary and its class are not known."""
+        return self._architecture(1, _KEEP).dense
 
     def dense_model(self, padded_vocab: int) -> Architecture:
         """Return the architecture of NeMo's dense model.
@@ -92,7 +96,7 @@ class CheckpointContext:
         if self.module not in known:
             expected = " or ".join(known)
             raise CheckpointError(f"{self.path}: _target_", got=self.module, expected=expected, fix=_GIVE_CONFIG)
-        return self._architecture(self._vocab_size(padded_vocab), _GIVE_CONFIG)
+        return self._with_class(self._architecture(self._vocab_size(padded_vocab), _GIVE_CONFIG))
 
     def model(self, padded_vocab: int) -> Architecture:
         """Return the architecture of the model, dense or with experts.
@@ -103,24 +107,18 @@ class CheckpointContext:
         Raises:
             CheckpointError: it is no model that the planner knows.
         """
-        vocabulary = self._vocab_size(padded_vocab)
-        if config := self._read(lambda: planned_config(self.settings) or {}):
-            return architecture_from_config(config | {"vocab_size": vocabulary}, str(self.path), to_plan=True)
-        arch = self._architecture(vocabulary, _GIVE_CONFIG)
-        if not self.spec_fields:
-            return arch
-        kept = ("num_experts", "top_k", "router_score", "routed_scaling_factor")
-        fields = {name: self.spec_fields[name][1] for name in kept}
-        pattern = layer_pattern(self.settings.get("moe_layer_freq") or 1, arch.num_layers)
-        return replace(
-            arch,
-            hf_class="",
-            expert_ffn_size=self.settings.get("moe_ffn_hidden_size") or arch.ffn_size,
-            shared_ffn_size=self.settings.get("moe_shared_expert_intermediate_size") or 0,
-            moe_pattern=None if all(pattern) else pattern,
-            norm_topk=not self.settings.get("moe_router_pre_softmax"),
-            **fields,
-        )
+        arch = self._architecture(self._vocab_size(padded_vocab), _GIVE_CONFIG)
+        if not arch.num_experts:
+            return self._with_class(arch)
+        routing = {name: self.spec_fields[name][1] for name in ("router_score", "routed_scaling_factor")}
+        return replace(arch, norm_topk=not self.settings.get("moe_router_pre_softmax"), **routing)
+
+    def _with_class(self, arch: Architecture) -> Architecture:
+        """Name the Hugging Face class of a dense model."""
+        if family := find_dense(arch, self.module):
+            return replace(arch, hf_class=family.hf_class)
+        expected = "the layers of a known class of dense models"
+        raise CheckpointError(f"{self.path}: _target_", got=self.module, expected=expected, fix=_GIVE_CONFIG)
 
     def _vocab_size(self, padded: int) -> int:
         return self.settings.get("vocab_size") or _tokenizer_size(self.path.parent) or padded
@@ -131,116 +129,57 @@ class CheckpointContext:
         return str(self.settings["_target_"].split(".")[-2])
 
     def _architecture(self, vocab_size: int, fix: str) -> Architecture:
-        config = self._read(lambda: self._hf_config(fix)) | {"vocab_size": vocab_size}
-        family = find_family(*config["architectures"])
-        if config["sliding_window"] and family and family.windowed_class:
-            config["architectures"] = [family.windowed_class]
-            family = find_family(family.windowed_class)
-        if not (config["sliding_window"] and family and family.has_window):
-            del config["layer_types"]
-        # A class with experts may turn a part of a head where no dense one does that is read here.
-        part = config.pop("partial_rotary_factor") if self.settings.get("num_moe_experts") else None
-        arch = architecture_from_config(config, str(self.path))
-        return arch if part is None else replace(arch, rotary_percent=part)
-
-    def _hf_config(self, fix: str) -> dict[str, Any]:
-        """Return the settings in Hugging Face's terms, as those of a dense model: experts do not count.
+        """Read the model's architecture, experts included; it has no class.
 
         Args:
-            fix: what to do where no model of the mapping table is like that.
+            vocab_size: V.
+            fix: what to do where a setting makes another function than that of the known families.
 
         Raises:
-            CheckpointError: a setting makes another function than that of the known families.
+            CheckpointError: a setting does, or is of another type.
         """
-        get, has_norms = self.settings.get, bool(self.settings.get("qk_layernorm"))
+        get = self.settings.get
         if "M" in (pattern := get("hybrid_layer_pattern") or ""):
             raise SpecError(
                 field="hybrid_layer_pattern",
                 got=pattern,
-                expected="no Mamba layers (M): Megatron checkpoints with them are planned, but not read",
+                expected="no Mamba layers (M): Megatron checkpoints with them are not read",
                 fix="keep the model in Megatron-Bridge, and upcycle from a Hugging Face folder",
             )
-        num_layers = int(self.settings["num_layers"])
+        for name, got, taken, _ in refusals(get, experts=False, parameters=False):
+            raise CheckpointError(f"{self.path}: {name}", got=got, expected=taken, fix=fix)
+        arch = self._read(lambda: architecture_of(_Said(self.settings), vocab_size))
+        return replace(arch, **self._read(lambda: self._function(arch, fix)))
+
+    def _function(self, arch: Architecture, fix: str) -> dict[str, Any]:
+        """Read the fields that decide what layers compute, and no FLOPs."""
+        get, family = self.settings.get, find_nemo_module(self.module)
         back, _ = get("window_size") or (-1, -1)  # tokens back, tokens ahead; -1 for all
-        has_window = int(back) >= 0
-        sees = layers_with(get("window_attn_skip_freq"), num_layers, True)
-        turns, scale = rope_pattern(get("no_rope_freq"), num_layers), get("softmax_scale")
+        sees = layers_with(get("window_attn_skip_freq"), arch.num_layers, True)
         layers = layers if isinstance(layers := get("transformer_layer_spec"), dict) else {}
-        multipliers = {name: layers[name] for name in MULTIPLIERS if name in layers}
-        family = self._family(layers, has_norms=has_norms, skips=bool(turns), multiplies=scale is not None)
-        skipped = turns if family is smollm3.FAMILY else None
-        if family is exaone4.FAMILY and has_window and not all(sees):
-            skipped = sees  # positions where there are windows
         activation = self.settings["activation_func"]["_target_"].rpartition(".")[2]
-        refused = refusals(get, experts=False, parameters=False)
-        checks: list[tuple[str, Any, Any]] = [(name, got, taken) for name, got, taken, _ in refused]
-        checks.append(("gated_linear_unit", get("gated_linear_unit", True), True))
-        checks.append(("no_rope_freq", turns, skipped))
-        checks.append(("softmax_scale", scale, scale if family.has_multipliers else None))
-        checks.append(("qk_layernorm", has_norms, "query_norm" in family.names))
-        known = activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS)
-        checks.append(("activation_func", activation, known))
-        for name, got, expected in checks:
-            if got != expected:
-                raise CheckpointError(f"{self.path}: {name}", got=got, expected=expected, fix=fix)
-        hidden, heads = int(self.settings["hidden_size"]), int(self.settings["num_attention_heads"])
+        if activation not in _ACTIVATIONS:
+            expected = " or ".join(_ACTIVATIONS)
+            raise CheckpointError(f"{self.path}: activation_func", got=activation, expected=expected, fix=fix)
         return {
-            "architectures": [family.hf_class],
-            "num_hidden_layers": num_layers,
-            **({"no_rope_layers": [int(one) for one in turns]} if turns and family is smollm3.FAMILY else {}),
-            "hidden_size": hidden,
-            "intermediate_size": int(self.settings["ffn_hidden_size"]),
-            "num_attention_heads": heads,
-            "num_key_value_heads": get("num_query_groups") or heads,
-            "head_dim": get("kv_channels") or hidden // heads,
-            "tie_word_embeddings": bool(get("share_embeddings_and_output_weights")),
-            "hidden_act": _ACTIVATIONS[activation],
-            "hidden_activation": _ACTIVATIONS[activation],
-            "attention_bias": bool(get("add_bias_linear")),
-            "mlp_bias": bool(get("add_bias_linear")),
-            "qkv_bias": bool(get("add_qkv_bias")),
-            "qk_norm": has_norms,
+            "activation": _ACTIVATIONS[activation],
             "zero_centered_norm": bool(get("layernorm_zero_centered_gamma")),
-            "rms_norm_eps": get("layernorm_epsilon", 1e-5),
-            **(
-                {"attention_multiplier": scale, "query_pre_attn_scalar": scale**-2, **multipliers}
-                if scale is not None
-                else {}
-            ),
-            "rope_theta": get("rotary_base", 10000),
-            **({LOCAL_BASE: local} if (local := layers.get("local_rope_theta")) else {}),
+            "scaled_embedding": bool(family and family.defaults.get("scaled_embedding")),
+            "norm_eps": float(get("layernorm_epsilon", 1e-5)),
+            "rope_theta": float(get("rotary_base", 10000)),
             "rope_scaling": layers.get("rope_scaling") or scaling_of(self.settings),
-            "partial_rotary_factor": get("rotary_percent", 1.0),
-            "max_position_embeddings": get("max_position_embeddings" if get("short_factor") else "seq_length", 4096),
-            "sliding_window": int(back) + 1 if has_window else None,
-            "layer_types": [WINDOW if one else FULL for one in sees],
+            "local_rope_theta": layers.get("local_rope_theta"),
+            "max_positions": int(get("max_position_embeddings" if get("short_factor") else "seq_length", 4096)),
+            "sliding_window": int(back) + 1 if int(back) >= 0 else None,
+            "window_pattern": sees if int(back) >= 0 and not all(sees) else None,
         }
-
-    def _family(self, layers: dict[str, Any], *, has_norms: bool, skips: bool, multiplies: bool) -> Family:
-        """Return the family of the dense model: by where its norms stand, by NeMo's module, else a Llama's or Qwen3's.
-
-        Args:
-            layers: its `transformer_layer_spec`, where that is one of `online.decoder_layers`.
-            has_norms: whether it has norms of query and key.
-            skips: whether there are layers without positions.
-            multiplies: whether it multiplies scores.
-        """
-        norms = tuple(layers.get(name, getattr(llama.FAMILY, name)) for name in NORMS)
-        if norms in _BY_NORMS:
-            return _BY_NORMS[norms]
-        family = find_nemo_module(self.module)
-        if family is None or family not in parents():
-            family = qwen3.FAMILY if has_norms else llama.FAMILY
-        if skips and family is llama.FAMILY:
-            family = smollm3.FAMILY
-        return granite.FAMILY if multiplies else family
 
     @cached_property
     def spec_fields(self) -> dict[str, tuple[str, Any]]:
         """What a spec of the model must say, field -> (NeMo's setting, value). Empty for a dense model."""
         return self._read(self._spec_fields) if self.settings.get("num_moe_experts") else {}
 
-    def _read(self, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _read(self, read: Callable[[], _Type]) -> _Type:
         try:
             return read()
         except (TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
@@ -320,11 +259,12 @@ class CheckpointContext:
         """Yield what differs: field, the parent's value, NeMo's setting, the checkpoint's value."""
         for name, setting in _FUNCTION.items():
             got, expected = getattr(parent, name), getattr(self.dense, name)
-            if got != expected and not (isinstance(got, float) and math.isclose(got, expected, rel_tol=1e-6)):
+            numbers = isinstance(got, float) and isinstance(expected, float)
+            if got != expected and not (numbers and math.isclose(got, expected, rel_tol=1e-6)):
                 yield name, got, setting, expected
         if parent.rope_theta != self.dense.rope_theta:
             yield "rope_theta", parent.rope_theta, "rotary_base", self.dense.rope_theta
-        if not same_frequencies(rope_frequencies(self.dense), parent):
+        if not same_frequencies(self._read(lambda: rope_frequencies(self.dense)), parent):
             yield "rope_scaling", parent.rope_scaling, "rotary settings", self.dense.rope_scaling
         # NeMo's import of a window forgets that Megatron counts the tokens before the current one only: one too many.
         tokens = min(parent.max_positions, self.dense.max_positions)
@@ -340,12 +280,12 @@ class CheckpointContext:
         if self.spec_fields and factor is not None and factor >= 0:
             notes.append(f"moe_expert_capacity_factor={factor:g} dropped tokens in training; here none is dropped")
         if self.module != "megatron" and find_nemo_module(self.module) is None:
-            notes.append(f"{self.settings['_target_']} is not known: it is taken for a Llama with these settings")
+            notes.append(f"{self.settings['_target_']} is not known: it is taken for Megatron's with these settings")
         return tuple(notes)
 
 
 def read_context(checkpoint: Path) -> CheckpointContext | None:
-    """Return what a NeMo or Megatron checkpoint says of its model; None where it says nothing.
+    """Read the settings of the model of a NeMo or Megatron checkpoint; None where it has none.
 
     Raises:
         CheckpointError: there is a description, and it cannot be read.

@@ -134,7 +134,7 @@ def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
 
 
 def _told_full(error: BaseException | None) -> str | None:
-    """Return what the operating system said of a full disk, or a quota, on the way to an error; None where nothing."""
+    """Find the message of the operating system on a full disk, or a quota, behind an error; None without one."""
     while error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return error.strerror

@@ -126,7 +126,7 @@ def require_fits(made: torch.Tensor, name: str, source: DenseSource | None = Non
 
     Args:
         made: what they became.
-        name: of the tensor that they are from.
+        name: the tensor that they are from.
         source: the checkpoint, for the text of an error.
 
     Raises:

@@ -155,7 +155,7 @@ def _first_row(chunk: Any) -> int:
 
 
 def model_prefix(checkpoint: DistributedCheckpoint) -> str:
-    """Return what stands before the names of the model's tensors: NeMo writes `module.`, Megatron nothing.
+    """Find the prefix of the names of the model's tensors: NeMo writes `module.`, Megatron nothing.
 
     Raises:
         CheckpointError: there is no embedding, so it is no language model's.

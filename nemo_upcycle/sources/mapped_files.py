@@ -47,7 +47,7 @@ class Stored:
         dtype: its type.
         shape: its shape.
         stride: its strides, in elements.
-        start_byte: of its first element, in the file.
+        start_byte: place of its first element in the file.
     """
 
     file: str

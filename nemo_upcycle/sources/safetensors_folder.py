@@ -37,7 +37,7 @@ def _broken(path: Path, got: str, expected: str) -> CheckpointError:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
-    """Return what the header says of every tensor, and the header's sha256; safetensors itself checks the file."""
+    """Read every tensor's entry in the header, and the header's sha256; safetensors itself checks the file."""
     try:
         with safe_open(path, "numpy"):  # reads no tensor
             pass

@@ -147,7 +147,7 @@ class Branches:
             source.release()
 
     def fingerprint(self) -> dict[str, str]:
-        """Return what identifies the files of all sources, under their paths."""
+        """Identify the files of all sources, under their paths."""
         return {
             f"{source.path}/{file}": mark for source in self._sources for file, mark in source.fingerprint().items()
         }

@@ -100,7 +100,7 @@ class _InertUnpickler(pickle.Unpickler):
 
 
 def read_saved(path: Path) -> Any:
-    """Return what `torch.save` wrote, without tensors and without running anything: dicts, lists, numbers, texts.
+    """Read what `torch.save` wrote, without tensors and without running anything: dicts, lists, numbers, texts.
 
     Raises:
         OSError, ValueError: it cannot be read, or is no such file.

@@ -254,7 +254,7 @@ class BridgeTraining(Training):
         config = self.config(dense_folder)
         place_config(config, folder, data_folder)
         hook = required_hook(config)
-        hook.spec = with_calibration(hook.spec, folder, dense_folder, data_folder)
+        hook.spec = with_calibration(hook.spec, folder, dense_folder)
         evaluations = self.evaluations
         if evaluations and suite:
             evaluations = replace(evaluations, suite=str(suite))

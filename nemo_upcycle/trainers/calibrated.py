@@ -17,17 +17,16 @@ _POLL_S = 0.5
 
 
 def with_calibration(
-    spec: UpcycleSpec | None, folder: Path, dense_folder: Path, data_folder: Path, *, started: bool = True
+    spec: UpcycleSpec | None, folder: Path, dense_folder: Path, *, started: bool = True
 ) -> UpcycleSpec | None:
-    """Return a spec with its calibration file; it stays as it is where it needs none, or names one.
+    """Give a spec its calibration file; it stays as it is where it needs none, or names one.
 
     The other ranks wait for the first: none of them has a process group yet.
 
     Args:
-        spec: of a training; None of a dense model's.
-        folder: of the stage that trains, or checks.
+        spec: how a training upcycles; None for a dense model.
+        folder: folder of the stage that trains, or checks.
         dense_folder: the dense parent.
-        data_folder: a finished folder of `nemo-upcycle data`, of which a sample is taken.
         started: whether a file that is there is of work that goes on; else it is made anew if it is of other settings.
 
     Raises:
@@ -37,7 +36,7 @@ def with_calibration(
         return spec
     file = folder / NAME
     if is_first_rank() and not (started and file.is_file()):
-        _make(spec, file, dense_folder, data_folder)
+        _make(spec, file, dense_folder)
     while not file.is_file():
         time.sleep(_POLL_S)
     return replace(spec, calibration=str(file))
@@ -56,10 +55,10 @@ def take_calibration(source: Path, target: Path) -> None:
             shutil.copyfile(source / NAME, aside)
 
 
-def _make(spec: UpcycleSpec, file: Path, dense_folder: Path, data_folder: Path) -> None:
+def _make(spec: UpcycleSpec, file: Path, dense_folder: Path) -> None:
     from nemo_upcycle.calibration.collect import calibrate
     from nemo_upcycle.data.calibration_sample import calibration_sample
     from nemo_upcycle.sources import open_dense
 
     with open_dense(dense_folder) as dense:
-        calibrate(dense, file, spec, calibration_sample(spec, dense_folder, data_folder), replace=True)
+        calibrate(dense, file, spec, calibration_sample(spec, dense_folder), replace=True)

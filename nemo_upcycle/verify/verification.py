@@ -92,21 +92,19 @@ def verify(
     layers: bool = False,
     logits: bool = True,
     tolerance: float = TOLERANCE,
-    calibration: Path | None = None,
     expert_utility: Path | None = None,
 ) -> Verification:
     """Compare a dense Hugging Face folder with the MoE folder made from it.
 
     Args:
         dense: the parent, with its tokenizer.
-        moe: of a class in `models/families`.
+        moe: its class is in `models/families`.
         text_file: UTF-8 text to run on; a short one of the package's when None.
         layers: whether to compare what every layer hands on, to find where the models part.
         logits: whether to load and run the models, one after the other, in float32, and a granular one in its own type
             as well; else only weights are compared.
         tolerance: largest difference of logits over the largest logit, to count as equal.
-        calibration: the file that the experts were split by, if they were; else consecutive neurons are expected.
-        expert_utility: of a parent with experts, the file that says which have more copies, if there was one.
+        expert_utility: for a parent with experts, the file that says which have more copies, if there was one.
 
     Raises:
         CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is of another parent.
@@ -131,7 +129,7 @@ def verify(
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
         # a wrong text shows before the long work
         tokens_BS = _tokens(dense, text_file, parent.architecture.vocab_size) if logits else None
-        weights = compare_weights(parent, child, calibration, expert_utility)
+        weights = compare_weights(parent, child, expert_utility)
         own_type, moe_arch = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture
         experts = parent.architecture.num_experts
     found = torn = None

@@ -7,24 +7,22 @@ times a factor, or were some of its neurons changed? Nothing is loaded whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.init.calibration import Calibration
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.growth import growth_spec, inexact_because
 from nemo_upcycle.models.layer_settings import MULTIPLIERS
 from nemo_upcycle.models.mapping import constant_tensors, hf_constants, hf_names
 from nemo_upcycle.models.sharding import float32_names
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import check_source, require_finite, rounded, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import TensorPlan, plan_hf_tensor
+from nemo_upcycle.tensor_plan import ModelPlan, TensorPlan
 from nemo_upcycle.utils.progress import track
 
 
@@ -115,10 +113,8 @@ class WeightComparison(NamedTuple):
     granularity: int
 
 
-def compare_weights(
-    dense: DenseSource, moe: DenseSource, calibration: Path | None = None, expert_utility: Path | None = None
-) -> WeightComparison:
-    """Return what was done to the weights of an MoE model, and whether they compute the dense function.
+def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path | None = None) -> WeightComparison:
+    """Tell what was done to the weights of an MoE model, and whether they compute the dense function.
 
     They do if everything is the dense model's but the experts' down projection, which is scaled as the model's routing
     asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`models/growth.py`). Of a
@@ -127,12 +123,11 @@ def compare_weights(
     Args:
         dense: the open dense model.
         moe: the MoE model, open as well.
-        calibration: the file that says which neurons an expert has; None: consecutive ones.
-        expert_utility: of a parent with experts, the file that says which have more copies; None: all have as many.
+        expert_utility: for a parent with experts, the file that says which have more copies; None: all have as many.
 
     Raises:
         CheckpointError: a folder's tensors are not those of its configuration, one holds NaN or infinity, or the MoE
-            model, or the calibration, is of another parent.
+            model is of another parent.
     """
     check_source(dense)
     arch, moe_arch = dense.architecture, moe.architecture
@@ -141,12 +136,13 @@ def compare_weights(
     groups: dict[str, WeightGroup] = {}
     dtypes: dict[torch.dtype, None] = {}
     is_exact = _constants_are_as_written(moe)
-    spec = _split_by(calibration, dense, moe_arch, _spec_of(arch, moe_arch, utility=expert_utility))
+    spec = _spec_of(arch, moe_arch, utility=expert_utility)
     if arch.num_experts:
         arch.upcycled(spec)  # which checks that they fit
     names, float32 = list(hf_names(moe_arch)), float32_names(moe_arch)
+    model_plan = ModelPlan(arch, moe_arch, spec)
     for name in track(names, "compare weights", len(names)):
-        plan, _ = plan_hf_tensor(name, arch, moe_arch, spec)
+        plan, _ = model_plan.hf_tensor(name)
         kind = _kind(plan)
         group = groups.setdefault(kind, WeightGroup(kind))
         if plan.is_drawn:
@@ -236,18 +232,6 @@ def _spec_of(
         router_score=moe_arch.router_score,
         routed_scaling_factor=moe_arch.routed_scaling_factor,
     )
-
-
-def _split_by(calibration: Path | None, dense: DenseSource, moe_arch: Architecture, spec: UpcycleSpec) -> UpcycleSpec:
-    """Return the spec with the split of a calibration file, if it has one."""
-    split = Calibration(calibration).lineage["settings"]["expert_split"] if calibration else "consecutive"
-    if split == "consecutive":
-        return spec
-    layers = [layer for layer in range(moe_arch.num_layers) if moe_arch.is_moe_layer(layer)]
-    moe_layers = ",".join(map(str, layers))
-    spec = replace(spec, expert_split=split, calibration=str(calibration), moe_layers=moe_layers)
-    require_calibration(dense, spec)
-    return spec
 
 
 def _kind(plan: TensorPlan) -> str:

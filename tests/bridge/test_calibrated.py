@@ -1,4 +1,4 @@
-"""Routers from data in the chain around a training in Bridge: made by the run, and read by all of its ranks."""
+"""A router of prompts in the chain around a training in Bridge: made by the run, and read by all of its ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.init.calibration import NAME, Calibration
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import read_json
+from tests.functional.test_calibrated import write_prompts
 from tests.functional.test_pipeline import run_in_own_process
 from tests.functional.tiny import write_finished_inputs
 
@@ -22,7 +23,8 @@ def test_a_chain_makes_its_own_calibration_and_trains_with_it(tmp_path: Path) ->
     from nemo_upcycle.pipeline.bridge.pipeline import training_of
 
     folder, run_dir = write_finished_inputs(tmp_path / "inputs"), tmp_path / "run"
-    settings = ["spec.router_init=kmeans", "spec.router_spread=0.5", "train.train_iters=2"]
+    settings = ["spec.router_init=prompts", f"spec.router_prompts={write_prompts(folder)}"]
+    settings += ["spec.router_spread=0.5", "train.train_iters=2"]
     training = training_of("tests.bridge.recipes:tiny", settings, gpus=2)
     named = [str(folder / name) for name in ("parent", "blend", "evaluation.yaml")]
     RunPlan("tiny", *named, training.to_text(), None, trainer="bridge").write(run_dir)
@@ -45,6 +47,6 @@ def test_fields_of_the_spec_are_set_on_the_command_line_and_checked() -> None:
     )
     assert (json.loads(made.changes), made.overrides) == ({"moe_layers": "0", "seed": 7}, ("train.train_iters=2",))
     with pytest.raises(UpcycleError, match="Did you mean 'router_init'"):
-        training_of("tests.bridge.recipes:tiny", ["spec.router_int=kmeans"], gpus=1)
+        training_of("tests.bridge.recipes:tiny", ["spec.router_int=zero"], gpus=1)
     with pytest.raises(UpcycleError, match=r"pretrain\.spec\.seed: got 'many', expected a whole number"):
         training_of("tests.bridge.recipes:tiny", ["spec.seed=many"], gpus=1)

@@ -55,9 +55,7 @@ WRITERS = {
 COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
 #: Its calibration is made of the untied parent, and lies in the folder of the parents.
-FROM_DATA = UpcycleSpec(
-    **GRANULAR, shared_experts=1, router_init="kmeans", expert_split="coactivation", calibration="untied.file"
-)
+FROM_DATA = UpcycleSpec(**GRANULAR, shared_experts=1, router_init="prompts", calibration="untied.file")
 CASES = {
     "Qwen3": ("qwen3", UpcycleSpec(**COPIES)),
     "OLMo 2": ("olmo2", UpcycleSpec(**COPIES)),
@@ -74,7 +72,6 @@ CASES = {
     "shared": ("untied", UpcycleSpec(**GRANULAR, shared_experts=1, method="drop")),
     "mixed": ("tied", UpcycleSpec(**GRANULAR, moe_layers=(0, 3), method="noise")),
     "from data": ("untied", FROM_DATA),
-    "from data, biases": ("biases", replace(FROM_DATA, shared_experts=0, method="noise")),
 }
 LAYOUTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
     (2, {}, {}),  # two data-parallel replicas
@@ -134,8 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_llama(folder / name, shards=3, **(SIZES | changes))
     for name, write in WRITERS.items():
         write(folder / name, layers=4, **SIZES)
-    for name in ("untied", "biases"):
-        made(folder / name, folder / f"{name}.file", FROM_DATA)
+    made(folder / "untied", folder / "untied.file", FROM_DATA)
     return folder
 
 
@@ -169,8 +165,7 @@ def test_gathered_bits_do_not_depend_on_the_layout(
             assert torch.equal(gathered[key], embedding), f"{key} of {case}"
         for answer in answers:
             # Noise and drop look at whole matrices of which tensor parallelism leaves a rank a part.
-            # A split by co-activation picks neurons of whole matrices.
-            assert answer[case]["read"] == answer[case]["needed"] or spec.method != "copy" or spec.reads_split
+            assert answer[case]["read"] == answer[case]["needed"] or spec.method != "copy"
 
 
 def test_the_seed_changes_the_router_and_nothing_else(

@@ -1,4 +1,4 @@
-"""The chain, and a grid's training, with routers from data: the run makes its own calibration file."""
+"""The chain, and a grid's training, with a router of prompts: the run makes its own calibration file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ from tests.functional.tiny import shrink, write_finished_inputs
 pytestmark = pytest.mark.slow
 
 
-def _recipe(**fields: Any) -> Any:
+def write_prompts(folder: Path) -> str:
+    """Write a text for each of eight copies; return the file's path."""
+    folder.mkdir(exist_ok=True)
+    (folder / "prompts.yaml").write_text("".join(f"- the {word} of it\n" for word in "abcdefgh"))
+    return str(folder / "prompts.yaml")
+
+
+def _recipe(folder: Path) -> Any:
     from nemo_upcycle.recipes import smollm2_135m_e8t2
 
     recipe = shrink(smollm2_135m_e8t2.pretrain_recipe(num_gpus_per_node=2), max_steps=2, checkpoint_every=2)
-    for name, value in fields.items():
-        setattr(recipe.resume.restore_config.spec, name, value)
+    spec = recipe.resume.restore_config.spec
+    spec.router_init, spec.router_prompts = "prompts", write_prompts(folder)
     return recipe
 
 
@@ -31,7 +38,7 @@ def test_a_chain_makes_its_own_calibration_and_trains_with_it(tmp_path: Path) ->
 
     folder, run_dir = write_finished_inputs(tmp_path / "inputs"), tmp_path / "run"
     named = [str(folder / name) for name in ("parent", "blend", "evaluation.yaml")]
-    RunPlan("tiny", *named, dump_recipe(_recipe(router_init="kmeans")), None).write(run_dir)
+    RunPlan("tiny", *named, dump_recipe(_recipe(folder)), None).write(run_dir)
     for stage in ("import", "data", "upcycle", "pretrain"):
         answer = run_in_own_process(stage, run_dir, ranks=2 if stage == "pretrain" else 1)
         assert answer.status == 0, answer.text
@@ -54,7 +61,7 @@ def test_a_training_by_itself_makes_the_file_on_the_first_rank(tmp_path: Path) -
     from tests.distributed.ranks import run_ranks
 
     write_finished_inputs(tmp_path / "inputs")
-    run_ranks(_train, 2, str(tmp_path), dump_recipe(_recipe(router_init="kmeans")), process_group=False)
+    run_ranks(_train, 2, str(tmp_path), dump_recipe(_recipe(tmp_path)), process_group=False)
     receipt = read_json(tmp_path / "run/receipt.json")
     assert receipt["calibration"]["path"] == str(tmp_path / "run" / NAME)
     assert receipt["ranks"] == 2

@@ -27,8 +27,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "softmax first, shared": {"router_order": "softmax_topk", "router_init": "zero", "shared_experts": 1},
     "sigmoid": FINE | SIGMOID | {"moe_layers": "1"},
     "sigmoid, shared": FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1"},
-    "from data": FINE | {"router_init": "kmeans", "expert_split": "coactivation"},
-    "sigmoid, from data": SIGMOID | {"router_init": "kmeans", "moe_layers": "1"},
+    "from data": FINE | {"router_init": "prompts"},
+    "sigmoid, from data": SIGMOID | {"router_init": "prompts", "moe_layers": "1"},
 }
 #: Specs whose routers choose parts of networks in 16 bits, where top-k mixes copies: docs/classes.md.
 MIXED_IN_16_BITS = ("granular", "from data")
@@ -57,8 +57,9 @@ CASES = [(*parent, name) for parent, names in MODELS.items() for name in names]
 def spec_of(name: str, dense: Path, folder: Path) -> UpcycleSpec:
     """Return a spec, with the calibration file that it needs made in a folder."""
     fields = SPECS[name]
-    if UpcycleSpec(**fields).needs_calibration:
-        return calibrated(dense, folder / "calibration.safetensors", **fields)
+    if fields.get("router_init") == "prompts":
+        drawn = {field: value for field, value in fields.items() if field != "router_init"}
+        return calibrated(dense, folder / "calibration.safetensors", **drawn)
     return UpcycleSpec(**fields)
 
 

@@ -23,6 +23,7 @@ from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.online.plan import RankCoords, param_plans
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.tensor_plan import ModelPlan
 from tests.megatron_ranks import megatron_rank, transformer_config
 from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
 
@@ -325,7 +326,7 @@ def test_llama_3_8b_on_a_rank_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
                     config, block, moe_arch.vocab_size, 8192, position_embedding_type="rope", vp_stage=stage, **ends
                 )
             assert {parameter.device.type for parameter in chunk.parameters()} == {"meta"}
-            plans = param_plans(chunk, dense, moe_arch, spec, RankCoords.here())
+            plans = param_plans(chunk, ModelPlan(dense, moe_arch, spec), RankCoords.here())
             names = [name for plan in plans for name in plan.names]
             assert sorted(names) == sorted(name for name, _ in chunk.named_parameters())
             for plan in (plan for plan in plans if not plan.made_of.is_router):

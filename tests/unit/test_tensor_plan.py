@@ -10,7 +10,7 @@ import torch
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.models.sharding import Shard
-from nemo_upcycle.tensor_plan import change_copies, plan_tensor
+from nemo_upcycle.tensor_plan import ModelPlan, change_copies
 from tests.models import MemorySource, small_architecture
 
 
@@ -18,7 +18,7 @@ def test_a_method_that_changes_nothing_reads_nothing(dense: Path) -> None:
     spec = UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.0)
     with open_dense(dense) as source:
         arch, moe_arch = source.architecture, source.architecture.upcycled(spec)
-        plan = plan_tensor(mapping_of("expert_fc2", moe_arch), 0, 3, arch, moe_arch, spec, shard=Shard(1, 2))
+        plan = ModelPlan(arch, moe_arch, spec).tensor(mapping_of("expert_fc2", moe_arch), 0, 3, shard=Shard(1, 2))
         (slice_,) = plan.slices
         part = source.read(slice_.name, slice_.bounds)
         before, bytes_before = part.clone(), source.bytes_read
@@ -40,7 +40,7 @@ def test_the_slices_of_fused_matrices_hold_the_numbers_of_separate_ones() -> Non
         for rank in range(2):
             mapping = mapping_of(role, moe_arch)
             plans = [
-                plan_tensor(mapping, 1, 3, dense, moe_arch, spec, shard=Shard(rank, 2))
+                ModelPlan(dense, moe_arch, spec).tensor(mapping, 1, 3, shard=Shard(rank, 2))
                 for dense in (llama.architecture, arch)
             ]
             assert len(plans[1].slices) == len(mapping.parts)

@@ -46,7 +46,7 @@ class Method:
         return ""
 
     def made_by(self, spec: UpcycleSpec) -> str:
-        """Return what the receipt says of a changed parameter."""
+        """Say, for the receipt, how a parameter was changed."""
         kind = self.strength.rpartition("_")[2]  # std or ratio
         strength = f"{kind} {getattr(spec, self.strength)}, " if kind else ""
         return f"{self.name} ({strength}seed {spec.seed})"

@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from abc import abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_upcycle.errors import SpecError
@@ -18,37 +16,12 @@ from nemo_upcycle.spec import ROUTER_INITS, ROUTER_KINDS, ROUTER_ORDERS, ROUTER_
 
 
 if TYPE_CHECKING:
-    import torch
-
-    from nemo_upcycle.init.calibration import LayerSample
     from nemo_upcycle.spec import UpcycleSpec
 
 
-__all__ = ["CalibratedInit", "RouterInit", "RouterKind", "inexact_in_float32", "register"]
+__all__ = ["RouterInit", "RouterKind", "inexact_in_float32", "register"]
 
 _Type = TypeVar("_Type", bound="type[RouterKind] | type[RouterInit]")
-
-
-class CalibratedInit(RouterInit):
-    """Rows that are made of what enters the MoE, once for each layer, and read from the calibration file."""
-
-    texts = "blend"
-
-    @abstractmethod
-    def fit(self, sample: LayerSample) -> torch.Tensor:
-        """Return the row of every copy, [C, D] in float64, of any scale; the same bits whatever the machine's threads.
-
-        Args:
-            sample: what enters the MoE of the layer.
-        """
-
-    def rows(self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[Any]) -> torch.Tensor:
-        """See `RouterInit.rows`."""
-        from nemo_upcycle.init.calibration import calibration_of
-
-        calibration = calibration_of(spec)
-        assert calibration is not None
-        return calibration.router(layer).double() * spec.router_spread
 
 
 def register(type_: _Type) -> _Type:
@@ -99,8 +72,8 @@ def inexact_in_float32(spec: UpcycleSpec, hidden_size: int) -> tuple[str, ...]:
     router, kind, copies, chosen = ROUTER_INITS[spec.router_init], spec.router_kind, spec.copies, spec.top_k
     if router.is_zero(spec):
         return ()
-    name = "router_spread" if router.texts else "router_std"
-    deviation = getattr(spec, name) * (1.0 if router.texts else math.sqrt(hidden_size))
+    name = "router_spread" if router.from_data else "router_std"
+    deviation = getattr(spec, name) * (1.0 if router.from_data else math.sqrt(hidden_size))
     cause, reasons = f"with {name}={getattr(spec, name):.3g}", list[str]()
     if chosen > 1 and _below(kind.least_logit / deviation) ** copies > _RARE:
         reasons.append(f"{cause} float32 loses the sum of {kind.score} scores where all logits are far below zero")

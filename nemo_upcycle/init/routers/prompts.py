@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.init.routers import CalibratedInit, register
+from nemo_upcycle.init.routers import RouterInit, register
 
 
 if TYPE_CHECKING:
     import torch
 
-    from nemo_upcycle.init.calibration import LayerSample
     from nemo_upcycle.spec import UpcycleSpec
 
 
 @register
-class Prompts(CalibratedInit):
-    """A token goes to the copy whose prompts its activation looks like."""
+class Prompts(RouterInit):
+    """A token goes to the copy whose prompts its activation looks like; `nemo_upcycle/calibration` makes the rows."""
 
-    name, texts = "prompts", "prompts"
+    name, from_data = "prompts", True
 
-    def fit(self, sample: LayerSample) -> torch.Tensor:
-        """Return each copy's mean activation as a unit vector, [C, D] in float64."""
-        import torch
-        from torch.nn.functional import normalize
+    def rows(
+        self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        """See `RouterInit.rows`: read from the calibration file."""
+        from nemo_upcycle.init.calibration import calibration_of
 
-        sums_CD = torch.zeros(sample.copies, sample.batches[0].shape[1], dtype=torch.float64)
-        for label, batch_ND in zip(sample.labels, sample.batches, strict=True):
-            sums_CD[label] += batch_ND.sum(0, dtype=torch.float64)
-        return normalize(sums_CD, dim=1)
+        calibration = calibration_of(spec)
+        assert calibration is not None
+        return calibration.router(layer).double() * spec.router_spread
 
     def check(self, spec: UpcycleSpec) -> None:
         """Ask for the prompts, or for what was made of them."""

@@ -36,20 +36,16 @@ _MODULES = (
     "olmoe",
     "granite_moe",
     "granite_moe_shared",
-    "gpt_oss",
-    "gemma2",
-    "deepseek_v3",
-    "grok",
 )
 _FAMILIES: dict[str, Family] = FAMILIES
 __all__ = [
     "Family",
     "MoeFamily",
     "check_parent",
+    "find_dense",
     "find_family",
     "find_nemo_module",
     "parents",
-    "planned",
     "register",
     "require_class",
     "server_caveats",
@@ -84,15 +80,15 @@ def find_nemo_module(name: str, *, has_experts: bool = False) -> Family | None:
     return next((family for family in found if isinstance(family, MoeFamily) or not has_experts), None)
 
 
+def find_dense(arch: Architecture, nemo_module: str) -> Family | None:
+    """Find the class of a dense model: its module of NeMo's own, or else the first that computes the same."""
+    own, known = find_nemo_module(nemo_module), parents()
+    return next((family for family in (own, *known) if family in known and family.computes(arch)), None)
+
+
 def parents() -> list[Family]:
     """Return the families of dense models that can be upcycled."""
-    others = (family for family in _FAMILIES.values() if not isinstance(family, MoeFamily))
-    return [family for family in others if not family.planned_only({})]
-
-
-def planned() -> list[Family]:
-    """Return the families that are planned only."""
-    return [family for family in _FAMILIES.values() if family.planned_only({})]
+    return [family for family in _FAMILIES.values() if not isinstance(family, MoeFamily)]
 
 
 def targets() -> list[MoeFamily]:
@@ -111,7 +107,7 @@ def check_parent(arch: Architecture, where: str) -> None:
         CheckpointError: it has experts, and its class gets no more of them.
     """
     family = _FAMILIES.get(arch.hf_class)
-    reason = family.no_parent_because if isinstance(family, MoeFamily) else "which nemo-upcycle plan alone knows"
+    reason = family.no_parent_because if isinstance(family, MoeFamily) else ""
     if arch.router_score == "sigmoid" and not arch.norm_topk:
         reason = "whose scores are not divided by their sum (norm_topk_prob), as Megatron divides them"
     if arch.num_experts and reason:

@@ -18,6 +18,8 @@ WINDOW, FULL = "sliding_attention", "full_attention"
 LOCAL_BASE = "rope_local_base_freq"
 #: Hugging Face's activations -> the architecture's.
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
+#: Fields of an `Architecture` that few classes have in some layers alone.
+_PATTERNS = ("rope_pattern", "window_pattern")
 #: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `shared_gate`,
 #: `qkv_bias`, `balancing_bias`), so that zeros stand for it.
 ZERO_FILLED = "zero_filled"
@@ -36,7 +38,7 @@ class Settings:
     """The values of a Hugging Face `config.json`, each checked when it is read.
 
     Args:
-        values: by Llama's names, without nulls.
+        values: settings by Llama's names, without nulls.
         where: how messages call the file.
         spelling: the file's own name of a setting -> Llama's, where they differ.
     """
@@ -77,7 +79,7 @@ class Settings:
         return value
 
     def choice(self, key: str, choices: Mapping[str, str], fix: str) -> str:
-        """Return what a name stands for."""
+        """Look up what a name stands for."""
         name = self.values.get(key)
         if not isinstance(name, str) or name not in choices:
             raise self.wrong(key, " or ".join(choices), fix)
@@ -109,7 +111,7 @@ class Family:
         has_window: whether the class reads `sliding_window`.
         has_partial_rotary: whether it turns the part of a head that `partial_rotary_factor` says, and leaves the rest.
         has_multipliers: whether it multiplies embedding, scores, residual branches and logits as its settings say.
-        windowed_class: the class that is the same model with a sliding window, if there is one.
+        layer_patterns: fields of an `Architecture` that say in which layers something holds, and that it may have.
         nemo_module: NeMo's module with the configuration of such models, or this package's where NeMo has none.
         hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1; none where
             shared experts have a gate of their own.
@@ -136,7 +138,7 @@ class Family:
     has_window: bool = False
     has_partial_rotary: bool = False
     has_multipliers: bool = False
-    windowed_class: str = ""
+    layer_patterns: tuple[str, ...] = ()
     nemo_module: str = ""
     hf_factors: Mapping[str, float] = field(default_factory=dict)
     divided_by: tuple[str, ...] = ()
@@ -150,14 +152,6 @@ class Family:
             CheckpointError: the package does not know it.
         """
         return settings.choice("hidden_act", ACTIVATIONS, "use a SwiGLU or GEGLU checkpoint")
-
-    def planned_only(self, config: Mapping[str, Any]) -> str:
-        """Return what the planner alone knows of a model: nothing here converts, fills or trains it; "" for nothing.
-
-        Args:
-            config: the parsed `config.json`.
-        """
-        return ""
 
     def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         """Return the fields of an `Architecture` in which attention is not Llama's.
@@ -201,6 +195,20 @@ class Family:
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         """Return the fields of an `Architecture` that describe its experts; none for a dense model."""
         return {}
+
+    def computes(self, arch: Architecture) -> bool:
+        """Say whether dense models of the class compute what an architecture says, but for its experts."""
+        return (
+            arch.gated is self.gated
+            and arch.activation in ACTIVATIONS.values()
+            and arch.norm_places == (self.pre_norm, self.post_norm)
+            and arch.wide_qk_norm is self.wide_qk_norm
+            and arch.qk_norm is ("query_norm" in self.names)
+            and (self.has_window or not arch.sliding_window)
+            and (self.has_multipliers or arch.attention_multiplier is None)
+            and (self.has_partial_rotary or arch.rotary_percent == 1)
+            and all(getattr(arch, name) is None or name in self.layer_patterns for name in _PATTERNS)
+        )
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
         """Yield what the class cannot hold of a model.

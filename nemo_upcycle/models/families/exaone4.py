@@ -31,4 +31,5 @@ FAMILY = _Exaone4(
     pre_norm=False,
     post_norm=True,
     has_window=True,
+    layer_patterns=("window_pattern", "rope_pattern"),
 )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from nemo_upcycle.models.families import gemma, gemma2, qwen3
+from nemo_upcycle.models.families import gemma, llama, olmo2, qwen3
 from nemo_upcycle.models.families.base import LOCAL_BASE, Settings
 
 
-_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+_OTHERS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
 class _Gemma3(gemma.Gemma):
-    def planned_only(self, config: Mapping[str, Any]) -> str:
-        if any(config.get(name) is not None for name in _CAPS):
-            return "capped scores or logits"
-        return "attention to what follows" if config.get("use_bidirectional_attention") else ""
-
     def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        for name in _OTHERS:
+            if settings.values.get(name):
+                raise settings.wrong(name, "none: no layer of Megatron-Core computes it", "use another checkpoint")
         every = 6 if settings.values.get("layer_types") else settings.whole("sliding_window_pattern", 6)
         return {
             "window_pattern": self._pattern(self._windowed(settings, num_layers, every)),
@@ -32,11 +29,14 @@ FAMILY = _Gemma3(
     title="Gemma 3",
     hf_class="Gemma3ForCausalLM",
     model_type="gemma3_text",
-    names=qwen3.NAMES | gemma2.NAMES,
+    names=qwen3.NAMES
+    | {"ffn_norm": (llama.LAYER + "pre_feedforward_layernorm.weight",)}
+    | {name: olmo2.NAMES[name] for name in ("attention_post_norm", "ffn_post_norm")},
     defaults={name: value for name, value in gemma.FAMILY.defaults.items() if name != "scaled_embedding"}
     | {"num_key_value_heads": 4, "sliding_window": 4096, "max_position_embeddings": 131072, "rope_theta": 1e6}
     | {"qk_norm": True, LOCAL_BASE: 10000.0, "query_pre_attn_scalar": 256},
     post_norm=True,
     has_window=True,
+    layer_patterns=("window_pattern",),
     has_multipliers=True,
 )

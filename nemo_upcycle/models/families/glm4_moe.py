@@ -8,7 +8,7 @@ from typing import Any
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama, qwen3
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, Settings, zero_filled
-from nemo_upcycle.models.families.routed import ROUTED_NAMES, experts_after_dense
+from nemo_upcycle.models.families.routed import ROUTED_NAMES
 
 
 _MLP = llama.LAYER + "mlp."
@@ -19,9 +19,21 @@ class _Glm4Moe(MoeFamily):
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         if settings.values.get("n_group", 1) != 1:
             raise settings.wrong("n_group", "1", "use a checkpoint whose experts are not chosen by group")
-        zeros, fields = zero_filled(settings), experts_after_dense(settings, num_layers)
-        fields["balancing_bias"] = "balancing_bias" not in zeros
-        return fields | ({"shared_ffn_size": 0} if "shared_expert" in zeros else {})
+        zeros, experts = zero_filled(settings), settings.whole("n_routed_experts")
+        width = settings.whole("moe_intermediate_size")
+        shared = settings.whole("n_shared_experts", 1, least=0) * width
+        dense_layers = settings.whole("first_k_dense_replace", 1, least=0, most=num_layers - 1)
+        return {
+            "num_experts": experts,
+            "top_k": settings.whole("num_experts_per_tok", most=experts),
+            "expert_ffn_size": width,
+            "shared_ffn_size": 0 if "shared_expert" in zeros else shared,
+            "moe_pattern": tuple(layer >= dense_layers for layer in range(num_layers)) if dense_layers else None,
+            "norm_topk": settings.flag("norm_topk_prob"),
+            "router_score": "sigmoid",
+            "routed_scaling_factor": settings.number("routed_scaling_factor"),
+            "balancing_bias": "balancing_bias" not in zeros,
+        }
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
         pattern = [arch.is_moe_layer(layer) for layer in range(arch.num_layers)]

@@ -28,6 +28,5 @@ FAMILY = Family(
     model_type="llama",
     names=NAMES,
     defaults=COMMON_DEFAULTS | {"max_position_embeddings": 2048},
-    windowed_class="MistralForCausalLM",
     nemo_module="llama",
 )

@@ -1,7 +1,4 @@
-"""Nemotron-H: Mamba-2 layers, attention without positions and networks without a gate, each a layer of its own.
-
-With experts, as in Nemotron 3, it is planned only.
-"""
+"""Nemotron-H: Mamba-2 layers, attention without positions and networks without a gate, each a layer of its own."""
 
 from __future__ import annotations
 
@@ -10,18 +7,18 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import MambaLayers
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
-from nemo_upcycle.models.families.routed import experts_after_dense
 
 
 _LAYER = "backbone.layers.{layer}."
 _MIXER = _LAYER + "mixer."
-_KINDS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+_KINDS = {"mamba": "M", "attention": "*", "mlp": "-"}
 #: The defaults of transformers' configuration class that no layer of Megatron-Core can differ from.
 _FIXED = {
     "conv_kernel": MambaLayers.conv_size,
     "rms_norm_eps": 1e-5,  # of the norm in a Mamba layer
     "mamba_hidden_act": "silu",
     "use_conv_bias": True,
+    "num_nextn_predict_layers": 0,
     **dict.fromkeys(("use_bias", "mamba_proj_bias", "mlp_bias", "attention_bias"), False),
 }
 
@@ -30,21 +27,18 @@ class _NemotronH(Family):
     def activation(self, settings: Settings) -> str:
         return settings.choice("hidden_act", {"relu2": "squared_relu"}, "use a checkpoint with squared ReLU")
 
-    def planned_only(self, config: Mapping[str, Any]) -> str:
-        return "experts" if "E" in _pattern(config) else ""
-
     def mamba(self, settings: Settings) -> MambaLayers:
         pattern = _pattern(settings.values)
         if "M" not in pattern or not set(pattern) <= {*_KINDS.values()}:
             raise settings.wrong(
                 "hybrid_override_pattern" if "layers_block_type" not in settings.values else "layers_block_type",
-                "Mamba-2 layers (M), attention (*), networks (-) and experts (E)",
+                "Mamba-2 layers (M), attention (*) and networks (-)",
                 "use a checkpoint of this class that has no others",
             )
         limit = settings.values.get("time_step_limit", [])
         if isinstance(limit, list) and any(isinstance(step, float) and 0 < step < 1e300 for step in limit):
             raise settings.wrong("time_step_limit", "none: Megatron-Core has none", "use another checkpoint")
-        for key, value in (_FIXED if "E" in pattern else _FIXED | {"num_nextn_predict_layers": 0}).items():
+        for key, value in _FIXED.items():
             if settings.values.get(key, value) != value:
                 raise settings.wrong(key, f"{value}, as Megatron-Core's layers have it", "use another checkpoint")
         sizes = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
@@ -52,32 +46,16 @@ class _NemotronH(Family):
         if heads % groups:
             raise settings.wrong("n_groups", f"a divisor of mamba_num_heads ({heads})")
         return MambaLayers(
-            pattern=pattern.replace("E", "-"),
+            pattern=pattern,
             num_heads=heads,
             head_dim=head_dim,
             num_groups=groups,
             state_size=state_size,
         )
 
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        pattern = _pattern(settings.values)
-        if "E" not in pattern:
-            return {}
-        predicted = {"mtp_hybrid_override_pattern": "*E", "mtp_layers_block_type": ["attention", "moe"]}
-        for key, value in predicted.items():
-            if settings.values.get(key, value) != value:
-                raise settings.wrong(key, f"{value}: other layers of multi-token prediction are not modelled")
-        shared = settings.whole("moe_shared_expert_intermediate_size")
-        return experts_after_dense(settings, num_layers) | {
-            "shared_ffn_size": settings.whole("n_shared_experts", 1, least=0) * shared,
-            "moe_pattern": tuple(symbol == "E" for symbol in pattern),
-            "expert_input_size": settings.whole("moe_latent_size", 0, least=0) or None,
-            "mtp_layers": settings.whole("num_nextn_predict_layers", 0, least=0),
-        }
-
 
 def _pattern(config: Mapping[str, Any]) -> str:
-    """Return what each layer is, as a pattern says it or, in transformers 5, a list of kinds; "" for neither."""
+    """Read what each layer is, from a pattern or, in transformers 5, a list of kinds; "" for neither."""
     pattern, kinds = config.get("hybrid_override_pattern"), config.get("layers_block_type")
     if pattern is None and isinstance(kinds, list):
         return "".join(_KINDS.get(kind, "?") if isinstance(kind, str) else "?" for kind in kinds)
@@ -109,7 +87,7 @@ FAMILY = _NemotronH(
     defaults=COMMON_DEFAULTS
     | {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128}
     | {"max_position_embeddings": 4096, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8}
-    | {"ssm_state_size": 128, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+    | {"ssm_state_size": 128},
     spelling={
         "mlp_hidden_act": "hidden_act",
         "layer_norm_epsilon": "rms_norm_eps",

@@ -19,6 +19,5 @@ FAMILY = Family(
     pre_norm=False,
     post_norm=True,
     wide_qk_norm=True,
-    windowed_class="Olmo3ForCausalLM",
     nemo_module="olmo2",
 )

@@ -30,4 +30,5 @@ FAMILY = _Olmo3(
     post_norm=True,
     wide_qk_norm=True,
     has_window=True,
+    layer_patterns=("window_pattern",),
 )

@@ -26,7 +26,7 @@ def experts_everywhere(settings: Settings, count: str) -> dict[str, Any]:
     """Return the fields of an `Architecture` of classes like Mixtral: experts in every layer, of dense width.
 
     Args:
-        settings: of the class.
+        settings: the class's.
         count: what it calls the number of experts.
     """
     experts = settings.whole(count)
@@ -34,27 +34,6 @@ def experts_everywhere(settings: Settings, count: str) -> dict[str, Any]:
         "num_experts": experts,
         "top_k": settings.whole("num_experts_per_tok", most=experts),
         "expert_ffn_size": settings.whole("intermediate_size"),
-    }
-
-
-def experts_after_dense(settings: Settings, num_layers: int) -> dict[str, Any]:
-    """Return the fields of an `Architecture` of classes like DeepSeek's: dense layers first, then shared experts, too.
-
-    Args:
-        settings: of the class, by DeepSeek's names.
-        num_layers: L.
-    """
-    experts, width = settings.whole("n_routed_experts"), settings.whole("moe_intermediate_size")
-    dense_layers = settings.whole("first_k_dense_replace", 1, least=0, most=num_layers - 1)
-    return {
-        "num_experts": experts,
-        "top_k": settings.whole("num_experts_per_tok", most=experts),
-        "expert_ffn_size": width,
-        "shared_ffn_size": settings.whole("n_shared_experts", 1, least=0) * width,
-        "moe_pattern": tuple(layer >= dense_layers for layer in range(num_layers)) if dense_layers else None,
-        "norm_topk": settings.flag("norm_topk_prob"),
-        "router_score": "sigmoid",
-        "routed_scaling_factor": settings.number("routed_scaling_factor"),
     }
 
 

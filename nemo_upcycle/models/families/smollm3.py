@@ -26,4 +26,5 @@ FAMILY = _SmolLm3(
     names=llama.NAMES,
     defaults=COMMON_DEFAULTS
     | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True},
+    layer_patterns=("rope_pattern",),
 )

@@ -244,7 +244,7 @@ class NeMoTraining(Training):
         from nemo_upcycle.trainers.nemo.stopping import step_kept
 
         place_recipe(recipe, folder, dense_folder, data_folder)
-        spec = with_calibration(spec_of(recipe), folder, dense_folder, data_folder)
+        spec = with_calibration(spec_of(recipe), folder, dense_folder)
         if spec and spec.calibration:
             recipe.resume.restore_config.spec.calibration = spec.calibration
         for callback in recipe.trainer.callbacks if suite else ():

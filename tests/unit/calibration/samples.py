@@ -11,18 +11,19 @@ from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.calibration.collect import CalibrationReport, Sample, calibrate
 
 
-def random_sample(vocab_size: int, lengths: tuple[int, ...] = (64,) * 9, labels: tuple[int, ...] = ()) -> Sample:
-    """Return batches of one sequence each, of these lengths."""
-    generator = torch.Generator().manual_seed(11)
-    batches = tuple(torch.randint(vocab_size, (1, length), generator=generator) for length in lengths)
-    return Sample(batches, labels or (0,) * len(lengths), {"random": list(lengths)})
+def random_sample(vocab_size: int, copies: int, seed: int = 11) -> Sample:
+    """Draw two prompts for each copy, one sequence each."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = tuple(number // 2 for number in range(2 * copies))
+    batches = tuple(torch.randint(vocab_size, (1, 9 + number), generator=generator) for number in range(2 * copies))
+    return Sample(batches, labels, {"random": seed})
 
 
-def calibrated(dense: Path, file: Path, sample: Sample | None = None, **fields: Any) -> UpcycleSpec:
-    """Return a spec with the calibration file that is made for it."""
-    spec = UpcycleSpec(**fields)
-    made(dense, file, spec, sample)
-    return UpcycleSpec(**fields, calibration=str(file))
+def calibrated(dense: Path, file: Path, **fields: Any) -> UpcycleSpec:
+    """Make the calibration file of a spec of prompts, and return the spec with it."""
+    spec = UpcycleSpec(router_init="prompts", calibration=str(file), **fields)
+    made(dense, file, spec)
+    return spec
 
 
 def made(
@@ -30,4 +31,5 @@ def made(
 ) -> CalibrationReport:
     """Make the calibration file of a spec."""
     with open_dense(dense) as source:
-        return calibrate(source, file, spec, sample or random_sample(source.architecture.vocab_size), **options)
+        sample = sample or random_sample(source.architecture.vocab_size, spec.copies)
+        return calibrate(source, file, spec, sample, **options)

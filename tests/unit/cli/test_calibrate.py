@@ -1,4 +1,4 @@
-"""`calibrate`, then `convert` and `verify` with its file."""
+"""`calibrate`, then `convert` with its file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.cli.main import main
-from tests.blends import write_blend
 from tests.models import write_llama, write_tokenizer
 
 
-SPEC = ("--experts", "4", "--top-k", "4", "--granularity", "2", "--router-init", "kmeans")
-SPLIT = (*SPEC, "--expert-split", "coactivation")
+SPEC = ("--experts", "4", "--top-k", "4", "--granularity", "2", "--router-init", "prompts")
 
 
 @pytest.fixture(scope="module")
@@ -21,34 +19,37 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259, layers=2))
 
 
-def test_what_is_calibrated_is_converted_and_verified(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    blend, file, moe = write_blend(tmp_path / "blend", dense), str(tmp_path / "file"), str(tmp_path / "moe")
-    command = ["calibrate", str(dense), file, "--data", str(blend), "--tokens", "1024", *SPLIT]
+def test_what_is_calibrated_is_converted(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, texts = str(tmp_path / "file"), tmp_path / "texts.yaml"
+    texts.write_text("- [how to bake, flour and eggs]\n- the court rules\n")
+    command = ["calibrate", str(dense), file, *SPEC, "--router-prompts", str(texts)]
     assert main([*command, "--json"]) == 0
     done = json.loads(capsys.readouterr().out)
-    assert (done["made"], done["tokens"], done["layers"]) == (True, 1024, 2)
+    assert (done["made"], done["layers"]) == (True, 2)
     assert main(command) == 0
-    out = capsys.readouterr().out
-    assert "2 layers, 1024 tokens" in out
-    assert "made before, from the same inputs" in out
-    assert "co-activated pairs in one part" in out
-    assert main(["convert", str(dense), moe, *SPLIT, "--calibration", file]) == 0
+    assert "made before, from the same inputs" in capsys.readouterr().out
+    assert main(["convert", str(dense), str(tmp_path / "moe"), *SPEC, "--calibration", file]) == 0
     assert "computes the parent's function" in capsys.readouterr().out
-    assert main(["verify", str(dense), moe, "--weights-only", "--calibration", file]) == 0
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["calibrate", "DENSE", "FILE", *SPEC], "--data: got none, expected the text to run the dense model on"),
-        (["calibrate", "DENSE", "FILE", "--experts", "4"], "--router-init: got normal, expected --router-init=kmeans"),
-        (["convert", "DENSE", "FILE", *SPEC], "--calibration: got none, expected the file that --router-init=kmeans"),
+        (
+            ["calibrate", "DENSE", "FILE", "--experts", "4"],
+            "--router-init: got normal, expected --router-init=prompts",
+        ),
+        (
+            ["calibrate", "DENSE", "FILE", *SPEC[:-1], "kmeans"],
+            "--router-init: got kmeans, expected another: this",
+        ),
+        (
+            ["convert", "DENSE", "FILE", *SPEC, "--router-prompts", "x"],
+            "--calibration: got none, expected the file that --router-init=prompts",
+        ),
         (["convert", "DENSE", "FILE", *SPEC, "--calibration", "none"], "calibration file none: got no such file"),
         (["convert", "DENSE", "FILE", "--calibration", "none"], "--calibration: got none, expected none: nothing is"),
         (["calibrate", "DENSE", "FILE", "--router-init", "prompts"], "--router-prompts: got none, expected a file"),
-        (["convert", "DENSE", "FILE", "--expert-split", "coactivation"], "--granularity: got 1, expected 2 or more"),
     ],
 )
 def test_mistakes_are_told_by_the_options_names(

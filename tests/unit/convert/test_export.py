@@ -169,6 +169,14 @@ def test_broken_weights_are_refused_by_name(dense: Path, tmp_path: Path, value: 
             export_weights(LiveWeights(model), arch, dense, tmp_path / "hf")
 
 
+def test_a_damaged_checkpoint_is_refused(saved: Path, dense: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "four", tmp_path / "spoiled")
+    file = max((tmp_path / "spoiled/weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with _leaves_nothing(tmp_path, CheckpointError, rf"{file.name}: got damaged data of .*copy the checkpoint again"):
+        export_checkpoint(tmp_path / "spoiled", dense, tmp_path / "hf", spec=SPEC)
+
+
 def test_numbers_too_large_for_the_type_are_refused(dense: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC, factor=1e6)
     words = r"got larger ones, expected numbers that float16 can hold.*bfloat16 or float32"

@@ -41,13 +41,6 @@ def test_a_single_expert_stays_what_it_is() -> None:
     assert torch.equal(experts[0], torch.arange(6.0).view(2, 3))
 
 
-def test_copies_do_not_share_memory() -> None:
-    experts = [torch.ones(4), torch.zeros(4)]
-    fill_copies(experts)
-    experts[1][0] = 5.0
-    assert float(experts[0][0]) == 1.0
-
-
 def _weight(neurons: int = NEURONS, mean: float = 0.0, std: float = 0.1) -> torch.Tensor:
     return torch.randn(neurons, WIDTH, generator=torch.Generator().manual_seed(5)) * std + mean
 

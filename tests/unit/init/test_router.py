@@ -99,7 +99,7 @@ def test_the_experts_of_one_copy_share_their_row(kind: str, granularity: int) ->
 
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
 SIGMOID = {"router_score": "sigmoid"}
-KMEANS = {"router_init": "kmeans", "calibration": "file", "router_std": 1000.0}
+PROMPTS = {"router_init": "prompts", "calibration": "file", "router_std": 1000.0}
 
 
 @pytest.mark.parametrize("width", [64, 576, 4096, 16384])
@@ -124,8 +124,8 @@ def test_float32_is_enough_for_ordinary_routers(fields: dict[str, Any], width: i
         (GRANULAR | SIGMOID | {"router_std": 0.1}, 64, 0),
         (GRANULAR | SIGMOID | {"router_std": 0.1}, 4096, 1),
         (GRANULAR | SIGMOID | {"router_std": 1.0}, 4096, 2),
-        (GRANULAR | SIGMOID | KMEANS, 4096, 0),
-        (GRANULAR | SIGMOID | KMEANS | {"router_spread": 10.0}, 64, 1),
+        (GRANULAR | SIGMOID | PROMPTS, 4096, 0),
+        (GRANULAR | SIGMOID | PROMPTS | {"router_spread": 10.0}, 64, 1),
     ],
     ids=str,
 )

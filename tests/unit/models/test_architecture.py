@@ -75,6 +75,11 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
             {"architectures": ["GemmaForCausalLM"], "num_key_value_heads": None, "hidden_act": "gelu"},
             ["hidden_act: got 'gelu'", "Gemma was trained with gelu_pytorch_tanh"],
         ),
+        ({"architectures": ["Gemma2ForCausalLM"]}, ["architectures: got", "Gemma2ForCausalLM", "Gemma3ForCausalLM"]),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "hidden_act": None, "attn_logit_softcapping": 50.0},
+            ["attn_logit_softcapping: got 50.0, expected none"],
+        ),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": "wide"}, ["sliding_window: got 'wide'"]),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},

@@ -266,15 +266,16 @@ def test_utilities_that_do_not_fit_are_refused(mixtral: Path, tmp_path: Path, ut
         ("router_order", "softmax_topk", "topk_softmax: as in the parent"),
         ("router_score", "sigmoid", "softmax: as in the parent"),
         ("routed_scaling_factor", 2.5, "1.0: as in the parent"),
-        ("router_init", "kmeans", "normal, uniform or zero"),
+        ("router_init", "prompts", "normal, uniform or zero"),
         ("expert_utility", "nowhere.yaml", "a YAML list of 4 numbers"),
     ],
 )
 def test_what_a_parent_with_experts_does_not_become_is_refused(
     mixtral: Path, field: str, value: Any, expected: str
 ) -> None:
+    made_of = {"calibration": "file"} if value == "prompts" else {}
     with pytest.raises(SpecError, match=expected) as caught:
-        read_architecture(mixtral).upcycled(UpcycleSpec(**({"num_experts": 8} | {field: value})))
+        read_architecture(mixtral).upcycled(UpcycleSpec(**({"num_experts": 8} | made_of | {field: value})))
     assert caught.value.field == field
 
 

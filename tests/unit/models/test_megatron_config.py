@@ -21,52 +21,23 @@ GRANULAR = UpcycleSpec(num_experts=64, top_k=8, granularity=8)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rotary_interleaved": True}, "rotary_interleaved: got True, expected False"),
         ({"glu_linear_offset": 1.0}, "glu_linear_offset: got 1.0, expected 0.0"),
-        ({"activation_func_clamp_value": 0.5}, "activation_func_clamp_value: got 0.5, expected None"),
         ({"softmax_scale": 1.0}, "softmax_scale: got 1.0, expected None or 0.25"),
         ({"no_rope_freq": 2}, "no_rope_freq: got"),
+        ({"model": {"rotary_percent": 0.5}}, "rotary_base and RoPE scaling: got"),
+        ({"model": {"seq_len_interpolation_factor": 4.0}}, "seq_len_interpolation_factor: got 4.0, expected None"),
+        ({"model": {"position_embedding_type": "none"}}, "position_embedding_type: got none, expected rope"),
     ],
 )
-def test_a_setting_that_changes_the_function_is_refused(changes: dict, words: str) -> None:
-    chunks = build_chunks(small_architecture(), num_experts=4, **changes)
-    with pytest.raises(UpcycleError, match=words):
-        upcycle_into(chunks, MemorySource(small_architecture()), SPEC)
-
-
-def test_heads_that_are_turned_in_part_are_refused_for_a_parent_that_turns_them_whole() -> None:
-    chunks = build_chunks(small_architecture(), num_experts=4, model={"rotary_percent": 0.5})
-    with pytest.raises(UpcycleError, match="rotary_base and RoPE scaling: got"):
-        upcycle_into(chunks, MemorySource(small_architecture()), SPEC)
-
-
-@pytest.mark.parametrize(
-    ("model", "changes", "words"),
-    [
-        ({"seq_len_interpolation_factor": 4.0}, {}, "seq_len_interpolation_factor: got 4.0, expected None"),
-        ({"position_embedding_type": "none"}, {}, "position_embedding_type: got none, expected rope"),
-        (
-            {"position_embedding_type": "learned_absolute"},
-            {},
-            "position_embedding_type: got learned_absolute, expected rope",
-        ),
-        (
-            {"position_embedding_type": "mrope"},
-            {"mrope_section": [4, 2, 2]},
-            r"mrope_section: got \[4, 2, 2\], expected None",
-        ),
-    ],
-)
-def test_position_embeddings_of_another_kind_are_refused(model: dict, changes: dict, words: str) -> None:
+def test_a_setting_that_changes_the_function_is_refused_and_nothing_is_filled(changes: dict, words: str) -> None:
     arch = small_architecture()
-    chunks = build_chunks(arch, num_experts=4, model=model, **changes)
-    before = [parameter.clone() for parameter in chunks[0].parameters()]
-    with pytest.raises(SpecError, match=rf"model\.config\.{words}.*Fix: "):
-        upcycle_into(chunks, MemorySource(arch), SPEC)
-    for parameter, was in zip(chunks[0].parameters(), before, strict=True):
-        assert torch.equal(parameter, was)
-    with pytest.raises(SpecError, match=words):
-        load_dense_into(build_chunks(arch, num_experts=None, model=model, **changes), MemorySource(arch))
+    (chunk,) = build_chunks(arch, num_experts=4, **changes)
+    before = [parameter.clone() for parameter in chunk.parameters()]
+    with pytest.raises(UpcycleError, match=rf"{words}.*Fix: "):
+        upcycle_into([chunk], MemorySource(arch), SPEC)
+    assert all(torch.equal(parameter, was) for parameter, was in zip(chunk.parameters(), before, strict=True))
+    with pytest.raises(UpcycleError, match=words):
+        load_dense_into(build_chunks(arch, num_experts=None, **changes), MemorySource(arch))
 
 
 def test_an_interpolation_of_one_changes_nothing() -> None:
@@ -86,14 +57,6 @@ def test_a_capacity_below_every_token_is_told(factor: float | None, exact: bool)
 def test_the_usual_softmax_scale_may_be_spelled_out() -> None:
     chunks = build_chunks(small_architecture(), num_experts=4, softmax_scale=0.25)
     assert upcycle_into(chunks, MemorySource(small_architecture()), SPEC).exact
-
-
-def test_weights_that_the_models_type_rounds_are_told() -> None:
-    chunks = build_chunks(small_architecture(), num_experts=6, top_k=3, params_dtype=torch.bfloat16)
-    source = MemorySource(small_architecture())
-    receipt = upcycle_into(chunks, source, UpcycleSpec(num_experts=6, top_k=3))
-    (reason,) = receipt.inexact_because
-    assert reason.startswith("float32 weights are rounded to bfloat16 (")
 
 
 def test_the_receipt_names_the_half_that_float16_rounds_where_experts_are_shared() -> None:
@@ -166,8 +129,6 @@ def test_a_recipe_of_a_granular_model_says_so_before_its_type_is_known() -> None
 def test_a_spec_refuses_the_single_expert_that_megatron_refuses() -> None:
     with pytest.raises(ValueError, match="moe-router-pre-softmax when topk is 1"):
         build_chunks(small_architecture(), num_experts=4, top_k=1)
-    with pytest.raises(SpecError, match="top_k: got 1, expected 2 or more with router_order=topk_softmax"):
-        UpcycleSpec(num_experts=4, top_k=1)
     allowed = UpcycleSpec(num_experts=4, top_k=1, router_order="softmax_topk", router_init="zero")
     chunks = build_chunks(small_architecture(), **moe_settings(small_architecture(), allowed))
     assert upcycle_into(chunks, MemorySource(small_architecture()), allowed).exact

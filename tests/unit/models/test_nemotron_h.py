@@ -130,10 +130,10 @@ def test_flops_count_attention_where_it_is() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hybrid_override_pattern": "MEM*E"}, "got NemotronHForCausalLM with experts, which nemo-upcycle plan alone"),
+        ({"hybrid_override_pattern": "MEM*E"}, "hybrid_override_pattern: got .MEM.E., expected Mamba-2 layers"),
         ({"hybrid_override_pattern": "MGM*-"}, "hybrid_override_pattern: got 'MGM.-', expected Mamba-2 layers"),
         ({"hybrid_override_pattern": "*-*-"}, "hybrid_override_pattern"),
-        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe"]}, "with experts"),
+        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe"]}, "layers_block_type: got"),
         ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "gated"]}, "layers_block_type: got"),
         ({"num_hidden_layers": 52}, "num_hidden_layers: got 52, expected 5"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act: got 'silu', expected relu2"),

@@ -19,21 +19,18 @@ from nemo_upcycle.init.calibration import Calibration
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.trainers.equivalence import megatron_logits
-from nemo_upcycle.verify.verification import verify
 from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, write_llama
 from tests.unit.calibration.samples import calibrated
 from tests.unit.convert.conversions import _same_bits
 
 
-COPIES: dict[str, Any] = {"num_experts": 4, "top_k": 2, "router_init": "kmeans"}
-SPLIT: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "expert_split": "coactivation"}
+COPIES: dict[str, Any] = {"num_experts": 4, "top_k": 2}
+GRANULAR: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2}
 CASES = {
-    "kmeans": COPIES,
-    "split": SPLIT,
-    "both, shared": SPLIT | COPIES | {"num_experts": 8, "top_k": 4, "shared_experts": 1},
-    "both, mixed layers": SPLIT | {"router_init": "kmeans", "moe_layers": "1"},
-    "split, drop": SPLIT | {"method": "drop"},
-    "split, noise, sigmoid": SPLIT | {"method": "noise", "router_score": "sigmoid"},
+    "copies": COPIES,
+    "granular, shared": GRANULAR | {"shared_experts": 1},
+    "granular, mixed layers, noise, sigmoid": GRANULAR
+    | {"moe_layers": "1", "method": "noise", "router_score": "sigmoid"},
 }
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -73,7 +70,7 @@ def test_the_model_computes_the_dense_function_and_has_the_bits_of_the_conversio
 
 
 def test_rows_are_the_files_times_the_spread_and_the_receipt_names_the_file(dense: Path, tmp_path: Path) -> None:
-    spec = replace(calibrated(dense, tmp_path / "file", **CASES["both, shared"]), router_spread=0.5)
+    spec = replace(calibrated(dense, tmp_path / "file", **CASES["granular, shared"]), router_spread=0.5)
     model, file = _model(dense, spec), Calibration(tmp_path / "file")
     with open_dense(dense) as source:
         receipt = upcycle_into([model], source, spec)
@@ -82,50 +79,9 @@ def test_rows_are_the_files_times_the_spread_and_the_receipt_names_the_file(dens
         router_ED = model.decoder.layers[layer].mlp.router.weight
         assert torch.equal(router_ED, file.router(layer).mul(0.5).repeat_interleave(2, dim=0))
         name = f"decoder.layers.{layer}.mlp"
-        assert made_by[f"{name}.router.weight"] == f"router_init=kmeans, spread=0.5, calibration {file.sha256[:12]}"
-        expert = next(text for found, text in made_by.items() if found.startswith(name) and "experts" in found)
-        assert expert.startswith(f"copied, neurons by coactivation of calibration {file.sha256[:12]}")
+        assert made_by[f"{name}.router.weight"] == f"router_init=prompts, spread=0.5, calibration {file.sha256[:12]}"
     others = [text for name, text in made_by.items() if "attention" in name or "norm" in name]
     assert set(others) == {"copied"}
-
-
-def test_an_expert_has_the_neurons_that_the_file_says(dense: Path, tmp_path: Path) -> None:
-    spec = calibrated(dense, tmp_path / "file", **SPLIT)
-    with open_dense(dense) as source:
-        convert(source, tmp_path / "moe", spec)
-        neurons = Calibration(tmp_path / "file").neurons(1).neurons
-        assert neurons.tolist() != list(range(96))
-        gate_FD = source.read("model.layers.1.mlp.gate_proj.weight").clone()
-        down_DF = source.read("model.layers.1.mlp.down_proj.weight").clone()
-    tensors = load_file(tmp_path / "moe" / "model.safetensors")
-    for copy in range(4):
-        for part in range(2):
-            mine = neurons[48 * part : 48 * (part + 1)]
-            name = f"model.layers.1.block_sparse_moe.experts.{2 * copy + part}"
-            assert torch.equal(tensors[f"{name}.w1.weight"], gate_FD[mine])
-            assert torch.equal(tensors[f"{name}.w2.weight"], 2 * down_DF[:, mine])
-
-
-def test_a_split_reads_whole_matrices_for_each_part(dense: Path, tmp_path: Path) -> None:
-    """What docs/router_data.md says that it costs."""
-    spec = calibrated(dense, tmp_path / "file", **SPLIT)
-    read = {}
-    for name, one in (("split", spec), ("consecutive", UpcycleSpec(**SPLIT | {"expert_split": "consecutive"}))):
-        with open_dense(dense) as source:
-            receipt = upcycle_into([_model(dense, one)], source, one)
-        read[name] = receipt.bytes_read, receipt.bytes_needed
-    network = 2 * 3 * 96 * 64 * 4
-    assert read["split"][1] == read["consecutive"][1] == read["consecutive"][0]
-    assert read["consecutive"][0] + 0.9 * network < read["split"][0] <= read["consecutive"][0] + network
-
-
-def test_verify_knows_a_split_by_its_file(dense: Path, tmp_path: Path) -> None:
-    spec = calibrated(dense, tmp_path / "file", **SPLIT)
-    with open_dense(dense) as source:
-        convert(source, tmp_path / "moe", spec)
-    assert verify(dense, tmp_path / "moe").equal
-    assert not verify(dense, tmp_path / "moe", logits=False).weights_exact
-    assert verify(dense, tmp_path / "moe", logits=False, calibration=tmp_path / "file").weights_exact
 
 
 def _spoiled(file: Path, change: str, dense: Path, other: Path) -> None:
@@ -142,9 +98,6 @@ def _spoiled(file: Path, change: str, dense: Path, other: Path) -> None:
     elif change == "other experts":
         file.unlink()
         calibrated(dense, file, **COPIES | {"num_experts": 8})
-    elif change == "no router":
-        file.unlink()
-        calibrated(dense, file, **SPLIT)
     else:
         file.unlink()
         calibrated(write_llama(other, layers=2, vocab_size=259, **SIZES[change]), file, **COPIES)
@@ -165,7 +118,6 @@ SIZES: dict[str, dict[str, Any]] = {
         ("something else", "got another file, expected nemo-upcycle calibration 1"),
         ("a layer less", "MoE layers of .*: got none for layer 1, expected those of all"),
         ("other experts", "copies of .*: got 8, expected 4"),
-        ("no router", "router_init of .*: got normal, expected kmeans"),
         ("wider", "hidden_size of .*: got 128, expected 64"),
         ("more neurons", "ffn_size of .*: got 128, expected 96"),
         ("more layers", "num_layers of .*: got 3, expected 2"),
@@ -203,7 +155,8 @@ def test_a_file_of_a_parent_with_other_weights_is_refused(dense: Path, tmp_path:
         require_calibration(source, spec)
 
 
-def test_a_spec_without_a_file_is_refused(dense: Path) -> None:
-    spec = UpcycleSpec(**COPIES)
+def test_a_spec_without_a_file_is_refused(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts").touch()
+    spec = UpcycleSpec(**COPIES, router_init="prompts", router_prompts=str(tmp_path / "prompts"))
     with open_dense(dense) as source, pytest.raises(SpecError, match="calibration: got none, expected the file that"):
         upcycle_into([_model(dense, spec)], source, spec)

@@ -23,6 +23,7 @@ from nemo_upcycle.init.router import router_weight
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.sharding import Shard
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
+from nemo_upcycle.tensor_plan import ModelPlan
 from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
 
 
@@ -176,7 +177,7 @@ def test_every_rank_of_any_cluster_gets_what_belongs_there(
             chunks = build_chunks(arch, layout=layout, **moe_settings(arch, spec), **changes)
             coords = _coords(rank, layout)
             for chunk in chunks:
-                _check_filled_once(chunk, param_plans(chunk, arch, arch.upcycled(spec), spec, coords), used)
+                _check_filled_once(chunk, param_plans(chunk, ModelPlan(arch, arch.upcycled(spec), spec), coords), used)
                 for parameter in chunk.parameters():
                     parameter.data.fill_(float("nan"))
             upcycle_into(chunks, dense, spec)
@@ -202,7 +203,7 @@ def test_each_rank_fills_experts_of_its_own(rank: int) -> None:
     with _rank(rank, layout):
         settings = {"use_cpu_initialization": False, "perform_initialization": False}
         (chunk,) = build_chunks(arch, num_experts=4, layout=layout, **settings)
-        plans = param_plans(chunk, arch, arch.upcycled(spec), spec, RankCoords.here())
+        plans = param_plans(chunk, ModelPlan(arch, arch.upcycled(spec), spec), RankCoords.here())
     assert {expert for plan in plans for expert in plan.experts} == {2 * rank, 2 * rank + 1}
 
 

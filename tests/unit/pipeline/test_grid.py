@@ -255,7 +255,7 @@ def test_the_papers_grid_takes_the_papers_blend_and_knows_that_its_learning_rate
 
 
 def test_arms_of_the_grid_of_routers_differ_from_their_references_in_one_thing() -> None:
-    """What a router starts from, its scores, what balances or teaches it, or how networks are cut."""
+    """What a router starts from, its scores, what balances or teaches it."""
     routers = read_grid("routers")
     recipes = {name[: -len("-seed1")]: load_recipe(text) for name, text in routers.cells.items() if "seed1" in name}
     names = ("num_experts", "top_k", "granularity", "method")
@@ -270,10 +270,10 @@ def test_arms_of_the_grid_of_routers_differ_from_their_references_in_one_thing()
             for config in (one.model.config, other.model.config)
         ]
         taught = [getattr(recipe.optim, "dense_router_gradient", False) for recipe in (one, other)]
-        drawn = [(spec.router_init, spec.router_std, spec.router_score, spec.expert_split) for spec in specs]
+        drawn = [(spec.router_std, spec.router_score) for spec in specs]
         assert sum(pair[0] != pair[1] for pair in (balanced, taught, drawn)) == 1, arm
     once = {"random_narrow_loss", "random_sigmoid_loss", "random_dense_gradient"}
-    assert len(routers.cells) == 3 * len(recipes) - 2 * len(once) == 36
+    assert len(routers.cells) == 3 * len(recipes) - 2 * len(once) == 12
 
 
 def test_arms_of_the_grid_of_fp8_differ_in_their_precision_alone() -> None:
@@ -285,7 +285,6 @@ def test_arms_of_the_grid_of_fp8_differ_in_their_precision_alone() -> None:
     assert (kinds["current"], kinds["blockwise"]) == (("hybrid", "tensorwise"), ("hybrid", "blockwise"))
     assert kinds["mxfp8"] == ("e4m3", "mxfp8")
     assert {recipe.trainer.plugins.precision for recipe in recipes.values()} == {"bf16-mixed"}
-    assert recipes["nvfp4"].trainer.plugins.fp4 == "e2m1"
     for name, recipe in recipes.items():
         kind = name.partition("_")[2]
         reference = recipes[f"bf16_{kind}"] if kind in ("fast", "uneven") else recipes["bf16"]

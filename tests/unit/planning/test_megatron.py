@@ -24,6 +24,7 @@ from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.tensor_plan import ModelPlan
 from tests.megatron_layers import NOT_LOCAL, kept_by_stage
 from tests.megatron_ranks import allocated_bytes, build_rank, megatron_rank
 
@@ -132,7 +133,7 @@ def test_a_read_plan_has_each_parameter_of_a_rank(parent: Architecture) -> None:
         coords = RankCoords(Shard(0, 2), Shard(0, 1), Shard(0, 4))
         with megatron_rank(layout, rank):
             [chunk] = build_rank(arch, layout)
-        for plan in param_plans(chunk, parent, arch, spec, coords):
+        for plan in param_plans(chunk, ModelPlan(parent, arch, spec), coords):
             names |= {*plan.names} - {name for name, _ in chunk.named_buffers()}
         assert names >= {name for name, _ in chunk.named_parameters()}
 

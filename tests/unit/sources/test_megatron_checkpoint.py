@@ -233,7 +233,6 @@ def _set(**changes: Any) -> Any:
     [
         (_set(num_moe_experts=8), r"num_moe_experts: got 8, expected None\. Fix: give a dense parent"),
         (_set(normalization="LayerNorm"), "normalization: got LayerNorm, expected RMSNorm"),
-        (_set(qk_layernorm=True), "qk_layernorm: got True, expected False"),
         (_set(_target_="nemo.collections.llm.gpt.model.mamba.Mamba"), "_target_: got mamba, expected llama or"),
         (_set(activation_func={"_target_": "a.b.relu"}), "activation_func: got relu, expected silu or"),
         (_set(hidden_size="many"), r"model\.yaml: got settings of other types"),
@@ -243,7 +242,7 @@ def _set(**changes: Any) -> Any:
         ),
         (_set(vocab_size=300), r"word_embeddings\.weight: got \[272, 64\], expected \[300, 64\]"),
         (_set(share_embeddings_and_output_weights=True), r"tensor: got module\.output_layer\.weight"),
-        (_set(num_attention_heads=3), "num_key_value_heads: got 2, expected a divisor"),
+        (_set(num_attention_heads=3), r"linear_proj\.weight: got"),
     ],
 )
 def test_a_context_that_does_not_fit_is_refused(nemo: Path, change: Any, words: str) -> None:
@@ -274,17 +273,6 @@ def test_a_context_that_names_code_is_refused_and_not_run(nemo: Path) -> None:
     assert not trace.exists()
     yaml.unsafe_load(text)  # a loader that is not safe does run it
     assert trace.exists()
-
-
-def test_damaged_weights_are_refused(nemo: Path) -> None:
-    (nemo / "weights/.metadata").rename(nemo / "weights/metadata.bak")
-    with pytest.raises(CheckpointError, match=r"got no \.metadata.*was not finished"):
-        open_dense(nemo)
-    (nemo / "weights/metadata.bak").rename(nemo / "weights/.metadata")
-    for file in (nemo / "weights").glob("*.distcp"):
-        file.write_bytes(bytes(file.stat().st_size))
-    with open_dense(nemo) as checkpoint, pytest.raises(CheckpointError, match="damaged data of module"):
-        checkpoint.read("model.norm.weight")
 
 
 def test_an_moe_and_integers_are_no_dense_parent(tmp_path: Path, parent: Path) -> None:

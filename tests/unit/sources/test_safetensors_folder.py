@@ -188,23 +188,6 @@ def test_an_moe_whose_experts_cannot_become_more_is_refused_with_the_reason(fold
         open_dense(folder)
 
 
-def test_integer_weights_are_refused(tmp_path: Path) -> None:
-    folder = write_llama(tmp_path / "dense")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"of type I8, .*Fix: use the unquantized checkpoint"):
-        open_dense(folder)
-
-
-def test_a_quantized_model_is_refused_by_its_config(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"quantized weights \(fp8\).*use the unquantized checkpoint"):
-        open_dense(folder)
-
-
 def test_an_index_beside_a_single_file_is_refused_unless_it_means_that(tmp_path: Path) -> None:
     """transformers takes the single file, so an index that is left over would give other weights than expected."""
     folder = write_llama(tmp_path / "dense")

@@ -73,6 +73,7 @@ def test_a_checkpoint_belongs_to_a_parent_whose_norms_windows_and_positions_are_
 ) -> None:
     arch = architecture_from_config(SPECIAL[name])
     _saved(arch, tmp_path).require_parent(arch, tmp_path)
+    assert _saved(arch, tmp_path).model(arch.vocab_size).hf_class == arch.hf_class
     others = [{"post_norm": False}, {"window_pattern": (True,) * 7 + (False,)}]
     others += [{"local_rope_theta": 1234.0}] if arch.local_rope_theta else []
     for other in others:
@@ -81,7 +82,8 @@ def test_a_checkpoint_belongs_to_a_parent_whose_norms_windows_and_positions_are_
 
 
 def test_positions_of_an_exaone_in_other_layers_than_its_windows_are_refused(tmp_path: Path) -> None:
-    context = _saved(architecture_from_config(SPECIAL["EXAONE 4"]), tmp_path)
+    arch = architecture_from_config(SPECIAL["EXAONE 4"])
+    context = _saved(arch, tmp_path)
     context.settings["no_rope_freq"] = [1, 0] * 4
     with pytest.raises(CheckpointError, match="no_rope_freq"):
-        _ = context.dense
+        context.require_parent(arch, tmp_path)
