@@ -15,8 +15,7 @@ from nemo_upcycle.pipeline.executors.kubernetes_settings import RESOURCES, Resou
 _TIMEOUT_S = 30
 #: Words in a refusal of the server, and what to change.
 _FIXES = {
-    'unknown field "spec.runtimePatches"': "this is Trainer 2.1 or older: run.executor.kind=trainjob-2.1",
-    'unknown field "spec.podTemplateOverrides"': "this is Trainer 2.2 or newer: run.executor.kind=trainjob",
+    'unknown field "spec.runtimePatches"': "Trainer is older than 2.2: update it, or set run.executor.kind=pytorchjob",
     "terminationGracePeriodSeconds": (
         "Trainer has this field from 2.3 on: run.executor.termination_grace_s=0, and set "
         "terminationGracePeriodSeconds in the runtime's pods"

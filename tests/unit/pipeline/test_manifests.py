@@ -77,7 +77,5 @@ def _template(document: dict[str, Any]) -> dict[str, Any]:
     spec = document["spec"]
     if "pytorchReplicaSpecs" in spec:
         return spec["pytorchReplicaSpecs"]["Master"]["template"]
-    if "podTemplateOverrides" in spec:
-        return spec["podTemplateOverrides"][0]
     patch = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]
     return patch["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
