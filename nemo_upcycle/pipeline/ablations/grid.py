@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,6 @@ class ArmConfig:
 
 
 @dataclass
-class BudgetsConfig:
-    """Arms that are compared after several numbers of tokens."""
-
-    arms: list[str]
-    tokens: list[int]
-
-
-@dataclass
 class GridConfig:
     """A grid; `laptop.yaml` and `budget.yaml` of `conf/ablations` explain every key."""
 
@@ -84,7 +76,6 @@ class GridConfig:
     defaults: dict[str, Any] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
     margin: float = MARGIN
-    budgets: BudgetsConfig | None = None
 
 
 def read_grid(name: str | Path, dense: str | None = None, data: str | None = None) -> GridPlan:
@@ -111,8 +102,8 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     if not config.local or TASK not in config.tasks:
         expected, fix = f"a local suite with {TASK}", "name laptop, watch or your own"
         raise UpcycleError(f"{path}: evaluate.suite", got=suite, expected=expected, fix=fix)
-    every_n_steps = grid.evaluate.every_n_steps
-    evaluations = Evaluations(suite=SUITE, every_n_steps=every_n_steps, batch_size=grid.evaluate.batch_size)
+    scored = grid.evaluate
+    evaluations = Evaluations(SUITE, every_n_steps=scored.every_n_steps, batch_size=scored.batch_size)
     address = str(dense or grid.dense)
     built = _trainings(str(path), arms, grid, address)
     cells, parents, trainers = dict[str, str](), dict[str, str](), {one.trainer for _, one in built.values()}
@@ -156,7 +147,6 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         "cells": described,
         "references": grid.references,
         "margin": grid.margin,
-        "budgets": _budgets(f"{path}: budgets", grid.budgets, described, every_n_steps),
     }
     parent: str | None = None
     if grid.parent and not dense:
@@ -287,29 +277,3 @@ def _built(where: str, arm: ArmConfig, settings: dict[str, Any], dense: str, ste
         raise UpcycleError(f"{where}: recipe", got="no dense parent", expected="one that is there", fix=fix)
     settings = settings | ({BridgeArm.steps: steps} if steps else {})
     return BridgeArm(where, arm.recipe, arm.spec, settings, arm.gpus, dense)
-
-
-def _budgets(
-    where: str, budgets: BudgetsConfig | None, cells: Mapping[str, Mapping[str, Any]], every_n_steps: int
-) -> dict[str, Any]:
-    """Return arms and tokens of the budgets; every one of these arms must be scored after each of them."""
-    if budgets is None:
-        return {}
-    found = asdict(budgets)
-    for key, value in found.items():
-        if len(value) < 2:
-            raise UpcycleError(f"{where}.{key}", got=value, expected="a list of two or more", fix="see laptop.yaml")
-    arms = {cell["arm"]: cell for cell in cells.values()}
-    for name in found["arms"]:
-        if name not in arms:
-            raise UpcycleError.unknown(f"{where}.arms: arm", str(name), arms)
-        step_tokens, steps = arms[name]["tokens_per_step"], arms[name]["steps"]
-        scored = {step * step_tokens for step in (*range(every_n_steps, steps + 1, every_n_steps), steps)}
-        if other := [tokens for tokens in found["tokens"] if tokens not in scored]:
-            raise UpcycleError(
-                f"{where}.tokens of {name}",
-                got=other,
-                expected=f"tokens after which it is scored: {', '.join(map(str, sorted(scored)))}",
-                fix="take some of these, or change evaluate.every_n_steps",
-            )
-    return found

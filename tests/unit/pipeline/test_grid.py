@@ -73,28 +73,6 @@ def test_the_learning_rate_stays_so_that_a_curve_gives_every_budget(laptop: Grid
     recipe = load_recipe(laptop.cells["moe-seed1"])
     assert recipe.optim.lr_scheduler.min_lr == recipe.optim.config.lr
     assert laptop.described["cells"]["moe-seed1"]["is_rate_constant"]
-    step_tokens = recipe.data.global_batch_size * recipe.data.seq_length
-    assert max(laptop.described["budgets"]["tokens"]) == recipe.trainer.max_steps * step_tokens
-
-
-@pytest.mark.parametrize(
-    ("budgets", "message"),
-    [
-        ("{arms: [dense, moes], tokens: [5120, 10240]}", "Did you mean 'moe'?"),
-        ("{arms: [dense], tokens: [5120, 10240]}", "budgets.arms: got ['dense']"),
-        ("{arms: [dense, moe]}", "budgets.tokens: got nothing"),
-        ("{arm: [dense, moe]}", "Did you mean 'arms'?"),
-        (
-            "{arms: [dense, moe], tokens: [5120, 6144]}",
-            "tokens of dense: got [6144], expected tokens after which it is",
-        ),
-    ],
-)
-def test_budgets_name_arms_and_tokens_that_are_scored(tmp_path: Path, budgets: str, message: str) -> None:
-    text = (CONF / "ablations/mini.yaml").read_text()
-    (tmp_path / "mine.yaml").write_text(f"{text}\nbudgets: {budgets}\n")
-    with pytest.raises(UpcycleError, match=re.escape(message)):
-        read_grid(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize("margin", ["0", "-0.01", "true", "wide", ".inf", ".nan", "0.0003"])
