@@ -14,14 +14,13 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import document_sums
 from nemo_upcycle.reporting.results import summarise_router
+from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import read_curve, read_manifest
 from nemo_upcycle.utils.files import read_json, whole_file
 
 
 #: A grid's plan in its folder, and the evidence in the folder of its table.
 PLAN, EVIDENCE = "grid.json", "evidence.json.gz"
-#: What is kept of the routers.
-_ROUTER_METRICS = ("load_cv", "load_entropy", "dropped", "dead_experts", "expert_distance")
 
 
 def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
             "seconds": [line["seconds"] for line in steps],
             "routers": {
                 key: [float(f"{one[key]:.6g}") if key in one else None for one in routers]
-                for key in _ROUTER_METRICS
+                for key in ROUTER_METRICS
                 if any(key in one for one in routers)
             },
         }

@@ -11,12 +11,11 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence
 from nemo_upcycle.reporting.markdown import mean_with_interval, number, section, table, with_verdict
+from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.sections import overlap
 from nemo_upcycle.utils.files import MARKER, read_json, read_text, whole_file, write_json
 
 
-#: What the table says of the routers.
-_ROUTERS = ("dropped", "load_cv", "expert_distance")
 #: Between these lines of a page stands what `write_grid` wrote.
 BEGIN, END = "<!-- from the evidence: begin -->", "<!-- from the evidence: end -->"
 
@@ -158,6 +157,7 @@ def _missing(names: list[str]) -> str:
 
 
 def _arms(arms: Mapping[str, Any]) -> str:
+    columns = {key: metric.column for key, metric in ROUTER_METRICS.items() if metric.column}
     rows = [
         [
             arm,
@@ -166,7 +166,7 @@ def _arms(arms: Mapping[str, Any]) -> str:
             mean_with_interval(result["start"]),
             mean_with_interval(result["bits_per_byte"]),
             number(60 * result["rank_hours"], 3),
-            *(number(result["routers"][key][-1][1], 3) if key in result["routers"] else "-" for key in _ROUTERS),
+            *(number(result["routers"][key][-1][1], 3) if key in result["routers"] else "-" for key in columns),
             result["about"],
         ]
         for arm, result in arms.items()
@@ -174,7 +174,7 @@ def _arms(arms: Mapping[str, Any]) -> str:
     header = ["arm", "tokens", "FLOPs", "bits per byte at step 0", "at the end", "rank minutes"]
     return section(
         "Arms",
-        table([*header, "dropped", "load CV", "expert distance", "what it is"], rows),
+        table([*header, *columns.values(), "what it is"], rows),
         "FLOPs of training, counting full attention. Minutes of the training steps times ranks, of each step the"
         " fastest seed: other work on the machine only adds. A first step counts as the average of the others; start,"
         " scoring and checkpoints do not count. Of the routers the last step: token slots dropped, the experts' load"

@@ -25,6 +25,7 @@ from nemo_upcycle.reporting.markdown import (
     sources,
     table,
 )
+from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import MODELS
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
@@ -36,15 +37,6 @@ _BITS = {BITS: "text", ANSWER_BITS: "answers"}
 _NUMBERS = 4
 #: The models of the training stages.
 _TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
-#: The router metrics of the report: the name in `metrics.jsonl` and the title.
-_ROUTER_ROWS = {
-    "load_entropy": "entropy of the load over that of perfect balance",
-    "dead_experts": "dead experts, all layers (less than 1 % of a balanced share)",
-    "dropped": "dropped, as a part of the wanted slots",
-    "load_balancing_loss": "load-balancing loss without its coefficient (1: balanced)",
-    "balancing_bias_range": "range of the biases that balance the experts",
-    "expert_distance": "distance of the experts from their mean, relative (0: copies)",
-}
 
 
 def opening(results: dict[str, Any]) -> str:
@@ -282,9 +274,9 @@ def expert_load(results: dict[str, Any]) -> str:
     rows.append(["coefficient of variation, mean of the layers", *(f"{load[s]['cv']:.3f}" for s in ("first", "last"))])
     router = results["training"]["pretrain"].get("router", {"first": {}, "last": {}})
     rows += [
-        [title, *(f"{router[step][key]:.4g}" if key in router[step] else "-" for step in ("first", "last"))]
-        for key, title in _ROUTER_ROWS.items()
-        if key in router["first"] | router["last"]
+        [metric.title, *(f"{router[step][key]:.4g}" if key in router[step] else "-" for step in ("first", "last"))]
+        for key, metric in ROUTER_METRICS.items()
+        if metric.is_row and key in router["first"] | router["last"]
     ]
     return section(
         "Expert load",
