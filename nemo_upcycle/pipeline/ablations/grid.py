@@ -103,7 +103,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         expected, fix = f"a local suite with {TASK}", "name laptop, watch or your own"
         raise UpcycleError(f"{path}: evaluate.suite", got=suite, expected=expected, fix=fix)
     scored = grid.evaluate
-    evaluations = Evaluations(SUITE, every_n_steps=scored.every_n_steps, batch_size=scored.batch_size)
+    evaluations = Evaluations(suite=SUITE, every_n_steps=scored.every_n_steps, batch_size=scored.batch_size)
     address = str(dense or grid.dense)
     built = _trainings(str(path), arms, grid, address)
     cells, parents, trainers = dict[str, str](), dict[str, str](), {one.trainer for _, one in built.values()}
