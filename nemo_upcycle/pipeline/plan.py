@@ -16,8 +16,9 @@ from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.disk_use import DiskUse
+from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder, changed_inputs, content_hash, setting_texts, sha256
-from nemo_upcycle.trainers.base import Training, TrainingSettings
+from nemo_upcycle.trainers.base import Training, TrainingFacts, TrainingSettings
 from nemo_upcycle.utils.conf import is_conf_file, read_conf
 from nemo_upcycle.utils.files import in_use, read_json, sha256_file, write_json
 from nemo_upcycle.utils.schema import KEY, numbered, require_known
@@ -126,14 +127,20 @@ class Plan(ABC):
     def _trainings(self) -> dict[str, Training]:
         return {}
 
-    @abstractmethod
-    def inputs(self) -> tuple[str, ...]:
-        """Return the addresses, names and paths that its stages read: parent, data, evaluation."""
-
     @property
     @abstractmethod
-    def blend(self) -> str | None:
-        """The blend that is built; None where a finished folder is used."""
+    def inputs(self) -> Inputs:
+        """What its stages read: parent, data, suite."""
+
+    @cached_property
+    def trainings(self) -> dict[str, Training]:
+        """By stage, the trainings."""
+        return {stage.name: found for stage in self.stages if (found := self.training(stage.name))}
+
+    @cached_property
+    def facts(self) -> dict[str, TrainingFacts | None]:
+        """By stage, the facts of the trainings; None of one whose facts are not known before the parent is fetched."""
+        return {name: training.facts(self.inputs.dense) for name, training in self.trainings.items()}
 
     def training_settings(self, stage: str) -> TrainingSettings:
         """Return the settings of the training of a stage; none where it has no training."""

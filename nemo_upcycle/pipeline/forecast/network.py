@@ -48,7 +48,8 @@ def forecast_network(
         jobs: by stage, what is asked of it.
         facts: of the trainings, by stage, as far as they are known.
     """
-    needs, found = run_needs(*plan.inputs()), {}
+    inputs, found = plan.inputs, {}
+    needs = run_needs(inputs.dense, inputs.data, inputs.suite)
     fetched, commands = {need.what for need in needs}, [_fetch(plan, "dense", "data", "evaluation")]
     for stage in stages:
         variables = _variables(cluster, jobs[stage.name]) if cluster else os.environ

@@ -136,7 +136,7 @@ def forecast(
     run_dir: Path,
     plan: RunPlan,
     cluster: Cluster | None,
-    jobs: Mapping[str, Job],
+    jobs: Sequence[Job],
     origins: Origins,
     executor: Any = None,
 ) -> Forecast:
@@ -148,7 +148,7 @@ def forecast(
         plan: what the stages are given, checked.
         cluster: where the stages run; None: this machine, or `executor`. Its executor may have `origins` (by field,
             where a value comes from), a `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
-        jobs: by stage, what is asked of it.
+        jobs: those of the stages.
         origins: of what was typed.
         executor: the user's, where it has no scheduler of this package.
 
@@ -156,12 +156,11 @@ def forecast(
         >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs, origins)))  # doctest: +SKIP
     """
     executor = cluster.executor if cluster else executor
-    stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, jobs, executor)
-    known_trainings = {stage.name: found for stage in plan.stages if (found := plan.training(stage.name))}
-    facts = {name: training.facts(plan.dense) for name, training in known_trainings.items()}
+    by_name, facts = {job.name: job for job in jobs}, plan.facts
+    stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, by_name, executor)
     trained = [stage for stage in stage_forecasts if stage.name in facts]
     trainings = {
-        stage.name: forecast_training(known_trainings[stage.name], known, stage, executor)
+        stage.name: forecast_training(plan.trainings[stage.name], known, stage, executor)
         for stage in trained
         if (known := facts[stage.name])
     }
@@ -172,12 +171,12 @@ def forecast(
     models = {name: known.arch if known else None for name, known in facts.items()}
     holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
     disk = forecast_disk(run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back)
-    scores = forecast_scores(plan.evaluation, stage_forecasts, trainings, is_parallel=holds_back)
+    scores = forecast_scores(plan.inputs, stage_forecasts, trainings, is_parallel=holds_back)
     here = settings_here if is_local(executor) else lambda _: []
     performance_of = cluster.performance if cluster else here
-    performance = {stage.name: performance_of(jobs[stage.name]) for stage in trained}
+    performance = {stage.name: performance_of(by_name[stage.name]) for stage in trained}
     running = [stage for stage, found in zip(stages, stage_forecasts, strict=True) if found.runs]
-    network = forecast_network(running, plan, cluster, jobs, facts)
+    network = forecast_network(running, plan, cluster, by_name, facts)
     upcycles = any(stage.name == "pretrain" and stage.runs for stage in stage_forecasts)
     return Forecast(
         run_dir=run_dir,

@@ -17,6 +17,7 @@ import torch
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline import run_here
 from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from tests.unit.pipeline.test_local import processes_of
 
@@ -65,12 +66,9 @@ class Processes(Plan):
     def training_text(self, stage: str) -> None:
         return None
 
-    def inputs(self) -> tuple[str, ...]:
-        return ()
-
     @property
-    def blend(self) -> str | None:
-        return None
+    def inputs(self) -> Inputs:
+        raise AssertionError
 
     def jobs(self, run_dir: Path) -> list[Job]:
         head = "import os, sys, time; from pathlib import Path; name, run_dir = sys.argv[1], Path(sys.argv[2])\n"
