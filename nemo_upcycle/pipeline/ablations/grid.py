@@ -13,6 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import MARGIN, ROUNDING
 from nemo_upcycle.evaluation.heldout import TASK
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest, open_arm
 from nemo_upcycle.pipeline.ablations.stages import SUITE, UNTRAINED, GridPlan
 from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.suites.suite_config import read_suite_config
@@ -150,9 +151,8 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     }
     parent: str | None = None
     if grid.parent and not dense:
-        from nemo_upcycle.pipeline.nemo.arms import NeMoArm
-
-        parent = NeMoArm(f"{path}: parent", grid.parent.factory, {}, grid.parent.set).parent()
+        request = ArmRequest(f"{path}: parent", grid.parent.factory, {}, grid.parent.set)
+        parent = open_arm("factory", request).parent()
     if not parent and not address:
         fix = "add dense=FOLDER, or a parent:"
         raise UpcycleError(f"{path}: dense", got="none", expected="a dense parent", fix=fix)
@@ -160,7 +160,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         expected = "a blend: the grid trains its parent, and a tokenizer for it"
         fix = "give the dense model of the folder's tokenizer as well (dense=FOLDER)"
         raise UpcycleError(f"data {data}", got="a finished folder", expected=expected, fix=fix)
-    return GridPlan(
+    plan = GridPlan(
         path.stem,
         "" if parent else address,
         data or _from_here(grid.data, folder),
@@ -172,9 +172,13 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         trainers.pop(),
         parents,
     )
+    if plan.inputs.reads_chat:
+        got, expected = f"{plan.data}: conversations", "texts, which a grid trains on"
+        raise UpcycleError("data", got=got, expected=expected, fix="name a blend, or a folder of nemo-upcycle data")
+    return plan
 
 
-def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense: str) -> dict[str, tuple[str, Any]]:
+def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense: str) -> dict[str, tuple[str, Arm]]:
     """Return every training of one seed, by its name: the name of its arm, and its recipe in its trainer."""
     built = {}
     for name, arm in arms.items():
@@ -182,7 +186,9 @@ def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense
         lengths: list[int | None] = [*arm.lengths] or [None]
         for steps in lengths:
             training = name if steps is None else f"{name}-{steps}"
-            built[training] = name, _built(f"{path}: arms.{name}", arm, settings, dense, steps)
+            key, recipe = ("recipe", arm.recipe) if arm.recipe else ("factory", str(arm.factory))
+            request = ArmRequest(f"{path}: arms.{name}", recipe, arm.spec, settings, steps, arm.gpus, dense)
+            built[training] = name, open_arm(key, request)
     return built
 
 
@@ -261,19 +267,3 @@ def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
         got = "both" if arm.factory else "none"
         raise UpcycleError(f"{where}: factory", got=got, expected=expected, fix="name one")
     return arm
-
-
-def _built(where: str, arm: ArmConfig, settings: dict[str, Any], dense: str, steps: int | None) -> Any:
-    """Return an arm with its recipe, in its trainer, and of so many steps if any are given."""
-    if arm.recipe is None:
-        from nemo_upcycle.pipeline.nemo.arms import NeMoArm
-
-        settings = settings | ({NeMoArm.steps: steps} if steps else {})
-        return NeMoArm(where, str(arm.factory), arm.spec, settings)
-    from nemo_upcycle.pipeline.bridge.arms import BridgeArm
-
-    if not dense:
-        fix = "add dense=FOLDER, or dense: to the grid"
-        raise UpcycleError(f"{where}: recipe", got="no dense parent", expected="one that is there", fix=fix)
-    settings = settings | ({BridgeArm.steps: steps} if steps else {})
-    return BridgeArm(where, arm.recipe, arm.spec, settings, arm.gpus, dense)

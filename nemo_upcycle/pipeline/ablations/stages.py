@@ -213,15 +213,15 @@ def import_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 
 def untrained_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Train a tokenizer on the blend, and draw the parent's random weights."""
-    from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.pipeline.ablations.untrained import write_untrained
     from nemo_upcycle.trainers.nemo.recipes import load_recipe
 
     assert plan.parent is not None
     assert plan.vocabulary is not None
+    assert plan.inputs.blend is not None  # `read_grid` refuses a finished folder where it trains the parent
     folder = run_dir / UNTRAINED / "hf"
     config = load_recipe(plan.parent).model.config
-    write_untrained(folder, config, read_blend(plan.data), plan.vocabulary, run_dir / UNTRAINED)
+    write_untrained(folder, config, plan.inputs.blend, plan.vocabulary, run_dir / UNTRAINED)
     return {"folder": str(folder)}
 
 
