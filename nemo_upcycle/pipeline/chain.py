@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UnfinishedError, UpcycleError
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, UnreachableError
+from nemo_upcycle.pipeline.executors.base import Cluster, UnreachableError
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.local import StopSignals
 from nemo_upcycle.pipeline.markers import ENDED, FAILED
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of

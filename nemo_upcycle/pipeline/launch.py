@@ -13,7 +13,8 @@ from nemo_upcycle.data.readers import format_of
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.checks import check_here, check_run
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local, masked_executor
+from nemo_upcycle.pipeline.executors.base import Cluster, is_local, masked_executor
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
 from nemo_upcycle.pipeline.forecast import (

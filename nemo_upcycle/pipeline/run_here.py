@@ -19,7 +19,8 @@ import torch
 
 from nemo_upcycle.errors import StageStopped, UnfinishedError, UpcycleError
 from nemo_upcycle.pipeline.executors import local, performance
-from nemo_upcycle.pipeline.executors.base import Job, is_local
+from nemo_upcycle.pipeline.executors.base import is_local
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.order import before, finished, unfinished
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage

@@ -15,7 +15,7 @@ import yaml
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import manifests
-from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi
 from nemo_upcycle.pipeline.executors.kubernetes_settings import Resource, resource_of

@@ -13,15 +13,12 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import manifests, performance
 from nemo_upcycle.pipeline.executors.base import (
     Cluster,
-    Job,
-    JobState,
-    Phase,
-    SaveLimit,
     UnreachableError,
     require_gpus,
     require_settings,
     require_variables,
 )
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase, SaveLimit
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, resource_of
 from nemo_upcycle.utils.conf import packaged

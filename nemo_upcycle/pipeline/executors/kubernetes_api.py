@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import JobState, Phase, UnreachableError
+from nemo_upcycle.pipeline.executors.base import UnreachableError
+from nemo_upcycle.pipeline.executors.jobs import JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes_settings import RESOURCES, Resource
 
 

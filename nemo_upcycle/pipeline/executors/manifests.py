@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Job, hub_variables
+from nemo_upcycle.pipeline.executors.base import hub_variables
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, resource_of
 
 

@@ -7,16 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.utils.conf import packaged, read_yaml
 
-
-if TYPE_CHECKING:
-    from nemo_upcycle.pipeline.executors.base import Job
 
 #: The table, as people find it.
 TABLE = "conf/performance.yaml"

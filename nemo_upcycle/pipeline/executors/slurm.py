@@ -23,18 +23,9 @@ from nemo_run.core.execution.slurm import SlurmBatchRequest
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors import performance
-from nemo_upcycle.pipeline.executors.base import (
-    MISSING,
-    Cluster,
-    Job,
-    JobState,
-    Phase,
-    SaveLimit,
-    UnreachableError,
-    hub_variables,
-    require_settings,
-)
+from nemo_upcycle.pipeline.executors.base import MISSING, Cluster, UnreachableError, hub_variables, require_settings
 from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, USUAL_GIB_S, ft_command
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase, SaveLimit
 from nemo_upcycle.pipeline.executors.slurm_answers import (
     NO_ANSWER,
     OF_CONTROLLER,

@@ -11,7 +11,8 @@ import nemo_run as run
 from nemo_run.config import RUNDIR_NAME
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Job, require_gpus, require_variables
+from nemo_upcycle.pipeline.executors.base import require_gpus, require_variables
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.markers import ENDED, FAILED
 from nemo_upcycle.utils.files import MARKER
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from nemo_upcycle.data.needs import Caches
 from nemo_upcycle.data.network import run_needs
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, hub_variables
+from nemo_upcycle.pipeline.executors.base import Cluster, hub_variables
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.plan import Stage
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.base import TrainingFacts

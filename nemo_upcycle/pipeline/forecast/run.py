@@ -14,7 +14,8 @@ from nemo_run.cli.cli_parser import parse_factory
 
 from nemo_upcycle.data.dense import is_configuration
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local
+from nemo_upcycle.pipeline.executors.base import Cluster, is_local
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
 from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk

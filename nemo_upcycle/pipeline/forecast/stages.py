@@ -8,7 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, SaveLimit, is_local
+from nemo_upcycle.pipeline.executors.base import Cluster, is_local
+from nemo_upcycle.pipeline.executors.jobs import Job, SaveLimit
 from nemo_upcycle.pipeline.markers import CONTENT, changed_inputs
 from nemo_upcycle.pipeline.plan import ADOPTED, Stage
 from nemo_upcycle.pipeline.stages import RunPlan

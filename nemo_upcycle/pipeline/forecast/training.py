@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.pipeline.executors.base import SaveLimit
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
+from nemo_upcycle.pipeline.executors.jobs import SaveLimit
 from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast, forecast_evaluation
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import gpu_of_training, plans_of
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import kubernetes, manifests
-from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase, UnreachableError
+from nemo_upcycle.pipeline.executors.base import UnreachableError
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor

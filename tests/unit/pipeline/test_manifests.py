@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from nemo_upcycle.pipeline.executors import manifests
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.jobs import Job
 from tests.crds import KINDS, closed_schema, executor
 
 

@@ -16,7 +16,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline import run_here
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from tests.unit.pipeline.test_local import processes_of
