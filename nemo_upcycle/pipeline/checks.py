@@ -21,7 +21,7 @@ from nemo_upcycle.pipeline.executors.settings import CLUSTERS, cluster_for
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.order import kind_of, require_same_work
-from nemo_upcycle.pipeline.plan import KEPT, Plan, Stage
+from nemo_upcycle.pipeline.plan import KEPT, Stage, WorkPlan
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.run_advice import known_parent_tokens
 from nemo_upcycle.suites.lm_eval_tasks import check_needs
@@ -106,7 +106,7 @@ def check_detach(ctx: Any) -> None:
         )
 
 
-def check_started(run_dir: Path, plan: Plan) -> None:
+def check_started(run_dir: Path, plan: WorkPlan) -> None:
     """Check now, and not after hours of other stages, that what a folder holds was started from the same inputs.
 
     Raises:
@@ -121,7 +121,7 @@ def check_started(run_dir: Path, plan: Plan) -> None:
     require_same_work(run_dir, plan)
 
 
-def _require_own(run_dir: Path, plan: Plan) -> None:
+def _require_own(run_dir: Path, plan: WorkPlan) -> None:
     """Check that a folder is a run's, or holds nothing that its user would not find again among a run's files.
 
     Raises:

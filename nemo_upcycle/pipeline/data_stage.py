@@ -11,7 +11,7 @@ from nemo_upcycle.data.chat.config import is_chat
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import StageFolder
-from nemo_upcycle.pipeline.plan import Plan
+from nemo_upcycle.pipeline.plan import WorkPlan
 
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
 
 
-def data_stage(run_dir: Path, plan: Plan) -> dict[str, Any]:
+def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
     """Clean and tokenise the blend, or pack the conversations, with the parent's tokenizer.
 
     A finished folder is used where it lies.
@@ -49,7 +49,7 @@ def data_stage(run_dir: Path, plan: Plan) -> dict[str, Any]:
     return made_data(folder, blend.manifest)
 
 
-def whole_data(run_dir: Path, plan: Plan) -> dict[str, Any]:
+def whole_data(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
     """Return what the marker of the data stage reports, from the finished folder.
 
     Raises:
@@ -70,7 +70,7 @@ def made_data(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
 
-def _pack_chat(plan: Plan, dense_folder: Path, folder: Path, seq_length: int | None) -> dict[str, Any]:
+def _pack_chat(plan: WorkPlan, dense_folder: Path, folder: Path, seq_length: int | None) -> dict[str, Any]:
     from nemo_upcycle.data.chat.build import build_chat
     from nemo_upcycle.data.chat.config import read_chat
     from nemo_upcycle.data.chat.finished import open_chat
@@ -124,7 +124,7 @@ def _say_changes(inputs: Inputs, folder: Path) -> None:
         )
 
 
-def data_folder_of(run_dir: Path, plan: Plan) -> Path:
+def data_folder_of(run_dir: Path, plan: WorkPlan) -> Path:
     """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
     return Path(plan.inputs.data) if plan.inputs.is_finished else run_dir / "data" / "blend"
 
@@ -176,7 +176,7 @@ def _held_back(folder: Path) -> Iterator[Any]:
         yield from (dataset[number] for number in range(len(dataset)))
 
 
-def require_data(plan: Plan, folder: Path) -> None:
+def require_data(plan: WorkPlan, folder: Path) -> None:
     """Check that data which a run has made are whole, and say which files changed since.
 
     Raises:

@@ -27,7 +27,7 @@ from nemo_upcycle.pipeline.forecast import (
 )
 from nemo_upcycle.pipeline.markers import renew
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
-from nemo_upcycle.pipeline.plan import ADOPTED, KEPT, PLAN, Plan, Stage
+from nemo_upcycle.pipeline.plan import ADOPTED, KEPT, PLAN, Stage, WorkPlan
 from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.console import command_line, end_soon
@@ -50,7 +50,7 @@ def absolute_argument(name: str, *, folder: bool = False) -> str:
     return str(path.absolute()) if is_path else name
 
 
-def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sys.executable) -> list[Job]:
+def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str = sys.executable) -> list[Job]:
     """Return the jobs of stages, in their order.
 
     Args:
@@ -134,7 +134,7 @@ def launch_chain(
 def launch(
     ctx: Any,
     run_dir: Path,
-    plan: Plan,
+    plan: WorkPlan,
     jobs: Sequence[Job],
     *,
     forecast: Forecast | None = None,
@@ -207,7 +207,7 @@ def _warn_of_uncommitted_code(root: Path) -> None:
         )
 
 
-def _write_recipes(run_dir: Path, plan: Plan) -> None:
+def _write_recipes(run_dir: Path, plan: WorkPlan) -> None:
     """Write the settings of each training as `recipes/STAGE.yaml`, for people: one a line, named like its override."""
     folder = run_dir / "recipes"
     folder.mkdir(exist_ok=True)
@@ -217,7 +217,7 @@ def _write_recipes(run_dir: Path, plan: Plan) -> None:
         (folder / f"{stage}.yaml").write_text("".join(lines), encoding="utf-8")
 
 
-def _write_plan(folder: Path, plan: Plan, copies: Mapping[Path, str]) -> None:
+def _write_plan(folder: Path, plan: WorkPlan, copies: Mapping[Path, str]) -> None:
     """Write a plan and the copies of the user's files that it names."""
     for place, text in copies.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def _write_plan(folder: Path, plan: Plan, copies: Mapping[Path, str]) -> None:
     plan.write(folder)
 
 
-def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: Plan) -> None:
+def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: WorkPlan) -> None:
     """Check that no job that still waits or runs would read another plan than it was submitted with."""
     recorded = recorded_jobs(run_dir)
     if not recorded:
@@ -269,7 +269,7 @@ def _run_chain(chain: Chain, *, detach: bool) -> None:
             raise SystemExit(128 + (stop.signum or 0))
 
 
-def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder: Path) -> None:
+def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: WorkPlan, folder: Path) -> None:
     """Write what would be submitted, and the plan that the stages read.
 
     Raises:

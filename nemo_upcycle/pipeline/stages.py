@@ -31,7 +31,7 @@ from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import STEPS
 from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, require_newer, weights_in, whole_training
-from nemo_upcycle.pipeline.plan import PLAN, Plan, Stage, required_training
+from nemo_upcycle.pipeline.plan import PLAN, Stage, WorkPlan, required_training
 from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.calibrated import take_calibration, with_calibration
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RunPlan(Plan):
+class RunPlan(WorkPlan):
     """Everything that the stages of a run need to know, as plain values.
 
     Recipes are texts, of NeMo in NeMo-Run's own serialised form: a stage builds them only after it has checked that
@@ -75,21 +75,21 @@ class RunPlan(Plan):
     trained_on: str | None = None
 
     def setting(self, name: str) -> Any:
-        """See `Plan.setting`; "step 0" is what the check of step 0 depends on."""
+        """See `WorkPlan.setting`; "step 0" is what the check of step 0 depends on."""
         return self.training_settings("pretrain").step0 if name == "step 0" else super().setting(name)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """See `Plan.stages`: the chain."""
+        """See `WorkPlan.stages`: the chain."""
         return STAGES
 
     def training_text(self, stage: str) -> str | None:
-        """See `Plan.training_text`."""
+        """See `WorkPlan.training_text`."""
         return {"pretrain": self.pretrain, "dense_ct": self.dense_ct}.get(stage)
 
     @cached_property
     def inputs(self) -> Inputs:
-        """See `Plan.inputs`."""
+        """See `WorkPlan.inputs`."""
         return Inputs(self.dense, self.data, self.evaluation)
 
 

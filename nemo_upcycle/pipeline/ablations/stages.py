@@ -12,7 +12,7 @@ from nemo_upcycle.pipeline.data_stage import data_files, data_folder_of, require
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, weights_in, whole_training
-from nemo_upcycle.pipeline.plan import Plan, Stage, required_training
+from nemo_upcycle.pipeline.plan import Stage, WorkPlan, required_training
 from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
 from nemo_upcycle.trainers.base import last_checkpoint
 
@@ -24,7 +24,7 @@ SUITE = "suite/items"
 
 
 @dataclass(frozen=True)
-class GridPlan(Plan):
+class GridPlan(WorkPlan):
     """Everything that the stages of a grid need to know, as plain values.
 
     Args:
@@ -60,16 +60,16 @@ class GridPlan(Plan):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """See `Plan.stages`."""
+        """See `WorkPlan.stages`."""
         return stages_of(self)
 
     def training_text(self, stage: str) -> str | None:
-        """See `Plan.training_text`."""
+        """See `WorkPlan.training_text`."""
         return self.parent if stage == "parent" else self.cells.get(stage)
 
     @cached_property
     def inputs(self) -> Inputs:
-        """See `Plan.inputs`."""
+        """See `WorkPlan.inputs`."""
         return Inputs(self.dense, self.data, self.suite)
 
 

@@ -18,7 +18,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline import run_here
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.inputs import Inputs
-from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from tests.unit.pipeline.test_local import processes_of
 
 
@@ -45,7 +45,7 @@ while Path('/proc', (run_dir / 'here-{other}').read_text()).exists():
 
 
 @dataclass(frozen=True)
-class Processes(Plan):
+class Processes(WorkPlan):
     """Stages, each with the code that its process runs, and what it needs."""
 
     file = "processes.json"
