@@ -28,7 +28,7 @@ LOGS_SHOWN, LINES_SHOWN, LINE_LENGTH = 2, 4, 300
 
 
 def recorded_jobs(run_dir: Path) -> dict[str, Any] | None:
-    """Return what `jobs.json` says: the `cluster`, and its `jobs` by stage; None without one."""
+    """Read `jobs.json`: the `cluster`, and its `jobs` by stage; None without one."""
     return read_json(run_dir / JOBS) if (run_dir / JOBS).is_file() else None
 
 

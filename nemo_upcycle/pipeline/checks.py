@@ -163,7 +163,7 @@ def check_data(inputs: Inputs, *, remote: bool) -> None:
     """Check what a run is trained on: a finished folder, or a blend or conversations and their files.
 
     Args:
-        inputs: of the run.
+        inputs: what the run reads.
         remote: whether to ask for files behind addresses, too, which needs the network.
     """
     if inputs.is_finished:

@@ -50,7 +50,7 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
 
 
 def whole_data(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
-    """Return what the marker of the data stage reports, from the finished folder.
+    """Make the report of the data stage's marker from the finished folder.
 
     Raises:
         UpcycleError: it is not whole, or of another tokenizer than the parent's.
@@ -65,7 +65,7 @@ def whole_data(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
 
 
 def made_data(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a data stage reports of a finished folder."""
+    """Report a finished folder, as the marker of a data stage does."""
     splits = manifest["splits"]
     return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
@@ -208,7 +208,7 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def data_card(folder: Path) -> str:
-    """Return what a model card says of the data."""
+    """Describe the data for a model card."""
     from nemo_upcycle.data.chat.finished import open_chat
     from nemo_upcycle.data.finished import open_blend
 
@@ -216,7 +216,7 @@ def data_card(folder: Path) -> str:
 
 
 def suite_inputs(folder: Path) -> dict[str, Any]:
-    """Return what was held back for evaluation, as `build_named_suite` takes it: documents, or answers."""
+    """Read what was held back for evaluation, as `build_named_suite` takes it: documents, or answers."""
     from nemo_upcycle.data.chat.finished import open_chat
     from nemo_upcycle.data.finished import open_blend
 

@@ -57,7 +57,7 @@ def model_use(stage: str, what: str, arch: Architecture | None) -> DiskUse:
 
 
 def blend_use(stage: str, blend: Blend, arch: Architecture | None, folder: Path) -> DiskUse:
-    """Return what a blend takes at most, which is known of the sources that are sampled to a number of tokens.
+    """Bound the size of a blend, which is known of the sources that are sampled to a number of tokens.
 
     Its tokens are merged from parts, and both lie there until it is finished.
     """

@@ -56,7 +56,7 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str 
     Args:
         stages: what to run.
         run_dir: the run's folder.
-        plan: of the run.
+        plan: the plan of the run.
         python: the interpreter where the stages run.
     """
     # What was started, if a recipe refers to something defined in it.
@@ -93,8 +93,8 @@ def launch_chain(
         plan: what the stages are given, with paths as they were typed.
         command: the entry point, whose arguments were typed.
         first: name of the stage to start with, or None.
-        last: that of the one to end after.
-        only: that of the only one, in place of both.
+        last: name of the one to end after, or None.
+        only: name of the only one, in place of both.
         render: where to write what would be submitted; nothing is submitted then.
 
     Raises:
@@ -147,7 +147,7 @@ def launch(
         run_dir: the run's folder.
         plan: what the stages are given.
         jobs: those to run.
-        forecast: of the run, whose disk is checked; None where nothing is known.
+        forecast: the forecast of the run, whose disk is checked; None where nothing is known.
         at_once: how many may run at the same time on this machine.
 
     Returns:

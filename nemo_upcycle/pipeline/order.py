@@ -40,7 +40,7 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
     Args:
         first: the first one's name, or None.
         last: the last one's.
-        only: that of the only one, in place of both.
+        only: name of the only one, in place of both.
 
     Raises:
         UpcycleError: a name is unknown, or names contradict each other.

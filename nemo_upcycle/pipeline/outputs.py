@@ -49,7 +49,7 @@ def require_newer(path: Path, run_dir: Path, stage: str) -> None:
 
 
 def whole_training(run_dir: Path, plan: WorkPlan, stage: str) -> dict[str, Any]:
-    """Return what the marker of a training reports, from its last checkpoint.
+    """Make the report of a training's marker from its last checkpoint.
 
     Raises:
         StageError: it has not taken all of its steps, or its recipe alone knows how many.

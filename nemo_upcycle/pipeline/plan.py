@@ -226,7 +226,7 @@ class Stage:
     """One stage.
 
     Args:
-        name: of the stage and of its folder.
+        name: the name of the stage and of its folder.
         work: the function that does it; takes the run's folder and plan, returns what the marker reports.
         after: stages whose results it reads.
         settings: fields of the plan that it depends on.
@@ -261,7 +261,7 @@ class Stage:
         return StageFolder(run_dir, self.name, plan.reads[self.name])
 
     def inputs(self, run_dir: Path, plan: WorkPlan) -> dict[str, str]:
-        """Return what it is made from: settings of its own and of the stages that it reads, and what these left."""
+        """List what it is made from: settings of its own and of the stages that it reads, and what these left."""
         return self.folder(run_dir, plan).inputs(plan.own_settings)
 
     def settings_of(self, plan: WorkPlan) -> dict[str, Any]:
@@ -277,7 +277,7 @@ class Stage:
         return self.folder(run_dir, plan).is_done(self.inputs(run_dir, plan))
 
     def left_whole(self, run_dir: Path, plan: WorkPlan) -> dict[str, Any] | None:
-        """Return what its marker, which is lost or damaged, reported; None where what it left is not whole."""
+        """Make anew the report of its lost or damaged marker; None where what it left is not whole."""
         folder = self.folder(run_dir, plan)
         if self.whole is None or folder.done_from() is not None:
             return None

@@ -56,10 +56,10 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any
     how many are left.
 
     Args:
-        jobs: of the stages, each after those that it needs.
+        jobs: the jobs of the stages, each after those that it needs.
         run_dir: the run's folder.
-        plan: of the run.
-        executor: of NeMo-Run's, which has no file in executors/; None: this machine.
+        plan: the plan of the run.
+        executor: one of NeMo-Run's, which has no file in executors/; None: this machine.
         at_once: how many may run.
 
     Raises:

@@ -31,7 +31,7 @@ def run_stage(name: str, dir: str) -> None:
     What a job of the pipeline executes. A mistake of the user's ends the process with one message and status 2.
 
     Args:
-        name: of the stage.
+        name: the name of the stage.
         dir: the run's folder, with its plan.
     """
     show_messages()

@@ -36,7 +36,7 @@ _DPI = 150
 
 
 def chain_only(steps: int) -> str:
-    """Return what few steps can show; nothing for a longer run."""
+    """Say what few steps can show; nothing for a longer run."""
     return f"{steps} steps show that the chain works, not what training brings" if steps < FEW_STEPS else ""
 
 
@@ -48,7 +48,7 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
 
     Args:
         curves: by stage, `pretrain` and perhaps `dense_ct`.
-        flops_per_token: of training, by stage; without all of them there is no panel over FLOPs.
+        flops_per_token: FLOPs of a token in training, by stage; without all of them there is no panel over FLOPs.
     """
     from matplotlib.figure import Figure
 
@@ -148,7 +148,7 @@ def load_figure(curve: Curve) -> Figure | None:
     """Return the load of the busiest expert of each layer over the steps, and of all experts at first and last step.
 
     Args:
-        curve: of a training stage.
+        curve: the curve of a training stage.
 
     Returns:
         None when the stage has no experts.
@@ -218,7 +218,7 @@ def routers_figure(curve: Curve) -> Figure | None:
     """Return the routers' health over tokens: the mean of the layers, and from the lowest to the highest of them.
 
     Args:
-        curve: of a training stage.
+        curve: the curve of a training stage.
 
     Returns:
         None when the stage has no routers.

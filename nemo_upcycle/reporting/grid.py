@@ -30,16 +30,16 @@ class ArmRecord:
     """What an arm's trainings left.
 
     Args:
-        name: of the arm.
-        steps: of a whole training.
-        tokens_per_step: of a step.
+        name: the name of the arm.
+        steps: the steps of a whole training.
+        tokens_per_step: the tokens of a step.
         schedule: the learning rate's.
         is_rate_constant: whether every point is what a whole training of that length reaches: the learning rate does
             not fall, or each point is the end of a training of its own.
         trained_seeds: those that were trained.
         scores: by tokens and seed, the sums of the held-out documents. What was no number is not there.
         routers: by metric and tokens, the mean over layers and seeds; nothing of a dense arm.
-        flops_per_token: of training, full attention.
+        flops_per_token: FLOPs of a token in training, full attention.
         rank_seconds_per_token: the steps' seconds times ranks, of each the fastest seed, without the first step.
         parent: what it starts from, of a grid whose arms have parents of their own.
     """
@@ -87,7 +87,7 @@ class ArmRecord:
 
 
 def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
-    """Return what the trainings of a grid left, by arm.
+    """Sort what the trainings of a grid left by arm.
 
     Args:
         evidence: what `collect_evidence` or `read_evidence` returned.
@@ -126,7 +126,7 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
 
 
 def _pace(cells: Mapping[str, Mapping[str, Any]], flops_per_token: float) -> float:
-    """Return what a token takes: of all steps whose tokens cost so many FLOPs, the fastest twentieth.
+    """Measure a token's time: of all steps whose tokens cost so many FLOPs, the fastest twentieth.
 
     Trainings that run one after the other for hours meet other work at different times: no seed is the fastest.
     """
@@ -140,7 +140,7 @@ def _pace(cells: Mapping[str, Mapping[str, Any]], flops_per_token: float) -> flo
 
 
 def _rank_seconds_per_token(cells: list[Mapping[str, Any]]) -> float:
-    """Return what a token takes: of each step the fastest seed, since other work on a machine only adds.
+    """Measure a token's time: of each step the fastest seed, since other work on a machine only adds.
 
     The first step, which compiles and allocates, is left out where there are more.
     """
@@ -175,7 +175,7 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
 
     Args:
         arms: from `arms_of`.
-        described: of the grid's plan.
+        described: the `described` of the grid's plan.
 
     Returns:
         `margin`; `arms` (name -> `tokens`, `flops`, `rank_hours`, the means `bits_per_byte` and `start`, `curve` (a

@@ -24,12 +24,12 @@ PLAN, EVIDENCE = "grid.json", "evidence.json.gz"
 
 
 def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the trainings of a grid left, as plain values.
+    """Collect what the trainings of a grid left, as plain values.
 
     Args:
         run_dir: the grid's folder, whose trainings are finished.
-        name: of the grid.
-        described: of the grid's plan.
+        name: the name of the grid.
+        described: the `described` of the grid's plan.
 
     Returns:
         `grid`, `described`, `documents` (`names` and `bytes` of the held-out texts) and `cells`: of each training

@@ -41,7 +41,7 @@ def arm_style(position: int) -> dict[str, Any]:
 
 
 def _labels(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a legend calls the arms: lines of fewer seeds than others have are no means to compare with them."""
+    """Name the arms for a legend; a line of fewer seeds than the others have says so."""
     seeds = {arm: len(result["seeds"]) for arm, result in values["arms"].items()}
     most = max(seeds.values())
     return {arm: arm if count == most else f"{arm} ({count} of {most} seeds)" for arm, count in seeds.items()}

@@ -58,7 +58,7 @@ def write_grid(folder: Path) -> Path:
 
 
 def _finished(run_dir: Path, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a grid's plan says of the trainings that are finished, with the names of the others as `missing`.
+    """Keep of a grid's plan the trainings that are finished, and name the others as `missing`.
 
     Raises:
         UpcycleError: none is.
@@ -91,8 +91,8 @@ def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
 
     Args:
         run_dir: the grid's folder, whose trainings are finished.
-        name: of the grid.
-        described: of the grid's plan.
+        name: the name of the grid.
+        described: the `described` of the grid's plan.
 
     Returns:
         The table's path.

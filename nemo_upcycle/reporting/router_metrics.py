@@ -10,7 +10,7 @@ class RouterMetric:
     """How a metric is shown.
 
     Args:
-        title: of its row in a report, and of its panel in a figure.
+        title: the title of its row in a report, and of its panel in a figure.
         column: its heading in the table of a grid; "": it has none there.
         is_drawn: whether figures have a panel of it.
         is_row: whether the report has a row of it.

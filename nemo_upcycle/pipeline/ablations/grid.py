@@ -83,7 +83,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     """Read a grid, and build and check the recipe of every arm and seed.
 
     Args:
-        name: of `conf/ablations`, or the path of a YAML file like those.
+        name: a name of `conf/ablations`, or the path of a YAML file like those.
         dense: another dense parent than the grid's.
         data: another blend, or a finished folder.
 
@@ -193,17 +193,17 @@ def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense
 
 
 def _place(cell: Mapping[str, Any]) -> tuple[int, int]:
-    """Return what the trainings of a grid are sorted by: short ones of a seed first, and parents before their own."""
+    """Sort the trainings of a grid: short ones of a seed first, and parents before their own."""
     return cell["seed"], cell.get("parent_tokens", 0) + cell["steps"] * cell["tokens_per_step"]
 
 
 def _origin(arm: ArmConfig, arch: Architecture, grid: GridConfig) -> dict[str, Any]:
-    """Return what the table needs to know of an arm with a parent of the grid's own, but the parent's tokens.
+    """Describe for the table an arm with a parent of the grid's own, but for the parent's tokens.
 
     Args:
         arm: the arm.
-        arch: of its model; it does not know the vocabulary.
-        grid: of the arm.
+        arch: the architecture of its model; it does not know the vocabulary.
+        grid: what the arm is one of.
     """
     arch = replace(arch, vocab_size=grid.parent.vocabulary if grid.parent else 0)
     return {

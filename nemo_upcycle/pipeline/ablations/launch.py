@@ -69,7 +69,7 @@ def ablate(
 
 
 def _summary(plan: GridPlan, run_dir: Path) -> str:
-    """Return what will be trained, and what is there already."""
+    """List what will be trained, and what is there already."""
     done = {name for name in plan.cells if (run_dir / name / MARKER).is_file()}
     cells: dict[str, dict[str, Any]] = plan.described["cells"]
     lines = [f"grid {plan.name}: {len(plan.cells)} trainings, {len(done)} finished before"]

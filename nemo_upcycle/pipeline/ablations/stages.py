@@ -28,7 +28,7 @@ class GridPlan(WorkPlan):
     """Everything that the stages of a grid need to know, as plain values.
 
     Args:
-        name: of the grid.
+        name: the name of the grid.
         dense: address of the dense parent; "" where the grid trains its own.
         data: a blend, or a finished folder.
         parent: the serialised recipe that trains the parent from random weights; None with `dense`. Where no training
@@ -39,7 +39,7 @@ class GridPlan(WorkPlan):
         described: what the table needs: of each cell its arm, seed, tokens of a step, steps and schedule of the
             learning rate, and of one with a parent of its own what `read_grid` says; the references; the margin; what
             each arm is about.
-        trainer: of all cells, `nemo` or `bridge`.
+        trainer: the trainer of all cells, `nemo` or `bridge`.
         parents: name of a training -> UNTRAINED, or the training that leaves its parent; others have the grid's.
     """
 

@@ -95,7 +95,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def render(self, job: Job) -> dict[str, str]:
-        """Return what is submitted for a job, by file name; needs no scheduler."""
+        """Render the files of a job, by name; needs no scheduler."""
 
     def masked(self) -> Self:
         """Return this scheduler with secrets hidden in what it renders, to be shown."""
@@ -113,7 +113,7 @@ class Cluster(ABC):
         return list(files)
 
     def render_as(self, job: Job, identity: str) -> dict[str, str]:
-        """Return what would be submitted now as the job of this id, under the names by which its folder keeps it."""
+        """Render the files of the job of this id as of now, under the names by which its folder keeps them."""
         return self.render(job)
 
     def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
@@ -131,7 +131,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
-        """Return what the scheduler says of jobs; one that it does not know has ended."""
+        """Ask the scheduler for the states of jobs; one that it does not know has ended."""
 
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> None:
@@ -139,7 +139,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def cancel_command(self, identity: str) -> str:
-        """Return what a person types to cancel a job."""
+        """Name the command that cancels a job, as a person types it."""
 
     @abstractmethod
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
@@ -147,7 +147,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def resources(self, job: Job) -> dict[str, str]:
-        """Return what a job asks for, by name, for people: partition or queue, time, memory, GPUs, image."""
+        """List what a job asks for, by name, for people: partition or queue, time, memory, GPUs, image."""
 
     def performance(self, job: Job) -> list[PerformanceSetting]:
         """Return NVIDIA's performance settings of a job, without those that the site's own replace.

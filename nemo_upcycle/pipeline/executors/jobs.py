@@ -14,7 +14,7 @@ class Job:
     """One stage, as a scheduler is asked to run it.
 
     Args:
-        name: of the stage.
+        name: the name of the stage.
         run_dir: the run's folder; the stage's own is `run_dir / name`.
         command: the program and its arguments; every rank executes it.
         after: the stages that must be done before it.

@@ -33,7 +33,7 @@ class KubernetesApi:
 
     Args:
         kubeconfig: the file; empty for $KUBECONFIG or ~/.kube/config, and then the pod's service account.
-        context: of that file; empty for its current one.
+        context: the context of that file; empty for its current one.
 
     Raises:
         UpcycleError: the client is not installed, or there are no credentials.
@@ -71,7 +71,7 @@ class KubernetesApi:
 
         Args:
             resource: its kind.
-            manifest: of the job.
+            manifest: the manifest of the job.
             dry_run: ask for every check, and create nothing.
 
         Raises:
@@ -145,7 +145,7 @@ class KubernetesApi:
 
 
 def reported_state(found: dict[str, Any]) -> JobState | None:
-    """Return what the controllers of a job say of it, or None as long as none of them has said anything.
+    """Read the state that the controllers report of a job; None as long as none of them has reported.
 
     Args:
         found: the job, as the API server has it.
@@ -173,7 +173,7 @@ class _AbsentError(Exception):
 
 
 def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
-    """Return what an answer of the server means for the user."""
+    """Translate a refusal of the server for the user."""
     message, details = _answer(error)
     jobs = f"{resource.plural} in namespace {namespace}"
     if error.status == 404 and details.get("kind") == "namespaces":

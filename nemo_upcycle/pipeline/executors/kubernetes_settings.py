@@ -27,8 +27,8 @@ class KubernetesExecutor(run.Executor):
     Numbers of 0 and empty texts leave a field out, so that the cluster or the runtime decides.
 
     Args:
-        namespace: of the jobs.
-        image: of the containers; holds this package, torch, bash and tee.
+        namespace: the namespace of the jobs.
+        image: the image of the containers; holds this package, torch, bash and tee.
         claim: the PersistentVolumeClaim (ReadWriteMany) that runs lie on.
         mount_path: where it is mounted, in the pods and on the machine that launches.
         volumes: further claims, and where they are mounted.
@@ -41,20 +41,20 @@ class KubernetesExecutor(run.Executor):
         gpu_resource: what the cluster calls them.
         extra_resources: others, as `{"rdma/ib": 8}`, per node.
         shared_memory_gib: size of /dev/shm, which counts as memory; training needs it.
-        tolerations: of the pods.
-        node_selector: of the pods.
-        affinity: of the pods.
-        labels: of the jobs and their pods.
-        annotations: of the jobs and their pods.
+        tolerations: the tolerations of the pods.
+        node_selector: the node selector of the pods.
+        affinity: the affinity of the pods.
+        labels: the labels of the jobs and their pods.
+        annotations: the annotations of the jobs and their pods.
         priority_class: of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
         run_as: `UID:GID` of the pods, whose group owns new files on the claims; None: those of who launches, whose
             files in the run's folder they write beside. "": the image's or the cluster's.
-        security_context: of the container, as `{capabilities: {add: [IPC_LOCK]}}` for InfiniBand.
+        security_context: the security context of the container, as `{capabilities: {add: [IPC_LOCK]}}` for InfiniBand.
         overrides: what else a pod's spec has, merged into it last: mappings key by key, lists of named entries by
             name, other lists as a whole; None removes. A TrainJob takes a part of a pod's fields only.
         pull_secrets: names of the secrets to pull the image with.
         image_pull_policy: `Always`, `IfNotPresent` or `Never` (PyTorchJob).
-        service_account: of the pods.
+        service_account: the service account of the pods.
         secret_env_vars: variables, and where their values are: `{"HF_TOKEN": "SECRET/KEY"}`.
         termination_grace_s: time that ranks have to save a checkpoint when they are evicted (Trainer 2.3 and later,
             PyTorchJob).
@@ -63,10 +63,10 @@ class KubernetesExecutor(run.Executor):
             TrainJob's runtime says so itself).
         python: the image's Python.
         kubeconfig: the file; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
-        context: of that file; empty for its current one.
+        context: the context of that file; empty for its current one.
         report_within_s: a job of which no controller says anything for so long has ended; an operator whose node is
             lost is started elsewhere after 5 minutes.
-        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
+        card: the kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
         performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
         price_per_gpu_hour: for --dryrun; None: not known.
         write_gib_s: what the file system of `dir` writes in GiB a second, from all pods, for --dryrun.
@@ -142,8 +142,8 @@ class Resource:
     """A kind of job, as the API server addresses it.
 
     Args:
-        group: of the API.
-        version: of the API.
+        group: the group of the API.
+        version: the version of the API.
         plural: the resource's name in addresses.
         kind: its name in manifests.
         pods: the label of a job's pods that holds its name.

@@ -65,7 +65,7 @@ def label_of(text: str) -> str:
 
 
 def base_name(job: Job) -> str:
-    """Return what the names of a stage's jobs start with: the run's folder, the stage, a hash of the folder's path.
+    """Make the start of the names of a stage's jobs: the run's folder, the stage, a hash of the folder's path.
 
     Example:
         >>> base_name(Job("dense_ct", Path("/runs/demo"), ()))
@@ -84,8 +84,8 @@ def manifest(
     Args:
         settings: those of this stage.
         job: the stage.
-        name: of the job in the cluster.
-        variables: of the pods, beside the site's own.
+        name: the name of the job in the cluster.
+        variables: the variables of the pods, beside the site's own.
 
     Raises:
         UpcycleError: the settings do not fit the kind of job.
@@ -218,7 +218,7 @@ def _are_named(value: Any) -> bool:
 
 
 def _command(settings: KubernetesExecutor, job: Job, name: str) -> list[str]:
-    """Return what a pod runs: the job's command with the image's Python, once a rank.
+    """Write the command of a pod: the job's own with the image's Python, once a rank.
 
     torchrun takes nodes, ranks and the address of the first node from the variables PET_* that the operators set.
     """

@@ -182,7 +182,7 @@ def require_supported(mine: run.SlurmExecutor, job: Job) -> None:
 
     Args:
         mine: the executor with the settings of the stage.
-        job: of the stage.
+        job: the job of the stage.
 
     Raises:
         UpcycleError: a setting would be ignored, or would fail on the nodes.

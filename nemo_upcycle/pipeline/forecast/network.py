@@ -26,7 +26,7 @@ class NetworkForecast:
 
     Attributes:
         stages: by name, in their order: from which place, and what; none that needs no network.
-        command: that fetches all of it beforehand; several with && between.
+        command: the command that fetches all of it beforehand; several with && between.
     """
 
     stages: Mapping[str, Mapping[str, Sequence[str]]]
@@ -40,14 +40,14 @@ def forecast_network(
     jobs: Mapping[str, Job],
     facts: Mapping[str, TrainingFacts | None] | None = None,
 ) -> NetworkForecast:
-    """Return what stages that run take from networks; asks none, and looks for caches where this machine sees them.
+    """List what stages that run take from networks; ask none, and look for caches where this machine sees them.
 
     Args:
         stages: those that run.
         plan: what they are given.
         cluster: where they run; None: on this machine.
         jobs: by stage, what is asked of it.
-        facts: of the trainings, by stage, as far as they are known.
+        facts: the facts of the trainings, by stage, as far as they are known.
     """
     inputs, found = plan.inputs, {}
     needs = run_needs(inputs.dense, inputs.data, inputs.suite)

@@ -54,7 +54,7 @@ class Origins:
     """Tells where settings come from.
 
     Args:
-        words: of the command line, as they were typed.
+        words: the words of the command line, as they were typed.
         target: the function whose recipe `--factory` names.
     """
 
@@ -106,8 +106,8 @@ class Forecast:
         stages: a part of the chain, in its order.
         trainings: those of the stages that train, by name.
         scores: when they are there; None: no stage gives any.
-        disk: of the folder.
-        network: of the stages that need one.
+        disk: the disk of the folder.
+        network: what stages take from networks.
         settings: those that matter, with their origins.
         performance: NVIDIA's settings of the trainings, by stage.
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
@@ -141,7 +141,7 @@ def forecast(
     origins: Origins,
     executor: Any = None,
 ) -> Forecast:
-    """Return what a run will do: its stages, memory, time, cost and disk. Writes nothing, asks no cluster or network.
+    """Forecast a run: its stages, memory, time, cost and disk. Write nothing, ask no cluster or network.
 
     Args:
         stages: the part of the chain that was asked for.
@@ -150,7 +150,7 @@ def forecast(
         cluster: where the stages run; None: this machine, or `executor`. Its executor may have `origins` (by field,
             where a value comes from), a `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
         jobs: those of the stages.
-        origins: of what was typed.
+        origins: the origins of what was typed.
         executor: the user's, where it has no scheduler of this package.
 
     Example:
@@ -195,7 +195,7 @@ def forecast(
 
 
 def unchecked(dense: str) -> str:
-    """Return what of a run cannot be checked here, in a line: a parent whose weights lie elsewhere; else nothing."""
+    """Say in a line what of a run cannot be checked here, a parent whose weights lie elsewhere; else nothing."""
     folder = Path(dense.removeprefix("hf://")).expanduser()
     if not is_configuration(folder):
         return ""
@@ -208,7 +208,7 @@ def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -
     Args:
         plan: what the stages are given.
         recipes: names of the recipes, by the stage of a training.
-        origins: of the command.
+        origins: the origins of the command.
     """
     for name in ("dense", "trained_on", "data", "evaluation"):
         if value := getattr(plan, name):
@@ -226,7 +226,7 @@ def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -
 
     Args:
         executor: may have `origins`, by setting where it comes from, and `stages`, by stage what differs there.
-        origins: of the command.
+        origins: the origins of the command.
         stages: names of those of the forecast; a setting that every one of them sets itself is shown for these alone.
     """
     if not dataclasses.is_dataclass(executor):
@@ -256,7 +256,7 @@ def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
     """Check that what a run writes fits on its disk, as far as its size is known.
 
     Args:
-        forecast: of the run.
+        forecast: the forecast of the run.
         alive: stages whose jobs are submitted already; what they need does not count.
 
     Raises:

@@ -19,7 +19,7 @@ class ScoreForecast:
     """How long a run takes to its scores, from the first step on; queues and other stages come on top.
 
     Args:
-        suite: that all models are asked at the end.
+        suite: the suite that all models are asked at the end.
         trainings_s: seconds of the trainings with their evaluations; None: not known.
         evaluation_s: seconds of the evaluation of all models at the end; None: not known.
     """
@@ -38,7 +38,7 @@ def forecast_scores(
     the upcycled model before and after its training at its own speed, parent and baseline at the baseline's.
 
     Args:
-        inputs: of the run.
+        inputs: what the run reads.
         stages: what happens to each.
         trainings: by stage.
         is_parallel: whether the trainings run at the same time.
