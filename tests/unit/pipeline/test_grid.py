@@ -75,6 +75,26 @@ def test_the_learning_rate_stays_so_that_a_curve_gives_every_budget(laptop: Grid
     assert laptop.described["cells"]["moe-seed1"]["is_rate_constant"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("router_order: soft", "router_ordr: soft", "arms.st: spec: got"),
+        ("trainer.max_steps: 10", "trainer.max_step: 10", "Did you mean 'trainer.max_steps'?"),
+        ("seeds:", "sedes:", "Did you mean 'seeds'?"),
+        ("{moe: dense", "{moe: dens", "Did you mean 'dense'?"),
+        ("arms:", "arms: {}\nabout2:", "about2"),
+        ("suite: laptop", "suite: paper", "expected a local suite with heldout_perplexity"),
+        ("data: sotu", "data: messages", "data: got messages: conversations, expected texts"),
+    ],
+)
+def test_a_mistake_in_a_grid_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = (CONF / "ablations/mini.yaml").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "mine.yaml").write_text(text.replace(old, new))
+    with pytest.raises(UpcycleError, match=re.escape(message)):
+        read_grid(tmp_path / "mine.yaml")
+
+
 @pytest.mark.parametrize("margin", ["0", "-0.01", "true", "wide", ".inf", ".nan", "0.0003"])
 def test_a_margin_is_more_than_rounding(tmp_path: Path, margin: str) -> None:
     text = (CONF / "ablations/mini.yaml").read_text()
