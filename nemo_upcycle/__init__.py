@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_upcycle.init import methods, routers  # noqa: F401 - they hand their names to the spec
 from nemo_upcycle.models import families  # noqa: F401 - they hand themselves to the architecture
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.checkout import require_one_checkout
 from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UpcycleReceipt", "UpcycleSpec", "__version__", "load_dense_into", "open_dense", "upcycle_into"]
 
+require_one_checkout()
 need_no_cuda_to_import()
 
 _HOMES = {

@@ -20,7 +20,6 @@ import yaml
 
 #: Name of the result: release tag, file.
 PUBLISHED = {
-    "trainjob-2.1": ("v2.1.0", "manifests/base/crds/trainer.kubeflow.org_trainjobs.yaml"),
     "trainjob-2.2": ("v2.2.1", "manifests/base/crds/trainer.kubeflow.org_trainjobs.yaml"),
     "trainjob-2.3": ("v2.3.0", "manifests/base/crds/trainer.kubeflow.org_trainjobs.yaml"),
     "pytorchjob-1.9": ("v1.9.4", "manifests/base/crds/kubeflow.org_pytorchjobs.yaml"),

@@ -79,7 +79,8 @@ def _inputs(args: argparse.Namespace) -> list[str]:
             raise UpcycleError(
                 "--for", got=f"{folder}, no run's folder", expected="a run's folder or a recipe", fix="check the path"
             )
-        known = dict(zip(_INPUTS, read_plan(folder).inputs(), strict=True))
+        read = read_plan(folder).inputs
+        known = dict(zip(_INPUTS, (read.dense, read.data, read.suite), strict=True))
     elif args.run:
         from nemo_upcycle.planning.hardware import known_recipe
 

@@ -202,31 +202,10 @@ def _tukey_quantile(arms: int, degrees: float) -> float:
     return float(studentized_range.ppf(0.95, arms, min(degrees, 1e5))) / math.sqrt(2)
 
 
-def tokens_to_reach(value: float, reached: Mapping[int, float]) -> float | None:
-    """Return after how many tokens trainings of several lengths reach a value; None outside of what they reach.
-
-    Between two lengths bits per byte are taken to be linear in the logarithm of the tokens.
-
-    Args:
-        value: bits per byte.
-        reached: bits per byte at the end, by the tokens of each training.
-
-    Example:
-        >>> round(tokens_to_reach(1.5, {100: 2.0, 400: 1.0}))
-        200
-    """
-    points = sorted(reached.items())
-    for (tokens, high), (more, low) in itertools.pairwise(points):
-        if low <= value <= high and high > low:
-            share = (high - value) / (high - low)
-            return math.exp((1 - share) * math.log(tokens) + share * math.log(more))
-    return None
-
-
 def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[int, Sums]:
     """Return what the seeds of an arm score after some tokens, between two points of its curve if need be.
 
-    There each document is taken to be linear in the logarithm of the tokens, as in `tokens_to_reach`.
+    There each document is taken to be linear in the logarithm of the tokens.
 
     Args:
         tokens: from the first point after step 0 to the last one.

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UnfinishedError, UpcycleError
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, UnreachableError
+from nemo_upcycle.pipeline.executors.base import Cluster, UnreachableError
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.local import StopSignals
 from nemo_upcycle.pipeline.markers import ENDED, FAILED
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
@@ -27,7 +28,7 @@ LOGS_SHOWN, LINES_SHOWN, LINE_LENGTH = 2, 4, 300
 
 
 def recorded_jobs(run_dir: Path) -> dict[str, Any] | None:
-    """Return what `jobs.json` says: the `cluster`, and its `jobs` by stage; None without one."""
+    """Read `jobs.json`: the `cluster`, and its `jobs` by stage; None without one."""
     return read_json(run_dir / JOBS) if (run_dir / JOBS).is_file() else None
 
 

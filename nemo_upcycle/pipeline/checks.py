@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.build import check_files
-from nemo_upcycle.data.chat.config import is_chat, read_chat
 from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.data.environment import data_python, engine_version
@@ -20,9 +18,10 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.settings import CLUSTERS, cluster_for
+from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.order import kind_of, require_same_work
-from nemo_upcycle.pipeline.plan import KEPT, Plan, Stage
+from nemo_upcycle.pipeline.plan import KEPT, Stage, WorkPlan
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.advice import known_parent_tokens
 from nemo_upcycle.suites.lm_eval_tasks import check_needs
@@ -50,27 +49,27 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     """
     check_folder(run_dir)
     check_detach(ctx)
-    check_address(plan.dense, whole=not shown)
-    check_data(plan.data, remote=not shown)
-    check_asked(plan)
+    inputs = plan.inputs
+    check_address(inputs.dense, whole=not shown)
+    check_data(inputs, remote=not shown)
+    check_asked(inputs)
     known_parent_tokens(plan.dense, plan.trained_on)
     is_here = is_local(ctx.executor) and not shown
     if is_here:
         check_here(plan, stages)
-    trainings = {stage.name: training for stage in plan.stages if (training := plan.training(stage.name))}
-    for name, training in trainings.items():
+    for name, training in plan.trainings.items():
         training.check(name)
-        if training.reads_chat != plan.reads_chat:
+        if training.reads_chat != inputs.reads_chat:
             kinds = ("texts", "conversations")
             raise UpcycleError(
                 "data",
-                got=f"{plan.data}: {kinds[plan.reads_chat]}",
+                got=f"{inputs.data}: {kinds[inputs.reads_chat]}",
                 expected=f"{kinds[training.reads_chat]}, which {name} reads",
                 fix="name other data, or take a recipe that tunes (..._sft) or one that does not",
             )
     check_started(run_dir, plan)
     imports = any(stage.name == "import" for stage in stages) and not StageFolder(run_dir, "import").marker.is_file()
-    for name, training in trainings.items():
+    for name, training in plan.trainings.items():
         training.check_parent(name, plan.dense, remote=is_here and imports)
 
 
@@ -80,13 +79,14 @@ def check_here(plan: RunPlan, stages: Sequence[Stage]) -> None:
     Raises:
         UpcycleError: this machine does not have it.
     """
-    if plan.blend and any(stage.name == "data" for stage in stages):
+    names = [stage.name for stage in stages]
+    if plan.inputs.blend and "data" in names:
         engine_version(data_python())  # of what builds the blend
-    if isinstance(plan, RunPlan) and any(stage.name == "evaluate" for stage in stages):
-        config = read_suite_config(plan.evaluation)
+    if "evaluate" in names:
+        config = plan.inputs.suite_config
         check_needs([] if config.local else list(config.tasks), config.files)
-    for name in (stage.name for stage in stages):
-        if training := plan.training(name):
+    for name, training in plan.trainings.items():
+        if name in names:
             training.check_here(name)
 
 
@@ -106,7 +106,7 @@ def check_detach(ctx: Any) -> None:
         )
 
 
-def check_started(run_dir: Path, plan: Plan) -> None:
+def check_started(run_dir: Path, plan: WorkPlan) -> None:
     """Check now, and not after hours of other stages, that what a folder holds was started from the same inputs.
 
     Raises:
@@ -121,7 +121,7 @@ def check_started(run_dir: Path, plan: Plan) -> None:
     require_same_work(run_dir, plan)
 
 
-def _require_own(run_dir: Path, plan: Plan) -> None:
+def _require_own(run_dir: Path, plan: WorkPlan) -> None:
     """Check that a folder is a run's, or holds nothing that its user would not find again among a run's files.
 
     Raises:
@@ -142,40 +142,36 @@ def _require_own(run_dir: Path, plan: Plan) -> None:
         )
 
 
-def check_asked(plan: RunPlan) -> None:
+def check_asked(inputs: Inputs) -> None:
     """Check that what a suite asks is held back of the data: documents of texts, or answers of conversations.
 
     Raises:
         UpcycleError: it is not, or there is no such suite.
     """
-    config = read_suite_config(plan.evaluation)
+    config = inputs.suite_config
     for task in config.tasks if config.local else ():
-        if is_text(task) if plan.reads_chat else is_answers(task):
+        if is_text(task) if inputs.reads_chat else is_answers(task):
             raise UpcycleError(
-                f"evaluation {plan.evaluation}",
+                f"evaluation {inputs.suite}",
                 got=task,
-                expected=f"no such task: {plan.data} holds back {'answers' if plan.reads_chat else 'documents'}",
-                fix=f"name evaluation={'answers' if plan.reads_chat else 'demo'}, or another suite",
+                expected=f"no such task: {inputs.data} holds back {'answers' if inputs.reads_chat else 'documents'}",
+                fix=f"name evaluation={'answers' if inputs.reads_chat else 'demo'}, or another suite",
             )
 
 
-def check_data(data: str, *, remote: bool) -> None:
+def check_data(inputs: Inputs, *, remote: bool) -> None:
     """Check what a run is trained on: a finished folder, or a blend or conversations and their files.
 
     Args:
-        data: the argument of the pipeline.
+        inputs: what the run reads.
         remote: whether to ask for files behind addresses, too, which needs the network.
     """
-    if is_chat(data):
-        if Path(data).is_dir():
-            open_chat(data)
-        else:
-            read_chat(data).paths(fetch=False)
+    if inputs.is_finished:
+        (open_chat if inputs.reads_chat else open_blend)(inputs.data)
+    if inputs.chat:
+        inputs.chat.paths(fetch=False)
+    if (blend := inputs.blend) is None:
         return
-    if Path(data).is_dir():
-        open_blend(data)
-        return
-    blend = read_blend(data)
     listed = {
         name: check_files(blend, name)
         for name, source in blend.config.sources.items()

@@ -178,7 +178,7 @@ def refuse_bridge(words: Sequence[str]) -> None:
     """Check that the words of `nemo upcycle pipeline` are NeMo's, which this environment trains with.
 
     Args:
-        words: of the command line, behind the command.
+        words: the words of the command line, behind the command.
 
     Raises:
         UpcycleError: one is Megatron-Bridge's.
@@ -216,7 +216,7 @@ def _silent() -> AbstractContextManager[None]:
 
 
 def factories(target: Any) -> dict[str, Any]:
-    """Return what is registered for a function or a class, by name."""
+    """Look up what is registered for a function or a class, by name."""
     return {keys[1]: factory for keys, factory in catalogue._get_all((get_type_namespace(target),)).items()}
 
 
@@ -225,7 +225,7 @@ def _first_line(error: Exception) -> str:
 
 
 def mistake_of(factory: str) -> UpcycleError | None:
-    """Return what is wrong in the user's file that has a factory, which NeMo-Run failed to call; None where nothing.
+    """Find the mistake in the user's file that has a factory, which NeMo-Run failed to call; None where there is none.
 
     NeMo-Run takes an error in the file for a name that does not exist.
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_upcycle.data.chat.config import is_chat
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
+from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import StageFolder
-from nemo_upcycle.pipeline.plan import Plan
+from nemo_upcycle.pipeline.plan import WorkPlan
 
-
-if TYPE_CHECKING:
-    from nemo_upcycle.pipeline.stages import RunPlan
 
 logger = logging.getLogger(__name__)
 #: Size of the real text that the step-0 check runs on: B windows of S tokens.
 SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
 
 
-def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
     """Clean and tokenise the blend, or pack the conversations, with the parent's tokenizer.
 
     A finished folder is used where it lies.
@@ -32,13 +30,13 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     folder = data_folder_of(run_dir, plan)
     training = plan.training("pretrain")
     seq_length = training.seq_length(dense_folder) if training else None
-    if plan.reads_chat:
+    if plan.inputs.reads_chat:
         return _pack_chat(plan, dense_folder, folder, seq_length)
-    if Path(plan.data).is_dir():
+    if plan.inputs.is_finished:
         open_blend(folder).require_tokenizer_of(str(dense_folder))
     else:
-        build_data(plan.data, str(dense_folder), folder, seq_length)
-        _say_changes(plan.data, folder)
+        build_data(plan.inputs.data, str(dense_folder), folder, seq_length)
+        _say_changes(plan.inputs, folder)
     blend = open_blend(folder)
     blend.paths(seq_length or blend.manifest["seq_length"])  # before hours of other work: is there text enough?
     if not blend.heldout():
@@ -51,8 +49,8 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     return made_data(folder, blend.manifest)
 
 
-def whole_data(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Return what the marker of the data stage reports, from the finished folder.
+def whole_data(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
+    """Make the report of the data stage's marker from the finished folder.
 
     Raises:
         UpcycleError: it is not whole, or of another tokenizer than the parent's.
@@ -61,25 +59,25 @@ def whole_data(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.data.finished import open_blend
 
     folder = data_folder_of(run_dir, plan)
-    made = open_chat(folder) if plan.reads_chat else open_blend(folder)
+    made = open_chat(folder) if plan.inputs.reads_chat else open_blend(folder)
     made.require_tokenizer_of(str(dense_folder_of(run_dir)))
     return made_data(made.folder, made.manifest)
 
 
 def made_data(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a data stage reports of a finished folder."""
+    """Report a finished folder, as the marker of a data stage does."""
     splits = manifest["splits"]
     return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
 
-def _pack_chat(plan: RunPlan, dense_folder: Path, folder: Path, seq_length: int | None) -> dict[str, Any]:
+def _pack_chat(plan: WorkPlan, dense_folder: Path, folder: Path, seq_length: int | None) -> dict[str, Any]:
     from nemo_upcycle.data.chat.build import build_chat
     from nemo_upcycle.data.chat.config import read_chat
     from nemo_upcycle.data.chat.finished import open_chat
 
-    if plan.chat:
+    if not plan.inputs.is_finished:
         length = [f"seq_length={seq_length}"] if seq_length else []
-        build_chat(read_chat(plan.chat, [f"tokenizer={dense_folder}", *length]), folder)
+        build_chat(read_chat(plan.inputs.data, [f"tokenizer={dense_folder}", *length]), folder)
     chat = open_chat(folder)
     chat.require_tokenizer_of(str(dense_folder))
     if seq_length:
@@ -110,13 +108,12 @@ def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> 
         raise StageStopped(text) from None
 
 
-def _say_changes(blend: str, folder: Path) -> None:
+def _say_changes(inputs: Inputs, folder: Path) -> None:
     """Say which files changed since the data of a run were made; the run goes on with what it has."""
-    from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.data.build import changed_files, changes_text
 
     try:
-        changes = changed_files(read_blend(blend), folder)
+        changes = changed_files(inputs.blend, folder) if inputs.blend else {}
     except UpcycleError as error:
         logger.warning("[data] whether the files of %s changed since it was made is not known: %s", folder, error)
         return
@@ -127,9 +124,9 @@ def _say_changes(blend: str, folder: Path) -> None:
         )
 
 
-def data_folder_of(run_dir: Path, plan: RunPlan) -> Path:
+def data_folder_of(run_dir: Path, plan: WorkPlan) -> Path:
     """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
-    return Path(plan.data) if Path(plan.data).is_dir() else run_dir / "data" / "blend"
+    return Path(plan.inputs.data) if plan.inputs.is_finished else run_dir / "data" / "blend"
 
 
 def dense_folder_of(run_dir: Path) -> Path:
@@ -179,7 +176,7 @@ def _held_back(folder: Path) -> Iterator[Any]:
         yield from (dataset[number] for number in range(len(dataset)))
 
 
-def require_data(plan: Plan, folder: Path) -> None:
+def require_data(plan: WorkPlan, folder: Path) -> None:
     """Check that data which a run has made are whole, and say which files changed since.
 
     Raises:
@@ -188,11 +185,13 @@ def require_data(plan: Plan, folder: Path) -> None:
     from nemo_upcycle.data.chat.finished import open_chat
     from nemo_upcycle.data.finished import open_blend
 
-    if plan.blend:
-        open_blend(folder)
-        _say_changes(plan.blend, folder)
-    elif getattr(plan, "chat", None):
+    if plan.inputs.is_finished:
+        return
+    if plan.inputs.reads_chat:
         open_chat(folder)
+    else:
+        open_blend(folder)
+        _say_changes(plan.inputs, folder)
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -209,7 +208,7 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def data_card(folder: Path) -> str:
-    """Return what a model card says of the data."""
+    """Describe the data for a model card."""
     from nemo_upcycle.data.chat.finished import open_chat
     from nemo_upcycle.data.finished import open_blend
 
@@ -217,7 +216,7 @@ def data_card(folder: Path) -> str:
 
 
 def suite_inputs(folder: Path) -> dict[str, Any]:
-    """Return what was held back for evaluation, as `build_named_suite` takes it: documents, or answers."""
+    """Read what was held back for evaluation, as `build_named_suite` takes it: documents, or answers."""
     from nemo_upcycle.data.chat.finished import open_chat
     from nemo_upcycle.data.finished import open_blend
 

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_upcycle.data.blend import read_blend
+from nemo_upcycle.data.blend import Blend
 from nemo_upcycle.data.finished import BUILD, TOKENS
 from nemo_upcycle.models.architecture import Architecture
 
@@ -56,12 +56,12 @@ def model_use(stage: str, what: str, arch: Architecture | None) -> DiskUse:
     return DiskUse(stage, what, size_bytes, size_bytes)
 
 
-def blend_use(stage: str, data: str, arch: Architecture | None, folder: Path) -> DiskUse:
-    """Return what a blend takes at most, which is known of the sources that are sampled to a number of tokens.
+def blend_use(stage: str, blend: Blend, arch: Architecture | None, folder: Path) -> DiskUse:
+    """Bound the size of a blend, which is known of the sources that are sampled to a number of tokens.
 
     Its tokens are merged from parts, and both lie there until it is finished.
     """
-    sources = read_blend(data).config.sources
+    sources = blend.config.sources
     token_bytes = 2 if arch and arch.vocab_size <= _TWO_BYTE_TOKENS else 4
     kept_bytes = round(sum(source.tokens or 0 for source in sources.values()) * token_bytes)
     open_ended = [name for name, source in sources.items() if source.tokens is None]

@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.blend import read_blend
-from nemo_upcycle.data.chat.config import read_chat
-from nemo_upcycle.data.inputs import folders_of
 from nemo_upcycle.data.readers import format_of
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.checks import check_here, check_run
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local, masked_executor
+from nemo_upcycle.pipeline.executors.base import Cluster, is_local, masked_executor
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
 from nemo_upcycle.pipeline.forecast import (
@@ -29,11 +27,9 @@ from nemo_upcycle.pipeline.forecast import (
 )
 from nemo_upcycle.pipeline.markers import renew
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
-from nemo_upcycle.pipeline.plan import ADOPTED, KEPT, PLAN, Plan, Stage
+from nemo_upcycle.pipeline.plan import ADOPTED, KEPT, PLAN, Stage, WorkPlan
 from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
-from nemo_upcycle.suites.suite_config import folders_of_suite
-from nemo_upcycle.utils.conf import is_conf_file
 from nemo_upcycle.utils.console import command_line, end_soon
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.masking import without_secrets, write_private
@@ -54,32 +50,23 @@ def absolute_argument(name: str, *, folder: bool = False) -> str:
     return str(path.absolute()) if is_path else name
 
 
-def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sys.executable) -> list[Job]:
+def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str = sys.executable) -> list[Job]:
     """Return the jobs of stages, in their order.
 
     Args:
         stages: what to run.
         run_dir: the run's folder.
-        plan: of the run.
+        plan: the plan of the run.
         python: the interpreter where the stages run.
     """
-    trainings = {stage.name: training for stage in plan.stages if (training := plan.training(stage.name))}
     # What was started, if a recipe refers to something defined in it.
-    scripts = list(dict.fromkeys(script for training in trainings.values() if (script := training.script)))
-    inputs = [text for text in plan.inputs() if not is_conf_file(text)]  # of YAML files the run's folder keeps copies
-    named = [Path(text.removeprefix("hf://")) for text in (*inputs, *scripts)]
-    dense, *_ = plan.inputs()
-    texts = folders_of(read_blend(plan.blend)) if plan.blend else []
-    if chat := getattr(plan, "chat", None):
-        texts = [path.parent for path in read_chat(chat).paths(fetch=False)]
-    suites = [getattr(plan, name) for name, kind in plan.files.items() if kind == "evaluation"]
-    tasks = [folder for suite in suites for folder in folders_of_suite(suite)]
-    reads = tuple(dict.fromkeys(path for path in (*texts, *tasks, *named) if path.is_absolute()))
+    scripts = list(dict.fromkeys(script for training in plan.trainings.values() if (script := training.script)))
+    reads = (*plan.inputs.paths, *(path for path in map(Path, scripts) if path.is_absolute()))
     jobs = []
     for stage in stages:
-        training = trainings.get(stage.name) if stage.parallel else None
+        training = plan.trainings.get(stage.name) if stage.parallel else None
         nodes, ranks = training.ranks if training else (1, 1)
-        facts = training.facts(dense) if training else None
+        facts = plan.facts[stage.name] if training else None
         profile = facts.profile if facts else None
         command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *scripts)
         kind = {"is_training": stage.parallel, "is_resumable": stage.resumable}
@@ -106,8 +93,8 @@ def launch_chain(
         plan: what the stages are given, with paths as they were typed.
         command: the entry point, whose arguments were typed.
         first: name of the stage to start with, or None.
-        last: that of the one to end after.
-        only: that of the only one, in place of both.
+        last: name of the one to end after, or None.
+        only: name of the only one, in place of both.
         render: where to write what would be submitted; nothing is submitted then.
 
     Raises:
@@ -125,9 +112,8 @@ def launch_chain(
     if render:
         render_jobs(jobs, cluster, plan, Path(render))
         return
-    by_name, origins = {job.name: job for job in jobs}, Origins(sys.argv[1:], command)
-    shown = cluster and cluster.masked()
-    expected = forecast(stages, run_dir, plan, shown, by_name, origins, masked_executor(ctx.executor))
+    origins, shown = Origins(sys.argv[1:], command), cluster and cluster.masked()
+    expected = forecast(stages, run_dir, plan, shown, jobs, origins, masked_executor(ctx.executor))
     if ctx.dryrun or not ctx.skip_confirmation:
         sys.stdout.write(render_forecast(expected) + "\n")
     if ctx.dryrun:
@@ -139,7 +125,7 @@ def launch_chain(
         except UpcycleError as error:
             sys.stdout.write(f"\nBefore it can {'be submitted' if cluster else 'run here'}: {error}\n")
         return
-    if launch(ctx, run_dir, plan, stages, forecast=expected) and stages[-1] is STAGES[-1] and not ctx.detach:
+    if launch(ctx, run_dir, plan, jobs, forecast=expected) and stages[-1] is STAGES[-1] and not ctx.detach:
         report = run_dir / "report.md"
         headline = report.read_text(encoding="utf-8").split("\n\n")[1]
         sys.stdout.write(f"\n{headline}\n\nReport: {report}\n")
@@ -148,20 +134,20 @@ def launch_chain(
 def launch(
     ctx: Any,
     run_dir: Path,
-    plan: Plan,
-    stages: Sequence[Stage],
+    plan: WorkPlan,
+    jobs: Sequence[Job],
     *,
     forecast: Forecast | None = None,
     at_once: int = 1,
 ) -> bool:
-    """Submit the stages of a checked run, or run them here.
+    """Submit the jobs of a checked run, or run them here.
 
     Args:
         ctx: NeMo-Run's context of the command.
         run_dir: the run's folder.
         plan: what the stages are given.
-        stages: those to run.
-        forecast: of the run, whose disk is checked; None where nothing is known.
+        jobs: those to run.
+        forecast: the forecast of the run, whose disk is checked; None where nothing is known.
         at_once: how many may run at the same time on this machine.
 
     Returns:
@@ -170,7 +156,7 @@ def launch(
     Raises:
         UpcycleError: it cannot start, or a stage did not finish.
     """
-    cluster, jobs, chain = cluster_for(ctx.executor), jobs_of(stages, run_dir, plan), None
+    cluster, chain = cluster_for(ctx.executor), None
     if cluster:
         cluster.check_settings(jobs)  # before the scheduler is asked anything
         chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir)
@@ -221,18 +207,17 @@ def _warn_of_uncommitted_code(root: Path) -> None:
         )
 
 
-def _write_recipes(run_dir: Path, plan: Plan) -> None:
+def _write_recipes(run_dir: Path, plan: WorkPlan) -> None:
     """Write the settings of each training as `recipes/STAGE.yaml`, for people: one a line, named like its override."""
     folder = run_dir / "recipes"
     folder.mkdir(exist_ok=True)
-    for stage in plan.stages:
-        if training := plan.training(stage.name):
-            settings = without_secrets(training.named_settings())
-            lines = [f"{name}: {value}\n" for name, value in settings.items()]
-            (folder / f"{stage.name}.yaml").write_text("".join(lines), encoding="utf-8")
+    for stage, training in plan.trainings.items():
+        settings = without_secrets(training.named_settings())
+        lines = [f"{name}: {value}\n" for name, value in settings.items()]
+        (folder / f"{stage}.yaml").write_text("".join(lines), encoding="utf-8")
 
 
-def _write_plan(folder: Path, plan: Plan, copies: Mapping[Path, str]) -> None:
+def _write_plan(folder: Path, plan: WorkPlan, copies: Mapping[Path, str]) -> None:
     """Write a plan and the copies of the user's files that it names."""
     for place, text in copies.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +225,7 @@ def _write_plan(folder: Path, plan: Plan, copies: Mapping[Path, str]) -> None:
     plan.write(folder)
 
 
-def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: Plan) -> None:
+def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: WorkPlan) -> None:
     """Check that no job that still waits or runs would read another plan than it was submitted with."""
     recorded = recorded_jobs(run_dir)
     if not recorded:
@@ -284,7 +269,7 @@ def _run_chain(chain: Chain, *, detach: bool) -> None:
             raise SystemExit(128 + (stop.signum or 0))
 
 
-def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder: Path) -> None:
+def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: WorkPlan, folder: Path) -> None:
     """Write what would be submitted, and the plan that the stages read.
 
     Raises:
@@ -308,5 +293,5 @@ def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder
     sys.stdout.write(
         f"Written to {folder}: {', '.join(names)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN}"
         f"{f' and {folder / KEPT}' if copies else ''} there before you submit them.\n"
-        + (f"Not checked: {missing}.\n" if (missing := unchecked(plan.inputs()[0])) else "")
+        + (f"Not checked: {missing}.\n" if (missing := unchecked(plan.inputs.dense)) else "")
     )

@@ -150,7 +150,7 @@ class StageFolder:
 
     Args:
         run_dir: the run's folder.
-        name: of the stage.
+        name: the name of the stage.
         reads: names of the stages whose results it reads, directly or not.
     """
 
@@ -169,7 +169,7 @@ class StageFolder:
         return self.path / MARKER
 
     def inputs(self, settings: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-        """Return what the stage is made from.
+        """List what the stage is made from.
 
         Args:
             settings: `setting_texts` of the stage itself and of those that it reads, by name.
@@ -308,7 +308,7 @@ class StageFolder:
 
         Args:
             inputs: what `inputs()` gave.
-            seconds: that it took; None where that is not known.
+            seconds: the seconds that it took; None where that is not known.
             outputs: what it reports.
             content: hash of what it left for other stages; empty where none reads it.
         """
@@ -321,7 +321,7 @@ class StageFolder:
         (self.path / ENDED).write_text(f"{how}\n", encoding="utf-8")
 
     def outputs(self) -> dict[str, Any]:
-        """Return what a finished stage reported.
+        """Read what a finished stage reported.
 
         Raises:
             StageError: it is not finished, or its marker is damaged.
@@ -360,7 +360,7 @@ def require_same(folders: Mapping[StageFolder, Mapping[str, str]]) -> None:
     """Check that no folder holds work that was started from other inputs; more steps are no others.
 
     Args:
-        folders: of stages that continue their work, and what each is made from now.
+        folders: the folders of stages that continue their work, and what each is made from now.
 
     Raises:
         StageError: one does. All that do are named: who gives up the work of one loses that of the others, too.

@@ -8,22 +8,22 @@ from pathlib import Path
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.ablations.stages import GridPlan
 from nemo_upcycle.pipeline.markers import require_same
-from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, RunPlan
 
 
-def kind_of(run_dir: Path) -> type[Plan] | None:
+def kind_of(run_dir: Path) -> type[WorkPlan] | None:
     """Return the kind of the plan that a run's folder holds; None without one."""
-    kinds: tuple[type[Plan], ...] = (RunPlan, GridPlan)
+    kinds: tuple[type[WorkPlan], ...] = (RunPlan, GridPlan)
     return next((kind for kind in kinds if (run_dir / kind.file).is_file()), None)
 
 
-def read_plan(run_dir: Path) -> Plan:
+def read_plan(run_dir: Path) -> WorkPlan:
     """Read the plan of a run."""
     return (kind_of(run_dir) or RunPlan).read(run_dir)
 
 
-def before(plan: Plan, *names: str) -> tuple[Stage, ...]:
+def before(plan: WorkPlan, *names: str) -> tuple[Stage, ...]:
     """Return the stages that must be done before some, in order and without these themselves.
 
     Those that they come after, and what is read for it: a check that is lost later holds up nothing but its training.
@@ -40,7 +40,7 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
     Args:
         first: the first one's name, or None.
         last: the last one's.
-        only: that of the only one, in place of both.
+        only: name of the only one, in place of both.
 
     Raises:
         UpcycleError: a name is unknown, or names contradict each other.
@@ -58,7 +58,7 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
     return STAGES[start : stop + 1]
 
 
-def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
+def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> None:
     """Check that what a part of the chain needs is done, or whole without its marker, and still there.
 
     Raises:
@@ -76,7 +76,7 @@ def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
     require_outputs(stages, run_dir, plan)
 
 
-def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
+def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> None:
     """Check that what finished stages left is still there, where one of these that has to run reads it.
 
     Raises:
@@ -99,7 +99,7 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
                 ) from None
 
 
-def require_same_work(run_dir: Path, plan: Plan) -> None:
+def require_same_work(run_dir: Path, plan: WorkPlan) -> None:
     """Check that what the folders of resumable stages hold was started from what they would go on from.
 
     Raises:
@@ -110,11 +110,11 @@ def require_same_work(run_dir: Path, plan: Plan) -> None:
     )
 
 
-def finished(run_dir: Path, plan: Plan) -> list[str]:
+def finished(run_dir: Path, plan: WorkPlan) -> list[str]:
     """Return the stages that are done from their present inputs, in order."""
     return [stage.name for stage in plan.stages if stage.is_done(run_dir, plan)]
 
 
-def unfinished(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> str | None:
+def unfinished(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> str | None:
     """Return the first of these stages that is not done from its present inputs; None where all are."""
     return next((stage.name for stage in stages if not stage.is_done(run_dir, plan)), None)

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.pipeline.markers import STARTED
-from nemo_upcycle.pipeline.plan import Plan
+from nemo_upcycle.pipeline.plan import WorkPlan
 from nemo_upcycle.sources.checkpoints import steps_in
 from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
 from nemo_upcycle.trainers.base import last_checkpoint
@@ -48,8 +48,8 @@ def require_newer(path: Path, run_dir: Path, stage: str) -> None:
         raise StageError(str(path), got="of an earlier start", expected="of the last one", fix="run the stage again")
 
 
-def whole_training(run_dir: Path, plan: Plan, stage: str) -> dict[str, Any]:
-    """Return what the marker of a training reports, from its last checkpoint.
+def whole_training(run_dir: Path, plan: WorkPlan, stage: str) -> dict[str, Any]:
+    """Make the report of a training's marker from its last checkpoint.
 
     Raises:
         StageError: it has not taken all of its steps, or its recipe alone knows how many.

@@ -16,8 +16,9 @@ from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.disk_use import DiskUse
+from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder, changed_inputs, content_hash, setting_texts, sha256
-from nemo_upcycle.trainers.base import Training, TrainingSettings
+from nemo_upcycle.trainers.base import Training, TrainingFacts, TrainingSettings
 from nemo_upcycle.utils.conf import is_conf_file, read_conf
 from nemo_upcycle.utils.files import in_use, read_json, sha256_file, write_json
 from nemo_upcycle.utils.schema import KEY, numbered, require_known
@@ -39,7 +40,7 @@ ADOPTED = "made again from what the stage left, which is whole"
 
 
 @dataclass(frozen=True)
-class Plan(ABC):
+class WorkPlan(ABC):
     """What the stages of a run need to know, as plain values, and which stages there are."""
 
     #: Its file in a run's folder, and what people call such a run.
@@ -126,14 +127,20 @@ class Plan(ABC):
     def _trainings(self) -> dict[str, Training]:
         return {}
 
-    @abstractmethod
-    def inputs(self) -> tuple[str, ...]:
-        """Return the addresses, names and paths that its stages read: parent, data, evaluation."""
-
     @property
     @abstractmethod
-    def blend(self) -> str | None:
-        """The blend that is built; None where a finished folder is used."""
+    def inputs(self) -> Inputs:
+        """What its stages read: parent, data, suite."""
+
+    @cached_property
+    def trainings(self) -> dict[str, Training]:
+        """By stage, the trainings."""
+        return {stage.name: found for stage in self.stages if (found := self.training(stage.name))}
+
+    @cached_property
+    def facts(self) -> dict[str, TrainingFacts | None]:
+        """By stage, the facts of the trainings; None of one whose facts are not known before the parent is fetched."""
+        return {name: training.facts(self.inputs.dense) for name, training in self.trainings.items()}
 
     def training_settings(self, stage: str) -> TrainingSettings:
         """Return the settings of the training of a stage; none where it has no training."""
@@ -163,7 +170,7 @@ class Plan(ABC):
     def _contents(self) -> dict[str, Any]:
         return {}
 
-    def is_as(self, other: Plan) -> bool:
+    def is_as(self, other: WorkPlan) -> bool:
         """Return whether the stages of two plans are made from the same, however their recipes are written."""
         mine, theirs = ({stage.name: stage.free_of(plan) for stage in plan.stages} for plan in (self, other))
         return self.own_settings == other.own_settings and mine == theirs
@@ -207,7 +214,7 @@ def open_training(trainer: str, text: str) -> Training:
     return training
 
 
-def required_training(plan: Plan, stage: str) -> Training:
+def required_training(plan: WorkPlan, stage: str) -> Training:
     """Return the training of a stage that has one."""
     training = plan.training(stage)
     assert training is not None
@@ -219,7 +226,7 @@ class Stage:
     """One stage.
 
     Args:
-        name: of the stage and of its folder.
+        name: the name of the stage and of its folder.
         work: the function that does it; takes the run's folder and plan, returns what the marker reports.
         after: stages whose results it reads.
         settings: fields of the plan that it depends on.
@@ -249,28 +256,28 @@ class Stage:
     outputs: Callable[[Path, Any], object] | None = None
     disk: Callable[[Path, Any, Mapping[str, Architecture | None]], Sequence[DiskUse]] | None = None
 
-    def folder(self, run_dir: Path, plan: Plan) -> StageFolder:
+    def folder(self, run_dir: Path, plan: WorkPlan) -> StageFolder:
         """Return its folder in a run."""
         return StageFolder(run_dir, self.name, plan.reads[self.name])
 
-    def inputs(self, run_dir: Path, plan: Plan) -> dict[str, str]:
-        """Return what it is made from: settings of its own and of the stages that it reads, and what these left."""
+    def inputs(self, run_dir: Path, plan: WorkPlan) -> dict[str, str]:
+        """List what it is made from: settings of its own and of the stages that it reads, and what these left."""
         return self.folder(run_dir, plan).inputs(plan.own_settings)
 
-    def settings_of(self, plan: Plan) -> dict[str, Any]:
+    def settings_of(self, plan: WorkPlan) -> dict[str, Any]:
         """Return the values of its settings."""
         return {name: plan.setting(name) for name in self.settings}
 
-    def free_of(self, plan: Plan) -> dict[str, str]:
+    def free_of(self, plan: WorkPlan) -> dict[str, str]:
         """Return the settings of its training that its result does not depend on, as its folder notes them."""
         return setting_texts({self.name: plan.training_settings(self.name).free})
 
-    def is_done(self, run_dir: Path, plan: Plan) -> bool:
+    def is_done(self, run_dir: Path, plan: WorkPlan) -> bool:
         """Return whether it finished from its present inputs."""
         return self.folder(run_dir, plan).is_done(self.inputs(run_dir, plan))
 
-    def left_whole(self, run_dir: Path, plan: Plan) -> dict[str, Any] | None:
-        """Return what its marker, which is lost or damaged, reported; None where what it left is not whole."""
+    def left_whole(self, run_dir: Path, plan: WorkPlan) -> dict[str, Any] | None:
+        """Make anew the report of its lost or damaged marker; None where what it left is not whole."""
         folder = self.folder(run_dir, plan)
         if self.whole is None or folder.done_from() is not None:
             return None
@@ -282,7 +289,7 @@ class Stage:
         except UpcycleError:
             return None
 
-    def adopt(self, run_dir: Path, plan: Plan) -> bool:
+    def adopt(self, run_dir: Path, plan: WorkPlan) -> bool:
         """Make its marker again, if it is lost or damaged, from what it left, if that is whole; return whether it did.
 
         So it does too where a kill came between the result and the marker.
@@ -298,6 +305,6 @@ class Stage:
             return False
         return True
 
-    def content_of(self, run_dir: Path, plan: Plan, outputs: Mapping[str, Any]) -> str:
+    def content_of(self, run_dir: Path, plan: WorkPlan, outputs: Mapping[str, Any]) -> str:
         """Return the hash of what it left for others, of which it reports `outputs`; empty where it left nothing."""
         return content_hash(self.content(run_dir, plan, outputs)) if self.content else ""

@@ -19,9 +19,10 @@ import torch
 
 from nemo_upcycle.errors import StageStopped, UnfinishedError, UpcycleError
 from nemo_upcycle.pipeline.executors import local, performance
-from nemo_upcycle.pipeline.executors.base import Job, is_local
+from nemo_upcycle.pipeline.executors.base import is_local
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.order import before, finished, unfinished
-from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.console import command_line, end_soon
@@ -48,17 +49,17 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
         raise UpcycleError("at_once", got=f"{at_once} on GPUs", expected="1", fix=fix)
 
 
-def run_stages(jobs: Sequence[Job], run_dir: Path, plan: Plan, executor: Any = None, at_once: int = 1) -> None:
+def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any = None, at_once: int = 1) -> None:
     """Run stages as soon as those that they need are done; start nothing else after one that did not finish.
 
     Where several run at once, what they print goes to `logs/STAGE-rank0.log`, and the console shows which started, and
     how many are left.
 
     Args:
-        jobs: of the stages, each after those that it needs.
+        jobs: the jobs of the stages, each after those that it needs.
         run_dir: the run's folder.
-        plan: of the run.
-        executor: of NeMo-Run's, which has no file in executors/; None: this machine.
+        plan: the plan of the run.
+        executor: one of NeMo-Run's, which has no file in executors/; None: this machine.
         at_once: how many may run.
 
     Raises:
@@ -172,7 +173,7 @@ def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
     return changed
 
 
-def stopped(signum: int, stages: Sequence[Stage], run_dir: Path, plan: Plan) -> str:
+def stopped(signum: int, stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> str:
     """Return the last message of a stopped run: what was kept, and how to resume."""
     kept = f"finished stages: {', '.join(finished(run_dir, plan)) or 'none'}"
     for stage in (stage for stage in stages if stage.resumable):

@@ -12,7 +12,7 @@ from pathlib import Path
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED, StageFolder
 from nemo_upcycle.pipeline.order import before, read_plan, require_same_work, unfinished
-from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from nemo_upcycle.utils.console import is_verbose, quiet_libraries
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.progress import duration, show_messages
@@ -31,7 +31,7 @@ def run_stage(name: str, dir: str) -> None:
     What a job of the pipeline executes. A mistake of the user's ends the process with one message and status 2.
 
     Args:
-        name: of the stage.
+        name: the name of the stage.
         dir: the run's folder, with its plan.
     """
     show_messages()
@@ -61,7 +61,7 @@ def _recorded(folder: StageFolder) -> Iterator[None]:
         raise SystemExit(error.exit_status) from None
 
 
-def _run(stage: Stage, run_dir: Path, plan: Plan) -> None:
+def _run(stage: Stage, run_dir: Path, plan: WorkPlan) -> None:
     # Abort if an earlier stage failed; not every executor does.
     if (broken := unfinished(before(plan, stage.name), run_dir, plan)) is not None:
         raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_upcycle.data.chat.config import is_chat
 from nemo_upcycle.data.parents import find_parent
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
@@ -29,9 +28,10 @@ from nemo_upcycle.pipeline.data_stage import (
     whole_data,
 )
 from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use
+from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import STEPS
 from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, require_newer, weights_in, whole_training
-from nemo_upcycle.pipeline.plan import PLAN, Plan, Stage, required_training
+from nemo_upcycle.pipeline.plan import PLAN, Stage, WorkPlan, required_training
 from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.calibrated import take_calibration, with_calibration
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RunPlan(Plan):
+class RunPlan(WorkPlan):
     """Everything that the stages of a run need to know, as plain values.
 
     Recipes are texts, of NeMo in NeMo-Run's own serialised form: a stage builds them only after it has checked that
@@ -75,36 +75,22 @@ class RunPlan(Plan):
     trained_on: str | None = None
 
     def setting(self, name: str) -> Any:
-        """See `Plan.setting`; "step 0" is what the check of step 0 depends on."""
+        """See `WorkPlan.setting`; "step 0" is what the check of step 0 depends on."""
         return self.training_settings("pretrain").step0 if name == "step 0" else super().setting(name)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """See `Plan.stages`: the chain."""
+        """See `WorkPlan.stages`: the chain."""
         return STAGES
 
     def training_text(self, stage: str) -> str | None:
-        """See `Plan.training_text`."""
+        """See `WorkPlan.training_text`."""
         return {"pretrain": self.pretrain, "dense_ct": self.dense_ct}.get(stage)
 
-    def inputs(self) -> tuple[str, ...]:
-        """See `Plan.inputs`."""
-        return self.dense, self.data, self.evaluation
-
-    @property
-    def blend(self) -> str | None:
-        """See `Plan.blend`."""
-        return None if Path(self.data).is_dir() or self.reads_chat else self.data
-
     @cached_property
-    def reads_chat(self) -> bool:
-        """Whether its trainings tune on conversations."""
-        return is_chat(self.data)
-
-    @property
-    def chat(self) -> str | None:
-        """The conversations that are packed; None where there are none, or a finished folder is used."""
-        return self.data if self.reads_chat and not Path(self.data).is_dir() else None
+    def inputs(self) -> Inputs:
+        """See `WorkPlan.inputs`."""
+        return Inputs(self.dense, self.data, self.evaluation)
 
 
 def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -228,7 +214,6 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.evaluation.run import evaluate
     from nemo_upcycle.reporting.run_folder import MODELS
     from nemo_upcycle.suites.suite import build_named_suite, load_suite_tasks
-    from nemo_upcycle.suites.suite_config import read_suite_config
 
     suite = run_dir / "suite"
     build_named_suite(plan.evaluation, output=suite, **suite_inputs(data_folder_of(run_dir, plan)))
@@ -240,7 +225,7 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         "trained": run_dir / "hf",
         "dense_ct": run_dir / "dense_ct" / "hf",
     }
-    if read_suite_config(plan.evaluation).backend == "megatron":  # the checkpoints, as they are trained
+    if plan.inputs.suite_config.backend == "megatron":  # the checkpoints, as they are trained
         models |= {"trained": last_checkpoint(run_dir / "pretrain"), "dense_ct": run_dir / "dense_ct"}
     if not plan.dense_ct:
         del models["dense_ct"]
@@ -265,10 +250,10 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
 
     planned = {}
     for stage in (stage.name for stage in STAGES if stage.parallel):
-        training, settings = plan.training(stage), run_dir / stage / "training.json"
-        if not training or not settings.is_file() or not (device := read_json(settings).get("card")):
+        settings = run_dir / stage / "training.json"
+        if stage not in plan.trainings or not settings.is_file() or not (device := read_json(settings).get("card")):
             continue
-        if values := planned_of(training.facts(plan.dense), device):
+        if values := planned_of(plan.trainings[stage].facts(plan.dense), device):
             planned[stage] = values
     return planned
 
@@ -281,9 +266,8 @@ def _import_disk(_: Path, plan: RunPlan, models: Mapping[str, Architecture | Non
 
 
 def _data_disk(run_dir: Path, plan: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:
-    return (
-        [blend_use("data", blend, models["pretrain"], data_folder_of(run_dir, plan))] if (blend := plan.blend) else []
-    )
+    blend = plan.inputs.blend
+    return [blend_use("data", blend, models["pretrain"], data_folder_of(run_dir, plan))] if blend else []
 
 
 def _export_disk(_: Path, __: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:

@@ -14,7 +14,7 @@ from nemo_upcycle.utils.console import short_count
 
 
 def expectation(run: RunRecord, results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what the laws expect with a run's numbers, and the difference that was measured.
+    """Compute what the laws expect with a run's numbers, and the difference that was measured.
 
     Args:
         run: what `read_run` read.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from nemo_upcycle.reporting import markdown
 from nemo_upcycle.reporting.results import busiest
+from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import MODELS, Curve
 
 
@@ -21,13 +22,6 @@ STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("baseline", "#D55E00
 _COLUMNS = 200
 #: Figures and report of a run with fewer steps say that it only shows that the chain works.
 FEW_STEPS = 100
-#: What is drawn of the routers: the name in `metrics.jsonl` and the title.
-ROUTER_PANELS = {
-    "load_cv": "load of the experts: standard deviation over mean",
-    "load_entropy": "entropy of the load over that of perfect balance",
-    "dropped": "token slots dropped",
-    "expert_distance": "distance of the experts from their mean, relative",
-}
 _COLOURS = {
     "dense": "#000000",
     "step0": "#56B4E9",
@@ -42,7 +36,7 @@ _DPI = 150
 
 
 def chain_only(steps: int) -> str:
-    """Return what few steps can show; nothing for a longer run."""
+    """Say what few steps can show; nothing for a longer run."""
     return f"{steps} steps show that the chain works, not what training brings" if steps < FEW_STEPS else ""
 
 
@@ -54,7 +48,7 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
 
     Args:
         curves: by stage, `pretrain` and perhaps `dense_ct`.
-        flops_per_token: of training, by stage; without all of them there is no panel over FLOPs.
+        flops_per_token: FLOPs of a token in training, by stage; without all of them there is no panel over FLOPs.
     """
     from matplotlib.figure import Figure
 
@@ -154,7 +148,7 @@ def load_figure(curve: Curve) -> Figure | None:
     """Return the load of the busiest expert of each layer over the steps, and of all experts at first and last step.
 
     Args:
-        curve: of a training stage.
+        curve: the curve of a training stage.
 
     Returns:
         None when the stage has no experts.
@@ -224,7 +218,7 @@ def routers_figure(curve: Curve) -> Figure | None:
     """Return the routers' health over tokens: the mean of the layers, and from the lowest to the highest of them.
 
     Args:
-        curve: of a training stage.
+        curve: the curve of a training stage.
 
     Returns:
         None when the stage has no routers.
@@ -233,21 +227,22 @@ def routers_figure(curve: Curve) -> Figure | None:
     from matplotlib.figure import Figure
 
     known = [(line["tokens"], line["router"]) for line in curve.steps if line.get("router")]
-    names = [name for name in ROUTER_PANELS if any(name in router for _, router in known)]
-    if not names:
+    drawn = {name: metric.title for name, metric in ROUTER_METRICS.items() if metric.is_drawn}
+    panels = {name: title for name, title in drawn.items() if any(name in router for _, router in known)}
+    if not panels:
         return None
-    figure = Figure(figsize=(11, 3.6 * -(-len(names) // 2)), layout="constrained")
-    for number, name in enumerate(names):
+    figure = Figure(figsize=(11, 3.6 * -(-len(panels) // 2)), layout="constrained")
+    for number, (name, title) in enumerate(panels.items()):
         points = [
             (tokens, [one for one in router[name] if one is not None]) for tokens, router in known if name in router
         ]
         columns = averaged(
             [(tokens, np.mean(layers), min(layers), max(layers)) for tokens, layers in points if layers]
         )
-        axes = figure.add_subplot(-(-len(names) // 2), 2, number + 1)
+        axes = figure.add_subplot(-(-len(panels) // 2), 2, number + 1)
         axes.plot(columns[:, 0], columns[:, 1], color=STYLES["pretrain"][1], marker="o" if len(columns) < 20 else None)
         axes.fill_between(columns[:, 0], columns[:, 2], columns[:, 3], alpha=0.15, linewidth=0)
-        axes.set_title(ROUTER_PANELS[name], fontsize=10)
+        axes.set_title(title, fontsize=10)
         tokens_axis(axes, curve.steps[-1]["tokens"])
     figure.suptitle("Routers: mean of the layers, and the range over them", fontsize=11)
     return figure

@@ -17,7 +17,6 @@ from nemo_upcycle.evaluation.arms import (
     mean_of_seeds,
     rank_arms,
     sums_after,
-    tokens_to_reach,
 )
 from nemo_upcycle.evaluation.heldout import Sums, by_source
 
@@ -31,16 +30,16 @@ class ArmRecord:
     """What an arm's trainings left.
 
     Args:
-        name: of the arm.
-        steps: of a whole training.
-        tokens_per_step: of a step.
+        name: the name of the arm.
+        steps: the steps of a whole training.
+        tokens_per_step: the tokens of a step.
         schedule: the learning rate's.
         is_rate_constant: whether every point is what a whole training of that length reaches: the learning rate does
             not fall, or each point is the end of a training of its own.
         trained_seeds: those that were trained.
         scores: by tokens and seed, the sums of the held-out documents. What was no number is not there.
         routers: by metric and tokens, the mean over layers and seeds; nothing of a dense arm.
-        flops_per_token: of training, full attention.
+        flops_per_token: FLOPs of a token in training, full attention.
         rank_seconds_per_token: the steps' seconds times ranks, of each the fastest seed, without the first step.
         parent: what it starts from, of a grid whose arms have parents of their own.
     """
@@ -88,7 +87,7 @@ class ArmRecord:
 
 
 def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
-    """Return what the trainings of a grid left, by arm.
+    """Sort what the trainings of a grid left by arm.
 
     Args:
         evidence: what `collect_evidence` or `read_evidence` returned.
@@ -127,7 +126,7 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
 
 
 def _pace(cells: Mapping[str, Mapping[str, Any]], flops_per_token: float) -> float:
-    """Return what a token takes: of all steps whose tokens cost so many FLOPs, the fastest twentieth.
+    """Measure a token's time: of all steps whose tokens cost so many FLOPs, the fastest twentieth.
 
     Trainings that run one after the other for hours meet other work at different times: no seed is the fastest.
     """
@@ -141,7 +140,7 @@ def _pace(cells: Mapping[str, Mapping[str, Any]], flops_per_token: float) -> flo
 
 
 def _rank_seconds_per_token(cells: list[Mapping[str, Any]]) -> float:
-    """Return what a token takes: of each step the fastest seed, since other work on a machine only adds.
+    """Measure a token's time: of each step the fastest seed, since other work on a machine only adds.
 
     The first step, which compiles and allocates, is left out where there are more.
     """
@@ -176,18 +175,15 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
 
     Args:
         arms: from `arms_of`.
-        described: of the grid's plan.
+        described: the `described` of the grid's plan.
 
     Returns:
         `margin`; `arms` (name -> `tokens`, `flops`, `rank_hours`, the means `bits_per_byte` and `start`, `curve` (a
         mean and its `tokens` each), `sources` at the end, `routers` (metric -> pairs of tokens and value));
         `differences` (name -> `reference`; the difference at the `start`, `along` all `tokens` after which both were
         scored, and at the `end` of these, None where there is none; `better_from` tokens; `equal_flops`, where a
-        token costs the two different FLOPs, and `equal_time`, None where nothing can be compared); `rankings`
-        (`rank_arms` of all arms after the tokens of each whole training) and `budgets` (arm -> the mean with each;
-        the later arms' have the `gain` over the first one and what it is `worth` in its training: `tokens` to reach
-        the same, and how many times the `flops` and the `time`; None where the first never reaches it, then
-        `worth_more_than` so many tokens where it would need more than its curve has).
+        token costs the two different FLOPs, and `equal_time`, None where nothing can be compared); and `rankings`
+        (`rank_arms` of all arms after the tokens of each whole training).
     """
     values: dict[str, Any] = {"margin": described["margin"], "arms": {}, "differences": {}}
     for name, arm in arms.items():
@@ -216,7 +212,6 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
         difference = _difference(arms[name], arms[other], values["margin"])
         values["differences"][name] = {"reference": other, **difference}
     values["rankings"] = _rankings(arms, values["margin"])
-    values["budgets"] = _budgets(described.get("budgets"), arms, values["margin"])
     return values
 
 
@@ -289,42 +284,3 @@ def _rankings(arms: Mapping[str, ArmRecord], margin: float) -> list[dict[str, An
             ranking = {"tokens": tokens, "arms": rank_arms(reached, margin)}
             rankings.append(ranking | ({"parent": parent} if parent else {}))
     return sorted(rankings, key=lambda ranking: -len(ranking["arms"]))
-
-
-def _budgets(
-    named: Mapping[str, Any] | None, arms: Mapping[str, ArmRecord], margin: float
-) -> dict[str, list[dict[str, Any]]]:
-    """Return what some arms reach with each budget, and what that is worth in the first one's training."""
-    if not named:
-        return {}
-    first, *others = (arms[name] for name in named["arms"])
-    common = [tokens for tokens in named["tokens"] if all(arm.is_scored_with(first, tokens) for arm in others)]
-    spent: dict[str, list[dict[str, Any]]] = {
-        arm.name: [
-            {
-                "tokens": tokens,
-                "flops": tokens * arm.flops_per_token,
-                "rank_hours": tokens * arm.rank_seconds_per_token / 3600,
-                **mean_of_seeds(arm.scores[tokens]),
-            }
-            for tokens in common
-        ]
-        for arm in (first, *others)
-    }
-    for other in others:
-        for entry in spent[other.name]:
-            tokens = entry["tokens"]
-            reached = {
-                its: mean_of_seeds(seeds)["value"]
-                for its, seeds in first.scores.items()
-                if its and other.is_comparable(tokens, first, its)
-            }
-            needed = tokens_to_reach(entry["value"], reached)
-            entry["gain"] = difference_of_arms(other.scores[tokens], first.scores[tokens], margin)
-            entry["worth"] = needed and {
-                "tokens": needed,
-                "flops": needed * first.flops_per_token / entry["flops"],
-                "time": needed * first.rank_seconds_per_token / 3600 / entry["rank_hours"],
-            }
-            entry["worth_more_than"] = max(reached) if entry["value"] < min(reached.values()) else None
-    return spent

@@ -14,31 +14,28 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import document_sums
 from nemo_upcycle.reporting.results import summarise_router
+from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import read_curve, read_manifest
 from nemo_upcycle.utils.files import read_json, whole_file
-from nemo_upcycle.utils.nested import flat
 
 
 #: A grid's plan in its folder, and the evidence in the folder of its table.
 PLAN, EVIDENCE = "grid.json", "evidence.json.gz"
-#: What is kept of the routers.
-_ROUTER_METRICS = ("load_cv", "load_entropy", "dropped", "dead_experts", "expert_distance")
 
 
 def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the trainings of a grid left, as plain values.
+    """Collect what the trainings of a grid left, as plain values.
 
     Args:
         run_dir: the grid's folder, whose trainings are finished.
-        name: of the grid.
-        described: of the grid's plan.
+        name: the name of the grid.
+        described: the `described` of the grid's plan.
 
     Returns:
         `grid`, `described`, `documents` (`names` and `bytes` of the held-out texts) and `cells`: of each training
         `flops_per_token`, `ranks`, `scores` (`step` of each evaluation, and the log-likelihood in `nats` of every
-        document, exact) and of all steps `tokens`, `seconds` and `routers` (means over the layers, six digits), and of
-        runs in emulated FP8 `fp8`; and of the data's manifest `heldout_overlap` and the `tokens` and `bytes` of
-        `heldout` texts, or None.
+        document, exact) and of all steps `tokens`, `seconds` and `routers` (means over the layers, six digits); and of
+        the data's manifest `heldout_overlap` and the `tokens` and `bytes` of `heldout` texts, or None.
 
     Raises:
         UpcycleError: a file is missing or damaged, or two evaluations are of different documents.
@@ -70,10 +67,9 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
             "seconds": [line["seconds"] for line in steps],
             "routers": {
                 key: [float(f"{one[key]:.6g}") if key in one else None for one in routers]
-                for key in _ROUTER_METRICS
+                for key in ROUTER_METRICS
                 if any(key in one for one in routers)
             },
-            **({"fp8": _columns([line["fp8"] for line in steps])} if steps and "fp8" in steps[0] else {}),
         }
     manifest = read_manifest(run_dir)
     counts = manifest.get("splits", {}).get("heldout")
@@ -85,12 +81,6 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
         "heldout_overlap": manifest.get("heldout_overlap"),
         "heldout": counts and {key: counts[key] for key in ("tokens", "bytes")},
     }
-
-
-def _columns(lines: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Return numbers of all steps by their names, `gradient/underflow`, of what emulated FP8 loses."""
-    rows = [dict(flat(line, "/")) for line in lines]
-    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _step_of(path: Path) -> int:

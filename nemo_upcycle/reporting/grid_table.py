@@ -1,4 +1,4 @@
-"""The table of a grid of ablations: its evidence, table.md, table.json and the figures beside them."""
+"""The table of a grid of ablations: its evidence, table.md, table.json and the figure beside them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence
-from nemo_upcycle.reporting.grid_fp8 import compare_fp8, fp8_section
-from nemo_upcycle.reporting.grid_parents import compare_parents, parents_figure, parents_section, points_csv
 from nemo_upcycle.reporting.markdown import mean_with_interval, number, section, table, with_verdict
+from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.sections import overlap
 from nemo_upcycle.utils.files import MARKER, read_json, read_text, whole_file, write_json
 
 
-#: What the table says of the routers.
-_ROUTERS = ("dropped", "load_cv", "expert_distance")
 #: Between these lines of a page stands what `write_grid` wrote.
 BEGIN, END = "<!-- from the evidence: begin -->", "<!-- from the evidence: end -->"
 
@@ -61,7 +58,7 @@ def write_grid(folder: Path) -> Path:
 
 
 def _finished(run_dir: Path, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a grid's plan says of the trainings that are finished, with the names of the others as `missing`.
+    """Keep of a grid's plan the trainings that are finished, and name the others as `missing`.
 
     Raises:
         UpcycleError: none is.
@@ -74,13 +71,11 @@ def _finished(run_dir: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     if not missing:
         return dict(described)
     arms = {cell["arm"] for cell in cells.values()}
-    budgets = described.get("budgets") or {}
     return {
         **described,
         "cells": cells,
         "arms": {name: about for name, about in described["arms"].items() if name in arms},
         "references": {one: other for one, other in described["references"].items() if {one, other} <= arms},
-        "budgets": budgets if arms.issuperset(budgets.get("arms", ())) else {},
         "missing": missing,
     }
 
@@ -96,8 +91,8 @@ def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
 
     Args:
         run_dir: the grid's folder, whose trainings are finished.
-        name: of the grid.
-        described: of the grid's plan.
+        name: the name of the grid.
+        described: the `described` of the grid's plan.
 
     Returns:
         The table's path.
@@ -108,7 +103,7 @@ def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
 
 
 def draw_table(folder: Path) -> str:
-    """Write `table.json`, figures, and `points.csv` of a grid with budgets of parents; return the table.
+    """Write `table.json` and the figure of a grid; return the table.
 
     Args:
         folder: with the evidence of a grid, which is all that is read.
@@ -117,25 +112,17 @@ def draw_table(folder: Path) -> str:
         The table as Markdown.
     """
     from nemo_upcycle.reporting.figures import png_of
-    from nemo_upcycle.reporting.grid_figures import budgets_figure, curves_figure, routers_figure
+    from nemo_upcycle.reporting.grid_figure import curves_figure
 
     evidence = read_evidence(folder / EVIDENCE)
-    described, arms = evidence["described"], arms_of(evidence)
-    values = {"grid": evidence["grid"], "about": described["about"], **compare_arms(arms, described)}
-    values |= {"parents": rows} if (rows := compare_parents(arms, described)) else {}
-    values |= {"fp8": losses} if (losses := compare_fp8(evidence)) else {}
+    described = evidence["described"]
+    values = {"grid": evidence["grid"], "about": described["about"], **compare_arms(arms_of(evidence), described)}
     values |= {"missing": described["missing"]} if described.get("missing") else {}
     if found := evidence.get("heldout_overlap"):  # not in older evidence
         values["heldout_overlap"] = found
     write_json(folder / "table.json", values, indent=None)  # with a line for each number, three times as large
-    figures = {"curves": curves_figure(values), "routers": routers_figure(values), "budgets": budgets_figure(values)}
-    figures["parents"] = parents_figure(rows, arms, described)
-    if points := points_csv(evidence, arms):
-        _write(folder / "points.csv", points)
-    for title, figure in figures.items():
-        if figure is not None:
-            with whole_file(folder / f"{title}.png") as aside:
-                aside.write_bytes(png_of(figure))
+    with whole_file(folder / "curves.png") as aside:
+        aside.write_bytes(png_of(curves_figure(values)))
     return render_table(values)
 
 
@@ -155,12 +142,9 @@ def render_table(values: Mapping[str, Any]) -> str:
         " reaches, over seeds.",
         f"Not scored at the end, and left out: {', '.join(unscored)}." if unscored else "",
         _missing(values.get("missing", [])),
-        parents_section(values.get("parents", [])),
         _arms(arms),
         _differences(values["differences"], values["margin"]),
         _rankings(values["rankings"]),
-        _budgets(values["budgets"]),
-        fp8_section(values.get("fp8", {})),
         _sources(arms),
         section("Held-out text", text) if (text := overlap(values.get("heldout_overlap"))) else "",
         f"Every number: `table.json`, made from `{EVIDENCE}`.\n",
@@ -173,6 +157,7 @@ def _missing(names: list[str]) -> str:
 
 
 def _arms(arms: Mapping[str, Any]) -> str:
+    columns = {key: metric.column for key, metric in ROUTER_METRICS.items() if metric.column}
     rows = [
         [
             arm,
@@ -181,23 +166,21 @@ def _arms(arms: Mapping[str, Any]) -> str:
             mean_with_interval(result["start"]),
             mean_with_interval(result["bits_per_byte"]),
             number(60 * result["rank_hours"], 3),
-            *(number(result["routers"][key][-1][1], 3) if key in result["routers"] else "-" for key in _ROUTERS),
+            *(number(result["routers"][key][-1][1], 3) if key in result["routers"] else "-" for key in columns),
             result["about"],
         ]
         for arm, result in arms.items()
     ]
     header = ["arm", "tokens", "FLOPs", "bits per byte at step 0", "at the end", "rank minutes"]
-    routers_md = "![routers](routers.png)" if any(result["routers"] for result in arms.values()) else ""
     return section(
         "Arms",
-        table([*header, "dropped", "load CV", "expert distance", "what it is"], rows),
+        table([*header, *columns.values(), "what it is"], rows),
         "FLOPs of training, counting full attention. Minutes of the training steps times ranks, of each step the"
         " fastest seed: other work on the machine only adds. A first step counts as the average of the others; start,"
         " scoring and checkpoints do not count. Of the routers the last step: token slots dropped, the experts' load"
         " (standard deviation over mean), distance of the experts from their mean, relative; means over layers and"
         " seeds.",
         "![curves](curves.png)",
-        routers_md,
     )
 
 
@@ -260,47 +243,6 @@ def _rankings(rankings: list[Mapping[str, Any]]) -> str:
         " differ from that above."
     )
     return section("Ranking", *tables, about)
-
-
-def _budgets(budgets: Mapping[str, Any]) -> str:
-    """Return what some arms reach with each budget, and what that is worth in the first one's training."""
-    if not budgets:
-        return ""
-    first, *others = budgets
-    tables = []
-    for arm in others:
-        rows = [
-            [
-                f"{entry['tokens']:,}",
-                mean_with_interval(its),
-                mean_with_interval(entry),
-                with_verdict(entry["gain"]),
-                *_worth(entry),
-            ]
-            for entry, its in zip(budgets[arm], budgets[first], strict=True)
-        ]
-        header = ["tokens", first, arm, "difference", f"tokens of {first} for as much"]
-        tables.append(table([*header, "its FLOPs", "its rank minutes"], rows))
-    return section(
-        "Budgets",
-        *tables,
-        f"What {first} needs for the same, and how many times as much that is: between the points of its curve bits"
-        " per byte are taken to be linear in the logarithm of the tokens; nothing is said beyond them.",
-        "![budgets](budgets.png)",
-    )
-
-
-def _worth(entry: Mapping[str, Any]) -> list[str]:
-    """Return tokens, FLOPs and minutes of the first arm that what was reached is worth."""
-    if (worth := entry["worth"]) is None:
-        more_than = entry["worth_more_than"]
-        return [f"more than {more_than:,}" if more_than else "not known", "-", "-"]
-    minutes = 60 * entry["rank_hours"]
-    return [
-        f"{worth['tokens']:,.0f} ({worth['tokens'] / entry['tokens']:.2f} times)",
-        f"{number(worth['flops'] * entry['flops'], 3)} ({worth['flops']:.2f} times)",
-        f"{number(worth['time'] * minutes, 3)} for {number(minutes, 3)} ({worth['time']:.2f} times)",
-    ]
 
 
 def _sources(arms: Mapping[str, Any]) -> str:

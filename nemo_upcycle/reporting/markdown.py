@@ -148,12 +148,12 @@ def signed(value: float, stderr: float | None) -> str:
 
 
 def mean_with_interval(mean: Mapping[str, Any]) -> str:
-    """Return what `mean_of` returned, with half of its interval, where there is one."""
+    """Format what `mean_of` returned, with half of its interval where there is one."""
     return with_error(mean["value"], None if mean["low"] is None else (mean["high"] - mean["low"]) / 2)
 
 
 def with_verdict(point: Mapping[str, Any] | None) -> str:
-    """Return what `difference_of_arms` returned, with half of its interval and the verdict; None as a dash."""
+    """Format what `difference_of_arms` returned, with half of its interval and the verdict; None as a dash."""
     if point is None:
         return "-"
     return f"{signed(point['difference'], (point['high'] - point['low']) / 2)} ({point['verdict']})"

@@ -11,6 +11,7 @@ from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.reporting.expectation import expectation
+from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import Curve, RunRecord
 from nemo_upcycle.suites.local_tasks import LOCAL_TASKS
 
@@ -185,15 +186,14 @@ def busiest(load_LE: list[list[float]]) -> list[float]:
 
 
 def summarise_router(router: dict[str, list[float | None]]) -> dict[str, float]:
-    """Summarise one step's `router` of `metrics.jsonl`: the mean over the layers, and the sum of dead experts.
+    """Summarise one step's `router` of `metrics.jsonl`: the mean over the layers, or their sum (`is_sum`).
 
     Args:
         router: for each name one value a layer; None for a layer without experts.
     """
     known = {name: [value for value in values if value is not None] for name, values in router.items()}
-    return {
-        name: sum(values) / (1 if name == "dead_experts" else len(values)) for name, values in known.items() if values
-    }
+    summed = {name for name, metric in ROUTER_METRICS.items() if metric.is_sum}
+    return {name: sum(values) / (1 if name in summed else len(values)) for name, values in known.items() if values}
 
 
 def summarise_load(load_LE: list[list[float]]) -> dict[str, float]:

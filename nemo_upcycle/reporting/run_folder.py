@@ -60,9 +60,9 @@ class RunRecord:
         recipe: name of the recipe, from `pipeline.json`.
         dense, trained_on: from there as well, the parent's address and the tokens that it was trained on, as the user
             said; None of one that was not said.
-        receipt: of the check of step 0 on one rank, with its comparison of logits.
-        online_receipt: of the upcycling inside the training job; None without one.
-        curves: of `pretrain` and, unless it was skipped, `dense_ct`.
+        receipt: the receipt of the check of step 0 on one rank, with its comparison of logits.
+        online_receipt: the receipt of the upcycling inside the training job; None without one.
+        curves: the curves of `pretrain` and, unless it was skipped, `dense_ct`.
         settings: `training.json` by stage.
         changes: by stage, the settings that were changed after it had started.
         evaluations: by the names in `MODELS`, perhaps without `dense_ct`.
@@ -143,8 +143,8 @@ def read_overlap(folder: Path, markers: Mapping[str, Any] | None = None) -> dict
     """Return how much held-out text stands in the training text of a run or a grid; None where it was not looked for.
 
     Args:
-        folder: of the run or grid.
-        markers: of its finished stages; None to read them.
+        folder: the folder of the run or grid.
+        markers: the markers of its finished stages; None to read them.
 
     Raises:
         UpcycleError: the manifest of its data is damaged.
@@ -157,8 +157,8 @@ def read_manifest(folder: Path, markers: Mapping[str, Any] | None = None) -> dic
     """Return the manifest of the data of a run or a grid; empty where there is none.
 
     Args:
-        folder: of the run or grid.
-        markers: of its finished stages; None to read them.
+        folder: the folder of the run or grid.
+        markers: the markers of its finished stages; None to read them.
 
     Raises:
         UpcycleError: it is damaged.

@@ -25,6 +25,7 @@ from nemo_upcycle.reporting.markdown import (
     sources,
     table,
 )
+from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import MODELS
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
@@ -36,19 +37,10 @@ _BITS = {BITS: "text", ANSWER_BITS: "answers"}
 _NUMBERS = 4
 #: The models of the training stages.
 _TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
-#: The router metrics of the report: the name in `metrics.jsonl` and the title.
-_ROUTER_ROWS = {
-    "load_entropy": "entropy of the load over that of perfect balance",
-    "dead_experts": "dead experts, all layers (less than 1 % of a balanced share)",
-    "dropped": "dropped, as a part of the wanted slots",
-    "load_balancing_loss": "load-balancing loss without its coefficient (1: balanced)",
-    "balancing_bias_range": "range of the biases that balance the experts",
-    "expert_distance": "distance of the experts from their mean, relative (0: copies)",
-}
 
 
 def opening(results: dict[str, Any]) -> str:
-    """Return what a reader wants to know first; its first paragraph, the headline, is also printed after a run."""
+    """Write what a reader wants to know first; its first paragraph, the headline, is also printed after a run."""
     parts = (
         _headline(results),
         table(["", "measured", "verdict"], _numbers(results)[:_NUMBERS], words=1),
@@ -130,7 +122,7 @@ def _speed(training: dict[str, Any]) -> list[str]:
 
 
 def _made(results: dict[str, Any]) -> str:
-    """Return what was made of what, and how the MoE's compute compares with the baseline's."""
+    """Say what was made of what, and how the MoE's compute compares with the baseline's."""
     receipt, training = results["receipt"], results["training"]
     parent = "A model with experts" if receipt.get("parent_experts") else "A dense model"
     before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
@@ -144,7 +136,7 @@ def _made(results: dict[str, Any]) -> str:
 
 
 def command(results: dict[str, Any]) -> str:
-    """Return what was typed and the files of all settings; nothing where the run noted neither."""
+    """Show what was typed and the files of all settings; nothing where the run noted neither."""
     recipes = ", ".join(f"[`{path}`]({path})" for path in results["recipes"].values())
     typed = f"{fenced(results['command'], 'bash')}\n\nSource: `command.txt`." if results["command"] else ""
     settings = f"Every setting, defaults included: {recipes}." if recipes else ""
@@ -185,7 +177,7 @@ def _changes(stages: dict[str, Any]) -> str:
 
 
 def _data(stages: dict[str, Any]) -> str:
-    """Return what the models were trained on, once where it is the same."""
+    """Say what the models were trained on, once where it is the same."""
     data = {f" of the {MODELS[_TRAINED[stage]]}": done["settings"]["data"] for stage, done in stages.items()}
     if len(set(data.values())) == 1:
         data = {"": next(iter(data.values()))}
@@ -282,9 +274,9 @@ def expert_load(results: dict[str, Any]) -> str:
     rows.append(["coefficient of variation, mean of the layers", *(f"{load[s]['cv']:.3f}" for s in ("first", "last"))])
     router = results["training"]["pretrain"].get("router", {"first": {}, "last": {}})
     rows += [
-        [title, *(f"{router[step][key]:.4g}" if key in router[step] else "-" for step in ("first", "last"))]
-        for key, title in _ROUTER_ROWS.items()
-        if key in router["first"] | router["last"]
+        [metric.title, *(f"{router[step][key]:.4g}" if key in router[step] else "-" for step in ("first", "last"))]
+        for key, metric in ROUTER_METRICS.items()
+        if metric.is_row and key in router["first"] | router["last"]
     ]
     return section(
         "Expert load",
@@ -308,7 +300,7 @@ def _worst(worst: dict[str, Any]) -> str:
 
 
 def receipt(results: dict[str, Any]) -> str:
-    """Return what was made from what: in the check of step 0, and inside the training job."""
+    """Show what was made from what, in the check of step 0 and inside the training job."""
     columns = {"check of step 0": (results["receipt"], "receipt.json")}
     if results["online_receipt"]:
         columns["training job"] = (results["online_receipt"], "pretrain/receipt.json")
@@ -361,7 +353,7 @@ def _measured_with(settings: dict[str, Any]) -> str:
 
 
 def setting(results: dict[str, Any]) -> str:
-    """Return what ran where, with which versions, and how long the stages took."""
+    """Show what ran where, with which versions, and how long the stages took."""
     environment, settings = results["environment"], results["evaluation_settings"]["dense"]["settings"]
     rows = [
         ["processor", f"{environment['processor']}, {environment['cores']} cores"],

@@ -69,7 +69,7 @@ def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(llama3_8b: None,
     blend = "redpajama_v2_academic_7_3"
     plan = RunPlan(name, str(tmp_path), blend, "paper", training.to_text(), None, trainer="bridge")
     run_dir = tmp_path / "run"
-    jobs = {job.name: job for job in jobs_of(STAGES, run_dir, plan, "python")}
+    jobs = jobs_of(STAGES, run_dir, plan, "python")
     words = ["pretrain.checkpoint.save_interval=500"]
     found = forecast(STAGES, run_dir, plan, None, jobs, Origins(words, pipeline))
     facts = found.trainings["pretrain"].facts

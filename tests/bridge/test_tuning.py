@@ -142,8 +142,8 @@ def _plan(inputs: tuple[Path, Path], folder: Path) -> RunPlan:
     files = [str(folder / name) for name in ("sums.yaml", "asked.yaml")]
     trainings = [_training(name).to_text() for name in ("tiny_sft", "tiny_dense_sft")]
     plan = RunPlan("tiny", str(parent), *files, *trainings, trainer="bridge")
-    assert plan.reads_chat
-    check_asked(plan)
+    assert plan.inputs.reads_chat
+    check_asked(plan.inputs)
     return plan
 
 

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from tests.golden.forecasts import jobs_of_chain
 
 
 #: A published definition: the kind of the executor that is for it.
 KINDS = {
-    "trainjob-2.1": "trainjob-2.1",
     "trainjob-2.2": "trainjob",
     "trainjob-2.3": "trainjob",
     "pytorchjob-1.9": "pytorchjob",
@@ -62,9 +61,7 @@ def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
     kind = KINDS[definition]
     has = {
         "restarts": 3 if kind == "pytorchjob" else 0,
-        "termination_grace_s": 0 if definition in ("trainjob-2.1", "trainjob-2.2") else 600,
-        "active_deadline_s": 0 if definition == "trainjob-2.1" else 86400,
-        "security_context": {} if definition == "trainjob-2.1" else {"capabilities": {"add": ["IPC_LOCK"]}},
+        "termination_grace_s": 0 if definition == "trainjob-2.2" else 600,
         "priority_class": "high" if kind == "pytorchjob" else "",
         "image_pull_policy": "Always" if kind == "pytorchjob" else "",
     }
@@ -92,6 +89,8 @@ def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
         "env_vars": {"NCCL_DEBUG": "WARN"},
         "secret_env_vars": {"HF_TOKEN": "hub/token"},
         "report_within_s": 60,
+        "active_deadline_s": 86400,
+        "security_context": {"capabilities": {"add": ["IPC_LOCK"]}},
         "stages": {"pretrain": {"gpus_per_node": 8}, "dense_ct": {"gpus_per_node": 8}},
     }
     return KubernetesExecutor(**{**settings, **has, **fields})

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.reporting.grid_evidence import EVIDENCE
+from benchmarks.grid_points import points_csv
+from nemo_upcycle.reporting.grid_evidence import EVIDENCE, read_evidence
 from nemo_upcycle.reporting.grid_table import write_grid
 from nemo_upcycle.utils.files import MARKER
 from tests.functional.command import NEMO, start
@@ -96,9 +97,8 @@ def test_the_rate_falls_within_each_length(finished: Path) -> None:
         assert rates[-1] < 0.6 * max(rates)
 
 
-def test_points_have_a_row_of_each_training_and_come_from_the_evidence_alone(finished: Path, tmp_path: Path) -> None:
-    text = (finished / "table/points.csv").read_text()
-    points = list(csv.DictReader(text.splitlines()))
+def test_points_have_a_row_of_each_training_and_come_from_the_evidence_alone(finished: Path) -> None:
+    points = list(csv.DictReader(points_csv(read_evidence(finished / "table" / EVIDENCE)).splitlines()))
     found = [(point["option"], int(point["parent_tokens"]) // 256, int(point["tokens"]) // 256) for point in points]
     assert sorted(found) == [
         ("dense", 4, 3),
@@ -112,6 +112,3 @@ def test_points_have_a_row_of_each_training_and_come_from_the_evidence_alone(fin
     assert int(moe["total_parameters"]) > int(moe["active_parameters"]) > int(dense["total_parameters"])
     assert float(moe["training_flops"]) > float(dense["training_flops"]) > 0
     assert 1 < float(moe["loss"]) < 8  # nats a token of a vocabulary of 300
-    (tmp_path / EVIDENCE).write_bytes((finished / "table" / EVIDENCE).read_bytes())
-    write_grid(tmp_path)
-    assert (tmp_path / "points.csv").read_text() == text

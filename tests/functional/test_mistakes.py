@@ -188,22 +188,14 @@ def test_a_mistake_is_answered_with_one_message_and_status_2(
 BLEND = "--factory smollm2_135m_e8t2(data='FILES/blend',dense='FILES/tiny') data.seq_length=16"
 LLM_MISTAKES = {
     f"{DEMO} resume.restore_config.spec.top_k=9": "top_k: got 9",
-    f"{DEMO} resume.restore_config.spec.top_k=9 --dryrun": "top_k: got 9",
     f"{DEMO} trainer.num_nodes=-1 --dryrun": "trainer.num_nodes: got -1",
-    f"{DEMO} trainer.max_steps=0": "trainer.max_steps: got 0",
     f"{DEMO} trainer.max_step=3": "Did you mean 'trainer.max_steps'?",
     f"{DEMO} trainer.max_steps=many": "got 'many', expected int",
-    f"{DEMO} trainer.strategy.expert_model_parallel_size=3": "trainer.strategy.expert_model_parallel_size: got 3",
     "--factory smollm2_135m_e8t2(expert_parallelism=0)": (
         "trainer.strategy.expert_model_parallel_size: got 0, expected 1 or more"
     ),
-    f"{DEMO} optim.config.lr=-1": "optim.config.lr: got -1",
-    f"{DEMO} optim.router_lr_mult=-1 --dryrun": "optim.router_lr_mult: got -1",
-    f"{DEMO} data.micro_batch_size=0": "data.micro_batch_size: got 0",
     f"{DEMO} trainer.max_steps=2 trainer.max_steps=3": "argument 'trainer.max_steps': got 2 and 3",
     f"{DEMO} resume.restore_config.path=/nope": "model '/nope': got no such folder",
-    f"{DEMO} resume.restore_config.path=/nope --dryrun": "model '/nope': got no such folder",
-    f"{DEMO} resume.restore_config.path=hf://nobody/nothing": "download of nobody/nothing from the Hugging Face hub",
     f"{DEMO} resume.restore_config.path=FILES/tiny": "model.config.num_layers: got 30, expected 4, as FILES/tiny has",
     "--factory wrong_recipe.mine": "FILES/wrong_recipe.py, line 2: got NameError: name 'llm' is not defined",
     "--factory wrong_import.mine": "FILES/wrong_import.py, line 1: got ModuleNotFoundError: No module named 'no_such_",

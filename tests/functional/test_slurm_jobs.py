@@ -14,7 +14,7 @@ import pytest
 from nemo_upcycle.errors import UnfinishedError
 from nemo_upcycle.pipeline import chain as chain_module
 from nemo_upcycle.pipeline.chain import Chain
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.local import StopSignals
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler, StagedSlurmExecutor
 from nemo_upcycle.utils.files import MARKER

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_upcycle.pipeline.checks import check_started
-from nemo_upcycle.pipeline.launch import launch
+from nemo_upcycle.pipeline.launch import jobs_of, launch
 from nemo_upcycle.pipeline.order import finished, read_plan
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.files import read_json
@@ -32,7 +32,7 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path, capfd: pytest.Captu
     (run_dir / "upcycle/_SUCCESS.json").unlink()
     plan = replace(plan, pretrain=dump_recipe(recipe))
     check_started(run_dir, plan)
-    launch(HERE, run_dir, plan, STAGES)
+    launch(HERE, run_dir, plan, jobs_of(STAGES, run_dir, plan))
     said = capfd.readouterr().err
     assert "[import] its marker was lost or damaged: made again from what the stage left, which is whole\n" in said
     assert [name for name in (stage.name for stage in STAGES) if f"[{name}] done in" in said] == [

@@ -219,7 +219,7 @@ def test_a_chain_tunes_killed_in_the_middle_and_compares_four_models(
     (tmp_path / "sums.yaml").write_text(set_of)
     files = [str(tmp_path / name) for name in ("sums.yaml", "asked.yaml")]
     plan = RunPlan("tiny", str(parent), *files, *trainings)
-    check_asked(plan)
+    check_asked(plan.inputs)
     plan.write(tmp_path / "run")
     run_killed_in_training(tmp_path / "run", 3)
     results = read_json(tmp_path / "run/results.json")

@@ -95,8 +95,7 @@ def forecast_of(
     from nemo_upcycle.pipeline.stages import STAGES
 
     stages, plan, origins = stages or STAGES, plan_of(chain), Origins(words, pipeline)
-    jobs = {job.name: job for job in jobs_of_chain(chain, run_dir)}
-    return forecast(stages, run_dir, plan, cluster, jobs, origins, executor)
+    return forecast(stages, run_dir, plan, cluster, jobs_of_chain(chain, run_dir), origins, executor)
 
 
 def jobs_of_chain(chain: Any, run_dir: Path) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import MARGIN, ROUNDING
 from nemo_upcycle.evaluation.heldout import TASK
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest, open_arm
 from nemo_upcycle.pipeline.ablations.stages import SUITE, UNTRAINED, GridPlan
 from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.suites.suite_config import read_suite_config
@@ -63,14 +64,6 @@ class ArmConfig:
 
 
 @dataclass
-class BudgetsConfig:
-    """Arms that are compared after several numbers of tokens."""
-
-    arms: list[str]
-    tokens: list[int]
-
-
-@dataclass
 class GridConfig:
     """A grid; `laptop.yaml` and `budget.yaml` of `conf/ablations` explain every key."""
 
@@ -84,14 +77,13 @@ class GridConfig:
     defaults: dict[str, Any] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
     margin: float = MARGIN
-    budgets: BudgetsConfig | None = None
 
 
 def read_grid(name: str | Path, dense: str | None = None, data: str | None = None) -> GridPlan:
     """Read a grid, and build and check the recipe of every arm and seed.
 
     Args:
-        name: of `conf/ablations`, or the path of a YAML file like those.
+        name: a name of `conf/ablations`, or the path of a YAML file like those.
         dense: another dense parent than the grid's.
         data: another blend, or a finished folder.
 
@@ -111,8 +103,8 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     if not config.local or TASK not in config.tasks:
         expected, fix = f"a local suite with {TASK}", "name laptop, watch or your own"
         raise UpcycleError(f"{path}: evaluate.suite", got=suite, expected=expected, fix=fix)
-    every_n_steps = grid.evaluate.every_n_steps
-    evaluations = Evaluations(suite=SUITE, every_n_steps=every_n_steps, batch_size=grid.evaluate.batch_size)
+    scored = grid.evaluate
+    evaluations = Evaluations(suite=SUITE, every_n_steps=scored.every_n_steps, batch_size=scored.batch_size)
     address = str(dense or grid.dense)
     built = _trainings(str(path), arms, grid, address)
     cells, parents, trainers = dict[str, str](), dict[str, str](), {one.trainer for _, one in built.values()}
@@ -156,13 +148,11 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         "cells": described,
         "references": grid.references,
         "margin": grid.margin,
-        "budgets": _budgets(f"{path}: budgets", grid.budgets, described, every_n_steps),
     }
     parent: str | None = None
     if grid.parent and not dense:
-        from nemo_upcycle.pipeline.nemo.arms import NeMoArm
-
-        parent = NeMoArm(f"{path}: parent", grid.parent.factory, {}, grid.parent.set).parent()
+        request = ArmRequest(f"{path}: parent", grid.parent.factory, {}, grid.parent.set)
+        parent = open_arm("factory", request).parent()
     if not parent and not address:
         fix = "add dense=FOLDER, or a parent:"
         raise UpcycleError(f"{path}: dense", got="none", expected="a dense parent", fix=fix)
@@ -170,7 +160,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         expected = "a blend: the grid trains its parent, and a tokenizer for it"
         fix = "give the dense model of the folder's tokenizer as well (dense=FOLDER)"
         raise UpcycleError(f"data {data}", got="a finished folder", expected=expected, fix=fix)
-    return GridPlan(
+    plan = GridPlan(
         path.stem,
         "" if parent else address,
         data or _from_here(grid.data, folder),
@@ -182,9 +172,13 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         trainers.pop(),
         parents,
     )
+    if plan.inputs.reads_chat:
+        got, expected = f"{plan.data}: conversations", "texts, which a grid trains on"
+        raise UpcycleError("data", got=got, expected=expected, fix="name a blend, or a folder of nemo-upcycle data")
+    return plan
 
 
-def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense: str) -> dict[str, tuple[str, Any]]:
+def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense: str) -> dict[str, tuple[str, Arm]]:
     """Return every training of one seed, by its name: the name of its arm, and its recipe in its trainer."""
     built = {}
     for name, arm in arms.items():
@@ -192,22 +186,24 @@ def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense
         lengths: list[int | None] = [*arm.lengths] or [None]
         for steps in lengths:
             training = name if steps is None else f"{name}-{steps}"
-            built[training] = name, _built(f"{path}: arms.{name}", arm, settings, dense, steps)
+            key, recipe = ("recipe", arm.recipe) if arm.recipe else ("factory", str(arm.factory))
+            request = ArmRequest(f"{path}: arms.{name}", recipe, arm.spec, settings, steps, arm.gpus, dense)
+            built[training] = name, open_arm(key, request)
     return built
 
 
 def _place(cell: Mapping[str, Any]) -> tuple[int, int]:
-    """Return what the trainings of a grid are sorted by: short ones of a seed first, and parents before their own."""
+    """Sort the trainings of a grid: short ones of a seed first, and parents before their own."""
     return cell["seed"], cell.get("parent_tokens", 0) + cell["steps"] * cell["tokens_per_step"]
 
 
 def _origin(arm: ArmConfig, arch: Architecture, grid: GridConfig) -> dict[str, Any]:
-    """Return what the table needs to know of an arm with a parent of the grid's own, but the parent's tokens.
+    """Describe for the table an arm with a parent of the grid's own, but for the parent's tokens.
 
     Args:
         arm: the arm.
-        arch: of its model; it does not know the vocabulary.
-        grid: of the arm.
+        arch: the architecture of its model; it does not know the vocabulary.
+        grid: what the arm is one of.
     """
     arch = replace(arch, vocab_size=grid.parent.vocabulary if grid.parent else 0)
     return {
@@ -271,45 +267,3 @@ def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
         got = "both" if arm.factory else "none"
         raise UpcycleError(f"{where}: factory", got=got, expected=expected, fix="name one")
     return arm
-
-
-def _built(where: str, arm: ArmConfig, settings: dict[str, Any], dense: str, steps: int | None) -> Any:
-    """Return an arm with its recipe, in its trainer, and of so many steps if any are given."""
-    if arm.recipe is None:
-        from nemo_upcycle.pipeline.nemo.arms import NeMoArm
-
-        settings = settings | ({NeMoArm.steps: steps} if steps else {})
-        return NeMoArm(where, str(arm.factory), arm.spec, settings)
-    from nemo_upcycle.pipeline.bridge.arms import BridgeArm
-
-    if not dense:
-        fix = "add dense=FOLDER, or dense: to the grid"
-        raise UpcycleError(f"{where}: recipe", got="no dense parent", expected="one that is there", fix=fix)
-    settings = settings | ({BridgeArm.steps: steps} if steps else {})
-    return BridgeArm(where, arm.recipe, arm.spec, settings, arm.gpus, dense)
-
-
-def _budgets(
-    where: str, budgets: BudgetsConfig | None, cells: Mapping[str, Mapping[str, Any]], every_n_steps: int
-) -> dict[str, Any]:
-    """Return arms and tokens of the budgets; every one of these arms must be scored after each of them."""
-    if budgets is None:
-        return {}
-    found = asdict(budgets)
-    for key, value in found.items():
-        if len(value) < 2:
-            raise UpcycleError(f"{where}.{key}", got=value, expected="a list of two or more", fix="see laptop.yaml")
-    arms = {cell["arm"]: cell for cell in cells.values()}
-    for name in found["arms"]:
-        if name not in arms:
-            raise UpcycleError.unknown(f"{where}.arms: arm", str(name), arms)
-        step_tokens, steps = arms[name]["tokens_per_step"], arms[name]["steps"]
-        scored = {step * step_tokens for step in (*range(every_n_steps, steps + 1, every_n_steps), steps)}
-        if other := [tokens for tokens in found["tokens"] if tokens not in scored]:
-            raise UpcycleError(
-                f"{where}.tokens of {name}",
-                got=other,
-                expected=f"tokens after which it is scored: {', '.join(map(str, sorted(scored)))}",
-                fix="take some of these, or change evaluate.every_n_steps",
-            )
-    return found

@@ -14,7 +14,7 @@ from nemo_upcycle.pipeline.checks import check_started
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
-from nemo_upcycle.pipeline.launch import absolute_argument, launch
+from nemo_upcycle.pipeline.launch import absolute_argument, jobs_of, launch
 from nemo_upcycle.pipeline.order import require_outputs
 from nemo_upcycle.pipeline.run_here import check_at_once
 from nemo_upcycle.utils.files import MARKER
@@ -62,14 +62,14 @@ def ablate(
         require_outputs(plan.stages, run_dir, plan)
     check_at_once(at_once, is_here=is_local(ctx.executor))
     sys.stdout.write(_summary(plan, run_dir))
-    if ctx.dryrun or not launch(ctx, run_dir, plan, plan.stages, at_once=at_once):
+    if ctx.dryrun or not launch(ctx, run_dir, plan, jobs_of(plan.stages, run_dir, plan), at_once=at_once):
         return
     if not ctx.detach:
         sys.stdout.write("\n" + (run_dir / "table" / "table.md").read_text(encoding="utf-8"))
 
 
 def _summary(plan: GridPlan, run_dir: Path) -> str:
-    """Return what will be trained, and what is there already."""
+    """List what will be trained, and what is there already."""
     done = {name for name in plan.cells if (run_dir / name / MARKER).is_file()}
     cells: dict[str, dict[str, Any]] = plan.described["cells"]
     lines = [f"grid {plan.name}: {len(plan.cells)} trainings, {len(done)} finished before"]

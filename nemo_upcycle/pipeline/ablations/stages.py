@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_upcycle.pipeline.data_stage import data_files, require_data
+from nemo_upcycle.pipeline.data_stage import data_files, data_folder_of, require_data
+from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, weights_in, whole_training
-from nemo_upcycle.pipeline.plan import Plan, Stage, required_training
+from nemo_upcycle.pipeline.plan import Stage, WorkPlan, required_training
 from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
 from nemo_upcycle.trainers.base import last_checkpoint
 
@@ -22,11 +24,11 @@ SUITE = "suite/items"
 
 
 @dataclass(frozen=True)
-class GridPlan(Plan):
+class GridPlan(WorkPlan):
     """Everything that the stages of a grid need to know, as plain values.
 
     Args:
-        name: of the grid.
+        name: the name of the grid.
         dense: address of the dense parent; "" where the grid trains its own.
         data: a blend, or a finished folder.
         parent: the serialised recipe that trains the parent from random weights; None with `dense`. Where no training
@@ -37,7 +39,7 @@ class GridPlan(Plan):
         described: what the table needs: of each cell its arm, seed, tokens of a step, steps and schedule of the
             learning rate, and of one with a parent of its own what `read_grid` says; the references; the margin; what
             each arm is about.
-        trainer: of all cells, `nemo` or `bridge`.
+        trainer: the trainer of all cells, `nemo` or `bridge`.
         parents: name of a training -> UNTRAINED, or the training that leaves its parent; others have the grid's.
     """
 
@@ -58,21 +60,17 @@ class GridPlan(Plan):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """See `Plan.stages`."""
+        """See `WorkPlan.stages`."""
         return stages_of(self)
 
     def training_text(self, stage: str) -> str | None:
-        """See `Plan.training_text`."""
+        """See `WorkPlan.training_text`."""
         return self.parent if stage == "parent" else self.cells.get(stage)
 
-    def inputs(self) -> tuple[str, ...]:
-        """See `Plan.inputs`."""
-        return self.dense, self.data, self.suite
-
-    @property
-    def blend(self) -> str | None:
-        """See `Plan.blend`."""
-        return None if Path(self.data).is_dir() else self.data
+    @cached_property
+    def inputs(self) -> Inputs:
+        """See `WorkPlan.inputs`."""
+        return Inputs(self.dense, self.data, self.suite)
 
 
 def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
@@ -165,7 +163,7 @@ def _weights(_: Path, __: GridPlan, outputs: Mapping[str, Any]) -> list[Path]:
 
 
 def _tokens(run_dir: Path, plan: GridPlan, _: Mapping[str, Any]) -> list[Path]:
-    return data_files(data_folder(run_dir, plan))
+    return data_files(data_folder_of(run_dir, plan))
 
 
 def _whole(cell: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
@@ -189,13 +187,13 @@ def _untrained(run_dir: Path, _: GridPlan) -> None:
 
 
 def _blend(run_dir: Path, plan: GridPlan) -> None:
-    require_data(plan, data_folder(run_dir, plan))
+    require_data(plan, data_folder_of(run_dir, plan))
 
 
 def _training(name: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
     def work(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
         """Train one arm with one seed."""
-        folders = parent_folder(run_dir, _start_of(plan, name)), data_folder(run_dir, plan)
+        folders = parent_folder(run_dir, _start_of(plan, name)), data_folder_of(run_dir, plan)
         return required_training(plan, name).train(run_dir / name, *folders, suite=run_dir / SUITE)
 
     return work
@@ -204,11 +202,6 @@ def _training(name: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
 def parent_folder(run_dir: Path, stage: str) -> Path:
     """Return a parent's folder, as its stage left it."""
     return Path(StageFolder(run_dir, stage).outputs()["folder"])
-
-
-def data_folder(run_dir: Path, plan: GridPlan) -> Path:
-    """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
-    return run_dir / "data" / "blend" if plan.blend else Path(plan.data)
 
 
 def import_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
@@ -220,15 +213,15 @@ def import_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 
 def untrained_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Train a tokenizer on the blend, and draw the parent's random weights."""
-    from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.pipeline.ablations.untrained import write_untrained
     from nemo_upcycle.trainers.nemo.recipes import load_recipe
 
     assert plan.parent is not None
     assert plan.vocabulary is not None
+    assert plan.inputs.blend is not None  # `read_grid` refuses a finished folder where it trains the parent
     folder = run_dir / UNTRAINED / "hf"
     config = load_recipe(plan.parent).model.config
-    write_untrained(folder, config, read_blend(plan.data), plan.vocabulary, run_dir / UNTRAINED)
+    write_untrained(folder, config, plan.inputs.blend, plan.vocabulary, run_dir / UNTRAINED)
     return {"folder": str(folder)}
 
 
@@ -239,10 +232,10 @@ def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 
     first = UNTRAINED if plan.parent else "dense"
     tokenizer = StageFolder(run_dir, first).outputs()["folder"]
-    folder = data_folder(run_dir, plan)
-    if plan.blend:
-        trainings = [training for stage in plan.stages if (training := plan.training(stage.name))]
-        build_data(plan.blend, tokenizer, folder, max(one.seq_length(Path(tokenizer)) for one in trainings))
+    folder = data_folder_of(run_dir, plan)
+    if not plan.inputs.is_finished:
+        length = max(one.seq_length(Path(tokenizer)) for one in plan.trainings.values())
+        build_data(plan.data, tokenizer, folder, length)
     open_blend(folder).require_tokenizer_of(tokenizer)
     return made_data(folder, open_blend(folder).manifest)
 
@@ -252,14 +245,14 @@ def suite_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.suites.suite import build_named_suite
 
-    build_named_suite(plan.suite, open_blend(data_folder(run_dir, plan)).heldout(), run_dir / SUITE)
+    build_named_suite(plan.suite, open_blend(data_folder_of(run_dir, plan)).heldout(), run_dir / SUITE)
     return {"folder": str(run_dir / SUITE)}
 
 
 def parent_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Train the parent from random weights."""
     training = required_training(plan, "parent")
-    return training.train(run_dir / "parent", run_dir / UNTRAINED / "hf", data_folder(run_dir, plan))
+    return training.train(run_dir / "parent", run_dir / UNTRAINED / "hf", data_folder_of(run_dir, plan))
 
 
 def table_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:

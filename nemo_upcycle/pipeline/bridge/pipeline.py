@@ -65,7 +65,7 @@ def pipeline(
         ctx: NeMo-Run's context of the command.
         dir: folder of the run: a new one, an empty one, or the run's own.
         dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
-        recipe: of the upcycled model, by Bridge's naming; `package.module:function` for one of your own.
+        recipe: the recipe of the upcycled model, by Bridge's naming; `package.module:function` for one of your own.
         dense_ct: recipe of the dense baseline; None omits it.
         data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
             of recipes that tune, conversations (a name in conf/chat, a YAML file, or JSON lines).
@@ -158,7 +158,7 @@ def chain(name: str) -> Callable[..., run.Partial]:
     """Register and return the chain of an upcycled model and its dense baseline: name and inputs are those in NeMo.
 
     Args:
-        name: of the recipe, one of `BRIDGE_RECIPES`.
+        name: the name of the recipe, one of `BRIDGE_RECIPES`.
     """
     recipe, inputs = BRIDGE_RECIPES[name], known_recipe(name).inputs
 

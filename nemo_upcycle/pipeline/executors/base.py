@@ -7,14 +7,12 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, SaveLimit
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_for
-from nemo_upcycle.trainers.base import Profile
 from nemo_upcycle.utils.masking import masked, masked_text, write_private
 
 
@@ -26,82 +24,6 @@ if TYPE_CHECKING:
 USUAL_CARD = "h100"
 #: What a field holds that a site has to fill in, as in OmegaConf.
 MISSING = "???"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage, as a scheduler is asked to run it.
-
-    Args:
-        name: of the stage.
-        run_dir: the run's folder; the stage's own is `run_dir / name`.
-        command: the program and its arguments; every rank executes it.
-        after: the stages that must be done before it.
-        nodes: number of nodes.
-        ranks_per_node: processes on each of them.
-        is_training: whether it saves checkpoints, is told to stop by SIGTERM, and goes on from the last checkpoint.
-        reads: folders and files outside the run's folder that it reads: the dense model, the data, the suite.
-        is_resumable: whether a new start goes on where an earlier one stopped; trainings do.
-        profile: how a training uses its GPUs; None of other stages, and where it is not known yet.
-    """
-
-    name: str
-    run_dir: Path
-    command: tuple[str, ...]
-    after: tuple[str, ...] = ()
-    nodes: int = 1
-    ranks_per_node: int = 1
-    is_training: bool = False
-    is_resumable: bool = False
-    reads: tuple[Path, ...] = ()
-    profile: Profile | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where what was submitted and what it printed are kept."""
-        return self.run_dir / "jobs" / self.name
-
-
-class Phase(Enum):
-    """How far a job is, as its scheduler says; whether it succeeded is told by the stage's marker alone."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    ENDED = "ended"
-
-
-@dataclass(frozen=True)
-class JobState:
-    """What a scheduler says of a job.
-
-    Args:
-        phase: how far it is.
-        reason: the scheduler's words: why it waits, or how it ended.
-        is_abandoned: whether it counts as ended although it may still start, so that it has to be cancelled.
-        is_orphaned: whether it ended because the scheduler holds a job that it waits for to have failed.
-    """
-
-    phase: Phase
-    reason: str = ""
-    is_abandoned: bool = False
-    is_orphaned: bool = False
-
-
-@dataclass(frozen=True)
-class SaveLimit:
-    """A time within which a training has to have saved a checkpoint.
-
-    Args:
-        seconds: how long it is.
-        what: the setting that makes it so, with its value, for people.
-        otherwise: what follows if the save takes longer.
-        fix: the setting that lengthens it, with `{seconds}` in the place of its value.
-    """
-
-    seconds: float
-    what: str
-    otherwise: str
-    fix: str
 
 
 class UnreachableError(UpcycleError):
@@ -173,7 +95,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def render(self, job: Job) -> dict[str, str]:
-        """Return what is submitted for a job, by file name; needs no scheduler."""
+        """Render the files of a job, by name; needs no scheduler."""
 
     def masked(self) -> Self:
         """Return this scheduler with secrets hidden in what it renders, to be shown."""
@@ -191,7 +113,7 @@ class Cluster(ABC):
         return list(files)
 
     def render_as(self, job: Job, identity: str) -> dict[str, str]:
-        """Return what would be submitted now as the job of this id, under the names by which its folder keeps it."""
+        """Render the files of the job of this id as of now, under the names by which its folder keeps them."""
         return self.render(job)
 
     def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
@@ -209,7 +131,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
-        """Return what the scheduler says of jobs; one that it does not know has ended."""
+        """Ask the scheduler for the states of jobs; one that it does not know has ended."""
 
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> None:
@@ -217,7 +139,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def cancel_command(self, identity: str) -> str:
-        """Return what a person types to cancel a job."""
+        """Name the command that cancels a job, as a person types it."""
 
     @abstractmethod
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
@@ -225,7 +147,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def resources(self, job: Job) -> dict[str, str]:
-        """Return what a job asks for, by name, for people: partition or queue, time, memory, GPUs, image."""
+        """List what a job asks for, by name, for people: partition or queue, time, memory, GPUs, image."""
 
     def performance(self, job: Job) -> list[PerformanceSetting]:
         """Return NVIDIA's performance settings of a job, without those that the site's own replace.

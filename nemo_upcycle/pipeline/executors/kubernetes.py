@@ -13,15 +13,12 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import manifests, performance
 from nemo_upcycle.pipeline.executors.base import (
     Cluster,
-    Job,
-    JobState,
-    Phase,
-    SaveLimit,
     UnreachableError,
     require_gpus,
     require_settings,
     require_variables,
 )
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase, SaveLimit
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, resource_of
 from nemo_upcycle.utils.conf import packaged
@@ -141,11 +138,6 @@ class KubernetesScheduler(Cluster):
         state = reported_state(found) if found else JobState(Phase.ENDED)
         return state is None or state.phase is not Phase.ENDED
 
-    def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """See `Cluster.render_chain`: a Workflow of Argo."""
-        documents = {job: self._manifest(job, manifests.argo_name(job)) for job in jobs}
-        return {"workflow.yaml": manifests.workflow(self.executor.namespace, documents)}
-
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
         """See `Cluster.states`. While the server does not answer, the last state stands, with that as its reason."""
         return {identity: self._state(identity) for identity in ids}
@@ -164,13 +156,12 @@ class KubernetesScheduler(Cluster):
         mine = self.settings_for(job.name)
         grace_s, setting = mine.termination_grace_s, f"run.executor.stages.{job.name}.termination_grace_s={{seconds}}"
         setting += " (from Trainer 2.3 on)" if mine.kind == "trainjob" else ""
-        instead = resource_of(mine).lacks.get("termination_grace_s")
         return [
             SaveLimit(
                 grace_s or _POD_GRACE_S,
                 f"termination_grace_s {grace_s}" if grace_s else f"grace of a pod, {_POD_GRACE_S} s by default",
                 "an eviction loses the work since the checkpoint before",
-                f"{instead} to {{seconds}}" if instead else setting,
+                setting,
             )
         ]
 

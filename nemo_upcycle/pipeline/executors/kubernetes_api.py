@@ -8,15 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import JobState, Phase, UnreachableError
+from nemo_upcycle.pipeline.executors.base import UnreachableError
+from nemo_upcycle.pipeline.executors.jobs import JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes_settings import RESOURCES, Resource
 
 
 _TIMEOUT_S = 30
 #: Words in a refusal of the server, and what to change.
 _FIXES = {
-    'unknown field "spec.runtimePatches"': "this is Trainer 2.1 or older: run.executor.kind=trainjob-2.1",
-    'unknown field "spec.podTemplateOverrides"': "this is Trainer 2.2 or newer: run.executor.kind=trainjob",
+    'unknown field "spec.runtimePatches"': "Trainer is older than 2.2: update it, or set run.executor.kind=pytorchjob",
     "terminationGracePeriodSeconds": (
         "Trainer has this field from 2.3 on: run.executor.termination_grace_s=0, and set "
         "terminationGracePeriodSeconds in the runtime's pods"
@@ -33,7 +33,7 @@ class KubernetesApi:
 
     Args:
         kubeconfig: the file; empty for $KUBECONFIG or ~/.kube/config, and then the pod's service account.
-        context: of that file; empty for its current one.
+        context: the context of that file; empty for its current one.
 
     Raises:
         UpcycleError: the client is not installed, or there are no credentials.
@@ -71,7 +71,7 @@ class KubernetesApi:
 
         Args:
             resource: its kind.
-            manifest: of the job.
+            manifest: the manifest of the job.
             dry_run: ask for every check, and create nothing.
 
         Raises:
@@ -145,7 +145,7 @@ class KubernetesApi:
 
 
 def reported_state(found: dict[str, Any]) -> JobState | None:
-    """Return what the controllers of a job say of it, or None as long as none of them has said anything.
+    """Read the state that the controllers report of a job; None as long as none of them has reported.
 
     Args:
         found: the job, as the API server has it.
@@ -173,7 +173,7 @@ class _AbsentError(Exception):
 
 
 def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
-    """Return what an answer of the server means for the user."""
+    """Translate a refusal of the server for the user."""
     message, details = _answer(error)
     jobs = f"{resource.plural} in namespace {namespace}"
     if error.status == 404 and details.get("kind") == "namespaces":

@@ -27,12 +27,12 @@ class KubernetesExecutor(run.Executor):
     Numbers of 0 and empty texts leave a field out, so that the cluster or the runtime decides.
 
     Args:
-        namespace: of the jobs.
-        image: of the containers; holds this package, torch, bash and tee.
+        namespace: the namespace of the jobs.
+        image: the image of the containers; holds this package, torch, bash and tee.
         claim: the PersistentVolumeClaim (ReadWriteMany) that runs lie on.
         mount_path: where it is mounted, in the pods and on the machine that launches.
         volumes: further claims, and where they are mounted.
-        kind: of the jobs: `trainjob` (Trainer 2.2 and later), `trainjob-2.1`, `pytorchjob` (training operator 1.9).
+        kind: of the jobs: `trainjob` (Kubeflow Trainer 2.2 and later) or `pytorchjob` (training operator 1.9).
         runtime: the ClusterTrainingRuntime of a TrainJob; `TrainingRuntime/NAME` for one of the namespace.
         queue: LocalQueue of Kueue.
         cpus: per node.
@@ -41,32 +41,32 @@ class KubernetesExecutor(run.Executor):
         gpu_resource: what the cluster calls them.
         extra_resources: others, as `{"rdma/ib": 8}`, per node.
         shared_memory_gib: size of /dev/shm, which counts as memory; training needs it.
-        tolerations: of the pods.
-        node_selector: of the pods.
-        affinity: of the pods.
-        labels: of the jobs and their pods.
-        annotations: of the jobs and their pods.
+        tolerations: the tolerations of the pods.
+        node_selector: the node selector of the pods.
+        affinity: the affinity of the pods.
+        labels: the labels of the jobs and their pods.
+        annotations: the annotations of the jobs and their pods.
         priority_class: of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
         run_as: `UID:GID` of the pods, whose group owns new files on the claims; None: those of who launches, whose
-            files in the run's folder they write beside. "": the image's or the cluster's (as in Trainer 2.1).
-        security_context: of the container, as `{capabilities: {add: [IPC_LOCK]}}` for InfiniBand (not in Trainer 2.1).
+            files in the run's folder they write beside. "": the image's or the cluster's.
+        security_context: the security context of the container, as `{capabilities: {add: [IPC_LOCK]}}` for InfiniBand.
         overrides: what else a pod's spec has, merged into it last: mappings key by key, lists of named entries by
             name, other lists as a whole; None removes. A TrainJob takes a part of a pod's fields only.
         pull_secrets: names of the secrets to pull the image with.
         image_pull_policy: `Always`, `IfNotPresent` or `Never` (PyTorchJob).
-        service_account: of the pods.
+        service_account: the service account of the pods.
         secret_env_vars: variables, and where their values are: `{"HF_TOKEN": "SECRET/KEY"}`.
         termination_grace_s: time that ranks have to save a checkpoint when they are evicted (Trainer 2.3 and later,
             PyTorchJob).
-        active_deadline_s: time after which a job is ended (not in Trainer 2.1).
+        active_deadline_s: time after which a job is ended.
         restarts: how often a training starts again, from its last checkpoint, before it has failed (PyTorchJob; a
             TrainJob's runtime says so itself).
         python: the image's Python.
         kubeconfig: the file; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
-        context: of that file; empty for its current one.
+        context: the context of that file; empty for its current one.
         report_within_s: a job of which no controller says anything for so long has ended; an operator whose node is
             lost is started elsewhere after 5 minutes.
-        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
+        card: the kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
         performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
         price_per_gpu_hour: for --dryrun; None: not known.
         write_gib_s: what the file system of `dir` writes in GiB a second, from all pods, for --dryrun.
@@ -142,8 +142,8 @@ class Resource:
     """A kind of job, as the API server addresses it.
 
     Args:
-        group: of the API.
-        version: of the API.
+        group: the group of the API.
+        version: the version of the API.
         plural: the resource's name in addresses.
         kind: its name in manifests.
         pods: the label of a job's pods that holds its name.
@@ -165,22 +165,14 @@ class Resource:
         return f"{self.plural}.{self.group}"
 
 
-_TRAINJOB = ("trainer.kubeflow.org", "v1alpha1", "trainjobs", "TrainJob", "jobset.sigs.k8s.io/jobset-name")
-_OF_RUNTIME = {
-    "restarts": "failurePolicy.maxRestarts of the runtime's JobSet",
-    "image_pull_policy": "imagePullPolicy of the runtime's container",
-    "priority_class": "priorityClassName of the runtime's pods, or with Kueue labels of kueue.x-k8s.io/priority-class",
-}
 RESOURCES = {
-    "trainjob": Resource(*_TRAINJOB, "Kubeflow Trainer 2.2", _OF_RUNTIME),
-    "trainjob-2.1": Resource(
-        *_TRAINJOB,
-        "Kubeflow Trainer 2.1",
+    "trainjob": Resource(
+        *("trainer.kubeflow.org", "v1alpha1", "trainjobs", "TrainJob", "jobset.sigs.k8s.io/jobset-name"),
+        "Kubeflow Trainer 2.2",
         {
-            **_OF_RUNTIME,
-            "security_context": "securityContext of the runtime's container",
-            "termination_grace_s": "terminationGracePeriodSeconds of the runtime's pods",
-            "active_deadline_s": "activeDeadlineSeconds of the runtime's Job",
+            "restarts": "failurePolicy.maxRestarts of the runtime's JobSet",
+            "image_pull_policy": "imagePullPolicy of the runtime's container",
+            "priority_class": "priorityClassName of the runtime's pods (Kueue: a label kueue.x-k8s.io/priority-class)",
         },
     ),
     "pytorchjob": Resource(

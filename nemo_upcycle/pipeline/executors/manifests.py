@@ -1,4 +1,4 @@
-"""What Kubernetes is asked for: a stage as a TrainJob or a PyTorchJob of Kubeflow, or all in a Workflow of Argo.
+"""What Kubernetes is asked for: a stage as a TrainJob or a PyTorchJob of Kubeflow.
 
 Pure: settings and jobs in, plain values out. Needs neither a cluster nor a client.
 """
@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Job, hub_variables
+from nemo_upcycle.pipeline.executors.base import hub_variables
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, resource_of
 
 
@@ -44,14 +45,6 @@ exit $status
 """
 _TERM_TO_RANKS = _WRAPPER % "$(cat /proc/$child/task/$child/children)"
 _TERM_TO_CHILD = _WRAPPER % "$child"
-#: What Argo puts in, so that every start of the workflow has jobs of its own: seconds since 1970.
-_STARTED = "{{workflow.creationTimestamp.s}}"
-#: A job's conditions are a list, in which Argo finds one by its number only.
-_MOST_CONDITIONS = 8
-_SUCCEEDED = {
-    "TrainJob": "status.jobsStatus.0.succeeded > 0",
-    "PyTorchJob": "status.replicaStatuses.Master.succeeded > 0",
-}
 
 
 def pod_path(path: Path) -> Path:
@@ -72,7 +65,7 @@ def label_of(text: str) -> str:
 
 
 def base_name(job: Job) -> str:
-    """Return what the names of a stage's jobs start with: the run's folder, the stage, a hash of the folder's path.
+    """Make the start of the names of a stage's jobs: the run's folder, the stage, a hash of the folder's path.
 
     Example:
         >>> base_name(Job("dense_ct", Path("/runs/demo"), ()))
@@ -91,8 +84,8 @@ def manifest(
     Args:
         settings: those of this stage.
         job: the stage.
-        name: of the job in the cluster.
-        variables: of the pods, beside the site's own.
+        name: the name of the job in the cluster.
+        variables: the variables of the pods, beside the site's own.
 
     Raises:
         UpcycleError: the settings do not fit the kind of job.
@@ -122,13 +115,8 @@ def as_yaml(document: dict[str, Any]) -> str:
 
 def _trainjob_spec(settings: KubernetesExecutor, job: Job, name: str, fast: Mapping[str, str]) -> dict[str, Any]:
     kind, _, runtime = settings.runtime.rpartition("/")
-    pod = _pod(settings, {"name": _NODE})
-    if settings.kind == "trainjob":
-        template = {"spec": {"template": pod}}
-        patch = {"template": {"spec": {"replicatedJobs": [{"name": _NODE, "template": template}]}}}
-        patches: dict[str, Any] = {"runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": patch}]}
-    else:
-        patches = {"podTemplateOverrides": [{"targetJobs": [{"name": _NODE}], **pod}]}
+    template = {"spec": {"template": _pod(settings, {"name": _NODE})}}
+    patch = {"template": {"spec": {"replicatedJobs": [{"name": _NODE, "template": template}]}}}
     return {
         "runtimeRef": {"name": runtime} | ({"kind": kind} if kind else {}),
         "trainer": {
@@ -139,7 +127,7 @@ def _trainjob_spec(settings: KubernetesExecutor, job: Job, name: str, fast: Mapp
             "numProcPerNode": job.ranks_per_node,
             "resourcesPerNode": _resources(settings),
         },
-        **patches,
+        "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": patch}],
         **_given(activeDeadlineSeconds=settings.active_deadline_s),
     }
 
@@ -201,8 +189,8 @@ def _pod(settings: KubernetesExecutor, container: dict[str, Any]) -> dict[str, A
 
 
 def _pod_security(settings: KubernetesExecutor) -> dict[str, Any]:
-    """Return who the pods run as; nothing where the image says it, or the kind of job has no field for it."""
-    if settings.user is None or settings.kind == "trainjob-2.1":
+    """Name the user of the pods; nothing where the image says it."""
+    if settings.user is None:
         return {}
     user, group = settings.user
     owner = {"runAsUser": user, "runAsGroup": group, "fsGroup": group, "fsGroupChangePolicy": "OnRootMismatch"}
@@ -230,7 +218,7 @@ def _are_named(value: Any) -> bool:
 
 
 def _command(settings: KubernetesExecutor, job: Job, name: str) -> list[str]:
-    """Return what a pod runs: the job's command with the image's Python, once a rank.
+    """Write the command of a pod: the job's own with the image's Python, once a rank.
 
     torchrun takes nodes, ranks and the address of the first node from the variables PET_* that the operators set.
     """
@@ -266,40 +254,3 @@ def _resources(settings: KubernetesExecutor) -> dict[str, Any]:
 def _given(**fields: Any) -> dict[str, Any]:
     """Return the fields that are set: neither 0 nor empty."""
     return {name: value for name, value in fields.items() if value}
-
-
-def argo_name(job: Job) -> str:
-    """Return the name of a stage's job, with what Argo fills in."""
-    return f"{base_name(job)}-{_STARTED}"
-
-
-def workflow(namespace: str, documents: Mapping[Job, dict[str, Any]]) -> str:
-    """Return stages as a Workflow: `argo submit FILE` runs each when those before it have succeeded.
-
-    Its service account needs rights to create and watch the jobs. A TrainJob's runtime must have one replicated job.
-
-    Args:
-        namespace: of the workflow.
-        documents: the stages with their manifests; what they come after counts as far as it is among them.
-    """
-    names = {job.name: label_of(job.name) for job in documents}
-    failed = ", ".join(f"status.conditions.{number}.type == Failed" for number in range(_MOST_CONDITIONS))
-    tasks, stages = [], []
-    for job, document in documents.items():
-        name, before = names[job.name], [names[one] for one in job.after if one in names]
-        tasks.append({"name": name, "template": name, "dependencies": before})
-        resource = {
-            "action": "create",
-            "successCondition": _SUCCEEDED[document["kind"]],
-            "failureCondition": failed,
-            "manifest": as_yaml(document),
-        }
-        stages.append({"name": name, "resource": resource})
-    run_dir = next(iter(documents)).run_dir
-    chain = {
-        "apiVersion": "argoproj.io/v1alpha1",
-        "kind": "Workflow",
-        "metadata": {"generateName": f"{label_of(run_dir.name)}-", "namespace": namespace},
-        "spec": {"entrypoint": "stages", "templates": [{"name": "stages", "dag": {"tasks": tasks}}, *stages]},
-    }
-    return as_yaml(chain)

@@ -7,16 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.utils.conf import packaged, read_yaml
 
-
-if TYPE_CHECKING:
-    from nemo_upcycle.pipeline.executors.base import Job
 
 #: The table, as people find it.
 TABLE = "conf/performance.yaml"
@@ -68,7 +66,7 @@ def settings_for(
 
     Args:
         job: the stage.
-        card: of its nodes.
+        card: the kind of GPU of its nodes.
         scheduler: the part of the table that comes on top of the variables; empty: none.
         container: whether it runs in one.
         changed: by name, what the user sets in the place of the table's value; None removes it.
@@ -103,7 +101,7 @@ def _origin(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 
 
 def _facts(job: Job, card: str, *, container: bool) -> dict[str, Any]:
-    """Return what conditions ask for, by name; without what is not known."""
+    """Gather what conditions ask for, by name, without what is not known."""
     facts: dict[str, Any] = {"card": card, "container": container, "gpus_per_node": job.ranks_per_node}
     if profile := job.profile:
         facts |= asdict(profile)

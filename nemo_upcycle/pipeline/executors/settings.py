@@ -127,7 +127,7 @@ def _added(before: Mapping[str, Any], given: Mapping[str, Any], found: Mapping[s
 
 
 def _typed(words: Sequence[str], schema: type) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return what words of the command line set for all stages, and by stage; text fields take them unread."""
+    """Read what words of the command line set for all stages, and by stage; text fields take them unread."""
     kinds = typing.get_type_hints(schema)
     common: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}

@@ -23,18 +23,9 @@ from nemo_run.core.execution.slurm import SlurmBatchRequest
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors import performance
-from nemo_upcycle.pipeline.executors.base import (
-    MISSING,
-    Cluster,
-    Job,
-    JobState,
-    Phase,
-    SaveLimit,
-    UnreachableError,
-    hub_variables,
-    require_settings,
-)
+from nemo_upcycle.pipeline.executors.base import MISSING, Cluster, UnreachableError, hub_variables, require_settings
 from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, USUAL_GIB_S, ft_command
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase, SaveLimit
 from nemo_upcycle.pipeline.executors.slurm_answers import (
     NO_ANSWER,
     OF_CONTROLLER,
@@ -79,7 +70,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
         stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
         hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
         silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
-        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
+        card: the kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
         performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
         price_per_gpu_hour: for --dryrun; None: not known.
         write_gib_s: what the file system of `dir` writes in GiB a second, from all nodes, for --dryrun.
@@ -246,7 +237,7 @@ class SlurmScheduler(Cluster):
         return job.is_training and getattr(self.settings_for(job.name), "hang_detection", False)
 
     def _command(self, job: Job) -> str:
-        """Return what srun starts: one process a rank, or one `ft_launcher` a node."""
+        """Write the command that srun starts: one process a rank, or one `ft_launcher` a node."""
         command = (self.python_of(job.name), *job.command[1:])
         if not self._detects_hangs(job):
             return shlex.join([*performance.bound(self.performance(job)), *command])
@@ -287,7 +278,7 @@ class SlurmScheduler(Cluster):
         return identity
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
-        """Return what `squeue` says, and for ended jobs the controller's or the accounting's last word."""
+        """Ask `squeue`, and of ended jobs the controller or the accounting."""
         asked = ask("squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%P|%N")
         if asked.returncode and "Invalid job id" not in asked.stderr:  # the controller does not answer: nothing ended
             return {identity: JobState(Phase.WAITING, last_line(asked.stderr)) for identity in ids}
@@ -328,7 +319,7 @@ class SlurmScheduler(Cluster):
         return [*sorted(job.folder.glob(f"log*_{identity}_*.out")), *job.folder.glob(f"sbatch_*_{identity}.out")]
 
     def resources(self, job: Job) -> dict[str, str]:
-        """Return what a job asks for."""
+        """List what a job asks for."""
         mine = self.settings_for(job.name)
         names = ("partition", "account", "qos", "time", "mem", "cpus_per_task", "gpus_per_node", "container_image")
         asked = {name: getattr(mine, name) for name in (*names, "signal")}

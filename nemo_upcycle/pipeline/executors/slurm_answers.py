@@ -7,7 +7,7 @@ import re
 import subprocess
 from typing import Any
 
-from nemo_upcycle.pipeline.executors.base import JobState, Phase
+from nemo_upcycle.pipeline.executors.jobs import JobState, Phase
 
 
 #: In what a command says when the controller did not answer it.

@@ -11,7 +11,8 @@ import nemo_run as run
 from nemo_run.config import RUNDIR_NAME
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Job, require_gpus, require_variables
+from nemo_upcycle.pipeline.executors.base import require_gpus, require_variables
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.markers import ENDED, FAILED
 from nemo_upcycle.utils.files import MARKER
 
@@ -181,7 +182,7 @@ def require_supported(mine: run.SlurmExecutor, job: Job) -> None:
 
     Args:
         mine: the executor with the settings of the stage.
-        job: of the stage.
+        job: the job of the stage.
 
     Raises:
         UpcycleError: a setting would be ignored, or would fail on the nodes.

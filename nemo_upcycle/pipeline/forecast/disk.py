@@ -57,7 +57,7 @@ def forecast_disk(
     *,
     is_parallel: bool,
 ) -> DiskForecast:
-    """Return what the stages that run need of the disk of a run's folder.
+    """Add up what the stages that run need of the disk of a run's folder.
 
     Args:
         run_dir: the run's folder; need not exist.

@@ -29,9 +29,9 @@ class EvaluationForecast:
     Args:
         suite: its name.
         every_n_steps: steps from one evaluation to the next.
-        texts: that are passed each time, at most; None: all that the blend has.
-        seconds: of one evaluation, at most; None: not known.
-        share: of the training's time, at most; None: not known.
+        texts: the texts that are passed each time, at most; None: all that the blend has.
+        seconds: the seconds of one evaluation, at most; None: not known.
+        share: the share of the training's time, at most; None: not known.
     """
 
     suite: str
@@ -42,13 +42,13 @@ class EvaluationForecast:
 
 
 def forecast_evaluation(evaluations: Evaluations | None, plan: Plan | None) -> EvaluationForecast | None:
-    """Return what the evaluations of a training cost; None without any, or of a suite's folder.
+    """Estimate the cost of a training's evaluations; None without any, or of a suite's folder.
 
     Every pass is taken to be as long as its longest text, in a pipeline that holds no other one.
 
     Args:
-        evaluations: of the training.
-        plan: of its usual steps, None without an estimate.
+        evaluations: the evaluations of the training.
+        plan: the plan of its usual steps, None without an estimate.
     """
     if evaluations is None or (Path(evaluations.suite) / MARKER).is_file():
         return None

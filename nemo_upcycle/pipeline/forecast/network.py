@@ -11,7 +11,8 @@ from typing import Any
 
 from nemo_upcycle.data.needs import Caches
 from nemo_upcycle.data.network import run_needs
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, hub_variables
+from nemo_upcycle.pipeline.executors.base import Cluster, hub_variables
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.plan import Stage
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.base import TrainingFacts
@@ -25,7 +26,7 @@ class NetworkForecast:
 
     Attributes:
         stages: by name, in their order: from which place, and what; none that needs no network.
-        command: that fetches all of it beforehand; several with && between.
+        command: the command that fetches all of it beforehand; several with && between.
     """
 
     stages: Mapping[str, Mapping[str, Sequence[str]]]
@@ -39,16 +40,17 @@ def forecast_network(
     jobs: Mapping[str, Job],
     facts: Mapping[str, TrainingFacts | None] | None = None,
 ) -> NetworkForecast:
-    """Return what stages that run take from networks; asks none, and looks for caches where this machine sees them.
+    """List what stages that run take from networks; ask none, and look for caches where this machine sees them.
 
     Args:
         stages: those that run.
         plan: what they are given.
         cluster: where they run; None: on this machine.
         jobs: by stage, what is asked of it.
-        facts: of the trainings, by stage, as far as they are known.
+        facts: the facts of the trainings, by stage, as far as they are known.
     """
-    needs, found = run_needs(*plan.inputs()), {}
+    inputs, found = plan.inputs, {}
+    needs = run_needs(inputs.dense, inputs.data, inputs.suite)
     fetched, commands = {need.what for need in needs}, [_fetch(plan, "dense", "data", "evaluation")]
     for stage in stages:
         variables = _variables(cluster, jobs[stage.name]) if cluster else os.environ

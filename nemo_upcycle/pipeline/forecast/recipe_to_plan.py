@@ -47,7 +47,7 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
     """Return the plan of a training in its first steps, and in all others; mostly they are the same.
 
     Args:
-        facts: of the training.
+        facts: the facts of the training.
         gpu: the kind of GPU.
 
     Raises:
@@ -87,7 +87,7 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
 
 
 def _dispatcher(facts: TrainingFacts) -> str:
-    """Return what sends tokens to their experts; where all are on every rank, nothing is sent.
+    """Name what sends tokens to their experts; where all are on every rank, nothing is sent.
 
     Raises:
         SpecError: NCCL EP's receive buffers have no size.
@@ -106,10 +106,10 @@ def _dispatcher(facts: TrainingFacts) -> str:
 
 
 def planned_of(facts: TrainingFacts | None, device: str) -> dict[str, float] | None:
-    """Return what the planner gives for a training that ran, to stand beside what was measured.
+    """Plan a training that ran, to stand beside what was measured.
 
     Args:
-        facts: of the training; None: not known.
+        facts: the facts of the training; None: not known.
         device: the driver's name of its GPUs; empty without GPUs.
 
     Returns:

@@ -14,7 +14,8 @@ from nemo_run.cli.cli_parser import parse_factory
 
 from nemo_upcycle.data.dense import is_configuration
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local
+from nemo_upcycle.pipeline.executors.base import Cluster, is_local
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
 from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
@@ -53,7 +54,7 @@ class Origins:
     """Tells where settings come from.
 
     Args:
-        words: of the command line, as they were typed.
+        words: the words of the command line, as they were typed.
         target: the function whose recipe `--factory` names.
     """
 
@@ -105,8 +106,8 @@ class Forecast:
         stages: a part of the chain, in its order.
         trainings: those of the stages that train, by name.
         scores: when they are there; None: no stage gives any.
-        disk: of the folder.
-        network: of the stages that need one.
+        disk: the disk of the folder.
+        network: what stages take from networks.
         settings: those that matter, with their origins.
         performance: NVIDIA's settings of the trainings, by stage.
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
@@ -136,11 +137,11 @@ def forecast(
     run_dir: Path,
     plan: RunPlan,
     cluster: Cluster | None,
-    jobs: Mapping[str, Job],
+    jobs: Sequence[Job],
     origins: Origins,
     executor: Any = None,
 ) -> Forecast:
-    """Return what a run will do: its stages, memory, time, cost and disk. Writes nothing, asks no cluster or network.
+    """Forecast a run: its stages, memory, time, cost and disk. Write nothing, ask no cluster or network.
 
     Args:
         stages: the part of the chain that was asked for.
@@ -148,20 +149,19 @@ def forecast(
         plan: what the stages are given, checked.
         cluster: where the stages run; None: this machine, or `executor`. Its executor may have `origins` (by field,
             where a value comes from), a `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
-        jobs: by stage, what is asked of it.
-        origins: of what was typed.
+        jobs: those of the stages.
+        origins: the origins of what was typed.
         executor: the user's, where it has no scheduler of this package.
 
     Example:
         >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs, origins)))  # doctest: +SKIP
     """
     executor = cluster.executor if cluster else executor
-    stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, jobs, executor)
-    known_trainings = {stage.name: found for stage in plan.stages if (found := plan.training(stage.name))}
-    facts = {name: training.facts(plan.dense) for name, training in known_trainings.items()}
+    by_name, facts = {job.name: job for job in jobs}, plan.facts
+    stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, by_name, executor)
     trained = [stage for stage in stage_forecasts if stage.name in facts]
     trainings = {
-        stage.name: forecast_training(known_trainings[stage.name], known, stage, executor)
+        stage.name: forecast_training(plan.trainings[stage.name], known, stage, executor)
         for stage in trained
         if (known := facts[stage.name])
     }
@@ -172,12 +172,12 @@ def forecast(
     models = {name: known.arch if known else None for name, known in facts.items()}
     holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
     disk = forecast_disk(run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back)
-    scores = forecast_scores(plan.evaluation, stage_forecasts, trainings, is_parallel=holds_back)
+    scores = forecast_scores(plan.inputs, stage_forecasts, trainings, is_parallel=holds_back)
     here = settings_here if is_local(executor) else lambda _: []
     performance_of = cluster.performance if cluster else here
-    performance = {stage.name: performance_of(jobs[stage.name]) for stage in trained}
+    performance = {stage.name: performance_of(by_name[stage.name]) for stage in trained}
     running = [stage for stage, found in zip(stages, stage_forecasts, strict=True) if found.runs]
-    network = forecast_network(running, plan, cluster, jobs, facts)
+    network = forecast_network(running, plan, cluster, by_name, facts)
     upcycles = any(stage.name == "pretrain" and stage.runs for stage in stage_forecasts)
     return Forecast(
         run_dir=run_dir,
@@ -195,7 +195,7 @@ def forecast(
 
 
 def unchecked(dense: str) -> str:
-    """Return what of a run cannot be checked here, in a line: a parent whose weights lie elsewhere; else nothing."""
+    """Say in a line what of a run cannot be checked here, a parent whose weights lie elsewhere; else nothing."""
     folder = Path(dense.removeprefix("hf://")).expanduser()
     if not is_configuration(folder):
         return ""
@@ -208,7 +208,7 @@ def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -
     Args:
         plan: what the stages are given.
         recipes: names of the recipes, by the stage of a training.
-        origins: of the command.
+        origins: the origins of the command.
     """
     for name in ("dense", "trained_on", "data", "evaluation"):
         if value := getattr(plan, name):
@@ -226,7 +226,7 @@ def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -
 
     Args:
         executor: may have `origins`, by setting where it comes from, and `stages`, by stage what differs there.
-        origins: of the command.
+        origins: the origins of the command.
         stages: names of those of the forecast; a setting that every one of them sets itself is shown for these alone.
     """
     if not dataclasses.is_dataclass(executor):
@@ -256,7 +256,7 @@ def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
     """Check that what a run writes fits on its disk, as far as its size is known.
 
     Args:
-        forecast: of the run.
+        forecast: the forecast of the run.
         alive: stages whose jobs are submitted already; what they need does not count.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nemo_upcycle.pipeline.forecast.evaluating import list_texts
 from nemo_upcycle.pipeline.forecast.stages import StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
-from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.pipeline.inputs import Inputs
 
 
 _EVALUATE = "evaluate"
@@ -19,7 +19,7 @@ class ScoreForecast:
     """How long a run takes to its scores, from the first step on; queues and other stages come on top.
 
     Args:
-        suite: that all models are asked at the end.
+        suite: the suite that all models are asked at the end.
         trainings_s: seconds of the trainings with their evaluations; None: not known.
         evaluation_s: seconds of the evaluation of all models at the end; None: not known.
     """
@@ -30,7 +30,7 @@ class ScoreForecast:
 
 
 def forecast_scores(
-    suite: str, stages: Sequence[StageForecast], trainings: Mapping[str, TrainingForecast], *, is_parallel: bool
+    inputs: Inputs, stages: Sequence[StageForecast], trainings: Mapping[str, TrainingForecast], *, is_parallel: bool
 ) -> ScoreForecast | None:
     """Return when the last scores are there; None where no evaluation is to come, or nothing is known of trainings.
 
@@ -38,7 +38,7 @@ def forecast_scores(
     the upcycled model before and after its training at its own speed, parent and baseline at the baseline's.
 
     Args:
-        suite: of the evaluation: a name in conf/evaluation, or a YAML file.
+        inputs: what the run reads.
         stages: what happens to each.
         trainings: by stage.
         is_parallel: whether the trainings run at the same time.
@@ -49,11 +49,11 @@ def forecast_scores(
     seconds = [training.scored_s for training in trainings.values() if training.stage.runs]
     known = [one for one in seconds if one is not None]
     trainings_s = (max(known, default=0.0) if is_parallel else sum(known)) if len(known) == len(seconds) else None
-    texts = list_texts(read_suite_config(suite), None)
+    texts = list_texts(inputs.suite_config, None)
     plans = [training.later for training in trainings.values()]
     evaluation_s = None
     if texts is not None and None not in plans:
         models = (2, 2) if len(plans) > 1 else (3,)
         token_s = sum(count / plan.tokens_per_s_per_gpu / 3 for count, plan in zip(models, plans, strict=True) if plan)
         evaluation_s = sum(count * length for count, length in texts) * token_s / (stage.nodes * stage.ranks_per_node)
-    return ScoreForecast(suite, trainings_s, evaluation_s)
+    return ScoreForecast(inputs.suite, trainings_s, evaluation_s)

@@ -8,7 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, SaveLimit, is_local
+from nemo_upcycle.pipeline.executors.base import Cluster, is_local
+from nemo_upcycle.pipeline.executors.jobs import Job, SaveLimit
 from nemo_upcycle.pipeline.markers import CONTENT, changed_inputs
 from nemo_upcycle.pipeline.plan import ADOPTED, Stage
 from nemo_upcycle.pipeline.stages import RunPlan
@@ -61,7 +62,7 @@ class StageForecast:
         ranks_per_node: processes on each of them.
         resources: what it asks the executor for, by name.
         files: what is submitted, by path.
-        save_limits: of a training, within which it has to save.
+        save_limits: the save limits of a training, within which it has to save.
     """
 
     name: str
@@ -87,7 +88,7 @@ def forecast_stages(
     jobs: Mapping[str, Job],
     executor: Any = None,
 ) -> tuple[StageForecast, ...]:
-    """Return what will happen to each stage.
+    """Find what will happen to each stage.
 
     Args:
         stages: a part of the chain, in its order; what comes before it is done.
@@ -123,7 +124,7 @@ def _stage_forecast(finding: Finding, job: Job, cluster: Cluster | None, executo
 
 
 def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Finding]) -> Finding:
-    """Return what will happen to a stage.
+    """Find what will happen to a stage.
 
     Args:
         stage: the stage.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.pipeline.executors.base import SaveLimit
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
+from nemo_upcycle.pipeline.executors.jobs import SaveLimit
 from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast, forecast_evaluation
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import gpu_of_training, plans_of
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State
@@ -32,8 +32,8 @@ class FasterChange(NamedTuple):
 
     Args:
         kind: what is changed: parallel sizes, stages, micro-batch, precision or recomputation.
-        percent: of speed that it adds.
-        overrides: that make it, as the training takes them.
+        percent: speed that it adds.
+        overrides: the overrides that make it, as the training takes them.
     """
 
     kind: str
@@ -47,12 +47,12 @@ class TrainingForecast:
 
     Args:
         stage: where it runs, and how far it is.
-        facts: of the training.
+        facts: the facts of the training.
         gpu: what the planner knows of its GPUs; None without one, or of one that it does not know.
         gpu_origin: how their kind was told, or why there is none.
         first, later: plans of the first steps and of the others; both None without an estimate.
         no_plan: why there is no estimate of memory and speed.
-        price: of a GPU-hour, in the currency of who gave it; None: not known.
+        price: the price of a GPU-hour, in the currency of who gave it; None: not known.
         limit_s: seconds that a job may take; None: not known.
         evaluation: what is evaluated on the way; None: nothing.
         write_gib_s: GiB that the file system of the run's folder writes a second.
@@ -189,11 +189,11 @@ class TrainingForecast:
 def forecast_training(
     training: Training, facts: TrainingFacts, stage: StageForecast, executor: Any = None
 ) -> TrainingForecast:
-    """Return what is known of a training.
+    """Forecast a training.
 
     Args:
         training: it.
-        facts: of the training.
+        facts: the facts of the training.
         stage: where it runs.
         executor: where it runs; may have a `price_per_gpu_hour` and a `write_gib_s`, and name its `card`. None: this
             machine.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import nemo_run as run
 from nemo.collections.llm.api import pretrain
 from nemo_run.cli.cli_parser import parse_cli_args
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest
 from nemo_upcycle.pipeline.context import CheckedContext
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations
@@ -22,26 +21,21 @@ from nemo_upcycle.trainers.nemo.upcycled import use_spec
 from nemo_upcycle.trainers.values import setting
 
 
-class NeMoArm:
-    """An arm of a grid in NeMo, its recipe built as the command line would, and checked.
+class NeMoArm(Arm):
+    """An arm in NeMo.
 
     Args:
-        where: it stands, for the text of errors.
-        factory: of its recipe, as `--factory` takes it.
-        fields: of the spec, that differ from the recipe's.
-        settings: overrides, by name.
+        request: what the grid says of it; `recipe` as `--factory` takes it.
 
     Raises:
         UpcycleError: it is not valid; the text names it.
     """
 
     trainer = "nemo"
-    #: The setting of a training's length.
-    steps = "trainer.max_steps"
 
-    def __init__(self, where: str, factory: str, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        overrides = [f"{name}={value}" for name, value in settings.items()]
-        context = CheckedContext(name="pretrain", factory=factory, dryrun=True)
+    def __init__(self, request: ArmRequest) -> None:
+        overrides, fields = request.overrides("trainer.max_steps"), request.fields
+        context = CheckedContext(name="pretrain", factory=request.recipe, dryrun=True)
         context.executor = None
         try:
             self.recipe = context.parse_fn(pretrain, overrides)
@@ -53,20 +47,13 @@ class NeMoArm:
                 parse_cli_args(self.recipe, overrides)  # what is set wins
             check_recipe(self.recipe)
         except UpcycleError as error:
-            raise error.within(where) from None
+            raise error.within(request.where) from None
         except TypeError as error:  # a field that the spec does not have
             expected = "fields of UpcycleSpec"
-            raise UpcycleError(f"{where}: spec", got=error, expected=expected, fix="correct it") from None
+            raise UpcycleError(f"{request.where}: spec", got=error, expected=expected, fix="correct it") from None
 
     def cell(self, seed: int, name: str, evaluations: Evaluations, tokens_read: int = 0) -> str:
-        """Return the recipe of one seed: of the router, the method's random numbers and the data's order.
-
-        Args:
-            seed: of the cell.
-            name: of the cell.
-            evaluations: what is scored on the way.
-            tokens_read: by the training of the same seed that leaves the parent; this one goes on behind them.
-        """
+        """See `Arm.cell`."""
         cell = copy.deepcopy(self.recipe)
         given = {key: value for key, value in asdict(evaluations).items() if value is not None}
         cell.trainer.callbacks.append(run.Config(EvaluateWhileTraining, **given))
@@ -79,11 +66,7 @@ class NeMoArm:
         return dump_recipe(cell)
 
     def parent(self) -> str:
-        """Return the recipe of a dense model as it is, which trains a grid's parent.
-
-        Raises:
-            UpcycleError: it upcycles.
-        """
+        """See `Arm.parent`."""
         if self.recipe.resume.restore_config.spec:
             raise UpcycleError("factory", got="an upcycled model", expected="a dense one", fix="name its parent")
         return dump_recipe(self.recipe)

@@ -14,7 +14,6 @@ from nemo_upcycle.evaluation.arms import (
     mean_of_seeds,
     rank_arms,
     sums_after,
-    tokens_to_reach,
 )
 from nemo_upcycle.evaluation.heldout import bits_per_byte, by_source, document_sums
 
@@ -69,12 +68,6 @@ def test_one_seed_is_ranked_by_documents_alone() -> None:
     # 0.1 and 0.3 of two documents: 0.2 +- 0.1, of one degree: q(0.95; 2, 1) / root of two is t = 12.71
     assert (best["arm"], other["to_best"]["verdict"]) == ("a", "not resolved")
     assert other["to_best"]["high"] - 0.2 == pytest.approx(12.71 * 0.1, rel=1e-3)
-
-
-@pytest.mark.parametrize(("value", "tokens"), [(2.0, 100), (1.75, 200), (1.5, 400), (0.9, None), (2.1, None)])
-def test_tokens_to_reach_a_value_lie_between_the_points_of_a_curve(value: float, tokens: float | None) -> None:
-    found = tokens_to_reach(value, {100: 2.0, 400: 1.5, 800: 1.0})
-    assert found == (None if tokens is None else pytest.approx(tokens))
 
 
 def test_between_two_points_documents_are_linear_in_the_logarithm_of_the_tokens() -> None:

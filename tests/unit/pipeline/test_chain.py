@@ -17,7 +17,8 @@ from nemo_upcycle.pipeline import chain as chain_module
 from nemo_upcycle.pipeline.chain import POLL_S, SETTLE_S, Chain, recorded_jobs
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors import kubernetes
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, UnreachableError
+from nemo_upcycle.pipeline.executors.base import Cluster, UnreachableError
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.local import StopSignals

@@ -9,7 +9,8 @@ import nemo_run as run
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Job, require_settings
+from nemo_upcycle.pipeline.executors.base import require_settings
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.settings import cluster_for, is_described, read_executor
 from nemo_upcycle.pipeline.executors.slurm import REQUIRED, SlurmScheduler
 

@@ -13,7 +13,8 @@ import pytest
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import performance
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState
+from nemo_upcycle.pipeline.executors.base import Cluster
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState
 from nemo_upcycle.pipeline.forecast import check_space, render_forecast
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
 from nemo_upcycle.pipeline.forecast.text import WIDTH

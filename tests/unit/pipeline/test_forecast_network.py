@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.demo.assets import asset_folder
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
 from nemo_upcycle.pipeline.forecast.network import forecast_network
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan

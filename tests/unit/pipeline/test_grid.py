@@ -73,26 +73,24 @@ def test_the_learning_rate_stays_so_that_a_curve_gives_every_budget(laptop: Grid
     recipe = load_recipe(laptop.cells["moe-seed1"])
     assert recipe.optim.lr_scheduler.min_lr == recipe.optim.config.lr
     assert laptop.described["cells"]["moe-seed1"]["is_rate_constant"]
-    step_tokens = recipe.data.global_batch_size * recipe.data.seq_length
-    assert max(laptop.described["budgets"]["tokens"]) == recipe.trainer.max_steps * step_tokens
 
 
 @pytest.mark.parametrize(
-    ("budgets", "message"),
+    ("old", "new", "message"),
     [
-        ("{arms: [dense, moes], tokens: [5120, 10240]}", "Did you mean 'moe'?"),
-        ("{arms: [dense], tokens: [5120, 10240]}", "budgets.arms: got ['dense']"),
-        ("{arms: [dense, moe]}", "budgets.tokens: got nothing"),
-        ("{arm: [dense, moe]}", "Did you mean 'arms'?"),
-        (
-            "{arms: [dense, moe], tokens: [5120, 6144]}",
-            "tokens of dense: got [6144], expected tokens after which it is",
-        ),
+        ("router_order: soft", "router_ordr: soft", "arms.st: spec: got"),
+        ("trainer.max_steps: 10", "trainer.max_step: 10", "Did you mean 'trainer.max_steps'?"),
+        ("seeds:", "sedes:", "Did you mean 'seeds'?"),
+        ("{moe: dense", "{moe: dens", "Did you mean 'dense'?"),
+        ("arms:", "arms: {}\nabout2:", "about2"),
+        ("suite: laptop", "suite: paper", "expected a local suite with heldout_perplexity"),
+        ("data: sotu", "data: messages", "data: got messages: conversations, expected texts"),
     ],
 )
-def test_budgets_name_arms_and_tokens_that_are_scored(tmp_path: Path, budgets: str, message: str) -> None:
+def test_a_mistake_in_a_grid_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     text = (CONF / "ablations/mini.yaml").read_text()
-    (tmp_path / "mine.yaml").write_text(f"{text}\nbudgets: {budgets}\n")
+    assert text.count(old) == 1
+    (tmp_path / "mine.yaml").write_text(text.replace(old, new))
     with pytest.raises(UpcycleError, match=re.escape(message)):
         read_grid(tmp_path / "mine.yaml")
 

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import kubernetes, manifests
-from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase, UnreachableError
+from nemo_upcycle.pipeline.executors.base import UnreachableError
+from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
@@ -157,9 +158,8 @@ def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_p
     [
         ({"image": "???"}, "run.executor.image"),
         ({"mount_path": "/elsewhere"}, "a path that the pods do not see"),
-        ({"kind": "trainjobs"}, "Did you mean 'trainjob'?"),
+        ({"kind": "trainjob-2.1"}, "Did you mean 'trainjob'?"),
         ({"restarts": 3}, "failurePolicy.maxRestarts"),
-        ({"kind": "trainjob-2.1", "security_context": {}}, "terminationGracePeriodSeconds"),
         (
             {"stages": {"pretrain": {"gpu_per_node": 8}}},
             "stages.pretrain: key 'gpu_per_node' does not exist. Did you mean 'gpus",
@@ -176,7 +176,6 @@ def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_p
         ({"tolerations": [{"key": "a", "operator": "Exist"}]}, "Did you mean 'Exists'?"),
         ({"tolerations": [{"key": "a", "effect": "NoShedule"}]}, "Did you mean 'NoSchedule'?"),
         ({"report_within_s": 40}, "run.executor.report_within_s: got 40, expected 60 or more"),
-        ({"kind": "trainjob-2.1"}, "securityContext of the runtime's container"),
         ({"image_pull_policy": "Always"}, "imagePullPolicy of the runtime's container"),
         ({"priority_class": "high"}, "priorityClassName of the runtime's pods"),
         ({"performance": {"NCCL_NVLS_ENABEL": None}}, "Did you mean 'NCCL_NVLS_ENABLE'?"),
@@ -248,19 +247,12 @@ def test_pods_of_a_training_get_performance_settings_that_the_site_changes(tmp_p
     assert "NVTE" not in other.replace("NVTE_FWD", "")
 
 
-@pytest.mark.parametrize(
-    ("definition", "fields", "seconds", "fix"),
-    [
-        ("trainjob-2.3", {"termination_grace_s": 0}, 30, "run.executor.stages.pretrain.termination_grace_s=900"),
-        ("trainjob-2.3", {}, 600, "run.executor.stages.pretrain.termination_grace_s=900"),
-        ("trainjob-2.1", {}, 30, "terminationGracePeriodSeconds of the runtime's pods to 900"),
-    ],
-)
-def test_a_pod_has_its_grace_period_to_save(
-    definition: str, fields: dict[str, Any], seconds: int, fix: str, tmp_path: Path
-) -> None:
-    (limit,) = _scheduler(tmp_path, definition, **fields)[0].save_limits(_job(tmp_path, is_training=True))
-    assert (limit.seconds, limit.fix.format(seconds=900).partition(" (")[0]) == (seconds, fix)
+@pytest.mark.parametrize(("grace_s", "seconds"), [(0, 30), (600, 600)])
+def test_a_pod_has_its_grace_period_to_save(grace_s: int, seconds: int, tmp_path: Path) -> None:
+    scheduler, _ = _scheduler(tmp_path, termination_grace_s=grace_s)
+    (limit,) = scheduler.save_limits(_job(tmp_path, is_training=True))
+    assert limit.seconds == seconds
+    assert limit.fix.startswith("run.executor.stages.pretrain.termination_grace_s={seconds}")
 
 
 @pytest.mark.parametrize("lacking", ["runs", "datasets", "gpus"])
@@ -335,24 +327,6 @@ def test_a_server_that_does_not_answer_ends_nothing_that_runs(tmp_path: Path, mo
     assert "Kubernetes API server" in state.reason
     with pytest.raises(UpcycleError, match="Kubernetes API server"):
         scheduler.check([_job(tmp_path)])
-
-
-@pytest.mark.parametrize("definition", ["trainjob-2.3", "pytorchjob-1.9"])
-def test_argo_gets_the_stages_and_their_order(definition: str, tmp_path: Path) -> None:
-    scheduler, _ = _scheduler(tmp_path, definition)
-    jobs = jobs_of("llama3_8b_e8t2", tmp_path / "8B v2")[2:]
-    document = yaml.safe_load(scheduler.render_chain(jobs)["workflow.yaml"])
-    stages, *templates = document["spec"]["templates"]
-    before = {task["name"]: task["dependencies"] for task in stages["dag"]["tasks"]}
-    assert before["export"] == ["pretrain", "dense-ct"]
-    assert before["upcycle"] == [], "the stages before it are not among them"
-    schema = jsonschema.Draft7Validator(closed_schema(definition))
-    for template in templates:
-        manifest = yaml.safe_load(
-            template["resource"]["manifest"].replace("{{workflow.creationTimestamp.s}}", "1" * 10)
-        )
-        schema.validate(manifest)
-        assert len(f"{manifest['metadata']['name']}-worker-999") < 64
 
 
 def test_kept_manifest_with_a_secret_is_its_owners_alone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.pipeline.executors import local, manifests
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.jobs import Job
 from tests.crds import executor
 from tests.waiting import HANG_S, wait_until
 

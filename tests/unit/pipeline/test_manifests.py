@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from nemo_upcycle.pipeline.executors import manifests
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.jobs import Job
 from tests.crds import KINDS, closed_schema, executor
 
 
@@ -77,7 +77,5 @@ def _template(document: dict[str, Any]) -> dict[str, Any]:
     spec = document["spec"]
     if "pytorchReplicaSpecs" in spec:
         return spec["pytorchReplicaSpecs"]["Master"]["template"]
-    if "podTemplateOverrides" in spec:
-        return spec["podTemplateOverrides"][0]
     patch = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]
     return patch["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]

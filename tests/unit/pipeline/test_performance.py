@@ -15,7 +15,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import performance
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.performance import ENVIRONMENT, SLURM, PerformanceSetting, settings_for
 from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
 from nemo_upcycle.trainers.base import Profile

@@ -16,8 +16,9 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline import run_here
-from nemo_upcycle.pipeline.executors.base import Job
-from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.pipeline.executors.jobs import Job
+from nemo_upcycle.pipeline.inputs import Inputs
+from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from tests.unit.pipeline.test_local import processes_of
 
 
@@ -44,7 +45,7 @@ while Path('/proc', (run_dir / 'here-{other}').read_text()).exists():
 
 
 @dataclass(frozen=True)
-class Processes(Plan):
+class Processes(WorkPlan):
     """Stages, each with the code that its process runs, and what it needs."""
 
     file = "processes.json"
@@ -65,12 +66,9 @@ class Processes(Plan):
     def training_text(self, stage: str) -> None:
         return None
 
-    def inputs(self) -> tuple[str, ...]:
-        return ()
-
     @property
-    def blend(self) -> str | None:
-        return None
+    def inputs(self) -> Inputs:
+        raise AssertionError
 
     def jobs(self, run_dir: Path) -> list[Job]:
         head = "import os, sys, time; from pathlib import Path; name, run_dir = sys.argv[1], Path(sys.argv[2])\n"

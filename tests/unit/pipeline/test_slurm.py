@@ -11,7 +11,8 @@ import pytest
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import slurm
-from nemo_upcycle.pipeline.executors.base import Job, Phase, UnreachableError
+from nemo_upcycle.pipeline.executors.base import UnreachableError
+from nemo_upcycle.pipeline.executors.jobs import Job, Phase
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_script import in_vain, missing_mounts
 from nemo_upcycle.pipeline.launch import jobs_of, render_jobs

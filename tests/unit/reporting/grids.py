@@ -79,7 +79,6 @@ def laptop_evidence() -> dict[str, Any]:
             "arms": {arm: f"about {arm}" for arm in ARMS},
             "cells": described,
             "references": {arm: "dense" if arm == "moe" else "moe" for arm in ARMS if arm != "dense"},
-            "budgets": {"arms": ["dense", "moe"], "tokens": [507904, 1523712, 3047424]},
             "margin": 0.002,
         },
     }
@@ -147,7 +146,6 @@ def parents_evidence() -> dict[str, Any]:
             "arms": dict.fromkeys(arms, "an arm"),
             "cells": described,
             "references": {f"moe_{steps}": f"dense_{steps}" for steps in PARENTS},
-            "budgets": {},
             "margin": 0.002,
         },
     }

@@ -89,7 +89,7 @@ def test_routers_are_drawn_with_the_range_of_their_layers() -> None:
     steps = [line | {"router": {"load_cv": [0.1, None, 0.3], "dropped": [0.0, None, 0.5]}} for line in STEPS]
     figure = routers_figure(Curve(steps, []))
     assert figure is not None
-    load, dropped = figure.axes
+    dropped, load = figure.axes
     assert load.lines[0].get_ydata().tolist() == pytest.approx([0.2] * 3)
     assert dropped.lines[0].get_ydata().tolist() == pytest.approx([0.25] * 3)
     heights = dropped.collections[0].get_paths()[0].vertices[:, 1]

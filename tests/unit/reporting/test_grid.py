@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.grid_points import points_csv
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, collect_evidence, write_evidence
 from nemo_upcycle.reporting.grid_table import BEGIN, END, render_table, write_grid, write_table
 from nemo_upcycle.utils.files import MARKER
+from tests.unit.reporting.grids import STEP_TOKENS, parents_evidence
 
 
 #: Arm -> bits a byte of its three documents after the first step, of the first seed; 0.1 less when steps double.
@@ -39,7 +43,6 @@ def described() -> dict[str, Any]:
         "arms": dict.fromkeys(STEPS, "what it is"),
         "cells": cells,
         "references": {"moe": "dense", "st": "moe"},
-        "budgets": {"arms": ["dense", "moe"], "tokens": [200, 400]},
         "margin": 0.002,
     }
 
@@ -152,7 +155,6 @@ def test_arms_of_other_lengths_are_compared_at_their_ends_alone_where_the_learni
     assert (found["equal_flops"]["tokens"], found["equal_flops"]["reference_tokens"]) == (400, 800)
     assert found["equal_flops"]["difference"] == pytest.approx(0.0, abs=1e-9)
     assert [(ranking["tokens"], len(ranking["arms"])) for ranking in values["rankings"]] == [(400, 2)]  # moe and st
-    assert values["budgets"] == {"dense": [], "moe": []}
     text = render_table({"grid": "mine", "about": "", **values})
     row = next(line for line in text.splitlines() if line.startswith("| moe - dense |"))
     assert row.split(" | ")[2:4] == ["-", "-"]
@@ -166,9 +168,6 @@ def test_arms_of_one_length_and_schedule_are_compared_on_their_way(run_dir: Path
     assert tokens_of(found["along"]) == [0, 100, 200, 400, 800]
     assert "equal_flops" in found
     assert found["equal_flops"] is None  # 400 tokens are the middle of one, 800 the end of the other
-    assert [entry["gain"]["difference"] for entry in values["budgets"]["moe"]] == pytest.approx([-0.1, -0.1])
-    # What 200 tokens of the parent would reach as a training of their own is not known.
-    assert [entry["worth"] for entry in values["budgets"]["moe"]] == [None, None]
 
 
 def test_arms_of_another_schedule_are_compared_at_their_ends_alone(run_dir: Path) -> None:
@@ -191,13 +190,11 @@ def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) ->
     for about in other["cells"].values():
         if about["arm"] == "moe":
             about["tokens_per_step"] = 200
-    other |= {"references": {"moe": "dense"}, "budgets": {"arms": ["dense", "moe"], "tokens": [200, 400]}}
+    other |= {"references": {"moe": "dense"}}
     values = compared(run_dir, other)
     found = values["differences"]["moe"]
     assert tokens_of(found["along"]) == [0, 200, 400, 800]
     assert found["end"]["difference"] == pytest.approx(0.0, abs=1e-9)  # 0.1 better, and a doubling behind
-    assert values["budgets"]["moe"][0]["tokens"] == 200
-    assert values["budgets"]["moe"][0]["value"] == pytest.approx(1.005)
 
 
 def test_a_step_that_two_arms_scored_with_other_seeds_is_left_out(run_dir: Path) -> None:
@@ -216,30 +213,12 @@ def test_all_arms_that_came_so_far_are_ranked(values: dict[str, Any]) -> None:
     assert shorter["arms"][2]["to_best"]["verdict"] == "worse"
 
 
-def test_a_gain_is_worth_tokens_of_the_first_arm(values: dict[str, Any]) -> None:
-    short, long = values["budgets"]["moe"]
-    # dense takes 1.105 bits after 100 tokens and 0.1 less each time they double; moe 0.905 after 200: dense after 400
-    # twice the tokens, at half of the FLOPs and two thirds of the time a token
-    assert short["worth"] == pytest.approx({"tokens": 400, "flops": 1.0, "time": 4 / 3})
-    assert long["worth"]["tokens"] == pytest.approx(800)
-    assert short["gain"]["difference"] == pytest.approx(-0.1)
-    assert "worth" not in values["budgets"]["dense"][0]
-
-
 def test_the_table_has_every_section(run_dir: Path) -> None:
     text = rendered(run_dir)
-    for title in ("Arms", "Differences", "Ranking", "Budgets", "By source"):
+    for title in ("Arms", "Differences", "Ranking", "By source"):
         assert f"## {title}" in text
-    # half of the interval: t(0.975, 1) = 12.706 times 0.005; 200 tokens of the MoE take 2.4 rank minutes
-    assert "| 200 | 1.005 ± 0.064 | 0.905 ± 0.064 | -0.1 ± " in text
-    assert "(better) | 400 (2.00 times) | 4e+08 (1.00 times) | 3.2 for 2.4 (1.33 times) |" in text
-
-
-def test_what_the_first_arm_never_reaches_is_worth_more_than_all_of_it(run_dir: Path) -> None:
-    for seed in (1, 2):
-        path = run_dir / f"moe-seed{seed}/evaluation/step=4.json"
-        path.write_text(json.dumps(evaluation((0.1, 0.1, 0.1))))
-    assert "| more than 800 | - | - |" in rendered(run_dir)
+    # half of the interval: t(0.975, 1) = 12.706 times 0.005; 800 tokens of the MoE take 9.6 rank minutes
+    assert "| moe | 800 | 1.6e+09 | 2.005 ± 0.064 | 0.705 ± 0.064 | 9.6 |" in text
 
 
 def test_an_arm_without_a_score_at_its_end_is_named(run_dir: Path) -> None:
@@ -271,9 +250,8 @@ def test_evidence_alone_gives_the_same_table_and_page(run_dir: Path, tmp_path: P
     assert text.startswith("# Mine\n\nAn answer.\n")
     assert text.endswith("\nThe end.\n")
     assert "\nold\n" not in text
-    for name in ("curves", "routers", "budgets"):
-        assert f"![{name}](mine/{name}.png)" in text
-        assert (folder / f"{name}.png").stat().st_size > 10_000
+    assert "![curves](mine/curves.png)" in text
+    assert (folder / "curves.png").stat().st_size > 10_000
     assert table.read_text().partition("\n\n")[2].replace("](", "](mine/") in text
     assert write_grid(folder).read_text() == text
 
@@ -341,3 +319,27 @@ def test_evaluations_of_other_documents_are_named(run_dir: Path) -> None:
     (run_dir / "st-seed2/evaluation/step=1.json").write_text(json.dumps(evaluation((1.0, 1.0))))
     with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json: got 2 documents"):
         write_table(run_dir, "mine", described())
+
+
+def test_arms_are_ranked_with_those_of_their_parent_alone() -> None:
+    evidence = parents_evidence()
+    rankings = compare_arms(arms_of(evidence), evidence["described"])["rankings"]
+    assert len(rankings) == 5
+    for ranking in rankings:
+        suffix = ranking["parent"].removeprefix("dense_from_nothing-")
+        assert all(suffix in entry["arm"] or suffix == "untrained" for entry in ranking["arms"])
+
+
+def test_points_of_trainings_from_parents_have_what_a_law_is_fitted_to() -> None:
+    points = list(csv.DictReader(io.StringIO(points_csv(parents_evidence()))))
+    options = [point["option"] for point in points]
+    counts = {"dense": 24, "moe": 24, "dense_from_nothing": 8, "moe_from_nothing": 8}
+    assert {option: options.count(option) for option in options} == counts
+    point = next(point for point in points if point["arm"] == "moe_610" and point["steps"] == "153")
+    assert (int(point["parent_tokens"]), int(point["tokens"])) == (610 * STEP_TOKENS, 153 * STEP_TOKENS)
+    assert float(point["training_flops"]) == 153 * STEP_TOKENS * 2.0e6
+    assert float(point["seconds"]) == pytest.approx(153 * 3.0)  # of the 3 to 30 s that a step took, the fastest ones
+    bits = 3.0 - 0.1 * math.log2((610 + 153) / 305) - 0.04 + 0.002 * int(point["seed"])
+    assert float(point["bits_per_byte"]) == pytest.approx(bits, abs=1e-4)
+    assert float(point["loss"]) == pytest.approx(float(point["bits_per_byte"]) * 2.5 * math.log(2))
+    assert 0 < float(point["loss_stderr"]) < 0.01

@@ -370,7 +370,7 @@ def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
     found = rows(run_dir / "report.md")
     assert found["dead experts, all layers (less than 1 % of a balanced share)"] == ["3", "0"]
     assert "Most dead experts in a step, all layers together: 3." in (run_dir / "report.md").read_text()
-    assert found["dropped, as a part of the wanted slots"] == ["0.25", "0.0625"]
+    assert found["token slots dropped, as a part of the wanted ones"] == ["0.25", "0.0625"]
     assert found["distance of the experts from their mean, relative (0: copies)"] == ["0.5", "-"]
 
 

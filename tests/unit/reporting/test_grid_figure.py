@@ -1,4 +1,4 @@
-"""The figures of a grid of ten arms, from values in memory and from a table that was read back."""
+"""The figure of a grid of ten arms, from values in memory and from a table that was read back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
-from nemo_upcycle.reporting.grid_figures import budgets_figure, curves_figure, routers_figure
+from nemo_upcycle.reporting.grid_figure import curves_figure
 from tests.unit.reporting.drawn import end_of, faults_of
 from tests.unit.reporting.grids import ARMS, STEP_TOKENS, laptop_evidence
 
@@ -30,33 +30,25 @@ def values(request: pytest.FixtureRequest, in_memory: dict[str, Any]) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def figures(values: dict[str, Any]) -> dict[str, Any]:
-    return {"curves": curves_figure(values), "routers": routers_figure(values), "budgets": budgets_figure(values)}
+def figure(values: dict[str, Any]) -> Any:
+    return curves_figure(values)
 
 
-def panels_of_tokens(figure: Any) -> list[Any]:
-    return [axes for axes in figure.axes if axes.get_xlabel().startswith("tokens")]
-
-
-@pytest.mark.parametrize(("name", "panels"), [("curves", 2), ("routers", 4), ("budgets", 1)])
-def test_axes_of_tokens_are_numbers_that_end_with_the_longest_training(
-    figures: dict[str, Any], name: str, panels: int
-) -> None:
-    found = panels_of_tokens(figures[name])
-    assert len(found) == panels
+def test_axes_of_tokens_are_numbers_that_end_with_the_longest_training(figure: Any) -> None:
+    found = [axes for axes in figure.axes if axes.get_xlabel().startswith("tokens")]
+    assert len(found) == 2
     for axes in found:
         assert end_of(axes) == pytest.approx(LAST, rel=0.06)
         low, high = axes.get_xlim()
         assert 2 <= len([tick for tick in axes.get_xticks() if low <= tick <= high]) <= 8
 
 
-@pytest.mark.parametrize("name", ["curves", "routers", "budgets"])
-def test_nothing_is_cut_and_nothing_covers_the_data(figures: dict[str, Any], name: str) -> None:
-    assert faults_of(figures[name]) == []
+def test_nothing_is_cut_and_nothing_covers_the_data(figure: Any) -> None:
+    assert faults_of(figure) == []
 
 
-def test_ten_arms_are_told_apart_by_colour_and_line_and_each_has_its_marker(figures: dict[str, Any]) -> None:
-    lines = figures["curves"].axes[0].lines
+def test_ten_arms_are_told_apart_by_colour_and_line_and_each_has_its_marker(figure: Any) -> None:
+    lines = figure.axes[0].lines
     assert [line.get_label() for line in lines] == list(ARMS)
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(ARMS)
     assert len({line.get_marker() for line in lines}) == len(ARMS)
@@ -70,16 +62,8 @@ def test_an_arm_that_went_astray_does_not_press_the_others_together(in_memory: d
     assert limits[1][1] < limits[0][1] + 0.01
 
 
-def test_an_arm_looks_alike_in_every_figure(figures: dict[str, Any]) -> None:
-    def looks(axes: Any) -> dict[str, Any]:
-        return {line.get_label(): (line.get_color(), line.get_marker()) for line in axes.lines}
-
-    curves, routers = looks(figures["curves"].axes[0]), looks(figures["routers"].axes[0])
-    assert routers == {arm: look for arm, look in curves.items() if arm != "dense"}
-
-
-def test_a_difference_stands_in_the_row_of_its_label(figures: dict[str, Any], values: dict[str, Any]) -> None:
-    axes = figures["curves"].axes[-1]
+def test_a_difference_stands_in_the_row_of_its_label(figure: Any, values: dict[str, Any]) -> None:
+    axes = figure.axes[-1]
     rows = {
         label.get_text().partition(" - ")[0]: place
         for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
@@ -91,20 +75,6 @@ def test_a_difference_stands_in_the_row_of_its_label(figures: dict[str, Any], va
     for bar, found in zip(axes.containers, values["differences"].values(), strict=True):
         (ends,) = (segments.get_segments()[0][:, 0].tolist() for segments in bar.lines[2])
         assert ends == pytest.approx([found["end"]["low"], found["end"]["high"]])
-
-
-def test_routers_have_a_panel_for_what_was_measured(in_memory: dict[str, Any]) -> None:
-    fewer = copy.deepcopy(in_memory)
-    for found in fewer["arms"].values():
-        found["routers"].pop("expert_distance", None)
-        found["routers"].pop("dropped", None)
-    figure = routers_figure(fewer)
-    assert figure is not None
-    assert len(figure.axes) == 2
-    assert faults_of(figure) == []
-    for found in fewer["arms"].values():
-        found["routers"].clear()
-    assert routers_figure(fewer) is None
 
 
 def test_arms_that_cannot_be_compared_have_no_row(in_memory: dict[str, Any]) -> None:

@@ -10,13 +10,9 @@ from nemo_upcycle.data.chat.config import is_chat
 from nemo_upcycle.data.network import run_needs
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.checks import check_asked, check_data
+from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.launch import absolute_argument
-from nemo_upcycle.pipeline.stages import RunPlan
 from tests.chats import sums, write_lines
-
-
-def _plan(data: str, evaluation: str) -> RunPlan:
-    return RunPlan("recipe", "dense", data, evaluation, "text", None)
 
 
 @pytest.mark.parametrize(
@@ -35,25 +31,27 @@ def test_yaml_files_are_told_by_their_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("data", "suite"), [("chatterbot", "demo"), ("sotu", "answers")])
 def test_a_suite_that_asks_what_is_not_held_back_is_refused(data: str, suite: str) -> None:
-    check_asked(_plan(data, {"demo": "answers", "answers": "demo"}[suite]))
+    check_asked(Inputs("dense", data, {"demo": "answers", "answers": "demo"}[suite]))
     with pytest.raises(UpcycleError, match=f"evaluation {suite}: got heldout_"):
-        check_asked(_plan(data, suite))
+        check_asked(Inputs("dense", data, suite))
 
 
 def test_files_of_conversations_are_looked_for_before_anything_starts(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "mine.jsonl", sums(3))
-    check_data(str(lines), remote=False)
+    check_data(Inputs("dense", str(lines), "answers"), remote=False)
     with pytest.raises(UpcycleError, match=r"which is no file"):
-        check_data(str(tmp_path / "other.jsonl"), remote=False)
+        check_data(Inputs("dense", str(tmp_path / "other.jsonl"), "answers"), remote=False)
 
 
 def test_a_plan_reads_conversations_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute_argument("mine.jsonl", folder=True) == str(tmp_path / "mine.jsonl")
     assert absolute_argument("texts.parquet", folder=True) == str(tmp_path / "texts.parquet")
-    plan = _plan("mine.jsonl", "answers")
-    assert (plan.blend, plan.chat) == (None, "mine.jsonl")
-    assert (_plan("sotu", "demo").blend, _plan("sotu", "demo").chat) == ("sotu", None)
+    (tmp_path / "mine.jsonl").touch()
+    chat, texts = Inputs("dense", "mine.jsonl", "answers"), Inputs("dense", "sotu", "demo")
+    assert (chat.blend, texts.chat) == (None, None)
+    assert chat.chat is not None
+    assert texts.blend is not None
 
 
 def test_the_demos_conversations_are_fetched_beforehand() -> None:

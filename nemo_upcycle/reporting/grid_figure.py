@@ -1,11 +1,11 @@
-"""The figures of a grid: bits per byte over tokens, differences from the references, routers, budgets."""
+"""The figure of a grid: bits per byte over tokens, and differences from the references."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.reporting.figures import ROUTER_PANELS, legend_below, short_numbers, tokens_axis
+from nemo_upcycle.reporting.figures import legend_below, short_numbers, tokens_axis
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def arm_style(position: int) -> dict[str, Any]:
 
 
 def _labels(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a legend calls the arms: lines of fewer seeds than others have are no means to compare with them."""
+    """Name the arms for a legend; a line of fewer seeds than the others have says so."""
     seeds = {arm: len(result["seeds"]) for arm, result in values["arms"].items()}
     most = max(seeds.values())
     return {arm: arm if count == most else f"{arm} ({count} of {most} seeds)" for arm, count in seeds.items()}
@@ -120,63 +120,3 @@ def _draw_differences(axes: Any, compared: Mapping[str, Any], margin: float) -> 
         fill = colour if is_filled else "white"
         axes.plot([], [], marker, color=colour, markerfacecolor=fill, label=verdict)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-
-
-def routers_figure(values: Mapping[str, Any]) -> Figure | None:
-    """Return the routers' health of every arm over tokens; None where no arm has experts.
-
-    Args:
-        values: what `compare_arms` returned, or a `table.json`.
-    """
-    from matplotlib.figure import Figure
-
-    arms, labels = values["arms"], _labels(values)
-    names = [name for name in ROUTER_PANELS if any(result["routers"].get(name) for result in arms.values())]
-    if not names:
-        return None
-    rows = -(-len(names) // 2)
-    figure = Figure(figsize=(11, 1 + 3.5 * rows), layout="constrained")
-    last = max(result["tokens"] for result in arms.values() if result["routers"])
-    for number, name in enumerate(names):
-        axes = figure.add_subplot(rows, 2, number + 1)
-        for position, (arm, result) in enumerate(arms.items()):
-            if points := result["routers"].get(name):
-                tokens, means = zip(*points, strict=True)
-                axes.plot(tokens, means, label=labels[arm], markevery=max(1, len(points) // 8), **arm_style(position))
-        axes.set_title(ROUTER_PANELS[name], fontsize=10)
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(-0.05 * high, low), high)  # none of them can be negative
-        tokens_axis(axes, last)
-    legend_below(figure, figure.axes[0], 4, "means over layers and seeds")
-    return figure
-
-
-def budgets_figure(values: Mapping[str, Any]) -> Figure | None:
-    """Return what some arms reach with each budget, in tokens, FLOPs and minutes; None where the grid names none.
-
-    Args:
-        values: what `compare_arms` returned, or a `table.json`.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    if not any(values["budgets"].values()):
-        return None
-    units = {"tokens": ("tokens", 1), "flops": ("training FLOPs", 1), "rank_hours": ("rank minutes", 60)}
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axes, (unit, (title, factor)) in zip(figure.subplots(1, 3, sharey=True), units.items(), strict=True):
-        for position, (arm, entries) in enumerate(values["budgets"].items()):
-            half = [0.0 if entry["low"] is None else (entry["high"] - entry["low"]) / 2 for entry in entries]
-            cost = [factor * entry[unit] for entry in entries]
-            means = [entry["value"] for entry in entries]
-            axes.errorbar(cost, means, yerr=half, capsize=3, label=arm, **arm_style(position))
-        costs = [factor * entry[unit] for entries in values["budgets"].values() for entry in entries]
-        tokens_axis(axes, max(costs), title)
-        axes.set_xscale("log")
-        axes.set_xlim(min(costs) / 1.05, 1.05 * max(costs))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(lambda value, _: short_numbers(value))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    figure.axes[0].set_ylabel("bits per byte at the end")
-    legend_below(figure, figure.axes[0], 5, "means with 95 % intervals over seeds")
-    return figure

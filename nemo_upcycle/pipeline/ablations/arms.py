@@ -1,0 +1,95 @@
+"""What a grid asks of the recipe of an arm, whatever trains it."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.trainers.base import Evaluations
+
+
+#: The key that names an arm's recipe -> module and class of such an arm; a trainer is imported when it is asked for.
+_ARMS = {
+    "factory": ("nemo_upcycle.pipeline.nemo.arms", "NeMoArm"),
+    "recipe": ("nemo_upcycle.pipeline.bridge.arms", "BridgeArm"),
+}
+
+
+@dataclass(frozen=True)
+class ArmRequest:
+    """What a grid says of an arm.
+
+    Args:
+        where: its place in the grid, for the text of errors.
+        recipe: its name, as the trainer's command takes it.
+        fields: fields of the spec that differ from the recipe's.
+        settings: overrides, by name.
+        steps: length of its training; None: as recipe and settings say.
+        gpus: ranks that it trains on; None: as the recipe says.
+        dense: address of the dense parent; "": the grid trains it.
+    """
+
+    where: str
+    recipe: str
+    fields: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    steps: int | None = None
+    gpus: int | None = None
+    dense: str = ""
+
+    def overrides(self, steps: str) -> list[str]:
+        """List the overrides as a command line has them.
+
+        Args:
+            steps: the trainer's setting of a training's length.
+        """
+        settings = dict(self.settings) | ({steps: self.steps} if self.steps else {})
+        return [f"{name}={value}" for name, value in settings.items()]
+
+
+class Arm(ABC):
+    """An arm of a grid, its recipe built as the command line would, and checked."""
+
+    #: What trains it, as a plan names it.
+    trainer: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, request: ArmRequest) -> None: ...
+
+    @abstractmethod
+    def cell(self, seed: int, name: str, evaluations: Evaluations, tokens_read: int = 0) -> str:
+        """Write the training of one seed: of the router, the method's random numbers and the data's order.
+
+        Args:
+            seed: the cell's seed.
+            name: the cell's name.
+            evaluations: what is scored on the way.
+            tokens_read: tokens of the training of the same seed that leaves the parent; this one goes on behind them.
+        """
+
+    def parent(self) -> str:
+        """Write the recipe of a dense model as it is, which trains a grid's parent.
+
+        Raises:
+            UpcycleError: it cannot be one.
+        """
+        raise UpcycleError("parent", got=self.trainer, expected="a recipe of NeMo's", fix="name a factory")
+
+
+def open_arm(key: str, request: ArmRequest) -> Arm:
+    """Build an arm in the trainer of its recipe.
+
+    Args:
+        key: `factory` or `recipe`.
+        request: what the grid says of it.
+
+    Raises:
+        UpcycleError: it is not valid; the text names it.
+    """
+    module, name = _ARMS[key]
+    arm: Arm = getattr(importlib.import_module(module), name)(request)
+    return arm

@@ -1,0 +1,63 @@
+"""What a run reads: the dense parent, the data and the suite. Each name is resolved once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from nemo_upcycle.data.blend import Blend, read_blend
+from nemo_upcycle.data.chat.config import Chat, is_chat, read_chat
+from nemo_upcycle.data.inputs import folders_of
+from nemo_upcycle.suites.suite_config import SuiteConfig, folders_of_suite, read_suite_config
+from nemo_upcycle.utils.conf import is_conf_file
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a run, by the names that its plan has; what a name stands for is read when it is first asked for.
+
+    Args:
+        dense: address of the dense parent.
+        data: a blend or conversations (a name in `conf`, a YAML file, JSON lines), or a finished folder.
+        suite: a name in `conf/evaluation`, or a YAML file.
+    """
+
+    dense: str
+    data: str
+    suite: str
+
+    @cached_property
+    def is_finished(self) -> bool:
+        """Whether the data are a finished folder."""
+        return Path(self.data).is_dir()
+
+    @cached_property
+    def reads_chat(self) -> bool:
+        """Whether the data are conversations, which trainings tune on."""
+        return is_chat(self.data)
+
+    @cached_property
+    def blend(self) -> Blend | None:
+        """The blend that is built; None where there is none, or a finished folder is used."""
+        return None if self.is_finished or self.reads_chat else read_blend(self.data)
+
+    @cached_property
+    def chat(self) -> Chat | None:
+        """The conversations that are packed; None where there are none, or a finished folder is used."""
+        return read_chat(self.data) if self.reads_chat and not self.is_finished else None
+
+    @cached_property
+    def suite_config(self) -> SuiteConfig:
+        """What the suite asks."""
+        return read_suite_config(self.suite)
+
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """Folders and files of this machine that jobs read; of YAML files the run's folder keeps copies."""
+        texts = folders_of(self.blend) if self.blend else []
+        if self.chat:
+            texts = [path.parent for path in self.chat.paths(fetch=False)]
+        named = [text for text in (self.dense, self.data, self.suite) if not is_conf_file(text)]
+        paths = (*texts, *folders_of_suite(self.suite), *(Path(text.removeprefix("hf://")) for text in named))
+        return tuple(dict.fromkeys(path for path in paths if path.is_absolute()))

@@ -1,0 +1,39 @@
+"""The metrics of the routers that reports and grids show: one row each, by the name in `metrics.jsonl`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RouterMetric:
+    """How a metric is shown.
+
+    Args:
+        title: the title of its row in a report, and of its panel in a figure.
+        column: its heading in the table of a grid; "": it has none there.
+        is_drawn: whether figures have a panel of it.
+        is_row: whether the report has a row of it.
+        is_sum: whether the layers are added up; else their mean is shown.
+    """
+
+    title: str
+    column: str = ""
+    is_drawn: bool = False
+    is_row: bool = True
+    is_sum: bool = False
+
+
+ROUTER_METRICS = {
+    "dropped": RouterMetric("token slots dropped, as a part of the wanted ones", "dropped", is_drawn=True),
+    "load_cv": RouterMetric(  # a report computes it from the counts of all experts
+        "load of the experts: standard deviation over mean", "load CV", is_drawn=True, is_row=False
+    ),
+    "load_entropy": RouterMetric("entropy of the load over that of perfect balance", is_drawn=True),
+    "dead_experts": RouterMetric("dead experts, all layers (less than 1 % of a balanced share)", is_sum=True),
+    "load_balancing_loss": RouterMetric("load-balancing loss without its coefficient (1: balanced)"),
+    "balancing_bias_range": RouterMetric("range of the biases that balance the experts"),
+    "expert_distance": RouterMetric(
+        "distance of the experts from their mean, relative (0: copies)", "expert distance", is_drawn=True
+    ),
+}
