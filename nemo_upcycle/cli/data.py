@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
     blend = read_blend(args.blend, args.overrides)
     if args.check:
         return _check(args, blend)
-    from nemo_upcycle.data.build import build_blend, changed_files, changes_text, update_blend
+    from nemo_upcycle.data.build import build_blend, changed_files, update_blend
     from nemo_upcycle.data.finished import open_blend
+    from nemo_upcycle.data.made_from import changes_text
 
     build = update_blend if args.update else build_blend
     manifest = build(blend, args.output, options, strict=args.strict)

@@ -11,7 +11,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from nemo_upcycle.data.finished import tokens_of
+from nemo_upcycle.data.indexed_dataset import tokens_of
 
 
 class EpochDataset(GPTDataset):

@@ -113,7 +113,8 @@ def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> 
 def _say_changes(blend: str, folder: Path) -> None:
     """Say which files changed since the data of a run were made; the run goes on with what it has."""
     from nemo_upcycle.data.blend import read_blend
-    from nemo_upcycle.data.build import changed_files, changes_text
+    from nemo_upcycle.data.build import changed_files
+    from nemo_upcycle.data.made_from import changes_text
 
     try:
         changes = changed_files(read_blend(blend), folder)

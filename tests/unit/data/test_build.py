@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
-from nemo_upcycle.data.build import _is_done, changed_files, changes_text
+from nemo_upcycle.data.build import _require_ours, build_blend, changed_files
 from nemo_upcycle.data.finished import FORMAT
 from nemo_upcycle.data.manifest import texts_of
 from nemo_upcycle.errors import UpcycleError
@@ -22,10 +23,23 @@ def test_settings_that_a_release_did_not_have_count_as_their_defaults(tmp_path: 
     del noted["blend"]["pii"], noted["blend"]["sources"]["talks"]["on_hit"]
     write_json(tmp_path / MARKER, {"made_from": noted})
     now = {"format": FORMAT, "blend": texts_of(config), "strict": False}
-    assert _is_done(tmp_path, now)
+    _require_ours(tmp_path, now)
     config.pii = ["email"]
     with pytest.raises(UpcycleError, match=r"another blend's \(pii differ\)"):
-        _is_done(tmp_path, now | {"blend": texts_of(config)})
+        _require_ours(tmp_path, now | {"blend": texts_of(config)})
+
+
+@pytest.mark.parametrize("marker", [None, {}, {"made_from": {"format": 1, "chat": {}}}])
+def test_a_folder_that_is_refused_stays_as_it_is(tmp_path: Path, marker: dict[str, Any] | None) -> None:
+    """It is somebody else's, a stage's, or one of conversations."""
+    (tmp_path / "notes.txt").touch()
+    if marker is not None:
+        write_json(tmp_path / MARKER, marker)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UpcycleError) as caught:
+        build_blend(Blend("mine", tmp_path, BlendConfig({}, tokenizer="parent")), tmp_path)
+    assert caught.value.got == "files that are not ours"
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.fixture
@@ -72,8 +86,3 @@ def test_folder_of_an_earlier_version_is_not_compared(blend: Blend, tmp_path: Pa
     files = {str(tmp_path / "a.txt"): {"bytes": 3}}
     write_json(tmp_path / "data/manifest.json", {"sources": {"mine": {"files": files}}})
     assert changed_files(blend, tmp_path / "data") == {}
-
-
-def test_of_many_files_the_first_ones_are_named() -> None:
-    text = changes_text({"new": list("abcde"), "gone": ["f"]}, Path("data"))
-    assert text == "since data was made 5 files are new (a, b, c, and 2 more), 1 is gone (f)"
