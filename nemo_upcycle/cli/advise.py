@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _question(args: argparse.Namespace) -> Question:
-    from nemo_upcycle.data.parents import configuration_folder
+    from nemo_upcycle.data.dense import configuration_folder
 
     arch = read_architecture(configuration_folder(args.model))
     rope_kind(arch)  # training refuses another kind, too

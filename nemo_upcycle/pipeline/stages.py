@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_upcycle.data.chat.config import is_chat
-from nemo_upcycle.data.parents import find_parent
+from nemo_upcycle.data.dense import find_parent
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.online.receipt import equivalence_of, read_receipt

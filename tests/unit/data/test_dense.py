@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data import parents
-from nemo_upcycle.data.dense import import_dense
+from nemo_upcycle.data.dense import _UNWANTED, WANTED, import_dense
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.utils.files import is_complete
@@ -66,7 +65,7 @@ def test_the_hub_is_asked_for_one_set_of_weights_and_every_companion():
     wanted += ["additional_chat_templates/tool_use.jinja"]
     others = ["original/model.safetensors", "original/params.json", "original/tokenizer.model", "tokenizer/vocab.json"]
     others += ["onnx/model.onnx", "consolidated.safetensors", "pytorch_model.bin", "modeling_x.py", "code/README.md"]
-    patterns = {"allow_patterns": parents.WANTED, "ignore_patterns": parents._UNWANTED}
+    patterns = {"allow_patterns": WANTED, "ignore_patterns": _UNWANTED}
     assert list(utils.filter_repo_objects(wanted + others, **patterns)) == wanted
 
 
