@@ -75,6 +75,36 @@ def write_plan(folder: Path, tasks: Iterable[dict[str, Any]], **more: Any) -> Pa
     return work / "plan.json"
 
 
+def jsonl(*many: object) -> bytes:
+    """Lines of JSON, each with a text."""
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in many)
+
+
+def write_jsonl(path: Path, *many: str) -> str:
+    """Write texts as JSON lines, and return the file's path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jsonl(*many))
+    return str(path)
+
+
+def blend(folder: Path, documents: int = 60, words: int = 12, **more: object) -> Path:
+    """A plan of six tasks whose inputs overlap, with bad lines."""
+    tasks = []
+    for task in range(6):
+        numbers = range(task * documents // 2, task * documents // 2 + documents)
+        file = folder / "input" / f"{task}.jsonl"
+        write_jsonl(file, "", *(sentence(n, words) for n in numbers))
+        with file.open("a", encoding="utf-8") as handle:
+            handle.write("{broken\n")
+        tasks.append({"files": [str(file)], "split": None})
+    return write_plan(folder, tasks, hold_out={"validation": 0.1, "heldout": 0.05}, **more)
+
+
+def clear(plan: Path) -> None:
+    """Remove everything that runs of the plan wrote beside it."""
+    subprocess.run(["rm", "-r", *(str(path) for path in plan.parent.iterdir() if path != plan)], check=True)
+
+
 def execute(plan_path: Path, library: str = FASTOKENS) -> Path:
     """Run the stages in this process, and return the folder of the output."""
     plan = load_plan(plan_path.resolve())

@@ -16,8 +16,7 @@ import pytest
 pytest.importorskip("datatrove")
 
 from nemo_upcycle.data.environment import VARIABLE
-from tests.data_engine.blend import command, removed, run, stats
-from tests.data_engine.test_engine import blend, clear
+from tests.data_engine.blend import blend, clear, command, removed, run, stats
 from tests.waiting import HANG_S, wait_until
 
 

@@ -15,8 +15,7 @@ import pytest
 pytest.importorskip("datatrove")
 pytest.importorskip("ray")
 
-from tests.data_engine.blend import everything, run
-from tests.data_engine.test_engine import blend
+from tests.data_engine.blend import blend, everything, run
 from tests.data_engine.test_near import SETTINGS
 
 

@@ -14,8 +14,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from tests.data_engine.blend import command, everything, run
-from tests.data_engine.test_engine import blend
+from tests.data_engine.blend import blend, command, everything, run
 from tests.data_engine.test_near import SETTINGS
 from tests.waiting import HANG_S, wait_until
 

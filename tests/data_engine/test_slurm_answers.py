@@ -17,8 +17,7 @@ pytest.importorskip("datatrove")
 from nemo_upcycle.data.engine import run as engine
 from nemo_upcycle.data.engine.plan import Plan, load_plan
 from nemo_upcycle.data.engine.stages import RunOn, Stage, executor, stages
-from tests.data_engine.blend import run
-from tests.data_engine.test_engine import blend
+from tests.data_engine.blend import blend, run
 
 
 _CONTACT = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"

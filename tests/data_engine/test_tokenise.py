@@ -14,7 +14,18 @@ from tokenizers import Tokenizer
 
 from nemo_upcycle.data.engine.plan import load_plan
 from nemo_upcycle.data.engine.tokenise import FASTOKENS, TOKENIZERS, choose_library, load_encode
-from tests.data_engine.blend import END, everything, execute, run, sentence, stats, texts, tokens, write_plan
+from tests.data_engine.blend import (
+    END,
+    everything,
+    execute,
+    run,
+    sentence,
+    stats,
+    texts,
+    tokens,
+    write_jsonl,
+    write_plan,
+)
 
 
 TEXTS = [
@@ -29,10 +40,7 @@ TEXTS = [
 
 
 def _plan(folder: Path, **more: object) -> Path:
-    file = folder / "some.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    return write_plan(folder, [{"files": [str(file)]}], **more)
+    return write_plan(folder, [{"files": [write_jsonl(folder / "some.jsonl", *TEXTS)]}], **more)
 
 
 def _changed_tokenizer(folder: Path, **changes: object) -> Path:
