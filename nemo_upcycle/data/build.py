@@ -21,33 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import SPLITS, Blend, BlendConfig, SourceConfig, read_blend
-from nemo_upcycle.data.contamination import build_index, check_suites, merge_contamination
-from nemo_upcycle.data.copies import is_address
+from nemo_upcycle.data.contamination import build_index, check_suites
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
+from nemo_upcycle.data.engine.lines import is_address
 from nemo_upcycle.data.engine.plan import BEGUN
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
-from nemo_upcycle.data.finished import (
-    BUILD,
-    CONTAMINATION,
-    FORMAT,
-    HELDOUT,
-    HELDOUT_OVERLAP,
-    MANIFEST,
-    TOKENIZER,
-    TOKENS,
-)
+from nemo_upcycle.data.finished import BUILD, FORMAT, MANIFEST, TOKENIZER
 from nemo_upcycle.data.inputs import NGRAMS, InputFile, list_inputs, make_plan, reader_of, require_disjoint
+from nemo_upcycle.data.losses import size_check
 from nemo_upcycle.data.made_from import Stamp, cached_folder, compare, named_tokenizer, require_same, stamps
 from nemo_upcycle.data.manifest import (
     describe_anew,
-    make_manifest,
-    merge_heldout,
-    merge_tokens,
-    read_stats,
+    finish_blend,
     shortfalls,
     texts_of,
 )
-from nemo_upcycle.data.sizes import size_check
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import (
@@ -144,7 +132,7 @@ def build_blend(
         items = _index(blend, work)
         write_json(work / "plan.json", plan)
         run_engine([str(work / "plan.json"), *engine_options], size_check(blend, work, plan))
-        manifest = _finish(blend, output, read_stats(work, len(plan["tasks"])), tokenizer, checked.engine, items)
+        manifest = finish_blend(blend, output, len(plan["tasks"]), tokenizer, checked.engine, items)
         write_json(output / MARKER, {"made_from": made_from, "tokens": manifest["splits"]["train"]["tokens"]})
         for name in ("tokens", "duplicates", "overlap", "quotas"):
             shutil.rmtree(work / name, ignore_errors=True)
@@ -317,25 +305,3 @@ def _index(blend: Blend, work: Path) -> dict[str, Any] | None:
     if not (path.is_file() and summary.is_file()):
         write_json(summary, build_index(blend.config.decontaminate, path, blend.config.decontaminate_without))
     return dict(read_json(summary))
-
-
-def _finish(
-    blend: Blend,
-    output: Path,
-    stats: list[dict[str, Any]],
-    tokenizer: dict[str, Any],
-    engine: str,
-    items: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Merge what the engine wrote, and write contamination.json and manifest.json."""
-    config, work = blend.config, output / BUILD
-    merged = merge_tokens(work, output / TOKENS, config.sources, stats)
-    heldout = merge_heldout(work, output / HELDOUT, stats)
-    if items is not None:
-        removed = merge_contamination((entry["contamination"] for entry in stats), items["sets"])
-        left = merge_contamination((entry["report"] for entry in stats), items["report"]["sets"])
-        write_json(output / CONTAMINATION, items | {"sets": removed, "report": items["report"] | {"sets": left}})
-    overlap = read_json(work / HELDOUT_OVERLAP) if (work / HELDOUT_OVERLAP).is_file() else None
-    manifest = make_manifest(blend, output, stats, merged, heldout, overlap, tokenizer, engine, bool(items))
-    write_json(output / MANIFEST, manifest)
-    return manifest

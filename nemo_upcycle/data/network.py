@@ -10,8 +10,9 @@ from pathlib import Path
 
 from nemo_upcycle.data.blend import SPLITS, Blend, read_blend
 from nemo_upcycle.data.chat.config import is_chat, read_chat
-from nemo_upcycle.data.copies import copied_files, copy_files, is_address
+from nemo_upcycle.data.copies import copied_files, copy_files
 from nemo_upcycle.data.dense import ModelAddress, find_parent, import_dense, on_this_machine
+from nemo_upcycle.data.engine.lines import is_address
 from nemo_upcycle.data.inputs import list_named, reader_of
 from nemo_upcycle.data.needs import HUB, Caches, Need, asset_need, task_need
 from nemo_upcycle.errors import UpcycleError

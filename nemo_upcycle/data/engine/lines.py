@@ -54,6 +54,11 @@ class Damage:
     size_bytes: int | None
 
 
+def is_address(text: str) -> bool:
+    """Say whether a file is not one of this machine's."""
+    return "://" in text and not text.startswith(("file://", "local://"))
+
+
 def open_input(url: str) -> IO[bytes]:
     """Open a path or fsspec URL.
 
@@ -160,9 +165,7 @@ def _patiently(url: str, action: Callable[[], T]) -> T:
 
     What fails for long is an error: counted as a damaged file, its texts would be missing without notice.
     """
-    is_local = "://" not in url or url.startswith(("file://", "local://"))
-    waits_s = () if is_local else _WAITS_S
-    for wait_s in (*waits_s, None):
+    for wait_s in (*(_WAITS_S if is_address(url) else ()), None):
         try:
             return action()
         except (ImportError, ValueError, UpcycleError):

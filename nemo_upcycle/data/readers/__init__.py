@@ -44,6 +44,11 @@ class InputFile:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def input_file(path: Path, reader: str) -> InputFile:
+    """Describe a file of this machine that has no options."""
+    return InputFile(str(path.absolute()), reader, path.stat().st_size)
+
+
 class Reader(ABC):
     """How the entries of a source become files."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_upcycle.data.blend import Blend
 from nemo_upcycle.data.needs import Need, task_need
-from nemo_upcycle.data.readers import InputFile, Reader, register
+from nemo_upcycle.data.readers import InputFile, Reader, input_file, register
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.lm_eval_tasks import load_tasks
 from nemo_upcycle.utils.files import whole_file
@@ -31,7 +31,7 @@ class LmEval(Reader):
         if not all(path.is_file() for path in paths):
             own = options.get("include_path")
             write_training_splits(entries, work, blend.folder.absolute() / Path(own).expanduser() if own else None)
-        return [InputFile(str(path.absolute()), "jsonl", path.stat().st_size) for path in paths]
+        return [input_file(path, "jsonl") for path in paths]
 
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
         """See `Reader.paths`: the user's own tasks."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
-from nemo_upcycle.data.build import _require_ours, build_blend, changed_files
+from nemo_upcycle.data.build import _as_begun, _require_ours, build_blend, changed_files
 from nemo_upcycle.data.finished import FORMAT
 from nemo_upcycle.data.manifest import texts_of
 from nemo_upcycle.errors import UpcycleError
@@ -86,3 +86,12 @@ def test_folder_of_an_earlier_version_is_not_compared(blend: Blend, tmp_path: Pa
     files = {str(tmp_path / "a.txt"): {"bytes": 3}}
     write_json(tmp_path / "data/manifest.json", {"sources": {"mine": {"files": files}}})
     assert changed_files(blend, tmp_path / "data") == {}
+
+
+def test_a_source_taken_out_leaves_whether_held_out_text_is_compared(tmp_path: Path) -> None:
+    held = {"source": "held", "split": "heldout", "files": ["a"], "options": {}}
+    kept = {"source": "web", "split": "train", "files": ["b"], "options": {}}
+    begun = {"tasks": [held, kept], "finders": 2, "heldout_overlap": 0.5}
+    write_json(tmp_path / "plan.json", begun)
+    now = _as_begun(tmp_path / "plan.json", {"tasks": [kept], "finders": 1, "heldout_overlap": None})
+    assert now == begun | {"tasks": [held | {"files": []}, kept]}
