@@ -169,5 +169,7 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
             raise UpcycleError(f"{conf.path}: sources", got=repr(name), expected=expected, fix="rename the source")
     if config.near_duplicates and not config.deduplicate:
         fix = "set deduplicate=true, or near_duplicates=null"
-        raise UpcycleError(f"{conf.path}: near_duplicates", got="deduplicate: false", expected="true", fix=fix)
+        raise UpcycleError(
+            f"{conf.path}: near_duplicates", got="deduplicate: false", expected="deduplicate: true", fix=fix
+        )
     return Blend(conf.path.stem, conf.folder, config)
