@@ -24,7 +24,7 @@ from nemo_upcycle.data.blend import SPLITS, Blend, BlendConfig, SourceConfig, re
 from nemo_upcycle.data.contamination import build_index, check_suites
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.engine.lines import is_address
-from nemo_upcycle.data.engine.plan import BEGUN
+from nemo_upcycle.data.engine.tasks import BEGUN
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
 from nemo_upcycle.data.finished import BUILD, FORMAT, MANIFEST, TOKENIZER
 from nemo_upcycle.data.inputs import NGRAMS, InputFile, list_inputs, make_plan, reader_of, require_disjoint

@@ -28,7 +28,7 @@ MANIFEST, CONTAMINATION, HELDOUT, TOKENIZER, TOKENS = (
     "tokenizer",
     "tokens",
 )
-#: What `nemo_upcycle.data.engine.heldout` counts, in the folder `build`, until the build is finished.
+#: What `nemo_upcycle.data.engine.overlap` counts, in the folder `build`, until the build is finished.
 HELDOUT_OVERLAP = "overlap/summary.json"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from nemo_upcycle.data.blend import SPLITS, Blend
 from nemo_upcycle.data.copies import copied_files
 from nemo_upcycle.data.engine.encodings import is_plain
-from nemo_upcycle.data.engine.plan import MAX_TASKS
+from nemo_upcycle.data.engine.tasks import MAX_TASKS
 from nemo_upcycle.data.finished import BUILD, TOKENIZER
 from nemo_upcycle.data.readers import READERS, InputFile, Reader
 from nemo_upcycle.data.readers.files import GLOB

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend
-from nemo_upcycle.data.engine.plan import BEGUN
+from nemo_upcycle.data.engine.tasks import BEGUN
 from nemo_upcycle.data.readers import NO_FIELD, READERS
 from nemo_upcycle.errors import LostError, UpcycleError
 from nemo_upcycle.utils.files import read_json

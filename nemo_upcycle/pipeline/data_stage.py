@@ -73,7 +73,7 @@ def made_data(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pack_chat(plan: RunPlan, dense_folder: Path, folder: Path, seq_length: int | None) -> dict[str, Any]:
-    from nemo_upcycle.data.chat.build import build_chat
+    from nemo_upcycle.data.chat.build_chat import build_chat
     from nemo_upcycle.data.chat.config import read_chat
     from nemo_upcycle.data.chat.finished import open_chat
 

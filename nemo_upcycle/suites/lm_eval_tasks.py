@@ -37,7 +37,7 @@ _LABEL_AFTER = re.compile(r"\s*\b(?:answer|a)\s*:\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Question:
+class TaskQuestion:
     """One document of a task.
 
     Attributes:
@@ -301,18 +301,18 @@ def _without_bar(items: Iterable[Any], **settings: Any) -> Iterable[Any]:
     return items
 
 
-def question_of(task: Any, document: Mapping[str, Any]) -> Question:
+def question_of(task: Any, document: Mapping[str, Any]) -> TaskQuestion:
     """Return what a task asks with a document, and the answers."""
     prompt = task.doc_to_text(document)
     target = task.doc_to_target(document)
     choices = [str(choice) for choice in task.doc_to_choice(document)] if task.config.doc_to_choice else []
     if isinstance(prompt, int):  # each choice begins a sentence that the target ends
-        return Question(choices[prompt], choices[prompt], (), (str(target),))
+        return TaskQuestion(choices[prompt], choices[prompt], (), (str(target),))
     stem, options = _without_options(prompt, choices)
     answers = [_answer(one, choices, options) for one in (target if isinstance(target, list) else [target])]
     for label, before in ((_LABEL_BEFORE, ""), (_LABEL_WITHIN, "\n"), (_LABEL_AFTER, "")):
         stem = label.sub(before, stem)
-    return Question(prompt, stem, tuple(options), tuple(answer for answer in answers if answer is not None))
+    return TaskQuestion(prompt, stem, tuple(options), tuple(answer for answer in answers if answer is not None))
 
 
 def _without_options(prompt: str, choices: list[str]) -> tuple[str, list[str]]:

@@ -137,8 +137,8 @@ def local_questions(config: SuiteConfig) -> list[dict[str, Any]]:
     """Return MMLU's questions, fetched on first use, for a suite whose local tasks ask them; none for another one."""
     if not asks_mmlu(config):
         return []
+    from nemo_upcycle.demo.asset_texts import mmlu_questions
     from nemo_upcycle.demo.assets import fetch_asset
-    from nemo_upcycle.demo.questions import mmlu_questions
 
     return mmlu_questions(fetch_asset("mmlu"))
 

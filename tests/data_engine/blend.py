@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nemo_upcycle.data.engine.plan import load_plan
-from nemo_upcycle.data.engine.stages import RunOn, executor, stages
+from nemo_upcycle.data.engine.pipelines import RunOn, executor, stages
+from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.data.engine.tokenise import FASTOKENS
 from tests.waiting import HANG_S
 

@@ -16,8 +16,8 @@ pytest.importorskip("datatrove")
 import pyarrow
 import pyarrow.parquet
 
-from nemo_upcycle.data.engine import clean, heldout
-from nemo_upcycle.data.engine.plan import load_plan
+from nemo_upcycle.data.engine import clean, overlap
+from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.data.inputs import cut_between_lines
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.readers import InputFile
@@ -85,7 +85,7 @@ def test_workers_and_kills_do_not_change_a_byte(tmp_path: Path) -> None:
         tasks = [stats(plan.parent, rank)["steps"] for rank in range(len(load_plan(plan.resolve()).tasks))]
         clear(plan)
     reasons = {reason for steps in tasks for step in steps.values() for reason in step["removed"]}
-    assert reasons >= {*clean.DUPLICATES, *heldout.REMOVED, "max_tokens"}
+    assert reasons >= {*clean.DUPLICATES, *overlap.REMOVED, "max_tokens"}
     for stage in ("1_sign", "2_join", "2_compare", "2_judge", "2_count", "2_take", "3_write"):
         with subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.DEVNULL) as process:
             wait_until(lambda stage=stage: list(plan.parent.glob(f"logs/{stage}/logs/*.log")), process, poll_s=0.01)

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from nemo_upcycle.data.engine import heldout
+from nemo_upcycle.data.engine import overlap
 from nemo_upcycle.data.engine.clean import write_numbers
 from nemo_upcycle.data.finished import HELDOUT_OVERLAP
 from tests.data_engine.blend import (
@@ -165,8 +165,8 @@ def test_documents_of_fewer_words_than_an_ngram_stay(tmp_path: Path) -> None:
 
 
 def test_many_ngrams_are_sampled_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heldout, "MOST_NGRAMS", 300)
-    heldout._searched.cache_clear()
+    monkeypatch.setattr(overlap, "MOST_NGRAMS", 300)
+    overlap._searched.cache_clear()
     work = _run(tmp_path, [SHORT, LONG, QUOTE, OTHER], HELD)
     assert _summary(work)["every"] == 4
     (row,) = _summary(work)["rows"]

@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from nemo_upcycle.data.engine import run as engine
-from nemo_upcycle.data.engine.plan import Plan, load_plan
-from nemo_upcycle.data.engine.stages import RunOn, Stage, executor, stages
+from nemo_upcycle.data.engine import supervise as engine
+from nemo_upcycle.data.engine.pipelines import EngineStage, RunOn, executor, stages
+from nemo_upcycle.data.engine.tasks import EnginePlan, load_plan
 from tests.data_engine.blend import blend, run
 
 
@@ -49,13 +49,13 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     return Slurm(tmp_path / "bin")
 
 
-def _launch(folder: Path, tasks: int) -> tuple[Plan, Any]:
+def _launch(folder: Path, tasks: int) -> tuple[EnginePlan, Any]:
     plan = load_plan(blend(folder).resolve())
-    stage = Stage("3_write", stages(plan, "tokenizers")[-1].pipeline, tasks)
+    stage = EngineStage("3_write", stages(plan, "tokenizers")[-1].pipeline, tasks)
     return plan, executor(plan, stage, RunOn(slurm="any"), Path(sys.prefix))
 
 
-def _jobs(plan: Plan) -> Path:
+def _jobs(plan: EnginePlan) -> Path:
     return plan.folder / "logs" / "slurm_jobs.json"
 
 

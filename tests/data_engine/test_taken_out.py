@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from nemo_upcycle.data.engine.plan import BEGUN
+from nemo_upcycle.data.engine.tasks import BEGUN
 from tests.data_engine.blend import run, sentence, tokens, write_jsonl, write_plan
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("datatrove")
 import numpy as np
 from tokenizers import Tokenizer
 
-from nemo_upcycle.data.engine.plan import load_plan
+from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.data.engine.tokenise import FASTOKENS, TOKENIZERS, choose_library, load_encode
 from tests.data_engine.blend import (
     END,

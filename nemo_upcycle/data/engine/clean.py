@@ -21,7 +21,7 @@ from xxhash import xxh64, xxh64_intdigest
 
 from nemo_upcycle.data.contamination import Contamination
 from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep, RemovedWriter
-from nemo_upcycle.data.engine.plan import MAX_TASKS, Plan
+from nemo_upcycle.data.engine.tasks import MAX_TASKS, EnginePlan
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import Hit, cut, removed_spans
 from nemo_upcycle.errors import UpcycleError
@@ -166,7 +166,7 @@ class RemoveNumbered(LedgerStep):
                 yield document
 
 
-def numbered(plan: Plan, rank: int, files: dict[str, str]) -> dict[int, str]:
+def numbered(plan: EnginePlan, rank: int, files: dict[str, str]) -> dict[int, str]:
     """Return the numbers that are written down of a task, each with the first reason."""
     reasons: dict[int, str] = {}
     for reason, pattern in files.items():

@@ -19,7 +19,7 @@ class Sotu(Reader):
 
     def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: object) -> list[InputFile]:
         """See `Reader.list_files`."""
-        from nemo_upcycle.demo.sotu import address_files
+        from nemo_upcycle.demo.asset_texts import address_files
 
         return [input_file(path, "text") for path in address_files(entries)]
 

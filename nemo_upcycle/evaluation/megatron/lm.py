@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nemo_upcycle.convert.found import find_model
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
+from nemo_upcycle.evaluation.megatron.chunks import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import Scored, score
 from nemo_upcycle.models.hf_model import load_tokenizer

@@ -20,7 +20,7 @@ from datatrove.data import DocumentsPipeline
 
 from nemo_upcycle.data.engine.clean import DUPLICATES, numbered, write_arrays, write_numbers
 from nemo_upcycle.data.engine.ledger import LedgerStep
-from nemo_upcycle.data.engine.plan import Plan
+from nemo_upcycle.data.engine.tasks import EnginePlan
 from nemo_upcycle.data.finished import HELDOUT_OVERLAP
 from nemo_upcycle.data.ngrams import SHORT_WORDS, stretch_of
 from nemo_upcycle.data.word_hashes import HashFilter, grams_of, joined, look_up, normalise
@@ -64,7 +64,7 @@ class _Documents:
     hashes: np.ndarray
 
     @classmethod
-    def load(cls, plan: Plan, rank: int) -> _Documents:
+    def load(cls, plan: EnginePlan, rank: int) -> _Documents:
         """Read those that deduplication leaves."""
         with np.load(plan.path("overlap/ngrams", rank, "npz")) as file:
             documents = cls(**file)
@@ -188,7 +188,7 @@ class CompareTraining(LedgerStep):
         write_arrays(plan.path("overlap/found", rank, "npz"), before=np.packbits(before), after=np.packbits(after))
 
 
-def _most(plan: Plan) -> float:
+def _most(plan: EnginePlan) -> float:
     return float(plan.heldout_overlap or 0)
 
 
@@ -233,7 +233,7 @@ class JudgeHeldout(LedgerStep):
         write_json(plan.folder / HELDOUT_OVERLAP, about | {"rows": written})
 
 
-def _found(plan: Plan, kind: str, size: int) -> np.ndarray:
+def _found(plan: EnginePlan, kind: str, size: int) -> np.ndarray:
     """Return which n-grams of the index stand in the training text of any task."""
     bits = np.zeros(-(-size // 8), np.uint8)
     for task in range(len(plan.tasks)):
