@@ -152,7 +152,7 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
         >>> read_blend("sotu").config.sources["speeches"].reader
         'sotu'
     """
-    from nemo_upcycle.data.readers import format_of  # which imports this module
+    from nemo_upcycle.data.readers import format_of  # slow
 
     path = Path(name).expanduser().absolute()
     alone = {"sources": {"texts": {"train": [str(path)]}}}

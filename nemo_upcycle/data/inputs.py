@@ -13,7 +13,7 @@ from nemo_upcycle.data.copies import copied_files
 from nemo_upcycle.data.engine.encodings import is_plain
 from nemo_upcycle.data.engine.tasks import MAX_TASKS
 from nemo_upcycle.data.finished import BUILD, TOKENIZER
-from nemo_upcycle.data.readers import READERS, InputFile, Reader
+from nemo_upcycle.data.readers import READERS, InputFile, Place, Reader
 from nemo_upcycle.data.readers.files import GLOB
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.suite_config import folders_of_suite
@@ -51,8 +51,9 @@ def list_named(blend: Blend, source: str, work: Path) -> dict[str, list[InputFil
         if name not in reader.options:
             raise UpcycleError.unknown(f"option of the reader {reader.name}", name, reader.options)
     entries = {split: getattr(config, split) for split in SPLITS}
+    places = {split: Place(blend.folder, blend.config.seed, work / f"{source}.{split}") for split in SPLITS}
     return {
-        split: reader.list_files(named, blend, dict(config.options), work / f"{source}.{split}") if named else []
+        split: reader.list_files(named, dict(config.options), places[split]) if named else []
         for split, named in entries.items()
     }
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from nemo_upcycle.data.blend import Blend
 from nemo_upcycle.data.needs import Caches, Need, asset_need
-from nemo_upcycle.data.readers import InputFile, Reader, input_file, register
+from nemo_upcycle.data.readers import InputFile, Place, Reader, input_file, register
 
 
 @register
@@ -17,7 +16,7 @@ class Sotu(Reader):
 
     name, renders = "sotu", True
 
-    def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: object) -> list[InputFile]:
+    def list_files(self, entries: list[str], options: dict[str, Any], at: Place) -> list[InputFile]:
         """See `Reader.list_files`."""
         from nemo_upcycle.demo.asset_texts import address_files
 
@@ -34,7 +33,7 @@ class Packages(Reader):
 
     name, renders = "packages", True
 
-    def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: object) -> list[InputFile]:
+    def list_files(self, entries: list[str], options: dict[str, Any], at: Place) -> list[InputFile]:
         """See `Reader.list_files`."""
         from nemo_upcycle.demo.packages import package_texts
 
