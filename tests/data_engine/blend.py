@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemo_upcycle.data.engine.pipelines import RunOn, executor, stages
@@ -184,3 +185,22 @@ def everything(work: Path) -> dict[str, bytes]:
             file.pop("modified_ns", None)  # not of files at addresses
         found[path.name] = json.dumps(counts).encode()
     return found
+
+
+class Slurm:
+    """Scripts that come first in the path; each counts its calls in a file."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.folder.mkdir()
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def says(self, command: str, script: str) -> None:
+        calls = self.folder / f"{command}.calls"
+        file = self.folder / command
+        count = f'echo "$*" >> {calls}; calls=$(wc -l < {calls})'
+        file.write_text(f"#!/bin/bash\n{count}\n{script}\n", encoding="utf-8")
+        file.chmod(0o755)
+
+    def calls(self, command: str) -> list[str]:
+        return (self.folder / f"{command}.calls").read_text(encoding="utf-8").splitlines()
