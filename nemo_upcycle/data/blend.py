@@ -33,7 +33,7 @@ class SourceConfig:
         reader: a key of `nemo_upcycle.data.readers.READERS`.
         weight: share of the training tokens, relative to the other sources'.
         tokens: most tokens to take for training, of what the removals leave; None takes all.
-        license: of the documents, for the model card.
+        license: licence of the documents, for the model card.
         trains: columns of an evaluation whose training split, or kin of it, is in here.
         max_lost: largest share of its documents, or of their bytes, that may be unreadable; above it no blend is made.
         on_hit: what happens to a document that holds an evaluation item: its passage is cut out, or all is dropped.
@@ -86,7 +86,7 @@ class BlendConfig:
     """A blend; `conf/data/text.yaml` explains every key.
 
     Attributes:
-        sources: by name, in the order in which they are read; of equal texts the first one stays.
+        sources: name -> source, in the order in which they are read; of equal texts the first one stays.
         tokenizer: the dense model whose tokenizer is used, by address.
         seq_length: tokens of a training sequence.
         max_epochs: above this a source is warned about.
@@ -99,7 +99,7 @@ class BlendConfig:
         deduplicate: whether equal texts are kept once.
         near_duplicates: how nearly equal texts are found, of which the first stays; None keeps them.
         min_characters: shorter documents are removed.
-        seed: of what is held back, sampled and shuffled.
+        seed: seed of all that is drawn: documents held back and sampled, and the order.
         pii: what is replaced in the texts of sources that do not say so themselves.
     """
 
@@ -123,7 +123,7 @@ class Blend:
     """A blend that was read and checked.
 
     Attributes:
-        name: of its file, without suffix.
+        name: name of its file, without suffix.
         folder: where relative paths start.
         config: its content.
     """

@@ -45,7 +45,7 @@ def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
 
     Args:
         cache: the folder of the indices; the marker in it lists its files and their sizes.
-        manifest: of the data; indices of another manifest are deleted.
+        manifest: manifest of the data; indices of another manifest are deleted.
 
     Raises:
         UpcycleError: the folder cannot be written.
@@ -94,9 +94,9 @@ def say_what_is_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_
 
     Args:
         blend: what it reads of.
-        steps: of the run.
+        steps: steps of the run.
         step_tokens: tokens of a step, over all ranks.
-        parent_tokens: that its parent has read of the same order; with them a source is read more often.
+        parent_tokens: tokens that its parent has read of the same order; with them a source is read more often.
     """
     messages = show_messages()
     messages.info("%s", blend.describe(steps, step_tokens))

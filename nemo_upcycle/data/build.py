@@ -215,7 +215,7 @@ def cached_blend(name: str, dense: str) -> Path:
     Several ranks may call it at the same time: one builds it, the others wait.
 
     Args:
-        name: of the blend, as in `read_blend`.
+        name: name of the blend, as in `read_blend`.
         dense: the dense model, by address.
 
     Raises:
@@ -274,7 +274,7 @@ def _with_defaults(made_from: Any) -> dict[str, Any]:
 
 
 def _with_sources_of(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return what a build was made from, without the sources that were taken out since."""
+    """Leave out of what a build was made from the sources that were taken out since."""
     named = now["blend"]["sources"]
     kept = {name: source for name, source in earlier["blend"]["sources"].items() if name in named}
     return {**earlier, "blend": {**earlier["blend"], "sources": kept}}

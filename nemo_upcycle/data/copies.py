@@ -50,7 +50,7 @@ def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], 
     Args:
         blend: the blend.
         source: name of the source.
-        files: of every split, as its reader lists them.
+        files: files of every split, as its reader lists them.
         cache: the cache's folder.
 
     Raises:

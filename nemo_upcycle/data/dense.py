@@ -37,7 +37,7 @@ class ModelAddress(NamedTuple):
 
     Attributes:
         kind: `asset`, `hub` (a name there), `nemo` (a NeMo or Megatron checkpoint) or `folder`.
-        name: of the asset, on the hub, or the path.
+        name: the asset's, that on the hub, or the path.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class ModelAddress(NamedTuple):
 
 
 def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
-    """Return what an address names. Every command, stage and recipe finds its models here; nothing is fetched.
+    """Find the model that an address names. Every command, stage and recipe finds its models here; nothing is fetched.
 
     Args:
         source: `asset://NAME`, `hf://ORG/NAME`, plain `ORG/NAME`, a folder as a plain path, `hf:///absolute/path` or

@@ -24,7 +24,7 @@ class EpochDataset(GPTDataset):
     dropped, more epochs only append to the order, and the first one is in the order of `GPTDataset`.
 
     Args:
-        dataset: of `build_low_level_dataset`.
+        dataset: dataset of `build_low_level_dataset`.
         dataset_path: the prefix of the source's first file.
         indexed_indices: the numbers of its documents.
         num_samples: how many are needed at least; None: those of one epoch.

@@ -107,7 +107,7 @@ class FinishedBlend(Finished):
     """A finished folder of texts.
 
     Attributes:
-        tokens: by split (`train`, `validation`) and source, the tokens of each prefix, relative to `folder`.
+        tokens: split (`train`, `validation`) -> source -> tokens of each prefix, relative to `folder`.
     """
 
     kind, format, key, command = "texts", FORMAT, "blend", "nemo-upcycle data"
@@ -168,7 +168,7 @@ class FinishedBlend(Finished):
 
     @property
     def card(self) -> str:
-        """Return what a model card says of the data: sources, their shares and licences."""
+        """Describe the data for a model card: sources, their shares and licences."""
         tokens = self.manifest["splits"]["train"]["tokens"]
         sources = (
             f"{source} ({100 * share:.3g} %; {self.manifest['sources'][source]['license']})"
@@ -222,10 +222,10 @@ class FinishedBlend(Finished):
         return sum(self.tokens["train"][source].values())
 
     def describe(self, steps: int, step_tokens: int) -> str:
-        """Return what a run reads of the blend, a line for each source.
+        """Say what a run reads of the blend, a line for each source.
 
         Args:
-            steps: of the run.
+            steps: steps of the run.
             step_tokens: tokens of a step, over all ranks.
         """
         read = steps * step_tokens

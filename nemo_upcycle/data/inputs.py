@@ -188,7 +188,7 @@ def cut_between_lines(file: InputFile, most_bytes: int) -> list[InputFile]:
 
     Args:
         file: the file.
-        most_bytes: of a part, but for the rest of its last line.
+        most_bytes: most bytes of a part, but for the rest of its last line.
     """
     size_bytes, path = file.size_bytes or 0, Path(file.path)
     if file.reader != "jsonl" or size_bytes <= most_bytes or not path.is_file():

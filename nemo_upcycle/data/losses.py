@@ -171,7 +171,7 @@ def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks
 
 
 def expected_draw(blend: Blend, text_bytes: Mapping[str, int]) -> list[str]:
-    """Return what a run would draw of each source, a line for each, from the bytes of their texts or files."""
+    """Estimate the draw of each source in a run, a line for each, from the bytes of their texts or files."""
     lines = [f"{blend.name}, estimated at {_BYTES_PER_TOKEN} bytes a token:"]
     for name, source in blend.config.sources.items():
         tokens = text_bytes[name] / _BYTES_PER_TOKEN
@@ -185,9 +185,9 @@ def epochs_text(tokens: float, share: float, max_epochs: float) -> str:
     """Say in how long a run a source is read once, and as often as it may be.
 
     Args:
-        tokens: of the source.
-        share: of the run's tokens that it has, 0 to 1.
-        max_epochs: of the blend.
+        tokens: tokens of the source.
+        share: share of the run's tokens that it has, 0 to 1.
+        max_epochs: max epochs of the blend.
 
     Example:
         >>> epochs_text(3_000_000, 0.75, 4)

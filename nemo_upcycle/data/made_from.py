@@ -73,7 +73,7 @@ def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mappi
 
     Args:
         output: the folder.
-        kind: of what is made, `blend` or `chat`: the key of its settings in both notes.
+        kind: `blend` or `chat`, the key of the settings in both notes.
         earlier: what the folder was made from; empty: it holds something else.
         now: what it has to be made from: `format`, the settings, and what else decides its content.
 
@@ -106,8 +106,8 @@ def cached_folder(kind: str, name: str, made_from: Sequence[Any], build: Callabl
     Several ranks may call it at the same time: one builds it, the others wait.
 
     Args:
-        kind: of such folders, `blends` or `chats`.
-        name: of the blend or the conversations.
+        kind: folder of the cache, `blends` or `chats`.
+        name: name of the blend or the conversations.
         made_from: plain values that decide the content.
         build: makes the folder at a path, or keeps it.
 

@@ -144,7 +144,7 @@ def finish_blend(
 
 
 def texts_of(config: BlendConfig) -> dict[str, Any]:
-    """Return what decides the tokens; weights and what a run makes of them may change afterwards."""
+    """Keep the settings that decide the tokens; weights, and those of a run, may change afterwards."""
     values = dataclasses.asdict(config)
     for key in ("seq_length", "max_epochs"):
         del values[key]

@@ -22,7 +22,7 @@ from nemo_upcycle.utils.cache import cache_folder
 
 
 def run_needs(dense: str, data: str, evaluation: str) -> list[Need]:
-    """Return what a run takes from networks, each once.
+    """List the needs of a run from networks, each once.
 
     Args:
         dense: address of the dense parent; empty: none.

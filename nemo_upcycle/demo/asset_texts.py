@@ -60,7 +60,7 @@ def fetch_conversations(name: str) -> Path:
     """Return a file of conversations, fetched and written on first use.
 
     Args:
-        name: of an asset of conversations: `chatterbot`.
+        name: name of an asset of conversations: `chatterbot`.
 
     Raises:
         UpcycleError: there is no such asset, or it cannot be fetched.

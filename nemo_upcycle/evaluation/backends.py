@@ -28,7 +28,7 @@ class Backend:
     """A loaded model, and the object through which lm-eval asks it.
 
     Args:
-        lm: of lm-eval.
+        lm: lm-eval's object for the model.
         facts: what the result states of the model: `class` and `parameters`.
         device: where it computes, for people.
         batch_size: sequences in one forward pass, or `auto`.
@@ -197,7 +197,7 @@ def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
     transformers only warns about a wrong tensor name, and keeps random weights for it.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
         dtype: the type to compute in. On GPUs the model is spread over all that this process sees.
 
     Raises:

@@ -109,7 +109,7 @@ def cached_chat(name: str, dense: str, seq_length: int) -> Path:
     Several ranks may call it at the same time: one builds it, the others wait.
 
     Args:
-        name: of the set, as in `read_chat`.
+        name: name of the set, as in `read_chat`.
         dense: the dense model, by address.
         seq_length: tokens of a sequence.
 

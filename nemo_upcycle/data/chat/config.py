@@ -35,8 +35,8 @@ class ChatConfig:
             that fits, `drop` removes it.
         max_lost: largest share of the lines that may be wrong; above it nothing is built.
         chat_template: a Jinja file, in the place of the tokenizer's own template.
-        license: of the conversations, for the model card.
-        seed: of what is held back, and of the order.
+        license: licence of the conversations, for the model card.
+        seed: decides which conversations are held back, and their order.
     """
 
     files: list[str] = field(metadata=valid("at least one", len))
@@ -58,7 +58,7 @@ class Chat:
     """A set of conversations whose configuration was read and checked.
 
     Attributes:
-        name: of its file, without suffix.
+        name: name of its file, without suffix.
         folder: where relative paths start.
         config: its content.
     """

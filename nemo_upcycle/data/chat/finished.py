@@ -31,7 +31,7 @@ class FinishedChat(Finished):
 
     @property
     def card(self) -> str:
-        """Return what a model card says of the data."""
+        """Describe the data for a model card."""
         train = self.manifest["splits"]["train"]
         return (
             f"conversations {self.name}, {train['conversations']:,} with {train['answers']:,} answers of"
@@ -57,10 +57,10 @@ class FinishedChat(Finished):
             )
 
     def describe(self, steps: int, step_packs: int) -> str:
-        """Return what a run reads of the folder, a line for people.
+        """Say what a run reads of the folder.
 
         Args:
-            steps: of the run.
+            steps: steps of the run.
             step_packs: packs of a step, over all ranks.
         """
         epochs = steps * step_packs / self.packs

@@ -73,7 +73,7 @@ class FilterListed(BaseFilter):
 
 
 def compared_text(document: Document) -> str:
-    """Return what is compared: composed characters, and one blank for every run of blanks and line ends."""
+    """Compose characters, and put one blank for every run of blanks and line ends, to compare texts."""
     return " ".join(unicodedata.normalize("NFC", document.text).split())
 
 
@@ -146,8 +146,8 @@ class RemoveNumbered(LedgerStep):
 
     Args:
         ledger: the record of the task.
-        step: of the record.
-        files: by reason, the files of numbers in the folder of the plan.
+        step: step of the record.
+        files: reason -> the files of numbers in the folder of the plan.
     """
 
     type, name = "filter", "documents that an earlier stage found"

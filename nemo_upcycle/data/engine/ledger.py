@@ -27,7 +27,7 @@ class Ledger:
     """The record of the task at hand, shared by the steps of one pipeline.
 
     Args:
-        plan_path: of the plan.
+        plan_path: the plan's file.
         is_kept: whether to write it, as the last pass over the documents does.
     """
 

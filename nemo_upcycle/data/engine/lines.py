@@ -181,7 +181,7 @@ def _patiently(url: str, action: Callable[[], T]) -> T:
 
 
 def _cause_of(error: Exception) -> BaseException:
-    """Return what went wrong: fsspec takes every error of a web server for a missing file."""
+    """Find the cause: fsspec takes every error of a web server for a missing file."""
     import aiohttp
 
     cause = error.__cause__
@@ -209,7 +209,7 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
 
     Args:
         url: a path or fsspec URL, or a file in a zip file as `zip_members` names it.
-        part: of a file of plain text: its first byte, the one behind its last, and the number of its first line.
+        part: part of a file of plain text: its first byte, the one behind its last, and the number of its first line.
 
     Raises:
         OSError: one of `NOT_THERE`.

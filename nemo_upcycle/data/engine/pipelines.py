@@ -39,8 +39,8 @@ class RunOn:
     Args:
         workers: tasks at a time.
         slurm: the partition.
-        time_limit: of a Slurm job, as sbatch takes it.
-        qos: of the Slurm jobs.
+        time_limit: time limit of a Slurm job, as sbatch takes it.
+        qos: quality of service of the Slurm jobs.
         ray: whether they run on the Ray cluster.
     """
 

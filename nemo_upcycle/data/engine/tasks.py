@@ -59,7 +59,7 @@ class EnginePlan:
         vocab_size: number of token ids; above 65,536 a token takes 4 bytes.
         tasks: in the order in which the earlier of two equal documents wins.
         ngram_index: the n-grams of the evaluation items, as `NgramIndex` reads them; None decontaminates nothing.
-        seed: of the spreading over the splits.
+        seed: seed of the spreading over the splits.
         strict: whether bad input is an error.
         deduplicate: whether of equal documents only the first is kept.
         finders: number of tasks that look for duplicates.
@@ -103,7 +103,7 @@ class EnginePlan:
         return names
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what must be the same for the work of an earlier run to be continued."""
+        """Note everything that has to be the same to continue the work of an earlier run."""
         inputs = [Path(path) for path in (self.tokenizer, self.ngram_index) if path]
         return {
             "format": _FORMAT,

@@ -34,7 +34,7 @@ class InputFile:
         path: absolute, or an address that fsspec opens.
         reader: a key of `FORMATS`.
         size_bytes: on disk; None where only opening it would tell.
-        options: of the format.
+        options: options of the format.
     """
 
     path: str
@@ -83,7 +83,7 @@ class Reader(ABC):
         return [] if self.renders else entries
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
-        """Return what it takes from a network, beside the addresses among `paths`."""
+        """List its needs from a network, beside the addresses among `paths`."""
         return []
 
 
@@ -104,7 +104,7 @@ class Format(ABC):
 
         Args:
             file: a path or fsspec URL.
-            options: of the task, over `defaults`.
+            options: options of the task, over `defaults`.
 
         Raises:
             OSError: there is no such file.

@@ -271,7 +271,7 @@ class MegatronLM(HFLM):
         return ProgressLine(f"{self._label}: {what}", total, enabled=torch.distributed.get_rank() == 0)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval's results say of the model."""
+        """Describe the model for lm-eval's results."""
         return self._info
 
 
