@@ -66,9 +66,9 @@ class Finished:
         manifest = read_json(path := folder / MANIFEST)
         require_known(manifest, path)
         found = manifest if isinstance(manifest, dict) else {"kind": "no JSON object"}
-        is_texts = found.get("kind", "texts"), found.get("format", "")
-        if is_texts != (cls.kind, cls.format):
-            got, fix = " ".join(map(str, is_texts)).strip(), f"make the folder with `{cls.command}` of this version"
+        form = found.get("kind", "texts"), found.get("format", "")
+        if form != (cls.kind, cls.format):
+            got, fix = " ".join(map(str, form)).strip(), f"make the folder with `{cls.command}` of this version"
             raise UpcycleError(f"format of {path}", got=got, expected=f"{cls.kind} {cls.format}", fix=fix)
         return folder, found
 

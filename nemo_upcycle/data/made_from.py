@@ -38,18 +38,19 @@ def stamps(paths: Iterable[Path]) -> list[Stamp]:
 
 
 def compare(before: Iterable[Stamp], now: Iterable[Stamp]) -> dict[str, list[str]]:
-    """Find the files that are `new`, `gone` or `changed`.
+    """Find the files that are `new`, `gone` or `changed`; a kind that has none is left out.
 
     Example:
         >>> compare([["a", 3, 1], ["b", 3, 1]], [["b", 4, 2], ["c", 3, 1]])
         {'new': ['c'], 'gone': ['a'], 'changed': ['b']}
     """
     then, there = ({path: state for path, *state in files} for files in (before, now))
-    return {
+    found = {
         "new": [path for path in there if path not in then],
         "gone": [path for path in then if path not in there],
         "changed": [path for path, state in then.items() if there.get(path, state) != state],
     }
+    return {how: paths for how, paths in found.items() if paths}
 
 
 def changes_text(changes: Mapping[str, Sequence[str]], output: Path) -> str:
@@ -74,8 +75,8 @@ def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mappi
     Args:
         output: the folder.
         kind: `blend` or `chat`, the key of the settings in both notes.
-        earlier: what the folder was made from; empty: it holds something else.
-        now: what it has to be made from: `format`, the settings, and what else decides its content.
+        earlier: note of the settings that made the folder; empty: it holds something else.
+        now: the present note: `format`, the settings, `strict`, and of conversations the `files`.
 
     Raises:
         UpcycleError: it is another format's, another kind's, or other settings' or files'.
@@ -87,15 +88,12 @@ def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mappi
         raise UpcycleError(f"format of {output}", got=earlier["format"], expected=now["format"], fix=fix)
     got = "files that are not ours"
     if kind in earlier:
-        pairs = [*((earlier[kind].get(key), value, key) for key, value in now[kind].items())]
-        pairs.append((earlier["strict"], now["strict"], "strict"))
-        differs = (
-            [f"{', '.join(names)} differ"] if (names := [key for was, value, key in pairs if was != value]) else []
-        )
-        changes = {
-            how: names for how, names in compare(earlier.get("files", []), now.get("files", [])).items() if names
-        }
-        got = f"another {kind}'s ({'; '.join(differs + ([changes_text(changes, output)] if changes else []))})"
+        were, are = ({**noted[kind], "strict": noted["strict"]} for noted in (earlier, now))
+        names = [key for key, value in are.items() if were.get(key) != value]
+        differs = [f"{', '.join(names)} differ"] if names else []
+        if changes := compare(earlier.get("files", []), now.get("files", [])):
+            differs.append(changes_text(changes, output))
+        got = f"another {kind}'s ({'; '.join(differs)})"
     expected = f"an empty folder, or this {kind}'s"
     raise UpcycleError(str(output), got=got, expected=expected, fix="choose another folder, or remove it first")
 
