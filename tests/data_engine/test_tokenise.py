@@ -22,6 +22,7 @@ from tests.data_engine.blend import (
     sentence,
     stats,
     texts,
+    tokenizer_json,
     tokens,
     write_jsonl,
     write_plan,
@@ -76,11 +77,8 @@ def test_ids_are_those_of_tokenizers_where_no_text_looks_special(tmp_path: Path)
 
 @pytest.mark.parametrize("library", [FASTOKENS, TOKENIZERS])
 def test_end_of_text_that_is_not_marked_special_stays_text(tmp_path: Path, library: str) -> None:
-    plan = _plan(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["added_tokens"][0]["special"] = False
-    path.write_text(json.dumps(content), encoding="utf-8")
+    added = json.loads(tokenizer_json())["added_tokens"]
+    plan = _changed_tokenizer(tmp_path, added_tokens=[added[0] | {"special": False}, *added[1:]])
     ids, _ = load_encode(load_plan(plan), library)([END, f"x{END}"])
     assert 0 not in ids
 

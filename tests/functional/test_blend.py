@@ -216,18 +216,6 @@ def test_changed_files_are_said_and_built_again_when_asked_for(texts: Path, buil
 
 
 @pytest.mark.full
-def test_weights_may_change_afterwards(texts: Path, built: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(built, tmp_path / "data")
-    status, _, errors = _answer(texts, copy, "sources.web.weight=0.1", "max_epochs=2")
-    assert status == 0, errors
-    blend = open_blend(copy)
-    assert blend.shares == pytest.approx({"mine": 0.6, "questions": 0.2, "web": 0.2})
-    assert blend.manifest["max_epochs"] == 2
-    tokens = {name: digest for name, digest in _bytes(copy).items() if name != "manifest.json"}
-    assert tokens.items() <= _bytes(built).items()
-
-
-@pytest.mark.full
 def test_a_mistake_found_before_the_texts_are_read_can_be_corrected(texts: Path, tmp_path: Path) -> None:
     status, _, errors = _answer(texts, tmp_path / "data", "decontaminate=[fulls]")
     assert status == 2
@@ -331,14 +319,6 @@ def test_ctrl_c_stops_and_says_how_to_go_on(texts: Path, tmp_path: Path) -> None
     assert process.returncode == 130
     assert "run again to resume" in errors
     assert not (tmp_path / "data/_SUCCESS.json").exists()
-
-
-@pytest.mark.full
-def test_strict_ends_at_the_first_broken_line(texts: Path, tmp_path: Path) -> None:
-    status, _, errors = _answer(texts, tmp_path / "data", "--strict")
-    assert status == 2
-    assert "0.jsonl.gz:8: got broken JSON" in errors
-    assert "Traceback" not in errors
 
 
 def test_check_reads_and_writes_nothing(texts: Path, tmp_path: Path) -> None:

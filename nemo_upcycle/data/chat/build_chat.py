@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.chat.config import KIND, Chat, ChatConfig, read_chat
-from nemo_upcycle.data.chat.finished import FORMAT, PACKING, PACKS, REMOVED, open_chat
+from nemo_upcycle.data.chat.finished import FORMAT, PACKING, PACKS, REMOVED, FinishedChat, open_chat
 from nemo_upcycle.data.chat.messages import Conversation, Problem, read_conversations
 from nemo_upcycle.data.chat.packing import write_packs
 from nemo_upcycle.data.chat.template import ChatTemplate, Tokens
@@ -36,7 +36,7 @@ from nemo_upcycle.utils.progress import track
 from nemo_upcycle.utils.schema import numbered
 
 
-MADE_BY, KEY = "nemo-upcycle chat", "chat"
+MADE_BY, KEY = FinishedChat.command, FinishedChat.key
 _SPLITS = ("train", "validation", "heldout")
 #: Why a line that is right is not taken: by its own settings.
 _EQUAL, _TOO_LONG = "equal to an earlier one", "longer than a sequence"
