@@ -43,6 +43,7 @@ from nemo_upcycle.utils.files import (
     aside_of,
     in_use,
     is_complete,
+    marker_of,
     read_json,
     require_disk,
     resolved,
@@ -246,10 +247,11 @@ def _require_ours(output: Path, made_from: dict[str, Any]) -> None:
     """Refuse a folder that holds something else than this blend, finished or begun, or nothing."""
     begun = output / BUILD / MADE_FROM
     if is_complete(output):
-        earlier = _with_defaults(read_json(output / MARKER).get("made_from"))
+        earlier = _with_defaults(read_json(marker_of(output)).get("made_from"))
     elif begun.is_file():
         earlier = _noted(begun)
-        if not (output / BUILD / BEGUN).is_file() or _with_sources_of(earlier, made_from) == made_from:
+        was_read = (output / BUILD / BEGUN).is_file()
+        if not was_read or (earlier and _with_sources_of(earlier, made_from) == made_from):
             return
     elif not output.is_dir() or all(path.name == ".lock" or _is_begun(path) for path in output.iterdir()):
         return

@@ -31,7 +31,7 @@ from nemo_upcycle.data.made_from import cached_folder, named_tokenizer, require_
 from nemo_upcycle.data.tokenizers import open_tokenizer, save_tokenizer
 from nemo_upcycle.errors import LostError, UpcycleError
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, read_json, write_json
+from nemo_upcycle.utils.files import MARKER, is_complete, marker_of, output_folder, read_json, write_json
 from nemo_upcycle.utils.progress import track
 from nemo_upcycle.utils.schema import numbered
 
@@ -64,7 +64,7 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
     paths = chat.paths()
     made_from = {"format": FORMAT, KEY: _made_by(chat.config), "files": stamps(paths), "strict": strict}
     if is_complete(output):
-        earlier = read_json(output / MARKER).get("made_from") or {}
+        earlier = read_json(marker_of(output)).get("made_from") or {}
         if KEY in earlier:
             earlier = earlier | {KEY: _made_by(ChatConfig([])) | earlier[KEY]}
         require_same(output, KEY, earlier, made_from)

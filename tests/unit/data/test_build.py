@@ -14,7 +14,7 @@ from nemo_upcycle.data.build import _as_begun, _require_ours, build_blend, chang
 from nemo_upcycle.data.finished import FORMAT
 from nemo_upcycle.data.manifest import texts_of
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import MARKER, write_json
+from nemo_upcycle.utils.files import MARKER, MODEL_MARKER, write_json
 
 
 def test_settings_that_a_release_did_not_have_count_as_their_defaults(tmp_path: Path) -> None:
@@ -29,12 +29,12 @@ def test_settings_that_a_release_did_not_have_count_as_their_defaults(tmp_path: 
         _require_ours(tmp_path, now | {"blend": texts_of(config)})
 
 
-@pytest.mark.parametrize("marker", [None, {}, {"made_from": {"format": 1, "chat": {}}}])
-def test_a_folder_that_is_refused_stays_as_it_is(tmp_path: Path, marker: dict[str, Any] | None) -> None:
-    """It is somebody else's, a stage's, or one of conversations."""
-    (tmp_path / "notes.txt").touch()
-    if marker is not None:
-        write_json(tmp_path / MARKER, marker)
+@pytest.mark.parametrize(
+    ("name", "marker"), [("notes.json", {}), (MARKER, {}), (MARKER, {"made_from": {"chat": {}}}), (MODEL_MARKER, {})]
+)
+def test_a_folder_that_is_refused_stays_as_it_is(tmp_path: Path, name: str, marker: dict[str, Any]) -> None:
+    """It is somebody else's, a stage's, one of conversations, or a model's."""
+    write_json(tmp_path / name, marker)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UpcycleError) as caught:
         build_blend(Blend("mine", tmp_path, BlendConfig({}, tokenizer="parent")), tmp_path)
