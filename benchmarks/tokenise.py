@@ -66,8 +66,8 @@ def _texts() -> Iterator[str]:
 
 
 def _ours(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, Any]]:
-    from nemo_upcycle.data.engine.plan import load_plan
-    from nemo_upcycle.data.engine.stages import RunOn, executor, stages
+    from nemo_upcycle.data.engine.pipelines import RunOn, executor, stages
+    from nemo_upcycle.data.engine.tasks import load_plan
     from nemo_upcycle.data.engine.tokenise import FASTOKENS
 
     task = {"source": "text", "reader": "jsonl", "split": "train", "files": [str(path)]}

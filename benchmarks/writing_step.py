@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from nemo_upcycle.data.engine.plan import load_plan
-from nemo_upcycle.data.engine.stages import RunOn, executor, stages
+from nemo_upcycle.data.engine.pipelines import RunOn, executor, stages
+from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.data.engine.tokenise import FASTOKENS
 
 

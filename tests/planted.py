@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from nemo_upcycle.data.word_hashes import normalise
+from nemo_upcycle.demo.asset_texts import LETTERS, mmlu_questions
 from nemo_upcycle.demo.assets import fetch_asset
-from nemo_upcycle.demo.questions import LETTERS, mmlu_questions
 
 
 #: Forms that contain an item word for word, and those that change it.

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value is wrong.
     """
-    from nemo_upcycle.data.parents import configuration_folder
+    from nemo_upcycle.data.dense import configuration_folder
 
     arch = read_architecture(configuration_folder(args.model))
     rope_kind(arch)  # training refuses another kind, too

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """
     require_overrides(args)
     chat = read_chat(args.chat, args.overrides)
-    from nemo_upcycle.data.chat.build import build_chat
+    from nemo_upcycle.data.chat.build_chat import build_chat
 
     manifest = build_chat(chat, args.output, strict=args.strict)
     show(args, manifest, _text(manifest, str(args.output)))

@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
     blend = read_blend(args.blend, args.overrides)
     if args.check:
         return _check(args, blend)
-    from nemo_upcycle.data.build import build_blend, changed_files, changes_text, update_blend
+    from nemo_upcycle.data.build import build_blend, changed_files, update_blend
     from nemo_upcycle.data.finished import open_blend
+    from nemo_upcycle.data.made_from import changes_text
 
     build = update_blend if args.update else build_blend
     manifest = build(blend, args.output, options, strict=args.strict)
@@ -98,7 +99,7 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
     import tempfile
 
     from nemo_upcycle.data.build import check_blend
-    from nemo_upcycle.data.sizes import expected_draw
+    from nemo_upcycle.data.losses import expected_draw
 
     with tempfile.TemporaryDirectory() as work:
         checked = check_blend(blend, Path(work))
@@ -128,8 +129,7 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
 
 
 def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:
-    from nemo_upcycle.data.losses import lost_text
-    from nemo_upcycle.data.sizes import epochs_text
+    from nemo_upcycle.data.losses import epochs_text, lost_text
 
     splits = manifest["splits"]
     counts = ", ".join(f"{name} {splits[name]['tokens']:,}" for name in splits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, read_conf, template
+from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, read_conf
+from nemo_upcycle.utils.validation import one_of, valid
 
 
 #: The splits of a blend: trained on, watched during training, and measured afterwards.
@@ -33,7 +33,7 @@ class SourceConfig:
         reader: a key of `nemo_upcycle.data.readers.READERS`.
         weight: share of the training tokens, relative to the other sources'.
         tokens: most tokens to take for training, of what the removals leave; None takes all.
-        license: of the documents, for the model card.
+        license: licence of the documents, for the model card.
         trains: columns of an evaluation whose training split, or kin of it, is in here.
         max_lost: largest share of its documents, or of their bytes, that may be unreadable; above it no blend is made.
         on_hit: what happens to a document that holds an evaluation item: its passage is cut out, or all is dropped.
@@ -41,26 +41,26 @@ class SourceConfig:
         pii: what is replaced in its texts, of `PII`; None leaves it to the blend.
     """
 
-    train: list[str]
+    train: list[str] = field(metadata=valid("at least one entry", len))
     validation: list[str] = field(default_factory=list)
     heldout: list[str] = field(default_factory=list)
     reader: str = "files"
-    weight: float = 1.0
-    tokens: float | None = None
+    weight: float = field(default=1.0, metadata=valid("more than 0", lambda weight: 0 < weight < math.inf))
+    tokens: float | None = field(default=None, metadata=valid("1 or more", lambda most: 1 <= most < math.inf))
     license: str = "not stated"
     trains: list[str] = field(default_factory=list)
-    max_lost: float = 0.1
-    on_hit: str = "cut"
+    max_lost: float = field(default=0.1, metadata=valid("0 to 1", lambda share: 0 <= share <= 1))
+    on_hit: str = field(default="cut", metadata=one_of(ON_HIT))
     options: dict[str, Any] = field(default_factory=dict)
-    pii: list[str] | None = None
+    pii: list[str] | None = field(default=None, metadata=one_of(PII))
 
 
 @dataclass
 class HoldOut:
     """Shares of the documents of sources without splits of their own that are held back, by a hash of their id."""
 
-    validation: float = 0.001
-    heldout: float = 0.001
+    validation: float = field(default=0.001, metadata=valid("0 to 0.5", lambda share: 0 <= share < 0.5))
+    heldout: float = field(default=0.001, metadata=valid("0 to 0.5", lambda share: 0 <= share < 0.5))
 
 
 @dataclass
@@ -76,9 +76,9 @@ class NearDuplicates:
         n_grams: words of an n-gram.
     """
 
-    bands: int = 14
-    hashes_per_band: int = 8
-    n_grams: int = 5
+    bands: int = field(default=14, metadata=valid("1 to 100", lambda count: 1 <= count <= 100))
+    hashes_per_band: int = field(default=8, metadata=valid("1 to 100", lambda count: 1 <= count <= 100))
+    n_grams: int = field(default=5, metadata=valid("1 to 100", lambda count: 1 <= count <= 100))
 
 
 @dataclass
@@ -86,7 +86,7 @@ class BlendConfig:
     """A blend; `conf/data/text.yaml` explains every key.
 
     Attributes:
-        sources: by name, in the order in which they are read; of equal texts the first one stays.
+        sources: name -> source, in the order in which they are read; of equal texts the first one stays.
         tokenizer: the dense model whose tokenizer is used, by address.
         seq_length: tokens of a training sequence.
         max_epochs: above this a source is warned about.
@@ -99,23 +99,23 @@ class BlendConfig:
         deduplicate: whether equal texts are kept once.
         near_duplicates: how nearly equal texts are found, of which the first stays; None keeps them.
         min_characters: shorter documents are removed.
-        seed: of what is held back, sampled and shuffled.
+        seed: seed of all that is drawn: documents held back and sampled, and the order.
         pii: what is replaced in the texts of sources that do not say so themselves.
     """
 
-    sources: dict[str, SourceConfig]
+    sources: dict[str, SourceConfig] = field(metadata=valid("at least one", len))
     tokenizer: str | None = None
-    seq_length: int = 8192
-    max_epochs: float = 4.0
+    seq_length: int = field(default=8192, metadata=valid("2 or more", lambda tokens: tokens >= 2))
+    max_epochs: float = field(default=4.0, metadata=valid("more than 0", lambda epochs: epochs > 0))
     hold_out: HoldOut = field(default_factory=HoldOut)
-    heldout_overlap: float | None = 0.5
+    heldout_overlap: float | None = field(default=0.5, metadata=valid("0 to 1", lambda part: 0 <= part <= 1))
     decontaminate: list[str] = field(default_factory=list)
     decontaminate_without: list[str] = field(default_factory=list)
     deduplicate: bool = True
     near_duplicates: NearDuplicates | None = None
-    min_characters: int = 1
-    seed: int = 1234
-    pii: list[str] = field(default_factory=list)
+    min_characters: int = field(default=1, metadata=valid("0 or more", lambda characters: characters >= 0))
+    seed: int = field(default=1234, metadata=valid("0 or more", lambda seed: seed >= 0))
+    pii: list[str] = field(default_factory=list, metadata=one_of(PII))
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Blend:
     """A blend that was read and checked.
 
     Attributes:
-        name: of its file, without suffix.
+        name: name of its file, without suffix.
         folder: where relative paths start.
         config: its content.
     """
@@ -152,7 +152,7 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
         >>> read_blend("sotu").config.sources["speeches"].reader
         'sotu'
     """
-    from nemo_upcycle.data.readers import format_of  # which imports this module
+    from nemo_upcycle.data.readers import format_of  # slow
 
     path = Path(name).expanduser().absolute()
     alone = {"sources": {"texts": {"train": [str(path)]}}}
@@ -163,45 +163,13 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
         if named and isinstance(known, dict) and named[1] not in known:
             raise UpcycleError.unknown(f"{conf.path}: source", named[1], known)
     config = as_dataclass(str(conf.path), overridden(conf, overrides), BlendConfig, "data")
-    _check(conf, config)
-    return Blend(conf.path.stem, conf.folder, config)
-
-
-def _check(conf: Conf, config: BlendConfig) -> None:
-    def require(holds: bool, key: str, got: object, expected: str, fix: str) -> None:
-        if not holds:
-            raise UpcycleError(f"{conf.path}: {key}", got=got, expected=expected, fix=fix)
-
-    require(bool(config.sources), "sources", "none", "at least one", f"see {template('data')}")
-    for name, source in config.sources.items():
-        key = f"sources.{name}"
-        plain = bool(_NAME.fullmatch(name))
-        require(plain, "sources", repr(name), "lower-case letters, digits and _", "rename the source")
-        require(
-            0 < source.weight < math.inf, f"{key}.weight", source.weight, "more than 0", "remove a source of no weight"
+    for name in config.sources:
+        if not _NAME.fullmatch(name):
+            expected = "lower-case letters, digits and _"
+            raise UpcycleError(f"{conf.path}: sources", got=repr(name), expected=expected, fix="rename the source")
+    if config.near_duplicates and not config.deduplicate:
+        fix = "set deduplicate=true, or near_duplicates=null"
+        raise UpcycleError(
+            f"{conf.path}: near_duplicates", got="deduplicate: false", expected="deduplicate: true", fix=fix
         )
-        require(bool(source.train), f"{key}.train", "nothing", "at least one entry", "name what is trained on")
-        most = source.tokens
-        require(most is None or 1 <= most < math.inf, f"{key}.tokens", most, "1 or more", "omit it to take all")
-        lost = source.max_lost
-        require(0 <= lost <= 1, f"{key}.max_lost", lost, "0 to 1", f"set {key}.max_lost=0.1")
-        if source.on_hit not in ON_HIT:
-            raise UpcycleError.unknown(f"{conf.path}: {key}.on_hit", source.on_hit, ON_HIT)
-    of_sources = {f"sources.{name}.pii": source.pii or [] for name, source in config.sources.items()}
-    for key, kinds in {"pii": config.pii, **of_sources}.items():
-        for kind in {*kinds} - {*PII}:
-            raise UpcycleError.unknown(f"{conf.path}: {key}", kind, PII)
-    held = config.hold_out
-    for split, share in dataclasses.asdict(held).items():
-        require(0 <= share < 0.5, f"hold_out.{split}", share, "0 to 0.5", "set a share like 0.001")
-    near = config.near_duplicates
-    for name, count in (dataclasses.asdict(near) if near else {}).items():
-        require(1 <= count <= 100, f"near_duplicates.{name}", count, "1 to 100", "omit it for the default")
-    fix = "set deduplicate=true, or near_duplicates=null"
-    require(config.deduplicate or not near, "near_duplicates", "deduplicate: false", "deduplicate: true", fix)
-    part = config.heldout_overlap
-    require(part is None or 0 <= part <= 1, "heldout_overlap", part, "0 to 1", "set heldout_overlap=0.5")
-    require(config.seq_length >= 2, "seq_length", config.seq_length, "2 or more", "set seq_length=8192")
-    require(config.max_epochs > 0, "max_epochs", config.max_epochs, "more than 0", "set max_epochs=4")
-    require(config.seed >= 0, "seed", config.seed, "0 or more", "set seed=1234")
-    require(config.min_characters >= 0, "min_characters", config.min_characters, "0 or more", "set min_characters=1")
+    return Blend(conf.path.stem, conf.folder, config)

@@ -12,13 +12,18 @@ from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 from torch.utils.data import Subset
 
-from nemo_upcycle.data.blend_samples import clamp_interval, describe_blend, index_folder, say_what_is_read
+from nemo_upcycle.data.blend_samples import (
+    clamp_interval,
+    describe_blend,
+    index_folder,
+    say_what_is_read,
+    whole_indices,
+)
 from nemo_upcycle.data.build import cached_blend
 from nemo_upcycle.data.chat_module import PackedChatModule
 from nemo_upcycle.data.dense import read_parent
 from nemo_upcycle.data.epoch_dataset import EpochDataset
 from nemo_upcycle.data.finished import MANIFEST, TOKENIZER, FinishedBlend, open_blend
-from nemo_upcycle.data.index_cache import whole_indices
 
 
 def blend_data(

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nemo_upcycle.calibration.teacher import Lesson
 from nemo_upcycle.data.blend_samples import clamp_interval
-from nemo_upcycle.data.chat.build import cached_chat
+from nemo_upcycle.data.chat.build_chat import cached_chat
 from nemo_upcycle.data.chat.finished import PACKING, PACKS, FinishedChat, open_chat
 from nemo_upcycle.data.chat.taught import teacher_of
 from nemo_upcycle.data.dense import ensure_dense

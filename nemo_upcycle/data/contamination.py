@@ -79,7 +79,7 @@ class Contamination:
     A passage that items of two sets contain counts for both.
 
     Args:
-        index: that finds the passages.
+        index: index that finds the passages.
 
     Example:
         >>> counts = Contamination(index)  # doctest: +SKIP
@@ -102,7 +102,7 @@ class Contamination:
         Args:
             identity: the document's.
             where: file and line.
-            text: of the document.
+            text: text of the document.
             hits: what `NgramIndex.find` found in it.
             removed: what was removed, as first characters and one past the last: `removed_spans(text, hits)`;
                 `[(0, len(text))]` for all of it; nothing for a mere report.

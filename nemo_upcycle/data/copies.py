@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import SPLITS, Blend, SourceConfig
-from nemo_upcycle.data.engine.lines import NOT_THERE, open_input
+from nemo_upcycle.data.engine.lines import NOT_THERE, is_address, open_input
 from nemo_upcycle.data.readers import InputFile
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, require_disk, whole_file, write_json
@@ -23,11 +23,6 @@ from nemo_upcycle.utils.progress import track
 
 logger = logging.getLogger(__name__)
 _AT_ONCE = 8
-
-
-def is_address(text: str) -> bool:
-    """Return whether a file is not one of this machine's."""
-    return "://" in text and not text.startswith(("file://", "local://"))
 
 
 def _list_of(blend: Blend, source: str, cache: Path) -> Path:
@@ -55,7 +50,7 @@ def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], 
     Args:
         blend: the blend.
         source: name of the source.
-        files: of every split, as its reader lists them.
+        files: files of every split, as its reader lists them.
         cache: the cache's folder.
 
     Raises:

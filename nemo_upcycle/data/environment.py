@@ -43,7 +43,7 @@ def data_python() -> Path:
 
 
 def engine_version(python: Path) -> str:
-    """Return what the engine says of itself; it must be of this package's version.
+    """Ask the engine for its versions; it must be of this package's.
 
     Raises:
         UpcycleError: it does not start, or is of another version.
@@ -67,7 +67,7 @@ def run_engine(arguments: Sequence[str], check: Callable[[], None] = lambda: Non
     """Run the data engine to its end; it shows its progress and its errors itself.
 
     Args:
-        arguments: of its command line.
+        arguments: arguments of its command line.
         check: called again and again while it runs, and at its end; what it raises ends the engine.
 
     Raises:

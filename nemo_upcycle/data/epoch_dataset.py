@@ -11,7 +11,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from nemo_upcycle.data.finished import tokens_of
+from nemo_upcycle.data.indexed_dataset import tokens_of
 
 
 class EpochDataset(GPTDataset):
@@ -24,7 +24,7 @@ class EpochDataset(GPTDataset):
     dropped, more epochs only append to the order, and the first one is in the order of `GPTDataset`.
 
     Args:
-        dataset: of `build_low_level_dataset`.
+        dataset: dataset of `build_low_level_dataset`.
         dataset_path: the prefix of the source's first file.
         indexed_indices: the numbers of its documents.
         num_samples: how many are needed at least; None: those of one epoch.

@@ -42,7 +42,7 @@ def variables_of(folder: Path) -> dict[str, str]:
 
 
 def read_fetched(folder: Path) -> Fetched:
-    """Return what a folder was filled with; nothing of a new one.
+    """Read the list of what fills a folder; a new one has nothing.
 
     Raises:
         UpcycleError: the list is damaged.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from nemo_upcycle.data.indexed_dataset import HEADER, MAGIC, TOKEN_BYTES
+from nemo_upcycle.data.indexed_dataset import AGAIN, tokens_of
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, read_json_lines, require_complete, resolved
 from nemo_upcycle.utils.schema import require_known
@@ -29,29 +28,90 @@ MANIFEST, CONTAMINATION, HELDOUT, TOKENIZER, TOKENS = (
     "tokenizer",
     "tokens",
 )
-#: What `nemo_upcycle.data.engine.heldout` counts, in the folder `build`, until the build is finished.
+#: What `nemo_upcycle.data.engine.overlap` counts, in the folder `build`, until the build is finished.
 HELDOUT_OVERLAP = "overlap/summary.json"
-_AGAIN = "copy the folder again, or delete it and run `nemo-upcycle data BLEND DIR` again"
 
 
 @dataclass(frozen=True)
-class FinishedBlend:
-    """A finished folder and its manifest.
+class Finished:
+    """A finished folder and its manifest, of texts or of conversations.
 
     Attributes:
         folder: absolute, without links: Megatron names its indices after the paths of the data.
-        manifest: as `nemo-upcycle data` writes it.
-        tokens: by split (`train`, `validation`) and source, the tokens of each prefix, relative to `folder`.
+        manifest: as the command that made the folder writes it.
     """
 
+    #: What the manifest says of its kind and form, the key of its name, and the command that makes such a folder.
+    kind: ClassVar[str]
+    format: ClassVar[int]
+    key: ClassVar[str]
+    command: ClassVar[str]
     folder: Path
     manifest: dict[str, Any]
-    tokens: dict[str, dict[str, dict[str, int]]]
 
     @property
     def name(self) -> str:
-        """Return the name of the blend."""
-        return str(self.manifest["blend"])
+        """Name the blend or the conversations."""
+        return str(self.manifest[self.key])
+
+    @classmethod
+    def read(cls, folder: str | Path) -> tuple[Path, dict[str, Any]]:
+        """Read the manifest of a finished folder; return the folder without links, too.
+
+        Raises:
+            UpcycleError: the folder is not finished, or of another kind or form.
+        """
+        folder = resolved(Path(folder).expanduser())
+        require_complete(folder, "data folder", f"run `{cls.command} {cls.key.upper()} DIR` with it as DIR")
+        manifest = read_json(path := folder / MANIFEST)
+        require_known(manifest, path)
+        found = manifest if isinstance(manifest, dict) else {"kind": "no JSON object"}
+        form = found.get("kind", "texts"), found.get("format", "")
+        if form != (cls.kind, cls.format):
+            got, fix = " ".join(map(str, form)).strip(), f"make the folder with `{cls.command}` of this version"
+            raise UpcycleError(f"format of {path}", got=got, expected=f"{cls.kind} {cls.format}", fix=fix)
+        return folder, found
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Read the lines of what was held back."""
+        return [line for _, line in read_json_lines(self.folder / HELDOUT)]
+
+    def require_tokenizer_of(self, dense: str) -> None:
+        """Check that the data were made with the tokenizer of a dense model.
+
+        Args:
+            dense: as in `ensure_dense`, or a NeMo or Megatron checkpoint; of one that holds no tokenizer, a message
+                says that it was not compared.
+
+        Raises:
+            UpcycleError: they were not, or the dense model cannot be read.
+        """
+        from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256  # slow, and not installed everywhere
+
+        folder = _tokenizer_folder(dense)
+        if folder is None:
+            logger.warning("%s holds no tokenizer: not compared with that of %s", dense, self.folder)
+            return
+        sha256 = self.manifest["tokenizer"]["sha256"]
+        if sha256 != (expected := tokenizer_sha256(open_tokenizer(folder))):
+            raise UpcycleError(
+                f"tokenizer of {self.folder}",
+                got=f"sha256 {sha256[:16]}...",
+                expected=f"that of the dense model {dense}, {expected[:16]}...",
+                fix=f"run `{self.command}` with the tokenizer of the model, or start from the model of the data",
+            )
+
+
+@dataclass(frozen=True)
+class FinishedBlend(Finished):
+    """A finished folder of texts.
+
+    Attributes:
+        tokens: split (`train`, `validation`) -> source -> tokens of each prefix, relative to `folder`.
+    """
+
+    kind, format, key, command = "texts", FORMAT, "blend", "nemo-upcycle data"
+    tokens: dict[str, dict[str, dict[str, int]]]
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -108,7 +168,7 @@ class FinishedBlend:
 
     @property
     def card(self) -> str:
-        """Return what a model card says of the data: sources, their shares and licences."""
+        """Describe the data for a model card: sources, their shares and licences."""
         tokens = self.manifest["splits"]["train"]["tokens"]
         sources = (
             f"{source} ({100 * share:.3g} %; {self.manifest['sources'][source]['license']})"
@@ -162,10 +222,10 @@ class FinishedBlend:
         return sum(self.tokens["train"][source].values())
 
     def describe(self, steps: int, step_tokens: int) -> str:
-        """Return what a run reads of the blend, a line for each source.
+        """Say what a run reads of the blend, a line for each source.
 
         Args:
-            steps: of the run.
+            steps: steps of the run.
             step_tokens: tokens of a step, over all ranks.
         """
         read = steps * step_tokens
@@ -178,47 +238,10 @@ class FinishedBlend:
 
     def heldout(self) -> list[tuple[str, str]]:
         """Return id and text of the documents that were held out for perplexity; an id begins with its source."""
-        lines = [line for _, line in read_json_lines(self.folder / HELDOUT)]
-        return [(f"{line['source']}/{line['id']}" if "source" in line else line["id"], line["text"]) for line in lines]
-
-    def require_tokenizer_of(self, dense: str) -> None:
-        """Check that the data were made with the tokenizer of a dense model.
-
-        Args:
-            dense: as in `ensure_dense`, or a NeMo or Megatron checkpoint; of one that holds no tokenizer, a message
-                says that it was not compared.
-
-        Raises:
-            UpcycleError: they were not, or the dense model cannot be read.
-        """
-        require_same_tokenizer(self.folder, self.manifest["tokenizer"]["sha256"], dense, "nemo-upcycle data")
-
-
-def require_same_tokenizer(data: Path, sha256: str, dense: str, command: str) -> None:
-    """Check that a folder of data was made with the tokenizer of a dense model.
-
-    Args:
-        data: the folder.
-        sha256: of its tokenizer, as its manifest says.
-        dense: as in `FinishedBlend.require_tokenizer_of`.
-        command: that makes such a folder.
-
-    Raises:
-        UpcycleError: it was not, or the dense model cannot be read.
-    """
-    from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256  # slow, and not installed everywhere
-
-    folder = _tokenizer_folder(dense)
-    if folder is None:
-        logger.warning("%s holds no tokenizer: not compared with that of %s", dense, data)
-        return
-    if sha256 != (expected := tokenizer_sha256(open_tokenizer(folder))):
-        raise UpcycleError(
-            f"tokenizer of {data}",
-            got=f"sha256 {sha256[:16]}...",
-            expected=f"that of the dense model {dense}, {expected[:16]}...",
-            fix=f"run `{command}` with the tokenizer of the model, or start from the model of the data",
-        )
+        return [
+            (f"{line['source']}/{line['id']}" if "source" in line else line["id"], line["text"])
+            for line in self.lines()
+        ]
 
 
 def percent(part: int, whole: int) -> str:
@@ -256,18 +279,7 @@ def open_blend(folder: str | Path) -> FinishedBlend:
     Example:
         >>> open_blend("data/redpajama").paths(seq_length=8192)  # doctest: +SKIP
     """
-    folder = resolved(Path(folder).expanduser())
-    require_complete(folder, "data folder", "run `nemo-upcycle data BLEND DIR` with it as DIR")
-    manifest = read_json(folder / MANIFEST)
-    require_known(manifest, folder / MANIFEST)
-    version = manifest.get("format") if isinstance(manifest, dict) else "no JSON object"
-    if version != FORMAT:
-        raise UpcycleError(
-            f"format of {folder / MANIFEST}",
-            got=version,
-            expected=FORMAT,
-            fix="make the folder with `nemo-upcycle data` of this version",
-        )
+    folder, manifest = FinishedBlend.read(folder)
     tokens = {
         split: {
             source: _measured(folder, f"source {source}, {split}", entry["splits"][split])
@@ -283,45 +295,9 @@ def _measured(folder: Path, what: str, split: dict[str, Any]) -> dict[str, int]:
     tokens = {prefix: tokens_of(folder / prefix) for prefix in split["prefixes"]}
     if sum(tokens.values()) != split["tokens"]:
         raise UpcycleError(
-            f"tokens of {what} in {folder}", got=sum(tokens.values()), expected=split["tokens"], fix=_AGAIN
+            f"tokens of {what} in {folder}", got=sum(tokens.values()), expected=split["tokens"], fix=AGAIN
         )
     return {prefix: count for prefix, count in tokens.items() if count}
-
-
-def tokens_of(prefix: Path) -> int:
-    """Return the tokens of an indexed dataset, by its path without suffix.
-
-    Raises:
-        UpcycleError: one of its two files has not the size that it states.
-    """
-    index, data = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
-    _require_size(index, HEADER.size, at_least=True)
-    with index.open("rb") as handle:
-        magic, _, code, sequences, documents = HEADER.unpack(handle.read(HEADER.size))
-        if magic != MAGIC or code not in TOKEN_BYTES:
-            raise UpcycleError(str(index), got="other bytes", expected="an index of Megatron's", fix=_AGAIN)
-        _require_size(index, HEADER.size + 12 * sequences + 8 * documents)
-        if not sequences:
-            return 0
-        # Lengths in tokens, 4 bytes each, then where each sequence begins, 8 bytes each.
-        handle.seek(HEADER.size + 4 * (sequences - 1))
-        (length,) = struct.unpack("<i", handle.read(4))
-        handle.seek(HEADER.size + 4 * sequences + 8 * (sequences - 1))
-        (start,) = struct.unpack("<q", handle.read(8))
-    size_bytes = start + length * TOKEN_BYTES[code]
-    _require_size(data, size_bytes)
-    return size_bytes // TOKEN_BYTES[code]
-
-
-def _require_size(path: Path, size_bytes: int, *, at_least: bool = False) -> None:
-    actual_bytes = path.stat().st_size if path.is_file() else None
-    if actual_bytes is None or actual_bytes < size_bytes or (actual_bytes > size_bytes and not at_least):
-        raise UpcycleError(
-            str(path),
-            got="no such file" if actual_bytes is None else f"{actual_bytes} bytes",
-            expected=f"{size_bytes} bytes{' or more' if at_least else ''}",
-            fix=_AGAIN,
-        )
 
 
 def _tokenizer_folder(dense: str) -> Path | None:

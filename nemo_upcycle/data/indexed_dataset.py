@@ -14,12 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_upcycle.errors import UpcycleError
+
 
 #: Magic, version, code of the token type, number of sequences, entries of the document index.
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 #: Bytes of a token by the type's code: int32 and uint16.
 TOKEN_BYTES = {4: 4, 8: 2}
+#: What to do with a finished folder that is damaged.
+AGAIN = "copy the folder again, or delete it and run the command that made it again"
 
 
 def join_datasets(pieces: Sequence[Path], output: Path) -> None:
@@ -57,3 +61,44 @@ def _read_index(prefix: Path) -> tuple[int, np.ndarray, np.ndarray]:
         lengths = np.frombuffer(index.read(4 * sequences), dtype=np.int32)
         index.seek(8 * sequences, 1)
         return code, lengths, np.frombuffer(index.read(8 * documents), dtype=np.int64)
+
+
+def tokens_of(prefix: Path) -> int:
+    """Count the tokens of an indexed dataset, by its path without suffix.
+
+    Raises:
+        UpcycleError: one of its two files has not the size that it states.
+    """
+    index, data = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
+    require_size(index, HEADER.size, at_least=True)
+    with index.open("rb") as handle:
+        magic, _, code, sequences, documents = HEADER.unpack(handle.read(HEADER.size))
+        if magic != MAGIC or code not in TOKEN_BYTES:
+            raise UpcycleError(str(index), got="other bytes", expected="an index of Megatron's", fix=AGAIN)
+        require_size(index, HEADER.size + 12 * sequences + 8 * documents)
+        if not sequences:
+            return 0
+        # Lengths in tokens, 4 bytes each, then where each sequence begins, 8 bytes each.
+        handle.seek(HEADER.size + 4 * (sequences - 1))
+        (length,) = struct.unpack("<i", handle.read(4))
+        handle.seek(HEADER.size + 4 * sequences + 8 * (sequences - 1))
+        (start,) = struct.unpack("<q", handle.read(8))
+    size_bytes = start + length * TOKEN_BYTES[code]
+    require_size(data, size_bytes)
+    return size_bytes // TOKEN_BYTES[code]
+
+
+def require_size(path: Path, size_bytes: int, *, at_least: bool = False) -> None:
+    """Check the size of a file of a finished folder.
+
+    Raises:
+        UpcycleError: it is not there, or of another size.
+    """
+    actual_bytes = path.stat().st_size if path.is_file() else None
+    if actual_bytes is None or actual_bytes < size_bytes or (actual_bytes > size_bytes and not at_least):
+        raise UpcycleError(
+            str(path),
+            got="no such file" if actual_bytes is None else f"{actual_bytes} bytes",
+            expected=f"{size_bytes} bytes{' or more' if at_least else ''}",
+            fix=AGAIN,
+        )

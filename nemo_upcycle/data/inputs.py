@@ -11,9 +11,9 @@ from typing import Any
 from nemo_upcycle.data.blend import SPLITS, Blend
 from nemo_upcycle.data.copies import copied_files
 from nemo_upcycle.data.engine.encodings import is_plain
-from nemo_upcycle.data.engine.plan import MAX_TASKS
+from nemo_upcycle.data.engine.tasks import MAX_TASKS
 from nemo_upcycle.data.finished import BUILD, TOKENIZER
-from nemo_upcycle.data.readers import READERS, InputFile, Reader
+from nemo_upcycle.data.readers import READERS, InputFile, Place, Reader
 from nemo_upcycle.data.readers.files import GLOB
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.suite_config import folders_of_suite
@@ -51,8 +51,9 @@ def list_named(blend: Blend, source: str, work: Path) -> dict[str, list[InputFil
         if name not in reader.options:
             raise UpcycleError.unknown(f"option of the reader {reader.name}", name, reader.options)
     entries = {split: getattr(config, split) for split in SPLITS}
+    places = {split: Place(blend.folder, blend.config.seed, work / f"{source}.{split}") for split in SPLITS}
     return {
-        split: reader.list_files(named, blend, dict(config.options), work / f"{source}.{split}") if named else []
+        split: reader.list_files(named, dict(config.options), places[split]) if named else []
         for split, named in entries.items()
     }
 
@@ -187,7 +188,7 @@ def cut_between_lines(file: InputFile, most_bytes: int) -> list[InputFile]:
 
     Args:
         file: the file.
-        most_bytes: of a part, but for the rest of its last line.
+        most_bytes: most bytes of a part, but for the rest of its last line.
     """
     size_bytes, path = file.size_bytes or 0, Path(file.path)
     if file.reader != "jsonl" or size_bytes <= most_bytes or not path.is_file():

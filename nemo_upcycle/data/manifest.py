@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend, BlendConfig
-from nemo_upcycle.data.finished import FORMAT, MANIFEST, open_blend
+from nemo_upcycle.data.contamination import merge_contamination
+from nemo_upcycle.data.finished import (
+    BUILD,
+    CONTAMINATION,
+    FORMAT,
+    HELDOUT,
+    HELDOUT_OVERLAP,
+    MANIFEST,
+    TOKENS,
+    open_blend,
+)
 from nemo_upcycle.data.indexed_dataset import join_datasets
 from nemo_upcycle.data.losses import count_lost
 from nemo_upcycle.package_info import __version__
@@ -30,23 +40,11 @@ MOST_PREFIXES, PREFIX_BYTES = 16, 64 << 30
 _NEAR_ENOUGH = 0.98
 
 
-def read_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
-    """Return what every task counted, in their order."""
-    return [read_json(work / "stats" / f"{task:05d}.json") for task in range(tasks)]
+def _merge_tokens(work: Path, folder: Path, sources: Iterable[str], stats: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join the tasks' indexed datasets into `folder`, over an earlier try's files.
 
-
-def merge_tokens(work: Path, folder: Path, sources: Iterable[str], stats: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join the tasks' indexed datasets.
-
-    Args:
-        work: the engine's folder.
-        folder: where `SOURCE_SPLIT_NN_text_document.{bin,idx}` go; an earlier try's files are replaced.
-        sources: their names.
-        stats: of every task.
-
-    Returns:
-        For each source and split (`train`, `validation`) the prefixes, relative to the parent of `folder`, and the
-        documents, tokens and bytes of text.
+    Give for each source and split (`train`, `validation`) the prefixes, relative to the parent of `folder`, and the
+    documents, tokens and bytes of text.
     """
     aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
@@ -79,7 +77,7 @@ def _join(pieces: list[Path], folder: Path, name: str) -> list[str]:
     return names
 
 
-def merge_heldout(work: Path, output: Path, stats: list[dict[str, Any]]) -> dict[str, Any]:
+def _merge_heldout(work: Path, output: Path, stats: list[dict[str, Any]]) -> dict[str, Any]:
     """Write the held-out texts of all tasks into one JSON lines file; return their counts."""
     with whole_file(output) as aside, aside.open("w", encoding="utf-8") as handle:
         for task, entry in enumerate(stats):
@@ -89,31 +87,28 @@ def merge_heldout(work: Path, output: Path, stats: list[dict[str, Any]]) -> dict
     return {"file": output.name, **_sum_counts(entry["splits"].get("heldout", {}) for entry in stats)}
 
 
-def make_manifest(
-    blend: Blend,
-    output: Path,
-    stats: list[dict[str, Any]],
-    merged: dict[str, Any],
-    heldout: dict[str, Any],
-    overlap: dict[str, Any] | None,
-    tokenizer: dict[str, Any],
-    engine: str,
-    decontaminated: bool,
+def finish_blend(
+    blend: Blend, output: Path, tasks: int, tokenizer: dict[str, Any], engine: str, items: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the manifest of a blend.
+    """Merge what the engine wrote, and write contamination.json and manifest.json; return the latter.
 
     Args:
         blend: the blend.
         output: its folder.
-        stats: what every task of the engine counted.
-        merged: what `merge_tokens` returned.
-        heldout: what `merge_heldout` returned.
-        overlap: what the engine counted of held-out text in training text; None where it did not look.
+        tasks: how many the engine had.
         tokenizer: what `save_tokenizer` returned.
         engine: versions of the data engine.
-        decontaminated: whether evaluation items were looked for.
+        items: the index of the evaluation items that were looked for; None: none were.
     """
-    config = blend.config
+    config, work = blend.config, output / BUILD
+    stats = [read_json(work / "stats" / f"{task:05d}.json") for task in range(tasks)]
+    merged = _merge_tokens(work, output / TOKENS, config.sources, stats)
+    heldout = _merge_heldout(work, output / HELDOUT, stats)
+    if items is not None:
+        removed = merge_contamination((entry["contamination"] for entry in stats), items["sets"])
+        left = merge_contamination((entry["report"] for entry in stats), items["report"]["sets"])
+        write_json(output / CONTAMINATION, items | {"sets": removed, "report": items["report"] | {"sets": left}})
+    overlap = read_json(work / HELDOUT_OVERLAP) if (work / HELDOUT_OVERLAP).is_file() else None
     manifest = {
         "format": FORMAT,
         "blend": blend.name,
@@ -139,16 +134,17 @@ def make_manifest(
             "heldout": heldout,
         },
         "heldout_overlap": overlap and {"most": config.heldout_overlap, **overlap},
-        "decontaminated_against": list(config.decontaminate) if decontaminated else None,
+        "decontaminated_against": list(config.decontaminate) if items else None,
         "decontaminated_without": list(config.decontaminate_without),
         "tasks": len(stats),
         "made_by": {"nemo_upcycle": __version__, "engine": engine},
     }
-    return numbered(manifest)
+    write_json(output / MANIFEST, manifest := numbered(manifest))
+    return manifest
 
 
 def texts_of(config: BlendConfig) -> dict[str, Any]:
-    """Return what decides the tokens; weights and what a run makes of them may change afterwards."""
+    """Keep the settings that decide the tokens; weights, and those of a run, may change afterwards."""
     values = dataclasses.asdict(config)
     for key in ("seq_length", "max_epochs"):
         del values[key]

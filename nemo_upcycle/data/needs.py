@@ -47,7 +47,7 @@ class Need:
         place: where it comes from.
         fetch: puts it into the caches of this process; continues what was stopped.
         is_in: whether caches have it; asks no network.
-        license: of it, where it is known.
+        license: its licence, where that is known.
         inputs: arguments of the pipeline that ask for it: `dense`, `data` or `evaluation`.
     """
 

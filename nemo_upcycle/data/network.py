@@ -10,10 +10,11 @@ from pathlib import Path
 
 from nemo_upcycle.data.blend import SPLITS, Blend, read_blend
 from nemo_upcycle.data.chat.config import is_chat, read_chat
-from nemo_upcycle.data.copies import copied_files, copy_files, is_address
+from nemo_upcycle.data.copies import copied_files, copy_files
+from nemo_upcycle.data.dense import ModelAddress, find_parent, import_dense, on_this_machine
+from nemo_upcycle.data.engine.lines import is_address
 from nemo_upcycle.data.inputs import list_named, reader_of
 from nemo_upcycle.data.needs import HUB, Caches, Need, asset_need, task_need
-from nemo_upcycle.data.parents import Parent, find_parent, on_this_machine
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.suite import asks_mmlu
 from nemo_upcycle.suites.suite_config import read_suite_config
@@ -21,7 +22,7 @@ from nemo_upcycle.utils.cache import cache_folder
 
 
 def run_needs(dense: str, data: str, evaluation: str) -> list[Need]:
-    """Return what a run takes from networks, each once.
+    """List the needs of a run from networks, each once.
 
     Args:
         dense: address of the dense parent; empty: none.
@@ -50,17 +51,11 @@ def _parent_needs(dense: str) -> Iterator[Need]:
     if parent.kind == "asset":
         yield asset_need(parent.name)
     elif parent.kind == "hub":
-        fetch, is_in = partial(_fetch_model, dense), partial(_has_model, parent)
+        fetch, is_in = partial(import_dense, dense, Path(), sampled=True), partial(_has_model, parent)
         yield Need(f"model {parent.name}", HUB, fetch, is_in, "see its card")
 
 
-def _fetch_model(dense: str) -> None:
-    from nemo_upcycle.data.dense import import_dense  # imports torch
-
-    import_dense(dense, Path(), sampled=True)
-
-
-def _has_model(parent: Parent, caches: Caches) -> bool:
+def _has_model(parent: ModelAddress, caches: Caches) -> bool:
     from nemo_upcycle.sources import open_dense  # imports torch
 
     with suppress(UpcycleError), open_dense(on_this_machine(parent, offline=True, cache=caches.hub)):

@@ -220,7 +220,7 @@ class NgramIndex:
         return self.search(text)[0]
 
     def search(self, text: str) -> tuple[list[Hit], list[Hit]]:
-        """Return what `find` does, and all passages that share n-grams with items, short ones too."""
+        """Find the hits as `find` does, and all passages that share n-grams with items, short ones too."""
         matches = sorted(set(self._matches(normalise(text))))
         if not matches:
             return [], []
@@ -326,7 +326,7 @@ def _grams_of(groups: dict[int, list[tuple[int, bytes]]], prefix: int, lettered:
     """Return the n-grams of texts, with the hash of how each begins.
 
     Args:
-        groups: by their size, the numbers of items and texts.
+        groups: size -> the numbers of items, and their texts.
         prefix: words that an n-gram is looked for by.
         lettered: words with two or more letters that an n-gram has; 0 for any that is not of digits alone.
     """

@@ -33,7 +33,7 @@ class Hit:
 
 
 def cut(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[str]:
-    """Return what is left of a text without the passages and `margin` characters on both sides of them.
+    """Cut the passages, and `margin` characters on both sides of them, out of a text; return the pieces.
 
     Example:
         >>> cut("one two three four five six", [Hit(8, 13, 1, (0,))], margin=2)
@@ -45,7 +45,7 @@ def cut(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[str]:
 
 
 def removed_spans(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[tuple[int, int]]:
-    """Return what `cut` removes, in order: first character, one past the last.
+    """Find the spans that `cut` removes, in order: first character, one past the last.
 
     A span ends between two words where that takes at most 50 characters more.
     """

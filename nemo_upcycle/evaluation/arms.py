@@ -50,7 +50,7 @@ def difference_of_arms(
 
     Args:
         arm: sums by seed.
-        reference: of the other arm; seeds that one of them lacks are left out.
+        reference: sums of the other arm; seeds that one of them lacks are left out.
         margin: bits per byte that do not matter.
 
     Returns:
@@ -145,7 +145,7 @@ def rank_arms(arms: Mapping[str, Mapping[int, Sums]], margin: float = MARGIN) ->
     seed to seed is pooled over the arms, in blocks of a seed: of each arm alone there are too few.
 
     Args:
-        arms: by name, sums by seed, of the same documents; at least one seed is common to all.
+        arms: name -> sums by seed, of the same documents; at least one seed is common to all.
         margin: bits per byte that do not matter.
 
     Returns:
@@ -178,7 +178,7 @@ def _pooled(values: Sequence[Sequence[float]]) -> tuple[float | None, int]:
     """Return the standard error of a difference of two arms from the spread over seeds, and its degrees of freedom.
 
     Args:
-        values: by arm and seed, the seeds in the same order. What a seed does to all arms is no spread.
+        values: values by arm and seed, the seeds in the same order. What a seed does to all arms is no spread.
     """
     arms, seeds = len(values), len(values[0])
     if seeds < 2:
@@ -209,7 +209,7 @@ def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[
 
     Args:
         tokens: from the first point after step 0 to the last one.
-        scores: by tokens and seed, the sums of the documents.
+        scores: tokens -> seed -> sums of the documents.
 
     Example:
         >>> sums_after(200, {100: {1: {"a": (-20.0, 8)}}, 400: {1: {"a": (-10.0, 8)}}})

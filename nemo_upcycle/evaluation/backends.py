@@ -13,6 +13,7 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models import hf_model
 from nemo_upcycle.suites.lm_eval_tasks import quiet
+from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.files import read_json, sha256_file
 from nemo_upcycle.utils.progress import ProgressLine
 
@@ -27,7 +28,7 @@ class Backend:
     """A loaded model, and the object through which lm-eval asks it.
 
     Args:
-        lm: of lm-eval.
+        lm: lm-eval's object for the model.
         facts: what the result states of the model: `class` and `parameters`.
         device: where it computes, for people.
         batch_size: sequences in one forward pass, or `auto`.
@@ -175,15 +176,9 @@ def _open_in_vllm(folder: Path, dtype: str, batch_size: int | str) -> Backend:
     from lm_eval.models.vllm_causallms import VLLM
 
     class RollingVLLM(VLLM):
-        add_bos_token: bool | None
-
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            # lm-eval adds the first token itself, as in `wrap_model`.
-            kept, self.add_bos_token = self.add_bos_token, False
-            try:
+            with temporarily_set(self, "add_bos_token", False):  # as in `wrap_model`
                 return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-            finally:
-                self.add_bos_token = kept
 
     config, gpus = _config(folder), torch.cuda.device_count()
     # Each GPU has to get as many heads: 9 heads run on one of 8 GPUs, 32 on all.
@@ -202,7 +197,7 @@ def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
     transformers only warns about a wrong tensor name, and keeps random weights for it.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
         dtype: the type to compute in. On GPUs the model is spread over all that this process sees.
 
     Raises:
@@ -256,7 +251,6 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) ->
     from lm_eval.models.huggingface import HFLM
 
     class ReportingHFLM(HFLM):
-        add_bos_token: bool | None
         _line: ProgressLine | None = None
 
         @contextmanager
@@ -267,12 +261,8 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) ->
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
             # lm-eval adds the first token itself: a second one from the tokenizer would be predicted, too.
-            kept, self.add_bos_token = self.add_bos_token, False
-            try:
-                with self._reporting("held-out text", len(requests)):
-                    return super().loglikelihood_rolling(requests, disable_tqdm=True)
-            finally:
-                self.add_bos_token = kept
+            with temporarily_set(self, "add_bos_token", False), self._reporting("held-out text", len(requests)):
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             if self._line:  # a batch of held-out text
@@ -293,11 +283,8 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) ->
             return written
 
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> Any:
-            line, self._line = self._line, None  # its passes are no progress
-            try:
+            with temporarily_set(self, "_line", None):  # its passes are no progress
                 return super()._detect_batch_size(requests, pos)
-            finally:
-                self._line = line
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             logits = super()._model_call(inps, *args, **kwargs)

@@ -25,7 +25,7 @@ def document_sums(evaluation: Mapping[str, Any], task: str = TASK) -> Sums:
 
     Args:
         evaluation: what `ask` returned.
-        task: of held-out texts.
+        task: task of held-out texts.
 
     Raises:
         UpcycleError: it has no such task.
@@ -52,7 +52,7 @@ def by_source(sums: Sums) -> dict[str, dict[str, Any]]:
     """Return the bits per byte of every source: a blend's average can hide that one of them got worse.
 
     Args:
-        sums: of documents, each named `source/id`.
+        sums: sums of documents, each named `source/id`.
 
     Returns:
         Source -> `value`, `stderr` (a jackknife over its documents; None of one) and `documents`, how many.

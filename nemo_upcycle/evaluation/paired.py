@@ -112,7 +112,7 @@ def t_quantile(degrees: int) -> float:
     """Return the half of a 95 % interval in standard errors, by Student's t, to nine digits.
 
     Args:
-        degrees: of freedom, 1 or more.
+        degrees: degrees of freedom, 1 or more.
 
     Example:
         >>> round(t_quantile(9), 4)

@@ -71,7 +71,7 @@ def made_data(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pack_chat(plan: WorkPlan, dense_folder: Path, folder: Path, seq_length: int | None) -> dict[str, Any]:
-    from nemo_upcycle.data.chat.build import build_chat
+    from nemo_upcycle.data.chat.build_chat import build_chat
     from nemo_upcycle.data.chat.config import read_chat
     from nemo_upcycle.data.chat.finished import open_chat
 
@@ -110,7 +110,8 @@ def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> 
 
 def _say_changes(inputs: Inputs, folder: Path) -> None:
     """Say which files changed since the data of a run were made; the run goes on with what it has."""
-    from nemo_upcycle.data.build import changed_files, changes_text
+    from nemo_upcycle.data.build import changed_files
+    from nemo_upcycle.data.made_from import changes_text
 
     try:
         changes = changed_files(inputs.blend, folder) if inputs.blend else {}

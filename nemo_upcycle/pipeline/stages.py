@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_upcycle.data.parents import find_parent
+from nemo_upcycle.data.dense import find_parent
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.online.receipt import equivalence_of, read_receipt

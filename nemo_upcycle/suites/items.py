@@ -19,7 +19,7 @@ class Item:
 
     Attributes:
         name: the evaluation set.
-        id: of the item in its set.
+        id: id of the item in its set.
         renderings: the forms in which a text may contain it.
     """
 

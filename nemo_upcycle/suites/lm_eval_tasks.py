@@ -37,7 +37,7 @@ _LABEL_AFTER = re.compile(r"\s*\b(?:answer|a)\s*:\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Question:
+class TaskQuestion:
     """One document of a task.
 
     Attributes:
@@ -62,7 +62,7 @@ class LoadedTask:
     """What a name of lm-eval stands for, with its data.
 
     Attributes:
-        tasks: by their names; one, or those of a group or tag.
+        tasks: tasks by their names; one, or those of a group or tag.
         group: lm-eval's object for a group, which weighs its tasks; None of a task or tag.
     """
 
@@ -74,7 +74,7 @@ def load_task(name: str, include_path: str | Path | None = None) -> LoadedTask:
     """Load a task, group or tag of lm-eval with its data, which are in the cache of the Hugging Face hub then.
 
     Args:
-        name: of lm-eval's, or of the user's own or the package's task files, which come first.
+        name: a task of lm-eval's, or of the user's own or the package's files, which come first.
         include_path: a folder with task files of the user's own, or None.
 
     Raises:
@@ -120,7 +120,7 @@ def load_available_tasks(
     Args:
         names: as in `load_task`.
         include_path: as in `load_task`.
-        files: of tasks whose data set is not asked for, JSON lines in the form of its rows.
+        files: files of tasks whose data set is not asked for, JSON lines in the form of its rows.
         strict: whether the first that cannot be had ends it.
 
     Returns:
@@ -155,7 +155,7 @@ def check_needs(names: Iterable[str], files: Mapping[str, str]) -> None:
     """Check that this machine has what the code of tasks imports, and reads beside their data.
 
     Args:
-        names: of tasks.
+        names: names of tasks.
         files: as in `load_available_tasks`: one in which nothing asks for sentences needs nothing to count them.
 
     Raises:
@@ -301,18 +301,18 @@ def _without_bar(items: Iterable[Any], **settings: Any) -> Iterable[Any]:
     return items
 
 
-def question_of(task: Any, document: Mapping[str, Any]) -> Question:
-    """Return what a task asks with a document, and the answers."""
+def question_of(task: Any, document: Mapping[str, Any]) -> TaskQuestion:
+    """Read the question that a task asks with a document, and the answers."""
     prompt = task.doc_to_text(document)
     target = task.doc_to_target(document)
     choices = [str(choice) for choice in task.doc_to_choice(document)] if task.config.doc_to_choice else []
     if isinstance(prompt, int):  # each choice begins a sentence that the target ends
-        return Question(choices[prompt], choices[prompt], (), (str(target),))
+        return TaskQuestion(choices[prompt], choices[prompt], (), (str(target),))
     stem, options = _without_options(prompt, choices)
     answers = [_answer(one, choices, options) for one in (target if isinstance(target, list) else [target])]
     for label, before in ((_LABEL_BEFORE, ""), (_LABEL_WITHIN, "\n"), (_LABEL_AFTER, "")):
         stem = label.sub(before, stem)
-    return Question(prompt, stem, tuple(options), tuple(answer for answer in answers if answer is not None))
+    return TaskQuestion(prompt, stem, tuple(options), tuple(answer for answer in answers if answer is not None))
 
 
 def _without_options(prompt: str, choices: list[str]) -> tuple[str, list[str]]:

@@ -77,7 +77,7 @@ def write_task(folder: Path, final: Path, task: str, shots: int, rows: Sequence[
     Args:
         folder: to write into; it will be renamed to `final`.
         final: where the suite will lie.
-        task: of `LOCAL_TASKS`.
+        task: task of `LOCAL_TASKS`.
         shots: worked examples before the question; each row brings its own, `examples`.
         rows: the task's items.
 

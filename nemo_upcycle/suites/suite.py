@@ -36,7 +36,7 @@ def build_named_suite(
     """Write the folder of a suite.
 
     Args:
-        name: of `conf/evaluation`, or a YAML file.
+        name: name of `conf/evaluation`, or a YAML file.
         heldout_documents: id and text of whole documents that training did not see.
         output: the folder to write; an earlier one is replaced.
         answers: as in `build_suite`.
@@ -66,7 +66,7 @@ def build_suite(
         output: the folder to write; an earlier one is replaced.
         config: what to take. With `local: false` the folder only names lm-eval's own tasks; of the documents only the
             prompts are used, and the questions not at all.
-        answers: of conversations that training did not see: `document`, `turn`, `prompt` and `answer`.
+        answers: answers of conversations that training did not see: `document`, `turn`, `prompt` and `answer`.
 
     Returns:
         `output`.
@@ -104,7 +104,7 @@ class SuiteTasks:
     """lm-eval's own tasks of a suite, with their data; none of a local suite, whose data lie in its folder.
 
     Attributes:
-        loaded: by name.
+        loaded: loaded by name.
         missing: why the data of the others cannot be had, by name.
     """
 
@@ -137,8 +137,8 @@ def local_questions(config: SuiteConfig) -> list[dict[str, Any]]:
     """Return MMLU's questions, fetched on first use, for a suite whose local tasks ask them; none for another one."""
     if not asks_mmlu(config):
         return []
+    from nemo_upcycle.demo.asset_texts import mmlu_questions
     from nemo_upcycle.demo.assets import fetch_asset
-    from nemo_upcycle.demo.questions import mmlu_questions
 
     return mmlu_questions(fetch_asset("mmlu"))
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.local_tasks import LOCAL_TASKS, is_answers, is_text
 from nemo_upcycle.utils.conf import as_dataclass, is_conf_file, read_conf
-from nemo_upcycle.utils.validation import is_whole
+from nemo_upcycle.utils.validation import is_whole, one_of, valid
+
+
+#: Types to evaluate in.
+DTYPES = ("float32", "bfloat16", "float16")
+#: What computes.
+BACKENDS = ("auto", "hf", "vllm", "megatron")
 
 
 @dataclass
@@ -52,16 +58,12 @@ class SuiteConfig:
     seed: int = 1234
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
-    batch_size: int | str = 8
-    dtype: str = "float32"
-    backend: str = "auto"
+    batch_size: int | str = field(
+        default=8, metadata=valid("a whole number from 1 on, or auto", lambda n: n == "auto" or is_whole(n, 1))
+    )
+    dtype: str = field(default="float32", metadata=one_of(DTYPES))
+    backend: str = field(default="auto", metadata=one_of(BACKENDS))
     published: Published | None = None
-
-
-#: Types to evaluate in.
-DTYPES = ("float32", "bfloat16", "float16")
-#: What computes.
-BACKENDS = ("auto", "hf", "vllm", "megatron")
 
 
 def read_suite_config(name: str | Path) -> SuiteConfig:
@@ -89,17 +91,6 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
                 fix="set local: false" if config.local else "check the path",
             )
     _check_not_local(config, path, folder)
-    if config.dtype not in DTYPES:
-        raise UpcycleError.unknown(f"{path}: dtype", config.dtype, DTYPES)
-    if config.backend not in BACKENDS:
-        raise UpcycleError.unknown(f"{path}: backend", config.backend, BACKENDS)
-    if config.batch_size != "auto" and not is_whole(config.batch_size, 1):
-        raise UpcycleError(
-            f"{path}: batch_size",
-            got=config.batch_size,
-            expected="a whole number from 1 on, or auto",
-            fix="write auto to fill the GPU's memory",
-        )
     for task, shots in config.tasks.items() if config.local else ():
         if task not in LOCAL_TASKS:
             raise UpcycleError.unknown(f"{path}: local task", task, LOCAL_TASKS)

@@ -15,8 +15,7 @@ from shutil import copyfile
 from types import SimpleNamespace
 from typing import Any
 
-from nemo_upcycle.data.dense import tokenizer_folder
-from nemo_upcycle.data.parents import cached_asset
+from nemo_upcycle.data.dense import cached_asset, tokenizer_folder
 from nemo_upcycle.errors import StageStopped, UpcycleError
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.commands import changed_settings, fp8_precision

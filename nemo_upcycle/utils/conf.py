@@ -19,6 +19,7 @@ import yaml
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.masking import MASK, is_secret, masked_text
+from nemo_upcycle.utils.validation import check_fields
 
 
 _T = TypeVar("_T")
@@ -300,13 +301,16 @@ def as_dataclass(where: str, values: dict[str, Any], schema: type[_T], kind: str
         kind: folder of `conf/` whose template explains the keys.
 
     Raises:
-        UpcycleError: a key does not exist or is missing, or a value is of another type; the text names key and value.
+        UpcycleError: a key does not exist or is missing, or a value is of another type or no valid one; the text names
+            key and value.
 
     Example:
         >>> as_dataclass("mine.yaml", {"validation": 0.01}, HoldOut, "data")  # doctest: +SKIP
         HoldOut(validation=0.01, heldout=0.001)
     """
-    return typing.cast("_T", _made(f"{where}: ", values, schema, template(kind)))
+    config = typing.cast("_T", _made(f"{where}: ", values, schema, template(kind)))
+    check_fields(where, config, template(kind))
+    return config
 
 
 def field_values(prefix: str, values: dict[Any, Any], schema: type, explained: Path) -> dict[str, Any]:

@@ -1,11 +1,15 @@
-"""Checks of numbers that a user gave. A bool is no number."""
+"""Checks of numbers that a user gave, a bool is none, and of the fields of configurations."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
 
-from nemo_upcycle.errors import SpecError
+from nemo_upcycle.errors import SpecError, UpcycleError
 
 
 #: Larger numbers of tokens are mistakes.
@@ -120,3 +124,48 @@ def number_of_tokens(text: str, option: str = "--tokens") -> float:
         expected = f"a number: 100B, 1.5T, 500M or 1e11, at most {_MOST_TOKENS:g}"
         raise SpecError(option, got=repr(text), expected=expected, fix=f"set {option} 100B")
     return value
+
+
+def valid(expected: str, holds: Callable[[Any], object]) -> dict[str, Any]:
+    """Describe the values of a configuration's field, as metadata for `check_fields`; None is always valid.
+
+    Args:
+        expected: what a value has to be, for errors.
+        holds: whether a value is that.
+    """
+    return {"expected": expected, "holds": holds}
+
+
+def one_of(choices: Collection[str]) -> dict[str, Any]:
+    """Describe a field that takes one of some names, or a list of them, as metadata for `check_fields`."""
+    return {"choices": choices}
+
+
+def check_fields(where: str, config: Any, explained: Path, prefix: str = "") -> None:
+    """Check the values of a configuration's fields, and of those in its fields.
+
+    Args:
+        where: the file, for errors.
+        config: an instance of a dataclass, whose fields have metadata of `valid` or `one_of`.
+        explained: the file that explains the fields.
+        prefix: the key of the configuration in the file, with a dot behind it.
+
+    Raises:
+        UpcycleError: a value does not hold, or is none of the names.
+    """
+    for field in dataclasses.fields(config):
+        key, value, about = prefix + field.name, getattr(config, field.name), field.metadata
+        inner = {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+        for name, one in inner.items():
+            if dataclasses.is_dataclass(one):
+                check_fields(where, one, explained, f"{name}.")
+        if value is None:
+            continue
+        for name in value if isinstance(value, list) else [value]:
+            if name not in about.get("choices", [name]):
+                raise UpcycleError.unknown(f"{where}: {key}", name, about["choices"])
+        if "holds" in about and not about["holds"](value):
+            is_settable = field.default not in (None, dataclasses.MISSING)
+            fix = f"set {key}={field.default}" if is_settable else f"see {explained}"
+            got = "none" if value in ([], {}) else value
+            raise UpcycleError(f"{where}: {key}", got=got, expected=about["expected"], fix=fix)

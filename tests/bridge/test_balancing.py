@@ -99,7 +99,7 @@ def test_finetuning_keeps_the_biases(dense: Path, tmp_path: Path, whole: tuple[P
 
 
 def _loaded(checkpoint: Path, dense: Path) -> list[list[float]]:
-    from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
+    from nemo_upcycle.evaluation.megatron.chunks import layout_here, load_chunks
 
     (chunk,), _ = load_chunks(checkpoint, dense, SPEC, layout_here(), torch.float32)
     return [buffer.tolist() for name, buffer in chunk.named_buffers() if name.endswith("qb_beta")]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_upcycle.data.chat.build import build_chat
+from nemo_upcycle.data.chat.build_chat import build_chat
 from nemo_upcycle.data.chat.config import read_chat
 from nemo_upcycle.data.chat.finished import PACKS
 from nemo_upcycle.errors import UpcycleError

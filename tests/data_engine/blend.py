@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nemo_upcycle.data.engine.plan import load_plan
-from nemo_upcycle.data.engine.stages import RunOn, executor, stages
+from nemo_upcycle.data.engine.pipelines import RunOn, executor, stages
+from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.data.engine.tokenise import FASTOKENS
 from tests.waiting import HANG_S
 
@@ -73,6 +74,36 @@ def write_plan(folder: Path, tasks: Iterable[dict[str, Any]], **more: Any) -> Pa
     }
     (work / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     return work / "plan.json"
+
+
+def jsonl(*many: object) -> bytes:
+    """Lines of JSON, each with a text."""
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in many)
+
+
+def write_jsonl(path: Path, *many: str) -> str:
+    """Write texts as JSON lines, and return the file's path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jsonl(*many))
+    return str(path)
+
+
+def blend(folder: Path, documents: int = 60, words: int = 12, **more: object) -> Path:
+    """A plan of six tasks whose inputs overlap, with bad lines."""
+    tasks = []
+    for task in range(6):
+        numbers = range(task * documents // 2, task * documents // 2 + documents)
+        file = folder / "input" / f"{task}.jsonl"
+        write_jsonl(file, "", *(sentence(n, words) for n in numbers))
+        with file.open("a", encoding="utf-8") as handle:
+            handle.write("{broken\n")
+        tasks.append({"files": [str(file)], "split": None})
+    return write_plan(folder, tasks, hold_out={"validation": 0.1, "heldout": 0.05}, **more)
+
+
+def clear(plan: Path) -> None:
+    """Remove everything that runs of the plan wrote beside it."""
+    subprocess.run(["rm", "-r", *(str(path) for path in plan.parent.iterdir() if path != plan)], check=True)
 
 
 def execute(plan_path: Path, library: str = FASTOKENS) -> Path:
@@ -154,3 +185,34 @@ def everything(work: Path) -> dict[str, bytes]:
             file.pop("modified_ns", None)  # not of files at addresses
         found[path.name] = json.dumps(counts).encode()
     return found
+
+
+def same_as_here(folder: Path, *arguments: str, **environment: str) -> None:
+    """Check that a plan of every stage gives the bytes on a cluster that it gives on this machine."""
+    near = {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
+    plan = blend(folder, finders=2, heldout_overlap=0.5, near_duplicates=near)
+    done = run(plan, *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    found = everything(plan.parent)
+    clear(plan)
+    assert run(plan).returncode == 0
+    assert everything(plan.parent) == found
+
+
+class Slurm:
+    """Scripts that come first in the path; each counts its calls in a file."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.folder.mkdir()
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def says(self, command: str, script: str) -> None:
+        calls = self.folder / f"{command}.calls"
+        file = self.folder / command
+        count = f'echo "$*" >> {calls}; calls=$(wc -l < {calls})'
+        file.write_text(f"#!/bin/bash\n{count}\n{script}\n", encoding="utf-8")
+        file.chmod(0o755)
+
+    def calls(self, command: str) -> list[str]:
+        return (self.folder / f"{command}.calls").read_text(encoding="utf-8").splitlines()

@@ -18,19 +18,15 @@ import zstandard
 
 from nemo_upcycle.data.engine import lines
 from nemo_upcycle.errors import UpcycleError
-from tests.data_engine.blend import END, execute, removed, run, sentence, stats, texts, write_plan
+from tests.data_engine.blend import END, execute, jsonl, removed, run, sentence, stats, texts, write_plan
 
 
 GOOD = [sentence(n) for n in range(6)]
 
 
-def _line(text: object) -> bytes:
-    return json.dumps({"text": text}).encode() + b"\n"
-
-
 def _between(bad: bytes) -> bytes:
     """Two good lines, a bad one, and the other good ones."""
-    return b"".join((*map(_line, GOOD[:2]), bad, *map(_line, GOOD[2:])))
+    return jsonl(*GOOD[:2]) + bad + jsonl(*GOOD[2:])
 
 
 def _outcome(folder: Path, file: Path, **task: object) -> tuple[list[str], list[tuple[str, int]]]:
@@ -104,7 +100,7 @@ def _zstd(content: bytes) -> bytes:
 @pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("zst", _zstd)])
 def test_compressed_files(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
     many = [f"{sentence(n)} {sha256(str(n).encode()).hexdigest()}" for n in range(6000)]  # several blocks
-    content = b"".join(map(_line, many))
+    content = jsonl(*many)
     whole = compress(content[:2000]) + compress(content[2000:])  # two members, or frames
     for name, stored in {"whole": whole, "cut": whole[:-1000], "cut_early": whole[: len(whole) // 2]}.items():
         file = tmp_path / f"{name}.jsonl.{suffix}"
@@ -222,7 +218,7 @@ def test_equal_ids_are_told_apart(tmp_path: Path) -> None:
 def test_literal_end_of_text_stays_text(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     texts_in = [f"before {END} after <pad>", END, f"{END}{END}"]
-    file.write_bytes(b"".join(map(_line, texts_in)))
+    file.write_bytes(jsonl(*texts_in))
     assert _outcome(tmp_path, file) == (texts_in, [])  # `texts` checks that no id but the last is the end
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ pytest.importorskip("datatrove")
 
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.suites.items import Item
-from tests.data_engine.blend import execute, removed, sentence, stats, texts, write_plan
+from tests.data_engine.blend import execute, removed, sentence, stats, texts, write_jsonl, write_plan
 
 
 QUESTION = "Which of these seven rivers carries more water to the sea than all of the others taken together?"
@@ -28,10 +27,8 @@ def index(tmp_path: Path) -> str:
 
 
 def _run(folder: Path, index: str, *many: str, **task: object) -> Path:
-    folder.mkdir(exist_ok=True)
-    file = folder / "some.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in many), encoding="utf-8")
-    return execute(write_plan(folder, [{"files": [str(file)], **task}], ngram_index=index))
+    file = write_jsonl(folder / "some.jsonl", *many)
+    return execute(write_plan(folder, [{"files": [file], **task}], ngram_index=index))
 
 
 def test_drop(tmp_path: Path, index: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import unicodedata
 from pathlib import Path
@@ -15,7 +16,15 @@ pytest.importorskip("datatrove")
 import pyarrow
 import pyarrow.parquet
 
+from nemo_upcycle.data.engine import clean, overlap
+from nemo_upcycle.data.engine.tasks import load_plan
+from nemo_upcycle.data.inputs import cut_between_lines
+from nemo_upcycle.data.ngrams import NgramIndex
+from nemo_upcycle.data.readers import InputFile
+from nemo_upcycle.suites.items import Item
 from tests.data_engine.blend import (
+    blend,
+    clear,
     command,
     everything,
     execute,
@@ -24,49 +33,65 @@ from tests.data_engine.blend import (
     sentence,
     stats,
     texts,
+    write_jsonl,
     write_plan,
 )
-from tests.waiting import HANG_S
+from tests.near import NEAR
+from tests.waiting import HANG_S, wait_until
 
 
-def write_jsonl(path: Path, *many: str) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in many), encoding="utf-8")
-    return str(path)
+QUESTION = "Which of these seven rivers carries more water to the sea than all of the others taken together?"
 
 
-def blend(folder: Path, documents: int = 60, words: int = 12, **more: object) -> Path:
-    """A plan of six tasks whose inputs overlap, with bad lines."""
-    tasks = []
-    for task in range(6):
-        numbers = range(task * documents // 2, task * documents // 2 + documents)
-        file = folder / "input" / f"{task}.jsonl"
-        write_jsonl(file, "", *(sentence(n, words) for n in numbers))
-        with file.open("a", encoding="utf-8") as handle:
-            handle.write("{broken\n")
-        tasks.append({"files": [str(file)], "split": None})
-    return write_plan(folder, tasks, hold_out={"validation": 0.1, "heldout": 0.05}, **more)
-
-
-def clear(plan: Path) -> None:
-    """Remove everything that runs of the plan wrote beside it."""
-    subprocess.run(["rm", "-r", *(str(path) for path in plan.parent.iterdir() if path != plan)], check=True)
-
-
-def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
-    plan = blend(tmp_path, finders=2)
-    found = {}
-    for workers in ("1", "2", "5"):
-        done = run(plan, "--workers", workers)
-        assert (done.returncode, done.stderr) == (0, "")
-        found[workers] = everything(plan.parent)
-        counts = [stats(plan.parent, rank) for rank in range(6)]
-        clear(plan)
-    assert found["1"] == found["2"] == found["5"]
+def test_counts_of_every_step(tmp_path: Path) -> None:
+    work = execute(blend(tmp_path, finders=2))
+    counts = [stats(work, rank) for rank in range(6)]
     assert [count["steps"]["deduplicate"]["removed"].get("duplicate") for count in counts] == [None, *[30] * 5]
     assert [count["steps"]["read"]["removed"] for count in counts] == [{"broken JSON": 1}] * 6
     assert [count["steps"]["filter"]["removed"] for count in counts] == [{"empty": 1}] * 6
     assert {split for count in counts for split in count["splits"]} == {"train", "validation", "heldout"}
+
+
+def _every_stage(folder: Path) -> Path:
+    """A plan whose tasks share texts, passages, nearly equal texts and evaluation items, and have a quota."""
+    near = list(NEAR.values())
+    tasks = []
+    for task in range(4):
+        many = [sentence(n) for n in range(10)]
+        for n in range(20 * task, 20 * task + 40):
+            shared = " ".join(f"{n % 60}w{m * 7 % 80}" for m in range(300))
+            own = " ".join(f"{n}v{m}{task}" for m in range(900 if task % 2 else 100))
+            many.append(f"{shared} {own} {QUESTION if n % 9 == task else ''}")
+        for n in range(12):
+            alike = " ".join(map(sentence, range(50 * n, 50 * n + 30)))
+            many.append(near[(n + task) % len(near)](alike, random.Random(n)))
+        file = write_jsonl(folder / "input" / f"{task}.jsonl", *many)
+        for part in cut_between_lines(InputFile(file, "jsonl", Path(file).stat().st_size), 200_000):
+            tasks.append({"files": [file], "split": None, "max_tokens": 150_000, "options": part.options})
+    index = folder / "ngrams.npz"
+    NgramIndex.build([Item("rivers", "17", (QUESTION,))]).save(index)
+    shares, settings = {"validation": 0.1, "heldout": 0.1}, {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
+    more = {"heldout_overlap": 0.5, "near_duplicates": settings, "ngram_index": str(index)}
+    return write_plan(folder, tasks, hold_out=shares, finders=2, **more)
+
+
+def test_workers_and_kills_do_not_change_a_byte(tmp_path: Path) -> None:
+    plan = _every_stage(tmp_path)
+    found = []
+    for workers in ("1", "3"):
+        done = run(plan, "--workers", workers)
+        assert done.returncode == 0, done.stderr
+        found.append(everything(plan.parent))
+        tasks = [stats(plan.parent, rank)["steps"] for rank in range(len(load_plan(plan.resolve()).tasks))]
+        clear(plan)
+    reasons = {reason for steps in tasks for step in steps.values() for reason in step["removed"]}
+    assert reasons >= {*clean.DUPLICATES, *overlap.REMOVED, "max_tokens"}
+    for stage in ("1_sign", "2_join", "2_compare", "2_judge", "2_count", "2_take", "3_write"):
+        with subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.DEVNULL) as process:
+            wait_until(lambda stage=stage: list(plan.parent.glob(f"logs/{stage}/logs/*.log")), process, poll_s=0.01)
+            process.kill()
+    assert run(plan).returncode == 0
+    assert found[0] == found[1] == everything(plan.parent)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="no cores to leave out")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import resource
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,17 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from nemo_upcycle.data.engine import heldout
+from nemo_upcycle.data.engine import overlap
 from nemo_upcycle.data.engine.clean import write_numbers
 from nemo_upcycle.data.finished import HELDOUT_OVERLAP
-from tests.data_engine.blend import command, everything, execute, removed, run, stats, texts, write_plan
-from tests.data_engine.test_engine import clear, write_jsonl
-from tests.waiting import wait_until
+from tests.data_engine.blend import (
+    execute,
+    removed,
+    stats,
+    texts,
+    write_jsonl,
+    write_plan,
+)
 
 
 def words(seed: int, count: int = 300) -> str:
@@ -161,42 +165,13 @@ def test_documents_of_fewer_words_than_an_ngram_stay(tmp_path: Path) -> None:
 
 
 def test_many_ngrams_are_sampled_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heldout, "MOST_NGRAMS", 300)
-    heldout._searched.cache_clear()
+    monkeypatch.setattr(overlap, "MOST_NGRAMS", 300)
+    overlap._searched.cache_clear()
     work = _run(tmp_path, [SHORT, LONG, QUOTE, OTHER], HELD)
     assert _summary(work)["every"] == 4
     (row,) = _summary(work)["rows"]
     assert (row["words"], row["shared"]) == (1200, pytest.approx(700, rel=0.1))
     assert (texts(work, 1), _held(work)) == ([LONG, QUOTE, OTHER], [HELD[0], HELD[2], HELD[3]])
-
-
-def _overlapping(folder: Path) -> Path:
-    """Write a plan of tasks that share passages, of documents that are held out by the hash of their id."""
-    tasks = []
-    for task in range(4):
-        numbers = range(20 * task, 20 * task + 40)
-        many = [f"{words(n % 60)} {words(1000 + n + task, 900 if task % 2 else 100)}" for n in numbers]
-        tasks.append({"files": [write_jsonl(folder / "input" / f"{task}.jsonl", *many)], "split": None})
-    shares = {"validation": 0.1, "heldout": 0.1}
-    return write_plan(folder, tasks, hold_out=shares, heldout_overlap=0.5, finders=2)
-
-
-def test_workers_and_kills_do_not_change_a_byte(tmp_path: Path) -> None:
-    plan = _overlapping(tmp_path)
-    found = []
-    for workers in ("1", "3"):
-        done = run(plan, "--workers", workers)
-        assert (done.returncode, done.stderr) == (0, "")
-        found.append(everything(plan.parent))
-        counts = [stats(plan.parent, rank)["steps"]["overlap"]["removed"] for rank in range(4)]
-        clear(plan)
-    assert {reason for count in counts for reason in count} == set(heldout.REMOVED)
-    for stage in ("1_sign", "2_join", "2_compare", "2_judge"):
-        with subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.DEVNULL) as process:
-            wait_until(lambda stage=stage: list(plan.parent.glob(f"logs/{stage}/logs/*.log")), process, poll_s=0.01)
-            process.kill()
-    assert run(plan).returncode == 0
-    assert found[0] == found[1] == everything(plan.parent)
 
 
 def test_numbers_for_which_there_is_no_room_are_an_error(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ import pytest
 pytest.importorskip("datatrove")
 
 from nemo_upcycle.data.environment import VARIABLE
-from tests.data_engine.blend import command, removed, run, stats
-from tests.data_engine.test_engine import blend, clear
+from tests.data_engine.blend import Slurm, blend, clear, command, removed, run, stats
 from tests.waiting import HANG_S, wait_until
 
 
@@ -118,22 +117,14 @@ def test_killed_starter_takes_the_engine_along(tmp_path: Path) -> None:
 
 
 def test_killed_starter_takes_the_jobs_of_slurm_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {
-        "sbatch": "echo Submitted batch job 17",
-        "squeue": "echo 17_0",
-        "scancel": f"echo $* > {tmp_path}/cancelled",
-    }
-    for name, line in said.items():
-        script = tmp_path / "bin" / name
-        script.parent.mkdir(exist_ok=True)
-        script.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
-        script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    slurm = Slurm(tmp_path / "bin", monkeypatch)
+    for name, line in {"sbatch": "echo Submitted batch job 17", "squeue": "echo 17_0", "scancel": ""}.items():
+        slurm.says(name, line)
     process, family = _start_by_another(blend(tmp_path), "--slurm", "any")
     process.kill()
     process.wait()
     _wait_for_end(family)
-    assert (tmp_path / "cancelled").read_text(encoding="utf-8") == "17\n"
+    assert slurm.calls("scancel") == ["17"]
 
 
 def test_shell_may_end_before_the_engine_under_nohup(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from tests.data_engine.blend import everything, execute, removed, run, stats, texts, write_plan
-from tests.data_engine.test_engine import clear, write_jsonl
+from tests.data_engine.blend import execute, removed, stats, texts, write_jsonl, write_plan
 from tests.near import EQUAL, NEAR
 
 
@@ -85,28 +84,3 @@ def test_near_duplicate_of_a_held_out_document_is_no_overlap(tmp_path: Path) -> 
     assert texts(work, 1) == [ORIGINALS[1]]
     assert stats(work, 1)["steps"]["deduplicate"]["removed"] == {"near duplicate": 1}
     assert stats(work, 0)["splits"]["heldout"]["documents"] == 1
-
-
-def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
-    kinds = list(NEAR.values())
-    many = [
-        [
-            kinds[(number + task) % 6](document(number), random.Random(number))
-            for number in range(task * 5, task * 5 + 15)
-        ]
-        for task in range(4)
-    ]
-    files = [write_jsonl(tmp_path / "input" / f"{number}.jsonl", *some) for number, some in enumerate(many)]
-    tasks = [{"files": [file], "split": None} for file in files]
-    more = {"hold_out": {"validation": 0.1, "heldout": 0.1}, "finders": 2}
-    plan = write_plan(tmp_path, tasks, near_duplicates=SETTINGS, heldout_overlap=0.5, **more)
-    found = []
-    for workers in ("1", "3"):
-        done = run(plan, "--workers", workers)
-        assert (done.returncode, done.stderr) == (0, "")
-        found.append(everything(plan.parent))
-        counts = [stats(plan.parent, rank)["steps"]["deduplicate"]["removed"] for rank in range(4)]
-        clear(plan)
-    assert found[0] == found[1]
-    assert counts[0] == {}
-    assert all(9 <= count["near duplicate"] <= 10 for count in counts[1:])  # two changes at once are found less often

@@ -13,7 +13,7 @@ pytest.importorskip("datatrove")
 
 from nemo_upcycle.data.inputs import cut_between_lines
 from nemo_upcycle.data.readers import InputFile
-from tests.data_engine.blend import everything, removed, run, sentence, stats, texts, tokens, write_plan
+from tests.data_engine.blend import removed, run, sentence, stats, texts, write_plan
 
 
 def _write(path: Path, end: str = "\n") -> InputFile:
@@ -69,15 +69,3 @@ def test_only_plain_lines_are_cut(tmp_path: Path) -> None:
         assert cut_between_lines(other, 1000) == [other]
     text = InputFile(file.path, "text", len(content))
     assert cut_between_lines(text, 1000) == [text]
-
-
-def test_workers_that_share_a_file_do_not_change_a_byte(tmp_path: Path) -> None:
-    parts = cut_between_lines(_write(tmp_path / "some.jsonl"), 8000)
-    tasks = [{"files": [part.path], "options": part.options} for part in parts]
-    found = []
-    for workers in ("1", "3"):
-        plan = write_plan(tmp_path / workers, tasks)
-        assert run(plan, "--workers", workers).returncode == 0
-        found.append(everything(plan.parent))
-    assert found[0] == found[1]
-    assert all(tokens(tmp_path / "1/work", rank) for rank in range(len(parts)))

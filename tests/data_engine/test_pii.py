@@ -10,8 +10,7 @@ import pytest
 pytest.importorskip("datatrove")
 
 from nemo_upcycle.data.engine.pii import has_check_digit
-from tests.data_engine.blend import execute, stats, texts, write_plan
-from tests.data_engine.test_engine import write_jsonl
+from tests.data_engine.blend import execute, stats, texts, write_jsonl, write_plan
 
 
 KINDS = ["email", "ip", "card", "ssn"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,14 @@ pytest.importorskip("datatrove")
 
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.suites.items import Item
-from tests.data_engine.blend import command, everything, execute, run, sentence, stats, tokens, write_plan
-from tests.data_engine.test_engine import clear, write_jsonl
-from tests.waiting import wait_until
+from tests.data_engine.blend import (
+    execute,
+    sentence,
+    stats,
+    tokens,
+    write_jsonl,
+    write_plan,
+)
 
 
 QUESTION = "Which of these seven rivers carries more water to the sea than all of the others taken together?"
@@ -71,15 +75,3 @@ def test_another_source_has_a_quota_of_its_own(tmp_path: Path) -> None:
     given = [sum(map(len, task)) for task in _trained(execute(write_plan(tmp_path, tasks)))]
     assert given[:2] == pytest.approx([2_000, 4_000], rel=0.01)
     assert len(_trained(tmp_path / "work")[2]) == 400
-
-
-def test_workers_and_kills_do_not_change_a_byte(tmp_path: Path) -> None:
-    plan = _plan(tmp_path, 10_000)
-    found = everything(execute(plan))
-    clear(plan)
-    for stage in ("2_count", "2_take", "3_write"):
-        with subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.DEVNULL) as process:
-            wait_until(lambda stage=stage: list(plan.parent.glob(f"logs/{stage}/logs/*.log")), process, poll_s=0.01)
-            process.kill()
-    assert run(plan, "--workers", "3").returncode == 0
-    assert found == everything(plan.parent)

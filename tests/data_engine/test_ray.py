@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,13 +14,10 @@ import pytest
 pytest.importorskip("datatrove")
 pytest.importorskip("ray")
 
-from tests.data_engine.blend import everything, run
-from tests.data_engine.test_engine import blend
-from tests.data_engine.test_near import SETTINGS
+from tests.data_engine.blend import same_as_here
 
 
 pytestmark = pytest.mark.slow
-EVERY_STAGE = {"finders": 2, "heldout_overlap": 0.5, "near_duplicates": SETTINGS}
 _CLUSTER = """
 import sys
 import ray
@@ -45,10 +41,4 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_same_bytes_as_on_one_machine(tmp_path: Path, address: str) -> None:
-    plan = blend(tmp_path, **EVERY_STAGE)
-    done = run(plan, "--ray", "--workers", "2", RAY_ADDRESS=address)
-    assert done.returncode == 0, done.stderr
-    found = everything(plan.parent)
-    shutil.rmtree(plan.parent)
-    assert run(blend(tmp_path, **EVERY_STAGE)).returncode == 0
-    assert everything(plan.parent) == found
+    same_as_here(tmp_path, "--ray", "--workers", "2", RAY_ADDRESS=address)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import shutil
 import threading
 from collections import Counter
@@ -24,7 +23,7 @@ from xxhash import xxh3_128
 
 from nemo_upcycle.data.engine import lines
 from nemo_upcycle.errors import UpcycleError
-from tests.data_engine.blend import execute, removed, run, sentence, stats, texts, write_plan
+from tests.data_engine.blend import execute, jsonl, removed, run, sentence, stats, texts, write_plan
 
 
 MANY = [f"{sentence(n)} {sha256(str(n).encode()).hexdigest()}" for n in range(4000)]
@@ -117,17 +116,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "_WAITS_S", (0.01, 0.01))
 
 
-def _jsonl(*many: str) -> bytes:
-    return "".join(json.dumps({"text": text}) + "\n" for text in many).encode()
-
-
 def _digest(*many: str) -> str:
     """Return what the manifest says of texts, whatever they were read from."""
     return xxh3_128("".join(f"{text}\0" for text in many).encode()).hexdigest()
 
 
 def test_files_of_a_server(tmp_path: Path, server: Server) -> None:
-    (server.folder / "some.jsonl.gz").write_bytes(gzip.compress(_jsonl("one", "two") + b"{\n" + _jsonl("three")))
+    (server.folder / "some.jsonl.gz").write_bytes(gzip.compress(jsonl("one", "two") + b"{\n" + jsonl("three")))
     files = [server.address("some.jsonl.gz"), server.address("gone.jsonl")]
     work = execute(write_plan(tmp_path, [{"files": files}]))
     assert texts(work) == ["one", "two", "three"]
@@ -149,7 +144,7 @@ def test_passing_error_costs_nothing(tmp_path: Path, server: Server, name: str) 
     if reader == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": MANY}), file)
     else:
-        file.write_bytes(gzip.compress(_jsonl(*MANY)) if name.endswith("gz") else _jsonl(*MANY))
+        file.write_bytes(gzip.compress(jsonl(*MANY)) if name.endswith("gz") else jsonl(*MANY))
     plan = write_plan(tmp_path, [{"files": [server.address(name)], "reader": reader}])
     done = run(plan)
     assert done.returncode == 0, done.stderr
@@ -176,7 +171,7 @@ def test_nobody_answers(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_file_that_is_taken_away_while_it_is_read(tmp_path: Path, server: Server) -> None:
     file = server.folder / "cut_unsized.jsonl"
-    file.write_bytes(_jsonl(*MANY))
+    file.write_bytes(jsonl(*MANY))
     with lines.open_input(server.address(file.name)) as handle:
         file.unlink()
         with pytest.raises(UpcycleError, match=r"cut_unsized.jsonl: got .*the build resumes"):
@@ -185,8 +180,8 @@ def test_file_that_is_taken_away_while_it_is_read(tmp_path: Path, server: Server
 
 def test_build_goes_on_once_the_server_is_back(tmp_path: Path, server: Server) -> None:
     near = tmp_path / "near.jsonl"
-    near.write_bytes(_jsonl("near"))
-    (server.folder / "far.jsonl").write_bytes(_jsonl("far"))
+    near.write_bytes(jsonl("near"))
+    (server.folder / "far.jsonl").write_bytes(jsonl("far"))
     plan = write_plan(tmp_path, [{"files": [str(near)]}, {"files": [server.address("far.jsonl")]}])
     server.is_down = True
     stopped = run(plan, "--workers", "1")
@@ -206,7 +201,7 @@ def test_local_file_that_cannot_be_read_now(tmp_path: Path) -> None:
     assert (stopped.returncode, stopped.stderr.count("\n")) == (2, 1)
     assert "Too many levels of symbolic links" in stopped.stderr
     file.unlink()
-    file.write_bytes(_jsonl("there"))
+    file.write_bytes(jsonl("there"))
     assert run(plan).returncode == 0
     assert texts(plan.parent) == ["there"]
 
@@ -214,7 +209,7 @@ def test_local_file_that_cannot_be_read_now(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reader", ["jsonl", "parquet"])
 def test_server_that_sends_no_size(tmp_path: Path, server: Server, reader: str) -> None:
     name = f"unsized.{reader}"
-    (server.folder / name).write_bytes(_jsonl(*MANY))
+    (server.folder / name).write_bytes(jsonl(*MANY))
     if reader == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": MANY}), server.folder / name)
     work = execute(write_plan(tmp_path, [{"files": [server.address(name)], "reader": reader}]))

@@ -14,9 +14,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from tests.data_engine.blend import command, everything, run
-from tests.data_engine.test_engine import blend
-from tests.data_engine.test_near import SETTINGS
+from tests.data_engine.blend import blend, command, run, same_as_here
 from tests.waiting import HANG_S, wait_until
 
 
@@ -25,18 +23,11 @@ def _has_slurm() -> bool:
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _has_slurm(), reason="no Slurm")]
-EVERY_STAGE = {"finders": 2, "heldout_overlap": 0.5, "near_duplicates": SETTINGS}
 PARTITION = os.environ.get("SLURM_PARTITION", "batch")
 
 
 def test_same_bytes_as_on_one_machine(tmp_path: Path) -> None:
-    plan = blend(tmp_path, **EVERY_STAGE)
-    done = run(plan, "--slurm", PARTITION, "--workers", "2", "--time", "00:10:00")
-    assert done.returncode == 0, done.stderr
-    found = everything(plan.parent)
-    shutil.rmtree(plan.parent)
-    assert run(blend(tmp_path, **EVERY_STAGE)).returncode == 0
-    assert everything(plan.parent) == found
+    same_as_here(tmp_path, "--slurm", PARTITION, "--workers", "2", "--time", "00:10:00")
 
 
 def test_stopping_cancels_the_jobs(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,49 +13,29 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from nemo_upcycle.data.engine import run as engine
-from nemo_upcycle.data.engine.plan import Plan, load_plan
-from nemo_upcycle.data.engine.stages import RunOn, Stage, executor, stages
-from tests.data_engine.blend import run
-from tests.data_engine.test_engine import blend
+from nemo_upcycle.data.engine import supervise as engine
+from nemo_upcycle.data.engine.pipelines import EngineStage, RunOn, executor, stages
+from nemo_upcycle.data.engine.tasks import EnginePlan, load_plan
+from tests.data_engine.blend import Slurm, blend, run
 
 
 _CONTACT = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
 
 
-class Slurm:
-    """Scripts that come first in the path; each counts its calls in a file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.folder.mkdir()
-
-    def says(self, command: str, script: str) -> None:
-        calls = self.folder / f"{command}.calls"
-        file = self.folder / command
-        count = f'echo "$*" >> {calls}; calls=$(wc -l < {calls})'
-        file.write_text(f"#!/bin/bash\n{count}\n{script}\n", encoding="utf-8")
-        file.chmod(0o755)
-
-    def calls(self, command: str) -> list[str]:
-        return (self.folder / f"{command}.calls").read_text(encoding="utf-8").splitlines()
-
-
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(engine, "_SLURM_POLL_S", 0.05)
     monkeypatch.setattr(engine, "_PATIENCE_S", 0.1)
-    return Slurm(tmp_path / "bin")
+    return Slurm(tmp_path / "bin", monkeypatch)
 
 
-def _launch(folder: Path, tasks: int) -> tuple[Plan, Any]:
+def _launch(folder: Path, tasks: int) -> tuple[EnginePlan, Any]:
     plan = load_plan(blend(folder).resolve())
-    stage = Stage("3_write", stages(plan, "tokenizers")[-1].pipeline, tasks)
+    stage = EngineStage("3_write", stages(plan, "tokenizers")[-1].pipeline, tasks)
     return plan, executor(plan, stage, RunOn(slurm="any"), Path(sys.prefix))
 
 
-def _jobs(plan: Plan) -> Path:
+def _jobs(plan: EnginePlan) -> Path:
     return plan.folder / "logs" / "slurm_jobs.json"
 
 

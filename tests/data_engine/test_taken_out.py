@@ -11,9 +11,8 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from nemo_upcycle.data.engine.plan import BEGUN
-from tests.data_engine.blend import run, sentence, tokens, write_plan
-from tests.data_engine.test_engine import write_jsonl
+from nemo_upcycle.data.engine.tasks import BEGUN
+from tests.data_engine.blend import run, sentence, tokens, write_jsonl, write_plan
 
 
 def _plan(folder: Path, *, with_first: bool, most: int | None = None, **more: object) -> Path:

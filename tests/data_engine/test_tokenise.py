@@ -12,9 +12,21 @@ pytest.importorskip("datatrove")
 import numpy as np
 from tokenizers import Tokenizer
 
-from nemo_upcycle.data.engine.plan import load_plan
+from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.data.engine.tokenise import FASTOKENS, TOKENIZERS, choose_library, load_encode
-from tests.data_engine.blend import END, everything, execute, run, sentence, stats, texts, tokens, write_plan
+from tests.data_engine.blend import (
+    END,
+    everything,
+    execute,
+    run,
+    sentence,
+    stats,
+    texts,
+    tokenizer_json,
+    tokens,
+    write_jsonl,
+    write_plan,
+)
 
 
 TEXTS = [
@@ -29,10 +41,7 @@ TEXTS = [
 
 
 def _plan(folder: Path, **more: object) -> Path:
-    file = folder / "some.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    return write_plan(folder, [{"files": [str(file)]}], **more)
+    return write_plan(folder, [{"files": [write_jsonl(folder / "some.jsonl", *TEXTS)]}], **more)
 
 
 def _changed_tokenizer(folder: Path, **changes: object) -> Path:
@@ -68,11 +77,8 @@ def test_ids_are_those_of_tokenizers_where_no_text_looks_special(tmp_path: Path)
 
 @pytest.mark.parametrize("library", [FASTOKENS, TOKENIZERS])
 def test_end_of_text_that_is_not_marked_special_stays_text(tmp_path: Path, library: str) -> None:
-    plan = _plan(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["added_tokens"][0]["special"] = False
-    path.write_text(json.dumps(content), encoding="utf-8")
+    added = json.loads(tokenizer_json())["added_tokens"]
+    plan = _changed_tokenizer(tmp_path, added_tokens=[added[0] | {"special": False}, *added[1:]])
     ids, _ = load_encode(load_plan(plan), library)([END, f"x{END}"])
     assert 0 not in ids
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
+from nemo_upcycle.evaluation.megatron.chunks import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import score
 from tests.distributed.ranks import run_ranks

@@ -70,7 +70,7 @@ def _train(parent: str, data: str, folder: str) -> None:
 
 
 def _logits(checkpoint: str, parent: str) -> torch.Tensor:
-    from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
+    from nemo_upcycle.evaluation.megatron.chunks import layout_here, load_chunks
     from nemo_upcycle.trainers.equivalence import megatron_logits
 
     (chunk,), _ = load_chunks(Path(checkpoint), Path(parent), None, layout_here(), torch.float32)

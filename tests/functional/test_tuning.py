@@ -14,7 +14,7 @@ import torch
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
-from nemo_upcycle.data.chat.build import build_chat
+from nemo_upcycle.data.chat.build_chat import build_chat
 from nemo_upcycle.data.chat.config import read_chat
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.evaluation.heldout import ANSWER_BITS

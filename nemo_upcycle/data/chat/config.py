@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
 from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.conf import Conf, as_dataclass, is_conf_file, overridden, packaged_names, read_conf, template
+from nemo_upcycle.utils.conf import Conf, as_dataclass, is_conf_file, overridden, packaged_names, read_conf
 from nemo_upcycle.utils.files import read_json, read_text
+from nemo_upcycle.utils.validation import one_of, valid
 
 
 TOO_LONG = ("cut", "drop")
@@ -34,20 +35,22 @@ class ChatConfig:
             that fits, `drop` removes it.
         max_lost: largest share of the lines that may be wrong; above it nothing is built.
         chat_template: a Jinja file, in the place of the tokenizer's own template.
-        license: of the conversations, for the model card.
-        seed: of what is held back, and of the order.
+        license: licence of the conversations, for the model card.
+        seed: decides which conversations are held back, and their order.
     """
 
-    files: list[str]
+    files: list[str] = field(metadata=valid("at least one", len))
     tokenizer: str | None = None
-    seq_length: int = 2048
-    validation: float = 0.02
-    heldout: float = 0.02
-    too_long: str = "cut"
-    max_lost: float = 0.1
+    seq_length: int = field(default=2048, metadata=valid("2 or more", lambda tokens: tokens >= 2))
+    validation: float = field(
+        default=0.02, metadata=valid("more than 0, less than 0.5", lambda share: 0 < share < 0.5)
+    )
+    heldout: float = field(default=0.02, metadata=valid("more than 0, less than 0.5", lambda share: 0 < share < 0.5))
+    too_long: str = field(default="cut", metadata=one_of(TOO_LONG))
+    max_lost: float = field(default=0.1, metadata=valid("0 to 1", lambda share: 0 <= share <= 1))
     chat_template: str | None = None
     license: str = "not stated"
-    seed: int = 1234
+    seed: int = field(default=1234, metadata=valid("0 or more", lambda seed: seed >= 0))
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Chat:
     """A set of conversations whose configuration was read and checked.
 
     Attributes:
-        name: of its file, without suffix.
+        name: name of its file, without suffix.
         folder: where relative paths start.
         config: its content.
     """
@@ -108,7 +111,7 @@ class Chat:
 
     def _matches(self, entry: str) -> list[Path]:
         if entry.startswith(_ASSET):
-            from nemo_upcycle.demo.conversations import fetch_conversations
+            from nemo_upcycle.demo.asset_texts import fetch_conversations
 
             return [fetch_conversations(entry.removeprefix(_ASSET))]
         pattern = str(self.folder / Path(entry).expanduser())
@@ -134,10 +137,8 @@ def read_chat(name: str | Path, overrides: Sequence[str] = ()) -> Chat:
         conf = Conf({"files": [str(path.absolute())]}, path, path.absolute().parent)
     else:
         conf = read_conf("chat", name, "conversations")
-    where, folder = str(conf.path), conf.folder
-    config = as_dataclass(where, overridden(conf, overrides), ChatConfig, "chat")
-    _check(where, config)
-    return Chat(path.stem, folder, config)
+    config = as_dataclass(str(conf.path), overridden(conf, overrides), ChatConfig, "chat")
+    return Chat(path.stem, conf.folder, config)
 
 
 def is_chat(data: str) -> bool:
@@ -158,19 +159,3 @@ def is_chat(data: str) -> bool:
     if is_conf_file(data):
         return path.is_file() and "files" in read_conf("chat", path, "data").content
     return path.suffix in _LINES or data in packaged_names("chat")
-
-
-def _check(where: str, config: ChatConfig) -> None:
-    def require(holds: bool, key: str, got: object, expected: str, fix: str) -> None:
-        if not holds:
-            raise UpcycleError(f"{where}: {key}", got=got, expected=expected, fix=fix)
-
-    require(bool(config.files), "files", "none", "at least one", f"see {template('chat')}")
-    require(config.seq_length >= 2, "seq_length", config.seq_length, "2 or more", "set seq_length=2048")
-    for name in ("validation", "heldout"):
-        share = getattr(config, name)
-        require(0 < share < 0.5, name, share, "more than 0, less than 0.5", f"set {name}=0.02")
-    if config.too_long not in TOO_LONG:
-        raise UpcycleError.unknown(f"{where}: too_long", config.too_long, TOO_LONG)
-    require(0 <= config.max_lost <= 1, "max_lost", config.max_lost, "0 to 1", "set max_lost=0.1")
-    require(config.seed >= 0, "seed", config.seed, "0 or more", "set seed=1234")

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.chat.config import KIND
-from nemo_upcycle.data.finished import HELDOUT, MANIFEST, require_same_tokenizer
+from nemo_upcycle.data.finished import Finished
+from nemo_upcycle.data.indexed_dataset import require_size
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import read_json, read_json_lines, require_complete, resolved
-from nemo_upcycle.utils.schema import require_known
 
 
 #: Of the manifest; and what the folder holds.
@@ -20,21 +19,10 @@ PACKING, REMOVED = "packing.json", "removed.jsonl"
 
 
 @dataclass(frozen=True)
-class FinishedChat:
-    """A finished folder and its manifest.
+class FinishedChat(Finished):
+    """A finished folder of conversations."""
 
-    Attributes:
-        folder: absolute, without links.
-        manifest: as `nemo-upcycle chat` writes it.
-    """
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Return the name of the set."""
-        return str(self.manifest["chat"])
+    kind, format, key, command = KIND, FORMAT, "chat", "nemo-upcycle chat"
 
     @property
     def packs(self) -> int:
@@ -43,7 +31,7 @@ class FinishedChat:
 
     @property
     def card(self) -> str:
-        """Return what a model card says of the data."""
+        """Describe the data for a model card."""
         train = self.manifest["splits"]["train"]
         return (
             f"conversations {self.name}, {train['conversations']:,} with {train['answers']:,} answers of"
@@ -52,15 +40,7 @@ class FinishedChat:
 
     def answers(self) -> list[dict[str, Any]]:
         """Return the answers that were held back: `document`, its `turn`, the `prompt` before it, and the `answer`."""
-        return [line for _, line in read_json_lines(self.folder / HELDOUT)]
-
-    def require_tokenizer_of(self, dense: str) -> None:
-        """Check that the packs were made with the tokenizer of a dense model, as those of a blend are.
-
-        Raises:
-            UpcycleError: they were not, or the dense model cannot be read.
-        """
-        require_same_tokenizer(self.folder, self.manifest["tokenizer"]["sha256"], dense, "nemo-upcycle chat")
+        return self.lines()
 
     def require_length(self, seq_length: int) -> None:
         """Check that a training takes packs of the length that these have.
@@ -77,10 +57,10 @@ class FinishedChat:
             )
 
     def describe(self, steps: int, step_packs: int) -> str:
-        """Return what a run reads of the folder, a line for people.
+        """Say what a run reads of the folder.
 
         Args:
-            steps: of the run.
+            steps: steps of the run.
             step_packs: packs of a step, over all ranks.
         """
         epochs = steps * step_packs / self.packs
@@ -101,22 +81,7 @@ def open_chat(folder: str | Path) -> FinishedChat:
         >>> open_chat("data/answers").packs  # doctest: +SKIP
         312
     """
-    folder = resolved(Path(folder).expanduser())
-    again = "run `nemo-upcycle chat CONVERSATIONS DIR` with it as DIR"
-    require_complete(folder, "folder of conversations", again)
-    manifest = read_json(folder / MANIFEST)
-    require_known(manifest, folder / MANIFEST)
-    kind = manifest.get("kind", "texts") if isinstance(manifest, dict) else "no JSON object"
-    if kind != KIND or manifest["format"] != FORMAT:
-        got = kind if kind != KIND else f"format {manifest['format']}"
-        raise UpcycleError(
-            str(folder / MANIFEST), got=got, expected=f"{KIND}, format {FORMAT}", fix=f"choose another folder: {again}"
-        )
+    folder, manifest = FinishedChat.read(folder)
     for name, size_bytes in manifest["files"].items():
-        path = folder / name
-        actual = path.stat().st_size if path.is_file() else None
-        if actual != size_bytes:
-            got = "no such file" if actual is None else f"{actual} bytes"
-            fix = "copy the folder again, or remove it and make it again"
-            raise UpcycleError(str(path), got=got, expected=f"{size_bytes} bytes", fix=fix)
+        require_size(folder / name, size_bytes)
     return FinishedChat(folder, manifest)

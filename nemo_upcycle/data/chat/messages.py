@@ -56,7 +56,7 @@ class Problem:
 
     Attributes:
         place: file and line.
-        field: of the line, as `messages[1].content`.
+        field: field of the line, as `messages[1].content`.
         reason: what is wrong, in a few words that many lines may share.
         fix: what to do.
     """

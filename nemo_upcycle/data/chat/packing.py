@@ -22,7 +22,7 @@ def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
     Args:
         lengths: places that each sequence takes, at most `size`.
         size: places of a pack.
-        seed: of the order of packs, and of which of equally long sequences go together.
+        seed: decides the order of packs, and which of equally long sequences go together.
 
     Returns:
         For each pack the numbers of its sequences.

@@ -33,8 +33,8 @@ class Tokens:
     """A sequence to train on: all of a conversation, or what leads to one of its answers.
 
     Attributes:
-        place: of the conversation.
-        ids: of its tokens, int32.
+        place: place of the conversation.
+        ids: ids of its tokens, int32.
         is_answer: which of them the loss is on, bool.
         ends: for each answer, how many tokens there are up to its end.
     """
@@ -45,7 +45,7 @@ class Tokens:
     ends: tuple[int, ...]
 
     def cut(self, length: int) -> Tokens | None:
-        """Return what there is up to the last answer that ends within so many tokens; None where none does."""
+        """Keep the tokens up to the last answer that ends within a length; None where none does."""
         ends = tuple(end for end in self.ends if end <= length)
         return Tokens(self.place, self.ids[: ends[-1]], self.is_answer[: ends[-1]], ends) if ends else None
 
@@ -62,7 +62,7 @@ class ChatTemplate:
     """A tokenizer with its chat template, or another in its place.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: tokenizer of transformers.
         source: Jinja, in the place of the tokenizer's own.
         where: what the tokenizer belongs to, for errors.
 
@@ -119,7 +119,7 @@ class ChatTemplate:
         return [turns]
 
     def _rendered(self, conversation: Conversation, answer: int) -> tuple[str, str]:
-        """Return what the model is given before an answer, and the same with the answer."""
+        """Render the prompt before an answer, and the same with the answer."""
         before, up_to = (replace(conversation, messages=conversation.messages[: answer + n]) for n in (0, 1))
         return self._render(before, add_generation_prompt=True), self._render(up_to)
 

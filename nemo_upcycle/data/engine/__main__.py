@@ -18,8 +18,8 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
-from nemo_upcycle.data.engine.plan import load_plan
 from nemo_upcycle.data.engine.processes import stop_with_parent
+from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
 
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     stop_with_parent()
     arguments = _parse(argv)
     try:
-        from nemo_upcycle.data.engine.run import Stopped, run_plan
-        from nemo_upcycle.data.engine.stages import RunOn
+        from nemo_upcycle.data.engine.pipelines import RunOn
+        from nemo_upcycle.data.engine.supervise import Stopped, run_plan
 
         run_on = RunOn(arguments.workers, arguments.slurm, arguments.time, arguments.qos, arguments.ray)
         _check(run_on)

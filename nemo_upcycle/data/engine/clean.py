@@ -21,7 +21,7 @@ from xxhash import xxh64, xxh64_intdigest
 
 from nemo_upcycle.data.contamination import Contamination
 from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep, RemovedWriter
-from nemo_upcycle.data.engine.plan import MAX_TASKS, Plan
+from nemo_upcycle.data.engine.tasks import MAX_TASKS, EnginePlan
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import Hit, cut, removed_spans
 from nemo_upcycle.errors import UpcycleError
@@ -73,7 +73,7 @@ class FilterListed(BaseFilter):
 
 
 def compared_text(document: Document) -> str:
-    """Return what is compared: composed characters, and one blank for every run of blanks and line ends."""
+    """Compose characters, and put one blank for every run of blanks and line ends, to compare texts."""
     return " ".join(unicodedata.normalize("NFC", document.text).split())
 
 
@@ -82,8 +82,12 @@ def deduplication() -> ExactDedupConfig:
     return ExactDedupConfig(content_getter=compared_text)
 
 
-def _add(digest: xxh64, document: Document) -> None:
-    digest.update(xxh64_intdigest(document.text.encode()).to_bytes(8, sys.byteorder))
+def _numbered(data: DocumentsPipeline, digest: xxh64) -> DocumentsPipeline:
+    """Number documents, and add them to a digest; pass them on."""
+    for number, document in enumerate(data):
+        document.metadata["number"] = number
+        digest.update(xxh64_intdigest(document.text.encode()).to_bytes(8, sys.byteorder))
+        yield document
 
 
 class SignDocuments(ExactDedupSignature):
@@ -100,10 +104,8 @@ class SignDocuments(ExactDedupSignature):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Pass documents on."""
         hashes, digest = array("Q"), xxh64()
-        for document in data:
-            document.metadata["number"] = len(hashes)
+        for document in _numbered(data, digest):
             hashes.append(self.hash_fc(compared_text(document)))
-            _add(digest, document)
             yield document
         signatures = np.zeros(len(hashes), dtype=get_sig_dtype(self.config.hash_config))
         signatures["hash"] = np.frombuffer(hashes, dtype=np.uint64) if hashes else []
@@ -129,10 +131,7 @@ class RequireSameDocuments(LedgerStep):
             UpcycleError: the documents are others.
         """
         digest = xxh64()
-        for number, document in enumerate(data):
-            document.metadata["number"] = number
-            _add(digest, document)
-            yield document
+        yield from _numbered(data, digest)
         if digest.hexdigest() != read_json(_digest_path(self.folder, rank)):
             raise UpcycleError(
                 f"input of {self.ledger.task.source} (task {rank})",
@@ -147,8 +146,8 @@ class RemoveNumbered(LedgerStep):
 
     Args:
         ledger: the record of the task.
-        step: of the record.
-        files: by reason, the files of numbers in the folder of the plan.
+        step: step of the record.
+        files: reason -> the files of numbers in the folder of the plan.
     """
 
     type, name = "filter", "documents that an earlier stage found"
@@ -167,7 +166,7 @@ class RemoveNumbered(LedgerStep):
                 yield document
 
 
-def numbered(plan: Plan, rank: int, files: dict[str, str]) -> dict[int, str]:
+def numbered(plan: EnginePlan, rank: int, files: dict[str, str]) -> dict[int, str]:
     """Return the numbers that are written down of a task, each with the first reason."""
     reasons: dict[int, str] = {}
     for reason, pattern in files.items():
@@ -182,6 +181,13 @@ def write_numbers(path: Path, numbers: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as aside:
         aside.write_bytes(np.array(numbers, "<u4").tobytes())
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write arrays that a later stage loads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as aside, aside.open("wb") as handle:
+        np.savez_compressed(handle, **arrays)
 
 
 def _digest_path(folder: Path, rank: int) -> Path:

@@ -140,9 +140,9 @@ def _records(
 
     Args:
         file: a path or fsspec URL.
-        name: of the file inside its source.
+        name: name of the file inside its source.
         format: what its name says; the bytes may say another.
-        options: of the format.
+        options: options of the format.
     """
     try:
         for line, size_bytes, record in FORMATS[format].read(file, options):

@@ -27,7 +27,7 @@ _ASCII = bytes(range(0x80))
 
 
 def decompressor(head: bytes) -> Any:
-    """Return what makes the decompressor of a stream that begins so; None if it is not compressed."""
+    """Choose the decompressor's maker by the first bytes of a stream; None if it is not compressed."""
     if re.match(_GZIP, head):
         return lambda: zlib.decompressobj(wbits=31)
     if re.match(_ZSTANDARD, head):

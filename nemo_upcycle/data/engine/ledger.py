@@ -12,7 +12,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from xxhash import xxh3_128
 
-from nemo_upcycle.data.engine.plan import Plan, Task, aside, load_plan
+from nemo_upcycle.data.engine.tasks import EnginePlan, Task, aside, load_plan
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import write_json
 
@@ -27,7 +27,7 @@ class Ledger:
     """The record of the task at hand, shared by the steps of one pipeline.
 
     Args:
-        plan_path: of the plan.
+        plan_path: the plan's file.
         is_kept: whether to write it, as the last pass over the documents does.
     """
 
@@ -39,7 +39,7 @@ class Ledger:
         return f"Ledger({self.plan_path})"
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> EnginePlan:
         """The plan, read once a process."""
         return load_plan(self.plan_path)
 

@@ -54,6 +54,11 @@ class Damage:
     size_bytes: int | None
 
 
+def is_address(text: str) -> bool:
+    """Say whether a file is not one of this machine's."""
+    return "://" in text and not text.startswith(("file://", "local://"))
+
+
 def open_input(url: str) -> IO[bytes]:
     """Open a path or fsspec URL.
 
@@ -160,9 +165,7 @@ def _patiently(url: str, action: Callable[[], T]) -> T:
 
     What fails for long is an error: counted as a damaged file, its texts would be missing without notice.
     """
-    is_local = "://" not in url or url.startswith(("file://", "local://"))
-    waits_s = () if is_local else _WAITS_S
-    for wait_s in (*waits_s, None):
+    for wait_s in (*(_WAITS_S if is_address(url) else ()), None):
         try:
             return action()
         except (ImportError, ValueError, UpcycleError):
@@ -178,7 +181,7 @@ def _patiently(url: str, action: Callable[[], T]) -> T:
 
 
 def _cause_of(error: Exception) -> BaseException:
-    """Return what went wrong: fsspec takes every error of a web server for a missing file."""
+    """Find the cause: fsspec takes every error of a web server for a missing file."""
     import aiohttp
 
     cause = error.__cause__
@@ -206,7 +209,7 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
 
     Args:
         url: a path or fsspec URL, or a file in a zip file as `zip_members` names it.
-        part: of a file of plain text: its first byte, the one behind its last, and the number of its first line.
+        part: part of a file of plain text: its first byte, the one behind its last, and the number of its first line.
 
     Raises:
         OSError: one of `NOT_THERE`.

@@ -15,7 +15,7 @@ from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 from nemo_upcycle.data.engine.clean import write_numbers
 from nemo_upcycle.data.engine.ledger import LedgerStep
-from nemo_upcycle.data.word_hashes import normalise, word_blocks
+from nemo_upcycle.data.word_hashes import grams_of, joined, normalise
 
 
 _ROWS = 4096  # n-grams whose hashes are computed at a time: 3.7 MB for 112 of them
@@ -40,8 +40,7 @@ class SignNear(MinhashDedupSignature):
     def get_shingles(self, text: str) -> np.ndarray:
         """Return the hashes of the n-grams of a text, a row each."""
         size = self.config.n_grams
-        grams = [block.grams(size) for block in word_blocks(normalise(text), size - 1)]
-        return np.unique(np.concatenate([np.empty(0, np.uint64), *grams])).reshape(-1, 1)
+        return np.unique(joined(grams_of(normalise(text), size))).reshape(-1, 1)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
         """Return the hashes of each band; in pieces, for memory."""

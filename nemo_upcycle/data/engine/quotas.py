@@ -14,10 +14,9 @@ from datatrove.data import DocumentsPipeline
 from numpy.typing import NDArray
 from xxhash import xxh64_intdigest
 
-from nemo_upcycle.data.engine.clean import write_numbers
+from nemo_upcycle.data.engine.clean import write_arrays, write_numbers
 from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep
 from nemo_upcycle.data.engine.tokenise import batches, load_encode
-from nemo_upcycle.utils.files import whole_file
 
 
 #: Files of the numbers of the documents that are not taken, in the folder of the plan, by reason.
@@ -47,11 +46,9 @@ class CountTokens(LedgerStep):
                 sizes.frombytes((np.diff(offsets) + 1).tobytes())
         # What decontamination cuts a document into is taken together, in the place of the first piece.
         documents, first = np.unique(np.array(numbers, np.uint32), return_index=True)
+        tokens = np.add.reduceat(np.array(sizes, np.int64), first) if len(first) else np.empty(0, np.int64)
         path = plan.path("quotas", rank, "npz")
-        path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as aside, aside.open("wb") as handle:
-            tokens = np.add.reduceat(np.array(sizes, np.int64), first) if len(first) else np.empty(0, np.int64)
-            np.savez(handle, numbers=documents, places=np.array(places, np.uint64)[first], tokens=tokens)
+        write_arrays(path, numbers=documents, places=np.array(places, np.uint64)[first], tokens=tokens)
 
 
 class TakeDocuments(LedgerStep):

@@ -19,7 +19,7 @@ from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 from numpy.typing import NDArray
 
 from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep
-from nemo_upcycle.data.engine.plan import Plan, aside, outputs
+from nemo_upcycle.data.engine.tasks import EnginePlan, aside, outputs
 
 
 #: Texts -> the ids of all of them, and where each begins and the last one ends.
@@ -35,7 +35,7 @@ _PROBE = (
 )  # fmt: skip
 
 
-def choose_library(plan: Plan) -> tuple[str, str]:
+def choose_library(plan: EnginePlan) -> tuple[str, str]:
     """Return the library that encodes the plan's texts, and why it is not the fast one.
 
     fastokens is used where it loads the tokenizer and gives the ids of `tokenizers` for texts of many kinds.
@@ -53,12 +53,12 @@ def choose_library(plan: Plan) -> tuple[str, str]:
     return FASTOKENS, ""
 
 
-def load_encode(plan: Plan, library: str) -> Encode:
+def load_encode(plan: EnginePlan, library: str) -> Encode:
     """Return the function that encodes with a library."""
     return {FASTOKENS: _fastokens_encode, TOKENIZERS: _tokenizers_encode}[library](_tokenizer_json(plan))
 
 
-def _tokenizer_json(plan: Plan) -> str:
+def _tokenizer_json(plan: EnginePlan) -> str:
     """Return the tokenizer without a limit of length, and with an end-of-text token that differs from text."""
     content = json.loads(Path(plan.tokenizer).read_text(encoding="utf-8"))
     content.update(truncation=None, padding=None)
@@ -97,7 +97,7 @@ def _tokenizers_encode(content: str) -> Encode:
 class TokensFile(MegatronTokenizedFile):
     """datatrove's writer, with 12 bytes of memory a document, whole batches, and a name that it gets when complete."""
 
-    def __init__(self, plan: Plan, rank: int, split: str) -> None:
+    def __init__(self, plan: EnginePlan, rank: int, split: str) -> None:
         self.final = {suffix: plan.path("tokens", rank, f"{split}.{suffix}") for suffix in ("bin", "idx")}
         token_size = 4 if plan.vocab_size > _LARGEST_16_BIT_VOCABULARY else 2
         folder = self.final["bin"].parent
@@ -129,7 +129,7 @@ class TokensFile(MegatronTokenizedFile):
 class TextsFile:
     """Held-out documents as JSON lines."""
 
-    def __init__(self, plan: Plan, rank: int, split: str) -> None:
+    def __init__(self, plan: EnginePlan, rank: int, split: str) -> None:
         self.final = {"jsonl": plan.path("tokens", rank, f"{split}.jsonl")}
         self.aside = aside(self.final["jsonl"])
         self.handle: IO[str] = self.aside.open("w", encoding="utf-8")

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from nemo_upcycle.data.blend import Blend
 from nemo_upcycle.data.needs import Need
 
 
@@ -35,13 +34,26 @@ class InputFile:
         path: absolute, or an address that fsspec opens.
         reader: a key of `FORMATS`.
         size_bytes: on disk; None where only opening it would tell.
-        options: of the format.
+        options: options of the format.
     """
 
     path: str
     reader: str
     size_bytes: int | None
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def input_file(path: Path, reader: str) -> InputFile:
+    """Describe a file of this machine that has no options."""
+    return InputFile(str(path.absolute()), reader, path.stat().st_size)
+
+
+class Place(NamedTuple):
+    """What a reader needs of a blend: the folder where relative paths start, its seed, and a folder to render into."""
+
+    folder: Path
+    seed: int
+    work: Path
 
 
 class Reader(ABC):
@@ -54,14 +66,13 @@ class Reader(ABC):
     renders: ClassVar[bool] = False
 
     @abstractmethod
-    def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: Path) -> list[InputFile]:
+    def list_files(self, entries: list[str], options: dict[str, Any], at: Place) -> list[InputFile]:
         """Return the files of one split.
 
         Args:
             entries: what the source names for the split; not empty.
-            blend: the blend; relative paths start from its folder.
-            options: what it gives of `self.options`.
-            work: where what has to be rendered is written.
+            options: those of `self.options` that the source gives.
+            at: the blend's folder and seed, and where to render.
 
         Raises:
             UpcycleError: an entry matches nothing, or an option is wrong.
@@ -72,7 +83,7 @@ class Reader(ABC):
         return [] if self.renders else entries
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
-        """Return what it takes from a network, beside the addresses among `paths`."""
+        """List its needs from a network, beside the addresses among `paths`."""
         return []
 
 
@@ -93,7 +104,7 @@ class Format(ABC):
 
         Args:
             file: a path or fsspec URL.
-            options: of the task, over `defaults`.
+            options: options of the task, over `defaults`.
 
         Raises:
             OSError: there is no such file.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.blend import Blend
 from nemo_upcycle.data.engine.encodings import COMPRESSED
-from nemo_upcycle.data.readers import FORMATS, InputFile, Reader, format_of, register
+from nemo_upcycle.data.readers import FORMATS, InputFile, Place, Reader, format_of, register
 from nemo_upcycle.errors import UpcycleError
 
 
@@ -21,7 +20,7 @@ class Files(Reader):
 
     name, options = "files", ("text_key", "id_key")
 
-    def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: Path) -> list[InputFile]:
+    def list_files(self, entries: list[str], options: dict[str, Any], at: Place) -> list[InputFile]:
         """See `Reader.list_files`."""
         for name, value in options.items():
             if not isinstance(value, str):
@@ -30,7 +29,7 @@ class Files(Reader):
                 )
         files: dict[str, InputFile] = {}
         for entry in entries:
-            matches = sorted(_expand(entry, blend.folder))
+            matches = sorted(_expand(entry, at.folder))
             if not matches:
                 raise UpcycleError(
                     f"pattern {entry}",

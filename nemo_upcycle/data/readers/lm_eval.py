@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.blend import Blend
 from nemo_upcycle.data.needs import Need, task_need
-from nemo_upcycle.data.readers import InputFile, Reader, register
+from nemo_upcycle.data.readers import InputFile, Place, Reader, input_file, register
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.lm_eval_tasks import load_tasks
 from nemo_upcycle.utils.files import whole_file
@@ -25,13 +24,13 @@ class LmEval(Reader):
 
     name, options, renders = "lm_eval", ("include_path",), True
 
-    def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: Path) -> list[InputFile]:
+    def list_files(self, entries: list[str], options: dict[str, Any], at: Place) -> list[InputFile]:
         """See `Reader.list_files`."""
-        paths = [work / f"{task}.jsonl" for task in entries]
+        paths = [at.work / f"{task}.jsonl" for task in entries]
         if not all(path.is_file() for path in paths):
             own = options.get("include_path")
-            write_training_splits(entries, work, blend.folder.absolute() / Path(own).expanduser() if own else None)
-        return [InputFile(str(path.absolute()), "jsonl", path.stat().st_size) for path in paths]
+            write_training_splits(entries, at.work, at.folder.absolute() / Path(own).expanduser() if own else None)
+        return [input_file(path, "jsonl") for path in paths]
 
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
         """See `Reader.paths`: the user's own tasks."""

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from nemo_upcycle.data.blend import Blend
-from nemo_upcycle.data.readers import InputFile, Reader, register
+from nemo_upcycle.data.readers import InputFile, Place, Reader, register
 from nemo_upcycle.data.readers.jsonl import JsonLines
 from nemo_upcycle.errors import UpcycleError
 
@@ -28,7 +27,7 @@ class RedPajamaV2(Reader):
     name = "redpajama_v2"
     options = ("snapshots", "languages", "buckets", "shards", "duplicates")
 
-    def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: Path) -> list[InputFile]:
+    def list_files(self, entries: list[str], options: dict[str, Any], at: Place) -> list[InputFile]:
         """See `Reader.list_files`."""
         defaults: dict[str, Any] = {"languages": ["en"], "buckets": ["head"], "duplicates": True}
         options = defaults | options
@@ -54,9 +53,9 @@ class RedPajamaV2(Reader):
             for bucket in options["buckets"]
         ]
         if shards:
-            names = random.Random(blend.config.seed).sample(names, min(shards, len(names)))
+            names = random.Random(at.seed).sample(names, min(shards, len(names)))
         files = []
-        for base in (_base(entry, blend.folder) for entry in entries):
+        for base in (_base(entry, at.folder) for entry in entries):
             for name in names:
                 reader_options: dict[str, Any] = {"bucket": options["buckets"]}
                 if options["duplicates"]:

@@ -130,7 +130,7 @@ def padded_length(length: int, chunk: Any) -> int:
 
 
 def _causal_mask(offset: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """Return what attention may not see [1, 1, S, offset + S]; Transformer Engine makes its own."""
+    """Mask the places that attention may not see [1, 1, S, offset + S]; Transformer Engine makes its own."""
     if device.type == "cuda":
         return None
     return torch.ones(length, offset + length, dtype=torch.bool, device=device).triu(offset + 1)[None, None]

@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nemo_upcycle.convert.found import find_model
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
+from nemo_upcycle.evaluation.megatron.chunks import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import Scored, score
 from nemo_upcycle.models.hf_model import load_tokenizer
@@ -271,7 +271,7 @@ class MegatronLM(HFLM):
         return ProgressLine(f"{self._label}: {what}", total, enabled=torch.distributed.get_rank() == 0)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval's results say of the model."""
+        """Describe the model for lm-eval's results."""
         return self._info
 
 

@@ -154,7 +154,7 @@ class _Pass:
 
     Args:
         sequences: all of them.
-        batch: of each row the inputs, and the numbers of the sequences that it answers.
+        batch: inputs of each row, and the numbers of the sequences that it answers.
         size: N, at least as many as rows in the batch.
         length: S, to which rows are padded with zeros behind: no token sees what comes after it.
     """

@@ -13,10 +13,9 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-from nemo_upcycle.data.blend_samples import index_folder, say_what_is_read
+from nemo_upcycle.data.blend_samples import index_folder, say_what_is_read, whole_indices
 from nemo_upcycle.data.epoch_dataset import EpochDataset
 from nemo_upcycle.data.finished import MANIFEST, open_blend
-from nemo_upcycle.data.index_cache import whole_indices
 
 
 @dataclass(kw_only=True)

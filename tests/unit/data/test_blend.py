@@ -46,7 +46,7 @@ def test_overrides_change_weights_length_and_tokenizer() -> None:
         ("sources.speeches.weight=much", "sources.speeches.weight: got 'much', expected a number"),
         ("sources.speeches.on_hit=cutt", "on_hit 'cutt' does not exist. Did you mean 'cut'?"),
         ("sources.speeches.tokens=0", "tokens: got 0.0, expected 1 or more"),
-        ("sources.speeches.train=[]", "train: got nothing, expected at least one entry"),
+        ("sources.speeches.train=[]", "train: got none, expected at least one entry"),
         ("seqlength=3", "key 'seqlength' does not exist. Did you mean 'seq_length'?"),
         ("hold_out.validation=0.9", "hold_out.validation: got 0.9, expected 0 to 0.5"),
         ("near_duplicates.bands=0", "near_duplicates.bands: got 0, expected 1 to 100"),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
-from nemo_upcycle.data.build import _is_done, changed_files, changes_text
+from nemo_upcycle.data.build import _as_begun, _require_ours, build_blend, changed_files
 from nemo_upcycle.data.finished import FORMAT
 from nemo_upcycle.data.manifest import texts_of
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import MARKER, write_json
+from nemo_upcycle.utils.files import MARKER, MODEL_MARKER, write_json
 
 
 def test_settings_that_a_release_did_not_have_count_as_their_defaults(tmp_path: Path) -> None:
@@ -22,10 +23,23 @@ def test_settings_that_a_release_did_not_have_count_as_their_defaults(tmp_path: 
     del noted["blend"]["pii"], noted["blend"]["sources"]["talks"]["on_hit"]
     write_json(tmp_path / MARKER, {"made_from": noted})
     now = {"format": FORMAT, "blend": texts_of(config), "strict": False}
-    assert _is_done(tmp_path, now)
+    _require_ours(tmp_path, now)
     config.pii = ["email"]
     with pytest.raises(UpcycleError, match=r"another blend's \(pii differ\)"):
-        _is_done(tmp_path, now | {"blend": texts_of(config)})
+        _require_ours(tmp_path, now | {"blend": texts_of(config)})
+
+
+@pytest.mark.parametrize(
+    ("name", "marker"), [("notes.json", {}), (MARKER, {}), (MARKER, {"made_from": {"chat": {}}}), (MODEL_MARKER, {})]
+)
+def test_a_folder_that_is_refused_stays_as_it_is(tmp_path: Path, name: str, marker: dict[str, Any]) -> None:
+    """It is somebody else's, a stage's, one of conversations, or a model's."""
+    write_json(tmp_path / name, marker)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UpcycleError) as caught:
+        build_blend(Blend("mine", tmp_path, BlendConfig({}, tokenizer="parent")), tmp_path)
+    assert caught.value.got == "files that are not ours"
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.fixture
@@ -74,6 +88,10 @@ def test_folder_of_an_earlier_version_is_not_compared(blend: Blend, tmp_path: Pa
     assert changed_files(blend, tmp_path / "data") == {}
 
 
-def test_of_many_files_the_first_ones_are_named() -> None:
-    text = changes_text({"new": list("abcde"), "gone": ["f"]}, Path("data"))
-    assert text == "since data was made 5 files are new (a, b, c, and 2 more), 1 is gone (f)"
+def test_a_source_taken_out_leaves_whether_held_out_text_is_compared(tmp_path: Path) -> None:
+    held = {"source": "held", "split": "heldout", "files": ["a"], "options": {}}
+    kept = {"source": "web", "split": "train", "files": ["b"], "options": {}}
+    begun = {"tasks": [held, kept], "finders": 2, "heldout_overlap": 0.5}
+    write_json(tmp_path / "plan.json", begun)
+    now = _as_begun(tmp_path / "plan.json", {"tasks": [kept], "finders": 1, "heldout_overlap": None})
+    assert now == begun | {"tasks": [held | {"files": []}, kept]}

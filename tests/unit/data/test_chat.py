@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_upcycle.data.chat.build import build_chat
+from nemo_upcycle.data.chat.build_chat import build_chat
 from nemo_upcycle.data.chat.config import read_chat
 from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.chat.messages import Conversation, Problem, read_conversations
@@ -301,7 +301,7 @@ def test_the_same_conversations_are_kept_and_others_refused(tokenizer: Path, tmp
     values = [f"tokenizer={tokenizer}", "seq_length=96", "validation=0.1", "heldout=0.1"]
     build_chat(read_chat(tmp_path / "mine.jsonl", values), tmp_path / "chat")
     assert (tmp_path / "chat/training.npy").stat().st_mtime_ns == before
-    with pytest.raises(UpcycleError, match="made from something else"):
+    with pytest.raises(UpcycleError, match=r"another chat's \(seed differ\)"):
         build_chat(read_chat(tmp_path / "mine.jsonl", [*values, "seed=1"]), tmp_path / "chat")
 
 

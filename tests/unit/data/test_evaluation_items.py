@@ -13,7 +13,6 @@ from nemo_upcycle.data.inputs import list_inputs
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import cut, removed_spans
 from nemo_upcycle.demo.assets import fetch_asset
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import suite_items
 from nemo_upcycle.suites.suite import choose_questions
 from nemo_upcycle.suites.suite_config import read_suite_config
@@ -114,22 +113,3 @@ def test_eight_words_in_a_row_are_reported(built: tuple[dict[str, Any], NgramInd
     counts = report.to_dict()["mmlu"]
     assert counts["documents"] >= 48  # of 50 with one word in ten changed
     assert counts["bytes"] == 0
-
-
-def test_unknown_suite_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"evaluation suite 'ful' does not exist\. Did you mean 'full'"):
-        build_index(["ful"], tmp_path / "index.npz")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.full
-def test_hub_tasks_without_a_network_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for constant in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
-        monkeypatch.setattr(constant, True)
-    suite = tmp_path / "suite.yaml"
-    suite.write_text("tasks: {nobody_piqa: [0]}\nlocal: false\n")
-    with pytest.raises(UpcycleError, match="task: got nobody_piqa"):
-        build_index([suite], tmp_path / "index.npz")
-    with pytest.raises(UpcycleError, match=r"data of lm-eval's task mmlu: got .* Fix: run where .* hub can be"):
-        build_index(["demo", "paper"], tmp_path / "index.npz")
-    assert not (tmp_path / "index.npz").exists()

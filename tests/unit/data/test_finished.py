@@ -78,7 +78,7 @@ def _lose_a_token(folder: Path) -> None:
 
 DAMAGE: dict[str, Any] = {
     r"data folder .*: got no _SUCCESS\.json": lambda folder: (folder / MARKER).unlink(),
-    r"format of .*manifest\.json: got 1, expected 2": lambda folder: set_manifest(folder, format=1),
+    r"format of .*manifest\.json: got texts 1, expected texts 2": lambda folder: set_manifest(folder, format=1),
     r"books_train_01_text_document\.bin: got \d+ bytes": lambda folder: _cut(folder / f"{BOOKS.format(1)}.bin"),
     r"books_train_01_text_document\.idx: got \d+ bytes": lambda folder: _cut(folder / f"{BOOKS.format(1)}.idx"),
     r"talks_train_00_text_document\.bin: got no such file": lambda folder: (folder / f"{TALKS}.bin").unlink(),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data.index_cache import whole_indices
+from nemo_upcycle.data.blend_samples import whole_indices
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER, read_json
 
@@ -75,7 +75,7 @@ def test_indices_of_other_data_are_deleted(manifest: Path) -> None:
 _HOLD = """
 import sys, time
 from pathlib import Path
-from nemo_upcycle.data.index_cache import whole_indices
+from nemo_upcycle.data.blend_samples import whole_indices
 cache = Path(sys.argv[1])
 with whole_indices(cache, Path(sys.argv[2])):
     print("building", flush=True)

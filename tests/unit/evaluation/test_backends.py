@@ -16,7 +16,7 @@ from nemo_upcycle.evaluation import backends
 from nemo_upcycle.evaluation.backends import CPU_BATCH, choose_backend, load_model, open_model, wrap_model
 from nemo_upcycle.evaluation.run import evaluate
 from nemo_upcycle.suites.suite import build_suite
-from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig, read_suite_config
+from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 
@@ -136,27 +136,3 @@ def test_automatic_batches_give_the_same_numbers(tiny_llama: Path, tmp_path: Pat
     assert automatic["samples"] == fixed["samples"]
     for one, other in zip(fixed["items"]["mmlu_letter"], automatic["items"]["mmlu_letter"], strict=True):
         assert one["loglikelihoods"] == pytest.approx(other["loglikelihoods"], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("backend: vlm", "backend 'vlm' does not exist. Did you mean 'vllm'?"),
-        ("batch_size: 0", "batch_size: got 0, expected a whole number from 1 on, or auto"),
-        ("batch_size: automatic", "batch_size: got automatic, expected a whole number"),
-        ("back_end: hf", "key 'back_end' does not exist. Did you mean 'backend'?"),
-    ],
-)
-def test_a_suite_with_a_mistake_is_refused(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "suite.yaml"
-    path.write_text(f"tasks:\n  mmlu_letter: [0]\n{line}\n")
-    with pytest.raises(UpcycleError) as caught:
-        read_suite_config(path)
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("paper", "bfloat16"), ("full", "float32"), ("demo", "float32")])
-def test_suites_of_the_package_take_these_back_ends(name: str, dtype: str) -> None:
-    config = read_suite_config(name)
-    assert (config.backend, config.dtype) == ("auto", dtype)
-    assert config.batch_size == (8 if name == "demo" else "auto")

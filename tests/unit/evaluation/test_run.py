@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import CheckpointError, UpcycleError
@@ -18,10 +19,11 @@ from nemo_upcycle.evaluation.backends import load_model
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.heldout import by_source, document_sums
 from nemo_upcycle.evaluation.run import _extract, evaluate
+from nemo_upcycle.models.hf_model import load_tokenizer
 from nemo_upcycle.suites.suite import build_named_suite, build_suite, load_suite_tasks
 from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
 from nemo_upcycle.utils.files import MARKER
-from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS, write_tokenizer
+from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def windows(suite: Path) -> list[str]:
 
 
 def loglikelihood(folder: Path, context: str, continuation: str) -> float:
-    """log P(continuation | context), added up token by token; <s> (token 0) is the context of an empty one."""
+    """log P(continuation | context), added up token by token; <s> is the context of an empty one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,7 +52,7 @@ def loglikelihood(folder: Path, context: str, continuation: str) -> float:
     context_ids, continuation_ids = (
         tokenizer.encode(text, add_special_tokens=False) for text in (context, continuation)
     )
-    tokens = (context_ids or [0]) + continuation_ids
+    tokens = (context_ids or [tokenizer.bos_token_id]) + continuation_ids
     with torch.no_grad():
         logits_SV = model(torch.tensor([tokens])).logits[0].double()
     total = 0.0
@@ -293,7 +295,11 @@ def test_a_tokenizer_that_adds_its_own_first_token_changes_no_perplexity(
     tiny_llama: Path, suite: Path, result: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "with_bos")
-    write_tokenizer(folder, adds_bos=True)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
     found = evaluate(folder, suite, tmp_path, name="with_bos")
     assert (
         found["metrics"]["heldout_perplexity/bits_per_byte"] == result["metrics"]["heldout_perplexity/bits_per_byte"]

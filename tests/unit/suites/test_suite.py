@@ -36,6 +36,9 @@ def test_every_configuration_of_the_package_loads(name: str) -> None:
     config = read_suite_config(name)
     assert config.tasks
     assert config.local == (name not in ("instructions", "paper", "wide"))
+    if name in ("paper", "full", "demo"):
+        assert (config.backend, config.dtype) == ("auto", "bfloat16" if name == "paper" else "float32")
+        assert config.batch_size == (8 if name == "demo" else "auto")
 
 
 @pytest.mark.full
@@ -76,6 +79,9 @@ def test_every_published_value_is_of_a_column_of_its_suite() -> None:
         ),
         ("tasks: [", "expected valid YAML"),
         ("seed: 1", "tasks"),
+        ("tasks: {mmlu_letter: [0]}\nbackend: vlm", "backend 'vlm' does not exist. Did you mean 'vllm'?"),
+        ("tasks: {mmlu_letter: [0]}\nbatch_size: 0", "batch_size: got 0, expected a whole number from 1 on, or auto"),
+        ("tasks: {mmlu_letter: [0]}\nbatch_size: automatic", "batch_size: got automatic, expected a whole number"),
         ("[1, 2]", "got list, expected keys"),
     ],
 )

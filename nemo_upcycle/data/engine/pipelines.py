@@ -14,17 +14,17 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactFindDedups
 
-from nemo_upcycle.data.engine import clean, heldout, near, quotas
+from nemo_upcycle.data.engine import clean, near, overlap, quotas
 from nemo_upcycle.data.engine.documents import ReadDocuments
 from nemo_upcycle.data.engine.ledger import CountDocuments, CountText, Ledger, LedgerStep
 from nemo_upcycle.data.engine.pii import ReplacePII
-from nemo_upcycle.data.engine.plan import Plan
+from nemo_upcycle.data.engine.tasks import EnginePlan
 from nemo_upcycle.data.engine.tokenise import Tokenise
 from nemo_upcycle.utils.files import write_json
 
 
 @dataclass(frozen=True)
-class Stage:
+class EngineStage:
     """A pipeline and its number of tasks; datatrove records under `name` which of them are complete."""
 
     name: str
@@ -39,8 +39,8 @@ class RunOn:
     Args:
         workers: tasks at a time.
         slurm: the partition.
-        time_limit: of a Slurm job, as sbatch takes it.
-        qos: of the Slurm jobs.
+        time_limit: time limit of a Slurm job, as sbatch takes it.
+        qos: quality of service of the Slurm jobs.
         ray: whether they run on the Ray cluster.
     """
 
@@ -72,7 +72,7 @@ SIGN, COUNT, TAKE, WRITE = "1_sign", "2_count", "2_take", "3_write"
 FIND, FIND_NEAR, JOIN, COMPARE, JUDGE = "2_find", "2_find_near", "2_join", "2_compare", "2_judge"
 
 
-def tasks_of_stages(plan: Plan) -> dict[str, int]:
+def tasks_of_stages(plan: EnginePlan) -> dict[str, int]:
     """Return the names of the stages, in their order, and their numbers of tasks."""
     tasks = len(plan.tasks)
     overlaps, near = plan.heldout_overlap is not None, plan.near_duplicates
@@ -88,7 +88,7 @@ def tasks_of_stages(plan: Plan) -> dict[str, int]:
     }
 
 
-def stages(plan: Plan, library: str) -> list[Stage]:
+def stages(plan: EnginePlan, library: str) -> list[EngineStage]:
     """Return the stages in their order."""
     path, folder = plan.folder / "plan.json", plan.folder / "duplicates"
     ledger, unwritten = Ledger(path, is_kept=True), Ledger(path, is_kept=False)
@@ -98,41 +98,41 @@ def stages(plan: Plan, library: str) -> list[Stage]:
     join: list[PipelineStep] = [StartTask(unwritten)]
     pipelines: dict[str, list[Any]] = {SIGN: sign, FIND: [StartTask(unwritten), find], JOIN: join}
     if plan.heldout_overlap is not None:
-        sign.append(heldout.WriteHeldout(unwritten))
+        sign.append(overlap.WriteHeldout(unwritten))
     if plan.near_duplicates:
         config = near.near_config(plan.near_duplicates)
         sign.append(near.SignNear(folder, config))
         pipelines[FIND_NEAR] = [StartTask(unwritten), near.find_near(folder, config)]
         join.append(near.KeepFirst(unwritten, folder))
     if plan.heldout_overlap is not None:
-        join.append(heldout.IndexHeldout(unwritten))
-        pipelines[COMPARE] = [*_deduplicated(unwritten, plan), heldout.CompareTraining(unwritten)]
-        pipelines[JUDGE] = [StartTask(unwritten), heldout.JudgeHeldout(unwritten)]
+        join.append(overlap.IndexHeldout(unwritten))
+        pipelines[COMPARE] = [*_deduplicated(unwritten, plan), overlap.CompareTraining(unwritten)]
+        pipelines[JUDGE] = [StartTask(unwritten), overlap.JudgeHeldout(unwritten)]
     pipelines[COUNT] = [*_cleaned(unwritten, plan), quotas.CountTokens(unwritten, library)]
     pipelines[TAKE] = [StartTask(unwritten), quotas.TakeDocuments(unwritten)]
     counts = tasks_of_stages(plan)
     beyond = [clean.RemoveNumbered(ledger, "tokenise", quotas.BEYOND)] if TAKE in counts else []
     pipelines[WRITE] = [*_cleaned(ledger, plan), *beyond, Tokenise(ledger, library)]
-    return [Stage(name, pipelines[name], tasks) for name, tasks in counts.items()]
+    return [EngineStage(name, pipelines[name], tasks) for name, tasks in counts.items()]
 
 
-def _cleaned(ledger: Ledger, plan: Plan) -> list[PipelineStep]:
+def _cleaned(ledger: Ledger, plan: EnginePlan) -> list[PipelineStep]:
     """Return the steps up to the documents that may be written."""
-    overlap = clean.RemoveNumbered(ledger, "overlap", heldout.REMOVED)
+    remove = clean.RemoveNumbered(ledger, "overlap", overlap.REMOVED)
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
     if any(task.pii for task in plan.tasks):
         decontaminate.append(ReplacePII(ledger))
     return [
         *_deduplicated(ledger, plan),
         CountDocuments(ledger, "deduplicate"),
-        *([overlap] if plan.heldout_overlap is not None else []),
+        *([remove] if plan.heldout_overlap is not None else []),
         CountDocuments(ledger, "overlap"),
         *decontaminate,
         CountDocuments(ledger, "decontaminate"),
     ]
 
 
-def _deduplicated(ledger: Ledger, plan: Plan) -> list[PipelineStep]:
+def _deduplicated(ledger: Ledger, plan: EnginePlan) -> list[PipelineStep]:
     """Return the steps up to the documents that are no duplicates."""
     if SIGN not in tasks_of_stages(plan):
         return _documents(ledger)
@@ -184,7 +184,7 @@ class _Slurm(SlurmPipelineExecutor):
         """Skip the job that merges statistics: behind a failed stage it would stay queued."""
 
 
-def executor(plan: Plan, stage: Stage, run_on: RunOn, environment: Path) -> Any:
+def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn, environment: Path) -> Any:
     """Return datatrove's executor for a stage.
 
     Args:
@@ -210,12 +210,12 @@ def executor(plan: Plan, stage: Stage, run_on: RunOn, environment: Path) -> Any:
     return _Local(**shared, workers=min(run_on.workers, stage.tasks))
 
 
-def slurm_jobs(plan: Plan) -> Path:
+def slurm_jobs(plan: EnginePlan) -> Path:
     """Return the path of the file with the numbers of Slurm's jobs, until their stage is complete."""
     return plan.folder / "logs" / "slurm_jobs.json"
 
 
-def completed(plan: Plan) -> int:
+def completed(plan: EnginePlan) -> int:
     """Return how many tasks are complete, those of all stages together."""
     folders = [plan.folder / "logs" / name / "completions" for name in tasks_of_stages(plan)]
     return sum(len(os.listdir(folder)) for folder in folders if folder.is_dir())

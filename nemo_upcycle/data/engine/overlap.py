@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from datatrove.data import DocumentsPipeline
 
-from nemo_upcycle.data.engine.clean import DUPLICATES, numbered, write_numbers
+from nemo_upcycle.data.engine.clean import DUPLICATES, numbered, write_arrays, write_numbers
 from nemo_upcycle.data.engine.ledger import LedgerStep
-from nemo_upcycle.data.engine.plan import Plan
+from nemo_upcycle.data.engine.tasks import EnginePlan
 from nemo_upcycle.data.finished import HELDOUT_OVERLAP
 from nemo_upcycle.data.ngrams import SHORT_WORDS, stretch_of
-from nemo_upcycle.data.word_hashes import HashFilter, look_up, normalise, word_blocks
-from nemo_upcycle.utils.files import whole_file, write_json
+from nemo_upcycle.data.word_hashes import HashFilter, grams_of, joined, look_up, normalise
+from nemo_upcycle.utils.files import write_json
 
 
 #: Above so many n-grams of held-out text only every second, third, ... is looked for, chosen by its hash.
@@ -40,7 +40,7 @@ def _grams(text: str) -> tuple[int, Iterator[np.ndarray]]:
     """Return the words of an n-gram, which its script decides, and the hashes of a text's n-grams, block by block."""
     words = normalise(text)
     size = SHORT_WORDS * stretch_of(words)
-    return size, (block.grams(size) for block in word_blocks(words, size - 1))
+    return size, grams_of(words, size)
 
 
 def _covered(starts: np.ndarray, size: int | np.ndarray) -> np.ndarray:
@@ -51,10 +51,6 @@ def _covered(starts: np.ndarray, size: int | np.ndarray) -> np.ndarray:
 def _seen(every: int, size: int | np.ndarray) -> Any:
     """Return the part of a copy's words that n-grams cover where one in `every` is looked for."""
     return 1 - (1 - 1 / every) ** size
-
-
-def _joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +64,7 @@ class _Documents:
     hashes: np.ndarray
 
     @classmethod
-    def load(cls, plan: Plan, rank: int) -> _Documents:
+    def load(cls, plan: EnginePlan, rank: int) -> _Documents:
         """Read those that deduplication leaves."""
         with np.load(plan.path("overlap/ngrams", rank, "npz")) as file:
             documents = cls(**file)
@@ -110,22 +106,16 @@ class WriteHeldout(LedgerStep):
                 splits.append(document.metadata["split"])
                 size, grams = _grams(document.text)
                 spans.append(size)
-                hashes.append(_joined(grams))
+                hashes.append(joined(grams))
             yield document
         documents = _Documents(
             numbers=np.array(numbers, np.uint32),
             splits=np.array(splits, np.str_),
             spans=np.array(spans, np.int64),
             sizes=np.array([len(one) for one in hashes], np.int64),
-            hashes=_joined(hashes),
+            hashes=joined(hashes),
         )
-        _save(self.ledger.plan.path("overlap/ngrams", rank, "npz"), **dataclasses.asdict(documents))
-
-
-def _save(path: Path, **arrays: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as aside, aside.open("wb") as handle:
-        np.savez_compressed(handle, **arrays)
+        write_arrays(self.ledger.plan.path("overlap/ngrams", rank, "npz"), **dataclasses.asdict(documents))
 
 
 def _chosen(hashes: np.ndarray, every: int) -> np.ndarray:
@@ -156,7 +146,7 @@ class IndexHeldout(LedgerStep):
         for task in range(len(plan.tasks)):
             of_task = _Documents.load(plan, task).hashes
             hashes.append(of_task[_chosen(of_task, every)])
-        _save(_index_path(plan.folder), hashes=np.unique(_joined(hashes)), every=np.array(every))
+        write_arrays(_index_path(plan.folder), hashes=np.unique(joined(hashes)), every=np.array(every))
 
 
 @lru_cache(maxsize=1)
@@ -195,10 +185,10 @@ class CompareTraining(LedgerStep):
             else:
                 after[shared] = True
         write_numbers(plan.folder / REMOVED["mostly in held-out text"].format(rank=rank), removed)
-        _save(plan.path("overlap/found", rank, "npz"), before=np.packbits(before), after=np.packbits(after))
+        write_arrays(plan.path("overlap/found", rank, "npz"), before=np.packbits(before), after=np.packbits(after))
 
 
-def _most(plan: Plan) -> float:
+def _most(plan: EnginePlan) -> float:
     return float(plan.heldout_overlap or 0)
 
 
@@ -243,7 +233,7 @@ class JudgeHeldout(LedgerStep):
         write_json(plan.folder / HELDOUT_OVERLAP, about | {"rows": written})
 
 
-def _found(plan: Plan, kind: str, size: int) -> np.ndarray:
+def _found(plan: EnginePlan, kind: str, size: int) -> np.ndarray:
     """Return which n-grams of the index stand in the training text of any task."""
     bits = np.zeros(-(-size // 8), np.uint8)
     for task in range(len(plan.tasks)):

@@ -16,7 +16,7 @@ from nemo_upcycle.utils.files import read_json, sha256_file
 
 #: datatrove keeps the priority of a document, here that of its task, in 16 bits.
 MAX_TASKS = 65_535
-#: In the folder of the plan: what the engine began to work on, as `Plan.fingerprint` says it.
+#: In the folder of the plan: what the engine began to work on, as `EnginePlan.fingerprint` says it.
 BEGUN = "engine.json"
 #: Of the files that one stage leaves for another.
 _FORMAT = 2
@@ -30,7 +30,7 @@ class Task:
         source: the name of the source.
         reader: a key of `nemo_upcycle.data.readers.FORMATS`.
         files: paths or fsspec URLs.
-        split: where its documents go; None spreads them over the splits, as `Plan.hold_out` says.
+        split: where its documents go; None spreads them over the splits, as `EnginePlan.hold_out` says.
         options: of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its list),
             `part` (of its one file, as `read_lines` takes it).
         max_tokens: tokens of training that are taken of all the tasks of its source; None takes all.
@@ -49,7 +49,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """All that determines the output; the number of workers does not.
 
     Args:
@@ -59,7 +59,7 @@ class Plan:
         vocab_size: number of token ids; above 65,536 a token takes 4 bytes.
         tasks: in the order in which the earlier of two equal documents wins.
         ngram_index: the n-grams of the evaluation items, as `NgramIndex` reads them; None decontaminates nothing.
-        seed: of the spreading over the splits.
+        seed: seed of the spreading over the splits.
         strict: whether bad input is an error.
         deduplicate: whether of equal documents only the first is kept.
         finders: number of tasks that look for duplicates.
@@ -103,7 +103,7 @@ class Plan:
         return names
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what must be the same for the work of an earlier run to be continued."""
+        """Note everything that has to be the same to continue the work of an earlier run."""
         inputs = [Path(path) for path in (self.tokenizer, self.ngram_index) if path]
         return {
             "format": _FORMAT,
@@ -113,7 +113,7 @@ class Plan:
 
 
 @lru_cache(maxsize=1)
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path) -> EnginePlan:
     """Read the plan that `nemo-upcycle data` wrote.
 
     Raises:
@@ -130,10 +130,10 @@ def load_plan(path: Path) -> Plan:
     if (count := len(content["tasks"])) > MAX_TASKS:
         raise UpcycleError("tasks", got=count, expected=f"at most {MAX_TASKS}", fix="divide the blend into several")
     tasks = tuple(Task(**task) for task in content["tasks"])
-    return Plan(**{**content, "folder": path.resolve().parent, "tasks": tasks})
+    return EnginePlan(**{**content, "folder": path.resolve().parent, "tasks": tasks})
 
 
-def outputs(plan: Plan, rank: int) -> Iterator[Path]:
+def outputs(plan: EnginePlan, rank: int) -> Iterator[Path]:
     """Yield every file of tokens or texts that a task may write."""
     for split in SPLITS[:2]:
         yield from (plan.path("tokens", rank, f"{split}.{suffix}") for suffix in ("bin", "idx"))
@@ -148,7 +148,7 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}{_HALF}{uuid4().hex[:8]}")
 
 
-def clear_asides(plan: Plan) -> None:
+def clear_asides(plan: EnginePlan) -> None:
     """Delete what killed tasks were writing."""
     for kind in ("tokens", "removed"):
         for path in (plan.folder / kind).glob(f".*{_HALF}*"):

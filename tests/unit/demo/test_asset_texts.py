@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.demo.asset_texts import mmlu_questions
 from nemo_upcycle.demo.assets import fetch_asset
-from nemo_upcycle.demo.questions import mmlu_questions
 
 
 ROW = {

@@ -16,28 +16,27 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from nemo_upcycle.data.chat.config import KIND, Chat, ChatConfig, read_chat
-from nemo_upcycle.data.chat.finished import FORMAT, PACKING, PACKS, REMOVED, open_chat
+from nemo_upcycle.data.chat.finished import FORMAT, PACKING, PACKS, REMOVED, FinishedChat, open_chat
 from nemo_upcycle.data.chat.messages import Conversation, Problem, read_conversations
 from nemo_upcycle.data.chat.packing import write_packs
 from nemo_upcycle.data.chat.template import ChatTemplate, Tokens
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.finished import HELDOUT, MANIFEST, TOKENIZER
+from nemo_upcycle.data.made_from import cached_folder, named_tokenizer, require_same, stamps
 from nemo_upcycle.data.tokenizers import open_tokenizer, save_tokenizer
 from nemo_upcycle.errors import LostError, UpcycleError
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.utils.cache import writable_cache
-from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, read_json, write_json
+from nemo_upcycle.utils.files import MARKER, is_complete, marker_of, output_folder, read_json, write_json
 from nemo_upcycle.utils.progress import track
 from nemo_upcycle.utils.schema import numbered
 
 
-MADE_BY = "nemo-upcycle chat"
+MADE_BY, KEY = FinishedChat.command, FinishedChat.key
 _SPLITS = ("train", "validation", "heldout")
 #: Why a line that is right is not taken: by its own settings.
 _EQUAL, _TOO_LONG = "equal to an earlier one", "longer than a sequence"
@@ -61,17 +60,14 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
     Example:
         >>> build_chat(read_chat("mine.jsonl", ["tokenizer=/models/Llama-3-8B"]), Path("data/mine"))  # doctest: +SKIP
     """
-    named = chat.config.tokenizer
-    if named is None:
-        raise UpcycleError(
-            "tokenizer",
-            got="none",
-            expected="the dense model whose tokenizer and chat template are used",
-            fix="add tokenizer=FOLDER, or hf://ORG/NAME",
-        )
+    named = named_tokenizer(chat.config.tokenizer)
     paths = chat.paths()
-    made_from = {"format": FORMAT, "chat": _made_by(chat.config), "files": stamps(paths), "strict": strict}
-    if is_complete(output) and _is_of(output, made_from):
+    made_from = {"format": FORMAT, KEY: _made_by(chat.config), "files": stamps(paths), "strict": strict}
+    if is_complete(output):
+        earlier = read_json(marker_of(output)).get("made_from") or {}
+        if KEY in earlier:
+            earlier = earlier | {KEY: _made_by(ChatConfig([])) | earlier[KEY]}
+        require_same(output, KEY, earlier, made_from)
         return open_chat(output).manifest
     dense = tokenizer_folder(named)
     tokenizer = open_tokenizer(dense)
@@ -113,7 +109,7 @@ def cached_chat(name: str, dense: str, seq_length: int) -> Path:
     Several ranks may call it at the same time: one builds it, the others wait.
 
     Args:
-        name: of the set, as in `read_chat`.
+        name: name of the set, as in `read_chat`.
         dense: the dense model, by address.
         seq_length: tokens of a sequence.
 
@@ -121,35 +117,13 @@ def cached_chat(name: str, dense: str, seq_length: int) -> Path:
         UpcycleError: as in `build_chat`.
     """
     chat = read_chat(name, [f"tokenizer={ensure_dense(dense)}", f"seq_length={seq_length}"])
-    made_from = json.dumps([FORMAT, dataclasses.asdict(chat.config), stamps(chat.paths())])
-    digest = hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    output = writable_cache("chats") / f"{chat.name}-{digest}"
-    with FileLock(f"{output}.lock"):
-        build_chat(chat, output)
-    return output
-
-
-def stamps(paths: Iterable[Path]) -> list[list[Any]]:
-    """Return path, size and time of files: others under the same names are another set."""
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    made_from = [FORMAT, dataclasses.asdict(chat.config), stamps(chat.paths())]
+    return cached_folder("chats", chat.name, made_from, partial(build_chat, chat))
 
 
 def _made_by(config: ChatConfig) -> dict[str, Any]:
     """Return the settings that decide what is written."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key != "max_lost"}
-
-
-def _is_of(output: Path, made_from: dict[str, Any]) -> bool:
-    """Return whether a finished folder was made from this; refuse one that was made from something else."""
-    earlier = read_json(output / MARKER).get("made_from")
-    if earlier and earlier | {"chat": _made_by(ChatConfig([])) | earlier["chat"]} == made_from:
-        return True
-    raise UpcycleError(
-        str(output),
-        got="what was made from something else",
-        expected="no such folder, or that of these conversations",
-        fix="choose another folder, or remove it first",
-    )
 
 
 def _read(

@@ -48,7 +48,7 @@ def start_ranks(layout: Layout) -> None:
     """Set up torch.distributed, from torchrun's variables where there are any, and Megatron's groups.
 
     Args:
-        layout: of the model.
+        layout: layout of the model.
     """
     from megatron.core import parallel_state, tensor_parallel
 
@@ -83,7 +83,7 @@ def load_chunks(
     """Return this rank's chunks of a checkpoint's model, ready to compute.
 
     Args:
-        checkpoint: of NeMo or Megatron, dense or upcycled, saved under any layout.
+        checkpoint: checkpoint of NeMo or Megatron, dense or upcycled, saved under any layout.
         dense_folder: the dense parent's Hugging Face folder.
         spec: what it was upcycled by; None: what the checkpoint's context says.
         layout: the one to compute under.
@@ -110,7 +110,7 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
 
     Args:
         arch: the model's.
-        layout: that Megatron's groups were made for.
+        layout: layout that Megatron's groups were made for.
         dtype: the type to compute in.
     """
     from megatron.core import parallel_state

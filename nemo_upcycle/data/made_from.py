@@ -1,0 +1,119 @@
+"""What a folder of texts or conversations was made from: whether that is the same still, or which files are others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.cache import writable_cache
+
+
+#: Path, size and time of a file.
+Stamp = Sequence[Any]
+#: Files that a message names of each kind.
+_NAMED = 3
+
+
+def named_tokenizer(tokenizer: str | None) -> str:
+    """Return the dense model whose tokenizer is used.
+
+    Raises:
+        UpcycleError: the configuration names none.
+    """
+    if tokenizer is None:
+        expected = "the dense model whose tokenizer is used, and chat template"
+        raise UpcycleError("tokenizer", got="none", expected=expected, fix="add tokenizer=FOLDER, or hf://ORG/NAME")
+    return tokenizer
+
+
+def stamps(paths: Iterable[Path]) -> list[Stamp]:
+    """Note path, size and time of files: others under the same names are other texts."""
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def compare(before: Iterable[Stamp], now: Iterable[Stamp]) -> dict[str, list[str]]:
+    """Find the files that are `new`, `gone` or `changed`; a kind that has none is left out.
+
+    Example:
+        >>> compare([["a", 3, 1], ["b", 3, 1]], [["b", 4, 2], ["c", 3, 1]])
+        {'new': ['c'], 'gone': ['a'], 'changed': ['b']}
+    """
+    then, there = ({path: state for path, *state in files} for files in (before, now))
+    found = {
+        "new": [path for path in there if path not in then],
+        "gone": [path for path in then if path not in there],
+        "changed": [path for path, state in then.items() if there.get(path, state) != state],
+    }
+    return {how: paths for how, paths in found.items() if paths}
+
+
+def changes_text(changes: Mapping[str, Sequence[str]], output: Path) -> str:
+    """Say which files are new, gone or changed, the first ones by name.
+
+    Example:
+        >>> changes_text({"new": ["/texts/a.txt", "/texts/b.txt"]}, Path("data"))
+        'since data was made 2 files are new (/texts/a.txt, /texts/b.txt)'
+    """
+    kinds = []
+    for how, paths in changes.items():
+        more = f", and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+        kinds.append(
+            f"{len(paths):,} {'files are' if len(paths) > 1 else 'is'} {how} ({', '.join(paths[:_NAMED])}{more})"
+        )
+    return f"since {output} was made {', '.join(kinds)}"
+
+
+def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a folder that was made from something else.
+
+    Args:
+        output: the folder.
+        kind: `blend` or `chat`, the key of the settings in both notes.
+        earlier: note of the settings that made the folder; empty: it holds something else.
+        now: the present note: `format`, the settings, `strict`, and of conversations the `files`.
+
+    Raises:
+        UpcycleError: it is another format's, another kind's, or other settings' or files'.
+    """
+    if earlier == now:
+        return
+    if kind in earlier and earlier["format"] != now["format"]:
+        fix = "an earlier version made it: remove it first, or choose another folder"
+        raise UpcycleError(f"format of {output}", got=earlier["format"], expected=now["format"], fix=fix)
+    got = "files that are not ours"
+    if kind in earlier:
+        were, are = ({**noted[kind], "strict": noted["strict"]} for noted in (earlier, now))
+        names = [key for key, value in are.items() if were.get(key) != value]
+        differs = [f"{', '.join(names)} differ"] if names else []
+        if changes := compare(earlier.get("files", []), now.get("files", [])):
+            differs.append(changes_text(changes, output))
+        got = f"another {kind}'s ({'; '.join(differs)})"
+    expected = f"an empty folder, or this {kind}'s"
+    raise UpcycleError(str(output), got=got, expected=expected, fix="choose another folder, or remove it first")
+
+
+def cached_folder(kind: str, name: str, made_from: Sequence[Any], build: Callable[[Path], object]) -> Path:
+    """Return a folder that is built once, in the cache.
+
+    Several ranks may call it at the same time: one builds it, the others wait.
+
+    Args:
+        kind: folder of the cache, `blends` or `chats`.
+        name: name of the blend or the conversations.
+        made_from: plain values that decide the content.
+        build: makes the folder at a path, or keeps it.
+
+    Raises:
+        UpcycleError: as `build`.
+    """
+    digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+    output = writable_cache(kind) / f"{name}-{digest}"
+    with FileLock(f"{output}.lock"):
+        build(output)
+    return output
