@@ -11,28 +11,12 @@ from nemo.collections.llm.api import finetune
 from nemo_upcycle.data.chat_module import chat_data
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
+from nemo_upcycle.planning.recipe_table import RANK
 from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 
 
 #: The conversations of a recipe that is given none: the demo's, for trying.
 CONVERSATIONS = "chatterbot"
-#: On one card, with LoRA: 32M tokens, as `qwen3_600m_dense_sft`. Rate, rank and alpha are those of NeMo's own recipes.
-ONE_CARD: dict[str, Any] = {
-    "num_nodes": 1,
-    "num_gpus_per_node": 1,
-    "seq_length": 4096,
-    "global_batch_size": 16,
-    "max_steps": 500,
-    "lr": 1e-4,
-    "warmup_steps": 25,
-    "peft_scheme": "lora",
-}
-#: Of LoRA's adapters, by default.
-RANK = 8
-#: Of 8B models: MoEsturizer (OpenReview HDZ2GBwrWo) tunes on 150,000 conversations; here a step has 128 packs of 4,096
-#: tokens on eight nodes. The learning rate is below the peak of the paper's pretraining, 3e-5.
-TUNING = {"num_nodes": 8, "seq_length": 4096, "global_batch_size": 128, "max_steps": 1000, "lr": 1e-5}
-TUNING |= {"warmup_steps": 50}
 
 
 def tuned(
@@ -194,7 +178,6 @@ def tuning_chain(
     recipe: Callable[..., run.Partial],
     baseline: Callable[..., run.Partial],
     *,
-    dense: str,
     data: str = CONVERSATIONS,
     adapt: Callable[[run.Partial], run.Partial] = lambda recipe: recipe,
     **sizes: Any,
@@ -205,13 +188,13 @@ def tuning_chain(
         name: of the recipe.
         recipe: `finetune_recipe` of the upcycled model.
         baseline: that of the dense model.
-        dense: the checkpoint to start from, by default.
         data: the conversations, by default.
         adapt: changes the upcycled model's recipe for the machine.
         sizes: nodes and ranks of both trainings, by default; of the upcycled model's `expert_parallelism`.
     """
     experts = sizes.pop("expert_parallelism", None)
-    scheme = inspect.signature(recipe).parameters["peft_scheme"].default
+    defaults = inspect.signature(recipe).parameters
+    dense, scheme = defaults["dense"].default, defaults["peft_scheme"].default
 
     @run.cli.factory(target=pipeline, name=name)
     def pipeline_recipe(

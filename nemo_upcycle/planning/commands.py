@@ -8,6 +8,7 @@ from typing import Any
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.hardware import KnownRecipe
 from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.recipe_table import bridge_recipes
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
@@ -23,30 +24,6 @@ BRIDGE_PRECISIONS = {
         "mxfp8": "bf16_with_mxfp8_mixed",
         "nvfp4": "bf16_with_nvfp4_mixed",
     },
-}
-#: Recipe of this package -> GPUs of the one by Bridge's naming, which a plan changes.
-_BRIDGE_GPUS = {
-    "llama3_8b_e8t2": 512,
-    "llama31_8b_e8t2": 512,
-    "llama3_70b_e8t2": 512,
-    "llama32_1b_e8t2": 64,
-    "llama32_3b_e8t2": 64,
-    "qwen3_1p7b_e8t2": 64,
-    "qwen3_4b_e8t2": 64,
-    "qwen3_8b_e8t2": 512,
-    "qwen3_14b_e8t2": 512,
-    "qwen3_32b_e8t2": 512,
-    "olmo2_7b_e8t2": 512,
-    "qwen3_600m_e8t2": 1,
-    "smollm2_135m_e8t2": 1,
-    "llama3_8b_e8t2_sft": 64,
-    "qwen3_8b_e8t2_sft": 64,
-    "qwen3_600m_e8t2_sft": 1,
-    "smollm2_135m_e8t2_sft": 1,
-}
-BRIDGE_RECIPES = {
-    name: f"{name}{'' if name.endswith('_sft') else '_pretrain'}_{gpus}gpu_h100_bf16_config"
-    for name, gpus in _BRIDGE_GPUS.items()
 }
 BACKENDS = ("nemo", "bridge")
 _TITLES = {"nemo": "NeMo", "bridge": "Bridge"}
@@ -158,7 +135,7 @@ def why_no_command(backend: str, recipe: KnownRecipe | None, work: Workload) -> 
     name, precisions = _TITLES[backend], _precisions(backend, work)
     if recipe is None:
         return "No recipe of this package trains this model"
-    if backend == "bridge" and recipe.name not in BRIDGE_RECIPES:
+    if backend == "bridge" and recipe.name not in bridge_recipes():
         return f"No recipe for Bridge is {recipe.name} (--backend nemo has it)"
     if work.precision not in precisions:
         kept = ", parameters too" if work.low_params else ""
@@ -174,7 +151,7 @@ def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) ->
     """Return the command that runs a plan in Megatron-Bridge: its own `run_recipe.py`, on every rank.
 
     Args:
-        recipe: one of `BRIDGE_RECIPES`.
+        recipe: one that `bridge_recipes` names.
         plan: what to run.
         dense: the dense parent's folder; the recipe's own when None.
     """
@@ -198,7 +175,7 @@ def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) ->
     launcher = f"torchrun --nnodes {layout.gpus // per_node} --nproc-per-node {per_node} -m nemo_upcycle.bridge"
     parts = [
         *([f"NEMO_UPCYCLE_DENSE={shlex.quote(dense)}"] if dense else []),
-        f"{launcher} Megatron-Bridge/scripts/training/run_recipe.py --recipe {BRIDGE_RECIPES[recipe.name]}",
+        f"{launcher} Megatron-Bridge/scripts/training/run_recipe.py --recipe {bridge_recipes()[recipe.name]}",
         *(["--mode pretrain", "dataset.folder=$PWD/data"] if recipe.tunes else []),  # it upcycles as it starts
         *(shlex.quote(f"{name}={value}") for name, value in settings.items()),
         "checkpoint.save=$PWD/run checkpoint.load=$PWD/run",

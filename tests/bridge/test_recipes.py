@@ -196,14 +196,14 @@ def test_the_planners_command_is_understood_by_bridge(
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
     from nemo_upcycle.cli.main import main
-    from nemo_upcycle.trainers.bridge.recipes.upcycled.h100 import llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config
+    from nemo_upcycle.trainers.bridge.recipes import named_recipes
 
     layout = ["--layout", "tp=2,pp=4,vp=8,ep=8", "--backend", "bridge", "--json"]
     assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "256", *layout, *options]) == 0
     command = json.loads(capsys.readouterr().out)["rows"][0]["command"]
     assert "--recipe llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config" in command
 
-    config = llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config()
+    config = named_recipes()["llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config"]()
     settings = [part for part in shlex.split(command) if "=" in part and not part.startswith("checkpoint")]
     config = process_config_with_overrides(config, cli_overrides=settings)
     model = config.model

@@ -18,8 +18,9 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.commands import changed_settings
-from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, read_data
+from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
+from nemo_upcycle.planning.recipe_table import models
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
@@ -281,9 +282,13 @@ def _model_of(recipe: Any, dense: str) -> tuple[Architecture, bool]:
     parent = check_address(dense) if dense and Path(dense.removeprefix("hf://")).expanduser().is_dir() else None
     vocabulary = (parent.vocab_size if parent else None) or getattr(config, "vocab_size", None)
     if not vocabulary:
-        known = (shape for shape in read_data("recipes.yaml")["shapes"].values())
+        known = (row.shape for row in models().values())
         vocabulary = next(
-            (shape["vocab_size"] for shape in known if all(shape[name] == getattr(plain, name) for name in _SHAPE)),
+            (
+                shape.vocab_size
+                for shape in known
+                if all(getattr(shape, name) == getattr(plain, name) for name in _SHAPE)
+            ),
             None,
         )
     if not vocabulary:

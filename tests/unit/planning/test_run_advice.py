@@ -12,6 +12,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning import run_advice
 from nemo_upcycle.planning.hardware import known_recipe, known_shape, read_data
 from nemo_upcycle.planning.law import Law, OptionLaw
+from nemo_upcycle.planning.recipe_table import recipes
 from nemo_upcycle.planning.run_advice import RunAdvice, advice_line, known_parent_tokens
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -124,8 +125,7 @@ def test_tokens_are_the_users_or_those_of_a_published_parent() -> None:
     assert known_parent_tokens(ADDRESS, "300B") == 3e11
     with pytest.raises(SpecError, match=r"trained_on: got 'many', expected a number: 100B"):
         known_parent_tokens(ADDRESS, "many")
-    recipes = read_data("recipes.yaml")["recipes"].values()
-    assert all(known_parent_tokens(recipe["inputs"]["dense"], None) for recipe in recipes)
+    assert all(known_parent_tokens(known_recipe(name).inputs["dense"], None) for name in recipes())
     assert all(entry["source"] and entry["tokens"] > 1e11 for entry in read_data("parents.yaml").values())
 
 
