@@ -16,7 +16,9 @@ from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.commands import BACKENDS
 from nemo_upcycle.trainers.layout import usual_communication
+from nemo_upcycle.trainers.settings import STEPS, free_settings, step0_settings
 
 
 #: Communication that may run beside computation -> Megatron's setting: sums of gradients and gathering of weights over
@@ -55,13 +57,13 @@ class TrainingSettings:
             step0: the same of those that the check of step 0 depends on.
         """
 
-        def are(names: tuple[str, ...]) -> dict[str, str]:
+        def named(names: tuple[str, ...]) -> dict[str, str]:
             begun = tuple(one for one in names if one.endswith("."))
             return {name: value for name, value in values.items() if name in names or name.startswith(begun)}
 
-        others = are((steps, *free))
+        others = named((steps, *free))
         fixed = {name: value for name, value in values.items() if name not in others}
-        return cls(fixed, int(float(values.get(steps, 0))), are(free), are(step0))
+        return cls(fixed, int(float(values.get(steps, 0))), named(free), named(step0))
 
 
 @dataclass(frozen=True)
@@ -270,11 +272,8 @@ class Training(ABC):
     alone.
     """
 
-    #: Names of its settings: of the steps, of those that its result does not depend on, and of those that the check of
-    #: step 0 depends on; with a dot at the end, the beginnings of names.
-    steps_setting: ClassVar[str]
-    free_settings: ClassVar[tuple[str, ...]]
-    step0_settings: ClassVar[tuple[str, ...]]
+    #: The trainer, as `trainers/settings.py` and `trainers/commands.py` name it.
+    name: ClassVar[str]
 
     @classmethod
     @abstractmethod
@@ -302,9 +301,8 @@ class Training(ABC):
 
     def settings(self) -> TrainingSettings:
         """Return its settings, told apart by whether they may change in a run that has started."""
-        return TrainingSettings.sorted_by(
-            self.named_settings(), steps=self.steps_setting, free=self.free_settings, step0=self.step0_settings
-        )
+        steps, free, step0 = STEPS.of(self.name), free_settings(self.name), step0_settings(self.name)
+        return TrainingSettings.sorted_by(self.named_settings(), steps=steps, free=free, step0=step0)
 
     @abstractmethod
     def facts(self, dense: str) -> TrainingFacts | None:
@@ -314,13 +312,13 @@ class Training(ABC):
             dense: the parent's address.
         """
 
-    @abstractmethod
     def changed_settings(self, before: Plan, after: Plan) -> list[str]:
-        """Return the overrides that change it from one plan to another, of which the first is its own.
+        """Write the overrides that change it from one plan to another, of which the first is its own.
 
         Raises:
             SpecError: it has no setting for something.
         """
+        return BACKENDS[self.name].changed_settings(before, after)
 
     @abstractmethod
     def shown_settings(self, dense: str) -> dict[str, Any]:

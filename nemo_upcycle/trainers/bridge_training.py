@@ -19,49 +19,20 @@ from nemo_upcycle.data.dense import tokenizer_folder
 from nemo_upcycle.data.parents import cached_asset
 from nemo_upcycle.errors import StageStopped, UpcycleError
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.planning.commands import changed_settings, fp8_precision
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
-from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.calibrated import with_calibration
-from nemo_upcycle.trainers.layout import BRIDGE_SETTINGS, check_layout, layout_of
+from nemo_upcycle.trainers.commands import fp8_precision
+from nemo_upcycle.trainers.layout import check_layout, layout_of
 from nemo_upcycle.trainers.paper import high_rate
-from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
-from nemo_upcycle.trainers.values import check_packs, check_values, setting
+from nemo_upcycle.trainers.router_gradient import check_router_gradient
+from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, check_packs, check_values, shown_settings
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.files import is_complete
 from nemo_upcycle.utils.ranks import is_first_rank
-
-
-#: Settings that people look at.
-_SHOWN = (
-    "train.train_iters",
-    "train.global_batch_size",
-    "train.micro_batch_size",
-    "dataset.seq_length",
-    "optimizer.lr",
-    "optimizer.min_lr",
-    "scheduler.lr_warmup_iters",
-    "scheduler.lr_decay_style",
-    "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size",
-    "model.virtual_pipeline_model_parallel_size",
-    "model.context_parallel_size",
-    "model.expert_model_parallel_size",
-    "model.expert_tensor_parallel_size",
-    "model.moe_expert_capacity_factor",
-    "model.moe_pad_expert_input_to_capacity",
-    "model.recompute_granularity",
-    "model.recompute_modules",
-    "checkpoint.save_interval",
-    "checkpoint.most_recent_k",
-    "checkpoint.async_save",
-)
-#: Those of a teacher, where there is one.
-_TAUGHT = ("upcycle.teacher_weight", "upcycle.teacher_temperature")
 
 
 @dataclass(frozen=True)
@@ -77,21 +48,7 @@ class BridgeTraining(Training):
         changes: fields of the recipe's spec that differ, as JSON.
     """
 
-    steps_setting = "train.train_iters"
-    free_settings = (
-        "logger.",
-        "checkpoint.save_interval",
-        "checkpoint.most_recent_k",
-        "checkpoint.save_retain_interval",
-        "checkpoint.async_save",
-        "dataset.num_workers",
-        "upcycle.spike_",
-        "upcycle.stop_on_spike",
-        "upcycle.evaluate_",
-        "nodes",
-        "ranks_per_node",
-    )
-    step0_settings = ("recipe", "model.", "spec.")
+    name = "bridge"
 
     recipe: str
     overrides: tuple[str, ...] = ()
@@ -169,7 +126,7 @@ class BridgeTraining(Training):
             software=BRIDGE_SOFTWARE,
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,
-            save_setting="checkpoint.save_interval",
+            save_setting=SAVE_EVERY.bridge,
             evaluations=self.evaluations or settings_of(config).evaluations(),
             uses_wandb=bool(config.logger.wandb_project),
             keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
@@ -178,29 +135,22 @@ class BridgeTraining(Training):
             warnings=tuple(filter(None, [high_rate(rate)])),
         )
 
-    def changed_settings(self, before: Plan, after: Plan) -> list[str]:
-        """See `Training.changed_settings`."""
-        return changed_settings("bridge", before, after)
-
     def shown_settings(self, dense: str) -> dict[str, Any]:
         """See `Training.shown_settings`: those that were given, where the parent is not within reach."""
         folder = parent_configuration(dense)
         if folder is None:
             return dict(self.named_settings())
         config = self.config(folder)
-        values = {name: setting(config, name) for name in _SHOWN}
-        values |= {name: setting(config, name) for name in _TAUGHT if setting(config, _TAUGHT[0])}
-        values[f"upcycle.{DENSE_GRADIENT}"] = setting(config, f"upcycle.{DENSE_GRADIENT}") or None
-        return {name: value for name, value in values.items() if value is not None} | {"precision": _precision(config)}
+        return shown_settings(config, self.name) | {"precision": _precision(config)}
 
     def check(self, stage: str) -> None:
         """See `Training.check`: a recipe that exists, a number of steps; all else of it is known with the parent."""
         from nemo_upcycle.trainers.bridge.config import find_recipe
 
         find_recipe(self.recipe)
-        steps = self.named_settings().get(self.steps_setting, "0")
+        steps = self.named_settings().get(STEPS.bridge, "0")
         if not steps.isdecimal():
-            raise UpcycleError(self.steps_setting, got=f"'{steps}'", expected="a number", fix="give one")
+            raise UpcycleError(STEPS.bridge, got=f"'{steps}'", expected="a number", fix="give one")
 
     def check_parent(self, stage: str, dense: str, *, remote: bool) -> None:
         """See `Training.check_parent`: with the parent's configuration a recipe is complete, and checked."""
@@ -349,7 +299,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
     from nemo_upcycle.trainers.bridge.settings import settings_of
 
     config = training.config(dense_folder)
-    check_values(config, "bridge", f"{stage}.")
+    check_values(config, training.name, f"{stage}.")
     hook = required_hook(config)
     if (hook.spec is None) != (stage == "dense_ct"):
         wanted = "a baseline's recipe" if stage == "dense_ct" else "an upcycled model's"
@@ -368,7 +318,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
         micro_batch_size=config.train.micro_batch_size,
     )
     if training.reads_chat:
-        check_packs(config, "train.micro_batch_size", "model.context_parallel_size", f"{stage}.")
+        check_packs(config, training.name, f"{stage}.")
     ranks = training.nodes * training.ranks_per_node
     settings = settings_of(config)
     try:
@@ -378,7 +328,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
     if settings.dense_router_gradient:
         check_router_gradient(config.model, f"{stage}.model.", f"{stage}.upcycle.")
     try:
-        check_layout(config.model, config.model, data, ranks, BRIDGE_SETTINGS, _precision(config))
+        check_layout(config.model, config.model, data, ranks, training.name, _precision(config))
         hook.check()
     except UpcycleError as error:
         raise error.renamed(lambda name: f"{stage}.{name}".replace(".config.", ".") if "." in name else name) from None

@@ -15,7 +15,7 @@ from nemo_upcycle.planning.hardware import known_gpu, known_recipe
 from nemo_upcycle.planning.recipe_table import bridge_recipes, models
 from nemo_upcycle.planning.recipe_table import recipes as table_recipes
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.values import setting
+from nemo_upcycle.trainers.settings import setting
 from tests.golden import LAYOUT, PAIRS, TRAINING
 from tests.models import LLAMA3_8B
 

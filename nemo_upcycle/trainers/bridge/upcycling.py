@@ -35,7 +35,7 @@ from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
 from nemo_upcycle.trainers.bridge.settings import describe, require_callbacks, settings_of
-from nemo_upcycle.trainers.values import check_masters
+from nemo_upcycle.trainers.settings import check_masters
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
 

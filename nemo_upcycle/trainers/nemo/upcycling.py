@@ -32,8 +32,8 @@ from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
+from nemo_upcycle.trainers.settings import check_masters, setting
 from nemo_upcycle.trainers.teacher import TeacherLoss
-from nemo_upcycle.trainers.values import check_masters, setting
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
 
