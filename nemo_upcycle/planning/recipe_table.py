@@ -5,6 +5,7 @@ The planner reads it, the recipes of both trainers and the chains: so it lies he
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -161,3 +162,13 @@ def tuned_gpus(row: ModelRow) -> int:
 def bridge_name(kind: str, gpus: int, gpu: str, precision: str = "bf16") -> str:
     """Name a recipe as Bridge does."""
     return f"{kind}_{gpus}gpu_{gpu}_{precision}_config"
+
+
+def tunes(recipe: str) -> bool:
+    """Say whether a recipe of Bridge's tunes on conversations: its name says it, which has `sft` as a word.
+
+    Example:
+        >>> tunes("llama3_8b_e8t2_sft_64gpu_h100_bf16_config"), tunes("my_sft.recipes:pretraining")
+        (True, False)
+    """
+    return re.search(r"(^|_)sft(_|$)", recipe.rpartition(":")[2]) is not None

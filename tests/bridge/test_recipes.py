@@ -37,7 +37,7 @@ def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(llama3_8b: None,
     from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
     from nemo_upcycle.pipeline.launch import jobs_of
     from nemo_upcycle.pipeline.stages import STAGES, RunPlan
-    from nemo_upcycle.trainers.bridge_training import BridgeTraining
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
     (tmp_path / "tokenizer.json").write_text("{}")
     name = "llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config"
@@ -91,7 +91,7 @@ def test_what_a_forecast_says_to_type_gives_the_speed_that_it_says(
 ) -> None:
     from nemo_upcycle.pipeline.forecast.stages import Finding, StageForecast, State
     from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
-    from nemo_upcycle.trainers.bridge_training import BridgeTraining
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
     (tmp_path / "tokenizer.json").write_text("{}")
     name = f"llama3_8b_e8t2_pretrain_{gpus}gpu_h100_{precision}_config"
@@ -119,7 +119,7 @@ def test_another_expert_parallelism_is_typed_with_the_gpus_that_hybridep_finds_o
     from nemo_upcycle.planning.hardware import known_gpu
     from nemo_upcycle.planning.search import evaluate_layout
     from nemo_upcycle.trainers.bridge.config import load_config
-    from nemo_upcycle.trainers.bridge_training import BridgeTraining
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
     (tmp_path / "tokenizer.json").write_text("{}")
     name, variable = "llama3_8b_e8t2_pretrain_64gpu_gb200_bf16_config", "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"

@@ -17,7 +17,7 @@ from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.hardware import gpu_names, known_gpu, known_recipe
 from nemo_upcycle.planning.recipe_table import bridge_recipes
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.bridge_training import BridgeTraining
+from nemo_upcycle.trainers.bridge.training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
 from nemo_upcycle.utils.validation import check_whole
 

@@ -31,6 +31,7 @@ from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec, without_defaults
 from nemo_upcycle.trainers.balancing import act_as_set
+from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
@@ -74,6 +75,7 @@ def upcycle_on_start(
         >>> upcycle_on_start(config, "/models/Llama-3-8B", spec)
         >>> pretrain(config, forward_step)
     """
+    require_bridge()
     for path in (dense, *branches):
         if "://" in str(path):
             fix = "copy it there (nemo_upcycle.data.dense.ensure_dense fetches hf://ORG/NAME)"

@@ -1,12 +1,11 @@
 """A training in Megatron-Bridge: a recipe by Bridge's naming, what it is changed by, and the ranks it takes.
 
-It can be read where Bridge is not installed; what needs Bridge, in `bridge/`, is imported when it is asked for.
+It can be read where Bridge is not installed; what needs Bridge is imported when it is asked for.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -21,9 +20,11 @@ from nemo_upcycle.errors import StageStopped, UpcycleError
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
+from nemo_upcycle.planning.recipe_table import tunes
 from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.calibrated import with_calibration
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout, layout_of
@@ -90,9 +91,9 @@ class BridgeTraining(Training):
         folder = parent_configuration(dense)
         if folder is None:
             return None
+        config = self.config(folder)
         from nemo_upcycle.trainers.bridge.settings import settings_of
 
-        config = self.config(folder)
         model, steps, overlap = config.model, config.train.train_iters, config.comm_overlap
         layout = layout_of(model, self.nodes * self.ranks_per_node, config.train.micro_batch_size)
         precision = _precision(config)
@@ -145,6 +146,7 @@ class BridgeTraining(Training):
 
     def check(self, stage: str) -> None:
         """See `Training.check`: a recipe that exists, a number of steps; all else of it is known with the parent."""
+        require_bridge()
         from nemo_upcycle.trainers.bridge.config import find_recipe
 
         find_recipe(self.recipe)
@@ -178,24 +180,26 @@ class BridgeTraining(Training):
 
     def spec(self, dense_folder: Path) -> UpcycleSpec:
         """See `Training.spec`."""
+        config = self.config(dense_folder)
         from nemo_upcycle.trainers.bridge.config import required_hook
 
-        spec = required_hook(self.config(dense_folder)).spec
+        spec = required_hook(config).spec
         if spec is None:
             raise UpcycleError("recipe", got=self.recipe, expected="an upcycled model's", fix="name another one")
         return spec
 
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
         """See `Training.model_config`: Bridge's provider."""
+        model = self.config(dense_folder).model
         from nemo_upcycle.trainers.bridge.models import upcycled_provider
 
-        model = self.config(dense_folder).model
         return upcycled_provider(dense_folder, None, seq_length=model.seq_length) if dense else model
 
     def train(
         self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
     ) -> dict[str, Any]:
         """See `Training.train`."""
+        require_bridge()
         from nemo_upcycle.cpu.backend import use_cpu_backend
         from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, required_hook, run_config
         from nemo_upcycle.trainers.bridge.run_folder import RECEIPT
@@ -227,16 +231,6 @@ class BridgeTraining(Training):
         return {"checkpoint": str(checkpoint)}
 
 
-def tunes(recipe: str) -> bool:
-    """Return whether a recipe tunes on conversations; in Bridge its name says it, which has `sft` as a word.
-
-    Example:
-        >>> tunes("llama3_8b_e8t2_sft_64gpu_h100_bf16_config"), tunes("my_sft.recipes:pretraining")
-        (True, False)
-    """
-    return re.search(r"(^|_)sft(_|$)", recipe.rpartition(":")[2]) is not None
-
-
 @lru_cache
 def parent_configuration(dense: str) -> Path | None:
     """Return a folder with a parent's configuration; None where it is not within reach. Asks a hub once.
@@ -261,6 +255,7 @@ def required_parent(dense: str) -> Path:
 
 @lru_cache
 def _config(training: BridgeTraining, dense_folder: Path) -> Any:
+    require_bridge()
     from nemo_upcycle.trainers.bridge.config import load_config
 
     return load_config(training.recipe, training.overrides, dense_folder, json.loads(training.changes))
@@ -295,10 +290,10 @@ def _keeps_low_params(config: Any) -> bool:
 
 
 def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> None:
+    config = training.config(dense_folder)
     from nemo_upcycle.trainers.bridge.config import required_hook
     from nemo_upcycle.trainers.bridge.settings import settings_of
 
-    config = training.config(dense_folder)
     check_values(config, training.name, f"{stage}.")
     hook = required_hook(config)
     if (hook.spec is None) != (stage == "dense_ct"):
