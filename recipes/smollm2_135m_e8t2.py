@@ -61,10 +61,10 @@ def trainer(
 
 
 def upcycled_recipe(name: str, baseline: Callable[..., run.Partial], dense: str) -> Callable[..., run.Partial]:
-    """Register and return the `pretrain_recipe` of a small upcycled model, which trains for a few steps.
+    """Register the `pretrain_recipe` of a small upcycled model, which trains for a few steps.
 
     Args:
-        name: of the recipe.
+        name: the recipe's.
         baseline: `pretrain_recipe` of the dense model.
         dense: the checkpoint to start from, by default.
     """

@@ -58,7 +58,7 @@ class ModelRow:
     """A dense parent, and how its upcycled model and its dense baseline are trained.
 
     Args:
-        name: of the recipes, before `_e8t2`.
+        name: beginning of the recipes' names, before `_e8t2`.
         runs: GPU -> kind -> GPUs and layout.
         shape: architecture of the parent.
         training: the training's `seq_length`, `global_batch` and `tokens`, and a chain's `data` and `evaluation`.

@@ -49,11 +49,11 @@ def _say(losses: list[ActingCoefficient]) -> None:
 
 
 def describe_balancing(config: Any, anneal: Anneal | None) -> dict[str, str]:
-    """Return what `training.json` says of how the experts are balanced; nothing of a dense model.
+    """Describe for `training.json` how the experts are balanced; nothing of a dense model.
 
     Args:
         config: the model's.
-        anneal: of the coefficient; None: there is none.
+        anneal: change of the coefficient over the training; None: it stays.
 
     Example:
         >>> describe_balancing(config, Anneal(start=0.01, end=0.001, steps=2000))  # doctest: +SKIP

@@ -77,8 +77,8 @@ class Profile:
         pp: pipeline stages.
         ep: expert parallelism.
         precision: the planner's name of it: `bf16`, `fp8-current`.
-        dispatcher: of tokens to experts: `allgather`, `alltoall`, `deepep`, `hybridep`, `ncclep`; `none` in a dense
-            model.
+        dispatcher: what sends tokens to experts: `allgather`, `alltoall`, `deepep`, `hybridep`, `ncclep`; `none` in a
+            dense model.
         overlaps_experts: whether other work hides the experts' communication (`overlap_moe_expert_parallel_comm`).
         cuda_graphs: whether parts of a step are captured.
         user_buffers: whether NCCL gets registered buffers (`nccl_ub`).
@@ -153,14 +153,14 @@ class TrainingFacts:
 
     Args:
         recipe: its name.
-        arch: of its model.
+        arch: architecture of its model.
         knows_vocabulary: whether `arch` counts the embeddings.
         layout: parallel sizes.
         profile: how it uses its GPUs.
         seq_length: tokens of a sequence.
         global_batch: sequences of a step.
-        steps: of the whole training.
-        capacity_factor: of the experts; None drops nothing.
+        steps: optimizer steps of the whole training.
+        capacity_factor: token slots of an expert over its even share; None drops nothing.
         pad: whether experts are padded up to their capacity.
         grouped: whether the experts multiply as one grouped product.
         recompute: the planner's kind, as the training begins.
@@ -171,10 +171,10 @@ class TrainingFacts:
         low_params: whether parameters are kept and gathered in FP8 or FP4.
         rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
         dense_router_gradient: whether routers learn from all experts.
-        teacher_weight: of the divergence from the dense parent's answers in the loss; 0: there is no teacher.
+        teacher_weight: weight of the divergence from the dense parent's answers in the loss; 0: there is no teacher.
         lora: rank of the adapters that are trained beside the routers; 0: all weights are trained.
         software: the generation of Megatron-Core that trains, in the planner's words.
-        weight_bytes: of a parameter in a checkpoint.
+        weight_bytes: bytes of a parameter in a checkpoint.
         save_every: steps between two checkpoints.
         save_setting: the override that sets it.
         keeps: checkpoints that stay at its end; None: all.
@@ -306,7 +306,7 @@ class Training(ABC):
 
     @abstractmethod
     def facts(self, dense: str) -> TrainingFacts | None:
-        """Return what it is and takes; None where that is not known before the parent is fetched.
+        """Say what it is and takes; None where that is not known before the parent is fetched.
 
         Args:
             dense: the parent's address.
@@ -358,7 +358,7 @@ class Training(ABC):
 
     @abstractmethod
     def spec(self, dense_folder: Path) -> UpcycleSpec:
-        """Return how the model is upcycled."""
+        """Give the spec by which the model is upcycled."""
 
     @abstractmethod
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:

@@ -32,7 +32,7 @@ BRIDGE_PRECISIONS = {
 
 
 def fp8_precision(recipe: str | None) -> str:
-    """Return the planner's name of an FP8 recipe of Megatron's, or one made of it where the planner knows none.
+    """Give the planner's name of an FP8 recipe of Megatron's, or one made of it where the planner knows none.
 
     Example:
         >>> fp8_precision("tensorwise"), fp8_precision("mxfp8")
@@ -45,7 +45,7 @@ def fp8_precision(recipe: str | None) -> str:
 
 
 def _parallelism(layout: Layout, upcycled: bool) -> dict[str, Any]:
-    """Return a layout in Megatron's settings, which are NeMo's and Bridge's."""
+    """Write a layout in Megatron's settings, which are NeMo's and Bridge's."""
     settings: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -64,7 +64,7 @@ def _parallelism(layout: Layout, upcycled: bool) -> dict[str, Any]:
 
 
 def _recomputation(work: Workload) -> dict[str, Any]:
-    """Return Megatron's settings of what is recomputed; None where one has no value."""
+    """Write what is recomputed in Megatron's settings; None where one has no value."""
     names = ("granularity", "modules", "method", "num_layers")
     values: tuple[Any, ...] = ("selective", work.recompute.split(","), None, None)
     if work.recompute in ("none", "full"):
@@ -77,7 +77,7 @@ def _steps(plan: Plan) -> int:
 
 
 def _fp8_settings(work: Workload) -> dict[str, Any]:
-    """Return everything that NeMo's precision sets, for recipes without an own argument for it."""
+    """Name everything that NeMo's precision sets, for recipes without an own argument for it."""
     recipe = FP8_RECIPES.get(work.precision)
     settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_param_gather": work.low_params}
     if work.precision == "fp8-delayed":

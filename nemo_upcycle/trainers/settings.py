@@ -250,9 +250,9 @@ def check_masters(precision: Any, optimizer: Any, field: str) -> None:
     With delayed scaling, Transformer Engine's `FusedAdam` makes its own of the parameters.
 
     Args:
-        precision: of NeMo's plugin, or Bridge's; None: there is none.
+        precision: NeMo's plugin, or Bridge's settings; None: there is none.
         optimizer: Megatron's `OptimizerConfig`.
-        field: that of `use_precision_aware_optimizer`, for the text of the error.
+        field: path of `use_precision_aware_optimizer`, for the text of the error.
 
     Raises:
         SpecError: they are made of parameters in FP8.

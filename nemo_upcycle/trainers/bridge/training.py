@@ -43,7 +43,7 @@ class BridgeTraining(Training):
     Args:
         recipe: a function's name in `nemo_upcycle.trainers.bridge.recipes`, or `package.module:function`.
         overrides: `KEY=VALUE`, as Bridge's command line takes them.
-        nodes: that it runs on.
+        nodes: machines that it runs on.
         ranks_per_node: GPUs of each.
         evaluations: what is scored on the way; None: what the recipe says.
         changes: fields of the recipe's spec that differ, as JSON.
@@ -279,12 +279,12 @@ def _precision(config: Any) -> str:
 
 
 def _reduces_in_fp32(config: Any) -> bool:
-    """Return whether gradients are summed in float32: a precision's setting replaces that of data parallelism."""
+    """Tell whether gradients are summed in float32: a precision's setting replaces that of data parallelism."""
     return bool((_mixed_precision(config) or config.ddp).grad_reduce_in_fp32)
 
 
 def _keeps_low_params(config: Any) -> bool:
-    """Return whether parameters are kept and gathered in FP8 or FP4."""
+    """Tell whether parameters are kept and gathered in FP8 or FP4."""
     precision = _mixed_precision(config)
     return any(getattr(precision, name, False) for name in ("fp8_param_gather", "fp4_param_gather"))
 

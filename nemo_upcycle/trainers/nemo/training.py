@@ -216,7 +216,7 @@ class NeMoTraining(Training):
 
 
 def _is(callback: Any, name: str) -> bool:
-    """Return whether the configuration of a callback is of a class of this package's, which need not be imported."""
+    """Tell whether the configuration of a callback is of a class of this package's, which need not be imported."""
     kind = callback.__fn_or_cls__
     return bool(kind.__name__ == name and kind.__module__.startswith("nemo_upcycle."))
 
@@ -255,7 +255,7 @@ def _gradients(recipe: Any) -> str:
 
 
 def _kept(checkpoint: Any, steps: int) -> int | None:
-    """Return how many checkpoints a callback keeps at the end of a training of so many steps; None for all."""
+    """Count the checkpoints that a callback keeps at the end of a training of so many steps; None for all."""
     if last := getattr(checkpoint, "keep_last", None):
         for_good = getattr(checkpoint, "keep_every", None)
         return int(last) + (steps // int(for_good) if for_good else 0)
@@ -272,7 +272,7 @@ def _evaluations(callbacks: list[Any]) -> Iterator[Evaluations]:
 
 
 def _schedule(recipe: Any) -> str:
-    """Return what tells schedules of the learning rate apart."""
+    """Describe the schedule of the learning rate."""
     scheduler, shape = setting(recipe, "optim.lr_scheduler"), "constant"
     if isinstance(scheduler, fdl.Buildable):
         given = ", ".join(f"{name}={value}" for name, value in sorted(scheduler.__arguments__.items()))

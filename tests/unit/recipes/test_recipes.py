@@ -71,25 +71,6 @@ def test_llama3_8b_e8t2_has_the_papers_numbers(recipes: Any) -> None:
     )
 
 
-def test_the_fast_run_has_the_layout_of_the_papers_fastest_row(recipes: Any) -> None:
-    from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
-
-    recipe = recipes.llama3_8b_e8t2.pretrain_recipe(performance_mode=True, num_nodes=16)
-    strategy, config = recipe.trainer.strategy, recipe.model.config
-    assert (strategy.tensor_model_parallel_size, strategy.context_parallel_size) == (1, 2)
-    assert (strategy.expert_model_parallel_size, strategy.expert_tensor_parallel_size) == (8, 1)
-    assert (strategy.pipeline_model_parallel_size, strategy.virtual_pipeline_model_parallel_size) == (4, 8)
-    assert strategy.sequence_parallel is False
-    assert (config.moe_expert_capacity_factor, config.moe_pad_expert_input_to_capacity) == (1.0, True)
-    assert config.recompute_granularity is None
-    assert recipe.trainer.plugins.grad_reduce_in_fp32 is False
-    in_fp8 = recipes.llama3_8b_e8t2.pretrain_recipe(performance_mode=True, fp8_recipe="blockwise")
-    assert in_fp8.trainer.plugins.grad_reduce_in_fp32 is False
-    dense = recipes.llama3_8b_dense_ct.pretrain_recipe(performance_mode=True)
-    assert dense.trainer.plugins.grad_reduce_in_fp32 is False
-    assert [item for item in recipe.trainer.callbacks if item.__fn_or_cls__ is MegatronCommOverlapCallback]
-
-
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
     """As `nemo llm pretrain --yaml FILE` reads it."""
@@ -162,19 +143,6 @@ def test_recipe_builds_without_gpu(recipes: Any, base: str) -> None:
         trainer = fdl.build(recipe.trainer)
         assert trainer.strategy.pipeline_model_parallel_size == recipe.trainer.strategy.pipeline_model_parallel_size
         fdl.build(recipe.optim)
-
-
-def test_built_llama3_8b_e8t2_is_llama_3_8b_with_experts(recipes: Any) -> None:
-    """Megatron's own checks accept the built configuration, and sizes and rotary base are the dense model's."""
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    config = fdl.build(recipes.llama3_8b_e8t2.model().config)
-    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (32, 4096, 14336)
-    assert (config.num_attention_heads, config.num_query_groups) == (32, 8)
-    assert config.moe_ffn_hidden_size == 14336
-    assert config.rotary_base == 500_000
-    assert config.share_embeddings_and_output_weights is False
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -321,6 +289,7 @@ def test_h100_recipes_survive_faults(recipes: Any, name: str) -> None:
         getattr(recipes, name).pretrain_recipe(performance_mode=True),
     ):
         names = [callback.__fn_or_cls__.__name__ for callback in recipe.trainer.callbacks]
+        assert ("GarbageCollectionCallback" in names) is not recipe.trainer.plugins.grad_reduce_in_fp32  # the fast run
         assert names[0] == "LossGuard"  # before the step's metrics and its checkpoint
         ordered = ["MetricsLogger", "hang_detection", "straggler_report", "SaveOnSignal", "StopOnSignal"]
         assert [name for name in names if name in ordered] == ordered

@@ -26,7 +26,7 @@ PRECISIONS = {"fp8cs": "bf16_with_fp8_current_scaling_mixed", "fp8sc": "bf16_wit
 
 
 def upcycled_run(dense: str, **settings: Any) -> UpcyclingConfig:
-    """Return the paper's training: EP8, capacity factor 4, which drops nothing with 8 experts and top-2.
+    """Make the paper's training: EP8, capacity factor 4, which drops nothing with 8 experts and top-2.
 
     MoE layers are recomputed throughout, for routers start unbalanced; NeMo's recipes do so in the first 500 steps.
 
@@ -43,7 +43,7 @@ def upcycled_run(dense: str, **settings: Any) -> UpcyclingConfig:
 
 
 def hybridep_run(dense: str, *, nvlink_gpus: int = 8, **settings: Any) -> UpcyclingConfig:
-    """Return `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE have it.
+    """Make `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE have it.
 
     Args:
         dense: the dense checkpoint.
@@ -62,7 +62,7 @@ def hybridep_run(dense: str, *, nvlink_gpus: int = 8, **settings: Any) -> Upcycl
 
 
 def mxfp8_run(dense: str, **layout: int) -> UpcyclingConfig:
-    """Return the fast run in MXFP8 on racks of GB200: HybridEP, no capacity, nothing recomputed. It has not been run.
+    """Make the fast run in MXFP8 on racks of GB200: HybridEP, no capacity, nothing recomputed. It has not been run.
 
     What it sets beside the layout is what Bridge's own recipe of Qwen3-MoE for GB200 sets (`recipes/qwen/gb200`), but
     that parameters stay in BF16 until MXFP8 ones have been filled on a GPU.
@@ -103,7 +103,7 @@ def mxfp8_run(dense: str, **layout: int) -> UpcyclingConfig:
 
 
 def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
-    """Return the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
+    """Make the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
 
     Parameters stay in BF16 until FP8 ones (`fp8_param_gather`) have been filled on a GPU. Gradients are reduced in
     BF16, as in Bridge's `perf_recipes`.
@@ -121,7 +121,7 @@ def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
 
 
 def dense_run(dense: str, **layout: int) -> UpcyclingConfig:
-    """Return the training of the dense baseline, by the same data, batches and learning rates.
+    """Make the training of the dense baseline, by the same data, batches and learning rates.
 
     Args:
         dense: the dense checkpoint.
@@ -131,7 +131,7 @@ def dense_run(dense: str, **layout: int) -> UpcyclingConfig:
 
 
 def small_run(dense: str, spec: UpcycleSpec | None) -> UpcyclingConfig:
-    """Return a training of a few steps, on one GPU, or on none.
+    """Make a training of a few steps, on one GPU, or on none.
 
     Args:
         dense: the dense checkpoint.
@@ -175,7 +175,7 @@ def _paper_run(
     seq_length: int = 8192,
     **model: Any,
 ) -> UpcyclingConfig:
-    """Return the paper's training in a layout.
+    """Make the paper's training in a layout.
 
     Args:
         dense: the dense checkpoint.
