@@ -55,7 +55,7 @@ def _model(row: ModelRow, name: str, what: str, **fields: Any) -> Model:
     return registered
 
 
-def _papers(row: ModelRow, dense_name: str, name: str, dense_model: Model, doc: str) -> None:
+def _as_the_paper(row: ModelRow, dense_name: str, name: str, dense_model: Model, doc: str) -> None:
     """Add the dense baseline and the upcycled model, trained as the paper does on H100."""
     nemo = importlib.import_module(f"{_NEMO}.{row.trained_as}")
     runs = row.runs["h100"]
@@ -174,7 +174,7 @@ for _row in models().values():
     if _row.nemo:
         _names = f"{_row.name}_dense_ct", f"{_row.name}_e8t2"
         _dense = _model(_row, _names[0], f"{_row.title} configuration")
-        (_few_steps if _row.few_steps else _papers)(
+        (_few_steps if _row.few_steps else _as_the_paper)(
             _row, *_names, _dense, f"{_row.title} upcycled to 8 experts, top-2: {_row.sizes}."
         )
     if _row.tuning:
