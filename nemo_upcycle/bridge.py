@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.trainers.bridge import require_bridge
 
 
 def main() -> None:
@@ -18,11 +19,12 @@ def main() -> None:
         sys.stderr.write("usage: python -m nemo_upcycle.bridge SCRIPT [ARGUMENT ...]\n")
         raise SystemExit(UpcycleError.exit_status)
     try:
-        from nemo_upcycle.trainers.bridge.recipes import register
+        require_bridge()
     except UpcycleError as error:  # Megatron-Bridge is not installed
         sys.stderr.write(f"Error: {error}\n")
         raise SystemExit(error.exit_status) from None
     from nemo_upcycle.cpu.backend import use_cpu_backend
+    from nemo_upcycle.trainers.bridge.recipes import register
 
     use_cpu_backend()
     register()

@@ -25,7 +25,7 @@ if find_spec("nemo"):
         from nemo_upcycle.pipeline.nemo.pipeline import PretrainContext
         from nemo_upcycle.pipeline.nemo.pipeline import pipeline as pipeline
 
-        for _module in pkgutil.iter_modules(__path__):
+        for _module in pkgutil.iter_modules(__path__):  # `table` adds those of its rows
             importlib.import_module(f"{__name__}.{_module.name}")
         from nemo_upcycle.recipes.common import upcycled as upcycled
 

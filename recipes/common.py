@@ -22,7 +22,7 @@ def change_model(model: run.Config, **fields: Any) -> run.Config:
 
 
 def checkpoints(every_n_steps: int, keep_last: int = 1) -> run.Config[nl.ModelCheckpoint]:
-    """Return a checkpoint callback that keeps the last state only, or few of them.
+    """Make a checkpoint callback that keeps the last state only, or few of them.
 
     NeMo's default keeps the ten best, every 15 minutes: 6.6 TB for an upcycled 8B model.
 

@@ -61,7 +61,7 @@ def moe_trainer(
     virtual_pipeline_parallelism: Optional[int],
     context_parallelism: int = 1,
 ) -> Callable[..., run.Config[nl.Trainer]]:
-    """Return the `trainer` of an upcycling recipe: NeMo's for the dense model, with expert parallelism.
+    """Make the `trainer` of an upcycling recipe: NeMo's for the dense model, with expert parallelism.
 
     Args:
         dense_trainer: `trainer` of NeMo's recipe for the dense model.
@@ -180,17 +180,17 @@ def upcycled_recipe(
     *,
     num_nodes: int = NODES,
 ) -> Callable[..., run.Partial]:
-    """Register and return the `pretrain_recipe` of an upcycled model: the paper's training, on H100s.
+    """Register the `pretrain_recipe` of an upcycled model: the paper's training, on H100s.
 
     Args:
-        name: of the recipe.
+        name: the recipe's.
         nemo_recipe: NeMo's recipe module of the dense model.
         model: makes the upcycled model.
         trainer: makes its trainer, for the recipe's nodes and callbacks.
         dense: the checkpoint to start from, by default.
         spec: how to upcycle.
         fast: turns the recipe into its fast run.
-        num_nodes: by default.
+        num_nodes: nodes, by default.
     """
 
     @run.cli.factory(target=pretrain, name=name)
@@ -253,8 +253,8 @@ def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: 
     one. Gradients are reduced in bfloat16.
 
     Args:
-        recipe: of an upcycled model.
-        tensor_parallelism: of the attention; above 1 with sequence parallelism.
+        recipe: an upcycled model's.
+        tensor_parallelism: parts that the attention is cut into; above 1 with sequence parallelism.
         context_parallelism: ranks that share a sequence.
     """
     recipe.trainer.callbacks = [
@@ -276,10 +276,10 @@ def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: 
 def chain(
     name: str, recipe: Callable[..., run.Partial], baseline: Callable[..., run.Partial]
 ) -> Callable[..., run.Partial]:
-    """Register and return the `pipeline_recipe` of an upcycled model: the chain from import to report.
+    """Register the `pipeline_recipe` of an upcycled model: the chain from import to report.
 
     Args:
-        name: of the recipe.
+        name: the recipe's.
         recipe: its `pretrain_recipe`.
         baseline: `pretrain_recipe` of the dense baseline.
     """
@@ -335,15 +335,15 @@ def dense_baseline(
     layout: Optional[dict[str, int]] = None,
     num_nodes: int = NODES,
 ) -> Callable[..., run.Partial]:
-    """Register and return the `pretrain_recipe` of a dense baseline: the dense model, trained as the upcycled one is.
+    """Register the `pretrain_recipe` of a dense baseline: the dense model, trained as the upcycled one is.
 
     Args:
-        name: of the recipe.
+        name: the recipe's.
         nemo_recipe: NeMo's recipe module, whose layout is kept.
         dense: the checkpoint to start from, by default.
         model: the dense model, where it is not the module's.
         layout: Megatron's settings of it that are to differ.
-        num_nodes: by default.
+        num_nodes: nodes, by default.
     """
 
     @run.cli.factory(target=pretrain, name=name)

@@ -31,7 +31,7 @@ FP8_RECIPES = {
 
 
 def moe_kernels(capacity_factor: Optional[float]) -> dict[str, Any]:
-    """Return the fields of a model config for experts on GPUs: grouped GEMM, fused permutation, the capacity."""
+    """Set the fields of a model config for experts on GPUs: grouped GEMM, fused permutation, the capacity."""
     return {
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,

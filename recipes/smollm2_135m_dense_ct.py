@@ -89,10 +89,10 @@ def trainer(
 def baseline_recipe(
     name: str, dense: str, model: Callable[[], run.Config[pl.LightningModule]]
 ) -> Callable[..., run.Partial]:
-    """Register and return the `pretrain_recipe` of a small dense model, which trains on for a few steps.
+    """Register the `pretrain_recipe` of a small dense model, which trains on for a few steps.
 
     Args:
-        name: of the recipe.
+        name: the recipe's.
         dense: the checkpoint to start from, by default.
         model: makes the dense model.
     """

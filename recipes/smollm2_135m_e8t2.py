@@ -11,13 +11,12 @@ from nemo import lightning as nl
 from nemo.collections.llm.api import pretrain
 
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
+from nemo_upcycle.planning.recipe_table import SPEC
 from nemo_upcycle.recipes import smollm2_135m_dense_ct as dense_ct
 from nemo_upcycle.recipes.common import change_model, moe_settings, start_from
-from nemo_upcycle.spec import UpcycleSpec
 
 
 NAME = "smollm2_135m_e8t2"
-SPEC = UpcycleSpec(num_experts=8, top_k=2)
 
 
 @run.cli.factory(name=NAME)
@@ -62,10 +61,10 @@ def trainer(
 
 
 def upcycled_recipe(name: str, baseline: Callable[..., run.Partial], dense: str) -> Callable[..., run.Partial]:
-    """Register and return the `pretrain_recipe` of a small upcycled model, which trains for a few steps.
+    """Register the `pretrain_recipe` of a small upcycled model, which trains for a few steps.
 
     Args:
-        name: of the recipe.
+        name: the recipe's.
         baseline: `pretrain_recipe` of the dense model.
         dense: the checkpoint to start from, by default.
     """
@@ -123,6 +122,11 @@ def fit_laptop(recipe: run.Partial) -> run.Partial:
         config = recipe.model.config
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     return recipe
+
+
+_RANKS = 1 if torch.cuda.device_count() == 1 else 2
+#: How the chain of a tuning differs from that of other models.
+TUNED = {"adapt": fit_laptop, "num_gpus_per_node": _RANKS, "expert_parallelism": _RANKS}
 
 
 @run.cli.factory(target=pipeline, name=NAME)

@@ -11,28 +11,12 @@ from nemo.collections.llm.api import finetune
 from nemo_upcycle.data.chat_module import chat_data
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
+from nemo_upcycle.planning.recipe_table import RANK
 from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 
 
 #: The conversations of a recipe that is given none: the demo's, for trying.
 CONVERSATIONS = "chatterbot"
-#: On one card, with LoRA: 32M tokens, as `qwen3_600m_dense_sft`. Rate, rank and alpha are those of NeMo's own recipes.
-ONE_CARD: dict[str, Any] = {
-    "num_nodes": 1,
-    "num_gpus_per_node": 1,
-    "seq_length": 4096,
-    "global_batch_size": 16,
-    "max_steps": 500,
-    "lr": 1e-4,
-    "warmup_steps": 25,
-    "peft_scheme": "lora",
-}
-#: Of LoRA's adapters, by default.
-RANK = 8
-#: Of 8B models: MoEsturizer (OpenReview HDZ2GBwrWo) tunes on 150,000 conversations; here a step has 128 packs of 4,096
-#: tokens on eight nodes. The learning rate is below the peak of the paper's pretraining, 3e-5.
-TUNING = {"num_nodes": 8, "seq_length": 4096, "global_batch_size": 128, "max_steps": 1000, "lr": 1e-5}
-TUNING |= {"warmup_steps": 50}
 
 
 def tuned(
@@ -59,7 +43,7 @@ def tuned(
         start: a checkpoint of a training of the same model to start from, in place of the dense one.
         seq_length: places of a pack.
         global_batch_size: packs of a step.
-        max_steps: of the tuning.
+        max_steps: steps of the tuning.
         lr: highest learning rate; it falls to a tenth, by a cosine.
         warmup_steps: in which the learning rate rises.
 
@@ -98,8 +82,8 @@ def with_lora(recipe: run.Partial, rank: int = RANK) -> run.Partial:
     """Let a tuning train LoRA's adapters of attention and networks, and routers in full, in place of all weights.
 
     Args:
-        recipe: of a tuning on one GPU, or without expert parallelism; changed in place.
-        rank: of the adapters; their alpha is twice as much, as in NeMo's recipes.
+        recipe: a tuning on one GPU, or without expert parallelism; changed in place.
+        rank: rank of the adapters; their alpha is twice as much, as in NeMo's recipes.
 
     Returns:
         The recipe.
@@ -114,10 +98,10 @@ def with_lora(recipe: run.Partial, rank: int = RANK) -> run.Partial:
 
 
 def tuning_recipe(name: str, base: Callable[..., run.Partial], **schedule: Any) -> Callable[..., run.Partial]:
-    """Register and return the `finetune_recipe` of a model: that of `base`, tuned on conversations.
+    """Register the `finetune_recipe` of a model: that of `base`, tuned on conversations.
 
     Args:
-        name: of the recipe.
+        name: the recipe's.
         base: `pretrain_recipe` of the model, whose arguments for nodes, ranks and the dense checkpoint stay.
         schedule: `seq_length`, `global_batch_size`, `max_steps`, `lr` and `warmup_steps`, as `tuned` takes them; and
             `dense`, `num_nodes`, `num_gpus_per_node` and `peft_scheme`, where they are not those of `base`.
@@ -182,7 +166,7 @@ def tuning_recipe(name: str, base: Callable[..., run.Partial], **schedule: Any) 
 
 
 def _is_lora(peft_scheme: Optional[str]) -> bool:
-    """Return whether NeMo's name of a scheme is LoRA's; none is that of all weights."""
+    """Tell whether NeMo's name of a scheme is LoRA's; none is that of all weights."""
     scheme = (peft_scheme or "none").lower()
     if scheme not in ("lora", "none"):
         raise SpecError("peft_scheme", got=peft_scheme, expected="lora or none", fix="take lora")
@@ -194,24 +178,23 @@ def tuning_chain(
     recipe: Callable[..., run.Partial],
     baseline: Callable[..., run.Partial],
     *,
-    dense: str,
     data: str = CONVERSATIONS,
     adapt: Callable[[run.Partial], run.Partial] = lambda recipe: recipe,
     **sizes: Any,
 ) -> Callable[..., run.Partial]:
-    """Register and return the `pipeline_recipe` of a tuning: the whole chain, beside the dense model tuned alike.
+    """Register the `pipeline_recipe` of a tuning: the whole chain, beside the dense model tuned alike.
 
     Args:
-        name: of the recipe.
+        name: the recipe's.
         recipe: `finetune_recipe` of the upcycled model.
-        baseline: that of the dense model.
-        dense: the checkpoint to start from, by default.
+        baseline: `finetune_recipe` of the dense model.
         data: the conversations, by default.
         adapt: changes the upcycled model's recipe for the machine.
         sizes: nodes and ranks of both trainings, by default; of the upcycled model's `expert_parallelism`.
     """
     experts = sizes.pop("expert_parallelism", None)
-    scheme = inspect.signature(recipe).parameters["peft_scheme"].default
+    defaults = inspect.signature(recipe).parameters
+    dense, scheme = defaults["dense"].default, defaults["peft_scheme"].default
 
     @run.cli.factory(target=pipeline, name=name)
     def pipeline_recipe(

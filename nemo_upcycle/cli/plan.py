@@ -16,13 +16,6 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import hardware, table
 from nemo_upcycle.planning.changes import Change, best_changes
-from nemo_upcycle.planning.commands import (
-    BACKENDS,
-    bridge_command,
-    changed_settings,
-    nemo_command,
-    why_no_command,
-)
 from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import (
@@ -39,6 +32,7 @@ from nemo_upcycle.planning.workload import (
     RECOMPUTES,
     ROUTINGS,
 )
+from nemo_upcycle.trainers.commands import BACKENDS
 from nemo_upcycle.utils.validation import check_whole, number_of_tokens
 
 
@@ -249,11 +243,12 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
 
 def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Change]:
     """Return single changes that make a plan faster; where it has a command, they have one, too."""
-    why, tunes = why_no_command(args.backend, subject.recipe, plan.work), subject.recipe and subject.recipe.tunes
+    backend, tunes = BACKENDS[args.backend], subject.recipe and subject.recipe.tunes
+    why = backend.why_no_command(subject.recipe, plan.work)
 
     def has_settings(other: Plan) -> bool:
         allowed = other.layout.takes_packs or not tunes
-        return allowed and why_no_command(args.backend, subject.recipe, other.work) in ("", why)
+        return allowed and backend.why_no_command(subject.recipe, other.work) in ("", why)
 
     return best_changes(plan, has_settings)
 
@@ -261,7 +256,7 @@ def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Chan
 def _overrides(args: argparse.Namespace, plan: Plan, change: Change) -> list[str]:
     """Return the overrides of a change, as the back end's recipes take them; none where they lack the precision."""
     with contextlib.suppress(SpecError):
-        return changed_settings(args.backend, plan, change.plan)
+        return BACKENDS[args.backend].changed_settings(plan, change.plan)
     return []
 
 
@@ -282,8 +277,9 @@ def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
 
 def _command(args: argparse.Namespace, subject: Subject, plan: Plan) -> tuple[str | None, str]:
     """Return the command of a plan, or None and why the recipes have none."""
-    why = why_no_command(args.backend, subject.recipe, plan.work)
+    backend = BACKENDS[args.backend]
+    why = backend.why_no_command(subject.recipe, plan.work)
     if why or subject.recipe is None or plan.verdict == "no":
         return None, why
     dense = str(subject.folder.absolute()) if subject.folder else None
-    return (nemo_command if args.backend == "nemo" else bridge_command)(subject.recipe, plan, dense), ""
+    return backend.command(subject.recipe, plan, dense), ""

@@ -18,6 +18,7 @@ from nemo_upcycle.planning import hardware
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import FORCED_IMBALANCE, PRECISIONS, USUAL_IMBALANCE, Workload
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.commands import BACKENDS
 from nemo_upcycle.utils.validation import check_capacity, check_number, check_whole
 
 
@@ -135,8 +136,8 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
     if low_params is None:  # this package's recipes keep BF16
         low_params = args.precision != "bf16" and subject.recipe is None and subject.spec is None
     gradients = given("gradients")
-    if args.gradients is None and args.backend == "bridge" and subject.recipe is not None:
-        gradients = "fp32"  # what the command has
+    if args.gradients is None and subject.recipe is not None:
+        gradients = BACKENDS[args.backend].gradients or gradients  # what the command has
     work = Workload(
         seq_length=given("seq_length"),
         global_batch=given("global_batch"),
@@ -174,8 +175,8 @@ def _software(args: argparse.Namespace) -> str:
     """Return the generation of Megatron-Core: the named one, else that of the back end; Blackwell has Bridge's."""
     if args.software is not None:
         return hardware.known_software(args.software)
-    is_new = args.backend == "bridge" or (args.recipe is None and hardware.known_gpu(args.gpu).is_blackwell)
-    return hardware.BRIDGE_SOFTWARE if is_new else hardware.DEFAULT_SOFTWARE
+    is_new = args.recipe is None and hardware.known_gpu(args.gpu).is_blackwell
+    return hardware.BRIDGE_SOFTWARE if is_new else BACKENDS[args.backend].software
 
 
 def _is_grouped(subject: Subject) -> bool:

@@ -39,7 +39,7 @@ CONVENTIONS = ("full", "causal")
 
 
 @dataclass(frozen=True)
-class TrainingFacts:
+class StepFacts:
     """What the metrics of a training need to know of it.
 
     Args:
@@ -89,7 +89,7 @@ class StepMetrics:
 
     def __init__(
         self,
-        training: TrainingFacts,
+        training: StepFacts,
         health: RouterHealth | None,
         first_step: int,
         settings: dict[str, Any],

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: Trainer -> module and class of its trainings; a trainer is imported when it is asked for.
 _TRAININGS = {
     "nemo": ("nemo_upcycle.trainers.nemo.training", "NeMoTraining"),
-    "bridge": ("nemo_upcycle.trainers.bridge_training", "BridgeTraining"),
+    "bridge": ("nemo_upcycle.trainers.bridge.training", "BridgeTraining"),
 }
 PLAN = "pipeline.json"
 #: The folder of a run that keeps the user's YAML files as they were when the run started.

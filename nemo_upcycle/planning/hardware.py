@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.planning import recipe_table
 from nemo_upcycle.planning.workload import FORCED_IMBALANCE, Precision
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.conf import packaged, read_yaml
@@ -221,7 +222,7 @@ def gpu_of_device(device: str) -> Gpu | None:
 
 def known_shape(name: str) -> Architecture:
     """Return the architecture of a recipe's parent by its name in `recipes.yaml`."""
-    return Architecture(**read_data("recipes.yaml")["shapes"][name])
+    return recipe_table.models()[name].shape
 
 
 def known_recipe(name: str) -> KnownRecipe:
@@ -230,12 +231,13 @@ def known_recipe(name: str) -> KnownRecipe:
     Raises:
         SpecError: it is not known.
     """
-    known = read_data("recipes.yaml")["recipes"]
+    known = recipe_table.recipes()
     if name not in known:
         raise SpecError.unknown("recipe", name, known)
-    entry = known[name]
-    spec = UpcycleSpec(**entry["spec"]) if entry["spec"] else None
-    return KnownRecipe(name, known_shape(entry["dense"]), spec, entry["defaults"], entry["h100"], entry["inputs"])
+    row, upcycled, tuned = known[name]
+    h100, inputs = not row.few_steps and not tuned, recipe_table.chain_inputs(name)
+    spec = recipe_table.SPEC if upcycled else None
+    return KnownRecipe(name, row.shape, spec, row.defaults(upcycled, tuned), h100, inputs)
 
 
 def known_parent(address: str) -> Architecture | None:
@@ -245,8 +247,8 @@ def known_parent(address: str) -> Architecture | None:
         >>> known_parent("asset://smollm2-135m").num_layers
         30
     """
-    entries = read_data("recipes.yaml")["recipes"].values()
-    return next((known_shape(entry["dense"]) for entry in entries if entry["inputs"].get("dense") == address), None)
+    known = map(known_recipe, recipe_table.recipes())
+    return next((one.dense for one in known if one.inputs["dense"] == address), None)
 
 
 def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:
@@ -257,7 +259,7 @@ def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:
         >>> recipe_for(llama, llama.upcycled(UpcycleSpec(num_experts=8, top_k=2))).name
         'llama3_8b_e8t2'
     """
-    for known in map(known_recipe, read_data("recipes.yaml")["recipes"]):
+    for known in map(known_recipe, recipe_table.recipes()):
         shape = replace(known.dense, max_positions=dense.max_positions)  # the model computes the same with any
         if (shape, shape.upcycled(known.spec) if known.spec else shape) == (dense, arch):
             return known

@@ -45,7 +45,7 @@ _PROBE: dict[str, Any] = {
 }
 
 
-def act_as_set(config: Any) -> list[ActingCoefficient]:
+def correct_losses(config: Any) -> list[ActingCoefficient]:
     """Multiply what Megatron makes of auxiliary losses by what it lacks on this layout, in this process.
 
     The scale is where Megatron 0.16 has it, too: it serves every auxiliary loss and schedule, coefficients that change

@@ -13,10 +13,10 @@ from nemo_upcycle.trainers.schedules import Anneal
 from nemo_upcycle.utils.progress import show_messages
 
 
-def act_as_set(config: Any) -> list[ActingCoefficient]:
-    """Let auxiliary losses act with the coefficients that are set, where this Megatron has the names to measure them.
+def correct_auxiliary_losses(config: Any) -> list[ActingCoefficient]:
+    """Make auxiliary losses act with the coefficients that are set, and log on the first rank what was corrected.
 
-    What is corrected, and what does not act as it is set all the same, is said by the first rank.
+    A Megatron that lacks the functions to measure them is left as it is, with a warning.
 
     Args:
         config: the model's. Megatron's groups must be there, and every rank must call this.
@@ -30,7 +30,7 @@ def act_as_set(config: Any) -> list[ActingCoefficient]:
         if torch.distributed.get_rank() == 0:
             show_messages().warning("auxiliary losses act as Megatron has them, not measured: %s", error.msg)
         return []
-    losses = aux_loss.act_as_set(config)
+    losses = aux_loss.correct_losses(config)
     if torch.distributed.get_rank() == 0:
         _say(losses)
     return losses
@@ -49,11 +49,11 @@ def _say(losses: list[ActingCoefficient]) -> None:
 
 
 def describe_balancing(config: Any, anneal: Anneal | None) -> dict[str, str]:
-    """Return what `training.json` says of how the experts are balanced; nothing of a dense model.
+    """Describe for `training.json` how the experts are balanced; nothing of a dense model.
 
     Args:
         config: the model's.
-        anneal: of the coefficient; None: there is none.
+        anneal: change of the coefficient over the training; None: it stays.
 
     Example:
         >>> describe_balancing(config, Anneal(start=0.01, end=0.001, steps=2000))  # doctest: +SKIP

@@ -16,7 +16,9 @@ from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.commands import BACKENDS
 from nemo_upcycle.trainers.layout import usual_communication
+from nemo_upcycle.trainers.settings import STEPS, free_settings, step0_settings
 
 
 #: Communication that may run beside computation -> Megatron's setting: sums of gradients and gathering of weights over
@@ -55,13 +57,13 @@ class TrainingSettings:
             step0: the same of those that the check of step 0 depends on.
         """
 
-        def are(names: tuple[str, ...]) -> dict[str, str]:
+        def named(names: tuple[str, ...]) -> dict[str, str]:
             begun = tuple(one for one in names if one.endswith("."))
             return {name: value for name, value in values.items() if name in names or name.startswith(begun)}
 
-        others = are((steps, *free))
+        others = named((steps, *free))
         fixed = {name: value for name, value in values.items() if name not in others}
-        return cls(fixed, int(float(values.get(steps, 0))), are(free), are(step0))
+        return cls(fixed, int(float(values.get(steps, 0))), named(free), named(step0))
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Profile:
         pp: pipeline stages.
         ep: expert parallelism.
         precision: the planner's name of it: `bf16`, `fp8-current`.
-        dispatcher: of tokens to experts: `allgather`, `alltoall`, `deepep`, `hybridep`, `ncclep`; `none` in a dense
-            model.
+        dispatcher: what sends tokens to experts: `allgather`, `alltoall`, `deepep`, `hybridep`, `ncclep`; `none` in a
+            dense model.
         overlaps_experts: whether other work hides the experts' communication (`overlap_moe_expert_parallel_comm`).
         cuda_graphs: whether parts of a step are captured.
         user_buffers: whether NCCL gets registered buffers (`nccl_ub`).
@@ -151,14 +153,14 @@ class TrainingFacts:
 
     Args:
         recipe: its name.
-        arch: of its model.
+        arch: architecture of its model.
         knows_vocabulary: whether `arch` counts the embeddings.
         layout: parallel sizes.
         profile: how it uses its GPUs.
         seq_length: tokens of a sequence.
         global_batch: sequences of a step.
-        steps: of the whole training.
-        capacity_factor: of the experts; None drops nothing.
+        steps: optimizer steps of the whole training.
+        capacity_factor: token slots of an expert over its even share; None drops nothing.
         pad: whether experts are padded up to their capacity.
         grouped: whether the experts multiply as one grouped product.
         recompute: the planner's kind, as the training begins.
@@ -169,10 +171,10 @@ class TrainingFacts:
         low_params: whether parameters are kept and gathered in FP8 or FP4.
         rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
         dense_router_gradient: whether routers learn from all experts.
-        teacher_weight: of the divergence from the dense parent's answers in the loss; 0: there is no teacher.
+        teacher_weight: weight of the divergence from the dense parent's answers in the loss; 0: there is no teacher.
         lora: rank of the adapters that are trained beside the routers; 0: all weights are trained.
         software: the generation of Megatron-Core that trains, in the planner's words.
-        weight_bytes: of a parameter in a checkpoint.
+        weight_bytes: bytes of a parameter in a checkpoint.
         save_every: steps between two checkpoints.
         save_setting: the override that sets it.
         keeps: checkpoints that stay at its end; None: all.
@@ -270,11 +272,8 @@ class Training(ABC):
     alone.
     """
 
-    #: Names of its settings: of the steps, of those that its result does not depend on, and of those that the check of
-    #: step 0 depends on; with a dot at the end, the beginnings of names.
-    steps_setting: ClassVar[str]
-    free_settings: ClassVar[tuple[str, ...]]
-    step0_settings: ClassVar[tuple[str, ...]]
+    #: The trainer, as `trainers/settings.py` and `trainers/commands.py` name it.
+    name: ClassVar[str]
 
     @classmethod
     @abstractmethod
@@ -302,25 +301,24 @@ class Training(ABC):
 
     def settings(self) -> TrainingSettings:
         """Return its settings, told apart by whether they may change in a run that has started."""
-        return TrainingSettings.sorted_by(
-            self.named_settings(), steps=self.steps_setting, free=self.free_settings, step0=self.step0_settings
-        )
+        steps, free, step0 = STEPS.of(self.name), free_settings(self.name), step0_settings(self.name)
+        return TrainingSettings.sorted_by(self.named_settings(), steps=steps, free=free, step0=step0)
 
     @abstractmethod
     def facts(self, dense: str) -> TrainingFacts | None:
-        """Return what it is and takes; None where that is not known before the parent is fetched.
+        """Say what it is and takes; None where that is not known before the parent is fetched.
 
         Args:
             dense: the parent's address.
         """
 
-    @abstractmethod
     def changed_settings(self, before: Plan, after: Plan) -> list[str]:
-        """Return the overrides that change it from one plan to another, of which the first is its own.
+        """Write the overrides that change it from one plan to another, of which the first is its own.
 
         Raises:
             SpecError: it has no setting for something.
         """
+        return BACKENDS[self.name].changed_settings(before, after)
 
     @abstractmethod
     def shown_settings(self, dense: str) -> dict[str, Any]:
@@ -360,7 +358,7 @@ class Training(ABC):
 
     @abstractmethod
     def spec(self, dense_folder: Path) -> UpcycleSpec:
-        """Return how the model is upcycled."""
+        """Give the spec by which the model is upcycled."""
 
     @abstractmethod
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:

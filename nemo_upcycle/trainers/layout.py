@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
@@ -10,44 +9,14 @@ from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning import rules
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
+from nemo_upcycle.trainers.settings import sizes_of
 
 
 #: The planner's name of a size -> that of Megatron's setting.
 _SIZES = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-    "first": "num_layers_in_first_pipeline_stage",
-    "last": "num_layers_in_last_pipeline_stage",
-    "embedding": "account_for_embedding_in_pipeline_split",
-    "loss": "account_for_loss_in_pipeline_split",
-}
-#: What else a rule names of a strategy.
-_STRATEGY = _SIZES | {
-    "tp x cp x pp": "tensor_model_parallel_size x context_parallel_size x pipeline_model_parallel_size",
-    "etp x ep x pp": "expert_tensor_parallel_size x expert_model_parallel_size x pipeline_model_parallel_size",
-    "sequence_parallel": "sequence_parallel",
-}
-#: All that a rule names -> where a recipe of NeMo's sets it, and one of Bridge's.
-NEMO_SETTINGS = {name: f"trainer.strategy.{setting}" for name, setting in _STRATEGY.items()} | {
-    "gpus": "trainer.num_nodes x devices",
-    "seq_length": "data.seq_length",
-    "micro_batch": "data.micro_batch_size",
-    "global_batch": "data.global_batch_size",
-    "top_k": "model.config.moe_router_topk",
-    "router_padding": "model.config.moe_router_padding_for_fp8",
-    "precision": "trainer.plugins.fp8_recipe",
-}
-BRIDGE_SETTINGS = {name: f"model.{setting}" for name, setting in _STRATEGY.items()} | {
-    "seq_length": "dataset.seq_length",
-    "micro_batch": "train.micro_batch_size",
-    "global_batch": "train.global_batch_size",
-    "top_k": "model.moe_router_topk",
-    "router_padding": "model.moe_router_padding_for_quantization",
-    "precision": "mixed_precision",
+    size: name.rpartition(".")[2]
+    for size, name in sizes_of("bridge").items()
+    if size in (*("tp", "pp", "vp", "cp", "ep", "etp"), *("first", "last", "embedding", "loss"))
 }
 _PADDINGS = ("moe_router_padding_for_fp8", "moe_router_padding_for_quantization")
 
@@ -69,7 +38,7 @@ def check_layout(
     config: Any,
     data: Any,
     ranks: int,
-    settings: Mapping[str, str] = NEMO_SETTINGS,
+    trainer: str = "nemo",
     precision: str = "bf16",
 ) -> None:
     """Check the parallel sizes of a Megatron strategy against the model's config, the ranks, the data, the precision.
@@ -81,7 +50,7 @@ def check_layout(
         config: the model's, has `num_layers`, `num_attention_heads`, ...
         data: has `seq_length`, `global_batch_size`, `micro_batch_size`; what it does not have is not checked.
         ranks: nodes times devices.
-        settings: where the recipe sets each size, for errors.
+        trainer: whose settings errors name.
         precision: the planner's name; of one that it does not know nothing is checked.
 
     Raises:
@@ -110,7 +79,8 @@ def check_layout(
                 fix="set <router_padding>=False",
             )
     except SpecError as error:
-        raise error.renamed(lambda name: settings.get(name, name)) from None
+        names = sizes_of(trainer)
+        raise error.renamed(lambda name: names.get(name, name)) from None
 
 
 def _work(config: Any, data: Any, layout: Layout, precision: str) -> Workload:

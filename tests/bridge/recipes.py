@@ -96,9 +96,10 @@ def random() -> Any:
 
 
 def _tuned(spec: UpcycleSpec | None, **layout: Any) -> Any:
-    from nemo_upcycle.trainers.bridge.recipes.upcycled.runs import tuned
+    from nemo_upcycle.trainers.bridge.recipes.runs import tuned
 
-    config = tuned(_tiny(spec, **layout), seq_length=SEQUENCE, global_batch=BATCH, steps=6, highest=1e-3, warmup=1)
+    tuning = {"seq_length": SEQUENCE, "global_batch_size": BATCH, "max_steps": 6, "lr": 1e-3, "warmup_steps": 1}
+    config = tuned(_tiny(spec, **layout), tuning)
     config.checkpoint.save_interval = 2
     return config
 

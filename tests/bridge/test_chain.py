@@ -40,7 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _plan(inputs: Path, *settings: str, recipe: str = TINY) -> RunPlan:
-    from nemo_upcycle.trainers.bridge_training import BridgeTraining
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
     moe = BridgeTraining(recipe, settings, nodes=1, ranks_per_node=2)
     dense_ct = BridgeTraining(DENSE_CT, settings, nodes=1, ranks_per_node=2)

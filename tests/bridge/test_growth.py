@@ -62,7 +62,7 @@ def test_the_baseline_is_the_parent_as_it_is(parent: Path, tmp_path: Path) -> No
 
 
 def test_a_parent_with_experts_goes_through_the_chain(tmp_path: Path) -> None:
-    from nemo_upcycle.trainers.bridge_training import BridgeTraining
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
     parent = write_tokenizer(write_mixtral(tmp_path / "parent", vocab_size=259))
     write_blend(tmp_path / "blend", parent, texts=texts())

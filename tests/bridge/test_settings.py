@@ -270,7 +270,7 @@ def test_a_hung_rank_is_restarted_and_the_run_ends_with_the_same_weights(inputs:
 
 
 def _training(*settings: str) -> Any:
-    from nemo_upcycle.trainers.bridge_training import BridgeTraining
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
     return BridgeTraining(TINY, settings, nodes=1, ranks_per_node=2)
 

@@ -152,7 +152,7 @@ def _ranks(stage: str) -> int:
 
 
 def _training(recipe: str, *settings: str, ranks: int = 2) -> Any:
-    from nemo_upcycle.trainers.bridge_training import BridgeTraining
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
     return BridgeTraining(f"{RECIPES}{recipe}", settings, nodes=1, ranks_per_node=ranks)
 
@@ -165,7 +165,7 @@ def _tune(
 
 
 def _train(text: str, folder: Path, parent: Path, chat: Path) -> None:
-    from nemo_upcycle.trainers.bridge_training import BridgeTraining
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
     BridgeTraining.from_text(text).train(folder, parent, chat)
 

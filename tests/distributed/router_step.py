@@ -71,7 +71,7 @@ def take_step(
     from megatron.core.transformer.moe.router import TopKRouter
 
     from nemo_upcycle.monitoring.router_health import RouterHealth, sum_over_ranks
-    from nemo_upcycle.trainers.aux_loss import act_as_set
+    from nemo_upcycle.trainers.aux_loss import correct_losses
 
     chunks = build_chunks(ARCH, layout=LAYOUTS.get(layout), **moe_settings(ARCH, spec) | settings)
     receipt = upcycle_into(chunks, MemorySource(ARCH), spec)
@@ -83,7 +83,7 @@ def take_step(
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = lambda loss: LOSS_SCALE * loss
-    acting = act_as_set(config) if corrected else []
+    acting = correct_losses(config) if corrected else []
     health = RouterHealth(chunks, config)
     wrapped = [DistributedDataParallel(config, DistributedDataParallelConfig(), chunk) for chunk in chunks]
     tokens = sample_tokens(ARCH.vocab_size, BATCH * CELLS, LENGTH)

@@ -1,10 +1,10 @@
-"""Write all golden files and the planner's file anew: `python -m tests.golden`, then read the difference."""
+"""Write all golden files anew: `python -m tests.golden`, then read the difference."""
 
-from tests.golden import GOLDEN, PLANNER, forecasts, golden_path, planner_text, text_of
+from tests.golden import GOLDEN, PAIRS, forecasts, golden_path, pairs_text, text_of
 
 
 for name in GOLDEN:
     golden_path(name).write_text(text_of(name), encoding="utf-8")
-PLANNER.write_text(planner_text(), encoding="utf-8")
+PAIRS.write_text(pairs_text(), encoding="utf-8")
 for recipe, cluster in forecasts.GOLDEN:
     forecasts.forecast_path(recipe, cluster).write_text(forecasts.forecast_text(recipe, cluster), encoding="utf-8")

@@ -172,11 +172,11 @@ def test_a_lower_layer_must_not_import_a_recipe(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "recipes", package / "recipes")
     (tmp_path / "pyproject.toml").write_text(PYPROJECT)
     with (package / "utils" / "files.py").open("a") as file:
-        file.write("\nimport nemo_upcycle.recipes.llama3_8b_e8t2\n")
+        file.write("\nimport nemo_upcycle.recipes.table\n")
     command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "nemo_upcycle.utils.files -> nemo_upcycle.recipes.llama3_8b_e8t2" in done.stdout
+    assert "nemo_upcycle.utils.files -> nemo_upcycle.recipes.table" in done.stdout
 
 
 def test_files_can_be_read_in_one_sitting() -> None:

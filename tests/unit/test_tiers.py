@@ -22,7 +22,7 @@ AT_IMPORT = {
     "a part": "from lightning.pytorch import Trainer\n",
     "under a condition": "if True:\n    with quiet():\n        from nemo_run import Config\n",
     "through the package": "from nemo_upcycle.trainers.nemo import retention\n",
-    "through a recipe": "import nemo_upcycle.recipes.llama3_8b_e8t2\n",
+    "through a recipe": "import nemo_upcycle.recipes.table\n",
     "through tests": "from tests.functional.soak import STEPS\n",
     "by a class": "class Callback:\n    import lightning.pytorch as pl\n",
     "in a program": 'CODE = """\nimport sys\nimport nemo_run\n"""\n',

@@ -13,7 +13,7 @@ from nemo_upcycle.pipeline.bridge.pipeline import training_of
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.config import required_hook
-from nemo_upcycle.trainers.bridge_training import BridgeTraining, required_parent
+from nemo_upcycle.trainers.bridge.training import BridgeTraining, required_parent
 
 
 class BridgeArm(Arm):

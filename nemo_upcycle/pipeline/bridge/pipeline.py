@@ -14,10 +14,10 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.planning.commands import BRIDGE_RECIPES
 from nemo_upcycle.planning.hardware import gpu_names, known_gpu, known_recipe
+from nemo_upcycle.planning.recipe_table import bridge_recipes
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.bridge_training import BridgeTraining
+from nemo_upcycle.trainers.bridge.training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
 from nemo_upcycle.utils.validation import check_whole
 
@@ -158,9 +158,9 @@ def chain(name: str) -> Callable[..., run.Partial]:
     """Register and return the chain of an upcycled model and its dense baseline: name and inputs are those in NeMo.
 
     Args:
-        name: the name of the recipe, one of `BRIDGE_RECIPES`.
+        name: the name of the recipe, one that `bridge_recipes` names.
     """
-    recipe, inputs = BRIDGE_RECIPES[name], known_recipe(name).inputs
+    recipe, inputs = bridge_recipes()[name], known_recipe(name).inputs
 
     @run.cli.factory(target=pipeline, name=name)
     def pipeline_recipe(dir: str = f"runs/{name}", dense: str = inputs["dense"]) -> run.Partial:
@@ -184,5 +184,5 @@ def chain(name: str) -> Callable[..., run.Partial]:
     return pipeline_recipe
 
 
-for name in BRIDGE_RECIPES:
+for name in bridge_recipes():
     chain(name)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
-from nemo_upcycle.planning.commands import BRIDGE_PRECISIONS
 from nemo_upcycle.planning.search import Plan, usual_dispatcher, usual_overlap
 from nemo_upcycle.trainers.base import TrainingFacts
+from nemo_upcycle.trainers.commands import BRIDGE_PRECISIONS
 from nemo_upcycle.trainers.layout import usual_communication
 
 

@@ -25,7 +25,7 @@ from nemo_upcycle.pipeline.forecast.stages import StageForecast, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
 from nemo_upcycle.pipeline.plan import Stage, required_training
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.trainers.values import setting
+from nemo_upcycle.trainers.settings import setting
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.masking import without_secrets
 

@@ -18,7 +18,7 @@ from nemo_upcycle.trainers.nemo.checks import check_recipe
 from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe, train_on
 from nemo_upcycle.trainers.nemo.upcycled import use_spec
-from nemo_upcycle.trainers.values import setting
+from nemo_upcycle.trainers.settings import setting
 
 
 class NeMoArm(Arm):

@@ -23,7 +23,7 @@ from nemo_upcycle.trainers.nemo.checks import (
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
-from nemo_upcycle.trainers.values import setting
+from nemo_upcycle.trainers.settings import setting
 from nemo_upcycle.utils.ranks import is_first_rank
 
 

@@ -29,6 +29,3 @@ def require_bridge() -> None:
             expected=RELEASES.bounds,
             fix=f'pip install "{RELEASES.argument}" with Python 3.12, or take NVIDIA\'s container of it',
         )
-
-
-require_bridge()

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError, mistake_in_file
+from nemo_upcycle.planning.recipe_table import tunes
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.calibrated import parent_digest
 from nemo_upcycle.trainers.base import Evaluations
@@ -28,7 +29,6 @@ from nemo_upcycle.trainers.bridge.chat import ChatDataset
 from nemo_upcycle.trainers.bridge.recipes import named_recipes
 from nemo_upcycle.trainers.bridge.recipes.common import made_for
 from nemo_upcycle.trainers.bridge.upcycling import UpcycleHook, hook_of
-from nemo_upcycle.trainers.bridge_training import tunes
 from nemo_upcycle.utils.children import shield_children
 
 

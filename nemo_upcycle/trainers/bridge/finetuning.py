@@ -13,7 +13,7 @@ from nemo_upcycle.data.chat.taught import teacher_of
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.balancing import bias_fields
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.balancing import act_as_set
+from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
 from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.models import upcycled_provider
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, load_receipt
@@ -121,5 +121,5 @@ def learn_as_set(config: ConfigContainer) -> None:
 
 def _let_losses_act(chunks: list[Any]) -> list[Any]:
     """Let auxiliary losses act with their coefficients, as in the run before."""
-    act_as_set(chunks[0].config)
+    correct_auxiliary_losses(chunks[0].config)
     return chunks

@@ -18,7 +18,7 @@ from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
-from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
+from nemo_upcycle.monitoring.step_metrics import StepFacts, StepMetrics
 from nemo_upcycle.trainers.balancing import describe_balancing
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
@@ -58,7 +58,7 @@ class BridgeMetrics(Callback):
             hybrid = hybrid_of(model)
             layers = hybrid.networks if hybrid else None
             health = RouterHealth(context.model, transformer, clears_losses=not logs, layers=layers)
-        facts = TrainingFacts(
+        facts = StepFacts(
             self.folder / "metrics.jsonl",
             architecture_of(_flat(model), model.vocab_size),
             config.dataset.seq_length,

@@ -30,12 +30,13 @@ from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec, without_defaults
-from nemo_upcycle.trainers.balancing import act_as_set
+from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
+from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
 from nemo_upcycle.trainers.bridge.settings import describe, require_callbacks, settings_of
-from nemo_upcycle.trainers.values import check_masters
+from nemo_upcycle.trainers.settings import check_masters
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
 
@@ -74,6 +75,7 @@ def upcycle_on_start(
         >>> upcycle_on_start(config, "/models/Llama-3-8B", spec)
         >>> pretrain(config, forward_step)
     """
+    require_bridge()
     for path in (dense, *branches):
         if "://" in str(path):
             fix = "copy it there (nemo_upcycle.data.dense.ensure_dense fetches hf://ORG/NAME)"
@@ -155,7 +157,7 @@ class UpcycleHook:
         if config.checkpoint.async_save and not torch.cuda.is_available():
             expected = "False without a GPU: Bridge divides by the number of GPUs"
             raise SpecError(field="config.checkpoint.async_save", got=True, expected=expected, fix="set it to False")
-        losses = act_as_set(chunks[0].config)
+        losses = correct_auxiliary_losses(chunks[0].config)
         if not _goes_on(config, self.paths, self.spec):
             if config._checkpoint_load_required:
                 raise SpecError(

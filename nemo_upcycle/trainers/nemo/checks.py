@@ -17,13 +17,13 @@ from nemo_upcycle.init.calibration import calibration_of
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
-from nemo_upcycle.planning.commands import fp8_precision
 from nemo_upcycle.planning.hardware import known_parent
+from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
 from nemo_upcycle.trainers.schedules import schedules_of
-from nemo_upcycle.trainers.values import check_masters, check_packs, check_values, setting
+from nemo_upcycle.trainers.settings import check_masters, check_packs, check_values, setting
 from nemo_upcycle.utils.validation import is_whole
 
 
@@ -149,7 +149,7 @@ def _check_tuning(recipe: run.Partial, where: str) -> None:
     Raises:
         SpecError: a setting does not fit.
     """
-    check_packs(recipe, "data.micro_batch_size", "trainer.strategy.context_parallel_size", where)
+    check_packs(recipe, "nemo", where)
     _check_lora(recipe, where)
     if setting(recipe, "tokenizer") != "data":
         raise SpecError(

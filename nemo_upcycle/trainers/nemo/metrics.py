@@ -15,7 +15,7 @@ from nemo_upcycle.cpu.backend import watch_fp8
 from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
-from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
+from nemo_upcycle.monitoring.step_metrics import StepFacts, StepMetrics
 from nemo_upcycle.trainers.balancing import describe_balancing
 from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
@@ -62,7 +62,7 @@ class MetricsLogger(Callback):
         if torch.distributed.get_rank() == 0:
             _move_logs_only()
         sampler = trainer.datamodule.data_sampler  # type: ignore[attr-defined]
-        training = TrainingFacts(
+        training = StepFacts(
             Path(AppState().log_dir) / self.filename,
             architecture_of(config, config.vocab_size or module.tokenizer.vocab_size),
             sampler.seq_len,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import nemo_run as run
 import torch
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from nemo.lightning import OptimizerModule
@@ -81,3 +82,8 @@ class Olmo2Model(GPTModel):
         model_transform: Callable | None = None,
     ) -> None:
         super().__init__(config or Olmo2Config(), optim=optim, tokenizer=tokenizer, model_transform=model_transform)
+
+
+def model() -> run.Config:
+    """Make the configuration of OLMo 2 7B, as a recipe of NeMo's makes its model's."""
+    return run.Config(Olmo2Model, config=run.Config(Olmo2Config7B))

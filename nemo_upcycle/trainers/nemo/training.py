@@ -17,10 +17,9 @@ from nemo_upcycle.errors import SpecError, StageStopped
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.planning.commands import changed_settings
-from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, read_data
+from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
-from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.planning.recipe_table import models
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.calibrated import with_calibration
@@ -35,42 +34,11 @@ from nemo_upcycle.trainers.nemo.checks import (
 )
 from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
-from nemo_upcycle.trainers.values import setting
+from nemo_upcycle.trainers.settings import FP8_RECIPE, SAVE_EVERY, setting, shown_settings
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.ranks import is_first_rank
 
 
-_FP8, _FP8_RECIPE = "trainer.plugins.fp8", "trainer.plugins.fp8_recipe"
-#: Settings that people look at.
-_SHOWN = (
-    "trainer.num_nodes",
-    "trainer.devices",
-    "trainer.max_steps",
-    "data.global_batch_size",
-    "data.micro_batch_size",
-    "data.seq_length",
-    "optim.config.lr",
-    "optim.lr_scheduler.min_lr",
-    "optim.lr_scheduler.warmup_steps",
-    "trainer.strategy.tensor_model_parallel_size",
-    "trainer.strategy.pipeline_model_parallel_size",
-    "trainer.strategy.virtual_pipeline_model_parallel_size",
-    "trainer.strategy.context_parallel_size",
-    "trainer.strategy.expert_model_parallel_size",
-    "trainer.strategy.expert_tensor_parallel_size",
-    "trainer.strategy.ckpt_async_save",
-    "trainer.plugins.precision",
-    _FP8_RECIPE,
-    "model.config.moe_expert_capacity_factor",
-    "model.config.moe_pad_expert_input_to_capacity",
-    "model.config.recompute_granularity",
-    "model.config.recompute_modules",
-    "log.ckpt.every_n_train_steps",
-    "log.ckpt.keep_last",
-    "log.ckpt.keep_every",
-)
-#: Those of a teacher, where there is one.
-_TAUGHT = ("data.teacher_weight", "data.teacher_temperature")
 #: Sizes that tell one known parent from another, without its vocabulary.
 _SHAPE = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings")
 
@@ -83,16 +51,7 @@ class NeMoTraining(Training):
         text: the serialised recipe.
     """
 
-    steps_setting = "trainer.max_steps"
-    free_settings = (
-        "log.",
-        "trainer.log_every_n_steps",
-        "trainer.num_nodes",
-        "trainer.devices",
-        "data.num_workers",
-        "resume.restore_config.trained_on",
-    )
-    step0_settings = ("model.", "resume.restore_config.spec.")
+    name = "nemo"
 
     text: str
 
@@ -164,7 +123,7 @@ class NeMoTraining(Training):
             software=DEFAULT_SOFTWARE,
             weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,
             save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
-            save_setting="log.ckpt.every_n_train_steps",
+            save_setting=SAVE_EVERY.nemo,
             keeps=_kept(recipe.log.ckpt, steps),
             evaluations=next(_evaluations(callbacks), None),
             uses_wandb=bool(setting(recipe, "log.wandb")) and not setting(recipe, "log.wandb.offline"),
@@ -172,20 +131,12 @@ class NeMoTraining(Training):
             is_rate_constant=_is_rate_constant(recipe),
         )
 
-    def changed_settings(self, before: Plan, after: Plan) -> list[str]:
-        """See `Training.changed_settings`."""
-        return changed_settings("nemo", before, after)
-
     def shown_settings(self, dense: str) -> dict[str, Any]:
         """See `Training.shown_settings`."""
-        values = {name: setting(self.recipe, name) for name in _SHOWN}
-        if not setting(self.recipe, _FP8):
-            del values[_FP8_RECIPE]
-        values |= {name: setting(self.recipe, name) for name in _TAUGHT if setting(self.recipe, _TAUGHT[0])}
-        values[f"optim.{DENSE_GRADIENT}"] = setting(self.recipe, f"optim.{DENSE_GRADIENT}") or None
-        return {
-            name: value for name, value in values.items() if value is not None and not isinstance(value, fdl.Buildable)
-        }
+        values = shown_settings(self.recipe, self.name)
+        if setting(self.recipe, "trainer.plugins.fp8"):
+            values[FP8_RECIPE.nemo] = setting(self.recipe, FP8_RECIPE.nemo)
+        return {name: value for name, value in values.items() if not isinstance(value, fdl.Buildable)}
 
     def check(self, stage: str) -> None:
         """See `Training.check`."""
@@ -265,7 +216,7 @@ class NeMoTraining(Training):
 
 
 def _is(callback: Any, name: str) -> bool:
-    """Return whether the configuration of a callback is of a class of this package's, which need not be imported."""
+    """Tell whether the configuration of a callback is of a class of this package's, which need not be imported."""
     kind = callback.__fn_or_cls__
     return bool(kind.__name__ == name and kind.__module__.startswith("nemo_upcycle."))
 
@@ -281,9 +232,13 @@ def _model_of(recipe: Any, dense: str) -> tuple[Architecture, bool]:
     parent = check_address(dense) if dense and Path(dense.removeprefix("hf://")).expanduser().is_dir() else None
     vocabulary = (parent.vocab_size if parent else None) or getattr(config, "vocab_size", None)
     if not vocabulary:
-        known = (shape for shape in read_data("recipes.yaml")["shapes"].values())
+        known = (row.shape for row in models().values())
         vocabulary = next(
-            (shape["vocab_size"] for shape in known if all(shape[name] == getattr(plain, name) for name in _SHAPE)),
+            (
+                shape.vocab_size
+                for shape in known
+                if all(getattr(shape, name) == getattr(plain, name) for name in _SHAPE)
+            ),
             None,
         )
     if not vocabulary:
@@ -300,7 +255,7 @@ def _gradients(recipe: Any) -> str:
 
 
 def _kept(checkpoint: Any, steps: int) -> int | None:
-    """Return how many checkpoints a callback keeps at the end of a training of so many steps; None for all."""
+    """Count the checkpoints that a callback keeps at the end of a training of so many steps; None for all."""
     if last := getattr(checkpoint, "keep_last", None):
         for_good = getattr(checkpoint, "keep_every", None)
         return int(last) + (steps // int(for_good) if for_good else 0)
@@ -317,7 +272,7 @@ def _evaluations(callbacks: list[Any]) -> Iterator[Evaluations]:
 
 
 def _schedule(recipe: Any) -> str:
-    """Return what tells schedules of the learning rate apart."""
+    """Describe the schedule of the learning rate."""
     scheduler, shape = setting(recipe, "optim.lr_scheduler"), "constant"
     if isinstance(scheduler, fdl.Buildable):
         given = ", ".join(f"{name}={value}" for name, value in sorted(scheduler.__arguments__.items()))

@@ -28,7 +28,7 @@ from nemo_upcycle.trainers.nemo.recipes import train_on
 from nemo_upcycle.trainers.nemo.resume import UpcycleResume
 from nemo_upcycle.trainers.nemo.stopping import StopOnSignal
 from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig, UpcycleStrategy
-from nemo_upcycle.trainers.values import setting
+from nemo_upcycle.trainers.settings import setting
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.ranks import is_first_rank
 

@@ -27,13 +27,13 @@ from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources.checkpoint_context import read_context
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.balancing import act_as_set
+from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
 from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
+from nemo_upcycle.trainers.settings import check_masters, setting
 from nemo_upcycle.trainers.teacher import TeacherLoss
-from nemo_upcycle.trainers.values import check_masters, setting
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
 
@@ -127,7 +127,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
             super().setup_megatron_parallel(trainer)
         if not self._init_model_parallel:  # LoRA wraps linear layers of a filled model, before NeMo wraps the chunks
             self._fill()
-        self._auxiliary_losses = act_as_set(model.config)
+        self._auxiliary_losses = correct_auxiliary_losses(model.config)
 
     def init_model_parallel(self) -> None:
         """Wrap the chunks, then fill them from the dense checkpoint, before optimizers make master weights of them."""

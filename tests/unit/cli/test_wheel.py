@@ -116,7 +116,7 @@ def test_every_relative_link_of_the_source_distribution_leads_somewhere(built: P
         archive.extractall(tmp_path, filter="data")
     tree = next(tmp_path.iterdir())
     assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "docs/index.md"} <= names
-    assert {"conf/data/text.yaml", "recipes/llama3_8b_e8t2.py", "tests/unit/cli/test_wheel.py"} <= names
+    assert {"conf/data/text.yaml", "recipes/table.py", "tests/unit/cli/test_wheel.py"} <= names
     pages = [tree / name for name in names if name.endswith(".md")]
     targets = [
         (page, target)

@@ -8,10 +8,10 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.planning.recipe_table import recipes as recipes_of_the_table
 
 
-MODELS = ("llama3_8b", "qwen3_8b", "qwen3_600m", "smollm2_135m", "llama32_1b", "qwen3_1p7b")
-NAMES = tuple(f"{model}_{kind}_sft" for model in MODELS for kind in ("e8t2", "dense"))
+NAMES = tuple(name for name in recipes_of_the_table() if name.endswith("_sft"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -37,7 +37,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> set[str]:
 def test_every_coefficient_acts_as_set_on_one_rank(settings: dict[str, Any]) -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from nemo_upcycle.trainers.aux_loss import act_as_set
+    from nemo_upcycle.trainers.aux_loss import correct_losses
 
     names, values = ["aux_loss", "seq_aux_loss", "global_aux_loss"], [0.012345678, 0.0, 0.03]
     config = _config(
@@ -45,7 +45,7 @@ def test_every_coefficient_acts_as_set_on_one_rank(settings: dict[str, Any]) -> 
     )
     before, scale = MoEAuxLossAutoScaler.set_loss_scale, MoEAuxLossAutoScaler.main_loss_backward_scale
     random_state = torch.get_rng_state()
-    assert act_as_set(config) == [
+    assert correct_losses(config) == [
         ActingCoefficient("aux_loss", 0.012345678, 0.012345678, "as set"),
         ActingCoefficient("global_aux_loss", 0.03, 0.03, "as set"),
         ActingCoefficient("z_loss", 1e-3, 1e-3, "as set"),
@@ -58,9 +58,9 @@ def test_every_coefficient_acts_as_set_on_one_rank(settings: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("changes", [{"num_experts": None}, {"moe_router_load_balancing_type": "none"}])
 def test_a_model_without_auxiliary_losses_reports_no_coefficient(changes: dict[str, Any]) -> None:
-    from nemo_upcycle.trainers.aux_loss import act_as_set
+    from nemo_upcycle.trainers.aux_loss import correct_losses
 
-    assert act_as_set(_config(**changes)) == []
+    assert correct_losses(_config(**changes)) == []
 
 
 def test_a_coefficient_that_starts_at_zero_is_corrected_for_the_steps_that_raise_it(
@@ -68,13 +68,13 @@ def test_a_coefficient_that_starts_at_zero_is_corrected_for_the_steps_that_raise
 ) -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from nemo_upcycle.trainers.aux_loss import act_as_set
+    from nemo_upcycle.trainers.aux_loss import correct_losses
 
     megatrons = MoEAuxLossAutoScaler.set_loss_scale
     halving = staticmethod(lambda scale: megatrons(scale / 2))  # as on two ranks of a context-parallel group
     monkeypatch.setattr(MoEAuxLossAutoScaler, "set_loss_scale", halving)
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
-    assert act_as_set(_config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.0)) == []
+    assert correct_losses(_config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.0)) == []
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     assert MoEAuxLossAutoScaler.main_loss_backward_scale == 1.0
 
@@ -85,7 +85,7 @@ def test_a_megatron_without_the_needed_names_trains_with_a_warning(
     from megatron.core.transformer.moe import moe_utils
 
     import nemo_upcycle.trainers
-    from nemo_upcycle.trainers.balancing import act_as_set
+    from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
     from nemo_upcycle.utils.progress import show_messages
 
     config = _config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01)
@@ -93,7 +93,7 @@ def test_a_megatron_without_the_needed_names_trains_with_a_warning(
     monkeypatch.delattr(moe_utils, "get_default_pg_collection")
     monkeypatch.delitem(sys.modules, "nemo_upcycle.trainers.aux_loss", raising=False)
     monkeypatch.delattr(nemo_upcycle.trainers, "aux_loss", raising=False)
-    assert act_as_set(config) == []
+    assert correct_auxiliary_losses(config) == []
     (warning,) = _warnings(caplog)
     assert "cannot import name 'get_default_pg_collection'" in warning
 

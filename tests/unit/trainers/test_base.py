@@ -1,8 +1,21 @@
-"""Which settings of a training may change in a run that has started."""
+"""What the contract of a training says of its settings, filled by both trainers."""
 
 from __future__ import annotations
 
-from nemo_upcycle.trainers.base import TrainingSettings
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.planning.hardware import known_gpu, known_recipe
+from nemo_upcycle.planning.layout import parse_layout
+from nemo_upcycle.planning.recipe_table import bridge_recipes
+from nemo_upcycle.planning.search import PlanRequest, evaluate_layout
+from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.trainers.base import Training, TrainingSettings
+from nemo_upcycle.trainers.bridge.training import BridgeTraining
+from nemo_upcycle.trainers.settings import sizes_of
 
 
 def test_settings_are_told_apart_by_their_whole_names() -> None:
@@ -23,22 +36,64 @@ def test_settings_are_told_apart_by_their_whole_names() -> None:
     assert found.fixed == {"data.num_workers_seed": "1", "logits": "16", "model.config.num_layers": "2"}
 
 
-def test_what_changes_the_weights_of_a_recipe_is_fixed() -> None:
+def _nemo() -> Training:
     from nemo_upcycle.recipes import llama3_8b_e8t2
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe
     from nemo_upcycle.trainers.nemo.training import NeMoTraining
 
-    found = NeMoTraining(dump_recipe(llama3_8b_e8t2.pretrain_recipe())).settings()
+    return NeMoTraining(dump_recipe(llama3_8b_e8t2.pretrain_recipe()))
+
+
+def _bridge() -> Training:
+    """A training whose overrides name what is asked for below; Bridge need not be installed."""
+    words = ("train.train_iters=23842", "checkpoint.save_interval=5", "logger.log_interval=1", "optimizer.lr=1e-5")
+    name = bridge_recipes()["llama3_8b_e8t2"]
+    return BridgeTraining(name, (*words, "model.moe_router_topk=2"), 64, 8, changes='{"seed": 7}')
+
+
+#: The trainer's training of Llama 3 8B -> settings that are free, and others that are fixed, some of step 0.
+CONTRACT = {
+    _nemo: (
+        {"log.ckpt.every_n_train_steps", "log.ckpt.keep_last", "trainer.num_nodes"},
+        {"data.seq_length", "data.global_batch_size", "optim.config.lr", "optim.lr_scheduler.warmup_steps"}
+        | {"trainer.plugins.precision"},
+        {"model.config.moe_router_topk", "resume.restore_config.spec.seed"},
+    ),
+    _bridge: (
+        {"checkpoint.save_interval", "logger.log_interval", "nodes", "ranks_per_node"},
+        {"optimizer.lr"},
+        {"model.moe_router_topk", "spec.seed", "recipe"},
+    ),
+}
+
+
+@pytest.mark.parametrize("make", CONTRACT, ids=lambda make: make.__name__)
+def test_what_changes_the_weights_of_a_training_is_fixed(make: Callable[[], Training]) -> None:
+    training = make()
+    found, (free, fixed, step0) = training.settings(), CONTRACT[make]
     assert found.steps == 23_842
-    assert found.free.keys() >= {"log.ckpt.every_n_train_steps", "log.ckpt.keep_last", "trainer.num_nodes"}
-    assert found.fixed.keys() >= {
-        "data.seq_length",
-        "data.global_batch_size",
-        "optim.config.lr",
-        "optim.lr_scheduler.warmup_steps",
-        "model.config.moe_router_topk",
-        "resume.restore_config.spec.seed",
-        "trainer.plugins.precision",
-    }
+    assert found.free.keys() >= free
+    assert found.fixed.keys() >= fixed | step0
+    assert found.step0.keys() >= step0
+    assert not found.step0.keys() & fixed
     assert not found.fixed.keys() & found.free.keys()
     assert found.step0.keys() <= found.fixed.keys()
+    assert training.ranks == (64, 8)
+    assert not training.reads_chat
+
+
+@pytest.mark.parametrize("make", CONTRACT, ids=lambda make: make.__name__)
+def test_another_plan_is_typed_in_the_trainers_words(make: Callable[[], Training]) -> None:
+    recipe = known_recipe("llama3_8b_e8t2")
+    work = Workload(seq_length=8192, global_batch=512, capacity_factor=4.0, gradients="fp32")
+    request = PlanRequest(recipe.arch, known_gpu("h100"), 512, work, 1e11)
+    plan = evaluate_layout(request, parse_layout("tp=2,pp=4,vp=8,ep=8", 512, 1))
+    other = evaluate_layout(request, parse_layout("tp=4,pp=4,vp=8,ep=8", 512, 1))
+    training = make()
+    (word,) = training.changed_settings(plan, other)
+    assert word == f"{sizes_of(training.name)['tp']}=4"
+    assert training.changed_settings(plan, plan) == []
+    unknown = replace(other, work=replace(work, precision="nvfp4"))
+    with pytest.raises(SpecError) as caught:
+        training.changed_settings(plan, unknown)
+    assert (caught.value.field, caught.value.got) == ("precision", "nvfp4")

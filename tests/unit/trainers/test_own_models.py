@@ -10,12 +10,13 @@ import fiddle as fdl
 import nemo_run as run
 import pytest
 from nemo.collections.llm.gpt.model.llama import LlamaConfig
+from nemo.collections.llm.recipes import llama3_8b
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import architecture_of, moe_fields, router_fields
-from nemo_upcycle.recipes import olmo2_7b_e8t2, upcycled
+from nemo_upcycle.recipes import upcycled
 from nemo_upcycle.recipes.common import change_model
 from nemo_upcycle.trainers.equivalence import check_step0
 from nemo_upcycle.trainers.nemo.decoder import decoder_model
@@ -75,7 +76,7 @@ def test_step_0_of_a_model_of_this_package_is_its_parents(tmp_path: Path, write:
 
 
 def test_a_recipe_with_such_a_model_is_upcycled(tmp_path: Path) -> None:
-    stock = olmo2_7b_e8t2.h100_table.llama3_8b.pretrain_recipe()
+    stock = llama3_8b.pretrain_recipe()
     kinds = ((_phi35, LongRopePhi3Config), (_olmo2, Olmo2Config), *((one, LlamaConfig) for one in _DECODERS))
     for number, (write, kind) in enumerate(kinds):
         folder, stock.model = write(tmp_path / str(number))

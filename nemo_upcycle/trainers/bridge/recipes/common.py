@@ -43,7 +43,7 @@ def made_for(dense: Path, changes: Mapping[str, Any]) -> Iterator[None]:
 
 
 def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: int, **settings: Any) -> UpcyclingConfig:
-    """Return Bridge's pretraining of an upcycled model, or of its parent, by the paper's numbers and on mock data.
+    """Make Bridge's pretraining of an upcycled model, or of its parent, by the paper's numbers and on mock data.
 
     Bridge's own numbers are for random weights; see `trainers.paper`. A run says at its start what it trains by, and
     of mock data that it is: set `config.dataset`.
@@ -53,7 +53,7 @@ def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: in
             NEMO_UPCYCLE_DENSE takes its place. What is not on this machine is fetched.
         spec: how to upcycle it; None continues it as it is.
         seq_length: S.
-        settings: of the model: layout and kernels.
+        settings: further ones of the model: layout and kernels.
 
     Example:
         >>> config = upcycled_pretraining("/models/mine", UpcycleSpec(), seq_length=8192)  # doctest: +SKIP

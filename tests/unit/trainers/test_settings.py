@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.trainers.values import RULES, Rule, check_masters, check_values, setting
+from nemo_upcycle.trainers.settings import (
+    SETTINGS,
+    Setting,
+    check_masters,
+    check_values,
+    free_settings,
+    setting,
+    shown_settings,
+    sizes_of,
+    step0_settings,
+)
 
 
 def _with(**values: Any) -> SimpleNamespace:
@@ -26,16 +36,32 @@ def _with(**values: Any) -> SimpleNamespace:
     return root
 
 
-@pytest.mark.parametrize("trainer", ["nemo", "bridge"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.nemo)
-def test_every_rule_refuses_by_the_settings_path(rule: Rule, trainer: str) -> None:
-    path = getattr(rule, trainer)
-    if not path:
-        pytest.skip("the trainer has no such setting")
-    value = True if rule.expected == "none" else -1
-    with pytest.raises(SpecError, match=f"pretrain.{path}: got {value}"):
+TRAINERS = ("nemo", "bridge")
+RULED = [(row, trainer) for row in SETTINGS for trainer in TRAINERS if row.rule and row.of(trainer)]
+
+
+@pytest.mark.parametrize(("row", "trainer"), RULED, ids=lambda one: one if isinstance(one, str) else one.nemo)
+def test_every_rule_refuses_by_the_settings_path(row: Setting, trainer: str) -> None:
+    path, value = row.of(trainer), True if row.rule and row.rule.expected == "none" else -1
+    with pytest.raises(SpecError) as caught:
         check_values(_with(**{path.replace(".", "__"): value}), trainer, "pretrain.")
+    assert (caught.value.field, caught.value.got) == (f"pretrain.{path}", value)
     check_values(_with(**{path.replace(".", "__"): None}), trainer)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_row_is_of_one_kind_and_its_names_are_once_there(trainer: str) -> None:
+    names = [name for row in SETTINGS if (name := row.of(trainer))]
+    assert sorted(names) == sorted({*names})
+    assert not {*free_settings(trainer)} & {*step0_settings(trainer)}
+    assert {"tp", "pp", "vp", "cp", "ep", "etp", "seq_length", "micro_batch", "precision"} <= set(sizes_of(trainer))
+
+
+@pytest.mark.parametrize(("trainer", "group"), [("nemo", "data"), ("bridge", "upcycle")])
+def test_a_teachers_settings_are_shown_where_there_is_one(trainer: str, group: str) -> None:
+    names = (f"{group}__teacher_weight", f"{group}__teacher_temperature")
+    for weight, shown in ((0.0, 0), (0.5, 2)):
+        assert len(shown_settings(_with(**dict(zip(names, (weight, 1.0), strict=True))), trainer)) == shown
 
 
 @pytest.mark.parametrize("value", [-1, -1e-9, math.nan, math.inf, "high", True])
@@ -74,10 +100,10 @@ def test_master_weights_may_not_be_made_of_parameters_in_fp8(changes: dict[str, 
     check_masters(None, both, "optim.precise")
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.nemo], ids=lambda rule: rule.nemo)
-def test_every_rule_of_nemo_is_about_a_setting_that_a_recipe_has(rule: Rule) -> None:
+@pytest.mark.parametrize("row", [row for row in SETTINGS if row.rule and row.nemo], ids=lambda row: row.nemo)
+def test_every_rule_of_nemo_is_about_a_setting_that_a_recipe_has(row: Setting) -> None:
     from nemo_upcycle.recipes import llama3_8b_e8t2, llama3_8b_e8t2_sft
 
-    owner, _, name = rule.nemo.rpartition(".")
+    owner, _, name = row.nemo.rpartition(".")
     found = [setting(make(), owner) for make in (llama3_8b_e8t2.pretrain_recipe, llama3_8b_e8t2_sft.finetune_recipe)]
     assert any(name in {*one.__signature_info__.parameters, *one.__arguments__} for one in found)

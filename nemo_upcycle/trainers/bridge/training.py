@@ -1,12 +1,11 @@
 """A training in Megatron-Bridge: a recipe by Bridge's naming, what it is changed by, and the ranks it takes.
 
-It can be read where Bridge is not installed; what needs Bridge, in `bridge/`, is imported when it is asked for.
+It can be read where Bridge is not installed; what needs Bridge is imported when it is asked for.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -18,49 +17,22 @@ from typing import Any
 from nemo_upcycle.data.dense import cached_asset, tokenizer_folder
 from nemo_upcycle.errors import StageStopped, UpcycleError
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.planning.commands import changed_settings, fp8_precision
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
-from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.planning.recipe_table import tunes
 from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.calibrated import with_calibration
-from nemo_upcycle.trainers.layout import BRIDGE_SETTINGS, check_layout, layout_of
+from nemo_upcycle.trainers.commands import fp8_precision
+from nemo_upcycle.trainers.layout import check_layout, layout_of
 from nemo_upcycle.trainers.paper import high_rate
-from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
-from nemo_upcycle.trainers.values import check_packs, check_values, setting
+from nemo_upcycle.trainers.router_gradient import check_router_gradient
+from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, check_packs, check_values, shown_settings
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.files import is_complete
 from nemo_upcycle.utils.ranks import is_first_rank
-
-
-#: Settings that people look at.
-_SHOWN = (
-    "train.train_iters",
-    "train.global_batch_size",
-    "train.micro_batch_size",
-    "dataset.seq_length",
-    "optimizer.lr",
-    "optimizer.min_lr",
-    "scheduler.lr_warmup_iters",
-    "scheduler.lr_decay_style",
-    "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size",
-    "model.virtual_pipeline_model_parallel_size",
-    "model.context_parallel_size",
-    "model.expert_model_parallel_size",
-    "model.expert_tensor_parallel_size",
-    "model.moe_expert_capacity_factor",
-    "model.moe_pad_expert_input_to_capacity",
-    "model.recompute_granularity",
-    "model.recompute_modules",
-    "checkpoint.save_interval",
-    "checkpoint.most_recent_k",
-    "checkpoint.async_save",
-)
-#: Those of a teacher, where there is one.
-_TAUGHT = ("upcycle.teacher_weight", "upcycle.teacher_temperature")
 
 
 @dataclass(frozen=True)
@@ -70,27 +42,13 @@ class BridgeTraining(Training):
     Args:
         recipe: a function's name in `nemo_upcycle.trainers.bridge.recipes`, or `package.module:function`.
         overrides: `KEY=VALUE`, as Bridge's command line takes them.
-        nodes: that it runs on.
+        nodes: machines that it runs on.
         ranks_per_node: GPUs of each.
         evaluations: what is scored on the way; None: what the recipe says.
         changes: fields of the recipe's spec that differ, as JSON.
     """
 
-    steps_setting = "train.train_iters"
-    free_settings = (
-        "logger.",
-        "checkpoint.save_interval",
-        "checkpoint.most_recent_k",
-        "checkpoint.save_retain_interval",
-        "checkpoint.async_save",
-        "dataset.num_workers",
-        "upcycle.spike_",
-        "upcycle.stop_on_spike",
-        "upcycle.evaluate_",
-        "nodes",
-        "ranks_per_node",
-    )
-    step0_settings = ("recipe", "model.", "spec.")
+    name = "bridge"
 
     recipe: str
     overrides: tuple[str, ...] = ()
@@ -132,9 +90,9 @@ class BridgeTraining(Training):
         folder = parent_configuration(dense)
         if folder is None:
             return None
+        config = self.config(folder)
         from nemo_upcycle.trainers.bridge.settings import settings_of
 
-        config = self.config(folder)
         model, steps, overlap = config.model, config.train.train_iters, config.comm_overlap
         layout = layout_of(model, self.nodes * self.ranks_per_node, config.train.micro_batch_size)
         precision = _precision(config)
@@ -168,7 +126,7 @@ class BridgeTraining(Training):
             software=BRIDGE_SOFTWARE,
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,
-            save_setting="checkpoint.save_interval",
+            save_setting=SAVE_EVERY.bridge,
             evaluations=self.evaluations or settings_of(config).evaluations(),
             uses_wandb=bool(config.logger.wandb_project),
             keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
@@ -177,29 +135,23 @@ class BridgeTraining(Training):
             warnings=tuple(filter(None, [high_rate(rate)])),
         )
 
-    def changed_settings(self, before: Plan, after: Plan) -> list[str]:
-        """See `Training.changed_settings`."""
-        return changed_settings("bridge", before, after)
-
     def shown_settings(self, dense: str) -> dict[str, Any]:
         """See `Training.shown_settings`: those that were given, where the parent is not within reach."""
         folder = parent_configuration(dense)
         if folder is None:
             return dict(self.named_settings())
         config = self.config(folder)
-        values = {name: setting(config, name) for name in _SHOWN}
-        values |= {name: setting(config, name) for name in _TAUGHT if setting(config, _TAUGHT[0])}
-        values[f"upcycle.{DENSE_GRADIENT}"] = setting(config, f"upcycle.{DENSE_GRADIENT}") or None
-        return {name: value for name, value in values.items() if value is not None} | {"precision": _precision(config)}
+        return shown_settings(config, self.name) | {"precision": _precision(config)}
 
     def check(self, stage: str) -> None:
         """See `Training.check`: a recipe that exists, a number of steps; all else of it is known with the parent."""
+        require_bridge()
         from nemo_upcycle.trainers.bridge.config import find_recipe
 
         find_recipe(self.recipe)
-        steps = self.named_settings().get(self.steps_setting, "0")
+        steps = self.named_settings().get(STEPS.bridge, "0")
         if not steps.isdecimal():
-            raise UpcycleError(self.steps_setting, got=f"'{steps}'", expected="a number", fix="give one")
+            raise UpcycleError(STEPS.bridge, got=f"'{steps}'", expected="a number", fix="give one")
 
     def check_parent(self, stage: str, dense: str, *, remote: bool) -> None:
         """See `Training.check_parent`: with the parent's configuration a recipe is complete, and checked."""
@@ -227,24 +179,26 @@ class BridgeTraining(Training):
 
     def spec(self, dense_folder: Path) -> UpcycleSpec:
         """See `Training.spec`."""
+        config = self.config(dense_folder)
         from nemo_upcycle.trainers.bridge.config import required_hook
 
-        spec = required_hook(self.config(dense_folder)).spec
+        spec = required_hook(config).spec
         if spec is None:
             raise UpcycleError("recipe", got=self.recipe, expected="an upcycled model's", fix="name another one")
         return spec
 
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
         """See `Training.model_config`: Bridge's provider."""
+        model = self.config(dense_folder).model
         from nemo_upcycle.trainers.bridge.models import upcycled_provider
 
-        model = self.config(dense_folder).model
         return upcycled_provider(dense_folder, None, seq_length=model.seq_length) if dense else model
 
     def train(
         self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
     ) -> dict[str, Any]:
         """See `Training.train`."""
+        require_bridge()
         from nemo_upcycle.cpu.backend import use_cpu_backend
         from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, required_hook, run_config
         from nemo_upcycle.trainers.bridge.run_folder import RECEIPT
@@ -276,16 +230,6 @@ class BridgeTraining(Training):
         return {"checkpoint": str(checkpoint)}
 
 
-def tunes(recipe: str) -> bool:
-    """Return whether a recipe tunes on conversations; in Bridge its name says it, which has `sft` as a word.
-
-    Example:
-        >>> tunes("llama3_8b_e8t2_sft_64gpu_h100_bf16_config"), tunes("my_sft.recipes:pretraining")
-        (True, False)
-    """
-    return re.search(r"(^|_)sft(_|$)", recipe.rpartition(":")[2]) is not None
-
-
 @lru_cache
 def parent_configuration(dense: str) -> Path | None:
     """Return a folder with a parent's configuration; None where it is not within reach. Asks a hub once.
@@ -310,6 +254,7 @@ def required_parent(dense: str) -> Path:
 
 @lru_cache
 def _config(training: BridgeTraining, dense_folder: Path) -> Any:
+    require_bridge()
     from nemo_upcycle.trainers.bridge.config import load_config
 
     return load_config(training.recipe, training.overrides, dense_folder, json.loads(training.changes))
@@ -333,22 +278,22 @@ def _precision(config: Any) -> str:
 
 
 def _reduces_in_fp32(config: Any) -> bool:
-    """Return whether gradients are summed in float32: a precision's setting replaces that of data parallelism."""
+    """Tell whether gradients are summed in float32: a precision's setting replaces that of data parallelism."""
     return bool((_mixed_precision(config) or config.ddp).grad_reduce_in_fp32)
 
 
 def _keeps_low_params(config: Any) -> bool:
-    """Return whether parameters are kept and gathered in FP8 or FP4."""
+    """Tell whether parameters are kept and gathered in FP8 or FP4."""
     precision = _mixed_precision(config)
     return any(getattr(precision, name, False) for name in ("fp8_param_gather", "fp4_param_gather"))
 
 
 def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> None:
+    config = training.config(dense_folder)
     from nemo_upcycle.trainers.bridge.config import required_hook
     from nemo_upcycle.trainers.bridge.settings import settings_of
 
-    config = training.config(dense_folder)
-    check_values(config, "bridge", f"{stage}.")
+    check_values(config, training.name, f"{stage}.")
     hook = required_hook(config)
     if (hook.spec is None) != (stage == "dense_ct"):
         wanted = "a baseline's recipe" if stage == "dense_ct" else "an upcycled model's"
@@ -367,7 +312,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
         micro_batch_size=config.train.micro_batch_size,
     )
     if training.reads_chat:
-        check_packs(config, "train.micro_batch_size", "model.context_parallel_size", f"{stage}.")
+        check_packs(config, training.name, f"{stage}.")
     ranks = training.nodes * training.ranks_per_node
     settings = settings_of(config)
     try:
@@ -377,7 +322,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
     if settings.dense_router_gradient:
         check_router_gradient(config.model, f"{stage}.model.", f"{stage}.upcycle.")
     try:
-        check_layout(config.model, config.model, data, ranks, BRIDGE_SETTINGS, _precision(config))
+        check_layout(config.model, config.model, data, ranks, training.name, _precision(config))
         hook.check()
     except UpcycleError as error:
         raise error.renamed(lambda name: f"{stage}.{name}".replace(".config.", ".") if "." in name else name) from None

@@ -1,29 +1,32 @@
-"""The trainings that the recipes of this folder are, with the numbers of NeMo's recipes; a model adds its layout.
+"""The trainings that recipes are, with the numbers of NeMo's; a row of `conf/planning/recipes.yaml` adds the layout.
 
-`recipes/h100.py` and `recipes/llama3_8b_e8t2.py` give the reasons: what arXiv 2412.09952 states, what it does not.
+The table and `recipes/h100.py` give the reasons: what arXiv 2412.09952 states, what it does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
+from nemo_upcycle.planning.recipe_table import SPEC
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
 from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
 from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 
 
-E8T2 = UpcycleSpec(num_experts=8, top_k=2)
 #: GPUs that NVLink joins in a rack of GB200.
 NVL72 = 72
+#: What a recipe's name has of a fast run's precision -> Bridge's mixed precision.
+PRECISIONS = {"fp8cs": "bf16_with_fp8_current_scaling_mixed", "fp8sc": "bf16_with_fp8_subchannel_scaling_mixed"}
 
 
 def upcycled_run(dense: str, **settings: Any) -> UpcyclingConfig:
-    """Return the paper's training: EP8, capacity factor 4, which drops nothing with 8 experts and top-2.
+    """Make the paper's training: EP8, capacity factor 4, which drops nothing with 8 experts and top-2.
 
     MoE layers are recomputed throughout, for routers start unbalanced; NeMo's recipes do so in the first 500 steps.
 
@@ -36,11 +39,11 @@ def upcycled_run(dense: str, **settings: Any) -> UpcyclingConfig:
         "recompute_modules": ["moe"],
         "moe_expert_capacity_factor": 4.0,
     }
-    return _paper_run(dense, E8T2, **(own | settings))
+    return _paper_run(dense, SPEC, **(own | settings))
 
 
 def hybridep_run(dense: str, *, nvlink_gpus: int = 8, **settings: Any) -> UpcyclingConfig:
-    """Return `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE have it.
+    """Make `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE have it.
 
     Args:
         dense: the dense checkpoint.
@@ -59,7 +62,7 @@ def hybridep_run(dense: str, *, nvlink_gpus: int = 8, **settings: Any) -> Upcycl
 
 
 def mxfp8_run(dense: str, **layout: int) -> UpcyclingConfig:
-    """Return the fast run in MXFP8 on racks of GB200: HybridEP, no capacity, nothing recomputed. It has not been run.
+    """Make the fast run in MXFP8 on racks of GB200: HybridEP, no capacity, nothing recomputed. It has not been run.
 
     What it sets beside the layout is what Bridge's own recipe of Qwen3-MoE for GB200 sets (`recipes/qwen/gb200`), but
     that parameters stay in BF16 until MXFP8 ones have been filled on a GPU.
@@ -100,7 +103,7 @@ def mxfp8_run(dense: str, **layout: int) -> UpcyclingConfig:
 
 
 def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
-    """Return the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
+    """Make the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
 
     Parameters stay in BF16 until FP8 ones (`fp8_param_gather`) have been filled on a GPU. Gradients are reduced in
     BF16, as in Bridge's `perf_recipes`.
@@ -110,7 +113,7 @@ def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
         precision: the name of Bridge's mixed precision.
         layout: see `_paper_run`.
     """
-    config = _paper_run(dense, E8T2, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True, **layout)
+    config = _paper_run(dense, SPEC, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True, **layout)
     config.mixed_precision = get_mixed_precision_config(precision)
     config.mixed_precision.fp8_param_gather = False
     config.mixed_precision.grad_reduce_in_fp32 = config.ddp.grad_reduce_in_fp32 = False
@@ -118,7 +121,7 @@ def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
 
 
 def dense_run(dense: str, **layout: int) -> UpcyclingConfig:
-    """Return the training of the dense baseline, by the same data, batches and learning rates.
+    """Make the training of the dense baseline, by the same data, batches and learning rates.
 
     Args:
         dense: the dense checkpoint.
@@ -128,7 +131,7 @@ def dense_run(dense: str, **layout: int) -> UpcyclingConfig:
 
 
 def small_run(dense: str, spec: UpcycleSpec | None) -> UpcyclingConfig:
-    """Return a training of a few steps, on one GPU, or on none.
+    """Make a training of a few steps, on one GPU, or on none.
 
     Args:
         dense: the dense checkpoint.
@@ -142,26 +145,22 @@ def small_run(dense: str, spec: UpcycleSpec | None) -> UpcyclingConfig:
     return config
 
 
-def tuned(
-    config: UpcyclingConfig, *, seq_length: int, global_batch: int, steps: int, highest: float, warmup: int
-) -> UpcyclingConfig:
+def tuned(config: UpcyclingConfig, tuning: Mapping[str, Any]) -> UpcyclingConfig:
     """Let one of these trainings tune on conversations instead, from the dense checkpoint on; see `recipes/tuning.py`.
 
     Args:
         config: the training; changed in place. Its layout stays, but for context parallelism.
-        seq_length: places of a pack.
-        global_batch: packs of a step.
-        steps: of the tuning.
-        highest: learning rate; it falls to a tenth.
-        warmup: steps in which it rises.
+        tuning: `seq_length` (places of a pack), `global_batch_size` (packs of a step), `max_steps`, `warmup_steps` and
+            `lr`, the highest learning rate, which falls to a tenth.
     """
+    seq_length, highest = tuning["seq_length"], tuning["lr"]
     config.dataset = ChatDataset(folder="", seq_length=seq_length, num_workers=config.dataset.num_workers)
     config.model.seq_length, config.model.context_parallel_size = seq_length, 1
-    config.train.train_iters, config.train.global_batch_size = steps, global_batch
-    config.validation.eval_interval = config.checkpoint.save_interval = max(1, steps // 4)
+    config.train.train_iters, config.train.global_batch_size = tuning["max_steps"], tuning["global_batch_size"]
+    config.validation.eval_interval = config.checkpoint.save_interval = max(1, tuning["max_steps"] // 4)
     config.validation.eval_iters = 32  # the chain takes all packs that are held back for it, if that is less
     config.optimizer.lr, config.optimizer.min_lr = highest, float(f"{highest / 10:g}")
-    config.scheduler.lr_warmup_iters = warmup
+    config.scheduler.lr_warmup_iters = tuning["warmup_steps"]
     return config
 
 
@@ -176,7 +175,7 @@ def _paper_run(
     seq_length: int = 8192,
     **model: Any,
 ) -> UpcyclingConfig:
-    """Return the paper's training in a layout.
+    """Make the paper's training in a layout.
 
     Args:
         dense: the dense checkpoint.

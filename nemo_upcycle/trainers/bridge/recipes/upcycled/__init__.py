@@ -1,1 +1,0 @@
-"""Upcycled models, a family in Bridge's sense."""

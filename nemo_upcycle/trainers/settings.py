@@ -1,0 +1,279 @@
+"""The settings of a training that this package knows, a row each: NeMo's name, Bridge's, and what they mean here.
+
+What a result depends on, what a check of step 0 depends on, what people look at, what the planner calls a size and
+which values make sense: all of it is read here, for both trainers.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.utils.validation import is_number, is_whole
+
+
+class Rule(NamedTuple):
+    """What a setting may be; `None`, or a setting that the trainer's class does not have, is left to the trainer."""
+
+    allows: Callable[[Any], bool]
+    expected: str
+    fix: str
+
+
+class Setting(NamedTuple):
+    """A setting of both trainers, or of one; or with a dot at the end of its names, all those that begin so.
+
+    Args:
+        nemo: its path in a recipe of NeMo's; empty: it has none.
+        bridge: its path in a configuration of Bridge's.
+        rule: which values make sense.
+        size: what a rule of the planner calls it.
+        shown: whether people look at it; `set`: where it has a value that is not 0 or false.
+        free: whether the result does not depend on it, so that it may change in a run that has started.
+        step0: whether the check of step 0 depends on it.
+    """
+
+    nemo: str
+    bridge: str
+    rule: Rule | None = None
+    size: str = ""
+    shown: bool | Literal["set"] = False
+    free: bool = False
+    step0: bool = False
+
+    def of(self, trainer: str) -> str:
+        """Name the setting in a trainer.
+
+        Args:
+            trainer: `nemo` or `bridge`.
+        """
+        name: str = getattr(self, trainer)
+        return name
+
+
+def _from(low: int) -> Rule:
+    return Rule(lambda value: is_whole(value, low), f"a whole number from {low} on", "set it to, for example, 100")
+
+
+def _finite(value: Any) -> bool:
+    return is_number(value, 0) and value != math.inf
+
+
+def _each_finite(value: Any) -> bool:
+    return all(map(_finite, value)) if isinstance(value, list | tuple) else _finite(value)
+
+
+def _strategy(name: str, size: str, *, shown: bool = False) -> Setting:
+    return Setting(f"trainer.strategy.{name}", f"model.{name}", size=size, shown=shown)
+
+
+def _model(name: str, rule: Rule | None = None, *, shown: bool = False) -> Setting:
+    return Setting(f"model.config.{name}", f"model.{name}", rule, shown=shown)
+
+
+def _optimizer(name: str, rule: Rule) -> Setting:
+    return Setting(f"optim.config.{name}", f"optimizer.{name}", rule)
+
+
+#: A learning rate of 0 is allowed: it measures, and keeps every weight.
+_RATE = Rule(_finite, "a finite number, 0 or more", "set it to, for example, 1e-5")
+_RATES = _RATE._replace(allows=_each_finite)
+_SHARE = Rule(
+    lambda value: is_number(value, 0) and value < 1, "a number from 0 to below 1", "set it to, for example, 0.1"
+)
+_WEIGHT = _RATE._replace(fix="set it to, for example, 1.0; 0 for no teacher")
+_POSITIVE = Rule(lambda value: _finite(value) and value > 0, "a finite number above 0", "set it to, for example, 1.0")
+_NONE = Rule(operator.not_, "none", "leave it out: ranks fill plain tensors")
+STEPS = Setting("trainer.max_steps", "train.train_iters", _from(1), shown=True)
+SEQUENCE = Setting("data.seq_length", "dataset.seq_length", _from(1), "seq_length", shown=True)
+MICRO_BATCH = Setting("data.micro_batch_size", "train.micro_batch_size", _from(1), "micro_batch", shown=True)
+CONTEXT = _strategy("context_parallel_size", "cp", shown=True)
+LR = Setting("optim.config.lr", "optimizer.lr", _RATE, shown=True)
+MIN_LR = Setting("optim.lr_scheduler.min_lr", "optimizer.min_lr", _RATE, shown=True)
+SAVE_EVERY = Setting("log.ckpt.every_n_train_steps", "checkpoint.save_interval", _from(1), shown=True, free=True)
+TEACHER = Setting("data.teacher_weight", "upcycle.teacher_weight", _WEIGHT, shown="set")
+TEMPERATURE = Setting("data.teacher_temperature", "upcycle.teacher_temperature", _POSITIVE)
+FP8_RECIPE = Setting("trainer.plugins.fp8_recipe", "", size="precision")
+SETTINGS: tuple[Setting, ...] = (
+    Setting("trainer.num_nodes", "nodes", shown=True, free=True),
+    Setting("trainer.devices", "ranks_per_node", shown=True, free=True),
+    Setting("trainer.num_nodes x devices", "", size="gpus"),
+    STEPS,
+    Setting("data.global_batch_size", "train.global_batch_size", _from(1), "global_batch", shown=True),
+    MICRO_BATCH,
+    SEQUENCE,
+    LR,
+    MIN_LR,
+    Setting("optim.lr_scheduler.warmup_steps", "scheduler.lr_warmup_iters", _from(0), shown=True),
+    Setting("optim.lr_scheduler.constant_steps", "", _from(0)),
+    Setting("", "scheduler.lr_decay_style", shown=True),
+    _strategy("tensor_model_parallel_size", "tp", shown=True),
+    _strategy("pipeline_model_parallel_size", "pp", shown=True),
+    _strategy("virtual_pipeline_model_parallel_size", "vp", shown=True),
+    CONTEXT,
+    _strategy("expert_model_parallel_size", "ep", shown=True),
+    _strategy("expert_tensor_parallel_size", "etp", shown=True),
+    _strategy("num_layers_in_first_pipeline_stage", "first"),
+    _strategy("num_layers_in_last_pipeline_stage", "last"),
+    _strategy("account_for_embedding_in_pipeline_split", "embedding"),
+    _strategy("account_for_loss_in_pipeline_split", "loss"),
+    _strategy("tensor_model_parallel_size x context_parallel_size x pipeline_model_parallel_size", "tp x cp x pp"),
+    _strategy(
+        "expert_tensor_parallel_size x expert_model_parallel_size x pipeline_model_parallel_size", "etp x ep x pp"
+    ),
+    _strategy("sequence_parallel", "sequence_parallel"),
+    Setting("trainer.strategy.ckpt_async_save", "", shown=True),
+    # What a run that is filled from a dense checkpoint cannot have beside `models/config_fields.yaml`.
+    Setting("trainer.strategy.fsdp", "", _NONE),
+    Setting("trainer.strategy.ddp.use_megatron_fsdp", "ddp.use_megatron_fsdp", _NONE),
+    Setting("trainer.plugins.precision", "", shown=True),
+    FP8_RECIPE,
+    Setting("", "mixed_precision", size="precision"),
+    _model("moe_expert_capacity_factor", shown=True),
+    _model("moe_pad_expert_input_to_capacity", shown=True),
+    _model("recompute_granularity", shown=True),
+    _model("recompute_modules", shown=True),
+    _model("hidden_dropout", _SHARE),
+    _model("attention_dropout", _SHARE),
+    _model("moe_aux_loss_coeff", _RATES),
+    _model("moe_z_loss_coeff", _RATE),
+    _model("moe_router_bias_update_rate", _RATE),
+    Setting("", "model.moe_router_quantile_balancing_ema", _SHARE),
+    Setting("model.config.moe_router_topk", "model.moe_router_topk", size="top_k"),
+    Setting(
+        "model.config.moe_router_padding_for_fp8", "model.moe_router_padding_for_quantization", size="router_padding"
+    ),
+    *(_optimizer(name, _RATE) for name in ("weight_decay", "clip_grad")),
+    *(_optimizer(name, _SHARE) for name in ("adam_beta1", "adam_beta2")),
+    SAVE_EVERY,
+    Setting("log.ckpt.keep_last", "", _from(1), shown=True),
+    Setting("log.ckpt.keep_every", "", shown=True),
+    Setting("", "checkpoint.most_recent_k", shown=True, free=True),
+    Setting("", "checkpoint.async_save", shown=True, free=True),
+    Setting("", "checkpoint.save_retain_interval", free=True),
+    Setting("log.", "logger.", free=True),
+    Setting("trainer.log_every_n_steps", "", free=True),
+    Setting("data.num_workers", "dataset.num_workers", _from(0), free=True),
+    Setting("resume.restore_config.trained_on", "", free=True),
+    *(Setting("", f"upcycle.{name}", free=True) for name in ("spike_", "stop_on_spike", "evaluate_")),
+    Setting("model.", "model.", step0=True),
+    Setting("resume.restore_config.spec.", "spec.", step0=True),
+    Setting("", "recipe", step0=True),
+    TEACHER,
+    TEMPERATURE,
+    Setting("optim.dense_router_gradient", "upcycle.dense_router_gradient", shown="set"),
+)
+
+
+def free_settings(trainer: str) -> tuple[str, ...]:
+    """Name the settings that the result of a training does not depend on."""
+    return tuple(name for row in SETTINGS if row.free and (name := row.of(trainer)))
+
+
+def step0_settings(trainer: str) -> tuple[str, ...]:
+    """Name the settings that the check of step 0 depends on."""
+    return tuple(name for row in SETTINGS if row.step0 and (name := row.of(trainer)))
+
+
+def sizes_of(trainer: str) -> dict[str, str]:
+    """Name what a rule of the planner names, as a trainer does."""
+    return {row.size: name for row in SETTINGS if row.size and (name := row.of(trainer))}
+
+
+def shown_settings(recipe: Any, trainer: str) -> dict[str, Any]:
+    """Read the settings that people look at, where they have a value.
+
+    Args:
+        recipe: NeMo's recipe, or Bridge's configuration.
+        trainer: `nemo` or `bridge`.
+    """
+    rows = [row for row in SETTINGS if row.shown]
+    rows += [TEMPERATURE] if setting(recipe, TEACHER.of(trainer)) else []
+    values = {name: (setting(recipe, name), row.shown) for row in rows if (name := row.of(trainer))}
+    return {name: value for name, (value, shown) in values.items() if value is not None and (value or shown != "set")}
+
+
+def check_packs(recipe: Any, trainer: str, where: str = "") -> None:
+    """Check what packs of conversations ask of a training.
+
+    Args:
+        recipe: NeMo's recipe, or Bridge's configuration.
+        trainer: `nemo` or `bridge`.
+        where: prefix of its overrides, for the text of errors.
+
+    Raises:
+        SpecError: a setting does not fit.
+    """
+    for row, expected in (
+        (MICRO_BATCH, "1: a micro batch is a pack"),
+        (CONTEXT, "1: the conversations of a pack are not cut for several ranks"),
+    ):
+        if (got := setting(recipe, row.of(trainer)) or 1) != 1:
+            raise SpecError(field=f"{where}{row.of(trainer)}", got=got, expected=expected, fix="set it to 1")
+
+
+def check_values(recipe: Any, trainer: str, where: str = "") -> None:
+    """Check the values of a training's settings, one by one.
+
+    Args:
+        recipe: NeMo's recipe, or Bridge's configuration.
+        trainer: `nemo` or `bridge`.
+        where: prefix of its overrides, for the text of errors.
+
+    Raises:
+        SpecError: a value makes no sense; the text names the setting.
+
+    Example:
+        >>> recipe.optim.config.lr = -1  # doctest: +SKIP
+        >>> check_values(recipe, "nemo")  # doctest: +SKIP
+        Traceback (most recent call last):
+        nemo_upcycle.errors.SpecError: optim.config.lr: got -1, expected a finite number, 0 or more. Fix: ...
+    """
+    for row in SETTINGS:
+        name, rule = row.of(trainer), row.rule
+        value = setting(recipe, name)
+        if rule and value is not None and not rule.allows(value):
+            raise SpecError(field=f"{where}{name}", got=value, expected=rule.expected, fix=rule.fix)
+    highest, lowest = LR.of(trainer), MIN_LR.of(trainer)
+    rate, floor = setting(recipe, highest), setting(recipe, lowest)
+    if rate is not None and floor is not None and floor > rate:  # schedulers fail after the warm-up
+        expected = f"at most {where}{highest} ({rate})"
+        raise SpecError(field=f"{where}{lowest}", got=floor, expected=expected, fix="set both")
+
+
+def check_masters(precision: Any, optimizer: Any, field: str) -> None:
+    """Check that master weights are made of what is filled in, not of parameters in FP8.
+
+    With delayed scaling, Transformer Engine's `FusedAdam` makes its own of the parameters.
+
+    Args:
+        precision: NeMo's plugin, or Bridge's settings; None: there is none.
+        optimizer: Megatron's `OptimizerConfig`.
+        field: path of `use_precision_aware_optimizer`, for the text of the error.
+
+    Raises:
+        SpecError: they are made of parameters in FP8.
+    """
+    keeps_fp8 = setting(precision, "fp8_param_gather") and setting(precision, "fp8_recipe") == "delayed"
+    if keeps_fp8 and setting(optimizer, "use_precision_aware_optimizer"):
+        raise SpecError(
+            field=field,
+            got=True,
+            expected="False with fp8_param_gather under delayed scaling: its master weights would be of 8 bits",
+            fix="set it to False, or use another fp8_recipe",
+        )
+
+
+def setting(recipe: Any, name: str) -> Any:
+    """Read the value of a setting by its path; None where something on the way is not there.
+
+    Example:
+        >>> setting(recipe, "optim.config.lr")  # doctest: +SKIP
+        3e-05
+    """
+    for part in filter(None, name.split(".")):
+        recipe = getattr(recipe, part, None)
+    return recipe if name else None
