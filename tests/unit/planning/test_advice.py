@@ -25,6 +25,7 @@ from nemo_upcycle.planning.advice import (
 )
 from nemo_upcycle.planning.hardware import known_gpu, known_recipe, known_shape, read_data
 from nemo_upcycle.planning.law import Law, OptionLaw
+from nemo_upcycle.planning.recipe_table import recipes
 from nemo_upcycle.planning.search import PlanRequest
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
@@ -201,8 +202,7 @@ def test_tokens_are_the_users_or_those_of_a_published_parent() -> None:
     with pytest.raises(SpecError) as caught:
         known_parent_tokens(ADDRESS, "many")
     assert caught.value.subject == "trained_on"
-    recipes = read_data("recipes.yaml")["recipes"].values()
-    assert all(known_parent_tokens(recipe["inputs"]["dense"], None) for recipe in recipes)
+    assert all(known_parent_tokens(known_recipe(name).inputs["dense"], None) for name in recipes())
     assert all(entry["source"] and entry["tokens"] > 1e11 for entry in read_data("parents.yaml").values())
 
 
