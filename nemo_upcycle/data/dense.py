@@ -1,6 +1,6 @@
 """What a user names as a model, and where that lies on this machine: one way for every command, stage and recipe.
 
-What imports torch is imported inside functions: commands that answer at once find their models here, too.
+What takes long to import is imported inside functions: commands that answer at once find their models here, too.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-
-from filelock import FileLock
 
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
@@ -265,6 +263,8 @@ def ensure_dense(source: str) -> Path:
         >>> ensure_dense("asset://smollm2-135m")  # doctest: +SKIP
         PosixPath('/home/me/.cache/nemo-upcycle/dense/smollm2-135m')
     """
+    from filelock import FileLock
+
     kind, name = find_parent(source)
     if kind not in ("asset", "hub"):  # used where it lies
         return import_dense(source, Path(), sampled=True)
