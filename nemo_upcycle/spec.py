@@ -106,9 +106,7 @@ class UpcycleSpec:
         removed = {"router_init": self.router_init} if self.router_init in _REMOVED else {}
         removed |= {"expert_split": expert_split} if expert_split != _CONSECUTIVE else {}
         for name, value in removed.items():
-            expected = "another: this one gained nothing and was removed"
-            fix = f"omit <{name}>, or go on with the release that the run was begun with"
-            raise SpecError(field=name, got=value, expected=expected, fix=fix)
+            raise SpecError.removed(name, value)
         for name, valid in (
             ("method", tuple(INIT_METHODS)),  # a value that has no hash is none of them
             ("router_init", tuple(ROUTER_INITS)),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from nemo_upcycle.init.calibration import calibration_of
+from nemo_upcycle.init.calibration_file import calibration_of
 from nemo_upcycle.init.experts import ExpertMatrix
 from nemo_upcycle.init.methods import METHODS, Method
 from nemo_upcycle.init.router import RowNoise, router_weight
@@ -25,8 +25,8 @@ from nemo_upcycle.models.growth import expert_scale, router_moves, source_expert
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, mapping_of, mapping_of_hf
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.calibrated import require_calibration
 from nemo_upcycle.sources.checks import require_finite, require_fits
+from nemo_upcycle.sources.same_parent import require_calibration
 from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
 

@@ -1,1 +1,1 @@
-"""Run a dense model layer by layer: over prompts, of which routers are made, and over packs that a training learns."""
+"""Run a dense model layer by layer over prompts, of which routers are made."""

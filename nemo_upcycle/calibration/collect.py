@@ -11,7 +11,7 @@ import json
 import resource
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,17 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
-from nemo_upcycle.calibration.streaming import StreamedModel, check_streamed, several_at_a_time
+from nemo_upcycle.calibration.streaming import Run, StreamedModel, check_streamed, several_at_a_time
 from nemo_upcycle.errors import SpecError, UpcycleError
-from nemo_upcycle.init.calibration import FORMAT, LINEAGE, ROUTER, Calibration
+from nemo_upcycle.init.calibration_file import FORMAT, LINEAGE, ROUTER, Calibration
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.calibrated import parent_digest
+from nemo_upcycle.sources.same_parent import parent_digest
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import resolved, whole_file
 from nemo_upcycle.utils.progress import ProgressLine
-
-
-#: Applies a function to items, several at a time, and yields the results in order.
-_Run = Callable[[Callable[[Any], Any], Sequence[Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ def calibrate(
     start_s, output = time.monotonic(), resolved(output)
     require_use(spec)
     moe_arch = dense.architecture.upcycled(spec)
-    check_streamed(dense, sample.batches, "sample", "give prompts in the tokens of this model")
+    check_streamed(dense, sample.batches)
     lineage = _lineage(dense, spec, sample)
     if output.exists():
         found = Calibration(output)
@@ -166,7 +162,7 @@ def _report(calibration: Calibration, sample: Sample, start_s: float, *, made: b
 
 
 def _routers(
-    dense: DenseSource, moe_arch: Architecture, copies: int, sample: Sample, run: _Run
+    dense: DenseSource, moe_arch: Architecture, copies: int, sample: Sample, run: Run
 ) -> dict[str, torch.Tensor]:
     """Run all layers up to the last MoE layer, and make the router of each MoE layer."""
     model, tensors = StreamedModel(dense), dict[str, torch.Tensor]()
@@ -201,7 +197,7 @@ def _routers(
     return dict(sorted(tensors.items()))
 
 
-def router_rows(batches: Sequence[torch.Tensor], labels: Sequence[int], copies: int, run: _Run) -> torch.Tensor:
+def router_rows(batches: Sequence[torch.Tensor], labels: Sequence[int], copies: int, run: Run) -> torch.Tensor:
     """Make a router's rows of the directions of the copies' mean activations, so scaled that logits spread by one.
 
     The spread is the standard deviation of a token's logits over the copies, root mean square over the tokens. What

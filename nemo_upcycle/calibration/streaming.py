@@ -18,16 +18,16 @@ from nemo_upcycle.sources.base import DenseSource
 
 #: How the model calls its layers, by the shape of a batch.
 Calls = dict[tuple[int, ...], list[dict[str, Any]]]
+#: Applies a function to items, several at a time, and yields the results in order.
+Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 
-def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor], what: str, fix: str) -> None:
+def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor]) -> None:
     """Check that a dense model can be run layer by layer, and knows these tokens.
 
     Args:
         dense: the open dense model; of several, the first.
         batches: token ids.
-        what: they are tokens of, for messages.
-        fix: what to do about tokens of another tokenizer.
 
     Raises:
         CheckpointError: it cannot, or does not.
@@ -42,10 +42,10 @@ def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor], what: st
         )
     if (largest := max(int(batch.max()) for batch in batches)) >= arch.vocab_size:
         raise CheckpointError(
-            f"tokens of the {what}",
+            "tokens of the sample",
             got=f"token {largest}",
             expected=f"numbers below {arch.vocab_size}, the vocabulary of {path}",
-            fix=fix,
+            fix="give prompts in the tokens of this model",
         )
 
 
@@ -54,15 +54,14 @@ class StreamedModel:
 
     Args:
         dense: the open dense model, one.
-        device: where layers compute; what is handed on stays on the CPU.
 
     Example:
         >>> model = StreamedModel(dense)  # doctest: +SKIP
         >>> states, calls = model.embedded(batches)  # doctest: +SKIP
     """
 
-    def __init__(self, dense: DenseSource, device: torch.device | None = None) -> None:
-        self.dense, self.device = dense, device or torch.device("cpu")
+    def __init__(self, dense: DenseSource) -> None:
+        self.dense = dense
         with errors_only():
             self.model = empty_model(dense.path)
         self.layers = self.model.model.layers
@@ -74,57 +73,26 @@ class StreamedModel:
         rows = self.dense.read(name)[used].float()  # of a mapped file, no more than these rows are looked at
         module = self.model.get_submodule(name.removesuffix(".weight"))
         module.weight = torch.nn.Parameter(rows, requires_grad=False)
-        states, calls, moved = list[torch.Tensor](), Calls(), dict[int, torch.Tensor]()
+        states, calls = list[torch.Tensor](), Calls()
         for batch, numbers in zip(batches, places.split([batch.numel() for batch in batches]), strict=True):
             with _recorded_calls(self.layers) as recorded, torch.no_grad(), suppress(_Recorded):
                 self.model.model(numbers.view(batch.shape), use_cache=False)
             states.append(recorded[0].pop("states"))
-            if tuple(batch.shape) not in calls:
-                calls[tuple(batch.shape)] = _on(recorded, self.device, moved)
+            calls.setdefault(tuple(batch.shape), recorded)
         module.weight = torch.nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
         self.dense.release()
         return states, calls
 
     def filled(self, layer: int) -> Any:
-        """Return a layer with its weights; `.to("meta")` gives them up."""
-        module = self.layers[layer]
-        self._fill(module, f"model.layers.{layer}.")
-        return module
-
-    def filled_output(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Read what makes logits [N, V] of the last layer's states, [N, D]."""
-        arch = self.dense.architecture
-        norm, head = self.model.model.norm, self.model.lm_head
-        self._fill(norm, "model.norm.")
-        name = mapping_of("embedding", arch).hf[0] if arch.tied_embeddings else "lm_head.weight"
-        weights = self.dense.read(name).to(torch.float32, copy=True).to(self.device)
-        head.weight = torch.nn.Parameter(weights, requires_grad=False)
-        self.dense.release()
-        return lambda states_ND: head(norm(states_ND)) / arch.logits_scaling
-
-    def give_up_output(self) -> None:
-        """Give up what `filled_output` has read."""
-        self.model.model.norm.to("meta")
-        self.model.lm_head.weight = torch.nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
-
-    def _fill(self, module: Any, prefix: str) -> None:
+        """Fill a layer with its weights; `.to("meta")` gives them up."""
+        module, prefix = self.layers[layer], f"model.layers.{layer}."
         names = [name for name, _ in module.named_parameters()]
         for name in names:
             self.dense.prefetch(f"{prefix}{name}")
-        weights = {
-            name: self.dense.read(f"{prefix}{name}").to(torch.float32, copy=True).to(self.device) for name in names
-        }
+        weights = {name: self.dense.read(f"{prefix}{name}").to(torch.float32, copy=True) for name in names}
         module.load_state_dict(weights, assign=True, strict=False)
         self.dense.release()
-
-
-def _on(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:
-    """Move the tensors of a call to a device; what layers share stays one."""
-    if isinstance(value, torch.Tensor):
-        return value if value.device == device else moved.setdefault(id(value), value.to(device))
-    if isinstance(value, dict):
-        return {name: _on(inner, device, moved) for name, inner in value.items()}
-    return type(value)(_on(inner, device, moved) for inner in value) if isinstance(value, list | tuple) else value
+        return module
 
 
 class _Recorded(Exception):
@@ -156,17 +124,13 @@ def _recorded_calls(layers: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 @contextmanager
-def several_at_a_time(threads: int | None = None) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Any]]:
+def several_at_a_time() -> Iterator[Run]:
     """Give a function that applies another to items, several at a time, and yields the results in order.
 
     How a library cuts a product among threads decides in which order it is summed. Here every item is computed by one
-    thread, and several items at a time: the results do not depend on how many.
-
-    Args:
-        threads: how many items at a time; None: as many as torch has threads.
+    thread, and as many items at a time as torch has threads: the results do not depend on how many.
     """
-    before = torch.get_num_threads()
-    count = threads or before
+    count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -186,4 +150,4 @@ def several_at_a_time(threads: int | None = None) -> Iterator[Callable[[Callable
 
             yield run
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(count)

@@ -27,7 +27,6 @@ COMMANDS = {
     "advise": "go on dense, upcycle, or an MoE from nothing: costs, what was measured near, and what the law says",
     "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",
     "chat": "conversations -> packed sequences to tune on, with a loss on the answers alone",
-    "teach": "dense parent and packed conversations -> its answers, for a tuning that stays near them",
     "fetch": "what a run takes from networks -> one folder, for machines without a network",
     "calibrate": "dense model and prompts -> what a router of prompts is read from",
     "convert": "checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model",

@@ -24,7 +24,7 @@ from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_
 from nemo_upcycle.convert.model_card import spec_fact, write_card
 from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
 from nemo_upcycle.errors import CheckpointError, UpcycleError
-from nemo_upcycle.init.calibration import calibration_of
+from nemo_upcycle.init.calibration_file import calibration_of
 from nemo_upcycle.models.families import server_caveats
 from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
 from nemo_upcycle.models.mapping import extra_params, mapping_of

@@ -10,12 +10,9 @@ from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
 from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from torch.utils.data import DataLoader, Dataset
 
-from nemo_upcycle.calibration.teacher import Lesson
 from nemo_upcycle.data.blend_samples import clamp_interval
 from nemo_upcycle.data.chat.build_chat import cached_chat
 from nemo_upcycle.data.chat.finished import PACKING, PACKS, FinishedChat, open_chat
-from nemo_upcycle.data.chat.taught import teacher_of
-from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.data.finished import TOKENIZER
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.ranks import is_first_rank
@@ -30,8 +27,6 @@ def chat_data(
     global_batch_size: int = 128,
     num_workers: int = 8,
     seed: Optional[int] = None,  # noqa: UP045
-    teacher_weight: float = 0.0,
-    teacher_temperature: float = 1.0,
 ) -> "PackedChatModule":
     """Return NeMo's data module for fine-tuning over a finished folder of `nemo-upcycle chat`.
 
@@ -49,9 +44,6 @@ def chat_data(
         global_batch_size: packs of a step, over all ranks.
         num_workers: processes that load data, per rank.
         seed: of the order of the packs; None takes the manifest's.
-        teacher_weight: of the divergence from the dense model's answers, beside the cross entropy; 0 for none. What
-            the dense model answers is kept beside the packs, made on first use (`nemo-upcycle teach`).
-        teacher_temperature: that both models' answers are compared at.
 
     Raises:
         UpcycleError: the folder is not finished, damaged, of another length, or made with another tokenizer.
@@ -69,7 +61,7 @@ def chat_data(
         packed_val_data_path=validation,
         packed_metadata_path=str(finished.folder / PACKING),
     )
-    module = PackedChatModule(
+    return PackedChatModule(
         dataset_root=str(finished.folder),
         seq_length=seq_length,
         tokenizer=AutoTokenizer(pretrained_model_name=str(finished.folder / TOKENIZER)),
@@ -81,16 +73,10 @@ def chat_data(
         packed_sequence_specs=specs,
         dataset_kwargs={"pad_to_max_length": True},  # pipeline stages, and FP8, take one length
     )
-    if teacher_weight:
-        module.lesson = Lesson(teacher_of(finished, ensure_dense(dense)), teacher_weight, teacher_temperature)
-    return module
 
 
 class PackedChatModule(FineTuningDataModule):
     """NeMo's data module, made by `chat_data`: resumed runs read on, and all packs, however few, are validated on."""
-
-    #: What the model learns from its dense parent; None: nothing.
-    lesson: Optional[Lesson] = None  # noqa: UP045
 
     @property
     def chat(self) -> FinishedChat:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.init.calibration import require_files
+from nemo_upcycle.init.calibration_file import require_files
 from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.balancing import check_balancing

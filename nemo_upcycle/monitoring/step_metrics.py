@@ -20,7 +20,6 @@ import json
 import math
 import resource
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,14 +76,14 @@ class StepMetrics:
     A step's line holds `step`, `loss`, `grad_norm`, `lr`, `tokens`, `seconds`; the rates of `Throughput.of`;
     `memory_gib` (the most that any rank has held) and `memory_share` of its GPU; and, of an MoE model,
     `expert_load` ([L][E], each expert's share of its layer's token slots) and `router` (`RouterHealth.describe`, one
-    number a layer), and what the probes describe. A validation has a line with `step` and `validation_loss`.
+    number a layer), and what the probe describes. A validation has a line with `step` and `validation_loss`.
 
     Args:
         training: what is trained.
         health: what watches the routers of this rank; None for a dense model.
         first_step: after which the training starts, 0 for a new one; lines of later steps are deleted.
         settings: for `training.json`.
-        probes: what the trainer measures besides; None among them: nothing. All ranks must agree on them.
+        probe: what the trainer measures besides, on all ranks or on none.
     """
 
     def __init__(
@@ -93,10 +92,9 @@ class StepMetrics:
         health: RouterHealth | None,
         first_step: int,
         settings: dict[str, Any],
-        probes: Sequence[Probe | None] = (),
+        probe: Probe | None = None,
     ) -> None:
-        self._training, self._health, self._first_step = training, health, first_step
-        self._probes = [probe for probe in probes if probe is not None]
+        self._training, self._health, self._first_step, self._probe = training, health, first_step, probe
         gpu = training.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
         ranks = torch.distributed.get_world_size()
         self._throughput = Throughput(training.architecture, training.seq_length, ranks, peaks_of(gpu))
@@ -123,8 +121,7 @@ class StepMetrics:
         training = self._training
         due = step in (1, training.max_steps) or step % training.expert_distance_every == 0
         parts = self._health.local(with_experts=due) if self._health else {}
-        for probe in self._probes:
-            parts |= probe.local()
+        parts |= self._probe.local() if self._probe else {}
         summed = sum_over_ranks(parts | {"memory": _own_memory(), "loss": _given(loss)})
         if summed is None:
             return None
@@ -147,8 +144,7 @@ class StepMetrics:
         if self._health:
             line["expert_load"] = [[round(share, 5) for share in row] for row in shares(summed["counts"]).tolist()]
             line["router"] = self._health.describe(summed)
-        for probe in self._probes:
-            line |= probe.describe(summed)
+        line |= self._probe.describe(summed) if self._probe else {}
         self._append(line)
         return line
 

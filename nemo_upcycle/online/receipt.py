@@ -12,6 +12,7 @@ from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json, write_json
 from nemo_upcycle.utils.masking import without_secrets
+from nemo_upcycle.utils.removed import without_teacher
 from nemo_upcycle.utils.schema import KEY, numbered, require_known
 
 
@@ -49,8 +50,8 @@ class UpcycleReceipt:
     rank's until merged, then the sum over ranks; seconds and `peak_rss_gib` (of the process's whole life) then those
     of the slowest and the largest rank. `exact_masters` says whether master weights that are made from now on equal
     what was filled in: not where a parameter is in FP8 or FP4 and the values before are not kept, or no longer
-    because an optimizer has taken them. `auxiliary_losses` are those that a training has, `balancing_bias` is what
-    moves the biases of its routers, by Megatron's name, and `teacher` is what it learns from the parent's answers.
+    because an optimizer has taken them. `auxiliary_losses` are those that a training has, and `balancing_bias` is what
+    moves the biases of its routers, by Megatron's name.
     """
 
     source: str
@@ -75,7 +76,6 @@ class UpcycleReceipt:
     auxiliary_losses: list[ActingCoefficient] = field(default_factory=list)
     balancing_bias: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, str] = field(default_factory=dict)
-    teacher: dict[str, Any] = field(default_factory=dict)
     equivalence: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 
@@ -107,6 +107,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
 
     Raises:
         UpcycleError: the file is missing, no receipt, or of a newer release.
+        SpecError: the model learned from its parent's answers, in an earlier release.
     """
     value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("spec") or {}, dict):
@@ -114,6 +115,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
             str(path), got="no receipt", expected="the receipt of an upcycling", fix="give the receipt.json of the run"
         )
     require_known(value, path)
+    without_teacher({f"teacher_{name}": one for name, one in value.pop("teacher", {}).items()})
     return value
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.init.calibration import calibration_of
+from nemo_upcycle.init.calibration_file import calibration_of
 from nemo_upcycle.init.experts import fill_copies
 from nemo_upcycle.models.balancing import balancing_bias
 from nemo_upcycle.models.growth import inexact_because

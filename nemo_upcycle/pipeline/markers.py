@@ -24,6 +24,7 @@ from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.spec import without_defaults
 from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, sha256_file, write_json
 from nemo_upcycle.utils.nested import flat
+from nemo_upcycle.utils.removed import without_teacher
 from nemo_upcycle.utils.schema import numbered, require_known
 
 
@@ -54,11 +55,11 @@ def setting_texts(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _plain(inputs: Mapping[str, str]) -> dict[str, str]:
-    """Return inputs without the fields of an `UpcycleSpec` that have their default, which some releases write."""
+    """Leave out what some releases write: a spec's fields with their default, a teacher without a weight."""
     parts = {name: name.rpartition(".")[::2] for name in inputs}
     return {
         name: text
-        for name, text in inputs.items()
+        for name, text in without_teacher(inputs).items()
         if not parts[name][0].endswith(".spec") or without_defaults({parts[name][1]: text})
     }
 

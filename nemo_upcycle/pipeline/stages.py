@@ -33,7 +33,7 @@ from nemo_upcycle.pipeline.markers import STEPS
 from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, require_newer, weights_in, whole_training
 from nemo_upcycle.pipeline.plan import PLAN, Stage, WorkPlan, required_training
 from nemo_upcycle.trainers.base import last_checkpoint
-from nemo_upcycle.trainers.calibrated import take_calibration, with_calibration
+from nemo_upcycle.trainers.run_calibration import take_calibration, with_calibration
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 
 

@@ -24,9 +24,6 @@ CONTEXT_BYTES = int(1.5 * GIB)
 GROUP_BYTES = int(0.25 * GIB)
 #: Bytes for one logit of the last stage: bf16, float32, and the exponentials that the loss keeps.
 LOGIT_BYTES = 10
-#: More for one logit where the parent teaches: a copy and a gradient in bf16, and some rows in float32; as if the loss
-#: were on every place.
-TEACHER_LOGIT_BYTES = 5
 
 ASSUMPTIONS = (
     "weights, gradients, optimizer: exactly Megatron-Core's buffers (bf16; --grad-dtype; float32 masters and moments)",
@@ -253,7 +250,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
     states = stage_plan(arch, layout, replace(work, recompute="none", overlap=()), stage)  # neither changes a state
     plain, routed, working = _activation_bytes(arch, layout, work, stage)
     tokens = work.seq_length // layout.cp * layout.micro_batch
-    logits = tokens * layout.padded_vocab(arch) // layout.tp * (LOGIT_BYTES + work.teacher * TEACHER_LOGIT_BYTES)
+    logits = tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES
     weights, gradients, optimizer = states.weights_bytes, states.gradients_bytes, states.optimizer_bytes()
     if work.lora:  # as if no rank shared them with others: an upper bound with tensor or pipeline parallelism
         adapters, routers = lora_params(arch, work.lora)

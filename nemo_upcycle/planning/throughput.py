@@ -326,8 +326,7 @@ class ThroughputModel:
         tokens = work.seq_length / layout.cp * layout.micro_batch
         vocabulary = layout.padded_vocab(self.arch) / layout.tp
         self._matrix(times, tokens, self.arch.hidden_size, vocabulary, 1, work)
-        # Of a teacher's term, by its operations: copy, cast, mark, sum; backward these, exp, products, cast and sum.
-        self._moved(times, tokens * vocabulary * (12 + work.teacher * 76), work)
+        self._moved(times, tokens * vocabulary * 12, work)
         return times
 
     def _send(self, layout: Layout, work: Workload) -> StepTime:

@@ -98,7 +98,6 @@ class Workload:
         overlap: what runs beside computation, of `OVERLAPS`.
         dense_router_gradient: whether routers learn from all experts (`trainers.router_gradient`).
         lora: rank of the adapters that are trained beside the routers, each expert's its own; 0: all weights are.
-        teacher: whether the loss has a term to the dense parent's answers (`trainers.teacher`).
 
     Raises:
         SpecError: a value is out of range or unknown.
@@ -117,7 +116,6 @@ class Workload:
     routing: str = "balanced"
     overlap: tuple[str, ...] = ()
     dense_router_gradient: bool = False
-    teacher: bool = False
     lora: int = 0
 
     def __post_init__(self) -> None:

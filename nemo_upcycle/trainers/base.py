@@ -171,7 +171,6 @@ class TrainingFacts:
         low_params: whether parameters are kept and gathered in FP8 or FP4.
         rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
         dense_router_gradient: whether routers learn from all experts.
-        teacher_weight: weight of the divergence from the dense parent's answers in the loss; 0: there is no teacher.
         lora: rank of the adapters that are trained beside the routers; 0: all weights are trained.
         software: the generation of Megatron-Core that trains, in the planner's words.
         weight_bytes: bytes of a parameter in a checkpoint.
@@ -204,7 +203,6 @@ class TrainingFacts:
     low_params: bool = False
     rank_capacity: float | None = None
     dense_router_gradient: bool = False
-    teacher_weight: float = 0.0
     lora: int = 0
     software: str
     weight_bytes: int

@@ -84,8 +84,6 @@ _RATES = _RATE._replace(allows=_each_finite)
 _SHARE = Rule(
     lambda value: is_number(value, 0) and value < 1, "a number from 0 to below 1", "set it to, for example, 0.1"
 )
-_WEIGHT = _RATE._replace(fix="set it to, for example, 1.0; 0 for no teacher")
-_POSITIVE = Rule(lambda value: _finite(value) and value > 0, "a finite number above 0", "set it to, for example, 1.0")
 _NONE = Rule(operator.not_, "none", "leave it out: ranks fill plain tensors")
 STEPS = Setting("trainer.max_steps", "train.train_iters", _from(1), shown=True)
 SEQUENCE = Setting("data.seq_length", "dataset.seq_length", _from(1), "seq_length", shown=True)
@@ -94,8 +92,6 @@ CONTEXT = _strategy("context_parallel_size", "cp", shown=True)
 LR = Setting("optim.config.lr", "optimizer.lr", _RATE, shown=True)
 MIN_LR = Setting("optim.lr_scheduler.min_lr", "optimizer.min_lr", _RATE, shown=True)
 SAVE_EVERY = Setting("log.ckpt.every_n_train_steps", "checkpoint.save_interval", _from(1), shown=True, free=True)
-TEACHER = Setting("data.teacher_weight", "upcycle.teacher_weight", _WEIGHT, shown="set")
-TEMPERATURE = Setting("data.teacher_temperature", "upcycle.teacher_temperature", _POSITIVE)
 FP8_RECIPE = Setting("trainer.plugins.fp8_recipe", "", size="precision")
 SETTINGS: tuple[Setting, ...] = (
     Setting("trainer.num_nodes", "nodes", shown=True, free=True),
@@ -162,8 +158,6 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("model.", "model.", step0=True),
     Setting("resume.restore_config.spec.", "spec.", step0=True),
     Setting("", "recipe", step0=True),
-    TEACHER,
-    TEMPERATURE,
     Setting("optim.dense_router_gradient", "upcycle.dense_router_gradient", shown="set"),
 )
 
@@ -191,7 +185,6 @@ def shown_settings(recipe: Any, trainer: str) -> dict[str, Any]:
         trainer: `nemo` or `bridge`.
     """
     rows = [row for row in SETTINGS if row.shown]
-    rows += [TEMPERATURE] if setting(recipe, TEACHER.of(trainer)) else []
     values = {name: (setting(recipe, name), row.shown) for row in rows if (name := row.of(trainer))}
     return {name: value for name, (value, shown) in values.items() if value is not None and (value or shown != "set")}
 

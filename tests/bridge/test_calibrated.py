@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.init.calibration import NAME, Calibration
+from nemo_upcycle.init.calibration_file import NAME, Calibration
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import read_json
 from tests.functional.test_calibrated import write_prompts

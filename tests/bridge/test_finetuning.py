@@ -16,8 +16,7 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_model import load_model
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
-from nemo_upcycle.utils.files import read_json
-from tests.bridge.runs import SEQUENCE, SIZES, VOCABULARY, run_config, train
+from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train
 from tests.distributed.ranks import run_ranks
 from tests.models import write_llama
 
@@ -51,26 +50,6 @@ def test_a_folder_that_was_not_upcycled_is_refused(tmp_path: Path) -> None:
     dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
     with pytest.raises(UpcycleError, match=r"got no receipt\.json"):
         finetune_from(run_config(dense, tmp_path / "sft", None), dense)
-
-
-def test_a_finetuning_learns_from_the_parent(tmp_path: Path) -> None:
-    """The labels of what it reads are those that the parent has answered, at every place."""
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
-    run_ranks(_train, 1, dense, tmp_path / "run", "provider", process_group=False)
-    lines = {}
-    for name, ranks, weight, layout in (("free", 1, 1e-9, {}), ("taught", 1, 10.0, {}), ("tp", 2, 10.0, {"tp": 2})):
-        options = {SIZES[size]: count for size, count in layout.items()}
-        run_ranks(_learn, ranks, dense, tmp_path / "run", tmp_path / name, weight, options, process_group=False)
-        text = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8")
-        lines[name] = [json.loads(line) for line in text.splitlines()]
-    terms = {name: [line["teacher_kl"] for line in found] for name, found in lines.items()}
-    assert terms["free"][0] == terms["taught"][0] == pytest.approx(0.0, abs=1e-6)
-    assert 0 < terms["taught"][-1] < 0.9 * terms["free"][-1]
-    assert terms["tp"] == pytest.approx(terms["taught"], abs=1e-5)
-    losses = {name: [line["loss"] for line in found] for name, found in lines.items()}
-    assert losses["tp"] == pytest.approx(losses["taught"], abs=1e-4)
-    assert losses["taught"][0] == pytest.approx(losses["free"][0], abs=1e-5)
-    assert read_json(tmp_path / "taught/training.json")["teacher"]["weight"] == 10.0
 
 
 def test_loras_adapters_train_resume_and_are_exported_with_the_run_they_started_from(tmp_path: Path) -> None:
@@ -149,33 +128,6 @@ def _adapt(dense: Path, run: Path, folder: Path, stop: int | None) -> None:
     finetune_from(config, run, **types)
     with suppress(SystemExit):  # of what stops
         finetune(config, forward_step, callbacks=upcycle_callbacks(config, folder))
-
-
-def _learn(dense: Path, run: Path, folder: Path, weight: float, layout: dict[str, int]) -> None:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from filelock import FileLock
-    from megatron.bridge.training.finetune import finetune
-    from megatron.bridge.training.gpt_step import forward_step
-
-    from nemo_upcycle import open_dense
-    from nemo_upcycle.calibration.teach import Pack, teach
-    from nemo_upcycle.calibration.teacher import Lesson, Teacher
-    from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
-    from nemo_upcycle.trainers.bridge.finetuning import finetune_from, learn_from_parent
-
-    scored = torch.ones(SEQUENCE, dtype=torch.bool)
-    samples = [_Windows()[number] for number in range(64)]
-    packs = [Pack(sample["labels"], ((sample["tokens"], scored),)) for sample in samples]
-    with FileLock(f"{dense}.lock"), open_dense(dense) as source:
-        teach(source, dense.with_name("teacher"), packs, {})
-    config = run_config(dense, folder, None, steps=3, lr=1e-3)
-    config.dataset = _windows()
-    types = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
-    finetune_from(config, run, sequence_parallel=bool(layout), **types, **layout)
-    learn_from_parent(config, Lesson(Teacher(dense.with_name("teacher")), weight))
-    finetune(config, forward_step, callbacks=upcycle_callbacks(config, folder))
 
 
 def _train(dense: Path, run: Path, style: str) -> None:

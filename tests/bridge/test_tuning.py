@@ -1,4 +1,4 @@
-"""Tuning on packed conversations in Bridge, on real ranks: what the loss is of, layouts, the teacher, the chain."""
+"""Tuning on packed conversations in Bridge, on real ranks: what the loss is of, layouts, the chain."""
 
 from __future__ import annotations
 
@@ -73,28 +73,6 @@ def test_losses_do_not_depend_on_the_layout(
     for name in ("loss", "validation_loss"):
         assert _values(lines, name) == pytest.approx(_values(one_rank, name), abs=2e-4), name
     assert _values(lines, "loss")[-1] < _values(lines, "loss")[0] - 0.1
-
-
-def test_a_taught_model_starts_as_its_parent_and_stays_near_it(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    free, taught = (
-        _tune(inputs, tmp_path / str(weight), "tiny_sft", f"upcycle.teacher_weight={weight}", ranks=2)
-        for weight in (1e-9, 10.0)
-    )
-    terms = _values(taught, "teacher_kl")
-    assert terms[0] == _values(free, "teacher_kl")[0] == pytest.approx(0.0, abs=1e-6)
-    assert 0 < terms[-1] < 0.7 * _values(free, "teacher_kl")[-1]
-    said = [read_json(tmp_path / "10.0" / name)["teacher"] for name in ("receipt.json", "training.json")]
-    assert said[0] == said[1]
-    assert (said[0]["weight"], said[0]["temperature"]) == (10.0, 1.0)
-
-
-def test_a_teacher_of_texts_is_refused(inputs: tuple[Path, Path]) -> None:
-    from nemo_upcycle.trainers.bridge.config import load_config
-    from nemo_upcycle.trainers.bridge.finetuning import learn_as_set
-
-    config = load_config(f"{RECIPES}tiny", ["upcycle.teacher_weight=1.0"], inputs[0])
-    with pytest.raises(UpcycleError, match="0 with BlendDataset"):
-        learn_as_set(config)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.init.calibration import NAME, Calibration
+from nemo_upcycle.init.calibration_file import NAME, Calibration
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import read_json
 from tests.functional.test_pipeline import run_in_own_process

@@ -73,36 +73,6 @@ def one_rank(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     return [line["loss"] for line in _train(inputs, tmp_path_factory.mktemp("one") / "run", 1, steps=4)]
 
 
-@pytest.mark.parametrize("divided", quick(["ep", "tp", "pp", "data"], "tp"))
-def test_what_the_parent_teaches_does_not_depend_on_the_layout(
-    inputs: tuple[Path, Path], taught: list[dict[str, Any]], tmp_path: Path, divided: str
-) -> None:
-    layout = {} if divided == "data" else {divided: 2}
-    rows = 260 // layout.get("tp", 1)  # of a rank
-    lines = _train(inputs, tmp_path / "run", 2, steps=4, teacher=(10.0, 2.0), vocabulary=rows, **layout)
-    for name in ("loss", "teacher_kl"):
-        assert [line[name] for line in lines] == pytest.approx([line[name] for line in taught], abs=2e-4), name
-
-
-def test_a_taught_model_starts_as_its_parent_and_stays_near_it(
-    inputs: tuple[Path, Path], taught: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    free = _train(inputs, tmp_path / "run", 1, steps=4, teacher=(1e-9, 2.0), vocabulary=260)
-    assert taught[0]["teacher_kl"] == free[0]["teacher_kl"] == pytest.approx(0.0, abs=1e-3)  # one row pads
-    assert taught[0]["loss"] == pytest.approx(free[0]["loss"] + 10 * taught[0]["teacher_kl"], abs=1e-4)
-    assert 0 < taught[-1]["teacher_kl"] < 0.7 * free[-1]["teacher_kl"]
-    said = [read_json(tmp_path / "run" / name)["teacher"] for name in ("receipt.json", "training.json")]
-    assert said[0] == said[1]
-    assert (said[0]["weight"], said[0]["temperature"], said[0]["top_k"]) == (1e-9, 2.0, 32)
-    assert 0 < said[0]["covered"] < 1
-
-
-@pytest.fixture(scope="module")
-def taught(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("taught") / "run"
-    return _train(inputs, folder, 1, steps=4, teacher=(10.0, 2.0), vocabulary=260)
-
-
 @pytest.mark.full
 def test_a_resumed_tuning_ends_with_the_same_bits(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     _train(inputs, tmp_path / "whole", 1, steps=4, every=2)
@@ -258,8 +228,6 @@ def _tune(parent: str, chat: str, folder: str, options: dict[str, Any]) -> None:
     shrink(recipe, max_steps=options["steps"], checkpoint_every=options.get("every"))
     if "vocabulary" in options:
         recipe.model.config.make_vocab_size_divisible_by = options["vocabulary"]
-    if "teacher" in options:
-        recipe.data.teacher_weight, recipe.data.teacher_temperature = options["teacher"]
     if "lora" in options:
         from nemo_upcycle.recipes.tuning import with_lora
 

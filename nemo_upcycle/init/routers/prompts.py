@@ -25,7 +25,7 @@ class Prompts(RouterInit):
         self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]
     ) -> torch.Tensor:
         """See `RouterInit.rows`: read from the calibration file."""
-        from nemo_upcycle.init.calibration import calibration_of
+        from nemo_upcycle.init.calibration_file import calibration_of
 
         calibration = calibration_of(spec)
         assert calibration is not None

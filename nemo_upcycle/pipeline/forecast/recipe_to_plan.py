@@ -67,7 +67,6 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
         overlap=facts.overlap,
         dense_router_gradient=facts.dense_router_gradient,
         lora=facts.lora,
-        teacher=facts.teacher_weight > 0,
     )
     request = PlanRequest(
         arch=facts.arch,

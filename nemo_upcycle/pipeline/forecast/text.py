@@ -6,7 +6,6 @@ import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
@@ -106,13 +105,7 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         ),
         "lost by a kill": f"at most {_count(lost, 'step')}",
         "evaluation": "",
-        "teacher": "",
     }
-    if facts.teacher_weight:
-        flops = flops_per_token(arch.dense, facts.seq_length, causal=True) / 3 * training.tokens
-        cells["teacher"] = (
-            f"weight {facts.teacher_weight:g}; the parent answers once before: at most {flops:.1e} FLOPs"
-        )
     if training.steps_left != facts.steps:
         cells["steps"] += f", {training.steps_left:,} of them left"
     if training.first and training.later and training.fullest:

@@ -22,7 +22,6 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.trainers.base import FT_SOCKET, Evaluations
-from nemo_upcycle.trainers.bridge.finetuning import learn_as_set
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, settings_of
 from nemo_upcycle.trainers.loss_spikes import LossSpikes
@@ -45,7 +44,7 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     """Return the callbacks of a run, and complete its configuration for them; on every rank, before `pretrain`.
 
     Args:
-        config: the run; changed in place where learning rates differ by part, or the parent teaches.
+        config: the run; changed in place where learning rates differ by part.
         folder: for `metrics.jsonl`, `training.json` and what is evaluated.
         evaluations: what is scored on the way; None: what `config.upcycle` says.
 
@@ -60,7 +59,6 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     factors, anneal = settings.schedules()
     if not factors.is_neutral:
         _set_groups(config)
-    learn_as_set(config)
     metrics = BridgeMetrics(folder)
     callbacks: list[Callback] = [BridgeLossGuard(settings, folder), metrics]  # a broken step is not written
     if scored := evaluations or settings.evaluations():

@@ -22,7 +22,7 @@ from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError, mistake_in_file
 from nemo_upcycle.planning.recipe_table import tunes
 from nemo_upcycle.sources import open_dense
-from nemo_upcycle.sources.calibrated import parent_digest
+from nemo_upcycle.sources.same_parent import parent_digest
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset

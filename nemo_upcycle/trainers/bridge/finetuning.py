@@ -8,18 +8,13 @@ from typing import Any
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
 
-from nemo_upcycle.calibration.teacher import Lesson
-from nemo_upcycle.data.chat.taught import teacher_of
-from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.balancing import bias_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
-from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
+from nemo_upcycle.trainers.bridge.chat import check_balancing
 from nemo_upcycle.trainers.bridge.models import upcycled_provider
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, load_receipt
-from nemo_upcycle.trainers.bridge.settings import settings_of
-from nemo_upcycle.trainers.bridge.upcycling import hook_of
-from nemo_upcycle.trainers.teacher import TeacherLoss
 
 
 def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> None:
@@ -58,65 +53,6 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
     config.model.register_pre_wrap_hook(_let_losses_act)
     config.tokenizer.use_tokenizer_vocab_size = False
     config.checkpoint.pretrained_checkpoint = str(run)
-
-
-def learn_from_parent(config: ConfigContainer, lesson: Lesson) -> None:
-    """Let a fine-tuning learn from what a dense parent answers, with a term of the loss; see `trainers.teacher`.
-
-    `upcycle_callbacks` shows it as `teacher_kl`. On conversations of `nemo-upcycle chat` it is called by that, where
-    `config.upcycle.teacher_weight` is set.
-
-    Args:
-        config: the fine-tuning, with its model; changed in place.
-        lesson: the parent's answers to what the fine-tuning reads.
-
-    Raises:
-        SpecError: Bridge makes the loss without the logits that are compared.
-
-    Example:
-        >>> learn_from_parent(config, Lesson(Teacher(folder), weight=1.0))  # doctest: +SKIP
-        >>> finetune(config, forward_step, callbacks=upcycle_callbacks(config, folder))  # doctest: +SKIP
-    """
-    if (fusion := getattr(config.model, "cross_entropy_fusion_impl", "native")) not in ("native", "te"):
-        raise SpecError(
-            field="config.model.cross_entropy_fusion_impl",
-            got=fusion,
-            expected="native or te: a teacher's term needs the logits",
-            fix="set it to native",
-        )
-
-    def attach(chunks: list[Any]) -> list[Any]:
-        TeacherLoss(lesson, chunks)
-        return chunks
-
-    config.model.register_pre_wrap_hook(attach)
-
-
-def learn_as_set(config: ConfigContainer) -> None:
-    """Let a training learn from its dense parent as `config.upcycle` says; what it answers is kept beside the packs.
-
-    Args:
-        config: the training; changed in place.
-
-    Raises:
-        SpecError: its data are no conversations of `nemo-upcycle chat`, or as in `learn_from_parent`.
-        UpcycleError: as in `data.chat.taught.teacher_of`.
-    """
-    settings, data = settings_of(config), config.dataset
-    if not settings.teacher_weight or hasattr(settings, "lesson"):
-        return
-    if not isinstance(data, ChatDataset):
-        raise SpecError(
-            field="config.upcycle.teacher_weight",
-            got=settings.teacher_weight,
-            expected=f"0 with {type(data).__name__}: the parent answers packs of conversations",
-            fix="set it to 0, or make the dataset a ChatDataset",
-        )
-    hook = hook_of(config)
-    dense = hook.paths[0] if hook else (load_receipt(str(config.checkpoint.pretrained_checkpoint)) or {})["source"]
-    lesson = Lesson(teacher_of(data.chat, dense), settings.teacher_weight, settings.teacher_temperature)
-    settings.lesson = lesson.describe()  # type: ignore[attr-defined]  # for the receipt
-    learn_from_parent(config, lesson)
 
 
 def _let_losses_act(chunks: list[Any]) -> list[Any]:

@@ -26,7 +26,6 @@ from nemo_upcycle.trainers.bridge.chat import ChatDataset
 from nemo_upcycle.trainers.bridge.settings import settings_of
 from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
-from nemo_upcycle.trainers.teacher import teacher_loss_of
 from nemo_upcycle.utils.progress import show_messages
 
 
@@ -66,9 +65,7 @@ class BridgeMetrics(Callback):
             config.train.train_iters,
         )
         step = context.state.train_state.step
-        teacher_loss, settings = teacher_loss_of(context.model), _settings(config)
-        settings |= {"teacher": teacher_loss.lesson.describe()} if teacher_loss else {}
-        self._metrics = StepMetrics(facts, health, step, settings, [watch_fp8(transformer), teacher_loss])
+        self._metrics = StepMetrics(facts, health, step, _settings(config), watch_fp8(transformer))
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         """Note the learning rate of the step: after it, the next one's is set."""

@@ -28,9 +28,6 @@ class UpcycleSettings:
         aux_loss_shape: `cosine` or `linear`.
         dense_router_gradient: whether routers learn from all experts, not only from those that they have chosen; see
             `trainers.router_gradient`.
-        teacher_weight: of the divergence from what the dense parent answers, beside the cross entropy of a tuning on
-            conversations; 0 for none. The answers are kept beside the packs, made on first use (`nemo-upcycle teach`).
-        teacher_temperature: that both models' answers are compared at.
         spike_window: losses that are looked back at; see `LossSpikes`.
         spike_threshold: spreads above their median that make a spike.
         stop_on_spike: end the run at a spike; else it is a warning and a line in `metrics.jsonl`.
@@ -50,8 +47,6 @@ class UpcycleSettings:
     aux_loss_steps: int = 0
     aux_loss_shape: str = "cosine"
     dense_router_gradient: bool = False
-    teacher_weight: float = 0.0
-    teacher_temperature: float = 1.0
     spike_window: int = 128
     spike_threshold: float = 8.0
     stop_on_spike: bool = False
@@ -81,8 +76,6 @@ class UpcycleSettings:
             SpecError: one is out of range or unknown.
         """
         self.schedules()
-        check_number("teacher_weight", self.teacher_weight, 0.0)
-        check_number("teacher_temperature", self.teacher_temperature, 0.0)
         check_whole("spike_window", self.spike_window, 1)
         check_number("spike_threshold", self.spike_threshold, 0.0)
         check_whole("evaluate_every", self.evaluate_every, 0)

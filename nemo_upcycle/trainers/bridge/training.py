@@ -24,15 +24,16 @@ from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.bridge import require_bridge
-from nemo_upcycle.trainers.calibrated import with_calibration
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout, layout_of
 from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.trainers.router_gradient import check_router_gradient
+from nemo_upcycle.trainers.run_calibration import with_calibration
 from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, check_packs, check_values, shown_settings
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.files import is_complete
 from nemo_upcycle.utils.ranks import is_first_rank
+from nemo_upcycle.utils.removed import without_teacher
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class BridgeTraining(Training):
         """Return the training of a text from `to_text`."""
         fields = json.loads(text)
         evaluations = fields.pop("evaluations", None)
-        fields |= {"overrides": tuple(fields["overrides"])}
+        given = without_teacher(dict(word.partition("=")[::2] for word in fields["overrides"]))
+        fields |= {"overrides": tuple(word for word in fields["overrides"] if word.partition("=")[0] in given)}
         return cls(**fields, evaluations=Evaluations(**evaluations) if evaluations else None)
 
     def to_text(self) -> str:
@@ -122,7 +124,6 @@ class BridgeTraining(Training):
             gradients="fp32" if _reduces_in_fp32(config) else "bf16",
             low_params=_keeps_low_params(config),
             dense_router_gradient=settings_of(config).dense_router_gradient,
-            teacher_weight=settings_of(config).teacher_weight,
             software=BRIDGE_SOFTWARE,
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,

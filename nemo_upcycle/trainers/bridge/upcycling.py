@@ -35,7 +35,7 @@ from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
-from nemo_upcycle.trainers.bridge.settings import describe, require_callbacks, settings_of
+from nemo_upcycle.trainers.bridge.settings import describe, require_callbacks
 from nemo_upcycle.trainers.settings import check_masters
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
@@ -170,7 +170,6 @@ class UpcycleHook:
                 config.dataset.chat.require_tokenizer_of(str(self.paths[0]))
             receipt = fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights)
             receipt.auxiliary_losses = losses
-            receipt.teacher = getattr(settings_of(config), "lesson", {})
             with open_dense(self.paths[0]) as dense:
                 padding = chunks[0].vocab_size - dense.architecture.vocab_size
             if padding:

@@ -13,7 +13,7 @@ from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.dense import local_parent, read_parent
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
-from nemo_upcycle.init.calibration import calibration_of
+from nemo_upcycle.init.calibration_file import calibration_of
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable

@@ -19,7 +19,6 @@ from nemo_upcycle.monitoring.step_metrics import StepFacts, StepMetrics
 from nemo_upcycle.trainers.balancing import describe_balancing
 from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
-from nemo_upcycle.trainers.teacher import teacher_loss_of
 from nemo_upcycle.utils.nested import flat
 
 
@@ -72,8 +71,7 @@ class MetricsLogger(Callback):
             self.expert_distance_every,
         )
         settings = _settings(trainer, pl_module)
-        probes = watch_fp8(config), teacher_loss_of(list(trainer.strategy.megatron_parallel))  # type: ignore[attr-defined]
-        self._metrics = StepMetrics(training, health, trainer.global_step, settings, probes)
+        self._metrics = StepMetrics(training, health, trainer.global_step, settings, watch_fp8(config))
         if trainer.num_sanity_val_steps and trainer.global_step == 0:
             self._metrics.validation(0, self._loss_before)
 
@@ -104,9 +102,7 @@ class MetricsLogger(Callback):
     def _log(self, trainer: pl.Trainer, line: dict[str, Any]) -> None:
         """Pass the line to TensorBoard and other loggers, without what NeMo logs there itself."""
         rates = {
-            name: line[name]
-            for name in line
-            if name.startswith(("tokens_per_s", "tflops", "mfu", "memory", "fp8", "teacher"))
+            name: line[name] for name in line if name.startswith(("tokens_per_s", "tflops", "mfu", "memory", "fp8"))
         }
         scalars = dict(flat(rates, "/"))
         every_layer = line["step"] % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
@@ -146,8 +142,6 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
     settings |= describe_balancing(pl_module.config, getattr(optim, "aux_loss", None))  # of `UpcycleOptimizer`
     factors = getattr(optim, "factors", None)
     settings |= {"lr_factors": asdict(factors)} if factors else {}
-    lesson = getattr(trainer.datamodule, "lesson", None)
-    settings |= {"teacher": lesson.describe()} if lesson else {}
     adapters = next((one for one in trainer.callbacks if isinstance(one, UpcycleLoRA)), None)
     settings |= {"lora": {"rank": adapters.dim, "alpha": adapters.alpha}} if adapters else {}
     return settings | ({DENSE_GRADIENT: True} if getattr(optim, DENSE_GRADIENT, False) else {})

@@ -22,7 +22,6 @@ from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.planning.recipe_table import models
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
-from nemo_upcycle.trainers.calibrated import with_calibration
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.checks import (
     check_kernels,
@@ -34,6 +33,7 @@ from nemo_upcycle.trainers.nemo.checks import (
 )
 from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
+from nemo_upcycle.trainers.run_calibration import with_calibration
 from nemo_upcycle.trainers.settings import FP8_RECIPE, SAVE_EVERY, setting, shown_settings
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.ranks import is_first_rank
@@ -119,7 +119,6 @@ class NeMoTraining(Training):
             low_params=any(setting(recipe, f"trainer.plugins.{name}") for name in ("fp8_param_gather", "fp8_params")),
             dense_router_gradient=bool(setting(recipe, f"optim.{DENSE_GRADIENT}")),
             lora=setting(recipe, "peft.dim") or 0,
-            teacher_weight=setting(recipe, "data.teacher_weight") or 0.0,
             software=DEFAULT_SOFTWARE,
             weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,
             save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,

@@ -33,7 +33,6 @@ from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
 from nemo_upcycle.trainers.settings import check_masters, setting
-from nemo_upcycle.trainers.teacher import TeacherLoss
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
 
@@ -136,10 +135,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
             self._fill()
 
     def _fill(self) -> None:
-        """Let the parent teach, and fill the chunks from it, unless the run goes on from a checkpoint."""
-        lesson = setting(self.trainer, "datamodule.lesson")
-        if lesson:
-            TeacherLoss(lesson, list(self.megatron_parallel))
+        """Fill the chunks from the parent, unless the run goes on from a checkpoint."""
         restore = self.restore_config
         if not isinstance(restore, UpcycleConfig) or self.trainer.ckpt_path or restore.checkpoint:
             return
@@ -164,8 +160,6 @@ class UpcycleStrategy(nl.MegatronStrategy):
             return
         receipt = self._receipt
         receipt.auxiliary_losses = self._auxiliary_losses
-        lesson = setting(self.trainer, "datamodule.lesson")
-        receipt.teacher = lesson.describe() if lesson else {}
         layout = layout_of(self, torch.distributed.get_world_size())
         receipt.layout = {
             "tensor": layout.tp,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.calibration.collect import Sample, router_rows
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.init.calibration import ROUTER, Calibration
+from nemo_upcycle.init.calibration_file import ROUTER, Calibration
 from nemo_upcycle.models.hf_model import load_model
 from tests.models import write_llama, write_qwen3
 from tests.unit.calibration.samples import made, random_sample

@@ -15,9 +15,9 @@ from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.init.calibration import Calibration
+from nemo_upcycle.init.calibration_file import Calibration
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.sources.calibrated import require_calibration
+from nemo_upcycle.sources.same_parent import require_calibration
 from nemo_upcycle.trainers.equivalence import megatron_logits
 from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, write_llama
 from tests.unit.calibration.samples import calibrated

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt, equivalence_of, read_receipt, spec_of
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json, write_json
@@ -53,6 +53,18 @@ def test_a_receipt_that_says_all_of_the_spec_says_the_same(tmp_path: Path) -> No
     """As c2f5a068 wrote it; a release that adds a field reads it with that field's default."""
     spec = UpcycleSpec(num_experts=8, top_k=2, granularity=2)
     assert spec_of(asdict(spec), tmp_path, {}) == spec
+
+
+def test_a_receipt_of_an_earlier_release_is_read_where_nothing_taught_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "receipt.json"
+    _receipt(1).write(path)
+    value = read_json(path)
+    write_json(path, value | {"teacher": {}})
+    assert read_receipt(path) == value
+    write_json(path, value | {"teacher": {"weight": 1.0, "top_k": 32}})
+    with pytest.raises(SpecError) as refused:
+        read_receipt(path)
+    assert refused.value.field == "teacher_weight"
 
 
 def test_a_receipt_of_a_newer_release_is_refused_by_name(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from nemo_upcycle import spec
-from nemo_upcycle.errors import StageError, UpcycleError
-from nemo_upcycle.pipeline.markers import StageFolder, content_hash, renew, require_same, setting_texts
+from nemo_upcycle.errors import SpecError, StageError, UpcycleError
+from nemo_upcycle.pipeline.markers import STARTED, StageFolder, content_hash, renew, require_same, setting_texts
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.utils.files import CHANGES, MARKER, sha256_file, write_json
+from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, sha256_file, write_json
 
 
 def inputs_of(stage: StageFolder, settings: Mapping[str, Any], **others: Mapping[str, Any]) -> dict[str, str]:
@@ -85,6 +85,18 @@ def test_resumable_work_refuses_other_inputs_and_names_the_setting_that_changed(
         _start(stage, {"pretrain": {"optim.lr": 3e-5, "optim.wd": 0.1}, "seed": 1})
     with pytest.raises(StageError, match="seed was 1, is not set"):
         _start(stage, {"pretrain": {"optim.lr": 3e-5}})
+
+
+def test_work_with_an_earlier_releases_teacher_goes_on_where_that_had_no_weight(tmp_path: Path) -> None:
+    stage, settings = StageFolder(tmp_path, "pretrain"), {"pretrain": {"optim.lr": 3e-5}}
+    _start(stage, settings)
+    notes, name = read_json(stage.path / STARTED), "setting pretrain.data.teacher_weight"
+    write_json(stage.path / STARTED, notes | {"inputs": notes["inputs"] | {name: "0.0"}})
+    assert _start(stage, settings) == []
+    write_json(stage.path / STARTED, notes | {"inputs": notes["inputs"] | {name: "1.0"}})
+    with pytest.raises(SpecError) as refused:
+        _start(stage, settings)
+    assert refused.value.field == "pretrain.data.teacher_weight"
 
 
 def test_all_folders_that_are_refused_are_named_at_once(tmp_path: Path) -> None:

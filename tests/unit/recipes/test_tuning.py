@@ -57,8 +57,6 @@ def test_a_chain_tunes_the_dense_model_alike(recipes: Any, name: str) -> None:
     [
         ("data.micro_batch_size", 2),
         ("trainer.strategy.context_parallel_size", 2),
-        ("data.teacher_weight", -1.0),
-        ("data.teacher_temperature", 0.0),
         ("tokenizer", "model"),
         ("peft", "lora"),
     ],
@@ -90,25 +88,6 @@ def test_a_tuning_round_trips_through_text_and_says_what_it_reads(recipes: Any) 
     assert training.reads_chat
     assert (facts.seq_length, facts.global_batch, facts.layout.cp, facts.layout.gpus) == (4096, 128, 1, 64)
     assert recipe.resume.restore_config.checkpoint == "runs/first/pretrain"
-
-
-def test_a_teacher_is_in_the_forecast_with_its_memory_and_its_time(recipes: Any) -> None:
-    from nemo_upcycle.pipeline.forecast.recipe_to_plan import plans_of
-    from nemo_upcycle.planning.hardware import known_gpu
-    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
-    from nemo_upcycle.trainers.nemo.training import NeMoTraining
-
-    plans, shown = [], []
-    for weight in (0.0, 0.5):
-        recipe = recipes.qwen3_600m_e8t2_sft.finetune_recipe()
-        recipe.data.teacher_weight = weight
-        training = NeMoTraining.from_text(dump_recipe(recipe))
-        plans.append(plans_of(training.facts("hf://Qwen/Qwen3-0.6B-Base"), known_gpu("h100"))[1])
-        shown.append({name: value for name, value in training.shown_settings("").items() if "teacher" in name})
-    logits = 4096 * 151_936
-    assert plans[1].memory.logits - plans[0].memory.logits == pytest.approx(5 * logits, rel=0.01)
-    assert 1.01 < plans[1].time.total / plans[0].time.total < 1.3
-    assert shown == [{}, {"data.teacher_weight": 0.5, "data.teacher_temperature": 1.0}]
 
 
 def _setting(recipe: Any, name: str) -> Any:

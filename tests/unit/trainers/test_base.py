@@ -97,3 +97,28 @@ def test_another_plan_is_typed_in_the_trainers_words(make: Callable[[], Training
     with pytest.raises(SpecError) as caught:
         training.changed_settings(plan, unknown)
     assert (caught.value.field, caught.value.got) == ("precision", "nvfp4")
+
+
+def _nemo_taught(weight: float) -> Training:
+    from nemo_upcycle.recipes import llama3_8b_e8t2_sft
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+    from nemo_upcycle.trainers.nemo.training import NeMoTraining
+
+    recipe = llama3_8b_e8t2_sft.finetune_recipe()
+    recipe.data.__arguments__["teacher_weight"] = weight
+    return NeMoTraining.from_text(dump_recipe(recipe))
+
+
+def _bridge_taught(weight: float) -> Training:
+    words = ("optimizer.lr=1e-5", f"upcycle.teacher_weight={weight}")
+    return BridgeTraining.from_text(BridgeTraining(bridge_recipes()["llama3_8b_e8t2"], words).to_text())
+
+
+@pytest.mark.parametrize("make", [_nemo_taught, _bridge_taught])
+def test_a_plan_with_an_earlier_releases_teacher_is_read_where_that_had_no_weight(
+    make: Callable[[float], Training],
+) -> None:
+    assert not any("teacher" in name for name in make(0.0).named_settings())
+    with pytest.raises(SpecError) as refused:
+        make(1.0).named_settings()
+    assert refused.value.field.endswith("teacher_weight")

@@ -57,11 +57,10 @@ def test_a_row_is_of_one_kind_and_its_names_are_once_there(trainer: str) -> None
     assert {"tp", "pp", "vp", "cp", "ep", "etp", "seq_length", "micro_batch", "precision"} <= set(sizes_of(trainer))
 
 
-@pytest.mark.parametrize(("trainer", "group"), [("nemo", "data"), ("bridge", "upcycle")])
-def test_a_teachers_settings_are_shown_where_there_is_one(trainer: str, group: str) -> None:
-    names = (f"{group}__teacher_weight", f"{group}__teacher_temperature")
-    for weight, shown in ((0.0, 0), (0.5, 2)):
-        assert len(shown_settings(_with(**dict(zip(names, (weight, 1.0), strict=True))), trainer)) == shown
+@pytest.mark.parametrize(("trainer", "group"), [("nemo", "optim"), ("bridge", "upcycle")])
+def test_what_few_set_is_shown_where_it_is_on(trainer: str, group: str) -> None:
+    name = f"{group}__dense_router_gradient"
+    assert [len(shown_settings(_with(**{name: value}), trainer)) for value in (False, True)] == [0, 1]
 
 
 @pytest.mark.parametrize("value", [-1, -1e-9, math.nan, math.inf, "high", True])

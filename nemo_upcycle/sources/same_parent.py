@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.init.calibration import Calibration, calibration_of
+from nemo_upcycle.init.calibration_file import Calibration, calibration_of
 from nemo_upcycle.models.mapping import hf_names
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_upcycle.init.calibration import NAME
+from nemo_upcycle.init.calibration_file import NAME
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import whole_file
 from nemo_upcycle.utils.ranks import is_first_rank
