@@ -126,7 +126,7 @@ def test_source_of_which_nothing_is_left_says_what_became_of_it(tmp_path: Path) 
     assert (
         "0 of 9 documents (7 documents, 70 bytes: no field text, first at a.jsonl:7; 2 documents: too short)" in text
     )
-    assert "set sources.tiny.options.text_key=body (fields of text there: body, id), in another folder" in text
+    assert "set sources.tiny.options.text_key=body (fields of text there: body, id), or take" in text
     assert caught.value.exit_status == 2
 
 
