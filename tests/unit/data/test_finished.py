@@ -153,21 +153,3 @@ def test_megatron_checkpoint_brings_its_tokenizer_or_is_not_compared(
     for address in (f"nemo://{checkpoint}", str(checkpoint)):
         with pytest.raises(UpcycleError, match="tokenizer of "):
             blend.require_tokenizer_of(address)
-
-
-def test_identity_is_that_of_texts_tokens_and_shares(folder: Path, tiny_dense: Path, tmp_path: Path) -> None:
-    sources = read_json(folder / "manifest.json")["sources"]
-    files = {"/here/a.txt": {"bytes": 3, "modified_ns": 5, "texts_xxh3_128": "ab"}}
-    sources["talks"]["files"] = files
-    set_manifest(folder, sources=sources)
-    before = open_blend(folder).identity
-    sources["talks"] |= {"files": {"/there/a.txt": files["/here/a.txt"] | {"modified_ns": 6}}, "license": "CC0"}
-    set_manifest(folder, sources=sources, made_by={"nemo_upcycle": "9"})
-    assert open_blend(folder).identity == before
-    for source in (sources["talks"] | {"weight": 0.2}, sources["talks"] | {"files": {"a": {"texts_xxh3_128": "cd"}}}):
-        set_manifest(folder, sources=sources | {"talks": source})
-        assert open_blend(folder).identity != before
-    other = write_blend(
-        tmp_path / "other", tiny_dense, SOURCES | {"talks": (0.7, {"train": [91], "validation": [12]})}
-    )
-    assert open_blend(other).identity != before
