@@ -93,6 +93,7 @@ def test_addresses_are_opened_by_fsspec(tmp_path: Path) -> None:
         ({"train": ["*.txtt"]}, "pattern *.txtt: got no file"),
         ({"train": ["absent.txt"]}, "pattern absent.txt: got no file"),
         ({"train": ["*.pdf"]}, "got another kind, expected .txt, .jsonl"),
+        ({"train": ["*.zip"]}, "got another kind, expected .txt, .jsonl, .parquet, compressed or not. Fix: unpack it"),
         ({"train": ["*.txt"], "reader": "filez"}, "reader 'filez' does not exist. Did you mean 'files'?"),
         ({"train": ["*.txt"], "options": {"text_kei": "t"}}, "option of the reader files 'text_kei' does not exist"),
         ({"train": ["nosuch://x/*.txt"]}, "address nosuch://x/*.txt: got ValueError"),
@@ -116,7 +117,7 @@ def test_addresses_are_opened_by_fsspec(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, source: dict, words: str) -> None:
-    _write(tmp_path, "a.txt", "b.pdf")
+    _write(tmp_path, "a.txt", "b.pdf", "c.jsonl.zip")
     with pytest.raises(UpcycleError) as caught:
         list_inputs(_blend(tmp_path, **source), "web", tmp_path)
     assert words in str(caught.value)
