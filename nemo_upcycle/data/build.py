@@ -129,7 +129,6 @@ def build_blend(
         require_disk(output, 2 * sum(file.size_bytes or 0 for file in inputs), f"blend {blend.name}")
         tokenizer = save_tokenizer(checked.tokenizer, output / TOKENIZER)
         plan = make_plan(blend, checked.inputs, output, tokenizer) | {"strict": strict}
-        plan = _as_begun(work / "plan.json", plan)
         items = _index(blend, work)
         write_json(work / "plan.json", plan)
         run_engine([str(work / "plan.json"), *engine_options], size_check(blend, work, plan))
@@ -250,8 +249,7 @@ def _require_ours(output: Path, made_from: dict[str, Any]) -> None:
         earlier = _with_defaults(read_json(marker_of(output)).get("made_from"))
     elif begun.is_file():
         earlier = _noted(begun)
-        was_read = (output / BUILD / BEGUN).is_file()
-        if not was_read or (earlier and _with_sources_of(earlier, made_from) == made_from):
+        if not (output / BUILD / BEGUN).is_file():  # no text was read
             return
     elif not output.is_dir() or all(path.name == ".lock" or _is_begun(path) for path in output.iterdir()):
         return
@@ -273,25 +271,6 @@ def _with_defaults(made_from: Any) -> dict[str, Any]:
     blend = default | made_from["blend"]
     sources = {name: default["sources"][""] | source for name, source in blend["sources"].items()}
     return dict(made_from) | {"blend": blend | {"sources": sources}}
-
-
-def _with_sources_of(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Leave out of what a build was made from the sources that were taken out since."""
-    named = now["blend"]["sources"]
-    kept = {name: source for name, source in earlier["blend"]["sources"].items() if name in named}
-    return {**earlier, "blend": {**earlier["blend"], "sources": kept}}
-
-
-def _as_begun(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Return a plan with the task numbers of an earlier one, in which sources that were taken out read nothing."""
-    if not path.is_file():
-        return plan
-    begun = read_json(path)
-    names = {task["source"] for task in plan["tasks"]}
-    if [task for task in begun["tasks"] if task["source"] in names] != plan["tasks"]:
-        return plan
-    tasks = [task if task["source"] in names else task | {"files": [], "options": {}} for task in begun["tasks"]]
-    return plan | {"tasks": tasks} | {key: begun[key] for key in ("finders", "heldout_overlap")}
 
 
 def _is_begun(path: Path) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,20 +116,6 @@ class FinishedBlend(Finished):
         """Return the share that each source has in the training sequences; together they are 1."""
         weights = {source: float(self.manifest["sources"][source]["weight"]) for source in self.tokens["train"]}
         return {source: weight / sum(weights.values()) for source, weight in weights.items()}
-
-    @property
-    def identity(self) -> str:
-        """Return a hash of what a training or an evaluation reads: the same for the same texts, tokens and shares.
-
-        Paths and times of files, licences, and the versions that made the folder are no part of it.
-        """
-        sources: dict[str, Any] = {}
-        for name, share in self.shares.items():
-            source = self.manifest["sources"][name]
-            texts = [file["texts_xxh3_128"] for file in source.get("files", {}).values()]
-            sources[name] = [share, texts, *(source.get(key) for key in ("splits", "steps", "pii"))]
-        content = [self.manifest["seed"], self.manifest["tokenizer"]["sha256"], self.manifest["splits"], sources]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def contamination(self) -> str:

@@ -160,13 +160,13 @@ def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks
             removed.update({why: n for why, n in one["removed"].items() if step != "read"})
     gone = [*lost_text(count_lost(tasks)), *(f"{count:,} documents: {why}" for why, count in removed.items())]
     field = text_field(blend, source, tasks)
-    without = "take the source out of the blend and run the same command, which continues, or "
+    without = ", or take the source out of the blend" if len(blend.config.sources) > 1 else ""
     raise UpcycleError(
         f"source {source}",
         got=f"{bound}{most:,} tokens to train on, in {train['documents']:,} of {read:,} documents"
         + (f" ({'; '.join(gone)})" if gone else ""),
         expected=f"more than a sequence ({blend.config.seq_length:,}), for {blend.share(source):.1%} of a run",
-        fix=f"{without if len(blend.config.sources) > 1 else ''}{field or 'give it more text'}, in another folder",
+        fix=f"{field or 'give it more text'}{without}, in another folder",
     )
 
 

@@ -86,16 +86,16 @@ def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mappi
     if kind in earlier and earlier["format"] != now["format"]:
         fix = "an earlier version made it: remove it first, or choose another folder"
         raise UpcycleError(f"format of {output}", got=earlier["format"], expected=now["format"], fix=fix)
-    got = "files that are not ours"
+    got, fix = "files that are not ours", "choose another folder, or remove it first"
     if kind in earlier:
         were, are = ({**noted[kind], "strict": noted["strict"]} for noted in (earlier, now))
         names = [key for key, value in are.items() if were.get(key) != value]
         differs = [f"{', '.join(names)} differ"] if names else []
         if changes := compare(earlier.get("files", []), now.get("files", [])):
             differs.append(changes_text(changes, output))
-        got = f"another {kind}'s ({'; '.join(differs)})"
+        got, fix = f"another {kind}'s ({'; '.join(differs)})", f"use the settings that it was made with, {fix}"
     expected = f"an empty folder, or this {kind}'s"
-    raise UpcycleError(str(output), got=got, expected=expected, fix="choose another folder, or remove it first")
+    raise UpcycleError(str(output), got=got, expected=expected, fix=fix)
 
 
 def cached_folder(kind: str, name: str, made_from: Sequence[Any], build: Callable[[Path], object]) -> Path:

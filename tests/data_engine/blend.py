@@ -19,10 +19,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from nemo_upcycle.data.engine.pipelines import RunOn, executor, stages
 from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.data.engine.tokenise import FASTOKENS
+from nemo_upcycle.data.ngrams import NgramIndex
+from nemo_upcycle.suites.items import Item
 from tests.waiting import HANG_S
 
 
 END = "<|endoftext|>"
+#: An evaluation item, as `write_index` has it.
+QUESTION = "Which of these seven rivers carries more water to the sea than all of the others taken together?"
 _TEXT = "the quick brown fox jumps over a lazy dog while Ünïcødé naïve café 123 4567 def f(x): return x"
 _WORDS = _TEXT.split()
 
@@ -99,6 +103,13 @@ def blend(folder: Path, documents: int = 60, words: int = 12, **more: object) ->
             handle.write("{broken\n")
         tasks.append({"files": [str(file)], "split": None})
     return write_plan(folder, tasks, hold_out={"validation": 0.1, "heldout": 0.05}, **more)
+
+
+def write_index(folder: Path, short_words: int = 0) -> str:
+    """Write the index of one evaluation item, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    NgramIndex.build([Item("rivers", "17", (QUESTION,))], short_words=short_words).save(folder / "ngrams.npz")
+    return str(folder / "ngrams.npz")
 
 
 def clear(plan: Path) -> None:
@@ -185,18 +196,6 @@ def everything(work: Path) -> dict[str, bytes]:
             file.pop("modified_ns", None)  # not of files at addresses
         found[path.name] = json.dumps(counts).encode()
     return found
-
-
-def same_as_here(folder: Path, *arguments: str, **environment: str) -> None:
-    """Check that a plan of every stage gives the bytes on a cluster that it gives on this machine."""
-    near = {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
-    plan = blend(folder, finders=2, heldout_overlap=0.5, near_duplicates=near)
-    done = run(plan, *arguments, **environment)
-    assert done.returncode == 0, done.stderr
-    found = everything(plan.parent)
-    clear(plan)
-    assert run(plan).returncode == 0
-    assert everything(plan.parent) == found
 
 
 class Slurm:

@@ -9,30 +9,30 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from nemo_upcycle.data.ngrams import NgramIndex
-from nemo_upcycle.suites.items import Item
-from tests.data_engine.blend import execute, removed, sentence, stats, texts, write_jsonl, write_plan
+from tests.data_engine.blend import (
+    QUESTION,
+    execute,
+    removed,
+    sentence,
+    stats,
+    texts,
+    write_index,
+    write_jsonl,
+    write_plan,
+)
 
 
-QUESTION = "Which of these seven rivers carries more water to the sea than all of the others taken together?"
 AROUND = [" ".join(f"word{n} of side {side}," for n in range(120)) for side in "AB"]
 FULL = f"{AROUND[0]} {QUESTION} {AROUND[1]}"
 
 
-@pytest.fixture
-def index(tmp_path: Path) -> str:
-    path = tmp_path / "ngrams.npz"
-    NgramIndex.build([Item("rivers", "17", (QUESTION,))]).save(path)
-    return str(path)
-
-
-def _run(folder: Path, index: str, *many: str, **task: object) -> Path:
+def _run(folder: Path, *many: str, short_words: int = 0, **task: object) -> Path:
     file = write_jsonl(folder / "some.jsonl", *many)
-    return execute(write_plan(folder, [{"files": [file], **task}], ngram_index=index))
+    return execute(write_plan(folder, [{"files": [file], **task}], ngram_index=write_index(folder, short_words)))
 
 
-def test_drop(tmp_path: Path, index: str) -> None:
-    work = _run(tmp_path, index, sentence(1), FULL, sentence(2), on_hit="drop")
+def test_drop(tmp_path: Path) -> None:
+    work = _run(tmp_path, sentence(1), FULL, sentence(2), on_hit="drop")
     assert texts(work) == [sentence(1), sentence(2)]
     counts = stats(work)
     assert counts["steps"]["decontaminate"] == {"in": 3, "kept": 2, "removed": {"dropped": 1}}
@@ -43,8 +43,8 @@ def test_drop(tmp_path: Path, index: str) -> None:
     assert line["sets"] == ["rivers"]
 
 
-def test_cut(tmp_path: Path, index: str) -> None:
-    work = _run(tmp_path, index, sentence(1), FULL, QUESTION, sentence(2), on_hit="cut")
+def test_cut(tmp_path: Path) -> None:
+    work = _run(tmp_path, sentence(1), FULL, QUESTION, sentence(2), on_hit="cut")
     kept = texts(work)
     assert (kept[0], kept[-1], len(kept)) == (sentence(1), sentence(2), 4)
     assert AROUND[0].startswith(kept[1].rstrip())
@@ -61,15 +61,15 @@ def test_cut(tmp_path: Path, index: str) -> None:
     ]
 
 
-def test_pieces_under_200_characters_are_dropped(tmp_path: Path, index: str) -> None:
-    work = _run(tmp_path, index, f"{AROUND[0][:330]} {QUESTION} {AROUND[1]}", on_hit="cut")
+def test_pieces_under_200_characters_are_dropped(tmp_path: Path) -> None:
+    work = _run(tmp_path, f"{AROUND[0][:330]} {QUESTION} {AROUND[1]}", on_hit="cut")
     (kept,) = texts(work)
     assert AROUND[1].endswith(kept.lstrip())
 
 
 @pytest.mark.parametrize("split", ["validation", "heldout"])
-def test_other_splits_are_left_as_they_are(tmp_path: Path, index: str, split: str) -> None:
-    work = _run(tmp_path, index, FULL, split=split)
+def test_other_splits_are_left_as_they_are(tmp_path: Path, split: str) -> None:
+    work = _run(tmp_path, FULL, split=split)
     assert stats(work)["splits"][split]["documents"] == 1
     assert removed(work) == []
 
@@ -77,22 +77,18 @@ def test_other_splits_are_left_as_they_are(tmp_path: Path, index: str, split: st
 def test_short_ngrams_are_reported_in_what_is_left(tmp_path: Path) -> None:
     quote = " ".join(QUESTION.split()[:8])
     quoted = f"{AROUND[0]} {quote} {AROUND[1]} {QUESTION} {AROUND[1]} {quote} {AROUND[0]}"
-    index = tmp_path / "ngrams.npz"
-    NgramIndex.build([Item("rivers", "17", (QUESTION,))], short_words=8).save(index)
-    work = _run(tmp_path / "work", str(index), FULL, quoted, sentence(1), on_hit="cut")
+    work = _run(tmp_path, FULL, quoted, sentence(1), on_hit="cut", short_words=8)
     counts = stats(work)
     assert sum(quote in text for text in texts(work)) == 2  # before and behind the passage that is cut out
     assert counts["contamination"]["rivers"]["documents"] == 2
     left = counts["report"]["rivers"]
     assert (left["documents"], left["passages"], left["items"], left["bytes"]) == (1, 2, ["17"], 0)
-    assert left["examples"][0]["where"] == f"{tmp_path / 'work' / 'some.jsonl'}:2"
+    assert left["examples"][0]["where"] == f"{tmp_path / 'some.jsonl'}:2"
 
 
 def test_question_with_some_words_changed_is_cut(tmp_path: Path) -> None:
-    index = tmp_path / "ngrams.npz"
-    NgramIndex.build([Item("rivers", "17", (QUESTION,))], short_words=8).save(index)
     changed = QUESTION.replace("more water", "less water")
-    work = _run(tmp_path, str(index), f"{AROUND[0]} {changed} {AROUND[1]}", sentence(1), on_hit="cut")
+    work = _run(tmp_path, f"{AROUND[0]} {changed} {AROUND[1]}", sentence(1), on_hit="cut", short_words=8)
     assert len(texts(work)) == 3
     assert not any("the others" in text for text in texts(work))
     assert stats(work)["report"] == {}

@@ -40,13 +40,6 @@ def _lines(many: list[str]) -> str:
     return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in many)
 
 
-def _zip(content: bytes, name: str = "some.jsonl") -> bytes:
-    stored = BytesIO()
-    with zipfile.ZipFile(stored, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, content)
-    return stored.getvalue()
-
-
 def _parquet(content: bytes) -> bytes:
     stored = BytesIO()
     rows = [json.loads(line)["text"] for line in content.splitlines()]
@@ -67,7 +60,6 @@ STORED: dict[str, Callable[[bytes], bytes]] = {
     "pzstd": _skippable,
     "bzip2": lambda content: bz2.compress(content[:999]) + bz2.compress(content[999:]),
     "xz": lambda content: lzma.compress(content[:999]) + b"\0" * 8 + lzma.compress(content[999:]),
-    "zip": _zip,
     "parquet": _parquet,
 }
 
@@ -91,8 +83,7 @@ def test_compression_is_told_by_the_bytes(tmp_path: Path, kind: str, name: str) 
 @pytest.mark.parametrize("kind", [kind for kind in STORED if kind != "parquet"])
 def test_text_file_is_one_document_however_it_is_stored(tmp_path: Path, kind: str) -> None:
     text = "\n".join(LONG)
-    stored = _zip(text.encode(), "a.txt") if kind == "zip" else STORED[kind](text.encode())
-    assert _read(tmp_path, "some.txt", stored, "text") == ([text], [])
+    assert _read(tmp_path, "some.txt", STORED[kind](text.encode()), "text") == ([text], [])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
@@ -134,6 +125,10 @@ def test_what_is_no_text_is_one_line_of_the_list(tmp_path: Path) -> None:
     assert _read(tmp_path / "noise", "some.jsonl", noise, "jsonl") == ([], ["not text some.jsonl:1"])
     assert _read(tmp_path / "packed", "some.jsonl", gzip.compress(noise), "jsonl") == ([], ["not text some.jsonl:1"])
     assert _read(tmp_path / "text", "some.txt", noise, "text") == ([], ["not text some.txt:1"])
+    with zipfile.ZipFile(stored := BytesIO(), "w") as archive:
+        archive.writestr("some.jsonl", _lines(LONG))
+    archived = _read(tmp_path / "archive", "some.jsonl", stored.getvalue(), "jsonl")
+    assert archived == ([], ["zip archive, to be unpacked some.jsonl:1"])
 
 
 def test_few_nuls_are_taken_out_and_many_end_the_document(tmp_path: Path) -> None:
@@ -158,41 +153,17 @@ def test_bad_characters_are_counted(text: str, bad: int) -> None:
     assert count_bad(text, text.encode()) == bad
 
 
-def test_files_in_a_zip_have_their_own_formats_and_places(tmp_path: Path) -> None:
-    stored = BytesIO()
-    with zipfile.ZipFile(stored, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("books/one.txt", "the first\nbook")
-        archive.writestr("books/two.txt", "der Zweite, für später".encode("utf-16"))
-        archive.writestr("rows.jsonl", _lines(["a row"]) + "{broken\n")
-        archive.writestr("picture.png", b"\x89PNG")
-        archive.writestr("bad.txt", "damaged words " * 100)
-    content = stored.getvalue()
-    place = content.index(b"bad.txt") + len("bad.txt") + 4
-    content = content[:place] + b"\xff\xff" + content[place + 2 :]
-    kept, lost = _read(tmp_path, "all.zip", content, "text")
-    assert kept == ["the first\nbook", "der Zweite, für später", "a row"]
-    archive_name = f"::{tmp_path}/all.zip"
-    assert lost == [
-        f"broken JSON zip://rows.jsonl{archive_name}:2",
-        f"another kind of file zip://picture.png{archive_name}:0",
-        f"damaged zip file zip://bad.txt{archive_name}:1",
-    ]
-    ids = [line["id"] for line in removed(tmp_path / "work")]
-    assert ids == ["all.zip/rows.jsonl:2", "all.zip/picture.png", "all.zip/bad.txt"]
-    assert _read(tmp_path / "cut", "all.zip", content[:-50], "text") == ([], ["damaged or empty zip file all.zip:0"])
-
-
 def test_big_file_is_not_held_in_memory(tmp_path: Path) -> None:
     import tracemalloc
 
     from nemo_upcycle.data.engine.lines import read_lines
 
     many = [f"{GOOD[0]} {random.Random(n).randbytes(300).hex()}" for n in range(30_000)]
-    for encoding, store in (("utf-8", bytes), ("utf-16", bytes), ("utf-8", bz2.compress), ("utf-8", _zip)):
+    for encoding, store in (("utf-8", bytes), ("utf-16", bytes), ("utf-8", bz2.compress)):
         file = tmp_path / "big"
         file.write_bytes(store(_lines(many).encode(encoding)))
         tracemalloc.start()
-        count = sum(1 for _ in read_lines(f"zip://some.jsonl::{file}" if store is _zip else str(file)))
+        count = sum(1 for _ in read_lines(str(file)))
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert count == len(many)

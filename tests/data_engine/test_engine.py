@@ -19,10 +19,9 @@ import pyarrow.parquet
 from nemo_upcycle.data.engine import clean, overlap
 from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.data.inputs import cut_between_lines
-from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.readers import InputFile
-from nemo_upcycle.suites.items import Item
 from tests.data_engine.blend import (
+    QUESTION,
     blend,
     clear,
     command,
@@ -33,14 +32,12 @@ from tests.data_engine.blend import (
     sentence,
     stats,
     texts,
+    write_index,
     write_jsonl,
     write_plan,
 )
 from tests.near import NEAR
 from tests.waiting import HANG_S, wait_until
-
-
-QUESTION = "Which of these seven rivers carries more water to the sea than all of the others taken together?"
 
 
 def test_counts_of_every_step(tmp_path: Path) -> None:
@@ -68,10 +65,8 @@ def _every_stage(folder: Path) -> Path:
         file = write_jsonl(folder / "input" / f"{task}.jsonl", *many)
         for part in cut_between_lines(InputFile(file, "jsonl", Path(file).stat().st_size), 200_000):
             tasks.append({"files": [file], "split": None, "max_tokens": 150_000, "options": part.options})
-    index = folder / "ngrams.npz"
-    NgramIndex.build([Item("rivers", "17", (QUESTION,))]).save(index)
     shares, settings = {"validation": 0.1, "heldout": 0.1}, {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
-    more = {"heldout_overlap": 0.5, "near_duplicates": settings, "ngram_index": str(index)}
+    more = {"heldout_overlap": 0.5, "near_duplicates": settings, "ngram_index": write_index(folder)}
     return write_plan(folder, tasks, hold_out=shares, finders=2, **more)
 
 

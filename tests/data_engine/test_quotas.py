@@ -9,19 +9,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from nemo_upcycle.data.ngrams import NgramIndex
-from nemo_upcycle.suites.items import Item
-from tests.data_engine.blend import (
-    execute,
-    sentence,
-    stats,
-    tokens,
-    write_jsonl,
-    write_plan,
-)
-
-
-QUESTION = "Which of these seven rivers carries more water to the sea than all of the others taken together?"
+from tests.data_engine.blend import QUESTION, execute, sentence, stats, tokens, write_index, write_jsonl, write_plan
 
 
 def _plan(folder: Path, most: int | None, **more: object) -> Path:
@@ -30,11 +18,9 @@ def _plan(folder: Path, most: int | None, **more: object) -> Path:
     around = " ".join(f"word{n}" for n in range(60))
     asked = [f"{n} {around} {QUESTION if n % 2 else ''} {around[::-1]}" for n in range(200)]
     many = [unique[:900], [*unique[:800], *unique[900:1000]], [*asked, *unique[1000:]]]
-    index = folder / "ngrams.npz"
-    NgramIndex.build([Item("rivers", "17", (QUESTION,))]).save(index)
     files = [write_jsonl(folder / f"input/{task}.jsonl", *texts) for task, texts in enumerate(many)]
     tasks = [{"files": [file], "split": None, "max_tokens": most, "on_hit": "cut"} for file in files]
-    return write_plan(folder, tasks, hold_out={"validation": 0.05}, ngram_index=str(index), **more)
+    return write_plan(folder, tasks, hold_out={"validation": 0.05}, ngram_index=write_index(folder), **more)
 
 
 def _trained(work: Path) -> list[list[list[int]]]:

@@ -12,17 +12,8 @@ from xxhash import xxh3_128
 
 from nemo_upcycle.data.engine.encodings import MOST_BAD, count_bad
 from nemo_upcycle.data.engine.ledger import LedgerStep
-from nemo_upcycle.data.engine.lines import (
-    MEMBER,
-    NOT_TEXT,
-    NOT_THERE,
-    ZIP,
-    OtherFormatError,
-    open_to_seek,
-    size_of,
-    zip_members,
-)
-from nemo_upcycle.data.readers import FORMATS, NO_FIELD, format_of
+from nemo_upcycle.data.engine.lines import NOT_TEXT, NOT_THERE, OtherFormatError, open_to_seek, size_of
+from nemo_upcycle.data.readers import FORMATS, NO_FIELD
 
 
 #: Of records without the field that holds the text: other fields that are remembered.
@@ -148,19 +139,7 @@ def _records(
         for line, size_bytes, record in FORMATS[format].read(file, options):
             yield f"{file}:{line}", _identity(name, line, format), size_bytes, record
     except OtherFormatError as other:
-        if str(other) != ZIP:
-            yield from _records(file, name, str(other), options)
-            return
-        members = zip_members(file)
-        if not members:
-            yield f"{file}:0", _identity(name, 0, format), None, "damaged or empty zip file"
-        for member in members:
-            inner = member.removeprefix(MEMBER).partition("::")[0]
-            kind = format_of(inner) or (format if len(members) == 1 else None)
-            if kind is None:
-                yield f"{member}:0", f"{name}/{inner}", 0, "another kind of file"
-            else:
-                yield from _records(member, f"{name}/{inner}", kind, options)
+        yield from _records(file, name, str(other), options)
 
 
 def _identity(name: str, line: int, format: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 PARQUET, ZIP = b"PAR1", (b"PK\x03\x04", b"PK\x05\x06")
 #: Ends of the names of compressed files.
-COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".zip")
+COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 #: A document is no text when a greater share of its characters is bad.
 MOST_BAD = 0.02
 #: Neither is a file of an unknown encoding with more of these at its beginning: bytes by chance have 11 %.

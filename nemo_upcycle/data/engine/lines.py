@@ -11,12 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from http import HTTPStatus
 from itertools import chain
 from tempfile import TemporaryFile
 from typing import IO, Any, TypeVar, cast
-from zipfile import BadZipFile, ZipFile
 
 import fsspec
 
@@ -28,8 +26,7 @@ T = TypeVar("T")
 #: What opening a file raises that is a mistake in the blend; whatever else it raises may pass.
 NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
-NOT_TEXT, ZIP = "not text", "zip"
-MEMBER = "zip://"  # of a zip file, with which the URL of a file in it begins
+NOT_TEXT, ARCHIVE = "not text", "zip archive, to be unpacked"
 _CHUNK_BYTES = 1 << 16
 _COMPRESSED_BYTES = 1 << 12  # what damage costs, at most
 #: A file without line ends, given by mistake, must not fill the memory.
@@ -42,7 +39,7 @@ class _DamagedError(Exception):
 
 
 class OtherFormatError(Exception):
-    """The bytes of a file are of another format than its name says; holds that format's name, or `ZIP`."""
+    """The bytes of a file are of another format than its name says; holds that format's name."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +205,7 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
     what came out of as many bytes before; one that ends too early says nothing, and is taken for half of a file.
 
     Args:
-        url: a path or fsspec URL, or a file in a zip file as `zip_members` names it.
+        url: a path or fsspec URL.
         part: part of a file of plain text: its first byte, the one behind its last, and the number of its first line.
 
     Raises:
@@ -216,10 +213,7 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
         OtherFormatError: it has no lines.
         UpcycleError: reading it fails.
     """
-    if part:
-        chunks = _text(_of_part(url, part[0], part[1]))
-    else:
-        chunks = _text(_of_member(url) if url.startswith(MEMBER) else _of_file(url))
+    chunks = _text(_of_part(url, part[0], part[1]) if part else _of_file(url))
     rest: list[bytes] = []
     number, rest_bytes = part[2] if part else 1, 0
     damage: tuple[str, int | None] | None = None
@@ -247,36 +241,6 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
         yield Damage(reason, number, None if lost_bytes is None else rest_bytes + lost_bytes)
 
 
-def zip_members(url: str) -> list[str]:
-    """Return the URLs of the files in a zip file, which `read_lines` takes; one that is damaged has none."""
-    _archive.cache_clear()
-    try:
-        names = [member.filename for member in _archive(url).infolist() if not member.is_dir()]
-    except BadZipFile:
-        return []
-    return [f"{MEMBER}{name}::{url}" for name in names]
-
-
-@lru_cache(maxsize=1)
-def _archive(url: str) -> ZipFile:
-    return ZipFile(open_to_seek(url))
-
-
-def _of_member(url: str) -> Iterator[bytes]:
-    name, _, archive = url.removeprefix(MEMBER).partition("::")
-    left = 0
-    try:
-        left = _archive(archive).getinfo(name).file_size
-        with _archive(archive).open(name) as handle:
-            while chunk := handle.read(_CHUNK_BYTES):
-                left -= len(chunk)
-                yield chunk
-    except UpcycleError:
-        raise
-    except Exception:  # each way to compress has its own; some files need a password
-        raise _DamagedError("damaged zip file", max(0, left)) from None
-
-
 def _of_part(url: str, start: int, stop: int) -> Iterator[bytes]:
     with open_input(url) as handle:
         handle.seek(start)
@@ -294,7 +258,7 @@ def _of_file(url: str) -> Iterator[bytes]:
         if head.startswith(encodings.PARQUET):
             raise OtherFormatError("parquet")
         if head.startswith(encodings.ZIP):
-            raise OtherFormatError(ZIP)
+            raise _DamagedError(ARCHIVE, None)
         new_stream = encodings.decompressor(head)
         size_bytes = _COMPRESSED_BYTES if new_stream else _CHUNK_BYTES
         chunks = chain([head], iter(lambda: handle.read(size_bytes), b""))

@@ -5,31 +5,18 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from nemo_upcycle.data.engine.pipelines import (
-    JOIN,
-    SIGN,
-    TAKE,
-    WRITE,
-    RunOn,
-    completed,
-    executor,
-    slurm_jobs,
-    stages,
-    tasks_of_stages,
-)
+from nemo_upcycle.data.engine.pipelines import RunOn, completed, executor, slurm_jobs, stages, tasks_of_stages
 from nemo_upcycle.data.engine.processes import die_with_parent
 from nemo_upcycle.data.engine.tasks import BEGUN, EnginePlan, clear_asides
 from nemo_upcycle.data.engine.tokenise import choose_library
@@ -82,47 +69,13 @@ def _require_same_plan(plan: EnginePlan) -> None:
     if not path.is_file():
         write_json(path, now)
     elif (before := read_json(path)) != now:
-        if out := _taken_out(before, now):
-            _forget(plan, out)
-            write_json(path, now)
-            return
         changed = [key for key in now["plan"] if now["plan"].get(key) != before["plan"].get(key)]
         raise UpcycleError(
             str(plan.folder),
             got=f"work of another plan (other: {', '.join(changed) or 'the tokenizer, the n-grams or the version'})",
             expected="work of this plan, or none",
-            fix="choose another folder, or delete this one",
+            fix="use the files and settings that it was begun with, choose another folder, or delete this one",
         )
-
-
-def _taken_out(before: dict[str, Any], now: dict[str, Any]) -> list[int]:
-    """Return the tasks that have no files any more, if that is all that changed since an earlier run."""
-    were, are = before["plan"]["tasks"], now["plan"]["tasks"]
-    if len(were) != len(are) or {**before, "plan": before["plan"] | {"tasks": are}} != now:
-        return []
-    changed = [rank for rank, (was, task) in enumerate(zip(were, are, strict=True)) if was != task]
-    return [] if any(are[rank]["files"] for rank in changed) else changed
-
-
-def _forget(plan: EnginePlan, out: list[int]) -> None:
-    """Forget what was made of tasks, and of those that lost documents to others: they may have lost them to these.
-
-    Run again after a kill, it ends the same.
-    """
-    folder, counts = plan.folder / "duplicates", tasks_of_stages(plan)
-    ranks: dict[str, Iterable[int]] = {SIGN: out, WRITE: range(len(plan.tasks))}
-    if JOIN not in counts and TAKE not in counts:  # only of equal texts it is known which task lost them
-        ranks[WRITE] = {*out, *(int(path.name.partition(".")[0]) for path in (folder / "found").glob("*/*.c4_dup"))}
-    for stage, tasks in counts.items():
-        for rank in ranks.get(stage, range(tasks)):
-            (plan.folder / "logs" / stage / "completions" / f"{rank:05d}").unlink(missing_ok=True)
-            if stage == WRITE:
-                plan.path("stats", rank, "json").unlink(missing_ok=True)
-    for rank in out:
-        for path in folder.glob(f"*signatures/*/{rank:05d}.*"):
-            path.unlink()
-    for found in (folder / "found", folder / "near_pairs", folder / "near"):
-        shutil.rmtree(found, ignore_errors=True)
 
 
 def _run(plan: EnginePlan, run_on: RunOn) -> None:
@@ -237,10 +190,6 @@ def _library(plan: EnginePlan) -> tuple[str, str]:
 
 
 def _run_stages(plan: EnginePlan, run_on: RunOn, library: str) -> None:
-    if run_on.ray:
-        import ray
-
-        ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
     for stage in stages(plan, library):
         runs = executor(plan, stage, run_on, Path(sys.prefix))
         runs.run()

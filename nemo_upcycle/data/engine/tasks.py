@@ -95,8 +95,6 @@ class EnginePlan:
         names: dict[tuple[str, str], str] = {}
         for source in {task.source for task in self.tasks}:
             parts = [file.split("/") for task in self.tasks if task.source == source for file in task.files]
-            if not parts:  # a source that was taken out of a stopped build
-                continue
             shortest = min(len(file) for file in parts) - 1
             shared = next((n for n in range(shortest) if len({file[n] for file in parts}) > 1), shortest)
             names |= {(source, "/".join(file)): "/".join(file[shared:]) for file in parts}

@@ -45,7 +45,7 @@ class Files(Reader):
                         f"file {path}",
                         got="another kind",
                         expected=f"{', '.join(plain)}, compressed or not",
-                        fix="narrow the pattern",
+                        fix="unpack it" if path.endswith(".zip") else "narrow the pattern",
                     )
                 files[path] = InputFile(path, format, size_bytes, options)
         return list(files.values())

@@ -15,7 +15,7 @@ class Text(Format):
     """Lines that are neither UTF-8 nor Latin-1 are left out of the document."""
 
     name, is_document = "text", True
-    suffixes: ClassVar[tuple[str, ...]] = (".txt", ".zip", *(f".txt{end}" for end in COMPRESSED))
+    suffixes: ClassVar[tuple[str, ...]] = (".txt", *(f".txt{end}" for end in COMPRESSED))
 
     def read(self, file: str, options: Mapping[str, Any]) -> Records:
         """See `Format.read`."""

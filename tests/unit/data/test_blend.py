@@ -38,35 +38,33 @@ def test_overrides_change_weights_length_and_tokenizer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "subject", "got"),
     [
-        ("sources.speches.weight=2", "source 'speches' does not exist. Did you mean 'speeches'?"),
-        ("sources.speeches.weights=2", "key 'weights' does not exist. Did you mean 'weight'?"),
-        ("sources.speeches.weight=0", "weight: got 0.0, expected more than 0"),
-        ("sources.speeches.weight=much", "sources.speeches.weight: got 'much', expected a number"),
-        ("sources.speeches.on_hit=cutt", "on_hit 'cutt' does not exist. Did you mean 'cut'?"),
-        ("sources.speeches.tokens=0", "tokens: got 0.0, expected 1 or more"),
-        ("sources.speeches.train=[]", "train: got none, expected at least one entry"),
-        ("seqlength=3", "key 'seqlength' does not exist. Did you mean 'seq_length'?"),
-        ("hold_out.validation=0.9", "hold_out.validation: got 0.9, expected 0 to 0.5"),
-        ("near_duplicates.bands=0", "near_duplicates.bands: got 0, expected 1 to 100"),
-        ("near_duplicates.ngrams=5", "key 'ngrams' does not exist. Did you mean 'n_grams'?"),
-        ("heldout_overlap=1.5", "heldout_overlap: got 1.5, expected 0 to 1"),
-        ("hold_out.test=0.1", "key 'test' does not exist"),
-        ("sources.speeches.weight=.inf", "weight: got inf, expected more than 0"),
-        ("sources.speeches.train=a.txt", "train: got 'a.txt', expected a list, each text. Fix: write ['a.txt']"),
-        ("tokenizer=[abc", "got tokenizer=[abc, expected KEY=VALUE"),
-        ("seed=-1", "seed: got -1, expected 0 or more"),
-        ("sources.speeches.max_lost=2", "sources.speeches.max_lost: got 2.0, expected 0 to 1"),
-        ("max_epochs=0", "max_epochs: got 0.0, expected more than 0"),
-        ("pii=[mail]", "pii 'mail' does not exist. Did you mean 'email'?"),
-        ("sources.speeches.pii=[iban]", "sources.speeches.pii 'iban' does not exist"),
+        ("sources.speches.weight=2", "source", "speches"),
+        ("sources.speeches.weights=2", "sources.speeches: key", "weights"),
+        ("sources.speeches.weight=0", "sources.speeches.weight", 0.0),
+        ("sources.speeches.weight=.inf", "sources.speeches.weight", float("inf")),
+        ("sources.speeches.on_hit=cutt", "sources.speeches.on_hit", "cutt"),
+        ("sources.speeches.tokens=0", "sources.speeches.tokens", 0.0),
+        ("sources.speeches.train=[]", "sources.speeches.train", "none"),
+        ("sources.speeches.train=a.txt", "sources.speeches.train", "'a.txt'"),
+        ("sources.speeches.max_lost=2", "sources.speeches.max_lost", 2.0),
+        ("sources.speeches.pii=[iban]", "sources.speeches.pii", "iban"),
+        ("seqlength=3", "key", "seqlength"),
+        ("hold_out.validation=0.9", "hold_out.validation", 0.9),
+        ("near_duplicates.bands=0", "near_duplicates.bands", 0),
+        ("near_duplicates.ngrams=5", "near_duplicates: key", "ngrams"),
+        ("heldout_overlap=1.5", "heldout_overlap", 1.5),
+        ("seed=-1", "seed", -1),
+        ("max_epochs=0", "max_epochs", 0.0),
+        ("pii=[mail]", "pii", "mail"),
     ],
 )
-def test_mistakes_are_named(override: str, words: str) -> None:
+def test_mistakes_are_named(override: str, subject: str, got: object) -> None:
     with pytest.raises(UpcycleError) as caught:
         read_blend("sotu", [override])
-    assert words in str(caught.value)
+    assert caught.value.subject.endswith(f"sotu.yaml: {subject}")
+    assert caught.value.got == got
 
 
 def test_a_file_of_texts_is_a_blend_of_one_source(tmp_path: Path) -> None:

@@ -1,12 +1,18 @@
-"""Intervals between validations that are longer than a run."""
+"""The index cache holds whole files of the present data, or none; intervals between validations end with a run."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 
-from nemo_upcycle.data.blend_samples import clamp_interval
+from nemo_upcycle.data.blend_samples import clamp_interval, whole_indices
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.attributes import temporarily_set
+from nemo_upcycle.utils.files import MARKER, read_json
 from nemo_upcycle.utils.progress import show_messages
 
 
@@ -24,3 +30,92 @@ def test_an_interval_beyond_the_run_ends_behind_it_and_is_said_where_a_validatio
         clamp_interval(trainer)
     assert trainer.val_check_interval == clamped
     assert any(record.name == "nemo_upcycle" for record in caplog.records) is said
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    (tmp_path / "manifest.json").write_text("{}")
+    return tmp_path / "manifest.json"
+
+
+def _built(cache: Path, manifest: Path, **files: str) -> None:
+    with whole_indices(cache, manifest):
+        for name, text in files.items():
+            _index(cache, name).write_text(text)
+
+
+def _index(cache: Path, name: str) -> Path:
+    return cache / f"{'0' * 32}-GPTDataset-train-{name}.npy"
+
+
+def _names(cache: Path) -> set[str]:
+    return {path.stem.rpartition("-")[2] for path in cache.glob("*.npy")}
+
+
+def test_files_of_a_finished_build_stay_and_more_are_added(manifest: Path) -> None:
+    cache = manifest.with_name("indices")
+    _built(cache, manifest, train="one")
+    written_ns = (cache / MARKER).stat().st_mtime_ns
+    _built(cache, manifest)
+    assert (cache / MARKER).stat().st_mtime_ns == written_ns
+    _built(cache, manifest, validation="two")
+    assert _names(cache) == {"train", "validation"}
+    assert read_json(cache / MARKER)["files"] == {_index(cache, name).name: 3 for name in ("train", "validation")}
+
+
+def test_files_cut_short_and_of_a_killed_build_are_deleted(manifest: Path) -> None:
+    cache = manifest.with_name("indices")
+    _built(cache, manifest, whole="whole", cut="whole")
+    for name in ("cut", "killed"):
+        _index(cache, name).write_text("who")
+    (cache / "notes.txt").write_text("of somebody else")
+    _built(cache, manifest)
+    assert _names(cache) == {"whole"}
+    assert (cache / "notes.txt").is_file()
+
+
+def test_failed_build_is_not_taken_for_whole(manifest: Path) -> None:
+    cache = manifest.with_name("indices")
+    with pytest.raises(TypeError):
+        _built(cache, manifest, half="half", unwritten=b"")  # type: ignore[arg-type]
+    assert "half" in _names(cache)
+    _built(cache, manifest)
+    assert _names(cache) == set()
+
+
+def test_indices_of_other_data_are_deleted(manifest: Path) -> None:
+    cache = manifest.with_name("indices")
+    _built(cache, manifest, old="old")
+    manifest.write_text('{"seed": 1}')
+    _built(cache, manifest, new="new")
+    assert _names(cache) == {"new"}
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from nemo_upcycle.data.blend_samples import whole_indices
+cache = Path(sys.argv[1])
+with whole_indices(cache, Path(sys.argv[2])):
+    print("building", flush=True)
+    time.sleep(1)
+    (cache / "first").write_text("first")
+"""
+
+
+def test_second_run_waits_for_the_first(manifest: Path) -> None:
+    cache = manifest.with_name("indices")
+    command = [sys.executable, "-c", _HOLD, str(cache), str(manifest)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "building\n"
+        with whole_indices(cache, manifest):
+            assert (cache / "first").read_text() == "first"
+    assert other.returncode == 0
+
+
+def test_cache_that_cannot_be_written_is_an_error_with_a_fix(manifest: Path) -> None:
+    cache = manifest.with_name("indices")
+    cache.write_text("a file")
+    with pytest.raises(UpcycleError, match=r"index cache .*indices: got .*, expected a folder to write\. Fix: "):
+        _built(cache, manifest)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
-from nemo_upcycle.data.build import _as_begun, _require_ours, build_blend, changed_files
-from nemo_upcycle.data.finished import FORMAT
+from nemo_upcycle.data.build import MADE_FROM, _require_ours, build_blend, changed_files
+from nemo_upcycle.data.engine.tasks import BEGUN
+from nemo_upcycle.data.finished import BUILD, FORMAT
 from nemo_upcycle.data.manifest import texts_of
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER, MODEL_MARKER, write_json
@@ -27,6 +28,21 @@ def test_settings_that_a_release_did_not_have_count_as_their_defaults(tmp_path: 
     config.pii = ["email"]
     with pytest.raises(UpcycleError, match=r"another blend's \(pii differ\)"):
         _require_ours(tmp_path, now | {"blend": texts_of(config)})
+
+
+def test_stopped_build_of_other_settings_is_refused_once_texts_were_read(tmp_path: Path) -> None:
+    config = BlendConfig({name: SourceConfig([f"{name}/*.txt"]) for name in ("talks", "books")})
+    begun = {"format": FORMAT, "blend": texts_of(config), "strict": False}
+    write_json(tmp_path / BUILD / MADE_FROM, begun)
+    del config.sources["books"]
+    now = begun | {"blend": texts_of(config)}
+    _require_ours(tmp_path, now)
+    (tmp_path / BUILD / BEGUN).touch()
+    _require_ours(tmp_path, begun)
+    with pytest.raises(UpcycleError) as caught:
+        _require_ours(tmp_path, now)
+    assert caught.value.got == "another blend's (sources differ)"
+    assert "use the settings that it was made with" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -86,12 +102,3 @@ def test_folder_of_an_earlier_version_is_not_compared(blend: Blend, tmp_path: Pa
     files = {str(tmp_path / "a.txt"): {"bytes": 3}}
     write_json(tmp_path / "data/manifest.json", {"sources": {"mine": {"files": files}}})
     assert changed_files(blend, tmp_path / "data") == {}
-
-
-def test_a_source_taken_out_leaves_whether_held_out_text_is_compared(tmp_path: Path) -> None:
-    held = {"source": "held", "split": "heldout", "files": ["a"], "options": {}}
-    kept = {"source": "web", "split": "train", "files": ["b"], "options": {}}
-    begun = {"tasks": [held, kept], "finders": 2, "heldout_overlap": 0.5}
-    write_json(tmp_path / "plan.json", begun)
-    now = _as_begun(tmp_path / "plan.json", {"tasks": [kept], "finders": 1, "heldout_overlap": None})
-    assert now == begun | {"tasks": [held | {"files": []}, kept]}

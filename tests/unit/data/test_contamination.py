@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from nemo_upcycle.data.contamination import EXAMPLES, Contamination, build_index, check_suites, merge_contamination
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import Hit, removed_spans
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import Item
+from tests.lm_eval_tasks import write_task
 
 
 @pytest.fixture
@@ -101,12 +101,9 @@ def test_merged_counts_are_sums_and_items_are_counted_once(index: NgramIndex) ->
 def suite(tmp_path: Path) -> Path:
     """A suite of the user's own tasks; the file of one is not there."""
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": "Which of these rivers is the longest of all?"}))
-    for name in ("quiz", "lost"):
-        task = {"task": name, "dataset_path": "json", "output_type": "generate_until", "test_split": "test"}
-        task |= {"dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}}}
-        task |= {"doc_to_text": "{{question}}", "doc_to_target": "none"}
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    form = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "none"}
+    for name, rows in (("quiz", [{"question": "Which of these rivers is the longest of all?"}]), ("lost", [])):
+        write_task(tmp_path / "tasks", name, {"test": rows}, **form)
     path = tmp_path / "mine.yaml"
     path.write_text("{tasks: {quiz: [0], lost: [0]}, local: false, include_path: tasks}", encoding="utf-8")
     return path
@@ -114,7 +111,7 @@ def suite(tmp_path: Path) -> Path:
 
 def test_no_set_is_left_out_in_silence(suite: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UpcycleError, match=r"task lost: got .*lost\.jsonl.* or name the task in decontaminate_without"
+        UpcycleError, match=r"task lost: got .*lost\.test\.jsonl.* or name the task in decontaminate_without"
     ):
         build_index([suite], tmp_path / "index.npz")
     assert not (tmp_path / "index.npz").exists()

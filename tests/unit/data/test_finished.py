@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,27 +77,27 @@ def _lose_a_token(folder: Path) -> None:
     set_manifest(folder, sources=sources)
 
 
-DAMAGE: dict[str, Any] = {
-    r"data folder .*: got no _SUCCESS\.json": lambda folder: (folder / MARKER).unlink(),
-    r"format of .*manifest\.json: got texts 1, expected texts 2": lambda folder: set_manifest(folder, format=1),
-    r"books_train_01_text_document\.bin: got \d+ bytes": lambda folder: _cut(folder / f"{BOOKS.format(1)}.bin"),
-    r"books_train_01_text_document\.idx: got \d+ bytes": lambda folder: _cut(folder / f"{BOOKS.format(1)}.idx"),
-    r"talks_train_00_text_document\.bin: got no such file": lambda folder: (folder / f"{TALKS}.bin").unlink(),
-    r"talks_train_00_text_document\.idx: got no such file": lambda folder: (folder / f"{TALKS}.idx").unlink(),
-    r"talks_train_00_text_document\.idx: got 3 bytes": lambda folder: (folder / f"{TALKS}.idx").write_bytes(b"abc"),
-    r"talks_train_00_text_document\.idx: got other bytes": lambda folder: (folder / f"{TALKS}.idx").write_bytes(
-        bytes(999)
-    ),
-    r"tokens of source books, train in .*: got \d+, expected \d+": _lose_a_token,
-}
+DAMAGE: list[tuple[str, str, Callable[[Path], object]]] = [
+    ("data folder {}", "no _SUCCESS.json", lambda folder: (folder / MARKER).unlink()),
+    ("format of {}/manifest.json", "texts 1", lambda folder: set_manifest(folder, format=1)),
+    ("tokens of source books, train in {}", "", _lose_a_token),
+    (f"{{}}/{BOOKS.format(1)}.bin", "", lambda folder: _cut(folder / f"{BOOKS.format(1)}.bin")),
+    (f"{{}}/{BOOKS.format(1)}.idx", "", lambda folder: _cut(folder / f"{BOOKS.format(1)}.idx")),
+    (f"{{}}/{TALKS}.bin", "no such file", lambda folder: (folder / f"{TALKS}.bin").unlink()),
+    (f"{{}}/{TALKS}.idx", "no such file", lambda folder: (folder / f"{TALKS}.idx").unlink()),
+    (f"{{}}/{TALKS}.idx", "3 bytes", lambda folder: (folder / f"{TALKS}.idx").write_bytes(b"abc")),
+    (f"{{}}/{TALKS}.idx", "other bytes", lambda folder: (folder / f"{TALKS}.idx").write_bytes(bytes(999))),
+]
 
 
-@pytest.mark.parametrize("words", DAMAGE)
-def test_damaged_folder_is_refused(folder: Path, words: str) -> None:
+@pytest.mark.parametrize(("subject", "got", "damage"), DAMAGE)
+def test_damaged_folder_is_refused(folder: Path, subject: str, got: str, damage: Callable[[Path], object]) -> None:
     open_blend(folder)
-    DAMAGE[words](folder)
-    with pytest.raises(UpcycleError, match=rf"{words}.*Fix: "):
+    damage(folder)
+    with pytest.raises(UpcycleError) as caught:
         open_blend(folder)
+    assert caught.value.subject == subject.format(folder)
+    assert got in str(caught.value.got)
 
 
 @pytest.mark.parametrize(
@@ -153,21 +154,3 @@ def test_megatron_checkpoint_brings_its_tokenizer_or_is_not_compared(
     for address in (f"nemo://{checkpoint}", str(checkpoint)):
         with pytest.raises(UpcycleError, match="tokenizer of "):
             blend.require_tokenizer_of(address)
-
-
-def test_identity_is_that_of_texts_tokens_and_shares(folder: Path, tiny_dense: Path, tmp_path: Path) -> None:
-    sources = read_json(folder / "manifest.json")["sources"]
-    files = {"/here/a.txt": {"bytes": 3, "modified_ns": 5, "texts_xxh3_128": "ab"}}
-    sources["talks"]["files"] = files
-    set_manifest(folder, sources=sources)
-    before = open_blend(folder).identity
-    sources["talks"] |= {"files": {"/there/a.txt": files["/here/a.txt"] | {"modified_ns": 6}}, "license": "CC0"}
-    set_manifest(folder, sources=sources, made_by={"nemo_upcycle": "9"})
-    assert open_blend(folder).identity == before
-    for source in (sources["talks"] | {"weight": 0.2}, sources["talks"] | {"files": {"a": {"texts_xxh3_128": "cd"}}}):
-        set_manifest(folder, sources=sources | {"talks": source})
-        assert open_blend(folder).identity != before
-    other = write_blend(
-        tmp_path / "other", tiny_dense, SOURCES | {"talks": (0.7, {"train": [91], "validation": [12]})}
-    )
-    assert open_blend(other).identity != before

@@ -87,39 +87,41 @@ def test_addresses_are_opened_by_fsspec(tmp_path: Path) -> None:
         assert file.size_bytes
 
 
+def _redpajama(train: str = "/rp", **options: object) -> dict[str, Any]:
+    return {"train": [train], "reader": "redpajama_v2", "options": options}
+
+
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "subject", "got"),
     [
-        ({"train": ["*.txtt"]}, "pattern *.txtt: got no file"),
-        ({"train": ["absent.txt"]}, "pattern absent.txt: got no file"),
-        ({"train": ["*.pdf"]}, "got another kind, expected .txt, .jsonl"),
-        ({"train": ["*.txt"], "reader": "filez"}, "reader 'filez' does not exist. Did you mean 'files'?"),
-        ({"train": ["*.txt"], "options": {"text_kei": "t"}}, "option of the reader files 'text_kei' does not exist"),
-        ({"train": ["nosuch://x/*.txt"]}, "address nosuch://x/*.txt: got ValueError"),
-        ({"train": ["soon"], "reader": "sotu"}, "years of a split: got 'soon', expected 2007 or '1946-2005'"),
-        ({"train": ["/rp"], "reader": "redpajama_v2"}, "options.snapshots: got none"),
-        ({"train": ["*.txt"], "options": {"text_key": 5}}, "options.text_key: got 5, expected the name of a field"),
-        ({"train": ["~nobody-here/*.txt"]}, "address ~nobody-here/*.txt: got RuntimeError"),
-        ({"train": ["/rp"], "reader": "redpajama_v2", "options": {"snapshots": "2023-14"}}, "expected a list"),
-        (
-            {"train": ["/rp"], "reader": "redpajama_v2", "options": {"snapshots": ["2023-14"], "shards": -1}},
-            "options.shards: got -1, expected a whole number from 1 on",
-        ),
-        (
-            {"train": ["rp"], "reader": "redpajama_v2", "options": {"snapshots": ["2023-14"], "shards": 1}},
-            "rp: got no folder documents, expected a copy of the release",
-        ),
-        (
-            {"train": ["/rp"], "reader": "redpajama_v2", "options": {"snapshots": ["2023-14"], "buckets": ["heads"]}},
-            "options.buckets 'heads' does not exist. Did you mean 'head'?",
-        ),
+        ({"train": ["*.txtt"]}, "pattern *.txtt", "no file"),
+        ({"train": ["absent.txt"]}, "pattern absent.txt", "no file"),
+        ({"train": ["*.pdf"]}, "b.pdf", "another kind"),
+        ({"train": ["*.txt"], "reader": "filez"}, "sources.web.reader", "filez"),
+        ({"train": ["*.txt"], "options": {"text_kei": "t"}}, "option of the reader files", "text_kei"),
+        ({"train": ["*.txt"], "options": {"text_key": 5}}, "options.text_key", 5),
+        ({"train": ["nosuch://x/*.txt"]}, "address nosuch://x/*.txt", "ValueError"),
+        ({"train": ["~nobody-here/*.txt"]}, "address ~nobody-here/*.txt", "RuntimeError"),
+        ({"train": ["soon"], "reader": "sotu"}, "years of a split", "'soon'"),
+        (_redpajama(), "options.snapshots", "none"),
+        (_redpajama(snapshots="2023-14"), "options.snapshots", "2023-14"),
+        (_redpajama(snapshots=["2023-14"], shards=-1), "options.shards", -1),
+        (_redpajama(snapshots=["2023-14"], buckets=["heads"]), "options.buckets", "heads"),
+        (_redpajama("rp", snapshots=["2023-14"], shards=1), "rp", "no folder documents"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, source: dict, words: str) -> None:
+def test_mistakes_are_named(tmp_path: Path, source: dict[str, Any], subject: str, got: object) -> None:
     _write(tmp_path, "a.txt", "b.pdf")
     with pytest.raises(UpcycleError) as caught:
         list_inputs(_blend(tmp_path, **source), "web", tmp_path)
-    assert words in str(caught.value)
+    assert caught.value.subject.endswith(subject)
+    assert str(caught.value.got).startswith(str(got))
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    _write(tmp_path, "c.jsonl.zip")
+    with pytest.raises(UpcycleError, match=r"another kind, expected \.txt, .* Fix: unpack it"):
+        list_inputs(_blend(tmp_path, train=["*.zip"]), "web", tmp_path)
 
 
 def test_shards_of_redpajama_are_sampled_with_the_seed(tmp_path: Path) -> None:

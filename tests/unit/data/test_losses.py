@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ def test_a_little_is_warned_about_and_less_is_not(capsys: pytest.CaptureFixture[
 PLAN = {"tasks": [{"source": "web"}, {"source": "tiny"}, {"source": "web"}]}
 
 
-def _two(**more: object) -> Blend:
+def _two() -> Blend:
     sources = {"web": SourceConfig(train=["x"], weight=3.0), "tiny": SourceConfig(train=["y"])}
-    return Blend("mine", Path(), BlendConfig(sources, seq_length=64, **more))  # type: ignore[arg-type]
+    return Blend("mine", Path(), BlendConfig(sources, seq_length=64))
 
 
 def _write(work: Path, kind: str, rank: int, documents: int, size: int, **more: object) -> None:
@@ -90,6 +91,12 @@ def _write(work: Path, kind: str, rank: int, documents: int, size: int, **more: 
     read = {"read": {"in": documents, "kept": documents, "removed": {}}}
     record = {"bytes_in": size, "files": {"a": {}}, "lost": {}, "fields": {}, "steps": read} | more
     write_json(work / kind / f"{rank:05d}.json", record | counts)
+
+
+def _check(work: Path) -> Callable[[], None]:
+    """Return the check of a build whose engine has begun."""
+    write_json(work / "engine.json", {"plan": PLAN})
+    return size_check(_two(), work, PLAN)
 
 
 def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) -> None:
@@ -105,8 +112,7 @@ def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) ->
 
 
 def test_source_without_a_sequence_is_refused_once_it_is_tokenised(tmp_path: Path) -> None:
-    write_json(tmp_path / "engine.json", {"plan": PLAN})
-    check = size_check(_two(), tmp_path, PLAN)
+    check = _check(tmp_path)
     _write(tmp_path, "read", 1, 2, 240)
     check()
     _write(tmp_path, "stats", 0, 10, 4000)
@@ -117,22 +123,20 @@ def test_source_without_a_sequence_is_refused_once_it_is_tokenised(tmp_path: Pat
 
 
 def test_source_of_which_nothing_is_left_says_what_became_of_it(tmp_path: Path) -> None:
-    write_json(tmp_path / "engine.json", {"plan": PLAN})
     steps = {"read": {"in": 9, "removed": {"no field text": 7}}, "filter": {"in": 2, "removed": {"too short": 2}}}
     _write(tmp_path, "read", 1, 0, 0, steps=steps, lost=lost("no field text", 7, 70), fields={"id": 9, "body": 60})
     with pytest.raises(UpcycleError) as caught:
-        size_check(_two(), tmp_path, PLAN)()
+        _check(tmp_path)()
     text = str(caught.value)
     assert (
         "0 of 9 documents (7 documents, 70 bytes: no field text, first at a.jsonl:7; 2 documents: too short)" in text
     )
-    assert "set sources.tiny.options.text_key=body (fields of text there: body, id), in another folder" in text
+    assert "set sources.tiny.options.text_key=body (fields of text there: body, id), or take" in text
     assert caught.value.exit_status == 2
 
 
 def test_source_is_warned_about_once_above_one_per_cent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_json(tmp_path / "engine.json", {"plan": PLAN})
-    check = size_check(_two(), tmp_path, PLAN)
+    check = _check(tmp_path)
     for kind in ("read", "stats"):
         _write(tmp_path, kind, 1, 100, 4000, lost=lost("broken JSON", 2, 10))
         check()
@@ -143,8 +147,7 @@ def test_source_is_warned_about_once_above_one_per_cent(tmp_path: Path, capsys: 
 
 
 def test_shares_and_epochs_are_shown_once_all_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_json(tmp_path / "engine.json", {"plan": PLAN})
-    check = size_check(_two(), tmp_path, PLAN)
+    check = _check(tmp_path)
     _write(tmp_path, "read", 0, 100, 30_000_000)
     _write(tmp_path, "read", 1, 100, 4_000_000)
     check()

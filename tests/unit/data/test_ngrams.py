@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -202,29 +203,27 @@ def test_rows_of_digits_and_single_letters_are_neither_hit_nor_reported() -> Non
     assert index.summary["sums"]["too_short"] == 1
 
 
-def damage(path: Path, how: str) -> None:
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:-200])
-    elif how == "text":
-        path.write_text("no index")
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "other arrays":
-        np.savez(path, a=np.arange(3))
-    elif how == "one array":
-        np.save(path.open("wb"), np.arange(3))
-    elif how == "version":
-        arrays = index_of(QUESTION).arrays
-        np.savez(path, **{**arrays, "settings": arrays["settings"] + 1})
-    else:
-        path.unlink()
+def _of_another_version(path: Path) -> None:
+    arrays = index_of(QUESTION).arrays
+    np.savez(path, **{**arrays, "settings": arrays["settings"] + 1})
 
 
-@pytest.mark.parametrize("how", ["truncated", "text", "empty", "other arrays", "one array", "version", "missing"])
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
+    "text": lambda path: path.write_text("no index"),
+    "empty": lambda path: path.write_bytes(b""),
+    "other arrays": lambda path: np.savez(path, a=np.arange(3)),
+    "one array": lambda path: np.save(path.open("wb"), np.arange(3)),
+    "version": _of_another_version,
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
 def test_what_is_no_index_is_refused(tmp_path: Path, how: str) -> None:
     path = tmp_path / "index.npz"
     index_of(QUESTION).save(path)
-    damage(path, how)
+    DAMAGE[how](path)
     with pytest.raises(UpcycleError, match=r"n-gram index .*index\.npz: got .*Fix: "):
         NgramIndex.load(path)
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
+
+from tests.lm_eval_tasks import write_task
+from tests.unit.evaluation.conftest import QUESTIONS
+from tests.unit.evaluation.test_run import OWN
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("model", ["hf", "nemo_upcycle"])
 def test_lm_evals_own_models_and_ours_are_known(tiny_llama: Path, tmp_path: Path, model: str) -> None:
-    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": 1, "choices": ["1", "2"]}))
-    task = {"task": "quiz", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"}
-    task |= {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "quiz.jsonl")}}}
-    task |= {"doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer"}
-    task |= {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
-    (tmp_path / "quiz.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    write_task(tmp_path, "quiz", {"test": QUESTIONS}, **OWN)
     named = "pretrained" if model == "hf" else "checkpoint"
     command = [sys.executable, "-m", "nemo_upcycle.evaluation", "run", "--model", model]
     command += ["--model_args", f"{named}={tiny_llama}", "--tasks", "quiz", "--include_path", str(tmp_path)]

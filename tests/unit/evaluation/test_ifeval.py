@@ -117,8 +117,6 @@ def test_what_counts_sentences_is_asked_for_where_a_prompt_does(suite: Path, tmp
     [
         (SUITE.replace("[0]", "[2]"), r"tasks\.ifeval: \[2\]"),
         (SUITE.replace("ifeval.jsonl", "nowhere.jsonl"), "nowhere.jsonl, which is no file"),
-        (SUITE.replace("ifeval: [0]", "mmlu_letter: [0]").replace("local: false", "local: true"), "files: got local"),
-        ("tasks: {mmlu_letter: [0]}\nchat_template: true\n", "chat_template: got local"),
     ],
 )
 def test_a_suite_whose_files_cannot_be_is_refused(tmp_path: Path, text: str, match: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from tokenizers.processors import TemplateProcessing
 
 from nemo_upcycle.cli.main import main
@@ -23,6 +22,7 @@ from nemo_upcycle.models.hf_model import load_tokenizer
 from nemo_upcycle.suites.suite import build_named_suite, build_suite, load_suite_tasks
 from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
 from nemo_upcycle.utils.files import MARKER
+from tests.lm_eval_tasks import write_task
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 
@@ -121,10 +121,7 @@ def test_examples_of_the_same_subject_stand_above_the_question(tiny_llama: Path,
 
 
 OWN = {
-    "dataset_path": "json",
     "output_type": "multiple_choice",
-    "training_split": "train",
-    "test_split": "test",
     "doc_to_text": "Question: {{question}}\nAnswer:",
     "doc_to_choice": "choices",
     "doc_to_target": "answer",
@@ -138,12 +135,8 @@ def own_suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     (folder / "tasks").mkdir()
     more = [{**QUESTIONS[0], "question": f"What is {number} + {number}?", "answer": number} for number in (1, 2)]
-    for split, rows in (("train", more), ("test", QUESTIONS)):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for task, split in (("quiz", "test"), ("lost", "nowhere")):
-        files = {"train": str(folder / "train.jsonl"), "test": str(folder / f"{split}.jsonl")}
-        definition = {"task": task, "dataset_kwargs": {"data_files": files}, **OWN}
-        (folder / "tasks" / f"{task}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
+    for task, rows in (("quiz", QUESTIONS), ("lost", [])):
+        write_task(folder / "tasks", task, {"train": more, "test": rows}, **OWN)
     text = "tasks: {lost: [0], quiz: [0, 1]}\nlocal: false\ninclude_path: tasks\n"
     (folder / "mine.yaml").write_text(text, encoding="utf-8")
     return folder
@@ -156,7 +149,7 @@ def test_own_tasks_are_scored_with_each_number_of_examples_and_what_is_missing_i
     tasks = load_suite_tasks(suite)
     found = evaluate(tiny_llama, suite, tmp_path / "out", name="tiny", tasks=tasks)
     assert list(found["metrics"]) == ["quiz/acc", "quiz_1shot/acc"]
-    assert "nowhere.jsonl" in found["missing"]["lost"]
+    assert "lost.test.jsonl" in found["missing"]["lost"]
     assert json.loads((tmp_path / "out/tiny.json").read_text())["missing"] == found["missing"]
     question = "Question: What is 1 + 1?\nAnswer:"
     expected = [loglikelihood(tiny_llama, question, f" {answer}") for answer in QUESTIONS[0]["choices"]]
@@ -173,7 +166,7 @@ def test_what_cannot_be_asked_is_known_before_the_model_is_loaded(own_suite: Pat
     for name, tasks, strict in (("all", {"lost": [0]}, False), ("one", {"quiz": [0], "lost": [0]}, True)):
         config = SuiteConfig(tasks, False, str(own_suite / "tasks"), strict=strict)
         suite = build_suite([], [], tmp_path / name, config)
-        with pytest.raises(UpcycleError, match=r"data of .*lost: got .*nowhere\.jsonl"):
+        with pytest.raises(UpcycleError, match=r"data of .*lost: got .*lost\.test\.jsonl"):
             evaluate(tmp_path / "no_model", suite, tmp_path / "out", name="none")
     assert not (tmp_path / "out").exists()
 

@@ -12,6 +12,7 @@ from nemo_upcycle.data.readers.lm_eval import write_training_splits
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import lm_eval_items
 from nemo_upcycle.suites.lm_eval_tasks import check_task_names, load_tasks, question_of
+from tests.lm_eval_tasks import write_task
 
 
 #: As lm-eval's own tasks are written: letters, texts of answers after a passage, beginnings to choose from, free text.
@@ -67,21 +68,9 @@ def row(split: str, number: int, **changed: Any) -> dict[str, Any]:
     }
 
 
-def write_task(folder: Path, name: str, layout: str, rows: dict[str, list[dict[str, Any]]], **changed: Any) -> None:
-    files = {}
-    for split, values in rows.items():
-        files[split] = str(folder / f"{name}.{split}.jsonl")
-        Path(files[split]).write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": files},
-        **{f"{kind}_split": split for kind, split in (("training", "train"), ("test", "test")) if split in rows},
-        **FORMATS[layout],
-        "metric_list": [{"metric": "exact_match" if "generate" in FORMATS[layout]["output_type"] else "acc"}],
-        **changed,
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+def write_own(folder: Path, name: str, layout: str, rows: dict[str, list[dict[str, Any]]], **changed: Any) -> None:
+    metric = "exact_match" if "generate" in FORMATS[layout]["output_type"] else "acc"
+    write_task(folder, name, rows, **FORMATS[layout], metric_list=[{"metric": metric}], **changed)
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +78,12 @@ def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     for layout in FORMATS:
         rows = {"train": [row("train", n) for n in range(3)], "test": [row("test", n) for n in range(2)]}
-        write_task(folder, f"own_{layout}", layout, rows)
-    write_task(folder, "own_test_only", "free", {"test": [row("test", 0)]})
-    write_task(folder, "own_dev", "free", {"dev": [row("dev", 0)], "test": [row("test", 0)]}, training_split="dev")
-    write_task(folder, "own_same", "free", {"rows": [row("rows", 0)]}, training_split="rows", test_split="rows")
+        write_own(folder, f"own_{layout}", layout, rows)
+    write_own(folder, "own_test_only", "free", {"test": [row("test", 0)]})
+    write_own(folder, "own_dev", "free", {"dev": [row("dev", 0)], "test": [row("test", 0)]}, training_split="dev")
+    write_own(folder, "own_same", "free", {"rows": [row("rows", 0)]}, training_split="rows", test_split="rows")
     unanswered = [row("train", 0), row("train", 1, answer=-1), row("train", 2)]
-    write_task(folder, "own_unanswered", "lettered", {"train": unanswered, "test": unanswered})
+    write_own(folder, "own_unanswered", "lettered", {"train": unanswered, "test": unanswered})
     group = {"group": "own_group", "task": ["own_passage", "own_lettered"]}
     (folder / "own_group.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
     return folder
