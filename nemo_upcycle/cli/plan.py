@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
-import shlex
 import shutil
 import textwrap
 from typing import Any
@@ -15,7 +13,6 @@ from nemo_upcycle.cli.plan_request import Subject, add_shared_options, request_o
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import hardware, table
-from nemo_upcycle.planning.changes import Change, best_changes
 from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import (
@@ -131,10 +128,6 @@ def run(args: argparse.Namespace) -> int:
     flops = {name: flops_per_token(arch, length, causal=name == "causal") for name in ("full", "causal")}
     model = {"total_params": arch.total_params, "active_params": arch.active_params, "flops_per_token": flops}
     answer: dict[str, Any] = {"model": model, "rows": rows, "warnings": _warnings(subject, request)}
-    chosen = plans[(args.explain or 1) - 1]
-    faster = _faster(args, subject, chosen)
-    answer["faster_by_one_change"] = {change.text: change.percent for change in faster}
-    answer["overrides_of_changes"] = {change.text: _overrides(args, chosen, change) for change in faster}
     answer |= {"ranks": ranks} if ranks is not None else {}
     show(args, answer, "" if args.json else _text(args, subject, plans, answer, names))
     return 1 if all(plan.verdict == "no" for plan in plans) else 0
@@ -190,12 +183,6 @@ def _text(
     if routing := table.routing_line(chosen):
         lines.append(folded(routing))
     lines.append(folded(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB."))
-    if faster := answer["faster_by_one_change"]:
-        parts = [f"{percent:.0f} % with {change}" for change, percent in faster.items()]
-        lines.append(folded(f"Faster by one change of row {row}: {', '.join(parts)}."))
-        best = next(iter(faster))
-        if words := answer["overrides_of_changes"][best]:
-            lines.append(folded(f"{best} in a run: {shlex.join(words)}"))
     if args.explain is not None:
         lines.append(folded(table.explanation(chosen)))
     command, why_none = (answer["rows"][row - 1][name] for name in ("command", "no_command"))
@@ -239,25 +226,6 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
         f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it"
         " was not trained on longer ones, and what it computes of them is poor at first"
     ]
-
-
-def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Change]:
-    """Return single changes that make a plan faster; where it has a command, they have one, too."""
-    backend, tunes = BACKENDS[args.backend], subject.recipe and subject.recipe.tunes
-    why = backend.why_no_command(subject.recipe, plan.work)
-
-    def has_settings(other: Plan) -> bool:
-        allowed = other.layout.takes_packs or not tunes
-        return allowed and backend.why_no_command(subject.recipe, other.work) in ("", why)
-
-    return best_changes(plan, has_settings)
-
-
-def _overrides(args: argparse.Namespace, plan: Plan, change: Change) -> list[str]:
-    """Return the overrides of a change, as the back end's recipes take them; none where they lack the precision."""
-    with contextlib.suppress(SpecError):
-        return BACKENDS[args.backend].changed_settings(plan, change.plan)
-    return []
 
 
 def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:

@@ -12,11 +12,9 @@ from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import checkpoint_bytes
-from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.commands import BACKENDS
 from nemo_upcycle.trainers.layout import usual_communication
 from nemo_upcycle.trainers.settings import STEPS, free_settings, step0_settings
 
@@ -311,14 +309,6 @@ class Training(ABC):
         Args:
             dense: the parent's address.
         """
-
-    def changed_settings(self, before: Plan, after: Plan) -> list[str]:
-        """Write the overrides that change it from one plan to another, of which the first is its own.
-
-        Raises:
-            SpecError: it has no setting for something.
-        """
-        return BACKENDS[self.name].changed_settings(before, after)
 
     @abstractmethod
     def shown_settings(self, dense: str) -> dict[str, Any]:

@@ -161,9 +161,7 @@ def forecast(
     stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, by_name, executor)
     trained = [stage for stage in stage_forecasts if stage.name in facts]
     trainings = {
-        stage.name: forecast_training(plan.trainings[stage.name], known, stage, executor)
-        for stage in trained
-        if (known := facts[stage.name])
+        stage.name: forecast_training(known, stage, executor) for stage in trained if (known := facts[stage.name])
     }
     recipes = {stage.name: known.recipe if (known := facts[stage.name]) else plan.recipe for stage in trained}
     settings = list(_run_settings(plan, recipes, origins))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -32,7 +31,6 @@ def render_forecast(forecast: Forecast) -> str:
         ("Stages", _stage_lines(forecast.stages)),
         ("Trainings", _training_lines(trainings, _training_cells)),
         ("Performance settings in force", _training_lines(trainings, performance_settings)),
-        ("Faster by one change, and what to type", _faster_lines(trainings)),
         ("Does it pay", _wrapped(forecast.advice, _INDENT)),
         ("Scores", _score_lines(forecast)),
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk)),
@@ -155,14 +153,6 @@ def _training_lines(
     first = max(len(row[0]) for row in rows)
     each = (WIDTH - len(_INDENT) - first) // len(cells) - len("  ")
     return in_columns([part for row in rows for part in _over_lines(row, (first, *[each] * len(cells)))])
-
-
-def _faster_lines(trainings: Sequence[TrainingForecast]) -> Iterator[str]:
-    for training in trainings:
-        for change in training.faster if training.stage.runs else ():
-            name = training.stage.name
-            words = " ".join(shlex.quote(f"{name}.{word}") for word in change.overrides)
-            yield from _wrapped(f"{name}  {change.percent:.0f} %, {change.kind}: {words}", " " * (len(name) + 2))
 
 
 def _score_lines(forecast: Forecast) -> Iterator[str]:

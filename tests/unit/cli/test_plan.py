@@ -43,7 +43,7 @@ def _config(folder: Path, **changes: Any) -> Path:
 
 def test_json_has_exactly_what_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
     values = _json(capsys, *PAPER, "--rank", "37")
-    assert set(values) == {"model", "rows", "ranks", "warnings", "faster_by_one_change", "overrides_of_changes"}
+    assert set(values) == {"model", "rows", "ranks", "warnings"}
     assert values["model"] == {
         "total_params": 47_491_321_856,
         "active_params": 13_668_454_400,
@@ -298,39 +298,6 @@ def test_a_recipe_without_the_argument_gets_every_setting_of_nemos_precision(
     wanted = FP8_RECIPES[kind]().__arguments__ | {"fp8_param_gather": False}
     names = {name for name in wanted if name.startswith(("fp8", "first_last", "num_layers_at"))} - {"fp8_margin"}
     assert given == {name: str(wanted[name]) for name in names}
-
-
-def test_plan_names_the_single_change_that_adds_most_speed(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--recipe", "llama3_8b_dense_ct", "--gpus", "64")
-    slow = _json(capsys, *options, "--layout", "tp=8")
-    best = {
-        "tp=4": ("--layout", "tp=4"),
-        "--precision fp8-delayed": ("--layout", "tp=8", "--precision", "fp8-delayed"),
-    }
-    assert list(slow["faster_by_one_change"]) == list(best)
-    for change, changed in best.items():
-        fast, now = (answer["rows"][0]["tokens_per_s_per_gpu"] for answer in (_json(capsys, *options, *changed), slow))
-        assert slow["faster_by_one_change"][change] == pytest.approx(100 * (fast / now - 1), abs=0.1)
-    assert slow["overrides_of_changes"]["tp=4"] == ["trainer.strategy.tensor_model_parallel_size=4"]
-    assert "trainer.plugins.fp8_recipe=delayed" in slow["overrides_of_changes"]["--precision fp8-delayed"]
-    _run(*options, "--layout", "tp=8")
-    shown = ", ".join(f"{percent:.0f} % with {change}" for change, percent in slow["faster_by_one_change"].items())
-    text = f"Faster by one change of row 1: {shown}. tp=4 in a run: trainer.strategy.tensor_model_parallel_size=4"
-    assert text in " ".join(capsys.readouterr().out.split())
-    assert (
-        _json(capsys, *options, "--layout", "tp=8", "--recompute", "full")["faster_by_one_change"]["no --recompute"]
-        > 5
-    )
-
-
-def test_no_change_is_named_that_has_no_command_or_of_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    answer = _json(capsys, *PAPER, "--gpu", "b200")
-    on_b200 = answer["faster_by_one_change"]
-    assert on_b200
-    assert all(answer["overrides_of_changes"][change] for change in on_b200)
-    assert not {"--precision mxfp8", "--precision nvfp4"} & {*on_b200}
-    options = ("--recipe", "llama3_8b_e8t2", "--gpus", "8", "--layout", "ep=8")
-    assert _json(capsys, *options)["faster_by_one_change"] == {}
 
 
 def test_the_speed_says_which_routing_it_assumes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import nemo_run as run
 import pytest
 from lightning.pytorch.loggers import WandbLogger
-from nemo_run.cli.cli_parser import parse_cli_args
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.forecast import render_forecast
@@ -44,51 +43,6 @@ def test_a_save_is_said_a_rank_and_in_seconds_at_the_speed_of_the_site(llama: An
     assert "1,238 s at 0.5 GiB/s, " in render_forecast(slow)
     with pytest.raises(SpecError, match=r"run\.executor\.write_gib_s: got 0, expected a number"):
         _on_slurm(llama, tmp_path, write_gib_s=0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "kinds"),
-    [
-        ({}, {"precision"}),
-        (
-            {
-                "dense_ct.trainer.strategy.tensor_model_parallel_size": "8",
-                "dense_ct.trainer.strategy.sequence_parallel": "True",
-                "dense_ct.trainer.strategy.context_parallel_size": "1",
-                "dense_ct.model.config.recompute_granularity": "full",
-                "dense_ct.model.config.recompute_method": "uniform",
-                "dense_ct.model.config.recompute_num_layers": "1",
-            },
-            {"sizes", "precision", "recomputation"},
-        ),
-    ],
-    ids=["as it is", "slow baseline"],
-)
-def test_what_is_to_be_typed_gives_the_speed_that_is_said(
-    llama: Any, tmp_path: Path, settings: dict[str, str], kinds: set[str]
-) -> None:
-    chain = copy.deepcopy(llama)
-    parse_cli_args(chain, [f"{name}={value}" for name, value in settings.items()])
-    found = forecast_of(chain, tmp_path)
-    tried = set()
-    for stage, training in found.trainings.items():
-        assert training.later is not None
-        assert [change.percent for change in training.faster] == sorted(
-            (change.percent for change in training.faster), reverse=True
-        )
-        for change in training.faster:
-            changed, words = copy.deepcopy(chain), [f"{stage}.{word}" for word in change.overrides]
-            parse_cli_args(changed, words)
-            other = forecast_of(changed, tmp_path).trainings[stage]
-            assert other.later is not None
-            percent = 100 * (training.later.time.total / other.later.time.total - 1)
-            assert change.percent == pytest.approx(percent, abs=0.1)
-            assert other.later.verdict == "fits"
-            assert f"{stage} {change.percent:.0f} %, {change.kind}: {words[0]}" in _section(
-                found, "Faster by one change, and what to type"
-            )
-            tried.add(change.kind)
-    assert tried >= kinds
 
 
 def test_the_settings_in_force_stand_beside_nvidias_where_they_differ(llama: Any, tmp_path: Path) -> None:
