@@ -30,8 +30,7 @@ def llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(llama3_8b: None, tmp_path: Path) -> None:
-    from nemo_upcycle.pipeline.bridge.pipeline import pipeline
-    from nemo_upcycle.pipeline.forecast import Origins, forecast, render_forecast
+    from nemo_upcycle.pipeline.forecast import forecast, render_forecast
     from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
     from nemo_upcycle.pipeline.launch import jobs_of
     from nemo_upcycle.pipeline.stages import STAGES, RunPlan
@@ -44,8 +43,7 @@ def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(llama3_8b: None,
     plan = RunPlan(name, str(tmp_path), blend, "paper", training.to_text(), None, trainer="bridge")
     run_dir = tmp_path / "run"
     jobs = jobs_of(STAGES, run_dir, plan, "python")
-    words = ["pretrain.checkpoint.save_interval=500"]
-    found = forecast(STAGES, run_dir, plan, None, jobs, Origins(words, pipeline))
+    found = forecast(STAGES, run_dir, plan, None, jobs)
     facts = found.trainings["pretrain"].facts
     assert (facts.arch.total_params, facts.arch.active_params) == (47_491_321_856, 13_668_454_400)
     layout = facts.layout
@@ -57,13 +55,10 @@ def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(llama3_8b: None,
     planned = planned_of(facts, "NVIDIA H100 80GB HBM3")
     assert planned is not None
     assert 0 < planned["memory_gib"] < 80
-    origins = {setting.name: (setting.value, setting.origin) for setting in found.settings}
-    assert origins["pretrain.checkpoint.save_interval"] == ("500", "command line")
-    assert origins["pretrain.train.train_iters"] == ("23842", f"recipe {name}")
+    values = {setting.name: setting.value for setting in found.settings}
+    assert (values["pretrain.checkpoint.save_interval"], values["pretrain.train.train_iters"]) == ("500", "23842")
     text = " ".join(render_forecast(found).split())
     assert "619.22 GiB every 500 steps, 3 at once" in text
-    assert "Performance settings in force pretrain precision bf16 weights gathered bf16 gradients fp32" in text
-    assert "overlap gradients, weights, stages dispatcher alltoall" in text
 
 
 @pytest.mark.parametrize(

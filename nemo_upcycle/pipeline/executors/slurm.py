@@ -77,7 +77,6 @@ class StagedSlurmExecutor(run.SlurmExecutor):
         shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
         python: the interpreter of the stages; None: `python` of the container, or this one without a container.
         packager: what is sent along: nothing, the package is installed on the nodes.
-        origins: by field, where its value was set, for people.
     """
 
     account: str = MISSING
@@ -92,7 +91,6 @@ class StagedSlurmExecutor(run.SlurmExecutor):
     write_gib_s: float = USUAL_GIB_S
     shared_dir: bool = False
     python: Optional[str] = None  # noqa: UP045
-    origins: dict[str, str] = field(default_factory=dict)
 
 
 #: What a site has to fill in, where its file has "???".
