@@ -342,6 +342,6 @@ STAGES = (
         disk=_export_disk,
     ),
     Stage("evaluate", evaluate_stage, ("import", "data", "upcycle", "export"), ("evaluation",)),
-    Stage("report", report_stage, ("evaluate",), ()),
+    Stage("report", report_stage, ("evaluate",), ("trained_on",)),  # as the markers of started runs have it
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -205,7 +205,7 @@ def test_a_step_that_two_arms_scored_with_other_seeds_is_left_out(run_dir: Path)
 
 def test_the_table_has_every_section(run_dir: Path) -> None:
     text = rendered(run_dir)
-    for title in ("Arms", "Differences", "Ranking", "By source"):
+    for title in ("Arms", "Differences", "By source"):
         assert f"## {title}" in text
     # half of the interval: t(0.975, 1) = 12.706 times 0.005; 800 tokens of the MoE take 9.6 rank minutes
     assert "| moe | 800 | 1.6e+09 | 2.005 ± 0.064 | 0.705 ± 0.064 | 9.6 |" in text
