@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +49,28 @@ def allocated_bytes(chunks: list[Any], gradients: str) -> tuple[int, int, int]:
                 for shards in DistributedOptimizer._build_gbuf_range_map(buffer).values():
                     owned += sum(part["param"].size for shard in shards for part in shard["param_map"].values())
     return weights, summed, OPTIMIZER_BYTES * owned
+
+
+class GroupRanks(NamedTuple):
+    """A rank's number in its groups: of the dense part (tp, cp, dp, pp) and of the experts (etp, ep, expert_dp)."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    etp: int
+    ep: int
+    expert_dp: int
+
+
+def group_ranks(layout: Layout, rank: int) -> GroupRanks:
+    """Return the numbers of a rank in its groups, as Megatron orders them."""
+    tp, rest = rank % layout.tp, rank // layout.tp
+    cp, rest = rest % layout.cp, rest // layout.cp
+    dp, pp = rest % layout.dp, rest // layout.dp
+    etp, rest = rank % layout.etp, rank // layout.etp
+    ep, rest = rest % layout.ep, rest // layout.ep
+    return GroupRanks(tp, cp, dp, pp, etp, ep, rest % layout.expert_dp)
 
 
 @contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
-import shlex
 import shutil
 import textwrap
 from typing import Any
@@ -15,9 +13,7 @@ from nemo_upcycle.cli.plan_request import Subject, add_shared_options, request_o
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import hardware, table
-from nemo_upcycle.planning.changes import Change, best_changes
 from nemo_upcycle.planning.layout import SIZES, parse_layout
-from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import (
     Plan,
     PlanRequest,
@@ -94,12 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(group, {"rows": (int, "N", "layouts to show (default: 10)")}, 10)
     output: dict[str, OptionRow] = {
         "explain": (int, "ROW", "show the arithmetic of a row"),
-        "rank": (str, "R", "parameters of rank R (a number, 1,2,3 or all) in the first row"),
-        "columns": (str, "GiB,MFU,...", "columns of the table (default: what has room)"),
     }
     group = parser.add_argument_group("output")
     add_options(group, output)
-    group.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
     add_options(group, {"backend": (str, "NAME", "whose command: nemo or bridge (default: nemo)")}, "nemo")
 
 
@@ -109,7 +102,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value is wrong.
     """
-    names = table.named_columns(args.columns) if args.columns is not None else None
     if args.backend not in BACKENDS:
         raise SpecError.unknown("backend", args.backend, BACKENDS)
     subject = subject_of(args)
@@ -123,7 +115,6 @@ def run(args: argparse.Namespace) -> int:
             plans = [evaluate_layout(request, parse_layout(args.layout, args.gpus, args.micro_batch))]
     except SpecError as error:
         raise error.renamed(lambda name: _size_name(name, args.micro_batch)) from None
-    ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
     if args.explain is not None:
         check_whole("explain", args.explain, 1, len(plans))
     rows = [table.row_values(plan, *_command(args, subject, plan)) for plan in plans]
@@ -131,12 +122,7 @@ def run(args: argparse.Namespace) -> int:
     flops = {name: flops_per_token(arch, length, causal=name == "causal") for name in ("full", "causal")}
     model = {"total_params": arch.total_params, "active_params": arch.active_params, "flops_per_token": flops}
     answer: dict[str, Any] = {"model": model, "rows": rows, "warnings": _warnings(subject, request)}
-    chosen = plans[(args.explain or 1) - 1]
-    faster = _faster(args, subject, chosen)
-    answer["faster_by_one_change"] = {change.text: change.percent for change in faster}
-    answer["overrides_of_changes"] = {change.text: _overrides(args, chosen, change) for change in faster}
-    answer |= {"ranks": ranks} if ranks is not None else {}
-    show(args, answer, "" if args.json else _text(args, subject, plans, answer, names))
+    show(args, answer, "" if args.json else _text(args, plans, answer))
     return 1 if all(plan.verdict == "no" for plan in plans) else 0
 
 
@@ -147,30 +133,13 @@ def _size_name(name: str, micro_batch: int | None) -> str:
     return f"--layout {name}" if {*name.split(" x ")} <= SIZES else name
 
 
-def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
-    layout = plan.layout
-    parts = [str(rank) for rank in range(layout.gpus)] if text == "all" else text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise SpecError("--rank", got=text, expected="a number, 1,2,3 or all", fix="use --rank 0")
-    ranks = [int(part) for part in parts]
-    stages = [layout.group_ranks(rank).pp for rank in ranks]
-    plans = {stage: StagePlan(plan.request.arch, layout, plan.work, stage) for stage in set(stages)}
-    return [
-        {"rank": rank, "params": plans[stage].params, "expert_params": plans[stage].expert_params}
-        for rank, stage in zip(ranks, stages, strict=True)
-    ]
-
-
-def _text(
-    args: argparse.Namespace, subject: Subject, plans: list[Plan], answer: dict[str, Any], names: list[str] | None
-) -> str:
+def _text(args: argparse.Namespace, plans: list[Plan], answer: dict[str, Any]) -> str:
     width = shutil.get_terminal_size().columns  # 80 without a terminal
 
     def folded(text: str) -> str:
         options: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
         return "\n".join(textwrap.fill(line, width, **options) for line in text.split("\n"))
 
-    shown, left_out = table.table_text(plans, names, None if args.wide else width)
     row = args.explain or 1
     chosen, request = plans[row - 1], plans[0].request
     lines = [
@@ -181,21 +150,13 @@ def _text(
         ),
         folded(_settings_line(chosen, answer["rows"][row - 1]["command"])),
         *(folded(f"warning: {warning}") for warning in answer["warnings"]),
-        f"\n{shown}\n",
+        f"\n{table.table_text(plans)}\n",
     ]
-    if left_out and names is None:
-        lines.append(folded(f"No room for {', '.join(left_out)}: --wide shows all, --columns GiB,MFU those you name."))
     if all(plan.verdict == "no" for plan in plans):
         lines.append(folded(_what_fits_instead(args, request)))
     if routing := table.routing_line(chosen):
         lines.append(folded(routing))
     lines.append(folded(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB."))
-    if faster := answer["faster_by_one_change"]:
-        parts = [f"{percent:.0f} % with {change}" for change, percent in faster.items()]
-        lines.append(folded(f"Faster by one change of row {row}: {', '.join(parts)}."))
-        best = next(iter(faster))
-        if words := answer["overrides_of_changes"][best]:
-            lines.append(folded(f"{best} in a run: {shlex.join(words)}"))
     if args.explain is not None:
         lines.append(folded(table.explanation(chosen)))
     command, why_none = (answer["rows"][row - 1][name] for name in ("command", "no_command"))
@@ -203,9 +164,6 @@ def _text(
         lines.append(f"row {row}:\n" + _continued(re.findall(r'(?:[^\s"]|"[^"]*")+', command), width))
     elif why_none:
         lines.append(folded(f"{why_none}, so there is no command."))
-    for rank in answer.get("ranks", []):
-        counts = f"{rank['params']:,} parameters, {rank['expert_params']:,} of them of experts"
-        lines.append(folded(f"rank {rank['rank']}: {counts}"))
     return "\n".join(lines)
 
 
@@ -239,25 +197,6 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
         f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it"
         " was not trained on longer ones, and what it computes of them is poor at first"
     ]
-
-
-def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Change]:
-    """Return single changes that make a plan faster; where it has a command, they have one, too."""
-    backend, tunes = BACKENDS[args.backend], subject.recipe and subject.recipe.tunes
-    why = backend.why_no_command(subject.recipe, plan.work)
-
-    def has_settings(other: Plan) -> bool:
-        allowed = other.layout.takes_packs or not tunes
-        return allowed and backend.why_no_command(subject.recipe, other.work) in ("", why)
-
-    return best_changes(plan, has_settings)
-
-
-def _overrides(args: argparse.Namespace, plan: Plan, change: Change) -> list[str]:
-    """Return the overrides of a change, as the back end's recipes take them; none where they lack the precision."""
-    with contextlib.suppress(SpecError):
-        return BACKENDS[args.backend].changed_settings(plan, change.plan)
-    return []
 
 
 def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
 from nemo_upcycle.pipeline.forecast import (
     Forecast,
-    Origins,
     check_space,
     forecast,
     render_forecast,
@@ -78,7 +77,6 @@ def launch_chain(
     ctx: Any,
     dir: str,
     plan: RunPlan,
-    command: Callable[..., None],
     *,
     first: str | None = None,
     last: str | None = None,
@@ -91,7 +89,6 @@ def launch_chain(
         ctx: NeMo-Run's context of the command.
         dir: the run's folder, as it was typed.
         plan: what the stages are given, with paths as they were typed.
-        command: the entry point, whose arguments were typed.
         first: name of the stage to start with, or None.
         last: name of the one to end after, or None.
         only: name of the only one, in place of both.
@@ -112,8 +109,8 @@ def launch_chain(
     if render:
         render_jobs(jobs, cluster, plan, Path(render))
         return
-    origins, shown = Origins(sys.argv[1:], command), cluster and cluster.masked()
-    expected = forecast(stages, run_dir, plan, shown, jobs, origins, masked_executor(ctx.executor))
+    shown = cluster and cluster.masked()
+    expected = forecast(stages, run_dir, plan, shown, jobs, masked_executor(ctx.executor))
     if ctx.dryrun or not ctx.skip_confirmation:
         sys.stdout.write(render_forecast(expected) + "\n")
     if ctx.dryrun:

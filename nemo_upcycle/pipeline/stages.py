@@ -57,8 +57,8 @@ class RunPlan(WorkPlan):
         pretrain: the recipe of the upcycled model, as its trainer writes it.
         dense_ct: the recipe of the dense baseline; None omits it.
         trainer: `nemo` or `bridge`.
-        trained_on: tokens that the dense parent was trained on, as 15T, for the advice of the forecast and the report;
-            None: those of a published parent. No training depends on it.
+        trained_on: tokens that the dense parent was trained on, as 15T, for the advice of the forecast; None: those of
+            a published parent. No training depends on it.
     """
 
     file: ClassVar[str] = PLAN
@@ -342,6 +342,6 @@ STAGES = (
         disk=_export_disk,
     ),
     Stage("evaluate", evaluate_stage, ("import", "data", "upcycle", "export"), ("evaluation",)),
-    Stage("report", report_stage, ("evaluate",), ("trained_on",)),
+    Stage("report", report_stage, ("evaluate",), ("trained_on",)),  # as the markers of started runs have it
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -198,17 +198,6 @@ class RunAdvice(NamedTuple):
             return f"{best}, by the fitted law: {band.value:+.3f} nats a token beside the parent trained on{limits}"
         return f"{'not resolved by the fitted law' if expected.is_near else 'no fitted law applies'} ({why})"
 
-    def values(self) -> dict[str, Any]:
-        """List what the law says, for machines."""
-        law, (dense, upcycled) = fitted_law(), self.trainings
-        expected = self.parent.expect(law, upcycled, dense) if law else None
-        laws = {}
-        if law and expected:
-            decides = bool(self.parent.decide(law, self.trainings)[0])
-            laws["fitted"] = {"source": law.source, "decides": decides} | expected.values()
-        sizes = {"parent_tokens": self.parent.tokens, "parameters": self.parent.parameters, "shape": self.shape}
-        return sizes | {"tokens": self.tokens, "dense_tokens": self.dense_tokens, "laws": laws}
-
 
 def run_shape(num_experts: int, top_k: int, granularity: int, *, shares: bool, everywhere: bool) -> str:
     """Name the shape of a run's model; with what no law has trained it is one that no law has.

@@ -18,18 +18,6 @@ from nemo_upcycle.models.architecture import Architecture
 VOCABULARY_MULTIPLE = 128
 
 
-class GroupRanks(NamedTuple):
-    """A rank's number in its groups: of the dense part (tp, cp, dp, pp) and of the experts (etp, ep, expert_dp)."""
-
-    tp: int
-    cp: int
-    dp: int
-    pp: int
-    etp: int
-    ep: int
-    expert_dp: int
-
-
 class Chunk(NamedTuple):
     """The part of the model that one virtual stage of a pipeline stage holds."""
 
@@ -117,21 +105,6 @@ class Layout:
     def micro_batches(self, global_batch: int) -> int:
         """Return the micro-batches of a rank in a step."""
         return global_batch // (self.dp * self.micro_batch)
-
-    def group_ranks(self, rank: int) -> GroupRanks:
-        """Return the numbers of a rank in its groups.
-
-        Raises:
-            SpecError: there is no such rank.
-        """
-        if not 0 <= rank < self.gpus:
-            raise SpecError(field="rank", got=rank, expected=f"0 to {self.gpus - 1}", fix="choose one of them")
-        tp, rest = rank % self.tp, rank // self.tp
-        cp, rest = rest % self.cp, rest // self.cp
-        dp, pp = rest % self.dp, rest // self.dp
-        etp, rest = rank % self.etp, rank // self.etp
-        ep, rest = rest % self.ep, rest // self.ep
-        return GroupRanks(tp, cp, dp, pp, etp, ep, rest % self.expert_dp)
 
     def chunks(self, arch: Architecture, stage: int) -> list[Chunk]:
         """List the chunks that a pipeline stage holds, one for every virtual stage."""

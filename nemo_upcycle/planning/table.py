@@ -6,90 +6,33 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import dense_router_gradient_flops, flops_per_token
 from nemo_upcycle.planning.memory import ASSUMPTIONS, GIB
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.utils.console import in_columns
 
 
-#: Header -> the text of a plan's cell, in the order of the table.
+#: Header -> the text of a plan's cell, in the order of the table; `row_values` has more.
 _CELLS: dict[str, Callable[[Plan], str]] = {
     "layout": lambda plan: plan.layout.sizes,
-    "dp": lambda plan: str(plan.layout.dp),
-    "recompute": lambda plan: plan.work.recompute,
-    "weights": lambda plan: _gib(plan.memory.weights),
-    "grads": lambda plan: _gib(plan.memory.gradients),
-    "optim": lambda plan: _gib(plan.memory.optimizer),
-    "fp8": lambda plan: _gib(plan.memory.fp8_copies),
-    "activ": lambda plan: _gib(plan.memory.activations),
-    "routed": lambda plan: _gib(plan.memory.routed),
-    "logits": lambda plan: _gib(plan.memory.logits),
-    "other": lambda plan: _gib(plan.memory.workspace + plan.memory.context),
     "GiB": lambda plan: _gib(plan.memory.total),
-    "mem%": lambda plan: f"{100 * plan.memory.total / GIB / plan.request.gpu.memory_gib:.0f}%",
     "fits": lambda plan: plan.verdict,
     "tok/s": lambda plan: f"{plan.tokens_per_s_per_gpu:.0f}",
-    "TFLOP/s": lambda plan: f"{plan.tflops_per_gpu(causal=False):.0f}",
     "MFU": lambda plan: f"{100 * plan.mfu:.1f}%",
-    "bound-by": lambda plan: plan.time.bound_by,
     "hours": lambda plan: f"{plan.hours:.1f}",
-    "GPU-hours": lambda plan: f"{plan.gpu_hours:.0f}",
     "cost": lambda plan: "-" if plan.cost is None else f"{plan.cost:.0f}",
+    "recompute": lambda plan: plan.work.recompute,
 }
-_LEFT = ("layout", "recompute", "fits", "bound-by")
-#: What a narrow table has, the most important first; the others follow in their order.
-_IMPORTANT = ("layout", "fits", "tok/s", "hours", "cost", "GiB", "recompute", "MFU", "mem%", "GPU-hours", "TFLOP/s")
 
 
-def named_columns(text: str) -> list[str]:
-    """Return the columns that a text such as `GiB,MFU` names, after the layout; capitals do not matter.
-
-    Raises:
-        SpecError: there is none of that name.
-    """
-    known = {name.lower(): name for name in _CELLS}
-    names = text.lower().replace(",", " ").split()
-    for name in names:
-        if name not in known:
-            raise SpecError.unknown("column", name, known)
-    return list(dict.fromkeys(["layout", *(known[name] for name in names)]))
-
-
-def table_text(plans: list[Plan], names: list[str] | None, width: int | None) -> tuple[str, list[str]]:
-    """Return plans as a table, and the columns that it has no room for.
-
-    Args:
-        plans: a row each.
-        names: the columns; None chooses.
-        width: the terminal's; None for all columns.
-    """
-    every = [name for name in _CELLS if name != "cost" or plans[0].cost is not None]
-    columns = {name: [name, *(_CELLS[name](plan) for plan in plans)] for name in names or every}
-    widths = {name: max(map(len, cells)) for name, cells in columns.items()}
-    kept = set(columns)
-    if names is None and width is not None:
-        kept = _columns_that_fit(widths, width - len("##"))
-    numbers = ["#", *map(str, range(1, len(plans) + 1))]
-    padded = [[number.rjust(len(numbers[-1])) for number in numbers]]
-    for name, cells in columns.items():
-        if name in kept:
-            padded.append([cell.ljust(widths[name]) if name in _LEFT else cell.rjust(widths[name]) for cell in cells])
-    text = "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
-    return text, [name for name in columns if name not in kept]
-
-
-def _columns_that_fit(widths: dict[str, int], room: int) -> set[str]:
-    """Return the most important columns, as many as there is room for; layout and verdict in any case."""
-    kept: set[str] = set()
-    for name in dict.fromkeys([*_IMPORTANT, *widths]):
-        if name in widths:
-            room -= widths[name] + len("  ")
-            if room < 0 and name not in ("layout", "fits"):
-                break
-            kept.add(name)
-    return kept
+def table_text(plans: list[Plan]) -> str:
+    """Return plans as a table with a row each; with a column of costs where a price is known."""
+    names = [name for name in _CELLS if name != "cost" or plans[0].cost is not None]
+    rows = [[str(number), *(_CELLS[name](plan) for name in names)] for number, plan in enumerate(plans, 1)]
+    right = [0, *(1 + names.index(name) for name in names if name not in ("layout", "recompute", "fits"))]
+    return "\n".join(in_columns([["#", *names], *rows], right=right))
 
 
 def _gib(size: int) -> str:

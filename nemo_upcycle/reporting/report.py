@@ -9,7 +9,6 @@ from typing import Any
 from nemo_upcycle.convert.model_card import add_scores
 from nemo_upcycle.reporting import evaluation_sections, figures, sections
 from nemo_upcycle.reporting.environment import describe_environment
-from nemo_upcycle.reporting.expectation import expectation_section
 from nemo_upcycle.reporting.html import render_html
 from nemo_upcycle.reporting.markdown import plain
 from nemo_upcycle.reporting.results import collect_results
@@ -85,7 +84,6 @@ def compose(results: dict[str, Any], run_dir: Path) -> str:
         evaluation_sections.samples(results),
         evaluation_sections.step_zero(results),
         sections.training(results),
-        expectation_section(results),
         sections.expert_load(results),
         sections.receipt(results),
         sections.setting(results),

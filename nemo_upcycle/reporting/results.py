@@ -10,7 +10,6 @@ from typing import Any
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
 from nemo_upcycle.evaluation.paired import paired_difference
-from nemo_upcycle.reporting.expectation import expectation
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import Curve, RunRecord
 from nemo_upcycle.suites.local_tasks import LOCAL_TASKS
@@ -35,13 +34,13 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         `heldout_overlap` (of the data's manifest, or None), `samples` (held-out prompts with each model's
         continuation), `training` (stage -> settings, first and last losses, tokens, rates, memory, expert load,
         routers), `receipt` and `online_receipt` (without the list of parameters), `evaluation_settings`,
-        `stage_seconds`, `command`, `recipes`, `environment` and `expectation` (of the laws, and the outcome, or None).
+        `stage_seconds`, `command`, `recipes` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.
     """
     evaluations = run.evaluations
-    results = {
+    return {
         "evaluation": {
             name: {
                 metric: {"value": entry["value"], "stderr": entry["stderr"]}
@@ -86,7 +85,6 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         "recipes": run.recipes,
         "environment": environment,
     }
-    return results | {"expectation": expectation(run, results)}
 
 
 def _main_metrics(evaluation: dict[str, Any]) -> list[str]:

@@ -58,8 +58,6 @@ class RunRecord:
 
     Attributes:
         recipe: name of the recipe, from `pipeline.json`.
-        dense, trained_on: from there as well, the parent's address and the tokens that it was trained on, as the user
-            said; None of one that was not said.
         receipt: the receipt of the check of step 0 on one rank, with its comparison of logits.
         online_receipt: the receipt of the upcycling inside the training job; None without one.
         curves: the curves of `pretrain` and, unless it was skipped, `dense_ct`.
@@ -71,12 +69,9 @@ class RunRecord:
         stage_seconds: wall time of the stages that finished, each after those that it needs.
         contamination: `contamination.json` of the data; None where there is none.
         heldout_overlap: of the data's `manifest.json`: held-out text in training text; None where none was looked for.
-        heldout: of that manifest, `tokens` and `bytes` of the held-out text; None where they are not known.
     """
 
     recipe: str
-    dense: str
-    trained_on: str | None
     receipt: dict[str, Any]
     online_receipt: dict[str, Any] | None
     curves: dict[str, Curve]
@@ -88,7 +83,6 @@ class RunRecord:
     stage_seconds: dict[str, float]
     contamination: dict[str, Any] | None = None
     heldout_overlap: dict[str, Any] | None = None
-    heldout: dict[str, int] | None = None
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -114,8 +108,6 @@ def read_run(folder: Path) -> RunRecord:
     plan = _read(folder / "pipeline.json", "import", {"recipe": str})
     return RunRecord(
         recipe=plan["recipe"],
-        dense=str(plan.get("dense", "")),
-        trained_on=plan.get("trained_on"),
         receipt=_read(folder / "receipt.json", "upcycle", _RECEIPT),
         online_receipt=_read(online, "pretrain", _RECEIPT) if online.is_file() else None,
         curves={stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl")) for stage in trained},
@@ -135,7 +127,6 @@ def read_run(folder: Path) -> RunRecord:
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
         contamination=_read(contamination, "data", _CONTAMINATION) if contamination.is_file() else None,
         heldout_overlap=read_overlap(folder, markers),
-        heldout=read_manifest(folder, markers).get("splits", {}).get("heldout"),
     )
 
 

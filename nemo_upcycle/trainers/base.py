@@ -12,18 +12,12 @@ from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import checkpoint_bytes
-from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.commands import BACKENDS
-from nemo_upcycle.trainers.layout import usual_communication
 from nemo_upcycle.trainers.settings import STEPS, free_settings, step0_settings
 
 
-#: Communication that may run beside computation -> Megatron's setting: sums of gradients and gathering of weights over
-#: data parallelism, and what pipeline stages send one another.
-COMMUNICATION = {"gradients": "overlap_grad_reduce", "weights": "overlap_param_gather", "stages": "overlap_p2p_comm"}
 #: Set by NVIDIA's `ft_launcher` for the ranks that it watches: the socket of the process that does.
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
@@ -166,7 +160,6 @@ class TrainingFacts:
         recompute: the planner's kind, as the training begins.
         first_steps: after how many steps it ceases to recompute MoE layers; 0: it goes on as it begins.
         overlap: what runs beside computation, in the planner's words.
-        communication: what else does, of `COMMUNICATION`.
         gradients: what data parallelism sums them in, in the planner's words.
         low_params: whether parameters are kept and gathered in FP8 or FP4.
         rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
@@ -198,7 +191,6 @@ class TrainingFacts:
     recompute: str
     first_steps: int = 0
     overlap: tuple[str, ...] = ()
-    communication: tuple[str, ...] = ()
     gradients: str
     low_params: bool = False
     rank_capacity: float | None = None
@@ -226,9 +218,7 @@ class TrainingFacts:
         return checkpoint_bytes(self.arch, self.lora, self.weight_bytes)
 
     @staticmethod
-    def of_model(
-        config: Any, arch: Architecture, layout: Layout, profile: Profile, ddp: Any, overlaps: Any
-    ) -> dict[str, Any]:
+    def of_model(config: Any, arch: Architecture, layout: Layout, profile: Profile) -> dict[str, Any]:
         """Return the facts that follow from Megatron's configuration of a model, of either trainer.
 
         Args:
@@ -236,15 +226,7 @@ class TrainingFacts:
             arch: of the model.
             layout: parallel sizes.
             profile: how it uses its GPUs.
-            ddp: a `DistributedDataParallelConfig`, or anything without its fields.
-            overlaps: the trainer's own settings of them, which replace those of the others and choose by the layout
-                where they are None; None: the trainer is given none.
         """
-        chosen, owner = usual_communication(layout), ddp if overlaps is None else overlaps
-        given = {name: getattr(owner, setting, None) for name, setting in COMMUNICATION.items()}
-        if overlaps is None:
-            given["stages"] = getattr(config, COMMUNICATION["stages"], None)
-            chosen = dict.fromkeys(chosen, False)
         granularity, named = config.recompute_granularity, config.recompute_modules
         modules = ["core_attn"] if named is None else named  # Megatron's own
         recomputed = ",".join(name for name in MODULES if granularity == "selective" and name in modules) or "none"
@@ -256,9 +238,6 @@ class TrainingFacts:
             "pad": bool(arch.num_experts and config.moe_pad_expert_input_to_capacity),
             "grouped": bool(getattr(config, "moe_grouped_gemm", False)),
             "recompute": "full" if granularity == "full" else recomputed,
-            "communication": tuple(
-                name for name, value in given.items() if (chosen[name] if value is None else value)
-            ),
             "rank_capacity": getattr(config, "moe_expert_rank_capacity_factor", None),
         }
 
@@ -309,14 +288,6 @@ class Training(ABC):
         Args:
             dense: the parent's address.
         """
-
-    def changed_settings(self, before: Plan, after: Plan) -> list[str]:
-        """Write the overrides that change it from one plan to another, of which the first is its own.
-
-        Raises:
-            SpecError: it has no setting for something.
-        """
-        return BACKENDS[self.name].changed_settings(before, after)
 
     @abstractmethod
     def shown_settings(self, dense: str) -> dict[str, Any]:

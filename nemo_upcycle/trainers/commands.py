@@ -1,4 +1,4 @@
-"""The command that runs a plan and the overrides of a change, in NeMo and in Megatron-Bridge.
+"""The command that runs a plan, in NeMo and in Megatron-Bridge.
 
 Neither is imported: `nemo-upcycle plan` prints both.
 """
@@ -9,7 +9,6 @@ import shlex
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, KnownRecipe
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.recipe_table import bridge_recipes
@@ -105,10 +104,6 @@ class Commands(ABC):
     def precisions(self, work: Workload) -> tuple[str, ...]:
         """List the precisions that there is a setting for, with parameters kept as the work has them."""
 
-    @abstractmethod
-    def settings(self, plan: Plan) -> dict[str, Any]:
-        """Name what a plan sets of a run: layout, precision and recomputation."""
-
     def why_no_recipe(self, recipe: KnownRecipe) -> str:
         """Say why the trainer has none of a recipe; "" where it has one."""
         return ""
@@ -126,27 +121,6 @@ class Commands(ABC):
             plan: what to run.
             dense: the dense parent's folder; the recipe's own when None.
         """
-
-    def changed_settings(self, before: Plan, after: Plan) -> list[str]:
-        """Write the overrides that change a run from one plan to another: layout, precision and recomputation.
-
-        Args:
-            before: what runs.
-            after: what is to run; of the same model.
-
-        Raises:
-            SpecError: there is no setting for the precision.
-        """
-        precisions, precision = self.precisions(after.work), after.work.precision
-        if precision not in (*precisions, before.work.precision):
-            expected = f"one of {self.title}'s recipes"
-            raise SpecError(field="precision", got=precision, expected=expected, fix=f"use {precisions[-1]}")
-        now, then = self.settings(before), self.settings(after)
-        return [f"{name}={self.word(value)}" for name, value in then.items() if name not in now or now[name] != value]
-
-    def word(self, value: Any) -> str:
-        """Write a value as the command line takes it."""
-        return str(value)
 
     def why_no_command(self, recipe: KnownRecipe | None, work: Workload) -> str:
         """Say why no recipe has a plan's settings; "" where one has.
@@ -174,18 +148,6 @@ class NeMoCommands(Commands):
     def precisions(self, work: Workload) -> tuple[str, ...]:
         """See `Commands.precisions`."""
         return ("bf16", *FP8_RECIPES)
-
-    def settings(self, plan: Plan) -> dict[str, Any]:
-        """See `Commands.settings`."""
-        work, upcycled = plan.work, bool(plan.request.arch.num_experts)
-        settings = {f"trainer.strategy.{name}": value for name, value in _parallelism(plan.layout, upcycled).items()}
-        settings |= {f"model.config.{name}": value for name, value in _recomputation(work).items()}
-        settings["data.micro_batch_size"] = plan.layout.micro_batch
-        precision = {"fp8": None, "first_last_layers_bf16": False} | (_fp8_settings(work) if work.numbers.fp8 else {})
-        settings |= {f"trainer.plugins.{name}": value for name, value in precision.items()}
-        if upcycled and plan.request.grouped:  # whose products take tokens in groups of 16
-            settings["model.config.moe_router_padding_for_fp8"] = work.numbers.fp8 and not work.pad
-        return settings
 
     def why_not(self, work: Workload) -> str:
         """See `Commands.why_not`."""
@@ -244,19 +206,8 @@ class BridgeCommands(Commands):
         """See `Commands.precisions`."""
         return tuple(BRIDGE_PRECISIONS[work.low_params])
 
-    def settings(self, plan: Plan) -> dict[str, Any]:
-        """See `Commands.settings`."""
-        layout, work = plan.layout, plan.work
-        sizes = _parallelism(layout, bool(plan.request.arch.num_experts)) | _recomputation(work)
-        settings = {f"model.{name}": value for name, value in sizes.items()}
-        settings["train.micro_batch_size"] = layout.micro_batch
-        if work.dispatcher == "hybridep":
-            nearby = min(layout.ep, plan.request.gpu.nvlink_gpus)
-            settings["++env_vars.NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] = nearby  # not all recipes have it
-        return settings | {"mixed_precision": BRIDGE_PRECISIONS[work.low_params].get(work.precision)}
-
     def word(self, value: Any) -> str:
-        """See `Commands.word`."""
+        """Write a value as the command line takes it."""
         return "null" if value is None else str(value).replace("'", "").replace(" ", "")
 
     def why_no_recipe(self, recipe: KnownRecipe) -> str:

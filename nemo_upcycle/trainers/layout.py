@@ -28,11 +28,6 @@ def layout_of(strategy: Any, ranks: int, micro_batch: int = 1) -> Layout:
     return Layout(gpus=ranks, micro_batch=micro_batch, **{"etp": sizes.get("tp", 1)} | sizes)
 
 
-def usual_communication(layout: Layout) -> dict[str, bool]:
-    """Return which communication runs beside computation where a trainer chooses by the layout."""
-    return {"gradients": layout.dp > 1, "weights": layout.dp > 1, "stages": layout.vp > 1}
-
-
 def check_layout(
     strategy: Any,
     config: Any,

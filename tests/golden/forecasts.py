@@ -6,7 +6,7 @@ The files of `IN_FULL` hold the scripts that are submitted; the others a line fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def forecast_text(recipe: str, cluster: str) -> str:
         mock.patch("nemo_upcycle.planning.advice.fitted_law", return_value=None),  # changes with its grid
     ):
         chain = getattr(recipes, recipe).pipeline_recipe(dir=f"/runs/{recipe}")
-        found = forecast_of(chain, Path(chain.dir), ["--factory", recipe], CLUSTERS[cluster]())
+        found = forecast_of(chain, Path(chain.dir), CLUSTERS[cluster]())
     disk = replace(found.disk, folder=Path("/runs"), free_bytes=FREE_BYTES)
     text = render_forecast(replace(found, disk=disk)) + "\n"
     return text if (recipe, cluster) in IN_FULL else without_scripts(text)
@@ -75,7 +75,6 @@ def without_scripts(text: str) -> str:
 def forecast_of(
     chain: Any,
     run_dir: Path,
-    words: Sequence[str] = (),
     cluster: Any = None,
     stages: Any = None,
     executor: Any = None,
@@ -85,17 +84,15 @@ def forecast_of(
     Args:
         chain: the configuration of a pipeline, as a recipe's `pipeline_recipe` returns it.
         run_dir: the run's folder.
-        words: of the command line.
         cluster: where it runs; None: this machine.
         stages: a part of the chain.
         executor: the user's, where it is no cluster's.
     """
-    from nemo_upcycle.pipeline.forecast import Origins, forecast
-    from nemo_upcycle.pipeline.nemo.pipeline import pipeline
+    from nemo_upcycle.pipeline.forecast import forecast
     from nemo_upcycle.pipeline.stages import STAGES
 
-    stages, plan, origins = stages or STAGES, plan_of(chain), Origins(words, pipeline)
-    return forecast(stages, run_dir, plan, cluster, jobs_of_chain(chain, run_dir), origins, executor)
+    stages, plan = stages or STAGES, plan_of(chain)
+    return forecast(stages, run_dir, plan, cluster, jobs_of_chain(chain, run_dir), executor)
 
 
 def jobs_of_chain(chain: Any, run_dir: Path) -> list[Any]:

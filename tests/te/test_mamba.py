@@ -23,7 +23,7 @@ from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
-from tests.megatron_ranks import megatron_rank
+from tests.megatron_ranks import group_ranks, megatron_rank
 from tests.models import build_chunks, write_nemotron_h
 
 
@@ -138,7 +138,7 @@ def _gathered(parent: Path, spec: UpcycleSpec | None, layout: Layout) -> Filled:
     """Return the parameters of all ranks, put together as Megatron cuts them."""
     shards: dict[str, dict[int, torch.Tensor]] = {}
     for rank in range(layout.gpus):
-        coords = layout.group_ranks(rank)
+        coords = group_ranks(layout, rank)
         for name, tensor in _filled(parent, spec, layout, rank)[0].items():
             assert not tensor.isnan().any(), f"{name} was not filled"
             position = coords.etp if ".experts.linear" in name else coords.tp

@@ -24,7 +24,7 @@ from nemo_upcycle.online.plan import RankCoords, param_plans
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.tensor_plan import ModelPlan
-from tests.megatron_ranks import megatron_rank, transformer_config
+from tests.megatron_ranks import group_ranks, megatron_rank, transformer_config
 from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
 
 
@@ -318,7 +318,7 @@ def test_llama_3_8b_on_a_rank_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
             fp8="hybrid",
             fp8_recipe="blockwise",
         )
-        for stage, part in enumerate(layout.chunks(moe_arch, layout.group_ranks(37).pp)):
+        for stage, part in enumerate(layout.chunks(moe_arch, group_ranks(layout, 37).pp)):
             block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
             ends = {"pre_process": part.has_embedding, "post_process": part.has_output}
             with torch.device("meta"):

@@ -98,7 +98,7 @@ def pipeline(
     baseline = trainings["dense_ct"].to_text() if dense_ct else None
     texts = trainings["pretrain"].to_text(), baseline
     plan = RunPlan(recipe, dense, data, evaluation, *texts, trainer="bridge", trained_on=trained_on)
-    launch_chain(ctx, dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
+    launch_chain(ctx, dir, plan, first=from_stage, last=until_stage, only=only_stage, render=render)
 
 
 def training_of(

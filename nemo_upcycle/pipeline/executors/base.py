@@ -156,14 +156,12 @@ class Cluster(ABC):
             UpcycleError: the site changes one that does not exist.
         """
         mine = self.settings_for(job.name)
-        origins = getattr(self.executor, "origins", {})
         found = settings_for(
             job,
             getattr(mine, "card", USUAL_CARD),
             scheduler=self.performance_part,
             container=self.has_container(mine),
             changed=getattr(mine, "performance", {}),
-            origin=origins.get(f"stages.{job.name}.performance") or origins.get("performance") or "executor",
         )
         accelerator = job.profile.accelerator if job.profile else "auto"
         if accelerator == "cpu" or (accelerator == "auto" and not asks_for_gpus(self.resources(job))):

@@ -71,7 +71,6 @@ class KubernetesExecutor(run.Executor):
         price_per_gpu_hour: for --dryrun; None: not known.
         write_gib_s: what the file system of `dir` writes in GiB a second, from all pods, for --dryrun.
         stages: per stage, the fields that differ there.
-        origins: by field, where its value was set, for people.
 
     Example:
         >>> KubernetesExecutor(image="nvcr.io/nvidia/nemo:26.02", claim="runs", mount_path="/runs").kind
@@ -118,7 +117,6 @@ class KubernetesExecutor(run.Executor):
     price_per_gpu_hour: Optional[float] = None  # noqa: UP045
     write_gib_s: float = USUAL_GIB_S
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
 
     @property
     def mounts(self) -> dict[str, str]:

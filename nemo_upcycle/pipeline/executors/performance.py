@@ -34,12 +34,10 @@ class PerformanceSetting:
     Args:
         name: a variable, an option of srun as `--mpi`, `numactl`, or `--segment`.
         value: as text; empty for an option without a value.
-        origin: why it is so: the conditions of the table's row, or who set it.
     """
 
     name: str
     value: str
-    origin: str = ""
 
 
 @lru_cache
@@ -60,7 +58,6 @@ def settings_for(
     scheduler: str = "",
     container: bool = False,
     changed: Mapping[str, Any] | None = None,
-    origin: str = "",
 ) -> list[PerformanceSetting]:
     """Return the settings of a job; none but for a training.
 
@@ -70,7 +67,6 @@ def settings_for(
         scheduler: the part of the table that comes on top of the variables; empty: none.
         container: whether it runs in one.
         changed: by name, what the user sets in the place of the table's value; None removes it.
-        origin: where `changed` is from.
 
     Raises:
         UpcycleError: `changed` has a name that the table does not have.
@@ -87,17 +83,10 @@ def settings_for(
         name = row["name"]
         if name in changed:
             if changed[name] is not None:
-                found[name] = PerformanceSetting(name, str(changed[name]), origin)
+                found[name] = PerformanceSetting(name, str(changed[name]))
         elif name not in found and _holds(row, facts):
-            found[name] = PerformanceSetting(name, row["value"], _origin(row, facts))
+            found[name] = PerformanceSetting(name, row["value"])
     return list(found.values())
-
-
-def _origin(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Return the conditions that a row has, for people."""
-    words = {True: "{}", False: "no {}"}
-    held = [words.get(facts[name], "{} {}").format(name, facts[name]) for name in row.get("when", {})]
-    return ", ".join(held) or "always"
 
 
 def _facts(job: Job, card: str, *, container: bool) -> dict[str, Any]:
@@ -170,11 +159,10 @@ def lines_of(found: Mapping[str, Sequence[PerformanceSetting]]) -> list[str]:
         for setting in settings:
             stages.setdefault(setting, []).append(stage)
     name_width = max((len(one.name) for one in stages), default=0)
-    value_width = max((len(one.value) for one in stages), default=0)
     lines = []
     for one, names in stages.items():
         where = "" if len(names) == len(found) else f"; {' and '.join(names)} only"
-        lines.append(f"{one.name:<{name_width}}  {one.value:<{value_width}}  {one.origin}{where}")
+        lines.append(f"{one.name:<{name_width}}  {one.value}{where}")
     return lines
 
 

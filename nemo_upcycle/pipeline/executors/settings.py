@@ -38,7 +38,6 @@ CLUSTERS: tuple[type[Cluster], ...] = (
 KINDS: dict[str, type] = {cluster.name: cluster.settings_class for cluster in CLUSTERS}
 #: Fields that the chain sets itself: what to do instead of giving one.
 _OWN = {
-    "origins": "leave it out",
     "stages": "set run.executor.stages.STAGE.FIELD",
     "nodes": "set pretrain.trainer.num_nodes and dense_ct.trainer.num_nodes",
     "ntasks_per_node": "set pretrain.trainer.devices and dense_ct.trainer.devices",
@@ -88,13 +87,11 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
     typed, typed_stages = _typed(overrides, schema)
     common: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
-    origins: dict[str, str] = {}
-    for origin, prefix, table, given in (
-        (shown, f"{shown}: ", content.pop("stages", None), content),
-        ("command line", "run.executor.", typed_stages, typed),
+    for prefix, table, given in (
+        (f"{shown}: ", content.pop("stages", None), content),
+        ("run.executor.", typed_stages, typed),
     ):
         common |= _added(common, given, _checked(prefix, given, schema, explained))
-        origins |= dict.fromkeys(given, origin)
         of_stages = field_values(prefix, {"stages": table}, _Stages, explained)["stages"]
         for stage, settings in of_stages.items():
             if stage not in BY_NAME:
@@ -102,8 +99,7 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
             found = _checked(f"{prefix}stages.{stage}.", settings or {}, schema, explained)
             mine = stages.setdefault(stage, {})
             mine |= _added({**common, **mine}, settings or {}, found)
-            origins |= dict.fromkeys((f"stages.{stage}.{key}" for key in found), origin)
-    executor: run.Executor = schema(**common, stages=stages, origins=origins)
+    executor: run.Executor = schema(**common, stages=stages)
     return executor
 
 

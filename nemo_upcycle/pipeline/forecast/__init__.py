@@ -1,7 +1,7 @@
-"""What a run will do, shown before it is submitted: stages, memory, time, cost, disk, settings and their origins."""
+"""What a run will do, shown before it is submitted: stages, memory, time, cost, disk, settings."""
 
-from nemo_upcycle.pipeline.forecast.run import Forecast, Origins, check_space, forecast, unchecked
+from nemo_upcycle.pipeline.forecast.run import Forecast, check_space, forecast, unchecked
 from nemo_upcycle.pipeline.forecast.text import render_forecast
 
 
-__all__ = ["Forecast", "Origins", "check_space", "forecast", "render_forecast", "unchecked"]
+__all__ = ["Forecast", "check_space", "forecast", "render_forecast", "unchecked"]

@@ -1,16 +1,11 @@
-"""The forecast of a run, made before anything is submitted or written: values, and where its settings come from."""
+"""The forecast of a run, made before anything is submitted or written."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from nemo_run.cli.cli_parser import parse_factory
 
 from nemo_upcycle.data.dense import is_configuration
 from nemo_upcycle.errors import UpcycleError
@@ -20,19 +15,12 @@ from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, sett
 from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast, forecast_network
-from nemo_upcycle.pipeline.forecast.scores import ScoreForecast, forecast_scores
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
 from nemo_upcycle.pipeline.plan import Stage, required_training
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.trainers.settings import setting
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.masking import without_secrets
-
-
-TYPED = "command line"
-_OVERRIDE = re.compile(r"(?P<key>[\w.\[\]]+)\s*[-+*/|&]?=")
-_INDEX = re.compile(r"\[.*")
 
 
 @dataclass(frozen=True)
@@ -42,58 +30,10 @@ class Setting:
     Args:
         name: as an override on the command line names it.
         value: as text.
-        origin: where it comes from.
     """
 
     name: str
     value: str
-    origin: str
-
-
-class Origins:
-    """Tells where settings come from.
-
-    Args:
-        words: the words of the command line, as they were typed.
-        target: the function whose recipe `--factory` names.
-    """
-
-    def __init__(self, words: Sequence[str], target: Any) -> None:
-        self.typed = {_INDEX.sub("", match["key"]) for word in words if (match := _OVERRIDE.match(word))}
-        self.factory = _option(words, "--factory", "-f")
-        self.recipe = self.factory.partition("(")[0].strip()
-        self.executor = next((word.partition("=")[2] for word in words if word.startswith("run.executor=")), "")
-        has_arguments = bool(self.recipe) and self.factory.rstrip() != self.recipe
-        #: The recipe without the arguments that were typed; a value that differs from it comes from them.
-        self._usual = None
-        if has_arguments:
-            with contextlib.suppress(Exception):  # a user's factory may need its arguments
-                self._usual = parse_factory(target, "", target, self.recipe)
-
-    def of(self, name: str, value: Any, otherwise: str) -> str:
-        """Return where a setting comes from.
-
-        Args:
-            name: its override.
-            value: its value.
-            otherwise: where it is from if nobody typed it.
-        """
-        parts = name.split(".")
-        if any(".".join(parts[:number]) in self.typed for number in range(1, len(parts) + 1)):
-            return TYPED
-        # What a trainer's own parser takes is no argument of the command, so that no factory can set it.
-        if self._usual is not None and hasattr(self._usual, parts[0]) and setting(self._usual, name) != value:
-            return f"{TYPED} (--factory)"
-        return otherwise
-
-
-def _option(words: Sequence[str], *names: str) -> str:
-    """Return the value of an option, `--factory NAME` or `--factory=NAME`; empty without one."""
-    for number, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        if option in names:
-            return value if equals else next(iter(words[number + 1 :]), "")
-    return ""
 
 
 @dataclass(frozen=True)
@@ -105,10 +45,9 @@ class Forecast:
         recipe: its name.
         stages: a part of the chain, in its order.
         trainings: those of the stages that train, by name.
-        scores: when they are there; None: no stage gives any.
         disk: the disk of the folder.
         network: what stages take from networks.
-        settings: those that matter, with their origins.
+        settings: those that matter.
         performance: NVIDIA's settings of the trainings, by stage.
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
         unchecked: what could not be looked at, in a line; "" where all could.
@@ -118,7 +57,6 @@ class Forecast:
     recipe: str
     stages: tuple[StageForecast, ...]
     trainings: Mapping[str, TrainingForecast]
-    scores: ScoreForecast | None
     disk: DiskForecast
     network: NetworkForecast
     settings: tuple[Setting, ...]
@@ -138,7 +76,6 @@ def forecast(
     plan: RunPlan,
     cluster: Cluster | None,
     jobs: Sequence[Job],
-    origins: Origins,
     executor: Any = None,
 ) -> Forecast:
     """Forecast a run: its stages, memory, time, cost and disk. Write nothing, ask no cluster or network.
@@ -147,32 +84,24 @@ def forecast(
         stages: the part of the chain that was asked for.
         run_dir: the run's folder; need not exist.
         plan: what the stages are given, checked.
-        cluster: where the stages run; None: this machine, or `executor`. Its executor may have `origins` (by field,
-            where a value comes from), a `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
+        cluster: where the stages run; None: this machine, or `executor`. Its executor may have a
+            `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
         jobs: those of the stages.
-        origins: the origins of what was typed.
         executor: the user's, where it has no scheduler of this package.
 
     Example:
-        >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs, origins)))  # doctest: +SKIP
+        >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs)))  # doctest: +SKIP
     """
     executor = cluster.executor if cluster else executor
     by_name, facts = {job.name: job for job in jobs}, plan.facts
     stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, by_name, executor)
     trained = [stage for stage in stage_forecasts if stage.name in facts]
     trainings = {
-        stage.name: forecast_training(plan.trainings[stage.name], known, stage, executor)
-        for stage in trained
-        if (known := facts[stage.name])
+        stage.name: forecast_training(known, stage, executor) for stage in trained if (known := facts[stage.name])
     }
-    recipes = {stage.name: known.recipe if (known := facts[stage.name]) else plan.recipe for stage in trained}
-    settings = list(_run_settings(plan, recipes, origins))
-    if cluster:
-        settings += _executor_settings(executor, origins, [stage.name for stage in stages])
     models = {name: known.arch if known else None for name, known in facts.items()}
     holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
     disk = forecast_disk(run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back)
-    scores = forecast_scores(plan.inputs, stage_forecasts, trainings, is_parallel=holds_back)
     here = settings_here if is_local(executor) else lambda _: []
     performance_of = cluster.performance if cluster else here
     performance = {stage.name: performance_of(by_name[stage.name]) for stage in trained}
@@ -184,10 +113,9 @@ def forecast(
         recipe=plan.recipe,
         stages=stage_forecasts,
         trainings=trainings,
-        scores=scores,
         disk=disk,
         network=network,
-        settings=tuple(settings),
+        settings=tuple(_run_settings(plan, [stage.name for stage in trained])),
         performance=performance,
         advice=advice_of(plan.dense, plan.trained_on, facts) if upcycles else "",
         unchecked=unchecked(plan.dense),
@@ -202,54 +130,19 @@ def unchecked(dense: str) -> str:
     return f"{folder} holds the parent's config.json alone: its weights and tokenizer are checked where it is whole"
 
 
-def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -> Iterator[Setting]:
+def _run_settings(plan: RunPlan, stages: Sequence[str]) -> Iterator[Setting]:
     """Yield the settings of a run, and those of its trainings that people look at.
 
     Args:
         plan: what the stages are given.
-        recipes: names of the recipes, by the stage of a training.
-        origins: the origins of the command.
+        stages: names of the stages that train.
     """
     for name in ("dense", "trained_on", "data", "evaluation"):
         if value := getattr(plan, name):
-            yield Setting(
-                name, without_secrets(value), origins.of(name, value, f"recipe {origins.recipe or plan.recipe}")
-            )
-    for stage, recipe in recipes.items():
+            yield Setting(name, without_secrets(value))
+    for stage in stages:
         for path, value in required_training(plan, stage).shown_settings(plan.dense).items():
-            name = f"{stage}.{path}"
-            yield Setting(name, without_secrets(str(value)), origins.of(name, value, f"recipe {recipe}"))
-
-
-def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -> Iterator[Setting]:
-    """Yield the plain settings of an executor that are not their defaults, and those that its stages set.
-
-    Args:
-        executor: may have `origins`, by setting where it comes from, and `stages`, by stage what differs there.
-        origins: the origins of the command.
-        stages: names of those of the forecast; a setting that every one of them sets itself is shown for these alone.
-    """
-    if not dataclasses.is_dataclass(executor):
-        return
-    named: Mapping[str, str] = getattr(executor, "origins", {})
-    otherwise = f"executor {origins.executor or type(executor).__name__}"
-    table: Mapping[str, Mapping[str, Any]] = getattr(executor, "stages", {})
-    own = {stage: table.get(stage, {}) for stage in stages}
-    common = {
-        field.name: value
-        for field in dataclasses.fields(executor)
-        if (value := getattr(executor, field.name, None)) != field.default
-        and not all(field.name in settings for settings in own.values())
-    }
-    differing = {
-        f"stages.{stage}.{name}": value for stage, settings in own.items() for name, value in settings.items()
-    }
-    for name, value in (common | differing).items():
-        if isinstance(value, (str, int, float, bool)) and value != "":
-            typed = f"run.executor.{name}"
-            yield Setting(
-                typed, without_secrets(str(value)), TYPED if typed in origins.typed else named.get(name, otherwise)
-            )
+            yield Setting(f"{stage}.{path}", without_secrets(str(value)))
 
 
 def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:

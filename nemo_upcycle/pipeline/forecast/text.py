@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast
-from nemo_upcycle.pipeline.forecast.performance import performance_settings
 from nemo_upcycle.pipeline.forecast.run import Forecast, Setting
 from nemo_upcycle.pipeline.forecast.stages import StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
@@ -29,15 +27,12 @@ def render_forecast(forecast: Forecast) -> str:
     lines, trainings = _wrapped(heading, ""), list(forecast.trainings.values())
     sections: tuple[tuple[str, Iterable[str]], ...] = (
         ("Stages", _stage_lines(forecast.stages)),
-        ("Trainings", _training_lines(trainings, _training_cells)),
-        ("Performance settings in force", _training_lines(trainings, performance_settings)),
-        ("Faster by one change, and what to type", _faster_lines(trainings)),
+        ("Trainings", _training_lines(trainings)),
         ("Does it pay", _wrapped(forecast.advice, _INDENT)),
-        ("Scores", _score_lines(forecast)),
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk)),
         ("Network", _network_lines(forecast.network)),
-        ("Settings, and where each comes from", _setting_lines(forecast.settings)),
-        (f"Performance settings by {TABLE}, and why each", lines_of(forecast.performance)),
+        ("Settings", _setting_lines(forecast.settings)),
+        (f"Performance settings by {TABLE}", lines_of(forecast.performance)),
         ("Warnings", (line for text in forecast.warnings for line in _wrapped(f"- {text}", _INDENT))),
     )
     for title, body in sections:
@@ -106,6 +101,8 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         "lost by a kill": f"at most {_count(lost, 'step')}",
         "evaluation": "",
     }
+    if evaluations := facts.evaluations:
+        cells["evaluation"] = f"{evaluations.suite} every {evaluations.every_n_steps:,} steps"
     if training.steps_left != facts.steps:
         cells["steps"] += f", {training.steps_left:,} of them left"
     if training.first and training.later and training.fullest:
@@ -126,20 +123,12 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         cells["jobs"] = f"{training.jobs_left:,} of {training.limit_s / 3600:g} h"
     if (loss_s := training.longest_loss_s) is not None:
         cells["lost by a kill"] += f": {_duration(loss_s)}, {loss_s / 3600 * layout.gpus:,.0f} GPU-hours"
-    if evaluation := training.evaluation:
-        texts = "all texts" if evaluation.texts is None else f"{evaluation.texts:,} texts"
-        cells["evaluation"] = f"{texts} of {evaluation.suite} every {evaluation.every_n_steps:,} steps"
-        if evaluation.seconds is not None and evaluation.share is not None:
-            share = f"{100 * evaluation.share:.2g} % of the time"
-            cells["evaluation"] += f": at most {evaluation.seconds:.1f} s, {share}"
     return cells
 
 
-def _training_lines(
-    trainings: Sequence[TrainingForecast], cells_of: Callable[[TrainingForecast], dict[str, str]]
-) -> list[str]:
+def _training_lines(trainings: Sequence[TrainingForecast]) -> list[str]:
     """Return a table with a column for each training that runs."""
-    cells = {training.stage.name: cells_of(training) for training in trainings if training.stage.runs}
+    cells = {training.stage.name: _training_cells(training) for training in trainings if training.stage.runs}
     if not cells:
         return []
     names = next(iter(cells.values()))
@@ -148,31 +137,6 @@ def _training_lines(
     first = max(len(row[0]) for row in rows)
     each = (WIDTH - len(_INDENT) - first) // len(cells) - len("  ")
     return in_columns([part for row in rows for part in _over_lines(row, (first, *[each] * len(cells)))])
-
-
-def _faster_lines(trainings: Sequence[TrainingForecast]) -> Iterator[str]:
-    for training in trainings:
-        for change in training.faster if training.stage.runs else ():
-            name = training.stage.name
-            words = " ".join(shlex.quote(f"{name}.{word}") for word in change.overrides)
-            yield from _wrapped(f"{name}  {change.percent:.0f} %, {change.kind}: {words}", " " * (len(name) + 2))
-
-
-def _score_lines(forecast: Forecast) -> Iterator[str]:
-    for name, training in forecast.trainings.items():
-        if training.evaluation and training.first_score and training.stage.runs:
-            step, seconds = training.first_score
-            yield f"first of {name}: {_duration(seconds)}, {training.evaluation.suite} after step {step:,}"
-    scores = forecast.scores
-    if scores is None or scores.trainings_s is None:
-        return
-    if scores.evaluation_s is None:
-        evaluation = f"evaluation not counted: {scores.suite} sets no bound of its texts"
-    else:
-        evaluation = f"evaluation {_duration(scores.evaluation_s)}, at a GPU's speed in training"
-    seconds = scores.trainings_s + (scores.evaluation_s or 0.0)
-    parts = f"trainings {_duration(scores.trainings_s)}, {evaluation}"
-    yield from _wrapped(f"last: {_duration(seconds)} ({parts}), without queues and other stages", _INDENT)
 
 
 def _duration(seconds: float) -> str:
@@ -204,37 +168,19 @@ def _disk_lines(disk: DiskForecast) -> list[str]:
     return [*(in_columns(rows, right=(2, 3)) if disk.uses else []), total]
 
 
-#: The prefix of a group of settings -> its heading.
-_GROUPS = {
-    "": "",
-    "pretrain.": "pretrain.",
-    "dense_ct.": "dense_ct.  what is not named here is as in pretrain., from its own recipe",
-    "run.executor.": "run.executor.",
-}
-
-
 def _setting_lines(settings: Sequence[Setting]) -> list[str]:
-    """Return a line a setting, in groups; of the dense baseline only what is not as in the upcycled model."""
-    usual = {setting.name: setting for setting in settings}
-    groups: dict[str, list[tuple[str, str, str]]] = {prefix: [] for prefix in _GROUPS}
-    for setting in settings:
-        prefix = next(name for name in reversed(_GROUPS) if setting.name.startswith(name))
-        name = setting.name.removeprefix(prefix)
-        other = usual.get(f"pretrain.{name}") if prefix == "dense_ct." else None
-        if other is None or (other.value, _kind(other)) != (setting.value, _kind(setting)):
-            groups[prefix].append((_INDENT + name if prefix else name, setting.value, setting.origin))
-    widths = [max(map(len, column)) for column in zip(*(row for rows in groups.values() for row in rows), strict=True)]
-    room = WIDTH - len(_INDENT) - widths[0] - 2 * len("  ")
-    widths[1] = max(20, min(widths[1], room - widths[2]))
-    lines: list[str] = []
-    for prefix, rows in groups.items():
-        lines += [_GROUPS[prefix]] if prefix and rows else []
-        for row in rows:
-            value_width = max(widths[1], min(len(row[1]), room - len(row[2])))  # an address stays whole where it can
-            sizes = [widths[0], value_width, widths[2]]
-            parts = _over_lines(row, sizes)
-            lines += ["  ".join(cell.ljust(size) for cell, size in zip(part, sizes, strict=True)) for part in parts]
-    return lines
+    """Return a line a setting; of the dense baseline only what is not as in the upcycled model."""
+    usual = {setting.name: setting.value for setting in settings}
+    baseline = "dense_ct."
+    rows = [
+        [setting.name, setting.value]
+        for setting in settings
+        if not setting.name.startswith(baseline)
+        or usual.get(f"pretrain.{setting.name.removeprefix(baseline)}") != setting.value
+    ]
+    first = max(len(name) for name, _ in rows)
+    widths = (first, WIDTH - len(_INDENT) - first - len("  "))
+    return in_columns([part for row in rows for part in _over_lines(row, widths)])
 
 
 def _network_lines(network: NetworkForecast) -> Iterator[str]:
@@ -245,7 +191,3 @@ def _network_lines(network: NetworkForecast) -> Iterator[str]:
         for place, names in places.items():
             yield from _wrapped(f"{stage:<{width}}  {place}: {', '.join(names)}", " " * (width + 4))
     yield from _wrapped(f"for a run without one, first: {network.command}", _INDENT)
-
-
-def _kind(setting: Setting) -> str:
-    return "recipe" if setting.origin.startswith("recipe ") else setting.origin

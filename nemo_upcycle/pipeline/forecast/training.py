@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.executors.jobs import SaveLimit
-from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast, forecast_evaluation
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import gpu_of_training, plans_of
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State
-from nemo_upcycle.planning.changes import best_changes
 from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan
-from nemo_upcycle.trainers.base import Training, TrainingFacts
+from nemo_upcycle.trainers.base import TrainingFacts
 from nemo_upcycle.utils.validation import check_number
 
 
 #: What a cluster's table of resources calls the time limit of a job.
 TIME = "time"
 _TIME_LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
-
-
-class FasterChange(NamedTuple):
-    """A single change that makes a training faster.
-
-    Args:
-        kind: what is changed: parallel sizes, stages, micro-batch, precision or recomputation.
-        percent: speed that it adds.
-        overrides: the overrides that make it, as the training takes them.
-    """
-
-    kind: str
-    percent: float
-    overrides: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -54,9 +37,7 @@ class TrainingForecast:
         no_plan: why there is no estimate of memory and speed.
         price: the price of a GPU-hour, in the currency of who gave it; None: not known.
         limit_s: seconds that a job may take; None: not known.
-        evaluation: what is evaluated on the way; None: nothing.
         write_gib_s: GiB that the file system of the run's folder writes a second.
-        faster: single changes that make its usual steps faster, by at least 5 %, the best first.
     """
 
     stage: StageForecast
@@ -68,9 +49,7 @@ class TrainingForecast:
     no_plan: str
     price: float | None
     limit_s: float | None
-    evaluation: EvaluationForecast | None
     write_gib_s: float
-    faster: Sequence[FasterChange]
 
     @property
     def tokens(self) -> int:
@@ -154,31 +133,6 @@ class TrainingForecast:
         return math.ceil((self.slowest_step_s + self.save_s) / 60) * 60
 
     @property
-    def scored_s(self) -> float | None:
-        """Seconds of the steps still to do, with the evaluations between them; None without an estimate."""
-        if self.seconds_left is None or self.evaluation is None:
-            return self.seconds_left
-        return self.seconds_left + self._evaluations_s(self.facts.steps)
-
-    @property
-    def first_score(self) -> tuple[int, float] | None:
-        """The step of the first evaluation to come, and the seconds until its score; None without either."""
-        if self.evaluation is None or not self.steps_left:
-            return None
-        every_n_steps, done = self.evaluation.every_n_steps, self.stage.finding.steps_done
-        step = min(self.facts.steps, (done // every_n_steps + 1) * every_n_steps)
-        training_s = self._time_s(step - done, max(0, min(step, self.facts.first_steps) - done))
-        return None if training_s is None else (step, training_s + self._evaluations_s(step))
-
-    def _evaluations_s(self, step: int) -> float:
-        """Return the seconds of the evaluations until after a step; one comes before the first."""
-        if self.evaluation is None or self.evaluation.seconds is None:
-            return 0.0
-        every_n_steps, done = self.evaluation.every_n_steps, self.stage.finding.steps_done
-        count = step // every_n_steps - done // every_n_steps + (step % every_n_steps > 0) + (done == 0)
-        return count * self.evaluation.seconds
-
-    @property
     def longest_loss_s(self) -> float | None:
         """Seconds of work lost by a kill just before a checkpoint is written; None without an estimate."""
         lost = min(self.facts.save_every, self.facts.steps)
@@ -186,13 +140,10 @@ class TrainingForecast:
         return max((loss for loss in losses if loss is not None), default=None)
 
 
-def forecast_training(
-    training: Training, facts: TrainingFacts, stage: StageForecast, executor: Any = None
-) -> TrainingForecast:
+def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any = None) -> TrainingForecast:
     """Forecast a training.
 
     Args:
-        training: it.
         facts: the facts of the training.
         stage: where it runs.
         executor: where it runs; may have a `price_per_gpu_hour` and a `write_gib_s`, and name its `card`. None: this
@@ -221,23 +172,8 @@ def forecast_training(
         no_plan=no_plan,
         price=getattr(executor, "price_per_gpu_hour", None),
         limit_s=time_limit_s(stage.resources.get(TIME, "")),
-        evaluation=forecast_evaluation(facts.evaluations, plans[1]),
         write_gib_s=write_gib_s,
-        faster=_faster_changes(training, plans[1]) if plans[1] else (),
     )
-
-
-def _faster_changes(training: Training, plan: Plan) -> list[FasterChange]:
-    def overrides(other: Plan) -> list[str]:
-        try:
-            return training.changed_settings(plan, other)
-        except SpecError:
-            return []
-
-    found = best_changes(
-        plan, lambda other: (other.layout.takes_packs or not training.reads_chat) and bool(overrides(other))
-    )
-    return [FasterChange(change.kind, change.percent, overrides(change.plan)) for change in found]
 
 
 def time_limit_s(text: str) -> float | None:

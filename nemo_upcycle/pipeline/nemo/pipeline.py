@@ -71,7 +71,7 @@ def pipeline(
     baseline = dump_recipe(dense_ct) if dense_ct else None
     trainings = dump_recipe(pretrain), baseline
     plan = RunPlan(pretrain.log.name, dense, data, evaluation, *trainings, trained_on=trained_on)
-    launch_chain(ctx, dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
+    launch_chain(ctx, dir, plan, first=from_stage, last=until_stage, only=only_stage, render=render)
 
 
 class PretrainContext(CheckedContext):

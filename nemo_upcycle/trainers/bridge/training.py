@@ -112,9 +112,7 @@ class BridgeTraining(Training):
         rate, lowest, style = config.optimizer.lr, config.optimizer.min_lr, config.scheduler.lr_decay_style
         warmup = config.scheduler.lr_warmup_iters
         return TrainingFacts(
-            **TrainingFacts.of_model(
-                model, architecture_of(model, model.vocab_size), layout, profile, config.ddp, overlap
-            ),
+            **TrainingFacts.of_model(model, architecture_of(model, model.vocab_size), layout, profile),
             recipe=self.recipe,
             knows_vocabulary=True,
             seq_length=config.dataset.seq_length,

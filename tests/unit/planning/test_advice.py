@@ -16,7 +16,6 @@ from nemo_upcycle.planning import advice
 from nemo_upcycle.planning.advice import (
     MOST_BEYOND,
     DenseParent,
-    RunAdvice,
     Training,
     advice_line,
     known_parent_tokens,
@@ -204,11 +203,3 @@ def test_tokens_are_the_users_or_those_of_a_published_parent() -> None:
     assert caught.value.subject == "trained_on"
     assert all(known_parent_tokens(known_recipe(name).inputs["dense"], None) for name in recipes())
     assert all(entry["source"] and entry["tokens"] > 1e11 for entry in read_data("parents.yaml").values())
-
-
-def test_values_have_the_law_where_it_has_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advice, "fitted_law", lambda: _law(-0.05))
-    values = RunAdvice(PARENT, "e8t2", 1e11, 1e11).values()
-    assert values["laws"]["fitted"]["decides"] is True
-    assert values["laws"]["fitted"]["band_90"] == [-0.06, -0.04]
-    assert RunAdvice(PARENT, "e16t4", 1e11, 1e11).values()["laws"] == {}

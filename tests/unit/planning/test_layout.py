@@ -32,16 +32,9 @@ def test_parse_layout_takes_blanks_and_commas_alike(text: str) -> None:
     assert parse_layout(text, 64) == parse_layout("tp=2,pp=4,ep=8", 64)
 
 
-def test_groups_of_the_papers_layout() -> None:
+def test_copies_of_the_papers_layout() -> None:
     layout = parse_layout("tp=2,pp=4,vp=8,ep=8,etp=1", 512)
     assert (layout.dp, layout.expert_dp, layout.dense_shards) == (64, 16, 64)
-    ranks = [layout.group_ranks(rank) for rank in range(512)]
-    assert ranks[0] == (0, 0, 0, 0, 0, 0, 0)
-    assert ranks[511] == (1, 0, 63, 3, 0, 7, 15)
-    assert len({(rank.tp, rank.cp, rank.dp, rank.pp) for rank in ranks}) == 512
-    assert len({(rank.etp, rank.ep, rank.expert_dp, rank.pp) for rank in ranks}) == 512
-    with pytest.raises(SpecError, match="0 to 511"):
-        layout.group_ranks(512)
 
 
 def test_interleaved_stages_take_turns() -> None:

@@ -26,7 +26,7 @@ from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.tensor_plan import ModelPlan
 from tests.megatron_layers import NOT_LOCAL, kept_by_stage
-from tests.megatron_ranks import allocated_bytes, build_rank, megatron_rank
+from tests.megatron_ranks import allocated_bytes, build_rank, group_ranks, megatron_rank
 
 
 # Odd sizes, so that padding is not empty.
@@ -96,7 +96,7 @@ def _allocated(arch: Architecture, layout: Layout, gradients: str) -> tuple[int,
 
 
 def _optimizer_bytes(plan: StagePlan, layout: Layout, rank: int) -> int:
-    ranks = layout.group_ranks(rank)
+    ranks = group_ranks(layout, rank)
     return plan.optimizer_bytes(ranks.dp * layout.cp + ranks.cp, ranks.expert_dp)
 
 
@@ -110,7 +110,7 @@ def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int, gradie
     for rank in _ranks(layout):
         with megatron_rank(layout, rank) as ranks:
             got = _allocated(arch, layout, gradients)
-        plan = StagePlan(arch, layout, replace(WORK, gradients=gradients), layout.group_ranks(rank).pp)
+        plan = StagePlan(arch, layout, replace(WORK, gradients=gradients), group_ranks(layout, rank).pp)
         optimizer = _optimizer_bytes(plan, layout, rank)
         planned = (plan.weights_bytes, plan.gradients_bytes, optimizer, plan.params, plan.expert_params)
         assert got == planned, (rank, ranks)
@@ -118,7 +118,7 @@ def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int, gradie
 
 def test_optimizer_shards_make_up_the_model() -> None:
     layout = parse_layout("tp=2,pp=2,ep=4", 16)
-    plans = [StagePlan(E8T2, layout, WORK, layout.group_ranks(rank).pp) for rank in range(16)]
+    plans = [StagePlan(E8T2, layout, WORK, group_ranks(layout, rank).pp) for rank in range(16)]
     owned = sum(_optimizer_bytes(plan, layout, rank) for rank, plan in enumerate(plans))
     padding = (layout.padded_vocab(E8T2) - E8T2.vocab_size) * E8T2.hidden_size * 2
     replicated = (17 * E8T2.hidden_size + 8 * 8 * E8T2.hidden_size) * (layout.tp - 1)  # norms and routers

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
-from nemo_upcycle.errors import SpecError
-from nemo_upcycle.planning.hardware import known_gpu, known_recipe
-from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.recipe_table import bridge_recipes
-from nemo_upcycle.planning.search import PlanRequest, evaluate_layout
-from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.trainers.base import Training, TrainingSettings
 from nemo_upcycle.trainers.bridge.training import BridgeTraining
-from nemo_upcycle.trainers.settings import sizes_of
 
 
 def test_settings_are_told_apart_by_their_whole_names() -> None:
@@ -80,23 +73,6 @@ def test_what_changes_the_weights_of_a_training_is_fixed(make: Callable[[], Trai
     assert found.step0.keys() <= found.fixed.keys()
     assert training.ranks == (64, 8)
     assert not training.reads_chat
-
-
-@pytest.mark.parametrize("make", CONTRACT, ids=lambda make: make.__name__)
-def test_another_plan_is_typed_in_the_trainers_words(make: Callable[[], Training]) -> None:
-    recipe = known_recipe("llama3_8b_e8t2")
-    work = Workload(seq_length=8192, global_batch=512, capacity_factor=4.0, gradients="fp32")
-    request = PlanRequest(recipe.arch, known_gpu("h100"), 512, work, 1e11)
-    plan = evaluate_layout(request, parse_layout("tp=2,pp=4,vp=8,ep=8", 512, 1))
-    other = evaluate_layout(request, parse_layout("tp=4,pp=4,vp=8,ep=8", 512, 1))
-    training = make()
-    (word,) = training.changed_settings(plan, other)
-    assert word == f"{sizes_of(training.name)['tp']}=4"
-    assert training.changed_settings(plan, plan) == []
-    unknown = replace(other, work=replace(work, precision="nvfp4"))
-    with pytest.raises(SpecError) as caught:
-        training.changed_settings(plan, unknown)
-    assert (caught.value.field, caught.value.got) == ("precision", "nvfp4")
 
 
 def _nemo_taught(weight: float) -> Training:
