@@ -27,7 +27,6 @@ from nemo_upcycle.pipeline.executors.base import MISSING, Cluster, UnreachableEr
 from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, USUAL_GIB_S, ft_command
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase, SaveLimit
 from nemo_upcycle.pipeline.executors.slurm_answers import (
-    LIMITS,
     NO_ANSWER,
     OF_CONTROLLER,
     ORPHANED,
@@ -37,6 +36,7 @@ from nemo_upcycle.pipeline.executors.slurm_answers import (
     environment,
     job_id,
     last_line,
+    refusal_hint,
     waiting,
 )
 from nemo_upcycle.pipeline.executors.slurm_script import (
@@ -284,7 +284,7 @@ class SlurmScheduler(Cluster):
         for line in asked.stdout.splitlines():
             identity, state, reason, partition, nodes = line.split("|")
             running = JobState(Phase.RUNNING, f"on {nodes}")
-            found[identity] = waiting(reason, partition) if state in WAITING_STATES else running
+            found[identity] = waiting(identity, reason, partition) if state in WAITING_STATES else running
         for identity in set(ids) - found.keys():
             how = ending(identity)
             found[identity] = JobState(Phase.ENDED, how, is_orphaned=ORPHANED in how)
@@ -325,12 +325,11 @@ class SlurmScheduler(Cluster):
 
     def _refused(self, job: Job, text: str) -> UpcycleError:
         """Return the error of a job that Slurm does not take, with what is wrong in the settings if Slurm says it."""
-        kind = UnreachableError if any(words in text for words in NO_ANSWER) else UpcycleError
-        partition = self.settings_for(job.name).partition
-        hint = "" if kind is UnreachableError else f" Limits: {LIMITS}."
+        partition, hint = self.settings_for(job.name).partition, refusal_hint(text)
         if partition and "invalid partition" in text.lower():
             partitions = sorted(set(ask("sinfo", "--noheader", "--format=%R").stdout.split()))
             hint = f"{did_you_mean(partition, partitions)} Partitions: {', '.join(partitions)}."
+        kind = UnreachableError if any(words in text for words in NO_ANSWER) else UpcycleError
         return kind(f"Slurm does not take stage '{job.name}': {last_line(text).rstrip('.')}.{hint}")
 
     def _check_seen(self, path: Path, job: Job) -> None:

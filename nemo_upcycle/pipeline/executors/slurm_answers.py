@@ -1,4 +1,4 @@
-"""What Slurm's commands answer: whether they take a job, what it waits for, and how it ended."""
+"""What Slurm's commands answer: whether they take a job, what it waits for, how it ended, and what a person can do."""
 
 from __future__ import annotations
 
@@ -16,15 +16,41 @@ NO_ANSWER = ("Unable to contact", "timed out")
 OF_CONTROLLER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 #: Why a job will never start that waits for one which Slurm holds to have failed.
 ORPHANED = "DependencyNeverSatisfied"
-#: Reasons, as a pattern of the whole of Slurm's text, of a job that asks for what it cannot get. What passes when
-#: other jobs end, or when a person ends it, is not here.
-_NEVER_STARTS = re.compile(
-    "PartitionTimeLimit|.*MaxWallDuration.*|(Association|QOS)TimeLimit|PartitionNodeLimit"
-    "|(Assoc|QOS)Max.*Per(Job|Node)(Limit)?|(Association|QOS)ResourceLimit|MaxMemPerLimit|QOSMin.*|BadConstraints"
-    "|AccountNotAllowed|InvalidAccount|QOSNotAllowed|InvalidQOS|ReservationDeleted|ReservationInvalid|DeadLine"
-)
-#: Where a person finds what may be asked for.
-LIMITS = "`sinfo`, `sacctmgr show qos` and `sacctmgr show associations user=$USER`"
+#: Reasons, as patterns of the whole of Slurm's text, and what to do; the first that fits. What passes when other jobs
+#: end, as Priority, Resources and the limits of a group, is not here.
+_PERSONS_END_IT = {
+    "JobHeldUser": "let it go with `scontrol release {job}`",
+    "JobHeldAdmin": "an administrator holds it: ask them for `scontrol release {job}`",
+    "JobHoldMaxRequeue|JobLaunchFailure|.*launch failed.*|.*requeued held.*": (
+        "`scontrol show job {job}` and the job's folder say why it could not start; then `scontrol release {job}`"
+    ),
+    "PartitionDown|PartitionInactive|PartitionConfig": (
+        "wait until the administrators open it, or stop watching, `scancel {job}` and set another `partition`"
+    ),
+    "ReqNodeNotAvail.*|Nodes required for job are DOWN.*": (
+        "`sinfo -R` and `scontrol show reservation` say which nodes are down, drained or reserved, and until when"
+    ),
+    "(Assoc|QOS)Max(Jobs|SubmitJob|.*PerUser).*|Max.*Per(Account|User)": (
+        "it starts when other jobs of yours, or of the account, have ended"
+    ),
+}
+#: The same of a job that asks for what it cannot get.
+_NEVER_STARTS = {
+    "PartitionTimeLimit|.*MaxWallDuration.*|(Association|QOS)TimeLimit": (
+        "lower `time`: `sinfo --format='%P %l'` and `sacctmgr show qos` have the limits; or set another `partition`"
+    ),
+    "PartitionNodeLimit": "ask for fewer nodes (`sinfo --format='%P %D'`), or set another `partition`",
+    "(Assoc|QOS)Max.*Per(Job|Node)(Limit)?|(Association|QOS)ResourceLimit|MaxMemPerLimit": (
+        "ask for less in one job, or set another `qos`: `sacctmgr show qos` and `... associations` have the limits"
+    ),
+    "QOSMin.*": "ask for more, or set another `qos`: `sacctmgr show qos` has the limits",
+    "BadConstraints": "no node has what it asks for: change `constraint`, `gres`, `mem` or `cpus_per_task`",
+    "AccountNotAllowed|InvalidAccount|QOSNotAllowed|InvalidQOS": (
+        "set another `account` or `qos`: `sacctmgr show associations user=$USER` lists yours"
+    ),
+    "ReservationDeleted|ReservationInvalid": "name another reservation, or none",
+    "DeadLine": "ask for a later deadline, or a shorter `time`",
+}
 #: States of a job that has not started.
 WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
@@ -61,6 +87,21 @@ def job_id(text: str) -> str | None:
     return found[-1] if found else None
 
 
+def refusal_hint(text: str) -> str:
+    """Return a sentence on what to change, where it is no single setting that `sbatch` names.
+
+    Example:
+        >>> refusal_hint("Invalid account or account/partition combination specified")
+        ' `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions.'
+    """
+    if "Invalid account" in text:
+        return " `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions."
+    if "policy" in text or "SubmitJob" in text:
+        limits = " `sacctmgr show qos` and `sacctmgr show associations user=$USER` have the limits."
+        return f"{limits} Fix: if it is that of the jobs in the queue, submit fewer stages at once with --until STAGE."
+    return ""
+
+
 def ending(identity: str) -> str:
     """Return how a job ended; the controller knows for some minutes, the accounting, where there is one, for good."""
     asked = ask("scontrol", "--oneliner", "show", "job", identity)
@@ -77,19 +118,23 @@ def ending(identity: str) -> str:
     return ", ".join(word for word in text if word not in ("", "None", "exit status "))
 
 
-def waiting(reason: str, partition: str = "") -> JobState:
-    """Return the state of a job that waits; one that never starts has ended.
+def waiting(job: str, reason: str, partition: str = "") -> JobState:
+    """Return the state of a job that waits, with what to do where the reason does not pass by itself.
 
     Args:
+        job: its id.
         reason: Slurm's.
         partition: which it waits in; of several, the reason may be that of one alone.
 
     Example:
-        >>> waiting("PartitionTimeLimit").is_abandoned, waiting("Priority").is_abandoned
-        (True, False)
+        >>> waiting("7", "JobHeldUser").reason
+        'JobHeldUser: let it go with `scontrol release 7`'
     """
     if reason == ORPHANED:
         return JobState(Phase.ENDED, reason, is_abandoned=True, is_orphaned=True)
-    if _NEVER_STARTS.fullmatch(reason) and "," not in partition:
-        return JobState(Phase.ENDED, f"{reason}; limits: {LIMITS}", is_abandoned=True)
+    for fixes, is_abandoned in ((_PERSONS_END_IT, False), (_NEVER_STARTS, "," not in partition)):
+        for pattern, fix in fixes.items():
+            if re.fullmatch(pattern, reason):
+                phase = Phase.ENDED if is_abandoned else Phase.WAITING
+                return JobState(phase, f"{reason}: {fix.format(job=job)}", is_abandoned=is_abandoned)
     return JobState(Phase.WAITING, reason.replace("None", ""))

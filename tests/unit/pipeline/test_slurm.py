@@ -197,15 +197,21 @@ def test_words_of_a_site_around_a_job_id_are_not_taken_for_it(
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
-    [("invalid partition specified: h100", "Partitions: node1, node2"), ("QOSMaxSubmit", "sacctmgr")],
+    ("answer", "hint", "no_hint"),
+    [
+        ("invalid partition specified: h100", "Partitions: node1, node2", "account"),
+        ("Invalid account or account/partition combination specified", "run.executor.account", "Partitions:"),
+        ("QOSMaxSubmitJobPerUserLimit", "--until", "Partitions:"),
+        ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "--until", "Part"),
+    ],
 )
-def test_refusal_names_partitions_or_where_limits_stand(
-    commands: Path, tmp_path: Path, answer: str, said: str
+def test_refusal_names_the_setting_that_it_is_about(
+    commands: Path, tmp_path: Path, answer: str, hint: str, no_hint: str
 ) -> None:
     write_commands(commands, sbatch=f'echo "sbatch: error: {answer}" >&2; exit 1')
-    with pytest.raises(UpcycleError, match=said):
+    with pytest.raises(UpcycleError, match=hint) as caught:
         SlurmScheduler(built(*SITE)).submit(data(tmp_path), [])
+    assert no_hint not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -239,26 +245,35 @@ def test_mount_of_the_same_folder_under_another_name_holds_the_run(tmp_path: Pat
     assert missing_mounts(data(tmp_path / "lustre/run"), [f"{tmp_path}/scratch:{tmp_path}/lustre:ro"]) == []
 
 
-_PASSING = (
-    "Priority",
-    "QOSGrpNodeLimit",
-    "JobHeldUser",
-    "PartitionDown",
-    "QOSMaxJobsPerUserLimit",
-    "MaxNodePerAccount",
+@pytest.mark.parametrize(
+    ("reason", "phase", "fix"),
+    [
+        ("Priority", Phase.WAITING, "Priority"),
+        ("Resources", Phase.WAITING, "Resources"),
+        ("QOSGrpNodeLimit", Phase.WAITING, "QOSGrpNodeLimit"),
+        ("JobHeldUser", Phase.WAITING, "scontrol release 7"),
+        ("JobHeldAdmin", Phase.WAITING, "scontrol release 7"),
+        ("launch failed requeued held", Phase.WAITING, "scontrol release 7"),
+        ("PartitionDown", Phase.WAITING, "partition"),
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-8]", Phase.WAITING, "sinfo -R"),
+        ("QOSMaxJobsPerUserLimit", Phase.WAITING, "have ended"),
+        ("MaxNodePerAccount", Phase.WAITING, "have ended"),
+        ("AssocMaxJobsLimit", Phase.WAITING, "have ended"),
+        ("PartitionTimeLimit", Phase.ENDED, "lower `time`"),
+        ("QOSMaxWallDurationPerJobLimit", Phase.ENDED, "lower `time`"),
+        ("PartitionNodeLimit", Phase.ENDED, "fewer nodes"),
+        ("AssocMaxNodePerJobLimit", Phase.ENDED, "qos"),
+        ("QOSMaxGRESPerJob", Phase.ENDED, "qos"),
+        ("BadConstraints", Phase.ENDED, "constraint"),
+        ("InvalidAccount", Phase.ENDED, "account"),
+        ("DependencyNeverSatisfied", Phase.ENDED, "DependencyNeverSatisfied"),
+    ],
 )
-_LASTING = (
-    *("PartitionTimeLimit", "QOSMaxWallDurationPerJobLimit", "PartitionNodeLimit", "AssocMaxNodePerJobLimit"),
-    *("QOSMaxGRESPerJob", "BadConstraints", "InvalidAccount", "DependencyNeverSatisfied"),
-)
-
-
-@pytest.mark.parametrize("reason", [*_PASSING, *_LASTING])
-def test_a_job_that_never_starts_has_ended(commands: Path, reason: str) -> None:
+def test_reason_that_does_not_pass_is_named_with_a_fix(commands: Path, reason: str, phase: Phase, fix: str) -> None:
     write_commands(commands, squeue=f"echo '7|PENDING|{reason}|h100|'")
     state = SlurmScheduler(built(*SITE)).states(["7"])["7"]
-    assert (state.phase is Phase.ENDED, state.is_abandoned) == (reason in _LASTING, reason in _LASTING)
-    assert reason in state.reason
+    assert (state.phase, state.is_abandoned) == (phase, phase is Phase.ENDED)
+    assert fix in state.reason
 
 
 def test_reason_of_one_of_several_partitions_ends_nothing(commands: Path) -> None:
