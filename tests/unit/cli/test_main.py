@@ -94,7 +94,10 @@ def test_it_starts_without_torch_and_nemo() -> None:
         (["data", "sotu", "d", "seq_length"], "argument 'seq_length': got no =, expected KEY=VALUE. Fix: type"),
         (["data", "sotuu", "d"], "blend 'sotuu' does not exist. Did you mean 'sotu'?"),
         (["data", "sotu", "d", "--workers", "0"], "--workers: got 0, expected 1 or more"),
-        (["data", "sotu", "d", "--ray"], "option '--ray' does not exist."),
+        (
+            ["data", "sotu", "d", "--slurm", "cpu", "--ray"],
+            "way to run: got --slurm and --ray, expected one of them",
+        ),
         (["data", "sotu", "d", "--time", "1:00:00"], "--time: got no --slurm, expected both"),
         (["data", "sotu", "d"], "tokenizer: got none, expected the dense model whose tokenizer is used"),
         (["convert", "a"], "the following arguments are required: DST"),
