@@ -52,11 +52,11 @@ def blend_data(
         micro_batch_size: sequences of a micro batch.
         global_batch_size: sequences of a step, over all ranks.
         num_workers: processes that load data, per rank.
-        seed: of the order of the sequences; None takes the manifest's.
+        seed: seed of the order of the sequences; None takes the manifest's.
         indices: where the first rank writes the order of the samples, a folder that all nodes share and other data may
             share, too; None: `indices` in the data folder.
-        skip_samples: sequences at the beginning of the order that are left out: those that a training with the same
-            seed, whose model this one starts from, has read.
+        skip_samples: number of sequences to leave out at the beginning of the order, because the training that made
+            the starting model has read them with the same seed.
 
     Raises:
         UpcycleError: the folder is not finished, damaged or made with another tokenizer, or a split is shorter than
@@ -135,7 +135,7 @@ def mock_tokenizer(dense: str) -> NullTokenizer:
     """Return the tokenizer of NeMo's mock data with the vocabulary of a dense model: random tokens, no text.
 
     Args:
-        dense: as in `UpcycleConfig.path`; of a model on the hub, configuration and tokenizer are fetched.
+        dense: the dense model, as in `UpcycleConfig.path`; only configuration and tokenizer are fetched from the hub.
     """
     return NullTokenizer(vocab_size=read_parent(dense).vocab_size - 1)  # the last id ends a document
 

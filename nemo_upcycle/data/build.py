@@ -98,15 +98,15 @@ def build_blend(
     Args:
         blend: what to build.
         output: the folder to make, on a disk that all workers share.
-        engine_options: how the engine runs, as `("--workers", "8")`.
+        engine_options: options of the engine, such as `("--workers", "8")`.
         strict: whether damaged input ends the build; otherwise it is counted and reported.
 
     Returns:
         The manifest.
 
     Raises:
-        UpcycleError: as in `check_blend`; or the folder holds something else, another process builds it, the disk is
-            full, or the engine failed.
+        UpcycleError: `check_blend` refuses the blend, the folder holds something else, another process builds it, the
+            disk is full, or the engine failed.
 
     Example:
         >>> build_blend(read_blend("sotu", ["tokenizer=asset://smollm2-135m"]), Path("runs/data"))  # doctest: +SKIP
@@ -187,11 +187,11 @@ def update_blend(
     Args:
         blend: what to build.
         output: the folder to make.
-        engine_options: as in `build_blend`.
-        strict: as in `build_blend`.
+        engine_options: options of the engine, see `build_blend`.
+        strict: whether damaged input ends the build; see `build_blend`.
 
     Raises:
-        UpcycleError: as in `build_blend`.
+        UpcycleError: see `build_blend`.
     """
     output = resolved(output)
     fresh, replaced = aside_of(output), output.with_name(f".{output.name}.replaced")
@@ -217,10 +217,10 @@ def cached_blend(name: str, dense: str) -> Path:
 
     Args:
         name: name of the blend, as in `read_blend`.
-        dense: the dense model, by address.
+        dense: address of the dense model.
 
     Raises:
-        UpcycleError: as in `build_blend`.
+        UpcycleError: see `build_blend`.
     """
     blend = read_blend(name, [f"tokenizer={ensure_dense(dense)}"])
     files = [stamp for source in blend.config.sources for stamp in _stamps(blend, source)]
@@ -235,10 +235,10 @@ def _stamps(blend: Blend, source: str) -> list[Stamp]:
 
 
 def check_files(blend: Blend, source: str) -> dict[str, list[InputFile]]:
-    """Return the files of a source that names files; nothing of one that has to be fetched or rendered first.
+    """Return the files of a source that names files; nothing for one that has to be fetched or rendered first.
 
     Raises:
-        UpcycleError: as in `list_inputs`.
+        UpcycleError: see `list_inputs`.
     """
     return {} if reader_of(blend, source).renders else list_inputs(blend, source, Path())
 

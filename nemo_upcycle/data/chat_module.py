@@ -44,14 +44,14 @@ def chat_data(
         folder: the folder; all nodes must share it.
         chat: without a folder, the conversations to pack once, in the cache: a name in `conf/chat`, a YAML file, or a
             file of JSON lines.
-        seq_length: places of a pack, as the folder was made with.
+        seq_length: places of a pack; must be the folder's.
         micro_batch_size: packs of a micro batch; NeMo takes 1.
         global_batch_size: packs of a step, over all ranks.
         num_workers: processes that load data, per rank.
-        seed: of the order of the packs; None takes the manifest's.
-        teacher_weight: of the divergence from the dense model's answers, beside the cross entropy; 0 for none. What
-            the dense model answers is kept beside the packs, made on first use (`nemo-upcycle teach`).
-        teacher_temperature: that both models' answers are compared at.
+        seed: seed of the order of the packs; None takes the manifest's.
+        teacher_weight: weight of the divergence from the dense model's answers; the cross entropy has weight 1, and 0
+            learns nothing from the answers. They are kept beside the packs, made on first use (`nemo-upcycle teach`).
+        teacher_temperature: temperature at which both models' answers are compared.
 
     Raises:
         UpcycleError: the folder is not finished, damaged, of another length, or made with another tokenizer.

@@ -37,8 +37,8 @@ class Finished:
     """A finished folder and its manifest, of texts or of conversations.
 
     Attributes:
-        folder: absolute, without links: Megatron names its indices after the paths of the data.
-        manifest: as the command that made the folder writes it.
+        folder: its absolute path without links: Megatron names its indices after the paths of the data.
+        manifest: content of `manifest.json`.
     """
 
     #: What the manifest says of its kind and form, the key of its name, and the command that makes such a folder.
@@ -80,11 +80,11 @@ class Finished:
         """Check that the data were made with the tokenizer of a dense model.
 
         Args:
-            dense: as in `ensure_dense`, or a NeMo or Megatron checkpoint; of one that holds no tokenizer, a message
-                says that it was not compared.
+            dense: address of the dense model, see `ensure_dense`; or a NeMo or Megatron checkpoint. One without a
+                tokenizer is not compared, and a message says so.
 
         Raises:
-            UpcycleError: they were not, or the dense model cannot be read.
+            UpcycleError: the data have another tokenizer, or the dense model cannot be read.
         """
         from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256  # slow, and not installed everywhere
 

@@ -1,4 +1,4 @@
-"""What of a source is lost or left: counted, said, and refused above `max_lost` or below a sequence, early."""
+"""Count and report how much of a source is lost; refuse early more than `max_lost`, or less than a sequence left."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nemo_upcycle.utils.files import read_json
 
 #: A larger share is warned about.
 _WARNED = 0.01
-#: Of English text and most tokenizers, by which tokens are estimated.
+#: For English text and most tokenizers: tokens are estimated from bytes.
 _BYTES_PER_TOKEN = 4
-#: What the engine writes of each task: what it read, in a pass before the last one; and what it made of it.
+#: Records that the engine writes for each task: of the pass that reads it, and of the last pass.
 _READ, _STATS = "read", "stats"
 _TRAIN = ("documents", "bytes", "tokens")
 

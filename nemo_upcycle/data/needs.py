@@ -1,4 +1,4 @@
-"""What stages take from a network, so that it can be fetched before they run without one."""
+"""The models, data and questions that stages need from a network, to be fetched before they run without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run takes from networks: its parent, its blend and the questions of its suites."""
+"""Find everything that a run needs from networks: its parent, its blend and the questions of its suites."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passages of a text that are taken out of it, and what is left."""
+"""Cut passages out of a text, and keep the rest."""
 
 from __future__ import annotations
 

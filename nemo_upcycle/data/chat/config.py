@@ -142,11 +142,11 @@ def read_chat(name: str | Path, overrides: Sequence[str] = ()) -> Chat:
 
 
 def is_chat(data: str) -> bool:
-    """Return whether what a run reads are conversations, and not texts.
+    """Return whether a run reads conversations rather than texts.
 
     Args:
-        data: as `data=` of a pipeline names it: of `conf/chat`, a YAML file that names `files`, JSON lines, or a
-            finished folder of `nemo-upcycle chat`.
+        data: value of a pipeline's `data=`. Conversations are a name in `conf/chat`, a YAML file that names `files`,
+            a file of JSON lines, or a finished folder of `nemo-upcycle chat`.
 
     Example:
         >>> is_chat("messages"), is_chat("sotu"), is_chat("mine.jsonl")

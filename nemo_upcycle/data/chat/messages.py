@@ -26,8 +26,8 @@ class Conversation:
 
     Attributes:
         place: file and line, `mine.jsonl:17`.
-        messages: dicts with `role` and `content`, and what else a template reads of them; `weight` 0: not learned.
-        tools: as the line names them, for templates that show them; None: none.
+        messages: dicts with `role`, `content` and whatever else a template reads; `weight` 0 keeps one from the loss.
+        tools: tools that the line names, for templates that show them; None if it names none.
     """
 
     place: str

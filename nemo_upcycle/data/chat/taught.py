@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def teach_chat(finished: FinishedChat, dense: str | Path) -> TeacherReport:
-    """Let a dense model answer the packs of a finished folder that are trained on; what it has answered is kept.
+    """Let a dense model answer the training packs of a finished folder; finished answers are kept.
 
     Args:
-        finished: the folder, which gets one more in it.
+        finished: the folder; the answers become a folder inside it.
         dense: the dense model: a Hugging Face folder on this machine.
 
     Raises:
-        UpcycleError: as in `calibration.teach.teach`.
+        UpcycleError: see `calibration.teach.teach`.
     """
     from nemo_upcycle.calibration.teach import teach
 
@@ -41,13 +41,13 @@ def teach_chat(finished: FinishedChat, dense: str | Path) -> TeacherReport:
 
 
 def teacher_of(finished: FinishedChat, dense: str | Path) -> Teacher:
-    """Return a dense model's answers to the packs of a finished folder, which are made where they are not there.
+    """Return a dense model's answers to the packs of a finished folder, made first if they are missing.
 
     Several ranks may call it at the same time: one makes them, the others wait.
 
     Args:
         finished: the folder.
-        dense: as in `teach_chat`.
+        dense: the dense model, see `teach_chat`.
     """
     with open_dense(dense) as source:
         folder = _folder(finished, parent_digest(source))

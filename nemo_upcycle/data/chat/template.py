@@ -1,8 +1,8 @@
-"""Render conversations with a model's chat template, and tell its answers from what it is given.
+"""Render conversations with a model's chat template, and find the answers in them.
 
-A prompt is rendered as the model will be asked, up to where it begins to answer, and tokenised on its own where the
-tokenizer can: the first token of an answer is then the one that it has to find. The loss is on the answers, with
-the token that ends each.
+A prompt is rendered up to the place where the model begins to answer, and tokenised apart from the answer where the
+tokenizer allows it: the first token of the answer is then the one that the model has to produce. The loss is on the
+answers, with the token that ends each.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The steps that remove documents: filters, datatrove's exact deduplication, decontamination.
 
-Of equal documents that of the first task stays (`make_plan`). What evaluation items say is taken out of the documents
-of training; looser matches in what is left are reported.
+Of equal documents the one in the first task stays (`make_plan`). Passages of evaluation items are cut out of training
+documents; looser matches in the rest are reported.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FilterDocuments(BaseFilter):
 
 
 class FilterListed(BaseFilter):
-    """Removes what the publisher's list of duplicates names."""
+    """Removes the documents on the publisher's list of duplicates."""
 
     name = "listed duplicates"
 

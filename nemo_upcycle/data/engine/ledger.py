@@ -1,4 +1,4 @@
-"""What became of every document of a task: counts, times, and a line for each thing removed."""
+"""The record of a task: counts, times, and a line for each document or passage removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import write_json
 
 
-#: Of what a task counts, what a first pass over its documents knows.
+#: Counts of a task that are known after a first pass over its documents.
 _FIRST_PASS = ("bytes_in", "lost", "fields", "files", "steps")
 _FIELDS = 8
 STEPS = ("read", "filter", "deduplicate", "overlap", "decontaminate", "tokenise")

@@ -1,4 +1,4 @@
-"""Replaces e-mail addresses, IP addresses, card and social security numbers, where a source asks for it."""
+"""Replaces e-mail addresses, IP addresses, card and social security numbers, if a source asks for it."""
 
 from __future__ import annotations
 

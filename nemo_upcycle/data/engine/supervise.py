@@ -59,7 +59,7 @@ def run_plan(plan: EnginePlan, run_on: RunOn) -> None:
 
     Raises:
         UpcycleError: another engine runs there, the folder holds work of another plan, or a task failed.
-        Stopped: by a signal.
+        Stopped: a signal asked the engine to stop.
     """
     die_with_parent()
     try:  # the workers of a killed engine hold the lock until they have ended

@@ -30,12 +30,12 @@ class Task:
         source: the name of the source.
         reader: a key of `nemo_upcycle.data.readers.FORMATS`.
         files: paths or fsspec URLs.
-        split: where its documents go; None spreads them over the splits, as `EnginePlan.hold_out` says.
-        options: of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its list),
-            `part` (of its one file, as `read_lines` takes it).
-        max_tokens: tokens of training that are taken of all the tasks of its source; None takes all.
-        on_hit: what becomes of a training document that shares a passage with an evaluation item.
-        pii: what is replaced in its documents, of `nemo_upcycle.data.blend.PII`.
+        split: split of its documents; None spreads them over the splits, see `EnginePlan.hold_out`.
+        options: the reader's options: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its
+            list), `part` (part of its only file, see `read_lines`).
+        max_tokens: training tokens to take from all tasks of its source together; None takes all.
+        on_hit: what happens to a training document that shares a passage with an evaluation item.
+        pii: kinds of personal data to replace in its documents, out of `nemo_upcycle.data.blend.PII`.
     """
 
     source: str
