@@ -39,13 +39,13 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
 
     Args:
         run_dir: the run's folder.
-        plan: what the stages will be given.
+        plan: plan of the run.
         ctx: NeMo-Run's context of the command.
-        stages: those that will run.
-        shown: whether nothing starts, so that neither the network nor this machine has to have what a run needs.
+        stages: stages that will run.
+        shown: whether the run is only shown: then neither the network nor this machine needs to have what it takes.
 
     Raises:
-        UpcycleError: one is not valid; the text names it.
+        UpcycleError: an argument is not valid; the text names it.
     """
     check_folder(run_dir)
     check_detach(ctx)

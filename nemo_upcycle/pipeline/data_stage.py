@@ -1,4 +1,4 @@
-"""The stage that makes the data of a run, of texts or of conversations, and what later stages read of them."""
+"""Make the data of a run from texts or conversations, and open them for later stages."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def require_data(plan: WorkPlan, folder: Path) -> None:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Return the files that hold what trainings read of data, and what is held back, by which these know them."""
+    """Return the files that identify data to other stages: those that trainings read, and the held-out texts."""
     from nemo_upcycle.data.chat.finished import PACKS
     from nemo_upcycle.data.finished import HELDOUT, open_blend
 

@@ -145,10 +145,10 @@ def launch(
     Args:
         ctx: NeMo-Run's context of the command.
         run_dir: the run's folder.
-        plan: what the stages are given.
-        jobs: those to run.
-        forecast: the forecast of the run, whose disk is checked; None where nothing is known.
-        at_once: how many may run at the same time on this machine.
+        plan: plan of the run.
+        jobs: jobs to run.
+        forecast: forecast of the run, whose disk space is checked; None to check none.
+        at_once: number of jobs that may run at the same time on this machine.
 
     Returns:
         Whether the user confirmed; the stages are then done, or submitted.

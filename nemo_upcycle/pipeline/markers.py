@@ -1,12 +1,12 @@
 """The marker that a finished stage leaves, by which the next run knows whether to run the stage again.
 
-A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds everything the stage depends on: its settings, and of each stage
-whose results it reads the settings (`stage NAME`) and what that left (`content NAME`), as hashes. So a stage that runs
-again, from the same settings and to the same result, changes nothing of what reads it, however long it took. What does
-not change a result (how often a training logs or saves, on how many nodes it runs) is no part of it: a run that has
-started resumes with other values, and notes the change.
+A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds everything that the stage depends on: its own settings, and for
+each stage whose results it reads, hashes of that stage's settings (`stage NAME`) and results (`content NAME`). So when
+a stage runs again with the same settings and the same result, the stages that read it need not run again. Settings
+that change no result (how often a training logs or saves, on how many nodes it runs) are not in the marker: a run that
+has started resumes with other values, and notes the change.
 
-Releases before there was a schema noted of a stage before the hash of its whole marker; `_translated` reads it.
+Releases before schema 1 kept the hash of an earlier stage's whole marker; `_translated` reads it.
 """
 
 from __future__ import annotations
@@ -343,11 +343,11 @@ class StageFolder:
 
 
 def renew(folders: Sequence[StageFolder]) -> None:
-    """Write notes of releases before schema 1 as they are written now: they know a stage by the bytes of its marker.
+    """Rewrite notes of releases before schema 1, which identify a stage by the bytes of its marker.
 
     Args:
-        folders: of a run's stages, each after those that it reads. The last are written first: a kill leaves the
-            bytes that the others know.
+        folders: folders of a run's stages, each after those that it reads. The last are written first, so that a kill
+            leaves the bytes that earlier notes refer to.
     """
     notes = [note for folder in folders for note in folder.renewed()]
     for path, content in reversed(notes):

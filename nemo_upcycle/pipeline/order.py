@@ -1,4 +1,4 @@
-"""Read the plan of a run; tell which stages a part of it has, and which must be done before."""
+"""Read the plan of a run; find the stages of a part of it, and those that must be done before."""
 
 from __future__ import annotations
 

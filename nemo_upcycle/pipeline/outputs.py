@@ -1,4 +1,4 @@
-"""What finished stages left: the files by which other stages know it, and whether all of it is there."""
+"""Find the results of finished stages: the files that identify them to other stages, and whether all are there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def require_kept(folder: Path, run_dir: Path) -> None:
 
 
 def weights_in(*folders: Path) -> list[Path]:
-    """Return the files that hold the weights of models, by which those that read them know them."""
+    """Return the files that identify models to the stages that read them: those with the weights."""
     return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
 
 

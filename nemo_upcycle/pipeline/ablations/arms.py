@@ -1,4 +1,4 @@
-"""What a grid asks of the recipe of an arm, whatever trains it."""
+"""The recipe of a grid's arm, and how each trainer changes it."""
 
 from __future__ import annotations
 

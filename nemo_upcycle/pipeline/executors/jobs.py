@@ -1,4 +1,4 @@
-"""A stage as a scheduler is asked to run it, what the scheduler says of it, and how long it has to save."""
+"""The job of a stage, its state in the scheduler, and the time that it gets to save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVIDIA's performance settings of a training, as `conf/performance.yaml` has them by card and layout."""
+"""NVIDIA's performance settings of a training, looked up in `conf/performance.yaml` by card and layout."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class PerformanceSetting:
     """A setting of a training.
 
     Args:
-        name: a variable, an option of srun as `--mpi`, `numactl`, or `--segment`.
-        value: as text; empty for an option without a value.
-        origin: why it is so: the conditions of the table's row, or who set it.
+        name: a variable, an option of srun such as `--mpi`, `numactl`, or `--segment`.
+        value: text of the value; empty for an option without one.
+        origin: reason of the value: the conditions of the table's row, or where it was set.
     """
 
     name: str
@@ -62,15 +62,15 @@ def settings_for(
     changed: Mapping[str, Any] | None = None,
     origin: str = "",
 ) -> list[PerformanceSetting]:
-    """Return the settings of a job; none but for a training.
+    """Return the performance settings of a job; only a training has any.
 
     Args:
         job: the stage.
         card: the kind of GPU of its nodes.
-        scheduler: the part of the table that comes on top of the variables; empty: none.
-        container: whether it runs in one.
-        changed: by name, what the user sets in the place of the table's value; None removes it.
-        origin: where `changed` is from.
+        scheduler: part of the table to add to the variables; empty for none.
+        container: whether the job runs in a container.
+        changed: name -> the user's value, which replaces the table's; None removes a setting.
+        origin: place where `changed` was set.
 
     Raises:
         UpcycleError: `changed` has a name that the table does not have.
@@ -160,10 +160,10 @@ def settings_here(job: Job) -> list[PerformanceSetting]:
 
 
 def lines_of(found: Mapping[str, Sequence[PerformanceSetting]]) -> list[str]:
-    """Return the settings of trainings as lines of a table, for people.
+    """Render the settings of trainings as lines of a table, for people.
 
     Args:
-        found: by stage.
+        found: stage -> its settings.
     """
     stages: dict[PerformanceSetting, list[str]] = {}
     for stage, settings in found.items():

@@ -1,4 +1,4 @@
-"""Executors as conf/executors and a site's own YAML file describe them, and the scheduler of each."""
+"""Read executors from conf/executors or a site's own YAML file, and find the scheduler of each."""
 
 from __future__ import annotations
 

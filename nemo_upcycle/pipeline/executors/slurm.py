@@ -1,7 +1,7 @@
 """Slurm: NeMo-Run writes the batch script of a stage; here it is checked, submitted, watched and requeued.
 
-NeMo-Run's `Experiment` is not used: it takes a training that was preempted and ended with status 0 for finished, a
-cluster without `sacct` for a failure, and its retries do not ask whether a job got any further.
+NeMo-Run's `Experiment` is not used: it reports a preempted training that ended with status 0 as finished, and every
+job of a cluster without `sacct` as failed, and it retries jobs that make no progress.
 """
 
 # No postponed annotations, and Optional[...]: NeMo-Run parses the executor's fields by them.
@@ -64,20 +64,20 @@ _KILL_WAIT_S = 30
 
 @dataclass(kw_only=True)
 class StagedSlurmExecutor(run.SlurmExecutor):
-    """NeMo-Run's `SlurmExecutor`, with what each stage asks for; a file of conf/executors describes one.
+    """NeMo-Run's `SlurmExecutor` with settings for each stage; a file of conf/executors describes one.
 
     Attributes:
-        stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
+        stages: stage -> fields that differ from this executor's; a training's nodes and ranks are set in its recipe.
         hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
         silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
         card: the kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
-        performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
-        price_per_gpu_hour: for --dryrun; None: not known.
-        write_gib_s: what the file system of `dir` writes in GiB a second, from all nodes, for --dryrun.
+        performance: name -> value that replaces the one in `conf/performance.yaml`; None removes a setting.
+        price_per_gpu_hour: price, for --dryrun; None if it is not known.
+        write_gib_s: GiB a second that all nodes together write to the file system of `dir`, for --dryrun.
         shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
         python: the interpreter of the stages; None: `python` of the container, or this one without a container.
-        packager: what is sent along: nothing, the package is installed on the nodes.
-        origins: by field, where its value was set, for people.
+        packager: packager that sends nothing along: the package is installed on the nodes.
+        origins: field -> where its value was set, for people.
     """
 
     account: str = MISSING

@@ -1,4 +1,4 @@
-"""What Slurm's commands answer: whether they take a job, what it waits for, how it ended, and what a person can do."""
+"""Read the answers of Slurm's commands: whether a job is taken, what it waits for, how it ended, and the remedy."""
 
 from __future__ import annotations
 

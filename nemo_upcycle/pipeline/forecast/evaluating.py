@@ -1,4 +1,4 @@
-"""What evaluation while training costs: the texts of its suite, and the time of passing them, at most."""
+"""Forecast the cost of evaluation during training: the texts of its suite, and at most the time that they take."""
 
 from __future__ import annotations
 

@@ -37,12 +37,12 @@ _INDEX = re.compile(r"\[.*")
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting.
+    """A setting of a run, for people.
 
     Args:
-        name: as an override on the command line names it.
-        value: as text.
-        origin: where it comes from.
+        name: name of its override on the command line.
+        value: text of the value.
+        origin: place where it was set.
     """
 
     name: str
@@ -102,16 +102,16 @@ class Forecast:
 
     Args:
         run_dir: its folder.
-        recipe: its name.
-        stages: a part of the chain, in its order.
-        trainings: those of the stages that train, by name.
-        scores: when they are there; None: no stage gives any.
-        disk: the disk of the folder.
-        network: what stages take from networks.
-        settings: those that matter, with their origins.
-        performance: NVIDIA's settings of the trainings, by stage.
+        recipe: name of its recipe.
+        stages: forecasts of the stages, in the order of the chain.
+        trainings: stage -> forecast of its training.
+        scores: when the scores will be there; None if no stage gives any.
+        disk: disk space that the folder needs.
+        network: what stages fetch from networks.
+        settings: settings that matter, with their origins.
+        performance: stage -> NVIDIA's settings of its training.
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
-        unchecked: what could not be looked at, in a line; "" where all could.
+        unchecked: what could not be checked, in a line; "" if everything was.
     """
 
     run_dir: Path
@@ -146,12 +146,13 @@ def forecast(
     Args:
         stages: the part of the chain that was asked for.
         run_dir: the run's folder; need not exist.
-        plan: what the stages are given, checked.
-        cluster: where the stages run; None: this machine, or `executor`. Its executor may have `origins` (by field,
-            where a value comes from), a `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
-        jobs: those of the stages.
-        origins: the origins of what was typed.
-        executor: the user's, where it has no scheduler of this package.
+        plan: checked plan of the run.
+        cluster: cluster that the stages run on; None for this machine or `executor`. Its executor may have `origins`
+            (field -> where its value was set), a `price_per_gpu_hour`, and a `card`, a name of
+            `nemo-upcycle plan --gpu`.
+        jobs: jobs of the stages.
+        origins: origins of the overrides that were typed.
+        executor: the user's executor, if it has no scheduler of this package.
 
     Example:
         >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs, origins)))  # doctest: +SKIP

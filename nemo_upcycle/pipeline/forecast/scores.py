@@ -1,4 +1,4 @@
-"""When a run has its scores: those of the models in training, and the last ones, of the evaluation after it."""
+"""Forecast when a run has its scores: those of models in training, and those of the evaluation after it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class ScoreForecast:
 def forecast_scores(
     inputs: Inputs, stages: Sequence[StageForecast], trainings: Mapping[str, TrainingForecast], *, is_parallel: bool
 ) -> ScoreForecast | None:
-    """Return when the last scores are there; None where no evaluation is to come, or nothing is known of trainings.
+    """Forecast when the last scores will be there; None if no evaluation is to come or the trainings are not known.
 
     A text is taken to be read in a third of the time that a GPU trains on it, on as many GPUs as the stage has ranks:
     the upcycled model before and after its training at its own speed, parent and baseline at the baseline's.
 
     Args:
-        inputs: what the run reads.
-        stages: what happens to each.
-        trainings: by stage.
+        inputs: inputs of the run.
+        stages: forecasts of the stages.
+        trainings: stage -> forecast of its training.
         is_parallel: whether the trainings run at the same time.
     """
     stage = next((stage for stage in stages if stage.name == _EVALUATE and stage.runs), None)

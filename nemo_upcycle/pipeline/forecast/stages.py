@@ -88,15 +88,15 @@ def forecast_stages(
     jobs: Mapping[str, Job],
     executor: Any = None,
 ) -> tuple[StageForecast, ...]:
-    """Find what will happen to each stage.
+    """Forecast what will happen to each stage.
 
     Args:
-        stages: a part of the chain, in its order; what comes before it is done.
+        stages: a part of the chain, in its order; the stages before it are done.
         run_dir: the run's folder; need not exist.
-        plan: what the stages are given.
-        cluster: the scheduler; None: this machine, or an executor of others.
-        jobs: by stage, what is asked of it.
-        executor: the user's.
+        plan: plan of the run.
+        cluster: the scheduler; None for this machine, or an executor without a scheduler of this package.
+        jobs: stage -> its job.
+        executor: the user's executor.
     """
     findings: dict[str, Finding] = {}
     for stage in stages:

@@ -1,4 +1,4 @@
-"""The arms of a grid as recipes of NeMo."""
+"""Build the arms of a grid from recipes of NeMo."""
 
 from __future__ import annotations
 
