@@ -1,4 +1,4 @@
-"""The sections of report.md about what the models answer: scores, differences, samples, step 0."""
+"""The sections of report.md about the models' answers: scores, differences, samples, step 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the laws expected of a run's upcycled model beside its baseline, and what came of it."""
+"""Compare the laws' expectation of a run's upcycled model and its baseline with the result."""
 
 from __future__ import annotations
 

@@ -41,14 +41,13 @@ def chain_only(steps: int) -> str:
 
 
 def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float] | None = None) -> Figure:
-    """Return validation loss of the MoE and its baseline over tokens, and over FLOPs; behind it training loss.
+    """Draw the validation loss of the MoE and its baseline over tokens and over FLOPs, with training loss behind it.
 
-    A validation loss from before the first step is drawn as a line to compare with. That of the baseline is the
-    dense parent's.
+    A horizontal line marks the validation loss before the first step; the baseline's is the loss of the dense parent.
 
     Args:
-        curves: by stage, `pretrain` and perhaps `dense_ct`.
-        flops_per_token: FLOPs of a token in training, by stage; without all of them there is no panel over FLOPs.
+        curves: stage -> curve, for `pretrain` and perhaps `dense_ct`.
+        flops_per_token: stage -> FLOPs of a token in training; the panel over FLOPs needs all of them.
     """
     from matplotlib.figure import Figure
 
@@ -249,10 +248,10 @@ def routers_figure(curve: Curve) -> Figure | None:
 
 
 def speed_figure(curves: Mapping[str, Curve]) -> Figure:
-    """Return tokens per second at every step, and the most memory that any rank has held.
+    """Draw the tokens per second of every step, and the most memory that any rank has held.
 
     Args:
-        curves: by stage, `pretrain` and perhaps `dense_ct`.
+        curves: stage -> curve, for `pretrain` and perhaps `dense_ct`.
     """
     from matplotlib.figure import Figure
 
@@ -321,10 +320,10 @@ def _tick(text: str) -> str:
 
 
 def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
-    """Return bits per byte of held-out text over tokens, with 95 % intervals over documents; None of no score.
+    """Draw bits per byte of held-out text over tokens, with 95 % intervals over documents; None without a score.
 
     Args:
-        curves: by stage, `pretrain` and perhaps `dense_ct`.
+        curves: stage -> curve, for `pretrain` and perhaps `dense_ct`.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The results of a grid of ablations: what each arm reaches, what it differs by, and how sure that is."""
+"""Compute the results of a grid of ablations: each arm's scores, its differences, and their intervals."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ COSTS_APART = 0.02
 
 @dataclass(frozen=True)
 class ArmRecord:
-    """What an arm's trainings left.
+    """Measurements from an arm's trainings.
 
     Args:
-        name: the name of the arm.
-        steps: the steps of a whole training.
-        tokens_per_step: the tokens of a step.
-        schedule: the learning rate's.
-        is_rate_constant: whether every point is what a whole training of that length reaches: the learning rate does
-            not fall, or each point is the end of a training of its own.
-        trained_seeds: those that were trained.
-        scores: by tokens and seed, the sums of the held-out documents. What was no number is not there.
-        routers: by metric and tokens, the mean over layers and seeds; nothing of a dense arm.
+        name: name of the arm.
+        steps: number of steps of a whole training.
+        tokens_per_step: number of tokens of a step.
+        schedule: schedule of the learning rate.
+        is_rate_constant: whether each point equals the result of a whole training of that length, because the learning
+            rate does not fall, or each point is the end of a training of its own.
+        trained_seeds: seeds that were trained.
+        scores: tokens -> seed -> sums of the held-out documents; values that were not a number are left out.
+        routers: metric -> tokens -> mean over layers and seeds; empty for a dense arm.
         flops_per_token: FLOPs of a token in training, full attention.
-        rank_seconds_per_token: the steps' seconds times ranks, of each the fastest seed, without the first step.
-        parent: what it starts from, of a grid whose arms have parents of their own.
+        rank_seconds_per_token: seconds of the steps times ranks, over their tokens; for each step the fastest seed's,
+            without the first step.
+        parent: model that the arm starts from, in a grid whose arms have different parents.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """The evidence of a grid: the numbers that its trainings leave, in one file from which all tables are computed.
 
-Everything is a list or has a name: JSON would turn numbers that are keys into texts.
+Numbers are never keys, which JSON would turn into texts: everything is a list or has a name.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ def write_grid(folder: Path) -> Path:
     """Write the table of a grid again.
 
     Args:
-        folder: of a grid, whose `table/` is written from the trainings that are finished; or of its evidence alone:
-            the table is written beside it, or between the two markers of the page `FOLDER.md`, if there is one.
+        folder: folder of a grid, whose `table/` is written from its finished trainings; or a folder with its evidence
+            alone: the table is written beside it, or between the two markers of the page `FOLDER.md`, if there is one.
 
     Returns:
         The path of the table, or of the page.

@@ -58,20 +58,20 @@ class RunRecord:
 
     Attributes:
         recipe: name of the recipe, from `pipeline.json`.
-        dense, trained_on: from there as well, the parent's address and the tokens that it was trained on, as the user
-            said; None of one that was not said.
+        dense: address of the dense parent, from `pipeline.json`.
+        trained_on: the user's number of tokens that the parent was trained on, from `pipeline.json`; None if not set.
         receipt: the receipt of the check of step 0 on one rank, with its comparison of logits.
         online_receipt: the receipt of the upcycling inside the training job; None without one.
-        curves: the curves of `pretrain` and, unless it was skipped, `dense_ct`.
-        settings: `training.json` by stage.
-        changes: by stage, the settings that were changed after it had started.
-        evaluations: by the names in `MODELS`, perhaps without `dense_ct`.
+        curves: stage -> curve, for `pretrain` and, unless it was skipped, `dense_ct`.
+        settings: stage -> content of `training.json`.
+        changes: stage -> settings that were changed after it had started.
+        evaluations: name in `MODELS` -> its evaluation; `dense_ct` may be missing.
         command: the command line that was typed, if the run noted it.
-        recipes: by stage, the file of its resolved recipe, relative to the folder.
-        stage_seconds: wall time of the stages that finished, each after those that it needs.
-        contamination: `contamination.json` of the data; None where there is none.
-        heldout_overlap: of the data's `manifest.json`: held-out text in training text; None where none was looked for.
-        heldout: of that manifest, `tokens` and `bytes` of the held-out text; None where they are not known.
+        recipes: stage -> file of its resolved recipe, relative to the folder.
+        stage_seconds: stage -> its wall time, for stages that finished, each after those that it needs.
+        contamination: content of the data's `contamination.json`; None if there is none.
+        heldout_overlap: held-out text found in training text, from the data's manifest; None if it was not looked for.
+        heldout: `tokens` and `bytes` of the held-out text, from the data's manifest; None if they are not known.
     """
 
     recipe: str

@@ -1,6 +1,6 @@
 """The sections of report.md, each a function of the results that names the files of its numbers.
 
-Those about what the models answer are in `evaluation_sections`.
+Sections about the models' answers are in `evaluation_sections`.
 """
 
 from __future__ import annotations
