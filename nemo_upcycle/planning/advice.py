@@ -1,4 +1,4 @@
-"""Should a dense model be upcycled: what each option costs, and what the fitted law says of it inside its range."""
+"""Advise whether to upcycle a dense model: the cost of each option, and the fitted law's forecast inside its range."""
 
 from __future__ import annotations
 

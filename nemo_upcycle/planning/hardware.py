@@ -1,4 +1,4 @@
-"""What a GPU and its machine reach; GPUs, recipes and their parents by name, read from `conf/planning`."""
+"""The speeds that a GPU and its machine reach; GPUs, recipes and parents by name, read from `conf/planning`."""
 
 from __future__ import annotations
 
@@ -47,30 +47,30 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is reached of the peaks, of an H100; `Gpu.reached` has what is else with a GPU.
+    """Which part of an H100's peaks is reached; `Gpu.reached` has the values that differ on another GPU.
 
-    Fitted are `gemm`, `gemm_fp8`, `moe_us` and `imbalance`; the rest is set.
+    `gemm`, `gemm_fp8`, `moe_us` and `imbalance` are fitted to measurements; the rest is set.
 
     Args:
         gemm: part of the peak that large matrix products reach, at the clock they run at.
-        gemm_fp8: the same for FP8, scaling and transposing included; of MXFP8 without the casts, which are counted.
-        gemm_fp4: the same for NVFP4, without the casts.
-        ragged: part of that for a matrix whose sides are no multiples of 128.
+        gemm_fp8: `gemm` for FP8, scaling and transposing included; for MXFP8 without casts, which are counted apart.
+        gemm_fp4: `gemm` for NVFP4, without casts.
+        ragged: factor on these for a matrix whose sides are no multiples of 128.
         attention: part of the BF16 peak that flash attention reaches over forward and backward.
         memory: part of the HBM's bandwidth.
         link: part of the bandwidth of NVLink and of the network.
         tp_hidden: part of tensor parallelism's traffic that products hide where it is overlapped.
         ep_hidden: part of the experts' traffic that another micro-batch's computation hides where it is overlapped.
         layer_us: kernel launches and host work of one layer and micro-batch.
-        moe_us: the same for its router and dispatcher, which wait for the number of tokens of each expert.
-        expert_us: the same for every further expert of the rank: grouped products are launched expert by expert.
-        uneven_expert_us: the same without padding: the host has waited for the numbers of tokens, and nothing that it
-            launched before hides what it does then.
-        uneven_fp8_expert_us: the same in FP8, where each expert's tensors are measured, cast and transposed.
-        uneven_mx_expert_us: the same in MXFP8 and NVFP4, whose scales need no second pass.
-        imbalance: token slots of the busiest expert rank, for which the others wait, over the mean, when experts are
-            not padded to a capacity and routing is balanced, as benchmarks force it.
-        uneven: what natural routing adds to that for each doubling of the experts beyond four.
+        moe_us: time of a layer's router and dispatcher, which wait for the number of tokens of each expert.
+        expert_us: time of every further expert of the rank: grouped products are launched expert by expert.
+        uneven_expert_us: `expert_us` without padding: the host has waited for the numbers of tokens, so no kernel that
+            it launched earlier hides its work.
+        uneven_fp8_expert_us: `uneven_expert_us` in FP8, where each expert's tensors are measured, cast and transposed.
+        uneven_mx_expert_us: `uneven_expert_us` in MXFP8 and NVFP4, whose scales need no second pass.
+        imbalance: token slots of the busiest expert rank over the mean, when experts are not padded to a capacity and
+            routing is balanced, as benchmarks force it; the other ranks wait for the busiest.
+        uneven: growth of `imbalance` under natural routing, for each doubling of the experts beyond four.
     """
 
     gemm: float = 0.58
@@ -141,7 +141,7 @@ def known_software(name: str) -> str:
 
 
 def known_machine(gpu: Gpu, software: str) -> Machine:
-    """Return what a generation of software reaches of a GPU's peaks.
+    """Find which part of a GPU's peaks a generation of software reaches.
 
     Args:
         gpu: the GPU.

@@ -1,8 +1,8 @@
-"""The law of what pays: the loss after training, as a function of the parent's tokens and of those that follow.
+"""The law that tells whether upcycling pays: loss after training, over the parent's tokens and the tokens that follow.
 
 `interaction` is the form of arXiv 2502.03009 and 2510.06548: the exponent of the new tokens shrinks with the logarithm
-of the parent's. The others are without that. Coefficients are data, in `conf/planning/upcycling_law.yaml`, which
-`benchmarks/upcycling_law.py` fits.
+of the parent's tokens. The other forms leave this out. `benchmarks/upcycling_law.py` fits the coefficients in
+`conf/planning/upcycling_law.yaml`.
 """
 
 from __future__ import annotations

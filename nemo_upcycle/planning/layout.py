@@ -1,6 +1,7 @@
-"""How a cluster cuts a model: who is in which group, which layers a rank holds. `rules.py` says what is allowed.
+"""How a cluster cuts a model: which group a rank is in, which layers it holds. `rules.py` checks layouts.
 
-Megatron-Core's rules and orders (tp fastest, then cp, dp, pp; for experts etp, ep, expert dp, pp), without Megatron.
+Ranks are ordered as in Megatron-Core (tp fastest, then cp, dp, pp; for experts etp, ep, expert dp, pp), whose code is
+not needed.
 """
 
 from __future__ import annotations

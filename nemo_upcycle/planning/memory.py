@@ -1,8 +1,8 @@
-"""What a rank has to hold, by component: states exactly, activations by formula, the rest as stated assumptions.
+"""Estimate the memory of a rank by component: states exactly, activations by formula, the rest by stated assumptions.
 
 Activations follow Korthikanti et al. (arXiv 2205.05198, section 4): each layer's saved tensors, cut by tensor and
 sequence parallelism, times the micro-batches in flight; with flash attention (no s x s matrix), RMSNorm, gated units
-and no dropout, and with the token slots that a rank's experts are given in place of the feed-forward network's tokens.
+and no dropout. Experts count the token slots that they are given, where a feed-forward network counts tokens.
 """
 
 from __future__ import annotations

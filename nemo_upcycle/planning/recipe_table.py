@@ -1,6 +1,6 @@
 """The table of models that recipes are made of, one row each: `conf/planning/recipes.yaml` explains the keys.
 
-The planner reads it, the recipes of both trainers and the chains: so it lies here, below them.
+The planner, the recipes of both trainers and the chains read it, so it stands in the lowest of these layers.
 """
 
 from __future__ import annotations

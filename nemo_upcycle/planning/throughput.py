@@ -1,7 +1,8 @@
-"""How long a step takes: work and traffic of every part of a layer, divided by what the machine can do.
+"""Estimate the time of a step: work and traffic of every part of a layer, divided by the machine's speed.
 
-A sum of times, each with a physical meaning. Work and traffic are counts; how much of a peak a kernel reaches is what
-`Machine` holds, fitted on published measurements (`benchmarks/throughput.py`; table and errors in docs/planning.md).
+The result is a sum of times, each with a physical meaning. Work and traffic are counts; `Machine` holds the part of a
+peak that a kernel reaches, fitted on published measurements (`benchmarks/throughput.py`; table and errors in
+docs/planning.md).
 All times are of one GPU and of forward and backward together.
 """
 

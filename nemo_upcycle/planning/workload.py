@@ -1,4 +1,4 @@
-"""What is trained with a layout: batch, sequence, precision, recomputation, capacity of the experts."""
+"""The training that a layout is planned for: batch, sequence, precision, recomputation, capacity of the experts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nemo_upcycle.models.architecture import Architecture
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers are kept; parameters in BF16, unless `Workload.low_params`.
+    """A precision of training; parameters are in BF16, unless `Workload.low_params`.
 
     Args:
-        bits: those of the numbers that the linear layers inside the transformer layers multiply: 16, 8 or 4.
-        copy_bytes: bytes of the copies that Transformer Engine holds of each of their weights, in rows and in columns,
-            scales included.
-        saved_bytes: bytes of one element of an input that such a layer keeps for its backward pass.
-        cast_bytes: read and written to cast an element of an input, or of a gradient, into rows and columns, where
-            that is counted; delayed, current and blockwise scaling have it in `Machine.gemm_fp8`.
-        gather_bytes: bytes of a low-precision parameter, where data parallelism gathers it.
-        bf16_ends: layers at either end of the model that stay in BF16.
-        rows: a product needs a multiple of this many, and of columns.
+        bits: width of the numbers that linear layers inside the transformer layers multiply: 16, 8 or 4.
+        copy_bytes: bytes of Transformer Engine's copies of a weight of these layers, in rows and in columns, scales
+            included.
+        saved_bytes: bytes that such a layer keeps of each element of its input for the backward pass.
+        cast_bytes: bytes read and written to cast an element of an input or a gradient into rows and columns; 0 for
+            delayed, current and blockwise scaling, whose casts are in `Machine.gemm_fp8`.
+        gather_bytes: bytes of a low-precision parameter that data parallelism gathers.
+        bf16_ends: number of layers at either end of the model that stay in BF16.
+        rows: number that a product's rows, and its columns, must be a multiple of.
         blackwell: whether only Blackwell has it.
     """
 
