@@ -33,12 +33,12 @@ _PART_TOKENS, _BATCH_TOKENS, _ROUND_TO, _LOGIT_ROWS = 65_536, 4096, 64, 256
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack to be answered.
+    """A pack that the parent answers.
 
     Args:
         labels: [S], as the data module gives them to the loss.
-        sequences: of each conversation the tokens that the model is given, and at which of them the loss is on what
-            comes next; they stand one behind the other.
+        sequences: conversations of the pack, one after the other: the tokens that the model is given, and a mask of
+            those whose next token is in the loss.
     """
 
     labels: torch.Tensor
@@ -60,14 +60,14 @@ class TeacherReport:
     """What `teach` did.
 
     Attributes:
-        path: of the folder.
-        made: whether it was made now, and not found finished.
-        packs: that the parent answered.
-        answer_tokens: places that it answered at.
-        top_k: tokens that are kept of each.
-        covered: share of the probability that they have, in the mean.
-        size_bytes: of the folder.
-        seconds: that it took.
+        path: the folder of the answers.
+        made: whether it was made now; False if it was already finished.
+        packs: number of packs that the parent answered.
+        answer_tokens: number of places that it answered at.
+        top_k: number of tokens kept at each place.
+        covered: mean share of the probability that the kept tokens have.
+        size_bytes: size of the folder.
+        seconds: time that the answers took.
     """
 
     path: Path
@@ -158,9 +158,9 @@ class _Batch:
     """Conversations of about one length, [B, S]; causal attention leaves the padding at their ends without effect.
 
     Args:
-        ids: of the tokens.
-        scored: which tokens the loss is on what follows them, as places of the flat batch.
-        rows: of the part's answers, in the order of `scored`.
+        ids: token numbers.
+        scored: places in the flat batch of the tokens whose next token is in the loss.
+        rows: rows of the part's answers, in the order of `scored`.
     """
 
     ids: torch.Tensor

@@ -36,12 +36,12 @@ def pack_key(labels_S: torch.Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the parent answers in a pack.
+    """The parent's answers in a pack.
 
     Attributes:
-        places: of the pack that the loss is on, [N].
-        tokens: the likeliest after each, [N, K].
-        log_probs: of these, and of all others together, [N, K + 1].
+        places: places of the pack that are in the loss, [N].
+        tokens: the likeliest tokens after each place, [N, K].
+        log_probs: log-probabilities of these tokens, and of all others together, [N, K + 1].
     """
 
     places: torch.Tensor
@@ -53,10 +53,10 @@ class Teacher:
     """A finished folder of a dense parent's answers; the packs are looked up by their labels.
 
     Args:
-        folder: as `teach` makes it.
+        folder: a folder that `teach` wrote.
 
     Raises:
-        UpcycleError: it is not finished, or of another format.
+        UpcycleError: the folder is not finished, or has another format.
 
     Example:
         >>> Teacher(Path("data/mine/teacher-1f2e3d4c")).of(labels).tokens.shape  # doctest: +SKIP
@@ -85,7 +85,7 @@ class Teacher:
         return made_from
 
     def of(self, labels_S: torch.Tensor) -> Targets:
-        """Return what the parent answers in the pack of these labels, on the CPU.
+        """Look up the parent's answers in the pack with these labels; the tensors are on the CPU.
 
         Raises:
             UpcycleError: the parent has not seen this pack.
@@ -114,8 +114,8 @@ class Lesson:
 
     Args:
         teacher: the parent's answers.
-        weight: of the divergence, beside a cross entropy of weight 1.
-        temperature: that both distributions are compared at.
+        weight: weight of the divergence; the cross entropy has weight 1.
+        temperature: temperature at which both distributions are compared.
     """
 
     teacher: Teacher
@@ -123,7 +123,7 @@ class Lesson:
     temperature: float = 1.0
 
     def describe(self) -> dict[str, Any]:
-        """Return what receipt and `training.json` say of it."""
+        """Describe the lesson for the receipt and `training.json`."""
         made_from, manifest = self.teacher.made_from, self.teacher.manifest
         return {
             "weight": self.weight,
