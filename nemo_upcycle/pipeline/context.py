@@ -181,7 +181,7 @@ def refuse_bridge(words: Sequence[str]) -> None:
         words: the words of the command line, behind the command.
 
     Raises:
-        UpcycleError: one is Megatron-Bridge's.
+        UpcycleError: a recipe is Megatron-Bridge's.
 
     Example:
         >>> refuse_bridge(["--factory", "llama3_8b_e8t2"])

@@ -53,7 +53,7 @@ def whole_data(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
     """Make the report of the data stage's marker from the finished folder.
 
     Raises:
-        UpcycleError: it is not whole, or of another tokenizer than the parent's.
+        UpcycleError: the data are not whole, or have another tokenizer than the parent.
     """
     from nemo_upcycle.data.chat.finished import open_chat
     from nemo_upcycle.data.finished import open_blend
@@ -91,11 +91,11 @@ def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> 
     Args:
         blend: name or path of the blend.
         dense: the dense model whose tokenizer is used.
-        folder: where to.
+        folder: folder to write.
         seq_length: tokens of a sequence; None: the blend's own.
 
     Raises:
-        StageStopped: it was told to stop, and can resume.
+        StageStopped: a signal stopped it; it can resume.
     """
     from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.data.build import build_blend

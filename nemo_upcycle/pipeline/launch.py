@@ -54,7 +54,7 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str 
     """Return the jobs of stages, in their order.
 
     Args:
-        stages: what to run.
+        stages: stages to run.
         run_dir: the run's folder.
         plan: the plan of the run.
         python: the interpreter where the stages run.
@@ -90,12 +90,12 @@ def launch_chain(
     Args:
         ctx: NeMo-Run's context of the command.
         dir: the run's folder, as it was typed.
-        plan: what the stages are given, with paths as they were typed.
+        plan: plan of the run, with paths as they were typed.
         command: the entry point, whose arguments were typed.
         first: name of the stage to start with, or None.
         last: name of the one to end after, or None.
         only: name of the only one, in place of both.
-        render: where to write what would be submitted; nothing is submitted then.
+        render: folder for everything that would be submitted; nothing is submitted then.
 
     Raises:
         UpcycleError: an argument is not valid, or a stage did not finish.
@@ -154,7 +154,7 @@ def launch(
         Whether the user confirmed; the stages are then done, or submitted.
 
     Raises:
-        UpcycleError: it cannot start, or a stage did not finish.
+        UpcycleError: a stage cannot start, or did not finish.
     """
     cluster, chain = cluster_for(ctx.executor), None
     if cluster:

@@ -42,7 +42,7 @@ def require_newer(path: Path, run_dir: Path, stage: str) -> None:
     """Check that a stage wrote a file after its last start, and not at an earlier one.
 
     Raises:
-        StageError: it did not.
+        StageError: the file is missing or older.
     """
     if not path.is_file() or path.stat().st_mtime_ns < (run_dir / stage / STARTED).stat().st_mtime_ns:
         raise StageError(str(path), got="of an earlier start", expected="of the last one", fix="run the stage again")
@@ -52,7 +52,7 @@ def whole_training(run_dir: Path, plan: WorkPlan, stage: str) -> dict[str, Any]:
     """Make the report of a training's marker from its last checkpoint.
 
     Raises:
-        StageError: it has not taken all of its steps, or its recipe alone knows how many.
+        StageError: it has not taken all of its steps, or only its recipe knows how many.
     """
     checkpoint, wanted = last_checkpoint(run_dir / stage), plan.training_settings(stage).steps
     if not 0 < wanted <= steps_in(checkpoint):

@@ -30,7 +30,7 @@ class KubernetesExecutor(run.Executor):
         namespace: the namespace of the jobs.
         image: the image of the containers; holds this package, torch, bash and tee.
         claim: the PersistentVolumeClaim (ReadWriteMany) that runs lie on.
-        mount_path: where it is mounted, in the pods and on the machine that launches.
+        mount_path: path of its mount, in the pods and on the machine that launches.
         volumes: further claims, and where they are mounted.
         kind: kind of the jobs: `trainjob` (Kubeflow Trainer 2.2 and later) or `pytorchjob` (training operator 1.9).
         runtime: the ClusterTrainingRuntime of a TrainJob; `TrainingRuntime/NAME` for one of the namespace.
@@ -146,9 +146,9 @@ class Resource:
         group: the group of the API.
         version: the version of the API.
         plural: the resource's name in addresses.
-        kind: its name in manifests.
+        kind: name of the kind in manifests.
         pods: the label of a job's pods that holds its name.
-        operator: what has to run in the cluster, and the least release.
+        operator: operator that has to run in the cluster, and its least release.
         lacks: settings that it has no field for, and where that is set instead.
     """
 

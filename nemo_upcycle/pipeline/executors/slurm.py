@@ -58,7 +58,7 @@ _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramf
 #: Where the `ft_launcher`s of a job meet; for the batch script's shell.
 _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
 _JOB_ID = '"$SLURM_JOB_ID"'
-#: Seconds between SIGTERM and SIGKILL at the end of a job's time, where slurm.conf does not say otherwise.
+#: Slurm's default seconds between SIGTERM and SIGKILL at the end of a job's time.
 _KILL_WAIT_S = 30
 
 
@@ -197,7 +197,7 @@ class SlurmScheduler(Cluster):
         lines = [*setup_lines(job, signal_s(mine.signal)), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
         detects_hangs = self._detects_hangs(job)
         tasks = job.ranks_per_node if detects_hangs else 1  # of a rank each, in one of Slurm's
-        # Otherwise Slurm keeps jobs queued whose predecessor failed.
+        # Otherwise Slurm keeps jobs in the queue after a predecessor has failed.
         parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
         cpus_per_task = mine.cpus_per_task and mine.cpus_per_task * tasks
         # Of Slurm 22.05 to 24.05, srun does not inherit it; 24.11 does not read SRUN_CPUS_PER_TASK.
@@ -269,7 +269,7 @@ class SlurmScheduler(Cluster):
     def submit(self, job: Job, after: Sequence[str]) -> str:
         """Write the batch script to the run's folder and submit it."""
         (path,) = self.write(job, job.folder)
-        in_vain(job).unlink(missing_ok=True)  # of an earlier job, whose cause may be gone
+        in_vain(job).unlink(missing_ok=True)  # of an earlier job: its cause may be gone
         dependency = [f"--dependency=afterok:{':'.join(after)}"] if after else []
         done = ask("sbatch", "--requeue", "--parsable", *dependency, str(path), env=environment())
         identity = job_id(done.stdout)
@@ -297,7 +297,7 @@ class SlurmScheduler(Cluster):
         ask("scancel", *ids)
 
     def save_limits(self, job: Job) -> Sequence[SaveLimit]:
-        """See `Cluster.save_limits`: before the end of its time, and before hang detection takes it for hung."""
+        """See `Cluster.save_limits`: the end of the job's time, and the time after which a rank counts as hung."""
         mine, setting = self.settings_for(job.name), f"run.executor.stages.{job.name}"
         what = (
             f"signal {mine.signal}" if mine.signal else f"KillWait, {_KILL_WAIT_S} s by default, and no signal before"
@@ -326,7 +326,7 @@ class SlurmScheduler(Cluster):
         return {name: str(value) for name, value in asked.items() if value is not None}
 
     def _refused(self, job: Job, text: str) -> UpcycleError:
-        """Return the error of a job that Slurm does not take, with what is wrong in the settings if Slurm says it."""
+        """Return the error for a job that Slurm refuses, with the wrong setting if Slurm names it."""
         partition, hint = self.settings_for(job.name).partition, refusal_hint(text)
         if partition and "invalid partition" in text.lower():
             partitions = sorted(set(ask("sinfo", "--noheader", "--format=%R").stdout.split()))

@@ -123,7 +123,7 @@ def in_vain(job: Job) -> Path:
 
 
 def setup_lines(job: Job, signal_s: int = 0) -> list[str]:
-    """Return the lines of the batch script that come before a stage, and decide what follows its end.
+    """Return the lines of the batch script before a stage; they also decide what follows its end.
 
     Args:
         job: job of the stage; a resumable one is requeued while it makes progress.
@@ -153,7 +153,7 @@ def setup_lines(job: Job, signal_s: int = 0) -> list[str]:
 
 
 def escaped(value: str) -> str:
-    """Return a value as it stands between double quotes in bash; variables in it are expanded."""
+    """Escape a value for double quotes in bash; variables in it are expanded."""
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
 
 
@@ -168,7 +168,7 @@ def require_plain(path: Path, *, in_container: bool) -> None:
         raise UpcycleError(f"path '{path}'", got=got, expected="another name", fix=fix)
 
 
-#: Fields of NeMo-Run's executor that one job a stage, of one process a rank, cannot have: what to do instead.
+#: Field of NeMo-Run's executor that a job of one stage, one process a rank, cannot have -> what to do instead.
 _UNSUPPORTED = {
     "array": "omit it: a stage is one job",
     "heterogeneous": "omit it: all nodes of a stage are alike; set what differs between stages in `stages`",
@@ -177,7 +177,7 @@ _UNSUPPORTED = {
 
 
 def require_supported(mine: run.SlurmExecutor, job: Job) -> None:
-    """Check what a stage's settings ask for against what its batch script can do.
+    """Check that a batch script can do what the settings of a stage ask for.
 
     Args:
         mine: the executor with the settings of the stage.
@@ -195,7 +195,7 @@ def require_supported(mine: run.SlurmExecutor, job: Job) -> None:
 
 
 def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
-    """Return mounts, under their own path, of what a stage reads and writes and no mount of the user's holds."""
+    """Return mounts for the files of a stage that no mount of the user's holds, each under its own path."""
     missing: list[str] = []
     for path in (job.run_dir, *job.reads):
         if not any(_holds(mount, path) for mount in [*mounts, *missing]):
@@ -204,7 +204,7 @@ def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
 
 
 def _holds(mount: str, path: Path) -> bool:
-    """Return whether a mount, `HOST:CONTAINER`, shows in the container under a path what lies there on the host."""
+    """Return whether a mount, `HOST:CONTAINER`, shows a path of the host under the same path in the container."""
     host, _, rest = mount.partition(":")
     inside = Path(rest.partition(":")[0] or host)
     return path.is_relative_to(inside) and (Path(host) / path.relative_to(inside)).resolve() == path.resolve()

@@ -23,7 +23,7 @@ class DiskForecast:
     Args:
         folder: the run's folder, or the nearest one above it that exists.
         free_bytes: free there.
-        uses: what the stages write, in their order.
+        uses: disk space of the stages, in their order.
         at_once: stages whose uses may fall together.
     """
 

@@ -27,7 +27,7 @@ class EvaluationForecast:
     """What a training evaluates on its way.
 
     Args:
-        suite: its name.
+        suite: name of the suite.
         every_n_steps: steps from one evaluation to the next.
         texts: the texts that are passed each time, at most; None: all that the blend has.
         seconds: the seconds of one evaluation, at most; None: not known.

@@ -78,7 +78,7 @@ def _fetch(plan: RunPlan, *inputs: str) -> str:
 
 
 def _variables(cluster: Cluster, job: Job) -> dict[str, Any]:
-    """Return the environment of a job, as far as it is known; of caches, a container's own holds nothing."""
+    """Return the environment of a job, as far as it is known; a container's own caches are empty."""
     settings = cluster.settings_for(job.name)
     given = {name: value for name, value in (getattr(settings, "env_vars", None) or {}).items() if value is not None}
     if cluster.has_container(settings):

@@ -42,7 +42,7 @@ def _in_force(facts: TrainingFacts) -> dict[str, str]:
 
 
 def _nvidia(facts: TrainingFacts, plan: Plan) -> dict[str, str]:
-    """List the settings of NVIDIA's recipes; not the precision, and what is recomputed only where a model needs it."""
+    """List the settings of NVIDIA's recipes without precision, and with recomputation only if a model needs it."""
     arch, layout, work, gpu = facts.arch, plan.layout, plan.work, plan.request.gpu
     overlap = usual_overlap(arch, gpu, layout, work, work.recompute, facts.software)
     dispatcher = usual_dispatcher(arch, gpu, layout, work)

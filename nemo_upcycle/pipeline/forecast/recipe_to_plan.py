@@ -87,7 +87,7 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
 
 
 def _dispatcher(facts: TrainingFacts) -> str:
-    """Name what sends tokens to their experts; where all are on every rank, nothing is sent.
+    """Name the dispatcher of tokens to their experts; where every rank has all experts, nothing is sent.
 
     Raises:
         SpecError: NCCL EP's receive buffers have no size.
@@ -106,7 +106,7 @@ def _dispatcher(facts: TrainingFacts) -> str:
 
 
 def planned_of(facts: TrainingFacts | None, device: str) -> dict[str, float] | None:
-    """Plan a training that ran, to stand beside what was measured.
+    """Plan a training that ran, to compare the plan with the measurements.
 
     Args:
         facts: the facts of the training; None: not known.

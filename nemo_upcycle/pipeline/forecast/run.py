@@ -74,14 +74,14 @@ class Origins:
         """Return where a setting comes from.
 
         Args:
-            name: its override.
-            value: its value.
-            otherwise: where it is from if nobody typed it.
+            name: name of the override.
+            value: value of the setting.
+            otherwise: origin if nobody typed it.
         """
         parts = name.split(".")
         if any(".".join(parts[:number]) in self.typed for number in range(1, len(parts) + 1)):
             return TYPED
-        # What a trainer's own parser takes is no argument of the command, so that no factory can set it.
+        # Overrides of a trainer's own parser are no arguments of the command, so no factory can set them.
         if self._usual is not None and hasattr(self._usual, parts[0]) and setting(self._usual, name) != value:
             return f"{TYPED} (--factory)"
         return otherwise
@@ -101,7 +101,7 @@ class Forecast:
     """What a run will do.
 
     Args:
-        run_dir: its folder.
+        run_dir: the run's folder.
         recipe: name of its recipe.
         stages: forecasts of the stages, in the order of the chain.
         trainings: stage -> forecast of its training.
@@ -196,7 +196,7 @@ def forecast(
 
 
 def unchecked(dense: str) -> str:
-    """Say in a line what of a run cannot be checked here, a parent whose weights lie elsewhere; else nothing."""
+    """Describe in a line what cannot be checked here: a parent whose weights lie elsewhere; "" if all can."""
     folder = Path(dense.removeprefix("hf://")).expanduser()
     if not is_configuration(folder):
         return ""
@@ -207,7 +207,7 @@ def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -
     """Yield the settings of a run, and those of its trainings that people look at.
 
     Args:
-        plan: what the stages are given.
+        plan: plan of the run.
         recipes: names of the recipes, by the stage of a training.
         origins: the origins of the command.
     """
@@ -223,7 +223,7 @@ def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -
 
 
 def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -> Iterator[Setting]:
-    """Yield the plain settings of an executor that are not their defaults, and those that its stages set.
+    """Yield the plain settings of an executor that differ from their defaults, and those of its stages.
 
     Args:
         executor: may have `origins`, by setting where it comes from, and `stages`, by stage what differs there.
@@ -254,14 +254,14 @@ def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -
 
 
 def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
-    """Check that what a run writes fits on its disk, as far as its size is known.
+    """Check that a run's disk has room for what it writes, as far as the sizes are known.
 
     Args:
         forecast: the forecast of the run.
         alive: stages whose jobs are submitted already; what they need does not count.
 
     Raises:
-        UpcycleError: it does not.
+        UpcycleError: the disk has too little space.
     """
     disk = replace(forecast.disk, uses=tuple(use for use in forecast.disk.uses if use.stage not in alive))
     if disk.fits:
@@ -298,7 +298,7 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
     if training.fullest and training.fullest.verdict != "fits":
         gib = f"{training.memory_gib:.1f} of {training.fullest.request.gpu.memory_gib} GiB"
         what = "does not fit" if training.fullest.verdict == "no" else "is tight: it may run, or fail by fragmentation"
-        recipe = training.facts.recipe.partition("_pretrain_")[0]  # what Bridge's names begin with
+        recipe = training.facts.recipe.partition("_pretrain_")[0]  # the beginning of Bridge's names
         yield (
             f"{name}: memory {what} ({gib} a GPU); search a layout: "
             f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"

@@ -31,7 +31,7 @@ class FasterChange(NamedTuple):
     """A single change that makes a training faster.
 
     Args:
-        kind: what is changed: parallel sizes, stages, micro-batch, precision or recomputation.
+        kind: kind of the change: parallel sizes, stages, micro-batch, precision or recomputation.
         percent: speed that it adds.
         overrides: the overrides that make it, as the training takes them.
     """
@@ -46,15 +46,15 @@ class TrainingForecast:
     """What is known of a training before it starts.
 
     Args:
-        stage: where it runs, and how far it is.
+        stage: forecast of its stage.
         facts: the facts of the training.
-        gpu: what the planner knows of its GPUs; None without one, or of one that it does not know.
-        gpu_origin: how their kind was told, or why there is none.
+        gpu: the planner's GPU; None if there is none or the planner does not know it.
+        gpu_origin: how the kind of GPU was found, or why there is none.
         first, later: plans of the first steps and of the others; both None without an estimate.
         no_plan: why there is no estimate of memory and speed.
         price: the price of a GPU-hour, in the currency of who gave it; None: not known.
         limit_s: seconds that a job may take; None: not known.
-        evaluation: what is evaluated on the way; None: nothing.
+        evaluation: forecast of the evaluation during training; None: there is none.
         write_gib_s: GiB that the file system of the run's folder writes a second.
         faster: single changes that make its usual steps faster, by at least 5 %, the best first.
     """
@@ -194,7 +194,7 @@ def forecast_training(
     Args:
         training: it.
         facts: the facts of the training.
-        stage: where it runs.
+        stage: forecast of its stage.
         executor: where it runs; may have a `price_per_gpu_hour` and a `write_gib_s`, and name its `card`. None: this
             machine.
 
