@@ -76,7 +76,7 @@ def check_blend(blend: Blend, work: Path) -> CheckedBlend:
 
     Args:
         blend: the blend.
-        work: where academic splits are rendered.
+        work: folder for academic splits that have to be rendered.
 
     Raises:
         UpcycleError: a pattern matches nothing, the tokenizer or the data environment is missing, ...
@@ -96,7 +96,7 @@ def build_blend(
     """Build a blend, or continue a stopped build; a finished one of the same blend is kept (see `changed_files`).
 
     Args:
-        blend: what to build.
+        blend: blend to build.
         output: the folder to make, on a disk that all workers share.
         engine_options: options of the engine, such as `("--workers", "8")`.
         strict: whether damaged input ends the build; otherwise it is counted and reported.
@@ -150,7 +150,7 @@ def changed_files(blend: Blend, output: Path) -> dict[str, list[str]]:
 
     Args:
         blend: the blend.
-        output: its finished folder.
+        output: finished folder of the blend.
 
     Example:
         >>> changed_files(read_blend("mine.yaml"), Path("data/mine"))  # doctest: +SKIP
@@ -185,7 +185,7 @@ def update_blend(
     and a stopped update resumes.
 
     Args:
-        blend: what to build.
+        blend: blend to build.
         output: the folder to make.
         engine_options: options of the engine, see `build_blend`.
         strict: whether damaged input ends the build; see `build_blend`.

@@ -108,7 +108,7 @@ def on_this_machine(
         cache: the hub's cache; None: that of the environment.
 
     Raises:
-        UpcycleError: it cannot be made or downloaded.
+        UpcycleError: the model cannot be made or downloaded.
     """
     if parent.kind == "asset":
         if is_complete(made := cached_asset(parent.name)):
@@ -215,7 +215,7 @@ def tokenizer_folder(source: str) -> Path:
         source: address of the model, see `import_dense`.
 
     Raises:
-        UpcycleError: it cannot be reached, or has no tokenizer (CheckpointError).
+        UpcycleError: the model cannot be reached, or has no tokenizer (CheckpointError).
     """
     folder = on_this_machine(find_parent(source), OF_TOKENIZER)
     require_tokenizer(folder)
@@ -247,7 +247,7 @@ def read_parent(source: str) -> Architecture:
         source: address of the model, see `local_parent`.
 
     Raises:
-        UpcycleError: it cannot be reached, or is not such a model (CheckpointError).
+        UpcycleError: the model cannot be reached, or is not such a model (CheckpointError).
     """
     return local_parent(source) or read_architecture(tokenizer_folder(source))
 
@@ -288,7 +288,7 @@ def local_model(source: str, *, nemo: bool = False) -> str:
         nemo: whether a NeMo or Megatron checkpoint will do; its address is returned as it is.
 
     Raises:
-        UpcycleError: it cannot be reached, or names nothing.
+        UpcycleError: the model cannot be reached, or `source` names nothing.
 
     Example:
         >>> local_model("hf:///models/Llama-3-8B")  # doctest: +SKIP
@@ -306,7 +306,7 @@ def configuration_folder(source: str, *, nemo: bool = False) -> Path:
         nemo: whether a NeMo or Megatron checkpoint will do.
 
     Raises:
-        UpcycleError: it cannot be reached, or names nothing.
+        UpcycleError: the model cannot be reached, or `source` names nothing.
     """
     if (path := Path(source).expanduser()).name == "config.json" and path.is_file():
         return path.parent

@@ -35,7 +35,7 @@ def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFi
     Args:
         blend: the blend.
         source: name of the source.
-        work: where what has to be rendered first is written.
+        work: folder for texts that have to be rendered first.
 
     Raises:
         UpcycleError: there is no such reader or option, or an entry matches nothing.
@@ -119,7 +119,7 @@ def make_plan(
         blend: the blend.
         inputs: the files of every source and split.
         output: the folder of the blend.
-        tokenizer: what `save_tokenizer` returned.
+        tokenizer: result of `save_tokenizer`.
     """
     config, tasks = blend.config, []
     files = [file for splits in inputs.values() for one in splits.values() for file in one]

@@ -79,7 +79,7 @@ def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mappi
         now: the present note: `format`, the settings, `strict`, and of conversations the `files`.
 
     Raises:
-        UpcycleError: it is another format's, another kind's, or other settings' or files'.
+        UpcycleError: the folder has another format or kind, or was made from other settings or files.
     """
     if earlier == now:
         return

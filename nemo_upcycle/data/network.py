@@ -31,7 +31,7 @@ def run_needs(dense: str, data: str, evaluation: str) -> list[Need]:
         evaluation: a name in conf/evaluation, or a YAML file; empty: none.
 
     Raises:
-        UpcycleError: one is not valid.
+        UpcycleError: an argument is not valid.
     """
     of = {
         "dense": _parent_needs(dense) if dense else (),

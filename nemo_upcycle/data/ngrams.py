@@ -79,7 +79,7 @@ class NgramIndex:
     """The n-grams of evaluation items, and where each stands.
 
     Attributes:
-        arrays: what `save` writes.
+        arrays: arrays that `save` writes.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:

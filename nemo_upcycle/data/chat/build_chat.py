@@ -46,7 +46,7 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
     """Build a set of conversations; a finished folder of the same set is kept.
 
     Args:
-        chat: what to build.
+        chat: conversations to pack.
         output: the folder to make.
         strict: whether a line that is wrong ends the build; otherwise it is listed and left out.
 

@@ -59,8 +59,8 @@ class Chat:
 
     Attributes:
         name: name of its file, without suffix.
-        folder: where relative paths start.
-        config: its content.
+        folder: folder that relative paths start from.
+        config: content of the file.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Chat:
         """Return the chat template that is given in the place of the tokenizer's.
 
         Raises:
-            UpcycleError: it cannot be read.
+            UpcycleError: a file cannot be read.
         """
         path = self.config.chat_template
         return read_text(self.folder / Path(path).expanduser()) if path else None
@@ -122,7 +122,7 @@ def read_chat(name: str | Path, overrides: Sequence[str] = ()) -> Chat:
     """Read the configuration of a set of conversations.
 
     Args:
-        name: one of the package's own in `conf/chat`, a YAML file, or a file of JSON lines alone.
+        name: a name in `conf/chat`, a YAML file, or a file of JSON lines alone.
         overrides: `key=value`, as in `seq_length=4096`.
 
     Raises:

@@ -36,7 +36,7 @@ class Tokens:
         place: place of the conversation.
         ids: ids of its tokens, int32.
         is_answer: which of them the loss is on, bool.
-        ends: for each answer, how many tokens there are up to its end.
+        ends: for each answer, the number of tokens up to its end.
     """
 
     place: str
@@ -64,7 +64,7 @@ class ChatTemplate:
     Args:
         tokenizer: tokenizer of transformers.
         source: Jinja, in the place of the tokenizer's own.
-        where: what the tokenizer belongs to, for errors.
+        where: name of the tokenizer's model, for errors.
 
     Raises:
         UpcycleError: there is no template.

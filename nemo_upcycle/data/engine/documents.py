@@ -141,7 +141,7 @@ def _records(
     Args:
         file: a path or fsspec URL.
         name: name of the file inside its source.
-        format: what its name says; the bytes may say another.
+        format: format by the file's name; the bytes may have another.
         options: options of the format.
     """
     try:

@@ -64,7 +64,7 @@ def open_input(url: str) -> IO[bytes]:
 
     Raises:
         OSError: one of `NOT_THERE`.
-        UpcycleError: it cannot be read now; so does every read.
+        UpcycleError: the file cannot be read now; every read raises this.
     """
     return cast("IO[bytes]", _Input(url))
 
@@ -86,7 +86,7 @@ def size_of(url: str) -> int | None:
 
     Raises:
         OSError: one of `NOT_THERE`.
-        UpcycleError: it cannot be read now.
+        UpcycleError: the file cannot be read now.
     """
 
     def ask() -> Any:
@@ -213,7 +213,7 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
 
     Raises:
         OSError: one of `NOT_THERE`.
-        OtherFormatError: it has no lines.
+        OtherFormatError: the file has no lines.
         UpcycleError: reading it fails.
     """
     if part:

@@ -57,7 +57,7 @@ class EnginePlan:
         tokenizer: a `tokenizer.json`.
         eos_id: the token that ends every document.
         vocab_size: number of token ids; above 65,536 a token takes 4 bytes.
-        tasks: in the order in which the earlier of two equal documents wins.
+        tasks: tasks; of two equal documents the one in the earlier task stays.
         ngram_index: the n-grams of the evaluation items, as `NgramIndex` reads them; None decontaminates nothing.
         seed: seed of the spreading over the splits.
         strict: whether bad input is an error.

@@ -33,7 +33,7 @@ class InputFile:
     Attributes:
         path: absolute, or an address that fsspec opens.
         reader: a key of `FORMATS`.
-        size_bytes: on disk; None where only opening it would tell.
+        size_bytes: size on disk; None if only opening the file would tell.
         options: options of the format.
     """
 
