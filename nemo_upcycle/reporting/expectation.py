@@ -17,7 +17,7 @@ def expectation(run: RunRecord, results: Mapping[str, Any]) -> dict[str, Any] | 
     """Compute what the laws expect with a run's numbers, and the difference that was measured.
 
     Args:
-        run: what `read_run` read.
+        run: result of `read_run`.
         results: `training` and `paired` of `collect_results`.
 
     Returns:

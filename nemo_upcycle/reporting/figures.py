@@ -277,7 +277,7 @@ def scores_figure(results: Mapping[str, Any]) -> Figure:
     """Return every metric of every model, with 95 % intervals: one panel for accuracies, one a metric of text.
 
     Args:
-        results: what `collect_results` returned.
+        results: result of `collect_results`.
     """
     from matplotlib.figure import Figure
 

@@ -91,7 +91,7 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
     """Sort what the trainings of a grid left by arm.
 
     Args:
-        evidence: what `collect_evidence` or `read_evidence` returned.
+        evidence: result of `collect_evidence` or `read_evidence`.
     """
     described, documents = evidence["described"]["cells"], evidence["documents"]
     cells: dict[str, list[str]] = defaultdict(list)
@@ -175,7 +175,7 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
     `difference_of_arms` does.
 
     Args:
-        arms: from `arms_of`.
+        arms: result of `arms_of`.
         described: the `described` of the grid's plan.
 
     Returns:
@@ -246,8 +246,8 @@ def _with_equal_cost(arm: ArmRecord, reference: ArmRecord, ratio: float, margin:
 
     Args:
         arm: compared.
-        reference: with it.
-        ratio: what a token of the arm costs in tokens of the reference.
+        reference: arm to compare with.
+        ratio: cost of a token of the arm, in tokens of the reference.
         margin: bits per byte that do not matter.
 
     Returns:

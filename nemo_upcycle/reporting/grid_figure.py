@@ -51,7 +51,7 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     """Return three panels: every arm's curve, the same enlarged with bands over seeds, and the differences.
 
     Args:
-        values: what `compare_arms` returned, or a `table.json`.
+        values: result of `compare_arms`, or content of `table.json`.
     """
     from matplotlib.figure import Figure
 

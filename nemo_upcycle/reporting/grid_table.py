@@ -106,7 +106,7 @@ def draw_table(folder: Path) -> str:
     """Write `table.json` and the figure of a grid; return the table.
 
     Args:
-        folder: with the evidence of a grid, which is all that is read.
+        folder: folder with the evidence of a grid; nothing else is read.
 
     Returns:
         The table as Markdown.
@@ -130,7 +130,7 @@ def render_table(values: Mapping[str, Any]) -> str:
     """Return the table as Markdown.
 
     Args:
-        values: what `compare_arms` returned, with the `grid`, what it is `about` and, if known, `heldout_overlap`.
+        values: result of `compare_arms`, with `grid`, `about` and, if known, `heldout_overlap`.
     """
     arms = values["arms"]
     counts = sorted({len(result["seeds"]) for result in arms.values()})

@@ -26,8 +26,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 
 
     Args:
         header: titles of the columns.
-        rows: their cells.
-        words: how many columns at the end hold words, which are aligned left.
+        rows: cells of the rows.
+        words: number of columns at the end that hold words, which are aligned left.
 
     Example:
         >>> print(table(["stage", "s"], [["import", "3"]]))

@@ -74,7 +74,7 @@ def compose(results: dict[str, Any], run_dir: Path) -> str:
     """Return the text of the report.
 
     Args:
-        results: what `collect_results` returned.
+        results: result of `collect_results`.
         run_dir: the run's folder, for its name and the commands.
     """
     parts = [

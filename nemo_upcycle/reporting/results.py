@@ -24,8 +24,8 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
     """Return every number of the report.
 
     Args:
-        run: what `read_run` read.
-        environment: what `describe_environment` returned.
+        run: result of `read_run`.
+        environment: result of `describe_environment`.
 
     Returns:
         `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item), `paired`
@@ -189,7 +189,7 @@ def summarise_router(router: dict[str, list[float | None]]) -> dict[str, float]:
     """Summarise one step's `router` of `metrics.jsonl`: the mean over the layers, or their sum (`is_sum`).
 
     Args:
-        router: for each name one value a layer; None for a layer without experts.
+        router: name -> one value a layer; None for a layer without experts.
     """
     known = {name: [value for value in values if value is not None] for name, values in router.items()}
     summed = {name for name, metric in ROUTER_METRICS.items() if metric.is_sum}

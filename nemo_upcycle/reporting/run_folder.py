@@ -42,7 +42,7 @@ class Curve:
     """The metrics of one training stage.
 
     Attributes:
-        steps: one entry a training step, as the stage wrote it, in order.
+        steps: entries that the stage wrote, one a training step, in order.
         validation: tokens seen and validation loss, in order.
         scores: tokens seen, and the bits per byte of held-out text on the live model with their error, in order.
     """
@@ -161,7 +161,7 @@ def read_manifest(folder: Path, markers: Mapping[str, Any] | None = None) -> dic
         markers: the markers of its finished stages; None to read them.
 
     Raises:
-        UpcycleError: it is damaged.
+        UpcycleError: the file is damaged.
     """
     manifest = _data_of(folder, _read_markers(folder) if markers is None else markers) / MANIFEST
     return dict(_read(manifest, "data")) if manifest.is_file() else {}
