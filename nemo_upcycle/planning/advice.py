@@ -26,8 +26,8 @@ class Training(NamedTuple):
     """Something to do with a dense model.
 
     Args:
-        name: its name in a table.
-        key: its name in a `Law`.
+        name: name of the option in a table.
+        key: name of the option in a `Law`.
         tokens: tokens that are trained on.
         fits: whether the GPUs hold it.
     """
@@ -130,7 +130,7 @@ def options(request: PlanRequest, spec: UpcycleSpec, hours: float | None = None)
 
     Args:
         request: the dense model's; its tokens count where `hours` is None.
-        spec: how it is upcycled.
+        spec: spec of the upcycling.
         hours: hours of the GPUs for each option; None: all train on the same tokens.
 
     Raises:
@@ -231,11 +231,11 @@ def known_parent_tokens(address: str, given: str | None, name: str = "trained_on
 
     Args:
         address: the parent's, as a run has it.
-        given: what the user says: 15T, 300B.
+        given: the user's text, such as 15T or 300B.
         name: the setting's name.
 
     Raises:
-        SpecError: it is no number of tokens.
+        SpecError: `given` is no number of tokens.
 
     Example:
         >>> known_parent_tokens("asset://smollm2-135m", None), known_parent_tokens("/models/mine", "300B")

@@ -24,9 +24,9 @@ class Change(NamedTuple):
     """A plan that differs from another in one setting.
 
     Args:
-        kind: what is another: parallel sizes, stages, micro-batch, precision or recomputation.
+        kind: kind of the change: parallel sizes, stages, micro-batch, precision or recomputation.
         text: the setting, as `nemo-upcycle plan` takes it.
-        plan: with it.
+        plan: plan with the change.
         percent: the speed that it adds.
     """
 
@@ -42,7 +42,7 @@ def best_changes(plan: Plan, has_settings: Callable[[Plan], bool]) -> list[Chang
     Left out is what adds less than the model is usually wrong by.
 
     Args:
-        plan: to be changed.
+        plan: plan to change.
         has_settings: whether a changed plan can be run.
     """
     best: dict[str, Change] = {}

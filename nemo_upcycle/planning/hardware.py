@@ -132,7 +132,7 @@ def known_software(name: str) -> str:
     """Return a generation of Megatron-Core by its name or that of a container, `26.02` or `26.02.01`.
 
     Raises:
-        SpecError: it is not known.
+        SpecError: the name is not known.
     """
     name = CONTAINERS.get(".".join(name.split(".")[:2]), name)
     if name not in SOFTWARE:
@@ -155,10 +155,10 @@ class KnownRecipe:
     """What the planner has to know of a recipe.
 
     Args:
-        name: its own.
+        name: name of the recipe.
         dense: architecture that the run starts from.
-        spec: how it is upcycled; None for continued dense training.
-        defaults: what a step works on, by the names of the command's options.
+        spec: spec of the upcycling; None for continued dense training.
+        defaults: work of a step, by the names of the command's options.
         h100: whether it takes the arguments of the H100 recipes, which group the experts' products.
         inputs: `dense`, `data` and `evaluation` of its pipeline; of a dense recipe, which has none, `dense` alone.
     """
@@ -196,7 +196,7 @@ def known_gpu(name: str) -> Gpu:
     """Return a GPU.
 
     Raises:
-        SpecError: it is not known.
+        SpecError: the name is not known.
     """
     known = read_data("gpus.yaml")
     if name not in known:
@@ -213,7 +213,7 @@ def gpu_of_device(device: str) -> Gpu | None:
     PCIe and NVL GPUs have lower peaks than those of `gpus.yaml`, as have those of laptops.
 
     Args:
-        device: for example `NVIDIA H100 80GB HBM3`, or a name of `gpus.yaml`.
+        device: name of a device, such as `NVIDIA H100 80GB HBM3`, or a name of `gpus.yaml`.
     """
     name = device.lower().replace(" ", "")
     known = max((key for key in gpu_names() if key in name), key=len, default=None)  # gb200 before b200
@@ -229,7 +229,7 @@ def known_recipe(name: str) -> KnownRecipe:
     """Return a recipe.
 
     Raises:
-        SpecError: it is not known.
+        SpecError: the name is not known.
     """
     known = recipe_table.recipes()
     if name not in known:

@@ -113,10 +113,10 @@ def layer_bytes(
     Args:
         arch: the model's architecture.
         layout: the cluster's.
-        work: what a step works on.
+        work: work of a step.
         moe: whether the layer has experts.
         fp8: whether its linear layers multiply in FP8.
-        parts: what it consists of, as `Architecture.parts` says.
+        parts: parts of the layer, see `Architecture.parts`.
     """
     tokens = work.seq_length // layout.cp * layout.micro_batch / layout.tp
     saved = work.numbers.saved_bytes if fp8 else 2

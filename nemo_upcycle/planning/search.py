@@ -44,16 +44,16 @@ class PlanRequest:
 
     Args:
         arch: the trained model's architecture.
-        gpu: their kind.
-        gpus: their number.
-        work: what a step works on.
+        gpu: kind of the GPUs.
+        gpus: number of the GPUs.
+        work: work of a step.
         tokens: the whole run's.
         software: one of `hardware.SOFTWARE`.
         usual: the settings, of `dispatcher` and `overlap`, that are not `work`'s but those of NVIDIA's recipes.
         grouped: whether the experts' products are grouped; else Megatron-Core cannot recompute their activation alone.
         micro_batch: the only micro-batch to search, in sequences; None searches several.
         recompute: the only kind of recomputation to use; None chooses the fastest that fits.
-        price_per_gpu_hour: in any currency; None: not known.
+        price_per_gpu_hour: price in any currency; None if it is not known.
 
     Raises:
         SpecError: the GPU has not the precision.
@@ -119,9 +119,9 @@ class Plan:
     """A layout, evaluated.
 
     Args:
-        request: what it is evaluated for.
+        request: request that it answers.
         layout: the layout.
-        work: with the recomputation that was chosen.
+        work: work of a step, with the recomputation that was chosen.
     """
 
     request: PlanRequest
@@ -234,7 +234,7 @@ def evaluate_layout(request: PlanRequest, layout: Layout) -> Plan:
     """Return a layout's plan, with the fastest recomputation that fits; if none does, the fastest that is tight.
 
     Args:
-        request: what it is for.
+        request: request to answer.
         layout: checked here.
 
     Raises:
@@ -255,8 +255,8 @@ def search(request: PlanRequest, limit: int = 10) -> list[Plan]:
     Each has the recomputation that `evaluate_layout` chooses.
 
     Args:
-        request: what they are for.
-        limit: how many.
+        request: request to answer.
+        limit: number of plans.
 
     Raises:
         SpecError: no layout obeys the rules for this number of GPUs and this batch; the text names ones that fit.

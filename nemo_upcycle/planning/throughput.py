@@ -81,8 +81,8 @@ class ThroughputModel:
 
     Args:
         arch: the trained model's architecture.
-        gpu: their kind.
-        machine: what is reached of its peaks.
+        gpu: kind of the GPUs.
+        machine: parts of its peaks that are reached.
     """
 
     def __init__(self, arch: Architecture, gpu: Gpu, machine: Machine) -> None:
@@ -299,7 +299,7 @@ class ThroughputModel:
         """Add traffic of a group that lies within `span` neighbouring ranks.
 
         Args:
-            times: to add to.
+            times: sum to add to.
             layout: the cluster's.
             volume: bytes.
             span: neighbouring ranks that the group lies within.

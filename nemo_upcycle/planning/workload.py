@@ -95,7 +95,7 @@ class Workload:
         recompute: one of `RECOMPUTES`, or several of `MODULES` with commas between.
         dispatcher: one of `DISPATCHERS`.
         routing: one of `ROUTINGS`, for the time.
-        overlap: what runs beside computation, of `OVERLAPS`.
+        overlap: traffic that runs beside computation, out of `OVERLAPS`.
         dense_router_gradient: whether routers learn from all experts (`trainers.router_gradient`).
         lora: rank of the adapters that are trained beside the routers, each expert's its own; 0: all weights are.
         teacher: whether the loss has a term to the dense parent's answers (`trainers.teacher`).
