@@ -108,7 +108,7 @@ class BlendDataModule(PreTrainingDataModule):
         trainer_limit_val_batches: Union[int, float],  # noqa: UP007
         trainer_limit_test_batches: Union[int, float],  # noqa: UP007
     ) -> None:
-        """Build the datasets, as NeMo does; the first rank says what the run reads.
+        """Build the datasets, as NeMo does; the first rank logs the tokens that the run reads.
 
         Every validation begins anew, so validation data are laid out for one of them: as many sequences as
         `limit_val_batches` takes, whatever the length of the run; or, with a fraction of 1, each token once.
@@ -141,7 +141,7 @@ def mock_tokenizer(dense: str) -> NullTokenizer:
 
 
 def describe_data(datamodule: Any) -> str:
-    """Return in a few words what a run is trained on, for its report."""
+    """Describe a run's data in a few words, for its report."""
     if isinstance(datamodule, MockDataModule):
         return "NeMo's mock data (random tokens)"
     if isinstance(datamodule, BlendDataModule):

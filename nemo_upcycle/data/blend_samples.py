@@ -39,7 +39,7 @@ def index_folder(blend: FinishedBlend, indices: str | None) -> Path:
 
 @contextmanager
 def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
-    """Delete indices that are not known to be whole, let the block read and build, and note what it leaves.
+    """Delete indices that are not known to be whole, let the block read and build, and note the files it leaves.
 
     Of several ranks, the first runs the block so; the others wait for it where Megatron lets them wait.
 

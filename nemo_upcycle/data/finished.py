@@ -41,7 +41,7 @@ class Finished:
         manifest: content of `manifest.json`.
     """
 
-    #: What the manifest says of its kind and form, the key of its name, and the command that makes such a folder.
+    #: Kind and form in the manifest, the key of the name, and the command that makes such a folder.
     kind: ClassVar[str]
     format: ClassVar[int]
     key: ClassVar[str]
@@ -73,7 +73,7 @@ class Finished:
         return folder, found
 
     def lines(self) -> list[dict[str, Any]]:
-        """Read the lines of what was held back."""
+        """Read the lines of the held-out file."""
         return [line for _, line in read_json_lines(self.folder / HELDOUT)]
 
     def require_tokenizer_of(self, dense: str) -> None:
@@ -121,7 +121,7 @@ class FinishedBlend(Finished):
 
     @property
     def identity(self) -> str:
-        """Return a hash of what a training or an evaluation reads: the same for the same texts, tokens and shares.
+        """Return a hash of the texts, tokens and shares that a training or an evaluation reads.
 
         Paths and times of files, licences, and the versions that made the folder are no part of it.
         """
@@ -156,7 +156,7 @@ class FinishedBlend(Finished):
 
     @property
     def overlap(self) -> list[str]:
-        """Say how much of its held-out text stands in training text, a line for each source and split."""
+        """Describe how much held-out text is also in training text, a line for each source and split."""
         found = self.manifest.get("heldout_overlap") or {"rows": []}
         return [
             f"{row['source']}, {row['split']}: {before} of the {overlap_unit(found)}"
@@ -222,7 +222,7 @@ class FinishedBlend(Finished):
         return sum(self.tokens["train"][source].values())
 
     def describe(self, steps: int, step_tokens: int) -> str:
-        """Say what a run reads of the blend, a line for each source.
+        """Describe the tokens that a run reads from the blend, a line for each source.
 
         Args:
             steps: steps of the run.

@@ -194,7 +194,7 @@ def joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
 
 
 class HashFilter:
-    """Two tables, by the first and the last bits of a hash, that say of most hashes that they are not in a set."""
+    """Two tables, by the first and the last bits of a hash, that rule out most hashes outside a set."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         width = max((_SLOTS * len(hashes)).bit_length(), 16)

@@ -16,7 +16,7 @@ from nemo_upcycle.planning.workload import PRECISIONS
 
 #: Of speed; differences below it are within the error of the predictions (docs/planning.md).
 _LEAST_PERCENT = 5
-#: What kind of change that of a layout's size is; of those that are not here: `sizes`.
+#: Field of a layout -> kind of its change; `sizes` for fields that are not here.
 _KINDS = {"pp": "stages", "vp": "stages", "micro_batch": "micro-batch"}
 
 
@@ -53,7 +53,7 @@ def best_changes(plan: Plan, has_settings: Callable[[Plan], bool]) -> list[Chang
 
 
 def _single_changes(plan: Plan) -> Iterator[Change]:
-    """Yield those that fit of: a size doubled or halved, another precision, the planner's recomputation."""
+    """Yield the changes that fit: a size doubled or halved, another precision, the planner's recomputation."""
     request, layout = plan.request, plan.layout
     changes: list[tuple[str, str, PlanRequest, Layout]] = []
     for key in ("tp", "pp", "vp", "cp", "ep", "etp", "micro_batch"):

@@ -108,7 +108,7 @@ class Machine:
         return self.imbalance * (1 + added)
 
 
-#: Generation of Megatron-Core -> what is else with it. From 0.17 on the host neither waits for the numbers of tokens
+#: Generation of Megatron-Core -> values that differ. From 0.17 on the host neither waits for the numbers of tokens
 #: nor works expert by expert.
 SOFTWARE: dict[str, dict[str, float]] = {
     "mcore-0.15": {},
@@ -260,7 +260,7 @@ def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:
         'llama3_8b_e8t2'
     """
     for known in map(known_recipe, recipe_table.recipes()):
-        shape = replace(known.dense, max_positions=dense.max_positions)  # the model computes the same with any
+        shape = replace(known.dense, max_positions=dense.max_positions)  # any value makes the same model
         if (shape, shape.upcycled(known.spec) if known.spec else shape) == (dense, arch):
             return known
     return None

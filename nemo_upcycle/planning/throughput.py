@@ -27,7 +27,7 @@ _CHUNK = 128
 
 @dataclass
 class StepTime:
-    """Seconds of a step, or of a part of it, by what they are spent on; time hidden by computation does not count.
+    """Seconds of a step, or of a part of it, by their cause; time hidden by computation does not count.
 
     Args:
         gemm: matrix products.
@@ -149,7 +149,7 @@ class ThroughputModel:
         network_again = work.recompute == "full" or work.recomputes("moe" if moe else "mlp")
         layer.add(network, 1 + (1 / 3 if network_again else 0.0))
         if moe and work.recomputes("moe_act"):
-            # Read gate and up, write their product once more; what the busiest rank does.
+            # Read gate and up, write their product once more, on the busiest rank.
             slots = tokens / layout.tp * self._slots_per_token(layout, work)
             self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), work)
         if moe and work.recomputes("layernorm"):
@@ -159,7 +159,7 @@ class ThroughputModel:
         return layer
 
     def _attention(self, layer: StepTime, tokens: float, layout: Layout, work: Workload, window: int | None) -> None:
-        """Add attention: its projections, its core, and what its parallelism sends."""
+        """Add attention: its projections, its core, and the traffic of its parallelism."""
         arch = self.arch
         queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         # The core is called once for each step of context parallelism's ring.
@@ -169,7 +169,7 @@ class ThroughputModel:
         # Forward, two products of the causal half; 2.5 times as much backward.
         scores = 2.0 * tokens * mean_context(work.seq_length, window) * 2 * queries / layout.tp
         layer.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
-        # Rotary embedding and what the core reads and writes.
+        # Rotary embedding, and the core's inputs and output.
         self._moved(layer, tokens / layout.tp * 8 * (queries + keys), work)
         self._tensor_traffic(layer, tokens, layout, work)
         # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
@@ -230,7 +230,7 @@ class ThroughputModel:
         return work.slots_per_token(self.arch) * waits
 
     def _dispatch(self, times: StepTime, layout: Layout, work: Workload, tokens: float, hidden: float) -> None:
-        """Add what sends tokens to their experts and back, forward and backward, beyond what hides it."""
+        """Add the traffic of tokens to their experts and back, forward and backward, as far as nothing hides it."""
         copies = self._slots_per_token(layout, work)
         span = layout.etp * layout.ep
         if work.dispatcher != "alltoall":
@@ -275,7 +275,7 @@ class ThroughputModel:
         times.memory += count * numbers.cast_bytes * rows * (inner + columns) / bandwidth
 
     def _moved(self, times: StepTime, elements: float, work: Workload) -> None:
-        """Add 16-bit elements read or written by what is no matrix product; a quarter more for uncounted casts."""
+        """Add 16-bit elements that no matrix product reads or writes; a quarter more for uncounted casts."""
         casts = 1.25 if work.numbers.fp8 and not work.numbers.cast_bytes else 1.0
         times.memory += 2.0 * elements * casts / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 

@@ -63,13 +63,13 @@ MODULES = ("layernorm", "core_attn", "moe_act", "mlp", "moe")
 RECOMPUTES = ("none", *MODULES, "full")
 #: Larger numbers are taken for mistakes.
 _MOST = 10**9
-#: What sends tokens to their experts: a message for each expert of a token, or for each place that has experts of it.
+#: Dispatchers of tokens: a message for each expert of a token, or for each place with experts of it.
 #: HybridEP is in Megatron-Core from 0.16 on, NCCL EP from 0.19, so not in NeMo 2.7.
 DISPATCHERS = ("alltoall", "deepep", "hybridep", "ncclep")
 #: Who chooses the experts: benchmarks make the router balance them (`moe_router_force_load_balancing`), training does
 #: not.
 ROUTINGS = ("balanced", "natural")
-#: Token slots of the busiest rank over the mean, for memory: where routing is made to balance, and elsewhere.
+#: Token slots of the busiest rank over the mean, for memory: with forced balance, and otherwise.
 FORCED_IMBALANCE, USUAL_IMBALANCE = 1.11, 1.5
 #: What runs beside computation: tensor parallelism's traffic beside its products (`tp_comm_overlap`), that of experts
 #: beside another micro-batch (`overlap_moe_expert_parallel_comm`, not in NeMo 2.7), and the host's launches, where one
@@ -150,7 +150,7 @@ class Workload:
             ("low_params", True, self.low_params),
         )
         for name, got, is_refused in limits if self.dense_router_gradient else ():
-            if is_refused:  # by `trainers.router_gradient`, which says why
+            if is_refused:  # by `trainers.router_gradient`, which gives the reason
                 expected = "alltoall, no overlap of experts and parameters in BF16 with <dense_router_gradient>"
                 raise SpecError(field=name, got=got, expected=expected, fix=f"plan without <{name}>")
         if self.precision == "fp8-delayed" and (refused := {"moe_act", "layernorm"} & {*modules}):

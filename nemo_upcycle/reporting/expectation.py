@@ -14,7 +14,7 @@ from nemo_upcycle.utils.console import short_count
 
 
 def expectation(run: RunRecord, results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Compute what the laws expect with a run's numbers, and the difference that was measured.
+    """Compute the laws' expectation for a run's numbers, and the measured difference.
 
     Args:
         run: result of `read_run`.
@@ -26,7 +26,7 @@ def expectation(run: RunRecord, results: Mapping[str, Any]) -> dict[str, Any] | 
         parent was trained on, or where it has experts.
     """
     parent_tokens = known_parent_tokens(run.dense, run.trained_on)
-    if parent_tokens is None or run.receipt.get("parent_experts"):  # no law of such a parent is published
+    if parent_tokens is None or run.receipt.get("parent_experts"):  # no law is published for such a parent
         return None
     spec, training = run.receipt["spec"], results["training"]
     tokens = training["pretrain"]["tokens"]
@@ -39,7 +39,7 @@ def expectation(run: RunRecord, results: Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def _measured(run: RunRecord, results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the difference on held-out text, whose bits per byte are nats a token by its size; else on validation."""
+    """Return the difference on held-out text, bits per byte turned into nats a token; else on validation text."""
     paired, counts = results["paired"].get("trained_minus_dense_ct", {}).get(BITS), run.heldout
     if paired and counts and counts.get("tokens") and counts.get("bytes"):
         nats = math.log(2) * counts["bytes"] / counts["tokens"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("baseline", "#D55E00", "s")}
 #: Most points of a curve and columns of a heat map: more cannot be distinguished in a page's width.
 _COLUMNS = 200
-#: Figures and report of a run with fewer steps say that it only shows that the chain works.
+#: A run with fewer steps only shows that the chain works; its figures and report carry a note.
 FEW_STEPS = 100
 _COLOURS = {
     "dense": "#000000",
@@ -36,7 +36,7 @@ _DPI = 150
 
 
 def chain_only(steps: int) -> str:
-    """Say what few steps can show; nothing for a longer run."""
+    """Return a note for a run with few steps; "" for a longer one."""
     return f"{steps} steps show that the chain works, not what training brings" if steps < FEW_STEPS else ""
 
 

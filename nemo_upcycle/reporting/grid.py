@@ -64,7 +64,7 @@ class ArmRecord:
 
     @property
     def final(self) -> dict[int, Sums]:
-        """By seed, what the last step reached."""
+        """Seed -> scores of the last step."""
         return self.scores.get(self.tokens, {})
 
     def is_comparable(self, tokens: float, other: ArmRecord, its_tokens: float) -> bool:
@@ -88,7 +88,7 @@ class ArmRecord:
 
 
 def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
-    """Sort what the trainings of a grid left by arm.
+    """Sort the evidence of a grid by arm.
 
     Args:
         evidence: result of `collect_evidence` or `read_evidence`.
@@ -127,7 +127,7 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
 
 
 def _pace(cells: Mapping[str, Mapping[str, Any]], flops_per_token: float) -> float:
-    """Measure a token's time: of all steps whose tokens cost so many FLOPs, the fastest twentieth.
+    """Measure a token's time from the fastest twentieth of all steps whose tokens cost so many FLOPs.
 
     Trainings that run one after the other for hours meet other work at different times: no seed is the fastest.
     """
@@ -240,7 +240,7 @@ def _difference(arm: ArmRecord, reference: ArmRecord, margin: float) -> dict[str
 
 
 def _with_equal_cost(arm: ArmRecord, reference: ArmRecord, ratio: float, margin: float) -> dict[str, Any] | None:
-    """Compare two arms after the latest tokens of the first for which the reference, at the same cost, is known.
+    """Compare two arms at the last point of the first whose cost lies on the curve of the reference.
 
     Between two points of the reference's curve its documents are taken to be linear in the logarithm of the tokens.
 
@@ -268,7 +268,7 @@ def _with_equal_cost(arm: ArmRecord, reference: ArmRecord, ratio: float, margin:
 
 
 def _sources(seeds: Mapping[int, Sums]) -> dict[str, dict[str, Any]]:
-    """Return by source what the last step reached, the mean over seeds and its interval."""
+    """Return source -> score of the last step, the mean over seeds and its interval."""
     by_seed = [by_source(sums) for sums in seeds.values()]
     return {source: mean_of([one[source]["value"] for one in by_seed]) for source in by_seed[0]}
 

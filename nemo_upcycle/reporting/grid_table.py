@@ -16,7 +16,7 @@ from nemo_upcycle.reporting.sections import overlap
 from nemo_upcycle.utils.files import MARKER, read_json, read_text, whole_file, write_json
 
 
-#: Between these lines of a page stands what `write_grid` wrote.
+#: `write_grid` writes between these lines of a page.
 BEGIN, END = "<!-- from the evidence: begin -->", "<!-- from the evidence: end -->"
 
 
@@ -87,7 +87,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
-    """Write `table/`: the evidence of a grid, what `draw_table` makes of it, and `table.md`.
+    """Write `table/`: the evidence of a grid, the files of `draw_table`, and `table.md`.
 
     Args:
         run_dir: the grid's folder, whose trainings are finished.

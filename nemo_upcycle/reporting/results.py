@@ -96,7 +96,7 @@ def _main_metrics(evaluation: dict[str, Any]) -> list[str]:
 
 
 def _contamination(contamination: dict[str, Any] | None, metrics: Iterable[str]) -> dict[str, Any]:
-    """Return, of every task that was looked for, its `items`, those whose passages were `removed`, those `left`."""
+    """Count for every task that was looked for its `items`, those with passages `removed`, and those `left`."""
     if contamination is None:
         return {}
     counted, report = {}, contamination["report"]
@@ -218,7 +218,7 @@ def summarise_load(load_LE: list[list[float]]) -> dict[str, float]:
 
 
 def _receipt(receipt: dict[str, Any]) -> dict[str, Any]:
-    """Return a receipt with counts in place of its list of parameters: by what made them, and by type."""
+    """Return a receipt with counts of its parameters in place of their list: by how they were made, and by type."""
     parameters = receipt.get("parameters", [])
     return {
         **{key: value for key, value in receipt.items() if key != "parameters"},

@@ -15,14 +15,14 @@ from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, read_json_lines
 from nemo_upcycle.utils.schema import require_known
 
 
-#: The models that are evaluated, in the order of the report, and what each is called there.
+#: The evaluated models in the order of the report, and their names there.
 MODELS = {
     "dense": "parent",
     "step0": "MoE at step 0",
     "trained": "trained MoE",
     "dense_ct": "trained baseline",
 }
-#: The keys that the report prints, and so must find, in every file, and what they hold.
+#: File -> keys that the report prints, and so must find, and the types of their values.
 _NUMBER = int | float
 _COUNTS = ("dense_params", "total_params", "active_params", "bytes_read", "bytes_needed", "bytes_written", "seconds")
 _RECEIPT = {"spec": dict, "exact": bool, **dict.fromkeys((*_COUNTS, "ranks"), _NUMBER), "layout": dict}
@@ -172,7 +172,7 @@ def _data_of(folder: Path, markers: Mapping[str, Any]) -> Path:
 
 
 def _read_markers(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the markers of the stages that finished, each after those that it names as its inputs."""
+    """Return the markers of finished stages, each after those of its inputs."""
     markers = {path.parent.name: _read(path, path.parent.name) for path in sorted(folder.glob(f"*/{MARKER}"))}
     markers = {name: marker for name, marker in markers.items() if marker.get("stage") == name}  # a suite has one, too
     needs = {

@@ -54,13 +54,13 @@ def utf16(head: bytes) -> str | None:
 
 
 def is_plain(head: bytes) -> bool:
-    """Return whether what begins so is text in ASCII, UTF-8 or Latin-1, whose lines end where a byte 10 is."""
+    """Return whether a file that begins so is text in ASCII, UTF-8 or Latin-1, whose lines end at bytes of value 10."""
     is_stored = head.startswith((PARQUET, *ZIP)) or decompressor(head)
     return not (is_stored or utf16(head) or is_binary(head))
 
 
 def is_binary(head: bytes) -> bool:
-    """Return whether what begins so is no text in any encoding."""
+    """Return whether a file that begins so is no text in any encoding."""
     if _count_control(head) <= _MOST_CONTROL * len(head):
         return False
     try:

@@ -25,20 +25,20 @@ from nemo_upcycle.errors import UpcycleError
 
 
 T = TypeVar("T")
-#: What opening a file raises that is a mistake in the blend; whatever else it raises may pass.
+#: Errors of opening a file that are mistakes in the blend; any other error may pass.
 NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 NOT_TEXT, ZIP = "not text", "zip"
 MEMBER = "zip://"  # of a zip file, with which the URL of a file in it begins
 _CHUNK_BYTES = 1 << 16
-_COMPRESSED_BYTES = 1 << 12  # what damage costs, at most
+_COMPRESSED_BYTES = 1 << 12  # most bytes that damage costs
 #: A file without line ends, given by mistake, must not fill the memory.
 LONGEST_LINE_BYTES = 1 << 28
 _WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between trials to read a file from a server
 
 
 class _DamagedError(Exception):
-    """What is wrong with a file, or with the rest of it, and how many bytes of text that costs; None: all the rest."""
+    """The damage of a file, and the bytes of text that it costs; None: all the rest of the file."""
 
 
 class OtherFormatError(Exception):
@@ -201,7 +201,7 @@ def _unreadable(url: str, error: BaseException) -> UpcycleError:
 
 
 def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[int, bytes] | Damage]:
-    """Yield the number, from 1, and the bytes of every line, with its end; and what was damaged.
+    """Yield the number, from 1, and the bytes of every line, with its end; and the damage.
 
     Its bytes tell how it is compressed, and whether it is UTF-16, whose lines become UTF-8. A compressed file that
     ends too early, or is damaged, gives the lines before that. What a damaged one has behind them is estimated from

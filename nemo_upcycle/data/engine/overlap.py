@@ -65,7 +65,7 @@ class _Documents:
 
     @classmethod
     def load(cls, plan: EnginePlan, rank: int) -> _Documents:
-        """Read those that deduplication leaves."""
+        """Read the documents that deduplication leaves."""
         with np.load(plan.path("overlap/ngrams", rank, "npz")) as file:
             documents = cls(**file)
         return documents.where(~np.isin(documents.numbers, list(numbered(plan, rank, DUPLICATES))))
@@ -193,7 +193,7 @@ def _most(plan: EnginePlan) -> float:
 
 
 class JudgeHeldout(LedgerStep):
-    """Writes which held-out documents stand in what is left of training text, and the shares before and after."""
+    """Writes which held-out documents are in the remaining training text, and the shares before and after."""
 
     type, name = "overlap", "held-out documents in training text"
 

@@ -105,7 +105,7 @@ def _taken_out(before: dict[str, Any], now: dict[str, Any]) -> list[int]:
 
 
 def _forget(plan: EnginePlan, out: list[int]) -> None:
-    """Forget what was made of tasks, and of those that lost documents to others: they may have lost them to these.
+    """Forget the results of tasks, and of all that lost documents to others: they may have lost them to these.
 
     Run again after a kill, it ends the same.
     """
@@ -256,7 +256,7 @@ def _run_stages(plan: EnginePlan, run_on: RunOn, library: str) -> None:
 
 
 def _wait_for_slurm(plan: EnginePlan, runs: Any) -> None:
-    """Wait until a stage is complete, or its jobs have left the queue; a Slurm that does not answer says neither."""
+    """Wait until a stage is complete, or its jobs have left the queue; keep waiting if Slurm does not answer."""
     patience = most = int(_PATIENCE_S / _SLURM_POLL_S)
     while runs.get_incomplete_ranks(skip_completed=True):
         if not patience:

@@ -16,7 +16,7 @@ from nemo_upcycle.utils.files import read_json, sha256_file
 
 #: datatrove keeps the priority of a document, here that of its task, in 16 bits.
 MAX_TASKS = 65_535
-#: In the folder of the plan: what the engine began to work on, as `EnginePlan.fingerprint` says it.
+#: File in the folder of the plan: `EnginePlan.fingerprint` of the work that the engine began.
 BEGUN = "engine.json"
 #: Of the files that one stage leaves for another.
 _FORMAT = 2
@@ -103,7 +103,7 @@ class EnginePlan:
         return names
 
     def fingerprint(self) -> dict[str, Any]:
-        """Note everything that has to be the same to continue the work of an earlier run."""
+        """Describe everything that must be equal to continue the work of an earlier run."""
         inputs = [Path(path) for path in (self.tokenizer, self.ngram_index) if path]
         return {
             "format": _FORMAT,
@@ -149,7 +149,7 @@ def aside(path: Path) -> Path:
 
 
 def clear_asides(plan: EnginePlan) -> None:
-    """Delete what killed tasks were writing."""
+    """Delete unfinished files of killed tasks."""
     for kind in ("tokens", "removed"):
         for path in (plan.folder / kind).glob(f".*{_HALF}*"):
             path.unlink(missing_ok=True)

@@ -79,7 +79,7 @@ class Reader(ABC):
         """
 
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
-        """Return the paths, patterns and addresses that it reads; none of a reader that renders."""
+        """Return the paths, patterns and addresses that it reads; none for a reader that renders texts."""
         return [] if self.renders else entries
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
