@@ -54,7 +54,7 @@ def utf16(head: bytes) -> str | None:
 
 
 def is_plain(head: bytes) -> bool:
-    """Return whether a file that begins so is text in ASCII, UTF-8 or Latin-1, whose lines end at bytes of value 10."""
+    """Return whether a file that begins so is ASCII, UTF-8 or Latin-1 text, whose lines end at bytes of value 10."""
     is_stored = head.startswith((PARQUET, *ZIP)) or decompressor(head)
     return not (is_stored or utf16(head) or is_binary(head))
 
