@@ -16,7 +16,7 @@ from nemo_upcycle.data.blend_samples import (
     clamp_interval,
     describe_blend,
     index_folder,
-    say_what_is_read,
+    log_tokens_read,
     whole_indices,
 )
 from nemo_upcycle.data.build import cached_blend
@@ -118,7 +118,7 @@ class BlendDataModule(PreTrainingDataModule):
         steps = trainer_max_steps + 1  # a run that is finished may start again, and finds samples
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first:
-            say_what_is_read(blend, trainer_max_steps, step_tokens, self.skip_samples * self.seq_length)
+            log_tokens_read(blend, trainer_max_steps, step_tokens, self.skip_samples * self.seq_length)
         if isinstance(trainer_limit_val_batches, float):
             prefixes, _ = self.build_kwargs["blend_per_split"][1]
             self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # Megatron blends whole epochs by length only

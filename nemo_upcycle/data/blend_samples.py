@@ -89,7 +89,7 @@ def describe_blend(blend: FinishedBlend) -> str:
     return f"blend {blend.name} ({blend.folder.name}){blend.contamination}"
 
 
-def say_what_is_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_tokens: int = 0) -> None:
+def log_tokens_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_tokens: int = 0) -> None:
     """Log the tokens that a run reads, and warn where it reads a source more often than the blend's `max_epochs`.
 
     Args:

@@ -1,14 +1,13 @@
-"""The parent as teacher: a term of the loss that keeps a tuned model near what its dense parent answers.
+"""The parent as teacher: a term of the loss that keeps a tuned model near the answers of its dense parent.
 
-The parent has answered the packs before (`calibration.teach`): its K likeliest tokens at every place that the loss is
-on, and the probability of all others together. Of the student the same K + 1 numbers are taken, and the term is the
-divergence of both, KL(parent || student), at a temperature T and times T^2, so that its gradients keep their size. It
-is added to the cross entropy of each answer token, before that is averaged: it counts as the cross entropy does, in
-every layout and whatever the trainer makes the mean of. In an upcycled model it starts at zero, and so does its
-gradient.
+The parent has answered the packs before (`calibration.teach`): its K likeliest tokens at every place that is in the
+loss, and the probability of all others together. The same K + 1 numbers are taken from the student. The term is the
+divergence KL(parent || student) at a temperature T, times T^2 so that its gradients keep their size. It is added to
+the cross entropy of each answer token before the mean is taken, so it counts like the cross entropy in every layout
+and for every kind of mean. In an upcycled model the term and its gradient start at zero.
 
 The hook is Megatron's `compute_language_model_loss`, which both trainers' models have on the last stage of the
-pipeline; a pack is found by its labels, so that no data module and no step needs to know of it.
+pipeline. A pack is found by its labels, so neither data modules nor training steps have to know of the term.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class TeacherLoss:
     """Adds the term to the loss of a model's chunks, and measures it; a `monitoring.step_metrics.Probe`.
 
     Args:
-        lesson: what is learned.
-        chunks: of the model on this rank, wrapped or not; changed in place.
+        lesson: the lesson to learn.
+        chunks: chunks of the model on this rank, wrapped or not; changed in place.
 
     Example:
         >>> probe = TeacherLoss(Lesson(teacher, weight=0.5), model_chunks)  # doctest: +SKIP
@@ -83,7 +82,7 @@ class TeacherLoss:
 
 
 def teacher_loss_of(chunks: list[Any]) -> TeacherLoss | None:
-    """Return what measures the term of a model's chunks on this rank, wrapped or not; None: they have no teacher."""
+    """Return the `TeacherLoss` of a model's chunks on this rank, wrapped or not; None if they have no teacher."""
     modules = (module for chunk in chunks for module in chunk.modules())
     return next((module.teacher_loss for module in modules if "teacher_loss" in vars(module)), None)
 
@@ -98,11 +97,11 @@ def divergence(
     """Return KL(teacher || student) of K tokens and all others together, times the temperature squared, [N].
 
     Args:
-        logits_TV: of this rank's part of the vocabulary.
-        rows_N: which of them are compared.
-        tokens_NK: of the whole vocabulary.
-        log_probs_NL: of the teacher, for these and all others, L = K + 1.
-        temperature: that both are compared at.
+        logits_TV: logits for this rank's part of the vocabulary.
+        rows_N: rows of the logits to compare.
+        tokens_NK: the teacher's likeliest tokens, numbers in the whole vocabulary.
+        log_probs_NL: the teacher's log-probabilities of these and of all others together, L = K + 1.
+        temperature: temperature at which both are compared.
     """
     student_NL = (_Coarse.apply(logits_TV, rows_N, tokens_NK) / temperature).log_softmax(-1)
     teacher_NL = (log_probs_NL / temperature).log_softmax(-1)

@@ -90,11 +90,11 @@ def test_a_taught_model_starts_as_its_parent_and_stays_near_it(inputs: tuple[Pat
 
 def test_a_teacher_of_texts_is_refused(inputs: tuple[Path, Path]) -> None:
     from nemo_upcycle.trainers.bridge.config import load_config
-    from nemo_upcycle.trainers.bridge.finetuning import learn_as_set
+    from nemo_upcycle.trainers.bridge.finetuning import add_teacher
 
     config = load_config(f"{RECIPES}tiny", ["upcycle.teacher_weight=1.0"], inputs[0])
     with pytest.raises(UpcycleError, match="0 with BlendDataset"):
-        learn_as_set(config)
+        add_teacher(config)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The callbacks of a training in Bridge: its metrics, and what `config.upcycle` asks for."""
+"""The callbacks of a training in Bridge: its metrics, and the features of `config.upcycle`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.trainers.base import FT_SOCKET, Evaluations
-from nemo_upcycle.trainers.bridge.finetuning import learn_as_set
+from nemo_upcycle.trainers.bridge.finetuning import add_teacher
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, settings_of
 from nemo_upcycle.trainers.loss_spikes import LossSpikes
@@ -60,7 +60,7 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     factors, anneal = settings.schedules()
     if not factors.is_neutral:
         _set_groups(config)
-    learn_as_set(config)
+    add_teacher(config)
     metrics = BridgeMetrics(folder)
     callbacks: list[Callback] = [BridgeLossGuard(settings, folder), metrics]  # a broken step is not written
     if scored := evaluations or settings.evaluations():
@@ -113,8 +113,8 @@ class BridgeSchedules(Callback):
     """Scales the learning rates of router and experts, and anneals the load-balancing coefficient.
 
     Args:
-        factors: on the learning rates.
-        anneal: of the coefficient, from the model's.
+        factors: factors on the learning rates.
+        anneal: anneal of the coefficient, which starts at the model's.
     """
 
     def __init__(self, factors: LearningRateFactors, anneal: Anneal) -> None:
@@ -159,13 +159,13 @@ class BridgeRouterGradient(Callback):
 
 
 class BridgeLossGuard(Callback):
-    """Reports spikes of the loss, and ends the run at one where that is asked for; on all ranks alike.
+    """Reports spikes of the loss, and ends the run at one if the settings say so, on all ranks.
 
     A loss that is not a number ends a run by Bridge's own check.
 
     Args:
-        settings: of the run.
-        folder: of the training.
+        settings: settings of the run.
+        folder: folder of the training.
     """
 
     def __init__(self, settings: UpcycleSettings, folder: Path) -> None:

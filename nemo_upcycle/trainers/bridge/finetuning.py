@@ -1,4 +1,4 @@
-"""Fine-tuning what was upcycled in Bridge: by Bridge's own `finetune`, with all weights or with LoRA."""
+"""Fine-tune upcycled models by Bridge's own `finetune`, with all weights or with LoRA."""
 
 from __future__ import annotations
 
@@ -92,15 +92,15 @@ def learn_from_parent(config: ConfigContainer, lesson: Lesson) -> None:
     config.model.register_pre_wrap_hook(attach)
 
 
-def learn_as_set(config: ConfigContainer) -> None:
-    """Let a training learn from its dense parent as `config.upcycle` says; what it answers is kept beside the packs.
+def add_teacher(config: ConfigContainer) -> None:
+    """Let a training learn from its dense parent if `config.upcycle` says so; answers are kept beside the packs.
 
     Args:
         config: the training; changed in place.
 
     Raises:
-        SpecError: its data are no conversations of `nemo-upcycle chat`, or as in `learn_from_parent`.
-        UpcycleError: as in `data.chat.taught.teacher_of`.
+        SpecError: its data are no conversations of `nemo-upcycle chat`, or `learn_from_parent` refuses it.
+        UpcycleError: see `data.chat.taught.teacher_of`.
     """
     settings, data = settings_of(config), config.dataset
     if not settings.teacher_weight or hasattr(settings, "lesson"):
