@@ -51,7 +51,7 @@ def make_cold(folder: Path) -> None:
 
 
 def from_disk_bytes() -> int:
-    """Return what this process has made the kernel fetch from disks."""
+    """Read the number of bytes that the kernel has fetched from disks for this process."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 

@@ -196,7 +196,7 @@ def overlaps(hits: list[Hit], start: int, stop: int) -> bool:
 
 
 def run_datatrove(items: list[Item], documents: dict[str, list[str]], folder: Path) -> dict[str, dict]:
-    """Return what datatrove's filter removes of each list, and its CPU seconds."""
+    """Count the documents that datatrove's filter removes from each list, and its CPU seconds."""
     environment = Path(gettempdir()) / "nemo-upcycle-benchmark-datatrove"
     python = environment / "bin" / "python"
     if not python.is_file():
@@ -280,7 +280,7 @@ def hit_lines(documents: dict[str, list[str]], indices: list[NgramIndex], datatr
 
 
 def writing_lines(documents: dict[str, list[str]], index: NgramIndex, folder: Path) -> list[str]:
-    """Return what the pass costs of the step that writes tokens, in the data environment."""
+    """Measure the pass's share of the step that writes tokens, in the data environment."""
     from nemo_upcycle.data.dense import ensure_dense
 
     python = ROOT / ".venv-data" / "bin" / "python"

@@ -195,11 +195,11 @@ def tabulate(
     """Print the table of the models that the command names; with none named, of all, and keep it.
 
     Args:
-        arguments: of the command.
-        known: every model.
+        arguments: arguments of the command.
+        known: names of all models.
         table: makes the table.
         results: the file that it is kept in, named like the benchmark.
-        how: often was measured.
+        how: how often each number was measured.
     """
     command = f"`python -m benchmarks.{results.stem}`, {os.cpu_count()} cores, {how}"
     text = f"{command}\n\n{table(arguments or list(known))}"

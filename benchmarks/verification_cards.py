@@ -108,7 +108,7 @@ def _outcomes(reports: list[Path]) -> dict[str, tuple[int, int]]:
 
 
 def _behind(tests: tuple[str, ...], outcomes: dict[str, tuple[int, int]], day: date) -> str:
-    """Return what the tests behind an item found."""
+    """Summarise the results of the tests behind an item."""
     if not tests:
         return "Not run: no GPU has run it, and no test without one is about it."
     lines = []

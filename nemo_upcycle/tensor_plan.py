@@ -1,8 +1,8 @@
-"""What a tensor of an upcycled model is made of: one record for upcycling, conversion, verification and receipt.
+"""The plan of a tensor of an upcycled model: one record for upcycling, conversion, verification and receipt.
 
-`ModelPlan` decides it, and nothing else does: the slices of the dense tensors, which of several dense models they
-come from, the factors on them and what the init method changes. `expand_slice` and `change_copies` carry it out.
-Of a parent with experts, an expert is made of one of its experts, and the router of its router's rows.
+Only `ModelPlan` decides which slices of dense tensors a tensor is made of, from which of several dense models, with
+which factors and which changes by the init method; `expand_slice` and `change_copies` carry this out. From a parent
+with experts, an expert is made from one of the parent's experts, and the router from the rows of the parent's router.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class ModelPlan:
         Raises:
             SpecError: the spec does not fit, names no calibration file and needs one, or leaves out a parent.
             CheckpointError: the calibration file is of another model or of other settings.
-            UpcycleError: that file is missing, damaged, or something else.
+            UpcycleError: the calibration file is missing, damaged, or something else.
         """
         arch = dense.architecture
         if spec is None:
@@ -182,7 +182,7 @@ class ModelPlan:
             shape: the shard's shape, where a vocabulary may be padded.
             hf_part: in a fused Megatron parameter, a part in the Hugging Face tensor that is meant; None: the
                 parameter itself.
-            interleaved: as in `source_slices`.
+            interleaved: whether gate and up rows are interleaved, see `source_slices`.
         """
         dense, moe, spec = self.dense, self.moe_arch, self.spec
         grows = bool(dense.num_experts)
@@ -264,8 +264,8 @@ def expand_slice(
     Args:
         plan: the plan of the tensor that it is a part of.
         name: the dense tensor.
-        slice_: as it was read.
-        source: where from, for the text of an error.
+        slice_: the slice that was read.
+        source: checkpoint that it was read from, for the text of an error.
         dtype: the type of the result.
         out: where to put it; by default a new tensor, or the slice itself where nothing changes.
 

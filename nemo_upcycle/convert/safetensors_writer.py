@@ -84,7 +84,7 @@ class SafetensorsWriter:
         dtype: type of all of them on disk.
         max_shard_bytes: largest size of a file's data.
         order: returns a file's tensors in the order in which they are written; by default the model's.
-        float32: those that are float32 whatever the type; they come first, where they are aligned.
+        float32: names of the tensors that are float32 whatever `dtype` is; they come first, where they are aligned.
 
     Example:
         >>> writer = SafetensorsWriter(shapes, torch.bfloat16)  # doctest: +SKIP

@@ -37,7 +37,7 @@ class SourceConfig:
         trains: columns of an evaluation whose training split, or kin of it, is in here.
         max_lost: largest share of its documents, or of their bytes, that may be unreadable; above it no blend is made.
         on_hit: what happens to a document that holds an evaluation item: its passage is cut out, or all is dropped.
-        options: what else the reader takes.
+        options: further options of the reader.
         pii: what is replaced in its texts, of `PII`; None leaves it to the blend.
     """
 
@@ -124,8 +124,8 @@ class Blend:
 
     Attributes:
         name: name of its file, without suffix.
-        folder: where relative paths start.
-        config: its content.
+        folder: folder that relative paths start from.
+        config: content of the file.
     """
 
     name: str

@@ -16,7 +16,7 @@ from nemo_upcycle.data.blend_samples import (
     clamp_interval,
     describe_blend,
     index_folder,
-    say_what_is_read,
+    log_tokens_read,
     whole_indices,
 )
 from nemo_upcycle.data.build import cached_blend
@@ -52,11 +52,11 @@ def blend_data(
         micro_batch_size: sequences of a micro batch.
         global_batch_size: sequences of a step, over all ranks.
         num_workers: processes that load data, per rank.
-        seed: of the order of the sequences; None takes the manifest's.
+        seed: seed of the order of the sequences; None takes the manifest's.
         indices: where the first rank writes the order of the samples, a folder that all nodes share and other data may
             share, too; None: `indices` in the data folder.
-        skip_samples: sequences at the beginning of the order that are left out: those that a training with the same
-            seed, whose model this one starts from, has read.
+        skip_samples: number of sequences to leave out at the beginning of the order, because the training that made
+            the starting model has read them with the same seed.
 
     Raises:
         UpcycleError: the folder is not finished, damaged or made with another tokenizer, or a split is shorter than
@@ -108,7 +108,7 @@ class BlendDataModule(PreTrainingDataModule):
         trainer_limit_val_batches: Union[int, float],  # noqa: UP007
         trainer_limit_test_batches: Union[int, float],  # noqa: UP007
     ) -> None:
-        """Build the datasets, as NeMo does; the first rank says what the run reads.
+        """Build the datasets, as NeMo does; the first rank logs the tokens that the run reads.
 
         Every validation begins anew, so validation data are laid out for one of them: as many sequences as
         `limit_val_batches` takes, whatever the length of the run; or, with a fraction of 1, each token once.
@@ -118,7 +118,7 @@ class BlendDataModule(PreTrainingDataModule):
         steps = trainer_max_steps + 1  # a run that is finished may start again, and finds samples
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first:
-            say_what_is_read(blend, trainer_max_steps, step_tokens, self.skip_samples * self.seq_length)
+            log_tokens_read(blend, trainer_max_steps, step_tokens, self.skip_samples * self.seq_length)
         if isinstance(trainer_limit_val_batches, float):
             prefixes, _ = self.build_kwargs["blend_per_split"][1]
             self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # Megatron blends whole epochs by length only
@@ -135,13 +135,13 @@ def mock_tokenizer(dense: str) -> NullTokenizer:
     """Return the tokenizer of NeMo's mock data with the vocabulary of a dense model: random tokens, no text.
 
     Args:
-        dense: as in `UpcycleConfig.path`; of a model on the hub, configuration and tokenizer are fetched.
+        dense: the dense model, as in `UpcycleConfig.path`; only configuration and tokenizer are fetched from the hub.
     """
     return NullTokenizer(vocab_size=read_parent(dense).vocab_size - 1)  # the last id ends a document
 
 
 def describe_data(datamodule: Any) -> str:
-    """Return in a few words what a run is trained on, for its report."""
+    """Describe a run's data in a few words, for its report."""
     if isinstance(datamodule, MockDataModule):
         return "NeMo's mock data (random tokens)"
     if isinstance(datamodule, BlendDataModule):

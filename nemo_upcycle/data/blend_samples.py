@@ -1,9 +1,9 @@
-"""What a run of NeMo or Megatron-Bridge reads of a finished blend, how often each source, and in which order.
+"""The samples that a run of NeMo or Megatron-Bridge reads from a finished blend, and their order.
 
 Megatron's datasets write the order of their samples into a folder, as .npy files named after a hash of the data's
-path, number of samples, seed and sequence length. They neither rename a finished file into place nor look into one
-that is there, so a file cut short, or one of data that were replaced under the same path, would be read as it is:
-`whole_indices` lets one process build them at a time, and deletes what a killed one left.
+path, number of samples, seed and sequence length. They neither rename a finished file into place nor check one that is
+there, so they would read a file that was cut short, or one for data that were since replaced under the same path.
+`whole_indices` lets one process at a time build them, and deletes the files of a killed one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def index_folder(blend: FinishedBlend, indices: str | None) -> Path:
 
 @contextmanager
 def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
-    """Delete indices that are not known to be whole, let the block read and build, and note what it leaves.
+    """Delete indices that are not known to be whole, let the block read and build, and note the files it leaves.
 
     Of several ranks, the first runs the block so; the others wait for it where Megatron lets them wait.
 
@@ -85,18 +85,18 @@ def _files(cache: Path) -> list[Path]:
 
 
 def describe_blend(blend: FinishedBlend) -> str:
-    """Return in a few words what a run is trained on, for its report."""
+    """Describe a run's blend in a few words, for its report."""
     return f"blend {blend.name} ({blend.folder.name}){blend.contamination}"
 
 
-def say_what_is_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_tokens: int = 0) -> None:
-    """Log what a run reads, and warn where a source is read more often than the blend's `max_epochs`.
+def log_tokens_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_tokens: int = 0) -> None:
+    """Log the tokens that a run reads, and warn where it reads a source more often than the blend's `max_epochs`.
 
     Args:
-        blend: what it reads of.
+        blend: blend that the run reads.
         steps: steps of the run.
         step_tokens: tokens of a step, over all ranks.
-        parent_tokens: tokens that its parent has read of the same order; with them a source is read more often.
+        parent_tokens: tokens that its parent has read in the same order, which count as read.
     """
     messages = show_messages()
     messages.info("%s", blend.describe(steps, step_tokens))
@@ -112,13 +112,13 @@ def say_what_is_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_
 
 
 def clamp_interval(trainer: Any) -> None:
-    """Let a trainer of Lightning's validate at the latest in the step after its last one, and say that none is left.
+    """Clamp the validation interval of a Lightning trainer to one step more than the run has, and log the change.
 
-    Lightning refuses an interval above the length of the data. After one of as many steps as the run has, NeMo leaves
-    the last checkpoint to the validation, which may write none.
+    Lightning refuses an interval longer than the data. With an interval equal to the run's steps, NeMo leaves the last
+    checkpoint to the validation, which may not write it.
 
     Args:
-        trainer: Lightning's, not started; an interval that is a fraction of the data stays.
+        trainer: Lightning's trainer, not started; an interval that is a fraction of the data stays.
     """
     interval, steps = trainer.val_check_interval, trainer.max_steps
     if isinstance(interval, int) and interval > steps:

@@ -76,7 +76,7 @@ def check_blend(blend: Blend, work: Path) -> CheckedBlend:
 
     Args:
         blend: the blend.
-        work: where academic splits are rendered.
+        work: folder for academic splits that have to be rendered.
 
     Raises:
         UpcycleError: a pattern matches nothing, the tokenizer or the data environment is missing, ...
@@ -96,17 +96,17 @@ def build_blend(
     """Build a blend, or continue a stopped build; a finished one of the same blend is kept (see `changed_files`).
 
     Args:
-        blend: what to build.
+        blend: blend to build.
         output: the folder to make, on a disk that all workers share.
-        engine_options: how the engine runs, as `("--workers", "8")`.
+        engine_options: options of the engine, such as `("--workers", "8")`.
         strict: whether damaged input ends the build; otherwise it is counted and reported.
 
     Returns:
         The manifest.
 
     Raises:
-        UpcycleError: as in `check_blend`; or the folder holds something else, another process builds it, the disk is
-            full, or the engine failed.
+        UpcycleError: `check_blend` refuses the blend, the folder holds something else, another process builds it, the
+            disk is full, or the engine failed.
 
     Example:
         >>> build_blend(read_blend("sotu", ["tokenizer=asset://smollm2-135m"]), Path("runs/data"))  # doctest: +SKIP
@@ -149,7 +149,7 @@ def changed_files(blend: Blend, output: Path) -> dict[str, list[str]]:
 
     Args:
         blend: the blend.
-        output: its finished folder.
+        output: finished folder of the blend.
 
     Example:
         >>> changed_files(read_blend("mine.yaml"), Path("data/mine"))  # doctest: +SKIP
@@ -184,13 +184,13 @@ def update_blend(
     and a stopped update resumes.
 
     Args:
-        blend: what to build.
+        blend: blend to build.
         output: the folder to make.
-        engine_options: as in `build_blend`.
-        strict: as in `build_blend`.
+        engine_options: options of the engine, see `build_blend`.
+        strict: whether damaged input ends the build; see `build_blend`.
 
     Raises:
-        UpcycleError: as in `build_blend`.
+        UpcycleError: see `build_blend`.
     """
     output = resolved(output)
     fresh, replaced = aside_of(output), output.with_name(f".{output.name}.replaced")
@@ -216,10 +216,10 @@ def cached_blend(name: str, dense: str) -> Path:
 
     Args:
         name: name of the blend, as in `read_blend`.
-        dense: the dense model, by address.
+        dense: address of the dense model.
 
     Raises:
-        UpcycleError: as in `build_blend`.
+        UpcycleError: see `build_blend`.
     """
     blend = read_blend(name, [f"tokenizer={ensure_dense(dense)}"])
     files = [stamp for source in blend.config.sources for stamp in _stamps(blend, source)]
@@ -234,10 +234,10 @@ def _stamps(blend: Blend, source: str) -> list[Stamp]:
 
 
 def check_files(blend: Blend, source: str) -> dict[str, list[InputFile]]:
-    """Return the files of a source that names files; nothing of one that has to be fetched or rendered first.
+    """Return the files of a source that names files; nothing for one that has to be fetched or rendered first.
 
     Raises:
-        UpcycleError: as in `list_inputs`.
+        UpcycleError: see `list_inputs`.
     """
     return {} if reader_of(blend, source).renders else list_inputs(blend, source, Path())
 

@@ -1,4 +1,4 @@
-"""The prompts of each copy, as a user's file has them: what a router is made of."""
+"""Read the prompts of each copy, from which a router is made, from a user's file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def calibration_sample(spec: UpcycleSpec, dense: Path) -> Sample:
     """Read the texts of a spec's YAML file, a list with a text or a list of texts for each copy; each is a batch.
 
     Args:
-        spec: whose router is made of prompts.
+        spec: a spec that makes its router from prompts.
         dense: folder of the dense model, for its tokenizer.
 
     Raises:

@@ -39,7 +39,7 @@ def chat_data(
         folder: the folder; all nodes must share it.
         chat: without a folder, the conversations to pack once, in the cache: a name in `conf/chat`, a YAML file, or a
             file of JSON lines.
-        seq_length: places of a pack, as the folder was made with.
+        seq_length: places of a pack; must be the folder's.
         micro_batch_size: packs of a micro batch; NeMo takes 1.
         global_batch_size: packs of a step, over all ranks.
         num_workers: processes that load data, per rank.

@@ -103,7 +103,7 @@ class Contamination:
             identity: the document's.
             where: file and line.
             text: text of the document.
-            hits: what `NgramIndex.find` found in it.
+            hits: result of `NgramIndex.find`.
             removed: what was removed, as first characters and one past the last: `removed_spans(text, hits)`;
                 `[(0, len(text))]` for all of it; nothing for a mere report.
         """

@@ -34,7 +34,7 @@ def _list_of(blend: Blend, source: str, cache: Path) -> Path:
 
 
 def copied_files(blend: Blend, source: str, cache: Path) -> dict[str, list[InputFile]] | None:
-    """Return the files of every split of a source that was copied as it is named now; None of any other."""
+    """Return the copied files of every split of a source; None if its present names were not copied."""
     path = _list_of(blend, source, cache)
     if not path.is_file():
         return None
@@ -45,7 +45,7 @@ def copied_files(blend: Blend, source: str, cache: Path) -> dict[str, list[Input
 
 
 def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], cache: Path) -> None:
-    """Copy the files of a source into the cache, those that are not there yet, and list them.
+    """Copy the files of a source that are not in the cache into it, and list all of them.
 
     Args:
         blend: the blend.
@@ -75,7 +75,7 @@ def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], 
 
 
 def _names(file: InputFile) -> Iterator[str]:
-    """Yield what is read for a file: itself, and RedPajama's list of its duplicates."""
+    """Yield the addresses read for a file: its own, and RedPajama's list of its duplicates."""
     yield file.path
     if "duplicates" in file.options:
         yield file.options["duplicates"]

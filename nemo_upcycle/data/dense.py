@@ -1,4 +1,4 @@
-"""What a user names as a model, and where that lies on this machine: one way for every command, stage and recipe.
+"""Find the model that a user names, or fetch it: one way for every command, stage and recipe.
 
 What takes long to import is imported inside functions: commands that answer at once find their models here, too.
 """
@@ -106,7 +106,7 @@ def on_this_machine(
         cache: the hub's cache; None: that of the environment.
 
     Raises:
-        UpcycleError: it cannot be made or downloaded.
+        UpcycleError: the model cannot be made or downloaded.
     """
     if parent.kind == "asset":
         if is_complete(made := cached_asset(parent.name)):
@@ -127,9 +127,9 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
         source: `asset://NAME` (a model of `nemo_upcycle.demo`, converted into `output`), `hf://ORG/NAME` or
             plain `ORG/NAME` (the Hugging Face hub, kept in the hub's own cache, which resumes downloads), or
             a local folder, plain or as `hf:///absolute/path` (used where it lies).
-        output: where a converted model goes. Untouched when nothing is converted.
-        sampled: as in `check_source`.
-        offline: whether to take what the hub's cache has, without asking whether that is all.
+        output: folder for a converted model; untouched when nothing is converted.
+        sampled: whether to read samples of the weights only, see `check_source`.
+        offline: whether to take what is in the hub's cache without asking the hub whether it is complete.
 
     Returns:
         A folder with `config.json`, safetensors and tokenizer files, checked to be a whole dense Llama-family model.
@@ -159,14 +159,14 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
 
 
 def check_address(source: str, *, whole: bool = False) -> Architecture | None:
-    """Check what the user names as dense model, as far as that takes no time: a folder is opened, nothing is fetched.
+    """Check the address of a dense model quickly: open a folder, fetch nothing.
 
     Args:
-        source: as in `import_dense`.
-        whole: whether a folder has to hold weights and tokenizer: a configuration alone says what a run would be.
+        source: address of the model, see `import_dense`.
+        whole: whether a folder must hold weights and tokenizer; a configuration is enough to show what a run would do.
 
     Returns:
-        The architecture of a folder's model; None for what is still to be fetched.
+        The architecture of a folder's model; None for a model that is still to be fetched.
 
     Raises:
         UpcycleError: there is no such scheme, asset or folder, or the folder is not such a model (CheckpointError).
@@ -207,13 +207,13 @@ def require_tokenizer(folder: Path) -> None:
 
 
 def tokenizer_folder(source: str) -> Path:
-    """Return a folder with tokenizer and configuration of a dense model, without the weights of one on the hub.
+    """Return a folder with a dense model's tokenizer and configuration; no weights are fetched from the hub.
 
     Args:
-        source: as in `import_dense`.
+        source: address of the model, see `import_dense`.
 
     Raises:
-        UpcycleError: it cannot be reached, or has no tokenizer (CheckpointError).
+        UpcycleError: the model cannot be reached, or has no tokenizer (CheckpointError).
     """
     folder = on_this_machine(find_parent(source), OF_TOKENIZER)
     require_tokenizer(folder)
@@ -221,10 +221,10 @@ def tokenizer_folder(source: str) -> Path:
 
 
 def local_parent(source: str) -> Architecture | None:
-    """Return the architecture of a dense model that lies on this machine; None for what is still to be fetched.
+    """Return the architecture of a dense model that lies on this machine; None for one that is still to be fetched.
 
     Args:
-        source: as in `import_dense`, or a NeMo or Megatron checkpoint, which need not hold a tokenizer.
+        source: address of the model, see `import_dense`; or a NeMo or Megatron checkpoint, with or without tokenizer.
 
     Raises:
         UpcycleError: there is no such thing, or it is not such a model (CheckpointError).
@@ -239,25 +239,25 @@ def local_parent(source: str) -> Architecture | None:
 
 
 def read_parent(source: str) -> Architecture:
-    """Return the architecture of a dense model; of one on the hub only configuration and tokenizer are fetched.
+    """Return the architecture of a dense model; only configuration and tokenizer are fetched from the hub.
 
     Args:
-        source: as in `local_parent`.
+        source: address of the model, see `local_parent`.
 
     Raises:
-        UpcycleError: it cannot be reached, or is not such a model (CheckpointError).
+        UpcycleError: the model cannot be reached, or is not such a model (CheckpointError).
     """
     return local_parent(source) or read_architecture(tokenizer_folder(source))
 
 
 def ensure_dense(source: str) -> Path:
-    """Return the folder of a dense model, keeping in the cache what has to be made or fetched first.
+    """Return the folder of a dense model; one that has to be made or fetched is kept in the cache.
 
-    Several ranks may call it at the same time: one of a node makes or fetches the folder, the others wait. They ask
-    the hub for nothing that is there: hundreds of ranks that asked for every file would be turned away.
+    Several ranks may call it at the same time: one of a node makes or fetches the folder, the others wait. They do not
+    ask the hub about files that are there: it would turn hundreds of such ranks away.
 
     Args:
-        source: as in `import_dense`.
+        source: address of the model, see `import_dense`.
 
     Example:
         >>> ensure_dense("asset://smollm2-135m")  # doctest: +SKIP
@@ -279,16 +279,16 @@ def ensure_dense(source: str) -> Path:
 
 
 def local_model(source: str, *, nemo: bool = False) -> str:
-    """Return where a model lies on this machine, fetching what a name on the hub or of an asset stands for.
+    """Return the path of a model on this machine; fetch a model of the hub, make an asset.
 
-    Unlike `ensure_dense` it asks for no tokenizer and takes MoE models too; who opens the path checks what is there.
+    Unlike `ensure_dense` it needs no tokenizer and takes MoE models too; the caller checks what the path holds.
 
     Args:
-        source: as in `find_parent`.
-        nemo: whether a NeMo or Megatron checkpoint will do; its address stays as it is.
+        source: address of the model, see `find_parent`.
+        nemo: whether a NeMo or Megatron checkpoint will do; its address is returned as it is.
 
     Raises:
-        UpcycleError: it cannot be reached, or names nothing.
+        UpcycleError: the model cannot be reached, or `source` names nothing.
 
     Example:
         >>> local_model("hf:///models/Llama-3-8B")  # doctest: +SKIP
@@ -299,14 +299,14 @@ def local_model(source: str, *, nemo: bool = False) -> str:
 
 
 def configuration_folder(source: str, *, nemo: bool = False) -> Path:
-    """Return a folder with a model's `config.json`, without the weights of one on the hub; or a checkpoint's.
+    """Return a folder with a model's `config.json`, or a checkpoint's folder; no weights are fetched from the hub.
 
     Args:
-        source: as in `find_parent`; the path of a `config.json` too.
+        source: address of the model, see `find_parent`; or the path of a `config.json`.
         nemo: whether a NeMo or Megatron checkpoint will do.
 
     Raises:
-        UpcycleError: it cannot be reached, or names nothing.
+        UpcycleError: the model cannot be reached, or `source` names nothing.
     """
     if (path := Path(source).expanduser()).name == "config.json" and path.is_file():
         return path.parent

@@ -46,7 +46,7 @@ def engine_version(python: Path) -> str:
     """Ask the engine for its versions; it must be of this package's.
 
     Raises:
-        UpcycleError: it does not start, or is of another version.
+        UpcycleError: the engine does not start, or has another version.
     """
     try:
         done = subprocess.run([str(python), "-m", ENGINE, "--version"], capture_output=True, text=True, check=False)
@@ -71,8 +71,8 @@ def run_engine(arguments: Sequence[str], check: Callable[[], None] = lambda: Non
         check: called again and again while it runs, and at its end; what it raises ends the engine.
 
     Raises:
-        StageError: it failed.
-        KeyboardInterrupt: it was stopped.
+        StageError: the engine failed.
+        KeyboardInterrupt: a signal stopped it.
     """
     command = [str(data_python()), "-m", ENGINE, *arguments]
     stop = threading.Event()

@@ -27,8 +27,8 @@ class EpochDataset(GPTDataset):
         dataset: dataset of `build_low_level_dataset`.
         dataset_path: the prefix of the source's first file.
         indexed_indices: the numbers of its documents.
-        num_samples: how many are needed at least; None: those of one epoch.
-        index_split: what the samples are for.
+        num_samples: least number of samples; None for one epoch.
+        index_split: split of the samples.
         config: Megatron's.
 
     Example:

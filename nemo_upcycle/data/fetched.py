@@ -1,4 +1,4 @@
-"""Fill a folder with what runs take from networks: the caches of their stages, with a list of files and hashes."""
+"""Fetch everything that runs need from networks into a folder: the caches of their stages, with a list of hashes."""
 
 from __future__ import annotations
 

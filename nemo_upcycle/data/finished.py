@@ -35,11 +35,11 @@ class Finished:
     """A finished folder and its manifest, of texts or of conversations.
 
     Attributes:
-        folder: absolute, without links: Megatron names its indices after the paths of the data.
-        manifest: as the command that made the folder writes it.
+        folder: its absolute path without links: Megatron names its indices after the paths of the data.
+        manifest: content of `manifest.json`.
     """
 
-    #: What the manifest says of its kind and form, the key of its name, and the command that makes such a folder.
+    #: Kind and form in the manifest, the key of the name, and the command that makes such a folder.
     kind: ClassVar[str]
     format: ClassVar[int]
     key: ClassVar[str]
@@ -71,18 +71,18 @@ class Finished:
         return folder, found
 
     def lines(self) -> list[dict[str, Any]]:
-        """Read the lines of what was held back."""
+        """Read the lines of the held-out file."""
         return [line for _, line in read_json_lines(self.folder / HELDOUT)]
 
     def require_tokenizer_of(self, dense: str) -> None:
         """Check that the data were made with the tokenizer of a dense model.
 
         Args:
-            dense: as in `ensure_dense`, or a NeMo or Megatron checkpoint; of one that holds no tokenizer, a message
-                says that it was not compared.
+            dense: address of the dense model, see `ensure_dense`; or a NeMo or Megatron checkpoint. One without a
+                tokenizer is not compared, and a message says so.
 
         Raises:
-            UpcycleError: they were not, or the dense model cannot be read.
+            UpcycleError: the data have another tokenizer, or the dense model cannot be read.
         """
         from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256  # slow, and not installed everywhere
 
@@ -140,7 +140,7 @@ class FinishedBlend(Finished):
 
     @property
     def overlap(self) -> list[str]:
-        """Say how much of its held-out text stands in training text, a line for each source and split."""
+        """Describe how much held-out text is also in training text, a line for each source and split."""
         found = self.manifest.get("heldout_overlap") or {"rows": []}
         return [
             f"{row['source']}, {row['split']}: {before} of the {overlap_unit(found)}"
@@ -206,7 +206,7 @@ class FinishedBlend(Finished):
         return sum(self.tokens["train"][source].values())
 
     def describe(self, steps: int, step_tokens: int) -> str:
-        """Say what a run reads of the blend, a line for each source.
+        """Describe the tokens that a run reads from the blend, a line for each source.
 
         Args:
             steps: steps of the run.

@@ -30,7 +30,7 @@ def join_datasets(pieces: Sequence[Path], output: Path) -> None:
     """Write the sequences and documents of several datasets, of one token type, into one.
 
     Args:
-        pieces: their paths, without suffix.
+        pieces: paths of the pieces, without suffix.
         output: the path to write, without suffix.
     """
     lengths, documents, codes, sequences = [], [np.zeros(1, dtype=np.int64)], set(), 0
@@ -92,7 +92,7 @@ def require_size(path: Path, size_bytes: int, *, at_least: bool = False) -> None
     """Check the size of a file of a finished folder.
 
     Raises:
-        UpcycleError: it is not there, or of another size.
+        UpcycleError: the file is missing, or has another size.
     """
     actual_bytes = path.stat().st_size if path.is_file() else None
     if actual_bytes is None or actual_bytes < size_bytes or (actual_bytes > size_bytes and not at_least):

@@ -1,4 +1,4 @@
-"""From what a source names to the files that the engine reads, and to the plan that the engine is given."""
+"""Find the files of a blend's sources, and make the engine's plan from them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from nemo_upcycle.suites.suite_config import folders_of_suite
 from nemo_upcycle.utils.cache import cache_folder
 
 
-#: The n-grams of evaluation items in the folder of what a blend is built from.
+#: File for the n-grams of evaluation items, in the folder that a blend is built from.
 NGRAMS = "ngrams.npz"
-#: Files are put together into tasks of this size, or cut; what a killed run loses is the tasks that were running.
+#: Files are joined or cut into tasks of this size; a killed run loses the tasks that were running.
 TASK_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 #: Tasks of the engine for each of the steps that find equal texts.
@@ -35,7 +35,7 @@ def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFi
     Args:
         blend: the blend.
         source: name of the source.
-        work: where what has to be rendered first is written.
+        work: folder for texts that have to be rendered first.
 
     Raises:
         UpcycleError: there is no such reader or option, or an entry matches nothing.
@@ -119,7 +119,7 @@ def make_plan(
         blend: the blend.
         inputs: the files of every source and split.
         output: the folder of the blend.
-        tokenizer: what `save_tokenizer` returned.
+        tokenizer: result of `save_tokenizer`.
     """
     config, tasks = blend.config, []
     files = [file for splits in inputs.values() for one in splits.values() for file in one]

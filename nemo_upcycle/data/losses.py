@@ -1,4 +1,4 @@
-"""What of a source is lost or left: counted, said, and refused above `max_lost` or below a sequence, early."""
+"""Count and report how much of a source is lost; refuse early more than `max_lost`, or less than a sequence left."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nemo_upcycle.utils.files import read_json
 
 #: A larger share is warned about.
 _WARNED = 0.01
-#: Of English text and most tokenizers, by which tokens are estimated.
+#: For English text and most tokenizers: tokens are estimated from bytes.
 _BYTES_PER_TOKEN = 4
-#: What the engine writes of each task: what it read, in a pass before the last one; and what it made of it.
+#: Records that the engine writes for each task: of the pass that reads it, and of the last pass.
 _READ, _STATS = "read", "stats"
 _TRAIN = ("documents", "bytes", "tokens")
 
@@ -29,7 +29,7 @@ def count_lost(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Count what the tasks of a source could not read.
 
     Args:
-        tasks: what the engine counted of each.
+        tasks: counts of the engine, one a task.
 
     Returns:
         `share`, the larger one of that of documents and of bytes, 0 to 1; and by reason `documents`, `bytes` and the
@@ -63,10 +63,10 @@ def lost_text(lost: Mapping[str, Any]) -> list[str]:
 
 
 def require_read(blend: Blend, source: str, tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Warn of what could not be read of a source.
+    """Warn of the part of a source that could not be read.
 
     Raises:
-        LostError: it is more than its `max_lost`.
+        LostError: it is more than the source's `max_lost`.
     """
     lost, most = count_lost(tasks), blend.config.sources[source].max_lost
     text = f"{lost['share']:.1%} of what was to be read is lost ({'; '.join(lost_text(lost))})"
@@ -109,7 +109,7 @@ def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[]
     Args:
         blend: the blend.
         work: the engine's folder.
-        plan: what the engine is given; what it has from another one does not count.
+        plan: plan of the engine; files of another plan do not count.
     """
     tasks = list(enumerate(plan["tasks"]))
     ranks = {name: [rank for rank, task in tasks if task["source"] == name] for name in blend.config.sources}

@@ -1,4 +1,4 @@
-"""What a folder of texts or conversations was made from: whether that is the same still, or which files are others."""
+"""Compare the files that a folder of texts or conversations was made from with those that are there now."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mappi
         now: the present note: `format`, the settings, `strict`, and of conversations the `files`.
 
     Raises:
-        UpcycleError: it is another format's, another kind's, or other settings' or files'.
+        UpcycleError: the folder has another format or kind, or was made from other settings or files.
     """
     if earlier == now:
         return
@@ -104,13 +104,13 @@ def cached_folder(kind: str, name: str, made_from: Sequence[Any], build: Callabl
     Several ranks may call it at the same time: one builds it, the others wait.
 
     Args:
-        kind: folder of the cache, `blends` or `chats`.
+        kind: folder in the cache, `blends` or `chats`.
         name: name of the blend or the conversations.
         made_from: plain values that decide the content.
         build: makes the folder at a path, or keeps it.
 
     Raises:
-        UpcycleError: as `build`.
+        UpcycleError: `build` failed.
     """
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     output = writable_cache(kind) / f"{name}-{digest}"

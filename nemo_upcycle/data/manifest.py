@@ -94,9 +94,9 @@ def finish_blend(
 
     Args:
         blend: the blend.
-        output: its folder.
-        tasks: how many the engine had.
-        tokenizer: what `save_tokenizer` returned.
+        output: folder of the blend.
+        tasks: number of the engine's tasks.
+        tokenizer: result of `save_tokenizer`.
         engine: versions of the data engine.
         items: the index of the evaluation items that were looked for; None: none were.
     """

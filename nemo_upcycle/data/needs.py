@@ -1,4 +1,4 @@
-"""What stages take from a network, so that it can be fetched before they run without one."""
+"""The models, data and questions that stages need from a network, to be fetched before they run without one."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Need:
     """Something that stages take from a network.
 
     Attributes:
-        what: it is, for people; of two needs with the same text one is enough.
-        place: where it comes from.
+        what: name for people; of two needs with the same name one is enough.
+        place: place that it comes from.
         fetch: puts it into the caches of this process; continues what was stopped.
         is_in: whether caches have it; asks no network.
         license: its licence, where that is known.

@@ -1,4 +1,4 @@
-"""What a run takes from networks: its parent, its blend and the questions of its suites."""
+"""Find everything that a run needs from networks: its parent, its blend and the questions of its suites."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_needs(dense: str, data: str, evaluation: str) -> list[Need]:
         evaluation: a name in conf/evaluation, or a YAML file; empty: none.
 
     Raises:
-        UpcycleError: one is not valid.
+        UpcycleError: an argument is not valid.
     """
     of = {
         "dense": _parent_needs(dense) if dense else (),

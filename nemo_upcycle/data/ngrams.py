@@ -2,9 +2,9 @@
 
 Needs numpy and the standard library only: the engine of the data stage runs in an environment without torch.
 
-Two kinds of n-grams are looked for in one pass. A long one is a hit by itself. A short one is none, but several of one
-item close together are: `ENOUGH` and the shares say how many. Where each character is a word, both kinds have
-more of them: `STRETCH`.
+Two kinds of n-grams are looked for in one pass. A long one is a hit by itself; short ones are a hit where enough of
+one item stand close together, see `ENOUGH` and the shares. In scripts whose characters count as words, both kinds have
+more words, see `STRETCH`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ WORDS = 13
 SHORT_WORDS = 8
 SHORTEST = 6
 BOILERPLATE = 10
-#: Short n-grams of an item, no further apart than it is long, are a hit if together they cover at least one word more
-#: than one of them does, and so many words or a share of its longest rendering: this one where they are one passage,
-#: and that one where they are several (`benchmarks/decontaminate.py`).
+#: Short n-grams of an item, no further apart than the item is long, are a hit if together they cover more words than
+#: one n-gram has, and either this many words or a share of the item's longest rendering: the first share if they are
+#: one passage, the second if they are several (`benchmarks/decontaminate.py`).
 ENOUGH = 20
 SHARE_OF_ONE, SHARE_OF_SEVERAL = 0.3, 0.2
-#: Characters that stand for a word of English: of Han, kana and Hangul; of Thai, Lao, Tibetan, Burmese and Khmer.
+#: Characters in place of an English word: in Han, kana and Hangul; in Thai, Lao, Tibetan, Burmese and Khmer.
 STRETCH = {SYLLABLES: 2, LETTERS: 3}
-#: Words with letters that a short n-gram has: rows of digits are no sign of an item.
+#: Least number of words with letters in a short n-gram: rows of digits are no sign of an item.
 _LETTERED = 2
 
 _FORMAT = 2
@@ -79,7 +79,7 @@ class NgramIndex:
     """The n-grams of evaluation items, and where each stands.
 
     Attributes:
-        arrays: what `save` writes.
+        arrays: arrays that `save` writes.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""Passages of a text that are taken out of it, and what is left."""
+"""Cut passages out of a text, and keep the rest."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Hit:
     """A passage that shares n-grams with items.
 
     Attributes:
-        start: its first character in the text.
-        stop: one past its last character.
+        start: place of its first character in the text.
+        stop: place after its last character.
         size: words in it.
         items: numbers of the items, ascending, as `NgramIndex.item` names them.
     """

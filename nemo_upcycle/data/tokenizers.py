@@ -1,4 +1,4 @@
-"""The tokenizer that travels with tokenised data, and the hash by which it is known again."""
+"""The tokenizer that travels with tokenised data, and the hash that identifies it."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def save_tokenizer(dense: Path, folder: Path) -> dict[str, Any]:
 
     Args:
         dense: the dense model's folder.
-        folder: where to; replaced if it is there.
+        folder: folder to write; an earlier one is replaced.
 
     Returns:
         `vocab_size`, `eos_id`, `pad_id` and `sha256`.
 
     Raises:
-        CheckpointError: as in `open_tokenizer`.
+        CheckpointError: see `open_tokenizer`.
         OSError: the disk is full.
     """
     tokenizer = open_tokenizer(dense)

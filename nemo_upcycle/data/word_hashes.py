@@ -4,10 +4,10 @@ Needs numpy and the standard library only: the engine of the data stage runs in 
 
 Words are runs of letters and digits, case-folded, without accents; in scripts without blanks each character is a word.
 Letters of other scripts that look like Latin ones are taken for them. Apostrophes are deleted, and every other
-character, dashes included, separates words, as do tags and entities of HTML; typography and line breaks thus decide
-nothing. Each character is translated on its own, so positions can be mapped back. The hash of a word is a polynomial
-of its UTF-8 bytes, that of an n-gram a polynomial of its words' hashes, both modulo 2**64 and from differences of
-running sums: a few numpy operations for a whole block.
+character, dashes included, separates words, as do tags and entities of HTML; so typography and line breaks make no
+difference. Each character is translated on its own, so positions can be mapped back. The hash of a word is a
+polynomial of its UTF-8 bytes, the hash of an n-gram a polynomial of its words' hashes. Both are modulo 2**64, computed
+from differences of running sums: a few numpy operations for a whole block.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
 
 
 class HashFilter:
-    """Two tables, by the first and the last bits of a hash, that say of most hashes that they are not in a set."""
+    """Two tables, by the first and the last bits of a hash, that rule out most hashes outside a set."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         width = max((_SLOTS * len(hashes)).bit_length(), 16)

@@ -93,7 +93,7 @@ def difference_of_arms(
 
 
 def _verdict(value: float, half_width: float, margin: float) -> str:
-    """Return what an interval says. One of a difference within `ROUNDING` that leaves 0 out ends below twice that."""
+    """Name the verdict of an interval. One that lies within the margin, or within twice `ROUNDING`, is a tie."""
     if abs(value) + half_width <= max(margin, 2 * ROUNDING):
         return "tie"
     if abs(value) <= half_width:
@@ -139,12 +139,12 @@ def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[int, Sums]:
-    """Return what the seeds of an arm score after some tokens, between two points of its curve if need be.
+    """Return the scores of an arm's seeds after some tokens, interpolated between two points of its curve if need be.
 
-    There each document is taken to be linear in the logarithm of the tokens.
+    Each document's score is taken to be linear in the logarithm of the tokens.
 
     Args:
-        tokens: from the first point after step 0 to the last one.
+        tokens: number of tokens, between the first point after step 0 and the last one.
         scores: tokens -> seed -> sums of the documents.
 
     Example:

@@ -67,11 +67,11 @@ def parts_of(metric: str, scores: Sequence[Score]) -> list[tuple[float, float]]:
 
 
 def cluster_sums(metric: str, scores: Sequence[Score], keys: Sequence[Hashable]) -> list[tuple[float, float]]:
-    """Return the two sums that make a metric, of each cluster in the order of its first item.
+    """Return each cluster's two sums that make a metric, clusters in the order of their first items.
 
     Args:
         metric: its name, without the task.
-        scores: as in `statistic`.
+        scores: one score an item, see `statistic`.
         keys: the cluster of each item.
     """
     sums: dict[Hashable, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))

@@ -99,17 +99,17 @@ def evaluate(
 def ask(
     model: Backend, suite: Path, *, samples: bool, limit: int | None = None, tasks: SuiteTasks | None = None
 ) -> dict[str, Any]:
-    """Ask a model that is open everything in a suite.
+    """Ask an open model every question of a suite.
 
     Args:
         model: from `open_model`, or the live one of a training.
-        suite: as in `evaluate`.
-        samples: as in `evaluate`.
-        limit: as in `evaluate`.
-        tasks: as in `evaluate`.
+        suite: folder of the suite.
+        samples: also let the model continue the suite's prompts.
+        limit: take only the first items of each task.
+        tasks: result of `load_suite_tasks`; None to load them.
 
     Returns:
-        What `evaluate` returns, without the model's name and folder.
+        The result of `evaluate`, without the model's name and folder.
     """
     start_s = time.monotonic()
     described = read_json(suite / MARKER)

@@ -121,13 +121,13 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
 
 
 def growth_spec(parent: Parent, num_experts: int, top_k: int | None = None, expert_utility: str = "") -> UpcycleSpec:
-    """Return the spec of plain copies of a parent's experts, with all that has to be as in the parent.
+    """Return the spec of plain copies of a parent's experts; fields that cannot differ are the parent's.
 
     Args:
-        parent: its architecture, with experts.
-        num_experts: the model's.
-        top_k: the model's; None: so many that the model is exact.
-        expert_utility: as in `UpcycleSpec`.
+        parent: architecture of a parent with experts.
+        num_experts: number of the model's experts.
+        top_k: experts of a token in the model; None takes the number that makes it exact.
+        expert_utility: utility file, see `UpcycleSpec`.
 
     Raises:
         SpecError: the parent does not become such a model.

@@ -234,8 +234,8 @@ def both_ropes(theta: float, scaling: dict[str, Any] | None, part: float | None 
 
     Args:
         theta: the base.
-        scaling: as `rope_settings` returns it.
-        part: share of a head that is rotated, for a class whose own default is not the whole.
+        scaling: result of `rope_settings`.
+        part: rotated share of a head, for a class whose own default is not the whole head.
     """
     parameters = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
     parameters |= {} if part is None else {_PART: part}

@@ -52,15 +52,15 @@ def load_model(folder: Path, **options: Any) -> Any:
 
 
 def empty_model(folder: Path) -> Any:
-    """Return the model of a Hugging Face folder in float32 on the meta device, ready to compute but for its weights.
+    """Return a Hugging Face model in float32 on the meta device, ready to compute except that it has no weights.
 
-    Buffers that are in the folder, too, are zeros.
+    Buffers that are stored in the folder are zeros.
 
     Args:
         folder: its Hugging Face folder.
 
     Raises:
-        CheckpointError: as in `load_model`; or the model keeps something else than weights in it.
+        CheckpointError: `load_model` refuses it, or the folder holds more than weights of the model.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -156,7 +156,7 @@ def hybrid_of(model: Any) -> HybridLayers | None:
     """Return the layers of a HybridModel, or of a configuration of one; None for a GPTModel.
 
     Raises:
-        SpecError: as in `HybridLayers`.
+        SpecError: see `HybridLayers`.
     """
     pattern = getattr(model, "hybrid_layer_pattern", None)
     return HybridLayers(pattern) if pattern else None

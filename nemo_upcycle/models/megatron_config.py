@@ -102,14 +102,14 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
 
 
 def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
-    """Return the settings of Megatron's `TransformerConfig` that make a model of an architecture, but its activation.
+    """Return the settings of Megatron's `TransformerConfig` for an architecture, all but its activation.
 
     Args:
         arch: the architecture.
-        hybrid: whether it is a HybridModel's, in which attention and network are layers of their own.
+        hybrid: whether to build a HybridModel, in which attention and network are layers of their own.
 
     Raises:
-        CheckpointError: as in `require_buildable`.
+        CheckpointError: see `require_buildable`.
 
     Example:
         >>> TransformerConfig(**megatron_fields(arch), activation_func=silu)  # doctest: +SKIP

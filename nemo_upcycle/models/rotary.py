@@ -143,10 +143,10 @@ def same_frequencies(inverse: torch.Tensor, arch: Architecture, length: int = 0,
     """Return whether a model's inverse frequencies are the architecture's, up to rounding.
 
     Args:
-        inverse: the model's, or those of one of its layers.
+        inverse: inverse frequencies of the model, or of one of its layers.
         arch: the architecture.
-        length: as in `rope_frequencies`.
-        windowed: whether the layer sees a window; None for the model's.
+        length: length of the sequences, see `rope_frequencies`.
+        windowed: whether the layer sees a window; None for frequencies of the model.
     """
     import torch
 

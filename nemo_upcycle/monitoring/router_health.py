@@ -45,10 +45,9 @@ class RouterHealth:
     Args:
         chunks: this rank's Megatron chunks, wrapped or not.
         config: the model's configuration.
-        clears_losses: whether to clear the auxiliary losses that Megatron collects; else the trainer does it at the
-            end of every step.
-        layers: those of the model's layers that are described, in order; by default all. In a HybridModel experts have
-            layers of their own.
+        clears_losses: whether to clear the auxiliary losses that Megatron collects; else the trainer clears them at
+            the end of every step.
+        layers: layers to describe, in order; by default all. In a HybridModel experts have layers of their own.
 
     Example:
         >>> health = RouterHealth(chunks, config)  # doctest: +SKIP

@@ -57,12 +57,12 @@ def decoder_layers(
         wide_qk_norm: whether norms of query and key, which `qk_layernorm` switches on, are over all heads at once.
         embedding_multiplier: factor on the embedding, which the first layer multiplies by.
         residual_multiplier: factor on what attention and network add to their input.
-        logits_scaling: what the logits are divided by; the last norm's output is.
+        logits_scaling: divisor of the logits, applied to the last norm's output.
         rope_theta: base of the model's rotary embedding, where layers change it; None: they do not.
         rope_scaling: how its frequencies are scaled in layers without a window, and in others without their own base.
         local_rope_theta: base of the rotary embedding in layers with a window, unscaled.
-        max_positions: as in an `Architecture`.
-        rotary_percent: as in an `Architecture`.
+        max_positions: longest sequence, see `Architecture`.
+        rotary_percent: rotated share of a head, see `Architecture`.
         shared_gate: whether shared experts have a gate, which Megatron's own modules compute.
 
     Returns:

@@ -131,10 +131,10 @@ def spec_of(
     """Return the spec of a receipt, or of options; None if there is neither.
 
     Args:
-        fields: those of the receipt's spec, if there is a receipt.
-        path: its file, for the text of an error.
-        given: what the options say.
-        unsaid: without a receipt, fields that are known from elsewhere.
+        fields: fields of the receipt's spec; None without a receipt.
+        path: the receipt's file, for the text of an error.
+        given: fields that options set.
+        unsaid: fields known from elsewhere, used only without a receipt.
 
     Raises:
         SpecError: an option contradicts the receipt, or a value is wrong.

@@ -117,12 +117,12 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     """Plan the fill of the local chunks of a model, also on the meta device.
 
     Args:
-        chunks: as in `upcycle_into`.
+        chunks: chunks of the model on this rank, see `upcycle_into`.
         dense: the open dense checkpoint.
-        spec: what to make of it; None for a dense model.
+        spec: how to upcycle it; None for a dense model.
 
     Raises:
-        SpecError, CheckpointError: as in `upcycle_into`.
+        SpecError, CheckpointError: see `upcycle_into`.
     """
     plan, models = ModelPlan.of(dense, spec), [_unwrap(chunk) for chunk in chunks]
     for model in models:
@@ -276,10 +276,10 @@ def fill_chunks(
     """Fill this rank's chunks from a dense checkpoint or several, with a progress line on the first rank.
 
     Args:
-        chunks: as in `upcycle_into`.
+        chunks: chunks of the model on this rank, see `upcycle_into`.
         paths: the dense checkpoint, and its branches.
-        spec: what to make of it; None loads it as it is.
-        non_expert_weights: as in `open_dense`.
+        spec: how to upcycle it; None loads it as it is.
+        non_expert_weights: "first" or "mean", see `open_dense`.
 
     Returns:
         The receipt of this rank.

@@ -1,4 +1,4 @@
-"""Run a chain of jobs on a scheduler: submit what is not done, watch it, and say why it ended."""
+"""Run a chain of jobs on a scheduler: submit and watch those that are not done, and report why one ended."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Chain:
     """The jobs of a run, submitted or to be.
 
     Args:
-        cluster: where they run.
-        jobs: in an order in which each comes after those that it needs.
+        cluster: scheduler that runs them.
+        jobs: jobs, each after those that it needs.
         is_done: whether a stage, by name, is done from its present inputs; those before it must be.
         run_dir: the run's folder, which this machine sees, too.
     """
@@ -60,7 +60,7 @@ class Chain:
         self._asked_s = -math.inf
 
     def done(self) -> set[str]:
-        """Return the stages that are done; one whose predecessor is not is not."""
+        """Return the stages that are done, and whose predecessors are done."""
         done: set[str] = set()
         names = {job.name for job in self.jobs}
         for job in self.jobs:
@@ -85,11 +85,11 @@ class Chain:
             self._steps[job.name] = _step_kept(job)
             if job.name in self.ids:
                 self._say_adopted(job, self.ids[job.name])
-                paths = self.cluster.logs(job, self.ids[job.name])  # what it printed before was shown before
+                paths = self.cluster.logs(job, self.ids[job.name])  # lines from before were shown before
                 self._tails.update({path: path.stat().st_size for path in paths if path.exists()})
 
     def _say_adopted(self, job: Job, identity: str) -> None:
-        """Say that a job stays as it was submitted, and what to do if other settings were meant to reach it."""
+        """Report that a job stays as it was submitted, and how to give it other settings."""
         sys.stderr.write(f"[{job.name}] submitted before: {identity}\n")
         kept = ((job.folder / name, text) for name, text in self.cluster.render_as(job, identity).items())
         if any(path.is_file() and path.read_text(encoding="utf-8") != text for path, text in kept):
@@ -99,11 +99,11 @@ class Chain:
             )
 
     def submit(self) -> list[str]:
-        """Submit what is not done and was not submitted, as far as the scheduler holds jobs back; return the ids.
+        """Submit jobs that are neither done nor submitted, as far as the scheduler holds jobs back; return the ids.
 
         Raises:
             UnreachableError: the scheduler does not answer; another call submits the rest.
-            UpcycleError: it refuses a job; none of those that this call has submitted stays.
+            UpcycleError: the scheduler refuses a job; the jobs that this call has submitted are cancelled.
         """
         done = self.done()
         new: dict[str, str] = {}
@@ -138,7 +138,7 @@ class Chain:
             (self.run_dir / JOBS).unlink(missing_ok=True)
 
     def watch(self, stop: StopSignals) -> bool:
-        """Wait until all stages are done, show what they print, and submit those that can start now.
+        """Wait until all stages are done; show their output, and submit those that can start.
 
         Returns:
             Whether they are; not when a signal came.
@@ -166,10 +166,10 @@ class Chain:
         return False
 
     def _look(self, jobs: Sequence[Job]) -> None:
-        """Ask the scheduler how far jobs are that are not done.
+        """Ask the scheduler for the states of jobs that are not done.
 
         Raises:
-            UnfinishedError: one has ended, and its marker had the time to be seen.
+            UnfinishedError: a job has ended, and its marker had the time to be seen.
         """
         states = self.cluster.states([self.ids[job.name] for job in jobs]) if jobs else {}
         for job in jobs:
@@ -186,7 +186,7 @@ class Chain:
                 del self._ended_s[job.name]
                 self._submit_again(job, state)
             if not state.is_orphaned:
-                break  # those behind it end because of it
+                break  # the jobs after it end because of it
 
     def _say_once(self, topic: str, text: str) -> None:
         if self._shown.get(topic) != text:
@@ -194,14 +194,14 @@ class Chain:
             sys.stderr.write(f"{text}\n")
 
     def _submit_again(self, job: Job, state: JobState) -> None:
-        """Forget a job that has to be submitted again: of a training that got further since it started, or an orphan.
+        """Forget a job that has to be submitted again: an orphan, or a training that made progress since its start.
 
-        Where the scheduler holds jobs back, a training has requeued itself while it got further. The stages that an
-        orphan waits for are not among those that have failed: they are done, whatever the scheduler thinks of their
-        jobs, as of one that ended by itself just after its time limit.
+        Where the scheduler holds jobs back, a training requeues itself while it makes progress. The stages that an
+        orphan waits for are done, even if the scheduler counts their jobs as failed, such as one that ended by itself
+        just after its time limit.
 
         Raises:
-            UnfinishedError: it got no further, or is no training.
+            UnfinishedError: the job made no progress, or is no training.
         """
         if state.is_abandoned:
             self.cluster.cancel([self.ids[job.name]])
@@ -244,7 +244,7 @@ class Chain:
             yield from ((path, line) for line in written[-LINES_SHOWN:])
 
     def _show_log(self, job: Job) -> None:
-        """Print what a job has printed since the last look."""
+        """Print a job's new output."""
         for path in self.cluster.logs(job, self.ids[job.name]):
             try:
                 with path.open("rb") as file:

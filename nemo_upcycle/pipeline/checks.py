@@ -39,13 +39,13 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
 
     Args:
         run_dir: the run's folder.
-        plan: what the stages will be given.
+        plan: plan of the run.
         ctx: NeMo-Run's context of the command.
-        stages: those that will run.
-        shown: whether nothing starts, so that neither the network nor this machine has to have what a run needs.
+        stages: stages that will run.
+        shown: whether the run is only shown: then neither the network nor this machine needs to have what it takes.
 
     Raises:
-        UpcycleError: one is not valid; the text names it.
+        UpcycleError: an argument is not valid; the text names it.
     """
     check_folder(run_dir)
     check_detach(ctx)
@@ -74,7 +74,7 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
 
 
 def check_here(plan: RunPlan, stages: Sequence[Stage]) -> None:
-    """Check what stages ask of this machine, where they run on it; a forecast needs none of it.
+    """Check that this machine has what its stages need; a forecast does not ask for it.
 
     Raises:
         UpcycleError: this machine does not have it.
@@ -94,7 +94,7 @@ def check_detach(ctx: Any) -> None:
     """Check that a run which shall go on without the launcher can.
 
     Raises:
-        UpcycleError: its executor needs the launcher.
+        UpcycleError: the executor needs the launcher.
     """
     cluster = cluster_for(ctx.executor)
     if ctx.detach and not (cluster and cluster.can_detach):
@@ -107,7 +107,7 @@ def check_detach(ctx: Any) -> None:
 
 
 def check_started(run_dir: Path, plan: WorkPlan) -> None:
-    """Check now, and not after hours of other stages, that what a folder holds was started from the same inputs.
+    """Check before hours of other stages that the work in a folder was started from the same inputs.
 
     Raises:
         UpcycleError: resumable stages were started from others, or the folder is of another kind of run, or of
@@ -122,10 +122,10 @@ def check_started(run_dir: Path, plan: WorkPlan) -> None:
 
 
 def _require_own(run_dir: Path, plan: WorkPlan) -> None:
-    """Check that a folder is a run's, or holds nothing that its user would not find again among a run's files.
+    """Check that a folder is a run's or holds no files of the user's, which a run's files would bury.
 
     Raises:
-        UpcycleError: it holds other files.
+        UpcycleError: the folder holds other files.
     """
     folders = [stage.folder(run_dir, plan) for stage in plan.stages]
     begun = any(inputs is not None for one in folders for inputs in (one.done_from(), one.started_from()))
@@ -143,10 +143,10 @@ def _require_own(run_dir: Path, plan: WorkPlan) -> None:
 
 
 def check_asked(inputs: Inputs) -> None:
-    """Check that what a suite asks is held back of the data: documents of texts, or answers of conversations.
+    """Check that the data hold back what a suite asks for: documents of texts, or answers of conversations.
 
     Raises:
-        UpcycleError: it is not, or there is no such suite.
+        UpcycleError: a task asks what is not held back, or there is no such suite.
     """
     config = inputs.suite_config
     for task in config.tasks if config.local else ():
@@ -163,7 +163,7 @@ def check_data(inputs: Inputs, *, remote: bool) -> None:
     """Check what a run is trained on: a finished folder, or a blend or conversations and their files.
 
     Args:
-        inputs: what the run reads.
+        inputs: inputs of the run.
         remote: whether to ask for files behind addresses, too, which needs the network.
     """
     if inputs.is_finished:

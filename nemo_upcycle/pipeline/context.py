@@ -1,4 +1,4 @@
-"""The command lines of `nemo upcycle pipeline` and its like.
+"""The command lines of `nemo upcycle pipeline` and similar commands.
 
 NeMo-Run answers a mistake with the whole configuration and status 1. These contexts answer with one message that names
 the argument and the closest match, and with status 2; 1 is for a stage that did not finish.
@@ -181,7 +181,7 @@ def refuse_bridge(words: Sequence[str]) -> None:
         words: the words of the command line, behind the command.
 
     Raises:
-        UpcycleError: one is Megatron-Bridge's.
+        UpcycleError: a recipe is Megatron-Bridge's.
 
     Example:
         >>> refuse_bridge(["--factory", "llama3_8b_e8t2"])
@@ -225,12 +225,12 @@ def _first_line(error: Exception) -> str:
 
 
 def mistake_of(factory: str) -> UpcycleError | None:
-    """Find the mistake in the user's file that has a factory, which NeMo-Run failed to call; None where there is none.
+    """Find the mistake in the user's file whose factory NeMo-Run failed to call; None where there is none.
 
     NeMo-Run takes an error in the file for a name that does not exist.
 
     Args:
-        factory: as it was typed: `module.function`, with arguments or without.
+        factory: the text that was typed: `module.function`, with or without arguments.
     """
     module = factory.partition("(")[0].rpartition(".")[0]
     try:

@@ -1,4 +1,4 @@
-"""The stage that makes the data of a run, of texts or of conversations, and what later stages read of them."""
+"""Make the data of a run from texts or conversations, and open them for later stages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def whole_data(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
     """Make the report of the data stage's marker from the finished folder.
 
     Raises:
-        UpcycleError: it is not whole, or of another tokenizer than the parent's.
+        UpcycleError: the data are not whole, or have another tokenizer than the parent.
     """
     from nemo_upcycle.data.chat.finished import open_chat
     from nemo_upcycle.data.finished import open_blend
@@ -91,11 +91,11 @@ def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> 
     Args:
         blend: name or path of the blend.
         dense: the dense model whose tokenizer is used.
-        folder: where to.
+        folder: folder to write.
         seq_length: tokens of a sequence; None: the blend's own.
 
     Raises:
-        StageStopped: it was told to stop, and can resume.
+        StageStopped: a signal stopped it; it can resume.
     """
     from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.data.build import build_blend
@@ -196,7 +196,7 @@ def require_data(plan: WorkPlan, folder: Path) -> None:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Return the files that hold what trainings read of data, and what is held back, by which these know them."""
+    """Return the files that identify data to other stages: those that trainings read, and the held-out texts."""
     from nemo_upcycle.data.chat.finished import PACKS
     from nemo_upcycle.data.finished import HELDOUT, open_blend
 

@@ -22,12 +22,12 @@ class DiskUse:
     """What one stage writes into the run's folder.
 
     Args:
-        stage: its name.
-        what: what it is.
-        kept_bytes: of it stay, as far as known.
-        peak_bytes: lie there while it is written.
-        present_bytes: lie there already and count as neither.
-        unknown: the part of it whose size is not known.
+        stage: name of the stage.
+        what: name of what is written.
+        kept_bytes: bytes that stay, as far as known.
+        peak_bytes: bytes on the disk while it is written.
+        present_bytes: bytes that are there already; neither of the other numbers counts them.
+        unknown: name of the part whose size is not known.
     """
 
     stage: str

@@ -53,7 +53,7 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str 
     """Return the jobs of stages, in their order.
 
     Args:
-        stages: what to run.
+        stages: stages to run.
         run_dir: the run's folder.
         plan: the plan of the run.
         python: the interpreter where the stages run.
@@ -92,7 +92,7 @@ def launch_chain(
         first: name of the stage to start with, or None.
         last: name of the one to end after, or None.
         only: name of the only one, in place of both.
-        render: where to write what would be submitted; nothing is submitted then.
+        render: folder for everything that would be submitted; nothing is submitted then.
 
     Raises:
         UpcycleError: an argument is not valid, or a stage did not finish.
@@ -142,16 +142,16 @@ def launch(
     Args:
         ctx: NeMo-Run's context of the command.
         run_dir: the run's folder.
-        plan: what the stages are given.
-        jobs: those to run.
-        forecast: the forecast of the run, whose disk is checked; None where nothing is known.
-        at_once: how many may run at the same time on this machine.
+        plan: plan of the run.
+        jobs: jobs to run.
+        forecast: forecast of the run, whose disk space is checked; None to check none.
+        at_once: number of jobs that may run at the same time on this machine.
 
     Returns:
         Whether the user confirmed; the stages are then done, or submitted.
 
     Raises:
-        UpcycleError: it cannot start, or a stage did not finish.
+        UpcycleError: a stage cannot start, or did not finish.
     """
     cluster, chain = cluster_for(ctx.executor), None
     if cluster:

@@ -1,12 +1,12 @@
 """The marker that a finished stage leaves, by which the next run knows whether to run the stage again.
 
-A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds everything the stage depends on: its settings, and of each stage
-whose results it reads the settings (`stage NAME`) and what that left (`content NAME`), as hashes. So a stage that runs
-again, from the same settings and to the same result, changes nothing of what reads it, however long it took. What does
-not change a result (how often a training logs or saves, on how many nodes it runs) is no part of it: a run that has
-started resumes with other values, and notes the change.
+A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds everything that the stage depends on: its own settings, and for
+each stage whose results it reads, hashes of that stage's settings (`stage NAME`) and results (`content NAME`). So when
+a stage runs again with the same settings and the same result, the stages that read it need not run again. Settings
+that change no result (how often a training logs or saves, on how many nodes it runs) are not in the marker: a run that
+has started resumes with other values, and notes the change.
 
-Releases before there was a schema noted of a stage before the hash of its whole marker; `_translated` reads it.
+Releases before schema 1 kept the hash of an earlier stage's whole marker; `_translated` reads it.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def content_hash(files: Iterable[Path]) -> str:
 
 
 def settings_hash(inputs: Mapping[str, str]) -> str:
-    """Return the hash of a stage's own settings, by which the stages that read it know them."""
+    """Return the hash of a stage's own settings, which identifies them to the stages that read it."""
     return sha256(json.dumps(sorted(item for item in inputs.items() if item[0].startswith(SETTING))))
 
 
 def changed_inputs(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
-    """Return the names of the inputs that were something else before, or are new, or gone.
+    """Return the names of the inputs that have changed, or are new, or gone.
 
     What a stage before left is compared where it is known of both times.
 
@@ -170,7 +170,7 @@ class StageFolder:
         return self.path / MARKER
 
     def inputs(self, settings: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-        """List what the stage is made from.
+        """List the inputs of the stage.
 
         Args:
             settings: `setting_texts` of the stage itself and of those that it reads, by name.
@@ -184,7 +184,7 @@ class StageFolder:
 
     @property
     def content(self) -> str:
-        """The hash of what it left, as its marker has it; empty where it is not done, or noted none."""
+        """The hash of its results, from its marker; empty if the stage is not done, or its marker has none."""
         return str((self._done() or {}).get("content", ""))
 
     def is_done(self, inputs: Mapping[str, str]) -> bool:
@@ -236,7 +236,7 @@ class StageFolder:
         return notes | {"inputs": _plain(inputs)}
 
     def _translated(self, inputs: Mapping[str, str]) -> dict[str, str]:
-        """Return the inputs that a release before schema 1 noted, as they are noted now.
+        """Translate the inputs that a release before schema 1 noted.
 
         Of a stage before, it noted the hash of the whole marker. Where that marker was written again since, what it
         said is not known.
@@ -248,7 +248,7 @@ class StageFolder:
         return settings | {STAGE + name: found[name] for name in self.reads if name in found}
 
     def _found(self, inputs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """Yield the stages that a release before schema 1 named, and those that they name, with their settings."""
+        """Yield the stages that a note from before schema 1 names, and those that they name, with their settings."""
         for name in (key.removeprefix(STAGE) for key in inputs if key.startswith(STAGE)):
             folder = StageFolder(self.run_dir, name)
             is_same = folder.marker.is_file() and sha256_file(folder.marker) == inputs[STAGE + name]
@@ -266,10 +266,10 @@ class StageFolder:
         return describe_changes(refused_changes(before, inputs), before, inputs)
 
     def start(self, inputs: Mapping[str, str], free: Mapping[str, str] | None = None, *, resumable: bool) -> list[str]:
-        """Record what the stage is started from, and delete its old marker.
+        """Record the inputs that the stage starts from, and delete its old marker.
 
         Args:
-            inputs: what `inputs()` gave.
+            inputs: result of `inputs()`.
             free: `setting_texts` of what its result does not depend on, which may change at a new start.
             resumable: whether a new start continues the folder's work, which requires the same inputs.
 
@@ -308,10 +308,10 @@ class StageFolder:
         """Write the success marker.
 
         Args:
-            inputs: what `inputs()` gave.
-            seconds: the seconds that it took; None where that is not known.
-            outputs: what it reports.
-            content: hash of what it left for other stages; empty where none reads it.
+            inputs: result of `inputs()`.
+            seconds: wall time of the stage; None if it is not known.
+            outputs: values that the stage reports.
+            content: hash of its results for other stages; empty if none reads them.
         """
         marker = {"stage": self.name, "inputs": dict(inputs), "content": content}
         took = {} if seconds is None else {"seconds": round(seconds, 1)}
@@ -322,10 +322,10 @@ class StageFolder:
         (self.path / ENDED).write_text(f"{how}\n", encoding="utf-8")
 
     def outputs(self) -> dict[str, Any]:
-        """Read what a finished stage reported.
+        """Read the values that a finished stage reported.
 
         Raises:
-            StageError: it is not finished, or its marker is damaged.
+            StageError: the stage is not finished, or its marker is damaged.
         """
         done = self._done()
         if done is None:
@@ -336,7 +336,7 @@ class StageFolder:
         return outputs
 
     def renewed(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Yield its notes that a release before schema 1 wrote, as they are written now."""
+        """Yield its notes from before schema 1, translated."""
         for path in (self.path / STARTED, self.marker):
             notes = self._notes(path, "inputs")
             if notes is not None and not require_known(notes, path):
@@ -344,17 +344,17 @@ class StageFolder:
 
 
 def renew(folders: Sequence[StageFolder]) -> None:
-    """Write notes of releases before schema 1 as they are written now: they know a stage by the bytes of its marker.
+    """Rewrite notes of releases before schema 1, which identify a stage by the bytes of its marker.
 
     Args:
-        folders: of a run's stages, each after those that it reads. The last are written first: a kill leaves the
-            bytes that the others know.
+        folders: folders of a run's stages, each after those that it reads. The last are written first, so that a kill
+            leaves the bytes that earlier notes refer to.
     """
     notes = [note for folder in folders for note in folder.renewed()]
     for path, content in reversed(notes):
         written_ns = path.stat().st_mtime_ns
         write_json(path, content)
-        os.utime(path, ns=(written_ns, written_ns))  # what a stage left is newer than the note of its start
+        os.utime(path, ns=(written_ns, written_ns))  # the results of a stage are newer than the note of its start
 
 
 def require_same(folders: Mapping[StageFolder, Mapping[str, str]]) -> None:
@@ -364,7 +364,7 @@ def require_same(folders: Mapping[StageFolder, Mapping[str, str]]) -> None:
         folders: the folders of stages that continue their work, and what each is made from now.
 
     Raises:
-        StageError: one does. All that do are named: who gives up the work of one loses that of the others, too.
+        StageError: one does. The text names all that do: giving up the work of one loses the others, too.
     """
     refusals = {folder: text for folder, inputs in folders.items() if (text := folder.refusal(inputs))}
     if refusals:

@@ -1,4 +1,4 @@
-"""Read the plan of a run; tell which stages a part of it has, and which must be done before."""
+"""Read the plan of a run; find the stages of a part of it, and those that must be done before."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
 
 
 def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> None:
-    """Check that what a part of the chain needs is done, or whole without its marker, and still there.
+    """Check that the stages that a part of the chain needs are done, or whole without a marker, and still there.
 
     Raises:
         UpcycleError: a stage is not done, or not from its present inputs, or what it left is gone.
@@ -77,7 +77,7 @@ def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
 
 
 def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> None:
-    """Check that what finished stages left is still there, where one of these that has to run reads it.
+    """Check that results of finished stages are still there, if a stage that has to run reads them.
 
     Raises:
         UpcycleError: something is gone.
@@ -100,7 +100,7 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
 
 
 def require_same_work(run_dir: Path, plan: WorkPlan) -> None:
-    """Check that what the folders of resumable stages hold was started from what they would go on from.
+    """Check that the work in folders of resumable stages was started from the inputs that it would go on with.
 
     Raises:
         StageError: some of it was not, or a note of a start is damaged.

@@ -1,4 +1,4 @@
-"""What finished stages left: the files by which other stages know it, and whether all of it is there."""
+"""Find the results of finished stages: the files that identify them to other stages, and whether all are there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def require_kept(folder: Path, run_dir: Path) -> None:
 
 
 def weights_in(*folders: Path) -> list[Path]:
-    """Return the files that hold the weights of models, by which those that read them know them."""
+    """Return the files that identify models to the stages that read them: those with the weights."""
     return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
 
 
@@ -42,7 +42,7 @@ def require_newer(path: Path, run_dir: Path, stage: str) -> None:
     """Check that a stage wrote a file after its last start, and not at an earlier one.
 
     Raises:
-        StageError: it did not.
+        StageError: the file is missing or older.
     """
     if not path.is_file() or path.stat().st_mtime_ns < (run_dir / stage / STARTED).stat().st_mtime_ns:
         raise StageError(str(path), got="of an earlier start", expected="of the last one", fix="run the stage again")
@@ -52,7 +52,7 @@ def whole_training(run_dir: Path, plan: WorkPlan, stage: str) -> dict[str, Any]:
     """Make the report of a training's marker from its last checkpoint.
 
     Raises:
-        StageError: it has not taken all of its steps, or its recipe alone knows how many.
+        StageError: it has not taken all of its steps, or only its recipe knows how many.
     """
     checkpoint, wanted = last_checkpoint(run_dir / stage), plan.training_settings(stage).steps
     if not 0 < wanted <= steps_in(checkpoint):

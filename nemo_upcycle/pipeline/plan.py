@@ -35,7 +35,7 @@ _TRAININGS = {
 PLAN = "pipeline.json"
 #: The folder of a run that keeps the user's YAML files as they were when the run started.
 KEPT = "config"
-#: What happens to a stage whose marker is lost or damaged.
+#: Consequences for a stage whose marker is lost or damaged.
 ADOPTED = "made again from what the stage left, which is whole"
 
 
@@ -64,7 +64,7 @@ class WorkPlan(ABC):
         """Read the plan of a run.
 
         Raises:
-            UpcycleError: it is damaged, or of a newer release.
+            UpcycleError: the plan is damaged, or of a newer release.
         """
         content = read_json(run_dir / cls.file)
         require_known(content, run_dir / cls.file)
@@ -80,7 +80,7 @@ class WorkPlan(ABC):
         return {}
 
     def with_copies(self, run_dir: Path) -> tuple[Self, dict[Path, str]]:
-        """Return the plan with the user's YAML files in the run's folder, and what they are to hold, by their place.
+        """Return the plan with the user's YAML files in the run's folder, and the texts of these by their paths.
 
         A run that has started no longer depends on files that people go on editing. A copy lies in a folder named by
         its content, so that jobs of an earlier start never read another one.
@@ -139,7 +139,7 @@ class WorkPlan(ABC):
 
     @cached_property
     def facts(self) -> dict[str, TrainingFacts | None]:
-        """By stage, the facts of the trainings; None of one whose facts are not known before the parent is fetched."""
+        """Stage -> facts of its training; None for one whose facts are not known before the parent is fetched."""
         return {name: training.facts(self.inputs.dense) for name, training in self.trainings.items()}
 
     def training_settings(self, stage: str) -> TrainingSettings:
@@ -171,7 +171,7 @@ class WorkPlan(ABC):
         return {}
 
     def is_as(self, other: WorkPlan) -> bool:
-        """Return whether the stages of two plans are made from the same, however their recipes are written."""
+        """Return whether the stages of two plans have the same inputs, however their recipes are written."""
         mine, theirs = ({stage.name: stage.free_of(plan) for stage in plan.stages} for plan in (self, other))
         return self.own_settings == other.own_settings and mine == theirs
 
@@ -182,7 +182,7 @@ class WorkPlan(ABC):
 
     @cached_property
     def reads(self) -> dict[str, tuple[str, ...]]:
-        """By stage, those whose results it reads, directly or not, in their order."""
+        """Stage -> stages whose results it reads, directly or not, in their order."""
         reads: dict[str, tuple[str, ...]] = {}
         for stage in self.stages:
             direct = stage.after if stage.reads is None else stage.reads
@@ -261,7 +261,7 @@ class Stage:
         return StageFolder(run_dir, self.name, plan.reads[self.name])
 
     def inputs(self, run_dir: Path, plan: WorkPlan) -> dict[str, str]:
-        """List what it is made from: settings of its own and of the stages that it reads, and what these left."""
+        """List its inputs: settings of its own and of the stages that it reads, and their results."""
         return self.folder(run_dir, plan).inputs(plan.own_settings)
 
     def settings_of(self, plan: WorkPlan) -> dict[str, Any]:
@@ -277,7 +277,7 @@ class Stage:
         return self.folder(run_dir, plan).is_done(self.inputs(run_dir, plan))
 
     def left_whole(self, run_dir: Path, plan: WorkPlan) -> dict[str, Any] | None:
-        """Make anew the report of its lost or damaged marker; None where what it left is not whole."""
+        """Make the report of its lost or damaged marker again; None if its results are not whole."""
         folder = self.folder(run_dir, plan)
         if self.whole is None or folder.done_from() is not None:
             return None
@@ -290,7 +290,7 @@ class Stage:
             return None
 
     def adopt(self, run_dir: Path, plan: WorkPlan) -> bool:
-        """Make its marker again, if it is lost or damaged, from what it left, if that is whole; return whether it did.
+        """Make a lost or damaged marker again, if the results of the stage are whole; return whether it did.
 
         So it does too where a kill came between the result and the marker.
         """
@@ -306,5 +306,5 @@ class Stage:
         return True
 
     def content_of(self, run_dir: Path, plan: WorkPlan, outputs: Mapping[str, Any]) -> str:
-        """Return the hash of what it left for others, of which it reports `outputs`; empty where it left nothing."""
+        """Return the hash of its results for other stages, whose report is `outputs`; empty if it left none."""
         return content_hash(self.content(run_dir, plan, outputs)) if self.content else ""

@@ -50,7 +50,7 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
 
 
 def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any = None, at_once: int = 1) -> None:
-    """Run stages as soon as those that they need are done; start nothing else after one that did not finish.
+    """Run stages as soon as those that they need are done; start none after one that did not finish.
 
     Where several run at once, what they print goes to `logs/STAGE-rank0.log`, and the console shows which started, and
     how many are left.
@@ -59,8 +59,8 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any
         jobs: the jobs of the stages, each after those that it needs.
         run_dir: the run's folder.
         plan: the plan of the run.
-        executor: one of NeMo-Run's, which has no file in executors/; None: this machine.
-        at_once: how many may run.
+        executor: an executor of NeMo-Run's without a file in executors/; None: this machine.
+        at_once: number of stages that may run at the same time.
 
     Raises:
         SystemExit: with 2 after a mistake of the user's, 75 when a stage stopped and can resume, 1 after another
@@ -138,7 +138,7 @@ def _exit_status(name: str, status: int, run_dir: Path) -> int:
 
 
 def _run(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals, at_once: int) -> int:
-    """Run a stage; return its exit status, as `run_ranks` does. Its marker says how one on an executor ended."""
+    """Run a stage; return its exit status, as `run_ranks` does. On an executor its marker tells how it ended."""
     if is_local(executor):
         ranks = job.ranks_per_node if job.is_training else None
         variables = performance.variables(performance.settings_here(job))
@@ -174,7 +174,7 @@ def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
 
 
 def stopped(signum: int, stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> str:
-    """Return the last message of a stopped run: what was kept, and how to resume."""
+    """Write the last message of a stopped run: what was kept, and how to resume."""
     kept = f"finished stages: {', '.join(finished(run_dir, plan)) or 'none'}"
     for stage in (stage for stage in stages if stage.resumable):
         last = newest_checkpoint(run_dir / stage.name / "checkpoints")

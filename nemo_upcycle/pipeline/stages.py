@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 class RunPlan(WorkPlan):
     """Everything that the stages of a run need to know, as plain values.
 
-    Recipes are texts, of NeMo in NeMo-Run's own serialised form: a stage builds them only after it has checked that
-    it may start.
+    Recipes are texts (NeMo's in NeMo-Run's serialised form): a stage builds them only after it has checked that it may
+    start.
 
     Args:
         recipe: name of the upcycling recipe, for titles.
@@ -54,7 +54,7 @@ class RunPlan(WorkPlan):
             trainings that tune, conversations: a name in `conf/chat`, a YAML file, JSON lines, or a folder of
             `nemo-upcycle chat`.
         evaluation: a name in `conf/evaluation`, or a YAML file.
-        pretrain: the recipe of the upcycled model, as its trainer writes it.
+        pretrain: the recipe of the upcycled model, as its trainer serialises it.
         dense_ct: the recipe of the dense baseline; None omits it.
         trainer: `nemo` or `bridge`.
         trained_on: tokens that the dense parent was trained on, as 15T, for the advice of the forecast; None: those of

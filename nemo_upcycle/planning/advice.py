@@ -1,4 +1,4 @@
-"""Should a dense model be upcycled: what each option costs, and what the fitted law says of it inside its range."""
+"""Advise whether to upcycle a dense model: the cost of each option, and the fitted law's forecast inside its range."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Training(NamedTuple):
     """Something to do with a dense model.
 
     Args:
-        name: its name in a table.
-        key: its name in a `Law`.
+        name: name of the option in a table.
+        key: name of the option in a `Law`.
         tokens: tokens that are trained on.
         fits: whether the GPUs hold it.
     """
@@ -46,7 +46,7 @@ class Option(NamedTuple):
 
 
 class Expectation(NamedTuple):
-    """What a law says of a training.
+    """A law's forecast for a training.
 
     Args:
         difference: its loss less that of going on dense, in nats a token. None: the law's models have another size.
@@ -89,7 +89,7 @@ class DenseParent(NamedTuple):
     parameters: float
 
     def expect(self, law: Law, one: Training, dense: Training) -> Expectation | None:
-        """Ask a law about a training; None where it has none of this shape, or the GPUs do not hold it."""
+        """Ask a law about a training; None if the law has no such shape, or the GPUs cannot hold it."""
         if not (one.key in law.options and one.fits and dense.fits):
             return None
         beyond = law.options[one.key].beyond(self.tokens, one.tokens, self.parameters)
@@ -101,7 +101,7 @@ class DenseParent(NamedTuple):
         return Expectation(law.difference(one.key, one.tokens, "dense", dense.tokens, self.tokens), beyond, above)
 
     def decide(self, law: Law, trainings: Sequence[Training]) -> tuple[str | None, str]:
-        """Name the best training, or None where the law does not decide, and say why; the first one is dense."""
+        """Name the best training, or None if the law does not decide, and the reason; the first training is dense."""
         known = {one.name: (one, self.expect(law, one, trainings[0])) for one in trainings}
         expected = {name: (one, found) for name, (one, found) in known.items() if found}
         if not any(one.key.startswith("upcycled") for one, _ in expected.values()):
@@ -130,7 +130,7 @@ def options(request: PlanRequest, spec: UpcycleSpec, hours: float | None = None)
 
     Args:
         request: the dense model's; its tokens count where `hours` is None.
-        spec: how it is upcycled.
+        spec: spec of the upcycling.
         hours: hours of the GPUs for each option; None: all train on the same tokens.
 
     Raises:
@@ -151,7 +151,7 @@ def options(request: PlanRequest, spec: UpcycleSpec, hours: float | None = None)
 
 
 def nearest_outcomes(parent: DenseParent) -> list[dict[str, Any]]:
-    """List what others measured, the nearest first, with `distance`: ratios to the parent's tokens and parameters.
+    """List published results, the nearest first, with `distance`: ratios to the parent's tokens and parameters.
 
     What was not measured of one parent, whose tokens are null in the file, has none and comes last.
     """
@@ -164,7 +164,7 @@ def nearest_outcomes(parent: DenseParent) -> list[dict[str, Any]]:
 
 
 class RunAdvice(NamedTuple):
-    """What the fitted law says of the numbers of a run.
+    """The fitted law's forecast for the numbers of a run.
 
     Args:
         parent: the dense model.
@@ -185,7 +185,7 @@ class RunAdvice(NamedTuple):
         return Training("dense", "dense", self.dense_tokens), upcycled
 
     def text(self) -> str:
-        """Say what the law decides, or why it does not."""
+        """Describe the law's decision, or why it does not decide."""
         law, (dense, upcycled) = fitted_law(), self.trainings
         if law is None:
             return "no fitted law applies (none was fitted yet)"
@@ -200,7 +200,7 @@ class RunAdvice(NamedTuple):
 
 
 def run_shape(num_experts: int, top_k: int, granularity: int, *, shares: bool, everywhere: bool) -> str:
-    """Name the shape of a run's model; with what no law has trained it is one that no law has.
+    """Name the shape of a run's model; a model with parts that no law has seen gets a name that no law has.
 
     Args:
         num_experts, top_k, granularity: as `shape_name` takes them.
@@ -216,15 +216,15 @@ def run_shape(num_experts: int, top_k: int, granularity: int, *, shares: bool, e
 
 
 def known_parent_tokens(address: str, given: str | None, name: str = "trained_on") -> float | None:
-    """Find the tokens that a parent was trained on: as a user says, else those of a published one; None: not known.
+    """Find the tokens that a parent was trained on: the user's number, or a published parent's; None: not known.
 
     Args:
         address: the parent's, as a run has it.
-        given: what the user says: 15T, 300B.
+        given: the user's text, such as 15T or 300B.
         name: the setting's name.
 
     Raises:
-        SpecError: it is no number of tokens.
+        SpecError: `given` is no number of tokens.
 
     Example:
         >>> known_parent_tokens("asset://smollm2-135m", None), known_parent_tokens("/models/mine", "300B")

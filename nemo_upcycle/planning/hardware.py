@@ -1,4 +1,4 @@
-"""What a GPU and its machine reach; GPUs, recipes and their parents by name, read from `conf/planning`."""
+"""The speeds that a GPU and its machine reach; GPUs, recipes and parents by name, read from `conf/planning`."""
 
 from __future__ import annotations
 
@@ -47,30 +47,30 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is reached of the peaks, of an H100; `Gpu.reached` has what is else with a GPU.
+    """Which part of an H100's peaks is reached; `Gpu.reached` has the values that differ on another GPU.
 
-    Fitted are `gemm`, `gemm_fp8`, `moe_us` and `imbalance`; the rest is set.
+    `gemm`, `gemm_fp8`, `moe_us` and `imbalance` are fitted to measurements; the rest is set.
 
     Args:
         gemm: part of the peak that large matrix products reach, at the clock they run at.
-        gemm_fp8: the same for FP8, scaling and transposing included; of MXFP8 without the casts, which are counted.
-        gemm_fp4: the same for NVFP4, without the casts.
-        ragged: part of that for a matrix whose sides are no multiples of 128.
+        gemm_fp8: `gemm` for FP8, scaling and transposing included; for MXFP8 without casts, which are counted apart.
+        gemm_fp4: `gemm` for NVFP4, without casts.
+        ragged: factor on these for a matrix whose sides are no multiples of 128.
         attention: part of the BF16 peak that flash attention reaches over forward and backward.
         memory: part of the HBM's bandwidth.
         link: part of the bandwidth of NVLink and of the network.
         tp_hidden: part of tensor parallelism's traffic that products hide where it is overlapped.
         ep_hidden: part of the experts' traffic that another micro-batch's computation hides where it is overlapped.
         layer_us: kernel launches and host work of one layer and micro-batch.
-        moe_us: the same for its router and dispatcher, which wait for the number of tokens of each expert.
-        expert_us: the same for every further expert of the rank: grouped products are launched expert by expert.
-        uneven_expert_us: the same without padding: the host has waited for the numbers of tokens, and nothing that it
-            launched before hides what it does then.
-        uneven_fp8_expert_us: the same in FP8, where each expert's tensors are measured, cast and transposed.
-        uneven_mx_expert_us: the same in MXFP8 and NVFP4, whose scales need no second pass.
-        imbalance: token slots of the busiest expert rank, for which the others wait, over the mean, when experts are
-            not padded to a capacity and routing is balanced, as benchmarks force it.
-        uneven: what natural routing adds to that for each doubling of the experts beyond four.
+        moe_us: time of a layer's router and dispatcher, which wait for the number of tokens of each expert.
+        expert_us: time of every further expert of the rank: grouped products are launched expert by expert.
+        uneven_expert_us: `expert_us` without padding: the host has waited for the numbers of tokens, so no kernel that
+            it launched earlier hides its work.
+        uneven_fp8_expert_us: `uneven_expert_us` in FP8, where each expert's tensors are measured, cast and transposed.
+        uneven_mx_expert_us: `uneven_expert_us` in MXFP8 and NVFP4, whose scales need no second pass.
+        imbalance: token slots of the busiest expert rank over the mean, when experts are not padded to a capacity and
+            routing is balanced, as benchmarks force it; the other ranks wait for the busiest.
+        uneven: growth of `imbalance` under natural routing, for each doubling of the experts beyond four.
     """
 
     gemm: float = 0.58
@@ -108,7 +108,7 @@ class Machine:
         return self.imbalance * (1 + added)
 
 
-#: Generation of Megatron-Core -> what is else with it. From 0.17 on the host neither waits for the numbers of tokens
+#: Generation of Megatron-Core -> values that differ. From 0.17 on the host neither waits for the numbers of tokens
 #: nor works expert by expert.
 SOFTWARE: dict[str, dict[str, float]] = {
     "mcore-0.15": {},
@@ -132,7 +132,7 @@ def known_software(name: str) -> str:
     """Return a generation of Megatron-Core by its name or that of a container, `26.02` or `26.02.01`.
 
     Raises:
-        SpecError: it is not known.
+        SpecError: the name is not known.
     """
     name = CONTAINERS.get(".".join(name.split(".")[:2]), name)
     if name not in SOFTWARE:
@@ -141,7 +141,7 @@ def known_software(name: str) -> str:
 
 
 def known_machine(gpu: Gpu, software: str) -> Machine:
-    """Return what a generation of software reaches of a GPU's peaks.
+    """Find which part of a GPU's peaks a generation of software reaches.
 
     Args:
         gpu: the GPU.
@@ -155,10 +155,10 @@ class KnownRecipe:
     """What the planner has to know of a recipe.
 
     Args:
-        name: its own.
+        name: name of the recipe.
         dense: architecture that the run starts from.
-        spec: how it is upcycled; None for continued dense training.
-        defaults: what a step works on, by the names of the command's options.
+        spec: spec of the upcycling; None for continued dense training.
+        defaults: work of a step, by the names of the command's options.
         h100: whether it takes the arguments of the H100 recipes, which group the experts' products.
         inputs: `dense`, `data` and `evaluation` of its pipeline; of a dense recipe, which has none, `dense` alone.
     """
@@ -196,7 +196,7 @@ def known_gpu(name: str) -> Gpu:
     """Return a GPU.
 
     Raises:
-        SpecError: it is not known.
+        SpecError: the name is not known.
     """
     known = read_data("gpus.yaml")
     if name not in known:
@@ -213,7 +213,7 @@ def gpu_of_device(device: str) -> Gpu | None:
     PCIe and NVL GPUs have lower peaks than those of `gpus.yaml`, as have those of laptops.
 
     Args:
-        device: for example `NVIDIA H100 80GB HBM3`, or a name of `gpus.yaml`.
+        device: name of a device, such as `NVIDIA H100 80GB HBM3`, or a name of `gpus.yaml`.
     """
     name = device.lower().replace(" ", "")
     known = max((key for key in gpu_names() if key in name), key=len, default=None)  # gb200 before b200
@@ -229,7 +229,7 @@ def known_recipe(name: str) -> KnownRecipe:
     """Return a recipe.
 
     Raises:
-        SpecError: it is not known.
+        SpecError: the name is not known.
     """
     known = recipe_table.recipes()
     if name not in known:
@@ -260,7 +260,7 @@ def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:
         'llama3_8b_e8t2'
     """
     for known in map(known_recipe, recipe_table.recipes()):
-        shape = replace(known.dense, max_positions=dense.max_positions)  # the model computes the same with any
+        shape = replace(known.dense, max_positions=dense.max_positions)  # any value makes the same model
         if (shape, shape.upcycled(known.spec) if known.spec else shape) == (dense, arch):
             return known
     return None

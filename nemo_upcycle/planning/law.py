@@ -1,8 +1,8 @@
-"""The law of what pays: the loss after training, as a function of the parent's tokens and of those that follow.
+"""The law that tells whether upcycling pays: loss after training, over the parent's tokens and the tokens that follow.
 
 `interaction` is the form of arXiv 2502.03009 and 2510.06548: the exponent of the new tokens shrinks with the logarithm
-of the parent's. The others are without that. Coefficients are data, in `conf/planning/upcycling_law.yaml`, which
-`benchmarks/upcycling_law.py` fits.
+of the parent's tokens. The other forms leave this out. `benchmarks/upcycling_law.py` fits the coefficients in
+`conf/planning/upcycling_law.yaml`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Form:
         exponents: names of what the terms depend on.
         terms: makes them of the exponents, the logarithm of the parent's tokens and that of the new ones: floats or
             arrays.
-        amplitudes: their names, one a term.
+        amplitudes: names of the amplitudes, one a term.
     """
 
     exponents: tuple[str, ...]
@@ -37,7 +37,7 @@ class Form:
         return (*self.amplitudes, *self.exponents, "E")
 
 
-#: D1 are the parent's tokens, D2 those after it; `difference` is what is added to the loss of dense.
+#: D1 are the parent's tokens, D2 the tokens that follow; `difference` is the difference from the dense loss.
 FORMS = {
     # A * D1^-a * D2^(-b + c ln D1) + E
     "interaction": Form(
@@ -65,7 +65,7 @@ class OptionLaw:
 
     Args:
         form: one of `FORMS`.
-        coefficients: their values, by the names of the form.
+        coefficients: values by the names of the form.
         parent_tokens, tokens, parameters: lowest and highest that it is fitted to (parameters: all of the parent);
             (0, 0) for the parent's tokens of an option without one.
         draws: coefficients of the bootstrap's draws, in the order of `Form.coefficients`.
@@ -89,13 +89,13 @@ class OptionLaw:
     others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def loss(self, parent_tokens: float, tokens: float, draw: int | None = None, other: str | None = None) -> float:
-        """Compute the loss in nats a token; by the form `difference` only what is added to that of dense.
+        """Compute the loss in nats a token; the form `difference` gives its difference from the dense loss.
 
         Args:
             parent_tokens: tokens of the parent; unused of an option without one.
             tokens: tokens that follow.
             draw: number of a draw of the bootstrap; None: the fitted coefficients.
-            other: one of `others`, in place of the chosen form.
+            other: name of a form in `others`, in place of the chosen one.
         """
         form, values = FORMS[other or self.form], dict(self.others[other] if other else self.coefficients)
         if draw is not None:
@@ -105,7 +105,7 @@ class OptionLaw:
         return float(sum(values[name] * term for name, term in zip(form.amplitudes, terms, strict=True)) + values["E"])
 
     def beyond(self, parent_tokens: float, tokens: float, parameters: float) -> dict[str, float]:
-        """Compute how far a point lies outside of what the law is fitted to, as ratios; 1 is inside."""
+        """Compute how far a point lies outside the fitted range, as ratios; 1 is inside."""
         ranges = {"tokens": (tokens, self.tokens), "parameters": (parameters, self.parameters)}
         if self.parent_tokens[1]:
             ranges = {"parent's tokens": (parent_tokens, self.parent_tokens), **ranges}
@@ -131,11 +131,11 @@ class Law:
     """The laws of the options, of one set of trainings.
 
     Args:
-        about: what was trained.
-        source: where the points are.
-        options: their laws, by name: `dense`, `dense_from_nothing`, and of a shape such as `e8t2` `upcycled_e8t2` and
+        about: what was trained, for people.
+        source: place of the points.
+        options: option -> its law: `dense`, `dense_from_nothing`, and for a shape such as `e8t2`, `upcycled_e8t2` and
             `moe_from_nothing_e8t2`.
-        left_out: reasons, by option, why it has no law though some trainings of it are there.
+        left_out: option -> reason why it has no law although there are trainings of it.
     """
 
     about: str
@@ -154,7 +154,7 @@ class Law:
         """Compute an option's loss in nats a token.
 
         Args:
-            option: its name.
+            option: name of the option.
             parent_tokens: tokens of the parent.
             tokens: tokens that follow.
             draw: number of a draw of the bootstrap; None: the fitted coefficients.

@@ -1,6 +1,7 @@
-"""How a cluster cuts a model: who is in which group, which layers a rank holds. `rules.py` says what is allowed.
+"""How a cluster cuts a model: which group a rank is in, which layers it holds. `rules.py` checks layouts.
 
-Megatron-Core's rules and orders (tp fastest, then cp, dp, pp; for experts etp, ep, expert dp, pp), without Megatron.
+Ranks are ordered as in Megatron-Core (tp fastest, then cp, dp, pp; for experts etp, ep, expert dp, pp), whose code is
+not needed.
 """
 
 from __future__ import annotations
@@ -64,14 +65,14 @@ class Layout:
 
     @property
     def takes_packs(self) -> bool:
-        """Whether a training that tunes may have it: a micro batch is a pack, whose conversations no ranks share."""
+        """Whether a training on conversations may have it: ranks cannot share the pack of a micro batch."""
         return self.micro_batch == self.cp == 1
 
     @property
     def sizes(self) -> str:
         """The sizes that are not 1, as `--layout` takes them; without the copies that follow from them (dp)."""
         names = [name for name in ("tp", "pp", "vp", "cp", "ep") if getattr(self, name) > 1]
-        names += ["etp"] if self.etp > 1 and self.ep > 1 else []  # else it is tp
+        names += ["etp"] if self.etp > 1 and self.ep > 1 else []  # otherwise it is tp
         names += [name for name in ("first", "last", "embedding", "loss") if getattr(self, name)]
         return "".join(f"{name}={getattr(self, name)}," for name in names) + f"mbs={self.micro_batch}"
 

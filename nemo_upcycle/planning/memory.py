@@ -1,8 +1,8 @@
-"""What a rank has to hold, by component: states exactly, activations by formula, the rest as stated assumptions.
+"""Estimate the memory of a rank by component: states exactly, activations by formula, the rest by stated assumptions.
 
 Activations follow Korthikanti et al. (arXiv 2205.05198, section 4): each layer's saved tensors, cut by tensor and
 sequence parallelism, times the micro-batches in flight; with flash attention (no s x s matrix), RMSNorm, gated units
-and no dropout, and with the token slots that a rank's experts are given in place of the feed-forward network's tokens.
+and no dropout. Experts count the token slots that they are given, where a feed-forward network counts tokens.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class LayerBytes:
 def layer_bytes(
     arch: Architecture, layout: Layout, work: Workload, moe: bool, fp8: bool, parts: str = "*-"
 ) -> LayerBytes:
-    """Sum up what one layer keeps of one micro-batch.
+    """Sum up the activations that one layer keeps of one micro-batch.
 
     Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
     key, value and the attention's output, (2 H + 2 R) K; all of it over tp. A Mamba mixer keeps its inputs and
@@ -110,10 +110,10 @@ def layer_bytes(
     Args:
         arch: the model's architecture.
         layout: the cluster's.
-        work: what a step works on.
+        work: work of a step.
         moe: whether the layer has experts.
         fp8: whether its linear layers multiply in FP8.
-        parts: what it consists of, as `Architecture.parts` says.
+        parts: parts of the layer, see `Architecture.parts`.
     """
     tokens = work.seq_length // layout.cp * layout.micro_batch / layout.tp
     saved = work.numbers.saved_bytes if fp8 else 2
@@ -181,12 +181,12 @@ def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool
         "attention": 4 * (heads + groups),
         "softmax statistics": 4 * arch.num_heads,
     }
-    if work.recomputes("core_attn"):  # keeps the value, which is a view of what the linear layer makes of all three
+    if work.recomputes("core_attn"):  # keeps the value, a view of the output of the linear layer that makes all three
         terms["attention"] += 2 * (heads + groups)
     if arch.qk_norm:
         terms["query and key norms"] = 2 * (heads + groups)  # they keep their input
     if work.precision == "fp8-delayed" and fp8:
-        terms["projection input"] = heads  # else attention's own output serves both
+        terms["projection input"] = heads  # otherwise attention's own output serves both
     return terms
 
 
@@ -218,7 +218,7 @@ def layers_in_flight(
 
 
 def _activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
-    """Sum up what a stage's ranks keep at the peak, in bytes: plain, of routed experts, of the layer that runs."""
+    """Sum up a stage's activations at the peak, in bytes: plain, of routed experts, of the layer that runs."""
     counts = layers_in_flight(arch, layout, work, stage)
     held = {kind: layer_bytes(arch, layout, work, *kind) for kind in counts}
     return (
@@ -229,7 +229,7 @@ def _activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage:
 
 
 def least_bytes(arch: Architecture, layout: Layout, work: Workload) -> float:
-    """Bound from below what the fullest rank holds, quickly: the states of its share of the parameters."""
+    """Bound the fullest rank's memory from below, quickly: the states of its share of the parameters."""
     dense, expert = average_params(arch, layout)
     weight = min(WEIGHT_BYTES, work.numbers.copy_bytes) if work.low_params else WEIGHT_BYTES
     if work.lora:  # nearly all are frozen
@@ -246,7 +246,7 @@ def least_with_activations(arch: Architecture, layout: Layout, work: Workload) -
 
 
 def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Memory:
-    """Sum up what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
+    """Sum up the memory of a pipeline stage's fullest rank; its ranks differ by padding only."""
     states = stage_plan(arch, layout, replace(work, recompute="none", overlap=()), stage)  # neither changes a state
     plain, routed, working = _activation_bytes(arch, layout, work, stage)
     tokens = work.seq_length // layout.cp * layout.micro_batch
@@ -295,7 +295,7 @@ def lora_params(arch: Architecture, rank: int) -> tuple[int, int]:
 
 
 def checkpoint_bytes(arch: Architecture, lora: int = 0, weight_bytes: int = WEIGHT_BYTES) -> int:
-    """Return the size of a checkpoint with the optimizer states of what is trained.
+    """Return the size of a checkpoint with the optimizer states of the trained parameters.
 
     Args:
         arch: the model's architecture.
@@ -310,7 +310,7 @@ def checkpoint_bytes(arch: Architecture, lora: int = 0, weight_bytes: int = WEIG
 
 
 def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[int, Memory]:
-    """Return the pipeline stage whose ranks hold most, and what they hold."""
+    """Return the pipeline stage whose ranks hold most, and their memory."""
     # Of equal stages the first keeps most micro-batches and the last the logits.
     stages: Iterable[int] = {0, 1, layout.pp - 1}
     if layout.first or layout.last or arch.moe_pattern or arch.mamba:

@@ -34,8 +34,8 @@ class Param(NamedTuple):
     """One parameter of a rank.
 
     Args:
-        mapping: its row of the mapping table.
-        layer: its layer in the whole model; None outside the layers.
+        mapping: row of the mapping table.
+        layer: number of its layer in the whole model; None outside the layers.
         shape: shape of the rank's shard.
     """
 
@@ -221,8 +221,8 @@ class StagePlan:
         """Return the bytes of a rank's optimizer states; the defaults are the fullest rank's.
 
         Args:
-            dense_shard: the rank's number among the dp x cp ranks that share out the dense part.
-            expert_shard: its number among the ranks that share out its experts.
+            dense_shard: number of the rank among the dp x cp ranks that share the dense part.
+            expert_shard: number of the rank among those that share its experts.
         """
         owned = sum(buffer.owned(expert_shard if expert else dense_shard) for buffer, expert in self.buffers)
         return owned * OPTIMIZER_BYTES

@@ -1,6 +1,6 @@
 """The table of models that recipes are made of, one row each: `conf/planning/recipes.yaml` explains the keys.
 
-The planner reads it, the recipes of both trainers and the chains: so it lies here, below them.
+The planner, the recipes of both trainers and the chains read it, so it stands in the lowest of these layers.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class ModelRow:
 
     @property
     def sizes(self) -> str:
-        """Parameters of the upcycled model, as a text says them."""
+        """Number of parameters of the upcycled model, as a text."""
         arch = self.shape.upcycled(SPEC)
         return f"{arch.total_params / 1e9:.2f}B parameters, {arch.active_params / 1e9:.2f}B active"
 
     def defaults(self, upcycled: bool, tuned: bool) -> dict[str, Any]:
-        """Say what a step of a recipe works on, by the names of `nemo-upcycle plan`'s options.
+        """Return the work of a recipe's step, by the names of `nemo-upcycle plan`'s options.
 
         Args:
             upcycled: whether the model has experts.
@@ -165,7 +165,7 @@ def bridge_name(kind: str, gpus: int, gpu: str, precision: str = "bf16") -> str:
 
 
 def tunes(recipe: str) -> bool:
-    """Say whether a recipe of Bridge's tunes on conversations: its name says it, which has `sft` as a word.
+    """Return whether a recipe of Bridge's tunes on conversations: its name then has the word `sft`.
 
     Example:
         >>> tunes("llama3_8b_e8t2_sft_64gpu_h100_bf16_config"), tunes("my_sft.recipes:pretraining")

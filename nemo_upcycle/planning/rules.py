@@ -35,7 +35,7 @@ def check_layout(layout: Layout, arch: Architecture, work: Workload) -> None:
     Args:
         layout: the layout.
         arch: the trained model's architecture.
-        work: what a step works on.
+        work: work of a step.
 
     Raises:
         SpecError: the layout breaks one; the text names it and the nearest change that makes the layout valid.

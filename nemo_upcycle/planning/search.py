@@ -44,16 +44,16 @@ class PlanRequest:
 
     Args:
         arch: the trained model's architecture.
-        gpu: their kind.
-        gpus: their number.
-        work: what a step works on.
+        gpu: kind of the GPUs.
+        gpus: number of the GPUs.
+        work: work of a step.
         tokens: the whole run's.
         software: one of `hardware.SOFTWARE`.
         usual: the settings, of `dispatcher` and `overlap`, that are not `work`'s but those of NVIDIA's recipes.
         grouped: whether the experts' products are grouped; else Megatron-Core cannot recompute their activation alone.
         micro_batch: the only micro-batch to search, in sequences; None searches several.
         recompute: the only kind of recomputation to use; None chooses the fastest that fits.
-        price_per_gpu_hour: in any currency; None: not known.
+        price_per_gpu_hour: price in any currency; None if it is not known.
 
     Raises:
         SpecError: the GPU has not the precision.
@@ -100,7 +100,7 @@ class PlanRequest:
 
     @property
     def recomputes(self) -> tuple[str, ...]:
-        """The kinds of recomputation to choose from, nothing first, and last what keeps least.
+        """The kinds of recomputation to choose from: none first, and last the one that keeps the least memory.
 
         The core of attention is none of them: with flash attention, to recompute it keeps more than not to.
         """
@@ -119,9 +119,9 @@ class Plan:
     """A layout, evaluated.
 
     Args:
-        request: what it is evaluated for.
+        request: request that it answers.
         layout: the layout.
-        work: with the recomputation that was chosen.
+        work: work of a step, with the recomputation that was chosen.
     """
 
     request: PlanRequest
@@ -130,7 +130,7 @@ class Plan:
 
     @cached_property
     def worst(self) -> tuple[int, Memory]:
-        """The pipeline stage whose ranks hold most, and what they hold."""
+        """The pipeline stage whose ranks hold most, and their memory."""
         return worst_memory(self.request.arch, self.layout, self.work)
 
     @property
@@ -166,7 +166,7 @@ class Plan:
 
     @property
     def peak_of(self) -> str:
-        """The numbers whose peak that is."""
+        """The precision of that peak."""
         return {8: "FP8", 4: "FP4"}.get(self.work.numbers.bits, "BF16")
 
     @property
@@ -198,7 +198,7 @@ class Plan:
 
 @functools.lru_cache(maxsize=256)
 def _changed(work: Workload, recompute: str, dispatcher: str | None, overlap: tuple[str, ...] | None) -> Workload:
-    """Return a workload with other settings, the same object for the same ones; None keeps one."""
+    """Return a workload with other settings, the same object for equal settings; None keeps a setting."""
     given = {"dispatcher": dispatcher, "overlap": overlap}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(work, recompute=recompute, **changes)
@@ -213,7 +213,7 @@ def usual_dispatcher(arch: Architecture, gpu: Gpu, layout: Layout, work: Workloa
 def usual_overlap(
     arch: Architecture, gpu: Gpu, layout: Layout, work: Workload, recompute: str, software: str
 ) -> tuple[str, ...]:
-    """List what NVIDIA's recipes overlap (`perf_recipes` of Megatron-Bridge 0.6.2, NeMo's `performance_mode`).
+    """List the overlaps of NVIDIA's recipes (`perf_recipes` of Megatron-Bridge 0.6.2, NeMo's `performance_mode`).
 
     Tensor parallelism's traffic in dense models, but in FP4; the experts' between nodes, where Megatron-Core can: with
     interleaved stages or none, without Mamba layers, and without recomputing whole layers; in MXFP8 and NVFP4 of the
@@ -234,7 +234,7 @@ def evaluate_layout(request: PlanRequest, layout: Layout) -> Plan:
     """Return a layout's plan, with the fastest recomputation that fits; if none does, the fastest that is tight.
 
     Args:
-        request: what it is for.
+        request: request to answer.
         layout: checked here.
 
     Raises:
@@ -255,8 +255,8 @@ def search(request: PlanRequest, limit: int = 10) -> list[Plan]:
     Each has the recomputation that `evaluate_layout` chooses.
 
     Args:
-        request: what they are for.
-        limit: how many.
+        request: request to answer.
+        limit: number of plans.
 
     Raises:
         SpecError: no layout obeys the rules for this number of GPUs and this batch; the text names ones that fit.
@@ -279,7 +279,7 @@ def search(request: PlanRequest, limit: int = 10) -> list[Plan]:
             expected=f"a number that holds the model and works on {batch} sequences a step",
             fix=f"set <gpus>={gpus}",
         )
-    # The plain layout breaks a rule, or it would be among the plans: the error says which.
+    # The plain layout breaks a rule, or it would be among the plans: the error names the rule.
     check_layout(Layout(gpus=request.gpus, micro_batch=request.micro_batch or 1), request.arch, request.work)
     return plans
 
@@ -303,7 +303,7 @@ def _batches(batch: int, step: int) -> list[int]:
 
 
 def _fits(request: PlanRequest) -> bool:
-    """Return whether some layout fits; looks only at those that need least memory."""
+    """Return whether some layout fits; look only at those that need the least memory."""
     smallest = _smallest(request, layouts(request), 20)
     able = (layout for layout in smallest if _least(request, layout) <= request.room)
     return any(request.plans(layout)[-1].verdict != "no" for layout in able)
@@ -353,7 +353,7 @@ def layouts(request: PlanRequest) -> Iterator[Layout]:
         if request.gpus % (tp * cp * pp) or request.gpus % (ep * pp) or arch.num_kv_heads % tp:
             continue
         for etp in {1, tp} if ep > 1 else {tp}:
-            # Context parallelism cuts what a larger micro-batch adds: together they gain nothing.
+            # Context parallelism cuts the memory that a larger micro-batch adds: together they gain nothing.
             micros = micro_batches[:1] if cp > 1 else micro_batches
             chunks = divisors(arch.num_layers // pp) if pp > 1 else [1]
             for vp, micro in itertools.product(chunks, micros):

@@ -74,7 +74,7 @@ def row_values(plan: Plan, command: str | None, why_none: str) -> dict[str, Any]
 
 
 def routing_line(plan: Plan) -> str:
-    """Say what a plan's speed assumes of the router, and what natural routing costs; "" where it costs nothing."""
+    """Describe a plan's assumption about routing, and the cost of natural routing; "" if it costs nothing."""
     other = replace(plan, work=replace(plan.work, routing="natural"))
     slower = other.time.total / plan.time.total - 1
     if plan.work.routing == "natural":
@@ -103,7 +103,7 @@ def model_line(arch: Architecture, seq_length: int) -> str:
 
 
 def explanation(plan: Plan) -> str:
-    """Return the arithmetic of a plan: where the bytes and the seconds go, and what was assumed."""
+    """Return the arithmetic of a plan: where the bytes and the seconds go, and the assumptions."""
     layout, work, request, step = plan.layout, plan.work, plan.request, plan.time
     count, gpu = layout.micro_batches(work.global_batch), request.gpu
     step_tokens = work.global_batch * work.seq_length

@@ -1,7 +1,8 @@
-"""How long a step takes: work and traffic of every part of a layer, divided by what the machine can do.
+"""Estimate the time of a step: work and traffic of every part of a layer, divided by the machine's speed.
 
-A sum of times, each with a physical meaning. Work and traffic are counts; how much of a peak a kernel reaches is what
-`Machine` holds, fitted on published measurements (`benchmarks/throughput.py`; table and errors in docs/planning.md).
+The result is a sum of times, each with a physical meaning. Work and traffic are counts; `Machine` holds the part of a
+peak that a kernel reaches, fitted on published measurements (`benchmarks/throughput.py`; table and errors in
+docs/planning.md).
 All times are of one GPU and of forward and backward together.
 """
 
@@ -26,7 +27,7 @@ _CHUNK = 128
 
 @dataclass
 class StepTime:
-    """Seconds of a step, or of a part of it, by what they are spent on; time hidden by computation does not count.
+    """Seconds of a step, or of a part of it, by their cause; time hidden by computation does not count.
 
     Args:
         gemm: matrix products.
@@ -80,8 +81,8 @@ class ThroughputModel:
 
     Args:
         arch: the trained model's architecture.
-        gpu: their kind.
-        machine: what is reached of its peaks.
+        gpu: kind of the GPUs.
+        machine: parts of its peaks that are reached.
     """
 
     def __init__(self, arch: Architecture, gpu: Gpu, machine: Machine) -> None:
@@ -148,7 +149,7 @@ class ThroughputModel:
         network_again = work.recompute == "full" or work.recomputes("moe" if moe else "mlp")
         layer.add(network, 1 + (1 / 3 if network_again else 0.0))
         if moe and work.recomputes("moe_act"):
-            # Read gate and up, write their product once more; what the busiest rank does.
+            # Read gate and up, write their product once more, on the busiest rank.
             slots = tokens / layout.tp * self._slots_per_token(layout, work)
             self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), work)
         if moe and work.recomputes("layernorm"):
@@ -158,7 +159,7 @@ class ThroughputModel:
         return layer
 
     def _attention(self, layer: StepTime, tokens: float, layout: Layout, work: Workload, window: int | None) -> None:
-        """Add attention: its projections, its core, and what its parallelism sends."""
+        """Add attention: its projections, its core, and the traffic of its parallelism."""
         arch = self.arch
         queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         # The core is called once for each step of context parallelism's ring.
@@ -168,7 +169,7 @@ class ThroughputModel:
         # Forward, two products of the causal half; 2.5 times as much backward.
         scores = 2.0 * tokens * mean_context(work.seq_length, window) * 2 * queries / layout.tp
         layer.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
-        # Rotary embedding and what the core reads and writes.
+        # Rotary embedding, and the core's inputs and output.
         self._moved(layer, tokens / layout.tp * 8 * (queries + keys), work)
         self._tensor_traffic(layer, tokens, layout, work)
         # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
@@ -229,7 +230,7 @@ class ThroughputModel:
         return work.slots_per_token(self.arch) * waits
 
     def _dispatch(self, times: StepTime, layout: Layout, work: Workload, tokens: float, hidden: float) -> None:
-        """Add what sends tokens to their experts and back, forward and backward, beyond what hides it."""
+        """Add the traffic of tokens to their experts and back, forward and backward, as far as nothing hides it."""
         copies = self._slots_per_token(layout, work)
         span = layout.etp * layout.ep
         if work.dispatcher != "alltoall":
@@ -274,7 +275,7 @@ class ThroughputModel:
         times.memory += count * numbers.cast_bytes * rows * (inner + columns) / bandwidth
 
     def _moved(self, times: StepTime, elements: float, work: Workload) -> None:
-        """Add 16-bit elements read or written by what is no matrix product; a quarter more for uncounted casts."""
+        """Add 16-bit elements that no matrix product reads or writes; a quarter more for uncounted casts."""
         casts = 1.25 if work.numbers.fp8 and not work.numbers.cast_bytes else 1.0
         times.memory += 2.0 * elements * casts / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 
@@ -298,7 +299,7 @@ class ThroughputModel:
         """Add traffic of a group that lies within `span` neighbouring ranks.
 
         Args:
-            times: to add to.
+            times: sum to add to.
             layout: the cluster's.
             volume: bytes.
             span: neighbouring ranks that the group lies within.

@@ -1,4 +1,4 @@
-"""What is trained with a layout: batch, sequence, precision, recomputation, capacity of the experts."""
+"""The training that a layout is planned for: batch, sequence, precision, recomputation, capacity of the experts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nemo_upcycle.models.architecture import Architecture
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers are kept; parameters in BF16, unless `Workload.low_params`.
+    """A precision of training; parameters are in BF16, unless `Workload.low_params`.
 
     Args:
-        bits: those of the numbers that the linear layers inside the transformer layers multiply: 16, 8 or 4.
-        copy_bytes: bytes of the copies that Transformer Engine holds of each of their weights, in rows and in columns,
-            scales included.
-        saved_bytes: bytes of one element of an input that such a layer keeps for its backward pass.
-        cast_bytes: read and written to cast an element of an input, or of a gradient, into rows and columns, where
-            that is counted; delayed, current and blockwise scaling have it in `Machine.gemm_fp8`.
-        gather_bytes: bytes of a low-precision parameter, where data parallelism gathers it.
-        bf16_ends: layers at either end of the model that stay in BF16.
-        rows: a product needs a multiple of this many, and of columns.
+        bits: width of the numbers that linear layers inside the transformer layers multiply: 16, 8 or 4.
+        copy_bytes: bytes of Transformer Engine's copies of a weight of these layers, in rows and in columns, scales
+            included.
+        saved_bytes: bytes that such a layer keeps of each element of its input for the backward pass.
+        cast_bytes: bytes read and written to cast an element of an input or a gradient into rows and columns; 0 for
+            delayed, current and blockwise scaling, whose casts are in `Machine.gemm_fp8`.
+        gather_bytes: bytes of a low-precision parameter that data parallelism gathers.
+        bf16_ends: number of layers at either end of the model that stay in BF16.
+        rows: number that a product's rows, and its columns, must be a multiple of.
         blackwell: whether only Blackwell has it.
     """
 
@@ -63,13 +63,13 @@ MODULES = ("layernorm", "core_attn", "moe_act", "mlp", "moe")
 RECOMPUTES = ("none", *MODULES, "full")
 #: Larger numbers are taken for mistakes.
 _MOST = 10**9
-#: What sends tokens to their experts: a message for each expert of a token, or for each place that has experts of it.
+#: Dispatchers of tokens: a message for each expert of a token, or for each place with experts of it.
 #: HybridEP is in Megatron-Core from 0.16 on, NCCL EP from 0.19, so not in NeMo 2.7.
 DISPATCHERS = ("alltoall", "deepep", "hybridep", "ncclep")
 #: Who chooses the experts: benchmarks make the router balance them (`moe_router_force_load_balancing`), training does
 #: not.
 ROUTINGS = ("balanced", "natural")
-#: Token slots of the busiest rank over the mean, for memory: where routing is made to balance, and elsewhere.
+#: Token slots of the busiest rank over the mean, for memory: with forced balance, and otherwise.
 FORCED_IMBALANCE, USUAL_IMBALANCE = 1.11, 1.5
 #: What runs beside computation: tensor parallelism's traffic beside its products (`tp_comm_overlap`), that of experts
 #: beside another micro-batch (`overlap_moe_expert_parallel_comm`, not in NeMo 2.7), and the host's launches, where one
@@ -95,7 +95,7 @@ class Workload:
         recompute: one of `RECOMPUTES`, or several of `MODULES` with commas between.
         dispatcher: one of `DISPATCHERS`.
         routing: one of `ROUTINGS`, for the time.
-        overlap: what runs beside computation, of `OVERLAPS`.
+        overlap: traffic that runs beside computation, out of `OVERLAPS`.
         dense_router_gradient: whether routers learn from all experts (`trainers.router_gradient`).
         lora: rank of the adapters that are trained beside the routers, each expert's its own; 0: all weights are.
 
@@ -148,7 +148,7 @@ class Workload:
             ("low_params", True, self.low_params),
         )
         for name, got, is_refused in limits if self.dense_router_gradient else ():
-            if is_refused:  # by `trainers.router_gradient`, which says why
+            if is_refused:  # by `trainers.router_gradient`, which gives the reason
                 expected = "alltoall, no overlap of experts and parameters in BF16 with <dense_router_gradient>"
                 raise SpecError(field=name, got=got, expected=expected, fix=f"plan without <{name}>")
         if self.precision == "fp8-delayed" and (refused := {"moe_act", "layernorm"} & {*modules}):

@@ -63,7 +63,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def _gpus() -> list[str]:
     try:
         from torch import cuda
-    except ImportError:  # a report needs nothing else of it
+    except ImportError:  # a report needs nothing else from it
         return []
     return [cuda.get_device_name(number) for number in range(cuda.device_count())]
 

@@ -1,4 +1,4 @@
-"""The sections of report.md about what the models answer: scores, differences, samples, step 0."""
+"""The sections of report.md about the models' answers: scores, differences, samples, step 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_upcycle.reporting.run_folder import MODELS
 
 
 def verdict(paired: dict[str, Any], a: str, b: str) -> str:
-    """Name the better model; only a difference whose 95 % interval leaves 0 out counts."""
+    """Name the better model; a difference counts only if its 95 % interval excludes 0."""
     if paired["identical"]:
         return "the same on every item"
     if paired["stderr"] is None or paired["higher_is_better"] is None:
@@ -52,7 +52,7 @@ def evaluation(results: dict[str, Any]) -> str:
 
 
 def scores(results: dict[str, Any]) -> str:
-    """Return the values of all models for a model's card, and what they were measured with."""
+    """Return the values of all models for a model's card, and how they were measured."""
     about = results["evaluation_settings"]["trained"]
     limit = about["settings"].get("limit")
     some = f", on the first {limit} items of each task" if limit else ""

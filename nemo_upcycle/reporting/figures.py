@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("baseline", "#D55E00", "s")}
 #: Most points of a curve and columns of a heat map: more cannot be distinguished in a page's width.
 _COLUMNS = 200
-#: Figures and report of a run with fewer steps say that it only shows that the chain works.
+#: A run with fewer steps only shows that the chain works; its figures and report carry a note.
 FEW_STEPS = 100
 _COLOURS = {
     "dense": "#000000",
@@ -36,19 +36,18 @@ _DPI = 150
 
 
 def chain_only(steps: int) -> str:
-    """Say what few steps can show; nothing for a longer run."""
+    """Return a note for a run with few steps; "" for a longer one."""
     return f"{steps} steps show that the chain works, not what training brings" if steps < FEW_STEPS else ""
 
 
 def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float] | None = None) -> Figure:
-    """Return validation loss of the MoE and its baseline over tokens, and over FLOPs; behind it training loss.
+    """Draw the validation loss of the MoE and its baseline over tokens and over FLOPs, with training loss behind it.
 
-    A validation loss from before the first step is drawn as a line to compare with. That of the baseline is the
-    dense parent's.
+    A horizontal line marks the validation loss before the first step; the baseline's is the loss of the dense parent.
 
     Args:
-        curves: by stage, `pretrain` and perhaps `dense_ct`.
-        flops_per_token: FLOPs of a token in training, by stage; without all of them there is no panel over FLOPs.
+        curves: stage -> curve, for `pretrain` and perhaps `dense_ct`.
+        flops_per_token: stage -> FLOPs of a token in training; the panel over FLOPs needs all of them.
     """
     from matplotlib.figure import Figure
 
@@ -249,10 +248,10 @@ def routers_figure(curve: Curve) -> Figure | None:
 
 
 def speed_figure(curves: Mapping[str, Curve]) -> Figure:
-    """Return tokens per second at every step, and the most memory that any rank has held.
+    """Draw the tokens per second of every step, and the most memory that any rank has held.
 
     Args:
-        curves: by stage, `pretrain` and perhaps `dense_ct`.
+        curves: stage -> curve, for `pretrain` and perhaps `dense_ct`.
     """
     from matplotlib.figure import Figure
 
@@ -278,7 +277,7 @@ def scores_figure(results: Mapping[str, Any]) -> Figure:
     """Return every metric of every model, with 95 % intervals: one panel for accuracies, one a metric of text.
 
     Args:
-        results: what `collect_results` returned.
+        results: result of `collect_results`.
     """
     from matplotlib.figure import Figure
 
@@ -321,10 +320,10 @@ def _tick(text: str) -> str:
 
 
 def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
-    """Return bits per byte of held-out text over tokens, with 95 % intervals over documents; None of no score.
+    """Draw bits per byte of held-out text over tokens, with 95 % intervals over documents; None without a score.
 
     Args:
-        curves: by stage, `pretrain` and perhaps `dense_ct`.
+        curves: stage -> curve, for `pretrain` and perhaps `dense_ct`.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The results of a grid of ablations: what each arm reaches, what it differs by, and how sure that is."""
+"""Compute the results of a grid of ablations: each arm's scores, its differences, and their intervals."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ COSTS_APART = 0.02
 
 @dataclass(frozen=True)
 class ArmRecord:
-    """What an arm's trainings left.
+    """Measurements from an arm's trainings.
 
     Args:
-        name: the name of the arm.
-        steps: the steps of a whole training.
-        tokens_per_step: the tokens of a step.
-        schedule: the learning rate's.
-        is_rate_constant: whether every point is what a whole training of that length reaches: the learning rate does
-            not fall, or each point is the end of a training of its own.
-        trained_seeds: those that were trained.
-        scores: by tokens and seed, the sums of the held-out documents. What was no number is not there.
-        routers: by metric and tokens, the mean over layers and seeds; nothing of a dense arm.
+        name: name of the arm.
+        steps: number of steps of a whole training.
+        tokens_per_step: number of tokens of a step.
+        schedule: schedule of the learning rate.
+        is_rate_constant: whether each point equals the result of a whole training of that length, because the learning
+            rate does not fall, or each point is the end of a training of its own.
+        trained_seeds: seeds that were trained.
+        scores: tokens -> seed -> sums of the held-out documents; values that were not a number are left out.
+        routers: metric -> tokens -> mean over layers and seeds; empty for a dense arm.
         flops_per_token: FLOPs of a token in training, full attention.
-        rank_seconds_per_token: the steps' seconds times ranks, of each the fastest seed, without the first step.
-        parent: what it starts from, of a grid whose arms have parents of their own.
+        rank_seconds_per_token: seconds of the steps times ranks, over their tokens; for each step the fastest seed's,
+            without the first step.
+        parent: model that the arm starts from, in a grid whose arms have different parents.
     """
 
     name: str
@@ -62,7 +63,7 @@ class ArmRecord:
 
     @property
     def final(self) -> dict[int, Sums]:
-        """By seed, what the last step reached."""
+        """Seed -> scores of the last step."""
         return self.scores.get(self.tokens, {})
 
     def is_comparable(self, tokens: float, other: ArmRecord, its_tokens: float) -> bool:
@@ -86,10 +87,10 @@ class ArmRecord:
 
 
 def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
-    """Sort what the trainings of a grid left by arm.
+    """Sort the evidence of a grid by arm.
 
     Args:
-        evidence: what `collect_evidence` or `read_evidence` returned.
+        evidence: result of `collect_evidence` or `read_evidence`.
     """
     described, documents = evidence["described"]["cells"], evidence["documents"]
     cells: dict[str, list[str]] = defaultdict(list)
@@ -125,7 +126,7 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
 
 
 def _pace(cells: Mapping[str, Mapping[str, Any]], flops_per_token: float) -> float:
-    """Measure a token's time: of all steps whose tokens cost so many FLOPs, the fastest twentieth.
+    """Measure a token's time from the fastest twentieth of all steps whose tokens cost so many FLOPs.
 
     Trainings that run one after the other for hours meet other work at different times: no seed is the fastest.
     """
@@ -173,7 +174,7 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
     `difference_of_arms` does.
 
     Args:
-        arms: from `arms_of`.
+        arms: result of `arms_of`.
         described: the `described` of the grid's plan.
 
     Returns:
@@ -236,14 +237,14 @@ def _difference(arm: ArmRecord, reference: ArmRecord, margin: float) -> dict[str
 
 
 def _with_equal_cost(arm: ArmRecord, reference: ArmRecord, ratio: float, margin: float) -> dict[str, Any] | None:
-    """Compare two arms after the latest tokens of the first for which the reference, at the same cost, is known.
+    """Compare two arms at the last point of the first whose cost lies on the curve of the reference.
 
     Between two points of the reference's curve its documents are taken to be linear in the logarithm of the tokens.
 
     Args:
         arm: compared.
-        reference: with it.
-        ratio: what a token of the arm costs in tokens of the reference.
+        reference: arm to compare with.
+        ratio: cost of a token of the arm, in tokens of the reference.
         margin: bits per byte that do not matter.
 
     Returns:
@@ -264,6 +265,6 @@ def _with_equal_cost(arm: ArmRecord, reference: ArmRecord, ratio: float, margin:
 
 
 def _sources(seeds: Mapping[int, Sums]) -> dict[str, dict[str, Any]]:
-    """Return by source what the last step reached, the mean over seeds and its interval."""
+    """Return source -> score of the last step, the mean over seeds and its interval."""
     by_seed = [by_source(sums) for sums in seeds.values()]
     return {source: mean_of([one[source]["value"] for one in by_seed]) for source in by_seed[0]}

@@ -1,6 +1,6 @@
 """The evidence of a grid: the numbers that its trainings leave, in one file from which all tables are computed.
 
-Everything is a list or has a name: JSON would turn numbers that are keys into texts.
+Numbers are never keys, which JSON would turn into texts: everything is a list or has a name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAN, EVIDENCE = "grid.json", "evidence.json.gz"
 
 
 def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect what the trainings of a grid left, as plain values.
+    """Collect the measurements of a grid's trainings, as plain values.
 
     Args:
         run_dir: the grid's folder, whose trainings are finished.
@@ -96,7 +96,7 @@ def write_evidence(path: Path, evidence: Mapping[str, Any]) -> None:
 
 
 def read_evidence(path: Path) -> dict[str, Any]:
-    """Read what `write_evidence` wrote.
+    """Read a file of `write_evidence`.
 
     Raises:
         UpcycleError: the file is missing or damaged.

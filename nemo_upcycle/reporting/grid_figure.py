@@ -41,17 +41,17 @@ def arm_style(position: int) -> dict[str, Any]:
 
 
 def _labels(values: Mapping[str, Any]) -> dict[str, str]:
-    """Name the arms for a legend; a line of fewer seeds than the others have says so."""
+    """Name the arms for a legend; an arm with fewer seeds than the others is marked with their number."""
     seeds = {arm: len(result["seeds"]) for arm, result in values["arms"].items()}
     most = max(seeds.values())
     return {arm: arm if count == most else f"{arm} ({count} of {most} seeds)" for arm, count in seeds.items()}
 
 
 def curves_figure(values: Mapping[str, Any]) -> Figure:
-    """Return three panels: every arm's curve, the same enlarged with bands over seeds, and the differences.
+    """Draw three panels: every arm's curve, the curves enlarged with bands over seeds, and the differences.
 
     Args:
-        values: what `compare_arms` returned, or a `table.json`.
+        values: result of `compare_arms`, or content of `table.json`.
     """
     from matplotlib.figure import Figure
 
@@ -76,7 +76,7 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
             axes.plot(tokens, [point["value"] for point in result["curve"]], label=labels[arm], **style)
         known = [point for point in result["curve"] if point["low"] is not None]
         if any(point["high"] - point["low"] > height / 2 for point in known):
-            continue  # it would cover the lines, and say no more than the table
+            continue  # it would cover the lines, and the table has it
         band = [[point[key] for point in known] for key in ("tokens", "low", "high")]
         near.fill_between(*band, color=style["color"], alpha=0.1, linewidth=0)
     for axes, title in ((whole, "mean over seeds"), (near, "enlarged, with 95 % intervals over seeds that fit")):

@@ -16,7 +16,7 @@ from nemo_upcycle.reporting.sections import overlap
 from nemo_upcycle.utils.files import MARKER, read_json, read_text, whole_file, write_json
 
 
-#: Between these lines of a page stands what `write_grid` wrote.
+#: `write_grid` writes between these lines of a page.
 BEGIN, END = "<!-- from the evidence: begin -->", "<!-- from the evidence: end -->"
 
 
@@ -29,8 +29,8 @@ def write_grid(folder: Path) -> Path:
     """Write the table of a grid again.
 
     Args:
-        folder: of a grid, whose `table/` is written from the trainings that are finished; or of its evidence alone:
-            the table is written beside it, or between the two markers of the page `FOLDER.md`, if there is one.
+        folder: folder of a grid, whose `table/` is written from its finished trainings; or a folder with its evidence
+            alone: the table is written beside it, or between the two markers of the page `FOLDER.md`, if there is one.
 
     Returns:
         The path of the table, or of the page.
@@ -87,7 +87,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
-    """Write `table/`: the evidence of a grid, what `draw_table` makes of it, and `table.md`.
+    """Write `table/`: the evidence of a grid, the files of `draw_table`, and `table.md`.
 
     Args:
         run_dir: the grid's folder, whose trainings are finished.
@@ -106,7 +106,7 @@ def draw_table(folder: Path) -> str:
     """Write `table.json` and the figure of a grid; return the table.
 
     Args:
-        folder: with the evidence of a grid, which is all that is read.
+        folder: folder with the evidence of a grid; nothing else is read.
 
     Returns:
         The table as Markdown.
@@ -130,7 +130,7 @@ def render_table(values: Mapping[str, Any]) -> str:
     """Return the table as Markdown.
 
     Args:
-        values: what `compare_arms` returned, with the `grid`, what it is `about` and, if known, `heldout_overlap`.
+        values: result of `compare_arms`, with `grid`, `about` and, if known, `heldout_overlap`.
     """
     arms = values["arms"]
     counts = sorted({len(result["seeds"]) for result in arms.values()})

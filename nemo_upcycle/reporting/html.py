@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"[-+]?\d[\d.,:/]*(?:e[-+]?\d+)?(?: ± \d[\d.,]*(?:e[-+]?\d
 
 
 def render_html(markdown: str, figures: Mapping[str, bytes]) -> str:
-    """Return a page of its own: text, contents, tables, and figures as data.
+    """Return a self-contained page: text, contents, tables, and figures as data.
 
     HTML in the text is shown, not obeyed: it may come from the texts that models wrote. Of images only `figures` are
     shown; any other is its text.

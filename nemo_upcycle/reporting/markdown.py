@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 
-#: What Markdown obeys, also inside a table; an underscore inside a word is one of its letters.
+#: Characters with a meaning in Markdown or its tables; an underscore inside a word has none.
 _SPECIAL = re.compile(r"[\\`*\[\]<>|#$&~]|(?<![^\W_])_|_(?![^\W_])")
 #: What a terminal obeys.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -26,8 +26,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 
 
     Args:
         header: titles of the columns.
-        rows: their cells.
-        words: how many columns at the end hold words, which are aligned left.
+        rows: cells of the rows.
+        words: number of columns at the end that hold words, which are aligned left.
 
     Example:
         >>> print(table(["stage", "s"], [["import", "3"]]))
@@ -148,12 +148,12 @@ def signed(value: float, stderr: float | None) -> str:
 
 
 def mean_with_interval(mean: Mapping[str, Any]) -> str:
-    """Format what `mean_of` returned, with half of its interval where there is one."""
+    """Format a result of `mean_of`, with half of its interval if there is one."""
     return with_error(mean["value"], None if mean["low"] is None else (mean["high"] - mean["low"]) / 2)
 
 
 def with_verdict(point: Mapping[str, Any] | None) -> str:
-    """Format what `difference_of_arms` returned, with half of its interval and the verdict; None as a dash."""
+    """Format a result of `difference_of_arms`, with half of its interval and the verdict; None as a dash."""
     if point is None:
         return "-"
     return f"{signed(point['difference'], (point['high'] - point['low']) / 2)} ({point['verdict']})"

@@ -22,8 +22,8 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
 
     Args:
         run_dir: the folder, with the results of the stages upcycle, pretrain, dense_ct (optional) and evaluate.
-        planned: by training stage, `memory_gib` and `tokens_per_s` as the planner has them, where it has; None keeps
-            those of an earlier report.
+        planned: training stage -> the planner's `memory_gib` and `tokens_per_s`, as far as it has them; None keeps the
+            numbers of an earlier report.
 
     Returns:
         The path of `report.md`, which is written last.
@@ -73,7 +73,7 @@ def compose(results: dict[str, Any], run_dir: Path) -> str:
     """Return the text of the report.
 
     Args:
-        results: what `collect_results` returned.
+        results: result of `collect_results`.
         run_dir: the run's folder, for its name and the commands.
     """
     parts = [

@@ -23,8 +23,8 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
     """Return every number of the report.
 
     Args:
-        run: what `read_run` read.
-        environment: what `describe_environment` returned.
+        run: result of `read_run`.
+        environment: result of `describe_environment`.
 
     Returns:
         `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item), `paired`
@@ -94,7 +94,7 @@ def _main_metrics(evaluation: dict[str, Any]) -> list[str]:
 
 
 def _contamination(contamination: dict[str, Any] | None, metrics: Iterable[str]) -> dict[str, Any]:
-    """Return, of every task that was looked for, its `items`, those whose passages were `removed`, those `left`."""
+    """Count for every task that was looked for its `items`, those with passages `removed`, and those `left`."""
     if contamination is None:
         return {}
     counted, report = {}, contamination["report"]
@@ -187,7 +187,7 @@ def summarise_router(router: dict[str, list[float | None]]) -> dict[str, float]:
     """Summarise one step's `router` of `metrics.jsonl`: the mean over the layers, or their sum (`is_sum`).
 
     Args:
-        router: for each name one value a layer; None for a layer without experts.
+        router: name -> one value a layer; None for a layer without experts.
     """
     known = {name: [value for value in values if value is not None] for name, values in router.items()}
     summed = {name for name, metric in ROUTER_METRICS.items() if metric.is_sum}
@@ -216,7 +216,7 @@ def summarise_load(load_LE: list[list[float]]) -> dict[str, float]:
 
 
 def _receipt(receipt: dict[str, Any]) -> dict[str, Any]:
-    """Return a receipt with counts in place of its list of parameters: by what made them, and by type."""
+    """Return a receipt with counts of its parameters in place of their list: by how they were made, and by type."""
     parameters = receipt.get("parameters", [])
     return {
         **{key: value for key, value in receipt.items() if key != "parameters"},

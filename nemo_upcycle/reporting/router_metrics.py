@@ -11,7 +11,7 @@ class RouterMetric:
 
     Args:
         title: the title of its row in a report, and of its panel in a figure.
-        column: its heading in the table of a grid; "": it has none there.
+        column: heading in the table of a grid; "": it is not shown there.
         is_drawn: whether figures have a panel of it.
         is_row: whether the report has a row of it.
         is_sum: whether the layers are added up; else their mean is shown.

@@ -15,14 +15,14 @@ from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, read_json_lines
 from nemo_upcycle.utils.schema import require_known
 
 
-#: The models that are evaluated, in the order of the report, and what each is called there.
+#: The evaluated models in the order of the report, and their names there.
 MODELS = {
     "dense": "parent",
     "step0": "MoE at step 0",
     "trained": "trained MoE",
     "dense_ct": "trained baseline",
 }
-#: The keys that the report prints, and so must find, in every file, and what they hold.
+#: File -> keys that the report prints, and so must find, and the types of their values.
 _NUMBER = int | float
 _COUNTS = ("dense_params", "total_params", "active_params", "bytes_read", "bytes_needed", "bytes_written", "seconds")
 _RECEIPT = {"spec": dict, "exact": bool, **dict.fromkeys((*_COUNTS, "ranks"), _NUMBER), "layout": dict}
@@ -42,7 +42,7 @@ class Curve:
     """The metrics of one training stage.
 
     Attributes:
-        steps: one entry a training step, as the stage wrote it, in order.
+        steps: entries that the stage wrote, one a training step, in order.
         validation: tokens seen and validation loss, in order.
         scores: tokens seen, and the bits per byte of held-out text on the live model with their error, in order.
     """
@@ -60,10 +60,10 @@ class RunRecord:
         recipe: name of the recipe, from `pipeline.json`.
         receipt: the receipt of the check of step 0 on one rank, with its comparison of logits.
         online_receipt: the receipt of the upcycling inside the training job; None without one.
-        curves: the curves of `pretrain` and, unless it was skipped, `dense_ct`.
-        settings: `training.json` by stage.
-        changes: by stage, the settings that were changed after it had started.
-        evaluations: by the names in `MODELS`, perhaps without `dense_ct`.
+        curves: stage -> curve, for `pretrain` and, unless it was skipped, `dense_ct`.
+        settings: stage -> content of `training.json`.
+        changes: stage -> settings that were changed after it had started.
+        evaluations: name in `MODELS` -> its evaluation; `dense_ct` may be missing.
         command: the command line that was typed, if the run noted it.
         recipes: by stage, the file of its resolved recipe, relative to the folder.
         stage_seconds: wall time of the stages that finished, each after those that it needs.
@@ -152,7 +152,7 @@ def read_manifest(folder: Path, markers: Mapping[str, Any] | None = None) -> dic
         markers: the markers of its finished stages; None to read them.
 
     Raises:
-        UpcycleError: it is damaged.
+        UpcycleError: the file is damaged.
     """
     manifest = _data_of(folder, _read_markers(folder) if markers is None else markers) / MANIFEST
     return dict(_read(manifest, "data")) if manifest.is_file() else {}
@@ -163,7 +163,7 @@ def _data_of(folder: Path, markers: Mapping[str, Any]) -> Path:
 
 
 def _read_markers(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the markers of the stages that finished, each after those that it names as its inputs."""
+    """Return the markers of finished stages, each after those of its inputs."""
     markers = {path.parent.name: _read(path, path.parent.name) for path in sorted(folder.glob(f"*/{MARKER}"))}
     markers = {name: marker for name, marker in markers.items() if marker.get("stage") == name}  # a suite has one, too
     needs = {

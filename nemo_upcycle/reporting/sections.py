@@ -1,6 +1,6 @@
 """The sections of report.md, each a function of the results that names the files of its numbers.
 
-Those about what the models answer are in `evaluation_sections`.
+Sections about the models' answers are in `evaluation_sections`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
 
 
-#: The most sensitive metrics of the local suites, and what each is of.
+#: The most sensitive metrics of the local suites -> what they score, for people.
 _BITS = {BITS: "text", ANSWER_BITS: "answers"}
 #: With how many numbers a report opens.
 _NUMBERS = 4
@@ -40,7 +40,7 @@ _TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
 
 
 def opening(results: dict[str, Any]) -> str:
-    """Write what a reader wants to know first; its first paragraph, the headline, is also printed after a run."""
+    """Write the summary; its first paragraph, the headline, is also printed after a run."""
     parts = (
         _headline(results),
         table(["", "measured", "verdict"], _numbers(results)[:_NUMBERS], words=1),
@@ -84,7 +84,7 @@ def _name(metric: str) -> str:
 
 
 def _numbers(results: dict[str, Any]) -> list[list[str]]:
-    """Return rows of a question, what was measured and a verdict, the most important first."""
+    """Return rows of question, measurement and verdict, the most important first."""
     metric, training = _metric(results), results["training"]
     rows = [_step_zero(results)]
     for name, title in (("dense", "the parent"), ("dense_ct", "the baseline")):
@@ -111,7 +111,7 @@ def _step_zero(results: dict[str, Any]) -> list[str]:
 
 
 def _speed(training: dict[str, Any]) -> list[str]:
-    """Compare the speed with the plan's, else with that of the baseline."""
+    """Compare the speed with the plan's, or else with the baseline's."""
     speed = training["pretrain"]["tokens_per_s"]
     planned = (training["pretrain"].get("planned") or {}).get("tokens_per_s")
     others = {"the plan's": planned, "the baseline's": training.get("dense_ct", {}).get("tokens_per_s")}
@@ -122,7 +122,7 @@ def _speed(training: dict[str, Any]) -> list[str]:
 
 
 def _made(results: dict[str, Any]) -> str:
-    """Say what was made of what, and how the MoE's compute compares with the baseline's."""
+    """Describe the parent, the MoE made from it, and its compute beside the baseline's."""
     receipt, training = results["receipt"], results["training"]
     parent = "A model with experts" if receipt.get("parent_experts") else "A dense model"
     before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
@@ -136,7 +136,7 @@ def _made(results: dict[str, Any]) -> str:
 
 
 def command(results: dict[str, Any]) -> str:
-    """Show what was typed and the files of all settings; nothing where the run noted neither."""
+    """Show the command and the files of all settings; nothing if the run noted neither."""
     recipes = ", ".join(f"[`{path}`]({path})" for path in results["recipes"].values())
     typed = f"{fenced(results['command'], 'bash')}\n\nSource: `command.txt`." if results["command"] else ""
     settings = f"Every setting, defaults included: {recipes}." if recipes else ""
@@ -177,7 +177,7 @@ def _changes(stages: dict[str, Any]) -> str:
 
 
 def _data(stages: dict[str, Any]) -> str:
-    """Say what the models were trained on, once where it is the same."""
+    """Describe the models' training data, once if they are the same."""
     data = {f" of the {MODELS[_TRAINED[stage]]}": done["settings"]["data"] for stage, done in stages.items()}
     if len(set(data.values())) == 1:
         data = {"": next(iter(data.values()))}
@@ -300,7 +300,7 @@ def _worst(worst: dict[str, Any]) -> str:
 
 
 def receipt(results: dict[str, Any]) -> str:
-    """Show what was made from what, in the check of step 0 and inside the training job."""
+    """Show how the model was made, in the check of step 0 and inside the training job."""
     columns = {"check of step 0": (results["receipt"], "receipt.json")}
     if results["online_receipt"]:
         columns["training job"] = (results["online_receipt"], "pretrain/receipt.json")
@@ -353,7 +353,7 @@ def _measured_with(settings: dict[str, Any]) -> str:
 
 
 def setting(results: dict[str, Any]) -> str:
-    """Show what ran where, with which versions, and how long the stages took."""
+    """Show machine, versions, and the time of the stages."""
     environment, settings = results["environment"], results["evaluation_settings"]["dense"]["settings"]
     rows = [
         ["processor", f"{environment['processor']}, {environment['cores']} cores"],

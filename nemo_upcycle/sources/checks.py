@@ -101,13 +101,13 @@ def require_finite(
     """Check that a slice of a tensor, or what it was cast to, holds no NaN and no infinity.
 
     Args:
-        slice_: as it was read.
-        name: the tensor's.
+        slice_: the slice that was read.
+        name: name of the tensor.
         source: the checkpoint, for the text of an error.
-        made: what it became. Then that is looked at, and the slice only to tell which of the two is to blame.
+        made: result of the cast. If given, it is checked, and the slice only tells whether it or the cast is broken.
 
     Raises:
-        BrokenWeights: it does; the text names tensor and source.
+        BrokenWeights: there is one; the text names tensor and source.
     """
     if _is_finite(slice_ if made is None else made):
         return

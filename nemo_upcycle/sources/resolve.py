@@ -22,10 +22,11 @@ def open_dense(uri: str | Path | Sequence[str | Path], *, non_expert_weights: st
     """Open a dense checkpoint for reading slices.
 
     Args:
-        uri: a folder, as a plain path (its contents tell the kind), as `hf:///absolute/path` (Hugging Face:
-            safetensors) or as `nemo:///absolute/path` (a NeMo 2 or Megatron distributed checkpoint). Or several, whose
+        uri: a folder: a plain path (its contents tell the kind), `hf:///absolute/path` (Hugging Face: safetensors) or
+            `nemo:///absolute/path` (a NeMo 2 or Megatron distributed checkpoint). Or several folders, whose
             feed-forward networks become experts in turn.
-        non_expert_weights: of several: whether everything but the experts is the "first" one's or the "mean" of all.
+        non_expert_weights: source of everything but the experts when there are several checkpoints: the "first" one,
+            or the "mean" of all.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is neither a dense Llama-family model nor

@@ -115,14 +115,14 @@ class Branches:
         return self._sources[0].dtype(name)
 
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
-        """Return a slice of what is not a routed expert's: the first model's, or the mean.
+        """Read a slice of a tensor outside the routed experts: the first model's, or the mean of all models.
 
         Args:
             name: the tensor.
             index: (start, stop) along every axis; the whole tensor when None.
 
         Raises:
-            CheckpointError: as the sources do.
+            CheckpointError: a source cannot be read.
         """
         if self._non_expert_weights == "first":
             return self._sources[0].read(name, index)

@@ -55,12 +55,12 @@ def suite_items(suite: str | Path, without: Collection[str] = ()) -> Iterator[It
 def lm_eval_items(
     names: Sequence[str], include_path: str | Path | None = None, files: Mapping[str, str] | None = None
 ) -> Iterator[Item]:
-    """Yield the documents that tasks of lm-eval evaluate: those of the test split, else of the validation split.
+    """Yield the documents that tasks of lm-eval evaluate, from the test split or else from the validation split.
 
     Args:
         names: tasks or groups; each is an evaluation set, `lm-eval/NAME`.
         include_path: a folder with task files of the user's own, or None.
-        files: as in `load_tasks`.
+        files: files of tasks, see `load_tasks`.
 
     Raises:
         UpcycleError: an unknown task, or data that cannot be fetched.

@@ -94,15 +94,15 @@ def load_tasks(
     """Load tasks, groups or tags with their data, all of them, as `load_task` does.
 
     Args:
-        names: as in `load_task`.
-        include_path: as in `load_task`.
-        files: as in `load_available_tasks`.
+        names: tasks, groups or tags, see `load_task`.
+        include_path: folder with the user's task files, see `load_task`.
+        files: files of tasks, see `load_available_tasks`.
 
     Returns:
-        For each name, its tasks, by their names.
+        Name -> its tasks by their names.
 
     Raises:
-        UpcycleError: as `load_task`, for the first that cannot be loaded.
+        UpcycleError: see `load_task`; raised for the first that cannot be loaded.
     """
     managers = _managers(names, include_path)
     return {name: _load(name, managers, (files or {}).get(name)).tasks for name in names}
@@ -115,19 +115,19 @@ def load_available_tasks(
     files: Mapping[str, str] | None = None,
     strict: bool = False,
 ) -> tuple[dict[str, LoadedTask], dict[str, str]]:
-    """Load what can be had of tasks, groups or tags; say at once what cannot.
+    """Load those tasks, groups or tags that can be loaded; report at once those that cannot.
 
     Args:
-        names: as in `load_task`.
-        include_path: as in `load_task`.
-        files: files of tasks whose data set is not asked for, JSON lines in the form of its rows.
-        strict: whether the first that cannot be had ends it.
+        names: tasks, groups or tags, see `load_task`.
+        include_path: folder with the user's task files, see `load_task`.
+        files: task -> file of JSON lines in the form of its data set's rows, read in place of the data set.
+        strict: whether to fail at the first that cannot be loaded.
 
     Returns:
-        What was loaded, by name; and why the others cannot be had, by name.
+        Name -> what was loaded, and name -> why it cannot be loaded.
 
     Raises:
-        TaskDataError: `strict`, or none can be had.
+        TaskDataError: none can be loaded, or one cannot and `strict` is set.
         UpcycleError: lm-eval does not know a name.
     """
     managers = _managers(names, include_path)
@@ -152,14 +152,15 @@ def load_available_tasks(
 
 
 def check_needs(names: Iterable[str], files: Mapping[str, str]) -> None:
-    """Check that this machine has what the code of tasks imports, and reads beside their data.
+    """Check that this machine has the packages and files that the code of tasks needs beside their data.
 
     Args:
         names: names of tasks.
-        files: as in `load_available_tasks`: one in which nothing asks for sentences needs nothing to count them.
+        files: files of tasks, see `load_available_tasks`; a file with no question about sentences needs no package to
+            count them.
 
     Raises:
-        UpcycleError: it does not.
+        UpcycleError: one is missing.
     """
     for name in names:
         absent = [package for package in _IMPORTED.get(name, ()) if importlib.util.find_spec(package) is None]

@@ -39,7 +39,7 @@ def build_named_suite(
         name: name of `conf/evaluation`, or a YAML file.
         heldout_documents: id and text of whole documents that training did not see.
         output: the folder to write; an earlier one is replaced.
-        answers: as in `build_suite`.
+        answers: answers of the held-out conversations, see `build_suite`.
 
     Returns:
         `output`.

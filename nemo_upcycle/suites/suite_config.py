@@ -128,10 +128,10 @@ def _check_not_local(config: SuiteConfig, path: Path, folder: Path) -> None:
 
 
 def folders_of_suite(name: str | Path) -> list[Path]:
-    """Return the folders of this machine that a suite reads from: its YAML file's, and those of the user's own files.
+    """Return the folders that a suite reads from on this machine: those of its YAML file and of the user's files.
 
     Raises:
-        UpcycleError: as in `read_suite_config`.
+        UpcycleError: see `read_suite_config`.
     """
     config = read_suite_config(name)
     here = [Path(name).absolute().parent] if is_conf_file(str(name)) else []

@@ -1,1 +1,1 @@
-"""What trains: `base.py` says what everything else asks of a training, `nemo/` and `bridge/` fill it."""
+"""The trainers: `base.py` is the contract of a training, which `nemo/` and `bridge/` implement."""

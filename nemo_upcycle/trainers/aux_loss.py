@@ -1,11 +1,10 @@
-"""Auxiliary losses of the router that act with the coefficient that is set, whatever the layout.
+"""Make auxiliary losses of the router act with the coefficient that is set, in every layout.
 
 A rank of a tensor- and context-parallel group computes its tokens' part of such a loss. Megatron sums gradients over
 tensor-parallel ranks and averages them over data- and context-parallel ones, so the context-parallel size belongs in
 the loss scale. In megatron-core 0.15 it is missing; with `calculate_per_token_loss` the tensor-parallel size is, too.
-Of `global_aux_loss` data-parallel ranks have a part each as well, and the data-parallel size is missing in every
-release up to 0.19. What is missing is measured, not looked up by version: containers hold releases with fixes of
-their own.
+Data-parallel ranks have a part of `global_aux_loss` each, too, and the data-parallel size is missing in every release
+up to 0.19. The missing factor is measured, not looked up by version: containers hold releases with fixes of their own.
 """
 
 from __future__ import annotations
@@ -139,11 +138,11 @@ def _acting_share(config: Any, name: str) -> float:
 
 
 def gradient_of_losses(router: TopKRouter, logits: torch.Tensor, **routing: Any) -> torch.Tensor:
-    """Return what a router's auxiliary losses alone add to the gradient of its logits on this rank.
+    """Compute the part of the gradient of a router's logits that its auxiliary losses add on this rank.
 
     Args:
-        router: in training.
-        logits: [S, B, E], a leaf that requires a gradient.
+        router: a router in training mode.
+        logits: logits, [S, B, E], a leaf that requires a gradient.
         routing: further arguments of the router's `routing`.
     """
     with temporarily_set(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):

@@ -1,4 +1,4 @@
-"""How a training balances the experts: what is set right and said at its start, in NeMo and Megatron-Bridge alike."""
+"""Correct auxiliary losses at the start of a training, and describe how it balances its experts, for both trainers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from nemo_upcycle.utils.progress import show_messages
 
 
 def correct_auxiliary_losses(config: Any) -> list[ActingCoefficient]:
-    """Make auxiliary losses act with the coefficients that are set, and log on the first rank what was corrected.
+    """Make auxiliary losses act with the coefficients that are set, and log corrections on the first rank.
 
-    A Megatron that lacks the functions to measure them is left as it is, with a warning.
+    Every rank must call this, after Megatron's groups are made. A Megatron without the functions that measure the
+    losses is left as it is, with a warning.
 
     Args:
-        config: the model's. Megatron's groups must be there, and every rank must call this.
+        config: configuration of the model.
 
     Returns:
-        What is set and what acts, for each auxiliary loss of the model.
+        The coefficients that are set and that act, for each auxiliary loss of the model.
     """
     try:
         from nemo_upcycle.trainers import aux_loss
@@ -32,11 +33,11 @@ def correct_auxiliary_losses(config: Any) -> list[ActingCoefficient]:
         return []
     losses = aux_loss.correct_losses(config)
     if torch.distributed.get_rank() == 0:
-        _say(losses)
+        _report(losses)
     return losses
 
 
-def _say(losses: list[ActingCoefficient]) -> None:
+def _report(losses: list[ActingCoefficient]) -> None:
     """Report the auxiliary losses that do not act as they are set, and those that this package corrects."""
     for loss in losses:
         if loss.acting != loss.coefficient:
@@ -49,10 +50,10 @@ def _say(losses: list[ActingCoefficient]) -> None:
 
 
 def describe_balancing(config: Any, anneal: Anneal | None) -> dict[str, str]:
-    """Describe for `training.json` how the experts are balanced; nothing of a dense model.
+    """Describe for `training.json` how the experts are balanced; return nothing for a dense model.
 
     Args:
-        config: the model's.
+        config: configuration of the model.
         anneal: change of the coefficient over the training; None: it stays.
 
     Example:

@@ -24,13 +24,13 @@ FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The settings of a training, by what may happen to them in a run that has started.
+    """The settings of a training, sorted by how they may change in a run that has started.
 
     Attributes:
-        fixed: what the result depends on, by the name of its override; may not change.
-        steps: how many optimizer steps it takes; may grow. 0 where the recipe alone knows.
-        free: what the result does not depend on: logs, checkpoints' interval and retention, nodes, workers.
-        step0: of the fixed ones those that the check of step 0 depends on.
+        fixed: override -> value of settings that the result depends on; may not change.
+        steps: number of optimizer steps; may grow. 0 if only the recipe knows it.
+        free: settings without effect on the result: logs, checkpoints' interval and retention, nodes, workers.
+        step0: fixed settings that the check of step 0 depends on.
     """
 
     fixed: dict[str, str]
@@ -42,13 +42,13 @@ class TrainingSettings:
     def sorted_by(
         cls, values: Mapping[str, str], *, steps: str, free: tuple[str, ...], step0: tuple[str, ...]
     ) -> TrainingSettings:
-        """Return settings, told apart by their names.
+        """Sort settings by their names.
 
         Args:
-            values: every setting, by the name of its override.
-            steps: the name of the number of steps.
-            free: names, or with a dot at the end their beginnings, of those that are free.
-            step0: the same of those that the check of step 0 depends on.
+            values: override -> value of every setting.
+            steps: name of the number of steps.
+            free: names of free settings; one that ends with a dot stands for all that begin so.
+            step0: names of settings that the check of step 0 depends on, in the form of `free`.
         """
 
         def named(names: tuple[str, ...]) -> dict[str, str]:
@@ -223,7 +223,7 @@ class TrainingFacts:
 
         Args:
             config: a `TransformerConfig`, or NeMo-Run's configuration of one.
-            arch: of the model.
+            arch: architecture of the model.
             layout: parallel sizes.
             profile: how it uses its GPUs.
         """
@@ -309,12 +309,12 @@ class Training(ABC):
         """Check that the training can start from a parent.
 
         Args:
-            stage: as `check` takes it.
+            stage: name of the stage, see `check`.
             dense: the parent's address.
-            remote: whether to fetch what is not here, and to fail where that cannot be.
+            remote: whether to fetch a parent that is not here, and to fail if that is impossible.
 
         Raises:
-            UpcycleError: it cannot.
+            UpcycleError: the training cannot start from it.
         """
 
     @abstractmethod
@@ -340,7 +340,7 @@ class Training(ABC):
         """Train on all ranks of a job; go on where an earlier start stopped.
 
         Args:
-            folder: of the stage, for logs and checkpoints.
+            folder: folder of the stage, for logs and checkpoints.
             dense_folder: the dense parent.
             data_folder: a finished folder of `nemo-upcycle data`.
             suite: the folder of the suite that scores the live model, where the recipe asks for it.
@@ -349,7 +349,7 @@ class Training(ABC):
             On the first rank the last `checkpoint`.
 
         Raises:
-            StageStopped: it was told to stop, and can go on.
+            StageStopped: a signal stopped it; it can go on.
             StageError: it left no checkpoint.
         """
 

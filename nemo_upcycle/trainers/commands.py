@@ -117,17 +117,17 @@ class Commands(ABC):
         """Write the command that runs a plan.
 
         Args:
-            recipe: that trains the model.
-            plan: what to run.
-            dense: the dense parent's folder; the recipe's own when None.
+            recipe: recipe that trains the model.
+            plan: plan to run.
+            dense: the dense parent's folder; None takes the recipe's own.
         """
 
     def why_no_command(self, recipe: KnownRecipe | None, work: Workload) -> str:
-        """Say why no recipe has a plan's settings; "" where one has.
+        """Explain why no recipe has a plan's settings; "" if one has.
 
         Args:
-            recipe: that trains the model; None: there is none.
-            work: the settings.
+            recipe: recipe that trains the model; None if there is none.
+            work: settings of the plan.
         """
         if recipe is None:
             return "No recipe of this package trains this model"

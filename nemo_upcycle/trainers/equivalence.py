@@ -3,12 +3,12 @@
 Measured on real text, on one rank, before any training: the parent in Hugging Face's implementation, the parent in
 Megatron, and the upcycled model in Megatron. The first pair crosses two implementations of the same model in float32.
 
-The second isolates upcycling, and is measured in float64 as well: in float32 the combine weights, which sum to one
-only up to rounding, disturb every layer by one unit in the last place, and thirty layers amplify that to what any
-reordering of a sum costs the parent itself. That cost, the parent's float32 against its float64, stands beside it.
+The second isolates upcycling, and is measured in float64 as well. In float32 the combine weights sum to one only up to
+rounding, which disturbs every layer by one unit in the last place. Thirty layers amplify this as much as they amplify
+any reordering of a sum in the parent itself, so the parent's float32 is compared with its float64, too.
 
 No model is ever whole in memory: the weights of an embedding, a layer or an output layer are made when it computes
-(`paging.py`). Logits are: five of [B, S, V] at a time, and of every layer what it hands on, [B, S, D].
+(`paging.py`). Logits are in memory, five of [B, S, V] at a time, and the output of every layer, [B, S, D].
 """
 
 from __future__ import annotations
@@ -93,19 +93,19 @@ def check_step0(
     """Upcycle on one rank in float32, compare with the dense parent, and export the model of step 0.
 
     Args:
-        moe_config: config of the upcycled model, as `paged_megatron` takes it.
-        dense_config: that of the parent.
+        moe_config: configuration of the upcycled model, see `paged_megatron`.
+        dense_config: configuration of the parent.
         dense_folder: the parent's Hugging Face folder.
         spec: how to upcycle.
         tokens_BS: token ids of real text, [B, S].
-        step0_folder: where to write the upcycled model of step 0 as a Hugging Face folder, in the type of the dense
-            parent where that keeps what the model computes, in float32 otherwise; None: nowhere.
+        step0_folder: Hugging Face folder to write the upcycled model of step 0 to, in the type of the dense parent if
+            the model computes the same in it, otherwise in float32; None writes no folder.
 
     Returns:
         The receipt, with `max_abs_logit_diff` (parent in Hugging Face against upcycled model in Megatron, float32),
         `max_abs_logit_diff_same_stack` (both in Megatron, float64; `..._float32` beside it), `parent_float32_rounding`
         (the parent in Megatron, float32 against float64), `layer_relative_diff` (both in Megatron, float64, after
-        every layer: it shows where they part), and what is expected of them.
+        every layer, to show where they diverge), and the expected values.
     """
     visits = (_VISITS + bool(step0_folder)) * dense_config.num_layers
     with one_rank(), open_dense(dense_folder) as dense, ProgressLine("check step 0", visits) as line:

@@ -1,4 +1,4 @@
-"""Score held-out texts and questions on the live model while it trains, as its checkpoint would be scored later."""
+"""Score held-out texts and questions on the live model in training, with the same result as from its checkpoint."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class LiveEvaluation:
 
     `evaluation/step=N.json` in the training's folder holds every item, as `nemo-upcycle evaluate` writes it: two steps
     or two runs can be compared item by item. `metrics.jsonl` gets a line with `step`, `evaluation` (metric -> value,
-    stderr), `sources` (source of held-out text -> bits per byte, stderr) and `seconds`. The texts are what the run's
-    blend holds out; one longer than a sequence of the training is cut into such. No token is dropped, whatever the
-    capacity factor, nothing of the training's state is changed, and a run gives the same bits with it and without it.
+    stderr), `sources` (source of held-out text -> bits per byte, stderr) and `seconds`. The texts are those that the
+    run's blend holds out, cut into pieces of at most a sequence of the training. No token is dropped, whatever the
+    capacity factor. The state of the training does not change: a run gives the same bits with evaluations and without.
 
     Args:
-        evaluations: what is scored, and how often; there is one before the first step, and one after the last.
-        folder: of the training.
-        blend: what it trains on.
-        max_steps: of the training.
-        restart_clock: leaves what was scored out of the next step's time.
+        evaluations: settings of the evaluations; one comes before the first step, and one after the last.
+        folder: folder of the training.
+        blend: data of the training.
+        max_steps: number of steps of the training.
+        restart_clock: leaves the time of an evaluation out of the next step's.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class LiveEvaluation:
         self._lm: Any = None
 
     def start(self, chunks: Sequence[Any], vocab_size: int, seq_length: int, step: int) -> None:
-        """Build the suite, and evaluate what the training starts from; on every rank.
+        """Build the suite, and evaluate the model that the training starts from; on every rank.
 
         Args:
-            chunks: this rank's, wrapped or not.
+            chunks: chunks of the model on this rank, wrapped or not.
             vocab_size: V without padding.
             seq_length: tokens of a sequence.
-            step: that the training starts from.
+            step: step that the training starts from.
         """
         from nemo_upcycle.evaluation.megatron.lm import MegatronLM
 

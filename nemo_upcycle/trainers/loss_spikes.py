@@ -1,4 +1,4 @@
-"""What a spike of the loss is, and where it is written."""
+"""Find spikes of the loss, and report them."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class LossSpikes:
         """Add a step's loss; warn of a spike, and write a line `step`, `loss_spike`, `limit` into `metrics.jsonl`.
 
         Args:
-            step: its number.
+            step: number of the step.
             loss: a finite number.
-            folder: of the training; None where another rank warns and writes.
+            folder: folder of the training; None if another rank warns and writes.
 
         Returns:
-            The limit, where the loss is a spike.
+            The limit that the loss exceeds; None if it is no spike.
         """
         limit = self.limit()
         if limit is None or loss <= limit:

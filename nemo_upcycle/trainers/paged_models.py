@@ -118,8 +118,8 @@ def paged_hugging_face(folder: Path, dense: DenseSource) -> PagedModel:
     """Return a Hugging Face model in float32, whose parts are filled when they compute.
 
     Args:
-        folder: the model's folder.
-        dense: the same, open.
+        folder: folder of the model.
+        dense: the open checkpoint in it.
     """
     model = empty_model(folder)
 

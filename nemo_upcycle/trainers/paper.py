@@ -1,6 +1,6 @@
 """The training of arXiv 2412.09952 in numbers, for the recipes of both trainers.
 
-Stated are 100B tokens, the learning rates, a cosine between them and the warm-up. It does not give steps: batches are
+The paper states 100B tokens, the learning rates, a cosine between them and the warm-up, but no steps: batches are
 NeMo's for Llama 3, which He et al. (arXiv 2410.07524) found best.
 """
 
@@ -18,10 +18,10 @@ HIGH = 1e-4
 
 
 def high_rate(peak: float | None) -> str:
-    """Return what to say of a peak that trained weights may not survive; empty of others.
+    """Warn of a learning rate that trained weights may not survive; "" for any other.
 
     Args:
-        peak: of the learning rate; None: not known.
+        peak: peak of the learning rate; None if it is not known.
 
     Example:
         >>> high_rate(3e-5)

@@ -92,14 +92,14 @@ def let_all_experts_teach(chunks: Iterable[torch.nn.Module], config: Any) -> int
     """Give the routers of this rank the gradient of all experts, from now on; on every rank, before the first step.
 
     Args:
-        chunks: of the model on this rank, wrapped or not; changed in place.
-        config: of their transformer.
+        chunks: chunks of the model on this rank, wrapped or not; changed in place.
+        config: configuration of their transformer.
 
     Returns:
-        The layers that were changed: none on a rank that has no experts.
+        The number of changed layers: 0 on a rank that has no experts.
 
     Raises:
-        SpecError: the layers cannot give it.
+        SpecError: the layers cannot compute this gradient.
 
     Example:
         >>> let_all_experts_teach(model_chunks, config)  # doctest: +SKIP
@@ -141,7 +141,7 @@ class _AllExperts:
         self._hidden = inputs[0]
 
     def _route(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the router does, with a gradient that goes to the weights of all experts."""
+        """Route as the router does, with a gradient to the weights of all experts."""
         probs_TE, chosen_TE = self._routing(logits, *args, **kwargs)
         if not self._layer.training or not torch.is_grad_enabled():
             return probs_TE, chosen_TE
@@ -160,12 +160,12 @@ class _AllExperts:
 
     @torch.no_grad()
     def products(self, hidden: torch.Tensor, grad: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor:
-        """Return the products of a gradient with the outputs of the experts that were not chosen, [T, E]; else zeros.
+        """Compute a gradient's products with the outputs of experts that were not chosen, [T, E]; 0 for chosen ones.
 
         Args:
             hidden: the layer's input, [..., D].
-            grad: of the layer's output, of that shape.
-            chosen_TE: which experts a token was sent to.
+            grad: gradient of the layer's output, [..., D].
+            chosen_TE: whether a token was sent to an expert.
         """
         chosen = self._config.moe_router_topk
         parts = math.ceil((self._config.num_moe_experts - chosen) / chosen)
@@ -181,7 +181,7 @@ class _AllExperts:
         return torch.zeros_like(asked_ET, dtype=wide).masked_scatter_(asked_ET, products_S).T
 
     def _outputs(self, hidden_TD: torch.Tensor, asked_TE: torch.Tensor) -> torch.Tensor:
-        """Return what experts give for the tokens that are sent to them, [S, D]: expert by expert, in their order."""
+        """Return the outputs of experts for the tokens that are sent to them, [S, D], expert by expert."""
         layer, config, dispatcher = self._layer, copy.copy(self._config), copy.copy(self._layer.token_dispatcher)
         config.moe_router_topk = config.num_moe_experts - config.moe_router_topk
         for name in ("moe_permute_fusion", "moe_router_padding_for_fp8", "moe_router_padding_for_quantization"):

@@ -148,7 +148,7 @@ def schedules_of(
     aux_loss_steps: int = 0,
     aux_loss_shape: str = "cosine",
 ) -> tuple[LearningRateFactors, Anneal]:
-    """Return what the settings of `UpcycleOptimizer` stand for; the start of the coefficient is the model's to say.
+    """Turn the settings of `UpcycleOptimizer` into schedules; the coefficient starts at the model's.
 
     Raises:
         SpecError: a value is out of range or unknown.
@@ -177,12 +177,12 @@ def scale_within_step(optimizer: Any, mark: str, factor: Callable[[str], float])
     """Let a Megatron optimizer step with learning rates times their part's factor; outside they are plain.
 
     Args:
-        optimizer: changed in place.
-        mark: the key of a parameter group that holds its mark of `MARKS`.
-        factor: of a part, now.
+        optimizer: the optimizer; changed in place.
+        mark: key of a parameter group under which its mark, one of `MARKS`, stands.
+        factor: returns the present factor of a part.
 
     Raises:
-        SpecError: its parameters have no router.
+        SpecError: there is no router among its parameters.
     """
     if MARKS[ROUTER] not in {group[mark] for group in optimizer.param_groups}:
         raise SpecError(
@@ -211,8 +211,8 @@ def annealed_configs(config: Any, chunks: Iterable[torch.nn.Module], setting: st
     """Return the configurations that the routers of this rank ask for their coefficient at every forward pass.
 
     Args:
-        config: of the transformer.
-        chunks: of the model on this rank.
+        config: configuration of the transformer.
+        chunks: chunks of the model on this rank.
         setting: name of the anneal's steps, for the text of errors.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The settings of a training that this package knows, a row each: NeMo's name, Bridge's, and what they mean here.
+"""The table of the settings of a training, a row each: NeMo's name, Bridge's name, and the meaning in this package.
 
-What a result depends on, what a check of step 0 depends on, what people look at, what the planner calls a size and
-which values make sense: all of it is read here, for both trainers.
+A row tells for both trainers whether a result or a check of step 0 depends on the setting, whether people look at it,
+the planner's name of a size, and which values make sense.
 """
 
 from __future__ import annotations

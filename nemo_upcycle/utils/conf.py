@@ -41,10 +41,10 @@ class Conf(NamedTuple):
     """A configuration.
 
     Attributes:
-        content: of the file, its references resolved.
-        path: of the file.
-        folder: where its relative paths start: what the file says in `folder`; else that of the user's file; for the
-            package's, the current one.
+        content: content of the file, its references resolved.
+        path: path of the file.
+        folder: folder that its relative paths start from: the file's `folder`, or else the folder of the user's file;
+            the current folder for a file of the package.
     """
 
     content: dict[str, Any]
@@ -247,7 +247,7 @@ def _parts(key: str) -> tuple[str, ...]:
 
 
 def _found(content: Any, place: tuple[str, ...]) -> Any:
-    """Return what lies at a place; None of the environment's, or nothing."""
+    """Look up the value at a place; None if there is none, as for a variable of the environment."""
     for key in place:
         entries = dict(enumerate(content)) if isinstance(content, list) else content
         content = {str(name): one for name, one in entries.items()}.get(key) if isinstance(entries, dict) else None
@@ -292,11 +292,11 @@ def is_conf_file(name: str) -> bool:
 
 
 def as_dataclass(where: str, values: dict[str, Any], schema: type[_T], kind: str) -> _T:
-    """Return what YAML says as an instance of a dataclass.
+    """Make an instance of a dataclass from the values of a YAML file.
 
     Args:
         where: the file, for errors.
-        values: what it says, of lists, dicts and plain values.
+        values: its values: lists, dicts and plain values.
         schema: the dataclass; its fields may be dataclasses, lists, dicts, unions and plain types.
         kind: folder of `conf/` whose template explains the keys.
 
@@ -314,16 +314,16 @@ def as_dataclass(where: str, values: dict[str, Any], schema: type[_T], kind: str
 
 
 def field_values(prefix: str, values: dict[Any, Any], schema: type, explained: Path) -> dict[str, Any]:
-    """Return what YAML says of fields of a dataclass, as their types take it; what is left blank is the default.
+    """Convert YAML values to the types of a dataclass's fields; a blank value is the field's default.
 
     Args:
-        prefix: what names stand behind in errors: `mine.yaml: `, or `run.executor.`.
-        values: by field; not all of them need be there.
+        prefix: text before a field's name in errors: `mine.yaml: `, or `run.executor.`.
+        values: field -> value; fields may be missing.
         schema: the dataclass.
         explained: the file that explains the fields.
 
     Raises:
-        UpcycleError: as `as_dataclass`.
+        UpcycleError: see `as_dataclass`.
     """
     kinds = typing.get_type_hints(schema)
     defaults = {field.name: _default(field) for field in dataclasses.fields(schema) if field.init}

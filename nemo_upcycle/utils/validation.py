@@ -70,13 +70,13 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
 
 
 def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int) -> None:
-    """Check how many token slots an expert gets: `moe_expert_capacity_factor`, `moe_pad_expert_input_to_capacity`.
+    """Check the capacity of experts: `moe_expert_capacity_factor`, `moe_pad_expert_input_to_capacity`.
 
     Args:
-        factor: slots over those of perfect balance; None drops nothing.
+        factor: token slots of an expert over those of perfect balance; None drops nothing.
         pad: whether every expert computes its whole capacity.
-        num_experts: of a layer.
-        top_k: of the router.
+        num_experts: experts of a layer.
+        top_k: experts of a token.
 
     Raises:
         SpecError: an expert would have more slots than there are tokens (Megatron-Core then fails in the first step),

@@ -1,8 +1,9 @@
-"""How equal are a dense model and the MoE model that was made from it? Asked of two Hugging Face folders.
+"""Compare a dense model with the MoE model that was made from it, from their two Hugging Face folders.
 
-Twice: of the weights, matrix by matrix and streamed, which tells what was done to them; and of the logits on real
-text, in float32 with Hugging Face's own implementations, which tells whether the two compute the same function. Where
-experts share their row of the router, also of the routing in the MoE model's own type: in 16 bits top-k may tear them.
+Weights are compared matrix by matrix, as a stream: this tells what was done to them. Logits are compared on real text,
+in float32 with Hugging Face's own implementations: this tells whether both compute the same function. Where experts
+share a row of the router, the routing is compared in the MoE model's own type, too: in 16 bits top-k may choose only
+some of the experts that share a row.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def build_chat(chat: Chat, output: Path, *, strict: bool = False) -> dict[str, A
     """Build a set of conversations; a finished folder of the same set is kept.
 
     Args:
-        chat: what to build.
+        chat: conversations to pack.
         output: the folder to make.
         strict: whether a line that is wrong ends the build; otherwise it is listed and left out.
 
@@ -110,11 +110,11 @@ def cached_chat(name: str, dense: str, seq_length: int) -> Path:
 
     Args:
         name: name of the set, as in `read_chat`.
-        dense: the dense model, by address.
+        dense: address of the dense model.
         seq_length: tokens of a sequence.
 
     Raises:
-        UpcycleError: as in `build_chat`.
+        UpcycleError: see `build_chat`.
     """
     chat = read_chat(name, [f"tokenizer={ensure_dense(dense)}", f"seq_length={seq_length}"])
     made_from = [FORMAT, dataclasses.asdict(chat.config), stamps(chat.paths())]

@@ -59,8 +59,8 @@ class Chat:
 
     Attributes:
         name: name of its file, without suffix.
-        folder: where relative paths start.
-        config: its content.
+        folder: folder that relative paths start from.
+        config: content of the file.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Chat:
         """Return the chat template that is given in the place of the tokenizer's.
 
         Raises:
-            UpcycleError: it cannot be read.
+            UpcycleError: a file cannot be read.
         """
         path = self.config.chat_template
         return read_text(self.folder / Path(path).expanduser()) if path else None
@@ -122,7 +122,7 @@ def read_chat(name: str | Path, overrides: Sequence[str] = ()) -> Chat:
     """Read the configuration of a set of conversations.
 
     Args:
-        name: one of the package's own in `conf/chat`, a YAML file, or a file of JSON lines alone.
+        name: a name in `conf/chat`, a YAML file, or a file of JSON lines alone.
         overrides: `key=value`, as in `seq_length=4096`.
 
     Raises:
@@ -142,11 +142,11 @@ def read_chat(name: str | Path, overrides: Sequence[str] = ()) -> Chat:
 
 
 def is_chat(data: str) -> bool:
-    """Return whether what a run reads are conversations, and not texts.
+    """Return whether a run reads conversations rather than texts.
 
     Args:
-        data: as `data=` of a pipeline names it: of `conf/chat`, a YAML file that names `files`, JSON lines, or a
-            finished folder of `nemo-upcycle chat`.
+        data: value of a pipeline's `data=`. Conversations are a name in `conf/chat`, a YAML file that names `files`,
+            a file of JSON lines, or a finished folder of `nemo-upcycle chat`.
 
     Example:
         >>> is_chat("messages"), is_chat("sotu"), is_chat("mine.jsonl")

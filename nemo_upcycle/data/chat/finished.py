@@ -1,4 +1,4 @@
-"""Read a finished folder of conversations: what can be trained on, and what was held back."""
+"""Read a finished folder of conversations: its packs for training, and its held-out answers."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ class Conversation:
 
     Attributes:
         place: file and line, `mine.jsonl:17`.
-        messages: dicts with `role` and `content`, and what else a template reads of them; `weight` 0: not learned.
-        tools: as the line names them, for templates that show them; None: none.
+        messages: dicts with `role`, `content` and whatever else a template reads; `weight` 0 keeps one from the loss.
+        tools: tools that the line names, for templates that show them; None if it names none.
     """
 
     place: str
@@ -57,8 +57,8 @@ class Problem:
     Attributes:
         place: file and line.
         field: field of the line, as `messages[1].content`.
-        reason: what is wrong, in a few words that many lines may share.
-        fix: what to do.
+        reason: mistake in a few words, which many lines may share.
+        fix: remedy.
     """
 
     place: str
@@ -81,7 +81,7 @@ def read_conversations(
         path: JSON lines; each an object with `messages`, a list of objects with `role` and `content`.
         special_tokens: names that may not stand in a content: the tokenizer would take them for the tokens, and who
             wrote the text could end a turn within it.
-        called: what places call the file; empty: its name.
+        called: name of the file in places; empty for its own name.
 
     Raises:
         UpcycleError: the file cannot be read.

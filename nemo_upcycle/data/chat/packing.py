@@ -1,6 +1,6 @@
 """Put sequences of many lengths into packs of one length, and write them as NeMo and Megatron-Bridge read them.
 
-Both read a `.npy` file of dicts: `input_ids`, `loss_mask` (one place ahead, as the labels are) and `seq_start_id`. A
+Both read a `.npy` file of dicts: `input_ids`, `loss_mask` (one place ahead, like the labels) and `seq_start_id`. A
 sequence of n tokens takes n - 1 places: its last token is only ever a label. Attention does not cross sequences.
 """
 
@@ -60,12 +60,12 @@ def write_packs(path: Path, sequences: Sequence[Tokens], size: int, seed: int) -
 
     Args:
         path: the `.npy` file to write.
-        sequences: none longer than `size` + 1 tokens.
+        sequences: sequences of at most `size` + 1 tokens.
         size: places of a pack.
-        seed: as in `pack`.
+        seed: seed of the packing, see `pack`.
 
     Returns:
-        What NeMo's metadata of packs say of them.
+        The entry for these packs in NeMo's metadata.
     """
     lengths = [len(sequence.ids) - 1 for sequence in sequences]
     packs = pack(lengths, size, seed)

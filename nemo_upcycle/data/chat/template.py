@@ -1,8 +1,8 @@
-"""Render conversations with a model's chat template, and tell its answers from what it is given.
+"""Render conversations with a model's chat template, and find the answers in them.
 
-A prompt is rendered as the model will be asked, up to where it begins to answer, and tokenised on its own where the
-tokenizer can: the first token of an answer is then the one that it has to find. The loss is on the answers, with
-the token that ends each.
+A prompt is rendered up to the place where the model begins to answer, and tokenised apart from the answer where the
+tokenizer allows it: the first token of the answer is then the one that the model has to produce. The loss is on the
+answers, with the token that ends each.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Tokens:
         place: place of the conversation.
         ids: ids of its tokens, int32.
         is_answer: which of them the loss is on, bool.
-        ends: for each answer, how many tokens there are up to its end.
+        ends: for each answer, the number of tokens up to its end.
     """
 
     place: str
@@ -64,7 +64,7 @@ class ChatTemplate:
     Args:
         tokenizer: tokenizer of transformers.
         source: Jinja, in the place of the tokenizer's own.
-        where: what the tokenizer belongs to, for errors.
+        where: name of the tokenizer's model, for errors.
 
     Raises:
         UpcycleError: there is no template.

@@ -1,7 +1,7 @@
 """The steps that remove documents: filters, datatrove's exact deduplication, decontamination.
 
-Of equal documents that of the first task stays (`make_plan`). What evaluation items say is taken out of the documents
-of training; looser matches in what is left are reported.
+Of equal documents the one in the first task stays (`make_plan`). Passages of evaluation items are cut out of training
+documents; looser matches in the rest are reported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, whole_file, write_json
 
 
-#: What a cut leaves of a document is a document of its own if it has this many characters.
+#: The rest of a document on either side of a cut becomes a document if it has this many characters.
 SHORTEST_PIECE = 200
 #: Files of the numbers of the documents that are duplicates, in the folder of the plan, by reason.
 DUPLICATES = {
@@ -38,7 +38,7 @@ DUPLICATES = {
 
 
 class FilterDocuments(BaseFilter):
-    """Keeps what is long enough and of the bucket that the task asks for."""
+    """Keeps documents that are long enough and in the bucket that the task asks for."""
 
     name = "length and bucket"
 
@@ -60,7 +60,7 @@ class FilterDocuments(BaseFilter):
 
 
 class FilterListed(BaseFilter):
-    """Removes what the publisher's list of duplicates names."""
+    """Removes the documents on the publisher's list of duplicates."""
 
     name = "listed duplicates"
 
@@ -91,7 +91,7 @@ def _numbered(data: DocumentsPipeline, digest: xxh64) -> DocumentsPipeline:
 
 
 class SignDocuments(ExactDedupSignature):
-    """Numbers documents; writes the hash of what is compared of each, 14 bytes, and a digest of them all.
+    """Numbers documents; writes a hash of the compared part of each, 14 bytes, and a digest of them all.
 
     datatrove breaks ties by the number of the document in its task, and then by chance. So every task has a priority
     of its own: the earlier one wins.
@@ -116,7 +116,7 @@ class SignDocuments(ExactDedupSignature):
 
 
 class RequireSameDocuments(LedgerStep):
-    """Numbers documents, and checks that a pass reads what the first one read: what goes is known by its number."""
+    """Numbers documents, and checks that a pass reads the same ones as the first: numbers tell which are removed."""
 
     type, name = "check", "the documents of the first pass"
 
@@ -177,7 +177,7 @@ def numbered(plan: EnginePlan, rank: int, files: dict[str, str]) -> dict[int, st
 
 
 def write_numbers(path: Path, numbers: Any) -> None:
-    """Write numbers of documents, as `numbered` reads them; of a full disk numpy's own `tofile` says nothing."""
+    """Write numbers of documents for `numbered`; numpy's own `tofile` does not report a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as aside:
         aside.write_bytes(np.array(numbers, "<u4").tobytes())
@@ -204,7 +204,7 @@ class Decontaminate(LedgerStep):
     type, name = "filter", "n-grams of the evaluation items"
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Yield clean documents; count what was taken out of them."""
+        """Yield clean documents; count the passages taken out of them."""
         index = _index(Path(str(self.ledger.plan.ngram_index)))
         counts = self.ledger.contamination = Contamination(index)
         report = self.ledger.report = Contamination(index)

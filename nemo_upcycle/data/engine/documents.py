@@ -64,7 +64,7 @@ class ReadDocuments(LedgerStep):
     def _document(
         self, place: str, identity: str, record: dict[str, Any] | str, options: dict[str, Any], texts: xxh3_128
     ) -> Document | str:
-        """Return the document, whose text is added to `texts`, or what is wrong with it."""
+        """Return the document, whose text is added to `texts`, or its mistake."""
         if isinstance(record, str):
             return record
         key = options.get("text_key", "text")
@@ -75,7 +75,7 @@ class ReadDocuments(LedgerStep):
                 self.ledger.fields.update(texts_there)
             return f"{NO_FIELD} {key}" if text is None else f"{key} is no text"
         own = record.get(options.get("id_key", "id"))
-        if own is not None:  # two documents may have the same
+        if own is not None:  # two documents may have the same id
             identity = f"{own}@{identity}"
         content = text.encode()
         if bad := count_bad(text, content):
@@ -132,7 +132,7 @@ def _records(
     Args:
         file: a path or fsspec URL.
         name: name of the file inside its source.
-        format: what its name says; the bytes may say another.
+        format: format by the file's name; the bytes may have another.
         options: options of the format.
     """
     try:

@@ -1,4 +1,4 @@
-"""What bytes are, told by the bytes: compressed or not, UTF-8, UTF-16, Latin-1, or no text."""
+"""Recognise the format of bytes from the bytes: compressed or not, UTF-8, UTF-16, Latin-1, or no text."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def utf16(head: bytes) -> str | None:
 
 
 def is_plain(head: bytes) -> bool:
-    """Return whether what begins so is text in ASCII, UTF-8 or Latin-1, whose lines end where a byte 10 is."""
+    """Return whether a file that begins so is ASCII, UTF-8 or Latin-1 text, whose lines end at bytes of value 10."""
     is_stored = head.startswith((PARQUET, *ZIP)) or decompressor(head)
     return not (is_stored or utf16(head) or is_binary(head))
 
 
 def is_binary(head: bytes) -> bool:
-    """Return whether what begins so is no text in any encoding."""
+    """Return whether a file that begins so is no text in any encoding."""
     if _count_control(head) <= _MOST_CONTROL * len(head):
         return False
     try:
@@ -88,11 +88,11 @@ def decode(content: bytes) -> str:
 
 
 def count_bad(text: str, content: bytes) -> int:
-    """Return how many characters are such as no text has: controls, or U+FFFD, which stands for lost ones.
+    """Count the characters that no text should have: controls, and U+FFFD, which stands for lost characters.
 
     Args:
         text: a text.
-        content: the same in UTF-8.
+        content: its bytes in UTF-8.
     """
     bad = _count_control(content)
     return bad if text.isascii() else bad + text.count("\ufffd") + len(_C1.findall(content))

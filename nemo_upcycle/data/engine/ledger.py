@@ -1,4 +1,4 @@
-"""What became of every document of a task: counts, times, and a line for each thing removed."""
+"""The record of a task: counts, times, and a line for each document or passage removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import write_json
 
 
-#: Of what a task counts, what a first pass over its documents knows.
+#: Counts of a task that are known after a first pass over its documents.
 _FIRST_PASS = ("bytes_in", "lost", "fields", "files", "steps")
 _FIELDS = 8
 STEPS = ("read", "filter", "deduplicate", "overlap", "decontaminate", "tokenise")
@@ -53,7 +53,7 @@ class Ledger:
         self.rank = rank
         self.passed: Counter[str] = Counter()  # documents that left a step
         self.removed_by: dict[str, Counter[str]] = defaultdict(Counter)
-        self.lost_by: dict[str, dict[str, Any]] = {}  # by reason: what could not be read
+        self.lost_by: dict[str, dict[str, Any]] = {}  # reason -> counts of what could not be read
         self.fields: Counter[str] = Counter()  # of records without a text: characters of their other fields
         self.upstream_s: dict[str, float] = {}  # CPU seconds of a step and all before it
         self.files: dict[str, dict[str, int | bool | None]] = {}
@@ -62,9 +62,9 @@ class Ledger:
         self.text = {"documents": 0, "bytes": 0}  # of training, that was read so far
         self.splits: dict[str, Counter[str]] = defaultdict(Counter)
         self.contamination: Any = None  # of the decontamination, where there is one
-        self.report: Any = None  # of the short n-grams in what it leaves
+        self.report: Any = None  # of short n-grams in the remaining documents
         self.cut: Counter[str] = Counter()  # documents that went on as pieces
-        self.pii: Counter[str] = Counter()  # what was replaced, by its kind
+        self.pii: Counter[str] = Counter()  # kind -> number of replacements
         self.tokenizer = ""
         self._start_s = time.process_time()
         if self.is_kept:
@@ -73,7 +73,7 @@ class Ledger:
             self._lines = self._aside.open("w", encoding="utf-8")
 
     def lost(self, reason: str, identity: str, where: str, size_bytes: int | None, **more: Any) -> None:
-        """Count what could not be read, and write its line; bytes of None are a file whose size nobody says.
+        """Count unreadable bytes, and write their line; None is a file of unknown size.
 
         Raises:
             UpcycleError: the plan is strict.

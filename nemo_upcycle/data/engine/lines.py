@@ -23,19 +23,19 @@ from nemo_upcycle.errors import UpcycleError
 
 
 T = TypeVar("T")
-#: What opening a file raises that is a mistake in the blend; whatever else it raises may pass.
+#: Errors of opening a file that are mistakes in the blend; any other error may pass.
 NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 NOT_TEXT, ARCHIVE = "not text", "zip archive, to be unpacked"
 _CHUNK_BYTES = 1 << 16
-_COMPRESSED_BYTES = 1 << 12  # what damage costs, at most
+_COMPRESSED_BYTES = 1 << 12  # most bytes that damage costs
 #: A file without line ends, given by mistake, must not fill the memory.
 LONGEST_LINE_BYTES = 1 << 28
 _WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between trials to read a file from a server
 
 
 class _DamagedError(Exception):
-    """What is wrong with a file, or with the rest of it, and how many bytes of text that costs; None: all the rest."""
+    """The damage of a file, and the bytes of text that it costs; None: all the rest of the file."""
 
 
 class OtherFormatError(Exception):
@@ -61,7 +61,7 @@ def open_input(url: str) -> IO[bytes]:
 
     Raises:
         OSError: one of `NOT_THERE`.
-        UpcycleError: it cannot be read now; so does every read.
+        UpcycleError: the file cannot be read now; every read raises this.
     """
     return cast("IO[bytes]", _Input(url))
 
@@ -83,7 +83,7 @@ def size_of(url: str) -> int | None:
 
     Raises:
         OSError: one of `NOT_THERE`.
-        UpcycleError: it cannot be read now.
+        UpcycleError: the file cannot be read now.
     """
 
     def ask() -> Any:
@@ -198,7 +198,7 @@ def _unreadable(url: str, error: BaseException) -> UpcycleError:
 
 
 def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[int, bytes] | Damage]:
-    """Yield the number, from 1, and the bytes of every line, with its end; and what was damaged.
+    """Yield the number, from 1, and the bytes of every line, with its end; and the damage.
 
     Its bytes tell how it is compressed, and whether it is UTF-16, whose lines become UTF-8. A compressed file that
     ends too early, or is damaged, gives the lines before that. What a damaged one has behind them is estimated from
@@ -210,7 +210,7 @@ def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[in
 
     Raises:
         OSError: one of `NOT_THERE`.
-        OtherFormatError: it has no lines.
+        OtherFormatError: the file has no lines.
         UpcycleError: reading it fails.
     """
     chunks = _text(_of_part(url, part[0], part[1]) if part else _of_file(url))

@@ -1,6 +1,6 @@
 """Near duplicates, by datatrove's MinHash over the words that decontamination sees.
 
-Words are folded, so letter case, accents and punctuation decide nothing. Of a group the first document stays.
+Words are folded, so letter case, accents and punctuation make no difference. The first document of a group stays.
 """
 
 from __future__ import annotations

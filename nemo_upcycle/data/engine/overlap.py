@@ -1,9 +1,9 @@
-"""Held-out text that stands in training text as well: one of the two documents goes.
+"""Remove text that is both held out and in training text, from one of the two.
 
-Looked for are the short n-grams of decontamination, in what deduplication leaves. What counts are the words that they
-cover together, as in its clusters: of a copy with one word in ten changed most words, though few of its n-grams are
-left. A training document that has most of its words in held-out text is removed: it is a copy, or a part. What is left
-of training text is compared with each held-out document: one that has most of its words there is removed.
+Deduplicated documents are searched for the short n-grams of decontamination. As in its clusters, the words that the
+n-grams cover together count: in a copy with one word in ten changed, most words still match, but few n-grams do. A
+training document with most of its words in held-out text is a copy or a part of it, and is removed. Then a held-out
+document with most of its words in the remaining training text is removed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Documents:
 
     @classmethod
     def load(cls, plan: EnginePlan, rank: int) -> _Documents:
-        """Read those that deduplication leaves."""
+        """Read the documents that deduplication leaves."""
         with np.load(plan.path("overlap/ngrams", rank, "npz")) as file:
             documents = cls(**file)
         return documents.where(~np.isin(documents.numbers, list(numbered(plan, rank, DUPLICATES))))
@@ -193,7 +193,7 @@ def _most(plan: EnginePlan) -> float:
 
 
 class JudgeHeldout(LedgerStep):
-    """Writes which held-out documents stand in what is left of training text, and the shares before and after."""
+    """Writes which held-out documents are in the remaining training text, and the shares before and after."""
 
     type, name = "overlap", "held-out documents in training text"
 

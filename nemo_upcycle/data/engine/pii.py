@@ -1,4 +1,4 @@
-"""Replaces e-mail addresses, IP addresses, card and social security numbers, where a source asks for it."""
+"""Replaces e-mail addresses, IP addresses, card and social security numbers, if a source asks for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Kind(NamedTuple):
 
 
 def has_check_digit(number: str) -> bool:
-    """Return whether the last digit of a card's number is what the others say (Luhn, ISO/IEC 7812)."""
+    """Return whether the last digit of a card's number follows from the others (Luhn, ISO/IEC 7812)."""
     digits = [int(digit) for digit in number if digit.isdigit()][::-1]
     doubled = (2 * digit for digit in digits[1::2])
     return (sum(digits[::2]) + sum(digit - 9 if digit > 9 else digit for digit in doubled)) % 10 == 0
@@ -42,7 +42,7 @@ _KINDS = {
 
 
 class ReplacePII(LedgerStep):
-    """Replaces what the task's source names, and counts it."""
+    """Replaces the personal data that the task's source names, and counts them."""
 
     type, name = "formatter", "PII"
 

@@ -189,8 +189,8 @@ def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn, environment: P
 
     Args:
         plan: the plan.
-        stage: what to run.
-        run_on: where.
+        stage: stage to run.
+        run_on: where its tasks run.
         environment: the folder of the data environment, which Slurm's nodes must see, too.
     """
     shared = {"pipeline": stage.pipeline, "tasks": stage.tasks, "logging_dir": str(plan.folder / "logs" / stage.name)}

@@ -1,4 +1,4 @@
-"""No process of the engine outlives the one that started it: datatrove's workers would continue to write."""
+"""Let no process of the engine outlive the one that started it: datatrove's workers would go on writing."""
 
 from __future__ import annotations
 

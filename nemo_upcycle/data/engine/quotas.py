@@ -1,7 +1,7 @@
-"""What is taken of a source that has more than its `tokens`: documents in the order of a hash of their ids.
+"""Choose documents of a source that has more than its `tokens`, in the order of a hash of their ids.
 
-The tokens of all that is left of a source after every removal are counted first, so it gives what was asked for
-wherever it has that much. The order depends on the ids and the seed alone.
+The tokens that remain of a source after every removal are counted first, so a source that has enough gives what was
+asked for. The order depends on the ids and the seed alone.
 """
 
 from __future__ import annotations

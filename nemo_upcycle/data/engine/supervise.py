@@ -46,7 +46,7 @@ def run_plan(plan: EnginePlan, run_on: RunOn) -> None:
 
     Raises:
         UpcycleError: another engine runs there, the folder holds work of another plan, or a task failed.
-        Stopped: by a signal.
+        Stopped: a signal asked the engine to stop.
     """
     die_with_parent()
     try:  # the workers of a killed engine hold the lock until they have ended
@@ -209,7 +209,7 @@ def _run_stages(plan: EnginePlan, run_on: RunOn, library: str) -> None:
 
 
 def _wait_for_slurm(plan: EnginePlan, runs: Any) -> None:
-    """Wait until a stage is complete, or its jobs have left the queue; a Slurm that does not answer says neither."""
+    """Wait until a stage is complete, or its jobs have left the queue; keep waiting if Slurm does not answer."""
     patience = most = int(_PATIENCE_S / _SLURM_POLL_S)
     while runs.get_incomplete_ranks(skip_completed=True):
         if not patience:

@@ -16,7 +16,7 @@ from nemo_upcycle.utils.files import read_json, sha256_file
 
 #: datatrove keeps the priority of a document, here that of its task, in 16 bits.
 MAX_TASKS = 65_535
-#: In the folder of the plan: what the engine began to work on, as `EnginePlan.fingerprint` says it.
+#: File in the folder of the plan: `EnginePlan.fingerprint` of the work that the engine began.
 BEGUN = "engine.json"
 #: Of the files that one stage leaves for another.
 _FORMAT = 2
@@ -30,12 +30,12 @@ class Task:
         source: the name of the source.
         reader: a key of `nemo_upcycle.data.readers.FORMATS`.
         files: paths or fsspec URLs.
-        split: where its documents go; None spreads them over the splits, as `EnginePlan.hold_out` says.
-        options: of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its list),
-            `part` (of its one file, as `read_lines` takes it).
-        max_tokens: tokens of training that are taken of all the tasks of its source; None takes all.
-        on_hit: what becomes of a training document that shares a passage with an evaluation item.
-        pii: what is replaced in its documents, of `nemo_upcycle.data.blend.PII`.
+        split: split of its documents; None spreads them over the splits, see `EnginePlan.hold_out`.
+        options: the reader's options: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its
+            list), `part` (part of its only file, see `read_lines`).
+        max_tokens: training tokens to take from all tasks of its source together; None takes all.
+        on_hit: what happens to a training document that shares a passage with an evaluation item.
+        pii: kinds of personal data to replace in its documents, out of `nemo_upcycle.data.blend.PII`.
     """
 
     source: str
@@ -57,7 +57,7 @@ class EnginePlan:
         tokenizer: a `tokenizer.json`.
         eos_id: the token that ends every document.
         vocab_size: number of token ids; above 65,536 a token takes 4 bytes.
-        tasks: in the order in which the earlier of two equal documents wins.
+        tasks: tasks; of two equal documents the one in the earlier task stays.
         ngram_index: the n-grams of the evaluation items, as `NgramIndex` reads them; None decontaminates nothing.
         seed: seed of the spreading over the splits.
         strict: whether bad input is an error.
@@ -101,7 +101,7 @@ class EnginePlan:
         return names
 
     def fingerprint(self) -> dict[str, Any]:
-        """Note everything that has to be the same to continue the work of an earlier run."""
+        """Describe everything that must be equal to continue the work of an earlier run."""
         inputs = [Path(path) for path in (self.tokenizer, self.ngram_index) if path]
         return {
             "format": _FORMAT,
@@ -147,7 +147,7 @@ def aside(path: Path) -> Path:
 
 
 def clear_asides(plan: EnginePlan) -> None:
-    """Delete what killed tasks were writing."""
+    """Delete unfinished files of killed tasks."""
     for kind in ("tokens", "removed"):
         for path in (plan.folder / kind).glob(f".*{_HALF}*"):
             path.unlink(missing_ok=True)

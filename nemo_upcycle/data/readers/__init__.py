@@ -1,8 +1,8 @@
-"""What a blend's sources are read with. One file a reader; every module in this folder is imported.
+"""The readers of a blend's sources, one file each; every module in this folder is imported.
 
-A `Reader` turns the entries of a source into files: what a blend names with `reader:`. A `Format` gives the documents
-of such a file, inside the engine. A module imports at the top only what both environments have: inside functions what
-the engine's has alone (orjson, pyarrow), and what it lacks (lm-eval).
+A `Reader`, which a blend names with `reader:`, turns the entries of a source into files. A `Format` yields the
+documents of such a file inside the engine. A module imports at the top only packages of both environments; those of
+the engine's environment alone (orjson, pyarrow), and those that it lacks (lm-eval), are imported inside functions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class InputFile:
     Attributes:
         path: absolute, or an address that fsspec opens.
         reader: a key of `FORMATS`.
-        size_bytes: on disk; None where only opening it would tell.
+        size_bytes: size on disk; None if only opening the file would tell.
         options: options of the format.
     """
 
@@ -70,16 +70,16 @@ class Reader(ABC):
         """Return the files of one split.
 
         Args:
-            entries: what the source names for the split; not empty.
-            options: those of `self.options` that the source gives.
-            at: the blend's folder and seed, and where to render.
+            entries: files or patterns that the source names for the split; not empty.
+            options: the source's values for `self.options`, as far as it gives any.
+            at: the blend's folder and seed, and the folder to render into.
 
         Raises:
             UpcycleError: an entry matches nothing, or an option is wrong.
         """
 
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
-        """Return the paths, patterns and addresses that it reads; none of a reader that renders."""
+        """Return the paths, patterns and addresses that it reads; none for a reader that renders texts."""
         return [] if self.renders else entries
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:

@@ -37,7 +37,7 @@ class LmEval(Reader):
         return [f"{own}/*"] if (own := options.get("include_path")) else []
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
-        """See `Reader.needs`; what tasks of the user's own read is not known."""
+        """See `Reader.needs`; the needs of the user's own tasks are not known."""
         return [] if options.get("include_path") else [task_need(name) for name in entries]
 
 
@@ -107,7 +107,7 @@ def _write(tasks: list[Any], path: Path) -> dict[str, int]:
 
 
 def _worked_example(task: Any, document: Mapping[str, Any]) -> str | None:
-    """Return prompt, delimiter and answer; None where the data do not say the answer."""
+    """Return prompt, delimiter and answer; None if the data have no answer."""
     prompt, answer = task.doc_to_text(document), task.doc_to_target(document)
     choices = task.doc_to_choice(document) if task.config.doc_to_choice else []
     if isinstance(answer, list):

@@ -184,9 +184,9 @@ class _Pass:
         """Return the tokens' log-likelihoods and whether each is the likeliest, [2, Q], from this rank's part of V.
 
         Args:
-            logits_NSV: of all positions, or [1, P, V].
+            logits_NSV: logits of all positions, or [1, P, V].
             vocab_size: V without padding.
-            asked_only: whether they are of the positions alone that predict something asked for.
+            asked_only: whether the logits are only those of positions that predict a token asked for.
         """
         from megatron.core import parallel_state
 

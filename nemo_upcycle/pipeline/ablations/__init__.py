@@ -1,1 +1,1 @@
-"""Ablations: arms times seeds from one parent on one blend, with a table that says what is a difference."""
+"""Ablations: arms times seeds from one parent on one blend, with a table that tells differences from noise."""

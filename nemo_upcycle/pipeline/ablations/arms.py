@@ -1,4 +1,4 @@
-"""What a grid asks of the recipe of an arm, whatever trains it."""
+"""The recipe of a grid's arm, and how each trainer changes it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ArmRequest:
     """What a grid says of an arm.
 
     Args:
-        where: its place in the grid, for the text of errors.
-        recipe: its name, as the trainer's command takes it.
+        where: place of the arm in the grid, for the text of errors.
+        recipe: name of the recipe in the trainer's command.
         fields: fields of the spec that differ from the recipe's.
         settings: overrides, by name.
         steps: length of its training; None: as recipe and settings say.
@@ -67,7 +67,7 @@ class Arm(ABC):
         Args:
             seed: the cell's seed.
             name: the cell's name.
-            evaluations: what is scored on the way.
+            evaluations: evaluations during training.
             tokens_read: tokens of the training of the same seed that leaves the parent; this one goes on behind them.
         """
 
@@ -75,7 +75,7 @@ class Arm(ABC):
         """Write the recipe of a dense model as it is, which trains a grid's parent.
 
         Raises:
-            UpcycleError: it cannot be one.
+            UpcycleError: the recipe cannot train a parent.
         """
         raise UpcycleError("parent", got=self.trainer, expected="a recipe of NeMo's", fix="name a factory")
 
@@ -85,10 +85,10 @@ def open_arm(key: str, request: ArmRequest) -> Arm:
 
     Args:
         key: `factory` or `recipe`.
-        request: what the grid says of it.
+        request: settings of the arm in the grid.
 
     Raises:
-        UpcycleError: it is not valid; the text names it.
+        UpcycleError: a setting is not valid; the text names it.
     """
     module, name = _ARMS[key]
     arm: Arm = getattr(importlib.import_module(module), name)(request)

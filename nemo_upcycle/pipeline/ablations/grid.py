@@ -203,7 +203,7 @@ def _origin(arm: ArmConfig, arch: Architecture, grid: GridConfig) -> dict[str, A
     Args:
         arm: the arm.
         arch: the architecture of its model; it does not know the vocabulary.
-        grid: what the arm is one of.
+        grid: the arm's grid.
     """
     arch = replace(arch, vocab_size=grid.parent.vocabulary if grid.parent else 0)
     return {

@@ -1,4 +1,4 @@
-"""A parent of a grid's own, before it is trained: a tokenizer made of the blend's texts, and random weights."""
+"""Make the untrained parent of a grid: a tokenizer trained on the blend's texts, and random weights."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def write_untrained(folder: Path, config: Any, blend: Blend, vocabulary: int, wo
     """Write a Hugging Face Llama with random weights, and with a tokenizer of its own.
 
     Args:
-        folder: to make; an earlier one is replaced.
-        config: NeMo's model configuration of its sizes, as a `run.Config`.
-        blend: whose training texts the tokenizer is trained on.
-        vocabulary: tokens of it, the three special ones included.
-        work: where what has to be rendered of the blend is written.
+        folder: folder to write; an earlier one is replaced.
+        config: NeMo's configuration of a model of these sizes, as a `run.Config`.
+        blend: blend with the texts that the tokenizer is trained on.
+        vocabulary: number of tokens, the three special ones included.
+        work: folder for texts of the blend that have to be rendered.
 
     Returns:
         `folder`.

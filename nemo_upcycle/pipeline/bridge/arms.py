@@ -1,4 +1,4 @@
-"""The arms of a grid as recipes by Megatron-Bridge's naming."""
+"""Build the arms of a grid from recipes of Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class BridgeArm(Arm):
     """An arm in Megatron-Bridge.
 
     Args:
-        request: what the grid says of it; `recipe` as `nemo upcycle pipeline recipe=` takes it.
+        request: settings of the arm in the grid; `recipe` is a value of `nemo upcycle pipeline recipe=`.
 
     Raises:
-        UpcycleError: it is not valid; the text names it.
+        UpcycleError: a setting is not valid; the text names it.
     """
 
     trainer = "bridge"

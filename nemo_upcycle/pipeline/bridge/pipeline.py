@@ -107,7 +107,7 @@ def training_of(
     """Return the training of a recipe on its GPUs.
 
     Args:
-        recipe: its name.
+        recipe: name of the recipe.
         settings: `KEY=VALUE`, as Bridge's command line takes them; `spec.FIELD=VALUE` of the UpcycleSpec.
         gpus: ranks; None takes those in the recipe's name.
         gpus_per_node: how many of them a node has; None: as many as one with the GPU in the recipe's name, else 8.

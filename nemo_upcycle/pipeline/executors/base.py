@@ -27,7 +27,7 @@ MISSING = "???"
 
 
 class UnreachableError(UpcycleError):
-    """The scheduler did not answer, or not in a way that says anything about the request: worth another try."""
+    """The scheduler gave no answer to the request: worth another try."""
 
 
 def is_local(executor: Any) -> bool:
@@ -70,7 +70,7 @@ class Cluster(ABC):
 
     @property
     def identity(self) -> str:
-        """What tells this scheduler from others whose jobs may have the same ids."""
+        """An identity that no other scheduler has, whose jobs may have the same ids."""
         return self.label
 
     def python_of(self, stage: str) -> str:
@@ -79,7 +79,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def check_settings(self, jobs: Sequence[Job]) -> None:
-        """Check what needs no scheduler: that the site's settings are complete and fit these jobs.
+        """Check without the scheduler that the site's settings are complete and fit these jobs.
 
         Raises:
             UpcycleError: they do not; the text has the setting to change.
@@ -90,7 +90,7 @@ class Cluster(ABC):
         """Check the settings, and ask the scheduler whether it would take these jobs; start and write nothing.
 
         Raises:
-            UpcycleError: it would not; the text has its reason and the setting to change.
+            UpcycleError: it would refuse one; the text has the reason and the setting to change.
         """
 
     @abstractmethod
@@ -104,7 +104,7 @@ class Cluster(ABC):
         return shown
 
     def write(self, job: Job, folder: Path) -> list[Path]:
-        """Write what is submitted for a job, for its owner alone where it holds a secret; return the files."""
+        """Write the files of a job to submit, for its owner alone if they hold a secret; return the files."""
         folder.mkdir(parents=True, exist_ok=True)
         shown = self.masked().render(job)
         files = {folder / name: text for name, text in self.render(job).items()}
@@ -125,7 +125,7 @@ class Cluster(ABC):
         """Submit a job and return its id.
 
         Args:
-            job: what to run.
+            job: job to submit.
             after: ids of the jobs that must succeed first, where the scheduler holds back; empty elsewhere.
         """
 
@@ -135,7 +135,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> None:
-        """Take jobs out of the queue, and end those that run."""
+        """Cancel jobs, those that wait and those that run."""
 
     @abstractmethod
     def cancel_command(self, identity: str) -> str:
@@ -143,14 +143,14 @@ class Cluster(ABC):
 
     @abstractmethod
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        """Return the files that a job writes what it prints to; they need not exist, nor lie on this machine."""
+        """Return the log files of a job; they need not exist, nor lie on this machine."""
 
     @abstractmethod
     def resources(self, job: Job) -> dict[str, str]:
         """List what a job asks for, by name, for people: partition or queue, time, memory, GPUs, image."""
 
     def performance(self, job: Job) -> list[PerformanceSetting]:
-        """Return NVIDIA's performance settings of a job, without those that the site's own replace.
+        """Return NVIDIA's performance settings of a job, without those that the site replaces.
 
         Raises:
             UpcycleError: the site changes one that does not exist.
@@ -186,7 +186,7 @@ class Cluster(ABC):
 
 
 def masked_executor(executor: Any) -> Any:
-    """Return an executor with the secrets of its variables hidden, and of those that its stages set."""
+    """Return an executor with the secrets in its variables hidden, and in those of its stages."""
     shown = copy.copy(executor)  # not made anew: an executor of others may ask its cluster
     for name, value in _masked_settings(getattr(executor, "__dict__", {})).items():
         setattr(shown, name, value)
@@ -196,7 +196,7 @@ def masked_executor(executor: Any) -> Any:
 
 
 def _masked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those settings that may hold secrets, with these hidden."""
+    """Return the settings that may hold secrets, with the secrets hidden."""
     masks: dict[str, Callable[[Any], Any]] = {"env_vars": masked, "setup_lines": masked_text}
     return {name: mask(settings[name]) for name, mask in masks.items() if settings.get(name)}
 
@@ -217,12 +217,12 @@ def hub_variables(job: Job, given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def require_settings(executor: Any, where: str, why: Mapping[str, str]) -> None:
-    """Check that a site has filled in what it must, and that the table of stages sets fields that exist.
+    """Check that a site has filled in the required fields, and that the table of stages sets fields that exist.
 
     Args:
-        executor: with the fields of its class, and `stages`.
+        executor: executor with the fields of its class, and `stages`.
         where: the file that the user may change, for the message.
-        why: fields that may be missing, and what each is.
+        why: required field -> its meaning.
 
     Raises:
         UpcycleError: a field is missing or does not exist.
@@ -242,7 +242,7 @@ def require_variables(names: Iterable[str]) -> None:
     """Check that bash exports variables of these names.
 
     Raises:
-        UpcycleError: one it does not.
+        UpcycleError: it does not export one of them.
     """
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
@@ -255,7 +255,7 @@ def require_gpus(job: Job, per_node: int) -> None:
     """Check that a node has a GPU for each rank of a job.
 
     Raises:
-        UpcycleError: it has fewer.
+        UpcycleError: there are fewer.
     """
     if per_node < job.ranks_per_node:
         setting = f"run.executor.stages.{job.name}.gpus_per_node"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-#: What a shared file system is taken to write, in GiB a second, where nobody says it.
+#: Assumed speed of writing to a shared file system, in GiB a second, if none is given.
 USUAL_GIB_S = 2.0
 #: Seconds until a rank's first sign of life: reading the dense checkpoint, upcycling it, the first compilation.
 START_S = 1800.0
@@ -39,7 +39,7 @@ def ft_command(
     its callbacks tells the launcher that it is alive, and it has to resume from its own checkpoints.
 
     Args:
-        command: what a rank executes.
+        command: command of a rank.
         nodes: number of nodes; all of them must stay, since a layout fits one number of ranks.
         ranks_per_node: processes on each.
         python: the interpreter that has nvidia-resiliency-ext.
@@ -48,13 +48,13 @@ def ft_command(
         start_s: seconds until a rank's first sign of life.
         silence_s: seconds between two.
         save_s: seconds to save a checkpoint after SIGTERM to the launcher; a scheduler must wait as long.
-        restarts: how often to restart.
+        restarts: number of restarts.
 
     Example:
         >>> ft_command(("python", "train.py"), 1, 8)[:3]
         ('python', '-m', 'nvidia_resiliency_ext.fault_tolerance.launcher')
     """
-    meeting = endpoint if nodes > 1 else "localhost:0"  # one launcher meets itself at any free port
+    meeting = endpoint if nodes > 1 else "localhost:0"  # a single launcher needs no fixed port
     options = {
         "nnodes": nodes,
         "nproc-per-node": ranks_per_node,

@@ -1,4 +1,4 @@
-"""A stage as a scheduler is asked to run it, what the scheduler says of it, and how long it has to save."""
+"""The job of a stage, its state in the scheduler, and the time that it gets to save."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Job:
         is_training: whether it saves checkpoints, is told to stop by SIGTERM, and goes on from the last checkpoint.
         reads: folders and files outside the run's folder that it reads: the dense model, the data, the suite.
         is_resumable: whether a new start goes on where an earlier one stopped; trainings do.
-        profile: how a training uses its GPUs; None of other stages, and where it is not known yet.
+        profile: how a training uses its GPUs; None for other stages, and where it is not known yet.
     """
 
     name: str
@@ -56,7 +56,7 @@ class JobState:
     """What a scheduler says of a job.
 
     Args:
-        phase: how far it is.
+        phase: phase of the job.
         reason: the scheduler's words: why it waits, or how it ended.
         is_abandoned: whether it counts as ended although it may still start, so that it has to be cancelled.
         is_orphaned: whether it ended because the scheduler holds a job that it waits for to have failed.
@@ -73,9 +73,9 @@ class SaveLimit:
     """A time within which a training has to have saved a checkpoint.
 
     Args:
-        seconds: how long it is.
+        seconds: length of the time.
         what: the setting that makes it so, with its value, for people.
-        otherwise: what follows if the save takes longer.
+        otherwise: consequence of a save that takes longer.
         fix: the setting that lengthens it, with `{seconds}` in the place of its value.
     """
 

@@ -28,11 +28,11 @@ from nemo_upcycle.utils.masking import is_secret, write_private
 #: Settings that all stages share: a job is looked up by its name alone.
 _COMMON = ("namespace", "kind", "kubeconfig", "context", "report_within_s")
 _NAMES_TRIED = 20
-#: Seconds between SIGTERM and SIGKILL of a pod that does not say it.
+#: Default seconds between SIGTERM and SIGKILL of a pod.
 _POD_GRACE_S = 30
 #: An operator that starts again has to be scheduled, to start and to get its lease, 15 s after the last holder's end.
 _LEAST_REPORT_S = 60
-#: The fields of a toleration, with the values of those that have few.
+#: The fields of a toleration, and the possible values of those that have few.
 _TOLERATION: dict[str, tuple[str, ...]] = {
     "key": (),
     "operator": ("Exists", "Equal"),
@@ -254,7 +254,7 @@ def _require_sound(job: Job, settings: KubernetesExecutor) -> None:
     """Check the settings of a stage, as far as no server has to be asked.
 
     Raises:
-        UpcycleError: one cannot work.
+        UpcycleError: a setting cannot work.
     """
     for path in (job.run_dir, *job.reads):
         if not any(manifests.pod_path(path).is_relative_to(mount) for mount in settings.mounts.values()):

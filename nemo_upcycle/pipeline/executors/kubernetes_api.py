@@ -70,7 +70,7 @@ class KubernetesApi:
         """Create a job; the server refuses unknown fields.
 
         Args:
-            resource: its kind.
+            resource: kind of the job.
             manifest: the manifest of the job.
             dry_run: ask for every check, and create nothing.
 

@@ -30,28 +30,29 @@ class KubernetesExecutor(run.Executor):
         namespace: the namespace of the jobs.
         image: the image of the containers; holds this package, torch, bash and tee.
         claim: the PersistentVolumeClaim (ReadWriteMany) that runs lie on.
-        mount_path: where it is mounted, in the pods and on the machine that launches.
+        mount_path: path of its mount, in the pods and on the machine that launches.
         volumes: further claims, and where they are mounted.
-        kind: of the jobs: `trainjob` (Kubeflow Trainer 2.2 and later) or `pytorchjob` (training operator 1.9).
+        kind: kind of the jobs: `trainjob` (Kubeflow Trainer 2.2 and later) or `pytorchjob` (training operator 1.9).
         runtime: the ClusterTrainingRuntime of a TrainJob; `TrainingRuntime/NAME` for one of the namespace.
         queue: LocalQueue of Kueue.
-        cpus: per node.
-        memory_gib: per node.
-        gpus_per_node: number of GPUs.
-        gpu_resource: what the cluster calls them.
-        extra_resources: others, as `{"rdma/ib": 8}`, per node.
+        cpus: CPUs per node.
+        memory_gib: memory per node.
+        gpus_per_node: GPUs per node.
+        gpu_resource: the cluster's name for them.
+        extra_resources: further resources per node, such as `{"rdma/ib": 8}`.
         shared_memory_gib: size of /dev/shm, which counts as memory; training needs it.
         tolerations: the tolerations of the pods.
         node_selector: the node selector of the pods.
         affinity: the affinity of the pods.
         labels: the labels of the jobs and their pods.
         annotations: the annotations of the jobs and their pods.
-        priority_class: of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
-        run_as: `UID:GID` of the pods, whose group owns new files on the claims; None: those of who launches, whose
-            files in the run's folder they write beside. "": the image's or the cluster's.
-        security_context: the security context of the container, as `{capabilities: {add: [IPC_LOCK]}}` for InfiniBand.
-        overrides: what else a pod's spec has, merged into it last: mappings key by key, lists of named entries by
-            name, other lists as a whole; None removes. A TrainJob takes a part of a pod's fields only.
+        priority_class: class of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
+        run_as: `UID:GID` of the pods; their group owns new files on the claims. None takes the user and group of the
+            process that launches, who owns the run's folder; "" leaves the choice to the image or the cluster.
+        security_context: the security context of the container, such as `{capabilities: {add: [IPC_LOCK]}}` for
+            InfiniBand.
+        overrides: further fields of a pod's spec, merged into it last: mappings key by key, lists of named entries by
+            name, other lists as a whole; None removes a field. A TrainJob takes only some of a pod's fields.
         pull_secrets: names of the secrets to pull the image with.
         image_pull_policy: `Always`, `IfNotPresent` or `Never` (PyTorchJob).
         service_account: the service account of the pods.
@@ -62,9 +63,9 @@ class KubernetesExecutor(run.Executor):
         restarts: how often a training starts again, from its last checkpoint, before it has failed (PyTorchJob; a
             TrainJob's runtime says so itself).
         python: the image's Python.
-        kubeconfig: the file; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
+        kubeconfig: path of the kubeconfig; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
         context: the context of that file; empty for its current one.
-        report_within_s: a job of which no controller says anything for so long has ended; an operator whose node is
+        report_within_s: time after which a job that no controller reports on has ended; an operator whose node is
             lost is started elsewhere after 5 minutes.
         card: the kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
         performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
@@ -143,9 +144,9 @@ class Resource:
         group: the group of the API.
         version: the version of the API.
         plural: the resource's name in addresses.
-        kind: its name in manifests.
+        kind: name of the kind in manifests.
         pods: the label of a job's pods that holds its name.
-        operator: what has to run in the cluster, and the least release.
+        operator: operator that has to run in the cluster, and its least release.
         lacks: settings that it has no field for, and where that is set instead.
     """
 

@@ -25,8 +25,8 @@ USERS_MISTAKE = 2
 GRACE_S, AFTER_ANOTHER_S = 5.0, 2.0
 _POLL_S = 0.1
 _LAUNCHER = "NEMO_UPCYCLE_LAUNCHER"
-#: What says to a process which rank of which job it is. A shell has it in an allocation of Slurm, or from a job script
-#: that exports it; a process that is started here is no rank of that.
+#: Variables that tell a process which rank of which job it is. A shell in an allocation of Slurm, or a job script, may
+#: have set them; a process that is started here is no rank of that job.
 _OF_A_RANK = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
@@ -112,7 +112,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | N
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") if log else contextlib.nullcontext() as output:
-        # A session of its own: Ctrl-C reaches the launcher alone, and a signal to the group all that the rank started.
+        # A session of its own: Ctrl-C reaches the launcher alone, and a signal to the group all processes of the rank.
         return subprocess.Popen(
             list(command),
             env={**inherited, **own, **environment},
@@ -162,7 +162,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], stop: StopSignals) -> int | 
     while not stop.signum:
         statuses = [process.poll() for process in processes]
         if bad := [rank for rank, status in enumerate(statuses) if status]:
-            deadline_s = time.monotonic() + AFTER_ANOTHER_S  # of a mistake that all ranks see, each says so
+            deadline_s = time.monotonic() + AFTER_ANOTHER_S  # all ranks may report a mistake that they share
             while time.monotonic() < deadline_s and any(process.poll() is None for process in processes):
                 time.sleep(_POLL_S)
             return bad[0]
@@ -173,7 +173,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], stop: StopSignals) -> int | 
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End what is left of the processes' groups: SIGTERM, and SIGKILL for what does not obey."""
+    """End the remaining processes of the groups by SIGTERM, or by SIGKILL those that do not obey."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         deadline_s = time.monotonic() + GRACE_S
         for process in processes:
@@ -193,7 +193,7 @@ def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
 
 
 def end_with_launcher() -> None:
-    """End this rank and what it started when the launcher has disappeared (`kill -9`)."""
+    """End this rank and its processes when the launcher has disappeared (`kill -9`)."""
     launcher = int(os.environ.get(_LAUNCHER) or 0)
     if launcher:
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()

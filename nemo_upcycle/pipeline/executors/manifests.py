@@ -1,6 +1,6 @@
-"""What Kubernetes is asked for: a stage as a TrainJob or a PyTorchJob of Kubeflow.
+"""Make the manifest of a stage: a TrainJob or a PyTorchJob of Kubeflow.
 
-Pure: settings and jobs in, plain values out. Needs neither a cluster nor a client.
+Turns settings and jobs into plain values; needs neither a cluster nor a client.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def manifest(
     """Return the manifest of a stage.
 
     Args:
-        settings: those of this stage.
+        settings: executor settings of this stage.
         job: the stage.
         name: the name of the job in the cluster.
         variables: the variables of the pods, beside the site's own.

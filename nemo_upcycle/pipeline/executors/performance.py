@@ -1,4 +1,4 @@
-"""NVIDIA's performance settings of a training, as `conf/performance.yaml` has them by card and layout."""
+"""NVIDIA's performance settings of a training, looked up in `conf/performance.yaml` by card and layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_upcycle.utils.conf import packaged, read_yaml
 TABLE = "conf/performance.yaml"
 ENVIRONMENT, SLURM = "environment", "slurm"
 NUMACTL, SEGMENT = "numactl", "--segment"
-#: Not where there is no numactl, or where the cores that Slurm gave the rank are not of that node.
+#: Skipped if there is no numactl, or if Slurm gave the rank cores of another memory node.
 _BIND = (
     'bind="numactl --cpunodebind=$((SLURM_LOCALID/%s)) --membind=$((SLURM_LOCALID/%s))"; '
     '$bind true >/dev/null 2>&1 || bind=; exec $bind "$@"'
@@ -59,7 +59,7 @@ def settings_for(
     container: bool = False,
     changed: Mapping[str, Any] | None = None,
 ) -> list[PerformanceSetting]:
-    """Return the settings of a job; none but for a training.
+    """Return the performance settings of a job; only a training has any.
 
     Args:
         job: the stage.
@@ -90,7 +90,7 @@ def settings_for(
 
 
 def _facts(job: Job, card: str, *, container: bool) -> dict[str, Any]:
-    """Gather what conditions ask for, by name, without what is not known."""
+    """Gather the facts that conditions refer to, by name, as far as they are known."""
     facts: dict[str, Any] = {"card": card, "container": container, "gpus_per_node": job.ranks_per_node}
     if profile := job.profile:
         facts |= asdict(profile)
@@ -112,12 +112,12 @@ def _holds(row: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
 
 
 def variables(found: Sequence[PerformanceSetting]) -> dict[str, str]:
-    """Return those that are variables."""
+    """Return the settings that are variables."""
     return {setting.name: setting.value for setting in found if setting.name[:1].isupper()}
 
 
 def srun_options(found: Sequence[PerformanceSetting]) -> list[str]:
-    """Return those that are options of srun."""
+    """Return the settings that are options of srun."""
     options = [setting for setting in found if setting.name.startswith("--") and setting.name != SEGMENT]
     return [f"{option.name}={option.value}" if option.value else option.name for option in options]
 
@@ -149,10 +149,10 @@ def settings_here(job: Job) -> list[PerformanceSetting]:
 
 
 def lines_of(found: Mapping[str, Sequence[PerformanceSetting]]) -> list[str]:
-    """Return the settings of trainings as lines of a table, for people.
+    """Render the settings of trainings as lines of a table, for people.
 
     Args:
-        found: by stage.
+        found: stage -> its settings.
     """
     stages: dict[PerformanceSetting, list[str]] = {}
     for stage, settings in found.items():

@@ -1,4 +1,4 @@
-"""Executors as conf/executors and a site's own YAML file describe them, and the scheduler of each."""
+"""Read executors from conf/executors or a site's own YAML file, and find the scheduler of each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CLUSTERS: tuple[type[Cluster], ...] = (
 )
 #: Their settings, by the name that a YAML file gives with `executor:`.
 KINDS: dict[str, type] = {cluster.name: cluster.settings_class for cluster in CLUSTERS}
-#: Fields that the chain sets itself: what to do instead of giving one.
+#: Field that the chain sets itself -> what to do instead of giving it.
 _OWN = {
     "stages": "set run.executor.stages.STAGE.FIELD",
     "nodes": "set pretrain.trainer.num_nodes and dense_ct.trainer.num_nodes",
@@ -66,7 +66,7 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
     """Return the executor that a YAML file describes.
 
     Args:
-        name: one of conf/executors, or the path of a `.yaml` or `.yml` file.
+        name: a name in conf/executors, or the path of a `.yaml` or `.yml` file.
         overrides: `FIELD=VALUE` and `stages.STAGE.FIELD=VALUE`; with `FIELD.ENTRY` one entry of a mapping, as
             `env_vars.HF_HOME=/hf`.
 
@@ -105,17 +105,17 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
 
 @dataclass
 class _Stages:
-    """The table of stages, each with what it sets of the executor's fields."""
+    """The table of stages, each with the executor's fields that it sets."""
 
     stages: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
 
 class _Entries(dict[str, Any]):
-    """Entries of a mapping that were named one by one, and come to those that it has."""
+    """Entries of a mapping that were given one by one, to be added to those that it has."""
 
 
 def _added(before: Mapping[str, Any], given: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings that were found good, each with what it is added to."""
+    """Return checked settings, each with the value that it is added to."""
     return {
         name: {**(before.get(name) or {}), **value} if isinstance(given[name], _Entries) else value
         for name, value in found.items()
@@ -123,7 +123,7 @@ def _added(before: Mapping[str, Any], given: Mapping[str, Any], found: Mapping[s
 
 
 def _typed(words: Sequence[str], schema: type) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Read what words of the command line set for all stages, and by stage; text fields take them unread."""
+    """Read the settings of the command line, for all stages and by stage; text fields take the words as they are."""
     kinds = typing.get_type_hints(schema)
     common: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,7 @@
 """Slurm: NeMo-Run writes the batch script of a stage; here it is checked, submitted, watched and requeued.
 
-NeMo-Run's `Experiment` is not used: it takes a training that was preempted and ended with status 0 for finished, a
-cluster without `sacct` for a failure, and its retries do not ask whether a job got any further.
+NeMo-Run's `Experiment` is not used: it reports a preempted training that ended with status 0 as finished, and every
+job of a cluster without `sacct` as failed, and it retries jobs that make no progress.
 """
 
 # No postponed annotations, and Optional[...]: NeMo-Run parses the executor's fields by them.
@@ -58,22 +58,22 @@ _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramf
 #: Where the `ft_launcher`s of a job meet; for the batch script's shell.
 _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
 _JOB_ID = '"$SLURM_JOB_ID"'
-#: Seconds between SIGTERM and SIGKILL at the end of a job's time, where slurm.conf does not say otherwise.
+#: Slurm's default seconds between SIGTERM and SIGKILL at the end of a job's time.
 _KILL_WAIT_S = 30
 
 
 @dataclass(kw_only=True)
 class StagedSlurmExecutor(run.SlurmExecutor):
-    """NeMo-Run's `SlurmExecutor`, with what each stage asks for; a file of conf/executors describes one.
+    """NeMo-Run's `SlurmExecutor` with settings for each stage; a file of conf/executors describes one.
 
     Attributes:
-        stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
+        stages: stage -> fields that differ from this executor's; a training's nodes and ranks are set in its recipe.
         hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
         silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
         card: the kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
-        performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
-        price_per_gpu_hour: for --dryrun; None: not known.
-        write_gib_s: what the file system of `dir` writes in GiB a second, from all nodes, for --dryrun.
+        performance: name -> value that replaces the one in `conf/performance.yaml`; None removes a setting.
+        price_per_gpu_hour: price, for --dryrun; None if it is not known.
+        write_gib_s: GiB a second that all nodes together write to the file system of `dir`, for --dryrun.
         shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
         python: the interpreter of the stages; None: `python` of the container, or this one without a container.
         packager: what is sent along: nothing, the package is installed on the nodes.
@@ -195,7 +195,7 @@ class SlurmScheduler(Cluster):
         lines = [*setup_lines(job, signal_s(mine.signal)), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
         detects_hangs = self._detects_hangs(job)
         tasks = job.ranks_per_node if detects_hangs else 1  # of a rank each, in one of Slurm's
-        # Otherwise Slurm keeps jobs queued whose predecessor failed.
+        # Otherwise Slurm keeps jobs in the queue after a predecessor has failed.
         parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
         cpus_per_task = mine.cpus_per_task and mine.cpus_per_task * tasks
         # Of Slurm 22.05 to 24.05, srun does not inherit it; 24.11 does not read SRUN_CPUS_PER_TASK.
@@ -267,7 +267,7 @@ class SlurmScheduler(Cluster):
     def submit(self, job: Job, after: Sequence[str]) -> str:
         """Write the batch script to the run's folder and submit it."""
         (path,) = self.write(job, job.folder)
-        in_vain(job).unlink(missing_ok=True)  # of an earlier job, whose cause may be gone
+        in_vain(job).unlink(missing_ok=True)  # of an earlier job: its cause may be gone
         dependency = [f"--dependency=afterok:{':'.join(after)}"] if after else []
         done = ask("sbatch", "--requeue", "--parsable", *dependency, str(path), env=environment())
         identity = job_id(done.stdout)
@@ -295,7 +295,7 @@ class SlurmScheduler(Cluster):
         ask("scancel", *ids)
 
     def save_limits(self, job: Job) -> Sequence[SaveLimit]:
-        """See `Cluster.save_limits`: before the end of its time, and before hang detection takes it for hung."""
+        """See `Cluster.save_limits`: the end of the job's time, and the time after which a rank counts as hung."""
         mine, setting = self.settings_for(job.name), f"run.executor.stages.{job.name}"
         what = (
             f"signal {mine.signal}" if mine.signal else f"KillWait, {_KILL_WAIT_S} s by default, and no signal before"
@@ -324,7 +324,7 @@ class SlurmScheduler(Cluster):
         return {name: str(value) for name, value in asked.items() if value is not None}
 
     def _refused(self, job: Job, text: str) -> UpcycleError:
-        """Return the error of a job that Slurm does not take, with what is wrong in the settings if Slurm says it."""
+        """Return the error for a job that Slurm refuses, with the wrong setting if Slurm names it."""
         partition, hint = self.settings_for(job.name).partition, refusal_hint(text)
         if partition and "invalid partition" in text.lower():
             partitions = sorted(set(ask("sinfo", "--noheader", "--format=%R").stdout.split()))

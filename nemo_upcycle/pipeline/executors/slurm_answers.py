@@ -1,4 +1,4 @@
-"""What Slurm's commands answer: whether they take a job, what it waits for, how it ended, and what a person can do."""
+"""Read the answers of Slurm's commands: whether a job is taken, what it waits for, how it ended, and the remedy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from nemo_upcycle.pipeline.executors.jobs import JobState, Phase
 
 
-#: In what a command says when the controller did not answer it.
+#: Words in the output of a command that the controller did not answer.
 NO_ANSWER = ("Unable to contact", "timed out")
-#: Variables of Slurm's that say which controller to ask; all others describe an allocation.
+#: Variables of Slurm's that name the controller; all others describe an allocation.
 OF_CONTROLLER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 #: Why a job will never start that waits for one which Slurm holds to have failed.
 ORPHANED = "DependencyNeverSatisfied"
@@ -34,7 +34,7 @@ _PERSONS_END_IT = {
         "it starts when other jobs of yours, or of the account, have ended"
     ),
 }
-#: The same of a job that asks for what it cannot get.
+#: Reasons and remedies for a job that asks for something it cannot get.
 _NEVER_STARTS = {
     "PartitionTimeLimit|.*MaxWallDuration.*|(Association|QOS)TimeLimit": (
         "lower `time`: `sinfo --format='%P %l'` and `sacctmgr show qos` have the limits; or set another `partition`"
@@ -56,7 +56,7 @@ WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 
 def ask(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm's, and return what it printed."""
+    """Run a command of Slurm's, and return its output."""
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
@@ -77,7 +77,7 @@ def environment() -> dict[str, str]:
 
 
 def job_id(text: str) -> str | None:
-    """Return the id of a submitted job from what `sbatch --parsable` printed; a site's own words may stand around it.
+    """Find the id of a submitted job in the output of `sbatch --parsable`; a site's own words may stand around it.
 
     Example:
         >>> job_id("4711;alps")  # on federated clusters the cluster's name follows
@@ -119,10 +119,10 @@ def ending(identity: str) -> str:
 
 
 def waiting(job: str, reason: str, partition: str = "") -> JobState:
-    """Return the state of a job that waits, with what to do where the reason does not pass by itself.
+    """Return the state of a waiting job, with a remedy if the reason does not pass by itself.
 
     Args:
-        job: its id.
+        job: id of the job.
         reason: Slurm's.
         partition: which it waits in; of several, the reason may be that of one alone.
 

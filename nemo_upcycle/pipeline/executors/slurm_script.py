@@ -1,4 +1,4 @@
-"""What a batch script does around a stage (see how far it got, requeue it while it gets further), and can hold."""
+"""The batch script around a stage: requeue it while it makes progress; refuse what no script can do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_upcycle.pipeline.markers import ENDED, FAILED
 from nemo_upcycle.utils.files import MARKER
 
 
-#: What NeMo-Run puts into its script without quotes, and the folder whose name it replaces in it.
+#: Paths that NeMo-Run may write into its script without quotes, and the folder whose name it replaces there.
 _PLAIN_PATH, _REPLACED = re.compile(r"[\w./+=@%~-]+"), f"/{RUNDIR_NAME}"
 #: How far a training is: the step of its newest checkpoint, of Megatron-Bridge's or of NeMo's.
 _STEP = r"""{ awk 1 "$stage"/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null
@@ -54,9 +54,8 @@ touch {job}/started
 trap finish EXIT
 trap : TERM
 """
-#: Of a stage that goes on where it stopped, before it starts and when it has ended without a marker. A job that was
-#: cancelled is not RUNNING any more; one that was preempted in a partition that requeues is requeued by Slurm when it
-#: ends, and would be a second time.
+#: Lines of a resumable stage: before it starts, and after it has ended without a marker. A cancelled job is no longer
+#: RUNNING. Slurm itself requeues a job that was preempted in a partition with requeueing, so the script must not.
 _BEFORE = r"""progress() {{
     {progress}
 }}
@@ -86,9 +85,9 @@ _AGAIN = r"""    shown=$(persist scontrol --oneliner show job "$SLURM_JOB_ID")
     echo "[{name}] stopped; kept {unit} ${{kept:-none}}; to be requeued and to go on from there"
     persist scontrol requeue "$SLURM_JOB_ID" && sleep 60
 """
-#: Of a training, whose ranks write a file when they are set up. A job that sets up for most of its time goes on by a
-#: step or two, and would be requeued without end. It is said, and counts as no progress, which is
-#: allowed once, since a file system may have been slow. `limit` is without the time that the signal leaves.
+#: Lines of a training, whose ranks write a file when they are set up. A job that spends most of its time on setup gets
+#: a step or two further, and would be requeued without end. The script reports it and counts it as no progress, which
+#: is allowed once, since a file system may have been slow. `limit` leaves out the time after the signal.
 _ALARM = r"""    limit=$(sed -n 's/.*TimeLimit=\([0-9:-]*\).*/\1/p' <<<"$shown" | tr - : |
         awk -F: '{{ for (i = 1; i <= NF; i++) s = s * (NF == 4 && i == 2 ? 24 : 60) + $i; print s - {signal_s} }}')
     ready=$(date +%s)
@@ -119,15 +118,15 @@ submit() {{
 
 
 def in_vain(job: Job) -> Path:
-    """Return the file that is there when the last start of a job got no further; the next one has to."""
+    """Return the file that marks a job whose last start made no progress; a second such start ends it."""
     return job.folder / "in_vain"
 
 
 def setup_lines(job: Job, signal_s: int = 0) -> list[str]:
-    """Return the lines of the batch script that come before a stage, and decide what follows its end.
+    """Return the lines of the batch script before a stage; they also decide what follows its end.
 
     Args:
-        job: the stage; one that is resumable is requeued while it gets further.
+        job: job of the stage; a resumable one is requeued while it makes progress.
         signal_s: seconds before the end of its time at which it is told to stop.
 
     Example:
@@ -154,7 +153,7 @@ def setup_lines(job: Job, signal_s: int = 0) -> list[str]:
 
 
 def escaped(value: str) -> str:
-    """Return a value as it stands between double quotes in bash; variables in it are expanded."""
+    """Escape a value for double quotes in bash; variables in it are expanded."""
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
 
 
@@ -169,7 +168,7 @@ def require_plain(path: Path, *, in_container: bool) -> None:
         raise UpcycleError(f"path '{path}'", got=got, expected="another name", fix=fix)
 
 
-#: Fields of NeMo-Run's executor that one job a stage, of one process a rank, cannot have: what to do instead.
+#: Field of NeMo-Run's executor that a job of one stage, one process a rank, cannot have -> what to do instead.
 _UNSUPPORTED = {
     "array": "omit it: a stage is one job",
     "heterogeneous": "omit it: all nodes of a stage are alike; set what differs between stages in `stages`",
@@ -178,7 +177,7 @@ _UNSUPPORTED = {
 
 
 def require_supported(mine: run.SlurmExecutor, job: Job) -> None:
-    """Check what a stage's settings ask for against what its batch script can do.
+    """Check that a batch script can do what the settings of a stage ask for.
 
     Args:
         mine: the executor with the settings of the stage.
@@ -196,7 +195,7 @@ def require_supported(mine: run.SlurmExecutor, job: Job) -> None:
 
 
 def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
-    """Return mounts, under their own path, of what a stage reads and writes and no mount of the user's holds."""
+    """Return mounts for the files of a stage that no mount of the user's holds, each under its own path."""
     missing: list[str] = []
     for path in (job.run_dir, *job.reads):
         if not any(_holds(mount, path) for mount in [*mounts, *missing]):
@@ -205,7 +204,7 @@ def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
 
 
 def _holds(mount: str, path: Path) -> bool:
-    """Return whether a mount, `HOST:CONTAINER`, shows in the container under a path what lies there on the host."""
+    """Return whether a mount, `HOST:CONTAINER`, shows a path of the host under the same path in the container."""
     host, _, rest = mount.partition(":")
     inside = Path(rest.partition(":")[0] or host)
     return path.is_relative_to(inside) and (Path(host) / path.relative_to(inside)).resolve() == path.resolve()

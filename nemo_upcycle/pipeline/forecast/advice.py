@@ -13,14 +13,14 @@ from nemo_upcycle.trainers.base import TrainingFacts
 def advice_of(
     dense: str, trained_on: str | None, facts: Mapping[str, TrainingFacts | None], *, name: str = "trained_on"
 ) -> str:
-    """Return the advice for a run, in a line.
+    """Write the advice for a run, in a line.
 
     Args:
         dense: the address of the dense parent.
-        trained_on: tokens that it was trained on, as the user says; None: those of a published parent.
-        facts: of the trainings `pretrain`, which upcycles, and `dense_ct`, as far as there are any; None of one whose
-            facts are not known before the parent is fetched.
-        name: the setting that says what the parent was trained on.
+        trained_on: the user's number of tokens that the parent was trained on; None takes a published parent's.
+        facts: facts of the trainings `pretrain`, which upcycles, and `dense_ct`, as far as there are any; None for a
+            training whose facts are not known before the parent is fetched.
+        name: name of the setting for `trained_on`.
 
     Raises:
         SpecError: `trained_on` is no number of tokens.

@@ -1,4 +1,4 @@
-"""What a run needs of a disk, stage by stage, against what is free there."""
+"""Forecast the disk space that a run needs, stage by stage, and compare it with the free space."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DiskForecast:
     Args:
         folder: the run's folder, or the nearest one above it that exists.
         free_bytes: free there.
-        uses: what the stages write, in their order.
+        uses: disk space of the stages, in their order.
         at_once: stages whose uses may fall together.
     """
 
@@ -57,14 +57,14 @@ def forecast_disk(
     *,
     is_parallel: bool,
 ) -> DiskForecast:
-    """Add up what the stages that run need of the disk of a run's folder.
+    """Add up the disk space that the stages of a run need in its folder.
 
     Args:
         run_dir: the run's folder; need not exist.
-        plan: what the stages are given.
-        stages: what happens to each.
-        models: architectures of the two trainings, by stage; None: not known before the parent is fetched.
-        trainings: those of them that are among the stages.
+        plan: plan of the run.
+        stages: forecasts of the stages.
+        models: stage -> architecture, for both trainings; None if it is not known before the parent is fetched.
+        trainings: stage -> forecast, for the trainings among the stages.
         is_parallel: whether both trainings may run at the same time.
     """
     uses: list[DiskUse] = []

@@ -22,11 +22,12 @@ from nemo_upcycle.utils.files import MARKER
 
 @dataclass(frozen=True)
 class NetworkForecast:
-    """What stages take from networks, as far as it is not in their caches.
+    """What stages fetch from networks because their caches do not have it.
 
     Attributes:
-        stages: by name, in their order: from which place, and what; none that needs no network.
-        command: the command that fetches all of it beforehand; several with && between.
+        stages: stage -> places and what is fetched from each, in the stages' order; stages that need no network are
+            left out.
+        command: the command that fetches everything beforehand; several are joined by &&.
     """
 
     stages: Mapping[str, Mapping[str, Sequence[str]]]
@@ -40,14 +41,14 @@ def forecast_network(
     jobs: Mapping[str, Job],
     facts: Mapping[str, TrainingFacts | None] | None = None,
 ) -> NetworkForecast:
-    """List what stages that run take from networks; ask none, and look for caches where this machine sees them.
+    """List what the stages of a run fetch from networks. Use no network; look into the caches that this machine sees.
 
     Args:
-        stages: those that run.
-        plan: what they are given.
-        cluster: where they run; None: on this machine.
-        jobs: by stage, what is asked of it.
-        facts: the facts of the trainings, by stage, as far as they are known.
+        stages: stages that run.
+        plan: plan of the run.
+        cluster: cluster that they run on; None for this machine.
+        jobs: stage -> its job.
+        facts: stage -> facts of its training, as far as they are known.
     """
     inputs, found = plan.inputs, {}
     needs = run_needs(inputs.dense, inputs.data, inputs.suite)
@@ -77,7 +78,7 @@ def _fetch(plan: RunPlan, *inputs: str) -> str:
 
 
 def _variables(cluster: Cluster, job: Job) -> dict[str, Any]:
-    """Return the environment of a job, as far as it is known; of caches, a container's own holds nothing."""
+    """Return the environment of a job, as far as it is known; a container's own caches are empty."""
     settings = cluster.settings_for(job.name)
     given = {name: value for name, value in (getattr(settings, "env_vars", None) or {}).items() if value is not None}
     if cluster.has_container(settings):

@@ -1,4 +1,4 @@
-"""A recipe's training as a plan of the planner: on its GPUs, in its first steps and in all others."""
+"""Turn a recipe's training into plans of the planner: one for its first steps, and one for all others."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str
     """Return the kind of GPU that a training will run on.
 
     Args:
-        accelerator: what its recipe asks for.
-        executor: where it runs; may name its `card`, as in `nemo-upcycle plan`. None: this machine.
-        resources: what the training asks of it.
+        accelerator: accelerator in its recipe.
+        executor: executor that it runs on, which may have a `card`, a name of `nemo-upcycle plan`; None: this machine.
+        resources: resources that the training asks the executor for.
 
     Returns:
-        What the planner knows of it, None without a GPU or of one that it does not know; and how the kind was told,
-        or why there is none.
+        The planner's GPU, None if there is none or the planner does not know it; and how the kind was found, or why
+        there is none.
     """
     if accelerator == "cpu":
         return None, "the recipe trains on the CPU"
@@ -86,7 +86,7 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
 
 
 def _dispatcher(facts: TrainingFacts) -> str:
-    """Name what sends tokens to their experts; where all are on every rank, nothing is sent.
+    """Name the dispatcher of tokens to their experts; where every rank has all experts, nothing is sent.
 
     Raises:
         SpecError: NCCL EP's receive buffers have no size.
@@ -105,7 +105,7 @@ def _dispatcher(facts: TrainingFacts) -> str:
 
 
 def planned_of(facts: TrainingFacts | None, device: str) -> dict[str, float] | None:
-    """Plan a training that ran, to stand beside what was measured.
+    """Plan a training that ran, to compare the plan with the measurements.
 
     Args:
         facts: the facts of the training; None: not known.

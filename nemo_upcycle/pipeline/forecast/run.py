@@ -25,7 +25,7 @@ from nemo_upcycle.utils.masking import without_secrets
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting.
+    """A setting of a run, for people.
 
     Args:
         name: as an override on the command line names it.
@@ -50,7 +50,7 @@ class Forecast:
         settings: those that matter.
         performance: NVIDIA's settings of the trainings, by stage.
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
-        unchecked: what could not be looked at, in a line; "" where all could.
+        unchecked: what could not be checked, in a line; "" if everything was.
     """
 
     run_dir: Path
@@ -123,7 +123,7 @@ def forecast(
 
 
 def unchecked(dense: str) -> str:
-    """Say in a line what of a run cannot be checked here, a parent whose weights lie elsewhere; else nothing."""
+    """Describe in a line what cannot be checked here: a parent whose weights lie elsewhere; "" if all can."""
     folder = Path(dense.removeprefix("hf://")).expanduser()
     if not is_configuration(folder):
         return ""
@@ -146,14 +146,14 @@ def _run_settings(plan: RunPlan, stages: Sequence[str]) -> Iterator[Setting]:
 
 
 def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
-    """Check that what a run writes fits on its disk, as far as its size is known.
+    """Check that a run's disk has room for what it writes, as far as the sizes are known.
 
     Args:
         forecast: the forecast of the run.
         alive: stages whose jobs are submitted already; what they need does not count.
 
     Raises:
-        UpcycleError: it does not.
+        UpcycleError: the disk has too little space.
     """
     disk = replace(forecast.disk, uses=tuple(use for use in forecast.disk.uses if use.stage not in alive))
     if disk.fits:
@@ -190,7 +190,7 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
     if training.fullest and training.fullest.verdict != "fits":
         gib = f"{training.memory_gib:.1f} of {training.fullest.request.gpu.memory_gib} GiB"
         what = "does not fit" if training.fullest.verdict == "no" else "is tight: it may run, or fail by fragmentation"
-        recipe = training.facts.recipe.partition("_pretrain_")[0]  # what Bridge's names begin with
+        recipe = training.facts.recipe.partition("_pretrain_")[0]  # the beginning of Bridge's names
         yield (
             f"{name}: memory {what} ({gib} a GPU); search a layout: "
             f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"

@@ -1,4 +1,4 @@
-"""Which stages of a run are done, resume or start, and why; and what each asks its executor for."""
+"""Forecast which stages of a run are done, resume or start, and why; and what each asks its executor for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Finding:
     """What follows from the contents of a stage's folder.
 
     Args:
-        state: what happens to the stage.
+        state: what will happen to the stage.
         why: the reason, for people.
         checkpoint: the newest complete one, where the stage resumes from one.
     """
@@ -55,13 +55,13 @@ class StageForecast:
     """One stage.
 
     Args:
-        name: its name.
+        name: name of the stage.
         finding: whether and why it runs.
-        executor: who runs it: the executor's class, or this machine.
+        executor: class of its executor, or this machine.
         nodes: number of nodes.
         ranks_per_node: processes on each of them.
-        resources: what it asks the executor for, by name.
-        files: what is submitted, by path.
+        resources: resource -> amount that it asks the executor for.
+        files: path -> content of the files that are submitted.
         save_limits: the save limits of a training, within which it has to save.
     """
 
@@ -88,15 +88,15 @@ def forecast_stages(
     jobs: Mapping[str, Job],
     executor: Any = None,
 ) -> tuple[StageForecast, ...]:
-    """Find what will happen to each stage.
+    """Forecast what will happen to each stage.
 
     Args:
-        stages: a part of the chain, in its order; what comes before it is done.
+        stages: a part of the chain, in its order; the stages before it are done.
         run_dir: the run's folder; need not exist.
-        plan: what the stages are given.
-        cluster: the scheduler; None: this machine, or an executor of others.
-        jobs: by stage, what is asked of it.
-        executor: the user's.
+        plan: plan of the run.
+        cluster: the scheduler; None for this machine, or an executor without a scheduler of this package.
+        jobs: stage -> its job.
+        executor: the user's executor.
     """
     findings: dict[str, Finding] = {}
     for stage in stages:
@@ -124,17 +124,17 @@ def _stage_forecast(finding: Finding, job: Job, cluster: Cluster | None, executo
 
 
 def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Finding]) -> Finding:
-    """Find what will happen to a stage.
+    """Forecast what will happen to a stage.
 
     Args:
         stage: the stage.
         run_dir: the run's folder.
-        plan: what the stages are given.
-        before: what will happen to the stages before it; one that is omitted is done.
+        plan: plan of the run.
+        before: forecasts of the stages before it; one that is omitted is done.
     """
     folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)
     again = [name for name in plan.reads[stage.name] if name in before and before[name].state is not State.DONE]
-    for name in again:  # what it leaves is known when it has run
+    for name in again:  # its results are known when it has run
         inputs.pop(CONTENT + name, None)
     done = folder.done_from()
     if done is not None and not changed_inputs(done, inputs):

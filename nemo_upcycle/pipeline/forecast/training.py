@@ -29,10 +29,10 @@ class TrainingForecast:
     """What is known of a training before it starts.
 
     Args:
-        stage: where it runs, and how far it is.
+        stage: forecast of its stage.
         facts: the facts of the training.
-        gpu: what the planner knows of its GPUs; None without one, or of one that it does not know.
-        gpu_origin: how their kind was told, or why there is none.
+        gpu: the planner's GPU; None if there is none or the planner does not know it.
+        gpu_origin: how the kind of GPU was found, or why there is none.
         first, later: plans of the first steps and of the others; both None without an estimate.
         no_plan: why there is no estimate of memory and speed.
         price: the price of a GPU-hour, in the currency of who gave it; None: not known.
@@ -145,7 +145,7 @@ def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any 
 
     Args:
         facts: the facts of the training.
-        stage: where it runs.
+        stage: forecast of its stage.
         executor: where it runs; may have a `price_per_gpu_hour` and a `write_gib_s`, and name its `card`. None: this
             machine.
 

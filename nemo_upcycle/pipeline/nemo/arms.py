@@ -1,4 +1,4 @@
-"""The arms of a grid as recipes of NeMo."""
+"""Build the arms of a grid from recipes of NeMo."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class NeMoArm(Arm):
     """An arm in NeMo.
 
     Args:
-        request: what the grid says of it; `recipe` as `--factory` takes it.
+        request: settings of the arm in the grid; `recipe` is a value of `--factory`.
 
     Raises:
-        UpcycleError: it is not valid; the text names it.
+        UpcycleError: a setting is not valid; the text names it.
     """
 
     trainer = "nemo"

@@ -13,14 +13,14 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-from nemo_upcycle.data.blend_samples import index_folder, say_what_is_read, whole_indices
+from nemo_upcycle.data.blend_samples import index_folder, log_tokens_read, whole_indices
 from nemo_upcycle.data.epoch_dataset import EpochDataset
 from nemo_upcycle.data.finished import MANIFEST, open_blend
 
 
 @dataclass(kw_only=True)
 class BlendDataset(DatasetProvider):
-    """What a run reads: `config.dataset` of Bridge's.
+    """The data of a run: Bridge's `config.dataset`.
 
     The order of the samples depends on the folder, `seq_length` and `seed`, and on neither batch sizes nor the number
     of steps: a longer run, and the dense baseline, see the same first samples, as in NeMo. A source is read epoch by
@@ -29,7 +29,7 @@ class BlendDataset(DatasetProvider):
     Args:
         folder: the folder; all nodes must share it.
         seq_length: tokens of a sequence.
-        seed: of the order of the sequences; None takes the manifest's.
+        seed: seed of the order of the sequences; None takes the manifest's.
         indices: where the first rank writes the order of the samples, a folder that all nodes share; None: `indices`
             in the data folder.
 
@@ -74,7 +74,7 @@ class BlendDataset(DatasetProvider):
         builder = BlendedMegatronDatasetBuilder(EpochDataset, wanted, lambda: True, config)
         first = torch.distributed.get_rank() == 0
         if first:
-            say_what_is_read(blend, context.train_samples // batch, batch * self.seq_length)
+            log_tokens_read(blend, context.train_samples // batch, batch * self.seq_length)
         with whole_indices(cache, blend.folder / MANIFEST) if first else nullcontext():
             train, validation, _ = builder.build()
         repeated = _Repeated(validation, once, max(once, context.valid_samples)) if once else None

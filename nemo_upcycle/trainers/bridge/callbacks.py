@@ -1,4 +1,4 @@
-"""The callbacks of a training in Bridge: its metrics, and what `config.upcycle` asks for."""
+"""The callbacks of a training in Bridge: its metrics, and the features of `config.upcycle`."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ class BridgeSchedules(Callback):
     """Scales the learning rates of router and experts, and anneals the load-balancing coefficient.
 
     Args:
-        factors: on the learning rates.
-        anneal: of the coefficient, from the model's.
+        factors: factors on the learning rates.
+        anneal: anneal of the coefficient, which starts at the model's.
     """
 
     def __init__(self, factors: LearningRateFactors, anneal: Anneal) -> None:
@@ -157,13 +157,13 @@ class BridgeRouterGradient(Callback):
 
 
 class BridgeLossGuard(Callback):
-    """Reports spikes of the loss, and ends the run at one where that is asked for; on all ranks alike.
+    """Reports spikes of the loss, and ends the run at one if the settings say so, on all ranks.
 
     A loss that is not a number ends a run by Bridge's own check.
 
     Args:
-        settings: of the run.
-        folder: of the training.
+        settings: settings of the run.
+        folder: folder of the training.
     """
 
     def __init__(self, settings: UpcycleSettings, folder: Path) -> None:

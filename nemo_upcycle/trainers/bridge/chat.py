@@ -21,7 +21,7 @@ from nemo_upcycle.utils.progress import show_messages
 
 @dataclass(kw_only=True)
 class ChatDataset(DatasetProvider):
-    """What a tuning reads: `config.dataset` of Bridge's.
+    """The data of a tuning: Bridge's `config.dataset`.
 
     A sample is a pack of conversations that do not see each other; the loss is on their answers. The packs are read
     epoch by epoch, each in another order that depends on `seed` alone: a longer run, the dense baseline, and the
@@ -29,8 +29,8 @@ class ChatDataset(DatasetProvider):
 
     Args:
         folder: a finished folder of `nemo-upcycle chat`; all nodes must share it.
-        seq_length: places of a pack, as the folder was made with.
-        seed: of the order of the packs; None takes the manifest's.
+        seq_length: places of a pack; must be the folder's.
+        seed: seed of the order of the packs; None takes the manifest's.
 
     Example:
         >>> config.dataset = ChatDataset(folder="data/mine", seq_length=4096)  # doctest: +SKIP

@@ -42,11 +42,11 @@ def find_recipe(name: str) -> Callable[[], ConfigContainer]:
     """Return a recipe of this package's, or of a user's.
 
     Args:
-        name: of the function, as `run_recipe.py --recipe` takes it; or `package.module:function`, which is looked for
-            in the present folder, too.
+        name: name of the function, a value of `run_recipe.py --recipe`; or `package.module:function`, which is looked
+            for in the present folder, too.
 
     Raises:
-        UpcycleError: there is none; the text has the closest match of this package's. Or it takes arguments.
+        UpcycleError: there is none, and the text has this package's closest match; or it takes arguments.
     """
     if ":" not in name:
         recipes = named_recipes()
@@ -193,7 +193,7 @@ def _value(config: ConfigContainer, key: str) -> Any:
 
 
 def required_hook(config: ConfigContainer) -> UpcycleHook:
-    """Return what upcycles a configuration of `load_config`."""
+    """Return the hook that upcycles, from a configuration of `load_config`."""
     hook = hook_of(config)
     assert hook is not None
     return hook
@@ -203,8 +203,8 @@ def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> No
     """Point a configuration to a run's folders, in place.
 
     Args:
-        config: from `load_config`.
-        folder: of the stage, for checkpoints and logs.
+        config: result of `load_config`.
+        folder: folder of the stage, for checkpoints and logs.
         data_folder: a finished folder of `nemo-upcycle data`, or of `nemo-upcycle chat`.
 
     Raises:
@@ -230,13 +230,13 @@ def run_config(
     """Train as a configuration says, on this rank, with this package's callbacks.
 
     Args:
-        config: placed.
-        folder: of the stage.
-        evaluations: what is scored on the way; None: what the configuration says.
-        verbose: whether Bridge prints to the console, and not to `bridge.log`.
+        config: configuration that `place_config` has changed.
+        folder: folder of the stage.
+        evaluations: evaluations during training; None takes the configuration's.
+        verbose: whether Bridge prints to the console rather than to `bridge.log`.
 
     Returns:
-        Whether it ended by itself; not where it was told to stop, and has saved.
+        Whether it ended by itself; False if a signal stopped it and it has saved.
     """
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain

@@ -1,4 +1,4 @@
-"""Fine-tuning what was upcycled in Bridge: by Bridge's own `finetune`, with all weights or with LoRA."""
+"""Fine-tune upcycled models by Bridge's own `finetune`, with all weights or with LoRA."""
 
 from __future__ import annotations
 

@@ -93,9 +93,9 @@ class BridgeEvaluations(Callback):
     """Evaluates the model every few steps with a small suite; see `LiveEvaluation`.
 
     Args:
-        evaluations: what is scored, and how often.
-        folder: of the training.
-        metrics: whose clock leaves the evaluations out; before this one in the list of callbacks.
+        evaluations: settings of the evaluations.
+        folder: folder of the training.
+        metrics: callback whose clock leaves the evaluations out; it stands before this one in the list.
     """
 
     def __init__(self, evaluations: Evaluations, folder: Path, metrics: BridgeMetrics) -> None:
@@ -146,7 +146,7 @@ def _data_of(config: ConfigContainer) -> str:
 
 
 def _settings(config: ConfigContainer) -> dict[str, Any]:
-    """Return what a run is trained on and with: data, batch, sequence length, precision, learning rate."""
+    """Describe the settings of a run for `training.json`: data, batch, sequence length, precision, learning rate."""
     data, scheduler, optimizer = config.dataset, config.scheduler, config.optimizer
     factors, anneal = settings_of(config).schedules()
     precision = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None

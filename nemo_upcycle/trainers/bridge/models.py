@@ -64,7 +64,7 @@ def upcycled_provider(
 
     Args:
         dense: the dense checkpoint's folder; or its architecture, of which a model may start from random weights.
-        spec: what is made of it; None for the dense model itself.
+        spec: how to upcycle it; None for the dense model itself.
         changes: fields of the provider that are to differ: layout, precision, kernels.
 
     Raises:
@@ -98,7 +98,7 @@ def upcycled_config(
 
     Args:
         dense: see `upcycled_provider`.
-        spec: what is made of it; None for the dense model itself.
+        spec: how to upcycle it; None for the dense model itself.
         changes: fields of the configuration or of its `TransformerConfig` that are to differ.
 
     Raises:
@@ -123,14 +123,14 @@ def upcycled_config(
 
 
 def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
-    """Let chunks that have just been built refuse their first pass, if nothing gives them weights until then.
+    """Let newly built chunks refuse their first pass if nothing has given them weights by then.
 
-    Their norms and biases are no numbers meanwhile: whatever fills or loads a model replaces them, and what would not
-    come through a chunk, as a schedule that takes its layers apart, ends with a loss that is no number.
+    Until then their norms and biases are NaN. Whatever fills or loads a model replaces them; a computation that does
+    not call the chunk, such as a schedule that takes its layers apart, ends with a loss of NaN.
 
     Args:
-        dense: the checkpoint that they are to be filled from.
-        chunks: of this rank.
+        dense: the checkpoint to fill them from.
+        chunks: chunks of the model on this rank.
 
     Returns:
         The chunks.
@@ -164,7 +164,7 @@ class _SavedWithSizes:
     """A builder's configuration that is saved with TP and PP where Bridge 0.6 looks for them in a checkpoint."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint's `run_config.yaml` says of the model, which is there of Bridge's own class."""
+        """Return the model's entry in a checkpoint's `run_config.yaml`, as one of Bridge's own class."""
         bridges: Any = type(self).__bases__[1]
         saved = bridges.as_dict(self) | {"_target_": f"{bridges.__module__}.{bridges.__qualname__}"}
         sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -236,7 +236,7 @@ def _transformer(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
 
 
 def _model(arch: Architecture) -> dict[str, Any]:
-    """Return what Bridge's model takes beside its `TransformerConfig`."""
+    """Return the arguments of Bridge's model beside its `TransformerConfig`."""
     scaling = None if arch.scales_in_layers else arch.rope_scaling
     if scaling and any(scaling.get(name) != value for name, value in _LLAMA3_SCALING.items()):
         raise SpecError(

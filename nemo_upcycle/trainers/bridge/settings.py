@@ -1,4 +1,4 @@
-"""What this package adds to a training in Bridge, as `config.upcycle`: neutral by default."""
+"""The settings that this package adds to a training in Bridge, as `config.upcycle`: neutral by default."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UpcycleSettings:
         spike_threshold: spreads above their median that make a spike.
         stop_on_spike: end the run at a spike; else it is a warning and a line in `metrics.jsonl`.
         evaluate_every: steps between two evaluations of the live model; 0 for none.
-        evaluate_suite: what they score: a name in `conf/evaluation`, a YAML file, or the folder of a suite.
+        evaluate_suite: suite that they score: a name in `conf/evaluation`, a YAML file, or the folder of a suite.
         evaluate_limit: take only the first items of each task.
 
     Example:
@@ -64,7 +64,7 @@ class UpcycleSettings:
         return schedules_of(**{name: getattr(self, name) for name in names})
 
     def evaluations(self) -> Evaluations | None:
-        """Return what is scored on the way."""
+        """Return the settings of evaluations during training."""
         if not self.evaluate_every:
             return None
         return Evaluations(suite=self.evaluate_suite, every_n_steps=self.evaluate_every, limit=self.evaluate_limit)
@@ -121,7 +121,7 @@ def require_callbacks(config: Any) -> None:
 
 
 def describe(config: Any) -> list[str]:
-    """Return what a run says at its start: its schedule, and what few mean to do: mock data, a high learning rate.
+    """Describe a run at its start: its schedule, and likely mistakes such as mock data or a high learning rate.
 
     Args:
         config: the run, completed by Bridge.

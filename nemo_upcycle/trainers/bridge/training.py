@@ -1,6 +1,6 @@
-"""A training in Megatron-Bridge: a recipe by Bridge's naming, what it is changed by, and the ranks it takes.
+"""A training in Megatron-Bridge: a recipe by Bridge's naming, its overrides, and its ranks.
 
-It can be read where Bridge is not installed; what needs Bridge is imported when it is asked for.
+The module can be imported without Bridge; functions that need Bridge import it.
 """
 
 from __future__ import annotations

@@ -100,14 +100,14 @@ def upcycle_on_start(
 class UpcycleHook:
     """Fills the chunks of a run that has no checkpoint of its own: its method `fill` is what Bridge calls.
 
-    It refers to the run without holding it, so that it can be pickled, as Bridge pickles a model's settings; what is
-    read back belongs to no run. In a copy of the run, it belongs to that.
+    It has a weak reference to the run, so that Bridge can pickle it with a model's settings; an unpickled hook belongs
+    to no run, and the hook in a copy of the run belongs to the copy.
 
     Args:
         config: the run.
-        spec: see `upcycle_on_start`.
-        paths: of the dense checkpoints, the parent's first.
-        non_expert_weights: see there.
+        spec: how to upcycle, see `upcycle_on_start`.
+        paths: paths of the dense checkpoints, the parent's first.
+        non_expert_weights: "first" or "mean", see `upcycle_on_start`.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class UpcycleHook:
 
 
 def hook_of(config: ConfigContainer) -> UpcycleHook | None:
-    """Return what `upcycle_on_start` has registered in a run; None without it."""
+    """Return the hook that `upcycle_on_start` has registered in a run; None if there is none."""
     owners = (getattr(hook, "__self__", None) for hook in _hooks(config.model))
     return next((owner for owner in owners if isinstance(owner, UpcycleHook)), None)
 
@@ -360,7 +360,7 @@ def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None)
 
 
 def _source_files(dense: Path) -> dict[str, str] | None:
-    """Return what identifies the files of the dense checkpoint; None where it is no longer there."""
+    """Return stamps that identify the files of the dense checkpoint; None if it is no longer there."""
     try:
         with open_dense(dense) as source:
             return source.fingerprint()

@@ -35,7 +35,7 @@ def ranks_of(recipe: run.Partial, where: str = "") -> tuple[int, int]:
     """Return the nodes and the ranks per node that a recipe's trainer asks for.
 
     Args:
-        recipe: of a training job.
+        recipe: recipe of a training job.
         where: prefix of its overrides, for the text of errors.
 
     Raises:
@@ -55,11 +55,11 @@ def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> i
 
 
 def precision_name(recipe: Any, precision: str) -> str:
-    """Return the planner's name of a recipe's precision, or that of NeMo's where the planner knows none.
+    """Return the planner's name of a recipe's precision, or NeMo's name if the planner has none.
 
     Args:
-        recipe: of a training job.
-        precision: of its plugin, in Lightning's words; FP8 and NVFP4 are told by the recipe's settings.
+        recipe: recipe of a training job.
+        precision: precision of its plugin, in Lightning's words; FP8 and NVFP4 follow from the recipe's settings.
     """
     places = getattr(recipe.trainer, "plugins", None), recipe.model.config
 
@@ -77,7 +77,7 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
     """Check a recipe before it is launched.
 
     Args:
-        recipe: of a training job.
+        recipe: recipe of a training job.
         where: prefix of its overrides, for the text of errors.
 
     Raises:
@@ -93,10 +93,10 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
 
 
 def check_settings(recipe: run.Partial, where: str = "") -> None:
-    """Check what can be told of a recipe whatever ranks it gets: names, values, and that spec and model agree.
+    """Check a recipe as far as it does not depend on its ranks: names, values, and that spec and model agree.
 
     Args:
-        recipe: of a training job.
+        recipe: recipe of a training job.
         where: prefix of its overrides, for the text of errors.
 
     Raises:
@@ -201,11 +201,11 @@ def check_parents(recipe: run.Partial, *, remote: bool) -> None:
     """Check that a recipe's model has the sizes of the dense models that it starts from.
 
     Args:
-        recipe: of a training job that starts on this machine.
+        recipe: recipe of a training job that starts on this machine.
         remote: whether to ask for a model on the hub, too, which needs the network.
 
     Raises:
-        UpcycleError: one is not there, cannot be reached, is no such model, or is of other sizes.
+        UpcycleError: a model is missing, cannot be reached, is not such a model, or has other sizes.
     """
     restore = recipe.resume.restore_config
     for source in (restore.path, *(restore.branches or [])):
@@ -216,13 +216,13 @@ def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bo
     """Check that a recipe's model has the sizes of a parent and the experts made of it, as far as it can be opened.
 
     Args:
-        recipe: of a training job.
+        recipe: recipe of a training job.
         dense: the parent's address.
         where: prefix of the recipe's overrides, for the text of errors.
-        remote: as `check_parents` takes it.
+        remote: whether to ask for a model on the hub, see `check_parents`.
 
     Raises:
-        UpcycleError: it has not, the parent does not become such a model, is not there or no such model.
+        UpcycleError: sizes differ, the parent is missing, or it cannot become such a model.
     """
     asks = remote and not dense.startswith("asset://")  # an asset would be fetched and made
     parent = local_parent(dense) or (read_parent(dense) if asks else known_parent(dense))
@@ -270,7 +270,7 @@ def check_calibration(recipe: run.Partial, *, here: bool) -> None:
     """Check that a recipe which is trained by itself names the calibration file that its spec needs.
 
     Args:
-        recipe: of a training job.
+        recipe: recipe of a training job.
         here: whether it starts on this machine, which then has to have the file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Parents that NeMo has no configuration of: its Llama's, or Mixtral's, with the parent's layers and settings."""
+"""Parents without a configuration in NeMo: its Llama's, or Mixtral's, with the parent's layers and settings."""
 
 # No postponed annotations, and Optional: NeMo-Run parses settings of the model by them.
 
@@ -22,7 +22,7 @@ def decoder_model(dense: str, seq_length: int = 4096) -> run.Config[GPTModel]:
 
     Args:
         dense: its Hugging Face folder.
-        seq_length: of the sequences to train on.
+        seq_length: length of the sequences to train on.
 
     Raises:
         SpecError: rotary frequencies are scaled, or differ from layer to layer.

@@ -1,4 +1,4 @@
-"""Keeps off the console what NeMo and Lightning say that is not so: of optional parts, one rank, accelerators."""
+"""Keep false messages of NeMo and Lightning off the console: about optional parts, one rank, accelerators."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """NeMo's LoRA for upcycled models: low-rank adapters on attention and experts, the routers trained in full.
 
-NeMo saves the adapters alone and finds the rest in the checkpoint that a run started from. An upcycled model has none
-before it is trained: here checkpoints are whole, adapters beside the weights that they belong to, and an export adds
+NeMo saves the adapters alone and finds the rest in the checkpoint that a run started from. An upcycled model has no
+checkpoint before it is trained, so checkpoints are whole here: adapters stand beside their weights, and an export adds
 them up.
 """
 
@@ -45,7 +45,7 @@ class UpcycleLoRA(LoRA):
                 module.register_forward_hook(_with_gradient)
 
     def get_wrappped_io(self) -> Any:
-        """Return what makes the reader and writer of checkpoints, which are whole."""
+        """Return the class of the reader and writer of checkpoints, which writes whole ones."""
         return partial(_WholeCheckpoints, peft=self)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -69,7 +69,7 @@ class _WholeCheckpoints(_WrappingCheckpointIO, AsyncCompatibleCheckpointIO):
     """Writes weights and adapters, and tells NeMo's LoRA which checkpoint has its adapters.
 
     Args:
-        checkpoint_io: that reads and writes.
+        checkpoint_io: reader and writer of checkpoints.
         peft: not needed.
     """
 

@@ -66,7 +66,7 @@ class LossGuard(Callback):
         )
 
     def _judge(self, trainer: pl.Trainer) -> tuple[str, float, str] | None:
-        """Return what is wrong with a step that must end the run: the number's name, value, and what it should be."""
+        """Return the number for which a step must end the run, or None: its name, value, and what was expected."""
         names = {"loss": "reduced_train_loss", "gradient norm": "grad_norm"}
         for what, name in names.items():
             value = trainer.callback_metrics.get(name)

@@ -121,7 +121,7 @@ def _from_first_rank(loss: Any) -> Any:
 
 
 def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
-    """Return what a run is trained on and with, as it acts: data, batch, sequence length, precision, learning rate."""
+    """Describe the settings that act in a run: data, batch, sequence length, precision, learning rate."""
     sampler, optim = trainer.datamodule.data_sampler, pl_module.optim
     scheduler = optim.lr_scheduler
     schedule = {"name": type(scheduler).__name__.removesuffix("Scheduler") if scheduler else "constant"}

@@ -1,7 +1,8 @@
-"""The arguments of NeMo's classes, shown by every Python alike.
+"""Let every Python show the arguments of NeMo's classes.
 
-Before 3.11.4 `inspect` shows a class without an `__init__` of its own by any inherited `__new__`. NeMo's `IOMixin` has
-one that takes everything: a `run.Config` of `nl.Trainer` or `UpcycleStrategy` would know neither names nor defaults.
+Before 3.11.4 `inspect` shows a class without an `__init__` of its own with the arguments of any inherited `__new__`.
+NeMo's `IOMixin` has one that takes everything: a `run.Config` of `nl.Trainer` or `UpcycleStrategy` would know neither
+names nor defaults.
 """
 
 from __future__ import annotations

@@ -68,9 +68,9 @@ class Olmo2Model(GPTModel):
     """NeMo's model of an `Olmo2Config`.
 
     Args:
-        config: of the model.
-        optim: its optimizer.
-        tokenizer: that of the data.
+        config: configuration of the model.
+        optim: optimizer of the model.
+        tokenizer: tokenizer of the data.
         model_transform: called with the model once it is built.
     """
 

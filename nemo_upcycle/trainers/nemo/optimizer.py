@@ -48,8 +48,8 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
 
     Args:
         config: Megatron's optimizer settings.
-        lr_scheduler: as in NeMo. It is given the learning rates without factors; `lr` in the logs is that of the rest.
-        no_weight_decay_cond: as in NeMo.
+        lr_scheduler: NeMo's scheduler. It sees learning rates without factors; `lr` in the logs is that of the rest.
+        no_weight_decay_cond: NeMo's condition.
         router_lr_mult: factor on the router's learning rate, at every step.
         expert_lr_mult: factor on the routed experts' learning rate, at every step.
         router_warmup_steps: number of first optimizer steps in which the router trains and the experts are frozen.

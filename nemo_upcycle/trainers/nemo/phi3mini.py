@@ -19,10 +19,10 @@ class LongRopePhi3Config(Phi3Config):
     """NeMo's configuration of a Phi-3 with LongRoPE; its sequences have the frequencies of their length.
 
     Args:
-        short_factor: of the rotary frequencies, for sequences up to `original_max_position_embeddings`.
-        long_factor: of those of longer ones.
-        original_max_position_embeddings: tokens.
-        max_position_embeddings: tokens; with the former it decides the factor on sine and cosine.
+        short_factor: factors on rotary frequencies, for sequences up to `original_max_position_embeddings`.
+        long_factor: factors for longer sequences.
+        original_max_position_embeddings: number of tokens.
+        max_position_embeddings: number of tokens; with the former it decides the factor on sine and cosine.
     """
 
     short_factor: list[float] = field(default_factory=list)
@@ -67,7 +67,7 @@ def phi3_model(dense: str, seq_length: int = 4096) -> run.Config[Phi3Model]:
 
     Args:
         dense: its Hugging Face folder.
-        seq_length: of the sequences to train on.
+        seq_length: length of the sequences to train on.
 
     Example:
         >>> recipe.model = phi3_model("/models/Phi-4-mini-instruct")  # doctest: +SKIP

@@ -66,8 +66,8 @@ def model_config(recipe: run.Partial, parent: Architecture | None = None) -> Any
     """Return the NeMo model config of an upcycling recipe, built.
 
     Args:
-        recipe: of the upcycled model.
-        parent: for the config of its parent, which has this architecture.
+        recipe: recipe of the upcycled model.
+        parent: architecture of its parent, to return the parent's config; None: the upcycled model's.
     """
     config = copy.deepcopy(recipe.model.config)
     if parent:
@@ -80,8 +80,8 @@ def place_recipe(recipe: run.Partial, folder: Path, dense_folder: Path, data_fol
     """Point a recipe to a run's folders, in place.
 
     Args:
-        recipe: of a training stage.
-        folder: where logs and checkpoints go.
+        recipe: recipe of a training stage.
+        folder: folder for logs and checkpoints.
         dense_folder: the dense parent.
         data_folder: a finished folder of `nemo-upcycle data`.
     """
@@ -95,7 +95,7 @@ def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:
     """Let a recipe train on a finished folder of `nemo-upcycle data`, in place; its batches stay.
 
     Args:
-        recipe: of a training; one that tunes takes a folder of `nemo-upcycle chat`.
+        recipe: recipe of a training; one that tunes takes a folder of `nemo-upcycle chat`.
         data_folder: the folder.
         dense: the dense model, whose tokenizer the data must have.
     """

@@ -66,16 +66,16 @@ class UpcycleResume(nl.AutoResume):
 
 
 def _chosen_by_first(strategy: Any, choose: Callable[[], Path | None]) -> Path | None:
-    """Return what the first rank of a job chooses; the others wait for its word.
+    """Let the first rank of a job choose a path, and return it on every rank.
 
     There is no process group yet, so the ranks meet in the store that their process group will use.
 
     Args:
-        strategy: of the trainer; its process group takes the store.
-        choose: called on the first rank alone.
+        strategy: strategy of the trainer; its process group takes the store.
+        choose: function that chooses, called on the first rank alone.
 
     Raises:
-        CheckpointError: as `choose` raises it, on every rank.
+        CheckpointError: `choose` raised it; raised on every rank.
     """
     ranks = strategy.cluster_environment
     if not ranks.creates_processes_externally or ranks.world_size() == 1:

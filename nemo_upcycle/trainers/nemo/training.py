@@ -1,4 +1,4 @@
-"""A training in NeMo: a recipe of NeMo-Run's, read as `Training` asks, and what runs it in the folder of a stage."""
+"""A training in NeMo: a recipe of NeMo-Run's behind the `Training` contract, run in the folder of a stage."""
 
 from __future__ import annotations
 

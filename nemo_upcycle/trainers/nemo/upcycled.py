@@ -33,26 +33,26 @@ from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.ranks import is_first_rank
 
 
-#: NeMo's classes whose settings ours take as they are, and ours.
-_OURS = {
+#: Part of a recipe -> NeMo's class, and this package's in its place, which takes the same settings.
+_REPLACEMENTS = {
     "trainer.strategy": (nl.MegatronStrategy, UpcycleStrategy),
     "resume": (nl.AutoResume, UpcycleResume),
     "optim": (nl.MegatronOptimizerModule, UpcycleOptimizer),
 }
-#: In NeMo's recipes of Mistral and Qwen; no class of its takes it, so it does nothing.
+#: A setting in NeMo's recipes of Mistral and Qwen that no class of NeMo takes, so it has no effect.
 _LEFT_OVER = "ckpt_include_optimizer"
 _FAMILIES = ", ".join(family.title for family in parents() if family.nemo_module)
 
 
 def upcycled(recipe: run.Partial, dense: str, spec: UpcycleSpec, data: str | None = None) -> run.Partial:
-    """Return the recipe of a dense model as one that starts by upcycling a dense checkpoint, and say what it changed.
+    """Turn the recipe of a dense model into one that starts by upcycling a dense checkpoint, and log the changes.
 
-    Layout, batches, schedule, logging, callbacks and the data stay what they were, but for what experts cannot do
-    without. The recipe that is given stays as it is: with `start_from(recipe, dense, None)` it is the dense baseline.
+    Layout, batches, schedule, logging, callbacks and data stay as they are, unless experts need a change. The given
+    recipe is not changed: with `start_from(recipe, dense, None)` it becomes the dense baseline.
 
     Args:
-        recipe: of NeMo for a dense model of a family of this package, as `llm.llama32_1b.pretrain_recipe()`, or a
-            `run.Partial(llm.pretrain, ...)` of one's own.
+        recipe: NeMo's recipe for a dense model of a family of this package, such as
+            `llm.llama32_1b.pretrain_recipe()`, or a `run.Partial(llm.pretrain, ...)` of one's own.
         dense: the dense checkpoint: a Hugging Face folder, `hf://ORG/NAME`, `nemo:///absolute/path`.
         spec: how to upcycle it.
         data: a finished folder of `nemo-upcycle data`, made with the dense model's tokenizer; None keeps the recipe's
@@ -251,8 +251,8 @@ def _complete(recipe: run.Partial) -> None:
 
 
 def _take_ours(recipe: run.Partial, name: str) -> None:
-    """Let a part of a recipe be of this package's class, with all its settings; a class derived from it stays."""
-    theirs, ours = _OURS[name]
+    """Give a part of a recipe this package's class, with all its settings; a class derived from it stays."""
+    theirs, ours = _REPLACEMENTS[name]
     part = setting(recipe, name)
     if part is None or issubclass(part.__fn_or_cls__, ours):
         return

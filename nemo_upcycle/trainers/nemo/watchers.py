@@ -1,4 +1,4 @@
-"""NVIDIA's resiliency extension in a run, where its surroundings are there; else callbacks that do nothing."""
+"""NVIDIA's resiliency extension in a run, or callbacks that do nothing if its surroundings are missing."""
 
 # No postponed annotations: NeMo-Run parses `trainer.callbacks[4].every_s=60.0` by them.
 

@@ -28,7 +28,7 @@ def test_overrides_stand_before_and_after_options(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--check", "seqlength"], "argument 'seqlength': got no =, expected KEY=VALUE"),
+        (["--check", "seqlength"], "argument 'seqlength': got no =, expected KEY=VALUE. Fix: type"),
         (["--check", "seqlength=2"], "key 'seqlength' does not exist. Did you mean 'seq_length'?"),
         (["seed=1", "--chekc", "seed=2"], "--chekc"),
         (["--qos", "high", "seed=2"], "--qos: got no --slurm"),

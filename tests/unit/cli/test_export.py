@@ -87,6 +87,7 @@ def _receipt(folder: Path, **changes: Any) -> str:
     [
         (("--top-k", "4"), "--top-k: got 4, expected 2 (spec.top_k in "),
         (("--router-order", "softmax_topk"), "--router-order: got softmax_topk, expected topk_softmax (spec."),
+        (("--experts", "8"), "--experts: got 8, expected 4 (spec.num_experts in "),
         (("--seed", "7"), "--seed: got 7, expected 1234 (spec.seed in "),
     ],
 )

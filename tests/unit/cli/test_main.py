@@ -89,9 +89,7 @@ def test_it_starts_without_torch_and_nemo() -> None:
         (["convert", "a", "b", "--expert", "8"], "option '--expert' does not exist. Did you mean '--experts'?"),
         (["plan", "--price", "2"], "option '--price' does not exist. Did you mean '--price-per-gpu-hour'?"),
         (["verify", "a", "b", "--experts", "8"], "option '--experts' does not exist. Fix: see"),
-        (["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "A100"], "Did you mean 'a100'? Valid: a100,"),
         (["convert", "a", "b", "--topk=2"], "option '--topk' does not exist. Did you mean '--top-k'?"),
-        (["data", "sotu", "d", "seq_length"], "argument 'seq_length': got no =, expected KEY=VALUE. Fix: type"),
         (["data", "sotuu", "d"], "blend 'sotuu' does not exist. Did you mean 'sotu'?"),
         (["data", "sotu", "d", "--workers", "0"], "--workers: got 0, expected 1 or more"),
         (
@@ -268,10 +266,6 @@ def test_export_finds_the_spec_in_the_runs_receipt(
     assert main(["export", checkpoint, str(tmp_path / "hf"), "--dtype", "float32", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["hf_class"] == "MixtralForCausalLM"
     assert main(["verify", str(dense), str(tmp_path / "hf"), "--weights-only"]) == 0
-    capsys.readouterr()
-    assert "--experts: got 8, expected 4 (spec.num_experts in" in _fails(
-        capsys, "export", checkpoint, str(tmp_path / "x"), "--experts", "8"
-    )
     assert main(["export", checkpoint, str(tmp_path / "y"), "--noise-std", "0.01"]) == 0  # the receipt's own
     capsys.readouterr()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")

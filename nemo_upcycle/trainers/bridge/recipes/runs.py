@@ -1,4 +1,4 @@
-"""The trainings that recipes are, with the numbers of NeMo's; a row of `conf/planning/recipes.yaml` adds the layout.
+"""The trainings of recipes, with the numbers of NeMo's; a row of `conf/planning/recipes.yaml` adds the layout.
 
 The table and `recipes/h100.py` give the reasons: what arXiv 2412.09952 states, what it does not.
 """
@@ -47,7 +47,7 @@ def hybridep_run(dense: str, *, nvlink_gpus: int = 8, **settings: Any) -> Upcycl
 
     Args:
         dense: the dense checkpoint.
-        nvlink_gpus: those that NVLink joins: of a machine with 8, or `NVL72`.
+        nvlink_gpus: number of GPUs that NVLink joins: 8 in a usual machine, or `NVL72`.
         settings: see `upcycled_run`.
     """
     flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep", "moe_router_dtype": "fp32"}
