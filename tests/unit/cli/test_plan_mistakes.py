@@ -49,46 +49,8 @@ def test_plan_names_the_option_that_was_typed(
     assert words in _refusal(capsys, "--recipe", "llama3_8b_e8t2", "--gpus", "512", *options)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--recipe", "llama3_8b_e8t", "--gpus", "8"], "Did you mean 'llama3_8b_e8t2'"),
-        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "h10"], "Did you mean 'h100'"),
-        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "a100", "--precision", "fp8-delayed"], "bf16 on A100"),
-        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--experts", "4"], "none beside --recipe"),
-        ([*PAPER, "--explain", "2"], "explain: got 2"),
-        (["--model", "no/such/folder", "--gpus", "8"], "no such folder"),
-        (["--recipe", "llama3_8b_e8t2", "--gpus", "12", "--layout", "ep=6"], "Fix: set --layout ep=4"),
-        ([*PAPER, "--granularity", "2"], "granularity: got 2, expected none beside --recipe"),
-        ([*PAPER, "--tokens", "inf"], "tokens: got 'inf'"),
-        (["--recipe", "", "--gpus", "8"], "recipe '' does not exist"),
-        ([*PAPER, "--price-per-gpu-hour", "nan"], "price_per_gpu_hour: got nan"),
-        ([*PAPER, "--rows", "0"], "rows: got 0"),
-        ([*PAPER, "--micro-batch", "0"], "micro_batch: got 0, expected a whole number, 1 to 512"),
-        ([*PAPER[:-1], PAPER[-1] + ", mbs = 2", "--micro-batch", "1"], "micro_batch: got 1 beside mbs=2"),
-        (["--recipe", "llama3_8b_e8t2", "--gpus", "64", "--micro-batch", "3"], "Fix: set global_batch="),
-        (["--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--recompute", "moe_act"], "recompute: got moe_act"),
-        (["--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--dispatcher", "deepep"], "dispatcher: got deepep"),
-        (["--recipe", "llama3_8b_dense_ct", "--gpus", "8", "--capacity-factor", "2"], "none for a dense model"),
-        (["--recipe", "llama3_8b_dense_ct", "--gpus", "8", "--recompute", "moe_act"], "none for a dense model"),
-        ([*PAPER, "--overlap", "tp"], "overlap: got tp, expected none beside --recipe"),
-        ([*PAPER, "--seq-length", "8" * 400], "seq_length: got 888"),
-        ([*PAPER, "--capacity-factor", "5"], r"capacity_factor: got 5, expected at most num_experts / top_k \(4\)"),
-        ([*PAPER, "--pad-to-capacity"], "less than 4 with padding"),
-        ([*PAPER, "--capacity-factor", "0", "--pad-to-capacity"], "capacity_factor: got None"),
-        ([*PAPER, "--precision", "fp8-delayed", "--recompute", "moe_act"], "moe_act with fp8-delayed"),
-        (
-            [*PAPER, "--recompute", "none,moe"],
-            "recompute 'none' does not exist. Valid: core_attn, layernorm, mlp, moe, m",
-        ),
-        (["--recipe", "llama3_8b_dense_ct", "--gpus", "8", "--dense-router-gradient"], "none for a dense model"),
-        (["--recipe", "llama3_8b_e8t2", "--gpus", "64", "--backend", "megatron"], "backend 'megatron' does not exist"),
-        ([*PAPER, "--low-precision-params"], "low-precision-params: got it, expected --precision in FP8 or FP4"),
-    ],
-)
-def test_mistakes_are_named(options: list[str], words: str) -> None:
-    with pytest.raises(UpcycleError, match=words):
-        _run(*options)
+_MOE, _DENSE = "--recipe llama3_8b_e8t2", "--recipe llama3_8b_dense_ct --gpus 8"
+_SMALL, _TYPED = "--recipe smollm2_135m_e8t2 --gpus 2", " ".join(PAPER)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +63,6 @@ def test_mistakes_are_named(options: list[str], words: str) -> None:
         ("--model no/such/folder --gpus 8", "model 'no/such/folder'", "no such folder", ""),
         (f"{_TYPED} --explain 2", "explain", "2", ""),
         (f"{_TYPED} --rank 512", "rank", "512", ""),
-        (f"{_TYPED} --rank x", "--rank", "x", ""),
         (f"{_TYPED} --granularity 2", "--granularity", "2", "none beside --recipe"),
         (f"{_TYPED} --tokens inf", "--tokens", "'inf'", ""),
         (f"{_TYPED} --price-per-gpu-hour nan", "price_per_gpu_hour", "nan", ""),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.recipe_table import bridge_recipes
 from nemo_upcycle.trainers.base import Training, TrainingSettings
 from nemo_upcycle.trainers.bridge.training import BridgeTraining
