@@ -138,6 +138,70 @@ def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
     return tokens
 
 
+def rank_arms(arms: Mapping[str, Mapping[int, Sums]], margin: float = MARGIN) -> list[dict[str, Any]]:
+    """Rank arms by their bits per byte, best first.
+
+    The best of many is the best by luck, too: intervals are Tukey's, for all pairs of arms at once. The spread from
+    seed to seed is pooled over the arms, in blocks of a seed: of each arm alone there are too few.
+
+    Args:
+        arms: name -> sums by seed, of the same documents; at least one seed is common to all.
+        margin: bits per byte that do not matter.
+
+    Returns:
+        `arm`, `value` over the common seeds, and `to_best`: `difference`, `stderr`, `low`, `high` and `verdict` as in
+        `difference_of_arms`; None of the best itself.
+    """
+    seeds = sorted(set.intersection(*(set(scores) for scores in arms.values())))
+    reached = {name: [bits_per_byte(scores[seed]) for seed in seeds] for name, scores in arms.items()}
+    ranked = sorted(reached, key=lambda name: statistics.fmean(reached[name]))
+    best = {seed: arms[ranked[0]][seed] for seed in seeds}
+    spread, free = _pooled(list(reached.values()))
+    ranking = []
+    for name in ranked:
+        entry: dict[str, Any] = {"arm": name, "value": statistics.fmean(reached[name]), "to_best": None}
+        if name != ranked[0]:
+            own = difference_of_arms({seed: arms[name][seed] for seed in seeds}, best)
+            documents = (own["stderr_documents"], own["documents"] - 1)
+            stderr = math.hypot(documents[0] or 0.0, spread or 0.0)
+            half_width = stderr * _tukey_quantile(len(arms), _degrees(documents, (spread, free)))
+            value = own["difference"]
+            if value == 0 == own["stderr"]:  # the same bits, about which other arms say nothing
+                stderr = half_width = 0.0
+            entry["to_best"] = {"difference": value, "stderr": stderr, "verdict": _verdict(value, half_width, margin)}
+            entry["to_best"] |= {"low": value - half_width, "high": value + half_width}
+        ranking.append(entry)
+    return ranking
+
+
+def _pooled(values: Sequence[Sequence[float]]) -> tuple[float | None, int]:
+    """Return the standard error of a difference of two arms from the spread over seeds, and its degrees of freedom.
+
+    Args:
+        values: values by arm and seed, the seeds in the same order. What a seed does to all arms is no spread.
+    """
+    arms, seeds = len(values), len(values[0])
+    if seeds < 2:
+        return None, 0
+    of_arm = [statistics.fmean(row) for row in values]
+    of_seed = [statistics.fmean(column) for column in zip(*values, strict=True)]
+    whole = statistics.fmean(of_arm)
+    squares = sum(
+        (value - of_row - common + whole) ** 2
+        for row, of_row in zip(values, of_arm, strict=True)
+        for value, common in zip(row, of_seed, strict=True)
+    )
+    free = (arms - 1) * (seeds - 1)
+    return math.sqrt(2 * squares / free / seeds), free
+
+
+def _tukey_quantile(arms: int, degrees: float) -> float:
+    """Return the half of an interval that holds for all pairs of arms with 95 %, in errors of a difference."""
+    from scipy.stats import studentized_range
+
+    return float(studentized_range.ppf(0.95, arms, min(degrees, 1e5))) / math.sqrt(2)
+
+
 def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[int, Sums]:
     """Return the scores of an arm's seeds after some tokens, interpolated between two points of its curve if need be.
 

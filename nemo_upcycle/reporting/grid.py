@@ -15,6 +15,7 @@ from nemo_upcycle.evaluation.arms import (
     difference_of_arms,
     mean_of,
     mean_of_seeds,
+    rank_arms,
     sums_after,
 )
 from nemo_upcycle.evaluation.heldout import Sums, by_source
@@ -182,7 +183,8 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
         mean and its `tokens` each), `sources` at the end, `routers` (metric -> pairs of tokens and value));
         `differences` (name -> `reference`; the difference at the `start`, `along` all `tokens` after which both were
         scored, and at the `end` of these, None where there is none; `better_from` tokens; `equal_flops`, where a
-        token costs the two different FLOPs, and `equal_time`, None where nothing can be compared).
+        token costs the two different FLOPs, and `equal_time`, None where nothing can be compared); and `rankings`
+        (`rank_arms` of all arms after the tokens of each whole training).
     """
     values: dict[str, Any] = {"margin": described["margin"], "arms": {}, "differences": {}}
     for name, arm in arms.items():
@@ -210,6 +212,7 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
     for name, other in described["references"].items():
         difference = _difference(arms[name], arms[other], values["margin"])
         values["differences"][name] = {"reference": other, **difference}
+    values["rankings"] = _rankings(arms, values["margin"])
     return values
 
 
@@ -268,3 +271,17 @@ def _sources(seeds: Mapping[int, Sums]) -> dict[str, dict[str, Any]]:
     """Return source -> score of the last step, the mean over seeds and its interval."""
     by_seed = [by_source(sums) for sums in seeds.values()]
     return {source: mean_of([one[source]["value"] for one in by_seed]) for source in by_seed[0]}
+
+
+def _rankings(arms: Mapping[str, ArmRecord], margin: float) -> list[dict[str, Any]]:
+    """Rank the arms of a parent after the tokens of each whole training, the longest list first."""
+    rankings = []
+    for parent, tokens in dict.fromkeys((arm.parent, arm.tokens) for arm in arms.values()):
+        siblings = {name: arm for name, arm in arms.items() if arm.parent == parent}
+        ended = next(arm for arm in siblings.values() if arm.tokens == tokens)
+        reached = {name: arm.scores[tokens] for name, arm in siblings.items() if arm.is_scored_with(ended, tokens)}
+        seeds = set.intersection(*(set(scores) for scores in reached.values()))
+        if len(reached) > 1 and seeds:
+            ranking = {"tokens": tokens, "arms": rank_arms(reached, margin)}
+            rankings.append(ranking | ({"parent": parent} if parent else {}))
+    return sorted(rankings, key=lambda ranking: -len(ranking["arms"]))

@@ -144,6 +144,7 @@ def render_table(values: Mapping[str, Any]) -> str:
         _missing(values.get("missing", [])),
         _arms(arms),
         _differences(values["differences"], values["margin"]),
+        _rankings(values["rankings"]),
         _sources(arms),
         section("Held-out text", text) if (text := overlap(values.get("heldout_overlap"))) else "",
         f"Every number: `table.json`, made from `{EVIDENCE}`.\n",
@@ -221,6 +222,27 @@ def _equal_cost(point: Mapping[str, Any] | None, unit: str) -> str:
         return "-"
     times = "" if abs(point["cost_ratio"] - 1) < 5e-4 else f", {point['cost_ratio']:.3f} times the {unit}"
     return f"{with_verdict(point)}: {point['tokens']:,} tokens for {point['reference_tokens']:,.0f}{times}"
+
+
+def _rankings(rankings: list[Mapping[str, Any]]) -> str:
+    tables = []
+    for ranking in rankings:
+        rows = [
+            [entry["arm"], f"{entry['value']:.4f}", with_verdict(entry["to_best"]) if entry["to_best"] else "best"]
+            for entry in ranking["arms"]
+        ]
+        title = f"after {ranking['tokens']:,} tokens" + (
+            f" from {parent}" if (parent := ranking.get("parent")) else ""
+        )
+        tables.append(table([title, "bits per byte", "to the best"], rows))
+    if not tables:
+        return ""
+    about = (
+        "A tie with the best shares its place; what is not resolved may, too. The intervals hold for all pairs of arms"
+        " in a table at once (Tukey's, 95 %), with the spread from seed to seed pooled over the arms: a verdict may"
+        " differ from that above."
+    )
+    return section("Ranking", *tables, about)
 
 
 def _sources(arms: Mapping[str, Any]) -> str:

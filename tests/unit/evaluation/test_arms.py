@@ -12,6 +12,7 @@ from nemo_upcycle.evaluation.arms import (
     better_from,
     difference_of_arms,
     mean_of_seeds,
+    rank_arms,
     sums_after,
 )
 from nemo_upcycle.evaluation.heldout import bits_per_byte, by_source, document_sums
@@ -43,6 +44,30 @@ def test_each_source_has_its_own_bits_per_byte() -> None:
         "law": {"value": pytest.approx(2.0), "stderr": pytest.approx(1.0), "documents": 2},
         "web": {"value": pytest.approx(0.5), "stderr": None, "documents": 1},
     }
+
+
+def test_ranked_arms_allow_for_all_pairs() -> None:
+    """What is left of arms (1.1, 1.22, 1.3) and seeds (1.1, 1.3133): 0.0067, -0.0133, 0.0067 and their opposites.
+
+    Their squares sum to 5.33e-4, over two degrees of freedom 2.67e-4: the error of a difference over two seeds is
+    sqrt(2 * 2.67e-4 / 2) = 0.01633. Tukey's q(0.95; 3, 2) is 8.331, over the root of two 5.891.
+    """
+    bits = {"far": (1.2, 1.4), "best": (1.0, 1.2), "near": (1.1, 1.34)}
+    arms = {name: {1: documents(one, one), 2: documents(two, two)} for name, (one, two) in bits.items()}
+    best, near, far = rank_arms(arms)
+    assert (best["arm"], near["arm"], far["arm"]) == ("best", "near", "far")
+    assert best["to_best"] is None
+    assert near["to_best"]["difference"] == pytest.approx(0.12)
+    assert near["to_best"]["stderr"] == pytest.approx(0.01633, rel=1e-3)
+    assert near["to_best"]["high"] - 0.12 == pytest.approx(5.891 * 0.01633, rel=1e-3)
+    assert near["to_best"]["verdict"] == "worse"
+
+
+def test_one_seed_is_ranked_by_documents_alone() -> None:
+    best, other = rank_arms({"a": {1: documents(1.0, 1.2)}, "b": {1: documents(1.1, 1.5)}})
+    # 0.1 and 0.3 of two documents: 0.2 +- 0.1, of one degree: q(0.95; 2, 1) / root of two is t = 12.71
+    assert (best["arm"], other["to_best"]["verdict"]) == ("a", "not resolved")
+    assert other["to_best"]["high"] - 0.2 == pytest.approx(12.71 * 0.1, rel=1e-3)
 
 
 def test_between_two_points_documents_are_linear_in_the_logarithm_of_the_tokens() -> None:
@@ -123,6 +148,8 @@ def test_what_rounding_makes_is_a_tie() -> None:
 def test_what_is_equal_to_the_last_bit_is_a_tie_whatever_the_margin() -> None:
     arm = {seed: documents(1.0 + seed / 10, 1.3) for seed in (1, 2, 3)}
     assert difference_of_arms(arm, arm, margin=0.0)["verdict"] == "tie"
+    other = {seed: documents(1.05 + seed / 8, 1.3) for seed in (1, 2, 3)}
+    assert rank_arms({"a": arm, "b": arm, "c": other})[1]["to_best"]["verdict"] == "tie"
 
 
 def test_seeds_are_compared_with_their_own_kind() -> None:

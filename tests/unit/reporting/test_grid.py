@@ -154,6 +154,7 @@ def test_arms_of_other_lengths_are_compared_at_their_ends_alone_where_the_learni
     assert (found["end"], found["better_from"], found["equal_time"]) == (None, None, None)
     assert (found["equal_flops"]["tokens"], found["equal_flops"]["reference_tokens"]) == (400, 800)
     assert found["equal_flops"]["difference"] == pytest.approx(0.0, abs=1e-9)
+    assert [(ranking["tokens"], len(ranking["arms"])) for ranking in values["rankings"]] == [(400, 2)]  # moe and st
     text = render_table({"grid": "mine", "about": "", **values})
     row = next(line for line in text.splitlines() if line.startswith("| moe - dense |"))
     assert row.split(" | ")[2:4] == ["-", "-"]
@@ -201,6 +202,15 @@ def test_a_step_that_two_arms_scored_with_other_seeds_is_left_out(run_dir: Path)
     (run_dir / "dense-seed2/evaluation/step=2.json").unlink()
     values = compared(run_dir, described())
     assert tokens_of(values["differences"]["moe"]["along"]) == [0, 100, 400, 800]
+
+
+def test_all_arms_that_came_so_far_are_ranked(values: dict[str, Any]) -> None:
+    shorter, longer = values["rankings"]
+    assert (shorter["tokens"], [entry["arm"] for entry in shorter["arms"]]) == (400, ["moe", "st", "dense"])
+    assert (longer["tokens"], [entry["arm"] for entry in longer["arms"]]) == (800, ["moe", "dense"])
+    assert shorter["arms"][0]["to_best"] is None
+    assert shorter["arms"][2]["to_best"]["difference"] == pytest.approx(0.1)
+    assert shorter["arms"][2]["to_best"]["verdict"] == "worse"
 
 
 def test_the_table_has_every_section(run_dir: Path) -> None:
@@ -309,6 +319,15 @@ def test_evaluations_of_other_documents_are_named(run_dir: Path) -> None:
     (run_dir / "st-seed2/evaluation/step=1.json").write_text(json.dumps(evaluation((1.0, 1.0))))
     with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json: got 2 documents"):
         write_table(run_dir, "mine", described())
+
+
+def test_arms_are_ranked_with_those_of_their_parent_alone() -> None:
+    evidence = parents_evidence()
+    rankings = compare_arms(arms_of(evidence), evidence["described"])["rankings"]
+    assert len(rankings) == 5
+    for ranking in rankings:
+        suffix = ranking["parent"].removeprefix("dense_from_nothing-")
+        assert all(suffix in entry["arm"] or suffix == "untrained" for entry in ranking["arms"])
 
 
 def test_points_of_trainings_from_parents_have_what_a_law_is_fitted_to() -> None:
