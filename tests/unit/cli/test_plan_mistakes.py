@@ -62,7 +62,6 @@ _SMALL, _TYPED = "--recipe smollm2_135m_e8t2 --gpus 2", " ".join(PAPER)
         ("--recipe '' --gpus 8", "recipe", "", "('llama31_8b"),
         ("--model no/such/folder --gpus 8", "model 'no/such/folder'", "no such folder", ""),
         (f"{_TYPED} --explain 2", "explain", "2", ""),
-        (f"{_TYPED} --rank 512", "rank", "512", ""),
         (f"{_TYPED} --granularity 2", "--granularity", "2", "none beside --recipe"),
         (f"{_TYPED} --tokens inf", "--tokens", "'inf'", ""),
         (f"{_TYPED} --price-per-gpu-hour nan", "price_per_gpu_hour", "nan", ""),

@@ -101,10 +101,10 @@ def test_a_megatron_without_the_needed_names_trains_with_a_warning(
 def test_a_job_warns_of_a_loss_that_does_not_act_as_set(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_upcycle.trainers.balancing import _say
+    from nemo_upcycle.trainers.balancing import _report
     from nemo_upcycle.utils.progress import show_messages
 
     monkeypatch.setattr(show_messages(), "propagate", True)
-    _say([ActingCoefficient("seq_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])
+    _report([ActingCoefficient("seq_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])
     text = "a coefficient of 0.01 acts as 0.00125 (divided); a coefficient 8 times as large compensates"
     assert _warnings(caplog) == {f"seq_aux_loss: {text}"}
