@@ -55,7 +55,7 @@ def write_parent(folder: Path, layers: int) -> None:
 def check(folder: Path, layers: int) -> dict[str, Any]:
     """Check step 0 of the recipe's model; return what the receipt says, and what it took."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.pipeline.stages import SAMPLE_WINDOW_TOKENS, SAMPLE_WINDOWS
+    from nemo_upcycle.pipeline.data_stage import SAMPLE_WINDOW_TOKENS, SAMPLE_WINDOWS
     from nemo_upcycle.recipes import llama3_8b_e8t2
     from nemo_upcycle.trainers.equivalence import check_step0
     from nemo_upcycle.trainers.nemo.recipes import model_config, spec_of
