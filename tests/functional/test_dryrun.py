@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -36,13 +37,13 @@ def test_a_dry_run_says_what_has_to_be_known_and_writes_nothing(tmp_path: Path) 
         "47.49B, 13.67B active",
         "60.0 of 79.1 GiB: fits",
         "619.22 GiB every 1,000 steps, 3 at once",
-        "trainer.max_steps                                      5000                             command line",
         "Slurm: 64 nodes x 8 ranks",
         "e8t2 after 15T + 21B tokens: no fitted law applies",
         f"--- {tmp_path}/run/jobs/pretrain/pretrain.sh\n#!/bin/bash\n",
         "Before it can be submitted: run.executor.partition: got nothing",
     ):
         assert words in text
+    assert re.search(r"pretrain\.trainer\.max_steps +5000\n", text)
     assert "hf_abc" not in text
     assert max(map(len, text.partition("\n--- ")[0].splitlines())) < 120
     assert list(tmp_path.iterdir()) == []
