@@ -22,7 +22,7 @@ from nemo_upcycle.reporting.grid_evidence import EVIDENCE, read_evidence
 #: A row for each training that is the point of a curve.
 COLUMNS = (
     *("option", "parent_tokens", "tokens", "experts", "topk", "granularity", "active_parameters", "total_parameters"),
-    *("training_flops", "seconds", "seed", "loss", "loss_stderr", "bits_per_byte", "start_loss", "steps", "arm"),
+    *("training_flops", "seed", "loss", "loss_stderr", "bits_per_byte", "start_loss", "steps", "arm"),
     "schedule",
 )
 
@@ -57,7 +57,6 @@ def points_csv(evidence: Mapping[str, Any]) -> str:
             "option": option_of(cell),
             "tokens": tokens,
             "training_flops": tokens * arm.flops_per_token,
-            "seconds": tokens * arm.rank_seconds_per_token,
             "loss": bits_per_byte(sums) * nats,
             "loss_stderr": None if stderr is None else stderr * nats,
             "bits_per_byte": bits_per_byte(sums),

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     )
     rows = [(name, f"{one['value']:.4f}", one["stderr"]) for name, one in sorted(result["metrics"].items())]
     width = max(len(name) for name, *_ in rows)
-    lines = [f"{name:{width}}  {value}" + (f" +- {stderr:.4f}" if stderr else "") for name, value, stderr in rows]
+    lines = [f"{name:{width}}  {value}" + (f"  stderr {stderr:.4f}" if stderr else "") for name, value, stderr in rows]
     lines += [f"{name}: not scored, its data cannot be had: {reason}" for name, reason in result["missing"].items()]
     path = args.output / f"{args.name}.json"
     answer = {"output": path, **{key: result[key] for key in ("metrics", "missing", "model", "seconds")}}

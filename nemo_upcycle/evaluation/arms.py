@@ -1,8 +1,8 @@
 """Compare arms of a grid that were trained with several seeds and scored on the same held-out texts.
 
 Two things make a difference uncertain: which texts were scored, and which random numbers the training drew. The first
-is a jackknife over documents of the difference averaged over seeds; the second the spread of the difference from seed
-to seed. Their squares are added: a little too much, since a seed's spread holds some of the first.
+is a jackknife over documents of the difference averaged over seeds; the second the spread from seed to seed, pooled
+over the arms where an arm has few seeds. `statistics.py` makes intervals and verdicts of both.
 """
 
 from __future__ import annotations
@@ -10,55 +10,76 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.compare import jackknife_stderr, left_out
 from nemo_upcycle.evaluation.heldout import METRIC, Sums, bits_per_byte
+from nemo_upcycle.evaluation.statistics import (
+    MARGIN,
+    AdjustedMeans,
+    Spread,
+    half_width,
+    half_width_of_pairs,
+    pooled,
+    resolvable,
+    seed_spread,
+    seeds_to_resolve,
+    spread_of,
+    verdict,
+)
 
 
-#: Bits per byte that rounding alone may make: 8e-5 were seen between a dense model and its copies in bfloat16.
-ROUNDING = 2e-4
-#: Bits per byte that do not matter: a thousandth of the 2 that a small model takes for a byte of English.
-MARGIN = 2e-3
+#: The verdict of a difference of which nobody knows how far other seeds would move it.
+ONE_SEED = "one seed"
 
 
 def mean_of_seeds(seeds: Mapping[int, Sums]) -> dict[str, Any]:
-    """Return the mean of bits per byte over seeds, as `mean_of` does."""
+    """Average bits per byte over seeds, as `mean_of` does."""
     return mean_of([bits_per_byte(sums) for sums in seeds.values()])
 
 
 def mean_of(values: Sequence[float]) -> dict[str, Any]:
-    """Return a mean as `value`, its `stderr`, and the 95 % interval (t) `low` to `high`; None of one value.
+    """Average values: a mean as `value`, and its 95 % interval (t) `low` to `high`; None of one value.
 
     Example:
         >>> mean_of([1.0, 1.2])["value"], mean_of([1.0])
-        (1.1, {'value': 1.0, 'stderr': None, 'low': None, 'high': None})
+        (1.1, {'value': 1.0, 'low': None, 'high': None})
     """
-    value, stderr = statistics.fmean(values), _stderr(values)
-    if stderr is None:
-        return {"value": value, "stderr": None, "low": None, "high": None}
-    half_width = stderr * _t_quantile(len(values) - 1)
-    return {"value": value, "stderr": stderr, "low": value - half_width, "high": value + half_width}
+    value, spread = statistics.fmean(values), spread_of(values)
+    if spread is None:
+        return {"value": value, "low": None, "high": None}
+    half = half_width(spread.of_mean(len(values)))
+    return {"value": value, "low": value - half, "high": value + half}
 
 
-def difference_of_arms(
-    arm: Mapping[int, Sums], reference: Mapping[int, Sums], margin: float = MARGIN
-) -> dict[str, Any]:
-    """Return by how much an arm differs from a reference, at the same seeds and on the same documents.
+def pooled_spread(families: Iterable[Mapping[str, Mapping[int, Sums]]]) -> Spread | None:
+    """Pool the spread of an arm from seed to seed; None where no family has two arms of two seeds.
+
+    Args:
+        families: arms that share what a seed does, as those of one parent after as many tokens: name -> sums by seed.
+            Arms whose bits are those of another count once.
+    """
+    spreads = []
+    for arms in families:
+        values = {name: {seed: bits_per_byte(sums) for seed, sums in seeds.items()} for name, seeds in arms.items()}
+        different = {tuple(sorted(of_arm.items())): name for name, of_arm in values.items()}
+        if spread := AdjustedMeans({name: values[name] for name in different.values()}).spread:
+            spreads.append(spread)
+    return pooled(spreads)
+
+
+def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -> dict[str, Any]:
+    """Measure by how much an arm differs from a reference, at the same seeds and on the same documents.
 
     Args:
         arm: sums by seed.
         reference: sums of the other arm; seeds that one of them lacks are left out.
-        margin: bits per byte that do not matter.
 
     Returns:
-        `difference` (bits per byte, arm minus reference: below 0 the arm is better), `stderr_documents`,
-        `stderr_seeds` (None of one seed), `stderr` of both, the 95 % interval `low` to `high` (t, with the degrees of
-        freedom of Welch and Satterthwaite), `seeds` (`seed` and `difference` of each), `documents` (how many), and
-        `verdict`: `tie` where the whole interval lies inside the margin, `better` or `worse` where it leaves 0 out,
-        else `not resolved`.
+        `difference` (bits per byte, arm minus reference: below 0 the arm is better), `stderr_documents`, `seeds`
+        (`seed` and `difference` of each), and `documents` (how many). `judge` adds what follows from it.
 
     Raises:
         UpcycleError: the two have no seed in common, or were not scored on the same documents.
@@ -74,50 +95,70 @@ def difference_of_arms(
         [after - before for before, after in zip(_without(reference[seed]), _without(arm[seed]), strict=True)]
         for seed in common
     ]
-    documents = jackknife_stderr([statistics.fmean(values) for values in zip(*without, strict=True)])
-    spread = _stderr(list(seeds.values()))
-    stderr = math.hypot(documents or 0.0, spread or 0.0)
-    half_width = stderr * _t_quantile(_degrees((documents, len(names) - 1), (spread, len(common) - 1)))
-    value = statistics.fmean(seeds.values())
     return {
-        "difference": value,
-        "stderr": stderr,
-        "stderr_documents": documents,
-        "stderr_seeds": spread,
-        "low": value - half_width,
-        "high": value + half_width,
+        "difference": statistics.fmean(seeds.values()),
+        "stderr_documents": jackknife_stderr([statistics.fmean(values) for values in zip(*without, strict=True)]),
         "seeds": [{"seed": seed, "difference": own} for seed, own in seeds.items()],
         "documents": len(names),
-        "verdict": _verdict(value, half_width, margin),
     }
 
 
-def _verdict(value: float, half_width: float, margin: float) -> str:
-    """Name the verdict of an interval. One that lies within the margin, or within twice `ROUNDING`, is a tie."""
-    if abs(value) + half_width <= max(margin, 2 * ROUNDING):
-        return "tie"
-    if abs(value) <= half_width:
-        return "not resolved"
-    return "better" if value < 0 else "worse"
+def judge(found: dict[str, Any], others: Spread | None, margin: float = MARGIN, tests: int = 1) -> dict[str, Any]:
+    """Add the interval and the verdict to a difference.
+
+    Args:
+        found: result of `difference_of_arms`.
+        others: result of `pooled_spread` of the arms of its grid.
+        margin: bits per byte that do not matter.
+        tests: number of differences that are judged together: their intervals hold all at once.
+
+    Returns:
+        What was found, with `stderr_seeds`, its `seed_degrees` of freedom and whether it `is_pooled`, the interval
+        `low` to `high`, `resolvable` (the smallest difference that would have been seen with 80 %), `seeds_needed` to
+        see the margin (None where these documents cannot show it) and the `verdict` (`statistics.verdict`), which is
+        `ONE_SEED` of a difference of one seed. Where no arm has two seeds, the others are None.
+    """
+    values = [one["difference"] for one in found["seeds"]]
+    of_both = others and Spread(math.sqrt(2) * others.value, others.degrees)
+    spread, documents = seed_spread(values, of_both), _documents(found)
+    judged = {**found, "stderr_seeds": None, "seed_degrees": None, "is_pooled": False, "low": None, "high": None}
+    judged |= {"resolvable": None, "seeds_needed": None, "verdict": ONE_SEED}
+    if is_identical(found):
+        spread = Spread(0.0, max(len(values) - 1, 1))
+    if spread is None:
+        return judged
+    errors = (documents, spread.of_mean(len(values)))
+    half, could = half_width(*errors, tests=tests), resolvable(*errors, tests=tests)
+    return judged | {
+        "stderr_seeds": errors[1].value,
+        "seed_degrees": spread.degrees,
+        "is_pooled": spread is of_both,
+        "low": found["difference"] - half,
+        "high": found["difference"] + half,
+        "resolvable": could,
+        "seeds_needed": seeds_to_resolve(margin, documents, spread, tests),
+        "verdict": verdict(found["difference"], half, could, margin) if is_judged(found) else ONE_SEED,
+    }
+
+
+def is_identical(found: Mapping[str, Any]) -> bool:
+    """Say whether the two arms had the same bits, which needs no statistics."""
+    return not found["stderr_documents"] and not any(one["difference"] for one in found["seeds"])
+
+
+def is_judged(found: Mapping[str, Any]) -> bool:
+    """Say whether a difference has the seeds that a verdict takes."""
+    return len(found["seeds"]) > 1 or is_identical(found)
+
+
+def _documents(found: Mapping[str, Any]) -> Spread | None:
+    error = found["stderr_documents"]
+    return None if error is None else Spread(error, found["documents"] - 1)
 
 
 def _without(sums: Sums) -> list[float]:
-    """Return the bits per byte without each document in turn."""
+    """Measure the bits per byte without each document in turn."""
     return left_out(METRIC, list(sums.values()))
-
-
-def _degrees(*parts: tuple[float | None, int]) -> float:
-    """Return the degrees of freedom of standard errors that were added, from those of each (Welch-Satterthwaite)."""
-    squares = [(error**2, free) for error, free in parts if error]
-    total = sum(square for square, _ in squares)
-    return total**2 / sum(square**2 / free for square, free in squares) if squares else math.inf
-
-
-def _t_quantile(degrees: float) -> float:
-    """Return the half of a 95 % interval, in standard errors."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, degrees))
 
 
 def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
@@ -138,68 +179,38 @@ def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
     return tokens
 
 
-def rank_arms(arms: Mapping[str, Mapping[int, Sums]], margin: float = MARGIN) -> list[dict[str, Any]]:
+def rank_arms(
+    arms: Mapping[str, Mapping[int, Sums]], spread: Spread | None, margin: float = MARGIN
+) -> list[dict[str, Any]]:
     """Rank arms by their bits per byte, best first.
 
-    The best of many is the best by luck, too: intervals are Tukey's, for all pairs of arms at once. The spread from
-    seed to seed is pooled over the arms, in blocks of a seed: of each arm alone there are too few.
+    The best of many is the best by luck, too: intervals are Tukey's, for all pairs of arms at once. What a seed does
+    to all arms is taken out.
 
     Args:
-        arms: name -> sums by seed, of the same documents; at least one seed is common to all.
+        arms: name -> sums by seed, of the same documents; each of two or more seeds, some common to all.
+        spread: result of `pooled_spread` of the arms of the grid; None where all their bits are the same.
         margin: bits per byte that do not matter.
 
     Returns:
-        `arm`, `value` over the common seeds, and `to_best`: `difference`, `stderr`, `low`, `high` and `verdict` as in
-        `difference_of_arms`; None of the best itself.
+        `arm`, `value` (as if trained with all seeds), and `to_best`: `difference`, `low`, `high` and `verdict` as
+        of `judge`; None of the best itself.
     """
-    seeds = sorted(set.intersection(*(set(scores) for scores in arms.values())))
-    reached = {name: [bits_per_byte(scores[seed]) for seed in seeds] for name, scores in arms.items()}
-    ranked = sorted(reached, key=lambda name: statistics.fmean(reached[name]))
-    best = {seed: arms[ranked[0]][seed] for seed in seeds}
-    spread, free = _pooled(list(reached.values()))
-    ranking = []
-    for name in ranked:
-        entry: dict[str, Any] = {"arm": name, "value": statistics.fmean(reached[name]), "to_best": None}
-        if name != ranked[0]:
-            own = difference_of_arms({seed: arms[name][seed] for seed in seeds}, best)
-            documents = (own["stderr_documents"], own["documents"] - 1)
-            stderr = math.hypot(documents[0] or 0.0, spread or 0.0)
-            half_width = stderr * _tukey_quantile(len(arms), _degrees(documents, (spread, free)))
-            value = own["difference"]
-            if value == 0 == own["stderr"]:  # the same bits, about which other arms say nothing
-                stderr = half_width = 0.0
-            entry["to_best"] = {"difference": value, "stderr": stderr, "verdict": _verdict(value, half_width, margin)}
-            entry["to_best"] |= {"low": value - half_width, "high": value + half_width}
-        ranking.append(entry)
+    values = {name: {seed: bits_per_byte(sums) for seed, sums in seeds.items()} for name, seeds in arms.items()}
+    means = AdjustedMeans(values)
+    ranked = sorted(means.value, key=lambda name: means.value[name])
+    best = ranked[0]
+    ranking: list[dict[str, Any]] = [{"arm": best, "value": means.value[best], "to_best": None}]
+    for name in ranked[1:]:
+        found = difference_of_arms(arms[name], arms[best])
+        difference = 0.0 if is_identical(found) else means.value[name] - means.value[best]
+        errors = () if spread is None or is_identical(found) else (_documents(found), means.error(name, best, spread))
+        half = half_width_of_pairs(*errors, of=len(arms))
+        could = resolvable(*errors, tests=math.comb(len(arms), 2))
+        to_best: dict[str, Any] = {"difference": difference, "low": difference - half, "high": difference + half}
+        to_best["verdict"] = verdict(difference, half, could, margin)
+        ranking.append({"arm": name, "value": means.value[name], "to_best": to_best})
     return ranking
-
-
-def _pooled(values: Sequence[Sequence[float]]) -> tuple[float | None, int]:
-    """Return the standard error of a difference of two arms from the spread over seeds, and its degrees of freedom.
-
-    Args:
-        values: values by arm and seed, the seeds in the same order. What a seed does to all arms is no spread.
-    """
-    arms, seeds = len(values), len(values[0])
-    if seeds < 2:
-        return None, 0
-    of_arm = [statistics.fmean(row) for row in values]
-    of_seed = [statistics.fmean(column) for column in zip(*values, strict=True)]
-    whole = statistics.fmean(of_arm)
-    squares = sum(
-        (value - of_row - common + whole) ** 2
-        for row, of_row in zip(values, of_arm, strict=True)
-        for value, common in zip(row, of_seed, strict=True)
-    )
-    free = (arms - 1) * (seeds - 1)
-    return math.sqrt(2 * squares / free / seeds), free
-
-
-def _tukey_quantile(arms: int, degrees: float) -> float:
-    """Return the half of an interval that holds for all pairs of arms with 95 %, in errors of a difference."""
-    from scipy.stats import studentized_range
-
-    return float(studentized_range.ppf(0.95, arms, min(degrees, 1e5))) / math.sqrt(2)
 
 
 def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[int, Sums]:
@@ -228,7 +239,3 @@ def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[
         for seed, sums in scores[before].items()
         if seed in scores[after]
     }
-
-
-def _stderr(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

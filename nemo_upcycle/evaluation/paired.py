@@ -6,24 +6,22 @@ out or drawn again is therefore a whole cluster, all items of a document or of a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.compare import cluster_sums, item_pairs, jackknife_stderr, left_out, statistic, value_of
+from nemo_upcycle.evaluation.statistics import CONFIDENCE, Spread, half_width
 
 
-_CONFIDENCE = 0.95
 #: Bootstrap draws: enough for two digits of an interval's ends.
 _DRAWS = 2000
 #: Clusters that a bootstrap needs: of fewer it draws too often the same ones, and its intervals are too narrow.
 LEAST_CLUSTERS = 10
 
 
-def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict[str, Any]:
-    """Return the difference of `b` from `a`, with the uncertainty of the difference itself.
+def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str, tests: int = 1) -> dict[str, Any]:
+    """Measure the difference of `b` from `a`, with the uncertainty of the difference itself.
 
     Both models saw the same items, so the difficulty of an item cancels: the paired standard error is far below that
     of either value.
@@ -32,6 +30,7 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
         a: an evaluation.
         b: another one, of the same items.
         metric: a key of `metrics`, for example `heldout_perplexity/bits_per_byte`.
+        tests: number of differences that are judged together: their intervals hold all at once.
 
     Returns:
         `difference` (b minus a), its `stderr` (a jackknife over clusters), a 95 % t interval `low` to `high` (None
@@ -58,19 +57,19 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
     identical = scores[0] == scores[1]
     stderr = None if identical else jackknife_stderr([other - one for one, other in without])
     clusters = len(sums[0])
-    half_width = None if stderr is None else stderr * t_quantile(clusters - 1)
+    half = None if stderr is None else half_width(Spread(stderr, clusters - 1), tests=tests)
     return {
         "difference": value,
         "stderr": stderr,
-        "low": None if half_width is None else value - half_width,
-        "high": None if half_width is None else value + half_width,
+        "low": None if half is None else value - half,
+        "high": None if half is None else value + half,
         "bootstrap": _bootstrap(name, *sums) if clusters >= LEAST_CLUSTERS and not identical else None,
         "mcnemar_p": mcnemar_p(*scores) if all(score in (0, 1) for side in scores for score in side) else None,
         "items": len(pairs),
         "clusters": clusters,
         "higher_is_better": a["metrics"][metric]["higher_is_better"],
         "identical": identical,
-        "significant": half_width is not None and abs(value) > half_width,
+        "significant": half is not None and abs(value) > half,
     }
 
 
@@ -85,13 +84,11 @@ def mcnemar_p(a: Sequence[float], b: Sequence[float]) -> float:
         >>> mcnemar_p([1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1])  # five to none
         0.0625
     """
+    from scipy.stats import binomtest
+
     only_a = sum(x > y for x, y in zip(a, b, strict=True))
     only_b = sum(x < y for x, y in zip(a, b, strict=True))
-    differing, ways, tail = only_a + only_b, 1, 0
-    for fewer in range(min(only_a, only_b) + 1):  # whole numbers: exact for any number of items
-        tail += ways
-        ways = ways * (differing - fewer) // (fewer + 1)
-    return min(1.0, 2 * tail / 2**differing)
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def _bootstrap(metric: str, a: list[tuple[float, float]], b: list[tuple[float, float]]) -> tuple[float, float]:
@@ -102,35 +99,6 @@ def _bootstrap(metric: str, a: list[tuple[float, float]], b: list[tuple[float, f
     sums = [numpy.asarray(side)[drawn].sum(axis=1) for side in (a, b)]
     one, other = ([value_of(metric, total, units) for total, units in side.tolist()] for side in sums)
     differences = numpy.asarray(other) - numpy.asarray(one)
-    tail = (1 - _CONFIDENCE) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = numpy.quantile(differences, [tail, 1 - tail])
     return float(low), float(high)
-
-
-@cache
-def t_quantile(degrees: int) -> float:
-    """Return the half of a 95 % interval in standard errors, by Student's t, to nine digits.
-
-    Args:
-        degrees: degrees of freedom, 1 or more.
-
-    Example:
-        >>> round(t_quantile(9), 4)
-        2.2622
-    """
-    low, high = 0.0, 20.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, degrees) < _CONFIDENCE else (low, middle)
-    return low
-
-
-def _t_within(t: float, degrees: int) -> float:
-    """Return the probability that Student's t lies between -t and t: a finite sum for whole degrees of freedom."""
-    odd = degrees % 2
-    squared_cosine = degrees / (degrees + t * t)
-    sine, term, total = math.sqrt(1 - squared_cosine), math.sqrt(squared_cosine) if odd else 1.0, 0.0
-    for power in range(odd, degrees - 1, 2):
-        total += term
-        term *= squared_cosine * (power + 1) / (power + 2)
-    return 2 / math.pi * (math.atan(t / math.sqrt(degrees)) + sine * total) if odd else sine * total

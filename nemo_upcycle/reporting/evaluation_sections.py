@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from nemo_upcycle.evaluation.backends import NEW_TOKENS
-from nemo_upcycle.reporting.markdown import label, number, plain, section, signed, sources, table, with_error
+from nemo_upcycle.reporting.markdown import difference, label, number, plain, section, sources, table, with_stderr
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS
 
 
 def verdict(paired: dict[str, Any], a: str, b: str) -> str:
-    """Name the better model; a difference counts only if its 95 % interval excludes 0."""
+    """Name the better model; a difference counts only if its interval excludes 0."""
     if paired["identical"]:
         return "the same on every item"
     if paired["stderr"] is None or paired["higher_is_better"] is None:
@@ -38,13 +38,12 @@ def evaluation(results: dict[str, Any]) -> str:
         "![scores](scores.png)",
         _sources(results, models),
         "![held-out text over tokens](heldout.png)" if "heldout" in results["figures"] else "",
-        "Value ± standard error. Perplexities and bits per byte: lower is better; accuracies: higher is better."
-        " The figure has 95 % intervals.",
+        "± is half of a 95 % interval. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
         table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
-        "Difference ± its paired standard error: both models saw the same items, so the error of a difference is"
-        " smaller than that of the values. A model is called better only where the 95 % interval leaves 0 out."
-        " Windows of one"
-        " document, and questions of one subject, count as one observation.",
+        "Both models saw the same items, so the interval of a difference is narrower than those of the values. The"
+        " intervals hold for all differences of the table at once (Bonferroni); a model is called better only where"
+        " its own leaves 0 out. Windows of one document, and questions of one subject, count as one observation. This"
+        " judges these trained models: what another seed would bring takes other trainings.",
         _contamination(results["contamination"]),
         _beside_published(results, models),
         _evaluation_files(models),
@@ -58,8 +57,9 @@ def scores(results: dict[str, Any]) -> str:
     some = f", on the first {limit} items of each task" if limit else ""
     where = " of the checkpoint" if about["settings"].get("backend") == "megatron" else ""
     return (
-        f"{_values(results)}\n\nValue ± standard error, by lm-eval {plain(about['versions'].get('lm_eval', ''))} in"
-        f" {plain(about['settings'].get('dtype'))}{where}{some}. Perplexities and bits per byte: lower is better;"
+        f"{_values(results)}\n\n± is half of a 95 % interval, by lm-eval"
+        f" {plain(about['versions'].get('lm_eval', ''))} in {plain(about['settings'].get('dtype'))}{where}{some}."
+        " Perplexities and bits per byte: lower is better;"
         f" accuracies: higher is better. Trained MoE: {results['training']['pretrain']['steps']:,} steps."
     )
 
@@ -71,7 +71,7 @@ def _models(results: dict[str, Any]) -> dict[str, str]:
 def _values(results: dict[str, Any]) -> str:
     models = _models(results)
     rows = [
-        [label(metric), *(with_error(**results["evaluation"][name][metric]) for name in models)]
+        [label(metric), *(with_stderr(**results["evaluation"][name][metric]) for name in models)]
         for metric in next(iter(results["paired"].values()))
     ]
     return table(["metric", *models.values()], rows)
@@ -85,7 +85,7 @@ def _sources(results: dict[str, Any], models: dict[str, str]) -> str:
     rows = [
         [
             f"{source} ({about['documents']} documents)",
-            *(with_error(its[source]["value"], its[source]["stderr"]) for its in by_model.values()),
+            *(with_stderr(its[source]["value"], its[source]["stderr"]) for its in by_model.values()),
         ]
         for source, about in next(iter(by_model.values())).items()
     ]
@@ -140,7 +140,7 @@ def _beside_published(results: dict[str, Any], models: dict[str, str]) -> str:
 
 
 def _percent(value: float, stderr: float | None) -> str:
-    return with_error(100 * value, 100 * stderr if stderr else stderr)
+    return with_stderr(100 * value, 100 * stderr if stderr else stderr)
 
 
 def _evaluation_files(names: Iterable[str]) -> str:
@@ -148,7 +148,7 @@ def _evaluation_files(names: Iterable[str]) -> str:
 
 
 def _judged(paired: dict[str, Any], a: str, b: str) -> str:
-    return f"{signed(paired['difference'], paired['stderr'])} ({verdict(paired, MODELS[a], MODELS[b])})"
+    return f"{difference(paired)} ({verdict(paired, MODELS[a], MODELS[b])})"
 
 
 def samples(results: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from nemo_upcycle.reporting import markdown
-from nemo_upcycle.reporting.results import busiest
+from nemo_upcycle.reporting.results import PAIRS, busiest
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import MODELS, Curve
 
@@ -28,8 +28,7 @@ _COLOURS = {
     "trained": STYLES["pretrain"][1],
     "dense_ct": STYLES["dense_ct"][1],
 }
-#: Half of a 95 % interval in standard errors.
-_WIDTH = 1.96
+_PAIR_COLOURS = ("#D55E00", "#0072B2", "#888888")
 #: Characters of a metric's label.
 _LONGEST = 50
 _DPI = 150
@@ -274,42 +273,43 @@ def speed_figure(curves: Mapping[str, Curve]) -> Figure:
 
 
 def scores_figure(results: Mapping[str, Any]) -> Figure:
-    """Return every metric of every model, with 95 % intervals: one panel for accuracies, one a metric of text.
+    """Draw every metric's paired differences, with their intervals: one panel for accuracies, one a metric of text.
 
     Args:
         results: result of `collect_results`.
     """
     from matplotlib.figure import Figure
 
-    metrics = list(next(iter(results["paired"].values())))
+    pairs = {f"{b}_minus_{a}": f"{MODELS[b]} - {MODELS[a]}" for a, b in PAIRS if f"{b}_minus_{a}" in results["paired"]}
     panels: dict[str, list[str]] = {}
-    for metric in metrics:
+    for metric in next(iter(results["paired"].values())):
         kind = metric.rpartition("/")[2]
         panels.setdefault("accuracy" if kind.startswith(("acc", "exact_match")) else kind, []).append(metric)
-    models = [name for name in MODELS if name in results["evaluation"]]
     figure = Figure(figsize=(9, sum(0.8 + 0.45 * len(names) for names in panels.values()) + 0.5), layout="constrained")
     axes_of = figure.subplots(
         len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": [0.5 + len(names) for names in panels.values()]}
     )[:, 0]
     for axes, (title, names) in zip(axes_of, panels.items(), strict=True):
-        for place, model in enumerate(models):
-            scores = [results["evaluation"][model][name] for name in names]
+        for place, (pair, label) in enumerate(pairs.items()):
+            found = [results["paired"][pair][name] for name in names]
             axes.errorbar(
-                [one["value"] for one in scores],
-                [row + (place - (len(models) - 1) / 2) * 0.18 for row in range(len(names))],
-                xerr=[_WIDTH * (one["stderr"] or 0.0) for one in scores],
+                [one["difference"] for one in found],
+                [row + (place - (len(pairs) - 1) / 2) * 0.18 for row in range(len(names))],
+                xerr=[0.0 if one["low"] is None else (one["high"] - one["low"]) / 2 for one in found],
                 fmt="o",
                 markersize=4,
                 capsize=2,
-                color=_COLOURS[model],
-                label=MODELS[model],
+                color=_PAIR_COLOURS[place],
+                label=label,
             )
+        better = "right" if results["paired"][next(iter(pairs))][names[0]]["higher_is_better"] else "left"
+        axes.axvline(0, color="#999999", linewidth=1)
         axes.set_yticks(range(len(names)), [_tick(markdown.label(name)) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel(title.replace("_", " "))
+        axes.set_xlabel(f"difference in {title.replace('_', ' ')} ({better}: better)")
         axes.grid(alpha=0.3, axis="x")
         axes.spines[["top", "right"]].set_visible(False)
-    axes_of[0].legend(fontsize=8, frameon=False, ncols=len(models), loc="lower left", bbox_to_anchor=(0, 1))
+    axes_of[0].legend(fontsize=8, frameon=False, ncols=len(pairs), loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
@@ -338,7 +338,7 @@ def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
         axes.plot(tokens, values, color=colour, marker=marker, markersize=4, label=name)
         low, high = (
             [value + side * (error or 0.0) for value, error in zip(values, errors, strict=True)]
-            for side in (-_WIDTH, _WIDTH)
+            for side in (-markdown.HALF, markdown.HALF)
         )
         axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
     tokens_axis(axes, max(curves[stage].steps[-1]["tokens"] for stage in scored))

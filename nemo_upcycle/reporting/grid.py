@@ -13,16 +13,20 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import (
     better_from,
     difference_of_arms,
+    is_judged,
+    judge,
     mean_of,
     mean_of_seeds,
+    pooled_spread,
     rank_arms,
     sums_after,
 )
 from nemo_upcycle.evaluation.heldout import Sums, by_source
+from nemo_upcycle.evaluation.statistics import Spread
 
 
-#: Where the costs of two trainings differ by less, their ends are compared.
-COSTS_APART = 0.02
+#: Where the FLOPs of two trainings differ by less, their ends are compared.
+FLOPS_APART = 0.02
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,6 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
                     continue
                 sums = dict(zip(documents["names"], zip(score["nats"], documents["bytes"], strict=True), strict=True))
                 scores[score["step"] * first["tokens_per_step"]][described[name]["seed"]] = sums
-        flops = left[0]["flops_per_token"]
-        has_siblings = "parent" in first  # trainings of the same model, one after the other
         arms[arm] = ArmRecord(
             name=arm,
             **{key: first[key] for key in ("steps", "tokens_per_step", "schedule")},
@@ -119,25 +121,11 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
             trained_seeds=[described[name]["seed"] for name in longest],
             scores=dict(sorted(scores.items())),
             routers=_routers(left),
-            flops_per_token=flops,
-            rank_seconds_per_token=_pace(evidence["cells"], flops) if has_siblings else _rank_seconds_per_token(left),
+            flops_per_token=left[0]["flops_per_token"],
+            rank_seconds_per_token=_rank_seconds_per_token(left),
             parent=first.get("parent", ""),
         )
     return arms
-
-
-def _pace(cells: Mapping[str, Mapping[str, Any]], flops_per_token: float) -> float:
-    """Measure a token's time from the fastest twentieth of all steps whose tokens cost so many FLOPs.
-
-    Trainings that run one after the other for hours meet other work at different times: no seed is the fastest.
-    """
-    rates = [
-        seconds * cell["ranks"] / (tokens - before)
-        for cell in cells.values()
-        if cell["flops_per_token"] == flops_per_token
-        for seconds, tokens, before in zip(cell["seconds"], cell["tokens"], (0, *cell["tokens"]), strict=False)
-    ]
-    return sorted(rates)[len(rates) // 20]
 
 
 def _rank_seconds_per_token(cells: list[Mapping[str, Any]]) -> float:
@@ -172,7 +160,7 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
 
     Points of two curves are compared where `ArmRecord.is_comparable` lets them; no key is a number, so that the
     values are the same after JSON. Where a mean is named it is what `mean_of_seeds` returns, and a difference what
-    `difference_of_arms` does.
+    `judge` does.
 
     Args:
         arms: result of `arms_of`.
@@ -182,9 +170,9 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
         `margin`; `arms` (name -> `tokens`, `flops`, `rank_hours`, the means `bits_per_byte` and `start`, `curve` (a
         mean and its `tokens` each), `sources` at the end, `routers` (metric -> pairs of tokens and value));
         `differences` (name -> `reference`; the difference at the `start`, `along` all `tokens` after which both were
-        scored, and at the `end` of these, None where there is none; `better_from` tokens; `equal_flops`, where a
-        token costs the two different FLOPs, and `equal_time`, None where nothing can be compared); and `rankings`
-        (`rank_arms` of all arms after the tokens of each whole training).
+        scored, at the `end` of these, and with `equal_flops`, each None where nothing can be compared; `better_from`
+        tokens); `tests` (`start`, `end` and `equal_flops` -> how many differences are judged together); and `rankings`
+        (`rank_arms` of three or more arms of several seeds after the tokens of each whole training).
     """
     values: dict[str, Any] = {"margin": described["margin"], "arms": {}, "differences": {}}
     for name, arm in arms.items():
@@ -209,61 +197,104 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
             "sources": _sources(arm.final),
             "routers": {key: [[tokens, one] for tokens, one in points.items()] for key, points in arm.routers.items()},
         }
-    for name, other in described["references"].items():
-        difference = _difference(arms[name], arms[other], values["margin"])
-        values["differences"][name] = {"reference": other, **difference}
-    values["rankings"] = _rankings(arms, values["margin"])
+    families = _families(arms)
+    starts = [{name: arm.scores[0] for name, arm in _of_parent(arms, parent).items()} for parent in _parents(arms)]
+    trained = pooled_spread(family for *_, family in families)
+    values |= _differences(arms, described["references"], values["margin"], pooled_spread(starts), trained)
+    values["rankings"] = []
+    for parent, tokens, family in families:
+        several = {name: seeds for name, seeds in family.items() if len(seeds) > 1}
+        if len(several) > 2 and set.intersection(*(set(seeds) for seeds in several.values())):
+            ranking = rank_arms(several, trained, values["margin"])
+            values["rankings"].append({"tokens": tokens, "parent": parent, "arms": ranking})
     return values
 
 
-def _difference(arm: ArmRecord, reference: ArmRecord, margin: float) -> dict[str, Any]:
-    """Compare an arm with its reference after equal tokens, with equal FLOPs and in equal time."""
+def _parents(arms: Mapping[str, ArmRecord]) -> list[str]:
+    return list(dict.fromkeys(arm.parent for arm in arms.values()))
+
+
+def _of_parent(arms: Mapping[str, ArmRecord], parent: str) -> dict[str, ArmRecord]:
+    return {name: arm for name, arm in arms.items() if arm.parent == parent}
+
+
+def _families(arms: Mapping[str, ArmRecord]) -> list[tuple[str, int, dict[str, dict[int, Sums]]]]:
+    """Group the arms of a parent after the tokens of each whole training: parent, tokens, arms; the longest first."""
+    families = []
+    for parent, tokens in dict.fromkeys((arm.parent, arm.tokens) for arm in arms.values()):
+        siblings = _of_parent(arms, parent)
+        ended = next(arm for arm in siblings.values() if arm.tokens == tokens)
+        reached = {name: arm.scores[tokens] for name, arm in siblings.items() if arm.is_scored_with(ended, tokens)}
+        families.append((parent, tokens, reached))
+    return sorted(families, key=lambda family: -len(family[2]))
+
+
+def _differences(
+    arms: Mapping[str, ArmRecord],
+    references: Mapping[str, str],
+    margin: float,
+    at_start: Spread | None,
+    trained: Spread | None,
+) -> dict[str, Any]:
+    """Compare arms with their references; the verdicts of a table hold together."""
+    found = {name: _difference(arms[name], arms[other]) for name, other in references.items()}
+    tests = {
+        place: sum(of[place] is not None and is_judged(of[place]) for of in found.values())
+        for place in ("start", "end", "equal_flops")
+    }
+
+    def judged(point: dict[str, Any] | None, place: str) -> dict[str, Any] | None:
+        spread = at_start if place == "start" else trained
+        return None if point is None else judge(point, spread, margin, max(tests[place], 1))
+
+    for name, of in found.items():
+        of["along"] = [judged(point, "end" if point["tokens"] else "start") for point in of["along"]]
+        of |= {place: judged(of[place], place) for place in tests}
+        of |= {"reference": references[name], "better_from": better_from(of["along"]) if of["end"] else None}
+    return {"differences": found, "tests": tests}
+
+
+def _difference(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any]:
+    """Compare an arm with its reference after equal tokens, and with equal FLOPs where a token costs others."""
     along = [
-        {"tokens": tokens, **difference_of_arms(seeds, reference.scores[tokens], margin)}
+        {"tokens": tokens, **difference_of_arms(seeds, reference.scores[tokens])}
         for tokens, seeds in arm.scores.items()
         if arm.is_scored_with(reference, tokens)
     ]
     trained = [point for point in along if point["tokens"]]
-    difference = {
+    is_other = arm.flops_per_token != reference.flops_per_token
+    return {
         "start": along[0] if along and not along[0]["tokens"] else None,
         "along": along,
         "end": trained[-1] if trained else None,
-        "better_from": better_from(along) if trained else None,
-        "equal_time": _with_equal_cost(
-            arm, reference, arm.rank_seconds_per_token / reference.rank_seconds_per_token, margin
-        ),
+        "equal_flops": _with_equal_flops(arm, reference) if is_other else None,
     }
-    if arm.flops_per_token != reference.flops_per_token:
-        ratio = arm.flops_per_token / reference.flops_per_token
-        difference["equal_flops"] = _with_equal_cost(arm, reference, ratio, margin)
-    return difference
 
 
-def _with_equal_cost(arm: ArmRecord, reference: ArmRecord, ratio: float, margin: float) -> dict[str, Any] | None:
-    """Compare two arms at the last point of the first whose cost lies on the curve of the reference.
+def _with_equal_flops(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any] | None:
+    """Compare two arms at the last point of the first whose FLOPs lie on the curve of the reference.
 
     Between two points of the reference's curve its documents are taken to be linear in the logarithm of the tokens.
 
     Args:
         arm: compared.
         reference: arm to compare with.
-        ratio: cost of a token of the arm, in tokens of the reference.
-        margin: bits per byte that do not matter.
 
     Returns:
-        What `difference_of_arms` does, `tokens`, `reference_tokens` and `cost_ratio`, 1 but where the end of the
-        reference is near (`COSTS_APART`). None where nothing can be compared.
+        What `difference_of_arms` does, `tokens`, `reference_tokens` and `flops_ratio`, 1 but where the end of the
+        reference is near (`FLOPS_APART`). None where nothing can be compared.
     """
+    ratio = arm.flops_per_token / reference.flops_per_token
     first = min((tokens for tokens in reference.scores if tokens), default=0)
     for tokens in sorted(filter(None, arm.scores), reverse=True):
         its = tokens * ratio
-        if abs(its / reference.tokens - 1) < COSTS_APART:
+        if abs(its / reference.tokens - 1) < FLOPS_APART:
             its = reference.tokens
         if first <= its <= max(reference.scores) and arm.is_comparable(tokens, reference, its):
             reference_sums = sums_after(its, reference.scores)
             if set(reference_sums) & set(arm.scores[tokens]):
-                difference = difference_of_arms(arm.scores[tokens], reference_sums, margin)
-                return {"tokens": tokens, "reference_tokens": its, "cost_ratio": tokens * ratio / its, **difference}
+                difference = difference_of_arms(arm.scores[tokens], reference_sums)
+                return {"tokens": tokens, "reference_tokens": its, "flops_ratio": tokens * ratio / its, **difference}
     return None
 
 
@@ -271,17 +302,3 @@ def _sources(seeds: Mapping[int, Sums]) -> dict[str, dict[str, Any]]:
     """Return source -> score of the last step, the mean over seeds and its interval."""
     by_seed = [by_source(sums) for sums in seeds.values()]
     return {source: mean_of([one[source]["value"] for one in by_seed]) for source in by_seed[0]}
-
-
-def _rankings(arms: Mapping[str, ArmRecord], margin: float) -> list[dict[str, Any]]:
-    """Rank the arms of a parent after the tokens of each whole training, the longest list first."""
-    rankings = []
-    for parent, tokens in dict.fromkeys((arm.parent, arm.tokens) for arm in arms.values()):
-        siblings = {name: arm for name, arm in arms.items() if arm.parent == parent}
-        ended = next(arm for arm in siblings.values() if arm.tokens == tokens)
-        reached = {name: arm.scores[tokens] for name, arm in siblings.items() if arm.is_scored_with(ended, tokens)}
-        seeds = set.intersection(*(set(scores) for scores in reached.values()))
-        if len(reached) > 1 and seeds:
-            ranking = {"tokens": tokens, "arms": rank_arms(reached, margin)}
-            rankings.append(ranking | ({"parent": parent} if parent else {}))
-    return sorted(rankings, key=lambda ranking: -len(ranking["arms"]))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.statistics import LEAST_SEEDS
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence
 from nemo_upcycle.reporting.markdown import mean_with_interval, number, section, table, with_verdict
@@ -16,6 +17,8 @@ from nemo_upcycle.reporting.sections import overlap
 from nemo_upcycle.utils.files import MARKER, read_json, read_text, whole_file, write_json
 
 
+#: Columns of a difference: two standard errors, and the smallest one that would have been seen.
+_POWER = ("stderr of documents", "stderr of seeds", "seen with 80 % from")
 #: `write_grid` writes between these lines of a page.
 BEGIN, END = "<!-- from the evidence: begin -->", "<!-- from the evidence: end -->"
 
@@ -112,7 +115,7 @@ def draw_table(folder: Path) -> str:
         The table as Markdown.
     """
     from nemo_upcycle.reporting.figures import png_of
-    from nemo_upcycle.reporting.grid_figure import curves_figure
+    from nemo_upcycle.reporting.grid_figure import grid_figure
 
     evidence = read_evidence(folder / EVIDENCE)
     described = evidence["described"]
@@ -122,7 +125,7 @@ def draw_table(folder: Path) -> str:
         values["heldout_overlap"] = found
     write_json(folder / "table.json", values, indent=None)  # with a line for each number, three times as large
     with whole_file(folder / "curves.png") as aside:
-        aside.write_bytes(png_of(curves_figure(values)))
+        aside.write_bytes(png_of(grid_figure(values)))
     return render_table(values)
 
 
@@ -143,7 +146,7 @@ def render_table(values: Mapping[str, Any]) -> str:
         f"Not scored at the end, and left out: {', '.join(unscored)}." if unscored else "",
         _missing(values.get("missing", [])),
         _arms(arms),
-        _differences(values["differences"], values["margin"]),
+        _differences(values),
         _rankings(values["rankings"]),
         _sources(arms),
         section("Held-out text", text) if (text := overlap(values.get("heldout_overlap"))) else "",
@@ -184,44 +187,79 @@ def _arms(arms: Mapping[str, Any]) -> str:
     )
 
 
-def _differences(differences: Mapping[str, Any], margin: float) -> str:
-    if not differences:
+def _differences(values: Mapping[str, Any]) -> str:
+    differences, margin = values["differences"], values["margin"]
+    tables = []
+    if any(of["end"] for of in differences.values()):
+        header = ["after equal tokens", "difference", "tokens", "better from", *_POWER, f"seeds to see {margin:g}"]
+        rows = [
+            [name, with_verdict(end), f"{end['tokens']:,}", _tokens(of["better_from"]), *_power(end), _seeds(end)]
+            for name, of in _named(differences)
+            if (end := of["end"])
+        ]
+        tables += [table(header, rows), _seen([of["end"] for of in differences.values() if of["end"]])]
+    if any(of["equal_flops"] for of in differences.values()):
+        rows = [
+            [name, with_verdict(point), f"{point['tokens']:,}", _cost(point), *_power(point)]
+            for name, of in _named(differences)
+            if (point := of["equal_flops"])
+        ]
+        tables.append(table(["with equal FLOPs", "difference", "tokens", "for the reference's", *_POWER], rows))
+    if any(of["start"] for of in differences.values()):
+        rows = [[name, with_verdict(of["start"])] for name, of in _named(differences) if of["start"]]
+        tables.append(table(["at step 0", "difference"], rows))
+    if not tables:
         return ""
-    header = ["difference", "at step 0", "after equal tokens", "these tokens", "from documents", "from seeds"]
-    rows = []
-    for arm, difference in differences.items():
-        end = difference["end"] or {}
-        rows.append(
-            [
-                f"{arm} - {difference['reference']}",
-                with_verdict(difference["start"]),
-                with_verdict(difference["end"]),
-                f"{end['tokens']:,}" if end else "-",
-                number(end.get("stderr_documents"), 2),
-                number(end.get("stderr_seeds"), 2),
-                "-" if difference["better_from"] is None else f"{difference['better_from']:,} tokens",
-                _equal_cost(difference.get("equal_flops"), "FLOPs"),
-                _equal_cost(difference["equal_time"], "minutes"),
-            ]
-        )
-    return section(
-        "Differences",
-        table([*header, "better from", "with equal FLOPs", "with equal minutes"], rows),
-        "At the same seeds, on the same documents, in bits per byte. The 95 % interval joins the standard error that"
-        " other documents would give (a jackknife over them) and that of other seeds; both stand beside it, at the"
-        f" last tokens that can be compared. It is a tie where the whole interval lies within the margin of {margin:g}"
-        " on both sides of 0, which is taken not to matter; not resolved where it holds 0 and goes beyond. Where a"
-        " learning rate falls, the middle of a training is compared with that of one of the same steps and schedule"
-        " alone (else: -). FLOPs and minutes are made equal between two points of the reference's curve, linear in the"
-        " logarithm of the tokens.",
+    about = (
+        "At the same seeds, on the same documents, in bits per byte. ± is half of a 95 % interval that holds for all"
+        " differences of its table at once (Bonferroni). It joins two standard errors: that of other documents (a"
+        f" jackknife over them) and that of other seeds. A difference of fewer than {LEAST_SEEDS} seeds takes the"
+        " spread from seed to seed that is pooled over the arms of the grid, without what a seed does to all of them,"
+        " unless its own is another (F test, 5 %); of one seed there is no verdict. It is a tie where the whole"
+        f" interval lies within {margin:g} of 0, which is taken not to matter, and a difference that large would have"
+        " been seen with 80 %; not resolved where it holds 0 otherwise. Where a learning rate falls, the middle of a"
+        " training is compared with that of one of the same steps and schedule alone. FLOPs are made equal between two"
+        " points of the reference's curve, linear in the logarithm of the tokens."
+    )
+    return section("Differences", *tables, about)
+
+
+def _named(differences: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(f"{arm} - {of['reference']}", of) for arm, of in differences.items()]
+
+
+def _tokens(tokens: int | None) -> str:
+    return "-" if tokens is None else f"{tokens:,} tokens"
+
+
+def _power(point: Mapping[str, Any]) -> list[str]:
+    """Fill the columns `_POWER`."""
+    seeds = f"{number(point['stderr_seeds'], 2)}{' (pooled)' if point['is_pooled'] else ''}"
+    return [number(point["stderr_documents"], 2), seeds, number(point["resolvable"], 2)]
+
+
+def _seeds(point: Mapping[str, Any]) -> str:
+    if point["resolvable"] is None:
+        return "-"
+    if point["verdict"] in ("better", "worse", "tie"):
+        return "-"
+    return "needs more documents" if point["seeds_needed"] is None else str(point["seeds_needed"])
+
+
+def _seen(points: Sequence[Mapping[str, Any]]) -> str:
+    """Say what the table could have shown."""
+    seen = sorted(point["resolvable"] for point in points if point["resolvable"])
+    if not seen:
+        return ""
+    return (
+        f"These trainings could have shown, with 80 %, a difference of {number(seen[0], 2)} in the best and"
+        f" {number(seen[-1], 2)} in the worst of these rows; {number(seen[len(seen) // 2], 2)} in the middle one."
     )
 
 
-def _equal_cost(point: Mapping[str, Any] | None, unit: str) -> str:
-    if point is None:
-        return "-"
-    times = "" if abs(point["cost_ratio"] - 1) < 5e-4 else f", {point['cost_ratio']:.3f} times the {unit}"
-    return f"{with_verdict(point)}: {point['tokens']:,} tokens for {point['reference_tokens']:,.0f}{times}"
+def _cost(point: Mapping[str, Any]) -> str:
+    times = "" if abs(point["flops_ratio"] - 1) < 5e-4 else f", {point['flops_ratio']:.3f} times the FLOPs"
+    return f"{point['reference_tokens']:,.0f}{times}"
 
 
 def _rankings(rankings: list[Mapping[str, Any]]) -> str:
@@ -238,9 +276,10 @@ def _rankings(rankings: list[Mapping[str, Any]]) -> str:
     if not tables:
         return ""
     about = (
-        "A tie with the best shares its place; what is not resolved may, too. The intervals hold for all pairs of arms"
-        " in a table at once (Tukey's, 95 %), with the spread from seed to seed pooled over the arms: a verdict may"
-        " differ from that above."
+        "Arms of two seeds or more. A tie with the best shares its place; what is not resolved may, too. Bits per byte"
+        " are as if all arms had been trained with all seeds. ± is half of a 95 % interval that holds for all pairs of"
+        " arms of a table at once (Tukey's), with the spread from seed to seed pooled over the arms of the grid: more"
+        " pairs than above, so it is wider."
     )
     return section("Ranking", *tables, about)
 

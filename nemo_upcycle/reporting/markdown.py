@@ -13,6 +13,8 @@ _SPECIAL = re.compile(r"[\\`*\[\]<>|#$&~]|(?<![^\W_])_|_(?![^\W_])")
 #: What a terminal obeys.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 #: From here on a number is written with an exponent.
+#: Half of a 95 % interval in standard errors, of many items.
+HALF = 1.96
 _LARGE = 1e7
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
@@ -122,41 +124,49 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float)
 
 
-def with_error(value: float | None, stderr: float | None) -> str:
-    """Return a value and its standard error, rounded to two digits of the error.
+def with_half(value: float | None, half: float | None) -> str:
+    """Format a value and half of its 95 % interval, rounded to two digits of the latter.
 
     Example:
-        >>> with_error(1.12345, 0.0288), with_error(0.35, 0.0), with_error(12.0, None)
+        >>> with_half(1.12345, 0.0288), with_half(0.35, 0.0), with_half(12.0, None)
         ('1.123 ± 0.029', '0.35 ± 0', '12')
     """
-    if not _is_number(value) or not _is_number(stderr) or not math.isfinite(stderr) or not stderr:
-        return f"{number(value)} ± 0" if value is not None and stderr == 0 else number(value)
-    decimals = max(0, 1 - int(f"{stderr:e}".partition("e")[2]))
+    if not _is_number(value) or not _is_number(half) or not math.isfinite(half) or not half:
+        return f"{number(value)} ± 0" if value is not None and half == 0 else number(value)
+    decimals = max(0, 1 - int(f"{half:e}".partition("e")[2]))
     if decimals > 6 or abs(value) >= _LARGE:
-        return f"{number(value)} ± {number(stderr, 2)}"
-    return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
+        return f"{number(value)} ± {number(half, 2)}"
+    return f"{value:.{decimals}f} ± {half:.{decimals}f}"
 
 
-def signed(value: float, stderr: float | None) -> str:
-    """Return a difference with its sign, and its error as `with_error` writes it.
+def with_stderr(value: float | None, stderr: float | None) -> str:
+    """Format a value whose standard error is known: half of the interval is `HALF` of them."""
+    return with_half(value, HALF * stderr if _is_number(stderr) else stderr)
+
+
+def difference(found: Mapping[str, Any]) -> str:
+    """Format a difference with its sign, and half of the interval from its `low` to its `high`.
 
     Example:
-        >>> signed(0.35, 0.011), signed(-0.35, None)
-        ('+0.350 ± 0.011', '-0.35')
+        >>> difference({"difference": 0.35, "low": 0.339, "high": 0.361})
+        '+0.350 ± 0.011'
     """
-    return f"{'+' if value > 0 else ''}{with_error(value, stderr)}"
+    value, half = found["difference"], _half(found)
+    return f"{'+' if value > 0 else ''}{with_half(value, half)}"
 
 
 def mean_with_interval(mean: Mapping[str, Any]) -> str:
     """Format a result of `mean_of`, with half of its interval if there is one."""
-    return with_error(mean["value"], None if mean["low"] is None else (mean["high"] - mean["low"]) / 2)
+    return with_half(mean["value"], _half(mean))
+
+
+def _half(found: Mapping[str, Any]) -> float | None:
+    return None if found["low"] is None else (found["high"] - found["low"]) / 2
 
 
 def with_verdict(point: Mapping[str, Any] | None) -> str:
-    """Format a result of `difference_of_arms`, with half of its interval and the verdict; None as a dash."""
-    if point is None:
-        return "-"
-    return f"{signed(point['difference'], (point['high'] - point['low']) / 2)} ({point['verdict']})"
+    """Format a result of `judge`, with half of its interval and the verdict; None as a dash."""
+    return "-" if point is None else f"{difference(point)} ({point['verdict']})"
 
 
 def millions(count: float) -> str:

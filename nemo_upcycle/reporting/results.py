@@ -40,6 +40,8 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         UpcycleError: two models were evaluated on different items.
     """
     evaluations = run.evaluations
+    pairs = [(a, b) for a, b in PAIRS if a in evaluations and b in evaluations]
+    tests = sum(len(_main_metrics(evaluations[a])) for a, _ in pairs)
     return {
         "evaluation": {
             name: {
@@ -51,11 +53,10 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         "step0": compare_items(evaluations["dense"], evaluations["step0"]),
         "paired": {
             f"{b}_minus_{a}": {
-                metric: paired_difference(evaluations[a], evaluations[b], metric)
+                metric: paired_difference(evaluations[a], evaluations[b], metric, tests)
                 for metric in _main_metrics(evaluations[a])
             }
-            for a, b in PAIRS
-            if a in evaluations and b in evaluations
+            for a, b in pairs
         },
         "sources": {
             name: by_source(document_sums(evaluation))

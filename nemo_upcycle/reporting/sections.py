@@ -15,13 +15,13 @@ from nemo_upcycle.reporting.evaluation_sections import verdict
 from nemo_upcycle.reporting.figures import chain_only
 from nemo_upcycle.reporting.markdown import (
     code,
+    difference,
     fenced,
     label,
     millions,
     number,
     plain,
     section,
-    signed,
     sources,
     table,
 )
@@ -65,13 +65,13 @@ def _headline(results: dict[str, Any]) -> str:
     )
 
 
-def _compared(difference: dict[str, Any]) -> str:
+def _compared(paired: dict[str, Any]) -> str:
     words = {
         "the MoE is better": "better than",
         "the other is better": "worse than",
         "not judged": "not judged against",
     }
-    return words.get(verdict(difference, "the other", "the MoE"), "not distinguishable from")
+    return words.get(verdict(paired, "the other", "the MoE"), "not distinguishable from")
 
 
 def _metric(results: dict[str, Any]) -> str:
@@ -89,8 +89,8 @@ def _numbers(results: dict[str, Any]) -> list[list[str]]:
     rows = [_step_zero(results)]
     for name, title in (("dense", "the parent"), ("dense_ct", "the baseline")):
         if paired := results["paired"].get(f"trained_minus_{name}", {}).get(metric):
-            difference = signed(paired["difference"], paired["stderr"])
-            rows.append([f"trained MoE - {title}: {_name(metric)}", difference, verdict(paired, title, "the MoE")])
+            judged = verdict(paired, title, "the MoE")
+            rows.append([f"trained MoE - {title}: {_name(metric)}", difference(paired), judged])
     done = training["pretrain"]
     share = f"{100 * done['memory_share']:.0f} % of its GPU" if "memory_share" in done else "on a CPU"
     return [*rows, _speed(training), ["peak memory of a rank", f"{done['memory_gib']:.2f} GiB", share]]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.arms import MARGIN, ROUNDING
 from nemo_upcycle.evaluation.heldout import TASK
+from nemo_upcycle.evaluation.statistics import MARGIN, ROUNDING
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest, open_arm
 from nemo_upcycle.pipeline.ablations.stages import SUITE, UNTRAINED, GridPlan

@@ -9,13 +9,17 @@ import pytest
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import (
+    ONE_SEED,
     better_from,
     difference_of_arms,
+    judge,
     mean_of_seeds,
+    pooled_spread,
     rank_arms,
     sums_after,
 )
 from nemo_upcycle.evaluation.heldout import bits_per_byte, by_source, document_sums
+from nemo_upcycle.evaluation.statistics import Spread
 
 
 BIT = math.log(2)  # nats
@@ -46,30 +50,6 @@ def test_each_source_has_its_own_bits_per_byte() -> None:
     }
 
 
-def test_ranked_arms_allow_for_all_pairs() -> None:
-    """What is left of arms (1.1, 1.22, 1.3) and seeds (1.1, 1.3133): 0.0067, -0.0133, 0.0067 and their opposites.
-
-    Their squares sum to 5.33e-4, over two degrees of freedom 2.67e-4: the error of a difference over two seeds is
-    sqrt(2 * 2.67e-4 / 2) = 0.01633. Tukey's q(0.95; 3, 2) is 8.331, over the root of two 5.891.
-    """
-    bits = {"far": (1.2, 1.4), "best": (1.0, 1.2), "near": (1.1, 1.34)}
-    arms = {name: {1: documents(one, one), 2: documents(two, two)} for name, (one, two) in bits.items()}
-    best, near, far = rank_arms(arms)
-    assert (best["arm"], near["arm"], far["arm"]) == ("best", "near", "far")
-    assert best["to_best"] is None
-    assert near["to_best"]["difference"] == pytest.approx(0.12)
-    assert near["to_best"]["stderr"] == pytest.approx(0.01633, rel=1e-3)
-    assert near["to_best"]["high"] - 0.12 == pytest.approx(5.891 * 0.01633, rel=1e-3)
-    assert near["to_best"]["verdict"] == "worse"
-
-
-def test_one_seed_is_ranked_by_documents_alone() -> None:
-    best, other = rank_arms({"a": {1: documents(1.0, 1.2)}, "b": {1: documents(1.1, 1.5)}})
-    # 0.1 and 0.3 of two documents: 0.2 +- 0.1, of one degree: q(0.95; 2, 1) / root of two is t = 12.71
-    assert (best["arm"], other["to_best"]["verdict"]) == ("a", "not resolved")
-    assert other["to_best"]["high"] - 0.2 == pytest.approx(12.71 * 0.1, rel=1e-3)
-
-
 def test_between_two_points_documents_are_linear_in_the_logarithm_of_the_tokens() -> None:
     scores = {
         0: {1: documents(9.0, 9.0)},
@@ -85,10 +65,8 @@ def test_between_two_points_documents_are_linear_in_the_logarithm_of_the_tokens(
 def test_the_mean_of_seeds() -> None:
     # 1.0 and 1.2: mean 1.1, standard deviation 0.1414, over the root of 2: 0.1; t(0.975, 1) = 12.706
     found = mean_of_seeds({1: documents(0.9, 1.1), 2: documents(1.2, 1.2)})
-    assert found == pytest.approx({"value": 1.1, "stderr": 0.1, "low": 1.1 - 1.2706, "high": 1.1 + 1.2706}, rel=1e-3)
-    one = mean_of_seeds({1: documents(1.0)})
-    assert one["value"] == pytest.approx(1.0)
-    assert (one["stderr"], one["low"], one["high"]) == (None, None, None)
+    assert found == pytest.approx({"value": 1.1, "low": 1.1 - 1.2706, "high": 1.1 + 1.2706}, rel=1e-3)
+    assert mean_of_seeds({1: documents(1.0)})["low"] is None
     assert bits_per_byte(documents(1.0, 3.0)) == pytest.approx(2.0)
 
 
@@ -96,15 +74,13 @@ def test_documents_and_seeds_make_a_difference_uncertain() -> None:
     # Seed 1 gains 0.2 and 0.0 on its two documents, seed 2 0.4 and 0.2: 0.1 and 0.3, so 0.2 +- 0.1 over seeds.
     # Mean over seeds 0.3 and 0.1: without one document 0.1, without the other 0.3; jackknife 0.1.
     reference = {1: documents(1.0, 1.0), 2: documents(1.0, 1.0)}
-    found = difference_of_arms({1: documents(0.8, 1.0), 2: documents(0.6, 0.8)}, reference)
+    found = judge(difference_of_arms({1: documents(0.8, 1.0), 2: documents(0.6, 0.8)}, reference), None)
     assert found["difference"] == pytest.approx(-0.2)
-    assert [one["seed"] for one in found["seeds"]] == [1, 2]
-    assert [one["difference"] for one in found["seeds"]] == pytest.approx([-0.1, -0.3])
-    assert found["stderr_seeds"] == pytest.approx(0.1)
-    assert found["stderr_documents"] == pytest.approx(0.1)
-    assert found["stderr"] == pytest.approx(math.sqrt(0.02))
-    # Two equal parts of one degree of freedom each have two: t(0.975, 2) = 4.3027.
-    assert found["high"] - found["difference"] == pytest.approx(4.3027 * math.sqrt(0.02), rel=1e-4)
+    assert [(one["seed"], pytest.approx(one["difference"])) for one in found["seeds"]] == [(1, -0.1), (2, -0.3)]
+    assert (found["stderr_seeds"], found["stderr_documents"]) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert (found["seed_degrees"], found["is_pooled"]) == (1, False)
+    # each of one degree of freedom: t(0.975, 1) = 12.706
+    assert found["high"] - found["difference"] == pytest.approx(12.706 * math.sqrt(0.02), rel=1e-4)
     assert found["verdict"] == "not resolved"
 
 
@@ -116,40 +92,53 @@ def test_documents_are_uncertain_by_the_mean_of_all_seeds() -> None:
     assert difference_of_arms(arm, reference)["stderr_documents"] == pytest.approx(0.05774, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("margin", "verdict"), [(0.0, "not resolved"), (0.002, "not resolved"), (0.0126, "not resolved"), (0.0128, "tie")]
-)
-def test_a_tie_lies_inside_the_margin_as_a_whole(margin: float, verdict: str) -> None:
-    # 0.001 and -0.001 of two seeds, no spread over documents: 0.0 +- 0.001, t(0.975, 1) = 12.706
-    reference = {seed: documents(1.0, 1.0) for seed in (1, 2)}
-    arm = {1: documents(1.001, 1.001), 2: documents(0.999, 0.999)}
-    found = difference_of_arms(arm, reference, margin)
-    assert found["high"] == pytest.approx(0.012706, rel=1e-3)
-    assert found["verdict"] == verdict
+def test_the_spread_of_an_arm_is_pooled_over_the_families_of_a_grid() -> None:
+    # 1.0 and 1.2 against 1.1 and 1.36: 0.015 is left of each, 4 * 0.015^2 of one degree; the other family has 0.03
+    near = {"a": {1: documents(1.0), 2: documents(1.2)}, "b": {1: documents(1.1), 2: documents(1.36)}}
+    far = {"a": {1: documents(2.0), 2: documents(2.2)}, "b": {1: documents(2.1), 2: documents(2.42)}}
+    found = pooled_spread([near, far])
+    assert found is not None
+    assert (found.value, found.degrees) == (pytest.approx(math.sqrt((0.0009 + 0.0036) / 2)), 2)
+    assert pooled_spread([near | {"again": near["a"]}, far]) == found  # the same bits count once
+    assert pooled_spread([{"a": {1: documents(1.0)}, "b": {1: documents(1.1)}}]) is None
 
 
-@pytest.mark.parametrize(("gain", "verdict"), [(0.1, "better"), (-0.1, "worse"), (0.0, "tie")])
-def test_a_difference_beyond_its_interval_has_a_direction(gain: float, verdict: str) -> None:
-    spread = [(0.001, -0.001, 0.002), (0.0, 0.001, -0.001), (0.001, 0.0, 0.0)]
-    arm = {seed: documents(*(1.0 - gain + noise for noise in noises)) for seed, noises in enumerate(spread)}
-    assert difference_of_arms(arm, {seed: documents(1.0, 1.0, 1.0) for seed in arm})["verdict"] == verdict
+def test_few_seeds_are_judged_by_the_spread_of_all_arms() -> None:
+    arm = {seed: documents(0.98, 0.98) for seed in (1, 2)}
+    reference = {1: documents(1.0, 1.0), 2: documents(1.001, 1.001)}
+    found = judge(difference_of_arms(arm, reference), Spread(0.002, 30))
+    assert found["is_pooled"] is True
+    assert found["stderr_seeds"] == pytest.approx(0.002)  # of a difference sqrt(2), over sqrt(2) seeds
+    assert found["verdict"] == "better"
+    assert found["resolvable"] == pytest.approx((2.0423 + 0.8538) * 0.002, rel=1e-3)
+    assert found["seeds_needed"] == 17  # (2.896 * 0.002828 / 0.002)^2 = 16.8
 
 
-def test_what_rounding_makes_is_a_tie() -> None:
-    """All documents and seeds agree on it: the interval alone would call it a difference."""
-    found = difference_of_arms(
-        {1: documents(1.0001, 1.0001), 2: documents(1.0001, 1.0001)},
-        {1: documents(1.0, 1.0), 2: documents(1.0, 1.0)},
-    )
-    assert found["low"] > 0
-    assert found["verdict"] == "tie"
+@pytest.mark.parametrize("others", [None, Spread(0.0001, 30)])
+def test_one_seed_gets_no_verdict(others: Spread | None) -> None:
+    found = judge(difference_of_arms({1: documents(0.5, 0.5)}, {1: documents(1.0, 1.0)}), others)
+    assert found["verdict"] == ONE_SEED
+    assert (found["low"] is None) == (others is None)
 
 
-def test_what_is_equal_to_the_last_bit_is_a_tie_whatever_the_margin() -> None:
-    arm = {seed: documents(1.0 + seed / 10, 1.3) for seed in (1, 2, 3)}
-    assert difference_of_arms(arm, arm, margin=0.0)["verdict"] == "tie"
-    other = {seed: documents(1.05 + seed / 8, 1.3) for seed in (1, 2, 3)}
-    assert rank_arms({"a": arm, "b": arm, "c": other})[1]["to_best"]["verdict"] == "tie"
+def test_what_is_equal_to_the_last_bit_is_a_tie_of_one_seed_too() -> None:
+    arm = {1: documents(1.0, 1.3)}
+    found = judge(difference_of_arms(arm, arm), Spread(1.0, 3), margin=0.0)
+    assert (found["verdict"], found["low"], found["high"]) == ("tie", 0.0, 0.0)
+
+
+def test_ranked_arms_allow_for_all_pairs() -> None:
+    # q(0.95; 3, 2) / root of two is 5.891; the error of a difference over two seeds is the spread of one arm
+    bits = {"far": (1.2, 1.4), "best": (1.0, 1.2), "near": (1.1, 1.34)}
+    arms = {name: {1: documents(one, one), 2: documents(two, two)} for name, (one, two) in bits.items()}
+    best, near, far = rank_arms(arms, pooled_spread([arms]))
+    assert (best["arm"], near["arm"], far["arm"]) == ("best", "near", "far")
+    assert best["to_best"] is None
+    assert near["to_best"]["difference"] == pytest.approx(0.12)
+    assert near["to_best"]["high"] - 0.12 == pytest.approx(5.891 * 0.01633, rel=1e-3)
+    assert near["to_best"]["verdict"] == "worse"
+    same = rank_arms({"a": arms["best"], "b": arms["best"], "c": arms["far"]}, pooled_spread([arms]))
+    assert same[1]["to_best"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "verdict": "tie"}
 
 
 def test_seeds_are_compared_with_their_own_kind() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.paired import LEAST_CLUSTERS, mcnemar_p, paired_difference, t_quantile
+from nemo_upcycle.evaluation.paired import LEAST_CLUSTERS, mcnemar_p, paired_difference
 from tests.unit.evaluation.test_compare import A, B, evaluation
 
 
@@ -23,6 +23,8 @@ def test_the_paired_difference_of_accuracies() -> None:
     assert found["higher_is_better"] is True
     assert found["significant"] is False
     assert paired_difference(A, B, "all/acc") == found  # a group is its tasks' items
+    # two at once: t(0.9875, 1) = 25.452
+    assert paired_difference(A, B, "quiz/acc", tests=2)["high"] == pytest.approx(0.5 + 0.5 * 25.452, abs=1e-3)
 
 
 def test_the_paired_difference_of_perplexities() -> None:
@@ -98,13 +100,3 @@ def test_mcnemar_looks_at_the_items_that_one_model_alone_gets_right() -> None:
 def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(UpcycleError, match="Did you mean 'quiz/acc'"):
         paired_difference(A, B, "quiz/ac")
-
-
-def test_quantiles_and_exact_tests_are_scipys() -> None:
-    from scipy.stats import binomtest, t
-
-    for degrees in (*range(1, 80), 500, 14_041):
-        assert t_quantile(degrees) == pytest.approx(t.ppf(0.975, degrees), abs=1e-8)
-    for one, other in ((0, 1), (1, 1), (7, 30), (55, 54), (1500, 1620)):
-        found = mcnemar_p([1] * one + [0] * other, [0] * one + [1] * other)
-        assert found == pytest.approx(binomtest(one, one + other).pvalue, rel=1e-10)

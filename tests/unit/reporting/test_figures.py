@@ -109,10 +109,13 @@ def test_every_figure_is_whole_and_its_tokens_end_with_the_run(steps: int) -> No
     curve = Curve(lines, [(0, 3.0), (last, 2.0)], [(0, 1.0, 0.01), (last, 0.9, 0.01)])
     curves = {"pretrain": curve, "dense_ct": curve}
     results = {
-        "paired": {"trained_minus_dense": dict.fromkeys(SCORES)},
-        "evaluation": {
-            model: {metric: {"value": 0.4, "stderr": 0.01} for metric in SCORES} for model in ("dense", "trained")
-        },
+        "paired": {
+            pair: {
+                metric: dict(zip(("difference", "low", "high"), (0.4, 0.39, 0.41), strict=True), higher_is_better=True)
+                for metric in SCORES
+            }
+            for pair in ("trained_minus_dense_ct", "trained_minus_dense", "dense_ct_minus_dense")
+        }
     }
     figures = {
         "loss": loss_figure(curves),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
-from nemo_upcycle.reporting.grid_figure import curves_figure
+from nemo_upcycle.reporting.grid_figure import MOST_SERIES, drawn_arms, grid_figure
 from tests.unit.reporting.drawn import end_of, faults_of
 from tests.unit.reporting.grids import ARMS, STEP_TOKENS, laptop_evidence
 
@@ -31,41 +31,50 @@ def values(request: pytest.FixtureRequest, in_memory: dict[str, Any]) -> dict[st
 
 @pytest.fixture(scope="module")
 def figure(values: dict[str, Any]) -> Any:
-    return curves_figure(values)
+    return grid_figure(values)
 
 
-def test_axes_of_tokens_are_numbers_that_end_with_the_longest_training(figure: Any) -> None:
-    found = [axes for axes in figure.axes if axes.get_xlabel().startswith("tokens")]
-    assert len(found) == 2
-    for axes in found:
-        assert end_of(axes) == pytest.approx(LAST, rel=0.06)
-        low, high = axes.get_xlim()
-        assert 2 <= len([tick for tick in axes.get_xticks() if low <= tick <= high]) <= 8
+def test_the_axis_of_tokens_is_numbers_that_end_with_the_longest_training(figure: Any) -> None:
+    (axes,) = [axes for axes in figure.axes if axes.get_xlabel().startswith("tokens")]
+    assert end_of(axes) == pytest.approx(LAST, rel=0.06)
+    low, high = axes.get_xlim()
+    assert 2 <= len([tick for tick in axes.get_xticks() if low <= tick <= high]) <= 8
 
 
 def test_nothing_is_cut_and_nothing_covers_the_data(figure: Any) -> None:
     assert faults_of(figure) == []
 
 
-def test_ten_arms_are_told_apart_by_colour_and_line_and_each_has_its_marker(figure: Any) -> None:
-    lines = figure.axes[0].lines
-    assert [line.get_label() for line in lines] == list(ARMS)
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(ARMS)
-    assert len({line.get_marker() for line in lines}) == len(ARMS)
+def test_arms_are_told_apart_and_named_in_words(figure: Any) -> None:
+    lines = figure.axes[-1].lines
+    labels = [line.get_label() for line in lines]
+    assert len(labels) == MOST_SERIES
+    assert "granular shared" in labels
+    assert "drop" not in labels  # above where the others begin, to the end
+    assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == MOST_SERIES
+    assert figure.axes[-1].get_title() == "mean over 3 seeds; 2 more in the table"
 
 
-def test_an_arm_that_went_astray_does_not_press_the_others_together(in_memory: dict[str, Any]) -> None:
-    astray = copy.deepcopy(in_memory)
-    astray["arms"]["drop"]["bits_per_byte"]["value"] = 5.0
-    limits = [curves_figure(values).axes[1].get_ylim() for values in (in_memory, astray)]
-    assert limits[1][0] > limits[0][0] - 0.01
-    assert limits[1][1] < limits[0][1] + 0.01
+def test_an_arm_of_fewer_seeds_is_in_the_table_alone(in_memory: dict[str, Any]) -> None:
+    fewer = copy.deepcopy(in_memory)
+    fewer["arms"]["moe"]["seeds"] = [1]
+    assert "moe" in drawn_arms(in_memory)
+    assert "moe" not in drawn_arms(fewer)
+
+
+def test_the_title_says_what_an_interval_is(figure: Any, in_memory: dict[str, Any]) -> None:
+    assert figure.axes[0].get_title() == (
+        "95 % intervals over 40 documents and 3 seeds, 9 of them at once; grey: the margin of ±0.002"
+    )
+    fewer = copy.deepcopy(in_memory)
+    fewer["differences"]["st"]["end"]["seeds"] = [{"seed": 1, "difference": 0.0}]
+    assert "and 1 to 3 seeds" in grid_figure(fewer).axes[0].get_title()
 
 
 def test_a_difference_stands_in_the_row_of_its_label(figure: Any, values: dict[str, Any]) -> None:
-    axes = figure.axes[-1]
+    axes = figure.axes[0]
     rows = {
-        label.get_text().partition(" - ")[0]: place
+        label.get_text().partition(" - ")[0].replace(" ", "_"): place
         for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
     }
     drawn = {bar.lines[0].get_ydata()[0]: bar.lines[0].get_xdata()[0] for bar in axes.containers}
@@ -80,9 +89,9 @@ def test_a_difference_stands_in_the_row_of_its_label(figure: Any, values: dict[s
 def test_arms_that_cannot_be_compared_have_no_row(in_memory: dict[str, Any]) -> None:
     fewer = copy.deepcopy(in_memory)
     fewer["differences"]["drop"]["end"] = None
-    assert len(curves_figure(fewer).axes[-1].get_yticks()) == len(ARMS) - 2
+    assert len(grid_figure(fewer).axes[0].get_yticks()) == len(ARMS) - 2
     for found in fewer["differences"].values():
         found["end"] = None
-    figure = curves_figure(fewer)
-    assert len(figure.axes) == 2
+    figure = grid_figure(fewer)
+    assert len(figure.axes) == 1
     assert faults_of(figure) == []

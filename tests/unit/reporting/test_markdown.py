@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from nemo_upcycle.reporting import markdown
-from nemo_upcycle.reporting.markdown import with_error
+from nemo_upcycle.reporting.markdown import with_half
 
 
 def test_the_examples_of_the_docstrings() -> None:
@@ -14,7 +14,7 @@ def test_the_examples_of_the_docstrings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "stderr", "text"),
+    ("value", "half", "text"),
     [
         (101.33, 16.45, "101 ± 16"),
         (0.225, 0.0669, "0.225 ± 0.067"),
@@ -23,5 +23,5 @@ def test_the_examples_of_the_docstrings() -> None:
         (None, None, "-"),
     ],
 )
-def test_a_value_is_as_precise_as_its_error(value: float | None, stderr: float | None, text: str) -> None:
-    assert with_error(value, stderr) == text
+def test_a_value_is_as_precise_as_its_interval(value: float | None, half: float | None, text: str) -> None:
+    assert with_half(value, half) == text

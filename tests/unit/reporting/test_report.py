@@ -37,7 +37,7 @@ def test_the_results_hold_the_inputs(results: dict[str, Any]) -> None:
     assert results["receipt"]["max_abs_logit_diff"] == 6.25e-5
     metric = "heldout_perplexity/bits_per_byte"
     assert results["paired"]["trained_minus_dense_ct"][metric] == paired_difference(
-        EVALUATIONS["dense_ct"], EVALUATIONS["trained"], metric
+        EVALUATIONS["dense_ct"], EVALUATIONS["trained"], metric, tests=6
     )
     assert set(results["paired"]) == {"trained_minus_dense_ct", "trained_minus_dense", "dense_ct_minus_dense"}
     assert results["receipt"]["parameters_made_by"] == {"copied": 1, "copied into 4 experts": 1}
@@ -81,9 +81,10 @@ def test_the_environment_is_this_machine(results: dict[str, Any]) -> None:
 
 def test_the_report_prints_these_numbers(reported: Path) -> None:
     found = rows(reported / "report.md")
-    # differences of 1.5, 2 and 2.5 nats in windows of 100 bytes: mean 2, standard error 0.5 / sqrt(3); in bits, a byte
+    # differences of 2, 1.9 and 2.1 nats in windows of 100 bytes: mean 2, standard error 0.1 / sqrt(3); in bits a byte,
+    # and t(1 - 0.025 / 6, 2) = 10.89 for two metrics of three pairs
     against_baseline, _, _ = found["bits per byte (heldout_perplexity)"]  # of the second table
-    assert against_baseline == "+0.0289 ± 0.0042 (trained baseline is better)"
+    assert against_baseline == "+0.0289 ± 0.0091 (trained baseline is better)"
     assert found["training loss, last step"] == ["2.75", "3.25"]
     assert found["validation loss, first"] == ["3.5", "4"]
     assert found["tokens"] == ["3,000", "3,000"]
@@ -96,7 +97,7 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
     assert found["pretrain"] == ["1:01", "`pretrain/_SUCCESS.json`"]
     text = (reported / "report.md").read_text()
     assert (
-        "| bits per byte (heldout_perplexity) | 1.731 ± 0.032 | 1.732 ± 0.032 | 1.597 ± 0.032 | 1.568 ± 0.032 |"
+        "| bits per byte (heldout_perplexity) | 1.731 ± 0.063 | 1.732 ± 0.063 | 1.597 ± 0.063 | 1.568 ± 0.063 |"
         in text
     )
     assert "150.0M of them active" in text
@@ -182,9 +183,9 @@ def test_the_report_says_so_when_the_dense_baseline_wins(reported: Path) -> None
     assert (
         "top-2, is better than its parent and worse than the baseline, by bits per byte of held-out text." in headline
     )
-    assert "+0.0289 ± 0.0042 | the baseline is better |" in opening
+    assert "+0.0289 ± 0.0091 | the baseline is better |" in opening
     found = rows(reported / "report.md")
-    assert found["acc (quiz)"][0].startswith("+0.25 ± 0.25 (no difference shown)")
+    assert found["acc (quiz)"][0].endswith("(no difference shown)")
 
 
 def test_the_cards_of_the_exported_models_get_the_scores(run_dir: Path) -> None:
@@ -197,7 +198,7 @@ def test_the_cards_of_the_exported_models_get_the_scores(run_dir: Path) -> None:
     for name in ("hf", "dense_ct/hf"):
         card = (run_dir / name / "README.md").read_text()
         assert card.count("## Scores") == 1
-        assert "| acc (quiz) | 0.25 ± 0.25 | 0.50 ± 0.25 | 0.50 ± 0.25 | 0.25 ± 0.25 |" in card
+        assert "| acc (quiz) | 0.25 ± 0.49 | 0.50 ± 0.49 | 0.50 ± 0.49 | 0.25 ± 0.49 |" in card
         assert "lm-eval 0.4.13 in float32. " in card
         assert card.endswith("## Licence\n\nmit\n")
 
@@ -220,7 +221,7 @@ import sys
 
 class Absent:
     def find_spec(self, name, *_):
-        if name.partition(".")[0] in ("torch", "scipy", "transformers", "megatron", "nemo", "lightning"):
+        if name.partition(".")[0] in ("torch", "transformers", "megatron", "nemo", "lightning"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
@@ -229,14 +230,14 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_the_command_needs_neither_torch_nor_scipy(run_dir: Path) -> None:
+def test_the_command_needs_no_torch(run_dir: Path) -> None:
     """A finished run, its data included, is often looked at on a laptop."""
     (run_dir / "data/blend").mkdir(parents=True)
     (run_dir / "data/blend/contamination.json").write_text('{"sets": {}, "report": {"words": 8, "sets": {}}}')
     command = [sys.executable, "-c", _WITHOUT, "report", str(run_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{run_dir / 'report.md'}\n"), done.stderr
-    assert "+0.0289 ± 0.0042 (trained baseline is better)" in (run_dir / "report.md").read_text()
+    assert "+0.0289 ± 0.0091 (trained baseline is better)" in (run_dir / "report.md").read_text()
 
 
 def test_the_figures_are_drawn(reported: Path) -> None:

@@ -1,0 +1,116 @@
+"""Intervals, verdicts and power; every expected number is computed by hand in the comment beside it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nemo_upcycle.evaluation.statistics import (
+    AdjustedMeans,
+    Spread,
+    half_width,
+    half_width_of_pairs,
+    pooled,
+    resolvable,
+    seed_spread,
+    seeds_to_resolve,
+    verdict,
+)
+
+
+MANY = 10_000_000
+
+
+def test_each_error_has_the_quantile_of_its_own_degrees() -> None:
+    # t(0.975) is 12.706 of one degree and 1.96 of many: sqrt(1.2706^2 + 0.392^2)
+    assert half_width(Spread(0.1, 1), Spread(0.2, MANY), None) == pytest.approx(math.hypot(1.2706, 0.392), rel=1e-3)
+    # two at once: t(0.9875) of one degree is 25.45
+    assert half_width(Spread(0.1, 1), tests=2) == pytest.approx(2.5452, rel=1e-3)
+    # Tukey's q(0.95; 3, 2) is 8.331, over the root of two 5.891; of two models it is Student's t
+    assert half_width_of_pairs(Spread(0.1, 2), of=3) == pytest.approx(0.5891, rel=1e-3)
+    assert half_width_of_pairs(Spread(0.1, 4), of=2) == pytest.approx(half_width(Spread(0.1, 4)), rel=1e-6)
+
+
+def test_spreads_are_pooled_by_their_degrees() -> None:
+    found = pooled([Spread(1.0, 3), Spread(3.0, 1)])  # (3 * 1 + 1 * 9) / 4 = 3
+    assert found is not None
+    assert (found.value, found.degrees) == (pytest.approx(math.sqrt(3)), 4)
+    assert pooled([]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "others", "expected"),
+    [
+        ([0.1], None, None),
+        ([0.1], Spread(0.3, 8), Spread(0.3, 8)),
+        ([0.0, 0.2], None, Spread(math.sqrt(0.02), 1)),
+        ([0.0, 0.2], Spread(0.1, 8), Spread(0.1, 8)),  # twice the variance of the others: chance
+        ([0.0, 0.8], Spread(0.1, 8), Spread(math.sqrt(0.32), 1)),  # 32 times: F(1, 8) gives 0.0005
+        ([0.0, 0.001, 0.002], Spread(0.1, 8), Spread(0.001, 2)),  # a ten thousandth: F(2, 8) gives 0.0001
+        ([0.0, 0.0], Spread(0.1, 8), Spread(0.0, 1)),
+        ([0.1, 0.2, 0.3, 0.1, 0.3], Spread(0.1, 8), Spread(0.1, 4)),  # five seeds speak for themselves
+    ],
+)
+def test_few_seeds_take_the_spread_of_all_unless_their_own_is_another(
+    values: list[float], others: Spread | None, expected: Spread | None
+) -> None:
+    found = seed_spread(values, others)
+    assert (found is None) == (expected is None)
+    if found and expected:
+        assert (found.value, found.degrees) == (pytest.approx(expected.value), expected.degrees)
+
+
+def test_what_a_seed_does_to_all_models_is_taken_out() -> None:
+    """What is left of models (1.1, 1.22, 1.3) and seeds (1.1, 1.3133): 0.0067, -0.0133, 0.0067 and their opposites.
+
+    Their squares sum to 5.33e-4, over two degrees of freedom 2.67e-4, whose root is 0.01633.
+    """
+    means = AdjustedMeans({"far": {1: 1.2, 2: 1.4}, "best": {1: 1.0, 2: 1.2}, "near": {1: 1.1, 2: 1.34}})
+    assert means.value == pytest.approx({"far": 1.3, "best": 1.1, "near": 1.22})
+    assert means.spread is not None
+    assert (means.spread.value, means.spread.degrees) == (pytest.approx(0.01633, rel=1e-3), 2)
+    assert means.error("far", "best", Spread(0.1, 2)).value == pytest.approx(0.1)  # sqrt(2 / 2 seeds)
+
+
+def test_a_model_that_lacks_a_seed_is_neither_lucky_nor_unlucky() -> None:
+    means = AdjustedMeans({"a": {1: 1.0, 2: 2.0}, "b": {1: 1.5, 2: 2.5}, "c": {2: 2.25}})
+    assert means.value == pytest.approx({"a": 1.5, "b": 2.0, "c": 1.75})
+    assert means.spread is None  # nothing is left but rounding
+    # c against a, of one common seed: a's own mean helps through the seeds' difference that b knows, too
+    assert means.error("c", "a", Spread(1.0, 1)).value == pytest.approx(math.sqrt(1.75))
+    assert means.error("b", "a", Spread(1.0, 1)).value == pytest.approx(1.0)
+    assert AdjustedMeans({"a": {1: 1.0}, "b": {2: 1.5}}).spread is None
+
+
+def test_what_would_have_been_seen_takes_the_power_too() -> None:
+    assert resolvable(Spread(1.0, MANY)) == pytest.approx(1.95996 + 0.84162, rel=1e-4)
+    assert resolvable(Spread(3.0, MANY), Spread(4.0, MANY)) == pytest.approx(5 * 2.80159, rel=1e-4)
+
+
+def test_seeds_to_resolve_are_the_fewest() -> None:
+    documents, seeds = Spread(0.0003, 31), Spread(0.002, 20)
+    needed = seeds_to_resolve(0.002, documents, seeds, tests=5)
+    assert needed is not None
+    assert resolvable(documents, seeds.of_mean(needed), tests=5) <= 0.002
+    assert resolvable(documents, seeds.of_mean(needed - 1), tests=5) > 0.002
+    assert seeds_to_resolve(0.002, Spread(0.001, 31), seeds) is None  # these documents alone hide it
+
+
+@pytest.mark.parametrize(
+    ("difference", "half", "could", "expected"),
+    [
+        (-0.01, 0.005, 0.007, "better"),
+        (0.01, 0.005, 0.007, "worse"),
+        (0.01, 0.011, 0.015, "not resolved"),
+        (0.0005, 0.0014, 0.0019, "tie"),
+        (0.0005, 0.0014, 0.0021, "not resolved"),  # a difference of the margin would have been missed
+        (0.0005, 0.0016, 0.0019, "not resolved"),
+        (0.0001, 0.0, 0.0, "tie"),  # what rounding makes
+        (0.003, 0.0, 0.0, "worse"),
+    ],
+)
+def test_a_verdict_follows_from_interval_and_power(
+    difference: float, half: float, could: float, expected: str
+) -> None:
+    assert verdict(difference, half, could, margin=0.002) == expected
