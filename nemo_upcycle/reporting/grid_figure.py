@@ -133,6 +133,6 @@ def _title(compared: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     counts = sorted({len(end["seeds"]) for end in ends})
     seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     return (
-        f"95 % intervals over {ends[0]['documents']} documents and {seeds} seeds, {values['tests']['end']} of them at"
-        f" once; grey: the margin of ±{values['margin']:g}"
+        f"95 % intervals over {ends[0]['documents']} documents and {seeds} seeds,\n"
+        f"{values['tests']['end']} of them at once; grey: the margin of ±{values['margin']:g}"
     )

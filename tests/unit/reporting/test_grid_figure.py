@@ -64,7 +64,7 @@ def test_an_arm_of_fewer_seeds_is_in_the_table_alone(in_memory: dict[str, Any]) 
 
 def test_the_title_says_what_an_interval_is(figure: Any, in_memory: dict[str, Any]) -> None:
     assert figure.axes[0].get_title() == (
-        "95 % intervals over 40 documents and 3 seeds, 9 of them at once; grey: the margin of ±0.002"
+        "95 % intervals over 40 documents and 3 seeds,\n9 of them at once; grey: the margin of ±0.002"
     )
     fewer = copy.deepcopy(in_memory)
     fewer["differences"]["st"]["end"]["seeds"] = [{"seed": 1, "difference": 0.0}]
