@@ -20,6 +20,7 @@ import torch
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.cpu.fp8_recipe import Fp8Recipe, update_scales
 from nemo_upcycle.cpu.one_rank import one_rank
+from nemo_upcycle.evaluation.arms import mean_of
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
 from tests.models import build_chunks, moe_settings
@@ -91,9 +92,10 @@ def distances(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return 100 * (got - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
 
 
-def with_error(each: torch.Tensor) -> str:
-    """Return mean and standard error."""
-    return f"{each.mean():.3f} ± {each.std() / len(each) ** 0.5:.3f}"
+def with_interval(each: torch.Tensor) -> str:
+    """Write the mean, and half of its 95 % interval."""
+    mean = mean_of(each.tolist())
+    return f"{mean['value']:.3f} ± {mean['high'] - mean['value']:.3f}"
 
 
 def tables(dense: dict[str, Pass], moe: dict[str, Pass]) -> str:
@@ -104,8 +106,8 @@ def tables(dense: dict[str, Pass], moe: dict[str, Pass]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name in dense:
-        cells = [with_error(distances(model[name].logits, parent.logits)) for model in (dense, moe)]
-        cells += [with_error(model[name].losses - parent.losses) for model in (dense, moe)]
+        cells = [with_interval(distances(model[name].logits, parent.logits)) for model in (dense, moe)]
+        cells += [with_interval(model[name].losses - parent.losses) for model in (dense, moe)]
         cells += [f"{model[name].seconds / model['BF16'].seconds:.1f}x" for model in (dense, moe)]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     layers = ["| layer | " + " | ".join(dense) + " |", "|---|" + "---:|" * len(dense)]
@@ -132,7 +134,7 @@ def main(dense_folder: Path, heldout: Path) -> None:
                 print(name, found[name].losses.mean().item(), f"{found[name].seconds:.1f} s", flush=True)
             if recipe == "delayed":
                 update_scales(Fp8Recipe.of(models[0][0].config), slice(0, 2))
-            loss = with_error(dense["BF16"].losses)
+            loss = with_interval(dense["BF16"].losses)
             said = f"{SEQUENCES} sequences of {LENGTH} tokens of held-out text; loss of the parent in BF16 {loss}."
             about = "Distances and losses are compared with the parent in BF16; times are of a forward pass."
             command = "`python -m benchmarks.fp8_step0 DENSE HELDOUT`"

@@ -34,9 +34,9 @@ _LONGEST = 50
 _DPI = 150
 
 
-def chain_only(steps: int) -> str:
-    """Return a note for a run with few steps; "" for a longer one."""
-    return f"{steps} steps show that the chain works, not what training brings" if steps < FEW_STEPS else ""
+def is_short(steps: int) -> bool:
+    """Say whether a run has so few steps that it shows only that the chain works."""
+    return steps < FEW_STEPS
 
 
 def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float] | None = None) -> Figure:
@@ -60,7 +60,8 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
         tokens_axis(axes, max(curve.steps[-1]["tokens"] * factors[stage] for stage, curve in curves.items()), label)
     steps = curves["pretrain"].steps[-1]["step"]
     title = f"Loss of the upcycled MoE{' and its baseline' if 'dense_ct' in curves else ''}, {steps:,} steps"
-    panels[0].set_title("\n".join(filter(None, [title, chain_only(steps)])), fontsize=11)
+    note = f"\n{steps} steps show that the chain works, not what training brings" if is_short(steps) else ""
+    panels[0].set_title(title + note, fontsize=11)
     for axes in panels:
         axes.set(ylabel="cross-entropy loss (nats per token)")
     legend_below(figure, panels[0], ncols=2)

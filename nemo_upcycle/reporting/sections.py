@@ -12,7 +12,7 @@ from typing import Any
 from nemo_upcycle.data.finished import overlap_shares, overlap_unit
 from nemo_upcycle.evaluation.heldout import ANSWER_BITS, BITS
 from nemo_upcycle.reporting.evaluation_sections import verdict
-from nemo_upcycle.reporting.figures import chain_only
+from nemo_upcycle.reporting.figures import is_short
 from nemo_upcycle.reporting.markdown import (
     code,
     difference,
@@ -58,11 +58,12 @@ def _headline(results: dict[str, Any]) -> str:
         for name, title in others.items()
         if (pair := f"trained_minus_{name}") in results["paired"]
     ]
-    few = chain_only(done["steps"])
-    return plain(
-        f"After {done['steps']:,} steps on {done['tokens']:,} tokens the MoE of {spec['num_experts']} experts, top-"
-        f"{spec['top_k']}, is {' and '.join(compared)}, by {_name(metric)}.{f' {few}.' if few else ''}"
-    )
+    moe = f"the MoE of {spec['num_experts']} experts, top-{spec['top_k']}"
+    after = f"{done['steps']:,} steps on {done['tokens']:,} tokens"
+    if is_short(done["steps"]):
+        equal = ", and at step 0 " + moe + ", equals its parent" if results["receipt"].get("within_tolerance") else ""
+        return plain(f"The chain works{equal}. {after} cannot show what training brings.")
+    return plain(f"After {after} {moe} is {' and '.join(compared)}, by {_name(metric)}.")
 
 
 def _compared(paired: dict[str, Any]) -> str:

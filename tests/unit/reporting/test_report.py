@@ -13,6 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.reporting.report import write_report
+from nemo_upcycle.reporting.sections import opening
 from tests.unit.reporting.conftest import EVALUATIONS, RECEIPT, SETTINGS
 
 
@@ -105,7 +106,11 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
         "MoE and baseline saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
     )
     assert "`seed=4321`" in text
-    assert "3 steps show that the chain works, not what training brings." in text
+    headline = (
+        "The chain works, and at step 0 the MoE of 4 experts, top-2, equals its parent."
+        " 3 steps on 3,000 tokens cannot show what training brings."
+    )
+    assert headline in text
     assert "minus 1): 1.800, in layer 0 at step 1." in text  # 0.7 of a layer with four experts
 
 
@@ -179,11 +184,13 @@ def test_samples_stand_beside_each_other(run_dir: Path) -> None:
 
 def test_the_report_says_so_when_the_dense_baseline_wins(reported: Path) -> None:
     text = (reported / "report.md").read_text()
-    headline, opening = text.split("\n\n")[1:3]
-    assert (
-        "top-2, is better than its parent and worse than the baseline, by bits per byte of held-out text." in headline
+    assert "+0.0289 ± 0.0091 | the baseline is better |" in text.split("\n\n")[2]
+    results = json.loads((reported / "results.json").read_text())
+    results["training"]["pretrain"]["steps"] = 2000  # of 3 steps the headline judges nothing
+    assert opening(results).startswith(
+        "After 2,000 steps on 3,000 tokens the MoE of 4 experts, top-2, is better than its parent and worse than the"
+        " baseline, by bits per byte of held-out text."
     )
-    assert "+0.0289 ± 0.0091 | the baseline is better |" in opening
     found = rows(reported / "report.md")
     assert found["acc (quiz)"][0].endswith("(no difference shown)")
 
