@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -22,15 +23,17 @@ from nemo_upcycle.planning.law import FORMS, RELATIVE, Band, Law, OptionLaw, qua
 
 #: Forms of an option that has a parent, and of one that begins from nothing.
 WITH_PARENT, FROM_NOTHING = ("interaction", "product", "additive", "sum"), ("power",)
+#: Numbers of tokens of an option from nothing: one more than its form has coefficients, since a fit leaves one out.
+LEAST_LENGTHS = len(FORMS["power"].coefficients) + 1
 #: Parent's tokens and tokens after it -> mean loss over the seeds.
 Cells = dict[tuple[float, float], float]
 Array = NDArray[np.float64]
 DRAWS = 100
-LEAST_PARENTS = 3  # of a fit; from nothing as many numbers of tokens
+LEAST_PARENTS = 3  # of a fit
 #: Forms whose held-out error is up to so many times the smallest may be right as well: the band reaches around them.
 ALIKE = 2.0
-#: Where the search for exponents begins; the logarithm of w begins at 0.
-_STARTS = (0.1, 0.4)
+#: Where the search for each exponent begins, in all combinations; the logarithm of w begins at 0.
+_STARTS = (0.1, 0.4, 1.0)
 _LIMIT = 10.0
 
 
@@ -126,8 +129,8 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
     left_out: dict[str, str] = {}
     for option in sorted(by_option):  # dense first: the others are compared with it
         has_parent, lengths = any(parent for parent, _ in means[option]), {tokens for _, tokens in means[option]}
-        if not has_parent and len(lengths) < LEAST_PARENTS:
-            left_out[option] = f"{len(lengths)} of at least {LEAST_PARENTS} numbers of tokens were trained"
+        if not has_parent and len(lengths) < LEAST_LENGTHS:
+            left_out[option] = f"{len(lengths)} of at least {LEAST_LENGTHS} numbers of tokens were trained"
         else:
             errors[option] = _held_out_errors(source, option, means, errors)
     held_out = {
@@ -135,7 +138,7 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
     }
     best = {option: min(of, key=lambda form: of[form]) for option, of in held_out.items()}
     laws = {}
-    drawn = [_drawn(by_option, number) for number in range(draws)]
+    drawn = [drawn_means(by_option, number) for number in range(draws)]
     for option, form in best.items():
         cells = means[option]
         fitted = {name: _fit(name, _fitted_to(name, option, means)) for name in _alike(held_out[option])}
@@ -153,7 +156,7 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
             tokens=(min(tokens), max(tokens)),
             parameters=(parameters, parameters),
             draws=[[float(f"{value:.7g}") for value in values] for values in refitted],
-            error=_error(option, {name: errors[name][best[name]] for name in {option, "dense"}}),
+            error=held_out_error(option, {name: errors[name][best[name]] for name in {option, "dense"}}),
             held_out=held_out[option],
             intervals={name: _interval([values[place] for values in refitted]) for place, name in enumerate(names)},
             others=coefficients,
@@ -211,11 +214,10 @@ def _fit(form: str, cells: Cells, start: Array | None = None) -> _Fit:
 
 
 def _starts(form: str, cells: Cells) -> list[Array]:
-    if form == "interaction":
-        return [np.array([*_fit("product", cells).exponents, 0.0])]
-    fixed = [0.0] if form == "sum" else []
+    fixed = [0.0] if form in ("interaction", "sum") else []  # c, and the logarithm of w
     free = len(FORMS[form].exponents) - len(fixed)
-    return [np.array([value] * free + fixed) for value in _STARTS]
+    starts = [np.array([*values, *fixed]) for values in itertools.product(_STARTS, repeat=free)]
+    return [*starts, np.array([*_fit("product", cells).exponents, 0.0])] if form == "interaction" else starts
 
 
 def _held_out_errors(
@@ -229,11 +231,11 @@ def _held_out_errors(
     cells = means[option]
     place = 0 if any(parent for parent, _ in cells) else 1
     groups, tokens = sorted({key[place] for key in cells}), {key[1] for key in cells}
-    if len(groups) < LEAST_PARENTS or (place == 0 and len(tokens) < 2):
+    if len(groups) < (LEAST_LENGTHS if place else LEAST_PARENTS) or (place == 0 and len(tokens) < 2):
         raise UpcycleError(
             f"{source}: {option}",
             got=f"{len({key[0] for key in cells})} parents x {len(tokens)} numbers of tokens",
-            expected="at least 3 parents x 2 numbers of tokens; from nothing, 3 numbers of tokens",
+            expected=f"at least 3 parents x 2 numbers of tokens; from nothing, {LEAST_LENGTHS} numbers of tokens",
             fix="train more of them, or remove the option's rows",
         )
     differences = _both(cells, means["dense"]) if option.startswith("upcycled") else None
@@ -248,8 +250,10 @@ def _held_out_errors(
     for form in WITH_PARENT if place == 0 else FROM_NOTHING:
         errors[form] = _left_out(form, cells, place)
     if differences is not None:
-        dense = min(others["dense"].values(), key=_root_mean_square)
-        errors = {form: {key: error[key] - dense[key] for key in differences} for form, error in errors.items()}
+        dense = others["dense"]  # like with like: a form of both models, or one of their difference
+        errors = {
+            form: {key: error[key] - dense[form][key] for key in differences} for form, error in errors.items()
+        }
         errors[RELATIVE] = _left_out(RELATIVE, differences, place)
     return errors
 
@@ -267,7 +271,7 @@ def _root_mean_square(errors: Cells) -> float:
     return math.sqrt(statistics.fmean(value**2 for value in errors.values()))
 
 
-def _error(option: str, errors: Mapping[str, Cells]) -> float:
+def held_out_error(option: str, errors: Mapping[str, Cells]) -> float:
     """Return half of the 90 % interval of an option's held-out differences to `dense`; of dense, of its losses."""
     parts = [option] if option == "dense" or option.startswith("upcycled") else list(errors)
     own = errors[option]
@@ -275,7 +279,7 @@ def _error(option: str, errors: Mapping[str, Cells]) -> float:
     return float(student_t.ppf(0.95, groups - 1)) * math.hypot(*(_root_mean_square(errors[part]) for part in parts))
 
 
-def _drawn(by_option: Mapping[str, Sequence[Point]], number: int) -> dict[str, Cells]:
+def drawn_means(by_option: Mapping[str, Sequence[Point]], number: int) -> dict[str, Cells]:
     """Return means over seeds drawn with replacement: in each cell the same seeds for all options.
 
     Deviations from the mean are enlarged, for n seeds, by sqrt(n / (n - 1)): drawn from few they are too small.
