@@ -18,7 +18,7 @@ from scipy.optimize import least_squares, nnls
 from scipy.stats import t as student_t
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.planning.law import FORMS, RELATIVE, Band, Law, OptionLaw, quantile, shape_name
+from nemo_upcycle.planning.law import FORMS, RELATIVE, Law, OptionLaw, quantile, shape_name
 
 
 #: Forms of an option that has a parent, and of one that begins from nothing.
@@ -231,11 +231,12 @@ def _held_out_errors(
     cells = means[option]
     place = 0 if any(parent for parent, _ in cells) else 1
     groups, tokens = sorted({key[place] for key in cells}), {key[1] for key in cells}
-    if len(groups) < (LEAST_LENGTHS if place else LEAST_PARENTS) or (place == 0 and len(tokens) < 2):
+    few = len(groups) < LEAST_PARENTS or not _determined(cells) if place == 0 else len(groups) < LEAST_LENGTHS
+    if few:
         raise UpcycleError(
             f"{source}: {option}",
             got=f"{len({key[0] for key in cells})} parents x {len(tokens)} numbers of tokens",
-            expected=f"at least 3 parents x 2 numbers of tokens; from nothing, {LEAST_LENGTHS} numbers of tokens",
+            expected=f"4 parents x 2 numbers of tokens, or 3 x 3; from nothing, {LEAST_LENGTHS} numbers of tokens",
             fix="train more of them, or remove the option's rows",
         )
     differences = _both(cells, means["dense"]) if option.startswith("upcycled") else None
@@ -247,15 +248,20 @@ def _held_out_errors(
             fix="train dense on as many tokens after the same parents",
         )
     errors: dict[str, Cells] = {}
-    for form in WITH_PARENT if place == 0 else FROM_NOTHING:
+    for form in _determined(cells) if place == 0 else FROM_NOTHING:
         errors[form] = _left_out(form, cells, place)
     if differences is not None:
         dense = others["dense"]  # like with like: a form of both models, or one of their difference
-        errors = {
-            form: {key: error[key] - dense[form][key] for key in differences} for form, error in errors.items()
-        }
+        errors = {form: {key: error[key] - dense[form][key] for key in differences} for form, error in errors.items()}
         errors[RELATIVE] = _left_out(RELATIVE, differences, place)
     return errors
+
+
+def _determined(cells: Cells) -> list[str]:
+    """Name the forms with fewer coefficients than there are cells without a parent's: others would fit anything."""
+    parents = [parent for parent, _ in cells]
+    left = len(cells) - max(parents.count(parent) for parent in parents)
+    return [form for form in WITH_PARENT if len(FORMS[form].coefficients) < left]
 
 
 def _left_out(form: str, cells: Cells, place: int) -> Cells:
@@ -299,48 +305,6 @@ def drawn_means(by_option: Mapping[str, Sequence[Point]], number: int) -> dict[s
             mean = statistics.fmean(values)
             drawn[option][key] = mean + math.sqrt(count / max(count - 1, 1)) * (picked - mean)
     return drawn
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A difference to `dense` that a law predicts for a parent which its fit did not see.
-
-    Args:
-        option: whose loss.
-        parent_tokens, tokens: the trainings'.
-        predicted: the difference, with its band.
-        measured: the difference.
-    """
-
-    option: str
-    parent_tokens: float
-    tokens: float
-    predicted: Band
-    measured: float
-
-    @property
-    def is_right(self) -> bool | None:
-        """Whether the predicted sign is the measured one; None where the band holds zero."""
-        return (self.predicted.value > 0) == (self.measured > 0) if self.predicted.is_resolved else None
-
-
-def held_out_differences(points: Sequence[Point], draws: int = DRAWS) -> list[HeldOut]:
-    """Ask, for each parent in turn, the law of all others about it.
-
-    Raises:
-        UpcycleError: there are no more than `LEAST_PARENTS`.
-    """
-    answers = []
-    for left_out in sorted({point.parent_tokens for point in points} - {0.0}):
-        others = [point for point in points if point.parent_tokens != left_out]
-        law = fit_law(others, "", "the other parents", draws)
-        rows = [point for point in points if point.parent_tokens == left_out]
-        losses = {option: mean_cells([row for row in rows if row.option == option]) for option in law.options}
-        for option in sorted(losses.keys() - {"dense"}):
-            for key in sorted(losses[option].keys() & losses["dense"].keys()):
-                predicted = law.difference(option, key[1], "dense", key[1], left_out)
-                answers.append(HeldOut(option, *key, predicted, losses[option][key] - losses["dense"][key]))
-    return answers
 
 
 def _interval(values: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """Fit the law of what pays to a grid's points, and write conf/planning/upcycling_law.yaml.
 
-    python -m benchmarks.upcycling_law docs/results/budget          print the law and what it says of left out parents
+    python -m benchmarks.upcycling_law docs/results/budget          print the law
     python -m benchmarks.upcycling_law docs/results/budget --write  and write it, as `nemo-upcycle advise` reads it
 
 The printed tables are Markdown.
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.law_fit import ALIKE, DRAWS, LEAST_PARENTS, HeldOut, fit_law, held_out_differences, read_points
+from benchmarks.law_fit import ALIKE, DRAWS, fit_law, read_points
 from nemo_upcycle.planning.law import Law
 
 
@@ -52,8 +52,6 @@ def main() -> None:
     print(table(law))
     for option, why in law.left_out.items():
         print(f"{option} is left out: {why}\n")
-    if len({point.parent_tokens for point in points if point.parent_tokens}) > LEAST_PARENTS:
-        print(held_out_table(held_out_differences(points)))
     if args.write:
         LAW.write_text(law_yaml(law, str(args.grid)), encoding="utf-8")
 
@@ -86,21 +84,6 @@ def table(law: Law) -> str:
         errors = ", ".join(f"{form} {error:.4f}" for form, error in option.held_out.items())
         lines.append(f"| {name} | {option.form}: {TEXTS[option.form]} | {shown} | {errors} |")
     return "\n".join(lines) + "\n"
-
-
-def held_out_table(found: list[HeldOut]) -> str:
-    """Tabulate what the laws of the other parents say of each parent, and how often the sign is right."""
-    lines = ["| option | parent's tokens | tokens | predicted | measured | sign |", "|---|---:|---:|---|---:|---|"]
-    words = {True: "right", False: "wrong", None: "not resolved"}
-    for one in found:
-        band = one.predicted
-        predicted = f"{band.value:+.4f} ({band.low:+.4f} to {band.high:+.4f})"
-        lines.append(
-            f"| {one.option} | {one.parent_tokens:,.0f} | {one.tokens:,.0f} | {predicted} | {one.measured:+.4f} |"
-            f" {words[one.is_right]} |"
-        )
-    counts = ", ".join(f"{sum(one.is_right is key for one in found)} {word}" for key, word in words.items())
-    return "\n".join(lines) + f"\n\n{counts}\n"
 
 
 if __name__ == "__main__":
