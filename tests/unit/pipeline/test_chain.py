@@ -7,23 +7,17 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import nemo_run as run
 import pytest
 
 from nemo_upcycle.errors import UnfinishedError, UpcycleError
 from nemo_upcycle.pipeline import chain as chain_module
-from nemo_upcycle.pipeline.chain import POLL_S, SETTLE_S, Chain, recorded_jobs
+from nemo_upcycle.pipeline.chain import Chain, recorded_jobs
 from nemo_upcycle.pipeline.context import PipelineContext
-from nemo_upcycle.pipeline.executors import kubernetes
 from nemo_upcycle.pipeline.executors.base import Cluster, UnreachableError
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
-from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
-from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.local import StopSignals
-from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
-from tests.unit.pipeline.test_kubernetes import FakeApi
 
 
 class Processes(Cluster):
@@ -274,43 +268,6 @@ def test_message_is_of_the_stage_that_failed_with_its_last_words(tmp_path: Path,
     assert "log.txt: out of memory" in text
     assert "sbatch.txt: slurmstepd: killed" in text
     assert "line 1\n" not in text
-
-
-class Clock(SimpleNamespace):
-    """Stands for the module `time`; waiting takes none."""
-
-    now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
-@pytest.mark.parametrize("happens", ["ended", "silent", "deleted"])
-def test_chain_ends_with_the_defaults_a_minute_after_a_job_is_gone_or_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: str
-) -> None:
-    clock = Clock()
-    for module in (chain_module, kubernetes):
-        monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(chain_module, "POLL_S", POLL_S)
-    monkeypatch.setattr(chain_module, "SETTLE_S", SETTLE_S)
-    chain = chain_of(tmp_path, {"a": "true"})
-    chain.cluster.poll_s = SlurmScheduler.poll_s
-    if happens != "ended":
-        api = FakeApi()
-        chain.cluster = KubernetesScheduler(KubernetesExecutor(image="i", claim="c", mount_path="/"), api)  # type: ignore[arg-type]
-    chain.submit()
-    if happens == "ended":
-        chain.cluster.processes[chain.ids["a"]].wait()  # type: ignore[attr-defined]
-    chain._asked_s = clock.monotonic() + 0.1  # the scheduler was asked just before
-    if happens == "deleted":
-        api.jobs.clear()
-    with StopSignals() as stop, pytest.raises(UnfinishedError):
-        chain.watch(stop)
-    assert clock.monotonic() < 60 + (KubernetesExecutor.report_within_s if happens == "silent" else 0)
 
 
 @pytest.mark.parametrize(("error", "status"), [(UnfinishedError("failed"), 1), (UpcycleError("no such dir"), 2)])

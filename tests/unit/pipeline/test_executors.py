@@ -106,25 +106,12 @@ def test_a_mistake_on_the_command_line_is_named_as_it_was_typed(word: str, subje
     assert (caught.value.subject, caught.value.got) == (subject, got)
 
 
-def test_numbers_are_text_where_slurm_takes_text(tmp_path: Path) -> None:
+def test_what_is_left_blank_is_the_fields_default(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("executor: slurm\nmem: 0\ntime: 04:00:00\nstages: {pretrain: {exclusive: true, mem: 64}}")
-    executor = read_executor(str(path), ["mem=12"])
-    assert (executor.mem, executor.time) == ("12", "04:00:00")
-    assert executor.stages["pretrain"] == {"exclusive": True, "mem": "64"}
-
-
-@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
-def test_what_is_left_blank_is_the_fields_default(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "mine.yaml"
-    blank = {"slurm": "container_mounts", "kubernetes": "volumes"}[kind]
-    path.write_text(f"executor: {kind}\nenv_vars:\n{blank}:\nstages: {{import: , data: {{env_vars: }}}}")
+    path.write_text("executor: slurm\nenv_vars:\ncontainer_mounts:\nstages: {import: , data: {env_vars: }}")
     executor = built(name=str(path))
-    assert not executor.env_vars
-    assert not getattr(executor, blank)
+    assert (executor.env_vars, executor.container_mounts) == ({}, [])
     assert executor.stages == {"import": {}, "data": {"env_vars": {}}}
-    with pytest.raises(UpcycleError, match="got nothing"):
-        cluster_for(executor).check_settings([])  # as with "???"
 
 
 @pytest.mark.parametrize(("word", "flag"), [("true", "#SBATCH --exclusive\n"), ("user", "#SBATCH --exclusive=user\n")])

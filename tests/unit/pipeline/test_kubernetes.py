@@ -9,10 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
-import nemo_run as run
 import pytest
 import yaml
-from nemo_run.cli.cli_parser import parse_cli_args
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import kubernetes, manifests
@@ -20,7 +18,6 @@ from nemo_upcycle.pipeline.executors.base import UnreachableError
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
-from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.trainers.base import Profile
 from tests.crds import KINDS, RECIPES, closed_schema, executor, jobs_of
 from tests.tiers import quick
@@ -81,25 +78,6 @@ def test_every_stage_of_every_recipe_fits_the_published_schemas(recipe: str, tmp
             document = yaml.safe_load(text)
             schema.validate(document)
             assert name == f"{document['metadata']['name']}.yaml"
-
-
-def test_settings_can_be_cloned_as_nemo_run_does(tmp_path: Path) -> None:
-    settings = executor("trainjob-2.3", tmp_path)
-    assert settings.clone() == settings
-
-
-def test_settings_can_be_overridden_on_the_command_line() -> None:
-    given = {
-        "image": "nvcr.io/nvidia/nemo:26.02",
-        "cpus": 3,
-        "pull_secrets": ["ngc"],
-        "node_selector": {"pool": "h100"},
-        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
-        "stages": {"pretrain": {"cpus": 64}},
-    }
-    overrides = [f"{name}={value}" for name, value in given.items()]
-    settings = parse_cli_args(run.Config(KubernetesExecutor), overrides)
-    assert {name: getattr(settings, name) for name in given} == given
 
 
 def test_names_are_labels_whatever_the_folder_is_called(tmp_path: Path) -> None:
@@ -311,3 +289,67 @@ def test_kept_manifest_with_a_secret_is_its_owners_alone(tmp_path: Path) -> None
         assert next(iter(variables.values())) in path.read_text()
         assert (path.stat().st_mode & 0o077 == 0) is (number == 1)
         assert "hf_abc" not in "".join(scheduler.masked().render(job).values())
+
+
+@pytest.mark.parametrize("definition", KINDS)
+def test_a_misspelt_field_does_not_fit_the_schema(definition: str, tmp_path: Path) -> None:
+    document = manifests.manifest(executor(definition, tmp_path), _job(tmp_path), "a")
+    document["spec"]["sppec"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="sppec"):
+        jsonschema.validate(document, closed_schema(definition), jsonschema.Draft7Validator)
+
+
+def test_a_pytorchjob_has_a_master_and_workers_and_restarts_only_trainings(tmp_path: Path) -> None:
+    settings = executor("pytorchjob-1.9", tmp_path)
+    spec = manifests.manifest(settings, _job(tmp_path, nodes=3, ranks_per_node=8, is_training=True), "a")["spec"]
+    replicas = spec["pytorchReplicaSpecs"]
+    assert {name: role["replicas"] for name, role in replicas.items()} == {"Master": 1, "Worker": 2}
+    assert replicas["Worker"]["restartPolicy"] == "OnFailure"
+    assert (spec["nprocPerNode"], spec["runPolicy"]["backoffLimit"]) == ("8", 3)
+    export = manifests.manifest(settings, _job(tmp_path, "export"), "a")["spec"]
+    assert export["runPolicy"]["backoffLimit"] == 0
+    assert {name: role["restartPolicy"] for name, role in export["pytorchReplicaSpecs"].items()} == {"Master": "Never"}
+
+
+def test_a_patch_carries_volumes_and_a_training_starts_torchrun(tmp_path: Path) -> None:
+    document = manifests.manifest(executor("trainjob-2.3", tmp_path), _job(tmp_path, ranks_per_node=2), "a")
+    (job,) = document["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {str(tmp_path), "/data", "/dev/shm"}
+    assert "env" not in container, "Trainer refuses it there"
+    command = document["spec"]["trainer"]["command"]
+    assert command[5:10] == ["python", "-m", "torch.distributed.run", "--no-python", "python"]
+
+
+@pytest.mark.parametrize("definition", KINDS)
+def test_labels_and_annotations_are_the_jobs_and_its_pods(definition: str, tmp_path: Path) -> None:
+    document = manifests.manifest(executor(definition, tmp_path), _job(tmp_path), "a")
+    found = [document["metadata"], _template(document)["metadata"]]
+    assert [(one["labels"]["team"], one["annotations"]) for one in found] == [("llm", {"note": "a test"})] * 2
+
+
+@pytest.mark.parametrize("definition", KINDS)
+def test_overrides_are_merged_into_the_pod_and_win(definition: str, tmp_path: Path) -> None:
+    name = "pytorch" if definition == "pytorchjob-1.9" else "node"
+    overrides = {
+        "containers": [{"name": name, "volumeMounts": [{"name": "shared-memory", "mountPath": "/shm"}]}],
+        "nodeSelector": {"rack": "a", "pool": None},
+        "serviceAccountName": None,
+    }
+    spec = _template(manifests.manifest(executor(definition, tmp_path, overrides=overrides), _job(tmp_path), "a"))[
+        "spec"
+    ]
+    (container,) = spec["containers"]
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == [str(tmp_path), "/data", "/shm"]
+    assert spec["nodeSelector"] == {"rack": "a"}
+    assert "serviceAccountName" not in spec
+
+
+def _template(document: dict[str, Any]) -> dict[str, Any]:
+    spec = document["spec"]
+    if "pytorchReplicaSpecs" in spec:
+        return spec["pytorchReplicaSpecs"]["Master"]["template"]
+    patch = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]
+    return patch["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]

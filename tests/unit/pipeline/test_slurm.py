@@ -69,23 +69,6 @@ def test_jobs_of_two_clusters_on_one_file_system_are_told_apart(commands: Path) 
         SlurmScheduler(built(*SITE)).identity  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind"),
-    [
-        ("Invalid qos specification", UpcycleError),
-        ("Batch job submission failed: Unable to contact slurm controller (connect failure)", UnreachableError),
-        ("Batch job submission failed: Socket timed out on send/recv operation", UnreachableError),
-    ],
-)
-def test_controller_that_does_not_answer_refuses_nothing(
-    commands: Path, tmp_path: Path, answer: str, kind: type[UpcycleError]
-) -> None:
-    write_commands(commands, sbatch=f"echo 'sbatch: error: {answer}' >&2; exit 1")
-    with pytest.raises(UpcycleError, match=answer.partition("(")[0]) as caught:
-        SlurmScheduler(built(*SITE)).submit(data(tmp_path), [])
-    assert type(caught.value) is kind
-
-
 def test_new_job_may_fail_once_whatever_an_earlier_one_did(tmp_path: Path) -> None:
     job = data(tmp_path)
     job.folder.mkdir(parents=True)
@@ -184,20 +167,23 @@ def test_words_of_a_site_around_a_job_id_are_not_taken_for_it(
 
 
 @pytest.mark.parametrize(
-    ("answer", "hint", "no_hint"),
+    ("answer", "hint", "no_hint", "kind"),
     [
-        ("invalid partition specified: h100", "Partitions: node1, node2", "account"),
-        ("Invalid account or account/partition combination specified", "run.executor.account", "Partitions:"),
-        ("QOSMaxSubmitJobPerUserLimit", "--until", "Partitions:"),
-        ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "--until", "Part"),
+        ("invalid partition specified: h100", "Partitions: node1, node2", "account", UpcycleError),
+        ("Invalid account or account/partition combination", "run.executor.account", "Partitions:", UpcycleError),
+        ("QOSMaxSubmitJobPerUserLimit", "--until", "Partitions:", UpcycleError),
+        ("Job violates accounting/QOS policy (job submit limit)", "--until", "Partitions:", UpcycleError),
+        ("Unable to contact slurm controller (connect failure)", "Unable to contact", "Fix", UnreachableError),
+        ("Socket timed out on send/recv operation", "Socket timed out", "Fix", UnreachableError),
     ],
 )
-def test_refusal_names_the_setting_that_it_is_about(
-    commands: Path, tmp_path: Path, answer: str, hint: str, no_hint: str
+def test_refusal_names_the_setting_that_it_is_about_and_a_controller_that_does_not_answer_refuses_nothing(
+    commands: Path, tmp_path: Path, answer: str, hint: str, no_hint: str, kind: type[UpcycleError]
 ) -> None:
     write_commands(commands, sbatch=f'echo "sbatch: error: {answer}" >&2; exit 1')
     with pytest.raises(UpcycleError, match=hint) as caught:
         SlurmScheduler(built(*SITE)).submit(data(tmp_path), [])
+    assert type(caught.value) is kind
     assert no_hint not in str(caught.value)
 
 
@@ -216,15 +202,12 @@ def test_setting_that_cannot_work_is_refused_by_name(word: str, name: str) -> No
         SlurmScheduler(built(*SITE, word)).render(training())
 
 
-@pytest.mark.parametrize(("mount", "holds"), [("/scratch/lustre:/lustre", False), ("/lustre:/lustre", True)])
-def test_mount_of_another_folder_does_not_hold_the_run(mount: str, holds: bool) -> None:
-    script = script_of(data(Path("/lustre/run")), "container_image=nemo", f"container_mounts=['{mount}']")
-    assert (f"{mount},/lustre/run:/lustre/run," in script) is not holds
-
-
-def test_mount_of_the_same_folder_under_another_name_holds_the_run(tmp_path: Path) -> None:
+def test_mount_of_another_folder_does_not_hold_the_run_and_a_link_to_it_does(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "lustre").symlink_to(tmp_path / "scratch")
+    job = data(Path("/lustre/run"))
+    assert missing_mounts(job, ["/scratch/lustre:/lustre"]) == ["/lustre/run:/lustre/run"]
+    assert missing_mounts(job, ["/lustre:/lustre"]) == []
     assert missing_mounts(data(tmp_path / "lustre/run"), [f"{tmp_path}/scratch:{tmp_path}/lustre:ro"]) == []
 
 

@@ -91,17 +91,6 @@ def test_what_is_dropped_or_uneven_changes_the_routed_buffers_only() -> None:
         assert dropless[name] == even[name]
 
 
-def test_more_recomputation_keeps_less() -> None:
-    layout = parse_layout("pp=4,vp=8,ep=8", 128)
-    kept = []
-    # Recomputed, the core of attention keeps its value, a view of query, key and value as they were projected.
-    for kind in ("core_attn", "none", "layernorm", "moe_act", "layernorm,moe_act", "moe", "layernorm,moe", "full"):
-        memory = stage_memory(LLAMA, layout, replace(WORK, recompute=kind), 0)
-        kept.append(memory.activations + memory.routed)
-    assert kept == sorted(kept, reverse=True)
-    assert len(set(kept)) == len(kept)
-
-
 def test_published_peaks_are_predicted() -> None:
     """Of two runs in BF16, and between the steps of one; those in FP8 fine-tune, and say less of their settings."""
     peaks = {peak.row.name: peak for peak in published_peaks()}

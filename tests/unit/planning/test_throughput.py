@@ -107,7 +107,6 @@ def test_what_costs_more_time(
 
 
 _QWEN = ThroughputModel(shape("qwen3_235b_a22b"), known_gpu("h100"), Machine())
-OSS = shape("gpt_oss_120b")
 _DROPLESS = replace(WORK, seq_length=4096, capacity_factor=None, pad=False)
 
 
@@ -200,52 +199,15 @@ def test_recomputation_costs_time() -> None:
     assert times[-1] / times[0] == pytest.approx(4 / 3, abs=0.05)
 
 
-GB200 = known_gpu("gb200")
-
-
-def _on_gb200(text: str, gpus: int = 64, **changes: object) -> StepTime:
-    model = ThroughputModel(LLAMA, GB200, known_machine(GB200, "mcore-0.18"))
-    return model.step(parse_layout(text, gpus), replace(_DROPLESS, **changes))
-
-
-def test_experts_within_a_rack_go_over_nvlink() -> None:
-    """Eight of 64 ranks lie on two machines of four cards, which NVLink joins."""
-    assert _on_gb200("ep=8", dispatcher="hybridep").nvlink > 0
-    assert _on_gb200("ep=8", 64, global_batch=8192).network < 0.01 * _on_gb200("ep=8", 64, global_batch=8192).total
-
-
-def test_fewer_bits_multiply_faster_but_cost_casts() -> None:
-    bf16, mxfp8, nvfp4 = (_on_gb200("ep=8", precision=name) for name in ("bf16", "mxfp8", "nvfp4"))
-    assert bf16.gemm > mxfp8.gemm > nvfp4.gemm
-    assert min(mxfp8.memory, nvfp4.memory) > bf16.memory
-
-
-def test_faster_gpus_are_faster() -> None:
-    layout = parse_layout("pp=4,vp=8,ep=8", 128)
-    times = [
-        ThroughputModel(LLAMA, known_gpu(name), Machine()).step(layout, WORK).total
-        for name in ("b200", "h100", "a100")
-    ]
-    assert times[0] < times[1] < 0.5 * times[2]
-
-
 def test_a_window_hides_tokens_and_time() -> None:
     assert mean_context(4096) == mean_context(4096, 4096) == mean_context(4096, 9999) == 2048
     assert mean_context(4096, 128) == 126
-    full, layout = replace(OSS, window_pattern=(False,) * 36), parse_layout("ep=64", 64)
-    work = replace(_DROPLESS, seq_length=8192, global_batch=4096)
-    times = [ThroughputModel(each, H100, Machine()).step(layout, work).attention for each in (OSS, full)]
+    oss, layout = shape("gpt_oss_120b"), parse_layout("ep=64", 64)
+    full, work = replace(oss, window_pattern=(False,) * 36), replace(_DROPLESS, seq_length=8192, global_batch=4096)
+    times = [ThroughputModel(each, H100, Machine()).step(layout, work).attention for each in (oss, full)]
     assert times[0] / times[1] == pytest.approx((18 * 127 + 18 * 4096) / (36 * 4096), rel=1e-3)
     # Megatron-Bridge, 26.08, GB200: 934 TFLOP/s at 28,672 tokens/s.
-    assert flops_per_token(OSS, 4096, causal=True) == pytest.approx(934e12 / 28672, rel=0.01)
-
-
-def test_matrices_that_are_no_whole_tiles_are_slower_on_blackwell() -> None:
-    work = replace(_DROPLESS, global_batch=1024)
-    model = ThroughputModel(OSS, GB200, known_machine(GB200, "mcore-0.18"))
-    even = ThroughputModel(replace(OSS, hidden_size=3072, expert_ffn_size=3072), GB200, model.machine)
-    layout = parse_layout("ep=64", 64)
-    assert model.step(layout, work).gemm > even.step(layout, work).gemm
+    assert flops_per_token(oss, 4096, causal=True) == pytest.approx(934e12 / 28672, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["GB200", "B200", "GB300", "RTX"])
