@@ -20,6 +20,7 @@ from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from tests.unit.pipeline.test_local import processes_of
+from tests.waiting import wait_until
 
 
 #: What a process does to have its stage done; its own work comes first.
@@ -72,23 +73,12 @@ class Processes(WorkPlan):
 
     def jobs(self, run_dir: Path) -> list[Job]:
         head = "import os, sys, time; from pathlib import Path; name, run_dir = sys.argv[1], Path(sys.argv[2])\n"
-        return [
-            Job(
-                stage.name,
-                run_dir,
-                (
-                    sys.executable,
-                    "-c",
-                    head + self.code[stage.name],
-                    stage.name,
-                    str(run_dir),
-                    *self.reads[stage.name],
-                ),
-                stage.after,
-                is_training=True,
-            )
-            for stage in self.stages
-        ]
+        jobs = []
+        for stage in self.stages:
+            words = (stage.name, str(run_dir), *self.reads[stage.name])
+            command = (sys.executable, "-c", head + self.code[stage.name], *words)
+            jobs.append(Job(stage.name, run_dir, command, stage.after, is_training=True))
+        return jobs
 
 
 def run_stages(run_dir: Path, code: dict[str, str], needs: dict[str, tuple[str, ...]], at_once: int = 2) -> None:
@@ -135,8 +125,7 @@ def test_sigterm_ends_all_of_them(tmp_path: Path, capfd: pytest.CaptureFixture[s
     code = dict.fromkeys(("one", "two", "three"), "(run_dir / name).touch(); time.sleep(600)")
 
     def strike() -> None:
-        while not all((tmp_path / name).is_file() for name in ("one", "two")):
-            pass
+        wait_until(lambda: all((tmp_path / name).is_file() for name in ("one", "two")))
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=strike, daemon=True).start()

@@ -17,7 +17,6 @@ from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_script import in_vain, missing_mounts
 from nemo_upcycle.pipeline.launch import jobs_of, render_jobs
 from nemo_upcycle.pipeline.stages import BY_NAME, RunPlan
-from nemo_upcycle.utils.masking import without_secrets
 from tests.unit.pipeline.test_executors import SITE, built, data, script_of, training, write_commands
 
 
@@ -260,17 +259,6 @@ def test_script_with_a_secret_is_its_owners_alone_and_is_shown_without_it(tmp_pa
         shown = cluster.masked().render(data(tmp_path))["data.sh"]
         assert not any(secret in shown for secret in secrets)
     assert 'export HF_HOME="/hf"' in SlurmScheduler(built(*SITE, SECRET)).masked().render(data())["data.sh"]
-
-
-def test_what_runs_has_the_values_that_are_shown_nowhere() -> None:
-    image, token = "docker://me:pw@registry#image", "hf_" + "aB3" * 11
-    scheduler = SlurmScheduler(built(*SITE, f"container_image={image}", f"env_vars.LOGIN={token}"))
-    script = scheduler.render(data())["data.sh"]
-    assert image in script
-    assert token in script
-    shown = without_secrets(scheduler.masked().render(data())["data.sh"])
-    assert "me:pw" not in shown
-    assert token not in shown
 
 
 def test_rendered_files_with_a_secret_are_their_owners_alone(tmp_path: Path) -> None:

@@ -20,13 +20,10 @@ from nemo_upcycle.planning.advice import (
     advice_line,
     known_parent_tokens,
     nearest_outcomes,
-    options,
 )
-from nemo_upcycle.planning.hardware import known_gpu, known_recipe, known_shape, read_data
+from nemo_upcycle.planning.hardware import known_recipe, read_data
 from nemo_upcycle.planning.law import Law, OptionLaw
 from nemo_upcycle.planning.recipe_table import recipes
-from nemo_upcycle.planning.search import PlanRequest
-from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
 from tests.models import LLAMA3_8B
 
@@ -89,16 +86,6 @@ def test_a_law_that_has_an_upcycled_model_above_its_parent_does_not_hold() -> No
     best, why = PARENT._replace(tokens=3e13).decide(law, OPTIONS)
     assert best is None
     assert why.startswith("it has 'upcycle e8t2' above the parent that its training begins from")
-
-
-def test_hours_give_each_option_what_it_reaches_in_them() -> None:
-    work = Workload(seq_length=2048, global_batch=512, routing="natural", gradients="bf16")
-    request = PlanRequest(known_shape("smollm2_135m"), known_gpu("h100"), 8, work, tokens=2e9)
-    dense, upcycled, new = options(request, UpcycleSpec(num_experts=8, top_k=2), hours=10.0)
-    assert dense.plan.hours == upcycled.plan.hours == pytest.approx(10)
-    assert dense.training.tokens > 1.3 * upcycled.training.tokens
-    assert new.training.tokens == upcycled.training.tokens
-    assert dense.training.tokens == pytest.approx(dense.plan.tokens_per_s_per_gpu * 8 * 36_000)
 
 
 def test_what_was_measured_nearest_to_the_case_comes_first() -> None:

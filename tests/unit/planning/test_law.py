@@ -108,20 +108,6 @@ def test_a_law_is_the_same_after_its_file(law: Law) -> None:
     assert vars(again.difference(*point)) == pytest.approx(vars(law.difference(*point)), abs=1e-4)
 
 
-def test_a_grid_without_enough_parents_or_without_dense_is_refused() -> None:
-    few = [point for point in _points() if point.parent_tokens < 1e7]
-    upcycled = [point for point in _points() if point.option != "dense"]
-    larger = [*_points(), Point("dense", 4e7, 5e5, 9e5, 1, 2.5)]
-    for points, got in (
-        (few, "2 parents x 4 numbers of tokens"),
-        (upcycled, "the options upcycled_e8t2"),
-        (larger, "dense models of 850,000 and 900,000 parameters"),
-    ):
-        with pytest.raises(UpcycleError) as refused:
-            fit_law(points, "synthetic", "here")
-        assert refused.value.got == got
-
-
 def test_points_are_read_with_the_names_of_their_options(tmp_path: Path) -> None:
     head, *rows = GRID.read_text(encoding="utf-8").splitlines(keepends=True)
     points = read_points(GRID)

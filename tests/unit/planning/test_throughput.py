@@ -15,9 +15,7 @@ from nemo_upcycle.planning.hardware import (
     Machine,
     gpu_of_device,
     known_gpu,
-    known_machine,
     known_recipe,
-    known_software,
 )
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
@@ -49,12 +47,6 @@ def test_published_rows_are_predicted(kind: str, of_blackwell: bool, median: flo
     assert statistics.median(misses) <= median
     missed = of_blackwell and kind == "unseen"
     assert misses[-1 - missed] <= 0.25
-
-
-@pytest.mark.parametrize("card", ["B200", "GB200", "B300", "GB300"])
-def test_every_second_row_of_a_blackwell_card_stays_out_of_the_fit(card: str) -> None:
-    fitted = [row.fitted for row in published_rows() if row.card == card]
-    assert fitted == [number % 2 == 0 for number in range(len(fitted))]
 
 
 def test_published_rows_are_predicted_as_they_are_asked() -> None:
@@ -138,21 +130,6 @@ def test_natural_routing_waits_for_a_busier_rank_the_more_experts_there_are() ->
     assert 1.02 < costs[0] < 1.1 < costs[1] < 1.5
     padded = replace(WORK, routing="natural")
     assert MODEL.step(parse_layout("ep=8", 128), padded) == MODEL.step(parse_layout("ep=8", 128), WORK)
-
-
-def test_later_software_launches_less() -> None:
-    layout, work = parse_layout("tp=2,ep=32", 256), replace(_DROPLESS, precision="fp8-current")
-    earlier, later = (
-        ThroughputModel(_QWEN.arch, H100, known_machine(H100, name)).step(layout, work)
-        for name in ("mcore-0.15", "mcore-0.17")
-    )
-    assert later.launch < earlier.launch
-    assert (later.gemm, later.network) == (earlier.gemm, earlier.network)
-    with pytest.raises(SpecError, match=r"Did you mean 'mcore-0\.17'"):
-        known_software("mcore-0.27")
-    assert [known_software(name) for name in ("mcore-0.15", "25.11", "26.02.01", "26.06")] == [
-        *("mcore-0.15", "mcore-0.15", "mcore-0.16", "mcore-0.18")
-    ]
 
 
 def test_deepep_sends_no_less_where_each_rank_has_one_expert() -> None:

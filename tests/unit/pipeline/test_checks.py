@@ -1,0 +1,43 @@
+"""Whose a folder is, before a run writes into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.checks import check_started
+from nemo_upcycle.utils.files import write_json
+from tests.unit.pipeline.test_order import plan_of
+
+
+def test_a_folder_of_something_else_is_refused_with_one_that_is_not(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "data/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    write_json(tmp_path / "data/_SUCCESS.json", {"kind": "a finished folder of the user's, called as a stage is"})
+    with pytest.raises(UpcycleError, match=r"got a folder with a\.txt, b\.txt, data, ") as refused:
+        check_started(tmp_path, plan_of())
+    fixed = Path(refused.value.fix.partition("dir=")[2])
+    assert fixed.is_relative_to(tmp_path)
+    check_started(fixed, plan_of())
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "lost+found", "logs", "train.log", "nohup.out", "slurm-7.err"])
+def test_what_is_there_before_a_run_starts_does_not_matter(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    check_started(tmp_path, plan_of())
+
+
+def test_a_run_keeps_its_folder_whatever_lies_there(tmp_path: Path) -> None:
+    """With a plan, or, where that is lost, with a stage that was started."""
+    plan = plan_of()
+    (tmp_path / "notes.txt").touch()
+    plan.stage("import").folder(tmp_path, plan).start({}, resumable=False)
+    check_started(tmp_path, plan)
+    (tmp_path / "import/_STARTED.json").unlink()
+    with pytest.raises(UpcycleError, match=r"notes\.txt"):
+        check_started(tmp_path, plan)
+    write_json(tmp_path / plan.file, {})
+    check_started(tmp_path, plan)
