@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -14,8 +15,6 @@ import psutil
 import pytest
 
 from nemo_upcycle.pipeline.executors import local
-from nemo_upcycle.pipeline.plan import PLAN
-from tests.fifo import held_by_reader
 from tests.tiers import quick
 from tests.waiting import wait_until
 
@@ -102,20 +101,28 @@ def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(
 
 
 @pytest.mark.slow
-def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
-    """The ranks' own command; the plan is a pipe that says nothing, so the stage never ends."""
-    os.mkfifo(tmp_path / PLAN)
+def test_a_rank_does_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    local_alone = "import sys, time; from pathlib import Path; from nemo_upcycle.pipeline.executors import local\n"
+    rank = f"{local_alone}local.end_with_launcher(); (Path(sys.argv[1]) / 'ready').touch(); time.sleep(600)"
     code = (
-        "import sys; from pathlib import Path; from nemo_upcycle.pipeline.executors import local\n"
-        "command = [sys.executable, '-m', 'nemo_upcycle.pipeline', 'import', sys.argv[1]]\n"
+        f"{local_alone}command = [sys.executable, '-c', {rank!r}, sys.argv[1]]\n"
         "local.run_ranks(command, 1, {}, Path(sys.argv[1]) / 'l', local.StopSignals())"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    wait_until(lambda: len(processes_of(tmp_path)) == 2, launcher)
-    with held_by_reader(tmp_path / PLAN):
-        launcher.kill()
-        launcher.wait()
-        wait_until(lambda: processes_of(tmp_path) == [])
+    wait_until((tmp_path / "ready").is_file, launcher)
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: processes_of(tmp_path) == [])
+
+
+def test_a_stages_process_ends_with_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[bool] = []
+    monkeypatch.setattr(local, "end_with_launcher", lambda: watched.append(True))
+    monkeypatch.setattr("nemo_upcycle.pipeline.runner.is_verbose", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["pipeline", "import", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        runpy.run_module("nemo_upcycle.pipeline", run_name="__main__")
+    assert watched
 
 
 def test_held_port_serves_a_rank_and_nobody_else() -> None:
