@@ -14,7 +14,7 @@ import torch
 
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.jobs import Job
-from nemo_upcycle.pipeline.executors.performance import ENVIRONMENT, SLURM, PerformanceSetting, settings_for
+from nemo_upcycle.pipeline.executors.performance import ENVIRONMENT, SLURM, settings_for
 from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
 from nemo_upcycle.trainers.base import Profile
 
@@ -73,8 +73,7 @@ QUEUES, MARGIN, SEGMENTS = "CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_FWD_LAYERNORM_SM
     ],
 )
 def test_settings_follow_card_and_layout(profile: Profile | None, card: str, name: str, expected: str | None) -> None:
-    found = performance.variables(settings_for(_job(profile), card))
-    assert found.get(name) == expected
+    assert settings_for(_job(profile), card).get(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,7 @@ def test_a_rank_is_bound_to_its_gpus_memory_node_or_starts_unbound(
     if numactl:
         (tmp_path / "numactl").write_text(f"#!/bin/bash\n{numactl}\n")
         (tmp_path / "numactl").chmod(0o755)
-    words = [*performance.bound([PerformanceSetting("numactl", "4")]), "printf", "%s\n", "a b"]
+    words = [*performance.bound({"numactl": "4"}), "printf", "%s\n", "a b"]
     environment = os.environ | {"PATH": f"{tmp_path}:/bin" if numactl else "/bin", "SLURM_LOCALID": "5"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == expected
@@ -145,14 +144,14 @@ def test_this_machine_gets_none_without_a_gpu_and_what_its_environment_lacks_wit
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert performance.settings_here(_job()) == []
+    assert performance.settings_here(_job()) == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GB200")
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     found = performance.variables(performance.settings_here(_job()))
     assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
     assert "NCCL_NVLS_ENABLE" not in found
-    assert performance.settings_here(_job(replace(MOE, accelerator="cpu"))) == []
+    assert performance.settings_here(_job(replace(MOE, accelerator="cpu"))) == {}
 
 
 def test_a_profile_is_what_megatrons_settings_say() -> None:

@@ -138,7 +138,6 @@ def test_a_lost_or_damaged_marker_is_made_again_and_locks_nothing(
 @pytest.mark.parametrize(
     ("path", "lost", "stage"),
     [
-        ("../parent/model.safetensors", "import", "data"),
         ("data/blend/tokens", "data", "pretrain"),
         ("data/blend/tokens", "data", "export"),
         ("upcycle/hf", "upcycle", "evaluate"),
