@@ -66,7 +66,7 @@ class Processes(Cluster):
         return f"kill {identity}"
 
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        return [job.folder / "log.txt"]
+        return [job.folder / "log.txt", job.folder / "sbatch.txt"]
 
     def resources(self, job: Job) -> dict[str, str]:
         return {}
@@ -88,10 +88,23 @@ def chain_of(
     after: Mapping[str, tuple[str, ...]] | None = None,
     cluster: Cluster | None = None,
 ) -> Chain:
-    """Return a chain of shell commands; a stage is done when its file is there."""
+    """Make a chain of shell commands; a stage is done when its file is there."""
     needed = after or {}
     jobs = [Job(name, run_dir, ("bash", "-c", text), needed.get(name, ())) for name, text in commands.items()]
     return Chain(cluster or Processes(), jobs, lambda name: (run_dir / name).is_file(), run_dir)
+
+
+def watch(chain: Chain) -> bool:
+    """Watch a chain until it is done, or a signal comes."""
+    with StopSignals() as stop:
+        return chain.watch(stop)
+
+
+def restarted(chain: Chain, commands: Mapping[str, str]) -> Chain:
+    """A new start of the same run, which finds the jobs of the one before."""
+    found = chain_of(chain.run_dir, commands, cluster=chain.cluster)
+    found.adopt()
+    return found
 
 
 def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -107,8 +120,7 @@ def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd:
     )
     chain.submit()
     assert set(chain.ids) == {"a", "b"}
-    with StopSignals() as stop:
-        assert chain.watch(stop)
+    assert watch(chain)
     assert chain.done() == {"a", "b", "c", "d"}  # c ran beside b
     assert "hello\n" in capfd.readouterr().err
 
@@ -116,11 +128,8 @@ def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd:
 @pytest.mark.parametrize("text", ["exit 3", "true"])
 def test_a_job_that_leaves_no_marker_ends_the_chain(tmp_path: Path, text: str) -> None:
     chain = chain_of(tmp_path, {"a": text, "b": "touch b"}, {"b": ("a",)})
-    with (
-        StopSignals() as stop,
-        pytest.raises(UnfinishedError, match=r"Stage 'a' did not finish: job \d+ ended \(exit"),
-    ):
-        chain.watch(stop)
+    with pytest.raises(UnfinishedError, match=r"Stage 'a' did not finish: job \d+ ended \(exit"):
+        watch(chain)
     assert not (tmp_path / "b").exists()
 
 
@@ -131,20 +140,17 @@ def test_a_signal_stops_the_watching_and_a_new_start_finds_the_job(tmp_path: Pat
         threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
         assert not chain.watch(stop)
     assert set(chain.alive()) == {"a"}
-    again = chain_of(tmp_path, {"a": text}, cluster=chain.cluster)
-    again.adopt()
+    again = restarted(chain, {"a": text})
     assert again.submit() == []
     (tmp_path / "go").touch()
-    with StopSignals() as stop:
-        assert again.watch(stop)
+    assert watch(again)
     assert recorded_jobs(tmp_path) is None
 
 
 def test_refused_job_takes_back_those_of_the_same_call(tmp_path: Path) -> None:
     chain = chain_of(tmp_path, {"first": "sleep 600"})
     chain.submit()
-    more = chain_of(tmp_path, {"first": "sleep 600", "a": "sleep 600", "b": "true"}, cluster=chain.cluster)
-    more.adopt()
+    more = restarted(chain, {"first": "sleep 600", "a": "sleep 600", "b": "true"})
     more.cluster.answers["b"] = UpcycleError("refused")  # type: ignore[attr-defined]
     with pytest.raises(UpcycleError, match="refused"):
         more.submit()
@@ -157,8 +163,7 @@ def test_refused_job_takes_back_those_of_the_same_call(tmp_path: Path) -> None:
 def test_unanswered_submission_ends_nothing_and_is_tried_again(tmp_path: Path) -> None:
     chain = chain_of(tmp_path, {"a": "sleep 0.3; touch a", "b": "touch b"})
     chain.cluster.answers["b"] = UnreachableError("no answer")  # type: ignore[attr-defined]
-    with StopSignals() as stop:
-        assert chain.watch(stop)
+    assert watch(chain)
     assert len(chain.cluster.processes) == 2  # type: ignore[attr-defined]
 
 
@@ -166,25 +171,19 @@ def test_finished_part_leaves_the_jobs_of_the_others(tmp_path: Path) -> None:
     commands = {"a": "touch a", "b": f"{_UNTIL_GO}; touch b"}
     whole = chain_of(tmp_path, commands)
     whole.submit()
-    part = chain_of(tmp_path, {"a": commands["a"]}, cluster=whole.cluster)
-    part.adopt()
-    with StopSignals() as stop:
-        assert part.watch(stop)
-    again = chain_of(tmp_path, commands, cluster=whole.cluster)
-    again.adopt()
+    assert watch(restarted(whole, {"a": commands["a"]}))
+    again = restarted(whole, commands)
     assert again.submit() == []
     assert again.ids == {"b": whole.ids["b"]}
     (tmp_path / "go").touch()
-    with StopSignals() as stop:
-        assert again.watch(stop)
+    assert watch(again)
 
 
 def test_job_of_other_settings_is_watched_with_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     chain = chain_of(tmp_path, {"a": "sleep 600", "b": "sleep 600"})
     chain.submit()
-    again = chain_of(tmp_path, {"a": "sleep 601", "b": "sleep 600"}, cluster=chain.cluster)
     capfd.readouterr()
-    again.adopt()
+    restarted(chain, {"a": "sleep 601", "b": "sleep 600"})
     a, b = chain.ids.values()
     said = capfd.readouterr().err
     assert f"[a] {a} stays as it was submitted, from other settings than now." in said
@@ -210,8 +209,8 @@ def test_training_goes_on_while_it_gets_further(
     monkeypatch.setattr(chain_module, "_step_kept", lambda job: next(found))
     jobs = [Job("pretrain", tmp_path, ("false",), is_training=True)]
     chain = Chain(cluster, jobs, lambda name: False, tmp_path)
-    with StopSignals() as stop, pytest.raises(UnfinishedError, match="Stage 'pretrain' did not finish"):
-        chain.watch(stop)
+    with pytest.raises(UnfinishedError, match="Stage 'pretrain' did not finish"):
+        watch(chain)
     assert len(cluster.processes) == len(kept) / 2
 
 
@@ -243,17 +242,13 @@ class HoldsBack(Processes):
     def cancel(self, ids: Sequence[str]) -> None:
         super().cancel([name for name in ids if name in self.processes])
 
-    def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        return [job.folder / "log.txt", job.folder / "sbatch.txt"]
-
 
 @pytest.mark.parametrize("given_up", [Phase.WAITING, Phase.ENDED])
 def test_job_given_up_for_a_stage_that_is_done_is_submitted_again(tmp_path: Path, given_up: Phase) -> None:
     commands = {"a": "touch a; exit 1", "b": "touch b; exit 139", "c": "touch c"}
     chain = chain_of(tmp_path, commands, {"b": ("a",), "c": ("a", "b")}, HoldsBack(given_up))
     chain.submit()
-    with StopSignals() as stop:
-        assert chain.watch(stop)
+    assert watch(chain)
 
 
 @pytest.mark.parametrize("given_up", [Phase.WAITING, Phase.ENDED])
@@ -262,8 +257,8 @@ def test_message_is_of_the_stage_that_failed_with_its_last_words(tmp_path: Path,
     commands = {"a": f"{said}; echo slurmstepd: killed > jobs/a/sbatch.txt; exit 1", "b": "touch b", "c": "touch c"}
     chain = chain_of(tmp_path, commands, {"b": ("a",), "c": ("b",)}, HoldsBack(given_up))
     chain.submit()
-    with StopSignals() as stop, pytest.raises(UnfinishedError, match="Stage 'a'") as caught:
-        chain.watch(stop)
+    with pytest.raises(UnfinishedError, match="Stage 'a'") as caught:
+        watch(chain)
     text = str(caught.value)
     assert "log.txt: out of memory" in text
     assert "sbatch.txt: slurmstepd: killed" in text
