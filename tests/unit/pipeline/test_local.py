@@ -50,11 +50,10 @@ def test_a_process_gets_torchruns_and_the_users_variables_and_is_no_rank_of_the_
     for name in names:
         monkeypatch.setenv(name, "3")
     told = f"' '.join(os.environ.get(n, 'None') for n in {(*names, 'MINE')})"
+    code = f"open(f'{{sys.argv[1]}}/seen{{os.getpid()}}', 'w').write({told})"
     with local.StopSignals() as stop:
-        assert (
-            _run(f"print({told}, file=open(f'{{sys.argv[1]}}/seen{{os.getpid()}}', 'w'))", ranks, tmp_path, stop) == 0
-        )
-    assert sorted(path.read_text().strip() for path in tmp_path.glob("seen*")) == own
+        assert _run(code, ranks, tmp_path, stop) == 0
+    assert sorted(path.read_text() for path in tmp_path.glob("seen*")) == own
 
 
 def test_a_failed_rank_ends_the_others_and_its_last_lines_are_shown(

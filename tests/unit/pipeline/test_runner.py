@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,57 +42,49 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def data_python(run_dir: Path, engine: str) -> str:
-    """Write a program in place of the data environment's Python."""
-    python = run_dir.parent / "python"
-    python.write_text(engine)
-    python.chmod(0o755)
-    return str(python)
-
-
-@pytest.mark.slow
-def test_data_stage_told_to_stop_says_so_and_can_go_on(run_dir: Path) -> None:
-    command = [sys.executable, "-m", "nemo_upcycle.pipeline", "data", str(run_dir)]
-    environment = os.environ | {"NEMO_UPCYCLE_DATA_PYTHON": data_python(run_dir, ENGINE)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == StageStopped.exit_status, done.stderr
-    assert (run_dir / "data" / ENDED).read_text() == "stopped\n"
-    assert "stage 'data' stopped early" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.fixture
-def data_stage(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """A function that runs the stage here with an engine, until it is refused."""
+def data_stage(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+    """A function that runs the stage with a program in place of the data environment's Python; its status."""
     monkeypatch.setattr(runner, "is_verbose", lambda: True)  # else it silences libraries for the tests that follow
+    python = run_dir.parent / "python"
+    monkeypatch.setenv("NEMO_UPCYCLE_DATA_PYTHON", str(python))
 
-    def run(engine: str) -> None:
-        monkeypatch.setenv("NEMO_UPCYCLE_DATA_PYTHON", data_python(run_dir, engine))
+    def run(engine: str) -> int:
+        python.write_text(engine)
+        python.chmod(0o755)
         with pytest.raises(SystemExit) as ended:
             runner.run_stage("data", str(run_dir))
-        assert ended.value.code == 2
+        return int(ended.value.code or 0)
 
     return run
 
 
+def test_data_stage_told_to_stop_says_so_and_can_go_on(
+    run_dir: Path, data_stage: Callable[[str], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert data_stage(ENGINE) == StageStopped.exit_status
+    assert (run_dir / "data" / ENDED).read_text() == "stopped\n"
+    assert "stage 'data' stopped early" in capsys.readouterr().err
+
+
 def test_refused_second_start_records_nothing(
-    run_dir: Path, data_stage: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+    run_dir: Path, data_stage: Callable[[str], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with in_use(run_dir / "data"):
-        data_stage(ENGINE)
+        assert data_stage(ENGINE) == 2
     assert "in use by another run" in capsys.readouterr().err
     assert not (run_dir / "data" / ENDED).exists()
 
 
-def test_failed_stage_records_it(run_dir: Path, data_stage: Callable[[str], None]) -> None:
-    data_stage("#!/bin/bash\nexit 1\n")
+def test_failed_stage_records_it(run_dir: Path, data_stage: Callable[[str], int]) -> None:
+    assert data_stage("#!/bin/bash\nexit 1\n") == 2
     assert (run_dir / "data" / ENDED).read_text() == "failed\n"
 
 
 def test_a_stage_that_fails_on_a_full_disk_still_says_why(
-    run_dir: Path, data_stage: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+    run_dir: Path, data_stage: Callable[[str], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = run_dir / "data" / ENDED
-    data_stage(f"{PYTHON}ln -s /dev/full {ended}\nexit 2\n")
+    assert data_stage(f"{PYTHON}ln -s /dev/full {ended}\nexit 2\n") == 2
     assert ended.is_symlink()
     assert capsys.readouterr().err.splitlines()[-1].startswith("[data] ")
