@@ -15,12 +15,11 @@ import torch
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.performance import ENVIRONMENT, SLURM, settings_for
-from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
 from nemo_upcycle.trainers.base import Profile
+from tests.unit.pipeline.test_executors import script_of
 
 
 MOE = Profile(accelerator="gpu", tp=2, pp=4, ep=8, dispatcher="alltoall")
-SITE = ["account=me", "partition=h100", "container_image=nemo"]
 
 
 def _job(profile: Profile | None = MOE, name: str = "pretrain", **kwargs: Any) -> Job:
@@ -30,11 +29,7 @@ def _job(profile: Profile | None = MOE, name: str = "pretrain", **kwargs: Any) -
 
 
 def _script(*overrides: str, job: Job | None = None) -> str:
-    job = job or _job()
-    cluster = cluster_for(read_executor("slurm", [*SITE, *overrides]))
-    assert cluster is not None
-    cluster.check_settings([job])
-    return cluster.render(job)[f"{job.name}.sh"]
+    return script_of(job or _job(), "container_image=nemo", *overrides)
 
 
 def test_every_row_names_its_source_and_conditions_that_exist() -> None:

@@ -26,6 +26,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.tensor_plan import ModelPlan
 from tests.megatron_layers import NOT_LOCAL, kept_by_stage
 from tests.megatron_ranks import allocated_bytes, build_rank, group_ranks, megatron_rank
+from tests.tiers import quick
 
 
 # Odd sizes, so that padding is not empty.
@@ -99,10 +100,10 @@ def _optimizer_bytes(plan: StagePlan, layout: Layout, rank: int) -> int:
     return plan.optimizer_bytes(ranks.dp * layout.cp + ranks.cp, ranks.expert_dp)
 
 
-@pytest.mark.parametrize(
-    ("arch", "text", "gpus", "gradients"),
-    [*((*case, "fp32") for case in CASES), *((*case, "bf16") for case in CASES[::8])],
-)
+STATES = [*((*case, "fp32") for case in CASES), *((*case, "bf16") for case in CASES[::8])]
+
+
+@pytest.mark.parametrize(("arch", "text", "gpus", "gradients"), quick(STATES, *STATES[::2]))
 def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int, gradients: str) -> None:
     layout = parse_layout(text, gpus)
     check_layout(layout, arch, replace(WORK, global_batch=layout.dp * layout.pp))
