@@ -17,7 +17,10 @@ from nemo_upcycle.pipeline.chain import Chain, recorded_jobs
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.base import Cluster, UnreachableError
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
+from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.local import StopSignals
+from tests.unit.pipeline.test_kubernetes import FakeApi
 
 
 class Processes(Cluster):
@@ -263,6 +266,16 @@ def test_message_is_of_the_stage_that_failed_with_its_last_words(tmp_path: Path,
     assert "log.txt: out of memory" in text
     assert "sbatch.txt: slurmstepd: killed" in text
     assert "line 1\n" not in text
+
+
+def test_job_that_no_controller_takes_up_ends_the_chain_and_is_taken_back(tmp_path: Path) -> None:
+    api = FakeApi()
+    settings = KubernetesExecutor(image="i", claim="c", mount_path="/", report_within_s=0)
+    cluster = KubernetesScheduler(settings, api)  # type: ignore[arg-type]
+    cluster.poll_s = 0.0
+    with pytest.raises(UnfinishedError, match=r"cannot start \(no controller has reported"):
+        watch(chain_of(tmp_path, {"a": "true"}, cluster=cluster))
+    assert api.jobs == {}
 
 
 @pytest.mark.parametrize(("error", "status"), [(UnfinishedError("failed"), 1), (UpcycleError("no such dir"), 2)])
