@@ -128,19 +128,6 @@ def test_jobs_end_with_a_reason_when_they_fail_are_deleted_or_nobody_answers(
     )
 
 
-def test_a_job_that_a_queue_holds_waits(scheduler: KubernetesScheduler, tmp_path: Path) -> None:
-    identity = scheduler.submit(_job(tmp_path), [])
-    _report(scheduler, identity, "Suspended")
-    assert scheduler.states([identity])[identity].phase is Phase.WAITING
-
-
-def test_a_name_that_is_taken_is_not_the_end(scheduler: KubernetesScheduler, tmp_path: Path) -> None:
-    first = scheduler.submit(_job(tmp_path), [])
-    (_job(tmp_path).folder / f"{first}.yaml").unlink()
-    scheduler.check([_job(tmp_path)])
-    assert scheduler.submit(_job(tmp_path), []) == f"{first[:-1]}2"
-
-
 def test_a_field_that_trainer_2_2_lacks_is_refused_with_the_fix(kubeconfig: Path, tmp_path: Path) -> None:
     define(kubeconfig, "trainjob-2.2")
     settings = executor("trainjob-2.3", tmp_path, kubeconfig=str(kubeconfig))

@@ -95,21 +95,3 @@ def test_a_chain_runs_and_a_training_goes_on_after_an_eviction(
     other = Run(inputs, kubeconfig, "undisturbed", "--until", "pretrain")
     assert other.process.wait(timeout=HANG_S) == 0, other.text()
     assert training_result(run.run_dir / "pretrain") == training_result(other.run_dir / "pretrain")
-
-
-def test_a_failed_stage_ends_the_chain(inputs: Path, kubeconfig: Path, operator: Operator, tmp_path: Path) -> None:
-    (inputs / "same.txt").write_text("the state of our union")
-    (inputs / "other.txt").write_text("the state of our union")  # held out, so that nothing is left to train on
-    (inputs / "same.yaml").write_text("sources: {mine: {train: [same.txt], heldout: [other.txt]}}\n")
-    run = Run(inputs, kubeconfig, "failed", f"data={inputs}/same.yaml")
-    assert run.process.wait(timeout=HANG_S) == 1
-    assert "Stage 'data' did not finish: job failed-data-" in run.text()
-    assert "exit statuses [2]" in run.text()
-    assert "[upcycle]" not in run.text()
-
-
-def test_a_silent_job_ends_the_chain_and_is_taken_back(inputs: Path, kubeconfig: Path) -> None:
-    run = Run(inputs, kubeconfig, "silent")
-    assert run.process.wait(timeout=HANG_S) == 1
-    assert "submitted: " in run.text()
-    assert "no controller has reported on it for" in run.text()

@@ -78,14 +78,6 @@ def test_stage_that_ends_within_kill_wait_fails_nothing(run_dir: Path, capfd: py
     assert "DependencyNeverSatisfied" in capfd.readouterr().err
 
 
-def test_message_names_the_stage_that_failed_and_says_why(run_dir: Path) -> None:
-    commands = {"import": "{done}", "data": "echo no such blend >&2; exit 2", "upcycle": "{done}"}
-    with pytest.raises(UnfinishedError) as caught:
-        finish(chain_of(run_dir, commands))
-    assert "Stage 'data' did not finish" in str(caught.value)
-    assert "no such blend" in str(caught.value)
-
-
 def test_what_only_slurm_knows_of_an_end_is_in_the_message(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UnfinishedError) as caught:
         finish(chain_of(run_dir, {"import": "sleep 600"}, stages={"import": {"time": "00:01:00"}}))

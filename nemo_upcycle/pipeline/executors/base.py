@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, SaveLimit
-from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_for
+from nemo_upcycle.pipeline.executors.performance import settings_for
 from nemo_upcycle.utils.masking import masked, masked_text, write_private
 
 
@@ -149,7 +149,7 @@ class Cluster(ABC):
     def resources(self, job: Job) -> dict[str, str]:
         """List what a job asks for, by name, for people: partition or queue, time, memory, GPUs, image."""
 
-    def performance(self, job: Job) -> list[PerformanceSetting]:
+    def performance(self, job: Job) -> dict[str, str]:
         """Return NVIDIA's performance settings of a job, without those that the site replaces.
 
         Raises:
@@ -165,8 +165,8 @@ class Cluster(ABC):
         )
         accelerator = job.profile.accelerator if job.profile else "auto"
         if accelerator == "cpu" or (accelerator == "auto" and not asks_for_gpus(self.resources(job))):
-            return []
-        return [setting for setting in found if not self.sets_itself(mine, setting.name)]
+            return {}
+        return {name: value for name, value in found.items() if not self.sets_itself(mine, name)}
 
     def has_container(self, settings: Any) -> bool:
         """Return whether a stage of these settings runs in a container."""

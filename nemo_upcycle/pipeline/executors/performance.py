@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -27,19 +27,6 @@ _BIND = (
 )
 
 
-@dataclass(frozen=True)
-class PerformanceSetting:
-    """A setting of a training.
-
-    Args:
-        name: a variable, an option of srun as `--mpi`, `numactl`, or `--segment`.
-        value: as text; empty for an option without a value.
-    """
-
-    name: str
-    value: str
-
-
 @lru_cache
 def table() -> Any:
     """Return the table as plain values."""
@@ -58,8 +45,10 @@ def settings_for(
     scheduler: str = "",
     container: bool = False,
     changed: Mapping[str, Any] | None = None,
-) -> list[PerformanceSetting]:
-    """Return the performance settings of a job; only a training has any.
+) -> dict[str, str]:
+    """Look up the performance settings of a job by name: a variable, an option of srun as `--mpi`, or `numactl`.
+
+    An option without a value has an empty text. Only a training has any.
 
     Args:
         job: the stage.
@@ -76,17 +65,17 @@ def settings_for(
         if name not in names():
             raise UpcycleError.unknown("run.executor.performance", name, names())
     if not job.is_training:
-        return []
+        return {}
     facts = _facts(job, card, container=container)
-    found: dict[str, PerformanceSetting] = {}
+    found: dict[str, str] = {}
     for row in table()[ENVIRONMENT] + (table()[scheduler] if scheduler else []):
         name = row["name"]
         if name in changed:
             if changed[name] is not None:
-                found[name] = PerformanceSetting(name, str(changed[name]))
+                found[name] = str(changed[name])
         elif name not in found and _holds(row, facts):
-            found[name] = PerformanceSetting(name, row["value"])
-    return list(found.values())
+            found[name] = row["value"]
+    return found
 
 
 def _facts(job: Job, card: str, *, container: bool) -> dict[str, Any]:
@@ -111,58 +100,58 @@ def _holds(row: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     )
 
 
-def variables(found: Sequence[PerformanceSetting]) -> dict[str, str]:
+def variables(found: Mapping[str, str]) -> dict[str, str]:
     """Return the settings that are variables."""
-    return {setting.name: setting.value for setting in found if setting.name[:1].isupper()}
+    return {name: value for name, value in found.items() if name[:1].isupper()}
 
 
-def srun_options(found: Sequence[PerformanceSetting]) -> list[str]:
+def srun_options(found: Mapping[str, str]) -> list[str]:
     """Return the settings that are options of srun."""
-    options = [setting for setting in found if setting.name.startswith("--") and setting.name != SEGMENT]
-    return [f"{option.name}={option.value}" if option.value else option.name for option in options]
+    options = {name: value for name, value in found.items() if name.startswith("--") and name != SEGMENT}
+    return [f"{name}={value}" if value else name for name, value in options.items()]
 
 
-def segment(found: Sequence[PerformanceSetting], nodes: int) -> int | None:
+def segment(found: Mapping[str, str], nodes: int) -> int | None:
     """Return the nodes that Slurm should place in one rack: the largest divisor that fits; None without a limit.
 
     Example:
-        >>> segment([PerformanceSetting("--segment", "18")], 64)
+        >>> segment({"--segment": "18"}, 64)
         16
     """
-    most = next((int(setting.value) for setting in found if setting.name == SEGMENT), 0)
+    most = int(found.get(SEGMENT, 0))
     return next((size for size in range(min(nodes, most), 0, -1) if nodes % size == 0), None)
 
 
-def bound(found: Sequence[PerformanceSetting]) -> list[str]:
+def bound(found: Mapping[str, str]) -> list[str]:
     """Return the words before a rank's command that bind it to its GPU's memory node, where numactl can."""
-    per_node = next((setting.value for setting in found if setting.name == NUMACTL), None)
+    per_node = found.get(NUMACTL)
     return ["bash", "-c", _BIND % (per_node, per_node), "bash"] if per_node else []
 
 
-def settings_here(job: Job) -> list[PerformanceSetting]:
+def settings_here(job: Job) -> dict[str, str]:
     """Return the variables of a training on this machine that its environment does not set; none without a GPU."""
     if not torch.cuda.is_available() or getattr(job.profile, "accelerator", "auto") == "cpu":
-        return []
+        return {}
     words = re.split(r"[^a-z0-9]+", torch.cuda.get_device_name(0).lower())
     found = settings_for(job, next((card for card in table()["cards"] if card in words), ""))
-    return [setting for setting in found if setting.name not in os.environ]
+    return {name: value for name, value in found.items() if name not in os.environ}
 
 
-def lines_of(found: Mapping[str, Sequence[PerformanceSetting]]) -> list[str]:
+def lines_of(found: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Render the settings of trainings as lines of a table, for people.
 
     Args:
         found: stage -> its settings.
     """
-    stages: dict[PerformanceSetting, list[str]] = {}
+    stages: dict[tuple[str, str], list[str]] = {}
     for stage, settings in found.items():
-        for setting in settings:
+        for setting in settings.items():
             stages.setdefault(setting, []).append(stage)
-    name_width = max((len(one.name) for one in stages), default=0)
+    name_width = max((len(name) for name, _ in stages), default=0)
     lines = []
-    for one, names in stages.items():
+    for (name, value), names in stages.items():
         where = "" if len(names) == len(found) else f"; {' and '.join(names)} only"
-        lines.append(f"{one.name:<{name_width}}  {one.value}{where}")
+        lines.append(f"{name:<{name_width}}  {value}{where}")
     return lines
 
 

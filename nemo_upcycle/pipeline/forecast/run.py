@@ -11,7 +11,7 @@ from nemo_upcycle.data.dense import is_configuration
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, is_local
 from nemo_upcycle.pipeline.executors.jobs import Job
-from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
+from nemo_upcycle.pipeline.executors.performance import settings_here
 from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast, forecast_network
@@ -60,7 +60,7 @@ class Forecast:
     disk: DiskForecast
     network: NetworkForecast
     settings: tuple[Setting, ...]
-    performance: Mapping[str, Sequence[PerformanceSetting]]
+    performance: Mapping[str, Mapping[str, str]]
     advice: str
     unchecked: str = ""
 
@@ -102,7 +102,7 @@ def forecast(
     models = {name: known.arch if known else None for name, known in facts.items()}
     holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
     disk = forecast_disk(run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back)
-    here = settings_here if is_local(executor) else lambda _: []
+    here = settings_here if is_local(executor) else lambda _: {}
     performance_of = cluster.performance if cluster else here
     performance = {stage.name: performance_of(by_name[stage.name]) for stage in trained}
     running = [stage for stage, found in zip(stages, stage_forecasts, strict=True) if found.runs]

@@ -1,18 +1,30 @@
-"""The chains of two recipes, as configurations."""
+"""The chains of recipes, as configurations."""
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
-def llama() -> Any:
+@cache
+def _chain_of(recipe: str) -> Any:
     from nemo_upcycle import recipes
 
-    return recipes.llama3_8b_e8t2.pipeline_recipe()
+    return getattr(recipes, recipe).pipeline_recipe()
+
+
+@pytest.fixture
+def llama() -> Any:
+    return copy.deepcopy(_chain_of("llama3_8b_e8t2"))
+
+
+@pytest.fixture
+def large() -> Any:
+    return copy.deepcopy(_chain_of("llama3_70b_e8t2"))
 
 
 @pytest.fixture

@@ -7,22 +7,19 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import nemo_run as run
 import pytest
 
 from nemo_upcycle.errors import UnfinishedError, UpcycleError
 from nemo_upcycle.pipeline import chain as chain_module
-from nemo_upcycle.pipeline.chain import POLL_S, SETTLE_S, Chain, recorded_jobs
+from nemo_upcycle.pipeline.chain import Chain, recorded_jobs
 from nemo_upcycle.pipeline.context import PipelineContext
-from nemo_upcycle.pipeline.executors import kubernetes
 from nemo_upcycle.pipeline.executors.base import Cluster, UnreachableError
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.local import StopSignals
-from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from tests.unit.pipeline.test_kubernetes import FakeApi
 
 
@@ -72,7 +69,7 @@ class Processes(Cluster):
         return f"kill {identity}"
 
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        return [job.folder / "log.txt"]
+        return [job.folder / "log.txt", job.folder / "sbatch.txt"]
 
     def resources(self, job: Job) -> dict[str, str]:
         return {}
@@ -94,10 +91,23 @@ def chain_of(
     after: Mapping[str, tuple[str, ...]] | None = None,
     cluster: Cluster | None = None,
 ) -> Chain:
-    """Return a chain of shell commands; a stage is done when its file is there."""
+    """Make a chain of shell commands; a stage is done when its file is there."""
     needed = after or {}
     jobs = [Job(name, run_dir, ("bash", "-c", text), needed.get(name, ())) for name, text in commands.items()]
     return Chain(cluster or Processes(), jobs, lambda name: (run_dir / name).is_file(), run_dir)
+
+
+def watch(chain: Chain) -> bool:
+    """Watch a chain until it is done, or a signal comes."""
+    with StopSignals() as stop:
+        return chain.watch(stop)
+
+
+def restarted(chain: Chain, commands: Mapping[str, str]) -> Chain:
+    """A new start of the same run, which finds the jobs of the one before."""
+    found = chain_of(chain.run_dir, commands, cluster=chain.cluster)
+    found.adopt()
+    return found
 
 
 def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -113,8 +123,7 @@ def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd:
     )
     chain.submit()
     assert set(chain.ids) == {"a", "b"}
-    with StopSignals() as stop:
-        assert chain.watch(stop)
+    assert watch(chain)
     assert chain.done() == {"a", "b", "c", "d"}  # c ran beside b
     assert "hello\n" in capfd.readouterr().err
 
@@ -122,11 +131,8 @@ def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd:
 @pytest.mark.parametrize("text", ["exit 3", "true"])
 def test_a_job_that_leaves_no_marker_ends_the_chain(tmp_path: Path, text: str) -> None:
     chain = chain_of(tmp_path, {"a": text, "b": "touch b"}, {"b": ("a",)})
-    with (
-        StopSignals() as stop,
-        pytest.raises(UnfinishedError, match=r"Stage 'a' did not finish: job \d+ ended \(exit"),
-    ):
-        chain.watch(stop)
+    with pytest.raises(UnfinishedError, match=r"Stage 'a' did not finish: job \d+ ended \(exit"):
+        watch(chain)
     assert not (tmp_path / "b").exists()
 
 
@@ -137,20 +143,17 @@ def test_a_signal_stops_the_watching_and_a_new_start_finds_the_job(tmp_path: Pat
         threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
         assert not chain.watch(stop)
     assert set(chain.alive()) == {"a"}
-    again = chain_of(tmp_path, {"a": text}, cluster=chain.cluster)
-    again.adopt()
+    again = restarted(chain, {"a": text})
     assert again.submit() == []
     (tmp_path / "go").touch()
-    with StopSignals() as stop:
-        assert again.watch(stop)
+    assert watch(again)
     assert recorded_jobs(tmp_path) is None
 
 
 def test_refused_job_takes_back_those_of_the_same_call(tmp_path: Path) -> None:
     chain = chain_of(tmp_path, {"first": "sleep 600"})
     chain.submit()
-    more = chain_of(tmp_path, {"first": "sleep 600", "a": "sleep 600", "b": "true"}, cluster=chain.cluster)
-    more.adopt()
+    more = restarted(chain, {"first": "sleep 600", "a": "sleep 600", "b": "true"})
     more.cluster.answers["b"] = UpcycleError("refused")  # type: ignore[attr-defined]
     with pytest.raises(UpcycleError, match="refused"):
         more.submit()
@@ -163,8 +166,7 @@ def test_refused_job_takes_back_those_of_the_same_call(tmp_path: Path) -> None:
 def test_unanswered_submission_ends_nothing_and_is_tried_again(tmp_path: Path) -> None:
     chain = chain_of(tmp_path, {"a": "sleep 0.3; touch a", "b": "touch b"})
     chain.cluster.answers["b"] = UnreachableError("no answer")  # type: ignore[attr-defined]
-    with StopSignals() as stop:
-        assert chain.watch(stop)
+    assert watch(chain)
     assert len(chain.cluster.processes) == 2  # type: ignore[attr-defined]
 
 
@@ -172,25 +174,19 @@ def test_finished_part_leaves_the_jobs_of_the_others(tmp_path: Path) -> None:
     commands = {"a": "touch a", "b": f"{_UNTIL_GO}; touch b"}
     whole = chain_of(tmp_path, commands)
     whole.submit()
-    part = chain_of(tmp_path, {"a": commands["a"]}, cluster=whole.cluster)
-    part.adopt()
-    with StopSignals() as stop:
-        assert part.watch(stop)
-    again = chain_of(tmp_path, commands, cluster=whole.cluster)
-    again.adopt()
+    assert watch(restarted(whole, {"a": commands["a"]}))
+    again = restarted(whole, commands)
     assert again.submit() == []
     assert again.ids == {"b": whole.ids["b"]}
     (tmp_path / "go").touch()
-    with StopSignals() as stop:
-        assert again.watch(stop)
+    assert watch(again)
 
 
 def test_job_of_other_settings_is_watched_with_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     chain = chain_of(tmp_path, {"a": "sleep 600", "b": "sleep 600"})
     chain.submit()
-    again = chain_of(tmp_path, {"a": "sleep 601", "b": "sleep 600"}, cluster=chain.cluster)
     capfd.readouterr()
-    again.adopt()
+    restarted(chain, {"a": "sleep 601", "b": "sleep 600"})
     a, b = chain.ids.values()
     said = capfd.readouterr().err
     assert f"[a] {a} stays as it was submitted, from other settings than now." in said
@@ -216,8 +212,8 @@ def test_training_goes_on_while_it_gets_further(
     monkeypatch.setattr(chain_module, "_step_kept", lambda job: next(found))
     jobs = [Job("pretrain", tmp_path, ("false",), is_training=True)]
     chain = Chain(cluster, jobs, lambda name: False, tmp_path)
-    with StopSignals() as stop, pytest.raises(UnfinishedError, match="Stage 'pretrain' did not finish"):
-        chain.watch(stop)
+    with pytest.raises(UnfinishedError, match="Stage 'pretrain' did not finish"):
+        watch(chain)
     assert len(cluster.processes) == len(kept) / 2
 
 
@@ -249,17 +245,13 @@ class HoldsBack(Processes):
     def cancel(self, ids: Sequence[str]) -> None:
         super().cancel([name for name in ids if name in self.processes])
 
-    def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        return [job.folder / "log.txt", job.folder / "sbatch.txt"]
-
 
 @pytest.mark.parametrize("given_up", [Phase.WAITING, Phase.ENDED])
 def test_job_given_up_for_a_stage_that_is_done_is_submitted_again(tmp_path: Path, given_up: Phase) -> None:
     commands = {"a": "touch a; exit 1", "b": "touch b; exit 139", "c": "touch c"}
     chain = chain_of(tmp_path, commands, {"b": ("a",), "c": ("a", "b")}, HoldsBack(given_up))
     chain.submit()
-    with StopSignals() as stop:
-        assert chain.watch(stop)
+    assert watch(chain)
 
 
 @pytest.mark.parametrize("given_up", [Phase.WAITING, Phase.ENDED])
@@ -268,49 +260,22 @@ def test_message_is_of_the_stage_that_failed_with_its_last_words(tmp_path: Path,
     commands = {"a": f"{said}; echo slurmstepd: killed > jobs/a/sbatch.txt; exit 1", "b": "touch b", "c": "touch c"}
     chain = chain_of(tmp_path, commands, {"b": ("a",), "c": ("b",)}, HoldsBack(given_up))
     chain.submit()
-    with StopSignals() as stop, pytest.raises(UnfinishedError, match="Stage 'a'") as caught:
-        chain.watch(stop)
+    with pytest.raises(UnfinishedError, match="Stage 'a'") as caught:
+        watch(chain)
     text = str(caught.value)
     assert "log.txt: out of memory" in text
     assert "sbatch.txt: slurmstepd: killed" in text
     assert "line 1\n" not in text
 
 
-class Clock(SimpleNamespace):
-    """Stands for the module `time`; waiting takes none."""
-
-    now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
-@pytest.mark.parametrize("happens", ["ended", "silent", "deleted"])
-def test_chain_ends_with_the_defaults_a_minute_after_a_job_is_gone_or_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: str
-) -> None:
-    clock = Clock()
-    for module in (chain_module, kubernetes):
-        monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(chain_module, "POLL_S", POLL_S)
-    monkeypatch.setattr(chain_module, "SETTLE_S", SETTLE_S)
-    chain = chain_of(tmp_path, {"a": "true"})
-    chain.cluster.poll_s = SlurmScheduler.poll_s
-    if happens != "ended":
-        api = FakeApi()
-        chain.cluster = KubernetesScheduler(KubernetesExecutor(image="i", claim="c", mount_path="/"), api)  # type: ignore[arg-type]
-    chain.submit()
-    if happens == "ended":
-        chain.cluster.processes[chain.ids["a"]].wait()  # type: ignore[attr-defined]
-    chain._asked_s = clock.monotonic() + 0.1  # the scheduler was asked just before
-    if happens == "deleted":
-        api.jobs.clear()
-    with StopSignals() as stop, pytest.raises(UnfinishedError):
-        chain.watch(stop)
-    assert clock.monotonic() < 60 + (KubernetesExecutor.report_within_s if happens == "silent" else 0)
+def test_job_that_no_controller_takes_up_ends_the_chain_and_is_taken_back(tmp_path: Path) -> None:
+    api = FakeApi()
+    settings = KubernetesExecutor(image="i", claim="c", mount_path="/", report_within_s=0)
+    cluster = KubernetesScheduler(settings, api)  # type: ignore[arg-type]
+    cluster.poll_s = 0.0
+    with pytest.raises(UnfinishedError, match=r"cannot start \(no controller has reported"):
+        watch(chain_of(tmp_path, {"a": "true"}, cluster=cluster))
+    assert api.jobs == {}
 
 
 @pytest.mark.parametrize(("error", "status"), [(UnfinishedError("failed"), 1), (UpcycleError("no such dir"), 2)])

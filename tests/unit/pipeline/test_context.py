@@ -2,36 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-import pytest
-
-from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.context import mistake_of, refuse_bridge
-
-
-def test_a_command_of_bridges_is_told_whose_it_is_and_what_to_install() -> None:
-    refuse_bridge(["--factory", "llama3_8b_e8t2", "dir=recipe=1"])
-    with pytest.raises(UpcycleError) as refused:
-        refuse_bridge(["dense=/models/mine", "recipe=my_recipes:mine_config", "gpus=8"])
-    assert refused.value.subject == "argument 'recipe=my_recipes:mine_config'"
-    assert "Megatron-Bridge" in str(refused.value.got)
-    assert "pip install" in refused.value.fix
-
-
-def test_every_command_has_its_line_in_the_list_of_them() -> None:
-    from nemo_upcycle.pipeline.ablations.launch import ablate
-
-    commands = [ablate]
-    if find_spec("nemo"):
-        from nemo_upcycle.pipeline.nemo.pipeline import pipeline
-
-        commands.append(pipeline)
-    for command in commands:
-        entrypoint = command.cli_entrypoint  # type: ignore[attr-defined]
-        name, first, *_ = entrypoint.help_str.splitlines()  # of the first paragraph, which is what a list shows
-        assert name == command.__name__
-        assert first == command.__doc__.splitlines()[0]
+from nemo_upcycle.pipeline.context import mistake_of
 
 
 def test_a_factory_of_a_module_that_python_does_not_find_is_told_so() -> None:

@@ -32,7 +32,3 @@ def test_one_node_needs_no_address() -> None:
     config, *_ = _parsed(COMMAND, 1, 2, silence_s=4.0)
     assert config.rdzv_endpoint == "localhost:0"
     assert config.fault_tol_cfg.rank_heartbeat_timeout == 4.0
-
-
-def test_the_address_is_left_to_the_shell() -> None:
-    assert "--rdzv-endpoint=$MASTER_ADDR:$MASTER_PORT" in ft_command(COMMAND, 2, 8)

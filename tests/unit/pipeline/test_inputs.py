@@ -15,18 +15,11 @@ from nemo_upcycle.pipeline.launch import absolute_argument
 from tests.chats import sums, write_lines
 
 
-@pytest.mark.parametrize(
-    ("data", "expected"), [("sotu", False), ("chatterbot", True), ("mine.jsonl", True), ("nowhere.yaml", False)]
-)
-def test_data_are_told_by_their_name(data: str, expected: bool) -> None:
-    assert is_chat(data) is expected
-
-
-def test_yaml_files_are_told_by_their_keys(tmp_path: Path) -> None:
-    for name, text in (("chat", "files: [a.jsonl]"), ("texts", "sources: {a: {train: [a.txt]}}")):
-        (tmp_path / f"{name}.yaml").write_text(text)
-    assert is_chat(str(tmp_path / "chat.yaml"))
-    assert not is_chat(str(tmp_path / "texts.yaml"))
+def test_conversations_are_told_by_their_name_and_yaml_files_by_their_keys(tmp_path: Path) -> None:
+    (tmp_path / "chat.yaml").write_text("files: [a.jsonl]")
+    (tmp_path / "texts.yaml").write_text("sources: {a: {train: [a.txt]}}")
+    assert all(is_chat(data) for data in ("chatterbot", "mine.jsonl", f"{tmp_path}/chat.yaml"))
+    assert not any(is_chat(data) for data in ("sotu", "nowhere.yaml", f"{tmp_path}/texts.yaml"))
 
 
 @pytest.mark.parametrize(("data", "suite"), [("chatterbot", "demo"), ("sotu", "answers")])

@@ -72,26 +72,24 @@ def test_a_claim_is_missing_only_if_the_server_says_so(api: KubernetesApi, monke
     assert [api.lacks_claim("team", "runs") for _ in range(3)] == [True, False, False]
 
 
-def test_pods_say_why_they_wait(api: KubernetesApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    creating, pulling = (
-        SimpleNamespace(state=SimpleNamespace(waiting=SimpleNamespace(reason=reason, message=message)))
-        for reason, message in (("ContainerCreating", None), ("ImagePullBackOff", "no such image"))
-    )
+@pytest.mark.parametrize(
+    ("reason", "message", "why"),
+    [
+        ("ContainerCreating", None, ""),
+        ("ImagePullBackOff", "no such image", "ImagePullBackOff: no such image"),
+        ("", "", "Unschedulable: 0/4 nodes"),
+    ],
+)
+def test_pods_say_why_they_wait(
+    reason: str, message: str | None, why: str, api: KubernetesApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = SimpleNamespace(state=SimpleNamespace(waiting=SimpleNamespace(reason=reason, message=message)))
     unscheduled = SimpleNamespace(type="PodScheduled", status="False", reason="Unschedulable", message="0/4 nodes")
-    statuses = [
-        SimpleNamespace(container_statuses=[creating], conditions=None),
-        SimpleNamespace(container_statuses=[pulling], conditions=None),
-        SimpleNamespace(container_statuses=None, conditions=[unscheduled]),
-    ]
-
-    def answer(number: int) -> str:
-        pods = SimpleNamespace(items=[SimpleNamespace(status=statuses[number])])
-        monkeypatch.setattr(api._core, "list_namespaced_pod", lambda *_, **__: pods)
-        return api.why_pods_wait("team", "a=b")
-
-    assert answer(0) == ""
-    assert answer(1) == "ImagePullBackOff: no such image"
-    assert answer(2) == "Unschedulable: 0/4 nodes"
+    container, condition = ([waits], None) if reason else (None, [unscheduled])
+    status = SimpleNamespace(container_statuses=container, conditions=condition)
+    pods = SimpleNamespace(items=[SimpleNamespace(status=status)])
+    monkeypatch.setattr(api._core, "list_namespaced_pod", lambda *_, **__: pods)
+    assert api.why_pods_wait("team", "a=b") == why
 
 
 def test_a_missing_client_is_said_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler, StagedSlurmExecutor
 from nemo_upcycle.pipeline.launch import _runs_code_of
-from nemo_upcycle.pipeline.order import chosen_stages
 from nemo_upcycle.pipeline.run_here import sized, stopped, variables_for
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 
@@ -74,17 +73,3 @@ def test_a_stage_that_ended_just_before_the_signal_counts_as_finished(tmp_path: 
 )
 def test_jobs_run_this_code_with_this_interpreter_or_where_it_is_mounted(cluster: Cluster, expected: bool) -> None:
     assert _runs_code_of(cluster, [stage.name for stage in STAGES], Path("/home/me/nemo-upcycle")) is expected
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "only", "names"),
-    [
-        (None, None, None, [stage.name for stage in STAGES]),
-        (None, "data", None, ["import", "data"]),
-        ("export", None, None, ["export", "evaluate", "report"]),
-        ("data", "upcycle", None, ["data", "upcycle"]),
-        (None, None, "data", ["data"]),
-    ],
-)
-def test_a_part_of_the_chain(first: str | None, last: str | None, only: str | None, names: list[str]) -> None:
-    assert [stage.name for stage in chosen_stages(first, last, only)] == names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -14,8 +15,6 @@ import psutil
 import pytest
 
 from nemo_upcycle.pipeline.executors import local
-from nemo_upcycle.pipeline.plan import PLAN
-from tests.fifo import held_by_reader
 from tests.tiers import quick
 from tests.waiting import wait_until
 
@@ -26,7 +25,7 @@ def _run(code: str, ranks: int | None, folder: Path, stop: local.StopSignals) ->
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Return the command lines of the other processes that were given this folder."""
+    """List the command lines of the other processes that were given this folder."""
     lines = [
         " ".join(process.info["cmdline"] or [])
         for process in psutil.process_iter(["cmdline"])
@@ -35,33 +34,32 @@ def processes_of(folder: Path) -> list[str]:
     return [line for line in lines if str(folder) in line]
 
 
-def test_every_rank_gets_torchrun_and_user_variables(tmp_path: Path) -> None:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MINE")
-    code = f"open(sys.argv[1] + '/rank' + os.environ['RANK'], 'w').write(' '.join(os.environ[n] for n in {names}))"
-    with local.StopSignals() as stop:
-        assert _run(code, 2, tmp_path, stop) == 0
-    assert (tmp_path / "rank0").read_text() == "0 0 2 2 127.0.0.1 1"
-    assert (tmp_path / "rank1").read_text() == "1 1 2 2 127.0.0.1 1"
-
-
-@pytest.mark.parametrize("ranks", [None, 1], ids=["plain", "rank"])
-def test_a_process_is_no_rank_of_the_job_around_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int | None
+@pytest.mark.parametrize(
+    ("ranks", "own"),
+    [
+        (None, ["None None None None None 1"]),
+        (1, ["0 0 1 127.0.0.1 None 1"]),
+        (2, ["0 0 2 127.0.0.1 None 1", "1 1 2 127.0.0.1 None 1"]),
+    ],
+)
+def test_a_process_gets_torchruns_and_the_users_variables_and_is_no_rank_of_the_job_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int | None, own: list[str]
 ) -> None:
     """The command in a shell of an allocation, or after a job script's `export WORLD_SIZE=8`."""
-    others = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "nowhere", "SLURM_PROCID": "3", "SLURM_NTASKS": "8"}
-    for name, value in others.items():
-        monkeypatch.setenv(name, value)
-    code = f"print({{n: os.environ.get(n) for n in {tuple(others)}}}, file=open(sys.argv[1] + '/seen', 'w'))"
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID")
+    for name in names:
+        monkeypatch.setenv(name, "3")
+    told = f"' '.join(os.environ.get(n, 'None') for n in {(*names, 'MINE')})"
+    code = f"open(f'{{sys.argv[1]}}/seen{{os.getpid()}}', 'w').write({told})"
     with local.StopSignals() as stop:
         assert _run(code, ranks, tmp_path, stop) == 0
-    own = dict.fromkeys(others) | ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"} if ranks else {})
-    assert (tmp_path / "seen").read_text() == f"{own}\n"
+    assert sorted(path.read_text() for path in tmp_path.glob("seen*")) == own
 
 
 def test_a_failed_rank_ends_the_others_and_its_last_lines_are_shown(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(local, "AFTER_ANOTHER_S", 0.1)
     code = "sys.exit('rank 1 says why') if os.environ['RANK'] == '1' else time.sleep(600)"
     with local.StopSignals() as stop:
         assert _run(code, 3, tmp_path, stop) == 1
@@ -77,7 +75,10 @@ def test_a_mistake_that_every_rank_finds_is_shown_once(tmp_path: Path, capfd: py
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", quick([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
-def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(
+    tmp_path: Path, signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "GRACE_S", 0.5)
     code = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]])\n"
@@ -99,20 +100,28 @@ def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
-    """The ranks' own command; the plan is a pipe that says nothing, so the stage never ends."""
-    os.mkfifo(tmp_path / PLAN)
+def test_a_rank_does_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    local_alone = "import sys, time; from pathlib import Path; from nemo_upcycle.pipeline.executors import local\n"
+    rank = f"{local_alone}local.end_with_launcher(); (Path(sys.argv[1]) / 'ready').touch(); time.sleep(600)"
     code = (
-        "import sys; from pathlib import Path; from nemo_upcycle.pipeline.executors import local\n"
-        "command = [sys.executable, '-m', 'nemo_upcycle.pipeline', 'import', sys.argv[1]]\n"
-        "local.run_ranks(command, 2, {}, Path(sys.argv[1]) / 'l', local.StopSignals())"
+        f"{local_alone}command = [sys.executable, '-c', {rank!r}, sys.argv[1]]\n"
+        "local.run_ranks(command, 1, {}, Path(sys.argv[1]) / 'l', local.StopSignals())"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    wait_until(lambda: len(processes_of(tmp_path)) == 3, launcher)
-    with held_by_reader(tmp_path / PLAN):
-        launcher.kill()
-        launcher.wait()
-        wait_until(lambda: processes_of(tmp_path) == [])
+    wait_until((tmp_path / "ready").is_file, launcher)
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: processes_of(tmp_path) == [])
+
+
+def test_a_stages_process_ends_with_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[bool] = []
+    monkeypatch.setattr(local, "end_with_launcher", lambda: watched.append(True))
+    monkeypatch.setattr("nemo_upcycle.pipeline.runner.is_verbose", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["pipeline", "import", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        runpy.run_module("nemo_upcycle.pipeline", run_name="__main__")
+    assert watched
 
 
 def test_held_port_serves_a_rank_and_nobody_else() -> None:

@@ -20,6 +20,7 @@ from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from tests.unit.pipeline.test_local import processes_of
+from tests.waiting import wait_until
 
 
 #: What a process does to have its stage done; its own work comes first.
@@ -72,23 +73,12 @@ class Processes(WorkPlan):
 
     def jobs(self, run_dir: Path) -> list[Job]:
         head = "import os, sys, time; from pathlib import Path; name, run_dir = sys.argv[1], Path(sys.argv[2])\n"
-        return [
-            Job(
-                stage.name,
-                run_dir,
-                (
-                    sys.executable,
-                    "-c",
-                    head + self.code[stage.name],
-                    stage.name,
-                    str(run_dir),
-                    *self.reads[stage.name],
-                ),
-                stage.after,
-                is_training=True,
-            )
-            for stage in self.stages
-        ]
+        jobs = []
+        for stage in self.stages:
+            words = (stage.name, str(run_dir), *self.reads[stage.name])
+            command = (sys.executable, "-c", head + self.code[stage.name], *words)
+            jobs.append(Job(stage.name, run_dir, command, stage.after, is_training=True))
+        return jobs
 
 
 def run_stages(run_dir: Path, code: dict[str, str], needs: dict[str, tuple[str, ...]], at_once: int = 2) -> None:
@@ -131,19 +121,11 @@ def test_nothing_starts_after_a_failed_stage_and_the_others_finish(
     assert not (tmp_path / "later").exists()
 
 
-def test_a_mistake_of_the_users_keeps_its_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        run_stages(tmp_path, {"bad": "sys.stderr.write('[bad] a mistake\\n'); sys.exit(2)"}, {})
-    assert ended.value.code == 2
-    assert "[bad] a mistake\n" in capfd.readouterr().err
-
-
 def test_sigterm_ends_all_of_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = dict.fromkeys(("one", "two", "three"), "(run_dir / name).touch(); time.sleep(600)")
 
     def strike() -> None:
-        while not all((tmp_path / name).is_file() for name in ("one", "two")):
-            pass
+        wait_until(lambda: all((tmp_path / name).is_file() for name in ("one", "two")))
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=strike, daemon=True).start()
@@ -163,11 +145,20 @@ def test_an_error_of_the_launcher_ends_what_runs(tmp_path: Path) -> None:
     assert processes_of(tmp_path) == []
 
 
-def test_a_killed_stage_is_said_to_be_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("code", "status", "words"),
+    [
+        ("sys.stderr.write('[bad] a mistake\\n'); sys.exit(2)", 2, "[bad] a mistake\n"),
+        ("os.kill(os.getpid(), 9)", 1, "stage 'bad' was ended by SIGKILL (out of memory?)"),
+    ],
+)
+def test_a_mistake_keeps_its_status_and_a_killed_stage_is_said_to_be_killed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], code: str, status: int, words: str
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_stages(tmp_path, {"one": "os.kill(os.getpid(), 9)"}, {})
-    assert ended.value.code == 1
-    assert "stage 'one' was ended by SIGKILL (out of memory?)" in capfd.readouterr().err
+        run_stages(tmp_path, {"bad": code}, {})
+    assert ended.value.code == status
+    assert words in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("at_once", "is_here", "words"), [(0, True, "got 0"), (2, False, "a scheduler starts")])

@@ -17,8 +17,7 @@ from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_script import in_vain, missing_mounts
 from nemo_upcycle.pipeline.launch import jobs_of, render_jobs
 from nemo_upcycle.pipeline.stages import BY_NAME, RunPlan
-from nemo_upcycle.utils.masking import without_secrets
-from tests.unit.pipeline.test_executors import SITE, built, data, training, write_commands
+from tests.unit.pipeline.test_executors import SITE, built, data, script_of, training, write_commands
 
 
 @pytest.fixture(autouse=True)
@@ -69,23 +68,6 @@ def test_jobs_of_two_clusters_on_one_file_system_are_told_apart(commands: Path) 
         SlurmScheduler(built(*SITE)).identity  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind"),
-    [
-        ("Invalid qos specification", UpcycleError),
-        ("Batch job submission failed: Unable to contact slurm controller (connect failure)", UnreachableError),
-        ("Batch job submission failed: Socket timed out on send/recv operation", UnreachableError),
-    ],
-)
-def test_controller_that_does_not_answer_refuses_nothing(
-    commands: Path, tmp_path: Path, answer: str, kind: type[UpcycleError]
-) -> None:
-    write_commands(commands, sbatch=f"echo 'sbatch: error: {answer}' >&2; exit 1")
-    with pytest.raises(UpcycleError, match=answer.partition("(")[0]) as caught:
-        SlurmScheduler(built(*SITE)).submit(data(tmp_path), [])
-    assert type(caught.value) is kind
-
-
 def test_new_job_may_fail_once_whatever_an_earlier_one_did(tmp_path: Path) -> None:
     job = data(tmp_path)
     job.folder.mkdir(parents=True)
@@ -113,11 +95,10 @@ def test_inputs_that_only_this_machine_sees_are_refused(tmp_path: Path, monkeypa
 def test_interpreter_is_that_of_the_stages_own_container(
     image: str, of_stage: str, pretrain: str, data_stage: str
 ) -> None:
-    words = [*SITE[:2], f"container_image={image}", f"stages.pretrain.container_image={of_stage}"]
+    words = [f"container_image={image}", f"stages.pretrain.container_image={of_stage}"]
     for job, python in ((training(), pretrain), (data(), data_stage)):
         for more in ((), ("stages.pretrain.hang_detection=true",)):
-            script = SlurmScheduler(built(*words, *more)).render(job)[f"{job.name}.sh"]
-            assert f" {python} -m nemo_upcycle.pipeline {job.name} " in script
+            assert f" {python} -m nemo_upcycle.pipeline {job.name} " in script_of(job, *words, *more)
 
 
 def test_container_sees_what_a_blend_and_a_suite_name(tmp_path: Path) -> None:
@@ -129,43 +110,31 @@ def test_container_sees_what_a_blend_and_a_suite_name(tmp_path: Path) -> None:
     mine.write_text(f"sources: {{web: {{train: [{tmp_path}/texts/*.txt]}}}}")
     plan = RunPlan("tiny", "hf:///models/8b", str(mine), str(suite), "", None)
     (job,) = jobs_of([BY_NAME["data"]], Path("/runs/a"), plan)
-    script = SlurmScheduler(built(*SITE[:2], "container_image=nemo")).render(job)["data.sh"]
+    script = script_of(job, "container_image=nemo")
     seen = ["/runs/a", mine.parent, tmp_path / "texts", suite.parent, tmp_path / "own", "/models/8b"]
     mounts = ",".join(f"{path}:{path}" for path in seen)
     assert f"--container-mounts {mounts},/runs/a/jobs/data:/nemo_run " in script
 
 
 def test_stages_in_containers_keep_models_of_the_hub_in_the_run() -> None:
-    def script(*words: str) -> str:
-        return SlurmScheduler(built(*SITE[:2], *words)).render(data())["data.sh"]
-
-    assert 'export HF_HUB_CACHE="/shared/run/hub"\n' in script("container_image=nemo")
-    assert "HF_HUB_CACHE" not in script("container_image=null")
-    own = script("container_image=nemo", "env_vars={'HF_HOME': '/shared/hf'}")
+    assert 'export HF_HUB_CACHE="/shared/run/hub"\n' in script_of(data(), "container_image=nemo")
+    assert "HF_HUB_CACHE" not in script_of(data(), "container_image=null")
+    own = script_of(data(), "container_image=nemo", "env_vars={'HF_HOME': '/shared/hf'}")
     assert "HF_HUB_CACHE" not in own
     assert 'export HF_HOME="/shared/hf"\n' in own
 
 
 def test_image_does_not_win_over_what_the_job_sets() -> None:
-    def script(*words: str) -> str:
-        return SlurmScheduler(built(*SITE[:2], *words)).render(data())["data.sh"]
-
-    named = script("container_image=nemo", "env_vars={'B': '1'}", "container_env=[A]")
+    named = script_of(data(), "container_image=nemo", "env_vars={'B': '1'}", "container_env=[A]")
     assert " --container-env A,HF_HUB_CACHE,B " in named
-    assert "container-env" not in script("container_image=null", "env_vars={'B': '1'}")
+    assert "container-env" not in script_of(data(), "container_image=null", "env_vars={'B': '1'}")
 
 
 def test_interpreter_of_a_container_can_be_named_for_all_stages_or_one() -> None:
-    words = [*SITE[:2], "container_image=nemo", "python=/opt/venv/bin/python", "stages.data.python=python3"]
-    cluster = SlurmScheduler(built(*words, "stages.pretrain.hang_detection=true"))
-    assert " python3 -m nemo_upcycle.pipeline data " in cluster.render(data())["data.sh"]
-    assert cluster.render(training())["pretrain.sh"].count(" /opt/venv/bin/python -m ") == 2  # of ft_launcher, too
-
-
-def test_batch_script_hands_its_variables_on_and_prints_none_of_itself() -> None:
-    script = SlurmScheduler(built(*SITE)).render(data())["data.sh"]
-    assert script.index("\nunset SLURM_EXPORT_ENV\n") < script.index("srun ")
-    assert "set -evx" not in script
+    words = ["container_image=nemo", "python=/opt/venv/bin/python", "stages.data.python=python3"]
+    assert " python3 -m nemo_upcycle.pipeline data " in script_of(data(), *words)
+    launched = script_of(training(), *words, "stages.pretrain.hang_detection=true")
+    assert launched.count(" /opt/venv/bin/python -m ") == 2  # of ft_launcher, too
 
 
 def test_job_submitted_from_within_an_allocation_is_no_part_of_it(
@@ -197,20 +166,23 @@ def test_words_of_a_site_around_a_job_id_are_not_taken_for_it(
 
 
 @pytest.mark.parametrize(
-    ("answer", "hint", "no_hint"),
+    ("answer", "hint", "no_hint", "kind"),
     [
-        ("invalid partition specified: h100", "Partitions: node1, node2", "account"),
-        ("Invalid account or account/partition combination specified", "run.executor.account", "Partitions:"),
-        ("QOSMaxSubmitJobPerUserLimit", "--until", "Partitions:"),
-        ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "--until", "Part"),
+        ("invalid partition specified: h100", "Partitions: node1, node2", "account", UpcycleError),
+        ("Invalid account or account/partition combination", "run.executor.account", "Partitions:", UpcycleError),
+        ("QOSMaxSubmitJobPerUserLimit", "--until", "Partitions:", UpcycleError),
+        ("Job violates accounting/QOS policy (job submit limit)", "--until", "Partitions:", UpcycleError),
+        ("Unable to contact slurm controller (connect failure)", "Unable to contact", "Fix", UnreachableError),
+        ("Socket timed out on send/recv operation", "Socket timed out", "Fix", UnreachableError),
     ],
 )
-def test_refusal_names_the_setting_that_it_is_about(
-    commands: Path, tmp_path: Path, answer: str, hint: str, no_hint: str
+def test_refusal_names_the_setting_that_it_is_about_and_a_controller_that_does_not_answer_refuses_nothing(
+    commands: Path, tmp_path: Path, answer: str, hint: str, no_hint: str, kind: type[UpcycleError]
 ) -> None:
     write_commands(commands, sbatch=f'echo "sbatch: error: {answer}" >&2; exit 1')
     with pytest.raises(UpcycleError, match=hint) as caught:
         SlurmScheduler(built(*SITE)).submit(data(tmp_path), [])
+    assert type(caught.value) is kind
     assert no_hint not in str(caught.value)
 
 
@@ -229,19 +201,12 @@ def test_setting_that_cannot_work_is_refused_by_name(word: str, name: str) -> No
         SlurmScheduler(built(*SITE, word)).render(training())
 
 
-def test_fewer_ranks_than_gpus_are_taken() -> None:
-    assert SlurmScheduler(built(*SITE, "stages.pretrain.gpus_per_node=16")).render(training())
-
-
-@pytest.mark.parametrize(("mount", "holds"), [("/scratch/lustre:/lustre", False), ("/lustre:/lustre", True)])
-def test_mount_of_another_folder_does_not_hold_the_run(mount: str, holds: bool) -> None:
-    cluster = SlurmScheduler(built(*SITE[:2], "container_image=nemo", f"container_mounts=['{mount}']"))
-    assert (f"{mount},/lustre/run:/lustre/run," in cluster.render(data(Path("/lustre/run")))["data.sh"]) is not holds
-
-
-def test_mount_of_the_same_folder_under_another_name_holds_the_run(tmp_path: Path) -> None:
+def test_mount_of_another_folder_does_not_hold_the_run_and_a_link_to_it_does(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "lustre").symlink_to(tmp_path / "scratch")
+    job = data(Path("/lustre/run"))
+    assert missing_mounts(job, ["/scratch/lustre:/lustre"]) == ["/lustre/run:/lustre/run"]
+    assert missing_mounts(job, ["/lustre:/lustre"]) == []
     assert missing_mounts(data(tmp_path / "lustre/run"), [f"{tmp_path}/scratch:{tmp_path}/lustre:ro"]) == []
 
 
@@ -288,25 +253,12 @@ def test_script_with_a_secret_is_its_owners_alone_and_is_shown_without_it(tmp_pa
     own = ["stages.data.env_vars={WANDB_API_KEY: 'a \"b'}", "stages.data.setup_lines=export X_PASSWORD='c d'; true"]
     for words, secrets in (([], ()), ([SECRET], ("hf_abc",)), (own, ('a \\"b', "c d"))):
         cluster = SlurmScheduler(built(*SITE, *words))
-        cluster.submit(data(tmp_path), [])
-        script = tmp_path / "jobs/data/data.sh"
+        (script,) = cluster.write(data(tmp_path), tmp_path)
         assert all(secret in script.read_text() for secret in secrets)
         assert (script.stat().st_mode & 0o077 == 0) is bool(secrets)
         shown = cluster.masked().render(data(tmp_path))["data.sh"]
         assert not any(secret in shown for secret in secrets)
     assert 'export HF_HOME="/hf"' in SlurmScheduler(built(*SITE, SECRET)).masked().render(data())["data.sh"]
-
-
-def test_what_runs_has_the_values_that_are_shown_nowhere(tmp_path: Path) -> None:
-    image, token = "docker://me:pw@registry#image", "hf_" + "aB3" * 11
-    scheduler = SlurmScheduler(built(*SITE, f"container_image={image}", f"env_vars.LOGIN={token}"))
-    (path,) = scheduler.write(data(tmp_path), tmp_path)
-    assert image in path.read_text()
-    assert token in path.read_text()
-    assert path.stat().st_mode & 0o077 == 0
-    shown = without_secrets("\n".join(scheduler.masked().render(data(tmp_path)).values()))
-    assert "me:pw" not in shown
-    assert token not in shown
 
 
 def test_rendered_files_with_a_secret_are_their_owners_alone(tmp_path: Path) -> None:

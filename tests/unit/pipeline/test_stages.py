@@ -9,18 +9,13 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
-from nemo_upcycle.pipeline import stages
-from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.nemo import training as nemo_training
 from tests.unit.sources.test_checkpoints import write
 
 
-PLAN = RunPlan("recipe", "dense", "data", "evaluation", "text", None)
-
-
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that runs the stage, whose training leaves these steps and ends so."""
+    """A function that runs the stage, whose training leaves these steps and ends so."""
 
     def run(steps: list[int], ending: BaseException | None) -> dict[str, Any]:
         def training() -> None:
@@ -34,25 +29,20 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(nemo_training, "load_recipe", lambda text: recipe)
         monkeypatch.setattr(nemo_training, "place_recipe", lambda *_: None)
         monkeypatch.setattr("nemo_upcycle.cpu.backend.use_cpu_backend", lambda: True)
-        monkeypatch.setattr(stages, "dense_folder_of", lambda run_dir: run_dir)
         # else it silences NeMo for the tests that follow
         monkeypatch.setattr(nemo_training, "is_verbose", lambda: True)
         monkeypatch.setattr("fiddle.build", lambda config: training if config is recipe else config)
-        return stages._train(tmp_path, PLAN, "pretrain")
+        return nemo_training.NeMoTraining("text").train(tmp_path / "pretrain", tmp_path, tmp_path)
 
     return run
 
 
 @pytest.mark.parametrize("ending", [None, SystemExit(0), SystemExit(75)], ids=["itself", "0", "75"])
-def test_last_step_kept_is_done(train: Any, ending: BaseException | None) -> None:
-    assert train([4, 9], ending)["checkpoint"].endswith("step=9-last")
-
-
-@pytest.mark.parametrize("ending", [None, SystemExit(0), SystemExit(75)], ids=["itself", "0", "75"])
-def test_earlier_step_kept_is_stopped(train: Any, ending: BaseException | None) -> None:
+def test_last_step_kept_is_done_and_an_earlier_one_is_stopped(train: Any, ending: BaseException | None) -> None:
     with pytest.raises(StageStopped, match=r"'pretrain' stopped early: 5 of 10 steps are kept") as caught:
         train([4], ending)
     assert not isinstance(caught.value, UpcycleError)
+    assert train([9], ending)["checkpoint"].endswith("step=9-last")
 
 
 def test_no_checkpoint_is_an_error_unless_it_was_told_to_stop(train: Any) -> None:

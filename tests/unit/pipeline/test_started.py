@@ -19,6 +19,7 @@ from nemo_upcycle.pipeline.order import chosen_stages, finished, read_plan, requ
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, RunPlan
 from nemo_upcycle.utils.files import MARKER, read_json, write_json
 from tests.started import unpack
+from tests.tiers import every_value
 
 
 NAMES = [stage.name for stage in STAGES]
@@ -107,28 +108,54 @@ def test_a_finished_run_of_an_earlier_release_has_nothing_to_do(run_dir: Path, p
     assert {read_json(run_dir / name / MARKER)["schema"] for name in NAMES} == {1}
 
 
-@pytest.mark.parametrize(
-    ("change", "ran"),
-    [
-        (lose(f"export/{MARKER}"), []),
-        (lose("hf", f"export/{MARKER}"), ["export"]),
-        (lose("export", "hf", "evaluate", "evaluation", "report"), ["export", "evaluate", "report"]),
-        (lose(f"upcycle/{MARKER}", "upcycle/hf"), ["upcycle"]),
-        (lose("upcycle"), ["upcycle"]),
-        (lose(f"pretrain/{MARKER}"), []),
-        (lose("import"), ["import"]),
-        (lose(f"data/{MARKER}"), []),
-        (damage(*(f"{name}/{MARKER}" for name in NAMES)), ["evaluate", "report"]),
-    ],
-)
-@pytest.mark.parametrize("renewed", [True, False])
+#: What a user does to the folder, and the stages that run again.
+CHANGES: list[tuple[Callable[[Path], None], list[str]]] = [
+    (lose(f"export/{MARKER}"), []),
+    (lose("hf", f"export/{MARKER}"), ["export"]),
+    (lose("export", "hf", "evaluate", "evaluation", "report"), ["export", "evaluate", "report"]),
+    (lose(f"upcycle/{MARKER}", "upcycle/hf"), ["upcycle"]),
+    (lose("upcycle"), ["upcycle"]),
+    (lose(f"pretrain/{MARKER}"), []),
+    (lose("import"), ["import"]),
+    (lose(f"data/{MARKER}"), []),
+    (damage(*(f"{name}/{MARKER}" for name in NAMES)), ["evaluate", "report"]),
+    (lose("data"), ["data"]),
+    (lose("pretrain/checkpoints", "data/blend/tokens", "report"), ["report"]),  # which reads none of these
+]
+
+
+@pytest.mark.parametrize(("changed", "renewed"), every_value(CHANGES, [True, False]))
 def test_a_lost_or_damaged_marker_is_made_again_and_locks_nothing(
-    run_dir: Path, plan: RunPlan, change: Callable[[Path], None], ran: list[str], renewed: bool
+    run_dir: Path, plan: RunPlan, changed: tuple[Callable[[Path], None], list[str]], renewed: bool
 ) -> None:
+    change, ran = changed
     if renewed:
         launch(run_dir, plan)
     change(run_dir)
     assert launch(run_dir, plan) == ran
+
+
+@pytest.mark.parametrize(
+    ("path", "lost", "stage"),
+    [
+        ("data/blend/tokens", "data", "pretrain"),
+        ("data/blend/tokens", "data", "export"),
+        ("upcycle/hf", "upcycle", "evaluate"),
+        ("pretrain/checkpoints", "pretrain", "export"),
+        ("hf/config.json", "export", "evaluate"),
+    ],
+)
+def test_lost_outputs_are_refused_with_the_stage_to_run_again(
+    run_dir: Path, plan: RunPlan, path: str, lost: str, stage: str
+) -> None:
+    only = chosen_stages(None, None, stage)
+    lose(f"{stage}/{MARKER}")(run_dir)
+    require_earlier(only, run_dir, plan)
+    lose(path)(run_dir)
+    with pytest.raises(UpcycleError) as refused:
+        require_earlier(only, run_dir, plan)
+    assert refused.value.subject == f"outputs of stage '{lost}' in {run_dir}"
+    assert f"--from {lost}" in refused.value.fix
 
 
 def test_the_check_of_step_0_may_run_again_before_a_training_goes_on(run_dir: Path, plan: RunPlan) -> None:
@@ -186,8 +213,6 @@ def same(plan: RunPlan) -> RunPlan:
         (None, other_evaluation, "report", "from"),
         (lose("export", "data/blend/manifest.json", "data/blend/_SUCCESS.json"), same, "export", "delete"),
         (lose("evaluate", "upcycle/hf/model.safetensors"), same, "evaluate", "delete"),
-        (lose("export", "hf", "pretrain/checkpoints"), same, "export", "delete"),
-        (lose("evaluate", "hf/model.safetensors"), same, "evaluate", "delete"),
     ],
 )
 def test_whoever_does_what_a_refusal_says_goes_on(

@@ -20,13 +20,10 @@ from nemo_upcycle.planning.advice import (
     advice_line,
     known_parent_tokens,
     nearest_outcomes,
-    options,
 )
-from nemo_upcycle.planning.hardware import known_gpu, known_recipe, known_shape, read_data
+from nemo_upcycle.planning.hardware import known_recipe, read_data
 from nemo_upcycle.planning.law import Law, OptionLaw
 from nemo_upcycle.planning.recipe_table import recipes
-from nemo_upcycle.planning.search import PlanRequest
-from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
 from tests.models import LLAMA3_8B
 
@@ -55,27 +52,19 @@ DENSE_ALONE = Law("", "", {"dense": _law(0).options["dense"]})
 @pytest.mark.parametrize(
     ("law", "parent_tokens", "best", "why"),
     [
-        (_law(-0.05), 15e12, "upcycle e8t2", "the band of 'upcycle e8t2' is apart from all others"),
-        (_law(0.05), 15e12, "dense", "the band of 'dense' is apart from all others"),
+        (_law(-0.05), 15e12, "upcycle e8t2", "is apart from all others"),
+        (_law(0.05), 15e12, "dense", "is apart from all others"),
         (_law(-0.05, error=0.1), 15e12, None, "the bands of 'upcycle e8t2' and 'dense' overlap"),
-        (_law(-0.05), 2e13 * MOST_BEYOND, "upcycle e8t2", "the band of 'upcycle e8t2' is apart from all others"),
-        (_law(-0.05), 4.2e13, None, "the parent's tokens are 2.1 times beyond its range; it decides up to 2 times"),
-        (
-            _law(-0.05, PARENT.parameters / 10),
-            15e12,
-            None,
-            "the parameters are 10.0 times beyond its range; it decides up to 2 times",
-        ),
-        (
-            Law("", "", {"dense": _law(0).options["dense"]}),
-            15e12,
-            None,
-            "it has no upcycled model of this shape that fits",
-        ),
+        (_law(-0.05), 2e13 * MOST_BEYOND, "upcycle e8t2", "is apart from all others"),
+        (_law(-0.05), 4.2e13, None, "the parent's tokens are 2.1 times beyond its range"),
+        (_law(-0.05, PARENT.parameters / 10), 15e12, None, "the parameters are 10.0 times beyond its range"),
+        (DENSE_ALONE, 15e12, None, "it has no upcycled model of this shape that fits"),
     ],
 )
 def test_it_decides_where_bands_are_apart(law: Law, parent_tokens: float, best: str | None, why: str) -> None:
-    assert PARENT._replace(tokens=parent_tokens).decide(law, OPTIONS) == (best, why)
+    decided, reason = PARENT._replace(tokens=parent_tokens).decide(law, OPTIONS)
+    assert decided == best
+    assert why in reason
 
 
 def test_an_option_from_nothing_that_lies_too_far_out_does_not_keep_it_from_deciding() -> None:
@@ -99,23 +88,11 @@ def test_a_law_that_has_an_upcycled_model_above_its_parent_does_not_hold() -> No
     assert why.startswith("it has 'upcycle e8t2' above the parent that its training begins from")
 
 
-def test_hours_give_each_option_what_it_reaches_in_them() -> None:
-    work = Workload(seq_length=2048, global_batch=512, routing="natural", gradients="bf16")
-    request = PlanRequest(known_shape("smollm2_135m"), known_gpu("h100"), 8, work, tokens=2e9)
-    dense, upcycled, new = options(request, UpcycleSpec(num_experts=8, top_k=2), hours=10.0)
-    assert dense.plan.hours == upcycled.plan.hours == pytest.approx(10)
-    assert dense.training.tokens > 1.3 * upcycled.training.tokens
-    assert new.training.tokens == upcycled.training.tokens
-    assert dense.training.tokens == pytest.approx(dense.plan.tokens_per_s_per_gpu * 8 * 36_000)
-
-
 def test_what_was_measured_nearest_to_the_case_comes_first() -> None:
     for parent, first in ((PARENT, "Llama 3 8B"), (DenseParent(2e12, 1e9), "OLMo 1B")):
         found = nearest_outcomes(parent)
         assert found[0]["parent"] == first
         assert [bool(one["distance"]) for one in found] == [True, True, True, False, False]
-    assert nearest_outcomes(PARENT)[0]["distance"] == {"parent_tokens": 1.0, "parameters": pytest.approx(1, rel=1e-3)}
-    assert nearest_outcomes(DenseParent(1e18, 1.0))[0]["distance"]["parent_tokens"] == 2e-6
     assert {one["reading"] for one in found} == {"for", "against"}
     assert all(one["source"].startswith("arXiv ") and one["found"] for one in found)
 
@@ -126,13 +103,15 @@ def _line(law: Law | None, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> s
     return advice_line(**(given | {"gpus": 512} | changes))
 
 
+COMMAND = f"nemo-upcycle advise --model {ADDRESS} --trained-on 15T --tokens"
+
+
 @pytest.mark.parametrize(
     ("law", "said"),
     [
         (
             _law(-0.05),
-            "upcycle e8t2, by the fitted law: -0.050 nats a token beside the parent trained on"
-            " (90 % -0.060 to -0.040). Costs",
+            "upcycle e8t2, by the fitted law: -0.050 nats a token beside the parent trained on (90 % -0.060",
         ),
         (_law(0.005), "not resolved by the fitted law (the bands of 'dense' and 'upcycle e8t2' overlap)"),
         (_law(-0.05, 1e9), "no fitted law applies (the parameters are 8.0 times beyond its range"),
@@ -143,20 +122,22 @@ def test_a_line_says_what_the_fitted_law_decides(law: Law | None, said: str, mon
     line = _line(law, monkeypatch)
     assert line.startswith(f"e8t2 after 15T + 100B tokens: {said}")
     assert "\n" not in line
-    assert line.endswith(
-        f"Costs and more: nemo-upcycle advise --model {ADDRESS} --trained-on 15T --tokens 100B --experts 8 --top-k 2"
-        " --gpus 512"
-    )
+    assert line.endswith(f"Costs and more: {COMMAND} 100B --experts 8 --top-k 2 --gpus 512")
 
 
-def test_a_shape_that_the_law_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    arch = LLAMA.dense.upcycled(UpcycleSpec(num_experts=16, top_k=4, granularity=2))
-    line = _line(_law(-0.05), monkeypatch, trained_on="74B", arch=arch)
-    assert "no fitted law applies (it has no e16t4g2). Costs" in line
-    assert "--experts 16 --top-k 4 --granularity 2" in line
-    arch = LLAMA.dense.upcycled(UpcycleSpec(num_experts=8, top_k=2, shared_experts=1, moe_layers="every-2"))
-    line = _line(_law(-0.05), monkeypatch, arch=arch)
-    assert "no fitted law applies (it has no e8t2 with shared experts in some layers). Costs" in line
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (UpcycleSpec(num_experts=16, top_k=4, granularity=2), "it has no e16t4g2"),
+        (UpcycleSpec(shared_experts=1, moe_layers="every-2"), "it has no e8t2 with shared experts in some layers"),
+    ],
+)
+def test_a_shape_that_the_law_does_not_have_is_named(
+    spec: UpcycleSpec, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = _line(_law(-0.05), monkeypatch, arch=LLAMA.dense.upcycled(spec))
+    assert f"no fitted law applies ({words}). Costs" in line
+    assert ("--granularity 2" in line) is (spec.granularity == 2)
 
 
 def test_a_baseline_of_more_tokens_counts_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,27 +149,30 @@ def test_a_baseline_of_more_tokens_counts_with_them(monkeypatch: pytest.MonkeyPa
     assert same.partition(" nats")[0] != more.partition(" nats")[0]
 
 
-def test_what_is_not_known_is_said_with_the_command_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = _line(None, monkeypatch, address="/models/my model")
-    assert line == (
-        "not known: what the parent was trained on; add trained_on=15T (its tokens), or ask: nemo-upcycle advise"
-        " --model '/models/my model' --trained-on N --tokens 100B --experts 8 --top-k 2 --gpus 512"
-    )
-    line = _line(None, monkeypatch, tokens=0.0)
-    assert line.startswith("not known: how long it trains; ask: nemo-upcycle advise --model")
-    assert "--trained-on 15T --tokens N --experts 8" in line
-    line = _line(None, monkeypatch, arch=None, tokens=0.0, gpus=None)
-    assert line == (
-        "not known before the parent is fetched; ask: nemo-upcycle advise"
-        f" --model {ADDRESS} --trained-on 15T --tokens N --gpus N"
-    )
+@pytest.mark.parametrize(
+    ("changes", "what", "command"),
+    [
+        ({"address": "/models/mine"}, "what the parent was trained on; add trained_on=15T", "--trained-on N --tokens"),
+        ({"tokens": 0.0}, "how long it trains", f"{COMMAND} N --experts 8 --top-k 2 --gpus 512"),
+        ({"arch": None, "tokens": 0.0, "gpus": None}, "before the parent is fetched", f"{COMMAND} N --gpus N"),
+    ],
+)
+def test_what_is_not_known_is_said_with_the_command_that_answers(
+    changes: dict[str, Any], what: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = _line(None, monkeypatch, **changes)
+    assert line.startswith("not known")
+    assert what in line
+    assert command in line
 
 
 def test_the_command_of_a_line_is_one_that_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B))
-    line = _line(None, monkeypatch, address=str(tmp_path), trained_on="15T", tokens=100_000_595_968.0)
+    parent = tmp_path / "my model"
+    parent.mkdir()
+    (parent / "config.json").write_text(json.dumps(LLAMA3_8B))
+    line = _line(None, monkeypatch, address=str(parent), trained_on="15T", tokens=100_000_595_968.0)
     words = shlex.split(line.partition("nemo-upcycle ")[2])
     assert main([*words, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["options"]["upcycle e8t2"]["tokens"] == 1e11

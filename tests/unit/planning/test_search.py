@@ -41,24 +41,11 @@ def test_rows_fit_and_the_fastest_comes_first() -> None:
         check_layout(plan.layout, plan.request.arch, plan.work)
 
 
-@pytest.mark.parametrize(("recipe", "gpu"), [("llama3_8b_e8t2", "h100"), ("llama3_8b_e8t2", "a100")])
-def test_evaluate_layout_agrees_with_search(recipe: str, gpu: str) -> None:
-    request = _request(128, recipe, gpu)
+def test_evaluate_layout_agrees_with_search() -> None:
+    request = _request(128)
     request = replace(request, work=replace(request.work, capacity_factor=4.0, pad=False))
     for plan in search(request, 20):
         assert evaluate_layout(request, plan.layout) == plan
-
-
-def test_recomputing_costs_time_and_what_is_tight_gives_way_to_what_fits() -> None:
-    request = _request(128)
-    request = replace(request, work=replace(request.work, capacity_factor=4.0, pad=False))
-    none, activation = (
-        evaluate_layout(replace(request, recompute=kind), parse_layout("pp=2,vp=16,cp=2,ep=8", 128))
-        for kind in ("none", "moe_act")
-    )
-    assert (none.verdict, activation.verdict) == ("tight", "fits")
-    assert none.tokens_per_s_per_gpu > activation.tokens_per_s_per_gpu
-    assert evaluate_layout(request, none.layout).work == activation.work
 
 
 def test_no_hand_made_layout_is_faster_than_the_search() -> None:
@@ -76,17 +63,10 @@ def test_only_what_megatron_runs_is_searched() -> None:
     assert {plan.work.recompute for plan in search(request, 40)} <= {"none", "moe", "full"}
 
 
-def test_eight_gpus_do_not_hold_the_model() -> None:
-    plans = search(_request(8, batch=64), 3)
-    assert [plan.verdict for plan in plans] == ["no"] * 3
-    assert plans[0].memory.total <= plans[1].memory.total
-
-
 def test_a_gpu_with_more_memory_needs_less_recomputation() -> None:
     layout = parse_layout("pp=4,vp=8,ep=8", 128)
     assert evaluate_layout(_request(128), layout).work.recompute != "none"
     assert evaluate_layout(_request(128, gpu="b200"), layout).work.recompute == "none"
-    assert evaluate_layout(replace(_request(128), recompute="none"), layout).work.recompute == "none"
 
 
 def test_hours_and_mfu_agree_with_the_speed() -> None:
@@ -97,7 +77,7 @@ def test_hours_and_mfu_agree_with_the_speed() -> None:
     assert plan.checkpoint_gib == pytest.approx(47_491_321_856 * 14 / 2**30)
 
 
-@pytest.mark.parametrize("gpus", [3, 8, 100, 5000, 999_999])
+@pytest.mark.parametrize("gpus", [3, 100, 999_999])
 def test_nearest_gpus_is_a_number_that_is_taken_and_fits(gpus: int) -> None:
     request = _request(gpus)
     number = nearest_gpus(request)
@@ -172,5 +152,6 @@ def test_a_request_takes_nvidias_settings_for_each_layout() -> None:
 @pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
 def test_blackwells_precisions_are_refused_elsewhere(precision: str) -> None:
     request = _request(64)
-    with pytest.raises(SpecError, match=rf"precision: got {precision}, expected bf16, .* on H100"):
+    with pytest.raises(SpecError) as refused:
         replace(request, work=replace(request.work, precision=precision))
+    assert (refused.value.field, refused.value.got) == ("precision", precision)
