@@ -192,7 +192,7 @@ def test_arms_differ_from_their_references_in_what_their_grid_is_about(name: str
         if name == "fp8":
             assert (one.model, one.optim) == (other.model, other.optim), arm
             assert one.trainer.plugins != other.trainer.plugins, arm
-        else:
+        elif arm != "granular":
             specs = [recipe.resume.restore_config.spec for recipe in (one, other)]
             for field in ("num_experts", "top_k", "granularity", "method"):
                 assert len({getattr(spec, field) for spec in specs}) == 1, arm
