@@ -1,6 +1,6 @@
 """How often does a grid's 95 % interval hold the true difference?
 
-    python -m benchmarks.coverage          the table of benchmarks/results/coverage.md, about ten minutes
+    python -m benchmarks.coverage          the table of benchmarks/results/coverage.md, about five minutes
     python -m benchmarks.coverage --trials 20
 
 Grids are drawn with a known difference: documents that differ in how much they gain, trainings that differ from seed
@@ -83,7 +83,7 @@ def rows(trials: int) -> Iterator[str]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=4000, help="grids of each cell (%(default)s)")
+    parser.add_argument("--trials", type=int, default=2000, help="grids of each cell (%(default)s)")
     for row in rows(parser.parse_args().trials):
         print(row, flush=True)
 
