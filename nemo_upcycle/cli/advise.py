@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import textwrap
 from typing import Any
 
 from nemo_upcycle.cli.common import show
@@ -20,7 +18,7 @@ from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.utils.console import in_columns, short_count
+from nemo_upcycle.utils.console import folded, in_columns, short_count
 from nemo_upcycle.utils.validation import check_number, check_whole, number_of_tokens
 
 
@@ -159,9 +157,7 @@ def _text(args: argparse.Namespace, found: list[Option], answer: dict[str, Any],
         ]
     verdict = f"{answer['best']}. That is of the loss alone: weigh against it what serving costs"
     lines.append(f"Verdict: {verdict if answer['best'] else 'not resolved'}.")
-    width = shutil.get_terminal_size().columns  # 80 without a terminal
-    options: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(line if "  " in line else textwrap.fill(line, width, **options) for line in lines)
+    return "\n".join(line if "  " in line else folded(line) for line in lines)
 
 
 def _cost_table(values: dict[str, Any], *, has_price: bool) -> list[str]:

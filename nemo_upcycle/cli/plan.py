@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
-import textwrap
 from typing import Any
 
 from nemo_upcycle.cli.common import OptionRow, add_options, show
@@ -29,6 +27,7 @@ from nemo_upcycle.planning.workload import (
     ROUTINGS,
 )
 from nemo_upcycle.trainers.commands import BACKENDS
+from nemo_upcycle.utils.console import folded, terminal_width
 from nemo_upcycle.utils.validation import check_whole, number_of_tokens
 
 
@@ -88,11 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("layout")
     add_options(group, layout)
     add_options(group, {"rows": (int, "N", "layouts to show (default: 10)")}, 10)
-    output: dict[str, OptionRow] = {
-        "explain": (int, "ROW", "show the arithmetic of a row"),
-    }
     group = parser.add_argument_group("output")
-    add_options(group, output)
+    add_options(group, {"explain": (int, "ROW", "show the arithmetic of a row")})
     add_options(group, {"backend": (str, "NAME", "whose command: nemo or bridge (default: nemo)")}, "nemo")
 
 
@@ -134,12 +130,6 @@ def _size_name(name: str, micro_batch: int | None) -> str:
 
 
 def _text(args: argparse.Namespace, plans: list[Plan], answer: dict[str, Any]) -> str:
-    width = shutil.get_terminal_size().columns  # 80 without a terminal
-
-    def folded(text: str) -> str:
-        options: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-        return "\n".join(textwrap.fill(line, width, **options) for line in text.split("\n"))
-
     row = args.explain or 1
     chosen, request = plans[row - 1], plans[0].request
     lines = [
@@ -161,7 +151,7 @@ def _text(args: argparse.Namespace, plans: list[Plan], answer: dict[str, Any]) -
         lines.append(folded(table.explanation(chosen)))
     command, why_none = (answer["rows"][row - 1][name] for name in ("command", "no_command"))
     if command:
-        lines.append(f"row {row}:\n" + _continued(re.findall(r'(?:[^\s"]|"[^"]*")+', command), width))
+        lines.append(f"row {row}:\n" + _continued(re.findall(r'(?:[^\s"]|"[^"]*")+', command)))
     elif why_none:
         lines.append(folded(f"{why_none}, so there is no command."))
     return "\n".join(lines)
@@ -178,9 +168,9 @@ def _settings_line(plan: Plan, command: str | None) -> str:
     return f"{line} (the recipe of the command overlaps nothing)" if command and work.overlap else line
 
 
-def _continued(words: list[str], width: int) -> str:
+def _continued(words: list[str]) -> str:
     """Return a command over several lines that a shell takes as one."""
-    lines = [words[0]]
+    width, lines = terminal_width(), [words[0]]
     for word in words[1:]:
         if len(lines[-1]) + len(word) + len("  \\") <= width:
             lines[-1] += f" {word}"

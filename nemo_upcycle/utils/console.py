@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +45,19 @@ def in_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list
         ).rstrip()
         for row in rows
     ]
+
+
+def terminal_width() -> int:
+    """Return how many characters a line of the terminal has; 80 without one."""
+    return shutil.get_terminal_size().columns
+
+
+def folded(text: str) -> str:
+    """Break a text's lines at the terminal's width, but no word; what goes on is indented by two blanks."""
+    fill = textwrap.TextWrapper(
+        terminal_width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    ).fill
+    return "\n".join(map(fill, text.split("\n")))
 
 
 def end_soon() -> None:

@@ -190,9 +190,9 @@ def _tokens(dense: Path, text_file: Path | None, vocab_size: int) -> torch.Tenso
 
 def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: bool) -> LogitComparison:
     with ProgressLine("verify", 2) as line:
-        parent = _run(dense, tokens_BS, torch.float32, output_hidden_states=layers)
+        parent = _run(dense, tokens_BS, layers)
         line.advance(note="parent")
-        child = _run(moe, tokens_BS, torch.float32, output_hidden_states=layers)
+        child = _run(moe, tokens_BS, layers)
         line.advance(note="MoE model")
     for folder, model in ((dense, parent), (moe, child)):
         if not model.logits.isfinite().all():
@@ -236,10 +236,11 @@ def _count_torn(
 
 
 @torch.no_grad()
-def _run(folder: Path, tokens_BS: torch.Tensor, dtype: torch.dtype, **outputs: bool) -> Any:
-    """Return a model's logits [B, S, V] and the other outputs asked for, with weights and activations of a type."""
+def _run(folder: Path, tokens_BS: torch.Tensor, layers: bool) -> Any:
+    """Run a model in float32, for its logits [B, S, V] and, if asked for, what its layers hand on."""
     with errors_only():
-        return load_model(folder, dtype=dtype).eval()(tokens_BS, use_cache=False, **outputs)
+        model = load_model(folder, dtype=torch.float32).eval()
+        return model(tokens_BS, use_cache=False, output_hidden_states=layers)
 
 
 @contextmanager

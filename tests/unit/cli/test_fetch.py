@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,10 +13,11 @@ from typing import NamedTuple
 
 import pytest
 
-from nemo_upcycle.cli.main import main
+from nemo_upcycle.cli.fetch import _inputs as _inputs_of
 from nemo_upcycle.pipeline.stages import RunPlan
 from tests.model_hub import COMMIT, TOKEN, ModelHub, serving
 from tests.models import write_llama, write_tokenizer
+from tests.unit.cli.conftest import Command, refused
 from tests.waiting import wait_until
 
 
@@ -76,7 +78,9 @@ def _inputs(site: Site, *license: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_parent_and_texts_are_listed_with_hashes_and_a_damaged_file_is_fetched_again(site: Site) -> None:
+def test_parent_and_texts_are_listed_with_hashes_and_a_damaged_file_is_fetched_again(
+    site: Site, command: Command
+) -> None:
     done = site.fetch(*_inputs(site), "--json")
     assert done.returncode == 0, done.stderr
     answer, fetched = json.loads(done.stdout), site.folder / "fetched"
@@ -90,16 +94,14 @@ def test_parent_and_texts_are_listed_with_hashes_and_a_damaged_file_is_fetched_a
     with (fetched / weights).resolve().open("r+b") as handle:
         handle.write(b"other")
     (fetched / text).unlink()
-    checked = site.fetch("--check")
-    assert checked.returncode == 1
-    damaged = [line.split(": ")[1].split(";")[0] for line in checked.stdout.splitlines() if "damaged: " in line]
-    assert damaged == [f"{fetched / text} is missing", f"{fetched / weights} is changed"]
+    check = ("fetch", str(fetched), "--check")
+    assert command.values(*check, status=1)["damaged"] == {text: "missing", weights: "changed"}
 
     again = site.fetch(*_inputs(site), "--json")
     assert again.returncode == 0, again.stderr
     assert f"{fetched / weights}: changed, fetched again" in again.stderr
     assert json.loads(again.stdout)["files"] == answer["files"]
-    assert site.fetch("--check").returncode == 0
+    assert command.values(*check)["damaged"] == {}
 
 
 @pytest.mark.slow
@@ -148,16 +150,10 @@ def test_what_may_not_or_cannot_be_had_is_named_and_the_rest_is_fetched(site: Si
     assert not any(TOKEN in path.read_text(errors="ignore") for path in map((site.folder / "fetched").joinpath, files))
 
 
-@pytest.mark.slow
-def test_the_inputs_of_a_run_are_those_of_its_folder(site: Site) -> None:
-    dense, data, evaluation = (word.partition("=")[2] for word in _inputs(site))
-    RunPlan("tiny", dense, data, evaluation, "", None).write(site.folder / "run")
-    done = site.fetch("--for", "run", "--json")
-    assert done.returncode == 0, done.stderr
-    assert [what.partition(" (")[0] for what in json.loads(done.stdout)["fetched"]] == [
-        "model acme/tiny",
-        "source web",
-    ]
+def test_the_inputs_of_a_run_are_those_of_its_folder(tmp_path: Path) -> None:
+    RunPlan("tiny", "hf://acme/tiny", "text", "paper", "", None).write(tmp_path / "run")
+    typed = argparse.Namespace(run=str(tmp_path / "run"), overrides=["data=sotu"])
+    assert _inputs_of(typed) == ["hf://acme/tiny", "sotu", "paper"]
 
 
 @pytest.mark.slow
@@ -182,51 +178,37 @@ def test_data_of_tasks_and_data_sets_of_the_hub_are_read_without_a_network(tmp_p
     )
     there = (tmp_path / "fetched").rename(tmp_path / "there")
     variables = {"NEMO_UPCYCLE_CACHE": str(there), "HF_HOME": str(there / "hf"), "HF_HUB_OFFLINE": "1"}
-    read = subprocess.run(
-        [sys.executable, "-c", code, str(blend)],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", code, str(blend)]
+    read = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
     assert read.stdout.splitlines() == ["2 True", f"[{hub.ROWS}, {hub.ROWS}]"], read.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "subject", "got"),
     [
-        (["--for", "llama3_8b_e8t3"], "recipe 'llama3_8b_e8t3' does not exist. Did you mean"),
-        (["--for", "DIR"], "--for: got DIR, no run's folder, expected a run's folder or a recipe"),
-        (["--for", "runs/first"], "--for: got runs/first, no run's folder, expected a run's folder or a recipe"),
-        (["dens=a/b"], "argument 'dens' does not exist. Did you mean 'dense'?"),
-        (["dense"], "argument 'dense': got no =, expected KEY=VALUE"),
-        ([], "what to fetch: got nothing, expected a recipe, a run or its inputs. Fix: add --for RECIPE"),
-        (["dense="], "what to fetch: got nothing, expected a recipe, a run or its inputs. Fix: add --for RECIPE"),
-        (["--check", "--for", "llama3_8b_e8t2"], "--check: got with what to fetch, expected"),
-        (["--check"], "got no fetched.json, expected one"),
+        (["--for", "llama3_8b_e8t3"], "recipe", "llama3_8b_e8t3"),
+        (["--for", "DIR"], "--for", "DIR, no run's folder"),
+        (["--for", "runs/first"], "--for", "runs/first, no run's folder"),
+        (["dens=a/b"], "argument", "dens"),
+        ([], "what to fetch", "nothing"),
+        (["dense="], "what to fetch", "nothing"),
+        (["--check", "--for", "llama3_8b_e8t2"], "--check", "with what to fetch"),
+        (["--check"], "DIR/new", "no fetched.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_told_before_anything_is_fetched(
-    words: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], subject: str, got: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    words = [word.replace("DIR", str(tmp_path)) for word in words]
-    assert main(["fetch", str(tmp_path / "new"), *words]) == 2
-    assert said.replace("DIR", str(tmp_path)) in capsys.readouterr().err
+    error = refused("fetch", str(tmp_path / "new"), *(word.replace("DIR", str(tmp_path)) for word in words))
+    expected = (subject.replace("DIR", str(tmp_path)), got.replace("DIR", str(tmp_path)))
+    assert (error.subject, error.got) == expected
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"fetched": {}, "files": 3, "failed": {}}'])
-def test_a_damaged_list_is_told_with_what_to_do(
-    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_list_is_told(content: str, tmp_path: Path) -> None:
     (tmp_path / "fetched.json").write_text(content)
-    assert main(["fetch", str(tmp_path), "--check"]) == 2
-    assert f"{tmp_path / 'fetched.json'}: got damaged, expected as this command wrote it. Fix: remove it" in (
-        capsys.readouterr().err
-    )
+    error = refused("fetch", str(tmp_path), "--check")
+    assert (error.subject, error.got) == (str(tmp_path / "fetched.json"), "damaged")

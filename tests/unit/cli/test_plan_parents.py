@@ -8,22 +8,10 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.cli.main import main
 from nemo_upcycle.models.families import parents
+from tests.unit.cli.conftest import Command
 
 
-_LLAMA32 = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "intermediate_size": 8192,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    | {"original_max_position_embeddings": 8192},
-}
 _QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "num_key_value_heads": 8}
 _QWEN3 |= {"head_dim": 128, "max_position_embeddings": 40960, "rope_theta": 1e6}
 _EXAONE4 = {"architectures": ["Exaone4ForCausalLM"], "vocab_size": 102400, "num_key_value_heads": 8}
@@ -37,7 +25,6 @@ def _sizes(hidden: int, ffn: int, layers: int, heads: int, **others: Any) -> dic
 
 #: Parent -> its `config.json` as far as it decides sizes, and billions of parameters as its model card has them.
 PARENTS: dict[str, tuple[dict[str, Any], float]] = {
-    "Llama 3.2 1B": (_LLAMA32 | _sizes(2048, 8192, 16, 32), 1.24),
     "Qwen3 14B": (_QWEN3 | _sizes(5120, 17408, 40, 40), 14.8),
     "Mistral Small 3 24B": (
         {"architectures": ["MistralForCausalLM"], "vocab_size": 131072, "sliding_window": None, "head_dim": 128}
@@ -113,18 +100,16 @@ PARENTS |= {
 
 
 @pytest.mark.parametrize("name", PARENTS)
-def test_a_parent_is_planned_by_its_config(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_parent_is_planned_by_its_config(name: str, tmp_path: Path, command: Command) -> None:
     config, billions = PARENTS[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for more in ([], ["--experts", "8"]):
-        assert main(["plan", "--model", str(tmp_path), "--gpus", "512", "--json", *more]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["rows"][0]["fits"] == "fits", found["rows"][0]
-        if not more:
-            assert found["model"]["total_params"] / 1e9 == pytest.approx(billions, rel=0.005)
+    typed = ("plan", "--model", str(tmp_path), "--gpus", "512")
+    dense, moe = command.values(*typed), command.values(*typed, "--experts", "8")
+    assert [found["rows"][0]["fits"] for found in (dense, moe)] == ["fits", "fits"]
+    assert dense["model"]["total_params"] / 1e9 == pytest.approx(billions, rel=0.005)
 
 
 def test_every_family_has_a_parent_here() -> None:
     here = {config["architectures"][0] for config, _ in PARENTS.values()}
-    elsewhere = {"Qwen2ForCausalLM", "GemmaForCausalLM", "NemotronHForCausalLM"}
+    elsewhere = {"LlamaForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "NemotronHForCausalLM"}
     assert {family.hf_class for family in parents()} == here | elsewhere

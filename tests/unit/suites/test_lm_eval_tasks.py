@@ -145,44 +145,27 @@ def test_group_is_one_evaluation_set(tasks_folder: Path) -> None:
     assert [item.id for item in items] == ["own_lettered/0", "own_lettered/1", "own_passage/0", "own_passage/1"]
 
 
-def test_training_splits_are_written_as_worked_examples(tasks_folder: Path, tmp_path: Path) -> None:
+def test_training_splits_are_written_as_lm_eval_shows_examples(tasks_folder: Path, tmp_path: Path) -> None:
     names = [f"own_{layout}" for layout in FORMATS]
     counts = write_training_splits(names, tmp_path / "out", tasks_folder)
-    texts = {}
-    for name in names:
+    for name, (task,) in load_tasks(names, tasks_folder).items():
         lines = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
         assert [line["id"] for line in lines] == [f"{name}/train/{number}" for number in range(3)]
         assert counts[name]["documents"] == 3
         assert counts[name]["bytes"] == sum(len(line["text"].encode()) for line in lines)
         assert not any("test" in line["text"] for line in lines)
-        texts[name.removeprefix("own_")] = lines[1]["text"]
-    stem = "Which train question number 1 is asked?"
-    assert texts == {
-        "lettered": f"{stem}\nA. the train one\nB. the train other\nAnswer: B",
-        "passage": f"The passage of train 1.\nQuestion:  {stem}\nAnswer: the train other",
-        "listed": f"Passage: The passage of train 1.\nQuestion:  {stem}\nChoices:\nA. the train one\n"
-        "B. the train other\nAnswer: the train other",
-        "beginnings": f" {stem} the train other The passage of train 1.",
-        "free": f"Q:  {stem}\nA:\nthe train other",
-        "several": f" {stem} the train one",
-    }
-
-
-def test_training_splits_are_what_lm_eval_shows_as_examples(tasks_folder: Path, tmp_path: Path) -> None:
-    names = ["own_lettered", "own_passage", "own_free", "own_several"]
-    write_training_splits(names, tmp_path, tasks_folder)
-    for name, (task,) in load_tasks(names, tasks_folder).items():
-        first = json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[0])["text"]
-        document = task.training_docs()[0]
-        choices = task.doc_to_choice(document) if task.config.doc_to_choice else None
-        turn = task.build_qa_turn(
-            q=task.doc_to_text(document),
-            c=choices,
-            a=task.doc_to_target(document),
-            tgt_delim=task.config.target_delimiter,
-            few_delim="",
-        )
-        assert first == "".join(message.to_text() for message in turn)
+        expected = " Which train question number 0 is asked? the train one The passage of train 0."
+        if name != "own_beginnings":  # of which lm-eval shows no examples
+            document = task.training_docs()[0]
+            turn = task.build_qa_turn(
+                q=task.doc_to_text(document),
+                c=task.doc_to_choice(document) if task.config.doc_to_choice else None,
+                a=task.doc_to_target(document),
+                tgt_delim=task.config.target_delimiter,
+                few_delim="",
+            )
+            expected = "".join(message.to_text() for message in turn)
+        assert lines[0]["text"] == expected
 
 
 def test_unanswered_documents_are_left_out_and_counted(tasks_folder: Path, tmp_path: Path) -> None:
@@ -201,13 +184,6 @@ def test_what_is_evaluated_is_never_written(tasks_folder: Path, tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_unknown_task_is_refused_with_the_closest(tasks_folder: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"task: got own_pasage, expected .*own_passage"):
-        load_tasks(["own_pasage"], tasks_folder)
-    assert list(load_tasks(["own_free"], tasks_folder)) == ["own_free"]
-
-
 def test_missing_network_is_one_error_that_names_the_task_and_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,5 +197,6 @@ def test_missing_network_is_one_error_that_names_the_task_and_the_fix(
 
 
 def test_a_task_that_lm_eval_lacks_gets_the_closest_names() -> None:
-    with pytest.raises(UpcycleError, match=r"got piqq, expected a task of lm-eval \(piqa\?\)"):
+    with pytest.raises(UpcycleError) as caught:
         check_task_names(["mmlu", "piqq"], ["mmlu", "piqa", "boolq"])
+    assert (caught.value.got, caught.value.expected) == ("piqq", "a task of lm-eval (piqa?)")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.utils.conf import packaged
+from tests.tiers import quick
 
 
 ROOT = Path(__file__).parents[3]
@@ -19,7 +20,7 @@ COMMANDS = {"nemo-upcycle": ["doctor"], "nemo": ["upcycle", "--help"]}
 
 @pytest.mark.slow
 @pytest.mark.skipif(packaged("data").parent != ROOT / "conf", reason="the package is not installed from this checkout")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", quick(COMMANDS, "nemo-upcycle"))
 def test_a_clone_with_another_clones_environment_is_named_with_the_fix(command: str, tmp_path: Path) -> None:
     for name in ("nemo_upcycle", "recipes", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -21,20 +21,24 @@ def test_reads_a_file_of_the_package_by_name_and_a_users_by_path(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "expected", "got"),
     [
-        ("a: [", "expected valid YAML"),
-        ("- 1", "got list, expected keys"),
-        ("a: ${b}", "expected valid YAML"),
-        ("", "got nothing, expected keys"),
-        ("# mine\n", "got nothing"),
+        (b"a: [", "valid YAML", "while parsing"),
+        (b"a: ${b}", "valid YAML", "Interpolation key 'b' not found"),
+        (b"- 1", "keys", "list"),
+        (b"# mine\n", "keys", "nothing"),
+        (b"\xff", "a YAML file", "'utf-8' codec"),
+        (None, "a YAML file", "No such file or directory"),
     ],
 )
-def test_refuses_what_is_not_a_yaml_mapping(tmp_path: Path, content: str, message: str) -> None:
+def test_refuses_what_is_not_a_yaml_mapping(tmp_path: Path, content: bytes | None, expected: str, got: str) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(UpcycleError, match=message):
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UpcycleError) as caught:
         read_conf("evaluation", path, "suite")
+    assert (caught.value.subject, caught.value.expected) == (f"suite {path}", expected)
+    assert str(caught.value.got).startswith(got)
 
 
 _TIMES_9 = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)]
@@ -83,17 +87,6 @@ def test_a_few_aliases_and_references_are_written_out(tmp_path: Path) -> None:
     )
     expected = {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, 2, 1], "1": {"z": 2}}
     assert read_conf("evaluation", path, "suite").content == expected
-
-
-def test_refuses_what_cannot_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    with pytest.raises(
-        UpcycleError, match=r"suite .*: got No such file or directory, expected a YAML file\. Fix: check"
-    ):
-        read_conf("evaluation", path, "suite")
-    path.write_bytes(b"\xff")
-    with pytest.raises(UpcycleError, match=r"suite .*: got 'utf-8' codec .*, expected a YAML file.*iconv"):
-        read_conf("evaluation", path, "suite")
 
 
 @dataclass
@@ -166,12 +159,8 @@ def test_every_template_that_an_error_names_is_there() -> None:
         assert template(kind).is_file()
 
 
-def test_an_unknown_name_gets_the_closest_one() -> None:
-    with pytest.raises(UpcycleError, match=r"suite 'dmo' does not exist\. Did you mean 'demo'"):
-        read_conf("evaluation", "dmo", "suite")
-
-
-@pytest.mark.parametrize("name", ["../evaluation/demo", "./sotu", "", Path("data/sotu")])
-def test_a_path_without_a_suffix_is_not_a_name(name: str | Path) -> None:
-    with pytest.raises(UpcycleError, match=r"blend '.*' does not exist"):
-        read_conf("data", name, "blend")
+@pytest.mark.parametrize("name", ["dmo", "../evaluation/demo", "./demo", "", Path("evaluation/demo")])
+def test_what_is_neither_a_name_nor_a_file_is_refused(name: str | Path) -> None:
+    with pytest.raises(UpcycleError) as caught:
+        read_conf("evaluation", name, "suite")
+    assert (caught.value.field, caught.value.got) == ("suite", str(name))

@@ -37,24 +37,23 @@ def _equal(dense: Path, moe: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "name"),
     [
-        ({"hidden_act": "gelu_pytorch_tanh"}, "activation: got gelu_tanh, expected silu"),
-        (
-            {"rope_parameters": ..., "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-            "rope_scaling: got {.*}, expected None",
-        ),
-        ({"rope_parameters": ..., "rope_theta": 1e6}, "rope_theta: got 1000000.0, expected 100000.0"),
-        ({"rms_norm_eps": 1e-6}, "rms_norm_eps: got 1e-06, expected 1e-05"),
-        ({"sliding_window": 16}, "window: got 16, expected None"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "activation"),
+        ({"rope_parameters": ..., "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_parameters": ..., "rope_theta": 1e6}, "rope_theta"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps"),
+        ({"sliding_window": 16}, "window"),
     ],
 )
-def test_a_child_with_other_settings_is_not_the_parents(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    dense = write_llama(tmp_path / "dense", layers=2)
+def test_a_child_with_other_settings_is_not_the_parents(
+    dense: Path, tmp_path: Path, change: dict[str, Any], name: str
+) -> None:
     moe = _converted(dense, tmp_path / "moe")
     assert _equal(dense, moe)
-    with pytest.raises(CheckpointError, match=f"{words}, as in the parent"):
+    with pytest.raises(CheckpointError) as caught:
         _equal(dense, _change(moe, change))
+    assert caught.value.subject.rpartition(": ")[2] == name
 
 
 @pytest.mark.parametrize(
@@ -66,9 +65,8 @@ def test_a_child_with_other_settings_is_not_the_parents(tmp_path: Path, change: 
     ids=["mixtral", "qwen2_moe"],
 )
 def test_biases_that_a_config_says_and_no_file_has_are_named(
-    tmp_path: Path, spec: UpcycleSpec, experts: str, bias: str
+    dense: Path, tmp_path: Path, spec: UpcycleSpec, experts: str, bias: str
 ) -> None:
-    dense = write_llama(tmp_path / "dense", layers=2)
     moe = _change(_converted(dense, tmp_path / "moe", spec), {"mlp_bias": True})
     words = rf"moe: tensors missing: got model\.layers\.0\.{experts}{bias}\.bias, .* and \d+ more, expected exactly"
     with pytest.raises(CheckpointError, match=words):

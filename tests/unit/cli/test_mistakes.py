@@ -1,0 +1,98 @@
+"""A mistake in a command line is named as it was typed, and nothing is made. Those of `plan` are in its own tests."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.cli.main import main
+from tests.unit.cli.conftest import refused, write_config
+
+
+CALIBRATE = "calibrate a b --experts 4 --top-k 4 --granularity 2"
+ADVISE = "advise --model LLAMA --gpus 128 --trained-on 15T"
+
+
+@pytest.mark.parametrize(
+    ("typed", "subject", "got"),
+    [
+        ("convrt", "command", "convrt"),
+        ("help convrt", "command", "convrt"),
+        ("data sotuu d", "blend", "sotuu"),
+        ("data sotu d", "tokenizer", "none"),
+        ("data sotu d --workers 0", "--workers", 0),
+        ("data sotu d --slurm cpu --ray", "way to run", "--slurm and --ray"),
+        ("data sotu d --time 1:00:00", "--time", "no --slurm"),
+        ("data sotu d --slurm cpu --qos seed=2", "--qos", "seed=2"),
+        (CALIBRATE, "--router-init", "normal"),
+        (f"{CALIBRATE} --router-init kmeans", "--router-init", "kmeans"),
+        (f"{CALIBRATE} --router-init prompts", "--router-prompts", "none"),
+        ("convert a b --calibration none", "--calibration", "none"),
+        ("convert '' b", "model", "an empty name"),
+        ("convert /absent b", "model '/absent'", "no such folder"),
+        ("convert acme/tiny b", "model 'acme/tiny'", "no such folder"),  # beside others, a mistyped one
+        ("convert hf://a/b/c b", "model 'a/b/c'", "no such folder"),
+        ("convert asset://smollm2-135m b", "cache file/dense", "Not a directory"),
+        ("convert nemo://checkpoints/x b", "nemo://checkpoints/x", "a relative path"),
+        ("convert a b --method copi", "--method", "copi"),
+        ("convert a b --dtype bfloat", "dtype", "bfloat"),
+        ("convert a b --top-k 9", "--top-k", 9),
+        ("convert a b --granularity 3", "--experts", 8),
+        ("convert a b --non-expert-weights men", "--non-expert-weights", "men"),
+        ("convert a b --noise-std 0.5", "--noise-std", 0.5),
+        ("convert a b --method noise --drop-ratio 0", "--drop-ratio", 0.0),
+        (f"convert a b --moe-layers {'1' * 5000}", "--moe-layers", "1" * 5000),
+        ("convert a b --max-shard-size 5G", "size of a file", "'5G'"),
+        ("verify nemo:///a b", "nemo:///a", "a NeMo or Megatron checkpoint"),
+        ("verify a b --weights-only --layers", "--weights-only", "--layers beside it"),
+        ("verify a b --weights-only --text t", "--weights-only", "--text beside it"),
+        ("verify a b --tolerance nan", "--tolerance", "nan"),
+        ("export a ''", "folder to make", "an empty name"),
+        ("export /absent b", "/absent", "no such folder"),
+        ("report /absent", "/absent", "no such folder"),
+        (f"{ADVISE} --tokens 1e30", "--tokens", "'1e30'"),
+        (f"{ADVISE} --trained-on many --tokens 1B", "--trained-on", "'many'"),
+        (f"{ADVISE} --hours -1", "--hours", -1.0),
+        (f"{ADVISE} --tokens 1B --seq-length 0", "--seq-length", 0),
+        (f"{ADVISE} --tokens 1B --top-k 9", "--top-k", 9),
+    ],
+    ids=lambda value: value[:60] if isinstance(value, str) else "",
+)
+def test_a_mistake_is_named_as_it_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, subject: str, got: object
+) -> None:
+    model = write_config(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "acme").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEMO_UPCYCLE_CACHE", "file")
+    error = refused(*(model if word == "LLAMA" else word for word in shlex.split(typed)))
+    assert (error.subject, str(error.got)) == (subject, str(got))
+    assert {path.name for path in tmp_path.iterdir()} == {"acme", "config.json", "file"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("convert a b --expert 8", "option '--expert' does not exist. Did you mean '--experts'?"),
+        ("plan --price 2", "option '--price' does not exist. Did you mean '--price-per-gpu-hour'?"),
+        ("verify a b --experts 8", "option '--experts' does not exist. Fix: see"),
+        ("convert a b --topk=2", "option '--topk' does not exist. Did you mean '--top-k'?"),
+        ("convert a", "the following arguments are required: DST"),
+        ("convert a b --experts many", "--experts: got 'many', expected a whole number. Fix: type"),
+        ("convert a b --router-std wide", "--router-std: got 'wide', expected a number. Fix: type"),
+        ("data sotu d --check seqlength", "argument 'seqlength': got no =, expected KEY=VALUE. Fix: type"),
+        ("data sotu d seed=1 --chekc seed=2", "Did you mean '--check'?"),
+        (f"{ADVISE} --tokens 1B --hours 2", "not allowed with argument"),
+    ],
+)
+def test_what_cannot_be_parsed_is_one_line_with_the_fix(
+    capsys: pytest.CaptureFixture[str], typed: str, said: str
+) -> None:
+    assert main(typed.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert err.startswith("error: ")
+    assert said in err
