@@ -20,12 +20,10 @@ from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.trainers.equivalence import megatron_logits, one_rank
 from nemo_upcycle.utils.files import MARKER, MODEL_MARKER, is_complete, read_json, write_json
 from tests.loading.cases import logits
-from tests.models import sample_tokens, write_llama
-from tests.unit.convert import exports
+from tests.models import require_same_weights, sample_tokens, write_llama
 from tests.unit.convert.exports import SPEC, _fill, _leaves_nothing, _Usage, write_checkpoint
 
 
-dense, saved = exports.dense, exports.saved
 FLOAT32 = {"dtype": torch.float32}
 
 
@@ -58,9 +56,7 @@ def test_every_layout_exports_to_the_same_bits_and_its_own_function(saved: Path,
 
 def test_a_dense_model_comes_back_bit_by_bit(saved: Path, dense: Path, tmp_path: Path) -> None:
     export_checkpoint(saved / "dense", dense, tmp_path / "hf", **FLOAT32)
-    before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "hf"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    require_same_weights(dense, tmp_path / "hf")
     assert torch.equal(logits(tmp_path / "hf", sample_tokens(259)), logits(dense, sample_tokens(259)))
     with _leaves_nothing(tmp_path, SpecError, r"spec: got .*expected none: .* is a dense model"):
         export_checkpoint(saved / "dense", dense, tmp_path / "other", spec=SPEC)

@@ -13,12 +13,11 @@ from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json, write_json
-from tests.models import write_llama
-from tests.unit.convert import conversions
-from tests.unit.convert.conversions import COPY, FINE, SPEC, _convert, _same_bits, _tensors
+from tests.models import require_same_weights, weights_of, write_llama
+from tests.unit.convert.exports import COPY, SPEC, _convert
 
 
-dense, copy = conversions.dense, conversions.copy
+FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
 
 
 def _retyped(folder: Path, dtype: torch.dtype, *, norms: bool = True) -> Path:
@@ -40,7 +39,7 @@ def test_a_parent_that_says_less_or_in_other_words_is_converted(
     config = read_json(copy / "config.json") | change
     write_json(copy / "config.json", {name: value for name, value in config.items() if value is not None})
     _convert(copy, tmp_path / "moe")
-    _same_bits(tmp_path / "wanted", tmp_path / "moe")
+    require_same_weights(tmp_path / "wanted", tmp_path / "moe")
     assert read_json(tmp_path / "wanted/config.json") == read_json(tmp_path / "moe/config.json")
 
 
@@ -53,7 +52,7 @@ def test_half_precision_and_small_blocks_change_nothing(
     monkeypatch.setattr("nemo_upcycle.convert.expansion.KEPT_BYTES", 0)
     _convert(dense, tmp_path / "blocks", UpcycleSpec(**FINE), dtype=torch.bfloat16, max_shard_bytes=50_000)
     assert len(list((tmp_path / "blocks").glob("*.safetensors"))) > 10
-    _same_bits(tmp_path / "once", tmp_path / "blocks")
+    require_same_weights(tmp_path / "once", tmp_path / "blocks")
 
 
 def test_the_same_again_is_done_already_and_another_is_refused(
@@ -63,7 +62,7 @@ def test_the_same_again_is_done_already_and_another_is_refused(
     (not_ours / "notes").write_text("mine")
     first = _convert(dense, tmp_path / "moe")
     marker = read_json(tmp_path / "moe" / MODEL_MARKER)
-    assert (marker["bytes"], marker["tensors"]) == (first.bytes_total, len(_tensors(tmp_path / "moe")))
+    assert (marker["bytes"], marker["tensors"]) == (first.bytes_total, len(weights_of(tmp_path / "moe")))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}
     assert not any(path.name.startswith(".") for path in (*times, *tmp_path.iterdir()))
     monkeypatch.chdir(dense.parent)

@@ -22,13 +22,11 @@ from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.sources.mapped_files import MappedFiles
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 from nemo_upcycle.utils.streams import StreamedFile
-from tests.unit.convert import conversions
-from tests.unit.convert.conversions import SPEC, _convert, _same_bits
-from tests.unit.convert.exports import _Usage, write_checkpoint
+from tests.models import require_same_weights
+from tests.unit.convert.exports import SPEC, _convert, _Usage, write_checkpoint
 from tests.waiting import wait_until
 
 
-dense, copy = conversions.dense, conversions.copy
 ROOT = Path(__file__).parents[3]
 SHARD_BYTES = 100_000
 
@@ -114,7 +112,7 @@ def test_files_made_from_something_else_are_not_kept(
     done = _convert(copy, tmp_path / "moe", spec, max_shard_bytes=SHARD_BYTES, **options)
     assert done.files_kept == 0
     _convert(copy, tmp_path / "afresh", spec, max_shard_bytes=SHARD_BYTES, **options)
-    _same_bits(tmp_path / "moe", tmp_path / "afresh")
+    require_same_weights(tmp_path / "moe", tmp_path / "afresh")
 
 
 _HELD = """
@@ -147,7 +145,7 @@ def test_killed_for_real_it_leaves_no_result_and_goes_on(dense: Path, tmp_path: 
     assert not (tmp_path / "moe").exists()
     assert _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).files_kept >= 2
     _convert(dense, tmp_path / "whole")
-    _same_bits(tmp_path / "moe", tmp_path / "whole")
+    require_same_weights(tmp_path / "moe", tmp_path / "whole")
 
 
 def test_a_read_error_keeps_what_is_finished(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +166,7 @@ def test_a_read_error_keeps_what_is_finished(dense: Path, tmp_path: Path, monkey
     done = _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     assert 1 <= done.files_kept < done.files
     _convert(dense, tmp_path / "whole", max_shard_bytes=SHARD_BYTES)
-    _same_bits(tmp_path / "moe", tmp_path / "whole")
+    require_same_weights(tmp_path / "moe", tmp_path / "whole")
 
 
 def test_a_full_disk_is_told_before_or_while_writing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_checkpoint, export_weights
@@ -27,7 +28,7 @@ from nemo_upcycle.models.mapping import MAPPINGS, hf_names, mapping_of_hf
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from nemo_upcycle.verify.verification import verify
 from tests.families import registered
-from tests.models import build_chunks, moe_settings, write_llama, write_phi3
+from tests.models import build_chunks, moe_settings, require_same_weights, weights_of, write_llama, write_phi3
 from tests.unit.convert.exports import write_checkpoint
 
 
@@ -111,7 +112,7 @@ TARGET = _Target(
 
 def _as_made_up(folder: Path, output: Path) -> Path:
     """Write a Llama's weights as the made-up family saves them."""
-    arch, tensors = read_architecture(folder), load_file(folder / "model.safetensors")
+    arch, tensors = read_architecture(folder), weights_of(folder)
     renamed = {}
     for name in hf_names(arch):
         mapping, part, layer, _ = mapping_of_hf(name, arch)
@@ -134,14 +135,6 @@ def _made_online(folder: Path, output: Path, spec: UpcycleSpec) -> Path:
     return export_weights(LiveWeights(model), arch.upcycled(spec), folder, output, dtype=torch.float32)
 
 
-def _same_weights(*folders: Path) -> bool:
-    first, *others = (load_file(folder / "model.safetensors") for folder in folders)
-    return all(
-        other.keys() == first.keys() and all(torch.equal(other[name], first[name]) for name in first)
-        for other in others
-    )
-
-
 @pytest.mark.usefixtures("megatron")
 def test_a_parent_family_from_outside_is_upcycled_bit_by_bit_like_a_llama(tmp_path: Path) -> None:
     spec = UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1)
@@ -152,7 +145,7 @@ def test_a_parent_family_from_outside_is_upcycled_bit_by_bit_like_a_llama(tmp_pa
         for name, parent in (("offline", folder), ("expected", same_model)):
             with open_dense(parent) as dense:
                 convert(dense, tmp_path / name, spec)
-        assert _same_weights(online, tmp_path / "offline", tmp_path / "expected")
+        require_same_weights(online, tmp_path / "offline", tmp_path / "expected")
         assert verify(folder, tmp_path / "offline", logits=False).equal
         config = json.loads((tmp_path / "offline/config.json").read_text())
     assert (config["architectures"], config["bos_token_id"]) == (["Qwen2MoeForCausalLM"], 1)
@@ -183,10 +176,10 @@ def test_a_target_family_from_outside_holds_what_no_other_can(
         online = _made_online(folder, tmp_path / "online", spec)
         with open_dense(folder) as dense:
             convert(dense, tmp_path / "offline", spec)
-        assert _same_weights(online, tmp_path / "offline")
+        require_same_weights(online, tmp_path / "offline")
         assert read_architecture(online) == read_architecture(folder).upcycled(spec)
         assert verify(folder, online, logits=False).equal is (method == "copy")
-    wanted, found = (load_file(one / "model.safetensors") for one in (folder, online))
+    wanted, found = weights_of(folder), weights_of(online)
     down = wanted["model.layers.0.mlp.down_proj.weight"] * spec.down_scale * 0.5
     assert torch.equal(found["model.layers.0.moe.expert_3.down"], down) is (method == "copy")
     assert not found["model.layers.0.moe.shift"].any()
@@ -198,14 +191,12 @@ def test_a_target_family_from_outside_holds_what_no_other_can(
 
 def test_a_checkpoint_is_read_and_exported_under_fused_names(tmp_path: Path) -> None:
     parent, same_sizes = write_phi3(tmp_path / "phi3"), write_llama(tmp_path / "llama", layers=2)
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", parent, None)
-    exported = load_file(
-        export_checkpoint(checkpoint, parent, tmp_path / "hf", dtype=torch.float32) / "model.safetensors"
-    )
-    with (
-        MegatronCheckpoint(checkpoint, parent / "config.json") as fused,
-        MegatronCheckpoint(checkpoint, same_sizes / "config.json") as apart,
-    ):
+    folders = [write_checkpoint(tmp_path / "fused", parent, None), tmp_path / "apart"]
+    shutil.copytree(*folders)
+    exported = weights_of(export_checkpoint(folders[0], parent, tmp_path / "hf", dtype=torch.float32))
+    for folder, same in zip(folders, (parent, same_sizes), strict=True):
+        shutil.copy(same / "config.json", folder)
+    with MegatronCheckpoint(folders[0]) as fused, MegatronCheckpoint(folders[1]) as apart:
         assert all(torch.equal(fused.read(name), exported[name]) for name in fused.names())
         for layer in ("model.layers.0.", "model.layers.1."):
             parts = [apart.read(f"{layer}self_attn.{part}_proj.weight") for part in "qkv"]

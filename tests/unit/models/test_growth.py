@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.offline import convert
@@ -22,7 +22,7 @@ from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.utils.files import read_json, write_json
 from nemo_upcycle.verify.verification import verify
 from tests.loading.cases import logits
-from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, small_architecture
+from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, small_architecture, weights_of
 from tests.parents import write_mixtral, write_moe, write_qwen3_moe
 
 
@@ -81,8 +81,8 @@ def test_any_copy_will_do_where_the_parent_takes_one_expert(
     error = _grown(folder, tmp_path / "moe", **fields)
     assert error <= EXACT
     name = "model.layers.1.mlp.experts.5.down_proj.weight"
-    down = load_file(tmp_path / "moe/model.safetensors")[name]
-    assert torch.equal(down, load_file(folder / "model.safetensors")[name.replace("5", "1")] * scale)
+    down = weights_of(tmp_path / "moe")[name]
+    assert torch.equal(down, weights_of(folder)[name.replace("5", "1")] * scale)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_what_is_not_exact_is_told_and_shows(mixtral: Path, tmp_path: Path, fiel
 def test_noise_on_the_router_tells_copies_apart_and_moves_the_function_little(mixtral: Path, tmp_path: Path) -> None:
     assert 0 < _grown(mixtral, tmp_path / "moe", num_experts=8, top_k=4) <= 0.02
     name = "model.layers.0.block_sparse_moe.gate.weight"
-    rows, own = (load_file(one / "model.safetensors")[name].double() for one in (tmp_path / "moe", mixtral))
+    rows, own = (weights_of(one)[name].double() for one in (tmp_path / "moe", mixtral))
     first, second = rows.view(2, *own.shape)
     torch.testing.assert_close((first + second) / 2, own, rtol=0, atol=1e-7)
     assert float((first - second).std() / own.std()) == pytest.approx(0.02 * 2**0.5, rel=0.1)
@@ -117,7 +117,7 @@ def test_the_more_useful_experts_have_more_copies(mixtral: Path, tmp_path: Path)
     assert Counter(source_experts(arch, spec, 1)) == {0: 1, 1: 1, 2: 1, 3: 4}
     fields = {"num_experts": 7, "top_k": 2, "router_std": 0.0, "expert_utility": str(utility)}
     assert _grown(mixtral, tmp_path / "moe", **fields) >= VISIBLE
-    made, own = (load_file(one / "model.safetensors") for one in (tmp_path / "moe", mixtral))
+    made, own = (weights_of(one) for one in (tmp_path / "moe", mixtral))
     for layer in (0, 1):
         begin = f"model.layers.{layer}.block_sparse_moe."
         for expert, source in enumerate(source_experts(arch, spec, layer)):
@@ -215,7 +215,7 @@ def test_utilities_of_a_dense_parent_and_a_second_parent_are_refused(mixtral: Pa
 def glm4_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As GLM saves it: weights in bfloat16, biases in float32, and a layer of multi-token prediction."""
     folder = write_moe(tmp_path_factory.mktemp("glm4_moe") / "dense", kind="Glm4Moe")
-    weights = load_file(folder / "model.safetensors")
+    weights = weights_of(folder)
     weights = {name: weight if name.endswith(BIAS) else weight.bfloat16() for name, weight in weights.items()}
     weights["model.layers.2.eh_proj.weight"] = torch.ones(64, 128, dtype=torch.bfloat16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -235,7 +235,7 @@ def test_biases_stay_float32_in_a_folder_of_bfloat16(glm4_moe: Path, tmp_path: P
         done = convert(dense, tmp_path / "moe", GLM4, progress=False)
     assert (done.exact, done.dtype) == (True, "bfloat16")
     assert verify(glm4_moe, tmp_path / "moe", logits=False).equal
-    made, own = (load_file(one / "model.safetensors") for one in (tmp_path / "moe", glm4_moe))
+    made, own = (weights_of(one) for one in (tmp_path / "moe", glm4_moe))
     (name,) = (name for name in own if name.endswith(BIAS))
     assert torch.equal(made[name], own[name].repeat(2))
     assert {weight.dtype for other, weight in made.items() if other != name} == {torch.bfloat16}
@@ -253,7 +253,7 @@ def test_no_cast_of_a_megatron_model_rounds_the_biases(glm4_moe: Path) -> None:
     (model,) = build_chunks(glm4_moe, **moe_settings(read_architecture(glm4_moe), GLM4))
     with open_dense(glm4_moe) as dense:
         assert upcycle_into([model], dense, GLM4).exact
-    router, own = model.bfloat16().decoder.layers[1].mlp.router, load_file(glm4_moe / "model.safetensors")
+    router, own = model.bfloat16().decoder.layers[1].mlp.router, weights_of(glm4_moe)
     assert torch.equal(router.expert_bias, own[f"model.layers.1.mlp.gate.{BIAS}"].repeat(2))
     assert router.weight.dtype is torch.bfloat16
 

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.mapping import Sharding, find_mapping, hf_names, layer_mappings, mapping_of
+from nemo_upcycle.models.mapping import Sharding, find_mapping, mapping_of
 from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape, source_slices
-from nemo_upcycle.spec import UpcycleSpec
 from tests.models import small_architecture
 
 
@@ -93,16 +92,3 @@ def test_names_of_both_layer_specs_are_found(name: str, role: str, expert: int |
 def test_unknown_names_are_not_guessed() -> None:
     unknown = ("self_attention.linear_qkv.biases", "mlp.experts.linear_fc1.weight", "embedding.word_embeddings.weight")
     assert [find_mapping(name, in_layer=True) for name in unknown] == [None] * 3
-
-
-def test_names_are_those_that_hugging_face_saves() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-
-    common = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 9}
-    common["num_hidden_layers"] = 2
-    llama = LlamaForCausalLM(LlamaConfig(**common))
-    mixtral = MixtralForCausalLM(MixtralConfig(**common, num_local_experts=3, num_key_value_heads=2))
-    dense = _arch(hidden_size=8, ffn_size=8, num_heads=2, num_kv_heads=2, head_dim=4, vocab_size=9)
-    assert set(hf_names(dense)) == set(llama.state_dict())
-    assert set(hf_names(dense.upcycled(UpcycleSpec(num_experts=3, top_k=2)))) == set(mixtral.state_dict())
-    assert len(layer_mappings(dense, 0)) == 6

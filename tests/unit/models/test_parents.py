@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_weights
@@ -34,7 +34,9 @@ from tests.loading.cases import logits
 from tests.models import (
     build_chunks,
     moe_settings,
+    require_same_weights,
     sample_tokens,
+    weights_of,
     write_exaone4,
     write_llama,
     write_olmo2,
@@ -155,22 +157,12 @@ def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def _require_same_bits(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
-    found = _weights(folder)
-    assert found.keys() == wanted.keys()
-    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
-
-
 @pytest.mark.parametrize("name", quick([*PARENTS, *WEEKLY], *PARENTS))
 def test_what_is_made_of_a_parent_computes_what_it_does(tmp_path: Path, name: str) -> None:
     row = (PARENTS | WEEKLY)[name]
     folder, spec = row.write(tmp_path / "dense"), UpcycleSpec(**row.spec)
     arch, wanted = read_architecture(folder), logits(folder, sample_tokens(250))
-    numbers = sum(weight.numel() for key, weight in _weights(folder).items() if not key.endswith("correction_bias"))
+    numbers = sum(weight.numel() for key, weight in weights_of(folder).items() if not key.endswith("correction_bias"))
     assert arch.total_params == numbers
     is_exact = row.dtype is torch.float32 and not inexact_because(arch, spec)
     if row.hf_class:
@@ -204,10 +196,10 @@ def _check_online(row: Parent, folder: Path, wanted: torch.Tensor | None, output
     for made in (own, model) if wanted is not None else ():
         assert _error(megatron_logits(made.eval(), sample_tokens(250))[..., :250], wanted) <= EXACT
     export_weights(LiveWeights(own), arch, folder, output / "own", dtype=torch.float32)
-    _require_same_bits(output / "own", _weights(folder))
+    require_same_weights(folder, output / "own")
     if row.hf_class:
         export_weights(LiveWeights(model), arch.upcycled(spec), folder, output / "online", dtype=row.dtype)
-        _require_same_bits(output / "online", _weights(output / "offline"))
+        require_same_weights(output / "offline", output / "online")
         assert read_json(output / "online/config.json") == read_json(output / "offline/config.json")
 
 
@@ -216,7 +208,7 @@ def test_several_parents_become_experts_in_turn(tmp_path: Path, name: str) -> No
     write, hf_class, *_ = PARENTS[name]
     folders, spec = [write(tmp_path / "first"), tmp_path / "second"], UpcycleSpec(**COPIES)
     shutil.copytree(*folders)
-    changed = {name: weight * 0.5 + 0.01 for name, weight in _weights(folders[0]).items()}
+    changed = {name: weight * 0.5 + 0.01 for name, weight in weights_of(folders[0]).items()}
     save_file(changed, folders[1] / "model.safetensors")
     arch = read_architecture(folders[0])
     (model,) = build_chunks(folders[0], **moe_settings(arch, spec), **window_fields(arch))
@@ -230,7 +222,7 @@ def test_several_parents_become_experts_in_turn(tmp_path: Path, name: str) -> No
         assert torch.equal(LiveWeights(model).read(mapping_of("expert_fc2", arch), 1, expert), wanted)
     if hf_class:
         export_weights(LiveWeights(model), arch.upcycled(spec), folders[0], tmp_path / "online", dtype=torch.float32)
-        _require_same_bits(tmp_path / "online", _weights(tmp_path / "offline"))
+        require_same_weights(tmp_path / "offline", tmp_path / "online")
 
 
 def test_norms_in_other_places_are_no_place_for_a_parents(tmp_path: Path) -> None:

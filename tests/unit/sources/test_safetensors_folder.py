@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import open_dense
 from nemo_upcycle.errors import CheckpointError
-from tests.models import write_llama
+from tests.models import weights_of, write_llama
 
 
 @pytest.fixture
@@ -22,12 +22,8 @@ def folder(tmp_path: Path) -> Path:
     return write_llama(tmp_path / "dense", shards=3)
 
 
-def _all(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
 def test_slices_equal_the_whole_and_only_they_are_counted(folder: Path) -> None:
-    tensors = _all(folder)
+    tensors = weights_of(folder)
     with open_dense(folder) as dense:
         assert set(dense.names()) == set(tensors)
         name = "model.layers.1.mlp.down_proj.weight"
@@ -184,7 +180,7 @@ def test_an_index_beside_a_single_file_is_refused_unless_it_means_that(tmp_path:
 
 
 def test_threads_may_read_at_the_same_time(folder: Path) -> None:
-    tensors = _all(folder)
+    tensors = weights_of(folder)
     with open_dense(folder) as dense, ThreadPoolExecutor(8) as pool:
         names = list(tensors) * 50
         for name, got in zip(names, pool.map(dense.read, names), strict=True):

@@ -16,7 +16,7 @@ from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.sources.several_parents import Branches
 from nemo_upcycle.utils.files import read_json, write_json
-from tests.models import build_chunks, write_llama
+from tests.models import build_chunks, weights_of, write_llama
 
 
 ATTENTION = "model.layers.1.self_attn.o_proj.weight"
@@ -37,7 +37,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def _tensors(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
-    return [load_file(folder / "model.safetensors") for folder in folders]
+    return [weights_of(folder) for folder in folders]
 
 
 @pytest.mark.parametrize("rest", ["first", "mean"])
@@ -65,7 +65,7 @@ def test_all_parts_of_one_network_come_from_one_model(folders: list[Path], tmp_p
     spec = UpcycleSpec(num_experts=6, top_k=2, granularity=2)
     with open_dense(folders) as dense:
         convert(dense, tmp_path / "moe", spec, dtype=torch.float32, progress=False)
-    moe = load_file(tmp_path / "moe/model.safetensors")
+    moe = weights_of(tmp_path / "moe")
     up = [tensors["model.layers.1.mlp.up_proj.weight"].chunk(2) for tensors in _tensors(folders)]
     for expert in range(6):
         copy, part = divmod(expert, 2)
