@@ -222,46 +222,59 @@ def _config(hf_class: str, **changes: Any) -> dict[str, Any]:
     return LLAMA3_8B | {"architectures": [f"{hf_class}ForCausalLM"]} | changes
 
 
+EVERY_2 = {"moe_layers": "every-2"}
+SIGMOID = {"router_score": "sigmoid"}
+
+
 @pytest.mark.parametrize(
-    ("config", "fields", "hf_class"),
+    ("config", "fields", "found"),
     [
-        (_config("Mistral", sliding_window=4096), {}, "MixtralForCausalLM"),
-        (_config("Mistral", sliding_window=4096), {"moe_layers": "every-2"}, ""),
-        (_config("Mistral", sliding_window=4096), FINE, ""),
-        (_config("Mistral", sliding_window=8192), FINE, "Qwen2MoeForCausalLM"),  # no sequence is longer
-        (_config("Mistral", sliding_window=None), FINE, "Qwen2MoeForCausalLM"),
-        (_config("Olmo2"), {"router_score": "sigmoid"}, ""),
-        (_config("Olmo2"), FINE, ""),
-        (_config("Olmo2"), {"moe_layers": "1"}, ""),
-        (_config("Granite"), {"router_score": "sigmoid"}, ""),
-        (_config("Granite"), {"moe_layers": "1"}, ""),
-        (_config("Granite"), FINE, "GraniteMoeSharedForCausalLM"),
-        (_config("Qwen2"), FINE, "Qwen2MoeForCausalLM"),
-        (_config("Qwen3"), FINE, ""),
-        (_config("Qwen3"), {"moe_layers": "every-2"}, "Qwen3MoeForCausalLM"),
-        (_config("Llama"), {"moe_layers": "every-2"}, "Qwen2MoeForCausalLM"),
-        (_config("Llama", head_dim=64), {"moe_layers": "every-2"}, ""),
-        (_config("Llama"), FINE | {"router_score": "sigmoid"}, "Glm4MoeForCausalLM"),
-        (_config("Llama"), {"router_score": "sigmoid", "moe_layers": "every-2"}, ""),
-        (_config("Phi3", partial_rotary_factor=0.75), {}, ""),
-        (_config("SmolLM3"), {}, ""),
-        (_config("SmolLM3", no_rope_layers=[1] * 32), {}, "MixtralForCausalLM"),
+        (_config("Llama"), EVERY_2, "Qwen2Moe"),
+        (_config("Llama"), FINE | SIGMOID, "Glm4Moe"),
+        (_config("Llama"), SIGMOID | EVERY_2, "dense layers behind an MoE layer (Glm4-MoE)"),
+        (_config("Llama"), {"routed_scaling_factor": 2.5}, "a routed_scaling_factor (Mixtral, "),
+        (_config("Llama", head_dim=64), EVERY_2, "heads that do not make up the hidden size (Qwen2-MoE)"),
+        (_config("Llama", mlp_bias=True), {}, "biases of the feed-forward network (Mixtral, "),
+        (_config("Llama", attention_bias=True), {}, "a bias of the attention's output (Mixtral, "),
+        (_config("Qwen2"), FINE, "Qwen2Moe"),
+        (_config("Qwen3"), FINE, "shared experts (Qwen3-MoE)"),
+        (_config("Qwen3"), EVERY_2, "Qwen3Moe"),
+        (_config("Mistral", sliding_window=4096), {}, "Mixtral"),
+        (_config("Mistral", sliding_window=4096), EVERY_2, "a sliding window ("),
+        (_config("Mistral", sliding_window=4096), FINE, "a sliding window ("),
+        (_config("Mistral", sliding_window=8192), FINE, "Qwen2Moe"),  # no sequence is longer
+        (_config("Mistral", sliding_window=None), FINE, "Qwen2Moe"),
+        (_config("Olmo2"), SIGMOID, "norms after attention and network (Glm4-MoE)"),
+        (_config("Olmo2"), FINE, "shared experts (FlexOlmo)"),
+        (_config("Olmo2"), EVERY_2, "dense layers (FlexOlmo)"),
+        (_config("Granite"), SIGMOID, "sigmoid scores (Mixtral, "),
+        (_config("Granite"), EVERY_2, "dense layers (GraniteMoe"),
+        (_config("Granite"), FINE, "GraniteMoeShared"),
+        (_config("Phi3", partial_rotary_factor=0.75), {}, "heads that are rotated in part (Mixtral, "),
+        (_config("SmolLM3"), {}, "layers without positions (Mixtral, "),
+        (_config("SmolLM3", no_rope_layers=[1] * 32), {}, "Mixtral"),
     ],
     ids=str,
 )
 def test_a_model_has_the_first_class_that_can_hold_it(
-    config: dict[str, Any], fields: dict[str, Any], hf_class: str
+    config: dict[str, Any], fields: dict[str, Any], found: str
 ) -> None:
     made = architecture_from_config(config).upcycled(UpcycleSpec(**fields))
-    assert made.hf_class == hf_class
-    if hf_class == "MixtralForCausalLM":
-        assert moe_config(config, made, 0.01)["sliding_window"] == config["sliding_window"]
+    if "(" in found:
+        with pytest.raises(SpecError) as caught:
+            families.require_class(made)
+        assert found in str(caught.value.got)
+        assert "routed_scaling_factor" not in fields or "or route by router_score='sigmoid'" in caught.value.fix
+        return
+    assert made.hf_class == f"{found}ForCausalLM"
+    if found == "Mixtral":
+        assert moe_config(config, made, 0.01)["sliding_window"] == config.get("sliding_window")
 
 
 @pytest.mark.parametrize(
     ("hf_class", "fields", "opened"),
     [
-        ("Mistral", {"router_score": "sigmoid"}, {"sliding_window": None}),
+        ("Mistral", SIGMOID, {"sliding_window": None}),
         ("Olmo3", {}, {"layer_types": ["full_attention"] * 32}),
         ("Gemma3", {}, None),
         ("Exaone4", {}, None),

@@ -152,56 +152,41 @@ def test_a_conversion_goes_on_with_the_same_utilities_alone(mixtral: Path, tmp_p
 def test_utilities_that_do_not_fit_are_refused(mixtral: Path, tmp_path: Path, utility: str, got: str) -> None:
     path = tmp_path / "utility.yaml"
     path.write_text(utility, encoding="utf-8")
-    with pytest.raises(SpecError, match=got) as caught:
+    with pytest.raises(SpecError) as caught:
         read_architecture(mixtral).upcycled(UpcycleSpec(num_experts=8, expert_utility=str(path)))
     assert caught.value.field == "expert_utility"
-    assert "a YAML list of 4 numbers from 0" in str(caught.value)
+    assert got in str(caught.value.got)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "expected"),
+    ("kind", "fields", "refused"),
     [
-        ("num_experts", 6, "a multiple of the parent's 4 experts, 8 or more"),
-        ("num_experts", 4, "a multiple of the parent's 4 experts, 8 or more"),
-        ("granularity", 2, "1: the parent's experts are copied whole"),
-        ("moe_layers", "0", "all: as in the parent"),
-        ("router_order", "softmax_topk", "topk_softmax: as in the parent"),
-        ("router_score", "sigmoid", "softmax: as in the parent"),
-        ("routed_scaling_factor", 2.5, "1.0: as in the parent"),
-        ("router_init", "prompts", "normal, uniform or zero"),
-        ("expert_utility", "nowhere.yaml", "a YAML list of 4 numbers"),
-    ],
-)
-def test_what_a_parent_with_experts_does_not_become_is_refused(
-    mixtral: Path, field: str, value: Any, expected: str
-) -> None:
-    made_of = {"calibration": "file"} if value == "prompts" else {}
-    with pytest.raises(SpecError, match=expected) as caught:
-        read_architecture(mixtral).upcycled(UpcycleSpec(**({"num_experts": 8} | made_of | {field: value})))
-    assert caught.value.field == field
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields"),
-    [
-        ("Mixtral", {"num_experts": 6}),
-        ("Mixtral", {"top_k": 1, "router_order": "softmax_topk"}),
-        ("Mixtral", {"top_k": 1, "router_score": "sigmoid"}),
-        ("Mixtral", {"granularity": 2, "routed_scaling_factor": 2.5, "moe_layers": "0"}),
-        ("Glm4Moe", {"top_k": 1, "router_order": "softmax_topk"}),
-        ("Glm4Moe", {"granularity": 2}),
+        ("Mixtral", {"num_experts": 6}, "num_experts"),
+        ("Mixtral", {"num_experts": 4}, "num_experts"),
+        ("Mixtral", {"granularity": 2}, "granularity"),
+        ("Mixtral", {"moe_layers": "0"}, "moe_layers"),
+        ("Mixtral", {"routed_scaling_factor": 2.5}, "routed_scaling_factor"),
+        ("Mixtral", {"top_k": 1, "router_order": "softmax_topk"}, "router_order"),
+        ("Mixtral", {"top_k": 1, "router_score": "sigmoid"}, "router_score"),
+        ("Mixtral", {"granularity": 2, "routed_scaling_factor": 2.5, "moe_layers": "0"}, "granularity"),
+        ("Mixtral", {"router_init": "prompts", "calibration": "file"}, "router_init"),
+        ("Mixtral", {"expert_utility": "nowhere.yaml"}, "expert_utility"),
+        ("Glm4Moe", {"top_k": 1, "router_order": "softmax_topk"}, "moe_layers"),
+        ("Glm4Moe", {"granularity": 2}, "granularity"),
     ],
     ids=str,
 )
-def test_a_spec_is_taken_once_its_fix_is_done(
-    mixtral: Path, glm4_moe: Path, kind: str, fields: dict[str, Any]
+def test_what_a_parent_does_not_become_is_refused_and_taken_once_the_fix_is_done(
+    mixtral: Path, glm4_moe: Path, kind: str, fields: dict[str, Any], refused: str
 ) -> None:
     arch = replace(read_architecture(mixtral if kind == "Mixtral" else glm4_moe), top_k=1)
     with pytest.raises(SpecError) as caught:
-        arch.upcycled(UpcycleSpec(**fields))
+        arch.upcycled(UpcycleSpec(**({"num_experts": 8} | fields)))
+    assert caught.value.field == refused
     fix = {name: yaml.safe_load(value) for name, value in re.findall(r"<(\w+)>=([\w.]+)", caught.value.fix)}
     fix |= {name: str(value) for name, value in fix.items() if name == "moe_layers"}
-    assert arch.upcycled(UpcycleSpec(**(fields | fix))).hf_class == arch.hf_class
+    if fix:
+        assert arch.upcycled(UpcycleSpec(**({"num_experts": 8} | fields | fix))).hf_class == arch.hf_class
 
 
 def test_utilities_of_a_dense_parent_and_a_second_parent_are_refused(mixtral: Path) -> None:

@@ -18,7 +18,8 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.convert.megatron_weights import open_checkpoint
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.hf_config import architecture_from_config
+from nemo_upcycle.models.families import server_caveats
+from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
 from nemo_upcycle.models.layer_settings import MULTIPLIERS, decoder_settings, window_fields
 from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context
@@ -111,7 +112,8 @@ def test_an_export_takes_from_the_context_what_nobody_said(
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "said" / file).read_bytes() == (tmp_path / "unsaid" / file).read_bytes()
     assert read_json(tmp_path / "unsaid/config.json").items() >= said.items()
-    assert read_json(tmp_path / "unsaid" / MODEL_MARKER)["notes"] == []
+    notes = [read_json(tmp_path / output / MODEL_MARKER)["notes"] for output in ("said", "unsaid")]
+    assert notes[0] == notes[1] == list(server_caveats(read_architecture(tmp_path / "said")))
 
 
 @pytest.mark.parametrize(
