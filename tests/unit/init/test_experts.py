@@ -84,7 +84,7 @@ def test_seeds_layers_experts_and_parts_get_noise_of_their_own() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(cuts=st.sets(st.integers(1, NEURONS - 1), max_size=6), spec=st.sampled_from([NOISE, DROP]))
 def test_any_cut_of_the_neurons_gives_the_same_bits(cuts: set[int], spec: UpcycleSpec) -> None:
     for dense_FD in (_weight(), _weight().bfloat16()):
