@@ -291,6 +291,15 @@ def test_a_window_is_to_be_opened_where_a_class_can_then_hold_the_model(
         families.require_class(architecture_from_config(_config(hf_class, **opened)).upcycled(spec))
 
 
+def test_servers_that_would_drop_a_bias_are_named() -> None:
+    biased, plain = _config("Qwen3", attention_bias=True), _config("Qwen3")
+    caveats = [
+        families.server_caveats(architecture_from_config(one).upcycled(UpcycleSpec())) for one in (biased, plain)
+    ]
+    assert any(caveat.startswith("vLLM: it drops the bias") for caveat in caveats[0])
+    assert caveats[1] == ()
+
+
 def test_a_window_that_the_parents_class_does_not_know_is_not_handed_on() -> None:
     config = LLAMA3_8B | {"sliding_window": 16}
     assert moe_config(config, architecture_from_config(config).upcycled(UpcycleSpec()), 0.01)["sliding_window"] is None

@@ -16,7 +16,6 @@ import torch
 import yaml
 
 from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.online.upcycle import fill_chunks, load_dense_into
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
@@ -102,14 +101,21 @@ def test_every_slice_has_the_bits_of_the_hugging_face_folder(saved: Path, parent
                 assert checkpoint.bytes_read - before == got.nbytes
 
 
+def _start(parent: str, path: str, branches: list[str]) -> tuple[int, int]:
+    """Fill a model as a training run does, and count sources and reasons in the receipt."""
+    from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
+
+    spec = UpcycleSpec(num_experts=4, top_k=2)
+    restore = UpcycleConfig(path=path, spec=spec, branches=branches, non_expert_weights="mean")
+    paths, chunks = [restore.path, *restore.branches], build_chunks(Path(parent), num_experts=4)
+    receipt = fill_chunks(chunks, paths, restore.spec, restore.non_expert_weights)
+    return sum(name.endswith(".metadata") for name in receipt.source_files), len(receipt.inexact_because)
+
+
 def test_a_run_can_start_from_one_and_from_several(saved: Path, parent: Path) -> None:
-    one, four = f"nemo://{saved / 'one'}", str(saved / "tp2pp2")
-    with one_rank():
-        for paths, reasons in (([one], 0), ([one, four], 1)):
-            chunks = build_chunks(parent, num_experts=4)
-            receipt = fill_chunks(chunks, paths, UpcycleSpec(num_experts=4, top_k=2), "mean")
-            assert len(receipt.inexact_because) == reasons
-            assert sum(name.endswith(".metadata") for name in receipt.source_files) == len(paths)
+    one, four = f"nemo://{saved / 'one'}", f"nemo://{saved / 'tp2pp2'}"
+    assert run_ranks(_start, 1, str(parent), one, []) == [(1, 0)]
+    assert run_ranks(_start, 1, str(parent), one, [four]) == [(2, 1)]
 
 
 def test_plain_megatron_needs_a_config_json(saved: Path, parent: Path, tmp_path: Path) -> None:

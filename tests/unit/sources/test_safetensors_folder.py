@@ -51,7 +51,14 @@ def test_what_is_no_address_is_refused(folder: Path, address: str, words: str) -
         open_dense(address)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + b"x" * 60, (10).to_bytes(8, "little") + b"notjson!!!", None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, b"", b"PK\x03\x04" + b"x" * 60, (10).to_bytes(8, "little") + b"notjson!!!"),
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,  # too deep
+    ],
+    ids=["missing", "empty", "zip", "text", "deep"],
+)
 def test_a_damaged_or_missing_file_is_refused_before_anything_is_read(folder: Path, content: bytes | None) -> None:
     file = sorted(folder.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:-100])
