@@ -86,7 +86,7 @@ def test_a_random_model_loads_whole_and_keeps_its_word(tmp_path: Path, seed: int
     try:
         found = outcome(case, tmp_path)
     except SpecError as error:
-        if error.subject != "Hugging Face class for this MoE":  # test_architecture.py has which class holds what
+        if error.subject != "Hugging Face class for this MoE":  # which holds what is in test_architecture.py
             raise
         return
     assert not found.is_exact or found.relative <= TOLERANCE, (case, found)
