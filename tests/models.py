@@ -194,6 +194,23 @@ def write_random(folder: Path, config: dict[str, Any], deviation: float = 0.02) 
     return folder
 
 
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of all files of a Hugging Face folder."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def require_same_weights(folder: Path, *others: Path) -> None:
+    """Check that Hugging Face folders hold the same tensors, bit by bit, in whichever files."""
+    wanted = weights_of(folder)
+    for other in others:
+        found = weights_of(other)
+        assert found.keys() == wanted.keys()
+        differ = [name for name in wanted if found[name].dtype != wanted[name].dtype]
+        assert differ + [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
 @torch.no_grad()
 def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Return the logits of a Hugging Face folder in float32, [B, S, V]."""

@@ -154,11 +154,6 @@ class Architecture:
         return self.local_rope_theta is not None or (self.rope_scaling or {}).get("rope_type") in ("yarn", "linear")
 
     @property
-    def heads_per_group(self) -> int:
-        """Query heads that share one key-value head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
     def window(self) -> int | None:
         """The sliding window, in tokens; None where no sequence is longer."""
         return self.sliding_window if self.sliding_window and self.sliding_window < self.max_positions else None

@@ -68,16 +68,16 @@ def no_rope(pattern: Sequence[bool]) -> list[int]:
     return [int(not turns) for turns in pattern]
 
 
-def layers_with(setting: int | Sequence[int] | None, num_layers: int, default: bool) -> tuple[bool, ...]:
-    """Return in which layers a setting of Megatron's holds: all but each n-th, or those of a list."""
+def layers_with(setting: int | Sequence[int] | None, num_layers: int) -> tuple[bool, ...]:
+    """Return in which layers a setting of Megatron's holds: all, all but each n-th, or those of a list."""
     if isinstance(setting, int) and setting:
         return tuple((layer + 1) % setting != 0 for layer in range(num_layers))
-    return tuple(map(bool, setting)) if setting else (default,) * num_layers
+    return tuple(map(bool, setting)) if setting else (True,) * num_layers
 
 
 def rope_pattern(no_rope_freq: int | Sequence[int] | None, num_layers: int) -> tuple[bool, ...] | None:
     """Return in which layers there are positions, from Megatron's `no_rope_freq`; None for all."""
-    turns = layers_with(no_rope_freq, num_layers, True)
+    turns = layers_with(no_rope_freq, num_layers)
     if no_rope_freq and not isinstance(no_rope_freq, int):
         turns = tuple(not skips for skips in turns)
     return None if all(turns) else turns

@@ -386,7 +386,7 @@ def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Ite
     tokens, window = min(dense.max_positions, model.max_sequence_length), config.window_size
     seen = window[0] + 1 if window and window[0] >= 0 else tokens
     wanted, layers = dense.sliding_window or tokens, dense.num_layers
-    pattern = layers_with(config.window_attn_skip_freq, layers, True)
+    pattern = layers_with(config.window_attn_skip_freq, layers)
     is_where = pattern == (dense.window_pattern or (True,) * layers)
     if min(seen, tokens) != min(wanted, tokens) or (seen < tokens and not is_where):
         exact, where = window_fields(dense).get("window_size"), "every layer"

@@ -197,7 +197,7 @@ def source_slices(
             row_start += rows
         return tuple(found)
     groups = arch.num_kv_heads // shard.size
-    for part, heads in enumerate((arch.heads_per_group, 1, 1)):
+    for part, heads in enumerate((arch.num_heads // arch.num_kv_heads, 1, 1)):
         rows = heads * arch.head_dim
         source = ((shard.rank * groups * rows, (shard.rank + 1) * groups * rows), *rest[part])
         found.append(SourceSlice(part, source, groups, (row_start, row_start + rows)))

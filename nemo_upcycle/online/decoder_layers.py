@@ -142,9 +142,7 @@ def _with_gate(shared_experts: Any) -> Any:
 
 def _is_windowed(config: Any, layer_number: int) -> bool:
     """Return whether a layer, counted from 1, sees a window."""
-    return bool(
-        config.window_size and layers_with(config.window_attn_skip_freq, config.num_layers, True)[layer_number - 1]
-    )
+    return bool(config.window_size and layers_with(config.window_attn_skip_freq, config.num_layers)[layer_number - 1])
 
 
 def _scaled(core_attention: Any, rope: Rope) -> type:

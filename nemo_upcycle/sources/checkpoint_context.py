@@ -155,7 +155,7 @@ class CheckpointContext:
         """Read the fields that decide what layers compute, and no FLOPs."""
         get, family = self.settings.get, find_nemo_module(self.module)
         back, _ = get("window_size") or (-1, -1)  # tokens back, tokens ahead; -1 for all
-        sees = layers_with(get("window_attn_skip_freq"), arch.num_layers, True)
+        sees = layers_with(get("window_attn_skip_freq"), arch.num_layers)
         layers = layers if isinstance(layers := get("transformer_layer_spec"), dict) else {}
         activation = self.settings["activation_func"]["_target_"].rpartition(".")[2]
         if activation not in _ACTIVATIONS:

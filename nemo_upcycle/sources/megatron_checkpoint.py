@@ -15,7 +15,7 @@ import torch
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import (
     BY_ROLE,
     MOE_MAPPINGS,
@@ -32,7 +32,6 @@ from nemo_upcycle.sources.base import DenseSource, Index
 from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.sources.mapped_files import TensorFiles, bounds_of
-from nemo_upcycle.utils.files import read_json
 
 
 #: With several optimizers, as MoE has them, their states are numbered.
@@ -114,8 +113,7 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
     hundred bytes are read of each piece that a slice touches, once; neither optimizer state nor other layers are.
 
     Args:
-        path: the folder.
-        config: a Hugging Face `config.json`. Without it: the one in the folder, else the settings in `context/`.
+        path: the folder. A Hugging Face `config.json` in it goes before the settings in `context/`.
 
     Raises:
         CheckpointError: the checkpoint is unfinished or damaged, is no dense model of a known kind, its configuration
@@ -126,19 +124,17 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
         ...     query_2KD = dense.read("model.layers.0.self_attn.q_proj.weight", [(0, 256), (0, 4096)])
     """
 
-    def __init__(self, path: Path, config: Path | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         weights = path / "weights"
         self._checkpoint = DistributedCheckpoint(weights if weights.is_dir() else path)
         self.files = self._checkpoint.files
         self._prefix = model_prefix(self._checkpoint)
-        self.architecture = self._read_architecture(config)
+        self.architecture = self._read_architecture()
         require_buildable(self.architecture)
         self._tensors = dict(self._find_all())
 
-    def _read_architecture(self, config: Path | None) -> Architecture:
-        if config is not None:
-            return architecture_from_config(read_json(config), str(config))
+    def _read_architecture(self) -> Architecture:
         if (self.path / "config.json").is_file():
             return read_architecture(self.path)
         return _saved_context(self.path).dense_model(_embedding_rows(self._checkpoint, self._prefix))

@@ -1,4 +1,4 @@
-"""Checkpoints to export: one small model as several layouts save it, and random ones of any spec."""
+"""Conversions and checkpoints to export: of a small model as a layout saves it, and random ones of any spec."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.convert.offline import Conversion, convert
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import MODEL_MAPPINGS, layer_mappings
 from nemo_upcycle.models.sharding import Shard, shard_shape
 from nemo_upcycle.online.upcycle import load_dense_into
-from tests.distributed.ranks import run_ranks
-from tests.models import build_chunks, write_llama, write_tokenizer
+from tests.models import build_chunks
 
 
-EXPERTS, TOP_K = 4, 2
-SPEC = UpcycleSpec(num_experts=EXPERTS, top_k=TOP_K)
+COPY = {"num_experts": 4, "top_k": 2}
+SPEC = UpcycleSpec(**COPY)
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259))
+def _convert(folder: Path, output: Path, spec: UpcycleSpec = SPEC, **options: Any) -> Conversion:
+    with open_dense(folder) as source:
+        return convert(source, output, spec, **options)
 
 
 def _fill(folder: Path, *, moe: bool, layout: dict[str, int] | None = None) -> list[Any]:
     """Build and fill this rank's chunks; no two experts are alike."""
-    chunks = build_chunks(folder, num_experts=EXPERTS if moe else None, layout=layout)
+    chunks = build_chunks(folder, num_experts=4 if moe else None, layout=layout)
     with open_dense(folder) as source:
         if not moe:
             load_dense_into(chunks, source)
             return chunks
-        upcycle_into(chunks, source, UpcycleSpec(num_experts=EXPERTS, top_k=TOP_K, router_std=1.0))
+        upcycle_into(chunks, source, UpcycleSpec(**COPY, router_std=1.0))
     for chunk in chunks:
         for layer in chunk.decoder.layers:
             first = layer.mlp.local_expert_indices[0]
@@ -45,23 +45,13 @@ def _fill(folder: Path, *, moe: bool, layout: dict[str, int] | None = None) -> l
     return chunks
 
 
-def _save(folder: str, output: str, moe: bool, layout: dict[str, int], prefix: str) -> None:
+def save(folder: str, output: str, moe: bool, layout: dict[str, int], prefix: str) -> None:
     from megatron.core import dist_checkpointing
 
     (chunk,) = _fill(Path(folder), moe=moe, layout=layout)
     Path(output).mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
     dist_checkpointing.save(chunk.sharded_state_dict(prefix=prefix), output)
-
-
-@pytest.fixture(scope="module")
-def saved(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of one model: Megatron's own on one rank, as NeMo keeps it on four; and of the dense parent."""
-    folder = tmp_path_factory.mktemp("saved")
-    run_ranks(_save, 1, str(dense), str(folder / "one"), True, {}, "")
-    run_ranks(_save, 4, str(dense), str(folder / "four/weights"), True, {"tp": 2, "ep": 2}, "module.")
-    run_ranks(_save, 2, str(dense), str(folder / "dense/weights"), False, {"pp": 2}, "module.")
-    return folder
 
 
 def write_checkpoint(

@@ -1,8 +1,13 @@
-"""Converting without a training job: the bits of upcycling and exporting, and what is refused."""
+"""Converting without a training job: what is exact, refused and kept, and what when something goes wrong.
+
+`tests/unit/models/test_parents.py` compares the bits with those of upcycling and exporting.
+"""
 
 from __future__ import annotations
 
-import json
+import errno
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,159 +15,43 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
-from nemo_upcycle.convert.export import export_weights
-from nemo_upcycle.convert.megatron_weights import LiveWeights
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert import safetensors_writer
+from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.convert.offline import convert
-from nemo_upcycle.cpu.one_rank import one_rank
-from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.sources.mapped_files import MappedFiles
 from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json, write_json
-from tests.models import build_chunks, moe_settings, sample_tokens, write_llama, write_qwen3
-from tests.unit.convert import conversions
-from tests.unit.convert.conversions import COPY, FINE, SPEC, _convert, _same_bits, _tensors
+from nemo_upcycle.utils.streams import StreamedFile
+from tests.models import require_same_weights, weights_of
+from tests.unit.convert.exports import SPEC, _convert, _Usage, write_checkpoint
 
 
-dense, copy = conversions.dense, conversions.copy
-#: name -> spec, settings of the Megatron model that it is made in
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "copy": (COPY, {}),
-    "noise": (COPY | {"method": "noise", "noise_std": 0.1}, {}),
-    "drop": (COPY | {"method": "drop", "router_init": "uniform"}, {}),
-    "granular": (FINE, {"moe_ffn_hidden_size": 48, "moe_router_dtype": "fp32"}),
-    "granular drop": (FINE | {"method": "drop"}, {"moe_ffn_hidden_size": 48, "moe_router_dtype": "fp32"}),
-    "shared": (
-        FINE | {"shared_experts": 1},
-        {"moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 48, "moe_router_dtype": "fp32"},
-    ),
-    "mixed": (COPY | {"moe_layers": "every-2"}, {"moe_layer_freq": [1, 0, 1, 0]}),
-    "before top-k": (
-        COPY | {"router_order": "softmax_topk", "router_init": "zero"},
-        {"moe_router_pre_softmax": True},
-    ),
-}
+FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
+SHARD_BYTES = 100_000
 
 
-def _load(folder: Path) -> Any:
-    import transformers
-
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert {key: value for key, value in info.items() if value} == {}
-    return model.eval()
-
-
-@torch.no_grad()
-def _logits(folder: Path, vocab_size: int = 259) -> torch.Tensor:
-    return _load(folder)(sample_tokens(vocab_size)).logits
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES)
-def test_offline_and_online_give_the_same_bits(dense: Path, tmp_path: Path, case: str, dtype: torch.dtype) -> None:
-    fields, settings = CASES[case]
-    spec = UpcycleSpec(**fields)
-    with one_rank():
-        (model,) = build_chunks(dense, num_experts=spec.num_experts, top_k=spec.top_k, params_dtype=dtype, **settings)
-        with open_dense(dense) as source:
-            upcycle_into([model], source, spec)
-        arch = read_architecture(dense).upcycled(spec)
-        export_weights(LiveWeights(model), arch, dense, tmp_path / "online", dtype=dtype)
-    done = _convert(dense, tmp_path / "offline", spec, dtype=dtype)
-    _same_bits(tmp_path / "online", tmp_path / "offline")
-    configs = [read_json(tmp_path / name / "config.json") for name in ("online", "offline")]
-    assert configs[0] == configs[1]
-    assert (done.exact, done.hf_class) == (spec.is_exact and dtype is torch.float32, arch.hf_class)
-    assert done.bytes_written == done.bytes_total >= arch.total_params * dtype.itemsize
-    if spec.is_exact and dtype is torch.float32:
-        assert float((_logits(tmp_path / "offline") - _logits(dense)).abs().max()) <= 1e-5
-    else:
-        _load(tmp_path / "offline")
-
-
-@pytest.mark.parametrize(
-    ("write", "fields", "hf_class"),
-    [
-        (write_qwen3, {}, "Qwen3MoeForCausalLM"),
-        (write_qwen3, {"router_score": "sigmoid", "routed_scaling_factor": 2.5}, "Glm4MoeForCausalLM"),
-        (write_llama, {"router_order": "softmax_topk", "router_init": "zero"}, "Qwen2MoeForCausalLM"),
-    ],
-)
-def test_a_tied_parent_of_every_class_has_the_same_bits_offline_and_online(
-    tmp_path: Path, write: Any, fields: dict[str, Any], hf_class: str
-) -> None:
-    dense, spec = write(tmp_path / "dense", tied=True, layers=2), UpcycleSpec(**COPY | fields)
-    arch = read_architecture(dense)
-    with one_rank():
-        (model,) = build_chunks(dense, **moe_settings(arch, spec))
-        with open_dense(dense) as source:
-            upcycle_into([model], source, spec)
-        export_weights(LiveWeights(model), arch.upcycled(spec), dense, tmp_path / "online", dtype=torch.float32)
-    assert _convert(dense, tmp_path / "offline", spec).hf_class == hf_class
-    _same_bits(tmp_path / "online", tmp_path / "offline")
-    assert float((_logits(tmp_path / "online", 250) - _logits(dense, 250)).abs().max()) <= 1e-5
-
-
-@pytest.mark.parametrize("fields", [COPY, FINE], ids=["copy", "granular"])
-def test_a_qwen3_with_biases_of_the_attention_keeps_them_and_its_function(
-    tmp_path: Path, fields: dict[str, Any]
-) -> None:
-    dense = write_qwen3(tmp_path / "dense", vocab_size=259, layers=2, attention_bias=True)
-    done = _convert(dense, tmp_path / "moe", UpcycleSpec(**fields))
-    assert (done.hf_class, done.exact) == ("Qwen3MoeForCausalLM", True)
-    assert read_json(tmp_path / "moe/config.json")["attention_bias"] is True
-    assert read_architecture(tmp_path / "moe").attention_out_bias
-    assert any("vLLM" in caveat for caveat in done.caveats)  # which drops one of them
-    with open_dense(dense) as source:
-        biases = {name for name in source.names() if name.endswith(".bias")}
-    assert len(biases) == 4 * 2
-    parent = _logits(dense)
-    assert float(parent.abs().max()) > 0.1
-    assert float((_logits(tmp_path / "moe") - parent).abs().max()) <= 1e-5 * float(parent.abs().max())
-
-
-def test_a_qwen3_with_biases_of_the_attention_is_refused_online(tmp_path: Path) -> None:
-    """Megatron has one setting for the biases of the attention's output and of the experts."""
-    dense = write_qwen3(tmp_path / "dense", layers=2, attention_bias=True)
-    spec = UpcycleSpec(**COPY)
-    with one_rank():
-        (model,) = build_chunks(dense, **moe_settings(read_architecture(dense), spec))
-        with open_dense(dense) as source, pytest.raises(UpcycleError, match=r"bias"):
-            upcycle_into([model], source, spec)
+def _retyped(folder: Path, dtype: torch.dtype, *, norms: bool = True) -> Path:
+    """Save a folder's weights in another type, norms included or not."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        changed = {name: tensor.to(dtype) if norms or tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
+        save_file(changed, file, {"format": "pt"})
+    return folder
 
 
 @pytest.mark.parametrize(
     "change", [{"architectures": None}, {"hidden_act": "swish"}, {"architectures": None, "model_type": "llama"}]
 )
-def test_a_parent_that_says_less_or_in_other_words_is_converted(tmp_path: Path, change: dict[str, Any]) -> None:
-    dense = write_llama(tmp_path / "dense", vocab_size=259, layers=2)
-    _convert(dense, tmp_path / "wanted", UpcycleSpec(**COPY))
-    config = read_json(dense / "config.json") | change
-    left = {key: value for key, value in config.items() if value is not None or key not in change}
-    (dense / "config.json").write_text(json.dumps(left), encoding="utf-8")
-    _convert(dense, tmp_path / "moe", UpcycleSpec(**COPY))
-    _same_bits(tmp_path / "wanted", tmp_path / "moe")
+def test_a_parent_that_says_less_or_in_other_words_is_converted(
+    dense: Path, copy: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    _convert(dense, tmp_path / "wanted")
+    config = read_json(copy / "config.json") | change
+    write_json(copy / "config.json", {name: value for name, value in config.items() if value is not None})
+    _convert(copy, tmp_path / "moe")
+    require_same_weights(tmp_path / "wanted", tmp_path / "moe")
     assert read_json(tmp_path / "wanted/config.json") == read_json(tmp_path / "moe/config.json")
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("fields", [COPY, FINE, FINE | {"shared_experts": 2}], ids=["copy", "granular", "shared"])
-def test_a_qwen2_keeps_its_biases_and_its_function(tmp_path: Path, fields: dict[str, Any], tied: bool) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(5)
-    sizes = {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)).float()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.1)
-    model.save_pretrained(tmp_path / "dense")
-    done = _convert(tmp_path / "dense", tmp_path / "moe", UpcycleSpec(**fields))
-    assert done.hf_class == "Qwen2MoeForCausalLM"
-    parent = _logits(tmp_path / "dense")
-    assert float(parent.abs().max()) > 0.1
-    assert float((_logits(tmp_path / "moe") - parent).abs().max()) <= 1e-5
 
 
 def test_half_precision_and_small_blocks_change_nothing(
@@ -174,26 +63,21 @@ def test_half_precision_and_small_blocks_change_nothing(
     monkeypatch.setattr("nemo_upcycle.convert.expansion.KEPT_BYTES", 0)
     _convert(dense, tmp_path / "blocks", UpcycleSpec(**FINE), dtype=torch.bfloat16, max_shard_bytes=50_000)
     assert len(list((tmp_path / "blocks").glob("*.safetensors"))) > 10
-    _same_bits(tmp_path / "once", tmp_path / "blocks")
-    _load(tmp_path / "blocks")
+    require_same_weights(tmp_path / "once", tmp_path / "blocks")
 
 
-def test_everything_of_the_parent_travels_along(dense: Path, tmp_path: Path) -> None:
-    done = _convert(dense, tmp_path / "moe")
-    marker = read_json(tmp_path / "moe" / MODEL_MARKER)
-    assert marker["bytes"] == done.bytes_total
-    assert marker["tensors"] == done.tensors == len(_tensors(tmp_path / "moe"))
-    assert "tokenizer.json" in marker["companions"]
-    assert {path.name for path in tmp_path.iterdir()} == {"moe"}
-    assert not [path.name for path in (tmp_path / "moe").iterdir() if path.name.startswith(".")]
-
-
-def test_the_same_again_is_done_already_and_another_is_refused(dense: Path, tmp_path: Path) -> None:
+def test_the_same_again_is_done_already_and_another_is_refused(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (not_ours := tmp_path / "other").mkdir()
     (not_ours / "notes").write_text("mine")
     first = _convert(dense, tmp_path / "moe")
+    marker = read_json(tmp_path / "moe" / MODEL_MARKER)
+    assert (marker["bytes"], marker["tensors"]) == (first.bytes_total, len(weights_of(tmp_path / "moe")))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}
-    again = _convert(dense, tmp_path / "moe")
+    assert not any(path.name.startswith(".") for path in (*times, *tmp_path.iterdir()))
+    monkeypatch.chdir(dense.parent)
+    again = _convert(Path(dense.name), tmp_path / "moe")
     assert (first.files_kept, again.files_kept, again.bytes_written) == (0, again.files, 0)
     with pytest.raises(UpcycleError, match="finished folder made from something else"):
         _convert(dense, tmp_path / "moe", UpcycleSpec(num_experts=4, top_k=3))
@@ -206,16 +90,13 @@ def test_the_same_again_is_done_already_and_another_is_refused(dense: Path, tmp_
     assert is_complete(tmp_path / "moe")
 
 
-@pytest.mark.parametrize(
-    "made_from",
-    [None, [], "plan", {}, {"spec": None}, {"spec": {"top_k": 99}}, {"spec": {"top_q": 2}}, {"spec": {"method": []}}],
-    ids=str,
-)
-def test_a_plan_that_is_none_is_something_else(dense: Path, tmp_path: Path, made_from: object) -> None:
+def test_a_plan_that_is_none_is_something_else(dense: Path, tmp_path: Path) -> None:
     _convert(dense, tmp_path / "moe")
-    write_json(tmp_path / "moe" / MODEL_MARKER, read_json(tmp_path / "moe" / MODEL_MARKER) | {"made_from": made_from})
-    with pytest.raises(UpcycleError, match="finished folder made from something else"):
-        _convert(dense, tmp_path / "moe")
+    marker = read_json(tmp_path / "moe" / MODEL_MARKER)
+    for made_from in (None, [], "plan", {}, *({"spec": spec} for spec in (None, {"top_k": 99}, {"method": []}))):
+        write_json(tmp_path / "moe" / MODEL_MARKER, marker | {"made_from": made_from})
+        with pytest.raises(UpcycleError, match="finished folder made from something else"):
+            _convert(dense, tmp_path / "moe")
 
 
 def test_a_tokenizer_that_comes_later_is_added(copy: Path, tmp_path: Path) -> None:
@@ -227,42 +108,29 @@ def test_a_tokenizer_that_comes_later_is_added(copy: Path, tmp_path: Path) -> No
     assert "tokenizer.json" in read_json(tmp_path / "moe" / MODEL_MARKER)["companions"]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "half a file"])
-def test_a_finished_folder_that_lost_a_file_is_not_done(dense: Path, tmp_path: Path, file: str) -> None:
+def test_a_finished_folder_that_lost_a_file_or_half_of_one_is_not_done(dense: Path, tmp_path: Path) -> None:
     _convert(dense, tmp_path / "moe")
-    if file == "half a file":
-        file = "model.safetensors"
-        whole = (tmp_path / "moe" / file).read_bytes()
-        (tmp_path / "moe" / file).write_bytes(whole[: len(whole) // 2])
-    else:
-        (tmp_path / "moe" / file).unlink()
-    with pytest.raises(UpcycleError, match=rf"moe: got no whole {file}.*Fix: remove the folder and run"):
-        _convert(dense, tmp_path / "moe")
+    for name, kept_bytes in (("model.safetensors", 5000), ("config.json", 0), ("tokenizer.json", 0)):
+        file = tmp_path / "moe" / name
+        whole = file.read_bytes()
+        file.unlink()
+        if kept_bytes:
+            file.write_bytes(whole[:kept_bytes])
+        with pytest.raises(UpcycleError, match=rf"moe: got no whole {name}.*Fix: remove the folder and run"):
+            _convert(dense, tmp_path / "moe")
+        file.write_bytes(whole)
 
 
-def test_an_empty_folder_is_filled_by_whatever_name(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("here", "real"):
-        (tmp_path / name).mkdir()
+def test_a_link_to_an_empty_folder_is_filled(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    monkeypatch.chdir(tmp_path / "here")
-    assert _convert(dense, Path()).output == tmp_path / "here"
     _convert(dense, tmp_path / "link")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
-    _same_bits(tmp_path / "here", tmp_path / "link")
-
-
-def test_a_folder_called_tokenizer_is_left_alone(copy: Path, tmp_path: Path) -> None:
-    (copy / "tokenizer").mkdir()
-    _convert(copy, tmp_path / "moe")
-    assert not (tmp_path / "moe/tokenizer").exists()
-    assert (tmp_path / "moe/tokenizer.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    assert is_complete(tmp_path / "real")
 
 
 def test_a_type_that_no_file_holds_is_refused_before_anything_is_written(copy: Path, tmp_path: Path) -> None:
-    for file in copy.glob("*.safetensors"):
-        save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    _retyped(copy, torch.float64)
     with pytest.raises(UpcycleError, match=r"got float64, expected .*Fix: add --dtype float32"):
         _convert(copy, tmp_path / "moe")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
@@ -271,62 +139,36 @@ def test_a_type_that_no_file_holds_is_refused_before_anything_is_written(copy: P
 
 
 @pytest.mark.parametrize(
-    ("stored", "dtype", "is_lossless"),
+    ("stored", "dtype", "reason"),
     [
-        (torch.float32, torch.float32, True),
-        (torch.bfloat16, torch.float32, True),
-        (torch.float16, torch.float32, True),
-        (torch.float32, torch.bfloat16, False),
-        (torch.bfloat16, torch.float16, False),
-        (torch.float16, torch.bfloat16, False),
+        (torch.float32, torch.float32, ""),
+        (torch.bfloat16, torch.float32, ""),
+        (torch.float16, torch.float32, ""),
+        (torch.float32, torch.bfloat16, "float32 weights are rounded to bfloat16 (model."),
+        (torch.bfloat16, torch.float16, "bfloat16 weights are rounded to float16 (model."),
+        (torch.float16, torch.bfloat16, "float16 weights are rounded to bfloat16 (model."),
     ],
 )
 def test_a_type_that_rounds_is_not_exact(
-    copy: Path, tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, is_lossless: bool
+    copy: Path, tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, reason: str
 ) -> None:
-    for file in copy.glob("*.safetensors"):
-        save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-    done = _convert(copy, tmp_path / "moe", dtype=dtype)
-    assert done.exact is is_lossless
-    names = [str(one).removeprefix("torch.") for one in (stored, dtype)]
-    assert is_lossless or done.inexact_because[0].startswith(f"{names[0]} weights are rounded to {names[1]} (model.")
+    done = _convert(_retyped(copy, stored), tmp_path / "moe", dtype=dtype)
+    assert done.exact is (not reason)
+    assert "".join(done.inexact_because).startswith(reason)
 
 
-def test_a_factor_that_a_type_rounds_is_told(copy: Path, tmp_path: Path) -> None:
-    for file in copy.glob("*.safetensors"):
-        save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+def test_factors_and_norms_that_a_type_rounds_are_told(copy: Path, tmp_path: Path) -> None:
+    """Without `dtype`, all is written in the embedding's type."""
+    done = _convert(_retyped(copy, torch.float16, norms=False), tmp_path / "norms")
+    assert done.inexact_because == (
+        "float32 weights are rounded to float16 (model.layers.0.input_layernorm.weight and 8 more)",
+    )
+    _retyped(copy, torch.bfloat16)
     spec = UpcycleSpec(num_experts=6, top_k=3, granularity=3)
-    done = _convert(copy, tmp_path / "moe", spec)
+    done = _convert(copy, tmp_path / "odd", spec)
     assert done.inexact_because == ("the factor 3 on the down projection is rounded in bfloat16",)
     assert _convert(copy, tmp_path / "float32", spec, dtype=torch.float32).exact
     assert _convert(copy, tmp_path / "even", UpcycleSpec(num_experts=4, top_k=2, granularity=2)).exact
-
-
-def test_a_source_is_the_same_however_it_is_spelled(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = _convert(dense, tmp_path / "moe")
-    monkeypatch.chdir(dense.parent)
-    again = _convert(Path(dense.name), tmp_path / "moe")
-    assert (again.files_kept, again.bytes_written) == (first.files, 0)
-
-
-def test_norms_with_more_digits_than_the_embedding_are_told(copy: Path, tmp_path: Path) -> None:
-    """Without `dtype`, all is written in the embedding's type."""
-    for file in copy.glob("*.safetensors"):
-        half = {name: tensor if tensor.dim() == 1 else tensor.half() for name, tensor in load_file(file).items()}
-        save_file(half, file, {"format": "pt"})
-    done = _convert(copy, tmp_path / "moe")
-    (reason,) = done.inexact_because
-    assert reason == ("float32 weights are rounded to float16 (model.layers.0.input_layernorm.weight and 8 more)")
-
-
-def test_more_parents_than_copies_are_refused(dense: Path, tmp_path: Path) -> None:
-    spec = UpcycleSpec(num_experts=4, top_k=2, granularity=2)
-    words = "dense sources: got 3, expected at most 2, the copies"
-    with open_dense([dense, dense, dense]) as source, pytest.raises(SpecError, match=words):
-        convert(source, tmp_path / "moe", spec)
-    assert not list(tmp_path.iterdir())
 
 
 def test_weights_without_config_are_refused_before_anything_is_written(copy: Path, tmp_path: Path) -> None:
@@ -338,33 +180,152 @@ def test_weights_without_config_are_refused_before_anything_is_written(copy: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-def test_a_sliding_window_with_what_mixtral_lacks_is_named(copy: Path, tmp_path: Path) -> None:
-    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16}
-    (copy / "config.json").write_text(json.dumps(read_json(copy / "config.json") | mistral))
-    with pytest.raises(SpecError, match=r"shared experts \(Mixtral\); .*a sliding window \(Qwen2-MoE"):
-        _convert(copy, tmp_path / "moe", UpcycleSpec(**FINE, shared_experts=1))
-    _convert(copy, tmp_path / "moe")
+def test_a_nemo_source_that_changed_is_not_done(dense: Path, tmp_path: Path) -> None:
+    """Its files lie in `weights/`, and a change of one bit leaves their sizes alone."""
+    source = write_checkpoint(tmp_path / "nemo", dense, None)
+    shutil.copy(dense / "config.json", source / "config.json")
+    assert _convert(source, tmp_path / "moe").files_kept == 0
+    assert _convert(source, tmp_path / "moe").files_kept == 1
+    file = next((source / "weights").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UpcycleError, match="finished folder made from something else"):
+        _convert(source, tmp_path / "moe")
+    assert len(read_json(tmp_path / "moe" / MODEL_MARKER)["made_from"]["sources"]) == 1
+
+
+def _kill_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt the run at the end of the file after this many."""
+    done: list[list[str]] = []
+    write_tensors = Expansion.write_tensors
+
+    def write(self: Expansion, file: StreamedFile, names: list[str], advance: Any) -> None:
+        write_tensors(self, file, names, advance)
+        done.append(names)
+        if len(done) > files:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Expansion, "write_tensors", write)
+
+
+def test_a_stopped_run_goes_on_with_what_is_missing(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _convert(dense, tmp_path / "whole", max_shard_bytes=SHARD_BYTES)
+    _kill_after(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    monkeypatch.undo()
+    assert not (tmp_path / "moe").exists()
+    aside = tmp_path / ".moe.partial"
+    assert not list(aside.glob("*.unfinished"))
+    # A process that is killed clears nothing: what it leaves must not count as used when room is looked for.
+    for name in ("model-00009-of-00009.safetensors.unfinished", ".config.json.half.4711"):
+        (aside / name).write_bytes(b"half")
+    require_disk = safetensors_writer.require_disk
+
+    def room(folder: Path, *given: Any) -> None:
+        assert {path.name[-11:] for path in aside.iterdir()} == {".lock", "ersion.json", "safetensors"}
+        require_disk(folder, *given)
+
+    monkeypatch.setattr(safetensors_writer, "require_disk", room)
+    done = _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    assert done.files_kept == 3
+    assert done.bytes_written < done.bytes_total
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "moe" / file.name).read_bytes()
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    for name in (".lock", ".conversion.json"):  # as a kill at the very end leaves them
+        (tmp_path / "moe" / name).write_text("{}")
+    assert _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).bytes_written == 0
+    assert {path.name for path in (tmp_path / "moe").iterdir()} == names
+
+
+@pytest.mark.parametrize("change", ["spec", "weights", "type"])
+def test_files_made_from_something_else_are_not_kept(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    _kill_after(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        _convert(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    monkeypatch.undo()
+    spec, options = SPEC, {}
+    if change == "spec":
+        spec = UpcycleSpec(num_experts=4, top_k=2, seed=5)
+    elif change == "type":
+        options = {"dtype": torch.bfloat16}
+    else:
+        for file in copy.glob("*.safetensors"):  # the same names, shapes and sizes
+            save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    done = _convert(copy, tmp_path / "moe", spec, max_shard_bytes=SHARD_BYTES, **options)
+    assert done.files_kept == 0
+    _convert(copy, tmp_path / "afresh", spec, max_shard_bytes=SHARD_BYTES, **options)
+    require_same_weights(tmp_path / "moe", tmp_path / "afresh")
+
+
+def test_a_read_error_keeps_what_is_finished(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, preadv = [], os.preadv
+
+    def fails_once(descriptor: int, buffers: Any, offset: int, *_: int) -> int:
+        reads.append(offset)
+        if len(reads) == 15:
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(descriptor, buffers, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fails_once)
+        patch.setattr(MappedFiles, "_is_cached", lambda *_: False)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    assert not (tmp_path / "moe").exists()
+    done = _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    assert 1 <= done.files_kept < done.files
+    _convert(dense, tmp_path / "whole", max_shard_bytes=SHARD_BYTES)
+    require_same_weights(tmp_path / "moe", tmp_path / "whole")
+
+
+def test_a_full_disk_is_told_before_or_while_writing(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(UpcycleError, match=r"disk space for convert moe.*Fix: free some space"):
+        _convert(dense, tmp_path / "moe")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    fsync, calls = os.fsync, []
+
+    def full(file: int) -> None:
+        calls.append(file)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UpcycleError, match=r"got full, expected room.*finished files are kept"):
+        _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    monkeypatch.undo()
+    assert _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).files_kept >= 3
+
+
+DOWN = "model.layers.3.mlp.down_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("fields", "parent", "words"),
+    ("change", "options", "words"),
     [
-        ({"router_score": "sigmoid", "moe_layers": "every-2"}, {}, "dense layers behind an MoE layer .Glm4-MoE"),
-        (
-            {"routed_scaling_factor": 2.5},
-            {},
-            "got a routed_scaling_factor .*or route by router_score='sigmoid' with ",
-        ),
-        ({"shared_experts": 1}, {"head_dim": 32}, "heads that do not make up the hidden size"),
-        ({}, {"mlp_bias": True}, "got biases of the feed-forward network"),
-        ({}, {"attention_bias": True}, "got a bias of the attention's output"),
-        ({"moe_layers": (9,)}, {}, "moe_layers: got 9"),
+        (lambda w: w.fill_(float("nan")), {}, rf"{DOWN}: got 6144 values that are NaN or infinite"),
+        (lambda w: w.mul_(1e6), {"dtype": torch.float16}, rf"{DOWN}: got larger ones.*float16 can hold"),
+        (lambda w: w[:, :90].contiguous(), {}, rf"shape of {DOWN}: got \[64, 90\], expected \[64, 96\]"),
     ],
+    ids=["nan", "overflow", "shape"],
 )
-def test_what_no_class_can_hold_is_refused(
-    tmp_path: Path, fields: dict[str, Any], parent: dict[str, Any], words: str
+def test_a_broken_source_is_refused_and_leaves_nothing(
+    copy: Path, tmp_path: Path, change: Any, options: dict[str, Any], words: str
 ) -> None:
-    folder = write_llama(tmp_path / "dense", layers=2, **parent)
-    with pytest.raises(SpecError, match=words):
-        _convert(folder, tmp_path / "moe", UpcycleSpec(**(COPY | fields)))
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    index = read_json(copy / "model.safetensors.index.json")["weight_map"]
+    tensors = load_file(copy / index[DOWN])
+    save_file(tensors | {DOWN: change(tensors[DOWN])}, copy / index[DOWN], {"format": "pt"})
+    with pytest.raises(CheckpointError, match=words):
+        _convert(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]

@@ -35,12 +35,6 @@ def test_copies_carry_the_same_bits(dtype: torch.dtype) -> None:
     assert [expert.data_ptr() for expert in experts] == places
 
 
-def test_a_single_expert_stays_what_it_is() -> None:
-    experts = [torch.arange(6.0).view(2, 3)]
-    fill_copies(experts)
-    assert torch.equal(experts[0], torch.arange(6.0).view(2, 3))
-
-
 def _weight(neurons: int = NEURONS, mean: float = 0.0, std: float = 0.1) -> torch.Tensor:
     return torch.randn(neurons, WIDTH, generator=torch.Generator().manual_seed(5)) * std + mean
 
@@ -90,7 +84,7 @@ def test_seeds_layers_experts_and_parts_get_noise_of_their_own() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(cuts=st.sets(st.integers(1, NEURONS - 1), max_size=6), spec=st.sampled_from([NOISE, DROP]))
 def test_any_cut_of_the_neurons_gives_the_same_bits(cuts: set[int], spec: UpcycleSpec) -> None:
     for dense_FD in (_weight(), _weight().bfloat16()):
@@ -105,9 +99,11 @@ def test_a_down_projection_is_changed_through_its_transposed_view(spec: UpcycleS
     assert torch.equal(down_DF.T, _changed(spec, _weight(), part="down"))
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.999, 1.0])
 def test_floor_of_ratio_times_neurons_are_drawn_anew_the_same_in_gate_up_and_down(ratio: float) -> None:
     spec = UpcycleSpec(method="drop", drop_ratio=ratio)
+    # 0.41 * 600 is 245.99999999999997.
+    assert len(dropped_neurons(UpcycleSpec(method="drop", drop_ratio=0.41), 0, 0, 600)) == 246
     chosen = dropped_neurons(spec, 2, 1, NEURONS)
     assert len(chosen.unique()) == len(chosen) == math.floor(ratio * NEURONS)
     dense_FD = _weight()
@@ -117,11 +113,6 @@ def test_floor_of_ratio_times_neurons_are_drawn_anew_the_same_in_gate_up_and_dow
         new_FD = _changed(spec, dense_FD, part=part)
         assert torch.equal(new_FD[kept], dense_FD[kept])
         assert bool((new_FD[chosen] != dense_FD[chosen]).any(1).all())
-
-
-def test_a_ratio_that_binary_numbers_miss_is_counted_right() -> None:
-    """0.41 * 600 is 245.99999999999997."""
-    assert len(dropped_neurons(UpcycleSpec(method="drop", drop_ratio=0.41), 0, 0, 600)) == 246
 
 
 def test_new_neurons_have_the_statistics_of_those_they_replace() -> None:

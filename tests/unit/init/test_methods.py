@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_weights
@@ -17,7 +16,7 @@ from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.init.experts import ExpertMatrix
 from nemo_upcycle.init.methods import METHODS, Method, register
 from nemo_upcycle.spec import INIT_METHODS
-from tests.models import build_chunks, moe_settings
+from tests.models import build_chunks, moe_settings, require_same_weights, weights_of
 
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -54,11 +53,9 @@ def test_a_method_from_outside_gives_the_same_bits_online_and_offline(
         receipt = upcycle_into([model], source, alternate)
         done = convert(source, tmp_path / "offline", alternate, progress=False)
     export_weights(LiveWeights(model), arch.upcycled(alternate), dense, tmp_path / "online", dtype=torch.float32)
-    online, offline = (load_file(tmp_path / name / "model.safetensors") for name in ("online", "offline"))
-    assert online.keys() == offline.keys()
-    for name, tensor in offline.items():
-        assert torch.equal(tensor, online[name]), name
-    parent = load_file(dense / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    require_same_weights(tmp_path / "online", tmp_path / "offline")
+    offline = weights_of(tmp_path / "offline")
+    parent = weights_of(dense)["model.layers.1.mlp.down_proj.weight"]
     for expert in range(4):
         wanted = parent.clone()
         wanted[:, (expert + 1) % 2 :: 2] *= -1

@@ -53,16 +53,14 @@ def test_a_refused_field_is_named_with_the_reason(name: str) -> None:
         check_fields(_config(**{"num_moe_experts": 4, name: "other"}))
 
 
-def test_fields_of_experts_do_nothing_in_a_dense_model() -> None:
-    check_fields(_config(moe_router_load_balancing_type="sinkhorn"))
-    with pytest.raises(SpecError, match="got sinkhorn"):
-        check_fields(_config(moe_router_load_balancing_type="sinkhorn", num_moe_experts=4))
-
-
-def test_a_list_is_looked_at_value_by_value() -> None:
-    check_fields(_config(num_moe_experts=4, moe_router_load_balancing_type=["aux_loss", "global_aux_loss"]))
-    with pytest.raises(SpecError, match=r"moe_router_load_balancing_type: got \['aux_loss', 'sinkhorn'\]"):
-        check_fields(_config(num_moe_experts=4, moe_router_load_balancing_type=["aux_loss", "sinkhorn"]))
+def test_fields_of_experts_are_looked_at_value_by_value_where_there_are_experts() -> None:
+    name = "moe_router_load_balancing_type"
+    check_fields(_config(**{name: "sinkhorn"}))
+    check_fields(_config(**{"num_moe_experts": 4, name: ["aux_loss", "global_aux_loss"]}))
+    for value in ("sinkhorn", ["aux_loss", "sinkhorn"]):
+        with pytest.raises(SpecError) as caught:
+            check_fields(_config(**{"num_moe_experts": 4, name: value}))
+        assert (caught.value.field, caught.value.got) == (f"model.config.{name}", value)
 
 
 def test_a_field_that_only_a_newer_megatron_has_is_refused_unless_it_is_at_its_default(

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_checkpoint, export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.models import architecture, families
+from nemo_upcycle.models import families
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, MoeFamily, llama, phi3
 from nemo_upcycle.models.families.base import Settings
 from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
 from nemo_upcycle.models.mapping import MAPPINGS, hf_names, mapping_of_hf
-from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from nemo_upcycle.verify.verification import verify
 from tests.families import registered
-from tests.models import build_chunks, moe_settings, sample_tokens, write_llama, write_phi3
+from tests.models import build_chunks, moe_settings, require_same_weights, weights_of, write_llama, write_phi3
 from tests.unit.convert.exports import write_checkpoint
 
 
@@ -84,13 +84,14 @@ class _Target(MoeFamily):
             "expert_ffn_size": settings.whole("expert_size"),
             "router_score": "sigmoid",
             "routed_scaling_factor": settings.number("scale"),
+            "moe_pattern": (True, *[False] * (num_layers - 1)),
         }
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         return {"pool": arch.num_experts, "expert_size": arch.expert_ffn_size, "scale": arch.routed_scaling_factor}
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        return {f"model.layers.{layer}.moe.shift": (arch.num_experts or 0,) for layer in range(arch.num_layers)}
+        return self.in_moe_layers({"model.layers.{layer}.moe.shift": (arch.num_experts or 0,)}, arch)
 
 
 _EXPERT = "model.layers.{layer}.moe.expert_{expert}."
@@ -111,7 +112,7 @@ TARGET = _Target(
 
 def _as_made_up(folder: Path, output: Path) -> Path:
     """Write a Llama's weights as the made-up family saves them."""
-    arch, tensors = read_architecture(folder), load_file(folder / "model.safetensors")
+    arch, tensors = read_architecture(folder), weights_of(folder)
     renamed = {}
     for name in hf_names(arch):
         mapping, part, layer, _ = mapping_of_hf(name, arch)
@@ -130,30 +131,13 @@ def _made_online(folder: Path, output: Path, spec: UpcycleSpec) -> Path:
     arch = read_architecture(folder)
     (model,) = build_chunks(folder, **moe_settings(arch, spec))
     with open_dense(folder) as dense:
-        assert upcycle_into([model], dense, spec).exact
+        upcycle_into([model], dense, spec)
     return export_weights(LiveWeights(model), arch.upcycled(spec), folder, output, dtype=torch.float32)
 
 
-def _same_weights(*folders: Path) -> bool:
-    first, *others = (load_file(folder / "model.safetensors") for folder in folders)
-    return all(
-        other.keys() == first.keys() and all(torch.equal(other[name], first[name]) for name in first)
-        for other in others
-    )
-
-
 @pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize(
-    ("spec", "hf_class"),
-    [
-        (UpcycleSpec(num_experts=4, top_k=2), "MixtralForCausalLM"),
-        (UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1), "Qwen2MoeForCausalLM"),
-    ],
-    ids=["mixtral", "qwen2_moe"],
-)
-def test_a_parent_family_from_outside_is_upcycled_bit_by_bit_like_a_llama(
-    tmp_path: Path, spec: UpcycleSpec, hf_class: str
-) -> None:
+def test_a_parent_family_from_outside_is_upcycled_bit_by_bit_like_a_llama(tmp_path: Path) -> None:
+    spec = UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1)
     same_model = write_llama(tmp_path / "llama", layers=2)
     with registered(PARENT):
         folder = _as_made_up(same_model, tmp_path / "made_up")
@@ -161,52 +145,13 @@ def test_a_parent_family_from_outside_is_upcycled_bit_by_bit_like_a_llama(
         for name, parent in (("offline", folder), ("expected", same_model)):
             with open_dense(parent) as dense:
                 convert(dense, tmp_path / name, spec)
-        assert _same_weights(online, tmp_path / "offline", tmp_path / "expected")
+        require_same_weights(online, tmp_path / "offline", tmp_path / "expected")
         assert verify(folder, tmp_path / "offline", logits=False).equal
         config = json.loads((tmp_path / "offline/config.json").read_text())
-    assert config["architectures"] == [hf_class]
-    assert config["bos_token_id"] == 1
+    assert (config["architectures"], config["bos_token_id"]) == (["Qwen2MoeForCausalLM"], 1)
     assert not config.keys() & PARENT.spelling.keys()
-    _check_logits(same_model, tmp_path / "offline")
 
 
-def _check_logits(dense: Path, moe: Path) -> None:
-    """Check that transformers computes the same with what was made as with the Llama."""
-    from transformers import AutoModelForCausalLM
-
-    tokens = sample_tokens(250)
-    expected, got = (AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in (dense, moe))
-    assert torch.allclose(got, expected, atol=1e-4)
-
-
-@pytest.mark.usefixtures("megatron")
-def test_a_target_family_from_outside_holds_what_no_other_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    others = {name: family for name, family in families._FAMILIES.items() if name != "Glm4MoeForCausalLM"}
-    for module in (families, architecture):  # `delitem` would put it back behind all others, which come in order
-        monkeypatch.setattr(module, "_FAMILIES" if module is families else "FAMILIES", others)
-    spec = UpcycleSpec(num_experts=4, top_k=2, router_score="sigmoid", routed_scaling_factor=2.0)
-    folder = write_llama(tmp_path / "dense", layers=2)
-    with (
-        open_dense(folder) as dense,
-        pytest.raises(
-            SpecError, match=r"sigmoid scores \(Mixtral, Qwen3-MoE, Qwen2-MoE, FlexOlmo, OLMoE, GraniteMoe, "
-        ),
-    ):
-        convert(dense, tmp_path / "offline", spec)
-    with registered(TARGET):
-        online = _made_online(folder, tmp_path / "online", spec)
-        with open_dense(folder) as dense:
-            convert(dense, tmp_path / "offline", spec)
-            down = dense.read("model.layers.1.mlp.down_proj.weight") * spec.down_scale * 0.5
-        assert _same_weights(online, tmp_path / "offline")
-        assert read_architecture(online) == read_architecture(folder).upcycled(spec)
-    tensors = load_file(online / "model.safetensors")
-    assert torch.equal(tensors["model.layers.1.moe.expert_3.down"], down)
-    assert not tensors["model.layers.1.moe.shift"].any()
-
-
-COPIES = {"num_experts": 4, "top_k": 2}
-GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2, "shared_experts": 1}
 #: A target whose experts are fused like its attention.
 FUSED_TARGET = replace(
     TARGET,
@@ -215,72 +160,43 @@ FUSED_TARGET = replace(
 
 
 @pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("fields", [COPIES, GRANULAR | {"method": "drop"}], ids=["copies", "granular, shared, drop"])
-def test_fused_matrices_of_a_parent_are_taken_apart(tmp_path: Path, fields: dict[str, Any]) -> None:
-    spec = UpcycleSpec(**fields)
-    folder = write_phi3(tmp_path / "dense")
-    with open_dense(folder) as dense:
+@pytest.mark.parametrize(
+    ("target", "write", "method"),
+    [(TARGET, write_llama, "copy"), (FUSED_TARGET, write_llama, "drop"), (FUSED_TARGET, write_phi3, "copy")],
+    ids=["apart", "fused", "both fused"],
+)
+def test_a_target_family_from_outside_holds_what_no_other_can(
+    tmp_path: Path, target: MoeFamily, write: Callable[..., Path], method: str
+) -> None:
+    fields = {"num_experts": 4, "moe_layers": "0", "router_score": "sigmoid", "routed_scaling_factor": 2.0}
+    spec, folder = UpcycleSpec(**fields, method=method), write(tmp_path / "dense", layers=2)
+    with open_dense(folder) as dense, pytest.raises(SpecError, match="Hugging Face class for this MoE"):
         convert(dense, tmp_path / "offline", spec)
-    (model,) = build_chunks(folder, **moe_settings(read_architecture(folder), spec))
-    with open_dense(folder) as dense:
-        receipt = upcycle_into([model], dense, spec)
-    assert receipt.bytes_read == receipt.bytes_needed or spec.method == "drop"
-    arch = read_architecture(folder).upcycled(spec)
-    export_weights(LiveWeights(model), arch, folder, tmp_path / "online", dtype=torch.float32)
-    assert _same_weights(tmp_path / "online", tmp_path / "offline")
-    assert verify(folder, tmp_path / "offline", logits=False).equal is (spec.method == "copy")
-    if spec.method == "copy":
-        _check_logits(folder, tmp_path / "offline")
-
-
-@pytest.mark.usefixtures("megatron")
-def test_fused_matrices_of_a_dense_model_are_put_together_again(tmp_path: Path) -> None:
-    folder = write_phi3(tmp_path / "dense")
-    (model,) = build_chunks(folder, num_experts=None)
-    with open_dense(folder) as dense:
-        load_dense_into([model], dense)
-    output = tmp_path / "again"
-    export_weights(LiveWeights(model), read_architecture(folder), folder, output, dtype=torch.float32)
-    assert _same_weights(output, folder)
-
-
-@pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("method", ["copy", "drop"])
-@pytest.mark.parametrize("fused", [False, True], ids=["a Llama", "a Phi-3"])
-def test_a_target_may_be_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, fused: bool) -> None:
-    others = {name: family for name, family in families._FAMILIES.items() if name != "Glm4MoeForCausalLM"}
-    for module in (families, architecture):  # `delitem` would put it back behind all others, which come in order
-        monkeypatch.setattr(module, "_FAMILIES" if module is families else "FAMILIES", others)
-    spec = UpcycleSpec(**COPIES, router_score="sigmoid", method=method)
-    with registered(FUSED_TARGET):
-        folder = (write_phi3 if fused else write_llama)(tmp_path / "dense", layers=2)
+    with registered(target):
+        online = _made_online(folder, tmp_path / "online", spec)
         with open_dense(folder) as dense:
             convert(dense, tmp_path / "offline", spec)
-        (model,) = build_chunks(folder, **moe_settings(read_architecture(folder), spec))
-        with open_dense(folder) as dense:
-            upcycle_into([model], dense, spec)
-        arch = read_architecture(folder).upcycled(spec)
-        export_weights(LiveWeights(model), arch, folder, tmp_path / "online", dtype=torch.float32)
-        assert _same_weights(tmp_path / "online", tmp_path / "offline")
-        assert verify(folder, tmp_path / "offline", logits=False).equal is (method == "copy")
-    tensors, attention = load_file(tmp_path / "offline/model.safetensors"), "model.layers.1.self_attn."
-    if fused:
-        parts = [load_file(folder / "model.safetensors")[attention + "qkv_proj.weight"]]
-    else:
-        parts = [load_file(folder / "model.safetensors")[f"{attention}{part}_proj.weight"] for part in "qkv"]
-    assert torch.equal(tensors[attention + "qkv_proj.weight"], torch.cat(parts))
+        require_same_weights(online, tmp_path / "offline")
+        assert read_architecture(online) == read_architecture(folder).upcycled(spec)
+        assert verify(folder, online, logits=False).equal is (method == "copy")
+    wanted, found = weights_of(folder), weights_of(online)
+    down = wanted["model.layers.0.mlp.down_proj.weight"] * spec.down_scale * 0.5
+    assert torch.equal(found["model.layers.0.moe.expert_3.down"], down) is (method == "copy")
+    assert not found["model.layers.0.moe.shift"].any()
+    if target is FUSED_TARGET:
+        parts = ["qkv"] if write is write_phi3 else [*"qkv"]
+        attention = [wanted[f"model.layers.1.self_attn.{part}_proj.weight"] for part in parts]
+        assert torch.equal(found["model.layers.1.self_attn.qkv_proj.weight"], torch.cat(attention))
 
 
 def test_a_checkpoint_is_read_and_exported_under_fused_names(tmp_path: Path) -> None:
     parent, same_sizes = write_phi3(tmp_path / "phi3"), write_llama(tmp_path / "llama", layers=2)
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", parent, None)
-    exported = load_file(
-        export_checkpoint(checkpoint, parent, tmp_path / "hf", dtype=torch.float32) / "model.safetensors"
-    )
-    with (
-        MegatronCheckpoint(checkpoint, parent / "config.json") as fused,
-        MegatronCheckpoint(checkpoint, same_sizes / "config.json") as apart,
-    ):
+    folders = [write_checkpoint(tmp_path / "fused", parent, None), tmp_path / "apart"]
+    shutil.copytree(*folders)
+    exported = weights_of(export_checkpoint(folders[0], parent, tmp_path / "hf", dtype=torch.float32))
+    for folder, same in zip(folders, (parent, same_sizes), strict=True):
+        shutil.copy(same / "config.json", folder)
+    with MegatronCheckpoint(folders[0]) as fused, MegatronCheckpoint(folders[1]) as apart:
         assert all(torch.equal(fused.read(name), exported[name]) for name in fused.names())
         for layer in ("model.layers.0.", "model.layers.1."):
             parts = [apart.read(f"{layer}self_attn.{part}_proj.weight") for part in "qkv"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,9 @@ def test_shapes_are_those_of_the_checkpoint() -> None:
 @pytest.mark.parametrize("config", [CONFIG, TINY], ids=["8B", "tiny"])
 def test_parameters_are_counted(config: dict[str, Any]) -> None:
     arch = architecture_from_config(config)
-    sizes = hf_shapes(arch).values()
-    total = 0
-    for shape in sizes:
-        count = 1
-        for size in shape:
-            count *= size
-        total += count
-    assert arch.total_params == total
-    moe = arch.upcycled(SPEC)
-    assert moe.total_params - total == 2 * (3 * arch.ffn_params(arch.ffn_size) + 4 * arch.hidden_size)
+    assert arch.total_params == sum(map(math.prod, hf_shapes(arch).values()))
+    more = arch.upcycled(SPEC).total_params - arch.total_params
+    assert more == 2 * (3 * arch.ffn_params(arch.ffn_size) + 4 * arch.hidden_size)
 
 
 def test_a_list_of_kinds_is_a_pattern() -> None:
@@ -128,28 +122,28 @@ def test_flops_count_attention_where_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    "changes",
     [
-        ({"hybrid_override_pattern": "MEM*E"}, "hybrid_override_pattern: got .MEM.E., expected Mamba-2 layers"),
-        ({"hybrid_override_pattern": "MGM*-"}, "hybrid_override_pattern: got 'MGM.-', expected Mamba-2 layers"),
-        ({"hybrid_override_pattern": "*-*-"}, "hybrid_override_pattern"),
-        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe"]}, "layers_block_type: got"),
-        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "gated"]}, "layers_block_type: got"),
-        ({"num_hidden_layers": 52}, "num_hidden_layers: got 52, expected 5"),
-        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act: got 'silu', expected relu2"),
-        ({"conv_kernel": 3}, "conv_kernel: got 3, expected 4"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon: got 1e-06, expected 1e-05"),
-        ({"use_conv_bias": False}, "use_conv_bias: got False"),
-        ({"mlp_bias": True}, "mlp_bias: got True"),
-        ({"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
-        ({"n_groups": 3}, "n_groups: got 3, expected a divisor of mamba_num_heads .128."),
-        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers: got 1, expected 0"),
+        {"hybrid_override_pattern": "MEM*E"},
+        {"hybrid_override_pattern": "*-*-"},
+        {"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe"]},
+        {"num_hidden_layers": 52},
+        {"mlp_hidden_act": "silu"},
+        {"conv_kernel": 3},
+        {"layer_norm_epsilon": 1e-6},
+        {"use_conv_bias": False},
+        {"mlp_bias": True},
+        {"time_step_limit": [0.0, 0.1]},
+        {"n_groups": 3},
+        {"num_nextn_predict_layers": 1},
     ],
     ids=str,
 )
-def test_what_no_layer_of_megatron_computes_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(CheckpointError, match=words):
+def test_what_no_layer_of_megatron_computes_is_refused_by_name(changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError) as caught:
         architecture_from_config(CONFIG | changes)
+    name, value = list(changes.items())[-1]
+    assert (caught.value.subject, caught.value.got) == (f"config.json: {name}", repr(value))
 
 
 def test_what_has_no_mamba_layers_refuses_it_by_name(tmp_path: Path) -> None:

@@ -27,15 +27,13 @@ def write(folder: Path, step: int, ending: str = "-last") -> Path:
 
 
 def test_the_highest_step_is_the_newest_whatever_the_clock_says(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "nowhere") is None
     late, early = write(tmp_path, 11), write(tmp_path, 9)  # the lower step was touched last
+    write(tmp_path, 11, ending="")  # `-last` beats the numbered one
     assert newest_checkpoint(tmp_path) == late
-    assert complete_checkpoints(tmp_path) == [early, late]
-
-
-def test_last_beats_the_numbered_one_of_the_same_step(tmp_path: Path) -> None:
-    last = write(tmp_path, 9)
-    write(tmp_path, 9, ending="")
-    assert newest_checkpoint(tmp_path) == last
+    assert complete_checkpoints(tmp_path)[0] == early
+    assert step_of(Path("model_name=0--val_loss=1.25-step=12-consumed_samples=48.0-last")) == 12
+    assert step_of(Path("model-last")) is None
 
 
 def _mark(checkpoint: Path) -> None:
@@ -65,15 +63,6 @@ def test_what_a_kill_left_half_is_never_chosen(tmp_path: Path, damage: object) -
     damage(half)  # type: ignore[operator]
     assert newest_checkpoint(tmp_path) == whole
     assert complete_checkpoints(tmp_path) == [whole]
-
-
-def test_a_folder_that_is_not_there_holds_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "checkpoints") is None
-
-
-def test_step_of_reads_the_name_alone() -> None:
-    assert step_of(Path("model_name=0--val_loss=1.25-step=12-consumed_samples=48.0-last")) == 12
-    assert step_of(Path("model-last")) is None
 
 
 def _fill_room_of(checkpoint: Path) -> None:

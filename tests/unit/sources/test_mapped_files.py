@@ -92,29 +92,16 @@ def cold(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="Linux")
-def test_a_cold_slice_is_fetched_and_nothing_beyond_it(cold: Path, tmp_path: Path) -> None:
-    files = MappedFiles(tmp_path)
-    stored = Stored("f", torch.uint8, (32, MIB), (MIB, 1), 0)
+def test_a_cold_slice_is_fetched_and_nothing_beyond_it_of_columns_the_rows(cold: Path, tmp_path: Path) -> None:
+    files, stored = MappedFiles(tmp_path), Stored("f", torch.uint8, (32, MIB), (MIB, 1), 0)
     part = files.read("t", stored, [(9, 18), (0, MIB)])
     assert _is_fetched(cold, (9, 18))  # before the view is touched
     assert torch.equal(part[0, :256], torch.arange(256, dtype=torch.uint8))
-
-
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="Linux")
-def test_what_is_expected_is_fetched_in_the_background(cold: Path, tmp_path: Path) -> None:
-    files = MappedFiles(tmp_path)
-    stored = Stored("f", torch.uint8, (32, MIB), (MIB, 1), 0)
     files.prefetch("t", stored, [(20, 22), (0, MIB)])
-    wait_until(lambda: _is_fetched(cold, (20, 22)))
-    files.close()
-
-
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="Linux")
-def test_of_columns_the_rows_are_fetched(cold: Path, tmp_path: Path) -> None:
-    files = MappedFiles(tmp_path)
-    stored = Stored("f", torch.uint8, (32, MIB), (MIB, 1), 0)
+    wait_until(lambda: _is_fetched(cold, (9, 18), (20, 22)))
     files.read("t", stored, [(4, 8), (MIB // 2, MIB // 2 + mmap.PAGESIZE)])
-    assert _is_fetched(cold, (4.5, 7.5 + mmap.PAGESIZE / MIB))
+    assert _is_fetched(cold, (4.5, 7.5 + mmap.PAGESIZE / MIB), (9, 18), (20, 22))
+    files.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="Linux")
