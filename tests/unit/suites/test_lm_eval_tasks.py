@@ -147,13 +147,11 @@ def test_group_is_one_evaluation_set(tasks_folder: Path) -> None:
 
 def test_training_splits_are_written_as_worked_examples(tasks_folder: Path, tmp_path: Path) -> None:
     names = [f"own_{layout}" for layout in FORMATS]
-    counts = write_training_splits(names, tmp_path / "out", tasks_folder)
+    write_training_splits(names, tmp_path / "out", tasks_folder)
     texts = {}
     for name in names:
         lines = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
         assert [line["id"] for line in lines] == [f"{name}/train/{number}" for number in range(3)]
-        assert counts[name]["documents"] == 3
-        assert counts[name]["bytes"] == sum(len(line["text"].encode()) for line in lines)
         assert not any("test" in line["text"] for line in lines)
         texts[name.removeprefix("own_")] = lines[1]["text"]
     stem = "Which train question number 1 is asked?"
@@ -185,9 +183,8 @@ def test_training_splits_are_what_lm_eval_shows_as_examples(tasks_folder: Path, 
         assert first == "".join(message.to_text() for message in turn)
 
 
-def test_unanswered_documents_are_left_out_and_counted(tasks_folder: Path, tmp_path: Path) -> None:
-    counts = write_training_splits(["own_unanswered"], tmp_path, tasks_folder)["own_unanswered"]
-    assert (counts["documents"], counts["unanswered"]) == (2, 1)
+def test_unanswered_documents_are_left_out(tasks_folder: Path, tmp_path: Path) -> None:
+    write_training_splits(["own_unanswered"], tmp_path, tasks_folder)
     ids = [json.loads(line)["id"] for line in (tmp_path / "own_unanswered.jsonl").read_text().splitlines()]
     assert ids == ["own_unanswered/train/0", "own_unanswered/train/2"]
     (task,) = load_tasks(["own_unanswered"], tasks_folder)["own_unanswered"]
