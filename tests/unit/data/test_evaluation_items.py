@@ -50,7 +50,7 @@ def test_planted_items_are_found_in_every_verbatim_form(built: tuple[dict[str, A
     found: dict[str, int] = defaultdict(int)
     whole: dict[str, int] = defaultdict(int)  # the others begin with boilerplate: "Which of the following statements"
     rows = questions()
-    for planted in plant(200):
+    for planted in plant(80):
         hits = [hit for hit in index.find(planted.text) if hit.start < planted.stop and planted.start < hit.stop]
         texts = [rows[int(index.item(number)[1].split("/")[1])] for hit in hits for number in hit.items]
         assert not texts or planted.form in CHANGED or rows[planted.item] in texts
@@ -64,11 +64,11 @@ def test_planted_items_are_found_in_every_verbatim_form(built: tuple[dict[str, A
             pieces = cut(planted.text, index.find(planted.text), margin=0)  # the speeches have hits of their own
             assert sum(map(len, pieces)) <= len(planted.text) - (hit.stop - hit.start)
             assert not any(index.find(piece) for piece in pieces)
-    assert total == dict.fromkeys((*VERBATIM, *CHANGED), 200)
-    assert [found[form] for form in VERBATIM] == [190, *[200] * 6]  # ten questions have less than six words
-    assert min(whole.values()) >= 180
-    assert found[CHANGED[0]] >= 194  # 290 of 300
-    assert found[CHANGED[1]] <= 5  # eight words in a row are rare in them: missed by design
+    assert total == dict.fromkeys((*VERBATIM, *CHANGED), 80)
+    assert [found[form] for form in VERBATIM] == [76, *[80] * 6]  # four questions have less than six words
+    assert min(whole.values()) >= 72
+    assert found[CHANGED[0]] >= 77  # 290 of 300
+    assert found[CHANGED[1]] <= 2  # eight words in a row are rare in them: missed by design
 
 
 def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, Any], NgramIndex]) -> None:
