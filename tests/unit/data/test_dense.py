@@ -106,6 +106,9 @@ def test_a_configuration_alone_says_what_the_parent_is_where_nothing_is_read(tmp
     assert check_address(str(alone)) == check_address(str(whole), whole=True)
     with pytest.raises(UpcycleError, match=r"got none, expected one of tokenizer\.json"):
         check_address(str(alone), whole=True)
+    (alone / "model.safetensors.index.json").write_text("{}")  # weights, which are not whole
+    with pytest.raises(UpcycleError):
+        check_address(str(alone))
     weights = whole / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UpcycleError, match=r"model\.safetensors"):
