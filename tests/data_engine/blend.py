@@ -185,6 +185,18 @@ def removed(work: Path, rank: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def outcome(folder: Path, file: Path, **task: object) -> tuple[list[str], list[tuple[str, int]]]:
+    """Run the engine on a file; return the texts that are left, and the reasons and lines of what is not."""
+    work = execute(write_plan(folder, [{"files": [str(file)], **task}]))
+    counts, lost = stats(work), removed(work)
+    assert counts["steps"]["read"]["removed"] == {
+        reason: sum(line["reason"] == reason for line in lost)
+        for reason in {line["reason"] for line in lost} - {"NULs"}  # a note: the document stays
+    }
+    assert all(line["step"] == "read" and line["where"].startswith(f"{file}:") for line in lost)
+    return texts(work), [(line["reason"], int(line["where"].rpartition(":")[2])) for line in lost]
+
+
 def everything(work: Path) -> dict[str, bytes]:
     """All bytes of the output, but for the times in the counts."""
     found = {str(path.relative_to(work)): path.read_bytes() for path in work.glob("tokens/*")}

@@ -18,7 +18,7 @@ import zstandard
 
 from nemo_upcycle.data.engine import lines
 from nemo_upcycle.errors import UpcycleError
-from tests.data_engine.blend import END, execute, jsonl, removed, run, sentence, stats, texts, write_plan
+from tests.data_engine.blend import execute, jsonl, outcome, removed, sentence, stats, texts, write_plan
 
 
 GOOD = [sentence(n) for n in range(6)]
@@ -27,17 +27,6 @@ GOOD = [sentence(n) for n in range(6)]
 def _between(bad: bytes) -> bytes:
     """Two good lines, a bad one, and the other good ones."""
     return jsonl(*GOOD[:2]) + bad + jsonl(*GOOD[2:])
-
-
-def _outcome(folder: Path, file: Path, **task: object) -> tuple[list[str], list[tuple[str, int]]]:
-    """Run the engine on a file; return the texts that are left, and the reasons and lines of what is not."""
-    work = execute(write_plan(folder, [{"files": [str(file)], **task}]))
-    counts, lost = stats(work), removed(work)
-    assert counts["steps"]["read"]["removed"] == {
-        reason: sum(line["reason"] == reason for line in lost) for reason in {line["reason"] for line in lost}
-    }
-    assert all(line["step"] == "read" and line["where"].startswith(f"{file}:") for line in lost)
-    return texts(work), [(line["reason"], int(line["where"].rpartition(":")[2])) for line in lost]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +52,7 @@ def _outcome(folder: Path, file: Path, **task: object) -> tuple[list[str], list[
 def test_bad_line_costs_only_itself(tmp_path: Path, bad: bytes, reason: str) -> None:
     file = tmp_path / "some.jsonl"
     file.write_bytes(_between(bad))
-    kept, lost = _outcome(tmp_path, file)
+    kept, lost = outcome(tmp_path, file)
     assert kept == GOOD
     assert lost[0] == (reason, 3)
 
@@ -81,14 +70,14 @@ def test_bad_line_costs_only_itself(tmp_path: Path, bad: bytes, reason: str) -> 
 def test_harmless_oddities_are_read(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "some.jsonl"
     file.write_bytes(content)
-    assert _outcome(tmp_path, file) == (GOOD, [])
+    assert outcome(tmp_path, file) == (GOOD, [])
 
 
 def test_endless_line_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "LONGEST_LINE_BYTES", 1000)
     file = tmp_path / "some.jsonl"
     file.write_bytes(_between(b"x" * 200_000 + b"\n") + b"y" * 200_000)
-    assert _outcome(tmp_path, file) == (GOOD, [("line too long", 3), ("line too long", 8)])
+    assert outcome(tmp_path, file) == (GOOD, [("line too long", 3), ("line too long", 8)])
     lost = stats(tmp_path / "work")["lost"]["line too long"]
     assert lost == {"documents": 2, "bytes": 400_001, "files": 0, "first": f"{file}:3"}
 
@@ -98,22 +87,21 @@ def _zstd(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("zst", _zstd)])
-def test_compressed_files(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+def test_damaged_files_give_what_is_before_the_damage(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
     many = [f"{sentence(n)} {sha256(str(n).encode()).hexdigest()}" for n in range(6000)]  # several blocks
     content = jsonl(*many)
     whole = compress(content[:2000]) + compress(content[2000:])  # two members, or frames
-    for name, stored in {"whole": whole, "cut": whole[:-1000], "cut_early": whole[: len(whole) // 2]}.items():
+    for name, stored, least in (("cut", whole[:-1000], 0.9), ("cut_early", whole[: len(whole) // 2], 0.4)):
         file = tmp_path / f"{name}.jsonl.{suffix}"
         file.write_bytes(stored)
-        kept, lost = _outcome(tmp_path / name, file)
+        kept, lost = outcome(tmp_path / name, file)
         assert kept == many[: len(kept)]
-        if name == "whole":
-            assert (len(kept), lost) == (len(many), [])
-        else:
-            assert lost == [("truncated compressed file", len(kept) + 1)]
-            counts = stats(tmp_path / name / "work")
-            assert counts["lost"]["truncated compressed file"]["bytes"] >= counts["bytes_in"] / 2
-            assert len(kept) > len(many) * (0.9 if name == "cut" else 0.4)
+        assert lost == [("truncated compressed file", len(kept) + 1)]
+        counts = stats(tmp_path / name / "work")
+        assert counts["lost"]["truncated compressed file"]["bytes"] >= counts["bytes_in"] / 2
+        assert len(kept) > len(many) * least
     file = tmp_path / f"damaged.jsonl.{suffix}"
     file.write_bytes(whole[: len(whole) // 2] + b"\0" * 50 + whole[len(whole) // 2 + 50 :])
     work = execute(write_plan(tmp_path / "damaged", [{"files": [str(file)]}]))
@@ -124,68 +112,51 @@ def test_compressed_files(tmp_path: Path, suffix: str, compress: Callable[[bytes
     assert 0.65 < counts["bytes_in"] / len(content) < 1.15  # what is lost is estimated
 
 
-@pytest.mark.parametrize(("name", "reader"), [("a.jsonl", "jsonl"), ("a.jsonl.gz", "jsonl"), ("a.txt", "text")])
-def test_empty_file(tmp_path: Path, name: str, reader: str) -> None:
-    file = tmp_path / name
-    file.write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
-    kept, lost = _outcome(tmp_path, file, reader=reader)
-    assert (kept, [reason for reason, _ in lost]) == ([], ["empty file"])
-
-
 @pytest.mark.parametrize("reader", ["jsonl", "text", "parquet", "redpajama_v2"])
-def test_vanished_file(tmp_path: Path, reader: str) -> None:
-    there = tmp_path / "there.jsonl"
-    there.write_bytes(_between(b""))
-    work = execute(
-        write_plan(tmp_path, [{"files": [str(tmp_path / "gone")], "reader": reader}, {"files": [str(there)]}])
-    )
-    assert stats(work, 0)["steps"]["read"] == {"in": 1, "kept": 0, "removed": {"missing file": 1}}
-    assert stats(work, 0)["lost"]["missing file"]["files"] == 1
-    assert removed(work, 0)[0]["where"] == f"{tmp_path / 'gone'}:0"
-    assert texts(work, 1) == GOOD
-
-
-def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
+def test_file_that_gives_nothing_costs_only_itself(tmp_path: Path, reader: str) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "empty.gz").write_bytes(gzip.compress(b""))
     (tmp_path / "folder").mkdir()
-    assert _outcome(tmp_path, tmp_path / "folder") == ([], [("unreadable file", 0)])
+    (tmp_path / "there.jsonl").write_bytes(_between(b""))
+    names = ["gone", "folder", *([] if reader == "parquet" else ["empty", "empty.gz"])]
+    files = [str(tmp_path / name) for name in names]
+    tasks = [{"files": files, "reader": reader}, {"files": [str(tmp_path / "there.jsonl")]}]
+    work = execute(write_plan(tmp_path, tasks))
+    lost = [(line["reason"], line["where"].rpartition(":")[0]) for line in removed(work, 0)]
+    assert lost == list(zip(["missing file", "unreadable file", *["empty file"] * 2], files, strict=False))
+    assert stats(work, 0)["lost"]["missing file"]["files"] == 1
+    assert texts(work, 1) == GOOD
 
 
 def test_fields_of_records_without_a_text_are_weighed_by_what_is_in_them(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_bytes(b"".join(json.dumps({"id": "a", "content": text, "n": 1}).encode() + b"\n" for text in GOOD))
-    assert _outcome(tmp_path, file)[1] == [("no field text", number) for number in range(1, 7)]
+    assert outcome(tmp_path, file)[1] == [("no field text", number) for number in range(1, 7)]
     counts = stats(tmp_path / "work")
     assert list(counts["fields"]) == ["content", "id"]
     assert counts["lost"]["no field text"]["bytes"] == counts["bytes_in"] == file.stat().st_size
 
 
-def test_file_that_is_no_text_is_lost_in_full(tmp_path: Path) -> None:
-    file = tmp_path / "some.jsonl"
-    file.write_bytes(bytes(range(256)) * 40)
-    assert _outcome(tmp_path, file)[1] == [("not text", 1)]
-    assert stats(tmp_path / "work")["lost"]["not text"]["bytes"] == 256 * 40
-
-
 def test_text_file_loses_only_its_bad_line(tmp_path: Path) -> None:
     file = tmp_path / "some.txt"
     file.write_bytes(b"first\n" + "café".encode()[:-1] + b"\nlast \xc3\xa9")
-    assert _outcome(tmp_path, file, reader="text") == (["first\ncafÃ\nlast é"], [])
+    assert outcome(tmp_path, file, reader="text") == (["first\ncafÃ\nlast é"], [])
     file.write_bytes(b"first\n" + "привет\n".encode("cp1251") + b"last")
-    assert _outcome(tmp_path / "cyrillic", file, reader="text") == (["first\nlast"], [("not UTF-8", 2)])
+    assert outcome(tmp_path / "cyrillic", file, reader="text") == (["first\nlast"], [("not UTF-8", 2)])
 
 
 def test_parquet(tmp_path: Path) -> None:
     table = pyarrow.table({"text": [*GOOD[:2], None, *GOOD[2:]], "id": ["same"] * 7})
     file = tmp_path / "some.parquet"
     pyarrow.parquet.write_table(table, file)
-    assert _outcome(tmp_path / "good", file, reader="parquet") == (GOOD, [("no field text", 3)])
+    assert outcome(tmp_path / "good", file, reader="parquet") == (GOOD, [("no field text", 3)])
     missing = {"reader": "parquet", "options": {"text_key": "content"}}
-    assert _outcome(tmp_path / "missing", file, **missing) == ([], [("no field content", 0)])
+    assert outcome(tmp_path / "missing", file, **missing) == ([], [("no field content", 0)])
     counts = stats(tmp_path / "missing" / "work")
     assert counts["lost"]["no field content"]["bytes"] == file.stat().st_size
     assert set(counts["fields"]) == {"text", "id"}
     file.write_bytes(file.read_bytes()[:-20])
-    kept, lost = _outcome(tmp_path / "cut", file, reader="parquet")
+    kept, lost = outcome(tmp_path / "cut", file, reader="parquet")
     assert (kept, lost) == ([], [("damaged Parquet file (ArrowInvalid)", 1)])
 
 
@@ -202,7 +173,7 @@ def test_bad_byte_in_parquet_costs_only_its_row(tmp_path: Path, kind: str, colum
     bad = bad.dictionary_encode() if kind == "dictionary" else bad
     file = tmp_path / "some.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": many, "id": ["same"] * 3000} | {column: bad}), file)
-    kept, lost = _outcome(tmp_path, file, reader="parquet")
+    kept, lost = outcome(tmp_path, file, reader="parquet")
     assert kept == [*many[:1500], *many[1501:]]
     assert lost == [("not UTF-8", 1501)]
 
@@ -215,19 +186,8 @@ def test_equal_ids_are_told_apart(tmp_path: Path) -> None:
     assert held == [{"id": f"7@some.jsonl:{n}", "text": text} for n, text in enumerate(GOOD, 1)]
 
 
-def test_literal_end_of_text_stays_text(tmp_path: Path) -> None:
-    file = tmp_path / "some.jsonl"
-    texts_in = [f"before {END} after <pad>", END, f"{END}{END}"]
-    file.write_bytes(jsonl(*texts_in))
-    assert _outcome(tmp_path, file) == (texts_in, [])  # `texts` checks that no id but the last is the end
-
-
 def test_strict_names_the_place(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_bytes(_between(b"{]\n"))
     with pytest.raises(UpcycleError, match=r"some.jsonl:3: got broken JSON"):
         execute(write_plan(tmp_path, [{"files": [str(file)]}], strict=True))
-    done = run(tmp_path / "work" / "plan.json", "--workers", "2")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "some.jsonl:3: got broken JSON" in done.stderr

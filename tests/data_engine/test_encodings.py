@@ -21,7 +21,7 @@ import pyarrow.parquet
 import zstandard
 
 from nemo_upcycle.data.engine.encodings import count_bad, decode, utf16
-from tests.data_engine.blend import execute, removed, stats, texts, write_plan
+from tests.data_engine.blend import outcome, stats
 
 
 GOOD = [
@@ -64,13 +64,11 @@ STORED: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def _read(folder: Path, name: str, content: bytes, reader: str) -> tuple[list[str], list[str]]:
+def _read(folder: Path, name: str, content: bytes, reader: str) -> tuple[list[str], list[tuple[str, int]]]:
     """Return the texts of a file, and what was lost of it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
-    work = execute(write_plan(folder, [{"files": [str(folder / name)], "reader": reader}]))
-    stats(work)
-    return texts(work), [f"{line['reason']} {line['where'].removeprefix(f'{folder}/')}" for line in removed(work)]
+    return outcome(folder, folder / name, reader=reader)
 
 
 @pytest.mark.parametrize("name", ["some.jsonl", "some.jsonl.gz", "some.parquet"])
@@ -78,12 +76,6 @@ def _read(folder: Path, name: str, content: bytes, reader: str) -> tuple[list[st
 def test_compression_is_told_by_the_bytes(tmp_path: Path, kind: str, name: str) -> None:
     reader = "parquet" if name.endswith("parquet") else "jsonl"
     assert _read(tmp_path, name, STORED[kind](_lines(LONG).encode()), reader) == (LONG, [])
-
-
-@pytest.mark.parametrize("kind", [kind for kind in STORED if kind != "parquet"])
-def test_text_file_is_one_document_however_it_is_stored(tmp_path: Path, kind: str) -> None:
-    text = "\n".join(LONG)
-    assert _read(tmp_path, "some.txt", STORED[kind](text.encode()), "text") == ([text], [])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
@@ -122,20 +114,20 @@ def test_other_encodings_are_not_taken_for_latin1(text: str, encoding: str) -> N
 
 def test_what_is_no_text_is_one_line_of_the_list(tmp_path: Path) -> None:
     noise = random.Random(5).randbytes(100_000)
-    assert _read(tmp_path / "noise", "some.jsonl", noise, "jsonl") == ([], ["not text some.jsonl:1"])
-    assert _read(tmp_path / "packed", "some.jsonl", gzip.compress(noise), "jsonl") == ([], ["not text some.jsonl:1"])
-    assert _read(tmp_path / "text", "some.txt", noise, "text") == ([], ["not text some.txt:1"])
+    assert _read(tmp_path / "noise", "some.jsonl", noise, "jsonl") == ([], [("not text", 1)])
+    assert _read(tmp_path / "packed", "some.jsonl", gzip.compress(noise), "jsonl") == ([], [("not text", 1)])
+    assert _read(tmp_path / "text", "some.txt", noise, "text") == ([], [("not text", 1)])
     with zipfile.ZipFile(stored := BytesIO(), "w") as archive:
         archive.writestr("some.jsonl", _lines(LONG))
     archived = _read(tmp_path / "archive", "some.jsonl", stored.getvalue(), "jsonl")
-    assert archived == ([], ["zip archive, to be unpacked some.jsonl:1"])
+    assert archived == ([], [("zip archive, to be unpacked", 1)])
 
 
 def test_few_nuls_are_taken_out_and_many_end_the_document(tmp_path: Path) -> None:
     many = ["word " * 100 + "\0end", "word " * 1000 + "\0" * 5000, "kept"]
     kept, lost = _read(tmp_path, "some.jsonl", _lines(many).encode(), "jsonl")
     assert kept == ["word " * 100 + "end", "kept"]
-    assert lost == ["NULs some.jsonl:1", "not text some.jsonl:2"]
+    assert lost == [("NULs", 1), ("not text", 2)]
     counts = stats(tmp_path / "work")["steps"]["read"]
     assert counts == {"in": 3, "kept": 2, "removed": {"not text": 1}}
 

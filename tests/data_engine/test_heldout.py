@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 pytest.importorskip("datatrove")
 
 from nemo_upcycle.data.engine import overlap
-from nemo_upcycle.data.engine.clean import write_numbers
 from nemo_upcycle.data.finished import HELDOUT_OVERLAP
 from tests.data_engine.blend import (
     execute,
@@ -78,52 +76,47 @@ def test_copy_leaves_training_and_text_inside_a_longer_document_leaves_the_held_
     ]
 
 
-def test_one_that_is_in_many_pieces_all_over_training_leaves_the_held_out(tmp_path: Path) -> None:
-    pieces = [f"{words(20 + n, 90)} {' '.join(HELD[0].split()[60 * n : 60 * n + 60])}" for n in range(5)]
-    work = _run(tmp_path, pieces, HELD[:2])
-    assert texts(work, 1) == pieces
-    assert _held(work) == HELD[1:2]
-
-
 def _reworded(text: str, seed: int, share: float = 0.1) -> str:
     """The text with some of its words changed."""
     chance = random.Random(seed)
     return " ".join(f"other{n}" if chance.random() < share else word for n, word in enumerate(text.split()))
 
 
-def test_copies_with_one_word_in_ten_changed_leave_training(tmp_path: Path) -> None:
-    held = [words(n) for n in range(20, 40)]
-    regular = [" ".join(f"other{n}" if n % 10 == 5 else word for n, word in enumerate(text.split())) for text in held]
-    work = _run(tmp_path, [*regular, *(_reworded(text, n) for n, text in enumerate(held)), OTHER], held)
-    assert texts(work, 1) == [OTHER]
-    assert _held(work) == held
+def _chinese(seed: int, count: int = 300) -> str:
+    return "".join(random.Random(seed).choices([chr(0x4E00 + n) for n in range(800)], k=count))
 
 
-def test_held_out_text_whose_reworded_copy_stands_in_a_longer_document_goes(tmp_path: Path) -> None:
-    longer = f"{words(11, 900)} {_reworded(HELD[1], 3)}"
-    work = _run(tmp_path, [longer, OTHER], HELD)
-    assert texts(work, 1) == [longer, OTHER]
-    assert _held(work) == [HELD[0], HELD[2], HELD[3]]
+PIECES = [f"{words(20 + n, 90)} {' '.join(HELD[0].split()[60 * n : 60 * n + 60])}" for n in range(5)]
+COPIED = [words(n) for n in range(20, 40)]
+REGULAR = [" ".join(f"other{n}" if n % 10 == 5 else word for n, word in enumerate(text.split())) for text in COPIED]
+LONGER = f"{words(11, 900)} {_reworded(HELD[1], 3)}"
+STOCK = [" ".join(text.split()[at : at + 8]) for text in HELD for at in range(0, 100, 20)]
+SPEECH = " ".join(f"{words(50 + n, 12)} {phrase}" for n, phrase in enumerate(STOCK))
+SIGNS = _chinese(1)
+STOCK_SIGNS = "".join(f"{_chinese(9 + at, 7)}{SIGNS[at : at + 12]}" for at in range(0, 240, 12))
+COPIED_SIGNS = "".join(chr(0x5FFF) if n % 25 == 5 else letter for n, letter in enumerate(SIGNS))
+FEW = words(7, 7)
+#: What is trained on, what is held out, and what is left of either.
+CASES = {
+    "pieces of one all over training": (PIECES, HELD[:2], PIECES, HELD[1:2]),
+    "copies with one word in ten changed": (
+        [*REGULAR, *(_reworded(text, n) for n, text in enumerate(COPIED)), OTHER],
+        COPIED,
+        [OTHER],
+        COPIED,
+    ),
+    "a reworded copy inside a longer document": ([LONGER, OTHER], HELD, [LONGER, OTHER], [HELD[0], *HELD[2:]]),
+    "stock phrases, which are no copy": ([SPEECH], HELD, [SPEECH], HELD),
+    "a script without blanks, of longer n-grams": ([STOCK_SIGNS, COPIED_SIGNS], [SIGNS], [STOCK_SIGNS], [SIGNS]),
+    "fewer words than an n-gram": ([f"{FEW} {OTHER}"], [FEW, HELD[0]], [f"{FEW} {OTHER}"], [FEW, HELD[0]]),
+}
 
 
-def test_stock_phrases_of_other_documents_are_no_copy(tmp_path: Path) -> None:
-    phrases = [" ".join(text.split()[at : at + 8]) for text in HELD for at in range(0, 100, 20)]
-    speech = " ".join(f"{words(50 + n, 12)} {phrase}" for n, phrase in enumerate(phrases))
-    work = _run(tmp_path, [speech], HELD)
-    assert texts(work, 1) == [speech]
-    assert _held(work) == HELD
-
-
-def test_scripts_without_blanks_have_longer_ngrams(tmp_path: Path) -> None:
-    def chinese(seed: int, count: int = 300) -> str:
-        return "".join(random.Random(seed).choices([chr(0x4E00 + n) for n in range(800)], k=count))
-
-    held = chinese(1)
-    phrases = "".join(f"{chinese(9 + at, 7)}{held[at : at + 12]}" for at in range(0, 240, 12))
-    copy = "".join(chr(0x5FFF) if n % 25 == 5 else letter for n, letter in enumerate(held))
-    work = _run(tmp_path, [phrases, copy], [held])
-    assert texts(work, 1) == [phrases]
-    assert _held(work) == [held]
+@pytest.mark.parametrize("what", CASES)
+def test_copies_leave_one_side_and_what_is_no_copy_stays(tmp_path: Path, what: str) -> None:
+    train, held, train_left, held_left = CASES[what]
+    work = _run(tmp_path, train, held)
+    assert (texts(work, 1), _held(work)) == (train_left, held_left)
 
 
 def test_bytes_without_overlap_are_those_without_the_step(tmp_path: Path) -> None:
@@ -152,18 +145,6 @@ def test_duplicate_of_a_training_document_goes_alone(tmp_path: Path) -> None:
     assert stats(work, 1)["steps"]["deduplicate"]["removed"] == {"duplicate": 1}
 
 
-def test_without_deduplication(tmp_path: Path) -> None:
-    work = _run(tmp_path, [SHORT, OTHER, OTHER], HELD, deduplicate=False)
-    assert texts(work, 1) == [OTHER, OTHER]
-
-
-def test_documents_of_fewer_words_than_an_ngram_stay(tmp_path: Path) -> None:
-    few = words(7, 7)
-    work = _run(tmp_path, [f"{few} {OTHER}", few + " end"], [few, HELD[0]])
-    assert _held(work) == [few, HELD[0]]
-    assert len(texts(work, 1)) == 2
-
-
 def test_many_ngrams_are_sampled_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "MOST_NGRAMS", 300)
     overlap._searched.cache_clear()
@@ -172,14 +153,3 @@ def test_many_ngrams_are_sampled_by_hash(tmp_path: Path, monkeypatch: pytest.Mon
     (row,) = _summary(work)["rows"]
     assert (row["words"], row["shared"]) == (1200, pytest.approx(700, rel=0.1))
     assert (texts(work, 1), _held(work)) == ([LONG, QUOTE, OTHER], [HELD[0], HELD[2], HELD[3]])
-
-
-def test_numbers_for_which_there_is_no_room_are_an_error(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_numbers(tmp_path / "train/00000.remove", range(10))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list((tmp_path / "train").iterdir())

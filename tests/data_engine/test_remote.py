@@ -153,19 +153,13 @@ def test_passing_error_costs_nothing(tmp_path: Path, server: Server, name: str) 
     assert removed(plan.parent) == []
 
 
-@pytest.mark.parametrize("name", ["refused.jsonl", "forbidden.jsonl", "forbidden.parquet"])
+@pytest.mark.parametrize("name", ["refused.jsonl", "forbidden.jsonl", "forbidden.parquet", "unanswered.jsonl"])
 @pytest.mark.usefixtures("impatient")
 def test_what_does_not_pass_is_no_missing_file(tmp_path: Path, server: Server, name: str) -> None:
-    file = server.address(name)
+    file = "http://127.0.0.1:9/some.jsonl" if name == "unanswered.jsonl" else server.address(name)
     plan = write_plan(tmp_path, [{"files": [file], "reader": name.rpartition(".")[2]}])
-    with pytest.raises(UpcycleError, match=f"{file}: got (500|403).*the build resumes"):
+    with pytest.raises(UpcycleError, match=f"{file}: got (500|403|Cannot connect).*the build resumes"):
         execute(plan)
-
-
-@pytest.mark.usefixtures("impatient")
-def test_nobody_answers(tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"http://127.0.0.1:9/some.jsonl: got Cannot connect"):
-        execute(write_plan(tmp_path, [{"files": ["http://127.0.0.1:9/some.jsonl"]}]))
 
 
 @pytest.mark.usefixtures("impatient")
@@ -189,7 +183,7 @@ def test_build_goes_on_once_the_server_is_back(tmp_path: Path, server: Server) -
     assert f"{server.address('far.jsonl')}: got 500" in stopped.stderr
     server.is_down = False
     done = run(plan)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     assert [texts(plan.parent, rank) for rank in (0, 1)] == [["near"], ["far"]]
 
 
@@ -206,14 +200,9 @@ def test_local_file_that_cannot_be_read_now(tmp_path: Path) -> None:
     assert texts(plan.parent) == ["there"]
 
 
-@pytest.mark.parametrize("reader", ["jsonl", "parquet"])
-def test_server_that_sends_no_size(tmp_path: Path, server: Server, reader: str) -> None:
-    name = f"unsized.{reader}"
-    (server.folder / name).write_bytes(jsonl(*MANY))
-    if reader == "parquet":
-        pyarrow.parquet.write_table(pyarrow.table({"text": MANY}), server.folder / name)
-    work = execute(write_plan(tmp_path, [{"files": [server.address(name)], "reader": reader}]))
+def test_server_that_sends_no_size(tmp_path: Path, server: Server) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": MANY}), server.folder / "unsized.parquet")
+    file = server.address("unsized.parquet")
+    work = execute(write_plan(tmp_path, [{"files": [file], "reader": "parquet"}]))
     assert texts(work) == MANY
-    assert stats(work)["files"] == {
-        server.address(name): {"bytes": None, "whole": True, "texts_xxh3_128": _digest(*MANY)}
-    }
+    assert stats(work)["files"] == {file: {"bytes": None, "whole": True, "texts_xxh3_128": _digest(*MANY)}}

@@ -41,36 +41,32 @@ class LmEval(Reader):
         return [] if options.get("include_path") else [task_need(name) for name in entries]
 
 
-def write_training_splits(
-    names: Sequence[str], folder: Path, include_path: Path | None = None
-) -> dict[str, dict[str, int]]:
+def write_training_splits(names: Sequence[str], folder: Path, include_path: Path | None = None) -> None:
     """Write the training documents of tasks of lm-eval to `folder/NAME.jsonl`, in the order of their data sets.
 
     A line is `{"id": "TASK/train/NUMBER", "text": "..."}`; the text is what lm-eval shows as a worked example: the
-    task's prompt, its delimiter and the right answer. The other splits are never read out.
+    task's prompt, its delimiter and the right answer; documents without one are left out. The other splits are never
+    read out.
 
     Args:
         names: tasks or groups of lm-eval.
         folder: created if missing; a file of an earlier call is replaced.
         include_path: a folder with task files of the user's own, or None.
 
-    Returns:
-        For each name, `documents` written, `unanswered` ones that were left out, and `bytes` of text in UTF-8.
-
     Raises:
         UpcycleError: an unknown task, one without a training split or with one that it evaluates, or data that cannot
             be fetched. Nothing is written then.
 
     Example:
-        >>> write_training_splits(["sciq"], Path("runs/data"))["sciq"]["documents"]  # doctest: +SKIP
-        11679
+        >>> write_training_splits(["sciq"], Path("runs/data"))  # doctest: +SKIP
     """
     loaded = load_tasks(names, include_path)
     for tasks in loaded.values():
         for task in tasks:
             _require_training_split(task)
     folder.mkdir(parents=True, exist_ok=True)
-    return {name: _write(tasks, folder / f"{name}.jsonl") for name, tasks in loaded.items()}
+    for name, tasks in loaded.items():
+        _write(tasks, folder / f"{name}.jsonl")
 
 
 def _require_training_split(task: Any) -> None:
@@ -91,19 +87,13 @@ def _require_training_split(task: Any) -> None:
     )
 
 
-def _write(tasks: list[Any], path: Path) -> dict[str, int]:
-    counts = {"documents": 0, "unanswered": 0, "bytes": 0}
+def _write(tasks: list[Any], path: Path) -> None:
     with whole_file(path) as aside, aside.open("w", encoding="utf-8") as handle:
         for task in tasks:
             for number, document in enumerate(task.training_docs()):
-                if (text := _worked_example(task, document)) is None:
-                    counts["unanswered"] += 1
-                    continue
-                line = {"id": f"{task.task_name}/train/{number}", "text": text}
-                handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-                counts["documents"] += 1
-                counts["bytes"] += len(text.encode())
-    return counts
+                if (text := _worked_example(task, document)) is not None:
+                    line = {"id": f"{task.task_name}/train/{number}", "text": text}
+                    handle.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _worked_example(task: Any, document: Mapping[str, Any]) -> str | None:

@@ -75,14 +75,21 @@ def test_a_file_of_texts_is_a_blend_of_one_source(tmp_path: Path) -> None:
     assert blend.folder == tmp_path
 
 
-def test_a_file_without_sources_is_refused(tmp_path: Path) -> None:
-    for content in ("seq_length: 3\n", "sources: {}\n", "sources: [a]\n", "sources: {web: {reader: files}}\n"):
-        (tmp_path / "mine.yaml").write_text(content)
-        with pytest.raises(UpcycleError, match=r"mine\.yaml"):
-            read_blend(tmp_path / "mine.yaml")
-
-
-def test_a_name_that_cannot_be_a_file_name_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("sources: {'My web': {train: [a.txt]}}\n")
-    with pytest.raises(UpcycleError, match="lower-case letters"):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("seq_length: 3", "mine.yaml"),
+        ("sources: {}", "sources: got"),
+        ("sources: [a]", "mine.yaml"),
+        ("sources: {web: {reader: files}}", "train"),
+        ("sources: {'My web': {train: [a.txt]}}", "lower-case letters"),
+        (
+            "{sources: {web: {train: [x]}}, near_duplicates: {}, deduplicate: false}",
+            "near_duplicates: got deduplicate",
+        ),
+    ],
+)
+def test_a_file_that_is_no_blend_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(UpcycleError, match=said):
         read_blend(tmp_path / "mine.yaml")

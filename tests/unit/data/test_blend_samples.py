@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from threading import Thread
 
 import lightning.pytorch as pl
 import pytest
@@ -14,6 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.files import MARKER, read_json
 from nemo_upcycle.utils.progress import show_messages
+from tests.waiting import HANG_S, wait_until
 
 
 @pytest.mark.parametrize(
@@ -91,27 +91,16 @@ def test_indices_of_other_data_are_deleted(manifest: Path) -> None:
     assert _names(cache) == {"new"}
 
 
-_HOLD = """
-import sys, time
-from pathlib import Path
-from nemo_upcycle.data.blend_samples import whole_indices
-cache = Path(sys.argv[1])
-with whole_indices(cache, Path(sys.argv[2])):
-    print("building", flush=True)
-    time.sleep(1)
-    (cache / "first").write_text("first")
-"""
-
-
-def test_second_run_waits_for_the_first(manifest: Path) -> None:
+def test_second_run_waits_for_the_first(manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = manifest.with_name("indices")
-    command = [sys.executable, "-c", _HOLD, str(cache), str(manifest)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "building\n"
-        with whole_indices(cache, manifest):
-            assert (cache / "first").read_text() == "first"
-    assert other.returncode == 0
+    with temporarily_set(show_messages(), "propagate", True), whole_indices(cache, manifest):
+        second = Thread(target=_built, args=(cache, manifest), kwargs={"second": "two"})
+        second.start()
+        wait_until(lambda: "wait for another run" in caplog.text)
+        assert _names(cache) == set()
+        _index(cache, "first").write_text("one")
+    second.join(HANG_S)
+    assert _names(cache) == {"first", "second"}
 
 
 def test_cache_that_cannot_be_written_is_an_error_with_a_fix(manifest: Path) -> None:

@@ -21,6 +21,7 @@ from nemo_upcycle.models.hf_model import load_tokenizer
 from tests.chats import FORGETS, TEMPLATE, TOOLS, asks_tool, messages, sums, write_chat_tokenizer, write_lines
 
 
+PLAIN = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 CALL = '<call>weather {"city": "Köln"}</call>'
 
 
@@ -53,17 +54,43 @@ def _texts(folder: Path, tokens: Tokens) -> tuple[str, str]:
     return decode(tokens.ids), decode(tokens.ids[tokens.is_answer])
 
 
-def test_the_loss_is_on_answers_and_on_what_ends_each(tokenizer: Path) -> None:
-    (tokens,) = _tokens(tokenizer, messages("How?", "So.", "Why?", "Thus."))
-    whole, scored = _texts(tokenizer, tokens)
-    assert whole == "user: How?</s>\nassistant: So.</s>\nuser: Why?</s>\nassistant: Thus.</s>"
-    assert scored == "So.</s>Thus.</s>"
+def _answered(**more: Any) -> list[dict[str, Any]]:
+    return [*messages("How?"), {"role": "assistant", "content": "So.", **more}]
 
 
-def test_an_answer_that_a_template_does_not_end_is_ended(tokenizer: Path) -> None:
-    plain = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    (tokens,) = _tokens(tokenizer, messages("How?", "So."), plain)
-    assert _texts(tokenizer, tokens) == ("How? So. </s>", "So. </s>")
+def _called(function: Any) -> list[dict[str, Any]]:
+    return _answered(content=None, tool_calls=[{"function": function}])
+
+
+#: The template, what is asked and answered, what becomes of it as a whole, and what the loss is on.
+SCORED: dict[str, tuple[str | None, list[dict[str, Any]], str, str]] = {
+    "answers, and what ends each": (
+        None,
+        messages("How?", "So.", "Why?", "Thus."),
+        "user: How?</s>\nassistant: So.</s>\nuser: Why?</s>\nassistant: Thus.</s>",
+        "So.</s>Thus.</s>",
+    ),
+    "an answer that the template does not end": (PLAIN, messages("How?", "So."), "How? So. </s>", "So. </s>"),
+    "calls of tools": (
+        TOOLS,
+        asks_tool(),
+        f"user: Warm?</s>assistant: {CALL}</s>tool: 5 degrees</s>assistant: No.</s>",
+        f"{CALL}</s>No.</s>",
+    ),
+    "thoughts": (
+        TOOLS,
+        _answered(reasoning_content="hm"),
+        "user: How?</s>assistant: [hm]So.</s>",
+        "[hm]So.</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SCORED)
+def test_the_loss_is_on_answers_as_the_template_writes_them(tokenizer: Path, tmp_path: Path, what: str) -> None:
+    template, conversation, whole, scored = SCORED[what]
+    (tokens,) = _tokens(tokenizer, _read(tmp_path, conversation).messages, template)
+    assert _texts(tokenizer, tokens) == (whole, scored)
 
 
 def test_a_template_that_rewrites_earlier_answers_gives_a_sequence_for_each_answer(tokenizer: Path) -> None:
@@ -80,14 +107,6 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path)
     (found,) = chat.tokens([Conversation("mine.jsonl:1", messages("How?", "So."))])
     assert isinstance(found, Problem)
     assert found.field == "messages[1]"
-
-
-def _answered(**more: Any) -> list[dict[str, Any]]:
-    return [*messages("How?"), {"role": "assistant", "content": "So.", **more}]
-
-
-def _called(function: Any) -> list[dict[str, Any]]:
-    return _answered(content=None, tool_calls=[{"function": function}])
 
 
 @pytest.mark.parametrize(
@@ -131,13 +150,6 @@ def test_a_wrong_line_is_named_by_field_and_reason(tmp_path: Path, line: Any, fi
     assert (bad.place, bad.field, bad.reason) == ("mine.jsonl:2", field, reason)
 
 
-def test_the_loss_is_on_calls_of_tools_as_the_template_writes_them(tokenizer: Path, tmp_path: Path) -> None:
-    (tokens,) = _tokens(tokenizer, _read(tmp_path, asks_tool()).messages, TOOLS)
-    whole, scored = _texts(tokenizer, tokens)
-    assert whole == f"user: Warm?</s>assistant: {CALL}</s>tool: 5 degrees</s>assistant: No.</s>"
-    assert scored == f"{CALL}</s>No.</s>"
-
-
 def test_there_is_no_loss_on_an_answer_of_weight_0(tokenizer: Path, tmp_path: Path) -> None:
     turns = messages("How?", "So.", "Why?", "Thus.", "And?", "Ah.")
     turns[1]["weight"], turns[3]["weight"], turns[5]["weight"] = 0, 1, 0
@@ -148,11 +160,6 @@ def test_there_is_no_loss_on_an_answer_of_weight_0(tokenizer: Path, tmp_path: Pa
     assert scored == "Thus.</s>"
     chat = ChatTemplate(load_tokenizer(tokenizer), None, "the parent")
     assert [turn.answer for turn in chat.asked(conversation)] == ["Thus.</s>"]  # type: ignore[union-attr]
-
-
-def test_thoughts_are_learned_where_the_template_writes_them(tokenizer: Path) -> None:
-    (tokens,) = _tokens(tokenizer, _answered(reasoning_content="hm"), TOOLS)
-    assert _texts(tokenizer, tokens)[1] == "[hm]So.</s>"
 
 
 EMPTY = TEMPLATE.replace(
@@ -181,11 +188,6 @@ def test_what_the_template_does_not_write_is_refused_by_name(
     assert isinstance(found, Problem)
     assert (found.place, found.field) == ("mine.jsonl:1", field)
     assert "chat_template" in found.fix
-
-
-def test_no_answer_that_is_held_back_is_empty(tokenizer: Path, tmp_path: Path) -> None:
-    _build(tokenizer, tmp_path, [*sums(), *(asks_tool(f"Warm in {n}?") for n in range(40))], "max_lost=0.5")
-    assert all(row["answer"] != "</s>" for row in open_chat(tmp_path / "chat").answers())
 
 
 def test_bytes_that_are_not_utf_8_cost_their_line_alone(tmp_path: Path) -> None:
@@ -247,9 +249,9 @@ def test_no_question_of_an_answer_that_is_held_back_is_trained_on(tokenizer: Pat
 
 
 def test_held_out_answers_end_where_the_model_has_to_stop(tokenizer: Path, tmp_path: Path) -> None:
-    _build(tokenizer, tmp_path, sums())
+    _build(tokenizer, tmp_path, [*sums(), *(asks_tool(f"Warm in {n}?") for n in range(40))], "max_lost=0.5")
     rows = open_chat(tmp_path / "chat").answers()
-    assert {row["turn"] for row in rows} == {0, 1}
+    assert {row["turn"] for row in rows} >= {0, 1}
     for row in rows:
         assert row["prompt"].endswith("</s>\nassistant: ")
         assert row["answer"].endswith(".</s>")

@@ -7,7 +7,7 @@ import pytest
 
 from nemo_upcycle.data.contamination import EXAMPLES, Contamination, build_index, check_suites, merge_contamination
 from nemo_upcycle.data.ngrams import NgramIndex
-from nemo_upcycle.data.passages import Hit, removed_spans
+from nemo_upcycle.data.passages import removed_spans
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import Item
 from tests.lm_eval_tasks import write_task
@@ -33,20 +33,17 @@ def test_sets_items_documents_and_bytes_are_counted(index: NgramIndex) -> None:
     counts.add("1", "a.jsonl:1", first, hits := index.find(first), removed_spans(first, hits))
     counts.add("2", "a.jsonl:2", second, index.find(second), [(0, len(second))])
     counts.add("3", "a.jsonl:3", "nothing", index.find("nothing"))
+    counts.add("4", "a.jsonl:4", second, index.find(second))  # a mere report
     found = counts.to_dict()
     assert list(found) == ["history", "physics"]
     removed = sum(len(first[start:stop].encode()) for start, stop in removed_spans(first, hits))
     assert removed > 2 * 600
     physics = found["physics"]
-    assert (physics["documents"], physics["passages"], physics["items"]) == (2, 3, ["light"])
+    assert (physics["documents"], physics["passages"], physics["items"]) == (3, 4, ["light"])
     assert physics["bytes"] == removed + len(second)
-    assert physics["examples"][1] == {
-        "id": "1",
-        "where": "a.jsonl:1",
-        "words": "WHAT is the speed of light",
-        "item": "light",
-    }
-    assert (found["history"]["documents"], found["history"]["bytes"]) == (1, len(second))
+    example = {"id": "1", "where": "a.jsonl:1", "words": "WHAT is the speed of light", "item": "light"}
+    assert physics["examples"][1] == example
+    assert (found["history"]["documents"], found["history"]["bytes"]) == (2, len(second))
     assert json.loads(json.dumps(found)) == found
 
 
@@ -57,13 +54,6 @@ def test_passage_inside_one_removed_span_counts_its_bytes_once(index: NgramIndex
     assert len(hits) == 2
     assert counts.to_dict()["physics"]["bytes"] == len(text)
     assert counts.to_dict()["physics"]["items"] == ["light", "sound"]
-
-
-def test_report_removes_nothing(index: NgramIndex) -> None:
-    counts = Contamination(index)
-    counts.add("1", "a:1", "what is the speed of light", [Hit(0, 26, 6, (0,))])
-    assert counts.to_dict()["physics"]["bytes"] == 0
-    assert counts.to_dict()["physics"]["documents"] == 1
 
 
 def test_merged_counts_are_sums_and_items_are_counted_once(index: NgramIndex) -> None:
@@ -78,23 +68,10 @@ def test_merged_counts_are_sums_and_items_are_counted_once(index: NgramIndex) ->
     physics = merged["physics"]
     assert (physics["items"], physics["items_hit"], physics["documents"]) == (2, 2, 30)
     assert physics["bytes"] == 15 * 26 + 15 * 53
-    assert [example["where"] for example in physics["examples"]] == [
-        *(f"light:{number}" for number in range(15)),
-        "sound:0",
-        "sound:0",
-        "sound:1",
-        "sound:1",
-        "sound:2",
-    ]
-    assert len(physics["examples"]) == EXAMPLES
-    assert merged["unused"] == {
-        **index.summary["unused"],
-        "items_hit": 0,
-        "documents": 0,
-        "passages": 0,
-        "bytes": 0,
-        "examples": [],
-    }
+    places = [example["where"] for example in physics["examples"]]
+    assert (places[0], places[14:17], len(places)) == ("light:0", ["light:14", "sound:0", "sound:0"], EXAMPLES)
+    assert merged["unused"]["items"] == 1
+    assert (merged["unused"]["items_hit"], merged["unused"]["examples"]) == (0, [])
 
 
 @pytest.fixture
@@ -133,15 +110,8 @@ def test_own_tasks_are_looked_for_without_those_that_are_named(suite: Path, tmp_
     assert [hit.size for hit in found] == [9]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("task: [lost\n", r"task: got lost, .* or define it in a file of valid YAML in .*tasks"),
-        ("task: lost\ndataset_path: json\noutput_type: generate\n", r"output_type 'generate'.*; or correct the file"),
-    ],
-)
-def test_a_mistake_in_a_task_of_ones_own_is_told(suite: Path, content: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "tasks/lost.yaml").write_text(content)
-    with pytest.raises(UpcycleError, match=said):
+@pytest.mark.full
+def test_a_task_of_ones_own_that_is_no_yaml_is_told(suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "tasks/lost.yaml").write_text("task: [lost\n")
+    with pytest.raises(UpcycleError, match=r"task: got lost, .* or define it in a file of valid YAML in .*tasks"):
         build_index([suite], tmp_path / "index.npz")

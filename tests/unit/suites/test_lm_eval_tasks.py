@@ -147,12 +147,10 @@ def test_group_is_one_evaluation_set(tasks_folder: Path) -> None:
 
 def test_training_splits_are_written_as_lm_eval_shows_examples(tasks_folder: Path, tmp_path: Path) -> None:
     names = [f"own_{layout}" for layout in FORMATS]
-    counts = write_training_splits(names, tmp_path / "out", tasks_folder)
+    write_training_splits(names, tmp_path / "out", tasks_folder)
     for name, (task,) in load_tasks(names, tasks_folder).items():
         lines = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
         assert [line["id"] for line in lines] == [f"{name}/train/{number}" for number in range(3)]
-        assert counts[name]["documents"] == 3
-        assert counts[name]["bytes"] == sum(len(line["text"].encode()) for line in lines)
         assert not any("test" in line["text"] for line in lines)
         expected = " Which train question number 0 is asked? the train one The passage of train 0."
         if name != "own_beginnings":  # of which lm-eval shows no examples
