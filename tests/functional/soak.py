@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from tests.functional.test_pipeline import STAGES, write_plan
 #: Kills that one run has to survive before it is left alone.
 KILLS_A_RUN = 4
 STEPS, EVERY = 6, 2
+#: Ranks, and whether they save asynchronously.
+TRAININGS = ((1, False), (1, True), (2, True))
 TRAINING_AIMS = (
     Strike("open", ".distcp"),  # inside the first save
     Strike("os.remove", "checkpoints", count=2, inside_removal=True),  # inside the removal of the one before
@@ -249,19 +252,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60, help="of each part (default: 60)")
     parser.add_argument("parts", nargs="*", default=["training", "pipeline"], help="training, pipeline")
     args = parser.parse_args()
-    jobs = {
+    jobs: dict[str, dict[str, Callable[[Path], Counter[str]]]] = {
         "training": {
-            "training, saved synchronously": lambda folder: soak_training(
-                folder, args.kills // 3, ranks=1, asynchronous=False
-            ),
-            "training, saved asynchronously": lambda folder: soak_training(
-                folder, args.kills // 3, ranks=1, asynchronous=True
-            ),
-            "training on two ranks, asynchronously": lambda folder: soak_training(
-                folder, args.kills - 2 * (args.kills // 3), ranks=2, asynchronous=True
-            ),
+            f"training on {ranks} ranks, {'asynchronously' if asynchronous else 'synchronously'} saved": partial(
+                soak_training, kills=args.kills // len(TRAININGS), ranks=ranks, asynchronous=asynchronous
+            )
+            for ranks, asynchronous in TRAININGS
         },
-        "pipeline": {"pipeline": lambda folder: soak_pipeline(folder, args.kills)},
+        "pipeline": {"pipeline": partial(soak_pipeline, kills=args.kills)},
     }
     for part in args.parts:
         for title, soak in jobs[part].items():

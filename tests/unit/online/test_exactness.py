@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
@@ -179,15 +178,3 @@ def test_what_is_not_exact_says_why_and_shows(spec: UpcycleSpec, reason: str) ->
 def test_what_changes_nothing_is_exact(fields: dict) -> None:
     assert _spec(**fields).is_exact
     assert _error({}, _spec(**fields)) <= EXACT
-
-
-def test_a_router_whose_scores_are_made_anew_is_refused() -> None:
-    spec = _spec()
-    moe = build_chunks(
-        small_architecture(),
-        **moe_settings(small_architecture(), spec),
-        moe_router_load_balancing_type="sinkhorn",
-        moe_aux_loss_coeff=0.0,
-    )
-    with pytest.raises(SpecError, match="moe_router_load_balancing_type: got sinkhorn"):
-        upcycle_into(moe, MemorySource(small_architecture()), spec)
