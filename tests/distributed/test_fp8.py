@@ -174,9 +174,19 @@ def _fill(name: str, parameter: torch.Tensor, rank: int) -> None:
         parameter.data.copy_(torch.randn(parameter.shape, generator=numbers) * 0.05)
 
 
+def _each_trained(layout: dict[str, int], steps: int) -> dict[str | None, list[float]]:
+    return {recipe: _trained(recipe, layout, steps) for recipe in (None, *RECIPES)}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str | None, list[float]]:
+    """The losses of one rank, by recipe."""
+    return run_ranks(_each_trained, 1, {}, 8)[0]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_model_learns(recipe: str) -> None:
-    ((plain,), (losses,)) = (run_ranks(functools.partial(_trained, name, {}, 8), 1) for name in (None, recipe))
+def test_a_model_learns(alone: dict[str | None, list[float]], recipe: str) -> None:
+    plain, losses = alone[None], alone[recipe]
     assert losses != plain
     assert losses[0] == pytest.approx(plain[0], rel=0.02)
     assert losses[-1] < losses[0] - 0.5
@@ -184,12 +194,11 @@ def test_a_model_learns(recipe: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_ranks_that_share_the_experts_compute_as_one(recipe: str) -> None:
+def test_ranks_that_share_the_experts_compute_as_one(alone: dict[str | None, list[float]]) -> None:
     """Step 0, before scales of experts on other ranks are shared: the same loss."""
-    (alone,) = run_ranks(functools.partial(_trained, recipe, {}, 1), 1)
-    for losses in run_ranks(functools.partial(_trained, recipe, {"ep": 2}, 1), 2):
-        assert losses[0] == pytest.approx(alone[0], rel=1e-5)
+    for rank in run_ranks(_each_trained, 2, {"ep": 2}, 1):
+        for recipe, losses in rank.items():
+            assert losses[0] == pytest.approx(alone[recipe][0], rel=1e-5)
 
 
 def _shared_scales() -> list[list[float]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,14 +213,6 @@ def test_every_layout_has_the_parents_tensors_and_copies_of_its_networks(parent:
         assert torch.equal(filled[name], tensor), name
 
 
-@pytest.mark.parametrize("layout", [ONE_RANK, Layout(gpus=4, tp=2, pp=2)], ids=str)
-def test_the_dense_baseline_has_the_parents_tensors(parent: Path, layout: Layout) -> None:
-    filled, expected = _gathered(parent, None, layout), _expected(parent, PATTERN)
-    assert filled.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(filled[name], tensor), name
-
-
 @pytest.mark.parametrize("kind", SPECS)
 def test_every_kind_of_upcycling_has_the_same_bits_in_two_layouts(parent: Path, kind: str) -> None:
     spec = SPECS[kind]
@@ -244,66 +235,6 @@ def test_granular_experts_are_slices_of_the_parents_networks(parent: Path) -> No
             assert torch.equal(whole[inside + f"experts.linear_fc1.weight{expert}"], ups[expert % 2])
             scaled = downs[expert % 2] * spec.expert_scale(expert)
             assert torch.equal(whole[inside + f"experts.linear_fc2.weight{expert}"], scaled)
-
-
-@pytest.mark.parametrize("kind", ["copies", "granular"])
-def test_transformers_computes_the_parents_function_with_what_is_filled(parent: Path, kind: str) -> None:
-    """Its class computes Mamba's layers on a processor, and routes by sigmoid scores."""
-    from transformers import AutoModelForCausalLM, NemotronHConfig
-
-    spec = replace(SPECS[kind], router_score="sigmoid")
-    filled = _gathered(parent, spec, Layout(gpus=4, tp=2, ep=2, etp=2))
-    dense = AutoModelForCausalLM.from_pretrained(parent).eval()
-    settings = dense.config.to_dict() | {
-        "hybrid_override_pattern": PATTERN.replace("-", "E"),
-        "layers_block_type": None,
-    }
-    width = dense.config.intermediate_size // spec.granularity
-    settings |= {
-        "n_routed_experts": spec.num_experts,
-        "num_experts_per_tok": spec.top_k,
-        "moe_intermediate_size": width,
-    }
-    moe = type(dense)(NemotronHConfig(**settings | {"moe_shared_expert_intermediate_size": width})).eval()
-    moe.load_state_dict(_as_transformers(filled, moe.state_dict()))
-    tokens_BS = torch.arange(48).reshape(2, 24)
-    with torch.no_grad():
-        wanted_BSV, got_BSV = dense(tokens_BS).logits, moe(tokens_BS).logits
-    torch.testing.assert_close(got_BSV, wanted_BSV, rtol=1e-4, atol=1e-5 * wanted_BSV.abs().max().item())
-    assert wanted_BSV.std() > 0.1
-
-
-def _as_transformers(filled: Filled, moe: Filled) -> Filled:
-    """Return Megatron's parameters by the names of transformers' class; a shared expert that is not there is zeros."""
-    found = {name: torch.zeros_like(tensor) for name, tensor in moe.items()}
-    found |= {"model.embeddings.weight": filled["embedding.word_embeddings.weight"]}
-    found |= {
-        "model.norm_f.weight": filled["decoder.final_norm.weight"],
-        "lm_head.weight": filled["output_layer.weight"],
-    }
-    for name, tensor in filled.items():
-        layer, _, inner = name.removeprefix("decoder.layers.").partition(".")
-        ours = f"model.layers.{layer}."
-        if inner.endswith(("layer_norm_weight", "pre_mlp_layernorm.weight")):
-            found[ours + "norm.weight"] = tensor
-        elif inner.startswith("mixer."):
-            found[ours + inner.replace("conv1d_", "conv1d.")] = tensor
-        elif inner == "self_attention.linear_proj.weight":
-            found[ours + "mixer.o_proj.weight"] = tensor
-        elif inner == "self_attention.linear_qkv.weight":
-            groups = [group.split([32, 16, 16]) for group in tensor.chunk(2)]
-            for part, rows in zip("qkv", zip(*groups, strict=True), strict=True):
-                found[ours + f"mixer.{part}_proj.weight"] = torch.cat(rows)
-        elif inner == "mlp.router.weight":
-            found[ours + "mixer.gate.weight"] = tensor
-        elif inner.startswith("mlp.shared_experts."):
-            part = "up" if "fc1" in inner else "down"
-            found[ours + f"mixer.shared_experts.{part}_proj.weight"] = tensor
-        elif match := re.fullmatch(r"mlp\.experts\.linear_fc(\d)\.weight(\d+)", inner):
-            part = "up" if match[1] == "1" else "down"
-            found[ours + f"mixer.experts.{part}_proj"][int(match[2])] = tensor
-    assert found.keys() == moe.keys()
-    return found
 
 
 def test_bridges_own_loader_fills_the_same_bits(parent: Path) -> None:
