@@ -1,4 +1,4 @@
-"""Stock NeMo training on gloo ranks: every layout gives the numbers of one rank, and checkpoints move between them."""
+"""Stock NeMo training on gloo ranks: every layout gives the numbers of one rank."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Recorder(pl.Callback):
 
 def _train(
     folder: str, *, steps: int, tp: int = 1, pp: int = 1, vp: int | None = None, ep: int = 1, etp: int | None = None,
-    distributed: bool = False, bf16: bool = False, save: str = "", resume: str = "", restore: str = "", **fields: Any,
+    distributed: bool = False, save: str = "", restore: str = "", **fields: Any,
 ) -> list[tuple[float, float, float]]:  # fmt: skip
     import nemo.lightning as nl
     from megatron.core.optimizer import OptimizerConfig
@@ -90,7 +90,6 @@ def _train(
 
     logging.set_verbosity(logging.ERROR)
     use_cpu_backend()
-    dtype = torch.bfloat16 if bf16 else torch.float32
     recorder = Recorder()
     trainer = nl.Trainer(
         accelerator="cpu",
@@ -105,14 +104,12 @@ def _train(
             sequence_parallel=tp > 1,
             ckpt_async_save=False,
         ),
-        plugins=nl.MegatronMixedPrecision(precision="bf16-mixed" if bf16 else "32", params_dtype=dtype),
+        plugins=nl.MegatronMixedPrecision(precision="32", params_dtype=torch.float32),
         callbacks=[recorder],
         limit_val_batches=0,
         logger=False,
     )
-    settings = OptimizerConfig(
-        optimizer="adam", lr=1e-2, clip_grad=CLIP, use_distributed_optimizer=distributed, bf16=bf16
-    )
+    settings = OptimizerConfig(optimizer="adam", lr=1e-2, clip_grad=CLIP, use_distributed_optimizer=distributed)
     data = llm.PreTrainingDataModule(
         paths=[f"{folder}/tokens"], seq_length=32, micro_batch_size=1, global_batch_size=8, num_workers=0,
         tokenizer=_Tokenizer(), split="90,5,5",
@@ -128,7 +125,7 @@ def _train(
         trainer,
         optim=nl.MegatronOptimizerModule(config=settings),
         log=nl.NeMoLogger(log_dir=save or f"{folder}/log", name="run", use_datetime_version=False, ckpt=checkpoint),
-        resume=nl.AutoResume(restore_config=start, resume_from_path=resume or None),
+        resume=nl.AutoResume(restore_config=start),
         tokenizer="data",
     )
     return recorder.rows
@@ -153,13 +150,6 @@ def start(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def balanced(folder: Path) -> str:
-    """A checkpoint of a model whose experts are balanced by biases."""
-    train(folder, 1, steps=1, save=str(folder / "balanced"), **BIASES)
-    return str(folder / "balanced/run/checkpoints/model")
-
-
-@pytest.fixture(scope="module")
 def alone(folder: Path, start: str) -> list[tuple[float, float, float]]:
     """What one rank does in two steps from the checkpoint at which all layouts start."""
     return train(folder, 1, steps=2, restore=start)[0]
@@ -176,24 +166,10 @@ def test_every_layout_trains_as_one_rank(
         assert got[:2] == pytest.approx(expected[:2], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "layout"),
-    quick([(2, {"tp": 2}), (2, {"ep": 2}), (2, {"distributed": True})], (2, {"ep": 2})),
-    ids=str,
-)
-def test_biases_that_balance_experts_move_alike_on_every_layout(
-    folder: Path, balanced: str, world_size: int, layout: dict[str, Any]
-) -> None:
-    alone, fixed = (
-        train(folder, 1, steps=3, restore=balanced, **BIASES, moe_router_bias_update_rate=rate)[0] for rate in (0.1, 0)
-    )
-    assert alone[0] == fixed[0]
-    assert abs(alone[2][0] - fixed[2][0]) > 1e-4
-    last_stage = train(
-        folder, world_size, steps=3, restore=balanced, **BIASES, moe_router_bias_update_rate=0.1, **layout
-    )[-1]
-    for got, expected in zip(last_stage, alone, strict=True):
-        assert got[:2] == pytest.approx(expected[:2], rel=1e-5)
+def test_biases_that_balance_experts_move(folder: Path) -> None:
+    moved, fixed = (train(folder, 1, steps=3, **BIASES, moe_router_bias_update_rate=rate)[0] for rate in (0.1, 0))
+    assert moved[0] == fixed[0]
+    assert abs(moved[2][0] - fixed[2][0]) > 1e-4
 
 
 @pytest.mark.parametrize(("world_size", "distributed"), quick([(1, False), (2, True)], (1, False)))
@@ -203,23 +179,6 @@ def test_clipping_scales_the_gradients_to_the_limit(
     rows = [rank[0] for rank in train(folder, world_size, steps=1, restore=start, distributed=distributed)]
     assert rows[0][1] > 2 * CLIP
     assert sum(row[2] ** 2 for row in rows) ** 0.5 == pytest.approx(CLIP, rel=1e-4)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("options", "later"),
-    [({"distributed": True}, 1), ({"distributed": True, "bf16": True}, 1), ({"ep": 2}, 2)],
-    ids=str,
-)
-def test_a_checkpoint_of_two_ranks_continues_on_one_and_on_two(
-    folder: Path, tmp_path: Path, options: dict[str, Any], later: int
-) -> None:
-    straight = train(folder, 2, steps=4, **options)[0]
-    train(folder, 2, steps=2, **options, save=str(tmp_path))
-    saved = tmp_path / "run/checkpoints/model"
-    continued = train(folder, later, steps=4, **options, resume=str(saved))[0]
-    assert [row[:2] for row in continued] == [pytest.approx(row[:2], rel=1e-5) for row in straight[2:]]
-    assert not [path for path in (saved / "context").rglob("*") if b"nemo_upcycle" in path.read_bytes()]
 
 
 @pytest.mark.full

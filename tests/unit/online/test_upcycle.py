@@ -112,7 +112,11 @@ def test_spec_model_and_parent_that_do_not_agree_are_refused(
 
 @pytest.mark.parametrize(
     ("experts", "parent", "subject"),
-    [(4, {}, "num_moe_experts"), (None, {"ffn_size": 128}, "ffn_hidden_size"), (None, {"qkv_bias": True}, "nothing takes")],
+    [
+        (4, {}, "num_moe_experts"),
+        (None, {"ffn_size": 128}, "ffn_hidden_size"),
+        (None, {"qkv_bias": True}, "tensors of the parent that nothing takes"),
+    ],
 )
 def test_a_dense_model_is_checked_likewise(experts: int | None, parent: dict, subject: str) -> None:
     chunks = build_chunks(small_architecture(), num_experts=experts)
