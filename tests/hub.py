@@ -32,66 +32,52 @@ def _sentence(*seed: object, words: int = 14) -> str:
 
 
 def _row(kind: str, split: str, number: int) -> dict[str, Any]:
-    """Return a row with the columns of a kind of data set."""
+    """Return a row with the columns of every kind of data set, those of its own kind as that has them."""
     text = _sentence(kind, split, number)
     four = [f"answer {letter} of {number}" for letter in "abcd"]
-    listed = {"text": four, "label": ["A", "B", "C", "D"]}
-    return {
-        "mmlu": {"question": text, "subject": "some", "choices": four, "answer": number % 4},
-        "mmlu_pro": {"question": text, "options": four, "answer": "A", "cot_content": "A: Let's think step by step."},
-        "truthfulqa": {
-            "question": text,
-            **{f"mc{n}_targets": {"choices": four, "labels": [1, 0, 0, 0]} for n in (1, 2)},
-        },
-        "piqa": {"goal": text, "sol1": four[0], "sol2": four[1], "label": number % 2},
-        "sciq": {
-            "question": text,
-            "support": _sentence("support", split, number),
-            "correct_answer": four[0],
-            **{f"distractor{n}": four[n] for n in (1, 2, 3)},
-        },
-        "logiqa": {"context": text, "query": f"What follows from {number}?", "options": four, "correct_option": 2},
-        "boolq": {"passage": text, "question": f"is it {number}", "idx": number, "label": number % 2},
-        "openbookqa": {"question_stem": text, "choices": listed, "answerKey": "B"},
-        "triviaqa": {"question": text, "answer": {"aliases": four, "value": four[0]}},
-        "nq_open": {"question": text, "answer": four[:1]},
-        "arc": {"question": text, "choices": listed, "answerKey": "C"},
-        "hellaswag": {"ctx_a": text, "ctx_b": "she", "activity_label": "Rowing", "endings": four, "label": "1"},
-        "winogrande": {"sentence": f"{text} because _ was late.", "option1": "Ann", "option2": "Bob", "answer": "2"},
-        "commonsense_qa": {
-            "question": text,
-            "choices": {"label": list("ABCDE"), "text": [*four, "none"]},
-            "answerKey": "D",
-        },
-        "siqa": {
-            "context": text,
-            "question": "Why?",
-            **dict(zip(("answerA", "answerB", "answerC"), four, strict=False)),
-            "label": "1",
-        },
-        "gsm8k": {"question": text, "answer": f"It is so. #### {number}"},
-        "wikitext": {"page": f"{text} {_sentence('more', split, number)}"},
-        "lambada": {"text": text},
+    listed = {"text": [*four, "none"], "label": list("ABCDE")}
+    no_date = {"day": "", "month": "", "year": ""}
+    texts = ("question", "text", "page", "passage", "context", "goal", "question_stem", "ctx_a")
+    row: dict[str, Any] = {
+        **dict.fromkeys(texts, text),
+        **dict.fromkeys(("choices", "options", "endings"), four),
+        **dict.fromkeys(("answer", "cop"), number % 4),
+        **dict.fromkeys(("label", "idx", "key", "correct_option"), number % 2),
+        **{f"mc{n}_targets": {"choices": four, "labels": [1, 0, 0, 0]} for n in (1, 2)},
+        **dict(zip(("opa", "opb", "opc", "opd"), four, strict=True)),
+        **dict(zip(("sol1", "sol2", "option1", "option2"), four, strict=True)),
+        **dict(zip(("answerA", "answerB", "answerC", "correct_answer"), four, strict=True)),
+        **{f"distractor{n}": four[n] for n in (1, 2, 3)},
+        "id": f"{split}/{number}",
+        "query_id": f"{split}-{number}",
+        "subject": "some",
+        "cot_content": "A: Let's think step by step.",
+        "support": _sentence("support", split, number),
+        "query": f"What follows from {number}?",
+        "answerKey": "B",
+        "ctx_b": "she",
+        "activity_label": "Rowing",
+        "sentence": f"{text} because _ was late.",
+        "prompt": f"{text} Use no comma.",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{"num_words": None}],
+    }
+    own: dict[str, dict[str, Any]] = {
+        **{one: {"choices": listed} for one in ("openbookqa", "arc", "commonsense_qa")},
+        "mmlu_pro": {"answer": "A"},
+        "triviaqa": {"answer": {"aliases": four, "value": four[0]}},
+        "nq_open": {"answer": four[:1]},
+        "hellaswag": {"label": "1"},
+        "siqa": {"label": "1"},
+        "winogrande": {"answer": "2"},
+        "gsm8k": {"answer": f"It is so. #### {number}"},
         "drop": {
-            "query_id": f"{split}-{number}",
-            "passage": text,
-            "question": "How many?",
-            "answer": {"number": str(number), "date": {"day": "", "month": "", "year": ""}, "spans": ["x"]},
-            "validated_answers": {
-                "number": ["2"],
-                "date": [{"day": "", "month": "", "year": ""}],
-                "spans": [["x"]],
-            },
+            "answer": {"number": f"{number}", "date": no_date, "spans": ["x"]},
+            "validated_answers": {"number": ["2"], "date": [no_date], "spans": [["x"]]},
         },
-        "ifeval": {
-            "key": number,
-            "prompt": f"{text} Use no comma.",
-            "instruction_id_list": ["punctuation:no_comma"],
-            "kwargs": [{"num_words": None}],
-        },
-        "medmcqa": {"question": text, **dict(zip(("opa", "opb", "opc", "opd"), four, strict=True)), "cop": number % 4},
-        "text": {"id": f"{split}/{number}", "text": " ".join(_sentence(split, number, n) for n in range(12))},
-    }[kind]
+        "text": {"text": " ".join(_sentence(split, number, n) for n in range(12))},
+    }
+    return row | own.get(kind, {})
 
 
 _ALL, _NO_TEST = ("train", "validation", "test"), ("train", "validation")

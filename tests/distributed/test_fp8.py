@@ -176,7 +176,6 @@ def _first_losses(layout: dict[str, int]) -> dict[str, float]:
 def test_ranks_that_share_the_experts_compute_as_one() -> None:
     """Step 0, before scales of experts on other ranks are shared: the same loss."""
     (alone,) = run_ranks(_first_losses, 1, {})
-    assert len(set(alone.values())) == len(RECIPES)
     for losses in run_ranks(_first_losses, 2, {"ep": 2}):
         assert losses == pytest.approx(alone, rel=1e-5)
 
