@@ -183,16 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: StandIn
 
-    def do_HEAD(self) -> None:
-        self._answer_path()
-
     def do_GET(self) -> None:
-        self._answer_path()
-
-    def do_POST(self) -> None:
-        self._answer_path()
-
-    def _answer_path(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path, _, query = self.path.partition("?")
         self.server.asked.append(f"{self.command} {unquote(path)}")
@@ -206,48 +197,42 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(status, b"{}", {"X-Error-Code": "GatedRepo"} if status < 500 else {})
         elif parts[0] != "datasets" or name not in self.server.repositories:
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif not is_api:
-            self._send_file(name, parts[4], "/".join(parts[5:]))
+        elif is_api:
+            kind, revision, *below = parts[3:] or ["revision", "main"]
+            self._send_revision(kind, name, revision, "/".join(below), parse_qs(query), body)
         else:
-            self._send_api(name, parts[3:], parse_qs(query), body)
+            self._send_revision("file", name, parts[4], "/".join(parts[5:]), {}, body)
 
-    def _files(self, name: str, revision: str) -> dict[str, bytes] | None:
+    do_HEAD = do_POST = do_GET
+
+    def _found(self, name: str, revision: str) -> tuple[dict[str, bytes] | None, str]:
+        """Return the files of a data set's revision, None without it, and their commit."""
         for key, files in self.server.repositories.items():
             repository, _, branch = key.partition("@")
             if repository == name and revision in (branch or "main", commit(key)):
-                return files
-        return None
+                return files, commit(key)
+        return None, ""
 
-    def _commit(self, name: str, revision: str) -> str:
-        return revision if len(revision) == 40 else commit(name if revision == "main" else f"{name}@{revision}")
-
-    def _send_file(self, name: str, revision: str, path: str) -> None:
-        files = self._files(name, revision)
-        if files is None:
-            self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        elif path not in files:
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self._commit(name, revision)})
-        else:
-            etag = hashlib.sha1(files[path]).hexdigest()
-            self._send(200, files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": self._commit(name, revision)})
-
-    def _send_api(self, name: str, parts: list[str], query: dict[str, list[str]], body: bytes) -> None:
-        kind, revision, *below = parts or ["revision", "main"]
-        files = self._files(name, revision)
+    def _send_revision(
+        self, kind: str, name: str, revision: str, path: str, query: dict[str, list[str]], body: bytes
+    ) -> None:
+        files, sha = self._found(name, revision)
         if files is None:
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif kind == "file" and path in files:
+            etag = hashlib.sha1(files[path]).hexdigest()
+            self._send(200, files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": sha})
+        elif kind == "file":
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
         elif kind == "revision":
-            siblings = [{"rfilename": path} for path in files]
-            self._send_json({"id": name, "sha": self._commit(name, revision), "siblings": siblings, "tags": []})
+            self._send_json({"id": name, "sha": sha, "siblings": [{"rfilename": path} for path in files], "tags": []})
         elif kind == "tree":
-            self._send_json(_tree(files, "/".join(below), recursive=query.get("recursive", [""])[0].lower() == "true"))
-        elif kind == "paths-info":
+            self._send_json(_tree(files, path, recursive=query.get("recursive", [""])[0].lower() == "true"))
+        else:  # paths-info
             is_json = "json" in self.headers.get("Content-Type", "")
             wanted = json.loads(body)["paths"] if is_json else parse_qs(body.decode()).get("paths", [])
             every = {entry["path"]: entry for entry in _tree(files, "", recursive=True)}
             self._send_json([every[path] for path in wanted if path in every])
-        else:
-            self._send(404, b"{}")
 
     def _send_json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

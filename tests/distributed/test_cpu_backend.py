@@ -182,17 +182,6 @@ def test_clipping_scales_the_gradients_to_the_limit(
 
 
 @pytest.mark.full
-def test_padding_to_capacity_changes_nothing(
-    folder: Path, start: str, alone: list[tuple[float, float, float]]
-) -> None:
-    options = {"steps": 1, "restore": start, "ep": 2, "moe_expert_capacity_factor": 0.5}
-    dropped = train(folder, 2, **options)[0]
-    padded = train(folder, 2, **options, moe_pad_expert_input_to_capacity=True)[0]
-    assert padded[0][:2] == pytest.approx(dropped[0][:2], rel=1e-5)
-    assert abs(dropped[0][0] - alone[0][0]) > 1e-4
-
-
-@pytest.mark.full
 def test_dropout_is_repeated_by_recomputation(
     folder: Path, start: str, alone: list[tuple[float, float, float]]
 ) -> None:
