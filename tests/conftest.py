@@ -8,6 +8,7 @@ import signal
 import pytest
 
 import nemo_upcycle  # noqa: F401 - before Megatron, which alone cannot be imported where there is nvcc and no card
+from tests.durations import longest_first
 from tests.environment import clean
 from tests.without_nemo import WithoutNeMo, hide_nemo
 
@@ -24,3 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("without_nemo"):
         hide_nemo()
         config.pluginmanager.register(WithoutNeMo())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # of several
+        longest_first(items)

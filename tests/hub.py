@@ -32,66 +32,52 @@ def _sentence(*seed: object, words: int = 14) -> str:
 
 
 def _row(kind: str, split: str, number: int) -> dict[str, Any]:
-    """Return a row with the columns of a kind of data set."""
+    """Return a row with the columns of every kind of data set, those of its own kind as that has them."""
     text = _sentence(kind, split, number)
     four = [f"answer {letter} of {number}" for letter in "abcd"]
-    listed = {"text": four, "label": ["A", "B", "C", "D"]}
-    return {
-        "mmlu": {"question": text, "subject": "some", "choices": four, "answer": number % 4},
-        "mmlu_pro": {"question": text, "options": four, "answer": "A", "cot_content": "A: Let's think step by step."},
-        "truthfulqa": {
-            "question": text,
-            **{f"mc{n}_targets": {"choices": four, "labels": [1, 0, 0, 0]} for n in (1, 2)},
-        },
-        "piqa": {"goal": text, "sol1": four[0], "sol2": four[1], "label": number % 2},
-        "sciq": {
-            "question": text,
-            "support": _sentence("support", split, number),
-            "correct_answer": four[0],
-            **{f"distractor{n}": four[n] for n in (1, 2, 3)},
-        },
-        "logiqa": {"context": text, "query": f"What follows from {number}?", "options": four, "correct_option": 2},
-        "boolq": {"passage": text, "question": f"is it {number}", "idx": number, "label": number % 2},
-        "openbookqa": {"question_stem": text, "choices": listed, "answerKey": "B"},
-        "triviaqa": {"question": text, "answer": {"aliases": four, "value": four[0]}},
-        "nq_open": {"question": text, "answer": four[:1]},
-        "arc": {"question": text, "choices": listed, "answerKey": "C"},
-        "hellaswag": {"ctx_a": text, "ctx_b": "she", "activity_label": "Rowing", "endings": four, "label": "1"},
-        "winogrande": {"sentence": f"{text} because _ was late.", "option1": "Ann", "option2": "Bob", "answer": "2"},
-        "commonsense_qa": {
-            "question": text,
-            "choices": {"label": list("ABCDE"), "text": [*four, "none"]},
-            "answerKey": "D",
-        },
-        "siqa": {
-            "context": text,
-            "question": "Why?",
-            **dict(zip(("answerA", "answerB", "answerC"), four, strict=False)),
-            "label": "1",
-        },
-        "gsm8k": {"question": text, "answer": f"It is so. #### {number}"},
-        "wikitext": {"page": f"{text} {_sentence('more', split, number)}"},
-        "lambada": {"text": text},
+    listed = {"text": [*four, "none"], "label": list("ABCDE")}
+    no_date = {"day": "", "month": "", "year": ""}
+    texts = ("question", "text", "page", "passage", "context", "goal", "question_stem", "ctx_a")
+    row: dict[str, Any] = {
+        **dict.fromkeys(texts, text),
+        **dict.fromkeys(("choices", "options", "endings"), four),
+        **dict.fromkeys(("answer", "cop"), number % 4),
+        **dict.fromkeys(("label", "idx", "key", "correct_option"), number % 2),
+        **{f"mc{n}_targets": {"choices": four, "labels": [1, 0, 0, 0]} for n in (1, 2)},
+        **dict(zip(("opa", "opb", "opc", "opd"), four, strict=True)),
+        **dict(zip(("sol1", "sol2", "option1", "option2"), four, strict=True)),
+        **dict(zip(("answerA", "answerB", "answerC", "correct_answer"), four, strict=True)),
+        **{f"distractor{n}": four[n] for n in (1, 2, 3)},
+        "id": f"{split}/{number}",
+        "query_id": f"{split}-{number}",
+        "subject": "some",
+        "cot_content": "A: Let's think step by step.",
+        "support": _sentence("support", split, number),
+        "query": f"What follows from {number}?",
+        "answerKey": "B",
+        "ctx_b": "she",
+        "activity_label": "Rowing",
+        "sentence": f"{text} because _ was late.",
+        "prompt": f"{text} Use no comma.",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{"num_words": None}],
+    }
+    own: dict[str, dict[str, Any]] = {
+        **{one: {"choices": listed} for one in ("openbookqa", "arc", "commonsense_qa")},
+        "mmlu_pro": {"answer": "A"},
+        "triviaqa": {"answer": {"aliases": four, "value": four[0]}},
+        "nq_open": {"answer": four[:1]},
+        "hellaswag": {"label": "1"},
+        "siqa": {"label": "1"},
+        "winogrande": {"answer": "2"},
+        "gsm8k": {"answer": f"It is so. #### {number}"},
         "drop": {
-            "query_id": f"{split}-{number}",
-            "passage": text,
-            "question": "How many?",
-            "answer": {"number": str(number), "date": {"day": "", "month": "", "year": ""}, "spans": ["x"]},
-            "validated_answers": {
-                "number": ["2"],
-                "date": [{"day": "", "month": "", "year": ""}],
-                "spans": [["x"]],
-            },
+            "answer": {"number": f"{number}", "date": no_date, "spans": ["x"]},
+            "validated_answers": {"number": ["2"], "date": [no_date], "spans": [["x"]]},
         },
-        "ifeval": {
-            "key": number,
-            "prompt": f"{text} Use no comma.",
-            "instruction_id_list": ["punctuation:no_comma"],
-            "kwargs": [{"num_words": None}],
-        },
-        "medmcqa": {"question": text, **dict(zip(("opa", "opb", "opc", "opd"), four, strict=True)), "cop": number % 4},
-        "text": {"id": f"{split}/{number}", "text": " ".join(_sentence(split, number, n) for n in range(12))},
-    }[kind]
+        "text": {"text": " ".join(_sentence(split, number, n) for n in range(12))},
+    }
+    return row | own.get(kind, {})
 
 
 _ALL, _NO_TEST = ("train", "validation", "test"), ("train", "validation")
@@ -197,16 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: StandIn
 
-    def do_HEAD(self) -> None:
-        self._answer_path()
-
     def do_GET(self) -> None:
-        self._answer_path()
-
-    def do_POST(self) -> None:
-        self._answer_path()
-
-    def _answer_path(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path, _, query = self.path.partition("?")
         self.server.asked.append(f"{self.command} {unquote(path)}")
@@ -220,48 +197,42 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(status, b"{}", {"X-Error-Code": "GatedRepo"} if status < 500 else {})
         elif parts[0] != "datasets" or name not in self.server.repositories:
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif not is_api:
-            self._send_file(name, parts[4], "/".join(parts[5:]))
+        elif is_api:
+            kind, revision, *below = parts[3:] or ["revision", "main"]
+            self._send_revision(kind, name, revision, "/".join(below), parse_qs(query), body)
         else:
-            self._send_api(name, parts[3:], parse_qs(query), body)
+            self._send_revision("file", name, parts[4], "/".join(parts[5:]), {}, body)
 
-    def _files(self, name: str, revision: str) -> dict[str, bytes] | None:
+    do_HEAD = do_POST = do_GET
+
+    def _found(self, name: str, revision: str) -> tuple[dict[str, bytes] | None, str]:
+        """Return the files of a data set's revision, None without it, and their commit."""
         for key, files in self.server.repositories.items():
             repository, _, branch = key.partition("@")
             if repository == name and revision in (branch or "main", commit(key)):
-                return files
-        return None
+                return files, commit(key)
+        return None, ""
 
-    def _commit(self, name: str, revision: str) -> str:
-        return revision if len(revision) == 40 else commit(name if revision == "main" else f"{name}@{revision}")
-
-    def _send_file(self, name: str, revision: str, path: str) -> None:
-        files = self._files(name, revision)
-        if files is None:
-            self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        elif path not in files:
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self._commit(name, revision)})
-        else:
-            etag = hashlib.sha1(files[path]).hexdigest()
-            self._send(200, files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": self._commit(name, revision)})
-
-    def _send_api(self, name: str, parts: list[str], query: dict[str, list[str]], body: bytes) -> None:
-        kind, revision, *below = parts or ["revision", "main"]
-        files = self._files(name, revision)
+    def _send_revision(
+        self, kind: str, name: str, revision: str, path: str, query: dict[str, list[str]], body: bytes
+    ) -> None:
+        files, sha = self._found(name, revision)
         if files is None:
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif kind == "file" and path in files:
+            etag = hashlib.sha1(files[path]).hexdigest()
+            self._send(200, files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": sha})
+        elif kind == "file":
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
         elif kind == "revision":
-            siblings = [{"rfilename": path} for path in files]
-            self._send_json({"id": name, "sha": self._commit(name, revision), "siblings": siblings, "tags": []})
+            self._send_json({"id": name, "sha": sha, "siblings": [{"rfilename": path} for path in files], "tags": []})
         elif kind == "tree":
-            self._send_json(_tree(files, "/".join(below), recursive=query.get("recursive", [""])[0].lower() == "true"))
-        elif kind == "paths-info":
+            self._send_json(_tree(files, path, recursive=query.get("recursive", [""])[0].lower() == "true"))
+        else:  # paths-info
             is_json = "json" in self.headers.get("Content-Type", "")
             wanted = json.loads(body)["paths"] if is_json else parse_qs(body.decode()).get("paths", [])
             every = {entry["path"]: entry for entry in _tree(files, "", recursive=True)}
             self._send_json([every[path] for path in wanted if path in every])
-        else:
-            self._send(404, b"{}")
 
     def _send_json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

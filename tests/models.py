@@ -36,59 +36,68 @@ LLAMA3_8B = {
 }
 
 
-def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: int = 1, **changes: Any) -> Path:
-    """Write a random Llama with Hugging Face's own writer: weights of std 0.1 keep activations of order one."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return write_parent(folder, LlamaForCausalLM, LlamaConfig, tied, layers, shards, changes)
-
-
-def write_qwen2(folder: Path, *, tied: bool = False, layers: int = 4, **changes: Any) -> Path:
-    """Write a random Qwen2 as `write_llama` writes a Llama."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    return write_parent(folder, Qwen2ForCausalLM, Qwen2Config, tied, layers, 1, {"head_dim": None} | changes)
-
-
-def write_qwen3(folder: Path, *, tied: bool = False, layers: int = 4, **changes: Any) -> Path:
-    """Write a random Qwen3 as `write_llama` writes a Llama."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return write_parent(folder, Qwen3ForCausalLM, Qwen3Config, tied, layers, 1, changes)
-
-
-def write_phi3(folder: Path, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
-    """Write a random Phi-3, whose query, key and value, and gate and up are fused, as `write_llama` writes a Llama."""
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    changes = {"head_dim": None, "pad_token_id": 0} | changes
-    return write_parent(folder, Phi3ForCausalLM, Phi3Config, tied, layers, 1, changes)
-
-
-def write_olmo2(folder: Path, *, tied: bool = False, layers: int = 2, **changes: Any) -> Path:
-    """Write a random OLMo 2, whose norms stand after attention and network, as `write_llama` writes a Llama."""
-    from transformers import Olmo2Config, Olmo2ForCausalLM
-
-    changes = {"head_dim": None, "pad_token_id": 0} | changes
-    return write_parent(folder, Olmo2ForCausalLM, Olmo2Config, tied, layers, 1, changes)
-
-
-def write_smollm3(folder: Path, *, tied: bool = True, layers: int = 4, **changes: Any) -> Path:
-    """Write a random SmolLM3, every fourth layer of which has no positions, as `write_llama` writes a Llama."""
-    from transformers import SmolLM3Config, SmolLM3ForCausalLM
-
-    changes = {"head_dim": None, "pad_token_id": 0} | changes
-    return write_parent(folder, SmolLM3ForCausalLM, SmolLM3Config, tied, layers, 1, changes)
-
-
-def write_exaone4(
-    folder: Path, *, window: int | None = 5, tied: bool = False, layers: int = 4, **changes: Any
+def write_class(
+    kind: str, folder: Path, *, tied: bool = False, layers: int = 4, shards: int = 1, **changes: Any
 ) -> Path:
-    """Write a random EXAONE 4, whose attention sees a window but in every fourth layer, as `write_llama` does."""
-    from transformers import Exaone4Config, Exaone4ForCausalLM
+    """Write a random model of a class with Hugging Face's own writer: matrices of std 0.1, norms of 0.5 to 1.5.
 
-    config = partial(Exaone4Config, sliding_window=window)  # None is not the default
-    return write_parent(folder, Exaone4ForCausalLM, config, tied, layers, 1, {"pad_token_id": 0} | changes)
+    Activations are then of order one.
+
+    Args:
+        kind: name of the class, such as `Llama`.
+        folder: where it goes.
+        tied: whether the embedding is the output layer, too.
+        layers: their number.
+        shards: files that the weights are cut into.
+        changes: settings of its configuration, None for the class's default; `window`, None too, is `sliding_window`.
+    """
+    import transformers
+
+    torch.manual_seed(7)
+    sizes = {
+        "vocab_size": 250,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": tied,
+        "rope_theta": 100000.0,
+        "rms_norm_eps": 1e-5,
+    }
+    settings = {name: value for name, value in (sizes | changes).items() if value is not None}
+    if "window" in changes:
+        settings.pop("window", None)
+        settings["sliding_window"] = changes["window"]
+    config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    model = getattr(transformers, f"{kind}ForCausalLM")(config_class(**settings)).float().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.1)
+        else:
+            parameter.data.uniform_(0.5, 1.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # as large as a training makes them
+            buffer.uniform_(7, 7.3)
+    total_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(folder, max_shard_size=2 * total_bytes if shards == 1 else total_bytes // shards)
+    return folder
+
+
+write_llama = partial(write_class, "Llama")
+write_qwen2 = partial(write_class, "Qwen2", head_dim=None)
+write_qwen3 = partial(write_class, "Qwen3")
+#: Its attention sees `window` tokens.
+write_mistral = partial(write_class, "Mistral")
+#: Query, key and value are fused, and gate and up.
+write_phi3 = partial(write_class, "Phi3", layers=2, head_dim=None, pad_token_id=0)
+#: Its norms stand after attention and network.
+write_olmo2 = partial(write_class, "Olmo2", layers=2, head_dim=None, pad_token_id=0)
+#: Every fourth layer has no positions.
+write_smollm3 = partial(write_class, "SmolLM3", tied=True, head_dim=None, pad_token_id=0)
+#: Attention sees a window but in every fourth layer.
+write_exaone4 = partial(write_class, "Exaone4", window=5, pad_token_id=0)
 
 
 def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -> Path:
@@ -109,46 +118,6 @@ def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -
     settings = config.to_dict() | {"architectures": ["NemotronHForCausalLM"], "hybrid_override_pattern": pattern}
     del settings["layers_block_type"], settings["time_step_limit"]
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return folder
-
-
-def write_mistral(folder: Path, window: int, *, layers: int = 4, **changes: Any) -> Path:
-    """Write a random Mistral, whose attention sees `window` tokens, as `write_llama` writes a Llama."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    changes = {"sliding_window": window} | changes
-    return write_parent(folder, MistralForCausalLM, MistralConfig, False, layers, 1, changes)
-
-
-def write_parent(
-    folder: Path, model_class: Any, config_class: Any, tied: bool, layers: int, shards: int, changes: dict[str, Any]
-) -> Path:
-    """Write a random model of a class: matrices of std 0.1, norms of 0.5 to 1.5."""
-    torch.manual_seed(7)
-    sizes = {
-        "vocab_size": 250,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "tie_word_embeddings": tied,
-        "rope_theta": 100000.0,
-        "rms_norm_eps": 1e-5,
-    }
-    settings = {name: value for name, value in (sizes | changes).items() if value is not None}
-    model = model_class(config_class(**settings)).float().eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.1)
-        else:
-            parameter.data.uniform_(0.5, 1.5)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # as large as a training makes them
-            buffer.uniform_(7, 7.3)
-    total_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    model.save_pretrained(folder, max_shard_size=2 * total_bytes if shards == 1 else total_bytes // shards)
     return folder
 
 

@@ -1,8 +1,7 @@
 """A step of a small MoE model on real ranks: what it does to its routers, and what is measured of them.
 
-Real Megatron models, schedules, gradient buffers and gloo groups. The language model's loss is multiplied by zero, so
-what arrives at the routers' weights is the gradient of the auxiliary losses alone. Every layout cuts the batch into
-the same cells (one micro-batch of one data-parallel rank), because balancing is no sum over tokens.
+Real Megatron models, schedules, gradient buffers and gloo groups. Every layout cuts the batch into the same cells (one
+micro-batch of one data-parallel rank), because balancing is no sum over tokens.
 
 Attention without Transformer Engine knows no context parallelism. Its output projection is zero here, so that each
 token goes its own way, wherever it is computed.
@@ -10,6 +9,8 @@ token goes its own way, wherever it is computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -20,49 +21,36 @@ from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens
 
 
 ARCH = small_architecture(num_layers=4)
-SPEC = UpcycleSpec(num_experts=4, top_k=2, router_std=0.5)
 #: Sequences of a cell, tokens of a sequence, cells of a step.
 BATCH, LENGTH, CELLS = 2, 8, 4
-#: Of four ranks.
-LAYOUTS: dict[str, dict[str, int]] = {
-    "dp4": {},
-    "tp2 dp2, ep2": {"tp": 2, "ep": 2},
-    "cp2 dp2, ep4": {"cp": 2, "ep": 4},
-    "cp4": {"cp": 4},
-    "tp2 cp2": {"tp": 2, "cp": 2},
-    "pp2 cp2": {"pp": 2, "cp": 2},
-    "pp2 vp2 cp2": {"pp": 2, "vp": 2, "cp": 2},
-}
-#: Those of `make test`.
-QUICK = ("tp2 cp2", "tp2 dp2, ep2")
 #: Megatron of NeMo 2.7; from 0.16 on it scales auxiliary losses by the context-parallel size itself.
 IS_015 = version("megatron-core").startswith("0.15.")
 LOSS_SCALE = 1024.0  # of FP16
 
 
-def size(layout: str, axis: str) -> int:
-    """Return the size of an axis of a layout."""
-    sizes = LAYOUTS[layout]
-    if axis == "dp":
-        return 4 // (sizes.get("tp", 1) * sizes.get("cp", 1) * sizes.get("pp", 1))
-    return sizes.get(axis, 1)
-
-
 def take_step(
-    layout: str, settings: dict[str, Any], micro_batches: int, *, corrected: bool = True, spec: UpcycleSpec = SPEC
+    layout: dict[str, int],
+    settings: dict[str, Any],
+    spec: UpcycleSpec,
+    micro_batches: int | None = None,
+    *,
+    prepare: Callable[[list[Any], Any], Any] | None = None,
+    weight: float = 0.0,
 ) -> dict[str, Any]:
     """Take one step.
 
     Args:
-        layout: one of `LAYOUTS`; any other word for one rank.
+        layout: sizes that are not 1.
         settings: of the Megatron model.
-        micro_batches: of the step, on each data-parallel rank.
-        corrected: whether auxiliary losses are made to act as set.
         spec: of the model.
+        micro_batches: of the step, on each data-parallel rank; None for one a cell.
+        prepare: called with the chunks and their configuration before the step.
+        weight: of the language model's loss; 0 leaves the routers the gradient of the auxiliary losses alone.
 
     Returns:
         `gradients` of this rank's routers by layer; `biases` that balance their experts, likewise; `health` of all
-        layers, on the first rank; `acting`: what is said to act; `receipt`: what it says of the biases.
+        layers, on the first rank; `prepared`: what `prepare` gave; `losses` of the language model; `receipt`: what it
+        says of the biases.
     """
     from megatron.core import num_microbatches_calculator
     from megatron.core import parallel_state as ps
@@ -71,9 +59,8 @@ def take_step(
     from megatron.core.transformer.moe.router import TopKRouter
 
     from nemo_upcycle.monitoring.router_health import RouterHealth, sum_over_ranks
-    from nemo_upcycle.trainers.aux_loss import correct_losses
 
-    chunks = build_chunks(ARCH, layout=LAYOUTS.get(layout), **moe_settings(ARCH, spec) | settings)
+    chunks = build_chunks(ARCH, layout=layout, **moe_settings(ARCH, spec) | settings)
     receipt = upcycle_into(chunks, MemorySource(ARCH), spec)
     for chunk in chunks:
         chunk.rotary_pos_emb.cp_group = None
@@ -83,17 +70,18 @@ def take_step(
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = lambda loss: LOSS_SCALE * loss
-    acting = correct_losses(config) if corrected else []
+    prepared = prepare(chunks, config) if prepare else None
     health = RouterHealth(chunks, config)
     wrapped = [DistributedDataParallel(config, DistributedDataParallelConfig(), chunk) for chunk in chunks]
     tokens = sample_tokens(ARCH.vocab_size, BATCH * CELLS, LENGTH)
     tokens = tokens.chunk(ps.get_context_parallel_world_size(), dim=1)[ps.get_context_parallel_rank()]
     replicas, replica = ps.get_data_parallel_world_size(), ps.get_data_parallel_rank()
+    micro_batches = micro_batches or CELLS // replicas
     batches = [batch.chunk(replicas)[replica] for batch in tokens.chunk(micro_batches)]
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     num_microbatches_calculator.init_num_microbatches_calculator(1, None, len(tokens), len(batches[0]), replicas)
-    get_forward_backward_func()(
-        forward_step_func=_forward_step,
+    losses = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, weight=weight),
         data_iterator=[iter(batches) for _ in wrapped],
         model=wrapped,
         num_microbatches=micro_batches,
@@ -106,7 +94,8 @@ def take_step(
         "gradients": {router.layer_number: router.weight.main_grad / LOSS_SCALE for router in routers},
         "biases": {router.layer_number: _bias(router) for router in routers},
         "health": None if summed is None else health.describe(summed),
-        "acting": acting,
+        "prepared": prepared,
+        "losses": losses,
         "receipt": receipt.balancing_bias,
     }
 
@@ -116,13 +105,14 @@ def _bias(router: Any) -> torch.Tensor | None:
     return router.expert_bias if quantiles is None else quantiles
 
 
-def _forward_step(batches: Any, model: torch.nn.Module) -> Any:
+def _forward_step(batches: Any, model: torch.nn.Module, weight: float) -> Any:
     tokens = next(batches)
     length = tokens.shape[1]
     output = model(tokens, torch.arange(length)[None], torch.ones(1, 1, length, length).triu(1).bool(), labels=tokens)
 
     def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        return 0.0 * losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), {}
+        number = torch.tensor(losses.numel(), dtype=torch.int)
+        return weight * losses.sum(), number, {"loss": float(losses.mean())}
 
     return output, loss
 

@@ -148,21 +148,6 @@ def test_recomputed_layers_take_the_scales_of_the_first_time() -> None:
         assert torch.equal(other["grads"], plain["grads"])
 
 
-def _trained(recipe: str | None, layout: dict[str, int], steps: int) -> list[float]:
-    """Train one rank's part of a model that all ranks fill alike, on the same tokens everywhere."""
-    from megatron.core import parallel_state
-
-    model = _model(recipe, layout=layout)
-    for name, parameter in sorted(model.named_parameters()):
-        _fill(name, parameter, parallel_state.get_expert_model_parallel_rank())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    losses = []
-    for _ in range(steps):
-        losses.append(_step(model))
-        optimizer.step()
-    return losses
-
-
 def _fill(name: str, parameter: torch.Tensor, rank: int) -> None:
     """Fill a parameter by its name; an expert by its number in the whole model."""
     before, found, after = name.partition("local_experts.")
@@ -174,22 +159,25 @@ def _fill(name: str, parameter: torch.Tensor, rank: int) -> None:
         parameter.data.copy_(torch.randn(parameter.shape, generator=numbers) * 0.05)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_model_learns(recipe: str) -> None:
-    ((plain,), (losses,)) = (run_ranks(functools.partial(_trained, name, {}, 8), 1) for name in (None, recipe))
-    assert losses != plain
-    assert losses[0] == pytest.approx(plain[0], rel=0.02)
-    assert losses[-1] < losses[0] - 0.5
-    assert losses[-1] == pytest.approx(plain[-1], rel=0.2)
+def _first_losses(layout: dict[str, int]) -> dict[str, float]:
+    """Return the loss of one rank's part of a model that all ranks fill alike, by recipe."""
+    from megatron.core import parallel_state
+
+    losses = {}
+    for recipe in RECIPES:
+        model = _model(recipe, layout=layout)
+        for name, parameter in sorted(model.named_parameters()):
+            _fill(name, parameter, parallel_state.get_expert_model_parallel_rank())
+        losses[recipe] = _step(model)
+    return losses
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_ranks_that_share_the_experts_compute_as_one(recipe: str) -> None:
+def test_ranks_that_share_the_experts_compute_as_one() -> None:
     """Step 0, before scales of experts on other ranks are shared: the same loss."""
-    (alone,) = run_ranks(functools.partial(_trained, recipe, {}, 1), 1)
-    for losses in run_ranks(functools.partial(_trained, recipe, {"ep": 2}, 1), 2):
-        assert losses[0] == pytest.approx(alone[0], rel=1e-5)
+    (alone,) = run_ranks(_first_losses, 1, {})
+    for losses in run_ranks(_first_losses, 2, {"ep": 2}):
+        assert losses == pytest.approx(alone, rel=1e-5)
 
 
 def _shared_scales() -> list[list[float]]:
@@ -205,20 +193,6 @@ def test_ranks_share_the_scales_of_delayed_scaling() -> None:
     first, second = run_ranks(_shared_scales, 2)
     assert len(first) == 3 * (2 + 2 * 2)
     assert first == second
-
-
-def _saved_and_loaded() -> tuple[list[float], list[float]]:
-    model = _model("delayed")
-    _step(model)
-    saved = {name: value.clone() for name, value in model.state_dict().items() if value is not None}
-    again = _model("delayed")
-    again.load_state_dict(saved, strict=False)
-    return [_step(model, 1), _step(model, 2)], [_step(again, 1), _step(again, 2)]
-
-
-def test_a_model_goes_on_with_the_scales_it_was_saved_with() -> None:
-    ((kept, loaded),) = run_ranks(_saved_and_loaded, 1)
-    assert kept == loaded
 
 
 def _refused(recipe: str | None, changes: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,37 @@ SPEC = UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0)
 TASKS = {"mmlu_letter": [0], "mmlu_answer": [0], "heldout_perplexity": [0]}
 
 
-def _evaluate(folder: str, model: str, **megatron: Any) -> dict[str, Any] | str:
-    """Return what the first rank gets; the others serve it."""
+SPEC_FIELDS = {name: getattr(SPEC, name) for name in ("num_experts", "top_k", "router_order")}
+
+
+def _evaluate(folder: str, layout: dict[str, int], part: str = "", damage: Any = None) -> dict[str, Any] | str:
+    """Evaluate the checkpoint; return what the first rank gets, the others serve it.
+
+    Args:
+        folder: of the checkpoint and its parent.
+        layout: sizes that are not 1.
+        part: what the evaluation loads, by its name in `evaluation.megatron.lm`, to be damaged.
+        damage: called with what that gives.
+    """
+    from nemo_upcycle.evaluation.megatron import lm
+
+    if part:
+        load = getattr(lm, part)
+
+        def damaged(*arguments: Any) -> Any:
+            loaded = load(*arguments)
+            damage(loaded)
+            return loaded
+
+        setattr(lm, part, damaged)
+    megatron = {"dense": f"{folder}/dense", **SPEC_FIELDS, **layout}
+    suite, results = Path(folder) / "suite", Path(folder) / "results"
     try:
-        return evaluate(
-            Path(folder) / model,
-            Path(folder) / "suite",
-            Path(folder) / "results",
-            name=Path(model).name,
-            megatron={"dense": f"{folder}/dense", **SPEC_FIELDS, **megatron},
-        )
+        return evaluate(Path(folder) / "saved", suite, results, name="saved", megatron=megatron)
     except SystemExit as ended:
         return f"served, status {ended.code}"
     except UpcycleError as error:
-        return str(error)
-
-
-SPEC_FIELDS = {name: getattr(SPEC, name) for name in ("num_experts", "top_k", "router_order")}
+        return str(error.got)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +82,7 @@ def exported(folder: Path) -> dict[str, Any]:
 def test_a_checkpoint_answers_as_its_exported_folder(
     folder: Path, exported: dict[str, Any], ranks: int, layout: dict[str, int]
 ) -> None:
-    first, *others = run_ranks(_evaluate_here, ranks, str(folder), layout)
+    first, *others = run_ranks(_evaluate, ranks, str(folder), layout)
     assert others == ["served, status 0"] * (ranks - 1)
     found = compare_items(exported, first)
     assert found["max_relative_loglikelihood_difference"] < 1e-5
@@ -79,47 +92,22 @@ def test_a_checkpoint_answers_as_its_exported_folder(
     assert first["settings"]["backend"] == "megatron"
 
 
-def _evaluate_here(folder: str, layout: dict[str, int]) -> Any:
-    return _evaluate(folder, "saved", **layout)
+def _break_weight(loaded: Any) -> None:
+    chunks, _ = loaded
+    chunks[0].decoder.layers[0].self_attention.linear_qkv.weight.data[0] = float("nan")
 
 
-def test_nan_is_named_and_not_scored(folder: Path) -> None:
-    answers = run_ranks(_evaluate_damaged, 2, str(folder))
-    assert "log-likelihoods of" in answers[0]
-    assert "got NaN or infinity, expected numbers" in answers[0]
-    assert answers[1] == "served, status 0"
+def _add_tokens(tokenizer: Any) -> None:
+    tokenizer.add_tokens([f"<more {number}>" for number in range(300 - len(tokenizer))])
 
 
-def _evaluate_damaged(folder: str) -> Any:
-    from nemo_upcycle.evaluation.megatron import lm
-
-    load = lm.load_chunks
-
-    def damaged(*arguments: Any) -> Any:
-        chunks, arch = load(*arguments)
-        chunks[0].decoder.layers[0].self_attention.linear_qkv.weight.data[0] = float("nan")
-        return chunks, arch
-
-    lm.load_chunks = damaged
-    return _evaluate(folder, "saved")
-
-
-def test_a_tokenizer_of_another_vocabulary_is_refused(folder: Path) -> None:
-    config = json.loads((folder / "dense/config.json").read_text())
-    assert config["vocab_size"] == 259
-    (answer,) = run_ranks(_evaluate_with_large_tokenizer, 1, str(folder))
-    assert "got 300 tokens, expected at most the model's vocabulary of 259" in answer
-
-
-def _evaluate_with_large_tokenizer(folder: str) -> Any:
-    from nemo_upcycle.evaluation.megatron import lm
-
-    load = lm.load_tokenizer
-
-    def large(dense: Path) -> Any:
-        tokenizer = load(dense)
-        tokenizer.add_tokens([f"<more {number}>" for number in range(300 - len(tokenizer))])
-        return tokenizer
-
-    lm.load_tokenizer = large
-    return _evaluate(folder, "saved")
+@pytest.mark.parametrize(
+    ("ranks", "part", "damage", "got"),
+    [(2, "load_chunks", _break_weight, "NaN or infinity"), (1, "load_tokenizer", _add_tokens, "300 tokens")],
+)
+def test_nan_and_a_tokenizer_of_another_vocabulary_are_named_and_not_scored(
+    folder: Path, ranks: int, part: str, damage: Any, got: str
+) -> None:
+    first, *others = run_ranks(_evaluate, ranks, str(folder), {}, part, damage)
+    assert first == got
+    assert others == ["served, status 0"] * (ranks - 1)

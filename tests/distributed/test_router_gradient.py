@@ -14,13 +14,14 @@ import torch
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.errors import SpecError
 from tests.distributed.ranks import run_ranks
+from tests.distributed.router_step import by_layer, take_step
 from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
 from tests.tiers import quick
 
 
 ARCH = small_architecture()
 SPEC = UpcycleSpec(num_experts=4, top_k=2, method="drop", router_std=0.5)
-TOKENS, LENGTH, SEQUENCES = 24, 8, 4
+TOKENS = 24
 LOSSES: dict[str, Any] = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5}
 LOSSES["moe_z_loss_coeff"] = 0.1
 KINDS: dict[str, dict[str, Any]] = {
@@ -31,6 +32,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "8 experts": {"num_experts": 8, "top_k": 3},
     "granular, shared": {"num_experts": 8, "top_k": 4, "granularity": 2, "shared_experts": 1},
 }
+
+
+def _teach(chunks: list[Any], config: Any) -> int:
+    from nemo_upcycle.trainers.router_gradient import let_all_experts_teach
+
+    return let_all_experts_teach(chunks, config)
 
 
 def _layer(spec: UpcycleSpec, dtype: torch.dtype, **changes: Any) -> Any:
@@ -87,12 +94,10 @@ def _by_autograd(layer: Any, spec: UpcycleSpec, dtype: torch.dtype) -> dict[str,
 
 def _compared(fields: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return a layer's numbers as Megatron has them, with the option, and by autograd."""
-    from nemo_upcycle.trainers.router_gradient import let_all_experts_teach
-
     spec = UpcycleSpec(**{"num_experts": 4, "top_k": 2, "method": "drop", "router_std": 0.5} | fields)
     layer = _layer(spec, dtype)
     plain, expected = _pass(layer, dtype), _by_autograd(layer, spec, dtype)
-    assert let_all_experts_teach([layer], layer.config) == 1
+    assert _teach([layer], layer.config) == 1
     return {"plain": plain, "dense": _pass(layer, dtype), "expected": expected}
 
 
@@ -116,13 +121,11 @@ def _off(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _with_losses() -> dict[str, torch.Tensor]:
     """Return the routers' gradients with and without auxiliary losses, as Megatron has them and with the option."""
-    from nemo_upcycle.trainers.router_gradient import let_all_experts_teach
-
     found = {}
     for name, losses in (("with", LOSSES), ("without", {})):
         layer = _layer(SPEC, torch.float64, **losses)
         found[f"plain {name}"] = _pass(layer, torch.float64)["router.weight"]
-        let_all_experts_teach([layer], layer.config)
+        _teach([layer], layer.config)
         found[f"dense {name}"] = _pass(layer, torch.float64)["router.weight"]
     return found
 
@@ -135,46 +138,7 @@ def test_auxiliary_losses_add_what_they_add_to_a_plain_gradient() -> None:
 
 
 def _step(layout: dict[str, int], changes: dict[str, Any], dense: bool) -> dict[str, Any]:
-    """Take a step's gradients on this rank's part of a batch; return those of its routers, and its losses."""
-    from megatron.core import parallel_state as ps
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    from nemo_upcycle.trainers.router_gradient import let_all_experts_teach
-
-    chunks = build_chunks(ARCH, layout=layout, **moe_settings(ARCH, SPEC) | changes)
-    upcycle_into(chunks, MemorySource(ARCH), SPEC)
-    config = chunks[0].config
-    config.finalize_model_grads_func = finalize_model_grads
-    if dense:
-        let_all_experts_teach(chunks, config)
-    wrapped = [DistributedDataParallel(config, DistributedDataParallelConfig(), chunk) for chunk in chunks]
-    batches = sample_tokens(ARCH.vocab_size, SEQUENCES, LENGTH).split(1)
-    batches = batches[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
-    losses = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=[iter(batches) for _ in wrapped],
-        model=wrapped,
-        num_microbatches=len(batches),
-        seq_length=LENGTH,
-        micro_batch_size=1,
-    )
-    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
-    gradients = {router.layer_number: router.weight.main_grad.clone() for router in routers}
-    return {"gradients": gradients, "losses": [loss["loss"] for loss in losses]}
-
-
-def _forward_step(batches: Any, model: torch.nn.Module) -> Any:
-    tokens = next(batches)
-    length = tokens.shape[1]
-    output = model(tokens, torch.arange(length)[None], torch.ones(1, 1, length, length).triu(1).bool(), labels=tokens)
-
-    def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        number = torch.tensor(losses.numel(), dtype=torch.int)
-        return losses.sum(), number, {"loss": float(losses.mean())}
-
-    return output, loss
+    return take_step(layout, changes, SPEC, prepare=_teach if dense else None, weight=1.0)
 
 
 WHOLE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -202,27 +166,22 @@ def alone() -> dict[str, Any]:
 @pytest.mark.parametrize("layout", quick(LAYOUTS, "ep2", "tp2", "ep2, recomputed"))
 def test_every_layout_gives_a_router_the_gradient_of_one_rank(alone: dict[str, Any], layout: str) -> None:
     ranks, sizes, changes = LAYOUTS[layout]
-    expected, seen = alone["dense"]["gradients"], set()
-    for rank in run_ranks(_step, ranks, sizes, changes, True):
-        for layer, gradient in rank["gradients"].items():
-            assert _off(gradient, expected[layer]) < 1e-5
-            seen.add(layer)
-    assert seen == set(expected)
-    for layer, gradient in alone["plain"]["gradients"].items():
-        assert _off(gradient, expected[layer]) > 0.1
+    plain, dense = (by_layer([alone[kind]], "gradients") for kind in ("plain", "dense"))
+    got = by_layer(run_ranks(_step, ranks, sizes, changes, True), "gradients")
+    for layer in range(len(dense)):
+        assert _off(got[layer], dense[layer]) < 1e-5
+        assert _off(plain[layer], dense[layer]) > 0.1
     assert alone["dense"]["losses"] == alone["plain"]["losses"]
 
 
 def _with_capacity(pad: bool) -> dict[str, dict[str, torch.Tensor]]:
     """Return what a layer that drops tokens gives, and what one that drops none does."""
-    from nemo_upcycle.trainers.router_gradient import let_all_experts_teach
-
     found = {}
     for name, factor in (("plain", 0.6), ("dropping", 0.6), ("whole", None)):
         capacity = {"moe_expert_capacity_factor": factor, "moe_pad_expert_input_to_capacity": pad and bool(factor)}
         layer = _layer(SPEC, torch.float64, **capacity)
         if name != "plain":
-            let_all_experts_teach([layer], layer.config)
+            _teach([layer], layer.config)
         found[name] = _pass(layer, torch.float64)
     return found
 
@@ -238,17 +197,16 @@ def test_a_dropped_token_teaches_the_router_as_if_it_had_been_kept(pad: bool) ->
 def _scales(dense: bool) -> list[list[float]]:
     """Return the numbers that delayed scaling has seen of inputs and weights, after a step in emulated FP8."""
     from nemo_upcycle.cpu.fp8_recipe import INPUT, WEIGHT
-    from nemo_upcycle.trainers.router_gradient import let_all_experts_teach
 
     fp8 = {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 4, "fp8_amax_compute_algo": "max"}
     chunks = build_chunks(ARCH, **moe_settings(ARCH, SPEC) | fp8)
     upcycle_into(chunks, MemorySource(ARCH), SPEC)
     if dense:
-        let_all_experts_teach(chunks, chunks[0].config)
-    tokens = sample_tokens(ARCH.vocab_size, SEQUENCES, LENGTH)
-    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        _teach(chunks, chunks[0].config)
+    tokens = sample_tokens(ARCH.vocab_size, 4, 8)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
     chunks[0].set_is_first_microbatch()
-    chunks[0](tokens, torch.arange(LENGTH).expand_as(tokens), mask, labels=tokens).mean().backward()
+    chunks[0](tokens, torch.arange(8).expand_as(tokens), mask, labels=tokens).mean().backward()
     states = [module.fp8_scales for module in chunks[0].modules() if getattr(module, "fp8_scales", None)]
     return [[*state.scale[[INPUT, WEIGHT]].tolist(), *state.history[:, [INPUT, WEIGHT]].flatten()] for state in states]
 

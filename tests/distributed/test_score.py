@@ -58,23 +58,26 @@ def _sequences() -> list[tuple[list[int], int]]:
     return found + [([*stem, last], 1) for last in (3, 77, 249)]
 
 
+def _loaded(folder: str, case: str, layout: dict[str, int]) -> tuple[list[Any], int]:
+    """Load this rank's chunks of a checkpoint; return them with the size of the vocabulary."""
+    saved, parent = Path(folder) / case / "saved", _parent(Path(folder), case)
+    chunks, arch = load_chunks(saved, parent, SPECS[case], layout_here(**layout), torch.float32)
+    return chunks, arch.vocab_size
+
+
 def _scores(folder: str, case: str, layout: dict[str, int], batch_size: int | str) -> list[tuple[list[float], bool]]:
-    chunks, arch = load_chunks(
-        Path(folder) / case / "saved", _parent(Path(folder), case), SPECS[case], layout_here(**layout), torch.float32
-    )
-    return score(chunks, _sequences(), vocab_size=arch.vocab_size, batch_size=batch_size)
+    chunks, vocab_size = _loaded(folder, case, layout)
+    return score(chunks, _sequences(), vocab_size=vocab_size, batch_size=batch_size)
 
 
-def _continuations(folder: str, case: str, layout: dict[str, int]) -> list[list[int]]:
-    chunks, arch = load_chunks(
-        Path(folder) / case / "saved", _parent(Path(folder), case), SPECS[case], layout_here(**layout), torch.float32
-    )
+def _continuations(folder: str, layout: dict[str, int]) -> list[list[int]]:
+    chunks, vocab_size = _loaded(folder, "moe", layout)
     prompts = [tokens for tokens, _ in _sequences()[:7]]
 
     def ends(number: int, written: list[int]) -> bool:
         return len(written) == 2 + number
 
-    return generate(chunks, prompts, most=6, ends=ends, vocab_size=arch.vocab_size, batch_size=3)
+    return generate(chunks, prompts, most=6, ends=ends, vocab_size=vocab_size, batch_size=3)
 
 
 def _parent(folder: Path, case: str) -> Path:
@@ -95,18 +98,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _by_transformers(folder: Path, tokens: list[int], predicted: int) -> tuple[list[float], bool]:
+    logits_SV = hugging_face_logits(folder, torch.tensor([tokens]))[0, -predicted - 1 : -1]
+    targets = torch.tensor(tokens[-predicted:])
+    likelihoods = logits_SV.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+    return likelihoods.tolist(), bool((logits_SV.argmax(dim=-1) == targets).all())
+
+
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str, list[tuple[list[float], bool]]]:
     """Return what transformers finds, sequence by sequence, of the exported folders."""
-    found: dict[str, list[tuple[list[float], bool]]] = {}
-    for case in SPECS:
-        answers = found[case] = []
-        for tokens, predicted in _sequences():
-            logits_SV = hugging_face_logits(folder / case / "hf", torch.tensor([tokens]))[0, -predicted - 1 : -1]
-            targets = torch.tensor(tokens[-predicted:])
-            likelihoods = logits_SV.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
-            answers.append((likelihoods.tolist(), bool((logits_SV.argmax(dim=-1) == targets).all())))
-    return found
+    return {case: [_by_transformers(folder / case / "hf", *one) for one in _sequences()] for case in SPECS}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_every_layout_gives_the_log_likelihoods_of_the_exported_folder(
 def test_every_layout_continues_prompts_as_the_exported_folder_does(
     folder: Path, ranks: int, layout: dict[str, int]
 ) -> None:
-    answers = run_ranks(_continuations, ranks, str(folder), "moe", layout)
+    answers = run_ranks(_continuations, ranks, str(folder), layout)
     for number, ((tokens, _), written) in enumerate(zip(_sequences(), answers[0], strict=False)):
         follows = list(tokens)
         for _ in range(min(6, 2 + number)):
@@ -156,26 +158,23 @@ def test_biases_that_balance_experts_are_exported_and_change_who_is_chosen(
     shutil.copytree(folder / "balanced/hf", tmp_path / "without")
     for file in (tmp_path / "without").glob("*.safetensors"):
         save_file({name: one * (name not in biases) for name, one in load_file(file).items()}, file, {"format": "pt"})
-    tokens, predicted = _sequences()[0]
-    logits = hugging_face_logits(tmp_path / "without", torch.tensor([tokens]))[0, -predicted - 1 : -1]
-    without = logits.log_softmax(dim=-1).gather(1, torch.tensor(tokens[-predicted:])[:, None])[:, 0]
-    assert float((without - torch.tensor(expected["balanced"][0][0])).abs().max()) > 1e-3
+    without, _ = _by_transformers(tmp_path / "without", *_sequences()[0])
+    assert max(abs(one - other) for one, other in zip(without, expected["balanced"][0][0], strict=True)) > 1e-3
 
 
-def test_batches_do_not_change_what_is_found(folder: Path) -> None:
-    (small,), (large,) = (run_ranks(_scores, 1, str(folder), "moe", {}, size) for size in (1, "auto"))
-    for (one, _), (other, _) in zip(small, large, strict=True):
-        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-5, atol=2e-5)
+def test_batches_do_not_change_what_is_found(folder: Path, expected: dict[str, Any]) -> None:
+    for size in (1, "auto"):
+        (found,) = run_ranks(_scores, 1, str(folder), "moe", {}, size)
+        for (got, _), (wanted, _) in zip(found, expected["moe"], strict=True):
+            torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-5, atol=2e-5)
 
 
-def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(folder: Path) -> None:
-    saved, dense = folder / "moe/saved", folder / "dense"
-    mistakes = (
-        ({"tp": 4}, "tp"),
-        ({"ep": 3}, "ep"),
-        ({"pp": 2}, "tp x cp x pp"),
-        ({"tp": 0}, "tp"),
-    )
-    for layout, name in mistakes:
-        with pytest.raises(UpcycleError, match=f"^{name}: got"):
-            load_chunks(saved, dense, SPECS["moe"], layout_here(**layout), torch.float32)
+@pytest.mark.parametrize(
+    ("layout", "name"), [({"tp": 4}, "tp"), ({"ep": 3}, "ep"), ({"pp": 2}, "tp x cp x pp"), ({"tp": 0}, "tp")]
+)
+def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(
+    folder: Path, layout: dict[str, int], name: str
+) -> None:
+    with pytest.raises(UpcycleError) as refused:
+        load_chunks(folder / "moe/saved", folder / "dense", SPECS["moe"], layout_here(**layout), torch.float32)
+    assert refused.value.subject == name

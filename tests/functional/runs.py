@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,9 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
     strategy.tensor_model_parallel_size = options.get("tp", 1)
     strategy.sequence_parallel = options.get("tp", 1) > 1
     strategy.pipeline_model_parallel_size = options.get("pp", 1)
+    for name, value in options.get("settings", {}).items():
+        holder, _, field = name.rpartition(".")
+        setattr(attrgetter(holder)(recipe), field, value)
     place_recipe(recipe, Path(folder), Path(parent), Path(options.get("blend", data)))
     if "record" in options:
         recipe.trainer.callbacks.append(run.Config(Record, path=options["record"]))

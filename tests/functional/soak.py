@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from tests.functional.runs import Runs
 from tests.functional.test_pipeline import STAGES, write_plan
 
 
-#: Kills that one run has to survive before it is left alone.
-KILLS_A_RUN = 4
 STEPS, EVERY = 6, 2
+#: Ranks, and whether they save asynchronously.
+TRAININGS = ((1, False), (1, True), (2, True))
 TRAINING_AIMS = (
     Strike("open", ".distcp"),  # inside the first save
     Strike("os.remove", "checkpoints", count=2, inside_removal=True),  # inside the removal of the one before
@@ -52,12 +53,12 @@ TRAINING_AIMS = (
 )
 
 
-def training_aims(ranks: int) -> Iterator[Strike]:
-    """Yield kills without end, every second one aimed."""
+def aims(aimed: Sequence[Strike], latest_s: float, ranks: int = 1) -> Iterator[Strike]:
+    """Yield kills without end: every second one aimed, the others at a random time."""
     numbers = random.Random(ranks)
-    for aim in itertools.cycle(TRAINING_AIMS):
+    for aim in itertools.cycle(aimed):
         yield aim
-        yield Strike(delay_s=numbers.uniform(0.5, 5.0), rank=numbers.randrange(ranks))
+        yield Strike(delay_s=numbers.uniform(0.1, latest_s), rank=numbers.randrange(ranks))
 
 
 def training_result(folder: Path) -> dict[str, Any]:
@@ -80,9 +81,7 @@ def _digest(tensor: Any) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def survive(
-    start: Callable[[Strike | None], bool], strikes: Iterator[Strike], kills: int, seen: Counter[str]
-) -> tuple[int, int]:
+def survive(start: Callable[[Strike | None], bool], strikes: Iterator[Strike], kills: int, seen: Counter[str]) -> None:
     """Start a run again and again until it has been killed `kills` times, then let it finish.
 
     Args:
@@ -90,48 +89,71 @@ def survive(
         strikes: what to kill it by, one after the other; one whose moment does not come ends the run alive.
         kills: how many.
         seen: counts kills by kind.
-
-    Returns:
-        Kills, and starts.
     """
-    done = starts = 0
-    while done < kills:
-        strike = next(strikes)
-        starts += 1
+    for strike in itertools.islice(strikes, kills):
         if start(strike):
-            return done, starts
-        done += 1
+            return
         seen[f"{strike.event or 'random'} {strike.where}".strip()] += 1
-    if not start(None):
-        raise AssertionError("the run was killed although nobody did it")
-    return done, starts + 1
+    assert start(None), "the run was killed although nobody did it"
+
+
+def soak(
+    folder: Path,
+    kills: int,
+    strikes: Iterator[Strike],
+    start: Callable[[str, Path, Strike | None], Any],
+    result: Callable[[Path], dict[str, Any]],
+    *,
+    stages: Sequence[str] = ("pretrain",),
+    kills_a_stage: int = 4,
+) -> Counter[str]:
+    """Kill runs so many times; every one must end bit-equal to an undisturbed one.
+
+    Args:
+        folder: of the runs.
+        kills: how many.
+        strikes: what to kill them by.
+        start: runs a stage of the run in a folder, with a strike or without.
+        result: reads what a finished run holds.
+        stages: of a run, in their order.
+        kills_a_stage: what a stage has to survive before it is left alone.
+
+    Raises:
+        AssertionError: a run ended otherwise, or could not go on.
+    """
+    seen: Counter[str] = Counter()
+
+    def run(name: str, kills_left: Callable[[], int]) -> dict[str, Any]:
+        for stage in stages:
+
+            def once(strike: Strike | None, stage: str = stage) -> bool:
+                return _finishes(lambda: start(stage, folder / name, strike))
+
+            survive(once, strikes, min(kills_a_stage, kills_left()), seen)
+        return result(folder / name)
+
+    wanted = run("undisturbed", lambda: 0)
+    for number in itertools.count():
+        got = run(f"run-{number}", lambda: kills - sum(seen.values()))
+        assert got == wanted, f"{folder / f'run-{number}'} after {dict(seen)}: {_first_difference(got, wanted)}"
+        if sum(seen.values()) >= kills:
+            break
+    return seen
 
 
 def soak_training(folder: Path, kills: int, *, ranks: int, asynchronous: bool) -> Counter[str]:
-    """Kill training runs so many times; every run must end bit-equal to an undisturbed one.
-
-    Raises:
-        AssertionError: it did not, or a run could not go on.
-    """
+    """Soak trainings; see `soak`."""
     runs = Runs(folder)
     options = {"steps": STEPS, "every": EVERY, "asynchronous": asynchronous, "ep": ranks}
-    runs.train("undisturbed", ranks, **options)
-    wanted = training_result(folder / "undisturbed")
-    seen: Counter[str] = Counter()
-    strikes = training_aims(ranks)
-    for number in itertools.count():
-        name = f"run-{number}"
 
-        def start(strike: Strike | None, name: str = name) -> bool:
-            return _finishes(lambda: runs.train(name, ranks, **options, **({"strike": strike} if strike else {})))
+    def start(_: str, run_dir: Path, strike: Strike | None) -> None:
+        runs.train(run_dir.name, ranks, **options, **({"strike": strike} if strike else {}))
 
-        survive(start, strikes, min(KILLS_A_RUN, kills - sum(seen.values())), seen)
-        got = training_result(folder / name)
-        assert got == wanted, f"{folder / name} differs after {dict(seen)}: {_first_difference(got, wanted)}"
-        assert [path.name for path in complete_checkpoints(folder / name / "checkpoints")] == [wanted["checkpoint"]]
-        if sum(seen.values()) >= kills:
-            return seen
-    raise AssertionError  # the loop has no end of its own
+    def result(run_dir: Path) -> dict[str, Any]:
+        complete = [path.name for path in complete_checkpoints(run_dir / "checkpoints")]
+        return training_result(run_dir) | {"complete": complete}
+
+    return soak(folder, kills, aims(TRAINING_AIMS, 5.0, ranks), start, result)
 
 
 def _finishes(train: Callable[[], Any]) -> bool:
@@ -172,14 +194,6 @@ PIPELINE_AIMS = (
 )
 
 
-def pipeline_aims() -> Iterator[Strike]:
-    """Yield kills without end, every second one aimed."""
-    numbers = random.Random(0)
-    for aim in itertools.cycle(PIPELINE_AIMS):
-        yield aim
-        yield Strike(delay_s=numbers.uniform(0.1, 4.0))
-
-
 def strike_stage(name: str, run_dir: str, strike: Strike | None) -> tuple[int, str]:
     """Run a stage as NeMo-Run's task does, with a strike; return its exit status and what it said."""
     sys.stderr = io.StringIO()  # where messages and progress go
@@ -207,40 +221,15 @@ def pipeline_result(run_dir: Path) -> dict[str, Any]:
 
 
 def soak_pipeline(folder: Path, kills: int) -> Counter[str]:
-    """Kill the stages of whole pipelines so many times; every pipeline must end as an undisturbed one does.
-
-    Raises:
-        AssertionError: it did not, or could not go on.
-    """
+    """Soak the stages of whole pipelines; see `soak`."""
     plan = write_plan(folder)
 
-    def run_stages(run_dir: Path, strikes: Iterator[Strike] | None, seen: Counter[str]) -> None:
+    def start(name: str, run_dir: Path, strike: Strike | None) -> None:
         plan.write(run_dir)
-        for name in STAGES:
+        ((status, text),) = run_ranks(strike_stage, 1, name, str(run_dir), strike, process_group=False)
+        assert status == 0, f"[{name}] in {run_dir}: {text}"
 
-            def start(strike: Strike | None, name: str = name) -> bool:
-                def run() -> None:
-                    ((status, text),) = run_ranks(strike_stage, 1, name, str(run_dir), strike, process_group=False)
-                    assert status == 0, f"[{name}] in {run_dir}: {text}"
-
-                return _finishes(run)
-
-            if strikes is None:
-                assert start(None)
-            else:
-                survive(start, strikes, min(2, kills - sum(seen.values())), seen)
-
-    run_stages(folder / "undisturbed", None, Counter())
-    wanted = pipeline_result(folder / "undisturbed")
-    seen: Counter[str] = Counter()
-    strikes = pipeline_aims()
-    for number in itertools.count():
-        run_stages(folder / f"run-{number}", strikes, seen)
-        got = pipeline_result(folder / f"run-{number}")
-        assert got == wanted, f"{folder / f'run-{number}'} after {dict(seen)}: {_first_difference(got, wanted)}"
-        if sum(seen.values()) >= kills:
-            return seen
-    raise AssertionError  # the loop has no end of its own
+    return soak(folder, kills, aims(PIPELINE_AIMS, 4.0), start, pipeline_result, stages=STAGES, kills_a_stage=2)
 
 
 def main() -> None:
@@ -249,25 +238,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60, help="of each part (default: 60)")
     parser.add_argument("parts", nargs="*", default=["training", "pipeline"], help="training, pipeline")
     args = parser.parse_args()
-    jobs = {
+    jobs: dict[str, dict[str, Callable[[Path], Counter[str]]]] = {
         "training": {
-            "training, saved synchronously": lambda folder: soak_training(
-                folder, args.kills // 3, ranks=1, asynchronous=False
-            ),
-            "training, saved asynchronously": lambda folder: soak_training(
-                folder, args.kills // 3, ranks=1, asynchronous=True
-            ),
-            "training on two ranks, asynchronously": lambda folder: soak_training(
-                folder, args.kills - 2 * (args.kills // 3), ranks=2, asynchronous=True
-            ),
+            f"training on {ranks} ranks, {'asynchronously' if asynchronous else 'synchronously'} saved": partial(
+                soak_training, kills=args.kills // len(TRAININGS), ranks=ranks, asynchronous=asynchronous
+            )
+            for ranks, asynchronous in TRAININGS
         },
-        "pipeline": {"pipeline": lambda folder: soak_pipeline(folder, args.kills)},
+        "pipeline": {"pipeline": partial(soak_pipeline, kills=args.kills)},
     }
     for part in args.parts:
-        for title, soak in jobs[part].items():
+        for title, work in jobs[part].items():
             start_s = time.monotonic()
             with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-                seen = soak(Path(folder))
+                seen = work(Path(folder))
             seconds = time.monotonic() - start_s
             sys.stdout.write(f"{title}: {sum(seen.values())} kills in {seconds:.0f} s, every run bit-equal\n")
             sys.stdout.writelines(f"  {count:3d}  {kind}\n" for kind, count in sorted(seen.items()))

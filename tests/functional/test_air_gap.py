@@ -24,6 +24,7 @@ from tests.no_network import can_leave
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(not can_leave(), reason="this kernel lets no user leave the network"),
 ]
 
@@ -52,23 +53,13 @@ def _stage(name: str, run_dir: Path, variables: dict[str, str]) -> subprocess.Co
     return subprocess.run(command, env=own, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="module")
-def run_dir(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "run"
-    plan.write(folder)
-    return folder
-
-
-def test_without_a_fetch_the_first_stage_fails(plan: RunPlan, run_dir: Path, tmp_path: Path) -> None:
+def test_the_chain_runs_without_a_network_from_what_was_fetched_and_not_before(plan: RunPlan, tmp_path: Path) -> None:
     endpoint = Path(plan.data).read_text().partition("[")[2].partition("/acme")[0]
+    run_dir = tmp_path / "run"
+    plan.write(run_dir)
     done = _stage("import", run_dir, {"HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint})
     assert done.returncode == 2, done.stderr
     assert "download of acme/tiny from the Hugging Face hub: got" in done.stderr
-
-
-@pytest.mark.full
-def test_the_chain_runs_without_a_network_from_what_was_fetched(plan: RunPlan, run_dir: Path, tmp_path: Path) -> None:
-    endpoint = Path(plan.data).read_text().partition("[")[2].partition("/acme")[0]
     command = [sys.executable, "-m", "nemo_upcycle.cli", "fetch", str(tmp_path / "here"), "--for", str(run_dir)]
     own = os.environ | {"HF_ENDPOINT": endpoint}
     fetched = subprocess.run([*command, "--json"], env=own, capture_output=True, text=True, check=False)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,18 +40,10 @@ class Job(NamedTuple):
         """Return what it said."""
         return (self.folder / "console.txt").read_text()
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return its lines of metrics."""
+    def steps(self) -> list[int]:
+        """Return the steps of its metrics."""
         path = self.run_dir / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def wait(self) -> int:
-        """Return its exit status; kill it, and fail, when it hangs."""
-        try:
-            return self.process.wait(timeout=HANG_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            pytest.fail(f"it hangs:\n{self.console()[-2000:]}")
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _group(leader: int) -> list[psutil.Process]:
@@ -63,27 +56,24 @@ def _group(leader: int) -> list[psutil.Process]:
     return group
 
 
-class Jobs:
-    """Starts the command on one parent and one corpus."""
-
-    def __init__(self, folder: Path) -> None:
-        self.parent, self.data = prepare(folder, intermediate_size=FFN)
-
-    def start(self, folder: Path, **overrides: Any) -> Job:
-        """Start the command; overrides as in `pretrain_command`."""
-        settings = {"model__config__ffn_hidden_size": FFN, "model__config__num_layers": 4} | overrides
-        return Job(start(pretrain_command(self.parent, self.data, folder / "run", **settings), folder), folder)
-
-
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    return Jobs(tmp_path_factory.mktemp("inputs"))
+def start_job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
+    """Start the command on one parent and one corpus; overrides as in `pretrain_command`."""
+    parent, data = prepare(tmp_path_factory.mktemp("inputs"), intermediate_size=FFN)
+
+    def start_in(folder: Path, **overrides: Any) -> Job:
+        settings = {"model__config__ffn_hidden_size": FFN, "model__config__num_layers": 4} | overrides
+        return Job(start(pretrain_command(parent, data, folder / "run", **settings), folder), folder)
+
+    return start_in
 
 
-def test_the_command_saves_on_two_threads_resumes_and_obeys_sigint(jobs: Jobs, tmp_path: Path) -> None:
+def test_the_command_saves_on_two_threads_resumes_and_obeys_sigint(
+    start_job: Callable[..., Job], tmp_path: Path
+) -> None:
     """Two starts of the same command: saved at the end, then asynchronously, and stopped by Ctrl-C."""
-    first = jobs.start(tmp_path, trainer__max_steps=2, log__ckpt__every_n_train_steps=2)
-    assert first.wait() == 0, first.console()[-2000:]
+    first = start_job(tmp_path, trainer__max_steps=2, log__ckpt__every_n_train_steps=2)
+    assert first.process.wait(HANG_S) == 0, first.console()[-2000:]
     assert "TPU available" not in first.console()
     assert "Total params" not in first.console()  # Lightning's, of one rank
     kept = newest_checkpoint(first.run_dir / "checkpoints")
@@ -91,13 +81,13 @@ def test_the_command_saves_on_two_threads_resumes_and_obeys_sigint(jobs: Jobs, t
     assert step_of(kept) == 1
     upcycled = (first.run_dir / "receipt.json").stat()
 
-    again = jobs.start(
+    again = start_job(
         tmp_path, trainer__max_steps=100_000, log__ckpt__every_n_train_steps=3, trainer__strategy__ckpt_async_save=True
     )
-    wait_until(lambda: len(again.metrics()) >= 12, again.process, lambda: again.console()[-2000:])
+    wait_until(lambda: len(again.steps()) >= 12, again.process, lambda: again.console()[-2000:])
     again.process.send_signal(signal.SIGINT)
-    assert again.wait() == -signal.SIGINT
-    assert [line["step"] for line in again.metrics()[:12]] == list(range(1, 13))
+    assert again.process.wait(HANG_S) == -signal.SIGINT
+    assert again.steps()[:12] == list(range(1, 13))
     kept = newest_checkpoint(first.run_dir / "checkpoints")
     assert kept is not None
     assert (step_of(kept) or 0) >= 2

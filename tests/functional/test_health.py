@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.distributed.ranks import run_ranks
-from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE, prepare, shrink
+from tests.functional.runs import Runs, tiny_recipe
+from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE
 from tests.tiers import quick
 
 
@@ -79,38 +76,25 @@ class Witness(pl.Callback):
 
 
 def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
-    """Build the demo's recipe, cut it down, train; return what the witness saw."""
+    """Train the demo's recipe, cut down; return what the witness saw."""
     import fiddle as fdl
-    import nemo.utils
     import nemo_run as run
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.recipes import smollm2_135m_e8t2
     from nemo_upcycle.recipes.common import use_spec
     from nemo_upcycle.recipes.h100 import adjust
     from nemo_upcycle.spec import UpcycleSpec
     from nemo_upcycle.trainers.nemo.checks import check_recipe
-    from nemo_upcycle.trainers.nemo.recipes import place_recipe
 
-    use_cpu_backend()
-    nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
-    recipe = smollm2_135m_e8t2.pretrain_recipe(num_gpus_per_node=int(os.environ["WORLD_SIZE"]))
-    shrink(recipe, max_steps=STEPS, checkpoint_every=None)
-    place_recipe(recipe, Path(folder), Path(parent), Path(data))
+    recipe = tiny_recipe(parent, data, folder, {"steps": STEPS, **options})
     recipe.trainer.strategy.ddp.overlap_param_gather = False  # else a sample may hold weights of the step before
     recipe.log.tensorboard = run.Config(TensorBoardLogger, save_dir="board", name="board")
-    for name, value in options.get("model", {}).items():
-        setattr(recipe.model.config, name, value)
     if moe_layers := options.get("moe_layers"):
         use_spec(recipe, UpcycleSpec(moe_layers=moe_layers))
     adjust(
         recipe,
-        tensor_parallelism=options.get("tp", 1),
-        pipeline_parallelism=options.get("pp", 1),
-        virtual_pipeline_parallelism=options.get("vp", 1),
-        expert_parallelism=options.get("ep", 1),
-        expert_tensor_parallelism=options.get("etp", 1),
+        virtual_pipeline_parallelism=options.get("vp"),
+        expert_tensor_parallelism=options.get("etp"),
         capacity_factor=options.get("capacity"),
         pad_to_capacity=options.get("pad"),
         recompute_moe_steps=options.get("recompute"),
@@ -123,19 +107,13 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
     return {name: getattr(witness, name) for name in ("slots", "first", "losses", "recomputed")}
 
 
-class Jobs:
-    """Jobs of one parent on one blend."""
+class Jobs(Runs):
+    """Runs of which the first rank's witness tells what it saw."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.parent, self.data = prepare(folder)
-
-    def train(self, name: str, world_size: int = 1, **options: Any) -> tuple[list[dict[str, Any]], Any]:
-        """Train; return the lines of the metrics and what the first rank's witness saw."""
-        paths = (str(self.parent), str(self.data), str(self.folder / name))
-        seen = run_ranks(_rank, world_size, *paths, options, process_group=False)
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines], seen[0]
+    def watched(self, name: str, world_size: int = 1, **options: Any) -> tuple[list[dict[str, Any]], Any]:
+        """Train; return the lines of the metrics and what the witness saw."""
+        seen = self._run(_rank, name, world_size, options)
+        return self.metrics(name), seen[0]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +123,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 @pytest.fixture(scope="module")
 def alone(jobs: Jobs) -> tuple[list[dict[str, Any]], Any]:
-    return jobs.train("alone", witness=True)
+    return jobs.watched("alone", witness=True)
 
 
 def test_counts_and_losses_match_what_the_routers_decide(alone: tuple[list[dict[str, Any]], Any]) -> None:
@@ -174,7 +152,7 @@ def test_router_health_is_the_same_on_every_layout(
     jobs: Jobs, alone: tuple[list[dict[str, Any]], Any], world_size: int, layout: dict[str, int]
 ) -> None:
     name = "-".join([str(world_size), *(f"{axis}{size}" for axis, size in layout.items())])
-    lines, _ = jobs.train(name, world_size, **layout)
+    lines, _ = jobs.watched(name, world_size, **layout)
     assert len(lines) == STEPS
     for got, expected in zip(lines, alone[0], strict=True):
         assert set(got["router"]) == set(expected["router"])
@@ -190,7 +168,7 @@ def test_router_health_is_the_same_on_every_layout(
 @pytest.mark.full
 def test_a_pipeline_stage_without_routers_blocks_no_rank(jobs: Jobs) -> None:
     """The second pipeline stage has dense layers only: it has nothing to say and takes part all the same."""
-    lines, _ = jobs.train("dense-stage", 2, pp=2, moe_layers=[0, 1])
+    lines, _ = jobs.watched("dense-stage", 2, pp=2, moe_layers=[0, 1])
     assert len(lines) == STEPS
     for line in lines:
         for values in line["router"].values():
@@ -200,7 +178,7 @@ def test_a_pipeline_stage_without_routers_blocks_no_rank(jobs: Jobs) -> None:
 
 
 def test_recomputation_ends_in_time_and_counts_once(jobs: Jobs, alone: tuple[list[dict[str, Any]], Any]) -> None:
-    lines, seen = jobs.train("recompute", recompute=2, witness=True)
+    lines, seen = jobs.watched("recompute", recompute=2, witness=True)
     assert seen["recomputed"] == [True, True, False]
     for got, expected in zip(lines, alone[0], strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
@@ -211,8 +189,8 @@ def test_recomputation_ends_in_time_and_counts_once(jobs: Jobs, alone: tuple[lis
 
 @pytest.mark.full
 def test_padding_does_not_count_as_load(jobs: Jobs, alone: tuple[list[dict[str, Any]], Any]) -> None:
-    dropping, _ = jobs.train("dropping", capacity=0.5)
-    padded, _ = jobs.train("padded", capacity=0.5, pad=True)
+    dropping, _ = jobs.watched("dropping", capacity=0.5)
+    padded, _ = jobs.watched("padded", capacity=0.5, pad=True)
     for got, expected in zip(padded, dropping, strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert got["router"]["dropped"] == pytest.approx(expected["router"]["dropped"], abs=5e-3)
@@ -233,5 +211,5 @@ def test_tensorboard_gets_rates_and_router_health(jobs: Jobs, alone: tuple[list[
     assert {"tokens_per_s", "tflops_per_gpu/full", "tflops_per_gpu/causal", "memory_gib"} <= tags
     assert {f"router/{name}" for name in PER_STEP | {"expert_distance"}} <= tags
     assert {f"router_layers/load_cv/{layer:03d}" for layer in range(LAYERS)} <= tags
-    logged = [(event.step, event.value) for event in board.Scalars("router_layers/load_cv/003")]
-    assert logged == [(line["step"], pytest.approx(line["router"]["load_cv"][3], abs=1e-6)) for line in alone[0]]
+    logged = [event.value for event in board.Scalars("router_layers/load_cv/003")]
+    assert logged == pytest.approx([line["router"]["load_cv"][3] for line in alone[0]], abs=1e-6)

@@ -24,6 +24,7 @@ from tests.waiting import HANG_S
 pytestmark = pytest.mark.slow
 STEPS = 6
 STOPPED = StageStopped.exit_status
+OPTIONS: dict[str, Any] = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}}
 TRAINED = ("step", "loss", "grad_norm", "lr", "expert_load")
 
 
@@ -34,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def undisturbed(runs: Runs) -> list[dict[str, Any]]:
-    return _trained(runs.train("undisturbed", 2, steps=STEPS, every=2, ep=2, resilient={}))
+    return _trained(runs.train("undisturbed", 2, **OPTIONS))
 
 
 def _trained(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -52,7 +53,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_equal(
     runs: Runs, undisturbed: list[dict[str, Any]], ranks: list[int], asynchronous: bool
 ) -> None:
     name = f"told-{len(ranks)}-{asynchronous}"
-    options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}, "asynchronous": asynchronous}
+    options = OPTIONS | {"asynchronous": asynchronous}
     # In the third step; asynchronously, the checkpoint of the second one is being written then.
     assert runs.endings(name, 2, send={"step": 2, "ranks": ranks}, **options) == [(STOPPED, 3)] * 2
     assert _trained(runs.metrics(name)) == undisturbed[:3]
@@ -62,15 +63,14 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_equal(
 
 @pytest.mark.full
 def test_sigterm_before_the_first_step_ends_at_once(runs: Runs) -> None:
-    options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}}
     with pytest.raises(RuntimeError, match="died"):
-        runs.endings("early", 2, send={"step": -1, "ranks": [0, 1]}, **options)
+        runs.endings("early", 2, send={"step": -1, "ranks": [0, 1]}, **OPTIONS)
     assert not list((runs.folder / "early").glob("checkpoints/*/weights"))
 
 
 @pytest.mark.full
 def test_sigterm_in_the_last_step_leaves_a_finished_training(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
-    options = {"steps": STEPS, "every": 4, "ep": 2, "resilient": {}}
+    options = OPTIONS | {"every": 4}
     assert runs.endings("late", 2, send={"step": STEPS - 1, "ranks": [0]}, **options) == [(STOPPED, STEPS)] * 2
     assert _trained(runs.metrics("late")) == undisturbed
 
@@ -104,15 +104,12 @@ def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
 ) -> None:
     """The second rank sleeps in the fourth step; the checkpoint of the second one is there."""
     folder, once = runs.folder / "hung", runs.folder / "hung-once"
-    options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}, "hang": {"step": 3, "once": str(once)}}
-    command = _under_ft_launcher(runs, folder, options)
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=HANG_S, env=_plain()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = _under_ft_launcher(runs, folder, OPTIONS | {"hang": {"step": 3, "once": str(once)}})
+    _, said = process.communicate(timeout=HANG_S)
+    assert process.returncode == 0, said[-3000:]
     assert once.exists()
-    assert "step 3/6" in done.stderr
-    assert done.stderr.count("training data: blend tiny") >= 2  # started again
+    assert "step 3/6" in said
+    assert said.count("training data: blend tiny") >= 2  # started again
     assert _trained(runs.metrics("hung")) == undisturbed
     assert _weights(runs, "hung") == _weights(runs, "undisturbed")
 
@@ -120,14 +117,7 @@ def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
 @pytest.mark.full
 def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
     folder = runs.folder / "launcher-told"
-    process = subprocess.Popen(
-        _under_ft_launcher(runs, folder, {"steps": 500, "every": 1000, "ep": 2, "resilient": {}}),
-        cwd=Path(__file__).parents[2],
-        env=_plain(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = _under_ft_launcher(runs, folder, OPTIONS | {"steps": 500, "every": 1000})
     assert process.stderr
     said = []
     for line in process.stderr:
@@ -141,16 +131,20 @@ def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, An
     assert f"Stopped by SIGTERM after step {kept} of 500" in words
 
 
-def _under_ft_launcher(runs: Runs, folder: Path, options: dict[str, Any]) -> tuple[str, ...]:
+def _under_ft_launcher(runs: Runs, folder: Path, options: dict[str, Any]) -> subprocess.Popen[str]:
+    """Start a training as on a node outside Slurm: with this process's variables but those of a launcher."""
     inputs = (str(runs.parent), str(runs.data), str(folder), json.dumps(options))
     command = (sys.executable, "-m", "tests.functional.ft_rank", *inputs)
-    return ft_command(command, 1, 2, python=sys.executable, silence_s=20.0, save_s=60.0, restarts=2)
-
-
-def _plain() -> dict[str, str]:
-    """Return the variables of a node outside Slurm: of this process, without what a launcher sets."""
+    command = ft_command(command, 1, 2, python=sys.executable, silence_s=20.0, save_s=60.0, restarts=2)
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
-    return plain | {"GROUP_RANK": "0"}
+    return subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[2],
+        env=plain | {"GROUP_RANK": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _weights(runs: Runs, run: str) -> dict[str, bytes]:

@@ -6,17 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional.soak import soak_training
+from tests.functional.soak import TRAININGS, soak_training
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "asynchronous"),
-    [(1, False), (1, True), (2, True)],
-    ids=["one rank, synchronous saves", "one rank, asynchronous saves", "two ranks, asynchronous saves"],
-)
+@pytest.mark.parametrize(("ranks", "asynchronous"), TRAININGS)
 def test_killed_training_resumes_and_ends_bit_equal(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
     seen = soak_training(tmp_path, 4, ranks=ranks, asynchronous=asynchronous)
     assert sum(seen.values()) == 4

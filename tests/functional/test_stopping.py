@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
-from tests.functional.started import STAGE, start_training
+from tests.functional.started import start_training
+from tests.functional.test_pipeline import run_in_own_process
 from tests.functional.tiny import shrink, write_finished_inputs
 from tests.waiting import HANG_S
 
@@ -38,7 +38,7 @@ def test_a_training_with_loaders_saves_when_the_whole_job_is_told_to_stop(tmp_pa
     run_dir = tmp_path / "run"
     _plan(tmp_path).write(run_dir)
     for name in ("import", "data", "upcycle"):
-        subprocess.run([*STAGE, name, run_dir], check=True, capture_output=True)
+        assert run_in_own_process(name, run_dir).status == 0
     job = start_training(run_dir, until_step=3)
     os.killpg(job.pid, signal.SIGTERM)
     _, said = job.communicate(timeout=HANG_S)

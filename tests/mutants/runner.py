@@ -28,7 +28,6 @@ from pathlib import Path
 
 import yaml
 
-from nemo_upcycle.errors import did_you_mean
 from nemo_upcycle.utils.progress import duration
 from tests.waiting import HANG_S
 
@@ -129,14 +128,8 @@ def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
         return status, printed.read()
 
 
-def first_failure(printed: str) -> str:
-    """Return the first failing test that pytest has named; empty without one."""
-    lines = (line for line in printed.splitlines() if line.startswith(("FAILED ", "ERROR ")))
-    return next(lines, "").partition(" - ")[0].partition(" ")[2]
-
-
 def kill(mutant: Mutant) -> str:
-    """Try a mutant; return the test that notices it, empty if none does.
+    """Try a mutant; return pytest's line of the test that notices it, empty if none does.
 
     Raises:
         ValueError: the edit does not fit the file, or pytest ends in another way than with a failed test.
@@ -150,7 +143,7 @@ def kill(mutant: Mutant) -> str:
         return ""
     if status != FAILED:
         raise ValueError(f"pytest ended with status {status}, expected a failed test\n{printed[-2000:]}")
-    return first_failure(printed) or "a test that pytest does not name"
+    return next((line for line in printed.splitlines() if line.startswith(("FAILED ", "ERROR "))), "FAILED")
 
 
 def require_passing(mutants: Sequence[Mutant]) -> None:
@@ -163,11 +156,10 @@ def require_passing(mutants: Sequence[Mutant]) -> None:
     files = list(dict.fromkeys(file for mutant in mutants for file in mutant.tests))
     with copied_tree() as copy:
         for number, file in enumerate(files, 1):
-            start_s = time.monotonic()
             status, printed = run_tests(copy, [file])
             if status != PASSED:
                 raise ValueError(f"{file} fails without a mutant (status {status})\n{printed[-2000:]}")
-            _say(f"unchanged {number}/{len(files)} {file} {time.monotonic() - start_s:.0f} s  passed")
+            _say(f"unchanged {number}/{len(files)} {file}  passed")
 
 
 def chosen(arguments: argparse.Namespace) -> list[Mutant]:
@@ -177,12 +169,10 @@ def chosen(arguments: argparse.Namespace) -> list[Mutant]:
         ValueError: one is not in the list.
     """
     mutants = read_mutants()
-    if arguments.sample is not None:
-        count = min(arguments.sample, len(mutants))
-        return random.Random(arguments.seed).sample(list(mutants.values()), count)
-    for name in arguments.names:
-        if name not in mutants:
-            raise ValueError(f"no mutant {name} in {LIST.name}.{did_you_mean(name, mutants)}")
+    if arguments.sample:
+        return random.Random(arguments.seed).sample(list(mutants.values()), arguments.sample)
+    if unknown := set(arguments.names) - set(mutants):
+        raise ValueError(f"no mutants {', '.join(unknown)} in {LIST.name}")
     return [mutants[name] for name in arguments.names] or list(mutants.values())
 
 
@@ -195,21 +185,16 @@ def _try_all(mutants: Sequence[Mutant]) -> int:
     """Try mutants one after the other; return how many survive or cannot be tried."""
     begun_s, left = time.monotonic(), []
     for number, mutant in enumerate(mutants, 1):
-        start_s = time.monotonic()
         try:
             killer = kill(mutant)
-            outcome = f"killed by {killer}" if killer else f"SURVIVES: {mutant.breaks}"
+            outcome = f"killed: {killer}" if killer else f"SURVIVES: {mutant.breaks}"
         except (ValueError, TimeoutError) as error:
             killer, outcome = "", f"ERROR: {error}"
         if not killer:
             left.append(mutant.name)
-        now_s = time.monotonic()
-        eta_s = (now_s - begun_s) / number * (len(mutants) - number)
-        _say(f"{number}/{len(mutants)} {mutant.name} {now_s - start_s:.0f} s  {outcome}  ETA {duration(eta_s)}")
-    killed = len(mutants) - len(left)
-    _say(f"{killed} of {len(mutants)} mutants killed in {duration(time.monotonic() - begun_s)}")
-    if left:
-        _say(f"left: {', '.join(left)}")
+        eta_s = (time.monotonic() - begun_s) / number * (len(mutants) - number)
+        _say(f"{number}/{len(mutants)} {mutant.name}  {outcome}  ETA {duration(eta_s)}")
+    _say(f"{len(mutants) - len(left)} of {len(mutants)} mutants killed; left: {', '.join(left) or 'none'}")
     return len(left)
 
 
@@ -217,11 +202,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Try the mutants that a command line chooses; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="a mutant of mutants.yaml; all without one")
-    parser.add_argument("--sample", type=int, metavar="N", help="try N of them, chosen at random")
+    parser.add_argument("--sample", type=int, metavar="N", help="try N of all, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
     arguments = parser.parse_args(words)
-    if arguments.names and arguments.sample is not None:
-        parser.error("give names or --sample")
     for signum in (signal.SIGINT, signal.SIGTERM):  # a shell lets what it starts behind `&` ignore Ctrl-C
         signal.signal(signum, signal.default_int_handler)
     try:

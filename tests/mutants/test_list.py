@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 
 import pytest
 
-from tests.mutants.runner import LIST, ROOT, Mutant, chosen, first_failure, kill, read_mutants
+from tests.mutants.runner import LIST, ROOT, Mutant, kill, read_mutants
 
 
 MUTANTS = read_mutants()
@@ -36,27 +35,7 @@ def test_edit_of_a_text_that_does_not_occur_once_is_an_error(text: str) -> None:
         Mutant("name", "a.py", "a = 2", "a = 3", "", []).applied(text)
 
 
-def test_same_seed_takes_the_same_sample() -> None:
-    def sample(seed: int) -> list[Mutant]:
-        return chosen(argparse.Namespace(names=[], sample=5, seed=seed))
-
-    assert len(set(map(id, sample(0)))) == 5
-    assert [mutant.name for mutant in sample(0)] == [mutant.name for mutant in sample(0)]
-    assert [mutant.name for mutant in sample(0)] != [mutant.name for mutant in sample(1)]
-
-
-def test_unknown_mutant_is_told_with_the_closest() -> None:
-    with pytest.raises(ValueError, match=r"no mutant jackknife_of_one_sed .*Did you mean 'jackknife_of_one_seed'"):
-        chosen(argparse.Namespace(names=["jackknife_of_one_sed"], sample=None, seed=0))
-
-
-def test_first_failing_test_is_read_from_what_pytest_prints() -> None:
-    printed = "..F\nE   FAILED\nFAILED tests/a.py::test_b[c d] - assert 1 == 2\nFAILED tests/a.py::test_e\n1 failed\n"
-    assert first_failure(printed) == "tests/a.py::test_b[c d]"
-    assert first_failure("1 passed") == ""
-
-
 @pytest.mark.full
 def test_known_mutant_is_killed_by_the_test_that_is_about_it() -> None:
     killer = kill(MUTANTS["secrets_in_small_letters_shown"])
-    assert killer == "tests/unit/utils/test_masking.py::test_names_of_secrets[my_token]"
+    assert killer.startswith("FAILED tests/unit/utils/test_masking.py::test_names_of_secrets[my_token]")

@@ -12,7 +12,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.layout import Layout
 from tests.megatron_ranks import megatron_rank
 from tests.models import MemorySource, small_architecture
-from tests.te.test_upcycle import LAYOUTS, MODELS, NOISE, ONE_RANK, SPEC, _filled, _local, _with_te
+from tests.te.test_upcycle import LAYOUTS, MODELS, ONE_RANK, SPEC, _filled, _local, _with_te
 
 
 SIZE = 8
@@ -52,39 +52,6 @@ def test_a_rank_has_the_same_rows_in_another_order(model: str, layout: Layout) -
             turns = key[0] in ("expert_fc1", "expert_fc1_bias")
             assert torch.equal(_apart(parameter) if turns else parameter, wanted[key]), f"rank {rank}: {key}"
             assert not turns or not torch.equal(parameter, wanted[key])
-
-
-class _OnCpu(torch.nn.Module):
-    """Computes on the CPU what a `GroupedLinear` of Transformer Engine does on a GPU, with its weights."""
-
-    def __init__(self, linear: Any) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, tokens: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, None]:
-        weights = [getattr(self.linear, f"weight{expert}") for expert in range(len(tokens_per_expert))]
-        parts = zip(tokens.split(tokens_per_expert), weights, strict=True)
-        return torch.cat([part @ weight.T for part, weight in parts]), None
-
-
-def test_megatrons_experts_compute_the_same_with_interleaving_and_without() -> None:
-    arch, outputs = small_architecture(), []
-    source, tokens_TD = (
-        MemorySource(arch),
-        torch.randn(24, arch.hidden_size, generator=torch.Generator().manual_seed(1)),
-    )
-    for changes in ({}, INTERLEAVED, INTERLEAVED | {"moe_mlp_glu_interleave_size": 96}):
-        with megatron_rank(ONE_RANK, 0):
-            chunks = _with_te(_local(arch, NOISE, ONE_RANK), moe_grouped_gemm=True, **changes)
-            upcycle_into(chunks, source, NOISE)
-            experts = chunks[0].decoder.layers[0].mlp.experts
-            experts.linear_fc1, experts.linear_fc2 = _OnCpu(experts.linear_fc1), _OnCpu(experts.linear_fc2)
-            probs_T = torch.linspace(0.1, 1, 24)
-            with torch.no_grad():
-                outputs.append(experts(tokens_TD, torch.tensor([3, 9, 0, 12]), probs_T)[0])
-    assert outputs[0].abs().max() > 0
-    assert torch.equal(outputs[1], outputs[0])
-    assert torch.equal(outputs[2], outputs[0])
 
 
 def test_shared_experts_take_turns_where_their_own_setting_says_so() -> None:

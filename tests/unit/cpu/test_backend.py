@@ -10,22 +10,9 @@ import pytest
 import torch
 
 from nemo_upcycle.cpu.adam import FusedCpuAdam
-from nemo_upcycle.cpu.backend import cpu_has_fast_bf16, use_cpu_backend
+from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from tests.distributed.ranks import run_ranks
-
-
-def test_every_patch_says_what_breaks_without_it() -> None:
-    from nemo_upcycle.cpu.patches import PATCHES
-    from nemo_upcycle.cpu.trainer_patches import NEMO_PATCHES
-
-    assert [patch.__name__ for patch in (*PATCHES, *NEMO_PATCHES) if "Without it" not in (patch.__doc__ or "")] == []
-
-
-def test_cpu_has_fast_bf16_agrees_with_the_processor_flags() -> None:
-    with open("/proc/cpuinfo") as handle:
-        flags = set(handle.read().split())
-    assert cpu_has_fast_bf16() == bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
 
 
 @pytest.mark.parametrize(
@@ -68,16 +55,22 @@ def test_adam_continues_from_its_state() -> None:
 
 
 def _stock_config() -> dict[str, Any]:
+    import nemo_run as run
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from nemo.collections.llm.gpt.model.llama import Llama3Config8B
+    from nemo.collections import llm
 
     assert use_cpu_backend()
     assert use_cpu_backend()
     spec = functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
     plain, mixed = (
-        Llama3Config8B(num_moe_experts=8, moe_grouped_gemm=True),
-        Llama3Config8B(transformer_layer_spec=spec),
+        llm.Llama3Config8B(num_moe_experts=8, moe_grouped_gemm=True),
+        llm.Llama3Config8B(transformer_layer_spec=spec),
     )
+    shown = run.Config(llm.Llama31Config8B, num_moe_experts=8)
+    configure_for_cpu(shown)
+    assert shown.apply_rope_fusion is False
+    assert shown.transformer_layer_spec is llm.gpt.model.base.local_layer_spec
+    assert shown.num_moe_experts == 8
     return {
         "fusions": [plain.apply_rope_fusion, plain.moe_grouped_gemm, plain.deallocate_pipeline_outputs],
         "recorded": dict(plain.__io__.__arguments__),
@@ -87,23 +80,13 @@ def _stock_config() -> dict[str, Any]:
     }
 
 
-def test_a_stock_configuration_is_adapted_but_recorded_as_written() -> None:
+def test_a_stock_configuration_is_adapted_but_recorded_as_written_and_a_run_config_visibly() -> None:
     (made,) = run_ranks(_stock_config, 1)
     assert made["fusions"] == [False, False, False]
     assert made["recorded"] == {"num_moe_experts": 8, "moe_grouped_gemm": True}
     assert made["spec"] == "local_layer_spec"
     assert made["mixed"] == {"use_transformer_engine": False}
     assert made["hidden"] == 4096
-
-
-def test_a_run_config_is_adapted_visibly() -> None:
-    run = pytest.importorskip("nemo_run")
-    llm = pytest.importorskip("nemo.collections.llm")
-    config = run.Config(llm.Llama31Config8B, num_moe_experts=8)
-    configure_for_cpu(config)
-    assert config.apply_rope_fusion is False
-    assert config.transformer_layer_spec is llm.gpt.model.base.local_layer_spec
-    assert config.num_moe_experts == 8
 
 
 def _devices() -> list[str]:

@@ -1,4 +1,4 @@
-"""What balances the experts and what stands in its way; `tests/distributed/test_balancing_bias.py` has the layouts."""
+"""What balances the experts and what stands in its way; `tests/distributed/test_balancing.py` has the layouts."""
 
 from __future__ import annotations
 

@@ -68,23 +68,6 @@ def test_biases_that_balance_experts_do_count_it_and_would_not_move() -> None:
         check_balancing(router.config, "sigmoid")
 
 
-def test_tokens_that_pad_a_sequence_count_where_a_router_is_given_no_mask() -> None:
-    """So in NeMo, whose Megatron has none, and in Bridge, whose step gives none; a blend has no such tokens."""
-    settings = LOSSES["seq_aux_loss"]
-    alone = gradient_of(settings, _logits()[:4])
-    assert (gradient_of(settings, _logits())[:4] - alone).abs().max() > 0.1 * alone.abs().max()
-
-
-@pytest.mark.skipif(IS_015, reason="its routers take no mask")
-@pytest.mark.parametrize("kind", LOSSES)
-def test_a_mask_leaves_tokens_out_that_pad_all_sequences_alike(kind: str) -> None:
-    mask = torch.zeros(TOKENS, dtype=torch.bool)
-    mask[4:] = True
-    got = gradient_of(LOSSES[kind], _logits(), padding_mask=mask)
-    torch.testing.assert_close(got[:4], gradient_of(LOSSES[kind], _logits()[:4]))
-    assert not got[4:].any()
-
-
 @pytest.mark.skipif(IS_015, reason="its routers take no mask")
 def test_with_a_mask_megatron_weighs_a_sequences_loss_by_the_square_of_its_tokens() -> None:
     """Why `seq_aux_loss` is refused where sequences are padded: it is no mean over sequences of several lengths."""

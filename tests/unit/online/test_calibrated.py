@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nemo_upcycle.init.calibration_file import Calibration
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.sources.same_parent import require_calibration
 from nemo_upcycle.trainers.equivalence import megatron_logits
-from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, write_llama
+from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, write_llama, write_tokenizer
 from tests.unit.calibration.samples import calibrated
 from tests.unit.convert.conversions import _same_bits
 
@@ -38,8 +39,6 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.models import write_tokenizer
-
     return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), layers=2, vocab_size=259, mlp_bias=False))
 
 
@@ -84,65 +83,58 @@ def test_rows_are_the_files_times_the_spread_and_the_receipt_names_the_file(dens
     assert set(others) == {"copied"}
 
 
-def _spoiled(file: Path, change: str, dense: Path, other: Path) -> None:
-    """Write the file of another parent, or damage it."""
-    if change == "removed":
-        file.unlink()
-    elif change == "cut":
-        file.write_bytes(file.read_bytes()[:100])
-    elif change == "something else":
-        save_file({"rows": torch.zeros(4, 64)}, file)
-    elif change == "a layer less":
-        file.unlink()
-        calibrated(dense, file, **COPIES, moe_layers="0")
-    elif change == "other experts":
-        file.unlink()
-        calibrated(dense, file, **COPIES | {"num_experts": 8})
-    else:
-        file.unlink()
-        calibrated(write_llama(other, layers=2, vocab_size=259, **SIZES[change]), file, **COPIES)
-
-
-SIZES: dict[str, dict[str, Any]] = {
-    "wider": {"hidden_size": 128},
-    "more neurons": {"intermediate_size": 128},
-    "more layers": {"num_hidden_layers": 3},
+#: A file of another model: fields of its spec, sizes of its parent.
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a layer less": ({"moe_layers": "0"}, {}),
+    "other experts": ({"num_experts": 8}, {}),
+    "wider": ({}, {"hidden_size": 128}),
+    "more neurons": ({}, {"intermediate_size": 128}),
+    "more layers": ({}, {"num_hidden_layers": 3}),
 }
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "subject", "got"),
     [
-        ("removed", "calibration.* no such file, expected"),
-        ("cut", "expected a whole file"),
-        ("something else", "got another file, expected nemo-upcycle calibration 1"),
-        ("a layer less", "MoE layers of .*: got none for layer 1, expected those of all"),
-        ("other experts", "copies of .*: got 8, expected 4"),
-        ("wider", "hidden_size of .*: got 128, expected 64"),
-        ("more neurons", "ffn_size of .*: got 128, expected 96"),
-        ("more layers", "num_layers of .*: got 3, expected 2"),
+        ("removed", "calibration", None),
+        ("cut", "", None),
+        ("something else", "", "another file"),
+        ("a layer less", "MoE layers of", "none for layer 1"),
+        ("other experts", "copies of", 8),
+        ("wider", "hidden_size of", 128),
+        ("more neurons", "ffn_size of", 128),
+        ("more layers", "num_layers of", 3),
     ],
 )
 def test_a_file_of_something_else_is_refused_before_anything_is_written(
-    dense: Path, tmp_path: Path, change: str, words: str
+    dense: Path, tmp_path: Path, change: str, subject: str, got: object
 ) -> None:
-    spec = calibrated(dense, tmp_path / "file", **COPIES)
-    _spoiled(tmp_path / "file", change, dense, tmp_path / "other")
+    file = tmp_path / "file"
+    spec = calibrated(dense, file, **COPIES)
+    if change == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    elif change == "something else":
+        save_file({"rows": torch.zeros(4, 64)}, file)
+    else:
+        file.unlink()
+    if change in OTHERS:
+        fields, sizes = OTHERS[change]
+        parent = write_llama(tmp_path / "other", vocab_size=259, **{"layers": 2} | sizes) if sizes else dense
+        calibrated(parent, file, **COPIES | fields)
     model = _model(dense, spec)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with open_dense(dense) as source:
-        with pytest.raises(UpcycleError, match=words):
-            upcycle_into([model], source, spec)
-        with pytest.raises(UpcycleError, match=words):
-            convert(source, tmp_path / "moe", spec)
+        for fill in (partial(upcycle_into, [model], source, spec), partial(convert, source, tmp_path / "moe", spec)):
+            with pytest.raises(UpcycleError) as refused:
+                fill()
+            assert subject in refused.value.subject
+            assert got in (None, refused.value.got)
     pairs = zip(before, model.parameters(), strict=True)
     assert all(torch.equal(old.view(torch.uint8), new.detach().view(torch.uint8)) for old, new in pairs)
     assert not (tmp_path / "moe").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["self_attn.q_proj.weight", "post_attention_layernorm.weight", "mlp.down_proj.weight"]
-)
+@pytest.mark.parametrize("name", ["self_attn.q_proj.weight", "post_attention_layernorm.weight"])
 def test_a_file_of_a_parent_with_other_weights_is_refused(dense: Path, tmp_path: Path, name: str) -> None:
     spec = calibrated(dense, tmp_path / "file", **COPIES)
     other = write_llama(tmp_path / "other", layers=2, vocab_size=259)
@@ -151,7 +143,7 @@ def test_a_file_of_a_parent_with_other_weights_is_refused(dense: Path, tmp_path:
         assert require_calibration(source, spec)
     tensors[f"model.layers.1.{name}"] *= 1.5
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with open_dense(other) as source, pytest.raises(CheckpointError, match=r"parent of .*: got other weights, of"):
+    with open_dense(other) as source, pytest.raises(CheckpointError, match="got other weights"):
         require_calibration(source, spec)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
@@ -67,11 +66,6 @@ def test_granularity_is_exact_for_every_activation(network: str, biases: dict, g
     spec = _spec(granularity=granularity)
     assert spec.is_exact
     assert _error(NETWORKS[network] | biases, spec) <= EXACT
-
-
-@pytest.mark.parametrize("fields", [{}, {"granularity": 4, "shared_experts": 2}, {"moe_layers": "every-2"}], ids=str)
-def test_norms_of_query_and_key_stay_as_they_are(fields: dict) -> None:
-    assert _error(QWEN3, _spec(**fields)) <= EXACT
 
 
 @pytest.mark.parametrize(
@@ -130,18 +124,29 @@ def test_routers_are_exact_where_the_weights_sum_is_known(router: tuple[int, dic
     assert _error(biases, spec) <= EXACT
 
 
-def test_everything_together_is_exact() -> None:
-    spec = _spec(
-        granularity=4,
-        shared_experts=2,
-        moe_layers="every-2",
-        router_score="sigmoid",
-        router_std=0.02,
-        routed_scaling_factor=2.5,
-        seed=3,
-    )
-    assert spec.is_exact
-    assert _error({"num_layers": 4, "qkv_bias": True, "tied_embeddings": True}, spec) <= EXACT
+EVERYTHING: dict[str, Any] = {
+    **{"granularity": 4, "shared_experts": 2, "moe_layers": "every-2", "router_score": "sigmoid", "seed": 3},
+    **{"router_std": 0.02, "routed_scaling_factor": 2.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "fields"),
+    [
+        (QWEN3, {}),  # norms of query and key stay as they are
+        (QWEN3, {"granularity": 4, "shared_experts": 2}),
+        (QWEN3, {"moe_layers": "every-2"}),
+        ({"num_layers": 4, "qkv_bias": True, "tied_embeddings": True}, EVERYTHING),
+        ({}, {"method": "noise", "noise_std": 0.0}),  # changes nothing
+        ({}, {"method": "drop", "drop_ratio": 0.0}),
+        ({}, {"output_scale": "none"}),
+    ],
+)
+def test_norms_everything_together_and_what_changes_nothing_are_exact(
+    network: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    assert _spec(**fields).is_exact
+    assert _error(network, _spec(**fields)) <= EXACT
 
 
 @pytest.mark.parametrize(
@@ -171,23 +176,3 @@ def test_what_is_not_exact_says_why_and_shows(spec: UpcycleSpec, reason: str) ->
     (found,) = inexact_because(small_architecture(), spec)
     assert reason in found
     assert _error({}, spec) > VISIBLE
-
-
-@pytest.mark.parametrize(
-    "fields", [{"method": "noise", "noise_std": 0.0}, {"method": "drop", "drop_ratio": 0.0}, {"output_scale": "none"}]
-)
-def test_what_changes_nothing_is_exact(fields: dict) -> None:
-    assert _spec(**fields).is_exact
-    assert _error({}, _spec(**fields)) <= EXACT
-
-
-def test_a_router_whose_scores_are_made_anew_is_refused() -> None:
-    spec = _spec()
-    moe = build_chunks(
-        small_architecture(),
-        **moe_settings(small_architecture(), spec),
-        moe_router_load_balancing_type="sinkhorn",
-        moe_aux_loss_coeff=0.0,
-    )
-    with pytest.raises(SpecError, match="moe_router_load_balancing_type: got sinkhorn"):
-        upcycle_into(moe, MemorySource(small_architecture()), spec)

@@ -46,30 +46,29 @@ def test_blocks_of_any_size_give_the_same_bits(
         assert torch.equal(parameter, whole[name]), name
 
 
+INFINITE, TOO_LARGE = "1 values that are NaN or infinite", "larger ones"
+
+
 @pytest.mark.parametrize("block_bytes", [300, 1 << 20])
 @pytest.mark.parametrize(
-    "name",
-    ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.v_proj.weight"],
+    ("name", "value", "got"),
+    [
+        ("model.embed_tokens.weight", float("-inf"), INFINITE),
+        ("model.layers.1.mlp.up_proj.weight", float("-inf"), INFINITE),
+        ("model.layers.0.self_attn.v_proj.weight", float("nan"), INFINITE),
+        ("model.layers.0.mlp.down_proj.weight", 1e5, TOO_LARGE),
+    ],
 )
-def test_one_infinity_anywhere_is_named(
-    tmp_path: Path, name: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+def test_one_number_that_the_model_cannot_hold_is_named_wherever_it_stands(
+    tmp_path: Path, name: str, value: float, got: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upcycle, "_BLOCK_BYTES", block_bytes)
     folder = write_llama(tmp_path / "dense", layers=2)
     tensors = load_file(folder / "model.safetensors")
-    tensors[name][-1, -1] = float("-inf")
+    tensors[name][-1, -1] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    chunks = build_chunks(folder, num_experts=4)
-    with open_dense(folder) as source, pytest.raises(CheckpointError, match=f"{name}: got 1 values that are NaN or"):
+    chunks = build_chunks(folder, num_experts=4, params_dtype=torch.float16 if got == TOO_LARGE else torch.float32)
+    with open_dense(folder) as source, pytest.raises(CheckpointError) as refused:
         upcycle_into(chunks, source, UpcycleSpec(num_experts=4, top_k=2))
-
-
-def test_a_number_too_large_for_the_models_type_is_named(tmp_path: Path) -> None:
-    folder = write_llama(tmp_path / "dense", layers=2)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = 1e5
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    chunks = build_chunks(folder, num_experts=4, params_dtype=torch.float16)
-    words = "down_proj.weight: got larger ones, expected numbers that float16 can hold"
-    with open_dense(folder) as source, pytest.raises(CheckpointError, match=words):
-        upcycle_into(chunks, source, UpcycleSpec(num_experts=4, top_k=2))
+    assert refused.value.subject.endswith(name)
+    assert refused.value.got == got

@@ -1,4 +1,4 @@
-"""What is measured on one rank, and what is said; `tests/distributed/test_aux_loss.py` has the layouts."""
+"""What is measured on one rank, and what is said; `tests/distributed/test_balancing.py` has the layouts."""
 
 from __future__ import annotations
 

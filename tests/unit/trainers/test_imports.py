@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 
 _FIT_TWICE = """
 import sys
@@ -21,6 +23,7 @@ pl.Trainer(max_steps=1, limit_val_batches=0, **settings).fit(BoringModel())
 """
 
 
+@pytest.mark.slow
 def test_neither_a_ranks_parameters_nor_accelerators_are_listed_but_the_end_is_told() -> None:
     done = subprocess.run([sys.executable, "-c", _FIT_TWICE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
