@@ -91,14 +91,6 @@ def test_trained_weights_are_those_of_a_gpt_model(dense: Path, tmp_path: Path) -
         assert not torch.equal(gpt.read(moved), old.read(moved))
 
 
-def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
-    parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
-    options = {"pattern": "*E*E*E*E", "starts": 2}
-    train_on_ranks(1, parent, tmp_path / "run", SPEC, **options)
-    assert (tmp_path / "run/iter_0000002").is_dir()
-    assert is_as_converted(dense, tmp_path / "run", SPEC)
-
-
 @pytest.mark.parametrize("fields", [SPEC, MIXED], ids=["all layers", "every second"])
 def test_a_dense_hybrid_checkpoint_is_a_parent(dense: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
     """From `*-` to `*E`, which Megatron-Core's own loader refuses."""

@@ -48,7 +48,6 @@ FILES = {
     "own.py": OWN,
     "not.yaml": "files: [\n",
     "key.yaml": "data: text\nflies: 1\n",
-    "globs.yaml": "sources: {mine: {train: ['texts/*.txt'], validation: [a.txt]}}\n",
     "a.txt": "the state of our union",
     "grid.yaml": GRID.replace("ARM", "factory: llama_1m_e8t3"),
     "bridge_grid.yaml": GRID.replace("ARM", BRIDGE_ARM),
@@ -61,8 +60,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_finished_inputs(tmp_path_factory.mktemp("files"))
     another = shutil.copytree(folder / "parent", folder / "another") / "model.safetensors"
     save_file({name: 2 * weights for name, weights in load_file(another).items()}, another, {"format": "pt"})
-    cut = shutil.copytree(folder / "parent", folder / "cut") / "model.safetensors"
-    cut.write_bytes(cut.read_bytes()[:-100])
     tokenizer = Tokenizer.from_file(str(write_parent(folder / "other") / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save(str(folder / "other/tokenizer.json"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ LAYOUTS = [(2, {"ep": 2}), (2, {"tp": 2}), (2, {"pp": 2}), (8, {"tp": 2, "pp": 2
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A parent, and its tokenised texts."""
-    return prepare(tmp_path_factory.mktemp("inputs"))
+    """A parent whose rows two ranks share, and its tokenised texts."""
+    return prepare(tmp_path_factory.mktemp("inputs"), vocab_size=260)
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +81,15 @@ def test_every_layout_starts_at_the_same_loss(
     assert (receipt["layout"]["tensor"], receipt["layout"]["expert"]) == (layout.get("tp", 1), layout.get("ep", 1))
 
 
+def receipt_time(folder: Path) -> int:
+    """Return when the receipt was written; Bridge's lies beside the checkpoints, and is copied at the end."""
+    return min(folder.rglob("receipt.json")).stat().st_mtime_ns
+
+
 def test_a_finished_run_is_not_upcycled_again(inputs: tuple[Path, Path], alone: Path) -> None:
-    before = [(alone / "metrics.jsonl").read_text(), json.dumps(read_json(alone / "receipt.json"))]
+    before, receipt = metrics(alone), receipt_time(alone)
     train(training_text(), alone, *inputs)
-    assert [(alone / "metrics.jsonl").read_text(), json.dumps(read_json(alone / "receipt.json"))] == before
+    assert (metrics(alone), receipt_time(alone)) == (before, receipt)
 
 
 @pytest.mark.parametrize("precision", ["32", pytest.param("fp8", marks=pytest.mark.full)])
@@ -102,17 +106,9 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not_stopped(
     killed = tmp_path / "killed"
     with pytest.raises(RuntimeError, match="rank 0 died"):
         train(text, killed, *inputs, kill_at=5)
-    receipt = (killed / "receipt.json").stat().st_mtime_ns
+    receipt = receipt_time(killed)
     train(text, killed, *inputs)
-    assert (killed / "receipt.json").stat().st_mtime_ns == receipt
+    assert receipt_time(killed) == receipt
     for name in ("loss", "grad_norm", "lr", "router"):
         assert losses(killed, name) == losses(whole, name), name
     assert differing(weights(killed), weights(whole)) == []
-
-
-@pytest.mark.full
-def test_a_checkpoint_resumes_under_another_layout(inputs: tuple[Path, Path], alone: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(training_text({"steps": 2}), run, *inputs)
-    train(training_text({"steps": 6, "tp": 2, "pp": 2}, ranks=4), run, *inputs, ranks=4)
-    assert losses(run) == pytest.approx(losses(alone), rel=1e-3)

@@ -109,9 +109,11 @@ def test_a_start_from_loras_checkpoint_is_refused(inputs: tuple[Path, Path], ada
 
 
 @pytest.mark.parametrize("kind", quick(["moe_sft", "dense_sft"], "moe_sft"))
-def test_a_tuning_starts_from_what_another_training_left(inputs: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+def test_a_tuning_starts_from_another_training_on_another_layout(
+    inputs: tuple[Path, Path], tmp_path: Path, kind: str
+) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     train(training_text({"steps": 2}, kind=kind), first, *inputs)
-    train(training_text(FROZEN, kind=kind, start=str(first)), second, *inputs)
+    train(training_text(FROZEN | {"tp": 2}, kind=kind, ranks=2, start=str(first)), second, *inputs, ranks=2)
     assert differing(weights(first), weights(second)) == []
     assert not (second / "receipt.json").exists()

@@ -67,7 +67,7 @@ def write_blend_file(folder: Path, *lines: str) -> Path:
 
 def write_parent(folder: Path, **changes: Any) -> Path:
     """Write the dense parent: tied embeddings, as the demo's."""
-    return write_tokenizer(write_llama(folder, tied=True, vocab_size=259, **changes))
+    return write_tokenizer(write_llama(folder, tied=True, **({"vocab_size": 259} | changes)))
 
 
 def write_inputs(folder: Path) -> Path:

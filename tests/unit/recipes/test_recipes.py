@@ -234,11 +234,3 @@ def test_h100_recipes_survive_faults(recipes: Any, name: str) -> None:
         strategy = recipe.trainer.strategy
         assert (strategy.ckpt_async_save, strategy.ddp.check_for_nan_in_grad) == (True, False)
         assert (recipe.log.ckpt.keep_last, recipe.log.ckpt.every_n_train_steps) == (2, 1000)
-
-
-def test_laptop_recipes_end_at_once(recipes: Any) -> None:
-    recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
-    names = [callback.__fn_or_cls__.__name__ for callback in recipe.trainer.callbacks]
-    assert "StopOnSignal" in names
-    assert "SaveOnSignal" not in names
-    assert recipe.log.ckpt.keep_last == 1
