@@ -105,7 +105,7 @@ def _tiny(spec: UpcycleSpec | None, **layout: Any) -> Any:
     config.mixed_precision = None
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 6, BATCH, 1
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
-    config.checkpoint.save_interval = 2
+    config.checkpoint.save_interval, config.checkpoint.most_recent_k = 2, -1
     config.optimizer.lr, config.optimizer.min_lr = 1e-3, 1e-5
     config.scheduler.lr_warmup_iters = 1
     config.dataset.num_workers = 0

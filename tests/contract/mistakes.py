@@ -56,7 +56,7 @@ OF_NEMO = {
     "upcycle pipeline dir=FILES/new": "no dense, no pretrain",
     f"{DEMO} --dryrn": "Did you mean '--dryrun'?",
     f"{DEMO} --yaml FILES/key.yaml": "'flies'",
-    "upcycle ablate --grid FILES/grid.yaml": "llama_1m_e8t2",
+    "upcycle ablate --grid FILES/grid.yaml dir=FILES/new": "llama_1m_e8t2",
     # a part of the chain
     f"{DEMO} --until pretrian": "--until: stage 'pretrian' does not exist. Did you mean 'pretrain'?",
     f"{DEMO} --until": "--until: got no value",

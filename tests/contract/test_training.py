@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.utils.files import read_json
-from tests.contract.trainers import FP8, differing, losses, metrics, train, training_text, weights
+from tests.contract.trainers import IS_BRIDGE, differing, fp8, losses, metrics, train, training_text, weights
 from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE, prepare
 from tests.tiers import quick
 
@@ -78,7 +78,6 @@ def test_every_layout_starts_at_the_same_loss(
     receipt = read_json(run / "receipt.json")
     assert receipt["ranks"] == ranks
     assert receipt["bytes_read"] == receipt["bytes_needed"]
-    assert (receipt["layout"]["tensor"], receipt["layout"]["expert"]) == (layout.get("tp", 1), layout.get("ep", 1))
 
 
 def receipt_time(folder: Path) -> int:
@@ -92,15 +91,22 @@ def test_a_finished_run_is_not_upcycled_again(inputs: tuple[Path, Path], alone: 
     assert (metrics(alone), receipt_time(alone)) == (before, receipt)
 
 
-@pytest.mark.parametrize("precision", ["32", pytest.param("fp8", marks=pytest.mark.full)])
+#: Of float32, and recipes of FP8; Bridge has been tried with one.
+PRECISIONS = ["float32", "delayed", *([] if IS_BRIDGE else ["tensorwise", "blockwise", "mxfp8"])]
+
+
+@pytest.mark.parametrize("precision", quick(PRECISIONS, "float32", "delayed"))
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not_stopped(
     inputs: tuple[Path, Path], alone: Path, tmp_path: Path, precision: str
 ) -> None:
-    """In FP8 with delayed scaling, whose scales the checkpoint keeps."""
+    """With delayed scaling the checkpoint keeps the scales."""
     whole, text = alone, training_text()
-    if precision == "fp8":
-        whole, text = tmp_path / "whole", training_text(FP8)
+    if precision != "float32":
+        whole, text = tmp_path / "whole", training_text(fp8(precision))
         train(text, whole, *inputs)
+        for numbers in metrics(whole)[-1]["fp8"].values():
+            assert numbers["amax"] > 0
+            assert 0 <= numbers["saturated"] <= numbers["underflow"] + 1 <= 2
         assert losses(whole)[0] != losses(alone)[0]
         assert losses(whole)[-1] < losses(whole)[0] - 0.1
     killed = tmp_path / "killed"

@@ -33,8 +33,6 @@ RECIPES = {
     "dense_sft": "smollm2_135m_dense_sft",
 }
 WARMUP = next(row for row in SETTINGS if row.nemo == "optim.lr_scheduler.warmup_steps")
-FP8: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 16}
-FP8 = {f"{'model' if IS_BRIDGE else 'trainer.plugins'}.{name}": value for name, value in FP8.items()}
 #: Beginnings of settings: of the model, of the spec, and of what this package adds to a training.
 _GROUPS = {
     "nemo": {"model": "model.config", "spec": "resume.restore_config.spec", "upcycle": "optim"},
@@ -54,6 +52,13 @@ def setting_name(name: str) -> str:
     if field:
         return f"{_GROUPS[TRAINER].get(group, group)}.{field}"
     return rows[name].of(TRAINER) if name in rows else sizes_of(TRAINER)[name]
+
+
+def fp8(recipe: str) -> dict[str, Any]:
+    """Return the settings of a training in FP8, in NeMo without validations: scales remember what they see."""
+    values = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_amax_history_len": 16}
+    still = {} if IS_BRIDGE else {"trainer.limit_val_batches": 0, "trainer.val_check_interval": 1}
+    return {f"{'model' if IS_BRIDGE else 'trainer.plugins'}.{name}": value for name, value in values.items()} | still
 
 
 def training_text(
@@ -81,9 +86,11 @@ def training_text(
 
 
 def _nemo_text(kind: str, ranks: int, values: dict[str, Any], evaluate: dict[str, Any], **arguments: Any) -> str:
+    import fiddle as fdl
     import nemo_run as run
 
     from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
+    from nemo_upcycle.trainers.nemo.optimizer import UpcycleOptimizer
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe
     from nemo_upcycle.trainers.settings import setting
     from tests.golden import factory_of
@@ -94,6 +101,7 @@ def _nemo_text(kind: str, ranks: int, values: dict[str, Any], evaluate: dict[str
     trainer.limit_val_batches, trainer.val_check_interval = 1.0 if "sft" in kind else 1, 3
     trainer.num_sanity_val_steps = 1
     recipe.log.ckpt.keep_last = 100
+    fdl.update_callable(recipe.optim, UpcycleOptimizer)  # of a baseline too, to be told what is not for it
     for name, value in values.items():
         owner, _, last = name.rpartition(".")
         setattr(setting(recipe, owner), last, value)

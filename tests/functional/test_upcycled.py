@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -129,16 +128,6 @@ def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     (receipt,) = (inputs / "runs").rglob("receipt.json")
     assert json.loads(receipt.read_text())["exact"] is True
     assert len(_losses(receipt.parent)) == 3
-
-
-@pytest.mark.full
-def test_a_stock_llama_recipe_goes_through_the_chain(inputs: Path) -> None:
-    command = "upcycle pipeline --factory tests.functional.stock.chain(inputs='INPUTS') --yes --until pretrain"
-    (answer,) = _type(inputs, command)
-    assert answer.status == 0, answer.text
-    assert json.loads((inputs / "run/receipt.json").read_text())["within_tolerance"] is True
-    assert len(_losses(inputs / "run/pretrain")) == 3
-    shutil.rmtree(inputs / "run")
 
 
 @pytest.mark.full
