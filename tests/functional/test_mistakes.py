@@ -50,6 +50,7 @@ def _on_tiny_parent(files: Path, folder: Path) -> list[str]:
     return [*command, *sizes, *data, "--yes"]
 
 
+@pytest.mark.full
 def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Path, tmp_path: Path) -> None:
     command = _on_tiny_parent(files, tmp_path / "run")
     answer = _type(command, tmp_path, files)
