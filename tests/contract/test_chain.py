@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json
 from tests.contract.trainers import losses, metrics, setting_name, training_text, write_plan
 from tests.functional.stages import STAGES, run_in_own_process, run_stages
-from tests.functional.tiny import write_finished_inputs
+from tests.functional.tiny import EVALUATION, write_finished_inputs
 
 
 pytestmark = pytest.mark.slow
@@ -84,12 +86,25 @@ def test_the_report_says_what_was_trained_and_what_the_models_write(finished: Pa
     assert report.count("| the text itself |") == 2
 
 
-def test_a_second_run_skips_every_stage(finished: Path) -> None:
+def test_a_second_run_skips_every_stage(finished: Path, inputs: Path) -> None:
+    """A comment in a settings file changes nothing."""
+    with (inputs / "evaluation.yaml").open("a") as settings:
+        settings.write("# a comment\n")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     for name in STAGES:
         answer = run_in_own_process(name, finished)
         assert (answer.status, answer.text) == (0, f"[{name}] done before, from the same inputs\n")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.full
+def test_changed_evaluation_settings_rerun_only_evaluate_and_report(finished: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "2"))
+    replace(RunPlan.read(run_dir), evaluation=str(tmp_path / "evaluation.yaml")).write(run_dir)
+    texts = {name: run_in_own_process(name, run_dir).text for name in STAGES}
+    assert [name for name in STAGES if f"[{name}] done in" in texts[name]] == ["evaluate", "report"]
+    assert len((run_dir / "suite/heldout_perplexity.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_started_training_takes_more_steps_and_no_other_learning_rate(

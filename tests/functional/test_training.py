@@ -1,4 +1,4 @@
-"""What NeMo's recipe alone promises on real ranks: validations, a short trial, checkpoints that are plain NeMo's."""
+"""What NeMo's recipe alone promises: validations, a full disk, a short trial, checkpoints that are plain NeMo's."""
 
 from __future__ import annotations
 
@@ -39,6 +39,26 @@ def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, 
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4, 6]
     steps = [line for line in lines if "loss" in line]
     assert [line["loss"] for line in steps] == [line["loss"] for line in alone]
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_with_more_room(runs: Runs, alone: list[dict[str, Any]]) -> None:
+    """A checkpoint of 11 MiB fits, a second one beside it does not."""
+    disk = runs.folder / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "disk", disk], check=False).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        ((ending, kept),) = runs.endings("disk/run", 1, steps=6, every=2)
+        whole = runs.checkpoint("disk/run")
+        assert kept == steps_in(whole) == 2
+        assert ending.startswith(f"disk of {whole.parent}: got 0 bytes of room beside ")
+        assert f"goes on from {whole}, which is whole" in ending
+        subprocess.run(["mount", "-o", "remount,size=60m", disk], check=True)
+        lines = runs.train("disk/run", 1, steps=6, every=2)
+        assert [line["loss"] for line in lines] == [line["loss"] for line in alone]
+        assert [path.name for path in whole.parent.iterdir()] == [runs.checkpoint("disk/run").name]
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_trial_shorter_than_its_interval_of_validations_trains_and_keeps_its_end(runs: Runs) -> None:
