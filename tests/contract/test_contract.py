@@ -12,7 +12,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.trainers.base import Evaluations, Training
-from tests.contract.trainers import TRAINER, setting_name, training_text
+from tests.contract.trainers import IS_BRIDGE, TRAINER, setting_name, training_text
 from tests.functional.tiny import BATCH, EXPERTS, SEQUENCE, write_parent
 
 
@@ -110,7 +110,13 @@ def test_a_baseline_is_no_upcycled_model(parent: Path) -> None:
         _check(_training(kind="dense_ct"), "pretrain", parent)
 
 
-def test_packs_are_not_two_to_a_micro_batch(parent: Path) -> None:
+#: Bridge gives routers no mask of the tokens that pad a sequence.
+OF_BRIDGE: dict[str, Any] = {"model.moe_router_load_balancing_type": "seq_aux_loss"}
+OF_PACKS = {"micro_batch": 2, "cp": 2} | (OF_BRIDGE if IS_BRIDGE else {})
+
+
+@pytest.mark.parametrize("name", OF_PACKS)
+def test_what_packs_do_not_take_is_refused_by_name(parent: Path, name: str) -> None:
     with pytest.raises(UpcycleError) as caught:
-        _check(_training({"micro_batch": 2}, kind="moe_sft"), "pretrain", parent)
-    assert caught.value.field == f"pretrain.{setting_name('micro_batch')}"
+        _check(_training({name: OF_PACKS[name]}, kind="moe_sft", ranks=2), "pretrain", parent)
+    assert caught.value.field.endswith(setting_name(name).rpartition(".")[2])
