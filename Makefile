@@ -126,12 +126,12 @@ $(BRIDGE_VENV)/.complete: scripts/te_env.sh scripts/bridge.txt
 # benchmarks.verification_cards` reads the reports.
 test-bridge: bridge-env
 	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/te.xml tests/te
-	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 2 --dist loadfile tests/bridge $(addprefix tests/distributed/,test_balancing.py test_router_gradient.py) $(addprefix tests/unit/,init online convert verify monitoring planning pipeline/test_ft.py data/test_epoch_dataset.py)
+	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 2 --dist loadfile tests/bridge tests/contract $(addprefix tests/distributed/,test_balancing.py test_router_gradient.py) $(addprefix tests/unit/,init online convert verify monitoring planning pipeline/test_ft.py data/test_epoch_dataset.py)
 
 # Models filled, beside Bridge's own loader too, a training with a resume, the chain's mistakes: for every change. One
 # worker: each rank's process is forked of one that has imported Bridge.
 test-bridge-sample: $(SAMPLE_VENV)/.complete
-	$(SAMPLE_VENV)/bin/python -m pytest $(addprefix tests/bridge/,test_mistakes.py test_models.py test_config_fields.py) $(addprefix tests/bridge/test_upcycling.py::,test_a_second_start_in_the_same_process_is_not_upcycled_again test_paths_are_compared_resolved)
+	$(SAMPLE_VENV)/bin/python -m pytest tests/contract/test_mistakes.py $(addprefix tests/bridge/,test_models.py test_config_fields.py) $(addprefix tests/bridge/test_upcycling.py::,test_a_second_start_in_the_same_process_is_not_upcycled_again test_paths_are_compared_resolved)
 
 test-k8s: venv
 	scripts/k8s_apiserver.sh

@@ -75,7 +75,7 @@ ITEMS = {
     "peft": (),
     "checkpoint_resume": (
         "tests.bridge.test_upcycling::test_a_run_that_goes_on_is_not_upcycled_again",
-        "tests.bridge.test_chain::test_a_resumed_training_has_the_bits_of_one_that_was_not_stopped",
+        "tests.contract.test_training::test_a_killed_run_ends_with_the_bits_of_one_that_was_not_stopped",
     ),
 }
 _AFTER = {"sft_export_inference": "sft", "checkpoint_resume": "pretrain"}

@@ -35,29 +35,24 @@ def tiny_grown() -> Any:
     return _tiny(UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), expert_model_parallel_size=2)
 
 
-def tiny_sft() -> Any:
-    """A tuning of the upcycled model on conversations, on two ranks."""
-    return _tuned(UpcycleSpec(num_experts=4, top_k=2), expert_model_parallel_size=2)
+def moe() -> Any:
+    """An upcycled model on one rank: `tests.contract.trainers` sets all else."""
+    return _tiny(UpcycleSpec(num_experts=8, top_k=2))
 
 
-def tiny_dense_sft() -> Any:
-    """That of the dense model, in two pipeline stages."""
-    return _tuned(None, pipeline_model_parallel_size=2)
+def dense_ct() -> Any:
+    """Its dense baseline."""
+    return _tiny(None)
 
 
-def one_rank_sft() -> Any:
-    """That of the upcycled model on one rank."""
-    return _tuned(UpcycleSpec(num_experts=4, top_k=2))
+def moe_sft() -> Any:
+    """A tuning of the upcycled model on conversations."""
+    return _tuned(moe())
 
 
-def tensor_parallel_sft() -> Any:
-    """The same with tensor parallelism."""
-    return _tuned(UpcycleSpec(num_experts=4, top_k=2), tensor_model_parallel_size=2, sequence_parallel=True)
-
-
-def pipeline_parallel_sft() -> Any:
-    """The same in four pipeline stages."""
-    return _tuned(UpcycleSpec(num_experts=4, top_k=2), pipeline_model_parallel_size=4)
+def dense_sft() -> Any:
+    """That of the dense model."""
+    return _tuned(dense_ct())
 
 
 def builder() -> Any:
@@ -95,13 +90,11 @@ def random() -> Any:
     return config
 
 
-def _tuned(spec: UpcycleSpec | None, **layout: Any) -> Any:
+def _tuned(config: Any) -> Any:
     from nemo_upcycle.trainers.bridge.recipes.runs import tuned
 
     tuning = {"seq_length": SEQUENCE, "global_batch_size": BATCH, "max_steps": 6, "lr": 1e-3, "warmup_steps": 1}
-    config = tuned(_tiny(spec, **layout), tuning)
-    config.checkpoint.save_interval = 2
-    return config
+    return tuned(config, tuning)
 
 
 def _tiny(spec: UpcycleSpec | None, **layout: Any) -> Any:
@@ -112,7 +105,7 @@ def _tiny(spec: UpcycleSpec | None, **layout: Any) -> Any:
     config.mixed_precision = None
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 6, BATCH, 1
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
-    config.checkpoint.save_interval = 2
+    config.checkpoint.save_interval, config.checkpoint.most_recent_k = 2, -1
     config.optimizer.lr, config.optimizer.min_lr = 1e-3, 1e-5
     config.scheduler.lr_warmup_iters = 1
     config.dataset.num_workers = 0

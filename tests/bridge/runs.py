@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from nemo_upcycle import UpcycleSpec
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from tests.distributed.ranks import run_ranks
 
 
 SEQUENCE, VOCABULARY = 32, 256
@@ -143,6 +148,80 @@ def train(
             config.train.train_iters += 1
             (dense / "model.safetensors").unlink(missing_ok=True)
         pretrain(config, forward_step, callbacks=callbacks)
+
+
+def train_on_ranks(
+    ranks: int, dense: Path, folder: Path, fields: dict[str, Any] | None = None, **options: Any
+) -> None:
+    """Train as `train` does, on so many ranks."""
+    run_ranks(_train, ranks, dense, folder, fields, options, process_group=False)
+
+
+def _train(dense: Path, folder: Path, fields: dict[str, Any] | None, options: dict[str, Any]) -> None:
+    train(dense, folder, fields, **options)
+
+
+def export(dense: Path, run: Path, output: Path) -> Path:
+    """Export a run's last checkpoint by the command, in float32; return the folder."""
+    from nemo_upcycle.cli.main import main
+
+    assert main(["export", str(run), str(output), "--dense", str(dense), "--dtype", "float32"]) == 0
+    return output
+
+
+def offline(dense: Path, output: Path, fields: dict[str, Any]) -> Path:
+    """Convert a dense checkpoint offline, in float32; return the folder."""
+    with open_dense(dense) as source:
+        convert(source, output, UpcycleSpec(**fields), dtype=torch.float32, progress=False)
+    return output
+
+
+def is_as_converted(dense: Path, run: Path, fields: dict[str, Any]) -> bool:
+    """Tell whether what is exported of a run has the bits of an offline conversion."""
+    exported = export(dense, run, run.with_name(f"{run.name}-exported"))
+    return not differences(exported, offline(dense, run.with_name(f"{run.name}-offline"), fields))
+
+
+def differences(left: Path, right: Path) -> list[str]:
+    """Name the tensors that are not the same bits in two folders, or in one of them alone."""
+    with SafetensorsFolder(left) as one, SafetensorsFolder(right) as other:
+        both = set(one.names()) & set(other.names())
+        changed = {name for name in both if not torch.equal(one.read(name), other.read(name))}
+        return sorted(changed | (set(one.names()) ^ set(other.names())))
+
+
+def hooked(dense: Path, folder: Path, fields: dict[str, Any] | None, **options: Any) -> Any:
+    """Return a run's configuration that upcycles on start."""
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    spec = None if fields is None else UpcycleSpec(**fields)
+    config = run_config(dense, folder, spec, **options)
+    upcycle_on_start(config, dense, spec)
+    return config
+
+
+def refusal(dense: Path, folder: Path, fields: dict[str, Any], changes: dict[str, Any], **options: Any) -> str:
+    """Return what a run is refused with before it starts, once some of its settings are changed.
+
+    Args:
+        dense: the dense checkpoint.
+        folder: for the checkpoints.
+        fields: of the spec.
+        changes: part and field -> value.
+        options: of `run_config`.
+    """
+    from nemo_upcycle.trainers.bridge.upcycling import hook_of, upcycle_on_start
+
+    spec = UpcycleSpec(**fields)
+    config = run_config(dense, folder, spec, **options)
+    for name, value in changes.items():
+        part, field = name.split(".")
+        owner = getattr(config, part)
+        setattr(getattr(owner, "transformer", owner), field, value)
+    with pytest.raises(SpecError) as refused:
+        upcycle_on_start(config, dense, spec)
+    assert hook_of(config) is None
+    return str(refused.value)
 
 
 def fill_twice(parent: Path, folder: Path, options: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,8 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.utils.files import read_json
-from tests.bridge.runs import VOCABULARY, run_config, train
-from tests.bridge.test_settings import _trained
+from tests.bridge.runs import hooked, run_config, train_on_ranks
 from tests.distributed.ranks import run_ranks
-from tests.models import write_llama
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -24,15 +23,42 @@ SPEC = UpcycleSpec(num_experts=4, top_k=2)
 QUANTILES = {"moe_router_load_balancing_type": "quantile_balancing", "moe_aux_loss_coeff": 0.0}
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tied Llama."""
-    return write_llama(tmp_path_factory.mktemp("llama") / "dense", tied=True, vocab_size=VOCABULARY)
+def _train(dense: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Train on this rank; return weights and biases before the first step and after each."""
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from megatron.bridge.training.callbacks import Callback, CallbackContext
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
+
+    config = hooked(dense, folder, asdict(SPEC), lr=1e-3, **options)
+    config.checkpoint.save_interval = 2
+    seen: dict[str, Any] = {"weights": [], "biases": []}
+
+    class Watch(Callback):
+        def on_train_start(self, context: CallbackContext) -> None:
+            chunks = context.model
+            weights = [pair for chunk in chunks for pair in chunk.named_parameters()]
+            seen["weights"].append({name: weight.detach().clone() for name, weight in weights})
+            buffers = [pair for chunk in chunks for pair in chunk.named_buffers()]
+            seen["biases"].append({name: bias.clone() for name, bias in buffers if name.endswith("qb_beta")})
+
+        on_train_step_end = on_train_start
+
+    pretrain(config, forward_step, callbacks=[*upcycle_callbacks(config, folder), Watch()])
+    return seen
+
+
+def _trained(dense: Path, folder: Path, **options: Any) -> list[Any]:
+    return run_ranks(_train, 2, dense, folder, {"ep": 2, **options}, process_group=False)
 
 
 def test_the_receipt_says_that_the_loss_of_the_global_batch_acts_as_set(dense: Path, tmp_path: Path) -> None:
     model = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.02, "moe_z_loss_coeff": 1e-3}
-    _trained(dense, tmp_path / "run", {}, ranks=2, ep=2, model=model)
+    _trained(dense, tmp_path / "run", model=model)
     loss, z_loss = read_json(tmp_path / "run/receipt.json")["auxiliary_losses"]
     assert (loss["name"], loss["coefficient"], loss["acting"]) == ("global_aux_loss", 0.02, 0.02)
     assert "divides it by 2 on this layout, which is undone" in loss["why"]
@@ -47,7 +73,7 @@ def test_the_receipt_says_that_the_loss_of_the_global_batch_acts_as_set(dense: P
 def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """Four steps with biases by quantiles, on two ranks."""
     folder = tmp_path_factory.mktemp("quantiles") / "run"
-    return folder, _trained(dense, folder, {}, ranks=2, steps=4, ep=2, model=QUANTILES)
+    return folder, _trained(dense, folder, steps=4, model=QUANTILES)
 
 
 def test_biases_by_quantiles_begin_at_zero_and_move_once_a_step(whole: tuple[Path, list[Any]]) -> None:
@@ -71,7 +97,7 @@ def test_a_resumed_run_has_the_biases_of_one_that_was_not_stopped(
     dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]
 ) -> None:
     for steps in (2, 4):
-        ranks = _trained(dense, tmp_path / "run", {}, ranks=2, steps=steps, ep=2, model=QUANTILES)
+        ranks = _trained(dense, tmp_path / "run", steps=steps, model=QUANTILES)
     for resumed, expected in zip(ranks, whole[1], strict=True):
         for kind in ("biases", "weights"):
             for name, values in expected[kind][-1].items():
@@ -123,13 +149,9 @@ def test_quantiles_that_could_not_be_are_refused_before_anything_is_built(
 
 
 def test_finetuning_refuses_a_loss_in_which_padding_would_count(dense: Path, tmp_path: Path) -> None:
-    run_ranks(_train, 1, dense, tmp_path / "run", process_group=False)
+    train_on_ranks(1, dense, tmp_path / "run", {"num_experts": 4, "top_k": 2})
     from nemo_upcycle.trainers.bridge.finetuning import finetune_from
 
     config = run_config(dense, tmp_path / "sft", None)
     with pytest.raises(SpecError, match="moe_router_load_balancing_type: got seq_aux_loss"):
         finetune_from(config, tmp_path / "run", moe_router_load_balancing_type="seq_aux_loss")
-
-
-def _train(dense: Path, run: Path) -> None:
-    train(dense, run, {"num_experts": 4, "top_k": 2})

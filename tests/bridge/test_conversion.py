@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
+from tests.bridge.runs import SIZES, offline
 from tests.distributed.ranks import run_ranks
 from tests.models import write_llama, write_olmo2, write_phi3, write_qwen2
 from tests.parents import write_granite, write_olmo3
@@ -38,8 +37,7 @@ def _folder(name: str, folder: Path) -> Path:
     else:  # a shared expert of the model, or one of zeros beside dense layers
         dense = write_qwen2(folder / "dense", vocab_size=256)
         fields |= {"shared_experts": 1} if "shared" in name else {"moe_layers": "every-2"}
-    with open_dense(dense) as source:
-        convert(source, folder / "moe", UpcycleSpec(**fields), dtype=torch.float32, progress=False)
+    offline(dense, folder / "moe", fields)
     hf_class = f"{name.partition(',')[0].replace('-MoE', 'Moe')}ForCausalLM"
     assert read_json(folder / "moe/config.json")["architectures"] == [hf_class]
     return folder / "moe"
@@ -63,9 +61,13 @@ def test_a_folder_is_imported_and_exported_with_the_same_bits(
 ) -> None:
     folder = _folder(name, tmp_path)
     (exported, *_) = run_ranks(_round_trip, max([1, *layout.values()]), folder, layout)
+    assert _is_as_in(folder, exported)
+
+
+def _is_as_in(folder: Path, exported: dict[str, torch.Tensor]) -> bool:
     with SafetensorsFolder(folder) as moe:
         assert set(exported) == set(moe.names())
-        assert [tensor for tensor in moe.names() if not torch.equal(exported[tensor], moe.read(tensor))] == []
+        return all(torch.equal(exported[name], moe.read(name)) for name in moe.names())
 
 
 def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]:
@@ -75,7 +77,6 @@ def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]
     from megatron.bridge import AutoBridge
 
     import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
-    from tests.bridge.runs import SIZES
 
     bridge = AutoBridge.from_hf_pretrained(str(folder))
     provider = bridge.to_megatron_provider(load_weights=True)
@@ -96,9 +97,7 @@ def test_bridges_in_the_form_of_a_contribution_make_the_same_models(tmp_path: Pa
         assert classes == (f"{hf_class}Bridge", CONTRIBUTION[hf_class].rpartition(".")[2])
         assert set(ours) == set(theirs)
         assert [tensor for tensor in ours if not torch.equal(ours[tensor], theirs[tensor])] == [], name
-        with SafetensorsFolder(folder) as moe:
-            assert set(exported) == set(moe.names())
-            assert [tensor for tensor in moe.names() if not torch.equal(exported[tensor], moe.read(tensor))] == []
+        assert _is_as_in(folder, exported)
 
 
 def _by_contribution(folders: list[Path]) -> list[Any]:

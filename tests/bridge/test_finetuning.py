@@ -16,9 +16,8 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_model import load_model
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
-from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train
+from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train_on_ranks
 from tests.distributed.ranks import run_ranks
-from tests.models import write_llama
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -26,10 +25,11 @@ SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 
 
 @pytest.mark.parametrize("style", ["provider", "builder"])
-def test_finetuning_starts_with_the_weights_and_the_vocabulary_of_the_run(tmp_path: Path, style: str) -> None:
+def test_finetuning_starts_with_the_weights_and_the_vocabulary_of_the_run(
+    dense: Path, tmp_path: Path, style: str
+) -> None:
     """Its learning rate is zero, and Bridge's recipes would give it the tokenizer's vocabulary, padded to 384 rows."""
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
-    run_ranks(_train, 1, dense, tmp_path / "run", style, process_group=False)
+    train_on_ranks(1, dense, tmp_path / "run", SPEC, style=style)
     run_ranks(_finetune, 1, dense, tmp_path / "run", tmp_path / "sft", process_group=False)
     before, after = (DistributedCheckpoint(tmp_path / name / "iter_0000001") for name in ("run", "sft"))
     names = [name for name in before.names() if not name.startswith("optimizer.")]
@@ -37,25 +37,24 @@ def test_finetuning_starts_with_the_weights_and_the_vocabulary_of_the_run(tmp_pa
     assert [name for name in names if not torch.equal(before.read(name), after.read(name))] == []
 
 
-def test_upcycling_inside_finetune_is_refused(tmp_path: Path) -> None:
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
+def test_upcycling_inside_finetune_is_refused(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="finetune starts from a checkpoint, upcycling makes the first"):
         run_ranks(_upcycle_in_finetune, 1, dense, tmp_path / "run", process_group=False)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_was_not_upcycled_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_was_not_upcycled_is_refused(dense: Path, tmp_path: Path) -> None:
     from nemo_upcycle.trainers.bridge.finetuning import finetune_from
 
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
     with pytest.raises(UpcycleError, match=r"got no receipt\.json"):
         finetune_from(run_config(dense, tmp_path / "sft", None), dense)
 
 
-def test_loras_adapters_train_resume_and_are_exported_with_the_run_they_started_from(tmp_path: Path) -> None:
+def test_loras_adapters_train_resume_and_are_exported_with_the_run_they_started_from(
+    dense: Path, tmp_path: Path
+) -> None:
     """The exported model loses on the batch behind the checkpoint what Bridge says of its step."""
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
-    run_ranks(_train, 1, dense, tmp_path / "run", "provider", process_group=False)
+    train_on_ranks(1, dense, tmp_path / "run", SPEC)
     for name, stops in (("whole", [None]), ("parts", [2, None])):
         for stop in stops:
             run_ranks(_adapt, 1, dense, tmp_path / "run", tmp_path / name, stop, process_group=False)
@@ -128,10 +127,6 @@ def _adapt(dense: Path, run: Path, folder: Path, stop: int | None) -> None:
     finetune_from(config, run, **types)
     with suppress(SystemExit):  # of what stops
         finetune(config, forward_step, callbacks=upcycle_callbacks(config, folder))
-
-
-def _train(dense: Path, run: Path, style: str) -> None:
-    train(dense, run, SPEC, style=style)
 
 
 def _finetune(dense: Path, run: Path, folder: Path) -> None:

@@ -12,13 +12,11 @@ import pytest
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import read_json
 from tests.blends import write_blend
-from tests.bridge.runs import VOCABULARY
-from tests.bridge.test_upcycling import _export, _offline, _same_bits, _train
-from tests.distributed.ranks import run_ranks
-from tests.functional.test_pipeline import STAGES, run_in_own_process
+from tests.bridge.runs import VOCABULARY, differences, export, offline, train_on_ranks
+from tests.contract.trainers import training_text, write_plan
+from tests.functional.stages import run_stages
 from tests.functional.tiny import EVALUATION, texts
 from tests.models import write_tokenizer
 from tests.parents import write_mixtral, write_moe, write_qwen3_moe
@@ -47,33 +45,27 @@ def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
 ) -> None:
     fields = growth_spec(read_architecture(parent), 8).to_dict() | {"router_std": 0.02, "method": "drop"}
     ranks = max(layout.values())
-    run_ranks(_train, ranks, parent, tmp_path / "run", fields, STAYS | layout, process_group=False)
-    exported = _export(parent, tmp_path / "run", tmp_path / "hf")
+    train_on_ranks(ranks, parent, tmp_path / "run", fields, **(STAYS | layout))
+    exported = export(parent, tmp_path / "run", tmp_path / "hf")
     assert read_architecture(exported).num_experts == 8
-    assert _same_bits(exported, _offline(parent, tmp_path / "offline", fields))
+    assert differences(exported, offline(parent, tmp_path / "offline", fields)) == []
     receipt = read_json(tmp_path / "run/receipt.json")
     assert (receipt["parent_experts"], receipt["spec"]) == (4, UpcycleSpec(**fields).to_dict())
 
 
 def test_the_baseline_is_the_parent_as_it_is(parent: Path, tmp_path: Path) -> None:
-    run_ranks(_train, 2, parent, tmp_path / "run", None, STAYS | {"ep": 2}, process_group=False)
+    train_on_ranks(2, parent, tmp_path / "run", None, ep=2, **STAYS)
     assert read_json(tmp_path / "run/receipt.json")["exact"] is True
-    assert _same_bits(_export(parent, tmp_path / "run", tmp_path / "hf"), parent)
+    assert differences(export(parent, tmp_path / "run", tmp_path / "hf"), parent) == []
 
 
 def test_a_parent_with_experts_goes_through_the_chain(tmp_path: Path) -> None:
-    from nemo_upcycle.trainers.bridge.training import BridgeTraining
-
     parent = write_tokenizer(write_mixtral(tmp_path / "parent", vocab_size=259))
     write_blend(tmp_path / "blend", parent, texts=texts())
     (tmp_path / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
-    recipes = "tests.bridge.recipes:tiny_grown", "tests.bridge.recipes:tiny_dense_ct"
-    moe, baseline = (BridgeTraining(recipe, (), nodes=1, ranks_per_node=2).to_text() for recipe in recipes)
-    named = [str(tmp_path / name) for name in ("parent", "blend", "evaluation.yaml")]
-    RunPlan(recipes[0], *named, moe, baseline, trainer="bridge").write(run := tmp_path / "run")
-    for name in STAGES:
-        answer = run_in_own_process(name, run, ranks=2 if name in ("pretrain", "dense_ct") else 1)
-        assert answer.status == 0, answer.text
+    trainings = [training_text(kind=kind, ranks=2) for kind in ("tiny_grown", "dense_ct")]
+    write_plan(run := tmp_path / "run", parent, tmp_path / "blend", tmp_path / "evaluation.yaml", *trainings)
+    run_stages(run, ranks=2)
     assert read_json(run / "receipt.json")["within_tolerance"] is True
     sizes = {name: read_architecture(run / name) for name in ("upcycle/hf", "hf", "dense_ct/hf")}
     assert [(arch.hf_class, arch.num_experts, arch.top_k) for arch in sizes.values()] == [

@@ -9,12 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.convert.offline import convert
+from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.online.receipt import read_receipt
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
-from tests.bridge.runs import SEQUENCE, VOCABULARY, fill_twice, run_config, train
+from tests.bridge.runs import (
+    SEQUENCE,
+    VOCABULARY,
+    differences,
+    export,
+    fill_twice,
+    is_as_converted,
+    offline,
+    refusal,
+    run_config,
+    train_on_ranks,
+)
 from tests.distributed.ranks import run_ranks
 from tests.models import sample_tokens, write_llama, write_nemotron_h, write_qwen3
 
@@ -23,35 +33,6 @@ pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environ
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 MIXED = SPEC | {"moe_layers": "every-2"}
 SHARED: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "shared_experts": 1, "method": "noise"}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tied Llama of four layers."""
-    return write_llama(tmp_path_factory.mktemp("llama") / "dense", tied=True, vocab_size=VOCABULARY)
-
-
-def _train(dense: Path, run: Path, fields: dict[str, Any] | None, options: dict[str, Any]) -> None:
-    train(dense, run, fields, **options)
-
-
-def _export(dense: Path, run: Path, output: Path) -> Path:
-    from nemo_upcycle.cli.main import main
-
-    assert main(["export", str(run), str(output), "--dense", str(dense), "--dtype", "float32"]) == 0
-    return output
-
-
-def _offline(dense: Path, output: Path, fields: dict[str, Any]) -> Path:
-    with open_dense(dense) as source:
-        convert(source, output, UpcycleSpec(**fields), dtype=torch.float32, progress=False)
-    return output
-
-
-def _same_bits(left: Path, right: Path) -> bool:
-    with SafetensorsFolder(left) as one, SafetensorsFolder(right) as other:
-        assert set(one.names()) == set(other.names())
-        return all(torch.equal(one.read(name), other.read(name)) for name in one.names())
 
 
 @pytest.mark.parametrize(
@@ -77,25 +58,23 @@ def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
     dense: Path, tmp_path: Path, pattern: str, fields: dict[str, Any], layout: dict[str, Any]
 ) -> None:
     ranks = max(layout.get("tp", 1) * layout.get("pp", 1), layout.get("ep", 1))
-    run_ranks(_train, ranks, dense, tmp_path / "run", fields, {"pattern": pattern, **layout}, process_group=False)
+    train_on_ranks(ranks, dense, tmp_path / "run", fields, pattern=pattern, **layout)
 
-    exported = _export(dense, tmp_path / "run", tmp_path / "hf")
-    assert _same_bits(exported, _offline(dense, tmp_path / "offline", fields))
+    assert is_as_converted(dense, tmp_path / "run", fields)
 
 
 def test_the_dense_baseline_becomes_its_own_class_again(dense: Path, tmp_path: Path) -> None:
     options = {"pattern": "*-*-|*-*-", "pp": 2}
-    run_ranks(_train, 2, dense, tmp_path / "run", None, options, process_group=False)
-    assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), dense)
+    train_on_ranks(2, dense, tmp_path / "run", **options)
+    assert differences(export(dense, tmp_path / "run", tmp_path / "hf"), dense) == []
 
 
 def test_norms_of_query_and_key_are_filled(tmp_path: Path) -> None:
     """Megatron's own layers of a HybridModel have none."""
     parent = write_qwen3(tmp_path / "dense", vocab_size=VOCABULARY)
     options = {"pattern": "*E*E*E*E", "tp": 2}
-    run_ranks(_train, 2, parent, tmp_path / "run", SPEC, options, process_group=False)
-    exported = _export(parent, tmp_path / "run", tmp_path / "hf")
-    assert _same_bits(exported, _offline(parent, tmp_path / "offline", SPEC))
+    train_on_ranks(2, parent, tmp_path / "run", SPEC, **options)
+    assert is_as_converted(parent, tmp_path / "run", SPEC)
 
 
 def test_trained_weights_are_those_of_a_gpt_model(dense: Path, tmp_path: Path) -> None:
@@ -103,8 +82,8 @@ def test_trained_weights_are_those_of_a_gpt_model(dense: Path, tmp_path: Path) -
     learnt = []
     for pattern in (None, "*E*E*E*E"):
         run = tmp_path / f"run-{pattern is None}"
-        run_ranks(_train, 1, dense, run, SPEC, {"pattern": pattern, "steps": 3, "lr": 1e-2}, process_group=False)
-        learnt.append(_export(dense, run, tmp_path / f"hf-{pattern is None}"))
+        train_on_ranks(1, dense, run, SPEC, pattern=pattern, steps=3, lr=1e-2)
+        learnt.append(export(dense, run, tmp_path / f"hf-{pattern is None}"))
     with SafetensorsFolder(learnt[0]) as gpt, SafetensorsFolder(learnt[1]) as hybrid, SafetensorsFolder(dense) as old:
         for name in gpt.names():
             torch.testing.assert_close(hybrid.read(name), gpt.read(name), rtol=1e-4, atol=1e-5)
@@ -112,33 +91,24 @@ def test_trained_weights_are_those_of_a_gpt_model(dense: Path, tmp_path: Path) -
         assert not torch.equal(gpt.read(moved), old.read(moved))
 
 
-def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
-    parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
-    options = {"pattern": "*E*E*E*E", "starts": 2}
-    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, options, process_group=False)
-    assert (tmp_path / "run/iter_0000002").is_dir()
-    assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), _offline(dense, tmp_path / "offline", SPEC))
-
-
 @pytest.mark.parametrize("fields", [SPEC, MIXED], ids=["all layers", "every second"])
 def test_a_dense_hybrid_checkpoint_is_a_parent(dense: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
     """From `*-` to `*E`, which Megatron-Core's own loader refuses."""
     options = {"pattern": "*-*-*-*-", "tp": 2}
-    run_ranks(_train, 2, dense, tmp_path / "dense", None, options, process_group=False)
+    train_on_ranks(2, dense, tmp_path / "dense", **options)
     parent = tmp_path / "dense/iter_0000001"
     (parent / "config.json").write_bytes((dense / "config.json").read_bytes())
 
     options = {"pattern": "*E*E*E*E" if fields is SPEC else "*E*-*E*-", "ep": 2}
-    run_ranks(_train, 2, parent, tmp_path / "run", fields, options, process_group=False)
-    exported = _export(dense, tmp_path / "run", tmp_path / "hf")
-    assert _same_bits(exported, _offline(dense, tmp_path / "offline", fields))
+    train_on_ranks(2, parent, tmp_path / "run", fields, **options)
+    assert is_as_converted(dense, tmp_path / "run", fields)
 
 
 def test_step_0_is_checked_against_a_dense_gpt_model(dense: Path, tmp_path: Path) -> None:
     (found,) = run_ranks(_check_step0, 1, dense, tmp_path / "hf", process_group=False)
     assert found["within_tolerance"]
     assert len(found["layer_relative_diff"]) == 4
-    assert _same_bits(tmp_path / "hf", _offline(dense, tmp_path / "offline", SPEC))
+    assert differences(tmp_path / "hf", offline(dense, tmp_path / "offline", SPEC)) == []
 
 
 def _check_step0(dense: Path, output: Path) -> dict[str, Any]:
@@ -154,62 +124,30 @@ def _check_step0(dense: Path, output: Path) -> dict[str, Any]:
     return check_step0(moe, parent, dense, spec, sample_tokens(VOCABULARY), output).equivalence
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("*-*-*-*-", r"hybrid_layer_pattern: got \*-\*-\*-\*-, expected \*E\*E\*E\*E"),
-        ("*E*E*E*-", r"expected \*E\*E\*E\*E"),
-        ("**EE*E*E", r"attention .* and network .* in turn"),
-        ("*EG*E*E*E", r"attention .* and network .* in turn"),
-        ("*EM*E*E*E", r"position_embedding_type: got rope, expected none: .* parent with Mamba layers"),
-        (None, r"config\.model\.hybrid_layer_pattern: got None"),
-    ],
-    ids=str,
-)
-def test_other_layers_than_the_specs_are_refused_by_name(
-    dense: Path, tmp_path: Path, pattern: str | None, message: str
-) -> None:
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    spec = UpcycleSpec(**SPEC)
-    config = run_config(dense, tmp_path, spec, pattern="*E*E*E*E")
-    config.model.hybrid_layer_pattern = pattern
-    with pytest.raises(SpecError, match=message):
-        upcycle_on_start(config, dense, spec)
+BORDERS = "*E|*E|*E|*E"
 
 
 @pytest.mark.parametrize(
-    ("pattern", "changes", "message"),
+    ("pattern", "layout", "changes", "words"),
     [
-        ("*E*E|*E*E", {}, "hybrid_layer_pattern: got 2 segments .* expected 1"),
-        ("*E|*E|*E|*E", {"pp": 2}, "hybrid_layer_pattern: got 4 segments .* expected 2"),
-        (
-            "*E|*E|*E|*E",
-            {"pp": 2, "vp": 2},
-            "virtual_pipeline_model_parallel_size: got 2, expected nothing",
-        ),
+        ("*E*E*E*E", {}, {"hybrid_layer_pattern": "*-*-*-*-"}, "got *-*-*-*-, expected *E*E*E*E"),
+        ("*E*E*E*E", {}, {"hybrid_layer_pattern": "*E*E*E*-"}, "expected *E*E*E*E"),
+        ("*E*E*E*E", {}, {"hybrid_layer_pattern": "**EE*E*E"}, " in turn"),
+        ("*E*E*E*E", {}, {"hybrid_layer_pattern": "*EG*E*E*E"}, " in turn"),
+        ("*E*E*E*E", {}, {"hybrid_layer_pattern": "*EM*E*E*E"}, "position_embedding_type: got rope, expected none: "),
+        ("*E*E*E*E", {}, {"hybrid_layer_pattern": None}, "config.model.hybrid_layer_pattern: got None"),
+        ("*E*E|*E*E", {}, {}, "hybrid_layer_pattern: got 2 segments"),
+        (BORDERS, {"pp": 2}, {}, "hybrid_layer_pattern: got 4 segments"),
+        (BORDERS, {"pp": 2, "vp": 2}, {}, "virtual_pipeline_model_parallel_size: got 2, expected nothing"),
+        ("*E*E*E*E", {}, {"also_save_hf_checkpoint": True}, "nemo-upcycle export"),
     ],
     ids=str,
 )
-def test_borders_that_are_not_the_pipelines_are_refused(
-    dense: Path, tmp_path: Path, pattern: str, changes: dict[str, int], message: str
+def test_what_a_hybrid_model_cannot_be_is_refused_by_name(
+    dense: Path, tmp_path: Path, pattern: str, layout: dict[str, int], changes: dict[str, Any], words: str
 ) -> None:
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    spec = UpcycleSpec(**SPEC)
-    config = run_config(dense, tmp_path, spec, pattern=pattern, **changes)
-    with pytest.raises(SpecError, match=message):
-        upcycle_on_start(config, dense, spec)
-
-
-def test_an_export_with_other_layers_numbers_is_refused(dense: Path, tmp_path: Path) -> None:
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    spec = UpcycleSpec(**SPEC)
-    config = run_config(dense, tmp_path, spec, pattern="*E*E*E*E")
-    config.checkpoint.also_save_hf_checkpoint = True
-    with pytest.raises(SpecError, match=r"also_save_hf_checkpoint: got .* nemo-upcycle export"):
-        upcycle_on_start(config, dense, spec)
+    changes = {f"{'checkpoint' if 'save' in name else 'model'}.{name}": value for name, value in changes.items()}
+    assert words in refusal(dense, tmp_path, SPEC, changes, pattern=pattern, **layout)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not in this environment")

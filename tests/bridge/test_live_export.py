@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
-from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
-from tests.bridge.runs import VOCABULARY, train
+from tests.bridge.runs import VOCABULARY, differences, offline, train_on_ranks
 from tests.distributed.ranks import run_ranks
 from tests.models import write_llama, write_qwen2, write_qwen3, write_tokenizer
 
@@ -40,55 +39,34 @@ def test_bridge_exports_of_a_run_have_the_bits_of_convert(
     write, fields = CLASSES[hf_class]
     dense = write(tmp_path / "dense", layers=2, tied=layout == LAYOUTS[0], vocab_size=VOCABULARY)
     write_tokenizer(dense)
-    with open_dense(dense) as source:
-        convert(source, offline := tmp_path / "offline", UpcycleSpec(**fields), dtype=torch.float32, progress=False)
-    assert read_json(offline / "config.json")["architectures"] == [hf_class]
+    converted = offline(dense, tmp_path / "offline", fields)
+    assert read_json(converted / "config.json")["architectures"] == [hf_class]
 
-    options = {"style": style, "hf_source": offline, "live": tmp_path / "live", **layout}
-    run_ranks(_train, 4, dense, tmp_path / "run", fields, options, process_group=False)
+    options = {"style": style, "hf_source": converted, "live": tmp_path / "live", **layout}
+    train_on_ranks(4, dense, tmp_path / "run", fields, **options)
     (saved,) = (tmp_path / "run").glob("iter_*/hf*")
     exports = [saved, tmp_path / "live"]
-    if style == "provider":  # of a builder's run: see the next test
-        run_ranks(_export_ckpt, 1, offline, tmp_path / "run", tmp_path / "after", process_group=False)
+    if style == "provider":  # Bridge reads back no model of its builders: docs/bridge.md
+        run_ranks(_export_ckpt, 1, converted, tmp_path / "run", tmp_path / "after", process_group=False)
         exports.append(tmp_path / "after")
     for exported in exports:
-        assert _differences(exported, offline) == [], exported.name
+        assert differences(exported, converted) == [], exported.name
 
 
 def test_biases_that_balance_experts_are_exported_alike(tmp_path: Path) -> None:
     fields = CLASSES["Glm4MoeForCausalLM"][1]
     dense = write_tokenizer(write_llama(tmp_path / "dense", layers=2, vocab_size=VOCABULARY))
-    with open_dense(dense) as source:
-        convert(source, offline := tmp_path / "offline", UpcycleSpec(**fields), dtype=torch.float32, progress=False)
+    converted = offline(dense, tmp_path / "offline", fields)
     biases = {"moe_router_enable_expert_bias": True, "moe_router_load_balancing_type": "none"}
-    options = {"model": biases, "hf_source": offline, "live": tmp_path / "live", "ep": 2}
-    run_ranks(_train, 2, dense, tmp_path / "run", fields, options, process_group=False)
+    options = {"model": biases, "hf_source": converted, "live": tmp_path / "live", "ep": 2}
+    train_on_ranks(2, dense, tmp_path / "run", fields, **options)
     (saved,) = (tmp_path / "run").glob("iter_*/hf*")
     own = export_checkpoint(saved.parent, dense, tmp_path / "own", spec=UpcycleSpec(**fields), dtype=torch.float32)
-    assert _differences(saved, own) == _differences(tmp_path / "live", own) == []
+    assert differences(saved, own) == differences(tmp_path / "live", own) == []
     names = [name for name in SafetensorsFolder(own).names() if name.endswith("e_score_correction_bias")]
-    assert _differences(own, offline) == names
+    assert differences(own, converted) == names
     for name in names:  # after one step, of 0.001
         assert set(SafetensorsFolder(own).read(name).mul(1000).round().tolist()) <= {-1.0, 0.0, 1.0}
-
-
-def test_bridge_alone_reads_back_no_model_of_its_builders(tmp_path: Path) -> None:
-    """Why `export_ckpt` ends in a TypeError, without any code of ours: a saved dtype is taken for a dataclass."""
-    from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
-    from megatron.bridge.models.transformer_config import TransformerConfig
-    from megatron.bridge.recipes.common import _pretrain_common
-    from megatron.bridge.training.model_load_save import load_model_config
-
-    config = _pretrain_common()
-    transformer = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
-    config.model = GPTModelConfig(transformer=transformer, vocab_size=8)
-    config.to_yaml(str(tmp_path / "run_config.yaml"))
-    with pytest.raises(TypeError, match="must be called with a dataclass type or instance"):
-        load_model_config(str(tmp_path))
-
-
-def _train(dense: Path, run: Path, fields: dict[str, Any], options: dict[str, Any]) -> None:
-    train(dense, run, fields, **options)
 
 
 def _export_ckpt(offline: Path, run: Path, output: Path) -> None:
@@ -100,10 +78,3 @@ def _export_ckpt(offline: Path, run: Path, output: Path) -> None:
     import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
 
     AutoBridge.from_hf_pretrained(str(offline)).export_ckpt(run, output, show_progress=False, strict=True)
-
-
-def _differences(left: Path, right: Path) -> list[str]:
-    with SafetensorsFolder(left) as one, SafetensorsFolder(right) as other:
-        return sorted(set(one.names()) ^ set(other.names())) + [
-            name for name in one.names() if name in other.names() and not torch.equal(one.read(name), other.read(name))
-        ]

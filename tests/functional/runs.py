@@ -112,11 +112,7 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
     recipe = smollm2_135m_e8t2.pretrain_recipe(
         num_gpus_per_node=ranks, expert_parallelism=options.get("ep", 1), data=options.get("blend")
     )
-    precision = options.get("precision", "32")
-    shrink(recipe, max_steps=options["steps"], checkpoint_every=options.get("every"), precision=precision)
-    if "fp8" in options:
-        plugins = recipe.trainer.plugins
-        plugins.fp8, plugins.fp8_recipe, plugins.fp8_amax_history_len = "hybrid", options["fp8"], 16
+    shrink(recipe, max_steps=options["steps"], checkpoint_every=options.get("every"))
     strategy = recipe.trainer.strategy
     strategy.tensor_model_parallel_size = options.get("tp", 1)
     strategy.sequence_parallel = options.get("tp", 1) > 1
@@ -136,13 +132,6 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
             setattr(recipe.log.ckpt, name, value)
     if "send" in options:
         recipe.trainer.callbacks.append(run.Config(Send, **options["send"]))
-    if "padded_capacity" in options:
-        recipe.model.config.moe_expert_capacity_factor = options["padded_capacity"]
-        recipe.model.config.moe_pad_expert_input_to_capacity = True
-    if "evaluate" in options:
-        from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
-
-        recipe.trainer.callbacks.append(run.Config(EvaluateWhileTraining, **options["evaluate"]))
     if "hang" in options:
         recipe.trainer.callbacks.append(run.Config(Hang, **options["hang"]))
     if "poison" in options:
@@ -155,8 +144,6 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
 def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> None:
     """Build the recipe and call it: what `nemo llm pretrain` does on every rank."""
     import fiddle as fdl
-    import nemo_run as run
-    from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
     from nemo_upcycle.trainers.nemo.checks import check_recipe
 
@@ -164,14 +151,7 @@ def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> 
     if every := options.get("validate_every"):
         trainer = recipe.trainer
         trainer.limit_val_batches, trainer.val_check_interval, trainer.num_sanity_val_steps = 1, every, 1
-    if options.get("frozen"):
-        recipe.optim.config.lr = recipe.optim.lr_scheduler.min_lr = 0.0
-    if restore := options.get("restore"):
-        recipe.resume.restore_config = run.Config(
-            RestoreConfig, path=restore, load_optim_state=False, load_artifacts=False
-        )
-    else:
-        check_recipe(recipe)
+    check_recipe(recipe)
     recipe.trainer.strategy.ckpt_async_save = options.get("asynchronous", False)
     if "strike" in options:
         arm(options["strike"])

@@ -29,7 +29,8 @@ from nemo_upcycle.utils.files import read_json
 from tests.distributed.ranks import run_ranks
 from tests.functional.kills import Strike, arm
 from tests.functional.runs import Runs
-from tests.functional.test_pipeline import STAGES, write_plan
+from tests.functional.stages import STAGES
+from tests.functional.tiny import write_plan
 
 
 STEPS, EVERY = 6, 2

@@ -5,7 +5,6 @@
 from pathlib import Path
 from typing import Any
 
-import my_recipes
 import nemo_run as run
 import stock_nemo_recipe
 import torch
@@ -42,16 +41,6 @@ def cut_training(recipe: run.Partial) -> run.Partial:
 def llama(parent: str, dir: str = "runs", data: str = "") -> run.Partial:
     """NeMo's recipe of Llama 3.2 1B, upcycled."""
     return cut(stock_nemo_recipe.stock_llama32_e8t2(parent, dir, data or None))
-
-
-def chain(inputs: str) -> run.Partial:
-    """The chain of a user's own recipes."""
-    folder = Path(inputs)
-    made = my_recipes.chain(str(folder / "llama"), str(folder / "run"))
-    made.data, made.evaluation = str(folder / "blend"), str(folder / "evaluation.yaml")
-    cut(made.pretrain)
-    cut(made.dense_ct)
-    return made
 
 
 def grown_chain(inputs: str) -> run.Partial:

@@ -15,8 +15,8 @@ from benchmarks.grid_points import points_csv
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, read_evidence
 from nemo_upcycle.reporting.grid_table import write_grid
 from nemo_upcycle.utils.files import MARKER
+from tests.contract.test_ablate import SUITE
 from tests.functional.command import NEMO, start
-from tests.functional.test_ablate import SUITE
 from tests.functional.tiny import write_texts
 from tests.waiting import HANG_S, wait_until
 

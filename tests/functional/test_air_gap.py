@@ -15,9 +15,9 @@ import pytest
 
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import MARKER, read_json
+from tests.functional.stages import STAGES
 from tests.functional.started import STAGE, environment
-from tests.functional.test_pipeline import STAGES, write_plan
-from tests.functional.tiny import texts
+from tests.functional.tiny import texts, write_plan
 from tests.model_hub import COMMIT, ModelHub, serving
 from tests.no_network import can_leave
 

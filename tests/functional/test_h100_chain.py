@@ -13,7 +13,7 @@ import pytest
 
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import is_complete, read_json
-from tests.functional.test_pipeline import STAGES, run_in_own_process
+from tests.functional.stages import run_stages
 from tests.functional.tiny import EVALUATION, write_texts
 from tests.models import write_qwen3, write_tokenizer
 
@@ -70,9 +70,7 @@ def _plan(folder: Path) -> RunPlan:
 def test_qwen3_8b_runs_from_import_to_report(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     _plan(tmp_path).write(run_dir)
-    for name in STAGES:
-        answer = run_in_own_process(name, run_dir, ranks=RANKS if name in ("pretrain", "dense_ct") else 1)
-        assert answer.status == 0, answer.text
+    run_stages(run_dir, ranks=RANKS)
     assert all(is_complete(run_dir / name) for name in ("hf", "upcycle/hf", "dense_ct/hf"))
     assert read_json(run_dir / "hf/config.json")["architectures"] == ["Qwen3MoeForCausalLM"]
     receipt = read_json(run_dir / "receipt.json")

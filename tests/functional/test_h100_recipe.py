@@ -24,6 +24,7 @@ SMALL = Sizes(
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_llama3_8b_e8t2_trains_on_one_rank(tmp_path: Path) -> None:
     lines = train(SMALL, *prepare(tmp_path, SMALL), tmp_path / "run", "bf16")
     losses = [line["loss"] for line in lines]

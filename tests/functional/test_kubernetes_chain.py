@@ -15,7 +15,7 @@ from nemo_upcycle.utils.files import MARKER, read_json
 from tests.functional.kubernetes_operator import Operator
 from tests.functional.kubernetes_server import IS_BUILT, define, server
 from tests.functional.soak import training_result
-from tests.functional.test_pipeline import STAGES
+from tests.functional.stages import STAGES
 from tests.functional.tiny import write_inputs
 from tests.waiting import HANG_S, wait_until
 

@@ -19,7 +19,7 @@ import pytest
 
 from nemo_upcycle.utils.files import MARKER, read_json
 from tests.functional.soak import training_result
-from tests.functional.test_pipeline import STAGES
+from tests.functional.stages import STAGES
 from tests.functional.tiny import write_inputs
 from tests.waiting import HANG_S, wait_until
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.pipeline.stages import RunPlan
 from tests.blends import write_blend
 from tests.models import write_llama, write_tokenizer
 
@@ -33,21 +34,8 @@ questions: {per_subject: 1, total: 1, max_characters: 150}
 heldout: {window_bytes: 128, windows: WINDOWS}
 batch_size: 4
 """
-_WORDS = [
-    "the",
-    "state",
-    "of",
-    "our",
-    "union",
-    "is",
-    "strong",
-    "every",
-    "expert",
-    "was",
-    "dense",
-    "before",
-    "learning",
-]
+_WORDS = ["the", "state", "of", "our", "union", "is", "strong", "every", "expert", "was", "dense", "before"]
+_WORDS += ["learning"]
 
 
 def texts(words: int = 600) -> dict[str, list[str]]:
@@ -79,7 +67,7 @@ def write_blend_file(folder: Path, *lines: str) -> Path:
 
 def write_parent(folder: Path, **changes: Any) -> Path:
     """Write the dense parent: tied embeddings, as the demo's."""
-    return write_tokenizer(write_llama(folder, tied=True, vocab_size=259, **changes))
+    return write_tokenizer(write_llama(folder, tied=True, **({"vocab_size": 259} | changes)))
 
 
 def write_inputs(folder: Path) -> Path:
@@ -103,7 +91,7 @@ def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
     return dense, write_blend(folder / "data", dense, texts=texts())
 
 
-def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None, precision: str = "32") -> Any:
+def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None) -> Any:
     """Cut a recipe of the demo down to the tiny model, in place: no checkpoints when `checkpoint_every` is None."""
     import nemo_run as run
     from nemo import lightning as nl
@@ -113,14 +101,27 @@ def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None, precisi
     recipe.data.seq_length, recipe.data.global_batch_size = SEQUENCE, BATCH
     recipe.trainer.max_steps = max_steps
     recipe.trainer.limit_val_batches, recipe.trainer.val_check_interval = 0, 1
-    dtype = torch.float32 if precision == "32" else torch.bfloat16
-    recipe.trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision=precision, params_dtype=dtype)
+    recipe.trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", params_dtype=torch.float32)
     recipe.optim.config.lr = 1e-3
     if checkpoint_every:
         recipe.log.ckpt.every_n_train_steps = checkpoint_every
     else:
         recipe.log.ckpt.save_top_k, recipe.log.ckpt.save_last = 0, False
     return recipe
+
+
+def write_plan(folder: Path) -> RunPlan:
+    """Write the inputs of a tiny run of the demo; return its plan."""
+    from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+
+    write_inputs(folder)
+    texts = {
+        name: dump_recipe(shrink(module.pretrain_recipe(), max_steps=6, checkpoint_every=2))
+        for name, module in (("pretrain", smollm2_135m_e8t2), ("dense_ct", smollm2_135m_dense_ct))
+    }
+    inputs = [str(folder / name) for name in ("parent", "texts/blend.yaml", "evaluation.yaml")]
+    return RunPlan("smollm2_135m_e8t2", *inputs, **texts)
 
 
 def tiny_pipeline(inputs: Path, run_dir: Path, moe: Any, dense_ct: Any) -> Any:

@@ -13,7 +13,7 @@ from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.recipes import smollm2_135m_e8t2
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 from tests.functional import tiny
-from tests.functional.test_pipeline import STAGES, run_in_own_process
+from tests.functional.stages import STAGES, run_in_own_process
 from tests.started import PLACE
 
 

@@ -1,15 +1,12 @@
-"""The arguments that override single settings of the H100 recipes, and a recipe that is written with them."""
+"""The arguments that override single settings of the H100 recipes."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from tests.tiers import every_value
 
@@ -70,69 +67,6 @@ def test_recipe_shows_every_override_in_signature_and_docstring(recipes: Any) ->
         assert recipe.__doc__.count(f"\n    {override.name} (") == 1
     with pytest.raises(TypeError, match="fp8_recip"):
         recipe(fp8_recip="blockwise")
-
-
-#: What someone writes for another model: NeMo's recipe of it, the spec, the layout.
-NEW_RECIPE = """
-import lightning.pytorch as pl
-import nemo_run as run
-from nemo.collections.llm.gpt.model.llama import Llama32Config1B, LlamaModel
-from nemo.collections.llm.recipes import llama32_1b
-
-from nemo_upcycle.recipes.common import moe_settings
-from nemo_upcycle.recipes.h100 import dense_baseline, fast_run, moe_trainer, upcycled_recipe
-from nemo_upcycle.recipes.h100_arguments import moe_kernels
-from nemo_upcycle.spec import UpcycleSpec
-
-NAME = "llama32_1b_e16t4"
-DENSE = "hf://meta-llama/Llama-3.2-1B"
-SPEC = UpcycleSpec(num_experts=16, top_k=4)
-trainer = moe_trainer(
-    llama32_1b.trainer, tensor_parallelism=1, pipeline_parallelism=2, virtual_pipeline_parallelism=None
-)
-baseline = dense_baseline("llama32_1b_e16t4_dense", llama32_1b, DENSE)
-
-
-@run.cli.factory(name=NAME)
-def model() -> run.Config[pl.LightningModule]:
-    config = run.Config(Llama32Config1B, seq_length=8192, **moe_settings(SPEC), **moe_kernels(capacity_factor=None))
-    return run.Config(LlamaModel, config=config)
-
-
-def fast(recipe: run.Partial) -> run.Partial:
-    return fast_run(recipe, tensor_parallelism=1, context_parallelism=1)
-
-
-pretrain_recipe = upcycled_recipe(NAME, llama32_1b, model, trainer, DENSE, SPEC, fast)
-"""
-
-
-def test_new_recipe_takes_under_30_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipes: Any) -> None:
-    from nemo.collections.llm.api import pretrain
-    from nemo_run.cli.lazy import LazyEntrypoint
-
-    from nemo_upcycle.trainers.nemo.checks import check_recipe, ranks_of
-    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe, spec_of
-
-    assert sum(bool(line.strip()) for line in NEW_RECIPE.splitlines()) < 30
-    (tmp_path / "made_up_recipe.py").write_text(NEW_RECIPE)
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("made_up_recipe")
-    factory = "llama32_1b_e16t4(fp8_recipe='blockwise', capacity_factor=2.0, num_nodes=2)"
-    recipe = LazyEntrypoint(pretrain, factory=factory).resolve()
-    check_recipe(recipe)
-    config = recipe.model.config
-    assert (config.num_moe_experts, config.moe_router_topk, config.moe_expert_capacity_factor) == (16, 4, 2.0)
-    assert (config.fp8_recipe, recipe.trainer.plugins.fp8_recipe) == ("blockwise", "blockwise")
-    assert recipe.trainer.strategy.expert_model_parallel_size == 8
-    assert ranks_of(recipe) == (2, 8)
-    assert spec_of(recipe) == UpcycleSpec(num_experts=16, top_k=4)
-    assert load_recipe(dump_recipe(recipe)) == recipe
-    baseline = LazyEntrypoint(pretrain, factory="llama32_1b_e16t4_dense").resolve()
-    assert baseline.resume.restore_config.spec is None
-    for name in ("data", "optim"):
-        assert getattr(baseline, name).__arguments__.keys() == getattr(recipe, name).__arguments__.keys()
-    assert baseline.trainer.max_steps == recipe.trainer.max_steps
 
 
 def test_overlap_and_recomputation_can_be_turned_off(recipes: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from tests.blends import write_blend
+from tests.functional.command import NEMO, run
 from tests.functional.tiny import texts, write_parent
 from tests.golden import GOLDEN, PAIRS, golden_path, pairs_text, text_of
-from tests.waiting import HANG_S
 
 
 #: The paper's training, and that of few steps.
@@ -27,48 +25,28 @@ ABLATIONS = sorted((Path(__file__).parents[3] / "conf/ablations/arms").glob("*.y
 STEP_TOKENS = 512 * 8192
 
 
-def _nemo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("nemo")), *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-    )
-
-
 def test_llama3_8b_e8t2_has_the_papers_numbers(recipes: Any) -> None:
     from nemo_upcycle.trainers.nemo.checks import check_recipe, ranks_of
     from nemo_upcycle.trainers.nemo.recipes import spec_of
 
     recipe = recipes.llama3_8b_e8t2.pretrain_recipe()
     strategy, config = recipe.trainer.strategy, recipe.model.config
-    assert strategy.tensor_model_parallel_size == 2
-    assert strategy.expert_model_parallel_size == 8
-    assert strategy.pipeline_model_parallel_size == 4
-    assert strategy.virtual_pipeline_model_parallel_size == 8
-    assert strategy.expert_tensor_parallel_size == 1
-    assert strategy.context_parallel_size == 1
+    layout = {"tensor_model": 2, "pipeline_model": 4, "virtual_pipeline_model": 8, "expert_model": 8}
+    for name, size in (layout | {"expert_tensor": 1, "context": 1}).items():
+        assert getattr(strategy, f"{name}_parallel_size") == size
     assert strategy.sequence_parallel is True
     assert ranks_of(recipe) == (64, 8)
     assert (config.num_moe_experts, config.moe_router_topk) == (8, 2)
-    assert config.moe_expert_capacity_factor == 4.0
-    assert config.moe_aux_loss_coeff == 0.01
+    assert (config.moe_expert_capacity_factor, config.moe_aux_loss_coeff) == (4.0, 0.01)
     assert recipe.data.seq_length == 8192
     assert fdl.build(recipe.data.tokenizer).vocab_size == 128_256
     assert recipe.optim.config.lr == 3e-5
-    assert recipe.optim.lr_scheduler.min_lr == 3e-7
-    assert recipe.optim.lr_scheduler.warmup_steps == 100
+    assert (recipe.optim.lr_scheduler.min_lr, recipe.optim.lr_scheduler.warmup_steps) == (3e-7, 100)
     assert recipe.trainer.max_steps * recipe.data.global_batch_size * 8192 == pytest.approx(100e9, rel=1e-4)
     assert spec_of(recipe) == UpcycleSpec(num_experts=8, top_k=2)
     assert recipe.resume.restore_config.path == "hf://meta-llama/Meta-Llama-3-8B"
-    check_recipe(recipe)
     assert recipe.trainer.plugins.grad_reduce_in_fp32 is True
-    assert (recipe.log.ckpt.save_top_k, recipe.log.ckpt.save_last, recipe.log.ckpt.every_n_train_steps) == (
-        0,
-        True,
-        1000,
-    )
+    check_recipe(recipe)
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
@@ -161,12 +139,19 @@ def test_recipe_starts_from_its_dense_parent(recipes: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
-    """Of its own data it keeps the sizes; the dense baseline has the same data, and so the same order."""
+    """Of its own data it keeps the sizes; the dense baseline has the same data, and so the same order.
+
+    Without one it says what it trains on.
+    """
     from nemo_upcycle.data.blend_module import blend_data
     from nemo_upcycle.trainers.nemo.checks import check_recipe
 
     module = getattr(recipes, name)
     recipe, usual = module.pretrain_recipe(data="data/mine"), module.pretrain_recipe()
+    kind, words = ("MockDataModule", "mock data") if name.startswith(LLAMA) else ("blend_data", "the blend `sotu`")
+    assert usual.data.__fn_or_cls__.__name__ == kind
+    (line,) = [one for one in (module.pretrain_recipe.__doc__ or "").splitlines() if "data (str | None)" in one]
+    assert words in line
     assert recipe.data.__fn_or_cls__ is blend_data
     assert (recipe.data.folder, recipe.data.dense) == ("data/mine", recipe.resume.restore_config.path)
     for size in ("seq_length", "micro_batch_size", "global_batch_size", "num_workers"):
@@ -176,15 +161,6 @@ def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
     assert baseline.pretrain_recipe(data="data/mine").data == recipe.data
     recipe.data = usual.data
     assert recipe == usual
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_recipe_without_a_data_folder_says_what_it_trains_on(recipes: Any, name: str) -> None:
-    recipe = getattr(recipes, name).pretrain_recipe
-    kind, words = ("MockDataModule", "mock data") if name.startswith(LLAMA) else ("blend_data", "the blend `sotu`")
-    assert recipe().data.__fn_or_cls__.__name__ == kind
-    (line,) = [line for line in (recipe.__doc__ or "").splitlines() if "data (str | None)" in line]
-    assert words in line
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -203,19 +179,6 @@ def test_recipe_round_trips_through_text(recipes: Any, name: str) -> None:
     assert dump_recipe(back) != text
 
 
-@pytest.mark.parametrize(
-    "name", ["tensor_model_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size"]
-)
-def test_refuses_layout_that_does_not_fit(recipes: Any, name: str) -> None:
-    from nemo_upcycle.trainers.nemo.checks import check_recipe
-
-    recipe = recipes.llama3_8b_e8t2.pretrain_recipe()
-    setattr(recipe.trainer.strategy, name, 3)
-    with pytest.raises(SpecError) as caught:
-        check_recipe(recipe, "pretrain.")
-    assert caught.value.field == f"pretrain.trainer.strategy.{name}"
-
-
 def test_refuses_spec_that_does_not_fit_the_model_before_launch(recipes: Any) -> None:
     from nemo_upcycle.trainers.nemo.checks import check_recipe
 
@@ -227,31 +190,20 @@ def test_refuses_spec_that_does_not_fit_the_model_before_launch(recipes: Any) ->
     recipe.resume.restore_config.spec.top_k = 9
     with pytest.raises(SpecError) as caught:
         check_recipe(recipe, "pretrain.")
-    spec = "pretrain.resume.restore_config.spec"
-    assert str(caught.value) == (
-        f"{spec}.top_k: got 9, expected a whole number, 1 to 4 ({spec}.num_experts)."
-        f" Fix: set {spec}.top_k within the range."
-    )
+    assert (caught.value.field, caught.value.got) == ("pretrain.resume.restore_config.spec.top_k", 9)
 
 
 @pytest.mark.full
 def test_nemo_shows_the_recipe_without_running_it(tmp_path: Path) -> None:
     blend = write_blend(tmp_path / "blend", write_parent(tmp_path / "parent"), texts=texts())
     factory, short = f"llama3_8b_e8t2(data='{blend.name}')", ("data.seq_length=16", "trainer.max_steps=2")
-    shown = _nemo("llm", "pretrain", "--factory", factory, *short, "--dryrun", cwd=tmp_path)
+    shown = run([NEMO, "llm", "pretrain", "--factory", factory, *short, "--dryrun"], tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "UpcycleStrategy" in shown.stdout
     assert "folder='blend'" in shown.stdout
     assert "blend_data" in shown.stdout
     assert "Does it pay: e8t2 after 15T + 16,384 tokens: " in shown.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"blend", "parent"}
-
-
-@pytest.mark.full
-def test_refuses_mistyped_factory(tmp_path: Path) -> None:
-    shown = _nemo("llm", "pretrain", "--factory", "llama3_8b_e8t3", "--dryrun", cwd=tmp_path)
-    assert shown.returncode != 0
-    assert "llama3_8b_e8t3" in shown.stdout + shown.stderr
 
 
 def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> None:
@@ -268,20 +220,6 @@ def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> 
     assert recipe.resume.restore_config.spec.granularity == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("seq_len_interpolation_factor", 2.0), ("position_embedding_type", "none")],
-)
-def test_refuses_recipe_with_other_position_embeddings(recipes: Any, name: str, value: Any) -> None:
-    from nemo_upcycle.trainers.nemo.checks import check_recipe
-
-    recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
-    setattr(recipe.model.config, name, value)
-    with pytest.raises(SpecError) as caught:
-        check_recipe(recipe)
-    assert (caught.value.field, caught.value.got) == (f"model.config.{name}", value)
-
-
 @pytest.mark.parametrize("name", [f"{LLAMA}_e8t2", f"{LLAMA}_dense_ct", "llama3_70b_e8t2"])
 def test_h100_recipes_survive_faults(recipes: Any, name: str) -> None:
     for recipe in (
@@ -296,11 +234,3 @@ def test_h100_recipes_survive_faults(recipes: Any, name: str) -> None:
         strategy = recipe.trainer.strategy
         assert (strategy.ckpt_async_save, strategy.ddp.check_for_nan_in_grad) == (True, False)
         assert (recipe.log.ckpt.keep_last, recipe.log.ckpt.every_n_train_steps) == (2, 1000)
-
-
-def test_laptop_recipes_end_at_once(recipes: Any) -> None:
-    recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
-    names = [callback.__fn_or_cls__.__name__ for callback in recipe.trainer.callbacks]
-    assert "StopOnSignal" in names
-    assert "SaveOnSignal" not in names
-    assert recipe.log.ckpt.keep_last == 1

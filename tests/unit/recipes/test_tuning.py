@@ -53,25 +53,26 @@ def test_a_chain_tunes_the_dense_model_alike(recipes: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("scheme", "field", "value"),
     [
-        ("data.micro_batch_size", 2),
-        ("trainer.strategy.context_parallel_size", 2),
-        ("tokenizer", "model"),
-        ("peft", "lora"),
+        ("none", "data.micro_batch_size", 2),
+        ("none", "trainer.strategy.context_parallel_size", 2),
+        ("none", "tokenizer", "model"),
+        ("none", "peft", "lora"),
+        ("lora", "trainer.strategy.expert_model_parallel_size", 2),
+        ("lora", "model.config.moe_grouped_gemm", True),
     ],
 )
-def test_what_packs_do_not_take_is_refused_by_name(recipes: Any, field: str, value: Any) -> None:
+def test_what_packs_and_lora_do_not_take_is_refused_by_name(recipes: Any, scheme: str, field: str, value: Any) -> None:
+    import nemo_run as run
+    from nemo.collections.llm.peft import LoRA
+
     from nemo_upcycle.trainers.nemo.checks import check_settings
 
-    recipe = recipes.smollm2_135m_e8t2_sft.finetune_recipe()
-    if value == "lora":
-        import nemo_run as run
-        from nemo.collections.llm.peft import LoRA
-
-        value = run.Config(LoRA)
+    recipe = recipes.qwen3_8b_e8t2_sft.finetune_recipe(peft_scheme=scheme)
+    check_settings(recipe, "pretrain.")
     owner, _, name = field.rpartition(".")
-    setattr(_setting(recipe, owner) if owner else recipe, name, value)
+    setattr(_setting(recipe, owner) if owner else recipe, name, run.Config(LoRA) if value == "lora" else value)
     with pytest.raises(SpecError) as caught:
         check_settings(recipe, "pretrain.")
     assert caught.value.field == f"pretrain.{field}"
@@ -105,22 +106,6 @@ def test_the_planner_commands_a_tuning_with_a_pack_a_micro_batch(capsys: pytest.
     assert 'nemo llm finetune --factory \\\n  "qwen3_600m_e8t2_sft(' in text
     assert "mbs=2" not in text
     assert "micro_batch_size" not in text
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("trainer.strategy.expert_model_parallel_size", 2), ("model.config.moe_grouped_gemm", True)],
-)
-def test_what_lora_does_not_take_is_refused_by_name(recipes: Any, field: str, value: Any) -> None:
-    from nemo_upcycle.trainers.nemo.checks import check_settings
-
-    recipe = recipes.qwen3_8b_e8t2_sft.finetune_recipe(peft_scheme="lora")
-    check_settings(recipe, "pretrain.")
-    owner, _, name = field.rpartition(".")
-    setattr(_setting(recipe, owner), name, value)
-    with pytest.raises(SpecError, match="with peft") as caught:
-        check_settings(recipe, "pretrain.")
-    assert caught.value.field == f"pretrain.{field}"
 
 
 def test_a_scheme_is_lora_or_none_as_in_nemos_recipes(recipes: Any) -> None:

@@ -25,10 +25,6 @@ def _has(config: Any, name: str) -> bool:
     return name in config.__signature_info__.parameters
 
 
-def test_the_papers_layout_fits() -> None:
-    _check({})
-
-
 def test_uneven_stages_fit_where_megatron_takes_them() -> None:
     sizes = {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": None, "num_layers": 30}
     ends = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
@@ -94,18 +90,6 @@ def test_what_fp8_cannot_multiply_is_refused() -> None:
     recipe.model.config.moe_router_padding_for_fp8 = True
     with pytest.raises(SpecError, match=r"model\.config\.moe_router_padding_for_fp8: got True, expected False"):
         check_recipe(recipe)
-
-
-def test_master_weights_of_8_bits_are_refused_before_a_job() -> None:
-    from nemo_upcycle.recipes import llama3_8b_e8t2
-    from nemo_upcycle.trainers.nemo.checks import check_recipe
-
-    recipe = llama3_8b_e8t2.pretrain_recipe(fp8_recipe="delayed")
-    recipe.trainer.plugins.fp8_param_gather = True
-    check_recipe(recipe)
-    recipe.optim.config.use_precision_aware_optimizer = True
-    with pytest.raises(SpecError, match=r"^pretrain\.optim\.config\.use_precision_aware_optimizer: got True"):
-        check_recipe(recipe, "pretrain.")
 
 
 @pytest.mark.parametrize("place", ["trainer.plugins", "model.config"])

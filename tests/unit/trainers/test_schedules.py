@@ -81,23 +81,3 @@ def test_a_setting_out_of_range_is_refused(make: Any, words: list[str]) -> None:
         make()
     for word in words:
         assert word in str(raised.value)
-
-
-def test_settings_come_from_the_command_line() -> None:
-    import fiddle as fdl
-    from nemo.collections.llm.api import pretrain
-    from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
-    from nemo_run import Partial
-    from nemo_run.cli.cli_parser import parse_cli_args
-
-    from nemo_upcycle.trainers.nemo.optimizer import UpcycleOptimizer
-
-    recipe = Partial(pretrain, optim=distributed_fused_adam_with_cosine_annealing(max_lr=1e-4))
-    fdl.update_callable(recipe.optim, UpcycleOptimizer)
-    words = "router_lr_mult=4 expert_lr_mult=0.5 router_warmup_steps=100 router_warmup_freezes=all"
-    words += " aux_loss_end=1e-3 aux_loss_steps=2000 aux_loss_shape=linear"
-    parse_cli_args(recipe, [f"optim.{word}" for word in words.split()])
-    optimizer = fdl.build(recipe.optim)
-    assert optimizer.config.lr == 1e-4
-    assert optimizer.factors == LearningRateFactors(router=4.0, experts=0.5, warmup_steps=100, freezes="all")
-    assert (optimizer.aux_loss.end, optimizer.aux_loss.steps, optimizer.aux_loss.shape) == (1e-3, 2000, "linear")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 from lightning.pytorch.callbacks import Callback
 from nvidia_resiliency_ext.fault_tolerance.data import FT_RANK_MONITOR_IPC_SOCKET_ENV_VAR
@@ -21,22 +24,15 @@ def test_hang_detection_acts_under_ft_launcher_only(monkeypatch: pytest.MonkeyPa
     assert not found.autoresume
 
 
-def test_straggler_report_does_nothing_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+@pytest.mark.parametrize(("has_cuda", "profiler"), [(False, object()), (True, None)])
+def test_a_straggler_report_is_there_only_with_cuda_and_a_profiler(
+    monkeypatch: pytest.MonkeyPatch, has_cuda: bool, profiler: Any
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_cuda)
+    monkeypatch.setitem(sys.modules, "nvrx_cupti_module", profiler)
     assert type(straggler_report()) is Callback
-
-
-def test_straggler_report_takes_the_arguments_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setitem(__import__("sys").modules, "nvrx_cupti_module", object())
+    monkeypatch.setitem(sys.modules, "nvrx_cupti_module", sys)
     found = straggler_report(every_s=60.0)
     assert found.report_time_interval == 60.0
     assert not found.stop_if_detected
-
-
-def test_straggler_report_survives_a_missing_profiler(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setitem(__import__("sys").modules, "nvrx_cupti_module", None)
-    assert type(straggler_report()) is Callback

@@ -1,0 +1,120 @@
+"""What is typed behind `nemo`, and words of the answer, in NeMo and beside Megatron-Bridge.
+
+FILES is a folder that `tests.contract.test_mistakes` fills.
+"""
+
+from __future__ import annotations
+
+
+DEMO = "upcycle pipeline --factory smollm2_135m_e8t2"
+LLM = "llm pretrain --factory smollm2_135m_e8t2"
+SLURM = "run.executor=slurm run.executor.account=me run.executor.partition=a run.executor.container_image=null"
+OF_NEMO = {
+    # what is not there
+    f"{DEMO} dense=/nope": "model '/nope': got no such folder",
+    f"{DEMO} dense=asset://smollm2": "Did you mean 'smollm2-135m'?",
+    f"{DEMO} dense=hf://nobody/nothing": "download of nobody/nothing from the Hugging Face hub: got ",
+    f"{DEMO} dense=FILES/parent": "pretrain.model.config.num_layers: got 30, expected 4, as FILES/parent has",
+    f"{DEMO} data=bogus": "blend 'bogus' does not exist. Valid: PATH.yaml, ",
+    f"{DEMO} data=FILES/not.yaml": "expected valid YAML",
+    f"{DEMO} evaluation=dmeo": "Did you mean 'demo'?",
+    "upcycle pipeline --factory llama3_8b_e8t2 dense=asset://smollm2-135m --dryrun": "num_layers: got 32, expected 30",
+    f"{DEMO} dir=FILES": "got a folder with a.txt, ",
+    f"{DEMO} pretrain=wrong_recipe.mine": "FILES/wrong_recipe.py, line 2: got NameError: name 'llm' is not defined",
+    f"{DEMO} dir=/dev/null/x": "/dev/null is a file, expected a writable folder",
+    # values
+    f"{DEMO} pretrain.trainer.max_steps=0": "pretrain.trainer.max_steps: got 0, expected a whole number from 1 on",
+    f"{DEMO} pretrain.trainer.num_nodes=-1 --dryrun": "pretrain.trainer.num_nodes: got -1",
+    f"{DEMO} pretrain.trainer.num_nodes=2": "pretrain.trainer.num_nodes: got 2, expected 1 on this machine",
+    f"{DEMO} pretrain.trainer.strategy.tensor_model_parallel_size=5": "tensor_model_parallel_size: got 5",
+    f"{DEMO} pretrain.resume.restore_config.spec.top_k=9": "top_k: got 9, expected a whole number, 1 to 8",
+    f"{DEMO} pretrain.resume.restore_config.spec=None": "expected an UpcycleSpec",
+    f"{DEMO} pretrain.optim.config.lr=nan": "pretrain.optim.config.lr: got nan, expected a finite number",
+    f"{DEMO} dense_ct.optim.config.lr=1e400": "dense_ct.optim.config.lr: got inf",
+    f"{DEMO} pretrain.optim.config.lr=1e-7": "pretrain.optim.lr_scheduler.min_lr: got 1e-05, expected at most ",
+    f"{DEMO} pretrain.optim.router_lr_mult=-1 --dryrun": "pretrain.optim.router_lr_mult: got -1",
+    f"{DEMO} dir=a dir=b --dryrun": "argument 'dir': got a and b, expected one value",
+    f"{DEMO} trained_on=lots --dryrun": "trained_on: got 'lots', expected a number: 100B",
+    # clusters
+    f"{DEMO} run.executor=slrum": "Did you mean 'slurm'?",
+    f"{DEMO} run.executor=slurm": "run.executor.account: got nothing, expected the account that jobs are charged to",
+    f"{DEMO} --render FILES/rendered": "--render: got no cluster, expected run.executor=slurm|kubernetes",
+    f"{DEMO} {SLURM} --render FILES/not.yaml": "--render FILES/not.yaml: got File exists, expected a writable folder",
+    f"{DEMO} --detach": "expected Slurm",
+    # names and values of settings
+    f"{DEMO} pretrain.trainer.max_step=3": "Did you mean 'pretrain.trainer.max_steps'?",
+    f"{DEMO} pretrian.trainer.max_steps=3": "Did you mean 'pretrain'?",
+    f"{DEMO} daat=text": "Did you mean 'data'?",
+    f"{DEMO} pretrain.trainer.max_steps=many": (
+        "setting 'pretrain.trainer.max_steps': got 'many', expected int. Fix: write, for example, "
+    ),
+    f"{DEMO} dir=": "argument 'dir=': got no value",
+    # the command itself
+    "upcycle pipeline --factory smollm2_135m_e8t3": "Did you mean 'smollm2_135m_e8t2'?",
+    "upcycle pipeline --factory llama3_8b_e8t2 data=sotu": "trainer.num_nodes: got 64, expected 1 on this machine",
+    "upcycle pipeline --factory smollm2_135m_e8t2(processs=2)": "Did you mean 'processes'?",
+    "upcycle pipeline dir=FILES/new": "no dense, no pretrain",
+    f"{DEMO} --dryrn": "Did you mean '--dryrun'?",
+    f"{DEMO} --yaml FILES/key.yaml": "'flies'",
+    "upcycle ablate --grid FILES/grid.yaml dir=FILES/new": "llama_1m_e8t2",
+    # a part of the chain
+    f"{DEMO} --until pretrian": "--until: stage 'pretrian' does not exist. Did you mean 'pretrain'?",
+    f"{DEMO} --until": "--until: got no value",
+    f"{DEMO} --from=pretrain --until=data": "--until: got data, expected a stage from pretrain on",
+    f"{DEMO} --from upcycle": "stage 'import' in",
+    # NeMo's own command
+    f"{LLM} resume.restore_config.spec.top_k=9": "top_k: got 9",
+    f"{LLM} trainer.num_nodes=-1 --dryrun": "trainer.num_nodes: got -1",
+    f"{LLM} trainer.max_step=3": "Did you mean 'trainer.max_steps'?",
+    f"{LLM} trainer.max_steps=2 trainer.max_steps=3": "argument 'trainer.max_steps': got 2 and 3",
+    f"{LLM} resume.restore_config.path=FILES/parent": "num_layers: got 30, expected 4, as FILES/parent has",
+    "llm pretrain --factory wrong_import.mine": "FILES/wrong_import.py, line 1: got ModuleNotFoundError: No module ",
+    "llm pretrain --factory llama3_8b_e8t2(data='/nope') --dryrun": "data folder /nope: got ",
+    f"{LLM}(data='FILES/blend',dense='FILES/parent') data.seq_length=16 trainer.max_steps=2 data.dense=FILES/other": (
+        "tokenizer of FILES/blend: got sha256 "
+    ),
+    "llm pretrain --factory llama3_8b_e8t2(capacity_factor=9)": "capacity_factor: got 9, expected at most ",
+    "llm pretrain --factory llama3_8b_e8t2": "Transformer Engine: got not installed",
+}
+SMALL = "smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config"
+DENSE_CT = "tests.bridge.recipes:tiny_dense_ct"
+GIVEN = "upcycle pipeline dense=FILES/parent data=FILES/blend evaluation=FILES/evaluation.yaml dir=run"
+TINY = f"{GIVEN} recipe=tests.bridge.recipes:tiny gpus=2"
+OF_BRIDGE = {
+    f"{GIVEN} recipe={SMALL[:-6]}cfg": f"recipe '{SMALL[:-6]}cfg' does not exist. Did you mean '{SMALL}'?",
+    f"{GIVEN} recipe=tests.bridge.recipes:tini gpus=2": "recipe: got tests.bridge.recipes:tini,",
+    f"{GIVEN} recipe=tests.bridge.recipes:_tiny gpus=2": "recipe: got tests.bridge.recipes:_tiny,",
+    f"{GIVEN} recipe=tests.bridge.recipes:builder gpus=1": "tests.bridge.recipes:builder: got UpcycledModelConfig,",
+    f"{GIVEN} recipe=tests.bridge.recipes:random gpus=2": "recipe tests.bridge.recipes:random: got ",
+    f"{GIVEN} recipe={DENSE_CT} gpus=2": f"recipe: got {DENSE_CT},",
+    f"{TINY} dense_ct=tests.bridge.recipes:tiny": "dense_ct: got tests.bridge.recipes:tiny,",
+    f"{GIVEN} recipe=own:of_another gpus=1": "dense: got FILES/parent,",
+    f"{TINY} dense_ct=own:another": "dense: got FILES/parent,",
+    f"{GIVEN} recipe=own:of_two gpus=1": "recipe own:of_two: got 2 parents: FILES/parent, FILES/another,",
+    f"{GIVEN} recipe=tests.bridge.recipes:tiny": "gpus: got None,",
+    f"{GIVEN} recipe=tests.bridge.recipes:tiny gpus=16": "gpus: got 16 ",
+    f"{GIVEN} recipe=tests.bridge.recipes:tiny gpus=3": "model_parallel_size x pipeline_model_parallel_size: got 2,",
+    f"{TINY} pretrain.train.train_itres=4": "train.train_itres=4: ",
+    f"{TINY} pretrain.train.train_iters=few": "train.train_iters: got 'few',",
+    f"{TINY} pretrain.model.moe_router_topk=1": "pretrain.model.moe_router_topk: got 1,",
+    f"{TINY} pretrain.dataset.seq_length=32": "pretrain.model.seq_length: got 64,",
+    f"{TINY} pretrain.spec.router_int=zero": "Did you mean 'router_init'",
+    f"{TINY} pretrain.spec.seed=many": "pretrain.spec.seed: got 'many', expected a whole number",
+    f"{TINY} dense_ct.train.train_iters=4": "dense_ct.train.train_iters=4: got ",
+    f"{TINY} pretrain.checkpoint.save=/elsewhere": "checkpoint.save: got checkpoint.save=/elsewhere,",
+    f"{TINY} gpus_per_node=0": "gpus_per_node: got 0,",
+    f"{TINY} --detach": "--detach: got ",
+    f"{TINY} --render out": "--render: got ",
+    f"{TINY} recip=x": "'recip'",
+    f"{TINY} trained_on=lots": "trained_on: got 'lots',",
+    f"{TINY} --from evaluate": "",
+    TINY.replace("FILES/parent", "/nope"): "model '/nope': got ",
+    TINY.replace("FILES/blend", "/nope"): "blend '/nope'",
+    TINY.replace("FILES/evaluation.yaml", "dmo"): "'dmo' does not exist. Did you mean 'demo'?",
+    # a parent that is fetched before it can be opened
+    f"{DEMO} pretrain.train.train_itres=4 dir=run": "train.train_itres=4: ",
+    f"upcycle pipeline dense=asset://smollm2-135m recipe={SMALL.replace('e8t2', 'dense_ct')} dir=run": (
+        "recipe: got smollm2_135m_dense_ct_"
+    ),
+    "upcycle ablate --grid FILES/bridge_grid.yaml dir=run": "arms.moe: spec: got",
+}

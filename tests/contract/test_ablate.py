@@ -1,0 +1,73 @@
+"""`nemo upcycle ablate` on a small grid: arms, seeds, scores on the live model, the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.reporting.grid_evidence import EVIDENCE
+from nemo_upcycle.reporting.grid_table import write_grid
+from tests.contract.trainers import IS_BRIDGE, losses, setting_name
+from tests.functional.command import NEMO, start
+from tests.functional.tiny import write_finished_inputs
+from tests.waiting import HANG_S
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.full]
+ARM = 'recipe: "tests.bridge.recipes:KIND", gpus: 2' if IS_BRIDGE else "factory: tests.contract.nemo_recipes.KIND"
+GRID = f"""
+about: two arms
+dense: FOLDER/parent
+data: FOLDER/blend
+evaluate: {{suite: FOLDER/suite.yaml, every_n_steps: 2}}
+seeds: [1, 2]
+defaults: {{{setting_name("steps")}: 4}}
+arms:
+  dense: {{{ARM.replace("KIND", "dense_ct")}}}
+  moe: {{{ARM.replace("KIND", "moe")}, about: copies, spec: {{router_init: uniform}}}}
+references: {{moe: dense}}
+"""
+SUITE = "tasks: {heldout_perplexity: [0]}\nheldout: {window_bytes: 60, windows: 12}\ndtype: float32\n"
+CELLS = [f"{arm}-seed{seed}" for arm in ("dense", "moe") for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The grid's folder, two cells at a time."""
+    folder = write_finished_inputs(tmp_path_factory.mktemp("ablate"))
+    (folder / "suite.yaml").write_text(SUITE)
+    (folder / "grid.yaml").write_text(GRID.replace("FOLDER", str(folder)))
+    command = [NEMO, "upcycle", "ablate", "--grid", "grid.yaml", "dir=run", "at_once=2", "--yes"]
+    job = start(["env", f"PYTHONPATH={Path(__file__).parents[2]}", *command], folder)
+    assert job.wait(timeout=2 * HANG_S) == 0, (folder / "console.txt").read_text()
+    return folder / "run"
+
+
+def test_every_cell_is_scored_at_the_same_steps(finished: Path) -> None:
+    for cell in CELLS:
+        steps = sorted(path.stem for path in (finished / cell / "evaluation").glob("step=*.json"))
+        assert steps == ["step=0", "step=2", "step=4"]
+
+
+def test_copies_start_where_the_dense_arm_does(finished: Path) -> None:
+    values = json.loads((finished / "table/table.json").read_text())
+    start_of = {arm: found["start"]["value"] for arm, found in values["arms"].items()}
+    assert start_of["moe"] == pytest.approx(start_of["dense"], abs=2e-4)
+    assert values["differences"]["moe"]["start"]["verdict"] == "tie"
+
+
+def test_seeds_change_the_order_of_the_data_and_the_router(finished: Path) -> None:
+    assert losses(finished / "dense-seed1") != losses(finished / "dense-seed2")
+    receipts = [json.loads((finished / f"moe-seed{seed}/receipt.json").read_text()) for seed in (1, 2)]
+    assert [(receipt["spec"]["seed"], receipt["ranks"]) for receipt in receipts] == [(1, 2), (2, 2)]
+
+
+def test_the_evidence_alone_gives_the_same_table(finished: Path, tmp_path: Path) -> None:
+    text = (finished / "table/table.md").read_text()
+    assert "| moe - dense |" in text
+    assert "2 seeds an arm" in text
+    (tmp_path / EVIDENCE).write_bytes((finished / "table" / EVIDENCE).read_bytes())
+    assert write_grid(tmp_path).read_text() == text
+    assert (tmp_path / "table.json").read_bytes() == (finished / "table/table.json").read_bytes()

@@ -1,0 +1,128 @@
+"""The chain of stages around trainings: killed in the middle, run again, with other settings, with more steps."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.utils.files import MARKER, is_complete, read_json
+from tests.contract.trainers import losses, metrics, setting_name, training_text, write_plan
+from tests.functional.stages import STAGES, run_in_own_process, run_stages
+from tests.functional.tiny import EVALUATION, write_finished_inputs
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a parent, its tokenised texts and a suite."""
+    return write_finished_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _plan(inputs: Path, run_dir: Path, **changes: float) -> None:
+    """Write the plan of a chain on two ranks: the baseline's first has no loss of its own."""
+    texts = [training_text({"ep": 2} | changes, ranks=2), training_text({"pp": 2}, kind="dense_ct", ranks=2)]
+    write_plan(run_dir, inputs / "parent", inputs / "blend", inputs / "evaluation.yaml", *texts)
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of all stages; upcycle and pretrain were killed in the middle and run again."""
+    run_dir = tmp_path_factory.mktemp("run") / "run"
+    _plan(inputs, run_dir)
+    killed = {"upcycle": ("upcycle/.hf.partial", 0), "pretrain": ("pretrain/metrics.jsonl", 3)}
+    run_stages(run_dir, ranks=2, killed=killed)
+    return run_dir
+
+
+def test_a_killed_chain_completes(finished: Path) -> None:
+    assert all((finished / name / MARKER).is_file() for name in STAGES)
+    assert list(finished.rglob("*.partial")) == []
+    assert all(is_complete(finished / name) for name in ("hf", "upcycle/hf", "dense_ct/hf", "suite"))
+    assert read_json(finished / "pretrain/receipt.json")["ranks"] == 2
+    for stage in ("pretrain", "dense_ct"):
+        lines = metrics(finished / stage)
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        assert all(("router" in line) == (stage == "pretrain") for line in lines)
+        assert len(losses(finished / stage, "validation_loss")) >= 2
+
+
+def test_step_0_equals_the_parent_and_training_improves_it(finished: Path) -> None:
+    receipt = read_json(finished / "receipt.json")
+    assert receipt["within_tolerance"] is True
+    assert receipt["max_abs_logit_diff"] <= receipt["tolerance"]
+    bits = {
+        name: read_json(finished / f"evaluation/{name}.json")["metrics"]["heldout_perplexity/bits_per_byte"]["value"]
+        for name in ("dense", "step0", "trained", "dense_ct")
+    }
+    assert bits["step0"] == pytest.approx(bits["dense"], rel=1e-4)
+    assert bits["trained"] < bits["dense"] - 0.05
+    assert bits["dense_ct"] < bits["dense"] - 0.05
+
+
+def test_the_report_says_what_was_trained_and_what_the_models_write(finished: Path) -> None:
+    results = read_json(finished / "results.json")
+    for stage in ("pretrain", "dense_ct"):
+        done = results["training"][stage]
+        settings = done["settings"]
+        assert (settings["global_batch_size"], settings["seq_length"], settings["max_steps"]) == (4, 64, 6)
+        assert (settings["ranks"], settings["data"]) == (2, "blend tiny (blend)")
+        assert done["highest_lr"] == pytest.approx(settings["max_lr"])
+        assert done["tokens"] == 6 * 4 * 64
+        assert done["tflops_per_gpu"]["full"] > done["tflops_per_gpu"]["causal"] > 0
+        assert done["memory_gib"] > 0.1
+    assert len(results["samples"]) == 2
+    for sample in results["samples"]:
+        assert list(sample["continuations"]) == ["dense", "trained", "dense_ct"]
+        assert all(sample["continuations"].values())
+    report = (finished / "report.md").read_text()
+    assert "heldout_perplexity" in report
+    assert "6 steps show that the chain works" in report
+    assert report.count("| the text itself |") == 2
+
+
+def test_a_second_run_skips_every_stage(finished: Path, inputs: Path) -> None:
+    """A comment in a settings file changes nothing."""
+    with (inputs / "evaluation.yaml").open("a") as settings:
+        settings.write("# a comment\n")
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    for name in STAGES:
+        answer = run_in_own_process(name, finished)
+        assert (answer.status, answer.text) == (0, f"[{name}] done before, from the same inputs\n")
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.full
+def test_changed_evaluation_settings_rerun_only_evaluate_and_report(finished: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "2"))
+    replace(RunPlan.read(run_dir), evaluation=str(tmp_path / "evaluation.yaml")).write(run_dir)
+    texts = {name: run_in_own_process(name, run_dir).text for name in STAGES}
+    assert [name for name in STAGES if f"[{name}] done in" in texts[name]] == ["evaluate", "report"]
+    assert len((run_dir / "suite/heldout_perplexity.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_started_training_takes_more_steps_and_no_other_learning_rate(
+    finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    _plan(inputs, run_dir, lr=5e-4)
+    answer = run_in_own_process("pretrain", run_dir)  # the first rank's, before the others would be waited for
+    assert answer.status == 2
+    assert f"work started from other inputs (pretrain.{setting_name('lr')} was " in answer.text
+    assert f"delete {run_dir / 'pretrain'} to lose that work" in answer.text
+    assert [line["step"] for line in metrics(run_dir / "pretrain")] == [1, 2, 3, 4, 5, 6]
+    _plan(inputs, run_dir, steps=8, save_every=4)
+    answer = run_in_own_process("pretrain", run_dir, ranks=2)
+    assert answer.status == 0, answer.text
+    said = {line.rpartition("changed setting: ")[2] for line in answer.text.splitlines() if "changed setting" in line}
+    assert said == {"pretrain steps was 6, is 8", f"pretrain.{setting_name('save_every')} was 2, is 4"}
+    assert [line["step"] for line in metrics(run_dir / "pretrain")] == [*range(1, 9)]
+    answer = run_in_own_process("report", run_dir)
+    assert answer.status == 2
+    assert "[report] not started: stage 'export' has not finished" in answer.text

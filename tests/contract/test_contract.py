@@ -1,0 +1,122 @@
+"""What everything outside the trainers asks of a training before it starts: facts, settings, checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.pipeline.plan import open_training
+from nemo_upcycle.trainers.base import Evaluations, Training
+from tests.contract.trainers import IS_BRIDGE, TRAINER, setting_name, training_text
+from tests.functional.tiny import BATCH, EXPERTS, SEQUENCE, write_parent
+
+
+pytestmark = pytest.mark.slow
+SPEC = UpcycleSpec(num_experts=EXPERTS, top_k=2)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a dense parent."""
+    return write_parent(tmp_path_factory.mktemp("parent") / "dense")
+
+
+def _training(settings: dict[str, Any] | None = None, **options: Any) -> Training:
+    return open_training(TRAINER, training_text(settings, **options))
+
+
+def test_facts_are_those_of_the_training(parent: Path) -> None:
+    training = _training({"tp": 2, "ep": 2}, ranks=4, evaluate={"suite": "watch", "every_n_steps": 3})
+    facts = training.facts(str(parent))
+    assert facts is not None
+    assert training.ranks == (1, 4)
+    arch = read_architecture(parent).upcycled(SPEC)
+    assert (facts.arch.total_params, facts.arch.active_params) == (arch.total_params, arch.active_params)
+    layout = facts.layout
+    assert (layout.gpus, layout.tp, layout.pp, layout.ep, layout.micro_batch) == (4, 2, 1, 2, 1)
+    assert (facts.seq_length, facts.global_batch, facts.steps) == (SEQUENCE, BATCH, 6)
+    assert facts.step_tokens == SEQUENCE * BATCH
+    assert (facts.save_every, facts.save_setting) == (2, setting_name("save_every"))
+    assert (facts.profile.precision, facts.weight_bytes) == ("32", 4)
+    assert facts.evaluations == Evaluations(suite="watch", every_n_steps=3)
+    assert not facts.is_rate_constant
+    dense = _training(kind="dense_ct").facts(str(parent))
+    assert dense is not None
+    assert (dense.arch.num_experts, dense.capacity_factor, dense.evaluations) == (None, None, None)
+    assert dense.checkpoint_bytes < facts.checkpoint_bytes
+
+
+def test_a_training_says_what_it_makes_of_a_parent_and_of_what_it_reads(parent: Path) -> None:
+    training = _training({"spec.seed": 7})
+    assert training.spec(parent) == UpcycleSpec(num_experts=EXPERTS, top_k=2, seed=7)
+    assert training.seq_length(parent) == SEQUENCE
+    experts = [training.model_config(parent, dense=dense).num_moe_experts for dense in (False, True)]
+    assert experts == [EXPERTS, None]
+    assert not training.reads_chat
+    assert _training(kind="moe_sft").reads_chat
+
+
+def test_settings_are_told_apart_by_what_the_result_depends_on(parent: Path) -> None:
+    training = _training({"tp": 2, "lr": 5e-4, "spec.seed": 7}, ranks=2)
+    found = training.settings()
+    assert found.steps == 6
+    assert setting_name("save_every") in found.free
+    assert {setting_name(name) for name in ("tp", "lr", "spec.seed")} <= found.fixed.keys()
+    assert setting_name("spec.seed") in found.step0
+    shown = training.shown_settings(str(parent))
+    names = {"steps": 6, "save_every": 2, "tp": 2, "lr": 5e-4, "global_batch": BATCH, "seq_length": SEQUENCE}
+    assert {name: shown[setting_name(name)] for name in names} == names
+
+
+def _check(training: Training, stage: str, parent: Path) -> None:
+    training.check(stage)
+    training.check_parent(stage, str(parent), remote=False)
+    training.check_here(stage)
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense_ct", "moe_sft", "dense_sft"])
+def test_what_is_right_is_accepted(parent: Path, kind: str) -> None:
+    _check(_training(kind=kind, ranks=2), "pretrain" if "moe" in kind else "dense_ct", parent)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": 1e-7}, "min_lr"),
+        ({"global_batch": 5}, "global_batch"),
+        ({"tp": 4}, "tp"),
+        ({"ep": 3}, "ep"),
+        ({"model.moe_router_topk": 9}, "model.moe_router_topk"),
+        ({"model.hidden_dropout": 1.0}, "model.hidden_dropout"),
+        ({"model.mtp_num_layers": 1}, "model.mtp_num_layers"),
+        ({"upcycle.router_lr_mult": -1}, "upcycle.router_lr_mult"),
+        ({"upcycle.aux_loss_end": 0.1}, "upcycle.aux_loss_steps"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_the_settings_name(parent: Path, settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(UpcycleError) as caught:
+        _check(_training(settings, ranks=2), "pretrain", parent)
+    assert caught.value.field == f"pretrain.{setting_name(name)}"
+
+
+def test_a_baseline_is_no_upcycled_model(parent: Path) -> None:
+    with pytest.raises(UpcycleError):
+        _check(_training(kind="dense_ct"), "pretrain", parent)
+
+
+#: Bridge gives routers no mask of the tokens that pad a sequence.
+OF_BRIDGE: dict[str, Any] = {"model.moe_router_load_balancing_type": "seq_aux_loss"}
+OF_PACKS = {"micro_batch": 2, "cp": 2} | (OF_BRIDGE if IS_BRIDGE else {})
+
+
+@pytest.mark.parametrize("name", OF_PACKS)
+def test_what_packs_do_not_take_is_refused_by_name(parent: Path, name: str) -> None:
+    with pytest.raises(UpcycleError) as caught:
+        _check(_training({name: OF_PACKS[name]}, kind="moe_sft", ranks=2), "pretrain", parent)
+    assert caught.value.field.endswith(setting_name(name).rpartition(".")[2])

@@ -1,0 +1,109 @@
+"""What a user can get wrong on the command line: one message, status 2, nothing written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, normalizers
+
+from tests.contract.mistakes import DENSE_CT, GIVEN, OF_BRIDGE, OF_NEMO, TINY
+from tests.contract.trainers import IS_BRIDGE
+from tests.distributed.ranks import run_ranks
+from tests.functional.tiny import write_finished_inputs, write_parent
+from tests.functional.typed import Answer, type_commands
+
+
+pytestmark = pytest.mark.slow
+MISTAKES = OF_BRIDGE if IS_BRIDGE else OF_NEMO
+#: What is right, beside Bridge: a dry run, and one of a recipe that names the parent by a link.
+DRYRUN, LINKED = f"{TINY} dense_ct={DENSE_CT} --dryrun", f"{GIVEN} recipe=own:linked gpus=1 --dryrun"
+#: Recipes of a user's own for Bridge, with their parents written in.
+OWN = """
+from pathlib import Path
+from nemo_upcycle import UpcycleSpec
+from tests.bridge.recipes import in_own_words
+
+PARENT, ANOTHER, SPEC = Path("FILES/parent"), Path("FILES/another"), UpcycleSpec(num_experts=4, top_k=2)
+
+def of_another(): return in_own_words(ANOTHER, SPEC)
+def of_two(): return in_own_words(PARENT, SPEC, ANOTHER)
+def another(): return in_own_words(ANOTHER, None)
+def linked(): return in_own_words(Path("FILES/link"), SPEC)
+"""
+GRID = """
+dense: FILES/parent
+data: FILES/blend
+evaluate: {suite: FILES/evaluation.yaml, every_n_steps: 2}
+seeds: [1]
+arms: {moe: {ARM}}
+"""
+BRIDGE_ARM = 'recipe: "tests.bridge.recipes:tiny", gpus: 2, spec: {router_int: zero}'
+#: File -> its text, with a mistake in it.
+FILES = {
+    "wrong_recipe.py": "def mine():\n    return llm.llama3_8b.pretrain_recipe()\n",
+    "wrong_import.py": "import no_such_module\n",
+    "own.py": OWN,
+    "not.yaml": "files: [\n",
+    "key.yaml": "data: text\nflies: 1\n",
+    "a.txt": "the state of our union",
+    "grid.yaml": GRID.replace("ARM", "factory: llama_1m_e8t3"),
+    "bridge_grid.yaml": GRID.replace("ARM", BRIDGE_ARM),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a parent, its tokenised texts and a suite, another parent of its shape, a link, and mistakes."""
+    folder = write_finished_inputs(tmp_path_factory.mktemp("files"))
+    another = shutil.copytree(folder / "parent", folder / "another") / "model.safetensors"
+    save_file({name: 2 * weights for name, weights in load_file(another).items()}, another, {"format": "pt"})
+    tokenizer = Tokenizer.from_file(str(write_parent(folder / "other") / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save(str(folder / "other/tokenizer.json"))
+    (folder / "link").symlink_to(folder / "parent")
+    for name, text in FILES.items():
+        (folder / name).write_text(text.replace("FILES", str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    """What is answered to every mistake; the process has imported the trainer before."""
+    typed = [*MISTAKES, *([DRYRUN, LINKED] if IS_BRIDGE else [])]
+    commands = [[*line.replace("FILES", str(files)).split(), "--yes"] for line in typed]
+    folder = str(tmp_path_factory.mktemp("typed"))
+    (found,) = run_ranks(type_commands, 1, commands, folder, str(files), process_group=False)
+    return dict(zip(typed, found, strict=True))
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_answered_with_one_message_and_status_2(
+    typed: str, answers: dict[str, Answer], files: Path
+) -> None:
+    answer = answers[typed]
+    assert answer.status == 2, answer.text
+    (said,) = answer.text.partition("Error: ")[2].splitlines()
+    assert MISTAKES[typed].replace("FILES", str(files)) in said
+    assert "Traceback" not in answer.text
+    if "--dryrun" not in typed and not IS_BRIDGE:
+        assert len(answer.text.splitlines()) <= 3, answer.text
+    assert [path for path in answer.written if "/run" in path or not IS_BRIDGE] == []
+
+
+@pytest.mark.skipif(not IS_BRIDGE, reason="tests/functional/test_dryrun.py has NeMo's")
+def test_a_dry_run_forecasts_both_trainings_and_writes_nothing(answers: dict[str, Answer]) -> None:
+    answer = answers[DRYRUN]
+    assert answer.status == 0, answer.text
+    words = " ".join(answer.text.split())
+    assert "Forecast of tests.bridge.recipes:tiny in " in words
+    assert "checkpoints of pretrain" in words
+    assert "checkpoints of dense_ct" in words
+    assert "Does it pay not known: what the parent was trained on; add trained_on=15T (its tokens), or ask:" in words
+    for stage in ("pretrain", "dense_ct"):
+        assert f"{stage}: the learning rate goes up to 0.001" in words
+    assert "pretrain.train.train_iters" in words
+    assert answer.written == []
+    assert answers[LINKED].status == 0, answers[LINKED].text

@@ -1,0 +1,83 @@
+"""Stages of a run, each in its own process, with whatever trains: finished, or killed in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from nemo_upcycle.utils.files import MARKER
+from tests.distributed.ranks import run_ranks
+
+
+STAGES = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
+TRAININGS = ("pretrain", "dense_ct")
+
+
+class Answer(NamedTuple):
+    """How a stage's process ended, and what it wrote to the console."""
+
+    status: int
+    text: str
+
+
+def kill_when(path: Path, lines: int = 0) -> None:
+    """End this process as `kill -9` does, once `path` is there and, if a file, has so many lines."""
+    while True:
+        with contextlib.suppress(OSError):
+            if path.exists() and (not lines or path.read_text().count("\n") >= lines):
+                os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.001)
+
+
+def _stage(name: str, run_dir: str, kill_at: tuple[str, int] | None) -> Answer:
+    sys.stderr = io.StringIO()  # where messages and progress go
+    from nemo_upcycle.pipeline.runner import run_stage
+
+    if kill_at:
+        threading.Thread(target=kill_when, args=(Path(run_dir) / kill_at[0], kill_at[1]), daemon=True).start()
+    status = 0
+    try:
+        run_stage(name, run_dir)
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    return Answer(status, sys.stderr.getvalue())
+
+
+def run_in_own_process(name: str, run_dir: Path, ranks: int = 1, kill_at: tuple[str, int] | None = None) -> Answer:
+    """Run a stage as NeMo-Run's task does; return the first rank's answer."""
+    return run_ranks(_stage, ranks, name, str(run_dir), kill_at, process_group=False)[0]
+
+
+def run_stages(
+    run_dir: Path,
+    names: Iterable[str] = STAGES,
+    ranks: int = 1,
+    killed: Mapping[str, tuple[str, int]] | None = None,
+) -> None:
+    """Run stages, which all must work.
+
+    Args:
+        run_dir: the folder of a chain whose plan is written.
+        names: the stages, in order.
+        ranks: those of a training.
+        killed: stage -> file or folder and lines at which it is killed, before it is run again.
+    """
+    for name in names:
+        count = ranks if name in TRAININGS else 1
+        if kill_at := (killed or {}).get(name):
+            with pytest.raises(RuntimeError, match="died"):
+                run_in_own_process(name, run_dir, count, kill_at)
+            assert not (run_dir / name / MARKER).exists()
+        answer = run_in_own_process(name, run_dir, count)
+        assert answer.status == 0, answer.text
+        assert f"[{name}] done in" in answer.text
