@@ -20,9 +20,16 @@ from nemo_upcycle.init.calibration_file import Calibration
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.sources.same_parent import require_calibration
 from nemo_upcycle.trainers.equivalence import megatron_logits
-from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, write_llama, write_tokenizer
+from tests.models import (
+    build_chunks,
+    hugging_face_logits,
+    moe_settings,
+    require_same_weights,
+    sample_tokens,
+    write_llama,
+    write_tokenizer,
+)
 from tests.unit.calibration.samples import calibrated
-from tests.unit.convert.conversions import _same_bits
 
 
 COPIES: dict[str, Any] = {"num_experts": 4, "top_k": 2}
@@ -61,7 +68,7 @@ def test_the_model_computes_the_dense_function_and_has_the_bits_of_the_conversio
     export_weights(
         LiveWeights(model), read_architecture(dense).upcycled(spec), dense, tmp_path / "online", dtype=torch.float32
     )
-    _same_bits(tmp_path / "online", tmp_path / "offline")
+    require_same_weights(tmp_path / "online", tmp_path / "offline")
     if receipt.exact:
         tokens = sample_tokens(259)
         wanted, got = hugging_face_logits(dense, tokens), megatron_logits(model.eval(), tokens)[..., :259]
