@@ -16,7 +16,7 @@ from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.order import finished, read_plan
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.files import read_json
-from tests.functional.test_pipeline import run_in_own_process
+from tests.functional.stages import run_in_own_process
 from tests.started import unpack
 
 

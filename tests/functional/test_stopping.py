@@ -10,8 +10,8 @@ import pytest
 
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
+from tests.functional.stages import run_in_own_process
 from tests.functional.started import start_training
-from tests.functional.test_pipeline import run_in_own_process
 from tests.functional.tiny import shrink, write_finished_inputs
 from tests.waiting import HANG_S
 
