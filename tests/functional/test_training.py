@@ -61,11 +61,12 @@ def test_a_full_disk_is_named_and_the_run_goes_on_with_more_room(runs: Runs, alo
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_a_trial_shorter_than_its_interval_of_validations_trains_and_keeps_its_end(runs: Runs) -> None:
-    """Lightning refused it once everything was built."""
-    lines = runs.train("trial", 1, steps=3, every=2, validate_every=2000)
+@pytest.mark.parametrize("interval", [3, 2000])
+def test_a_trial_keeps_its_end_wherever_its_validations_fall(runs: Runs, interval: int) -> None:
+    """Lightning refused a longer interval once everything was built; NeMo saves no end on which a validation falls."""
+    lines = runs.train(f"trial {interval}", 1, steps=3, every=2, validate_every=interval)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
-    assert steps_in(runs.checkpoint("trial")) == 3
+    assert steps_in(runs.checkpoint(f"trial {interval}")) == 3
 
 
 _PLAIN_NEMO = """

@@ -1,4 +1,4 @@
-"""Keep more of a run's checkpoints than the last one: the one before it, and one each so many steps for good."""
+"""Keep the end of a run, and more of its checkpoints: the one before it, and one each so many steps for good."""
 
 # No postponed annotations, and Optional: NeMo-Run parses `log.ckpt.keep_every=5000` by them.
 
@@ -51,6 +51,12 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
         self.keep_every = keep_every
         self._begun: set[str] = set()  # removals of this process, each by a thread that may still be at it
         super().__init__(**settings)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end of every training; NeMo takes it for saved where a validation falls on the last step."""
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        super().on_train_end(trainer, pl_module)
 
     def nemo_topk_check_previous_run(self) -> None:
         """Do nothing: there is no best checkpoint, and NeMo's takes every name without `-last` for one."""
