@@ -53,7 +53,7 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
         super().__init__(**settings)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end of every training; NeMo takes it for saved where a validation falls on the last step."""
+        """Save the end of every training; NeMo leaves it to the last validation, which may be switched off."""
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         super().on_train_end(trainer, pl_module)
