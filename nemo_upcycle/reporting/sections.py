@@ -63,7 +63,7 @@ def _headline(results: dict[str, Any]) -> str:
     if is_short(done["steps"]):
         equal = ", and at step 0 " + moe + ", equals its parent" if results["receipt"].get("within_tolerance") else ""
         return plain(f"The chain works{equal}. {after} cannot show what training brings.")
-    return plain(f"After {after} {moe} is {' and '.join(compared)}, by {_name(metric)}.")
+    return plain(f"After {after} {moe}, is {' and '.join(compared)}, by {_name(metric)}.")
 
 
 def _compared(paired: dict[str, Any]) -> str:
@@ -133,7 +133,7 @@ def _made(results: dict[str, Any]) -> str:
         same = "equally many tokens" if tokens[0] == tokens[1] else f"{tokens[0]:,} and {tokens[1]:,} tokens"
         share = receipt["active_params"] / (receipt.get("parent_active_params") or receipt["dense_params"])
         text += f" MoE and baseline saw {same}; for each, the MoE computes with {share:.2f} times the parameters."
-    return f"{text} Differences are ± their paired standard error. Every number is repeated below, with its file."
+    return f"{text} ± is half of a 95 % interval. Every number is repeated below, with its file."
 
 
 def command(results: dict[str, Any]) -> str:
