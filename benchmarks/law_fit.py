@@ -231,12 +231,11 @@ def _held_out_errors(
     cells = means[option]
     place = 0 if any(parent for parent, _ in cells) else 1
     groups, tokens = sorted({key[place] for key in cells}), {key[1] for key in cells}
-    few = len(groups) < LEAST_PARENTS or not _determined(cells) if place == 0 else len(groups) < LEAST_LENGTHS
-    if few:
+    if place == 0 and (len(groups) < LEAST_PARENTS or not _determined(cells)):
         raise UpcycleError(
             f"{source}: {option}",
             got=f"{len({key[0] for key in cells})} parents x {len(tokens)} numbers of tokens",
-            expected=f"4 parents x 2 numbers of tokens, or 3 x 3; from nothing, {LEAST_LENGTHS} numbers of tokens",
+            expected="4 parents x 2 numbers of tokens, or 3 x 3",
             fix="train more of them, or remove the option's rows",
         )
     differences = _both(cells, means["dense"]) if option.startswith("upcycled") else None

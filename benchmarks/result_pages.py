@@ -63,8 +63,8 @@ def with_cells(text: str) -> str:
         if isinstance(cell, dict):
             shown = with_verdict(cell)
         else:
-            sign = "+" if number[0] in "+-" else ""
-            shown = f"{cell if sign else abs(cell):{sign}.{len(number.partition('.')[2])}f}"
+            sign = "+" if path.endswith("difference") else ""
+            shown = f"{cell:{sign}.{len(number.partition('.')[2])}f}"
         return f"{shown}<!--{grid} {path}-->"
 
     return CITED.sub(written, text)

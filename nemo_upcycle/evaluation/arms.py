@@ -31,8 +31,8 @@ from nemo_upcycle.evaluation.statistics import (
 )
 
 
-#: The verdict of a difference of which nobody knows how far other seeds would move it.
-ONE_SEED = "one seed"
+#: The verdicts of a difference of which nobody knows how far other seeds, or other documents, would move it.
+ONE_SEED, ONE_DOCUMENT = "one seed", "one document"
 
 
 def mean_of_seeds(seeds: Mapping[int, Sums]) -> dict[str, Any]:
@@ -64,7 +64,9 @@ def pooled_spread(families: Iterable[Mapping[str, Mapping[int, Sums]]]) -> Sprea
     spreads = []
     for arms in families:
         values = {name: {seed: bits_per_byte(sums) for seed, sums in seeds.items()} for name, seeds in arms.items()}
-        different = {tuple(sorted(of_arm.items())): name for name, of_arm in values.items()}
+        different = {tuple(sorted(of_arm.items())): name for name, of_arm in values.items() if of_arm}
+        if not different:
+            continue
         if spread := AdjustedMeans({name: values[name] for name in different.values()}).spread:
             spreads.append(spread)
     return pooled(spreads)
@@ -122,7 +124,8 @@ def judge(found: dict[str, Any], others: Spread | None, margin: float = MARGIN, 
     of_both = others and Spread(math.sqrt(2) * others.value, others.degrees)
     spread, documents = seed_spread(values, of_both), _documents(found)
     judged = {**found, "stderr_seeds": None, "seed_degrees": None, "is_pooled": False, "low": None, "high": None}
-    judged |= {"resolvable": None, "seeds_needed": None, "verdict": ONE_SEED}
+    lacks = ONE_DOCUMENT if found["documents"] == 1 else ONE_SEED
+    judged |= {"resolvable": None, "seeds_needed": None, "verdict": lacks}
     if is_identical(found):
         spread = Spread(0.0, max(len(values) - 1, 1))
     if spread is None:
@@ -137,7 +140,7 @@ def judge(found: dict[str, Any], others: Spread | None, margin: float = MARGIN, 
         "high": found["difference"] + half,
         "resolvable": could,
         "seeds_needed": seeds_to_resolve(margin, documents, spread, tests),
-        "verdict": verdict(found["difference"], half, could, margin) if is_judged(found) else ONE_SEED,
+        "verdict": verdict(found["difference"], half, could, margin) if is_judged(found) else judged["verdict"],
     }
 
 
@@ -147,8 +150,8 @@ def is_identical(found: Mapping[str, Any]) -> bool:
 
 
 def is_judged(found: Mapping[str, Any]) -> bool:
-    """Say whether a difference has the seeds that a verdict takes."""
-    return len(found["seeds"]) > 1 or is_identical(found)
+    """Say whether a difference has the seeds and the documents that a verdict takes."""
+    return is_identical(found) or (len(found["seeds"]) > 1 and found["documents"] > 1)
 
 
 def _documents(found: Mapping[str, Any]) -> Spread | None:
@@ -189,7 +192,7 @@ def rank_arms(
 
     Args:
         arms: name -> sums by seed, of the same documents; each of two or more seeds, some common to all.
-        spread: result of `pooled_spread` of the arms of the grid; None where all their bits are the same.
+        spread: result of `pooled_spread` of the arms of the grid; None where seeds change nothing.
         margin: bits per byte that do not matter.
 
     Returns:
@@ -204,7 +207,8 @@ def rank_arms(
     for name in ranked[1:]:
         found = difference_of_arms(arms[name], arms[best])
         difference = 0.0 if is_identical(found) else means.value[name] - means.value[best]
-        errors = () if spread is None or is_identical(found) else (_documents(found), means.error(name, best, spread))
+        seeds = means.error(name, best, spread) if spread and not is_identical(found) else None
+        errors = (_documents(found), seeds)
         half = half_width_of_pairs(*errors, of=len(arms))
         could = resolvable(*errors, tests=math.comb(len(arms), 2))
         to_best: dict[str, Any] = {"difference": difference, "low": difference - half, "high": difference + half}

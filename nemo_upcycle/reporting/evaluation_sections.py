@@ -7,7 +7,18 @@ from collections.abc import Iterable
 from typing import Any
 
 from nemo_upcycle.evaluation.backends import NEW_TOKENS
-from nemo_upcycle.reporting.markdown import difference, label, number, plain, section, sources, table, with_stderr
+from nemo_upcycle.evaluation.statistics import Spread, half_width
+from nemo_upcycle.reporting.markdown import (
+    difference,
+    label,
+    number,
+    plain,
+    section,
+    sources,
+    table,
+    with_half,
+    with_stderr,
+)
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS
 
@@ -85,11 +96,17 @@ def _sources(results: dict[str, Any], models: dict[str, str]) -> str:
     rows = [
         [
             f"{source} ({about['documents']} documents)",
-            *(with_stderr(its[source]["value"], its[source]["stderr"]) for its in by_model.values()),
+            *(_source(its[source]) for its in by_model.values()),
         ]
         for source, about in next(iter(by_model.values())).items()
     ]
     return table(["bits per byte, by source", *(models[name] for name in by_model)], rows)
+
+
+def _source(found: dict[str, Any]) -> str:
+    """Format the bits per byte of a source, of which there may be few documents."""
+    stderr = found["stderr"]
+    return with_half(found["value"], stderr and half_width(Spread(stderr, found["documents"] - 1)))
 
 
 def _missing(tasks: dict[str, str]) -> str:

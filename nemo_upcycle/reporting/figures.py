@@ -296,7 +296,7 @@ def scores_figure(results: Mapping[str, Any]) -> Figure:
             axes.errorbar(
                 [one["difference"] for one in found],
                 [row + (place - (len(pairs) - 1) / 2) * 0.18 for row in range(len(names))],
-                xerr=[0.0 if one["low"] is None else (one["high"] - one["low"]) / 2 for one in found],
+                xerr=[math.nan if one["low"] is None else (one["high"] - one["low"]) / 2 for one in found],
                 fmt="o",
                 markersize=4,
                 capsize=2,

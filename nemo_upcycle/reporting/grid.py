@@ -25,6 +25,8 @@ from nemo_upcycle.evaluation.heldout import Sums, by_source
 from nemo_upcycle.evaluation.statistics import Spread
 
 
+#: The parent of arms from random weights.
+UNTRAINED = "untrained"
 #: Where the FLOPs of two trainings differ by less, their ends are compared.
 FLOPS_APART = 0.02
 
@@ -41,6 +43,7 @@ class ArmRecord:
         is_rate_constant: whether each point equals the result of a whole training of that length, because the learning
             rate does not fall, or each point is the end of a training of its own.
         trained_seeds: seeds that were trained.
+        ends: tokens of its trainings, of which a curve of lengths has several.
         scores: tokens -> seed -> sums of the held-out documents; values that were not a number are left out.
         routers: metric -> tokens -> mean over layers and seeds; empty for a dense arm.
         flops_per_token: FLOPs of a token in training, full attention.
@@ -55,6 +58,7 @@ class ArmRecord:
     schedule: str
     is_rate_constant: bool
     trained_seeds: list[int]
+    ends: list[int]
     scores: dict[int, dict[int, Sums]]
     routers: dict[str, dict[int, float]]
     flops_per_token: float
@@ -119,6 +123,7 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
             **{key: first[key] for key in ("steps", "tokens_per_step", "schedule")},
             is_rate_constant=first["is_rate_constant"] or is_curve,
             trained_seeds=[described[name]["seed"] for name in longest],
+            ends=sorted({described[name]["steps"] * first["tokens_per_step"] for name in names}),
             scores=dict(sorted(scores.items())),
             routers=_routers(left),
             flops_per_token=left[0]["flops_per_token"],
@@ -197,59 +202,72 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
             "sources": _sources(arm.final),
             "routers": {key: [[tokens, one] for tokens, one in points.items()] for key, points in arm.routers.items()},
         }
-    families = _families(arms)
-    starts = [{name: arm.scores[0] for name, arm in _of_parent(arms, parent).items()} for parent in _parents(arms)]
-    trained = pooled_spread(family for *_, family in families)
-    values |= _differences(arms, described["references"], values["margin"], pooled_spread(starts), trained)
+    spreads = {kind: _spreads(_of_kind(arms, kind)) for kind in (True, False)}
+    values |= _differences(arms, described["references"], values["margin"], spreads)
     values["rankings"] = []
-    for parent, tokens, family in families:
-        several = {name: seeds for name, seeds in family.items() if len(seeds) > 1}
+    for parent, tokens in dict.fromkeys((arm.parent, arm.tokens) for arm in arms.values()):
+        several = {name: seeds for name, seeds in _reached(arms, parent, tokens).items() if len(seeds) > 1}
         if len(several) > 2 and set.intersection(*(set(seeds) for seeds in several.values())):
-            ranking = rank_arms(several, trained, values["margin"])
+            spread = spreads[parent == UNTRAINED]["end"]
+            ranking = rank_arms(several, spread, values["margin"])
             values["rankings"].append({"tokens": tokens, "parent": parent, "arms": ranking})
+    values["rankings"].sort(key=lambda ranking: -len(ranking["arms"]))
     return values
 
 
-def _parents(arms: Mapping[str, ArmRecord]) -> list[str]:
-    return list(dict.fromkeys(arm.parent for arm in arms.values()))
+def _of_kind(arms: Mapping[str, ArmRecord], is_untrained: bool) -> dict[str, ArmRecord]:
+    return {name: arm for name, arm in arms.items() if (arm.parent == UNTRAINED) == is_untrained}
 
 
-def _of_parent(arms: Mapping[str, ArmRecord], parent: str) -> dict[str, ArmRecord]:
-    return {name: arm for name, arm in arms.items() if arm.parent == parent}
+def _spreads(arms: Mapping[str, ArmRecord]) -> dict[str, Spread | None]:
+    """Pool the spread of an arm from seed to seed, at the `start` and at the `end` of whole trainings.
+
+    Trainings from random weights spread wider than those from a parent: each kind has its own.
+    """
+    starts: dict[str, dict[str, dict[int, Sums]]] = defaultdict(dict)
+    ends: dict[tuple[str, int], dict[str, dict[int, Sums]]] = defaultdict(dict)
+    for name, arm in arms.items():
+        starts[arm.parent][name] = arm.scores[0]
+        for tokens in arm.ends:
+            ends[arm.parent, tokens][name] = arm.scores.get(tokens, {})
+    return {"start": pooled_spread(starts.values()), "end": pooled_spread(ends.values())}
 
 
-def _families(arms: Mapping[str, ArmRecord]) -> list[tuple[str, int, dict[str, dict[int, Sums]]]]:
-    """Group the arms of a parent after the tokens of each whole training: parent, tokens, arms; the longest first."""
-    families = []
-    for parent, tokens in dict.fromkeys((arm.parent, arm.tokens) for arm in arms.values()):
-        siblings = _of_parent(arms, parent)
-        ended = next(arm for arm in siblings.values() if arm.tokens == tokens)
-        reached = {name: arm.scores[tokens] for name, arm in siblings.items() if arm.is_scored_with(ended, tokens)}
-        families.append((parent, tokens, reached))
-    return sorted(families, key=lambda family: -len(family[2]))
+def _reached(arms: Mapping[str, ArmRecord], parent: str, tokens: int) -> dict[str, dict[int, Sums]]:
+    """Select the arms of a parent that can be compared after the tokens of a whole training: name -> their scores."""
+    siblings = {name: arm for name, arm in arms.items() if arm.parent == parent}
+    ended = next(arm for arm in siblings.values() if arm.tokens == tokens)
+    return {name: arm.scores[tokens] for name, arm in siblings.items() if arm.is_scored_with(ended, tokens)}
 
 
 def _differences(
     arms: Mapping[str, ArmRecord],
     references: Mapping[str, str],
     margin: float,
-    at_start: Spread | None,
-    trained: Spread | None,
+    spreads: Mapping[bool, Mapping[str, Spread | None]],
 ) -> dict[str, Any]:
-    """Compare arms with their references; the verdicts of a table hold together."""
+    """Compare arms with their references; the verdicts of a table hold together.
+
+    Args:
+        arms: all arms.
+        references: arm -> the one that it is compared with.
+        margin: bits per byte that do not matter.
+        spreads: result of `_spreads` of the untrained arms (True) and of the others.
+    """
     found = {name: _difference(arms[name], arms[other]) for name, other in references.items()}
     tests = {
         place: sum(of[place] is not None and is_judged(of[place]) for of in found.values())
         for place in ("start", "end", "equal_flops")
     }
 
-    def judged(point: dict[str, Any] | None, place: str) -> dict[str, Any] | None:
-        spread = at_start if place == "start" else trained
+    def judged(name: str, point: dict[str, Any] | None, place: str) -> dict[str, Any] | None:
+        # With equal FLOPs the two have read other data, of which a seed's order is not common: its own spread counts.
+        spread = spreads[arms[name].parent == UNTRAINED].get(place)
         return None if point is None else judge(point, spread, margin, max(tests[place], 1))
 
     for name, of in found.items():
-        of["along"] = [judged(point, "end" if point["tokens"] else "start") for point in of["along"]]
-        of |= {place: judged(of[place], place) for place in tests}
+        of["along"] = [judged(name, point, "end" if point["tokens"] else "start") for point in of["along"]]
+        of |= {place: judged(name, of[place], place) for place in tests}
         of |= {"reference": references[name], "better_from": better_from(of["along"]) if of["end"] else None}
     return {"differences": found, "tests": tests}
 

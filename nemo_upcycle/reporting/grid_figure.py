@@ -64,7 +64,7 @@ def grid_figure(values: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     compared = {name: difference for name, difference in values["differences"].items() if difference["end"]}
-    heights = [1.3 + 0.3 * len(compared), 4.4][not compared :]
+    heights = [1.3 + 0.3 * len(compared), 4.4] if compared else [4.4]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     if compared:
@@ -88,7 +88,8 @@ def _draw_curves(axes: Any, values: Mapping[str, Any]) -> None:
     axes.set_ylabel("bits per byte of held-out text")
     seeds, others = len(arms[drawn[0]]["seeds"]), len(arms) - len(drawn)
     title = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
-    axes.set_title(title + (f"; {others} more in the table" if others else ""), fontsize=10)
+    title += f"; {others} more in the table" if others else ""
+    axes.set_title(f"{title}; cut above where most begin", fontsize=10)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
@@ -130,6 +131,8 @@ def _draw_differences(axes: Any, compared: Mapping[str, Any], values: Mapping[st
 def _title(compared: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     """Say what an interval is, from the evidence."""
     ends = [difference["end"] for difference in compared.values()]
+    if all(end["low"] is None for end in ends):
+        return "one seed: no intervals"
     counts = sorted({len(end["seeds"]) for end in ends})
     seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     return (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.arms import ONE_SEED
 from nemo_upcycle.evaluation.statistics import LEAST_SEEDS
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence
@@ -141,8 +142,8 @@ def render_table(values: Mapping[str, Any]) -> str:
     unscored = [f"{arm} of seed {seed}" for arm, result in arms.items() for seed in result["unscored_seeds"]]
     parts = (
         f"# Grid {values['grid']}",
-        f"{values['about']}. {seeds} seeds an arm; lower is better. ± is half of a 95 % interval (t); of what an arm"
-        " reaches, over seeds.",
+        f"{values['about']}. Seeds of an arm: {seeds}; lower is better. ± is half of a 95 % interval (t); of what an"
+        " arm reaches, over seeds.",
         f"Not scored at the end, and left out: {', '.join(unscored)}." if unscored else "",
         _missing(values.get("missing", [])),
         _arms(arms),
@@ -211,15 +212,17 @@ def _differences(values: Mapping[str, Any]) -> str:
     if not tables:
         return ""
     about = (
-        "At the same seeds, on the same documents, in bits per byte. ± is half of a 95 % interval that holds for all"
-        " differences of its table at once (Bonferroni). It joins two standard errors: that of other documents (a"
-        f" jackknife over them) and that of other seeds. A difference of fewer than {LEAST_SEEDS} seeds takes the"
-        " spread from seed to seed that is pooled over the arms of the grid, without what a seed does to all of them,"
-        " unless its own is another (F test, 5 %); of one seed there is no verdict. It is a tie where the whole"
-        f" interval lies within {margin:g} of 0, which is taken not to matter, and a difference that large would have"
-        " been seen with 80 %; not resolved where it holds 0 otherwise. Where a learning rate falls, the middle of a"
-        " training is compared with that of one of the same steps and schedule alone. FLOPs are made equal between two"
-        " points of the reference's curve, linear in the logarithm of the tokens."
+        "At the same seeds, on the same documents, in bits per byte. ± is half of a 95 % interval that holds for"
+        " all differences of its table that get a verdict at once (Bonferroni). It joins two standard errors:"
+        " that of other documents (a jackknife over them) and that of other seeds. A difference of fewer than"
+        f" {LEAST_SEEDS} seeds takes the spread from seed to seed that is pooled over the grid's arms (those from"
+        " random weights by themselves), without what a seed does to all of them: it is taken to be alike, unless"
+        " its own is wider by more than chance, or far narrower (F tests). With equal FLOPs its own counts. Of"
+        f" one seed there is no verdict. It is a tie where the whole interval lies within {margin:g} of 0, which"
+        " is taken not to matter, and a difference that large would have been seen with 80 %; not resolved where"
+        " it holds 0 otherwise. Where a learning rate falls, the middle of a training is compared with that of"
+        " one of the same steps and schedule alone. FLOPs are made equal between two points of the reference's"
+        " curve, linear in the logarithm of the tokens."
     )
     return section("Differences", *tables, about)
 
@@ -235,20 +238,19 @@ def _tokens(tokens: int | None) -> str:
 def _power(point: Mapping[str, Any]) -> list[str]:
     """Fill the columns `_POWER`."""
     seeds = f"{number(point['stderr_seeds'], 2)}{' (pooled)' if point['is_pooled'] else ''}"
-    return [number(point["stderr_documents"], 2), seeds, number(point["resolvable"], 2)]
+    seen = "-" if point["verdict"] == ONE_SEED else number(point["resolvable"], 2)
+    return [number(point["stderr_documents"], 2), seeds, seen]
 
 
 def _seeds(point: Mapping[str, Any]) -> str:
-    if point["resolvable"] is None:
-        return "-"
-    if point["verdict"] in ("better", "worse", "tie"):
+    if point["verdict"] != "not resolved":
         return "-"
     return "needs more documents" if point["seeds_needed"] is None else str(point["seeds_needed"])
 
 
 def _seen(points: Sequence[Mapping[str, Any]]) -> str:
     """Say what the table could have shown."""
-    seen = sorted(point["resolvable"] for point in points if point["resolvable"])
+    seen = sorted(point["resolvable"] for point in points if point["resolvable"] and point["verdict"] != ONE_SEED)
     if not seen:
         return ""
     return (
@@ -278,8 +280,7 @@ def _rankings(rankings: list[Mapping[str, Any]]) -> str:
     about = (
         "Arms of two seeds or more. A tie with the best shares its place; what is not resolved may, too. Bits per byte"
         " are as if all arms had been trained with all seeds. ± is half of a 95 % interval that holds for all pairs of"
-        " arms of a table at once (Tukey's), with the spread from seed to seed pooled over the arms of the grid: more"
-        " pairs than above, so it is wider."
+        " arms of a table at once (Tukey's), with the spread from seed to seed pooled over the arms of the grid."
     )
     return section("Ranking", *tables, about)
 

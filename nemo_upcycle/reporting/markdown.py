@@ -13,9 +13,9 @@ _SPECIAL = re.compile(r"[\\`*\[\]<>|#$&~]|(?<![^\W_])_|_(?![^\W_])")
 #: What a terminal obeys.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 #: From here on a number is written with an exponent.
+_LARGE = 1e7
 #: Half of a 95 % interval in standard errors, of many items.
 HALF = 1.96
-_LARGE = 1e7
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 

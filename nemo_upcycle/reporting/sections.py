@@ -61,7 +61,7 @@ def _headline(results: dict[str, Any]) -> str:
     moe = f"the MoE of {spec['num_experts']} experts, top-{spec['top_k']}"
     after = f"{done['steps']:,} steps on {done['tokens']:,} tokens"
     if is_short(done["steps"]):
-        equal = ", and at step 0 " + moe + ", equals its parent" if results["receipt"].get("within_tolerance") else ""
+        equal = f", and at step 0 {moe}, equals its parent" if results["receipt"].get("within_tolerance") else ""
         return plain(f"The chain works{equal}. {after} cannot show what training brings.")
     return plain(f"After {after} {moe}, is {' and '.join(compared)}, by {_name(metric)}.")
 

@@ -48,6 +48,7 @@ def test_spreads_are_pooled_by_their_degrees() -> None:
         ([0.0, 0.2], Spread(0.1, 8), Spread(0.1, 8)),  # twice the variance of the others: chance
         ([0.0, 0.8], Spread(0.1, 8), Spread(math.sqrt(0.32), 1)),  # 32 times: F(1, 8) gives 0.0005
         ([0.0, 0.001, 0.002], Spread(0.1, 8), Spread(0.001, 2)),  # a ten thousandth: F(2, 8) gives 0.0001
+        ([0.0, 0.01, 0.02], Spread(0.1, 8), Spread(0.1, 8)),  # a hundredth: 0.01, which happens too often
         ([0.0, 0.0], Spread(0.1, 8), Spread(0.0, 1)),
         ([0.1, 0.2, 0.3, 0.1, 0.3], Spread(0.1, 8), Spread(0.1, 4)),  # five seeds speak for themselves
     ],
@@ -106,7 +107,7 @@ def test_seeds_to_resolve_are_the_fewest() -> None:
         (0.0005, 0.0014, 0.0019, "tie"),
         (0.0005, 0.0014, 0.0021, "not resolved"),  # a difference of the margin would have been missed
         (0.0005, 0.0016, 0.0019, "not resolved"),
-        (0.0001, 0.0, 0.0, "tie"),  # what rounding makes
+        (0.0001, 0.0, 0.0, "tie"),
         (0.003, 0.0, 0.0, "worse"),
     ],
 )

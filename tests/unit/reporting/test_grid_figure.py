@@ -52,7 +52,7 @@ def test_arms_are_told_apart_and_named_in_words(figure: Any) -> None:
     assert "granular shared" in labels
     assert "drop" not in labels  # above where the others begin, to the end
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == MOST_SERIES
-    assert figure.axes[-1].get_title() == "mean over 3 seeds; 2 more in the table"
+    assert figure.axes[-1].get_title() == "mean over 3 seeds; 2 more in the table; cut above where most begin"
 
 
 def test_an_arm_of_fewer_seeds_is_in_the_table_alone(in_memory: dict[str, Any]) -> None:
