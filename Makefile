@@ -20,7 +20,7 @@ help:
 	@echo "make demo-tune  upcycle that model and tune it on conversations, beside the dense model (about 7 minutes, no GPU)"
 	@echo "make demo-bridge  the same on Megatron-Bridge (PYTHON=python3.12; its environment is built first, about 13 minutes)"
 	@echo "make check   the tests that import no NeMo (meant for under 2 minutes)"
-	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (9 minutes; meant for under 6)"
+	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (7 minutes; meant for under 6)"
 	@echo "make test-ci  what a change must pass: those, slow tests, some mutants (meant for under 30 minutes)"
 	@echo "make test-all  all tests that need no GPU, every row of every table (meant for under an hour)"
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
