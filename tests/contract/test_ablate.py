@@ -67,7 +67,7 @@ def test_seeds_change_the_order_of_the_data_and_the_router(finished: Path) -> No
 def test_the_evidence_alone_gives_the_same_table(finished: Path, tmp_path: Path) -> None:
     text = (finished / "table/table.md").read_text()
     assert "| moe - dense |" in text
-    assert "2 seeds an arm" in text
+    assert "Seeds of an arm: 2;" in text
     (tmp_path / EVIDENCE).write_bytes((finished / "table" / EVIDENCE).read_bytes())
     assert write_grid(tmp_path).read_text() == text
     assert (tmp_path / "table.json").read_bytes() == (finished / "table/table.json").read_bytes()

@@ -83,5 +83,6 @@ def test_a_step_that_a_stop_left_unscored_is_scored_by_the_next_start(
     (run / "evaluation/step=2.json").unlink()
     (run / "evaluation/step=4.json").write_text("{}")  # of a future that is abandoned
     _train(inputs, run, {})
-    assert [line["step"] for line in metrics(run, "evaluation")] == [0, 2, 4]
-    assert json.loads((run / "evaluation/step=4.json").read_text())["name"] == "step 4"
+    assert sorted({line["step"] for line in metrics(run, "evaluation")}) == [0, 2, 4]
+    for step in (2, 4):
+        assert json.loads((run / f"evaluation/step={step}.json").read_text())["name"] == f"step {step}"
