@@ -41,7 +41,7 @@ def draw_grid(
 
     Args:
         random: source of numbers.
-        seeds: of the arm and its reference.
+        seeds: number of seeds that the arm and its reference were trained with.
         spread: standard deviation of an arm from seed to seed, in bits per byte.
         others: how many further arms, of `THEIR_SEEDS` seeds.
         theirs: their spread, in the arm's.

@@ -136,7 +136,7 @@ class AdjustedMeans:
         """Give the standard error of the difference of two models that other seeds would make.
 
         Args:
-            spread: of one model, from seed to seed.
+            spread: spread of one model from seed to seed.
         """
         a, b = self._places[one], self._places[other]
         variance = self._covariance[a, a] + self._covariance[b, b] - 2 * self._covariance[a, b]

@@ -89,7 +89,9 @@ def _draw_curves(axes: Any, values: Mapping[str, Any]) -> None:
     seeds, others = len(arms[drawn[0]]["seeds"]), len(arms) - len(drawn)
     title = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
     title += f"; {others} more in the table" if others else ""
-    axes.set_title(f"{title}; cut above where most begin", fontsize=10)
+    highest = max(point["value"] for arm in drawn for point in arms[arm]["curve"])
+    title += "; cut above where most begin" if highest > top + room else ""
+    axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 

@@ -122,7 +122,7 @@ def train(
         starts: how often, each for a step more; before the second, the dense weights are deleted.
         hf_source: a folder of the upcycled model's class: every checkpoint gets one like it.
         live: with it, where the trained model is exported to at the end.
-        options: of `run_config`.
+        options: arguments of `run_config`.
     """
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
@@ -201,14 +201,14 @@ def hooked(dense: Path, folder: Path, fields: dict[str, Any] | None, **options: 
 
 
 def refusal(dense: Path, folder: Path, fields: dict[str, Any], changes: dict[str, Any], **options: Any) -> str:
-    """Return what a run is refused with before it starts, once some of its settings are changed.
+    """Change some settings of a run, and catch what refuses it before it starts.
 
     Args:
         dense: the dense checkpoint.
         folder: for the checkpoints.
-        fields: of the spec.
+        fields: settings of the spec.
         changes: part and field -> value.
-        options: of `run_config`.
+        options: arguments of `run_config`.
     """
     from nemo_upcycle.trainers.bridge.upcycling import hook_of, upcycle_on_start
 
@@ -230,7 +230,7 @@ def fill_twice(parent: Path, folder: Path, options: dict[str, Any]) -> list[str]
     Args:
         parent: the dense checkpoint.
         folder: for the receipt.
-        options: of `run_config`.
+        options: arguments of `run_config`.
     """
     from nemo_upcycle.cpu.backend import use_cpu_backend
 

@@ -60,7 +60,7 @@ def _hash(sample: Any) -> str:
 
 
 def _read(folder: Path, steps: int) -> list[str]:
-    """Return what training reads, on this rank."""
+    """Read what training reads on this rank."""
     train, _, _ = _datasets(folder, steps)
     return [_hash(train[number]) for number in range(len(train))]
 
