@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_upcycle.errors import StageError
+from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import checkpoint_bytes
@@ -320,6 +320,15 @@ class Training(ABC):
     @abstractmethod
     def check_here(self, stage: str) -> None:
         """Check that this machine has what the training asks for, else raise an UpcycleError."""
+
+    def problems(self, stage: str, dense: str) -> tuple[UpcycleError, ...]:
+        """List all that would keep the job from its first step, as far as it can be told before anything is built.
+
+        Args:
+            stage: name of the stage, see `check`.
+            dense: the parent's address.
+        """
+        return ()
 
     @abstractmethod
     def seq_length(self, dense_folder: Path) -> int:

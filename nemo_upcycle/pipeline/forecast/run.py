@@ -51,6 +51,7 @@ class Forecast:
         performance: NVIDIA's settings of the trainings, by stage.
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
         unchecked: what could not be checked, in a line; "" if everything was.
+        problems: what would keep a training from its first step, each in a line.
     """
 
     run_dir: Path
@@ -63,6 +64,7 @@ class Forecast:
     performance: Mapping[str, Mapping[str, str]]
     advice: str
     unchecked: str = ""
+    problems: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -119,6 +121,12 @@ def forecast(
         performance=performance,
         advice=advice_of(plan.dense, plan.trained_on, facts) if upcycles else "",
         unchecked=unchecked(plan.dense),
+        problems=tuple(
+            str(error)
+            for stage in trained
+            if stage.runs
+            for error in required_training(plan, stage.name).problems(stage.name, plan.dense)
+        ),
     )
 
 
