@@ -118,6 +118,8 @@ class Family:
         has_mtp: whether its checkpoints may hold layers of multi-token prediction behind its own; they are left out.
         divided_by: how the names of constants end that a server divides by, so that they cannot be zero.
         own_settings: what its `config.json` says of itself alone, and another class would take for its own.
+        computed_as: the class of transformers that computes it, where transformers has none of this name. Its newest
+            releases know the `model_type`, and save such a model under that class.
 
     Example:
         >>> from nemo_upcycle.models.families import llama, register
@@ -144,6 +146,7 @@ class Family:
     divided_by: tuple[str, ...] = ()
     has_mtp: bool = False
     own_settings: tuple[str, ...] = ()
+    computed_as: str = ""
 
     def activation(self, settings: Settings) -> str:
         """Return the activation function, as architectures call it.

@@ -44,14 +44,18 @@ from tests.models import (
 )
 from tests.parents import (
     YARN,
+    write_exaone3,
     write_gemma3,
     write_granite,
     write_granite4,
+    write_internlm3,
+    write_iquest_coder,
     write_mixtral,
     write_moe,
     write_olmo3,
     write_olmoe,
     write_qwen3_moe,
+    write_seed_oss,
 )
 from tests.tiers import quick
 
@@ -111,6 +115,10 @@ PARENTS = {
     ),
     "Granite 3, tied and granular": Parent(partial(write_granite, tied=True), "GraniteMoeForCausalLM", FINE),
     "Granite 4, shared expert": Parent(write_granite4, "GraniteMoeSharedForCausalLM", SHARED),
+    "EXAONE 3, shared expert": Parent(partial(write_exaone3, tied=True), "Qwen2MoeForCausalLM", SHARED),
+    "Seed-OSS, sigmoid": Parent(
+        partial(write_seed_oss, layers=2, head_dim=32), "Glm4MoeForCausalLM", SIGMOID | {"shared_experts": 1}
+    ),
     "Llama, stretched": Parent(
         partial(write_llama, layers=2, rope_scaling={"rope_type": "linear", "factor": 3.0}), "MixtralForCausalLM"
     ),
@@ -145,6 +153,10 @@ WEEKLY = {
     ),
     "Phi-4-mini": Parent(partial(write_phi3, partial_rotary_factor=0.75, tied=True, **SHORTER), ""),
     "EXAONE 4, no window": Parent(partial(write_exaone4, window=None, layer_types=["full_attention"] * 4), ""),
+    "InternLM3": Parent(
+        partial(write_internlm3, rope_scaling={"rope_type": "dynamic", "factor": 6.0}), "MixtralForCausalLM"
+    ),
+    "IQuest-Coder": Parent(write_iquest_coder, "MixtralForCausalLM", FINE),
     "Granite 3, biases": Parent(partial(write_granite, attention_bias=True), "GraniteMoeForCausalLM", online=False),
     "Qwen3-MoE, softmax first": Parent(partial(write_qwen3_moe, norm_topk_prob=False), "Qwen3MoeForCausalLM", FIRST),
 }
