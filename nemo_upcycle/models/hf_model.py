@@ -116,7 +116,7 @@ def _set(model: Any, name: str, value: Any) -> None:
 
 
 def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     said, path = read_json(folder / "config.json"), folder / "config.json"
     if pair := _computed_as(said):
@@ -124,15 +124,26 @@ def _config(folder: Path) -> Any:
         named = {family.spelling.get(name, name): value for name, value in said.items()}
         named = family.defaults | named | rope_settings(said, str(path)) | {"model_type": theirs.model_type}
         return type(AutoConfig.for_model(theirs.model_type)).from_dict(named)
+    if find_family(*_class_of(said)) and said.get("model_type") not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"model {folder}",
+            got=f"{_class_of(said)[0]}, which transformers {__version__} does not know",
+            expected="a class of this release",
+            fix="pip install --upgrade transformers, in an environment of its own: trainers want older ones",
+        )
     config = AutoConfig.from_pretrained(folder, **_LOCAL)
     if said.get("rope_parameters"):
         config = type(config).from_dict(said | rope_settings(said, str(path)))
     return config
 
 
+def _class_of(said: dict[str, Any]) -> tuple[str, str]:
+    return (said.get("architectures") or [""])[0], str(said.get("model_type"))
+
+
 def _computed_as(said: dict[str, Any]) -> tuple[Family, Family] | None:
     """Return the family of a `config.json` and the one whose class of transformers computes it, if it is another."""
-    family = find_family((said.get("architectures") or [""])[0], str(said.get("model_type")))
+    family = find_family(*_class_of(said))
     theirs = find_family(family.computed_as) if family else None
     return (family, theirs) if family and theirs else None
 

@@ -54,6 +54,8 @@ KNOWN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("EXAONE 3", {"tied": True}, FINE | {"shared_experts": 1}, "Qwen2MoeForCausalLM"),
     ("InternLM3", {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}, {}, "MixtralForCausalLM"),
     ("IQuest-Coder", {}, FINE, "MixtralForCausalLM"),
+    ("SmolLM3", {}, FINE | {"shared_experts": 1}, "GraniteMoeSWAForCausalLM"),
+    ("Seed-OSS", {"head_dim": 8}, FINE, "GraniteMoeSWAForCausalLM"),
     ("Seed-OSS", {"head_dim": 8}, FINE | SIGMOID, "Glm4MoeForCausalLM"),
     ("Seed-OSS", {}, FINE, "Qwen2MoeForCausalLM"),
     ("Phi-3", {"tied": True, "sliding_window": 7}, FINE, "MixtralForCausalLM"),
@@ -65,7 +67,7 @@ KNOWN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 def test_every_class_computes_what_the_parent_does(
     tmp_path: Path, parent: str, sizes: dict[str, Any], spec: dict[str, Any], hf_class: str
 ) -> None:
-    sizes = {"head_dim": 16} | sizes if parent != "Qwen2" else sizes
+    sizes = {"head_dim": 16} | sizes if parent not in ("Qwen2", "SmolLM3") else sizes
     found = outcome(Case(parent, sizes, {"router_std": 1.0} | spec), tmp_path)
     assert (found.hf_class, found.is_exact) == (hf_class, True)
     assert found.relative <= TOLERANCE

@@ -41,6 +41,7 @@ _MODULES = (
     "olmoe",
     "granite_moe",
     "granite_moe_shared",
+    "granite_moe_swa",
 )
 _FAMILIES: dict[str, Family] = FAMILIES
 __all__ = [
