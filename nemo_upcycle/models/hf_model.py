@@ -122,7 +122,7 @@ def _config(folder: Path) -> Any:
     if pair := _computed_as(said):
         family, theirs = pair
         named = {family.spelling.get(name, name): value for name, value in said.items()}
-        named = family.defaults | named | rope_settings(said, str(path)) | {"model_type": theirs.model_type}
+        named = {**family.defaults, **named, **rope_settings(said, str(path)), "model_type": theirs.model_type}
         return type(AutoConfig.for_model(theirs.model_type)).from_dict(named)
     if find_family(*_class_of(said)) and said.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError(

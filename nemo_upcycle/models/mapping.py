@@ -331,10 +331,10 @@ def constant_tensors(arch: Architecture, dtype: torch.dtype) -> dict[str, torch.
     for name, shape in hf_constants(arch).items():
         value = next((value for end, value in values.items() if name.endswith(end)), 0.0)
         value = max(value, limits.smallest_normal * limits.eps) if value > 0 else value
-        number = torch.tensor(
-            value, dtype=dtype
-        )  # one number of its own keeps its stride, for those who look at bytes
-        tensors[name] = number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
+        number = torch.tensor(value, dtype=dtype)
+        tensors[name] = (
+            number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
+        )  # bytes of one want a stride
     return tensors
 
 

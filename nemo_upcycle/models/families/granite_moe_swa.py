@@ -53,7 +53,7 @@ class _GraniteMoeSwa(granite_moe.GraniteMoe):
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
         yield from MoeFamily.caveats(self, arch)
-        yield "transformers: 5.24 knows this class, 5.12 and 4 do not; no chain evaluates it in an environment with those"
+        yield "transformers: 5.24 knows this class, 5.12 and 4.57 do not: evaluate it where a newer one is"
         yield "vLLM, SGLang, llama.cpp: by their sources they know this class since August 2026; none of them was run"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
@@ -79,8 +79,8 @@ FAMILY = _GraniteMoeSwa(
     title="GraniteMoeSWA",
     hf_class="GraniteMoeSWAForCausalLM",
     model_type="granitemoe_swa",
-    names=granite_moe_shared.FAMILY.names
-    | {
+    names={
+        **granite_moe_shared.FAMILY.names,
         "router": (_MOE + "router.weight",),
         "expert_fc1": (_MOE + "experts.gate_up_proj[{expert}]",) * 2,
         "expert_fc2": (_MOE + "experts.down_proj[{expert}]",),
