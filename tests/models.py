@@ -71,7 +71,7 @@ def write_class(
         settings.pop("window", None)
         settings["sliding_window"] = changes["window"]
     config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
-    model = getattr(transformers, f"{kind}ForCausalLM")(config_class(**settings)).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**settings)).float().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.1)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hf_config import read_architecture, rope_settings
+from nemo_upcycle.models.mapping import mapping_of_hf
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.utils.files import read_json
 
@@ -46,9 +50,13 @@ def load_model(folder: Path, **options: Any) -> Any:
     Raises:
         CheckpointError: settings of the rotary embedding contradict each other, or are not known.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(folder, config=_config(folder), **_LOCAL, **options)
+    config, pair = _config(folder), _computed_as(read_json(folder / "config.json"))
+    if not pair:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **_LOCAL, **options)
+    options["state_dict"] = _state_dict(folder, theirs := pair[1])
+    return getattr(transformers, theirs.hf_class).from_pretrained(None, config=config, **_LOCAL, **options)
 
 
 def empty_model(folder: Path) -> Any:
@@ -88,18 +96,68 @@ def empty_model(folder: Path) -> Any:
     return model
 
 
+def stored_name(name: str, arch: Architecture) -> str:
+    """Return what a dense model's folder calls a parameter of the class of transformers that computes it.
+
+    Args:
+        name: of the parameter.
+        arch: the model's.
+    """
+    family = find_family(arch.hf_class)
+    if not family or not family.computed_as:
+        return name
+    mapping, part, layer, _ = mapping_of_hf(name, replace(arch, hf_class=family.computed_as))
+    return family.names[mapping.role][part].format(layer=layer)
+
+
 def _set(model: Any, name: str, value: Any) -> None:
     module, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(module), attribute, value)
 
 
 def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
-    config, path = AutoConfig.from_pretrained(folder, **_LOCAL), folder / "config.json"
-    if (said := read_json(path)).get("rope_parameters"):
+    said, path = read_json(folder / "config.json"), folder / "config.json"
+    if pair := _computed_as(said):
+        family, theirs = pair
+        named = {family.spelling.get(name, name): value for name, value in said.items()}
+        named = {**family.defaults, **named, **rope_settings(said, str(path)), "model_type": theirs.model_type}
+        return type(AutoConfig.for_model(theirs.model_type)).from_dict(named)
+    if find_family(*_class_of(said)) and said.get("model_type") not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"model {folder}",
+            got=f"{_class_of(said)[0]}, which transformers {__version__} does not know",
+            expected="a class of this release",
+            fix="pip install --upgrade transformers, in an environment of its own: trainers want older ones",
+        )
+    config = AutoConfig.from_pretrained(folder, **_LOCAL)
+    if said.get("rope_parameters"):
         config = type(config).from_dict(said | rope_settings(said, str(path)))
     return config
+
+
+def _class_of(said: dict[str, Any]) -> tuple[str, str]:
+    return (said.get("architectures") or [""])[0], str(said.get("model_type"))
+
+
+def _computed_as(said: dict[str, Any]) -> tuple[Family, Family] | None:
+    """Return the family of a `config.json` and the one whose class of transformers computes it, if it is another."""
+    family = find_family(*_class_of(said))
+    theirs = find_family(family.computed_as) if family else None
+    return (family, theirs) if family and theirs else None
+
+
+def _state_dict(folder: Path, theirs: Family) -> dict[str, Any]:
+    """Return a folder's tensors by the names of another family; files are mapped, not read."""
+    from safetensors.torch import load_file
+
+    arch, tensors = read_architecture(folder), {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            mapping, part, layer, _ = mapping_of_hf(name, arch)
+            tensors[theirs.names[mapping.role][part].format(layer=layer)] = tensor
+    return tensors
 
 
 def other_special_tokens(tokenizer: Any) -> list[str]:
