@@ -21,7 +21,14 @@ from tests.unit.cli.test_plan_parents import PARENTS
 
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 #: Pipeline stages of those that are too large for one, on 512 H100.
-STAGES = {"Phi-4": 4, "OLMo 2 7B": 2, "Mistral Small 3 24B": 8, "Qwen3 14B": 4, "EXAONE 4.0 32B": 8, "Granite 3.3 8B": 2}
+STAGES = {
+    "Phi-4": 4,
+    "OLMo 2 7B": 2,
+    "Mistral Small 3 24B": 8,
+    "Qwen3 14B": 4,
+    "EXAONE 4.0 32B": 8,
+    "Granite 3.3 8B": 2,
+}
 #: Parents whose layers have rotary frequencies that no model of NeMo's has.
 NOT_IN_NEMO = ("OLMo 3 7B", "OLMo 3 32B, as transformers 5 has it", "Gemma 3 1B", "Ministral 3 14B")
 
