@@ -148,8 +148,11 @@ def fit_cpu(recipe: run.Partial) -> run.Partial:
     config, trainer = recipe.model.config, recipe.trainer
     config.apply_rope_fusion = False  # a kernel of Transformer Engine; without it the config refuses to be built
     if config.num_moe_experts:
+        config.moe_permute_fusion = False  # the same
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     recipe.data.num_workers = 0
+    if recipe.data.__fn_or_cls__ is MockDataModule:
+        recipe.data.create_attention_mask = True  # which the attention of Transformer Engine does without
     trainer.log_every_n_steps = 1
     # An asynchronous save forks this process while it goes on changing its memory, which doubles it.
     trainer.strategy.ckpt_async_save = False
