@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import nemo_run as run
 import torch
-from nemo import lightning as nl
 from nemo.collections.llm.api import pretrain
 from nemo.collections.llm.recipes import llama3_8b
 from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
 
-from nemo_upcycle.cpu.backend import cpu_has_fast_bf16
 from nemo_upcycle.data.blend_module import blend_data
-from nemo_upcycle.recipes.common import checkpoints, start_from
+from nemo_upcycle.recipes.common import checkpoints, in_float32_if_faster, recompute_layers, start_from, validate
 from nemo_upcycle.recipes.h100_arguments import moe_kernels
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
@@ -101,17 +99,13 @@ def upcycled_from(
     trainer = llama3_8b.trainer(
         tensor_parallelism=tensor_parallelism,
         pipeline_parallelism=pipeline_parallelism,
-        pipeline_parallelism_type=torch.bfloat16,
         context_parallelism=context_parallelism,
         sequence_parallelism=tensor_parallelism > 1,
         num_nodes=num_nodes,
         num_gpus_per_node=num_gpus_per_node,
         max_steps=max_steps,
     )
-    trainer.enable_progress_bar = False  # MetricsLogger says more
-    trainer.val_check_interval = max(1, max_steps // 5)
-    trainer.limit_val_batches, trainer.limit_test_batches = 1, 0  # a step's worth of sequences
-    trainer.num_sanity_val_steps = 1  # validation starts with the parent's own loss
+    validate(trainer, times=5)
     recipe = run.Partial(
         pretrain,
         model=model,
@@ -143,21 +137,15 @@ def upcycled_from(
 
 
 def fit_cpu(recipe: run.Partial) -> run.Partial:
-    """Let a recipe train on a machine without a GPU, in place, and return it.
-
-    One with experts keeps of activations the layers' inputs alone: beside weights and Adam's states a laptop has no
-    room for more.
-    """
+    """Let a recipe train on a machine without a GPU, in place, and return it."""
     config, trainer = recipe.model.config, recipe.trainer
     config.apply_rope_fusion = False  # a kernel of Transformer Engine; without it the config refuses to be built
     if config.num_moe_experts:
         config.moe_permute_fusion = False  # the same
-        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+        recompute_layers(config)  # beside weights and Adam's states a laptop has little room
     recipe.data.num_workers = 0
     trainer.log_every_n_steps = 1
     # An asynchronous save forks this process while it goes on changing its memory, which doubles it.
     trainer.strategy.ckpt_async_save = False
-    if not cpu_has_fast_bf16():
-        trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", params_dtype=torch.float32)
-        trainer.strategy.pipeline_dtype = torch.float32
+    in_float32_if_faster(trainer)
     return recipe
