@@ -45,6 +45,7 @@ def forecast_text(recipe: str, cluster: str) -> str:
     """Return what a golden file should hold."""
     from nemo_upcycle import recipes
     from nemo_upcycle.pipeline.forecast import render_forecast
+    from nemo_upcycle.recipes import common
 
     # The demo's recipes ask the machine for a GPU and for fast BF16; a forecast looks into its caches.
     with (
