@@ -11,7 +11,8 @@ from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_
 
 from nemo_upcycle.data.blend_module import blend_data
 from nemo_upcycle.recipes.common import checkpoints, in_float32_if_faster, recompute_layers, start_from, validate
-from nemo_upcycle.recipes.h100_arguments import moe_kernels
+from nemo_upcycle.recipes.h100 import RECOMPUTE_MOE_STEPS
+from nemo_upcycle.recipes.h100_arguments import adjust, moe_kernels
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.nemo.parent_model import parent_model
@@ -45,8 +46,8 @@ def upcycled_from(
 ) -> run.Partial:
     """Make the recipe that upcycles a parent and trains on, or its dense baseline, from the parent's folder.
 
-    Adam, clipping and precision are those of NeMo's Llama 3; experts have no capacity limit. It validates five times,
-    and keeps the last checkpoint.
+    Adam, clipping and precision are those of NeMo's Llama 3; experts have no capacity limit, and on GPUs their layers
+    are recomputed until the routers have found balance. It validates five times, and keeps the last checkpoint.
 
     Args:
         dense: the parent: a folder, of which `config.json` is enough until it trains, `hf://ORG/NAME`, `asset://NAME`
@@ -132,8 +133,12 @@ def upcycled_from(
             trainer.strategy.expert_tensor_parallel_size = 1  # experts are spread, and not cut
         for field, value in moe_kernels(capacity_factor=None).items():
             setattr(model.config, field, value)
+    if model.config.vocab_size % tensor_parallelism:  # Megatron cuts the embedding: padded, as by the tokenizer
+        model.config.vocab_size = None
     trainer.accelerator = accelerator
-    return recipe if accelerator == "gpu" else fit_cpu(recipe)
+    if accelerator == "cpu":
+        return fit_cpu(recipe)
+    return adjust(recipe, recompute_moe_steps=RECOMPUTE_MOE_STEPS) if model.config.num_moe_experts else recipe
 
 
 def fit_cpu(recipe: run.Partial) -> run.Partial:
