@@ -15,7 +15,7 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.trainers.base import last_checkpoint
 from tests.blends import write_blend
 from tests.distributed.ranks import run_ranks
-from tests.functional.tiny import BATCH, EVALUATION, LAYERS, SEQUENCE, texts
+from tests.functional.tiny import EVALUATION, LAYERS, texts
 from tests.functional.typed import Answer, type_commands
 from tests.models import (
     hugging_face_logits,
@@ -163,18 +163,13 @@ WRITERS: dict[str, Callable[..., Path]] = {
 def _train_still(parent: str, data: str, folder: str) -> None:
     """Train at a rate that moves no weight, so that the parent's function stays."""
     import fiddle as fdl
-    import nemo_run as run
-    from nemo import lightning as nl
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.recipes import upcycled_from
-    from tests.functional.stock import SPEC
+    from tests.functional.stock import SPEC, made_from
 
     use_cpu_backend()
-    sizes = {"seq_length": SEQUENCE, "global_batch_size": BATCH, "max_steps": 3, "lr": 1e-30, "data": data}
-    recipe = upcycled_from(parent, spec=SPEC, **sizes)
+    recipe = made_from(parent, SPEC, lr=1e-30, data=data)
     recipe.optim.config.weight_decay, recipe.log.explicit_log_dir = 0.0, folder
-    recipe.trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", params_dtype=torch.float32)
     fdl.build(recipe)()
 
 
