@@ -45,13 +45,13 @@ def forecast_text(recipe: str, cluster: str) -> str:
     """Return what a golden file should hold."""
     from nemo_upcycle import recipes
     from nemo_upcycle.pipeline.forecast import render_forecast
-    from nemo_upcycle.recipes import smollm2_135m_dense_ct
+    from nemo_upcycle.recipes import common
 
     # The demo's recipes ask the machine for a GPU and for fast BF16; a forecast looks into its caches.
     with (
         mock.patch.dict("os.environ", {"NEMO_UPCYCLE_CACHE": "/nowhere", "HF_HOME": "/nowhere"}),
         mock.patch("torch.cuda.is_available", return_value=False),
-        mock.patch.object(smollm2_135m_dense_ct, "cpu_has_fast_bf16", return_value=True),
+        mock.patch.object(common, "cpu_has_fast_bf16", return_value=True),
         mock.patch("nemo_upcycle.planning.advice.fitted_law", return_value=None),  # changes with its grid
     ):
         chain = getattr(recipes, recipe).pipeline_recipe(dir=f"/runs/{recipe}")
