@@ -53,9 +53,14 @@ class CheckedContext(run.cli.RunContext):
     #: Options, and names of executors, beside NeMo-Run's own.
     options: ClassVar[tuple[str, ...]] = ()
     executors: ClassVar[frozenset[str]] = frozenset()
+    #: What was typed: whether `--verbose`, and argument -> value.
+    verbose = False
+    typed: Mapping[str, str] = types.MappingProxyType({})
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Check the arguments, then let NeMo-Run parse and execute them."""
+        self.verbose = not {"-v", "--verbose"}.isdisjoint(sys.argv)  # which NeMo-Run takes, and does not hand on
+        self.typed = dict(word.partition("=")[::2] for word in args)
         with answered():
             args = self.arguments(args)
             _check_words(args, self.options)
