@@ -179,10 +179,10 @@ def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]
     values: dict[str, str] = {}
     for stage in stages:
         training, prefix = required_training(plan, stage), f"{stage}."
-        shown = training.named_settings() | training.shown_settings(plan.dense)
-        own = {name: str(value) for name, value in shown.items()}
         given = {name.removeprefix(prefix): value for name, value in typed.items() if name.startswith(prefix)}
-        for name, value in (own | {name: value for name, value in given.items() if name not in own}).items():
+        own = {**given, **training.named_settings(), **training.shown_settings(plan.dense)}
+        own = {name: str(value) for name, value in own.items()}
+        for name, value in own.items():
             if values.get(name) != value or name in given:
                 yield Setting(prefix + name, without_secrets(value), TYPED if name in given else RECIPE)
         values = values or own

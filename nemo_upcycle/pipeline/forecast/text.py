@@ -11,7 +11,7 @@ from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast
-from nemo_upcycle.pipeline.forecast.run import RECIPE, Forecast, Setting
+from nemo_upcycle.pipeline.forecast.run import RECIPE, Forecast
 from nemo_upcycle.pipeline.forecast.stages import NOT_RUN, StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
 from nemo_upcycle.utils.console import in_columns
@@ -47,7 +47,7 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
         ("Does it pay", _wrapped(forecast.advice, _INDENT)),
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk, verbose=verbose)),
         ("Network", _network_lines(forecast.network, verbose=verbose)),
-        ("Settings", _setting_lines(settings, verbose=verbose)),
+        ("Settings", in_columns([[one.name, *([one.origin] if verbose else []), one.value] for one in settings])),
         (f"Performance settings by {TABLE}", lines_of(forecast.performance) if verbose else ()),
         ("Warnings", _listed(forecast.warnings)),
         ("It would not start:", _listed(forecast.problems)),
@@ -210,14 +210,6 @@ def _disk_lines(disk: DiskForecast, *, verbose: bool) -> Iterator[str]:
     free = "not known what is" if disk.free_bytes is None else size_text(disk.free_bytes)
     verdict = "" if disk.free_bytes is None else ": fits" if disk.fits else ": DOES NOT FIT"
     yield f"{size_text(disk.needed_bytes)} at one moment at most{most}, {free} free{verdict}"
-
-
-def _setting_lines(settings: Sequence[Setting], *, verbose: bool) -> list[str]:
-    """Return the settings in columns, with `verbose` where each is from."""
-    rows = [[one.name, *([one.origin] if verbose else []), one.value] for one in settings]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
-    widths.append(WIDTH - len(_INDENT) - sum(widths) - len("  ") * len(widths))
-    return in_columns([part for row in rows for part in _over_lines(row, widths)])
 
 
 def _network_lines(network: NetworkForecast, *, verbose: bool) -> Iterator[str]:
