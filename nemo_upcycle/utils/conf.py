@@ -91,7 +91,7 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
             raise UpcycleError.unknown(what, str(name), [*names, "PATH.yaml"])
         path, folder = packaged(kind) / f"{name}.yaml", Path()
     text = _bounded_text(path, where := f"{what} {path}")
-    content = copy.deepcopy((_content if "${" in text else _content_once)(text, where))
+    content = copy.deepcopy((_content.__wrapped__ if "${" in text else _content)(text, where))  # variables may change
     if not isinstance(content, dict) or not content:
         got = type(content).__name__ if content else "nothing"
         raise UpcycleError(where, got=got, expected="keys", fix=f"write them as in {template(kind)}")
@@ -99,20 +99,16 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
     return Conf(named, path, Path(named.pop("folder", folder)))
 
 
+@lru_cache  # a command reads its suite and its blend several times, which takes OmegaConf 50 ms each
 def _content(text: str, where: str) -> Any:
-    """Return what a text of OmegaConf's holds; what it refers to, as the environment, may change."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    """Return what a text of OmegaConf's holds."""
+    from omegaconf import OmegaConf, errors
 
     try:
         require_bounded(text, where)
         return _resolved(OmegaConf.create(text), where)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (errors.OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise _invalid(where, error) from None
-
-
-#: A command reads its suite and its blend several times, which takes OmegaConf 50 ms each.
-_content_once = lru_cache(_content)
 
 
 def read_yaml(path: Path, what: str = "file") -> Any:
