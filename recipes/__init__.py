@@ -13,7 +13,7 @@ from nemo_upcycle.utils.console import collector_paused
 
 
 if find_spec("nemo"):
-    from nemo_upcycle.pipeline.context import answered, refuse_bridge
+    from nemo_upcycle.pipeline.answers import answered, refuse_bridge
 
     if sys.argv[1:3] == ["upcycle", "pipeline"]:
         with answered():  # before NeMo is imported, which takes longest

@@ -47,7 +47,8 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     Raises:
         UpcycleError: an argument is not valid; the text names it.
     """
-    check_folder(run_dir)
+    if not (shown and cluster_for(ctx.executor)):  # its storage may not be mounted where it is only shown
+        check_folder(run_dir)
     check_detach(ctx)
     inputs = plan.inputs
     check_address(inputs.dense, whole=not shown)

@@ -7,7 +7,8 @@ from typing import Any, Optional
 
 import nemo_run as run
 
-from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, answered, entrypoint, factories, mistake_of
+from nemo_upcycle.pipeline.answers import answered
+from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, entrypoint, factories, mistake_of
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.launch import launch_chain
