@@ -57,8 +57,9 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     is_here = is_local(ctx.executor) and not shown
     if is_here:
         check_here(plan, stages)
+    starts = [] if shown else [stage for stage in stages if not stage.folder(run_dir, plan).marker.is_file()]
+    check_trainings(plan, starts)
     for name, training in plan.trainings.items():
-        training.check(name)
         if training.reads_chat != inputs.reads_chat:
             kinds = ("texts", "conversations")
             raise UpcycleError(
@@ -71,6 +72,29 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     imports = any(stage.name == "import" for stage in stages) and not StageFolder(run_dir, "import").marker.is_file()
     for name, training in plan.trainings.items():
         training.check_parent(name, plan.dense, remote=is_here and imports)
+
+
+def check_trainings(plan: WorkPlan, starts: Sequence[Stage]) -> None:
+    """Check the settings of all trainings, and that those which are to start will get to their first step.
+
+    Args:
+        plan: plan of the run.
+        starts: stages that are about to run.
+
+    Raises:
+        UpcycleError: settings are not valid, or a training would not start; the text lists all that is wrong.
+    """
+    names = {stage.name for stage in starts}
+    found: dict[str, UpcycleError] = {}
+    for name, training in plan.trainings.items():
+        try:
+            training.check(name)
+            wrong = training.problems(name, plan.dense) if name in names else ()
+        except UpcycleError as error:
+            wrong = training.problems(name, plan.dense) or (error,)
+        found |= {str(error): error for error in wrong}
+    if found:
+        raise UpcycleError.together(list(found.values()))
 
 
 def check_here(plan: RunPlan, stages: Sequence[Stage]) -> None:

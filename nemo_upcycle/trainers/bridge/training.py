@@ -245,14 +245,17 @@ def _problems(training: BridgeTraining, stage: str, dense: str) -> tuple[Upcycle
     from nemo_upcycle.trainers.bridge.starting import wrong_in
 
     found: list[UpcycleError] = list(wrong_values(config, training.name, where))
+    values = [error.field for error in found]
     try:
         _check_config(training, stage, folder)
     except UpcycleError as error:
-        if str(error) not in map(str, found):
+        if error.field not in values:
             return (*found, error)
     layout = layout_of(config.model, training.nodes * training.ranks_per_node, config.train.micro_batch_size)
-    wrong = wrong_in(config, layout, f"recipe {training.recipe}")
-    return (*found, *(error.renamed(lambda name: f"{where}{name}") for error in wrong))
+    others = (
+        error.renamed(lambda name: f"{where}{name}") for error in wrong_in(config, layout, f"recipe {training.recipe}")
+    )
+    return (*found, *(error for error in others if error.field not in values))
 
 
 @lru_cache

@@ -40,7 +40,10 @@ def wrong_in(recipe: Any, dense: str) -> Iterator[UpcycleError]:
         recipe: recipe of a training job.
         dense: the parent's address; where the parent is known, the model has to be what is made of it.
     """
-    parent = parent_of(dense)
+    try:
+        parent = parent_of(dense)
+    except UpcycleError:  # it lies where the job runs
+        parent = None
     spec = spec_of(recipe) if setting(recipe, "resume.restore_config.spec") else None
     arch = parent.upcycled(spec) if parent and spec else parent
 

@@ -231,13 +231,15 @@ def _problems(training: NeMoTraining, stage: str, dense: str) -> tuple[UpcycleEr
 
     where = f"{stage}."
     found: list[UpcycleError] = list(wrong_values(training.recipe, training.name, where))
+    values = [error.field for error in found]
     try:
         training.check(stage)
         training.check_parent(stage, dense, remote=False)
     except UpcycleError as error:
-        if str(error) not in map(str, found):
+        if error.field not in values:
             return (*found, error)
-    return (*found, *(error.renamed(lambda name: f"{where}{name}") for error in wrong_in(training.recipe, dense)))
+    others = (error.renamed(lambda name: f"{where}{name}") for error in wrong_in(training.recipe, dense))
+    return (*found, *(error for error in others if error.field not in values))
 
 
 def _is(callback: Any, name: str) -> bool:
