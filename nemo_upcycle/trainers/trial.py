@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
+from packaging.version import Version
 
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.cpu.one_rank import megatron_rank
@@ -210,6 +211,7 @@ class _Nothing:
 @contextlib.contextmanager
 def _without_hardware() -> Iterator[None]:
     """Let Megatron make modules on the meta device, whatever this machine has and is installed on it."""
+    from megatron.core import utils
     from megatron.core.transformer import transformer_block
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -228,6 +230,7 @@ def _without_hardware() -> Iterator[None]:
         (TransformerConfig, "__post_init__", configure_then_check),
         (WrappedTorchNorm, "__new__", WrappedTorchNorm.__new__),
         (transformer_block, "LayerNormImpl", WrappedTorchNorm),
+        (utils, "_te_version", utils._te_version if find_spec("transformer_engine") else Version("99")),
         (torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
         (torch.cuda, "current_device", lambda: torch.device("meta")),
         (torch.cuda, "Stream", _Nothing),

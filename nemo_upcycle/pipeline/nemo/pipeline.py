@@ -114,14 +114,16 @@ def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
     check_calibration(task, here=is_local(ctx.executor) and not ctx.dryrun)
     known_parent_tokens("", setting(task, _TRAINED_ON), _TRAINED_ON)
     is_here = is_local(ctx.executor) and not ctx.dryrun
+    if is_local(ctx.executor):
+        check_data(task)
+        check_parents(task, remote=False)
     wrong = [*lacking_here(task)] if is_here else []
     if is_first_rank():
         wrong += wrong_in(task, task.resume.restore_config.path)
     if wrong:
         raise UpcycleError.together(wrong)
-    if is_local(ctx.executor):
-        check_data(task)
-        check_parents(task, remote=is_here and is_first_rank())
+    if is_here and is_first_rank():
+        check_parents(task, remote=True)
     if ctx.dryrun and setting(task, "resume.restore_config.spec") and is_first_rank():
         dense = task.resume.restore_config.path
         facts = {"pretrain": NeMoTraining(dump_recipe(task)).facts(dense)}
