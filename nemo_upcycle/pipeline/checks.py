@@ -74,7 +74,7 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
         training.check_parent(name, plan.dense, remote=is_here and imports)
 
 
-def check_trainings(plan: WorkPlan, starts: Sequence[Stage]) -> None:
+def check_trainings(plan: RunPlan, starts: Sequence[Stage]) -> None:
     """Check the settings of all trainings, and that those which are to start will get to their first step.
 
     Args:

@@ -11,10 +11,12 @@ import inspect
 import io
 import logging
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
@@ -46,6 +48,8 @@ _ON_META: dict[str, Any] = {
 #: Failures of a training that are searched for, one behind the other.
 _MOST = 12
 _LONGEST = 200
+#: What is raised where something is not installed, or a device not there.
+_OF_MACHINES = (ImportError, AttributeError, NameError, RuntimeError)
 
 
 class Culprit(NamedTuple):
@@ -98,10 +102,13 @@ def wrong_settings(
 ) -> Iterator[UpcycleError]:
     """Yield why something cannot be constructed, setting by setting.
 
+    A failure that no single setting explains, or that is of this machine rather than of a value, may be the trial's
+    own: it is said, and refuses nothing.
+
     Args:
         construct: see `culprits`.
         settings: see `culprits`.
-        unit: what to call the whole, for a failure that no single setting explains.
+        unit: what to call the whole.
 
     Example:
         >>> def construct(left_out):
@@ -110,9 +117,8 @@ def wrong_settings(
         ['depth: got -1, expected another value (no such depth). Fix: set it to another, or omit it.']
     """
     for name, text, error in culprits(construct, settings):
-        if not name:
-            fix = "change the settings that it names"
-            yield UpcycleError(unit, got=text, expected="one that can be constructed", fix=fix)
+        if not name or isinstance(error, _OF_MACHINES):
+            sys.stderr.write(f"Not tried before the start, {unit}: {text}\n")
         elif isinstance(error, UpcycleError) and error.fix:
             yield UpcycleError(field=name, got=error.got, expected=error.expected, fix=error.fix)
         else:
@@ -237,6 +243,9 @@ def _without_hardware() -> Iterator[None]:
         (token_dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", _Nothing()),
         *((token_dispatcher, name, _Nothing) for name in senders),
     ]
+    if not torch.cuda.is_available():
+        gpu = SimpleNamespace(major=9, minor=0, name="NVIDIA H100")  # some dispatchers ask for it
+        changes.append((torch.cuda, "get_device_properties", lambda *_: gpu))
     if find_spec("megatron.core.models.hybrid"):  # of later releases
         from megatron.core.models.hybrid import hybrid_block
 

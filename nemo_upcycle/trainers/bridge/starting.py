@@ -41,6 +41,9 @@ def wrong_in(config: ConfigContainer, layout: Layout, unit: str) -> Iterator[Upc
     wrong = list(wrong_choices(config.model, "model."))
     if (name := config.optimizer.optimizer.removeprefix("dist_")) not in (*_OPTIMIZERS, *_EMERGING_OPTIMIZERS):
         wrong.append(UpcycleError.unknown("optimizer.optimizer", name, (*_OPTIMIZERS, *_EMERGING_OPTIMIZERS)))
+    if (kind := config.tokenizer.tokenizer_type) is None:
+        fix = "omit it where the recipe has one, or set it to NullTokenizer, with tokenizer.vocab_size"
+        wrong.append(UpcycleError(field="tokenizer.tokenizer_type", got=kind, expected="a kind of tokenizer", fix=fix))
     yield from wrong
     others: list[UpcycleError] = []
 
@@ -78,8 +81,8 @@ def _construct(config: ConfigContainer, layout: Layout, arch: Architecture) -> l
 
     def configure() -> Any:
         runtime_config_update(config)
-        model = config.tokenizer.tokenizer_model
-        if model is None or Path(model).exists():
+        kind, model = config.tokenizer.tokenizer_type, config.tokenizer.tokenizer_model
+        if kind and (model is None or Path(model).exists()):
             build_tokenizer(config.tokenizer)
         config.model._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         return config.model

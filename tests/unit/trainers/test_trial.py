@@ -21,7 +21,6 @@ SETTINGS: dict[str, Any] = {f"part.field_{number}": number for number in range(9
         ({"part.field_3": "field_3 is too small"}, ["part.field_3"]),
         ({"part.kind": "no such thing: banana", "part.field_1": "not field_1"}, ["part.kind", "part.field_1"]),
         ({"part.field_7": "division by zero"}, ["part.field_7"]),
-        ({"elsewhere": "division by zero"}, [""]),
     ],
 )
 def test_every_setting_that_fails_is_named_by_what_goes_away_without_it(
@@ -35,6 +34,18 @@ def test_every_setting_that_fails_is_named_by_what_goes_away_without_it(
     found = list(wrong_settings(construct, SETTINGS, "box"))
     assert [error.field for error in found] == named
     assert [text in str(error) for error, text in zip(found, wrong.values(), strict=True)] == [True] * len(found)
+
+
+@pytest.mark.parametrize("error", [ValueError("no setting of it"), ImportError("no module field_3")])
+def test_what_may_be_the_trials_own_failure_is_said_and_refuses_nothing(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def construct(left_out: Collection[str]) -> None:
+        if "part.field_3" not in left_out or isinstance(error, ValueError):
+            raise error
+
+    assert list(wrong_settings(construct, SETTINGS, "box")) == []
+    assert capsys.readouterr().err == f"Not tried before the start, box: {error}\n"
 
 
 def test_the_words_of_an_own_error_stay() -> None:
