@@ -25,7 +25,7 @@ SPEC = UpcycleSpec(num_experts=EXPERTS, top_k=2)
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a dense parent."""
-    return write_parent(tmp_path_factory.mktemp("parent") / "dense")
+    return write_parent(tmp_path_factory.mktemp("parent") / "dense", vocab_size=260)  # which two ranks share
 
 
 def _training(settings: dict[str, Any] | None = None, **options: Any) -> Training:
