@@ -120,7 +120,7 @@ def lacking_here(recipe: Any, where: str = "", *, in_stage: bool = False) -> Ite
             expected=f"at most {here}, the GPUs of this machine" if here else "a GPU: this machine has none",
             fix=f"set it to {here}" if here else "train on one that has, or for a trial set it to cpu",
         )
-    if in_stage and not (wants_gpu or here):
+    if in_stage and not here:
         return
 
     def construct(without: Collection[str]) -> None:
