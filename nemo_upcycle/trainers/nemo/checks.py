@@ -225,6 +225,14 @@ def parent_of(dense: str, *, remote: bool = False) -> Architecture | None:
     return local_parent(dense) or (read_parent(dense) if remote else known_parent(dense))
 
 
+def parent_within_reach(dense: str) -> Architecture | None:
+    """Return a parent's architecture; None where it is not known, or lies where the job runs."""
+    try:
+        return parent_of(dense)
+    except UpcycleError:
+        return None
+
+
 def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bool) -> None:
     """Check that a recipe's model has the sizes of a parent and the experts made of it, as far as it can be opened.
 

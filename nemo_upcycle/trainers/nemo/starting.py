@@ -20,7 +20,7 @@ from nemo_upcycle.cpu.configuration import CPU_FIELDS
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.trainers.layout import layout_of
-from nemo_upcycle.trainers.nemo.checks import parent_of, ranks_of
+from nemo_upcycle.trainers.nemo.checks import parent_within_reach, ranks_of
 from nemo_upcycle.trainers.nemo.recipes import spec_of
 from nemo_upcycle.trainers.settings import setting
 from nemo_upcycle.trainers.trial import construct_ranks, culprits, wrong_settings
@@ -40,10 +40,7 @@ def wrong_in(recipe: Any, dense: str) -> Iterator[UpcycleError]:
         recipe: recipe of a training job.
         dense: the parent's address; where the parent is known, the model has to be what is made of it.
     """
-    try:
-        parent = parent_of(dense)
-    except UpcycleError:  # it lies where the job runs
-        parent = None
+    parent = parent_within_reach(dense)
     spec = spec_of(recipe) if setting(recipe, "resume.restore_config.spec") else None
     arch = parent.upcycled(spec) if parent and spec else parent
 

@@ -26,7 +26,7 @@ from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.checks import (
     check_parent,
     check_recipe,
-    parent_of,
+    parent_within_reach,
     precision_name,
     ranks_of,
     reads_chat,
@@ -130,7 +130,7 @@ class NeMoTraining(Training):
             is_rate_constant=_is_rate_constant(recipe),
             rate=setting(recipe, LR.nemo),
             warmup_steps=setting(recipe, WARMUP.nemo) or 0,
-            positions=known.max_positions if (known := parent_of(dense)) else None,
+            positions=known.max_positions if (known := parent_within_reach(dense)) else None,
         )
 
     def shown_settings(self, dense: str) -> dict[str, Any]:
