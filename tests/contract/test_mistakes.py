@@ -85,11 +85,11 @@ def test_a_mistake_is_answered_with_one_message_and_status_2(
 ) -> None:
     answer = answers[typed]
     assert answer.status == 2, answer.text
-    (said,) = answer.text.partition("Error: ")[2].splitlines()
+    said = answer.text.partition("Error: ")[2]
     assert MISTAKES[typed].replace("FILES", str(files)) in said
     assert "Traceback" not in answer.text
     if "--dryrun" not in typed and not IS_BRIDGE:
-        assert len(answer.text.splitlines()) <= 3, answer.text
+        assert len(answer.text.splitlines()) <= 4, answer.text
     assert [path for path in answer.written if "/run" in path or not IS_BRIDGE] == []
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.dense import is_configuration
+from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.data_stage import data_folder_of
 from nemo_upcycle.pipeline.executors.base import Cluster, is_local
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.performance import settings_here
@@ -19,7 +21,7 @@ from nemo_upcycle.pipeline.forecast.stages import StageForecast, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
 from nemo_upcycle.pipeline.plan import Stage, required_training
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.utils.files import size_text
+from nemo_upcycle.utils.files import is_complete, size_text
 from nemo_upcycle.utils.masking import without_secrets
 
 
@@ -58,6 +60,7 @@ class Forecast:
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
         unchecked: what could not be checked, in a line; "" if everything was.
         problems: what would keep a training from its first step, each in a line.
+        read_too_often: what to say of each source of finished data that a training reads more often than they allow.
     """
 
     run_dir: Path
@@ -71,6 +74,7 @@ class Forecast:
     advice: str
     unchecked: str = ""
     problems: tuple[str, ...] = ()
+    read_too_often: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -154,7 +158,16 @@ def forecast(
             if stage.runs
             for error in required_training(plan, stage.name).problems(stage.name, plan.dense)
         ),
+        read_too_often=tuple(_read_too_often(plan, data_folder_of(run_dir, plan), trainings)),
     )
+
+
+def _read_too_often(plan: RunPlan, folder: Path, trainings: Mapping[str, TrainingForecast]) -> Iterator[str]:
+    if plan.inputs.reads_chat or not is_complete(folder):
+        return
+    blend = open_blend(folder)
+    for name, training in trainings.items():
+        yield from (f"{name}: {text}" for text in blend.read_too_often(training.tokens))
 
 
 def unchecked(dense: str) -> str:
@@ -223,6 +236,7 @@ def _warnings(forecast: Forecast) -> Iterator[str]:
     for name, training in forecast.trainings.items():
         if training.stage.runs:
             yield from _training_warnings(name, training)
+    yield from forecast.read_too_often
     if not forecast.trainings and any(stage.name == "pretrain" and stage.runs for stage in forecast.stages):
         yield "memory, time and sizes of the trainings are not known before the parent is fetched"
     if len({training.tokens for training in forecast.trainings.values()}) > 1:

@@ -27,6 +27,7 @@ from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from nemo_upcycle.utils.files import MARKER, write_json
+from tests.blends import write_blend
 from tests.golden import forecasts
 from tests.golden.forecasts import forecast_of
 from tests.models import write_llama, write_tokenizer
@@ -168,6 +169,13 @@ def test_trainings_side_by_side_need_both_their_checkpoints_at_once(llama: Any, 
     assert (2 * moe.peak_bytes, 2 * dense.peak_bytes) == (3 * moe.kept_bytes, 3 * dense.kept_bytes)
     assert in_turn.needed_bytes == moe.peak_bytes
     assert beside.needed_bytes == moe.peak_bytes + dense.peak_bytes
+
+
+def test_finished_data_warn_of_a_run_that_is_longer(llama: Any, tmp_path: Path) -> None:
+    parent = write_tokenizer(write_llama(tmp_path / "parent", vocab_size=259))
+    llama.data = str(write_blend(tmp_path / "blend", parent, {"talks": (1.0, {"train": [9], "validation": [1]})}))
+    said = [text for text in forecast_of(llama, tmp_path / "run").warnings if "max_epochs" in text]
+    assert [text.partition(": data: source talks is read ")[0] for text in said] == ["pretrain", "dense_ct"]
 
 
 def test_settings_are_shown_as_they_were_changed(llama: Any, tmp_path: Path) -> None:
