@@ -28,6 +28,7 @@ if find_spec("nemo"):
         for _module in pkgutil.iter_modules(__path__):  # `table` adds those of its rows
             importlib.import_module(f"{__name__}.{_module.name}")
         from nemo_upcycle.recipes.common import upcycled as upcycled
+        from nemo_upcycle.recipes.own_parent import upcycled_from as upcycled_from
 
     # `nemo llm pretrain` and `finetune` are NeMo's own: with a recipe of ours they check the arguments first, with
     # others nothing.
