@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "blend",
         metavar="BLEND",
-        help=f"{', '.join(packaged_names('data'))}, a YAML file, or texts: a folder, a file or a pattern in quotes (.jsonl,"
-        " .txt, .parquet, compressed or not)",
+        help=f"{', '.join(packaged_names('data'))}, a YAML file, or texts: a folder, a file or a pattern in quotes"
+        " (.jsonl, .txt, .parquet, compressed or not)",
     )
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make, which all workers share")
     parser.add_argument(

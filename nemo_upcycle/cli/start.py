@@ -16,7 +16,16 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import gpu_names
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.start.choices import TRAINERS, Choices, Wanted, choose, choose_trainer, shortages
-from nemo_upcycle.start.files import BLEND, RECIPE, blend_text, program, recipe_text, run_command, run_words, write_files
+from nemo_upcycle.start.files import (
+    BLEND,
+    RECIPE,
+    blend_text,
+    program,
+    recipe_text,
+    run_command,
+    run_words,
+    write_files,
+)
 from nemo_upcycle.start.parent import find_model
 from nemo_upcycle.start.texts import find_texts
 from nemo_upcycle.utils.console import folded, in_columns, short_count
@@ -83,18 +92,17 @@ def run(args: argparse.Namespace) -> int:
     command = run_command(folder, parent, choices)
     files = {RECIPE: recipe_text(parent, choices), BLEND: blend_text(texts, choices)}
     is_new = write_files(folder, files, lambda: command)
-    found = (("model", parent.description), ("texts", texts.description))
-    answer = {name: text for name, text in found} | {
-        "choices": {name: {"value": value, "because": why} for name, value, why in choices.rows},
-        "forecast": dict(_forecast(choices)),
-        "files": [str(folder / name) for name in files],
-        "command": command,
-    }
-    rows = [*choices.rows]
-    lines = [*in_columns([*map(list, found)]), "", *in_columns([[n, v, w] for n, v, w in rows]), ""]
-    lines += in_columns([[name, text] for name, text in _forecast(choices)])
-    verb = "written" if is_new else "there already, the same"
-    lines += ["", f"{verb}: {', '.join(answer['files'])}", "", f"run it:  {command}"]
+    found, forecast = {"model": parent.description, "texts": texts.description}, _forecast(choices)
+    chosen = {name: {"value": value, "because": why} for name, value, why in choices.rows}
+    paths = [str(folder / name) for name in files]
+    answer: dict[str, Any] = found | {"choices": chosen, "forecast": forecast, "files": paths, "command": command}
+    lines = [*in_columns([*found.items()]), "", *in_columns(choices.rows), "", *in_columns([*forecast.items()])]
+    lines += [
+        "",
+        f"{'written' if is_new else 'there already, the same'}: {', '.join(paths)}",
+        "",
+        f"run it:  {command}",
+    ]
     show(args, answer, "\n".join(lines))
     if not args.yes:
         return 0
@@ -114,17 +122,17 @@ def _missing_packages() -> list[UpcycleError]:
     ]
 
 
-def _forecast(choices: Choices) -> list[tuple[str, str]]:
+def _forecast(choices: Choices) -> dict[str, str]:
     """Say what a run takes."""
-    rows = [("model", f"{short_count(choices.arch.total_params)} parameters, {short_count(choices.arch.active_params)} active")]
-    if choices.plan:
-        memory, hours = choices.plan.memory.total / GIB, choices.plan.hours
-        rows.append(("memory", f"{memory:.0f} of {choices.plan.request.gpu.memory_gib:g} GiB a GPU: {choices.plan.verdict}"))
-        rows.append(("time", f"{hours:,.1f} h, {choices.plan.gpu_hours:,.0f} GPU-hours; the baseline less"))
+    arch, plan = choices.arch, choices.plan
+    rows = {"size": f"{short_count(arch.total_params)} parameters, {short_count(arch.active_params)} active"}
+    if plan:
+        gib = plan.request.gpu.memory_gib
+        rows["memory"] = f"{plan.memory.total / GIB:.0f} of {gib:g} GiB a GPU: {plan.verdict}"
+        rows["time"] = f"{plan.hours:,.1f} h, {plan.gpu_hours:,.0f} GPU-hours; the baseline less"
     else:
-        rows.append(("memory", f"about {choices.needed_memory_bytes / GIB:.1f} GiB of this machine"))
-    rows.append(("disk", f"about {choices.needed_disk_bytes / GIB:.1f} GiB"))
-    return rows
+        rows["memory"] = f"about {choices.needed_memory_bytes / GIB:.1f} GiB of this machine"
+    return rows | {"disk": f"about {choices.needed_disk_bytes / GIB:.1f} GiB"}
 
 
 def _joined(problems: list[UpcycleError], args: argparse.Namespace) -> UpcycleError:

@@ -176,8 +176,8 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
         raise UpcycleError(
             f"{conf.path}: near_duplicates", got="deduplicate: false", expected="deduplicate: true", fix=fix
         )
-    named = conf.path if not is_pattern(conf.path.name) else conf.path.parent
-    return Blend(named.stem, conf.folder, config)
+    file = conf.path if not is_pattern(conf.path.name) else conf.path.parent
+    return Blend(file.stem, conf.folder, config)
 
 
 def only_source(name: str | Path) -> list[str]:

@@ -32,7 +32,8 @@ class Look:
     Attributes:
         documents: id and bytes of each.
         lost: reason -> how many records have no text for it, and the first place.
-        fields: of records without a text, the fields that hold some, the longest first, and their characters.
+        fields: of the first file with records without a text: the fields that hold some, the longest first, and
+            their characters.
         read_bytes: bytes read of each file that was opened; None: all of it.
         tokens_per_byte: of the texts; None without a tokenizer.
     """
@@ -49,11 +50,16 @@ class Look:
         return len(self.documents) + sum(count for count, _ in self.lost.values())
 
     @property
+    def is_text(self) -> bool:
+        """Whether most records have a text."""
+        return 2 * len(self.documents) >= self.records
+
+    @property
     def text_field(self) -> str:
-        """The one field that can be the text, where documents have none of the name that was looked for; "" if not."""
+        """The one field that can be the text, where most have none of the name that was looked for; "" if not."""
         longest = next(iter(self.fields), "")
         rivals = [name for name, length in self.fields.items() if length > _AS_LONG * self.fields[longest]]
-        return longest if not self.documents and rivals == [longest] else ""
+        return longest if not self.is_text and rivals == [longest] else ""
 
 
 def look_at(
@@ -76,7 +82,9 @@ def look_at(
     command = [str(data_python()), "-m", f"{ENGINE}.sample"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UpcycleError((done.stderr.strip().splitlines() or ["the data engine failed"])[-1].removeprefix("error: "))
+        raise UpcycleError(
+            (done.stderr.strip().splitlines() or ["the data engine failed"])[-1].removeprefix("error: ")
+        )
     answer: dict[str, Any] = json.loads(done.stdout)
     answer |= {name: [tuple(one) for one in answer[name]] for name in ("documents",)}
     return Look(**answer | {"lost": {reason: tuple(one) for reason, one in answer["lost"].items()}})
@@ -112,7 +120,7 @@ def check_look(blend: Blend, source: str, look: Look) -> None:
     Raises:
         UpcycleError: they have none; it names the fields that they have.
     """
-    if 2 * len(look.documents) >= look.records:
+    if look.is_text:
         return
     reason, (count, first) = max(look.lost.items(), key=lambda item: item[1][0])
     got, expected, fix = f"{reason} (first at {first})", "texts", "correct the files"

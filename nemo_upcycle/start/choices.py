@@ -15,7 +15,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.growth import growth_spec
-from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, gpu_of_device, known_gpu
+from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, gpu_names, gpu_of_device, known_gpu
 from nemo_upcycle.planning.memory import GIB, checkpoint_bytes
 from nemo_upcycle.planning.search import Plan, PlanRequest, find, nearest_gpus
 from nemo_upcycle.planning.workload import Workload
@@ -106,7 +106,7 @@ class Choices:
 
     @property
     def needed_disk_bytes(self) -> int:
-        """Bytes of the run's folder: the last checkpoint of both trainings, and one being written; step 0 and export."""
+        """Bytes of the run's folder: the last checkpoints of both trainings, one being written, step 0 and export."""
         at_once = 3 if self.plan else 1
         states = checkpoint_bytes(self.arch) * at_once + checkpoint_bytes(self.dense) * (at_once - bool(self.plan))
         return states + 2 * _MODEL_BYTES * self.arch.total_params
@@ -130,23 +130,25 @@ def choose_trainer(wanted: str | None) -> tuple[str, str]:
         got = f"{TRAINERS[there[0]][1]} alone" if there else "none"
         fix = "run `nemo-upcycle doctor`, which prints what installs one"
         expected = f"{TRAINERS[wanted][1]} in this environment" if wanted else "NeMo or Megatron-Bridge installed here"
-        raise UpcycleError("trainer", got=got, expected=expected, fix=fix + f"; or omit --trainer {wanted}" * bool(there))
+        raise UpcycleError(
+            "trainer", got=got, expected=expected, fix=fix + f"; or omit --trainer {wanted}" * bool(there)
+        )
     return wanted or there[0], "asked for" if wanted else "installed here"
 
 
 def _has(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # of its parent
-        return False
+    top, _, inside = module.partition(".")
+    found = find_spec(top)
+    places = found.submodule_search_locations or () if found else ()
+    return found is not None and (not inside or any(Path(place, inside).is_dir() for place in places))
 
 
 def gpus_here() -> tuple[int, str | None]:
-    """Return how many GPUs this machine's driver shows, and which of the planner's they are, if any."""
-    found = [path.read_text(errors="replace") for path in _PROC.glob("*/information")] if _PROC.is_dir() else []
+    """Return how many GPUs this machine's driver shows, and which of the planner's they are, if it knows them."""
+    found = [path.read_text(errors="replace") for path in _PROC.glob("*/information")]
     model = re.search(r"Model:\s*(.+)", found[0]) if found else None
     gpu = gpu_of_device(model[1]) if model else None
-    return len(found), next((name for name in (gpu.name.lower(),)), None) if gpu else None
+    return len(found), next((name for name in gpu_names() if known_gpu(name) == gpu), None)
 
 
 def spec_of(parent: Parent, fields: Mapping[str, Any]) -> tuple[UpcycleSpec, dict[str, Any]]:
@@ -205,7 +207,9 @@ def choose(parent: Parent, texts: Texts, trainer: tuple[str, str], wanted: Wante
         why = "asked for" if wanted.gpus is not None else "found here"
         rows.append(("where", f"{number} x {plan.request.gpu.name}", why))
         rows.append(("layout", plan.layout.sizes, "the planner's fastest plain one that fits"))
-        rows.append(("sequences", f"{seq_length:,} tokens, {batch:,} a step", "by the texts and the parent's positions"))
+        rows.append(
+            ("sequences", f"{seq_length:,} tokens, {batch:,} a step", "by the texts and the parent's positions")
+        )
         rows.append(("steps", f"{steps:,}", "the texts once" if wanted.steps is None else "asked for"))
         rows.append(("learning rate", f"{peak:g}, warm-up {warmup}", "the paper's"))
     rows.append(("baseline", "the dense parent, on the same texts", "to compare with"))
@@ -237,20 +241,18 @@ def _why(given: Mapping[str, Any], name: str, otherwise: str) -> str:
 def _length(texts: Texts, dense: Architecture) -> int:
     """Return the longest power of two up to the paper's that the parent has positions and the texts sequences for."""
     most = min(_LONGEST, dense.max_positions, max(_SHORTER, texts.tokens // _FEW_SEQUENCES))
-    return int(2 ** (most.bit_length() - 1))
+    return 1 << (most.bit_length() - 1)
 
 
 def _batch(texts: Texts, seq_length: int, gpus: int) -> int:
     """Return the sequences of a step: the paper's tokens, or fewer, for the texts to give some steps."""
     most = max(1, paper.TOKENS_A_STEP // seq_length)
     few = max(1, texts.tokens // (_FEW_STEPS * seq_length))
-    batch = min(most, 2 ** (few.bit_length() - 1))
+    batch = min(most, 1 << (few.bit_length() - 1))
     return max(gpus, batch // gpus * gpus)
 
 
-def _plan(
-    arch: Architecture, gpu: Gpu, gpus: int, seq_length: int, batch: int, steps: int, trainer: str
-) -> Plan:
+def _plan(arch: Architecture, gpu: Gpu, gpus: int, seq_length: int, batch: int, steps: int, trainer: str) -> Plan:
     """Return the fastest plan that fits, of layouts that need no more than their sizes said."""
     software = BRIDGE_SOFTWARE if trainer == "bridge" else DEFAULT_SOFTWARE
     work = Workload(seq_length=seq_length, global_batch=batch, routing="natural")
@@ -261,7 +263,9 @@ def _plan(
         return next((plan for plan in plans if plan.verdict == "fits"), plans[0])
     other = nearest_gpus(request)
     fix = f"give --gpus {other}" if other else "give fewer --experts"
-    raise UpcycleError("--gpus", got=gpus, expected=f"enough to hold {short_count(arch.total_params)} parameters", fix=fix)
+    raise UpcycleError(
+        "--gpus", got=gpus, expected=f"enough to hold {short_count(arch.total_params)} parameters", fix=fix
+    )
 
 
 def shortages(choices: Choices, folder: Path) -> Iterator[UpcycleError]:

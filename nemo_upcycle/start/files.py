@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from nemo_upcycle.data.blend import ONLY
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.start.choices import Choices
 from nemo_upcycle.start.parent import Parent
 from nemo_upcycle.start.texts import Texts
@@ -36,33 +38,20 @@ DENSE = {dense!r}
 SPEC = UpcycleSpec({spec})
 
 
-def training(spec):
-    """Make the training of the upcycled model, or with spec=None of the dense baseline."""
+def training(spec):  # None: the dense baseline
     recipe = upcycled_from(
-        DENSE,
-        spec=spec,
-        seq_length={seq_length},
-        global_batch_size={global_batch},
-        micro_batch_size={micro_batch},
-        max_steps={steps},
-        lr={peak:g},
-        min_lr={end:g},
-        warmup_steps={warmup},{layout}
+        DENSE, spec=spec, seq_length={seq_length}, global_batch_size={global_batch}, micro_batch_size={micro_batch},
+        max_steps={steps}, lr={peak:g}, min_lr={end:g}, warmup_steps={warmup},
+        {arguments},
     ){settings}
     return recipe
 
 
 @run.cli.factory(target=pipeline)
 def chain() -> run.Partial:
-    """Make the chain: import, data, upcycle, pretrain, dense_ct, export, evaluate, report."""
     return run.Partial(
-        pipeline,
-        dir=str(HERE / "{run}"),
-        dense=DENSE,
-        data=str(HERE / "{blend}"),
-        evaluation="{suite}",
-        pretrain=training(SPEC),
-        dense_ct=training(None),
+        pipeline, dir=str(HERE / "{run}"), dense=DENSE, data=str(HERE / "{blend}"), evaluation="{suite}",
+        pretrain=training(SPEC), dense_ct=training(None),
     )
 '''
 _BRIDGE = '''"""{title}, upcycled to {experts}; by `nemo-upcycle start`, to be edited."""
@@ -75,21 +64,19 @@ SPEC = UpcycleSpec({spec})
 
 
 def pretrain(spec=SPEC):
-    """Make the training of the upcycled model, or with spec=None of the dense baseline."""
     config = upcycled_pretraining(
-        DENSE,
-        spec,
-        seq_length={seq_length},{layout}
+        DENSE, spec,
+        {arguments},
     )
-    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = {steps}, {global_batch}, {micro_batch}
-    config.optimizer.lr, config.optimizer.min_lr, config.scheduler.lr_warmup_iters = {peak:g}, {end:g}, {warmup}
+    train, optimizer, scheduler = config.train, config.optimizer, config.scheduler
+    train.train_iters, train.global_batch_size, train.micro_batch_size = {steps}, {global_batch}, {micro_batch}
+    optimizer.lr, optimizer.min_lr, scheduler.lr_warmup_iters = {peak:g}, {end:g}, {warmup}
     config.validation.eval_interval, config.validation.eval_iters = {validate_every}, {validations}
-    config.checkpoint.save_interval = {save_every}{settings}
+    config.checkpoint.save_interval, config.checkpoint.most_recent_k = {save_every}, 1
     return config
 
 
-def dense_ct():
-    """Make the training of the dense baseline."""
+def dense_ct():  # the baseline
     return pretrain(None)
 '''
 #: Size of a layout -> argument of `upcycled_from`, and Megatron's setting.
@@ -116,44 +103,57 @@ def recipe_text(parent: Parent, choices: Choices) -> str:
         "run": RUN,
         "blend": BLEND,
     }
-    values |= {name: getattr(choices, name) for name in ("seq_length", "global_batch", "steps", "peak", "end", "warmup")}
-    form, arguments, settings = {"nemo": (_NEMO, *_of_nemo(choices)), "bridge": (_BRIDGE, *_of_bridge(choices))}[
-        choices.trainer
-    ]
-    lines = "".join(f"\n        {argument}," for argument in arguments)
+    values |= {
+        name: getattr(choices, name) for name in ("seq_length", "global_batch", "steps", "peak", "end", "warmup")
+    }
+    arguments, settings = _FORMS[choices.trainer][1](choices)
     more = "".join(f"\n    {setting}" for setting in settings)
-    return form.format(**values, suite=choices.suite, layout=lines, settings=more)
+    behind = textwrap.fill(", ".join(arguments), 110, subsequent_indent=" " * 8, break_long_words=False)
+    values |= {"arguments": behind, "settings": more}
+    return str(_FORMS[choices.trainer][0].format(**values, suite=choices.suite))
 
 
 def _of_nemo(choices: Choices) -> tuple[list[str], list[str]]:
-    """Return the arguments of the layout, and lines behind."""
+    """Return the arguments of the layout, and the lines behind."""
     if choices.plan is None:
-        return [], []
+        return ["accelerator='cpu'"], []
     layout = choices.plan.layout
     per_node = layout.node_gpus(choices.plan.request.gpu.per_node)
     arguments = [f"num_nodes={layout.gpus // per_node}", f"num_gpus_per_node={per_node}"]
-    for size, (name, _) in _SIZES.items():
-        if (value := getattr(layout, size)) > 1:
-            arguments.append(f"{name}={f'{value} if spec else 1' if size == 'ep' else value}")
-    return arguments, [f"recipe.model.config.{name} = {value!r}" for name, value in _recomputed(choices).items()]
+    arguments += [f"{name}={size}" for name, size in _sizes(choices, 0).items()]
+    settings = [f"recipe.model.config.{name} = {value}" for name, value in _recomputed(choices).items()]
+    return [*arguments, "accelerator='gpu'"], settings
 
 
 def _of_bridge(choices: Choices) -> tuple[list[str], list[str]]:
-    if choices.plan is None:
-        return [], ["config.checkpoint.most_recent_k = 1"]
-    layout, arguments = choices.plan.layout, []
-    for size, (_, name) in _SIZES.items():
-        if (value := getattr(layout, size)) > 1:
-            arguments.append(f"{name}={f'{value} if spec else 1' if size == 'ep' else value}")
-    arguments += ["sequence_parallel=True"] if layout.tp > 1 else []
-    arguments += ["expert_tensor_parallel_size=1 if spec else None"] if layout.tp > 1 else []
-    return [*arguments, *(f"{name}={value!r}" for name, value in _recomputed(choices).items())], []
+    sizes = _sizes(choices, 1)
+    if choices.plan and choices.plan.layout.tp > 1:
+        sizes |= {"sequence_parallel": "True", "expert_tensor_parallel_size": "1 if spec else None"}
+    settings = {"seq_length": str(choices.seq_length)} | sizes | _recomputed(choices)
+    return [f"{name}={value}" for name, value in settings.items()], []
 
 
-def _recomputed(choices: Choices) -> Mapping[str, Any]:
-    """Return what is recomputed, in Megatron's settings, which are both trainers'."""
+def _sizes(choices: Choices, column: int) -> dict[str, str]:
+    """Return the sizes of the layout that are not 1, by names of `_SIZES`; a model without experts spreads none."""
+    layout = choices.plan.layout if choices.plan else Layout(gpus=1)
+    sizes = {size: getattr(layout, size) for size in _SIZES}
+    return {
+        _SIZES[size][column]: f"{value} if spec else 1" if size == "ep" else str(value)
+        for size, value in sizes.items()
+        if value > 1
+    }
+
+
+def _recomputed(choices: Choices) -> dict[str, str]:
+    """Return what is recomputed of the upcycled model, in Megatron's settings, which are both trainers'."""
     values = recomputation(choices.plan.work) if choices.plan else {}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: f"{value!r} if spec else None" for name, value in values.items() if value is not None}
+
+
+_FORMS: dict[str, tuple[str, Callable[[Choices], tuple[list[str], list[str]]]]] = {
+    "nemo": (_NEMO, _of_nemo),
+    "bridge": (_BRIDGE, _of_bridge),
+}
 
 
 def blend_text(texts: Texts, choices: Choices) -> str:
@@ -183,7 +183,10 @@ def write_files(folder: Path, files: Mapping[str, str], go_on: Callable[[], str]
     if differing := [name for name, text in there.items() if text != files[name]]:
         fix = f"go on with what is there: {go_on()}; or give another --dir, or delete {' and '.join(differing)}"
         raise UpcycleError(
-            f"--dir {folder}", got=f"{' and '.join(differing)} with other content", expected="none, or the same", fix=fix
+            f"--dir {folder}",
+            got=f"{' and '.join(differing)} with other content",
+            expected="none, or the same",
+            fix=fix,
         )
     folder.mkdir(parents=True, exist_ok=True)
     for name in files.keys() - there.keys():

@@ -41,8 +41,9 @@ class Parent:
         """Family, parameters, positions and tokenizer."""
         family = find_family(self.arch.hf_class)
         experts = f", {self.arch.num_experts} experts" if self.arch.num_experts else ""
+        title = family.title if family else self.arch.hf_class
         return (
-            f"{family.title if family else self.arch.hf_class}, {short_count(self.arch.total_params)} parameters{experts},"
+            f"{title}, {short_count(self.arch.total_params)} parameters{experts},"
             f" {self.arch.max_positions:,} positions, tokenizer of {self.arch.vocab_size:,}"
         )
 
@@ -57,7 +58,7 @@ def find_model(source: str) -> Parent:
         UpcycleError: there is none, its class is not known, or weights or a tokenizer are missing.
     """
     if source.startswith("nemo://"):
-        fix = f"export it first: nemo-upcycle export {source.removeprefix('nemo://')} FOLDER; then start with that folder"
+        fix = f"export it first: nemo-upcycle export {source.removeprefix('nemo://')} FOLDER; then give that folder"
         raise CheckpointError(
             f"model {source}", got="a NeMo or Megatron checkpoint", expected="a Hugging Face folder", fix=fix
         )
@@ -65,7 +66,9 @@ def find_model(source: str) -> Parent:
     if kind == "asset":
         arch, made = known_parent(source), cached_asset(name)
         if arch is None:
-            raise UpcycleError(f"model {source}", got="no model to start from", expected="another", fix="give a folder")
+            raise UpcycleError(
+                f"model {source}", got="no model to start from", expected="another", fix="give a folder"
+            )
         return Parent(source, arch, made if is_complete(made) else None)
     folder = tokenizer_folder(source) if kind == "hub" else Path(name).absolute()
     arch = read_architecture(folder)

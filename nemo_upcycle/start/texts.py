@@ -92,7 +92,7 @@ class Texts:
         raise UpcycleError(
             "texts",
             got=f"{len(self.sample):,} documents, about {self.tokens:,} tokens",
-            expected=f"enough to hold some back and train on more than {_SEQUENCES} sequences of {seq_length:,} tokens",
+            expected=f"enough to hold some back, and more than {_SEQUENCES} sequences of {seq_length:,} tokens",
             fix="give more texts, or cut long ones into several documents",
         )
 

@@ -32,12 +32,13 @@ def sample(request: Mapping[str, Any]) -> dict[str, Any]:
             a `tokenizer.json` or None.
 
     Returns:
-        `documents` (id and bytes of each), `lost` (reason -> how many, and the first place), `fields` (of records
-        without a text: field -> characters), `read_bytes` (of each file; None: all of it), `tokens_per_byte`.
+        `documents` (id and bytes of each), `lost` (reason -> how many, and the first place), `fields` (of the first
+        file with records without a text: field -> characters), `read_bytes` (of each file; None: all of it),
+        `tokens_per_byte`.
     """
     documents: list[tuple[str, int]] = []
     lost: dict[str, tuple[int, str]] = {}
-    fields: Counter[str] = Counter()
+    fields, lacking = Counter[str](), request["files"][0]
     read_bytes: list[int | None] = []
     texts: list[str] = []
     total_bytes = characters = 0
@@ -45,7 +46,7 @@ def sample(request: Mapping[str, Any]) -> dict[str, Any]:
         options = {**FORMATS[file["reader"]].defaults, **file["options"]}
         file_bytes, is_whole = 0, True
         try:
-            for place, identity, size_bytes, record in records_of(file["path"], file["name"], file["reader"], options):
+            for place, identity, size_bytes, record in _records(file, options):
                 if len(documents) + sum(count for count, _ in lost.values()) >= request["documents"]:
                     is_whole = False
                     break
@@ -54,7 +55,8 @@ def sample(request: Mapping[str, Any]) -> dict[str, Any]:
                 if mistake or not isinstance(record, dict):
                     count, first = lost.get(mistake, (0, place))
                     lost[mistake] = count + 1, first
-                    fields.update(texts_there(record) if isinstance(record, dict) else {})
+                    if isinstance(record, dict) and not fields:
+                        fields, lacking = Counter(texts_there(record)), file
                     continue
                 documents.append((own_identity(identity, record, options), len(content)))
                 total_bytes += len(content)
@@ -66,8 +68,8 @@ def sample(request: Mapping[str, Any]) -> dict[str, Any]:
         read_bytes.append(None if is_whole else file_bytes)
         if not is_whole or total_bytes >= request["bytes"]:
             break
-    if fields and not documents:  # a column of Parquet says nothing of its texts before it is read
-        fields = Counter({name: _length(request["files"][0], name) for name in fields})
+    # A column of Parquet says nothing of its texts before it is read.
+    fields = Counter({name: _length(lacking, name) for name in fields})
     return {
         "documents": documents,
         "lost": lost,
@@ -77,10 +79,14 @@ def sample(request: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _records(file: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    return records_of(file["path"], file["name"], file["reader"], options)
+
+
 def _length(file: Mapping[str, Any], field: str) -> int:
     """Count the characters of a field in the first documents of a file."""
     options = {**FORMATS[file["reader"]].defaults, **file["options"], "text_key": field}
-    first = islice(records_of(file["path"], file["name"], file["reader"], options), _MEASURED)
+    first = islice(_records(file, options), _MEASURED)
     return sum(len(text_of(record, options)[0]) for *_, record in first)
 
 

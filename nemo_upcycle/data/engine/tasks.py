@@ -96,9 +96,7 @@ class EnginePlan:
         files: dict[str, list[str]] = {}
         for task in self.tasks:
             files.setdefault(task.source, []).extend(task.files)
-        return {
-            (source, file): name for source, paths in files.items() for file, name in names_inside(paths).items()
-        }
+        return {(source, file): name for source, paths in files.items() for file, name in names_inside(paths).items()}
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe everything that must be equal to continue the work of an earlier run."""

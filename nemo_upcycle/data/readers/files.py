@@ -10,7 +10,6 @@ from nemo_upcycle.data.readers import InputFile, Place, Reader, format_of, reada
 from nemo_upcycle.errors import UpcycleError
 
 
-
 @register
 class Files(Reader):
     """Files that patterns and addresses name, each read by the format that its name ends in."""
