@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         wanted = Wanted(given_spec(args), args.trainer, args.gpus, args.gpu, args.steps)
         choices = tried(choose, parent, texts, trainer or ("nemo", ""), wanted)
     folder = args.dir or Path("runs") / (parent.name if parent else "")
-    if choices:
+    if choices and not args.gpus:  # those that are asked for may be a cluster's
         problems += shortages(choices, folder)
     if problems or not (parent and texts and choices):
         raise _joined(problems, args)
