@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -39,7 +38,7 @@ EPILOG = """examples:
 
 It writes recipe.py and blend.yaml, to be edited, and never over others; the command that it prints runs the chain:
 import, data, check of step 0, training, dense baseline, export, evaluation on held-out text of yours, report.
-exit status: 0 written, with --yes also run; 1 the run ended early; 2 something is missing, all of it named."""
+exit status: 0 written, with --yes also run; 1 the run did not finish; 2 something is missing, all of it named."""
 _T = TypeVar("_T")
 
 
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     problems += _missing_packages()
     choices: Choices | None = None
     if parent and texts:
-        wanted = Wanted(given_spec(args), args.trainer, args.gpus, args.gpu, args.steps)
+        wanted = Wanted(given_spec(args), args.gpus, args.gpu, args.steps)
         choices = tried(choose, parent, texts, trainer or ("nemo", ""), wanted)
     folder = args.dir or Path("runs") / (parent.name if parent else "")
     if choices and not args.gpus:  # those that are asked for may be a cluster's
@@ -97,19 +96,15 @@ def run(args: argparse.Namespace) -> int:
     paths = [str(folder / name) for name in files]
     answer: dict[str, Any] = found | {"choices": chosen, "forecast": forecast, "files": paths, "command": command}
     lines = [*in_columns([*found.items()]), "", *in_columns(choices.rows), "", *in_columns([*forecast.items()])]
-    lines += [
-        "",
-        f"{'written' if is_new else 'there already, the same'}: {', '.join(paths)}",
-        "",
-        f"run it:  {command}",
-    ]
+    verb = "written" if is_new else "there already, the same"
+    lines += ["", f"{verb}: {', '.join(paths)}", "", f"run it:  {command}"]
     show(args, answer, "\n".join(lines))
     if not args.yes:
         return 0
     sys.stdout.flush()
     path = os.pathsep.join(filter(None, [str(folder.absolute()), os.environ.get("PYTHONPATH")]))
     words = [program(), *run_words(folder.absolute(), parent, choices)[1:]]
-    return min(1, subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, check=False).returncode)
+    os.execve(words[0], words, os.environ | {"PYTHONPATH": path})  # signals are the chain's from here on
 
 
 def _missing_packages() -> list[UpcycleError]:

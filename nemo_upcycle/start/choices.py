@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ _LAYOUTS = 100
 _CPU_BYTES, _PROGRAM_BYTES = 18, 2 << 30
 #: Bytes of a parameter in the folders of step 0 and of the export.
 _MODEL_BYTES = 2
+#: Where NVIDIA's driver lists its GPUs.
 _PROC = Path("/proc/driver/nvidia/gpus")
 
 
@@ -49,14 +50,12 @@ class Wanted:
 
     Attributes:
         spec: fields of the UpcycleSpec.
-        trainer: `nemo` or `bridge`.
         gpus: number of GPUs; 0: a trial on the CPU.
         gpu: kind of the GPUs.
         steps: steps of the training.
     """
 
     spec: Mapping[str, Any]
-    trainer: str | None = None
     gpus: int | None = None
     gpu: str | None = None
     steps: int | None = None
@@ -137,6 +136,7 @@ def choose_trainer(wanted: str | None) -> tuple[str, str]:
 
 
 def _has(module: str) -> bool:
+    """Return whether a module is installed, without importing the package around it."""
     top, _, inside = module.partition(".")
     found = find_spec(top)
     places = found.submodule_search_locations or () if found else ()
@@ -159,8 +159,9 @@ def spec_of(parent: Parent, fields: Mapping[str, Any]) -> tuple[UpcycleSpec, dic
     """
     if experts := parent.arch.num_experts:
         count = fields.get("num_experts", 2 * experts)
-        spec = growth_spec(parent.arch, count, fields.get("top_k"))
-        stated = {"num_experts": count, "top_k": spec.top_k, "moe_layers": spec.moe_layers}
+        spec, usual = growth_spec(parent.arch, count, fields.get("top_k")), UpcycleSpec()
+        stated = {name: value for name, value in asdict(spec).items() if value != getattr(usual, name)}
+        stated = {"num_experts": count, "top_k": spec.top_k} | stated
     else:
         stated = {"num_experts": 8, "top_k": 2} | dict(fields)
         spec = UpcycleSpec(**stated)

@@ -162,7 +162,8 @@ def blend_text(texts: Texts, choices: Choices) -> str:
     if held := choices.hold_out:
         content |= {"hold_out": {"validation": held.share, "heldout": held.share}, "seed": held.seed}
     told = "# The texts of this run, by `nemo-upcycle start`, to be edited; `hold_out` is not trained on.\n"
-    return told + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return told + text
 
 
 def write_files(folder: Path, files: Mapping[str, str], go_on: Callable[[], str]) -> bool:
