@@ -18,6 +18,7 @@ __all__ = ["parent_folder", "texts_folder"]
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "_has", lambda module: module == "nemo")
     monkeypatch.setattr("nemo_upcycle.cli.start.find_spec", lambda name: name)
+    monkeypatch.setattr("nemo_upcycle.cli.start.shortages", lambda *_: ())
 
 
 def test_it_writes_two_files_and_says_how_to_go_on(parent_folder: Path, texts_folder: Path, command: Command) -> None:
