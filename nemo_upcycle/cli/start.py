@@ -124,7 +124,8 @@ def _forecast(choices: Choices) -> dict[str, str]:
     if plan:
         gib = plan.request.gpu.memory_gib
         rows["memory"] = f"{plan.memory.total / GIB:.0f} of {gib:g} GiB a GPU: {plan.verdict}"
-        rows["time"] = f"{plan.hours:,.1f} h, {plan.gpu_hours:,.0f} GPU-hours; the baseline less"
+        took = f"{plan.hours:,.1f} h" if plan.hours >= 1 else f"{60 * plan.hours:.0f} min"
+        rows["time"] = f"{took}, {plan.gpu_hours:,.1f} GPU-hours; the baseline less"
     else:
         rows["memory"] = f"about {choices.needed_memory_bytes / GIB:.1f} GiB of this machine"
     return rows | {"disk": f"about {choices.needed_disk_bytes / GIB:.1f} GiB"}

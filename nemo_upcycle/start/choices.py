@@ -105,9 +105,9 @@ class Choices:
 
     @property
     def needed_disk_bytes(self) -> int:
-        """Bytes of the run's folder: the last checkpoints of both trainings, one being written, step 0 and export."""
-        at_once = 3 if self.plan else 1
-        states = checkpoint_bytes(self.arch) * at_once + checkpoint_bytes(self.dense) * (at_once - bool(self.plan))
+        """Bytes of the run's folder: the last checkpoint of both trainings, one being written, step 0 and export."""
+        at_once = 2 if self.steps > paper.CHECKPOINT_STEPS else 1
+        states = checkpoint_bytes(self.arch) * at_once + checkpoint_bytes(self.dense)
         return states + 2 * _MODEL_BYTES * self.arch.total_params
 
     @property

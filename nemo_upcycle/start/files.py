@@ -19,6 +19,7 @@ from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.start.choices import Choices
 from nemo_upcycle.start.parent import Parent
 from nemo_upcycle.start.texts import Texts
+from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.commands import recomputation
 
 
@@ -99,7 +100,7 @@ def recipe_text(parent: Parent, choices: Choices) -> str:
         "micro_batch": choices.plan.layout.micro_batch if choices.plan else 1,
         "validate_every": every if choices.plan is None else min(every, 500),
         "validations": 1 if choices.plan is None else 8,
-        "save_every": choices.steps if choices.plan is None else min(choices.steps, 1000),
+        "save_every": min(choices.steps, paper.CHECKPOINT_STEPS),
         "run": RUN,
         "blend": BLEND,
     }

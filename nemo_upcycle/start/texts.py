@@ -117,7 +117,8 @@ def find_texts(name: str | None, tokenizer: Path | None) -> Texts:
         fix = "give a file, a folder, or a pattern in quotes"
         raise UpcycleError(f"texts {name}", got=got, expected=readable(), fix=fix)
     blend = read_blend(name)
-    files = filled_files(ONLY, check_files(blend, ONLY)["train"])
+    files = check_files(blend, ONLY)["train"]
+    filled_files(ONLY, files)
     own = tokenizer / "tokenizer.json" if tokenizer else None
     sample: dict[str, Any] = {"documents": _SAMPLED, "tokenizer": own if own and own.is_file() else None}
     look = look_at(files, **sample)
@@ -129,7 +130,7 @@ def find_texts(name: str | None, tokenizer: Path | None) -> Texts:
     config = blend.config.sources[ONLY]
     sizes = [file.size_bytes or 0 for file in files]
     rate = look.tokens_per_byte or 1 / _BYTES_A_TOKEN
-    is_whole = len(look.read_bytes) == len(files) and None is look.read_bytes[-1]
+    is_whole = len(look.read_bytes) == len(files) and look.read_bytes[-1] is None
     sampled = sum(size for _, size in look.documents)
     text_bytes = sampled if is_whole else sampled * _growth(look, sizes, [file.path for file in files])
     documents = round(len(look.documents) * text_bytes / sampled)
@@ -154,4 +155,4 @@ def _growth(look: Look, sizes: list[int], paths: list[str]) -> float:
             packed = _PACKED if path.endswith((*COMPRESSED, ".parquet")) else 1.0
             yield size if read_bytes is None else min(size, read_bytes / packed)
 
-    return sum(sizes) / max(1.0, sum(read()))
+    return max(1.0, sum(sizes) / max(1.0, sum(read())))
