@@ -223,9 +223,11 @@ def update_blend(
 
 
 def noted_options(output: Path, source: str) -> dict[str, Any]:
-    """Return the options of a source that a folder was made with, or begun with; nothing of another's folder."""
-    begun = output / BUILD / MADE_FROM
-    made_from = read_json(marker_of(output)).get("made_from") if is_complete(output) else _noted(begun)
+    """Return the options of a source that a folder was made with; nothing where no text was read, or of another's."""
+    if is_complete(output):
+        made_from = read_json(marker_of(output)).get("made_from")
+    else:
+        made_from = _noted(output / BUILD / MADE_FROM) if (output / BUILD / BEGUN).is_file() else {}
     return dict(_with_defaults(made_from).get("blend", {}).get("sources", {}).get(source, {}).get("options", {}))
 
 
