@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.cli.common import folder_to_make, require_overrides, show
-from nemo_upcycle.data.blend import Blend, read_blend
+from nemo_upcycle.data.blend import ONLY, Blend, is_pattern, only_source, read_blend
+from nemo_upcycle.data.first_look import with_text_field
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.conf import packaged, packaged_names
+from nemo_upcycle.utils.files import is_complete
 
 
 if TYPE_CHECKING:
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
 EPILOG = f"""examples:
   nemo-upcycle data sotu runs/data tokenizer=asset://smollm2-135m
   nemo-upcycle data blend.yaml /data/blend tokenizer=/models/Llama-3-8B seq_length=4096 --workers 16
-  nemo-upcycle data mine.jsonl /data/mine tokenizer=/models/Llama-3-8B sources.texts.options.text_key=content
+  nemo-upcycle data /texts /data/mine tokenizer=/models/Llama-3-8B
+  nemo-upcycle data '/texts/*.jsonl.gz' /data/mine tokenizer=/models/Llama-3-8B sources.texts.options.text_key=content
   nemo-upcycle data fineweb_edu_academic_7_3 /data/web --slurm cpu --time 24:00:00
   nemo-upcycle data blend.yaml /data/blend --check
 
@@ -36,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "blend",
         metavar="BLEND",
-        help=f"{', '.join(packaged_names('data'))}, a YAML file, or texts (.jsonl, .txt, .parquet)",
+        help=f"{', '.join(packaged_names('data'))}, a YAML file, or texts: a folder, a file or a pattern in quotes"
+        " (.jsonl, .txt, .parquet, compressed or not)",
     )
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make, which all workers share")
     parser.add_argument(
@@ -59,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
+    _require_one(args)
     require_overrides(args)
     options = _engine_options(args)
-    blend = read_blend(args.blend, args.overrides)
+    blend = _blend_of(args)
     if args.check:
         return _check(args, blend)
     from nemo_upcycle.data.build import build_blend, changed_files, update_blend
@@ -75,6 +81,35 @@ def run(args: argparse.Namespace) -> int:
     if changes:
         sys.stderr.write(f"{changes_text(changes, args.output)}: add --update to build it again\n")
     return 1 if changes else 0
+
+
+def _require_one(args: argparse.Namespace) -> None:
+    """Refuse the files of a pattern that the shell wrote out, and texts that are not there."""
+    others = [word for word in (str(args.output), *args.overrides) if "=" not in word]
+    if len(others) > 1 and all(Path(word).exists() for word in (args.blend, *others[:-1])):
+        fix = "write the pattern in quotes, or name a folder"
+        raise UpcycleError("texts", got=f"{len(others)} files or folders", expected="one name", fix=fix)
+    is_path = os.sep in args.blend and "://" not in args.blend and not is_pattern(args.blend)
+    if is_path and not Path(args.blend).expanduser().exists() and not is_complete(args.output):
+        raise UpcycleError(f"texts {args.blend}", got="no such file or folder", expected="one", fix="check the path")
+
+
+def _blend_of(args: argparse.Namespace) -> Blend:
+    """Read the blend; of texts that are given in its place find the field that holds them, and say so."""
+    blend = read_blend(args.blend, args.overrides)
+    if not only_source(args.blend):
+        return blend
+    from nemo_upcycle.data.build import noted_options
+    from nemo_upcycle.data.inputs import check_files
+
+    if made_with := noted_options(args.output, ONLY):
+        words = [f"sources.{ONLY}.options.{name}={value}" for name, value in made_with.items()]
+        return read_blend(args.blend, [*words, *args.overrides])
+    blend, field = with_text_field(blend, ONLY, check_files(blend, ONLY)["train"])
+    if field:
+        setting = f"sources.{ONLY}.options.text_key={field}"
+        sys.stderr.write(f"source {ONLY}: no field `text`; its texts are in `{field}` ({setting})\n")
+    return blend
 
 
 def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:

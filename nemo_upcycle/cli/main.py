@@ -23,6 +23,7 @@ from nemo_upcycle.utils.masking import without_secrets
 #: name -> what it does; `nemo_upcycle/cli/NAME.py` has `EPILOG` (with examples), `add_arguments(parser)` and
 #: `run(args) -> exit status`
 COMMANDS = {
+    "start": "a model and texts -> recipe, blend and forecast; with --yes a trained MoE and its report",
     "plan": "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU",
     "advise": "go on dense, upcycle, or an MoE from nothing: costs, what was measured near, and what the law says",
     "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",

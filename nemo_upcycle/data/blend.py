@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, read_conf
+from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, packaged_names, read_conf
 from nemo_upcycle.utils.validation import one_of, valid
 
 
@@ -19,6 +20,10 @@ SPLITS = ("train", "validation", "heldout")
 ON_HIT = ("cut", "drop")
 #: What can be replaced in texts: e-mail and IP addresses, numbers of cards and of the USA's social security.
 PII = ("email", "ip", "card", "ssn")
+#: The one source of texts that are given in place of a blend.
+ONLY = "texts"
+#: What makes a path a pattern.
+GLOB = "*?["
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 
@@ -141,8 +146,8 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
     """Read a blend.
 
     Args:
-        name: one of the package's own in `conf/data` (`sotu`, `fineweb_edu_academic_7_3`, ...), a YAML file, or a file
-            of texts, which is then its one source `texts`.
+        name: one of the package's own in `conf/data` (`sotu`, `fineweb_edu_academic_7_3`, ...), a YAML file, or texts,
+            see `only_source`.
         overrides: `key=value`, as in `sources.web.weight=0.8`.
 
     Raises:
@@ -152,11 +157,10 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
         >>> read_blend("sotu").config.sources["speeches"].reader
         'sotu'
     """
-    from nemo_upcycle.data.readers import format_of  # slow
-
     path = Path(name).expanduser().absolute()
-    alone = {"sources": {"texts": {"train": [str(path)]}}}
-    conf = Conf(alone, path, path.parent) if format_of(path.name) else read_conf("data", name, "blend")
+    entries = only_source(name)
+    alone = {"sources": {ONLY: {"train": entries}}}
+    conf = Conf(alone, path, path.parent) if entries else read_conf("data", name, "blend")
     known = conf.content.get("sources")
     for override in overrides:
         named = re.match(r"sources\.([^.=]+)", override)
@@ -172,4 +176,32 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
         raise UpcycleError(
             f"{conf.path}: near_duplicates", got="deduplicate: false", expected="deduplicate: true", fix=fix
         )
-    return Blend(conf.path.stem, conf.folder, config)
+    file = conf.path if not is_pattern(conf.path.name) else conf.path.parent
+    return Blend(file.stem, conf.folder, config)
+
+
+def only_source(name: str | Path) -> list[str]:
+    """Return what is trained on where texts are given in place of a blend, as its source `texts`; nothing for a blend.
+
+    Args:
+        name: a file of texts, a pattern or address of some, or a folder, whose files of all kinds are read.
+
+    Raises:
+        UpcycleError: a folder has no file of texts.
+    """
+    from nemo_upcycle.data.readers import format_of, readable, suffix_of  # slow
+
+    text, path = str(name), Path(name).expanduser().absolute()
+    if path.suffix in (".yaml", ".yml") or text in packaged_names("data"):
+        return []
+    if not path.is_dir():
+        return [text if "://" in text else str(path)] if format_of(text) or is_pattern(text) else []
+    ends = {suffix_of(file) for _, _, files in os.walk(path, followlinks=True) for file in files} - {""}
+    if not ends:
+        raise UpcycleError(f"folder {path}", got="no file of texts", expected=readable(), fix="name another folder")
+    return [f"{path}/**/*{end}" for end in sorted(ends)]
+
+
+def is_pattern(text: str) -> bool:
+    """Return whether a path stands for all that it matches."""
+    return any(mark in text for mark in GLOB)

@@ -27,7 +27,16 @@ from nemo_upcycle.data.engine.lines import is_address
 from nemo_upcycle.data.engine.tasks import BEGUN
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
 from nemo_upcycle.data.finished import BUILD, FORMAT, MANIFEST, TOKENIZER
-from nemo_upcycle.data.inputs import NGRAMS, InputFile, list_inputs, make_plan, reader_of, require_disjoint
+from nemo_upcycle.data.first_look import check_texts
+from nemo_upcycle.data.inputs import (
+    NGRAMS,
+    InputFile,
+    check_files,
+    list_inputs,
+    make_plan,
+    reader_of,
+    require_disjoint,
+)
 from nemo_upcycle.data.losses import size_check
 from nemo_upcycle.data.made_from import Stamp, cached_folder, compare, named_tokenizer, require_same, stamps
 from nemo_upcycle.data.manifest import (
@@ -58,7 +67,7 @@ MADE_FROM = "made_from.json"
 
 @dataclass(frozen=True)
 class CheckedBlend:
-    """A blend whose inputs, tokenizer and engine were checked; no document was read.
+    """A blend whose inputs, tokenizer and engine were checked; of each source some documents were read.
 
     Attributes:
         inputs: the files of every source and split.
@@ -72,14 +81,15 @@ class CheckedBlend:
 
 
 def check_blend(blend: Blend, work: Path) -> CheckedBlend:
-    """Check everything that can be checked before documents are read.
+    """Check everything that can be checked before all documents are read.
 
     Args:
         blend: the blend.
         work: folder for academic splits that have to be rendered.
 
     Raises:
-        UpcycleError: a pattern matches nothing, the tokenizer or the data environment is missing, ...
+        UpcycleError: a pattern matches nothing, the tokenizer or the data environment is missing, the first documents
+            of a source hold no text, ...
     """
     named = named_tokenizer(blend.config.tokenizer)
     check_suites(blend.config.decontaminate, blend.config.decontaminate_without)
@@ -87,6 +97,9 @@ def check_blend(blend: Blend, work: Path) -> CheckedBlend:
     tokenizer = tokenizer_folder(named)
     inputs = {source: list_inputs(blend, source, work) for source in blend.config.sources}
     require_disjoint(inputs)
+    for source, splits in inputs.items():
+        if not reader_of(blend, source).renders:
+            check_texts(blend, source, splits["train"])
     return CheckedBlend(inputs, tokenizer, engine)
 
 
@@ -209,6 +222,15 @@ def update_blend(
     return describe_anew(blend, output)
 
 
+def noted_options(output: Path, source: str) -> dict[str, Any]:
+    """Return the options of a source that a folder was made with; nothing where no text was read, or of another's."""
+    if is_complete(output):
+        made_from = read_json(marker_of(output)).get("made_from")
+    else:
+        made_from = _noted(output / BUILD / MADE_FROM) if (output / BUILD / BEGUN).is_file() else {}
+    return dict(_with_defaults(made_from).get("blend", {}).get("sources", {}).get(source, {}).get("options", {}))
+
+
 def cached_blend(name: str, dense: str) -> Path:
     """Return the folder of a blend that is tokenised for a dense model, built once, in the cache.
 
@@ -231,15 +253,6 @@ def _stamps(blend: Blend, source: str) -> list[Stamp]:
     """Note path, size and time of the user's own files of a source."""
     files = [Path(file.path) for split in check_files(blend, source).values() for file in split]
     return stamps(path for path in files if path.is_file())
-
-
-def check_files(blend: Blend, source: str) -> dict[str, list[InputFile]]:
-    """Return the files of a source that names files; nothing for one that has to be fetched or rendered first.
-
-    Raises:
-        UpcycleError: see `list_inputs`.
-    """
-    return {} if reader_of(blend, source).renders else list_inputs(blend, source, Path())
 
 
 def _require_ours(output: Path, made_from: dict[str, Any]) -> None:

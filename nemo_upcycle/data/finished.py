@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_upcycle.data.indexed_dataset import AGAIN, tokens_of
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, read_json_lines, require_complete, resolved
 from nemo_upcycle.utils.schema import require_known
@@ -289,6 +288,8 @@ def open_blend(folder: str | Path) -> FinishedBlend:
 
 
 def _measured(folder: Path, what: str, split: dict[str, Any]) -> dict[str, int]:
+    from nemo_upcycle.data.indexed_dataset import AGAIN, tokens_of  # numpy
+
     tokens = {prefix: tokens_of(folder / prefix) for prefix in split["prefixes"]}
     if sum(tokens.values()) != split["tokens"]:
         raise UpcycleError(

@@ -8,13 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.blend import SPLITS, Blend
+from nemo_upcycle.data.blend import SPLITS, Blend, is_pattern
 from nemo_upcycle.data.copies import copied_files
 from nemo_upcycle.data.engine.encodings import is_plain
 from nemo_upcycle.data.engine.tasks import MAX_TASKS
 from nemo_upcycle.data.finished import BUILD, TOKENIZER
 from nemo_upcycle.data.readers import READERS, InputFile, Place, Reader
-from nemo_upcycle.data.readers.files import GLOB
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.suite_config import folders_of_suite
 from nemo_upcycle.utils.cache import cache_folder
@@ -58,6 +57,15 @@ def list_named(blend: Blend, source: str, work: Path) -> dict[str, list[InputFil
     }
 
 
+def check_files(blend: Blend, source: str) -> dict[str, list[InputFile]]:
+    """Return the files of a source that names files; nothing for one that has to be fetched or rendered first.
+
+    Raises:
+        UpcycleError: see `list_inputs`.
+    """
+    return {} if reader_of(blend, source).renders else list_inputs(blend, source, Path())
+
+
 def reader_of(blend: Blend, source: str) -> Reader:
     """Return the reader of a source.
 
@@ -83,7 +91,7 @@ def folders_of(blend: Blend) -> list[Path]:
         entries = [entry for split in SPLITS for entry in getattr(config, split)]
         named = reader_of(blend, source).paths(entries, config.options)
         for path in (here / Path(entry).expanduser() for entry in named if "://" not in entry):
-            fixed = list(itertools.takewhile(lambda part: not any(mark in part for mark in GLOB), path.parts))
+            fixed = list(itertools.takewhile(lambda part: not is_pattern(part), path.parts))
             folder = Path(*fixed)
             folders.append(folder if len(fixed) < len(path.parts) or folder.is_dir() else folder.parent)
     folders += [folder for suite in blend.config.decontaminate for folder in folders_of_suite(suite)]

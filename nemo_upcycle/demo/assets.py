@@ -13,8 +13,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
-
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import cache_folder, writable_cache
 from nemo_upcycle.utils.files import (
@@ -129,6 +127,8 @@ def fetch_asset(name: str) -> Path:
         >>> fetch_asset("mmlu").name  # doctest: +SKIP
         'mmlu.jsonl'
     """
+    from filelock import FileLock  # slow
+
     asset = ASSETS[name]
     folder = asset_folder(name, cache_folder())
     result = folder / PurePosixPath(asset.member).name

@@ -8,12 +8,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.build import check_files
 from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.finished import open_blend
-from nemo_upcycle.data.inputs import require_disjoint
+from nemo_upcycle.data.inputs import check_files, require_disjoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS
 from nemo_upcycle.pipeline.executors.base import is_local

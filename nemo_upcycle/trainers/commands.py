@@ -62,7 +62,7 @@ def _parallelism(layout: Layout, upcycled: bool) -> dict[str, Any]:
     return settings
 
 
-def _recomputation(work: Workload) -> dict[str, Any]:
+def recomputation(work: Workload) -> dict[str, Any]:
     """Write what is recomputed in Megatron's settings; None where one has no value."""
     names = ("granularity", "modules", "method", "num_layers")
     values: tuple[Any, ...] = ("selective", work.recompute.split(","), None, None)
@@ -184,7 +184,7 @@ class NeMoCommands(Commands):
         if work.precision in FP8_RECIPES and not takes_arguments:
             settings |= {f"trainer.plugins.{name}": value for name, value in _fp8_settings(work).items()}
         if work.recompute != "moe" or not takes_arguments:
-            again = {f"model.config.{name}": value for name, value in _recomputation(work).items()}
+            again = {f"model.config.{name}": value for name, value in recomputation(work).items()}
             settings |= {name: value for name, value in again.items() if value is not None}
         call = f"{recipe.name}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
         words = [f"{name}={value}" for name, value in settings.items()]
@@ -231,7 +231,7 @@ class BridgeCommands(Commands):
             model |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": work.dispatcher}
         if work.dispatcher == "ncclep":
             model["moe_expert_rank_capacity_factor"] = work.imbalance
-        model |= {name: value for name, value in _recomputation(work).items() if value is not None}
+        model |= {name: value for name, value in recomputation(work).items() if value is not None}
         settings = {f"model.{name}": self.word(value) for name, value in model.items()} | {
             "dataset.seq_length": work.seq_length,
             "train.global_batch_size": work.global_batch,

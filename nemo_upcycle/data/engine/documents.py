@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
 from xxhash import xxh3_128
 
-from nemo_upcycle.data.engine.encodings import MOST_BAD, count_bad
 from nemo_upcycle.data.engine.ledger import LedgerStep
-from nemo_upcycle.data.engine.lines import NOT_TEXT, NOT_THERE, OtherFormatError, open_to_seek, size_of
+from nemo_upcycle.data.engine.lines import NOT_THERE, open_to_seek, size_of
+from nemo_upcycle.data.engine.records import identity_of, own_identity, records_of, split_of, text_of, texts_there
 from nemo_upcycle.data.readers import FORMATS, NO_FIELD
 
 
@@ -37,7 +35,7 @@ class ReadDocuments(LedgerStep):
                 self.ledger.files[file] = {"bytes": stored, **_modified(file), "whole": False}
                 start, stop, _ = options.get("part", (0, stored, 1))
                 texts = self.ledger.texts[file] = xxh3_128()
-                for place, identity, size_bytes, record in _records(file, name, task.reader, options):
+                for place, identity, size_bytes, record in records_of(file, name, task.reader, options):
                     if size_bytes is None and stop is not None:
                         size_bytes = max(0, stop - start - (self.ledger.bytes_in - before))
                     self.ledger.records_in += 1
@@ -55,7 +53,7 @@ class ReadDocuments(LedgerStep):
 
     def _lost(self, file: str, reason: str, size_bytes: int | None, error: BaseException) -> None:
         self.ledger.records_in += 1
-        identity = _identity(self._name(file), 0, self.ledger.task.reader)
+        identity = identity_of(self._name(file), 0, self.ledger.task.reader)
         self.ledger.lost(reason, identity, f"{file}:0", size_bytes, message=str(error)[:200])
 
     def _name(self, file: str) -> str:
@@ -65,25 +63,16 @@ class ReadDocuments(LedgerStep):
         self, place: str, identity: str, record: dict[str, Any] | str, options: dict[str, Any], texts: xxh3_128
     ) -> Document | str:
         """Return the document, whose text is added to `texts`, or its mistake."""
-        if isinstance(record, str):
-            return record
-        key = options.get("text_key", "text")
-        text = record.get(key)
-        if not isinstance(text, str):
-            if text is None and len(self.ledger.fields) < _MOST_FIELDS:
-                texts_there = {name: len(value) + 1 for name, value in record.items() if isinstance(value, str)}
-                self.ledger.fields.update(texts_there)
-            return f"{NO_FIELD} {key}" if text is None else f"{key} is no text"
-        own = record.get(options.get("id_key", "id"))
-        if own is not None:  # two documents may have the same id
-            identity = f"{own}@{identity}"
-        content = text.encode()
-        if bad := count_bad(text, content):
-            if bad > MOST_BAD * len(text):
-                return NOT_TEXT
-            if nuls := content.count(0):
-                self.ledger.note("read", "NULs", identity, place, nuls)
-                text, content = text.replace("\0", ""), content.replace(b"\0", b"")
+        text, content, mistake = text_of(record, options)
+        if mistake:
+            if mistake.startswith(NO_FIELD) and isinstance(record, dict) and len(self.ledger.fields) < _MOST_FIELDS:
+                self.ledger.fields.update(texts_there(record))
+            return mistake
+        assert isinstance(record, dict)
+        identity = own_identity(identity, record, options)
+        if nuls := content.count(0):
+            self.ledger.note("read", "NULs", identity, place, nuls)
+            text, content = text.replace("\0", ""), content.replace(b"\0", b"")
         texts.update(content)
         texts.update(b"\0")
         about = {"where": place, "bucket": record.get("bucket"), "bytes": len(content)}
@@ -91,15 +80,7 @@ class ReadDocuments(LedgerStep):
 
     def _split(self, identity: str) -> str:
         plan = self.ledger.plan
-        if self.ledger.task.split:
-            return self.ledger.task.split
-        digest = blake2b(f"{plan.seed}:{identity}".encode(errors="surrogatepass"), digest_size=8).digest()
-        place = int.from_bytes(digest, "big") / 2**64
-        for split, share in sorted(plan.hold_out.items()):
-            if place < share:
-                return split
-            place -= share
-        return "train"
+        return self.ledger.task.split or split_of(identity, plan.seed, plan.hold_out)
 
     def _listed_duplicates(self, url: str | None) -> set[int]:
         """Return the rows, from 0, that RedPajama's list of duplicates of a file names."""
@@ -120,27 +101,3 @@ class ReadDocuments(LedgerStep):
 def _modified(file: str) -> dict[str, int]:
     """Return when a file of this machine was changed last, by which later commands see that it is another one."""
     return {} if "://" in file else {"modified_ns": Path(file).stat().st_mtime_ns}
-
-
-def _records(
-    file: str, name: str, format: str, options: dict[str, Any]
-) -> Iterator[tuple[str, str, int | None, dict[str, Any] | str]]:
-    """Yield the place of every record of a file, its id, its bytes, and the object there or what is wrong with it.
-
-    Bytes of None are all that the file has left.
-
-    Args:
-        file: a path or fsspec URL.
-        name: name of the file inside its source.
-        format: format by the file's name; the bytes may have another.
-        options: options of the format.
-    """
-    try:
-        for line, size_bytes, record in FORMATS[format].read(file, options):
-            yield f"{file}:{line}", _identity(name, line, format), size_bytes, record
-    except OtherFormatError as other:
-        yield from _records(file, name, str(other), options)
-
-
-def _identity(name: str, line: int, format: str) -> str:
-    return name if FORMATS[format].is_document else f"{name}:{line}"

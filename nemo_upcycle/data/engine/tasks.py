@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from nemo_upcycle.data.blend import SPLITS
+from nemo_upcycle.data.engine.records import names_inside
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, sha256_file
 
@@ -92,13 +93,10 @@ class EnginePlan:
     @cached_property
     def names(self) -> dict[tuple[str, str], str]:
         """The name of every file inside its source: no document's id depends on where the data lie."""
-        names: dict[tuple[str, str], str] = {}
-        for source in {task.source for task in self.tasks}:
-            parts = [file.split("/") for task in self.tasks if task.source == source for file in task.files]
-            shortest = min(len(file) for file in parts) - 1
-            shared = next((n for n in range(shortest) if len({file[n] for file in parts}) > 1), shortest)
-            names |= {(source, "/".join(file)): "/".join(file[shared:]) for file in parts}
-        return names
+        files: dict[str, list[str]] = {}
+        for task in self.tasks:
+            files.setdefault(task.source, []).extend(task.files)
+        return {(source, file): name for source, paths in files.items() for file, name in names_inside(paths).items()}
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe everything that must be equal to continue the work of an earlier run."""

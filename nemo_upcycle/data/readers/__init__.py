@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+from nemo_upcycle.data.engine.encodings import COMPRESSED
 from nemo_upcycle.data.needs import Need
 
 
@@ -127,8 +128,20 @@ def register(kind: _Kind) -> _Kind:
 
 def format_of(path: str) -> str | None:
     """Return the name of the format that the name of a file ends in; None if it ends in none."""
-    ends = {end: format.name for format in FORMATS.values() for end in format.suffixes if path.endswith(end)}
-    return ends[max(ends, key=len)] if ends else None
+    ends = {end: format.name for format in FORMATS.values() for end in format.suffixes}
+    return ends.get(suffix_of(path))
+
+
+def suffix_of(path: str) -> str:
+    """Return the end of a file's name that says its format, compression included; "" if it says none."""
+    ends = (end for format in FORMATS.values() for end in format.suffixes if path.endswith(end))
+    return max(ends, key=len, default="")
+
+
+def readable() -> str:
+    """List the ends of the names of files that are read."""
+    ends = {end for format in FORMATS.values() for end in format.suffixes if not end.endswith(COMPRESSED)}
+    return f"{', '.join(sorted(ends, key=len))}, compressed or not"
 
 
 for _module in pkgutil.iter_modules(__path__):

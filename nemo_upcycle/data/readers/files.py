@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.engine.encodings import COMPRESSED
-from nemo_upcycle.data.readers import FORMATS, InputFile, Place, Reader, format_of, register
+from nemo_upcycle.data.blend import is_pattern
+from nemo_upcycle.data.readers import InputFile, Place, Reader, format_of, readable, register
 from nemo_upcycle.errors import UpcycleError
-
-
-#: What makes a path a pattern.
-GLOB = "*?["
 
 
 @register
@@ -31,20 +27,15 @@ class Files(Reader):
         for entry in entries:
             matches = sorted(_expand(entry, at.folder))
             if not matches:
-                raise UpcycleError(
-                    f"pattern {entry}",
-                    got="no file",
-                    expected="at least one",
-                    fix="check it; a relative pattern starts from the folder of the YAML file",
-                )
+                is_relative = "://" not in entry and not Path(entry).expanduser().is_absolute()
+                fix = "check it" + "; a relative pattern starts from the folder of the YAML file" * is_relative
+                raise UpcycleError(f"pattern {entry}", got="no file", expected="at least one", fix=fix)
             for path, size_bytes in matches:
                 if (format := format_of(path)) is None:
-                    ends = {end for format in FORMATS.values() for end in format.suffixes}
-                    plain = sorted((end for end in ends if not end.endswith(COMPRESSED)), key=len)
                     raise UpcycleError(
                         f"file {path}",
                         got="another kind",
-                        expected=f"{', '.join(plain)}, compressed or not",
+                        expected=readable(),
                         fix="unpack it" if path.endswith(".zip") else "narrow the pattern",
                     )
                 files[path] = InputFile(path, format, size_bytes, options)
@@ -59,7 +50,7 @@ def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:
     try:
         whole = pattern if is_address else str(folder.absolute() / Path(pattern).expanduser())
         system, root = fsspec.core.url_to_fs(whole)
-        if not any(mark in whole for mark in GLOB):
+        if not is_pattern(whole):
             return [(whole, system.info(root).get("size"))] if system.isfile(root) else []
         matches = system.glob(root, detail=True)
     except FileNotFoundError:

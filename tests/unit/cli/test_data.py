@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.cli.main import _run
+from nemo_upcycle.errors import UpcycleError
 from tests.unit.cli.conftest import refused
+from tests.unit.start.conftest import texts_folder
+
+
+__all__ = ["texts_folder"]
 
 
 @pytest.mark.parametrize(
@@ -22,3 +28,18 @@ def test_overrides_stand_before_and_after_options(tmp_path: Path, words: list[st
     (tmp_path / "mine.yaml").write_text("sources: {mine: {train: ['one.txt']}}\n")
     error = refused("data", str(tmp_path / "mine.yaml"), str(tmp_path / "made"), *words)
     assert (error.subject.rpartition(" ")[2], error.got) == ("seq_length", 1)
+
+
+def test_texts_that_are_not_there_and_a_pattern_without_quotes_are_named(tmp_path: Path) -> None:
+    assert refused("data", str(tmp_path / "nosuch.jsonl"), str(tmp_path / "made")).got == "no such file or folder"
+    names = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    for name in names:
+        Path(name).touch()
+    error = refused("data", *names, str(tmp_path / "made"), "tokenizer=mine")
+    assert (error.got, error.fix) == ("2 files or folders", "write the pattern in quotes, or name a folder")
+
+
+def test_the_field_of_the_texts_is_found_and_kept(texts_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UpcycleError):  # this environment is no engine
+        _run(["data", str(texts_folder.parent / "body.parquet"), str(texts_folder.parent / "made"), "--check"], None)
+    assert "its texts are in `body` (sources.texts.options.text_key=body)" in capsys.readouterr().err

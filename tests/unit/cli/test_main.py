@@ -59,11 +59,12 @@ ADVISE = "advise --model {} --trained-on 15T --gpus 128 --hours 48 --json"
     ("typed", "heavy"),
     [
         ([f"{name} --help" for name in COMMANDS], "torch transformers"),
+        (["start asset://smollm2-135m --gpus 8 --dir FOLDER/run"], "torch numpy filelock"),
         (["plan --recipe llama3_8b_e8t2 --gpus 128 --json"], "torch filelock"),
         ([ADVISE.format("FOLDER")], "torch numpy scipy filelock"),
         ([ADVISE.format("asset://smollm2-135m")], "torch numpy"),
     ],
-    ids=["help", "plan", "advise", "advise of an asset"],
+    ids=["help", "start", "plan", "advise", "advise of an asset"],
 )
 def test_it_answers_without_what_takes_time_to_import(tmp_path: Path, typed: list[str], heavy: str) -> None:
     made = tmp_path / "cache/dense/smollm2-135m"  # an asset that an earlier command made

@@ -75,6 +75,20 @@ def test_a_file_of_texts_is_a_blend_of_one_source(tmp_path: Path) -> None:
     assert blend.folder == tmp_path
 
 
+def test_a_folder_and_a_pattern_are_blends_of_one_source(tmp_path: Path) -> None:
+    (tmp_path / "mine/more").mkdir(parents=True)
+    for name in ("a.jsonl", "b.txt.gz", "more/c.jsonl", "notes.md"):
+        (tmp_path / "mine" / name).touch()
+    blend = read_blend(tmp_path / "mine")
+    assert blend.name == "mine"
+    assert blend.config.sources["texts"].train == [f"{tmp_path}/mine/**/*{end}" for end in (".jsonl", ".txt.gz")]
+    pattern = read_blend(tmp_path / "mine/*.jsonl")
+    assert (pattern.name, pattern.config.sources["texts"].train) == ("mine", [f"{tmp_path}/mine/*.jsonl"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UpcycleError, match=r"no file of texts, expected \.txt, \.jsonl, \.parquet, compressed"):
+        read_blend(tmp_path / "none")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

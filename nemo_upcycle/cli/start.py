@@ -1,0 +1,140 @@
+"""`nemo-upcycle start`: from a model and texts to a recipe, a blend and a forecast; with --yes to a trained MoE."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nemo_upcycle.cli.common import add_spec_options, folder_to_make, given_spec, show
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.planning.hardware import gpu_names
+from nemo_upcycle.planning.memory import GIB
+from nemo_upcycle.start.choices import TRAINERS, Choices, Wanted, choose, choose_trainer, shortages
+from nemo_upcycle.start.files import (
+    BLEND,
+    RECIPE,
+    blend_text,
+    program,
+    recipe_text,
+    run_command,
+    run_words,
+    write_files,
+)
+from nemo_upcycle.start.parent import find_model
+from nemo_upcycle.start.texts import find_texts
+from nemo_upcycle.utils.console import folded, in_columns, short_count
+from nemo_upcycle.utils.validation import check_whole
+
+
+EPILOG = """examples:
+  nemo-upcycle start /models/mine /texts
+  nemo-upcycle start Qwen/Qwen3-0.6B '/texts/*.jsonl.gz' --experts 16 --dir runs/mine --yes
+  nemo-upcycle start /models/Llama-3-8B /texts --gpus 64 --gpu h100
+
+It writes recipe.py and blend.yaml, to be edited, and never over others; the command that it prints runs the chain:
+import, data, check of step 0, training, dense baseline, export, evaluation on held-out text of yours, report.
+exit status: 0 written, with --yes also run; 1 the run did not finish; 2 something is missing, all of it named."""
+_T = TypeVar("_T")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("model", metavar="MODEL", help="dense: a Hugging Face folder, or ORG/NAME on the hub")
+    text = "a file, a folder, or a pattern in quotes (.jsonl, .parquet, .txt, compressed or not); omitted: the demo's"
+    parser.add_argument("texts", metavar="TEXTS", nargs="?", help=text)
+    how = parser.add_argument_group("how to train")
+    how.add_argument("--trainer", metavar="|".join(TRAINERS), help="(default: the one that is installed)")
+    how.add_argument("--gpus", type=int, metavar="N", help="(default: those of this machine; 0: a trial on its CPU)")
+    how.add_argument("--gpu", metavar="NAME", help=f"{', '.join(gpu_names())} (default: h100)")
+    how.add_argument("--steps", type=int, metavar="N", help="(default: 10 on a CPU; on GPUs the texts once)")
+    how.add_argument("--dir", type=folder_to_make, metavar="DIR", help="folder of the files and the run (runs/MODEL)")
+    how.add_argument("--yes", action="store_true", help="go on at once, and run the chain")
+    add_spec_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Find, choose, write and show; with --yes run the chain. Return the exit status.
+
+    Raises:
+        UpcycleError: something is missing; the text lists all of it.
+    """
+    for name, low in (("gpus", 0), ("steps", 1)):
+        if (value := getattr(args, name)) is not None:
+            check_whole(name, value, low)
+    problems: list[UpcycleError] = []
+
+    def tried(find: Callable[..., _T], *given: Any) -> _T | None:
+        try:
+            return find(*given)
+        except UpcycleError as error:
+            problems.append(error)
+            return None
+
+    parent = tried(find_model, args.model)
+    texts = tried(find_texts, args.texts, parent.tokenizer if parent else None)
+    trainer = tried(choose_trainer, args.trainer)
+    problems += _missing_packages()
+    choices: Choices | None = None
+    if parent and texts:
+        wanted = Wanted(given_spec(args), args.gpus, args.gpu, args.steps)
+        choices = tried(choose, parent, texts, trainer or ("nemo", ""), wanted)
+    folder = args.dir or Path("runs") / (parent.name if parent else "")
+    if choices and not args.gpus:  # those that are asked for may be a cluster's
+        problems += shortages(choices, folder)
+    if problems or not (parent and texts and choices):
+        raise _joined(problems, args)
+    command = run_command(folder, parent, choices)
+    files = {RECIPE: recipe_text(parent, choices), BLEND: blend_text(texts, choices)}
+    is_new = write_files(folder, files, lambda: command)
+    found, forecast = {"model": parent.description, "texts": texts.description}, _forecast(choices)
+    chosen = {name: {"value": value, "because": why} for name, value, why in choices.rows}
+    paths = [str(folder / name) for name in files]
+    answer: dict[str, Any] = found | {"choices": chosen, "forecast": forecast, "files": paths, "command": command}
+    lines = [*in_columns([*found.items()]), "", *in_columns(choices.rows), "", *in_columns([*forecast.items()])]
+    verb = "written" if is_new else "there already, the same"
+    lines += ["", f"{verb}: {', '.join(paths)}", "", f"run it:  {command}"]
+    show(args, answer, "\n".join(lines))
+    if not args.yes:
+        return 0
+    sys.stdout.flush()
+    path = os.pathsep.join(filter(None, [str(folder.absolute()), os.environ.get("PYTHONPATH")]))
+    words = [program(), *run_words(folder.absolute(), parent, choices)[1:]]
+    os.execve(words[0], words, os.environ | {"PYTHONPATH": path})  # signals are the chain's from here on
+
+
+def _missing_packages() -> list[UpcycleError]:
+    """List what the chain imports beside the trainer."""
+    fix = "run `nemo-upcycle doctor`: it prints the command that adds it"
+    return [
+        UpcycleError(f"package {name}", got="not installed", expected=f"it, for {why}", fix=fix)
+        for name, why in (("nemo_run", "the chain"), ("lm_eval", "its evaluation"))
+        if find_spec(name) is None
+    ]
+
+
+def _forecast(choices: Choices) -> dict[str, str]:
+    """Say what a run takes."""
+    arch, plan = choices.arch, choices.plan
+    rows = {"size": f"{short_count(arch.total_params)} parameters, {short_count(arch.active_params)} active"}
+    if plan:
+        gib = plan.request.gpu.memory_gib
+        rows["memory"] = f"{plan.memory.total / GIB:.0f} of {gib:g} GiB a GPU: {plan.verdict}"
+        took = f"{plan.hours:,.1f} h" if plan.hours >= 1 else f"{60 * plan.hours:.0f} min"
+        rows["time"] = f"{took}, {plan.gpu_hours:,.1f} GPU-hours; the baseline less"
+    else:
+        rows["memory"] = f"about {choices.needed_memory_bytes / GIB:.1f} GiB of this machine"
+    return rows | {"disk": f"about {choices.needed_disk_bytes / GIB:.1f} GiB"}
+
+
+def _joined(problems: list[UpcycleError], args: argparse.Namespace) -> UpcycleError:
+    """Return one error that lists several, their fields called as the command's options."""
+    options = {action.dest: action.option_strings[-1] for action in args.parser._actions if action.option_strings}
+    named = [error.renamed(lambda name: options.get(name, name)) for error in problems]
+    if len(named) == 1:
+        return named[0]
+    return UpcycleError("\n".join([f"{len(named)} things are missing:", *(folded(f"- {error}") for error in named)]))

@@ -1,0 +1,107 @@
+"""Read the first documents of files as the engine will: `python -m nemo_upcycle.data.engine.sample < REQUEST`.
+
+The request and the answer are JSON. Run in the data environment, which has what the readers need.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from nemo_upcycle.data.engine.lines import NOT_THERE
+from nemo_upcycle.data.engine.records import own_identity, records_of, text_of, texts_there
+from nemo_upcycle.data.readers import FORMATS
+from nemo_upcycle.errors import UpcycleError
+
+
+#: Characters that are tokenised to estimate the tokens of all.
+_TOKENISED = 200_000
+#: Documents by which the lengths of fields are compared.
+_MEASURED = 50
+
+
+def sample(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Read files until there are enough documents or bytes.
+
+    Args:
+        request: `files`, each with `path`, `name`, `reader` and `options`; most `documents` and `bytes`; `tokenizer`,
+            a `tokenizer.json` or None.
+
+    Returns:
+        `documents` (id and bytes of each), `lost` (reason -> how many, and the first place), `fields` (of the first
+        file with records without a text: field -> characters), `read_bytes` (of each file; None: all of it),
+        `tokens_per_byte`.
+    """
+    documents: list[tuple[str, int]] = []
+    lost: dict[str, tuple[int, str]] = {}
+    fields, lacking = Counter[str](), request["files"][0]
+    read_bytes: list[int | None] = []
+    texts: list[str] = []
+    total_bytes = characters = 0
+    for file in request["files"]:
+        options = {**FORMATS[file["reader"]].defaults, **file["options"]}
+        file_bytes, is_whole = 0, True
+        try:
+            for place, identity, size_bytes, record in _records(file, options):
+                if len(documents) + sum(count for count, _ in lost.values()) >= request["documents"]:
+                    is_whole = False
+                    break
+                text, content, mistake = text_of(record, options)
+                file_bytes += size_bytes or 0
+                if mistake or not isinstance(record, dict):
+                    count, first = lost.get(mistake, (0, place))
+                    lost[mistake] = count + 1, first
+                    if isinstance(record, dict) and not fields:
+                        fields, lacking = Counter(texts_there(record)), file
+                    continue
+                documents.append((own_identity(identity, record, options), len(content)))
+                total_bytes += len(content)
+                if characters < _TOKENISED:
+                    texts.append(text[: _TOKENISED - characters])
+                    characters += len(texts[-1])
+        except NOT_THERE as error:
+            lost[f"missing file ({error})"] = 1, f"{file['path']}:0"
+        read_bytes.append(None if is_whole else file_bytes)
+        if not is_whole or total_bytes >= request["bytes"]:
+            break
+    # A column of Parquet says nothing of its texts before it is read.
+    fields = Counter({name: _length(lacking, name) for name in fields})
+    return {
+        "documents": documents,
+        "lost": lost,
+        "fields": dict(fields.most_common()),
+        "read_bytes": read_bytes,
+        "tokens_per_byte": _tokens_per_byte(request["tokenizer"], texts),
+    }
+
+
+def _records(file: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    return records_of(file["path"], file["name"], file["reader"], options)
+
+
+def _length(file: Mapping[str, Any], field: str) -> int:
+    """Count the characters of a field in the first documents of a file."""
+    options = {**FORMATS[file["reader"]].defaults, **file["options"], "text_key": field}
+    first = islice(_records(file, options), _MEASURED)
+    return sum(len(text_of(record, options)[0]) for *_, record in first)
+
+
+def _tokens_per_byte(tokenizer: str | None, texts: list[str]) -> float | None:
+    size_bytes = sum(len(text.encode()) for text in texts)
+    if not (tokenizer and size_bytes):
+        return None
+    from tokenizers import Tokenizer
+
+    encoded = Tokenizer.from_file(tokenizer).encode_batch(texts, add_special_tokens=False)
+    return (sum(map(len, encoded)) + len(texts)) / size_bytes  # an end closes each
+
+
+if __name__ == "__main__":
+    try:
+        json.dump(sample(json.load(sys.stdin)), sys.stdout)
+    except UpcycleError as error:
+        sys.exit(f"error: {error}")

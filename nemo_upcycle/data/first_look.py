@@ -1,0 +1,157 @@
+"""Read the first documents of a source before anything is built: what is there, and whether it is text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.data.engine.lines import is_address
+from nemo_upcycle.data.engine.records import names_inside
+from nemo_upcycle.data.environment import ENGINE, data_python
+from nemo_upcycle.data.readers import NO_FIELD, READERS, InputFile
+from nemo_upcycle.errors import UpcycleError
+
+
+#: Documents that are read to check a source.
+FIRST = 50
+_MOST_BYTES = 4 << 20
+#: A field whose texts together are longer than this part of the longest one's may be the text as well.
+_AS_LONG = 0.25
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the first documents of some files are.
+
+    Attributes:
+        documents: id and bytes of each.
+        lost: reason -> how many records have no text for it, and the first place.
+        fields: of the first file with records without a text: the fields that hold some, the longest first, and
+            their characters.
+        read_bytes: bytes read of each file that was opened; None: all of it.
+        tokens_per_byte: of the texts; None without a tokenizer.
+    """
+
+    documents: list[tuple[str, int]]
+    lost: dict[str, tuple[int, str]]
+    fields: dict[str, int]
+    read_bytes: list[int | None]
+    tokens_per_byte: float | None
+
+    @property
+    def records(self) -> int:
+        """Documents and what was lost."""
+        return len(self.documents) + sum(count for count, _ in self.lost.values())
+
+    @property
+    def is_text(self) -> bool:
+        """Whether most records have a text."""
+        return 2 * len(self.documents) >= self.records
+
+    @property
+    def text_field(self) -> str:
+        """The one field that can be the text, where most have none of the name that was looked for; "" if not."""
+        longest = next(iter(self.fields), "")
+        rivals = [name for name, length in self.fields.items() if length > _AS_LONG * self.fields[longest]]
+        return longest if not self.is_text and rivals == [longest] else ""
+
+
+def look_at(
+    files: Sequence[InputFile], *, documents: int = FIRST, size_bytes: int = _MOST_BYTES, tokenizer: Path | None = None
+) -> Look:
+    """Read the first documents of files with the engine's readers, in its environment.
+
+    Args:
+        files: the files of a source, in their order.
+        documents: number to read at most.
+        size_bytes: bytes of text after which no further file is read.
+        tokenizer: a `tokenizer.json`, to estimate tokens by.
+
+    Raises:
+        UpcycleError: there is no data environment, or a file cannot be read.
+    """
+    names = names_inside([file.path for file in files])
+    first = [{**dataclasses.asdict(file), "name": names[file.path]} for file in files[: documents + 1]]
+    request = {"files": first, "documents": documents, "bytes": size_bytes, "tokenizer": tokenizer and str(tokenizer)}
+    command = [str(data_python()), "-m", f"{ENGINE}.sample"]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UpcycleError(
+            (done.stderr.strip().splitlines() or ["the data engine failed"])[-1].removeprefix("error: ")
+        )
+    answer: dict[str, Any] = json.loads(done.stdout)
+    answer |= {name: [tuple(one) for one in answer[name]] for name in ("documents",)}
+    return Look(**answer | {"lost": {reason: tuple(one) for reason, one in answer["lost"].items()}})
+
+
+def filled_files(source: str, files: Sequence[InputFile]) -> list[InputFile]:
+    """Return the files of this machine that hold something.
+
+    Raises:
+        UpcycleError: there are some, and all are empty.
+    """
+    here = [file for file in files if not is_address(file.path)]
+    filled = [file for file in here if file.size_bytes]
+    if here and not filled:
+        got = "an empty file" if len(here) == 1 else f"{len(here):,} files, all empty"
+        raise UpcycleError(f"source {source}", got=got, expected="texts", fix=f"give others than {here[0].path}")
+    return filled
+
+
+def check_texts(blend: Blend, source: str, files: Sequence[InputFile]) -> None:
+    """Check that a source begins with texts, as far as its files are on this machine.
+
+    Raises:
+        UpcycleError: its files are empty, or most of its first documents have no text.
+    """
+    if filled := filled_files(source, files):
+        check_look(blend, source, look_at(filled))
+
+
+def check_look(blend: Blend, source: str, look: Look) -> None:
+    """Check that most of the first documents of a source have a text.
+
+    Raises:
+        UpcycleError: they have none; it names the fields that they have.
+    """
+    if look.is_text:
+        return
+    reason, (count, first) = max(look.lost.items(), key=lambda item: item[1][0])
+    got, expected, fix = f"{reason} (first at {first})", "texts", "correct the files"
+    is_named = "text_key" in READERS[blend.config.sources[source].reader].options
+    if reason.startswith(NO_FIELD) and is_named and look.fields:
+        got = f"{NO_FIELD} `{reason.removeprefix(NO_FIELD).strip()}`"
+        expected = f"it; they have {', '.join(f'`{name}`' for name in look.fields)}"
+        fix = f"set sources.{source}.options.text_key={next(iter(look.fields))}"
+    raise UpcycleError(
+        f"source {source}", got=f"{count:,} of its first {look.records:,} documents: {got}", expected=expected, fix=fix
+    )
+
+
+def with_text_field(blend: Blend, source: str, files: Sequence[InputFile]) -> tuple[Blend, str]:
+    """Return a blend whose source reads the one field that holds its texts, and its name; "" where all is plain.
+
+    Args:
+        blend: a blend.
+        source: name of the source.
+        files: its files.
+    """
+    here = [file for file in files if file.size_bytes and not is_address(file.path)]
+    is_open = here and "text_key" not in blend.config.sources[source].options
+    field = look_at(here).text_field if is_open else ""
+    return (reading(blend, source, field) if field else blend), field
+
+
+def reading(blend: Blend, source: str, field: str) -> Blend:
+    """Return a blend whose source has its texts in a field."""
+    config = blend.config.sources[source]
+    changed = dataclasses.replace(config, options=config.options | {"text_key": field})
+    return dataclasses.replace(
+        blend, config=dataclasses.replace(blend.config, sources=blend.config.sources | {source: changed})
+    )

@@ -1,0 +1,230 @@
+"""The recipe and the blend of a run, as files that are meant to be edited, and the command that runs them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_upcycle.data.blend import ONLY
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.start.choices import Choices
+from nemo_upcycle.start.parent import Parent
+from nemo_upcycle.start.texts import Texts
+from nemo_upcycle.trainers import paper
+from nemo_upcycle.trainers.commands import recomputation
+
+
+#: In the folder that is named: the files, and the run.
+RECIPE, BLEND, RUN = "recipe.py", "blend.yaml", "run"
+_NEMO = '''"""{title}, upcycled to {experts}; by `nemo-upcycle start`, to be edited."""
+
+from pathlib import Path
+
+import nemo_run as run
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.recipes import pipeline, upcycled_from
+
+HERE = Path(__file__).resolve().parent
+DENSE = {dense!r}
+SPEC = UpcycleSpec({spec})
+
+
+def training(spec):  # None: the dense baseline
+    recipe = upcycled_from(
+        DENSE, spec=spec, seq_length={seq_length}, global_batch_size={global_batch}, micro_batch_size={micro_batch},
+        max_steps={steps}, lr={peak:g}, min_lr={end:g}, warmup_steps={warmup},
+        {arguments},
+    ){settings}
+    return recipe
+
+
+@run.cli.factory(target=pipeline)
+def chain() -> run.Partial:
+    return run.Partial(
+        pipeline, dir=str(HERE / "{run}"), dense=DENSE, data=str(HERE / "{blend}"), evaluation="{suite}",
+        pretrain=training(SPEC), dense_ct=training(None),
+    )
+'''
+_BRIDGE = '''"""{title}, upcycled to {experts}; by `nemo-upcycle start`, to be edited."""
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
+
+DENSE = {dense!r}
+SPEC = UpcycleSpec({spec})
+
+
+def pretrain(spec=SPEC):
+    config = upcycled_pretraining(
+        DENSE, spec,
+        {arguments},
+    )
+    train, optimizer, scheduler = config.train, config.optimizer, config.scheduler
+    train.train_iters, train.global_batch_size, train.micro_batch_size = {steps}, {global_batch}, {micro_batch}
+    optimizer.lr, optimizer.min_lr, scheduler.lr_warmup_iters = {peak:g}, {end:g}, {warmup}
+    config.validation.eval_interval, config.validation.eval_iters = {validate_every}, {validations}
+    config.checkpoint.save_interval, config.checkpoint.most_recent_k = {save_every}, 1
+    return config
+
+
+def dense_ct():  # the baseline
+    return pretrain(None)
+'''
+#: Size of a layout -> argument of `upcycled_from`, and Megatron's setting.
+_SIZES = {
+    "tp": ("tensor_parallelism", "tensor_model_parallel_size"),
+    "pp": ("pipeline_parallelism", "pipeline_model_parallel_size"),
+    "cp": ("context_parallelism", "context_parallel_size"),
+    "ep": ("expert_parallelism", "expert_model_parallel_size"),
+}
+
+
+def recipe_text(parent: Parent, choices: Choices) -> str:
+    """Write the recipe for the trainer that was chosen."""
+    every = max(1, choices.steps // 2)
+    values: dict[str, Any] = {
+        "title": parent.address.rstrip("/").rpartition("/")[2],
+        "experts": f"{choices.spec.num_experts} experts, top-{choices.spec.top_k}",
+        "dense": parent.address,
+        "spec": ", ".join(f"{name}={value!r}" for name, value in choices.spec_fields.items()),
+        "micro_batch": choices.plan.layout.micro_batch if choices.plan else 1,
+        "validate_every": every if choices.plan is None else min(every, 500),
+        "validations": 1 if choices.plan is None else 8,
+        "save_every": min(choices.steps, paper.CHECKPOINT_STEPS),
+        "run": RUN,
+        "blend": BLEND,
+    }
+    values |= {
+        name: getattr(choices, name) for name in ("seq_length", "global_batch", "steps", "peak", "end", "warmup")
+    }
+    arguments, settings = _FORMS[choices.trainer][1](choices)
+    more = "".join(f"\n    {setting}" for setting in settings)
+    behind = textwrap.fill(", ".join(arguments), 110, subsequent_indent=" " * 8, break_long_words=False)
+    values |= {"arguments": behind, "settings": more}
+    return str(_FORMS[choices.trainer][0].format(**values, suite=choices.suite))
+
+
+def _of_nemo(choices: Choices) -> tuple[list[str], list[str]]:
+    """Return the arguments of the layout, and the lines behind."""
+    if choices.plan is None:
+        return ["accelerator='cpu'"], []
+    layout = choices.plan.layout
+    per_node = layout.node_gpus(choices.plan.request.gpu.per_node)
+    arguments = [f"num_nodes={layout.gpus // per_node}", f"num_gpus_per_node={per_node}"]
+    arguments += [f"{name}={size}" for name, size in _sizes(choices, 0).items()]
+    settings = [f"recipe.model.config.{name} = {value}" for name, value in _recomputed(choices).items()]
+    return [*arguments, "accelerator='gpu'"], settings
+
+
+def _of_bridge(choices: Choices) -> tuple[list[str], list[str]]:
+    sizes = _sizes(choices, 1)
+    if choices.plan and choices.plan.layout.tp > 1:
+        sizes |= {"sequence_parallel": "True", "expert_tensor_parallel_size": "1 if spec else None"}
+    settings = {"seq_length": str(choices.seq_length)} | sizes | _recomputed(choices)
+    return [f"{name}={value}" for name, value in settings.items()], []
+
+
+def _sizes(choices: Choices, column: int) -> dict[str, str]:
+    """Return the sizes of the layout that are not 1, by names of `_SIZES`; a model without experts spreads none."""
+    layout = choices.plan.layout if choices.plan else Layout(gpus=1)
+    sizes = {size: getattr(layout, size) for size in _SIZES}
+    return {
+        _SIZES[size][column]: f"{value} if spec else 1" if size == "ep" else str(value)
+        for size, value in sizes.items()
+        if value > 1
+    }
+
+
+def _recomputed(choices: Choices) -> dict[str, str]:
+    """Return what is recomputed of the upcycled model, in Megatron's settings, which are both trainers'."""
+    values = recomputation(choices.plan.work) if choices.plan else {}
+    return {name: f"{value!r} if spec else None" for name, value in values.items() if value is not None}
+
+
+_FORMS: dict[str, tuple[str, Callable[[Choices], tuple[list[str], list[str]]]]] = {
+    "nemo": (_NEMO, _of_nemo),
+    "bridge": (_BRIDGE, _of_bridge),
+}
+
+
+def blend_text(texts: Texts, choices: Choices) -> str:
+    """Write the blend."""
+    content: dict[str, Any] = {"sources": {ONLY: texts.source}, "seq_length": choices.seq_length}
+    if held := choices.hold_out:
+        content |= {"hold_out": {"validation": held.share, "heldout": held.share}, "seed": held.seed}
+    told = "# The texts of this run, by `nemo-upcycle start`, to be edited; `hold_out` is not trained on.\n"
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return told + text
+
+
+def write_files(folder: Path, files: Mapping[str, str], go_on: Callable[[], str]) -> bool:
+    """Write files that are not there; leave equal ones.
+
+    Args:
+        folder: where they go.
+        files: name -> content.
+        go_on: gives the command that goes on with what is there.
+
+    Returns:
+        Whether anything was written.
+
+    Raises:
+        UpcycleError: one is there and differs: it may have been edited.
+    """
+    there = {name: (folder / name).read_text(encoding="utf-8") for name in files if (folder / name).is_file()}
+    if differing := [name for name, text in there.items() if text != files[name]]:
+        fix = f"go on with what is there: {go_on()}; or give another --dir, or delete {' and '.join(differing)}"
+        raise UpcycleError(
+            f"--dir {folder}",
+            got=f"{' and '.join(differing)} with other content",
+            expected="none, or the same",
+            fix=fix,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in files.keys() - there.keys():
+        (folder / name).write_text(files[name], encoding="utf-8")
+    return len(there) < len(files)
+
+
+def run_words(folder: Path, parent: Parent, choices: Choices) -> list[str]:
+    """Return the words of the command that runs the files of a folder, whose recipe is found by PYTHONPATH."""
+    if choices.trainer == "nemo":
+        return ["nemo", "upcycle", "pipeline", "--factory", "recipe.chain", "--yes"]
+    values = {
+        "dense": parent.address,
+        "recipe": "recipe:pretrain",
+        "dense_ct": "recipe:dense_ct",
+        "gpus": max(1, choices.gpus),
+        "data": folder / BLEND,
+        "evaluation": choices.suite,
+        "dir": folder / RUN,
+    }
+    if choices.plan:
+        values["gpus_per_node"] = choices.plan.layout.node_gpus(choices.plan.request.gpu.per_node)
+    return ["nemo", "upcycle", "pipeline", *(f"{name}={value}" for name, value in values.items()), "--yes"]
+
+
+def run_command(folder: Path, parent: Parent, choices: Choices) -> str:
+    """Return the command as it is typed where `nemo-upcycle start` was."""
+    words = [program(shown=True), *run_words(folder, parent, choices)[1:]]
+    return f"PYTHONPATH={shlex.quote(str(folder))} {shlex.join(words)}"
+
+
+def program(*, shown: bool = False) -> str:
+    """Return this environment's `nemo`; to be shown, its name alone where a shell finds that one."""
+    own = Path(sys.executable).with_name("nemo")
+    found = shutil.which("nemo")
+    is_found = found is not None and Path(found).absolute() == own.absolute()
+    if shown and is_found:
+        return "nemo"
+    return os.path.relpath(own) if shown and own.is_relative_to(Path.cwd()) else str(own)

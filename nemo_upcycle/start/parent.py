@@ -1,0 +1,82 @@
+"""The dense model that a run starts from, as far as its configuration says it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_upcycle.data.dense import cached_asset, find_parent, require_tokenizer, tokenizer_folder
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import check_parent, find_family
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.rotary import rope_kind
+from nemo_upcycle.planning.hardware import known_parent
+from nemo_upcycle.utils.console import short_count
+from nemo_upcycle.utils.files import is_complete
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A dense model.
+
+    Attributes:
+        address: its absolute path, or its name on the hub.
+        arch: its architecture.
+        tokenizer: the folder of its tokenizer; None: of an asset that is still to be made.
+    """
+
+    address: str
+    arch: Architecture
+    tokenizer: Path | None
+
+    @property
+    def name(self) -> str:
+        """Its name, as a folder of runs and a module of Python can have it."""
+        return re.sub(r"\W+", "_", self.address.rstrip("/").rpartition("/")[2]).strip("_").lower() or "model"
+
+    @property
+    def description(self) -> str:
+        """Family, parameters, positions and tokenizer."""
+        family = find_family(self.arch.hf_class)
+        experts = f", {self.arch.num_experts} experts" if self.arch.num_experts else ""
+        title = family.title if family else self.arch.hf_class
+        return (
+            f"{title}, {short_count(self.arch.total_params)} parameters{experts},"
+            f" {self.arch.max_positions:,} positions, tokenizer of {self.arch.vocab_size:,}"
+        )
+
+
+def find_model(source: str) -> Parent:
+    """Find a dense model; of one on the hub configuration and tokenizer are fetched.
+
+    Args:
+        source: a folder, `hf://ORG/NAME`, `ORG/NAME` or `asset://NAME`.
+
+    Raises:
+        UpcycleError: there is none, its class is not known, or weights or a tokenizer are missing.
+    """
+    if source.startswith("nemo://"):
+        fix = f"export it first: nemo-upcycle export {source.removeprefix('nemo://')} FOLDER; then give that folder"
+        raise CheckpointError(
+            f"model {source}", got="a NeMo or Megatron checkpoint", expected="a Hugging Face folder", fix=fix
+        )
+    kind, name = find_parent(source)
+    if kind == "asset":
+        arch, made = known_parent(source), cached_asset(name)
+        if arch is None:
+            raise UpcycleError(
+                f"model {source}", got="no model to start from", expected="another", fix="give a folder"
+            )
+        return Parent(source, arch, made if is_complete(made) else None)
+    folder = tokenizer_folder(source) if kind == "hub" else Path(name).absolute()
+    arch = read_architecture(folder)
+    check_parent(arch, source)
+    rope_kind(arch)
+    require_tokenizer(folder)
+    if kind == "folder" and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"model {source}", got="no weights", expected="*.safetensors beside config.json", fix="copy them there"
+        )
+    return Parent(source if kind == "hub" else str(folder), arch, folder)

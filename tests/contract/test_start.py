@@ -1,0 +1,51 @@
+"""`nemo-upcycle start --yes`: from a model's folder and a folder of texts to a report, without one edit."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.data.environment import data_python
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import read_json
+from tests.models import write_llama, write_qwen3, write_tokenizer
+from tests.waiting import HANG_S
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.full]
+
+
+@pytest.mark.parametrize("write", [pytest.param(write_llama, id="llama"), pytest.param(write_qwen3, id="qwen3")])
+def test_a_model_and_texts_end_in_a_report(tmp_path: Path, write: object) -> None:
+    try:
+        data_python()
+    except UpcycleError as error:
+        pytest.skip(str(error))
+    assert callable(write)
+    write_tokenizer(write(tmp_path / "parent", vocab_size=259, layers=2))
+    (tmp_path / "texts/more").mkdir(parents=True)
+    texts = [f"{number} words and {number * 7} more of them. " * 20 for number in range(60)]
+    lines = "".join(json.dumps({"content": text, "url": "u"}) + "\n" for text in texts[:40])
+    (tmp_path / "texts/more/a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for number, text in enumerate(texts[40:]):
+        (tmp_path / f"texts/{number:02}.txt").write_text(text)
+    words = [str(Path(sys.executable).with_name("nemo-upcycle")), "start", "parent", "texts", "--gpus", "0"]
+    words += ["--steps", "4", "--dir", "mine", "--yes"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ.copy(), capture_output=True, text=True, timeout=HANG_S, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run = tmp_path / "mine/run"
+    assert read_json(run / "receipt.json")["within_tolerance"] is True
+    assert (run / "hf/config.json").is_file()
+    report = (run / "report.md").read_text(encoding="utf-8")
+    assert "bits per byte" in report
+    for stage in ("pretrain", "dense_ct"):
+        metrics = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+        assert max(line["step"] for line in metrics if "loss" in line) == 4

@@ -1,0 +1,51 @@
+"""The first documents are read as the engine reads them: the same ids, the same reasons, and where texts are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.data.engine.sample import sample
+
+
+def _look(path: Path, reader: str = "jsonl", documents: int = 50, **options: Any) -> dict[str, Any]:
+    file = {"path": str(path), "name": path.name, "reader": reader, "options": options}
+    return sample({"files": [file], "documents": documents, "bytes": 1 << 20, "tokenizer": None})
+
+
+def test_documents_have_their_ids_and_bytes_and_a_part_is_no_whole_file(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"träume {number}", "id": "own" if number else None}) for number in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    look = _look(tmp_path / "a.jsonl")
+    assert look["documents"][:2] == [("a.jsonl:1", 9), ("own@a.jsonl:2", 9)]
+    assert look["read_bytes"] == [None]
+    part = _look(tmp_path / "a.jsonl", documents=2)
+    assert len(part["documents"]) == 2
+    assert 0 < part["read_bytes"][0] < sum(map(len, lines))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_fields_of_records_without_a_text_are_measured(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"url": "u", "body": "a longer text than that"}] * 3
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    look = _look(path, kind)
+    assert look["fields"] == {"body": 69, "url": 3}
+    assert next(iter(look["fields"])) == "body"
+    assert [*look["lost"]] == ["no field text"]
+    assert len(_look(path, kind, text_key="body")["documents"]) == 3
+
+
+def test_damage_is_counted_by_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbroken\n{"text": 3}\n')
+    lost = _look(tmp_path / "a.jsonl")["lost"]
+    assert lost == {"broken JSON": (1, f"{tmp_path}/a.jsonl:2"), "text is no text": (1, f"{tmp_path}/a.jsonl:3")}

@@ -1,0 +1,99 @@
+"""A run is chosen from what is there: a trial on a CPU, the planner's layout on GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.planning.hardware import known_shape
+from nemo_upcycle.start import choices as module
+from nemo_upcycle.start.choices import TRAINERS, Choices, Wanted, choose, choose_trainer, shortages
+from nemo_upcycle.start.parent import Parent
+from nemo_upcycle.start.texts import Texts
+from nemo_upcycle.trainers import paper
+
+
+MANY = Texts({}, 2_000_000, 2 * 10**9, "")
+
+
+def _chosen(shape: str = "llama3_8b", texts: Texts = MANY, **wanted: object) -> Choices:
+    given = {"spec": {}, "gpus": 0} | wanted
+    return choose(Parent("/models/mine", known_shape(shape), None), texts, ("nemo", ""), Wanted(**given))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("shape", "seq_length"), [("smollm2_135m", 256), ("qwen3_600m", 256)])
+def test_without_gpus_it_is_a_trial_of_ten_short_steps(shape: str, seq_length: int) -> None:
+    made = _chosen(shape)
+    assert (made.gpus, made.seq_length, made.steps, made.global_batch, made.suite) == (0, seq_length, 10, 2, "trial")
+    assert made.peak <= paper.HIGH
+
+
+@pytest.mark.parametrize(("gpus", "texts"), [(16, MANY), (64, MANY), (64, replace(MANY, tokens=10**11))])
+def test_on_gpus_a_plan_fits_and_the_texts_are_read_once(gpus: int, texts: Texts) -> None:
+    made = _chosen(gpus=gpus, gpu="h100", texts=texts)
+    assert made.plan
+    assert made.plan.verdict == "fits"
+    assert made.plan.layout.vp == made.plan.layout.etp == 1
+    assert made.global_batch % made.plan.layout.dp == 0
+    assert made.steps * made.global_batch * made.seq_length <= texts.tokens
+    assert made.steps >= 100
+    assert (made.peak, made.end) == (paper.PEAK, paper.END)
+
+
+def test_what_is_asked_for_is_taken(tmp_path: Path) -> None:
+    made = _chosen("smollm2_135m", spec={"num_experts": 4, "granularity": 2, "top_k": 2}, steps=3)
+    assert (made.spec.num_experts, made.spec.granularity, made.steps) == (4, 2, 3)
+    assert ("experts", "4, top-2", "asked for") in made.rows
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"gpus": 1, "gpu": "h100"}, "give --gpus 16"),
+        ({"gpus": 8, "gpu": "h1000"}, "h1000"),
+        ({"spec": {"top_k": 9}}, "top_k"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_does(wanted: dict[str, object], said: str) -> None:
+    with pytest.raises(UpcycleError, match=said):
+        _chosen(**wanted)
+
+
+def test_a_machine_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_available_bytes", lambda: 10**9)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
+    subjects = [error.subject for error in shortages(_chosen("smollm2_135m"), tmp_path / "runs/new")]
+    assert subjects == [f"disk of {tmp_path}", "memory of this machine"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "wanted", "expected"),
+    [
+        (["nemo"], None, "nemo"),
+        (["megatron.bridge"], None, "bridge"),
+        (["nemo", "megatron.bridge"], "bridge", "bridge"),
+        (["nemo"], "bridge", "got NeMo alone"),
+        ([], None, "nemo-upcycle doctor"),
+        (["nemo"], "trainer", "does not exist"),
+    ],
+)
+def test_the_trainer_is_one_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch, installed: list[str], wanted: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(module, "_has", installed.__contains__)
+    if expected in TRAINERS:
+        assert choose_trainer(wanted)[0] == expected
+        return
+    with pytest.raises(UpcycleError, match=expected):
+        choose_trainer(wanted)
+
+
+def test_the_drivers_gpus_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}/information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 1\n")
+    monkeypatch.setattr(module, "_PROC", tmp_path)
+    assert module.gpus_here() == (2, "h100")

@@ -1,0 +1,70 @@
+"""Texts of every kind are counted from a sample, and enough of them is held back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.data.engine.records import split_of
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.start.texts import Texts, find_texts
+
+
+def test_a_folder_of_several_kinds_and_a_column_by_another_name_are_read(
+    texts_folder: Path, parent_folder: Path
+) -> None:
+    texts = find_texts(str(texts_folder), parent_folder)
+    assert texts.source == {"train": [f"{texts_folder}/**/*{end}" for end in (".txt", ".txt.gz")]}
+    assert texts.documents == 40
+    assert texts.tokens == pytest.approx(sum(len(f"{n} words " * 60) + 1 for n in range(40)), rel=0.01)
+    column = find_texts(str(texts_folder.parent / "*.parquet"), parent_folder)
+    assert (column.documents, column.source["options"]) == (20, {"text_key": "body"})
+    assert "in their field `body`" in column.description
+
+
+def test_the_demos_texts_have_splits_of_their_own() -> None:
+    texts = find_texts(None, None)
+    assert texts.source["reader"] == "sotu"
+    assert texts.hold_out(512) is None
+
+
+def test_of_few_documents_a_draw_is_found_that_holds_back_enough() -> None:
+    sample = [(f"a.jsonl:{number}", 300.0) for number in range(12)]
+    held = Texts({}, 12, 3600, "", sample).hold_out(128)
+    assert held is not None
+    shares = {"validation": held.share, "heldout": held.share}
+    splits = [split_of(identity, held.seed, shares) for identity, _ in sample]
+    assert min(splits.count("validation"), splits.count("heldout")) >= 1
+
+
+def test_of_many_documents_the_share_follows_from_their_number() -> None:
+    held = Texts({}, 1_000_000, 10**9, "").hold_out(8192)
+    assert held is not None
+    assert held.share == 0.001
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+def test_too_few_documents_are_refused(documents: int) -> None:
+    sample = [(f"{number}", 100.0) for number in range(documents)]
+    with pytest.raises(UpcycleError, match="hold some back"):
+        Texts({}, documents, 100 * documents, "", sample).hold_out(256)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: folder / "nosuch", "no such file or folder"),
+        (lambda folder: folder / "notes.md", "no file of texts"),
+        (lambda folder: folder / "empty.txt", "an empty file"),
+        (lambda folder: folder / "nothing", "no file of texts"),
+    ],
+)
+def test_what_is_no_text_is_named(texts_folder: Path, make: object, said: str) -> None:
+    folder = texts_folder.parent
+    (folder / "notes.md").write_text("notes")
+    (folder / "empty.txt").touch()
+    (folder / "nothing").mkdir()
+    assert callable(make)
+    with pytest.raises(UpcycleError, match=said):
+        find_texts(str(make(folder)), None)
