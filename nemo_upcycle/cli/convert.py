@@ -93,6 +93,10 @@ def _text(done: Conversion, source: str) -> str:
             "with router logits in float32: in 16 bits those of two networks can be equal, and top-k then mixes them"
             " (nemo-upcycle verify counts such tokens)"
         )
+    if done.left_out:
+        from nemo_upcycle.sources.base import left_out_text
+
+        lines.append(f"the text model alone, without {left_out_text(done.left_out)}")
     lines += [f"not for every server: {caveat}" for caveat in done.caveats]
     if done.files_kept:
         lines.append(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import both_ropes, moe_config
+from nemo_upcycle.models.wrapper import read_config
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import read_json, write_json
 
@@ -83,11 +84,11 @@ def write_config(
     router_aux_loss: float | None = None,
 ) -> None:
     """Write the `config.json` of `arch`, made from the parent's; no key of it makes a loader run code."""
-    config = _without_code(read_json(dense_folder / "config.json"))
+    config = _without_code(read_config(dense_folder))
     if arch.num_experts:
         config = moe_config(config, arch, router_aux_loss)
     else:
-        config |= both_ropes(arch.rope_theta, arch.rope_scaling)
+        config |= both_ropes(arch.rope_theta, arch.rope_scaling) | {"architectures": [arch.hf_class]}
     config["torch_dtype"] = dtype_name(dtype)
     config.pop("dtype", None)
     write_json(folder / "config.json", config)

@@ -28,10 +28,10 @@ from nemo_upcycle.init.calibration_file import calibration_of
 from nemo_upcycle.models.families import server_caveats
 from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
 from nemo_upcycle.models.mapping import extra_params, mapping_of
+from nemo_upcycle.models.wrapper import INDEX
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.base import DenseSource, left_out, left_out_text
 from nemo_upcycle.sources.checks import BrokenWeights, check_source, rounded_because
-from nemo_upcycle.sources.safetensors_folder import INDEX
 from nemo_upcycle.spec import UpcycleSpec, without_defaults
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import (
@@ -83,6 +83,7 @@ class Conversion:
     max_shard_bytes: int
     needs_float32_routing: bool
     caveats: tuple[str, ...]
+    left_out: dict[str, dict[str, int]]
     seconds: float
     peak_rss_gib: float
 
@@ -173,6 +174,7 @@ def convert(
         max_shard_bytes=max_shard_bytes,
         needs_float32_routing=needs_float32_routing(dense.architecture, spec),
         caveats=server_caveats(moe_arch),
+        left_out=left_out(dense),
         seconds=round(time.monotonic() - start_s, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     )
@@ -227,6 +229,7 @@ def _finish(
     start = f"not the parent's function: {'; '.join(reasons)}" if reasons else "the parent's function, up to rounding"
     facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Computes": start}
     dense, moe_arch = expansion.dense, expansion.moe_arch
+    facts |= {"Left out": left_out_text(parts)} if (parts := left_out(dense)) else {}
     parents = [source.path for source in dense.branches()]
     notes = server_caveats(moe_arch)
     write_card(folder, parents, moe_arch, title=title, tool="nemo-upcycle convert", facts=facts, notes=notes)

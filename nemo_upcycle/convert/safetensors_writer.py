@@ -16,7 +16,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.stacked import is_stacked, tensor_of
-from nemo_upcycle.sources.safetensors_folder import INDEX
+from nemo_upcycle.models.wrapper import INDEX
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import clear_unfinished, require_disk, write_json
 from nemo_upcycle.utils.progress import ProgressLine

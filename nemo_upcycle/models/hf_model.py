@@ -15,6 +15,7 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import read_architecture, rope_settings
 from nemo_upcycle.models.sharding import hf_shapes
+from nemo_upcycle.models.wrapper import INDEX, SINGLE, Wrapper, read_config, wrapper_of
 from nemo_upcycle.utils.files import read_json
 
 
@@ -39,6 +40,8 @@ def errors_only() -> Iterator[None]:
 def load_model(folder: Path, **options: Any) -> Any:
     """Return a causal language model with the rotary embedding that its `config.json` says.
 
+    Of a model with other parts it is the text model, in a class of its own.
+
     Args:
         folder: its Hugging Face folder.
         options: further ones of `from_pretrained`.
@@ -46,9 +49,27 @@ def load_model(folder: Path, **options: Any) -> Any:
     Raises:
         CheckpointError: settings of the rotary embedding contradict each other, or are not known.
     """
+    import transformers
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, config=_config(folder), **_LOCAL, **options)
+    config, wrapper = _config(folder), wrapper_of(read_json(folder / "config.json"))
+    if wrapper is None:
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, **_LOCAL, **options)
+    text_class = getattr(transformers, read_architecture(folder).hf_class)
+    return text_class.from_pretrained(None, config=config, state_dict=_text_weights(folder, wrapper), **options)
+
+
+def _text_weights(folder: Path, wrapper: Wrapper) -> dict[str, Any]:
+    """Return the text model's tensors among those of all parts, as they lie in the mapped files."""
+    from safetensors import safe_open
+
+    index = folder / INDEX
+    weights: dict[str, Any] = {}
+    for file in sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [SINGLE]:
+        with safe_open(folder / file, "pt") as opened:
+            names = opened.keys()
+            weights |= {wrapper.text_name(one): opened.get_tensor(one) for one in names if not wrapper.part_of(one)}
+    return weights
 
 
 def empty_model(folder: Path) -> Any:
@@ -96,10 +117,12 @@ def _set(model: Any, name: str, value: Any) -> None:
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    config, path = AutoConfig.from_pretrained(folder, **_LOCAL), folder / "config.json"
-    if (said := read_json(path)).get("rope_parameters"):
-        config = type(config).from_dict(said | rope_settings(said, str(path)))
-    return config
+    path, said = folder / "config.json", read_config(folder)
+    as_said = said | (rope_settings(said, str(path)) if said.get("rope_parameters") else {})
+    if wrapper_of(read_json(path)):
+        return AutoConfig.for_model(**as_said)
+    config = AutoConfig.from_pretrained(folder, **_LOCAL)
+    return type(config).from_dict(as_said) if said.get("rope_parameters") else config
 
 
 def other_special_tokens(tokenizer: Any) -> list[str]:

@@ -52,6 +52,7 @@ from tests.parents import (
     write_olmo3,
     write_olmoe,
     write_qwen3_moe,
+    write_wrapped,
 )
 from tests.tiers import quick
 
@@ -104,6 +105,8 @@ PARENTS = {
     "SmolLM3": Parent(write_smollm3, ""),
     "EXAONE 4": Parent(write_exaone4, ""),
     "Gemma 3": Parent(write_gemma3, ""),
+    "Gemma 3 that sees": Parent(partial(write_wrapped, kind="Gemma3", tied=True), ""),
+    "Qwen3-VL": Parent(partial(write_wrapped, kind="Qwen3VL"), "Qwen3MoeForCausalLM", FINE),
     "Qwen2": Parent(partial(write_qwen2, tied=True, layers=2), "Qwen2MoeForCausalLM", FINE),
     "Qwen3, YaRN": Parent(partial(write_qwen3, layers=2, rope_scaling=YARN), "Qwen3MoeForCausalLM"),
     "Qwen3, biases": Parent(
