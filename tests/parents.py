@@ -85,9 +85,14 @@ _OF_QWEN |= {"patch_size": 14, "fullatt_block_indexes": [1]}
 _AXES = {"rope_type": "default", "mrope_section": [2, 3, 3]}
 #: Class around a text model -> class of that, settings of what sees, those of the text model, and of the whole.
 WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "Mistral3": ("Mistral", _SEES | {"head_dim": 16}, {"window": None}, {}),
-    "Llava": ("Llama", _SEES | {"projection_dim": 32}, {}, {"image_seq_length": 4}),
-    "InternVL": ("Qwen2", _SEES | {"image_size": [28, 28], "patch_size": [14, 14]}, {"head_dim": None}, {}),
+    "Mistral3": ("Mistral", _SEES | {"head_dim": 16, "image_size": 56}, {"window": None}, {"image_token_index": 249}),
+    "Llava": ("Llama", _SEES | {"projection_dim": 32}, {}, {"image_seq_length": 4, "image_token_index": 249}),
+    "InternVL": (
+        "Qwen2",
+        _SEES | {"image_size": [28, 28], "patch_size": [14, 14]},
+        {"head_dim": None},
+        {"image_token_id": 249},
+    ),
     "Gemma3": (
         *("Gemma3Text", _SEES, {"window": 5, "rope_theta": None, "query_pre_attn_scalar": 24}),
         {"mm_tokens_per_image": 1},
@@ -100,8 +105,8 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
         {},
     ),
     "Exaone4_5_": ("Exaone4", _OF_QWEN | {"num_key_value_heads": 2}, {"window": 5, "pad_token_id": 0}, {}),
-    "Idefics3": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2}),
-    "SmolVLM": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2}),
+    "Idefics3": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),
+    "SmolVLM": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),
 }
 
 

@@ -65,12 +65,15 @@ class Wrapper:
         model_type: the `model_type` beside it.
         text_type: that of the text model, where its settings do not say it.
         parts: how the names of its other parts begin.
+        takes_experts: whether it makes its text model by the `model_type` of that one's settings: then also one of
+            experts.
     """
 
     hf_class: str
     model_type: str
     text_type: str
     parts: tuple[str, ...]
+    takes_experts: bool = False
 
     def part_of(self, name: str) -> str | None:
         """Return which of the other parts a tensor belongs to; None for the text model."""
@@ -91,15 +94,15 @@ class Wrapper:
 
 _LLAVA, _QWEN, _IDEFICS = ("vision_tower", "multi_modal_projector"), ("visual",), ("vision_model", "connector")
 WRAPPERS = (
-    Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral", _LLAVA),
-    Wrapper("LlavaForConditionalGeneration", "llava", "llama", _LLAVA),
-    Wrapper("InternVLForConditionalGeneration", "internvl", "qwen2", _LLAVA),
+    Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral", _LLAVA, takes_experts=True),
+    Wrapper("LlavaForConditionalGeneration", "llava", "llama", _LLAVA, takes_experts=True),
+    Wrapper("InternVLForConditionalGeneration", "internvl", "qwen2", _LLAVA, takes_experts=True),
     Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text", _LLAVA),
     Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text", _QWEN),
     Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3_vl_text", _QWEN),
     Wrapper("Exaone4_5_ForConditionalGeneration", "exaone4_5", "exaone4", (*_QWEN, "mtp")),
-    Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", _IDEFICS),
-    Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", _IDEFICS),
+    Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", _IDEFICS, takes_experts=True),
+    Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", _IDEFICS, takes_experts=True),
 )
 
 
@@ -165,13 +168,13 @@ def read_config(folder: Path) -> Any:
     path = folder / "config.json"
     config = read_json(path)
     text = text_settings(config, str(path))
-    if text is not config and (names := _names_in(folder)) is not None:
+    if text is not config and (names := tensor_names(folder)) is not None:
         has_output = any(Wrapper.text_name(name) == _OUTPUT for name in names)
         text["tie_word_embeddings"] = not has_output or text.get("tie_word_embeddings", False)
     return text
 
 
-def _names_in(folder: Path) -> Iterable[str] | None:
+def tensor_names(folder: Path) -> Iterable[str] | None:
     """Return the names of the tensors in a folder's files, as far as they tell at once; None without any."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -31,44 +29,32 @@ pytestmark = pytest.mark.slow
 EXACT = 2e-6
 
 
-class Row(NamedTuple):
-    """A class around a text model, and the class of what is made of that.
-
-    Args:
-        kind: a key of `WRAPPED`.
-        hf_class: of the MoE; "": none.
-        text: of the text model, if not that of `WRAPPED`.
-        changes: settings of the text model, and `tied`.
-    """
-
-    kind: str
-    hf_class: str
-    text: str = ""
-    changes: Mapping[str, Any] = MappingProxyType({})
-
-
-ROWS = [
-    Row("Mistral3", "MixtralForCausalLM"),
-    Row("Mistral3", "MixtralForCausalLM", "Ministral3", MINISTRAL3),
-    Row("Llava", "MixtralForCausalLM", changes={"tied": True}),
-    Row("Llava", "MixtralForCausalLM", "Mistral", {"window": 5}),
-    Row("InternVL", "Qwen2MoeForCausalLM"),
-    Row("InternVL", "Qwen3MoeForCausalLM", "Qwen3", {"tied": True}),
-    Row("Gemma3", "", changes={"tied": True, "layers": 6}),
-    Row("Qwen2_5_VL", "Qwen2MoeForCausalLM"),
-    Row("Qwen3VL", "Qwen3MoeForCausalLM", changes={"tied": True}),
-    Row("Exaone4_5_", "", changes={"layers": 4}),
-    Row("Idefics3", "MixtralForCausalLM"),
-    Row("SmolVLM", "MixtralForCausalLM", changes={"tied": True}),
+#: A key of `WRAPPED`; the class of what is made of the text model, "" for none; that model's own class, if it is not
+#: the one there; and its settings.
+ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("Mistral3", "MixtralForCausalLM", "", {}),
+    ("Mistral3", "MixtralForCausalLM", "Ministral3", MINISTRAL3),
+    ("Llava", "MixtralForCausalLM", "", {"tied": True}),
+    ("Llava", "MixtralForCausalLM", "Mistral", {"window": 5}),
+    ("InternVL", "Qwen2MoeForCausalLM", "", {}),
+    ("InternVL", "Qwen3MoeForCausalLM", "Qwen3", {"tied": True}),
+    ("Gemma3", "", "", {"tied": True, "layers": 6}),
+    ("Qwen2_5_VL", "Qwen2MoeForCausalLM", "", {}),
+    ("Qwen3VL", "Qwen3MoeForCausalLM", "", {"tied": True}),
+    ("Exaone4_5_", "", "", {"layers": 4}),
+    ("Idefics3", "MixtralForCausalLM", "", {}),
+    ("SmolVLM", "MixtralForCausalLM", "", {"tied": True}),
 ]
-HERE = [row for row in ROWS if all(hasattr(transformers, f"{name}Config") for name in (row.kind, row.text or "Llama"))]
+HERE = [row for row in ROWS if all(hasattr(transformers, f"{name}Config") for name in (row[0], row[2] or "Llama"))]
 
 
 @torch.no_grad()
-def _whole_logits(folder: Path, kind: str, tokens_BS: torch.Tensor) -> torch.Tensor:
+def _whole_logits(folder: Path, kind: str, tokens_BS: torch.Tensor, **pictures: torch.Tensor) -> torch.Tensor:
     with errors_only():
-        found = getattr(transformers, f"{kind}ForConditionalGeneration").from_pretrained(folder, dtype=torch.float32)
-    return found.eval()(input_ids=tokens_BS, attention_mask=torch.ones_like(tokens_BS)).logits
+        whole_class = getattr(transformers, f"{kind}ForConditionalGeneration")
+        model, found = whole_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(found.values()), found
+    return model.eval()(input_ids=tokens_BS, attention_mask=torch.ones_like(tokens_BS), **pictures).logits
 
 
 def _spell_anew(folder: Path) -> None:
@@ -81,13 +67,13 @@ def _spell_anew(folder: Path) -> None:
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "row", quick(HERE, HERE[0], HERE[-2]), ids=lambda row: f"{row.kind}{row.text and '-' + row.text}"
-)
-def test_the_text_part_of_a_model_that_sees_is_a_parent(tmp_path: Path, row: Row) -> None:
+@pytest.mark.parametrize(("kind", "hf_class", "text", "changes"), quick(HERE, HERE[0], HERE[-2]), ids=str)
+def test_the_text_part_of_a_model_that_sees_is_a_parent(
+    tmp_path: Path, kind: str, hf_class: str, text: str, changes: dict[str, Any]
+) -> None:
     folder, tokens = tmp_path / "dense", sample_tokens(250)
-    write_tokenizer(write_wrapped(folder, row.kind, text=row.text, **{"vocab_size": 259} | row.changes))
-    wanted = _whole_logits(folder, row.kind, tokens)
+    write_tokenizer(write_wrapped(folder, kind, text=text, **{"vocab_size": 259} | changes))
+    wanted = _whole_logits(folder, kind, tokens)
     weights = load_file(folder / "model.safetensors")
     arch, spec = read_architecture(folder), UpcycleSpec(num_experts=4, top_k=2)
     for spelled in ("as written", "anew"):
@@ -105,13 +91,57 @@ def test_the_text_part_of_a_model_that_sees_is_a_parent(tmp_path: Path, row: Row
         )
         assert float((logits(folder, tokens) - wanted).norm() / wanted.norm()) <= EXACT
     assert backends.load_model(folder)[0].num_parameters() == numbers
-    if not row.hf_class:
+    if not hf_class:
         with open_dense(folder) as dense, pytest.raises(SpecError, match="Hugging Face class for this MoE"):
             convert(dense, tmp_path / "moe", spec, progress=False)
         return
     with open_dense(folder) as dense:
-        done = convert(dense, tmp_path / "moe", spec, progress=False)
-    assert (done.hf_class, done.exact, done.left_out) == (row.hf_class, True, beside)
+        done = convert(dense, tmp_path / "moe", spec, text_only=True, progress=False)
+    assert (done.hf_class, done.exact, done.left_out) == (hf_class, True, beside)
     assert float((logits(tmp_path / "moe", tokens) - wanted).norm() / wanted.norm()) <= EXACT
     (tmp_path / "text").write_text("A picture says more than a thousand words.")
     assert verify(folder, tmp_path / "moe", tmp_path / "text").equal
+
+
+_PICTURE = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
+#: Class that takes a text model of experts -> a picture for it, and how many tokens stand for that.
+SEEN: dict[str, tuple[dict[str, torch.Tensor], int]] = {
+    "Mistral3": ({"pixel_values": _PICTURE.repeat(1, 1, 1, 2), "image_sizes": torch.tensor([[28, 56]])}, 2),
+    "Llava": ({"pixel_values": _PICTURE}, 4),
+    "InternVL": ({"pixel_values": _PICTURE}, 1),
+    "Idefics3": ({"pixel_values": _PICTURE[None]}, 1),
+    "SmolVLM": ({"pixel_values": _PICTURE[None]}, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shard_bytes"), quick([*zip(SEEN, [10**9, 50000] * 3, strict=False)], ("Llava", 50000))
+)
+def test_the_upcycled_model_still_sees(tmp_path: Path, kind: str, shard_bytes: int) -> None:
+    folder, (picture, count) = write_wrapped(tmp_path / "dense", kind, tied=kind == "SmolVLM"), SEEN[kind]
+    (folder / "preprocessor_config.json").write_text("{}")
+    spec = UpcycleSpec(num_experts=4, top_k=2)
+    with open_dense(folder) as dense:
+        done = convert(dense, tmp_path / "moe", spec, max_shard_bytes=shard_bytes, progress=False)
+        beside = {other.name for other in dense.others()}
+        again = convert(dense, tmp_path / "moe", spec, max_shard_bytes=shard_bytes, progress=False)
+    assert (done.hf_class, done.left_out, again.bytes_written) == (f"{kind}ForConditionalGeneration", {}, 0)
+    parent, made = (
+        {name: tensor for file in one.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for one in (folder, tmp_path / "moe")
+    )
+    assert all(torch.equal(made[name], parent[name]) for name in beside)
+    assert (tmp_path / "moe/preprocessor_config.json").is_file()
+    tokens = sample_tokens(240, batch=1)
+    tokens[:, 3 : 3 + count] = 249
+    wanted, found = (_whole_logits(one, kind, tokens, **picture) for one in (folder, tmp_path / "moe"))
+    assert float((found - wanted).norm() / wanted.norm()) <= EXACT
+    blind = _whole_logits(
+        folder,
+        kind,
+        tokens,
+        **{name: value * 0.5 if value.is_floating_point() else value for name, value in picture.items()},
+    )
+    assert float((blind - wanted).norm() / wanted.norm()) > EXACT
+    assert torch.equal(logits(tmp_path / "moe", tokens), _whole_logits(tmp_path / "moe", kind, tokens))
+    assert verify(folder, tmp_path / "moe", logits=False).equal
