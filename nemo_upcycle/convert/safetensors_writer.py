@@ -134,8 +134,8 @@ class SafetensorsWriter:
         tensors = [list(parts) for _, parts in itertools.groupby(self.shapes, tensor_of)]
         for names in (*tensors, *([name] for name in self._others)):
             tensor_bytes = self.size_bytes(names)
-            is_first_other = names[0] in self._others and shards[-1][:1] != [] and shards[-1][0] not in self._others
-            if is_first_other or (shards[-1] and size_bytes + tensor_bytes > self.max_shard_bytes):
+            is_full = size_bytes + tensor_bytes > self.max_shard_bytes
+            if shards[-1] and (is_full or (shards[-1][0] in self._others) != (names[0] in self._others)):
                 shards.append([])
                 size_bytes = 0
             shards[-1] += names

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_upcycle.models.wrapper import Wrapper, tensor_names, wrapper_of
 from nemo_upcycle.sources.base import DenseSource, OtherTensor
+from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
 from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
@@ -41,6 +42,15 @@ class Whole:
             return None
         body = next(name for name in names if name.endswith(_EMBEDDING) and not wrapper.part_of(name))
         return cls(wrapper, tuple(dense.others()), body.removesuffix(_EMBEDDING))
+
+    @classmethod
+    def of_folder(cls, dense: Path) -> Whole | None:
+        """Return the same of a parent's Hugging Face folder; None where that has no weights, too."""
+        config = dense / "config.json"
+        if not config.is_file() or wrapper_of(read_json(config)) is None or tensor_names(dense) is None:
+            return None
+        with SafetensorsFolder(dense) as parent:
+            return cls.of(parent)
 
     @property
     def size_bytes(self) -> int:

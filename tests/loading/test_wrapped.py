@@ -112,6 +112,8 @@ SEEN: dict[str, tuple[dict[str, torch.Tensor], int]] = {
     "Idefics3": ({"pixel_values": _PICTURE[None]}, 1),
     "SmolVLM": ({"pixel_values": _PICTURE[None]}, 1),
 }
+if transformers.__version__ < "5":  # hands its text model what one of Qwen2-MoE does not take
+    del SEEN["InternVL"]
 
 
 @pytest.mark.parametrize(
