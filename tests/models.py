@@ -238,6 +238,9 @@ class MemorySource:
     def fingerprint(self) -> dict[str, str]:
         return {}
 
+    def others(self) -> tuple[()]:
+        return ()
+
     def branches(self) -> tuple[MemorySource]:
         return (self,)
 

@@ -108,8 +108,8 @@ def write_config(
         config = moe_config(config, arch, router_aux_loss)
     else:
         config |= both_ropes(arch.rope_theta, arch.rope_scaling) | {"architectures": [arch.hf_class]}
-    if sees:
-        config = whole_config(_without_code(read_json(dense_folder / "config.json")), config)
-    config["torch_dtype"] = dtype_name(dtype)
-    config.pop("dtype", None)
-    write_json(folder / "config.json", config)
+    whole = whole_config(_without_code(read_json(dense_folder / "config.json")), config) if sees else config
+    for settings in (config, whole):
+        settings["torch_dtype"] = dtype_name(dtype)
+        settings.pop("dtype", None)
+    write_json(folder / "config.json", whole)

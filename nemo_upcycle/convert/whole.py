@@ -40,8 +40,9 @@ class Whole:
         names = tensor_names(dense.path) if wrapper and wrapper.takes_experts and dense.others() else None
         if wrapper is None or names is None:
             return None
-        body = next(name for name in names if name.endswith(_EMBEDDING) and not wrapper.part_of(name))
-        return cls(wrapper, tuple(dense.others()), body.removesuffix(_EMBEDDING))
+        found = (name for name in names if name.endswith(_EMBEDDING) and not wrapper.part_of(name))
+        body = next(found, f"model.{_EMBEDDING}").removesuffix(_EMBEDDING)
+        return cls(wrapper, tuple(dense.others()), body)
 
     @classmethod
     def of_folder(cls, dense: Path) -> Whole | None:
