@@ -25,7 +25,8 @@ ROUTER_INITS: dict[str, "RouterInit"] = {}
 ROUTER_SCORES: list[str] = []
 ROUTER_ORDERS: list[str] = []
 OUTPUT_SCALES = ("exact", "none")
-#: Routers of earlier releases that gained nothing (docs/results/routers.md), as did any `expert_split` but this.
+#: Routers of earlier releases that gained nothing, as did any `expert_split` but this one:
+#: docs/results/routers_from_data.md.
 _REMOVED, _CONSECUTIVE = ("kmeans", "ridge"), "consecutive"
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
 #: Four times the experts of the largest open models: beyond it, names and headers alone take minutes.

@@ -57,7 +57,7 @@ def write_class(
     torch.manual_seed(7)
     settings = text_sizes(tied=tied, layers=layers, **changes)
     config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
-    return save_random(getattr(transformers, f"{kind}ForCausalLM")(config_class(**settings)), folder, shards)
+    return save_random(transformers.AutoModelForCausalLM.from_config(config_class(**settings)), folder, shards)
 
 
 def text_sizes(*, tied: bool = False, layers: int = 4, **changes: Any) -> dict[str, Any]:

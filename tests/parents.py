@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
+from nemo_upcycle.models.families import find_family
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.mapping import mapping_of_hf
 from tests.models import save_random, text_sizes, write_class
 
 
@@ -37,6 +42,39 @@ _GROWING |= {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, 
 #: Scores begin to grow at position 64: transformers 5 alone has the class.
 MINISTRAL3: dict[str, Any] = {"rope_parameters": _GROWING, "rope_theta": None, "max_position_embeddings": 256}
 write_ministral3 = partial(write_class, "Ministral3", layers=2, pad_token_id=0, **MINISTRAL3)
+
+
+#: Biases of query, key and value alone.
+write_seed_oss = partial(write_class, "SeedOss", pad_token_id=0)
+#: Attention sees a window but in every fourth layer, the first one included: transformers 5 alone has the class.
+write_cwm = partial(write_class, "Cwm", window=5, pad_token_id=0)
+
+
+def write_as(kind: str, folder: Path, *, layers: int = 2, **changes: Any) -> Path:
+    """Write a random Llama as one of a class that transformers computes as it: under its names, as it is published.
+
+    Transformers that know its configuration write it as they do.
+    """
+    if hasattr(transformers, f"{kind}Config"):
+        return write_class(kind, folder, layers=layers, pad_token_id=0, **changes)
+    write_class("Llama", folder, layers=layers, **changes)
+    config, arch = json.loads((folder / "config.json").read_text()), read_architecture(folder)
+    family = find_family(f"{kind}ForCausalLM")
+    assert family
+    own = {theirs: mine for mine, theirs in family.spelling.items()}
+    config |= {"architectures": [family.hf_class], "model_type": family.model_type}
+    (folder / "config.json").write_text(json.dumps({own.get(name, name): value for name, value in config.items()}))
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        mapping, part, layer, _ = mapping_of_hf(name, arch)
+        tensors[family.names[mapping.role][part].format(layer=layer)] = tensor.clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+write_internlm3, write_iquest_coder, write_exaone3 = (
+    partial(write_as, kind) for kind in ("InternLM3", "IQuestCoder", "Exaone")
+)
 
 
 def write_granite4(folder: Path, *, tied: bool = True, layers: int = 2, **changes: Any) -> Path:

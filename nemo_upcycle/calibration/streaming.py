@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.hf_model import empty_model, errors_only
+from nemo_upcycle.models.hf_model import empty_model, errors_only, stored_name
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.sources.base import DenseSource
 
@@ -71,7 +71,7 @@ class StreamedModel:
         used, places = torch.cat([batch.flatten() for batch in batches]).unique(return_inverse=True)
         name = mapping_of("embedding", self.dense.architecture).hf[0]
         rows = self.dense.read(name)[used].float()  # of a mapped file, no more than these rows are looked at
-        module = self.model.get_submodule(name.removesuffix(".weight"))
+        module = self.model.get_input_embeddings()
         module.weight = torch.nn.Parameter(rows, requires_grad=False)
         states, calls = list[torch.Tensor](), Calls()
         for batch, numbers in zip(batches, places.split([batch.numel() for batch in batches]), strict=True):
@@ -85,11 +85,11 @@ class StreamedModel:
 
     def filled(self, layer: int) -> Any:
         """Fill a layer with its weights; `.to("meta")` gives them up."""
-        module, prefix = self.layers[layer], f"model.layers.{layer}."
-        names = [name for name, _ in module.named_parameters()]
-        for name in names:
-            self.dense.prefetch(f"{prefix}{name}")
-        weights = {name: self.dense.read(f"{prefix}{name}").to(torch.float32, copy=True) for name in names}
+        module, arch = self.layers[layer], self.dense.architecture
+        stored = {name: stored_name(f"model.layers.{layer}.{name}", arch) for name, _ in module.named_parameters()}
+        for name in stored.values():
+            self.dense.prefetch(name)
+        weights = {name: self.dense.read(theirs).to(torch.float32, copy=True) for name, theirs in stored.items()}
         module.load_state_dict(weights, assign=True, strict=False)
         self.dense.release()
         return module

@@ -43,7 +43,8 @@ def _family_of(config: Any, where: str) -> Family:
         kinds = {one.model_type: one for one in (*targets(), *parents())}
         family = kinds.get(str(config.get("model_type")))
     else:
-        family = find_family(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
+        kind = str(config.get("model_type"))
+        family = find_family(str(names[0]), kind) if isinstance(names, list) and len(names) == 1 else None
     if family is None:
         raise _unknown(config, where)
     return family

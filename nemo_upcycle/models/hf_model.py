@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hf_config import read_architecture, rope_settings
+from nemo_upcycle.models.mapping import mapping_of_hf
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.models.wrapper import INDEX, SINGLE, Wrapper, read_config, wrapper_of
 from nemo_upcycle.utils.files import read_json
@@ -50,26 +54,14 @@ def load_model(folder: Path, **options: Any) -> Any:
         CheckpointError: settings of the rotary embedding contradict each other, or are not known.
     """
     import transformers
-    from transformers import AutoModelForCausalLM
 
-    config, wrapper = _config(folder), wrapper_of(read_json(folder / "config.json"))
-    if wrapper is None:
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, **_LOCAL, **options)
-    text_class = getattr(transformers, read_architecture(folder).hf_class)
-    return text_class.from_pretrained(None, config=config, state_dict=_text_weights(folder, wrapper), **options)
-
-
-def _text_weights(folder: Path, wrapper: Wrapper) -> dict[str, Any]:
-    """Return the text model's tensors among those of all parts, as they lie in the mapped files."""
-    from safetensors import safe_open
-
-    index = folder / INDEX
-    weights: dict[str, Any] = {}
-    for file in sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [SINGLE]:
-        with safe_open(folder / file, "pt") as opened:
-            names = opened.keys()
-            weights |= {wrapper.text_name(one): opened.get_tensor(one) for one in names if not wrapper.part_of(one)}
-    return weights
+    wrapper, pair = wrapper_of(read_json(folder / "config.json")), _computed_as(read_config(folder))
+    config = _config(folder)
+    if not (wrapper or pair):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **_LOCAL, **options)
+    options["state_dict"] = _state_dict(folder, wrapper, pair[1] if pair else None)
+    name = pair[1].hf_class if pair else read_architecture(folder).hf_class
+    return getattr(transformers, name).from_pretrained(None, config=config, **_LOCAL, **options)
 
 
 def empty_model(folder: Path) -> Any:
@@ -109,20 +101,81 @@ def empty_model(folder: Path) -> Any:
     return model
 
 
+def stored_name(name: str, arch: Architecture) -> str:
+    """Return what a dense model's folder calls a parameter of the class of transformers that computes it.
+
+    Args:
+        name: of the parameter.
+        arch: the model's.
+    """
+    family = find_family(arch.hf_class)
+    if not family or not family.computed_as:
+        return name
+    mapping, part, layer, _ = mapping_of_hf(name, replace(arch, hf_class=family.computed_as))
+    return family.names[mapping.role][part].format(layer=layer)
+
+
 def _set(model: Any, name: str, value: Any) -> None:
     module, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(module), attribute, value)
 
 
 def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     path, said = folder / "config.json", read_config(folder)
+    wrapper = wrapper_of(read_json(path))
+    if pair := _computed_as(said):
+        family, theirs = pair
+        named = {family.spelling.get(name, name): value for name, value in said.items()}
+        named = {**family.defaults, **named, **rope_settings(said, str(path)), "model_type": theirs.model_type}
+        return type(AutoConfig.for_model(theirs.model_type)).from_dict(named)
+    if (wrapper or find_family(*_class_of(said))) and said.get("model_type") not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"model {folder}",
+            got=f"{read_architecture(folder).hf_class}, which transformers {__version__} does not know",
+            expected="a class of this release",
+            fix="pip install --upgrade transformers, in an environment of its own: trainers want older ones",
+        )
     as_said = said | (rope_settings(said, str(path)) if said.get("rope_parameters") else {})
-    if wrapper_of(read_json(path)):
+    if wrapper:
         return AutoConfig.for_model(**as_said)
     config = AutoConfig.from_pretrained(folder, **_LOCAL)
     return type(config).from_dict(as_said) if said.get("rope_parameters") else config
+
+
+def _class_of(said: dict[str, Any]) -> tuple[str, str]:
+    return (said.get("architectures") or [""])[0], str(said.get("model_type"))
+
+
+def _computed_as(said: dict[str, Any]) -> tuple[Family, Family] | None:
+    """Return the family of a `config.json` and the one whose class of transformers computes it, if it is another."""
+    family = find_family(*_class_of(said))
+    theirs = find_family(family.computed_as) if family else None
+    return (family, theirs) if family and theirs else None
+
+
+def _state_dict(folder: Path, wrapper: Wrapper | None, theirs: Family | None) -> dict[str, Any]:
+    """Return a folder's tensors as another class has them; files are mapped, not read.
+
+    Args:
+        folder: the model's.
+        wrapper: the class around the text model, if there are other parts, which are left out.
+        theirs: the family whose names are wanted, if not the folder's own.
+    """
+    from safetensors import safe_open
+
+    arch, index, tensors = read_architecture(folder), folder / INDEX, dict[str, Any]()
+    for file in sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [SINGLE]:
+        with safe_open(folder / file, "pt") as opened:
+            names = opened.keys()
+            for name in (name for name in names if not (wrapper and wrapper.part_of(name))):
+                called = wrapper.text_name(name) if wrapper else name
+                if theirs:
+                    mapping, part, layer, _ = mapping_of_hf(called, arch)
+                    called = theirs.names[mapping.role][part].format(layer=layer)
+                tensors[called] = opened.get_tensor(name)
+    return tensors
 
 
 def other_special_tokens(tokenizer: Any) -> list[str]:

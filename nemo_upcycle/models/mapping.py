@@ -29,10 +29,6 @@ from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
 if TYPE_CHECKING:
     import torch  # a second and a half, which the planner does without
 
-#: In the place of zero where a server divides by it: the sigmoid of a sum of such numbers is one half to the last bit.
-#: float16 does not have it, and takes its smallest number.
-_NEARLY_ZERO = 2.0**-100
-
 
 class Sharding(Enum):
     """How tensor parallelism cuts a parameter. Networks are cut by neuron, attention by key-value group."""
@@ -322,18 +318,24 @@ def hf_constants(arch: Architecture) -> dict[str, tuple[int, ...]]:
 def constant_tensors(arch: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the constants of a model's Hugging Face class by name, each one number seen as a whole tensor.
 
+    Where a type does not have a number so small (float16 2**-100), it is the type's smallest.
+
     Args:
         arch: the model.
         dtype: type of its weights.
     """
     import torch
 
-    family, limits, zero = find_family(arch.hf_class), torch.finfo(dtype), torch.zeros((), dtype=dtype)
-    nearly_zero = torch.tensor(max(_NEARLY_ZERO, limits.smallest_normal * limits.eps), dtype=dtype)
-    return {
-        name: (nearly_zero if family and name.endswith(family.divided_by) else zero).expand(shape)
-        for name, shape in hf_constants(arch).items()
-    }
+    family, limits, tensors = find_family(arch.hf_class), torch.finfo(dtype), {}
+    values = family.constant_values if family else {}
+    for name, shape in hf_constants(arch).items():
+        value = next((value for end, value in values.items() if name.endswith(end)), 0.0)
+        value = max(value, limits.smallest_normal * limits.eps) if value > 0 else value
+        number = torch.tensor(value, dtype=dtype)
+        tensors[name] = (
+            number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
+        )  # bytes of one want a stride
+    return tensors
 
 
 def extra_params(arch: Architecture) -> int:

@@ -14,7 +14,7 @@ import torch
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.models.architecture import BALANCING_BIASES
-from nemo_upcycle.models.hf_model import empty_model
+from nemo_upcycle.models.hf_model import empty_model, stored_name
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.mapping import ParamMapping, mapping_of
 from nemo_upcycle.models.sharding import float32_names
@@ -139,6 +139,7 @@ def paged_hugging_face(folder: Path, dense: DenseSource) -> PagedModel:
 
 def _read_into(tensor: torch.Tensor, name: str, dense: DenseSource) -> None:
     """Read a parameter of a Hugging Face model; transformers 5 stacks experts, and calls all routers alike."""
+    name = stored_name(name, dense.architecture)
     found = None if name in dense.names() else _OF_5.fullmatch(name)
     if found is None:
         tensor.copy_(dense.read(name))

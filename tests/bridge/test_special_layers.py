@@ -10,7 +10,16 @@ import torch
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from tests.distributed.ranks import run_ranks
 from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_olmo2, write_phi3, write_smollm3
-from tests.parents import write_gemma3, write_granite, write_granite4, write_ministral3, write_olmo3
+from tests.parents import (
+    write_cwm,
+    write_exaone3,
+    write_gemma3,
+    write_granite,
+    write_granite4,
+    write_ministral3,
+    write_olmo3,
+    write_seed_oss,
+)
 from tests.tiers import quick
 
 
@@ -27,6 +36,9 @@ WRITERS = {
     "Phi-3": write_phi3,
     "Gemma 3": write_gemma3,
     "Ministral 3": write_ministral3,
+    "EXAONE 3": write_exaone3,
+    "Seed-OSS": write_seed_oss,
+    "CWM": write_cwm,
 }
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 

@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from nemo_upcycle.errors import SpecError
-from tests.loading.cases import Case, has_class, outcome, random_case, random_growth
+from nemo_upcycle.utils.files import read_json
+from tests.loading.cases import PARENTS as FOLDERS
+from tests.loading.cases import Case, has_class, logits, outcome, random_case, random_growth
+from tests.models import sample_tokens
 from tests.tiers import quick
 
 
@@ -46,6 +51,13 @@ KNOWN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("Granite 3", {"tied": True}, {}, "GraniteMoeForCausalLM"),
     ("Granite 4", {}, FINE, "GraniteMoeForCausalLM"),
     ("Granite 4", {}, FINE | {"shared_experts": 1}, "GraniteMoeSharedForCausalLM"),
+    ("EXAONE 3", {"tied": True}, FINE | {"shared_experts": 1}, "Qwen2MoeForCausalLM"),
+    ("InternLM3", {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}, {}, "MixtralForCausalLM"),
+    ("IQuest-Coder", {}, FINE, "MixtralForCausalLM"),
+    ("SmolLM3", {}, FINE | {"shared_experts": 1}, "GraniteMoeSWAForCausalLM"),
+    ("Seed-OSS", {"head_dim": 8}, FINE, "GraniteMoeSWAForCausalLM"),
+    ("Seed-OSS", {"head_dim": 8}, FINE | SIGMOID, "Glm4MoeForCausalLM"),
+    ("Seed-OSS", {}, FINE, "Qwen2MoeForCausalLM"),
     ("Phi-3", {"tied": True, "sliding_window": 7}, FINE, "MixtralForCausalLM"),
     ("Phi-3", {"partial_rotary_factor": 0.75}, SIGMOID, "Glm4MoeForCausalLM"),
 ]
@@ -55,10 +67,19 @@ KNOWN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 def test_every_class_computes_what_the_parent_does(
     tmp_path: Path, parent: str, sizes: dict[str, Any], spec: dict[str, Any], hf_class: str
 ) -> None:
-    sizes = {"head_dim": 16} | sizes if parent != "Qwen2" else sizes
+    sizes = {"head_dim": 16} | sizes if parent not in ("Qwen2", "SmolLM3") else sizes
     found = outcome(Case(parent, sizes, {"router_std": 1.0} | spec), tmp_path)
     assert (found.hf_class, found.is_exact) == (hf_class, True)
     assert found.relative <= TOLERANCE
+
+
+@pytest.mark.parametrize("parent", ["InternLM3", "IQuest-Coder", "EXAONE 3"])
+@pytest.mark.skipif(not hasattr(transformers, "ExaoneConfig"), reason="this release does not know these models")
+def test_what_transformers_computes_as_a_llama_is_loaded_as_it_loads_it(tmp_path: Path, parent: str) -> None:
+    folder, tokens = FOLDERS[parent](tmp_path, tied=True), sample_tokens(250)
+    assert read_json(folder / "config.json")["architectures"] == ["LlamaForCausalLM"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.equal(theirs(tokens).logits, logits(folder, tokens))
 
 
 #: Routers, and with which deviations a model of hidden size 64 is exact, and is not.

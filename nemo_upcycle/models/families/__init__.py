@@ -22,11 +22,16 @@ _MODULES = (
     "olmo3",
     "phi3",
     "smollm3",
+    "exaone3",
     "exaone4",
     "granite",
     "granite4",
     "gemma3",
     "ministral3",
+    "internlm3",
+    "iquest_coder",
+    "seed_oss",
+    "cwm",
     "nemotron_h",
     "mixtral",
     "qwen3_moe",
@@ -36,6 +41,7 @@ _MODULES = (
     "olmoe",
     "granite_moe",
     "granite_moe_shared",
+    "granite_moe_swa",
 )
 _FAMILIES: dict[str, Family] = FAMILIES
 __all__ = [
@@ -69,9 +75,15 @@ for _module in _MODULES:
     register(import_module(f"{__name__}.{_module}").FAMILY)
 
 
-def find_family(hf_class: str) -> Family | None:
-    """Return the family of a Hugging Face class; None for a class that is not known, and for none ("")."""
-    return _FAMILIES.get(hf_class)
+def find_family(hf_class: str, model_type: str = "") -> Family | None:
+    """Return the family of a Hugging Face class; None for a class that is not known, and for none ("").
+
+    Args:
+        hf_class: the class.
+        model_type: what `config.json` has beside it, see `Family.computed_as`.
+    """
+    kinds = {(one.computed_as, one.model_type): one for one in _FAMILIES.values() if one.computed_as}
+    return kinds.get((hf_class, model_type)) or _FAMILIES.get(hf_class)
 
 
 def find_nemo_module(name: str, *, has_experts: bool = False) -> Family | None:

@@ -116,8 +116,10 @@ class Family:
         hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1; none where
             shared experts have a gate of their own.
         has_mtp: whether its checkpoints may hold layers of multi-token prediction behind its own; they are left out.
-        divided_by: how the names of constants end that a server divides by, so that they cannot be zero.
+        constant_values: how the names of constants end that are not zero -> their number.
         own_settings: what its `config.json` says of itself alone, and another class would take for its own.
+        computed_as: the class of transformers that computes it, where transformers has none of this name. Its newest
+            releases know the `model_type`, and save such a model under that class.
 
     Example:
         >>> from nemo_upcycle.models.families import llama, register
@@ -141,9 +143,10 @@ class Family:
     layer_patterns: tuple[str, ...] = ()
     nemo_module: str = ""
     hf_factors: Mapping[str, float] = field(default_factory=dict)
-    divided_by: tuple[str, ...] = ()
+    constant_values: Mapping[str, float] = field(default_factory=dict)
     has_mtp: bool = False
     own_settings: tuple[str, ...] = ()
+    computed_as: str = ""
 
     def activation(self, settings: Settings) -> str:
         """Return the activation function, as architectures call it.
@@ -220,7 +223,7 @@ class Family:
             yield "experts"
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of the tensors, (nearly) zeros, that the class wants and Megatron does not have."""
+        """Return name and shape of the tensors, of one number each, that the class wants and Megatron lacks."""
         return {}
 
 
@@ -270,8 +273,8 @@ class MoeFamily(Family, ABC):
             "a routed_scaling_factor": is_scaled and "routed_scaling_factor" not in self.defaults,
             f"norms {place} attention and network": arch.norm_places != (self.pre_norm, self.post_norm),
             f"norms of query and key {width}": arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm,
-            "layers without positions": arch.rope_pattern is not None,
-            "a window in some layers": arch.window_pattern is not None,
+            "layers without positions": arch.rope_pattern is not None and "rope_pattern" not in self.layer_patterns,
+            "a window in some layers": arch.window_pattern is not None and "window_pattern" not in self.layer_patterns,
             "multipliers of scores and embedding": arch.attention_multiplier is not None and not self.has_multipliers,
             "heads that are rotated in part": arch.rotary_percent != 1 and not self.has_partial_rotary,
         }

@@ -57,7 +57,7 @@ class GraniteMoe(MoeFamily):
             "intermediate_size": arch.expert_ffn_size,
             "attention_bias": arch.attention_out_bias,
             "embedding_multiplier": arch.embedding_multiplier,
-            "attention_multiplier": arch.attention_multiplier,
+            "attention_multiplier": arch.softmax_scale,
             "residual_multiplier": arch.residual_multiplier,
             "logits_scaling": arch.logits_scaling,
         }

@@ -15,6 +15,8 @@ _MLP = llama.LAYER + "mlp."
 _SHARED = _MLP + "shared_expert."
 #: Neurons of the shared expert of zeros: tensor parallelism and kernels of servers can cut it.
 _SHARED_WIDTH = 64
+#: In the place of zero, by which llama.cpp divides: the sigmoid of a sum of such numbers is one half to the last bit.
+_NEARLY_ZERO = 2.0**-100
 
 
 class _Qwen2Moe(RoutedFamily):
@@ -84,5 +86,5 @@ FAMILY = _Qwen2Moe(
     },
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True},
     hf_factors={"shared_fc2": 2.0},
-    divided_by=("shared_expert_gate.weight",),
+    constant_values={"shared_expert_gate.weight": _NEARLY_ZERO},
 )

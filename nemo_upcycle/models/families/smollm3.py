@@ -1,4 +1,4 @@
-"""SmolLM3: a Llama without positions in every fourth layer. No class of MoE models has such layers."""
+"""SmolLM3: a Llama without positions in every fourth layer."""
 
 from __future__ import annotations
 
@@ -27,4 +27,5 @@ FAMILY = _SmolLm3(
     defaults=COMMON_DEFAULTS
     | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True},
     layer_patterns=("rope_pattern",),
+    own_settings=("no_rope_layers", "no_rope_layer_interval"),
 )

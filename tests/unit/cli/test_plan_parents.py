@@ -134,6 +134,36 @@ PARENTS |= {
         23.6,
     ),
 }
+_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"original_max_position_embeddings": 8192}
+PARENTS |= {
+    "InternLM3 8B": (
+        {"architectures": ["InternLM3ForCausalLM"], "vocab_size": 128512, "bias": False, "qkv_bias": False}
+        | _sizes(4096, 10240, 48, 32, head_dim=128, rope_scaling={"rope_type": "dynamic", "factor": 6.0}),
+        8.80,
+    ),
+    "IQuest-Coder 40B": (
+        {"architectures": ["IQuestCoderForCausalLM"], "vocab_size": 76800}
+        | _sizes(5120, 27648, 80, 40, clip_qkv=None),
+        39.8,
+    ),
+    "EXAONE 3.5 2.4B": (
+        {"architectures": ["ExaoneForCausalLM"], "vocab_size": 102400, "layer_norm_epsilon": 1e-5, "num_layers": 30}
+        | {"hidden_size": 2560, "intermediate_size": 7168, "num_attention_heads": 32, "activation_function": "silu"}
+        | {"rope_theta": 1e6, "rope_scaling": _LLAMA3 | {"factor": 8.0}, "tie_word_embeddings": True, "head_dim": 80},
+        2.40,
+    ),
+    "Seed-OSS 36B": (
+        {"architectures": ["SeedOssForCausalLM"], "vocab_size": 155136, "attention_bias": True, "rope_theta": 1e7}
+        | _sizes(5120, 27648, 64, 80, attention_out_bias=False, rope_scaling={"rope_type": "default"}),
+        36.2,
+    ),
+    "CWM 32B": (
+        {"architectures": ["CwmForCausalLM"], "vocab_size": 128256, "rope_scaling": _LLAMA3 | {"factor": 16.0}}
+        | _sizes(6144, 21504, 64, 48, layer_types=["full_attention", *["sliding_attention"] * 3] * 16),
+        32.6,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PARENTS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models import families
@@ -117,7 +118,7 @@ SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention
 #: Nemotron-H has settings of its own: test_nemotron_h.py.
 PARENTS = [family.hf_class for family in families.parents() if family.model_type != "nemotron_h"]
 TARGETS = [family.hf_class for family in families.targets()]
-_WINDOWED = ("mistral", "mixtral", "phi3", "exaone4", "olmo3", "gemma3_text")
+_WINDOWED = ("mistral", "mixtral", "phi3", "exaone4", "olmo3", "gemma3_text", "cwm", "granitemoe_swa")
 #: What a class wants to be told: its own defaults are of a model that is no parent.
 _WANTED = {
     "GraniteMoeHybridForCausalLM": {
@@ -150,13 +151,12 @@ def _facts(hf: Any) -> dict[str, Any]:
         "rope_theta": hf.rope_theta,
         "max_positions": hf.max_position_embeddings,
         "sliding_window": hf.sliding_window if hf.model_type in _WINDOWED else None,
-        "attention_out_bias": getattr(hf, "attention_bias", False),
+        "attention_out_bias": getattr(hf, "attention_out_bias", getattr(hf, "attention_bias", False)),
         "ffn_bias": getattr(hf, "mlp_bias", False),
     }
 
 
-# transformers 4.57 has no Ministral 3.
-@pytest.mark.parametrize("hf_class", [name for name in (*PARENTS, *TARGETS) if name != "Ministral3ForCausalLM"])
+@pytest.mark.parametrize("hf_class", [name for name in (*PARENTS, *TARGETS) if _MODEL_TYPES[name] in CONFIG_MAPPING])
 @pytest.mark.parametrize("said", [{}, {"num_key_value_heads": None, "sliding_window": None}], ids=["absent", "null"])
 def test_what_a_config_leaves_unsaid_is_what_transformers_makes_of_it(hf_class: str, said: dict[str, Any]) -> None:
     config = {"architectures": [hf_class], "model_type": _MODEL_TYPES[hf_class], **said}
@@ -235,13 +235,14 @@ SIGMOID = {"router_score": "sigmoid"}
         (_config("Llama"), {"routed_scaling_factor": 2.5}, "a routed_scaling_factor (Mixtral, "),
         (_config("Llama", head_dim=64), EVERY_2, "heads that do not make up the hidden size (Qwen2-MoE)"),
         (_config("Llama", mlp_bias=True), {}, "biases of the feed-forward network (Mixtral, "),
-        (_config("Llama", attention_bias=True), {}, "a bias of the attention's output (Mixtral, "),
+        (_config("Llama", attention_bias=True), {}, "GraniteMoeSWA"),
+        (_config("Llama", attention_bias=True), EVERY_2, "a bias of the attention's output (Mixtral, "),
         (_config("Qwen2"), FINE, "Qwen2Moe"),
         (_config("Qwen3"), FINE, "shared experts (Qwen3-MoE)"),
         (_config("Qwen3"), EVERY_2, "Qwen3Moe"),
         (_config("Mistral", sliding_window=4096), {}, "Mixtral"),
         (_config("Mistral", sliding_window=4096), EVERY_2, "a sliding window ("),
-        (_config("Mistral", sliding_window=4096), FINE, "a sliding window ("),
+        (_config("Mistral", sliding_window=4096), FINE, "GraniteMoeSWA"),
         (_config("Mistral", sliding_window=8192), FINE, "Qwen2Moe"),  # no sequence is longer
         (_config("Mistral", sliding_window=None), FINE, "Qwen2Moe"),
         (_config("Olmo2"), SIGMOID, "norms after attention and network (Glm4-MoE)"),
@@ -251,7 +252,8 @@ SIGMOID = {"router_score": "sigmoid"}
         (_config("Granite"), EVERY_2, "dense layers (GraniteMoe"),
         (_config("Granite"), FINE, "GraniteMoeShared"),
         (_config("Phi3", partial_rotary_factor=0.75), {}, "heads that are rotated in part (Mixtral, "),
-        (_config("SmolLM3"), {}, "layers without positions (Mixtral, "),
+        (_config("SmolLM3"), SIGMOID, "layers without positions (Glm4-MoE)"),
+        (_config("SmolLM3"), {}, "GraniteMoeSWA"),
         (_config("SmolLM3", no_rope_layers=[1] * 32), {}, "Mixtral"),
     ],
     ids=str,

@@ -13,7 +13,7 @@ from nemo_upcycle.reporting.grid_table import BEGIN, END
 
 #: A difference with its error, wherever a page's own words have one.
 _DIFFERENCE = re.compile(r"\d ± \d")
-_COMMENT = re.compile(r"<!--(?:fp8|routers|laptop|budget) ")
+_COMMENT = re.compile(r"<!--(?:fp8|routers|routers_from_data|laptop|budget) ")
 
 
 def prose(page: Path) -> str:

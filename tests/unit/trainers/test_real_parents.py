@@ -27,11 +27,12 @@ MAKERS = {"Phi3ForCausalLM": phi3_model}
 MAKERS |= dict.fromkeys(
     ("SmolLM3ForCausalLM", "Exaone4ForCausalLM", "Olmo3ForCausalLM", "GraniteForCausalLM"), decoder_model
 )
-MAKERS |= {"GraniteMoeHybridForCausalLM": decoder_model}
+MAKERS |= dict.fromkeys(("GraniteMoeHybridForCausalLM", "SeedOssForCausalLM", "InternLM3ForCausalLM"), decoder_model)
+MAKERS |= dict.fromkeys(("ExaoneForCausalLM", "CwmForCausalLM"), decoder_model)
 #: Pipeline stages of those that are too large for one, on 512 H100.
-STAGES = {"Phi-4": 4, "EXAONE 4.0 32B": 8, "Granite 3.3 8B": 2}
+STAGES = {"Phi-4": 4, "EXAONE 4.0 32B": 8, "Granite 3.3 8B": 2, "Seed-OSS 36B": 8, "InternLM3 8B": 2}
 #: Layers whose rotary frequencies are scaled: in Megatron-Core and Bridge alone.
-NOT_IN_NEMO = ("OLMo 3 7B", "OLMo 3 32B, as transformers 5 has it")
+NOT_IN_NEMO = ("OLMo 3 7B", "OLMo 3 32B, as transformers 5 has it", "EXAONE 3.5 2.4B", "CWM 32B")
 
 
 def _folder(name: str, tmp_path: Path) -> Path:

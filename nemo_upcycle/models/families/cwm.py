@@ -1,0 +1,40 @@
+"""CWM: a Llama whose attention sees a window in three layers of four, from the second on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.models.families import llama
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, WINDOW, Family, Settings
+
+
+#: How rotary frequencies are scaled where `config.json` does not say it.
+_SCALING = {
+    **{"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    **{"original_max_position_embeddings": 8192},
+}
+
+
+class _Cwm(Family):
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        is_silent = not settings.values["rope_scaling"] and "rope_parameters" not in settings.values
+        kinds = self._layer_types(settings, num_layers, (WINDOW, FULL))
+        windowed = [kind == WINDOW for kind in kinds] if kinds else [n % 4 != 0 for n in range(num_layers)]
+        sees_all = not any(windowed) or "sliding_window" not in settings.values
+        return {
+            **({"rope_scaling": _SCALING} if is_silent else {}),
+            **({"sliding_window": None} if sees_all else {"window_pattern": self._pattern(windowed)}),
+        }
+
+
+FAMILY = _Cwm(
+    title="CWM",
+    hf_class="CwmForCausalLM",
+    model_type="cwm",
+    names=llama.NAMES,
+    defaults=COMMON_DEFAULTS
+    | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 1e6}
+    | {"rms_norm_eps": 1e-5, "sliding_window": 8192},
+    has_window=True,
+    layer_patterns=("window_pattern",),
+)

@@ -1,0 +1,26 @@
+"""IQuest-Coder: a Llama with a class of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.models.families import llama
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+
+
+class _IQuestCoder(Family):
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        if "clip_qkv" in settings.values:
+            raise settings.wrong("clip_qkv", "null", "use a checkpoint whose query, key and value are not cut off")
+        return super().attention(settings, num_layers)
+
+
+FAMILY = _IQuestCoder(
+    title="IQuest-Coder",
+    hf_class="IQuestCoderForCausalLM",
+    model_type="iquestcoder",
+    names=llama.NAMES,
+    defaults=COMMON_DEFAULTS
+    | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
+    computed_as="LlamaForCausalLM",
+)
