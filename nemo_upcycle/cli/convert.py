@@ -100,7 +100,7 @@ def _text(done: Conversion, source: str, text_only: bool) -> str:
     if done.left_out:
         from nemo_upcycle.sources.base import left_out_text
 
-        why = "" if text_only else ": no class of transformers holds these around experts"
+        why = "" if text_only else ": no class is known here that holds these around experts"
         lines.append(f"the text model alone, without {left_out_text(done.left_out)}{why}")
     lines += [f"not for every server: {caveat}" for caveat in done.caveats]
     if done.files_kept:
