@@ -1,49 +1,115 @@
-"""Measure how long commands take until they answer: what they import, and what they look at before anything starts.
+"""Measure the processor seconds that each command takes until it answers, and what of them imports take.
 
-    python -m benchmarks.answers
+    python -m benchmarks.answers          all, in 3 minutes; the table goes into docs/tools.md
+    python -m benchmarks.answers plan     prints what begins so behind `nemo-upcycle` or `nemo`
 
-Processor seconds do not depend on what else a machine does, but on the machine: compare them with those of one that
-you know, before and after a change. NeMo's commands import NeMo before they read what was typed.
+Processor seconds do not depend on what else a machine does as those of a clock do; take them on a quiet one all the
+same. NeMo's commands import NeMo before they read what was typed.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import NamedTuple
+
+from nemo_upcycle.cli.main import COMMANDS
 
 
-CHAIN = ("nemo", "upcycle", "pipeline", "--factory")
-SLURM = ("run.executor=slurm", "run.executor.account=me", "run.executor.partition=a")
-#: What it is -> what is typed.
-COMMANDS = {
-    "help": ("nemo-upcycle", "--help"),
-    "plan": ("nemo-upcycle", "plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64"),
-    "convert, refused": ("nemo-upcycle", "convert", ".", "moe", "--experts", "1000000000"),
-    "chain, refused": (*CHAIN, "smollm2_135m_e8t2", "dense=/nope", "--yes"),
-    "chain, dry run": (*CHAIN, "llama3_8b_e8t2", "dir=run", *SLURM, "--dryrun"),
-}
+ROOT = Path(__file__).parents[1]
+DATA, PAGE = ROOT / "benchmarks/results/answers.json", ROOT / "docs/tools.md"
+#: The package whose share is shown; seconds of an import that is named.
+OURS, LONG_S = "nemo_upcycle", 0.05
+HEADINGS = ("command", "status", "processor s", "this package", "imports of others", "the longest of them")
+CHAIN = "nemo upcycle pipeline --factory"
+SLURM = "run.executor=slurm run.executor.account=me run.executor.partition=a"
+ASKED = (
+    "nemo-upcycle --help",
+    *(f"nemo-upcycle {name} --help" for name in COMMANDS),
+    "nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 64",
+    "nemo-upcycle advise --model asset://smollm2-135m --trained-on 2T --tokens 1B --gpus 8",
+    "nemo-upcycle data sotu blend tokenizer=asset://smollm2-135m --check",
+    "nemo-upcycle convert . moe --experts 1000000000",
+    "nemo-upcycle report .",
+    "nemo-upcycle doctor",
+    "nemo upcycle --help",
+    "nemo upcycle pipeline recipe=llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config dense=mine dir=run --dryrun",
+    f"{CHAIN} smollm2_135m_e8t2 dir=run dense=/nope --yes",
+    f"{CHAIN} smollm2_135m_e8t2 dir=run --dryrun",
+    f"{CHAIN} llama3_8b_e8t2 dir=run {SLURM} --dryrun",
+    "nemo llm pretrain --factory llama3_8b_e8t2 --dryrun",
+)
 
 
-def measure(command: tuple[str, ...], folder: str) -> tuple[int, float, float]:
-    """Return a command's status, and its seconds: those of its processors, and those that a user waits."""
-    program = Path(sys.executable).with_name(command[0])
-    cpu_s, start_s = sum(os.times()[2:4]), time.monotonic()
-    done = subprocess.run([program, *command[1:]], cwd=folder, capture_output=True, check=False)
-    return done.returncode, sum(os.times()[2:4]) - cpu_s, time.monotonic() - start_s
+class Taken(NamedTuple):
+    """How a command ended, its processor seconds, and some of them: this package's, imports of others, the longest."""
+
+    status: int
+    seconds: float
+    own_s: float
+    imports_s: float
+    imports: dict[str, float]
+
+
+def measure(command: str, folder: Path) -> Taken:
+    """Run a command in a folder."""
+    output = folder / "imports.json"
+    start_s = sum(os.times()[2:4])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.imports", output, *command.split()],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    seconds, found = sum(os.times()[2:4]) - start_s, json.loads(output.read_text(encoding="utf-8"))
+    others = {name: taken_s for name, taken_s in found["imports"].items() if name != OURS}
+    imports_s = sum(others.values())
+    longest = sorted(
+        ((round(taken_s, 2), name) for name, taken_s in others.items() if taken_s >= LONG_S), reverse=True
+    )
+    rounded = (round(one_s, 2) for one_s in (seconds, found["seconds"] - imports_s, imports_s))
+    return Taken(done.returncode, *rounded, {name: one_s for one_s, name in longest})
+
+
+def row(command: str, taken: Taken) -> str:
+    """Return a row of the table."""
+    longest = ", ".join(f"{name} {taken_s:.1f}" for name, taken_s in list(taken.imports.items())[:3])
+    cells = (
+        f"`{command}`",
+        taken.status,
+        f"{taken.seconds:.1f}",
+        f"{taken.own_s:.2f}",
+        f"{taken.imports_s:.1f}",
+        longest,
+    )
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
-    """Print the table."""
-    print("| command | status | processor s | s |\n|---|---|---|---|")
+    """Print the table, and write it into its page where all commands were asked."""
+    begun = tuple(f"{program} {sys.argv[1]}" for program in ("nemo-upcycle", "nemo")) if sys.argv[1:] else ("",)
+    asked = [command for command in ASKED if command.startswith(begun)]
+    lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
+    print("\n".join(lines))
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, command in COMMANDS.items():
-            measure(command, folder)  # files that are not in the page cache yet
-            status, cpu_s, wall_s = measure(command, folder)
-            print(f"| {name} | {status} | {cpu_s:.1f} | {wall_s:.1f} |", flush=True)
+        for command in asked:
+            found[command] = measure(command, Path(folder))
+            lines.append(row(command, found[command]))
+            print(lines[-1], flush=True)
+    if len(asked) < len(ASKED):
+        return
+    DATA.write_text(
+        json.dumps({name: taken._asdict() for name, taken in found.items()}, indent=1) + "\n", encoding="utf-8"
+    )
+    table = re.compile(rf"\| {HEADINGS[0]} \| {HEADINGS[1]} .*?(?=\n\n|\n\Z)", re.DOTALL)
+    PAGE.write_text(table.sub(lambda _: "\n".join(lines), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import difflib
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,17 @@ class UpcycleError(Exception):
         if isinstance(self.expected, str):
             error.expected = _FIELD.sub(lambda found: f"<{name(found[1])}>", self.expected)
         return error
+
+    @classmethod
+    def together(cls, errors: Sequence[UpcycleError]) -> UpcycleError:
+        """Return one error that lists several; of one alone, itself.
+
+        Example:
+            >>> str(UpcycleError.together([UpcycleError("no recipe"), UpcycleError("no data")]))
+            '2 mistakes:\\n  no recipe\\n  no data'
+        """
+        texts = [f"\n  {error}" for error in errors]
+        return errors[0] if len(errors) == 1 else cls(f"{len(errors)} mistakes:{''.join(texts)}")
 
     def within(self, where: str) -> Self:
         """Return this error with the place of its subject in front."""

@@ -13,7 +13,7 @@ from nemo_upcycle.utils.console import collector_paused
 
 
 if find_spec("nemo"):
-    from nemo_upcycle.pipeline.context import answered, refuse_bridge
+    from nemo_upcycle.pipeline.answers import answered, refuse_bridge
 
     if sys.argv[1:3] == ["upcycle", "pipeline"]:
         with answered():  # before NeMo is imported, which takes longest
@@ -28,6 +28,7 @@ if find_spec("nemo"):
         for _module in pkgutil.iter_modules(__path__):  # `table` adds those of its rows
             importlib.import_module(f"{__name__}.{_module.name}")
         from nemo_upcycle.recipes.common import upcycled as upcycled
+        from nemo_upcycle.recipes.own_parent import upcycled_from as upcycled_from
 
     # `nemo llm pretrain` and `finetune` are NeMo's own: with a recipe of ours they check the arguments first, with
     # others nothing.

@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import nemo_run as run
+import torch
 from nemo import lightning as nl
 
+from nemo_upcycle.cpu.backend import cpu_has_fast_bf16
 from nemo_upcycle.trainers.nemo.retention import RetainedCheckpoints
 from nemo_upcycle.trainers.nemo.upcycled import moe_settings, start_from, upcycled, use_spec
 
 
-__all__ = ["change_model", "checkpoints", "moe_settings", "start_from", "upcycled", "use_spec"]
+__all__ = [
+    "change_model",
+    "checkpoints",
+    "in_float32_if_faster",
+    "moe_settings",
+    "recompute_layers",
+    "start_from",
+    "upcycled",
+    "use_spec",
+    "validate",
+]
 
 
 def change_model(model: run.Config, **fields: Any) -> run.Config:
@@ -19,6 +31,25 @@ def change_model(model: run.Config, **fields: Any) -> run.Config:
     for name, value in fields.items():
         setattr(model.config, name, value)
     return model
+
+
+def validate(trainer: run.Config[nl.Trainer], times: int) -> None:
+    """Let a trainer validate so many times in its steps, and before the first, on a step's worth of sequences."""
+    trainer.enable_progress_bar = False  # MetricsLogger says more
+    trainer.limit_val_batches, trainer.limit_test_batches = 1, 0
+    trainer.val_check_interval = max(1, trainer.max_steps // times)
+    trainer.num_sanity_val_steps = 1  # validation starts with the parent's own loss
+
+
+def in_float32_if_faster(trainer: run.Config[nl.Trainer]) -> None:
+    """Let a trainer without a GPU compute in float32 where the processor has no bfloat16."""
+    if not cpu_has_fast_bf16():
+        trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", params_dtype=torch.float32)
+
+
+def recompute_layers(config: run.Config) -> None:
+    """Let a model keep of activations the layers' inputs alone."""
+    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
 
 
 def checkpoints(every_n_steps: int, keep_last: int = 1) -> run.Config[nl.ModelCheckpoint]:

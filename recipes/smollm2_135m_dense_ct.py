@@ -14,9 +14,8 @@ from nemo.collections.llm.recipes import llama3_8b
 from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
 
-from nemo_upcycle.cpu.backend import cpu_has_fast_bf16
 from nemo_upcycle.data.blend_module import blend_data
-from nemo_upcycle.recipes.common import checkpoints, start_from
+from nemo_upcycle.recipes.common import checkpoints, in_float32_if_faster, start_from, validate
 
 
 NAME = "smollm2_135m_dense_ct"
@@ -74,15 +73,12 @@ def trainer(
         callbacks=callbacks,
     )
     config.accelerator = "auto"
-    config.enable_progress_bar = False  # MetricsLogger says more
     config.log_every_n_steps = 1
-    config.limit_val_batches, config.limit_test_batches = 1, 0
-    config.val_check_interval = max(1, max_steps // 2)
-    config.num_sanity_val_steps = 1  # validation starts with the parent's own loss
+    validate(config, times=2)
     # Without a GPU an asynchronous save forks this process while it goes on changing its memory, which doubles it.
     config.strategy.ckpt_async_save = False
-    if not torch.cuda.is_available() and not cpu_has_fast_bf16():
-        config.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", params_dtype=torch.float32)
+    if not torch.cuda.is_available():
+        in_float32_if_faster(config)
     return config
 
 

@@ -13,7 +13,7 @@ from nemo.collections.llm.api import pretrain
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.planning.recipe_table import SPEC
 from nemo_upcycle.recipes import smollm2_135m_dense_ct as dense_ct
-from nemo_upcycle.recipes.common import change_model, moe_settings, start_from
+from nemo_upcycle.recipes.common import change_model, moe_settings, recompute_layers, start_from
 
 
 NAME = "smollm2_135m_e8t2"
@@ -119,8 +119,7 @@ def fit_laptop(recipe: run.Partial) -> run.Partial:
     A laptop has memory for 692M parameters and their Adam states; of activations it keeps the layers' inputs.
     """
     if not torch.cuda.is_available():
-        config = recipe.model.config
-        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+        recompute_layers(recipe.model.config)
     return recipe
 
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.layer_settings import decoder_settings
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import layer_bytes, layers_in_flight
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.utils.attributes import temporarily_set
-from tests.megatron_ranks import megatron_rank, transformer_config
+from tests.megatron_ranks import transformer_config
 
 
 #: Megatron's modules, as regular expressions of their names in a layer -> the term of what they keep.

@@ -5,8 +5,6 @@ Nothing is computed or allocated, so one core can stand for any rank of thousand
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -71,38 +69,6 @@ def group_ranks(layout: Layout, rank: int) -> GroupRanks:
     etp, rest = rank % layout.etp, rank // layout.etp
     ep, rest = rest % layout.ep, rest // layout.ep
     return GroupRanks(tp, cp, dp, pp, etp, ep, rest % layout.expert_dp)
-
-
-@contextmanager
-def megatron_rank(layout: Layout, rank: int) -> Iterator[tuple[int, int, int, int]]:
-    """Stand for one rank of a simulated cluster: Megatron's own groups, over a fake back end.
-
-    Yields:
-        Its ranks in the tp, ep, etp and pp groups, as Megatron counts.
-    """
-    from megatron.core import parallel_state as ps
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.gpus)
-    try:
-        ps.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
-            context_parallel_size=layout.cp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.etp,
-            create_gloo_process_groups=False,
-        )
-        yield (
-            ps.get_tensor_model_parallel_rank(),
-            ps.get_expert_model_parallel_rank(),
-            ps.get_expert_tensor_parallel_rank(),
-            ps.get_pipeline_model_parallel_rank(),
-        )
-    finally:
-        ps.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) -> list[Any]:

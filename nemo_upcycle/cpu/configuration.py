@@ -10,7 +10,7 @@ import torch
 
 
 # Fields of Megatron's and NeMo's configurations whose usual value needs CUDA, Apex or Transformer Engine.
-_CPU_FIELDS: dict[str, Any] = {
+CPU_FIELDS: dict[str, Any] = {
     "apply_rope_fusion": False,
     "batch_p2p_comm": False,  # two messages between the same two stages would be swapped: two stages, interleaved
     "bias_dropout_fusion": False,
@@ -45,7 +45,7 @@ def configure_for_cpu(config: Any) -> None:
     """
     target = getattr(config, "__fn_or_cls__", type(config))
     names = target.__dataclass_fields__
-    for name, value in _CPU_FIELDS.items():
+    for name, value in CPU_FIELDS.items():
         if name in names:
             setattr(config, name, value)
     is_silu = getattr(config, "activation_func", None) is torch.nn.functional.silu

@@ -1,4 +1,4 @@
-"""Megatron's process groups for one process, on whatever it computes."""
+"""Megatron's process groups for one process: of itself, or of one rank among many that are not there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from nemo_upcycle.cpu.backend import use_cpu_backend
+from nemo_upcycle.planning.layout import Layout
 
 
 @contextmanager
@@ -26,4 +27,36 @@ def one_rank() -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def megatron_rank(layout: Layout, rank: int) -> Iterator[tuple[int, int, int, int]]:
+    """Stand for one rank of a simulated cluster: Megatron's own groups, over a fake back end.
+
+    Yields:
+        Its ranks in the tp, ep, etp and pp groups, as Megatron counts.
+    """
+    from megatron.core import parallel_state as ps
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.gpus)
+    try:
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            create_gloo_process_groups=False,
+        )
+        yield (
+            ps.get_tensor_model_parallel_rank(),
+            ps.get_expert_model_parallel_rank(),
+            ps.get_expert_tensor_parallel_rank(),
+            ps.get_pipeline_model_parallel_rank(),
+        )
+    finally:
+        ps.destroy_model_parallel()
         torch.distributed.destroy_process_group()

@@ -102,13 +102,9 @@ def log_tokens_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_t
     messages.info("%s", blend.describe(steps, step_tokens))
     if parent_tokens:
         messages.info("  its parent read %s tokens of it before", f"{parent_tokens:,}")
-    limit, also = blend.manifest["max_epochs"], " with its parent's reading" if parent_tokens else ""
-    for source, epochs in blend.epochs(parent_tokens + steps * step_tokens).items():
-        if epochs > limit:
-            text = (
-                "data: source %s is read %.1f times%s, more often than max_epochs (%g): lower its weight or the steps"
-            )
-            messages.warning(text, source, epochs, also, limit)
+    also = " with its parent's reading" if parent_tokens else ""
+    for text in blend.read_too_often(parent_tokens + steps * step_tokens, also):
+        messages.warning("%s", text)
 
 
 def clamp_interval(trainer: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -201,6 +201,19 @@ class FinishedBlend(Finished):
     def epochs(self, tokens: float) -> dict[str, float]:
         """Return how often each source is read in a run of that many tokens."""
         return {source: tokens * self.shares[source] / self._total(source) for source in self.shares}
+
+    def read_too_often(self, tokens: float, also: str = "") -> Iterator[str]:
+        """Yield what to say of each source that a run of that many tokens reads more often than the blend allows.
+
+        Args:
+            tokens: tokens of the run.
+            also: who else has read of them.
+        """
+        limit = self.manifest["max_epochs"]
+        for source, epochs in self.epochs(tokens).items():
+            if epochs > limit:
+                often = f"{epochs:.1f} times{also}, more often than max_epochs ({limit:g})"
+                yield f"data: source {source} is read {often}: lower its weight or the steps"
 
     def _total(self, source: str) -> int:
         return sum(self.tokens["train"][source].values())

@@ -285,12 +285,9 @@ def check_spec(
     frequency, layers = getattr(config, "moe_layer_freq", 1), config.num_layers
     got_layers = layers if isinstance(frequency, int) else len(frequency)
     if (want := spec.moe_pattern(layers)) != layer_pattern(frequency, got_layers):
-        raise SpecError(
-            field="model.config.moe_layer_freq",
-            got=frequency if isinstance(frequency, int) else list(frequency),
-            expected=f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})",
-            fix="make them agree",
-        )
+        got = frequency if isinstance(frequency, int) else list(frequency)
+        expected = f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})"
+        raise SpecError(field="model.config.moe_layer_freq", got=got, expected=expected, fix="make them agree")
 
 
 def _check_pattern(hybrid: HybridLayers, expected: str, why: str) -> None:
@@ -328,8 +325,14 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
         SpecError: a field of its configuration is refused or not known.
         CheckpointError: it is of other shapes, or would compute another function with the same weights.
     """
+    check_fields(model.config, model, getattr(model, "rotary_pos_emb", None))
+    for error in mismatches(model, moe_arch):
+        raise error
+
+
+def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
+    """Yield the settings of a built model that are not a checkpoint's; see `check_model`."""
     config, rotary = model.config, getattr(model, "rotary_pos_emb", None)
-    check_fields(config, model, rotary)
     frequencies = getattr(rotary, "inv_freq", None)
     fields = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
     hybrid = hybrid_of(model)
@@ -365,12 +368,8 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
         checks.append(("rotary_base and RoPE scaling", got, expected))
     for name, got, value in checks:
         if got != value:
-            raise CheckpointError(
-                f"model.config.{name}",
-                got=got,
-                expected=f"{value}, as in the parent",
-                fix="use the parent's own configuration",
-            )
+            expected, fix = f"{value}, as in the parent", "use the parent's own configuration"
+            yield CheckpointError(field=f"model.config.{name}", got=got, expected=expected, fix=fix)
 
 
 def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Iterator[str]:

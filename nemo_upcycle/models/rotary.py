@@ -188,17 +188,29 @@ def scaling_settings(factor: float) -> dict[str, Any]:
     return {"scale_factor": factor, "old_context_len": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
+#: NeMo's settings of Llama 3.1's scaling -> Hugging Face's.
+_LLAMA3 = {
+    "scale_factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "old_context_len": _SHORT,
+}
+_OF_LONGROPE = ("short_factor", "long_factor", _SHORT)
+
+
 def scaling_of(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return `rope_scaling`, as Hugging Face has it, of NeMo's settings; None without any."""
     if settings.get("short_factor"):
-        names = ("short_factor", "long_factor", _SHORT)
-        return {"rope_type": LONGROPE, **{name: settings[name] for name in names}}
+        return {"rope_type": LONGROPE, **{name: settings[name] for name in _OF_LONGROPE}}
     if "old_context_len" not in settings:
         return None
-    return {
-        "rope_type": "llama3",
-        "factor": float(settings["scale_factor"]),
-        "low_freq_factor": float(settings["low_freq_factor"]),
-        "high_freq_factor": float(settings["high_freq_factor"]),
-        "original_max_position_embeddings": int(settings["old_context_len"]),
-    }
+    numbers = {theirs: float(settings[ours]) for ours, theirs in _LLAMA3.items()}
+    return {"rope_type": "llama3", **numbers, _SHORT: int(settings["old_context_len"])}
+
+
+def nemo_scaling(arch: Architecture) -> dict[str, Any]:
+    """Return NeMo's settings of an architecture's rotary scaling, Llama 3.1's or LongRoPE: `scaling_of` reads them."""
+    scaling = arch.rope_scaling or {}
+    if rope_kind(arch) == LONGROPE:
+        return {name: scaling[name] for name in _OF_LONGROPE} | {"max_position_embeddings": arch.max_positions}
+    return {ours: scaling[theirs] for ours, theirs in _LLAMA3.items()} if rope_kind(arch) == "llama3" else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from nemo_upcycle.planning.advice import known_parent_tokens
 from nemo_upcycle.suites.lm_eval_tasks import check_needs
 from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.trainers.base import Training
 from nemo_upcycle.utils.files import resolved
 
 
@@ -47,7 +48,8 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     Raises:
         UpcycleError: an argument is not valid; the text names it.
     """
-    check_folder(run_dir)
+    if not (shown and cluster_for(ctx.executor)):  # its storage may not be mounted where it is only shown
+        check_folder(run_dir)
     check_detach(ctx)
     inputs = plan.inputs
     check_address(inputs.dense, whole=not shown)
@@ -57,8 +59,8 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     is_here = is_local(ctx.executor) and not shown
     if is_here:
         check_here(plan, stages)
+    check_trainings(plan, lambda name, training: training.check(name))
     for name, training in plan.trainings.items():
-        training.check(name)
         if training.reads_chat != inputs.reads_chat:
             kinds = ("texts", "conversations")
             raise UpcycleError(
@@ -69,8 +71,32 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
             )
     check_started(run_dir, plan)
     imports = any(stage.name == "import" for stage in stages) and not StageFolder(run_dir, "import").marker.is_file()
+    starts = [] if shown else [stage.name for stage in stages if not stage.folder(run_dir, plan).marker.is_file()]
+    remote = is_here and imports
+    check_trainings(plan, lambda name, training: training.check_parent(name, plan.dense, remote=remote), starts)
+
+
+def check_trainings(plan: RunPlan, check: Callable[[str, Training], None], starts: Collection[str] = ()) -> None:
+    """Check all trainings, and that those which are to start will get to their first step.
+
+    Args:
+        plan: plan of the run.
+        check: given a stage's name and its training, raises an UpcycleError if that is wrong.
+        starts: names of stages that are about to run.
+
+    Raises:
+        UpcycleError: a training is wrong, or would not start; the text lists all that is wrong.
+    """
+    found: dict[str, UpcycleError] = {}
     for name, training in plan.trainings.items():
-        training.check_parent(name, plan.dense, remote=is_here and imports)
+        try:
+            check(name, training)
+            wrong = training.problems(name, plan.dense) if name in starts else ()
+        except UpcycleError as error:
+            wrong = training.problems(name, plan.dense) or (error,)
+        found |= {str(error): error for error in wrong}
+    if found:
+        raise UpcycleError.together(list(found.values()))
 
 
 def check_here(plan: RunPlan, stages: Sequence[Stage]) -> None:

@@ -10,8 +10,8 @@ import logging
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Union, get_args
 
 import catalogue
@@ -23,10 +23,9 @@ from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean, mistake_in_file
+from nemo_upcycle.pipeline.answers import answered
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
 from nemo_upcycle.utils.attributes import temporarily_set
-from nemo_upcycle.utils.console import end_soon
-from nemo_upcycle.utils.masking import without_secrets
 
 
 #: Options of the pipeline, and the argument that each sets.
@@ -53,9 +52,14 @@ class CheckedContext(run.cli.RunContext):
     #: Options, and names of executors, beside NeMo-Run's own.
     options: ClassVar[tuple[str, ...]] = ()
     executors: ClassVar[frozenset[str]] = frozenset()
+    #: What was typed: whether `--verbose`, and argument -> value.
+    verbose = False
+    typed: Mapping[str, str] = types.MappingProxyType({})
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Check the arguments, then let NeMo-Run parse and execute them."""
+        self.verbose = not {"-v", "--verbose"}.isdisjoint(sys.argv)  # which NeMo-Run takes, and does not hand on
+        self.typed = dict(word.partition("=")[::2] for word in args)
         with answered():
             args = self.arguments(args)
             _check_words(args, self.options)
@@ -172,42 +176,6 @@ class PipelineContext(CheckedContext):
         task = self.parse_fn(fn, experiment_args)
         _check_complete(fn, task)
         fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
-
-
-def refuse_bridge(words: Sequence[str]) -> None:
-    """Check that the words of `nemo upcycle pipeline` are NeMo's, which this environment trains with.
-
-    Args:
-        words: the words of the command line, behind the command.
-
-    Raises:
-        UpcycleError: a recipe is Megatron-Bridge's.
-
-    Example:
-        >>> refuse_bridge(["--factory", "llama3_8b_e8t2"])
-    """
-    if given := next((word for word in words if word.startswith("recipe=")), None):
-        raise UpcycleError(
-            f"argument '{given}'",
-            got="Megatron-Bridge's argument in an environment of NeMo's",
-            expected="--factory NAME, or Megatron-Bridge, which trains by recipe=",
-            fix=(
-                'for Bridge, type it where that is installed, and there pip install -e ".[bridge,eval,demo]"; '
-                "here, name a recipe of NeMo's with --factory"
-            ),
-        )
-
-
-@contextmanager
-def answered() -> Iterator[None]:
-    """Answer a mistake with one message and its status."""
-    try:
-        yield
-    except UpcycleError as error:
-        plain = getattr(error, "proxy_base_exception", error)  # fiddle's adds the configuration that it was building
-        sys.stderr.write(f"Error: {without_secrets(str(plain))}\n")
-        end_soon()
-        raise SystemExit(error.exit_status) from None  # NeMo-Run turns every Exception into status 1
 
 
 def _silent() -> AbstractContextManager[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,8 @@ def launch_chain(
         render: folder for everything that would be submitted; nothing is submitted then.
 
     Raises:
-        UpcycleError: an argument is not valid, or a stage did not finish.
+        UpcycleError: an argument is not valid, a training would not start, or a stage did not finish.
+        SystemExit: a run that is only shown would not start, or not fit.
     """
     run_dir = Path(dir).expanduser().absolute()
     folders = {name: absolute_argument(getattr(plan, name), folder=True) for name in ("dense", "data")}
@@ -110,22 +111,36 @@ def launch_chain(
         render_jobs(jobs, cluster, plan, Path(render))
         return
     shown = cluster and cluster.masked()
-    expected = forecast(stages, run_dir, plan, shown, jobs, masked_executor(ctx.executor))
-    if ctx.dryrun or not ctx.skip_confirmation:
-        sys.stdout.write(render_forecast(expected) + "\n")
+    expected = forecast(stages, run_dir, plan, shown, jobs, masked_executor(ctx.executor), ctx.typed)
     if ctx.dryrun:
-        try:
-            if cluster:
-                cluster.check_settings(jobs)
-            elif is_local(ctx.executor):
-                check_here(plan, stages)
-        except UpcycleError as error:
-            sys.stdout.write(f"\nBefore it can {'be submitted' if cluster else 'run here'}: {error}\n")
+        problems = dict.fromkeys((*expected.problems, *_lacking(ctx, cluster, jobs, plan, stages)))
+        expected = replace(expected, problems=tuple(problems))
+    if ctx.dryrun or not ctx.skip_confirmation:
+        sys.stdout.write(render_forecast(expected, verbose=ctx.verbose) + "\n")
+    if ctx.dryrun and (expected.problems or expected.misfits):
+        end_soon()
+        raise SystemExit(1)
+    if ctx.dryrun:
         return
+    if expected.problems:
+        raise UpcycleError("\n".join(expected.problems))
     if launch(ctx, run_dir, plan, jobs, forecast=expected) and stages[-1] is STAGES[-1] and not ctx.detach:
         report = run_dir / "report.md"
         headline = report.read_text(encoding="utf-8").split("\n\n")[1]
         sys.stdout.write(f"\n{headline}\n\nReport: {report}\n")
+
+
+def _lacking(
+    ctx: Any, cluster: Cluster | None, jobs: Sequence[Job], plan: RunPlan, stages: Sequence[Stage]
+) -> Iterator[str]:
+    """Yield what a cluster's settings or this machine lack for a run that is only shown."""
+    try:
+        if cluster:
+            cluster.check_settings(jobs)
+        elif is_local(ctx.executor):
+            check_here(plan, stages)
+    except UpcycleError as error:
+        yield str(error)
 
 
 def launch(

@@ -95,12 +95,9 @@ def read_run(folder: Path) -> RunRecord:
         raise UpcycleError(str(folder), got="no such folder", expected="that of a pipeline run", fix="check the path")
     markers = _read_markers(folder)
     if not (markers or (folder / "pipeline.json").is_file()):
-        raise UpcycleError(
-            str(folder),
-            got="no pipeline.json",
-            expected="the folder of a pipeline run or a grid",
-            fix="check the path",
-        )
+        runs = sorted(str(path.parent) for path in folder.glob("*/pipeline.json"))
+        expected, fix = "the folder of a pipeline run or a grid", f"name {' or '.join(runs[:3]) or 'another'}"
+        raise UpcycleError(str(folder), got="no pipeline.json", expected=expected, fix=fix)
     left_out = {"dense_ct"} if markers.get("dense_ct", {}).get("outputs", {}).get("left_out") else set()
     trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
     contamination = _data_of(folder, markers) / CONTAMINATION

@@ -15,6 +15,7 @@ from nemo_upcycle.planning.memory import checkpoint_bytes
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.trainers.settings import STEPS, free_settings, step0_settings
 
 
@@ -174,7 +175,9 @@ class TrainingFacts:
         uses_wandb: whether it sends its metrics to Weights & Biases.
         schedule: what tells schedules of the learning rate apart.
         is_rate_constant: whether the learning rate stays what it is.
-        warnings: what few mean to do.
+        rate: the learning rate's peak; None: not known.
+        warmup_steps: steps until then.
+        positions: tokens of a sequence that the parent was trained on, at most; None: not known.
     """
 
     recipe: str
@@ -205,7 +208,21 @@ class TrainingFacts:
     uses_wandb: bool = False
     schedule: str
     is_rate_constant: bool
-    warnings: tuple[str, ...] = ()
+    rate: float | None
+    warmup_steps: int
+    positions: int | None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What few mean to do."""
+        found = []
+        if self.rate and self.warmup_steps >= self.steps:
+            reached = f"{self.warmup_steps} steps of warm-up, {self.steps} of training"
+            found.append(f"the learning rate never reaches its peak, {self.rate:g}: {reached}")
+        if self.positions and self.seq_length > self.positions:
+            limit = f"more than the {self.positions} positions that the parent was trained on"
+            found.append(f"sequences of {self.seq_length} tokens, {limit}")
+        return tuple(filter(None, [high_rate(self.rate), *found]))
 
     @property
     def step_tokens(self) -> int:

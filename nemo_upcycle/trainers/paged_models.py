@@ -13,7 +13,7 @@ import torch
 
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.cpu.configuration import configure_for_cpu
-from nemo_upcycle.models.architecture import BALANCING_BIASES
+from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.hf_model import empty_model, stored_name
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.mapping import ParamMapping, mapping_of
@@ -76,7 +76,7 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
         SpecError, CheckpointError: as in `upcycle_into`.
     """
     arch, config = dense.architecture, _on_one_rank(config, dense.architecture.vocab_size)
-    model = _built(config).eval()
+    model = _built(config, arch).eval()
     plans = checked_plans([model], dense, spec)
 
     def fill_part(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -93,9 +93,15 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
     return PagedModel(model, ["embedding", *layers, *ends], fill_part, stay=stay, device=device), plans
 
 
-def _built(config: Any) -> Any:
+def _built(config: Any, arch: Architecture) -> Any:
     if hasattr(config, "configure_model"):
-        return config.configure_model(tokenizer=None)
+        model = config.configure_model(tokenizer=None)
+        if arch.scaled_embedding:  # NeMo's GemmaModel does so, and not its configuration
+            from nemo.collections.common.parts.utils import extend_instance
+            from nemo.collections.llm.gpt.model.gemma2 import EmbeddingScalingMixin
+
+            extend_instance(model.embedding, EmbeddingScalingMixin)
+        return model
     config.finalize()
     with torch.device("meta"):  # a HybridModelProvider asks no setting
         return config.provide(pre_process=True, post_process=True)

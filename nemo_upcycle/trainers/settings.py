@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from nemo_upcycle.errors import SpecError
@@ -58,6 +58,10 @@ def _from(low: int) -> Rule:
     return Rule(lambda value: is_whole(value, low), f"a whole number from {low} on", "set it to, for example, 100")
 
 
+def _one_of(*names: str) -> Rule:
+    return Rule(lambda value: value in names, f"one of {', '.join(names)}", f"set it to {names[0]}")
+
+
 def _finite(value: Any) -> bool:
     return is_number(value, 0) and value != math.inf
 
@@ -84,11 +88,17 @@ _RATES = _RATE._replace(allows=_each_finite)
 _SHARE = Rule(
     lambda value: is_number(value, 0) and value < 1, "a number from 0 to below 1", "set it to, for example, 0.1"
 )
+_PERIOD = Rule(
+    lambda value: is_whole(value, 1) or (isinstance(value, float) and 0 < value <= 1),
+    "a whole number from 1 on, or a part of the data up to 1.0",
+    "set it to, for example, 100",
+)
 _NONE = Rule(operator.not_, "none", "leave it out: ranks fill plain tensors")
 STEPS = Setting("trainer.max_steps", "train.train_iters", _from(1), shown=True)
 SEQUENCE = Setting("data.seq_length", "dataset.seq_length", _from(1), "seq_length", shown=True)
 MICRO_BATCH = Setting("data.micro_batch_size", "train.micro_batch_size", _from(1), "micro_batch", shown=True)
 CONTEXT = _strategy("context_parallel_size", "cp", shown=True)
+WARMUP = Setting("optim.lr_scheduler.warmup_steps", "scheduler.lr_warmup_iters", _from(0), shown=True)
 LR = Setting("optim.config.lr", "optimizer.lr", _RATE, shown=True)
 MIN_LR = Setting("optim.lr_scheduler.min_lr", "optimizer.min_lr", _RATE, shown=True)
 SAVE_EVERY = Setting("log.ckpt.every_n_train_steps", "checkpoint.save_interval", _from(1), shown=True, free=True)
@@ -103,7 +113,7 @@ SETTINGS: tuple[Setting, ...] = (
     SEQUENCE,
     LR,
     MIN_LR,
-    Setting("optim.lr_scheduler.warmup_steps", "scheduler.lr_warmup_iters", _from(0), shown=True),
+    WARMUP,
     Setting("optim.lr_scheduler.constant_steps", "", _from(0)),
     Setting("", "scheduler.lr_decay_style", shown=True),
     _strategy("tensor_model_parallel_size", "tp", shown=True),
@@ -132,6 +142,8 @@ SETTINGS: tuple[Setting, ...] = (
     _model("moe_pad_expert_input_to_capacity", shown=True),
     _model("recompute_granularity", shown=True),
     _model("recompute_modules", shown=True),
+    # Megatron-Core 0.15 takes any other name for none; 0.19 lists the names, which `trial.wrong_choices` asks for.
+    Setting("model.config.moe_router_dtype", "", _one_of("fp32", "fp64")),
     _model("hidden_dropout", _SHARE),
     _model("attention_dropout", _SHARE),
     _model("moe_aux_loss_coeff", _RATES),
@@ -142,6 +154,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "model.config.moe_router_padding_for_fp8", "model.moe_router_padding_for_quantization", size="router_padding"
     ),
+    Setting("optim.config.optimizer", "", _one_of("adam", "sgd")),
     *(_optimizer(name, _RATE) for name in ("weight_decay", "clip_grad")),
     *(_optimizer(name, _SHARE) for name in ("adam_beta1", "adam_beta2")),
     SAVE_EVERY,
@@ -151,7 +164,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("", "checkpoint.async_save", shown=True, free=True),
     Setting("", "checkpoint.save_retain_interval", free=True),
     Setting("log.", "logger.", free=True),
-    Setting("trainer.log_every_n_steps", "", free=True),
+    Setting("trainer.log_every_n_steps", "", _from(1), free=True),
+    Setting("", "logger.log_interval", _from(1)),
+    Setting("trainer.val_check_interval", "", _PERIOD),
+    Setting("", "validation.eval_interval", _from(0)),
+    Setting("", "validation.eval_iters", _from(0)),
+    Setting("trainer.accelerator", "", _one_of("gpu", "cpu", "auto", "cuda")),
     Setting("data.num_workers", "dataset.num_workers", _from(0), free=True),
     Setting("resume.restore_config.trained_on", "", free=True),
     *(Setting("", f"upcycle.{name}", free=True) for name in ("spike_", "stop_on_spike", "evaluate_")),
@@ -209,12 +227,7 @@ def check_packs(recipe: Any, trainer: str, where: str = "") -> None:
 
 
 def check_values(recipe: Any, trainer: str, where: str = "") -> None:
-    """Check the values of a training's settings, one by one.
-
-    Args:
-        recipe: NeMo's recipe, or Bridge's configuration.
-        trainer: `nemo` or `bridge`.
-        where: prefix of its overrides, for the text of errors.
+    """Check the values of a training's settings, one by one; see `wrong_values`.
 
     Raises:
         SpecError: a value makes no sense; the text names the setting.
@@ -225,16 +238,28 @@ def check_values(recipe: Any, trainer: str, where: str = "") -> None:
         Traceback (most recent call last):
         nemo_upcycle.errors.SpecError: optim.config.lr: got -1, expected a finite number, 0 or more. Fix: ...
     """
+    for error in wrong_values(recipe, trainer, where):
+        raise error
+
+
+def wrong_values(recipe: Any, trainer: str, where: str = "") -> Iterator[SpecError]:
+    """Yield the settings of a training whose values make no sense.
+
+    Args:
+        recipe: NeMo's recipe, or Bridge's configuration.
+        trainer: `nemo` or `bridge`.
+        where: prefix of its overrides, for the text of errors.
+    """
     for row in SETTINGS:
         name, rule = row.of(trainer), row.rule
         value = setting(recipe, name)
         if rule and value is not None and not rule.allows(value):
-            raise SpecError(field=f"{where}{name}", got=value, expected=rule.expected, fix=rule.fix)
+            yield SpecError(field=f"{where}{name}", got=value, expected=rule.expected, fix=rule.fix)
     highest, lowest = LR.of(trainer), MIN_LR.of(trainer)
     rate, floor = setting(recipe, highest), setting(recipe, lowest)
     if rate is not None and floor is not None and floor > rate:  # schedulers fail after the warm-up
         expected = f"at most {where}{highest} ({rate})"
-        raise SpecError(field=f"{where}{lowest}", got=floor, expected=expected, fix="set both")
+        yield SpecError(field=f"{where}{lowest}", got=floor, expected=expected, fix="set both")
 
 
 def check_masters(precision: Any, optimizer: Any, field: str) -> None:

@@ -6,11 +6,13 @@ that what it would be, written out, is known before it is built.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import types
 import typing
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -82,9 +84,6 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
         >>> read_conf("evaluation", "demo", "suite").path.name
         'demo.yaml'
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     path = Path(name).expanduser()
     folder = path.absolute().parent
     if path.suffix not in (".yaml", ".yml"):
@@ -92,16 +91,24 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
             raise UpcycleError.unknown(what, str(name), [*names, "PATH.yaml"])
         path, folder = packaged(kind) / f"{name}.yaml", Path()
     text = _bounded_text(path, where := f"{what} {path}")
-    try:
-        require_bounded(text, where)
-        content = _resolved(OmegaConf.create(text), where)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise _invalid(where, error) from None
+    content = copy.deepcopy((_content.__wrapped__ if "${" in text else _content)(text, where))  # variables may change
     if not isinstance(content, dict) or not content:
         got = type(content).__name__ if content else "nothing"
         raise UpcycleError(where, got=got, expected="keys", fix=f"write them as in {template(kind)}")
     named = {str(key): value for key, value in content.items()}
     return Conf(named, path, Path(named.pop("folder", folder)))
+
+
+@lru_cache  # a command reads its suite and its blend several times, which takes OmegaConf 50 ms each
+def _content(text: str, where: str) -> Any:
+    """Return what a text of OmegaConf's holds."""
+    from omegaconf import OmegaConf, errors
+
+    try:
+        require_bounded(text, where)
+        return _resolved(OmegaConf.create(text), where)
+    except (errors.OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise _invalid(where, error) from None
 
 
 def read_yaml(path: Path, what: str = "file") -> Any:

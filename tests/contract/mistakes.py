@@ -74,7 +74,8 @@ OF_NEMO = {
         "tokenizer of FILES/blend: got sha256 "
     ),
     "llm pretrain --factory llama3_8b_e8t2(capacity_factor=9)": "capacity_factor: got 9, expected at most ",
-    "llm pretrain --factory llama3_8b_e8t2": "Transformer Engine: got not installed",
+    "llm pretrain --factory llama3_8b_e8t2": "model.config.apply_rope_fusion: got True, expected False on this ",
+    f"{LLM} model.config.layernorm_epsilon=1": "model.config.layernorm_epsilon: got 1.0, expected 1e-05, as in ",
 }
 SMALL = "smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config"
 DENSE_CT = "tests.bridge.recipes:tiny_dense_ct"

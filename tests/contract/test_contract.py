@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import UpcycleError
@@ -23,7 +25,7 @@ SPEC = UpcycleSpec(num_experts=EXPERTS, top_k=2)
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a dense parent."""
-    return write_parent(tmp_path_factory.mktemp("parent") / "dense")
+    return write_parent(tmp_path_factory.mktemp("parent") / "dense", vocab_size=260)  # which two ranks share
 
 
 def _training(settings: dict[str, Any] | None = None, **options: Any) -> Training:
@@ -81,7 +83,9 @@ def _check(training: Training, stage: str, parent: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["moe", "dense_ct", "moe_sft", "dense_sft"])
 def test_what_is_right_is_accepted(parent: Path, kind: str) -> None:
-    _check(_training(kind=kind, ranks=2), "pretrain" if "moe" in kind else "dense_ct", parent)
+    training, stage = _training(kind=kind, ranks=2), "pretrain" if "moe" in kind else "dense_ct"
+    _check(training, stage, parent)
+    assert training.problems(stage, str(parent)) == ()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,62 @@ def test_what_is_wrong_is_refused_by_the_settings_name(parent: Path, settings: d
     with pytest.raises(UpcycleError) as caught:
         _check(_training(settings, ranks=2), "pretrain", parent)
     assert caught.value.field == f"pretrain.{setting_name(name)}"
+
+
+#: Values that a training is made of and that end its job before the first step, by the names of its trainer.
+FATAL: dict[str, Any] = {
+    f"model.{name}": value
+    for name, value in {
+        "recompute_granularity": "banana",
+        "moe_token_dispatcher_type": "banana",
+        "moe_router_dtype": "banana",
+        "rotary_base": 1,
+        "layernorm_epsilon": 1,
+    }.items()
+} | (
+    {
+        "optimizer.optimizer": "banana",
+        "validation.eval_iters": -1,
+        "logger.log_interval": 0,
+        "tokenizer.tokenizer_type": "null",
+    }
+    if IS_BRIDGE
+    else {
+        "optim.config.optimizer": "banana",
+        "trainer.accelerator": "tpu",
+        "trainer.limit_val_batches": -1,
+        "trainer.val_check_interval": 0,
+        "trainer.log_every_n_steps": 0,
+    }
+)
+
+
+@pytest.mark.parametrize("settings", [*({name: value} for name, value in FATAL.items()), FATAL], ids=len)
+def test_all_that_ends_a_job_before_its_first_step_is_listed_at_once(parent: Path, settings: dict[str, Any]) -> None:
+    problems = _training(settings, ranks=2).problems("pretrain", str(parent))
+    assert {error.field.partition(" ")[0] for error in problems} == {
+        f"pretrain.{setting_name(name)}" for name in settings
+    }
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2, "pp": 2, "ep": 2}, {"pp": 4, "cp": 2}, {"tp": 2, "etp": 1, "ep": 8}], ids=str
+)
+def test_a_rank_of_each_stage_of_every_layout_is_constructed(parent: Path, layout: dict[str, int]) -> None:
+    assert _training(layout, ranks=8).problems("pretrain", str(parent)) == ()
+    (problem,) = _training({**layout, "model.layernorm_epsilon": 1}, ranks=8).problems("pretrain", str(parent))
+    assert problem.expected == "1e-05, as in the parent"
+
+
+def test_facts_warn_of_what_few_mean_to_do(parent: Path) -> None:
+    facts = _training({"lr": 100.0, "warmup": 6}).facts(str(parent))
+    assert facts is not None
+    high, unreached = facts.warnings
+    assert "goes up to 100" in high
+    assert "never reaches its peak, 100: 6 steps of warm-up, 6 of training" in unreached
+    longer = replace(facts, rate=1e-5, seq_length=facts.positions + 1)
+    assert "more than the" in longer.warnings[-1]
 
 
 def test_a_baseline_is_no_upcycled_model(parent: Path) -> None:

@@ -9,11 +9,9 @@ import nemo_run as run
 import stock_nemo_recipe
 import torch
 from nemo import lightning as nl
-from nemo.collections import llm
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.recipes import pipeline, upcycled
-from nemo_upcycle.recipes.common import start_from
+from nemo_upcycle.recipes import pipeline, upcycled_from
 from tests.functional.tiny import BATCH, SEQUENCE, SIZES
 
 
@@ -21,21 +19,27 @@ SPEC = UpcycleSpec(num_experts=4, top_k=2)
 
 
 def cut(recipe: run.Partial, **sizes: Any) -> run.Partial:
-    """Cut a recipe down to toy width, for a machine without a GPU; all else is NeMo's."""
+    """Cut a recipe down to toy width and three small steps, for a machine without a GPU; all else is NeMo's."""
     for name, value in ({**SIZES, **sizes, "apply_rope_fusion": False}).items():
         setattr(recipe.model.config, name, value)
-    return cut_training(recipe)
-
-
-def cut_training(recipe: run.Partial) -> run.Partial:
-    """Let a recipe train three small steps, on a machine without a GPU."""
     recipe.data.seq_length, recipe.data.global_batch_size, recipe.data.num_workers = SEQUENCE, BATCH, 0
     trainer = recipe.trainer
     trainer.accelerator, trainer.devices, trainer.max_steps = "auto", 1, 3
     trainer.limit_val_batches, trainer.limit_test_batches, trainer.val_check_interval = 0, 0, 1.0
-    trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", params_dtype=torch.float32)
     trainer.strategy.expert_model_parallel_size = 1
+    return in_float32(recipe)
+
+
+def in_float32(recipe: run.Partial) -> run.Partial:
+    """Let a recipe compute in float32, whatever the processor has."""
+    recipe.trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision="32", params_dtype=torch.float32)
     return recipe
+
+
+def made_from(parent: str, spec: UpcycleSpec | None, **others: Any) -> run.Partial:
+    """Make a training of three small steps from a parent's folder."""
+    sizes = {"seq_length": SEQUENCE, "global_batch_size": BATCH, "max_steps": 3, "lr": 1e-4}
+    return in_float32(upcycled_from(parent, spec=spec, **sizes | others))
 
 
 def llama(parent: str, dir: str = "runs", data: str = "") -> run.Partial:
@@ -44,19 +48,11 @@ def llama(parent: str, dir: str = "runs", data: str = "") -> run.Partial:
 
 
 def grown_chain(inputs: str) -> run.Partial:
-    """The chain of a parent with experts: NeMo's recipe of Qwen3 30B-A3B, with twice its experts and as it is."""
+    """The chain of a parent with experts, with twice as many and as it is, made from its folder."""
     folder = Path(inputs)
     parent, data = str(folder / "qwen3_moe"), str(folder / "blend")
-
-    def stock(name: str) -> run.Partial:
-        sizes = {"kv_channels": 16, "vocab_size": 259, "moe_ffn_hidden_size": 48}
-        recipe = cut(llm.qwen3_30b_a3b.pretrain_recipe(name=name), **sizes, num_moe_experts=4, moe_router_topk=2)
-        strategy = recipe.trainer.strategy
-        strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size = 1, 1
-        return recipe
-
-    moe = upcycled(stock("grown"), parent, UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), data)
-    baseline = start_from(stock("parent"), parent, None, data)
+    moe = made_from(parent, UpcycleSpec(num_experts=8, top_k=4, router_std=0.0))
+    baseline = made_from(parent, None, name="parent")
     evaluation = str(folder / "evaluation.yaml")
     made = {"dir": str(folder / "grown"), "dense": parent, "data": data, "evaluation": evaluation}
     return run.Partial(pipeline, **made, pretrain=moe, dense_ct=baseline)

@@ -27,26 +27,27 @@ SITES = {
 }
 
 
-def _type(folder: Path, *commands: tuple[str, ...]) -> list[Answer]:
-    """Type commands one after the other; each must work and show no secret."""
+def _type(folder: Path, *commands: tuple[str, ...], status: int = 0) -> list[Answer]:
+    """Type commands one after the other; each must end so, and show no secret."""
     chain = ("upcycle", "pipeline", "--factory", "llama3_8b_e8t2", f"dir={folder}/run")
     typed = [[word.replace("DIR", str(folder)) for word in (*chain, *words)] for words in commands]
     (answers,) = run_ranks(type_commands, 1, typed, str(folder), str(folder), process_group=False)
     for answer in answers:
-        assert answer.status == 0, answer.text
+        assert answer.status == status, answer.text
         assert "hf_abc" not in answer.text
     return answers
 
 
 def test_a_dry_run_forecasts_says_what_is_missing_and_writes_nothing(tmp_path: Path) -> None:
     changed = ("pretrain.trainer.max_steps=5000", *SLURM, SECRET, "--dryrun")
-    submitted, here = _type(tmp_path, changed, ("--dryrun",))
+    submitted, here, full = _type(tmp_path, changed, ("--dryrun",), (*changed, "--verbose"), status=1)
     assert re.search(r"pretrain\.trainer\.max_steps +5000\n", submitted.text)
-    assert f"--- {tmp_path}/run/jobs/pretrain/pretrain.sh\n#!/bin/bash\n" in submitted.text
-    assert "Before it can be submitted: run.executor.partition: got nothing" in submitted.text
+    assert re.search(r"\nIt would not start:\n  - run\.executor\.partition: got nothing", submitted.text)
     assert "12.9 h, 6,630 GPU-hours" in here.text
-    assert "Before it can run here: " in here.text
-    assert submitted.written == here.written == []
+    assert re.search(r"\nIt would not start:\n  - pretrain\.trainer\.num_nodes: got 64", here.text)
+    assert max(len(answer.text.splitlines()) for answer in (submitted, here)) <= 60
+    assert re.search(r"pretrain\.trainer\.max_steps +typed +5000\n", full.text)
+    assert submitted.written == here.written == full.written == []
 
 
 def test_rendered_jobs_come_with_their_plan(tmp_path: Path) -> None:

@@ -160,37 +160,17 @@ WRITERS: dict[str, Callable[..., Path]] = {
 }
 
 
-def _model(parent: str) -> Any:
-    """Return NeMo's model of a parent: its own Gemma, and what this package makes of the others."""
-    import nemo_run as run
-    from nemo.collections import llm
-
-    from nemo_upcycle.models.megatron_config import megatron_fields
-    from nemo_upcycle.trainers.nemo.decoder import decoder_model
-
-    arch = read_architecture(Path(parent))
-    if not arch.scaled_embedding:
-        return decoder_model(parent, seq_length=64)
-    config = run.Config(
-        llm.GemmaConfig, **megatron_fields(arch), vocab_size=arch.vocab_size, rotary_base=arch.rope_theta
-    )
-    config.seq_length = 64
-    return run.Config(llm.GemmaModel, config=config)
-
-
 def _train_still(parent: str, data: str, folder: str) -> None:
     """Train at a rate that moves no weight, so that the parent's function stays."""
-    from nemo.collections import llm
+    import fiddle as fdl
 
-    from tests.functional.stock import cut_training
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+    from tests.functional.stock import SPEC, made_from
 
-    recipe = llm.qwen3_600m.pretrain_recipe()
-    recipe.model = _model(parent)
-    cut_training(recipe)
-    recipe.optim.config.lr = recipe.optim.lr_scheduler.min_lr = 1e-30
-    recipe.optim.config.weight_decay = 0.0
-    recipe.log.ckpt.every_n_train_steps, recipe.log.ckpt.train_time_interval = 3, None
-    _train(parent, data, folder, recipe)
+    use_cpu_backend()
+    recipe = made_from(parent, SPEC, lr=1e-30, data=data)
+    recipe.optim.config.weight_decay, recipe.log.explicit_log_dir = 0.0, folder
+    fdl.build(recipe)()
 
 
 def _logits(checkpoint: str, parent: str) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What `nemo upcycle pipeline --dryrun` says of every recipe's chain, on every executor; free of what a machine is.
 
-The files of `IN_FULL` hold the scripts that are submitted; the others a line for each, with its hash.
+Behind it stands what `--render` writes: in the files of `IN_FULL`, whose forecasts are `--verbose`, whole; in the
+others a line for each script, with its hash.
 """
 
 from __future__ import annotations
@@ -45,30 +46,27 @@ def forecast_text(recipe: str, cluster: str) -> str:
     """Return what a golden file should hold."""
     from nemo_upcycle import recipes
     from nemo_upcycle.pipeline.forecast import render_forecast
-    from nemo_upcycle.recipes import smollm2_135m_dense_ct
+    from nemo_upcycle.recipes import common
 
     # The demo's recipes ask the machine for a GPU and for fast BF16; a forecast looks into its caches.
     with (
         mock.patch.dict("os.environ", {"NEMO_UPCYCLE_CACHE": "/nowhere", "HF_HOME": "/nowhere"}),
         mock.patch("torch.cuda.is_available", return_value=False),
-        mock.patch.object(smollm2_135m_dense_ct, "cpu_has_fast_bf16", return_value=True),
+        mock.patch.object(common, "cpu_has_fast_bf16", return_value=True),
         mock.patch("nemo_upcycle.planning.advice.fitted_law", return_value=None),  # changes with its grid
     ):
         chain = getattr(recipes, recipe).pipeline_recipe(dir=f"/runs/{recipe}")
-        found = forecast_of(chain, Path(chain.dir), CLUSTERS[cluster]())
+        run_dir, site, is_full = Path(chain.dir), CLUSTERS[cluster](), (recipe, cluster) in IN_FULL
+        found = forecast_of(chain, run_dir, site)
+        rendered = {job.folder: site.masked().render(job) for job in jobs_of_chain(chain, run_dir)} if site else {}
     disk = replace(found.disk, folder=Path("/runs"), free_bytes=FREE_BYTES)
-    text = render_forecast(replace(found, disk=disk)) + "\n"
-    return text if (recipe, cluster) in IN_FULL else without_scripts(text)
-
-
-def without_scripts(text: str) -> str:
-    """Return the text of a forecast with a line in the place of each script."""
-    forecast, *scripts = text.rstrip("\n").split("\n\n--- ")
-    lines = [forecast, *([""] if scripts else [])]
-    for script in scripts:
-        path, _, body = script.partition("\n")
-        count, digest = len(body.split("\n")), hashlib.sha256(body.encode()).hexdigest()
-        lines.append(f"--- {path}: {count} lines, sha256 {digest[:16]}...")
+    lines = [render_forecast(replace(found, disk=disk), verbose=is_full), *([""] if rendered and not is_full else [])]
+    for folder, scripts in rendered.items():
+        for name, script in scripts.items():
+            body = script.rstrip("\n")
+            count, digest = len(body.split("\n")), hashlib.sha256(body.encode()).hexdigest()
+            about = f"--- {folder / name}: {count} lines, sha256 {digest[:16]}..."
+            lines += ["", f"--- {folder / name}", body] if is_full else [about]
     return "\n".join(lines) + "\n"
 
 
@@ -78,6 +76,7 @@ def forecast_of(
     cluster: Any = None,
     stages: Any = None,
     executor: Any = None,
+    typed: Any = None,
 ) -> Any:
     """Return the forecast of a chain.
 
@@ -87,12 +86,13 @@ def forecast_of(
         cluster: where it runs; None: this machine.
         stages: a part of the chain.
         executor: the user's, where it is no cluster's.
+        typed: argument or setting -> value of what was typed.
     """
     from nemo_upcycle.pipeline.forecast import forecast
     from nemo_upcycle.pipeline.stages import STAGES
 
     stages, plan = stages or STAGES, plan_of(chain)
-    return forecast(stages, run_dir, plan, cluster, jobs_of_chain(chain, run_dir), executor)
+    return forecast(stages, run_dir, plan, cluster, jobs_of_chain(chain, run_dir), executor, typed)
 
 
 def jobs_of_chain(chain: Any, run_dir: Path) -> list[Any]:

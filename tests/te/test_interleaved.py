@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
+from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.layout import Layout
-from tests.megatron_ranks import megatron_rank
 from tests.models import MemorySource, small_architecture
 from tests.te.test_upcycle import LAYOUTS, MODELS, ONE_RANK, SPEC, _filled, _local, _with_te
 

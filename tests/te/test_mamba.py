@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
-from tests.megatron_ranks import group_ranks, megatron_rank
+from tests.megatron_ranks import group_ranks
 from tests.models import build_chunks, write_nemotron_h
 
 

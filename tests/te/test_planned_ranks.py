@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
-from tests.megatron_ranks import TRANSFORMER_ENGINE, build_rank, megatron_rank
+from tests.megatron_ranks import TRANSFORMER_ENGINE, build_rank
 
 
 @pytest.mark.parametrize("engine", TRANSFORMER_ENGINE)

@@ -15,9 +15,9 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.cpu.device import with_cuda_type_names
+from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.online.quantized import is_quantized, kept_values
 from nemo_upcycle.planning.layout import Layout
-from tests.megatron_ranks import megatron_rank
 from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
 from tests.te.quantizing import MOST, OnCpu, buffer_of, cast, dequantize, quantize
 from tests.te.test_upcycle import _with_te

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
+from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hybrid import hybrid_pattern, layer_parts
@@ -22,7 +23,6 @@ from nemo_upcycle.models.mapping import MAPPINGS, find_mapping
 from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.planning.layout import Layout
-from tests.megatron_ranks import megatron_rank
 from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
 
 

@@ -181,7 +181,6 @@ class KubernetesScheduler(Cluster):
         found = {
             "queue": settings.queue,
             "user": "{}:{}".format(*settings.user) if settings.user else "",
-            "nodes": job.nodes,
             "GPUs per node": settings.gpus_per_node,
             "CPUs per node": settings.cpus,
             "memory per node": f"{settings.memory_gib} GiB" if settings.memory_gib else "",

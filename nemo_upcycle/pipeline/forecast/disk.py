@@ -22,13 +22,13 @@ class DiskForecast:
 
     Args:
         folder: the run's folder, or the nearest one above it that exists.
-        free_bytes: free there.
+        free_bytes: free there; None: of a disk that this machine does not see.
         uses: disk space of the stages, in their order.
         at_once: stages whose uses may fall together.
     """
 
     folder: Path
-    free_bytes: int
+    free_bytes: int | None
     uses: tuple[DiskUse, ...]
     at_once: frozenset[str] = frozenset()
 
@@ -45,7 +45,7 @@ class DiskForecast:
     @property
     def fits(self) -> bool:
         """Whether what is known fits."""
-        return self.needed_bytes <= self.free_bytes
+        return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 
 def forecast_disk(
@@ -56,6 +56,7 @@ def forecast_disk(
     trainings: Mapping[str, TrainingForecast],
     *,
     is_parallel: bool,
+    is_here: bool = True,
 ) -> DiskForecast:
     """Add up the disk space that the stages of a run need in its folder.
 
@@ -66,6 +67,7 @@ def forecast_disk(
         models: stage -> architecture, for both trainings; None if it is not known before the parent is fetched.
         trainings: stage -> forecast, for the trainings among the stages.
         is_parallel: whether both trainings may run at the same time.
+        is_here: whether the stages run on this machine; a cluster's folder may lie on what is not mounted here.
     """
     uses: list[DiskUse] = []
     for stage in (stage for stage in stages if stage.runs):
@@ -75,7 +77,8 @@ def forecast_disk(
             uses += list_uses(run_dir, plan, models)
     folder = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
     at_once = frozenset(trainings) if is_parallel else frozenset()
-    return DiskForecast(folder, shutil.disk_usage(folder).free, tuple(uses), at_once)
+    is_seen = is_here or folder != Path(folder.anchor)
+    return DiskForecast(folder, shutil.disk_usage(folder).free if is_seen else None, tuple(uses), at_once)
 
 
 def _checkpoints_use(stage: str, training: TrainingForecast | None) -> DiskUse:

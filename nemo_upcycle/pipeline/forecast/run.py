@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.dense import is_configuration
+from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.data_stage import data_folder_of
 from nemo_upcycle.pipeline.executors.base import Cluster, is_local
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.performance import settings_here
@@ -19,8 +21,12 @@ from nemo_upcycle.pipeline.forecast.stages import StageForecast, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
 from nemo_upcycle.pipeline.plan import Stage, required_training
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.utils.files import size_text
+from nemo_upcycle.utils.files import is_complete, size_text
 from nemo_upcycle.utils.masking import without_secrets
+
+
+#: Who chose a setting.
+TYPED, CHAIN, RECIPE = "typed", "chain", "recipe"
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,12 @@ class Setting:
     Args:
         name: as an override on the command line names it.
         value: as text.
+        origin: who chose it.
     """
 
     name: str
     value: str
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,12 @@ class Forecast:
         trainings: those of the stages that train, by name.
         disk: the disk of the folder.
         network: what stages take from networks.
-        settings: those that matter.
+        settings: all of them.
         performance: NVIDIA's settings of the trainings, by stage.
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
         unchecked: what could not be checked, in a line; "" if everything was.
         problems: what would keep a training from its first step, each in a line.
+        read_too_often: what to say of each source of finished data that a training reads more often than they allow.
     """
 
     run_dir: Path
@@ -65,11 +74,29 @@ class Forecast:
     advice: str
     unchecked: str = ""
     problems: tuple[str, ...] = ()
+    read_too_often: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What will go wrong, or may."""
+        """What may go wrong."""
         return tuple(_warnings(self))
+
+    @property
+    def misfits(self) -> tuple[str, ...]:
+        """What there is no room for, each with what to do: memory of GPUs, the disk."""
+        found = [
+            f"{name}: {_memory_text(training, 'does not fit')}"
+            for name, training in self.trainings.items()
+            if training.stage.runs and training.fullest and training.fullest.verdict == "no"
+        ]
+        return (*found, *map(str, filter(None, [_disk_misfit(self)])))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether memory and disk of all that runs are estimated."""
+        running = {stage.name for stage in self.stages if stage.runs} & set(self.performance)
+        estimated = {name for name, training in self.trainings.items() if training.fullest}
+        return running <= estimated and self.disk.free_bytes is not None
 
 
 def forecast(
@@ -79,6 +106,7 @@ def forecast(
     cluster: Cluster | None,
     jobs: Sequence[Job],
     executor: Any = None,
+    typed: Mapping[str, str] | None = None,
 ) -> Forecast:
     """Forecast a run: its stages, memory, time, cost and disk. Write nothing, ask no cluster or network.
 
@@ -90,6 +118,7 @@ def forecast(
             `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
         jobs: those of the stages.
         executor: the user's, where it has no scheduler of this package.
+        typed: argument or setting -> value of all that was typed.
 
     Example:
         >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs)))  # doctest: +SKIP
@@ -103,7 +132,9 @@ def forecast(
     }
     models = {name: known.arch if known else None for name, known in facts.items()}
     holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
-    disk = forecast_disk(run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back)
+    disk = forecast_disk(
+        run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back, is_here=cluster is None
+    )
     here = settings_here if is_local(executor) else lambda _: {}
     performance_of = cluster.performance if cluster else here
     performance = {stage.name: performance_of(by_name[stage.name]) for stage in trained}
@@ -117,7 +148,7 @@ def forecast(
         trainings=trainings,
         disk=disk,
         network=network,
-        settings=tuple(_run_settings(plan, [stage.name for stage in trained])),
+        settings=tuple(_run_settings(plan, [stage.name for stage in trained], typed or {})),
         performance=performance,
         advice=advice_of(plan.dense, plan.trained_on, facts) if upcycles else "",
         unchecked=unchecked(plan.dense),
@@ -127,7 +158,16 @@ def forecast(
             if stage.runs
             for error in required_training(plan, stage.name).problems(stage.name, plan.dense)
         ),
+        read_too_often=tuple(_read_too_often(plan, data_folder_of(run_dir, plan), trainings)),
     )
+
+
+def _read_too_often(plan: RunPlan, folder: Path, trainings: Mapping[str, TrainingForecast]) -> Iterator[str]:
+    if plan.inputs.reads_chat or not is_complete(folder):
+        return
+    blend = open_blend(folder)
+    for name, training in trainings.items():
+        yield from (f"{name}: {text}" for text in blend.read_too_often(training.tokens))
 
 
 def unchecked(dense: str) -> str:
@@ -138,19 +178,27 @@ def unchecked(dense: str) -> str:
     return f"{folder} holds the parent's config.json alone: its weights and tokenizer are checked where it is whole"
 
 
-def _run_settings(plan: RunPlan, stages: Sequence[str]) -> Iterator[Setting]:
-    """Yield the settings of a run, and those of its trainings that people look at.
+def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]) -> Iterator[Setting]:
+    """Yield the settings of a run and those of its trainings; of the dense baseline what is not as in the other.
 
     Args:
         plan: what the stages are given.
         stages: names of the stages that train.
+        typed: argument or setting -> value of all that was typed.
     """
     for name in ("dense", "trained_on", "data", "evaluation"):
         if value := getattr(plan, name):
-            yield Setting(name, without_secrets(value))
+            yield Setting(name, without_secrets(value), TYPED if name in typed else CHAIN)
+    values: dict[str, str] = {}
     for stage in stages:
-        for path, value in required_training(plan, stage).shown_settings(plan.dense).items():
-            yield Setting(f"{stage}.{path}", without_secrets(str(value)))
+        training, prefix = required_training(plan, stage), f"{stage}."
+        given = {name.removeprefix(prefix): value for name, value in typed.items() if name.startswith(prefix)}
+        own = {**given, **training.named_settings(), **training.shown_settings(plan.dense)}
+        own = {name: str(value) for name, value in own.items()}
+        for name, value in own.items():
+            if values.get(name) != value or name in given:
+                yield Setting(prefix + name, without_secrets(value), TYPED if name in given else RECIPE)
+        values = values or own
 
 
 def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
@@ -163,12 +211,18 @@ def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
     Raises:
         UpcycleError: the disk has too little space.
     """
+    if misfit := _disk_misfit(forecast, alive):
+        raise misfit
+
+
+def _disk_misfit(forecast: Forecast, alive: Collection[str] = ()) -> UpcycleError | None:
+    """Return the error of a disk that is too small, without what stages need that run already."""
     disk = replace(forecast.disk, uses=tuple(use for use in forecast.disk.uses if use.stage not in alive))
-    if disk.fits:
-        return
+    if disk.fits or disk.free_bytes is None:
+        return None
     largest = sorted(disk.uses, key=lambda use: use.new_peak_bytes, reverse=True)[:3]
     parts = ", ".join(f"{use.what} {size_text(use.new_peak_bytes)}" for use in largest)
-    raise UpcycleError(
+    return UpcycleError(
         f"disk space for {forecast.run_dir} in {disk.folder}",
         got=f"{size_text(disk.free_bytes)} free",
         expected=f"{size_text(disk.needed_bytes)} ({parts})",
@@ -182,27 +236,22 @@ def _warnings(forecast: Forecast) -> Iterator[str]:
     for name, training in forecast.trainings.items():
         if training.stage.runs:
             yield from _training_warnings(name, training)
+    yield from forecast.read_too_often
     if not forecast.trainings and any(stage.name == "pretrain" and stage.runs for stage in forecast.stages):
         yield "memory, time and sizes of the trainings are not known before the parent is fetched"
     if len({training.tokens for training in forecast.trainings.values()}) > 1:
         read = " and ".join(f"{training.tokens:,} ({name})" for name, training in forecast.trainings.items())
         yield f"the two models are trained on different numbers of tokens: {read}"
     disk = forecast.disk
-    if not disk.fits:
-        yield f"the disk is too small: {size_text(disk.needed_bytes)} needed, {size_text(disk.free_bytes)} free"
+    if disk.free_bytes is None:
+        yield f"{forecast.run_dir} lies on what is not mounted here: the room on its disk is not known"
     if unknown := [use.unknown for use in disk.uses if use.unknown]:
         yield f"the disk needed does not count what has no known size: {'; '.join(unknown)}"
 
 
 def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
-    if training.fullest and training.fullest.verdict != "fits":
-        gib = f"{training.memory_gib:.1f} of {training.fullest.request.gpu.memory_gib} GiB"
-        what = "does not fit" if training.fullest.verdict == "no" else "is tight: it may run, or fail by fragmentation"
-        recipe = training.facts.recipe.partition("_pretrain_")[0]  # the beginning of Bridge's names
-        yield (
-            f"{name}: memory {what} ({gib} a GPU); search a layout: "
-            f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"
-        )
+    if training.fullest and training.fullest.verdict == "tight":
+        yield f"{name}: {_memory_text(training, 'is tight: it may run, or fail by fragmentation')}"
     yield from (f"{name}: {text}" for text in training.facts.warnings)
     if not training.facts.knows_vocabulary:
         yield f"{name}: the vocabulary is not known before the parent is fetched; sizes omit the embeddings"
@@ -222,3 +271,11 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
             f" ({loss_s / 60:.0f} min): a job may end before it saved anything;"
             f" lower {name}.{training.facts.save_setting}"
         )
+
+
+def _memory_text(training: TrainingForecast, what: str) -> str:
+    """Describe how full a GPU is, and name the command that searches another layout."""
+    gib = f"{training.memory_gib:.1f} of {training.gpu.memory_gib if training.gpu else 0} GiB"
+    recipe = training.facts.recipe.partition("_pretrain_")[0]  # the beginning of Bridge's names
+    search = f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"
+    return f"memory {what} ({gib} a GPU); search a layout: {search}"

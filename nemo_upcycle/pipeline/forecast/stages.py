@@ -18,6 +18,8 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
 #: Who runs a stage without an executor; one of several nodes cannot run so.
 THIS_MACHINE, NO_EXECUTOR = "this machine", "no executor named"
+#: Why a stage runs that nothing is known of.
+NOT_RUN = "not run yet"
 #: What executors of NeMo-Run call the GPUs that they ask for.
 _GPUS = "gpus_per_node"
 
@@ -61,7 +63,6 @@ class StageForecast:
         nodes: number of nodes.
         ranks_per_node: processes on each of them.
         resources: resource -> amount that it asks the executor for.
-        files: path -> content of the files that are submitted.
         save_limits: the save limits of a training, within which it has to save.
     """
 
@@ -71,7 +72,6 @@ class StageForecast:
     nodes: int
     ranks_per_node: int
     resources: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[Path, str] = field(default_factory=dict)
     save_limits: Sequence[SaveLimit] = ()
 
     @property
@@ -110,7 +110,6 @@ def _stage_forecast(finding: Finding, job: Job, cluster: Cluster | None, executo
         name = here if is_local(executor) else type(executor).__name__
         resources = {_GPUS: str(gpus)} if (gpus := getattr(executor, _GPUS, None)) else {}
         return StageForecast(job.name, finding, name, job.nodes, job.ranks_per_node, resources)
-    is_done = finding.state is State.DONE
     return StageForecast(
         name=job.name,
         finding=finding,
@@ -118,7 +117,6 @@ def _stage_forecast(finding: Finding, job: Job, cluster: Cluster | None, executo
         nodes=job.nodes,
         ranks_per_node=job.ranks_per_node,
         resources=cluster.resources(job),
-        files={} if is_done else {job.folder / name: text for name, text in cluster.render(job).items()},
         save_limits=cluster.save_limits(job) if job.is_training else (),
     )
 
@@ -157,8 +155,8 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
     if started is not None:
         return Finding(State.RUN, "started before and not finished; starts anew")
     if waits := [name for name in stage.after if name in before and before[name].state is not State.DONE]:
-        return Finding(State.RUN, f"not run yet; {_listed(waits)} {'runs' if len(waits) == 1 else 'run'} first")
-    return Finding(State.RUN, "not run yet")
+        return Finding(State.RUN, f"{NOT_RUN}; {_listed(waits)} {'runs' if len(waits) == 1 else 'run'} first")
+    return Finding(State.RUN, NOT_RUN)
 
 
 def _listed(names: Sequence[str]) -> str:

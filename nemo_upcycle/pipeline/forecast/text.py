@@ -1,16 +1,18 @@
-"""A forecast as text for a console: at most 119 columns, the submitted scripts in full at the end."""
+"""A forecast as text for a console of 120 columns: on one screen what a user decides by; with `verbose` all of it."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast
-from nemo_upcycle.pipeline.forecast.run import Forecast, Setting
-from nemo_upcycle.pipeline.forecast.stages import StageForecast
+from nemo_upcycle.pipeline.forecast.run import RECIPE, Forecast
+from nemo_upcycle.pipeline.forecast.stages import NOT_RUN, StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
 from nemo_upcycle.utils.console import in_columns
 from nemo_upcycle.utils.files import size_text
@@ -19,28 +21,44 @@ from nemo_upcycle.utils.masking import without_secrets
 
 WIDTH = 119
 _INDENT = "  "
+#: Rows of the table of trainings that a screen has room for.
+_DECISIVE = (
+    *("parameters", "layout", "batch", "tokens", "GPU", "memory a GPU", "step", "time", "cost", "jobs", "checkpoint"),
+)
 
 
-def render_forecast(forecast: Forecast) -> str:
-    """Return a forecast as text, without a newline at its end."""
+def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
+    """Return a forecast as text, what to do last, without a newline at its end.
+
+    Args:
+        forecast: the forecast.
+        verbose: whether to show all stages' details, every setting with its origin, and NVIDIA's settings, too.
+    """
     heading = f"Forecast of {forecast.recipe} in {forecast.run_dir}. Nothing has been submitted or written yet."
     lines, trainings = _wrapped(heading, ""), list(forecast.trainings.values())
+    common = {} if verbose else _common([_asked(stage) for stage in forecast.stages if stage.runs])
+    settings = [one for one in forecast.settings if verbose or one.origin != RECIPE]
     sections: tuple[tuple[str, Iterable[str]], ...] = (
-        ("Stages", _stage_lines(forecast.stages)),
-        ("Trainings", _training_lines(trainings)),
+        (
+            f"Stages{f' on {_phrase(common)}' if common else ''}",
+            _stage_lines(forecast.stages, common, verbose=verbose),
+        ),
+        ("Trainings", _training_lines(trainings, verbose=verbose)),
         ("Does it pay", _wrapped(forecast.advice, _INDENT)),
-        (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk)),
-        ("Network", _network_lines(forecast.network)),
-        ("Settings", _setting_lines(forecast.settings)),
-        (f"Performance settings by {TABLE}", lines_of(forecast.performance)),
-        ("Warnings", (line for text in forecast.warnings for line in _wrapped(f"- {text}", _INDENT))),
+        (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk, verbose=verbose)),
+        ("Network", _network_lines(forecast.network, verbose=verbose)),
+        ("Settings", in_columns([[one.name, *([one.origin] if verbose else []), one.value] for one in settings])),
+        (f"Performance settings by {TABLE}", lines_of(forecast.performance) if verbose else ()),
+        ("Warnings", _listed(forecast.warnings)),
+        ("It would not start:", _listed(forecast.problems)),
+        ("It would not fit:", _listed(forecast.misfits)),
     )
     for title, body in sections:
         if body_lines := list(body):
-            lines += ["", title, *(f"{_INDENT}{line}".rstrip() for line in body_lines)]
-    for stage in forecast.stages:
-        for path, text in stage.files.items():
-            lines += ["", f"--- {path}", *text.rstrip("\n").split("\n")]
+            lines += ["", *_wrapped(title, _INDENT), *(f"{_INDENT}{line}".rstrip() for line in body_lines)]
+    if not (forecast.problems or forecast.misfits):
+        fits = "fits" if forecast.is_known else "fits, as far as is known"
+        lines += ["", f"It would run and {fits}. Start it: the same command with --yes"]
     return without_secrets("\n".join(lines))
 
 
@@ -48,18 +66,41 @@ def _wrapped(text: str, hanging: str, room: int = WIDTH - len(_INDENT)) -> list[
     return textwrap.wrap(text, room, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
 
 
-def _stage_lines(stages: Sequence[StageForecast]) -> Iterator[str]:
-    widths = [max(len(stage.name) for stage in stages), max(len(stage.finding.state.value) for stage in stages)]
-    hanging = " " * (sum(widths) + 4)
+def _listed(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from _wrapped(f"- {text}", _INDENT)
+
+
+def _asked(stage: StageForecast) -> dict[str, str]:
+    """Return where a stage runs and what it asks for there, by name; its own executor has no name."""
+    return {"": stage.executor, **{name: value for name, value in stage.resources.items() if value}}
+
+
+def _common(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return what all mappings hold alike; nothing if not even their executor."""
+    first = rows[0] if rows else {}
+    found = {name: value for name, value in first.items() if all(row.get(name) == value for row in rows)}
+    return found if "" in found else {}
+
+
+def _phrase(asked: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} {value}".strip() for name, value in asked.items())
+
+
+def _stage_lines(stages: Sequence[StageForecast], common: Mapping[str, str], *, verbose: bool) -> Iterator[str]:
+    """Yield a line for each stage without what is common, and one for several in a row that are alike."""
+    rows = []
     for stage in stages:
-        head = f"{stage.name:<{widths[0]}}  {stage.finding.state.value:<{widths[1]}}  "
-        yield from _wrapped(head + stage.finding.why, hanging)
-        if stage.runs:
-            ranks = f"{_count(stage.nodes, 'node')} x {_count(stage.ranks_per_node, 'rank')}"
-            asked = "".join(f"; {name} {value}" for name, value in stage.resources.items() if value)
-            yield from _wrapped(f"{hanging}{stage.executor}: {ranks}{asked}", hanging)
-            for path in stage.files:
-                yield f"{hanging}{path}"
+        own = {name: value for name, value in _asked(stage).items() if common.get(name) != value}
+        size = f"{_count(stage.nodes, 'node')} x {_count(stage.ranks_per_node, 'rank')}"
+        why = stage.finding.why if verbose or not stage.finding.why.startswith(NOT_RUN) else ""
+        parts = (why, size, _phrase(own)) if stage.runs else (why,)
+        rows.append(((stage.finding.state.value, "; ".join(filter(None, parts))), stage.name))
+    groups = [(", ".join(name for _, name in alike), *key) for key, alike in groupby(rows, key=itemgetter(0))]
+    widths = [max(len(group[column]) for group in groups) for column in (0, 1)]
+    for names, state, text in groups:
+        head = f"{names:<{widths[0]}}  {state:<{widths[1]}}  "
+        yield from _wrapped(head + text, " " * len(head))
 
 
 def _count(number: int, what: str) -> str:
@@ -80,8 +121,7 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         "precision": facts.profile.precision,
         "batch": f"{facts.global_batch} x {facts.seq_length} = {facts.step_tokens:,} tokens a step",
         "micro-batch": str(layout.micro_batch),
-        "steps": f"{facts.steps:,}",
-        "tokens": f"{training.tokens:,}",
+        "tokens": f"{training.tokens:,} in {_count(facts.steps, 'step')}",
         "GPU": f"{training.gpu.name}, {training.gpu_origin}" if training.gpu else training.gpu_origin,
         **dict.fromkeys(("memory a GPU", "step", "speed"), ""),
         "time": f"no estimate of the speed: {training.no_plan}",
@@ -104,7 +144,7 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
     if evaluations := facts.evaluations:
         cells["evaluation"] = f"{evaluations.suite} every {evaluations.every_n_steps:,} steps"
     if training.steps_left != facts.steps:
-        cells["steps"] += f", {training.steps_left:,} of them left"
+        cells["tokens"] += f", {training.steps_left:,} of them left"
     if training.first and training.later and training.fullest:
         gib = training.fullest.request.gpu.memory_gib
         verdict = {"no": "does not fit"}.get(training.fullest.verdict, training.fullest.verdict)
@@ -114,7 +154,6 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
             cells["step"] += f" ({training.first.time.total:.2f} s in the first {facts.first_steps})"
         tflops = training.later.tflops_per_gpu(causal=False)
         cells["speed"] = f"{tflops:.0f} TFLOP/s a GPU, MFU {100 * training.later.mfu:.1f} %"
-        cells["cost"] = "no price of a GPU-hour is known"
     if training.seconds_left is not None:
         cells["time"] = f"{_duration(training.seconds_left)}, {training.gpu_hours_left:,.0f} GPU-hours"
     if training.cost_left is not None:
@@ -126,12 +165,12 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
     return cells
 
 
-def _training_lines(trainings: Sequence[TrainingForecast]) -> list[str]:
+def _training_lines(trainings: Sequence[TrainingForecast], *, verbose: bool) -> list[str]:
     """Return a table with a column for each training that runs."""
     cells = {training.stage.name: _training_cells(training) for training in trainings if training.stage.runs}
     if not cells:
         return []
-    names = next(iter(cells.values()))
+    names = next(iter(cells.values())) if verbose else _DECISIVE
     rows = [["", *cells], *([name, *(column[name] for column in cells.values())] for name in names)]
     rows = [row for row in rows if any(row[1:])]
     first = max(len(row[0]) for row in rows)
@@ -158,36 +197,31 @@ def _params(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
-def _disk_lines(disk: DiskForecast) -> list[str]:
-    rows = [["stage", "what", "while it is written", "stays"]]
-    for use in disk.uses:
-        known = [size_text(use.new_peak_bytes), size_text(use.kept_bytes)]
-        rows.append([use.stage, use.what, *(known if use.kept_bytes else ["not known"] * 2)])
-    verdict = "fits" if disk.fits else "DOES NOT FIT"
-    total = f"{size_text(disk.needed_bytes)} at one moment at most, {size_text(disk.free_bytes)} free: {verdict}"
-    return [*(in_columns(rows, right=(2, 3)) if disk.uses else []), total]
+def _disk_lines(disk: DiskForecast, *, verbose: bool) -> Iterator[str]:
+    """Yield the most that is needed at one moment beside what is free; before it, what each stage writes."""
+    if verbose and disk.uses:
+        rows = [["stage", "what", "while it is written", "stays"]]
+        for use in disk.uses:
+            known = [size_text(use.new_peak_bytes), size_text(use.kept_bytes)]
+            rows.append([use.stage, use.what, *(known if use.kept_bytes else ["not known"] * 2)])
+        yield from in_columns(rows, right=(2, 3))
+    largest = max(disk.uses, key=lambda use: use.new_peak_bytes, default=None)
+    most = f" ({largest.what}: {size_text(largest.new_peak_bytes)})" if largest else ""
+    free = "not known what is" if disk.free_bytes is None else size_text(disk.free_bytes)
+    verdict = "" if disk.free_bytes is None else ": fits" if disk.fits else ": DOES NOT FIT"
+    yield f"{size_text(disk.needed_bytes)} at one moment at most{most}, {free} free{verdict}"
 
 
-def _setting_lines(settings: Sequence[Setting]) -> list[str]:
-    """Return a line a setting; of the dense baseline only what is not as in the upcycled model."""
-    usual = {setting.name: setting.value for setting in settings}
-    baseline = "dense_ct."
-    rows = [
-        [setting.name, setting.value]
-        for setting in settings
-        if not setting.name.startswith(baseline)
-        or usual.get(f"pretrain.{setting.name.removeprefix(baseline)}") != setting.value
-    ]
-    first = max(len(name) for name, _ in rows)
-    widths = (first, WIDTH - len(_INDENT) - first - len("  "))
-    return in_columns([part for row in rows for part in _over_lines(row, widths)])
-
-
-def _network_lines(network: NetworkForecast) -> Iterator[str]:
+def _network_lines(network: NetworkForecast, *, verbose: bool) -> Iterator[str]:
+    """Yield which stages fetch from where, with `verbose` what each of them does; and what fetches it all first."""
     if not network.stages:
         return
     width = max(map(len, network.stages))
-    for stage, places in network.stages.items():
+    for stage, places in network.stages.items() if verbose else ():
         for place, names in places.items():
             yield from _wrapped(f"{stage:<{width}}  {place}: {', '.join(names)}", " " * (width + 4))
-    yield from _wrapped(f"for a run without one, first: {network.command}", _INDENT)
+    fetch = f"for a run without one, first: {network.command}"
+    if not verbose:
+        where = dict.fromkeys(place for places in network.stages.values() for place in places)
+        fetch = f"{', '.join(network.stages)}: from {', '.join(where)}; {fetch}"
+    yield from _wrapped(fetch, _INDENT)

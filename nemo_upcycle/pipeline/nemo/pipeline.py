@@ -7,7 +7,9 @@ from typing import Any, Optional
 
 import nemo_run as run
 
-from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, answered, entrypoint, factories, mistake_of
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.answers import answered
+from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, entrypoint, factories, mistake_of
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.launch import launch_chain
@@ -16,11 +18,11 @@ from nemo_upcycle.planning.advice import known_parent_tokens
 from nemo_upcycle.trainers.nemo.checks import (
     check_calibration,
     check_data,
-    check_kernels,
     check_parents,
     check_recipe,
 )
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+from nemo_upcycle.trainers.nemo.starting import lacking_here, wrong_in
 from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
 from nemo_upcycle.trainers.settings import setting
@@ -112,11 +114,17 @@ def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
     check_recipe(task)
     check_calibration(task, here=is_local(ctx.executor) and not ctx.dryrun)
     known_parent_tokens("", setting(task, _TRAINED_ON), _TRAINED_ON)
+    is_here = is_local(ctx.executor) and not ctx.dryrun
     if is_local(ctx.executor):
-        if not ctx.dryrun:
-            check_kernels(task)
         check_data(task)
-        check_parents(task, remote=not ctx.dryrun and is_first_rank())
+        check_parents(task, remote=False)
+    wrong = [*lacking_here(task)] if is_here else []
+    if is_first_rank():
+        wrong += wrong_in(task, task.resume.restore_config.path)
+    if wrong:
+        raise UpcycleError.together(wrong)
+    if is_here and is_first_rank():
+        check_parents(task, remote=True)
     if ctx.dryrun and setting(task, "resume.restore_config.spec") and is_first_rank():
         dense = task.resume.restore_config.path
         facts = {"pretrain": NeMoTraining(dump_recipe(task)).facts(dense)}

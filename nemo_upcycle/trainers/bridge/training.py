@@ -16,6 +16,7 @@ from typing import Any
 
 from nemo_upcycle.data.dense import cached_asset, tokenizer_folder
 from nemo_upcycle.errors import StageStopped, UpcycleError
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
@@ -26,10 +27,9 @@ from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingF
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout, layout_of
-from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.trainers.router_gradient import check_router_gradient
 from nemo_upcycle.trainers.run_calibration import with_calibration
-from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, check_packs, check_values, shown_settings
+from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, check_packs, check_values, shown_settings, wrong_values
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.files import is_complete
 from nemo_upcycle.utils.ranks import is_first_rank
@@ -131,7 +131,9 @@ class BridgeTraining(Training):
             keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
             schedule=f"lr={rate}, {style}(min_lr={lowest}, warmup_steps={warmup})",
             is_rate_constant=style == "constant" or lowest == rate,
-            warnings=tuple(filter(None, [high_rate(rate)])),
+            rate=rate,
+            warmup_steps=warmup or 0,
+            positions=read_architecture(folder).max_positions,
         )
 
     def shown_settings(self, dense: str) -> dict[str, Any]:
@@ -167,6 +169,10 @@ class BridgeTraining(Training):
                 expected="those of this machine",
                 fix="give gpus=1, or name the cluster with run.executor=NAME",
             )
+
+    def problems(self, stage: str, dense: str) -> tuple[UpcycleError, ...]:
+        """See `Training.problems`: none where the parent's configuration is not within reach."""
+        return _problems(self, stage, dense)
 
     def config(self, dense_folder: Path) -> Any:
         """Return the configuration of the recipe, with the overrides; the same object every time."""
@@ -227,6 +233,29 @@ class BridgeTraining(Training):
         checkpoint = checkpoint or last_checkpoint(folder)
         copyfile(folder / CHECKPOINTS / RECEIPT, folder / RECEIPT)  # where the report looks for it
         return {"checkpoint": str(checkpoint)}
+
+
+@lru_cache
+def _problems(training: BridgeTraining, stage: str, dense: str) -> tuple[UpcycleError, ...]:
+    """List what is wrong; where settings contradict each other, nothing is constructed of them."""
+    folder, where = parent_configuration(dense), f"{stage}."
+    if folder is None:
+        return ()
+    config = training.config(folder)
+    from nemo_upcycle.trainers.bridge.starting import wrong_in
+
+    found: list[UpcycleError] = list(wrong_values(config, training.name, where))
+    values = [error.field for error in found]
+    try:
+        _check_config(training, stage, folder)
+    except UpcycleError as error:
+        if error.field not in values:
+            return (*found, error)
+    layout = layout_of(config.model, training.nodes * training.ranks_per_node, config.train.micro_batch_size)
+    others = (
+        error.renamed(lambda name: f"{where}{name}") for error in wrong_in(config, layout, f"recipe {training.recipe}")
+    )
+    return (*found, *(error for error in others if error.field not in values))
 
 
 @lru_cache

@@ -14,6 +14,7 @@ from nemo_upcycle.data.dense import local_parent, read_parent
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
 from nemo_upcycle.init.calibration_file import calibration_of
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
@@ -212,6 +213,26 @@ def check_parents(recipe: run.Partial, *, remote: bool) -> None:
         check_parent(recipe, source, remote=remote)
 
 
+def parent_of(dense: str, *, remote: bool = False) -> Architecture | None:
+    """Return the architecture of a parent by its address; None where it is not known.
+
+    Args:
+        dense: the parent's address; empty: none.
+        remote: whether to ask for a model on the hub.
+    """
+    if not dense:
+        return None
+    return local_parent(dense) or (read_parent(dense) if remote else known_parent(dense))
+
+
+def parent_within_reach(dense: str) -> Architecture | None:
+    """Return a parent's architecture; None where it is not known, or lies where the job runs."""
+    try:
+        return parent_of(dense)
+    except UpcycleError:
+        return None
+
+
 def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bool) -> None:
     """Check that a recipe's model has the sizes of a parent and the experts made of it, as far as it can be opened.
 
@@ -225,7 +246,7 @@ def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bo
         UpcycleError: sizes differ, the parent is missing, or it cannot become such a model.
     """
     asks = remote and not dense.startswith("asset://")  # an asset would be fetched and made
-    parent = local_parent(dense) or (read_parent(dense) if asks else known_parent(dense))
+    parent = parent_of(dense, remote=asks)
     if parent is None:
         return
     require_buildable(parent)
@@ -244,26 +265,6 @@ def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bo
                 expected=f"{expected}, as {dense} has",
                 fix="give the recipe of a model of this family and size, or another dense",
             )
-
-
-def check_kernels(recipe: run.Partial, where: str = "") -> None:
-    """Check that the kernels which a recipe's model asks for are installed, where the training runs.
-
-    Raises:
-        UpcycleError: they are not.
-    """
-    from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb
-
-    if getattr(recipe.model.config, "apply_rope_fusion", False) and fused_apply_rotary_pos_emb is None:
-        raise UpcycleError(
-            "Transformer Engine",
-            got="not installed",
-            expected=f"it, for the kernels of {where}model.config (apply_rope_fusion)",
-            fix=(
-                "train in NVIDIA's NeMo container, which holds it; without a GPU, "
-                f"{where}model.config.apply_rope_fusion=False"
-            ),
-        )
 
 
 def check_calibration(recipe: run.Partial, *, here: bool) -> None:

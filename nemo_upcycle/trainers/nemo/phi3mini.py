@@ -3,14 +3,11 @@
 # No postponed annotations, and Optional: NeMo-Run parses settings of the model by them.
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import nemo_run as run
-from nemo.collections.llm.gpt.model.phi3mini import Phi3Config, Phi3Model
+from nemo.collections.llm.gpt.model.phi3mini import Phi3Config
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import LONGROPE, turn_as
 
 
@@ -60,36 +57,3 @@ class LongRopePhi3Config(Phi3Config):
             rotary_percent=self.rotary_percent,
             max_positions=self.max_position_embeddings,
         )
-
-
-def phi3_model(dense: str, seq_length: int = 4096) -> run.Config[Phi3Model]:
-    """Return NeMo's model of a Phi-3, 3.5 or 4-mini, for a recipe of yours.
-
-    Args:
-        dense: its Hugging Face folder.
-        seq_length: length of the sequences to train on.
-
-    Example:
-        >>> recipe.model = phi3_model("/models/Phi-4-mini-instruct")  # doctest: +SKIP
-    """
-    arch = read_architecture(Path(dense))
-    scaling = dict(arch.rope_scaling or {})
-    is_long = scaling.pop("rope_type", "") == LONGROPE
-    config = run.Config(
-        LongRopePhi3Config if is_long else Phi3Config,
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_size,
-        num_attention_heads=arch.num_heads,
-        num_query_groups=arch.num_kv_heads,
-        kv_channels=arch.head_dim,
-        layernorm_epsilon=arch.norm_eps,
-        rotary_base=arch.rope_theta,
-        rotary_percent=arch.rotary_percent,
-        share_embeddings_and_output_weights=arch.tied_embeddings,
-        window_size=(arch.sliding_window - 1, 0) if arch.sliding_window else None,
-        seq_length=seq_length,
-        vocab_size=arch.vocab_size,
-        **(scaling | {"max_position_embeddings": arch.max_positions} if is_long else {}),
-    )
-    return run.Config(Phi3Model, config=config)

@@ -6,14 +6,14 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 
 from nemo_upcycle.data.dense import check_address
-from nemo_upcycle.errors import SpecError, StageStopped
+from nemo_upcycle.errors import SpecError, StageStopped, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import architecture_of
@@ -24,9 +24,9 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.checks import (
-    check_kernels,
     check_parent,
     check_recipe,
+    parent_within_reach,
     precision_name,
     ranks_of,
     reads_chat,
@@ -34,7 +34,7 @@ from nemo_upcycle.trainers.nemo.checks import (
 from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.trainers.run_calibration import with_calibration
-from nemo_upcycle.trainers.settings import FP8_RECIPE, SAVE_EVERY, setting, shown_settings
+from nemo_upcycle.trainers.settings import FP8_RECIPE, LR, SAVE_EVERY, WARMUP, setting, shown_settings, wrong_values
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.ranks import is_first_rank
 
@@ -128,6 +128,9 @@ class NeMoTraining(Training):
             uses_wandb=bool(setting(recipe, "log.wandb")) and not setting(recipe, "log.wandb.offline"),
             schedule=_schedule(recipe),
             is_rate_constant=_is_rate_constant(recipe),
+            rate=setting(recipe, LR.nemo),
+            warmup_steps=setting(recipe, WARMUP.nemo) or 0,
+            positions=known.max_positions if (known := parent_within_reach(dense)) else None,
         )
 
     def shown_settings(self, dense: str) -> dict[str, Any]:
@@ -160,7 +163,9 @@ class NeMoTraining(Training):
         check_parent(self.recipe, dense, f"{stage}.", remote=remote)
 
     def check_here(self, stage: str) -> None:
-        """See `Training.check_here`: nodes, and kernels."""
+        """See `Training.check_here`: nodes, GPUs, and kernels."""
+        from nemo_upcycle.trainers.nemo.starting import lacking_here
+
         if (nodes := ranks_of(self.recipe, f"{stage}.")[0]) > 1:
             raise SpecError(
                 f"{stage}.trainer.num_nodes",
@@ -168,7 +173,12 @@ class NeMoTraining(Training):
                 expected="1 on this machine",
                 fix="set it to 1, or name the cluster with run.executor=NAME",
             )
-        check_kernels(self.recipe, f"{stage}.")
+        if lacking := list(lacking_here(self.recipe, f"{stage}.", in_stage=True)):
+            raise UpcycleError.together(lacking)
+
+    def problems(self, stage: str, dense: str) -> tuple[UpcycleError, ...]:
+        """See `Training.problems`."""
+        return _problems(self, stage, dense)
 
     def seq_length(self, dense_folder: Path) -> int:
         """See `Training.seq_length`."""
@@ -212,6 +222,24 @@ class NeMoTraining(Training):
         if kept < wanted and (kept or not ended_itself):
             raise StageStopped.with_steps(folder.name, kept, wanted)
         return {"checkpoint": str(last_checkpoint(folder))} if is_first_rank() else {}
+
+
+@lru_cache
+def _problems(training: NeMoTraining, stage: str, dense: str) -> tuple[UpcycleError, ...]:
+    """List what is wrong; where settings contradict each other, nothing is constructed of them."""
+    from nemo_upcycle.trainers.nemo.starting import wrong_in
+
+    where = f"{stage}."
+    found: list[UpcycleError] = list(wrong_values(training.recipe, training.name, where))
+    values = [error.field for error in found]
+    try:
+        training.check(stage)
+        training.check_parent(stage, dense, remote=False)
+    except UpcycleError as error:
+        if error.field not in values:
+            return (*found, error)
+    others = (error.renamed(lambda name: f"{where}{name}") for error in wrong_in(training.recipe, dense))
+    return (*found, *(error for error in others if error.field not in values))
 
 
 def _is(callback: Any, name: str) -> bool:

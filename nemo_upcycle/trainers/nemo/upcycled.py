@@ -83,7 +83,6 @@ def upcycled(recipe: run.Partial, dense: str, spec: UpcycleSpec, data: str | Non
         show_messages().info("Upcycled to %d experts, top-%d. Changed:", spec.num_experts, spec.top_k)
         for name, before, after in _changes(recipe, made):
             show_messages().info("  %s: %s -> %s", name, before, after)
-        show_messages().info("  Not changed: optim.config.lr, %s", setting(made, "optim.config.lr"))
     return made
 
 

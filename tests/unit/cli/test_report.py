@@ -27,6 +27,9 @@ def test_a_folder_of_something_else_is_not_sent_to_the_pipeline(tmp_path: Path) 
     error = refused("report", str(tmp_path))
     assert (error.subject, error.got) == (str(tmp_path), "no pipeline.json")
     assert "dir" not in error.fix
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/pipeline.json").touch()
+    assert refused("report", str(tmp_path)).fix == f"name {tmp_path}/mine"
 
 
 @pytest.mark.full

@@ -54,8 +54,12 @@ def test_validation_omits_sources_shorter_than_a_sequence(tiny_dense: Path, tmp_
 def test_epochs_follow_from_weights_and_tokens(folder: Path) -> None:
     blend = open_blend(folder)
     talks = blend.manifest["sources"]["talks"]["splits"]["train"]["tokens"]
-    epochs = blend.epochs(2 * talks / 0.7)
-    assert epochs["talks"] == pytest.approx(2.0)
+    tokens = 2 * talks / 0.7
+    assert blend.epochs(tokens)["talks"] == pytest.approx(2.0)
+    limit = blend.manifest["max_epochs"]
+    assert list(blend.read_too_often(tokens / 2 * limit * 0.999)) == []
+    said = "\n".join(blend.read_too_often(tokens * limit))
+    assert f"source talks is read {2 * limit:.1f} times, more often than max_epochs ({limit:g})" in said
 
 
 def _cut(path: Path) -> None:

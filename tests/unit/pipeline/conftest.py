@@ -32,5 +32,5 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
     from nemo_upcycle import recipes
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(recipes.smollm2_135m_dense_ct, "cpu_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(recipes.common, "cpu_has_fast_bf16", lambda: True)
     return recipes.smollm2_135m_e8t2.pipeline_recipe(processes=2)

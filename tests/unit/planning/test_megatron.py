@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.published import shape
+from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.sharding import Shard
@@ -25,7 +26,7 @@ from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.tensor_plan import ModelPlan
 from tests.megatron_layers import NOT_LOCAL, kept_by_stage
-from tests.megatron_ranks import allocated_bytes, build_rank, group_ranks, megatron_rank
+from tests.megatron_ranks import allocated_bytes, build_rank, group_ranks
 from tests.tiers import quick
 
 

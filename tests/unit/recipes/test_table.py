@@ -103,7 +103,7 @@ def _architecture(config: Any) -> Architecture:
         scaling |= {"original_max_position_embeddings": config.old_context_len}
     sizes = asdict(architecture_of(config, vocab_size))
     others = {"hf_class": hf_class, "rope_theta": float(config.rotary_base), "rope_scaling": scaling}
-    return Architecture(**(sizes | others | {"max_positions": positions}))
+    return Architecture(**(sizes | others | {"max_positions": positions, "norm_eps": config.layernorm_epsilon}))
 
 
 @pytest.mark.parametrize("name", ON_H100)

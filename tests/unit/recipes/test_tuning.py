@@ -151,11 +151,12 @@ def test_the_planner_counts_the_adapters_of_megatrons_modules(recipes: Any, spec
     from nemo.collections.llm.fn.base import walk
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
+    from nemo_upcycle.cpu.one_rank import megatron_rank
     from nemo_upcycle.planning.hardware import known_shape
     from nemo_upcycle.planning.layout import Layout
     from nemo_upcycle.planning.memory import lora_params
     from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
-    from tests.megatron_ranks import build_rank, megatron_rank
+    from tests.megatron_ranks import build_rank
 
     use_cpu_backend()
     sizes = {"num_layers": 4, "hidden_size": 72, "ffn_size": 168, "num_heads": 8, "num_kv_heads": 4, "head_dim": 10}

@@ -18,7 +18,7 @@ from nemo_upcycle.recipes import upcycled
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.trainers.equivalence import check_step0
 from nemo_upcycle.trainers.nemo.checks import check_parent
-from nemo_upcycle.trainers.nemo.decoder import decoder_model
+from nemo_upcycle.trainers.nemo.parent_model import parent_model
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe, model_config
 from tests.models import sample_tokens, write_tokenizer
 from tests.parents import write_moe
@@ -32,7 +32,7 @@ def test_step_0_is_the_parents_function_and_has_the_bits_of_a_conversion(tmp_pat
     spec = growth_spec(arch, 8)
     use_cpu_backend()
     recipe = llm.mixtral_8x7b.pretrain_recipe()
-    recipe.model = decoder_model(str(folder), 64)
+    recipe.model = parent_model(str(folder), 64)
     recipe.model.config.apply_rope_fusion = False  # a kernel that is not here
     made = load_recipe(dump_recipe(upcycled(recipe, str(folder), spec)))
     check_parent(made, str(folder), remote=False)
@@ -50,7 +50,7 @@ def test_step_0_is_the_parents_function_and_has_the_bits_of_a_conversion(tmp_pat
 def test_a_recipe_of_other_experts_than_the_parents_is_refused(tmp_path: Path) -> None:
     folder = write_tokenizer(write_moe(tmp_path / "dense", kind="Qwen2Moe", vocab_size=259))
     recipe = llm.mixtral_8x7b.pretrain_recipe()
-    recipe.model = decoder_model(str(folder), 64)
+    recipe.model = parent_model(str(folder), 64)
     spec = growth_spec(read_architecture(folder), 8)
     made = upcycled(recipe, str(folder), spec)
     made.model.config.moe_ffn_hidden_size = 96

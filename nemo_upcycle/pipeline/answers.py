@@ -1,0 +1,47 @@
+"""How a command line of `nemo upcycle` is answered where it is wrong; imports nothing that takes long."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.console import end_soon
+from nemo_upcycle.utils.masking import without_secrets
+
+
+def refuse_bridge(words: Sequence[str]) -> None:
+    """Check that the words of `nemo upcycle pipeline` are NeMo's, which this environment trains with.
+
+    Args:
+        words: the words of the command line, behind the command.
+
+    Raises:
+        UpcycleError: a recipe is Megatron-Bridge's.
+
+    Example:
+        >>> refuse_bridge(["--factory", "llama3_8b_e8t2"])
+    """
+    if given := next((word for word in words if word.startswith("recipe=")), None):
+        raise UpcycleError(
+            f"argument '{given}'",
+            got="Megatron-Bridge's argument in an environment of NeMo's",
+            expected="--factory NAME, or Megatron-Bridge, which trains by recipe=",
+            fix=(
+                'for Bridge, type it where that is installed, and there pip install -e ".[bridge,eval,demo]"; '
+                "here, name a recipe of NeMo's with --factory"
+            ),
+        )
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Answer a mistake with one message and its status."""
+    try:
+        yield
+    except UpcycleError as error:
+        plain = getattr(error, "proxy_base_exception", error)  # fiddle's adds the configuration that it was building
+        sys.stderr.write(f"Error: {without_secrets(str(plain))}\n")
+        end_soon()
+        raise SystemExit(error.exit_status) from None  # NeMo-Run turns every Exception into status 1

@@ -1,0 +1,94 @@
+"""Construct of a configuration what Bridge constructs in a job before its first step, and tell why that fails."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.training.config import ConfigContainer, runtime_config_update
+from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
+from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.trainers.bridge.config import required_hook
+from nemo_upcycle.trainers.settings import setting
+from nemo_upcycle.trainers.trial import construct_ranks, wrong_choices, wrong_settings
+
+
+#: Optimizers of Megatron's own, beside those that register themselves.
+_OPTIMIZERS = ("adam", "sgd", "lion")
+
+
+def wrong_in(config: ConfigContainer, layout: Layout, unit: str) -> Iterator[UpcycleError]:
+    """Yield why a job of a configuration would end before its first step, as far as construction shows it.
+
+    Args:
+        config: a result of `load_config`.
+        layout: the job's.
+        unit: what to call the whole.
+    """
+    hook = required_hook(config)
+    parent = read_architecture(hook.paths[0])
+    arch = parent.upcycled(hook.spec) if hook.spec else parent
+    wrong = list(wrong_choices(config.model, "model."))
+    if (name := config.optimizer.optimizer.removeprefix("dist_")) not in (*_OPTIMIZERS, *_EMERGING_OPTIMIZERS):
+        wrong.append(UpcycleError.unknown("optimizer.optimizer", name, (*_OPTIMIZERS, *_EMERGING_OPTIMIZERS)))
+    if (kind := config.tokenizer.tokenizer_type) is None:
+        fix = "omit it where the recipe has one, or set it to NullTokenizer, with tokenizer.vocab_size"
+        wrong.append(UpcycleError(field="tokenizer.tokenizer_type", got=kind, expected="a kind of tokenizer", fix=fix))
+    yield from wrong
+    others: list[UpcycleError] = []
+
+    def construct(left_out: Collection[str]) -> None:
+        changed = copy.deepcopy(config)
+        for path in (*left_out, *(error.field for error in wrong)):
+            owner, _, name = path.rpartition(".")
+            part = setting(changed, owner)
+            setattr(part, name, _defaults(part)[name])
+        others[:] = _construct(changed, layout, arch)
+
+    yield from wrong_settings(construct, dict(_settings(config)), unit)
+    yield from (error.renamed(lambda name: name.replace(".config.", ".")) for error in others)
+
+
+def _defaults(part: Any) -> dict[str, Any]:
+    """Return the defaults of a configuration's fields, where they have some."""
+    made = {one.name: one.default_factory() for one in dataclasses.fields(part) if callable(one.default_factory)}
+    fixed = {one.name: one.default for one in dataclasses.fields(part)}
+    return {name: value for name, value in (fixed | made).items() if value is not dataclasses.MISSING}
+
+
+def _settings(config: ConfigContainer) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(config):
+        part = getattr(config, field.name)
+        if dataclasses.is_dataclass(part):
+            for name, default in _defaults(part).items():
+                value = getattr(part, name)
+                if isinstance(value, bool | int | float | str | list) and value != default:
+                    yield f"{field.name}.{name}", value
+
+
+def _construct(config: ConfigContainer, layout: Layout, arch: Architecture) -> list[UpcycleError]:
+    """Construct what the job does; return where the model is not what is made of the parent."""
+
+    def configure() -> Any:
+        runtime_config_update(config)
+        kind, model = config.tokenizer.tokenizer_type, config.tokenizer.tokenizer_model
+        if kind and (model is None or Path(model).exists()):
+            build_tokenizer(config.tokenizer)
+        config.model._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        return config.model
+
+    def make_chunk(model: Any, number: int | None) -> Any:
+        with torch.device("meta"):  # a HybridModelProvider asks no setting
+            return model.provide(vp_stage=number)
+
+    return construct_ranks(layout, configure, make_chunk, None if arch.mamba else arch)

@@ -1,0 +1,137 @@
+"""Construct of a recipe what NeMo constructs in a job before its first step, and tell why that fails."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import fiddle as fdl
+import lightning.pytorch as pl
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nemo.collections.llm.api import _validate_config
+from nemo.lightning import _strategy_lib
+from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
+
+from nemo_upcycle.cpu.configuration import CPU_FIELDS
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.trainers.layout import layout_of
+from nemo_upcycle.trainers.nemo.checks import parent_within_reach, ranks_of
+from nemo_upcycle.trainers.nemo.recipes import spec_of
+from nemo_upcycle.trainers.settings import setting
+from nemo_upcycle.trainers.trial import construct_ranks, culprits, wrong_settings
+from nemo_upcycle.utils.attributes import temporarily_set
+
+
+#: Parts of a recipe that are constructed.
+_PARTS = ("model.config", "trainer", "trainer.strategy", "trainer.plugins", "optim.config", "optim.lr_scheduler")
+#: Arguments of Lightning's trainer that are no numbers and names alone, or change the process.
+_NOT_TRIED = ("accelerator", "devices", "num_nodes", "precision", "logger", "deterministic", "benchmark")
+
+
+def wrong_in(recipe: Any, dense: str) -> Iterator[UpcycleError]:
+    """Yield why a job of a recipe would end before its first step, as far as construction shows it.
+
+    Args:
+        recipe: recipe of a training job.
+        dense: the parent's address; where the parent is known, the model has to be what is made of it.
+    """
+    parent = parent_within_reach(dense)
+    spec = spec_of(recipe) if setting(recipe, "resume.restore_config.spec") else None
+    arch = parent.upcycled(spec) if parent and spec else parent
+
+    others: list[UpcycleError] = []
+
+    def construct(left_out: Collection[str]) -> None:
+        changed = copy.deepcopy(recipe)
+        for path in left_out:
+            owner, _, name = path.rpartition(".")
+            delattr(setting(changed, owner), name)
+        others[:] = _construct(changed, arch)
+
+    yield from wrong_settings(construct, dict(_settings(recipe)), f"recipe {recipe.log.name}")
+    yield from others
+
+
+def _settings(recipe: Any) -> Iterator[tuple[str, Any]]:
+    for path in _PARTS:
+        part = setting(recipe, path)
+        if isinstance(part, fdl.Buildable):
+            parameters = part.__signature_info__.parameters
+            for name, value in part.__arguments__.items():
+                is_needed = name in parameters and parameters[name].default is inspect.Parameter.empty
+                if not is_needed and not isinstance(value, fdl.Buildable):
+                    yield f"{path}.{name}", value
+
+
+def _construct(recipe: Any, arch: Architecture | None) -> list[UpcycleError]:
+    """Construct what the job does; return where the model is not what is made of the parent."""
+    trainer = recipe.trainer.__arguments__
+    plain = {name: value for name, value in trainer.items() if isinstance(value, int | float | str)}
+    others: dict[str, Any] = {name: value for name, value in plain.items() if name not in _NOT_TRIED}
+    pl.Trainer(**others | {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False})
+    for path in ("optim.config", "optim.lr_scheduler"):
+        if isinstance(part := setting(recipe, path), fdl.Buildable):
+            fdl.build(part)
+    nodes, per_node = ranks_of(recipe)
+    layout = layout_of(recipe.trainer.strategy, nodes * per_node, recipe.data.micro_batch_size)
+
+    def configure() -> Any:
+        config, strategy = fdl.build(recipe.model.config), fdl.build(recipe.trainer.strategy)
+        plugins = setting(recipe, "trainer.plugins")
+        types = fdl.build(plugins).dtype_config if isinstance(plugins, fdl.Buildable) else None
+        if types and strategy.pipeline_dtype is None:
+            strategy.pipeline_dtype = types.pipeline_dtype
+        model = SimpleNamespace(config=config, configure_model=None)
+        _validate_config(model, recipe.data, SimpleNamespace(strategy=strategy, num_devices=per_node, num_nodes=nodes))
+        _strategy_lib.set_model_parallel_attributes(model, strategy.parallelism)
+        if types:
+            update_config_with_dtype_overrides(types, config)
+        if config.vocab_size is None:
+            config.vocab_size = layout.padded_vocab(arch) if arch else layout.tp
+        return config
+
+    return construct_ranks(layout, configure, lambda config, vp: config.configure_model(None, vp_stage=vp), arch)
+
+
+def lacking_here(recipe: Any, where: str = "", *, in_stage: bool = False) -> Iterator[UpcycleError]:
+    """Yield what this machine lacks of what a recipe asks for: GPUs, and the kernels of its model.
+
+    Args:
+        recipe: recipe of a training job.
+        where: prefix of its overrides, for the text of errors.
+        in_stage: whether it trains in a stage of the chain, which does without kernels on the CPU.
+    """
+    _, per_node = ranks_of(recipe, where)
+    wants_gpu = setting(recipe, "trainer.accelerator") in ("gpu", "cuda")
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wants_gpu and per_node > here:
+        name, got = ("accelerator", "gpu") if not here else ("devices", per_node)
+        yield UpcycleError(
+            f"{where}trainer.{name}",
+            got=got,
+            expected=f"at most {here}, the GPUs of this machine" if here else "a GPU: this machine has none",
+            fix=f"set it to {here}" if here else "train on one that has, or for a trial set it to cpu",
+        )
+    if in_stage and not here:
+        return
+
+    def construct(without: Collection[str]) -> None:
+        config = copy.deepcopy(recipe.model.config)
+        for path in without:
+            name = path.rpartition(".")[2]
+            setattr(config, name, CPU_FIELDS[name])
+        with temporarily_set(TransformerConfig, "__post_init__", inspect.unwrap(TransformerConfig.__post_init__)):
+            fdl.build(config)
+
+    config = recipe.model.config
+    kernels = {name: value for name in CPU_FIELDS if (value := getattr(config, name, None)) not in (None, False)}
+    settings = {f"{where}model.config.{name}": value for name, value in kernels.items()}
+    for name, text, _ in culprits(construct, settings):
+        if name:
+            fix = "train in NVIDIA's NeMo container, which has what it needs; without a GPU set it to False"
+            yield UpcycleError(name, got=settings[name], expected=f"False on this machine ({text})", fix=fix)

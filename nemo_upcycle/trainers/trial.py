@@ -1,0 +1,257 @@
+"""Construct what a job constructs on its ranks, on the meta device and under groups that are not there.
+
+Megatron's classes check their settings themselves, some only when a module is made of them. What fails here fails in
+the job, after hours of other stages. Of a failure the setting is searched for without which it goes away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+from packaging.version import Version
+
+from nemo_upcycle.cpu.configuration import configure_for_cpu
+from nemo_upcycle.cpu.one_rank import megatron_rank
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.megatron_config import mismatches
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.utils.attributes import temporarily_set
+
+
+#: What a checked configuration has in the place of its own while modules are made of it without a GPU.
+_ON_META: dict[str, Any] = {
+    "perform_initialization": False,
+    "init_model_with_meta_device": True,
+    "use_cpu_initialization": True,  # it names no other device
+    "context_parallel_size": 1,  # Megatron's own attention knows no other
+    "fp8": None,
+    "fp4": None,
+    "enable_cuda_graph": False,
+    "external_cuda_graph": False,
+    "cuda_graph_impl": "none",
+    "delay_wgrad_compute": False,
+    "overlap_moe_expert_parallel_comm": False,
+}
+#: Failures of a training that are searched for, one behind the other.
+_MOST = 12
+_LONGEST = 200
+#: What is raised where something is not installed, or a device not there.
+_OF_MACHINES = (ImportError, AttributeError, NameError, RuntimeError)
+
+
+class Culprit(NamedTuple):
+    """A setting without which a construction does not fail as it does.
+
+    Args:
+        name: the setting's; empty where no single one explains the failure.
+        text: what the failure says, on a line.
+        error: the failure.
+    """
+
+    name: str
+    text: str
+    error: Exception
+
+
+def culprits(construct: Callable[[Collection[str]], object], settings: Mapping[str, Any]) -> Iterator[Culprit]:
+    """Yield the settings for which something cannot be constructed; each is left out when the next is searched for.
+
+    Args:
+        construct: constructs it, with their defaults for the settings that it is given the names of; raises if it
+            cannot.
+        settings: name -> value, of those that have another value than their default.
+    """
+    left_out: list[str] = []
+    while (error := _failure(construct, left_out)) and len(left_out) < _MOST:
+        text = _text_of(error)
+        rest = [name for name in settings if name not in left_out]
+        mentioned = [name for name in rest if _is_mentioned(name, settings[name], text)]
+        others = [name for name in rest if name not in mentioned]
+
+        def text_without(*names: str, left_out: tuple[str, ...] = tuple(left_out)) -> str | None:
+            failure = _failure(construct, (*left_out, *names))
+            return _text_of(failure) if failure else None
+
+        name = next((one for one in mentioned if text_without(one) != text), "")
+        if not name and text_without(*others) is None:
+            while len(others) > 1:
+                half = others[: len(others) // 2]
+                others = half if text_without(*half) is None else others[len(half) :]
+            name = others[0]
+        yield Culprit(name, text, error)
+        if not name:
+            return
+        left_out.append(name)
+
+
+def wrong_settings(
+    construct: Callable[[Collection[str]], object], settings: Mapping[str, Any], unit: str
+) -> Iterator[UpcycleError]:
+    """Yield why something cannot be constructed, setting by setting.
+
+    A failure that no single setting explains, or that is of this machine rather than of a value, may be the trial's
+    own: it is said, and refuses nothing.
+
+    Args:
+        construct: see `culprits`.
+        settings: see `culprits`.
+        unit: what to call the whole.
+
+    Example:
+        >>> def construct(left_out):
+        ...     assert "depth" in left_out, "no such depth"
+        >>> [str(error) for error in wrong_settings(construct, {"width": 3, "depth": -1}, "box")]
+        ['depth: got -1, expected another value (no such depth). Fix: set it to another, or omit it.']
+    """
+    for name, text, error in culprits(construct, settings):
+        if not name or isinstance(error, _OF_MACHINES):
+            sys.stderr.write(f"Not tried before the start, {unit}: {text}\n")
+        elif isinstance(error, UpcycleError) and error.fix:
+            yield UpcycleError(field=name, got=error.got, expected=error.expected, fix=error.fix)
+        else:
+            expected, fix = f"another value ({text})", "set it to another, or omit it"
+            yield UpcycleError(field=name, got=settings[name], expected=expected, fix=fix)
+
+
+def _failure(construct: Callable[[Collection[str]], object], left_out: Collection[str]) -> Exception | None:
+    environment = dict(os.environ)
+    try:
+        with (
+            temporarily_set(logging.root.manager, "disable", logging.CRITICAL),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            construct(left_out)
+    except Exception as error:
+        return getattr(error, "proxy_base_exception", error)  # Fiddle's stand-in adds the whole configuration
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    return None
+
+
+def _text_of(error: Exception) -> str:
+    """Return what an error says, on a line; of an assertion without words, what it asserts."""
+    text = error.problem if isinstance(error, UpcycleError) else str(error)
+    if not text:
+        text = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+    text = " ".join(text.split()).rstrip(".")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def _is_mentioned(name: str, value: Any, text: str) -> bool:
+    return name.rpartition(".")[2] in text or (isinstance(value, str) and value in text)
+
+
+def wrong_choices(config: Any, where: str) -> Iterator[UpcycleError]:
+    """Yield the fields of a configuration that have a name which their annotation does not list.
+
+    Args:
+        config: a dataclass's instance.
+        where: prefix of its fields, for the text of errors.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        parts = [hint, *get_args(hint)]
+        choices = [one for part in parts if get_origin(part) is Literal for one in get_args(part)]
+        value = getattr(config, name, None)
+        if choices and isinstance(value, str) and value not in choices:
+            yield UpcycleError.unknown(f"{where}{name}", value, map(str, choices))
+
+
+def construct_ranks(
+    layout: Layout,
+    configure: Callable[[], Any],
+    make_chunk: Callable[[Any, int | None], Any],
+    arch: Architecture | None,
+) -> list[UpcycleError]:
+    """Construct the modules of a rank of the first pipeline stage, one in the middle and the last.
+
+    Args:
+        layout: the job's.
+        configure: makes and checks the model's configuration, and all else that is checked beside it.
+        make_chunk: makes a chunk of the model of that configuration, given its number where a rank has several.
+        arch: what the model is to be; None: not known.
+
+    Returns:
+        Where the model is not that.
+
+    Raises:
+        Exception: whatever is raised on the way.
+    """
+    found: dict[str, UpcycleError] = {}
+    if torch.distributed.is_initialized():  # of a job that runs; it has been checked
+        return []
+    for stage in sorted({0, layout.pp // 2, layout.pp - 1}):
+        with megatron_rank(layout, stage * layout.gpus // layout.pp), _without_hardware():
+            config = configure()
+            for name, value in _ON_META.items():
+                if hasattr(config, name):  # of another release
+                    setattr(config, name, value)
+            for number in range(layout.vp):
+                chunk = make_chunk(config, number if layout.vp > 1 else None)
+                if arch is not None:
+                    found |= {error.subject: error for error in mismatches(chunk, arch)}
+    return list(found.values())
+
+
+class _Nothing:
+    """Stands for a stream, or for a library that sends tokens."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def _without_hardware() -> Iterator[None]:
+    """Let Megatron make modules on the meta device, whatever this machine has and is installed on it."""
+    from megatron.core import utils
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from nemo_upcycle.cpu.patches import mark_norms_sequence_parallel
+
+    check = inspect.unwrap(TransformerConfig.__post_init__)
+
+    def configure_then_check(self: Any) -> None:
+        configure_for_cpu(self)
+        check(self)
+
+    senders = [name for name in vars(token_dispatcher) if name.startswith("_") and name.endswith("Manager")]
+    changes: list[tuple[Any, str, Any]] = [
+        (TransformerConfig, "__post_init__", configure_then_check),
+        (WrappedTorchNorm, "__new__", WrappedTorchNorm.__new__),
+        (transformer_block, "LayerNormImpl", WrappedTorchNorm),
+        (utils, "_te_version", utils._te_version if find_spec("transformer_engine") else Version("99")),
+        (torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
+        (torch.cuda, "current_device", lambda: torch.device("meta")),
+        (torch.cuda, "Stream", _Nothing),
+        (token_dispatcher.MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", _Nothing()),
+        *((token_dispatcher, name, _Nothing) for name in senders),
+    ]
+    if not torch.cuda.is_available():
+        gpu = SimpleNamespace(major=9, minor=0, name="NVIDIA H100")  # some dispatchers ask for it
+        changes.append((torch.cuda, "get_device_properties", lambda *_: gpu))
+    if find_spec("megatron.core.models.hybrid"):  # of later releases
+        from megatron.core.models.hybrid import hybrid_block
+
+        changes.append((hybrid_block, "TENorm", WrappedTorchNorm))
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.enter_context(temporarily_set(owner, name, value))
+        mark_norms_sequence_parallel()
+        yield

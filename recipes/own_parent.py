@@ -1,0 +1,156 @@
+"""The recipe of any parent that NeMo has a model for, made from its folder: no NeMo recipe of its size is needed."""
+
+from __future__ import annotations
+
+import nemo_run as run
+import torch
+from nemo.collections.llm.api import pretrain
+from nemo.collections.llm.recipes import llama3_8b
+from nemo.collections.llm.recipes.log.default import default_log, default_resume
+from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
+
+from nemo_upcycle.data.blend_module import blend_data
+from nemo_upcycle.recipes.common import checkpoints, in_float32_if_faster, recompute_layers, start_from, validate
+from nemo_upcycle.recipes.h100 import RECOMPUTE_MOE_STEPS
+from nemo_upcycle.recipes.h100_arguments import adjust, moe_kernels
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers import paper
+from nemo_upcycle.trainers.nemo.parent_model import parent_model
+
+
+#: Ranks of a trial without a GPU; a recipe that asks for more is one for GPUs, wherever it is made.
+_CPU_RANKS = 2
+
+
+def upcycled_from(
+    dense: str,
+    *,
+    spec: UpcycleSpec | None,
+    seq_length: int,
+    global_batch_size: int,
+    max_steps: int,
+    lr: float,
+    micro_batch_size: int = 1,
+    min_lr: float | None = None,
+    warmup_steps: int = 0,
+    num_nodes: int = 1,
+    num_gpus_per_node: int = 1,
+    tensor_parallelism: int = 1,
+    pipeline_parallelism: int = 1,
+    context_parallelism: int = 1,
+    expert_parallelism: int = 1,
+    data: str | None = None,
+    dir: str | None = None,
+    name: str = "upcycled",
+    accelerator: str | None = None,
+) -> run.Partial:
+    """Make the recipe that upcycles a parent and trains on, or its dense baseline, from the parent's folder.
+
+    Adam, clipping and precision are those of NeMo's Llama 3; experts have no capacity limit, and on GPUs their layers
+    are recomputed until the routers have found balance. It validates five times, and keeps the last checkpoint.
+
+    Args:
+        dense: the parent: a folder, of which `config.json` is enough until it trains, `hf://ORG/NAME`, `asset://NAME`
+            or `nemo:///absolute/path`.
+        spec: how to upcycle it; None continues it as it is: the dense baseline.
+        seq_length: tokens of a sequence.
+        global_batch_size: sequences of a step, over all ranks.
+        max_steps: steps of the training.
+        lr: peak of the learning rate: for a parent a tenth of its own peak is a start (3e-5 for Llama 3 8B).
+        micro_batch_size: sequences of a micro-batch.
+        min_lr: where the cosine ends; None: a tenth of the peak.
+        warmup_steps: steps until the peak.
+        num_nodes: compute nodes.
+        num_gpus_per_node: GPUs of a node; without a GPU, processes.
+        tensor_parallelism: parts that attention and dense networks are cut into, with sequence parallelism.
+        pipeline_parallelism: stages that the layers are cut into.
+        context_parallelism: ranks that share a sequence.
+        expert_parallelism: ranks that the experts are spread over; a model without experts has none.
+        data: a finished folder of `nemo-upcycle data`; None: the blend `sotu`, some speeches, built on first use. A
+            chain sets it.
+        dir: folder for logs and checkpoints; a chain sets it.
+        name: of the run.
+        accelerator: `gpu` for those of a cluster, of which the machine that makes the recipe may have none, or `cpu`;
+            None: GPUs where this machine has one, or the recipe asks for more than two ranks.
+
+    Returns:
+        The recipe, of `llm.pretrain`.
+
+    Raises:
+        UpcycleError: there is no such parent, or NeMo cannot train it.
+
+    Example:
+        >>> recipe = upcycled_from(  # doctest: +SKIP
+        ...     "/models/mine",
+        ...     spec=UpcycleSpec(num_experts=8, top_k=2),
+        ...     seq_length=4096,
+        ...     global_batch_size=256,
+        ...     max_steps=10_000,
+        ...     lr=3e-5,
+        ...     warmup_steps=100,
+        ...     num_gpus_per_node=8,
+        ...     expert_parallelism=8,
+        ...     data="/data/mine",
+        ... )
+    """
+    if accelerator is None:
+        has_gpus = torch.cuda.is_available() or num_nodes * num_gpus_per_node > _CPU_RANKS
+        accelerator = "gpu" if has_gpus else "cpu"
+    model = parent_model(dense, seq_length)
+    trainer = llama3_8b.trainer(
+        tensor_parallelism=tensor_parallelism,
+        pipeline_parallelism=pipeline_parallelism,
+        context_parallelism=context_parallelism,
+        sequence_parallelism=tensor_parallelism > 1,
+        num_nodes=num_nodes,
+        num_gpus_per_node=num_gpus_per_node,
+        max_steps=max_steps,
+    )
+    validate(trainer, times=5)
+    recipe = run.Partial(
+        pretrain,
+        model=model,
+        trainer=trainer,
+        data=run.Config(
+            blend_data,
+            dense=dense,
+            **({"folder": data} if data else {"blend": "sotu"}),
+            seq_length=seq_length,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+        ),
+        log=default_log(dir=dir, name=name),
+        optim=distributed_fused_adam_with_cosine_annealing(
+            warmup_steps=warmup_steps, max_lr=lr, min_lr=lr / 10 if min_lr is None else min_lr
+        ),
+        resume=default_resume(),
+    )
+    recipe.log.ckpt = checkpoints(paper.CHECKPOINT_STEPS)
+    start_from(recipe, dense, spec)
+    if model.config.num_moe_experts:
+        trainer.strategy.expert_model_parallel_size = expert_parallelism
+        if expert_parallelism > 1:
+            trainer.strategy.expert_tensor_parallel_size = 1  # experts are spread, and not cut
+        for field, value in moe_kernels(capacity_factor=None).items():
+            setattr(model.config, field, value)
+    if model.config.vocab_size % tensor_parallelism:  # Megatron cuts the embedding: padded, as by the tokenizer
+        model.config.vocab_size = None
+    trainer.accelerator = accelerator
+    if accelerator == "cpu":
+        return fit_cpu(recipe)
+    return adjust(recipe, recompute_moe_steps=RECOMPUTE_MOE_STEPS) if model.config.num_moe_experts else recipe
+
+
+def fit_cpu(recipe: run.Partial) -> run.Partial:
+    """Let a recipe train on a machine without a GPU, in place, and return it."""
+    config, trainer = recipe.model.config, recipe.trainer
+    config.apply_rope_fusion = False  # a kernel of Transformer Engine; without it the config refuses to be built
+    if config.num_moe_experts:
+        config.moe_permute_fusion = False  # the same
+        recompute_layers(config)  # beside weights and Adam's states a laptop has little room
+    recipe.data.num_workers = 0
+    trainer.log_every_n_steps = 1
+    # An asynchronous save forks this process while it goes on changing its memory, which doubles it.
+    trainer.strategy.ckpt_async_save = False
+    in_float32_if_faster(trainer)
+    return recipe
