@@ -18,6 +18,7 @@ from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields, router_fields
 from nemo_upcycle.models.rotary import turn_as
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
+from nemo_upcycle.models.wrapper import wrapper_of
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -54,6 +55,13 @@ def write_class(
     import transformers
 
     torch.manual_seed(7)
+    settings = text_sizes(tied=tied, layers=layers, **changes)
+    config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    return save_random(transformers.AutoModelForCausalLM.from_config(config_class(**settings)), folder, shards)
+
+
+def text_sizes(*, tied: bool = False, layers: int = 4, **changes: Any) -> dict[str, Any]:
+    """Return the settings of a small model's configuration, with changes as in `write_class`."""
     sizes = {
         "vocab_size": 250,
         "hidden_size": 64,
@@ -70,8 +78,12 @@ def write_class(
     if "window" in changes:
         settings.pop("window", None)
         settings["sliding_window"] = changes["window"]
-    config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**settings)).float().eval()
+    return settings
+
+
+def save_random(model: Any, folder: Path, shards: int = 1) -> Path:
+    """Give a model of transformers the numbers that `write_class` says, and save it in so many files."""
+    model = model.float().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.1)
@@ -164,10 +176,12 @@ def write_random(folder: Path, config: dict[str, Any], deviation: float = 0.02) 
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of all files of a Hugging Face folder."""
+    """Return the tensors of all files of a Hugging Face folder: of its text model, if there are other parts."""
     from safetensors.torch import load_file
 
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    wrapper = wrapper_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    found = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {wrapper.text_name(one): found[one] for one in found if not wrapper.part_of(one)} if wrapper else found
 
 
 def require_same_weights(folder: Path, *others: Path) -> None:
@@ -223,6 +237,9 @@ class MemorySource:
 
     def fingerprint(self) -> dict[str, str]:
         return {}
+
+    def others(self) -> tuple[()]:
+        return ()
 
     def branches(self) -> tuple[MemorySource]:
         return (self,)

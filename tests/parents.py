@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.models.families import find_family
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import mapping_of_hf
-from tests.models import write_class
+from tests.models import save_random, text_sizes, write_class
 
 
 #: Positions that a model was stretched to, four times as many as it was trained with, for texts of 32 tokens.
@@ -39,15 +40,8 @@ write_gemma3 = partial(write_class, "Gemma3", window=5, tied=True, layers=6, que
 _GROWING = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 _GROWING |= {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "max_position_embeddings": 256}
 #: Scores begin to grow at position 64: transformers 5 alone has the class.
-write_ministral3 = partial(
-    write_class,
-    "Ministral3",
-    layers=2,
-    pad_token_id=0,
-    rope_parameters=_GROWING,
-    rope_theta=None,
-    max_position_embeddings=256,
-)
+MINISTRAL3: dict[str, Any] = {"rope_parameters": _GROWING, "rope_theta": None, "max_position_embeddings": 256}
+write_ministral3 = partial(write_class, "Ministral3", layers=2, pad_token_id=0, **MINISTRAL3)
 
 
 #: Biases of query, key and value alone.
@@ -120,3 +114,62 @@ def write_moe(folder: Path, kind: str, *, layers: int = 2, **changes: Any) -> Pa
 write_mixtral, write_qwen3_moe, write_olmoe = (
     partial(write_moe, kind=kind) for kind in ("Mixtral", "Qwen3Moe", "Olmoe")
 )
+
+
+_SEES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SEES |= {"image_size": 28, "patch_size": 14}
+_OF_QWEN = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
+_OF_QWEN |= {"patch_size": 14, "fullatt_block_indexes": [1]}
+_AXES = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+#: Class around a text model -> class of that, settings of what sees, those of the text model, and of the whole.
+WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "Mistral3": ("Mistral", _SEES | {"head_dim": 16, "image_size": 56}, {"window": None}, {"image_token_index": 249}),
+    "Llava": ("Llama", _SEES | {"projection_dim": 32}, {}, {"image_seq_length": 4, "image_token_index": 249}),
+    "InternVL": (
+        "Qwen2",
+        _SEES | {"image_size": [28, 28], "patch_size": [14, 14]},
+        {"head_dim": None},
+        {"image_token_id": 249},
+    ),
+    "Gemma3": (
+        *("Gemma3Text", _SEES, {"window": 5, "rope_theta": None, "query_pre_attn_scalar": 24}),
+        {"mm_tokens_per_image": 1},
+    ),
+    "Qwen2_5_VL": ("Qwen2_5_VLText", _OF_QWEN, {"head_dim": None, "rope_scaling": _AXES}, {}),
+    "Qwen3VL": (
+        "Qwen3VLText",
+        _OF_QWEN | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        {"rope_scaling": _AXES | {"mrope_interleaved": True}},
+        {},
+    ),
+    "Exaone4_5_": ("Exaone4", _OF_QWEN | {"num_key_value_heads": 2}, {"window": 5, "pad_token_id": 0}, {}),
+    "Idefics3": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),
+    "SmolVLM": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),
+}
+
+
+def write_wrapped(
+    folder: Path, kind: str, *, text: str = "", tied: bool = False, layers: int = 2, **changes: Any
+) -> Path:
+    """Write a random text model with a vision tower and a projector, as transformers writes such a class.
+
+    Args:
+        folder: where it goes.
+        kind: a key of `WRAPPED`.
+        text: class of the text model, if not that of `WRAPPED`.
+        tied: see `write_class`.
+        layers: those of the text model.
+        changes: its settings.
+    """
+    import transformers
+
+    torch.manual_seed(7)
+    own, sees, settings, whole = WRAPPED[kind]
+    text_type = getattr(transformers, f"{text or own}Config").model_type
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={"model_type": text_type, **text_sizes(tied=tied, layers=layers, **settings | changes)},
+        vision_config=dict(sees),
+        tie_word_embeddings=tied,
+        **whole,
+    )
+    return save_random(getattr(transformers, f"{kind}ForConditionalGeneration")(config), folder)

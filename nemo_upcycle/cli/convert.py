@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_dtype(parser)
     parser.add_argument(
+        "--text-only", action="store_true", help="of a model that sees, write the text model without its other parts"
+    )
+    parser.add_argument(
         "--max-shard-size",
         type=file_size,
         default="5GB",
@@ -77,12 +80,13 @@ def run(args: argparse.Namespace) -> int:
     check_non_expert_weights(args.non_expert_weights)
     sources = [local_model(source, nemo=True) for source in (args.source, *args.branch)]
     with open_dense(sources, non_expert_weights=args.non_expert_weights) as dense:
-        done = convert(dense, args.output, spec, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
-    show(args, asdict(done), _text(done, str(dense.path)))
+        size, text_only = args.max_shard_size, args.text_only
+        done = convert(dense, args.output, spec, dtype=args.dtype, max_shard_bytes=size, text_only=text_only)
+    show(args, asdict(done), _text(done, str(dense.path), text_only))
     return 0
 
 
-def _text(done: Conversion, source: str) -> str:
+def _text(done: Conversion, source: str, text_only: bool) -> str:
     lines = [
         f"{done.output}: {done.hf_class}, {done.total_params / 1e9:.4g}B parameters ({done.active_params / 1e9:.4g}B"
         f" active), {done.dtype}, {done.bytes_total / 1e9:.4g} GB in {done.seconds:.3g} s",
@@ -93,6 +97,11 @@ def _text(done: Conversion, source: str) -> str:
             "with router logits in float32: in 16 bits those of two networks can be equal, and top-k then mixes them"
             " (nemo-upcycle verify counts such tokens)"
         )
+    if done.left_out:
+        from nemo_upcycle.sources.base import left_out_text
+
+        why = "" if text_only else ": no class is known here that holds these around experts"
+        lines.append(f"the text model alone, without {left_out_text(done.left_out)}{why}")
     lines += [f"not for every server: {caveat}" for caveat in done.caveats]
     if done.files_kept:
         lines.append(

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_spec_options(parser, "how the model was upcycled (default: from receipt and checkpoint)", defaults=False)
     add_dtype(parser, "bfloat16")
+    parser.add_argument(
+        "--text-only", action="store_true", help="of a parent that sees, write the text model without its other parts"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_upcycle.convert.found import find_model
 
     model = find_model(args.checkpoint, args.dense, args.receipt, given_spec(args))
-    about = CardInfo(facts=_facts(model.receipt, model.receipt_path, model.checkpoint))
+    about = CardInfo(facts=_facts(model.receipt, model.receipt_path, model.checkpoint), text_only=args.text_only)
     folder = export_checkpoint(
         model.checkpoint, model.dense, args.output, spec=model.spec, dtype=args.dtype, about=about
     )

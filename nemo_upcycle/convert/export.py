@@ -23,6 +23,7 @@ from nemo_upcycle.convert.safetensors_writer import (
     as_bytes,
     require_dtype,
 )
+from nemo_upcycle.convert.whole import CAVEAT, Whole
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class, server_caveats
@@ -55,6 +56,7 @@ class CardInfo:
         notes: what is not exact, not known or assumed.
         checkpoint: name of the checkpoint.
         parent: how the user named the dense parent: `asset://NAME`, a path.
+        text_only: whether to leave out what stands beside the parent's text model, where a class could hold it, too.
     """
 
     title: str | None = None
@@ -63,6 +65,7 @@ class CardInfo:
     notes: tuple[str, ...] = ()
     checkpoint: str | None = None
     parent: str | None = None
+    text_only: bool = False
 
 
 def _write_tensors(weights: MegatronWeights, arch: Architecture, dtype: torch.dtype) -> WriteTensors:
@@ -144,12 +147,16 @@ def export_weights(
         stored[name] = weights.dtype(stored_as(mapping, arch), layer, expert)
     float32 = float32_names(arch)
     lossy = list(rounded({name: own for name, own in stored.items() if name not in float32}, dtype))
+    whole = None if about.text_only or not arch.num_experts else Whole.of_folder(dense_folder)
+    sees, whole_class = whole is not None, whole.wrapper.hf_class if whole else ""
+    if plan is not None and whole:
+        plan = plan | {"sees": True}
     with output_folder(output, MADE_BY, plan) as folder:
-        write_config(dense_folder, folder, arch, dtype, about.router_aux_loss)
-        tokenizer_files = copy_tokenizer_files(dense_folder, folder)
-        writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES, float32=float32)
+        write_config(dense_folder, folder, arch, dtype, about.router_aux_loss, sees=sees)
+        tokenizer_files = copy_tokenizer_files(dense_folder, folder, sees=sees)
+        writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES, float32=float32, whole=whole)
         writer.write(folder, _write_tensors(weights, arch, dtype), f"export {output.name}")
-        notes = [*about.notes, *server_caveats(arch)]
+        notes = [*about.notes, *server_caveats(arch), *((CAVEAT,) if whole else ())]
         write_card(
             folder,
             [dense_folder],
@@ -159,6 +166,7 @@ def export_weights(
             facts={"Type": dtype_name(dtype), **about.facts},
             notes=[*lossy, *notes],
             parent=about.parent,
+            whole_class=whole_class,
         )
         marker = {
             "made_by": MADE_BY,

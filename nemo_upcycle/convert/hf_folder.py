@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_upcycle.convert.whole import whole_config
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import both_ropes, moe_config
+from nemo_upcycle.models.wrapper import read_config
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import read_json, write_json
 
@@ -32,17 +34,24 @@ _TOKENIZER_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
+#: What travels beside them with a whole model that sees.
+_PROCESSOR_FILES = ("*processor_config.json",)
 #: Keys that make a loader import code that somebody else wrote.
 _CODE_KEYS = {"auto_map", "custom_pipelines", "custom_generate"}
 
 
-def tokenizer_file_names(dense_folder: Path) -> list[str]:
+def tokenizer_file_names(dense_folder: Path, *, sees: bool = False) -> list[str]:
     """Return the parent's tokenizer, chat templates, generation settings and licences; code is none of them.
+
+    Args:
+        dense_folder: the parent's.
+        sees: whether the settings of its processor of pictures are wanted, too.
 
     Raises:
         UpcycleError: one is a link to somewhere else: it would publish a file that nobody meant.
     """
-    found = {path for pattern in _TOKENIZER_FILES for path in dense_folder.glob(pattern) if path.is_file()}
+    patterns = (*_TOKENIZER_FILES, *(_PROCESSOR_FILES if sees else ()))
+    found = {path for pattern in patterns for path in dense_folder.glob(pattern) if path.is_file()}
     found = {path for path in found if path.suffix != ".py"}
     folder = dense_folder.resolve()
     # The hub's cache keeps a snapshot as links into the blobs of the same model.
@@ -58,9 +67,9 @@ def tokenizer_file_names(dense_folder: Path) -> list[str]:
     return sorted(str(path.relative_to(dense_folder)) for path in found)
 
 
-def copy_tokenizer_files(dense_folder: Path, folder: Path) -> list[str]:
+def copy_tokenizer_files(dense_folder: Path, folder: Path, *, sees: bool = False) -> list[str]:
     """Copy what `tokenizer_file_names` finds, unchanged but for keys that run code; return the names."""
-    names = tokenizer_file_names(dense_folder)
+    names = tokenizer_file_names(dense_folder, sees=sees)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         settings = read_json(dense_folder / name) if name.endswith("_config.json") else None
@@ -81,13 +90,26 @@ def write_config(
     arch: Architecture,
     dtype: torch.dtype,
     router_aux_loss: float | None = None,
+    *,
+    sees: bool = False,
 ) -> None:
-    """Write the `config.json` of `arch`, made from the parent's; no key of it makes a loader run code."""
-    config = _without_code(read_json(dense_folder / "config.json"))
+    """Write the `config.json` of `arch`, made from the parent's; no key of it makes a loader run code.
+
+    Args:
+        dense_folder: the parent's.
+        folder: where to.
+        arch: the model's architecture.
+        dtype: type of its weights.
+        router_aux_loss: see `moe_config`.
+        sees: whether the other parts of the parent are around it.
+    """
+    config = _without_code(read_config(dense_folder))
     if arch.num_experts:
         config = moe_config(config, arch, router_aux_loss)
     else:
-        config |= both_ropes(arch.rope_theta, arch.rope_scaling)
-    config["torch_dtype"] = dtype_name(dtype)
-    config.pop("dtype", None)
-    write_json(folder / "config.json", config)
+        config |= both_ropes(arch.rope_theta, arch.rope_scaling) | {"architectures": [arch.hf_class]}
+    whole = whole_config(_without_code(read_json(dense_folder / "config.json")), config) if sees else config
+    for settings in (config, whole):
+        settings["torch_dtype"] = dtype_name(dtype)
+        settings.pop("dtype", None)
+    write_json(folder / "config.json", whole)

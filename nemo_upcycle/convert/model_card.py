@@ -65,6 +65,7 @@ def write_card(
     facts: Mapping[str, str],
     notes: Sequence[str] = (),
     parent: str | None = None,
+    whole_class: str = "",
 ) -> None:
     """Write the model card.
 
@@ -77,14 +78,16 @@ def write_card(
         facts: lines of the table: what was done, with which numbers.
         notes: what is not exact, not known or assumed.
         parent: how the user named the first of the parents.
+        whole_class: the class around the model, where the parent's other parts are.
     """
+    loads_as, around = whole_class or arch.hf_class, f" around {arch.hf_class}" if whole_class else ""
     names = [_hub_name(folder) for folder in parents]
     cards = [_front_matter(folder) for folder in parents]
-    front = _front(names, cards, arch)
+    front = _front(names, cards, arch) | ({"pipeline_tag": "image-text-to-text"} if whole_class else {})
     addresses = [parent, *[None] * (len(parents) - 1)]
     rows = {
         "Made from": ", ".join(map(_called, parents, addresses, cards)),
-        "Class": f"{arch.hf_class}, {arch.total_params:,} parameters, {arch.active_params:,} active for a token",
+        "Class": f"{loads_as}{around}, {arch.total_params:,} parameters, {arch.active_params:,} active for a token",
         **_besides(arch),
         **facts,
         "Written by": f"{tool}, version {__version__}",
@@ -98,8 +101,8 @@ def write_card(
         title=title,
         made=made if arch.num_experts else "",
         rows="\n".join(f"| {name} | {text} |" for name, text in rows.items()),
-        imported=f"AutoTokenizer, {arch.hf_class}" if has_tokenizer else arch.hf_class,
-        hf_class=arch.hf_class,
+        imported=f"AutoTokenizer, {loads_as}" if has_tokenizer else loads_as,
+        hf_class=loads_as,
         tokenizer='tokenizer = AutoTokenizer.from_pretrained(".")\n' if has_tokenizer else "",
         notes="\n".join(["## What to know", "", *(f"- {note}" for note in notes), "", ""]) if notes else "",
         licence_title=_LICENCE,

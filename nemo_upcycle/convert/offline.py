@@ -23,15 +23,16 @@ from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names, write_config
 from nemo_upcycle.convert.model_card import spec_fact, write_card
 from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
+from nemo_upcycle.convert.whole import CAVEAT, Whole
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.init.calibration_file import calibration_of
 from nemo_upcycle.models.families import server_caveats
 from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
 from nemo_upcycle.models.mapping import extra_params, mapping_of
+from nemo_upcycle.models.wrapper import INDEX
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.base import DenseSource, left_out, left_out_text
 from nemo_upcycle.sources.checks import BrokenWeights, check_source, rounded_because
-from nemo_upcycle.sources.safetensors_folder import INDEX
 from nemo_upcycle.spec import UpcycleSpec, without_defaults
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import (
@@ -83,6 +84,7 @@ class Conversion:
     max_shard_bytes: int
     needs_float32_routing: bool
     caveats: tuple[str, ...]
+    left_out: dict[str, dict[str, int]]
     seconds: float
     peak_rss_gib: float
 
@@ -94,6 +96,7 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    text_only: bool = False,
     progress: bool = True,
 ) -> Conversion:
     """Write the Hugging Face folder of the model that a spec makes of a dense checkpoint; complete or not at all.
@@ -107,6 +110,7 @@ def convert(
         spec: what to make.
         dtype: type of the weights on disk, in which they are scaled and changed, too; the source's own when None.
         max_shard_bytes: largest size of a file.
+        text_only: whether to leave out what stands beside the parent's text model, where a class could hold it, too.
         progress: whether to show how far it is, on stderr.
 
     Returns:
@@ -129,14 +133,17 @@ def convert(
     expansion = Expansion(dense, spec, dtype)
     moe_arch = expansion.moe_arch
     _check_folder(dense)
+    whole = None if text_only else Whole.of(dense)
     if not is_complete(output) and not aside_of(output).exists():  # else less is missing, which the writer counts
         # before names are listed, which takes long for very many experts
         require_disk(
-            output, (moe_arch.total_params + extra_params(moe_arch)) * dtype.itemsize, f"convert {output.name}"
+            output,
+            (moe_arch.total_params + extra_params(moe_arch)) * dtype.itemsize + (whole.size_bytes if whole else 0),
+            f"convert {output.name}",
         )
-    writer = SafetensorsWriter(expansion.shapes, dtype, max_shard_bytes, expansion.order, expansion.float32)
+    writer = SafetensorsWriter(expansion.shapes, dtype, max_shard_bytes, expansion.order, expansion.float32, whole)
     check_source(dense)
-    plan = _plan_of(dense, spec, dtype, max_shard_bytes)
+    plan = _plan_of(dense, spec, dtype, max_shard_bytes) | ({"sees": True} if whole else {})
     reasons = (
         *inexact_because(dense.architecture, spec),
         *dense.inexact_because(),
@@ -145,7 +152,7 @@ def convert(
     kept, written_bytes = len(writer.files), 0
     if _is_done(output, plan):
         _check_done(output, writer)
-        _add_tokenizer_files(dense.path, output)
+        _add_tokenizer_files(dense.path, output, sees=whole is not None)
         forget_work(output, _PLAN)
     else:
         with _only_writer(output, plan) as folder:
@@ -157,7 +164,7 @@ def convert(
     total_params = sum(math.prod(shape) for shape in expansion.shapes.values())
     return Conversion(
         output=output,
-        hf_class=moe_arch.hf_class,
+        hf_class=whole.wrapper.hf_class if whole else moe_arch.hf_class,
         dtype=dtype_name(dtype),
         exact=not reasons,
         inexact_because=reasons,
@@ -172,7 +179,8 @@ def convert(
         bytes_read=dense.bytes_read - bytes_before,
         max_shard_bytes=max_shard_bytes,
         needs_float32_routing=needs_float32_routing(dense.architecture, spec),
-        caveats=server_caveats(moe_arch),
+        caveats=_caveats(expansion, whole),
+        left_out={} if whole else left_out(dense),
         seconds=round(time.monotonic() - start_s, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     )
@@ -227,11 +235,14 @@ def _finish(
     start = f"not the parent's function: {'; '.join(reasons)}" if reasons else "the parent's function, up to rounding"
     facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Computes": start}
     dense, moe_arch = expansion.dense, expansion.moe_arch
+    if parts := left_out(dense):
+        facts["Copied as they are" if writer.whole else "Left out"] = left_out_text(parts)
     parents = [source.path for source in dense.branches()]
-    notes = server_caveats(moe_arch)
-    write_card(folder, parents, moe_arch, title=title, tool="nemo-upcycle convert", facts=facts, notes=notes)
-    write_config(dense.path, folder, moe_arch, expansion.dtype)
-    tokenizer_files = copy_tokenizer_files(dense.path, folder)
+    whole, tool = writer.whole, "nemo-upcycle convert"
+    notes, name = _caveats(expansion, whole), whole.wrapper.hf_class if whole else ""
+    write_card(folder, parents, moe_arch, title=title, tool=tool, facts=facts, notes=notes, whole_class=name)
+    write_config(dense.path, folder, moe_arch, expansion.dtype, sees=whole is not None)
+    tokenizer_files = copy_tokenizer_files(dense.path, folder, sees=whole is not None)
     marker = {
         "tensors": writer.tensors,
         "bytes": writer.total_bytes,
@@ -239,6 +250,10 @@ def _finish(
         "made_from": plan,
     }
     write_json(folder / MODEL_MARKER, marker)
+
+
+def _caveats(expansion: Expansion, whole: Whole | None) -> tuple[str, ...]:
+    return (*server_caveats(expansion.moe_arch), *((CAVEAT,) if whole else ()))
 
 
 def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:
@@ -325,8 +340,9 @@ def _marker(output: Path) -> dict[str, Any]:
     )
 
 
-def _add_tokenizer_files(dense_folder: Path, output: Path) -> None:
+def _add_tokenizer_files(dense_folder: Path, output: Path, *, sees: bool) -> None:
     """Copy files, say a tokenizer, that the parent's folder got after the conversion."""
     marker = _marker(output)
-    if not set(tokenizer_file_names(dense_folder)) <= set(marker["companions"]):
-        write_json(output / MODEL_MARKER, marker | {"companions": copy_tokenizer_files(dense_folder, output)})
+    if not set(tokenizer_file_names(dense_folder, sees=sees)) <= set(marker["companions"]):
+        names = copy_tokenizer_files(dense_folder, output, sees=sees)
+        write_json(output / MODEL_MARKER, marker | {"companions": names})

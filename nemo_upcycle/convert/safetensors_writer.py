@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.convert.whole import Whole, copy_others
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.stacked import is_stacked, tensor_of
-from nemo_upcycle.sources.safetensors_folder import INDEX
+from nemo_upcycle.models.wrapper import INDEX
+from nemo_upcycle.sources.base import OtherTensor
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import clear_unfinished, require_disk, write_json
 from nemo_upcycle.utils.progress import ProgressLine
@@ -53,7 +55,11 @@ def require_dtype(dtype: torch.dtype) -> None:
 
 
 def safetensors_header(
-    names: Iterable[str], shapes: Shapes, dtype: torch.dtype, float32: Collection[str] = ()
+    names: Iterable[str],
+    shapes: Shapes,
+    dtype: torch.dtype,
+    float32: Collection[str] = (),
+    called: Callable[[str], str] = str,
 ) -> bytes:
     """Make the header of a safetensors file that holds these tensors one after the other."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -63,8 +69,22 @@ def safetensors_header(
         shape = [1 + len(others)] * is_stacked(first) + list(shapes[first])
         own = torch.float32 if first in float32 else dtype
         stop = offset + torch.Size(shape).numel() * own.itemsize
-        entries[tensor] = {"dtype": _DTYPE_NAMES[own], "shape": shape, "data_offsets": [offset, stop]}
+        entries[called(tensor)] = {"dtype": _DTYPE_NAMES[own], "shape": shape, "data_offsets": [offset, stop]}
         offset = stop
+    return _as_header(entries)
+
+
+def _header_of_others(others: Iterable[OtherTensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for other in others:
+        stop = offset + other.size_bytes
+        entries[other.name] = {"dtype": other.dtype, "shape": list(other.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    return _as_header(entries)
+
+
+def _as_header(entries: dict[str, Any]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
     return len(text).to_bytes(8, "little") + text
@@ -85,6 +105,7 @@ class SafetensorsWriter:
         max_shard_bytes: largest size of a file's data.
         order: returns a file's tensors in the order in which they are written; by default the model's.
         float32: names of the tensors that are float32 whatever `dtype` is; they come first, where they are aligned.
+        whole: what stands around a text model; its tensors have files of their own, the last ones.
 
     Example:
         >>> writer = SafetensorsWriter(shapes, torch.bfloat16)  # doctest: +SKIP
@@ -96,16 +117,25 @@ class SafetensorsWriter:
     max_shard_bytes: int = MAX_SHARD_BYTES
     order: Callable[[list[str]], list[str]] = list
     float32: frozenset[str] = frozenset()
+    whole: Whole | None = None
+
+    @cached_property
+    def _others(self) -> dict[str, OtherTensor]:
+        return {other.name: other for other in self.whole.others} if self.whole else {}
+
+    def _called(self, name: str) -> str:
+        return self.whole.called(name) if self.whole and name not in self._others else name
 
     @cached_property
     def files(self) -> dict[str, list[str]]:
         """The tensors of every file, which is named as transformers names it."""
         shards: list[list[str]] = [[]]
         size_bytes = 0
-        for _, parts in itertools.groupby(self.shapes, tensor_of):
-            names = list(parts)
+        tensors = [list(parts) for _, parts in itertools.groupby(self.shapes, tensor_of)]
+        for names in (*tensors, *([name] for name in self._others)):
             tensor_bytes = self.size_bytes(names)
-            if shards[-1] and size_bytes + tensor_bytes > self.max_shard_bytes:
+            is_full = size_bytes + tensor_bytes > self.max_shard_bytes
+            if shards[-1] and (is_full or (shards[-1][0] in self._others) != (names[0] in self._others)):
                 shards.append([])
                 size_bytes = 0
             shards[-1] += names
@@ -117,24 +147,35 @@ class SafetensorsWriter:
     def size_bytes(self, names: Iterable[str]) -> int:
         """Return the bytes of the data of these tensors."""
         sizes = {True: 4, False: self.dtype.itemsize}
-        return sum(torch.Size(self.shapes[name]).numel() * sizes[name in self.float32] for name in names)
+        return sum(
+            other.size_bytes
+            if (other := self._others.get(name))
+            else torch.Size(self.shapes[name]).numel() * sizes[name in self.float32]
+            for name in names
+        )
 
     def _ordered(self, file: str) -> list[str]:
         """Return a file's tensors in the order in which they are written."""
         return sorted(self.order(self.files[file]), key=lambda name: name not in self.float32)
 
     def _header(self, file: str) -> bytes:
-        return safetensors_header(self._ordered(file), self.shapes, self.dtype, self.float32)
+        if others := self._others_in(file):
+            return _header_of_others(others)
+        return safetensors_header(self._ordered(file), self.shapes, self.dtype, self.float32, self._called)
+
+    def _others_in(self, file: str) -> list[OtherTensor]:
+        """Return a file's tensors of other parts: all that it holds, or none."""
+        return [self._others[name] for name in self.files[file] if name in self._others]
 
     @cached_property
     def total_bytes(self) -> int:
         """The bytes of the data of all tensors."""
-        return self.size_bytes(self.shapes)
+        return self.size_bytes([*self.shapes, *self._others])
 
     @cached_property
     def tensors(self) -> int:
         """The tensors that the files hold."""
-        return len({tensor_of(name) for name in self.shapes})
+        return len({tensor_of(name) for name in (*self.shapes, *self._others)})
 
     def is_whole(self, folder: Path, file: str) -> bool:
         """Return whether a file is there, as far as its size and header tell."""
@@ -172,11 +213,12 @@ class SafetensorsWriter:
         todo_bytes = sum(self.size_bytes(self.files[file]) for file in todo)
         kept = len(self.files) - len(todo)
         require_disk(folder, todo_bytes, f"the rest of {label}" if kept else label)
-        with ProgressLine(label, len(self.shapes), enabled=progress) as line:
-            line.advance(len(self.shapes) - sum(len(self.files[file]) for file in todo))
+        count = len(self.shapes) + len(self._others)
+        with ProgressLine(label, count, enabled=progress) as line:
+            line.advance(count - sum(len(self.files[file]) for file in todo))
             self._write_files(folder, todo, write_tensors, writers, line)
         if len(self.files) > 1:
-            weight_map = {tensor_of(name): file for file, names in self.files.items() for name in names}
+            weight_map = {self._called(tensor_of(name)): file for file, names in self.files.items() for name in names}
             write_json(folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
         return kept, todo_bytes
 
@@ -197,7 +239,10 @@ class SafetensorsWriter:
             try:
                 with StreamedFile(unfinished) as out:
                     out.write(self._header(file))
-                    write_tensors(out, self._ordered(file), advance)
+                    if others := self._others_in(file):
+                        copy_others(out, others, advance)
+                    else:
+                        write_tensors(out, self._ordered(file), advance)
                 unfinished.rename(folder / file)
             except BaseException:
                 unfinished.unlink(missing_ok=True)

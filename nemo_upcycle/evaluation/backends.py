@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models import hf_model
+from nemo_upcycle.models.wrapper import read_config
 from nemo_upcycle.suites.lm_eval_tasks import quiet
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.files import read_json, sha256_file
@@ -180,14 +181,17 @@ def _open_in_vllm(folder: Path, dtype: str, batch_size: int | str) -> Backend:
             with temporarily_set(self, "add_bos_token", False):  # as in `wrap_model`
                 return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
-    config, gpus = _config(folder), torch.cuda.device_count()
+    config, gpus = read_config(folder), torch.cuda.device_count()
     # Each GPU has to get as many heads: 9 heads run on one of 8 GPUs, 32 on all.
     tensor_parallel = math.gcd(gpus, config.get("num_attention_heads") or 1)
     with quiet():
         lm = RollingVLLM(
             pretrained=str(folder), dtype=dtype, tensor_parallel_size=tensor_parallel, batch_size=batch_size
         )
-    facts = {**_facts(folder, config["architectures"][0]), "parameters": hf_model.empty_model(folder).num_parameters()}
+    facts = {
+        **_facts(folder, _config(folder)["architectures"][0]),
+        "parameters": hf_model.empty_model(folder).num_parameters(),
+    }
     return AskedBackend("vllm", lm, facts, f"cuda x {tensor_parallel}", batch_size)
 
 

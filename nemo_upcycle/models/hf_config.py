@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, targets
 from nemo_upcycle.models.families.base import ACTIVATIONS, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
 from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE
-from nemo_upcycle.utils.files import read_json
+from nemo_upcycle.models.wrapper import WRAPPERS, Wrapper, read_config, text_settings
 
 
 _PART = "partial_rotary_factor"
@@ -45,18 +46,46 @@ def _family_of(config: Any, where: str) -> Family:
         kind = str(config.get("model_type"))
         family = find_family(str(names[0]), kind) if isinstance(names, list) and len(names) == 1 else None
     if family is None:
-        known = ", ".join(one.hf_class for one in (*parents(), *targets()))
-        raise CheckpointError(
-            f"{where}: architectures",
-            got=names or (f"model_type {config['model_type']}" if config.get("model_type") else "nothing"),
-            expected=f"a Llama-family model ({known})",
-            fix="use a checkpoint of one of these classes",
-        )
+        raise _unknown(config, where)
     return family
+
+
+def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
+    """Return the error for a class that is not known: the nearest that is, and what one of its own would take."""
+    names, kind, text = config.get("architectures"), str(config.get("model_type") or ""), config.get("text_config")
+    name = ", ".join(map(str, names)) if isinstance(names, list) else str(names or "")
+    known: list[Family | Wrapper] = [*parents(), *targets(), *WRAPPERS]
+    classes = {one.hf_class.partition("For")[0].lower(): one for one in known}
+    kinds = {one.model_type: one for one in known}
+    inside = kinds.get(str(text.get("model_type"))) if isinstance(text, dict) else None
+    near = difflib.get_close_matches(name.partition("For")[0].lower(), classes, n=1)
+    nearest = classes[near[0]] if near else kinds.get(next(iter(difflib.get_close_matches(kind, kinds, n=1)), ""))
+    fix = "use a checkpoint of a class that is known, as nemo_upcycle.models.families lists them"
+    if inside:
+        nearest = inside
+        fix = (
+            "if nothing around it changes what its text model does, add the class to WRAPPERS of"
+            " nemo_upcycle.models.wrapper; else use another checkpoint"
+        )
+    elif nearest:
+        fix = (
+            f"if its layers compute what those of {nearest.hf_class} do, give it a family (register of"
+            " nemo_upcycle.models.families): names of tensors, defaults of its settings, limits, a copy of that one's"
+            " where the same; else use another checkpoint"
+        )
+    what = "the class of its text model" if inside else "the nearest"
+    return CheckpointError(
+        f"{where}: architectures",
+        got=" ".join(part for part in (name, kind and f"model_type {kind}") if part) or "nothing",
+        expected="a class that is known" + (f"; {what} is {nearest.hf_class}" if nearest else ""),
+        fix=fix,
+    )
 
 
 def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
     """Return the architecture that a Hugging Face configuration describes, read as transformers 4 and 5 write it.
+
+    Of a model with other parts it is that of the text model.
 
     Args:
         config: the parsed `config.json`.
@@ -66,7 +95,7 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         CheckpointError: the class is not known, the weights are quantized, a size is missing, a value is of another
             type, or values contradict each other.
     """
-    family, settings = _settings_of(config, where)
+    family, settings = _settings_of(text_settings(config, where), where)
     heads, hidden = (settings.whole(key) for key in ("num_attention_heads", "hidden_size"))
     mamba = family.mamba(settings)
     layers = settings.whole("num_hidden_layers", len(mamba.pattern) if mamba else None, most=10_000)
@@ -124,7 +153,7 @@ def read_architecture(folder: Path) -> Architecture:
         folder: with `config.json`.
 
     Raises:
-        CheckpointError: the folder or its `config.json` is missing, or describes no Llama-family model.
+        CheckpointError: the folder or its `config.json` is missing, or describes no model of a class that is known.
 
     Example:
         >>> read_architecture(Path("runs/demo/dense")).num_layers  # doctest: +SKIP
@@ -138,7 +167,7 @@ def read_architecture(folder: Path) -> Architecture:
             expected="a Hugging Face folder with config.json and *.safetensors",
             fix="check the path",
         )
-    return architecture_from_config(read_json(path), str(path))
+    return architecture_from_config(read_config(folder), str(path))
 
 
 def _settings_of(config: Any, where: str) -> tuple[Family, Settings]:
@@ -220,6 +249,8 @@ def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
     That of layers with a window may have a base of its own, as transformers 4 spells it, and no scaling.
     """
     kinds = config.get("rope_parameters")
+    if isinstance(kinds, dict) and kinds.keys() > {FULL, WINDOW}:  # beside them 5.12 writes a default that is none
+        kinds = {key: value for key, value in kinds.items() if value not in (None, "default")}
     if not isinstance(kinds, dict) or kinds.keys() != {FULL, WINDOW}:
         return config
     local = kinds[WINDOW]

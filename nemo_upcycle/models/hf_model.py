@@ -19,6 +19,7 @@ from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hf_config import read_architecture, rope_settings
 from nemo_upcycle.models.mapping import mapping_of_hf
 from nemo_upcycle.models.sharding import hf_shapes
+from nemo_upcycle.models.wrapper import INDEX, SINGLE, Wrapper, read_config, wrapper_of
 from nemo_upcycle.utils.files import read_json
 
 
@@ -43,6 +44,8 @@ def errors_only() -> Iterator[None]:
 def load_model(folder: Path, **options: Any) -> Any:
     """Return a causal language model with the rotary embedding that its `config.json` says.
 
+    Of a model with other parts it is the text model, in a class of its own.
+
     Args:
         folder: its Hugging Face folder.
         options: further ones of `from_pretrained`.
@@ -52,11 +55,13 @@ def load_model(folder: Path, **options: Any) -> Any:
     """
     import transformers
 
-    config, pair = _config(folder), _computed_as(read_json(folder / "config.json"))
-    if not pair:
+    wrapper, pair = wrapper_of(read_json(folder / "config.json")), _computed_as(read_config(folder))
+    config = _config(folder)
+    if not (wrapper or pair):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **_LOCAL, **options)
-    options["state_dict"] = _state_dict(folder, theirs := pair[1])
-    return getattr(transformers, theirs.hf_class).from_pretrained(None, config=config, **_LOCAL, **options)
+    options["state_dict"] = _state_dict(folder, wrapper, pair[1] if pair else None)
+    name = pair[1].hf_class if pair else read_architecture(folder).hf_class
+    return getattr(transformers, name).from_pretrained(None, config=config, **_LOCAL, **options)
 
 
 def empty_model(folder: Path) -> Any:
@@ -118,23 +123,25 @@ def _set(model: Any, name: str, value: Any) -> None:
 def _config(folder: Path) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
-    said, path = read_json(folder / "config.json"), folder / "config.json"
+    path, said = folder / "config.json", read_config(folder)
+    wrapper = wrapper_of(read_json(path))
     if pair := _computed_as(said):
         family, theirs = pair
         named = {family.spelling.get(name, name): value for name, value in said.items()}
         named = {**family.defaults, **named, **rope_settings(said, str(path)), "model_type": theirs.model_type}
         return type(AutoConfig.for_model(theirs.model_type)).from_dict(named)
-    if find_family(*_class_of(said)) and said.get("model_type") not in CONFIG_MAPPING:
+    if (wrapper or find_family(*_class_of(said))) and said.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError(
             f"model {folder}",
-            got=f"{_class_of(said)[0]}, which transformers {__version__} does not know",
+            got=f"{read_architecture(folder).hf_class}, which transformers {__version__} does not know",
             expected="a class of this release",
             fix="pip install --upgrade transformers, in an environment of its own: trainers want older ones",
         )
+    as_said = said | (rope_settings(said, str(path)) if said.get("rope_parameters") else {})
+    if wrapper:
+        return AutoConfig.for_model(**as_said)
     config = AutoConfig.from_pretrained(folder, **_LOCAL)
-    if said.get("rope_parameters"):
-        config = type(config).from_dict(said | rope_settings(said, str(path)))
-    return config
+    return type(config).from_dict(as_said) if said.get("rope_parameters") else config
 
 
 def _class_of(said: dict[str, Any]) -> tuple[str, str]:
@@ -148,15 +155,26 @@ def _computed_as(said: dict[str, Any]) -> tuple[Family, Family] | None:
     return (family, theirs) if family and theirs else None
 
 
-def _state_dict(folder: Path, theirs: Family) -> dict[str, Any]:
-    """Return a folder's tensors by the names of another family; files are mapped, not read."""
-    from safetensors.torch import load_file
+def _state_dict(folder: Path, wrapper: Wrapper | None, theirs: Family | None) -> dict[str, Any]:
+    """Return a folder's tensors as another class has them; files are mapped, not read.
 
-    arch, tensors = read_architecture(folder), {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
-            mapping, part, layer, _ = mapping_of_hf(name, arch)
-            tensors[theirs.names[mapping.role][part].format(layer=layer)] = tensor
+    Args:
+        folder: the model's.
+        wrapper: the class around the text model, if there are other parts, which are left out.
+        theirs: the family whose names are wanted, if not the folder's own.
+    """
+    from safetensors import safe_open
+
+    arch, index, tensors = read_architecture(folder), folder / INDEX, dict[str, Any]()
+    for file in sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [SINGLE]:
+        with safe_open(folder / file, "pt") as opened:
+            names = opened.keys()
+            for name in (name for name in names if not (wrapper and wrapper.part_of(name))):
+                called = wrapper.text_name(name) if wrapper else name
+                if theirs:
+                    mapping, part, layer, _ = mapping_of_hf(called, arch)
+                    called = theirs.names[mapping.role][part].format(layer=layer)
+                tensors[called] = opened.get_tensor(name)
     return tensors
 
 

@@ -50,7 +50,8 @@ class UpcycleReceipt:
     of the slowest and the largest rank. `exact_masters` says whether master weights that are made from now on equal
     what was filled in: not where a parameter is in FP8 or FP4 and the values before are not kept, or no longer
     because an optimizer has taken them. `auxiliary_losses` are those that a training has, and `balancing_bias` is what
-    moves the biases of its routers, by Megatron's name.
+    moves the biases of its routers, by Megatron's name. `left_out` has what stands beside the text model in the
+    source's files, part by part: `tensors` and `bytes`.
     """
 
     source: str
@@ -75,6 +76,7 @@ class UpcycleReceipt:
     auxiliary_losses: list[ActingCoefficient] = field(default_factory=list)
     balancing_bias: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     equivalence: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 

@@ -32,6 +32,7 @@ from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
 from nemo_upcycle.online.quantized import kept_values, quantize
 from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt
 from nemo_upcycle.sources import DenseSource, open_dense
+from nemo_upcycle.sources.base import left_out
 from nemo_upcycle.sources.checks import check_source, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.tensor_plan import ModelPlan, change_copies, expand_slice
@@ -259,6 +260,7 @@ def make_receipt(
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         balancing_bias=balancing_bias(_unwrap(chunk).config),
         exact_masters=all(kept_values(parameter) is not None for plan in plans for parameter in plan.quantized),
+        left_out=left_out(dense),
         calibration={"path": str(calibration.path), "sha256": calibration.sha256} if calibration else {},
     )
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import StageError
+from nemo_upcycle.models.wrapper import INDEX, SINGLE
 from nemo_upcycle.pipeline.markers import STARTED
 from nemo_upcycle.pipeline.plan import WorkPlan
 from nemo_upcycle.sources.checkpoints import steps_in
-from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
 from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.utils.files import read_json
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -10,10 +11,34 @@ from typing import Protocol
 import torch
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.streams import ByteRange
 
 
 Index = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class OtherTensor:
+    """A tensor that stands beside the text model in its files, as in a vision-language checkpoint.
+
+    Args:
+        name: its name there.
+        part: the part that it belongs to, such as `vision_tower`.
+        dtype: its type, by the format's name.
+        shape: its shape.
+        path: the file.
+        start_byte: place of its first byte in it.
+        size_bytes: how many.
+    """
+
+    name: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start_byte: int
+    size_bytes: int
 
 
 class DenseSource(Protocol):
@@ -51,6 +76,10 @@ class DenseSource(Protocol):
     def fingerprint(self) -> dict[str, str]:
         """Identify the files without reading them whole."""
 
+    def others(self) -> Sequence[OtherTensor]:
+        """Return what else is in the files, and is no part of the text model; usually nothing."""
+        return ()
+
     def branches(self) -> Sequence[DenseSource]:
         """Return the sources whose networks become experts, copy by copy in turn: one, unless several are mixed."""
         return (self,)
@@ -64,3 +93,30 @@ class DenseSource(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def left_out(dense: DenseSource) -> dict[str, dict[str, int]]:
+    """Count what an upcycled text model leaves out of its parent's files.
+
+    Args:
+        dense: the open checkpoint.
+
+    Returns:
+        Part -> its `tensors` and `bytes`; empty where there is but the text model.
+    """
+    parts: dict[str, dict[str, int]] = {}
+    for other in dense.others():
+        count = parts.setdefault(other.part, {"tensors": 0, "bytes": 0})
+        count["tensors"] += 1
+        count["bytes"] += other.size_bytes
+    return parts
+
+
+def left_out_text(parts: Mapping[str, Mapping[str, int]]) -> str:
+    """Say what is left out.
+
+    Example:
+        >>> left_out_text({"vision_tower": {"tensors": 436, "bytes": 833648640}})
+        'vision_tower (436 tensors, 795.0 MiB)'
+    """
+    return ", ".join(f"{part} ({of['tensors']} tensors, {size_text(of['bytes'])})" for part, of in parts.items())

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +21,8 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import hf_names
 from nemo_upcycle.models.stacked import is_stacked, tensor_of
-from nemo_upcycle.sources.base import DenseSource, Index
+from nemo_upcycle.models.wrapper import INDEX, SINGLE, wrapper_of
+from nemo_upcycle.sources.base import DenseSource, Index, OtherTensor
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, TensorFiles, row_major
 from nemo_upcycle.utils.files import read_json
 from nemo_upcycle.utils.streams import ByteRange
@@ -27,17 +30,14 @@ from nemo_upcycle.utils.streams import ByteRange
 
 #: The format's names of the types that weights come in.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-#: Says which tensor lies in which of several files.
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def _broken(path: Path, got: str, expected: str) -> CheckpointError:
     return CheckpointError(str(path), got=got, expected=expected, fix="download or copy the file again")
 
 
-def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
-    """Read every tensor's entry in the header, and the header's sha256; safetensors itself checks the file."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int, str]:
+    """Read the header: every tensor's entry, where the data begin, its sha256; safetensors itself checks the file."""
     try:
         with safe_open(path, "numpy"):  # reads no tensor
             pass
@@ -45,20 +45,21 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
         raise _broken(path, f"a truncated or damaged file ({error})", "a safetensors file") from None
     with path.open("rb") as handle:
         raw = handle.read(int.from_bytes(handle.read(8), "little"))
-    stored = {}
-    for name, entry in json.loads(raw).items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(
-                str(path),
-                got=f"{name} of type {entry['dtype']}",
-                expected=f"one of {', '.join(_DTYPES)}: quantized weights are not read",
-                fix="use the unquantized checkpoint",
-            )
-        shape, start_byte = tuple(entry["shape"]), 8 + len(raw) + entry["data_offsets"][0]
-        stored[name] = Stored(path.name, _DTYPES[entry["dtype"]], shape, row_major(shape), start_byte)
-    return stored, hashlib.sha256(raw).hexdigest()
+    entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+    return entries, 8 + len(raw), hashlib.sha256(raw).hexdigest()
+
+
+def _stored(path: Path, name: str, entry: dict[str, Any], data_byte: int) -> Stored:
+    if entry["dtype"] not in _DTYPES:
+        raise CheckpointError(
+            str(path),
+            got=f"{name} of type {entry['dtype']}",
+            expected=f"one of {', '.join(_DTYPES)}: quantized weights are not read",
+            fix="use the unquantized checkpoint",
+        )
+    shape = tuple(entry["shape"])
+    start_byte = data_byte + entry["data_offsets"][0]
+    return Stored(path.name, _DTYPES[entry["dtype"]], shape, row_major(shape), start_byte)
 
 
 def _files_of(folder: Path) -> dict[str, set[str]]:
@@ -99,6 +100,8 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
 class SafetensorsFolder(TensorFiles[Stored], DenseSource):
     """A dense checkpoint in Hugging Face's layout: `config.json` and one or many safetensors files.
 
+    Of a model with other parts its tensors are those of the text model, by their names in a folder of text alone.
+
     Opening it reads the headers only. They are checked as the format demands: the tensors fill the file from end to
     end without gaps or overlaps; and every tensor is where the index says.
 
@@ -116,6 +119,8 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.architecture = read_architecture(folder)
+        self._wrapper = wrapper_of(read_json(folder / "config.json"))
+        self._others: list[OtherTensor] = []
         self._tensors = {}
         self._headers: dict[str, str] = {}
         self.files = MappedFiles(folder)
@@ -141,13 +146,23 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
                 expected="every shard that the index names, beside it",
                 fix="download the missing shard",
             )
-        stored, digest = _read_header(path)
-        if absent := sorted(names - stored.keys()):
+        entries, data_byte, self._headers[file] = _read_header(path)
+        if absent := sorted(names - entries.keys()):
             raise _broken(path, f"no {absent[0]}", f"the tensors that {INDEX} places there")
-        if twice := sorted(stored.keys() & self._tensors.keys()):
-            raise _broken(path, f"{twice[0]}, which {self._tensors[twice[0]].file} holds too", "every tensor once")
-        self._headers[file] = digest
-        self._tensors |= stored
+        for name, entry in entries.items():
+            if self._wrapper and (part := self._wrapper.part_of(name)):
+                start, stop = (data_byte + offset for offset in entry["data_offsets"])
+                other = OtherTensor(name, part, entry["dtype"], tuple(entry["shape"]), path, start, stop - start)
+                self._others.append(other)
+                continue
+            called = self._wrapper.text_name(name) if self._wrapper else name
+            if called in self._tensors:
+                raise _broken(path, f"{name}, which {self._tensors[called].file} holds too", "every tensor once")
+            self._tensors[called] = _stored(path, name, entry, data_byte)
+
+    def others(self) -> Sequence[OtherTensor]:
+        """Return the tensors of the parts beside the text model."""
+        return self._others
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""

@@ -14,7 +14,7 @@ import torch
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.mapping import hf_names
-from nemo_upcycle.sources.base import DenseSource, Index
+from nemo_upcycle.sources.base import DenseSource, Index, OtherTensor
 from nemo_upcycle.utils.streams import ByteRange
 
 
@@ -151,6 +151,10 @@ class Branches:
         return {
             f"{source.path}/{file}": mark for source in self._sources for file, mark in source.fingerprint().items()
         }
+
+    def others(self) -> Sequence[OtherTensor]:
+        """Return what else is in the first model's files."""
+        return self._sources[0].others()
 
     def branches(self) -> Sequence[DenseSource]:
         """Return the sources."""

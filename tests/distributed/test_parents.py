@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
@@ -23,8 +22,16 @@ from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_mixed_checkpoint import save_upcycled
-from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_olmo2, write_phi3, write_qwen3
-from tests.parents import write_granite, write_mixtral, write_moe, write_olmo3, write_qwen3_moe
+from tests.models import (
+    hugging_face_logits,
+    sample_tokens,
+    weights_of,
+    write_mistral,
+    write_olmo2,
+    write_phi3,
+    write_qwen3,
+)
+from tests.parents import write_granite, write_mixtral, write_moe, write_olmo3, write_qwen3_moe, write_wrapped
 from tests.tiers import quick
 
 
@@ -41,6 +48,7 @@ PARENTS = {
     "glm4_moe": partial(write_moe, kind="Glm4Moe"),  # biases that choose experts, a dense layer
     "flex_olmo": partial(write_moe, kind="FlexOlmo"),
     "olmo3": write_olmo3,  # the same in some layers
+    "llava": partial(write_wrapped, kind="Llava", tied=True),  # a text model among other parts
     "granite": write_granite,  # factors at both ends of a pipeline, and in between
 }
 
@@ -100,7 +108,7 @@ def test_an_export_computes_what_its_parent_does(parent: Path, tmp_path: Path) -
             export()
         return
     export()
-    wanted, found = (load_file(folder / "model.safetensors") for folder in (parent, tmp_path / "hf"))
+    wanted, found = weights_of(parent), weights_of(tmp_path / "hf")
     for name, tensor in wanted.items():
         parts = (
             [name.replace("qkv_proj", part) for part in ("q_proj", "k_proj", "v_proj")] if "qkv" in name else [name]

@@ -72,7 +72,7 @@ def test_a_setting_that_does_not_fit_is_refused_by_name(changes: dict[str, Any])
 @pytest.mark.parametrize(
     ("changes", "subject", "got"),
     [
-        ({"architectures": ["Gemma2ForCausalLM"]}, "architectures", "['Gemma2ForCausalLM']"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, "architectures", "Gemma2ForCausalLM"),
         ({"architectures": []}, "architectures", "nothing"),
         ({"architectures": {"a": 1}}, "architectures", "{'a': 1}"),
         ({"architectures": "LlamaForCausalLM"}, "architectures", "LlamaForCausalLM"),

@@ -57,6 +57,7 @@ from tests.parents import (
     write_olmoe,
     write_qwen3_moe,
     write_seed_oss,
+    write_wrapped,
 )
 from tests.tiers import quick
 
@@ -109,6 +110,9 @@ PARENTS = {
     "SmolLM3": Parent(write_smollm3, "GraniteMoeSWAForCausalLM"),
     "EXAONE 4": Parent(write_exaone4, ""),
     "Gemma 3": Parent(write_gemma3, ""),
+    "Gemma 3 that sees": Parent(partial(write_wrapped, kind="Gemma3", tied=True), ""),
+    "LLaVA": Parent(partial(write_wrapped, kind="Llava", tied=True), "MixtralForCausalLM"),
+    "Qwen3-VL": Parent(partial(write_wrapped, kind="Qwen3VL"), "Qwen3MoeForCausalLM", FINE),
     "Qwen2": Parent(partial(write_qwen2, tied=True, layers=2), "Qwen2MoeForCausalLM", FINE),
     "Qwen3, YaRN": Parent(partial(write_qwen3, layers=2, rope_scaling=YARN), "Qwen3MoeForCausalLM"),
     "Qwen3, biases": Parent(
@@ -179,7 +183,7 @@ def test_what_is_made_of_a_parent_computes_what_it_does(tmp_path: Path, name: st
     if row.hf_class:
         with open_dense(folder) as dense:
             done = convert(dense, tmp_path / "offline", spec, dtype=row.dtype, progress=False)
-        assert (done.hf_class, done.exact) == (row.hf_class, is_exact)
+        assert (read_architecture(tmp_path / "offline").hf_class, done.exact) == (row.hf_class, is_exact)
         assert verify(folder, tmp_path / "offline", logits=False).equal is is_exact
         if is_exact and hasattr(transformers, row.hf_class):
             assert _error(logits(tmp_path / "offline", sample_tokens(250)), wanted) <= EXACT

@@ -1,0 +1,191 @@
+"""Checkpoints in which a text model is one part among others, as in vision-language models: where it lies in them.
+
+What the part itself is says its family; here stands what the class around it adds: names and settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.utils.files import read_json
+
+
+#: What a name of the text model begins with in the files -> in a folder of text alone, by the first that fits.
+#: transformers 5 has the first in memory, 4 wrote the next two, and 5 still writes them for some classes.
+PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.text_model.": "model.",
+}
+#: Says which tensor lies in which of several files; and the name of a single one.
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_OUTPUT = "lm_head.weight"
+#: `model_type` of a text part -> that of the class which computes the same on text.
+_SAME = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3", "exaone4_5_text": "exaone4"}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+#: `model_type` of a text part -> the sizes that transformers leaves unwritten where they are the default.
+_UNSAID = {
+    "llama": (4096, 11008, 32, 32, 32000),
+    "mistral": (4096, 14336, 32, 32, 32000),
+    "ministral3": (4096, 14336, 34, 32, 131072),
+    "qwen2": (4096, 22016, 32, 32, 151936),
+    "qwen3": (4096, 22016, 32, 32, 151936),
+    "qwen2_5_vl_text": (8192, 29568, 80, 64, 152064),
+    "qwen3_vl_text": (4096, 22016, 32, 32, 151936),
+    "gemma3_text": (2304, 9216, 26, 8, 262208),
+    "exaone4": (4096, 16384, 32, 32, 102400),
+}
+#: The same for what is not the default of the class that computes it.
+_OTHER: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl_text": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+    "qwen3_vl_text": {"max_position_embeddings": 128000},
+    "ministral3": {"rms_norm_eps": 1e-5},
+}
+_THETA = {"qwen2_5_vl_text": 1e6, "qwen3_vl_text": 5e5}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
+_YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+_ROPES = ("rope_parameters", "rope_scaling")
+#: How a rotary embedding is shared between the axes of a picture: in a text all axes have the same positions.
+_OF_PICTURES = ("mrope_section", "mrope_interleaved")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A Hugging Face class that has a text model among its parts.
+
+    Args:
+        hf_class: the class in `architectures`.
+        model_type: the `model_type` beside it.
+        text_type: that of the text model, where its settings do not say it.
+        parts: how the names of its other parts begin.
+        takes_experts: whether it makes its text model by the `model_type` of that one's settings: then also one of
+            experts.
+    """
+
+    hf_class: str
+    model_type: str
+    text_type: str
+    parts: tuple[str, ...]
+    takes_experts: bool = False
+
+    def part_of(self, name: str) -> str | None:
+        """Return which of the other parts a tensor belongs to; None for the text model."""
+        part = name.removeprefix("model.").partition(".")[0]
+        return part if part in self.parts else None
+
+    @staticmethod
+    def text_name(name: str) -> str:
+        """Return what a tensor of the text model is called where it stands alone.
+
+        Example:
+            >>> Wrapper.text_name("language_model.model.layers.0.mlp.up_proj.weight")
+            'model.layers.0.mlp.up_proj.weight'
+        """
+        old = next((old for old in PREFIXES if name.startswith(old)), "")
+        return PREFIXES.get(old, "") + name.removeprefix(old)
+
+
+_LLAVA, _QWEN, _IDEFICS = ("vision_tower", "multi_modal_projector"), ("visual",), ("vision_model", "connector")
+WRAPPERS = (
+    Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral", _LLAVA, takes_experts=True),
+    Wrapper("LlavaForConditionalGeneration", "llava", "llama", _LLAVA, takes_experts=True),
+    Wrapper("InternVLForConditionalGeneration", "internvl", "qwen2", _LLAVA, takes_experts=True),
+    Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text", _LLAVA),
+    Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text", _QWEN),
+    Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3_vl_text", _QWEN),
+    Wrapper("Exaone4_5_ForConditionalGeneration", "exaone4_5", "exaone4", (*_QWEN, "mtp")),
+    Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", _IDEFICS, takes_experts=True),
+    Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", _IDEFICS, takes_experts=True),
+)
+
+
+def wrapper_of(config: Any) -> Wrapper | None:
+    """Find the class around the text model by a parsed `config.json`; None where that is of a text model itself."""
+    names = config.get("architectures") if isinstance(config, dict) else None
+    kind = config.get("model_type") if isinstance(config, dict) and not names else None
+    return next((one for one in WRAPPERS if names == [one.hf_class] or one.model_type == kind), None)
+
+
+def text_settings(config: Any, where: str) -> Any:
+    """Return the configuration of the text model as if it stood alone; one that does comes back as it is.
+
+    Args:
+        config: the parsed `config.json`.
+        where: how messages call the file.
+
+    Raises:
+        CheckpointError: the settings of the text model are none.
+    """
+    wrapper = wrapper_of(config)
+    if wrapper is None:
+        return config
+    # The first Qwen-VL have the settings of the text model at the top, among those of all.
+    text = config.get("text_config")
+    text = {**config, "model_type": None} if text is None else text
+    if not isinstance(text, dict):
+        raise CheckpointError(
+            f"{where}: text_config", got=text, expected="settings of a text model", fix="correct config.json"
+        )
+    kind = text.get("model_type") or wrapper.text_type
+    text = {key: value for key, value in text.items() if key not in ("architectures", "vision_config")}
+    text |= {key: _of_text(text[key]) for key in _ROPES if isinstance(text.get(key), dict)}
+    unsaid = dict(zip(_SIZES, _UNSAID.get(kind, ()), strict=False)) | _OTHER.get(kind, {})
+    if not any(isinstance(text.get(key), dict) and "rope_theta" in text[key] for key in _ROPES):
+        unsaid |= {"rope_theta": _THETA[kind]} if kind in _THETA else {}
+        unsaid |= {"rope_parameters": _YARN} if kind == "ministral3" and not text.get("rope_scaling") else {}
+    # Of the whole model, if that says it: transformers reads the top.
+    unsaid |= {key: config[key] for key in ("quantization_config", *_TOKENS) if config.get(key) is not None}
+    text |= {key: value for key, value in unsaid.items() if text.get(key) is None}
+    if config.get("tie_word_embeddings") is not None:
+        text["tie_word_embeddings"] = config["tie_word_embeddings"]
+    return text | {"model_type": _SAME.get(kind, kind)}
+
+
+def _of_text(rope: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in rope.items() if key not in _OF_PICTURES}
+    return kept | {key: "default" for key in ("type", "rope_type") if kept.get(key) == "mrope"}
+
+
+def read_config(folder: Path) -> Any:
+    """Read the `config.json` of a folder: of its text model, if there are other parts.
+
+    Whether such a model has an output layer of its own its files say before its settings: releases of transformers
+    take another level for it, and have other defaults.
+
+    Args:
+        folder: with `config.json`.
+
+    Raises:
+        CheckpointError: the settings of the text model are none.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    text = text_settings(config, str(path))
+    if text is not config and (names := tensor_names(folder)) is not None:
+        has_output = any(Wrapper.text_name(name) == _OUTPUT for name in names)
+        text["tie_word_embeddings"] = not has_output or text.get("tie_word_embeddings", False)
+    return text
+
+
+def tensor_names(folder: Path) -> Iterable[str] | None:
+    """Return the names of the tensors in a folder's files, as far as they tell at once; None without any."""
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        return names if isinstance(names, Mapping) else None
+    if not (folder / SINGLE).is_file():
+        return None
+    with (folder / SINGLE).open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        raw = handle.read(size) if size < (folder / SINGLE).stat().st_size else b""
+    try:
+        return list(json.loads(raw))
+    except ValueError:  # whoever opens the weights says what is wrong with them
+        return None

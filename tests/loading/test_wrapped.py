@@ -1,0 +1,149 @@
+"""A text model among other parts is read where it lies: its logits are the whole model's on a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.evaluation import backends
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.hf_model import errors_only
+from nemo_upcycle.sources.base import left_out
+from nemo_upcycle.sources.checks import check_source
+from nemo_upcycle.verify.verification import verify
+from tests.loading.cases import logits
+from tests.models import sample_tokens, write_tokenizer
+from tests.parents import MINISTRAL3, write_wrapped
+from tests.tiers import quick
+
+
+pytestmark = pytest.mark.slow
+EXACT = 2e-6
+
+
+#: A key of `WRAPPED`; the class of what is made of the text model, "" for none; that model's own class, if it is not
+#: the one there; and its settings.
+ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("Mistral3", "MixtralForCausalLM", "", {}),
+    ("Mistral3", "MixtralForCausalLM", "Ministral3", MINISTRAL3),
+    ("Llava", "MixtralForCausalLM", "", {"tied": True}),
+    ("Llava", "MixtralForCausalLM", "Mistral", {"window": 5}),
+    ("InternVL", "Qwen2MoeForCausalLM", "", {}),
+    ("InternVL", "Qwen3MoeForCausalLM", "Qwen3", {"tied": True}),
+    ("Gemma3", "", "", {"tied": True, "layers": 6}),
+    ("Qwen2_5_VL", "Qwen2MoeForCausalLM", "", {}),
+    ("Qwen3VL", "Qwen3MoeForCausalLM", "", {"tied": True}),
+    ("Exaone4_5_", "", "", {"layers": 4}),
+    ("Idefics3", "MixtralForCausalLM", "", {}),
+    ("SmolVLM", "MixtralForCausalLM", "", {"tied": True}),
+]
+HERE = [row for row in ROWS if all(hasattr(transformers, f"{name}Config") for name in (row[0], row[2] or "Llama"))]
+
+
+@torch.no_grad()
+def _whole_logits(folder: Path, kind: str, tokens_BS: torch.Tensor, **pictures: torch.Tensor) -> torch.Tensor:
+    with errors_only():
+        whole_class = getattr(transformers, f"{kind}ForConditionalGeneration")
+        model, found = whole_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(found.values()), found
+    return model.eval()(input_ids=tokens_BS, attention_mask=torch.ones_like(tokens_BS), **pictures).logits
+
+
+def _spell_anew(folder: Path) -> None:
+    """Rename the text model's tensors as the other releases of transformers have them."""
+    other = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+    renamed = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        old = next((old for old in other if name.startswith(old)), "")
+        renamed[other.get(old, "") + name.removeprefix(old)] = tensor
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("kind", "hf_class", "text", "changes"), quick(HERE, HERE[0], HERE[-2]), ids=str)
+def test_the_text_part_of_a_model_that_sees_is_a_parent(
+    tmp_path: Path, kind: str, hf_class: str, text: str, changes: dict[str, Any]
+) -> None:
+    folder, tokens = tmp_path / "dense", sample_tokens(250)
+    write_tokenizer(write_wrapped(folder, kind, text=text, **{"vocab_size": 259} | changes))
+    wanted = _whole_logits(folder, kind, tokens)
+    weights = load_file(folder / "model.safetensors")
+    arch, spec = read_architecture(folder), UpcycleSpec(num_experts=4, top_k=2)
+    for spelled in ("as written", "anew"):
+        if spelled == "anew":
+            _spell_anew(folder)
+        with open_dense(folder) as dense:
+            check_source(dense)
+            beside = left_out(dense)
+            numbers = sum(dense.read(name).numel() for name in dense.names())
+            assert dense.bytes_read == 4 * numbers
+        assert arch.total_params == numbers
+        assert sum(part["tensors"] for part in beside.values()) + len(list(dense.names())) == len(weights)
+        assert sum(part["bytes"] for part in beside.values()) == 4 * (
+            sum(map(torch.numel, weights.values())) - numbers
+        )
+        assert float((logits(folder, tokens) - wanted).norm() / wanted.norm()) <= EXACT
+    assert backends.load_model(folder)[0].num_parameters() == numbers
+    if not hf_class:
+        with open_dense(folder) as dense, pytest.raises(SpecError, match="Hugging Face class for this MoE"):
+            convert(dense, tmp_path / "moe", spec, progress=False)
+        return
+    with open_dense(folder) as dense:
+        done = convert(dense, tmp_path / "moe", spec, text_only=True, progress=False)
+    assert (done.hf_class, done.exact, done.left_out) == (hf_class, True, beside)
+    assert float((logits(tmp_path / "moe", tokens) - wanted).norm() / wanted.norm()) <= EXACT
+    (tmp_path / "text").write_text("A picture says more than a thousand words.")
+    assert verify(folder, tmp_path / "moe", tmp_path / "text").equal
+
+
+_PICTURE = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(3))
+#: Class that takes a text model of experts -> a picture for it, and how many tokens stand for that.
+SEEN: dict[str, tuple[dict[str, torch.Tensor], int]] = {
+    "Mistral3": ({"pixel_values": _PICTURE.repeat(1, 1, 1, 2), "image_sizes": torch.tensor([[28, 56]])}, 2),
+    "Llava": ({"pixel_values": _PICTURE}, 4),
+    "InternVL": ({"pixel_values": _PICTURE}, 1),
+    "Idefics3": ({"pixel_values": _PICTURE[None]}, 1),
+    "SmolVLM": ({"pixel_values": _PICTURE[None]}, 1),
+}
+if transformers.__version__ < "5":  # hands its text model what one of Qwen2-MoE does not take
+    del SEEN["InternVL"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shard_bytes"), quick([*zip(SEEN, [10**9, 50000] * 3, strict=False)], ("Llava", 50000))
+)
+def test_the_upcycled_model_still_sees(tmp_path: Path, kind: str, shard_bytes: int) -> None:
+    folder, (picture, count) = write_wrapped(tmp_path / "dense", kind, tied=kind == "SmolVLM"), SEEN[kind]
+    (folder / "preprocessor_config.json").write_text("{}")
+    spec = UpcycleSpec(num_experts=4, top_k=2)
+    with open_dense(folder) as dense:
+        done = convert(dense, tmp_path / "moe", spec, max_shard_bytes=shard_bytes, progress=False)
+        beside = {other.name for other in dense.others()}
+        again = convert(dense, tmp_path / "moe", spec, max_shard_bytes=shard_bytes, progress=False)
+    assert (done.hf_class, done.left_out, again.bytes_written) == (f"{kind}ForConditionalGeneration", {}, 0)
+    parent, made = (
+        {name: tensor for file in one.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for one in (folder, tmp_path / "moe")
+    )
+    assert all(torch.equal(made[name], parent[name]) for name in beside)
+    assert (tmp_path / "moe/preprocessor_config.json").is_file()
+    tokens = sample_tokens(240, batch=1)
+    tokens[:, 3 : 3 + count] = 249
+    wanted, found = (_whole_logits(one, kind, tokens, **picture) for one in (folder, tmp_path / "moe"))
+    assert float((found - wanted).norm() / wanted.norm()) <= EXACT
+    blind = _whole_logits(
+        folder,
+        kind,
+        tokens,
+        **{name: value * 0.5 if value.is_floating_point() else value for name, value in picture.items()},
+    )
+    assert float((blind - wanted).norm() / wanted.norm()) > EXACT
+    assert torch.equal(logits(tmp_path / "moe", tokens), _whole_logits(tmp_path / "moe", kind, tokens))
+    assert verify(folder, tmp_path / "moe", logits=False).equal
