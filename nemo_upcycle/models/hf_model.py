@@ -64,6 +64,15 @@ def load_model(folder: Path, **options: Any) -> Any:
     return getattr(transformers, name).from_pretrained(None, config=config, **_LOCAL, **options)
 
 
+def require_known(folder: Path) -> None:
+    """Check that the transformers of this environment knows the class of a folder's model.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    _config(folder)
+
+
 def empty_model(folder: Path) -> Any:
     """Return a Hugging Face model in float32 on the meta device, ready to compute except that it has no weights.
 

@@ -103,6 +103,7 @@ def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle once in float32, compare with the parent, and keep the model of step 0."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
+    from nemo_upcycle.models.hf_model import require_known
     from nemo_upcycle.trainers.equivalence import check_step0
 
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
@@ -117,6 +118,7 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         sample_tokens(data_folder_of(run_dir, plan)),
         run_dir / "upcycle" / "hf",
     )
+    require_known(run_dir / "upcycle" / "hf")  # else a chain would end after its trainings, where it is evaluated
     receipt.write(run_dir / "receipt.json")
     result = receipt.equivalence
     if receipt.exact and not result["within_tolerance"]:
