@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.convert.whole import whole_config
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import both_ropes, moe_config
@@ -108,7 +107,10 @@ def write_config(
         config = moe_config(config, arch, router_aux_loss)
     else:
         config |= both_ropes(arch.rope_theta, arch.rope_scaling) | {"architectures": [arch.hf_class]}
-    whole = whole_config(_without_code(read_json(dense_folder / "config.json")), config) if sees else config
+    whole = config
+    if sees:
+        parent = _without_code(read_json(dense_folder / "config.json"))
+        whole = parent | {"text_config": config, "tie_word_embeddings": False}  # its output layer is never tied
     for settings in (config, whole):
         settings["torch_dtype"] = dtype_name(dtype)
         settings.pop("dtype", None)

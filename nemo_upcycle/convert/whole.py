@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemo_upcycle.models.wrapper import Wrapper, tensor_names, wrapper_of
 from nemo_upcycle.sources.base import DenseSource, OtherTensor
@@ -63,16 +62,6 @@ class Whole:
         if name.startswith("model."):
             return self.body + name.removeprefix("model.")
         return f"language_model.{name}" if self.body == "language_model.model." else name
-
-
-def whole_config(parent: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
-    """Return the `config.json` of a whole model.
-
-    Args:
-        parent: the parent's.
-        text: that of the upcycled text model; its output layer is never tied.
-    """
-    return parent | {"text_config": text, "tie_word_embeddings": False}
 
 
 def copy_others(file: StreamedFile, others: list[OtherTensor], advance: Callable[[int], None]) -> None:

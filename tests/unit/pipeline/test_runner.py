@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from nemo_upcycle.utils.files import in_use
 from tests.functional.tiny import write_parent, write_texts
 
 
-#: Stands for the Python of the data environment.
+#: Stands for the Python of the data environment, which reads the first documents as it does.
 PYTHON = f"""#!/bin/bash
+[[ "$2" = *.sample ]] && exec {sys.executable} "$@"
 [ "${{@: -1}}" = --version ] && echo "nemo-upcycle {__version__}, datatrove" && exit
 """
 #: Its engine is told to stop by its parent, as Slurm tells it.

@@ -32,9 +32,13 @@ STAGES = {
     "InternLM3 8B": 2,
     "IQuest-Coder 40B": 16,
     "CWM 32B": 8,
+    "LLaVA 1.5 7B": 2,
+    "Qwen2.5-VL 7B": 2,
+    "Mistral Small 3.1 24B": 8,
 }
 #: Parents whose layers have rotary frequencies that no model of NeMo's has.
-NOT_IN_NEMO = ("OLMo 3 7B", "OLMo 3 32B, as transformers 5 has it", "Gemma 3 1B", "Ministral 3 14B")
+NOT_IN_NEMO = ("OLMo 3 7B", "OLMo 3 32B, as transformers 5 has it", "Gemma 3 1B", "Gemma 3 4B")
+NOT_IN_NEMO += ("Ministral 3 14B", "Ministral 3 3B")
 
 
 @pytest.mark.parametrize("name", PARENTS)
