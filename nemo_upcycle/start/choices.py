@@ -16,6 +16,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, gpu_names, gpu_of_device, known_gpu
+from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import GIB, checkpoint_bytes
 from nemo_upcycle.planning.search import Plan, PlanRequest, find, nearest_gpus
 from nemo_upcycle.planning.workload import Workload
@@ -36,8 +37,11 @@ _FEW_STEPS, _FEW_SEQUENCES = 200, 128
 _LONGEST = 8192
 #: Layouts among which a plain one is looked for: without interleaved stages and with whole experts.
 _LAYOUTS = 100
-#: Bytes of a parameter with its gradient and Adam's states on a CPU, and of the programs themselves.
-_CPU_BYTES, _PROGRAM_BYTES = 18, 2 << 30
+#: Ranks of a trial where there are as many cores; the experts are spread over them.
+_TRIAL_RANKS = 2
+#: Bytes of a parameter with its gradient and Adam's states on a CPU, without the states, which ranks share, and of a
+#: rank's program itself.
+_CPU_BYTES, _COPY_BYTES, _PROGRAM_BYTES = 18, 6, 2 << 30
 #: Bytes of a parameter in the folders of step 0 and of the export.
 _MODEL_BYTES = 2
 #: Where NVIDIA's driver lists its GPUs.
@@ -70,6 +74,7 @@ class Choices:
         spec_fields: its fields that are not left to their defaults.
         trainer: `nemo` or `bridge`.
         plan: the plan on GPUs; None of a trial on the CPU.
+        layout: parallel sizes.
         seq_length: tokens of a sequence.
         global_batch: sequences of a step.
         steps: optimizer steps.
@@ -86,6 +91,7 @@ class Choices:
     spec_fields: dict[str, Any]
     trainer: str
     plan: Plan | None
+    layout: Layout
     seq_length: int
     global_batch: int
     steps: int
@@ -113,7 +119,9 @@ class Choices:
     @property
     def needed_memory_bytes(self) -> int:
         """Bytes of this machine's memory that a trial takes."""
-        return _CPU_BYTES * self.arch.total_params + _PROGRAM_BYTES
+        ranks = self.layout.gpus
+        copies = _COPY_BYTES * (ranks - 1) * self.dense.total_params
+        return _CPU_BYTES * self.arch.total_params + copies + _PROGRAM_BYTES * ranks
 
 
 def choose_trainer(wanted: str | None) -> tuple[str, str]:
@@ -194,7 +202,16 @@ def choose(parent: Parent, texts: Texts, trainer: tuple[str, str], wanted: Wante
         seq_length = min(_SHORT if small else _SHORTER, dense.max_positions)
         steps, batch = wanted.steps or TRIAL_STEPS, TRIAL_BATCH
         plan, peak, warmup = None, TRIAL_PEAK, min(TRIAL_WARMUP, steps - 1)
-        rows.append(("where", "this CPU, one rank: a trial", "no GPU here" if wanted.gpus is None else "asked for"))
+        can_part = len(os.sched_getaffinity(0)) >= _TRIAL_RANKS and spec.num_experts % _TRIAL_RANKS == 0
+        ranks = _TRIAL_RANKS if can_part else 1
+        layout = Layout(gpus=ranks, ep=ranks)
+        rows.append(
+            (
+                "where",
+                f"this CPU, {ranks} rank{'s' * (ranks > 1)}: a trial",
+                "no GPU here" if wanted.gpus is None else "asked for",
+            )
+        )
         rows.append(("sequences", f"{seq_length} tokens, {batch} a step", "short, for a CPU"))
         rows.append(("steps", f"{steps}", "a trial: shows that all works"))
         rows.append(("learning rate", f"{peak:g}, warm-up {warmup}", "the demo's, for few steps"))
@@ -205,9 +222,10 @@ def choose(parent: Parent, texts: Texts, trainer: tuple[str, str], wanted: Wante
         warmup = min(paper.WARMUP_STEPS, steps // 10)
         peak = paper.PEAK
         plan = _plan(arch, known_gpu(kind), number, seq_length, batch, steps, trainer[0])
+        layout = plan.layout
         why = "asked for" if wanted.gpus is not None else "found here"
         rows.append(("where", f"{number} x {plan.request.gpu.name}", why))
-        rows.append(("layout", plan.layout.sizes, "the planner's fastest plain one that fits"))
+        rows.append(("layout", layout.sizes, "the planner's fastest plain one that fits"))
         rows.append(
             ("sequences", f"{seq_length:,} tokens, {batch:,} a step", "by the texts and the parent's positions")
         )
@@ -221,6 +239,7 @@ def choose(parent: Parent, texts: Texts, trainer: tuple[str, str], wanted: Wante
         spec_fields=stated,
         trainer=trainer[0],
         plan=plan,
+        layout=layout,
         seq_length=seq_length,
         global_batch=batch,
         steps=steps,

@@ -15,7 +15,6 @@ import yaml
 
 from nemo_upcycle.data.blend import ONLY
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.start.choices import Choices
 from nemo_upcycle.start.parent import Parent
 from nemo_upcycle.start.texts import Texts
@@ -97,7 +96,7 @@ def recipe_text(parent: Parent, choices: Choices) -> str:
         "experts": f"{choices.spec.num_experts} experts, top-{choices.spec.top_k}",
         "dense": parent.address,
         "spec": ", ".join(f"{name}={value!r}" for name, value in choices.spec_fields.items()),
-        "micro_batch": choices.plan.layout.micro_batch if choices.plan else 1,
+        "micro_batch": choices.layout.micro_batch,
         "validate_every": every if choices.plan is None else min(every, 500),
         "validations": 1 if choices.plan is None else 8,
         "save_every": min(choices.steps, paper.CHECKPOINT_STEPS),
@@ -116,19 +115,19 @@ def recipe_text(parent: Parent, choices: Choices) -> str:
 
 def _of_nemo(choices: Choices) -> tuple[list[str], list[str]]:
     """Return the arguments of the layout, and the lines behind."""
+    layout = choices.layout
+    sizes = [f"{name}={size}" for name, size in _sizes(choices, 0).items()]
     if choices.plan is None:
-        return ["accelerator='cpu'"], []
-    layout = choices.plan.layout
+        return [f"num_gpus_per_node={layout.gpus}", *sizes, "accelerator='cpu'"], []
     per_node = layout.node_gpus(choices.plan.request.gpu.per_node)
-    arguments = [f"num_nodes={layout.gpus // per_node}", f"num_gpus_per_node={per_node}"]
-    arguments += [f"{name}={size}" for name, size in _sizes(choices, 0).items()]
+    arguments = [f"num_nodes={layout.gpus // per_node}", f"num_gpus_per_node={per_node}", *sizes]
     settings = [f"recipe.model.config.{name} = {value}" for name, value in _recomputed(choices).items()]
     return [*arguments, "accelerator='gpu'"], settings
 
 
 def _of_bridge(choices: Choices) -> tuple[list[str], list[str]]:
     sizes = _sizes(choices, 1)
-    if choices.plan and choices.plan.layout.tp > 1:
+    if choices.layout.tp > 1:
         sizes |= {"sequence_parallel": "True", "expert_tensor_parallel_size": "1 if spec else None"}
     settings = {"seq_length": str(choices.seq_length)} | sizes | _recomputed(choices)
     return [f"{name}={value}" for name, value in settings.items()], []
@@ -136,8 +135,7 @@ def _of_bridge(choices: Choices) -> tuple[list[str], list[str]]:
 
 def _sizes(choices: Choices, column: int) -> dict[str, str]:
     """Return the sizes of the layout that are not 1, by names of `_SIZES`; a model without experts spreads none."""
-    layout = choices.plan.layout if choices.plan else Layout(gpus=1)
-    sizes = {size: getattr(layout, size) for size in _SIZES}
+    sizes = {size: getattr(choices.layout, size) for size in _SIZES}
     return {
         _SIZES[size][column]: f"{value} if spec else 1" if size == "ep" else str(value)
         for size, value in sizes.items()
@@ -204,13 +202,13 @@ def run_words(folder: Path, parent: Parent, choices: Choices) -> list[str]:
         "dense": parent.address,
         "recipe": "recipe:pretrain",
         "dense_ct": "recipe:dense_ct",
-        "gpus": max(1, choices.gpus),
+        "gpus": choices.layout.gpus,
         "data": folder / BLEND,
         "evaluation": choices.suite,
         "dir": folder / RUN,
     }
     if choices.plan:
-        values["gpus_per_node"] = choices.plan.layout.node_gpus(choices.plan.request.gpu.per_node)
+        values["gpus_per_node"] = choices.layout.node_gpus(choices.plan.request.gpu.per_node)
     return ["nemo", "upcycle", "pipeline", *(f"{name}={value}" for name, value in values.items()), "--yes"]
 
 

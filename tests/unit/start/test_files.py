@@ -61,4 +61,4 @@ def test_the_command_finds_the_recipe_wherever_its_folder_is(tmp_path: Path) -> 
     made = _chosen("nemo", 0)
     assert run_command(Path("runs/my run"), PARENT, made).startswith("PYTHONPATH='runs/my run' ")
     bridge = run_command(tmp_path, PARENT, replace(made, trainer="bridge"))
-    assert "recipe=recipe:pretrain dense_ct=recipe:dense_ct gpus=1" in bridge
+    assert "recipe=recipe:pretrain dense_ct=recipe:dense_ct gpus=2" in bridge
