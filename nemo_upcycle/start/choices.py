@@ -31,7 +31,7 @@ from nemo_upcycle.utils.console import short_count
 TRAINERS = {"nemo": ("nemo", "NeMo"), "bridge": ("megatron.bridge", "Megatron-Bridge")}
 #: A trial on a CPU: what two cores do in some minutes.
 TRIAL_STEPS, TRIAL_BATCH, TRIAL_PEAK, TRIAL_WARMUP = 10, 2, 1e-4, 2
-_SHORT, _SHORTER, _LARGE_PARAMS = 512, 256, 50e6
+_SHORT, _SHORTER, _LARGE_PARAMS = 512, 128, 50e6
 #: Of a training on GPUs: steps that the texts shall give at least, sequences that they shall have at least.
 _FEW_STEPS, _FEW_SEQUENCES = 200, 128
 _LONGEST = 8192
@@ -260,7 +260,7 @@ def _why(given: Mapping[str, Any], name: str, otherwise: str) -> str:
 
 def _length(texts: Texts, dense: Architecture) -> int:
     """Return the longest power of two up to the paper's that the parent has positions and the texts sequences for."""
-    most = min(_LONGEST, dense.max_positions, max(_SHORTER, texts.tokens // _FEW_SEQUENCES))
+    most = min(_LONGEST, dense.max_positions, max(_SHORT, texts.tokens // _FEW_SEQUENCES))
     return 1 << (most.bit_length() - 1)
 
 

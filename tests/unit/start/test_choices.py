@@ -24,7 +24,7 @@ def _chosen(shape: str = "llama3_8b", texts: Texts = MANY, **wanted: object) -> 
     return choose(Parent("/models/mine", known_shape(shape), None), texts, ("nemo", ""), Wanted(**given))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("shape", "seq_length"), [("smollm2_135m", 256), ("qwen3_600m", 256)])
+@pytest.mark.parametrize(("shape", "seq_length"), [("smollm2_135m", 128), ("qwen3_600m", 128)])
 def test_without_gpus_it_is_a_trial_of_ten_short_steps(shape: str, seq_length: int) -> None:
     made = _chosen(shape)
     assert (made.gpus, made.seq_length, made.steps, made.global_batch, made.suite) == (0, seq_length, 10, 2, "trial")

@@ -44,7 +44,7 @@ def test_a_blend_reads_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "blend.yaml").write_text(blend_text(TEXTS, _chosen("nemo", 0)))
     config = read_blend(tmp_path / "blend.yaml").config
     assert config.sources["texts"].options == {"text_key": "body"}
-    assert (config.seq_length, config.hold_out.heldout) == (256, 0.001)
+    assert (config.seq_length, config.hold_out.heldout) == (128, 0.001)
 
 
 def test_files_are_written_once_and_never_over_others(tmp_path: Path) -> None:
