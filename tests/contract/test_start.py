@@ -21,7 +21,10 @@ from tests.waiting import HANG_S
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
-@pytest.mark.parametrize("write", [pytest.param(write_llama, id="llama"), pytest.param(write_qwen3, id="qwen3")])
+@pytest.mark.parametrize(
+    "write",
+    [pytest.param(write_llama, id="llama"), pytest.param(write_qwen3, id="qwen3", marks=pytest.mark.weekly)],
+)
 def test_a_model_and_texts_end_in_a_report(tmp_path: Path, write: object) -> None:
     try:
         data_python()
