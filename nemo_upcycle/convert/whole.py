@@ -34,7 +34,7 @@ class Whole:
 
     @classmethod
     def of(cls, dense: DenseSource) -> Whole | None:
-        """Return what is beside a parent's text model; None where nothing is, or where its class takes no experts."""
+        """Find the parts beside a parent's text model; None without any, or where its class takes no experts."""
         wrapper = wrapper_of(read_json(dense.path / "config.json"))
         names = tensor_names(dense.path) if wrapper and wrapper.takes_experts and dense.others() else None
         if wrapper is None or names is None:
@@ -58,7 +58,7 @@ class Whole:
         return sum(other.size_bytes for other in self.others)
 
     def called(self, name: str) -> str:
-        """Return what a tensor of a text model that stands alone is called among the other parts, as the parent's."""
+        """Give the name of a text model's tensor in the whole model, spelled as the parent spells it."""
         if name.startswith("model."):
             return self.body + name.removeprefix("model.")
         return f"language_model.{name}" if self.body == "language_model.model." else name

@@ -181,7 +181,7 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
 
 
 def only_source(name: str | Path) -> list[str]:
-    """Return what is trained on where texts are given in place of a blend, as its source `texts`; nothing for a blend.
+    """List the patterns of texts that are named in place of a blend; none where a blend is named.
 
     Args:
         name: a file of texts, a pattern or address of some, or a folder, whose files of all kinds are read.

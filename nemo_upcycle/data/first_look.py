@@ -32,10 +32,10 @@ class Look:
     Attributes:
         documents: id and bytes of each.
         lost: reason -> how many records have no text for it, and the first place.
-        fields: of the first file with records without a text: the fields that hold some, the longest first, and
+        fields: names of text fields in the first file whose records lack a text, the longest first, and
             their characters.
         read_bytes: bytes read of each file that was opened; None: all of it.
-        tokens_per_byte: of the texts; None without a tokenizer.
+        tokens_per_byte: tokens over bytes of text; None without a tokenizer.
     """
 
     documents: list[tuple[str, int]]

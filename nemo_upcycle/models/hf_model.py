@@ -111,7 +111,7 @@ def empty_model(folder: Path) -> Any:
 
 
 def stored_name(name: str, arch: Architecture) -> str:
-    """Return what a dense model's folder calls a parameter of the class of transformers that computes it.
+    """Give the name, in a dense model's folder, of a parameter of the transformers class that computes it.
 
     Args:
         name: of the parameter.

@@ -29,6 +29,8 @@ from nemo_upcycle.utils.console import short_count
 
 #: Name of a trainer -> the module that says it is installed, and how a text calls it.
 TRAINERS = {"nemo": ("nemo", "NeMo"), "bridge": ("megatron.bridge", "Megatron-Bridge")}
+#: Trainer -> the versions that the planner's times are of.
+_SOFTWARE = {"nemo": DEFAULT_SOFTWARE, "bridge": BRIDGE_SOFTWARE}
 #: A trial on a CPU: what two cores do in some minutes.
 TRIAL_STEPS, TRIAL_BATCH, TRIAL_PEAK, TRIAL_WARMUP = 10, 2, 1e-4, 2
 _SHORT, _SHORTER, _LARGE_PARAMS = 512, 128, 50e6
@@ -274,7 +276,7 @@ def _batch(texts: Texts, seq_length: int, gpus: int) -> int:
 
 def _plan(arch: Architecture, gpu: Gpu, gpus: int, seq_length: int, batch: int, steps: int, trainer: str) -> Plan:
     """Return the fastest plan that fits, of layouts that need no more than their sizes said."""
-    software = BRIDGE_SOFTWARE if trainer == "bridge" else DEFAULT_SOFTWARE
+    software = _SOFTWARE[trainer]
     work = Workload(seq_length=seq_length, global_batch=batch, routing="natural")
     tokens = float(steps * batch * seq_length)
     request = PlanRequest(arch=arch, gpu=gpu, gpus=gpus, work=work, tokens=tokens, software=software)

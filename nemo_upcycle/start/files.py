@@ -149,9 +149,29 @@ def _recomputed(choices: Choices) -> dict[str, str]:
     return {name: f"{value!r} if spec else None" for name, value in values.items() if value is not None}
 
 
-_FORMS: dict[str, tuple[str, Callable[[Choices], tuple[list[str], list[str]]]]] = {
-    "nemo": (_NEMO, _of_nemo),
-    "bridge": (_BRIDGE, _of_bridge),
+def _run_nemo(*_: Any) -> list[str]:
+    return ["--factory", "recipe.chain"]
+
+
+def _run_bridge(folder: Path, parent: Parent, choices: Choices) -> list[str]:
+    values = {
+        "dense": parent.address,
+        "recipe": "recipe:pretrain",
+        "dense_ct": "recipe:dense_ct",
+        "gpus": choices.layout.gpus,
+        "data": folder / BLEND,
+        "evaluation": choices.suite,
+        "dir": folder / RUN,
+    }
+    if choices.plan:
+        values["gpus_per_node"] = choices.layout.node_gpus(choices.plan.request.gpu.per_node)
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+#: Trainer -> the recipe's text, what fills its layout in, and the words that run it.
+_FORMS: dict[str, tuple[str, Callable[[Choices], tuple[list[str], list[str]]], Callable[..., list[str]]]] = {
+    "nemo": (_NEMO, _of_nemo, _run_nemo),
+    "bridge": (_BRIDGE, _of_bridge, _run_bridge),
 }
 
 
@@ -195,21 +215,8 @@ def write_files(folder: Path, files: Mapping[str, str], go_on: Callable[[], str]
 
 
 def run_words(folder: Path, parent: Parent, choices: Choices) -> list[str]:
-    """Return the words of the command that runs the files of a folder, whose recipe is found by PYTHONPATH."""
-    if choices.trainer == "nemo":
-        return ["nemo", "upcycle", "pipeline", "--factory", "recipe.chain", "--yes"]
-    values = {
-        "dense": parent.address,
-        "recipe": "recipe:pretrain",
-        "dense_ct": "recipe:dense_ct",
-        "gpus": choices.layout.gpus,
-        "data": folder / BLEND,
-        "evaluation": choices.suite,
-        "dir": folder / RUN,
-    }
-    if choices.plan:
-        values["gpus_per_node"] = choices.layout.node_gpus(choices.plan.request.gpu.per_node)
-    return ["nemo", "upcycle", "pipeline", *(f"{name}={value}" for name, value in values.items()), "--yes"]
+    """List the words of the command that runs the files of a folder, whose recipe is found by PYTHONPATH."""
+    return ["nemo", "upcycle", "pipeline", *_FORMS[choices.trainer][2](folder, parent, choices), "--yes"]
 
 
 def run_command(folder: Path, parent: Parent, choices: Choices) -> str:
