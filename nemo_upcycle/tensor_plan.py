@@ -22,8 +22,9 @@ from nemo_upcycle.init.methods import METHODS, Method
 from nemo_upcycle.init.router import RowNoise, router_weight
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.growth import expert_scale, router_moves, source_experts
-from nemo_upcycle.models.mapping import ParamMapping, Sharding, mapping_of, mapping_of_hf
-from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices
+from nemo_upcycle.models.mapping import mapping_of, mapping_of_hf
+from nemo_upcycle.models.mapping_table import ParamMapping, Sharding
+from nemo_upcycle.models.sharding import Shard, SourceSlice, in_hf_order, shard_shape, source_slices
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite, require_fits
 from nemo_upcycle.sources.same_parent import require_calibration
@@ -65,6 +66,7 @@ class TensorPlan:
         shard: the rank's part of it.
         branch: which of several dense models a routed expert comes from; None for everything else.
         factors: factors on it, applied in turn, each product rounded to the tensor's type.
+        offset: what is added to its slices before that, in their own type.
         method: changes each expert's copy afterwards; None leaves the copies as they are.
     """
 
@@ -75,6 +77,7 @@ class TensorPlan:
     branch: int | None = None
     factors: tuple[float, ...] = ()
     method: Method | None = None
+    offset: float = 0.0
 
     @property
     def is_router(self) -> bool:
@@ -113,7 +116,8 @@ class TensorPlan:
             if calibration := calibration_of(spec):
                 return f"router_init={spec.router_init}, spread={spec.router_spread}, {calibration.name}"
             return f"router_init={spec.router_init}, std={spec.router_std}, seed={spec.seed}"
-        words = ["copied", *(f"times {factor:.6g}" for factor in self.factors)]
+        words = ["copied", *([f"plus {self.offset:g}"] if self.offset else [])]
+        words += [f"times {factor:.6g}" for factor in self.factors]
         return ", ".join([*words, self.method.made_by(spec)] if self.method and spec else words)
 
     def drawn(self, spec: UpcycleSpec, hidden_size: int) -> torch.Tensor:
@@ -198,11 +202,14 @@ class ModelPlan:
             first_neuron = part * moe.expert_ffn_size
         shape = shape or shard_shape(mapping, moe, shard)
         number = sources[expert] if mapping.is_expert and sources else 0
+        pieces = source_slices(source, dense, shard, shape, first_neuron, interleaved)
+        if hf_part is not None:
+            pieces = in_hf_order(piece for piece in pieces if piece.part in mapping.together(hf_part))
         slices = tuple(
             DenseSlice(source.hf[piece.part].format(layer=layer, expert=number), piece.in_tensor(source, dense))
-            for piece in source_slices(source, dense, shard, shape, first_neuron, interleaved)
-            if hf_part is None or piece.part in mapping.together(hf_part)
+            for piece in pieces
         )
+        offset = (mapping.hf_offset if hf_part is not None else 0.0) - source.hf_offset
         branch = copy % self.parents if mapping.is_expert else None
         factors = _factors(mapping, source, expert, dense, spec, hf=hf_part is not None) if spec or grows else ()
         found = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
@@ -210,7 +217,7 @@ class ModelPlan:
         if sources and mapping.role in _ROUTER_ROLES:
             slices = tuple(_rows_of(slices[0], sources))
             method = RowNoise(sources) if spec and mapping.role == "router" and router_moves(spec) else None
-        return TensorPlan(mapping, layer, slices, shard, branch, factors, method)
+        return TensorPlan(mapping, layer, slices, shard, branch, factors, method, offset)
 
     def hf_tensor(self, hf_name: str) -> tuple[TensorPlan, int]:
         """Decide what a tensor of the Hugging Face model is made of; with the number of its routed expert."""
@@ -259,7 +266,7 @@ def expand_slice(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cast a dense slice, or some rows of it, and scale it in that type.
+    """Cast a dense slice, or some rows of it, and scale it in that type; an offset is added before, in its own.
 
     Args:
         plan: the plan of the tensor that it is a part of.
@@ -272,6 +279,7 @@ def expand_slice(
     Raises:
         BrokenWeights: it holds NaN, infinity or a number too large for the type.
     """
+    slice_ = slice_ + plan.offset if plan.offset else slice_
     made = slice_.to(dtype) if out is None else out.copy_(slice_)
     for factor in plan.factors:
         made = torch.mul(made, factor, out=out)

@@ -150,7 +150,7 @@ class Expansion:
     def _unchanged(self, source: DenseSource, plan: TensorPlan) -> ByteRange | None:
         """Return where in a file the bytes of the output stand already; None if they stand nowhere."""
         slice_, *others = plan.slices
-        if others or plan.method or plan.factors or source.dtype(slice_.name) is not self._dtype(plan):
+        if others or plan.method or plan.factors or plan.offset or source.dtype(slice_.name) is not self._dtype(plan):
             return None
         return source.byte_range(slice_.name, slice_.bounds)
 

@@ -28,7 +28,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class, server_caveats
 from nemo_upcycle.models.mapping import as_written, constant_tensors, hf_constants, mapping_of_hf, stored_as
-from nemo_upcycle.models.sharding import Shard, float32_names, hf_shape, hf_shapes, shard_shape, source_slices
+from nemo_upcycle.models.sharding import Shard, float32_names, hf_parts, hf_shapes, shard_shape
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.checks import require_finite, rounded
 from nemo_upcycle.spec import UpcycleSpec
@@ -101,13 +101,10 @@ def _hf_tensor(weights: MegatronWeights, hf_name: str, arch: Architecture) -> to
             expected=list(wanted),
             fix="the checkpoint belongs to another parent",
         )
-    parts = [
-        piece.view(whole).reshape(hf_shape(mapping, piece.part, arch))
-        for piece in source_slices(mapping, arch, Shard(), wanted)
-        if piece.part in mapping.together(part)
-    ]
+    parts = [found for number, found in hf_parts(whole, mapping, arch).items() if number in mapping.together(part)]
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return tensor if mapping.hf_factor == 1.0 else tensor * mapping.hf_factor
+    tensor = tensor if mapping.hf_factor == 1.0 else tensor * mapping.hf_factor
+    return tensor + mapping.hf_offset if mapping.hf_offset else tensor
 
 
 def export_weights(

@@ -13,7 +13,8 @@ from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hybrid import LayerPart, hybrid_of
-from nemo_upcycle.models.mapping import BY_ROLE, MODEL_MAPPINGS, ParamMapping, layer_mappings, stored_hybrid
+from nemo_upcycle.models.mapping import layer_mappings, stored_hybrid
+from nemo_upcycle.models.mapping_table import BY_ROLE, MODEL_MAPPINGS, ParamMapping
 from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context
 from nemo_upcycle.sources.checkpoints import newest_checkpoint

@@ -256,6 +256,28 @@ def packed_mask(borders: torch.Tensor, length: int) -> torch.Tensor:
     return (apart | (places[:, None] < places[None, :]))[None, None]
 
 
+def compute_delta_nets_with_torch() -> None:
+    """Let gated delta nets compute with torch, as Megatron itself does in its deterministic mode.
+
+    Without it they call kernels of flash-linear-attention, which are Triton's and want a GPU.
+    """
+    if not find_spec("megatron.core.ssm.gated_delta_net") or not find_spec("fla"):
+        return
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    def normalised(rows: torch.Tensor) -> torch.Tensor:
+        return rows * torch.rsqrt(rows.square().sum(-1, keepdim=True) + 1e-6)
+
+    def convolve(x: torch.Tensor, weight: torch.Tensor, bias: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        length, width = x.shape[1], weight.shape[-1]
+        padded = torch.nn.functional.pad(x.transpose(1, 2), (width - 1, 0))
+        seen = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=len(weight))
+        return torch.nn.functional.silu(seen[..., :length]).transpose(1, 2), None
+
+    common.l2norm, gdn.causal_conv1d = normalised, convolve
+    gdn.chunk_gated_delta_rule = common.torch_chunk_gated_delta_rule
+
+
 def compile_nothing() -> None:
     """Run eagerly what Megatron decorates with `torch.compile`.
 
@@ -341,6 +363,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     hand_over_split_sizes,
     gather_uneven_rows,
     keep_packed_sequences_apart,
+    compute_delta_nets_with_torch,
     compile_nothing,
     pad_tokens_of_experts,
     communicate_in_place,

@@ -57,6 +57,39 @@ class MambaLayers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaLayers:
+    """The gated delta nets (arXiv 2412.06464) that stand in the place of attention in some layers, as in Qwen3.5.
+
+    Args:
+        pattern: which layers have one.
+        num_key_heads: heads of query and key.
+        num_value_heads: heads of the value, and of all that is one number a head.
+        key_dim: numbers of a head of query or key.
+        value_dim: numbers of a head of the value.
+        conv_size: tokens that the convolution of query, key and value sees.
+    """
+
+    pattern: tuple[bool, ...]
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_size: int = 4
+
+    def rows(self, part: str) -> int:
+        """Return the rows of a part of a net's tensors: `query`, `key`, `value`, its gate `z`, or all else of a head."""
+        sizes = dict.fromkeys(("query", "key"), self.num_key_heads * self.key_dim)
+        sizes |= dict.fromkeys(("value", "z"), self.num_value_heads * self.value_dim)
+        return sizes.get(part, self.num_value_heads)
+
+    def params(self, hidden_size: int) -> int:
+        """Return the parameters of one net, but its norm of D: projections, convolution, norm, A, dt."""
+        key, value, heads = (self.rows(part) for part in ("key", "value", "heads"))
+        convolution = (2 * key + value) * self.conv_size
+        return (2 * key + 3 * value + 2 * heads) * hidden_size + convolution + self.value_dim + 2 * heads
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Everything about a decoder that decides shapes, and what has to travel with its weights.
 
@@ -88,6 +121,8 @@ class Architecture:
         rotary_percent: part of a head, its first numbers, that the rotary embedding turns; 1: all of it.
         sliding_window: tokens that attention sees, the current one included; None: all before it.
         window_pattern: in which layers it does; None: in all.
+        output_gate: whether attention has a gate, made of its input as the query is, that its output is multiplied by.
+        delta: the gated delta nets of a model that has any.
         mamba: the Mamba layers of a model that has any: each layer is then one of them, an attention or a network,
             with one norm, and attention has no rotary embedding.
     """
@@ -136,6 +171,8 @@ class Architecture:
     routed_scaling_factor: float = 1.0
     balancing_bias: bool = False
     quantile_bias: bool = False
+    output_gate: bool = False
+    delta: DeltaLayers | None = None
     mamba: MambaLayers | None = None
 
     @property
@@ -168,12 +205,17 @@ class Architecture:
         return bool(self.num_experts) and (self.moe_pattern is None or self.moe_pattern[layer])
 
     def parts(self, layer: int) -> str:
-        """Name the parts of a layer: attention (`*`), a network, dense or of experts (`-`), or a Mamba mixer (`M`)."""
-        return self.mamba.pattern[layer] if self.mamba else "*-"
+        """Name the parts of a layer: attention (`*`), a network, dense or of experts (`-`), or what mixes tokens else.
+
+        That is a Mamba mixer (`M`), or a gated delta net (`G`).
+        """
+        if self.mamba:
+            return self.mamba.pattern[layer]
+        return "G-" if self.delta and self.delta.pattern[layer] else "*-"
 
     @cached_property
     def _layers_with(self) -> dict[str, tuple[int, ...]]:
-        return {part: tuple(n for n in range(self.num_layers) if part in self.parts(n)) for part in "*-M"}
+        return {part: tuple(n for n in range(self.num_layers) if part in self.parts(n)) for part in "*-MG"}
 
     def layers_with(self, part: str) -> tuple[int, ...]:
         """Return the layers that have a part."""
@@ -204,6 +246,7 @@ class Architecture:
         """Parameters of one layer's attention, with its biases and inner norms."""
         heads, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         count = 2 * (heads + groups) * self.hidden_size
+        count += heads * self.hidden_size if self.output_gate else 0
         count += (heads + 2 * groups if self.qkv_bias else 0) + (self.hidden_size if self.attention_out_bias else 0)
         if self.qk_norm:
             count += heads + groups if self.wide_qk_norm else 2 * self.head_dim
@@ -224,12 +267,13 @@ class Architecture:
     def _params(self, experts: int) -> int:
         """Return all parameters, with `experts` routed experts counted per MoE layer; tied embeddings count once."""
         embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
-        attentions, networks, mamba = (len(self.layers_with(part)) for part in "*-M")
+        attentions, networks, mamba, delta = (len(self.layers_with(part)) for part in "*-MG")
         dense, moe_layers = self.ffn_params(self.ffn_size), self.moe_layer_count
         layers = attentions * self.attention_params + (networks - moe_layers) * dense
         layers += moe_layers * self._moe_params(experts)
         layers += mamba * self.mamba.params(self.hidden_size) if self.mamba else 0
-        norms = (sum(self.norm_places) * (attentions + networks + mamba) + 1) * self.hidden_size
+        layers += delta * self.delta.params(self.hidden_size) if self.delta else 0
+        norms = (sum(self.norm_places) * (attentions + networks + mamba + delta) + 1) * self.hidden_size
         return layers + embeddings + norms
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.models.mapping import ParamMapping, Sharding
+from nemo_upcycle.models.mapping_table import ParamMapping, Sharding
 from nemo_upcycle.utils.conf import read_yaml
 
 

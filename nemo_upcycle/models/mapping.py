@@ -1,14 +1,4 @@
-"""THE table Megatron <-> Hugging Face. Import, upcycle and export all read it, and nothing else knows a Megatron name.
-
-A `ParamMapping` says how one Megatron parameter is called and cut, and which Hugging Face tensors are its parts; the
-families (`families/`) say how those are called. `sharding.py` turns a mapping into the exact slices that a rank's
-shard of the parameter is made of.
-
-Shapes (legend in `architecture.py`): qkv [(H + 2 R) K, D], per key-value group its query heads, then key, then value;
-linear_fc1 [2 F, D], gate rows above up rows, each half cut by tensor parallelism on its own; linear_fc2 [D, F].
-Biases have the first of these axes. A Mamba layer's in_proj has the rows of z, x, B, C and dt, its convolution those
-of x, B and C, one below the other on both sides, each cut on its own.
-"""
+"""The rows of the mapping table that a model has, found by architecture, by Megatron's names and by Hugging Face's."""
 
 from __future__ import annotations
 
@@ -16,166 +6,28 @@ import functools
 import math
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
+from nemo_upcycle.models.mapping_table import (
+    ATTENTION_MAPPINGS,
+    BY_ROLE,
+    DELTA_MAPPINGS,
+    DENSE_MAPPINGS,
+    MAMBA_MAPPINGS,
+    MAPPINGS,
+    MOE_MAPPINGS,
+    ParamMapping,
+    Sharding,
+)
 
 
 if TYPE_CHECKING:
     import torch  # a second and a half, which the planner does without
-
-
-class Sharding(Enum):
-    """How tensor parallelism cuts a parameter. Networks are cut by neuron, attention by key-value group."""
-
-    REPLICATED = "replicated"  #: whole on every rank
-    VOCABULARY = "vocabulary"  #: rows [V, D], padded at the end so that every rank has as many
-    QKV = "qkv"  #: rows, by key-value group
-    NEURON_ROWS = "neuron rows"  #: rows of one matrix, by neuron (a network without a gate)
-    GATED = "gated"  #: rows of gate and up, each on its own, by neuron
-    NEURON_COLUMNS = "neuron columns"  #: columns, by neuron
-    COLUMNS = "columns"  #: columns, by head
-    PARTS = "parts"  #: rows of each part on its own, by head or group of heads
-
-
-@dataclass(frozen=True)
-class ParamMapping:
-    """One parameter: its names on both sides and how it is cut.
-
-    Args:
-        role: what it is. An expert's role is the dense role behind `expert_` or `shared_`.
-        megatron: parameter names, inside the layer for what every layer has, else inside the model. More than one
-            where layer specs differ: first Transformer Engine's, then the local spec's; or where model classes do.
-        sharding: how tensor parallelism cuts it.
-        parts: the tensors that Megatron fuses into it, in their order.
-        checkpoint: names in a Megatron distributed checkpoint, where they differ (experts are stacked there; the local
-            spec saves its norms under Transformer Engine's names).
-        in_layer: whether it belongs to a layer.
-        hf: Hugging Face names, one for each part; parts of one name lie in one tensor, rows below rows. Of one
-            architecture only, see `mapping_of`: the family has them.
-        hf_factor: factor on the Megatron parameter in the Hugging Face tensors, as for `hf`.
-    """
-
-    role: str
-    megatron: tuple[str, ...]
-    sharding: Sharding
-    parts: tuple[str, ...] = ("whole",)
-    checkpoint: tuple[str, ...] = ()
-    in_layer: bool = True
-    hf: tuple[str, ...] = ()
-    hf_factor: float = 1.0
-
-    @functools.cached_property
-    def is_expert(self) -> bool:
-        """Whether every routed expert has this parameter, cut by expert-tensor parallelism."""
-        return self.role.startswith("expert_")
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether it belongs to the shared experts, which Megatron fuses into one network."""
-        return self.role.startswith("shared_")
-
-    @property
-    def in_attention(self) -> bool:
-        """Whether it belongs to a layer's attention, which is a layer of its own in a HybridModel."""
-        return self.megatron[0].startswith("self_attention.")
-
-    @property
-    def dense_role(self) -> str:
-        """The dense network's parameter that an expert's is made from."""
-        return self.role.removeprefix("expert_").removeprefix("shared_")
-
-    def together(self, part: int) -> tuple[int, ...]:
-        """Return the parts that lie in the Hugging Face tensor of one, that one included, in the order of its rows."""
-        return tuple(other for other, name in enumerate(self.hf) if name == self.hf[part])
-
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """The names to look for in a distributed checkpoint."""
-        return self.checkpoint or self.megatron
-
-
-_GATE_UP = ("gate", "up")
-
-#: Outside the layers.
-MODEL_MAPPINGS = (
-    ParamMapping("embedding", ("embedding.word_embeddings.weight",), Sharding.VOCABULARY, in_layer=False),
-    ParamMapping(
-        "final_norm",
-        ("decoder.final_layernorm.weight", "decoder.final_norm.weight"),  # GPTModel, HybridModel
-        Sharding.REPLICATED,
-        in_layer=False,
-    ),
-    ParamMapping("output", ("output_layer.weight",), Sharding.VOCABULARY, in_layer=False),
-)
-
-#: In every layer, dense or MoE.
-ATTENTION_MAPPINGS = (
-    ParamMapping(
-        "attention_norm",
-        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-        Sharding.REPLICATED,
-    ),
-    ParamMapping("qkv", ("self_attention.linear_qkv.weight",), Sharding.QKV, ("query", "key", "value")),
-    ParamMapping("qkv_bias", ("self_attention.linear_qkv.bias",), Sharding.QKV, ("query", "key", "value")),
-    ParamMapping("attention_out", ("self_attention.linear_proj.weight",), Sharding.COLUMNS),
-    ParamMapping("attention_out_bias", ("self_attention.linear_proj.bias",), Sharding.REPLICATED),
-    ParamMapping("query_norm", ("self_attention.q_layernorm.weight",), Sharding.REPLICATED),
-    ParamMapping("key_norm", ("self_attention.k_layernorm.weight",), Sharding.REPLICATED),
-    ParamMapping("attention_post_norm", ("post_self_attn_layernorm.weight",), Sharding.REPLICATED),
-    ParamMapping("ffn_norm", ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"), Sharding.REPLICATED),
-    ParamMapping("ffn_post_norm", ("post_mlp_layernorm.weight",), Sharding.REPLICATED),
-)
-
-#: In a dense layer. A network without a gate has its up projection alone.
-DENSE_MAPPINGS = (
-    ParamMapping("fc1", ("mlp.linear_fc1.weight",), Sharding.GATED, _GATE_UP),
-    ParamMapping("fc1_bias", ("mlp.linear_fc1.bias",), Sharding.GATED, _GATE_UP),
-    ParamMapping("fc2", ("mlp.linear_fc2.weight",), Sharding.NEURON_COLUMNS, ("down",)),
-    ParamMapping("fc2_bias", ("mlp.linear_fc2.bias",), Sharding.REPLICATED, ("down",)),
-)
-
-
-def _expert(role: str, name: str, sharding: Sharding, parts: tuple[str, ...]) -> ParamMapping:
-    """TEGroupedMLP numbers its weights, SequentialMLP its modules; both save the same stacked tensors."""
-    megatron = (f"mlp.experts.{name}{{expert}}", f"mlp.experts.local_experts.{{expert}}.{name}")
-    return ParamMapping(role, megatron, sharding, parts, checkpoint=(f"mlp.experts.experts.{name}",))
-
-
-#: In an MoE layer.
-MOE_MAPPINGS = (
-    ParamMapping("router", ("mlp.router.weight",), Sharding.REPLICATED),
-    ParamMapping("router_bias", ("mlp.router.bias",), Sharding.REPLICATED),
-    ParamMapping("balancing_bias", ("mlp.router.expert_bias",), Sharding.REPLICATED),  # a buffer, zero at first
-    ParamMapping("quantile_bias", ("mlp.router.qb_beta",), Sharding.REPLICATED),  # as well, from 0.19 on
-    _expert("expert_fc1", "linear_fc1.weight", Sharding.GATED, _GATE_UP),
-    _expert("expert_fc1_bias", "linear_fc1.bias", Sharding.GATED, _GATE_UP),
-    _expert("expert_fc2", "linear_fc2.weight", Sharding.NEURON_COLUMNS, ("down",)),
-    _expert("expert_fc2_bias", "linear_fc2.bias", Sharding.REPLICATED, ("down",)),
-    ParamMapping("shared_fc1", ("mlp.shared_experts.linear_fc1.weight",), Sharding.GATED, _GATE_UP),
-    ParamMapping("shared_fc2", ("mlp.shared_experts.linear_fc2.weight",), Sharding.NEURON_COLUMNS, ("down",)),
-    ParamMapping("shared_gate", ("mlp.shared_experts.gate_weight",), Sharding.REPLICATED),
-)
-
-MAMBA_MAPPINGS = (
-    ParamMapping("mamba_norm", ("mixer.in_proj.layer_norm_weight", "norm.weight"), Sharding.REPLICATED),
-    ParamMapping("mamba_in", ("mixer.in_proj.weight",), Sharding.PARTS, ("z", "x", "B", "C", "dt")),
-    ParamMapping("mamba_conv", ("mixer.conv1d_weight",), Sharding.PARTS, ("x", "B", "C")),
-    ParamMapping("mamba_conv_bias", ("mixer.conv1d_bias",), Sharding.PARTS, ("x", "B", "C")),
-    ParamMapping("mamba_a", ("mixer.A_log",), Sharding.PARTS, ("heads",)),
-    ParamMapping("mamba_d", ("mixer.D",), Sharding.PARTS, ("heads",)),
-    ParamMapping("mamba_dt_bias", ("mixer.dt_bias",), Sharding.PARTS, ("heads",)),
-    ParamMapping("mamba_gated_norm", ("mixer.norm.weight",), Sharding.PARTS, ("x",)),
-    ParamMapping("mamba_out", ("mixer.out_proj.weight",), Sharding.COLUMNS),
-)
-
-MAPPINGS = (*MODEL_MAPPINGS, *ATTENTION_MAPPINGS, *DENSE_MAPPINGS, *MOE_MAPPINGS, *MAMBA_MAPPINGS)
-BY_ROLE = {mapping.role: mapping for mapping in MAPPINGS}
 
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
@@ -247,7 +99,8 @@ def _mapping_of(role: str, family: Family | None, gated: bool, shared_gate: bool
     mapping = BY_ROLE[role]
     names = family.names.get(role, mapping.parts) if family else mapping.parts
     factors = family.hf_factors if family and not shared_gate else {}
-    mapping = replace(mapping, hf=names, hf_factor=factors.get(role, 1.0))
+    offset = family.hf_offsets.get(role, 0.0) if family else 0.0
+    mapping = replace(mapping, hf=names, hf_factor=factors.get(role, 1.0), hf_offset=offset)
     if mapping.sharding is Sharding.GATED and not gated:
         return replace(mapping, parts=mapping.parts[1:], hf=names[-1:], sharding=Sharding.NEURON_ROWS)
     return mapping
@@ -257,8 +110,11 @@ def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
     """Return the mappings of one layer of `arch`."""
     moe = arch.is_moe_layer(layer)
     mappings = ATTENTION_MAPPINGS + (MOE_MAPPINGS if moe else DENSE_MAPPINGS)
+    kind = arch.parts(layer)
+    if "G" in kind:
+        kept = (each for each in mappings if not each.in_attention or each.role == "attention_norm")
+        mappings = (*kept, *DELTA_MAPPINGS)
     if arch.mamba:
-        kind = arch.parts(layer)
         parts = tuple(mapping for mapping in mappings if mapping.in_attention is (kind == "*"))
         mappings = MAMBA_MAPPINGS if kind == "M" else parts
     return tuple(mapping_of(mapping.role, arch) for mapping in mappings if _has(mapping, arch))
@@ -278,7 +134,7 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     some |= {bias: getattr(arch, bias) for bias in ("qkv_bias", "attention_out_bias", *BALANCING_BIASES)}
     some |= dict.fromkeys(("attention_norm", "ffn_norm"), arch.pre_norm)
     some |= dict.fromkeys(("attention_post_norm", "ffn_post_norm"), arch.post_norm)
-    some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias"), True)
+    some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias", "delta_dt_bias"), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 
 

@@ -15,6 +15,7 @@ from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.balancing import check_balancing
 from nemo_upcycle.models.config_fields import check_fields
+from nemo_upcycle.models.delta_nets import gate_fields, nets_of, wrong_gates
 from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
 from nemo_upcycle.models.layer_settings import (
     DECODER,
@@ -91,6 +92,7 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
         "a window in some layers": arch.window_pattern is not None,
         "multipliers": arch.attention_multiplier is not None,
         "YaRN, or two rotary embeddings": arch.scales_in_layers,
+        "gated delta nets, or attention with a gate": arch.output_gate,
     }
     if hybrid and (got := [what for what, holds in special.items() if holds]):
         raise CheckpointError(
@@ -121,6 +123,7 @@ def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, An
         fields["softmax_scale"] = arch.attention_multiplier
     if arch.rope_pattern:
         fields["no_rope_freq"] = no_rope(arch.rope_pattern)
+    fields |= gate_fields(arch)
     if arch.num_experts:
         fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
@@ -178,6 +181,7 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
     fields |= {} if scale is None or scale == fields["head_dim"] ** -0.5 else {"attention_multiplier": scale}
     fields |= layer_fields(config) | {"rotary_percent": getattr(config, "rotary_percent", 1.0)}
     fields["rope_pattern"] = rope_pattern(getattr(config, "no_rope_freq", None), fields["num_layers"])
+    fields |= {"output_gate": getattr(config, "attention_output_gate", False), "delta": nets_of(config)}
     return Architecture(hf_class="", vocab_size=vocab_size, attention_out_bias=fields["ffn_bias"], **fields)
 
 
@@ -342,6 +346,7 @@ def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
     settings += _MAMBA.values() if moe_arch.mamba else ()
     settings += ("moe_router_enable_expert_bias",) if moe_arch.balancing_bias else ()
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
+    checks += wrong_gates(config, moe_arch)
     scale = config.softmax_scale or moe_arch.head_dim**-0.5
     if not math.isclose(scale, moe_arch.softmax_scale, rel_tol=1e-6):
         default = "" if moe_arch.attention_multiplier else "None or "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
-from nemo_upcycle.models.mapping import ParamMapping, Sharding, hf_constants, hf_names, mapping_of, mapping_of_hf
+from nemo_upcycle.models.mapping import hf_constants, hf_names, mapping_of, mapping_of_hf
+from nemo_upcycle.models.mapping_table import ParamMapping, Sharding
 
 
 if TYPE_CHECKING:
@@ -70,18 +72,22 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
     """Return the shape of one of a mapping's parts, as Hugging Face has it."""
     attention, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     neurons = ffn_size(mapping, arch)
-    if arch.mamba and mapping.sharding is Sharding.PARTS:
-        inner = {"mamba_in": (arch.hidden_size,), "mamba_conv": (1, arch.mamba.conv_size)}
-        return (arch.mamba.rows(mapping.parts[part]), *inner.get(mapping.role, ()))
+    mixer = arch.mamba or arch.delta
+    if mixer and mapping.sharding is Sharding.PARTS:
+        kind = mapping.role.partition("_")[2]
+        inner = {"in": (arch.hidden_size,), "conv": (1, mixer.conv_size)}
+        return (mixer.rows(mapping.parts[part]), *inner.get(kind, ()))
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (arch.vocab_size, arch.hidden_size),
         "output": (arch.vocab_size, arch.hidden_size),
-        "qkv": (attention if part == 0 else groups, arch.hidden_size),
-        "qkv_bias": (attention if part == 0 else groups,),
+        "qkv": (attention * (2 if arch.output_gate else 1) if part == 0 else groups, arch.hidden_size),
+        "qkv_bias": (attention * (2 if arch.output_gate else 1) if part == 0 else groups,),
         "attention_out": (arch.hidden_size, attention),
         "query_norm": (attention if arch.wide_qk_norm else arch.head_dim,),
         "key_norm": (groups if arch.wide_qk_norm else arch.head_dim,),
         "mamba_out": (arch.hidden_size, arch.mamba.rows("x") if arch.mamba else 0),
+        "delta_out": (arch.hidden_size, arch.delta.rows("value") if arch.delta else 0),
+        "delta_norm": (arch.delta.value_dim if arch.delta else 0,),
         "fc1": (neurons, arch.hidden_size),
         "fc1_bias": (neurons,),
         "fc2": (arch.hidden_size, neurons),
@@ -129,15 +135,13 @@ def shard_shape(
     first = hf_shape(mapping, 0, arch)
     if mapping.sharding is Sharding.VOCABULARY:
         return ((padded_vocab or arch.vocab_size) // shard.size, arch.hidden_size)
-    if mapping.sharding is Sharding.QKV:
-        return ((arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim // shard.size, *first[1:])
+    if mapping.sharding in (Sharding.QKV, Sharding.PARTS):
+        rows = sum(hf_shape(mapping, part, arch)[0] for part in range(len(mapping.parts)))
+        return (rows // shard.size, *first[1:])
     if mapping.sharding in (Sharding.GATED, Sharding.NEURON_ROWS):
         return (len(mapping.parts) * first[0] // shard.size, *first[1:])
     if mapping.sharding in (Sharding.COLUMNS, Sharding.NEURON_COLUMNS):
         return (first[0], first[1] // shard.size)
-    if mapping.sharding is Sharding.PARTS:
-        rows = sum(hf_shape(mapping, part, arch)[0] for part in range(len(mapping.parts)))
-        return (rows // shard.size, *first[1:])
     return first
 
 
@@ -197,9 +201,59 @@ def source_slices(
             row_start += rows
         return tuple(found)
     groups = arch.num_kv_heads // shard.size
+    if arch.output_gate:
+        return tuple(_gated_slices(arch, shard, local_shape[0] // groups, rest))
     for part, heads in enumerate((arch.num_heads // arch.num_kv_heads, 1, 1)):
         rows = heads * arch.head_dim
         source = ((shard.rank * groups * rows, (shard.rank + 1) * groups * rows), *rest[part])
         found.append(SourceSlice(part, source, groups, (row_start, row_start + rows)))
         row_start += rows
     return tuple(found)
+
+
+def in_hf_order(slices: Iterable[SourceSlice]) -> tuple[SourceSlice, ...]:
+    """Sort a parameter's slices as they lie in the Hugging Face tensors, neighbours of one part joined."""
+    found: list[SourceSlice] = []
+    for slice_ in sorted(slices, key=lambda one: (one.part, one.source[0])):
+        (start, stop), *rest = slice_.source
+        last = found[-1] if found else None
+        if last and last.part == slice_.part and last.source == ((last.source[0][0], start), *rest):
+            first, rows = last.source[0][0], last.rows[0]
+            slice_ = replace(slice_, source=((first, stop), *rest), rows=(rows, rows + stop - first))
+            found.pop()
+        found.append(slice_)
+    return tuple(found)
+
+
+def hf_parts(whole: torch.Tensor, mapping: ParamMapping, arch: Architecture) -> dict[int, torch.Tensor]:
+    """Take a whole Megatron parameter apart into the parts that Hugging Face has.
+
+    Args:
+        whole: the parameter; a vocabulary may be padded.
+        mapping: what it is.
+        arch: the model's architecture.
+    """
+    import torch
+
+    slices = source_slices(mapping, arch, Shard(), tuple(whole.shape))
+    rows: dict[int, list[torch.Tensor]] = {}
+    for slice_ in sorted(slices, key=lambda one: (one.part, one.source[0])):
+        rows.setdefault(slice_.part, []).append(slice_.view(whole).reshape(-1, *whole.shape[1:]))
+    return {part: found[0] if len(found) == 1 else torch.cat(found) for part, found in rows.items()}
+
+
+def _gated_slices(
+    arch: Architecture, shard: Shard, group_rows: int, rest: list[tuple[tuple[int, int], ...]]
+) -> Iterator[SourceSlice]:
+    """Yield the slices of query, gate, key and value, in Megatron's order.
+
+    Hugging Face has query and gate of a head one below the other, Megatron a group's gates behind its queries.
+    """
+    width, heads = arch.head_dim, arch.num_heads // arch.num_kv_heads
+    for group in range(arch.num_kv_heads // shard.size):
+        number, row = shard.rank * (arch.num_kv_heads // shard.size) + group, group * group_rows
+        first = 2 * number * heads
+        places = [(0, first + 2 * head + is_gate) for is_gate in (0, 1) for head in range(heads)]
+        for part, place in (*places, (1, number), (2, number)):
+            yield SourceSlice(part, ((place * width, (place + 1) * width), *rest[part]), 1, (row, row + width))
+            row += width

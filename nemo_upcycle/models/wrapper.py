@@ -40,6 +40,7 @@ _UNSAID = {
     "qwen3_vl_text": (4096, 22016, 32, 32, 151936),
     "gemma3_text": (2304, 9216, 26, 8, 262208),
     "exaone4": (4096, 16384, 32, 32, 102400),
+    "qwen3_5_text": (4096, 12288, 32, 16, 248320),
 }
 #: The same for what is not the default of the class that computes it.
 _OTHER: dict[str, dict[str, Any]] = {
@@ -52,7 +53,7 @@ _YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_p
 _YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 _ROPES = ("rope_parameters", "rope_scaling")
 #: How a rotary embedding is shared between the axes of a picture: in a text all axes have the same positions.
-_OF_PICTURES = ("mrope_section", "mrope_interleaved")
+OF_PICTURES = ("mrope_section", "mrope_interleaved")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -100,6 +101,7 @@ WRAPPERS = (
     Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text", _LLAVA),
     Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text", _QWEN),
     Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3_vl_text", _QWEN),
+    Wrapper("Qwen3_5ForConditionalGeneration", "qwen3_5", "qwen3_5_text", (*_QWEN, "mtp")),
     Wrapper("Exaone4_5_ForConditionalGeneration", "exaone4_5", "exaone4", (*_QWEN, "mtp")),
     Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", _IDEFICS, takes_experts=True),
     Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", _IDEFICS, takes_experts=True),
@@ -149,7 +151,7 @@ def text_settings(config: Any, where: str) -> Any:
 
 
 def _of_text(rope: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in rope.items() if key not in _OF_PICTURES}
+    kept = {key: value for key, value in rope.items() if key not in OF_PICTURES}
     return kept | {key: "default" for key in ("type", "rope_type") if kept.get(key) == "mrope"}
 
 

@@ -20,7 +20,8 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 
 from nemo_upcycle.models.architecture import BALANCING_BIASES
 from nemo_upcycle.models.balancing import balancing_bias
-from nemo_upcycle.models.mapping import BY_ROLE, find_mapping
+from nemo_upcycle.models.mapping import find_mapping
+from nemo_upcycle.models.mapping_table import BY_ROLE
 
 
 #: An expert that is given less than this part of a balanced share counts as dead.

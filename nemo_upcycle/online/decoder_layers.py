@@ -1,7 +1,8 @@
 """Layers of a GPTModel with norms, or factors, where Megatron-Core, 0.15 to 0.19, has none.
 
 OLMo 2 has norms after attention and network, and over all heads; Granite multiplies there, and its embedding and its
-logits; in OLMo 3 and Gemma 3 rotary embeddings differ from layer to layer. Their layers are Megatron's own modules,
+logits; in OLMo 3 and Gemma 3 rotary embeddings differ from layer to layer; most layers of Qwen3.5 have a gated delta
+net (`delta_layers`). Their layers are Megatron's own modules,
 with Transformer Engine or without; what is new is a norm or a factor of each part's output before it is added, a norm
 of query or key as a whole, factors at both ends, and angles that a layer makes of the model's.
 """
@@ -22,8 +23,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.delta_nets import has_nets
 from nemo_upcycle.models.layer_settings import DECODER, decoder_settings, layers_with
 from nemo_upcycle.models.rotary import Rope, attention_factor, layer_frequencies, plain_frequencies
+from nemo_upcycle.online.delta_layers import with_nets, without_nets
 
 
 def decoder_layers(
@@ -78,7 +81,7 @@ def decoder_layers(
     """
     config = getattr(config, "transformer", config)
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
+        without_nets(config), use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
     backend: Any = LocalSpecProvider()
     if use_transformer_engine:
@@ -115,6 +118,8 @@ def decoder_layers(
             }
         if wide_qk_norm and config.qk_layernorm:
             attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
+    if has_nets(config):
+        block.layer_specs = with_nets(config, block.layer_specs, vp_stage, backend)
     if logits_scaling != 1.0:
         block.layer_norm = _divided(block.layer_norm, logits_scaling)
     return block
@@ -127,7 +132,7 @@ def layers_of(arch: Architecture) -> functools.partial[Any]:
         arch: the model's, dense or with experts.
     """
     fields = decoder_settings(arch)
-    if fields == {name: Architecture.__dataclass_fields__[name].default for name in DECODER}:
+    if not arch.delta and fields == {name: Architecture.__dataclass_fields__[name].default for name in DECODER}:
         return functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
     return functools.partial(decoder_layers, use_transformer_engine=True, **fields)
 

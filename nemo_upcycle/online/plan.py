@@ -16,7 +16,8 @@ from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.config_fields import glu_interleave_size
 from nemo_upcycle.models.hybrid import LayerPart, layer_parts
-from nemo_upcycle.models.mapping import ParamMapping, Sharding, find_mapping, mapping_of, part_mappings
+from nemo_upcycle.models.mapping import find_mapping, mapping_of, part_mappings
+from nemo_upcycle.models.mapping_table import ParamMapping, Sharding
 from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape
 from nemo_upcycle.online.quantized import is_quantized, values_to_fill
 from nemo_upcycle.online.receipt import ParameterRecord

@@ -26,7 +26,7 @@ from nemo_upcycle.init.experts import fill_copies
 from nemo_upcycle.models.balancing import balancing_bias
 from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.models.hybrid import hybrid_of
-from nemo_upcycle.models.mapping import Sharding
+from nemo_upcycle.models.mapping_table import Sharding
 from nemo_upcycle.models.megatron_config import changed_by, check_model, check_spec
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
 from nemo_upcycle.online.quantized import kept_values, quantize

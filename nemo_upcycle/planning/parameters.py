@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
-from nemo_upcycle.models.mapping import ParamMapping, layer_mappings, mapping_of
+from nemo_upcycle.models.mapping import layer_mappings, mapping_of
+from nemo_upcycle.models.mapping_table import ParamMapping
 from nemo_upcycle.models.sharding import Shard, shard_shape
 from nemo_upcycle.planning.layout import Chunk, Layout
 from nemo_upcycle.planning.workload import Workload

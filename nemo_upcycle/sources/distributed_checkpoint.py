@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.mapping import BY_ROLE
+from nemo_upcycle.models.mapping_table import BY_ROLE
 from nemo_upcycle.sources.base import Index
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, TensorFiles, bounds_of
 from nemo_upcycle.sources.torch_pickles import DAMAGE, Window, open_piece, read_metadata

@@ -16,16 +16,8 @@ import torch
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.models.mapping import (
-    BY_ROLE,
-    MOE_MAPPINGS,
-    ParamMapping,
-    Sharding,
-    find_stored,
-    mapping_of,
-    split_stored,
-    stored_hybrid,
-)
+from nemo_upcycle.models.mapping import find_stored, mapping_of, split_stored, stored_hybrid
+from nemo_upcycle.models.mapping_table import BY_ROLE, MOE_MAPPINGS, ParamMapping, Sharding
 from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices, tensor_shape
 from nemo_upcycle.sources.base import DenseSource, Index
@@ -132,6 +124,13 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
         self._prefix = model_prefix(self._checkpoint)
         self.architecture = self._read_architecture()
         require_buildable(self.architecture)
+        if self.architecture.delta:
+            raise CheckpointError(
+                f"layers of {path}",
+                got="gated delta nets",
+                expected="attention and a network in each, in Megatron checkpoints that are read",
+                fix="give the model's Hugging Face folder",
+            )
         self._tensors = dict(self._find_all())
 
     def _read_architecture(self) -> Architecture:

@@ -16,7 +16,8 @@ from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.hf_model import empty_model, stored_name
 from nemo_upcycle.models.hybrid import hybrid_of
-from nemo_upcycle.models.mapping import ParamMapping, mapping_of
+from nemo_upcycle.models.mapping import mapping_of
+from nemo_upcycle.models.mapping_table import ParamMapping
 from nemo_upcycle.models.sharding import float32_names
 from nemo_upcycle.online.plan import ParamPlan
 from nemo_upcycle.online.upcycle import checked_plans, fill

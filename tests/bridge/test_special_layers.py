@@ -18,6 +18,7 @@ from tests.parents import (
     write_granite4,
     write_ministral3,
     write_olmo3,
+    write_qwen35,
     write_seed_oss,
 )
 from tests.tiers import quick
@@ -39,6 +40,7 @@ WRITERS = {
     "EXAONE 3": write_exaone3,
     "Seed-OSS": write_seed_oss,
     "CWM": write_cwm,
+    "Qwen3.5": write_qwen35,
 }
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 
@@ -71,4 +73,5 @@ def test_bridges_model_computes_what_the_parent_does(
     folder = WRITERS[name](tmp_path / "dense")
     parts = run_ranks(_logits, tensor, folder, spec, tensor)
     wanted, got = hugging_face_logits(folder, sample_tokens(250)), torch.cat(parts, dim=-1)[..., :250]
-    assert float((got - wanted).norm() / wanted.norm()) <= 2e-6
+    # The sums of a gated delta net's chunks are in another order.
+    assert float((got - wanted).norm() / wanted.norm()) <= (4e-6 if name == "Qwen3.5" else 2e-6)

@@ -19,7 +19,8 @@ from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hybrid import hybrid_pattern, layer_parts
-from nemo_upcycle.models.mapping import MAPPINGS, find_mapping
+from nemo_upcycle.models.mapping import find_mapping
+from nemo_upcycle.models.mapping_table import MAPPINGS
 from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.planning.layout import Layout

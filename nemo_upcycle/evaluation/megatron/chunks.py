@@ -17,10 +17,11 @@ from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.balancing import QUANTILES, check_balancing
 from nemo_upcycle.models.layer_settings import decoder_settings, window_fields
-from nemo_upcycle.models.mapping import BY_ROLE, ParamMapping, find_mapping, mapping_of, stored_as
+from nemo_upcycle.models.mapping import find_mapping, mapping_of, stored_as
+from nemo_upcycle.models.mapping_table import BY_ROLE, ParamMapping
 from nemo_upcycle.models.megatron_config import check_model, megatron_fields
 from nemo_upcycle.models.rotary import turn_as
-from nemo_upcycle.models.sharding import Shard, hf_shape, source_slices
+from nemo_upcycle.models.sharding import Shard, hf_parts, source_slices
 from nemo_upcycle.online.plan import RankCoords, split_name
 from nemo_upcycle.planning import rules
 from nemo_upcycle.planning.layout import Layout
@@ -216,10 +217,7 @@ def _fill(parameter: torch.Tensor, whole: torch.Tensor, mapping: ParamMapping, a
     """Copy a rank's shard of a parameter, part by part: gate and up, or query, key and value, are cut each alone."""
     if mapping.role in ("embedding", "output"):
         parameter.zero_()  # rows that only pad the vocabulary
-    parts = {
-        piece.part: piece.view(whole).reshape(hf_shape(mapping, piece.part, arch))
-        for piece in source_slices(mapping, arch, Shard(), tuple(whole.shape))
-    }
+    parts = hf_parts(whole, mapping, arch)
     for piece in source_slices(mapping, arch, shard, tuple(parameter.shape)):
         slice_ = parts[piece.part][tuple(slice(*bounds) for bounds in piece.source)]
         piece.view(parameter).copy_(piece.seen(slice_))

@@ -33,6 +33,7 @@ _MODULES = (
     "seed_oss",
     "cwm",
     "nemotron_h",
+    "qwen3_5",
     "mixtral",
     "qwen3_moe",
     "glm4_moe",
@@ -42,6 +43,7 @@ _MODULES = (
     "granite_moe",
     "granite_moe_shared",
     "granite_moe_swa",
+    "qwen3_5_moe",
 )
 _FAMILIES: dict[str, Family] = FAMILIES
 __all__ = [

@@ -115,6 +115,7 @@ class Family:
         nemo_module: NeMo's module with the configuration of such models, or this package's where NeMo has none.
         hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1; none where
             shared experts have a gate of their own.
+        hf_offsets: role -> what the Hugging Face tensor has more than the Megatron parameter, where it is not 0.
         has_mtp: whether its checkpoints may hold layers of multi-token prediction behind its own; they are left out.
         constant_values: how the names of constants end that are not zero -> their number.
         own_settings: what its `config.json` says of itself alone, and another class would take for its own.
@@ -143,6 +144,7 @@ class Family:
     layer_patterns: tuple[str, ...] = ()
     nemo_module: str = ""
     hf_factors: Mapping[str, float] = field(default_factory=dict)
+    hf_offsets: Mapping[str, float] = field(default_factory=dict)
     constant_values: Mapping[str, float] = field(default_factory=dict)
     has_mtp: bool = False
     own_settings: tuple[str, ...] = ()
@@ -210,6 +212,7 @@ class Family:
             and (self.has_window or not arch.sliding_window)
             and (self.has_multipliers or arch.attention_multiplier is None)
             and (self.has_partial_rotary or arch.rotary_percent == 1)
+            and arch.output_gate is ("delta_in" in self.names)
             and all(getattr(arch, name) is None or name in self.layer_patterns for name in _PATTERNS)
         )
 
@@ -264,7 +267,9 @@ class MoeFamily(Family, ABC):
         is_scaled = arch.routed_scaling_factor != 1
         return {
             "Mamba layers": arch.mamba is not None,
-            "a Gemma: norms around zero": arch.zero_centered_norm or arch.scaled_embedding,
+            "gated delta nets, and a gate of attention": arch.output_gate != ("delta_in" in self.names),
+            "a Gemma: norms around zero": arch.scaled_embedding
+            or arch.zero_centered_norm != bool(self.defaults.get("zero_centered_norm")),
             "a network without a gate": not arch.gated,
             "a bias of the attention's output": arch.attention_out_bias and not self.has_attention_bias,
             "biases of the feed-forward network": arch.ffn_bias,

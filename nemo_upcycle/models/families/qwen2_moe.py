@@ -19,8 +19,16 @@ _SHARED_WIDTH = 64
 _NEARLY_ZERO = 2.0**-100
 
 
-class _Qwen2Moe(RoutedFamily):
+class Qwen2Moe(RoutedFamily):
+    """The class, and others that share its experts."""
+
+    @property
+    def _has_biases(self) -> bool:
+        """Whether query, key and value always have biases."""
+        return bool(self.defaults.get("qkv_bias"))
+
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        """See `Family.experts`."""
         shared = settings.whole("shared_expert_intermediate_size", 0, least=0)
         zeros = zero_filled(settings)
         shared = 0 if "shared_expert" in zeros else shared
@@ -31,6 +39,7 @@ class _Qwen2Moe(RoutedFamily):
         }
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
+        """See `MoeFamily.limits`."""
         return super().limits(arch) | {
             "heads that do not make up the hidden size": arch.num_heads * arch.head_dim != arch.hidden_size,
             "a sliding window": arch.window is not None,
@@ -38,12 +47,14 @@ class _Qwen2Moe(RoutedFamily):
         }
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
+        """See `MoeFamily.caveats`."""
         yield from super().caveats(arch)
         if arch.norm_topk and arch.top_k != arch.num_experts:
             yield "llama.cpp: it does not divide the chosen experts' weights by their sum, so its tokens differ"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
-        zeros = {"qkv_bias": not arch.qkv_bias, "shared_expert": not arch.shared_ffn_size}
+        """See `MoeFamily.expert_settings`."""
+        zeros = {"qkv_bias": self._has_biases and not arch.qkv_bias, "shared_expert": not arch.shared_ffn_size}
         zeros["shared_gate"] = arch.shared_ffn_size > 0 and not arch.shared_gate
         return super().expert_settings(arch) | {
             "shared_expert_intermediate_size": arch.shared_ffn_size or _SHARED_WIDTH,
@@ -64,7 +75,7 @@ class _Qwen2Moe(RoutedFamily):
             shapes |= dict.fromkeys(self.names["shared_fc1"], (_SHARED_WIDTH, arch.hidden_size))
             shapes |= dict.fromkeys(self.names["shared_fc2"], (arch.hidden_size, _SHARED_WIDTH))
         zeros = self.in_moe_layers(shapes, arch)
-        if arch.qkv_bias:
+        if arch.qkv_bias or not self._has_biases:
             return zeros
         widths = (arch.num_heads * arch.head_dim, *[arch.num_kv_heads * arch.head_dim] * 2)
         biases = dict(zip(self.names["qkv_bias"], widths, strict=True))
@@ -73,7 +84,7 @@ class _Qwen2Moe(RoutedFamily):
         }
 
 
-FAMILY = _Qwen2Moe(
+FAMILY = Qwen2Moe(
     title="Qwen2-MoE",
     hf_class="Qwen2MoeForCausalLM",
     model_type="qwen2_moe",

@@ -33,7 +33,8 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, MoeFamily, parents, targets
 from nemo_upcycle.models.families.base import ZERO_FILLED
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.models.mapping import MAPPINGS, Sharding, constant_tensors, hf_constants
+from nemo_upcycle.models.mapping import constant_tensors, hf_constants
+from nemo_upcycle.models.mapping_table import DELTA_MAPPINGS, MAPPINGS, Sharding
 from nemo_upcycle.models.stacked import is_stacked
 from nemo_upcycle.trainers.bridge.models import provider_fields
 
@@ -163,6 +164,8 @@ class FamilyBridge(UpcycledExport):
 
 def _mappings(family: Family) -> Iterator[Any]:
     for mapping in MAPPINGS:
+        if mapping in DELTA_MAPPINGS:  # which Bridge has itself, in its own classes
+            continue
         names = family.names.get(mapping.role, ())
         theirs = [name.format(layer="*", expert="*") for name in dict.fromkeys(names)]
         kind = (_FUSED if len(theirs) < len(names) else _KINDS).get(mapping.sharding, AutoMapping)

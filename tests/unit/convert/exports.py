@@ -13,7 +13,8 @@ import torch
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.offline import Conversion, convert
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.models.mapping import MODEL_MAPPINGS, layer_mappings
+from nemo_upcycle.models.mapping import layer_mappings
+from nemo_upcycle.models.mapping_table import MODEL_MAPPINGS
 from nemo_upcycle.models.sharding import Shard, shard_shape
 from nemo_upcycle.online.upcycle import load_dense_into
 from tests.models import build_chunks

@@ -24,7 +24,8 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, MoeFamily, llama, phi3
 from nemo_upcycle.models.families.base import Settings
 from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
-from nemo_upcycle.models.mapping import MAPPINGS, hf_names, mapping_of_hf
+from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
+from nemo_upcycle.models.mapping_table import MAPPINGS
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from nemo_upcycle.verify.verification import verify
 from tests.families import registered

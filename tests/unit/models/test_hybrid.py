@@ -9,7 +9,8 @@ import pytest
 
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart, hybrid_pattern
-from nemo_upcycle.models.mapping import MAPPINGS, MOE_MAPPINGS, stored_hybrid
+from nemo_upcycle.models.mapping import stored_hybrid
+from nemo_upcycle.models.mapping_table import MAPPINGS, MOE_MAPPINGS
 
 
 NAMES = [

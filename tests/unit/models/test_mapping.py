@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.mapping import Sharding, find_mapping, mapping_of
+from nemo_upcycle.models.mapping import find_mapping, mapping_of
+from nemo_upcycle.models.mapping_table import Sharding
 from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape, source_slices
 from tests.models import small_architecture
 

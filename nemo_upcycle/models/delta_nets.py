@@ -1,0 +1,67 @@
+"""Gated delta nets, and a gate of attention, in Megatron's settings: the layers of Qwen3.5."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nemo_upcycle.models.architecture import Architecture, DeltaLayers
+from nemo_upcycle.models.layer_settings import layers_with
+
+
+#: Field of `DeltaLayers` -> Megatron's setting.
+_SIZES = {
+    "num_key_heads": "linear_num_key_heads",
+    "num_value_heads": "linear_num_value_heads",
+    "key_dim": "linear_key_head_dim",
+    "value_dim": "linear_value_head_dim",
+    "conv_size": "linear_conv_kernel_dim",
+}
+#: Says which nets a model has; `None` for attention alone.
+VARIANT = "experimental_attention_variant"
+_GATE, _LAYERS = "attention_output_gate", "linear_attention_freq"
+_NETS = "gated_delta_net"
+
+
+def gate_fields(arch: Architecture) -> dict[str, Any]:
+    """Return Megatron's settings of a gate of attention, and of gated delta nets; none without.
+
+    Args:
+        arch: the model's architecture.
+    """
+    fields: dict[str, Any] = {_GATE: True} if arch.output_gate else {}
+    if arch.delta:
+        fields |= {VARIANT: _NETS, _LAYERS: [int(has_net) for has_net in arch.delta.pattern]}
+        fields |= {setting: getattr(arch.delta, name) for name, setting in _SIZES.items()}
+    return fields
+
+
+def has_nets(config: Any) -> bool:
+    """Return whether a configuration has gated delta nets in some layers."""
+    return getattr(config, VARIANT, None) == _NETS
+
+
+def net_layers(config: Any) -> tuple[bool, ...]:
+    """Return which layers of a configuration have a gated delta net in the place of attention."""
+    return layers_with(config.linear_attention_freq, config.num_layers) if has_nets(config) else (False,)
+
+
+def nets_of(config: Any) -> DeltaLayers | None:
+    """Return the gated delta nets that a configuration of Megatron's describes; None without any."""
+    sizes = {name: getattr(config, setting, None) for name, setting in _SIZES.items()}
+    return DeltaLayers(pattern=net_layers(config), **sizes) if has_nets(config) else None  # type: ignore[arg-type]
+
+
+def wrong_gates(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what a configuration says of these layers, and what it should say: name, got, expected.
+
+    Args:
+        config: a built model's.
+        arch: the architecture that it is to have.
+    """
+    wanted = gate_fields(arch)
+    for name, none in ((_GATE, False), (VARIANT, None)):
+        yield name, getattr(config, name, none), wanted.get(name, none)
+    if arch.delta and has_nets(config):
+        yield _LAYERS, [int(has_net) for has_net in net_layers(config)], wanted[_LAYERS]
+        yield from ((setting, getattr(config, setting), wanted[setting]) for setting in _SIZES.values())

@@ -1,0 +1,87 @@
+"""Qwen3.5 and later: gated delta nets in most layers, attention with a gate in the others, norms around zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.models.architecture import DeltaLayers
+from nemo_upcycle.models.families import llama, qwen3
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, Family, Settings
+
+
+#: What `layer_types` calls layers with a gated delta net.
+LINEAR = "linear_attention"
+_NET = llama.LAYER + "linear_attn."
+NAMES = qwen3.NAMES | {
+    "delta_in": (*(_NET + "in_proj_qkv.weight",) * 3, *(_NET + f"in_proj_{part}.weight" for part in "zba")),
+    "delta_conv": (_NET + "conv1d.weight",) * 3,
+    "delta_a": (_NET + "A_log",),
+    "delta_dt_bias": (_NET + "dt_bias",),
+    "delta_norm": (_NET + "norm.weight",),
+    "delta_out": (_NET + "out_proj.weight",),
+}
+DEFAULTS = COMMON_DEFAULTS | {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "partial_rotary_factor": 0.25,
+    "qk_norm": True,
+    "zero_centered_norm": True,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+#: The norm of a net's output alone is not around zero; in Megatron it is.
+OFFSETS = {"delta_norm": 1.0}
+
+
+def attention(settings: Settings, kinds: list[str] | None, num_layers: int) -> dict[str, Any]:
+    """Return the fields of an `Architecture` in which the layers of these classes are not Llama's.
+
+    Args:
+        settings: of the class.
+        kinds: how each layer mixes tokens; None where the file does not say it.
+        num_layers: L.
+
+    Raises:
+        CheckpointError: settings are missing or contradict each other.
+    """
+    if settings.values.get("attn_output_gate", True) is not True:
+        raise settings.wrong("attn_output_gate", "true or nothing: the class always has this gate")
+    interval = settings.whole("full_attention_interval")
+    kinds = kinds or [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(num_layers)]
+    sizes = {
+        name: settings.whole(f"linear_{name}") for name in ("num_key_heads", "num_value_heads", "conv_kernel_dim")
+    }
+    if sizes["num_value_heads"] % sizes["num_key_heads"]:
+        raise settings.wrong(
+            "linear_num_value_heads", f"a multiple of linear_num_key_heads ({sizes['num_key_heads']})"
+        )
+    nets = DeltaLayers(
+        pattern=tuple(kind == LINEAR for kind in kinds),
+        num_key_heads=sizes["num_key_heads"],
+        num_value_heads=sizes["num_value_heads"],
+        key_dim=settings.whole("linear_key_head_dim"),
+        value_dim=settings.whole("linear_value_head_dim"),
+        conv_size=sizes["conv_kernel_dim"],
+    )
+    return {"output_gate": True, "delta": nets if any(nets.pattern) else None}
+
+
+class _Qwen35(Family):
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        return attention(settings, self._layer_types(settings, num_layers, (LINEAR, FULL)), num_layers)
+
+
+FAMILY = _Qwen35(
+    title="Qwen3.5",
+    hf_class="Qwen3_5ForCausalLM",
+    model_type="qwen3_5_text",
+    names=NAMES,
+    defaults=DEFAULTS,
+    hf_offsets=OFFSETS,
+    has_partial_rotary=True,
+)

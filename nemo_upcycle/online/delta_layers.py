@@ -1,0 +1,77 @@
+"""Layers of a GPTModel in which a gated delta net stands in the place of attention, as in Qwen3.5.
+
+The net is Megatron-Core's own, from 0.19 on; it wants flash-linear-attention to be installed. Its function that makes
+such layers wants Transformer Engine, and has no places for the norms and factors of `decoder_layers`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from nemo_upcycle.models.delta_nets import VARIANT, has_nets, net_layers
+
+
+#: How Megatron's own local layers save the norm before attention, and as what Transformer Engine saves it.
+_LOCAL_NORM, _SAVED_NORM = "input_layernorm.", "self_attention.in_proj.layer_norm_"
+
+
+def without_nets(config: Any) -> Any:
+    """Return a configuration whose layers all have attention: what Megatron's function of plain layers takes."""
+    if not has_nets(config):
+        return config
+    plain = copy.copy(config)
+    setattr(plain, VARIANT, None)
+    return plain
+
+
+def with_nets(config: Any, layers: Sequence[Any], vp_stage: int | None, backend: Any) -> list[Any]:
+    """Put gated delta nets in the place of attention, in the layers that a configuration says.
+
+    Args:
+        config: Megatron's `TransformerConfig`.
+        layers: the specs of a rank's layers, with attention.
+        vp_stage: number of the virtual pipeline stage.
+        backend: Megatron's provider of modules, its local one or Transformer Engine's.
+
+    Returns:
+        Specs of all these layers.
+    """
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+
+    in_proj = backend.column_parallel_layer_norm_linear()
+    net = ModuleSpec(
+        module=GatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=in_proj or backend.column_parallel_linear(),
+            out_norm=backend.layer_norm(rms_norm=True),
+            out_proj=backend.row_parallel_linear(),
+        ),
+    )
+    pattern, numbers = net_layers(config), _numbers(config, len(layers), vp_stage)
+    made = {id(spec): _with_net(spec, net, is_local=in_proj is None) for spec in layers}
+    return [made[id(spec)] if pattern[number] else spec for number, spec in zip(numbers, layers, strict=True)]
+
+
+def _numbers(config: Any, count: int, vp_stage: int | None) -> Sequence[int]:
+    """Return the numbers of a rank's layers in the model, from 0."""
+    if layout := config.pipeline_model_parallel_layout:
+        numbers: Sequence[int] = layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+        return numbers
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return range(first, first + count)
+
+
+def _with_net(spec: Any, net: ModuleSpec, *, is_local: bool) -> Any:
+    spec = copy.copy(spec)
+    spec.submodules = copy.copy(spec.submodules)
+    spec.submodules.self_attention = net
+    if is_local:  # saved under Transformer Engine's name, as all that is
+        names = spec.submodules.sharded_state_dict_keys_map
+        spec.submodules.sharded_state_dict_keys_map = names | {_LOCAL_NORM: _SAVED_NORM}
+    return spec
