@@ -56,9 +56,9 @@ class CheckpointWeights:
         #: Of LoRA's adapters, which are added up with their weights; over their rank it is their factor.
         self.lora_alpha: float | None = None
 
-    def _key(self, mapping: ParamMapping, layer: int) -> tuple[str, bool]:
-        """Return the name of a mapping's tensor and whether its first axis counts layers."""
-        for stored in mapping.stored:
+    def _key(self, mapping: ParamMapping, layer: int, part: str = "") -> tuple[str, bool]:
+        """Return the name of a mapping's tensor, or of one of its parts, and whether its first axis counts layers."""
+        for stored in (stored + (part or mapping.stored_parts[0]) for stored in mapping.stored):
             stacked = f"{self._prefix}decoder.layers.{stored}" if mapping.in_layer else self._prefix + stored
             if stacked in self.checkpoint.names():
                 return stacked, mapping.in_layer
@@ -126,7 +126,7 @@ class CheckpointWeights:
         """
         mappings = [(mapping, 0) for mapping in MODEL_MAPPINGS if mapping.role != "output" or not arch.tied_embeddings]
         mappings += [(mapping, layer) for layer in range(arch.num_layers) for mapping in layer_mappings(arch, layer)]
-        read = {self._key(mapping, layer)[0] for mapping, layer in mappings}
+        read = {self._key(mapping, layer, part)[0] for mapping, layer in mappings for part in mapping.stored_parts}
         read |= {name for key in read for name in self._adapters(key)}
         stored = {*model_tensors(self.checkpoint, self._prefix), *model_tensors(self._adapted, self._prefix)}
         if unread := sorted(stored - read):
@@ -146,6 +146,9 @@ class CheckpointWeights:
         if self.checkpoint.bytes_read - self._released_at_bytes > _RELEASE_BYTES:
             self.checkpoint.release()
             self._released_at_bytes = self.checkpoint.bytes_read
+        if len(mapping.stored_parts) > 1:
+            keys = (self._key(mapping, layer, part)[0] for part in mapping.stored_parts)
+            return torch.cat([_read(self.checkpoint, key, []) for key in keys])
         key, stacked = self._key(mapping, layer)
         position = ([layer] if stacked else []) + ([expert] if mapping.is_expert else [])
         weight = _read(self.checkpoint, key, position)

@@ -77,7 +77,7 @@ class DeltaLayers:
     conv_size: int = 4
 
     def rows(self, part: str) -> int:
-        """Return the rows of a part of a net's tensors: `query`, `key`, `value`, its gate `z`, or all else of a head."""
+        """Return the rows of a part of the tensors: `query`, `key`, `value`, its gate `z`, or all else of a head."""
         sizes = dict.fromkeys(("query", "key"), self.num_key_heads * self.key_dim)
         sizes |= dict.fromkeys(("value", "z"), self.num_value_heads * self.value_dim)
         return sizes.get(part, self.num_value_heads)

@@ -90,6 +90,12 @@ class ParamMapping:
         """The names to look for in a distributed checkpoint."""
         return self.checkpoint or self.megatron
 
+    @property
+    def stored_parts(self) -> tuple[str, ...]:
+        """How the names go on there: parts that are cut each on its own are tensors of their own."""
+        is_split = self.sharding is Sharding.PARTS and len(self.parts) > 1
+        return tuple(f".{part}" for part in self.parts) if is_split else ("",)
+
 
 _GATE_UP = ("gate", "up")
 
