@@ -170,7 +170,7 @@ def _tuned(row: ModelRow, tuning: dict[str, Any]) -> None:
     )
 
 
-for _row in models().values():
+for _row in (row for row in models().values() if "nemo" in row.trainers):
     if _row.nemo:
         _names = f"{_row.name}_dense_ct", f"{_row.name}_e8t2"
         _dense = _model(_row, _names[0], f"{_row.title} configuration")

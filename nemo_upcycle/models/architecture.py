@@ -69,6 +69,9 @@ class DeltaLayers:
         conv_size: tokens that the convolution of query, key and value sees.
     """
 
+    #: Tokens that its rule takes at once.
+    chunk_size: ClassVar[int] = 64
+
     pattern: tuple[bool, ...]
     num_key_heads: int
     num_value_heads: int

@@ -46,10 +46,13 @@ def net_layers(config: Any) -> tuple[bool, ...]:
     return layers_with(config.linear_attention_freq, config.num_layers) if has_nets(config) else (False,)
 
 
-def nets_of(config: Any) -> DeltaLayers | None:
-    """Return the gated delta nets that a configuration of Megatron's describes; None without any."""
-    sizes = {name: getattr(config, setting, None) for name, setting in _SIZES.items()}
-    return DeltaLayers(pattern=net_layers(config), **sizes) if has_nets(config) else None  # type: ignore[arg-type]
+def gates_of(config: Any) -> dict[str, Any]:
+    """Return the fields of an `Architecture` that a configuration's gate of attention and gated delta nets are."""
+    fields: dict[str, Any] = {"output_gate": bool(getattr(config, _GATE, False))}
+    if has_nets(config):
+        sizes = {name: getattr(config, setting) for name, setting in _SIZES.items()}
+        fields["delta"] = DeltaLayers(pattern=net_layers(config), **sizes)
+    return fields
 
 
 def wrong_gates(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:

@@ -26,7 +26,8 @@ def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> flo
         its lower half (`causal=True`: as Megatron-Bridge counts).
 
     Where a window hides tokens, s is what is left of it. The output layer counts, tied or not; norms and biases are
-    counted with the parameters. L are the layers that have an attention; the scan of Mamba layers is not counted.
+    counted with the parameters. L are the layers that have an attention; what Mamba layers and gated delta nets do
+    between their projections is not counted.
 
     Args:
         arch: the model's architecture.

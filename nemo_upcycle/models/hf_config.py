@@ -12,7 +12,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, targets
 from nemo_upcycle.models.families.base import ACTIVATIONS, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
 from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE
-from nemo_upcycle.models.wrapper import OF_PICTURES, WRAPPERS, Wrapper, read_config, text_settings
+from nemo_upcycle.models.wrapper import WRAPPERS, Wrapper, read_config, text_settings
 
 
 _PART = "partial_rotary_factor"
@@ -339,11 +339,12 @@ def _scaling(given: Settings, key: str) -> dict[str, Any] | None:
     kind = _FORMER.get(kind, kind)
     if kind not in (*KINDS, DYNAMIC):
         raise CheckpointError.unknown(f"{inside.where}: rope_type", kind, (*KINDS, DYNAMIC))
-    scaling = {name: value for name, value in scaling.items() if name not in ("type", *_NO_SCALING, *OF_PICTURES)}
+    scaling = {name: value for name, value in scaling.items() if name not in ("type", *_NO_SCALING)}
     for name in _SCALINGS.get(kind, ()):
         inside.number(name)
-    # Settings of each kind of layer, say: what is not known is never dropped.
-    known = {"type", "rope_type", *_NO_SCALING, *OF_PICTURES, *_SCALINGS.get(kind, inside.values)}
-    for name in sorted(inside.values.keys() - known):
+    # Settings of each kind of layer, say, or sections of the head: what is not known is never dropped.
+    for name in sorted(
+        inside.values.keys() - {"type", "rope_type", *_NO_SCALING, *_SCALINGS.get(kind, inside.values)}
+    ):
         raise inside.wrong(name, "nothing", "remove it, if every layer and head has the same rotary embedding")
     return None if kind == "default" else scaling | {"rope_type": kind}

@@ -15,7 +15,7 @@ from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.balancing import check_balancing
 from nemo_upcycle.models.config_fields import check_fields
-from nemo_upcycle.models.delta_nets import gate_fields, nets_of, wrong_gates
+from nemo_upcycle.models.delta_nets import gate_fields, gates_of, wrong_gates
 from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
 from nemo_upcycle.models.layer_settings import (
     DECODER,
@@ -92,7 +92,7 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
         "a window in some layers": arch.window_pattern is not None,
         "multipliers": arch.attention_multiplier is not None,
         "YaRN, or two rotary embeddings": arch.scales_in_layers,
-        "gated delta nets, or attention with a gate": arch.output_gate,
+        "attention with a gate": arch.output_gate,
     }
     if hybrid and (got := [what for what, holds in special.items() if holds]):
         raise CheckpointError(
@@ -117,13 +117,14 @@ def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, An
         >>> TransformerConfig(**megatron_fields(arch), activation_func=silu)  # doctest: +SKIP
     """
     require_buildable(arch, hybrid=hybrid)
-    fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch)
+    fields = (
+        {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch) | gate_fields(arch)
+    )
     fields["normalization"] = "RMSNorm"
     if arch.attention_multiplier is not None:
         fields["softmax_scale"] = arch.attention_multiplier
     if arch.rope_pattern:
         fields["no_rope_freq"] = no_rope(arch.rope_pattern)
-    fields |= gate_fields(arch)
     if arch.num_experts:
         fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
@@ -179,9 +180,8 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
         }
     scale = getattr(config, "softmax_scale", None)
     fields |= {} if scale is None or scale == fields["head_dim"] ** -0.5 else {"attention_multiplier": scale}
-    fields |= layer_fields(config) | {"rotary_percent": getattr(config, "rotary_percent", 1.0)}
+    fields |= layer_fields(config) | {"rotary_percent": getattr(config, "rotary_percent", 1.0)} | gates_of(config)
     fields["rope_pattern"] = rope_pattern(getattr(config, "no_rope_freq", None), fields["num_layers"])
-    fields |= {"output_gate": getattr(config, "attention_output_gate", False), "delta": nets_of(config)}
     return Architecture(hf_class="", vocab_size=vocab_size, attention_out_bias=fields["ffn_bias"], **fields)
 
 
@@ -336,24 +336,20 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
 
 def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
     """Yield the settings of a built model that are not a checkpoint's; see `check_model`."""
-    config, rotary = model.config, getattr(model, "rotary_pos_emb", None)
-    frequencies = getattr(rotary, "inv_freq", None)
+    config, frequencies = model.config, getattr(getattr(model, "rotary_pos_emb", None), "inv_freq", None)
     fields = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
-    hybrid = hybrid_of(model)
-    if hybrid:
+    if hybrid := hybrid_of(model):
         _check_pattern(hybrid, hybrid_symbols(moe_arch), "as in the parent")
     settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch, hybrid=hybrid is not None)
     settings += _MAMBA.values() if moe_arch.mamba else ()
     settings += ("moe_router_enable_expert_bias",) if moe_arch.balancing_bias else ()
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
-    checks += wrong_gates(config, moe_arch)
     scale = config.softmax_scale or moe_arch.head_dim**-0.5
     if not math.isclose(scale, moe_arch.softmax_scale, rel_tol=1e-6):
         default = "" if moe_arch.attention_multiplier else "None or "
         checks.append(("softmax_scale", config.softmax_scale, f"{default}{moe_arch.softmax_scale:.6g}"))
-    checks += wrong_layers(model, moe_arch)
-    got_rope = rope_pattern(getattr(config, "no_rope_freq", None), moe_arch.num_layers)
-    if got_rope != moe_arch.rope_pattern:
+    checks += [*wrong_layers(model, moe_arch), *wrong_gates(config, moe_arch)]
+    if rope_pattern(getattr(config, "no_rope_freq", None), moe_arch.num_layers) != moe_arch.rope_pattern:
         wanted_rope = no_rope(moe_arch.rope_pattern) if moe_arch.rope_pattern else None
         checks.append(("no_rope_freq", config.no_rope_freq, wanted_rope))
     if hasattr(config, "rotary_percent"):  # NeMo's and Bridge's; it is in the frequencies, too, if there are any yet
@@ -373,8 +369,8 @@ def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
         checks.append(("rotary_base and RoPE scaling", got, expected))
     for name, got, value in checks:
         if got != value:
-            expected, fix = f"{value}, as in the parent", "use the parent's own configuration"
-            yield CheckpointError(field=f"model.config.{name}", got=got, expected=expected, fix=fix)
+            fix = "use the parent's own configuration"
+            yield CheckpointError(f"model.config.{name}", got=got, expected=f"{value}, as in the parent", fix=fix)
 
 
 def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Iterator[str]:

@@ -53,7 +53,9 @@ _YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_p
 _YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 _ROPES = ("rope_parameters", "rope_scaling")
 #: How a rotary embedding is shared between the axes of a picture: in a text all axes have the same positions.
-OF_PICTURES = ("mrope_section", "mrope_interleaved")
+_OF_PICTURES = ("mrope_section", "mrope_interleaved")
+#: Text models that are published by themselves with such settings, too.
+_PARTS = ("qwen3_5_text", "qwen3_5_moe_text")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -127,7 +129,8 @@ def text_settings(config: Any, where: str) -> Any:
     """
     wrapper = wrapper_of(config)
     if wrapper is None:
-        return config
+        is_part = isinstance(config, dict) and config.get("model_type") in _PARTS
+        return config | _ropes(config) if is_part else config
     # The first Qwen-VL have the settings of the text model at the top, among those of all.
     text = config.get("text_config")
     text = {**config, "model_type": None} if text is None else text
@@ -137,7 +140,7 @@ def text_settings(config: Any, where: str) -> Any:
         )
     kind = text.get("model_type") or wrapper.text_type
     text = {key: value for key, value in text.items() if key not in ("architectures", "vision_config")}
-    text |= {key: _of_text(text[key]) for key in _ROPES if isinstance(text.get(key), dict)}
+    text |= _ropes(text)
     unsaid = dict(zip(_SIZES, _UNSAID.get(kind, ()), strict=False)) | _OTHER.get(kind, {})
     if not any(isinstance(text.get(key), dict) and "rope_theta" in text[key] for key in _ROPES):
         unsaid |= {"rope_theta": _THETA[kind]} if kind in _THETA else {}
@@ -150,8 +153,12 @@ def text_settings(config: Any, where: str) -> Any:
     return text | {"model_type": _SAME.get(kind, kind)}
 
 
+def _ropes(text: dict[str, Any]) -> dict[str, Any]:
+    return {key: _of_text(text[key]) for key in _ROPES if isinstance(text.get(key), dict)}
+
+
 def _of_text(rope: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in rope.items() if key not in OF_PICTURES}
+    kept = {key: value for key, value in rope.items() if key not in _OF_PICTURES}
     return kept | {key: "default" for key in ("type", "rope_type") if kept.get(key) == "mrope"}
 
 

@@ -129,6 +129,22 @@ def layer_bytes(
             "attention norm": tokens * 2 * width,
             "mamba": tokens * (saved * width + 2 * rows + 4 * inner + saved * inner),
         }
+    if "G" in parts and arch.delta:
+        # What the input projection, convolution, norms of query and key, the rule (with an inverse a chunk), the gated
+        # norm and the output projection keep.
+        net, value = arch.delta, arch.delta.rows("value")
+        mixed = 2 * net.rows("key") + value
+        spread = 2 * net.num_value_heads * net.key_dim  # query and key, once for each head of the value
+        attention = {
+            "attention norm": tokens * 2 * width,
+            "delta net": tokens
+            * (
+                saved * width
+                + 2 * (2 * mixed + value + 2 * net.num_value_heads)
+                + 2 * (spread + net.num_value_heads * net.chunk_size + 2 * value)
+                + saved * value
+            ),
+        }
     # Experts have fused kernels of two gates, and of the squared ReLU in NVIDIA's recipes of models with Mamba layers.
     # Without one, both factors are kept again, and the product unweighted.
     is_fused = arch.mamba or (arch.gated and arch.activation in ("silu", "quick_gelu"))
@@ -185,6 +201,8 @@ def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool
         terms["attention"] += 2 * (heads + groups)
     if arch.qk_norm:
         terms["query and key norms"] = 2 * (heads + groups)  # they keep their input
+    if arch.output_gate:
+        terms["output gate"] = 4 * heads  # and what it is multiplied by
     if work.precision == "fp8-delayed" and fp8:
         terms["projection input"] = heads  # otherwise attention's own output serves both
     return terms
@@ -240,7 +258,7 @@ def least_bytes(arch: Architecture, layout: Layout, work: Workload) -> float:
 
 def least_with_activations(arch: Architecture, layout: Layout, work: Workload) -> float:
     """Bound it more tightly, with the activations of the first stage."""
-    if arch.moe_pattern or arch.mamba:  # which may hold less than its share
+    if arch.moe_pattern or arch.mamba or arch.delta:  # which may hold less than its share
         return stage_memory(arch, layout, work, 0).total
     return least_bytes(arch, layout, work) + sum(_activation_bytes(arch, layout, work, 0))
 
@@ -313,7 +331,7 @@ def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[in
     """Return the pipeline stage whose ranks hold most, and their memory."""
     # Of equal stages the first keeps most micro-batches and the last the logits.
     stages: Iterable[int] = {0, 1, layout.pp - 1}
-    if layout.first or layout.last or arch.moe_pattern or arch.mamba:
+    if layout.first or layout.last or arch.moe_pattern or arch.mamba or arch.delta:
         firsts = {_contents(arch, layout, work, stage): stage for stage in reversed(range(layout.pp))}
         stages = firsts.values()
     memories = [(stage, stage_memory(arch, layout, work, stage)) for stage in stages if stage < layout.pp]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture, DeltaLayers
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.conf import packaged, read_yaml
 
@@ -64,7 +64,7 @@ class ModelRow:
         training: the training's `seq_length`, `global_batch` and `tokens`, and a chain's `data` and `evaluation`.
         tuning: arguments of `tuning_recipe`; None: the model is not tuned.
         few_steps: whether the training only shows that the chain works; else it is the paper's.
-        title, dense, nemo, nemo_fields, trained_as, trainer: as in the file.
+        title, dense, trainers, nemo, nemo_fields, trained_as, trainer: as in the file.
     """
 
     name: str
@@ -75,6 +75,7 @@ class ModelRow:
     training: dict[str, Any]
     tuning: dict[str, Any] | None = None
     few_steps: bool = False
+    trainers: tuple[str, ...] | list[str] = ("nemo", "bridge")
     nemo: str = ""
     nemo_fields: dict[str, Any] = field(default_factory=dict)
     trained_as: str = "llama3_8b"
@@ -119,16 +120,31 @@ def _row(name: str, values: dict[str, Any], table: dict[str, Any]) -> ModelRow:
     if tuning := dict(values.pop("tuning", None) or {}):
         tuning = table["tunings"][tuning.pop("tuning")] | tuning
     runs = {gpu: {one: Run(**run) for one, run in runs.items()} for gpu, runs in values.pop("runs").items()}
-    shape = Architecture(**values.pop("shape"))
+    shape = _shape(dict(values.pop("shape")))
     made: dict[str, Any] = {"runs": runs, "shape": shape, "training": training, "tuning": tuning or None}
     return ModelRow(name, few_steps=kind == "few_steps", **made, **values)
 
 
+def _shape(values: dict[str, Any]) -> Architecture:
+    """Return the architecture; of gated delta nets the row says which layers have attention in their place."""
+    if nets := dict(values.pop("delta", {})):
+        every = nets.pop("attention_every")
+        pattern = tuple((layer + 1) % every != 0 for layer in range(values["num_layers"]))
+        values["delta"] = DeltaLayers(pattern=pattern, **nets)
+    return Architecture(**values)
+
+
 @cache
-def recipes() -> dict[str, tuple[ModelRow, bool, bool]]:
-    """List the recipes by name: row, whether the model has experts, whether it is tuned."""
+def recipes(trainer: str = "") -> dict[str, tuple[ModelRow, bool, bool]]:
+    """List the recipes by name: row, whether the model has experts, whether it is tuned.
+
+    Args:
+        trainer: one that has them; by default those of any.
+    """
     found: dict[str, tuple[ModelRow, bool, bool]] = {}
     for name, row in models().items():
+        if trainer and trainer not in row.trainers:
+            continue
         found |= {f"{name}_e8t2": (row, True, False), f"{name}_dense_ct": (row, False, False)}
         found |= {f"{name}_e8t2_sft": (row, True, True), f"{name}_dense_sft": (row, False, True)} if row.tuning else {}
     return dict(sorted(found.items()))

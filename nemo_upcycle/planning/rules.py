@@ -78,12 +78,19 @@ def _model_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
     tensor = {"the key-value heads": arch.num_kv_heads}  # which divide the heads
     if arch.mamba:
         tensor["the Mamba layers' groups"] = arch.mamba.num_groups  # which divide their heads
+    if arch.delta:
+        tensor["the gated delta nets' heads of query and key"] = arch.delta.num_key_heads  # which divide the value's
     if arch.moe_layer_count < len(arch.layers_with("-")):
         tensor["the feed-forward size"] = arch.ffn_size
     if arch.shared_ffn_size:
         tensor["the shared experts' feed-forward size"] = arch.shared_ffn_size
     for what, number in tensor.items():
         yield from _divides("tp", layout.tp, number, what)
+    if arch.delta and layout.cp > 1:  # which gather the sequence of some heads
+        heads = arch.delta.num_key_heads
+        yield from _divides(
+            "<tp> x <cp>", layout.tp * layout.cp, heads, "the gated delta nets' heads of query and key"
+        )
     if arch.num_experts:
         yield from _divides("ep", layout.ep, arch.num_experts, "num_experts")
         yield from _divides("etp", layout.etp, arch.expert_ffn_size or 1, "an expert's feed-forward size")

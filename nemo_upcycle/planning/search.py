@@ -221,7 +221,7 @@ def usual_overlap(
     """
     if not arch.num_experts:
         return ("tp",) if layout.tp > 1 and work.numbers.bits > 4 else ()
-    able = layout.ep > 1 and not arch.mamba and (layout.pp == 1 or layout.vp > 1) and not work.pad
+    able = layout.ep > 1 and not (arch.mamba or arch.delta) and (layout.pp == 1 or layout.vp > 1) and not work.pad
     if not able or recompute == "full" or "moe" in recompute.split(","):
         return ()
     within = gpu.nvlink_gpus > gpu.per_node or layout.gpus <= gpu.nvlink_gpus

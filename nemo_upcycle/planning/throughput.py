@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from nemo_upcycle.models.architecture import Architecture, MambaLayers
+from nemo_upcycle.models.architecture import Architecture, DeltaLayers, MambaLayers
 from nemo_upcycle.models.flops import mean_context
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout
@@ -136,6 +136,8 @@ class ThroughputModel:
             self._attention(layer, tokens, layout, work, kind.window)
         if "M" in kind.parts and self.arch.mamba:
             self._mamba(layer, self.arch.mamba, tokens, layout, work)
+        if "G" in kind.parts and self.arch.delta:
+            self._delta(layer, self.arch.delta, tokens, layout, work)
         network = self._moe(layout, work, tokens) if moe else StepTime()
         if moe:
             hidden = layer.total + network.total if "ep" in work.overlap else 0.0
@@ -164,7 +166,8 @@ class ThroughputModel:
         queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         # The core is called once for each step of context parallelism's ring.
         layer.launch += self.machine.layer_us * 1e-6 * (layout.cp - 1) / 4
-        for inputs, outputs in ((arch.hidden_size, queries + 2 * keys), (queries, arch.hidden_size)):
+        gates = queries if arch.output_gate else 0
+        for inputs, outputs in ((arch.hidden_size, queries + gates + 2 * keys), (queries, arch.hidden_size)):
             self._matrix(layer, tokens, inputs, outputs / layout.tp, 1, work)
         # Forward, two products of the causal half; 2.5 times as much backward.
         scores = 2.0 * tokens * mean_context(work.seq_length, window) * 2 * queries / layout.tp
@@ -180,15 +183,39 @@ class ThroughputModel:
         """Add a Mamba-2 mixer: two projections, and the scan over chunks (arXiv 2405.21060, section 6)."""
         inner, states = mamba.rows("x"), mamba.rows("B")
         rows = 2 * (inner + states) + mamba.rows("dt")
-        self._matrix(layer, tokens, self.arch.hidden_size, rows / layout.tp, 1, work)
-        self._matrix(layer, tokens, inner / layout.tp, self.arch.hidden_size, 1, work)
         # Within a chunk C B and its product with x, of the causal half; states are made, and read, by two products.
         chunk = _CHUNK / 2 * (states + inner) + 2 * inner * mamba.state_size
+        kept = 2 * 2 * inner * mamba.state_size / _CHUNK
+        self._scan(layer, (rows, inner), chunk, kept, tokens, layout, work)
+
+    def _delta(self, layer: StepTime, delta: DeltaLayers, tokens: float, layout: Layout, work: Workload) -> None:
+        """Add a gated delta net: two projections, and the rule over chunks (arXiv 2412.06464, section 3.3)."""
+        inner, heads, width = delta.rows("value"), delta.num_value_heads, delta.key_dim
+        rows = 2 * delta.rows("key") + 2 * inner + 2 * heads
+        # Within a chunk, of the causal half, key by key, the two products of its inverse, query by key and that by the
+        # value; states are made, and read twice.
+        state = heads * width * delta.value_dim
+        chunk = delta.chunk_size / 2 * heads * (3 * width + 2 * delta.value_dim) + 3 * state
+        self._scan(layer, (rows, inner), chunk, 2 * 2 * state / delta.chunk_size, tokens, layout, work)
+
+    def _scan(
+        self,
+        layer: StepTime,
+        sizes: tuple[int, int],
+        products: float,
+        kept: float,
+        tokens: float,
+        layout: Layout,
+        work: Workload,
+    ) -> None:
+        """Add what mixes tokens chunk by chunk: rows of both projections, products of a token, kept states' bytes."""
+        rows, inner = sizes
+        self._matrix(layer, tokens, self.arch.hidden_size, rows / layout.tp, 1, work)
+        self._matrix(layer, tokens, inner / layout.tp, self.arch.hidden_size, 1, work)
         layer.attention += (
-            3.5 * 2 * tokens * chunk / layout.tp / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
+            3.5 * 2 * tokens * products / layout.tp / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
         )
         # Convolution, scan, gate and norm read and write them, and their gradients; states are float32, one a chunk.
-        kept = 2 * 2 * inner * mamba.state_size / _CHUNK
         self._moved(layer, tokens / layout.tp * 3 * (2 * rows + 4 * inner + kept), work)
         self._tensor_traffic(layer, tokens, layout, work)
         # Context parallelism gathers the sequence of some heads, and scatters it back.

@@ -29,6 +29,8 @@ from nemo_upcycle.utils.console import short_count
 
 #: Name of a trainer -> the module that says it is installed, and how a text calls it.
 TRAINERS = {"nemo": ("nemo", "NeMo"), "bridge": ("megatron.bridge", "Megatron-Bridge")}
+#: Trainer -> field of an `Architecture` -> what its models have not.
+_LACKS = {"nemo": {"mamba": "Mamba layers", "output_gate": "attention with a gate, gated delta nets"}, "bridge": {}}
 #: Trainer -> the versions that the planner's times are of.
 _SOFTWARE = {"nemo": DEFAULT_SOFTWARE, "bridge": BRIDGE_SOFTWARE}
 #: A trial on a CPU: what two cores do in some minutes.
@@ -192,6 +194,13 @@ def choose(parent: Parent, texts: Texts, trainer: tuple[str, str], wanted: Wante
         UpcycleError: nothing that fits does what is wanted.
     """
     spec, stated = spec_of(parent, wanted.spec)
+    if lacks := [what for field, what in _LACKS[trainer[0]].items() if getattr(parent.arch, field)]:
+        raise UpcycleError(
+            "trainer",
+            got=f"{TRAINERS[trainer[0]][1]}, whose models have no {', '.join(lacks)}",
+            expected=f"one that can be {parent.arch.hf_class}",
+            fix=f"install {TRAINERS['bridge'][1]} and give --trainer bridge",
+        )
     dense, arch = parent.arch, parent.arch.upcycled(spec)
     number, kind = gpus_here() if wanted.gpus is None else (wanted.gpus, None)
     kind = wanted.gpu or kind or "h100"

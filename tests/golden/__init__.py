@@ -107,7 +107,7 @@ def pairs_text() -> str:
     from nemo_upcycle import recipes
 
     lines = ["# What recipes in Bridge are compared with, made by `python -m tests.golden`."]
-    for name, (row, upcycled, tuned) in table_recipes().items():
+    for name, (row, upcycled, tuned) in table_recipes("nemo").items():
         factory = factory_of(getattr(recipes, name))
         fast = {f"{name}-fast": {"performance_mode": True}} if upcycled and not (tuned or row.few_steps) else {}
         for key, arguments in ({name: {}} | fast).items():

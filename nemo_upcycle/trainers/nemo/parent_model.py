@@ -65,6 +65,13 @@ def parent_model(dense: str, seq_length: int = 4096) -> run.Config[GPTModel]:
         >>> recipe.model = parent_model("/models/granite-3.3-8b-base")  # doctest: +SKIP
     """
     arch = local_parent(dense) or known_parent(dense) or read_architecture(tokenizer_folder(dense))
+    if arch.output_gate:
+        raise SpecError(
+            field="dense",
+            got=f"{arch.hf_class}, whose attention has a gate, or is a gated delta net",
+            expected="what the Megatron-Core of NeMo 2.7 computes",
+            fix="upcycle it in Megatron-Bridge",
+        )
     has_experts, family = bool(arch.num_experts), find_family(arch.hf_class)
     kind, model = _CLASSES.get((family.nemo_module if family else "", has_experts), _FURTHER[has_experts])
     fields = megatron_fields(arch) | window_fields(arch)
