@@ -243,11 +243,13 @@ class MoeFamily(Family, ABC):
         router_score: what the class sends the router's logits through, as in `UpcycleSpec`.
         has_attention_bias: whether it reads `attention_bias`: of query, key, value and the output, all or none.
         no_parent_because: why a model of the class gets no more experts; "" if it can.
+        only_among_others: whether it is the text model of a class that has other parts, and of none without them.
     """
 
     router_score: str = "softmax"
     has_attention_bias: bool = False
     no_parent_because: str = ""
+    only_among_others: bool = False
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
         """Yield what the class cannot hold of an MoE model."""
