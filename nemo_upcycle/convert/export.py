@@ -31,6 +31,7 @@ from nemo_upcycle.models.mapping import as_written, constant_tensors, hf_constan
 from nemo_upcycle.models.sharding import Shard, float32_names, hf_shape, hf_shapes, shard_shape, source_slices
 from nemo_upcycle.models.stacked import as_in_file
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.sources.base import left_out, left_out_text
 from nemo_upcycle.sources.checks import require_finite, rounded
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.dtypes import dtype_name
@@ -151,6 +152,7 @@ def export_weights(
     float32 = float32_names(arch)
     lossy = list(rounded({name: own for name, own in stored.items() if name not in float32}, dtype))
     wrapper = whole.wrapper if whole else None
+    copied = {"Copied as they are": left_out_text(left_out(whole.others))} if whole else {}
     if plan is not None and whole:
         plan = plan | {"sees": True}
     with output_folder(output, MADE_BY, plan) as folder:
@@ -167,7 +169,7 @@ def export_weights(
             arch,
             title=about.title or output.name,
             tool=MADE_BY,
-            facts={"Type": dtype_name(dtype), **about.facts},
+            facts={"Type": dtype_name(dtype), **about.facts} | copied,
             notes=[*lossy, *notes],
             parent=about.parent,
             whole_class=wrapper.hf_class if wrapper else "",

@@ -181,7 +181,7 @@ def convert(
         max_shard_bytes=max_shard_bytes,
         needs_float32_routing=needs_float32_routing(dense.architecture, spec),
         caveats=_caveats(expansion),
-        left_out={} if whole else left_out(dense),
+        left_out={} if whole else left_out(dense.others()),
         unseen_because="" if text_only else unseen_because(dense.path, moe_arch),
         seconds=round(time.monotonic() - start_s, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
@@ -237,7 +237,7 @@ def _finish(
     start = f"not the parent's function: {'; '.join(reasons)}" if reasons else "the parent's function, up to rounding"
     facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Computes": start}
     dense, moe_arch = expansion.dense, expansion.moe_arch
-    if parts := left_out(dense):
+    if parts := left_out(dense.others()):
         facts["Copied as they are" if expansion.whole else "Left out"] = left_out_text(parts)
     parents = [source.path for source in dense.branches()]
     whole, tool = expansion.whole, "nemo-upcycle convert"

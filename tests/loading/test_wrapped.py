@@ -81,7 +81,7 @@ def test_the_text_part_of_a_model_that_sees_is_a_parent(
             _spell_anew(folder)
         with open_dense(folder) as dense:
             check_source(dense)
-            beside = left_out(dense)
+            beside = left_out(dense.others())
             numbers = sum(dense.read(name).numel() for name in dense.names())
             assert dense.bytes_read == 4 * numbers
         assert arch.total_params == numbers
