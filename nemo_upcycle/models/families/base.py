@@ -100,7 +100,7 @@ class Family:
         model_type: the `model_type` beside it.
         names: role in the mapping table -> names of the tensors, one for each part of the role's `ParamMapping`, the
             same for parts that one tensor holds; `{layer}` and `{expert}` stand for numbers. A name that ends in
-            `[{expert}]` is one of an expert in a tensor of all.
+            `[{expert}]` is one of an expert in a tensor of all, in `[{expert}].T` of one that lies there transposed.
         defaults: what its `config.json` leaves unsaid, under Llama's names: the defaults of transformers'
             configuration class, and what the class fixes (`qkv_bias`, `zero_centered_norm`, `scaled_embedding`).
         spelling: its own name of a setting -> Llama's, where they differ.
