@@ -120,7 +120,7 @@ def test_a_parent_that_sees_is_exported_whole_or_its_text_alone(
         check_source(made)
         assert bool(made.others()) is hf_class.endswith("ForConditionalGeneration")
         card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
-        assert ("| Copied as they are | vis" in card) is bool(made.others())
+        assert ("| Copied as they are |" in card) is bool(made.others())
 
 
 def test_options_and_receipt_must_agree_with_the_context(dense: Path, tmp_path: Path, command: Command) -> None:
