@@ -161,7 +161,11 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
         "Qwen3VLText",
         _OF_QWEN | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         {"rope_scaling": _AXES | {"mrope_interleaved": True}},
-        {},
+        {"image_token_id": 249, "vision_start_token_id": 248},
+    ),
+    "Qwen3_5": (
+        *("Qwen3_5Text", _OF_QWEN | {"num_position_embeddings": 16}),
+        *(QWEN35 | {"full_attention_interval": 2}, {"image_token_id": 249}),
     ),
     "Exaone4_5_": ("Exaone4", _OF_QWEN | {"num_key_value_heads": 2}, {"window": 5, "pad_token_id": 0}, {}),
     "Idefics3": ("Llama", _SEES, {"pad_token_id": 0}, {"scale_factor": 2, "image_token_id": 249}),

@@ -82,11 +82,11 @@ def run(args: argparse.Namespace) -> int:
     with open_dense(sources, non_expert_weights=args.non_expert_weights) as dense:
         size, text_only = args.max_shard_size, args.text_only
         done = convert(dense, args.output, spec, dtype=args.dtype, max_shard_bytes=size, text_only=text_only)
-    show(args, asdict(done), _text(done, str(dense.path), text_only))
+    show(args, asdict(done), _text(done, str(dense.path)))
     return 0
 
 
-def _text(done: Conversion, source: str, text_only: bool) -> str:
+def _text(done: Conversion, source: str) -> str:
     lines = [
         f"{done.output}: {done.hf_class}, {done.total_params / 1e9:.4g}B parameters ({done.active_params / 1e9:.4g}B"
         f" active), {done.dtype}, {done.bytes_total / 1e9:.4g} GB in {done.seconds:.3g} s",
@@ -100,7 +100,7 @@ def _text(done: Conversion, source: str, text_only: bool) -> str:
     if done.left_out:
         from nemo_upcycle.sources.base import left_out_text
 
-        why = "" if text_only else ": no class is known here that holds these around experts"
+        why = f": {done.unseen_because}" if done.unseen_because else ""
         lines.append(f"the text model alone, without {left_out_text(done.left_out)}{why}")
     lines += [f"not for every server: {caveat}" for caveat in done.caveats]
     if done.files_kept:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from nemo_upcycle.convert.safetensors_writer import as_bytes
+from nemo_upcycle.convert.whole import Whole
 from nemo_upcycle.init.methods import METHODS
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.mapping import as_written, constant_tensors
 from nemo_upcycle.models.sharding import float32_names, hf_shapes
-from nemo_upcycle.models.stacked import is_stacked
+from nemo_upcycle.models.stacked import as_in_file, is_stacked, is_turned
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.spec import UpcycleSpec
@@ -42,6 +43,7 @@ class Expansion:
         dense: the open dense checkpoint.
         spec: what to make of it.
         dtype: type of the result, in which it is scaled and changed, too.
+        whole: what stands around the text model, of which its class is then a part.
 
     Raises:
         SpecError: the spec does not fit, or no Hugging Face class can hold the model.
@@ -50,11 +52,13 @@ class Expansion:
     dense: DenseSource
     spec: UpcycleSpec
     dtype: torch.dtype
+    whole: Whole | None = None
 
     @cached_property
     def plan(self) -> ModelPlan:
         """What the upcycled model is made of."""
-        return ModelPlan.of(self.dense, self.spec)
+        plan = ModelPlan.of(self.dense, self.spec)
+        return replace(plan, moe_arch=self.whole.moe_arch) if self.whole else plan
 
     @property
     def moe_arch(self) -> Architecture:
@@ -81,8 +85,12 @@ class Expansion:
 
     @property
     def writers(self) -> int:
-        """Files to write at a time. Methods that compute use all cores for one, and hold whole matrices in memory."""
-        return 1 if METHODS[self.spec.method].computes else min(WRITERS, os.cpu_count() or 1)
+        """Files to write at a time. Methods that compute use all cores for one, and hold whole matrices in memory.
+
+        So does what is transposed.
+        """
+        holds = METHODS[self.spec.method].computes or any(map(is_turned, self.shapes))
+        return 1 if holds else min(WRITERS, os.cpu_count() or 1)
 
     def order(self, names: list[str]) -> list[str]:
         """Return the tensors of a file in the order in which they are written: copies of one slice are neighbours."""
@@ -108,7 +116,7 @@ class Expansion:
                 require_finite(router, copies[0][0], made=cast)
                 file.write(as_bytes(cast))
             else:
-                self._write_copies(file, plan, [expert for _, expert in copies])
+                self._write_copies(file, plan, copies)
             advance(len(copies))
 
     @cached_property
@@ -127,25 +135,27 @@ class Expansion:
             last = plan
         return [(plan, copies) for (plan, _), copies in found.items()]
 
-    def _write_copies(self, file: StreamedFile, plan: TensorPlan, experts: list[int]) -> None:
-        """Write the tensors that are made of the same dense slices."""
-        source = plan.source(self.dense)
-        if stored := self._unchanged(source, plan):
+    def _write_copies(self, file: StreamedFile, plan: TensorPlan, copies: list[tuple[str, int]]) -> None:
+        """Write the tensors that are made of the same dense slices; one that is transposed in the file as a whole."""
+        source, turned = plan.source(self.dense), is_turned(copies[0][0])
+        if stored := None if turned else self._unchanged(source, plan):
             for _ in self._blocks(source, plan):
                 pass  # it was checked
-            for _ in experts:
+            for _ in copies:
                 file.copy(stored)
             return
         sizes = [torch.Size([stop - start for start, stop in slice_.bounds]).numel() for slice_ in plan.slices]
-        kept = plan.method or sum(sizes) * self.dtype.itemsize <= KEPT_BYTES
+        kept = plan.method or turned or sum(sizes) * self.dtype.itemsize <= KEPT_BYTES
         blocks = list(self._blocks(source, plan)) if kept else None
-        if blocks and plan.method and len(blocks) > 1:
+        if blocks and (plan.method or turned) and len(blocks) > 1:
             blocks = [torch.cat(blocks)]
-        for expert in experts:
+        if blocks and turned and not plan.method:
+            blocks = [blocks[0].T.contiguous()]
+        for name, expert in copies:
             for block in blocks or self._blocks(source, plan):
                 own = block.clone() if plan.method else block
                 change_copies(plan, self.spec, source, [expert], [own])
-                file.write(as_bytes(own))
+                file.write(as_bytes(as_in_file(name, own) if plan.method else own))
 
     def _unchanged(self, source: DenseSource, plan: TensorPlan) -> ByteRange | None:
         """Return where in a file the bytes of the output stand already; None if they stand nowhere."""

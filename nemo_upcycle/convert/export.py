@@ -23,13 +23,15 @@ from nemo_upcycle.convert.safetensors_writer import (
     as_bytes,
     require_dtype,
 )
-from nemo_upcycle.convert.whole import CAVEAT, Whole
+from nemo_upcycle.convert.whole import CAVEAT, Whole, unseen_because
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class, server_caveats
 from nemo_upcycle.models.mapping import as_written, constant_tensors, hf_constants, mapping_of_hf, stored_as
 from nemo_upcycle.models.sharding import Shard, float32_names, hf_parts, hf_shapes, shard_shape
+from nemo_upcycle.models.stacked import as_in_file
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.sources.base import left_out, left_out_text
 from nemo_upcycle.sources.checks import require_finite, rounded
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.dtypes import dtype_name
@@ -82,7 +84,7 @@ def _write_tensors(weights: MegatronWeights, arch: Architecture, dtype: torch.dt
             tensor = constants[name] if name in constants else _hf_tensor(weights, name, arch)
             cast = tensor.to(torch.float32 if name in float32 else dtype)
             require_finite(tensor, name, made=cast)
-            file.write(as_bytes(cast))
+            file.write(as_bytes(as_in_file(name, cast)))
             advance(1)
 
     return write
@@ -134,36 +136,40 @@ def export_weights(
     """
     about = about or CardInfo()
     require_class(arch)
-    shapes, constants = hf_shapes(as_written(arch)), hf_constants(arch)
     require_dtype(dtype)
     require_apart(output, dense_folder)
     output = output.resolve()
+    whole = None if about.text_only or not arch.num_experts else Whole.of_folder(dense_folder, arch)
+    arch = whole.moe_arch if whole else arch
+    shapes, constants = hf_shapes(as_written(arch)), hf_constants(arch)
     stored = {}
     for name in (name for name in shapes if name not in constants):
         mapping, _, layer, expert = mapping_of_hf(name, arch)
         stored[name] = weights.dtype(stored_as(mapping, arch), layer, expert)
     float32 = float32_names(arch)
     lossy = list(rounded({name: own for name, own in stored.items() if name not in float32}, dtype))
-    whole = None if about.text_only or not arch.num_experts else Whole.of_folder(dense_folder)
-    sees, whole_class = whole is not None, whole.wrapper.hf_class if whole else ""
+    wrapper = whole.wrapper if whole else None
+    copied = {"Copied as they are": left_out_text(left_out(whole.others))} if whole else {}
     if plan is not None and whole:
         plan = plan | {"sees": True}
     with output_folder(output, MADE_BY, plan) as folder:
-        write_config(dense_folder, folder, arch, dtype, about.router_aux_loss, sees=sees)
-        tokenizer_files = copy_tokenizer_files(dense_folder, folder, sees=sees)
+        write_config(dense_folder, folder, arch, dtype, about.router_aux_loss, wrapper=wrapper)
+        tokenizer_files = copy_tokenizer_files(dense_folder, folder, sees=whole is not None)
         writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES, float32=float32, whole=whole)
         writer.write(folder, _write_tensors(weights, arch, dtype), f"export {output.name}")
         notes = [*about.notes, *server_caveats(arch), *((CAVEAT,) if whole else ())]
+        if arch.num_experts and not about.text_only and (why := unseen_because(dense_folder, arch)):
+            notes.append(f"the text model alone: {why}")
         write_card(
             folder,
             [dense_folder],
             arch,
             title=about.title or output.name,
             tool=MADE_BY,
-            facts={"Type": dtype_name(dtype), **about.facts},
+            facts={"Type": dtype_name(dtype), **about.facts} | copied,
             notes=[*lossy, *notes],
             parent=about.parent,
-            whole_class=whole_class,
+            whole_class=wrapper.hf_class if wrapper else "",
         )
         marker = {
             "made_by": MADE_BY,

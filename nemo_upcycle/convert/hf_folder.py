@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import both_ropes, moe_config
-from nemo_upcycle.models.wrapper import read_config
+from nemo_upcycle.models.wrapper import Wrapper, around_text, read_config
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import read_json, write_json
 
@@ -90,7 +90,7 @@ def write_config(
     dtype: torch.dtype,
     router_aux_loss: float | None = None,
     *,
-    sees: bool = False,
+    wrapper: Wrapper | None = None,
 ) -> None:
     """Write the `config.json` of `arch`, made from the parent's; no key of it makes a loader run code.
 
@@ -100,18 +100,17 @@ def write_config(
         arch: the model's architecture.
         dtype: type of its weights.
         router_aux_loss: see `moe_config`.
-        sees: whether the other parts of the parent are around it.
+        wrapper: the class around it, with the other parts of the parent.
     """
     config = _without_code(read_config(dense_folder))
     if arch.num_experts:
         config = moe_config(config, arch, router_aux_loss)
     else:
         config |= both_ropes(arch.rope_theta, arch.rope_scaling) | {"architectures": [arch.hf_class]}
-    whole = config
-    if sees:
-        parent = _without_code(read_json(dense_folder / "config.json"))
-        whole = parent | {"text_config": config, "tie_word_embeddings": False}  # its output layer is never tied
-    for settings in (config, whole):
+    written = [config]
+    if wrapper:
+        written.append(around_text(_without_code(read_json(dense_folder / "config.json")), config, wrapper))
+    for settings in written:
         settings["torch_dtype"] = dtype_name(dtype)
         settings.pop("dtype", None)
-    write_json(folder / "config.json", whole)
+    write_json(folder / "config.json", written[-1])

@@ -80,14 +80,16 @@ def write_card(
         parent: how the user named the first of the parents.
         whole_class: the class around the model, where the parent's other parts are.
     """
-    loads_as, around = whole_class or arch.hf_class, f" around {arch.hf_class}" if whole_class else ""
+    loads_as, around = whole_class or arch.hf_class, ""
+    if whole_class:
+        around = f"; its text model{'' if arch.hf_class == whole_class else f', {arch.hf_class}'}"
     names = [_hub_name(folder) for folder in parents]
     cards = [_front_matter(folder) for folder in parents]
     front = _front(names, cards, arch) | ({"pipeline_tag": "image-text-to-text"} if whole_class else {})
     addresses = [parent, *[None] * (len(parents) - 1)]
     rows = {
         "Made from": ", ".join(map(_called, parents, addresses, cards)),
-        "Class": f"{loads_as}{around}, {arch.total_params:,} parameters, {arch.active_params:,} active for a token",
+        "Class": f"{loads_as}{around}: {arch.total_params:,} parameters, {arch.active_params:,} active for a token",
         **_besides(arch),
         **facts,
         "Written by": f"{tool}, version {__version__}",

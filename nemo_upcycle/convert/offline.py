@@ -23,7 +23,7 @@ from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names, write_config
 from nemo_upcycle.convert.model_card import spec_fact, write_card
 from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
-from nemo_upcycle.convert.whole import CAVEAT, Whole
+from nemo_upcycle.convert.whole import CAVEAT, Whole, unseen_because
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.init.calibration_file import calibration_of
 from nemo_upcycle.models.families import server_caveats
@@ -85,6 +85,7 @@ class Conversion:
     needs_float32_routing: bool
     caveats: tuple[str, ...]
     left_out: dict[str, dict[str, int]]
+    unseen_because: str
     seconds: float
     peak_rss_gib: float
 
@@ -130,10 +131,10 @@ def convert(
     output = resolved(output)
     require_apart(output, *(source.path for source in dense.branches()))
     require_dtype(dtype := dtype or dense.dtype(mapping_of("embedding", dense.architecture).hf[0]))
-    expansion = Expansion(dense, spec, dtype)
-    moe_arch = expansion.moe_arch
     _check_folder(dense)
-    whole = None if text_only else Whole.of(dense)
+    whole = None if text_only else Whole.of(dense, dense.architecture.upcycled(spec))
+    expansion = Expansion(dense, spec, dtype, whole)
+    moe_arch = expansion.moe_arch
     if not is_complete(output) and not aside_of(output).exists():  # else less is missing, which the writer counts
         # before names are listed, which takes long for very many experts
         require_disk(
@@ -179,8 +180,9 @@ def convert(
         bytes_read=dense.bytes_read - bytes_before,
         max_shard_bytes=max_shard_bytes,
         needs_float32_routing=needs_float32_routing(dense.architecture, spec),
-        caveats=_caveats(expansion, whole),
-        left_out={} if whole else left_out(dense),
+        caveats=_caveats(expansion),
+        left_out=left_out(other for other in dense.others() if whole is None or other not in whole.others),
+        unseen_because="" if text_only else unseen_because(dense.path, moe_arch),
         seconds=round(time.monotonic() - start_s, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     )
@@ -235,13 +237,13 @@ def _finish(
     start = f"not the parent's function: {'; '.join(reasons)}" if reasons else "the parent's function, up to rounding"
     facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Computes": start}
     dense, moe_arch = expansion.dense, expansion.moe_arch
-    if parts := left_out(dense):
-        facts["Copied as they are" if writer.whole else "Left out"] = left_out_text(parts)
+    if parts := left_out(dense.others()):
+        facts["Copied as they are" if expansion.whole else "Left out"] = left_out_text(parts)
     parents = [source.path for source in dense.branches()]
-    whole, tool = writer.whole, "nemo-upcycle convert"
-    notes, name = _caveats(expansion, whole), whole.wrapper.hf_class if whole else ""
+    whole, tool = expansion.whole, "nemo-upcycle convert"
+    notes, name = _caveats(expansion), whole.wrapper.hf_class if whole else ""
     write_card(folder, parents, moe_arch, title=title, tool=tool, facts=facts, notes=notes, whole_class=name)
-    write_config(dense.path, folder, moe_arch, expansion.dtype, sees=whole is not None)
+    write_config(dense.path, folder, moe_arch, expansion.dtype, wrapper=whole.wrapper if whole else None)
     tokenizer_files = copy_tokenizer_files(dense.path, folder, sees=whole is not None)
     marker = {
         "tensors": writer.tensors,
@@ -252,8 +254,8 @@ def _finish(
     write_json(folder / MODEL_MARKER, marker)
 
 
-def _caveats(expansion: Expansion, whole: Whole | None) -> tuple[str, ...]:
-    return (*server_caveats(expansion.moe_arch), *((CAVEAT,) if whole else ()))
+def _caveats(expansion: Expansion) -> tuple[str, ...]:
+    return (*server_caveats(expansion.moe_arch), *((CAVEAT,) if expansion.whole else ()))
 
 
 def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 
 from nemo_upcycle.convert.whole import Whole, copy_others
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.models.stacked import is_stacked, tensor_of
+from nemo_upcycle.models.stacked import is_stacked, shape_in_file, tensor_of
 from nemo_upcycle.models.wrapper import INDEX
 from nemo_upcycle.sources.base import OtherTensor
 from nemo_upcycle.utils.dtypes import dtype_name
@@ -66,7 +66,7 @@ def safetensors_header(
     offset = 0
     for tensor, parts in itertools.groupby(names, tensor_of):
         first, *others = parts
-        shape = [1 + len(others)] * is_stacked(first) + list(shapes[first])
+        shape = [1 + len(others)] * is_stacked(first) + list(shape_in_file(first, shapes[first]))
         own = torch.float32 if first in float32 else dtype
         stop = offset + torch.Size(shape).numel() * own.itemsize
         entries[called(tensor)] = {"dtype": _DTYPE_NAMES[own], "shape": shape, "data_offsets": [offset, stop]}

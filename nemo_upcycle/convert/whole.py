@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_upcycle.models.wrapper import Wrapper, tensor_names, wrapper_of
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import find_family
+from nemo_upcycle.models.wrapper import MTP, Wrapper, tensor_names, wrapper_of
 from nemo_upcycle.sources.base import DenseSource, OtherTensor
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
@@ -20,37 +22,49 @@ CAVEAT = "vLLM, SGLang, llama.cpp: none was tried with experts in a model that s
 
 @dataclass(frozen=True)
 class Whole:
-    """The parts beside a text model, and how its tensors are called among them.
+    """The parts beside a text model of experts, and how its tensors are called among them.
 
     Args:
         wrapper: the class around it.
         others: their tensors.
         body: what the names of the text model's tensors begin with, but for the output layer's.
+        moe_arch: the text model as the class has it.
     """
 
     wrapper: Wrapper
     others: tuple[OtherTensor, ...]
     body: str
+    moe_arch: Architecture
 
     @classmethod
-    def of(cls, dense: DenseSource) -> Whole | None:
-        """Find the parts beside a parent's text model; None without any, or where its class takes no experts."""
-        wrapper = wrapper_of(read_json(dense.path / "config.json"))
-        names = tensor_names(dense.path) if wrapper and wrapper.takes_experts and dense.others() else None
-        if wrapper is None or names is None:
+    def of(cls, dense: DenseSource, moe_arch: Architecture) -> Whole | None:
+        """Find what stands beside a parent's text model; None for nothing, or where `unseen_because` says why.
+
+        Args:
+            dense: the parent.
+            moe_arch: what is made of its text model.
+        """
+        parent = wrapper_of(read_json(dense.path / "config.json"))
+        names = tensor_names(dense.path)
+        if parent is None or names is None or not dense.others() or unseen_because(dense.path, moe_arch):
             return None
-        found = (name for name in names if name.endswith(_EMBEDDING) and not wrapper.part_of(name))
+        found = (name for name in names if name.endswith(_EMBEDDING) and not parent.part_of(name))
         body = next(found, f"model.{_EMBEDDING}").removesuffix(_EMBEDDING)
-        return cls(wrapper, tuple(dense.others()), body)
+        wrapper = parent.around_experts
+        assert wrapper
+        own = find_family(wrapper.hf_class)  # where its text model has no class of its own
+        moe_arch = replace(moe_arch, hf_class=own.hf_class) if own else moe_arch
+        others = tuple(other for other in dense.others() if other.part != MTP)
+        return cls(wrapper, others, body, moe_arch)
 
     @classmethod
-    def of_folder(cls, dense: Path) -> Whole | None:
+    def of_folder(cls, dense: Path, moe_arch: Architecture) -> Whole | None:
         """Return the same of a parent's Hugging Face folder; None where that has no weights, too."""
         config = dense / "config.json"
         if not config.is_file() or wrapper_of(read_json(config)) is None or tensor_names(dense) is None:
             return None
         with SafetensorsFolder(dense) as parent:
-            return cls.of(parent)
+            return cls.of(parent, moe_arch)
 
     @property
     def size_bytes(self) -> int:
@@ -62,6 +76,24 @@ class Whole:
         if name.startswith("model."):
             return self.body + name.removeprefix("model.")
         return f"language_model.{name}" if self.body == "language_model.model." else name
+
+
+def unseen_because(dense: Path, moe_arch: Architecture) -> str:
+    """Say why no class holds what stands beside a parent's text model around experts; "" if one does, or for nothing.
+
+    Args:
+        dense: the parent's Hugging Face folder.
+        moe_arch: what is made of its text model.
+    """
+    config = dense / "config.json"
+    parent = wrapper_of(read_json(config)) if config.is_file() else None
+    if not parent:
+        return ""
+    if not (wrapper := parent.around_experts):
+        return f"no class is known here that holds {' and '.join(parent.parts)} around experts"
+    family = find_family(wrapper.hf_class)
+    reasons = ", ".join(family.unsupported(moe_arch)) if family else ""
+    return f"{wrapper.hf_class} has no place for {reasons}" if reasons else ""
 
 
 def copy_others(file: StreamedFile, others: list[OtherTensor], advance: Callable[[int], None]) -> None:

@@ -38,12 +38,10 @@ def _family_of(config: Any, where: str) -> Family:
         raise CheckpointError(
             where, got=type(config).__name__, expected="a model's configuration", fix="correct config.json"
         )
-    names = config.get("architectures")
+    names, kind = config.get("architectures"), str(config.get("model_type"))
     if names is None:  # a config of transformers' own, before a model was saved with it
-        kinds = {one.model_type: one for one in (*targets(), *parents())}
-        family = kinds.get(str(config.get("model_type")))
+        family = find_family("", kind)
     else:
-        kind = str(config.get("model_type"))
         family = find_family(str(names[0]), kind) if isinstance(names, list) and len(names) == 1 else None
     if family is None:
         raise _unknown(config, where)

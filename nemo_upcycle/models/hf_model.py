@@ -17,8 +17,9 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hf_config import read_architecture, rope_settings
-from nemo_upcycle.models.mapping import mapping_of_hf
-from nemo_upcycle.models.sharding import hf_shapes
+from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
+from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
+from nemo_upcycle.models.stacked import lies_turned, stacks
 from nemo_upcycle.models.wrapper import INDEX, SINGLE, Wrapper, read_config, wrapper_of
 from nemo_upcycle.utils.files import read_json
 
@@ -179,12 +180,21 @@ def _state_dict(folder: Path, wrapper: Wrapper | None, theirs: Family | None) ->
         with safe_open(folder / file, "pt") as opened:
             names = opened.keys()
             for name in (name for name in names if not (wrapper and wrapper.part_of(name))):
-                called = wrapper.text_name(name) if wrapper else name
-                if theirs:
-                    mapping, part, layer, _ = mapping_of_hf(called, arch)
-                    called = theirs.names[mapping.role][part].format(layer=layer)
-                tensors[called] = opened.get_tensor(name)
-    return tensors
+                tensors[wrapper.text_name(name) if wrapper else name] = opened.get_tensor(name)
+    return dict(_renamed(tensors, arch, theirs)) if theirs else tensors
+
+
+def _renamed(tensors: dict[str, Any], arch: Architecture, theirs: Family) -> Iterator[tuple[str, Any]]:
+    """Yield tensors as another class has them, each expert's apart."""
+    experts = stacks(hf_names(arch))
+    for name, tensor in tensors.items():
+        for expert, own in enumerate(experts.get(name, [name])):
+            mapping, part, layer, _ = mapping_of_hf(own, arch)
+            one = tensor[expert] if name in experts else tensor
+            one = one.T if lies_turned(own, tuple(one.shape), tensor_shape(mapping, part, arch)) else one
+            names = dict.fromkeys(theirs.names[mapping.role][each] for each in mapping.together(part))
+            for called, piece in zip(names, one.chunk(len(names)), strict=True):
+                yield called.format(layer=layer, expert=expert), piece
 
 
 def other_special_tokens(tokenizer: Any) -> list[str]:

@@ -1,14 +1,29 @@
 """Tensors of a Hugging Face folder that hold all experts of a layer: `NAME[3]` stands for expert 3 of the tensor NAME.
 
-Nothing but what reads and writes the files knows that these are parts of one tensor, one behind the other.
+`NAME[3].T` stands for one that lies there transposed. Nothing but what reads and writes the files knows that these are
+parts of one tensor, one behind the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import torch
+
+_TURNED = "].T"
+
 
 def is_stacked(name: str) -> bool:
     """Return whether a name is one of an expert in a tensor of all."""
-    return name.endswith("]")
+    return name.endswith(("]", _TURNED))
+
+
+def is_turned(name: str) -> bool:
+    """Return whether a name is one of an expert that lies transposed in a tensor of all."""
+    return name.endswith(_TURNED)
 
 
 def tensor_of(name: str) -> str:
@@ -19,3 +34,32 @@ def tensor_of(name: str) -> str:
         'block_sparse_moe.input_linear.weight'
     """
     return name.rpartition("[")[0] if is_stacked(name) else name
+
+
+def stacks(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group the names of experts in tensors of all by these tensors, in the order of the experts."""
+    found: dict[str, list[str]] = {}
+    for name in filter(is_stacked, names):
+        found.setdefault(tensor_of(name), []).append(name)
+    return found
+
+
+def shape_in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a tensor as it lies in the file."""
+    return shape[::-1] if is_turned(name) else shape
+
+
+def lies_turned(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Return whether an expert lies transposed in a file: of what transformers 5 saved again none does.
+
+    Args:
+        name: its name.
+        stored: its shape in the file.
+        shape: its own.
+    """
+    return is_turned(name) and stored != shape
+
+
+def as_in_file(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as it lies in the file."""
+    return tensor.T if is_turned(name) else tensor

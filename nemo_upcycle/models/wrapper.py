@@ -70,6 +70,7 @@ class Wrapper:
         parts: how the names of its other parts begin.
         takes_experts: whether it makes its text model by the `model_type` of that one's settings: then also one of
             experts.
+        moe_class: the class around one of experts, where it is another.
     """
 
     hf_class: str
@@ -77,6 +78,12 @@ class Wrapper:
     text_type: str
     parts: tuple[str, ...]
     takes_experts: bool = False
+    moe_class: str = ""
+
+    @property
+    def around_experts(self) -> Wrapper | None:
+        """The class around a text model of experts; None where no class is known."""
+        return self if self.takes_experts else next((one for one in WRAPPERS if one.hf_class == self.moe_class), None)
 
     def part_of(self, name: str) -> str | None:
         """Return which of the other parts a tensor belongs to; None for the text model."""
@@ -95,16 +102,22 @@ class Wrapper:
         return PREFIXES.get(old, "") + name.removeprefix(old)
 
 
+#: Layers that predict further tokens: of a dense network, so that they do not go with experts.
+MTP = "mtp"
 _LLAVA, _QWEN, _IDEFICS = ("vision_tower", "multi_modal_projector"), ("visual",), ("vision_model", "connector")
+_QWEN35, _QWEN35_MOE = "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"
+_QWEN3, _QWEN3_MOE = "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"
 WRAPPERS = (
     Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral", _LLAVA, takes_experts=True),
     Wrapper("LlavaForConditionalGeneration", "llava", "llama", _LLAVA, takes_experts=True),
     Wrapper("InternVLForConditionalGeneration", "internvl", "qwen2", _LLAVA, takes_experts=True),
     Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text", _LLAVA),
     Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text", _QWEN),
-    Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3_vl_text", _QWEN),
-    Wrapper("Qwen3_5ForConditionalGeneration", "qwen3_5", "qwen3_5_text", (*_QWEN, "mtp")),
-    Wrapper("Exaone4_5_ForConditionalGeneration", "exaone4_5", "exaone4", (*_QWEN, "mtp")),
+    Wrapper(_QWEN3, "qwen3_vl", "qwen3_vl_text", _QWEN, moe_class=_QWEN3_MOE),
+    Wrapper(_QWEN3_MOE, "qwen3_vl_moe", "qwen3_vl_moe_text", _QWEN, moe_class=_QWEN3_MOE),
+    Wrapper(_QWEN35, "qwen3_5", "qwen3_5_text", (*_QWEN, MTP), moe_class=_QWEN35_MOE),
+    Wrapper(_QWEN35_MOE, "qwen3_5_moe", "qwen3_5_moe_text", (*_QWEN, MTP), moe_class=_QWEN35_MOE),
+    Wrapper("Exaone4_5_ForConditionalGeneration", "exaone4_5", "exaone4", (*_QWEN, MTP)),
     Wrapper("Idefics3ForConditionalGeneration", "idefics3", "llama", _IDEFICS, takes_experts=True),
     Wrapper("SmolVLMForConditionalGeneration", "smolvlm", "llama", _IDEFICS, takes_experts=True),
 )
@@ -151,6 +164,30 @@ def text_settings(config: Any, where: str) -> Any:
     if config.get("tie_word_embeddings") is not None:
         text["tie_word_embeddings"] = config["tie_word_embeddings"]
     return text | {"model_type": _SAME.get(kind, kind)}
+
+
+def around_text(whole: dict[str, Any], text: dict[str, Any], wrapper: Wrapper) -> dict[str, Any]:
+    """Return the `config.json` of a model that sees, with another text model.
+
+    Args:
+        whole: that of its parent.
+        text: settings of the new text model, as if it stood alone; they get what the class around adds.
+        wrapper: the class around it.
+    """
+    old, config = str(whole.get("model_type")), whole | {"architectures": [wrapper.hf_class]}
+    said = whole.get("text_config", whole)
+    axes = {key: rope[key] for rope in map(said.get, _ROPES) if rope for key in _OF_PICTURES if key in rope}
+    text |= {key: {"rope_type": "default"} | (text.get(key) or {}) | axes for key in _ROPES if axes}
+    if text["architectures"] == config["architectures"]:
+        del text["architectures"]
+    # The class of each part is named after that of the whole.
+    for key, part in whole.items():
+        if isinstance(part, dict) and (kind := str(part.get("model_type"))).startswith(old):
+            config[key] = part | {"model_type": wrapper.model_type + kind.removeprefix(old)}
+    # Its output layer is never tied.
+    return config | {"model_type": wrapper.model_type, "text_config": text, "tie_word_embeddings": False}
+    (Wrapper(_QWEN35, "qwen3_5", "qwen3_5_text", (*_QWEN, MTP), moe_class=_QWEN35_MOE),)
+    (Wrapper(_QWEN35_MOE, "qwen3_5_moe", "qwen3_5_moe_text", (*_QWEN, MTP), moe_class=_QWEN35_MOE),)
 
 
 def _ropes(text: dict[str, Any]) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def make_receipt(
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         balancing_bias=balancing_bias(_unwrap(chunk).config),
         exact_masters=all(kept_values(parameter) is not None for plan in plans for parameter in plan.quantized),
-        left_out=left_out(dense),
+        left_out=left_out(dense.others()),
         calibration={"path": str(calibration.path), "sha256": calibration.sha256} if calibration else {},
     )
 

@@ -95,17 +95,17 @@ class DenseSource(Protocol):
     ) -> None: ...
 
 
-def left_out(dense: DenseSource) -> dict[str, dict[str, int]]:
+def left_out(others: Iterable[OtherTensor]) -> dict[str, dict[str, int]]:
     """Count what an upcycled text model leaves out of its parent's files.
 
     Args:
-        dense: the open checkpoint.
+        others: the tensors beside the text model.
 
     Returns:
         Part -> its `tensors` and `bytes`; empty where there is but the text model.
     """
     parts: dict[str, dict[str, int]] = {}
-    for other in dense.others():
+    for other in others:
         count = parts.setdefault(other.part, {"tensors": 0, "bytes": 0})
         count["tensors"] += 1
         count["bytes"] += other.size_bytes

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.models.mapping import hf_names
-from nemo_upcycle.models.stacked import is_stacked, tensor_of
+from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
+from nemo_upcycle.models.sharding import tensor_shape
+from nemo_upcycle.models.stacked import lies_turned, stacks
 from nemo_upcycle.models.wrapper import INDEX, SINGLE, wrapper_of
 from nemo_upcycle.sources.base import DenseSource, Index, OtherTensor
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, TensorFiles, row_major
@@ -126,16 +127,21 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
         self.files = MappedFiles(folder)
         for file, names in _files_of(folder).items():
             self._add_file(file, names)
-        for name in {tensor_of(name) for name in hf_names(self.architecture) if is_stacked(name)} & set(self._tensors):
-            self._add_experts(name, self._tensors.pop(name))
+        for name, experts in stacks(hf_names(self.architecture)).items():
+            if name in self._tensors:
+                self._add_experts(name, experts, self._tensors.pop(name))
 
-    def _add_experts(self, name: str, whole: Stored) -> None:
-        count, *shape = whole.shape
+    def _add_experts(self, name: str, experts: list[str], whole: Stored) -> None:
+        count, *rest = whole.shape
+        shape = tuple(rest)
+        part = replace(whole, shape=shape, stride=row_major(shape))
+        mapping, first, *_ = mapping_of_hf(experts[0], self.architecture)
+        if lies_turned(experts[0], shape, tensor_shape(mapping, first, self.architecture)):
+            part = replace(part, shape=shape[::-1], stride=part.stride[::-1])
         part_bytes = math.prod(shape) * whole.dtype.itemsize
-        for expert in range(count):
-            start_byte = whole.start_byte + expert * part_bytes
-            part = replace(whole, shape=tuple(shape), stride=row_major(tuple(shape)), start_byte=start_byte)
-            self._tensors[f"{name}[{expert}]"] = part
+        names = experts if count == len(experts) else [f"{name}[{expert}]" for expert in range(count)]
+        for expert, called in enumerate(names):
+            self._tensors[called] = replace(part, start_byte=whole.start_byte + expert * part_bytes)
 
     def _add_file(self, file: str, names: set[str]) -> None:
         path = self.path / file

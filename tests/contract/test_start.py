@@ -7,14 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import transformers
 
 from nemo_upcycle.data.environment import data_python
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json
 from tests.models import write_llama, write_qwen3, write_tokenizer
+from tests.parents import write_wrapped
 from tests.waiting import HANG_S
 
 
@@ -23,7 +26,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 @pytest.mark.parametrize(
     "write",
-    [pytest.param(write_llama, id="llama"), pytest.param(write_qwen3, id="qwen3", marks=pytest.mark.weekly)],
+    [
+        pytest.param(write_llama, id="llama"),
+        pytest.param(write_qwen3, id="qwen3", marks=pytest.mark.weekly),
+        pytest.param(partial(write_wrapped, kind="Mistral3"), id="mistral3", marks=pytest.mark.weekly),
+        pytest.param(partial(write_wrapped, kind="Qwen3VL"), id="qwen3_vl", marks=pytest.mark.weekly),
+    ],
 )
 def test_a_model_and_texts_end_in_a_report(tmp_path: Path, write: object) -> None:
     try:
@@ -46,7 +54,10 @@ def test_a_model_and_texts_end_in_a_report(tmp_path: Path, write: object) -> Non
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     run = tmp_path / "mine/run"
     assert read_json(run / "receipt.json")["within_tolerance"] is True
-    assert (run / "hf/config.json").is_file()
+    parent, made = (read_json(folder / "config.json") for folder in (tmp_path / "parent", run / "hf"))
+    assert made.get("vision_config", {}).keys() == parent.get("vision_config", {}).keys()
+    _, found = getattr(transformers, *made["architectures"]).from_pretrained(run / "hf", output_loading_info=True)
+    assert not any(found.values()), found
     report = (run / "report.md").read_text(encoding="utf-8")
     assert "bits per byte" in report
     for stage in ("pretrain", "dense_ct"):

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.init.experts import BLOCK
+from nemo_upcycle.models.layer_settings import window_fields
 from tests.distributed.gather import GlobalShard, gather, global_shards
 from tests.distributed.ranks import run_ranks
 from tests.models import build_chunks, moe_settings, write_llama, write_olmo2, write_phi3, write_qwen3
-from tests.parents import write_mixtral, write_moe, write_qwen3_moe
+from tests.parents import write_mixtral, write_moe, write_qwen3_moe, write_wrapped
 from tests.tiers import quick
 from tests.unit.calibration.samples import made
 
@@ -44,6 +46,10 @@ def _write_qwen2_moe(folder: Path, **sizes: Any) -> Path:
     return write_moe(folder, "Qwen2Moe", **(sizes | {"num_attention_heads": 4}))
 
 
+def _write_seeing(folder: Path, **settings: Any) -> Path:
+    return write_wrapped(folder, **(settings | {"num_attention_heads": 4}))
+
+
 WRITERS = {
     "qwen3": write_qwen3,
     "olmo2": write_olmo2,
@@ -51,6 +57,12 @@ WRITERS = {
     "mixtral": write_mixtral,
     "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=2 * BLOCK + 128),
     "qwen2_moe": _write_qwen2_moe,
+}
+#: Text models among other parts, and the class of the text model where it is not the usual one.
+SEEING = {"Mistral3": "", "Ministral3": "Mistral3", "Qwen2_5_VL": "", "Qwen3VL": "", "Gemma3": "", "Exaone4_5_": ""}
+SEEING = {name: around for name, around in SEEING.items() if hasattr(transformers, f"{name}Config")}
+WRITERS |= {
+    name: partial(_write_seeing, kind=around or name, text=name if around else "") for name, around in SEEING.items()
 }
 COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
@@ -72,7 +84,7 @@ CASES = {
     "shared": ("untied", UpcycleSpec(**GRANULAR, shared_experts=1, method="drop")),
     "mixed": ("tied", UpcycleSpec(**GRANULAR, moe_layers=(0, 3), method="noise")),
     "from data": ("untied", FROM_DATA),
-}
+} | {name: (name, UpcycleSpec(**COPIES)) for name in SEEING}
 LAYOUTS: list[tuple[int, dict[str, int], dict[str, Any]]] = [
     (2, {}, {}),  # two data-parallel replicas
     (2, {"tp": 2}, {}),  # with sequence parallelism, as every layout with tensor parallelism here
@@ -101,7 +113,7 @@ def _upcycle(folder: str, layout: dict[str, int], changes: dict[str, Any], cases
         with open_dense(f"{folder}/{parent}") as dense:
             if spec.needs_calibration:
                 spec = replace(spec, calibration=f"{folder}/{parent}.file")
-            settings = moe_settings(dense.architecture, spec) | changes
+            settings = moe_settings(dense.architecture, spec) | window_fields(dense.architecture) | changes
             chunks = build_chunks(dense.architecture, layout=layout, **settings)
             receipt = upcycle_into(chunks, dense, spec)
         answers[name] = {

@@ -36,6 +36,7 @@ _MODULES = (
     "qwen3_5",
     "mixtral",
     "qwen3_moe",
+    "qwen3_vl_moe",
     "glm4_moe",
     "qwen2_moe",
     "flex_olmo",
@@ -78,12 +79,14 @@ for _module in _MODULES:
 
 
 def find_family(hf_class: str, model_type: str = "") -> Family | None:
-    """Return the family of a Hugging Face class; None for a class that is not known, and for none ("").
+    """Return the family of a Hugging Face class; None for a class that is not known.
 
     Args:
-        hf_class: the class.
+        hf_class: the class; without one ("") the other says it.
         model_type: what `config.json` has beside it, see `Family.computed_as`.
     """
+    if not hf_class:
+        return next((one for one in (*parents(), *_FAMILIES.values()) if one.model_type == model_type), None)
     kinds = {(one.computed_as, one.model_type): one for one in _FAMILIES.values() if one.computed_as}
     return kinds.get((hf_class, model_type)) or _FAMILIES.get(hf_class)
 
@@ -106,8 +109,8 @@ def parents() -> list[Family]:
 
 
 def targets() -> list[MoeFamily]:
-    """Return the families of MoE models."""
-    return [family for family in _FAMILIES.values() if isinstance(family, MoeFamily)]
+    """Return the families of MoE models that stand alone."""
+    return [family for family in _FAMILIES.values() if isinstance(family, MoeFamily) and not family.only_among_others]
 
 
 def check_parent(arch: Architecture, where: str) -> None:

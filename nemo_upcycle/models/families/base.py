@@ -100,7 +100,7 @@ class Family:
         model_type: the `model_type` beside it.
         names: role in the mapping table -> names of the tensors, one for each part of the role's `ParamMapping`, the
             same for parts that one tensor holds; `{layer}` and `{expert}` stand for numbers. A name that ends in
-            `[{expert}]` is one of an expert in a tensor of all.
+            `[{expert}]` is one of an expert in a tensor of all, in `[{expert}].T` of one that lies there transposed.
         defaults: what its `config.json` leaves unsaid, under Llama's names: the defaults of transformers'
             configuration class, and what the class fixes (`qkv_bias`, `zero_centered_norm`, `scaled_embedding`).
         spelling: its own name of a setting -> Llama's, where they differ.
@@ -246,11 +246,13 @@ class MoeFamily(Family, ABC):
         router_score: what the class sends the router's logits through, as in `UpcycleSpec`.
         has_attention_bias: whether it reads `attention_bias`: of query, key, value and the output, all or none.
         no_parent_because: why a model of the class gets no more experts; "" if it can.
+        only_among_others: whether it is the text model of a class that has other parts, and of none without them.
     """
 
     router_score: str = "softmax"
     has_attention_bias: bool = False
     no_parent_because: str = ""
+    only_among_others: bool = False
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
         """Yield what the class cannot hold of an MoE model."""

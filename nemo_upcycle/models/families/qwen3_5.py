@@ -84,4 +84,5 @@ FAMILY = _Qwen35(
     defaults=DEFAULTS,
     hf_offsets=OFFSETS,
     has_partial_rotary=True,
+    own_settings=("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
 )

@@ -11,8 +11,11 @@ from nemo_upcycle.models.families.base import COMMON_DEFAULTS
 from nemo_upcycle.models.families.routed import ROUTED_NAMES, RoutedFamily
 
 
-class _Qwen3Moe(RoutedFamily):
+class Qwen3Moe(RoutedFamily):
+    """Classes of Qwen3's MoE models."""
+
     def limits(self, arch: Architecture) -> dict[str, bool]:
+        """See `MoeFamily.limits`."""
         return super().limits(arch) | {
             "no norms of query and key": not arch.qk_norm,
             "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
@@ -21,6 +24,7 @@ class _Qwen3Moe(RoutedFamily):
         }
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
+        """See `MoeFamily.caveats`."""
         yield from super().caveats(arch)
         if not arch.norm_topk:
             yield "llama.cpp: it divides the chosen experts' weights by their sum, so its tokens differ"
@@ -29,10 +33,11 @@ class _Qwen3Moe(RoutedFamily):
             yield "llama.cpp: it knows no bias of the attention's output in this class"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        """See `MoeFamily.expert_settings`."""
         return super().expert_settings(arch) | ({"attention_bias": True} if arch.attention_out_bias else {})
 
 
-FAMILY = _Qwen3Moe(
+FAMILY = Qwen3Moe(
     title="Qwen3-MoE",
     hf_class="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",

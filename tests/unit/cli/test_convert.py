@@ -14,7 +14,7 @@ from nemo_upcycle.cli.common import file_size
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MODEL_MARKER
-from tests.parents import write_moe
+from tests.parents import write_moe, write_wrapped
 from tests.tiers import quick
 from tests.unit.cli.conftest import Command, refused
 
@@ -40,6 +40,26 @@ def test_it_is_told_how_exact_the_result_is(
     typed = ["convert", str(dense), str(tmp_path / "moe"), *(word.replace("DENSE", str(dense)) for word in more)]
     assert command.values(*typed).items() >= facts.items()
     assert said in command.text(*typed)
+
+
+@pytest.mark.parametrize(
+    ("more", "said", "alone"),
+    [
+        ((), ": Qwen3VLMoeForConditionalGeneration, 0.000", False),
+        (("--text-only",), "without visual (39 tensors, 412160 bytes)", True),
+        (("--router-order", "softmax_topk"), "ForConditionalGeneration has no place for expert weights that do", True),
+        (("--granularity", "3"), "has no place for experts as wide as the hidden size, or half as wide", True),
+    ],
+)
+def test_a_parent_that_sees_is_written_whole_or_it_says_why_not(
+    tmp_path: Path, command: Command, more: tuple[str, ...], said: str, alone: bool
+) -> None:
+    folder = write_wrapped(tmp_path / "dense", "Qwen3VL")
+    typed = ["convert", str(folder), str(tmp_path / "moe"), "--experts", "6", "--top-k", "3", *more]
+    text, found = command.text(*typed), command.values(*typed)
+    assert said in text
+    assert ("the text model alone, without visual" in text, bool(found["left_out"])) == (alone, alone)
+    assert (found["hf_class"] == "Qwen3MoeForCausalLM", bool(found["unseen_because"])) == (alone, more[1:] != ())
 
 
 @pytest.mark.parametrize(

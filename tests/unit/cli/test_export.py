@@ -11,7 +11,10 @@ import pytest
 
 from nemo_upcycle.convert.found import find_checkpoint
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.sources.checks import check_source
+from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import MARKER, MODEL_MARKER
+from tests.parents import write_wrapped
 from tests.unit.cli.conftest import Command, refused
 from tests.unit.convert.exports import SPEC, write_checkpoint
 from tests.unit.sources.test_checkpoint_context import _megatron
@@ -92,6 +95,32 @@ def test_what_no_tensor_shows_must_be_said(typed: tuple[str, ...], tmp_path: Pat
     assert not (tmp_path / "hf").exists()
     command.text(*typed, *SAID[:-1], "softmax_topk")
     assert json.loads((tmp_path / "hf/config.json").read_text())["norm_topk_prob"] is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "hf_class", "note"),
+    [
+        ("Qwen3VL", (), "Qwen3VLMoeForConditionalGeneration", "none was tried with experts in a model that sees"),
+        ("Qwen3VL", ("--text-only",), "Qwen3MoeForCausalLM", ""),
+        ("Mistral3", (), "Mistral3ForConditionalGeneration", "none was tried with experts in a model that sees"),
+        ("Mistral3", ("--text-only",), "MixtralForCausalLM", ""),
+        ("Qwen2_5_VL", (), "Qwen2MoeForCausalLM", "the text model alone: no class is known here that holds visual"),
+    ],
+)
+def test_a_parent_that_sees_is_exported_whole_or_its_text_alone(
+    tmp_path: Path, command: Command, kind: str, more: tuple[str, ...], hf_class: str, note: str
+) -> None:
+    dense = write_wrapped(tmp_path / "dense", kind)
+    checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
+    typed = ("export", str(checkpoint), str(tmp_path / "hf"), "--dense", str(dense), *SAID, *more)
+    found = command.values(*typed)
+    assert found["hf_class"] == hf_class
+    assert note in " ".join(found["notes"])
+    with SafetensorsFolder(tmp_path / "hf") as made:
+        check_source(made)
+        assert bool(made.others()) is hf_class.endswith("ForConditionalGeneration")
+        card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
+        assert ("| Copied as they are |" in card) is bool(made.others())
 
 
 def test_options_and_receipt_must_agree_with_the_context(dense: Path, tmp_path: Path, command: Command) -> None:

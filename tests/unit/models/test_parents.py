@@ -112,7 +112,7 @@ PARENTS = {
     "Gemma 3": Parent(write_gemma3, ""),
     "Gemma 3 that sees": Parent(partial(write_wrapped, kind="Gemma3", tied=True), ""),
     "LLaVA": Parent(partial(write_wrapped, kind="Llava", tied=True), "MixtralForCausalLM"),
-    "Qwen3-VL": Parent(partial(write_wrapped, kind="Qwen3VL"), "Qwen3MoeForCausalLM", FINE),
+    "Qwen3-VL": Parent(partial(write_wrapped, kind="Qwen3VL"), "Qwen3VLMoeForConditionalGeneration", FINE),
     "Qwen2": Parent(partial(write_qwen2, tied=True, layers=2), "Qwen2MoeForCausalLM", FINE),
     "Qwen3, YaRN": Parent(partial(write_qwen3, layers=2, rope_scaling=YARN), "Qwen3MoeForCausalLM"),
     "Qwen3, biases": Parent(
@@ -151,6 +151,9 @@ PARENTS = {
     ),
 }
 WEEKLY = {
+    "Qwen3-VL, drop": Parent(
+        partial(write_wrapped, kind="Qwen3VL"), "Qwen3VLMoeForConditionalGeneration", FINE | {"method": "drop"}
+    ),
     "OLMo 3, windows everywhere": Parent(partial(write_olmo3, layer_types=["sliding_attention"] * 4), ""),
     "OLMo 3, YaRN": Parent(partial(write_olmo3, rope_scaling=YARN | {"attention_factor": 1.2}), ""),
     "Phi-3.5, short": Parent(
