@@ -50,6 +50,11 @@ write_seed_oss = partial(write_class, "SeedOss", pad_token_id=0)
 write_cwm = partial(write_class, "Cwm", window=5, pad_token_id=0)
 
 
+#: Granite's multipliers, but that logits are multiplied, and norms on both sides: transformers 5 alone has the class.
+CLOVA = GRANITE | {"logits_scaling": 0.15}
+write_hyperclovax = partial(write_class, "HyperCLOVAX", layers=2, head_dim=None, pad_token_id=0, **CLOVA)
+#: Networks without a gate.
+write_arcee = partial(write_class, "Arcee", layers=2, bos_token_id=1, eos_token_id=2)
 def write_as(kind: str, folder: Path, *, layers: int = 2, **changes: Any) -> Path:
     """Write a random Llama as one of a class that transformers computes as it: under its names, as it is published.
 

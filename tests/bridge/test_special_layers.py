@@ -11,11 +11,13 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from tests.distributed.ranks import run_ranks
 from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_olmo2, write_phi3, write_smollm3
 from tests.parents import (
+    write_arcee,
     write_cwm,
     write_exaone3,
     write_gemma3,
     write_granite,
     write_granite4,
+    write_hyperclovax,
     write_ministral3,
     write_olmo3,
     write_seed_oss,
@@ -39,6 +41,8 @@ WRITERS = {
     "EXAONE 3": write_exaone3,
     "Seed-OSS": write_seed_oss,
     "CWM": write_cwm,
+    "HyperCLOVA X": write_hyperclovax,
+    "Arcee": write_arcee,
 }
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 

@@ -34,6 +34,8 @@ _MODULES = (
     "cwm",
     "nemotron_h",
     "mixtral",
+    "hyperclovax",
+    "arcee",
     "qwen3_moe",
     "glm4_moe",
     "qwen2_moe",

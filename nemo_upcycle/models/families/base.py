@@ -18,6 +18,8 @@ WINDOW, FULL = "sliding_attention", "full_attention"
 LOCAL_BASE = "rope_local_base_freq"
 #: Hugging Face's activations -> the architecture's.
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
+#: The same of networks without a gate.
+SQUARED_RELU = {"relu2": "squared_relu"}
 #: Fields of an `Architecture` that few classes have in some layers alone.
 _PATTERNS = ("rope_pattern", "window_pattern")
 #: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `shared_gate`,
