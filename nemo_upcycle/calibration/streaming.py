@@ -33,12 +33,19 @@ def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor]) -> None:
         CheckpointError: it cannot, or does not.
     """
     arch, path = dense.architecture, dense.branches()[0].path
-    if arch.mamba or not (path / "config.json").is_file():
+    odd = (
+        "Mamba layers"
+        if arch.mamba
+        else "a router that sees other states than the network"
+        if arch.keeps_network
+        else ""
+    )
+    if odd or not (path / "config.json").is_file():
         raise CheckpointError(
             str(path),
-            got="Mamba layers" if arch.mamba else "no config.json",
+            got=odd or "no config.json",
             expected="a Hugging Face folder of layers with attention and network",
-            fix="export the checkpoint first (nemo-upcycle export)",
+            fix="use router_init=normal" if odd else "export the checkpoint first (nemo-upcycle export)",
         )
     if (largest := max(int(batch.max()) for batch in batches)) >= arch.vocab_size:
         raise CheckpointError(

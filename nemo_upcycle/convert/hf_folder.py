@@ -110,7 +110,7 @@ def write_config(
     whole = config
     if sees:
         parent = _without_code(read_json(dense_folder / "config.json"))
-        whole = parent | {"text_config": config, "tie_word_embeddings": False}  # its output layer is never tied
+        whole = parent | {"text_config": config, "tie_word_embeddings": config["tie_word_embeddings"]}
     for settings in (config, whole):
         settings["torch_dtype"] = dtype_name(dtype)
         settings.pop("dtype", None)

@@ -12,7 +12,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, targets
 from nemo_upcycle.models.families.base import ACTIVATIONS, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
-from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE
+from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE, PROPORTIONAL
 from nemo_upcycle.models.wrapper import WRAPPERS, Wrapper, read_config, text_settings
 
 
@@ -50,7 +50,7 @@ def _family_of(config: Any, where: str) -> Family:
         family = find_family(str(names[0]), kind) if isinstance(names, list) and len(names) == 1 else None
     if family is None:
         raise _unknown(config, where)
-    return family
+    return family.of(config)
 
 
 def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
@@ -314,9 +314,13 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     scaling = arch.rope_scaling or {}
     # Where it is the longest, it is what a class takes for it; written, it would take the place of a factor.
     is_beside = scaling.get("rope_type") == LONGROPE and scaling[_SHORT] != arch.max_positions
+    ropes = both_ropes(arch.rope_theta, arch.rope_scaling, settings.get(_PART))
+    if "rope_parameters" in settings:  # of each kind of layer: transformers 5 alone has the class
+        dropped |= ropes.keys()
+        ropes = {}
     return {
         **{key: value for key, value in dense_config.items() if key not in dropped},
-        "architectures": [arch.hf_class],
+        "architectures": [family.saved_as or arch.hf_class],
         "num_experts_per_tok": arch.top_k,
         "head_dim": arch.head_dim,
         "num_key_value_heads": arch.num_kv_heads,
@@ -331,9 +335,9 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "num_hidden_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "num_attention_heads": arch.num_heads,
-        **settings,
         **({_SHORT: scaling[_SHORT]} if is_beside else {}),
-        **both_ropes(arch.rope_theta, arch.rope_scaling, settings.get(_PART)),
+        **ropes,
+        **settings,
     }
 
 
@@ -357,8 +361,8 @@ def _scaling(given: Settings, key: str) -> dict[str, Any] | None:
     if inside.values.get("type", kind) != kind:
         raise inside.wrong("type", f"{kind}, as its rope_type", "keep one of the two in config.json")
     kind = _FORMER.get(kind, kind)
-    if kind not in (*KINDS, DYNAMIC):
-        raise CheckpointError.unknown(f"{inside.where}: rope_type", kind, (*KINDS, DYNAMIC))
+    if kind not in (known := (*KINDS, DYNAMIC, PROPORTIONAL)):
+        raise CheckpointError.unknown(f"{inside.where}: rope_type", kind, known)
     scaling = {name: value for name, value in scaling.items() if name not in ("type", *_NO_SCALING)}
     for name in _SCALINGS.get(kind, ()):
         inside.number(name)

@@ -48,7 +48,8 @@ class ParamMapping:
     """One parameter: its names on both sides and how it is cut.
 
     Args:
-        role: what it is. An expert's role is the dense role behind `expert_` or `shared_`.
+        role: what it is. An expert's role is the dense role behind `expert_` or `shared_`; that of the norm before a
+            network that is kept beside the experts, behind `kept_`.
         megatron: parameter names, inside the layer for what every layer has, else inside the model. More than one
             where layer specs differ: first Transformer Engine's, then the local spec's; or where model classes do.
         sharding: how tensor parallelism cuts it.
@@ -88,7 +89,7 @@ class ParamMapping:
     @property
     def dense_role(self) -> str:
         """The dense network's parameter that an expert's is made from."""
-        return self.role.removeprefix("expert_").removeprefix("shared_")
+        return self.role.removeprefix("expert_").removeprefix("shared_").removeprefix("kept_")
 
     def together(self, part: int) -> tuple[int, ...]:
         """Return the parts that lie in the Hugging Face tensor of one, that one included, in the order of its rows."""
@@ -130,6 +131,7 @@ ATTENTION_MAPPINGS = (
     ParamMapping("attention_post_norm", ("post_self_attn_layernorm.weight",), Sharding.REPLICATED),
     ParamMapping("ffn_norm", ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"), Sharding.REPLICATED),
     ParamMapping("ffn_post_norm", ("post_mlp_layernorm.weight",), Sharding.REPLICATED),
+    ParamMapping("layer_scale", ("layer_scalar",), Sharding.REPLICATED),
 )
 
 #: In a dense layer. A network without a gate has its up projection alone.
@@ -160,6 +162,7 @@ MOE_MAPPINGS = (
     ParamMapping("shared_fc1", ("mlp.shared_experts.linear_fc1.weight",), Sharding.GATED, _GATE_UP),
     ParamMapping("shared_fc2", ("mlp.shared_experts.linear_fc2.weight",), Sharding.NEURON_COLUMNS, ("down",)),
     ParamMapping("shared_gate", ("mlp.shared_experts.gate_weight",), Sharding.REPLICATED),
+    ParamMapping("kept_ffn_norm", ("pre_shared_expert_layernorm.weight",), Sharding.REPLICATED),
 )
 
 MAMBA_MAPPINGS = (
@@ -278,6 +281,7 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     some |= {bias: getattr(arch, bias) for bias in ("qkv_bias", "attention_out_bias", *BALANCING_BIASES)}
     some |= dict.fromkeys(("attention_norm", "ffn_norm"), arch.pre_norm)
     some |= dict.fromkeys(("attention_post_norm", "ffn_post_norm"), arch.post_norm)
+    some |= dict.fromkeys(("layer_scale", "kept_ffn_norm"), arch.keeps_network)
     some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias"), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 
@@ -288,7 +292,9 @@ def hf_names(arch: Architecture) -> Iterator[str]:
     for layer in range(arch.num_layers):
         for mapping in layer_mappings(arch, layer):
             experts = range(arch.num_experts or 0) if mapping.is_expert else range(1)
-            names = dict.fromkeys(mapping.hf)
+            names = dict.fromkeys(
+                mapping.hf[:-1] if mapping.role == "qkv" and arch.at(layer).value_is_key else mapping.hf
+            )
             yield from (name.format(layer=layer, expert=expert) for expert in experts for name in names)
     yield from mapping_of("final_norm", arch).hf
     if not arch.tied_embeddings:
@@ -299,9 +305,11 @@ def as_written(arch: Architecture) -> Architecture:
     """Return the architecture that the Hugging Face folder of a model has.
 
     An MoE model always gets an output matrix of its own, without which SGLang reads no MoE class, vLLM not Glm4-MoE
-    and llama.cpp not Qwen2-MoE. SGLang does not say so.
+    and llama.cpp not Qwen2-MoE. SGLang does not say so. Where the class is the parent's own, servers read it tied.
     """
-    return replace(arch, tied_embeddings=arch.tied_embeddings and arch.num_experts is None)
+    family = find_family(arch.hf_class)
+    ties = arch.num_experts is None or bool(family and family.saved_as)
+    return replace(arch, tied_embeddings=arch.tied_embeddings and ties)
 
 
 def stored_as(mapping: ParamMapping, arch: Architecture) -> ParamMapping:

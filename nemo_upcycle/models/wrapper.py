@@ -93,11 +93,13 @@ class Wrapper:
 
 
 _LLAVA, _QWEN, _IDEFICS = ("vision_tower", "multi_modal_projector"), ("visual",), ("vision_model", "connector")
+_GEMMA4 = ("vision_tower", "embed_vision", "audio_tower", "embed_audio")
 WRAPPERS = (
     Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral", _LLAVA, takes_experts=True),
     Wrapper("LlavaForConditionalGeneration", "llava", "llama", _LLAVA, takes_experts=True),
     Wrapper("InternVLForConditionalGeneration", "internvl", "qwen2", _LLAVA, takes_experts=True),
     Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text", _LLAVA),
+    Wrapper("Gemma4ForConditionalGeneration", "gemma4", "gemma4_text", _GEMMA4, takes_experts=True),
     Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text", _QWEN),
     Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl", "qwen3_vl_text", _QWEN),
     Wrapper("Exaone4_5_ForConditionalGeneration", "exaone4_5", "exaone4", (*_QWEN, "mtp")),

@@ -82,6 +82,20 @@ def test_what_transformers_computes_as_a_llama_is_loaded_as_it_loads_it(tmp_path
     assert torch.equal(theirs(tokens).logits, logits(folder, tokens))
 
 
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4Config"), reason="this release does not know Gemma 4")
+@pytest.mark.parametrize(("sizes", "spec"), [({}, {}), ({"attention_k_eq_v": False}, FINE | {"router_init": "zero"})])
+def test_a_gemma_4_keeps_its_network_and_its_function_but_for_the_epsilon_of_norms(
+    tmp_path: Path, sizes: dict[str, Any], spec: dict[str, Any]
+) -> None:
+    for epsilon, most in ((1e-12, 2 * TOLERANCE), (1e-6, 1e-4)):
+        found = outcome(
+            Case("Gemma 4", sizes | {"rms_norm_eps": epsilon}, {"num_experts": 4, "router_std": 1.0} | spec),
+            tmp_path / str(epsilon),
+        )
+        assert (found.hf_class, found.is_exact) == ("Gemma4ForCausalLM (enable_moe_block)", False)
+        assert found.relative <= most
+
+
 #: Routers, and with which deviations a model of hidden size 64 is exact, and is not.
 ROUTERS: list[tuple[dict[str, Any], tuple[float, ...], tuple[float, ...]]] = [
     ({"num_experts": 4}, (1e-8, 0.02, 1000.0), ()),

@@ -8,6 +8,7 @@ from importlib import import_module
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import FAMILIES, Architecture
 from nemo_upcycle.models.families.base import Family, MoeFamily
+from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.spec import find_router_kind
 
 
@@ -27,15 +28,16 @@ _MODULES = (
     "granite",
     "granite4",
     "gemma3",
+    "gemma4",
     "ministral3",
     "internlm3",
     "iquest_coder",
     "seed_oss",
     "cwm",
-    "nemotron_h",
-    "mixtral",
     "hyperclovax",
     "arcee",
+    "nemotron_h",
+    "mixtral",
     "qwen3_moe",
     "glm4_moe",
     "qwen2_moe",
@@ -44,6 +46,7 @@ _MODULES = (
     "granite_moe",
     "granite_moe_shared",
     "granite_moe_swa",
+    "gemma4_moe",
 )
 _FAMILIES: dict[str, Family] = FAMILIES
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "parents",
     "register",
     "require_class",
+    "require_trained",
     "server_caveats",
     "targets",
 ]
@@ -134,6 +138,22 @@ def check_parent(arch: Architecture, where: str) -> None:
         )
 
 
+def require_trained(arch: Architecture) -> None:
+    """Check that layers in a training can be those of a model.
+
+    Raises:
+        CheckpointError: none are.
+    """
+    if arch.keeps_network:
+        raise CheckpointError(
+            f"layers of {arch.hf_class or 'the model'}",
+            got="heads of two sizes, and a network kept beside the experts with a norm behind each (Gemma 4)",
+            expected="layers of Megatron-Core or of this package; Megatron-Bridge's own of Gemma 4 are not filled",
+            fix="convert it (nemo-upcycle convert), and train the folder where its class is known",
+        )
+    rope_kind(arch)
+
+
 def require_class(moe_arch: Architecture) -> None:
     """Check that a Hugging Face class can hold a model.
 
@@ -143,16 +163,20 @@ def require_class(moe_arch: Architecture) -> None:
     if moe_arch.hf_class:
         return
     titles: dict[str, list[str]] = {}
-    for family in targets():
+    # Gemma 4's class with experts holds Gemma 4 alone, and no other does
+    near = [family for family in targets() if bool(family.saved_as) is moe_arch.keeps_network]
+    for family in near:
         titles.setdefault(next(family.unsupported(moe_arch)), []).append(family.title)
     fix = "keep the model in NeMo: it trains and evaluates there"
+    if moe_arch.keeps_network:
+        fix = "route with router_order=topk_softmax, with experts in every layer and no shared ones"
     if moe_arch.mamba or moe_arch.quantile_bias:
         fix = "keep the model in Megatron-Bridge"
     wide = replace(moe_arch, sliding_window=None, window_pattern=None, local_rope_theta=None)
     if moe_arch.window and any(not any(family.unsupported(wide)) for family in targets()):
         fix += ", or if training sequences were no longer than the window, set sliding_window in config.json to null,"
         fix += " or where it has layer_types each of them to full_attention"
-    for family in targets():
+    for family in near:
         if list(family.unsupported(moe_arch)) == [f"{moe_arch.router_score} scores"]:
             kind = find_router_kind(family.router_score, pre_softmax=False)
             route = f"router_score='{kind.score}' with router_order='{kind.order}'"
@@ -160,7 +184,7 @@ def require_class(moe_arch: Architecture) -> None:
     raise SpecError(
         "Hugging Face class for this MoE",
         got="; ".join(f"{reason} ({', '.join(names)})" for reason, names in titles.items()),
-        expected=f"what {' or '.join(family.title for family in targets())} can hold",
+        expected=f"what {' or '.join(family.title for family in near)} can hold",
         fix=fix,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import SQUARED_RELU, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, SQUARED_RELU, Family, Settings
 
 
 class _Arcee(Family):
@@ -16,6 +16,6 @@ FAMILY = _Arcee(
     hf_class="ArceeForCausalLM",
     model_type="arcee",
     names=llama.NAMES | {name: (llama.NAMES[name][1],) * 2 for name in ("fc1", "fc1_bias")},
-    defaults=llama.FAMILY.defaults | {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    defaults=COMMON_DEFAULTS | {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     gated=False,
 )

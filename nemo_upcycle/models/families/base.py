@@ -120,6 +120,7 @@ class Family:
         has_mtp: whether its checkpoints may hold layers of multi-token prediction behind its own; they are left out.
         constant_values: how the names of constants end that are not zero -> their number.
         own_settings: what its `config.json` says of itself alone, and another class would take for its own.
+        saved_as: the class in `architectures`, where a dense family and one of experts have the same.
         computed_as: the class of transformers that computes it, where transformers has none of this name. Its newest
             releases know the `model_type`, and save such a model under that class.
 
@@ -148,7 +149,12 @@ class Family:
     constant_values: Mapping[str, float] = field(default_factory=dict)
     has_mtp: bool = False
     own_settings: tuple[str, ...] = ()
+    saved_as: str = ""
     computed_as: str = ""
+
+    def of(self, config: Mapping[str, Any]) -> Family:
+        """Return the family of a configuration of this class: another where the class has a dense one and an MoE."""
+        return self
 
     def activation(self, settings: Settings) -> str:
         """Return the activation function, as architectures call it.
@@ -266,6 +272,7 @@ class MoeFamily(Family, ABC):
         is_scaled = arch.routed_scaling_factor != 1
         return {
             "Mamba layers": arch.mamba is not None,
+            "layers of Gemma 4": arch.keeps_network,
             "a Gemma: norms around zero": arch.zero_centered_norm or arch.scaled_embedding,
             "a network without a gate": not arch.gated,
             "a bias of the attention's output": arch.attention_out_bias and not self.has_attention_bias,
