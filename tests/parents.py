@@ -150,6 +150,10 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
         | {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2},
         *(GEMMA4 | {"rms_norm_eps": 1e-12}, {"image_token_id": 249}),
     ),
+    "Gemma4Unified": (
+        *("Gemma4UnifiedText", {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 64, "mm_posemb_size": 16}),
+        *({name: size for name, size in GEMMA4.items() if "per_layer" not in name} | {"rms_norm_eps": 1e-12}, {}),
+    ),
     "Qwen2_5_VL": ("Qwen2_5_VLText", _OF_QWEN, {"head_dim": None, "rope_scaling": _AXES}, {}),
     "Qwen3VL": (
         "Qwen3VLText",

@@ -55,6 +55,11 @@ KNOWN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("InternLM3", {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}, {}, "MixtralForCausalLM"),
     ("IQuest-Coder", {}, FINE, "MixtralForCausalLM"),
     ("SmolLM3", {}, FINE | {"shared_experts": 1}, "GraniteMoeSWAForCausalLM"),
+    *(
+        [("HyperCLOVA X", {"use_post_norm": False}, FINE, "GraniteMoeForCausalLM")]
+        if "HyperCLOVA X" in FOLDERS
+        else []
+    ),
     ("Seed-OSS", {"head_dim": 8}, FINE, "GraniteMoeSWAForCausalLM"),
     ("Seed-OSS", {"head_dim": 8}, FINE | SIGMOID, "Glm4MoeForCausalLM"),
     ("Seed-OSS", {}, FINE, "Qwen2MoeForCausalLM"),

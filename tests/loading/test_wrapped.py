@@ -41,6 +41,7 @@ ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("InternVL", "Qwen3MoeForCausalLM", "Qwen3", {"tied": True}),
     ("Gemma3", "", "", {"tied": True, "layers": 6}),
     ("Gemma4", EXPERTS, "", {"tied": True}),
+    ("Gemma4Unified", EXPERTS, "", {"tied": True}),
     ("Qwen2_5_VL", "Qwen2MoeForCausalLM", "", {}),
     ("Qwen3VL", "Qwen3MoeForCausalLM", "", {"tied": True}),
     ("Exaone4_5_", "", "", {"layers": 4}),

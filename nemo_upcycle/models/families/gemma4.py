@@ -11,6 +11,7 @@ from typing import Any
 from nemo_upcycle.models.architecture import FAMILIES, Architecture, GlobalHeads
 from nemo_upcycle.models.families import gemma, gemma3, llama
 from nemo_upcycle.models.families.base import LOCAL_BASE, Family, Settings
+from nemo_upcycle.models.rotary import PROPORTIONAL
 
 
 #: The class of dense models, and what the package calls it where `enable_moe_block` is set.
@@ -23,6 +24,10 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bidirectional_attention": ((None, "vision"), "null or vision: tokens of text that see those before them"),
     "attention_bias": ((None, False), "false"),
 }
+
+
+#: Rotary embeddings where the file says none.
+_UNSAID = {"local_rope_theta": 1e4, "rope_scaling": {"rope_type": PROPORTIONAL}, "rotary_percent": 0.25}
 
 
 class Gemma4(gemma.Gemma):
@@ -42,13 +47,13 @@ class Gemma4(gemma.Gemma):
         for name, (harmless, expected) in _REFUSED.items():
             if settings.values.get(name) not in harmless:
                 raise settings.wrong(name, expected, "use a 12B or 31B, or another checkpoint")
-        if settings.values.get(LOCAL_BASE) is None:
+        if "rope_parameters" in settings.values and settings.values[LOCAL_BASE] is None:
             expected = "one for layers with a window and another for those without"
             raise settings.wrong("rope_parameters", expected, "use another checkpoint")
         windowed = [*self._windowed(settings, num_layers, 6)[:-1], False]
         return {
             "window_pattern": self._pattern(windowed),
-            "local_rope_theta": settings.number(LOCAL_BASE),
+            **({"local_rope_theta": settings.number(LOCAL_BASE)} if "rope_parameters" in settings.values else _UNSAID),
             "attention_multiplier": 1.0,
             "embedding_multiplier": settings.whole("hidden_size") ** 0.5,
             "global_heads": self._global_heads(settings, windowed),
