@@ -10,9 +10,10 @@ from typing import Any
 from nemo_upcycle.cli.common import OptionRow, add_options
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import check_parent, require_trained
+from nemo_upcycle.models.families import check_parent
 from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import FORCED_IMBALANCE, PRECISIONS, USUAL_IMBALANCE, Workload
@@ -80,7 +81,8 @@ def subject_of(args: argparse.Namespace) -> Subject:
         known = hardware.known_recipe(args.recipe)
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder, arch = _model_of(args.model)
-    require_trained(arch)
+    arch.require_trained()
+    rope_kind(arch)  # training refuses another kind, too
     if args.num_experts is None:
         _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")
         return Subject(arch, arch, None, hardware.recipe_for(arch, arch), _DEFAULTS, folder)

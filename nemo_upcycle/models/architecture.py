@@ -213,6 +213,20 @@ class Architecture:
         """Return the architecture with the heads that a layer has."""
         return self._global if self.global_heads and self.window_of(layer) is None else self
 
+    def require_trained(self) -> None:
+        """Check that layers in a training can be the model's.
+
+        Raises:
+            CheckpointError: none can.
+        """
+        if self.keeps_network:
+            raise CheckpointError(
+                f"layers of {self.hf_class or 'the model'}",
+                got="heads of two sizes, and a network kept beside the experts with a norm behind each (Gemma 4)",
+                expected="layers of Megatron-Core or of this package; Megatron-Bridge's own of Gemma 4 are not filled",
+                fix="convert it (nemo-upcycle convert), and train the folder where its class is known",
+            )
+
     @cached_property
     def moe_layer_count(self) -> int:
         """Layers with experts."""

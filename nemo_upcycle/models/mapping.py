@@ -48,8 +48,7 @@ class ParamMapping:
     """One parameter: its names on both sides and how it is cut.
 
     Args:
-        role: what it is. An expert's role is the dense role behind `expert_` or `shared_`; that of the norm before a
-            network that is kept beside the experts, behind `kept_`.
+        role: what it is. An expert's role is the dense role behind `expert_` or `shared_`, or, of a norm, `kept_`.
         megatron: parameter names, inside the layer for what every layer has, else inside the model. More than one
             where layer specs differ: first Transformer Engine's, then the local spec's; or where model classes do.
         sharding: how tensor parallelism cuts it.
@@ -292,9 +291,8 @@ def hf_names(arch: Architecture) -> Iterator[str]:
     for layer in range(arch.num_layers):
         for mapping in layer_mappings(arch, layer):
             experts = range(arch.num_experts or 0) if mapping.is_expert else range(1)
-            names = dict.fromkeys(
-                mapping.hf[:-1] if mapping.role == "qkv" and arch.at(layer).value_is_key else mapping.hf
-            )
+            hf = mapping.hf[:-1] if mapping.role == "qkv" and arch.at(layer).value_is_key else mapping.hf
+            names = dict.fromkeys(hf)
             yield from (name.format(layer=layer, expert=expert) for expert in experts for name in names)
     yield from mapping_of("final_norm", arch).hf
     if not arch.tied_embeddings:
@@ -305,11 +303,9 @@ def as_written(arch: Architecture) -> Architecture:
     """Return the architecture that the Hugging Face folder of a model has.
 
     An MoE model always gets an output matrix of its own, without which SGLang reads no MoE class, vLLM not Glm4-MoE
-    and llama.cpp not Qwen2-MoE. SGLang does not say so. Where the class is the parent's own, servers read it tied.
+    and llama.cpp not Qwen2-MoE. SGLang does not say so. A Gemma 4 stays tied, as its class is by default.
     """
-    family = find_family(arch.hf_class)
-    ties = arch.num_experts is None or bool(family and family.saved_as)
-    return replace(arch, tied_embeddings=arch.tied_embeddings and ties)
+    return replace(arch, tied_embeddings=arch.tied_embeddings and (arch.num_experts is None or arch.keeps_network))
 
 
 def stored_as(mapping: ParamMapping, arch: Architecture) -> ParamMapping:
@@ -340,9 +336,8 @@ def constant_tensors(arch: Architecture, dtype: torch.dtype) -> dict[str, torch.
         value = next((value for end, value in values.items() if name.endswith(end)), 0.0)
         value = max(value, limits.smallest_normal * limits.eps) if value > 0 else value
         number = torch.tensor(value, dtype=dtype)
-        tensors[name] = (
-            number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
-        )  # bytes of one want a stride
+        # Bytes of one want a stride.
+        tensors[name] = number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
     return tensors
 
 

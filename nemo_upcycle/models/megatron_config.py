@@ -15,7 +15,6 @@ from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.balancing import check_balancing
 from nemo_upcycle.models.config_fields import check_fields
-from nemo_upcycle.models.families import require_trained
 from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
 from nemo_upcycle.models.layer_settings import (
     DECODER,
@@ -85,7 +84,7 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
             expected="attention and a network in each, in a GPTModel and in Megatron checkpoints that are read",
             fix="upcycle its Hugging Face folder into a HybridModel in Megatron-Bridge",
         )
-    require_trained(arch)
+    arch.require_trained()
     special = {
         "norms after attention and network": arch.post_norm,
         "norms of query and key over all heads": arch.wide_qk_norm,

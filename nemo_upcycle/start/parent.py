@@ -9,8 +9,9 @@ from pathlib import Path
 from nemo_upcycle.data.dense import cached_asset, find_parent, require_tokenizer, tokenizer_folder
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import check_parent, find_family, require_trained
+from nemo_upcycle.models.families import check_parent, find_family
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning.hardware import known_parent
 from nemo_upcycle.utils.console import short_count
 from nemo_upcycle.utils.files import is_complete
@@ -72,7 +73,8 @@ def find_model(source: str) -> Parent:
     folder = tokenizer_folder(source) if kind == "hub" else Path(name).absolute()
     arch = read_architecture(folder)
     check_parent(arch, source)
-    require_trained(arch)
+    arch.require_trained()
+    rope_kind(arch)
     require_tokenizer(folder)
     if kind == "folder" and not any(folder.glob("*.safetensors")):
         raise CheckpointError(

@@ -8,7 +8,6 @@ from importlib import import_module
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import FAMILIES, Architecture
 from nemo_upcycle.models.families.base import Family, MoeFamily
-from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.spec import find_router_kind
 
 
@@ -59,7 +58,6 @@ __all__ = [
     "parents",
     "register",
     "require_class",
-    "require_trained",
     "server_caveats",
     "targets",
 ]
@@ -136,22 +134,6 @@ def check_parent(arch: Architecture, where: str) -> None:
             expected=f"a dense model, or one of {', '.join(growing)}",
             fix="give the dense parent",
         )
-
-
-def require_trained(arch: Architecture) -> None:
-    """Check that layers in a training can be those of a model.
-
-    Raises:
-        CheckpointError: none are.
-    """
-    if arch.keeps_network:
-        raise CheckpointError(
-            f"layers of {arch.hf_class or 'the model'}",
-            got="heads of two sizes, and a network kept beside the experts with a norm behind each (Gemma 4)",
-            expected="layers of Megatron-Core or of this package; Megatron-Bridge's own of Gemma 4 are not filled",
-            fix="convert it (nemo-upcycle convert), and train the folder where its class is known",
-        )
-    rope_kind(arch)
 
 
 def require_class(moe_arch: Architecture) -> None:
