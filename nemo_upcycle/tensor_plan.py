@@ -189,6 +189,8 @@ class ModelPlan:
             interleaved: whether gate and up rows are interleaved, see `source_slices`.
         """
         dense, moe, spec = self.dense, self.moe_arch, self.spec
+        if layer is not None:
+            dense, moe = dense.at(layer), moe.at(layer)
         grows = bool(dense.num_experts)
         if mapping.role in _ROUTER_ROLES and not grows:
             return TensorPlan(mapping, layer, shard=shard)
@@ -252,7 +254,7 @@ def _factors(
         of_role = {
             "expert_fc2": spec.expert_scale(expert),
             "expert_fc2_bias": spec.bias_scale,
-            "shared_fc2": spec.shared_scale,
+            "shared_fc2": 1.0 if dense.keeps_network else spec.shared_scale,  # which a norm of its own stands behind
         }
     factors = (of_role.get(mapping.role, 1.0), (mapping.hf_factor if hf else 1.0) / source.hf_factor)
     return tuple(factor for factor in factors if factor != 1.0)

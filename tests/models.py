@@ -56,7 +56,7 @@ def write_class(
 
     torch.manual_seed(7)
     settings = text_sizes(tied=tied, layers=layers, **changes)
-    config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    config_class = getattr(transformers, f"{kind}TextConfig" if kind in ("Gemma3", "Gemma4") else f"{kind}Config")
     return save_random(transformers.AutoModelForCausalLM.from_config(config_class(**settings)), folder, shards)
 
 
@@ -92,6 +92,8 @@ def save_random(model: Any, folder: Path, shards: int = 1) -> Path:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):  # as large as a training makes them
             buffer.uniform_(7, 7.3)
+        if name.endswith("layer_scalar"):
+            buffer.uniform_(0.5, 1)
     total_bytes = sum(parameter.nbytes for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=2 * total_bytes if shards == 1 else total_bytes // shards)
     return folder

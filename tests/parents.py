@@ -37,6 +37,10 @@ write_granite = partial(write_class, "Granite", layers=2, head_dim=None, pad_tok
 write_gemma = partial(write_class, "Gemma", tied=True, layers=2)
 #: Layers but every sixth see a window and have another rotary base.
 write_gemma3 = partial(write_class, "Gemma3", window=5, tied=True, layers=6, query_pre_attn_scalar=24)
+#: Layers without a window have heads of their own; without the embeddings of each layer that E2B has.
+GEMMA4 = {"window": 5, "rope_theta": None, "global_head_dim": 32, "num_global_key_value_heads": 1, "pad_token_id": 0}
+GEMMA4 |= {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0}
+write_gemma4 = partial(write_class, "Gemma4", **{"tied": True, "layers": 6} | GEMMA4)
 _GROWING = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 _GROWING |= {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "max_position_embeddings": 256}
 #: Scores begin to grow at position 64: transformers 5 alone has the class.
@@ -46,6 +50,11 @@ write_ministral3 = partial(write_class, "Ministral3", layers=2, pad_token_id=0, 
 
 #: Biases of query, key and value alone.
 write_seed_oss = partial(write_class, "SeedOss", pad_token_id=0)
+#: Granite's multipliers, but that logits are multiplied, and norms on both sides: transformers 5 alone has the class.
+CLOVA = GRANITE | {"logits_scaling": 0.15}
+write_hyperclovax = partial(write_class, "HyperCLOVAX", layers=2, head_dim=None, pad_token_id=0, **CLOVA)
+#: Networks without a gate.
+write_arcee = partial(write_class, "Arcee", layers=2, bos_token_id=1, eos_token_id=2)
 #: Attention sees a window but in every fourth layer, the first one included: transformers 5 alone has the class.
 write_cwm = partial(write_class, "Cwm", window=5, pad_token_id=0)
 
@@ -155,6 +164,16 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "Gemma3": (
         *("Gemma3Text", _SEES, {"window": 5, "rope_theta": None, "query_pre_attn_scalar": 24}),
         {"mm_tokens_per_image": 1},
+    ),
+    "Gemma4": (
+        "Gemma4Text",
+        {name: size for name, size in _SEES.items() if name != "image_size"}
+        | {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2},
+        *(GEMMA4 | {"rms_norm_eps": 1e-12}, {"image_token_id": 249}),
+    ),
+    "Gemma4Unified": (
+        *("Gemma4UnifiedText", {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 64, "mm_posemb_size": 16}),
+        *({name: size for name, size in GEMMA4.items() if "per_layer" not in name} | {"rms_norm_eps": 1e-12}, {}),
     ),
     "Qwen2_5_VL": ("Qwen2_5_VLText", _OF_QWEN, {"head_dim": None, "rope_scaling": _AXES}, {}),
     "Qwen3VL": (

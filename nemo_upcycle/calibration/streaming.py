@@ -33,12 +33,17 @@ def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor]) -> None:
         CheckpointError: it cannot, or does not.
     """
     arch, path = dense.architecture, dense.branches()[0].path
-    if arch.mamba or not (path / "config.json").is_file():
+    lacks = {
+        "Mamba layers": arch.mamba is not None,
+        "routers that see other states than networks do": arch.keeps_network,
+        "no config.json": not (path / "config.json").is_file(),
+    }
+    if got := next((what for what, holds in lacks.items() if holds), ""):
         raise CheckpointError(
             str(path),
-            got="Mamba layers" if arch.mamba else "no config.json",
+            got=got,
             expected="a Hugging Face folder of layers with attention and network",
-            fix="export the checkpoint first (nemo-upcycle export)",
+            fix="export the checkpoint first (nemo-upcycle export)" if "json" in got else "use router_init=normal",
         )
     if (largest := max(int(batch.max()) for batch in batches)) >= arch.vocab_size:
         raise CheckpointError(

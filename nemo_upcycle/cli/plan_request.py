@@ -81,6 +81,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
         known = hardware.known_recipe(args.recipe)
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder, arch = _model_of(args.model)
+    arch.require_trained()
     rope_kind(arch)  # training refuses another kind, too
     if args.num_experts is None:
         _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")

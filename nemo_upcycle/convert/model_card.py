@@ -15,6 +15,7 @@ import yaml
 from nemo_upcycle.convert.hf_folder import tokenizer_file_names
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import find_family
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import extra_params, hf_constants
 from nemo_upcycle.package_info import __version__
@@ -80,7 +81,8 @@ def write_card(
         parent: how the user named the first of the parents.
         whole_class: the class around the model, where the parent's other parts are.
     """
-    loads_as, around = whole_class or arch.hf_class, ""
+    family = find_family(arch.hf_class)
+    loads_as, around = whole_class or (family.saved_as if family else "") or arch.hf_class, ""
     if whole_class:
         around = f"; its text model{'' if arch.hf_class == whole_class else f', {arch.hf_class}'}"
     names = [_hub_name(folder) for folder in parents]

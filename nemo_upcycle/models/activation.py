@@ -11,6 +11,11 @@ import torch.nn.functional as functional
 from nemo_upcycle.errors import CheckpointError
 
 
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """Return the square of what is positive; it has a name that a recipe can be saved by."""
+    return functional.relu(x).square()
+
+
 #: Functions of Megatron and NeMo, by their names: some are compiled when they are first called.
 _FUNCTIONS = {
     "openai_gelu": "gelu_tanh",
@@ -23,7 +28,7 @@ _KNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,  # 5e-4 from the next one
     "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
-    "squared_relu": lambda x: functional.relu(x).square(),
+    "squared_relu": squared_relu,
 }
 
 

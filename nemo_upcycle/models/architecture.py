@@ -93,6 +93,21 @@ class DeltaLayers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GlobalHeads:
+    """Heads of layers without a window, where they are others than those of layers with one, as in Gemma 4.
+
+    Args:
+        head_dim: K of these layers.
+        num_kv_heads: their R.
+        value_is_key: whether the projection of keys gives the values, too.
+    """
+
+    head_dim: int
+    num_kv_heads: int
+    value_is_key: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Everything about a decoder that decides shapes, and what has to travel with its weights.
 
@@ -126,6 +141,10 @@ class Architecture:
         window_pattern: in which layers it does; None: in all.
         output_gate: whether attention has a gate, made of its input as the query is, that its output is multiplied by.
         delta: the gated delta nets of a model that has any.
+        global_heads: heads of layers without a window; None: the same in all.
+        value_is_key: whether the projection of keys gives the values, too.
+        keeps_network: whether its layers are Gemma 4's: one with experts keeps the dense network beside them, each
+            with norms of its own, and every layer's output has a factor.
         mamba: the Mamba layers of a model that has any: each layer is then one of them, an attention or a network,
             with one norm, and attention has no rotary embedding.
     """
@@ -176,6 +195,9 @@ class Architecture:
     quantile_bias: bool = False
     output_gate: bool = False
     delta: DeltaLayers | None = None
+    global_heads: GlobalHeads | None = None
+    value_is_key: bool = False
+    keeps_network: bool = False
     mamba: MambaLayers | None = None
 
     @property
@@ -229,6 +251,28 @@ class Architecture:
         return self.sliding_window if self.window_pattern is None or self.window_pattern[layer] else None
 
     @cached_property
+    def _global(self) -> Architecture:
+        return replace(self, **vars(self.global_heads), global_heads=None) if self.global_heads else self
+
+    def at(self, layer: int) -> Architecture:
+        """Return the architecture with the heads that a layer has."""
+        return self._global if self.global_heads and self.window_of(layer) is None else self
+
+    def require_trained(self) -> None:
+        """Check that layers in a training can be the model's.
+
+        Raises:
+            CheckpointError: none can.
+        """
+        if self.keeps_network:
+            raise CheckpointError(
+                f"layers of {self.hf_class or 'the model'}",
+                got="heads of two sizes, and a network kept beside the experts with a norm behind each (Gemma 4)",
+                expected="layers of Megatron-Core or of this package; Megatron-Bridge's own of Gemma 4 are not filled",
+                fix="convert it (nemo-upcycle convert), and train the folder where its class is known",
+            )
+
+    @cached_property
     def moe_layer_count(self) -> int:
         """Layers with experts."""
         return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
@@ -248,8 +292,8 @@ class Architecture:
     def attention_params(self) -> int:
         """Parameters of one layer's attention, with its biases and inner norms."""
         heads, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        count = 2 * (heads + groups) * self.hidden_size
-        count += heads * self.hidden_size if self.output_gate else 0
+        matrices = (3 if self.output_gate else 2) * heads + (1 if self.value_is_key else 2) * groups
+        count = matrices * self.hidden_size
         count += (heads + 2 * groups if self.qkv_bias else 0) + (self.hidden_size if self.attention_out_bias else 0)
         if self.qk_norm:
             count += heads + groups if self.wide_qk_norm else 2 * self.head_dim
@@ -264,15 +308,17 @@ class Architecture:
         """Return the parameters of an MoE layer's network, with `experts` routed experts."""
         router = (self.num_experts or 0) * (self.hidden_size + (1 if self.ffn_bias else 0))
         shared = self.ffn_params(self.shared_ffn_size) if self.shared_ffn_size else 0
-        shared += self.hidden_size if self.shared_gate else 0
+        shared += self.hidden_size * (self.shared_gate + self.keeps_network)
         return experts * self.expert_params + router + shared
 
     def _params(self, experts: int) -> int:
         """Return all parameters, with `experts` routed experts counted per MoE layer; tied embeddings count once."""
         embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
         attentions, networks, mamba, delta = (len(self.layers_with(part)) for part in "*-MG")
+        with_global = sum(self.at(layer) is not self for layer in range(self.num_layers)) if self.global_heads else 0
         dense, moe_layers = self.ffn_params(self.ffn_size), self.moe_layer_count
-        layers = attentions * self.attention_params + (networks - moe_layers) * dense
+        layers = (attentions - with_global) * self.attention_params + with_global * self._global.attention_params
+        layers += (networks - moe_layers) * dense + (self.num_layers if self.keeps_network else 0)
         layers += moe_layers * self._moe_params(experts)
         layers += mamba * self.mamba.params(self.hidden_size) if self.mamba else 0
         layers += delta * self.delta.params(self.hidden_size) if self.delta else 0
@@ -332,7 +378,7 @@ class Architecture:
             num_experts=spec.num_experts,
             top_k=spec.top_k,
             expert_ffn_size=width,
-            shared_ffn_size=spec.shared_experts * width,
+            shared_ffn_size=spec.shared_experts * width + (self.ffn_size if self.keeps_network else 0),
             moe_pattern=None if all(pattern) else pattern,
             norm_topk=spec.sums_to_one,
             router_score=spec.router_score,

@@ -79,6 +79,10 @@ class Parent(Protocol):
     def routed_scaling_factor(self) -> float:
         """On the weights of the chosen experts."""
 
+    @property
+    def keeps_network(self) -> bool:
+        """Whether the dense network is kept beside its experts, with norms of its own."""
+
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether a layer has experts."""
 
@@ -263,7 +267,9 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
         spec: what is made of it.
     """
     if not parent.num_experts:
-        return spec.inexact_because or inexact_in_float32(spec, parent.hidden_size)
+        adds = "norms behind the network and behind the experts count rms_norm_eps once more"
+        own = spec.inexact_because or inexact_in_float32(spec, parent.hidden_size)
+        return (*own, adds) if parent.keeps_network else own
     chosen, copies = parent.top_k or 1, _copies(parent, spec)
     reasons: list[str] = []
     if changed := INIT_METHODS[spec.method](spec):

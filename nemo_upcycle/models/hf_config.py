@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, targets
 from nemo_upcycle.models.families.base import ACTIVATIONS, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
-from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE
+from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE, PROPORTIONAL
 from nemo_upcycle.models.wrapper import WRAPPERS, Wrapper, read_config, text_settings
 
 
@@ -29,6 +30,8 @@ _SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _SHORT),
 }
+#: How alike names are of classes that are likely to compute the same: Ernie is no Granite.
+_CLOSE = 0.75
 #: Former names of kinds.
 _FORMER = {"su": LONGROPE}
 
@@ -45,7 +48,7 @@ def _family_of(config: Any, where: str) -> Family:
         family = find_family(str(names[0]), kind) if isinstance(names, list) and len(names) == 1 else None
     if family is None:
         raise _unknown(config, where)
-    return family
+    return family.of(config)
 
 
 def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
@@ -56,8 +59,11 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
     classes = {one.hf_class.partition("For")[0].lower(): one for one in known}
     kinds = {one.model_type: one for one in known}
     inside = kinds.get(str(text.get("model_type"))) if isinstance(text, dict) else None
-    near = difflib.get_close_matches(name.partition("For")[0].lower(), classes, n=1)
-    nearest = classes[near[0]] if near else kinds.get(next(iter(difflib.get_close_matches(kind, kinds, n=1)), ""))
+    near = difflib.get_close_matches(name.partition("For")[0].lower(), classes, n=1, cutoff=_CLOSE)
+    near_kind = difflib.get_close_matches(kind, kinds, n=1, cutoff=_CLOSE)
+    nearest = classes[near[0]] if near else kinds[near_kind[0]] if near_kind else None
+    by = "" if nearest else " by its settings"
+    nearest = nearest or _nearest(config.keys())
     fix = "use a checkpoint of a class that is known, as nemo_upcycle.models.families lists them"
     if inside:
         nearest = inside
@@ -71,13 +77,27 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
             " nemo_upcycle.models.families): names of tensors, defaults of its settings, limits, a copy of that one's"
             " where the same; else use another checkpoint"
         )
-    what = "the class of its text model" if inside else "the nearest"
+    what = "the class of its text model" if inside else f"the nearest{by}"
     return CheckpointError(
         f"{where}: architectures",
         got=" ".join(part for part in (name, kind and f"model_type {kind}") if part) or "nothing",
         expected="a class that is known" + (f"; {what} is {nearest.hf_class}" if nearest else ""),
         fix=fix,
     )
+
+
+def _nearest(settings: Set[str]) -> Family | None:
+    """Return the dense family that reads most of a file's settings, Llama before others; None for no such decoder."""
+    llama, *others = parents()
+    if not settings >= {"intermediate_size", "num_attention_heads", "rms_norm_eps"}:
+        return None
+    common = {*llama.defaults, "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"}
+
+    def likeness(family: Family) -> int:
+        own = {*family.defaults, *family.own_settings} - common
+        return 2 * len(own & {*settings}) - len(own)
+
+    return max((llama, *others), key=likeness)
 
 
 def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
@@ -292,9 +312,13 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     scaling = arch.rope_scaling or {}
     # Where it is the longest, it is what a class takes for it; written, it would take the place of a factor.
     is_beside = scaling.get("rope_type") == LONGROPE and scaling[_SHORT] != arch.max_positions
+    ropes = both_ropes(arch.rope_theta, arch.rope_scaling, settings.get(_PART))
+    if "rope_parameters" in settings:  # of each kind of layer: transformers 5 alone has the class
+        dropped |= ropes.keys()
+        ropes = {}
     return {
         **{key: value for key, value in dense_config.items() if key not in dropped},
-        "architectures": [arch.hf_class],
+        "architectures": [family.saved_as or arch.hf_class],
         "num_experts_per_tok": arch.top_k,
         "head_dim": arch.head_dim,
         "num_key_value_heads": arch.num_kv_heads,
@@ -309,9 +333,9 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "num_hidden_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "num_attention_heads": arch.num_heads,
-        **settings,
         **({_SHORT: scaling[_SHORT]} if is_beside else {}),
-        **both_ropes(arch.rope_theta, arch.rope_scaling, settings.get(_PART)),
+        **ropes,
+        **settings,
     }
 
 
@@ -335,8 +359,8 @@ def _scaling(given: Settings, key: str) -> dict[str, Any] | None:
     if inside.values.get("type", kind) != kind:
         raise inside.wrong("type", f"{kind}, as its rope_type", "keep one of the two in config.json")
     kind = _FORMER.get(kind, kind)
-    if kind not in (*KINDS, DYNAMIC):
-        raise CheckpointError.unknown(f"{inside.where}: rope_type", kind, (*KINDS, DYNAMIC))
+    if kind not in (known := (*KINDS, DYNAMIC, PROPORTIONAL)):
+        raise CheckpointError.unknown(f"{inside.where}: rope_type", kind, known)
     scaling = {name: value for name, value in scaling.items() if name not in ("type", *_NO_SCALING)}
     for name in _SCALINGS.get(kind, ()):
         inside.number(name)

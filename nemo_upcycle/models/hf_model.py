@@ -18,6 +18,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hf_config import read_architecture, rope_settings
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
+from nemo_upcycle.models.rotary import PROPORTIONAL
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
 from nemo_upcycle.models.stacked import lies_turned, stacks
 from nemo_upcycle.models.wrapper import INDEX, SINGLE, Wrapper, read_config, wrapper_of
@@ -61,7 +62,9 @@ def load_model(folder: Path, **options: Any) -> Any:
     if not (wrapper or pair):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **_LOCAL, **options)
     options["state_dict"] = _state_dict(folder, wrapper, pair[1] if pair else None)
-    name = pair[1].hf_class if pair else read_architecture(folder).hf_class
+    family = pair[1] if pair else find_family(read_architecture(folder).hf_class)
+    assert family
+    name = family.saved_as or family.hf_class
     return getattr(transformers, name).from_pretrained(None, config=config, **_LOCAL, **options)
 
 
@@ -147,11 +150,13 @@ def _config(folder: Path) -> Any:
             expected="a class of this release",
             fix="pip install --upgrade transformers, in an environment of its own: trainers want older ones",
         )
-    as_said = said | (rope_settings(said, str(path)) if said.get("rope_parameters") else {})
+    rope = rope_settings(said, str(path)) if said.get("rope_parameters") else {}
+    if (rope.get("rope_scaling") or {}).get("rope_type") == PROPORTIONAL:  # transformers 4 has no class with it
+        rope = {}
     if wrapper:
-        return AutoConfig.for_model(**as_said)
+        return AutoConfig.for_model(**said | rope)
     config = AutoConfig.from_pretrained(folder, **_LOCAL)
-    return type(config).from_dict(as_said) if said.get("rope_parameters") else config
+    return type(config).from_dict(said | rope) if rope else config
 
 
 def _class_of(said: dict[str, Any]) -> tuple[str, str]:

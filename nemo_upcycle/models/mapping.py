@@ -134,6 +134,7 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     some |= {bias: getattr(arch, bias) for bias in ("qkv_bias", "attention_out_bias", *BALANCING_BIASES)}
     some |= dict.fromkeys(("attention_norm", "ffn_norm"), arch.pre_norm)
     some |= dict.fromkeys(("attention_post_norm", "ffn_post_norm"), arch.post_norm)
+    some |= dict.fromkeys(("layer_scale", "kept_ffn_norm"), arch.keeps_network)
     some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias", "delta_dt_bias"), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 
@@ -144,7 +145,8 @@ def hf_names(arch: Architecture) -> Iterator[str]:
     for layer in range(arch.num_layers):
         for mapping in layer_mappings(arch, layer):
             experts = range(arch.num_experts or 0) if mapping.is_expert else range(1)
-            names = dict.fromkeys(mapping.hf)
+            hf = mapping.hf[:-1] if mapping.role == "qkv" and arch.at(layer).value_is_key else mapping.hf
+            names = dict.fromkeys(hf)
             yield from (name.format(layer=layer, expert=expert) for expert in experts for name in names)
     yield from mapping_of("final_norm", arch).hf
     if not arch.tied_embeddings:
@@ -155,9 +157,9 @@ def as_written(arch: Architecture) -> Architecture:
     """Return the architecture that the Hugging Face folder of a model has.
 
     An MoE model always gets an output matrix of its own, without which SGLang reads no MoE class, vLLM not Glm4-MoE
-    and llama.cpp not Qwen2-MoE. SGLang does not say so.
+    and llama.cpp not Qwen2-MoE. SGLang does not say so. A Gemma 4 stays tied, as its class is by default.
     """
-    return replace(arch, tied_embeddings=arch.tied_embeddings and arch.num_experts is None)
+    return replace(arch, tied_embeddings=arch.tied_embeddings and (arch.num_experts is None or arch.keeps_network))
 
 
 def stored_as(mapping: ParamMapping, arch: Architecture) -> ParamMapping:
@@ -188,9 +190,8 @@ def constant_tensors(arch: Architecture, dtype: torch.dtype) -> dict[str, torch.
         value = next((value for end, value in values.items() if name.endswith(end)), 0.0)
         value = max(value, limits.smallest_normal * limits.eps) if value > 0 else value
         number = torch.tensor(value, dtype=dtype)
-        tensors[name] = (
-            number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
-        )  # bytes of one want a stride
+        # Bytes of one want a stride.
+        tensors[name] = number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
     return tensors
 
 

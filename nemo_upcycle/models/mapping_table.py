@@ -37,7 +37,7 @@ class ParamMapping:
     """One parameter: its names on both sides and how it is cut.
 
     Args:
-        role: what it is. An expert's role is the dense role behind `expert_` or `shared_`.
+        role: what it is. An expert's role is the dense role behind `expert_` or `shared_`, or, of a norm, `kept_`.
         megatron: parameter names, inside the layer for what every layer has, else inside the model. More than one
             where layer specs differ: first Transformer Engine's, then the local spec's; or where model classes do.
         sharding: how tensor parallelism cuts it.
@@ -79,7 +79,7 @@ class ParamMapping:
     @property
     def dense_role(self) -> str:
         """The dense network's parameter that an expert's is made from."""
-        return self.role.removeprefix("expert_").removeprefix("shared_")
+        return self.role.removeprefix("expert_").removeprefix("shared_").removeprefix("kept_")
 
     def together(self, part: int) -> tuple[int, ...]:
         """Return the parts that lie in the Hugging Face tensor of one, that one included, in the order of its rows."""
@@ -132,6 +132,7 @@ ATTENTION_MAPPINGS = (
     ParamMapping("attention_post_norm", ("post_self_attn_layernorm.weight",), Sharding.REPLICATED),
     ParamMapping("ffn_norm", ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"), Sharding.REPLICATED),
     ParamMapping("ffn_post_norm", ("post_mlp_layernorm.weight",), Sharding.REPLICATED),
+    ParamMapping("layer_scale", ("layer_scalar",), Sharding.REPLICATED),
 )
 
 #: In a dense layer. A network without a gate has its up projection alone.
@@ -162,6 +163,7 @@ MOE_MAPPINGS = (
     ParamMapping("shared_fc1", ("mlp.shared_experts.linear_fc1.weight",), Sharding.GATED, _GATE_UP),
     ParamMapping("shared_fc2", ("mlp.shared_experts.linear_fc2.weight",), Sharding.NEURON_COLUMNS, ("down",)),
     ParamMapping("shared_gate", ("mlp.shared_experts.gate_weight",), Sharding.REPLICATED),
+    ParamMapping("kept_ffn_norm", ("pre_shared_expert_layernorm.weight",), Sharding.REPLICATED),
 )
 
 MAMBA_MAPPINGS = (

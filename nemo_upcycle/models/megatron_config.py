@@ -85,6 +85,7 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
             expected="attention and a network in each, in a GPTModel and in Megatron checkpoints that are read",
             fix="upcycle its Hugging Face folder into a HybridModel in Megatron-Bridge",
         )
+    arch.require_trained()
     special = {
         "norms after attention and network": arch.post_norm,
         "norms of query and key over all heads": arch.wide_qk_norm,

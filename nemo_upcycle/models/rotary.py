@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LONGROPE = "longrope"
 #: That whose factor grows with the sequence: transformers alone computes it.
 DYNAMIC = "dynamic"
+#: That of Gemma 4's heads, which are turned in part: as well.
+PROPORTIONAL = "proportional"
 #: Kinds of `rope_scaling` whose frequencies are known here.
 KINDS = ("default", "linear", "llama3", "yarn", LONGROPE)
 _SHORT = "original_max_position_embeddings"

@@ -94,6 +94,7 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
         "router": (arch.num_experts or 0, arch.hidden_size),
         "router_bias": (arch.num_experts or 0,),
         "gate": (1, arch.hidden_size),
+        "layer_scale": (1,),
     } | dict.fromkeys(BALANCING_BIASES, (arch.num_experts or 0,))
     return shapes.get(mapping.dense_role, (arch.hidden_size,))
 
@@ -108,8 +109,8 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of a Hugging Face checkpoint of `arch`, in the model's order."""
     shapes = {}
     for name in hf_names(arch):
-        mapping, part, _, _ = mapping_of_hf(name, arch)
-        shapes[name] = tensor_shape(mapping, part, arch)
+        mapping, part, layer, _ = mapping_of_hf(name, arch)
+        shapes[name] = tensor_shape(mapping, part, arch.at(layer) if mapping.in_layer else arch)
     return shapes | hf_constants(arch)
 
 

@@ -27,7 +27,12 @@ PREFIXES = {
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _OUTPUT = "lm_head.weight"
 #: `model_type` of a text part -> that of the class which computes the same on text.
-_SAME = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3", "exaone4_5_text": "exaone4"}
+_SAME = {
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "exaone4_5_text": "exaone4",
+    "gemma4_unified_text": "gemma4_text",
+}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 #: `model_type` of a text part -> the sizes that transformers leaves unwritten where they are the default.
 _UNSAID = {
@@ -39,6 +44,7 @@ _UNSAID = {
     "qwen2_5_vl_text": (8192, 29568, 80, 64, 152064),
     "qwen3_vl_text": (4096, 22016, 32, 32, 151936),
     "gemma3_text": (2304, 9216, 26, 8, 262208),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), (2304, 9216, 30, 8, 262144)),
     "exaone4": (4096, 16384, 32, 32, 102400),
     "qwen3_5_text": (4096, 12288, 32, 16, 248320),
 }
@@ -47,6 +53,11 @@ _OTHER: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
     "qwen3_vl_text": {"max_position_embeddings": 128000},
     "ministral3": {"rms_norm_eps": 1e-5},
+    "gemma4_unified_text": {
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 1024,
+        "max_position_embeddings": 2**18,
+    },
 }
 _THETA = {"qwen2_5_vl_text": 1e6, "qwen3_vl_text": 5e5}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
@@ -107,11 +118,14 @@ MTP = "mtp"
 _LLAVA, _QWEN, _IDEFICS = ("vision_tower", "multi_modal_projector"), ("visual",), ("vision_model", "connector")
 _QWEN35, _QWEN35_MOE = "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"
 _QWEN3, _QWEN3_MOE = "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"
+_GEMMA4 = ("vision_tower", "embed_vision", "audio_tower", "embed_audio", "vision_embedder")
 WRAPPERS = (
     Wrapper("Mistral3ForConditionalGeneration", "mistral3", "mistral", _LLAVA, takes_experts=True),
     Wrapper("LlavaForConditionalGeneration", "llava", "llama", _LLAVA, takes_experts=True),
     Wrapper("InternVLForConditionalGeneration", "internvl", "qwen2", _LLAVA, takes_experts=True),
     Wrapper("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text", _LLAVA),
+    Wrapper("Gemma4ForConditionalGeneration", "gemma4", "gemma4_text", _GEMMA4, takes_experts=True),
+    Wrapper("Gemma4UnifiedForConditionalGeneration", "gemma4_unified", "gemma4_unified_text", _GEMMA4),
     Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qwen2_5_vl_text", _QWEN),
     Wrapper(_QWEN3, "qwen3_vl", "qwen3_vl_text", _QWEN, moe_class=_QWEN3_MOE),
     Wrapper(_QWEN3_MOE, "qwen3_vl_moe", "qwen3_vl_moe_text", _QWEN, moe_class=_QWEN3_MOE),
@@ -184,10 +198,8 @@ def around_text(whole: dict[str, Any], text: dict[str, Any], wrapper: Wrapper) -
     for key, part in whole.items():
         if isinstance(part, dict) and (kind := str(part.get("model_type"))).startswith(old):
             config[key] = part | {"model_type": wrapper.model_type + kind.removeprefix(old)}
-    # Its output layer is never tied.
-    return config | {"model_type": wrapper.model_type, "text_config": text, "tie_word_embeddings": False}
-    (Wrapper(_QWEN35, "qwen3_5", "qwen3_5_text", (*_QWEN, MTP), moe_class=_QWEN35_MOE),)
-    (Wrapper(_QWEN35_MOE, "qwen3_5_moe", "qwen3_5_moe_text", (*_QWEN, MTP), moe_class=_QWEN35_MOE),)
+    tied = text["tie_word_embeddings"]
+    return config | {"model_type": wrapper.model_type, "text_config": text, "tie_word_embeddings": tied}
 
 
 def _ropes(text: dict[str, Any]) -> dict[str, Any]:

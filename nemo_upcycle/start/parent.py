@@ -73,6 +73,7 @@ def find_model(source: str) -> Parent:
     folder = tokenizer_folder(source) if kind == "hub" else Path(name).absolute()
     arch = read_architecture(folder)
     check_parent(arch, source)
+    arch.require_trained()
     rope_kind(arch)
     require_tokenizer(folder)
     if kind == "folder" and not any(folder.glob("*.safetensors")):

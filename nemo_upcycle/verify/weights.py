@@ -32,6 +32,7 @@ _KEPT = (
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"),
     *("activation", "rope_theta", "rope_scaling", "rotary_percent", "rope_pattern", "window", "qkv_bias"),
     *("qk_norm", "wide_qk_norm", "pre_norm", "post_norm", "zero_centered_norm", "softmax_scale", *MULTIPLIERS),
+    *("global_heads", "keeps_network"),
 )
 
 
@@ -225,7 +226,7 @@ def _spec_of(
         num_experts=experts,
         top_k=top_k,
         granularity=granularity,
-        shared_experts=moe_arch.shared_ffn_size // width,
+        shared_experts=0 if moe_arch.keeps_network else moe_arch.shared_ffn_size // width,
         router_init="zero" if routers and routers.zero else "normal",
         router_std=routers.std if routers else 0.02,
         router_order=moe_arch.router_kind.order,

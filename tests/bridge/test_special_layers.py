@@ -11,11 +11,13 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from tests.distributed.ranks import run_ranks
 from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_olmo2, write_phi3, write_smollm3
 from tests.parents import (
+    write_arcee,
     write_cwm,
     write_exaone3,
     write_gemma3,
     write_granite,
     write_granite4,
+    write_hyperclovax,
     write_ministral3,
     write_olmo3,
     write_qwen35,
@@ -41,6 +43,8 @@ WRITERS = {
     "Seed-OSS": write_seed_oss,
     "CWM": write_cwm,
     "Qwen3.5": write_qwen35,
+    "HyperCLOVA X": write_hyperclovax,
+    "Arcee": write_arcee,
 }
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 

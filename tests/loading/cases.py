@@ -32,11 +32,14 @@ from tests.models import (
     write_smollm3,
 )
 from tests.parents import (
+    write_arcee,
     write_cwm,
     write_exaone3,
     write_gemma3,
+    write_gemma4,
     write_granite,
     write_granite4,
+    write_hyperclovax,
     write_internlm3,
     write_iquest_coder,
     write_ministral3,
@@ -63,7 +66,10 @@ PARENTS = {
     "IQuest-Coder": write_iquest_coder,
     "EXAONE 3": write_exaone3,
     "Seed-OSS": write_seed_oss,
+    "Arcee": write_arcee,
+    **({"HyperCLOVA X": write_hyperclovax} if hasattr(transformers, "HyperCLOVAXConfig") else {}),
     **({"Ministral 3": write_ministral3} if hasattr(transformers, "Ministral3ForCausalLM") else {}),
+    **({"Gemma 4": write_gemma4} if hasattr(transformers, "Gemma4Config") else {}),
     **({"CWM": write_cwm} if hasattr(transformers, "CwmForCausalLM") else {}),
 }
 #: Parents with experts.
@@ -71,7 +77,7 @@ GROWN = {
     kind: partial(write_moe, kind=kind) for kind in ("Mixtral", "Qwen3Moe", "Qwen2Moe", "Glm4Moe", "Olmoe", "FlexOlmo")
 }
 #: Those whose heads make up the hidden size.
-_NO_HEAD_DIM = ("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3", "Granite 3", "Granite 4")
+_NO_HEAD_DIM = ("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3", "Granite 3", "Granite 4", "HyperCLOVA X")
 
 
 class Case(NamedTuple):
@@ -105,9 +111,13 @@ def random_case(seed: int, parents: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2"
     }
     if parent == "Phi-3":
         sizes |= _of_phi3(draw, head_dim)
-    if parent.startswith("Granite"):
+    if parent == "HyperCLOVA X":
+        sizes["use_post_norm"] = draw.random() < 0.3
+    if parent.startswith(("Granite", "Hyper")):
         sizes |= {"attention_multiplier": draw.choice([0.0625, 0.3]), "embedding_multiplier": draw.choice([1.0, 12.0])}
         sizes |= {"residual_multiplier": draw.choice([1.0, 0.22]), "logits_scaling": draw.choice([1.0, 10.0])}
+    if parent == "Gemma 4":  # a base for each kind of layer
+        sizes["rope_theta"] = None
     if parent in _LAYERS_DIFFER:
         sizes |= _LAYERS_DIFFER[parent](draw, sizes["layers"])
     granularity, copies = draw.choice([1, 1, 2, 4]), draw.choice([2, 4, 8])
@@ -199,7 +209,14 @@ def _positions(draw: random.Random, layers: int) -> dict[str, Any]:
 
 
 #: Parent -> what draws settings of its layers that differ.
-_LAYERS_DIFFER = {"OLMo 3": _kinds, "EXAONE 4": _kinds, "Gemma 3": _kinds, "CWM": _kinds, "SmolLM3": _positions}
+_LAYERS_DIFFER = {
+    "OLMo 3": _kinds,
+    "EXAONE 4": _kinds,
+    "Gemma 3": _kinds,
+    "Gemma 4": _kinds,
+    "CWM": _kinds,
+    "SmolLM3": _positions,
+}
 
 
 def has_class(case: Case) -> bool:
@@ -217,7 +234,11 @@ def has_class(case: Case) -> bool:
         turns = case.sizes["no_rope_layers"] or [(layer + 1) % every for layer in range(layers)]
         if not all(turns):
             return has_softmax
-    if case.parent.startswith("Granite"):
+    if case.parent == "Gemma 4":
+        return has_softmax and not spec.shared_experts
+    if case.parent == "Arcee" or case.sizes.get("use_post_norm"):
+        return False
+    if case.parent.startswith(("Granite", "Hyper")):
         return has_softmax
     if case.parent.startswith("OLMo"):
         return all(pattern) and spec.router_score == "softmax" and not spec.shared_experts
@@ -259,7 +280,7 @@ def outcome(case: Case, folder: Path) -> Outcome:
         _check_read(source)
         done = convert(source, folder / "moe", UpcycleSpec(**case.spec), progress=False)
     _check_read_back(dense, folder / "moe", UpcycleSpec(**case.spec))
-    if not hasattr(transformers, done.hf_class):
+    if not hasattr(transformers, done.hf_class.partition(" ")[0]):
         pytest.skip(f"transformers {transformers.__version__} does not know {done.hf_class}")
     tokens = sample_tokens(VOCABULARY)
     wanted, got = (logits(folder / name, tokens) for name in ("dense", "moe"))

@@ -55,6 +55,11 @@ KNOWN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("InternLM3", {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}, {}, "MixtralForCausalLM"),
     ("IQuest-Coder", {}, FINE, "MixtralForCausalLM"),
     ("SmolLM3", {}, FINE | {"shared_experts": 1}, "GraniteMoeSWAForCausalLM"),
+    *(
+        [("HyperCLOVA X", {"use_post_norm": False}, FINE, "GraniteMoeForCausalLM")]
+        if "HyperCLOVA X" in FOLDERS
+        else []
+    ),
     ("Seed-OSS", {"head_dim": 8}, FINE, "GraniteMoeSWAForCausalLM"),
     ("Seed-OSS", {"head_dim": 8}, FINE | SIGMOID, "Glm4MoeForCausalLM"),
     ("Seed-OSS", {}, FINE, "Qwen2MoeForCausalLM"),
@@ -80,6 +85,20 @@ def test_what_transformers_computes_as_a_llama_is_loaded_as_it_loads_it(tmp_path
     assert read_json(folder / "config.json")["architectures"] == ["LlamaForCausalLM"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert torch.equal(theirs(tokens).logits, logits(folder, tokens))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4Config"), reason="this release does not know Gemma 4")
+@pytest.mark.parametrize(("sizes", "spec"), [({}, {}), ({"attention_k_eq_v": False}, FINE | {"router_init": "zero"})])
+def test_a_gemma_4_keeps_its_network_and_its_function_but_for_the_epsilon_of_norms(
+    tmp_path: Path, sizes: dict[str, Any], spec: dict[str, Any]
+) -> None:
+    for epsilon, most in ((1e-12, 2 * TOLERANCE), (1e-6, 1e-4)):
+        found = outcome(
+            Case("Gemma 4", sizes | {"rms_norm_eps": epsilon}, {"num_experts": 4, "router_std": 1.0} | spec),
+            tmp_path / str(epsilon),
+        )
+        assert (found.hf_class, found.is_exact) == ("Gemma4ForCausalLM (enable_moe_block)", False)
+        assert found.relative <= most
 
 
 #: Routers, and with which deviations a model of hidden size 64 is exact, and is not.

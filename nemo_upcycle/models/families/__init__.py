@@ -27,11 +27,14 @@ _MODULES = (
     "granite",
     "granite4",
     "gemma3",
+    "gemma4",
     "ministral3",
     "internlm3",
     "iquest_coder",
     "seed_oss",
     "cwm",
+    "hyperclovax",
+    "arcee",
     "nemotron_h",
     "qwen3_5",
     "mixtral",
@@ -45,6 +48,7 @@ _MODULES = (
     "granite_moe_shared",
     "granite_moe_swa",
     "qwen3_5_moe",
+    "gemma4_moe",
 )
 _FAMILIES: dict[str, Family] = FAMILIES
 __all__ = [
@@ -146,16 +150,20 @@ def require_class(moe_arch: Architecture) -> None:
     if moe_arch.hf_class:
         return
     titles: dict[str, list[str]] = {}
-    for family in targets():
+    # Gemma 4's class with experts holds Gemma 4 alone, and no other does
+    near = [family for family in targets() if bool(family.saved_as) is moe_arch.keeps_network]
+    for family in near:
         titles.setdefault(next(family.unsupported(moe_arch)), []).append(family.title)
     fix = "keep the model in NeMo: it trains and evaluates there"
+    if moe_arch.keeps_network:
+        fix = "route with router_order=topk_softmax, with experts in every layer and no shared ones"
     if moe_arch.mamba or moe_arch.quantile_bias:
         fix = "keep the model in Megatron-Bridge"
     wide = replace(moe_arch, sliding_window=None, window_pattern=None, local_rope_theta=None)
     if moe_arch.window and any(not any(family.unsupported(wide)) for family in targets()):
         fix += ", or if training sequences were no longer than the window, set sliding_window in config.json to null,"
         fix += " or where it has layer_types each of them to full_attention"
-    for family in targets():
+    for family in near:
         if list(family.unsupported(moe_arch)) == [f"{moe_arch.router_score} scores"]:
             kind = find_router_kind(family.router_score, pre_softmax=False)
             route = f"router_score='{kind.score}' with router_order='{kind.order}'"
@@ -163,7 +171,7 @@ def require_class(moe_arch: Architecture) -> None:
     raise SpecError(
         "Hugging Face class for this MoE",
         got="; ".join(f"{reason} ({', '.join(names)})" for reason, names in titles.items()),
-        expected=f"what {' or '.join(family.title for family in targets())} can hold",
+        expected=f"what {' or '.join(family.title for family in near)} can hold",
         fix=fix,
     )
 

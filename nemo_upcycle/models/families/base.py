@@ -18,6 +18,8 @@ WINDOW, FULL = "sliding_attention", "full_attention"
 LOCAL_BASE = "rope_local_base_freq"
 #: Hugging Face's activations -> the architecture's.
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
+#: The same of networks without a gate.
+SQUARED_RELU = {"relu2": "squared_relu"}
 #: Fields of an `Architecture` that few classes have in some layers alone.
 _PATTERNS = ("rope_pattern", "window_pattern")
 #: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `shared_gate`,
@@ -119,6 +121,7 @@ class Family:
         has_mtp: whether its checkpoints may hold layers of multi-token prediction behind its own; they are left out.
         constant_values: how the names of constants end that are not zero -> their number.
         own_settings: what its `config.json` says of itself alone, and another class would take for its own.
+        saved_as: the class in `architectures`, where a dense family and one of experts have the same.
         computed_as: the class of transformers that computes it, where transformers has none of this name. Its newest
             releases know the `model_type`, and save such a model under that class.
 
@@ -148,7 +151,12 @@ class Family:
     constant_values: Mapping[str, float] = field(default_factory=dict)
     has_mtp: bool = False
     own_settings: tuple[str, ...] = ()
+    saved_as: str = ""
     computed_as: str = ""
+
+    def of(self, config: Mapping[str, Any]) -> Family:
+        """Return the family of a configuration of this class: another where the class has a dense one and an MoE."""
+        return self
 
     def activation(self, settings: Settings) -> str:
         """Return the activation function, as architectures call it.
@@ -270,6 +278,7 @@ class MoeFamily(Family, ABC):
         return {
             "Mamba layers": arch.mamba is not None,
             "gated delta nets, and a gate of attention": arch.output_gate != ("delta_in" in self.names),
+            "layers of Gemma 4": arch.keeps_network,
             "a Gemma: norms around zero": arch.scaled_embedding
             or arch.zero_centered_norm != bool(self.defaults.get("zero_centered_norm")),
             "a network without a gate": not arch.gated,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.models.architecture import MambaLayers
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, SQUARED_RELU, Family, Settings
 
 
 _LAYER = "backbone.layers.{layer}."
@@ -25,7 +25,7 @@ _FIXED = {
 
 class _NemotronH(Family):
     def activation(self, settings: Settings) -> str:
-        return settings.choice("hidden_act", {"relu2": "squared_relu"}, "use a checkpoint with squared ReLU")
+        return settings.choice("hidden_act", SQUARED_RELU, "use a checkpoint with squared ReLU")
 
     def mamba(self, settings: Settings) -> MambaLayers:
         pattern = _pattern(settings.values)

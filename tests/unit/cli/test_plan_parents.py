@@ -24,6 +24,7 @@ def _sizes(hidden: int, ffn: int, layers: int, heads: int, **others: Any) -> dic
     return dict(zip(names, (hidden, ffn, layers, heads), strict=True)) | others
 
 
+_AFM = {"rope_type": "yarn", "factor": 20.0, "mscale": 1.0, "original_max_position_embeddings": 4096}
 #: Parent -> its `config.json` as far as it decides sizes, and billions of parameters as its model card has them.
 PARENTS: dict[str, tuple[dict[str, Any], float]] = {
     "Qwen3 14B": (_QWEN3 | _sizes(5120, 17408, 40, 40), 14.8),
@@ -158,6 +159,16 @@ PARENTS |= {
         | _sizes(5120, 27648, 64, 80, attention_out_bias=False, rope_scaling={"rope_type": "default"}),
         36.2,
     ),
+    "HyperCLOVA X SEED Think 14B": (
+        {"architectures": ["HyperCLOVAXForCausalLM"], "vocab_size": 110592, "logits_scaling": 0.125}
+        | _sizes(6144, 14336, 38, 48, num_key_value_heads=8, head_dim=128),
+        14.74,
+    ),
+    "AFM 4.5B": (
+        {"architectures": ["ArceeForCausalLM"], "vocab_size": 128005, "rope_scaling": _AFM}
+        | _sizes(2560, 18432, 36, 20, num_key_value_heads=4, head_dim=128, max_position_embeddings=65536),
+        4.62,
+    ),
     "CWM 32B": (
         {"architectures": ["CwmForCausalLM"], "vocab_size": 128256, "rope_scaling": _LLAMA3 | {"factor": 16.0}}
         | _sizes(6144, 21504, 64, 48, layer_types=["full_attention", *["sliding_attention"] * 3] * 16),
@@ -179,4 +190,5 @@ def test_a_parent_is_planned_by_its_config(name: str, tmp_path: Path, command: C
 def test_every_family_has_a_parent_here() -> None:
     here = {config["architectures"][0] for config, _ in PARENTS.values()} - {one.hf_class for one in WRAPPERS}
     elsewhere = {"LlamaForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "NemotronHForCausalLM"}
+    elsewhere |= {"Gemma4ForCausalLM"}  # which is not planned: no trainer builds it
     assert {family.hf_class for family in parents()} == here | elsewhere

@@ -115,9 +115,9 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path, content: st
 
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-#: Nemotron-H has settings of its own: test_nemotron_h.py.
-PARENTS = [family.hf_class for family in families.parents() if family.model_type != "nemotron_h"]
-TARGETS = [family.hf_class for family in families.targets()]
+#: Nemotron-H and Gemma 4 have settings of their own: test_nemotron_h.py, test_gemma4.py.
+PARENTS = [one.hf_class for one in families.parents() if one.model_type not in ("nemotron_h", "gemma4_text")]
+TARGETS = [family.hf_class for family in families.targets() if not family.saved_as]
 _WINDOWED = ("mistral", "mixtral", "phi3", "exaone4", "olmo3", "gemma3_text", "cwm", "granitemoe_swa")
 #: What a class wants to be told: its own defaults are of a model that is no parent.
 _WANTED = {
@@ -141,7 +141,7 @@ def _transformers(config: dict[str, Any]) -> Any:
 
 def _facts(hf: Any) -> dict[str, Any]:
     """Return what transformers makes of a configuration, in the words of `Architecture`."""
-    names = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    names = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "squared_relu"}
     return {
         "num_kv_heads": hf.num_key_value_heads,
         "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,

@@ -45,6 +45,7 @@ from tests.models import (
 )
 from tests.parents import (
     YARN,
+    write_arcee,
     write_exaone3,
     write_gemma3,
     write_granite,
@@ -121,6 +122,7 @@ PARENTS = {
     "Granite 3, tied and granular": Parent(partial(write_granite, tied=True), "GraniteMoeForCausalLM", FINE),
     "Granite 4, shared expert": Parent(write_granite4, "GraniteMoeSharedForCausalLM", SHARED),
     "EXAONE 3, shared expert": Parent(partial(write_exaone3, tied=True), "Qwen2MoeForCausalLM", SHARED),
+    "Arcee": Parent(write_arcee, ""),
     "Seed-OSS, sigmoid": Parent(
         partial(write_seed_oss, layers=2, head_dim=32), "Glm4MoeForCausalLM", SIGMOID | {"shared_experts": 1}
     ),

@@ -1,0 +1,21 @@
+"""Arcee (AFM-4.5B): a Llama whose networks have no gate, and a squared ReLU."""
+
+from __future__ import annotations
+
+from nemo_upcycle.models.families import llama
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, SQUARED_RELU, Family, Settings
+
+
+class _Arcee(Family):
+    def activation(self, settings: Settings) -> str:
+        return settings.choice("hidden_act", SQUARED_RELU, "use a checkpoint with squared ReLU")
+
+
+FAMILY = _Arcee(
+    title="Arcee",
+    hf_class="ArceeForCausalLM",
+    model_type="arcee",
+    names=llama.NAMES | {name: (llama.NAMES[name][1],) * 2 for name in ("fc1", "fc1_bias")},
+    defaults=COMMON_DEFAULTS | {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    gated=False,
+)

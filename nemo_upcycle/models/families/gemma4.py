@@ -1,0 +1,100 @@
+"""Gemma 4 of text (12B, 31B): other heads in layers without a window, and a factor on what each layer puts out.
+
+E2B and E4B have embeddings of their own in every layer and share keys and values between layers: refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_upcycle.models.architecture import FAMILIES, Architecture, GlobalHeads
+from nemo_upcycle.models.families import gemma, gemma3, llama
+from nemo_upcycle.models.families.base import LOCAL_BASE, Family, Settings
+from nemo_upcycle.models.rotary import PROPORTIONAL
+
+
+#: The class of dense models, and what the package calls it where `enable_moe_block` is set.
+DENSE, EXPERTS = "Gemma4ForCausalLM", "Gemma4ForCausalLM (enable_moe_block)"
+_OWN_HEADS = "per_layer_config"
+#: Setting -> values that change nothing, and what it is.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_size_per_layer_input": ((0,), "0: no embeddings of its own in each layer, as E2B and E4B have them"),
+    "num_kv_shared_layers": ((None, 0), "0: no layers that take keys and values from others, as in E2B and E4B"),
+    "use_bidirectional_attention": ((None, "vision"), "null or vision: tokens of text that see those before them"),
+    "attention_bias": ((None, False), "false"),
+}
+
+
+#: Rotary embeddings where the file says none.
+_UNSAID = {"local_rope_theta": 1e4, "rope_scaling": {"rope_type": PROPORTIONAL}, "rotary_percent": 0.25}
+
+
+class Gemma4(gemma.Gemma):
+    """The class, with experts or without."""
+
+    def of(self, config: Mapping[str, Any]) -> Family:
+        """See `Family.of`."""
+        family: Family = FAMILIES[EXPERTS if config.get("enable_moe_block") else DENSE]
+        return family
+
+    def computes(self, arch: Architecture) -> bool:
+        """No model of Megatron's is one."""
+        return False
+
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        """See `Family.attention`."""
+        for name, (harmless, expected) in _REFUSED.items():
+            if settings.values.get(name) not in harmless:
+                raise settings.wrong(name, expected, "use a 12B or 31B, or another checkpoint")
+        if "rope_parameters" in settings.values and settings.values[LOCAL_BASE] is None:
+            expected = "one for layers with a window and another for those without"
+            raise settings.wrong("rope_parameters", expected, "use another checkpoint")
+        windowed = [*self._windowed(settings, num_layers, 6)[:-1], False]
+        return {
+            "window_pattern": self._pattern(windowed),
+            **({"local_rope_theta": settings.number(LOCAL_BASE)} if "rope_parameters" in settings.values else _UNSAID),
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": settings.whole("hidden_size") ** 0.5,
+            "global_heads": self._global_heads(settings, windowed),
+            "keeps_network": True,
+        }
+
+    @staticmethod
+    def _global_heads(settings: Settings, windowed: list[bool]) -> GlobalHeads:
+        """Read them as transformers 5.24 writes them, layer by layer, or as it did before."""
+        same, heads = settings.flag("attention_k_eq_v"), settings.whole("num_attention_heads")
+        groups = settings.whole("num_key_value_heads")
+        given = {"head_dim": settings.whole("global_head_dim")}
+        given |= {"num_key_value_heads": settings.values.get("num_global_key_value_heads", groups)} if same else {}
+        numbers = [str(layer) for layer, sees in enumerate(windowed) if not sees]
+        layers = settings.values.get(_OWN_HEADS, dict.fromkeys(numbers, given))
+        first = layers.get(numbers[-1], {}) if isinstance(layers, dict) else None
+        if not isinstance(first, dict) or layers not in ({}, dict.fromkeys(numbers, first)):
+            raise settings.wrong(_OWN_HEADS, f"the same in layers {', '.join(numbers)}, and none in others")
+        inside = Settings(first, f"{settings.where}: {_OWN_HEADS}")
+        groups, head_dim = inside.whole("num_key_value_heads", groups), settings.whole("head_dim")
+        if heads % groups:
+            raise inside.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+        return GlobalHeads(
+            head_dim=inside.whole("head_dim", head_dim), num_kv_heads=groups, value_is_key=same
+        )  # a release leaves out what is not another's
+
+
+NAMES = {**gemma3.FAMILY.names, "layer_scale": (llama.LAYER + "layer_scalar",)}
+DEFAULTS = {
+    **{name: value for name, value in gemma3.FAMILY.defaults.items() if name != "zero_centered_norm"},
+    **{"sliding_window": 512, "global_head_dim": 512, "hidden_size_per_layer_input": 256, LOCAL_BASE: None},
+}
+FAMILY = Gemma4(
+    title="Gemma 4",
+    hf_class=DENSE,
+    model_type="gemma4_text",
+    names=NAMES,
+    defaults=DEFAULTS,
+    post_norm=True,
+    has_window=True,
+    has_partial_rotary=True,
+    layer_patterns=("window_pattern",),
+    has_multipliers=True,
+)

@@ -1,0 +1,41 @@
+"""HyperCLOVA X (SEED Think): a Granite whose logits are multiplied, with norms after attention and network or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import granite, llama
+from nemo_upcycle.models.families.base import Family, Settings
+
+
+class _HyperClovaX(Family):
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        heads, norms = settings.whole("num_attention_heads"), settings.flag("use_post_norm")
+        scale = settings.whole("head_dim", settings.whole("hidden_size") // heads) ** -0.5
+        values = settings.values | {"attention_multiplier": settings.values.get("attention_multiplier", scale)}
+        factors = granite.multipliers(Settings(values, settings.where))
+        factors["logits_scaling"] = 1 / factors["logits_scaling"]
+        is_plain = factors == dict.fromkeys(factors, 1.0) | {"attention_multiplier": scale}
+        return super().attention(settings, num_layers) | {"post_norm": norms} | ({} if is_plain else factors)
+
+    def computes(self, arch: Architecture) -> bool:
+        """Leave to others what has no norms there."""
+        return arch.attention_multiplier is not None and super().computes(arch)
+
+
+FAMILY = _HyperClovaX(
+    title="HyperCLOVA X",
+    hf_class="HyperCLOVAXForCausalLM",
+    model_type="hyperclovax",
+    names=llama.NAMES
+    | {
+        "attention_post_norm": (llama.LAYER + "post_norm1.weight",),
+        "ffn_post_norm": (llama.LAYER + "post_norm2.weight",),
+    },
+    defaults={name: value for name, value in granite.DEFAULTS.items() if name != "attention_multiplier"}
+    | {"use_post_norm": True},
+    post_norm=True,
+    has_multipliers=True,
+    own_settings=("use_post_norm",),
+)
