@@ -20,7 +20,7 @@ from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
 from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.mapping import as_written, constant_tensors
 from nemo_upcycle.models.sharding import float32_names, hf_shapes
-from nemo_upcycle.models.stacked import as_in_file, is_stacked, is_turned
+from nemo_upcycle.models.stacked import as_in_file, is_stacked, is_transposed
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.spec import UpcycleSpec
@@ -89,7 +89,7 @@ class Expansion:
 
         So does what is transposed.
         """
-        holds = METHODS[self.spec.method].computes or any(map(is_turned, self.shapes))
+        holds = METHODS[self.spec.method].computes or any(map(is_transposed, self.shapes))
         return 1 if holds else min(WRITERS, os.cpu_count() or 1)
 
     def order(self, names: list[str]) -> list[str]:
@@ -137,19 +137,19 @@ class Expansion:
 
     def _write_copies(self, file: StreamedFile, plan: TensorPlan, copies: list[tuple[str, int]]) -> None:
         """Write the tensors that are made of the same dense slices; one that is transposed in the file as a whole."""
-        source, turned = plan.source(self.dense), is_turned(copies[0][0])
-        if stored := None if turned else self._unchanged(source, plan):
+        source, transposed = plan.source(self.dense), is_transposed(copies[0][0])
+        if stored := None if transposed else self._unchanged(source, plan):
             for _ in self._blocks(source, plan):
                 pass  # it was checked
             for _ in copies:
                 file.copy(stored)
             return
         sizes = [torch.Size([stop - start for start, stop in slice_.bounds]).numel() for slice_ in plan.slices]
-        kept = plan.method or turned or sum(sizes) * self.dtype.itemsize <= KEPT_BYTES
+        kept = plan.method or transposed or sum(sizes) * self.dtype.itemsize <= KEPT_BYTES
         blocks = list(self._blocks(source, plan)) if kept else None
-        if blocks and (plan.method or turned) and len(blocks) > 1:
+        if blocks and (plan.method or transposed) and len(blocks) > 1:
             blocks = [torch.cat(blocks)]
-        if blocks and turned and not plan.method:
+        if blocks and transposed and not plan.method:
             blocks = [blocks[0].T.contiguous()]
         for name, expert in copies:
             for block in blocks or self._blocks(source, plan):

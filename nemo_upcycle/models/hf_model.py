@@ -20,7 +20,7 @@ from nemo_upcycle.models.hf_config import read_architecture, rope_settings
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.rotary import PROPORTIONAL
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
-from nemo_upcycle.models.stacked import lies_turned, stacks
+from nemo_upcycle.models.stacked import lies_transposed, stacks
 from nemo_upcycle.models.wrapper import INDEX, SINGLE, Wrapper, read_config, wrapper_of
 from nemo_upcycle.utils.files import read_json
 
@@ -196,7 +196,7 @@ def _renamed(tensors: dict[str, Any], arch: Architecture, theirs: Family) -> Ite
         for expert, own in enumerate(experts.get(name, [name])):
             mapping, part, layer, _ = mapping_of_hf(own, arch)
             one = tensor[expert] if name in experts else tensor
-            one = one.T if lies_turned(own, tuple(one.shape), tensor_shape(mapping, part, arch)) else one
+            one = one.T if lies_transposed(own, tuple(one.shape), tensor_shape(mapping, part, arch)) else one
             names = dict.fromkeys(theirs.names[mapping.role][each] for each in mapping.together(part))
             for called, piece in zip(names, one.chunk(len(names)), strict=True):
                 yield called.format(layer=layer, expert=expert), piece

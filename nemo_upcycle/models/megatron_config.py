@@ -92,8 +92,7 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
         "layers without positions": arch.rope_pattern is not None,
         "a window in some layers": arch.window_pattern is not None,
         "multipliers": arch.attention_multiplier is not None,
-        "YaRN, or two rotary embeddings": arch.scales_in_layers,
-        "attention with a gate": arch.output_gate,
+        "YaRN, two rotary embeddings, or attention with a gate": arch.scales_in_layers or arch.output_gate,
     }
     if hybrid and (got := [what for what, holds in special.items() if holds]):
         raise CheckpointError(

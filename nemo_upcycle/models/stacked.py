@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_TURNED = "].T"
+_TRANSPOSED = "].T"
 
 
 def is_stacked(name: str) -> bool:
     """Return whether a name is one of an expert in a tensor of all."""
-    return name.endswith(("]", _TURNED))
+    return name.endswith(("]", _TRANSPOSED))
 
 
-def is_turned(name: str) -> bool:
+def is_transposed(name: str) -> bool:
     """Return whether a name is one of an expert that lies transposed in a tensor of all."""
-    return name.endswith(_TURNED)
+    return name.endswith(_TRANSPOSED)
 
 
 def tensor_of(name: str) -> str:
@@ -46,10 +46,10 @@ def stacks(names: Iterable[str]) -> dict[str, list[str]]:
 
 def shape_in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of a tensor as it lies in the file."""
-    return shape[::-1] if is_turned(name) else shape
+    return shape[::-1] if is_transposed(name) else shape
 
 
-def lies_turned(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+def lies_transposed(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Return whether an expert lies transposed in a file: of what transformers 5 saved again none does.
 
     Args:
@@ -57,9 +57,9 @@ def lies_turned(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> b
         stored: its shape in the file.
         shape: its own.
     """
-    return is_turned(name) and stored != shape
+    return is_transposed(name) and stored != shape
 
 
 def as_in_file(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as it lies in the file."""
-    return tensor.T if is_turned(name) else tensor
+    return tensor.T if is_transposed(name) else tensor

@@ -21,7 +21,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.sharding import tensor_shape
-from nemo_upcycle.models.stacked import lies_turned, stacks
+from nemo_upcycle.models.stacked import lies_transposed, stacks
 from nemo_upcycle.models.wrapper import INDEX, SINGLE, wrapper_of
 from nemo_upcycle.sources.base import DenseSource, Index, OtherTensor
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, TensorFiles, row_major
@@ -136,7 +136,7 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
         shape = tuple(rest)
         part = replace(whole, shape=shape, stride=row_major(shape))
         mapping, first, *_ = mapping_of_hf(experts[0], self.architecture)
-        if lies_turned(experts[0], shape, tensor_shape(mapping, first, self.architecture)):
+        if lies_transposed(experts[0], shape, tensor_shape(mapping, first, self.architecture)):
             part = replace(part, shape=shape[::-1], stride=part.stride[::-1])
         part_bytes = math.prod(shape) * whole.dtype.itemsize
         names = experts if count == len(experts) else [f"{name}[{expert}]" for expert in range(count)]
