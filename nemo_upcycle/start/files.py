@@ -97,7 +97,7 @@ def recipe_text(parent: Parent, choices: Choices) -> str:
         "dense": parent.address,
         "spec": ", ".join(f"{name}={value!r}" for name, value in choices.spec_fields.items()),
         "micro_batch": choices.layout.micro_batch,
-        "validate_every": every if choices.plan is None else min(every, 500),
+        "validate_every": 0 if choices.plan is None else min(max(1, choices.steps // 2), 500),
         "validations": 1 if choices.plan is None else 8,
         "save_every": min(choices.steps, paper.CHECKPOINT_STEPS),
         "run": RUN,
