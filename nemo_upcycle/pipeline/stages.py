@@ -206,9 +206,10 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         about = CardInfo(title=title, facts=facts, parent=plan.dense)
         return str(export_checkpoint(checkpoint, dense_folder, output, about=about, **options))
 
-    folders = {"trained": export("pretrain", run_dir / "hf", plan.recipe, spec=spec)}
+    title = run_dir.name if ":" in plan.recipe else plan.recipe  # `module:function` is no name for people
+    folders = {"trained": export("pretrain", run_dir / "hf", title, spec=spec)}
     if plan.dense_ct:
-        folders["dense_ct"] = export("dense_ct", run_dir / "dense_ct" / "hf", f"{plan.recipe}: baseline")
+        folders["dense_ct"] = export("dense_ct", run_dir / "dense_ct" / "hf", f"{title}: baseline")
     return folders
 
 
