@@ -256,8 +256,9 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
     for stage in (stage.name for stage in STAGES if stage.parallel):
         settings = run_dir / stage / "training.json"
         device = read_json(settings).get("card") if settings.is_file() else None
-        training = plan.training(stage) if device else None  # a recipe is loaded for a GPU alone
-        if training and (values := planned_of(training.facts(plan.dense), device)):
+        if not device or not (training := plan.training(stage)):  # a recipe is loaded for a GPU alone
+            continue
+        if values := planned_of(training.facts(plan.dense), device):
             planned[stage] = values
     return planned
 
