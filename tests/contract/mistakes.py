@@ -124,7 +124,8 @@ OF_BRIDGE = {
         "recipe: got smollm2_135m_dense_ct_"
     ),
     "upcycle ablate --grid FILES/bridge_grid.yaml dir=run": "arms.moe: spec: got",
+    "upcycle ablate --grid mini dir=run --dryrun": "arms.dense: factory: got llama_1m_dense_ct(dense='parent') ",
     "upcycle ablate --grid FILES/bridge_untried.yaml dir=run --dryrun": (
-        "2 mistakes:\n  bridge_untried: arms.moe.model.recompute_granularity 'banana' does not exist. Valid: full, "
+        "2 mistakes:\n  bridge_untried: arms.moe.model.recompute_granularity 'banana' does not exist. Valid: "
     ),
 }
