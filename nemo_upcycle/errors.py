@@ -10,9 +10,9 @@ import difflib
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class UpcycleError(Exception):
         self, subject: str = "", *, got: object = None, expected: object = None, fix: str = "", field: str = ""
     ) -> None:
         self.subject, self.got, self.expected, self.fix, self.field = subject or field, got, expected, fix, field
+        self._parts: tuple[UpcycleError, ...] = ()
         super().__init__(self.subject)
 
     @classmethod
@@ -85,6 +86,8 @@ class UpcycleError(Exception):
 
     def renamed(self, name: Callable[[str], str]) -> Self:
         """Return this error with its fields called as the user knows them; one without a field is left as it is."""
+        if self._parts:
+            return self.together([part.renamed(name) for part in self.parts])
         if not self.field:
             return self
         error = copy.copy(self)
@@ -97,18 +100,29 @@ class UpcycleError(Exception):
         return error
 
     @classmethod
-    def together(cls, errors: Sequence[UpcycleError]) -> UpcycleError:
-        """Return one error that lists several; of one alone, itself.
+    def together(cls, errors: Iterable[UpcycleError]) -> Self:
+        """Return one error that lists several, each text once; of one alone, itself.
 
         Example:
             >>> str(UpcycleError.together([UpcycleError("no recipe"), UpcycleError("no data")]))
             '2 mistakes:\\n  no recipe\\n  no data'
         """
-        texts = [f"\n  {error}" for error in errors]
-        return errors[0] if len(errors) == 1 else cls(f"{len(errors)} mistakes:{''.join(texts)}")
+        parts = {str(part): part for error in errors for part in error.parts}
+        if len(parts) == 1:
+            return cast("Self", next(iter(parts.values())))
+        error = cls("\n  ".join([f"{len(parts)} mistakes:", *parts]))
+        error._parts = tuple(parts.values())
+        return error
+
+    @property
+    def parts(self) -> tuple[UpcycleError, ...]:
+        """The errors that it lists; of one that lists none, itself."""
+        return self._parts or (self,)
 
     def within(self, where: str) -> Self:
         """Return this error with the place of its subject in front."""
+        if self._parts:
+            return self.together([part.within(where) for part in self.parts])
         error = copy.copy(self)
         error.subject = f"{where}: {self.subject}"
         return error

@@ -47,7 +47,7 @@ def upcycled_from(
     """Make the recipe that upcycles a parent and trains on, or its dense baseline, from the parent's folder.
 
     Adam, clipping and precision are those of NeMo's Llama 3; experts have no capacity limit, and on GPUs their layers
-    are recomputed until the routers have found balance. It validates five times, without a GPU twice, and keeps the
+    are recomputed until the routers have found balance. It validates five times, without a GPU once, and keeps the
     last checkpoint.
 
     Args:
@@ -107,7 +107,7 @@ def upcycled_from(
         num_gpus_per_node=num_gpus_per_node,
         max_steps=max_steps,
     )
-    validate(trainer, times=5 if accelerator == "gpu" else 2)
+    validate(trainer, times=5 if accelerator == "gpu" else 1)
     recipe = run.Partial(
         pretrain,
         model=model,

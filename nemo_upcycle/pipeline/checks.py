@@ -86,16 +86,15 @@ def check_trainings(plan: RunPlan, check: Callable[[str, Training], None], start
     Raises:
         UpcycleError: a training is wrong, or would not start; the text lists all that is wrong.
     """
-    found: dict[str, UpcycleError] = {}
+    found: list[UpcycleError] = []
     for name, training in plan.trainings.items():
         try:
             check(name, training)
-            wrong = training.problems(name, plan.dense) if name in starts else ()
+            found += training.problems(name, plan.dense) if name in starts else ()
         except UpcycleError as error:
-            wrong = training.problems(name, plan.dense) or (error,)
-        found |= {str(error): error for error in wrong}
+            found += training.problems(name, plan.dense) or (error,)
     if found:
-        raise UpcycleError.together(list(found.values()))
+        raise UpcycleError.together(found)
 
 
 def check_here(plan: RunPlan, stages: Sequence[Stage]) -> None:

@@ -111,7 +111,7 @@ class CheckedContext(run.cli.RunContext):
         known = factories(fn)
         if name not in known:
             return UpcycleError.unknown(f"factory of {fn.__name__}", name, known)
-        overrides = [tuple(map(str.strip, word.partition("="))) for word in arguments.rstrip(")").split(",")]
+        overrides = [tuple(map(str.strip, word.partition("="))) for word in arguments.rstrip(")").split(",") if word]
         bad_override = _first_bad_override(run.Partial(known[name]), overrides, where=f"argument of {name}")
         return bad_override or UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
 

@@ -12,6 +12,7 @@ from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import WorkPlan
+from nemo_upcycle.trainers.settings import SEQUENCE
 
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,7 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
 
     dense_folder = dense_folder_of(run_dir)
     folder = data_folder_of(run_dir, plan)
-    training = plan.training("pretrain")
-    seq_length = training.seq_length(dense_folder) if training else None
+    seq_length = _seq_length(plan, dense_folder)
     if plan.inputs.reads_chat:
         return _pack_chat(plan, dense_folder, folder, seq_length)
     if plan.inputs.is_finished:
@@ -47,6 +47,14 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
             fix="name heldout files in the blend, or raise hold_out.heldout",
         )
     return made_data(folder, blend.manifest)
+
+
+def _seq_length(plan: WorkPlan, dense_folder: Path) -> int | None:
+    """Give the tokens of a sequence; None without a training. A recipe is loaded only where no setting says it."""
+    if known := plan.training_settings("pretrain").fixed.get(SEQUENCE.of(plan.trainer)):
+        return int(known)
+    training = plan.training("pretrain")
+    return training.seq_length(dense_folder) if training else None
 
 
 def whole_data(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from nemo_upcycle.data.dense import find_parent
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.online.receipt import equivalence_of, read_receipt
+from nemo_upcycle.online.receipt import equivalence_of, read_receipt, spec_of
 from nemo_upcycle.pipeline.data_stage import (
     data_card,
     data_files,
@@ -195,7 +195,8 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.sources.checkpoints import steps_in
 
     dense_folder = dense_folder_of(run_dir)
-    spec = required_training(plan, "pretrain").spec(dense_folder)
+    receipt = run_dir / "pretrain" / "receipt.json"  # it has the spec, too, and loads no recipe
+    spec = spec_of(read_receipt(receipt).get("spec"), receipt, {})
     data = {"Data": data_card(data_folder_of(run_dir, plan))}
 
     def export(stage: str, output: Path, title: str, **options: Any) -> str:
@@ -205,9 +206,10 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         about = CardInfo(title=title, facts=facts, parent=plan.dense)
         return str(export_checkpoint(checkpoint, dense_folder, output, about=about, **options))
 
-    folders = {"trained": export("pretrain", run_dir / "hf", plan.recipe, spec=spec)}
+    title = run_dir.name if ":" in plan.recipe else plan.recipe  # `module:function` is no name for people
+    folders = {"trained": export("pretrain", run_dir / "hf", title, spec=spec)}
     if plan.dense_ct:
-        folders["dense_ct"] = export("dense_ct", run_dir / "dense_ct" / "hf", f"{plan.recipe}: baseline")
+        folders["dense_ct"] = export("dense_ct", run_dir / "dense_ct" / "hf", f"{title}: baseline")
     return folders
 
 
@@ -253,9 +255,10 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
     planned = {}
     for stage in (stage.name for stage in STAGES if stage.parallel):
         settings = run_dir / stage / "training.json"
-        if stage not in plan.trainings or not settings.is_file() or not (device := read_json(settings).get("card")):
+        device = read_json(settings).get("card") if settings.is_file() else None
+        if not device or not (training := plan.training(stage)):  # a recipe is loaded for a GPU alone
             continue
-        if values := planned_of(plan.trainings[stage].facts(plan.dense), device):
+        if values := planned_of(training.facts(plan.dense), device):
             planned[stage] = values
     return planned
 

@@ -22,8 +22,8 @@ from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.commands import recomputation
 
 
-#: In the folder that is named: the files, and the run.
-RECIPE, BLEND, RUN = "recipe.py", "blend.yaml", "run"
+#: In the folder that is named.
+RECIPE, BLEND = "recipe.py", "blend.yaml"
 _NEMO = '''"""{title}, upcycled to {experts}; by `nemo-upcycle start`, to be edited."""
 
 from pathlib import Path
@@ -41,7 +41,7 @@ SPEC = UpcycleSpec({spec})
 def training(spec):  # None: the dense baseline
     recipe = upcycled_from(
         DENSE, spec=spec, seq_length={seq_length}, global_batch_size={global_batch}, micro_batch_size={micro_batch},
-        max_steps={steps}, lr={peak:g}, min_lr={end:g}, warmup_steps={warmup},
+        max_steps={steps}, lr={peak:g}, min_lr={end:g}, warmup_steps={warmup}, name="{run}",
         {arguments},
     ){settings}
     return recipe
@@ -88,19 +88,23 @@ _SIZES = {
 }
 
 
+def run_name(parent: Parent, choices: Choices) -> str:
+    """Name the folder of the run, which its report is titled by, as recipes are: by the parent and the experts."""
+    return f"{parent.name}_e{choices.spec.num_experts}t{choices.spec.top_k}"
+
+
 def recipe_text(parent: Parent, choices: Choices) -> str:
     """Write the recipe for the trainer that was chosen."""
-    every = max(1, choices.steps // 2)
     values: dict[str, Any] = {
         "title": parent.address.rstrip("/").rpartition("/")[2],
         "experts": f"{choices.spec.num_experts} experts, top-{choices.spec.top_k}",
         "dense": parent.address,
         "spec": ", ".join(f"{name}={value!r}" for name, value in choices.spec_fields.items()),
         "micro_batch": choices.layout.micro_batch,
-        "validate_every": every if choices.plan is None else min(every, 500),
+        "validate_every": 0 if choices.plan is None else min(max(1, choices.steps // 2), 500),
         "validations": 1 if choices.plan is None else 8,
         "save_every": min(choices.steps, paper.CHECKPOINT_STEPS),
-        "run": RUN,
+        "run": run_name(parent, choices),
         "blend": BLEND,
     }
     values |= {
@@ -161,7 +165,7 @@ def _run_bridge(folder: Path, parent: Parent, choices: Choices) -> list[str]:
         "gpus": choices.layout.gpus,
         "data": folder / BLEND,
         "evaluation": choices.suite,
-        "dir": folder / RUN,
+        "dir": folder / run_name(parent, choices),
     }
     if choices.plan:
         values["gpus_per_node"] = choices.layout.node_gpus(choices.plan.request.gpu.per_node)

@@ -342,7 +342,7 @@ class Training(ABC):
         """List all that would keep the job from its first step, as far as it can be told before anything is built.
 
         Args:
-            stage: name of the stage, see `check`.
+            stage: what stands before its settings in errors: `pretrain`, `dense_ct`, see `check`, or an arm of a grid.
             dense: the parent's address.
         """
         return ()

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
-from nemo_upcycle.errors import SpecError
+from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.utils.validation import is_number, is_whole
 
 
@@ -227,10 +227,10 @@ def check_packs(recipe: Any, trainer: str, where: str = "") -> None:
 
 
 def check_values(recipe: Any, trainer: str, where: str = "") -> None:
-    """Check the values of a training's settings, one by one; see `wrong_values`.
+    """Check the values of a training's settings; see `wrong_values`.
 
     Raises:
-        SpecError: a value makes no sense; the text names the setting.
+        SpecError: values make no sense; the text lists the settings.
 
     Example:
         >>> recipe.optim.config.lr = -1  # doctest: +SKIP
@@ -238,8 +238,38 @@ def check_values(recipe: Any, trainer: str, where: str = "") -> None:
         Traceback (most recent call last):
         nemo_upcycle.errors.SpecError: optim.config.lr: got -1, expected a finite number, 0 or more. Fix: ...
     """
-    for error in wrong_values(recipe, trainer, where):
-        raise error
+    if wrong := [*wrong_values(recipe, trainer, where)]:
+        raise SpecError.together(wrong)
+
+
+def all_wrong(
+    recipe: Any,
+    trainer: str,
+    where: str,
+    check: Callable[[], object],
+    construct: Callable[[], Iterator[UpcycleError]],
+) -> Iterator[UpcycleError]:
+    """Yield all that keeps a training from its first step; of settings that contradict each other nothing is made.
+
+    Args:
+        recipe: NeMo's recipe, or Bridge's configuration.
+        trainer: `nemo` or `bridge`.
+        where: prefix of its overrides, for the text of errors.
+        check: raises an UpcycleError if something beside the values of settings is wrong.
+        construct: constructs what the job would; yields why that fails.
+    """
+    found = [*wrong_values(recipe, trainer, where)]
+    yield from found
+    values = [error.field for error in found]
+    try:
+        check()
+    except UpcycleError as error:
+        if others := [part for part in error.parts if part.field not in values]:
+            yield from others
+            return
+    for failure in construct():
+        if f"{where}{failure.field}" not in values:
+            yield failure.renamed(lambda name: f"{where}{name}")
 
 
 def wrong_values(recipe: Any, trainer: str, where: str = "") -> Iterator[SpecError]:

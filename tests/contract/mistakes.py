@@ -57,6 +57,12 @@ OF_NEMO = {
     f"{DEMO} --dryrn": "Did you mean '--dryrun'?",
     f"{DEMO} --yaml FILES/key.yaml": "'flies'",
     "upcycle ablate --grid FILES/grid.yaml dir=FILES/new": "llama_1m_e8t2",
+    "upcycle ablate --grid laptop dir=FILES/new dense=/nope data=bogus --dryrun": (
+        "2 mistakes:\n  model '/nope': got no such folder"
+    ),
+    "upcycle ablate --grid FILES/untried.yaml dir=FILES/new --dryrun": (
+        "2 mistakes:\n  untried: arms.moe.model.config.recompute_granularity: got banana, "
+    ),
     # a part of the chain
     f"{DEMO} --until pretrian": "--until: stage 'pretrian' does not exist. Did you mean 'pretrain'?",
     f"{DEMO} --until": "--until: got no value",
@@ -118,4 +124,8 @@ OF_BRIDGE = {
         "recipe: got smollm2_135m_dense_ct_"
     ),
     "upcycle ablate --grid FILES/bridge_grid.yaml dir=run": "arms.moe: spec: got",
+    "upcycle ablate --grid mini dir=run --dryrun": "arms.dense: factory: got llama_1m_dense_ct(dense='parent') ",
+    "upcycle ablate --grid FILES/bridge_untried.yaml dir=run --dryrun": (
+        "2 mistakes:\n  bridge_untried: arms.moe.model.recompute_granularity 'banana' does not exist. Valid: "
+    ),
 }

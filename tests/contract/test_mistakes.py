@@ -41,6 +41,8 @@ evaluate: {suite: FILES/evaluation.yaml, every_n_steps: 2}
 seeds: [1]
 arms: {moe: {ARM}}
 """
+#: What only a trial shows, after what is there and each value by itself are as they should be.
+UNTRIED = "recompute_granularity: banana, PREFIX.moe_token_dispatcher_type: banana"
 BRIDGE_ARM = 'recipe: "tests.bridge.recipes:tiny", gpus: 2, spec: {router_int: zero}'
 #: File -> its text, with a mistake in it.
 FILES = {
@@ -52,6 +54,12 @@ FILES = {
     "a.txt": "the state of our union",
     "grid.yaml": GRID.replace("ARM", "factory: llama_1m_e8t3"),
     "bridge_grid.yaml": GRID.replace("ARM", BRIDGE_ARM),
+    "untried.yaml": GRID.replace(
+        "ARM", f"factory: tests.contract.nemo_recipes.moe, set: {{model.config.{UNTRIED}}}"
+    ).replace("PREFIX", "model.config"),
+    "bridge_untried.yaml": GRID.replace(
+        "ARM", f'recipe: "tests.bridge.recipes:tiny", gpus: 2, set: {{model.{UNTRIED}}}'
+    ).replace("PREFIX", "model"),
 }
 
 

@@ -52,13 +52,14 @@ def test_a_model_and_texts_end_in_a_report(tmp_path: Path, write: object) -> Non
         words, cwd=tmp_path, env=os.environ.copy(), capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    run = tmp_path / "mine/run"
+    run = tmp_path / "mine/parent_e8t2"
     assert read_json(run / "receipt.json")["within_tolerance"] is True
     parent, made = (read_json(folder / "config.json") for folder in (tmp_path / "parent", run / "hf"))
     assert made.get("vision_config", {}).keys() == parent.get("vision_config", {}).keys()
     _, found = getattr(transformers, *made["architectures"]).from_pretrained(run / "hf", output_loading_info=True)
     assert not any(found.values()), found
     report = (run / "report.md").read_text(encoding="utf-8")
+    assert report.startswith("# parent_e8t2\n")
     assert "bits per byte" in report
     for stage in ("pretrain", "dense_ct"):
         metrics = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]

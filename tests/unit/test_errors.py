@@ -50,6 +50,17 @@ def test_an_error_without_a_field_keeps_its_words() -> None:
     assert error.within("mine.yaml").exit_status == 1
 
 
+def test_errors_together_stay_data_each_once() -> None:
+    rate, steps = SpecError(field="lr", got=-1, expected="0 or more", fix="set <lr>"), UpcycleError("no steps")
+    several = SpecError.together([SpecError.together([rate, steps]), rate])
+    assert several.parts == (rate, steps)
+    named = several.renamed(lambda name: f"optim.{name}").within("moe")
+    assert str(named) == (
+        "2 mistakes:\n  moe: optim.lr: got -1, expected 0 or more. Fix: set optim.lr.\n  moe: no steps"
+    )
+    assert SpecError.together([rate, rate]) is rate
+
+
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [

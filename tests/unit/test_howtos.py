@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.models import write_llama, write_tokenizer
 
 
 pytestmark = pytest.mark.full
@@ -27,6 +30,26 @@ def tree(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "recipes").symlink_to("nemo_upcycle/recipes")
     return tmp_path
+
+
+def test_what_the_page_of_mergekit_types_makes_its_models_experts(tmp_path: Path) -> None:
+    names = ("base", "law")
+    for factor, name in enumerate(names, 1):
+        folder = write_tokenizer(write_llama(tmp_path / "models" / name, vocab_size=259, layers=2))
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {key: factor * value for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+    page = (ROOT / "docs/mergekit.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```bash\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-e", "-c", block], cwd=tmp_path, env=os.environ | {"PATH": path}, check=True)
+    made = load_file(tmp_path / "runs/moe/model.safetensors")
+    for expert in range(4):
+        dense = load_file(tmp_path / "models" / names[expert % 2] / "model.safetensors")
+        for theirs, ours in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+            weights = dense[f"model.layers.1.mlp.{theirs}_proj.weight"].bfloat16()
+            assert weights.equal(made[f"model.layers.1.block_sparse_moe.experts.{expert}.{ours}.weight"])
 
 
 @pytest.mark.parametrize("page", sorted(path.stem for path in (ROOT / "docs").glob("add_*.md")))

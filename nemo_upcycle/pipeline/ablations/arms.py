@@ -91,5 +91,12 @@ def open_arm(key: str, request: ArmRequest) -> Arm:
         UpcycleError: a setting is not valid; the text names it.
     """
     module, name = _ARMS[key]
-    arm: Arm = getattr(importlib.import_module(module), name)(request)
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        fix = "run it where that is installed, or name a recipe of the trainer here; `nemo-upcycle doctor` tells both"
+        raise UpcycleError(
+            f"{request.where}: {key}", got=f"{request.recipe} ({error})", expected="a trainer that is here", fix=fix
+        ) from None
+    arm: Arm = kind(request)
     return arm

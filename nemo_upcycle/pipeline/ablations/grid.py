@@ -106,7 +106,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     scored = grid.evaluate
     evaluations = Evaluations(suite=SUITE, every_n_steps=scored.every_n_steps, batch_size=scored.batch_size)
     address = str(dense or grid.dense)
-    built = _trainings(str(path), arms, grid, address)
+    built = _trainings(str(path), arms, grid, address, evaluations)
     cells, parents, trainers = dict[str, str](), dict[str, str](), {one.trainer for _, one in built.values()}
     described: dict[str, dict[str, Any]] = {}
     for seed in dict.fromkeys((*grid.seeds, *(seed for arm in arms.values() for seed in arm.seeds))):
@@ -178,9 +178,15 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     return plan
 
 
-def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense: str) -> dict[str, tuple[str, Arm]]:
-    """Return every training of one seed, by its name: the name of its arm, and its recipe in its trainer."""
-    built = {}
+def _trainings(
+    path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense: str, evaluations: Evaluations
+) -> dict[str, tuple[str, Arm]]:
+    """Return every training of one seed, by its name: the name of its arm, and its recipe in its trainer.
+
+    Raises:
+        UpcycleError: recipes cannot be built; the text lists what is wrong with each.
+    """
+    built, wrong = dict[str, tuple[str, Arm]](), list[UpcycleError]()
     for name, arm in arms.items():
         settings = grid.defaults | arm.set
         lengths: list[int | None] = [*arm.lengths] or [None]
@@ -188,7 +194,15 @@ def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense
             training = name if steps is None else f"{name}-{steps}"
             key, recipe = ("recipe", arm.recipe) if arm.recipe else ("factory", str(arm.factory))
             request = ArmRequest(f"{path}: arms.{name}", recipe, arm.spec, settings, steps, arm.gpus, dense)
-            built[training] = name, open_arm(key, request)
+            try:
+                built[training] = name, open_arm(key, request)
+            except UpcycleError as error:
+                wrong.append(error)
+    if wrong:  # and what of the others only shows when they are tried, which `ablate` asks for later
+        for name, one in dict(built.values()).items():
+            tried = open_training(one.trainer, one.cell(0, name, evaluations))
+            wrong += tried.problems(f"{path}: arms.{name}", dense)
+        raise UpcycleError.together(wrong)
     return built
 
 

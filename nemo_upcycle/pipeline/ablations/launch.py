@@ -3,14 +3,18 @@
 # No postponed annotations, and Optional[...]: NeMo-Run parses values by them.
 
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import nemo_run as run
 
+from nemo_upcycle.data.dense import check_address
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.stages import GridPlan
-from nemo_upcycle.pipeline.checks import check_started
+from nemo_upcycle.pipeline.checks import check_data, check_folder, check_started
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
@@ -59,6 +63,8 @@ def ablate(
             absolute_argument(data, folder=True) if data else None,
         )
         check_started(run_dir, plan)
+        if wrong := [*_problems(ctx, run_dir, plan)]:
+            raise UpcycleError.together(wrong)
         require_outputs(plan.stages, run_dir, plan)
     check_at_once(at_once, is_here=is_local(ctx.executor))
     sys.stdout.write(_summary(plan, run_dir))
@@ -66,6 +72,28 @@ def ablate(
         return
     if not ctx.detach:
         sys.stdout.write("\n" + (run_dir / "table" / "table.md").read_text(encoding="utf-8"))
+
+
+def _problems(ctx: Any, run_dir: Path, plan: GridPlan) -> Iterator[UpcycleError]:
+    """Yield why what is left of a grid would not start: parent, data, and of each arm the training."""
+    left = [stage.name for stage in plan.stages if not stage.is_done(run_dir, plan)]
+    checks: list[Callable[[], object]] = [partial(check_folder, run_dir)]
+    if "dense" in left and plan.dense:
+        checks.append(partial(check_address, plan.dense, whole=not ctx.dryrun))
+    if "data" in left:
+        checks.append(partial(check_data, plan.inputs, remote=not ctx.dryrun))
+    arms = {cell: f"arms.{about['arm']}" for cell, about in plan.described["cells"].items()} | {"parent": "parent"}
+    # Of an arm one training: neither seeds nor lengths decide whether it starts.
+    trainings = {f"{plan.name}: {arms[name]}": plan.trainings[name] for name in left if name in arms}
+    if is_local(ctx.executor) and not ctx.dryrun:
+        checks += [partial(training.check_here, where) for where, training in trainings.items()]
+    for check in checks:
+        try:
+            check()
+        except UpcycleError as error:
+            yield error
+    for where, training in trainings.items():
+        yield from training.problems(where, plan.dense)
 
 
 def _summary(plan: GridPlan, run_dir: Path) -> str:

@@ -3,6 +3,7 @@
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
 import sys
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import nemo_run as run
@@ -25,7 +26,7 @@ from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 from nemo_upcycle.trainers.nemo.starting import lacking_here, wrong_in
 from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
-from nemo_upcycle.trainers.settings import setting
+from nemo_upcycle.trainers.settings import all_wrong, setting
 from nemo_upcycle.utils.ranks import is_first_rank
 
 
@@ -111,22 +112,27 @@ class _OthersContext(run.cli.RunContext):
 
 def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
     """Check a training that `nemo llm pretrain` or `finetune` was told to start; with `--dryrun` of one, advise."""
-    check_recipe(task)
-    check_calibration(task, here=is_local(ctx.executor) and not ctx.dryrun)
-    known_parent_tokens("", setting(task, _TRAINED_ON), _TRAINED_ON)
-    is_here = is_local(ctx.executor) and not ctx.dryrun
-    if is_local(ctx.executor):
-        check_data(task)
-        check_parents(task, remote=False)
-    wrong = [*lacking_here(task)] if is_here else []
-    if is_first_rank():
-        wrong += wrong_in(task, task.resume.restore_config.path)
-    if wrong:
+    is_here, dense = is_local(ctx.executor) and not ctx.dryrun, setting(task, "resume.restore_config.path")
+
+    def check() -> None:
+        check_recipe(task)
+        check_calibration(task, here=is_here)
+        known_parent_tokens("", setting(task, _TRAINED_ON), _TRAINED_ON)
+        if is_local(ctx.executor):
+            check_data(task)
+            check_parents(task, remote=False)
+
+    def construct() -> Iterator[UpcycleError]:
+        if is_here:
+            yield from lacking_here(task)
+        if is_first_rank():
+            yield from wrong_in(task, dense)
+
+    if wrong := [*all_wrong(task, "nemo", "", check, construct)]:
         raise UpcycleError.together(wrong)
     if is_here and is_first_rank():
         check_parents(task, remote=True)
     if ctx.dryrun and setting(task, "resume.restore_config.spec") and is_first_rank():
-        dense = task.resume.restore_config.path
         facts = {"pretrain": NeMoTraining(dump_recipe(task)).facts(dense)}
         sys.stdout.write(f"Does it pay: {advice_of(dense, setting(task, _TRAINED_ON), facts, name=_TRAINED_ON)}\n")
     return task

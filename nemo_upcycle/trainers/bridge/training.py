@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from shutil import copyfile
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout, layout_of
 from nemo_upcycle.trainers.router_gradient import check_router_gradient
 from nemo_upcycle.trainers.run_calibration import with_calibration
-from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, check_packs, check_values, shown_settings, wrong_values
+from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, all_wrong, check_packs, check_values, shown_settings
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.files import is_complete
 from nemo_upcycle.utils.ranks import is_first_rank
@@ -237,25 +238,18 @@ class BridgeTraining(Training):
 
 @lru_cache
 def _problems(training: BridgeTraining, stage: str, dense: str) -> tuple[UpcycleError, ...]:
-    """List what is wrong; where settings contradict each other, nothing is constructed of them."""
-    folder, where = parent_configuration(dense), f"{stage}."
+    folder = parent_configuration(dense)
     if folder is None:
         return ()
     config = training.config(folder)
     from nemo_upcycle.trainers.bridge.starting import wrong_in
 
-    found: list[UpcycleError] = list(wrong_values(config, training.name, where))
-    values = [error.field for error in found]
-    try:
-        _check_config(training, stage, folder)
-    except UpcycleError as error:
-        if error.field not in values:
-            return (*found, error)
-    layout = layout_of(config.model, training.nodes * training.ranks_per_node, config.train.micro_batch_size)
-    others = (
-        error.renamed(lambda name: f"{where}{name}") for error in wrong_in(config, layout, f"recipe {training.recipe}")
-    )
-    return (*found, *(error for error in others if error.field not in values))
+    def construct() -> Iterator[UpcycleError]:
+        layout = layout_of(config.model, training.nodes * training.ranks_per_node, config.train.micro_batch_size)
+        return wrong_in(config, layout, f"recipe {training.recipe}")
+
+    check = partial(_check_config, training, stage, folder)
+    return (*all_wrong(config, training.name, f"{stage}.", check, construct),)
 
 
 @lru_cache
@@ -323,7 +317,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
 
     check_values(config, training.name, f"{stage}.")
     hook = required_hook(config)
-    if (hook.spec is None) != (stage == "dense_ct"):
+    if stage in ("pretrain", "dense_ct") and (hook.spec is None) != (stage == "dense_ct"):  # an arm may be either
         wanted = "a baseline's recipe" if stage == "dense_ct" else "an upcycled model's"
         name = "dense_ct" if stage == "dense_ct" else "recipe"
         raise UpcycleError(name, got=training.recipe, expected=wanted, fix="name another one")

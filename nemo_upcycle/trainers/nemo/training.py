@@ -34,7 +34,7 @@ from nemo_upcycle.trainers.nemo.checks import (
 from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.trainers.run_calibration import with_calibration
-from nemo_upcycle.trainers.settings import FP8_RECIPE, LR, SAVE_EVERY, WARMUP, setting, shown_settings, wrong_values
+from nemo_upcycle.trainers.settings import FP8_RECIPE, LR, SAVE_EVERY, WARMUP, all_wrong, setting, shown_settings
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.ranks import is_first_rank
 
@@ -226,20 +226,14 @@ class NeMoTraining(Training):
 
 @lru_cache
 def _problems(training: NeMoTraining, stage: str, dense: str) -> tuple[UpcycleError, ...]:
-    """List what is wrong; where settings contradict each other, nothing is constructed of them."""
     from nemo_upcycle.trainers.nemo.starting import wrong_in
 
-    where = f"{stage}."
-    found: list[UpcycleError] = list(wrong_values(training.recipe, training.name, where))
-    values = [error.field for error in found]
-    try:
+    def check() -> None:
         training.check(stage)
         training.check_parent(stage, dense, remote=False)
-    except UpcycleError as error:
-        if error.field not in values:
-            return (*found, error)
-    others = (error.renamed(lambda name: f"{where}{name}") for error in wrong_in(training.recipe, dense))
-    return (*found, *(error for error in others if error.field not in values))
+
+    recipe = training.recipe
+    return (*all_wrong(recipe, training.name, f"{stage}.", check, lambda: wrong_in(recipe, dense)),)
 
 
 def _is(callback: Any, name: str) -> bool:
