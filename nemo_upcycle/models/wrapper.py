@@ -198,7 +198,7 @@ def around_text(whole: dict[str, Any], text: dict[str, Any], wrapper: Wrapper) -
     for key, part in whole.items():
         if isinstance(part, dict) and (kind := str(part.get("model_type"))).startswith(old):
             config[key] = part | {"model_type": wrapper.model_type + kind.removeprefix(old)}
-    tied = text["tie_word_embeddings"]
+    tied = text.get("tie_word_embeddings", False)
     return config | {"model_type": wrapper.model_type, "text_config": text, "tie_word_embeddings": tied}
 
 

@@ -65,17 +65,10 @@ def parent_model(dense: str, seq_length: int = 4096) -> run.Config[GPTModel]:
         >>> recipe.model = parent_model("/models/granite-3.3-8b-base")  # doctest: +SKIP
     """
     arch = local_parent(dense) or known_parent(dense) or read_architecture(tokenizer_folder(dense))
-    if arch.output_gate:
-        raise SpecError(
-            field="dense",
-            got=f"{arch.hf_class}, whose attention has a gate, or is a gated delta net",
-            expected="what the Megatron-Core of NeMo 2.7 computes",
-            fix="upcycle it in Megatron-Bridge",
-        )
     has_experts, family = bool(arch.num_experts), find_family(arch.hf_class)
     kind, model = _CLASSES.get((family.nemo_module if family else "", has_experts), _FURTHER[has_experts])
     fields = megatron_fields(arch) | window_fields(arch)
-    if arch.rope_scaling or arch.scales_in_layers or arch.scaled_embedding:
+    if arch.rope_scaling or arch.scales_in_layers or arch.scaled_embedding or arch.output_gate:
         kind = _special(arch, kind)
         fields |= nemo_scaling(arch)
     if arch.sliding_window:
@@ -111,6 +104,7 @@ def _special(arch: Architecture, kind: type) -> Any:
     lacks = {
         f"rope_scaling {scaling}": found is None,
         "a rotary embedding of its own in layers with windows": arch.local_rope_theta is not None,
+        "gated delta nets, and a gate of attention": arch.output_gate,
         "a scaled embedding": arch.scaled_embedding and kind is not GemmaConfig,
     }
     if not any(lacks.values()):

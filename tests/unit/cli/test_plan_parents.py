@@ -93,6 +93,14 @@ PARENTS |= {
         | _sizes(1152, 6912, 26, 4, num_key_value_heads=1, head_dim=256, max_position_embeddings=32768),
         1.0,
     ),
+    "Qwen3.5 27B": (  # the text model: its card counts the vision tower, too
+        {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "vocab_size": 248320}
+        | {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1, "mlp_only_layers": []}
+        | {"linear_num_value_heads": 48, "full_attention_interval": 4, "max_position_embeddings": 262144}
+        | {"rope_parameters": {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_theta": 1e7}}
+        | _sizes(5120, 17408, 64, 24, num_key_value_heads=4, head_dim=256),
+        26.9,
+    ),
     "Ministral 3 14B": (
         {"architectures": ["Ministral3ForCausalLM"], "vocab_size": 131072, "num_key_value_heads": 8}
         | _sizes(5120, 16384, 40, 32, head_dim=128, rope_parameters=_YARN | {"rope_theta": 1e9}),
