@@ -157,7 +157,7 @@ def require_class(moe_arch: Architecture) -> None:
     fix = "keep the model in NeMo: it trains and evaluates there"
     if moe_arch.keeps_network:
         fix = "route with router_order=topk_softmax, with experts in every layer and no shared ones"
-    if moe_arch.mamba or moe_arch.quantile_bias:
+    if moe_arch.mamba or moe_arch.quantile_bias or moe_arch.output_gate:
         fix = "keep the model in Megatron-Bridge"
     wide = replace(moe_arch, sliding_window=None, window_pattern=None, local_rope_theta=None)
     if moe_arch.window and any(not any(family.unsupported(wide)) for family in targets()):
