@@ -1,4 +1,4 @@
-"""README's picture: the losses of a demo over tokens. `make demo && python -m benchmarks.demo_picture`."""
+"""The picture of a demo's losses, for docs/verified.md: `make demo && python -m benchmarks.demo_picture`."""
 
 from __future__ import annotations
 
