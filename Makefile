@@ -13,22 +13,25 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo demo-tune demo-bridge check test test-ci test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-bridge-sample test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
+.PHONY: help help-all demo demo-tune demo-bridge check test test-ci test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-bridge-sample test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
 
 help:
-	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
+	@echo "make venv      the environments, $(VENV) and $(DATA_VENV): NeMo, all tools, the data engine (about 3 minutes)"
+	@echo "make demo      upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (7 minutes, no GPU)"
+	@echo "make demo-bridge  the same on Megatron-Bridge (Python 3.12; its environment is built first, 13 minutes)"
+	@echo "make test      the tests of every day (9 minutes)"
+	@echo "make lint      format, style, spelling, types, import layers"
+	@echo "make help-all  every other command: servers, clusters, other environments"
+
+help-all: help
 	@echo "make demo-tune  upcycle that model and tune it on conversations, beside the dense model (about 7 minutes, no GPU)"
-	@echo "make demo-bridge  the same on Megatron-Bridge (PYTHON=python3.12; its environment is built first, about 13 minutes)"
 	@echo "make check   the tests that import no NeMo (meant for under 2 minutes)"
-	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (7 minutes; meant for under 6)"
-	@echo "make test-ci  what a change must pass: those, slow tests, some mutants (meant for under 30 minutes)"
+	@echo "make test-ci  what a change must pass: the tests of every day, slow tests, some mutants (meant for under 30 minutes)"
 	@echo "make test-all  all tests that need no GPU, every row of every table (meant for under an hour)"
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
 	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 14 GiB of memory, 11 of disk)"
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
-	@echo "make lint    format, style, spelling, types, import layers; lines of code by room"
 	@echo "make docs    the pages of docs/ and the reference, into site/, in an environment of their own, $(DOCS_VENV)"
-	@echo "make venv    only the environments, $(VENV) and $(DATA_VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
 	@echo "make test-bridge  upcycling in Megatron-Bridge, in $(BRIDGE_VENV) (no GPU; PYTHON=python3.12)"
 	@echo "make test-bridge-sample  a part of that in $(SAMPLE_VENV), which compiles nothing (Python 3.12)"
