@@ -369,8 +369,8 @@ def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
         checks.append(("rotary_base and RoPE scaling", got, expected))
     for name, got, value in checks:
         if got != value:
-            fix = "use the parent's own configuration"
-            yield CheckpointError(f"model.config.{name}", got=got, expected=f"{value}, as in the parent", fix=fix)
+            expected, fix = f"{value}, as in the parent", "use the parent's own configuration"
+            yield CheckpointError(field=f"model.config.{name}", got=got, expected=expected, fix=fix)
 
 
 def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Iterator[str]:

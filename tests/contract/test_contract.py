@@ -106,7 +106,7 @@ def test_what_is_right_is_accepted(parent: Path, kind: str) -> None:
 def test_what_is_wrong_is_refused_by_the_settings_name(parent: Path, settings: dict[str, Any], name: str) -> None:
     with pytest.raises(UpcycleError) as caught:
         _check(_training(settings, ranks=2), "pretrain", parent)
-    assert caught.value.field == f"pretrain.{setting_name(name)}"
+    assert caught.value.parts[0].field == f"pretrain.{setting_name(name)}"
 
 
 #: Values that a training is made of and that end its job before the first step, by the names of its trainer.

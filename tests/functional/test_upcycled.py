@@ -119,7 +119,7 @@ def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
         f"{command} --yes",
     )
     assert refused.status == 2, refused.text
-    assert "Error: optim.config.lr: got -1" in refused.text
+    assert "  optim.config.lr: got -1" in refused.text
     assert wrong_size.status == 2, wrong_size.text
     assert "model.config.num_layers: got 3, expected 4" in wrong_size.text
     assert refused.written == wrong_size.written == []

@@ -69,8 +69,8 @@ def test_a_checkpoint_is_planned_as_its_own_configuration_says(dense: Path, tmp_
 
 
 def test_a_checkpoint_of_what_is_not_modelled_is_refused_by_name(dense: Path, tmp_path: Path) -> None:
-    folder = _bridge(tmp_path / "bridge", dense, experimental_attention_variant="gated_delta_net")
+    folder = _bridge(tmp_path / "bridge", dense, experimental_attention_variant="dsa")
     typed = ("plan", "--model", str(folder), "--gpus", "1")
-    assert refused(*typed).got == "gated_delta_net"
+    assert refused(*typed).got == "dsa"
     (folder / "run_config.yaml").unlink()
     assert str(refused(*typed).got).startswith("neither context/model.yaml")
