@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture, DeltaLayers
 from nemo_upcycle.models.layer_settings import layers_with
 
@@ -68,3 +69,19 @@ def wrong_gates(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any
     if arch.delta and has_nets(config):
         yield _LAYERS, [int(has_net) for has_net in net_layers(config)], wanted[_LAYERS]
         yield from ((setting, getattr(config, setting), wanted[setting]) for setting in _SIZES.values())
+
+
+def check_gates(config: Any, parent: Architecture) -> None:
+    """Check that a configuration says the same of these layers as a parent.
+
+    Args:
+        config: Megatron's `TransformerConfig`.
+        parent: the dense model's architecture.
+
+    Raises:
+        SpecError: it does not.
+    """
+    for name, got, value in wrong_gates(config, parent):
+        if got != value:
+            expected, fix = f"{value}, as in the parent", "use the parent's own configuration"
+            raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix=fix)

@@ -35,7 +35,7 @@ def test_every_field_is_in_the_table() -> None:
         ("mtp_num_layers", 1, "no dense checkpoint has multi-token prediction"),
         ("moe_single_grouped_weight", True, "one parameter"),
         ("moe_router_force_biased", 3.0, "for benchmarks"),
-        ("attention_output_gate", True, "no known parent has one"),
+        ("attention_output_gate", True, "False, as in the parent"),
         ("qk_clip", True, "does not know what it changes"),
         ("moe_mlp_glu_interleave_size", 32, "none without model.config.moe_grouped_gemm"),
     ],

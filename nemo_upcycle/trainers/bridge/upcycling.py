@@ -24,6 +24,7 @@ from megatron.training.models.base import ModelConfig
 from nemo_upcycle.data.dense import require_tokenizer
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.balancing import QUANTILES
+from nemo_upcycle.models.delta_nets import check_gates
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
@@ -213,6 +214,8 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
         hybrid.require_stages(transformer.pipeline_model_parallel_size, virtual or 1)
     parent = read_architecture(dense) if (dense / "config.json").is_file() else None
     check_spec(transformer, spec, hybrid, parent)
+    if parent:
+        check_gates(transformer, parent)
     if not checkpoint.save:
         raise SpecError(field="config.checkpoint.save", got=None, expected="a folder, for the receipt", fix="set it")
     check_folder(checkpoint.save)
