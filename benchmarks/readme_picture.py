@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 TABLE, PICTURE = ROOT / "docs/results/budget/table.json", ROOT / "docs/upcycling.png"
 #: Arms of the grid: tokens of the parent, in millions.
 PARENTS = {"moe_2m": "2.5M", "moe_5m": "5M", "moe_10m": "10M", "moe_20m": "20M"}
-#: The paper's MMLU of Llama 3 8B, before and after (arXiv 2412.09952, Table 4).
+#: The paper's MMLU of Llama 3 8B, before and after (arXiv 2412.09952).
 PAPER = (62.1, 64.1)
 RANKS, EXPERTS = 4, 8
 INK, GREY, BLUE, ORANGE, PALE = "#1f2328", "#8c959f", "#0969da", "#d9730d", "#f6f8fa"

@@ -184,7 +184,7 @@ def around_text(whole: dict[str, Any], text: dict[str, Any], wrapper: Wrapper) -
     """Return the `config.json` of a model that sees, with another text model.
 
     Args:
-        whole: that of its parent.
+        whole: `config.json` of its parent.
         text: settings of the new text model, as if it stood alone; they get what the class around adds.
         wrapper: the class around it.
     """

@@ -56,10 +56,6 @@ def test_a_training_that_goes_on_has_the_bits_of_one_that_was_not_stopped(parent
         train_on_ranks(2, parent, tmp_path / "twice", SPEC, steps=steps, **options)
     whole, twice = (export(parent, tmp_path / run, tmp_path / f"{run}-hf") for run in ("whole", "twice"))
     assert not differences(whole, twice)
-    assert differences(whole, export(parent, _first(tmp_path), tmp_path / "first-hf"))
+    assert differences(whole, export(parent, tmp_path / "twice/iter_0000002", tmp_path / "first-hf"))
     tokens = sample_tokens(VOCABULARY, length=SEQUENCE)
     assert not logits(whole, tokens).equal(logits(parent, tokens))
-
-
-def _first(folder: Path) -> Path:
-    return folder / "twice/iter_0000002"

@@ -42,7 +42,7 @@ def attention(settings: Settings, kinds: list[str] | None, num_layers: int) -> d
     """Return the fields of an `Architecture` in which the layers of these classes are not Llama's.
 
     Args:
-        settings: of the class.
+        settings: values of the class's `config.json`.
         kinds: how each layer mixes tokens; None where the file does not say it.
         num_layers: L.
 
@@ -53,20 +53,16 @@ def attention(settings: Settings, kinds: list[str] | None, num_layers: int) -> d
         raise settings.wrong("attn_output_gate", "true or nothing: the class always has this gate")
     interval = settings.whole("full_attention_interval")
     kinds = kinds or [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(num_layers)]
-    sizes = {
-        name: settings.whole(f"linear_{name}") for name in ("num_key_heads", "num_value_heads", "conv_kernel_dim")
-    }
-    if sizes["num_value_heads"] % sizes["num_key_heads"]:
-        raise settings.wrong(
-            "linear_num_value_heads", f"a multiple of linear_num_key_heads ({sizes['num_key_heads']})"
-        )
+    key_heads, value_heads = (settings.whole(f"linear_num_{part}_heads") for part in ("key", "value"))
+    if value_heads % key_heads:
+        raise settings.wrong("linear_num_value_heads", f"a multiple of linear_num_key_heads ({key_heads})")
     nets = DeltaLayers(
         pattern=tuple(kind == LINEAR for kind in kinds),
-        num_key_heads=sizes["num_key_heads"],
-        num_value_heads=sizes["num_value_heads"],
+        num_key_heads=key_heads,
+        num_value_heads=value_heads,
         key_dim=settings.whole("linear_key_head_dim"),
         value_dim=settings.whole("linear_value_head_dim"),
-        conv_size=sizes["conv_kernel_dim"],
+        conv_size=settings.whole("linear_conv_kernel_dim"),
     )
     return {"output_gate": True, "delta": nets if any(nets.pattern) else None}
 
