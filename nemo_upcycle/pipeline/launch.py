@@ -126,8 +126,8 @@ def launch_chain(
         raise UpcycleError("\n".join(expected.problems))
     if launch(ctx, run_dir, plan, jobs, forecast=expected) and stages[-1] is STAGES[-1] and not ctx.detach:
         report = run_dir / "report.md"
-        headline = report.read_text(encoding="utf-8").split("\n\n")[1]
-        sys.stdout.write(f"\n{headline}\n\nReport: {report}\n")
+        made, verdict = report.read_text(encoding="utf-8").split("\n\n")[1:3]
+        sys.stdout.write(f"\n{made}\n{verdict}\n\nReport: {report.with_suffix('.html')}\n")
 
 
 def _lacking(

@@ -50,7 +50,7 @@ def render_html(markdown: str, figures: Mapping[str, bytes]) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n{first}<nav>{''.join(contents)}</nav>\n{second}{rest}"
+        f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<header>\n{first}</header>\n<nav>{''.join(contents)}</nav>\n{second}{rest}"
         "</body>\n</html>\n"
     )
 

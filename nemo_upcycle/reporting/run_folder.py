@@ -58,6 +58,8 @@ class RunRecord:
 
     Attributes:
         recipe: name of the recipe, from `pipeline.json`.
+        dense: address of the parent.
+        trainer: `nemo` or `bridge`.
         receipt: the receipt of the check of step 0 on one rank, with its comparison of logits.
         online_receipt: the receipt of the upcycling inside the training job; None without one.
         curves: stage -> curve, for `pretrain` and, unless it was skipped, `dense_ct`.
@@ -72,6 +74,8 @@ class RunRecord:
     """
 
     recipe: str
+    dense: str
+    trainer: str
     receipt: dict[str, Any]
     online_receipt: dict[str, Any] | None
     curves: dict[str, Curve]
@@ -102,9 +106,11 @@ def read_run(folder: Path) -> RunRecord:
     trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
     contamination = _data_of(folder, markers) / CONTAMINATION
     online, command = folder / "pretrain/receipt.json", folder / "command.txt"
-    plan = _read(folder / "pipeline.json", "import", {"recipe": str})
+    plan = _read(folder / "pipeline.json", "import", {"recipe": str, "dense": str})
     return RunRecord(
         recipe=plan["recipe"],
+        dense=plan["dense"],
+        trainer=plan.get("trainer", "nemo"),
         receipt=_read(folder / "receipt.json", "upcycle", _RECEIPT),
         online_receipt=_read(online, "pretrain", _RECEIPT) if online.is_file() else None,
         curves={stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl")) for stage in trained},
