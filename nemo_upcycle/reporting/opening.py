@@ -31,6 +31,16 @@ def opening(results: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def parent_name(address: str) -> str:
+    """Return the last part of a model's address.
+
+    Example:
+        >>> parent_name("hf:///models/Llama-3-8B/")
+        'Llama-3-8B'
+    """
+    return address.rstrip("/").rpartition("/")[2]
+
+
 def _became(results: dict[str, Any]) -> str:
     """Say what became what, and what ran where."""
     receipt, done, dense = results["receipt"], results["training"]["pretrain"], results["dense"]
@@ -40,7 +50,7 @@ def _became(results: dict[str, Any]) -> str:
     ranks = f"{settings['ranks']} ranks ({where})" if settings["ranks"] > 1 else f"one rank ({where})"
     by = f" by {_TRAINERS[results['trainer']]}" if results["trainer"] in _TRAINERS else ""
     return plain(
-        f"{dense.rstrip('/').rpartition('/')[2]}, {before} parameters → MoE of {spec['num_experts']} experts, top-"
+        f"{parent_name(dense)}, {before} parameters → MoE of {spec['num_experts']} experts, top-"
         f"{spec['top_k']}: {total}, {active} active for a token. Trained{by} for {done['steps']:,} steps on"
         f" {done['tokens']:,} tokens, in {duration(done['seconds'])} on {ranks}."
     )
@@ -86,7 +96,7 @@ def _numbers(results: dict[str, Any]) -> list[list[str]]:
         if paired := results["paired"].get(f"trained_minus_{name}", {}).get(metric):
             judged = verdict(paired, title, "the MoE")
             rows.append([f"trained MoE - {title}: {_name(metric)}", difference(paired), judged])
-    return [*rows, _loss(training), _step_zero(results), *_load(training), _speed(training)]
+    return [*rows, _loss(training), _step_zero(results), *load_rows(training), _speed(training)]
 
 
 def _loss(training: dict[str, Any]) -> list[str]:
@@ -112,7 +122,8 @@ def _step_zero(results: dict[str, Any]) -> list[str]:
     return ["MoE at step 0 - the parent: largest logit difference", number(measured, 3), text + changed]
 
 
-def _load(training: dict[str, Any]) -> list[list[str]]:
+def load_rows(training: dict[str, Any]) -> list[list[str]]:
+    """Return the row of the busiest expert; none where there are no counts."""
     load = training["pretrain"].get("expert_load")
     if not load:
         return []
