@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.live import EVERY_S
 from nemo_upcycle.reporting.progress import training_line
 from nemo_upcycle.utils.console import is_verbose
@@ -37,15 +37,25 @@ def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
     Args:
         run_dir: the run's folder.
         price: of a GPU for an hour.
+
+    Raises:
+        UpcycleError: `REPORT_EVERY` is no number of seconds.
     """
-    every_s = float(os.environ.get(REPORT_EVERY) or EVERY_S)
-    if not every_s:
+    try:
+        every_s = float(text := os.environ.get(REPORT_EVERY) or str(EVERY_S))
+    except ValueError:
+        fix = f"unset it, for {EVERY_S:g}"
+        raise UpcycleError(REPORT_EVERY, got=text, expected="seconds, or 0 for no page", fix=fix) from None
+    if every_s <= 0:
         yield
         return
     command = [sys.executable, "-m", "nemo_upcycle.reporting.live", str(run_dir), str(every_s)]
     command += [] if price is None else [str(price)]
-    quiet: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    writer = subprocess.Popen(command, **quiet, start_new_session=True)  # Ctrl-C is for the launcher
+    log = run_dir / "logs" / "live_report.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as told:  # a session of its own: Ctrl-C is for the launcher
+        writer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True)
+    sys.stderr.write(f"The report as the run goes on: {run_dir / 'report.html'}\n")
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ from nemo_upcycle.utils.removed import without_teacher
 from nemo_upcycle.utils.schema import numbered, require_known
 
 
-#: The words of `ENDED`.
+#: The words of `ENDED`: it stopped and can resume, or it failed for a reason that a new start would meet again.
 STOPPED, FAILED = "stopped", "failed"
 #: The name of a setting that holds how many steps a training takes ends so: in a started run it may grow.
 STEPS = " steps"

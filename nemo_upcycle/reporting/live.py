@@ -42,6 +42,8 @@ _TITLES = {"pretrain": "MoE", "dense_ct": "baseline"}
 EVERY_S, REFRESH_S = 120.0, 30
 #: From the start of a stage to its second page, and from one look at the stages to the next.
 _SOON_S, _POLL_S = 10.0, 1.0
+#: How many times as long as it took to write a page nothing is done after it: the files of a long run are large.
+_REST = 20
 
 
 def watch(
@@ -55,18 +57,19 @@ def watch(
         price: of a GPU for an hour.
         is_told: says that it shall end, after a last page; None: it ends when the report is there.
     """
-    shown, changed_s, last_s = None, 0.0, 0.0
+    shown, changed_s, last_s, took_s = None, 0.0, 0.0, 0.0
     while True:
         ends = is_told is not None and is_told()
         with suppress(UpcycleError, OSError):  # a file is being written: the next round reads it
             states = [(state.name, state.how) for state in stage_states(run_dir)]
             changed_s = changed_s if states == shown else time.monotonic()
-            wait_s = min(every_s, max(_SOON_S, last_s - changed_s))  # twice as long each time
+            wait_s = max(min(every_s, max(_SOON_S, last_s - changed_s)), _REST * took_s)  # twice as long each time
             if ends or states != shown or time.monotonic() - last_s >= wait_s:
-                progress = read_progress(run_dir)
+                began_s, progress = time.monotonic(), read_progress(run_dir)
                 if not progress.is_over:
                     write_page(run_dir, progress, price, is_last=ends)
                 shown, last_s = states, time.monotonic()
+                took_s = last_s - began_s
             ends |= is_told is None and states[-1:] == [(LAST, "done")]
         if ends:
             return

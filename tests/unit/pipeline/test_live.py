@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.live import REPORT_EVERY, watched
 from tests.unit.reporting.conftest import run_dir
 from tests.unit.reporting.test_live import start, under_way
@@ -34,5 +35,8 @@ def test_the_report_goes_on_with_the_run_and_says_how_it_ended(
 def test_none_is_written_where_the_user_wants_none(under_way: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(REPORT_EVERY, "0")
     with watched(under_way):
+        pass
+    monkeypatch.setenv(REPORT_EVERY, "often")
+    with pytest.raises(UpcycleError, match=f"{REPORT_EVERY}: got often"), watched(under_way):
         pass
     assert not (under_way / "report.html").exists()
