@@ -154,7 +154,7 @@ def uneven(load: dict[str, Any] | None) -> str:
         " a larger coefficient of the balancing loss, or more tokens a step, evens it out."
     )
     dead = load["worst"].get("dead_experts", 0)
-    died = f" Up to {dead:.0f} experts had less than 1 % of a balanced share." if dead else ""
+    died = f" At worst {dead:.0f} of them had less than 1 % of a balanced share." if dead else ""
     return (
         f"**The experts {were} loaded unevenly:** the busiest had {worst:.1f} times a balanced load ({where}),"
         f" and {last:.1f} times at the last step.{died}{costs}"
