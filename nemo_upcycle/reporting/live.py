@@ -2,7 +2,7 @@
 
     python -m nemo_upcycle.reporting.live RUN EVERY_S [PRICE_PER_GPU_HOUR]
 
-is what writes it while a chain is run or watched; it ends by SIGTERM, or with the process that started it.
+is what writes it while a chain is run; it ends by SIGTERM, or with the process that started it.
 """
 
 from __future__ import annotations
@@ -158,8 +158,9 @@ def _losses(progress: Progress) -> list[list[str]]:
         return []
     first, *others = (stage for stage in TRAININGS if stage in curves)
     last = curves[first].steps[-1]
-    same = [f"{_TITLES[one]} {line['loss']:.3f}" for one in others for line in curves[one].steps if _is_at(line, last)]
-    beside = [f"at step 1 {curves[first].steps[0]['loss']:.3f}", *same]
+    beside = [f"at step {curves[first].steps[0]['step']} {curves[first].steps[0]['loss']:.3f}"]
+    for one in others:
+        beside += [f"{_TITLES[one]} {line['loss']:.3f}" for line in curves[one].steps if line["step"] == last["step"]]
     title = f"{_TITLES[first]}, training loss at step {last['step']:,}"
     return [*_validation(progress, first, others), [title, f"{last['loss']:.3f}", ", ".join(beside)]]
 
@@ -178,10 +179,6 @@ def _validation(progress: Progress, first: str, others: list[str]) -> list[list[
     known = ", ".join(f"{title} {loss:.3f}" for title, loss in beside.items() if loss is not None)
     title = f"{_TITLES[first]}, validation loss after {tokens:,} tokens"
     return [[title, f"{losses[first][tokens]:.3f}", known or "-"]]
-
-
-def _is_at(line: dict[str, Any], last: dict[str, Any]) -> bool:
-    return bool(line["step"] == last["step"])
 
 
 def _speeds(progress: Progress, training: dict[str, Any]) -> list[list[str]]:
