@@ -222,7 +222,7 @@ def test_every_family_names_each_part_of_a_parameter() -> None:
 
 def test_the_pages_name_every_family() -> None:
     docs = Path(__file__).parents[3] / "docs"
-    parents = (docs / "own_model.md").read_text(encoding="utf-8")
+    parents = (docs / "parents.md").read_text(encoding="utf-8")
     for family in families.parents():
         assert f"\n| {family.title}" in parents or f", {family.title}" in parents or f"; {family.title}" in parents
     classes = (docs / "classes.md").read_text(encoding="utf-8")
