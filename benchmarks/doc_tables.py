@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ TABLE = re.compile(r"(<!-- (\w+) table -->\n).*?(<!-- end of table -->)", re.DOT
 #: Bridge's word of a precision -> the planner's; what runs are planned with.
 PRECISIONS = {"": "bf16", "fp8cs": "fp8-current", "fp8sc": "fp8-blockwise", "fp8mx": "mxfp8"}
 BF16 = ["--grad-dtype", "bf16"]
-PADDED, HYBRIDEP = ["--capacity-factor", "1", "--pad-to-capacity"], ["--capacity-factor", "0", "--dispatcher", "hybridep"]
+PADDED, HYBRIDEP = (
+    ["--capacity-factor", "1", "--pad-to-capacity"],
+    ["--capacity-factor", "0", "--dispatcher", "hybridep"],
+)
 
 
 def table(headings: str, rows: Iterator[tuple[Any, ...]]) -> str:
@@ -50,7 +54,7 @@ def model_rows() -> Iterator[tuple[Any, ...]]:
 
 
 def run_rows() -> Iterator[tuple[Any, ...]]:
-    """Yield the trainings of these models, with the memory of the fullest GPU, while MoE layers are recomputed and not."""
+    """Yield the trainings of these models, and the memory of the fullest GPU: with MoE layers recomputed, or not."""
     for row in models().values():
         for gpu, runs in row.runs.items():
             for kind, run in runs.items():
@@ -58,7 +62,15 @@ def run_rows() -> Iterator[tuple[Any, ...]]:
                 gib = [_gib(row, gpu, kind, run, "moe")] if recomputed else []
                 gib += [_gib(row, gpu, kind, run, "none")] if not gib or (kind == "e8t2" and gpu == "h100") else []
                 layout = f"{run} EP8".removeprefix("data parallelism alone ") if _ep(kind, run) > 1 else str(run)
-                yield f"`{row.name}`", gpu.upper(), kind, run.precision or "bf16", run.gpus, layout, ", later ".join(gib)
+                yield (
+                    f"`{row.name}`",
+                    gpu.upper(),
+                    kind,
+                    run.precision or "bf16",
+                    run.gpus,
+                    layout,
+                    ", later ".join(gib),
+                )
 
 
 def _ep(kind: str, run: Run) -> int:
@@ -91,7 +103,11 @@ def class_rows() -> Iterator[tuple[Any, ...]]:
 
 
 def _limits(family: families.MoeFamily, arch: Architecture) -> list[str]:
-    return [reason for reason in family.limits(arch) if not reason.endswith(" scores")]
+    """List the reasons, but for scores, and of shared experts the one that can be."""
+    shared = replace(arch, shared_ffn_size=arch.ffn_size)
+    never = {name for name in ("shared experts", "no shared experts") if name in family.limits(arch)}
+    never -= {name for one in (arch, shared) for name, holds in family.limits(one).items() if holds}
+    return [reason for reason in family.limits(arch) if not reason.endswith(" scores") and reason not in never]
 
 
 def tool_rows() -> Iterator[tuple[Any, ...]]:
@@ -130,8 +146,11 @@ def with_tables(text: str) -> str:
 
 
 def words(page: Path) -> int:
-    """Count the words of a page as `wc -w` does, without its tables that are made from the code."""
-    return len(TABLE.sub("", page.read_text(encoding="utf-8")).split())
+    """Count the words of a page, commands and code among them, without its tables that are made from the code.
+
+    Bars of tables, bullets and the like are none: what has neither a letter nor a digit.
+    """
+    return len(re.findall(r"\S*[^\W_]\S*", TABLE.sub("", page.read_text(encoding="utf-8"))))
 
 
 def main() -> None:
