@@ -20,8 +20,8 @@ from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.masking import without_secrets
 
 
-#: name -> what it does; `nemo_upcycle/cli/NAME.py` has `EPILOG` (examples, the first on the demo's files, a blank line,
-#: and what else is to know), `add_arguments(parser)` and `run(args) -> exit status`
+#: name -> what it does; `nemo_upcycle/cli/NAME.py` has `EPILOG` (examples, the first with what the demo has, a blank
+#: line, what else is to know), `add_arguments(parser)` and `run(args) -> exit status`
 COMMANDS = {
     "start": "a model and texts -> recipe, blend and forecast; with --yes a trained MoE and its report",
     "plan": "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU",
