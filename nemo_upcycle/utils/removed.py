@@ -13,7 +13,7 @@ _TEACHER = ("teacher_weight", "teacher_temperature")
 
 
 def without_teacher(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the settings of a parent that teaches (benchmarks/results/tuning.md), where its weight is 0.
+    """Drop the settings of a parent that teaches (docs/tuning.md), where its weight is 0.
 
     Args:
         values: settings by their names, as they are or as text.
