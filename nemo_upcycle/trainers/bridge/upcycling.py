@@ -30,7 +30,7 @@ from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources import open_dense
-from nemo_upcycle.spec import UpcycleSpec, without_defaults
+from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
@@ -344,12 +344,11 @@ def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None)
             fix="give config.checkpoint.save and .load another folder",
         )
     made_by, wanted = made.get("spec"), spec.to_dict() if spec else None
-    other = (made_by and without_defaults(made_by)) != (wanted and without_defaults(wanted))
     dense = paths[0].resolve()
     same = dense == Path(made.get("source", "")).resolve()
     found = _source_files(dense) if same and len(paths) == 1 else None
     for name, got, expected, differs in (
-        ("spec", made_by, wanted, other),  # whichever of the defaults the receipt's release wrote
+        ("spec", made_by, wanted, made_by != wanted),
         ("source", made.get("source"), str(dense), not same),
         ("source_files", made.get("source_files"), found, found not in (None, made.get("source_files"))),
     ):
