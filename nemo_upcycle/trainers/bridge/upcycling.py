@@ -35,6 +35,7 @@ from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
+from nemo_upcycle.trainers.bridge.resharding import fit_layout
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
 from nemo_upcycle.trainers.bridge.settings import describe, require_callbacks
 from nemo_upcycle.trainers.settings import check_masters
@@ -159,7 +160,9 @@ class UpcycleHook:
             expected = "False without a GPU: Bridge divides by the number of GPUs"
             raise SpecError(field="config.checkpoint.async_save", got=True, expected=expected, fix="set it to False")
         losses = correct_auxiliary_losses(chunks[0].config)
-        if not _goes_on(config, self.paths, self.spec):
+        if _goes_on(config, self.paths, self.spec):
+            fit_layout(config)
+        else:
             if config._checkpoint_load_required:
                 raise SpecError(
                     field="config.checkpoint.load",
