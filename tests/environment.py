@@ -27,6 +27,7 @@ KEPT = (
 )
 #: What every test has. Proxies stay, for what a machine can fetch only through them; servers of tests need none.
 SET = {"LANG": "C.UTF-8", "TERM": "xterm", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
+SET |= {"NEMO_UPCYCLE_REPORT_EVERY_S": "0"}  # a process beside each chain of the tests would cost them minutes
 #: What `make test-hostile` sets.
 HOSTILE = {
     **{"HF_HUB_OFFLINE": "1", "HF_TOKEN": "bad", "HF_HOME": "/nowhere/hf", "TRANSFORMERS_OFFLINE": "1"},

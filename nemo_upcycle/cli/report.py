@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 from nemo_upcycle.cli.common import show
@@ -10,6 +12,7 @@ from nemo_upcycle.cli.common import show
 
 EPILOG = """examples:
   nemo-upcycle report runs/demo
+  nemo-upcycle report runs/demo --watch       a run that is under way: report.html, again and again until it is done
   nemo-upcycle report runs/laptop             a grid: its table and figures again
   nemo-upcycle report results/laptop          from a grid's evidence.json.gz, and into the page laptop.md beside it
 
@@ -21,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run", metavar="RUN", type=Path, help="folder of a pipeline run, of a grid, or of its evidence"
     )
+    parser.add_argument(
+        "--watch", action="store_true", help="rewrite report.html while the run goes on; needs no port"
+    )
+    help_price = "with --watch: in your currency, to show what the run has cost"
+    parser.add_argument("--price-per-gpu-hour", metavar="PRICE", type=float, help=help_price)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,10 +40,25 @@ def run(args: argparse.Namespace) -> int:
     from nemo_upcycle.reporting.grid_table import is_grid, write_grid
     from nemo_upcycle.reporting.report import write_report
 
+    if args.watch:
+        return _watch(args)
     if is_grid(args.run):
         table = write_grid(args.run)
         show(args, {"table": table}, str(table))
         return 0
     path = write_report(args.run)
     show(args, {"report": path, "results": path.with_name("results.json")}, str(path))
+    return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from nemo_upcycle.reporting.live import watch
+    from nemo_upcycle.reporting.run_folder import require_run
+
+    require_run(args.run)
+    page = args.run / "report.html"
+    sys.stderr.write(f"{page}: open it in a browser; it reloads itself. Ctrl-C ends this, and nothing else.\n")
+    with suppress(KeyboardInterrupt):
+        watch(args.run, price=args.price_per_gpu_hour)
+    show(args, {"report": page}, str(page))
     return 0

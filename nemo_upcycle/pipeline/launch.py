@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from nemo_upcycle.pipeline.forecast import (
     render_forecast,
     unchecked,
 )
+from nemo_upcycle.pipeline.live import watched
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
 from nemo_upcycle.pipeline.plan import ADOPTED, KEPT, PLAN, Stage, WorkPlan
 from nemo_upcycle.pipeline.run_here import run_stages
@@ -125,8 +127,8 @@ def launch_chain(
         raise UpcycleError("\n".join(expected.problems))
     if launch(ctx, run_dir, plan, jobs, forecast=expected) and stages[-1] is STAGES[-1] and not ctx.detach:
         report = run_dir / "report.md"
-        headline = report.read_text(encoding="utf-8").split("\n\n")[1]
-        sys.stdout.write(f"\n{headline}\n\nReport: {report}\n")
+        made, verdict = report.read_text(encoding="utf-8").split("\n\n")[1:3]
+        sys.stdout.write(f"\n{made}\n{verdict}\n\nReport: {report.with_suffix('.html')}\n")
 
 
 def _lacking(
@@ -187,10 +189,12 @@ def launch(
             if stage.adopt(run_dir, plan):
                 sys.stderr.write(f"[{stage.name}] its marker was lost or damaged: {ADOPTED}\n")
         _write_recipes(run_dir, own_plan)
-        if chain:
-            _run_chain(chain, detach=ctx.detach)
-        else:
-            run_stages(jobs, run_dir, plan, ctx.executor, at_once)
+        price, is_seen = getattr(ctx.executor, "price_per_gpu_hour", None), plan.file == PLAN and not ctx.detach
+        with watched(run_dir, price) if is_seen else nullcontext():
+            if chain:
+                _run_chain(chain, detach=ctx.detach)
+            else:
+                run_stages(jobs, run_dir, plan, ctx.executor, at_once)
     return True
 
 

@@ -19,15 +19,12 @@ from typing import Any
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.spec import without_defaults
-from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, write_json
+from nemo_upcycle.utils.files import CHANGES, ENDED, MARKER, STARTED, read_json, write_json
 from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.schema import numbered, require_known
 
 
-STARTED = "_STARTED.json"
-#: How a stage that is not done ended, in one word, for the shell of a batch job: it stopped and can resume, or it
-#: failed for a reason that a new start would meet again. A stage that was killed writes neither.
-ENDED = "_ENDED"
+#: The words of `ENDED`: it stopped and can resume, or it failed for a reason that a new start would meet again.
 STOPPED, FAILED = "stopped", "failed"
 #: The name of a setting that holds how many steps a training takes ends so: in a started run it may grow.
 STEPS = " steps"

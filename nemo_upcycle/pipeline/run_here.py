@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from nemo_upcycle.errors import StageStopped, UnfinishedError, UpcycleError
 from nemo_upcycle.pipeline.executors import local, performance
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.jobs import Job
+from nemo_upcycle.pipeline.live import LiveStages, has_live_lines
 from nemo_upcycle.pipeline.order import before, finished, unfinished
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
@@ -52,8 +53,8 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
 def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any = None, at_once: int = 1) -> None:
     """Run stages as soon as those that they need are done; start none after one that did not finish.
 
-    Where several run at once, what they print goes to `logs/STAGE-rank0.log`, and the console shows which started, and
-    how many are left.
+    On a terminal, and where several run at once, what they print goes to `logs/STAGE-rank0.log`: the terminal shows a
+    line of each that runs, and the console which started, and how many are left.
 
     Args:
         jobs: the jobs of the stages, each after those that it needs.
@@ -72,7 +73,14 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any
     began_s, took_s = dict[str, float](), list[float]()
     stopped_stages: list[Stage] = []
     failed: tuple[Stage, int] | None = None
-    with local.StopSignals() as stop, ThreadPoolExecutor(at_once) as pool, _ended_by_error(stop):
+    live = LiveStages(run_dir, echoes=at_once == 1) if is_local(executor) and has_live_lines() else None
+    is_quiet = at_once > 1 or live is not None
+    with (
+        live or nullcontext(),
+        local.StopSignals() as stop,
+        ThreadPoolExecutor(at_once) as pool,
+        _ended_by_error(stop),
+    ):
         while running or (waiting and failed is None and not stop.signum):
             while failed is None and not stop.signum and len(running) < at_once:
                 ready = (job for job in waiting if unfinished(before(plan, job.name), run_dir, plan) is None)
@@ -83,17 +91,22 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any
                     _say(f"[{job.name}] {DONE_BEFORE}")
                     continue
                 began_s[job.name] = time.monotonic()
+                if live:
+                    live.began(job.name, local.log_of(_logs_of(run_dir, job), 0))
                 if at_once > 1:
-                    _say(f"[{job.name}] started: {_logs_of(run_dir, job)}-rank0.log")
-                    future = pool.submit(_run, job, run_dir, executor, stop, at_once)
+                    _say(f"[{job.name}] started: {local.log_of(_logs_of(run_dir, job), 0)}")
+                    future = pool.submit(_run, job, run_dir, executor, stop, at_once, is_quiet)
                 else:  # in this thread: an executor may need it
                     future = Future()
-                    future.set_result(_run(job, run_dir, executor, stop, at_once))
+                    future.set_result(_run(job, run_dir, executor, stop, at_once, is_quiet))
                 running[future] = job
             for future in wait(running, _POLL_S, FIRST_COMPLETED).done:
                 job = running.pop(future)
                 stage, took = plan.stage(job.name), time.monotonic() - began_s[job.name]
-                if not future.result() and stage.is_done(run_dir, plan):
+                is_done = not future.result() and stage.is_done(run_dir, plan)
+                if live:
+                    live.ended(job.name, is_done=is_done)
+                if is_done:
                     took_s += [took] if job.is_training else []
                     left = sum(one.is_training for one in (*waiting, *running.values()))
                     eta = f", ETA {duration(statistics.fmean(took_s) * left / at_once)}" if took_s and left else ""
@@ -137,13 +150,13 @@ def _exit_status(name: str, status: int, run_dir: Path) -> int:
     return status if status in (local.USERS_MISTAKE, StageStopped.exit_status) else 1
 
 
-def _run(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals, at_once: int) -> int:
+def _run(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals, at_once: int, is_quiet: bool) -> int:
     """Run a stage; return its exit status, as `run_ranks` does. On an executor its marker tells how it ended."""
     if is_local(executor):
         ranks = job.ranks_per_node if job.is_training else None
         variables = performance.variables(performance.settings_here(job))
         variables |= variables_for(at_once * (ranks or 1), executor)
-        return local.run_ranks(job.command, ranks, variables, _logs_of(run_dir, job), stop, is_quiet=at_once > 1)
+        return local.run_ranks(job.command, ranks, variables, _logs_of(run_dir, job), stop, is_quiet=is_quiet)
     with run.Experiment(f"upcycle-{run_dir.name}-{job.name}", enable_goodbye_message=False) as experiment:
         task = run.Partial(run_stage, name=job.name, dir=str(run_dir))
         identity = experiment.add(task, executor=sized(executor, job.nodes, job.ranks_per_node), name=job.name)

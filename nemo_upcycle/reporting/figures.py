@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,9 +30,11 @@ _COLOURS = {
     "dense_ct": STYLES["dense_ct"][1],
 }
 _PAIR_COLOURS = ("#D55E00", "#0072B2", "#888888")
-#: Characters of a metric's label.
-_LONGEST = 50
-_DPI = 150
+#: Characters of a metric's label, and of a line of it.
+_LONGEST, _LINE = 50, 20
+#: Inches that a figure is wide, and its size of small print in points: 10 pixels where the page has 420.
+_WIDE_IN, SMALL = 5.0, 9
+DPI = 200
 
 
 def is_short(steps: int) -> bool:
@@ -40,31 +43,28 @@ def is_short(steps: int) -> bool:
 
 
 def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float] | None = None) -> Figure:
-    """Draw the validation loss of the MoE and its baseline over tokens and over FLOPs, with training loss behind it.
+    """Draw the validation loss of the MoE and its baseline over tokens, or over FLOPs, with training loss behind it.
 
     A horizontal line marks the validation loss before the first step; the baseline's is the loss of the dense parent.
 
     Args:
         curves: stage -> curve, for `pretrain` and perhaps `dense_ct`.
-        flops_per_token: stage -> FLOPs of a token in training; the panel over FLOPs needs all of them.
+        flops_per_token: stage -> FLOPs of a token in training; None: over tokens.
     """
     from matplotlib.figure import Figure
 
-    units = {"tokens trained on": dict.fromkeys(curves, 1.0)}
-    if flops_per_token and set(curves) <= set(flops_per_token):
-        units["training FLOPs, counting full attention"] = dict(flops_per_token)
-    figure = Figure(figsize=(7.5, 4.5 if len(units) == 1 else 7.5), layout="constrained")  # read on a narrow page
-    panels = figure.subplots(len(units), 1, squeeze=False, sharey=True)[:, 0]
-    for axes, (label, factors) in zip(panels, units.items(), strict=True):
-        _draw_losses(axes, curves, factors)
-        tokens_axis(axes, max(curve.steps[-1]["tokens"] * factors[stage] for stage, curve in curves.items()), label)
-    steps = curves["pretrain"].steps[-1]["step"]
-    title = f"Loss of the upcycled MoE{' and its baseline' if 'dense_ct' in curves else ''}, {steps:,} steps"
-    note = f"\n{steps} steps show that the chain works, not what training brings" if is_short(steps) else ""
-    panels[0].set_title(title + note, fontsize=11)
-    for axes in panels:
-        axes.set(ylabel="cross-entropy loss (nats per token)")
-    legend_below(figure, panels[0], ncols=2)
+    factors = flops_per_token or dict.fromkeys(curves, 1.0)
+    figure = Figure(figsize=(_WIDE_IN, 3.9), layout="constrained")
+    axes = figure.subplots()
+    _draw_losses(axes, curves, factors)
+    label = "training FLOPs, counting full attention" if flops_per_token else "tokens trained on"
+    tokens_axis(axes, max(curve.steps[-1]["tokens"] * factors[stage] for stage, curve in curves.items()), label)
+    steps = max(curve.steps[-1]["step"] for curve in curves.values())
+    models = " and ".join(STYLES[stage][0] for stage in curves)
+    note = "\nso few show that the chain works, no more" if is_short(steps) else ""
+    axes.set_title(f"Loss of {models}, {steps:,} steps{note}", fontsize=10)
+    axes.set(ylabel="loss (nats per token)")
+    legend_below(figure, axes, ncols=2)
     return figure
 
 
@@ -119,14 +119,14 @@ def tokens_axis(axes: Any, last: float, label: str = "tokens trained on") -> Non
 def legend_below(figure: Any, axes: Any, ncols: int, title: str | None = None) -> None:
     """Name the lines of some axes below a figure, or a part of one, where the names cover nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    style = {"ncols": ncols, "fontsize": 8, "title_fontsize": 8, "handlelength": 3, "frameon": False}
-    figure.legend(handles, labels, loc="outside lower center", title=title, **style)
+    sizes = {"fontsize": SMALL, "title_fontsize": SMALL, "handlelength": 1.5, "columnspacing": 1.0}
+    figure.legend(handles, labels, loc="outside lower center", title=title, ncols=ncols, frameon=False, **sizes)
 
 
-def tidy(axes: Any) -> None:
+def tidy(axes: Any, axis: str = "both") -> None:
     """Give axes a grid, no frame, and large numbers in short: 1.5B."""
-    axes.xaxis.set_major_formatter(lambda value, _: short_numbers(value))
-    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_formatter(lambda value, _: short_numbers(value) if abs(value) >= 1000 else f"{value:g}")
+    axes.grid(alpha=0.3, axis=axis)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -140,7 +140,7 @@ def averaged(values: Sequence[Any]) -> Any:
 
 def averaging_note(columns: Any, steps: Sequence[Any]) -> str:
     """Return the end of a label of `averaged` columns; nothing where none was averaged."""
-    return f", means of up to {math.ceil(len(steps) / len(columns))} steps" if len(columns) < len(steps) else ""
+    return f", {math.ceil(len(steps) / len(columns))}-step means" if len(columns) < len(steps) else ""
 
 
 def load_figure(curve: Curve) -> Figure | None:
@@ -158,7 +158,7 @@ def load_figure(curve: Curve) -> Figure | None:
     if not steps:
         return None
     layers = len(steps[0]["expert_load"])
-    figure = Figure(figsize=(8, min(16, 4.5 + 0.2 * layers)), layout="constrained")
+    figure = Figure(figsize=(_WIDE_IN, min(16, 5 + 0.2 * layers)), layout="constrained")
     over_time, at_steps = cast("Any", figure.subfigures(2, 1))
     _draw_busiest(over_time, steps)
     _draw_first_and_last(at_steps, steps)
@@ -178,7 +178,7 @@ def _draw_busiest(figure: Any, steps: list[dict[str, Any]]) -> None:
     axes.yaxis.get_major_locator().set_params(integer=True)
     first, last = [float(busiest_of_layers[:, column].max()) for column in (0, -1)]
     worst = f"worst layer at first {first:.2f}, at last {last:.2f}"
-    figure.suptitle(f"Busiest expert of a layer{averaging_note(columns, steps)}\n{worst}", fontsize=11)
+    figure.suptitle(f"Busiest expert of a layer{averaging_note(columns, steps)}\n{worst}", fontsize=10)
     axes.set(xlabel="step", ylabel="layer")
     figure.colorbar(image, ax=axes, label="load over balanced load")
 
@@ -194,11 +194,11 @@ def _draw_first_and_last(figure: Any, steps: list[dict[str, Any]]) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     images = [_draw_load(axes, line, norm) for axes, line in zip(panels, (steps[0], steps[-1]), strict=True)]
     panels[0].set_ylabel("layer")
-    figure.suptitle("Share of the token slots that each expert was given")
-    bar = figure.colorbar(images[-1], ax=panels, label="share of the layer's token slots")
+    figure.suptitle("Each expert's share of its layer's token slots", fontsize=10)
+    bar = figure.colorbar(images[-1], ax=panels)
     bar.ax.axhline(balanced, color="black", linewidth=1.5)
     ticks = [0, balanced / 2, balanced, (balanced + highest) / 2, highest]
-    labels = [f"{100 * tick:.3g} %" + (" = 1/E, balanced" if tick == balanced else "") for tick in ticks]
+    labels = [f"{100 * tick:.3g} %" + ("\n= 1/E" if tick == balanced else "") for tick in ticks]
     bar.set_ticks(ticks, labels=labels)
 
 
@@ -230,7 +230,7 @@ def routers_figure(curve: Curve) -> Figure | None:
     panels = {name: title for name, title in drawn.items() if any(name in router for _, router in known)}
     if not panels:
         return None
-    figure = Figure(figsize=(11, 3.6 * -(-len(panels) // 2)), layout="constrained")
+    figure = Figure(figsize=(_WIDE_IN, 0.5 + 1.9 * len(panels)), layout="constrained")
     for number, (name, title) in enumerate(panels.items()):
         points = [
             (tokens, [one for one in router[name] if one is not None]) for tokens, router in known if name in router
@@ -238,12 +238,12 @@ def routers_figure(curve: Curve) -> Figure | None:
         columns = averaged(
             [(tokens, np.mean(layers), min(layers), max(layers)) for tokens, layers in points if layers]
         )
-        axes = figure.add_subplot(-(-len(panels) // 2), 2, number + 1)
+        axes = figure.add_subplot(len(panels), 1, number + 1)
         axes.plot(columns[:, 0], columns[:, 1], color=STYLES["pretrain"][1], marker="o" if len(columns) < 20 else None)
         axes.fill_between(columns[:, 0], columns[:, 2], columns[:, 3], alpha=0.15, linewidth=0)
         axes.set_title(title, fontsize=10)
         tokens_axis(axes, curve.steps[-1]["tokens"])
-    figure.suptitle("Routers: mean of the layers, and the range over them", fontsize=11)
+    figure.suptitle("Routers: mean of the layers, and the range over them", fontsize=10)
     return figure
 
 
@@ -255,21 +255,21 @@ def speed_figure(curves: Mapping[str, Curve]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(_WIDE_IN, 5), layout="constrained")
+    speed, memory = figure.subplots(2, 1)
     for stage, curve in curves.items():
         name, colour, marker = STYLES[stage]
-        for axes, key in ((left, "tokens_per_s"), (right, "memory_gib")):
+        for axes, key in ((speed, "tokens_per_s"), (memory, "memory_gib")):
             if points := [(line["step"], line[key]) for line in curve.steps if line.get(key) is not None]:
                 columns = averaged(points)
                 axes.plot(*columns.T, color=colour, marker=marker if len(columns) < 20 else None, label=name)
-    left.set(xlabel="step", ylabel="tokens per second, all ranks")
-    right.set(xlabel="step", ylabel="peak memory of a rank, GiB")
-    for axes in (left, right):
+    speed.set(xlabel="step", ylabel="tokens/s, all ranks")
+    memory.set(xlabel="step", ylabel="GiB of a rank, peak")
+    for axes in (speed, memory):
         tidy(axes)
         axes.set_ylim(bottom=0)
-    left.yaxis.set_major_formatter(lambda value, _: short_numbers(value))
-    legend_below(figure, left, ncols=2)
+    speed.yaxis.set_major_formatter(lambda value, _: short_numbers(value))
+    legend_below(figure, speed, ncols=2)
     return figure
 
 
@@ -286,7 +286,8 @@ def scores_figure(results: Mapping[str, Any]) -> Figure:
     for metric in next(iter(results["paired"].values())):
         kind = metric.rpartition("/")[2]
         panels.setdefault("accuracy" if kind.startswith(("acc", "exact_match")) else kind, []).append(metric)
-    figure = Figure(figsize=(9, sum(0.8 + 0.45 * len(names) for names in panels.values()) + 0.5), layout="constrained")
+    height = sum(0.8 + 0.5 * len(names) for names in panels.values()) + 0.9
+    figure = Figure(figsize=(_WIDE_IN, height), layout="constrained")
     axes_of = figure.subplots(
         len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": [0.5 + len(names) for names in panels.values()]}
     )[:, 0]
@@ -305,19 +306,19 @@ def scores_figure(results: Mapping[str, Any]) -> Figure:
             )
         better = "right" if results["paired"][next(iter(pairs))][names[0]]["higher_is_better"] else "left"
         axes.axvline(0, color="#999999", linewidth=1)
-        axes.set_yticks(range(len(names)), [_tick(markdown.label(name)) for name in names])
+        axes.set_yticks(range(len(names)), [_tick(markdown.label(name)) for name in names], fontsize=SMALL)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(f"difference in {title.replace('_', ' ')} ({better}: better)")
-        axes.grid(alpha=0.3, axis="x")
-        axes.spines[["top", "right"]].set_visible(False)
-    axes_of[0].legend(fontsize=8, frameon=False, ncols=len(pairs), loc="lower left", bbox_to_anchor=(0, 1))
+        axes.xaxis.get_major_locator().set_params(nbins=5)
+        tidy(axes, axis="x")
+    legend_below(figure, axes_of[0], ncols=1)
     return figure
 
 
 def _tick(text: str) -> str:
     """Return a label that leaves room for the figure, and is no formula, whatever its task is called."""
     short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-    return short.replace("$", r"\$")
+    return textwrap.fill(short.replace("$", r"\$"), _LINE)
 
 
 def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
@@ -331,7 +332,7 @@ def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
     scored = {stage: curve.scores for stage, curve in curves.items() if curve.scores}
     if not scored:
         return None
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(_WIDE_IN, 3.5), layout="constrained")
     axes = figure.subplots()
     for stage, scores in scored.items():
         name, colour, marker = STYLES[stage]
@@ -352,5 +353,5 @@ def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
 def png_of(figure: Figure) -> bytes:
     """Return a figure as a PNG."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=_DPI, format="png")
+    figure.savefig(drawn, dpi=DPI, format="png")
     return drawn.getvalue()

@@ -16,7 +16,7 @@ _STYLE = Path(__file__).with_name("report.css")
 _NUMBER = re.compile(r"[-+]?\d[\d.,:/]*(?:e[-+]?\d+)?(?: ± \d[\d.,]*(?:e[-+]?\d+)?)?(?: (?:%|[KMGT]iB|bytes)(?!\w))?")
 
 
-def render_html(markdown: str, figures: Mapping[str, bytes]) -> str:
+def render_html(markdown: str, figures: Mapping[str, bytes], refresh_s: int = 0) -> str:
     """Return a self-contained page: text, contents, tables, and figures as data.
 
     HTML in the text is shown, not obeyed: it may come from the texts that models wrote. Of images only `figures` are
@@ -25,6 +25,7 @@ def render_html(markdown: str, figures: Mapping[str, bytes]) -> str:
     Args:
         markdown: the page, as `compose` writes it.
         figures: name in the page -> PNG.
+        refresh_s: seconds after which a browser reads the page again; 0: never.
 
     Example:
         >>> "<h1 id=" in render_html("# demo", {})
@@ -45,13 +46,15 @@ def render_html(markdown: str, figures: Mapping[str, bytes]) -> str:
             title = "".join(child.content for child in inline.children or ())
         else:
             contents.append(f'<a href="#{name}">{parser.renderInline(inline.content)}</a>')
+    refresh = f'<meta http-equiv="refresh" content="{refresh_s}">\n' if refresh_s else ""
     body = parser.renderer.render(tokens, parser.options, {"figures": figures})
     first, second, rest = body.partition("<h2")  # the contents stand behind the opening
+    style = _STYLE.read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n{first}<nav>{''.join(contents)}</nav>\n{second}{rest}"
-        "</body>\n</html>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{refresh}'
+        f"<title>{html.escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<header>\n{first}</header>\n"
+        f"<nav>{''.join(contents)}</nav>\n{second}{rest}</body>\n</html>\n"
     )
 
 

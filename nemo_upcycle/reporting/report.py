@@ -11,6 +11,7 @@ from nemo_upcycle.reporting import evaluation_sections, figures, sections
 from nemo_upcycle.reporting.environment import describe_environment
 from nemo_upcycle.reporting.html import render_html
 from nemo_upcycle.reporting.markdown import plain
+from nemo_upcycle.reporting.opening import opening
 from nemo_upcycle.reporting.results import collect_results
 from nemo_upcycle.reporting.run_folder import read_run
 from nemo_upcycle.utils.files import read_json, whole_file, write_json
@@ -41,7 +42,8 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
         results["training"][stage]["planned"] = plan
     flops_per_token = {stage: settings["flops_per_token"]["full"] for stage, settings in run.settings.items()}
     drawn = {
-        "loss": figures.loss_figure(run.curves, flops_per_token),
+        "loss": figures.loss_figure(run.curves),
+        "loss_flops": figures.loss_figure(run.curves, flops_per_token),
         "heldout": figures.heldout_figure(run.curves),
         "scores": figures.scores_figure(results),
         "experts": figures.load_figure(run.curves["pretrain"]),
@@ -78,7 +80,7 @@ def compose(results: dict[str, Any], run_dir: Path) -> str:
     """
     parts = [
         f"# {plain(run_dir.resolve().name)}",
-        sections.opening(results),
+        opening(results),
         sections.command(results),
         evaluation_sections.evaluation(results),
         evaluation_sections.samples(results),

@@ -34,7 +34,7 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         `heldout_overlap` (of the data's manifest, or None), `samples` (held-out prompts with each model's
         continuation), `training` (stage -> settings, first and last losses, tokens, rates, memory, expert load,
         routers), `receipt` and `online_receipt` (without the list of parameters), `evaluation_settings`,
-        `stage_seconds`, `command`, `recipes` and `environment`.
+        `stage_seconds`, `dense`, `trainer`, `command`, `recipes` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.
@@ -82,6 +82,8 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         },
         "stage_seconds": run.stage_seconds,
         "recipe": run.recipe,
+        "dense": run.dense,
+        "trainer": run.trainer,
         "command": run.command,
         "recipes": run.recipes,
         "environment": environment,
@@ -140,6 +142,8 @@ def summarise_curve(curve: Curve) -> dict[str, Any]:
         "first_validation_loss": curve.validation[0][1] if curve.validation else None,
         "last_validation_loss": curve.validation[-1][1] if curve.validation else None,
     }
+    if curve.validation and not curve.validation[0][0]:
+        summary["step0_loss"] = curve.validation[0][1]
     if rates := [line["lr"] for line in curve.steps if line.get("lr") is not None]:
         summary |= {"highest_lr": max(rates), "last_lr": rates[-1]}
     if held := [line for line in curve.steps if "memory_gib" in line]:

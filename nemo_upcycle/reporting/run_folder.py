@@ -58,6 +58,8 @@ class RunRecord:
 
     Attributes:
         recipe: name of the recipe, from `pipeline.json`.
+        dense: address of the parent.
+        trainer: `nemo` or `bridge`.
         receipt: the receipt of the check of step 0 on one rank, with its comparison of logits.
         online_receipt: the receipt of the upcycling inside the training job; None without one.
         curves: stage -> curve, for `pretrain` and, unless it was skipped, `dense_ct`.
@@ -72,6 +74,8 @@ class RunRecord:
     """
 
     recipe: str
+    dense: str
+    trainer: str
     receipt: dict[str, Any]
     online_receipt: dict[str, Any] | None
     curves: dict[str, Curve]
@@ -91,20 +95,17 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         UpcycleError: there is no such folder, or a file in it is missing or damaged: the message names its stage.
     """
-    if not folder.is_dir():
-        raise UpcycleError(str(folder), got="no such folder", expected="that of a pipeline run", fix="check the path")
-    markers = _read_markers(folder)
-    if not (markers or (folder / "pipeline.json").is_file()):
-        runs = sorted(str(path.parent) for path in folder.glob("*/pipeline.json"))
-        expected, fix = "the folder of a pipeline run or a grid", f"name {' or '.join(runs[:3]) or 'another'}"
-        raise UpcycleError(str(folder), got="no pipeline.json", expected=expected, fix=fix)
+    require_run(folder)
+    markers = read_markers(folder)
     left_out = {"dense_ct"} if markers.get("dense_ct", {}).get("outputs", {}).get("left_out") else set()
     trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
     contamination = _data_of(folder, markers) / CONTAMINATION
     online, command = folder / "pretrain/receipt.json", folder / "command.txt"
-    plan = _read(folder / "pipeline.json", "import", {"recipe": str})
+    plan = _read(folder / "pipeline.json", "import", {"recipe": str, "dense": str})
     return RunRecord(
         recipe=plan["recipe"],
+        dense=plan["dense"],
+        trainer=plan.get("trainer", "nemo"),
         receipt=_read(folder / "receipt.json", "upcycle", _RECEIPT),
         online_receipt=_read(online, "pretrain", _RECEIPT) if online.is_file() else None,
         curves={stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl")) for stage in trained},
@@ -125,6 +126,20 @@ def read_run(folder: Path) -> RunRecord:
         contamination=_read(contamination, "data", _CONTAMINATION) if contamination.is_file() else None,
         heldout_overlap=read_overlap(folder, markers),
     )
+
+
+def require_run(folder: Path) -> None:
+    """Check that a folder is that of a pipeline run.
+
+    Raises:
+        UpcycleError: it is not, or there is none.
+    """
+    if not folder.is_dir():
+        raise UpcycleError(str(folder), got="no such folder", expected="that of a pipeline run", fix="check the path")
+    if not (folder / "pipeline.json").is_file():
+        runs = sorted(str(path.parent) for path in folder.glob("*/pipeline.json"))
+        expected, fix = "the folder of a pipeline run or a grid", f"name {' or '.join(runs[:3]) or 'another'}"
+        raise UpcycleError(str(folder), got="no pipeline.json", expected=expected, fix=fix)
 
 
 def read_overlap(folder: Path, markers: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -151,7 +166,7 @@ def read_manifest(folder: Path, markers: Mapping[str, Any] | None = None) -> dic
     Raises:
         UpcycleError: the file is damaged.
     """
-    manifest = _data_of(folder, _read_markers(folder) if markers is None else markers) / MANIFEST
+    manifest = _data_of(folder, read_markers(folder) if markers is None else markers) / MANIFEST
     return dict(_read(manifest, "data")) if manifest.is_file() else {}
 
 
@@ -159,7 +174,7 @@ def _data_of(folder: Path, markers: Mapping[str, Any]) -> Path:
     return Path(markers.get("data", {}).get("outputs", {}).get("folder", folder / "data/blend"))
 
 
-def _read_markers(folder: Path) -> dict[str, dict[str, Any]]:
+def read_markers(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the markers of finished stages, each after those of its inputs."""
     markers = {path.parent.name: _read(path, path.parent.name) for path in sorted(folder.glob(f"*/{MARKER}"))}
     markers = {name: marker for name, marker in markers.items() if marker.get("stage") == name}  # a suite has one, too

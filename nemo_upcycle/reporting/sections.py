@@ -1,6 +1,6 @@
 """The sections of report.md, each a function of the results that names the files of its numbers.
 
-Sections about the models' answers are in `evaluation_sections`.
+The first screen is in `opening`, sections about the models' answers in `evaluation_sections`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.finished import overlap_shares, overlap_unit
-from nemo_upcycle.evaluation.heldout import ANSWER_BITS, BITS
-from nemo_upcycle.reporting.evaluation_sections import verdict
-from nemo_upcycle.reporting.figures import is_short
 from nemo_upcycle.reporting.markdown import (
     code,
-    difference,
     fenced,
-    label,
     millions,
     number,
     plain,
@@ -31,109 +26,8 @@ from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
 
 
-#: The most sensitive metrics of the local suites -> what they score, for people.
-_BITS = {BITS: "text", ANSWER_BITS: "answers"}
-#: With how many numbers a report opens.
-_NUMBERS = 4
 #: The models of the training stages.
 _TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
-
-
-def opening(results: dict[str, Any]) -> str:
-    """Write the summary; its first paragraph, the headline, is also printed after a run."""
-    parts = (
-        _headline(results),
-        table(["", "measured", "verdict"], _numbers(results)[:_NUMBERS], words=1),
-        "![loss over tokens](loss.png)",
-        _made(results),
-    )
-    return "\n\n".join(parts)
-
-
-def _headline(results: dict[str, Any]) -> str:
-    spec, done, metric = results["receipt"]["spec"], results["training"]["pretrain"], _metric(results)
-    others = {"dense": "its parent", "dense_ct": "the baseline"}
-    compared = [
-        f"{_compared(results['paired'][pair][metric])} {title}"
-        for name, title in others.items()
-        if (pair := f"trained_minus_{name}") in results["paired"]
-    ]
-    moe = f"the MoE of {spec['num_experts']} experts, top-{spec['top_k']}"
-    after = f"{done['steps']:,} steps on {done['tokens']:,} tokens"
-    if is_short(done["steps"]):
-        equal = f", and at step 0 {moe}, equals its parent" if results["receipt"].get("within_tolerance") else ""
-        return plain(f"The chain works{equal}. {after} cannot show what training brings.")
-    return plain(f"After {after} {moe}, is {' and '.join(compared)}, by {_name(metric)}.")
-
-
-def _compared(paired: dict[str, Any]) -> str:
-    words = {
-        "the MoE is better": "better than",
-        "the other is better": "worse than",
-        "not judged": "not judged against",
-    }
-    return words.get(verdict(paired, "the other", "the MoE"), "not distinguishable from")
-
-
-def _metric(results: dict[str, Any]) -> str:
-    metrics = results["evaluation"]["dense"]
-    return next((metric for metric in _BITS if metric in metrics), next(iter(metrics)))
-
-
-def _name(metric: str) -> str:
-    return f"bits per byte of held-out {_BITS[metric]}" if metric in _BITS else label(metric)
-
-
-def _numbers(results: dict[str, Any]) -> list[list[str]]:
-    """Return rows of question, measurement and verdict, the most important first."""
-    metric, training = _metric(results), results["training"]
-    rows = [_step_zero(results)]
-    for name, title in (("dense", "the parent"), ("dense_ct", "the baseline")):
-        if paired := results["paired"].get(f"trained_minus_{name}", {}).get(metric):
-            judged = verdict(paired, title, "the MoE")
-            rows.append([f"trained MoE - {title}: {_name(metric)}", difference(paired), judged])
-    done = training["pretrain"]
-    share = f"{100 * done['memory_share']:.0f} % of its GPU" if "memory_share" in done else "on a CPU"
-    return [*rows, _speed(training), ["peak memory of a rank", f"{done['memory_gib']:.2f} GiB", share]]
-
-
-def _step_zero(results: dict[str, Any]) -> list[str]:
-    receipt, step0 = results["receipt"], results["step0"]
-    measured, allowed = receipt.get("max_abs_logit_diff"), receipt.get("tolerance")
-    if not receipt["exact"]:
-        text = "this specification cannot be exact"
-    elif measured is None:
-        text = "logits were not compared"
-    else:
-        equal = "equal up to rounding" if receipt.get("within_tolerance") else "not equal"
-        text = f"{equal} (allowed: {number(allowed, 3)})"
-    changed = f"; {step0['changed_answers']} of {step0['questions']} answers changed" if step0["questions"] else ""
-    return ["MoE at step 0 - the parent: largest logit difference", number(measured, 3), text + changed]
-
-
-def _speed(training: dict[str, Any]) -> list[str]:
-    """Compare the speed with the plan's, or else with the baseline's."""
-    speed = training["pretrain"]["tokens_per_s"]
-    planned = (training["pretrain"].get("planned") or {}).get("tokens_per_s")
-    others = {"the plan's": planned, "the baseline's": training.get("dense_ct", {}).get("tokens_per_s")}
-    ratios = [
-        f"{speed / other:.2f} times {title} {number(other)}" for title, other in others.items() if speed and other
-    ]
-    return ["tokens per second in training", number(speed), ratios[0] if ratios else "nothing to compare with"]
-
-
-def _made(results: dict[str, Any]) -> str:
-    """Describe the parent, the MoE made from it, and its compute beside the baseline's."""
-    receipt, training = results["receipt"], results["training"]
-    parent = "A model with experts" if receipt.get("parent_experts") else "A dense model"
-    before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
-    text = f"{parent} of {before} parameters became an MoE of {total}, {active} of them active for a token."
-    if "dense_ct" in training:
-        tokens = [training[stage]["tokens"] for stage in ("pretrain", "dense_ct")]
-        same = "equally many tokens" if tokens[0] == tokens[1] else f"{tokens[0]:,} and {tokens[1]:,} tokens"
-        share = receipt["active_params"] / (receipt.get("parent_active_params") or receipt["dense_params"])
-        text += f" MoE and baseline saw {same}; for each, the MoE computes with {share:.2f} times the parameters."
-    return f"{text} ± is half of a 95 % interval. Every number is repeated below, with its file."
 
 
 def command(results: dict[str, Any]) -> str:
@@ -159,6 +53,7 @@ def training(results: dict[str, Any]) -> str:
         overlap(results["heldout_overlap"]),
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
         _changes(stages),
+        "![loss over FLOPs](loss_flops.png)" if "loss_flops" in results["figures"] else "",
         "![tokens per second and memory](speed.png)",
         sources(*files),
     )

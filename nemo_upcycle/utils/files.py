@@ -23,8 +23,9 @@ from nemo_upcycle.errors import UpcycleError
 
 
 MARKER = "_SUCCESS.json"
-#: In the folder of a stage: a line for each setting that was changed after its work had started.
-CHANGES = "changes.jsonl"
+#: In the folder of a stage: what it was last started from; in one word, for the shell of a batch job, how it ended
+#: without a result (a killed one writes none); and a line for each setting that was changed after a start.
+STARTED, ENDED, CHANGES = "_STARTED.json", "_ENDED", "changes.jsonl"
 #: The marker of a Hugging Face folder, which may be published: there it says what the model was made of and by.
 MODEL_MARKER = "nemo_upcycle.json"
 _LOCK = ".lock"

@@ -18,12 +18,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from nemo_upcycle.errors import StageStopped
+
 
 #: Exit status of a stage that found a user's mistake.
 USERS_MISTAKE = 2
 #: Seconds that ranks have to end by themselves after SIGTERM, and after another rank failed.
 GRACE_S, AFTER_ANOTHER_S = 5.0, 2.0
 _POLL_S = 0.1
+#: Lines of a log that are shown of a stage that broke.
+_TAIL = 40
 _LAUNCHER = "NEMO_UPCYCLE_LAUNCHER"
 #: Variables that tell a process which rank of which job it is. A shell in an allocation of Slurm, or a job script, may
 #: have set them; a process that is started here is no rank of that job.
@@ -93,16 +97,16 @@ def run_ranks(
         try:
             for variables in [{}] if ranks is None else _rank_variables(ranks, port):
                 rank = len(processes)
-                log = _log_of(logs, rank) if rank or is_quiet else None
+                log = log_of(logs, rank) if rank or is_quiet else None
                 processes.append(_start(command, {**environment, **variables}, log))
             failed = _wait(processes, stop)
         finally:
             _end(processes)
     if failed is None:
         return 0
-    has_said = not is_quiet and (not failed or processes[0].returncode == USERS_MISTAKE)
-    if not has_said and not stop.signum:
-        sys.stderr.write(_tail(_log_of(logs, failed)))
+    speaker = 0 if processes[0].returncode == USERS_MISTAKE else failed
+    if (speaker or is_quiet) and not stop.signum:
+        sys.stderr.write(_last_words(log_of(logs, speaker), f"[{logs.name}] ", processes[speaker].returncode))
     return processes[failed].returncode
 
 
@@ -122,12 +126,17 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | N
         )
 
 
-def _log_of(logs: Path, rank: int) -> Path:
+def log_of(logs: Path, rank: int) -> Path:
+    """Return the log file of a rank, for the prefix of its stage's."""
     return logs.with_name(f"{logs.name}-rank{rank}.log")
 
 
-def _tail(log: Path, lines: int = 40) -> str:
-    return "\n".join([f"--- {log}", *log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]]) + "\n"
+def _last_words(log: Path, name: str, status: int) -> str:
+    """Return what a stage said last in its own name, if it could; else the end of its log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    own = [number for number, line in enumerate(lines) if line.startswith(name)]
+    says_why = own and status in (USERS_MISTAKE, StageStopped.exit_status)
+    return "\n".join(lines[own[-1] :] if says_why else [f"--- {log}", *lines[-_TAIL:]]) + "\n"
 
 
 @contextlib.contextmanager

@@ -22,6 +22,15 @@ def test_the_report_of_a_run_is_written_and_a_wrong_line_is_told(run_dir: Path, 
     assert refused("report", str(run_dir)).subject.endswith("metrics.jsonl:1")
 
 
+def test_watching_ends_with_the_report_of_the_run(run_dir: Path, command: Command) -> None:
+    (run_dir / "report").mkdir()
+    (run_dir / "report/_STARTED.json").write_text("{}")
+    (run_dir / "report/_SUCCESS.json").write_text('{"stage": "report", "outputs": {}}')
+    assert command.text("report", str(run_dir), "--watch").endswith("report.html")
+    assert not (run_dir / "report.html").exists()  # the stage writes it
+    assert refused("report", str(run_dir.parent), "--watch").got == "no pipeline.json"
+
+
 def test_a_folder_of_something_else_is_not_sent_to_the_pipeline(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     error = refused("report", str(tmp_path))

@@ -45,6 +45,10 @@ while Path('/proc', (run_dir / 'here-{other}').read_text()).exists():
 """
 
 
+#: What it says in its own name, on the way.
+SAID = ("began", "goes on")
+
+
 @dataclass(frozen=True)
 class Processes(WorkPlan):
     """Stages, each with the code that its process runs, and what it needs."""
@@ -119,6 +123,32 @@ def test_nothing_starts_after_a_failed_stage_and_the_others_finish(
     assert "it broke\n[bad] did not finish." in said
     assert "[good] done" in said
     assert not (tmp_path / "later").exists()
+
+
+_NOISE = "sys.stderr.write('[' + name + '] began\\nNeMo says much\\n[' + name + '] goes on\\n'); "
+
+
+def test_a_terminal_shows_what_stages_say_in_their_own_name_and_the_log_has_the_rest(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_here, "has_live_lines", lambda: True)
+    run_stages(tmp_path, dict.fromkeys(("one", "two"), _NOISE + _FINISH), {}, at_once=1)
+    assert capfd.readouterr().err.splitlines() == [f"[{name}] {does}" for name in ("one", "two") for does in SAID]
+    assert "NeMo says much" in (tmp_path / "logs/one-rank0.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("end", "words"), [("sys.exit('it broke')", "NeMo says much"), ("sys.exit(2)", "[bad] goes on")]
+)
+def test_a_stage_that_ends_badly_on_a_terminal_shows_the_end_of_its_log_or_its_message_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, end: str, words: str
+) -> None:
+    monkeypatch.setattr(run_here, "has_live_lines", lambda: True)
+    with pytest.raises(SystemExit):
+        run_stages(tmp_path, {"bad": _NOISE + end}, {}, at_once=1)
+    said = capfd.readouterr().err
+    assert said.count(words) == said.count("[bad] goes on") == 1
+    assert ("it broke" in said) == ("broke" in end) == (f"--- {tmp_path}/logs/bad-rank0.log" in said)
 
 
 def test_sigterm_ends_all_of_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,7 @@ RECEIPT = {
 }
 
 
+PLAN = {"recipe": "smollm2_135m_e8t2", "dense": "hf:///models/Tiny-100M", "trainer": "bridge"}
 SETTINGS = {
     "data": "NeMo's mock data (random tokens)",
     "max_steps": 3,
@@ -128,7 +129,7 @@ def write_run(folder: Path) -> Path:
     """Write what the stages of a run leave, and return its folder."""
     (folder / "evaluation").mkdir(parents=True)
     (folder / "receipt.json").write_text(json.dumps(RECEIPT))
-    (folder / "pipeline.json").write_text(json.dumps({"recipe": "smollm2_135m_e8t2"}))
+    (folder / "pipeline.json").write_text(json.dumps(PLAN))
     for name, value in EVALUATIONS.items():
         (folder / "evaluation" / f"{name}.json").write_text(json.dumps(value))
     for stage, seconds in (("pretrain", 61.0), ("dense_ct", 30.0)):

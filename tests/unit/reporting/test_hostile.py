@@ -72,7 +72,24 @@ def test_texts_of_a_run_are_shown_as_typed_and_not_obeyed(hostile: Path, secret:
     write_report(hostile)
     page = Page((hostile / "report.html").read_text())
     assert {tag for tag, _ in page.tags} <= {
-        *("html", "head", "meta", "title", "style", "body", "nav", "a", "h1", "h2", "p", "img", "pre", "code", "ul"),
+        *(
+            "html",
+            "head",
+            "meta",
+            "title",
+            "style",
+            "body",
+            "header",
+            "nav",
+            "a",
+            "h1",
+            "h2",
+            "p",
+            "img",
+            "pre",
+            "code",
+            "ul",
+        ),
         *("li", "div", "table", "thead", "tbody", "tr", "th", "td", "span", "strong"),
     }
     assert all(one.startswith(("#section-", "data:image/png;base64,")) for one in _loads(page))

@@ -12,8 +12,8 @@ import pytest
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
+from nemo_upcycle.reporting.opening import opening
 from nemo_upcycle.reporting.report import write_report
-from nemo_upcycle.reporting.sections import opening
 from tests.unit.reporting.conftest import EVALUATIONS, RECEIPT, SETTINGS
 
 
@@ -101,17 +101,20 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
         "| bits per byte (heldout_perplexity) | 1.731 ± 0.063 | 1.732 ± 0.063 | 1.597 ± 0.063 | 1.568 ± 0.063 |"
         in text
     )
-    assert "150.0M of them active" in text
     assert (
         "MoE and baseline saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
     )
     assert "`seed=4321`" in text
-    headline = (
-        "The chain works, and at step 0 the MoE of 4 experts, top-2, equals its parent."
-        " 3 steps on 3,000 tokens cannot show what training brings."
-    )
-    assert headline in text
+    assert text.split("\n\n")[1:3] == [
+        "Tiny-100M, 100.0M parameters → MoE of 4 experts, top-2: 300.0M, 150.0M active for a token. Trained by"
+        " Megatron-Bridge for 3 steps on 3,000 tokens, in 0:06 on 2 ranks (CPU).",
+        "The chain works, and the MoE equals its parent at step 0. 3 steps cannot show what training brings.",
+    ]
     assert "minus 1): 1.800, in layer 0 at step 1." in text  # 0.7 of a layer with four experts
+    uneven = (
+        "**The experts were at times loaded unevenly:** the busiest had 2.8 times a balanced load (layer 0, step 1)"
+    )
+    assert f"{uneven}, and 1.2 times at the last step." in text.split("\n\n")[4]
 
 
 def test_the_command_and_the_resolved_recipes_are_named(run_dir: Path) -> None:
@@ -184,12 +187,12 @@ def test_samples_stand_beside_each_other(run_dir: Path) -> None:
 
 def test_the_report_says_so_when_the_dense_baseline_wins(reported: Path) -> None:
     text = (reported / "report.md").read_text()
-    assert "+0.0289 ± 0.0091 | the baseline is better |" in text.split("\n\n")[2]
+    assert "+0.0289 ± 0.0091 | the baseline is better |" in text.split("\n\n")[3]
     results = json.loads((reported / "results.json").read_text())
     results["training"]["pretrain"]["steps"] = 2000  # of 3 steps the headline judges nothing
-    assert opening(results).startswith(
-        "After 2,000 steps on 3,000 tokens the MoE of 4 experts, top-2, is better than its parent and worse than the"
-        " baseline, by bits per byte of held-out text."
+    assert opening(results).split("\n\n")[1] == (
+        "The MoE is better than its parent (-0.135 ± 0.052) and worse than the dense baseline (+0.0289 ± 0.0091), by"
+        " bits per byte of held-out text."
     )
     found = rows(reported / "report.md")
     assert found["acc (quiz)"][0].endswith("(no difference shown)")

@@ -1,0 +1,162 @@
+"""What one sees of a chain while it runs: its report, written again and again, and a line a stage on a terminal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.reporting.live import EVERY_S
+from nemo_upcycle.reporting.progress import training_line
+from nemo_upcycle.utils.console import is_verbose
+from nemo_upcycle.utils.progress import duration
+
+
+#: Seconds from one report of a run that is under way to the next; 0: none is written.
+REPORT_EVERY = "NEMO_UPCYCLE_REPORT_EVERY_S"
+#: Seconds that the last of them may take.
+_LAST_PAGE_S = 30.0
+#: Seconds from one state of the lines to the next.
+_REFRESH_S = 0.5
+
+
+@contextmanager
+def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
+    """Let a process of its own write the report of a run again and again while the block runs.
+
+    Args:
+        run_dir: the run's folder.
+        price: of a GPU for an hour.
+
+    Raises:
+        UpcycleError: `REPORT_EVERY` is no number of seconds.
+    """
+    try:
+        every_s = float(text := os.environ.get(REPORT_EVERY) or str(EVERY_S))
+    except ValueError:
+        fix = f"unset it, for {EVERY_S:g}"
+        raise UpcycleError(REPORT_EVERY, got=text, expected="seconds, or 0 for no page", fix=fix) from None
+    if every_s <= 0:
+        yield
+        return
+    command = [sys.executable, "-m", "nemo_upcycle.reporting.live", str(run_dir), str(every_s)]
+    command += [] if price is None else [str(price)]
+    log = run_dir / "logs" / "live_report.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as told:  # a session of its own: Ctrl-C is for the launcher
+        writer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True)
+    sys.stderr.write(f"The report as the run goes on: {run_dir / 'report.html'}\n")
+    try:
+        yield
+    finally:
+        writer.terminate()  # it writes how the run ended
+        try:
+            writer.wait(_LAST_PAGE_S)
+        except subprocess.TimeoutExpired:
+            writer.kill()
+            writer.wait()
+
+
+def has_live_lines() -> bool:
+    """Return whether the console is a terminal, on which stages get a line in place of their log."""
+    return sys.stderr.isatty() and not is_verbose()
+
+
+class LiveStages:
+    """Shows a line for every running stage on a terminal, and above them what stages say in their own name.
+
+    Args:
+        run_dir: the run's folder.
+        echoes: whether the latter is shown.
+    """
+
+    def __init__(self, run_dir: Path, *, echoes: bool) -> None:
+        self._run_dir, self._echoes = run_dir, echoes
+        self._running: dict[str, _Log] = {}
+        self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
+        self._lock, self._is_over = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._go_on, daemon=True)
+
+    def __enter__(self) -> LiveStages:
+        self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._live.stop()
+
+    def began(self, name: str, log: Path) -> None:
+        """Show a stage, whose first rank will write to `log`."""
+        log.unlink(missing_ok=True)  # of an earlier start
+        with self._lock:
+            self._running[name] = _Log(name, log)
+
+    def ended(self, name: str, *, is_done: bool) -> None:
+        """Show a stage no more; what it said last was its error unless it is done, which is shown by who ran it."""
+        with self._lock:
+            log = self._running.pop(name)
+            log.read()
+            self._say([*log.said, log.held] if is_done and log.held else log.said)
+
+    def _go_on(self) -> None:
+        while not self._is_over.wait(_REFRESH_S):
+            with self._lock:
+                self._live.update(Text("\n".join(map(self._line, self._running.values()))), refresh=True)
+
+    def _line(self, log: _Log) -> str:
+        log.read()
+        self._say(log.said)
+        state = training_line(self._run_dir / log.name, log.began_s) or log.last.removeprefix(f"[{log.name}] ")
+        line = f"{log.name}  {duration(time.time() - log.began_s)}  {state}"
+        return line[: self._live.console.width - 1]
+
+    def _say(self, lines: list[str]) -> None:
+        if self._echoes:
+            for line in lines:
+                self._live.console.print(Text(line))
+        lines.clear()
+
+
+class _Log:
+    """The log of a running stage, read on from where it was read last.
+
+    Attributes:
+        name: the stage's.
+        began_s: when the stage was started.
+        last: its last line.
+        said: lines that begin with the stage's name and are not shown yet, without the last of all.
+        held: that one.
+    """
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self._path, self._offset = name, path, 0
+        self.began_s, self.last, self.held = time.time(), "", ""
+        self.said: list[str] = []
+
+    def read(self) -> None:
+        """Read what is new."""
+        try:
+            with self._path.open("rb") as handle:
+                handle.seek(self._offset)
+                new = handle.read()
+        except FileNotFoundError:
+            return
+        whole = new[: new.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.decode("utf-8", errors="replace").splitlines():
+            self.last = line.strip() or self.last
+            if line.startswith(f"[{self.name}] "):
+                self.said += [self.held] if self.held else []
+                self.held = line

@@ -1,0 +1,220 @@
+"""The report of a run that is under way: a page that is written again as the run goes on, and reloads itself.
+
+    python -m nemo_upcycle.reporting.live RUN EVERY_S [PRICE_PER_GPU_HOUR]
+
+is what writes it while a chain is run; it ends by SIGTERM, or with the process that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.reporting import figures
+from nemo_upcycle.reporting.html import render_html
+from nemo_upcycle.reporting.markdown import millions, number, plain, section, table
+from nemo_upcycle.reporting.opening import load_rows, parent_name, uneven
+from nemo_upcycle.reporting.progress import (
+    LAST,
+    TRAININGS,
+    Progress,
+    StageState,
+    read_progress,
+    stage_states,
+    steps_left_s,
+)
+from nemo_upcycle.reporting.results import summarise_curve
+from nemo_upcycle.utils.files import whole_file
+from nemo_upcycle.utils.masking import without_secrets
+from nemo_upcycle.utils.progress import duration
+
+
+_TITLES = {"pretrain": "MoE", "dense_ct": "baseline"}
+#: Seconds from one page to the next, and after which a browser reads it again.
+EVERY_S, REFRESH_S = 120.0, 30
+#: From the start of a stage to its second page, and from one look at the stages to the next.
+_SOON_S, _POLL_S = 10.0, 1.0
+#: How many times as long as it took to write a page nothing is done after it: the files of a long run are large.
+_REST = 20
+
+
+def watch(
+    run_dir: Path, every_s: float = EVERY_S, price: float | None = None, is_told: Callable[[], bool] | None = None
+) -> None:
+    """Write the page whenever a stage starts or ends, and every few minutes, until the run has its report.
+
+    Args:
+        run_dir: the run's folder.
+        every_s: seconds from one page to the next.
+        price: of a GPU for an hour.
+        is_told: says that it shall end, after a last page; None: it ends when the report is there.
+    """
+    shown, changed_s, last_s, took_s = None, 0.0, 0.0, 0.0
+    while True:
+        ends = is_told is not None and is_told()
+        with suppress(UpcycleError, OSError):  # a file is being written: the next round reads it
+            states = [(state.name, state.how) for state in stage_states(run_dir)]
+            changed_s = changed_s if states == shown else time.monotonic()
+            wait_s = max(min(every_s, max(_SOON_S, last_s - changed_s)), _REST * took_s)  # twice as long each time
+            if ends or states != shown or time.monotonic() - last_s >= wait_s:
+                began_s, progress = time.monotonic(), read_progress(run_dir)
+                if not progress.is_over:
+                    write_page(run_dir, progress, price, is_last=ends)
+                shown, last_s = states, time.monotonic()
+                took_s = last_s - began_s
+            ends |= is_told is None and states[-1:] == [(LAST, "done")]
+        if ends:
+            return
+        time.sleep(_POLL_S)
+
+
+def write_page(run_dir: Path, progress: Progress, price: float | None = None, *, is_last: bool = False) -> None:
+    """Write `report.html` of a run that is under way; the last page says so, and is not read again."""
+    curves = progress.curves
+    images = {"loss.png": figures.png_of(figures.loss_figure(curves))} if curves else {}
+    text = without_secrets(compose(run_dir, progress, price, is_last=is_last))
+    page = render_html(text, images, 0 if is_last else REFRESH_S)
+    with whole_file(run_dir / "report.html") as aside:
+        aside.write_bytes(page.encode(errors="replace"))
+
+
+def compose(run_dir: Path, progress: Progress, price: float | None = None, *, is_last: bool = False) -> str:
+    """Return the text of the page.
+
+    Args:
+        run_dir: the run's folder, for its name.
+        progress: how far it is.
+        price: of a GPU for an hour.
+        is_last: whether nobody writes it again.
+    """
+    training = {stage: summarise_curve(curve) for stage, curve in progress.curves.items()}
+    rows = [*_losses(progress), *_speeds(progress, training), *_cost(progress, price)]
+    if "pretrain" in training:
+        rows[2:2] = [["busiest expert now, times its balanced load", *row[1:]] for row in load_rows(training)]
+    stages = [[state.name, state.how, _took(state)] for state in progress.stages]
+    now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    again = "and again at every stage and every few minutes; this page reloads itself"
+    parts = [
+        f"# {plain(run_dir.resolve().name)}",
+        _becomes(progress),
+        plain(_doing(progress, "Not finished" if is_last else "Running")),
+        table(["", "so far", "beside it"], rows, words=1) if rows else "",
+        uneven(training.get("pretrain", {}).get("expert_load")),
+        "![loss over tokens](loss.png)" if progress.curves else "",
+        f"Written {now}, {'for the last time' if is_last else again}.",
+        section("Stages", table(["stage", "state", "time"], stages, words=2)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _becomes(progress: Progress) -> str:
+    plan, receipt = progress.plan, progress.receipt
+    if not receipt:
+        return plain(f"{parent_name(plan['dense'])} → MoE, by the recipe {plan['recipe']}.")
+    spec = receipt["spec"]
+    before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
+    experts = f"{spec['num_experts']} experts, top-{spec['top_k']}"
+    return plain(
+        f"{parent_name(plan['dense'])}, {before} parameters → MoE of {experts}: {total}, {active} active for a token."
+    )
+
+
+def _doing(progress: Progress, word: str) -> str:
+    """Say what runs, how far it is, and how long it will take; or how the last stage ended."""
+    running = [_how_far(progress, state) for state in progress.stages if state.how == "running"]
+    if running:
+        return f"{word}: {'; '.join(running)}."
+    if not progress.stages:
+        return "No stage has started yet."
+    last = progress.stages[-1]
+    then = "the next has not started" if last.how == "done" else "the same command goes on from there"
+    return f"Nothing runs: {last.name} is {last.how}, {then}."
+
+
+def _how_far(progress: Progress, state: StageState) -> str:
+    if state.name not in progress.curves:
+        return f"{state.name}, since {datetime.fromtimestamp(state.begun_s):%H:%M:%S}"
+    steps, most = progress.curves[state.name].steps, progress.settings[state.name]["max_steps"]
+    left = duration(steps_left_s(steps, most))
+    return f"{state.name}, step {steps[-1]['step']:,} of {most:,}, about {left} left in this stage"
+
+
+def _took(state: StageState) -> str:
+    return "-" if state.seconds is None else duration(state.seconds)
+
+
+def _losses(progress: Progress) -> list[list[str]]:
+    """Set the last losses of the MoE, or of the baseline alone, beside what is known to compare them with."""
+    curves = progress.curves
+    if not curves:
+        return []
+    first, *others = (stage for stage in TRAININGS if stage in curves)
+    last = curves[first].steps[-1]
+    beside = [f"at step {curves[first].steps[0]['step']} {curves[first].steps[0]['loss']:.3f}"]
+    for one in others:
+        beside += [f"{_TITLES[one]} {line['loss']:.3f}" for line in curves[one].steps if line["step"] == last["step"]]
+    title = f"{_TITLES[first]}, training loss at step {last['step']:,}"
+    return [*_validation(progress, first, others), [title, f"{last['loss']:.3f}", ", ".join(beside)]]
+
+
+def _validation(progress: Progress, first: str, others: list[str]) -> list[list[str]]:
+    """Set the last validation loss beside the parent's, and the baseline's after as many tokens."""
+    losses = {stage: dict(curve.validation) for stage, curve in progress.curves.items()}
+    if not (tokens := max(losses[first], default=0)):
+        return []
+    tokens = max((at for at in losses[first] if at and all(at in losses[one] for one in others)), default=tokens)
+    beside = {_TITLES[one]: losses[one].get(tokens) for one in others}
+    is_equal = bool((progress.receipt or {}).get("within_tolerance"))
+    for stage, name in (("pretrain", "parent" if is_equal else "at step 0"), ("dense_ct", "parent")):
+        if 0 in losses.get(stage, {}):  # the baseline begins with its parent, the MoE with its equal
+            beside = {name: losses[stage][0], **beside}
+    known = ", ".join(f"{title} {loss:.3f}" for title, loss in beside.items() if loss is not None)
+    title = f"{_TITLES[first]}, validation loss after {tokens:,} tokens"
+    return [[title, f"{losses[first][tokens]:.3f}", known or "-"]]
+
+
+def _speeds(progress: Progress, training: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            f"tokens per second, {stage}",
+            number(done["tokens_per_s"]),
+            f"{progress.settings[stage]['ranks']} ranks, {progress.settings[stage].get('card') or 'CPU'}",
+        ]
+        for stage, done in training.items()
+    ]
+
+
+def _cost(progress: Progress, price: float | None) -> list[list[str]]:
+    """Return what the trainings have used of their ranks, and what that costs if a price is known."""
+    ranks = {stage: settings["ranks"] for stage, settings in progress.settings.items()}
+    hours = sum((state.seconds or 0) / 3600 * ranks.get(state.name, 0) for state in progress.stages)
+    if not hours:
+        return []
+    cost = "no price is known" if price is None else f"{hours * price:,.2f} at {price:g} an hour"
+    return [["hours times ranks of the trainings", number(hours, 3), cost]]
+
+
+def _main(run_dir: str, every_s: str, price: str = "") -> None:
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for what started it
+    parent = os.getppid()
+    os.nice(10)
+    watch(
+        Path(run_dir),
+        float(every_s),
+        float(price) if price else None,
+        lambda: bool(told) or os.getppid() != parent,
+    )
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,187 @@
+"""The first screen of a report: what became what and where, the verdict, and the numbers that carry it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.evaluation.heldout import ANSWER_BITS, BITS
+from nemo_upcycle.reporting.evaluation_sections import verdict
+from nemo_upcycle.reporting.figures import is_short
+from nemo_upcycle.reporting.markdown import difference, label, millions, number, plain, table
+from nemo_upcycle.utils.progress import duration
+
+
+#: The most sensitive metrics of the local suites -> what they score, for people.
+_BITS = {BITS: "text", ANSWER_BITS: "answers"}
+_TRAINERS = {"nemo": "NeMo", "bridge": "Megatron-Bridge"}
+#: The busiest expert's load over the balanced one from which a report says that it is bad.
+_UNEVEN = 2.0
+
+
+def opening(results: dict[str, Any]) -> str:
+    """Write the summary; its first two paragraphs are also printed after a run."""
+    parts = (
+        _became(results),
+        _verdict(results),
+        table(["", "measured", "verdict"], _numbers(results), words=1),
+        uneven(results["training"]["pretrain"].get("expert_load")),
+        "![loss over tokens](loss.png)",
+        _about(results),
+    )
+    return "\n\n".join(filter(None, parts))
+
+
+def parent_name(address: str) -> str:
+    """Return the last part of a model's address.
+
+    Example:
+        >>> parent_name("hf:///models/Llama-3-8B/")
+        'Llama-3-8B'
+    """
+    return address.rstrip("/").rpartition("/")[2]
+
+
+def _became(results: dict[str, Any]) -> str:
+    """Say what became what, and what ran where."""
+    receipt, done, dense = results["receipt"], results["training"]["pretrain"], results["dense"]
+    spec, settings = receipt["spec"], done["settings"]
+    before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
+    where = settings.get("card") or ("GPU" if "memory_share" in done else "CPU")
+    ranks = f"{settings['ranks']} ranks ({where})" if settings["ranks"] > 1 else f"one rank ({where})"
+    by = f" by {_TRAINERS[results['trainer']]}" if results["trainer"] in _TRAINERS else ""
+    return plain(
+        f"{parent_name(dense)}, {before} parameters → MoE of {spec['num_experts']} experts, top-"
+        f"{spec['top_k']}: {total}, {active} active for a token. Trained{by} for {done['steps']:,} steps on"
+        f" {done['tokens']:,} tokens, in {duration(done['seconds'])} on {ranks}."
+    )
+
+
+def _verdict(results: dict[str, Any]) -> str:
+    done, metric = results["training"]["pretrain"], _metric(results)
+    others = {"dense": "its parent", "dense_ct": "the dense baseline"}
+    compared = [
+        f"{_compared(paired)} {title} ({difference(paired)})"
+        for name, title in others.items()
+        if (paired := results["paired"].get(f"trained_minus_{name}", {}).get(metric))
+    ]
+    if is_short(done["steps"]):
+        equal = ", and the MoE equals its parent at step 0" if results["receipt"].get("within_tolerance") else ""
+        return plain(f"The chain works{equal}. {done['steps']:,} steps cannot show what training brings.")
+    return plain(f"The MoE is {' and '.join(compared)}, by {_name(metric)}.")
+
+
+def _compared(paired: dict[str, Any]) -> str:
+    words = {
+        "the MoE is better": "better than",
+        "the other is better": "worse than",
+        "not judged": "not judged against",
+    }
+    return words.get(verdict(paired, "the other", "the MoE"), "not distinguishable from")
+
+
+def _metric(results: dict[str, Any]) -> str:
+    metrics = results["evaluation"]["dense"]
+    return next((metric for metric in _BITS if metric in metrics), next(iter(metrics)))
+
+
+def _name(metric: str) -> str:
+    return f"bits per byte of held-out {_BITS[metric]}" if metric in _BITS else label(metric)
+
+
+def _numbers(results: dict[str, Any]) -> list[list[str]]:
+    """Return rows of question, measurement and verdict, the most important first."""
+    metric, training = _metric(results), results["training"]
+    rows = []
+    for name, title in (("dense", "the parent"), ("dense_ct", "the baseline")):
+        if paired := results["paired"].get(f"trained_minus_{name}", {}).get(metric):
+            judged = verdict(paired, title, "the MoE")
+            rows.append([f"trained MoE - {title}: {_name(metric)}", difference(paired), judged])
+    return [*rows, _loss(training), _step_zero(results), *load_rows(training), _speed(training)]
+
+
+def _loss(training: dict[str, Any]) -> list[str]:
+    """Set the MoE's last loss beside those of its parent and of the baseline."""
+    done, baseline = training["pretrain"], training.get("dense_ct", {})
+    kind = "validation" if done["last_validation_loss"] is not None else "training"
+    others = {"parent": (baseline or done).get("step0_loss"), "baseline": baseline.get(f"last_{kind}_loss")}
+    beside = ", ".join(f"{title} {loss:.3f}" for title, loss in others.items() if loss is not None)
+    return [f"{kind} loss at the end", f"{done[f'last_{kind}_loss']:.3f}", beside or "nothing to compare with"]
+
+
+def _step_zero(results: dict[str, Any]) -> list[str]:
+    receipt, step0 = results["receipt"], results["step0"]
+    measured, allowed = receipt.get("max_abs_logit_diff"), receipt.get("tolerance")
+    if not receipt["exact"]:
+        text = "this specification cannot be exact"
+    elif measured is None:
+        text = "logits were not compared"
+    else:
+        equal = "equal up to rounding" if receipt.get("within_tolerance") else "not equal"
+        text = f"{equal} (allowed: {number(allowed, 3)})"
+    changed = f"; {step0['changed_answers']} of {step0['questions']} answers changed" if step0["questions"] else ""
+    return ["MoE at step 0 - the parent: largest logit difference", number(measured, 3), text + changed]
+
+
+def load_rows(training: dict[str, Any]) -> list[list[str]]:
+    """Return the row of the busiest expert; none where there are no counts."""
+    load = training["pretrain"].get("expert_load")
+    if not load:
+        return []
+    last, worst = _times_balance(load)
+    judged = "uneven" if last >= _UNEVEN else "even enough"
+    where = f"{judged}; at most {worst:.2f}, layer {load['worst']['layer']}, step {load['worst']['step']}"
+    return [["busiest expert at the end, times its balanced load", f"{last:.2f}", where]]
+
+
+def _times_balance(load: dict[str, Any]) -> tuple[float, float]:
+    """Return the busiest expert's load over the balanced one, at the last step and at most."""
+    return load["last"]["max"] / load["last"]["balanced"], load["worst"]["max_violation"] + 1
+
+
+def uneven(load: dict[str, Any] | None) -> str:
+    """Say what is bad about the experts' load; nothing where it is even enough, or not known.
+
+    Args:
+        load: `expert_load` of a training's summary.
+    """
+    if not load or max(_times_balance(load)) < _UNEVEN:
+        return ""
+    last, worst = _times_balance(load)
+    were = "are" if last >= _UNEVEN else "were at times"
+    where = f"layer {load['worst']['layer']}, step {load['worst']['step']}"
+    costs = (
+        " A step lasts as long as the rank with the busiest expert, and a capacity factor drops the tokens beyond it:"
+        " a larger coefficient of the balancing loss, or more tokens a step, evens it out."
+    )
+    dead = load["worst"].get("dead_experts", 0)
+    died = f" At worst {dead:.0f} of them had less than 1 % of a balanced share." if dead else ""
+    return (
+        f"**The experts {were} loaded unevenly:** the busiest had {worst:.1f} times a balanced load ({where}),"
+        f" and {last:.1f} times at the last step.{died}{costs}"
+    )
+
+
+def _speed(training: dict[str, Any]) -> list[str]:
+    """Compare the speed with the plan's, or else with the baseline's."""
+    speed = training["pretrain"]["tokens_per_s"]
+    planned = (training["pretrain"].get("planned") or {}).get("tokens_per_s")
+    others = {"the plan's": planned, "the baseline's": training.get("dense_ct", {}).get("tokens_per_s")}
+    ratios = [
+        f"{speed / other:.2f} times {title} {number(other)}" for title, other in others.items() if speed and other
+    ]
+    return ["tokens per second in training", number(speed), ratios[0] if ratios else "nothing to compare with"]
+
+
+def _about(results: dict[str, Any]) -> str:
+    """Set the MoE's compute beside the baseline's, and say how to read the numbers."""
+    receipt, training = results["receipt"], results["training"]
+    text = ""
+    if "dense_ct" in training:
+        tokens = [training[stage]["tokens"] for stage in ("pretrain", "dense_ct")]
+        same = "equally many tokens" if tokens[0] == tokens[1] else f"{tokens[0]:,} and {tokens[1]:,} tokens"
+        share = receipt["active_params"] / (receipt.get("parent_active_params") or receipt["dense_params"])
+        text = (
+            "The baseline is the parent, trained on the same data: MoE and baseline saw"
+            f" {same}; for each, the MoE computes with {share:.2f} times the parameters. "
+        )
+    return f"{text}± is half of a 95 % interval. Every number is repeated below, with its file."

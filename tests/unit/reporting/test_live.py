@@ -1,0 +1,111 @@
+"""A run that is under way, by its folder alone: its page, again and again, until the report itself is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.reporting import live
+from nemo_upcycle.reporting.progress import read_progress, stage_states, training_line
+from tests.unit.reporting.conftest import SETTINGS
+from tests.waiting import wait_until
+
+
+def start(folder: Path, stage: str, at_s: float, needs: tuple[str, ...] = ()) -> None:
+    """Leave what the start of a stage leaves; a marker that is there says what it was made from."""
+    (folder / stage).mkdir(exist_ok=True)
+    (folder / stage / "_STARTED.json").write_text("{}")
+    os.utime(folder / stage / "_STARTED.json", (at_s, at_s))
+    if (marker := folder / stage / "_SUCCESS.json").is_file():
+        inputs = dict.fromkeys((f"stage {name}" for name in needs), "")
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"inputs": inputs}))
+
+
+@pytest.fixture
+def under_way(run_dir: Path) -> Path:
+    """The MoE is trained, the baseline is at its third step of ten, and half of a line more."""
+    (run_dir / "dense_ct/_SUCCESS.json").unlink()
+    (run_dir / "dense_ct/training.json").write_text(json.dumps(SETTINGS | {"max_steps": 10}))
+    lines = run_dir / "pretrain/metrics.jsonl"
+    lines.write_text('{"step": 0, "validation_loss": 4.5}\n' + lines.read_text())
+    start(run_dir, "pretrain", 1000)
+    start(run_dir, "dense_ct", 2000)
+    return run_dir
+
+
+def test_the_page_says_what_runs_and_what_is_known_so_far(under_way: Path) -> None:
+    text = live.compose(under_way, read_progress(under_way), price=2.0)
+    assert text.split("\n\n")[1:3] == [
+        "Tiny-100M, 100.0M parameters → MoE of 4 experts, top-2: 300.0M, 150.0M active for a token.",
+        "Running: dense_ct, step 3 of 10, about 0:14 left in this stage.",  # 7 steps of 2 s
+    ]
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in text.splitlines() if line[:2] == "| "}
+    assert rows["MoE, validation loss after 3,000 tokens"] == ["3.250", "parent 4.500, baseline 3.750 |"]
+    assert rows["MoE, training loss at step 3"] == ["2.750", "at step 1 3.250, baseline 3.250 |"]
+    assert rows["busiest expert now, times its balanced load"][0] == "1.20"
+    assert rows["tokens per second, dense_ct"] == ["500", "2 ranks, CPU |"]
+    assert rows["hours times ranks of the trainings"][1].endswith(" at 2 an hour |")
+    assert rows["pretrain"] == ["done", "1:01 |"]
+    assert "unevenly" in text
+
+
+def test_before_the_first_step_and_after_the_end_it_says_so(under_way: Path) -> None:
+    (under_way / "dense_ct/_ENDED").write_text("failed\n")
+    progress = read_progress(under_way)
+    assert "Nothing runs: dense_ct is failed, the same command goes on from there." in live.compose(
+        under_way, progress
+    )
+    for path in under_way.glob("*/*.jsonl"):
+        path.unlink()
+    for path in (*under_way.glob("*/_*"), under_way / "receipt.json"):
+        path.unlink()
+    text = live.compose(under_way, read_progress(under_way))
+    assert "Tiny-100M → MoE, by the recipe smollm2_135m_e8t2.\n\nNo stage has started yet." in text
+    start(under_way, "import", 3000)
+    text = live.compose(under_way, read_progress(under_way), is_last=True)
+    assert "Not finished: import, since " in text
+    assert "for the last time" in text
+
+
+def test_a_stage_that_runs_again_takes_those_with_it_that_read_it(under_way: Path) -> None:
+    for stage, needs in (("export", ("dense_ct",)), ("report", ("dense_ct", "export"))):
+        (under_way / stage).mkdir()
+        (under_way / stage / "_SUCCESS.json").write_text(json.dumps({"stage": stage, "seconds": 1.0, "outputs": {}}))
+        start(under_way, stage, 1500, needs)
+    assert [(state.name, state.how) for state in stage_states(under_way)] == [
+        ("pretrain", "done"),
+        ("dense_ct", "running"),
+    ]
+    assert not read_progress(under_way).is_over
+
+
+def test_a_line_tells_how_far_a_training_is(under_way: Path) -> None:
+    with (under_way / "dense_ct/metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert training_line(under_way / "dense_ct") == "step 3/10  left 0:14  loss 3.250  500 tokens/s  validation 3.750"
+    assert training_line(under_way / "pretrain").endswith("  validation 3.250, 4.500 at first")
+    assert training_line(under_way / "pretrain", since_s=4e9) == training_line(under_way / "export") == ""
+
+
+def test_the_page_is_written_until_the_report_is_there_and_never_over_it(
+    under_way: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "_POLL_S", 0.01)
+    page = under_way / "report.html"
+    watching = threading.Thread(target=live.watch, args=(under_way,))
+    watching.start()
+    wait_until(lambda: page.is_file() and "Running: dense_ct" in page.read_text())
+    assert '<meta http-equiv="refresh" content="30">' in page.read_text()
+    (under_way / "dense_ct/_SUCCESS.json").write_text('{"stage": "dense_ct", "outputs": {}}')
+    wait_until(lambda: "Nothing runs: dense_ct is done" in page.read_text())
+    start(under_way, "report", 3000)  # it writes the report itself, and is done
+    wait_until(lambda: read_progress(under_way).is_over)
+    page.write_text("the report")
+    (under_way / "report/_SUCCESS.json").write_text('{"stage": "report", "outputs": {}}')
+    watching.join()
+    assert page.read_text() == "the report"
+    assert not [path for path in under_way.iterdir() if path.name.startswith(".")]
