@@ -30,8 +30,6 @@ from nemo_upcycle.utils.dtypes import dtype_name
 _EXPERTS = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<inner>mlp\.(?:router|experts|shared_experts)\..+)")
 #: A network in Bridge's mappings.
 _NETWORK = re.compile(r"(?P<model>.*?)decoder\.layers\.\*\.mlp\.linear_fc1\.weight")
-#: Layers that predict further tokens, which are left out.
-_MTP = re.compile(r"\bmtp|\.mtp_")
 
 
 def fill_bridged(chunks: Sequence[Any], folder: Path, spec: UpcycleSpec | None) -> UpcycleReceipt:
@@ -66,9 +64,7 @@ def fill_bridged(chunks: Sequence[Any], folder: Path, spec: UpcycleSpec | None) 
         plans = [one for chunk in chunks for one in _expert_plans(chunk, prefix, plan, parent)] if plan else []
         _check_parameters(chunks, here, is_tied=dense.architecture.tied_embeddings)
         used = {name for task in tasks for name in hf_names_of(task.mapping)} | {*_network_names(plan)}
-        left_out = _left_out(
-            dense, used, bridge.mapping_registry().megatron_to_hf_lookup(f"{prefix}output_layer.weight")
-        )
+        left_out = _left_out(dense, used, plan) if plan else {}
         bridge.build_conversion_tasks = lambda *_, **__: tasks
         bridge.load_weights_hf_to_megatron(pretrained, [*chunks])
         for task in here:
@@ -174,24 +170,30 @@ def _check_parameters(chunks: Sequence[Any], here: Sequence[Any], *, is_tied: bo
         )
 
 
-def _left_out(dense: DenseSource, used: Collection[str], output: Any) -> dict[str, dict[str, int]]:
-    """Count what the model does not have: layers of multi-token prediction.
+def _left_out(dense: DenseSource, used: Collection[str], plan: BridgedPlan) -> dict[str, dict[str, int]]:
+    """Count what Bridge's model does not have of the parent's files: layers that predict further tokens, speech.
 
     Raises:
-        CheckpointError: there are other tensors that nothing takes.
+        CheckpointError: it is a part of the layers.
     """
-    tied = hf_names_of(output) if output and dense.architecture.tied_embeddings else []
-    spare = [name for name in dense.names() if name not in used and name not in tied and "inv_freq" not in name]
-    predicting = [name for name in spare if _MTP.search(name)]
-    if others := sorted({*spare} - {*predicting}):
+    spare = [name for name in dense.names() if name not in used and not name.endswith("inv_freq")]
+    layers = plan.networks["fc2"].hf[0].partition("{layer}")[0]
+    numbers = {name: name.removeprefix(layers).partition(".")[0] for name in spare if name.startswith(layers)}
+    if lost := sorted(name for name, number in numbers.items() if int(number) < plan.dense.num_layers):
         raise CheckpointError(
-            f"{dense.path}: tensors that nothing takes",
-            got=", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else ""),
+            f"{dense.path}: tensors of layers that nothing takes",
+            got=", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else ""),
             expected="those that Bridge's mappings of the class name, and no others",
             fix="check that config.json and weights belong together",
         )
-    sizes = [math.prod(dense.shape(name)) * dense.dtype(name).itemsize for name in predicting]
-    return {"mtp": {"tensors": len(sizes), "bytes": sum(sizes)}} if sizes else {}
+    tied = "lm_head.weight" if plan.dense.tied_embeddings else ""
+    parts: dict[str, dict[str, int]] = {}
+    for name in spare:
+        if not (tied and name.endswith(tied)):
+            count = parts.setdefault(name.removeprefix("model.").partition(".")[0], {"tensors": 0, "bytes": 0})
+            count["tensors"] += 1
+            count["bytes"] += math.prod(dense.shape(name)) * dense.dtype(name).itemsize
+    return parts
 
 
 def _record(task: Any) -> ParameterRecord:
