@@ -90,7 +90,7 @@ def bridged_provider(folder: str | Path, spec: UpcycleSpec | None, **changes: An
         fields |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
         if spec.moe_layers != "all" and provider.transformer_layer_spec is default_layer_spec:
             fields["transformer_layer_spec"] = functools.partial(
-                get_gpt_decoder_block_spec, use_transformer_engine=True
+                get_gpt_decoder_block_spec, use_transformer_engine=True, normalization=provider.normalization
             )
     for name, value in (fields | changes).items():
         if name not in provider.__dataclass_fields__:
@@ -188,6 +188,8 @@ class BridgedParent:
             SpecError: they do not.
         """
         layers: Any = provider.transformer_layer_spec
+        if "num_experts=None" in inspect.getsource(type(provider).provide):
+            raise self.without_experts(type(provider).__name__)
         if callable(layers) and [*inspect.signature(layers).parameters] == ["config"]:
             network = layers(provider).submodules.mlp
             made = getattr(network, "func", getattr(network, "module", network))
