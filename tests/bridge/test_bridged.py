@@ -17,7 +17,7 @@ from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.utils.files import read_json, write_json
-from tests.bridge.runs import SEQUENCE, VOCABULARY, refusal, run_config, train_on_ranks
+from tests.bridge.runs import SEQUENCE, SIZES, VOCABULARY, refusal, run_config, train_on_ranks
 from tests.distributed.ranks import run_ranks
 from tests.models import save_random, text_sizes, write_class, write_llama, write_qwen2
 from tests.parents import write_gemma, write_wrapped
@@ -74,7 +74,7 @@ PARENTS: dict[str, Any] = {
     "MiMo": write_mimo,
     "Qwen2Audio": write_qwen2_audio,
     "Qwen2_5_VL": partial(
-        write_wrapped, kind="Qwen2_5_VL", num_attention_heads=2, num_key_value_heads=1, head_dim=128
+        write_wrapped, kind="Qwen2_5_VL", hidden_size=256, num_attention_heads=2, num_key_value_heads=2
     ),
     "Mistral3": partial(write_wrapped, kind="Mistral3"),
 }

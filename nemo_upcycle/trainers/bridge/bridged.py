@@ -127,7 +127,7 @@ class BridgedParent:
         try:
             bridge = AutoBridge.from_hf_pretrained(str(folder))
             parent = BridgedParent(folder, bridge)
-            experts = parent.make_provider().num_moe_experts
+            own = parent.make_provider()
         except (ValueError, OSError, AttributeError, AssertionError, KeyError) as error:
             raise CheckpointError(
                 where,
@@ -135,7 +135,14 @@ class BridgedParent:
                 expected="a class that this package has a family for, or Bridge a bridge",
                 fix="use another checkpoint, or give the class a family (register of nemo_upcycle.models.families)",
             ) from None
-        if experts:
+        if not isinstance(own, GPTModelProvider):
+            raise SpecError(
+                "dense",
+                got=f"{parent.hf_class}, by Bridge's {type(own).__name__}",
+                expected="a class whose model in Bridge is a GPTModel, or has one in it",
+                fix="use another checkpoint",
+            )
+        if experts := own.num_moe_experts:
             raise SpecError(
                 "dense",
                 got=f"{parent.hf_class}, with {experts} experts",

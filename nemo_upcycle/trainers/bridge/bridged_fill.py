@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import operator
 import re
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from nemo_upcycle.errors import CheckpointError
@@ -50,11 +52,13 @@ def fill_bridged(chunks: Sequence[Any], folder: Path, spec: UpcycleSpec | None) 
     """
     start_s, parent = time.monotonic(), BridgedParent.of(folder)
     bridge, pretrained = parent.bridge._model_bridge, parent.bridge.hf_pretrained
-    tasks = [
-        task
-        for task in bridge.build_conversion_tasks(pretrained, [*chunks])
-        if task is not None and not (spec and _EXPERTS.search(task.global_param_name))
-    ]
+    log = logging.getLogger(MegatronModelBridge.__module__)  # of experts it warns that nothing maps them
+    level, log.level = log.level, logging.ERROR
+    try:
+        found = bridge.build_conversion_tasks(pretrained, [*chunks])
+    finally:
+        log.level = level
+    tasks = [task for task in found if task and not (spec and _EXPERTS.search(task.global_param_name))]
     here = [task for task in tasks if task.megatron_module is not None]
     with parent.open() as dense:
         prefix, text = _text_model(chunks[0], bridge)
@@ -66,7 +70,11 @@ def fill_bridged(chunks: Sequence[Any], folder: Path, spec: UpcycleSpec | None) 
         used = {name for task in tasks for name in hf_names_of(task.mapping)} | {*_network_names(plan)}
         left_out = _left_out(dense, used, plan) if plan else {}
         bridge.build_conversion_tasks = lambda *_, **__: tasks
-        bridge.load_weights_hf_to_megatron(pretrained, [*chunks])
+        try:
+            bridge.load_weights_hf_to_megatron(pretrained, [*chunks])
+        except ValueError as error:
+            got, expected = " ".join(str(error).split()), "the shapes of Bridge's model of the class"
+            raise CheckpointError(str(folder), got=got, expected=expected, fix="check its config.json") from None
         for task in here:
             require_finite(task.param_weight, " and ".join(hf_names_of(task.mapping)), dense)
         pairs = zip(fill(plans, dense, spec, None), (tensor for one in plans for tensor in one.tensors), strict=True)
