@@ -10,14 +10,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Qwen2Config
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.utils.files import read_json, write_json
-from tests.bridge.runs import SEQUENCE, SIZES, VOCABULARY, refusal, run_config, train_on_ranks
+from tests.bridge.runs import SEQUENCE, VOCABULARY, refusal, run_config, train_on_ranks
 from tests.distributed.ranks import run_ranks
 from tests.models import save_random, text_sizes, write_class, write_llama, write_qwen2
 from tests.parents import write_gemma, write_wrapped
@@ -28,19 +27,12 @@ pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environ
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 
 
-class MiMoConfig(Qwen2Config):  # type: ignore[misc]
-    """Of a class whose code is in its own repository: Qwen2's, with layers that predict further tokens."""
-
-    model_type = "mimo"
-
-
-AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
-
-
 def write_mimo(folder: Path, **changes: Any) -> Path:
+    from benchmarks.bridge_parents import MiMoConfig
+
     write_qwen2(folder, **changes)
     config = read_json(folder / "config.json")
-    kind = {"architectures": ["MiMoForCausalLM"], "model_type": "mimo", "num_nextn_predict_layers": 1}
+    kind = {"architectures": ["MiMoForCausalLM"], "model_type": MiMoConfig.model_type, "num_nextn_predict_layers": 1}
     write_json(folder / "config.json", config | kind)
     tensors = load_file(folder / "model.safetensors") | {"model.mtp_layers.0.final_layernorm.weight": torch.ones(64)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -141,6 +133,7 @@ def _compare(
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.gpt_provider import local_layer_spec
 
+    import benchmarks.bridge_parents  # noqa: F401  # registers MiMo's configuration
     from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
     spec = UpcycleSpec(**fields)
@@ -177,7 +170,8 @@ def _compare(
     if not computes:
         return differing, 0.0
     with torch.no_grad():
-        ours, wanted = (model(input_ids=tokens, **inputs) for model in (moe, dense))
+        made = [model(input_ids=tokens, **inputs) for model in (moe, dense)]
+    ours, wanted = (losses[0] if isinstance(losses, tuple) else losses for losses in made)
     return differing, float((ours - wanted).abs().max() / wanted.abs().max())
 
 

@@ -198,10 +198,12 @@ class BridgedParent:
         if "num_experts=None" in inspect.getsource(type(provider).provide):
             raise self.without_experts(type(provider).__name__)
         if callable(layers) and [*inspect.signature(layers).parameters] == ["config"]:
-            network = layers(provider).submodules.mlp
-            made = getattr(network, "func", getattr(network, "module", network))
-            if not (isinstance(made, type) and issubclass(made, MoELayer)):
-                raise self.without_experts(layers.__name__)
+            made = layers(provider)
+            for layer in getattr(made, "layer_specs", [made]):
+                network = layer.submodules.mlp
+                kind = getattr(network, "func", getattr(network, "module", network))
+                if not (isinstance(kind, type) and issubclass(kind, MoELayer)):
+                    raise self.without_experts(layers.__name__)
 
     def without_experts(self, what: str) -> SpecError:
         """Return the error for layers that stay dense."""
