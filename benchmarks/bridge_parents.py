@@ -44,7 +44,7 @@ _OWN_CODE = "its configuration is code in its own repository"
 _LIKE = {"MiMoForCausalLM": MiMoConfig}
 #: Classes of Bridge's that are no models of text, nor of text and something else.
 _OTHERS = {"NemotronLabsDiffusionModel": "a diffusion model"}
-#: Classes that tests/bridge/test_bridged.py fills; and those whose layers stay dense, which shows when they are filled.
+#: Classes that tests/bridge/test_bridged.py fills; and those that show when they are built that they stay dense.
 _FILLED = ("Nemotron", "Gemma", "MiMo", "Llama", "Qwen2Audio", "Qwen2_5_VL", "Mistral3")
 _OTHERS |= dict.fromkeys(
     ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"), "its layers ignore num_moe_experts, once they are built"

@@ -101,7 +101,8 @@ def _train(dense: Path, run: Path, steps: int, reshardable: bool = True) -> None
     from nemo_upcycle.trainers.bridge.recipes.common import upcycled
 
     size = int(os.environ["WORLD_SIZE"])
-    config = upcycled(_recipe(run), str(dense), UpcycleSpec(num_experts=4, top_k=2), pipeline_model_parallel_size=size)
+    layout = {"pipeline_model_parallel_size": size, "recompute_granularity": None}  # which the CPU backend does not do
+    config = upcycled(_recipe(run), str(dense), UpcycleSpec(num_experts=4, top_k=2), **layout)
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = steps, 2, 1
     config.validation.eval_iters, config.scheduler.lr_warmup_iters = 0, 0
     config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = False
