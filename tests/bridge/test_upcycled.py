@@ -64,7 +64,7 @@ def test_layout_stays_and_model_rates_and_schedule_become_the_papers(
     assert (model.num_moe_experts, model.hidden_size, model.rotary_base) == (4 if spec else None, 64, 100000)
     assert (model.pipeline_model_parallel_size, model.recompute_granularity) == (2, "selective")
     assert (config.optimizer.lr, config.train.train_iters) == (paper.PEAK, paper.STEPS)
-    assert (config.train.micro_batch_size, config.mixed_precision) == (4, None)
+    assert (config.train.micro_batch_size, config.mixed_precision, model.params_dtype) == (4, None, torch.float32)
     assert config.checkpoint.dist_ckpt_optim_fully_reshardable
     assert "optimizer.lr: 0.0003 -> 3e-05" in caplog.text
     assert (given.optimizer.lr, given.model.num_layers, given.train.train_iters) == (3e-4, 2, 300000)

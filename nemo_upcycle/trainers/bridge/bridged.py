@@ -195,7 +195,7 @@ class BridgedParent:
             SpecError: they do not.
         """
         layers: Any = provider.transformer_layer_spec
-        if "num_experts=None" in inspect.getsource(type(provider).provide):
+        if "num_experts=None" in inspect.getsource(type(provider).provide):  # where some make their layers
             raise self.without_experts(type(provider).__name__)
         if callable(layers) and [*inspect.signature(layers).parameters] == ["config"]:
             made = layers(provider)

@@ -150,7 +150,8 @@ def kept_settings(model: Any) -> dict[str, Any]:
     names |= {name for place in _LAYOUT for name in table()["handled"][place]}
     usual = GPTModelProvider.__dataclass_fields__
     given = {name: getattr(model, name) for name in names if name in usual and hasattr(model, name)}
-    return {name: value for name, value in given.items() if value != usual[name].default and not callable(value)}
+    changed = {name: value for name, value in given.items() if value != usual[name].default and not callable(value)}
+    return changed | {name: getattr(model, name) for name in ("fp16", "bf16", "params_dtype", "pipeline_dtype")}
 
 
 def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
