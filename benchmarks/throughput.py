@@ -1,8 +1,8 @@
-"""Fit the planner's throughput model on published rows, and write tables and plot of docs/planning.md.
+"""Fit the planner's throughput model on published rows, and write tables and plot of benchmarks/results/planner.md.
 
     python -m benchmarks.throughput            predictions with the constants of the package, leave-one-out errors
     python -m benchmarks.throughput --fit      fit the constants anew and print them
-    python -m benchmarks.throughput --write    put tables and plot into docs/
+    python -m benchmarks.throughput --write    put tables and plot into the page
 
 Least squares on the logarithm of predicted over published tokens/s, with a weak pull towards the starting values.
 """
@@ -13,9 +13,11 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from benchmarks.published import Peak, Published, published_peaks, published_rows
+from nemo_upcycle.planning.hardware import SOFTWARE, Machine, known_gpu
 
 
 #: What is fitted, with where it starts: of the H100, and of all Blackwell cards together. Other constants stay.
@@ -30,7 +32,7 @@ BLACKWELL = {
 }
 #: Weight of the pull: a constant that leaves its start by a factor e costs as much as an error of 14 %.
 PULL = 0.02
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = Path(__file__).parent / "results/planner.md"
 
 
 def fit(rows: Sequence[Published], start: dict[str, float]) -> dict[str, float]:
@@ -72,14 +74,14 @@ def main() -> None:
             print(name, {key: float(f"{value:.3g}") for key, value in fit(fitted, start).items()})
     left_out = {row.name: error(row, fit([one for one in hopper if one is not row], HOPPER)) for row in hopper}
     texts = {"throughput table": table(rows, left_out), "memory table": memory_table(published_peaks())}
+    texts["constants table"] = constants_table()
     print("\n\n".join(texts.values()))
     if args.write:
-        path = DOCS / "planning.md"
-        page = path.read_text(encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
         for name, text in texts.items():
             page = placed(page, name, text)
-        path.write_text(page, encoding="utf-8")
-        plot(rows, DOCS / "planning.png")
+        PAGE.write_text(page, encoding="utf-8")
+        plot(rows, PAGE.with_suffix(".png"))
 
 
 def placed(page: str, name: str, text: str) -> str:
@@ -122,6 +124,17 @@ def table(rows: Sequence[Published], left_out: dict[str, float]) -> str:
     lines.append(
         f"| H100, each fitted row left out of its own fit | {len(left_out)} | | {_summary(left_out.values())} |"
     )
+    return "\n".join(lines)
+
+
+def constants_table() -> str:
+    """Return the constants of the model of a step as Markdown, of cards and of generations of software."""
+    blackwell = known_gpu("b200").reached
+    later = {name: values for name, values in SOFTWARE.items() if values}
+    lines = [f"| constant | H100 | Blackwell | {' | '.join(later)} |", "|---|" + "---|" * (2 + len(later))]
+    for one in fields(Machine):
+        values = [one.default, blackwell.get(one.name, ""), *(values.get(one.name, "") for values in later.values())]
+        lines.append(f"| `{one.name}` | {' | '.join(f'{value:g}' if value else '' for value in values)} |")
     return "\n".join(lines)
 
 

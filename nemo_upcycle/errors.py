@@ -61,13 +61,6 @@ class UpcycleError(Exception):
         """
         return cls(field=field, got=name, expected=tuple(sorted(valid)))
 
-    @classmethod
-    def removed(cls, field: str, got: object) -> Self:
-        """Return the error for a value of earlier releases that gained nothing."""
-        expected = "another: this one gained nothing and was removed"
-        fix = f"omit <{field}>, or go on with the release that the run was begun with"
-        return cls(field=field, got=got, expected=expected, fix=fix)
-
     def __str__(self) -> str:
         return f"{self.problem}. Fix: {self._plain(self.fix).rstrip('.')}." if self.fix else self.problem
 

@@ -6,7 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, asdict, dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_upcycle.errors import SpecError
@@ -25,9 +25,6 @@ ROUTER_INITS: dict[str, "RouterInit"] = {}
 ROUTER_SCORES: list[str] = []
 ROUTER_ORDERS: list[str] = []
 OUTPUT_SCALES = ("exact", "none")
-#: Routers of earlier releases that gained nothing, as did any `expert_split` but this one:
-#: docs/results/routers_from_data.md.
-_REMOVED, _CONSECUTIVE = ("kmeans", "ridge"), "consecutive"
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
 #: Four times the experts of the largest open models: beyond it, names and headers alone take minutes.
 MAX_EXPERTS = 2048
@@ -100,14 +97,8 @@ class UpcycleSpec:
     routed_scaling_factor: float = 1.0
     output_scale: str = "exact"
     seed: int = 1234
-    #: Specs of earlier releases say it; no attribute of this one.
-    expert_split: InitVar[str] = _CONSECUTIVE
 
-    def __post_init__(self, expert_split: str) -> None:
-        removed = {"router_init": self.router_init} if self.router_init in _REMOVED else {}
-        removed |= {"expert_split": expert_split} if expert_split != _CONSECUTIVE else {}
-        for name, value in removed.items():
-            raise SpecError.removed(name, value)
+    def __post_init__(self) -> None:
         for name, valid in (
             ("method", tuple(INIT_METHODS)),  # a value that has no hash is none of them
             ("router_init", tuple(ROUTER_INITS)),
@@ -276,9 +267,6 @@ class UpcycleSpec:
         A field that a later release adds changes nothing of what is written, unless it is used.
         """
         return {"num_experts": self.num_experts, "top_k": self.top_k} | without_defaults(asdict(self))
-
-
-UpcycleSpec.__init__.__annotations__["expert_split"] = str  # by which NeMo-Run reads what a command line gives
 
 
 def without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:

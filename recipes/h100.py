@@ -124,7 +124,7 @@ def paper_training(recipe: run.Partial) -> run.Partial:
 
     Stated: 100B tokens, learning rate 3e-5 to 3e-7, cosine, 100 steps of warm-up. Kept as NeMo has them, for the paper
     does not say: batches of 512 x 8192 tokens (4.2M, what He et al., arXiv 2410.07524, found best), Adam (0.9, 0.95),
-    weight decay 0.1, clipping at 1. docs/own_model.md has what other upcyclings took. The mock data has the model's
+    weight decay 0.1, clipping at 1. docs/schedules.md has what other upcyclings took. The mock data has the model's
     vocabulary and needs no file.
     """
     recipe.trainer.max_steps = paper.STEPS

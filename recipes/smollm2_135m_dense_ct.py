@@ -137,7 +137,7 @@ def baseline_recipe(
             ),
             log=default_log(dir=dir, name=name),
             # The peak of the upcycling run in the paper is 3e-5 on 8B parameters; small models tolerate more. For few
-            # steps, without a source: docs/own_model.md has what longer trainings took.
+            # steps, without a source: docs/schedules.md has what longer trainings took.
             optim=distributed_fused_adam_with_cosine_annealing(
                 warmup_steps=2, constant_steps=0, max_lr=1e-4, min_lr=1e-5
             ),

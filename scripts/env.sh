@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes an environment from package indexes alone; what must be compiled has scripts of its own.
 #
-#   scripts/env.sh FOLDER dev|data|docs|tf5|vllm|bridge-sample       (`make venv`, `make data-env`, ...)
+#   scripts/env.sh FOLDER dev|data|docs|tf5|vllm|bridge-sample|release       (`make venv`, `make data-env`, ...)
 #
 # PYTHON chooses the interpreter. Where uv is on PATH it installs the versions of uv.lock, else pip the newest that fit;
 # `UV=` in the environment, or `make UV=`, leaves uv out.
@@ -45,6 +45,9 @@ case $2 in
         needed=$("$env/bin/nemo-upcycle" doctor --data-requirements)
         # shellcheck disable=SC2086 # a word for each requirement
         install --group test $needed ;;
+    release) # what a user does who has the wheel alone
+        lock --extra nemo --extra eval
+        install "$(echo dist/*.whl)[nemo,eval]" ;;
     docs) # the reference is read from the source: the package is not installed
         lock --only-group docs
         install --group docs ;;
@@ -61,7 +64,7 @@ case $2 in
         install --no-deps "megatron-bridge==0.6.2" -e .
         cp tests/bridge/stand_in/transformer_engine.py "$("$env/bin/python" -c 'import site; print(site.getsitepackages()[0])')" ;;
     *)
-        echo "$0: got $2, expected dev, data, docs, tf5, vllm or bridge-sample" >&2
+        echo "$0: got $2, expected dev, data, docs, tf5, vllm, bridge-sample or release" >&2
         exit 1 ;;
 esac
 touch "$env/.complete"

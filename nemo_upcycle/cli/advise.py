@@ -23,6 +23,7 @@ from nemo_upcycle.utils.validation import check_number, check_whole, number_of_t
 
 
 EPILOG = """examples:
+  nemo-upcycle advise --model asset://smollm2-135m --trained-on 2T --gpus 8 --tokens 1B
   nemo-upcycle advise --model /models/Llama-3-8B --trained-on 15T --gpus 128 --hours 48 --price-per-gpu-hour 2.5
   nemo-upcycle advise --model mine --trained-on 300B --gpus 64 --tokens 100B --experts 16 --top-k 4
 

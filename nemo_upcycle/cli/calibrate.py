@@ -12,6 +12,8 @@ from nemo_upcycle.utils.files import size_text
 
 
 EPILOG = """examples:
+  nemo-upcycle calibrate asset://smollm2-135m prompts.safetensors --experts 4 --router-init prompts \
+--router-prompts examples/prompts.yaml
   nemo-upcycle calibrate models/base prompts.safetensors --experts 4 --router-init prompts --router-prompts texts.yaml
 
 Give convert and the training the same settings and --calibration FILE.

@@ -11,9 +11,9 @@ from nemo_upcycle.utils.conf import packaged, packaged_names
 
 
 EPILOG = f"""examples:
+  nemo-upcycle chat chatterbot runs/answers tokenizer=asset://smollm2-135m seq_length=512
   nemo-upcycle chat mine.jsonl data/mine tokenizer=/models/Llama-3-8B-Instruct
   nemo-upcycle chat mine.yaml data/mine tokenizer=hf://ORG/NAME seq_length=4096 --strict
-  nemo-upcycle chat chatterbot runs/answers tokenizer=asset://smollm2-135m seq_length=512
 
 A line of the files is a conversation:
   {{"messages": [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]}}

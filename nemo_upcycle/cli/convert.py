@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nemo_upcycle.convert.offline import Conversion
 
 EPILOG = """examples:
-  nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2
+  nemo-upcycle convert asset://smollm2-135m runs/smollm2-e8t2 --experts 8 --top-k 2
   nemo-upcycle convert models/Llama-3-8B models/fine --experts 16 --top-k 4 --granularity 2 --shared-experts 1
   nemo-upcycle convert models/base models/mixed --branch models/code --branch models/law --non-expert-weights mean
   nemo-upcycle convert hf://meta-llama/Meta-Llama-3-8B models/Llama-3-8B-E8T2 --max-shard-size 2GB

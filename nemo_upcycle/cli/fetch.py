@@ -14,10 +14,11 @@ from nemo_upcycle.utils.progress import show_messages
 
 
 EPILOG = f"""examples:
+  nemo-upcycle fetch runs/fetched --for smollm2_135m_e8t2
   nemo-upcycle fetch /shared/fetched --for llama3_8b_e8t2
   nemo-upcycle fetch /shared/fetched dense=hf://ORG/NAME data=mine.yaml evaluation=paper
   nemo-upcycle fetch /shared/fetched data=fineweb_edu_academic_7_3 --for llama3_8b_e8t2
-  nemo-upcycle fetch /shared/fetched --for runs/first
+  nemo-upcycle fetch /shared/fetched --for runs/demo
   nemo-upcycle fetch /shared/fetched --check
 
 The inputs are those of `nemo upcycle pipeline`, of NeMo and Megatron-Bridge alike. A run's are in its folder, as in

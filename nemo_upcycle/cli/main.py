@@ -20,8 +20,8 @@ from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.masking import without_secrets
 
 
-#: name -> what it does; `nemo_upcycle/cli/NAME.py` has `EPILOG` (with examples), `add_arguments(parser)` and
-#: `run(args) -> exit status`
+#: name -> what it does; `nemo_upcycle/cli/NAME.py` has `EPILOG` (examples, the first with what the demo has, a blank
+#: line, what else is to know), `add_arguments(parser)` and `run(args) -> exit status`
 COMMANDS = {
     "start": "a model and texts -> recipe, blend and forecast; with --yes a trained MoE and its report",
     "plan": "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU",
@@ -37,25 +37,37 @@ COMMANDS = {
     "report": "run folder -> report.md, report.html, results.json and plots",
     "doctor": "what is installed, which versions fit, what is missing and the command that adds it",
 }
-_EPILOG = """example:
-  nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2
+_DESCRIPTION = """Turn a dense model into a Mixture-of-Experts model: tools that start at once, without NeMo or a GPU.
+Runs of NeMo or Megatron-Bridge, all stages from import to report and grids of them: nemo upcycle --help.
 
-nemo-upcycle help COMMAND, or COMMAND --help: options and an example.
+example:
+  nemo-upcycle start asset://smollm2-135m         the demo's model and texts"""
+_EPILOG = """nemo-upcycle help COMMAND, or COMMAND --help: an example and the options.
 exit status: 0 done, or yes; 1 the answer is no; 2 bad usage or input."""
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the usage to what must be typed, so that the examples stand at the top."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        wanted = [one for group in groups if group.required for one in group._group_actions]
+        kept = [one for one in actions if one.required or not one.option_strings or one in [*wanted, *actions[:1]]]
+        super().add_usage(usage, kept, [group for group in groups if group.required], prefix)
 
 
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, with an example. A command is imported when its arguments are parsed."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if not (command := self.prog.partition(" ")[2]):
             return super().parse_known_args(args, namespace)
         module = importlib.import_module(f"nemo_upcycle.cli.{command}")
-        self.description, self.epilog = COMMANDS[command], module.EPILOG
+        examples, _, self.epilog = module.EPILOG.partition("\n\n")
+        self.description = f"{COMMANDS[command]}\n\n{examples}"
         module.add_arguments(self)
         self.add_argument("--json", action="store_true", help="one JSON object on stdout")
         self.set_defaults(command=module, parser=self)
@@ -71,8 +83,18 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if wrong := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
             message = f"{wrong[1]}: got {wrong[3]}, expected a {'whole ' if wrong[2] == 'int' else ''}number"
-        examples = [line.strip() for line in (self.epilog or "").splitlines() if line.startswith(f"  {self.prog}")]
-        raise UpcycleError(f"{message}. Fix: type, for example, `{examples[0]}`; options: {self.prog} --help.")
+        example = _examples(self.description or "")[0]
+        raise UpcycleError(f"{message}. Fix: type, for example, `{example}`; options: {self.prog} --help.")
+
+
+def examples_of(command: str) -> list[str]:
+    """List the examples of a command's help, without what is said of them."""
+    return _examples(importlib.import_module(f"nemo_upcycle.cli.{command}").EPILOG)
+
+
+def _examples(text: str) -> list[str]:
+    lines = [line.strip() for line in text.splitlines() if line.startswith("  ") and "nemo-upcycle " in line]
+    return [line.split("    ")[0] for line in lines]
 
 
 class _ForgivingFile(io.RawIOBase):
@@ -191,8 +213,7 @@ def _format_os_error(error: OSError) -> UpcycleError:
 
 
 def _run(argv: list[str], output: _ForgivingFile | None) -> int:
-    description = "Turn a dense Llama into a Mixture-of-Experts model. Training runs through `nemo` itself."
-    parser = _Parser(prog="nemo-upcycle", description=description, epilog=_EPILOG)
+    parser = _Parser(prog="nemo-upcycle", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, text in COMMANDS.items():

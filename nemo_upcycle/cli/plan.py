@@ -33,6 +33,7 @@ from nemo_upcycle.utils.validation import check_whole, number_of_tokens
 
 EPILOG = """examples:
   nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 128
+  nemo-upcycle plan --model asset://smollm2-135m --experts 8 --gpus 1 --gpu rtx4090
   nemo-upcycle plan --model /models/Llama-3-8B --experts 8 --top-k 2 --gpus 64 --tokens 27B --price-per-gpu-hour 2.5
   nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512 --layout tp=2,pp=4,vp=8,cp=1,ep=8,etp=1 --explain 1
 

@@ -32,6 +32,7 @@ from nemo_upcycle.utils.validation import check_whole
 
 
 EPILOG = """examples:
+  nemo-upcycle start asset://smollm2-135m         the demo's model and texts
   nemo-upcycle start /models/mine /texts
   nemo-upcycle start Qwen/Qwen3-0.6B '/texts/*.jsonl.gz' --experts 16 --dir runs/mine --yes
   nemo-upcycle start /models/Llama-3-8B /texts --gpus 64 --gpu h100

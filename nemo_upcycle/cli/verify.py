@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from nemo_upcycle.verify.verification import Verification
 
 EPILOG = """examples:
+  nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --layers
   nemo-upcycle verify models/Llama-3-8B models/Llama-3-8B-E8T2 --weights-only
-  nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --text README.md --layers
 
 Logits are compared in float32, with streamed weights. With granularity, or where a parent's experts were copied, the
 command counts the tokens whose routing, in the MoE model's own type, mixes networks: such a model needs float32

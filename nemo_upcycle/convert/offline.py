@@ -290,10 +290,7 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    made_from = _marker(output).get("made_from") if is_complete(output) else None
-    if isinstance(made_from, dict) and isinstance(spec := made_from.get("spec"), dict):
-        made_from = made_from | {"spec": without_defaults(spec)}  # earlier releases wrote all fields
-    if made_from == plan:
+    if is_complete(output) and _marker(output).get("made_from") == plan:
         return True
     raise UpcycleError(
         str(output),

@@ -115,7 +115,6 @@ def read_receipt(path: Path) -> dict[str, Any]:
             str(path), got="no receipt", expected="the receipt of an upcycling", fix="give the receipt.json of the run"
         )
     require_known(value, path)
-    value.pop("teacher", None)  # of an earlier release, whose trained model is exported and evaluated as any other
     return value
 
 

@@ -116,15 +116,20 @@ class CheckedContext(run.cli.RunContext):
         return bad_override or UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
 
 
+#: How the two commands of this package differ.
+_TOOLS = "(A run, by NeMo or Megatron-Bridge; tools that start at once: nemo-upcycle --help.)"
+
+
 def entrypoint(context: type[CheckedContext]) -> Callable[[Any], Any]:
-    """Register a command of `nemo upcycle`, whose list of commands shows the first line of its docstring.
+    """Register a command of `nemo upcycle`, whose list of commands shows the first paragraph of its help.
 
     Args:
         context: the class that takes its command line.
     """
 
     def register(function: Any) -> Any:
-        about = inspect.cleandoc(function.__doc__.partition("Args:")[0])
+        first, *others = inspect.cleandoc(function.__doc__.partition("Args:")[0]).split("\n\n")
+        about = "\n\n".join([f"{first} {_TOOLS}", *others])
         return run.cli.entrypoint(function, namespace="upcycle", type="experiment", run_ctx_cls=context, help=about)
 
     return register

@@ -24,7 +24,6 @@ from nemo_upcycle.pipeline.forecast import (
     render_forecast,
     unchecked,
 )
-from nemo_upcycle.pipeline.markers import renew
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
 from nemo_upcycle.pipeline.plan import ADOPTED, KEPT, PLAN, Stage, WorkPlan
 from nemo_upcycle.pipeline.run_here import run_stages
@@ -184,7 +183,6 @@ def launch(
         _require_no_other_jobs(chain, run_dir, own_plan)
         _write_plan(run_dir, own_plan, copies)
         (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
-        renew([stage.folder(run_dir, plan) for stage in plan.stages])
         for stage in plan.stages:
             if stage.adopt(run_dir, plan):
                 sys.stderr.write(f"[{stage.name}] its marker was lost or damaged: {ADOPTED}\n")

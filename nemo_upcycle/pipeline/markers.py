@@ -5,16 +5,13 @@ each stage whose results it reads, hashes of that stage's settings (`stage NAME`
 a stage runs again with the same settings and the same result, the stages that read it need not run again. Settings
 that change no result (how often a training logs or saves, on how many nodes it runs) are not in the marker: a run that
 has started resumes with other values, and notes the change.
-
-Releases before schema 1 kept the hash of an earlier stage's whole marker; `_translated` reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,9 +19,8 @@ from typing import Any
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.spec import without_defaults
-from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, sha256_file, write_json
+from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, write_json
 from nemo_upcycle.utils.nested import flat
-from nemo_upcycle.utils.removed import without_teacher
 from nemo_upcycle.utils.schema import numbered, require_known
 
 
@@ -55,11 +51,11 @@ def setting_texts(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _plain(inputs: Mapping[str, str]) -> dict[str, str]:
-    """Leave out what some releases write: a spec's fields with their default, a teacher without a weight."""
+    """Leave out a spec's fields with their default: to name them changes nothing."""
     parts = {name: name.rpartition(".")[::2] for name in inputs}
     return {
         name: text
-        for name, text in without_teacher(inputs).items()
+        for name, text in inputs.items()
         if not parts[name][0].endswith(".spec") or without_defaults({parts[name][1]: text})
     }
 
@@ -232,29 +228,8 @@ class StageFolder:
             return None
         if not isinstance(notes, dict) or any(not isinstance(notes.get(key), dict) for key in keys):
             return None
-        inputs = notes["inputs"] if require_known(notes, path) else self._translated(notes["inputs"])
-        return notes | {"inputs": _plain(inputs)}
-
-    def _translated(self, inputs: Mapping[str, str]) -> dict[str, str]:
-        """Translate the inputs that a release before schema 1 noted.
-
-        Of a stage before, it noted the hash of the whole marker. Where that marker was written again since, what it
-        said is not known.
-        """
-        found = dict(self._found(inputs))
-        if "" in found.values():
-            found = dict.fromkeys(self.reads, "") | found
-        settings = {name: text for name, text in inputs.items() if name.startswith(SETTING)}
-        return settings | {STAGE + name: found[name] for name in self.reads if name in found}
-
-    def _found(self, inputs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """Yield the stages that a note from before schema 1 names, and those that they name, with their settings."""
-        for name in (key.removeprefix(STAGE) for key in inputs if key.startswith(STAGE)):
-            folder = StageFolder(self.run_dir, name)
-            is_same = folder.marker.is_file() and sha256_file(folder.marker) == inputs[STAGE + name]
-            before = read_json(folder.marker)["inputs"] if is_same else {}
-            yield name, settings_hash(_plain(before)) if is_same else ""
-            yield from self._found(before)
+        require_known(notes, path)
+        return notes | {"inputs": _plain(notes["inputs"])}
 
     def refusal(self, inputs: Mapping[str, str]) -> str:
         """Return why work that was started in the folder may not go on from these inputs; empty if it may.
@@ -334,27 +309,6 @@ class StageFolder:
             raise StageError(str(self.marker), got=got, expected="what the stage noted", fix=fix)
         outputs: dict[str, Any] = done["outputs"]
         return outputs
-
-    def renewed(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Yield its notes from before schema 1, translated."""
-        for path in (self.path / STARTED, self.marker):
-            notes = self._notes(path, "inputs")
-            if notes is not None and not require_known(notes, path):
-                yield path, numbered(notes)
-
-
-def renew(folders: Sequence[StageFolder]) -> None:
-    """Rewrite notes of releases before schema 1, which identify a stage by the bytes of its marker.
-
-    Args:
-        folders: folders of a run's stages, each after those that it reads. The last are written first, so that a kill
-            leaves the bytes that earlier notes refer to.
-    """
-    notes = [note for folder in folders for note in folder.renewed()]
-    for path, content in reversed(notes):
-        written_ns = path.stat().st_mtime_ns
-        write_json(path, content)
-        os.utime(path, ns=(written_ns, written_ns))  # the results of a stage are newer than the note of its start
 
 
 def require_same(folders: Mapping[StageFolder, Mapping[str, str]]) -> None:

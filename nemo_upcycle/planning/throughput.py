@@ -2,7 +2,7 @@
 
 The result is a sum of times, each with a physical meaning. Work and traffic are counts; `Machine` holds the part of a
 peak that a kernel reaches, fitted on published measurements (`benchmarks/throughput.py`; table and errors in
-docs/planning.md).
+benchmarks/results/planner.md).
 All times are of one GPU and of forward and backward together.
 """
 

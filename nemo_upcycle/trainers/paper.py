@@ -13,7 +13,7 @@ TOKENS_A_STEP = 512 * 8192
 STEPS = 23_842
 #: Steps between two checkpoints: about half an hour of Llama 3 8B E8T2 on 512 H100 (derived).
 CHECKPOINT_STEPS = 1000
-#: Peaks above this one are for random weights, or for hundreds of billions of tokens (docs/own_model.md).
+#: Peaks above this one are for random weights, or for hundreds of billions of tokens (docs/schedules.md).
 HIGH = 1e-4
 
 

@@ -71,7 +71,7 @@ def _each_finite(value: Any) -> bool:
 
 
 def _strategy(name: str, size: str, *, shown: bool = False) -> Setting:
-    return Setting(f"trainer.strategy.{name}", f"model.{name}", size=size, shown=shown)
+    return Setting(f"trainer.strategy.{name}", f"model.{name}", size=size, shown=shown, free=True)
 
 
 def _model(name: str, rule: Rule | None = None, *, shown: bool = False) -> Setting:
@@ -132,6 +132,9 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _strategy("sequence_parallel", "sequence_parallel"),
     Setting("trainer.strategy.ckpt_async_save", "", shown=True),
+    Setting(
+        "trainer.strategy.ckpt_optim_fully_reshardable", "checkpoint.dist_ckpt_optim_fully_reshardable", free=True
+    ),
     # What a run that is filled from a dense checkpoint cannot have beside `models/config_fields.yaml`.
     Setting("trainer.strategy.fsdp", "", _NONE),
     Setting("trainer.strategy.ddp.use_megatron_fsdp", "ddp.use_megatron_fsdp", _NONE),

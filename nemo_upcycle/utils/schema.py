@@ -9,8 +9,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.validation import is_whole
 
 
-#: Raised when earlier releases could not read what is written; a further field does not raise it. What has no number
-#: was written before there was one: 0.
+#: Raised when earlier releases could not read what is written; a further field does not raise it.
 SCHEMA = 1
 KEY = "schema"
 

@@ -46,7 +46,7 @@ def test_bridge_exports_of_a_run_have_the_bits_of_convert(
     train_on_ranks(4, dense, tmp_path / "run", fields, **options)
     (saved,) = (tmp_path / "run").glob("iter_*/hf*")
     exports = [saved, tmp_path / "live"]
-    if style == "provider":  # Bridge reads back no model of its builders: docs/bridge.md
+    if style == "provider":  # Bridge reads back no model of its builders: docs/bridge_reference.md
         run_ranks(_export_ckpt, 1, converted, tmp_path / "run", tmp_path / "after", process_group=False)
         exports.append(tmp_path / "after")
     for exported in exports:

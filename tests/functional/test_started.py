@@ -1,4 +1,4 @@
-"""A small run that c2f5a068 finished is gone on with: more steps, and export, evaluation and report after them."""
+"""A small run that each release finished is gone on with: more steps, and export, evaluation and report after them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_upcycle.pipeline.order import finished, read_plan
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.files import read_json
 from tests.functional.stages import run_in_own_process
-from tests.started import unpack
+from tests.started import PACKED, unpack
 
 
 pytestmark = pytest.mark.slow
@@ -32,17 +32,18 @@ def _run_stages(jobs: Sequence[Job], run_dir: Path, *_: object) -> None:
         assert answer.status == 0
 
 
+@pytest.mark.parametrize("release", PACKED)
 def test_a_run_of_an_earlier_release_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    release: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe
 
-    run_dir = unpack("c2f5a068", tmp_path)
+    run_dir = unpack(release, tmp_path)
     plan = read_plan(run_dir)
     assert isinstance(plan, RunPlan)
     recipe = load_recipe(plan.pretrain)
     recipe.trainer.max_steps = 6
-    (run_dir / "import/_SUCCESS.json").write_text("{")  # what locked out trainings before
+    (run_dir / "import/_SUCCESS.json").write_text("{")
     (run_dir / "upcycle/_SUCCESS.json").unlink()
     plan = replace(plan, pretrain=dump_recipe(recipe))
     check_started(run_dir, plan)

@@ -1,19 +1,20 @@
-"""A small run that an earlier release finished, as data: the present code must go on with it."""
+"""A small run that each release finished, as data: every later release of the same major number goes on with it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
 from pathlib import Path
 
+from nemo_upcycle.pipeline.markers import settings_hash
 
-#: By the commit of the release: all that a run needs to go on, packed by `python -m tests.started`.
-PACKED = {"c2f5a068": Path(__file__).with_name("c2f5a068.tar.gz")}
+
+#: By release: all that a run needs to go on, packed by `python -m tests.started`.
+PACKED = {"0.2.0": Path(__file__).with_name("0.2.0.tar.gz")}
 #: Where the runs stood that were packed.
 PLACE = "/started"
-#: Stages of the chain, and the notes of each that name the stages before it by the hashes of their markers.
+#: Stages of the chain, and the notes of each that name the stages before it by the hashes of their settings.
 _STAGES = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
 _NOTES = ("_STARTED.json", "_SUCCESS.json")
 
@@ -34,8 +35,8 @@ def unpack(release: str, folder: Path) -> Path:
         notes = json.loads(path.read_text())
         for key in notes["inputs"]:
             if key.startswith("stage "):
-                marker = run_dir / key.removeprefix("stage ") / "_SUCCESS.json"
-                notes["inputs"][key] = hashlib.sha256(marker.read_bytes()).hexdigest()
+                marker = json.loads((run_dir / key.removeprefix("stage ") / "_SUCCESS.json").read_text())
+                notes["inputs"][key] = settings_hash(marker["inputs"])
         _write(path, json.dumps(notes, indent=2) + "\n")
     return run_dir
 

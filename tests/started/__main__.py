@@ -1,7 +1,4 @@
-"""Make a small finished run in `/started`, and pack it: `python -m tests.started FILE`, with the code of the release.
-
-`c2f5a068.tar.gz` was made so by that commit's code.
-"""
+"""Make a small finished run in `/started` and pack it, with the code of a release: `python -m tests.started FILE`."""
 
 import sys
 import tarfile

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from benchmarks import doc_tables
 from nemo_upcycle.planning.recipe_table import recipes as table_recipes
 from tests.environment import HOSTILE, SET, clean
 
@@ -105,14 +106,39 @@ def test_python_of_the_pages_runs_where_there_is_a_cuda_toolkit_and_no_card(page
             assert lines[0] == "nemo_upcycle", block
 
 
+def test_the_pages_are_short_and_say_first_who_needs_them() -> None:
+    pages = [page for page in doc_tables.pages() if page.name != "index.md"]
+    first = {page: page.read_text(encoding="utf-8").split("\n\n")[1] for page in pages}
+    assert [page.name for page in pages if not re.match(r"\*\*(Guide|Reference)\*\* for whoever ", first[page])] == []
+    assert [page.name for page in pages if first[page].startswith("**Guide") and doc_tables.words(page) > 1500] == []
+    assert sum(map(doc_tables.words, pages)) <= 18_000, "python -m benchmarks.doc_tables --words"
+
+
+def test_tables_of_the_pages_are_those_of_the_code() -> None:
+    made = [page for page in doc_tables.pages() if doc_tables.TABLE.search(page.read_text(encoding="utf-8"))]
+    assert len(made) >= 6
+    for page in made:
+        text = page.read_text(encoding="utf-8")
+        assert doc_tables.with_tables(text) == text, "run python -m benchmarks.doc_tables"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the documentation make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", _tracked("*.md"), ids=lambda path: path.name)
 def test_relative_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
+        other = page.parent / target if target else page
+        assert other.exists(), target
+        assert not anchor or other.suffix != ".md" or anchor in _anchors(other), f"{target}#{anchor}"
 
 
 def test_every_feature_in_the_table_of_bridge_names_tests_that_exist() -> None:
-    page = (ROOT / "docs/bridge.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/bridge_reference.md").read_text(encoding="utf-8")
     table = page[page.index("| | NeMo 2.7 |") :].partition("\n\n")[0].splitlines()
     assert len(table) > 15
     for row in table[2:]:

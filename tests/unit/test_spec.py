@@ -6,7 +6,6 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.spec import without_defaults
 from nemo_upcycle.utils.validation import check_capacity
 
 
@@ -29,7 +28,6 @@ SIGMOID_FIRST = {"router_score": "sigmoid", "router_order": "softmax_topk"}
         ({"router_init": ["normal"]}, "router_init", "['normal']"),
         ({"router_init": "kmeans"}, "router_init", "kmeans"),
         ({"router_order": "softmax"}, "router_order", "softmax"),
-        ({"expert_split": "coactivation"}, "expert_split", "coactivation"),
         ({"calibration": "file"}, "calibration", "file"),
         (PROMPTS | {"router_spread": -1.0}, "router_spread", -1.0),
         ({"router_init": "zero", "router_prompts": "file"}, "router_prompts", "file"),
@@ -63,13 +61,6 @@ def test_a_bad_value_is_refused_by_its_field(changes: dict, field: str, got: obj
 )
 def test_words_and_numbers_name_the_layers_with_experts(layers: str | tuple[int, ...], pattern: list[int]) -> None:
     assert list(UpcycleSpec(moe_layers=layers).moe_pattern(4)) == pattern
-
-
-def test_a_removed_field_at_its_default_is_read_and_not_written() -> None:
-    spec = UpcycleSpec(**{"num_experts": 4, "expert_split": "consecutive"})
-    assert spec == UpcycleSpec(num_experts=4)
-    assert "expert_split" not in spec.to_dict()
-    assert without_defaults({"expert_split": "consecutive"}) == {}
 
 
 def test_the_default_is_the_papers() -> None:

@@ -34,7 +34,6 @@ from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, all_wrong, check_p
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.files import is_complete
 from nemo_upcycle.utils.ranks import is_first_rank
-from nemo_upcycle.utils.removed import without_teacher
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ class BridgeTraining(Training):
         """Return the training of a text from `to_text`."""
         fields = json.loads(text)
         evaluations = fields.pop("evaluations", None)
-        given = without_teacher(dict(word.partition("=")[::2] for word in fields["overrides"]))
-        fields |= {"overrides": tuple(word for word in fields["overrides"] if word.partition("=")[0] in given)}
+        fields["overrides"] = tuple(fields["overrides"])
         return cls(**fields, evaluations=Evaluations(**evaluations) if evaluations else None)
 
     def to_text(self) -> str:

@@ -29,13 +29,14 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
-from nemo_upcycle.spec import UpcycleSpec, without_defaults
+from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.bridge.bridged import BridgedParent, is_bridged, open_parent
 from nemo_upcycle.trainers.bridge.bridged_fill import fill_bridged
 from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
+from nemo_upcycle.trainers.bridge.resharding import fit_layout
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
 from nemo_upcycle.trainers.bridge.settings import describe, require_callbacks
 from nemo_upcycle.trainers.settings import check_masters
@@ -163,7 +164,9 @@ class UpcycleHook:
             expected = "False without a GPU: Bridge divides by the number of GPUs"
             raise SpecError(field="config.checkpoint.async_save", got=True, expected=expected, fix="set it to False")
         losses = correct_auxiliary_losses(chunks[0].config)
-        if not _goes_on(config, self.paths, self.spec):
+        if _goes_on(config, self.paths, self.spec):
+            fit_layout(config)
+        else:
             if config._checkpoint_load_required:
                 raise SpecError(
                     field="config.checkpoint.load",
@@ -360,12 +363,11 @@ def _check_receipt(model: Any, folder: str, paths: Sequence[Path], spec: Upcycle
             fix="give config.checkpoint.save and .load another folder",
         )
     made_by, wanted = made.get("spec"), spec.to_dict() if spec else None
-    other = (made_by and without_defaults(made_by)) != (wanted and without_defaults(wanted))
     dense = paths[0].resolve()
     same = dense == Path(made.get("source", "")).resolve()
     found = _source_files(model, dense) if same and len(paths) == 1 else None
     for name, got, expected, differs in (
-        ("spec", made_by, wanted, other),  # whichever of the defaults the receipt's release wrote
+        ("spec", made_by, wanted, made_by != wanted),
         ("source", made.get("source"), str(dense), not same),
         ("source_files", made.get("source_files"), found, found not in (None, made.get("source_files"))),
     ):

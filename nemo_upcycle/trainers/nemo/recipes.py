@@ -16,7 +16,6 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import router_fields
 from nemo_upcycle.trainers.nemo.imports import quiet_imports
-from nemo_upcycle.utils.removed import without_teacher
 
 
 def dump_recipe(recipe: run.Partial) -> str:
@@ -27,11 +26,7 @@ def dump_recipe(recipe: run.Partial) -> str:
 def load_recipe(text: str) -> run.Partial:
     """Return the recipe of a text from `dump_recipe`."""
     with quiet_imports():  # a stage's own process has not imported NeMo yet
-        recipe = ZlibJSONSerializer().deserialize(text)
-    given = getattr(getattr(recipe, "data", None), "__arguments__", {})
-    for name in given.keys() - without_teacher(given).keys():
-        delattr(recipe.data, name)
-    return recipe
+        return ZlibJSONSerializer().deserialize(text)
 
 
 def settings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -32,6 +32,7 @@ from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
+from nemo_upcycle.trainers.resharding import load_other_chains
 from nemo_upcycle.trainers.settings import check_masters, setting
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
@@ -127,6 +128,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
         if not self._init_model_parallel:  # LoRA wraps linear layers of a filled model, before NeMo wraps the chunks
             self._fill()
         self._auxiliary_losses = correct_auxiliary_losses(model.config)
+        load_other_chains()
 
     def init_model_parallel(self) -> None:
         """Wrap the chunks, then fill them from the dense checkpoint, before optimizers make master weights of them."""

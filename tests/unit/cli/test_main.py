@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.cli.main import COMMANDS, main
+from nemo_upcycle.cli.main import COMMANDS, examples_of, main
 from nemo_upcycle.utils.cache import CACHE_VARIABLE
 from nemo_upcycle.utils.files import MARKER
 from tests.unit.cli.conftest import Command, refused, write_config
@@ -32,20 +33,25 @@ def _help(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself_with_an_example_that_parses(
-    capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    assert f"nemo-upcycle {name}" in _help(capsys, name, "--help").partition("example")[2]
-    example = str(refused(name, "one", "two", "three", "four")).partition("`")[2].partition("`")[0].split()
-    assert example[:2] == ["nemo-upcycle", name]
+def test_every_help_begins_with_examples_that_parse(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    first, *others = examples_of(name)
+    top = _help(capsys, name, "--help").partition("\noptions:")[0].partition("positional arguments:")[0]
+    assert [example for example in (first, *others) if example not in top] == []
+    assert str(refused(name, "one", "two", "three", "four")).partition("`")[2].startswith(f"{first}`")
     parser = argparse.ArgumentParser()
     importlib.import_module(f"nemo_upcycle.cli.{name}").add_arguments(parser)
-    parser.parse_args(example[2:])
+    for example in (first, *others):
+        program, command, *words = shlex.split(example)
+        assert (program, command) == ("nemo-upcycle", name)
+        _, unknown = parser.parse_known_args(words)
+        assert [word for word in unknown if "=" not in word] == []  # of KEY=VALUE, which stands anywhere
+    assert [word for word in first.split() if word.startswith("examples/") and not (ROOT / word).exists()] == []
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = _help(capsys, "--help")
     assert all(f"\n    {name}" in text for name in COMMANDS)
+    assert "nemo upcycle --help" in text
     assert text == _help(capsys, "-h") == _help(capsys, "help")
     assert _help(capsys, "plan", "--help") == _help(capsys, "help", "plan")
     assert main([]) == 2

@@ -17,7 +17,6 @@ from nemo_upcycle.cli.main import COMMANDS
 
 
 ROOT = Path(__file__).parents[3]
-_BUILD = "from setuptools import build_meta as b; b.build_wheel(r'{0}'); b.build_sdist(r'{0}')"
 
 
 def _run(*words: object) -> subprocess.CompletedProcess[str]:
@@ -28,13 +27,8 @@ def _run(*words: object) -> subprocess.CompletedProcess[str]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel and the source distribution, built from the files that git tracks."""
     folder = tmp_path_factory.mktemp("dist")
-    tree = tmp_path_factory.mktemp("tree")
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(lambda name: (ROOT / name).is_file(), names.splitlines()):
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).write_bytes((ROOT / name).read_bytes())
-    done = subprocess.run([sys.executable, "-c", _BUILD.format(folder)], cwd=tree, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = _run(sys.executable, ROOT / "scripts/build_release.py", folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from nemo_upcycle import spec
-from nemo_upcycle.errors import SpecError, StageError, UpcycleError
-from nemo_upcycle.pipeline.markers import STARTED, StageFolder, content_hash, renew, require_same, setting_texts
+from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.pipeline.markers import StageFolder, content_hash, require_same, setting_texts
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, sha256_file, write_json
+from nemo_upcycle.utils.files import CHANGES, MARKER, write_json
 
 
 def inputs_of(stage: StageFolder, settings: Mapping[str, Any], **others: Mapping[str, Any]) -> dict[str, str]:
@@ -85,18 +85,6 @@ def test_resumable_work_refuses_other_inputs_and_names_the_setting_that_changed(
         _start(stage, {"pretrain": {"optim.lr": 3e-5, "optim.wd": 0.1}, "seed": 1})
     with pytest.raises(StageError, match="seed was 1, is not set"):
         _start(stage, {"pretrain": {"optim.lr": 3e-5}})
-
-
-def test_work_with_an_earlier_releases_teacher_goes_on_where_that_had_no_weight(tmp_path: Path) -> None:
-    stage, settings = StageFolder(tmp_path, "pretrain"), {"pretrain": {"optim.lr": 3e-5}}
-    _start(stage, settings)
-    notes, name = read_json(stage.path / STARTED), "setting pretrain.data.teacher_weight"
-    write_json(stage.path / STARTED, notes | {"inputs": notes["inputs"] | {name: "0.0"}})
-    assert _start(stage, settings) == []
-    write_json(stage.path / STARTED, notes | {"inputs": notes["inputs"] | {name: "1.0"}})
-    with pytest.raises(SpecError) as refused:
-        _start(stage, settings)
-    assert refused.value.field == "pretrain.data.teacher_weight"
 
 
 def test_all_folders_that_are_refused_are_named_at_once(tmp_path: Path) -> None:
@@ -177,31 +165,3 @@ def test_notes_of_a_newer_release_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UpcycleError) as refused:
         folder.done_from()
     assert (refused.value.subject, refused.value.got) == (f"schema of {folder.marker}", 2)
-
-
-def _note_without_schema(run_dir: Path, name: str, inputs: Mapping[str, str]) -> None:
-    """Write a marker and the note of a start as c2f5a068 wrote them."""
-    write_json(run_dir / name / "_STARTED.json", {"inputs": inputs, "free": {}})
-    marker = {"stage": name, "inputs": inputs, "seconds": 3.1, "outputs": {"loss": 2.5}}
-    write_json(run_dir / name / MARKER, marker)
-
-
-@pytest.mark.parametrize("renewed", [True, False])
-def test_notes_without_a_schema_know_a_stage_before_by_the_bytes_of_its_marker(tmp_path: Path, renewed: bool) -> None:
-    names = ("import", "data", "pretrain")
-    folders = [StageFolder(tmp_path, name, names[:number]) for number, name in enumerate(names)]
-    settings: dict[str, dict[str, Any]] = {"import": {"dense": "a"}, "data": {"data": "sotu"}, "pretrain": {"seed": 1}}
-    for number, name in enumerate(names):
-        read = {f"stage {before}": sha256_file(tmp_path / before / MARKER) for before in names[:number]}
-        _note_without_schema(tmp_path, name, setting_texts(settings[name]) | read)
-    if renewed:
-        renew(folders)
-    *_, pretrain = folders
-    texts = {name: setting_texts(values) for name, values in settings.items()}
-    assert all(folder.is_done(folder.inputs(texts)) for folder in folders)
-    other = texts | {"import": setting_texts({"dense": "b"})}
-    assert pretrain.refusal(pretrain.inputs(other)) == "stage import has other settings"
-    finish(
-        folders[0], {"dense": "b"}
-    )  # what it was from is known as long as a marker says so, or its readers were renewed
-    assert pretrain.is_done(pretrain.inputs(other)) is not renewed

@@ -41,7 +41,7 @@ def _misses(kind: str, *, of_blackwell: bool) -> list[float]:
 @pytest.mark.parametrize("kind", ["fitted", "unseen"])
 @pytest.mark.parametrize(("of_blackwell", "median"), [(False, 0.08), (True, 0.10)])
 def test_published_rows_are_predicted(kind: str, of_blackwell: bool, median: float) -> None:
-    """One unseen row is not: B300 with NVIDIA's container 26.02, slower than its B200 (docs/planning.md)."""
+    """One unseen row is not: B300 with NVIDIA's container 26.02, slower than its B200 (results/planner.md)."""
     misses = sorted(_misses(kind, of_blackwell=of_blackwell))
     assert len(misses) >= 12
     assert statistics.median(misses) <= median

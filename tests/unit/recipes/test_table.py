@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from tests.golden import factory_of
 
 #: Sequences of NeMo's classes may be shorter than the parent's; these classes are of several parents, or have none.
 VOCABULARY, SMOLLM2 = 128_256, (49_152, 8192)
-DOCS = Path(__file__).parents[3] / "docs"
 PRETRAINED = [name for name in table_recipes("nemo") if not name.endswith("_sft")]
 ON_H100 = [name for name in PRETRAINED if known_recipe(name).h100]
 
@@ -119,10 +117,3 @@ def test_a_rows_layouts_fit_by_the_planner(recipes: Any, name: str) -> None:
     first, later = plans_of(facts, known_gpu("h100"))
     expected = "tight" if name == "qwen3_8b_dense_ct" else "fits"  # 73.1 of 79.1 GiB
     assert (first.verdict, later.verdict) == (expected, expected)
-
-
-@pytest.mark.parametrize("row", models().values(), ids=lambda row: row.name)
-def test_the_docs_have_a_line_of_each_row(row: ModelRow) -> None:
-    lines = (DOCS / "recipes.md").read_text(encoding="utf-8").splitlines()
-    for name in (f"{row.name}_e8t2", *([f"{row.name}_e8t2_sft"] if row.tuning else [])):
-        assert any(f"`{name}`" in line for line in lines), name

@@ -1,0 +1,178 @@
+"""Write the tables of the pages that are made from the code, and count the words of the pages.
+
+    python -m benchmarks.doc_tables          docs/*.md, between `<!-- NAME table -->` and `<!-- end of table -->`
+    python -m benchmarks.doc_tables --check  only names the pages that differ; status 1 where any does
+    python -m benchmarks.doc_tables --words  the words of each page, without such tables, and of all
+
+The memory is what `nemo-upcycle plan` answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.cli.main import COMMANDS, examples_of
+from nemo_upcycle.cli.main import main as tool
+from nemo_upcycle.models import families
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.planning.recipe_table import SPEC, ModelRow, Run, models
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+TABLE = re.compile(r"(<!-- (\w+) table -->\n).*?(<!-- end of table -->)", re.DOTALL)
+#: Bridge's word of a precision -> the planner's; what runs are planned with.
+PRECISIONS = {"": "bf16", "fp8cs": "fp8-current", "fp8sc": "fp8-blockwise", "fp8mx": "mxfp8"}
+BF16 = ["--grad-dtype", "bf16"]
+PADDED, HYBRIDEP = (
+    ["--capacity-factor", "1", "--pad-to-capacity"],
+    ["--capacity-factor", "0", "--dispatcher", "hybridep"],
+)
+
+
+def table(headings: str, rows: Iterator[tuple[Any, ...]]) -> str:
+    """Return rows as Markdown, below headings that commas separate."""
+    lines = [headings.split(", "), ["---"] * len(headings.split(", ")), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def model_rows() -> Iterator[tuple[Any, ...]]:
+    """Yield the models of `conf/planning/recipes.yaml` with the names of their recipes."""
+    for row in models().values():
+        names = [f"`{row.name}_e8t2`", *([f"`{row.name}_e8t2_sft`"] if row.tuning else [])]
+        where = "NeMo, Bridge" if len(row.trainers) > 1 else "Bridge"
+        yield row.title, ", ".join(names), row.sizes, where, f"`{row.dense}`"
+
+
+def run_rows() -> Iterator[tuple[Any, ...]]:
+    """Yield the trainings of these models, and the memory of the fullest GPU: with MoE layers recomputed, or not."""
+    for row in models().values():
+        for gpu, runs in row.runs.items():
+            for kind, run in runs.items():
+                recomputed = kind in ("e8t2", "hybridep") and not row.few_steps
+                gib = [_gib(row, gpu, kind, run, "moe")] if recomputed else []
+                gib += [_gib(row, gpu, kind, run, "none")] if not gib or (kind == "e8t2" and gpu == "h100") else []
+                layout = f"{run} EP8".removeprefix("data parallelism alone ") if _ep(kind, run) > 1 else str(run)
+                yield (
+                    f"`{row.name}`",
+                    gpu.upper(),
+                    kind,
+                    run.precision or "bf16",
+                    run.gpus,
+                    layout,
+                    ", later ".join(gib),
+                )
+
+
+def _ep(kind: str, run: Run) -> int:
+    return 8 if run.gpus > 1 and kind != "dense" else 1
+
+
+def _gib(row: ModelRow, gpu: str, kind: str, run: Run, recompute: str) -> str:
+    """Say the GiB of the fullest GPU, and how they fit where they are tight."""
+    layout = f"tp={run.tp},pp={run.pp},vp={run.vp or 1},cp={run.cp},ep={_ep(kind, run)},mbs=1"
+    name = f"{row.name}_{'dense_ct' if kind == 'dense' else 'e8t2'}"
+    words = ["plan", "--recipe", name, "--gpus", str(run.gpus), "--gpu", gpu, "--layout", layout, "--json"]
+    words += ["--recompute", recompute, "--precision", PRECISIONS[run.precision], "--backend", "bridge"]
+    has_hybridep = kind == "hybridep" or (gpu == "gb200" and kind != "dense")
+    words += BF16 if kind == "fast" else []
+    words += HYBRIDEP if has_hybridep else PADDED if kind == "fast" else []
+    with redirect_stdout(io.StringIO()) as answer:
+        tool(words)
+    found = json.loads(answer.getvalue())["rows"][0]
+    return f"{found['memory_gib']['total']:.0f}" + ("" if found["fits"] == "fits" else f" ({found['fits']})")
+
+
+def class_rows() -> Iterator[tuple[Any, ...]]:
+    """Yield the classes of MoE models with what each cannot hold, beside what none of most holds."""
+    plain = models()["llama3_8b"].shape.upcycled(SPEC)
+    limits = {family: _limits(family, plain) for family in families.targets()}
+    common = [reason for reason in next(iter(limits.values())) if sum(reason in one for one in limits.values()) > 8]
+    for family, reasons in limits.items():
+        name = f"`{family.saved_as or family.hf_class}`{' with `enable_moe_block`' if family.saved_as else ''}"
+        yield name, family.router_score, "; ".join(reason for reason in reasons if reason not in common)
+
+
+def _limits(family: families.MoeFamily, arch: Architecture) -> list[str]:
+    """List the reasons, but for scores, and of shared experts the one that can be."""
+    shared = replace(arch, shared_ffn_size=arch.ffn_size)
+    never = {name for name in ("shared experts", "no shared experts") if name in family.limits(arch)}
+    never -= {name for one in (arch, shared) for name, holds in family.limits(one).items() if holds}
+    return [reason for reason in family.limits(arch) if not reason.endswith(" scores") and reason not in never]
+
+
+def tool_rows() -> Iterator[tuple[Any, ...]]:
+    """Yield the tools with what they do and their first example."""
+    for name, what in COMMANDS.items():
+        yield f"`{name}`", what, f"`{examples_of(name)[0]}`"
+
+
+def file_rows(folder: str) -> Iterator[tuple[Any, ...]]:
+    """Yield the YAML files of a folder of `conf` with the first sentence of each."""
+    for path in sorted((DOCS.parent / "conf" / folder).glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        text = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+        yield f"`{path.stem}`", text.split(". ")[0].rstrip(".")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "models": lambda: table("model, recipes, upcycled, trainers, parent", model_rows()),
+    "runs": lambda: table("model, GPU, run, precision, GPUs, layout, GiB", run_rows()),
+    "classes": lambda: table("class, scores, does not hold", class_rows()),
+    "suites": lambda: table("suite, what", file_rows("evaluation")),
+    "blends": lambda: table("blend, what", file_rows("data")),
+    "grids": lambda: table("grid, what", file_rows("ablations")),
+    "tools": lambda: table("tool, what it does, an example", tool_rows()),
+}
+
+
+def pages() -> list[Path]:
+    """List the pages that are written by hand, in part at least."""
+    return sorted(page for page in DOCS.glob("*.md") if page.name != "public.md")
+
+
+def with_tables(text: str) -> str:
+    """Write the tables of a page anew."""
+    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def words(page: Path) -> int:
+    """Count the words of a page, commands and code among them, without its tables that are made from the code.
+
+    Bars of tables, bullets and the like are none: what has neither a letter nor a digit.
+    """
+    return len(re.findall(r"\S*[^\W_]\S*", TABLE.sub("", page.read_text(encoding="utf-8"))))
+
+
+def main() -> None:
+    """Write the tables, name the pages that differ, or print the words."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--words", action="store_true", help="count")
+    args = parser.parse_args()
+    if args.words:
+        print("\n".join(f"{words(page):6,} {page.name}" for page in pages()))
+        print(f"{sum(map(words, pages())):6,} in all")
+        return
+    differing = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (made := with_tables(text)) != text:
+            differing.append(page.name)
+            if not args.check:
+                page.write_text(made, encoding="utf-8")
+    print("\n".join(differing))
+    sys.exit(args.check and bool(differing))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A run that was stopped goes on under another layout, with the states of its optimizer; of EP 1, too, and to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.contract.trainers import IS_BRIDGE, losses, train, training_text, weights
+from tests.functional.tiny import prepare
+from tests.tiers import quick
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.full]
+RESHARDABLE = (
+    "checkpoint.dist_ckpt_optim_fully_reshardable" if IS_BRIDGE else "trainer.strategy.ckpt_optim_fully_reshardable"
+)
+#: Ranks and sizes before, and after.
+CHANGES = [
+    ((1, {}), (2, {"ep": 2})),
+    ((2, {"ep": 2}), (1, {})),
+    ((2, {"ep": 2}), (4, {"ep": 4})),
+    ((4, {"ep": 4}), (2, {"ep": 2})),
+    ((2, {"ep": 2}), (2, {"tp": 2})),
+    ((2, {"tp": 2}), (2, {"ep": 2})),
+    ((2, {"tp": 2}), (1, {})),
+    ((2, {"tp": 2}), (2, {"pp": 2})),
+    ((2, {"pp": 2}), (2, {"ep": 2})),
+    ((2, {"ep": 2}), (2, {"tp": 2, "ep": 2, "etp": 1})),
+    ((2, {"tp": 2, "ep": 2, "etp": 1}), (2, {})),
+    ((2, {}), (4, {"pp": 2, "ep": 2})),
+    ((4, {"pp": 2, "ep": 2}), (1, {})),
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return prepare(tmp_path_factory.mktemp("inputs"), vocab_size=260)
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of six steps on one rank that nothing stopped."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train(training_text(), folder, *inputs)
+    return folder
+
+
+@pytest.mark.skipif(not IS_BRIDGE, reason="NeMo says it itself")
+def test_states_that_were_not_saved_for_another_layout_are_refused(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    train(training_text({"steps": 2, RESHARDABLE: False, "ep": 2}, ranks=2), tmp_path / "run", *inputs, ranks=2)
+    with pytest.raises(RuntimeError, match=r"got EP 1.*expected EP 2.*fully_reshardable=True"):
+        train(training_text({RESHARDABLE: False}), tmp_path / "run", *inputs)
+
+
+@pytest.mark.parametrize(("before", "after"), quick(CHANGES, CHANGES[1]), ids=str)
+def test_a_stopped_run_goes_on_under_another_layout(
+    inputs: tuple[Path, Path],
+    alone: Path,
+    tmp_path: Path,
+    before: tuple[int, dict[str, int]],
+    after: tuple[int, dict[str, int]],
+) -> None:
+    """Its weights are those of a run that nothing stopped, to what other sums leave; with new states they are not."""
+    run = tmp_path / "run"
+    (ranks, layout), (ranks_after, layout_after) = before, after
+    with pytest.raises(RuntimeError, match="died"):
+        train(training_text({RESHARDABLE: True, **layout}, ranks=ranks), run, *inputs, ranks=ranks, kill_at=5)
+    train(training_text({RESHARDABLE: True, **layout_after}, ranks=ranks_after), run, *inputs, ranks=ranks_after)
+    found, expected = weights(run), weights(alone)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-5)  # with new states 1e-3 and more
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
