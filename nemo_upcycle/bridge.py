@@ -1,16 +1,27 @@
 """Run a script of Megatron-Bridge's with this package's recipes and conversions known to it.
 
 torchrun ... -m nemo_upcycle.bridge Megatron-Bridge/scripts/training/run_recipe.py --recipe NAME KEY=VALUE ...
+
+A script of one's own imports from here `upcycled` and `upcycled_pretraining`.
 """
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.trainers.bridge import require_bridge
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a script of one's own needs, without a trainer where this module only runs one."""
+    if name not in ("upcycled", "upcycled_pretraining"):
+        raise AttributeError(name)
+    return getattr(importlib.import_module("nemo_upcycle.trainers.bridge.recipes.common"), name)
 
 
 def main() -> None:

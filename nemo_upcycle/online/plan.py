@@ -88,7 +88,6 @@ def param_plans(model: Any, plan: ModelPlan, coords: RankCoords) -> list[ParamPl
     """
     parts, moe_arch = layer_parts(model), plan.moe_arch
     layers = [part.layer for part in parts]
-    grouped: dict[TensorPlan, list[tuple[int, str, torch.Tensor, torch.Tensor]]] = {}
     found: dict[int | None, dict[str, str]] = {}
     mapped, unknown_names = [], []
     for name, parameter in (*model.named_parameters(), *(_biases(model) if moe_arch.balancing_bias else ())):
@@ -106,6 +105,29 @@ def param_plans(model: Any, plan: ModelPlan, coords: RankCoords) -> list[ParamPl
             expected="output_layer.weight: the parent has one of its own",
             fix="set share_embeddings_and_output_weights to False",
         )
+    return group_plans(mapped, model.config, plan, coords)
+
+
+def group_plans(
+    mapped: Iterable[tuple[str, torch.Tensor, int | None, ParamMapping, int | None]],
+    config: Any,
+    plan: ModelPlan,
+    coords: RankCoords,
+) -> list[ParamPlan]:
+    """Plan parameters by what they are, those of experts that are made of the same slices together.
+
+    Args:
+        mapped: of each parameter its name, itself, its layer, its row of the mapping table, its local expert's number.
+        config: the model's.
+        plan: what the whole model is made of.
+        coords: the rank's.
+
+    Raises:
+        CheckpointError: a shape is wrong.
+        SpecError: a parameter cannot be filled through views.
+    """
+    grouped: dict[TensorPlan, list[tuple[int, str, torch.Tensor, torch.Tensor]]] = {}
+    moe_arch = plan.moe_arch
     first_expert = coords.experts.rank * (moe_arch.num_experts or 0) // coords.experts.size
     for name, parameter, layer, megatron_mapping, local_expert in mapped:
         mapping = mapping_of(megatron_mapping.role, moe_arch)
@@ -113,7 +135,7 @@ def param_plans(model: Any, plan: ModelPlan, coords: RankCoords) -> list[ParamPl
         expert = 0 if local_expert is None else first_expert + local_expert
         tensor = _tensor_to_fill(name, parameter)
         shape = _checked_shape(name, tensor, mapping, moe_arch, shard)
-        interleaved = glu_interleave_size(model.config, mapping, name, shape[0])
+        interleaved = glu_interleave_size(config, mapping, name, shape[0])
         made_of = plan.tensor(mapping, layer, expert, shard=shard, shape=shape, interleaved=interleaved)
         grouped.setdefault(made_of, []).append((expert, name, parameter, tensor))
     plans = []

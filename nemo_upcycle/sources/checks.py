@@ -166,7 +166,8 @@ def rounded_because(dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | 
         ('float32 weights are rounded to bfloat16 (model.embed_tokens.weight and 290 more)',)
     """
     arch = dense.architecture
-    weights = rounded({name: dense.dtype(name) for name in hf_names(arch) if name not in float32_names(arch)}, dtype)
+    names = hf_names(arch) if find_family(arch.hf_class) else dense.names()
+    weights = rounded({name: dense.dtype(name) for name in names if name not in float32_names(arch)}, dtype)
     factors = (
         f"the factor {factor:.4g} on the {what} {how}"
         for what, factor in (_factors(spec, dense) if spec else {}).items()

@@ -45,7 +45,8 @@ def run_config(
         dense: the dense checkpoint.
         folder: for the checkpoints.
         spec: of the model.
-        style: `provider`, or `builder` for the configuration that is to replace it.
+        style: `provider`, or `builder` for the configuration that is to replace it, or `whole` for a provider of all
+            parts of a model.
         steps: to train.
         vocab_size: of the model; rows that the parent does not have only pad.
         pattern: the layers of a HybridModel; None: a GPTModel.
@@ -56,6 +57,7 @@ def run_config(
     from megatron.bridge.recipes.common import _pretrain_common
 
     from nemo_upcycle.cpu.configuration import local_hybrid_stack
+    from nemo_upcycle.trainers.bridge.bridged import bridged_provider
     from nemo_upcycle.trainers.bridge.models import upcycled_config, upcycled_provider
 
     sizes = {SIZES[name]: size for name, size in layout.items()}
@@ -75,7 +77,8 @@ def run_config(
             {"hybrid_stack_spec": local_hybrid_stack()} if pattern else {"transformer_layer_spec": _local_layers}
         )
     config = _pretrain_common()
-    config.model = (upcycled_provider if style == "provider" else upcycled_config)(dense, spec, **settings, **sizes)
+    make = {"provider": upcycled_provider, "builder": upcycled_config, "whole": bridged_provider}[style]
+    config.model = make(dense, spec, **settings, **sizes)
     config.mixed_precision = None
     config.tokenizer.tokenizer_type, config.tokenizer.vocab_size = "NullTokenizer", VOCABULARY - 1
     config.dataset.seq_length, config.dataset.num_workers = SEQUENCE, 0

@@ -231,7 +231,8 @@ def test_every_upcycled_model_has_a_chain_with_its_baseline(numbers: dict[str, A
         assert {one.recipe, one.dense_ct} <= set(ALL)
         dense = "_dense" if "_sft_" in one.recipe else "_dense_ct"
         assert _pair(one.dense_ct) == _pair(one.recipe).replace("_e8t2", dense)
-        assert one.dense == numbers[_pair(one.recipe)]["resume.restore_config.path"]
+        if (pair := _pair(one.recipe)) in numbers:  # Qwen3.5 has none in NeMo
+            assert one.dense == numbers[pair]["resume.restore_config.path"]
 
 
 def _part(name: str, part: str) -> str:

@@ -25,11 +25,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.config_fields import table
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import window_fields
 from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields, router_fields
 from nemo_upcycle.online.decoder_layers import decoder_layers, layers_of
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.bridge.bridged import bridged_provider, needs_bridge
 
 
 #: The frequencies that Megatron's own scaling has: Llama 3.1's. Its factor alone can be set.
@@ -51,6 +53,17 @@ _MOE_KERNELS: dict[str, Any] = {
     "moe_router_load_balancing_type": "aux_loss",
     "moe_aux_loss_coeff": 1e-2,
 }
+
+
+#: Kinds of settings that change nothing of a filled model, and where layouts are handled: `config_fields.yaml`.
+_STAYING = (
+    "who computes what, and when",
+    "memory and recomputation",
+    "types of products, with weights in their own",
+    "kernels",
+    "how tokens reach their experts, and what the router learns",
+)
+_LAYOUT = ("online.plan.split_name", "online.plan.RankCoords", "online.quantized.quantize")
 
 
 def upcycled_provider(
@@ -75,9 +88,13 @@ def upcycled_provider(
         >>> pattern = hybrid_pattern([True] * 32, segments=4)  # of nemo_upcycle.models.hybrid
         >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), hybrid_layer_pattern=pattern)  # doctest: +SKIP
     """
+    provider: GPTModelProvider | HybridModelProvider
+    if not isinstance(dense, Architecture) and needs_bridge(Path(dense)):
+        provider = bridged_provider(dense, spec, **changes)
+        provider.register_pre_wrap_hook(partial(refuse_unfilled, str(dense)))
+        return provider
     arch = _architecture(dense)
     arch = arch.upcycled(spec) if spec else arch
-    provider: GPTModelProvider | HybridModelProvider
     if not (arch.mamba or "hybrid_layer_pattern" in changes):
         provider = GPTModelProvider(**(provider_fields(arch) | _routing(spec) | changes))
     else:
@@ -120,6 +137,21 @@ def upcycled_config(
     if not isinstance(dense, Architecture):
         config.pre_wrap_hooks = UserList([partial(refuse_unfilled, str(dense))])  # see `upcycle_on_start`
     return config
+
+
+def kept_settings(model: Any) -> dict[str, Any]:
+    """Return the settings of a model's configuration that stay with another parent: layout, precision, kernels.
+
+    Args:
+        model: Bridge's provider, or the configuration of one of its builders.
+    """
+    model = getattr(model, "transformer", model)
+    names = {name for kind, fields in table()["free"].items() if kind in _STAYING for name in fields}
+    names |= {name for place in _LAYOUT for name in table()["handled"][place]}
+    usual = GPTModelProvider.__dataclass_fields__
+    given = {name: getattr(model, name) for name in names if name in usual and hasattr(model, name)}
+    changed = {name: value for name, value in given.items() if value != usual[name].default and not callable(value)}
+    return changed | {name: getattr(model, name) for name in ("fp16", "bf16", "params_dtype", "pipeline_dtype")}
 
 
 def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:

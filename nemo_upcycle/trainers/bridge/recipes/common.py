@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +13,18 @@ from typing import Any
 
 from megatron.bridge.recipes.common import _pretrain_common
 from megatron.bridge.recipes.utils.environment_utils import COMMON_RECIPE_ENV_VARS
+from megatron.bridge.training.config import ConfigContainer
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from nemo_upcycle.data.dense import ensure_dense
+from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
-from nemo_upcycle.trainers.bridge.models import upcycled_provider
+from nemo_upcycle.trainers.bridge.blend import BlendDataset
+from nemo_upcycle.trainers.bridge.models import kept_settings, upcycled_provider
 from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+from nemo_upcycle.utils.progress import show_messages
 
 
 #: Names the dense checkpoint of a recipe, for Bridge's recipes have no arguments.
@@ -59,25 +65,83 @@ def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: in
         >>> config = upcycled_pretraining("/models/mine", UpcycleSpec(), seq_length=8192)  # doctest: +SKIP
         >>> config.dataset = BlendDataset(folder="/data/mine", seq_length=8192)  # doctest: +SKIP
     """
+    config = _pretrain_common()
+    config.dataset.seq_length, config.train.micro_batch_size = seq_length, 1
+    config.env_vars = dict(COMMON_RECIPE_ENV_VARS)
+    return upcycled(config, dense, spec, seq_length=seq_length, **settings)
+
+
+def upcycled(
+    config: ConfigContainer,
+    dense: str,
+    spec: UpcycleSpec | None,
+    data: str | Path | None = None,
+    *,
+    seq_length: int | None = None,
+    **settings: Any,
+) -> UpcyclingConfig:
+    """Turn any pretraining of Bridge's into one that starts from a dense checkpoint, and say what changes.
+
+    Layout, precision, kernels, recomputation, micro-batches, logging and folders stay; model, tokenizer, learning
+    rates, schedule, steps and batches become the parent's and the paper's, and optimizer states are saved so that
+    another layout can read them. Change what it returns as you would change Bridge's.
+
+    Args:
+        config: Bridge's recipe, or a configuration of one's own; it shares what does not change with the result.
+        dense: the dense checkpoint, see `upcycled_pretraining`.
+        spec: how to upcycle it; None continues it as it is: the dense baseline.
+        data: a finished folder of `nemo-upcycle data`; None keeps the configuration's data.
+        seq_length: S; None takes that of the configuration's data.
+        settings: further ones of the model, which go before the configuration's.
+
+    Raises:
+        SpecError: the run cannot be filled, or would not keep what it is filled with.
+        UpcycleError: there is no such checkpoint, or the data are not finished.
+
+    Example:
+        >>> config = upcycled(my_config(), "/models/mine", UpcycleSpec(), "/data/mine")  # doctest: +SKIP
+        >>> pretrain(config, forward_step, callbacks=upcycle_callbacks(config, "/runs/mine"))  # doctest: +SKIP
+    """
     source, spec = os.environ.get(DENSE, dense), replace(spec, **_CHANGES.get({})) if spec else None
     folder = Path(source) if Path(source).is_dir() else ensure_dense(source)  # weights are checked when they are read
-    config = UpcyclingConfig.of(_pretrain_common())
-    config.model = upcycled_provider(folder, spec, seq_length=seq_length, **settings)
-    config.tokenizer.tokenizer_type = "NullTokenizer"
-    config.tokenizer.tokenizer_model = None
-    config.tokenizer.use_tokenizer_vocab_size = False
-    config.tokenizer.vocab_size = config.model.vocab_size - 1
-    config.dataset.seq_length = seq_length
-    config.train.train_iters, config.train.micro_batch_size = paper.STEPS, 1
-    config.train.global_batch_size = max(1, paper.TOKENS_A_STEP // seq_length)
-    config.validation.eval_interval, config.checkpoint.save_interval = 2000, paper.CHECKPOINT_STEPS
-    config.optimizer.lr, config.optimizer.min_lr = paper.PEAK, paper.END
-    config.scheduler.lr_warmup_iters = paper.WARMUP_STEPS
-    config.optimizer.adam_eps = 1e-5  # NeMo's
-    # Bridge's scheduler has 0.033, which takes the place of the optimizer's 0.1.
-    config.scheduler.start_weight_decay = config.scheduler.end_weight_decay = config.optimizer.weight_decay
-    config.checkpoint.most_recent_k = 2  # Bridge keeps all
-    config.dist.distributed_timeout_minutes = 60  # the first rank alone lays out the order of the samples
-    config.env_vars = dict(COMMON_RECIPE_ENV_VARS)
+    seq_length = seq_length or config.dataset.seq_length
+    given, config = config.model, UpcyclingConfig.of(config)
+    kept = kept_settings(given) if given else {}
+    model = upcycled_provider(folder, spec, **(kept | {"seq_length": seq_length} | settings))
+    config.model = model
+    if data:
+        config.dataset = BlendDataset(folder=str(open_blend(Path(data)).folder), seq_length=seq_length)
+    is_text = not isinstance(config.dataset, BlendDataset | GPTDatasetConfig)
+    values = {
+        "tokenizer.tokenizer_type": "HuggingFaceTokenizer" if is_text else "NullTokenizer",
+        "tokenizer.tokenizer_model": None,  # of texts, the parent's
+        "tokenizer.vocab_size": None if is_text else model.vocab_size - 1,
+        "dataset.seq_length": seq_length,
+        "train.train_iters": paper.STEPS,
+        "train.global_batch_size": max(1, paper.TOKENS_A_STEP // seq_length),
+        "validation.eval_interval": 2000,
+        "checkpoint.save_interval": paper.CHECKPOINT_STEPS,
+        "checkpoint.load": config.checkpoint.save,
+        "checkpoint.most_recent_k": 2,  # Bridge keeps all
+        "checkpoint.dist_ckpt_optim_fully_reshardable": True,
+        "optimizer.lr": paper.PEAK,
+        "optimizer.min_lr": paper.END,
+        "optimizer.adam_eps": 1e-5,  # NeMo's
+        "scheduler.lr_decay_style": "cosine",
+        "scheduler.lr_decay_iters": None,
+        "scheduler.lr_warmup_iters": paper.WARMUP_STEPS,
+        "scheduler.lr_warmup_fraction": None,
+        # Bridge's scheduler has 0.033, which takes the place of the optimizer's 0.1.
+        "scheduler.start_weight_decay": config.optimizer.weight_decay,
+        "scheduler.end_weight_decay": config.optimizer.weight_decay,
+        "dist.distributed_timeout_minutes": 60,  # the first rank alone lays out the order of the samples
+    }
+    for name, value in values.items():
+        part, _, field = name.partition(".")
+        setattr(config, part, changed := copy.copy(getattr(config, part)))
+        before = getattr(changed, field)
+        setattr(changed, field, value)
+        if given and before != value:
+            show_messages().info("  %s: %s -> %s", name, before, value)
     upcycle_on_start(config, folder, spec)
     return config
