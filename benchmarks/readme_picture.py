@@ -64,14 +64,14 @@ def _draw_gain(axes: Any, differences: dict[str, Any]) -> None:
     gains = [-end["difference"] for end in ends]
     errors = [(end["high"] - end["low"]) / 2 for end in ends]
     bars = axes.barh(range(len(ends)), gains, xerr=errors, color=BLUE, ecolor=INK, capsize=4, height=0.62)
-    axes.bar_label(bars, [f"-{gain:.3f}" for gain in gains], padding=8, fontsize=SMALL, color=INK)
+    axes.bar_label(bars, [f"{gain:.3f}" for gain in gains], padding=8, fontsize=SMALL, color=INK)
     axes.set_yticks(range(len(ends)), PARENTS.values(), fontsize=SMALL)
     axes.set(xlim=(0, 0.16))
     axes.invert_yaxis()
     axes.set_xticks([])
     axes.set_ylabel("parent's tokens", fontsize=SMALL)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.set_title("loss below the parent trained on\n(bits per byte, 1M model, ours)", fontsize=SMALL, loc="left")
+    axes.set_title("ours, 1M model: bits per byte\nbelow the parent, equal tokens", fontsize=SMALL, loc="left")
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def main() -> None:
     left.axis("off")
     before, after = PAPER
     left.text(0.5, 0.74, f"{before} → {after}", ha="center", fontsize=38, weight="bold", color=BLUE)
-    left.text(0.5, 0.2, "MMLU of Llama 3 8B\nupcycled to 8 experts\n(arXiv 2412.09952)", ha="center", fontsize=SMALL)
+    left.text(0.5, 0.2, "the paper's MMLU:\nLlama 3 8B, 8 experts\n(arXiv 2412.09952)", ha="center", fontsize=SMALL)
     _draw_gain(right, json.loads(TABLE.read_text(encoding="utf-8"))["differences"])
     figure.savefig(PICTURE, dpi=100)
 

@@ -204,6 +204,8 @@ def choose(parent: Parent, texts: Texts, trainer: tuple[str, str], wanted: Wante
     dense, arch = parent.arch, parent.arch.upcycled(spec)
     number, kind = gpus_here() if wanted.gpus is None else (wanted.gpus, None)
     kind = wanted.gpu or kind or "h100"
+    if wanted.gpu and known_gpu(wanted.gpu) and not number:
+        raise UpcycleError("--gpu", got=wanted.gpu, expected="how many of them, too", fix="give --gpus N")
     rows = [
         ("experts", f"{spec.num_experts}, top-{spec.top_k}", _why(wanted.spec, "num_experts", "the paper's")),
         ("trainer", TRAINERS[trainer[0]][1], trainer[1]),
@@ -224,7 +226,7 @@ def choose(parent: Parent, texts: Texts, trainer: tuple[str, str], wanted: Wante
             )
         )
         rows.append(("sequences", f"{seq_length} tokens, {batch} a step", "short, for a CPU"))
-        rows.append(("steps", f"{steps}", "a trial: shows that all works"))
+        rows.append(("steps", f"{steps}", "a trial: shows that all works; a training: --gpus N --gpu NAME"))
         rows.append(("learning rate", f"{peak:g}, warm-up {warmup}", "the demo's, for few steps"))
     else:
         seq_length = _length(texts, dense)

@@ -36,3 +36,9 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
     error = str(refused(*words))
     assert error.startswith("3 things are missing:")
     assert all(word in error for word in ("config.json", "no such file or folder", "got NeMo alone"))
+
+
+@pytest.mark.parametrize(("gpu", "said"), [("64", "'64' does not exist"), ("h100", "give --gpus N")])
+def test_a_kind_of_gpus_needs_their_number(parent_folder: Path, texts_folder: Path, gpu: str, said: str) -> None:
+    words = ["start", str(parent_folder), str(texts_folder), "--dir", str(texts_folder.parent / "run"), "--gpu", gpu]
+    assert said in str(refused(*words))
