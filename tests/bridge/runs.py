@@ -37,6 +37,7 @@ def run_config(
     pattern: str | None = None,
     lr: float = 0.0,
     model: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
     **layout: int,
 ) -> Any:
     """Return a run of Bridge's that learns nothing, unless it is told to: its checkpoints are those of step 0.
@@ -52,6 +53,7 @@ def run_config(
         pattern: the layers of a HybridModel; None: a GPTModel.
         lr: the learning rate.
         model: further settings of the model.
+        optimizer: of the optimizer; whether it is distributed is DDP's setting, too.
         layout: sizes that are not 1.
     """
     from megatron.bridge.recipes.common import _pretrain_common
@@ -85,6 +87,9 @@ def run_config(
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = steps, 4, 1
     config.validation.eval_iters = 0
     config.optimizer.lr = config.optimizer.min_lr = lr
+    for name, value in (optimizer or {}).items():
+        setattr(config.optimizer, name, value)
+    config.ddp.use_distributed_optimizer = config.optimizer.use_distributed_optimizer
     config.scheduler.lr_warmup_iters = 0
     config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = False
     config.checkpoint.save = config.checkpoint.load = str(folder)

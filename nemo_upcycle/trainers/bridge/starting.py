@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Collection, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ def wrong_in(config: ConfigContainer, layout: Layout, unit: str) -> Iterator[Upc
     wrong = list(wrong_choices(config.model, "model."))
     if (name := config.optimizer.optimizer.removeprefix("dist_")) not in (*_OPTIMIZERS, *_EMERGING_OPTIMIZERS):
         wrong.append(UpcycleError.unknown("optimizer.optimizer", name, (*_OPTIMIZERS, *_EMERGING_OPTIMIZERS)))
+    elif name in _EMERGING_OPTIMIZERS and find_spec("emerging_optimizers") is None:
+        expected, fix = "package emerging-optimizers", "pip install emerging-optimizers"
+        wrong.append(UpcycleError(field="optimizer.optimizer", got=f"{name} without it", expected=expected, fix=fix))
     if (kind := config.tokenizer.tokenizer_type) is None:
         fix = "omit it where the recipe has one, or set it to NullTokenizer, with tokenizer.vocab_size"
         wrong.append(UpcycleError(field="tokenizer.tokenizer_type", got=kind, expected="a kind of tokenizer", fix=fix))

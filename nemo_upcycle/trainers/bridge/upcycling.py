@@ -259,6 +259,10 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
     precision = config.mixed_precision
     if isinstance(precision, str):
         precision = get_mixed_precision_config(precision)
+    optimizer = config.optimizer
+    has_own_type = precision is None and not optimizer.use_distributed_optimizer
+    in_another_type = has_own_type and optimizer.bf16 and transformer.params_dtype == torch.float32
+    untried = "no checkpoint of it was saved or exported: it does not start without a GPU"
     loads = [hook for hook in _hooks(model) if _name_of(hook) == _BRIDGES_LOADING]
     for name, got, why in (
         ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, "it would overwrite"),
@@ -280,15 +284,16 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
             hybrid and checkpoint.also_save_hf_checkpoint,
             "Bridge numbers a HybridModel's layers as they are; nemo-upcycle export writes the parent's class",
         ),
+        ("optimizer.bf16", in_another_type, "weights are in float32: a checkpoint would find no parameter of it"),
         ("peft", config.peft, "all weights are trained"),
-        ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp or config.ddp.use_megatron_fsdp, "it cuts shards"),
-        ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, "it cuts shards"),
+        ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp or config.ddp.use_megatron_fsdp, untried),
+        ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, untried),
         ("dist.use_decentralized_pg", config.dist.use_decentralized_pg, "it has no parallel_state"),
         ("model.init_model_with_meta_device", model.init_model_with_meta_device, "there is nothing to fill"),
     ):
         if got:
             raise SpecError(field=f"config.{name}", got=got, expected=f"nothing: {why}", fix="unset it")
-    check_masters(precision, config.optimizer, "config.optimizer.use_precision_aware_optimizer")
+    check_masters(precision, optimizer, "config.optimizer.use_precision_aware_optimizer")
     if loads:
         raise SpecError(
             field="config.model",
