@@ -102,10 +102,11 @@ def _numbers(results: dict[str, Any]) -> list[list[str]]:
 def _loss(training: dict[str, Any]) -> list[str]:
     """Set the MoE's last loss beside those of its parent and of the baseline."""
     done, baseline = training["pretrain"], training.get("dense_ct", {})
-    kind = "validation" if done["last_validation_loss"] is not None else "training"
-    others = {"parent": (baseline or done).get("step0_loss"), "baseline": baseline.get(f"last_{kind}_loss")}
+    validated = done["last_validation_loss"] is not None
+    kind, key = ("validation", "last_validation_loss") if validated else ("training", "last_loss")
+    others = {"parent": (baseline or done).get("step0_loss"), "baseline": baseline.get(key)}
     beside = ", ".join(f"{title} {loss:.3f}" for title, loss in others.items() if loss is not None)
-    return [f"{kind} loss at the end", f"{done[f'last_{kind}_loss']:.3f}", beside or "nothing to compare with"]
+    return [f"{kind} loss at the end", f"{done[key]:.3f}", beside or "nothing to compare with"]
 
 
 def _step_zero(results: dict[str, Any]) -> list[str]:

@@ -147,7 +147,7 @@ def test_a_parent_with_experts_goes_through_the_chain(inputs: Path) -> None:
         arch = read_architecture(run / name)
         assert (arch.hf_class, arch.num_experts, arch.top_k) == ("Qwen3MoeForCausalLM", experts, experts // 2)
     report = (run / "report.md").read_text()
-    assert "A model with experts of" in report
+    assert "→ MoE of 8 experts, top-4" in report
     assert "dense parent" not in report
     assert "dense baseline" not in report
 

@@ -21,7 +21,7 @@ TEXTS = Texts({"train": ["/texts/**/*.txt"], "options": {"text_key": "body"}}, 2
 
 
 def _chosen(trainer: str, gpus: int) -> Choices:
-    return choose(PARENT, TEXTS, (trainer, ""), Wanted({}, gpus=gpus, gpu="h100"))
+    return choose(PARENT, TEXTS, (trainer, ""), Wanted({}, gpus=gpus, gpu="h100" if gpus else None))
 
 
 @pytest.mark.parametrize("trainer", ["nemo", "bridge"])
