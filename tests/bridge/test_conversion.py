@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,12 @@ def _folder(name: str, folder: Path) -> Path:
 
 
 MOES = ["Mixtral", "Mixtral, tied", "Qwen2-MoE, shared experts", "Qwen2-MoE, dense layers"]
-#: Class -> its bridge in the form that Megatron-Bridge asks for.
+#: Class -> file of its bridge in the form that Megatron-Bridge asks for, and the bridge.
 CONTRIBUTION = {
-    "MixtralForCausalLM": "examples.bridge_contribution.mixtral.mixtral_bridge.MixtralBridge",
-    "Qwen2MoeForCausalLM": "examples.bridge_contribution.qwen.qwen2_moe_bridge.Qwen2MoEBridge",
+    "MixtralForCausalLM": ("mixtral/mixtral_bridge.py", "MixtralBridge"),
+    "Qwen2MoeForCausalLM": ("qwen/qwen2_moe_bridge.py", "Qwen2MoEBridge"),
 }
+MODELS = Path(__file__).parents[2] / "examples/bridge_contribution/src/megatron/bridge/models"
 CASES = [
     *itertools.product([*MOES, "FlexOlmo"], [{}, {"ep": 2}, {"tp": 2, "ep": 2}]),
     *itertools.product(DENSE, [{}, {"tp": 2}]),
@@ -94,7 +95,7 @@ def test_bridges_in_the_form_of_a_contribution_make_the_same_models(tmp_path: Pa
     (found,) = run_ranks(_by_contribution, 1, list(folders.values()))
     for (name, folder), (classes, ours, theirs, exported) in zip(folders.items(), found, strict=True):
         hf_class = "MixtralForCausalLM" if name.startswith("Mixtral") else "Qwen2MoeForCausalLM"
-        assert classes == (f"{hf_class}Bridge", CONTRIBUTION[hf_class].rpartition(".")[2])
+        assert classes == (f"{hf_class}Bridge", CONTRIBUTION[hf_class][1])
         assert set(ours) == set(theirs)
         assert [tensor for tensor in ours if not torch.equal(ours[tensor], theirs[tensor])] == [], name
         assert _is_as_in(folder, exported)
@@ -120,8 +121,8 @@ def _by_contribution(folders: list[Path]) -> list[Any]:
         return type(bridge._model_bridge).__name__, bridge, provider.provide_distributed_model(wrap_with_ddp=False)
 
     ours = [load(folder) for folder in folders]
-    for name in CONTRIBUTION.values():
-        importlib.import_module(name.rpartition(".")[0])  # which registers its bridge in the place of ours
+    for file, _ in CONTRIBUTION.values():
+        runpy.run_path(str(MODELS / file))  # which registers its bridge in the place of ours
     theirs = [load(folder) for folder in folders]
     return [
         (
