@@ -5,7 +5,7 @@
 FOLDER is a clone of NVIDIA-NeMo/Megatron-Bridge: what is applied stays there, ready for `git commit --signoff`. Of a
 git directory without a working tree, HEAD is written to a temporary folder. The files lie as in Bridge's tree;
 `EDITS` are the lines that they need in files of Bridge's. The tests run with `--python`, which needs Bridge's
-dependencies and pytest, no GPU: a stand-in of Transformer Engine does.
+dependencies, this package and pytest, no GPU: a stand-in of Transformer Engine does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from io import BytesIO
 from pathlib import Path
 
 
-CONTRIBUTION = Path(__file__).parents[1] / "examples/bridge_contribution"
+ROOT = Path(__file__).parents[1]
+CONTRIBUTION = ROOT / "examples/bridge_contribution"
 _MODELS, _PAGES = "src/megatron/bridge/models", "docs/models"
 _LAUNCHERS = [
     f"tests/functional_tests/launch_scripts/{gpu}/active/L1_Launch_models_qwen2.sh" for gpu in ("h100", "gb200")
@@ -127,24 +128,27 @@ def check(bridge: Path, names: list[str], python: str) -> bool:
     units = [name for name in tests if name.startswith("tests/unit_tests/")]
     functional = [name for name in tests if name.startswith("tests/functional_tests/")]
     rules = [f"tests/unit_tests/models/{name}.py" for name in _RULES]
-    ruff, pytest = [sys.executable, "-m", "ruff"], [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    quiet = ["--durations=0", "--durations-min=60", "--disable-warnings"]
+    ruff = [sys.executable, "-m", "ruff"]
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--disable-warnings", "--durations-min=600"]
+    on_cpu = [*pytest, "tests/bridge/test_conversion.py", "-k", "contribution"]
     passed = [
         _passes("ruff check", bridge, [*ruff, "check", *modules]),
         _passes("ruff check --select I", bridge, [*ruff, "check", "--select", "I", *modules]),
         _passes("ruff format", bridge, [*ruff, "format", "--check", *modules]),
-        _passes("unit tests", bridge, [*pytest, *quiet, *units]),
-        _passes("tests of Bridge's rules", bridge, [*pytest, *quiet, *rules]),
+        _passes("unit tests", bridge, [*pytest, *units]),
+        _passes("tests of Bridge's rules", bridge, [*pytest, *rules]),
         _passes("functional tests, collected", bridge, [*pytest, "--collect-only", *functional]),
+        _passes("small models there and back on a CPU, by this package's test", bridge, on_cpu, folder=ROOT),
     ]
     print("not run: the functional tests, for which Bridge wants two GPUs and Transformer Engine:")
     print(f"  uv run python -m pytest {' '.join(functional)}")
     return all(passed)
 
 
-def _passes(title: str, bridge: Path, command: list[str]) -> bool:
-    environment = os.environ | {"PYTHONPATH": f"{bridge / 'src'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=bridge, env=environment, capture_output=True, text=True, check=False)
+def _passes(title: str, bridge: Path, command: list[str], folder: Path | None = None) -> bool:
+    paths = os.pathsep.join(filter(None, [str(bridge / "src"), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=folder or bridge, env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines() or [""]
     print(f"{'FAILED' if done.returncode else 'passed'}: {title}: {lines[-1].strip('= ')}", flush=True)
     if done.returncode:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.bridge_contribution import CONTRIBUTION as FOLDER
+from benchmarks.bridge_contribution import EDITS, apply
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
 from tests.bridge.runs import SIZES, offline
@@ -49,7 +51,6 @@ CONTRIBUTION = {
     "MixtralForCausalLM": ("mixtral/mixtral_bridge.py", "MixtralBridge"),
     "Qwen2MoeForCausalLM": ("qwen/qwen2_moe_bridge.py", "Qwen2MoEBridge"),
 }
-MODELS = Path(__file__).parents[2] / "examples/bridge_contribution/src/megatron/bridge/models"
 CASES = [
     *itertools.product([*MOES, "FlexOlmo"], [{}, {"ep": 2}, {"tp": 2, "ep": 2}]),
     *itertools.product(DENSE, [{}, {"tp": 2}]),
@@ -101,6 +102,23 @@ def test_bridges_in_the_form_of_a_contribution_make_the_same_models(tmp_path: Pa
         assert _is_as_in(folder, exported)
 
 
+def test_the_contribution_is_applied_once_or_not_at_all(tmp_path: Path) -> None:
+    for name, _, _ in EDITS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(old for other, old, _ in EDITS if other == name))
+    names = apply(tmp_path)
+    texts = {name: (tmp_path / name).read_text() for name in names}
+    assert {name for name, _, _ in EDITS} < set(names)
+    assert all(new in texts[name] for name, _, new in EDITS)
+    assert {name: (tmp_path / name).read_text() for name in apply(tmp_path)} == texts
+
+    (tmp_path / names[0]).unlink()
+    (tmp_path / EDITS[-1][0]).write_text("of another release")
+    with pytest.raises(SystemExit, match="stands there 0 times, expected once"):
+        apply(tmp_path)
+    assert not (tmp_path / names[0]).exists()
+
+
 def _by_contribution(folders: list[Path]) -> list[Any]:
     """Return of each folder the classes of the bridges, the models that both make, and what the second exports."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
@@ -122,7 +140,9 @@ def _by_contribution(folders: list[Path]) -> list[Any]:
 
     ours = [load(folder) for folder in folders]
     for file, _ in CONTRIBUTION.values():
-        runpy.run_path(str(MODELS / file))  # which registers its bridge in the place of ours
+        runpy.run_path(
+            str(FOLDER / "src/megatron/bridge/models" / file)
+        )  # which registers its bridge in the place of ours
     theirs = [load(folder) for folder in folders]
     return [
         (
