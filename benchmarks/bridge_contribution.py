@@ -2,10 +2,11 @@
 
     python -m benchmarks.bridge_contribution FOLDER --python .venv-bridge-sample/bin/python
 
-FOLDER is a clone of NVIDIA-NeMo/Megatron-Bridge: what is applied stays there, ready for `git commit --signoff`. Of a
-git directory without a working tree, HEAD is written to a temporary folder. The files lie as in Bridge's tree;
-`EDITS` are the lines that they need in files of Bridge's. The tests run with `--python`, which needs Bridge's
-dependencies, this package and pytest, no GPU: a stand-in of Transformer Engine does.
+FOLDER is a clone of NVIDIA-NeMo/Megatron-Bridge: what is applied stays there, for `git commit --signoff -m
+"feat(model): add Mixtral and Qwen2 MoE bridges"`. Of a git directory without a working tree, HEAD is written to a
+temporary folder. The files lie as in Bridge's tree; `EDITS` are the lines that they need in files of Bridge's. The
+tests run with `--python`, which needs Bridge's dependencies, this package and pytest, no GPU: a stand-in of
+Transformer Engine does.
 """
 
 from __future__ import annotations
@@ -69,6 +70,16 @@ EDITS = [
         "[Ministral 3](mistral/ministral3.md), [Mixtral](mistral/mixtral.md) |",
     ),
     (f"{_PAGES}/README.md", "[Qwen](qwen/qwen.md), ", "[Qwen](qwen/qwen.md), [Qwen2-MoE](qwen/qwen2-moe.md), "),
+    (
+        f"{_PAGES}/README.md",
+        "MiniMax, Nemotron-3, OLMoE, Qwen3-MoE",
+        "MiniMax, Mixtral, Nemotron-3, OLMoE, Qwen2-MoE, Qwen3-MoE",
+    ),
+    (
+        f"{_PAGES}/mistral/mistral.md",
+        "Additional Mistral models (including MoE variants like Mixtral) may be supported",
+        "[Mixtral](mixtral.md) has a bridge of its own. Additional Mistral models may be supported",
+    ),
     ("README.md", "Ministral 3 (3B/8B/14B) |", "Ministral 3 (3B/8B/14B), Mixtral (8x7B/8x22B) |"),
     ("README.md", "| Qwen2 / Qwen2.5, Qwen3, ", "| Qwen2 / Qwen2.5, Qwen2-MoE, Qwen3, "),
 ]
@@ -129,7 +140,7 @@ def check(bridge: Path, names: list[str], python: str) -> bool:
     functional = [name for name in tests if name.startswith("tests/functional_tests/")]
     rules = [f"tests/unit_tests/models/{name}.py" for name in _RULES]
     ruff = [sys.executable, "-m", "ruff"]
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--disable-warnings", "--durations-min=600"]
+    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "--disable-warnings", "--durations-min=600"]
     on_cpu = [*pytest, "tests/bridge/test_conversion.py", "-k", "contribution"]
     passed = [
         _passes("ruff check", bridge, [*ruff, "check", *modules]),
@@ -173,14 +184,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="clone of Megatron-Bridge, or its git directory")
     parser.add_argument("--python", default=sys.executable, help="interpreter for the tests; default: this one")
     options = parser.parse_args()
+    python = shutil.which(options.python)
+    if python is None:
+        parser.error(f"--python {options.python} is no program")
     with tempfile.TemporaryDirectory() as folder:
         has_tree = (options.folder / "src/megatron/bridge").is_dir()
         bridge = options.folder if has_tree else _archived(options.folder, Path(folder))
         names = apply(bridge.absolute())
         print(f"applied: {len(names)} files to {bridge}")
-        python = shutil.which(options.python)
-        if python is None:
-            parser.error(f"--python {options.python} is no program")
         passed = check(bridge.absolute(), names, os.path.abspath(python))
     raise SystemExit(not passed)
 
