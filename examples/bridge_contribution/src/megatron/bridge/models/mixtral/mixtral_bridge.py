@@ -20,7 +20,12 @@ from transformers import MixtralForCausalLM
 
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
-from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, QKVMapping
+from megatron.bridge.models.conversion.param_mapping import (
+    AutoMapping,
+    GatedMLPMapping,
+    MegatronParamMapping,
+    QKVMapping,
+)
 from megatron.bridge.models.conversion.utils import mcore_to_hf_window_size
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
@@ -100,7 +105,7 @@ class MixtralBridge(MegatronModelBridge):
             "decoder.layers.*.pre_mlp_layernorm.weight": "model.layers.*.post_attention_layernorm.weight",
             "decoder.layers.*.mlp.router.weight": "model.layers.*.block_sparse_moe.gate.weight",
         }
-        mapping_list = [
+        mapping_list: list[MegatronParamMapping[Any]] = [
             AutoMapping(megatron_param=megatron_param, hf_param=hf_param)
             for megatron_param, hf_param in param_mappings.items()
         ]

@@ -26,6 +26,7 @@ from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.param_mapping import (
     AutoMapping,
     GatedMLPMapping,
+    MegatronParamMapping,
     QKVMapping,
     ReplicatedMapping,
 )
@@ -47,9 +48,9 @@ class Qwen2MoEBridge(MegatronModelBridge):
         >>> provider = bridge.to_megatron_provider()
     """
 
-    def provider_bridge(self, hf_pretrained: PreTrainedCausalLM) -> GPTModelProvider:
+    def provider_bridge(self, hf_pretrained: PreTrainedCausalLM[Any]) -> GPTModelProvider:
         """Convert a Hugging Face Qwen2 MoE config to GPTModelProvider."""
-        provider = super().provider_bridge(hf_pretrained)
+        provider: GPTModelProvider = super().provider_bridge(hf_pretrained)
         # The provider's default layer spec has experts in every layer
         provider.transformer_layer_spec = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
         return provider
@@ -132,7 +133,7 @@ class Qwen2MoEBridge(MegatronModelBridge):
             # Layers with experts
             "decoder.layers.*.mlp.router.weight": "model.layers.*.mlp.gate.weight",
         }
-        mapping_list = [
+        mapping_list: list[MegatronParamMapping[Any]] = [
             AutoMapping(megatron_param=megatron_param, hf_param=hf_param)
             for megatron_param, hf_param in param_mappings.items()
         ]
