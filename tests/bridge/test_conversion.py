@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.bridge_contribution import CONTRIBUTION as FOLDER
+from benchmarks.bridge_contribution import EDITS, apply
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
 from tests.bridge.runs import SIZES, offline
@@ -44,10 +46,10 @@ def _folder(name: str, folder: Path) -> Path:
 
 
 MOES = ["Mixtral", "Mixtral, tied", "Qwen2-MoE, shared experts", "Qwen2-MoE, dense layers"]
-#: Class -> its bridge in the form that Megatron-Bridge asks for.
+#: Class -> file of its bridge in the form that Megatron-Bridge asks for, and the bridge.
 CONTRIBUTION = {
-    "MixtralForCausalLM": "examples.bridge_contribution.mixtral.mixtral_bridge.MixtralBridge",
-    "Qwen2MoeForCausalLM": "examples.bridge_contribution.qwen.qwen2_moe_bridge.Qwen2MoEBridge",
+    "MixtralForCausalLM": ("mixtral/mixtral_bridge.py", "MixtralBridge"),
+    "Qwen2MoeForCausalLM": ("qwen/qwen2_moe_bridge.py", "Qwen2MoEBridge"),
 }
 CASES = [
     *itertools.product([*MOES, "FlexOlmo"], [{}, {"ep": 2}, {"tp": 2, "ep": 2}]),
@@ -94,10 +96,27 @@ def test_bridges_in_the_form_of_a_contribution_make_the_same_models(tmp_path: Pa
     (found,) = run_ranks(_by_contribution, 1, list(folders.values()))
     for (name, folder), (classes, ours, theirs, exported) in zip(folders.items(), found, strict=True):
         hf_class = "MixtralForCausalLM" if name.startswith("Mixtral") else "Qwen2MoeForCausalLM"
-        assert classes == (f"{hf_class}Bridge", CONTRIBUTION[hf_class].rpartition(".")[2])
+        assert classes == (f"{hf_class}Bridge", CONTRIBUTION[hf_class][1])
         assert set(ours) == set(theirs)
         assert [tensor for tensor in ours if not torch.equal(ours[tensor], theirs[tensor])] == [], name
         assert _is_as_in(folder, exported)
+
+
+def test_the_contribution_is_applied_once_or_not_at_all(tmp_path: Path) -> None:
+    for name, _, _ in EDITS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(old for other, old, _ in EDITS if other == name))
+    names = apply(tmp_path)
+    texts = {name: (tmp_path / name).read_text() for name in names}
+    assert {name for name, _, _ in EDITS} < set(names)
+    assert all(new in texts[name] for name, _, new in EDITS)
+    assert {name: (tmp_path / name).read_text() for name in apply(tmp_path)} == texts
+
+    (tmp_path / names[0]).unlink()
+    (tmp_path / EDITS[-1][0]).write_text("of another release")
+    with pytest.raises(SystemExit, match="stands there 0 times, expected once"):
+        apply(tmp_path)
+    assert not (tmp_path / names[0]).exists()
 
 
 def _by_contribution(folders: list[Path]) -> list[Any]:
@@ -120,8 +139,10 @@ def _by_contribution(folders: list[Path]) -> list[Any]:
         return type(bridge._model_bridge).__name__, bridge, provider.provide_distributed_model(wrap_with_ddp=False)
 
     ours = [load(folder) for folder in folders]
-    for name in CONTRIBUTION.values():
-        importlib.import_module(name.rpartition(".")[0])  # which registers its bridge in the place of ours
+    for file, _ in CONTRIBUTION.values():
+        runpy.run_path(
+            str(FOLDER / "src/megatron/bridge/models" / file)
+        )  # which registers its bridge in the place of ours
     theirs = [load(folder) for folder in folders]
     return [
         (
