@@ -111,7 +111,7 @@ def apply(bridge: Path) -> list[str]:
         text = texts.setdefault(path, path.read_text(encoding="utf-8"))
         if new not in text:
             if text.count(old) != 1:
-                raise SystemExit(f"{name}: {old!r} stands there {text.count(old)} times, expected once: mend EDITS")
+                raise SystemExit(f"{name}: got {text.count(old)} times {old!r}, expected once. Fix: adapt EDITS")
             texts[path] = text.replace(old, new)
     paths = [path for part in ("docs", "src", "tests") for path in sorted(CONTRIBUTION.glob(f"{part}/**/*.*"))]
     names = [str(path.relative_to(CONTRIBUTION)) for path in paths if path.suffix in (".md", ".py", ".sh")]

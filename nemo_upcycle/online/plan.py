@@ -117,7 +117,7 @@ def group_plans(
     """Plan parameters by what they are, those of experts that are made of the same slices together.
 
     Args:
-        mapped: of each parameter its name, itself, its layer, its row of the mapping table, its local expert's number.
+        mapped: tuples of a parameter's name, the parameter, layer, row of the mapping table, and local expert.
         config: the model's.
         plan: what the whole model is made of.
         coords: the rank's.

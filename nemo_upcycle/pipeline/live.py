@@ -36,7 +36,7 @@ def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
 
     Args:
         run_dir: the run's folder.
-        price: of a GPU for an hour.
+        price: price of one GPU for one hour; None: the report names no cost.
 
     Raises:
         UpcycleError: `REPORT_EVERY` is no number of seconds.
@@ -137,7 +137,7 @@ class _Log:
         began_s: when the stage was started.
         last: its last line.
         said: lines that begin with the stage's name and are not shown yet, without the last of all.
-        held: that one.
+        held: the last line that begins so; it may be the stage's error.
     """
 
     def __init__(self, name: str, path: Path) -> None:

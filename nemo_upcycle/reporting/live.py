@@ -54,7 +54,7 @@ def watch(
     Args:
         run_dir: the run's folder.
         every_s: seconds from one page to the next.
-        price: of a GPU for an hour.
+        price: price of one GPU for one hour; None: the page names no cost.
         is_told: says that it shall end, after a last page; None: it ends when the report is there.
     """
     shown, changed_s, last_s, took_s = None, 0.0, 0.0, 0.0
@@ -92,7 +92,7 @@ def compose(run_dir: Path, progress: Progress, price: float | None = None, *, is
     Args:
         run_dir: the run's folder, for its name.
         progress: how far it is.
-        price: of a GPU for an hour.
+        price: price of one GPU for one hour; None: the page names no cost.
         is_last: whether nobody writes it again.
     """
     training = {stage: summarise_curve(curve) for stage, curve in progress.curves.items()}

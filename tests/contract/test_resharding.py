@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.contract.test_training import alone, inputs
 from tests.contract.trainers import IS_BRIDGE, losses, train, training_text, weights
-from tests.functional.tiny import prepare
 from tests.tiers import quick
 
 
+__all__ = ["alone", "inputs"]
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 RESHARDABLE = (
     "checkpoint.dist_ckpt_optim_fully_reshardable" if IS_BRIDGE else "trainer.strategy.ckpt_optim_fully_reshardable"
@@ -32,19 +33,6 @@ CHANGES = [
     ((2, {}), (4, {"pp": 2, "ep": 2})),
     ((4, {"pp": 2, "ep": 2}), (1, {})),
 ]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return prepare(tmp_path_factory.mktemp("inputs"), vocab_size=260)
-
-
-@pytest.fixture(scope="module")
-def alone(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training of six steps on one rank that nothing stopped."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    train(training_text(), folder, *inputs)
-    return folder
 
 
 @pytest.mark.skipif(not IS_BRIDGE, reason="NeMo says it itself")

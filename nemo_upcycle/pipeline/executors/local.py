@@ -132,7 +132,7 @@ def log_of(logs: Path, rank: int) -> Path:
 
 
 def _last_words(log: Path, name: str, status: int) -> str:
-    """Return what a stage said last in its own name, if it could; else the end of its log."""
+    """Return a stage's own last message, if it explained its end; else the last lines of its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     own = [number for number, line in enumerate(lines) if line.startswith(name)]
     says_why = own and status in (USERS_MISTAKE, StageStopped.exit_status)
