@@ -10,8 +10,8 @@ from nemo_upcycle.models.architecture import Architecture, DeltaLayers
 from nemo_upcycle.models.layer_settings import layers_with
 
 
-#: Field of `DeltaLayers` -> Megatron's setting.
-_SIZES = {
+#: Field of `DeltaLayers` -> Megatron's setting, and Hugging Face's.
+DELTA_SIZES = {
     "num_key_heads": "linear_num_key_heads",
     "num_value_heads": "linear_num_value_heads",
     "key_dim": "linear_key_head_dim",
@@ -33,7 +33,7 @@ def gate_fields(arch: Architecture) -> dict[str, Any]:
     fields: dict[str, Any] = {_GATE: True} if arch.output_gate else {}
     if arch.delta:
         fields |= {VARIANT: _NETS, _LAYERS: [int(has_net) for has_net in arch.delta.pattern]}
-        fields |= {setting: getattr(arch.delta, name) for name, setting in _SIZES.items()}
+        fields |= {setting: getattr(arch.delta, name) for name, setting in DELTA_SIZES.items()}
     return fields
 
 
@@ -51,7 +51,7 @@ def gates_of(config: Any) -> dict[str, Any]:
     """Return the fields of an `Architecture` that a configuration's gate of attention and gated delta nets are."""
     fields: dict[str, Any] = {"output_gate": bool(getattr(config, _GATE, False))}
     if has_nets(config):
-        sizes = {name: getattr(config, setting) for name, setting in _SIZES.items()}
+        sizes = {name: getattr(config, setting) for name, setting in DELTA_SIZES.items()}
         fields["delta"] = DeltaLayers(pattern=net_layers(config), **sizes)
     return fields
 
@@ -68,7 +68,7 @@ def wrong_gates(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any
         yield name, getattr(config, name, none), wanted.get(name, none)
     if arch.delta and has_nets(config):
         yield _LAYERS, [int(has_net) for has_net in net_layers(config)], wanted[_LAYERS]
-        yield from ((setting, getattr(config, setting), wanted[setting]) for setting in _SIZES.values())
+        yield from ((setting, getattr(config, setting), wanted[setting]) for setting in DELTA_SIZES.values())
 
 
 def check_gates(config: Any, parent: Architecture) -> None:

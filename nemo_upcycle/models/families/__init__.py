@@ -51,19 +51,6 @@ _MODULES = (
     "gemma4_moe",
 )
 _FAMILIES: dict[str, Family] = FAMILIES
-__all__ = [
-    "Family",
-    "MoeFamily",
-    "check_parent",
-    "find_dense",
-    "find_family",
-    "find_nemo_module",
-    "parents",
-    "register",
-    "require_class",
-    "server_caveats",
-    "targets",
-]
 
 
 def register(family: Family) -> None:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, SQUARED_RELU, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family
 
 
-class _Arcee(Family):
-    def activation(self, settings: Settings) -> str:
-        return settings.choice("hidden_act", SQUARED_RELU, "use a checkpoint with squared ReLU")
-
-
-FAMILY = _Arcee(
+FAMILY = Family(
     title="Arcee",
     hf_class="ArceeForCausalLM",
     model_type="arcee",

@@ -164,6 +164,8 @@ class Family:
         Raises:
             CheckpointError: the package does not know it.
         """
+        if not self.gated:
+            return settings.choice("hidden_act", SQUARED_RELU, "use a checkpoint with squared ReLU")
         return settings.choice("hidden_act", ACTIVATIONS, "use a SwiGLU or GEGLU checkpoint")
 
     def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
@@ -173,7 +175,7 @@ class Family:
             CheckpointError: layers attend in a way that is not known.
         """
         self._layer_types(settings, num_layers, (WINDOW if "sliding_window" in settings.values else FULL,))
-        return {}
+        return multipliers(settings) if self.has_multipliers else {}
 
     @staticmethod
     def _pattern(holds: Iterable[bool]) -> tuple[bool, ...] | None:
@@ -192,10 +194,10 @@ class Family:
             raise settings.wrong("layer_types", f"{num_layers}, one a layer")
         return kinds or None
 
-    def _windowed(self, settings: Settings, num_layers: int, every: int) -> list[bool]:
-        """Return which layers see a window: as the file says it, else all but each n-th."""
+    def _windowed(self, settings: Settings, num_layers: int, every: int, first: int = 1) -> list[bool]:
+        """Return which layers see a window: as the file says it, else all but each n-th, counted from `first`."""
         kinds = self._layer_types(settings, num_layers, (WINDOW, FULL))
-        return [kind == WINDOW for kind in kinds] if kinds else [(n + 1) % every != 0 for n in range(num_layers)]
+        return [kind == WINDOW for kind in kinds] if kinds else [(n + first) % every != 0 for n in range(num_layers)]
 
     def mamba(self, settings: Settings) -> MambaLayers | None:
         """Return the Mamba layers and where they are; None for a class that has none.
@@ -236,6 +238,12 @@ class Family:
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
         """Return name and shape of the tensors, of one number each, that the class wants and Megatron lacks."""
         return {}
+
+
+def multipliers(settings: Settings) -> dict[str, float]:
+    """Return the fields of an `Architecture` that a Granite multiplies by, or divides its logits by."""
+    names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+    return {name: settings.number(name) for name in names}
 
 
 def zero_filled(settings: Settings) -> list[str]:
@@ -293,6 +301,10 @@ class MoeFamily(Family, ABC):
             "a window in some layers": arch.window_pattern is not None and "window_pattern" not in self.layer_patterns,
             "multipliers of scores and embedding": arch.attention_multiplier is not None and not self.has_multipliers,
             "heads that are rotated in part": arch.rotary_percent != 1 and not self.has_partial_rotary,
+            "norms of query and key": arch.qk_norm and "query_norm" not in self.names,
+            "no norms of query and key": bool(self.defaults.get("qk_norm")) and not arch.qk_norm,
+            "shared experts": arch.shared_ffn_size > 0 and "shared_fc1" not in self.names,
+            "a sliding window": arch.window is not None and not self.has_window,
         }
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, WINDOW, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
 
 
 #: How rotary frequencies are scaled where `config.json` does not say it.
@@ -18,8 +18,7 @@ _SCALING = {
 class _Cwm(Family):
     def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         is_silent = not settings.values["rope_scaling"] and "rope_parameters" not in settings.values
-        kinds = self._layer_types(settings, num_layers, (WINDOW, FULL))
-        windowed = [kind == WINDOW for kind in kinds] if kinds else [n % 4 != 0 for n in range(num_layers)]
+        windowed = self._windowed(settings, num_layers, every=4, first=0)
         sees_all = not any(windowed) or "sliding_window" not in settings.values
         return {
             **({"rope_scaling": _SCALING} if is_silent else {}),

@@ -21,11 +21,8 @@ class FlexOlmo(MoeFamily):
     def limits(self, arch: Architecture) -> dict[str, bool]:
         """See `MoeFamily.limits`."""
         return super().limits(arch) | {
-            "no norms of query and key": not arch.qk_norm,
             "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
-            "shared experts": arch.shared_ffn_size > 0,
             "dense layers": arch.moe_pattern is not None,
-            "a sliding window": arch.window is not None,
         }
 
     def caveats(self, arch: Architecture) -> Iterator[str]:

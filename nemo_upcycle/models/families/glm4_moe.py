@@ -39,7 +39,6 @@ class _Glm4Moe(MoeFamily):
         pattern = [arch.is_moe_layer(layer) for layer in range(arch.num_layers)]
         return super().limits(arch) | {
             "dense layers behind an MoE layer": pattern != sorted(pattern),
-            "a sliding window": arch.window is not None,
             "another activation than SiLU": arch.activation != "silu",
         }
 

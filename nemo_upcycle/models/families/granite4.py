@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import FULL, Family, Settings
-from nemo_upcycle.models.families.granite import DEFAULTS, multipliers
+from nemo_upcycle.models.families.base import FULL, Family, Settings, multipliers
+from nemo_upcycle.models.families.granite import DEFAULTS
 
 
 _MLP = llama.LAYER + "shared_mlp."

@@ -8,7 +8,7 @@ from typing import Any
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.families.base import MoeFamily, Settings
-from nemo_upcycle.models.families.granite import DEFAULTS, multipliers
+from nemo_upcycle.models.families.granite import DEFAULTS
 from nemo_upcycle.models.families.routed import experts_everywhere
 
 
@@ -23,10 +23,6 @@ NAMES = llama.NAMES | {
 class GraniteMoe(MoeFamily):
     """Classes of Granite's MoE models."""
 
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        """Return Granite's multipliers."""
-        return super().attention(settings, num_layers) | multipliers(settings)
-
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         """Return the fields of an `Architecture` that describe its experts."""
         return experts_everywhere(settings, "num_local_experts")
@@ -37,11 +33,8 @@ class GraniteMoe(MoeFamily):
             "no multipliers": arch.attention_multiplier is None,
             "heads that do not make up the hidden size": arch.num_heads * arch.head_dim != arch.hidden_size,
             "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
-            "norms of query and key": arch.qk_norm,
-            "shared experts": arch.shared_ffn_size > 0 and "shared_fc1" not in self.names,
             "no shared experts": arch.shared_ffn_size == 0 and "shared_fc1" in self.names,
             "dense layers": arch.moe_pattern is not None,
-            "a sliding window": arch.window is not None,
             "expert weights that do not sum to one": not arch.norm_topk,
         }
 

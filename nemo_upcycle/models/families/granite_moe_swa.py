@@ -8,8 +8,8 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import granite_moe, granite_moe_shared, llama
-from nemo_upcycle.models.families.base import FULL, WINDOW, ZERO_FILLED, MoeFamily, Settings, zero_filled
-from nemo_upcycle.models.families.granite import DEFAULTS, multipliers
+from nemo_upcycle.models.families.base import FULL, WINDOW, ZERO_FILLED, MoeFamily, Settings, multipliers, zero_filled
+from nemo_upcycle.models.families.granite import DEFAULTS
 from nemo_upcycle.models.families.routed import experts_everywhere
 
 
@@ -22,8 +22,7 @@ _THETAS = "layer_rope_theta"
 
 class _GraniteMoeSwa(granite_moe.GraniteMoe):
     def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        kinds = self._layer_types(settings, num_layers, (WINDOW, FULL))
-        windowed = [kind == WINDOW for kind in kinds] if kinds else [n % 4 != 0 for n in range(num_layers)]
+        windowed = self._windowed(settings, num_layers, every=4, first=0)
         theta, sees_all = settings.number("rope_theta"), "sliding_window" not in settings.values or not any(windowed)
         thetas = settings.values.get(_THETAS) or [theta] * num_layers
         if not isinstance(thetas, list) or len(thetas) != num_layers or any(one not in (0, theta) for one in thetas):
@@ -45,7 +44,6 @@ class _GraniteMoeSwa(granite_moe.GraniteMoe):
     def limits(self, arch: Architecture) -> dict[str, bool]:
         return MoeFamily.limits(self, arch) | {
             "a bias of the attention's output alone": arch.attention_out_bias and not arch.qkv_bias,
-            "norms of query and key": arch.qk_norm,
             "dense layers": arch.moe_pattern is not None,
             "expert weights that do not sum to one": not arch.norm_topk,
             "a rotary base of its own in layers with windows": arch.local_rope_theta is not None,

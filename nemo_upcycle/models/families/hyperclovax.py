@@ -14,10 +14,10 @@ class _HyperClovaX(Family):
         heads, norms = settings.whole("num_attention_heads"), settings.flag("use_post_norm")
         scale = settings.whole("head_dim", settings.whole("hidden_size") // heads) ** -0.5
         values = settings.values | {"attention_multiplier": settings.values.get("attention_multiplier", scale)}
-        factors = granite.multipliers(Settings(values, settings.where))
+        factors = super().attention(Settings(values, settings.where), num_layers)
         factors["logits_scaling"] = 1 / factors["logits_scaling"]
         is_plain = factors == dict.fromkeys(factors, 1.0) | {"attention_multiplier": scale}
-        return super().attention(settings, num_layers) | {"post_norm": norms} | ({} if is_plain else factors)
+        return {"post_norm": norms} | ({} if is_plain else factors)
 
     def computes(self, arch: Architecture) -> bool:
         """Leave to others what has no norms there."""

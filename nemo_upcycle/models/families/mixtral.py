@@ -21,8 +21,6 @@ class _Mixtral(MoeFamily):
     def limits(self, arch: Architecture) -> dict[str, bool]:
         return super().limits(arch) | {
             "biases of query, key and value": arch.qkv_bias,
-            "norms of query and key": arch.qk_norm,
-            "shared experts": arch.shared_ffn_size > 0,
             "dense layers": arch.moe_pattern is not None,
             "expert weights that do not sum to one": not arch.norm_topk,
         }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.models.architecture import MambaLayers
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, SQUARED_RELU, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
 
 
 _LAYER = "backbone.layers.{layer}."
@@ -24,9 +24,6 @@ _FIXED = {
 
 
 class _NemotronH(Family):
-    def activation(self, settings: Settings) -> str:
-        return settings.choice("hidden_act", SQUARED_RELU, "use a checkpoint with squared ReLU")
-
     def mamba(self, settings: Settings) -> MambaLayers:
         pattern = _pattern(settings.values)
         if "M" not in pattern or not set(pattern) <= {*_KINDS.values()}:

@@ -42,8 +42,6 @@ class Qwen2Moe(RoutedFamily):
         """See `MoeFamily.limits`."""
         return super().limits(arch) | {
             "heads that do not make up the hidden size": arch.num_heads * arch.head_dim != arch.hidden_size,
-            "a sliding window": arch.window is not None,
-            "norms of query and key": arch.qk_norm,
         }
 
     def caveats(self, arch: Architecture) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.architecture import DeltaLayers
+from nemo_upcycle.models.delta_nets import DELTA_SIZES
 from nemo_upcycle.models.families import llama, qwen3
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, Family, Settings
 
@@ -53,17 +54,10 @@ def attention(settings: Settings, kinds: list[str] | None, num_layers: int) -> d
         raise settings.wrong("attn_output_gate", "true or nothing: the class always has this gate")
     interval = settings.whole("full_attention_interval")
     kinds = kinds or [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(num_layers)]
-    key_heads, value_heads = (settings.whole(f"linear_num_{part}_heads") for part in ("key", "value"))
-    if value_heads % key_heads:
-        raise settings.wrong("linear_num_value_heads", f"a multiple of linear_num_key_heads ({key_heads})")
-    nets = DeltaLayers(
-        pattern=tuple(kind == LINEAR for kind in kinds),
-        num_key_heads=key_heads,
-        num_value_heads=value_heads,
-        key_dim=settings.whole("linear_key_head_dim"),
-        value_dim=settings.whole("linear_value_head_dim"),
-        conv_size=settings.whole("linear_conv_kernel_dim"),
-    )
+    sizes = {name: settings.whole(setting) for name, setting in DELTA_SIZES.items()}
+    nets = DeltaLayers(pattern=tuple(kind == LINEAR for kind in kinds), **sizes)
+    if nets.num_value_heads % nets.num_key_heads:
+        raise settings.wrong("linear_num_value_heads", f"a multiple of linear_num_key_heads ({nets.num_key_heads})")
     return {"output_gate": True, "delta": nets if any(nets.pattern) else None}
 
 

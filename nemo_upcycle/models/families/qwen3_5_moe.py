@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.delta_nets import DELTA_SIZES
 from nemo_upcycle.models.families import qwen2_moe, qwen3_5
 from nemo_upcycle.models.families.base import FULL, MoeFamily, Settings
 
@@ -18,10 +19,8 @@ class _Qwen35Moe(qwen2_moe.Qwen2Moe):
     def limits(self, arch: Architecture) -> dict[str, bool]:
         return MoeFamily.limits(self, arch) | {
             "biases of query, key and value": arch.qkv_bias,
-            "a sliding window": arch.window is not None,
             "dense layers": arch.moe_pattern is not None,
             "expert weights that do not sum to one": not arch.norm_topk,
-            "no norms of query and key": not arch.qk_norm,
         }
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
@@ -29,19 +28,8 @@ class _Qwen35Moe(qwen2_moe.Qwen2Moe):
         yield "vLLM, SGLang, llama.cpp: by their sources they know this class; none of them was run"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
-        nets = arch.delta
         kinds = [qwen3_5.LINEAR if "G" in arch.parts(layer) else FULL for layer in range(arch.num_layers)]
-        sizes = (
-            {}
-            if nets is None
-            else {
-                "linear_num_key_heads": nets.num_key_heads,
-                "linear_num_value_heads": nets.num_value_heads,
-                "linear_key_head_dim": nets.key_dim,
-                "linear_value_head_dim": nets.value_dim,
-                "linear_conv_kernel_dim": nets.conv_size,
-            }
-        )
+        sizes = {setting: getattr(arch.delta, name) for name, setting in DELTA_SIZES.items()} if arch.delta else {}
         unread = ("decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "use_sliding_window", "qkv_bias")
         common = {key: value for key, value in super().expert_settings(arch).items() if key not in unread}
         return common | sizes | {"layer_types": kinds, "partial_rotary_factor": arch.rotary_percent}

@@ -17,10 +17,7 @@ class Qwen3Moe(RoutedFamily):
     def limits(self, arch: Architecture) -> dict[str, bool]:
         """See `MoeFamily.limits`."""
         return super().limits(arch) | {
-            "no norms of query and key": not arch.qk_norm,
             "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
-            "shared experts": arch.shared_ffn_size > 0,
-            "a sliding window": arch.window is not None,
         }
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
