@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.safetensors_writer import safetensors_header
 from nemo_upcycle.models.hf_config import architecture_from_config
@@ -51,7 +49,8 @@ Slice = tuple[str, tuple[tuple[int, int], ...]]
 def write_sparse(folder: Path) -> None:
     """Write a checkpoint of the right shapes that takes no room on the disk."""
     shapes = hf_shapes(architecture_from_config(LLAMA_3_8B))
-    header = safetensors_header(list(shapes), shapes, torch.bfloat16)
+    sizes = ((name, "BF16", shape, 2 * math.prod(shape)) for name, shape in shapes.items())
+    header = safetensors_header(sizes)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(math.prod(shape) for shape in shapes.values()) * 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,37 +54,17 @@ def require_dtype(dtype: torch.dtype) -> None:
         )
 
 
-def safetensors_header(
-    names: Iterable[str],
-    shapes: Shapes,
-    dtype: torch.dtype,
-    float32: Collection[str] = (),
-    called: Callable[[str], str] = str,
-) -> bytes:
-    """Make the header of a safetensors file that holds these tensors one after the other."""
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """Make the header of a safetensors file that holds tensors one after the other.
+
+    Args:
+        tensors: name, type by the format's name, shape and bytes of each.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor, parts in itertools.groupby(names, tensor_of):
-        first, *others = parts
-        shape = [1 + len(others)] * is_stacked(first) + list(shape_in_file(first, shapes[first]))
-        own = torch.float32 if first in float32 else dtype
-        stop = offset + torch.Size(shape).numel() * own.itemsize
-        entries[called(tensor)] = {"dtype": _DTYPE_NAMES[own], "shape": shape, "data_offsets": [offset, stop]}
-        offset = stop
-    return _as_header(entries)
-
-
-def _header_of_others(others: Iterable[OtherTensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for other in others:
-        stop = offset + other.size_bytes
-        entries[other.name] = {"dtype": other.dtype, "shape": list(other.shape), "data_offsets": [offset, stop]}
-        offset = stop
-    return _as_header(entries)
-
-
-def _as_header(entries: dict[str, Any]) -> bytes:
+    for name, dtype, shape, size_bytes in tensors:
+        entries[name] = {"dtype": dtype, "shape": [*shape], "data_offsets": [offset, offset + size_bytes]}
+        offset += size_bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
     return len(text).to_bytes(8, "little") + text
@@ -160,8 +140,15 @@ class SafetensorsWriter:
 
     def _header(self, file: str) -> bytes:
         if others := self._others_in(file):
-            return _header_of_others(others)
-        return safetensors_header(self._ordered(file), self.shapes, self.dtype, self.float32, self._called)
+            return safetensors_header((one.name, one.dtype, one.shape, one.size_bytes) for one in others)
+        return safetensors_header(self._entries(file))
+
+    def _entries(self, file: str) -> Iterator[tuple[str, str, Sequence[int], int]]:
+        for tensor, parts in itertools.groupby(self._ordered(file), tensor_of):
+            first, *others = parts
+            shape = [1 + len(others)] * is_stacked(first) + list(shape_in_file(first, self.shapes[first]))
+            dtype = torch.float32 if first in self.float32 else self.dtype
+            yield self._called(tensor), _DTYPE_NAMES[dtype], shape, torch.Size(shape).numel() * dtype.itemsize
 
     def _others_in(self, file: str) -> list[OtherTensor]:
         """Return a file's tensors of other parts: all that it holds, or none."""
