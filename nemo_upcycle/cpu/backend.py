@@ -55,16 +55,18 @@ def use_cpu_backend() -> bool:
 
 
 def watch_fp8(config: Any) -> Any:
-    """Return a probe of what emulated FP8 loses in training, see `Fp8Losses`; None where nothing is emulated.
+    """Begin to count what emulated FP8 loses in training, see `Fp8Losses`; None where nothing is emulated.
 
     Args:
         config: the model's.
     """
     if torch.cuda.is_available():
         return None
-    from nemo_upcycle.cpu import fp8_losses
+    from nemo_upcycle.cpu import fp8_recipe
+    from nemo_upcycle.cpu.fp8_losses import Fp8Losses
 
-    return fp8_losses.watch_fp8(config)
+    fp8_recipe.watcher = Fp8Losses() if config.fp8 else None
+    return fp8_recipe.watcher
 
 
 def cpu_has_fast_bf16() -> bool:

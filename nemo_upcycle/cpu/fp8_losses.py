@@ -66,13 +66,3 @@ class Fp8Losses:
             largest = float(summed["fp8_largest"][:, role].amax())
             found[name] = {key: float(f"{value:.6g}") for key, value in {"amax": largest, **shares}.items()}
         return {"fp8": found}
-
-
-def watch_fp8(config: Any) -> Fp8Losses | None:
-    """Begin to count, in this process; None where nothing is emulated.
-
-    Args:
-        config: the model's.
-    """
-    fp8_recipe.watcher = Fp8Losses() if config.fp8 else None
-    return fp8_recipe.watcher
