@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.convert import export
 from nemo_upcycle.convert.export import export_checkpoint, export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
@@ -62,23 +61,6 @@ def test_a_dense_model_comes_back_bit_by_bit(saved: Path, dense: Path, tmp_path:
         export_checkpoint(saved / "dense", dense, tmp_path / "other", spec=SPEC)
 
 
-def test_several_shards_have_the_right_index(
-    checkpoint: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tensors = load_file(
-        export_checkpoint(checkpoint, dense, tmp_path / "one", spec=SPEC, **FLOAT32) / "model.safetensors"
-    )
-    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 100_000)
-    folder = export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC, **FLOAT32)
-    held = {file.name: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    assert list(held) == [f"model-{number:05d}-of-{len(held):05d}.safetensors" for number in range(1, len(held) + 1)]
-    assert all(sum(tensor.nbytes for tensor in inside.values()) <= 100_000 for inside in held.values())
-    index = read_json(folder / "model.safetensors.index.json")
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
-    assert index["weight_map"] == {name: file for file, inside in held.items() for name in inside}
-    assert torch.equal(logits(folder, sample_tokens(259)), logits(tmp_path / "one", sample_tokens(259)))
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_broken_weights_are_refused_by_name(dense: Path, tmp_path: Path, value: float) -> None:
     with one_rank():
@@ -88,14 +70,6 @@ def test_broken_weights_are_refused_by_name(dense: Path, tmp_path: Path, value: 
         name = r"model\.layers\.2\.block_sparse_moe\.experts\.3\.w2\.weight: got 1 values that are NaN"
         with _leaves_nothing(tmp_path, CheckpointError, name):
             export_weights(LiveWeights(model), arch, dense, tmp_path / "hf")
-
-
-def test_a_damaged_checkpoint_is_refused(saved: Path, dense: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved / "four", tmp_path / "spoiled")
-    file = max((tmp_path / "spoiled/weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with _leaves_nothing(tmp_path, CheckpointError, rf"{file.name}: got damaged data of"):
-        export_checkpoint(tmp_path / "spoiled", dense, tmp_path / "hf", spec=SPEC)
 
 
 def test_numbers_too_large_for_the_type_are_refused(dense: Path, tmp_path: Path) -> None:

@@ -62,7 +62,9 @@ def test_half_precision_and_small_blocks_change_nothing(
     monkeypatch.setattr("nemo_upcycle.convert.expansion.BLOCK_BYTES", 1000)
     monkeypatch.setattr("nemo_upcycle.convert.expansion.KEPT_BYTES", 0)
     _convert(dense, tmp_path / "blocks", UpcycleSpec(**FINE), dtype=torch.bfloat16, max_shard_bytes=50_000)
-    assert len(list((tmp_path / "blocks").glob("*.safetensors"))) > 10
+    files = [load_file(file) for file in (tmp_path / "blocks").glob("*.safetensors")]
+    assert len(files) > 10
+    assert all(sum(tensor.nbytes for tensor in tensors.values()) <= 50_000 for tensors in files)
     require_same_weights(tmp_path / "once", tmp_path / "blocks")
 
 

@@ -17,26 +17,16 @@ import yaml
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.online.upcycle import fill_chunks, load_dense_into
+from nemo_upcycle.online.upcycle import fill_chunks
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from tests.distributed.ranks import run_ranks
 from tests.models import build_chunks, write_llama, write_qwen2, write_qwen3, write_tokenizer
+from tests.unit.convert.exports import save
 
 
 LAYOUTS = {"one": {}, "tp2pp2": {"tp": 2, "pp": 2}}
 ROPE_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE_SCALING["original_max_position_embeddings"] = 8192
-
-
-def _save(folder: str, output: str, layout: dict[str, int], prefix: str) -> None:
-    from megatron.core import dist_checkpointing
-
-    (chunk,) = build_chunks(Path(folder), num_experts=None, layout=layout)
-    with open_dense(folder) as source:
-        load_dense_into([chunk], source)
-    Path(output).mkdir(parents=True, exist_ok=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save(chunk.sharded_state_dict(prefix=prefix), output)
 
 
 def _write_contexts(tokenizer: str, output: str) -> None:
@@ -70,7 +60,7 @@ def saved(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(_write_contexts, 1, str(parent), str(folder), process_group=False)
     for name, layout in LAYOUTS.items():
         ranks = layout.get("tp", 1) * layout.get("pp", 1)
-        run_ranks(_save, ranks, str(parent), str(folder / name / "weights"), layout, "module.")
+        run_ranks(save, ranks, str(parent), str(folder / name / "weights"), False, layout, "module.")
         shutil.copytree(folder / "context", folder / name / "context")
     return folder
 
@@ -138,7 +128,7 @@ FAMILIES: dict[str, Callable[..., Path]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_of_a_family_is_read(saved: Path, tmp_path: Path, family: str) -> None:
     parent = FAMILIES[family](tmp_path / "dense", layers=2, vocab_size=259)
-    run_ranks(_save, 2, str(parent), str(tmp_path / "saved/weights"), {"tp": 2}, "")
+    run_ranks(save, 2, str(parent), str(tmp_path / "saved/weights"), False, {"tp": 2}, "")
     if family == "qwen3":
         shutil.copytree(saved / "qwen3/context", tmp_path / "saved/context")
     else:
