@@ -9,7 +9,6 @@ import torch
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.balancing import check_balancing
-from tests.distributed.router_step import IS_015
 from tests.models import build_chunks, small_architecture
 
 
@@ -66,15 +65,3 @@ def test_biases_that_balance_experts_do_count_it_and_would_not_move() -> None:
     assert counts[1].max() == counts[1].min()
     with pytest.raises(SpecError, match="moe_pad_expert_input_to_capacity: got True, expected false with"):
         check_balancing(router.config, "sigmoid")
-
-
-@pytest.mark.skipif(IS_015, reason="its routers take no mask")
-def test_with_a_mask_megatron_weighs_a_sequences_loss_by_the_square_of_its_tokens() -> None:
-    """Why `seq_aux_loss` is refused where sequences are padded: it is no mean over sequences of several lengths."""
-    lengths, mask = (8, 4), torch.zeros(TOKENS, dtype=torch.bool)
-    mask[4:, 1] = True
-    got = gradient_of(LOSSES["seq_aux_loss"], _logits(), padding_mask=mask)
-    for number, length in enumerate(lengths):
-        alone = gradient_of(LOSSES["seq_aux_loss"], _logits()[:length, number : number + 1])
-        right = alone / len(lengths)
-        torch.testing.assert_close(got[:length, number : number + 1], right * (length / 6) ** 2)

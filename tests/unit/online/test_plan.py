@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -18,35 +17,20 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
+from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.init.router import router_weight
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.sharding import Shard
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
+from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.tensor_plan import ModelPlan
 from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
 
 
-@contextmanager
-def _rank(rank: int, layout: dict[str, int]) -> Iterator[None]:
+def _rank(rank: int, layout: dict[str, int]) -> AbstractContextManager[Any]:
     """Be one rank of a cluster of which no other rank exists."""
-    from megatron.core import parallel_state as ps
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=_ranks(layout))
-    try:
-        ps.initialize_model_parallel(
-            tensor_model_parallel_size=layout["tp"],
-            pipeline_model_parallel_size=layout["pp"],
-            virtual_pipeline_model_parallel_size=layout["vp"] if layout["vp"] > 1 else None,
-            expert_model_parallel_size=layout["ep"],
-            expert_tensor_parallel_size=layout["etp"],
-            create_gloo_process_groups=False,
-        )
-        yield
-    finally:
-        ps.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    return megatron_rank(Layout(gpus=_ranks(layout), **layout), rank)
 
 
 def _ranks(layout: dict[str, int]) -> int:
@@ -194,17 +178,6 @@ def test_every_rank_of_any_cluster_gets_what_belongs_there(
                     assert torch.equal(parameter, wanted), f"{name} on rank {rank}"
     for name, mask in used.items():
         assert bool(mask.all()), f"{int((~mask).sum())} elements of {name} are used by no rank"
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_each_rank_fills_experts_of_its_own(rank: int) -> None:
-    layout = {"tp": 1, "pp": 1, "vp": 1, "ep": 2, "etp": 1}
-    arch, spec = small_architecture(), UpcycleSpec(num_experts=4, top_k=2)
-    with _rank(rank, layout):
-        settings = {"use_cpu_initialization": False, "perform_initialization": False}
-        (chunk,) = build_chunks(arch, num_experts=4, layout=layout, **settings)
-        plans = param_plans(chunk, ModelPlan(arch, arch.upcycled(spec), spec), RankCoords.here())
-    assert {expert for plan in plans for expert in plan.experts} == {2 * rank, 2 * rank + 1}
 
 
 def test_an_output_layer_that_the_model_lacks_is_missed() -> None:

@@ -202,34 +202,6 @@ def test_what_is_no_gpt_model_is_refused(dense: Path) -> None:
         upcycle_into([torch.nn.Linear(2, 2)], source, SPEC)
 
 
-class _Wrapper(torch.nn.Module):
-    """Hands out the attributes of what it wraps, as NeMo's DDP does."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
-
-
-def test_wrapped_chunks_are_filled(dense: Path) -> None:
-    from megatron.core.transformer.module import Float16Module
-
-    (chunk,) = build_chunks(dense, num_experts=4, bf16=True, params_dtype=torch.bfloat16)
-    (alone,) = build_chunks(dense, num_experts=4, params_dtype=torch.bfloat16)
-    with open_dense(dense) as source:
-        upcycle_into([_Wrapper(_Wrapper(Float16Module(chunk.config, chunk)))], source, SPEC)
-        upcycle_into([alone], source, SPEC)
-    for (name, wrapped), plain in zip(chunk.named_parameters(), alone.parameters(), strict=True):
-        assert torch.equal(wrapped, plain.to(torch.bfloat16)), name  # the norms ignore params_dtype
-
-
 def _logits(chunks: list[Any], vocab_size: int = 250) -> torch.Tensor:
     return megatron_logits(chunks[0].eval(), sample_tokens(vocab_size))[..., :vocab_size]
 
@@ -247,33 +219,10 @@ def _difference(folder: Path, logits: torch.Tensor) -> float:
     return float((logits - parent).abs().max())
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_both_models_compute_what_hugging_faces_does(tmp_path: Path, tied: bool) -> None:
-    folder = write_llama(tmp_path / "dense", tied=tied)
-    assert _difference(folder, _moe_logits(folder)) <= 1e-5
-    chunks = build_chunks(folder, num_experts=None)
-    with open_dense(folder) as source:
-        receipt = load_dense_into(chunks, source)
-    assert _difference(folder, _logits(chunks)) <= 1e-5
-    assert receipt.spec is None
-    assert receipt.total_params == receipt.dense_params
-    assert receipt.bytes_read == receipt.bytes_needed
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_half_precision_parent_fills_a_float32_model(copy: Path, dtype: torch.dtype) -> None:
     _change(copy, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
     assert _difference(copy, _moe_logits(copy)) <= 1e-5
-
-
-def test_a_float32_parent_fills_a_bfloat16_model(dense: Path) -> None:
-    chunks = build_chunks(dense, num_experts=4, params_dtype=torch.bfloat16)
-    with open_dense(dense) as source:
-        (reason,) = upcycle_into(chunks, source, SPEC).inexact_because
-        gate = source.read("model.layers.1.mlp.gate_proj.weight").to(torch.bfloat16)
-    for expert in chunks[0].decoder.layers[1].mlp.experts.local_experts:
-        assert torch.equal(expert.linear_fc1.weight[:96], gate)
-    assert reason.startswith("float32 weights are rounded to bfloat16 (")
 
 
 def test_repeated_and_derived_tensors_are_no_obstacle(tmp_path: Path) -> None:
