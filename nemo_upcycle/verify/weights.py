@@ -41,7 +41,6 @@ _COPIED = (
     *("expert_ffn_size", "shared_ffn_size", "shared_gate", "moe_pattern", "norm_topk", "router_score"),
     *("routed_scaling_factor", "balancing_bias"),
 )
-_OWN = "compare a model with its own parent"
 
 
 @dataclass
@@ -182,22 +181,16 @@ def _constants_are_as_written(moe: DenseSource) -> bool:
 
 def _check_child(arch: Architecture, moe: DenseSource) -> None:
     moe_arch = moe.architecture
-    checks = [(name, getattr(moe_arch, name), getattr(arch, name)) for name in _KEPT]
+    kept = (*_KEPT, *(_COPIED if arch.num_experts else ()))
+    checks = [(name, getattr(moe_arch, name), getattr(arch, name)) for name in kept]
     checks.append(("rms_norm_eps", moe_arch.norm_eps, arch.norm_eps))
     if moe_arch.tied_embeddings:  # the output matrix of a tied parent may be written as one of its own
         checks.append(("tied_embeddings", True, arch.tied_embeddings))
     for name, got, wanted in checks:
         if got != wanted:
-            raise CheckpointError(
-                f"{moe.path}: {name}",
-                got=got,
-                expected=f"{wanted}, as in the parent",
-                fix=_OWN,
-            )
+            expected, fix = f"{wanted}, as in the parent", "compare a model with its own parent"
+            raise CheckpointError(f"{moe.path}: {name}", got=got, expected=expected, fix=fix)
     width = moe_arch.expert_ffn_size or 0
-    for name in _COPIED if arch.num_experts else ():
-        if (got := getattr(moe_arch, name)) != (wanted := getattr(arch, name)):
-            raise CheckpointError(f"{moe.path}: {name}", got=got, expected=f"{wanted}, as in the parent", fix=_OWN)
     if not arch.num_experts and (
         arch.ffn_size % width
         or moe_arch.shared_ffn_size % width

@@ -73,13 +73,6 @@ def test_biases_that_a_config_says_and_no_file_has_are_named(
         _equal(dense, moe)
 
 
-def test_scaling_in_another_spelling_is_the_same(tmp_path: Path) -> None:
-    scaled = {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 10000.0, "rope_parameters": ...}
-    dense = _change(write_llama(tmp_path / "dense", layers=2), scaled)
-    moe = _converted(dense, tmp_path / "moe")
-    assert _equal(dense, _change(moe, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}))
-
-
 @pytest.mark.parametrize(
     "spec", [SPEC, UpcycleSpec(num_experts=4, top_k=2, granularity=2, shared_experts=1)], ids=["mixtral", "qwen2_moe"]
 )
