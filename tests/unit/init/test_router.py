@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from typing import Any
 
 import pytest
@@ -54,30 +53,6 @@ def test_mean_and_deviation_are_as_asked(kind: str, std: float) -> None:
     assert float(per_expert.max()) == pytest.approx(std, rel=0.06)
 
 
-def test_normal_has_the_tails_of_a_normal_and_uniform_has_none() -> None:
-    normal = router_weight(UpcycleSpec(num_experts=16, router_std=1.0), 0, HIDDEN)
-    assert float((normal.abs() > 2).double().mean()) == pytest.approx(0.0455, abs=0.005)
-    assert float(normal.abs().max()) > 3.5
-    uniform = router_weight(UpcycleSpec(num_experts=16, router_init="uniform", router_std=1.0), 0, HIDDEN)
-    bound = math.sqrt(3.0)
-    assert float(uniform.abs().max()) <= bound
-    assert float(uniform.max()) > 0.999 * bound
-    assert float(uniform.min()) < -0.999 * bound
-
-
-@pytest.mark.parametrize("kind", ["normal", "uniform"])
-def test_layers_experts_and_seeds_differ(kind: str) -> None:
-    """Layer 1 expert 11 and layer 11 expert 1 as well."""
-    rows = [
-        router_weight(UpcycleSpec(num_experts=16, router_init=kind, seed=seed), layer, HIDDEN)[[0, 1, 11]]
-        for seed in (0, 1)
-        for layer in (0, 1, 11)
-    ]
-    correlation = torch.corrcoef(torch.cat(rows).double())
-    off_diagonal = correlation - torch.eye(len(correlation), dtype=torch.float64)
-    assert float(off_diagonal.abs().max()) < 5 / math.sqrt(HIDDEN)
-
-
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 @pytest.mark.parametrize("granularity", [2, 3, 8])
 def test_the_experts_of_one_copy_share_their_row(kind: str, granularity: int) -> None:
@@ -91,13 +66,6 @@ def test_the_experts_of_one_copy_share_their_row(kind: str, granularity: int) ->
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
 SIGMOID = {"router_score": "sigmoid"}
 PROMPTS = {"router_init": "prompts", "calibration": "file", "router_std": 1000.0}
-
-
-@pytest.mark.parametrize("width", [64, 576, 4096, 16384])
-@pytest.mark.parametrize("fields", [{}, GRANULAR, SIGMOID | {"num_experts": 64}], ids=str)
-def test_float32_is_enough_for_ordinary_routers(fields: dict[str, Any], width: int) -> None:
-    for std in (0.02, 0.1, 0.5, 1.0):
-        assert inexact_in_float32(UpcycleSpec(**(fields | {"router_std": std})), width) == ()
 
 
 @pytest.mark.parametrize(
@@ -124,12 +92,18 @@ def test_what_float32_loses_is_told(fields: dict[str, Any], width: int, reasons:
     assert len(inexact_in_float32(UpcycleSpec(**fields), width)) == reasons
 
 
-def test_bits_are_what_they_were() -> None:
-    """A golden value: the same seed gives the same router in every future version."""
-    spec = UpcycleSpec(num_experts=4, top_k=2)
+@pytest.mark.parametrize(
+    ("kind", "digest"),
+    [
+        ("normal", "6940a7263657d1304efda3188e5608e71ec466eb458eb8f73f93d0d74660fdce"),
+        ("uniform", "342e272f168e231b016539a9751744233ae1abf0cd6d849b20eb70612eb5e19c"),
+    ],
+)
+def test_bits_are_what_they_were(kind: str, digest: str) -> None:
+    """Golden values: the same seed gives the same router in every future version."""
+    spec = UpcycleSpec(num_experts=4, top_k=2, router_init=kind)
     routers_LED = torch.stack([router_weight(spec, layer, 64) for layer in range(4)])
-    digest = hashlib.sha256(routers_LED.numpy().tobytes()).hexdigest()
-    assert digest == "6940a7263657d1304efda3188e5608e71ec466eb458eb8f73f93d0d74660fdce"
+    assert hashlib.sha256(routers_LED.numpy().tobytes()).hexdigest() == digest
 
 
 class _Cubed(RouterKind):
