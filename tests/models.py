@@ -19,6 +19,7 @@ from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields, rou
 from nemo_upcycle.models.rotary import turn_as
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
 from nemo_upcycle.models.wrapper import wrapper_of
+from nemo_upcycle.sources import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -197,20 +198,24 @@ def require_same_weights(folder: Path, *others: Path) -> None:
 
 
 @torch.no_grad()
-def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Return the logits of a Hugging Face folder in float32, [B, S, V]."""
-    from nemo_upcycle.models.hf_model import load_model
+def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor, *, strict: bool = False) -> torch.Tensor:
+    """Return a folder's logits in float32, [B, S, V]; `strict`: check that no tensor is missing and none too many."""
+    from nemo_upcycle.models.hf_model import errors_only, load_model
 
-    return load_model(folder, dtype=torch.float32).eval()(tokens_BS).logits
+    with errors_only():
+        model, found = load_model(folder, dtype=torch.float32, output_loading_info=True)
+    assert not strict or not any(found.values()), found
+    return model.eval()(tokens_BS).logits
 
 
-class MemorySource:
+class MemorySource(DenseSource):
     """A random dense checkpoint in memory, also one that no Hugging Face class holds; activations of order one."""
+
+    bytes_read = 0
 
     def __init__(self, architecture: Architecture, seed: int = 7) -> None:
         self.path = Path("memory")
         self.architecture = architecture
-        self.bytes_read = 0
         generator = torch.Generator().manual_seed(seed)
         self.tensors: dict[str, torch.Tensor] = {}
         for name in hf_names(architecture):
@@ -233,26 +238,8 @@ class MemorySource:
         self.bytes_read += slice_.nbytes
         return slice_
 
-    def prefetch(self, name: str, index: Sequence[tuple[int, int]] | None = None) -> None: ...
-
-    def release(self) -> None: ...
-
     def fingerprint(self) -> dict[str, str]:
         return {}
-
-    def others(self) -> tuple[()]:
-        return ()
-
-    def branches(self) -> tuple[MemorySource]:
-        return (self,)
-
-    def inexact_because(self) -> tuple[str, ...]:
-        return ()
-
-    def __enter__(self) -> MemorySource:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def small_architecture(**changes: Any) -> Architecture:

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import transformers
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.models.families import find_family
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.models.hf_model import errors_only, load_model
 from nemo_upcycle.models.mapping import as_written
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import check_source
 from tests.models import (
+    hugging_face_logits,
     sample_tokens,
     write_exaone4,
     write_llama,
@@ -50,6 +49,8 @@ from tests.parents import (
 
 
 VOCABULARY = 250
+#: A folder's logits, once it is sure that no tensor is missing and none too many.
+logits = partial(hugging_face_logits, strict=True)
 PARENTS = {
     "Llama": write_llama,
     "Qwen2": write_qwen2,
@@ -276,14 +277,19 @@ def outcome(case: Case, folder: Path) -> Outcome:
         AssertionError: a tensor is missing, or one too many.
     """
     dense = (PARENTS | GROWN)[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
+    return outcome_of(dense, UpcycleSpec(**case.spec), folder)
+
+
+def outcome_of(dense: Path, spec: UpcycleSpec, folder: Path) -> Outcome:
+    """Convert a parent and compare the logits of both, see `outcome`."""
     with open_dense(dense) as source:
         _check_read(source)
-        done = convert(source, folder / "moe", UpcycleSpec(**case.spec), progress=False)
-    _check_read_back(dense, folder / "moe", UpcycleSpec(**case.spec))
+        done = convert(source, folder / "moe", spec, progress=False)
+    _check_read_back(dense, folder / "moe", spec)
     if not hasattr(transformers, done.hf_class.partition(" ")[0]):
         pytest.skip(f"transformers {transformers.__version__} does not know {done.hf_class}")
     tokens = sample_tokens(VOCABULARY)
-    wanted, got = (logits(folder / name, tokens) for name in ("dense", "moe"))
+    wanted, got = (logits(path, tokens) for path in (dense, folder / "moe"))
     return Outcome(done.hf_class, done.exact, float((got - wanted).norm() / wanted.norm()))
 
 
@@ -307,12 +313,3 @@ def _check_read_back(dense: Path, moe: Path, spec: UpcycleSpec) -> None:
     wanted, found = read_architecture(dense).upcycled(spec), read_architecture(moe)
     # Mixtral's configuration has one width, that of the experts.
     assert found == replace(as_written(wanted), ffn_size=found.ffn_size)
-
-
-@torch.no_grad()
-def logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Return a folder's logits in float32, once it is sure that no tensor is missing and none too many."""
-    with errors_only():
-        model, found = load_model(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(found.values()), found
-    return model.eval()(tokens_BS).logits

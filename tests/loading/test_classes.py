@@ -7,6 +7,7 @@ models are made is the variable CASES, of which parents PARENTS (`SmolLM3,EXAONE
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import pytest
 import torch
 import transformers
 
+from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.utils.files import read_json
 from tests.loading.cases import PARENTS as FOLDERS
-from tests.loading.cases import Case, has_class, logits, outcome, random_case, random_growth
+from tests.loading.cases import Case, has_class, logits, outcome, outcome_of, random_case, random_growth
+from tests.loading.rows import PARENTS as ROWS
+from tests.loading.rows import WEEKLY
 from tests.models import sample_tokens
+from tests.parents import write_wrapped
 from tests.tiers import quick
 
 
@@ -29,52 +34,21 @@ CASES = int(os.environ.get("CASES", "12"))
 PARENTS = [named.split(",")] if (named := os.environ.get("PARENTS")) else []
 TOLERANCE, VISIBLE = 2e-6, 1e-3
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
-SIGMOID = {"router_score": "sigmoid", "routed_scaling_factor": 2.5, "router_std": 0.02}
-#: Parent, its sizes, the spec -> the class.
-KNOWN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-    ("Llama", {}, {}, "MixtralForCausalLM"),
-    ("Llama", {"tied": True}, FINE, "MixtralForCausalLM"),
-    ("Llama", {}, FINE | {"shared_experts": 1}, "Qwen2MoeForCausalLM"),
-    ("Llama", {"tied": True}, {"moe_layers": "every-2"}, "Qwen2MoeForCausalLM"),
-    ("Llama", {}, FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1,2,3"}, "Glm4MoeForCausalLM"),
-    ("Llama", {"tied": True}, SIGMOID, "Glm4MoeForCausalLM"),
-    ("Qwen2", {}, {}, "Qwen2MoeForCausalLM"),
-    ("Qwen2", {"tied": True}, FINE | SIGMOID | {"shared_experts": 2}, "Glm4MoeForCausalLM"),
-    ("Qwen3", {}, {}, "Qwen3MoeForCausalLM"),
-    ("Qwen3", {"tied": True}, FINE | {"moe_layers": "every-2"}, "Qwen3MoeForCausalLM"),
-    ("Qwen3", {}, {"router_order": "softmax_topk", "router_init": "zero"}, "Qwen3MoeForCausalLM"),
-    ("Qwen3", {"tied": True}, FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1,2,3"}, "Glm4MoeForCausalLM"),
-    ("OLMo 2", {"tied": True}, FINE, "FlexOlmoForCausalLM"),
-    ("OLMo 2", {}, {"router_order": "softmax_topk", "router_init": "zero"}, "FlexOlmoForCausalLM"),
-    ("OLMo 3", {"layer_types": ["full_attention"] * 4}, FINE, "FlexOlmoForCausalLM"),
-    ("SmolLM3", {"no_rope_layers": [1] * 4}, FINE, "MixtralForCausalLM"),
-    ("Granite 3", {"tied": True}, {}, "GraniteMoeForCausalLM"),
-    ("Granite 4", {}, FINE, "GraniteMoeForCausalLM"),
-    ("Granite 4", {}, FINE | {"shared_experts": 1}, "GraniteMoeSharedForCausalLM"),
-    ("EXAONE 3", {"tied": True}, FINE | {"shared_experts": 1}, "Qwen2MoeForCausalLM"),
-    ("InternLM3", {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}, {}, "MixtralForCausalLM"),
-    ("IQuest-Coder", {}, FINE, "MixtralForCausalLM"),
-    ("SmolLM3", {}, FINE | {"shared_experts": 1}, "GraniteMoeSWAForCausalLM"),
-    *(
-        [("HyperCLOVA X", {"use_post_norm": False}, FINE, "GraniteMoeForCausalLM")]
-        if "HyperCLOVA X" in FOLDERS
-        else []
-    ),
-    ("Seed-OSS", {"head_dim": 8}, FINE, "GraniteMoeSWAForCausalLM"),
-    ("Seed-OSS", {"head_dim": 8}, FINE | SIGMOID, "Glm4MoeForCausalLM"),
-    ("Seed-OSS", {}, FINE, "Qwen2MoeForCausalLM"),
-    ("Phi-3", {"tied": True, "sliding_window": 7}, FINE, "MixtralForCausalLM"),
-    ("Phi-3", {"partial_rotary_factor": 0.75}, SIGMOID, "Glm4MoeForCausalLM"),
-]
+#: What becomes a model that stands alone and is exact.
+EXACT = {
+    name: row
+    for name, row in (ROWS | WEEKLY).items()
+    if row.hf_class and row.dtype is torch.float32 and "method" not in row.spec
+    if getattr(row.write, "func", None) is not write_wrapped
+}
 
 
-@pytest.mark.parametrize(("parent", "sizes", "spec", "hf_class"), quick(KNOWN, KNOWN[3], KNOWN[4], KNOWN[9]))
-def test_every_class_computes_what_the_parent_does(
-    tmp_path: Path, parent: str, sizes: dict[str, Any], spec: dict[str, Any], hf_class: str
-) -> None:
-    sizes = {"head_dim": 16} | sizes if parent not in ("Qwen2", "SmolLM3") else sizes
-    found = outcome(Case(parent, sizes, {"router_std": 1.0} | spec), tmp_path)
-    assert (found.hf_class, found.is_exact) == (hf_class, True)
+@pytest.mark.skipif(bool(find_spec("nemo")), reason="tests/unit/models/test_parents.py compares the same")
+@pytest.mark.parametrize("name", EXACT)
+def test_every_class_computes_what_the_parent_does(tmp_path: Path, name: str) -> None:
+    row = EXACT[name]
+    found = outcome_of(row.write(tmp_path / "dense"), UpcycleSpec(**row.spec), tmp_path)
+    assert (found.hf_class, found.is_exact) == (row.hf_class, True)
     assert found.relative <= TOLERANCE
 
 
