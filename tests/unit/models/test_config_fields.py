@@ -12,7 +12,6 @@ import pytest
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models import config_fields
 from nemo_upcycle.models.config_fields import check_fields, meanings, table
-from tests.models import MemorySource, build_chunks, small_architecture
 
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -86,15 +85,3 @@ def test_what_a_newer_megatron_turns_on_with_fused_experts_is_known() -> None:
     config.moe_single_grouped_weight = True
     with pytest.raises(SpecError, match=r"model\.config\.moe_single_grouped_weight: got True"):
         check_fields(config)
-
-
-def test_a_rank_budget_that_can_overflow_is_told() -> None:
-    from nemo_upcycle import UpcycleSpec, upcycle_into
-
-    (chunk,) = build_chunks(small_architecture(), num_experts=4)
-    source, spec = MemorySource(small_architecture()), UpcycleSpec(num_experts=4, top_k=2)
-    chunk.config.moe_expert_rank_capacity_factor = 1.0
-    assert upcycle_into([chunk], source, spec).exact
-    chunk.config.moe_expert_rank_capacity_factor = 0.5
-    (reason,) = upcycle_into([chunk], source, spec).inexact_because
-    assert reason == "moe_expert_rank_capacity_factor=0.5 drops the tokens of ranks that overflow"

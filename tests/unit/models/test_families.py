@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,61 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_checkpoint, export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
-from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models import families
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import Family, MoeFamily, llama, phi3
+from nemo_upcycle.models.families import MoeFamily, llama, phi3
 from nemo_upcycle.models.families.base import Settings
-from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
-from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping_table import MAPPINGS
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from nemo_upcycle.verify.verification import verify
 from tests.families import registered
 from tests.models import build_chunks, moe_settings, require_same_weights, weights_of, write_llama, write_phi3
 from tests.unit.convert.exports import write_checkpoint
-
-
-BLOCK = "transformer.h.{layer}."
-
-
-class _Parent(Family):
-    def activation(self, settings: Settings) -> str:
-        return settings.choice("hidden_act", {"swish": "silu"}, "use a checkpoint with swish")
-
-
-PARENT = _Parent(
-    title="Made-up",
-    hf_class="MadeUpForCausalLM",
-    model_type="made_up",
-    names={
-        "embedding": ("transformer.wte.weight",),
-        "final_norm": ("transformer.ln_f.weight",),
-        "output": ("unembed.weight",),
-        "attention_norm": (BLOCK + "ln_1.weight",),
-        "qkv": (BLOCK + "attn.query.weight", BLOCK + "attn.key.weight", BLOCK + "attn.value.weight"),
-        "attention_out": (BLOCK + "attn.proj.weight",),
-        "ffn_norm": (BLOCK + "ln_2.weight",),
-        "fc1": (BLOCK + "ffn.w1.weight", BLOCK + "ffn.w3.weight"),
-        "fc2": (BLOCK + "ffn.w2.weight",),
-    },
-    defaults={"hidden_act": "swish", "rope_theta": 100000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
-    | {"max_position_embeddings": 2048},
-    spelling={
-        "n_layer": "num_hidden_layers",
-        "n_embd": "hidden_size",
-        "n_head": "num_attention_heads",
-        "n_head_kv": "num_key_value_heads",
-        "n_inner": "intermediate_size",
-        "activation": "hidden_act",
-    },
-)
 
 
 class _Target(MoeFamily):
@@ -110,22 +71,6 @@ TARGET = _Target(
 )
 
 
-def _as_made_up(folder: Path, output: Path) -> Path:
-    """Write a Llama's weights as the made-up family saves them."""
-    arch, tensors = read_architecture(folder), weights_of(folder)
-    renamed = {}
-    for name in hf_names(arch):
-        mapping, part, layer, _ = mapping_of_hf(name, arch)
-        renamed[PARENT.names[mapping.role][part].format(layer=layer)] = tensors[name]
-    output.mkdir()
-    save_file(renamed, output / "model.safetensors", metadata={"format": "pt"})
-    sizes = {"n_layer": arch.num_layers, "n_embd": arch.hidden_size, "n_head": arch.num_heads}
-    sizes |= {"n_head_kv": arch.num_kv_heads, "n_inner": arch.ffn_size, "vocab_size": arch.vocab_size}
-    config = {"architectures": [PARENT.hf_class], "model_type": PARENT.model_type, "bos_token_id": 1, **sizes}
-    (output / "config.json").write_text(json.dumps(config))
-    return output
-
-
 def _made_online(folder: Path, output: Path, spec: UpcycleSpec) -> Path:
     """Upcycle into a Megatron model on one rank, and export that."""
     arch = read_architecture(folder)
@@ -133,23 +78,6 @@ def _made_online(folder: Path, output: Path, spec: UpcycleSpec) -> Path:
     with open_dense(folder) as dense:
         upcycle_into([model], dense, spec)
     return export_weights(LiveWeights(model), arch.upcycled(spec), folder, output, dtype=torch.float32)
-
-
-@pytest.mark.usefixtures("megatron")
-def test_a_parent_family_from_outside_is_upcycled_bit_by_bit_like_a_llama(tmp_path: Path) -> None:
-    spec = UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1)
-    same_model = write_llama(tmp_path / "llama", layers=2)
-    with registered(PARENT):
-        folder = _as_made_up(same_model, tmp_path / "made_up")
-        online = _made_online(folder, tmp_path / "online", spec)
-        for name, parent in (("offline", folder), ("expected", same_model)):
-            with open_dense(parent) as dense:
-                convert(dense, tmp_path / name, spec)
-        require_same_weights(online, tmp_path / "offline", tmp_path / "expected")
-        assert verify(folder, tmp_path / "offline", logits=False).equal
-        config = json.loads((tmp_path / "offline/config.json").read_text())
-    assert (config["architectures"], config["bos_token_id"]) == (["Qwen2MoeForCausalLM"], 1)
-    assert not config.keys() & PARENT.spelling.keys()
 
 
 #: A target whose experts are fused like its attention.
@@ -204,11 +132,6 @@ def test_a_checkpoint_is_read_and_exported_under_fused_names(tmp_path: Path) -> 
             for start, stop in ((0, 0), (5, 70), (64, 96), (70, 128)):  # in one part, over its end, a whole one
                 bounds = [(start, stop), (3, 64)]
                 assert torch.equal(fused.read(layer + "self_attn.qkv_proj.weight", bounds), whole[start:stop, 3:])
-
-
-def test_messages_use_the_familys_own_names() -> None:
-    with registered(PARENT), pytest.raises(CheckpointError, match=r"config\.json: n_layer: got 'two'"):
-        architecture_from_config({"architectures": [PARENT.hf_class], "n_embd": 8, "n_head": 2, "n_layer": "two"})
 
 
 def test_every_family_names_each_part_of_a_parameter() -> None:

@@ -10,7 +10,6 @@ import pytest
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart, hybrid_pattern
 from nemo_upcycle.models.mapping import stored_hybrid
-from nemo_upcycle.models.mapping_table import DELTA_MAPPINGS, MAPPINGS, MOE_MAPPINGS
 
 
 NAMES = [
@@ -77,11 +76,3 @@ def test_a_checkpoint_with_other_layers_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         stored_hybrid([*NAMES, f"decoder.layers.{name}"])
     assert caught.value.got == f"decoder.layers.{name}"
-
-
-def test_every_parameter_of_a_layer_is_attentions_or_the_networks() -> None:
-    in_attention = {mapping.role for mapping in MAPPINGS if mapping.in_attention and mapping not in DELTA_MAPPINGS}
-    assert in_attention == {
-        *("attention_norm", "qkv", "qkv_bias", "attention_out", "attention_out_bias", "query_norm", "key_norm")
-    }
-    assert not any(mapping.in_attention for mapping in MOE_MAPPINGS)

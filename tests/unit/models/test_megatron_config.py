@@ -45,24 +45,17 @@ def test_what_is_usual_may_be_spelled_out() -> None:
     assert upcycle_into(chunks, MemorySource(small_architecture()), SPEC).exact
 
 
-@pytest.mark.parametrize(("factor", "exact"), [(None, True), (2.0, True), (1.5, False)])
-def test_a_capacity_below_every_token_is_told(factor: float | None, exact: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "factor", "exact"),
+    [("", None, True), ("", 2.0, True), ("", 1.5, False), ("rank_", 1.0, True), ("rank_", 0.5, False)],
+)
+def test_a_capacity_below_every_token_is_told(kind: str, factor: float | None, exact: bool) -> None:
     """Each of four experts has room for all tokens at a factor of 4 / 2."""
-    chunks = build_chunks(small_architecture(), num_experts=4, moe_expert_capacity_factor=factor)
-    receipt = upcycle_into(chunks, MemorySource(small_architecture()), SPEC)
+    (chunk,), name = build_chunks(small_architecture(), num_experts=4), f"moe_expert_{kind}capacity_factor"
+    setattr(chunk.config, name, factor)
+    receipt = upcycle_into([chunk], MemorySource(small_architecture()), SPEC)
     assert receipt.exact is exact
-    assert exact or receipt.inexact_because[0].startswith("moe_expert_capacity_factor=1.5 drops the tokens")
-
-
-def test_the_receipt_names_the_half_that_float16_rounds_where_experts_are_shared() -> None:
-    spec = UpcycleSpec(num_experts=4, top_k=2, granularity=2, shared_experts=1)
-    settings, source = moe_settings(small_architecture(), spec), MemorySource(small_architecture())
-    source.tensors = {name: tensor.half() for name, tensor in source.tensors.items()}
-    for dtype, found in ((torch.float16, 1), (torch.float32, 0)):
-        chunks = build_chunks(small_architecture(), **settings, params_dtype=dtype)
-        reasons = upcycle_into(chunks, source, spec).inexact_because
-        assert len(reasons) == found
-        assert all("0.5 on the shared experts' down projection rounds numbers below" in reason for reason in reasons)
+    assert exact or receipt.inexact_because[0].startswith(f"{name}={factor} drops the tokens")
 
 
 def test_gemmas_scaled_embedding_is_asked_for() -> None:

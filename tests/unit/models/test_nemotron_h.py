@@ -13,10 +13,9 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
 from nemo_upcycle.models.mapping import layer_mappings
 from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields
-from nemo_upcycle.models.sharding import Shard, hf_shapes, source_slices
+from nemo_upcycle.models.sharding import hf_shapes
 from tests.models import write_random
 
 
@@ -55,20 +54,6 @@ def test_the_layers_are_those_of_the_pattern() -> None:
     assert roles[3] == {"attention_norm", "qkv", "attention_out"}
 
 
-def test_shapes_are_those_of_the_checkpoint() -> None:
-    shapes = hf_shapes(architecture_from_config(CONFIG))
-    inside = "backbone.layers.0.mixer."
-    inner, states = 128 * 64, 8 * 128
-    assert shapes[inside + "in_proj.weight"] == (2 * inner + 2 * states + 128, 4096)
-    assert shapes[inside + "conv1d.weight"] == (inner + 2 * states, 1, 4)
-    assert shapes[inside + "conv1d.bias"] == (inner + 2 * states,)
-    assert shapes[inside + "A_log"] == shapes[inside + "D"] == shapes[inside + "dt_bias"] == (128,)
-    assert shapes[inside + "norm.weight"] == (inner,)
-    assert shapes[inside + "out_proj.weight"] == (4096, inner)
-    assert shapes["backbone.layers.1.mixer.up_proj.weight"] == (21504, 4096)
-    assert not any("gate" in name for name in shapes)
-
-
 @pytest.mark.parametrize("config", [CONFIG, TINY], ids=["8B", "tiny"])
 def test_parameters_are_counted(config: dict[str, Any]) -> None:
     arch = architecture_from_config(config)
@@ -94,25 +79,6 @@ def test_networks_become_experts_and_moe_layers_counts_networks() -> None:
     assert megatron_fields(second, hybrid=True)["moe_layer_freq"] == [0, 0, 0, 0, 1]
     with pytest.raises(SpecError, match="the model has 2 layers"):
         arch.upcycled(UpcycleSpec(num_experts=4, top_k=2, moe_layers=(2,)))
-
-
-def test_every_layer_is_the_parents_own() -> None:
-    layers = HybridLayers("ME|M*-")
-    assert layers.parts == tuple(LayerPart(layer) for layer in range(5))
-    assert [layers.index(LayerPart(layer, in_attention=False)) for layer in range(5)] == [0, 1, 2, 3, 4]
-    assert (layers.num_layers, layers.networks) == (5, (1, 4))
-    assert layers.moe_pattern == (False, True, False, False, False)
-    assert layers.with_experts([False, True]) == "M-M*E"
-
-
-def test_every_part_of_a_projection_is_cut_on_its_own() -> None:
-    arch = architecture_from_config(TINY)
-    mapping = next(each for each in layer_mappings(arch, 0) if each.role == "mamba_in")
-    slices = source_slices(mapping, arch, Shard(1, 2), (46, 32))
-    assert [slice_.in_tensor(mapping, arch).source[0] for slice_ in slices] == [
-        *((16, 32), (48, 64), (68, 72), (76, 80), (82, 84))
-    ]
-    assert [slice_.rows for slice_ in slices] == [(0, 16), (16, 32), (32, 36), (36, 40), (40, 42)]
 
 
 def test_flops_count_attention_where_it_is() -> None:

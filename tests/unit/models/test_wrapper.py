@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
-from nemo_upcycle.models.wrapper import INDEX, around_text, text_settings, wrapper_of
+from nemo_upcycle.models.wrapper import INDEX, text_settings
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 32}
@@ -82,32 +82,6 @@ def test_a_model_that_stands_alone_comes_back_as_it_is() -> None:
 def test_what_is_not_known_is_said_with_what_is_near(config: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         architecture_from_config(config)
-
-
-def test_around_another_text_model_stands_what_stood_around_the_parents() -> None:
-    """As Qwen3-VL is published: one embedding turns the axes of pictures, and is not read of a text alone."""
-    rope, wrapper = {"rope_type": "default", "mrope_section": [24, 20, 20]}, wrapper_of({"model_type": "qwen3_vl"})
-    vision = {"model_type": "qwen3_vl", "depth": 24}
-    config = _config("Qwen3VL", SIZES | {"model_type": "qwen3_vl_text", "rope_scaling": rope}, image_token_id=7)
-    config |= {"model_type": "qwen3_vl", "vision_config": vision, "tie_word_embeddings": True}
-    around = wrapper.around_experts if wrapper else None
-    assert around
-    yarn = {"rope_type": "yarn", "factor": 2.0}
-    text = {"architectures": [around.hf_class], "model_type": around.text_type, "rope_scaling": yarn}
-    made = around_text(config, text, around)
-    axes = {"mrope_section": [24, 20, 20]}
-    assert made == {
-        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-        "model_type": "qwen3_vl_moe",
-        "text_config": {
-            "model_type": "qwen3_vl_moe_text",
-            "rope_scaling": yarn | axes,
-            "rope_parameters": {"rope_type": "default"} | axes,
-        },
-        "vision_config": {"model_type": "qwen3_vl_moe", "depth": 24},
-        "image_token_id": 7,
-        "tie_word_embeddings": False,
-    }
 
 
 @pytest.mark.parametrize("sharded", [False, True])
