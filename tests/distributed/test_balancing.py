@@ -31,8 +31,6 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "pp2 cp2": {"pp": 2, "cp": 2},
     "pp2 vp2 cp2": {"pp": 2, "vp": 2, "cp": 2},
 }
-#: The layout of a Megatron that scales by itself.
-NEWER = "cp2 dp2, ep4"
 _EVERY_LOSS: dict[str, Any] = {
     "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
     "moe_aux_loss_coeff": [0.01, 0.03],
@@ -109,8 +107,7 @@ def _alone() -> Steps:
 
 
 def _together(layout: str) -> Steps:
-    """Return what one of four ranks finds for each case: Megatron as it is, a newer one, and ours."""
-    from megatron.core import parallel_state as ps
+    """Return what one of four ranks finds for each case: Megatron as it is, and ours."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.moe.router import TopKRouter
 
@@ -122,14 +119,6 @@ def _together(layout: str) -> Steps:
         found[case, "ours"] = take_step(sizes, settings, SPEC, prepare=_corrected)
     for case, (spec, settings, _) in BIASES.items():
         found[case] = take_step(sizes, settings, spec, prepare=_corrected)
-    if layout == NEWER and IS_015:
-
-        def newer(scale: Any) -> None:
-            megatrons(scale * ps.get_context_parallel_world_size())
-
-        MoEAuxLossAutoScaler.set_loss_scale = staticmethod(newer)
-        found["every loss", "newer"] = take_step(sizes, _EVERY_LOSS, SPEC, prepare=_corrected)
-        found["every loss", "newer"]["kept"] = MoEAuxLossAutoScaler.set_loss_scale is newer
     return found
 
 
@@ -187,13 +176,6 @@ def test_megatron_alone_divides_them_by_sizes_of_the_layout(
     first = ranks(layout)[0][case, "ours"]["prepared"][0]
     assert (f"divides it by {divided_by} " in first.why) == (divided_by > 1)
     assert (first.why == "as set") == (divided_by == 1)
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not IS_015, reason="this Megatron does")
-def test_a_megatron_that_scales_by_context_parallel_size_is_not_changed(alone: Steps, ranks: Ranks) -> None:
-    assert _share(alone, ranks, NEWER, "every loss", "newer") == pytest.approx(1.0, rel=1e-5)
-    assert all(rank["every loss", "newer"]["kept"] for rank in ranks(NEWER))
 
 
 @EVERY_LAYOUT

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +43,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return prepare(tmp_path_factory.mktemp("one_card"), SIZES)
 
 
-class Runs:
-    """Metrics of one run in each precision, trained when they are first asked for."""
-
-    def __init__(self, dense: Path, data: Path) -> None:
-        self.inputs = dense, data
-        self._found: dict[str, list[dict[str, Any]]] = {}
-
-    def __getitem__(self, precision: str) -> list[dict[str, Any]]:
-        if precision not in self._found:
-            self._found[precision] = train(SIZES, *self.inputs, self.inputs[0].parent / precision, precision)
-        return self._found[precision]
+Runs = Callable[[str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def runs(inputs: tuple[Path, Path]) -> Runs:
-    return Runs(*inputs)
+    """Metrics of one run in each precision, trained when they are first asked for."""
+    return cache(lambda precision: train(SIZES, *inputs, inputs[0].parent / precision, precision))
 
 
 EVERY_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
@@ -64,7 +57,7 @@ EVERY_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
 
 @EVERY_PRECISION
 def test_loss_goes_down(runs: Runs, precision: str) -> None:
-    losses = [line["loss"] for line in runs[precision]]
+    losses = [line["loss"] for line in runs(precision)]
     assert len(losses) == SIZES.steps
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0] - 0.5
@@ -72,19 +65,19 @@ def test_loss_goes_down(runs: Runs, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "bf16"])
 def test_fp8_starts_at_the_loss_of_bf16(runs: Runs, precision: str) -> None:
-    assert runs[precision][0]["loss"] == pytest.approx(runs["bf16"][0]["loss"], rel=2e-2)
+    assert runs(precision)[0]["loss"] == pytest.approx(runs("bf16")[0]["loss"], rel=2e-2)
 
 
 @EVERY_PRECISION
 def test_memory_is_what_the_planner_says(runs: Runs, precision: str) -> None:
-    measured, planned = runs[precision][-1]["memory_gib"], planned_gib(SIZES, precision)
+    measured, planned = runs(precision)[-1]["memory_gib"], planned_gib(SIZES, precision)
     assert measured >= sum(planned[name] for name in ("weights", "gradients", "optimizer"))
     assert measured == pytest.approx(planned["total"], rel=0.15)
 
 
 @EVERY_PRECISION
 def test_rates_are_stated_against_the_peak_of_the_card(runs: Runs, precision: str) -> None:
-    line = runs[precision][-1]
+    line = runs(precision)[-1]
     mfu = line["mfu"]["bf16" if precision == "bf16" else "fp8"]
     assert 0 < mfu["causal"] <= mfu["full"] < 1
 
