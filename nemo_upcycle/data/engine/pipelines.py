@@ -142,7 +142,7 @@ def _deduplicated(ledger: Ledger, plan: EnginePlan) -> list[PipelineStep]:
 
 def _documents(ledger: Ledger) -> list[PipelineStep]:
     read = [StartTask(ledger), ReadDocuments(ledger), CountDocuments(ledger, "read")]
-    filters = [clean.FilterDocuments(ledger), CountDocuments(ledger, "filter"), clean.FilterListed(ledger)]
+    filters = [clean.RemoveShort(ledger), CountDocuments(ledger, "filter"), clean.RemoveListed(ledger)]
     return [*read, *filters, CountText(ledger)]
 
 
