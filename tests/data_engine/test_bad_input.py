@@ -178,14 +178,6 @@ def test_bad_byte_in_parquet_costs_only_its_row(tmp_path: Path, kind: str, colum
     assert lost == [("not UTF-8", 1501)]
 
 
-def test_equal_ids_are_told_apart(tmp_path: Path) -> None:
-    file = tmp_path / "some.jsonl"
-    file.write_text("".join(json.dumps({"id": 7, "text": text}) + "\n" for text in GOOD), encoding="utf-8")
-    work = execute(write_plan(tmp_path, [{"files": [str(file)], "split": "heldout"}]))
-    held = [json.loads(line) for line in (work / "tokens" / "00000.heldout.jsonl").read_text().splitlines()]
-    assert held == [{"id": f"7@some.jsonl:{n}", "text": text} for n, text in enumerate(GOOD, 1)]
-
-
 def test_strict_names_the_place(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_bytes(_between(b"{]\n"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 from collections.abc import Callable
@@ -87,19 +86,6 @@ def test_workers_and_kills_do_not_change_a_byte(tmp_path: Path) -> None:
             process.kill()
     assert run(plan).returncode == 0
     assert found[0] == found[1] == everything(plan.parent)
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="no cores to leave out")
-def test_as_many_workers_as_cores_it_may_use(tmp_path: Path) -> None:
-    plan, mine = blend(tmp_path), os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(mine)})  # a child has it, too
-    try:
-        done = run(plan)
-    finally:
-        os.sched_setaffinity(0, mine)
-    assert done.returncode == 0, done.stderr
-    told = json.loads((plan.parent / "logs" / "3_write" / "executor.json").read_text(encoding="utf-8"))
-    assert told["workers"] == 1
 
 
 def test_output_does_not_depend_on_the_folder(tmp_path: Path) -> None:

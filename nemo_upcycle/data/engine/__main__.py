@@ -91,8 +91,6 @@ def _version(name: str) -> str:
 
 
 def _check(run_on: Any) -> None:
-    if run_on.workers < 1:
-        raise UpcycleError("--workers", got=run_on.workers, expected="1 or more", fix="omit it to use all cores")
     if run_on.slurm and "SLURM_ARRAY_TASK_ID" in os.environ:
         raise UpcycleError("--slurm", got="a job of Slurm", expected="a login node", fix="use --workers inside a job")
     if run_on.slurm and not which("sbatch"):

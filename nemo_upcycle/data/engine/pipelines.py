@@ -13,6 +13,7 @@ from typing import Any
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactFindDedups
+from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
 
 from nemo_upcycle.data.engine import clean, near, overlap, quotas
 from nemo_upcycle.data.engine.documents import ReadDocuments
@@ -97,10 +98,12 @@ def stages(plan: EnginePlan, library: str) -> list[EngineStage]:
     pipelines: dict[str, list[Any]] = {SIGN: sign, FIND: [StartTask(unwritten), find], JOIN: join}
     if plan.heldout_overlap is not None:
         sign.append(overlap.WriteHeldout(unwritten))
-    if plan.near_duplicates:
-        config = near.near_config(plan.near_duplicates)
-        sign.append(near.SignNear(folder, config))
-        pipelines[FIND_NEAR] = [StartTask(unwritten), near.find_near(folder, config)]
+    if settings := plan.near_duplicates:
+        config = MinhashConfig(settings["n_grams"], settings["bands"], settings["hashes_per_band"])
+        signed, pairs = str(folder / "near_signatures"), str(folder / "near_pairs")
+        buckets = MinhashDedupBuckets(signed, pairs, config=config, lines_to_buffer=1024)
+        sign.append(near.SignNear(signed, config))
+        pipelines[FIND_NEAR] = [StartTask(unwritten), buckets]
         join.append(near.KeepFirst(unwritten, folder))
     if plan.heldout_overlap is not None:
         join.append(overlap.IndexHeldout(unwritten))

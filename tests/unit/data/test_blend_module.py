@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.data.blend_module import blend_data, describe_data
-from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER
 from nemo_upcycle.utils.progress import show_messages
@@ -99,39 +98,9 @@ def test_a_training_of_what_another_has_trained_reads_on_behind_it(folder: Path,
     assert behind["validation"] == whole["validation"]
 
 
-def test_batch_sizes_do_not_change_the_order(folder: Path, tiny_dense: Path) -> None:
-    small, large = (_read(folder, tiny_dense, 2, global_batch_size=size)["train"] for size in (2, 6))
-    assert large[: len(small)] == small
-
-
 def test_seed_changes_the_order(folder: Path, tiny_dense: Path) -> None:
     usual, other = _read(folder, tiny_dense, 60)["train"], _read(folder, tiny_dense, 60, seed=7)["train"]
     assert other[:100] != usual[:100]
-
-
-def test_tiny_source_keeps_its_share_for_many_epochs(tiny_dense: Path, tmp_path: Path) -> None:
-    """Notes, of 2 documents, are read hundreds of times, and each time in whole."""
-    sources = {"talks": (0.7, {"train": [90], "validation": [12]}), "notes": (0.3, {"train": [2]})}
-    folder = write_blend(tmp_path / "blend", tiny_dense, sources)
-    ((read, numbers, share),) = run_ranks(_notes, 1, folder, tiny_dense)
-    assert share == pytest.approx(600, abs=1)
-    assert numbers == list(range(len(numbers)))
-    (tokens,) = open_blend(folder).tokens["train"]["notes"].values()
-    epochs = len(read) // tokens
-    assert epochs > 100
-    assert len({tuple(sorted(read[n * tokens : (n + 1) * tokens])) for n in range(epochs)}) == 1
-
-
-def _notes(folder: Path, dense: Path) -> Any:
-    """Return the tokens of the notes as they are read, the numbers of their samples, and their part of 2,000."""
-    module = _module(folder, dense)
-    module.build(1000, *VALIDATION, 0)
-    blended = module._train_ds
-    (notes,) = [n for n, dataset in enumerate(blended.datasets) if "notes" in dataset.dataset_path]
-    of_notes = blended.dataset_index == notes
-    samples = [blended[int(number)]["tokens"].tolist() for number in of_notes.nonzero()[0]]
-    numbers = blended.dataset_sample_index[of_notes].tolist()
-    return [token for sample in samples for token in sample], numbers, int(of_notes[:2000].sum())
 
 
 def test_validation_is_laid_out_for_one_of_them(folder: Path, tiny_dense: Path) -> None:

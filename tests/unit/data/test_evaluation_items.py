@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.data.blend import read_blend
-from nemo_upcycle.data.contamination import Contamination, build_index
+from nemo_upcycle.data.contamination import build_index
 from nemo_upcycle.data.inputs import list_inputs
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import cut
@@ -81,14 +80,3 @@ def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, A
         "1990-Bush-1": [14],
         "1995-Clinton-1": [14],
     }
-
-
-def test_eight_words_in_a_row_are_reported(built: tuple[dict[str, Any], NgramIndex]) -> None:
-    _, index = built
-    report = Contamination(index)
-    changed = [planted for planted in plant(50, seed=random.Random(1).randrange(100)) if planted.form == CHANGED[0]]
-    for number, planted in enumerate(changed):
-        report.add(str(number), f"memory:{number}", planted.text, index.search(planted.text)[1])
-    counts = report.to_dict()["mmlu"]
-    assert counts["documents"] >= 48  # of 50 with one word in ten changed
-    assert counts["bytes"] == 0

@@ -186,11 +186,3 @@ def test_held_out_text_is_looked_for_where_some_is_held_out(tmp_path: Path) -> N
     assert plan(validation=0, heldout=0)["heldout_overlap"] is None
     inputs["web"]["heldout"] = _files("b")
     assert plan(validation=0, heldout=0)["heldout_overlap"] == 0.5
-
-
-def test_near_duplicates_have_the_settings_of_the_blend(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("{sources: {web: {train: [x]}}, near_duplicates: {}}")
-    settings = {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
-    inputs = {"web": {"train": _files("a"), "validation": [], "heldout": []}}
-    blend = read_blend(tmp_path / "mine.yaml")
-    assert make_plan(blend, inputs, tmp_path, TOKENIZER)["near_duplicates"] == settings

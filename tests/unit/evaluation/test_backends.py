@@ -14,10 +14,6 @@ import pytest
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation import backends
 from nemo_upcycle.evaluation.backends import CPU_BATCH, choose_backend, load_model, open_model, wrap_model
-from nemo_upcycle.evaluation.run import evaluate
-from nemo_upcycle.suites.suite import build_suite
-from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig
-from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 
 class FakeVLLM:
@@ -122,17 +118,3 @@ def test_lm_eval_finds_a_batch_size_by_itself(tiny_llama: Path, capsys: pytest.C
     with lm._reporting("held-out text", 1):
         assert lm._detect_batch_size([("", [1, 2], [3])], 0) == 4
         assert lm._line._done == 0
-
-
-def test_automatic_batches_give_the_same_numbers(tiny_llama: Path, tmp_path: Path) -> None:
-    results = []
-    for batch_size in (4, "auto"):
-        config = SuiteConfig({"mmlu_letter": [0]}, heldout=HeldoutConfig(window_bytes=40), batch_size=batch_size)
-        suite = build_suite(QUESTIONS, DOCUMENTS, tmp_path / f"suite-{batch_size}", config)
-        results.append(evaluate(tiny_llama, suite, tmp_path / f"{batch_size}", name="tiny"))
-    fixed, automatic = results
-    assert automatic["settings"]["batch_size"] == CPU_BATCH
-    assert automatic["settings"]["backend"] == "hf"
-    assert automatic["samples"] == fixed["samples"]
-    for one, other in zip(fixed["items"]["mmlu_letter"], automatic["items"]["mmlu_letter"], strict=True):
-        assert one["loglikelihoods"] == pytest.approx(other["loglikelihoods"], rel=1e-5)

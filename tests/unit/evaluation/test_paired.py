@@ -76,10 +76,6 @@ def test_windows_of_one_document_count_as_one_observation() -> None:
     assert alone["stderr"] < 0.5 * found["stderr"]  # sqrt(6 / 6 / 5) = 0.45: too sure of itself
 
 
-
-
-
-
 def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(UpcycleError, match="Did you mean 'quiz/acc'"):
         paired_difference(A, B, "quiz/ac")
