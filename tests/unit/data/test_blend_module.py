@@ -67,29 +67,6 @@ def test_order_is_that_of_bridge(tmp_path: Path) -> None:
     assert hashlib.sha256("".join(read[:1200]).encode()).hexdigest() == ORDER
 
 
-def test_resumed_run_goes_on_with_the_next_sample(folder: Path, tiny_dense: Path) -> None:
-    """In the second epoch, and where the first part was laid out for itself alone."""
-    steps = 150
-    whole = _read(folder, tiny_dense, 300)["train"]
-    ((first, rest),) = run_ranks(_in_two_parts, 1, folder, tiny_dense, steps, 300)
-    assert first == whole[: steps * BATCH]
-    assert rest == whole[steps * BATCH :]
-
-
-def _in_two_parts(folder: Path, dense: Path, stopped: int, steps: int) -> list[list[str]]:
-    """Return what NeMo's sampler reads until a step, and of a longer run after it."""
-    from nemo.lightning.data import MegatronPretrainingSampler
-
-    parts = []
-    for until, consumed in ((stopped, 0), (steps, stopped * BATCH)):
-        module = _module(folder, dense)
-        module.build(until, *VALIDATION, 0)
-        sampler = MegatronPretrainingSampler(len(module._train_ds), consumed, 1, 0, 1, global_batch_size=BATCH)
-        hashes = _hashes(module._train_ds)
-        parts.append([hashes[number] for batch in sampler for number in batch])
-    return [parts[0][: stopped * BATCH], parts[1]]
-
-
 def test_a_training_of_what_another_has_trained_reads_on_behind_it(folder: Path, tiny_dense: Path) -> None:
     read_before = 350  # into the second epoch
     whole = _read(folder, tiny_dense, 300)

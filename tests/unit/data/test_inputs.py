@@ -118,12 +118,6 @@ def test_mistakes_are_named(tmp_path: Path, source: dict[str, Any], subject: str
     assert str(caught.value.got).startswith(str(got))
 
 
-def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
-    _write(tmp_path, "c.jsonl.zip")
-    with pytest.raises(UpcycleError, match=r"another kind, expected \.txt, .* Fix: unpack it"):
-        list_inputs(_blend(tmp_path, train=["*.zip"]), "web", tmp_path)
-
-
 def test_shards_of_redpajama_are_sampled_with_the_seed(tmp_path: Path) -> None:
     options = {"snapshots": ["2023-06", "2023-14"], "shards": 5}
     found, again = (
@@ -144,11 +138,6 @@ def test_shards_of_redpajama_are_sampled_with_the_seed(tmp_path: Path) -> None:
         "bucket": ["head"],
         "duplicates": f"https://host/v1/duplicates/{name}.duplicates.parquet",
     }
-
-
-def test_speeches_are_taken_by_year(tmp_path: Path) -> None:
-    found = list_inputs(read_blend("sotu"), "speeches", tmp_path)
-    assert {split: len(files) for split, files in found.items()} == {"train": 64, "validation": 3, "heldout": 14}
 
 
 TOKENIZER = {"eos_id": 0, "vocab_size": 100}

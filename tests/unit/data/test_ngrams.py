@@ -186,11 +186,7 @@ def _of_another_version(path: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
-    "text": lambda path: path.write_text("no index"),
-    "other arrays": lambda path: np.savez(path, a=np.arange(3)),
-    "one array": lambda path: np.save(path.open("wb"), np.arange(3)),
     "version": _of_another_version,
-    "missing": Path.unlink,
 }
 
 
