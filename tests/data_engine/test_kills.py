@@ -56,41 +56,26 @@ def _begun(plan: Path) -> list[Path]:
     return list(plan.parent.glob("logs/*/logs/*.log"))
 
 
-_STARTER = "import sys; from nemo_upcycle.data.environment import run_engine; run_engine(sys.argv[1:])"
-
-
-def _start_by_another(plan: Path, *arguments: str) -> tuple[subprocess.Popen[str], set[int]]:
-    """Start the engine as `nemo-upcycle data` does; return that process and those it started, after the first task."""
-    words = [sys.executable, "-c", _STARTER, str(plan), *arguments]
-    process = subprocess.Popen(
-        words, env={**os.environ, VARIABLE: sys.executable}, stderr=subprocess.DEVNULL, text=True
-    )
-    begun = "slurm_jobs.json" if "--slurm" in arguments else "*/logs/*.log"
-    wait_until(lambda: list((plan.parent / "logs").glob(begun)), process)
-    time.sleep(0.3)
-    assert process.poll() is None
-    return process, _descendants(process.pid)
+#: Starts the engine as `nemo-upcycle data` does.
+STARTER = "import sys; from nemo_upcycle.data.environment import run_engine; run_engine(sys.argv[1:])"
 
 
 def _wait_for_end(pids: set[int]) -> None:
     wait_until(lambda: not _alive(pids))
 
 
-def test_killed_starter_takes_the_engine_along(tmp_path: Path) -> None:
-    plan = blend(tmp_path, documents=20_000, words=60)
-    process, family = _start_by_another(plan, "--workers", "2")
-    assert len(family) >= 4  # the engine, its child and two workers
-    process.kill()
-    process.wait()
-    _wait_for_end(family)
-    assert len(list(plan.parent.glob("stats/*.json"))) < 6  # it did not end because it was done
-
-
-def test_killed_starter_takes_the_jobs_of_slurm_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_starter_takes_the_engine_and_the_jobs_of_slurm_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slurm = Slurm(tmp_path / "bin", monkeypatch)
     for name, line in {"sbatch": "echo Submitted batch job 17", "squeue": "echo 17_0", "scancel": ""}.items():
         slurm.says(name, line)
-    process, family = _start_by_another(blend(tmp_path), "--slurm", "any")
+    plan = blend(tmp_path)
+    words = [sys.executable, "-c", STARTER, str(plan), "--slurm", "any"]
+    process = subprocess.Popen(words, env={**os.environ, VARIABLE: sys.executable}, stderr=subprocess.DEVNULL)
+    wait_until((plan.parent / "logs/slurm_jobs.json").is_file, process)
+    family = _descendants(process.pid)
+    assert len(family) >= 2  # the engine and its child
     process.kill()
     process.wait()
     _wait_for_end(family)

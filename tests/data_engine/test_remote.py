@@ -36,7 +36,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.is_down = folder, False
+        self.folder = folder
         self.asked: Counter[tuple[str, str | None]] = Counter()
 
     def address(self, name: str) -> str:
@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
         file = self.server.folder / self.path.lstrip("/")
         if "forbidden" in self.path:
             self.send_error(HTTPStatus.FORBIDDEN)
-        elif "refused" in self.path or self.server.is_down:
+        elif "refused" in self.path:
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR)
         elif not file.is_file():
             self.send_error(HTTPStatus.NOT_FOUND)
@@ -156,21 +156,6 @@ def test_file_that_is_taken_away_while_it_is_read(tmp_path: Path, server: Server
         file.unlink()
         with pytest.raises(UpcycleError, match=r"cut.jsonl: got .*the build resumes"):
             shutil.copyfileobj(handle, BytesIO())
-
-
-def test_build_goes_on_once_the_server_is_back(tmp_path: Path, server: Server) -> None:
-    near = tmp_path / "near.jsonl"
-    near.write_bytes(jsonl("near"))
-    (server.folder / "far.jsonl").write_bytes(jsonl("far"))
-    plan = write_plan(tmp_path, [{"files": [str(near)]}, {"files": [server.address("far.jsonl")]}])
-    server.is_down = True
-    stopped = run(plan, "--workers", "1")
-    assert (stopped.returncode, stopped.stderr.count("\n")) == (2, 1)
-    assert f"{server.address('far.jsonl')}: got 500" in stopped.stderr
-    server.is_down = False
-    done = run(plan)
-    assert done.returncode == 0, done.stderr
-    assert [texts(plan.parent, rank) for rank in (0, 1)] == [["near"], ["far"]]
 
 
 def test_local_file_that_cannot_be_read_now(tmp_path: Path) -> None:

@@ -314,7 +314,6 @@ def test_a_damaged_folder_is_refused_by_file(tokenizer: Path, tmp_path: Path) ->
         ("too_long=trim", "too_long", "trim"),
         ("heldout=0", "heldout", 0.0),
         ("seq_length=1", "seq_length", 1),
-        ("tokeniser=x", "key", "tokeniser"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path: Path, override: str, subject: str, got: object) -> None:
