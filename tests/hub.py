@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face hub: serves data sets of a few rows over HTTP, or the faults of real ones.
 
 It speaks as much of the hub's protocol as `datasets` and fsspec's `hf://` use. `SETS` has the data set of every task
-that the package's suites and blends name, with the columns that lm-eval's task reads.
+that the paper's suite and the blends name, with the columns that lm-eval's task reads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib.util
 import io
 import json
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,38 +36,30 @@ def _row(kind: str, split: str, number: int) -> dict[str, Any]:
     four = [f"answer {letter} of {number}" for letter in "abcd"]
     listed = {"text": [*four, "none"], "label": list("ABCDE")}
     no_date = {"day": "", "month": "", "year": ""}
-    texts = ("question", "text", "page", "passage", "context", "goal", "question_stem", "ctx_a")
+    texts = ("question", "text", "passage", "context", "goal", "question_stem", "ctx_a")
     row: dict[str, Any] = {
         **dict.fromkeys(texts, text),
         **dict.fromkeys(("choices", "options", "endings"), four),
         **dict.fromkeys(("answer", "cop"), number % 4),
-        **dict.fromkeys(("label", "idx", "key", "correct_option"), number % 2),
+        **dict.fromkeys(("label", "idx", "correct_option"), number % 2),
         **{f"mc{n}_targets": {"choices": four, "labels": [1, 0, 0, 0]} for n in (1, 2)},
         **dict(zip(("opa", "opb", "opc", "opd"), four, strict=True)),
         **dict(zip(("sol1", "sol2", "option1", "option2"), four, strict=True)),
-        **dict(zip(("answerA", "answerB", "answerC", "correct_answer"), four, strict=True)),
+        "correct_answer": four[3],
         **{f"distractor{n}": four[n] for n in (1, 2, 3)},
         "id": f"{split}/{number}",
         "query_id": f"{split}-{number}",
         "subject": "some",
-        "cot_content": "A: Let's think step by step.",
         "support": _sentence("support", split, number),
         "query": f"What follows from {number}?",
         "answerKey": "B",
         "ctx_b": "she",
         "activity_label": "Rowing",
         "sentence": f"{text} because _ was late.",
-        "prompt": f"{text} Use no comma.",
-        "instruction_id_list": ["punctuation:no_comma"],
-        "kwargs": [{"num_words": None}],
     }
     own: dict[str, dict[str, Any]] = {
         **{one: {"choices": listed} for one in ("openbookqa", "arc", "commonsense_qa")},
-        "mmlu_pro": {"answer": "A"},
-        "triviaqa": {"answer": {"aliases": four, "value": four[0]}},
-        "nq_open": {"answer": four[:1]},
         "hellaswag": {"label": "1"},
-        "siqa": {"label": "1"},
         "winogrande": {"answer": "2"},
         "gsm8k": {"answer": f"It is so. #### {number}"},
         "drop": {
@@ -83,35 +74,28 @@ def _row(kind: str, split: str, number: int) -> dict[str, Any]:
 _ALL, _NO_TEST = ("train", "validation", "test"), ("train", "validation")
 
 
-def _subjects(folder: str, prefix: str) -> tuple[str, ...]:
-    """Return the subjects that lm-eval has task files for."""
+def _subjects() -> tuple[str, ...]:
+    """Return the subjects of MMLU that lm-eval has task files for."""
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None
     assert spec.submodule_search_locations is not None
-    files = (Path(spec.submodule_search_locations[0]) / "tasks" / folder).glob(f"{prefix}*.yaml")
-    return tuple(sorted(file.stem.removeprefix(prefix) for file in files))
+    files = (Path(spec.submodule_search_locations[0]) / "tasks/mmlu/default").glob("mmlu_*.yaml")
+    return tuple(sorted(file.stem.removeprefix("mmlu_") for file in files))
 
 
-#: The data sets of the package's suites and blends: kind of row, configurations (none: no name), splits.
+#: The data sets of the paper's suite and of the blends: kind of row, configurations (none: no name), splits.
 SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "cais/mmlu": ("mmlu", _subjects("mmlu/default", "mmlu_"), ("dev", "validation", "test")),
-    "TIGER-Lab/MMLU-Pro": ("mmlu_pro", (), ("validation", "test")),
+    "cais/mmlu": ("mmlu", _subjects(), ("dev", "validation", "test")),
     "truthfulqa/truthful_qa": ("truthfulqa", ("multiple_choice",), ("validation",)),
     "baber/piqa": ("piqa", (), _NO_TEST),
     "allenai/sciq": ("sciq", (), _ALL),
     "aps/super_glue": ("boolq", ("boolq",), _NO_TEST),
     "allenai/openbookqa": ("openbookqa", ("main",), _ALL),
-    "mandarjoshi/trivia_qa": ("triviaqa", ("rc.nocontext",), _NO_TEST),
-    "google-research-datasets/nq_open": ("nq_open", (), _NO_TEST),
     "allenai/ai2_arc": ("arc", ("ARC-Easy", "ARC-Challenge"), _ALL),
     "Rowan/hellaswag": ("hellaswag", (), _NO_TEST),
     "allenai/winogrande": ("winogrande", ("winogrande_xl",), _NO_TEST),
     "tau/commonsense_qa": ("commonsense_qa", (), _NO_TEST),
-    "lighteval/siqa": ("siqa", (), _NO_TEST),
     "openai/gsm8k": ("gsm8k", ("main",), ("train", "test")),
-    "EleutherAI/wikitext_document_level": ("wikitext", ("wikitext-2-raw-v1",), _ALL),
-    "EleutherAI/lambada_openai": ("lambada", ("default",), ("test",)),
-    "google/IFEval": ("ifeval", (), ("train",)),
     "EleutherAI/drop": ("drop", (), _NO_TEST),
     "openlifescienceai/medmcqa": ("medmcqa", (), _NO_TEST),
 }
@@ -130,9 +114,6 @@ TRAINED, ROWS = 26, 6
 def repositories() -> Repositories:
     """Return a hub's data sets: those of `SETS` and `TEXTS`, LogiQA as a script and as its Parquet conversion."""
     made = {name: _repository(*described) for name, described in SETS.items()}
-    made["TIGER-Lab/MMLU-Pro"] = _repository(
-        "mmlu_pro", (), ("validation", "test"), category=_subjects("mmlu_pro", "mmlu_pro_")
-    )
     for name, folder in TEXTS.items():
         made[name] = {f"{folder}part{n}.jsonl": _lines("text", f"{name}{n}") for n in range(2)}
     made["HuggingFaceFW/fineweb-edu"] = {"sample/100BT/000_00000.parquet": parquet("text", "fineweb")}
@@ -149,24 +130,21 @@ def rows(kind: str, split: str) -> list[dict[str, Any]]:
     return [_row(kind, split, number) for number in range(TRAINED if split.endswith("train") else ROWS)]
 
 
-def _repository(
-    kind: str, configs: tuple[str, ...], splits: tuple[str, ...], category: tuple[str, ...] = ()
-) -> dict[str, bytes]:
+def _repository(kind: str, configs: tuple[str, ...], splits: tuple[str, ...]) -> dict[str, bytes]:
     """Return the files of a data set: JSON lines, and a card that names them by configuration and split."""
     files, card = {}, []
     for config in configs or ("default",):
         named = []
         for split in splits:
             path = f"{config}/{split}.jsonl"
-            files[path] = _lines(kind, f"{config}.{split}" if configs else split, category)
+            files[path] = _lines(kind, f"{config}.{split}" if configs else split)
             named.append({"split": split, "path": path})
         card.append({"config_name": config, "data_files": named})
     return files | {"README.md": f"---\n{json.dumps({'configs': card})}\n---\n".encode()}
 
 
-def _lines(kind: str, split: str, category: tuple[str, ...] = ()) -> bytes:
-    more = [{"category": name.replace("_", " ")} for name in category] or [{}]
-    return "".join(json.dumps(row | own) + "\n" for own in more for row in rows(kind, split)).encode()
+def _lines(kind: str, split: str) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows(kind, split)).encode()
 
 
 def parquet(kind: str, split: str) -> bytes:
@@ -191,8 +169,6 @@ class _Handler(BaseHTTPRequestHandler):
         is_api = parts[0] == "api"
         parts = parts[1:] if is_api else parts
         name = "/".join(parts[1:3])
-        if seconds := self.server.slow.get(name):
-            time.sleep(seconds)
         if status := self.server.broken.get(name):
             self._send(status, b"{}", {"X-Error-Code": "GatedRepo"} if status < 500 else {})
         elif parts[0] != "datasets" or name not in self.server.repositories:
@@ -279,7 +255,6 @@ class StandIn(ThreadingHTTPServer):
     Attributes:
         repositories: that it serves.
         broken: status of every answer about a data set.
-        slow: seconds before each of them.
         asked: the requests.
     """
 
@@ -288,7 +263,6 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self, content: Repositories) -> None:
         self.repositories = content
         self.broken: dict[str, int] = {}
-        self.slow: dict[str, float] = {}
         self.asked: list[str] = []
         super().__init__(("127.0.0.1", 0), _Handler)
 

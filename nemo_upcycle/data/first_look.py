@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ class Look:
         tokens_per_byte: tokens over bytes of text; None without a tokenizer.
     """
 
-    documents: list[tuple[str, int]]
-    lost: dict[str, tuple[int, str]]
+    documents: Sequence[Sequence[Any]]
+    lost: Mapping[str, Sequence[Any]]
     fields: dict[str, int]
     read_bytes: list[int | None]
     tokens_per_byte: float | None
@@ -85,9 +85,7 @@ def look_at(
         raise UpcycleError(
             (done.stderr.strip().splitlines() or ["the data engine failed"])[-1].removeprefix("error: ")
         )
-    answer: dict[str, Any] = json.loads(done.stdout)
-    answer |= {name: [tuple(one) for one in answer[name]] for name in ("documents",)}
-    return Look(**answer | {"lost": {reason: tuple(one) for reason, one in answer["lost"].items()}})
+    return Look(**json.loads(done.stdout))
 
 
 def filled_files(source: str, files: Sequence[InputFile]) -> list[InputFile]:

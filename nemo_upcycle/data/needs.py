@@ -80,9 +80,9 @@ def task_need(name: str, include_path: str | None = None) -> Need:
     what = f"lm-eval's {name}"
 
     def fetch() -> None:
-        from nemo_upcycle.suites.lm_eval_tasks import load_task
+        from nemo_upcycle.suites.lm_eval_tasks import load_tasks
 
-        load_task(name, include_path)
+        load_tasks([name], include_path)
 
     def is_in(caches: Caches) -> bool:
         path = caches.folder / FETCHED

@@ -29,7 +29,6 @@ _DTYPE = torch.bfloat16
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
-    "output": "lm_head",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -45,12 +44,11 @@ _CONTROL_TOKEN = 3  # ggml's token type of special tokens
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
-def convert_gguf(gguf_path: Path, output: Path, base_model: str | None = None) -> Path:
+def convert_gguf(gguf_path: Path, output: Path, base_model: str | None) -> Path:
     """Write the model and the tokenizer of a GGUF file as a Hugging Face folder, in bfloat16.
 
     Args:
-        gguf_path: a dense `llama` model with the tokenizer of SmolLM, as the asset's; any quantisation that `gguf`
-            can undo.
+        gguf_path: the asset's dense `llama` model, whose embedding is tied, with the tokenizer of SmolLM.
         output: the folder that shall exist afterwards, complete with its success marker.
         base_model: name on the Hugging Face hub of the model in the file, for the card.
 
@@ -61,7 +59,7 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None = None) -
         UpcycleError: the `gguf` package is missing, the disk is full.
 
     Example:
-        >>> convert_gguf(fetch_asset("smollm2-135m"), Path("runs/demo/dense"))  # doctest: +SKIP
+        >>> convert_gguf(fetch_asset("smollm2-135m"), Path("runs/demo/dense"), "org/name")  # doctest: +SKIP
     """
     try:
         from gguf import GGUFReader
@@ -71,7 +69,7 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None = None) -
         ) from None
     reader = GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    config = _config(fields, reader.tensors)
+    config = _config(fields)
     parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     require_disk(output, parameters * _DTYPE.itemsize, f"the model of {gguf_path.name}")
     with output_folder(output) as folder:
@@ -91,12 +89,12 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None = None) -
 def _write_card(fields: dict[str, Any], folder: Path, name: str, base_model: str | None) -> None:
     """Keep what the file says of licence and languages: it holds for whatever is made of the model."""
     known = {"base_model": base_model, "license": fields["general.license"], "language": fields["general.languages"]}
-    front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in known.items() if value)
+    front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in known.items())
     text = f"---\n{front}---\n\nThe weights of {name}, dequantised.\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _config(fields: dict[str, Any], tensors: Any) -> dict[str, Any]:
+def _config(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the `config.json` of a Llama."""
     heads, hidden = fields["llama.attention.head_count"], fields["llama.embedding_length"]
     return {
@@ -116,7 +114,7 @@ def _config(fields: dict[str, Any], tensors: Any) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": "output.weight" not in {tensor.name for tensor in tensors},
+        "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],

@@ -1,23 +1,16 @@
 """Is one model better than another on the same items, and how sure is that?
 
 Items are not independent: windows of a document share its style, questions of a subject its difficulty. What is left
-out or drawn again is therefore a whole cluster, all items of a document or of a subject.
+out is therefore a whole cluster, all items of a document or of a subject.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.compare import cluster_sums, item_pairs, jackknife_stderr, left_out, statistic, value_of
-from nemo_upcycle.evaluation.statistics import CONFIDENCE, Spread, half_width
-
-
-#: Bootstrap draws: enough for two digits of an interval's ends.
-_DRAWS = 2000
-#: Clusters that a bootstrap needs: of fewer it draws too often the same ones, and its intervals are too narrow.
-LEAST_CLUSTERS = 10
+from nemo_upcycle.evaluation.compare import cluster_sums, item_pairs, jackknife_stderr, left_out, statistic
+from nemo_upcycle.evaluation.statistics import Spread, half_width
 
 
 def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str, tests: int = 1) -> dict[str, Any]:
@@ -34,11 +27,9 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str, tests: 
 
     Returns:
         `difference` (b minus a), its `stderr` (a jackknife over clusters), a 95 % t interval `low` to `high` (None
-        with fewer than two clusters), `bootstrap` (the 95 % percentile interval over clusters; None with fewer than
-        `LEAST_CLUSTERS`), `mcnemar_p` (the exact two-sided test, of a metric that is 0 or 1 for every item; it takes
-        items for independent), `items`, `clusters`, `higher_is_better`,
-        `identical`: every item has the same score, which says nothing of how far other items would differ, so there
-        is no error and no interval; and `significant`: the t interval leaves 0 out.
+        with fewer than two clusters), `items`, `clusters`, `higher_is_better`, `identical`: every item has the same
+        score, which says nothing of how far other items would differ, so there is no error and no interval; and
+        `significant`: the interval leaves 0 out.
 
     Raises:
         UpcycleError: no such metric, or not the same items.
@@ -63,42 +54,9 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str, tests: 
         "stderr": stderr,
         "low": None if half is None else value - half,
         "high": None if half is None else value + half,
-        "bootstrap": _bootstrap(name, *sums) if clusters >= LEAST_CLUSTERS and not identical else None,
-        "mcnemar_p": mcnemar_p(*scores) if all(score in (0, 1) for side in scores for score in side) else None,
         "items": len(pairs),
         "clusters": clusters,
         "higher_is_better": a["metrics"][metric]["higher_is_better"],
         "identical": identical,
         "significant": half is not None and abs(value) > half,
     }
-
-
-def mcnemar_p(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the p value of the exact McNemar test: are the items that one model alone gets right evenly shared?
-
-    Args:
-        a: 0 or 1 for each item.
-        b: likewise, of the same items.
-
-    Example:
-        >>> mcnemar_p([1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1])  # five to none
-        0.0625
-    """
-    from scipy.stats import binomtest
-
-    only_a = sum(x > y for x, y in zip(a, b, strict=True))
-    only_b = sum(x < y for x, y in zip(a, b, strict=True))
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-
-
-def _bootstrap(metric: str, a: list[tuple[float, float]], b: list[tuple[float, float]]) -> tuple[float, float]:
-    """Return the ends of the percentile interval; the draws are always the same."""
-    import numpy
-
-    drawn = numpy.random.default_rng(0).integers(0, len(a), size=(_DRAWS, len(a)))
-    sums = [numpy.asarray(side)[drawn].sum(axis=1) for side in (a, b)]
-    one, other = ([value_of(metric, total, units) for total, units in side.tolist()] for side in sums)
-    differences = numpy.asarray(other) - numpy.asarray(one)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = numpy.quantile(differences, [tail, 1 - tail])
-    return float(low), float(high)

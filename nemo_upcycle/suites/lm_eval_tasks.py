@@ -70,39 +70,26 @@ class LoadedTask:
     group: Any = None
 
 
-def load_task(name: str, include_path: str | Path | None = None) -> LoadedTask:
-    """Load a task, group or tag of lm-eval with its data, which are in the cache of the Hugging Face hub then.
-
-    Args:
-        name: a task of lm-eval's, or of the user's own or the package's files, which come first.
-        include_path: a folder with task files of the user's own, or None.
-
-    Raises:
-        TaskDataError: the data cannot be had.
-        UpcycleError: lm-eval does not know the name.
-
-    Example:
-        >>> load_task("mmlu").tasks[0].task_name  # doctest: +SKIP
-        'mmlu_abstract_algebra'
-    """
-    return _load(name, _managers([name], include_path))
-
-
 def load_tasks(
     names: Sequence[str], include_path: str | Path | None = None, files: Mapping[str, str] | None = None
 ) -> dict[str, list[Any]]:
-    """Load tasks, groups or tags with their data, all of them, as `load_task` does.
+    """Load tasks, groups or tags of lm-eval with their data, which are in the cache of the Hugging Face hub then.
 
     Args:
-        names: tasks, groups or tags, see `load_task`.
-        include_path: folder with the user's task files, see `load_task`.
+        names: tasks, groups or tags of lm-eval's, or of the user's own or the package's files, which come first.
+        include_path: a folder with task files of the user's own, or None.
         files: files of tasks, see `load_available_tasks`.
 
     Returns:
         Name -> its tasks by their names.
 
     Raises:
-        UpcycleError: see `load_task`; raised for the first that cannot be loaded.
+        TaskDataError: the data of one cannot be had.
+        UpcycleError: lm-eval does not know a name.
+
+    Example:
+        >>> load_tasks(["mmlu"])["mmlu"][0].task_name  # doctest: +SKIP
+        'mmlu_abstract_algebra'
     """
     managers = _managers(names, include_path)
     return {name: _load(name, managers, (files or {}).get(name)).tasks for name in names}
@@ -118,8 +105,8 @@ def load_available_tasks(
     """Load those tasks, groups or tags that can be loaded; report at once those that cannot.
 
     Args:
-        names: tasks, groups or tags, see `load_task`.
-        include_path: folder with the user's task files, see `load_task`.
+        names: tasks, groups or tags, see `load_tasks`.
+        include_path: folder with the user's task files, see `load_tasks`.
         files: task -> file of JSON lines in the form of its data set's rows, read in place of the data set.
         strict: whether to fail at the first that cannot be loaded.
 

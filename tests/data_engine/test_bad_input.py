@@ -160,32 +160,6 @@ def test_parquet(tmp_path: Path) -> None:
     assert (kept, lost) == ([], [("damaged Parquet file (ArrowInvalid)", 1)])
 
 
-@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
-@pytest.mark.parametrize("column", ["text", "id"])
-def test_bad_byte_in_parquet_costs_only_its_row(tmp_path: Path, kind: str, column: str) -> None:
-    many = [sentence(n) for n in range(3000)]
-    rows = [text.encode() for text in many]
-    rows[1500] = "привет".encode("cp1251")
-    stored = pyarrow.array(rows).cast(pyarrow.large_binary() if kind == "large_string" else pyarrow.binary())
-    bad = stored.view(
-        pyarrow.large_string() if kind == "large_string" else pyarrow.string()
-    )  # unlike a cast, unchecked
-    bad = bad.dictionary_encode() if kind == "dictionary" else bad
-    file = tmp_path / "some.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": many, "id": ["same"] * 3000} | {column: bad}), file)
-    kept, lost = outcome(tmp_path, file, reader="parquet")
-    assert kept == [*many[:1500], *many[1501:]]
-    assert lost == [("not UTF-8", 1501)]
-
-
-def test_equal_ids_are_told_apart(tmp_path: Path) -> None:
-    file = tmp_path / "some.jsonl"
-    file.write_text("".join(json.dumps({"id": 7, "text": text}) + "\n" for text in GOOD), encoding="utf-8")
-    work = execute(write_plan(tmp_path, [{"files": [str(file)], "split": "heldout"}]))
-    held = [json.loads(line) for line in (work / "tokens" / "00000.heldout.jsonl").read_text().splitlines()]
-    assert held == [{"id": f"7@some.jsonl:{n}", "text": text} for n, text in enumerate(GOOD, 1)]
-
-
 def test_strict_names_the_place(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_bytes(_between(b"{]\n"))

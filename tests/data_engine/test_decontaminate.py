@@ -84,11 +84,3 @@ def test_short_ngrams_are_reported_in_what_is_left(tmp_path: Path) -> None:
     left = counts["report"]["rivers"]
     assert (left["documents"], left["passages"], left["items"], left["bytes"]) == (1, 2, ["17"], 0)
     assert left["examples"][0]["where"] == f"{tmp_path / 'some.jsonl'}:2"
-
-
-def test_question_with_some_words_changed_is_cut(tmp_path: Path) -> None:
-    changed = QUESTION.replace("more water", "less water")
-    work = _run(tmp_path, f"{AROUND[0]} {changed} {AROUND[1]}", sentence(1), on_hit="cut", short_words=8)
-    assert len(texts(work)) == 3
-    assert not any("the others" in text for text in texts(work))
-    assert stats(work)["report"] == {}

@@ -119,15 +119,6 @@ def test_copies_leave_one_side_and_what_is_no_copy_stays(tmp_path: Path, what: s
     assert (texts(work, 1), _held(work)) == (train_left, held_left)
 
 
-def test_bytes_without_overlap_are_those_without_the_step(tmp_path: Path) -> None:
-    with_it, without = (
-        _run(tmp_path / str(part), [OTHER, QUOTE], HELD[:3], heldout_overlap=part) for part in (0.5, None)
-    )
-    written = [{path.name: path.read_bytes() for path in work.glob("tokens/*")} for work in (with_it, without)]
-    assert written[0] == written[1]
-    assert not (without / HELDOUT_OVERLAP).exists()
-
-
 def test_one_removes_nothing_and_counts(tmp_path: Path) -> None:
     work = _run(tmp_path, [SHORT, LONG], HELD, heldout_overlap=1.0)
     assert (texts(work, 1), _held(work)) == ([SHORT, LONG], HELD)

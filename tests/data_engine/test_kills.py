@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 pytest.importorskip("datatrove")
 
 from nemo_upcycle.data.environment import VARIABLE
-from tests.data_engine.blend import Slurm, blend, clear, command, removed, run, stats
+from tests.data_engine.blend import Slurm, blend, command, run, stats
 from tests.waiting import HANG_S, wait_until
 
 
@@ -44,83 +43,39 @@ def _alive(pids: set[int]) -> set[int]:
     return {pid for pid, state in states.items() if state != "Z"}
 
 
-def _start(plan: Path, after_s: float, *before_it: str) -> tuple[subprocess.Popen[str], set[int]]:
+def _start(plan: Path, after_s: float) -> tuple[subprocess.Popen[str], set[int]]:
     """Start the command, and return it and its processes some time after the first one of its tasks began."""
-    process = subprocess.Popen([*before_it, *command(plan, "--workers", "2")], stderr=subprocess.PIPE, text=True)
-    before = _begun(plan)
-    wait_until(lambda: _begun(plan) != before or process.poll() is not None, poll_s=0.01)
+    process = subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: _begun(plan), process, poll_s=0.01)
     time.sleep(after_s)
     return process, _descendants(process.pid)
 
 
-def _begun(plan: Path) -> list[int]:
-    """When each task began, by the logs of datatrove, which a second run begins anew."""
-    return sorted(path.stat().st_mtime_ns for path in plan.parent.glob("logs/*/logs/*.log"))
+def _begun(plan: Path) -> list[Path]:
+    """Find the logs of the tasks that began."""
+    return list(plan.parent.glob("logs/*/logs/*.log"))
 
 
-def test_killed_at_many_moments(tmp_path: Path) -> None:
-    size = {"documents": 2000, "words": 60}
-    whole, killed = blend(tmp_path / "whole", **size), blend(tmp_path / "killed", **size)
-    assert run(whole, "--workers", "2").returncode == 0
-    moments, kills = random.Random(3), 0
-    while kills < 6:
-        process, family = _start(killed, moments.uniform(0, 0.3))
-        ended = process.poll() is not None
-        process.kill()
-        process.communicate()
-        _wait_for_end(family)
-        if ended:
-            clear(killed)
-        else:
-            kills += 1
-    done = run(killed, "--workers", "1")
-    assert done.returncode == 0, done.stderr
-    names = [path.name for path in (whole.parent / "tokens").iterdir()]
-    assert len(names) == 2 * 2 * 6 + 6
-    for name in names:
-        same = [(plan.parent / "tokens" / name).read_bytes() for plan in (whole, killed)]
-        assert same[0] == same[1], name
-    assert sorted(names) == sorted(path.name for path in (killed.parent / "tokens").iterdir())
-    for rank in range(6):
-        assert stats(killed.parent, rank)["steps"] == stats(whole.parent, rank)["steps"]
-        assert len(removed(killed.parent, rank)) == len(removed(whole.parent, rank))
-
-
-_STARTER = "import sys; from nemo_upcycle.data.environment import run_engine; run_engine(sys.argv[1:])"
-
-
-def _start_by_another(plan: Path, *arguments: str) -> tuple[subprocess.Popen[str], set[int]]:
-    """Start the engine as `nemo-upcycle data` does; return that process and those it started, after the first task."""
-    words = [sys.executable, "-c", _STARTER, str(plan), *arguments]
-    process = subprocess.Popen(
-        words, env={**os.environ, VARIABLE: sys.executable}, stderr=subprocess.DEVNULL, text=True
-    )
-    begun = "slurm_jobs.json" if "--slurm" in arguments else "*/logs/*.log"
-    wait_until(lambda: list((plan.parent / "logs").glob(begun)), process)
-    time.sleep(0.3)
-    assert process.poll() is None
-    return process, _descendants(process.pid)
+#: Starts the engine as `nemo-upcycle data` does.
+STARTER = "import sys; from nemo_upcycle.data.environment import run_engine; run_engine(sys.argv[1:])"
 
 
 def _wait_for_end(pids: set[int]) -> None:
     wait_until(lambda: not _alive(pids))
 
 
-def test_killed_starter_takes_the_engine_along(tmp_path: Path) -> None:
-    plan = blend(tmp_path, documents=20_000, words=60)
-    process, family = _start_by_another(plan, "--workers", "2")
-    assert len(family) >= 4  # the engine, its child and two workers
-    process.kill()
-    process.wait()
-    _wait_for_end(family)
-    assert len(list(plan.parent.glob("stats/*.json"))) < 6  # it did not end because it was done
-
-
-def test_killed_starter_takes_the_jobs_of_slurm_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_starter_takes_the_engine_and_the_jobs_of_slurm_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slurm = Slurm(tmp_path / "bin", monkeypatch)
     for name, line in {"sbatch": "echo Submitted batch job 17", "squeue": "echo 17_0", "scancel": ""}.items():
         slurm.says(name, line)
-    process, family = _start_by_another(blend(tmp_path), "--slurm", "any")
+    plan = blend(tmp_path)
+    words = [sys.executable, "-c", STARTER, str(plan), "--slurm", "any"]
+    process = subprocess.Popen(words, env={**os.environ, VARIABLE: sys.executable}, stderr=subprocess.DEVNULL)
+    wait_until((plan.parent / "logs/slurm_jobs.json").is_file, process)
+    family = _descendants(process.pid)
+    assert len(family) >= 2  # the engine and its child
     process.kill()
     process.wait()
     _wait_for_end(family)

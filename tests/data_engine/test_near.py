@@ -66,15 +66,3 @@ def test_long_documents_are_signed_in_pieces(tmp_path: Path) -> None:
     long = document(1, paragraphs=200)
     work = _run(tmp_path, [long], [NEAR["one word changed"](long, random.Random(1)), document(2, paragraphs=200)])
     assert texts(work, 1) == [document(2, paragraphs=200)]
-
-
-def test_near_duplicate_of_a_held_out_document_is_no_overlap(tmp_path: Path) -> None:
-    files = [
-        write_jsonl(tmp_path / "1.jsonl", ORIGINALS[0]),
-        write_jsonl(tmp_path / "2.jsonl", NEAR["a sentence added"](ORIGINALS[0], random.Random(1)), ORIGINALS[1]),
-    ]
-    tasks = [{"files": files[:1], "split": "heldout"}, {"files": files[1:]}]
-    work = execute(write_plan(tmp_path, tasks, near_duplicates=SETTINGS, heldout_overlap=0.5))
-    assert texts(work, 1) == [ORIGINALS[1]]
-    assert stats(work, 1)["steps"]["deduplicate"]["removed"] == {"near duplicate": 1}
-    assert stats(work, 0)["splits"]["heldout"]["documents"] == 1

@@ -36,7 +36,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.is_down = folder, False
+        self.folder = folder
         self.asked: Counter[tuple[str, str | None]] = Counter()
 
     def address(self, name: str) -> str:
@@ -50,9 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_HEAD(self) -> None:
-        if "unsized" in self.path:
-            self.send_error(HTTPStatus.METHOD_NOT_ALLOWED)
-        elif content := self._content():
+        if content := self._content():
             self.send_response(HTTPStatus.OK)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -63,22 +61,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         place = self.headers.get("Range")
         self.server.asked[self.path, place] += 1
-        fails = self.server.asked[self.path, place] <= (2 if "unsized" in self.path else 1)  # there the first one asks
+        fails = self.server.asked[self.path, place] == 1
         if "passing" in self.path and fails:
             self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
             return
         self.protocol_version = "HTTP/1.1"
         self.close_connection = True
-        if "unsized" in self.path:
-            self.send_response(HTTPStatus.OK)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            for start in range(0, len(content) // (2 if "cut" in self.path and fails else 1), 10_000):
-                piece = content[start : start + 10_000]
-                self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
-            if not ("cut" in self.path and fails):
-                self.wfile.write(b"0\r\n\r\n")
-            return
         self.send_response(HTTPStatus.PARTIAL_CONTENT if place else HTTPStatus.OK)
         if place:
             start, _, end = place.removeprefix("bytes=").partition("-")
@@ -92,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
         file = self.server.folder / self.path.lstrip("/")
         if "forbidden" in self.path:
             self.send_error(HTTPStatus.FORBIDDEN)
-        elif "refused" in self.path or self.server.is_down:
+        elif "refused" in self.path:
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR)
         elif not file.is_file():
             self.send_error(HTTPStatus.NOT_FOUND)
@@ -136,9 +124,7 @@ def test_files_of_a_server(tmp_path: Path, server: Server) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["passing.jsonl", "cut.jsonl", "cut_unsized.jsonl", "cut.jsonl.gz", "passing.parquet"]
-)
+@pytest.mark.parametrize("name", ["passing.jsonl", "cut.jsonl", "cut.jsonl.gz", "passing.parquet"])
 def test_passing_error_costs_nothing(tmp_path: Path, server: Server, name: str) -> None:
     file, reader = server.folder / name, name.rpartition(".")[2].replace("gz", "jsonl")
     if reader == "parquet":
@@ -164,27 +150,12 @@ def test_what_does_not_pass_is_no_missing_file(tmp_path: Path, server: Server, n
 
 @pytest.mark.usefixtures("impatient")
 def test_file_that_is_taken_away_while_it_is_read(tmp_path: Path, server: Server) -> None:
-    file = server.folder / "cut_unsized.jsonl"
+    file = server.folder / "cut.jsonl"
     file.write_bytes(jsonl(*MANY))
     with lines.open_input(server.address(file.name)) as handle:
         file.unlink()
-        with pytest.raises(UpcycleError, match=r"cut_unsized.jsonl: got .*the build resumes"):
+        with pytest.raises(UpcycleError, match=r"cut.jsonl: got .*the build resumes"):
             shutil.copyfileobj(handle, BytesIO())
-
-
-def test_build_goes_on_once_the_server_is_back(tmp_path: Path, server: Server) -> None:
-    near = tmp_path / "near.jsonl"
-    near.write_bytes(jsonl("near"))
-    (server.folder / "far.jsonl").write_bytes(jsonl("far"))
-    plan = write_plan(tmp_path, [{"files": [str(near)]}, {"files": [server.address("far.jsonl")]}])
-    server.is_down = True
-    stopped = run(plan, "--workers", "1")
-    assert (stopped.returncode, stopped.stderr.count("\n")) == (2, 1)
-    assert f"{server.address('far.jsonl')}: got 500" in stopped.stderr
-    server.is_down = False
-    done = run(plan)
-    assert done.returncode == 0, done.stderr
-    assert [texts(plan.parent, rank) for rank in (0, 1)] == [["near"], ["far"]]
 
 
 def test_local_file_that_cannot_be_read_now(tmp_path: Path) -> None:
@@ -198,11 +169,3 @@ def test_local_file_that_cannot_be_read_now(tmp_path: Path) -> None:
     file.write_bytes(jsonl("there"))
     assert run(plan).returncode == 0
     assert texts(plan.parent) == ["there"]
-
-
-def test_server_that_sends_no_size(tmp_path: Path, server: Server) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": MANY}), server.folder / "unsized.parquet")
-    file = server.address("unsized.parquet")
-    work = execute(write_plan(tmp_path, [{"files": [file], "reader": "parquet"}]))
-    assert texts(work) == MANY
-    assert stats(work)["files"] == {file: {"bytes": None, "whole": True, "texts_xxh3_128": _digest(*MANY)}}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
@@ -144,29 +142,6 @@ def test_every_layout_continues_prompts_as_the_exported_folder_does(
             follows.append(int(hugging_face_logits(folder / "moe/hf", torch.tensor([follows]))[0, -1].argmax()))
         assert written == follows[len(tokens) :]
     assert all(answer == answers[0] for answer in answers)
-
-
-def test_biases_that_balance_experts_are_exported_and_change_who_is_chosen(
-    folder: Path, expected: dict[str, list[tuple[list[float], bool]]], tmp_path: Path
-) -> None:
-    biases = {}
-    for file in (folder / "balanced/hf").glob("*.safetensors"):
-        biases |= {name: one for name, one in load_file(file).items() if name.endswith("e_score_correction_bias")}
-    assert len(biases) == 4
-    for layer, name in enumerate(sorted(biases)):
-        assert torch.equal(biases[name], torch.linspace(-0.3, 0.4, 4).roll(layer))
-    shutil.copytree(folder / "balanced/hf", tmp_path / "without")
-    for file in (tmp_path / "without").glob("*.safetensors"):
-        save_file({name: one * (name not in biases) for name, one in load_file(file).items()}, file, {"format": "pt"})
-    without, _ = _by_transformers(tmp_path / "without", *_sequences()[0])
-    assert max(abs(one - other) for one, other in zip(without, expected["balanced"][0][0], strict=True)) > 1e-3
-
-
-def test_batches_do_not_change_what_is_found(folder: Path, expected: dict[str, Any]) -> None:
-    for size in (1, "auto"):
-        (found,) = run_ranks(_scores, 1, str(folder), "moe", {}, size)
-        for (got, _), (wanted, _) in zip(found, expected["moe"], strict=True):
-            torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(

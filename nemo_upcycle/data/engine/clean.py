@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig, ExactDedupSignature, get_sig_dtype
-from datatrove.pipeline.filters.base_filter import BaseFilter
 from xxhash import xxh64, xxh64_intdigest
 
 from nemo_upcycle.data.contamination import Contamination
-from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep, RemovedWriter
+from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep
 from nemo_upcycle.data.engine.tasks import MAX_TASKS, EnginePlan
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import Hit, cut, removed_spans
@@ -37,39 +36,48 @@ DUPLICATES = {
 }
 
 
-class FilterDocuments(BaseFilter):
+class RemoveDocuments(LedgerStep):
+    """Removes the documents that have a reason."""
+
+    type, name, step = "filter", "documents with a reason", ""
+
+    def reason(self, document: Document) -> str | None:
+        """Say why a document goes; None: it stays."""
+        raise NotImplementedError
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Yield the other documents."""
+        for document in data:
+            if reason := self.reason(document):
+                self.ledger.removed_document(self.step, reason, document)
+            else:
+                yield document
+
+
+class RemoveShort(RemoveDocuments):
     """Keeps documents that are long enough and in the bucket that the task asks for."""
 
-    name = "length and bucket"
+    name, step = "length and bucket", "filter"
 
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__(RemovedWriter(ledger, "filter"))
-        self.ledger = ledger
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        """Return whether to keep a document, or why not."""
-        length = len(doc.text.strip())
-        if length == 0:
-            return False, "empty"
-        if length < self.ledger.plan.min_characters:
-            return False, "too short"
+    def reason(self, document: Document) -> str | None:
+        """See `RemoveDocuments.reason`."""
+        length = len(document.text.strip())
+        if length < max(1, self.ledger.plan.min_characters):
+            return "too short" if length else "empty"
         wanted = self.ledger.task.options.get("bucket")
-        if wanted and doc.metadata["bucket"] not in ([wanted] if isinstance(wanted, str) else wanted):
-            return False, "other bucket"
-        return True
+        if wanted and document.metadata["bucket"] not in ([wanted] if isinstance(wanted, str) else wanted):
+            return "other bucket"
+        return None
 
 
-class FilterListed(BaseFilter):
+class RemoveListed(RemoveDocuments):
     """Removes the documents on the publisher's list of duplicates."""
 
-    name = "listed duplicates"
+    name, step = "listed duplicates", "deduplicate"
 
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__(RemovedWriter(ledger, "deduplicate"))
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        """Return whether to keep a document, or why not."""
-        return (False, "listed") if doc.metadata["listed"] else True
+    def reason(self, document: Document) -> str | None:
+        """See `RemoveDocuments.reason`."""
+        return "listed" if document.metadata["listed"] else None
 
 
 def compared_text(document: Document) -> str:
@@ -141,7 +149,7 @@ class RequireSameDocuments(LedgerStep):
             )
 
 
-class RemoveNumbered(LedgerStep):
+class RemoveNumbered(RemoveDocuments):
     """Removes the documents whose numbers an earlier stage wrote down.
 
     Args:
@@ -150,7 +158,7 @@ class RemoveNumbered(LedgerStep):
         files: reason -> the files of numbers in the folder of the plan.
     """
 
-    type, name = "filter", "documents that an earlier stage found"
+    name = "documents that an earlier stage found"
 
     def __init__(self, ledger: Ledger, step: str, files: dict[str, str]) -> None:
         super().__init__(ledger)
@@ -158,12 +166,12 @@ class RemoveNumbered(LedgerStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield the other documents."""
-        reasons = numbered(self.ledger.plan, rank, self.files)
-        for document in data:
-            if reason := reasons.get(document.metadata["number"]):
-                self.ledger.removed_document(self.step, reason, document)
-            else:
-                yield document
+        self.reasons = numbered(self.ledger.plan, rank, self.files)
+        yield from super().run(data, rank, world_size)
+
+    def reason(self, document: Document) -> str | None:
+        """See `RemoveDocuments.reason`."""
+        return self.reasons.get(document.metadata["number"])
 
 
 def numbered(plan: EnginePlan, rank: int, files: dict[str, str]) -> dict[int, str]:

@@ -9,7 +9,7 @@ from datatrove.data import Document, DocumentsPipeline
 from xxhash import xxh3_128
 
 from nemo_upcycle.data.engine.ledger import LedgerStep
-from nemo_upcycle.data.engine.lines import NOT_THERE, open_to_seek, size_of
+from nemo_upcycle.data.engine.lines import NOT_THERE, open_input, size_of
 from nemo_upcycle.data.engine.records import identity_of, own_identity, records_of, split_of, text_of, texts_there
 from nemo_upcycle.data.readers import FORMATS, NO_FIELD
 
@@ -90,7 +90,7 @@ class ReadDocuments(LedgerStep):
         import pyarrow.parquet
 
         try:
-            with open_to_seek(url) as handle:
+            with open_input(url) as handle:
                 listed = pyarrow.parquet.read_table(handle, columns=["doc_id"], use_threads=False)["doc_id"]
             return {int(doc_id.as_py().rpartition("/")[2]) for doc_id in listed}
         except (OSError, KeyError, ValueError, AttributeError, pyarrow.ArrowException) as error:

@@ -40,17 +40,9 @@ def decompressor(head: bytes) -> Any:
 
 
 def utf16(head: bytes) -> str | None:
-    """Return which UTF-16 a text is that begins so, or None.
-
-    Without a mark, by its units: one half of them, which holds the NULs of blanks and line ends, has fewer values.
-    """
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16-le" if head.startswith(codecs.BOM_UTF16_LE) else "utf-16-be"
-    if 0 not in head:
-        return None
-    even, odd = set(head[::2]), set(head[1::2])
-    name, high, low = ("utf-16-le", odd, even) if len(odd) < len(even) else ("utf-16-be", even, odd)
-    return name if 0 in high and 2 * len(high) <= len(low) else None
+    """Return which UTF-16 a text is that begins with its mark, or None."""
+    marks = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+    return marks.get(head[:2])
 
 
 def is_plain(head: bytes) -> bool:

@@ -198,20 +198,3 @@ class CountText(LedgerStep):
         if not self.ledger.is_kept:
             read = {key: value for key, value in self.ledger.summary().items() if key in _FIRST_PASS}
             write_json(self.ledger.plan.path("read", rank, "json"), counts | read)
-
-
-class RemovedWriter:
-    """Takes the documents that a filter of datatrove excludes, as its `exclusion_writer`."""
-
-    def __init__(self, ledger: Ledger, step: str) -> None:
-        self.ledger, self.step = ledger, step
-
-    def __enter__(self) -> RemovedWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def write(self, document: Document, rank: int = 0) -> None:
-        """Record one document."""
-        self.ledger.removed_document(self.step, document.metadata["filter_reason"], document)

@@ -6,14 +6,12 @@ import asyncio
 import codecs
 import io
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import chain
-from tempfile import TemporaryFile
 from typing import IO, Any, TypeVar, cast
 
 import fsspec
@@ -66,18 +64,6 @@ def open_input(url: str) -> IO[bytes]:
     return cast("IO[bytes]", _Input(url))
 
 
-def open_to_seek(url: str) -> IO[bytes]:
-    """Open a file that is not read in order: of a server that sends no size a copy."""
-    handle = open_input(url)
-    if handle.seekable():
-        return handle
-    copy = TemporaryFile()  # noqa: SIM115 - who opens it closes it
-    with handle:
-        shutil.copyfileobj(handle, copy)
-    copy.seek(0)
-    return cast("IO[bytes]", copy)
-
-
 def size_of(url: str) -> int | None:
     """Return the bytes of a file as it is stored; None if its server does not say.
 
@@ -104,12 +90,7 @@ class _Input(io.RawIOBase):
     def _opened(self) -> Any:
         if self._handle is None:
             handle = fsspec.open(self._url, "rb").open()
-            try:
-                handle.seek(self._place)
-            except ValueError:  # of a server that sends no size
-                left = self._place
-                while left and (skipped := len(handle.read(min(left, _CHUNK_BYTES)))):
-                    left -= skipped
+            handle.seek(self._place)
             self._handle = handle
         return self._handle
 
@@ -133,11 +114,6 @@ class _Input(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        try:
-            self._opened().seek(0, os.SEEK_END)
-        except ValueError:
-            return False
-        self._opened().seek(self._place)
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

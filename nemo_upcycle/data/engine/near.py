@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 from nemo_upcycle.data.engine.clean import write_numbers
@@ -21,21 +21,12 @@ from nemo_upcycle.data.word_hashes import grams_of, joined, normalise
 _ROWS = 4096  # n-grams whose hashes are computed at a time: 3.7 MB for 112 of them
 
 
-def near_config(settings: dict[str, int]) -> MinhashConfig:
-    """Return the configuration that all of datatrove's steps share.
-
-    Args:
-        settings: `n_grams`, `bands`, `hashes_per_band`.
-    """
-    return MinhashConfig(settings["n_grams"], settings["bands"], settings["hashes_per_band"])
-
-
 class SignNear(MinhashDedupSignature):
     """Writes the signatures of documents; one of fewer words than an n-gram has none."""
 
-    def __init__(self, folder: Path, config: MinhashConfig) -> None:
+    def __init__(self, folder: str, config: MinhashConfig) -> None:
         # The language's own word tokenizer would ask for spaCy.
-        super().__init__(str(folder / "near_signatures"), config, WhitespaceTokenizer())
+        super().__init__(folder, config, WhitespaceTokenizer())
 
     def get_shingles(self, text: str) -> np.ndarray:
         """Return the hashes of the n-grams of a text, a row each."""
@@ -46,13 +37,6 @@ class SignNear(MinhashDedupSignature):
         """Return the hashes of each band; in pieces, for memory."""
         pieces = np.array_split(shingles, -(-len(shingles) // _ROWS))
         return np.min(list(map(super().get_signature, pieces)), axis=0).tolist()
-
-
-def find_near(folder: Path, config: MinhashConfig) -> MinhashDedupBuckets:
-    """Return the step that finds documents of one signature, in one task for each band."""
-    return MinhashDedupBuckets(
-        str(folder / "near_signatures"), str(folder / "near_pairs"), config=config, lines_to_buffer=1024
-    )
 
 
 class KeepFirst(LedgerStep):

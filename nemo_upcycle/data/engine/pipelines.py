@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactFindDedups
+from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
 
 from nemo_upcycle.data.engine import clean, near, overlap, quotas
 from nemo_upcycle.data.engine.documents import ReadDocuments
@@ -34,21 +35,19 @@ class EngineStage:
 
 @dataclass(frozen=True)
 class RunOn:
-    """Where the tasks run: on this machine, in a partition of Slurm, or on a Ray cluster.
+    """Where the tasks run: on this machine, or in a partition of Slurm.
 
     Args:
         workers: tasks at a time.
         slurm: the partition.
         time_limit: time limit of a Slurm job, as sbatch takes it.
         qos: quality of service of the Slurm jobs.
-        ray: whether they run on the Ray cluster.
     """
 
     workers: int = 1
     slurm: str | None = None
     time_limit: str = "24:00:00"
     qos: str = ""
-    ray: bool = False
 
 
 class StartTask(LedgerStep):
@@ -99,10 +98,12 @@ def stages(plan: EnginePlan, library: str) -> list[EngineStage]:
     pipelines: dict[str, list[Any]] = {SIGN: sign, FIND: [StartTask(unwritten), find], JOIN: join}
     if plan.heldout_overlap is not None:
         sign.append(overlap.WriteHeldout(unwritten))
-    if plan.near_duplicates:
-        config = near.near_config(plan.near_duplicates)
-        sign.append(near.SignNear(folder, config))
-        pipelines[FIND_NEAR] = [StartTask(unwritten), near.find_near(folder, config)]
+    if settings := plan.near_duplicates:
+        config = MinhashConfig(settings["n_grams"], settings["bands"], settings["hashes_per_band"])
+        signed, pairs = str(folder / "near_signatures"), str(folder / "near_pairs")
+        buckets = MinhashDedupBuckets(signed, pairs, config=config, lines_to_buffer=1024)
+        sign.append(near.SignNear(signed, config))
+        pipelines[FIND_NEAR] = [StartTask(unwritten), buckets]
         join.append(near.KeepFirst(unwritten, folder))
     if plan.heldout_overlap is not None:
         join.append(overlap.IndexHeldout(unwritten))
@@ -142,7 +143,7 @@ def _deduplicated(ledger: Ledger, plan: EnginePlan) -> list[PipelineStep]:
 
 def _documents(ledger: Ledger) -> list[PipelineStep]:
     read = [StartTask(ledger), ReadDocuments(ledger), CountDocuments(ledger, "read")]
-    filters = [clean.FilterDocuments(ledger), CountDocuments(ledger, "filter"), clean.FilterListed(ledger)]
+    filters = [clean.RemoveShort(ledger), CountDocuments(ledger, "filter"), clean.RemoveListed(ledger)]
     return [*read, *filters, CountText(ledger)]
 
 
@@ -205,8 +206,6 @@ def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn, environment: P
             job_name=f"data-{stage.name}",
             venv_path=str(environment / "bin" / "activate"),
         )
-    if run_on.ray:
-        return RayPipelineExecutor(**shared, workers=run_on.workers)
     return _Local(**shared, workers=min(run_on.workers, stage.tasks))
 
 

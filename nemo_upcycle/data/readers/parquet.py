@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_upcycle.data.engine.encodings import PARQUET, decode
-from nemo_upcycle.data.engine.lines import OtherFormatError, open_to_seek
+from nemo_upcycle.data.engine.encodings import PARQUET
+from nemo_upcycle.data.engine.lines import OtherFormatError, open_input
 from nemo_upcycle.data.readers import Format, Records, register
 
 
@@ -23,7 +23,7 @@ class Parquet(Format):
 
         keys = [options.get("text_key", "text"), options.get("id_key", "id"), "bucket"]
         row = size_bytes = 0
-        with open_to_seek(file) as handle:
+        with open_input(file) as handle:
             if handle.read(len(PARQUET)) != PARQUET:
                 raise OtherFormatError("jsonl")
             try:
@@ -35,13 +35,13 @@ class Parquet(Format):
                     return
                 if table.metadata.num_rows == 0:
                     yield 0, 0, "empty file"
-                texts = [key for key in there if _is_text(table.schema_arrow.field(key).type)]
                 for batch in table.iter_batches(1000, columns=there, use_threads=False):
-                    for record in _as_bytes(batch).to_pylist():
+                    for record in batch.to_pylist():
                         row += 1
-                        text_bytes = len(record[keys[0]] or b"") if keys[0] in texts else 0
+                        text = record[keys[0]]
+                        text_bytes = len(text.encode()) if isinstance(text, str) else 0
                         size_bytes += text_bytes
-                        yield row, text_bytes, _decoded(record, texts)
+                        yield row, text_bytes, record
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 left = (table.metadata.num_rows - row) * size_bytes // row if row else None
                 yield row + 1, left, f"damaged Parquet file ({type(error).__name__})"
@@ -53,22 +53,3 @@ def _is_text(kind: Any) -> bool:
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
-
-
-def _as_bytes(batch: Any) -> Any:
-    """Return a batch with the bytes of its texts: Arrow decodes all of a column, or nothing."""
-    import pyarrow
-
-    for number, field in enumerate(batch.schema):
-        if _is_text(field.type):
-            column = batch.column(number)
-            column = column.dictionary_decode() if pyarrow.types.is_dictionary(field.type) else column
-            batch = batch.set_column(number, field.name, column.cast(pyarrow.large_binary()))
-    return batch
-
-
-def _decoded(record: dict[str, Any], texts: list[str]) -> dict[str, Any] | str:
-    try:
-        return record | {key: decode(record[key]) for key in texts if record[key] is not None}
-    except UnicodeDecodeError:
-        return "not UTF-8"

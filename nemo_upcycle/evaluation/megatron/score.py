@@ -46,7 +46,7 @@ def score(
 
     Args:
         chunks: this rank's, from `build_chunks` or of a training job, wrapped or not.
-        sequences: token ids and how many of the last are predicted; the same list on every rank.
+        sequences: token ids below `vocab_size`, and how many of the last are predicted; the same list on every rank.
         vocab_size: V without padding: rows that only pad the embedding are no tokens.
         batch_size: sequences in one pass, or `auto`: `AUTO_TOKENS`.
         progress: called after some passes with the number of sequences that are done.
@@ -55,7 +55,7 @@ def score(
         For each sequence the log-likelihoods in nats, and whether each predicted token is the likeliest.
 
     Raises:
-        UpcycleError: the model gives NaN or infinity, or a token is beyond its vocabulary.
+        UpcycleError: the model gives NaN or infinity.
 
     Example:
         >>> score(chunks, [([1, 523, 12, 7], 2)], vocab_size=32000)  # doctest: +SKIP
@@ -63,7 +63,6 @@ def score(
     """
     from megatron.core import parallel_state
 
-    _check_tokens(sequences, vocab_size)
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     rows = list(_rows_of(sequences).items())
@@ -99,17 +98,6 @@ def _check_finite(answers: dict[int, _Answer]) -> None:
             got="NaN or infinity",
             expected="numbers",
             fix="a diverged run has no score: nemo-upcycle export names the tensor with NaN, if weights have it",
-        )
-
-
-def _check_tokens(sequences: Sequence[Scored], vocab_size: int) -> None:
-    highest = max((max(tokens) for tokens, _ in sequences), default=0)
-    if highest >= vocab_size:
-        raise UpcycleError(
-            "token of the texts",
-            got=highest,
-            expected=f"below the model's vocabulary of {vocab_size}",
-            fix="use the tokenizer that the model was trained with",
         )
 
 

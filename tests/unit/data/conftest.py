@@ -1,6 +1,15 @@
-"""The small model, and wheels that pip really downloads, of the demo's tests."""
+"""The small dense model of the tests of data."""
 
-from tests.unit.demo.conftest import tiny_dense, tiny_gguf, wheel_house
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.models import write_llama, write_tokenizer
 
 
-__all__ = ["tiny_dense", "tiny_gguf", "wheel_house"]
+@pytest.fixture(scope="session")
+def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a byte-level tokenizer."""
+    return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense") / "tiny", vocab_size=259))

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.data.blend_module import blend_data, describe_data
-from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER
 from nemo_upcycle.utils.progress import show_messages
@@ -68,29 +67,6 @@ def test_order_is_that_of_bridge(tmp_path: Path) -> None:
     assert hashlib.sha256("".join(read[:1200]).encode()).hexdigest() == ORDER
 
 
-def test_resumed_run_goes_on_with_the_next_sample(folder: Path, tiny_dense: Path) -> None:
-    """In the second epoch, and where the first part was laid out for itself alone."""
-    steps = 150
-    whole = _read(folder, tiny_dense, 300)["train"]
-    ((first, rest),) = run_ranks(_in_two_parts, 1, folder, tiny_dense, steps, 300)
-    assert first == whole[: steps * BATCH]
-    assert rest == whole[steps * BATCH :]
-
-
-def _in_two_parts(folder: Path, dense: Path, stopped: int, steps: int) -> list[list[str]]:
-    """Return what NeMo's sampler reads until a step, and of a longer run after it."""
-    from nemo.lightning.data import MegatronPretrainingSampler
-
-    parts = []
-    for until, consumed in ((stopped, 0), (steps, stopped * BATCH)):
-        module = _module(folder, dense)
-        module.build(until, *VALIDATION, 0)
-        sampler = MegatronPretrainingSampler(len(module._train_ds), consumed, 1, 0, 1, global_batch_size=BATCH)
-        hashes = _hashes(module._train_ds)
-        parts.append([hashes[number] for batch in sampler for number in batch])
-    return [parts[0][: stopped * BATCH], parts[1]]
-
-
 def test_a_training_of_what_another_has_trained_reads_on_behind_it(folder: Path, tiny_dense: Path) -> None:
     read_before = 350  # into the second epoch
     whole = _read(folder, tiny_dense, 300)
@@ -99,39 +75,9 @@ def test_a_training_of_what_another_has_trained_reads_on_behind_it(folder: Path,
     assert behind["validation"] == whole["validation"]
 
 
-def test_batch_sizes_do_not_change_the_order(folder: Path, tiny_dense: Path) -> None:
-    small, large = (_read(folder, tiny_dense, 2, global_batch_size=size)["train"] for size in (2, 6))
-    assert large[: len(small)] == small
-
-
 def test_seed_changes_the_order(folder: Path, tiny_dense: Path) -> None:
     usual, other = _read(folder, tiny_dense, 60)["train"], _read(folder, tiny_dense, 60, seed=7)["train"]
     assert other[:100] != usual[:100]
-
-
-def test_tiny_source_keeps_its_share_for_many_epochs(tiny_dense: Path, tmp_path: Path) -> None:
-    """Notes, of 2 documents, are read hundreds of times, and each time in whole."""
-    sources = {"talks": (0.7, {"train": [90], "validation": [12]}), "notes": (0.3, {"train": [2]})}
-    folder = write_blend(tmp_path / "blend", tiny_dense, sources)
-    ((read, numbers, share),) = run_ranks(_notes, 1, folder, tiny_dense)
-    assert share == pytest.approx(600, abs=1)
-    assert numbers == list(range(len(numbers)))
-    (tokens,) = open_blend(folder).tokens["train"]["notes"].values()
-    epochs = len(read) // tokens
-    assert epochs > 100
-    assert len({tuple(sorted(read[n * tokens : (n + 1) * tokens])) for n in range(epochs)}) == 1
-
-
-def _notes(folder: Path, dense: Path) -> Any:
-    """Return the tokens of the notes as they are read, the numbers of their samples, and their part of 2,000."""
-    module = _module(folder, dense)
-    module.build(1000, *VALIDATION, 0)
-    blended = module._train_ds
-    (notes,) = [n for n, dataset in enumerate(blended.datasets) if "notes" in dataset.dataset_path]
-    of_notes = blended.dataset_index == notes
-    samples = [blended[int(number)]["tokens"].tolist() for number in of_notes.nonzero()[0]]
-    numbers = blended.dataset_sample_index[of_notes].tolist()
-    return [token for sample in samples for token in sample], numbers, int(of_notes[:2000].sum())
 
 
 def test_validation_is_laid_out_for_one_of_them(folder: Path, tiny_dense: Path) -> None:

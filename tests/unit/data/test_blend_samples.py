@@ -74,15 +74,6 @@ def test_files_cut_short_and_of_a_killed_build_are_deleted(manifest: Path) -> No
     assert (cache / "notes.txt").is_file()
 
 
-def test_failed_build_is_not_taken_for_whole(manifest: Path) -> None:
-    cache = manifest.with_name("indices")
-    with pytest.raises(TypeError):
-        _built(cache, manifest, half="half", unwritten=b"")  # type: ignore[arg-type]
-    assert "half" in _names(cache)
-    _built(cache, manifest)
-    assert _names(cache) == set()
-
-
 def test_indices_of_other_data_are_deleted(manifest: Path) -> None:
     cache = manifest.with_name("indices")
     _built(cache, manifest, old="old")

@@ -283,12 +283,6 @@ def test_more_wrong_lines_than_allowed_end_the_build_with_what_to_do(tokenizer: 
     assert sum(manifest["removed"].values()) == 9
 
 
-def test_lines_without_one_conversation_are_explained(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"2 lines: missing, mine\.jsonl:1: messages"):
-        _build(tokenizer, tmp_path, ['{"text": "a"}', '{"text": "b"}'])
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
-
-
 def test_a_tokenizer_without_chat_template_is_refused_with_what_to_give(tmp_path: Path) -> None:
     plain = write_chat_tokenizer(tmp_path / "base", template=None)
     with pytest.raises(UpcycleError, match=r"chat template of .*base: got none"):
@@ -320,7 +314,6 @@ def test_a_damaged_folder_is_refused_by_file(tokenizer: Path, tmp_path: Path) ->
         ("too_long=trim", "too_long", "trim"),
         ("heldout=0", "heldout", 0.0),
         ("seq_length=1", "seq_length", 1),
-        ("tokeniser=x", "key", "tokeniser"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path: Path, override: str, subject: str, got: object) -> None:

@@ -108,10 +108,3 @@ def test_own_tasks_are_looked_for_without_those_that_are_named(suite: Path, tmp_
     assert {name: counts["items"] for name, counts in summary["sets"].items()} == {"lm-eval/quiz": 1}
     found = NgramIndex.load(tmp_path / "index.npz").find("He asked which of these rivers is the longest of all, once.")
     assert [hit.size for hit in found] == [9]
-
-
-@pytest.mark.full
-def test_a_task_of_ones_own_that_is_no_yaml_is_told(suite: Path, tmp_path: Path) -> None:
-    (tmp_path / "tasks/lost.yaml").write_text("task: [lost\n")
-    with pytest.raises(UpcycleError, match=r"task: got lost, .* or define it in a file of valid YAML in .*tasks"):
-        build_index([suite], tmp_path / "index.npz")

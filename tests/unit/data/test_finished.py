@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER, read_json
 from tests.blends import set_manifest, write_blend
@@ -114,8 +115,15 @@ def test_a_sequence_has_one_token_more_than_its_length(tiny_dense: Path, tmp_pat
         blend.paths(seq_length=tokens)
 
 
+def _with_another_tokenizer(folder: Path) -> Path:
+    tokenizer = open_tokenizer(write_tokenizer(folder))
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def test_data_of_another_tokenizer_are_refused(folder: Path, tiny_dense: Path, tmp_path: Path) -> None:
-    other = write_tokenizer(write_llama(tmp_path / "other", vocab_size=259))
+    other = _with_another_tokenizer(write_llama(tmp_path / "other", vocab_size=260))
     blend = open_blend(folder)
     blend.require_tokenizer_of(str(tiny_dense))
     with pytest.raises(UpcycleError, match=rf"tokenizer of {blend.folder}: got sha256 .*, expected that of .*{other}"):
@@ -124,8 +132,6 @@ def test_data_of_another_tokenizer_are_refused(folder: Path, tiny_dense: Path, t
 
 def test_saved_tokenizer_keeps_the_hash_of_its_parent(folder: Path) -> None:
     """So training may go on from a NeMo checkpoint, which holds the folder's tokenizer."""
-    from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256
-
     own = tokenizer_sha256(open_tokenizer(folder / "tokenizer"))
     assert own == open_blend(folder).manifest["tokenizer"]["sha256"]
 
@@ -139,7 +145,7 @@ def test_megatron_checkpoint_brings_its_tokenizer_or_is_not_compared(
     blend = open_blend(folder)
     blend.require_tokenizer_of(f"nemo://{checkpoint}")
     assert "holds no tokenizer: not compared" in caplog.text
-    write_tokenizer(checkpoint / "context/nemo_tokenizer")
+    _with_another_tokenizer(checkpoint / "context/nemo_tokenizer")
     for address in (f"nemo://{checkpoint}", str(checkpoint)):
         with pytest.raises(UpcycleError, match="tokenizer of "):
             blend.require_tokenizer_of(address)

@@ -118,12 +118,6 @@ def test_mistakes_are_named(tmp_path: Path, source: dict[str, Any], subject: str
     assert str(caught.value.got).startswith(str(got))
 
 
-def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
-    _write(tmp_path, "c.jsonl.zip")
-    with pytest.raises(UpcycleError, match=r"another kind, expected \.txt, .* Fix: unpack it"):
-        list_inputs(_blend(tmp_path, train=["*.zip"]), "web", tmp_path)
-
-
 def test_shards_of_redpajama_are_sampled_with_the_seed(tmp_path: Path) -> None:
     options = {"snapshots": ["2023-06", "2023-14"], "shards": 5}
     found, again = (
@@ -144,11 +138,6 @@ def test_shards_of_redpajama_are_sampled_with_the_seed(tmp_path: Path) -> None:
         "bucket": ["head"],
         "duplicates": f"https://host/v1/duplicates/{name}.duplicates.parquet",
     }
-
-
-def test_speeches_are_taken_by_year(tmp_path: Path) -> None:
-    found = list_inputs(read_blend("sotu"), "speeches", tmp_path)
-    assert {split: len(files) for split, files in found.items()} == {"train": 64, "validation": 3, "heldout": 14}
 
 
 TOKENIZER = {"eos_id": 0, "vocab_size": 100}
@@ -186,11 +175,3 @@ def test_held_out_text_is_looked_for_where_some_is_held_out(tmp_path: Path) -> N
     assert plan(validation=0, heldout=0)["heldout_overlap"] is None
     inputs["web"]["heldout"] = _files("b")
     assert plan(validation=0, heldout=0)["heldout_overlap"] == 0.5
-
-
-def test_near_duplicates_have_the_settings_of_the_blend(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("{sources: {web: {train: [x]}}, near_duplicates: {}}")
-    settings = {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
-    inputs = {"web": {"train": _files("a"), "validation": [], "heldout": []}}
-    blend = read_blend(tmp_path / "mine.yaml")
-    assert make_plan(blend, inputs, tmp_path, TOKENIZER)["near_duplicates"] == settings

@@ -1,4 +1,4 @@
-"""A small but real GGUF model, and wheels that pip really downloads from a folder."""
+"""Wheels that pip really downloads from a folder."""
 
 from __future__ import annotations
 
@@ -10,19 +10,7 @@ import pytest
 
 from nemo_upcycle.demo import assets
 from nemo_upcycle.demo.assets import Asset
-from nemo_upcycle.demo.gguf import convert_gguf
 from nemo_upcycle.utils.cache import CACHE_VARIABLE
-from tests.unit.demo.tiny_gguf import write_gguf
-
-
-@pytest.fixture(scope="session")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
-
-
-@pytest.fixture(scope="session")
-def tiny_dense(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert_gguf(tiny_gguf, tmp_path_factory.mktemp("dense") / "tiny")
 
 
 class WheelHouse:

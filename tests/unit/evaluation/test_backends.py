@@ -13,11 +13,7 @@ import pytest
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation import backends
-from nemo_upcycle.evaluation.backends import CPU_BATCH, choose_backend, load_model, open_model, wrap_model
-from nemo_upcycle.evaluation.run import evaluate
-from nemo_upcycle.suites.suite import build_suite
-from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig
-from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
+from nemo_upcycle.evaluation.backends import CPU_BATCH, choose_backend, load_model, open_model
 
 
 class FakeVLLM:
@@ -90,17 +86,6 @@ def test_vllm_gets_folder_type_gpus_and_batch(tiny_llama: Path) -> None:
     assert opened.lm.add_bos_token is None
 
 
-def test_transformers_spreads_a_model_over_the_gpus(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    model = SimpleNamespace(eval=lambda: model)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(
-        "nemo_upcycle.models.hf_model.load_model", lambda folder, **options: given.update(options) or (model, {})
-    )
-    load_model(tiny_llama, "bfloat16")
-    assert (given["device_map"], str(given["dtype"])) == ("auto", "torch.bfloat16")
-
-
 def test_auto_batch_is_a_number_on_a_cpu_and_lm_evals_own_on_gpus(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,26 +98,3 @@ def test_auto_batch_is_a_number_on_a_cpu_and_lm_evals_own_on_gpus(
     monkeypatch.setattr(backends, "wrap_model", lambda model, tokenizer, batch_size, label: given.append(batch_size))
     assert open_model(tiny_llama, **settings).batch_size == "auto"
     assert given == ["auto"]
-
-
-def test_lm_eval_finds_a_batch_size_by_itself(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its search, which runs on a CPU as well; its passes are no progress."""
-    lm = wrap_model(*load_model(tiny_llama), "auto", "tiny")
-    lm.max_batch_size = 4
-    with lm._reporting("held-out text", 1):
-        assert lm._detect_batch_size([("", [1, 2], [3])], 0) == 4
-        assert lm._line._done == 0
-
-
-def test_automatic_batches_give_the_same_numbers(tiny_llama: Path, tmp_path: Path) -> None:
-    results = []
-    for batch_size in (4, "auto"):
-        config = SuiteConfig({"mmlu_letter": [0]}, heldout=HeldoutConfig(window_bytes=40), batch_size=batch_size)
-        suite = build_suite(QUESTIONS, DOCUMENTS, tmp_path / f"suite-{batch_size}", config)
-        results.append(evaluate(tiny_llama, suite, tmp_path / f"{batch_size}", name="tiny"))
-    fixed, automatic = results
-    assert automatic["settings"]["batch_size"] == CPU_BATCH
-    assert automatic["settings"]["backend"] == "hf"
-    assert automatic["samples"] == fixed["samples"]
-    for one, other in zip(fixed["items"]["mmlu_letter"], automatic["items"]["mmlu_letter"], strict=True):
-        assert one["loglikelihoods"] == pytest.approx(other["loglikelihoods"], rel=1e-5)

@@ -244,30 +244,6 @@ def test_samples_are_the_likeliest_tokens(
     assert evaluate(tiny_llama, suite, tmp_path, name="without", limit=1, samples=False)["samples"] == []
 
 
-def test_the_bars_of_lm_eval_and_datasets_are_not_shown(
-    tiny_llama: Path, suite: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    evaluate(tiny_llama, suite, tmp_path, name="tiny")
-    printed = "".join(capfd.readouterr())
-    assert not re.search(r"\d+/\d+ \[|examples/s", printed)
-
-
-def test_every_metric_has_a_value_an_error_and_a_direction(result: dict[str, Any]) -> None:
-    assert set(result["metrics"]) == {
-        "mmlu_letter/acc",
-        "mmlu_answer/acc",
-        "mmlu_answer/acc_norm",
-        "heldout_perplexity/word_perplexity",
-        "heldout_perplexity/byte_perplexity",
-        "heldout_perplexity/bits_per_byte",
-    }
-    for name, entry in result["metrics"].items():
-        assert math.isfinite(entry["value"])
-        assert entry["stderr"] >= 0
-        assert entry["higher_is_better"] == ("acc" in name)
-    assert result["metrics"]["heldout_perplexity/bits_per_byte"]["stderr"] > 0
-
-
 def test_the_file_says_what_was_measured(
     tiny_llama: Path, suite: Path, result: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -181,18 +181,6 @@ def test_what_is_evaluated_is_never_written(tasks_folder: Path, tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_network_is_one_error_that_names_the_task_and_the_fix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for constant in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
-        monkeypatch.setattr(constant, True)  # else it tries for 20 seconds
-    (tmp_path / "own_hub.yaml").write_text(
-        yaml.safe_dump({"task": "own_hub", "dataset_path": "nobody/nothing", "test_split": "test", **FORMATS["free"]})
-    )
-    with pytest.raises(UpcycleError, match=r"data of lm-eval's task own_hub: got .*nobody/nothing.*Fix: .*hub"):
-        load_tasks(["own_hub"], tmp_path)
-
-
 def test_a_task_that_lm_eval_lacks_gets_the_closest_names() -> None:
     with pytest.raises(UpcycleError) as caught:
         check_task_names(["mmlu", "piqq"], ["mmlu", "piqa", "boolq"])

@@ -67,9 +67,6 @@ def test_every_published_value_is_of_a_column_of_its_suite() -> None:
         ("tasks: {mmlu_letter: []}", ": tasks.mmlu_letter", []),
         ("tasks: {heldout_perplexity: [5]}\nquestions: {examples: 5}", ": tasks.heldout_perplexity", [5]),
         ("tasks: {mmlu: [0]}\nlocal: false\npublished: {source: x}", ": published.models", "nothing"),
-        ("tasks: {mmlu_letter: [0]}\nsede: 1", ": key", "sede"),
-        ("tasks: {mmlu_letter: [0]}\nheldout: {window: 1}", ": heldout: key", "window"),
-        ("tasks: {mmlu_letter: [0]}\nseed: some", ": seed", "'some'"),
         ("tasks: {mmlu_letter: [0]}\ninclude_path: .", ": include_path", "local: true"),
         ("tasks: {piqa: [0]}\nlocal: false\ninclude_path: /nowhere", ": include_path", "/nowhere, no such folder"),
         ("tasks: {mmlu_letter: [0]}\nbackend: vlm", ": backend", "vlm"),
@@ -77,8 +74,6 @@ def test_every_published_value_is_of_a_column_of_its_suite() -> None:
         ("tasks: {mmlu_letter: [0]}\nbatch_size: automatic", ": batch_size", "automatic"),
         ("tasks: {mmlu_letter: [0]}\nchat_template: true", ": chat_template", "local: true"),
         ("tasks: {mmlu_letter: [0]}\nfiles: {mmlu_letter: a.jsonl}", ": files", "local: true"),
-        ("seed: 1", ": tasks", "nothing"),
-        ("[1, 2]", "", "list"),
     ],
 )
 def test_a_wrong_configuration_is_refused(tmp_path: Path, text: str, subject: str, got: object) -> None:
