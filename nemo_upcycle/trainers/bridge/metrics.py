@@ -25,7 +25,6 @@ from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
 from nemo_upcycle.trainers.bridge.settings import settings_of
 from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
-from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.utils.progress import show_messages
 
 
@@ -168,6 +167,5 @@ def _settings(config: ConfigContainer) -> dict[str, Any]:
             "min_lr": optimizer.min_lr,
         },
         "lr_factors": asdict(factors),
-        **({DENSE_GRADIENT: True} if settings_of(config).dense_router_gradient else {}),
         **describe_balancing(getattr(config.model, "transformer", config.model), anneal),
     }

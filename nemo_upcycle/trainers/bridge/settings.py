@@ -26,8 +26,6 @@ class UpcycleSettings:
         aux_loss_end: coefficient of the load-balancing loss after `aux_loss_steps`; it starts at the model's.
         aux_loss_steps: optimizer steps until then; 0 keeps the model's coefficient.
         aux_loss_shape: `cosine` or `linear`.
-        dense_router_gradient: whether routers learn from all experts, not only from those that they have chosen; see
-            `trainers.router_gradient`.
         spike_window: losses that are looked back at; see `LossSpikes`.
         spike_threshold: spreads above their median that make a spike.
         stop_on_spike: end the run at a spike; else it is a warning and a line in `metrics.jsonl`.
@@ -46,7 +44,6 @@ class UpcycleSettings:
     aux_loss_end: float = 0.0
     aux_loss_steps: int = 0
     aux_loss_shape: str = "cosine"
-    dense_router_gradient: bool = False
     spike_window: int = 128
     spike_threshold: float = 8.0
     stop_on_spike: bool = False

@@ -28,7 +28,6 @@ from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingF
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout, layout_of
-from nemo_upcycle.trainers.router_gradient import check_router_gradient
 from nemo_upcycle.trainers.run_calibration import with_calibration
 from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, all_wrong, check_packs, check_values, shown_settings
 from nemo_upcycle.utils.console import is_verbose
@@ -120,7 +119,6 @@ class BridgeTraining(Training):
             overlap=tuple(name for name, is_on in shares.items() if is_on),
             gradients="fp32" if _reduces_in_fp32(config) else "bf16",
             low_params=_keeps_low_params(config),
-            dense_router_gradient=settings_of(config).dense_router_gradient,
             software=BRIDGE_SOFTWARE,
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,
@@ -339,8 +337,6 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
         settings.check()
     except UpcycleError as error:
         raise error.renamed(lambda name: f"{stage}.upcycle.{name}") from None
-    if settings.dense_router_gradient:
-        check_router_gradient(config.model, f"{stage}.model.", f"{stage}.upcycle.")
     try:
         check_layout(config.model, config.model, data, ranks, training.name, _precision(config))
         hook.check()
