@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron.bridge.training.config import ConfigContainer, MockGPTDatasetConfig
+from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.trainers.base import Evaluations
@@ -99,6 +100,11 @@ class UpcyclingConfig(ConfigContainer):
 def settings_of(config: Any) -> UpcycleSettings:
     """Return the settings of a configuration, neutral ones of Bridge's own class."""
     return getattr(config, "upcycle", None) or UpcycleSettings()
+
+
+def mixed_precision_of(config: Any) -> Any:
+    """Return Bridge's settings of a configuration's precision; None without any."""
+    return get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
 
 
 def require_callbacks(config: Any) -> None:

@@ -16,7 +16,7 @@ from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepFacts, StepMetrics
-from nemo_upcycle.trainers.balancing import describe_balancing
+from nemo_upcycle.trainers.aux_loss import describe_balancing
 from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 from nemo_upcycle.utils.nested import flat
 
