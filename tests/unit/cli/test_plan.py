@@ -90,6 +90,7 @@ def test_the_text_says_what_the_numbers_count_on(command: Command, tmp_path: Pat
             "-",
         ),
         (f"{MOE} --gpu gb200", "num_nodes=16, num_gpus_per_node=4", "-"),
+        ("--recipe qwen3_600m_e8t2_sft --gpus 1", 'nemo llm finetune --factory "qwen3_600m_e8t2_sft(', "micro_batch"),
         (f"{DROPLESS} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
         (f"{DROPLESS} {CURRENT}", "", "fp8_param_gather=True"),
         (f"{DENSE} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
