@@ -68,13 +68,13 @@ ITEMS = {
     "megatron_to_hf_gpu": (),
     "manual_forward_pass": ("tests.bridge.test_chain::test_step_0_is_checked_on_one_rank_whatever_the_layout",),
     "inference": (),
-    "pretrain": ("tests.bridge.test_recipes::test_nemo_run_starts_a_recipe_as_a_script",),
+    "pretrain": ("tests.bridge.test_recipes::test_torchrun_starts_a_recipe_by_the_planners_command",),
     "sft": ("tests.bridge.test_finetuning::test_finetuning_starts_with_the_weights_and_the_vocabulary_of_the_run",),
     "sft_export_inference": (),
     "sft_long_context": (),
     "peft": (),
     "checkpoint_resume": (
-        "tests.bridge.test_upcycling::test_a_run_that_goes_on_is_not_upcycled_again",
+        "tests.bridge.test_upcycling::test_a_second_start_in_the_same_process_is_not_upcycled_again",
         "tests.contract.test_training::test_a_killed_run_ends_with_the_bits_of_one_that_was_not_stopped",
     ),
 }

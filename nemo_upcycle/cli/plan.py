@@ -68,8 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     add_options(model, step)
     model.add_argument("--pad-to-capacity", action="store_true", help="pad every expert up to its capacity")
-    text = "routers learn from all experts, which then compute for each token"
-    model.add_argument("--dense-router-gradient", action="store_true", help=text)
     text = (
         "keep parameters in FP8 or FP4 (default: for --model without --experts that no recipe trains, as NVIDIA does)"
     )
@@ -164,7 +162,6 @@ def _settings_line(plan: Plan, command: str | None) -> str:
     names = {"gradients": work.gradients, "overlap": "+".join(work.overlap) or "none"}
     names |= {"dispatcher": work.dispatcher} if plan.request.arch.num_experts else {}
     names |= {"parameters": work.precision} if work.low_params else {}
-    names |= {"router gradient": "of all experts"} if work.dense_router_gradient else {}
     line = ", ".join(f"{name} {value}" for name, value in names.items()) + f", {plan.request.software}"
     return f"{line} (the recipe of the command overlaps nothing)" if command and work.overlap else line
 

@@ -151,12 +151,10 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         dispatcher=args.dispatcher or "alltoall",
         routing=args.routing or "balanced",
         overlap=tuple(args.overlap.split(",")) if args.overlap else (),
-        dense_router_gradient=args.dense_router_gradient,
         lora=subject.defaults.get("lora", 0),
     )
     if args.micro_batch is not None:
         check_whole("micro_batch", args.micro_batch, 1, work.global_batch, "global_batch")
-    is_usual = not args.recipe and not args.dense_router_gradient  # which takes neither from NVIDIA's recipes
     return PlanRequest(
         arch=subject.arch,
         gpu=hardware.known_gpu(args.gpu),
@@ -164,7 +162,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         work=work,
         tokens=given("tokens"),
         software=_software(args),
-        usual=tuple(name for name in ("dispatcher", "overlap") if is_usual and getattr(args, name) is None),
+        usual=tuple(name for name in ("dispatcher", "overlap") if not args.recipe and getattr(args, name) is None),
         grouped=_is_grouped(subject),
         micro_batch=1 if args.micro_batch is None and subject.recipe and subject.recipe.tunes else args.micro_batch,
         recompute=args.recompute or None,
@@ -195,7 +193,6 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
     of_experts = {
         "--capacity-factor": args.capacity_factor,
         "--pad-to-capacity": args.pad_to_capacity or None,
-        "--dense-router-gradient": args.dense_router_gradient or None,
         "--dispatcher": None if args.dispatcher == "alltoall" else args.dispatcher,
         "--overlap": "ep" if "ep" in overlap else None,
         "--recompute": args.recompute if {"layernorm", "moe_act", "moe"} & {*recompute} else None,

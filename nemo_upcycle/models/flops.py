@@ -41,18 +41,3 @@ def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> flo
     windows = [arch.window_of(layer) for layer in arch.layers_with("*")]
     seen = sum(count * mean_context(seq_length, window) for window, count in Counter(windows).items())
     return 6.0 * params + (6 if causal else 12) * seen * 2 * arch.num_heads * arch.head_dim
-
-
-def dense_router_gradient_flops(arch: Architecture) -> float:
-    """Return the FLOPs of a token that a router gradient of all experts adds: forward through those not chosen.
-
-    2 (E - k) P in each layer with experts, P the parameters of one. They are none of the model's: TFLOP/s and MFU
-    leave them out, as they leave out recomputation.
-
-    Args:
-        arch: a model's with experts.
-
-    Example:
-        Llama 3 8B E8T2: 6.76e10 beside the 9.17e10 of training on a token of 8192, full attention.
-    """
-    return 2.0 * arch.moe_layer_count * ((arch.num_experts or 0) - (arch.top_k or 0)) * arch.expert_params

@@ -162,12 +162,6 @@ def layer_bytes(
         cut = (arch.expert_ffn_size or 0) / layout.etp
         sizes = (slots * saved * width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
         network |= dict(zip(ROUTED, sizes, strict=True))
-    other_experts = 0.0
-    if moe and work.dense_router_gradient:
-        network["dense router gradient"] = tokens * 8 * (arch.num_experts or 0)  # weights of all, and their softmax
-        # A part has as many slots as were chosen: sent, received, multiplied and sent back, all in BF16.
-        even = tokens * (arch.top_k or 0) * layout.etp
-        other_experts = 2 * even * (4 * width + (gates + 1) * (arch.expert_ffn_size or 0) / layout.etp)
     terms = attention | norm | network
     freed: set[str] = set()
     if work.recomputes("core_attn"):
@@ -181,10 +175,9 @@ def layer_bytes(
     if work.recompute == "full":
         freed = set(terms) - {next(iter(terms))}  # the input of its first norm
     freed &= set(terms)
-    # Gradients of a layer's largest tensors live beside them: of its network, and of attention, never both; nor beside
-    # the pass through the experts that were not chosen.
+    # Gradients of a layer's largest tensors live beside them: of its network, and of attention, never both.
     working = sum(terms[term] for term in freed)
-    working += max(sum(attention.values()), sum(network.values()), other_experts)
+    working += max(sum(attention.values()), sum(network.values()))
     return LayerBytes({term: value for term, value in terms.items() if term not in freed}, working)
 
 

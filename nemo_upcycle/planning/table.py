@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.flops import dense_router_gradient_flops, flops_per_token
+from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.memory import ASSUMPTIONS, GIB
 from nemo_upcycle.planning.search import Plan
-from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.utils.console import in_columns
 
 
@@ -50,7 +49,7 @@ def row_values(plan: Plan, command: str | None, why_none: str) -> dict[str, Any]
     layout = plan.layout
     sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "expert_dp")}
     work = plan.work
-    names = ("recompute", "dispatcher", "gradients", "low_params", "dense_router_gradient")
+    names = ("recompute", "dispatcher", "gradients", "low_params")
     settings = {name: getattr(work, name) for name in names}
     settings |= {"overlap": list(work.overlap), "software": plan.request.software}
     return {
@@ -127,7 +126,6 @@ def explanation(plan: Plan) -> str:
         f" {plan.tflops_per_gpu(causal=True):.1f} (causal half)",
         f"MFU = {plan.tflops_per_gpu(causal=False):.1f} / {plan.peak_tflops:g} (the peak of {plan.peak_of})"
         f" = {100 * plan.mfu:.1f}%",
-        *([_router_gradient_line(request.arch, work)] if work.dense_router_gradient else []),
         f"{request.tokens:.3g} tokens = {plan.hours:.1f} h; full checkpoint {plan.checkpoint_gib:.0f} GiB"
         " (14 bytes for each parameter)",
         "",
@@ -135,8 +133,3 @@ def explanation(plan: Plan) -> str:
         *(f"  {text}" for text in ASSUMPTIONS),
     ]
     return "\n".join(lines)
-
-
-def _router_gradient_line(arch: Architecture, work: Workload) -> str:
-    more, flops = dense_router_gradient_flops(arch), flops_per_token(arch, work.seq_length, causal=False)
-    return f"router gradient of all experts: {more:.3e} FLOPs of a token more, {100 * more / flops:.0f} %, none of MFU"

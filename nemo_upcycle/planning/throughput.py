@@ -156,8 +156,6 @@ class ThroughputModel:
             self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), work)
         if moe and work.recomputes("layernorm"):
             self._moved(layer, tokens / layout.tp * 2 * width, work)
-        if moe and work.dense_router_gradient:
-            layer.add(self._other_experts(layout, work, tokens))
         return layer
 
     def _attention(self, layer: StepTime, tokens: float, layout: Layout, work: Workload, window: int | None) -> None:
@@ -222,19 +220,7 @@ class ThroughputModel:
         volume = 2 * 2 * tokens * (rows + inner) / layout.tp * (layout.cp - 1) / layout.cp
         self._link(layer, layout, volume, layout.tp * layout.cp, layout.cp)
 
-    def _other_experts(self, layout: Layout, work: Workload, tokens: float) -> StepTime:
-        """Return the time of a router gradient of all experts: forward through those not chosen, in BF16, evenly."""
-        chosen = self.arch.top_k or 1
-        left_out = (self.arch.num_experts or 1) - chosen
-        even = replace(work, precision="bf16", capacity_factor=left_out / chosen, pad=True)
-        times, experts, traffic = StepTime(), self._moe(layout, even, tokens, routed_alone=True), StepTime()
-        experts.launch *= math.ceil(left_out / chosen)  # in so many parts
-        self._dispatch(traffic, layout, even, tokens, hidden=0.0)
-        times.add(experts, 1 / 3)
-        times.add(traffic, 1 / 2)
-        return times
-
-    def _moe(self, layout: Layout, work: Workload, tokens: float, *, routed_alone: bool = False) -> StepTime:
+    def _moe(self, layout: Layout, work: Workload, tokens: float) -> StepTime:
         arch, machine, local = self.arch, self.machine, (self.arch.num_experts or 1) // layout.ep
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
         expert_us = machine.expert_us if work.pad else machine.uneven_us(work.numbers)
@@ -244,7 +230,7 @@ class ThroughputModel:
         self._network(times, slots * layout.etp / local, neurons, work, local)
         # Permute, sort by expert, sort back, unpermute: read and written, forward and backward.
         self._moved(times, slots * 16 * arch.hidden_size, work)
-        if arch.shared_ffn_size and not routed_alone:
+        if arch.shared_ffn_size:
             self._network(times, tokens, arch.shared_ffn_size / layout.tp, work)
             self._tensor_traffic(times, tokens, layout, work)
         return times

@@ -96,7 +96,6 @@ class Workload:
         dispatcher: one of `DISPATCHERS`.
         routing: one of `ROUTINGS`, for the time.
         overlap: traffic that runs beside computation, out of `OVERLAPS`.
-        dense_router_gradient: whether routers learn from all experts (`trainers.router_gradient`).
         lora: rank of the adapters that are trained beside the routers, each expert's its own; 0: all weights are.
 
     Raises:
@@ -115,7 +114,6 @@ class Workload:
     dispatcher: str = "alltoall"
     routing: str = "balanced"
     overlap: tuple[str, ...] = ()
-    dense_router_gradient: bool = False
     lora: int = 0
 
     def __post_init__(self) -> None:
@@ -142,15 +140,6 @@ class Workload:
                 expected="alltoall",
                 fix="plan without padding, or set <dispatcher>=alltoall",
             )
-        limits = (
-            ("dispatcher", self.dispatcher, self.dispatcher != "alltoall"),
-            ("overlap", "ep", "ep" in self.overlap),
-            ("low_params", True, self.low_params),
-        )
-        for name, got, is_refused in limits if self.dense_router_gradient else ():
-            if is_refused:  # by `trainers.router_gradient`, which gives the reason
-                expected = "alltoall, no overlap of experts and parameters in BF16 with <dense_router_gradient>"
-                raise SpecError(field=name, got=got, expected=expected, fix=f"plan without <{name}>")
         if self.precision == "fp8-delayed" and (refused := {"moe_act", "layernorm"} & {*modules}):
             raise SpecError(
                 field="recompute",

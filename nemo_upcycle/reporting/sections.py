@@ -125,8 +125,6 @@ def _settings(done: dict[str, Any]) -> dict[str, str]:
         rows["factors on the learning rate"] = (
             f"router {number(factors['router'], 6)}, experts {number(factors['experts'], 6)}{frozen}"
         )
-    if settings.get("dense_router_gradient"):
-        rows["gradient of the router"] = "of all experts, not only of the chosen ones"
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Make auxiliary losses of the router act with the coefficient that is set, in every layout.
+"""Make auxiliary losses of the router act with the coefficient that is set, in every layout, and describe them.
 
 A rank of a tensor- and context-parallel group computes its tokens' part of such a loss. Megatron sums gradients over
 tensor-parallel ranks and averages them over data- and context-parallel ones, so the context-parallel size belongs in
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 
+from nemo_upcycle.models.balancing import balancing_bias
 from nemo_upcycle.online.receipt import ActingCoefficient
+from nemo_upcycle.trainers.schedules import Anneal
 from nemo_upcycle.utils.attributes import temporarily_set
+from nemo_upcycle.utils.progress import show_messages
 
 
 GLOBAL = "global_aux_loss"
@@ -55,7 +59,7 @@ def correct_losses(config: Any) -> list[ActingCoefficient]:
         config: the model's. Megatron's groups must be there, and every rank must call this.
 
     Returns:
-        What is set and what acts, for each auxiliary loss of the model.
+        What is set and what acts, for each auxiliary loss of the model; the first rank logs what differs.
     """
     _multiply_scale(1.0)
     _multiply_global(1.0)
@@ -66,10 +70,25 @@ def correct_losses(config: Any) -> list[ActingCoefficient]:
     coefficients = _coefficients(config)
     undone_global = round(1 / _acting_share(config, GLOBAL), 4) if GLOBAL in coefficients else 1.0
     _multiply_global(undone_global)
-    return [
+    losses = [
         _describe(config, name, value, undone * (undone_global if name == GLOBAL else 1.0))
         for name, value in coefficients.items()
     ]
+    if torch.distributed.get_rank() == 0:
+        _report(losses)
+    return losses
+
+
+def _report(losses: list[ActingCoefficient]) -> None:
+    """Report the auxiliary losses that do not act as they are set, and those that this package corrects."""
+    for loss in losses:
+        if loss.acting != loss.coefficient:
+            text = "%s: a coefficient of %g acts as %g (%s); a coefficient %.4g times as large compensates"
+            show_messages().warning(
+                text, loss.name, loss.coefficient, loss.acting, loss.why, loss.coefficient / loss.acting
+            )
+        elif loss.why != "as set":
+            show_messages().info("%s: a coefficient of %g acts as set (%s)", loss.name, loss.coefficient, loss.why)
 
 
 def _multiply_scale(factor: float) -> None:
@@ -99,10 +118,14 @@ def _multiply_global(factor: float) -> None:
 
 
 def _coefficients(config: Any) -> dict[str, float]:
+    """Read the coefficients that are not zero, by the names of the losses."""
+    return {name: value for name, value in {**_balancing(config), "z_loss": config.moe_z_loss_coeff}.items() if value}
+
+
+def _balancing(config: Any) -> dict[str, float]:
     kinds, values = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     balancing = dict(zip(kinds, values, strict=True)) if isinstance(kinds, list) else {kinds: values}
-    losses = {kind: value for kind, value in balancing.items() if kind.endswith("aux_loss")}
-    return {name: value for name, value in {**losses, "z_loss": config.moe_z_loss_coeff}.items() if value}
+    return {kind: value for kind, value in balancing.items() if kind.endswith("aux_loss")}
 
 
 def _describe(config: Any, name: str, coefficient: float, undone: float) -> ActingCoefficient:
@@ -151,3 +174,26 @@ def gradient_of_losses(router: TopKRouter, logits: torch.Tensor, **routing: Any)
         context = parallel_state.get_context_parallel_world_size()
         forward_step_calc_loss(None, scores, None, router.config, None, False, 1, [], context, False)
         return torch.autograd.grad(scores, logits, torch.zeros_like(scores))[0]
+
+
+def describe_balancing(config: Any, anneal: Anneal | None) -> dict[str, str]:
+    """Describe for `training.json` how the experts are balanced; return nothing for a dense model.
+
+    Args:
+        config: configuration of the model.
+        anneal: change of the coefficient over the training; None: it stays.
+
+    Example:
+        >>> describe_balancing(config, Anneal(start=0.01, end=0.001, steps=2000))  # doctest: +SKIP
+        {'balancing': 'aux_loss 0.01, to 0.001 in the first 2000 steps (cosine)'}
+    """
+    return {"balancing": ", ".join(_methods(config, anneal)) or "none"} if config.num_moe_experts else {}
+
+
+def _methods(config: Any, anneal: Anneal | None) -> Iterator[str]:
+    yield from (f"{kind} {value:g}" for kind, value in _balancing(config).items())
+    if anneal and anneal.steps:
+        yield f"to {anneal.end:g} in the first {anneal.steps} steps ({anneal.shape})"
+    if config.moe_z_loss_coeff:
+        yield f"z_loss {config.moe_z_loss_coeff:g}"
+    yield from (f"{name} {value:g}" for name, value in balancing_bias(config).items())

@@ -164,7 +164,6 @@ class TrainingFacts:
         gradients: what data parallelism sums them in, in the planner's words.
         low_params: whether parameters are kept and gathered in FP8 or FP4.
         rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
-        dense_router_gradient: whether routers learn from all experts.
         lora: rank of the adapters that are trained beside the routers; 0: all weights are trained.
         software: the generation of Megatron-Core that trains, in the planner's words.
         weight_bytes: bytes of a parameter in a checkpoint.
@@ -197,7 +196,6 @@ class TrainingFacts:
     gradients: str
     low_params: bool = False
     rank_capacity: float | None = None
-    dense_router_gradient: bool = False
     lora: int = 0
     software: str
     weight_bytes: int

@@ -166,7 +166,6 @@ class NeMoCommands(Commands):
         if layout.micro_batch != 1:
             settings["data.micro_batch_size"] = layout.micro_batch
         settings["trainer.max_steps"] = steps
-        settings |= {"optim.dense_router_gradient": True} if work.dense_router_gradient else {}
         arguments: dict[str, Any] = {"dense": dense} if dense else {}
         arguments |= {"num_nodes": layout.gpus // per_node, "num_gpus_per_node": per_node}
         if work.gradients != defaults["gradients"]:
@@ -238,7 +237,6 @@ class BridgeCommands(Commands):
             "train.micro_batch_size": layout.micro_batch,
             "train.train_iters": _steps(plan),
             "mixed_precision": BRIDGE_PRECISIONS[work.low_params][work.precision],
-            **({"upcycle.dense_router_gradient": True} if work.dense_router_gradient else {}),
         }
         per_node = layout.node_gpus(plan.request.gpu.per_node)
         launcher = f"torchrun --nnodes {layout.gpus // per_node} --nproc-per-node {per_node} -m nemo_upcycle.bridge"

@@ -24,33 +24,26 @@ from nemo_upcycle.online.upcycle import checked_plans, fill
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.paging import PagedModel
+from nemo_upcycle.trainers.trial import ON_META
 
 
 #: What a configuration for one rank has in the place of its own.
-_ONE_RANK: dict[str, Any] = {
+_ONE_RANK: dict[str, Any] = ON_META | {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
     "pipeline_model_parallel_layout": None,
     "num_layers_in_first_pipeline_stage": None,
     "num_layers_in_last_pipeline_stage": None,
-    "context_parallel_size": 1,
     "sequence_parallel": False,
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": 1,
     "moe_token_dispatcher_type": "alltoall",  # others ask for several ranks
     "moe_flex_dispatcher_backend": "deepep",
     "moe_enable_deepep": False,
-    "overlap_moe_expert_parallel_comm": False,
-    "delay_wgrad_compute": False,
     "ep_overlap_early_attn_memory_release": False,
-    "perform_initialization": False,
-    "init_model_with_meta_device": True,
-    "use_cpu_initialization": True,  # it names no other device
     "bf16": False,
     "fp16": False,
-    "fp8": None,
-    "fp4": None,
     "moe_router_padding_for_fp8": False,
     "moe_router_padding_for_quantization": False,
     "params_dtype": torch.float32,

@@ -225,7 +225,7 @@ def annealed_configs(config: Any, chunks: Iterable[torch.nn.Module], setting: st
     if kind == "global_aux_loss" and not config.moe_aux_loss_coeff:  # Megatron makes no counters for it
         fix = "start with a small moe_aux_loss_coeff of the model"
         raise SpecError(setting, got="a global loss from 0", expected="a start above 0", fix=fix)
-    if config.cuda_graph_impl != "none" and not graphs_attention_alone(config.cuda_graph_scope):
+    if config.cuda_graph_impl != "none" and not _graphs_attention_alone(config.cuda_graph_scope):
         fix = "set cuda_graph_scope of the model to attn (or no CUDA graph)"
         raise SpecError(setting, got="routers in a CUDA graph", expected="none: a graph keeps numbers", fix=fix)
     from megatron.core.transformer.moe.router import TopKRouter
@@ -233,7 +233,7 @@ def annealed_configs(config: Any, chunks: Iterable[torch.nn.Module], setting: st
     return [module.config for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
 
 
-def graphs_attention_alone(scope: Any) -> bool:
+def _graphs_attention_alone(scope: Any) -> bool:
     """Return whether CUDA graphs hold attention only; from Megatron-Core 0.16 on a scope is a list of enumerated."""
     scopes = scope if isinstance(scope, list | tuple) else [scope]
     return {getattr(one, "name", one) for one in scopes} == {"attn"}

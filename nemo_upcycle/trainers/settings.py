@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.utils.validation import is_number, is_whole
@@ -31,7 +31,7 @@ class Setting(NamedTuple):
         bridge: its path in a configuration of Bridge's.
         rule: which values make sense.
         size: what a rule of the planner calls it.
-        shown: whether people look at it; `set`: where it has a value that is not 0 or false.
+        shown: whether people look at it.
         free: whether the result does not depend on it, so that it may change in a run that has started.
         step0: whether the check of step 0 depends on it.
     """
@@ -40,7 +40,7 @@ class Setting(NamedTuple):
     bridge: str
     rule: Rule | None = None
     size: str = ""
-    shown: bool | Literal["set"] = False
+    shown: bool = False
     free: bool = False
     step0: bool = False
 
@@ -179,7 +179,6 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("model.", "model.", step0=True),
     Setting("resume.restore_config.spec.", "spec.", step0=True),
     Setting("", "recipe", step0=True),
-    Setting("optim.dense_router_gradient", "upcycle.dense_router_gradient", shown="set"),
 )
 
 
@@ -205,9 +204,8 @@ def shown_settings(recipe: Any, trainer: str) -> dict[str, Any]:
         recipe: NeMo's recipe, or Bridge's configuration.
         trainer: `nemo` or `bridge`.
     """
-    rows = [row for row in SETTINGS if row.shown]
-    values = {name: (setting(recipe, name), row.shown) for row in rows if (name := row.of(trainer))}
-    return {name: value for name, (value, shown) in values.items() if value is not None and (value or shown != "set")}
+    values = {name: setting(recipe, name) for row in SETTINGS if row.shown and (name := row.of(trainer))}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_packs(recipe: Any, trainer: str, where: str = "") -> None:

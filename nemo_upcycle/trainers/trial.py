@@ -31,8 +31,8 @@ from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
-#: What a checked configuration has in the place of its own while modules are made of it without a GPU.
-_ON_META: dict[str, Any] = {
+#: What a configuration has in the place of its own while modules are made of it on the meta device, without a GPU.
+ON_META: dict[str, Any] = {
     "perform_initialization": False,
     "init_model_with_meta_device": True,
     "use_cpu_initialization": True,  # it names no other device
@@ -198,7 +198,7 @@ def construct_ranks(
     for stage in sorted({0, layout.pp // 2, layout.pp - 1}):
         with megatron_rank(layout, stage * layout.gpus // layout.pp), _without_hardware():
             config = configure()
-            for name, value in _ON_META.items():
+            for name, value in ON_META.items():
                 if hasattr(config, name):  # of another release
                     setattr(config, name, value)
             for number in range(layout.vp):

@@ -232,6 +232,29 @@ def refusal(dense: Path, folder: Path, fields: dict[str, Any], changes: dict[str
     return str(refused.value)
 
 
+def fill(parent: Path, folder: Path, fields: dict[str, Any] | None, **options: Any) -> Any:
+    """Build and fill a model on this rank, as a start does.
+
+    Args:
+        parent: the dense checkpoint.
+        folder: for the receipt.
+        fields: of the spec; None for the dense model.
+        options: arguments of `run_config`.
+
+    Returns:
+        The chunk, and the provider that it was made by.
+    """
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    config = hooked(parent, folder, fields, **options)
+    config._checkpoint_load_required = False  # as Bridge's pretrain sets it
+    config.model.finalize()
+    config.model.initialize_model_parallel(seed=1)
+    (chunk,) = config.model.provide_distributed_model(wrap_with_ddp=False)
+    return chunk, config.model
+
+
 def fill_twice(parent: Path, folder: Path, options: dict[str, Any]) -> list[str]:
     """Fill a dense model by the hook, and one by Bridge's own loader; return the parameters that differ.
 
@@ -240,21 +263,12 @@ def fill_twice(parent: Path, folder: Path, options: dict[str, Any]) -> list[str]
         folder: for the receipt.
         options: arguments of `run_config`.
     """
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
+    ours, _ = fill(parent, folder, None, **options)
     from megatron.bridge import AutoBridge
 
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    configs = [run_config(parent, folder, None, **options) for _ in range(2)]
-    upcycle_on_start(configs[0], parent, None)
-    configs[0]._checkpoint_load_required = False  # as Bridge's pretrain sets it
-    configs[0].model.finalize()
-    configs[0].model.initialize_model_parallel(seed=1)
-    (ours,) = configs[0].model.provide_distributed_model(wrap_with_ddp=False)
-    configs[1].model.finalize()
-    (theirs,) = configs[1].model.provide_distributed_model(wrap_with_ddp=False)
+    provider = run_config(parent, folder, None, **options).model
+    provider.finalize()
+    (theirs,) = provider.provide_distributed_model(wrap_with_ddp=False)
     AutoBridge.from_hf_pretrained(str(parent)).load_hf_weights([theirs])
     pairs = zip(ours.named_parameters(), theirs.named_parameters(), strict=True)
     return [name for (name, one), (same, other) in pairs if name != same or not torch.equal(one, other)]

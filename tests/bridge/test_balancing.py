@@ -14,7 +14,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.utils.files import read_json
-from tests.bridge.runs import hooked, run_config, train_on_ranks
+from tests.bridge.runs import hooked, run_config
 from tests.distributed.ranks import run_ranks
 
 
@@ -116,12 +116,16 @@ def test_a_checkpoint_is_evaluated_with_its_biases_and_exported_to_no_class(
         export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
 
 
-def test_finetuning_keeps_the_biases(dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]) -> None:
+def test_finetuning_keeps_the_biases_and_refuses_a_loss_in_which_padding_would_count(
+    dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]
+) -> None:
     from nemo_upcycle.trainers.bridge.finetuning import finetune_from
 
     finetune_from(config := run_config(dense, tmp_path / "sft", None), whole[0])
     for name, value in (QUANTILES | {"moe_router_quantile_balancing_ema": 0.0}).items():
         assert getattr(config.model, name) == value
+    with pytest.raises(SpecError, match="moe_router_load_balancing_type: got seq_aux_loss"):
+        finetune_from(config, whole[0], moe_router_load_balancing_type="seq_aux_loss")
 
 
 def _loaded(checkpoint: Path, dense: Path) -> list[list[float]]:
@@ -146,12 +150,3 @@ def test_quantiles_that_could_not_be_are_refused_before_anything_is_built(
     spec = UpcycleSpec(num_experts=experts, top_k=2)
     with pytest.raises(SpecError, match=words):
         upcycle_on_start(run_config(dense, tmp_path / "run", spec, model=model), dense, spec)
-
-
-def test_finetuning_refuses_a_loss_in_which_padding_would_count(dense: Path, tmp_path: Path) -> None:
-    train_on_ranks(1, dense, tmp_path / "run", {"num_experts": 4, "top_k": 2})
-    from nemo_upcycle.trainers.bridge.finetuning import finetune_from
-
-    config = run_config(dense, tmp_path / "sft", None)
-    with pytest.raises(SpecError, match="moe_router_load_balancing_type: got seq_aux_loss"):
-        finetune_from(config, tmp_path / "run", moe_router_load_balancing_type="seq_aux_loss")

@@ -16,7 +16,7 @@ from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.utils.files import read_json, write_json
-from tests.bridge.runs import SEQUENCE, VOCABULARY, refusal, run_config, train_on_ranks
+from tests.bridge.runs import SEQUENCE, VOCABULARY, fill, refusal, train_on_ranks
 from tests.distributed.ranks import run_ranks
 from tests.models import save_random, text_sizes, write_class, write_llama, write_qwen2
 from tests.parents import write_gemma, write_wrapped
@@ -134,16 +134,9 @@ def _compare(
     from megatron.bridge.models.gpt_provider import local_layer_spec
 
     import benchmarks.bridge_parents  # noqa: F401  # registers MiMo's configuration
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
-    spec = UpcycleSpec(**fields)
-    model = {} if spec.moe_layers != "all" else {"transformer_layer_spec": local_layer_spec}  # Mistral 3 has its own
-    config = run_config(parent, folder, spec, style="whole", model=model, **layout)
-    upcycle_on_start(config, parent, spec)
-    config._checkpoint_load_required = False
-    config.model.finalize()
-    config.model.initialize_model_parallel(seed=1)
-    (moe,) = config.model.provide_distributed_model(wrap_with_ddp=False)
+    model = {} if "moe_layers" in fields else {"transformer_layer_spec": local_layer_spec}  # Mistral 3 has its own
+    moe, made_by = fill(parent, folder, fields, style="whole", model=model, **layout)
     bridge = AutoBridge.from_hf_pretrained(str(parent))
     provider = bridge.to_megatron_provider(load_weights=False)
     for name in (
@@ -153,7 +146,7 @@ def _compare(
         "pipeline_dtype",
         "bf16",
     ):
-        setattr(provider, name, getattr(config.model, name))
+        setattr(provider, name, getattr(made_by, name))
     provider.mtp_num_layers, provider.transformer_layer_spec = None, local_layer_spec
     provider.finalize()
     (dense,) = provider.provide_distributed_model(wrap_with_ddp=False)
@@ -180,25 +173,14 @@ def test_a_known_parent_becomes_the_same_through_bridge(tmp_path: Path) -> None:
     parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
     made = {}
     for style in ("provider", "whole"):
-        run_ranks(_fill, 1, parent, tmp_path / style, SPEC | {"method": "noise"}, style)
+        run_ranks(_fill, 1, parent, tmp_path / style, style)
         receipt = read_json(tmp_path / style / "receipt.json")
         made[style] = {one["name"]: one["sha256"] for one in receipt.pop("parameters")}, receipt["total_params"]
     assert made["provider"] == made["whole"]
 
 
-def _fill(parent: Path, folder: Path, fields: dict[str, Any], style: str) -> None:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    spec = UpcycleSpec(**fields)
-    config = run_config(parent, folder, spec, style=style)
-    upcycle_on_start(config, parent, spec)
-    config._checkpoint_load_required = False
-    config.model.finalize()
-    config.model.initialize_model_parallel(seed=1)
-    config.model.provide_distributed_model(wrap_with_ddp=False)
+def _fill(parent: Path, folder: Path, style: str) -> None:
+    fill(parent, folder, SPEC | {"method": "noise"}, style=style)
 
 
 @pytest.mark.full

@@ -13,6 +13,7 @@ import pytest
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.utils.files import read_json
+from tests.bridge.runs import differences
 from tests.contract.trainers import losses, metrics, write_plan
 from tests.distributed.ranks import run_ranks
 from tests.functional.stages import run_stages
@@ -52,6 +53,7 @@ def test_a_hybrid_model_goes_through_the_chain_as_a_gpt_model_does(inputs: Path,
         plan_of(inputs, tmp_path / recipe, recipe=recipe)
         run_stages(tmp_path / recipe, stages, ranks=2)
         assert read_json(tmp_path / recipe / "receipt.json")["within_tolerance"] is True
+    assert differences(tmp_path / "tiny/upcycle/hf", tmp_path / "tiny_hybrid/upcycle/hf") == []
     own, other = (tmp_path / recipe / "pretrain" for recipe in ("tiny_hybrid", "tiny"))
     assert losses(own) == pytest.approx(losses(other), rel=1e-5)
     assert all(len(line["router"]["load_cv"]) == 4 for line in metrics(own))

@@ -16,7 +16,7 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_model import load_model
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
-from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train_on_ranks
+from tests.bridge.runs import SEQUENCE, VOCABULARY, hooked, run_config, train_on_ranks
 from tests.distributed.ranks import run_ranks
 
 
@@ -30,7 +30,7 @@ def test_finetuning_starts_with_the_weights_and_the_vocabulary_of_the_run(
 ) -> None:
     """Its learning rate is zero, and Bridge's recipes would give it the tokenizer's vocabulary, padded to 384 rows."""
     train_on_ranks(1, dense, tmp_path / "run", SPEC, style=style)
-    run_ranks(_finetune, 1, dense, tmp_path / "run", tmp_path / "sft", process_group=False)
+    run_ranks(_finetune, 1, dense, tmp_path / "sft", tmp_path / "run", process_group=False)
     before, after = (DistributedCheckpoint(tmp_path / name / "iter_0000001") for name in ("run", "sft"))
     names = [name for name in before.names() if not name.startswith("optimizer.")]
     assert "embedding.word_embeddings.weight" in names
@@ -39,7 +39,7 @@ def test_finetuning_starts_with_the_weights_and_the_vocabulary_of_the_run(
 
 def test_upcycling_inside_finetune_is_refused(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="finetune starts from a checkpoint, upcycling makes the first"):
-        run_ranks(_upcycle_in_finetune, 1, dense, tmp_path / "run", process_group=False)
+        run_ranks(_finetune, 1, dense, tmp_path / "run", None, process_group=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -57,7 +57,7 @@ def test_loras_adapters_train_resume_and_are_exported_with_the_run_they_started_
     train_on_ranks(1, dense, tmp_path / "run", SPEC)
     for name, stops in (("whole", [None]), ("parts", [2, None])):
         for stop in stops:
-            run_ranks(_adapt, 1, dense, tmp_path / "run", tmp_path / name, stop, process_group=False)
+            run_ranks(_finetune, 1, dense, tmp_path / name, tmp_path / "run", True, stop, process_group=False)
     checkpoints = [DistributedCheckpoint(tmp_path / name / "iter_0000005") for name in ("whole", "parts")]
     trained = [name for name in checkpoints[0].names() if not name.startswith("optimizer.")]
     assert trained
@@ -109,7 +109,10 @@ def _windows() -> Any:
     return Windows(seq_length=SEQUENCE, num_workers=0, pin_memory=False)
 
 
-def _adapt(dense: Path, run: Path, folder: Path, stop: int | None) -> None:
+def _finetune(
+    dense: Path, folder: Path, run: Path | None, adapters: bool = False, exit_interval: int | None = None
+) -> None:
+    """Run Bridge's finetune; without a run to start from, with a hook that upcycles."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
@@ -120,41 +123,14 @@ def _adapt(dense: Path, run: Path, folder: Path, stop: int | None) -> None:
     from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
     from nemo_upcycle.trainers.bridge.finetuning import finetune_from
 
-    config = run_config(dense, folder, None, steps=5, lr=1e-2)
-    config.dataset, config.peft = _windows(), LoRA(dim=4, alpha=8)
-    config.train.exit_interval, config.checkpoint.save_interval = stop, 2
-    types = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
-    finetune_from(config, run, **types)
+    if run is None:
+        finetune(hooked(dense, folder, SPEC), forward_step)
+        return
+    config = run_config(dense, folder, None, **({"steps": 5, "lr": 1e-2} if adapters else {}))
+    config.tokenizer.use_tokenizer_vocab_size = True
+    if adapters:
+        config.dataset, config.peft = _windows(), LoRA(dim=4, alpha=8)
+        config.train.exit_interval, config.checkpoint.save_interval = exit_interval, 2
+    finetune_from(config, run, bf16=False, params_dtype=torch.float32, pipeline_dtype=torch.float32)
     with suppress(SystemExit):  # of what stops
         finetune(config, forward_step, callbacks=upcycle_callbacks(config, folder))
-
-
-def _finetune(dense: Path, run: Path, folder: Path) -> None:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from megatron.bridge.training.finetune import finetune
-    from megatron.bridge.training.gpt_step import forward_step
-
-    from nemo_upcycle.trainers.bridge.finetuning import finetune_from
-
-    config = run_config(dense, folder, None)
-    config.tokenizer.use_tokenizer_vocab_size = True
-    types = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
-    finetune_from(config, run, **types)
-    finetune(config, forward_step)
-
-
-def _upcycle_in_finetune(dense: Path, run: Path) -> None:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from megatron.bridge.training.finetune import finetune
-    from megatron.bridge.training.gpt_step import forward_step
-
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    spec = UpcycleSpec(**SPEC)
-    config = run_config(dense, run, spec)
-    upcycle_on_start(config, dense, spec)
-    finetune(config, forward_step)

@@ -20,23 +20,28 @@ from tests.models import write_llama, write_tokenizer
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA31 |= {"original_max_position_embeddings": 8192}
 
 
 @pytest.mark.parametrize("style", ["upcycled_provider", "upcycled_config"])
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "pattern", "words"),
     [
-        ({"scaled_embedding": True}, "multiplies its embedding by sqrt"),
-        ({"rope_scaling": DYNAMIC}, "rope_scaling of the dense checkpoint"),
+        ({"scaled_embedding": True}, {}, "multiplies its embedding by sqrt"),
+        ({"rope_scaling": DYNAMIC}, {}, "rope_scaling of the dense checkpoint"),
+        ({"rope_scaling": LLAMA31}, {"hybrid_layer_pattern": "*E" * 32}, "HybridModel scales no rotary frequencies"),
     ],
-    ids=["scaled embedding", "RoPE scaling"],
+    ids=["scaled embedding", "RoPE scaling", "RoPE scaling of a HybridModel"],
 )
-def test_a_parent_that_bridges_model_cannot_be_is_refused(changes: dict[str, Any], words: str, style: str) -> None:
+def test_a_parent_that_bridges_model_cannot_be_is_refused(
+    changes: dict[str, Any], pattern: dict[str, str], words: str, style: str
+) -> None:
     from nemo_upcycle.trainers.bridge import models
 
     parent = replace(known_shape("llama3_8b"), **changes)
     with pytest.raises(SpecError, match=words):
-        getattr(models, style)(parent, UpcycleSpec(num_experts=8, top_k=2), seq_length=64)
+        getattr(models, style)(parent, UpcycleSpec(num_experts=8, top_k=2), seq_length=64, **pattern)
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)

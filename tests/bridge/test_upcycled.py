@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.utils.progress import show_messages
 from tests.bridge.runs import SEQUENCE, VOCABULARY
-from tests.distributed.ranks import run_ranks
-from tests.models import write_llama, write_tokenizer
+from tests.models import write_llama
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -76,37 +74,3 @@ def test_data_that_are_not_finished_are_refused(tmp_path: Path) -> None:
     dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
     with pytest.raises(UpcycleError, match="data"):
         upcycled(_recipe(tmp_path / "run"), str(dense), UpcycleSpec(), tmp_path / "data")
-
-
-@pytest.mark.full
-def test_a_run_trains_and_another_layout_goes_on_with_its_optimizer(tmp_path: Path) -> None:
-    """Saved by two pipeline stages, resumed by one rank with the same loss as was saved; a run of old resumes, too."""
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
-    write_tokenizer(dense)
-    for ranks, steps in ((2, 1), (1, 2)):
-        run_ranks(_train, ranks, dense, tmp_path / "run", steps, process_group=False)
-    assert (tmp_path / "run/iter_0000002").is_dir()
-    for reshardable, steps in ((False, 1), (True, 2)):
-        run_ranks(_train, 2, dense, tmp_path / "old", steps, reshardable, process_group=False)
-    assert (tmp_path / "old/iter_0000002").is_dir()
-
-
-def _train(dense: Path, run: Path, steps: int, reshardable: bool = True) -> None:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
-
-    from nemo_upcycle.trainers.bridge.recipes.common import upcycled
-
-    size = int(os.environ["WORLD_SIZE"])
-    layout = {"pipeline_model_parallel_size": size, "recompute_granularity": None}  # which the CPU backend does not do
-    config = upcycled(_recipe(run), str(dense), UpcycleSpec(num_experts=4, top_k=2), **layout)
-    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = steps, 2, 1
-    config.validation.eval_iters, config.scheduler.lr_warmup_iters = 0, 0
-    config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = False
-    config.checkpoint.dist_ckpt_optim_fully_reshardable = reshardable
-    config.dataset.num_workers, config.logger.tensorboard_dir = 0, None
-    config.dist.distributed_backend = "gloo"
-    pretrain(config, forward_step)

@@ -24,15 +24,9 @@ OF_NEMO = {
     f"{DEMO} dir=/dev/null/x": "/dev/null is a file, expected a writable folder",
     # values
     f"{DEMO} pretrain.trainer.max_steps=0": "pretrain.trainer.max_steps: got 0, expected a whole number from 1 on",
-    f"{DEMO} pretrain.trainer.num_nodes=-1 --dryrun": "pretrain.trainer.num_nodes: got -1",
     f"{DEMO} pretrain.trainer.num_nodes=2": "pretrain.trainer.num_nodes: got 2, expected 1 on this machine",
-    f"{DEMO} pretrain.trainer.strategy.tensor_model_parallel_size=5": "tensor_model_parallel_size: got 5",
-    f"{DEMO} pretrain.resume.restore_config.spec.top_k=9": "top_k: got 9, expected a whole number, 1 to 8",
     f"{DEMO} pretrain.resume.restore_config.spec=None": "expected an UpcycleSpec",
-    f"{DEMO} pretrain.optim.config.lr=nan": "pretrain.optim.config.lr: got nan, expected a finite number",
     f"{DEMO} dense_ct.optim.config.lr=1e400": "dense_ct.optim.config.lr: got inf",
-    f"{DEMO} pretrain.optim.config.lr=1e-7": "pretrain.optim.lr_scheduler.min_lr: got 1e-05, expected at most ",
-    f"{DEMO} pretrain.optim.router_lr_mult=-1 --dryrun": "pretrain.optim.router_lr_mult: got -1",
     f"{DEMO} dir=a dir=b --dryrun": "argument 'dir': got a and b, expected one value",
     f"{DEMO} trained_on=lots --dryrun": "trained_on: got 'lots', expected a number: 100B",
     # clusters
@@ -79,7 +73,6 @@ OF_NEMO = {
     f"{LLM}(data='FILES/blend',dense='FILES/parent') data.seq_length=16 trainer.max_steps=2 data.dense=FILES/other": (
         "tokenizer of FILES/blend: got sha256 "
     ),
-    "llm pretrain --factory llama3_8b_e8t2(capacity_factor=9)": "capacity_factor: got 9, expected at most ",
     "llm pretrain --factory llama3_8b_e8t2": "model.config.apply_rope_fusion: got True, expected False on this ",
     f"{LLM} model.config.layernorm_epsilon=1": "model.config.layernorm_epsilon: got 1.0, expected 1e-05, as in ",
 }
@@ -103,7 +96,6 @@ OF_BRIDGE = {
     f"{GIVEN} recipe=tests.bridge.recipes:tiny gpus=3": "model_parallel_size x pipeline_model_parallel_size: got 2,",
     f"{TINY} pretrain.train.train_itres=4": "train.train_itres=4: ",
     f"{TINY} pretrain.train.train_iters=few": "train.train_iters: got 'few',",
-    f"{TINY} pretrain.model.moe_router_topk=1": "pretrain.model.moe_router_topk: got 1,",
     f"{TINY} pretrain.dataset.seq_length=32": "pretrain.model.seq_length: got 64,",
     f"{TINY} pretrain.spec.router_int=zero": "Did you mean 'router_init'",
     f"{TINY} pretrain.spec.seed=many": "pretrain.spec.seed: got 'many', expected a whole number",

@@ -111,19 +111,3 @@ def test_a_killed_run_resumes_with_the_same_values(
     assert used[0][-1] == ANNEAL.at(5)
     assert losses(tmp_path / "run") == losses(unstopped)
     assert differing(weights(tmp_path / "run"), weights(unstopped)) == []
-
-
-@pytest.mark.parametrize("layout", quick([({},), ({"ep": 2},), ({"tp": 2},)], ({"ep": 2},)), ids=str)
-def test_a_dense_router_gradient_moves_the_routers_otherwise_and_keeps_the_first_loss(
-    inputs: tuple[Path, Path], start: dict[str, torch.Tensor], tmp_path: Path, layout: dict[str, int]
-) -> None:
-    moves = []
-    for value in (False, True):
-        folder, settings = tmp_path / f"{value}", {"upcycle.dense_router_gradient": value, "warmup": 0}
-        settings |= {"spec.method": "drop", "steps": 1, "save_every": 1, **layout}  # copies give a router no gradient
-        train(training_text(settings, ranks=2), folder, *inputs, ranks=2)
-        moves.append(_moves(start, weights(folder), "router"))
-        assert ("dense_router_gradient" in read_json(folder / "training.json")) == value
-    first = [losses(tmp_path / name)[0] for name in ("False", "True")]
-    assert first[0] == first[1]
-    assert (moves[0].sign() != moves[1].sign()).double().mean() > 0.05

@@ -10,7 +10,6 @@ token goes its own way, wherever it is computed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -35,9 +34,8 @@ def take_step(
     micro_batches: int | None = None,
     *,
     prepare: Callable[[list[Any], Any], Any] | None = None,
-    weight: float = 0.0,
 ) -> dict[str, Any]:
-    """Take one step.
+    """Take one step; the language model's loss has no weight: routers have the gradient of the auxiliary losses alone.
 
     Args:
         layout: sizes that are not 1.
@@ -45,12 +43,10 @@ def take_step(
         spec: of the model.
         micro_batches: of the step, on each data-parallel rank; None for one a cell.
         prepare: called with the chunks and their configuration before the step.
-        weight: of the language model's loss; 0 leaves the routers the gradient of the auxiliary losses alone.
 
     Returns:
         `gradients` of this rank's routers by layer; `biases` that balance their experts, likewise; `health` of all
-        layers, on the first rank; `prepared`: what `prepare` gave; `losses` of the language model; `receipt`: what it
-        says of the biases.
+        layers, on the first rank; `prepared`: what `prepare` gave; `receipt`: what it says of the biases.
     """
     from megatron.core import num_microbatches_calculator
     from megatron.core import parallel_state as ps
@@ -80,8 +76,8 @@ def take_step(
     batches = [batch.chunk(replicas)[replica] for batch in tokens.chunk(micro_batches)]
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     num_microbatches_calculator.init_num_microbatches_calculator(1, None, len(tokens), len(batches[0]), replicas)
-    losses = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, weight=weight),
+    get_forward_backward_func()(
+        forward_step_func=_forward_step,
         data_iterator=[iter(batches) for _ in wrapped],
         model=wrapped,
         num_microbatches=micro_batches,
@@ -95,7 +91,6 @@ def take_step(
         "biases": {router.layer_number: _bias(router) for router in routers},
         "health": None if summed is None else health.describe(summed),
         "prepared": prepared,
-        "losses": losses,
         "receipt": receipt.balancing_bias,
     }
 
@@ -105,14 +100,14 @@ def _bias(router: Any) -> torch.Tensor | None:
     return router.expert_bias if quantiles is None else quantiles
 
 
-def _forward_step(batches: Any, model: torch.nn.Module, weight: float) -> Any:
+def _forward_step(batches: Any, model: torch.nn.Module) -> Any:
     tokens = next(batches)
     length = tokens.shape[1]
     output = model(tokens, torch.arange(length)[None], torch.ones(1, 1, length, length).triu(1).bool(), labels=tokens)
 
     def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         number = torch.tensor(losses.numel(), dtype=torch.int)
-        return weight * losses.sum(), number, {"loss": float(losses.mean())}
+        return 0.0 * losses.sum(), number, {"loss": float(losses.mean())}
 
     return output, loss
 

@@ -161,35 +161,14 @@ def _joined(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.cat(part) for part in zip(*parts, strict=True)])
 
 
-def _expected(parent: Path, pattern: str) -> Filled:
-    """Return what Megatron's parameters of the dense model are, from the folder's tensors alone."""
-    with SafetensorsFolder(parent) as folder:
-        hf = {name: folder.read(name).clone() for name in folder.names()}
-    found = {
-        "embedding.word_embeddings.weight": hf["backbone.embeddings.weight"],
-        "decoder.final_norm.weight": hf["backbone.norm_f.weight"],
-        "output_layer.weight": hf["lm_head.weight"],
-    }
-    for number, kind in enumerate(pattern):
-        ours, theirs = f"decoder.layers.{number}.", f"backbone.layers.{number}."
-        norm, mixer = hf[theirs + "norm.weight"], theirs + "mixer."
-        if kind == "M":
-            found[ours + "mixer.in_proj.layer_norm_weight"] = norm
-            for name in ("in_proj.weight", "out_proj.weight", "norm.weight", "A_log", "D", "dt_bias"):
-                found[ours + "mixer." + name] = hf[mixer + name]
-            for name in ("weight", "bias"):
-                found[ours + f"mixer.conv1d_{name}"] = hf[mixer + f"conv1d.{name}"]
-        elif kind == "*":
-            query, key, value = (hf[mixer + f"{part}_proj.weight"] for part in "qkv")
-            groups = [q for pair in zip(query.chunk(2), key.chunk(2), value.chunk(2), strict=True) for q in pair]
-            found[ours + "self_attention.linear_qkv.weight"] = torch.cat(groups)
-            found[ours + "self_attention.linear_qkv.layer_norm_weight"] = norm
-            found[ours + "self_attention.linear_proj.weight"] = hf[mixer + "o_proj.weight"]
-        else:
-            found[ours + "mlp.linear_fc1.layer_norm_weight"] = norm
-            found[ours + "mlp.linear_fc1.weight"] = hf[mixer + "up_proj.weight"]
-            found[ours + "mlp.linear_fc2.weight"] = hf[mixer + "down_proj.weight"]
-    return found
+def _by_bridge(parent: Path) -> Filled:
+    """Return the parameters of the dense model as Bridge's own loader fills them, on one rank."""
+    from megatron.bridge import AutoBridge
+
+    with megatron_rank(ONE_RANK, 0):
+        model = _chunk(parent, None, ONE_RANK)
+        AutoBridge.from_hf_pretrained(str(parent)).load_hf_weights([model])
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def _as_experts(dense: Filled, layers: list[int], experts: int) -> Filled:
@@ -207,7 +186,7 @@ def _as_experts(dense: Filled, layers: list[int], experts: int) -> Filled:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_has_the_parents_tensors_and_copies_of_its_networks(parent: Path, layout: Layout) -> None:
     filled = _gathered(parent, SPEC, layout)
-    expected = _as_experts(_expected(parent, PATTERN), _moe_layers(SPEC), SPEC.num_experts)
+    expected = _as_experts(_by_bridge(parent), _moe_layers(SPEC), SPEC.num_experts)
     routers = {name for name in filled if name.endswith("mlp.router.weight")}
     assert len(routers) == PATTERN.count("-")
     assert filled.keys() - routers == expected.keys()
@@ -216,8 +195,8 @@ def test_every_layout_has_the_parents_tensors_and_copies_of_its_networks(parent:
 
 
 @pytest.mark.parametrize("layout", [ONE_RANK, Layout(gpus=4, tp=2, pp=2)], ids=str)
-def test_the_dense_baseline_has_the_parents_tensors(parent: Path, layout: Layout) -> None:
-    filled, expected = _gathered(parent, None, layout), _expected(parent, PATTERN)
+def test_the_dense_baseline_has_the_bits_of_bridges_own_loader(parent: Path, layout: Layout) -> None:
+    filled, expected = _gathered(parent, None, layout), _by_bridge(parent)
     assert filled.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(filled[name], tensor), name
@@ -233,18 +212,6 @@ def test_every_kind_of_upcycling_has_the_same_bits_in_two_layouts(parent: Path, 
         assert torch.equal(cut[name], tensor), name
     moe_layers = {int(re.findall(r"\d+", name)[0]) for name in whole if "router" in name}
     assert moe_layers == set(_moe_layers(spec))
-
-
-def test_granular_experts_are_slices_of_the_parents_networks(parent: Path) -> None:
-    spec = SPECS["granular"]
-    whole, dense = _gathered(parent, spec, ONE_RANK), _expected(parent, PATTERN)
-    for layer in _moe_layers(spec):
-        inside = f"decoder.layers.{layer}.mlp."
-        ups, downs = dense[inside + "linear_fc1.weight"].chunk(2), dense[inside + "linear_fc2.weight"].chunk(2, 1)
-        for expert in range(spec.num_experts):
-            assert torch.equal(whole[inside + f"experts.linear_fc1.weight{expert}"], ups[expert % 2])
-            scaled = downs[expert % 2] * spec.expert_scale(expert)
-            assert torch.equal(whole[inside + f"experts.linear_fc2.weight{expert}"], scaled)
 
 
 @pytest.mark.parametrize("kind", ["copies", "granular"])
@@ -305,19 +272,6 @@ def _as_transformers(filled: Filled, moe: Filled) -> Filled:
             found[ours + f"mixer.experts.{part}_proj"][int(match[2])] = tensor
     assert found.keys() == moe.keys()
     return found
-
-
-def test_bridges_own_loader_fills_the_same_bits(parent: Path) -> None:
-    from megatron.bridge import AutoBridge
-
-    ours, _ = _filled(parent, None, ONE_RANK, 0)
-    with megatron_rank(ONE_RANK, 0):
-        model = _chunk(parent, None, ONE_RANK)
-        AutoBridge.from_hf_pretrained(str(parent)).load_hf_weights([model])
-    theirs = dict(model.named_parameters())
-    assert theirs.keys() == ours.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(tensor, ours[name]), name
 
 
 def test_the_provider_has_bridges_own_settings_of_the_function(parent: Path) -> None:

@@ -65,7 +65,6 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
         recompute=facts.recompute,
         dispatcher=_dispatcher(facts),
         overlap=facts.overlap,
-        dense_router_gradient=facts.dense_router_gradient,
         lora=facts.lora,
     )
     request = PlanRequest(

@@ -77,11 +77,11 @@ class BlendDataset(DatasetProvider):
             log_tokens_read(blend, context.train_samples // batch, batch * self.seq_length)
         with whole_indices(cache, blend.folder / MANIFEST) if first else nullcontext():
             train, validation, _ = builder.build()
-        repeated = _Repeated(validation, once, max(once, context.valid_samples)) if once else None
+        repeated = Repeated(validation, once, max(once, context.valid_samples)) if once else None
         return train, repeated, None
 
 
-class _Repeated(torch.utils.data.Dataset[Any]):
+class Repeated(torch.utils.data.Dataset[Any]):
     """The first sequences of a dataset over and over: Bridge reads on where the last validation ended.
 
     Args:

@@ -29,7 +29,7 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import layers_with
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.models.mapping_table import ParamMapping
-from nemo_upcycle.models.megatron_config import check_spec, moe_fields
+from nemo_upcycle.models.megatron_config import architecture_of, check_spec, moe_fields
 from nemo_upcycle.sources import DenseSource, open_dense
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.spec import UpcycleSpec
@@ -163,22 +163,11 @@ class BridgedParent:
     @functools.cached_property
     def architecture(self) -> Architecture:
         """The sizes of its text model."""
-        own, window = self.make_provider(), None
-        if own.window_size:
-            window = own.window_size[0] + 1
-        return Architecture(
-            hf_class="",
-            num_layers=own.num_layers,
-            hidden_size=own.hidden_size,
-            ffn_size=own.ffn_hidden_size,
-            num_heads=own.num_attention_heads,
-            num_kv_heads=own.num_query_groups or own.num_attention_heads,
-            head_dim=own.kv_channels or own.hidden_size // own.num_attention_heads,
-            vocab_size=own.vocab_size,
-            tied_embeddings=own.share_embeddings_and_output_weights,
+        own = self.make_provider()
+        window = own.window_size[0] + 1 if own.window_size else None
+        return replace(
+            architecture_of(own, own.vocab_size),
             activation=own.activation_func.__name__,
-            gated=own.gated_linear_unit,
-            ffn_bias=own.add_bias_linear,
             max_positions=own.seq_length,
             sliding_window=window,
             window_pattern=layers_with(own.window_attn_skip_freq, own.num_layers) if window else None,

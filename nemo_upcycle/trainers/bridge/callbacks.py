@@ -25,7 +25,6 @@ from nemo_upcycle.trainers.base import FT_SOCKET, Evaluations
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, settings_of
 from nemo_upcycle.trainers.loss_spikes import LossSpikes
-from nemo_upcycle.trainers.router_gradient import check_router_gradient, let_all_experts_teach
 from nemo_upcycle.trainers.schedules import (
     EXPERTS,
     MARKS,
@@ -65,10 +64,6 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
         callbacks.append(BridgeEvaluations(scored, folder, metrics))
     if not factors.is_neutral or anneal.steps:
         callbacks.append(BridgeSchedules(factors, anneal))
-    if settings.dense_router_gradient:
-        model = getattr(config.model, "transformer", config.model)
-        check_router_gradient(model, "config.model.", "config.upcycle.")
-        callbacks.append(BridgeRouterGradient())
     if FT_SOCKET in os.environ and not (config.ft and config.ft.enable_ft_package):
         callbacks.append(Heartbeat())
     settings.callbacks = tuple(map(type, callbacks))  # type: ignore[attr-defined]  # see `require_callbacks`
@@ -145,15 +140,6 @@ class BridgeSchedules(Callback):
     def _set(self, coefficient: float) -> None:
         for config in self._router_configs:
             config.moe_aux_loss_coeff = coefficient
-
-
-class BridgeRouterGradient(Callback):
-    """Lets routers learn from all experts; see `trainers.router_gradient`."""
-
-    def on_train_start(self, context: CallbackContext) -> None:
-        """Change the layers of this rank."""
-        model = context.state.cfg.model
-        let_all_experts_teach(context.model, getattr(model, "transformer", model))
 
 
 class BridgeLossGuard(Callback):

@@ -16,6 +16,7 @@ from nemo_upcycle.data.chat.finished import PACKS, FinishedChat, open_chat
 from nemo_upcycle.data.finished import TOKENIZER
 from nemo_upcycle.data.tokenizers import open_tokenizer
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.trainers.bridge.blend import Repeated
 from nemo_upcycle.utils.progress import show_messages
 
 
@@ -73,7 +74,8 @@ class ChatDataset(DatasetProvider):
         once = context.test_samples  # of one validation, as of one test
         if not once:
             return train, None, None
-        return train, _Repeated(_packs(chat, "validation", self.seed), once, max(once, context.valid_samples)), None
+        packs = _packs(chat, "validation", self.seed)
+        return train, _RepeatedPacks(packs, once, max(once, context.valid_samples)), None
 
 
 class _Packs(GPTSFTPackedDataset):
@@ -101,25 +103,16 @@ def _packs(chat: FinishedChat, split: str, seed: int | None, samples: int | None
     )
 
 
-class _Repeated(torch.utils.data.Dataset[Any]):
-    """Packs, and behind them packs without a loss, up to a whole number of batches; over and over.
-
-    Args:
-        packs: what is repeated.
-        once: how many samples a validation reads.
-        total: samples of all validations.
-    """
+class _RepeatedPacks(Repeated):
+    """Packs, and behind them packs without a loss, up to a whole number of batches; over and over."""
 
     def __init__(self, packs: _Packs, once: int, total: int) -> None:
-        self._packs, self._once, self._total = packs, once, total
+        super().__init__(packs, once, total)
         self.collate_fn = packs.collate_fn
-
-    def __len__(self) -> int:
-        return self._total
 
     def __getitem__(self, index: int) -> Any:
         number = index % self._once
-        return self._packs[number if number < len(self._packs) else -1]  # Bridge's packs have no loss below zero
+        return self._dataset[number if number < len(self._dataset) else -1]  # Bridge's packs have no loss below zero
 
 
 def check_balancing(model: Any) -> None:

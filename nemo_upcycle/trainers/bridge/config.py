@@ -29,6 +29,7 @@ from nemo_upcycle.trainers.bridge.chat import ChatDataset
 from nemo_upcycle.trainers.bridge.recipes import named_recipes
 from nemo_upcycle.trainers.bridge.recipes.common import made_for
 from nemo_upcycle.trainers.bridge.upcycling import UpcycleHook, hook_of
+from nemo_upcycle.trainers.settings import setting
 from nemo_upcycle.utils.children import shield_children
 
 
@@ -129,8 +130,8 @@ def load_config(
     config.dataset = data_class(  # before the settings, which may be the data's
         folder="", seq_length=data.seq_length, num_workers=data.num_workers, pin_memory=torch.cuda.is_available()
     )
-    for setting in settings:
-        _change(config, setting)
+    for typed in settings:
+        _change(config, typed)
     return config
 
 
@@ -164,32 +165,24 @@ def _is_same_model(one: Path, other: Path) -> bool:
         return False
 
 
-def _change(config: ConfigContainer, setting: str) -> None:
+def _change(config: ConfigContainer, typed: str) -> None:
     """Change a configuration by one setting, in place."""
     from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
-    key = setting.partition("=")[0].lstrip("+~")
-    before, placed = _value(config, key), [_value(config, name) for name in _PLACED]
+    key = typed.partition("=")[0].lstrip("+~")
+    before, placed = setting(config, key), [setting(config, name) for name in _PLACED]
     try:
-        process_config_with_overrides(config, cli_overrides=[setting])
+        process_config_with_overrides(config, cli_overrides=[typed])
     except (OverridesError, OmegaConfBaseException, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
-        raise UpcycleError(f"{setting}: {reason}.") from None
-    after = _value(config, key)
+        raise UpcycleError(f"{typed}: {reason}.") from None
+    after = setting(config, key)
     if isinstance(before, int | float) and isinstance(after, str):  # Bridge looks at no type
         raise UpcycleError(key, got=f"'{after}'", expected="a number, or true or false", fix="give one")
     for name, value in zip(_PLACED, placed, strict=True):
-        if _value(config, name) != value:
+        if setting(config, name) != value:
             expected = "no such setting: the run's folder decides"
-            raise UpcycleError(name, got=setting, expected=expected, fix="omit it, or change dir")
-
-
-def _value(config: ConfigContainer, key: str) -> Any:
-    """Return the value of a setting by its name with dots; None where it has none."""
-    found: Any = config
-    for name in key.split("."):
-        found = getattr(found, name, None)
-    return found
+            raise UpcycleError(name, got=typed, expected=expected, fix="omit it, or change dir")
 
 
 def required_hook(config: ConfigContainer) -> UpcycleHook:

@@ -11,7 +11,7 @@ from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.balancing import bias_fields
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
+from nemo_upcycle.trainers.aux_loss import correct_losses
 from nemo_upcycle.trainers.bridge.chat import check_balancing
 from nemo_upcycle.trainers.bridge.models import upcycled_provider
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, load_receipt
@@ -57,5 +57,5 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
 
 def _let_losses_act(chunks: list[Any]) -> list[Any]:
     """Let auxiliary losses act with their coefficients, as in the run before."""
-    correct_auxiliary_losses(chunks[0].config)
+    correct_losses(chunks[0].config)
     return chunks

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
 from nemo_upcycle.cpu.backend import watch_fp8
 from nemo_upcycle.data.blend_samples import describe_blend
@@ -19,13 +18,12 @@ from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepFacts, StepMetrics
-from nemo_upcycle.trainers.balancing import describe_balancing
+from nemo_upcycle.trainers.aux_loss import describe_balancing
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
-from nemo_upcycle.trainers.bridge.settings import settings_of
+from nemo_upcycle.trainers.bridge.settings import mixed_precision_of, settings_of
 from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
-from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.utils.progress import show_messages
 
 
@@ -149,7 +147,7 @@ def _settings(config: ConfigContainer) -> dict[str, Any]:
     """Describe the settings of a run for `training.json`: data, batch, sequence length, precision, learning rate."""
     data, scheduler, optimizer = config.dataset, config.scheduler, config.optimizer
     factors, anneal = settings_of(config).schedules()
-    precision = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
+    precision = mixed_precision_of(config)
     name = "bf16" if precision and precision.bf16 else "fp16" if precision and precision.fp16 else "32"
     return {
         "data": _data_of(config),
@@ -168,6 +166,5 @@ def _settings(config: ConfigContainer) -> dict[str, Any]:
             "min_lr": optimizer.min_lr,
         },
         "lr_factors": asdict(factors),
-        **({DENSE_GRADIENT: True} if settings_of(config).dense_router_gradient else {}),
         **describe_balancing(getattr(config.model, "transformer", config.model), anneal),
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron.bridge.training.config import ConfigContainer, MockGPTDatasetConfig
+from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.trainers.base import Evaluations
@@ -26,8 +27,6 @@ class UpcycleSettings:
         aux_loss_end: coefficient of the load-balancing loss after `aux_loss_steps`; it starts at the model's.
         aux_loss_steps: optimizer steps until then; 0 keeps the model's coefficient.
         aux_loss_shape: `cosine` or `linear`.
-        dense_router_gradient: whether routers learn from all experts, not only from those that they have chosen; see
-            `trainers.router_gradient`.
         spike_window: losses that are looked back at; see `LossSpikes`.
         spike_threshold: spreads above their median that make a spike.
         stop_on_spike: end the run at a spike; else it is a warning and a line in `metrics.jsonl`.
@@ -46,7 +45,6 @@ class UpcycleSettings:
     aux_loss_end: float = 0.0
     aux_loss_steps: int = 0
     aux_loss_shape: str = "cosine"
-    dense_router_gradient: bool = False
     spike_window: int = 128
     spike_threshold: float = 8.0
     stop_on_spike: bool = False
@@ -102,6 +100,11 @@ class UpcyclingConfig(ConfigContainer):
 def settings_of(config: Any) -> UpcycleSettings:
     """Return the settings of a configuration, neutral ones of Bridge's own class."""
     return getattr(config, "upcycle", None) or UpcycleSettings()
+
+
+def mixed_precision_of(config: Any) -> Any:
+    """Return Bridge's settings of a configuration's precision; None without any."""
+    return get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
 
 
 def require_callbacks(config: Any) -> None:

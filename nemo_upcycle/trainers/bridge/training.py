@@ -28,7 +28,6 @@ from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingF
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout, layout_of
-from nemo_upcycle.trainers.router_gradient import check_router_gradient
 from nemo_upcycle.trainers.run_calibration import with_calibration
 from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, all_wrong, check_packs, check_values, shown_settings
 from nemo_upcycle.utils.console import is_verbose
@@ -92,9 +91,10 @@ class BridgeTraining(Training):
         if folder is None:
             return None
         config = self.config(folder)
-        from nemo_upcycle.trainers.bridge.settings import settings_of
+        from nemo_upcycle.trainers.bridge.settings import mixed_precision_of, settings_of
 
         model, steps, overlap = config.model, config.train.train_iters, config.comm_overlap
+        numbers = mixed_precision_of(config)
         layout = layout_of(model, self.nodes * self.ranks_per_node, config.train.micro_batch_size)
         precision = _precision(config)
         profile = Profile.of(
@@ -118,9 +118,8 @@ class BridgeTraining(Training):
             global_batch=config.train.global_batch_size,
             steps=steps,
             overlap=tuple(name for name, is_on in shares.items() if is_on),
-            gradients="fp32" if _reduces_in_fp32(config) else "bf16",
-            low_params=_keeps_low_params(config),
-            dense_router_gradient=settings_of(config).dense_router_gradient,
+            gradients="fp32" if (numbers or config.ddp).grad_reduce_in_fp32 else "bf16",
+            low_params=any(getattr(numbers, name, False) for name in ("fp8_param_gather", "fp4_param_gather")),
             software=BRIDGE_SOFTWARE,
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,
@@ -280,32 +279,16 @@ def _config(training: BridgeTraining, dense_folder: Path) -> Any:
     return load_config(training.recipe, training.overrides, dense_folder, json.loads(training.changes))
 
 
-def _mixed_precision(config: Any) -> Any:
-    """Return Bridge's settings of a precision; None without any."""
-    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
-
-    return get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
-
-
 def _precision(config: Any) -> str:
     """Return the planner's name of a configuration's precision."""
-    precision = _mixed_precision(config)
+    from nemo_upcycle.trainers.bridge.settings import mixed_precision_of
+
+    precision = mixed_precision_of(config)
     if precision is None:
         return "bf16" if config.model.bf16 else "32"
     if precision.fp4:
         return fp8_precision(precision.fp4_recipe)
     return fp8_precision(precision.fp8_recipe) if precision.fp8 else "bf16"
-
-
-def _reduces_in_fp32(config: Any) -> bool:
-    """Tell whether gradients are summed in float32: a precision's setting replaces that of data parallelism."""
-    return bool((_mixed_precision(config) or config.ddp).grad_reduce_in_fp32)
-
-
-def _keeps_low_params(config: Any) -> bool:
-    """Tell whether parameters are kept and gathered in FP8 or FP4."""
-    precision = _mixed_precision(config)
-    return any(getattr(precision, name, False) for name in ("fp8_param_gather", "fp4_param_gather"))
 
 
 def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> None:
@@ -339,8 +322,6 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
         settings.check()
     except UpcycleError as error:
         raise error.renamed(lambda name: f"{stage}.upcycle.{name}") from None
-    if settings.dense_router_gradient:
-        check_router_gradient(config.model, f"{stage}.model.", f"{stage}.upcycle.")
     try:
         check_layout(config.model, config.model, data, ranks, training.name, _precision(config))
         hook.check()

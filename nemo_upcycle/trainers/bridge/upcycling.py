@@ -17,7 +17,6 @@ from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.training.checkpointing import _has_global_non_persistent_checkpoint
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists, is_hf_checkpoint_dir
 from megatron.training.models.base import ModelConfig
 
@@ -30,7 +29,7 @@ from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
+from nemo_upcycle.trainers.aux_loss import correct_losses
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.bridge.bridged import BridgedParent, is_bridged, open_parent
 from nemo_upcycle.trainers.bridge.bridged_fill import fill_bridged
@@ -38,7 +37,7 @@ from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.resharding import fit_layout
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
-from nemo_upcycle.trainers.bridge.settings import describe, require_callbacks
+from nemo_upcycle.trainers.bridge.settings import describe, mixed_precision_of, require_callbacks
 from nemo_upcycle.trainers.settings import check_masters
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
@@ -163,7 +162,7 @@ class UpcycleHook:
         if config.checkpoint.async_save and not torch.cuda.is_available():
             expected = "False without a GPU: Bridge divides by the number of GPUs"
             raise SpecError(field="config.checkpoint.async_save", got=True, expected=expected, fix="set it to False")
-        losses = correct_auxiliary_losses(chunks[0].config)
+        losses = correct_losses(chunks[0].config)
         if _goes_on(config, self.paths, self.spec):
             fit_layout(config)
         else:
@@ -256,10 +255,7 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
     is_interleaved = getattr(transformer, "moe_mlp_glu_interleave_size", None)
     saves_hf = is_interleaved and checkpoint.also_save_hf_checkpoint
     is_local = checkpoint.non_persistent_ckpt_type == "local"
-    precision = config.mixed_precision
-    if isinstance(precision, str):
-        precision = get_mixed_precision_config(precision)
-    optimizer = config.optimizer
+    precision, optimizer = mixed_precision_of(config), config.optimizer
     has_own_type = precision is None and not optimizer.use_distributed_optimizer
     in_another_type = has_own_type and optimizer.bf16 and transformer.params_dtype == torch.float32
     untried = "no checkpoint of it was saved or exported: it does not start without a GPU"

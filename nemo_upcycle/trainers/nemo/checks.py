@@ -22,7 +22,6 @@ from nemo_upcycle.planning.hardware import known_parent
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
-from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT, check_router_gradient
 from nemo_upcycle.trainers.schedules import schedules_of
 from nemo_upcycle.trainers.settings import check_masters, check_packs, check_values, setting
 from nemo_upcycle.utils.validation import is_whole
@@ -112,8 +111,6 @@ def check_settings(recipe: run.Partial, where: str = "") -> None:
         schedules_of(**{name: value for name in names if (value := setting(recipe, f"optim.{name}")) is not None})
     except SpecError as error:
         raise error.renamed(lambda name: f"{where}optim.{name}") from None
-    if setting(recipe, f"optim.{DENSE_GRADIENT}"):
-        check_router_gradient(recipe.model.config, f"{where}model.config.", f"{where}optim.")
     try:
         restore = setting(recipe, "resume.restore_config")
         if hasattr(restore, "spec"):

@@ -16,9 +16,8 @@ from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepFacts, StepMetrics
-from nemo_upcycle.trainers.balancing import describe_balancing
+from nemo_upcycle.trainers.aux_loss import describe_balancing
 from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
-from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.utils.nested import flat
 
 
@@ -144,7 +143,7 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
     settings |= {"lr_factors": asdict(factors)} if factors else {}
     adapters = next((one for one in trainer.callbacks if isinstance(one, UpcycleLoRA)), None)
     settings |= {"lora": {"rank": adapters.dim, "alpha": adapters.alpha}} if adapters else {}
-    return settings | ({DENSE_GRADIENT: True} if getattr(optim, DENSE_GRADIENT, False) else {})
+    return settings
 
 
 def _move_logs_only() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import nemo_run as run
 import torch
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
-from nemo.lightning import OptimizerModule
 
 from nemo_upcycle.models.families import olmo2
 from nemo_upcycle.models.layer_settings import NORMS
@@ -65,23 +64,7 @@ class Olmo2Config7B(Olmo2Config):
 
 
 class Olmo2Model(GPTModel):
-    """NeMo's model of an `Olmo2Config`.
-
-    Args:
-        config: configuration of the model.
-        optim: optimizer of the model.
-        tokenizer: tokenizer of the data.
-        model_transform: called with the model once it is built.
-    """
-
-    def __init__(
-        self,
-        config: Olmo2Config | None = None,
-        optim: OptimizerModule | None = None,
-        tokenizer: Any = None,
-        model_transform: Callable | None = None,
-    ) -> None:
-        super().__init__(config or Olmo2Config(), optim=optim, tokenizer=tokenizer, model_transform=model_transform)
+    """NeMo's model of an `Olmo2Config`."""
 
 
 def model() -> run.Config:

@@ -20,7 +20,6 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 
-from nemo_upcycle.trainers.router_gradient import let_all_experts_teach
 from nemo_upcycle.trainers.schedules import (
     EXPERTS,
     MARKS,
@@ -58,8 +57,6 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
             `moe_aux_loss_coeff`.
         aux_loss_steps: optimizer steps until then; 0 keeps the model's coefficient.
         aux_loss_shape: `cosine` or `linear`.
-        dense_router_gradient: whether routers learn from all experts, not only from those that they have chosen; see
-            `trainers.router_gradient`.
 
     Raises:
         SpecError: a value is out of range, or asks for what the model does not have.
@@ -81,7 +78,6 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
         aux_loss_end: float = 0.0,
         aux_loss_steps: int = 0,
         aux_loss_shape: str = "cosine",
-        dense_router_gradient: bool = False,
     ) -> None:
         super().__init__(config, lr_scheduler=lr_scheduler, no_weight_decay_cond=no_weight_decay_cond)
         self.factors, self.aux_loss = schedules_of(
@@ -93,7 +89,6 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
             aux_loss_steps,
             aux_loss_shape,
         )
-        self.dense_router_gradient = dense_router_gradient
         self._router_configs: list[Any] = []
 
     def connect(self, model: pl.LightningModule) -> None:
@@ -116,8 +111,6 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
                 lambda part: self.factors.of(part, model.trainer.global_step),
             )
         self._start_anneal(model)
-        if self.dense_router_gradient:
-            let_all_experts_teach([model], model.trainer.lightning_module.config)
         return [optimizer]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,12 +2,13 @@
 
 # No postponed annotations, and Optional: NeMo-Run parses settings of the model by them.
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo.collections.llm.gpt.model.phi3mini import Phi3Config
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.models.rotary import LONGROPE, turn_as
 
 
@@ -42,18 +43,9 @@ class LongRopePhi3Config(Phi3Config):
 
     def _rotary(self) -> Architecture:
         scaling = {"rope_type": LONGROPE, "short_factor": self.short_factor, "long_factor": self.long_factor}
-        return Architecture(
-            hf_class="",
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            ffn_size=self.ffn_hidden_size,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_query_groups or self.num_attention_heads,
-            head_dim=self.kv_channels or self.hidden_size // self.num_attention_heads,
-            vocab_size=self.vocab_size or 0,
-            tied_embeddings=self.share_embeddings_and_output_weights,
+        return replace(
+            architecture_of(self, 0),
             rope_theta=self.rotary_base,
             rope_scaling=scaling | {"original_max_position_embeddings": self.original_max_position_embeddings},
-            rotary_percent=self.rotary_percent,
             max_positions=self.max_position_embeddings,
         )

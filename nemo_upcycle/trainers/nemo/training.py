@@ -32,7 +32,6 @@ from nemo_upcycle.trainers.nemo.checks import (
     reads_chat,
 )
 from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
-from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.trainers.run_calibration import with_calibration
 from nemo_upcycle.trainers.settings import FP8_RECIPE, LR, SAVE_EVERY, WARMUP, all_wrong, setting, shown_settings
 from nemo_upcycle.utils.console import is_verbose
@@ -117,7 +116,6 @@ class NeMoTraining(Training):
             overlap=("tp",) if getattr(overlaps, "tp_comm_overlap", False) else (),
             gradients=_gradients(recipe),
             low_params=any(setting(recipe, f"trainer.plugins.{name}") for name in ("fp8_param_gather", "fp8_params")),
-            dense_router_gradient=bool(setting(recipe, f"optim.{DENSE_GRADIENT}")),
             lora=setting(recipe, "peft.dim") or 0,
             software=DEFAULT_SOFTWARE,
             weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,

@@ -27,7 +27,7 @@ from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources.checkpoint_context import read_context
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
+from nemo_upcycle.trainers.aux_loss import correct_losses
 from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.imports import quiet_lightning
@@ -127,7 +127,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
             super().setup_megatron_parallel(trainer)
         if not self._init_model_parallel:  # LoRA wraps linear layers of a filled model, before NeMo wraps the chunks
             self._fill()
-        self._auxiliary_losses = correct_auxiliary_losses(model.config)
+        self._auxiliary_losses = correct_losses(model.config)
         load_other_chains()
 
     def init_model_parallel(self) -> None:

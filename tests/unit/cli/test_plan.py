@@ -60,10 +60,6 @@ def test_json_has_exactly_what_is_promised(command: Command) -> None:
         ),
         (DROPLESS, "Speed: with balanced routing, as benchmarks force it; nat"),
         (f"{DROPLESS} --routing natural", "Speed: with natural routing"),
-        (
-            f"{DROPLESS} --dense-router-gradient --explain 1",
-            "router gradient of all experts: 6.765e+10 FLOPs of a token",
-        ),
         ("--gpus 64 --layout tp=4,pp=4", "gradients bf16, overlap tp, mcore-0.15"),
         ("--gpus 64 --global-batch 64 --seq-length 131072", "warning: sequences of 131,072 tokens|8,192 positions"),
     ],
@@ -94,10 +90,10 @@ def test_the_text_says_what_the_numbers_count_on(command: Command, tmp_path: Pat
             "-",
         ),
         (f"{MOE} --gpu gb200", "num_nodes=16, num_gpus_per_node=4", "-"),
+        ("--recipe qwen3_600m_e8t2_sft --gpus 1", 'nemo llm finetune --factory "qwen3_600m_e8t2_sft(', "micro_batch"),
         (f"{DROPLESS} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
         (f"{DROPLESS} {CURRENT}", "", "fp8_param_gather=True"),
         (f"{DENSE} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
-        (f"{DROPLESS} --dense-router-gradient", "optim.dense_router_gradient=True", "-"),
         (
             f"{DROPLESS} --dispatcher hybridep --backend bridge",
             "moe_flex_dispatcher_backend=hybridep",
@@ -239,7 +235,6 @@ NVIDIAS = "--gpus 64 --layout tp=4,pp=4"
     ("faster", "slower"),
     [
         (f"{DROPLESS} --routing balanced", f"{DROPLESS} --routing natural"),
-        (DROPLESS, f"{DROPLESS} --dense-router-gradient"),
         (f"{PAPER} --capacity-factor 0 --software mcore-0.17", f"{PAPER} --capacity-factor 0 --software mcore-0.15"),
         (f"{PAPER} --capacity-factor 0 --software 26.04.01", f"{PAPER} --capacity-factor 0"),
         (NVIDIAS, f"{NVIDIAS} --overlap ''"),
@@ -319,7 +314,6 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
         (f"{SMALL} --dispatcher deepep", "--dispatcher", "deepep"),
         (f"{DENSE} --capacity-factor 2", "--capacity-factor", 2.0),
         (f"{DENSE} --recompute moe_act", "--recompute", "moe_act"),
-        (f"{DENSE} --dense-router-gradient", "--dense-router-gradient", "it"),
         ("--recipe llama3_8b_e8t --gpus 8", "--recipe", "llama3_8b_e8t"),
         ("--recipe '' --gpus 8", "--recipe", ""),
         ("--model no/such/folder --gpus 8", "model 'no/such/folder'", "no such folder"),

@@ -137,14 +137,3 @@ def test_the_last_stage_has_the_logits() -> None:
     stage, worst = worst_memory(LLAMA, layout, WORK)
     assert worst.total == max(stage_memory(LLAMA, layout, WORK, number).total for number in range(4))
     assert stage in range(4)
-
-
-def test_a_router_gradient_of_all_experts_keeps_eight_bytes_an_expert_and_no_output() -> None:
-    layout, work = parse_layout("ep=8", 8), replace(WORK, seq_length=1024)
-    plain, dense = (
-        layer_bytes(LLAMA, layout, replace(work, dense_router_gradient=value), moe=True, fp8=False)
-        for value in (False, True)
-    )
-    assert dense.plain - plain.plain == 1024 * 8 * 8
-    assert dense.routed == plain.routed
-    assert plain.working < dense.working < 1.3 * plain.working  # copies that are sent

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.published import published_rows, shape
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.models.flops import dense_router_gradient_flops, flops_per_token, mean_context
+from nemo_upcycle.models.flops import flops_per_token, mean_context
 from nemo_upcycle.planning.hardware import (
     Machine,
     gpu_of_device,
@@ -158,14 +158,14 @@ def test_overlapped_products_hide_a_part_of_tensor_parallelism() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"dispatcher": "deepp"}, {"routing": "nature"}, {"overlap": ("dp",)}, {"dispatcher": "deepep", "pad": True}),
-        {"dense_router_gradient": True, "dispatcher": "deepep", "pad": False},
-        {"dense_router_gradient": True, "overlap": ("ep",)},
-        {"dense_router_gradient": True, "low_params": True},
+        {"dispatcher": "deepp"},
+        {"routing": "nature"},
+        {"overlap": ("dp",)},
+        {"dispatcher": "deepep", "pad": True},
     ],
 )
 def test_settings_that_training_refuses_are_not_planned(changes: dict[str, object]) -> None:
-    with pytest.raises(SpecError, match=r"dispatcher|overlap|routing|dense_router_gradient"):
+    with pytest.raises(SpecError, match=r"dispatcher|overlap|routing"):
         replace(WORK, **changes)
 
 
@@ -192,14 +192,3 @@ def test_a_device_is_known_by_its_whole_name(name: str) -> None:
     gpu = gpu_of_device(f"NVIDIA {name}" if name != "RTX" else "NVIDIA GeForce RTX 4090")
     assert gpu is not None
     assert gpu.name.split()[0] == name
-
-
-def test_a_router_gradient_of_all_experts_costs_a_forward_pass_through_the_others() -> None:
-    plain, dense = (_step("ep=8", dense_router_gradient=value) for value in (False, True))
-    # Six of eight experts once, where two were computed three times (forward and both gradients).
-    more = dense_router_gradient_flops(LLAMA)
-    assert more == 2 * 32 * 6 * 3 * 4096 * 14336
-    peak = MODEL.machine.gemm * H100.bf16_tflops * 1e12
-    assert dense.gemm - plain.gemm == pytest.approx(more * WORK.global_batch * WORK.seq_length / 128 / peak, rel=1e-6)
-    assert dense.nvlink - plain.nvlink == pytest.approx(1.5 * plain.nvlink)  # three times the slots, half of the ways
-    assert dense.attention == plain.attention

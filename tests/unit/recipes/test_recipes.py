@@ -9,11 +9,7 @@ import fiddle as fdl
 import pytest
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
-from tests.blends import write_blend
-from tests.functional.command import NEMO, run
-from tests.functional.tiny import texts, write_parent
 from tests.golden import GOLDEN, PAIRS, golden_path, pairs_text, text_of
 
 
@@ -124,20 +120,6 @@ def test_recipe_builds_without_gpu(recipes: Any, base: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe_starts_from_its_dense_parent(recipes: Any, name: str) -> None:
-    from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
-    from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig, UpcycleStrategy
-
-    recipe = getattr(recipes, name).pretrain_recipe(dir="runs", name="mine", dense="/models/parent")
-    assert recipe.resume.restore_config.__fn_or_cls__ is UpcycleConfig
-    assert recipe.resume.restore_config.path == "/models/parent"
-    assert recipe.trainer.strategy.__fn_or_cls__ is UpcycleStrategy
-    assert [callback for callback in recipe.trainer.callbacks if callback.__fn_or_cls__ is MetricsLogger]
-    assert (recipe.log.log_dir, recipe.log.name) == ("runs", "mine")
-    assert bool(recipe.resume.restore_config.spec) is name.endswith("_e8t2")
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
     """Of its own data it keeps the sizes; the dense baseline has the same data, and so the same order.
 
@@ -161,49 +143,6 @@ def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
     assert baseline.pretrain_recipe(data="data/mine").data == recipe.data
     recipe.data = usual.data
     assert recipe == usual
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_recipe_round_trips_through_text(recipes: Any, name: str) -> None:
-    from nemo_upcycle.trainers.nemo.checks import check_recipe
-    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe
-
-    recipe = getattr(recipes, name).pretrain_recipe(dir="runs/mine")
-    text = dump_recipe(recipe)
-    back = load_recipe(text)
-    assert back == recipe
-    assert dump_recipe(back) == text
-    check_recipe(back)
-    back.optim.config.lr = 1.0
-    assert back != recipe
-    assert dump_recipe(back) != text
-
-
-def test_refuses_spec_that_does_not_fit_the_model_before_launch(recipes: Any) -> None:
-    from nemo_upcycle.trainers.nemo.checks import check_recipe
-
-    recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
-    recipe.resume.restore_config.spec.num_experts = 4
-    with pytest.raises(SpecError) as caught:
-        check_recipe(recipe, "pretrain.")
-    assert caught.value.field == "pretrain.model.config.num_moe_experts"
-    recipe.resume.restore_config.spec.top_k = 9
-    with pytest.raises(SpecError) as caught:
-        check_recipe(recipe, "pretrain.")
-    assert (caught.value.field, caught.value.got) == ("pretrain.resume.restore_config.spec.top_k", 9)
-
-
-@pytest.mark.full
-def test_nemo_shows_the_recipe_without_running_it(tmp_path: Path) -> None:
-    blend = write_blend(tmp_path / "blend", write_parent(tmp_path / "parent"), texts=texts())
-    factory, short = f"llama3_8b_e8t2(data='{blend.name}')", ("data.seq_length=16", "trainer.max_steps=2")
-    shown = run([NEMO, "llm", "pretrain", "--factory", factory, *short, "--dryrun"], tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    assert "UpcycleStrategy" in shown.stdout
-    assert "folder='blend'" in shown.stdout
-    assert "blend_data" in shown.stdout
-    assert "Does it pay: e8t2 after 15T + 16,384 tokens: " in shown.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"blend", "parent"}
 
 
 def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> None:

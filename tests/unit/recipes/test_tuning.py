@@ -55,8 +55,6 @@ def test_a_chain_tunes_the_dense_model_alike(recipes: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("scheme", "field", "value"),
     [
-        ("none", "data.micro_batch_size", 2),
-        ("none", "trainer.strategy.context_parallel_size", 2),
         ("none", "tokenizer", "model"),
         ("none", "peft", "lora"),
         ("lora", "trainer.strategy.expert_model_parallel_size", 2),
@@ -78,34 +76,10 @@ def test_what_packs_and_lora_do_not_take_is_refused_by_name(recipes: Any, scheme
     assert caught.value.field == f"pretrain.{field}"
 
 
-def test_a_tuning_round_trips_through_text_and_says_what_it_reads(recipes: Any) -> None:
-    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe
-    from nemo_upcycle.trainers.nemo.training import NeMoTraining
-
-    recipe = recipes.llama3_8b_e8t2_sft.finetune_recipe(data="data/mine", start="runs/first/pretrain")
-    assert load_recipe(dump_recipe(recipe)) == recipe
-    training = NeMoTraining.from_text(dump_recipe(recipe))
-    facts = training.facts("hf://meta-llama/Meta-Llama-3-8B-Instruct")
-    assert training.reads_chat
-    assert (facts.seq_length, facts.global_batch, facts.layout.cp, facts.layout.gpus) == (4096, 128, 1, 64)
-    assert recipe.resume.restore_config.checkpoint == "runs/first/pretrain"
-
-
 def _setting(recipe: Any, name: str) -> Any:
     for part in name.split("."):
         recipe = getattr(recipe, part, None)
     return recipe
-
-
-def test_the_planner_commands_a_tuning_with_a_pack_a_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    """Two packs at a time would be faster, but NeMo takes one."""
-    from nemo_upcycle.cli.main import main
-
-    assert main(["plan", "--recipe", "qwen3_600m_e8t2_sft", "--gpus", "1", "--rows", "1"]) == 0
-    text = capsys.readouterr().out
-    assert 'nemo llm finetune --factory \\\n  "qwen3_600m_e8t2_sft(' in text
-    assert "mbs=2" not in text
-    assert "micro_batch_size" not in text
 
 
 def test_a_scheme_is_lora_or_none_as_in_nemos_recipes(recipes: Any) -> None:

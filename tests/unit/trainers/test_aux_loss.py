@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
 import pytest
@@ -79,29 +78,10 @@ def test_a_coefficient_that_starts_at_zero_is_corrected_for_the_steps_that_raise
     assert MoEAuxLossAutoScaler.main_loss_backward_scale == 1.0
 
 
-def test_a_megatron_without_the_needed_names_trains_with_a_warning(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron.core.transformer.moe import moe_utils
-
-    import nemo_upcycle.trainers
-    from nemo_upcycle.trainers.balancing import correct_auxiliary_losses
-    from nemo_upcycle.utils.progress import show_messages
-
-    config = _config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01)
-    monkeypatch.setattr(show_messages(), "propagate", True)
-    monkeypatch.delattr(moe_utils, "get_default_pg_collection")
-    monkeypatch.delitem(sys.modules, "nemo_upcycle.trainers.aux_loss", raising=False)
-    monkeypatch.delattr(nemo_upcycle.trainers, "aux_loss", raising=False)
-    assert correct_auxiliary_losses(config) == []
-    (warning,) = _warnings(caplog)
-    assert "cannot import name 'get_default_pg_collection'" in warning
-
-
 def test_a_job_warns_of_a_loss_that_does_not_act_as_set(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_upcycle.trainers.balancing import _report
+    from nemo_upcycle.trainers.aux_loss import _report
     from nemo_upcycle.utils.progress import show_messages
 
     monkeypatch.setattr(show_messages(), "propagate", True)

@@ -17,7 +17,6 @@ from nemo_upcycle.trainers.settings import (
     check_values,
     free_settings,
     setting,
-    shown_settings,
     sizes_of,
     step0_settings,
 )
@@ -55,12 +54,6 @@ def test_a_row_is_of_one_kind_and_its_names_are_once_there(trainer: str) -> None
     assert sorted(names) == sorted({*names})
     assert not {*free_settings(trainer)} & {*step0_settings(trainer)}
     assert {"tp", "pp", "vp", "cp", "ep", "etp", "seq_length", "micro_batch", "precision"} <= set(sizes_of(trainer))
-
-
-@pytest.mark.parametrize(("trainer", "group"), [("nemo", "optim"), ("bridge", "upcycle")])
-def test_what_few_set_is_shown_where_it_is_on(trainer: str, group: str) -> None:
-    name = f"{group}__dense_router_gradient"
-    assert [len(shown_settings(_with(**{name: value}), trainer)) for value in (False, True)] == [0, 1]
 
 
 @pytest.mark.parametrize("value", [-1, -1e-9, math.nan, math.inf, "high", True])
