@@ -75,7 +75,6 @@ def forecast_of(
     run_dir: Path,
     cluster: Any = None,
     stages: Any = None,
-    executor: Any = None,
     typed: Any = None,
 ) -> Any:
     """Return the forecast of a chain.
@@ -85,14 +84,13 @@ def forecast_of(
         run_dir: the run's folder.
         cluster: where it runs; None: this machine.
         stages: a part of the chain.
-        executor: the user's, where it is no cluster's.
         typed: argument or setting -> value of what was typed.
     """
     from nemo_upcycle.pipeline.forecast import forecast
     from nemo_upcycle.pipeline.stages import STAGES
 
     stages, plan = stages or STAGES, plan_of(chain)
-    return forecast(stages, run_dir, plan, cluster, jobs_of_chain(chain, run_dir), executor, typed)
+    return forecast(stages, run_dir, plan, cluster, jobs_of_chain(chain, run_dir), typed)
 
 
 def jobs_of_chain(chain: Any, run_dir: Path) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from nemo_upcycle.pipeline.data_stage import data_files, data_folder_of, require_data
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
-from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, weights_in, whole_training
+from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, weights_in
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan, required_training
 from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
 from nemo_upcycle.trainers.base import last_checkpoint
@@ -104,7 +104,6 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
                 parallel=True,
                 resumable=True,
                 content=lambda run, *_: checkpoint_files(run / "parent"),
-                whole=_whole("parent"),
                 outputs=lambda run, _: last_checkpoint(run / "parent"),
             ),
             _export("dense", "parent"),
@@ -113,7 +112,7 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
     for name in plan.cells:
         needs = (_start_of(plan, name), "data", "suite")
         settings, is_parent = (name, name + STEPS), name in plan.parents.values()
-        stage = Stage(name, _training(name), needs, settings, parallel=True, resumable=True, whole=_whole(name))
+        stage = Stage(name, _training(name), needs, settings, parallel=True, resumable=True)
         cells.append(replace(stage, content=_saved(name), outputs=_checkpoint(name)) if is_parent else stage)
         if is_parent:
             cells.append(_export(_exported(name), name))
@@ -164,10 +163,6 @@ def _weights(_: Path, __: GridPlan, outputs: Mapping[str, Any]) -> list[Path]:
 
 def _tokens(run_dir: Path, plan: GridPlan, _: Mapping[str, Any]) -> list[Path]:
     return data_files(data_folder_of(run_dir, plan))
-
-
-def _whole(cell: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
-    return lambda run_dir, plan: whole_training(run_dir, plan, cell)
 
 
 def _saved(cell: str) -> Callable[[Path, GridPlan, Mapping[str, Any]], list[Path]]:

@@ -206,15 +206,6 @@ def test_a_screen_shows_of_a_recipes_settings_those_that_were_typed(llama: Any, 
     assert "pretrain.trainer.num_nodes" not in rows
 
 
-def test_an_executor_of_others_is_no_machine_of_ours(demo: Any, tmp_path: Path) -> None:
-    """NeMo-Run's, which may not be constructed without their clouds' packages."""
-    sky = type("SkypilotExecutor", (), {"gpus_per_node": 8})()
-    found = forecast_of(demo, tmp_path, executor=sky)
-    assert "Stages on SkypilotExecutor; gpus_per_node 8\n" in render_forecast(found)
-    assert found.trainings["pretrain"].gpu_origin == "assumed"
-    assert "Stages on this machine\n" in render_forecast(forecast_of(demo, tmp_path, executor=run.LocalExecutor()))
-
-
 def test_every_card_with_settings_has_a_speed(llama: Any, tmp_path: Path) -> None:
     assert set(performance.table()["cards"]) == set(gpu_names())
     cluster = forecasts.CLUSTERS["slurm"]()
