@@ -89,14 +89,6 @@ def test_both_start_where_their_parent_ended_and_the_moe_from_nothing_does_not(f
     assert receipt["spec"]["drop_ratio"] == 1.0
 
 
-def test_the_rate_falls_within_each_length(finished: Path) -> None:
-    for cell in ("moe-3-seed1", "dense_from_nothing-4-seed1"):
-        lines = [json.loads(line) for line in (finished / cell / "metrics.jsonl").read_text().splitlines()]
-        rates = [line["lr"] for line in lines if "lr" in line]
-        assert len(rates) == int(cell.split("-")[1])
-        assert rates[-1] < 0.6 * max(rates)
-
-
 def test_points_have_a_row_of_each_training_and_come_from_the_evidence_alone(finished: Path) -> None:
     points = list(csv.DictReader(points_csv(read_evidence(finished / "table" / EVIDENCE)).splitlines()))
     found = [(point["option"], int(point["parent_tokens"]) // 256, int(point["tokens"]) // 256) for point in points]

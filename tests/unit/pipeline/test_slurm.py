@@ -86,6 +86,7 @@ def test_inputs_that_only_this_machine_sees_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(slurm, "filesystem_type", lambda path: "ext4")
     with pytest.raises(UpcycleError, match=f"^dir {tmp_path}: got a file system of type ext4"):
         cluster.check([Job("data", tmp_path, ("python",))])
+    SlurmScheduler(built(*SITE, "shared_dir=true")).check([Job("data", tmp_path, ("python",))])
 
 
 @pytest.mark.parametrize(
