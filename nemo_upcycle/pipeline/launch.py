@@ -17,13 +17,8 @@ from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
-from nemo_upcycle.pipeline.forecast import (
-    Forecast,
-    check_space,
-    forecast,
-    render_forecast,
-    unchecked,
-)
+from nemo_upcycle.pipeline.forecast.run import Forecast, check_space, forecast, unchecked
+from nemo_upcycle.pipeline.forecast.text import render_forecast
 from nemo_upcycle.pipeline.live import watched
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Stage, WorkPlan

@@ -45,7 +45,7 @@ def forecast_path(recipe: str, cluster: str) -> Path:
 def forecast_text(recipe: str, cluster: str) -> str:
     """Return what a golden file should hold."""
     from nemo_upcycle import recipes
-    from nemo_upcycle.pipeline.forecast import render_forecast
+    from nemo_upcycle.pipeline.forecast.text import render_forecast
     from nemo_upcycle.recipes import common
 
     # The demo's recipes ask the machine for a GPU and for fast BF16; a forecast looks into its caches.
@@ -86,7 +86,7 @@ def forecast_of(
         stages: a part of the chain.
         typed: argument or setting -> value of what was typed.
     """
-    from nemo_upcycle.pipeline.forecast import forecast
+    from nemo_upcycle.pipeline.forecast.run import forecast
     from nemo_upcycle.pipeline.stages import STAGES
 
     stages, plan = stages or STAGES, plan_of(chain)

@@ -15,7 +15,7 @@ from nemo_upcycle.pipeline.executors.base import UnreachableError
 from nemo_upcycle.pipeline.executors.jobs import Job, Phase
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_script import in_vain, missing_mounts
-from nemo_upcycle.pipeline.launch import jobs_of, render_jobs
+from nemo_upcycle.pipeline.launch import jobs_of
 from nemo_upcycle.pipeline.stages import BY_NAME, RunPlan
 from tests.unit.pipeline.test_executors import SITE, built, data, script_of, training, write_commands
 
@@ -260,10 +260,3 @@ def test_script_with_a_secret_is_its_owners_alone_and_is_shown_without_it(tmp_pa
         shown = cluster.masked().render(data(tmp_path))["data.sh"]
         assert not any(secret in shown for secret in secrets)
     assert 'export HF_HOME="/hf"' in SlurmScheduler(built(*SITE, SECRET)).masked().render(data())["data.sh"]
-
-
-def test_rendered_files_with_a_secret_are_their_owners_alone(tmp_path: Path) -> None:
-    plan = RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", "", None)
-    render_jobs([data(tmp_path)], SlurmScheduler(built(*SITE, SECRET)), plan, tmp_path / "rendered")
-    assert (tmp_path / "rendered/data.sh").stat().st_mode & 0o077 == 0
-    assert (tmp_path / "rendered/submit.sh").stat().st_mode & 0o044
