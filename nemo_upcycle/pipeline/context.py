@@ -138,7 +138,7 @@ def entrypoint(context: type[CheckedContext]) -> Callable[[Any], Any]:
 class PipelineContext(CheckedContext):
     """Pass recipes to the pipeline as configurations; NeMo-Run would build them in the launching process."""
 
-    options = OPTIONS
+    options: ClassVar[Mapping[str, str]] = OPTIONS
     executors = frozenset(executor_names())
 
     def arguments(self, words: list[str]) -> list[str]:

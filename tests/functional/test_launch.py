@@ -32,7 +32,7 @@ class Launcher:
 
     def __init__(self, inputs: Path, *words: str, **variables: str) -> None:
         self.log = inputs / "console.txt"
-        factory = f"tiny(inputs='{inputs}', disturbed=True)"
+        factory = f"tiny(inputs='{inputs}')"
         self.command = [sys.executable, str(ROOT / "tests/functional/tiny_pipeline.py"), "--factory", factory, *words]
         environment = os.environ | {"NEMORUN_HOME": str(inputs / "home"), "PYTHONPATH": str(ROOT)} | variables
         with self.log.open("wb") as log:
