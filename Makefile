@@ -143,7 +143,7 @@ test-bridge-sample: $(SAMPLE_VENV)/.complete
 
 test-k8s: venv
 	scripts/k8s_apiserver.sh
-	$(BIN)/python -m pytest tests/functional/test_kubernetes.py tests/functional/test_kubernetes_chain.py
+	$(BIN)/python -m pytest tests/functional/test_kubernetes.py
 
 data-env: $(DATA_VENV)/.complete
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json, write_json
 from nemo_upcycle.utils.masking import without_secrets
-from nemo_upcycle.utils.schema import KEY, numbered, require_known
+from nemo_upcycle.utils.schema import numbered, require_known
 
 
 @dataclass(frozen=True)
@@ -116,12 +115,6 @@ def read_receipt(path: Path) -> dict[str, Any]:
         )
     require_known(value, path)
     return value
-
-
-def equivalence_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the comparison with the parent in a receipt, as `UpcycleReceipt.to_dict` makes it."""
-    others = {KEY, *(one.name for one in fields(UpcycleReceipt))}
-    return {name: value for name, value in receipt.items() if name not in others}
 
 
 def spec_of(

@@ -15,7 +15,6 @@ from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.data.inputs import check_files, require_disjoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS
-from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.settings import CLUSTERS, cluster_for
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import StageFolder
@@ -47,15 +46,22 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     Raises:
         UpcycleError: an argument is not valid; the text names it.
     """
-    if not (shown and cluster_for(ctx.executor)):  # its storage may not be mounted where it is only shown
+    cluster = cluster_for(ctx.executor)
+    if not (shown and cluster):  # its storage may not be mounted where it is only shown
         check_folder(run_dir)
-    check_detach(ctx)
+    if ctx.detach and not (cluster and cluster.can_detach):
+        raise UpcycleError(
+            "--detach",
+            got="an executor that needs the launcher",
+            expected=" or ".join(cluster.label for cluster in CLUSTERS if cluster.can_detach),
+            fix="omit it, and start the command inside tmux or with nohup",
+        )
     inputs = plan.inputs
     check_address(inputs.dense, whole=not shown)
     check_data(inputs, remote=not shown)
     check_asked(inputs)
     known_parent_tokens(plan.dense, plan.trained_on)
-    is_here = is_local(ctx.executor) and not shown
+    is_here = cluster is None and not shown
     if is_here:
         check_here(plan, stages)
     check_trainings(plan, lambda name, training: training.check(name))
@@ -112,22 +118,6 @@ def check_here(plan: RunPlan, stages: Sequence[Stage]) -> None:
     for name, training in plan.trainings.items():
         if name in names:
             training.check_here(name)
-
-
-def check_detach(ctx: Any) -> None:
-    """Check that a run which shall go on without the launcher can.
-
-    Raises:
-        UpcycleError: the executor needs the launcher.
-    """
-    cluster = cluster_for(ctx.executor)
-    if ctx.detach and not (cluster and cluster.can_detach):
-        raise UpcycleError(
-            "--detach",
-            got="an executor that needs the launcher",
-            expected=" or ".join(cluster.label for cluster in CLUSTERS if cluster.can_detach),
-            fix="omit it, and start the command inside tmux or with nohup",
-        )
 
 
 def check_started(run_dir: Path, plan: WorkPlan) -> None:

@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Union, get_args
 
@@ -49,8 +49,8 @@ type_parser.custom_parsers[types.UnionType] = type_parser.parse_union  # `int | 
 class CheckedContext(run.cli.RunContext):
     """Answer a mistake on the command line with one message and status 2."""
 
-    #: Options, and names of executors, beside NeMo-Run's own.
-    options: ClassVar[tuple[str, ...]] = ()
+    #: Options, with the argument that each sets, and names of executors, beside NeMo-Run's own.
+    options: ClassVar[Mapping[str, str]] = {}
     executors: ClassVar[frozenset[str]] = frozenset()
     #: What was typed: whether `--verbose`, and argument -> value.
     verbose = False
@@ -138,9 +138,7 @@ def entrypoint(context: type[CheckedContext]) -> Callable[[Any], Any]:
 class PipelineContext(CheckedContext):
     """Pass recipes to the pipeline as configurations; NeMo-Run would build them in the launching process."""
 
-    options = tuple(OPTIONS)
-    #: Its own options, and the argument that each sets.
-    own: ClassVar[dict[str, str]] = OPTIONS
+    options: ClassVar[Mapping[str, str]] = OPTIONS
     executors = frozenset(executor_names())
 
     def arguments(self, words: list[str]) -> list[str]:
@@ -148,14 +146,14 @@ class PipelineContext(CheckedContext):
 
         NeMo-Run would remove every `run.` and `executor.` from its values, as in `run.executor=my-run.yaml`.
         """
-        words = pipeline_arguments(words, self.own)
+        words = pipeline_arguments(words, self.options)
         given = [word.partition("=")[2] for word in words if word.startswith("run.executor=")]
         self._described = given[-1] if given and is_described(given[-1]) else ""
         self._overrides: list[str] = []
         if not self._described:
             return words
         own = [word for word in words if re.match(r"run\.executor[.=]", word)]
-        _check_words(own, ())
+        _check_words(own)
         self._overrides = [word.removeprefix("run.executor.") for word in own if word.startswith("run.executor.")]
         return [word for word in words if word not in own]
 
@@ -243,7 +241,7 @@ def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTION
     return arguments
 
 
-def _check_words(words: Sequence[str], own: Sequence[str]) -> None:
+def _check_words(words: Sequence[str], own: Iterable[str] = ()) -> None:
     """Refuse what NeMo-Run ignores: an option that does not exist, a word that sets nothing, the first of two."""
     options = re.findall(r"--[a-z][a-z-]+", inspect.getsource(run.cli.RunContext.cli_command))  # it keeps no list
     options += own

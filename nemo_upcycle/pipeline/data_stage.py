@@ -57,21 +57,6 @@ def _seq_length(plan: WorkPlan, dense_folder: Path) -> int | None:
     return training.seq_length(dense_folder) if training else None
 
 
-def whole_data(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
-    """Make the report of the data stage's marker from the finished folder.
-
-    Raises:
-        UpcycleError: the data are not whole, or have another tokenizer than the parent.
-    """
-    from nemo_upcycle.data.chat.finished import open_chat
-    from nemo_upcycle.data.finished import open_blend
-
-    folder = data_folder_of(run_dir, plan)
-    made = open_chat(folder) if plan.inputs.reads_chat else open_blend(folder)
-    made.require_tokenizer_of(str(dense_folder_of(run_dir)))
-    return made_data(made.folder, made.manifest)
-
-
 def made_data(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Report a finished folder, as the marker of a data stage does."""
     splits = manifest["splits"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,20 +13,15 @@ from nemo_upcycle.data.readers import format_of
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.checks import check_here, check_run
-from nemo_upcycle.pipeline.executors.base import Cluster, is_local, masked_executor
+from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
-from nemo_upcycle.pipeline.forecast import (
-    Forecast,
-    check_space,
-    forecast,
-    render_forecast,
-    unchecked,
-)
+from nemo_upcycle.pipeline.forecast.run import Forecast, check_space, forecast, unchecked
+from nemo_upcycle.pipeline.forecast.text import render_forecast
 from nemo_upcycle.pipeline.live import watched
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
-from nemo_upcycle.pipeline.plan import ADOPTED, KEPT, PLAN, Stage, WorkPlan
+from nemo_upcycle.pipeline.plan import KEPT, PLAN, Stage, WorkPlan
 from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.console import command_line, end_soon
@@ -37,8 +31,6 @@ from nemo_upcycle.utils.masking import without_secrets, write_private
 
 #: What was typed, in the run's folder.
 COMMAND = "command.txt"
-#: Where this package lies, if it was not copied into an environment.
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def absolute_argument(name: str, *, folder: bool = False) -> str:
@@ -112,9 +104,9 @@ def launch_chain(
         render_jobs(jobs, cluster, plan, Path(render))
         return
     shown = cluster and cluster.masked()
-    expected = forecast(stages, run_dir, plan, shown, jobs, masked_executor(ctx.executor), ctx.typed)
+    expected = forecast(stages, run_dir, plan, shown, jobs, ctx.typed)
     if ctx.dryrun:
-        problems = dict.fromkeys((*expected.problems, *_lacking(ctx, cluster, jobs, plan, stages)))
+        problems = dict.fromkeys((*expected.problems, *_lacking(cluster, jobs, plan, stages)))
         expected = replace(expected, problems=tuple(problems))
     if ctx.dryrun or not ctx.skip_confirmation:
         sys.stdout.write(render_forecast(expected, verbose=ctx.verbose) + "\n")
@@ -131,14 +123,12 @@ def launch_chain(
         sys.stdout.write(f"\n{made}\n{verdict}\n\nReport: {report.with_suffix('.html')}\n")
 
 
-def _lacking(
-    ctx: Any, cluster: Cluster | None, jobs: Sequence[Job], plan: RunPlan, stages: Sequence[Stage]
-) -> Iterator[str]:
+def _lacking(cluster: Cluster | None, jobs: Sequence[Job], plan: RunPlan, stages: Sequence[Stage]) -> Iterator[str]:
     """Yield what a cluster's settings or this machine lack for a run that is only shown."""
     try:
         if cluster:
             cluster.check_settings(jobs)
-        elif is_local(ctx.executor):
+        else:
             check_here(plan, stages)
     except UpcycleError as error:
         yield str(error)
@@ -174,8 +164,6 @@ def launch(
         cluster.check_settings(jobs)  # before the scheduler is asked anything
         chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir)
         chain.check()
-        if _runs_code_of(cluster, [job.name for job in jobs], CHECKOUT):
-            _warn_of_uncommitted_code(CHECKOUT)
     if forecast:
         check_space(forecast, chain.alive() if chain else ())
     if not ctx.confirm():
@@ -185,9 +173,6 @@ def launch(
         _require_no_other_jobs(chain, run_dir, own_plan)
         _write_plan(run_dir, own_plan, copies)
         (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
-        for stage in plan.stages:
-            if stage.adopt(run_dir, plan):
-                sys.stderr.write(f"[{stage.name}] its marker was lost or damaged: {ADOPTED}\n")
         _write_recipes(run_dir, own_plan)
         price, is_seen = getattr(ctx.executor, "price_per_gpu_hour", None), plan.file == PLAN and not ctx.detach
         with watched(run_dir, price) if is_seen else nullcontext():
@@ -196,29 +181,6 @@ def launch(
             else:
                 run_stages(jobs, run_dir, plan, ctx.executor, at_once)
     return True
-
-
-def _runs_code_of(cluster: Cluster, stages: Sequence[str], folder: Path) -> bool:
-    """Return whether jobs run the code of a folder of this machine: with this interpreter, or where they mount it."""
-    mounts = [mount.partition(":")[0] for mount in getattr(cluster.executor, "container_mounts", ())]
-    mounts += getattr(cluster.executor, "mounts", {}).values()
-    uses_this_python = any(cluster.python_of(stage) == sys.executable for stage in stages)
-    return uses_this_python or any(folder.is_relative_to(mount) for mount in mounts)
-
-
-def _warn_of_uncommitted_code(root: Path) -> None:
-    """Warn if the package lies in a repository with changes that no commit holds: the jobs run what lies there."""
-    command = ["git", "-C", str(root), "status", "--porcelain", "--", "nemo_upcycle", "recipes", "conf"]
-    try:
-        changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    except FileNotFoundError:  # no git here
-        return
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        sys.stderr.write(
-            f"Warning: {root} has uncommitted changes ({changed[0][3:]}{more}); "
-            "the jobs run the code as it is when each of them starts.\n"
-        )
 
 
 def _write_recipes(run_dir: Path, plan: WorkPlan) -> None:

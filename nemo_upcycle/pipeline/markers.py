@@ -274,20 +274,17 @@ class StageFolder:
                 file.write(json.dumps(change | {"before": before.get(name), "after": now.get(name)}) + "\n")
         return [describe_changes([name], before, now) for name in names]
 
-    def finish(
-        self, inputs: Mapping[str, str], seconds: float | None, outputs: dict[str, Any], content: str = ""
-    ) -> None:
+    def finish(self, inputs: Mapping[str, str], seconds: float, outputs: dict[str, Any], content: str = "") -> None:
         """Write the success marker.
 
         Args:
             inputs: result of `inputs()`.
-            seconds: wall time of the stage; None if it is not known.
+            seconds: wall time of the stage.
             outputs: values that the stage reports.
             content: hash of its results for other stages; empty if none reads them.
         """
-        marker = {"stage": self.name, "inputs": dict(inputs), "content": content}
-        took = {} if seconds is None else {"seconds": round(seconds, 1)}
-        write_json(self.marker, numbered(marker | took | {"outputs": outputs}))
+        made = {"stage": self.name, "inputs": dict(inputs), "content": content, "seconds": round(seconds, 1)}
+        write_json(self.marker, numbered(made | {"outputs": outputs}))
 
     def ended(self, how: str) -> None:
         """Record how the stage ended without a result: `STOPPED` or `FAILED`."""

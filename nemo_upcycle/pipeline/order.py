@@ -59,14 +59,13 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
 
 
 def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> None:
-    """Check that the stages that a part of the chain needs are done, or whole without a marker, and still there.
+    """Check that the stages that a part of the chain needs are done, and what they left is still there.
 
     Raises:
         UpcycleError: a stage is not done, or not from its present inputs, or what it left is gone.
     """
     needed = before(plan, *(stage.name for stage in stages))
-    lost = (stage.name for stage in needed if not stage.is_done(run_dir, plan))
-    if missing := next((name for name in lost if plan.stage(name).left_whole(run_dir, plan) is None), None):
+    if missing := unfinished(needed, run_dir, plan):
         raise UpcycleError(
             f"stage '{missing}' in {run_dir}",
             got="not done, or from other inputs",

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 
 from nemo_upcycle.data.finished import MANIFEST
-from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.disk_use import DiskUse
 from nemo_upcycle.pipeline.inputs import Inputs
-from nemo_upcycle.pipeline.markers import STEPS, StageFolder, changed_inputs, content_hash, setting_texts, sha256
+from nemo_upcycle.pipeline.markers import STEPS, StageFolder, content_hash, setting_texts, sha256
 from nemo_upcycle.trainers.base import Training, TrainingFacts, TrainingSettings
 from nemo_upcycle.utils.conf import is_conf_file, read_conf
-from nemo_upcycle.utils.files import in_use, read_json, sha256_file, write_json
+from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 from nemo_upcycle.utils.schema import KEY, numbered, require_known
 
 
@@ -35,8 +35,6 @@ _TRAININGS = {
 PLAN = "pipeline.json"
 #: The folder of a run that keeps the user's YAML files as they were when the run started.
 KEPT = "config"
-#: Consequences for a stage whose marker is lost or damaged.
-ADOPTED = "made again from what the stage left, which is whole"
 
 
 @dataclass(frozen=True)
@@ -235,8 +233,6 @@ class Stage:
         reads: stages whose outputs it opens; None: those that it comes after.
         content: the function that lists the files that hold what it left for others, by which these know it; takes the
             run's folder and plan and what its work returned. None: it left nothing.
-        whole: the function that returns what the marker reports, from what it left, and raises an UpcycleError unless
-            that is all; None: that cannot be told, or running it again is as quick.
         outputs: the function that opens what it left and raises an UpcycleError where something is gone; None: it left
             nothing that another stage opens.
         disk: the function that lists what it writes into the run's folder, for the forecast; takes folder, plan, and
@@ -252,7 +248,6 @@ class Stage:
     resumable: bool = False
     reads: tuple[str, ...] | None = None
     content: Callable[[Path, Any, Mapping[str, Any]], Iterable[Path]] | None = None
-    whole: Callable[[Path, Any], dict[str, Any]] | None = None
     outputs: Callable[[Path, Any], object] | None = None
     disk: Callable[[Path, Any, Mapping[str, Architecture | None]], Sequence[DiskUse]] | None = None
 
@@ -275,35 +270,6 @@ class Stage:
     def is_done(self, run_dir: Path, plan: WorkPlan) -> bool:
         """Return whether it finished from its present inputs."""
         return self.folder(run_dir, plan).is_done(self.inputs(run_dir, plan))
-
-    def left_whole(self, run_dir: Path, plan: WorkPlan) -> dict[str, Any] | None:
-        """Make the report of its lost or damaged marker again; None if its results are not whole."""
-        folder = self.folder(run_dir, plan)
-        if self.whole is None or folder.done_from() is not None:
-            return None
-        try:
-            before = folder.started_from()
-            if before is None or changed_inputs(before, self.inputs(run_dir, plan)):
-                return None
-            return self.whole(run_dir, plan)
-        except UpcycleError:
-            return None
-
-    def adopt(self, run_dir: Path, plan: WorkPlan) -> bool:
-        """Make a lost or damaged marker again, if the results of the stage are whole; return whether it did.
-
-        So it does too where a kill came between the result and the marker.
-        """
-        folder, outputs = self.folder(run_dir, plan), self.left_whole(run_dir, plan)
-        if outputs is None:
-            return False
-        try:
-            with in_use(folder.path):
-                content = self.content_of(run_dir, plan, outputs)
-                folder.finish(self.inputs(run_dir, plan), None, outputs, content)
-        except UpcycleError:  # a job is about to make it
-            return False
-        return True
 
     def content_of(self, run_dir: Path, plan: WorkPlan, outputs: Mapping[str, Any]) -> str:
         """Return the hash of its results for other stages, whose report is `outputs`; empty if it left none."""

@@ -1,8 +1,7 @@
-"""Run stages on this machine, several at once where none needs another, or on an executor that NeMo-Run brings."""
+"""Run stages on this machine, several at once where none needs another."""
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import statistics
@@ -14,17 +13,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import nemo_run as run
 import torch
 
 from nemo_upcycle.errors import StageStopped, UnfinishedError, UpcycleError
 from nemo_upcycle.pipeline.executors import local, performance
-from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.live import LiveStages, has_live_lines
 from nemo_upcycle.pipeline.order import before, finished, unfinished
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
-from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
+from nemo_upcycle.pipeline.runner import DONE_BEFORE
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.console import command_line, end_soon
 from nemo_upcycle.utils.progress import duration
@@ -60,7 +57,7 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any
         jobs: the jobs of the stages, each after those that it needs.
         run_dir: the run's folder.
         plan: the plan of the run.
-        executor: an executor of NeMo-Run's without a file in executors/; None: this machine.
+        executor: NeMo-Run's local executor, whose variables the stages get; None: they get none.
         at_once: number of stages that may run at the same time.
 
     Raises:
@@ -73,7 +70,7 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any
     began_s, took_s = dict[str, float](), list[float]()
     stopped_stages: list[Stage] = []
     failed: tuple[Stage, int] | None = None
-    live = LiveStages(run_dir, echoes=at_once == 1) if is_local(executor) and has_live_lines() else None
+    live = LiveStages(run_dir, echoes=at_once == 1) if has_live_lines() else None
     is_quiet = at_once > 1 or live is not None
     with (
         live or nullcontext(),
@@ -92,14 +89,10 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any
                     continue
                 began_s[job.name] = time.monotonic()
                 if live:
-                    live.began(job.name, local.log_of(_logs_of(run_dir, job), 0))
+                    live.began(job.name, local.log_of(_logs_of(job), 0))
                 if at_once > 1:
-                    _say(f"[{job.name}] started: {local.log_of(_logs_of(run_dir, job), 0)}")
-                    future = pool.submit(_run, job, run_dir, executor, stop, at_once, is_quiet)
-                else:  # in this thread: an executor may need it
-                    future = Future()
-                    future.set_result(_run(job, run_dir, executor, stop, at_once, is_quiet))
-                running[future] = job
+                    _say(f"[{job.name}] started: {local.log_of(_logs_of(job), 0)}")
+                running[pool.submit(_run, job, executor, stop, at_once, is_quiet)] = job
             for future in wait(running, _POLL_S, FIRST_COMPLETED).done:
                 job = running.pop(future)
                 stage, took = plan.stage(job.name), time.monotonic() - began_s[job.name]
@@ -150,40 +143,23 @@ def _exit_status(name: str, status: int, run_dir: Path) -> int:
     return status if status in (local.USERS_MISTAKE, StageStopped.exit_status) else 1
 
 
-def _run(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals, at_once: int, is_quiet: bool) -> int:
-    """Run a stage; return its exit status, as `run_ranks` does. On an executor its marker tells how it ended."""
-    if is_local(executor):
-        ranks = job.ranks_per_node if job.is_training else None
-        variables = performance.variables(performance.settings_here(job))
-        variables |= variables_for(at_once * (ranks or 1), executor)
-        return local.run_ranks(job.command, ranks, variables, _logs_of(run_dir, job), stop, is_quiet=is_quiet)
-    with run.Experiment(f"upcycle-{run_dir.name}-{job.name}", enable_goodbye_message=False) as experiment:
-        task = run.Partial(run_stage, name=job.name, dir=str(run_dir))
-        identity = experiment.add(task, executor=sized(executor, job.nodes, job.ranks_per_node), name=job.name)
-        stop.callback = lambda: experiment.cancel(identity)
-        experiment.run(tail_logs=True)
-    return 0
+def _run(job: Job, executor: Any, stop: local.StopSignals, at_once: int, is_quiet: bool) -> int:
+    """Run a stage; return its exit status, as `run_ranks` does."""
+    ranks = job.ranks_per_node if job.is_training else None
+    variables = performance.variables(performance.settings_here(job))
+    variables |= variables_for(at_once * (ranks or 1), executor)
+    return local.run_ranks(job.command, ranks, variables, _logs_of(job), stop, is_quiet=is_quiet)
 
 
-def _logs_of(run_dir: Path, job: Job) -> Path:
+def _logs_of(job: Job) -> Path:
     """Return the prefix of a stage's log files."""
-    return run_dir / "logs" / job.name
+    return job.run_dir / "logs" / job.name
 
 
 def variables_for(ranks: int, executor: Any) -> dict[str, str]:
     """Return the variables of ranks on this machine: the user's, and as many threads as there are cores for."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // ranks))
     return {"OMP_NUM_THREADS": threads, **(executor.env_vars if executor else {})}
-
-
-def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
-    """Return a copy of an executor with this many nodes and ranks per node, in the fields that its class has."""
-    changed = copy.copy(executor)  # deep enough, as an experiment clones it; and a cloud's client has no deep copy
-    for names, value in ((("nodes", "num_nodes"), nodes), (("ntasks_per_node", "nprocs_per_node"), per_node)):
-        for name in names:
-            if hasattr(changed, name):
-                setattr(changed, name, value)
-    return changed
 
 
 def stopped(signum: int, stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> str:

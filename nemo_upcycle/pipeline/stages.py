@@ -12,10 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_upcycle.data.dense import find_parent
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.online.receipt import equivalence_of, read_receipt, spec_of
+from nemo_upcycle.online.receipt import read_receipt, spec_of
 from nemo_upcycle.pipeline.data_stage import (
     data_card,
     data_files,
@@ -25,16 +24,15 @@ from nemo_upcycle.pipeline.data_stage import (
     require_data,
     sample_tokens,
     suite_inputs,
-    whole_data,
 )
 from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import STEPS
-from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, require_newer, weights_in, whole_training
+from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, weights_in
 from nemo_upcycle.pipeline.plan import PLAN, Stage, WorkPlan, required_training
 from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.run_calibration import take_calibration, with_calibration
-from nemo_upcycle.utils.files import MODEL_MARKER, read_json
+from nemo_upcycle.utils.files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -131,36 +129,6 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
             fix=f"look {first}, where they first differ; compare the model's configuration with the parent's",
         )
     return result
-
-
-def _whole_import(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    from nemo_upcycle.data.dense import import_dense
-
-    own = run_dir / "dense"
-    source = str(own) if find_parent(plan.dense).kind == "asset" else plan.dense
-    return {"dense_folder": str(import_dense(source, own, sampled=True, offline=True).resolve())}
-
-
-def _whole_upcycle(run_dir: Path, _: RunPlan) -> dict[str, Any]:
-    require_kept(run_dir / "upcycle" / "hf", run_dir)
-    require_newer(run_dir / "receipt.json", run_dir, "upcycle")
-    receipt = read_receipt(run_dir / "receipt.json")
-    if receipt.get("exact") and not receipt.get("within_tolerance"):
-        raise StageError("step 0", got="beyond the tolerance", expected="within", fix="run the stage again")
-    return equivalence_of(receipt)
-
-
-def _whole_export(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    folders = {"trained": ("pretrain", run_dir / "hf")}
-    if plan.dense_ct:
-        folders["dense_ct"] = ("dense_ct", run_dir / "dense_ct" / "hf")
-    for stage, folder in folders.values():
-        require_kept(folder, run_dir)
-        require_newer(folder / MODEL_MARKER, run_dir, "export")
-        exported, last = read_json(folder / MODEL_MARKER).get("checkpoint"), last_checkpoint(run_dir / stage).name
-        if exported != last:
-            raise StageError(str(folder), got=f"made of {exported}", expected=last, fix="run the stage again")
-    return {name: str(folder) for name, (_, folder) in folders.items()}
 
 
 def _exported(run_dir: Path, plan: RunPlan) -> list[Path]:
@@ -287,7 +255,6 @@ STAGES = (
         (),
         ("dense",),
         content=lambda _, __, outputs: weights_in(Path(outputs["dense_folder"])),
-        whole=_whole_import,
         outputs=lambda run, _: require_kept(dense_folder_of(run), run),
         disk=_import_disk,
     ),
@@ -298,7 +265,6 @@ STAGES = (
         ("data",),
         resumable=True,
         content=lambda run, plan, _: data_files(data_folder_of(run, plan)),
-        whole=whole_data,
         outputs=lambda run, plan: require_data(plan, data_folder_of(run, plan)),
         disk=_data_disk,
     ),
@@ -308,7 +274,6 @@ STAGES = (
         ("import", "data"),
         ("step 0",),
         content=lambda run, *_: weights_in(run / "upcycle" / "hf"),
-        whole=_whole_upcycle,
         outputs=lambda run, _: require_kept(run / "upcycle" / "hf", run),
         disk=lambda _, __, models: [model_use("upcycle", "model of step 0", models["pretrain"])],
     ),
@@ -321,7 +286,6 @@ STAGES = (
         resumable=True,
         reads=("import", "data"),
         content=lambda run, *_: checkpoint_files(run / "pretrain"),
-        whole=lambda run, plan: whole_training(run, plan, "pretrain"),
         outputs=lambda run, _: last_checkpoint(run / "pretrain"),
     ),
     Stage(
@@ -332,7 +296,6 @@ STAGES = (
         parallel=True,
         resumable=True,
         content=lambda run, plan, _: checkpoint_files(run / "dense_ct") if plan.dense_ct else (),
-        whole=lambda run, plan: whole_training(run, plan, "dense_ct") if plan.dense_ct else {"left_out": True},
         outputs=lambda run, plan: plan.dense_ct and last_checkpoint(run / "dense_ct"),
     ),
     Stage(
@@ -342,7 +305,6 @@ STAGES = (
         (),
         reads=("import", "data", "pretrain", "dense_ct"),
         content=lambda run, plan, _: weights_in(*_exported(run, plan)),
-        whole=_whole_export,
         outputs=_require_exported,
         disk=_export_disk,
     ),

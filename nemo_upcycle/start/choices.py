@@ -206,8 +206,9 @@ def choose(parent: Parent, texts: Texts, trainer: tuple[str, str], wanted: Wante
     kind = wanted.gpu or kind or "h100"
     if wanted.gpu and known_gpu(wanted.gpu) and not number:
         raise UpcycleError("--gpu", got=wanted.gpu, expected="how many of them, too", fix="give --gpus N")
+    why = "asked for" if "num_experts" in wanted.spec else "the paper's"
     rows = [
-        ("experts", f"{spec.num_experts}, top-{spec.top_k}", _why(wanted.spec, "num_experts", "the paper's")),
+        ("experts", f"{spec.num_experts}, top-{spec.top_k}", why),
         ("trainer", TRAINERS[trainer[0]][1], trainer[1]),
     ]
     if not number:
@@ -265,10 +266,6 @@ def choose(parent: Parent, texts: Texts, trainer: tuple[str, str], wanted: Wante
         arch=arch,
         dense=dense,
     )
-
-
-def _why(given: Mapping[str, Any], name: str, otherwise: str) -> str:
-    return "asked for" if name in given else otherwise
 
 
 def _length(texts: Texts, dense: Architecture) -> int:

@@ -75,6 +75,8 @@ def test_every_layout_starts_at_the_same_loss(
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
         assert got["expert_load"] == [pytest.approx(shares, abs=5e-3) for shares in expected["expert_load"]]
+        for name in ("load_min", "load_max", "load_cv", "load_balancing_loss"):
+            assert got["router"][name] == pytest.approx(expected["router"][name], rel=0.02, abs=5e-3), name
     receipt = read_json(run / "receipt.json")
     assert receipt["ranks"] == ranks
     assert receipt["bytes_read"] == receipt["bytes_needed"]

@@ -242,17 +242,6 @@ def test_a_source_that_is_lost_in_part_ends_the_build_until_it_may_be(
 
 
 @pytest.mark.full
-def test_two_workers_and_kills_give_the_same_bytes(texts: Path, small: Path, tmp_path: Path) -> None:
-    command, output = (texts / "small.yaml", tmp_path / "data", "--workers", "2"), tmp_path / "data"
-    for begun in ("build/plan.json", "build/logs/*/logs/*.log", "build/stats/*"):
-        with _start(*command) as process:
-            wait_until(lambda begun=begun: list(output.glob(begun)), process, poll_s=0.01)
-            os.killpg(process.pid, signal.SIGKILL)
-    assert main(["data", *map(str, command)]) == 0
-    assert _bytes(output) == _bytes(small)
-
-
-@pytest.mark.full
 def test_ctrl_c_stops_and_says_how_to_go_on(texts: Path, tmp_path: Path) -> None:
     with _start(texts / "small.yaml", tmp_path / "data") as process:
         wait_until((tmp_path / "data/build/plan.json").exists, process)

@@ -10,7 +10,6 @@ import torch
 
 from tests.functional.runs import Runs, tiny_recipe
 from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE
-from tests.tiers import quick
 
 
 pytestmark = pytest.mark.slow
@@ -24,16 +23,6 @@ PER_STEP = {
     "dropped",
     "load_balancing_loss",
 }
-LAYOUTS = [
-    (2, {"pp": 2}),
-    (2, {"pp": 2, "vp": 2}),
-    (2, {"ep": 2}),
-    (2, {"tp": 2, "etp": 2}),
-    (2, {}),
-    (4, {"tp": 2, "ep": 2, "etp": 2}),
-    (4, {"tp": 2, "ep": 2}),  # folded, as in the paper: experts are not cut
-    (4, {"pp": 2, "ep": 2}),
-]
 
 
 class Witness(pl.Callback):
@@ -143,26 +132,6 @@ def test_counts_and_losses_match_what_the_routers_decide(alone: tuple[list[dict[
     assert experts_known == [{"expert_distance"}, set(), {"expert_distance"}]
     first, last = lines[0]["router"]["expert_distance"], lines[-1]["router"]["expert_distance"]
     assert all(0 < before < after < 1 for before, after in zip(first, last, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("world_size", "layout"), quick(LAYOUTS, (2, {"ep": 2}), (2, {"pp": 2})), ids=lambda value: str(value)
-)
-def test_router_health_is_the_same_on_every_layout(
-    jobs: Jobs, alone: tuple[list[dict[str, Any]], Any], world_size: int, layout: dict[str, int]
-) -> None:
-    name = "-".join([str(world_size), *(f"{axis}{size}" for axis, size in layout.items())])
-    lines, _ = jobs.watched(name, world_size, **layout)
-    assert len(lines) == STEPS
-    for got, expected in zip(lines, alone[0], strict=True):
-        assert set(got["router"]) == set(expected["router"])
-        for key in ("load_min", "load_max", "dropped"):
-            assert got["router"][key] == pytest.approx(expected["router"][key], abs=5e-3), key
-        for key in ("load_cv", "load_balancing_loss"):
-            assert got["router"][key] == pytest.approx(expected["router"][key], rel=0.02), key
-        if "expert_distance" in expected["router"]:
-            assert got["router"]["expert_distance"] == pytest.approx(expected["router"]["expert_distance"], rel=0.03)
-        assert got["tokens_per_s_per_gpu"] == pytest.approx(got["tokens_per_s"] / world_size, rel=0.01)
 
 
 @pytest.mark.full

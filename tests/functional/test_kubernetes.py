@@ -1,12 +1,16 @@
-"""The Kubernetes executor against a real API server and the published definitions: what it accepts, how jobs end.
+"""The Kubernetes executor against a real API server and the published definitions: what it accepts, and a whole chain.
 
-What needs controllers, pods, claims or webhooks is not tried here.
+A stand-in for the operator runs the chain's commands; what needs pods, claims or webhooks is not tried here.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,21 @@ import yaml
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import manifests
-from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
+from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi
-from nemo_upcycle.pipeline.executors.kubernetes_settings import Resource, resource_of
+from nemo_upcycle.pipeline.executors.kubernetes_settings import resource_of
+from nemo_upcycle.utils.files import MARKER, read_json
 from tests.crds import KINDS, RECIPES, executor, jobs_of
-from tests.functional.kubernetes_server import IS_BUILT, define, server, wait_for
+from tests.functional.kubernetes_operator import Operator
+from tests.functional.kubernetes_server import IS_BUILT, define, server
+from tests.functional.soak import training_result
+from tests.functional.stages import STAGES
+from tests.functional.tiny import write_inputs
+from tests.waiting import HANG_S, wait_until
 
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.full,
     pytest.mark.skipif(not IS_BUILT, reason="no API server here: `make test-k8s` builds it"),
@@ -72,75 +83,11 @@ def test_the_server_refuses_a_misspelt_field(scheduler: KubernetesScheduler, kub
         scheduler.check([_job(tmp_path)])
 
 
-def test_a_check_creates_nothing(scheduler: KubernetesScheduler, tmp_path: Path) -> None:
-    scheduler.check([_job(tmp_path)])
-    (name,) = scheduler.render(_job(tmp_path))
-    identity = name.removesuffix(".yaml")
-    assert scheduler.states([identity]) == {identity: JobState(Phase.ENDED, "deleted")}
-    assert not (tmp_path / "demo").exists()
-
-
-def _report(scheduler: KubernetesScheduler, identity: str, *conditions: str) -> None:
-    """Say of a job what a controller would."""
-    from kubernetes import client, config
-
-    resource = resource_of(scheduler.executor)
-    entries = [
-        {
-            "type": name,
-            "status": "True",
-            "reason": "Tried",
-            "message": f"it is {name}",
-            "lastTransitionTime": "2026-01-01T00:00:00Z",
-        }
-        for name in conditions
-    ]
-    objects = client.CustomObjectsApi(config.new_client_from_config(scheduler.executor.kubeconfig))
-    address = (resource.group, resource.version, scheduler.executor.namespace, resource.plural, identity)
-    status = {"conditions": entries, **({"replicaStatuses": {}} if resource.kind == "PyTorchJob" else {})}
-    objects.patch_namespaced_custom_object_status(*address, {"status": status})
-
-
-def test_jobs_end_with_a_reason_when_they_fail_are_deleted_or_nobody_answers(
-    scheduler: KubernetesScheduler, tmp_path: Path
-) -> None:
-    scheduler.executor.report_within_s = 3  # below what `check` lets pass
-    done = "Succeeded" if scheduler.executor.kind == "pytorchjob" else "Complete"
-    ids = [scheduler.submit(_job(tmp_path / name), []) for name in ("failed", "complete", "deleted", "silent")]
-    failed, complete, deleted, silent = ids
-    assert len(set(ids)) == 4
-    assert {state.phase for state in scheduler.states(ids).values()} == {Phase.WAITING}
-    _report(scheduler, failed, "Failed")
-    _report(scheduler, complete, done)
-    scheduler.cancel([deleted, deleted])
-
-    def ended() -> Any:
-        states = scheduler.states(ids)
-        return states if all(state.phase is Phase.ENDED for state in states.values()) else None
-
-    states = wait_for(ended)
-    assert states[failed].reason == "Tried: it is Failed"
-    assert states[complete].reason == f"Tried: it is {done}"
-    assert states[deleted].reason == "deleted"
-    assert "no controller has reported on it for 3 s" in states[silent].reason
-    assert (
-        yaml.safe_load((_job(tmp_path / "failed").folder / f"{failed}.yaml").read_text())["metadata"]["name"] == failed
-    )
-
-
 def test_a_field_that_trainer_2_2_lacks_is_refused_with_the_fix(kubeconfig: Path, tmp_path: Path) -> None:
     define(kubeconfig, "trainjob-2.2")
     settings = executor("trainjob-2.3", tmp_path, kubeconfig=str(kubeconfig))
     with pytest.raises(UpcycleError, match="termination_grace_s=0"):
         KubernetesScheduler(settings).check([_job(tmp_path)])
-
-
-def test_a_cluster_without_the_operator_is_refused(kubeconfig: Path, tmp_path: Path) -> None:
-    settings = executor("pytorchjob-1.9", tmp_path, kubeconfig=str(kubeconfig))
-    resource = resource_of(settings)
-    unknown = Resource("nowhere.org", *(resource.version, resource.plural, resource.kind, "", "It", {}))
-    with pytest.raises(UpcycleError, match=r"pytorchjobs\.nowhere\.org: got not known to the cluster"):
-        KubernetesApi(str(kubeconfig), "").create(unknown, manifests.manifest(settings, _job(tmp_path), "a"))
 
 
 def test_a_server_that_is_down_is_said_to_be(kubeconfig: Path, tmp_path: Path) -> None:
@@ -152,3 +99,66 @@ def test_a_server_that_is_down_is_said_to_be(kubeconfig: Path, tmp_path: Path) -
         KubernetesScheduler(executor("pytorchjob-1.9", tmp_path, kubeconfig=str(gone))).check([_job(tmp_path)])
     with pytest.raises(UpcycleError, match="credentials of the Kubernetes cluster"):
         KubernetesApi(str(tmp_path / "nothing"), "")
+
+
+@pytest.fixture
+def operator(kubeconfig: Path) -> Iterator[Operator]:
+    """What runs the commands of jobs of the newest definition."""
+    define(kubeconfig, "trainjob-2.3")
+    thread = Operator(kubeconfig)
+    thread.environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLOW_S": "2.0"}
+    thread.start()
+    yield thread
+    thread.stop()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("kubernetes"))
+
+
+class Run:
+    """The command."""
+
+    def __init__(self, inputs: Path, kubeconfig: Path, name: str, *words: str) -> None:
+        self.run_dir, self.log = inputs / name, inputs / f"{name}.txt"
+        script = inputs / "cluster.py"  # which the pods have to see
+        shutil.copy(ROOT / "tests/functional/tiny_pipeline.py", script)
+        executor = {
+            "image": "tests",
+            "claim": "runs",
+            "mount_path": inputs,
+            "python": sys.executable,
+            "kubeconfig": kubeconfig,
+            "report_within_s": 60,
+        }
+        command = [sys.executable, str(script), "--factory", f"tiny(inputs='{inputs}', dir='{self.run_dir}', nodes=2)"]
+        command += ["run.executor=kubernetes", *(f"run.executor.{name}={value}" for name, value in executor.items())]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen([*command, *words, "--yes"], env=environment, stdout=log, stderr=log)
+
+    def text(self) -> str:
+        """Return what it has written."""
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, found: Callable[[], object]) -> None:
+        """Wait for something while the command runs."""
+        wait_until(found, self.process, self.text)
+
+
+@pytest.mark.slow
+def test_a_chain_runs_and_a_training_goes_on_after_an_eviction(
+    inputs: Path, kubeconfig: Path, operator: Operator
+) -> None:
+    run = Run(inputs, kubeconfig, "whole")
+    metrics = run.run_dir / "pretrain/metrics.jsonl"
+    run.wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3)
+    operator.evict(read_json(run.run_dir / "jobs.json")["jobs"]["pretrain"])
+    assert run.process.wait(timeout=HANG_S) == 0, run.text()
+    assert all((run.run_dir / name / MARKER).is_file() for name in STAGES)
+    assert "[pretrain] stopped" in run.text()
+    assert run.text().count("[pretrain] submitted: ") == 2
+    other = Run(inputs, kubeconfig, "undisturbed", "--until", "pretrain")
+    assert other.process.wait(timeout=HANG_S) == 0, other.text()
+    assert training_result(run.run_dir / "pretrain") == training_result(other.run_dir / "pretrain")

@@ -32,7 +32,7 @@ class Launcher:
 
     def __init__(self, inputs: Path, *words: str, **variables: str) -> None:
         self.log = inputs / "console.txt"
-        factory = f"tiny(inputs='{inputs}', disturbed=True)"
+        factory = f"tiny(inputs='{inputs}')"
         self.command = [sys.executable, str(ROOT / "tests/functional/tiny_pipeline.py"), "--factory", factory, *words]
         environment = os.environ | {"NEMORUN_HOME": str(inputs / "home"), "PYTHONPATH": str(ROOT)} | variables
         with self.log.open("wb") as log:
@@ -97,27 +97,3 @@ def test_the_same_command_resumes_and_starts_nothing_after_a_failed_rank(inputs:
     assert launcher.text().endswith("RuntimeError: rank 1 met its fate\n")
     assert [name for name in ("dense_ct", "export", "evaluate", "report") if (inputs / "run" / name).exists()] == []
     assert processes_of(inputs) == []
-
-
-def test_other_executors_start_nothing_after_a_failed_stage(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One experiment a stage; NeMo-Run's own local executor stands for Docker and Kubernetes, which are not here."""
-    import nemo_run as run
-
-    from nemo_upcycle.errors import StageError
-    from nemo_upcycle.pipeline import run_here
-    from nemo_upcycle.pipeline.launch import jobs_of
-    from nemo_upcycle.pipeline.stages import STAGES, RunPlan
-    from nemo_upcycle.recipes import smollm2_135m_e8t2
-    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
-
-    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(run_here, "is_local", lambda executor: False)
-    recipe = dump_recipe(smollm2_135m_e8t2.pretrain_recipe())
-    plan = RunPlan("tiny", str(tmp_path / "absent"), "sotu", "demo", recipe, None)
-    plan.write(tmp_path / "run")
-    jobs = jobs_of(STAGES, tmp_path / "run", plan)
-    with pytest.raises(StageError, match="Stage 'import' did not finish"):
-        run_here.run_stages(jobs, tmp_path / "run", plan, run.LocalExecutor())
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"dense", "import", "pipeline.json"}

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.pipeline.chain import JOBS
-from nemo_upcycle.pipeline.stages import BY_NAME
-from nemo_upcycle.utils.files import in_use, write_json
-from tests.contract.mistakes import DEMO, SLURM
+from nemo_upcycle.utils.files import in_use
+from tests.contract.mistakes import DEMO
 from tests.distributed.ranks import run_ranks, server
 from tests.fifo import held_by_reader
 from tests.functional.tiny import SEQUENCE, SIZES, write_parent
@@ -65,31 +63,6 @@ def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Pat
     assert answer.status == 2, answer.text
     assert "work started from other inputs (stage import has other settings)" in answer.text
     assert answer.written == []
-
-
-def test_jobs_that_run_are_watched_whatever_space_is_left(files: Path, tmp_path: Path) -> None:
-    """A run that no disk holds; what stands for Slurm's commands takes jobs, and says that all of them run."""
-    programs, run_dir = tmp_path / "bin", tmp_path / "run"
-    answers = {
-        "sbatch": "",
-        "scontrol": "ClusterName = c",
-        "squeue": "".join(f"{number}|RUNNING|None|a|n1\n" for number in range(len(BY_NAME))),
-    }
-    for name, text in answers.items():
-        programs.mkdir(exist_ok=True)
-        (programs / name).write_text(f"#!/bin/bash\necho -n '{text}'\n")
-        (programs / name).chmod(0o755)
-    endless = ("trainer.max_steps=1000000000", "log.ckpt.every_n_train_steps=1", "log.ckpt.keep_last=1000000000")
-    command = [*_on_tiny_parent(files, run_dir), *SLURM.split(), *(f"pretrain.{word}" for word in endless)]
-    command += ["run.executor.shared_dir=true", "--detach"]
-    refused = _type(command, tmp_path, files, str(programs))
-    assert refused.status == 2, refused.text
-    assert f"disk space for {run_dir} in {tmp_path}: got " in refused.text
-    jobs = {name: str(number) for number, name in enumerate(BY_NAME)}
-    write_json(run_dir / JOBS, {"cluster": "Slurm, cluster c", "jobs": jobs})
-    watched = _type(command, tmp_path, files, str(programs))
-    assert watched.status == 0, watched.text
-    assert f"Submitted to the queue: {' '.join(jobs.values())}." in watched.text
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_plan(files: Path, tmp_path: Path) -> None:

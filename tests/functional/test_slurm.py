@@ -84,8 +84,8 @@ class Run:
         executor = self.run_dir.with_name(f"{self.run_dir.name}.yaml")
         values = {"partition": partition, "time": time_limit, "signal_s": signal_s, "ft": str(hang_detection).lower()}
         executor.write_text(EXECUTOR.format(root=ROOT, **values))
-        factory = f"tiny(inputs='{self.inputs}', dir='{self.run_dir}')"
-        script = str(ROOT / "tests/functional/slurm_cluster.py")
+        factory = f"tiny(inputs='{self.inputs}', dir='{self.run_dir}', nodes=2)"
+        script = str(ROOT / "tests/functional/tiny_pipeline.py")
         command = [sys.executable, script, "--factory", factory, f"run.executor={executor}", *words, "--yes"]
         disturb = {"SLOW_S": str(slow), "HUNG": str(self.run_dir / "hung") if hang else ""}
         environment = os.environ | {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(self.inputs / "home")} | disturb

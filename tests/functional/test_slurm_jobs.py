@@ -114,30 +114,3 @@ def test_jobs_start_from_within_an_allocation(run_dir: Path) -> None:
     inside = ["salloc", "--mem-per-cpu=100", "--ntasks=1", "bash", str(rendered / "submit.sh")]
     subprocess.run(inside, check=True, capture_output=True)
     wait_until(chain.done, said=lambda: str([path.read_text() for path in job.folder.glob("*.out")]), poll_s=0.5)
-
-
-def test_job_that_can_never_start_ends_the_chain_with_what_to_change(run_dir: Path) -> None:
-    set_partition = ["scontrol", "update", "PartitionName=low"]
-    subprocess.run([*set_partition, "MaxTime=1"], check=True)
-    try:
-        with pytest.raises(UnfinishedError) as caught:
-            finish(chain_of(run_dir, {"import": "{done}", "data": "{done}"}, stages={"data": {"partition": "low"}}))
-    finally:
-        subprocess.run([*set_partition, "MaxTime=INFINITE"], check=True)
-    assert "Stage 'data'" in str(caught.value)
-    assert "PartitionTimeLimit: lower `time`" in str(caught.value)
-
-
-def test_held_job_is_named_with_what_lets_it_go(run_dir: Path) -> None:
-    chain = chain_of(run_dir, {"import": "{done}"}, additional_parameters={"hold": True})
-    chain.submit()
-    (job,) = chain.ids.values()
-
-    def reason() -> str:
-        return chain.cluster.states([job])[job].reason
-
-    wait_until(lambda: "scontrol release" in reason(), said=reason, poll_s=0.5)
-    assert reason().startswith("JobHeldUser")
-    subprocess.run(["scontrol", "release", job], check=True)
-    with StopSignals() as stop:
-        assert chain.watch(stop)

@@ -44,19 +44,13 @@ def test_a_run_of_an_earlier_release_goes_on(
     recipe = load_recipe(plan.pretrain)
     recipe.trainer.max_steps = 6
     (run_dir / "import/_SUCCESS.json").write_text("{")
-    (run_dir / "upcycle/_SUCCESS.json").unlink()
     plan = replace(plan, pretrain=dump_recipe(recipe))
     check_started(run_dir, plan)
     monkeypatch.setattr(launch, "run_stages", _run_stages)
     launch.launch(HERE, run_dir, plan, launch.jobs_of(STAGES, run_dir, plan))
     said = capsys.readouterr().err
-    assert "[import] its marker was lost or damaged: made again from what the stage left, which is whole\n" in said
-    assert [name for name in (stage.name for stage in STAGES) if f"[{name}] done in" in said] == [
-        "pretrain",
-        "export",
-        "evaluate",
-        "report",
-    ]
+    ran = [stage.name for stage in STAGES if f"[{stage.name}] done in" in said]
+    assert ran == ["import", "pretrain", "export", "evaluate", "report"]
     assert "\nstep 5/6 " in said
     assert "\nstep 4/6 " not in said
     assert finished(run_dir, plan) == [stage.name for stage in STAGES]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from tests.models import (
     sample_tokens,
     write_exaone4,
     write_llama,
-    write_qwen3,
     write_smollm3,
     write_tokenizer,
 )
@@ -36,15 +34,14 @@ SCALING = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small parents with the constants of Llama 3.2 and Qwen3, tokenised texts, an evaluation."""
+    """Small parents with the constants of Llama 3.2 and of Qwen3's with experts, tokenised texts, an evaluation."""
     folder = tmp_path_factory.mktemp("inputs")
     scaling = SCALING | {"original_max_position_embeddings": 8192}
     both: dict[str, Any] = {"tied": True, "vocab_size": 259, "layers": LAYERS}
     llama = write_llama(folder / "llama", rope_theta=500000.0, rope_scaling=scaling, **both)
-    qwen3 = write_qwen3(folder / "qwen3", rope_theta=1e6, rms_norm_eps=1e-6, **both)
     grown = both | {"tied": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
     qwen3_moe = write_qwen3_moe(folder / "qwen3_moe", **grown)
-    for parent in (llama, qwen3, qwen3_moe):
+    for parent in (llama, qwen3_moe):
         write_tokenizer(parent)
     write_blend(folder / "blend", llama, texts=texts())
     (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
@@ -64,49 +61,6 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
 
 def _losses(folder: Path) -> list[float]:
     return [line["loss"] for line in _steps(folder)]
-
-
-def _train(parent: str, data: str, folder: str, recipe: Any, *, is_upcycled: bool = True) -> None:
-    """Train with a stock recipe, upcycled or as the dense baseline."""
-    import fiddle as fdl
-
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.recipes import upcycled
-    from nemo_upcycle.recipes.common import start_from
-    from nemo_upcycle.trainers.nemo.checks import check_recipe
-    from tests.functional.stock import SPEC
-
-    use_cpu_backend()
-    recipe = upcycled(recipe, parent, SPEC, data) if is_upcycled else start_from(recipe, parent, None, data)
-    recipe.log.explicit_log_dir = folder
-    check_recipe(recipe)
-    fdl.build(recipe)()
-
-
-def train_qwen3(parent: str, data: str, folder: str, *, is_upcycled: bool) -> None:
-    """Train with NeMo's recipe of Qwen3 0.6B."""
-    from nemo.collections import llm
-
-    from tests.functional.stock import cut
-
-    recipe = cut(llm.qwen3_600m.pretrain_recipe(), kv_channels=16, vocab_size=259)
-    _train(parent, data, folder, recipe, is_upcycled=is_upcycled)
-
-
-@pytest.mark.full
-def test_a_stock_qwen3_recipe_starts_at_its_parents_loss(inputs: Path) -> None:
-    losses = {}
-    for name in ("moe", "dense"):
-        train = partial(train_qwen3, is_upcycled=name == "moe")
-        folders = [str(inputs / folder) for folder in ("qwen3", "blend", name)]
-        run_ranks(train, 1, *folders, process_group=False)
-        losses[name] = _losses(inputs / name)
-    receipt = json.loads((inputs / "moe/receipt.json").read_text())
-    assert receipt["exact"] is True
-    assert receipt["bytes_read"] == receipt["bytes_needed"]
-    assert len(losses["moe"]) == len(losses["dense"]) == 3
-    assert losses["moe"][0] == pytest.approx(losses["dense"][0], rel=1e-5)
-    assert [len(line["expert_load"]) for line in _steps(inputs / "moe")] == [LAYERS] * 3
 
 
 def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:

@@ -1,4 +1,4 @@
-"""`nemo upcycle pipeline` with the demo's recipes cut down, as a script of a user's: what test_launch.py starts."""
+"""`nemo upcycle pipeline` with the demo's recipes cut down, as a script of a user's: what tests start as a process."""
 
 # No postponed annotations: NeMo-Run reads those of factories.
 
@@ -11,29 +11,47 @@ from lightning.pytorch.callbacks import Callback
 
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
+from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal
+from nemo_upcycle.trainers.nemo.watchers import hang_detection
+from tests.functional.runs import Hang
 from tests.functional.tiny import tiny_pipeline
 
 
 class Disturb(Callback):
-    """Fails, or goes on for good, in a step that a variable names; of this script, as a user's own callback may be."""
+    """Disturbs as variables say: a recipe that differed would be another run's.
+
+    It fails in step FAIL_AT, goes on for good in step HOLD_AT, takes SLOW_S seconds after each step, and hangs once in
+    the fifth where HUNG names a file.
+    """
+
+    def __init__(self) -> None:
+        self.hang = Hang(step=4, once=os.environ["HUNG"]) if os.environ.get("HUNG") else None
+
+    def on_train_batch_start(self, trainer, *arguments) -> None:
+        """Hang."""
+        if self.hang:
+            self.hang.on_train_batch_start(trainer, *arguments)
 
     def on_train_batch_end(self, trainer, *_) -> None:
-        """Look whether this is the step."""
+        """Fail, or wait."""
         step = str(trainer.global_step)
         if os.environ.get("FAIL_AT") == step and os.environ.get("RANK") == "1":
             raise RuntimeError("rank 1 met its fate")
+        time.sleep(float(os.environ.get("SLOW_S", "0")))
         while os.environ.get("HOLD_AT") == step:
             time.sleep(0.1)
 
 
 @run.cli.factory(target=pipeline, name="tiny")
-def tiny(inputs: str, ranks: int = 2, disturbed: bool = False) -> run.Partial:
-    """The chain on a tiny parent."""
-    moe = smollm2_135m_e8t2.pretrain_recipe(num_gpus_per_node=ranks, expert_parallelism=ranks)
-    dense_ct = smollm2_135m_dense_ct.pretrain_recipe(num_gpus_per_node=ranks)
-    if disturbed:
-        moe.trainer.callbacks.append(run.Config(Disturb))
-    return tiny_pipeline(Path(inputs), Path(inputs) / "run", moe, dense_ct)
+def tiny(inputs: str, dir: str = "", nodes: int = 1) -> run.Partial:
+    """The chain on a tiny parent and two ranks; on two nodes its training saves when it is told to stop."""
+    sizes = {"num_nodes": nodes, "num_gpus_per_node": 2 // nodes}
+    moe = smollm2_135m_e8t2.pretrain_recipe(**sizes, expert_parallelism=2)
+    moe.trainer.callbacks.append(run.Config(Disturb))
+    if nodes > 1:
+        moe.trainer.callbacks += [run.Config(hang_detection), run.Config(SaveOnSignal)]
+    run_dir = Path(dir or f"{inputs}/run")
+    return tiny_pipeline(Path(inputs), run_dir, moe, smollm2_135m_dense_ct.pretrain_recipe(**sizes))
 
 
 if __name__ == "__main__":

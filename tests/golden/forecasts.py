@@ -45,7 +45,7 @@ def forecast_path(recipe: str, cluster: str) -> Path:
 def forecast_text(recipe: str, cluster: str) -> str:
     """Return what a golden file should hold."""
     from nemo_upcycle import recipes
-    from nemo_upcycle.pipeline.forecast import render_forecast
+    from nemo_upcycle.pipeline.forecast.text import render_forecast
     from nemo_upcycle.recipes import common
 
     # The demo's recipes ask the machine for a GPU and for fast BF16; a forecast looks into its caches.
@@ -75,7 +75,6 @@ def forecast_of(
     run_dir: Path,
     cluster: Any = None,
     stages: Any = None,
-    executor: Any = None,
     typed: Any = None,
 ) -> Any:
     """Return the forecast of a chain.
@@ -85,14 +84,13 @@ def forecast_of(
         run_dir: the run's folder.
         cluster: where it runs; None: this machine.
         stages: a part of the chain.
-        executor: the user's, where it is no cluster's.
         typed: argument or setting -> value of what was typed.
     """
-    from nemo_upcycle.pipeline.forecast import forecast
+    from nemo_upcycle.pipeline.forecast.run import forecast
     from nemo_upcycle.pipeline.stages import STAGES
 
     stages, plan = stages or STAGES, plan_of(chain)
-    return forecast(stages, run_dir, plan, cluster, jobs_of_chain(chain, run_dir), executor, typed)
+    return forecast(stages, run_dir, plan, cluster, jobs_of_chain(chain, run_dir), typed)
 
 
 def jobs_of_chain(chain: Any, run_dir: Path) -> list[Any]:

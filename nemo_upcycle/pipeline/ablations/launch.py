@@ -3,7 +3,7 @@
 # No postponed annotations, and Optional[...]: NeMo-Run parses values by them.
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,8 +27,7 @@ from nemo_upcycle.utils.files import MARKER
 class AblateContext(PipelineContext):
     """The command line of `nemo upcycle ablate`."""
 
-    own: ClassVar[dict[str, str]] = {"--grid": "grid"}
-    options = ("--grid",)
+    options: ClassVar[Mapping[str, str]] = {"--grid": "grid"}
 
 
 @entrypoint(AblateContext)

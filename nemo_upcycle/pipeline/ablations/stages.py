@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from nemo_upcycle.pipeline.data_stage import data_files, data_folder_of, require_data
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
-from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, weights_in, whole_training
+from nemo_upcycle.pipeline.outputs import checkpoint_files, require_kept, weights_in
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan, required_training
 from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
 from nemo_upcycle.trainers.base import last_checkpoint
@@ -85,38 +85,26 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
                 (),
                 ("parent", "vocabulary", "data"),
                 content=_weights,
-                outputs=_untrained,
+                outputs=lambda run, _: require_kept(run / UNTRAINED / "hf", run),
             ),
             Stage("data", data_stage, (UNTRAINED,), ("data",), resumable=True, content=_tokens, outputs=_blend),
         )
     else:
         first = (
-            Stage("dense", import_stage, (), ("dense",), content=_weights, outputs=_dense),
+            Stage("dense", import_stage, (), ("dense",), content=_weights, outputs=_parent("dense")),
             Stage("data", data_stage, ("dense",), ("data",), resumable=True, content=_tokens, outputs=_blend),
         )
     if trains_parent:
         first += (
-            Stage(
-                "parent",
-                parent_stage,
-                (UNTRAINED, "data"),
-                ("parent", "parent" + STEPS),
-                parallel=True,
-                resumable=True,
-                content=lambda run, *_: checkpoint_files(run / "parent"),
-                whole=_whole("parent"),
-                outputs=lambda run, _: last_checkpoint(run / "parent"),
-            ),
+            _train("parent", parent_stage, (UNTRAINED, "data"), is_read=True),
             _export("dense", "parent"),
         )
     cells: list[Stage] = []
     for name in plan.cells:
         needs = (_start_of(plan, name), "data", "suite")
-        settings, is_parent = (name, name + STEPS), name in plan.parents.values()
-        stage = Stage(name, _training(name), needs, settings, parallel=True, resumable=True, whole=_whole(name))
-        cells.append(replace(stage, content=_saved(name), outputs=_checkpoint(name)) if is_parent else stage)
-        if is_parent:
-            cells.append(_export(_exported(name), name))
+        is_parent = name in plan.parents.values()
+        cells.append(_train(name, _training(name), needs, is_read=is_parent))
+        cells += [_export(_exported(name), name)] if is_parent else []
     return (
         *first,
         Stage(
@@ -152,10 +140,23 @@ def _export(name: str, trained: str) -> Stage:
         export_checkpoint(checkpoint, run_dir / UNTRAINED / "hf", folder, dtype=torch.float32)
         return {"folder": str(folder)}
 
-    def outputs(run_dir: Path, _: GridPlan) -> None:
-        require_kept(parent_folder(run_dir, name), run_dir)
+    return Stage(name, work, (trained,), (), reads=(UNTRAINED, trained), content=_weights, outputs=_parent(name))
 
-    return Stage(name, work, (trained,), (), reads=(UNTRAINED, trained), content=_weights, outputs=outputs)
+
+def _parent(name: str) -> Callable[[Path, GridPlan], None]:
+    return lambda run_dir, _: require_kept(parent_folder(run_dir, name), run_dir)
+
+
+def _train(name: str, work: Callable[[Path, Any], dict[str, Any]], after: tuple[str, ...], *, is_read: bool) -> Stage:
+    """Return the stage of a training; others know one whose checkpoint they read by its files."""
+    stage = Stage(name, work, after, (name, name + STEPS), parallel=True, resumable=True)
+    if not is_read:
+        return stage
+    return replace(
+        stage,
+        content=lambda run_dir, *_: checkpoint_files(run_dir / name),
+        outputs=lambda run_dir, _: last_checkpoint(run_dir / name),
+    )
 
 
 def _weights(_: Path, __: GridPlan, outputs: Mapping[str, Any]) -> list[Path]:
@@ -164,26 +165,6 @@ def _weights(_: Path, __: GridPlan, outputs: Mapping[str, Any]) -> list[Path]:
 
 def _tokens(run_dir: Path, plan: GridPlan, _: Mapping[str, Any]) -> list[Path]:
     return data_files(data_folder_of(run_dir, plan))
-
-
-def _whole(cell: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
-    return lambda run_dir, plan: whole_training(run_dir, plan, cell)
-
-
-def _saved(cell: str) -> Callable[[Path, GridPlan, Mapping[str, Any]], list[Path]]:
-    return lambda run_dir, *_: checkpoint_files(run_dir / cell)
-
-
-def _checkpoint(cell: str) -> Callable[[Path, GridPlan], object]:
-    return lambda run_dir, _: last_checkpoint(run_dir / cell)
-
-
-def _dense(run_dir: Path, _: GridPlan) -> None:
-    require_kept(parent_folder(run_dir, "dense"), run_dir)
-
-
-def _untrained(run_dir: Path, _: GridPlan) -> None:
-    require_kept(run_dir / UNTRAINED / "hf", run_dir)
 
 
 def _blend(run_dir: Path, plan: GridPlan) -> None:

@@ -73,10 +73,6 @@ class Cluster(ABC):
         """An identity that no other scheduler has, whose jobs may have the same ids."""
         return self.label
 
-    def python_of(self, stage: str) -> str:
-        """Return the interpreter of a stage, where it runs."""
-        return str(getattr(self.settings_for(stage), "python", "python"))
-
     @abstractmethod
     def check_settings(self, jobs: Sequence[Job]) -> None:
         """Check without the scheduler that the site's settings are complete and fit these jobs.
@@ -100,7 +96,11 @@ class Cluster(ABC):
     def masked(self) -> Self:
         """Return this scheduler with secrets hidden in what it renders, to be shown."""
         shown = copy.copy(self)
-        shown.executor = masked_executor(self.executor)
+        shown.executor = copy.copy(self.executor)
+        for name, value in _masked_settings(vars(self.executor)).items():
+            setattr(shown.executor, name, value)
+        if table := getattr(self.executor, "stages", None):
+            shown.executor.stages = {stage: settings | _masked_settings(settings) for stage, settings in table.items()}
         return shown
 
     def write(self, job: Job, folder: Path) -> list[Path]:
@@ -183,16 +183,6 @@ class Cluster(ABC):
     def settings_for(self, stage: str) -> Any:
         """Return the executor with the fields that its table of stages sets for one of them."""
         return dataclasses.replace(self.executor, **getattr(self.executor, "stages", {}).get(stage, {}))
-
-
-def masked_executor(executor: Any) -> Any:
-    """Return an executor with the secrets in its variables hidden, and in those of its stages."""
-    shown = copy.copy(executor)  # not made anew: an executor of others may ask its cluster
-    for name, value in _masked_settings(getattr(executor, "__dict__", {})).items():
-        setattr(shown, name, value)
-    if table := getattr(executor, "stages", None):
-        shown.stages = {stage: settings | _masked_settings(settings) for stage, settings in table.items()}
-    return shown
 
 
 def _masked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ def ft_command(
     python: str = "python",
     endpoint: str = "$MASTER_ADDR:$MASTER_PORT",
     job: str = "upcycle",
-    start_s: float = START_S,
     silence_s: float = SILENCE_S,
     save_s: float = SAVE_S,
     restarts: int = RESTARTS,
@@ -45,8 +44,7 @@ def ft_command(
         python: the interpreter that has nvidia-resiliency-ext.
         endpoint: host and port of the first node, for the launchers to meet; the default is for a shell to expand.
         job: an id that the launchers of one job share, and no other.
-        start_s: seconds until a rank's first sign of life.
-        silence_s: seconds between two.
+        silence_s: seconds between two signs of life of a rank.
         save_s: seconds to save a checkpoint after SIGTERM to the launcher; a scheduler must wait as long.
         restarts: number of restarts.
 
@@ -64,7 +62,7 @@ def ft_command(
         "max-restarts": restarts,
         "term-timeout": save_s,
         "workers-stop-timeout": RESTART_S,
-        "ft-initial-rank-heartbeat-timeout": start_s,
+        "ft-initial-rank-heartbeat-timeout": START_S,
         "ft-rank-heartbeat-timeout": silence_s,
     }
     launcher = (python, "-m", "nvidia_resiliency_ext.fault_tolerance.launcher", "--no-python")

@@ -91,8 +91,21 @@ class KubernetesScheduler(Cluster):
     def check(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check`: the claims, and a dry run of every job with all checks of the server."""
         self.check_settings(jobs)
+        api = self._connected()
         for job in jobs:
-            self._require_accepted(job, self.settings_for(job.name))
+            settings = self.settings_for(job.name)
+            api.get(resource_of(settings), settings.namespace, manifests.base_name(job))  # the right to look
+            document = self._manifest(job, f"{manifests.base_name(job)}-{_next_number(job)}")
+            with contextlib.suppress(TakenError):  # `submit` chooses another name
+                api.create(resource_of(settings), document, dry_run=True)
+            for claim in settings.mounts:
+                if api.lacks_claim(settings.namespace, claim):
+                    expected = f"a PersistentVolumeClaim of namespace {settings.namespace}"
+                    fix = "name one: kubectl get pvc"
+                    raise UpcycleError("run.executor.claim or volumes", got=claim, expected=expected, fix=fix)
+            if settings.queue and api.lacks_queue(settings.namespace, settings.queue):
+                expected, fix = f"a LocalQueue of namespace {settings.namespace}", "name one: kubectl get localqueues"
+                raise UpcycleError("run.executor.queue", got=settings.queue, expected=expected, fix=fix)
 
     def render(self, job: Job) -> dict[str, str]:
         """See `Cluster.render`: the manifest that the next `submit` sends."""
@@ -188,22 +201,6 @@ class KubernetesScheduler(Cluster):
             "image": settings.image,
         }
         return {name: str(value) for name, value in found.items() if value}
-
-    def _require_accepted(self, job: Job, settings: KubernetesExecutor) -> None:
-        """Ask the server."""
-        api = self._connected()
-        api.get(resource_of(settings), settings.namespace, manifests.base_name(job))  # the right to look
-        document = self._manifest(job, f"{manifests.base_name(job)}-{_next_number(job)}")
-        with contextlib.suppress(TakenError):  # `submit` chooses another name
-            api.create(resource_of(settings), document, dry_run=True)
-        for claim in settings.mounts:
-            if api.lacks_claim(settings.namespace, claim):
-                expected = f"a PersistentVolumeClaim of namespace {settings.namespace}"
-                fix = "name one: kubectl get pvc"
-                raise UpcycleError("run.executor.claim or volumes", got=claim, expected=expected, fix=fix)
-        if settings.queue and api.lacks_queue(settings.namespace, settings.queue):
-            expected, fix = f"a LocalQueue of namespace {settings.namespace}", "name one: kubectl get localqueues"
-            raise UpcycleError("run.executor.queue", got=settings.queue, expected=expected, fix=fix)
 
     def _connected(self) -> KubernetesApi:
         if self._api is None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -52,8 +52,6 @@ class StopSignals:
     """Record the first SIGINT or SIGTERM that arrives while the block runs; a loop that waits polls `signum`."""
 
     signum: int | None = None
-    #: Called when it arrives.
-    callback: Callable[[], object] | None = None
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -64,10 +62,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if not self.signum:
-            self.signum = signum
-            if self.callback:
-                self.callback()
+        self.signum = self.signum or signum
 
 
 def run_ranks(

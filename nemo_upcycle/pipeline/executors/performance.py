@@ -137,24 +137,6 @@ def settings_here(job: Job) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in os.environ}
 
 
-def lines_of(found: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Render the settings of trainings as lines of a table, for people.
-
-    Args:
-        found: stage -> its settings.
-    """
-    stages: dict[tuple[str, str], list[str]] = {}
-    for stage, settings in found.items():
-        for setting in settings.items():
-            stages.setdefault(setting, []).append(stage)
-    name_width = max((len(name) for name, _ in stages), default=0)
-    lines = []
-    for (name, value), names in stages.items():
-        where = "" if len(names) == len(found) else f"; {' and '.join(names)} only"
-        lines.append(f"{name:<{name_width}}  {value}{where}")
-    return lines
-
-
 def option_name(word: str) -> str:
     """Return the option that a word of srun sets or, as `--no-container-mount-home`, resets.
 

@@ -14,7 +14,7 @@ import yaml
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import performance
-from nemo_upcycle.pipeline.executors.base import Cluster
+from nemo_upcycle.pipeline.executors.base import Cluster, is_local
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.stages import BY_NAME
@@ -48,8 +48,21 @@ _OWN = {
 
 
 def cluster_for(executor: Any) -> Cluster | None:
-    """Return the scheduler of an executor; None for this machine and for the executors of others."""
-    return next((cluster(executor) for cluster in CLUSTERS if cluster.takes(executor)), None)
+    """Return the scheduler of an executor; None for this machine.
+
+    Raises:
+        UpcycleError: it is another executor of NeMo-Run's.
+    """
+    if is_local(executor):
+        return None
+    found = next((cluster for cluster in CLUSTERS if cluster.takes(executor)), None)
+    if found is None:
+        expected, fix = (
+            f"this machine, or one for {' or '.join(cluster.label for cluster in CLUSTERS)}",
+            "name another",
+        )
+        raise UpcycleError("run.executor", got=type(executor).__name__, expected=expected, fix=fix)
+    return found(executor)
 
 
 def executor_names() -> list[str]:

@@ -141,7 +141,7 @@ class SlurmScheduler(Cluster):
         return f"{self.label}, cluster {found[1]}"
 
     def python_of(self, stage: str) -> str:
-        """See `Cluster.python_of`: the container's, or this one, which the nodes find under the same path."""
+        """Return the interpreter of a stage: the container's, or this one, which nodes find under the same path."""
         mine = self.settings_for(stage)
         return getattr(mine, "python", None) or ("python" if mine.container_image else sys.executable)
 

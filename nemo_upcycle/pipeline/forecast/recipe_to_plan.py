@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.pipeline.executors.base import USUAL_CARD, asks_for_gpus, is_local
+from nemo_upcycle.pipeline.executors.base import USUAL_CARD, asks_for_gpus
 from nemo_upcycle.planning.hardware import Gpu, gpu_of_device, known_gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout
@@ -31,11 +31,11 @@ def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str
     """
     if accelerator == "cpu":
         return None, "the recipe trains on the CPU"
-    if is_local(executor) and torch.cuda.is_available():
+    if executor is None and torch.cuda.is_available():
         device = torch.cuda.get_device_name(0)
         gpu = gpu_of_device(device)
         return gpu, "of this machine" if gpu else f"the planner does not know {device}"
-    if is_local(executor) and accelerator == "auto":
+    if executor is None and accelerator == "auto":
         return None, "no GPU here"
     if accelerator == "auto" and not asks_for_gpus(resources):
         return None, "no GPU is asked for"

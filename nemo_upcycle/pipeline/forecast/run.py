@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from nemo_upcycle.data.dense import is_configuration
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.data_stage import data_folder_of
-from nemo_upcycle.pipeline.executors.base import Cluster, is_local
+from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.performance import settings_here
 from nemo_upcycle.pipeline.forecast.advice import advice_of
@@ -105,7 +104,6 @@ def forecast(
     plan: RunPlan,
     cluster: Cluster | None,
     jobs: Sequence[Job],
-    executor: Any = None,
     typed: Mapping[str, str] | None = None,
 ) -> Forecast:
     """Forecast a run: its stages, memory, time, cost and disk. Write nothing, ask no cluster or network.
@@ -114,18 +112,17 @@ def forecast(
         stages: the part of the chain that was asked for.
         run_dir: the run's folder; need not exist.
         plan: what the stages are given, checked.
-        cluster: where the stages run; None: this machine, or `executor`. Its executor may have a
-            `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
+        cluster: where the stages run; None: this machine. Its executor may have a `price_per_gpu_hour`, and a `card`
+            as in `nemo-upcycle plan --gpu`.
         jobs: those of the stages.
-        executor: the user's, where it has no scheduler of this package.
         typed: argument or setting -> value of all that was typed.
 
     Example:
         >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs)))  # doctest: +SKIP
     """
-    executor = cluster.executor if cluster else executor
+    executor = cluster.executor if cluster else None
     by_name, facts = {job.name: job for job in jobs}, plan.facts
-    stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, by_name, executor)
+    stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, by_name)
     trained = [stage for stage in stage_forecasts if stage.name in facts]
     trainings = {
         stage.name: forecast_training(known, stage, executor) for stage in trained if (known := facts[stage.name])
@@ -135,8 +132,7 @@ def forecast(
     disk = forecast_disk(
         run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back, is_here=cluster is None
     )
-    here = settings_here if is_local(executor) else lambda _: {}
-    performance_of = cluster.performance if cluster else here
+    performance_of = cluster.performance if cluster else settings_here
     performance = {stage.name: performance_of(by_name[stage.name]) for stage in trained}
     running = [stage for stage, found in zip(stages, stage_forecasts, strict=True) if found.runs]
     network = forecast_network(running, plan, cluster, by_name, facts)

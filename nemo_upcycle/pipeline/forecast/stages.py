@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
-from nemo_upcycle.pipeline.executors.base import Cluster, is_local
+from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.jobs import Job, SaveLimit
 from nemo_upcycle.pipeline.markers import CONTENT, changed_inputs
-from nemo_upcycle.pipeline.plan import ADOPTED, Stage
+from nemo_upcycle.pipeline.plan import Stage
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
@@ -20,8 +19,6 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 THIS_MACHINE, NO_EXECUTOR = "this machine", "no executor named"
 #: Why a stage runs that nothing is known of.
 NOT_RUN = "not run yet"
-#: What executors of NeMo-Run call the GPUs that they ask for.
-_GPUS = "gpus_per_node"
 
 
 class State(Enum):
@@ -86,7 +83,6 @@ def forecast_stages(
     plan: RunPlan,
     cluster: Cluster | None,
     jobs: Mapping[str, Job],
-    executor: Any = None,
 ) -> tuple[StageForecast, ...]:
     """Forecast what will happen to each stage.
 
@@ -94,22 +90,19 @@ def forecast_stages(
         stages: a part of the chain, in its order; the stages before it are done.
         run_dir: the run's folder; need not exist.
         plan: plan of the run.
-        cluster: the scheduler; None for this machine, or an executor without a scheduler of this package.
+        cluster: the scheduler; None for this machine.
         jobs: stage -> its job.
-        executor: the user's executor.
     """
     findings: dict[str, Finding] = {}
     for stage in stages:
         findings[stage.name] = find(stage, run_dir, plan, findings)
-    return tuple(_stage_forecast(findings[stage.name], jobs[stage.name], cluster, executor) for stage in stages)
+    return tuple(_stage_forecast(findings[stage.name], jobs[stage.name], cluster) for stage in stages)
 
 
-def _stage_forecast(finding: Finding, job: Job, cluster: Cluster | None, executor: Any) -> StageForecast:
+def _stage_forecast(finding: Finding, job: Job, cluster: Cluster | None) -> StageForecast:
     if cluster is None:
         here = THIS_MACHINE if job.nodes == 1 else NO_EXECUTOR
-        name = here if is_local(executor) else type(executor).__name__
-        resources = {_GPUS: str(gpus)} if (gpus := getattr(executor, _GPUS, None)) else {}
-        return StageForecast(job.name, finding, name, job.nodes, job.ranks_per_node, resources)
+        return StageForecast(job.name, finding, here, job.nodes, job.ranks_per_node)
     return StageForecast(
         name=job.name,
         finding=finding,
@@ -141,8 +134,6 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
         )
         return Finding(State.DONE, f"finished before, from the same inputs{unless}")
     started = folder.started_from()
-    if stage.left_whole(run_dir, plan) is not None:
-        return Finding(State.DONE, f"its marker is lost or damaged: {ADOPTED}")
     if stage.resumable and started is not None:
         if not stage.parallel:
             return Finding(State.RESUME, "stopped before it finished; continues with what it left")

@@ -8,7 +8,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
-from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
+from nemo_upcycle.pipeline.executors.performance import TABLE
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast
 from nemo_upcycle.pipeline.forecast.run import RECIPE, Forecast
@@ -48,7 +48,7 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk, verbose=verbose)),
         ("Network", _network_lines(forecast.network, verbose=verbose)),
         ("Settings", in_columns([[one.name, *([one.origin] if verbose else []), one.value] for one in settings])),
-        (f"Performance settings by {TABLE}", lines_of(forecast.performance) if verbose else ()),
+        (f"Performance settings by {TABLE}", _performance_lines(forecast.performance) if verbose else ()),
         ("Warnings", _listed(forecast.warnings)),
         ("It would not start:", _listed(forecast.problems)),
         ("It would not fit:", _listed(forecast.misfits)),
@@ -210,6 +210,17 @@ def _disk_lines(disk: DiskForecast, *, verbose: bool) -> Iterator[str]:
     free = "not known what is" if disk.free_bytes is None else size_text(disk.free_bytes)
     verdict = "" if disk.free_bytes is None else ": fits" if disk.fits else ": DOES NOT FIT"
     yield f"{size_text(disk.needed_bytes)} at one moment at most{most}, {free} free{verdict}"
+
+
+def _performance_lines(found: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return NVIDIA's settings of the trainings, by stage, in a line each."""
+    stages: dict[tuple[str, str], list[str]] = {}
+    for stage, settings in found.items():
+        for setting in settings.items():
+            stages.setdefault(setting, []).append(stage)
+    only = {len(found): ""}
+    rows = [[name, value + only.get(len(own), f"; {' and '.join(own)} only")] for (name, value), own in stages.items()]
+    return in_columns(rows)
 
 
 def _network_lines(network: NetworkForecast, *, verbose: bool) -> Iterator[str]:

@@ -180,8 +180,8 @@ def time_limit_s(text: str) -> float | None:
     """Return the seconds of a time limit as Slurm writes it, or as a number of seconds with an s; None for others.
 
     Example:
-        >>> time_limit_s("4:00:00"), time_limit_s("1-12"), time_limit_s("90"), time_limit_s("3600s")
-        (14400.0, 129600.0, 5400.0, 3600.0)
+        >>> [time_limit_s(text) for text in ("4:00:00", "1-12", "1-12:30", "90", "30:15", "3600s", "infinite")]
+        [14400.0, 129600.0, 131400.0, 5400.0, 1815.0, 3600.0, None]
     """
     if re.fullmatch(r"\d+ ?s", text):
         return float(text.rstrip(" s"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt, equivalence_of, read_receipt, spec_of
+from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt, read_receipt, spec_of
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json, write_json
 
@@ -52,7 +52,6 @@ def test_a_receipt_says_of_the_spec_what_is_not_the_default_or_all_of_it(tmp_pat
 def test_a_receipt_of_a_newer_release_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "receipt.json"
     _receipt(1).write(path)
-    assert equivalence_of(read_receipt(path)) == {}
     write_json(path, read_json(path) | {"schema": 2})
     with pytest.raises(UpcycleError) as refused:
         read_receipt(path)

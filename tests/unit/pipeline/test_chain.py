@@ -14,7 +14,6 @@ import pytest
 from nemo_upcycle.errors import UnfinishedError, UpcycleError
 from nemo_upcycle.pipeline import chain as chain_module
 from nemo_upcycle.pipeline.chain import Chain, recorded_jobs
-from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.base import Cluster, UnreachableError
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
@@ -276,14 +275,3 @@ def test_job_that_no_controller_takes_up_ends_the_chain_and_is_taken_back(tmp_pa
     with pytest.raises(UnfinishedError, match=r"cannot start \(no controller has reported"):
         watch(chain_of(tmp_path, {"a": "true"}, cluster=cluster))
     assert api.jobs == {}
-
-
-@pytest.mark.parametrize(("error", "status"), [(UnfinishedError("failed"), 1), (UpcycleError("no such dir"), 2)])
-def test_command_tells_a_failed_stage_from_a_mistake(error: UpcycleError, status: int) -> None:
-    class Context(PipelineContext):
-        def arguments(self, words: list[str]) -> list[str]:
-            raise error
-
-    with pytest.raises(SystemExit) as caught:
-        Context(name="pipeline").cli_execute(None, [])
-    assert caught.value.code == status

@@ -7,18 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.pipeline.data_stage import _seq_length, require_data
-from nemo_upcycle.pipeline.markers import sha256
+from nemo_upcycle.pipeline.data_stage import require_data
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.trainers.base import TrainingSettings
 from tests.blends import set_manifest, write_blend
 from tests.functional.tiny import write_parent
-
-
-def test_sequences_are_as_long_as_the_settings_say_and_no_recipe_is_loaded() -> None:
-    plan = RunPlan("tiny", "", "", "demo", "no recipe", None)
-    plan._known[sha256("no recipe")] = TrainingSettings({"data.seq_length": "64"}, 1, {}, {})
-    assert _seq_length(plan, Path()) == 64
 
 
 def test_run_goes_on_with_its_data_and_says_which_files_changed_since(

@@ -128,6 +128,9 @@ def test_a_users_own_slurm_executor_is_taken_as_it_is() -> None:
     assert "#SBATCH --time=01:00:00\n" in script
     assert "module load cuda" in script
     assert cluster_for(run.LocalExecutor()) is None
+    with pytest.raises(UpcycleError) as refused:
+        cluster_for(type("SkypilotExecutor", (), {})())
+    assert (refused.value.subject, refused.value.got) == ("run.executor", "SkypilotExecutor")
 
 
 def data(run_dir: Path = Path("/shared/run")) -> Job:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.pipeline.forecast import render_forecast
 from nemo_upcycle.pipeline.forecast.stages import State
+from nemo_upcycle.pipeline.forecast.text import render_forecast
 from nemo_upcycle.pipeline.stages import BY_NAME
 from nemo_upcycle.utils.files import MARKER
 from tests.golden.forecasts import forecast_of, plan_of

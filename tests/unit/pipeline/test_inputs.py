@@ -6,20 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data.chat.config import is_chat
 from nemo_upcycle.data.network import run_needs
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.checks import check_asked, check_data
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.launch import absolute_argument
 from tests.chats import sums, write_lines
-
-
-def test_conversations_are_told_by_their_name_and_yaml_files_by_their_keys(tmp_path: Path) -> None:
-    (tmp_path / "chat.yaml").write_text("files: [a.jsonl]")
-    (tmp_path / "texts.yaml").write_text("sources: {a: {train: [a.txt]}}")
-    assert all(is_chat(data) for data in ("chatterbot", "mine.jsonl", f"{tmp_path}/chat.yaml"))
-    assert not any(is_chat(data) for data in ("sotu", "nowhere.yaml", f"{tmp_path}/texts.yaml"))
 
 
 @pytest.mark.parametrize(("data", "suite"), [("chatterbot", "demo"), ("sotu", "answers")])
@@ -45,10 +37,12 @@ def test_a_plan_reads_conversations_where_they_lie(tmp_path: Path, monkeypatch: 
     assert (chat.blend, texts.chat) == (None, None)
     assert chat.chat is not None
     assert texts.blend is not None
+    (tmp_path / "chat.yaml").write_text("files: [a.jsonl]")
+    (tmp_path / "texts.yaml").write_text("sources: {a: {train: [a.txt]}}")
+    assert [Inputs("dense", f"{tmp_path}/{name}.yaml", "").reads_chat for name in ("chat", "texts")] == [True, False]
 
 
 def test_the_demos_conversations_are_fetched_beforehand() -> None:
     needs = {need.what: need for need in run_needs("", "chatterbot", "answers")}
     assert needs["conversations chatterbot"].inputs == ("data",)
-    assert needs["conversations chatterbot"].place == "PyPI (chatterbot-corpus==1.3.3)"
     assert "questions mmlu" in needs

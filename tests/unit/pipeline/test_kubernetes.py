@@ -215,6 +215,10 @@ def test_a_claim_or_queue_that_the_cluster_lacks_is_refused(lacking: str, tmp_pa
         scheduler.check([_job(tmp_path)])
 
 
+#: However long: it is no silence of the controllers.
+SUSPENDED = JobState(Phase.WAITING, "suspended: its queue has not admitted it, or somebody holds it")
+
+
 def _status(*conditions: str, **fields: Any) -> dict[str, Any]:
     true = [{"type": name, "status": "True", "reason": "Because", "message": "of this"} for name in conditions]
     return {"status": {"conditions": true, **fields}}
@@ -231,21 +235,13 @@ def _status(*conditions: str, **fields: Any) -> dict[str, Any]:
         (_status("Created", "Running"), JobState(Phase.RUNNING)),
         (_status("Created", "Restarting"), JobState(Phase.WAITING, "Because: of this")),
         (_status("Created"), JobState(Phase.WAITING)),
+        *(({"spec": spec}, SUSPENDED) for spec in ({"suspend": True}, {"runPolicy": {"suspend": True}})),
         ({"status": {"jobsStatus": [{"name": "node", "active": 1, "ready": 0}]}}, JobState(Phase.WAITING)),
         ({"status": {"jobsStatus": [{"name": "node", "active": 1, "ready": 1}]}}, JobState(Phase.RUNNING)),
     ],
 )
 def test_states_are_what_the_controllers_report(found: dict[str, Any], expected: JobState | None) -> None:
     assert reported_state(found) == expected
-
-
-@pytest.mark.parametrize("spec", [{"suspend": True}, {"runPolicy": {"suspend": True}}])
-def test_a_job_that_its_queue_holds_waits_however_long(spec: dict[str, Any], tmp_path: Path) -> None:
-    scheduler, api = _scheduler(tmp_path, report_within_s=0)
-    api.jobs["a"] = {"spec": spec}
-    state = scheduler.states(["a"])["a"]
-    assert state.phase is Phase.WAITING
-    assert "suspended" in state.reason
 
 
 def test_deleted_and_silent_jobs_have_ended_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nemo_run as run
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from nemo_upcycle.pipeline import run_here
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
+from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from tests.unit.pipeline.test_local import processes_of
 from tests.waiting import wait_until
 
@@ -191,15 +193,34 @@ def test_a_mistake_keeps_its_status_and_a_killed_stage_is_said_to_be_killed(
     assert words in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("at_once", "is_here", "words"), [(0, True, "got 0"), (2, False, "a scheduler starts")])
-def test_at_once_is_refused_where_it_cannot_be(at_once: int, is_here: bool, words: str) -> None:
-    with pytest.raises(UpcycleError, match=words):
+@pytest.mark.parametrize(
+    ("at_once", "is_here", "has_gpus", "got"),
+    [(0, True, False, 0), (2, False, False, "2 with an executor"), (2, True, True, "2 on GPUs")],
+)
+def test_at_once_is_refused_where_it_cannot_be(
+    at_once: int, is_here: bool, has_gpus: bool, got: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpus)
+    with pytest.raises(UpcycleError) as refused:
         run_here.check_at_once(at_once, is_here=is_here)
+    assert refused.value.got == got
     run_here.check_at_once(1, is_here=is_here)
 
 
-def test_trainings_do_not_share_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_here.check_at_once(2, is_here=True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UpcycleError, match="would share the GPUs"):
-        run_here.check_at_once(2, is_here=True)
+def test_threads_are_the_users_or_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert run_here.variables_for(1, None) == {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    assert run_here.variables_for(10_000, None) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert run_here.variables_for(2, None) == {"OMP_NUM_THREADS": "3"}
+    mine = run.LocalExecutor(env_vars={"OMP_NUM_THREADS": "5", "MINE": "1"})
+    assert run_here.variables_for(2, mine) == {"OMP_NUM_THREADS": "5", "MINE": "1"}
+
+
+def test_a_stage_that_ended_just_before_the_signal_counts_as_finished(tmp_path: Path) -> None:
+    plan, stage = RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", "", None), STAGES[0]
+    folder = stage.folder(tmp_path, plan)
+    folder.path.mkdir()
+    folder.finish(stage.inputs(tmp_path, plan), 1.0, {})
+    text = run_here.stopped(signal.SIGTERM, [stage], tmp_path, plan)
+    assert f"Stopped by SIGTERM in stage 'import'. Kept in {tmp_path}: finished stages: import.\n" in text

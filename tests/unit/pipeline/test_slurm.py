@@ -15,7 +15,7 @@ from nemo_upcycle.pipeline.executors.base import UnreachableError
 from nemo_upcycle.pipeline.executors.jobs import Job, Phase
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_script import in_vain, missing_mounts
-from nemo_upcycle.pipeline.launch import jobs_of, render_jobs
+from nemo_upcycle.pipeline.launch import jobs_of
 from nemo_upcycle.pipeline.stages import BY_NAME, RunPlan
 from tests.unit.pipeline.test_executors import SITE, built, data, script_of, training, write_commands
 
@@ -86,19 +86,24 @@ def test_inputs_that_only_this_machine_sees_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(slurm, "filesystem_type", lambda path: "ext4")
     with pytest.raises(UpcycleError, match=f"^dir {tmp_path}: got a file system of type ext4"):
         cluster.check([Job("data", tmp_path, ("python",))])
+    SlurmScheduler(built(*SITE, "shared_dir=true")).check([Job("data", tmp_path, ("python",))])
 
 
 @pytest.mark.parametrize(
-    ("image", "of_stage", "pretrain", "data_stage"),
-    [("null", "nemo", "python", sys.executable), ("nemo", "null", sys.executable, "python")],
+    ("words", "pretrain", "data_stage"),
+    [
+        (["container_image=null", "stages.pretrain.container_image=nemo"], "python", sys.executable),
+        (["container_image=nemo", "stages.pretrain.container_image=null"], sys.executable, "python"),
+        (["container_image=nemo", "python=/opt/bin/python", "stages.data.python=py3"], "/opt/bin/python", "py3"),
+    ],
 )
-def test_interpreter_is_that_of_the_stages_own_container(
-    image: str, of_stage: str, pretrain: str, data_stage: str
+def test_interpreter_is_that_of_the_stages_own_container_or_the_one_that_is_named(
+    words: list[str], pretrain: str, data_stage: str
 ) -> None:
-    words = [f"container_image={image}", f"stages.pretrain.container_image={of_stage}"]
     for job, python in ((training(), pretrain), (data(), data_stage)):
-        for more in ((), ("stages.pretrain.hang_detection=true",)):
-            assert f" {python} -m nemo_upcycle.pipeline {job.name} " in script_of(job, *words, *more)
+        assert f" {python} -m nemo_upcycle.pipeline {job.name} " in script_of(job, *words)
+    launched = script_of(training(), *words, "stages.pretrain.hang_detection=true")
+    assert launched.count(f" {pretrain} -m ") == 2  # of ft_launcher, too
 
 
 def test_container_sees_what_a_blend_and_a_suite_name(tmp_path: Path) -> None:
@@ -128,13 +133,6 @@ def test_image_does_not_win_over_what_the_job_sets() -> None:
     named = script_of(data(), "container_image=nemo", "env_vars={'B': '1'}", "container_env=[A]")
     assert " --container-env A,HF_HUB_CACHE,B " in named
     assert "container-env" not in script_of(data(), "container_image=null", "env_vars={'B': '1'}")
-
-
-def test_interpreter_of_a_container_can_be_named_for_all_stages_or_one() -> None:
-    words = ["container_image=nemo", "python=/opt/venv/bin/python", "stages.data.python=python3"]
-    assert " python3 -m nemo_upcycle.pipeline data " in script_of(data(), *words)
-    launched = script_of(training(), *words, "stages.pretrain.hang_detection=true")
-    assert launched.count(" /opt/venv/bin/python -m ") == 2  # of ft_launcher, too
 
 
 def test_job_submitted_from_within_an_allocation_is_no_part_of_it(
@@ -259,10 +257,3 @@ def test_script_with_a_secret_is_its_owners_alone_and_is_shown_without_it(tmp_pa
         shown = cluster.masked().render(data(tmp_path))["data.sh"]
         assert not any(secret in shown for secret in secrets)
     assert 'export HF_HOME="/hf"' in SlurmScheduler(built(*SITE, SECRET)).masked().render(data())["data.sh"]
-
-
-def test_rendered_files_with_a_secret_are_their_owners_alone(tmp_path: Path) -> None:
-    plan = RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", "", None)
-    render_jobs([data(tmp_path)], SlurmScheduler(built(*SITE, SECRET)), plan, tmp_path / "rendered")
-    assert (tmp_path / "rendered/data.sh").stat().st_mode & 0o077 == 0
-    assert (tmp_path / "rendered/submit.sh").stat().st_mode & 0o044
