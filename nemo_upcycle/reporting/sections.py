@@ -54,7 +54,6 @@ def training(results: dict[str, Any]) -> str:
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
         _changes(stages),
         "![loss over FLOPs](loss_flops.png)" if "loss_flops" in results["figures"] else "",
-        "![tokens per second and memory](speed.png)",
         sources(*files),
     )
 

@@ -159,17 +159,16 @@ def test_arms_of_other_lengths_are_compared_at_their_ends_alone_where_the_learni
     assert row.split(" | ")[2:4] == ["400", "800"]
 
 
-def test_arms_of_one_length_and_schedule_are_compared_on_their_way(run_dir: Path) -> None:
-    values = compared(run_dir, falling_grid({}))
-    found = values["differences"]["moe"]
-    assert tokens_of(found["along"]) == [0, 100, 200, 400, 800]
+@pytest.mark.parametrize(
+    ("schedule", "points"), [("lr=1, cosine", [0, 100, 200, 400, 800]), ("lr=2, cosine", [0, 800])]
+)
+def test_arms_of_one_length_and_schedule_are_compared_on_their_way(
+    run_dir: Path, schedule: str, points: list[int]
+) -> None:
+    found = compared(run_dir, falling_grid({}, moe=schedule))["differences"]["moe"]
+    assert tokens_of(found["along"]) == points
+    assert found["end"]["difference"] == pytest.approx(-0.1)
     assert found["equal_flops"] is None  # 400 tokens are the middle of one, 800 the end of the other
-
-
-def test_arms_of_another_schedule_are_compared_at_their_ends_alone(run_dir: Path) -> None:
-    values = compared(run_dir, falling_grid({}, moe="lr=2, cosine"))
-    assert tokens_of(values["differences"]["moe"]["along"]) == [0, 800]
-    assert values["differences"]["moe"]["end"]["difference"] == pytest.approx(-0.1)
 
 
 def test_a_training_within_two_percent_of_its_reference_costs_the_same(run_dir: Path) -> None:
@@ -222,12 +221,9 @@ def test_an_arm_without_a_score_at_its_end_is_named(run_dir: Path) -> None:
     (run_dir / "moe-seed2/evaluation/step=8.json").unlink()
     with pytest.raises(UpcycleError, match="arm moe: got no score at its last step"):
         rendered(run_dir)
-
-
-def test_an_arm_without_a_score_at_its_start_is_named(run_dir: Path) -> None:
     for seed in (1, 2):
-        (run_dir / f"moe-seed{seed}/evaluation/step=0.json").unlink()
-    with pytest.raises(UpcycleError, match="arm moe: got no score at its first step"):
+        (run_dir / f"dense-seed{seed}/evaluation/step=0.json").unlink()
+    with pytest.raises(UpcycleError, match="arm dense: got no score at its first step"):
         rendered(run_dir)
 
 
@@ -267,13 +263,6 @@ def test_share_of_held_out_text_in_the_training_text_of_a_grid_is_in_its_table(r
     assert json.loads((run_dir / "table/table.json").read_text())["heldout_overlap"] == overlap
 
 
-def test_the_folder_of_a_grid_gets_its_table_again(run_dir: Path) -> None:
-    (run_dir / "grid.json").write_text(json.dumps({"name": "mine", "described": described()}))
-    path = write_grid(run_dir)
-    assert path == run_dir / "table/table.md"
-    assert path.read_text() == rendered(run_dir)
-
-
 def test_a_grid_that_was_stopped_gets_the_table_of_what_is_finished(run_dir: Path) -> None:
     (run_dir / "grid.json").write_text(json.dumps({"name": "mine", "described": described()}))
     for cell in ("st-seed1", "st-seed2", "moe-seed2"):
@@ -286,11 +275,6 @@ def test_a_grid_that_was_stopped_gets_the_table_of_what_is_finished(run_dir: Pat
         marker.unlink()
     with pytest.raises(UpcycleError, match="got no finished training"):
         write_grid(run_dir)
-
-
-def test_no_number_of_the_table_changes_in_json(run_dir: Path) -> None:
-    found = compared(run_dir, described())
-    assert json.loads(json.dumps(found)) == found
 
 
 def test_a_page_without_a_place_for_the_table_is_refused(run_dir: Path) -> None:
