@@ -199,14 +199,6 @@ def test_a_step_that_two_arms_scored_with_other_seeds_is_left_out(run_dir: Path)
     assert tokens_of(values["differences"]["moe"]["along"]) == [0, 100, 400, 800]
 
 
-def test_all_arms_that_came_so_far_are_ranked(values: dict[str, Any]) -> None:
-    (shorter,) = values["rankings"]  # two arms are not ranked: their difference is above
-    assert (shorter["tokens"], [entry["arm"] for entry in shorter["arms"]]) == (400, ["moe", "st", "dense"])
-    assert shorter["arms"][0]["to_best"] is None
-    assert shorter["arms"][2]["to_best"]["difference"] == pytest.approx(0.1)
-    assert shorter["arms"][2]["to_best"]["verdict"] == "worse"
-
-
 def test_the_table_has_every_section(run_dir: Path) -> None:
     text = rendered(run_dir)
     for title in ("Arms", "Differences", "By source"):
@@ -300,19 +292,9 @@ def test_evaluations_of_other_documents_are_named(run_dir: Path) -> None:
         write_table(run_dir, "mine", described())
 
 
-def test_arms_are_ranked_with_those_of_their_parent_alone() -> None:
-    evidence = parents_evidence()
-    for name, cell in evidence["described"]["cells"].items():
-        if cell["arm"].endswith("_610"):  # as if trained from the first parent, too
-            evidence["described"]["cells"][name] = cell | {"parent": "dense_from_nothing-305"}
-    rankings = compare_arms(arms_of(evidence), evidence["described"])["rankings"]
-    assert [(ranking["parent"], len(ranking["arms"])) for ranking in rankings] == [("dense_from_nothing-305", 4)]
-
-
-def test_what_is_of_one_seed_is_not_ranked_and_gets_no_verdict(run_dir: Path) -> None:
+def test_what_is_of_one_seed_gets_no_verdict(run_dir: Path) -> None:
     (run_dir / "st-seed2/evaluation/step=4.json").unlink()
     values = compared(run_dir, described())
-    assert values["rankings"] == []
     assert values["differences"]["st"]["end"]["verdict"] == "one seed"
     assert values["tests"]["end"] == 1
     text = render_table({"grid": "mine", "about": "", **values})
