@@ -145,7 +145,7 @@ def load_figure(curve: Curve) -> Figure | None:
     columns = averaged([busiest(line["expert_load"]) for line in steps])
     busiest_of_layers = np.ma.masked_equal(columns.T, 0)  # 0: a layer without experts
     figure = Figure(figsize=(_WIDE_IN, 3.5), layout="constrained")
-    axes = figure.subplots()
+    axes: Any = figure.subplots()
     extent = (steps[0]["step"] - 0.5, steps[-1]["step"] + 0.5, len(busiest_of_layers) - 0.5, -0.5)
     image = axes.imshow(busiest_of_layers, vmin=1, cmap="viridis", aspect="auto", interpolation="none", extent=extent)
     axes.xaxis.get_major_locator().set_params(integer=True)
