@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -137,6 +139,22 @@ def file_size(text: str) -> int:
 
 
 def show(args: argparse.Namespace, answer: dict[str, Any], text: str) -> None:
-    """Write a command's answer to stdout, for people or as JSON."""
+    """Write a command's answer to stdout, for people or as JSON; a reader that wants no more (`| head`) is no error.
+
+    Raises:
+        UpcycleError: it cannot be written, and the command made nothing else.
+    """
     as_json = json.dumps(answer, indent=2, default=str, allow_nan=False)
-    sys.stdout.write((as_json if args.json else text.rstrip()) + "\n")
+    try:
+        sys.stdout.write((as_json if args.json else text.rstrip()) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left as it ends
+        if error.errno == errno.EPIPE:
+            return
+        done = f"; what the command made in {args.output} is whole" if "output" in args else ""
+        fix = f"write the answer elsewhere{done}"
+        problem = UpcycleError("standard output", got=error.strerror, expected="room", fix=fix)
+        if not done:
+            raise problem from None
+        sys.stderr.write(f"error: {problem}\n")

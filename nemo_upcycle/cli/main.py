@@ -97,65 +97,22 @@ def _examples(text: str) -> list[str]:
     return [line.split("    ")[0] for line in lines]
 
 
-class _ForgivingFile(io.RawIOBase):
-    """A file that keeps its first error in place of raising it, and drops what comes after."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                return os.write(self._descriptor, data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-
-def _output_problem(raw: _ForgivingFile | None) -> str | None:
-    """Return why not all could be written; None if it could, and for a reader that wants no more (`| head`)."""
-    sys.stdout.flush()
-    error = raw.error if raw else None
-    return error.strerror if error and error.errno != errno.EPIPE else None
-
-
-def _take_output() -> _ForgivingFile | None:
-    """Prepare the streams: closed ones, readers that go, full disks, and characters that the terminal lacks.
-
-    Returns:
-        The file of the standard output; None where another program has taken that.
-    """
-    output = None
+def _prepare_streams() -> None:
+    """Give closed streams a place to write, and escape characters that the terminal lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif stream is getattr(sys, f"__{name}__"):
-            raw = _ForgivingFile(stream.fileno())
-            buffer: Any = io.BufferedWriter(raw)
-            line = stream.line_buffering or stream.write_through
-            text = io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=line)
-            setattr(sys, name, text)
-            output = raw if name == "stdout" else output
-    return output
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1 (the answer is no), 2 (bad usage or input), 130 or 143 (stopped)."""
-    output = _take_output()
+    _prepare_streams()
     try:
         with _signals():
-            return _run(list(sys.argv[1:] if argv is None else argv), output)
+            return _run(list(sys.argv[1:] if argv is None else argv))
     except UpcycleError as error:
         sys.stderr.write(f"error: {without_secrets(str(error))}\n")
         return error.exit_status
@@ -212,7 +169,7 @@ def _format_os_error(error: OSError) -> UpcycleError:
     )
 
 
-def _run(argv: list[str], output: _ForgivingFile | None) -> int:
+def _run(argv: list[str]) -> int:
     parser = _Parser(prog="nemo-upcycle", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -227,16 +184,10 @@ def _run(argv: list[str], output: _ForgivingFile | None) -> int:
         raise UpcycleError.unknown("command", argv[0], [*COMMANDS, "help"])
     args = parser.parse_args(argv)
     try:
-        status = int(args.command.run(args))
+        return int(args.command.run(args))
     except UpcycleError as error:
         options = _options(args)
         raise error.renamed(lambda name: options.get(name, name)) from None
-    if problem := _output_problem(output):
-        done = f"; what the command made in {args.output} is whole" if "output" in args else ""
-        fix = f"write the answer elsewhere{done}"
-        sys.stderr.write(f"error: {UpcycleError('standard output', got=problem, expected='room', fix=fix)}\n")
-        return status if done else BAD_INPUT
-    return status
 
 
 def _options(args: argparse.Namespace) -> dict[str, str]:

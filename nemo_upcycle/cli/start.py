@@ -27,7 +27,7 @@ from nemo_upcycle.start.files import (
 )
 from nemo_upcycle.start.parent import find_model
 from nemo_upcycle.start.texts import find_texts
-from nemo_upcycle.utils.console import folded, in_columns, short_count
+from nemo_upcycle.utils.console import in_columns, short_count
 from nemo_upcycle.utils.validation import check_whole
 
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if choices and not args.gpus:  # those that are asked for may be a cluster's
         problems += shortages(choices, folder)
     if problems or not (parent and texts and choices):
-        raise _joined(problems, args)
+        raise UpcycleError.together(problems)
     command = run_command(folder, parent, choices)
     files = {RECIPE: recipe_text(parent, choices), BLEND: blend_text(texts, choices)}
     is_new = write_files(folder, files, lambda: command)
@@ -130,12 +130,3 @@ def _forecast(choices: Choices) -> dict[str, str]:
     else:
         rows["memory"] = f"about {choices.needed_memory_bytes / GIB:.1f} GiB of this machine"
     return rows | {"disk": f"about {choices.needed_disk_bytes / GIB:.1f} GiB"}
-
-
-def _joined(problems: list[UpcycleError], args: argparse.Namespace) -> UpcycleError:
-    """Return one error that lists several, their fields called as the command's options."""
-    options = {action.dest: action.option_strings[-1] for action in args.parser._actions if action.option_strings}
-    named = [error.renamed(lambda name: options.get(name, name)) for error in problems]
-    if len(named) == 1:
-        return named[0]
-    return UpcycleError("\n".join([f"{len(named)} things are missing:", *(folded(f"- {error}") for error in named)]))

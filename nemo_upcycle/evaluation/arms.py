@@ -18,15 +18,14 @@ from nemo_upcycle.evaluation.compare import jackknife_stderr, left_out
 from nemo_upcycle.evaluation.heldout import METRIC, Sums, bits_per_byte
 from nemo_upcycle.evaluation.statistics import (
     MARGIN,
-    AdjustedMeans,
     Spread,
     half_width,
-    half_width_of_pairs,
     pooled,
     resolvable,
     seed_spread,
     seeds_to_resolve,
     spread_of,
+    spread_without_seeds,
     verdict,
 )
 
@@ -67,7 +66,7 @@ def pooled_spread(families: Iterable[Mapping[str, Mapping[int, Sums]]]) -> Sprea
         different = {tuple(sorted(of_arm.items())): name for name, of_arm in values.items() if of_arm}
         if not different:
             continue
-        if spread := AdjustedMeans({name: values[name] for name in different.values()}).spread:
+        if spread := spread_without_seeds({name: values[name] for name in different.values()}):
             spreads.append(spread)
     return pooled(spreads)
 
@@ -180,41 +179,6 @@ def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
             break
         tokens = point["tokens"]
     return tokens
-
-
-def rank_arms(
-    arms: Mapping[str, Mapping[int, Sums]], spread: Spread | None, margin: float = MARGIN
-) -> list[dict[str, Any]]:
-    """Rank arms by their bits per byte, best first.
-
-    The best of many is the best by luck, too: intervals are Tukey's, for all pairs of arms at once. What a seed does
-    to all arms is taken out.
-
-    Args:
-        arms: name -> sums by seed, of the same documents; each of two or more seeds, some common to all.
-        spread: result of `pooled_spread` of the arms of the grid; None where seeds change nothing.
-        margin: bits per byte that do not matter.
-
-    Returns:
-        `arm`, `value` (as if trained with all seeds), and `to_best`: `difference`, `low`, `high` and `verdict` as
-        of `judge`; None of the best itself.
-    """
-    values = {name: {seed: bits_per_byte(sums) for seed, sums in seeds.items()} for name, seeds in arms.items()}
-    means = AdjustedMeans(values)
-    ranked = sorted(means.value, key=lambda name: means.value[name])
-    best = ranked[0]
-    ranking: list[dict[str, Any]] = [{"arm": best, "value": means.value[best], "to_best": None}]
-    for name in ranked[1:]:
-        found = difference_of_arms(arms[name], arms[best])
-        difference = 0.0 if is_identical(found) else means.value[name] - means.value[best]
-        seeds = means.error(name, best, spread) if spread and not is_identical(found) else None
-        errors = (_documents(found), seeds)
-        half = half_width_of_pairs(*errors, of=len(arms))
-        could = resolvable(*errors, tests=math.comb(len(arms), 2))
-        to_best: dict[str, Any] = {"difference": difference, "low": difference - half, "high": difference + half}
-        to_best["verdict"] = verdict(difference, half, could, margin)
-        ranking.append({"arm": name, "value": means.value[name], "to_best": to_best})
-    return ranking
 
 
 def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[int, Sums]:

@@ -99,48 +99,32 @@ def _differ(one: Spread, other: Spread) -> bool:
     return bool(above < _WIDER or 1 - above < _NARROWER)
 
 
-class AdjustedMeans:
-    """Means over seeds of several models, as if each had been trained with all the seeds.
+def spread_without_seeds(values: Mapping[str, Mapping[int, float]]) -> Spread | None:
+    """Give the spread from seed to seed of a model alone, without what a seed does to all models alike.
 
-    What a seed does to all models alike is taken out (least squares, one effect a model and one a seed): a model that
-    lacks a seed is neither lucky nor unlucky for it. What is left is the spread from seed to seed of a model alone.
+    The latter is taken out by least squares, with one effect a model and one a seed.
 
     Args:
         values: model -> seed -> value; seeds join the models.
 
+    Returns:
+        None where every model has a seed of its own, or one.
+
     Example:
-        >>> means = AdjustedMeans({"a": {1: 1.0, 2: 2.0}, "b": {1: 1.5, 2: 2.5}, "c": {2: 2.25}})
-        >>> [round(means.value[name], 6) for name in "abc"]
-        [1.5, 2.0, 1.75]
+        >>> spread_without_seeds({"a": {1: 1.0, 2: 2.0}, "b": {1: 1.5, 2: 2.6}}).degrees
+        1
     """
+    import numpy
 
-    def __init__(self, values: Mapping[str, Mapping[int, float]]) -> None:
-        import numpy
-
-        models, seeds = list(values), sorted({seed for of_model in values.values() for seed in of_model})
-        rows = [(model, seed, value) for model, of_model in values.items() for seed, value in of_model.items()]
-        design = numpy.zeros((len(rows), len(models) + len(seeds)))
-        for row, (model, seed, _) in enumerate(rows):
-            design[row, models.index(model)] = design[row, len(models) + seeds.index(seed)] = 1.0
-        measured = numpy.array([value for *_, value in rows])
-        effects, _, rank, _ = numpy.linalg.lstsq(design, measured, rcond=None)
-        of_seeds = float(effects[len(models) :].mean())
-        self.value = {model: float(effects[place]) + of_seeds for place, model in enumerate(models)}
-        self._places = {model: place for place, model in enumerate(models)}
-        self._covariance = numpy.linalg.pinv(design.T @ design)
-        degrees, left = len(rows) - int(rank), float(((design @ effects - measured) ** 2).sum())
-        #: What a seed does to a model alone; None where every model has a seed of its own, or one.
-        self.spread = Spread(math.sqrt(left / degrees), degrees) if degrees and left > _NOTHING else None
-
-    def error(self, one: str, other: str, spread: Spread) -> Spread:
-        """Give the standard error of the difference of two models that other seeds would make.
-
-        Args:
-            spread: spread of one model from seed to seed.
-        """
-        a, b = self._places[one], self._places[other]
-        variance = self._covariance[a, a] + self._covariance[b, b] - 2 * self._covariance[a, b]
-        return Spread(spread.value * math.sqrt(float(variance)), spread.degrees)
+    models, seeds = list(values), sorted({seed for of_model in values.values() for seed in of_model})
+    rows = [(model, seed, value) for model, of_model in values.items() for seed, value in of_model.items()]
+    design = numpy.zeros((len(rows), len(models) + len(seeds)))
+    for row, (model, seed, _) in enumerate(rows):
+        design[row, models.index(model)] = design[row, len(models) + seeds.index(seed)] = 1.0
+    measured = numpy.array([value for *_, value in rows])
+    effects, _, rank, _ = numpy.linalg.lstsq(design, measured, rcond=None)
+    degrees, left = len(rows) - int(rank), float(((design @ effects - measured) ** 2).sum())
+    return Spread(math.sqrt(left / degrees), degrees) if degrees and left > _NOTHING else None
 
 
 def half_width(*errors: Spread | None, tests: int = 1) -> float:
@@ -158,16 +142,6 @@ def half_width(*errors: Spread | None, tests: int = 1) -> float:
     return math.hypot(*(t_quantile(1 - tail, error.degrees) * error.value for error in errors if error))
 
 
-def half_width_of_pairs(*errors: Spread | None, of: int) -> float:
-    """Give half of an interval that holds for all pairs of so many models at once (Tukey's).
-
-    Args:
-        errors: standard errors of a difference; None and 0 count for nothing.
-        of: number of models.
-    """
-    return math.hypot(*(_tukey_quantile(of, error.degrees) * error.value for error in errors if error))
-
-
 @cache
 def t_quantile(probability: float, degrees: int) -> float:
     """Give the quantile of Student's t.
@@ -179,14 +153,6 @@ def t_quantile(probability: float, degrees: int) -> float:
     from scipy.stats import t
 
     return float(t.ppf(probability, degrees))
-
-
-@cache
-def _tukey_quantile(models: int, degrees: int) -> float:
-    """Give half of an interval that holds for all pairs, in errors of a difference."""
-    from scipy.stats import studentized_range
-
-    return float(studentized_range.ppf(CONFIDENCE, models, degrees)) / math.sqrt(2)
 
 
 def resolvable(*errors: Spread | None, tests: int = 1) -> float:

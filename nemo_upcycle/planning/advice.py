@@ -163,8 +163,8 @@ def nearest_outcomes(parent: DenseParent) -> list[dict[str, Any]]:
     return [outcome for _, outcome in sorted(found, key=lambda pair: pair[0])]
 
 
-class RunAdvice(NamedTuple):
-    """The fitted law's forecast for the numbers of a run.
+def _verdict_of_law(parent: DenseParent, shape: str, tokens: float, dense_tokens: float) -> str:
+    """Describe the fitted law's decision for the numbers of a run, or why it does not decide.
 
     Args:
         parent: the dense model.
@@ -172,47 +172,20 @@ class RunAdvice(NamedTuple):
         tokens: tokens that it is trained on.
         dense_tokens: tokens that the dense baseline is trained on; without a baseline as many.
     """
-
-    parent: DenseParent
-    shape: str
-    tokens: float
-    dense_tokens: float
-
-    @property
-    def trainings(self) -> tuple[Training, Training]:
-        """The parent trained on, and the upcycled model."""
-        upcycled = Training(f"upcycle {self.shape}", f"upcycled_{self.shape}", self.tokens)
-        return Training("dense", "dense", self.dense_tokens), upcycled
-
-    def text(self) -> str:
-        """Describe the law's decision, or why it does not decide."""
-        law, (dense, upcycled) = fitted_law(), self.trainings
-        if law is None:
-            return "no fitted law applies (none was fitted yet)"
-        expected = self.parent.expect(law, upcycled, dense)
-        if expected is None:
-            return f"no fitted law applies (it has no {self.shape})"
-        best, why = self.parent.decide(law, self.trainings)
-        if best and (band := expected.difference):
-            limits = "" if band.low is None else f" (90 % {band.low:+.3f} to {band.high:+.3f})"
-            return f"{best}, by the fitted law: {band.value:+.3f} nats a token beside the parent trained on{limits}"
-        return f"{'not resolved by the fitted law' if expected.is_near else 'no fitted law applies'} ({why})"
-
-
-def run_shape(num_experts: int, top_k: int, granularity: int, *, shares: bool, everywhere: bool) -> str:
-    """Name the shape of a run's model; a model with parts that no law has seen gets a name that no law has.
-
-    Args:
-        num_experts, top_k, granularity: as `shape_name` takes them.
-        shares: whether it has shared experts.
-        everywhere: whether every layer has experts.
-
-    Example:
-        >>> run_shape(8, 2, 1, shares=False, everywhere=True), run_shape(8, 2, 1, shares=True, everywhere=False)
-        ('e8t2', 'e8t2 with shared experts in some layers')
-    """
-    name = shape_name(num_experts, top_k, granularity)
-    return name + " with shared experts" * shares + " in some layers" * (not everywhere)
+    if (law := fitted_law()) is None:
+        return "no fitted law applies (none was fitted yet)"
+    dense, upcycled = (
+        Training("dense", "dense", dense_tokens),
+        Training(f"upcycle {shape}", f"upcycled_{shape}", tokens),
+    )
+    expected = parent.expect(law, upcycled, dense)
+    if expected is None:
+        return f"no fitted law applies (it has no {shape})"
+    best, why = parent.decide(law, (dense, upcycled))
+    if best and (band := expected.difference):
+        limits = "" if band.low is None else f" (90 % {band.low:+.3f} to {band.high:+.3f})"
+        return f"{best}, by the fitted law: {band.value:+.3f} nats a token beside the parent trained on{limits}"
+    return f"{'not resolved by the fitted law' if expected.is_near else 'no fitted law applies'} ({why})"
 
 
 def known_parent_tokens(address: str, given: str | None, name: str = "trained_on") -> float | None:
@@ -267,9 +240,10 @@ def advice_line(
         return f"not known before the parent is fetched; ask: {shlex.join([*words, '--gpus', str(gpus or 'N')])}"
     experts, top_k = arch.num_experts or 1, arch.top_k or 1
     granularity = arch.ffn_size // (arch.expert_ffn_size or arch.ffn_size)
-    shape = run_shape(
-        experts, top_k, granularity, shares=bool(arch.shared_ffn_size), everywhere=arch.moe_pattern is None
-    )
+    shape = shape_name(
+        experts, top_k, granularity
+    )  # a model with parts that no law has seen gets a name that none has
+    shape += " with shared experts" * bool(arch.shared_ffn_size) + " in some layers" * (arch.moe_pattern is not None)
     words += ["--experts", str(experts), "--top-k", str(top_k)]
     words += ["--granularity", str(granularity)] if granularity > 1 else []
     command = shlex.join([*words, "--gpus", str(gpus or "N")])
@@ -278,6 +252,6 @@ def advice_line(
     if parent_tokens is None:
         return f"not known: what the parent was trained on; add {name}=15T (its tokens), or ask: {command}"
     parent = DenseParent(parent_tokens, arch.dense.total_params)
-    advice = RunAdvice(parent, shape, tokens, dense_tokens or tokens)
+    decided = _verdict_of_law(parent, shape, tokens, dense_tokens or tokens)
     after = f"{short_count(parent_tokens)} + {short_count(tokens)} tokens"
-    return f"{advice.shape} after {after}: {advice.text()}. Costs and more: {command}"
+    return f"{shape} after {after}: {decided}. Costs and more: {command}"

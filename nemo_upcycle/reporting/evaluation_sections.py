@@ -46,7 +46,6 @@ def evaluation(results: dict[str, Any]) -> str:
         "Evaluation",
         _values(results),
         _missing(results["missing"]),
-        "![scores](scores.png)",
         _sources(results, models),
         "![held-out text over tokens](heldout.png)" if "heldout" in results["figures"] else "",
         "± is half of a 95 % interval. Perplexities and bits per byte: lower is better; accuracies: higher is better.",

@@ -18,7 +18,6 @@ from nemo_upcycle.evaluation.arms import (
     mean_of,
     mean_of_seeds,
     pooled_spread,
-    rank_arms,
     sums_after,
 )
 from nemo_upcycle.evaluation.heldout import Sums, by_source
@@ -176,8 +175,7 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
         mean and its `tokens` each), `sources` at the end, `routers` (metric -> pairs of tokens and value));
         `differences` (name -> `reference`; the difference at the `start`, `along` all `tokens` after which both were
         scored, at the `end` of these, and with `equal_flops`, each None where nothing can be compared; `better_from`
-        tokens); `tests` (`start`, `end` and `equal_flops` -> how many differences are judged together); and `rankings`
-        (`rank_arms` of three or more arms of several seeds after the tokens of each whole training).
+        tokens); and `tests` (`start`, `end` and `equal_flops` -> how many differences are judged together).
     """
     values: dict[str, Any] = {"margin": described["margin"], "arms": {}, "differences": {}}
     for name, arm in arms.items():
@@ -203,16 +201,7 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
             "routers": {key: [[tokens, one] for tokens, one in points.items()] for key, points in arm.routers.items()},
         }
     spreads = {kind: _spreads(_of_kind(arms, kind)) for kind in (True, False)}
-    values |= _differences(arms, described["references"], values["margin"], spreads)
-    values["rankings"] = []
-    for parent, tokens in dict.fromkeys((arm.parent, arm.tokens) for arm in arms.values()):
-        several = {name: seeds for name, seeds in _reached(arms, parent, tokens).items() if len(seeds) > 1}
-        if len(several) > 2 and set.intersection(*(set(seeds) for seeds in several.values())):
-            spread = spreads[parent == UNTRAINED]["end"]
-            ranking = rank_arms(several, spread, values["margin"])
-            values["rankings"].append({"tokens": tokens, "parent": parent, "arms": ranking})
-    values["rankings"].sort(key=lambda ranking: -len(ranking["arms"]))
-    return values
+    return values | _differences(arms, described["references"], values["margin"], spreads)
 
 
 def _of_kind(arms: Mapping[str, ArmRecord], is_untrained: bool) -> dict[str, ArmRecord]:
@@ -231,13 +220,6 @@ def _spreads(arms: Mapping[str, ArmRecord]) -> dict[str, Spread | None]:
         for tokens in arm.ends:
             ends[arm.parent, tokens][name] = arm.scores.get(tokens, {})
     return {"start": pooled_spread(starts.values()), "end": pooled_spread(ends.values())}
-
-
-def _reached(arms: Mapping[str, ArmRecord], parent: str, tokens: int) -> dict[str, dict[int, Sums]]:
-    """Select the arms of a parent that can be compared after the tokens of a whole training: name -> their scores."""
-    siblings = {name: arm for name, arm in arms.items() if arm.parent == parent}
-    ended = next(arm for arm in siblings.values() if arm.tokens == tokens)
-    return {name: arm.scores[tokens] for name, arm in siblings.items() if arm.is_scored_with(ended, tokens)}
 
 
 def _differences(

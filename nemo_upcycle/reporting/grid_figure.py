@@ -27,11 +27,6 @@ _VERDICTS = {
 }
 
 
-def arm_style(position: int) -> dict[str, Any]:
-    """Choose how the line of an arm is drawn, by its position among the arms."""
-    return {"color": _COLOURS[position], "marker": _MARKERS[position], "markersize": 4.5, "linewidth": 1.4}
-
-
 def drawn_arms(values: Mapping[str, Any]) -> list[str]:
     """Choose the arms whose curves are drawn: of as many seeds as any, and of these the best at the end.
 
@@ -82,7 +77,8 @@ def _draw_curves(axes: Any, values: Mapping[str, Any]) -> None:
     for position, arm in enumerate(drawn):
         curve = arms[arm]["curve"]
         tokens = [point["tokens"] for point in curve]
-        axes.plot(tokens, [point["value"] for point in curve], label=in_words(arm), **arm_style(position))
+        style = {"color": _COLOURS[position], "marker": _MARKERS[position], "markersize": 4.5, "linewidth": 1.4}
+        axes.plot(tokens, [point["value"] for point in curve], label=in_words(arm), **style)
     axes.set_ylim(lowest - room, top + room)
     tokens_axis(axes, max(arms[arm]["tokens"] for arm in drawn))
     axes.set_ylabel("bits per byte of held-out text")

@@ -148,7 +148,6 @@ def render_table(values: Mapping[str, Any]) -> str:
         _missing(values.get("missing", [])),
         _arms(arms),
         _differences(values),
-        _rankings(values["rankings"]),
         _sources(arms),
         section("Held-out text", text) if (text := overlap(values.get("heldout_overlap"))) else "",
         f"Every number: `table.json`, made from `{EVIDENCE}`.\n",
@@ -262,27 +261,6 @@ def _seen(points: Sequence[Mapping[str, Any]]) -> str:
 def _cost(point: Mapping[str, Any]) -> str:
     times = "" if abs(point["flops_ratio"] - 1) < 5e-4 else f", {point['flops_ratio']:.3f} times the FLOPs"
     return f"{point['reference_tokens']:,.0f}{times}"
-
-
-def _rankings(rankings: list[Mapping[str, Any]]) -> str:
-    tables = []
-    for ranking in rankings:
-        rows = [
-            [entry["arm"], f"{entry['value']:.4f}", with_verdict(entry["to_best"]) if entry["to_best"] else "best"]
-            for entry in ranking["arms"]
-        ]
-        title = f"after {ranking['tokens']:,} tokens" + (
-            f" from {parent}" if (parent := ranking.get("parent")) else ""
-        )
-        tables.append(table([title, "bits per byte", "to the best"], rows))
-    if not tables:
-        return ""
-    about = (
-        "Arms of two seeds or more. A tie with the best shares its place; what is not resolved may, too. Bits per byte"
-        " are as if all arms had been trained with all seeds. ± is half of a 95 % interval that holds for all pairs of"
-        " arms of a table at once (Tukey's), with the spread from seed to seed pooled over the arms of the grid."
-    )
-    return section("Ranking", *tables, about)
 
 
 def _sources(arms: Mapping[str, Any]) -> str:

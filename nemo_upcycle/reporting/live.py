@@ -20,8 +20,8 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting import figures
 from nemo_upcycle.reporting.html import render_html
-from nemo_upcycle.reporting.markdown import millions, number, plain, section, table
-from nemo_upcycle.reporting.opening import load_rows, parent_name, uneven
+from nemo_upcycle.reporting.markdown import number, plain, section, table
+from nemo_upcycle.reporting.opening import became, load_rows, parent_name, uneven
 from nemo_upcycle.reporting.progress import (
     LAST,
     TRAININGS,
@@ -119,12 +119,7 @@ def _becomes(progress: Progress) -> str:
     plan, receipt = progress.plan, progress.receipt
     if not receipt:
         return plain(f"{parent_name(plan['dense'])} → MoE, by the recipe {plan['recipe']}.")
-    spec = receipt["spec"]
-    before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
-    experts = f"{spec['num_experts']} experts, top-{spec['top_k']}"
-    return plain(
-        f"{parent_name(plan['dense'])}, {before} parameters → MoE of {experts}: {total}, {active} active for a token."
-    )
+    return plain(became(plan["dense"], receipt))
 
 
 def _doing(progress: Progress, word: str) -> str:

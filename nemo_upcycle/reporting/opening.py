@@ -41,17 +41,28 @@ def parent_name(address: str) -> str:
     return address.rstrip("/").rpartition("/")[2]
 
 
+def became(dense: str, receipt: dict[str, Any]) -> str:
+    """Say what became what.
+
+    Args:
+        dense: address of the parent.
+        receipt: the receipt of the upcycling.
+    """
+    spec = receipt["spec"]
+    before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
+    moe = f"MoE of {spec['num_experts']} experts, top-{spec['top_k']}: {total}, {active} active for a token."
+    return f"{parent_name(dense)}, {before} parameters → {moe}"
+
+
 def _became(results: dict[str, Any]) -> str:
     """Say what became what, and what ran where."""
-    receipt, done, dense = results["receipt"], results["training"]["pretrain"], results["dense"]
-    spec, settings = receipt["spec"], done["settings"]
-    before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
+    done = results["training"]["pretrain"]
+    settings = done["settings"]
     where = settings.get("card") or ("GPU" if "memory_share" in done else "CPU")
     ranks = f"{settings['ranks']} ranks ({where})" if settings["ranks"] > 1 else f"one rank ({where})"
     by = f" by {_TRAINERS[results['trainer']]}" if results["trainer"] in _TRAINERS else ""
     return plain(
-        f"{parent_name(dense)}, {before} parameters → MoE of {spec['num_experts']} experts, top-"
-        f"{spec['top_k']}: {total}, {active} active for a token. Trained{by} for {done['steps']:,} steps on"
+        f"{became(results['dense'], results['receipt'])} Trained{by} for {done['steps']:,} steps on"
         f" {done['tokens']:,} tokens, in {duration(done['seconds'])} on {ranks}."
     )
 

@@ -45,10 +45,8 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
         "loss": figures.loss_figure(run.curves),
         "loss_flops": figures.loss_figure(run.curves, flops_per_token),
         "heldout": figures.heldout_figure(run.curves),
-        "scores": figures.scores_figure(results),
         "experts": figures.load_figure(run.curves["pretrain"]),
         "routers": figures.routers_figure(run.curves["pretrain"]),
-        "speed": figures.speed_figure(run.curves),
     }
     images = {f"{name}.png": figures.png_of(figure) for name, figure in drawn.items() if figure is not None}
     results["figures"] = [name for name, figure in drawn.items() if figure is not None]

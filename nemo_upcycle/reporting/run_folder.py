@@ -124,7 +124,7 @@ def read_run(folder: Path) -> RunRecord:
         recipes={stage: recipe for stage in trained if (folder / (recipe := f"recipes/{stage}.yaml")).is_file()},
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
         contamination=_read(contamination, "data", _CONTAMINATION) if contamination.is_file() else None,
-        heldout_overlap=read_overlap(folder, markers),
+        heldout_overlap=read_manifest(folder, markers).get("heldout_overlap"),
     )
 
 
@@ -140,20 +140,6 @@ def require_run(folder: Path) -> None:
         runs = sorted(str(path.parent) for path in folder.glob("*/pipeline.json"))
         expected, fix = "the folder of a pipeline run or a grid", f"name {' or '.join(runs[:3]) or 'another'}"
         raise UpcycleError(str(folder), got="no pipeline.json", expected=expected, fix=fix)
-
-
-def read_overlap(folder: Path, markers: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """Return how much held-out text stands in the training text of a run or a grid; None where it was not looked for.
-
-    Args:
-        folder: the folder of the run or grid.
-        markers: the markers of its finished stages; None to read them.
-
-    Raises:
-        UpcycleError: the manifest of its data is damaged.
-    """
-    found: dict[str, Any] | None = read_manifest(folder, markers).get("heldout_overlap")
-    return found
 
 
 def read_manifest(folder: Path, markers: Mapping[str, Any] | None = None) -> dict[str, Any]:

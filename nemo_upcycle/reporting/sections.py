@@ -54,7 +54,6 @@ def training(results: dict[str, Any]) -> str:
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
         _changes(stages),
         "![loss over FLOPs](loss_flops.png)" if "loss_flops" in results["figures"] else "",
-        "![tokens per second and memory](speed.png)",
         sources(*files),
     )
 
@@ -175,22 +174,11 @@ def expert_load(results: dict[str, Any]) -> str:
     return section(
         "Expert load",
         "![expert load per layer over the steps](experts.png)",
-        _worst(load["worst"]),
         table(["share of a layer's token slots", "first step", "last step"], rows),
         "![routers over tokens](routers.png)" if "routers" in results["figures"] else "",
         f"Perfect balance is 1/E = {100 * load['first']['balanced']:.4g} % and a coefficient of 0."
         " Source: `pretrain/metrics.jsonl`.",
     )
-
-
-def _worst(worst: dict[str, Any]) -> str:
-    text = (
-        f"Max violation over the whole run (load of the busiest expert over the balanced load, minus 1):"
-        f" {worst['max_violation']:.3f}, in layer {worst['layer']} at step {worst['step']}."
-    )
-    if "dead_experts" in worst:
-        text += f" Most dead experts in a step, all layers together: {worst['dead_experts']:.0f}."
-    return text
 
 
 def receipt(results: dict[str, Any]) -> str:
@@ -217,22 +205,8 @@ def receipt(results: dict[str, Any]) -> str:
         "Receipt",
         table(["", *columns], rows),
         f"Specification: {spec}.",
-        _exactness(receipts[0]),
         f"Tensors by what made them:\n\n{made}" if made else "",
         f"Made from {code(receipts[0]['source'])}. {sources(*(file for _, file in columns.values()))}",
-    )
-
-
-def _exactness(entry: dict[str, Any]) -> str:
-    measured = entry.get("within_tolerance")
-    if not entry["exact"]:
-        size_text = number(entry.get("max_abs_logit_diff"), 3)
-        return f"This specification cannot be exact: the largest logit difference before training was {size_text}."
-    if measured is None:
-        return "This specification is exact up to rounding; logits were not compared."
-    return (
-        "This specification is exact up to rounding, and what was measured is"
-        f" {'within' if measured else '**not** within'} the tolerance."
     )
 
 

@@ -44,7 +44,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 def refused(*words: str) -> UpcycleError:
     """Type what has to be refused; give the error, its fields called as they are typed."""
     with pytest.raises(UpcycleError) as caught:
-        _run(list(words), None)
+        _run(list(words))
     return caught.value
 
 

@@ -46,13 +46,6 @@ def test_at_the_papers_8b_it_shows_what_was_measured_and_does_not_decide(
     assert len(out.splitlines()) <= 24, "one screen"
 
 
-def test_equal_tokens_cost_an_moe_more_hours(command: Command, llama: tuple[str, ...]) -> None:
-    options = command.values(*llama, "--tokens", "100B", status=1)["options"]
-    assert {option["tokens"] for option in options.values()} == {1e11}
-    assert options["upcycle e8t2"]["hours"] > 1.5 * options["dense"]["hours"]
-    assert options["new e8t2"]["hours"] == options["upcycle e8t2"]["hours"]
-
-
 def test_what_does_not_fit_is_said(command: Command, llama: tuple[str, ...]) -> None:
     assert "upcycle e8t2 no fit" in command.text(*llama[:-1], "8", "--hours", "1", status=1)
 

@@ -41,5 +41,5 @@ def test_texts_that_are_not_there_and_a_pattern_without_quotes_are_named(tmp_pat
 
 def test_the_field_of_the_texts_is_found_and_kept(texts_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UpcycleError):  # this environment is no engine
-        _run(["data", str(texts_folder.parent / "body.parquet"), str(texts_folder.parent / "made"), "--check"], None)
+        _run(["data", str(texts_folder.parent / "body.parquet"), str(texts_folder.parent / "made"), "--check"])
     assert "its texts are in `body` (sources.texts.options.text_key=body)" in capsys.readouterr().err

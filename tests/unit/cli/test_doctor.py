@@ -39,7 +39,7 @@ def _has_core(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     """Let the sources of Megatron-Core say that they are of a release."""
     said = doctor._value_in
     monkeypatch.setattr(
-        doctor, "_value_in", lambda package, *rest: release if package == "megatron.core" else said(package, *rest)
+        doctor, "_value_in", lambda name, *rest: release if name == "megatron.core" else said(name, *rest)
     )
 
 
@@ -71,9 +71,7 @@ def test_doctor_advises_transformer_engine_only_where_there_is_a_gpu(
 ) -> None:
     _without(monkeypatch, "transformer-engine")
     assert command.values("doctor")["fixes"] == []
-    text = command.text("doctor")
-    assert "all fits" in text
-    assert "gpu: FP8 and grouped GEMM on NVIDIA GPUs; NVIDIA's NeMo container has it" in text
+    assert "all fits" in command.text("doctor")
     monkeypatch.setattr(doctor, "_gpus", lambda: ["NVIDIA H100 80GB HBM3, 81559 MiB"])
     assert command.values("doctor")["fixes"] == [f"{sys.executable} -m pip install -e '{ROOT}[gpu]'"]
 
@@ -164,16 +162,11 @@ def test_doctor_is_content_with_a_container_that_has_what_it_asks_for(
     ("bridge", "own", "said"),
     [
         ("0.2.0", {"nemo-toolkit": "2.6.0"}, "nvcr.io/nvidia/nemo:25.11"),
-        ("0.4.1", {"nemo-toolkit": "2.8.0"}, "nvcr.io/nvidia/nemo:26.04"),
         ("0.9.0", {"nemo-toolkit": "2.9.0"}, "one of NVIDIA's, but none that is known"),
     ],
 )
 def test_doctor_names_the_container_to_take_where_nothing_can_be_laid_over(
-    monkeypatch: pytest.MonkeyPatch,
-    command: Command,
-    bridge: str,
-    own: dict[str, str],
-    said: str,
+    monkeypatch: pytest.MonkeyPatch, command: Command, bridge: str, own: dict[str, str], said: str
 ) -> None:
     _in_container(monkeypatch, bridge, **own)
     _has_core(monkeypatch, "0.15.0")
@@ -193,20 +186,7 @@ def test_doctor_asks_for_what_megatron_bridge_needs_in_its_container(
     assert "nemo-toolkit" not in states
 
 
-def test_doctor_believes_the_sources_of_megatron_before_the_metadata(
-    monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
-    """Where 0.15.3 was copied over the container's 0.16, pip still says 0.16."""
-    _in_container(monkeypatch, "0.3.0", **{"nemo-toolkit": "2.7.0", "megatron-core": "0.16.1"})
-    found = {one["name"]: one for one in command.values("doctor")["libraries"]}
-    assert (found["megatron-core"]["installed"], found["megatron-core"]["state"]) == ("0.15.3", "ok")
-
-
 def test_doctor_says_how_to_activate_its_environment(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     activate = command.values("doctor")["fixes"][0]
     assert activate == f"source {Path(sys.prefix) / 'bin/activate'}"
-    done = subprocess.run(
-        ["bash", "-c", f"{activate} && command -v nemo-upcycle"], capture_output=True, text=True, check=True
-    )
-    assert Path(done.stdout.strip()).parent == Path(sys.prefix) / "bin"

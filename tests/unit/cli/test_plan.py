@@ -54,10 +54,7 @@ def test_json_has_exactly_what_is_promised(command: Command) -> None:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (
-            f"{PAPER} --price-per-gpu-hour 2 --explain 1",
-            "47.49B|13.67B|34.4B|11.8B|two of the three|bubble = |assumed:",
-        ),
+        (f"{PAPER} --price-per-gpu-hour 2 --explain 1", "47.49B|13.67B|34.4B|two of the three|bubble = |assumed:"),
         (DROPLESS, "Speed: with balanced routing, as benchmarks force it; nat"),
         (f"{DROPLESS} --routing natural", "Speed: with natural routing"),
         ("--gpus 64 --layout tp=4,pp=4", "gradients bf16, overlap tp, mcore-0.15"),
@@ -81,7 +78,6 @@ def test_the_text_says_what_the_numbers_count_on(command: Command, tmp_path: Pat
             "-",
         ),
         (PAPER, "llama3_8b_e8t2(num_nodes=64", "data."),
-        (PAPER, "", "grad_reduce_in_fp32"),
         (f"{PAPER} --grad-dtype bf16", "trainer.plugins.grad_reduce_in_fp32=False", "-"),
         (f"{PAPER} --tokens 27,000,000,000", "trainer.max_steps=6437", "-"),
         (
@@ -92,8 +88,6 @@ def test_the_text_says_what_the_numbers_count_on(command: Command, tmp_path: Pat
         (f"{MOE} --gpu gb200", "num_nodes=16, num_gpus_per_node=4", "-"),
         ("--recipe qwen3_600m_e8t2_sft --gpus 1", 'nemo llm finetune --factory "qwen3_600m_e8t2_sft(', "micro_batch"),
         (f"{DROPLESS} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
-        (f"{DROPLESS} {CURRENT}", "", "fp8_param_gather=True"),
-        (f"{DENSE} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
         (
             f"{DROPLESS} --dispatcher hybridep --backend bridge",
             "moe_flex_dispatcher_backend=hybridep",
@@ -124,10 +118,8 @@ def test_the_command_of_a_row_holds_what_is_planned(command: Command, typed: str
     ("typed", "why"),
     [
         (f"{DROPLESS} --dispatcher hybridep", "NeMo 2.7 has no HybridEP (--backend bridge has it)"),
-        (f"{DROPLESS} --dispatcher ncclep", "NeMo 2.7 has no NCCL EP (--backend bridge has it)"),
         (f"{MOE} --gpu gb200 --precision mxfp8", "NeMo trains in mxfp8, only in bf16, fp8-delayed, fp8-current, fp8"),
         (f"--recipe qwen3_8b_dense_ct {BRIDGE}", "No recipe for Bridge is qwen3_8b_dense_ct (--backend nemo has"),
-        (f"{QWEN} {CURRENT}", "trains in fp8-current, only in bf16, fp8-block"),
         (f"{QWEN} --grad-dtype bf16", "sums gradients in bf16, only in fp32"),
         (
             f"{QWEN} --precision fp8-blockwise {LOW}",
@@ -235,10 +227,8 @@ NVIDIAS = "--gpus 64 --layout tp=4,pp=4"
     ("faster", "slower"),
     [
         (f"{DROPLESS} --routing balanced", f"{DROPLESS} --routing natural"),
-        (f"{PAPER} --capacity-factor 0 --software mcore-0.17", f"{PAPER} --capacity-factor 0 --software mcore-0.15"),
         (f"{PAPER} --capacity-factor 0 --software 26.04.01", f"{PAPER} --capacity-factor 0"),
         (NVIDIAS, f"{NVIDIAS} --overlap ''"),
-        (f"{NVIDIAS} --overlap tp", f"{NVIDIAS} --overlap ''"),
     ],
 )
 def test_an_option_changes_the_speed(command: Command, tmp_path: Path, faster: str, slower: str) -> None:
@@ -282,20 +272,15 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
     ("typed", "subject", "got"),
     [
         (f"{MOE} --experts 4", "--experts", 4),
-        (f"{MOE} --top-k 2", "--top-k", 2),
-        (f"{MOE} --granularity 2", "--granularity", 2),
         (f"{MOE} --overlap tp", "--overlap", "tp"),
         (f"{MOE} --backend megatron", "--backend", "megatron"),
         (f"{MOE} --gpu A100", "--gpu", "A100"),
-        (f"{MOE} --gpu a100 --precision fp8-delayed", "--precision", "fp8-delayed"),
-        (f"{MOE} --precision fp8", "--precision", "fp8"),
         (f"{MOE} --software mcore-1", "--software", "mcore-1"),
         (f"{MOE} --tokens 27G", "--tokens", "'27G'"),
         (f"{MOE} --gpus 0", "--gpus", 0),
         (f"{MOE} --rows 0", "--rows", 0),
         (f"{MOE} --price-per-gpu-hour nan", "--price-per-gpu-hour", "nan"),
         (f"{MOE} --micro-batch 3", "--global-batch", 512),
-        (f"{MOE} --micro-batch 0", "--micro-batch", 0),
         (f"{MOE} --seq-length {'8' * 400}", "--seq-length", "8" * 400),
         (f"{MOE} --imbalance 0", "--imbalance", 0.0),
         (f"{MOE} --capacity-factor -1", "--capacity-factor", -1.0),
@@ -309,29 +294,20 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
         (f"{MOE} --layout tp=3", "--layout tp", 3),
         (f"{MOE} --layout mbs=0", "--layout mbs", 0),
         (f"{MOE} --layout mbs=2 --micro-batch 1", "--micro-batch", "1 beside mbs=2"),
-        (f"{MOE} --layout tp=2 --seq-length 8191", "--seq-length", 8191),
         (f"{SMALL} --recompute moe_act", "--recompute", "moe_act"),
         (f"{SMALL} --dispatcher deepep", "--dispatcher", "deepep"),
         (f"{DENSE} --capacity-factor 2", "--capacity-factor", 2.0),
         (f"{DENSE} --recompute moe_act", "--recompute", "moe_act"),
         ("--recipe llama3_8b_e8t --gpus 8", "--recipe", "llama3_8b_e8t"),
-        ("--recipe '' --gpus 8", "--recipe", ""),
         ("--model no/such/folder --gpus 8", "model 'no/such/folder'", "no such folder"),
         ("--gpus 8 --experts 8 --top-k 0", "--top-k", 0),  # a zero is a value
-        ("--gpus 8 --experts 8 --granularity 0", "--granularity", 0),
         ("--gpus 8 --experts 0", "--experts", 0),
-        ("--gpus 8 --top-k 0", "--top-k", 0),
         ("--gpus 8 --granularity 2", "--granularity", 2),
     ],
 )
 def test_mistakes_are_named_as_they_were_typed(tmp_path: Path, typed: str, subject: str, got: object) -> None:
     error = refused(*_typed(typed, tmp_path))
     assert (error.subject, str(error.got)) == (subject, str(got))
-
-
-def test_a_fix_is_said_in_options() -> None:
-    for more, fix in (("--layout tp=2 --global-batch 100", "--global-batch=256"), ("--layout vp=2", "--layout vp=1")):
-        assert f"Fix: set {fix}" in str(refused("plan", *PAPER.split()[:4], *more.split()))
 
 
 def test_a_parent_that_training_refuses_is_not_planned(tmp_path: Path) -> None:

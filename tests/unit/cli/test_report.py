@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from nemo_upcycle.reporting.grid_evidence import EVIDENCE, write_evidence
-from nemo_upcycle.reporting.grid_table import BEGIN, END
 from tests.unit.cli.conftest import Command, refused
 from tests.unit.reporting.conftest import run_dir
-from tests.unit.reporting.grids import laptop_evidence
 
 
 __all__ = ["run_dir"]
@@ -39,14 +34,3 @@ def test_a_folder_of_something_else_is_not_sent_to_the_pipeline(tmp_path: Path) 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/pipeline.json").touch()
     assert refused("report", str(tmp_path)).fix == f"name {tmp_path}/mine"
-
-
-@pytest.mark.full
-def test_the_evidence_of_a_grid_becomes_its_page(tmp_path: Path, command: Command) -> None:
-    page, folder = tmp_path / "laptop.md", tmp_path / "laptop"
-    write_evidence(folder / EVIDENCE, laptop_evidence())
-    page.write_text(f"# Does it pay?\n{BEGIN}\n{END}\n")
-    assert command.text("report", str(folder)) == str(page)
-    assert "| moe - dense | " in page.read_text()
-    (folder / EVIDENCE).write_bytes(b"")
-    assert EVIDENCE in str(refused("report", str(folder)))

@@ -34,7 +34,7 @@ def test_it_writes_two_files_and_says_how_to_go_on(parent_folder: Path, texts_fo
 def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
     words = ["start", str(tmp_path), str(tmp_path / "nosuch"), "--trainer", "bridge"]
     error = str(refused(*words))
-    assert error.startswith("3 things are missing:")
+    assert error.startswith("3 mistakes:")
     assert all(word in error for word in ("config.json", "no such file or folder", "got NeMo alone"))
 
 

@@ -15,7 +15,6 @@ from nemo_upcycle.evaluation.arms import (
     judge,
     mean_of_seeds,
     pooled_spread,
-    rank_arms,
     sums_after,
 )
 from nemo_upcycle.evaluation.heldout import bits_per_byte, by_source, document_sums
@@ -125,20 +124,6 @@ def test_what_is_equal_to_the_last_bit_is_a_tie_of_one_seed_too() -> None:
     arm = {1: documents(1.0, 1.3)}
     found = judge(difference_of_arms(arm, arm), Spread(1.0, 3), margin=0.0)
     assert (found["verdict"], found["low"], found["high"]) == ("tie", 0.0, 0.0)
-
-
-def test_ranked_arms_allow_for_all_pairs() -> None:
-    # q(0.95; 3, 2) / root of two is 5.891; the error of a difference over two seeds is the spread of one arm
-    bits = {"far": (1.2, 1.4), "best": (1.0, 1.2), "near": (1.1, 1.34)}
-    arms = {name: {1: documents(one, one), 2: documents(two, two)} for name, (one, two) in bits.items()}
-    best, near, far = rank_arms(arms, pooled_spread([arms]))
-    assert (best["arm"], near["arm"], far["arm"]) == ("best", "near", "far")
-    assert best["to_best"] is None
-    assert near["to_best"]["difference"] == pytest.approx(0.12)
-    assert near["to_best"]["high"] - 0.12 == pytest.approx(5.891 * 0.01633, rel=1e-3)
-    assert near["to_best"]["verdict"] == "worse"
-    same = rank_arms({"a": arms["best"], "b": arms["best"], "c": arms["far"]}, pooled_spread([arms]))
-    assert same[1]["to_best"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "verdict": "tie"}
 
 
 def test_seeds_are_compared_with_their_own_kind() -> None:

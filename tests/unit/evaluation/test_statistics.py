@@ -7,14 +7,13 @@ import math
 import pytest
 
 from nemo_upcycle.evaluation.statistics import (
-    AdjustedMeans,
     Spread,
     half_width,
-    half_width_of_pairs,
     pooled,
     resolvable,
     seed_spread,
     seeds_to_resolve,
+    spread_without_seeds,
     verdict,
 )
 
@@ -27,9 +26,6 @@ def test_each_error_has_the_quantile_of_its_own_degrees() -> None:
     assert half_width(Spread(0.1, 1), Spread(0.2, MANY), None) == pytest.approx(math.hypot(1.2706, 0.392), rel=1e-3)
     # two at once: t(0.9875) of one degree is 25.45
     assert half_width(Spread(0.1, 1), tests=2) == pytest.approx(2.5452, rel=1e-3)
-    # Tukey's q(0.95; 3, 2) is 8.331, over the root of two 5.891; of two models it is Student's t
-    assert half_width_of_pairs(Spread(0.1, 2), of=3) == pytest.approx(0.5891, rel=1e-3)
-    assert half_width_of_pairs(Spread(0.1, 4), of=2) == pytest.approx(half_width(Spread(0.1, 4)), rel=1e-6)
 
 
 def test_spreads_are_pooled_by_their_degrees() -> None:
@@ -67,21 +63,12 @@ def test_what_a_seed_does_to_all_models_is_taken_out() -> None:
 
     Their squares sum to 5.33e-4, over two degrees of freedom 2.67e-4, whose root is 0.01633.
     """
-    means = AdjustedMeans({"far": {1: 1.2, 2: 1.4}, "best": {1: 1.0, 2: 1.2}, "near": {1: 1.1, 2: 1.34}})
-    assert means.value == pytest.approx({"far": 1.3, "best": 1.1, "near": 1.22})
-    assert means.spread is not None
-    assert (means.spread.value, means.spread.degrees) == (pytest.approx(0.01633, rel=1e-3), 2)
-    assert means.error("far", "best", Spread(0.1, 2)).value == pytest.approx(0.1)  # sqrt(2 / 2 seeds)
-
-
-def test_a_model_that_lacks_a_seed_is_neither_lucky_nor_unlucky() -> None:
-    means = AdjustedMeans({"a": {1: 1.0, 2: 2.0}, "b": {1: 1.5, 2: 2.5}, "c": {2: 2.25}})
-    assert means.value == pytest.approx({"a": 1.5, "b": 2.0, "c": 1.75})
-    assert means.spread is None  # nothing is left but rounding
-    # c against a, of one common seed: a's own mean helps through the seeds' difference that b knows, too
-    assert means.error("c", "a", Spread(1.0, 1)).value == pytest.approx(math.sqrt(1.75))
-    assert means.error("b", "a", Spread(1.0, 1)).value == pytest.approx(1.0)
-    assert AdjustedMeans({"a": {1: 1.0}, "b": {2: 1.5}}).spread is None
+    found = spread_without_seeds({"far": {1: 1.2, 2: 1.4}, "best": {1: 1.0, 2: 1.2}, "near": {1: 1.1, 2: 1.34}})
+    assert found is not None
+    assert (found.value, found.degrees) == (pytest.approx(0.01633, rel=1e-3), 2)
+    nothing_left = {"a": {1: 1.0, 2: 2.0}, "b": {1: 1.5, 2: 2.5}, "c": {2: 2.25}}
+    assert spread_without_seeds(nothing_left) is None
+    assert spread_without_seeds({"a": {1: 1.0}, "b": {2: 1.5}}) is None
 
 
 def test_what_would_have_been_seen_takes_the_power_too() -> None:

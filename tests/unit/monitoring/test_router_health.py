@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.monitoring.router_health import RouterHealth, shares
+from nemo_upcycle.monitoring.router_health import RouterHealth
 
 
 def _health(layers: Sequence[int] | None = None, **changes: Any) -> RouterHealth:
@@ -48,18 +48,9 @@ def test_every_layer_is_described() -> None:
     }
 
 
-def test_layers_that_hold_no_network_are_left_out() -> None:
-    found = _health(layers=[0, 2]).describe(SUMMED)
-    assert (found["load_min"], found["dead_experts"]) == ([0.25, None], [0, None])
-
-
 def test_an_expert_below_one_percent_of_its_share_counts_as_dead() -> None:
     counts_LE = torch.tensor([[1000.0, 1000, 1000, 4], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float64)
     assert _health().describe(SUMMED | {"counts": counts_LE})["dead_experts"][:2] == [1, 0]
-
-
-def test_shares_of_a_layer_without_experts_stay_zero() -> None:
-    assert shares(COUNTS_LE).tolist() == [[0.25] * 4, [1, 0, 0, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(("granularity", "expected"), [(1, 0.5), (2, 0.0)])

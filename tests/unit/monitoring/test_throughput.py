@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.monitoring.step_metrics import Throughput, memory_gib, peaks_of
+from nemo_upcycle.monitoring.step_metrics import Throughput, peaks_of
 from nemo_upcycle.spec import UpcycleSpec
 from tests.models import LLAMA3_8B
 
@@ -80,33 +78,3 @@ def test_an_unknown_card_has_no_mfu(moe: Architecture) -> None:
         "47.49B parameters, 13.67B active; 91.7 GFLOP a token (full attention), 85.3 (causal half); "
         "peak of a GPU: not known, no MFU"
     )
-
-
-def test_a_small_model_is_not_of_zero_parameters(moe: Architecture) -> None:
-    small = replace(moe, num_layers=1, hidden_size=64, ffn_size=96, vocab_size=512)
-    described = Throughput(small, SEQUENCE, 8, {}).describe()
-    assert described.startswith(
-        f"{small.total_params / 1e6:.2f}M parameters, {small.active_params / 1e6:.2f}M active;"
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "total"),
-    [
-        ({"num_moe_experts": None}, 8_030_261_248),
-        # every second layer: 16 layers lose 7 networks of 176,160,768 weights and a router
-        ({"moe_layer_freq": 2}, 47_491_321_856 - 16 * (7 * 176_160_768 + 8 * 4096)),
-        ({"moe_shared_expert_intermediate_size": 14336}, 47_491_321_856 + 32 * 176_160_768),
-    ],
-)
-def test_the_architecture_follows_the_configuration(changes: dict[str, Any], total: int) -> None:
-    config = pytest.importorskip("nemo_upcycle.recipes.llama3_8b_e8t2").model().config
-    for name, value in changes.items():
-        setattr(config, name, value)
-    assert architecture_of(config, VOCABULARY).total_params == total
-
-
-def test_memory_without_a_card_is_that_of_the_process() -> None:
-    held, card = memory_gib()
-    assert 0.05 < held < 1024
-    assert card is None

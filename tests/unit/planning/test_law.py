@@ -139,17 +139,3 @@ def test_a_law_is_the_same_after_its_file(law: Law) -> None:
     again = law_of(yaml.safe_load(text))
     point = ("upcycled_e8t2", 2e6, "dense", 3e6, 1e7)
     assert vars(again.difference(*point)) == pytest.approx(vars(law.difference(*point)), abs=1e-4)
-
-
-def test_points_are_read_with_the_names_of_their_options(tmp_path: Path) -> None:
-    head, *rows = GRID.read_text(encoding="utf-8").splitlines(keepends=True)
-    points = read_points(GRID)
-    assert len(points) == len(rows)
-    assert {point.option for point in points} == {
-        *("dense", "dense_from_nothing", "upcycled_e8t2", "moe_from_nothing_e8t2")
-    }
-    assert {point.parameters for point in points if point.option == "dense"} == {164_160}
-    (tmp_path / "points.csv").write_text(head + rows[0] * 2)
-    with pytest.raises(UpcycleError) as caught:
-        read_points(tmp_path / "points.csv")
-    assert caught.value.got == "two rows"

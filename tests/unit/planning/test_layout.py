@@ -20,13 +20,9 @@ def test_mistyped_layouts(text: str, word: str) -> None:
         parse_layout(text, 8)
 
 
-@pytest.mark.parametrize("text", ["tp=2 pp=4 ep=8", "tp=2, pp=4, ep=8,", " tp = 2\tpp = 4,ep=8 "])
-def test_parse_layout_takes_blanks_and_commas_alike(text: str) -> None:
-    assert parse_layout(text, 64) == parse_layout("tp=2,pp=4,ep=8", 64)
-
-
-def test_copies_of_the_papers_layout() -> None:
-    layout = parse_layout("tp=2,pp=4,vp=8,ep=8,etp=1", 512)
+def test_parse_layout_takes_blanks_and_commas_alike() -> None:
+    layout = parse_layout(" tp = 2\tpp = 4,ep=8 etp=1, vp=8", 512)
+    assert layout == parse_layout("tp=2,pp=4,vp=8,ep=8,etp=1", 512)
     assert (layout.dp, layout.expert_dp, layout.dense_shards) == (64, 16, 64)
 
 

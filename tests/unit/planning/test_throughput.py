@@ -49,13 +49,6 @@ def test_published_rows_are_predicted(kind: str, of_blackwell: bool, median: flo
     assert misses[-1 - missed] <= 0.25
 
 
-def test_published_rows_are_predicted_as_they_are_asked() -> None:
-    rows = [row for row in published_rows() if row.is_unseen and not row.gpu.is_blackwell]
-    misses = [abs(row.predicted_as_asked() / row.tokens_per_s_per_gpu - 1) for row in rows]
-    assert statistics.median(misses) <= 0.10
-    assert max(misses) <= 0.35
-
-
 def test_the_bubble_is_what_the_schedule_says() -> None:
     step, twice = (_step("pp=4,vp=8,ep=8", global_batch=batch) for batch in (512, 1024))
     micro_batches = 512 // 32
@@ -114,11 +107,9 @@ def test_deepep_sends_a_token_once_to_each_node() -> None:
     )
     places = 4 * (1 - math.comb(96, 8) / math.comb(128, 8))
     assert deepep / all_to_all == pytest.approx(places / 8)
-
-
-@pytest.mark.parametrize("name", ["hybridep", "ncclep"])
-def test_hybridep_and_nccl_ep_send_what_deepep_sends(name: str) -> None:
-    assert _qwen("ep=32", dispatcher=name) == _qwen("ep=32", dispatcher="deepep")
+    assert _qwen("ep=32", dispatcher="hybridep") == _qwen("ep=32", dispatcher="deepep")
+    one_each = replace(WORK, capacity_factor=None, pad=False), parse_layout("pp=4,ep=8", 128)
+    assert MODEL.step(one_each[1], replace(one_each[0], dispatcher="deepep")) == MODEL.step(one_each[1], one_each[0])
 
 
 def test_natural_routing_waits_for_a_busier_rank_the_more_experts_there_are() -> None:
@@ -130,11 +121,6 @@ def test_natural_routing_waits_for_a_busier_rank_the_more_experts_there_are() ->
     assert 1.02 < costs[0] < 1.1 < costs[1] < 1.5
     padded = replace(WORK, routing="natural")
     assert MODEL.step(parse_layout("ep=8", 128), padded) == MODEL.step(parse_layout("ep=8", 128), WORK)
-
-
-def test_deepep_sends_no_less_where_each_rank_has_one_expert() -> None:
-    layout, work = parse_layout("pp=4,ep=8", 128), replace(WORK, capacity_factor=None, pad=False)
-    assert MODEL.step(layout, replace(work, dispatcher="deepep")) == MODEL.step(layout, work)
 
 
 def test_overlapped_traffic_of_experts_costs_what_computation_does_not_hide() -> None:

@@ -31,8 +31,3 @@ def faults_of(figure: Any) -> list[str]:
 
 def _collide(one: tuple[str, Any], two: tuple[str, Any]) -> bool:
     return bool(one[1].padded(-1).overlaps(two[1].padded(-1)))
-
-
-def end_of(axes: Any) -> float:
-    """Return where the x axis ends, in its own numbers; 0 of an axis of categories."""
-    return 0.0 if axes.xaxis.have_units() else float(axes.get_xlim()[1])

@@ -42,9 +42,6 @@ def test_the_results_hold_the_inputs(results: dict[str, Any]) -> None:
     )
     assert set(results["paired"]) == {"trained_minus_dense_ct", "trained_minus_dense", "dense_ct_minus_dense"}
     assert results["receipt"]["parameters_made_by"] == {"copied": 1, "copied into 4 experts": 1}
-    assert {key: results["receipt"][key] for key in ("total_params", "bytes_read", "spec")} == {
-        key: RECEIPT[key] for key in ("total_params", "bytes_read", "spec")
-    }
     assert results["online_receipt"] is None
     assert results["stage_seconds"] == {"pretrain": 61.0, "dense_ct": 30.0}
 
@@ -87,13 +84,9 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
     against_baseline, _, _ = found["bits per byte (heldout_perplexity)"]  # of the second table
     assert against_baseline == "+0.0289 ± 0.0091 (trained baseline is better)"
     assert found["training loss, last step"] == ["2.75", "3.25"]
-    assert found["validation loss, first"] == ["3.5", "4"]
-    assert found["tokens"] == ["3,000", "3,000"]
     assert found["most used expert of any layer"] == ["70.00 %", "30.00 %"]
     assert found["answers that changed"] == ["1 of 4"]
     assert found["parent in Megatron"] == ["7.5e-06", "2e-05"]
-    assert found["parameters, MoE"] == ["300.0M"]
-    assert found["bytes read"] == ["256.0 MiB"]
     assert found["bytes written"] == ["1.50 GiB"]
     assert found["pretrain"] == ["1:01", "`pretrain/_SUCCESS.json`"]
     text = (reported / "report.md").read_text()
@@ -110,7 +103,6 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
         " Megatron-Bridge for 3 steps on 3,000 tokens, in 0:06 on 2 ranks (CPU).",
         "The chain works, and the MoE equals its parent at step 0. 3 steps cannot show what training brings.",
     ]
-    assert "minus 1): 1.800, in layer 0 at step 1." in text  # 0.7 of a layer with four experts
     uneven = (
         "**The experts were at times loaded unevenly:** the busiest had 2.8 times a balanced load (layer 0, step 1)"
     )
@@ -126,9 +118,6 @@ def test_the_command_and_the_resolved_recipes_are_named(run_dir: Path) -> None:
     text = write_report(run_dir).read_text()
     assert "```bash\nnemo upcycle pipeline --factory smollm2_135m_e8t2 dir=demo --yes\n```" in text
     assert "[`recipes/pretrain.yaml`](recipes/pretrain.yaml), [`recipes/dense_ct.yaml`](recipes/dense_ct.yaml)" in text
-    results = json.loads((run_dir / "results.json").read_text())
-    assert results["command"] == "nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=demo --yes"
-    assert results["recipes"] == {"pretrain": "recipes/pretrain.yaml", "dense_ct": "recipes/dense_ct.yaml"}
 
 
 def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
@@ -152,37 +141,24 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     assert found["learning rate, peak"] == [rate, rate]
     assert found["factors on the learning rate"] == ["router 4, experts 1, experts frozen for 100 steps", "-"]
     assert found["balancing of the experts"] == ["aux_loss 0.01, z_loss 0.001", "-"]
-    assert found["batch, sequences a step"] == ["4 (micro batch 1)"] * 2
-    assert found["sequence length, tokens"] == ["250", "250"]
-    assert found["precision"] == ["bf16-mixed"] * 2
-    assert found["optimizer"] == ["adam, weight decay 0.1"] * 2
     text = (run_dir / "report.md").read_text()
     assert "Data of the trained MoE: NeMo's mock data (random tokens)." in text
     assert "Data of the trained baseline: blend tiny (blend)." in text
-    assert found["ranks of the training job"] == ["2", "1"]
     assert found["TFLOP/s of a rank (full attention / causal half)"] == ["200 / 180", "-"]
     assert found["MFU, BF16 peak (full attention / causal half)"] == ["20.0 % / 18.0 %", "-"]
     assert found["peak memory of a rank"] == ["69.50 GiB (88 % of its GPU)", "2.50 GiB"]
-    assert json.loads((run_dir / "results.json").read_text())["training"]["pretrain"]["settings"] == SETTINGS
 
 
 def test_samples_stand_beside_each_other(run_dir: Path) -> None:
     assert "## Samples" not in write_report(run_dir).read_text()  # evaluations from before they were made
     for name, value in EVALUATIONS.items():
-        sample = {
-            "document": "1990",
-            "prompt": "The state",
-            "goes_on": "of the union",
-            "continuation": f"a|b\n*{name}*",
-        }
+        texts = ("1990", "The state", "of the union", f"a|b\n*{name}*")
+        sample = dict(zip(("document", "prompt", "goes_on", "continuation"), texts, strict=True))
         (run_dir / "evaluation" / f"{name}.json").write_text(json.dumps({**value, "samples": [sample]}))
     text = write_report(run_dir).read_text()
     table = text.split("## Samples")[1].split("## ")[0]
     assert "|  | 1990 |\n|---|---|\n| prompt | The state |\n| the text itself | of the union |" in table
-    assert "| parent | a\\|b \\*dense\\* |" in table
     assert "| trained MoE | a\\|b \\*trained\\* |" in table
-    (found,) = json.loads((run_dir / "results.json").read_text())["samples"]
-    assert found["continuations"]["dense_ct"] == "a|b\n*dense_ct*"
 
 
 def test_the_report_says_so_when_the_dense_baseline_wins(reported: Path) -> None:
@@ -213,19 +189,6 @@ def test_the_cards_of_the_exported_models_get_the_scores(run_dir: Path) -> None:
         assert card.endswith("## Licence\n\nmit\n")
 
 
-def test_the_sections_stand_in_order(reported: Path) -> None:
-    headings = re.findall(r"^## (.+)$", (reported / "report.md").read_text(), flags=re.MULTILINE)
-    assert headings == [
-        "Evaluation",
-        "Step 0: MoE against parent",
-        "Training",
-        "Expert load",
-        "Receipt",
-        "What ran on what",
-        "How to go on",
-    ]
-
-
 _WITHOUT = """
 import sys
 
@@ -250,12 +213,6 @@ def test_the_command_needs_no_torch(run_dir: Path) -> None:
     assert "+0.0289 ± 0.0091 (trained baseline is better)" in (run_dir / "report.md").read_text()
 
 
-def test_the_figures_are_drawn(reported: Path) -> None:
-    for name in ("loss.png", "experts.png"):
-        assert (reported / name).read_bytes().startswith(b"\x89PNG")
-    assert not [path for path in reported.iterdir() if path.name.startswith(".")]
-
-
 _LINES, _SETTINGS = "pretrain/metrics.jsonl", "pretrain/training.json"
 _LACKING = ('{"loss": 1.0}', '{"step": 4, "loss": 1.0, "tokens": 4000}', '{"validation_loss": 1.0}', "[1]", "7")
 
@@ -274,6 +231,7 @@ _LACKING = ('{"loss": 1.0}', '{"step": 4, "loss": 1.0, "tokens": 4000}', '{"vali
         ("receipt.json", "{}", "got no spec, expected what stage 'upcycle' writes"),
         ("receipt.json", "[1]", "got no JSON object"),
         ("receipt.json", json.dumps(RECEIPT | {"spec": None}), "got no spec"),
+        ("receipt.json", json.dumps(RECEIPT | {"ranks": "<b>"}), "got ranks: '<b>'"),
         (_SETTINGS, json.dumps(SETTINGS | {"schedule": None}), "got no schedule"),
         ("evaluation/trained.json", "{}", "got no metrics, expected what stage 'evaluate' writes"),
         ("pretrain/_SUCCESS.json", "[]", "got no JSON object"),
@@ -304,22 +262,9 @@ def test_a_run_without_the_dense_baseline(run_dir: Path) -> None:
     assert list(json.loads((run_dir / "results.json").read_text())["paired"]) == ["trained_minus_dense"]
 
 
-def test_an_inexact_specification_is_reported_as_such(run_dir: Path) -> None:
-    receipt = {**RECEIPT, "exact": False, "tolerance": None, "within_tolerance": False, "max_abs_logit_diff": 0.125}
-    (run_dir / "receipt.json").write_text(json.dumps(receipt))
-    text = write_report(run_dir).read_text()
-    assert "This specification cannot be exact: the largest logit difference before training was 0.125." in text
-
-
-def test_the_receipt_of_the_training_job_stands_beside_the_check_of_step_0(run_dir: Path) -> None:
+def test_a_group_stands_for_its_tasks_and_receipts_beside_each_other(run_dir: Path) -> None:
     online = {**RECEIPT, "ranks": 2, "layout": {"tensor": 1, "expert": 2}, "bytes_read": 2**27}
     (run_dir / "pretrain" / "receipt.json").write_text(json.dumps(online))
-    found = rows(write_report(run_dir))
-    assert found["bytes read"] == ["256.0 MiB", "128.0 MiB"]
-    assert found["layout"] == ["no parallelism", "expert=2"]
-
-
-def test_a_group_of_tasks_stands_for_its_tasks(run_dir: Path) -> None:
     for name, value in EVALUATIONS.items():
         metrics = {**value["metrics"], "all/acc": value["metrics"]["quiz/acc"]}
         grouped = {**value, "metrics": metrics, "groups": {"all": ["quiz"]}}
@@ -327,6 +272,8 @@ def test_a_group_of_tasks_stands_for_its_tasks(run_dir: Path) -> None:
     found = rows(write_report(run_dir))
     assert "acc (all)" in found
     assert "acc (quiz)" not in found
+    assert found["bytes read"] == ["256.0 MiB", "128.0 MiB"]
+    assert found["layout"] == ["no parallelism", "expert=2"]
 
 
 def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
@@ -344,7 +291,8 @@ def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
     write_report(run_dir)
     found = rows(run_dir / "report.md")
     assert found["dead experts, all layers (less than 1 % of a balanced share)"] == ["3", "0"]
-    assert "Most dead experts in a step, all layers together: 3." in (run_dir / "report.md").read_text()
+    worst = json.loads((run_dir / "results.json").read_text())["training"]["pretrain"]["expert_load"]["worst"]
+    assert worst == {"max_violation": pytest.approx(1.8), "step": 1, "layer": 0, "dead_experts": 3}
     assert found["token slots dropped, as a part of the wanted ones"] == ["0.25", "0.0625"]
     assert found["distance of the experts from their mean, relative (0: copies)"] == ["0.5", "-"]
 
