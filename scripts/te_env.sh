@@ -25,12 +25,13 @@ esac
 # "===" compares the text: this is the CUDA 13 build of the package index. A CPU build in a folder that pip searches too
 # is called 2.12.0+cpu and does not match. torch brings CUDA's, cuDNN's and NCCL's libraries and headers as packages;
 # cuda-toolkit adds the compiler and the headers that they include, in the release that torch asks for.
-# Transformer Engine comes as Python code and a CUDA library, and imports einops and onnxscript.
+# Transformer Engine comes as Python code and a CUDA library, and imports einops and onnxscript; nvdlfw-inspect takes its
+# statistics.
 # setuptools: from 77 on it reads this package's license field, from 82 on torch refuses it. All in one command, for pip
 # to hold megatron-core's numpy<2 against the others.
 install "torch===2.12.0" "cuda-toolkit[nvcc,nvvm,crt,cccl]==13.0.2" \
     "transformer-engine==$engine" "transformer-engine-cu13==$engine" einops onnxscript \
-    "${packages[@]}" pytest "setuptools>=77,<82" wheel ninja pybind11
+    "${packages[@]}" nvdlfw-inspect pytest "setuptools>=77,<82" wheel ninja pybind11
 
 # The torch binding exists as source only (C++, no kernels). The packages above stand in for a toolkit: one folder each
 # under nvidia/, libraries without the links that a linker looks for, and no lib64.

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.monitoring.fp8_statistics import watch_inspect
+
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +57,15 @@ def use_cpu_backend() -> bool:
 
 
 def watch_fp8(config: Any) -> Any:
-    """Begin to count what emulated FP8 loses in training, see `Fp8Losses`; None where nothing is emulated.
+    """Begin to count what FP8 loses in training: emulated, see `Fp8Losses`, or on a GPU, see `Fp8Statistics`.
+
+    None where nothing is emulated, or no statistics were asked for.
 
     Args:
         config: the model's.
     """
     if torch.cuda.is_available():
-        return None
+        return watch_inspect()
     from nemo_upcycle.cpu import fp8_recipe
     from nemo_upcycle.cpu.fp8_losses import Fp8Losses
 

@@ -158,6 +158,8 @@ def summarise_curve(curve: Curve) -> dict[str, Any]:
             "last": summarise_load(loads[-1]["expert_load"]),
             "worst": _worst(loads),
         }
+    if losses := [line["fp8"] for line in curve.steps if line.get("fp8")]:
+        summary["fp8"] = {"first": losses[0], "last": losses[-1]}
     if routers := [line["router"] for line in curve.steps if line.get("router")]:
         summary["router"] = {"first": summarise_router(routers[0]), "last": summarise_router(routers[-1])}
     return summary

@@ -53,6 +53,7 @@ def training(results: dict[str, Any]) -> str:
         overlap(results["heldout_overlap"]),
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
         _changes(stages),
+        _fp8(stages),
         "![loss over FLOPs](loss_flops.png)" if "loss_flops" in results["figures"] else "",
         sources(*files),
     )
@@ -69,6 +70,28 @@ def _changes(stages: dict[str, Any]) -> str:
         return ""
     header = ["changed after the start, without effect on the result but for more steps", "before", "after", "when"]
     return table(header, rows, words=3)
+
+
+def _fp8(stages: dict[str, Any]) -> str:
+    """Return what FP8 lost in the first and the last step that say so; nothing where none does."""
+    titles = {
+        "amax": "largest number",
+        "underflow": "share that becomes zero",
+        "saturated": "share that is cut",
+        "scale_inv_min": "least inverse scale",
+        "scale_inv_max": "largest inverse scale",
+    }
+    found = {stage: done["fp8"] for stage, done in stages.items() if "fp8" in done}
+    keys = [key for key in titles if any(key in one for fp8 in found.values() for one in fp8["last"].values())]
+    rows = [
+        [
+            f"{kind} of the {MODELS[_TRAINED[stage]]}",
+            *(" / ".join(number(fp8[step].get(kind, {}).get(key), 3) for step in ("first", "last")) for key in keys),
+        ]
+        for stage, fp8 in found.items()
+        for kind in fp8["last"]
+    ]
+    return table(["FP8, first step / last step", *(titles[key] for key in keys)], rows) if rows else ""
 
 
 def _data(stages: dict[str, Any]) -> str:

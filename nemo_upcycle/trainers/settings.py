@@ -175,7 +175,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("trainer.accelerator", "", _one_of("gpu", "cpu", "auto", "cuda")),
     Setting("data.num_workers", "dataset.num_workers", _from(0), free=True),
     Setting("resume.restore_config.trained_on", "", free=True),
-    *(Setting("", f"upcycle.{name}", free=True) for name in ("spike_", "stop_on_spike", "evaluate_")),
+    *(
+        Setting("", f"upcycle.{name}", free=True)
+        for name in ("spike_", "stop_on_spike", "evaluate_", "fp8_statistics_")
+    ),
     Setting("model.", "model.", step0=True),
     Setting("resume.restore_config.spec.", "spec.", step0=True),
     Setting("", "recipe", step0=True),

@@ -65,7 +65,7 @@ def _train_alone(dense: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("router_lr_mult", -1.0), ("spike_window", 0), ("evaluate_every", -5), ("evaluate_limit", 0)],
+    [("router_lr_mult", -1.0), ("spike_window", 0), ("evaluate_limit", 0), ("fp8_statistics_every", -1)],
 )
 def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: Any) -> None:
     from nemo_upcycle.trainers.bridge.settings import UpcycleSettings
@@ -73,6 +73,34 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: Any) -
     with pytest.raises(SpecError) as caught:
         UpcycleSettings(**{name: value}).check()
     assert caught.value.field == name
+
+
+def test_statistics_about_fp8_are_bridges_own_on_a_gpu_and_need_their_package(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_upcycle.monitoring import fp8_statistics
+    from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
+    from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
+
+    config = UpcyclingConfig.of(run_config(dense, tmp_path / "run", UpcycleSpec(num_experts=4, top_k=2)))
+    config.upcycle.fp8_statistics_every = 10
+    upcycle_callbacks(config, tmp_path)
+    assert config.tensor_inspect is None  # the emulation counts
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(fp8_statistics, "find_spec", lambda name: None)
+    for refused in (
+        lambda: upcycle_callbacks(config, tmp_path),
+        lambda: open_training("bridge", training_text({"upcycle.fp8_statistics_every": 10})).check_here("pretrain"),
+    ):
+        with pytest.raises(SpecError, match="pip install nvdlfw-inspect"):
+            refused()
+    monkeypatch.setattr(fp8_statistics, "find_spec", lambda name: object())
+    upcycle_callbacks(config, tmp_path)
+    assert config.tensor_inspect.enabled
+    assert config.tensor_inspect.features == fp8_statistics.features(10, None)
+    config.tensor_inspect.features = "mine.yaml"
+    upcycle_callbacks(config, tmp_path)
+    assert config.tensor_inspect.features == "mine.yaml"
 
 
 def test_what_is_asked_for_is_planned_and_checked_in_the_words_of_the_command(inputs: Path) -> None:

@@ -16,10 +16,13 @@ from megatron.bridge.training.config import (
     ConfigContainer,
     OptimizerConfigOverrideProvider,
     OptimizerConfigOverrideProviderContext,
+    TensorInspectConfig,
 )
+from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.monitoring.fp8_statistics import features, require_inspect
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.trainers.base import FT_SOCKET, Evaluations
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
@@ -58,6 +61,7 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     factors, anneal = settings.schedules()
     if not factors.is_neutral:
         _set_groups(config)
+    _take_statistics(config, settings.fp8_statistics_every, folder)
     metrics = BridgeMetrics(folder)
     callbacks: list[Callback] = [BridgeLossGuard(settings, folder), metrics]  # a broken step is not written
     if scored := evaluations or settings.evaluations():
@@ -68,6 +72,16 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
         callbacks.append(Heartbeat())
     settings.callbacks = tuple(map(type, callbacks))  # type: ignore[attr-defined]  # see `require_callbacks`
     return callbacks
+
+
+def _take_statistics(config: ConfigContainer, every: int, folder: Path) -> None:
+    """Let Bridge turn on Transformer Engine's statistics about FP8, on a GPU; a run's own `tensor_inspect` stays."""
+    require_inspect(every, "config.upcycle.fp8_statistics_every")
+    if every and torch.cuda.is_available() and not config.tensor_inspect:
+        precision = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
+        config.tensor_inspect = TensorInspectConfig(
+            enabled=True, features=features(every, precision), log_dir=str(folder)
+        )
 
 
 @dataclass

@@ -33,6 +33,7 @@ class UpcycleSettings:
         evaluate_every: steps between two evaluations of the live model; 0 for none.
         evaluate_suite: suite that they score: a name in `conf/evaluation`, a YAML file, or the folder of a suite.
         evaluate_limit: take only the first items of each task.
+        fp8_statistics_every: steps between two statistics of Transformer Engine about FP8, on a GPU; 0 for none.
 
     Example:
         >>> config.upcycle.router_lr_mult = 4.0  # doctest: +SKIP
@@ -51,6 +52,7 @@ class UpcycleSettings:
     evaluate_every: int = 0
     evaluate_suite: str = "watch"
     evaluate_limit: int | None = None
+    fp8_statistics_every: int = 0
 
     def schedules(self) -> tuple[LearningRateFactors, Anneal]:
         """Return the factors on learning rates and the anneal; the model says where the latter starts.
@@ -77,6 +79,7 @@ class UpcycleSettings:
         check_whole("spike_window", self.spike_window, 1)
         check_number("spike_threshold", self.spike_threshold, 0.0)
         check_whole("evaluate_every", self.evaluate_every, 0)
+        check_whole("fp8_statistics_every", self.fp8_statistics_every, 0)
         if self.evaluate_limit is not None:
             check_whole("evaluate_limit", self.evaluate_limit, 1)
 

@@ -159,7 +159,12 @@ class BridgeTraining(Training):
             _check_config(self, stage, folder)
 
     def check_here(self, stage: str) -> None:
-        """See `Training.check_here`: nodes."""
+        """See `Training.check_here`: nodes, and what takes statistics."""
+        from nemo_upcycle.monitoring.fp8_statistics import require_inspect
+
+        name = "upcycle.fp8_statistics_every"
+        every = self.named_settings().get(name, "")
+        require_inspect(int(every) if every.isdecimal() else 0, f"{stage}.{name}")
         if self.nodes > 1:
             raise UpcycleError(
                 "gpus",

@@ -14,6 +14,7 @@ from nemo.utils.app_state import AppState
 from nemo_upcycle.cpu.backend import watch_fp8
 from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
+from nemo_upcycle.monitoring.fp8_statistics import count_step, name_layers, require_inspect, start_inspect
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepFacts, StepMetrics
 from nemo_upcycle.trainers.aux_loss import describe_balancing
@@ -33,6 +34,7 @@ class MetricsLogger(Callback):
         filename: name of the file, inside the run's log folder.
         gpu: the card that MFU is stated for, as in `peaks_of`; None asks the driver, and states none without it.
         expert_distance_every: steps between two looks at the experts' weights; the first and the last step have one.
+        fp8_statistics_every: steps between two statistics of Transformer Engine about FP8, on a GPU; 0 for none.
 
     Example:
         >>> recipe.trainer.callbacks.append(run.Config(MetricsLogger, gpu="h100"))  # doctest: +SKIP
@@ -43,12 +45,25 @@ class MetricsLogger(Callback):
         filename: str = "metrics.jsonl",
         gpu: Optional[str] = None,  # noqa: UP045
         expert_distance_every: int = 100,
+        fp8_statistics_every: int = 0,
     ) -> None:
         self.filename = filename
         self.gpu = gpu
         self.expert_distance_every = expert_distance_every
+        self.fp8_statistics_every = fp8_statistics_every
         self._metrics: StepMetrics | None = None
         self._loss_before: Any = None
+
+    @property
+    def _inspects(self) -> bool:
+        return bool(self.fp8_statistics_every) and torch.cuda.is_available()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Turn on Transformer Engine's statistics: the model is built after this."""
+        require_inspect(self.fp8_statistics_every, "fp8_statistics_every")
+        if self._inspects:
+            precision = getattr(trainer.precision_plugin, "dtype_config", None)
+            start_inspect(self.fp8_statistics_every, precision, Path(AppState().log_dir))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the routers and start the clock."""
@@ -70,6 +85,8 @@ class MetricsLogger(Callback):
             self.expert_distance_every,
         )
         settings = _settings(trainer, pl_module)
+        if self._inspects:
+            name_layers(list(trainer.strategy.megatron_parallel), trainer.global_step)  # type: ignore[attr-defined]
         self._metrics = StepMetrics(training, health, trainer.global_step, settings, watch_fp8(config))
         if trainer.num_sanity_val_steps and trainer.global_step == 0:
             self._metrics.validation(0, self._loss_before)
@@ -84,6 +101,8 @@ class MetricsLogger(Callback):
         line = self._metrics.step(trainer.global_step, loss, found.get("grad_norm"), found.get("lr"))
         if line is not None:
             self._log(trainer, line)
+        if self._inspects:
+            count_step()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the validation loss; Lightning's sanity check, which comes before `on_train_start`, gives step 0."""

@@ -19,6 +19,7 @@ from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dt
 from nemo_upcycle.cpu.configuration import CPU_FIELDS
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.monitoring.fp8_statistics import require_inspect
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.checks import parent_within_reach, ranks_of
 from nemo_upcycle.trainers.nemo.recipes import spec_of
@@ -117,6 +118,12 @@ def lacking_here(recipe: Any, where: str = "", *, in_stage: bool = False) -> Ite
             expected=f"at most {here}, the GPUs of this machine" if here else "a GPU: this machine has none",
             fix=f"set it to {here}" if here else "train on one that has, or for a trial set it to cpu",
         )
+    for place, callback in enumerate(getattr(recipe.trainer, "callbacks", None) or []):
+        try:
+            field = f"{where}trainer.callbacks[{place}].fp8_statistics_every"
+            require_inspect(getattr(callback, "fp8_statistics_every", 0), field)
+        except UpcycleError as error:
+            yield error
     if in_stage and not here:
         return
 

@@ -297,6 +297,21 @@ def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
     assert found["distance of the experts from their mean, relative (0: copies)"] == ["0.5", "-"]
 
 
+def test_what_fp8_lost_is_shown_of_the_first_and_the_last_step_that_say_so(run_dir: Path) -> None:
+    write_report(run_dir)
+    assert "FP8, first step" not in (run_dir / "report.md").read_text()
+    path = run_dir / "pretrain/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    steps[0]["fp8"] = {"input": {"amax": 3.0, "underflow": 0.25}, "gradient": {"amax": 0.5, "underflow": 0.0}}
+    steps[1]["fp8"] = {"input": {"amax": 4.0, "underflow": 0.125}, "gradient": {"scale_inv_max": 2.0}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(run_dir)
+    found = rows(run_dir / "report.md")
+    assert found["input of the trained MoE"] == ["3 / 4", "0.25 / 0.125", "- / -"]
+    assert found["gradient of the trained MoE"] == ["0.5 / -", "0 / -", "- / 2"]
+
+
 def test_settings_that_were_changed_in_a_started_run_are_listed(run_dir: Path) -> None:
     write_report(run_dir)
     assert "changed after the start" not in (run_dir / "report.md").read_text()
