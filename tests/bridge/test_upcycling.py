@@ -88,7 +88,7 @@ def test_a_second_start_in_the_same_process_is_not_upcycled_again(dense: Path, t
     [
         (lambda path: path.unlink(), "not made by upcycling"),
         (lambda path: path.write_text(path.read_text()[:100]), "receipt.json"),
-        (lambda path: path.write_text(path.read_text().replace('"top_k": 2', '"top_k": 1')), "same spec"),
+        (lambda path: path.write_text(path.read_text().replace('"top_k": 2', '"top_k": 3')), r"spec: got \{'top_k': 3\}, e"),
         (lambda path: path.write_text(path.read_text().replace("/dense", "/other")), "same source"),
     ],
     ids=["none", "half", "another spec", "another parent"],
@@ -113,6 +113,7 @@ def test_the_dense_baseline_starts_from_the_same_checkpoint(dense: Path, tmp_pat
         ({"checkpoint.load": None}, "checkpoint.load"),
         ({"checkpoint.save": None}, "checkpoint.save"),
         ({"checkpoint.pretrained_checkpoint": "/models/other"}, "pretrained_checkpoint"),
+        ({"checkpoint.finetune": True}, "checkpoint.finetune"),
         ({"dist.use_megatron_fsdp": True}, "use_megatron_fsdp"),
         ({"dist.use_decentralized_pg": True}, "use_decentralized_pg"),
         ({"checkpoint.non_persistent_ckpt_type": "local"}, "non_persistent_ckpt_type"),

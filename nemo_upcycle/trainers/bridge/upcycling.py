@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import UserList
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,7 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
     for name, got, why in (
         ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, "it would overwrite"),
         ("checkpoint.load", is_hf_checkpoint_dir(checkpoint.load) and checkpoint.load, "it would overwrite"),
+        ("checkpoint.finetune", checkpoint.finetune, "it would begin at step 0 again, and overwrite"),
         ("checkpoint.non_persistent_ckpt_type", is_local and "local", "no rank sees the others' checkpoints"),
         ("checkpoint.also_save_hf_checkpoint", saves_hf, "Bridge exports interleaved rows of experts as they lie"),
         (
@@ -373,6 +375,10 @@ def _check_receipt(model: Any, folder: str, paths: Sequence[Path], spec: Upcycle
         ("source_files", made.get("source_files"), found, found not in (None, made.get("source_files"))),
     ):
         if differs:
+            if name == "spec" and made_by and spec:
+                before, now = asdict(UpcycleSpec(**made_by)), asdict(spec)
+                changed = [field for field in now if before[field] != now[field]]
+                got, expected = ({field: one[field] for field in changed} for one in (before, now))
             raise UpcycleError(
                 f"{folder}/{RECEIPT}: {name}",
                 got=got,
