@@ -275,7 +275,7 @@ class MoeFamily(Family, ABC):
         yield from (reason for reason, holds in self.limits(arch).items() if holds)
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
-        """Return reasons why the class cannot hold a model, each with whether it holds; these are every class's.
+        """Return reasons why the class cannot hold some models, each with whether it holds of this one.
 
         Args:
             arch: the model's architecture, without a Hugging Face class.
@@ -283,6 +283,13 @@ class MoeFamily(Family, ABC):
         place = "before and after" if arch.pre_norm and arch.post_norm else "after" if arch.post_norm else "before"
         width = "over all heads" if arch.wide_qk_norm else "by head"
         is_scaled = arch.routed_scaling_factor != 1
+        # Reason -> whether it is one of this class, and whether it holds.
+        own = {
+            "norms of query and key": ("query_norm" not in self.names, arch.qk_norm),
+            "no norms of query and key": (self.defaults.get("qk_norm"), not arch.qk_norm),
+            "shared experts": ("shared_fc1" not in self.names, arch.shared_ffn_size > 0),
+            "a sliding window": (not self.has_window, arch.window is not None),
+        }
         return {
             "Mamba layers": arch.mamba is not None,
             "gated delta nets, and a gate of attention": arch.output_gate != ("delta_in" in self.names),
@@ -301,11 +308,7 @@ class MoeFamily(Family, ABC):
             "a window in some layers": arch.window_pattern is not None and "window_pattern" not in self.layer_patterns,
             "multipliers of scores and embedding": arch.attention_multiplier is not None and not self.has_multipliers,
             "heads that are rotated in part": arch.rotary_percent != 1 and not self.has_partial_rotary,
-            "norms of query and key": arch.qk_norm and "query_norm" not in self.names,
-            "no norms of query and key": bool(self.defaults.get("qk_norm")) and not arch.qk_norm,
-            "shared experts": arch.shared_ffn_size > 0 and "shared_fc1" not in self.names,
-            "a sliding window": arch.window is not None and not self.has_window,
-        }
+        } | {reason: holds for reason, (lacks, holds) in own.items() if lacks}
 
     @staticmethod
     def in_moe_layers(shapes: Mapping[str, tuple[int, ...]], arch: Architecture) -> dict[str, tuple[int, ...]]:
