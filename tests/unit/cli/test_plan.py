@@ -57,7 +57,10 @@ def test_json_has_exactly_what_is_promised(command: Command) -> None:
         (f"{PAPER} --price-per-gpu-hour 2 --explain 1", "47.49B|13.67B|34.4B|two of the three|bubble = |assumed:"),
         (DROPLESS, "Speed: with balanced routing, as benchmarks force it; nat"),
         (f"{DROPLESS} --routing natural", "Speed: with natural routing"),
-        (f"{DROPLESS} --dense-router-gradient --explain 1", "router gradient of all experts: 6.765e+10 FLOPs"),
+        (
+            f"{DROPLESS} --dense-router-gradient --explain 1",
+            "router gradient of all experts: 6.765e+10 FLOPs of a token",
+        ),
         ("--gpus 64 --layout tp=4,pp=4", "gradients bf16, overlap tp, mcore-0.15"),
         ("--gpus 64 --global-batch 64 --seq-length 131072", "warning: sequences of 131,072 tokens|8,192 positions"),
     ],
@@ -88,6 +91,8 @@ def test_the_text_says_what_the_numbers_count_on(command: Command, tmp_path: Pat
         ),
         (f"{MOE} --gpu gb200", "num_nodes=16, num_gpus_per_node=4", "-"),
         (f"{DROPLESS} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
+        (f"{DROPLESS} {CURRENT}", "", "fp8_param_gather=True"),
+        (f"{DENSE} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
         (f"{DROPLESS} --dense-router-gradient", "optim.dense_router_gradient=True", "-"),
         (
             f"{DROPLESS} --dispatcher hybridep --backend bridge",
@@ -229,6 +234,7 @@ NVIDIAS = "--gpus 64 --layout tp=4,pp=4"
     [
         (f"{DROPLESS} --routing balanced", f"{DROPLESS} --routing natural"),
         (DROPLESS, f"{DROPLESS} --dense-router-gradient"),
+        (f"{PAPER} --capacity-factor 0 --software mcore-0.17", f"{PAPER} --capacity-factor 0 --software mcore-0.15"),
         (f"{PAPER} --capacity-factor 0 --software 26.04.01", f"{PAPER} --capacity-factor 0"),
         (NVIDIAS, f"{NVIDIAS} --overlap ''"),
     ],
