@@ -16,13 +16,7 @@ __all__ = ["texts_folder"]
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ["seq_length=1", "--check", "--strict"],
-        ["--check", "seq_length=1", "--strict"],
-        ["--check", "--strict", "seq_length=1"],
-        ["--check", "--", "seq_length=1"],
-    ],
+    "words", [["seq_length=1", "--check"], ["--check", "seq_length=1", "--strict"], ["--check", "--", "seq_length=1"]]
 )
 def test_overrides_stand_before_and_after_options(tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "mine.yaml").write_text("sources: {mine: {train: ['one.txt']}}\n")

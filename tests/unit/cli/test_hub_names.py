@@ -67,7 +67,6 @@ def test_convert_and_verify_download_what_the_hub_names(
         ("verify acme/tiny moe", {"ENDPOINT": NOWHERE}, "LocalEntryNotFound", "`hf download acme/tiny --local-dir"),
         ("convert acme/tiny moe", {"HF_HUB_CACHE": "/dev/null/hub"}, "Not a directory", "set HF_HOME to one"),
     ],
-    ids=["no such name", "gated", "gated to this token", "no network", "no cache"],
 )
 def test_a_model_that_cannot_be_had_says_how_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, changed: dict[str, str], got: str, fix: str

@@ -88,6 +88,8 @@ def test_the_text_says_what_the_numbers_count_on(command: Command, tmp_path: Pat
         (f"{MOE} --gpu gb200", "num_nodes=16, num_gpus_per_node=4", "-"),
         ("--recipe qwen3_600m_e8t2_sft --gpus 1", 'nemo llm finetune --factory "qwen3_600m_e8t2_sft(', "micro_batch"),
         (f"{DROPLESS} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
+        (f"{DROPLESS} {CURRENT}", "", "fp8_param_gather=True"),
+        (f"{DENSE} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
         (
             f"{DROPLESS} --dispatcher hybridep --backend bridge",
             "moe_flex_dispatcher_backend=hybridep",
@@ -227,6 +229,7 @@ NVIDIAS = "--gpus 64 --layout tp=4,pp=4"
     ("faster", "slower"),
     [
         (f"{DROPLESS} --routing balanced", f"{DROPLESS} --routing natural"),
+        (f"{PAPER} --capacity-factor 0 --software mcore-0.17", f"{PAPER} --capacity-factor 0 --software mcore-0.15"),
         (f"{PAPER} --capacity-factor 0 --software 26.04.01", f"{PAPER} --capacity-factor 0"),
         (NVIDIAS, f"{NVIDIAS} --overlap ''"),
     ],

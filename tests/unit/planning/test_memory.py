@@ -11,7 +11,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import parse_layout
-from nemo_upcycle.planning.memory import GIB, Memory, in_flight, layer_bytes, stage_memory
+from nemo_upcycle.planning.memory import GIB, Memory, in_flight, layer_bytes, stage_memory, worst_memory
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
@@ -128,3 +128,12 @@ def test_micro_batches_in_flight() -> None:
         assert held == stages * virtual + stages - 1
     # Never more than there are.
     assert sum(in_flight(parse_layout("pp=4,vp=8", 128), replace(work, global_batch=128), 0)) <= 4 * 8
+
+
+def test_the_last_stage_has_the_logits() -> None:
+    layout = parse_layout("tp=2,pp=4", 8)
+    assert stage_memory(LLAMA, layout, WORK, 0).logits == 0
+    assert stage_memory(LLAMA, layout, WORK, 3).logits == 8192 * 128256 // 2 * 10
+    stage, worst = worst_memory(LLAMA, layout, WORK)
+    assert worst.total == max(stage_memory(LLAMA, layout, WORK, number).total for number in range(4))
+    assert stage in range(4)
