@@ -55,11 +55,8 @@ def cluster_for(executor: Any) -> Cluster | None:
         return None
     found = next((cluster for cluster in CLUSTERS if cluster.takes(executor)), None)
     if found is None:
-        expected, fix = (
-            f"this machine, or one for {' or '.join(cluster.label for cluster in CLUSTERS)}",
-            "name another",
-        )
-        raise UpcycleError("run.executor", got=type(executor).__name__, expected=expected, fix=fix)
+        expected = " or ".join(("this machine", *(cluster.label for cluster in CLUSTERS)))
+        raise UpcycleError("run.executor", got=type(executor).__name__, expected=expected, fix="name another")
     return found(executor)
 
 
