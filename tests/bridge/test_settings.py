@@ -114,11 +114,13 @@ def test_statistics_about_fp8_are_bridges_own_on_a_gpu_and_need_their_package(
 def test_what_is_asked_for_is_planned_and_checked_in_the_words_of_the_command(inputs: Path) -> None:
     dense, gradient = str(inputs / "parent"), {"upcycle.dense_router_gradient": "true"}
     evaluate = {"suite": str(inputs / "evaluation.yaml"), "every_n_steps": 3}
-    facts = open_training("bridge", training_text(gradient, evaluate=evaluate)).facts(dense)
+    asked = gradient | {"optimizer.optimizer": "dist_muon"}
+    facts = open_training("bridge", training_text(asked, evaluate=evaluate)).facts(dense)
     assert facts is not None
     assert facts.evaluations is not None
     assert facts.evaluations.every_n_steps == 3
     assert facts.dense_router_gradient
+    assert facts.optimizer == "dist_muon"
     for settings, field in (
         ({"upcycle.router_lr_mult": -1}, "upcycle.router_lr_mult"),
         (gradient | {"model.moe_token_dispatcher_type": "allgather"}, "model.moe_token_dispatcher_type"),

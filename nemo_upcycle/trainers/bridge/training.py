@@ -22,6 +22,7 @@ from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.planning.recipe_table import tunes
+from nemo_upcycle.planning.workload import OPTIMIZERS
 from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
@@ -119,6 +120,7 @@ class BridgeTraining(Training):
             steps=steps,
             overlap=tuple(name for name, is_on in shares.items() if is_on),
             gradients="fp32" if _reduces_in_fp32(config) else "bf16",
+            optimizer=_optimizer(config.optimizer),
             low_params=_keeps_low_params(config),
             dense_router_gradient=settings_of(config).dense_router_gradient,
             software=BRIDGE_SOFTWARE,
@@ -305,6 +307,14 @@ def _precision(config: Any) -> str:
 def _reduces_in_fp32(config: Any) -> bool:
     """Tell whether gradients are summed in float32: a precision's setting replaces that of data parallelism."""
     return bool((_mixed_precision(config) or config.ddp).grad_reduce_in_fp32)
+
+
+def _optimizer(optimizer: Any) -> str:
+    """Return the planner's name of an optimizer, Adam for one that it does not know."""
+    name = optimizer.optimizer
+    if name == "muon" and getattr(optimizer, "use_layer_wise_distributed_optimizer", False):
+        return "dist_muon"
+    return name if name in OPTIMIZERS else "adam"
 
 
 def _keeps_low_params(config: Any) -> bool:
