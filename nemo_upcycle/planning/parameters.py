@@ -243,7 +243,7 @@ class StagePlan:
 def _muon_states(params: list[Param], layout: Layout, work: Workload) -> tuple[list[int], list[int]]:
     """Sum up the bytes of Muon's states by rank, of those that share the dense part and of those that share experts.
 
-    `muon` keeps all on every rank; `dist_muon` deals out whole parameters, from the smallest on, in turns that go back and forth.
+    `muon` keeps all on every rank; `dist_muon` deals out whole parameters, the smallest first, back and forth.
     """
     spreads = work.optimizer == "dist_muon" and layout.dense_shards > 1
     found = []
