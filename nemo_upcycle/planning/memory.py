@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES, average_params, stage_plan
+from nemo_upcycle.planning.parameters import MUON_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES, average_params, stage_plan
 from nemo_upcycle.planning.workload import Workload
 
 
@@ -246,7 +246,8 @@ def least_bytes(arch: Architecture, layout: Layout, work: Workload) -> float:
     if work.lora:  # nearly all are frozen
         return (dense + expert) * weight
     owned = dense / layout.dense_shards + expert / layout.expert_dp
-    return (dense + expert) * (weight + work.gradient_bytes) + owned * OPTIMIZER_BYTES
+    states = OPTIMIZER_BYTES if work.optimizer == "adam" else MUON_BYTES
+    return (dense + expert) * (weight + work.gradient_bytes) + owned * states
 
 
 def least_with_activations(arch: Architecture, layout: Layout, work: Workload) -> float:

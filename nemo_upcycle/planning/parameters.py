@@ -20,8 +20,8 @@ from nemo_upcycle.planning.layout import Chunk, Layout
 from nemo_upcycle.planning.workload import Workload
 
 
-#: Megatron's Adam keeps a float32 master and two float32 moments of every parameter.
-OPTIMIZER_BYTES = 12
+#: Megatron's Adam keeps a float32 master and two float32 moments of every parameter, Muon of a matrix one moment.
+OPTIMIZER_BYTES, MUON_BYTES = 12, 8
 #: Parameters are BF16.
 WEIGHT_BYTES = 2
 #: Megatron's default; larger with very many data-parallel ranks.
@@ -48,6 +48,12 @@ class Param(NamedTuple):
     def numel(self) -> int:
         """Elements of the rank's shard."""
         return math.prod(self.shape)
+
+    @property
+    def muon_bytes(self) -> int:
+        """Bytes of its states under Muon, which leaves embeddings, output and what is no matrix to Adam."""
+        is_matrix = self.layer is not None and len(self.shape) == 2
+        return self.numel * (MUON_BYTES if is_matrix else OPTIMIZER_BYTES)
 
     @property
     def is_linear(self) -> bool:
@@ -200,6 +206,7 @@ class StagePlan:
         linear = (param for param in params if param.is_linear) if work.numbers.fp8 else ()
         in_fp8 = [param.numel for param in linear if work.is_fp8_layer(arch, param.layer or 0)]
         self.fp8_bytes = round(sum(in_fp8) * work.numbers.copy_bytes)
+        self._muon = _muon_states(params, layout, work) if work.optimizer != "adam" else ()
         self.buffers: list[tuple[Buffer, bool]] = []
         least = max(_BUCKET, _BUCKET_PER_RANK * layout.dp)
         apart = ("embedding", "output") if arch.tied_embeddings and layout.pp > 1 else ()
@@ -214,19 +221,40 @@ class StagePlan:
                 ]
                 shards = layout.expert_dp if expert else layout.dense_shards
                 self.buffers.append((lay_out(members, shards, bucket), expert))
-        numel = sum(buffer.numel for buffer, _ in self.buffers)
+        # Buffers are padded for the distributed optimizer of Adam alone.
+        numel = self.params if self._muon else sum(buffer.numel for buffer, _ in self.buffers)
         self.weights_bytes = (numel - (sum(in_fp8) if work.low_params else 0)) * WEIGHT_BYTES
         self.gradients_bytes = numel * work.gradient_bytes
 
-    def optimizer_bytes(self, dense_shard: int = 0, expert_shard: int = 0) -> int:
-        """Return the bytes of a rank's optimizer states; the defaults are the fullest rank's.
+    def optimizer_bytes(self, dense_shard: int | None = None, expert_shard: int | None = None) -> int:
+        """Return the bytes of a rank's optimizer states; None: those of the fullest rank.
 
         Args:
             dense_shard: number of the rank among the dp x cp ranks that share the dense part.
             expert_shard: number of the rank among those that share its experts.
         """
-        owned = sum(buffer.owned(expert_shard if expert else dense_shard) for buffer, expert in self.buffers)
+        if self._muon:
+            shards = zip(self._muon, (dense_shard, expert_shard), strict=True)
+            return sum(max(held) if shard is None else held[shard % len(held)] for held, shard in shards)
+        owned = sum(buffer.owned((expert_shard if expert else dense_shard) or 0) for buffer, expert in self.buffers)
         return owned * OPTIMIZER_BYTES
+
+
+def _muon_states(params: list[Param], layout: Layout, work: Workload) -> tuple[list[int], list[int]]:
+    """Sum up the bytes of Muon's states by rank, of those that share the dense part and of those that share experts.
+
+    `muon` keeps all on every rank; `dist_muon` deals out whole parameters, the smallest first, back and forth.
+    """
+    spreads = work.optimizer == "dist_muon" and layout.dense_shards > 1
+    found = []
+    for expert, shards in ((False, layout.dense_shards), (True, layout.expert_dp)):
+        held = [0] * (shards if spreads else 1)
+        turns = [*range(len(held)), *reversed(range(len(held)))]
+        members = [param for param in params if (param.mapping.is_expert and layout.ep > 1) is expert]
+        for turn, param in enumerate(sorted(members, key=lambda param: param.numel)):
+            held[turns[turn % len(turns)]] += param.muon_bytes
+        found.append(held)
+    return found[0], found[1]
 
 
 @functools.lru_cache(maxsize=256)

@@ -56,6 +56,8 @@ PRECISIONS = {
 }
 #: What data parallelism sums gradients in (`grad_reduce_in_fp32`) -> bytes of one.
 GRADIENTS = {"fp32": 4, "bf16": 2}
+#: Adam with Megatron's distributed optimizer; Muon whole on every rank, or spread by whole parameters.
+OPTIMIZERS = ("adam", "muon", "dist_muon")
 #: What is recomputed in the backward pass: modules by Megatron-Core's names (the norm before the experts, the core of
 #: attention, the experts' activation function, the network of a
 #: dense or of an MoE layer), or whole layers.
@@ -92,6 +94,7 @@ class Workload:
         low_params: whether parameters of layers that multiply in FP8 or FP4 are kept so (`fp8_param_gather`), without
             a copy in BF16.
         gradients: one of `GRADIENTS`.
+        optimizer: one of `OPTIMIZERS`, for the memory.
         recompute: one of `RECOMPUTES`, or several of `MODULES` with commas between.
         dispatcher: one of `DISPATCHERS`.
         routing: one of `ROUTINGS`, for the time.
@@ -110,6 +113,7 @@ class Workload:
     precision: str = "bf16"
     low_params: bool = False
     gradients: str = "fp32"
+    optimizer: str = "adam"
     recompute: str = "none"
     dispatcher: str = "alltoall"
     routing: str = "balanced"
@@ -120,6 +124,7 @@ class Workload:
         names: dict[str, Collection[str]] = {
             "precision": PRECISIONS,
             "gradients": GRADIENTS,
+            "optimizer": OPTIMIZERS,
             "dispatcher": DISPATCHERS,
             "routing": ROUTINGS,
         }

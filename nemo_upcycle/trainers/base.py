@@ -162,6 +162,7 @@ class TrainingFacts:
         first_steps: after how many steps it ceases to recompute MoE layers; 0: it goes on as it begins.
         overlap: what runs beside computation, in the planner's words.
         gradients: what data parallelism sums them in, in the planner's words.
+        optimizer: the planner's name of it.
         low_params: whether parameters are kept and gathered in FP8 or FP4.
         rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
         lora: rank of the adapters that are trained beside the routers; 0: all weights are trained.
@@ -194,6 +195,7 @@ class TrainingFacts:
     first_steps: int = 0
     overlap: tuple[str, ...] = ()
     gradients: str
+    optimizer: str = "adam"
     low_params: bool = False
     rank_capacity: float | None = None
     lora: int = 0

@@ -106,10 +106,11 @@ def test_statistics_about_fp8_are_bridges_own_on_a_gpu_and_need_their_package(
 def test_what_is_asked_for_is_planned_and_checked_in_the_words_of_the_command(inputs: Path) -> None:
     dense = str(inputs / "parent")
     evaluate = {"suite": str(inputs / "evaluation.yaml"), "every_n_steps": 3}
-    facts = open_training("bridge", training_text({}, evaluate=evaluate)).facts(dense)
+    facts = open_training("bridge", training_text({"optimizer.optimizer": "dist_muon"}, evaluate=evaluate)).facts(dense)
     assert facts is not None
     assert facts.evaluations is not None
     assert facts.evaluations.every_n_steps == 3
+    assert facts.optimizer == "dist_muon"
     with pytest.raises(UpcycleError) as caught:
         open_training("bridge", training_text({"upcycle.router_lr_mult": -1})).check_parent(
             "pretrain", dense, remote=False

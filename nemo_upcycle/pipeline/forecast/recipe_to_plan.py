@@ -62,6 +62,7 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
         precision=facts.profile.precision,
         low_params=facts.low_params,
         gradients=facts.gradients,
+        optimizer=facts.optimizer,
         recompute=facts.recompute,
         dispatcher=_dispatcher(facts),
         overlap=facts.overlap,

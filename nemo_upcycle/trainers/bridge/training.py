@@ -22,6 +22,7 @@ from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.planning.recipe_table import tunes
+from nemo_upcycle.planning.workload import OPTIMIZERS
 from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
@@ -119,6 +120,7 @@ class BridgeTraining(Training):
             steps=steps,
             overlap=tuple(name for name, is_on in shares.items() if is_on),
             gradients="fp32" if (numbers or config.ddp).grad_reduce_in_fp32 else "bf16",
+            optimizer=_optimizer(config.optimizer),
             low_params=any(getattr(numbers, name, False) for name in ("fp8_param_gather", "fp4_param_gather")),
             software=BRIDGE_SOFTWARE,
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
@@ -294,6 +296,14 @@ def _precision(config: Any) -> str:
     if precision.fp4:
         return fp8_precision(precision.fp4_recipe)
     return fp8_precision(precision.fp8_recipe) if precision.fp8 else "bf16"
+
+
+def _optimizer(optimizer: Any) -> str:
+    """Return the planner's name of an optimizer, Adam for one that it does not know."""
+    name = optimizer.optimizer
+    if name == "muon" and getattr(optimizer, "use_layer_wise_distributed_optimizer", False):
+        return "dist_muon"
+    return name if name in OPTIMIZERS else "adam"
 
 
 def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> None:

@@ -11,7 +11,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import parse_layout
-from nemo_upcycle.planning.memory import GIB, Memory, in_flight, layer_bytes, stage_memory, worst_memory
+from nemo_upcycle.planning.memory import GIB, Memory, in_flight, layer_bytes, least_bytes, stage_memory, worst_memory
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
@@ -42,6 +42,22 @@ def test_model_states_by_hand(text: str, gpus: int, gib: float) -> None:
     assert (worst.weights_bytes + worst.gradients_bytes + worst.optimizer_bytes()) / GIB == pytest.approx(
         gib, abs=0.06
     )
+
+
+def test_muon_keeps_one_moment_of_matrices_and_spreads_whole_parameters_where_it_is_asked_to() -> None:
+    """Of a rank that shares nothing 8 bytes for a matrix of a layer, 12 for all else; `tests/bridge` asks Megatron."""
+    alone, spread = parse_layout("ep=8", 8), parse_layout("ep=8", 16)
+    others = 2 * LLAMA.vocab_size * LLAMA.hidden_size + (2 * LLAMA.num_layers + 1) * LLAMA.hidden_size
+    whole = StagePlan(LLAMA, alone, replace(WORK, optimizer="muon"), 0)
+    assert whole.optimizer_bytes() == 8 * whole.params + 4 * others
+    assert whole.weights_bytes == 2 * whole.params
+    shared = replace(WORK, optimizer="dist_muon")
+    for layout in (alone, spread):
+        held = stage_memory(LLAMA, layout, shared, 0).optimizer
+        assert held < whole.optimizer_bytes()
+        assert least_bytes(LLAMA, layout, shared) <= stage_memory(LLAMA, layout, shared, 0).total
+        ranks = [StagePlan(LLAMA, layout, shared, 0).optimizer_bytes(n, n % layout.expert_dp) for n in range(8)]
+        assert max(ranks) <= held
 
 
 def test_activations_of_a_mamba_mixer_by_hand() -> None:
