@@ -231,7 +231,7 @@ def check(bridge: Path, names: list[str], python: str) -> bool:
     ruff = [sys.executable, "-m", "ruff"]
     mypy = [sys.executable, "-m", "mypy", *_MYPY, "--python-executable", python]
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "--disable-warnings", "--durations-min=600"]
-    on_cpu = [*pytest, "tests/bridge/test_conversion.py", "-k", "contribution"]
+    on_cpu = [*pytest, "tests/bridge/test_conversion.py", "tests/bridge/test_contribution.py", "-k", "contribution"]
     passed = [
         _passes("ruff check", bridge, [*ruff, "check", *modules]),
         _passes("ruff check --select I", bridge, [*ruff, "check", "--select", "I", *modules]),
@@ -241,7 +241,9 @@ def check(bridge: Path, names: list[str], python: str) -> bool:
         _passes("unit tests", bridge, [*pytest, *units]),
         _passes("tests of Bridge's rules", bridge, [*pytest, *rules]),
         _passes("functional tests, collected", bridge, [*pytest, "--collect-only", *functional]),
-        _passes("small models there and back on a CPU, by this package's test", bridge, on_cpu, folder=ROOT),
+        _passes(
+            "small models there and back, and upcycled, on a CPU by this package's test", bridge, on_cpu, folder=ROOT
+        ),
     ]
     print("not run: the functional tests, for which Bridge wants two GPUs and Transformer Engine:")
     print(f"  uv run python -m pytest {' '.join(functional)}")
