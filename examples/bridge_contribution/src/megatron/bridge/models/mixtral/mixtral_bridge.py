@@ -31,7 +31,9 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 
 @MegatronModelBridge.register_bridge(source=MixtralForCausalLM, target=GPTModel, model_type="mixtral")
-class MixtralBridge(MegatronModelBridge):
+class MixtralBridge(  # type: ignore[type-var]  # register_bridge is annotated for instances, not classes
+    MegatronModelBridge[Any, GPTModelProvider, GPTModel]
+):
     """
     Megatron Bridge for Mixtral Causal LM.
 

@@ -35,7 +35,9 @@ from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 
 
 @MegatronModelBridge.register_bridge(source=Qwen2MoeForCausalLM, target=GPTModel, model_type="qwen2_moe")
-class Qwen2MoEBridge(MegatronModelBridge):
+class Qwen2MoEBridge(  # type: ignore[type-var]  # register_bridge is annotated for instances, not classes
+    MegatronModelBridge[Any, GPTModelProvider, GPTModel]
+):
     """
     Megatron Bridge for Qwen2 MoE Causal LM.
 
