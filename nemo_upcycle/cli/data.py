@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of this partition")
     how.add_argument("--time", metavar="D-HH:MM:SS", help="with --slurm: time limit of a task (default: 24:00:00)")
     how.add_argument("--qos", metavar="NAME", help="with --slurm: quality of service")
+    how.add_argument("--ray", action="store_true", help="run the tasks on the Ray cluster of RAY_ADDRESS")
     how.add_argument("--strict", action="store_true", help="end at the first broken input (default: count and go on)")
     how.add_argument("--update", action="store_true", help="build a finished folder again if its files changed since")
     how.add_argument("--check", action="store_true", help="check the blend, count its files and stop")
@@ -118,13 +119,15 @@ def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:
     for name in ("slurm", "time", "qos"):
         if "=" in (value := getattr(args, name) or ""):
             raise UpcycleError(f"--{name}", got=value, expected="no KEY=VALUE", fix=f"give --{name} its own value")
+    if args.slurm and args.ray:
+        raise UpcycleError("way to run", got="--slurm and --ray", expected="one of them", fix="omit one")
     for name in ("time", "qos"):
         if getattr(args, name) and not args.slurm:
             raise UpcycleError(f"--{name}", got="no --slurm", expected="both", fix=f"add --slurm, or omit --{name}")
     named = [
         (f"--{name}", str(getattr(args, name))) for name in ("workers", "slurm", "time", "qos") if getattr(args, name)
     ]
-    return tuple(word for pair in named for word in pair)
+    return (*(word for pair in named for word in pair), *(["--ray"] if args.ray else []))
 
 
 def _check(args: argparse.Namespace, blend: Blend) -> int:

@@ -210,6 +210,18 @@ def everything(work: Path) -> dict[str, bytes]:
     return found
 
 
+def same_as_here(folder: Path, *arguments: str, **environment: str) -> None:
+    """Check that a plan of every stage gives the bytes on a cluster that it gives on this machine."""
+    near = {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
+    plan = blend(folder, finders=2, heldout_overlap=0.5, near_duplicates=near)
+    done = run(plan, *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    found = everything(plan.parent)
+    clear(plan)
+    assert run(plan).returncode == 0
+    assert everything(plan.parent) == found
+
+
 class Slurm:
     """Scripts that come first in the path; each counts its calls in a file."""
 

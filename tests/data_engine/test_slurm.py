@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from tests.data_engine.blend import blend, clear, command, everything, run
+from tests.data_engine.blend import blend, command, same_as_here
 from tests.waiting import HANG_S, wait_until
 
 
@@ -27,14 +27,7 @@ PARTITION = os.environ.get("SLURM_PARTITION", "batch")
 
 
 def test_same_bytes_as_on_one_machine(tmp_path: Path) -> None:
-    near = {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
-    plan = blend(tmp_path, finders=2, heldout_overlap=0.5, near_duplicates=near)
-    done = run(plan, "--slurm", PARTITION, "--workers", "2", "--time", "00:10:00")
-    assert done.returncode == 0, done.stderr
-    found = everything(plan.parent)
-    clear(plan)
-    assert run(plan).returncode == 0
-    assert everything(plan.parent) == found
+    same_as_here(tmp_path, "--slurm", PARTITION, "--workers", "2", "--time", "00:10:00")
 
 
 def test_stopping_cancels_the_jobs(tmp_path: Path) -> None:

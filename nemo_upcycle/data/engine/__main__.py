@@ -1,6 +1,7 @@
 """The engine's command: `python -m nemo_upcycle.data.engine DIR/build/plan.json --workers N`, in the data environment.
 
     --slurm PARTITION [--time T] [--qos Q]   the tasks as jobs of Slurm, N at a time; from a login node
+    --ray                                    on a running Ray cluster
 
 Rerun, it resumes where it was stopped or killed; the output is the same, byte for byte.
 """
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         from nemo_upcycle.data.engine.pipelines import RunOn
         from nemo_upcycle.data.engine.supervise import Stopped, run_plan
 
-        run_on = RunOn(arguments.workers, arguments.slurm, arguments.time, arguments.qos)
+        run_on = RunOn(arguments.workers, arguments.slurm, arguments.time, arguments.qos, arguments.ray)
         _check(run_on)
         try:
             run_plan(load_plan(arguments.plan.resolve()), run_on)
@@ -72,7 +74,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}, {versions}")
     parser.add_argument("plan", type=Path, help="DIR/build/plan.json")
     parser.add_argument("--workers", type=int, default=_cores(), help="tasks at a time (all cores it may use)")
-    parser.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of Slurm")
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of Slurm")
+    runs.add_argument("--ray", action="store_true", help="run the tasks on a Ray cluster")
     parser.add_argument("--time", default="24:00:00", help="time limit of a Slurm job (24:00:00)")
     parser.add_argument("--qos", default="", help="quality of service of the Slurm jobs (the cluster's default)")
     return parser.parse_args(argv)
@@ -95,6 +99,8 @@ def _check(run_on: Any) -> None:
         raise UpcycleError("--slurm", got="a job of Slurm", expected="a login node", fix="use --workers inside a job")
     if run_on.slurm and not which("sbatch"):
         raise UpcycleError("--slurm", got="no sbatch", expected="a login node of a cluster", fix="use --workers")
+    if run_on.ray and not find_spec("ray"):
+        raise UpcycleError("--ray", got="no ray", expected="the package", fix=f"{sys.executable} -m pip install ray")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactFindDedups
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
@@ -35,19 +35,21 @@ class EngineStage:
 
 @dataclass(frozen=True)
 class RunOn:
-    """Where the tasks run: on this machine, or in a partition of Slurm.
+    """Where the tasks run: on this machine, in a partition of Slurm, or on a Ray cluster.
 
     Args:
         workers: tasks at a time.
         slurm: the partition.
         time_limit: time limit of a Slurm job, as sbatch takes it.
         qos: quality of service of the Slurm jobs.
+        ray: whether they run on the Ray cluster.
     """
 
     workers: int = 1
     slurm: str | None = None
     time_limit: str = "24:00:00"
     qos: str = ""
+    ray: bool = False
 
 
 class StartTask(LedgerStep):
@@ -206,6 +208,8 @@ def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn, environment: P
             job_name=f"data-{stage.name}",
             venv_path=str(environment / "bin" / "activate"),
         )
+    if run_on.ray:
+        return RayPipelineExecutor(**shared, workers=run_on.workers)
     return _Local(**shared, workers=min(run_on.workers, stage.tasks))
 
 

@@ -190,6 +190,10 @@ def _library(plan: EnginePlan) -> tuple[str, str]:
 
 
 def _run_stages(plan: EnginePlan, run_on: RunOn, library: str) -> None:
+    if run_on.ray:
+        import ray
+
+        ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
     for stage in stages(plan, library):
         runs = executor(plan, stage, run_on, Path(sys.prefix))
         runs.run()

@@ -22,6 +22,7 @@ ADVISE = "advise --model LLAMA --gpus 128 --trained-on 15T"
         ("data sotuu d", "blend", "sotuu"),
         ("data sotu d", "tokenizer", "none"),
         ("data sotu d --workers 0", "--workers", 0),
+        ("data sotu d --slurm cpu --ray", "way to run", "--slurm and --ray"),
         ("data sotu d --time 1:00:00", "--time", "no --slurm"),
         ("data sotu d --slurm cpu --qos seed=2", "--qos", "seed=2"),
         (CALIBRATE, "--router-init", "normal"),
