@@ -1,9 +1,14 @@
-"""Read YAML, the package's own of `conf/` by name and the user's by path, and check it against a dataclass."""
+"""Read YAML, the package's own of `conf/` by name and the user's by path, and check it against a dataclass.
+
+Aliases and references let a file of a few lines stand for more values than a machine holds. All YAML is read here, so
+that what it would be, written out, is known before it is built.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -20,8 +25,13 @@ from nemo_upcycle.utils.validation import check_fields
 
 
 _T = TypeVar("_T")
+#: Characters of a file with aliases and references written out, `_VALUE` more for each value, and how deep its values
+#: may lie in each other. OmegaConf takes some 10 s for so much.
+MAX_CHARACTERS, MAX_DEPTH, _VALUE = 2**20, 50, 20
 #: PyYAML's in C is faster by a factor of 8, where it was built.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+#: A reference of OmegaConf's: the dots of a relative one, and the key, which a resolver may stand before.
+_REFERENCE = re.compile(r"\$\{(?:[\w.]+:)?[\s\"']*(\.*)([^{}:,\"']*)")
 #: folder of `conf/` -> the file of it that explains the keys
 _TEMPLATES = {"data": "text", "chat": "messages", "evaluation": "demo", "ablations": "laptop", "executors": "slurm"}
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
@@ -80,7 +90,7 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
         if str(name) not in (names := packaged_names(kind)):
             raise UpcycleError.unknown(what, str(name), [*names, "PATH.yaml"])
         path, folder = packaged(kind) / f"{name}.yaml", Path()
-    text = _text_of(path, where := f"{what} {path}")
+    text = _bounded_text(path, where := f"{what} {path}")
     content = copy.deepcopy((_content.__wrapped__ if "${" in text else _content)(text, where))  # variables may change
     if not isinstance(content, dict) or not content:
         got = type(content).__name__ if content else "nothing"
@@ -95,8 +105,9 @@ def _content(text: str, where: str) -> Any:
     from omegaconf import OmegaConf, errors
 
     try:
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except (errors.OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        require_bounded(text, where)
+        return _resolved(OmegaConf.create(text), where)
+    except (errors.OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise _invalid(where, error) from None
 
 
@@ -108,13 +119,13 @@ def read_yaml(path: Path, what: str = "file") -> Any:
         what: what it describes, for errors.
 
     Raises:
-        UpcycleError: the file is missing, unreadable or no YAML.
+        UpcycleError: the file is missing, unreadable, no YAML, or beyond the bounds.
 
     Example:
         >>> read_yaml(packaged("evaluation") / "demo.yaml")["seed"]
         1234
     """
-    return parse_yaml(_text_of(path, f"{what} {path}"), f"{what} {path}")
+    return parse_yaml(_bounded_text(path, f"{what} {path}"), f"{what} {path}")
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -125,16 +136,57 @@ def parse_yaml(text: str, where: str) -> Any:
         where: where it stands, for errors.
 
     Raises:
-        UpcycleError: it is no YAML.
+        UpcycleError: it is no YAML, or beyond the bounds.
 
     Example:
         >>> parse_yaml("{a: [1, 2]}", "mine")
         {'a': [1, 2]}
     """
     try:
+        require_bounded(text, where)
         return yaml.load(text, Loader=_LOADER)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise _invalid(where, error) from None
+
+
+def require_bounded(text: str, where: str) -> None:
+    """Check what YAML would be with its aliases written out, before anything is built of it.
+
+    Args:
+        text: the YAML.
+        where: where it stands, for errors.
+
+    Raises:
+        UpcycleError: it is too long or too deep.
+        yaml.YAMLError: it is no YAML.
+    """
+    size, known, open_at = 0, dict[str, tuple[int, int]](), [_Open(None, 0)]
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in known:
+                got, fix = f"*{event.anchor} before the end of an anchor of this name", "write out what is meant"
+                raise UpcycleError(where, got=got, expected="aliases behind their anchors", fix=fix)
+            inner_size, height = known[event.anchor]
+            size += inner_size
+            open_at[-1].height = max(open_at[-1].height, height + 1)
+        elif isinstance(event, yaml.NodeEvent):
+            open_at.append(_Open(event.anchor, size))
+            size += _VALUE + (len(event.value) if isinstance(event, yaml.ScalarEvent) else 0)
+        _require_size(where, size, "aliases", len(open_at) + open_at[-1].height - 2)
+        if isinstance(event, yaml.CollectionEndEvent | yaml.ScalarEvent):
+            node = open_at.pop()
+            open_at[-1].height = max(open_at[-1].height, node.height + 1)
+            if node.anchor:
+                known[node.anchor] = (size - node.size_before, node.height)
+
+
+@dataclasses.dataclass
+class _Open:
+    """A value whose end has not been read; `height` is how deep those lie that were read in it."""
+
+    anchor: str | None
+    size_before: int
+    height: int = 0
 
 
 def overridden(conf: Conf, overrides: Sequence[str]) -> dict[str, Any]:
@@ -156,16 +208,74 @@ def overridden(conf: Conf, overrides: Sequence[str]) -> dict[str, Any]:
 
     where = f"overrides of {conf.path}"
     try:
+        for override in overrides:
+            require_bounded(override.partition("=")[2], where)
         merged = OmegaConf.merge(conf.content, *(OmegaConf.from_dotlist([override]) for override in overrides))
-        return dict(typing.cast("Any", OmegaConf.to_container(merged, resolve=True)))
-    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError):
+        return dict(_resolved(merged, where))
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError):
         got, expected = masked_text(" ".join(overrides)), "KEY=VALUE, each value as YAML writes it"
         raise UpcycleError(where, got=got, expected=expected, fix="put a value with [, {, : or # in quotes") from None
 
 
-def _text_of(path: Path, where: str) -> str:
+def _resolved(config: Any, where: str) -> Any:
+    """Return a configuration of OmegaConf's as plain values, with its references written out if that stays small."""
+    from omegaconf import OmegaConf
+
+    content = OmegaConf.to_container(config)
+    sizes: dict[tuple[str, ...], int] = {}
+
+    def size_of(value: Any, at: tuple[str, ...], depth: int) -> int:
+        if at in sizes:
+            return sizes[at]
+        sizes[at] = 0  # of one that refers to itself, which OmegaConf refuses
+        if isinstance(value, dict | list):
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            size = _VALUE + sum(size_of(one, (*at, str(key)), depth) for key, one in entries)
+        else:
+            size = _VALUE + len(str(value))
+            for dots, key in _REFERENCE.findall(value) if isinstance(value, str) else ():
+                if key.endswith("$"):
+                    got, fix = f"{value} of {'.'.join(at)}", "write out the inner one"
+                    raise UpcycleError(where, got=got, expected="no reference in a reference", fix=fix)
+                place = (*at[: -len(dots)], *_parts(key)) if dots else _parts(key)
+                if (found := _found(content, place)) is not None:
+                    size += size_of(found, place, depth + 1)
+        _require_size(where, size, "references", depth)
+        sizes[at] = size
+        return size
+
+    size_of(content, (), 0)
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def _parts(key: str) -> tuple[str, ...]:
+    """Return the keys that lead to what a reference names, as `a.b[0]`."""
+    return tuple(part for part in re.split(r"[.\[\]]+", key.strip()) if part)
+
+
+def _found(content: Any, place: tuple[str, ...]) -> Any:
+    """Look up the value at a place; None if there is none, as for a variable of the environment."""
+    for key in place:
+        entries = dict(enumerate(content)) if isinstance(content, list) else content
+        content = {str(name): one for name, one in entries.items()}.get(key) if isinstance(entries, dict) else None
+    return content
+
+
+def _require_size(where: str, size: int, what: str, depth: int) -> None:
+    if size > MAX_CHARACTERS:
+        got = f"{size:,} characters with its {what} written out, {_VALUE} more for each value"
+        raise UpcycleError(where, got=got, expected=f"at most {MAX_CHARACTERS:,}", fix="make it smaller")
+    if depth > MAX_DEPTH:
+        got = f"more than {MAX_DEPTH} values in each other, with {what}"
+        raise UpcycleError(where, got=got, expected=f"at most {MAX_DEPTH}", fix="make it flatter")
+
+
+def _bounded_text(path: Path, where: str) -> str:
     """Return the text of a YAML file."""
     try:
+        if (size_bytes := path.stat().st_size) > MAX_CHARACTERS:
+            got, fix = f"{size_bytes:,} bytes", "name another file, or make it smaller"
+            raise UpcycleError(where, got=got, expected=f"YAML of at most {MAX_CHARACTERS:,}", fix=fix)
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UpcycleError(where, got=error.strerror, expected="a YAML file", fix="check the path") from None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.conf import as_dataclass, read_conf, template
+from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, parse_yaml, read_conf, template
 
 
 def test_reads_a_file_of_the_package_by_name_and_a_users_by_path(tmp_path: Path) -> None:
@@ -28,9 +28,6 @@ def test_reads_a_file_of_the_package_by_name_and_a_users_by_path(tmp_path: Path)
         (b"- 1", "keys", "list"),
         (b"# mine\n", "keys", "nothing"),
         (b"\xff", "a YAML file", "'utf-8' codec"),
-        (b"a: &a [*a]", "valid YAML", ""),
-        (b"a: ${b}\nb: ${a}", "valid YAML", ""),
-        (b"- " * 2000 + b"x", "valid YAML", ""),
         (None, "a YAML file", "No such file or directory"),
     ],
 )
@@ -42,6 +39,45 @@ def test_refuses_what_is_not_a_yaml_mapping(tmp_path: Path, content: bytes | Non
         read_conf("evaluation", path, "suite")
     assert (caught.value.subject, caught.value.expected) == (f"suite {path}", expected)
     assert str(caught.value.got).startswith(got)
+
+
+_TIMES_9 = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)]
+_REFERRED_TO = [f"a{level}: {f'${{a{level - 1}}}' * 9}\n" for level in range(1, 12)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a0: &a0 [x]\n" + "".join(_TIMES_9),
+        "a0: &a0 {x: 1}\n"
+        + "".join(f"a{n}: &a{n} {{b: *a{n - 1}, <<: *a{n - 1}, c{n}: *a{n - 1}}}\n" for n in range(1, 60)),
+        "a0: xxxxxxxx\n" + "".join(_REFERRED_TO),
+        "a0: xxxxxxxx\n" + "".join(_REFERRED_TO).replace("${", "${oc.select:"),
+        "a:\n  a0: xxxxxxxx\n" + "".join(f"  {line}" for line in _REFERRED_TO).replace("${", "${."),
+        "a0: &a0 [x]\n" + "".join(f"a{level}: &a{level} [*a{level - 1}]\n" for level in range(1, 100)),
+        "a: &a [*a]",
+        "a: b\nb: c\nd: ${${a}}",
+        "- " * 1000 + "x",
+        f"a: {'x' * 2**20}",
+        f"a: [{'1, ' * 100_000}]",
+    ],
+)
+def test_refuses_what_would_be_too_much(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UpcycleError) as caught:
+        read_conf("evaluation", path, "suite")
+    assert caught.value.subject == f"suite {path}"
+    assert caught.value.expected != "valid YAML"
+
+
+def test_what_is_not_written_in_a_file_is_bounded_too() -> None:
+    content = "{" + ", ".join(line.strip() for line in ["a0: &a0 [x]", *_TIMES_9]) + "}"
+    with pytest.raises(UpcycleError, match="aliases written out"):
+        parse_yaml(content, "mine")
+    conf = Conf({"a": 1}, Path("mine.yaml"), Path())
+    with pytest.raises(UpcycleError, match=r"overrides of mine\.yaml: got .* aliases written out"):
+        overridden(conf, [f"b={content}"])
 
 
 def test_a_few_aliases_and_references_are_written_out(tmp_path: Path) -> None:
