@@ -88,7 +88,7 @@ def test_a_second_start_in_the_same_process_is_not_upcycled_again(dense: Path, t
     [
         (lambda path: path.unlink(), "not made by upcycling"),
         (lambda path: path.write_text(path.read_text()[:100]), "receipt.json"),
-        (lambda path: path.write_text(path.read_text().replace('"top_k": 2', '"top_k": 3')), r"spec: got \{'top_k': 3\}, e"),
+        (lambda path: path.write_text(path.read_text().replace('"top_k": 2', '"top_k": 3')), r"got \{'top_k': 3\}, "),
         (lambda path: path.write_text(path.read_text().replace("/dense", "/other")), "same source"),
     ],
     ids=["none", "half", "another spec", "another parent"],
