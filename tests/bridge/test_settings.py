@@ -106,7 +106,8 @@ def test_statistics_about_fp8_are_bridges_own_on_a_gpu_and_need_their_package(
 def test_what_is_asked_for_is_planned_and_checked_in_the_words_of_the_command(inputs: Path) -> None:
     dense = str(inputs / "parent")
     evaluate = {"suite": str(inputs / "evaluation.yaml"), "every_n_steps": 3}
-    facts = open_training("bridge", training_text({"optimizer.optimizer": "dist_muon"}, evaluate=evaluate)).facts(dense)
+    text = training_text({"optimizer.optimizer": "dist_muon"}, evaluate=evaluate)
+    facts = open_training("bridge", text).facts(dense)
     assert facts is not None
     assert facts.evaluations is not None
     assert facts.evaluations.every_n_steps == 3
