@@ -240,9 +240,8 @@ def advice_line(
         return f"not known before the parent is fetched; ask: {shlex.join([*words, '--gpus', str(gpus or 'N')])}"
     experts, top_k = arch.num_experts or 1, arch.top_k or 1
     granularity = arch.ffn_size // (arch.expert_ffn_size or arch.ffn_size)
-    shape = shape_name(
-        experts, top_k, granularity
-    )  # a model with parts that no law has seen gets a name that none has
+    shape = shape_name(experts, top_k, granularity)
+    # A model with parts that no law has seen gets a name that none has.
     shape += " with shared experts" * bool(arch.shared_ffn_size) + " in some layers" * (arch.moe_pattern is not None)
     words += ["--experts", str(experts), "--top-k", str(top_k)]
     words += ["--granularity", str(granularity)] if granularity > 1 else []
