@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.executors.ft import ft_command
-from nemo_upcycle.pipeline.plan import open_training
 from tests.bridge.runs import differences, export, run_config
 from tests.bridge.test_chain import BEFORE, plan_of
 from tests.contract.trainers import metrics, train, training_text
@@ -65,7 +64,7 @@ def _train_alone(dense: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("router_lr_mult", -1.0), ("spike_window", 0), ("evaluate_every", -5), ("evaluate_limit", 0)],
+    [("spike_window", 0), ("evaluate_every", -5), ("evaluate_limit", 0)],
 )
 def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: Any) -> None:
     from nemo_upcycle.trainers.bridge.settings import UpcycleSettings
@@ -73,20 +72,6 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: Any) -
     with pytest.raises(SpecError) as caught:
         UpcycleSettings(**{name: value}).check()
     assert caught.value.field == name
-
-
-def test_what_is_asked_for_is_planned_and_checked_in_the_words_of_the_command(inputs: Path) -> None:
-    dense = str(inputs / "parent")
-    evaluate = {"suite": str(inputs / "evaluation.yaml"), "every_n_steps": 3}
-    facts = open_training("bridge", training_text({}, evaluate=evaluate)).facts(dense)
-    assert facts is not None
-    assert facts.evaluations is not None
-    assert facts.evaluations.every_n_steps == 3
-    with pytest.raises(UpcycleError) as caught:
-        open_training("bridge", training_text({"upcycle.router_lr_mult": -1})).check_parent(
-            "pretrain", dense, remote=False
-        )
-    assert caught.value.field == "pretrain.upcycle.router_lr_mult"
 
 
 @pytest.mark.full
