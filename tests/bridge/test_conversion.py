@@ -121,7 +121,7 @@ def test_the_contribution_is_applied_once_or_not_at_all(tmp_path: Path) -> None:
 
     (tmp_path / names[0]).unlink()
     (tmp_path / EDITS[-1][0]).write_text("of another release")
-    with pytest.raises(SystemExit, match="got 0 times .*, expected once"):
+    with pytest.raises(SystemExit, match=r"got 0 times .*, expected once"):
         apply(tmp_path)
     assert not (tmp_path / names[0]).exists()
 
