@@ -72,11 +72,10 @@ def _is_as_in(folder: Path, exported: dict[str, torch.Tensor]) -> bool:
         return all(torch.equal(exported[name], moe.read(name)) for name in moe.names())
 
 
-def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
+def _loaded(folder: Path, layout: dict[str, int]) -> tuple[Any, Any]:
+    """Return the bridge of a folder, and the model that it loads."""
     from megatron.bridge import AutoBridge
+    from megatron.core import parallel_state
 
     import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
 
@@ -86,8 +85,16 @@ def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]
     for name, value in (settings | {SIZES[name]: size for name, size in layout.items()}).items():
         setattr(provider, name, value)
     provider.finalize()
-    provider.initialize_model_parallel(seed=0)
-    model = provider.provide_distributed_model(wrap_with_ddp=False)
+    if not parallel_state.is_initialized():
+        provider.initialize_model_parallel(seed=0)
+    return bridge, provider.provide_distributed_model(wrap_with_ddp=False)
+
+
+def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]:
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    bridge, model = _loaded(folder, layout)
     return {name: tensor.clone() for name, tensor in bridge.export_hf_weights(model, cpu=True, show_progress=False)}
 
 
@@ -124,32 +131,17 @@ def _by_contribution(folders: list[Path]) -> list[Any]:
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
-    from megatron.bridge import AutoBridge
-    from megatron.core import parallel_state
-
-    import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
-
-    def load(folder: Path) -> tuple[str, Any, Any]:
-        bridge = AutoBridge.from_hf_pretrained(str(folder))
-        provider = bridge.to_megatron_provider(load_weights=True)
-        provider.params_dtype, provider.bf16 = torch.float32, False
-        provider.finalize()
-        if not parallel_state.is_initialized():
-            provider.initialize_model_parallel(seed=0)
-        return type(bridge._model_bridge).__name__, bridge, provider.provide_distributed_model(wrap_with_ddp=False)
-
-    ours = [load(folder) for folder in folders]
+    ours = [_loaded(folder, {}) for folder in folders]
+    kinds = [type(bridge._model_bridge).__name__ for bridge, _ in ours]
     for file, _ in CONTRIBUTION.values():
-        runpy.run_path(
-            str(FOLDER / "src/megatron/bridge/models" / file)
-        )  # which registers its bridge in the place of ours
-    theirs = [load(folder) for folder in folders]
+        runpy.run_path(str(FOLDER / "src/megatron/bridge/models" / file))  # registers its bridge in the place of ours
+    theirs = [_loaded(folder, {}) for folder in folders]
     return [
         (
-            (kind, other),
+            (kind, type(bridge._model_bridge).__name__),
             dict(model[0].named_parameters()),
             dict(same[0].named_parameters()),
             dict(bridge.export_hf_weights(same, cpu=True, show_progress=False)),
         )
-        for (kind, _, model), (other, bridge, same) in zip(ours, theirs, strict=True)
+        for kind, (_, model), (bridge, same) in zip(kinds, ours, theirs, strict=True)
     ]

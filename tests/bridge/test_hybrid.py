@@ -1,4 +1,4 @@
-"""A HybridModel is upcycled as a GPTModel is: the same bits in every layout, the same export, resumed alike."""
+"""A HybridModel is upcycled as a GPTModel is: the same bits in every layout, the same export."""
 
 from __future__ import annotations
 

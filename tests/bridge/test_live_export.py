@@ -16,6 +16,7 @@ from nemo_upcycle.utils.files import read_json
 from tests.bridge.runs import VOCABULARY, differences, offline, train_on_ranks
 from tests.distributed.ranks import run_ranks
 from tests.models import write_llama, write_qwen2, write_qwen3, write_tokenizer
+from tests.tiers import every_pair
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -30,9 +31,7 @@ CLASSES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
 LAYOUTS = [{"tp": 2, "pp": 2}, {"tp": 2, "ep": 2}]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("style", ["provider", "builder"])
-@pytest.mark.parametrize("hf_class", CLASSES)
+@pytest.mark.parametrize(("hf_class", "style", "layout"), every_pair(CLASSES, ["provider", "builder"], LAYOUTS))
 def test_bridge_exports_of_a_run_have_the_bits_of_convert(
     tmp_path: Path, hf_class: str, style: str, layout: dict[str, int]
 ) -> None:

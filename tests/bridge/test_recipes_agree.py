@@ -169,16 +169,6 @@ def test_every_recipe_of_nemos_has_its_pair_but_those_by_lora(numbers: dict[str,
     assert {_pair(name) for name in PAIRED} <= set(numbers)
 
 
-@pytest.mark.parametrize("name", WITH_HYBRIDEP)
-def test_hybridep_is_told_the_nvlink_domain(name: str, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DENSE, str(parent))
-    config = _named_recipes()[name]()
-    assert (config.model.moe_token_dispatcher_type, config.model.moe_router_dtype) == ("flex", "fp32")
-    assert config.env_vars["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] == config.model.expert_model_parallel_size
-    domain = known_gpu(_part(name, "gpu")).nvlink_gpus
-    assert (config.env_vars["NVLINK_DOMAIN_SIZE"], config.env_vars["USE_MNNVL"]) == (domain, domain > 8)
-
-
 @pytest.mark.parametrize("name", FAST)
 def test_a_fast_run_on_gb200_has_what_bridges_own_has(
     name: str, parent: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +203,11 @@ def test_bridge_and_megatron_accept_what_is_set_on_such_gpus(
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: gpu)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (gpu.major, gpu.minor))
     config = _named_recipes()[name]()
+    if name in WITH_HYBRIDEP:
+        domain, experts = known_gpu(card).nvlink_gpus, config.model.expert_model_parallel_size
+        assert (config.model.moe_token_dispatcher_type, config.model.moe_router_dtype) == ("flex", "fp32")
+        assert config.env_vars["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] == experts
+        assert (config.env_vars["NVLINK_DOMAIN_SIZE"], config.env_vars["USE_MNNVL"]) == (domain, domain > 8)
     config.env_vars = {}  # they would go into this process
     runtime_config_update(config)
     assert config.data_parallel_size * config.model.tensor_model_parallel_size <= int(_part(name, "gpus"))

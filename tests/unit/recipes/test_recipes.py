@@ -157,19 +157,3 @@ def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> 
     config = recipe.model.config
     assert (config.moe_ffn_hidden_size, config.moe_shared_expert_intermediate_size) == (768, 768)
     assert recipe.resume.restore_config.spec.granularity == 2
-
-
-@pytest.mark.parametrize("name", [f"{LLAMA}_e8t2", f"{LLAMA}_dense_ct", "llama3_70b_e8t2"])
-def test_h100_recipes_survive_faults(recipes: Any, name: str) -> None:
-    for recipe in (
-        getattr(recipes, name).pretrain_recipe(),
-        getattr(recipes, name).pretrain_recipe(performance_mode=True),
-    ):
-        names = [callback.__fn_or_cls__.__name__ for callback in recipe.trainer.callbacks]
-        assert ("GarbageCollectionCallback" in names) is not recipe.trainer.plugins.grad_reduce_in_fp32  # the fast run
-        assert names[0] == "LossGuard"  # before the step's metrics and its checkpoint
-        ordered = ["MetricsLogger", "hang_detection", "straggler_report", "SaveOnSignal", "StopOnSignal"]
-        assert [name for name in names if name in ordered] == ordered
-        strategy = recipe.trainer.strategy
-        assert (strategy.ckpt_async_save, strategy.ddp.check_for_nan_in_grad) == (True, False)
-        assert (recipe.log.ckpt.keep_last, recipe.log.ckpt.every_n_train_steps) == (2, 1000)

