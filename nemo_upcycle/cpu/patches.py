@@ -263,7 +263,7 @@ def compute_delta_nets_with_torch() -> None:
     """
     if not find_spec("megatron.core.ssm.gated_delta_net") or not find_spec("fla"):
         return
-    from megatron.core.ssm.gated_delta_net import common, gdn
+    from megatron.core.ssm.gated_delta_net import common, gdn, torch_chunk_gated_delta_rule
 
     def normalised(rows: torch.Tensor) -> torch.Tensor:
         return rows * torch.rsqrt(rows.square().sum(-1, keepdim=True) + 1e-6)
@@ -275,7 +275,7 @@ def compute_delta_nets_with_torch() -> None:
         return torch.nn.functional.silu(seen[..., :length]).transpose(1, 2), None
 
     common.l2norm, gdn.causal_conv1d = normalised, convolve
-    gdn.chunk_gated_delta_rule = common.torch_chunk_gated_delta_rule
+    gdn.chunk_gated_delta_rule = torch_chunk_gated_delta_rule
 
 
 def compile_nothing() -> None:

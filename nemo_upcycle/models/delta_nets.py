@@ -21,7 +21,7 @@ DELTA_SIZES = {
 #: Says which nets a model has; `None` for attention alone.
 VARIANT = "experimental_attention_variant"
 _GATE, _LAYERS = "attention_output_gate", "linear_attention_freq"
-_NETS = "gated_delta_net"
+_NETS, _NETS_SINCE_0_20 = "gated_delta_net", "gdn"
 
 
 def gate_fields(arch: Architecture) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def gate_fields(arch: Architecture) -> dict[str, Any]:
 
 def has_nets(config: Any) -> bool:
     """Return whether a configuration has gated delta nets in some layers."""
-    return getattr(config, VARIANT, None) == _NETS
+    return getattr(config, VARIANT, None) in (_NETS, _NETS_SINCE_0_20)
 
 
 def net_layers(config: Any) -> tuple[bool, ...]:
@@ -64,8 +64,8 @@ def wrong_gates(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any
         arch: the architecture that it is to have.
     """
     wanted = gate_fields(arch)
-    for name, none in ((_GATE, False), (VARIANT, None)):
-        yield name, getattr(config, name, none), wanted.get(name, none)
+    yield _GATE, getattr(config, _GATE, False), wanted.get(_GATE, False)
+    yield VARIANT, _NETS if has_nets(config) else getattr(config, VARIANT, None), wanted.get(VARIANT)
     if arch.delta and has_nets(config):
         yield _LAYERS, [int(has_net) for has_net in net_layers(config)], wanted[_LAYERS]
         yield from ((setting, getattr(config, setting), wanted[setting]) for setting in DELTA_SIZES.values())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from nemo_upcycle.models.delta_nets import gate_fields, gates_of
+from nemo_upcycle.models.delta_nets import gate_fields, gates_of, wrong_gates
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.mapping import layer_mappings, mapping_of
 from nemo_upcycle.models.sharding import Shard, hf_parts, hf_shape, hf_shapes, shard_shape, source_slices
@@ -70,6 +71,15 @@ def test_a_rank_has_its_heads_of_every_part(role: str, size: int) -> None:
     assert all(
         torch.equal(found, parts[part]) for part, found in hf_parts(whole, mapping_of(role, ARCH), ARCH).items()
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "agrees"), [("gated_delta_net", True), ("gdn", True), ("gdn2", False), (None, False)]
+)
+def test_both_names_of_the_nets_are_taken_and_no_other(name: str | None, agrees: bool) -> None:
+    """Megatron-Core from 0.20 on says `gdn`, whatever it was told."""
+    config = SimpleNamespace(**gate_fields(ARCH) | {"experimental_attention_variant": name}, num_layers=4)
+    assert all(got == wanted for _, got, wanted in wrong_gates(config, ARCH)) == agrees
 
 
 def test_every_fourth_layer_has_attention_and_all_numbers_are_counted() -> None:
