@@ -160,16 +160,15 @@ def _acting_share(config: Any, name: str) -> float:
     return float((got * expected).sum() / expected.square().sum())
 
 
-def gradient_of_losses(router: TopKRouter, logits: torch.Tensor, **routing: Any) -> torch.Tensor:
+def gradient_of_losses(router: TopKRouter, logits: torch.Tensor) -> torch.Tensor:
     """Compute the part of the gradient of a router's logits that its auxiliary losses add on this rank.
 
     Args:
         router: a router in training mode.
         logits: logits, [S, B, E], a leaf that requires a gradient.
-        routing: further arguments of the router's `routing`.
     """
     with temporarily_set(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):
-        scores, _ = router.routing(logits, **routing)
+        scores, _ = router.routing(logits)
         # What a schedule does after every forward step: here of a stage without a loss of its own.
         context = parallel_state.get_context_parallel_world_size()
         forward_step_calc_loss(None, scores, None, router.config, None, False, 1, [], context, False)

@@ -40,11 +40,11 @@ def _logits() -> torch.Tensor:
     return torch.randn(*TOKENS, EXPERTS, generator=generator) + torch.tensor([2.0, 0.0, 0.0, 0.0])
 
 
-def gradient_of(settings: dict[str, Any], logits: torch.Tensor, **routing: Any) -> torch.Tensor:
+def gradient_of(settings: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
     """Return what the auxiliary losses of a router with these settings add to the gradient of its logits."""
     from nemo_upcycle.trainers.aux_loss import gradient_of_losses
 
-    return gradient_of_losses(_router(**settings), logits.clone().requires_grad_(), **routing)
+    return gradient_of_losses(_router(**settings), logits.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("kind", LOSSES)
