@@ -73,4 +73,4 @@ def test_a_parent_with_experts_goes_through_the_chain(tmp_path: Path) -> None:
         ("MixtralForCausalLM", 8, 4),
         ("MixtralForCausalLM", 4, 2),
     ]
-    assert "A model with experts of" in (run / "report.md").read_text()
+    assert "→ MoE of 8 experts, top-4" in (run / "report.md").read_text()
