@@ -177,7 +177,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("resume.restore_config.trained_on", "", free=True),
     *(
         Setting("", f"upcycle.{name}", free=True)
-        for name in ("spike_", "stop_on_spike", "evaluate_", "fp8_statistics_")
+        for name in (
+            *("spike_window", "spike_threshold", "stop_on_spike", "fp8_statistics_every"),
+            *("evaluate_every", "evaluate_suite", "evaluate_limit"),
+        )
     ),
     Setting("model.", "model.", step0=True),
     Setting("resume.restore_config.spec.", "spec.", step0=True),

@@ -103,6 +103,13 @@ def test_statistics_about_fp8_are_bridges_own_on_a_gpu_and_need_their_package(
     assert config.tensor_inspect.features == "mine.yaml"
 
 
+def test_what_only_watches_a_run_may_change_in_one_that_has_started() -> None:
+    watches = {"spike_window": 9, "spike_threshold": 4.0, "evaluate_every": 5, "fp8_statistics_every": 3}
+    text = training_text({f"upcycle.{name}": value for name, value in watches.items()})
+    found = open_training("bridge", text).settings()
+    assert {f"upcycle.{name}" for name in watches} <= found.free.keys()
+
+
 def test_a_forecast_knows_the_optimizer_and_the_evaluations(inputs: Path) -> None:
     evaluate = {"suite": str(inputs / "evaluation.yaml"), "every_n_steps": 3}
     text = training_text({"optimizer.optimizer": "dist_muon"}, evaluate=evaluate)
