@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import unicodedata
+from abc import abstractmethod
 from array import array
 from functools import lru_cache
 from pathlib import Path
@@ -41,9 +42,9 @@ class RemoveDocuments(LedgerStep):
 
     type, name, step = "filter", "documents with a reason", ""
 
+    @abstractmethod
     def reason(self, document: Document) -> str | None:
         """Say why a document goes; None: it stays."""
-        raise NotImplementedError
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield the other documents."""
