@@ -18,7 +18,6 @@ from megatron.bridge.training.config import (
     OptimizerConfigOverrideProviderContext,
     TensorInspectConfig,
 )
-from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from nemo_upcycle.errors import SpecError, UpcycleError
@@ -26,7 +25,7 @@ from nemo_upcycle.monitoring.fp8_statistics import features, require_inspect
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.trainers.base import FT_SOCKET, Evaluations
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
-from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, settings_of
+from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, mixed_precision_of, settings_of
 from nemo_upcycle.trainers.loss_spikes import LossSpikes
 from nemo_upcycle.trainers.schedules import (
     EXPERTS,
@@ -78,10 +77,8 @@ def _take_statistics(config: ConfigContainer, every: int, folder: Path) -> None:
     """Let Bridge turn on Transformer Engine's statistics about FP8, on a GPU; a run's own `tensor_inspect` stays."""
     require_inspect(every, "config.upcycle.fp8_statistics_every")
     if every and torch.cuda.is_available() and not config.tensor_inspect:
-        precision = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
-        config.tensor_inspect = TensorInspectConfig(
-            enabled=True, features=features(every, precision), log_dir=str(folder)
-        )
+        asked = features(every, mixed_precision_of(config))
+        config.tensor_inspect = TensorInspectConfig(enabled=True, features=asked, log_dir=str(folder))
 
 
 @dataclass

@@ -366,6 +366,10 @@ def _check_receipt(model: Any, folder: str, paths: Sequence[Path], spec: Upcycle
             fix="give config.checkpoint.save and .load another folder",
         )
     made_by, wanted = made.get("spec"), spec.to_dict() if spec else None
+    if made_by and spec:  # the fields that differ say more than all of them
+        before, now = asdict(UpcycleSpec(**made_by)), asdict(spec)
+        changed = [field for field in now if before[field] != now[field]]
+        made_by, wanted = ({field: one[field] for field in changed} for one in (before, now))
     dense = paths[0].resolve()
     same = dense == Path(made.get("source", "")).resolve()
     found = _source_files(model, dense) if same and len(paths) == 1 else None
@@ -375,10 +379,6 @@ def _check_receipt(model: Any, folder: str, paths: Sequence[Path], spec: Upcycle
         ("source_files", made.get("source_files"), found, found not in (None, made.get("source_files"))),
     ):
         if differs:
-            if name == "spec" and made_by and spec:
-                before, now = asdict(UpcycleSpec(**made_by)), asdict(spec)
-                changed = [field for field in now if before[field] != now[field]]
-                got, expected = ({field: one[field] for field in changed} for one in (before, now))
             raise UpcycleError(
                 f"{folder}/{RECEIPT}: {name}",
                 got=got,
