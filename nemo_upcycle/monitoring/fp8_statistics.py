@@ -66,7 +66,7 @@ class Fp8Statistics:
         return {"fp8_shares": shares, "fp8_extremes": extremes}
 
     def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Return what was logged of each kind of tensor; nothing of a step without statistics."""
+        """Summarise the logged numbers by kind of tensor; a step without statistics has none."""
         found: dict[str, dict[str, float]] = {}
         for row, name in enumerate(_KINDS.values()):
             share, layers = summed["fp8_shares"][row].tolist()
@@ -121,8 +121,8 @@ def start_inspect(every: int, precision: Any, folder: Path) -> None:
     """Initialise nvdlfw-inspect on this rank, before a module of Transformer Engine is built.
 
     Args:
-        every: see `features`.
-        precision: likewise.
+        every: steps between two statistics, see `features`.
+        precision: the trainer's settings of it, see `features`.
         folder: for its logs.
     """
     import nvdlfw_inspect.api as inspect
@@ -135,11 +135,11 @@ def start_inspect(every: int, precision: Any, folder: Path) -> None:
 
 
 def name_layers(chunks: list[torch.nn.Module], step: int) -> None:
-    """Tell nvdlfw-inspect the layers of this rank and the steps that are done, once the model is built.
+    """Tell nvdlfw-inspect the layers of this rank and the steps done, once the model is built.
 
     Args:
-        chunks: this rank's.
-        step: how many.
+        chunks: model chunks on this rank.
+        step: number of steps that are done.
     """
     import nvdlfw_inspect.api as inspect
     from megatron.core.parallel_state import get_tensor_and_data_parallel_group

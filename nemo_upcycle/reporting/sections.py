@@ -73,7 +73,7 @@ def _changes(stages: dict[str, Any]) -> str:
 
 
 def _fp8(stages: dict[str, Any]) -> str:
-    """Return what FP8 lost in the first and the last step that say so; nothing where none does."""
+    """Make the table of the losses of FP8 in the first and the last step that have them; empty where none has."""
     titles = {
         "amax": "largest number",
         "underflow": "share that becomes zero",

@@ -123,7 +123,7 @@ def train(
     Args:
         dense: the dense checkpoint.
         folder: for the checkpoints.
-        fields: of the spec; None for the dense model.
+        fields: fields of the spec; None for the dense model.
         load: another name of the folder, to go on from.
         async_save: whether checkpoints are written in the background.
         save_later: another folder, set when all is configured, as from a command line.
@@ -238,7 +238,7 @@ def fill(parent: Path, folder: Path, fields: dict[str, Any] | None, **options: A
     Args:
         parent: the dense checkpoint.
         folder: for the receipt.
-        fields: of the spec; None for the dense model.
+        fields: fields of the spec; None for the dense model.
         options: arguments of `run_config`.
 
     Returns:

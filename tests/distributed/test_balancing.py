@@ -107,7 +107,7 @@ def _alone() -> Steps:
 
 
 def _together(layout: str) -> Steps:
-    """Return what one of four ranks finds for each case: Megatron as it is, and ours."""
+    """Measure each case on one of four ranks: in Megatron as it is, and in ours."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.moe.router import TopKRouter
 

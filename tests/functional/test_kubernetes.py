@@ -139,7 +139,7 @@ class Run:
             self.process = subprocess.Popen([*command, *words, "--yes"], env=environment, stdout=log, stderr=log)
 
     def text(self) -> str:
-        """Return what it has written."""
+        """Read the log of the command."""
         return self.log.read_text(errors="replace")
 
     def wait_for(self, found: Callable[[], object]) -> None:

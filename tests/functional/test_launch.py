@@ -41,7 +41,7 @@ class Launcher:
             )
 
     def text(self) -> str:
-        """Return what it has written."""
+        """Read the log of the command."""
         return self.log.read_text(errors="replace")
 
     def wait_for_step(self, step: int) -> None:

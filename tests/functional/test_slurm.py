@@ -94,7 +94,7 @@ class Run:
         return self
 
     def text(self) -> str:
-        """Return what it has written."""
+        """Read the log of the command."""
         return self.log.read_text(errors="replace")
 
     def wait(self) -> int:

@@ -57,7 +57,7 @@ class Parent(NamedTuple):
 
     Args:
         write: writes a random one.
-        hf_class: by transformers' name.
+        hf_class: name of the class in transformers.
         spec: fields of the `UpcycleSpec`.
         online: whether a Megatron model of it can be built.
         dtype: type of what is made.
