@@ -12,9 +12,10 @@ import pytest
 
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
+from nemo_upcycle.trainers.bridge.training import BridgeTraining
 from nemo_upcycle.utils.files import read_json
 from tests.bridge.runs import differences
-from tests.contract.trainers import losses, metrics, write_plan
+from tests.contract.trainers import losses, metrics, train, write_plan
 from tests.distributed.ranks import run_ranks
 from tests.functional.stages import run_stages
 from tests.functional.started import STAGE, environment, start_training
@@ -40,8 +41,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan_of(inputs: Path, run_dir: Path, *settings: str, recipe: str = "tiny") -> RunPlan:
     """Write the plan of a chain on two ranks, without a baseline."""
-    from nemo_upcycle.trainers.bridge.training import BridgeTraining
-
     training = BridgeTraining(f"tests.bridge.recipes:{recipe}", settings, nodes=1, ranks_per_node=2)
     named = [inputs / name for name in ("parent", "blend", "evaluation.yaml")]
     return write_plan(run_dir, *named, training.to_text())
@@ -148,3 +147,14 @@ def test_the_command_runs_a_part_of_the_chain(inputs: Path, tmp_path: Path) -> N
     again = _command(*words, cwd=tmp_path)
     assert again.returncode == 0
     assert "[pretrain] done before" in again.stderr
+
+
+def test_a_recipe_named_again_trains_its_parent_as_the_baseline(inputs: Path, tmp_path: Path) -> None:
+    recipe, settings = "tests.bridge.recipes:tiny", ("train.train_iters=2",)  # it has expert parallelism
+    trained = {}
+    for changes in ("{}", "null"):
+        training = BridgeTraining(recipe, settings, ranks_per_node=2, changes=changes)
+        train(training.to_text(), tmp_path / changes, inputs / "parent", inputs / "blend", ranks=2)
+        trained[changes] = metrics(tmp_path / changes)
+    assert ["router" in lines[0] for lines in trained.values()] == [True, False]
+    assert trained["null"][0]["loss"] == pytest.approx(trained["{}"][0]["loss"], rel=1e-5)

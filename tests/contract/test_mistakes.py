@@ -20,7 +20,8 @@ from tests.functional.typed import Answer, type_commands
 pytestmark = pytest.mark.slow
 MISTAKES = OF_BRIDGE if IS_BRIDGE else OF_NEMO
 #: What is right, beside Bridge: a dry run, and one of a recipe that names the parent by a link.
-DRYRUN, LINKED = f"{TINY} dense_ct={DENSE_CT} --dryrun --verbose", f"{GIVEN} recipe=own:linked gpus=1 --dryrun"
+DRYRUN = f"{TINY} dense_ct=tests.bridge.recipes:tiny --dryrun --verbose"
+LINKED = f"{GIVEN} recipe=own:linked dense_ct={DENSE_CT} gpus=2 --dryrun"
 #: Recipes of a user's own for Bridge, with their parents written in.
 OWN = """
 from pathlib import Path

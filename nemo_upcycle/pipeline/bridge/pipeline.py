@@ -5,7 +5,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Optional
 
 import nemo_run as run
@@ -66,7 +66,8 @@ def pipeline(
         dir: folder of the run: a new one, an empty one, or the run's own.
         dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         recipe: the recipe of the upcycled model, by Bridge's naming; `package.module:function` for one of your own.
-        dense_ct: recipe of the dense baseline; None omits it.
+        dense_ct: recipe of the dense baseline; that of the upcycled model again trains its parent in the same way; None
+            omits the baseline.
         data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
             of recipes that tune, conversations (a name in conf/chat, a YAML file, or JSON lines).
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
@@ -95,6 +96,8 @@ def pipeline(
             expected="dense_ct=NAME beside it",
             fix="give dense_ct=NAME, or omit the setting",
         )
+    if dense_ct == recipe:
+        trainings["dense_ct"] = replace(trainings["dense_ct"], changes="null")
     baseline = trainings["dense_ct"].to_text() if dense_ct else None
     texts = trainings["pretrain"].to_text(), baseline
     plan = RunPlan(recipe, dense, data, evaluation, *texts, trainer="bridge", trained_on=trained_on)

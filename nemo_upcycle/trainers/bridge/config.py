@@ -8,7 +8,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def find_recipe(name: str) -> Callable[[], ConfigContainer]:
 
 
 def load_config(
-    recipe: str, settings: Sequence[str], dense: Path, changes: Mapping[str, Any] | None = None
+    recipe: str, settings: Sequence[str], dense: Path, changes: Mapping[str, Any] | None
 ) -> ConfigContainer:
     """Return the configuration of a recipe that starts from a dense checkpoint.
 
@@ -81,14 +81,14 @@ def load_config(
         recipe: see `find_recipe`.
         settings: `KEY=VALUE`, as Bridge's command line takes them.
         dense: the dense checkpoint, in the place of the recipe's own.
-        changes: fields of the recipe's spec that are to differ.
+        changes: fields of the recipe's spec that are to differ; None: the recipe's dense baseline, without a spec.
 
     Raises:
         UpcycleError: there is no such recipe, it upcycles nothing, or another checkpoint, or a setting does not exist
             or takes no such value.
     """
     make = find_recipe(recipe)
-    with made_for(dense, changes or {}):  # Bridge's recipes have no arguments
+    with made_for(dense, changes):  # Bridge's recipes have no arguments
         try:
             config = make()
         except Exception as error:
@@ -104,6 +104,15 @@ def load_config(
         )
     _check_parents(recipe, required_hook(config).paths, dense)
     spec = required_hook(config).spec
+    if changes is None:
+        if spec is not None:
+            raise UpcycleError(
+                "dense_ct",
+                got=recipe,
+                expected="a baseline's recipe, or one made by upcycled or upcycled_pretraining, which can be without a spec",
+                fix="name another one",
+            )
+        _forget_experts(config)
     if changes and (spec is None or replace(spec, **changes) != spec):
         raise UpcycleError(
             f"recipe {recipe}",
@@ -133,6 +142,22 @@ def load_config(
     for typed in settings:
         _change(config, typed)
     return config
+
+
+def _forget_experts(config: ConfigContainer) -> None:
+    """Set back what a recipe sets of its experts after its model is made, in place."""
+    model, overlap = config.model, config.comm_overlap
+    for field in fields(model):
+        if field.name.startswith(("moe_", "expert_")) and field.default is not MISSING:
+            setattr(model, field.name, field.default)
+    if pattern := getattr(model, "hybrid_layer_pattern", None):
+        model.hybrid_layer_pattern = pattern.replace("E", "-")  # networks
+    if modules := model.recompute_modules:
+        model.recompute_modules = [
+            name for name in modules if name not in ("moe", "moe_act", "shared_experts")
+        ] or None
+    if overlap is not None:
+        overlap.overlap_moe_expert_parallel_comm = False
 
 
 def _check_parents(recipe: str, paths: Sequence[Path], dense: Path) -> None:

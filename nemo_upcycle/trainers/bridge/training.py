@@ -46,7 +46,7 @@ class BridgeTraining(Training):
         nodes: machines that it runs on.
         ranks_per_node: GPUs of each.
         evaluations: what is scored on the way; None: what the recipe says.
-        changes: fields of the recipe's spec that differ, as JSON.
+        changes: fields of the recipe's spec that differ, as JSON; `null`: the recipe's dense baseline, without a spec.
     """
 
     name = "bridge"
@@ -83,7 +83,7 @@ class BridgeTraining(Training):
     def named_settings(self) -> dict[str, str]:
         """See `Training.named_settings`: those that were given; the recipe alone knows the others."""
         given = dict(word.partition("=")[::2] for word in self.overrides)
-        given |= {f"spec.{name}": str(value) for name, value in json.loads(self.changes).items()}
+        given |= {f"spec.{name}": str(value) for name, value in (json.loads(self.changes) or {}).items()}
         return {"recipe": self.recipe, "nodes": str(self.nodes), "ranks_per_node": str(self.ranks_per_node)} | given
 
     def facts(self, dense: str) -> TrainingFacts | None:

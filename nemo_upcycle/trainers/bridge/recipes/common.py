@@ -31,12 +31,17 @@ from nemo_upcycle.utils.progress import show_messages
 DENSE = "NEMO_UPCYCLE_DENSE"
 
 
-_CHANGES: ContextVar[Mapping[str, Any]] = ContextVar("changes of a spec")
+_CHANGES: ContextVar[Mapping[str, Any] | None] = ContextVar("changes of a spec")
 
 
 @contextmanager
-def made_for(dense: Path, changes: Mapping[str, Any]) -> Iterator[None]:
-    """Let recipes that are made while the block runs start from a checkpoint, by specs that differ in some fields."""
+def made_for(dense: Path, changes: Mapping[str, Any] | None) -> Iterator[None]:
+    """Let recipes that are made while the block runs start from a checkpoint, by specs that differ in some fields.
+
+    Args:
+        dense: the checkpoint's folder.
+        changes: fields of the specs that are to differ; None: recipes train the checkpoint as it is.
+    """
     before, token = os.environ.get(DENSE), _CHANGES.set(changes)
     os.environ[DENSE] = str(dense)
     try:
@@ -102,7 +107,8 @@ def upcycled(
         >>> config = upcycled(my_config(), "/models/mine", UpcycleSpec(), "/data/mine")  # doctest: +SKIP
         >>> pretrain(config, forward_step, callbacks=upcycle_callbacks(config, "/runs/mine"))  # doctest: +SKIP
     """
-    source, spec = os.environ.get(DENSE, dense), replace(spec, **_CHANGES.get({})) if spec else None
+    source, changes = os.environ.get(DENSE, dense), _CHANGES.get({})
+    spec = None if spec is None or changes is None else replace(spec, **changes)
     folder = Path(source) if Path(source).is_dir() else ensure_dense(source)  # weights are checked when they are read
     seq_length = seq_length or config.dataset.seq_length
     given, config = config.model, UpcyclingConfig.of(config)
