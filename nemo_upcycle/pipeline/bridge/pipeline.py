@@ -66,8 +66,7 @@ def pipeline(
         dir: folder of the run: a new one, an empty one, or the run's own.
         dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         recipe: the recipe of the upcycled model, by Bridge's naming; `package.module:function` for one of your own.
-        dense_ct: recipe of the dense baseline; that of the upcycled model again trains its parent in the same way; None
-            omits the baseline.
+        dense_ct: recipe of the dense baseline; None omits it, the upcycled model's again trains the parent in its way.
         data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
             of recipes that tune, conversations (a name in conf/chat, a YAML file, or JSON lines).
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.

@@ -23,6 +23,7 @@ from nemo_upcycle.errors import UpcycleError, mistake_in_file
 from nemo_upcycle.planning.recipe_table import tunes
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.same_parent import parent_digest
+from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
@@ -103,23 +104,7 @@ def load_config(
             fix="take one of this package's, or call upcycle_on_start(config, dense, spec) in yours",
         )
     _check_parents(recipe, required_hook(config).paths, dense)
-    spec = required_hook(config).spec
-    if changes is None:
-        if spec is not None:
-            raise UpcycleError(
-                "dense_ct",
-                got=recipe,
-                expected="a baseline's recipe, or one made by upcycled or upcycled_pretraining, which can be without a spec",
-                fix="name another one",
-            )
-        _forget_experts(config)
-    if changes and (spec is None or replace(spec, **changes) != spec):
-        raise UpcycleError(
-            f"recipe {recipe}",
-            got=f"no spec that takes {dict(changes)}",
-            expected="one made by upcycled_pretraining",
-            fix="omit the changes, or make the recipe's configuration by that",
-        )
+    _check_spec(recipe, required_hook(config).spec, changes)
     if isinstance(config.model, ModelConfig):
         raise UpcycleError(
             f"recipe {recipe}",
@@ -127,6 +112,8 @@ def load_config(
             expected="a provider",
             fix="make it by upcycled_provider",
         )
+    if changes is None:
+        _forget_experts(config)
     data_class: Any = ChatDataset if tunes(recipe) else BlendDataset
     data = config.dataset
     if isinstance(data, ChatDataset) != tunes(recipe):
@@ -142,6 +129,24 @@ def load_config(
     for typed in settings:
         _change(config, typed)
     return config
+
+
+def _check_spec(recipe: str, spec: UpcycleSpec | None, changes: Mapping[str, Any] | None) -> None:
+    """Check that a recipe's spec is what `load_config` asked for."""
+    if changes is None and spec is not None:
+        raise UpcycleError(
+            "dense_ct",
+            got=recipe,
+            expected="a baseline's recipe, or one whose spec upcycled or upcycled_pretraining takes",
+            fix="name another one",
+        )
+    if changes and (spec is None or replace(spec, **changes) != spec):
+        raise UpcycleError(
+            f"recipe {recipe}",
+            got=f"no spec that takes {dict(changes)}",
+            expected="one made by upcycled_pretraining",
+            fix="omit the changes, or make the recipe's configuration by that",
+        )
 
 
 def _forget_experts(config: ConfigContainer) -> None:
