@@ -70,7 +70,7 @@ def upcycled_from(
         data: a finished folder of `nemo-upcycle data`; None: the blend `sotu`, some speeches, built on first use. A
             chain sets it.
         dir: folder for logs and checkpoints; a chain sets it.
-        name: of the run.
+        name: the name that the run gets.
         accelerator: `gpu` for those of a cluster, of which the machine that makes the recipe may have none, or `cpu`;
             None: GPUs where this machine has one, or the recipe asks for more than two ranks.
 

@@ -43,7 +43,7 @@ def chat_data(
         micro_batch_size: packs of a micro batch; NeMo takes 1.
         global_batch_size: packs of a step, over all ranks.
         num_workers: processes that load data, per rank.
-        seed: of the order of the packs; None takes the manifest's.
+        seed: what the packs' order is drawn with; None takes the manifest's.
 
     Raises:
         UpcycleError: the folder is not finished, damaged, of another length, or made with another tokenizer.

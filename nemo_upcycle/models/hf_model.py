@@ -118,7 +118,7 @@ def stored_name(name: str, arch: Architecture) -> str:
     """Give the name, in a dense model's folder, of a parameter of the transformers class that computes it.
 
     Args:
-        name: of the parameter.
+        name: a name of the class.
         arch: the model's.
     """
     family = find_family(arch.hf_class)

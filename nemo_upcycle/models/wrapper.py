@@ -77,7 +77,7 @@ class Wrapper:
     Args:
         hf_class: the class in `architectures`.
         model_type: the `model_type` beside it.
-        text_type: that of the text model, where its settings do not say it.
+        text_type: type of the text model, where its settings do not say it.
         parts: how the names of its other parts begin.
         takes_experts: whether it makes its text model by the `model_type` of that one's settings: then also one of
             experts.
@@ -103,7 +103,7 @@ class Wrapper:
 
     @staticmethod
     def text_name(name: str) -> str:
-        """Return what a tensor of the text model is called where it stands alone.
+        """Name a tensor of the text model as a text model that stands alone does.
 
         Example:
             >>> Wrapper.text_name("language_model.model.layers.0.mlp.up_proj.weight")

@@ -22,7 +22,7 @@ from nemo_upcycle.utils.validation import number_of_tokens
 MOST_BEYOND = 2.0
 
 
-class Training(NamedTuple):
+class TrainingBudget(NamedTuple):
     """Something to do with a dense model.
 
     Args:
@@ -41,7 +41,7 @@ class Training(NamedTuple):
 class Option(NamedTuple):
     """A training, and the fastest layout that fits it, with the training's tokens."""
 
-    training: Training
+    training: TrainingBudget
     plan: Plan
 
 
@@ -88,7 +88,7 @@ class DenseParent(NamedTuple):
     tokens: float
     parameters: float
 
-    def expect(self, law: Law, one: Training, dense: Training) -> Expectation | None:
+    def expect(self, law: Law, one: TrainingBudget, dense: TrainingBudget) -> Expectation | None:
         """Ask a law about a training; None if the law has no such shape, or the GPUs cannot hold it."""
         if not (one.key in law.options and one.fits and dense.fits):
             return None
@@ -100,7 +100,7 @@ class DenseParent(NamedTuple):
             above = law.loss(one.key, self.tokens, one.tokens) > law.loss("dense_from_nothing", 0, self.tokens)
         return Expectation(law.difference(one.key, one.tokens, "dense", dense.tokens, self.tokens), beyond, above)
 
-    def decide(self, law: Law, trainings: Sequence[Training]) -> tuple[str | None, str]:
+    def decide(self, law: Law, trainings: Sequence[TrainingBudget]) -> tuple[str | None, str]:
         """Name the best training, or None if the law does not decide, and the reason; the first training is dense."""
         known = {one.name: (one, self.expect(law, one, trainings[0])) for one in trainings}
         expected = {name: (one, found) for name, (one, found) in known.items() if found}
@@ -147,7 +147,9 @@ def options(request: PlanRequest, spec: UpcycleSpec, hours: float | None = None)
     shape = shape_name(spec.num_experts, spec.top_k, spec.granularity)
     named = [("dense", "dense", dense), (f"upcycle {shape}", f"upcycled_{shape}", moe)]
     named.append((f"new {shape}", f"moe_from_nothing_{shape}", moe))
-    return [Option(Training(name, key, plan.request.tokens, plan.verdict != "no"), plan) for name, key, plan in named]
+    return [
+        Option(TrainingBudget(name, key, plan.request.tokens, plan.verdict != "no"), plan) for name, key, plan in named
+    ]
 
 
 def nearest_outcomes(parent: DenseParent) -> list[dict[str, Any]]:
@@ -175,8 +177,8 @@ def _verdict_of_law(parent: DenseParent, shape: str, tokens: float, dense_tokens
     if (law := fitted_law()) is None:
         return "no fitted law applies (none was fitted yet)"
     dense, upcycled = (
-        Training("dense", "dense", dense_tokens),
-        Training(f"upcycle {shape}", f"upcycled_{shape}", tokens),
+        TrainingBudget("dense", "dense", dense_tokens),
+        TrainingBudget(f"upcycle {shape}", f"upcycled_{shape}", tokens),
     )
     expected = parent.expect(law, upcycled, dense)
     if expected is None:

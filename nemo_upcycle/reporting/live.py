@@ -188,7 +188,7 @@ def _speeds(progress: Progress, training: dict[str, Any]) -> list[list[str]]:
 
 
 def _cost(progress: Progress, price: float | None) -> list[list[str]]:
-    """Return what the trainings have used of their ranks, and what that costs if a price is known."""
+    """Count the GPU-hours of the trainings, and their cost if a price is known."""
     ranks = {stage: settings["ranks"] for stage, settings in progress.settings.items()}
     hours = sum((state.seconds or 0) / 3600 * ranks.get(state.name, 0) for state in progress.stages)
     if not hours:

@@ -83,7 +83,7 @@ def read_progress(folder: Path) -> Progress:
 
 
 def stage_states(folder: Path) -> tuple[StageState, ...]:
-    """Return what the stages of a run do, in the order in which they started, without those that will run again."""
+    """List the stages of a run in the order in which they started, without those that will run again."""
     markers = read_markers(folder)
     begun = {path.parent.name: path.stat().st_mtime for path in folder.glob(f"*/{STARTED}")}
     under_way = {f"stage {name}" for name in begun if name not in markers}

@@ -77,7 +77,7 @@ class DenseSource(Protocol):
         """Identify the files without reading them whole."""
 
     def others(self) -> Sequence[OtherTensor]:
-        """Return what else is in the files, and is no part of the text model; usually nothing."""
+        """List the tensors in the files that are no part of the text model; usually none."""
         return ()
 
     def branches(self) -> Sequence[DenseSource]:

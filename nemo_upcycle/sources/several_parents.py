@@ -153,7 +153,7 @@ class Branches:
         }
 
     def others(self) -> Sequence[OtherTensor]:
-        """Return what else is in the first model's files."""
+        """List the other tensors in the first model's files."""
         return self._sources[0].others()
 
     def branches(self) -> Sequence[DenseSource]:

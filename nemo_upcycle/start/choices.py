@@ -21,8 +21,8 @@ from nemo_upcycle.planning.memory import GIB, checkpoint_bytes
 from nemo_upcycle.planning.search import Plan, PlanRequest, find, nearest_gpus
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.start.parent import Parent
-from nemo_upcycle.start.texts import HoldOut, Texts
+from nemo_upcycle.start.parent import FoundParent
+from nemo_upcycle.start.texts import HoldOutShare, Texts
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.utils.console import short_count
 
@@ -103,7 +103,7 @@ class Choices:
     peak: float
     end: float
     suite: str
-    hold_out: HoldOut | None
+    hold_out: HoldOutShare | None
     rows: tuple[tuple[str, str, str], ...]
     arch: Architecture
     dense: Architecture
@@ -163,7 +163,7 @@ def gpus_here() -> tuple[int, str | None]:
     return len(found), next((name for name in gpu_names() if known_gpu(name) == gpu), None)
 
 
-def spec_of(parent: Parent, fields: Mapping[str, Any]) -> tuple[UpcycleSpec, dict[str, Any]]:
+def spec_of(parent: FoundParent, fields: Mapping[str, Any]) -> tuple[UpcycleSpec, dict[str, Any]]:
     """Return the spec, and its fields that are stated.
 
     Raises:
@@ -181,7 +181,7 @@ def spec_of(parent: Parent, fields: Mapping[str, Any]) -> tuple[UpcycleSpec, dic
     return spec, stated
 
 
-def choose(parent: Parent, texts: Texts, trainer: tuple[str, str], wanted: Wanted) -> Choices:
+def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: Wanted) -> Choices:
     """Choose a run.
 
     Args:

@@ -16,7 +16,7 @@ import yaml
 from nemo_upcycle.data.blend import ONLY
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.start.choices import Choices
-from nemo_upcycle.start.parent import Parent
+from nemo_upcycle.start.parent import FoundParent
 from nemo_upcycle.start.texts import Texts
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.commands import recomputation
@@ -88,12 +88,12 @@ _SIZES = {
 }
 
 
-def run_name(parent: Parent, choices: Choices) -> str:
+def run_name(parent: FoundParent, choices: Choices) -> str:
     """Name the folder of the run, which its report is titled by, as recipes are: by the parent and the experts."""
     return f"{parent.name}_e{choices.spec.num_experts}t{choices.spec.top_k}"
 
 
-def recipe_text(parent: Parent, choices: Choices) -> str:
+def recipe_text(parent: FoundParent, choices: Choices) -> str:
     """Write the recipe for the trainer that was chosen."""
     values: dict[str, Any] = {
         "title": parent.address.rstrip("/").rpartition("/")[2],
@@ -148,7 +148,7 @@ def _sizes(choices: Choices, column: int) -> dict[str, str]:
 
 
 def _recomputed(choices: Choices) -> dict[str, str]:
-    """Return what is recomputed of the upcycled model, in Megatron's settings, which are both trainers'."""
+    """Choose Megatron's settings of recomputation, which both trainers have."""
     values = recomputation(choices.plan.work) if choices.plan else {}
     return {name: f"{value!r} if spec else None" for name, value in values.items() if value is not None}
 
@@ -157,7 +157,7 @@ def _run_nemo(*_: Any) -> list[str]:
     return ["--factory", "recipe.chain"]
 
 
-def _run_bridge(folder: Path, parent: Parent, choices: Choices) -> list[str]:
+def _run_bridge(folder: Path, parent: FoundParent, choices: Choices) -> list[str]:
     values = {
         "dense": parent.address,
         "recipe": "recipe:pretrain",
@@ -218,12 +218,12 @@ def write_files(folder: Path, files: Mapping[str, str], go_on: Callable[[], str]
     return len(there) < len(files)
 
 
-def run_words(folder: Path, parent: Parent, choices: Choices) -> list[str]:
+def run_words(folder: Path, parent: FoundParent, choices: Choices) -> list[str]:
     """List the words of the command that runs the files of a folder, whose recipe is found by PYTHONPATH."""
     return ["nemo", "upcycle", "pipeline", *_FORMS[choices.trainer][2](folder, parent, choices), "--yes"]
 
 
-def run_command(folder: Path, parent: Parent, choices: Choices) -> str:
+def run_command(folder: Path, parent: FoundParent, choices: Choices) -> str:
     """Return the command as it is typed where `nemo-upcycle start` was."""
     words = [program(shown=True), *run_words(folder, parent, choices)[1:]]
     return f"PYTHONPATH={shlex.quote(str(folder))} {shlex.join(words)}"

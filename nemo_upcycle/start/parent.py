@@ -18,7 +18,7 @@ from nemo_upcycle.utils.files import is_complete
 
 
 @dataclass(frozen=True)
-class Parent:
+class FoundParent:
     """A dense model.
 
     Attributes:
@@ -48,7 +48,7 @@ class Parent:
         )
 
 
-def find_model(source: str) -> Parent:
+def find_model(source: str) -> FoundParent:
     """Find a dense model; of one on the hub configuration and tokenizer are fetched.
 
     Args:
@@ -69,7 +69,7 @@ def find_model(source: str) -> Parent:
             raise UpcycleError(
                 f"model {source}", got="no model to start from", expected="another", fix="give a folder"
             )
-        return Parent(source, arch, made if is_complete(made) else None)
+        return FoundParent(source, arch, made if is_complete(made) else None)
     folder = tokenizer_folder(source) if kind == "hub" else Path(name).absolute()
     arch = read_architecture(folder)
     check_parent(arch, source)
@@ -80,4 +80,4 @@ def find_model(source: str) -> Parent:
         raise CheckpointError(
             f"model {source}", got="no weights", expected="*.safetensors beside config.json", fix="copy them there"
         )
-    return Parent(source if kind == "hub" else str(folder), arch, folder)
+    return FoundParent(source if kind == "hub" else str(folder), arch, folder)

@@ -35,7 +35,7 @@ _SHARES, _SEEDS = (0.02, 0.05, 0.1, 0.2, 0.3), range(1234, 1274)
 
 
 @dataclass(frozen=True)
-class HoldOut:
+class HoldOutShare:
     """What is held back of the documents: the share of each split, and the seed of the draw."""
 
     share: float
@@ -62,7 +62,7 @@ class Texts:
     sample: list[tuple[str, float]] | None = None
     has_splits: bool = False
 
-    def hold_out(self, seq_length: int) -> HoldOut | None:
+    def hold_out(self, seq_length: int) -> HoldOutShare | None:
         """Choose what is held back, enough for a validation and for the bits per byte of held-out text.
 
         Args:
@@ -78,7 +78,7 @@ class Texts:
             return None
         if self.sample is None:
             share = max(50 / self.documents, 8 * seq_length / self.tokens, 0.001)
-            return HoldOut(min(round(share, 4), _SHARES[-1]), _SEEDS[0])
+            return HoldOutShare(min(round(share, 4), _SHARES[-1]), _SEEDS[0])
         for share, seed in ((share, seed) for share in _SHARES for seed in _SEEDS):
             tokens, documents = Counter[str](), Counter[str]()
             for identity, size in self.sample:
@@ -88,7 +88,7 @@ class Texts:
             least = min(_DOCUMENTS, len(self.sample) // 3)
             enough = min(documents["validation"], documents["heldout"]) >= max(1, least)
             if enough and min(tokens["validation"], tokens["train"]) > _SEQUENCES * seq_length:
-                return HoldOut(share, seed)
+                return HoldOutShare(share, seed)
         raise UpcycleError(
             "texts",
             got=f"{len(self.sample):,} documents, about {self.tokens:,} tokens",

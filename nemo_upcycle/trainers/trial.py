@@ -145,7 +145,7 @@ def _failure(construct: Callable[[Collection[str]], object], left_out: Collectio
 
 
 def _text_of(error: Exception) -> str:
-    """Return what an error says, on a line; of an assertion without words, what it asserts."""
+    """Put the text of an error on one line; of an assertion without words, what it asserts."""
     text = error.problem if isinstance(error, UpcycleError) else str(error)
     if not text:
         text = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__

@@ -101,7 +101,7 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
 
 @lru_cache  # a command reads its suite and its blend several times, which takes OmegaConf 50 ms each
 def _content(text: str, where: str) -> Any:
-    """Return what a text of OmegaConf's holds."""
+    """Read a text of OmegaConf's."""
     from omegaconf import OmegaConf, errors
 
     try:

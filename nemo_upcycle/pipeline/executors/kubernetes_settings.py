@@ -68,7 +68,7 @@ class KubernetesExecutor(run.Executor):
         report_within_s: time after which a job that no controller reports on has ended; an operator whose node is
             lost is started elsewhere after 5 minutes.
         card: the kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
-        performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
+        performance: changes to `conf/performance.yaml`; None removes a setting.
         price_per_gpu_hour: for --dryrun; None: not known.
         write_gib_s: what the file system of `dir` writes in GiB a second, from all pods, for --dryrun.
         stages: per stage, the fields that differ there.

@@ -55,7 +55,7 @@ def settings_for(
         card: the kind of GPU of its nodes.
         scheduler: the part of the table that comes on top of the variables; empty: none.
         container: whether it runs in one.
-        changed: by name, what the user sets in the place of the table's value; None removes it.
+        changed: the user's values, by name, in the place of the table's; None removes it.
 
     Raises:
         UpcycleError: `changed` has a name that the table does not have.

@@ -29,7 +29,7 @@ TYPED, CHAIN, RECIPE = "typed", "chain", "recipe"
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSetting:
     """A setting of a run, for people.
 
     Args:
@@ -68,7 +68,7 @@ class Forecast:
     trainings: Mapping[str, TrainingForecast]
     disk: DiskForecast
     network: NetworkForecast
-    settings: tuple[Setting, ...]
+    settings: tuple[RunSetting, ...]
     performance: Mapping[str, Mapping[str, str]]
     advice: str
     unchecked: str = ""
@@ -174,7 +174,7 @@ def unchecked(dense: str) -> str:
     return f"{folder} holds the parent's config.json alone: its weights and tokenizer are checked where it is whole"
 
 
-def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]) -> Iterator[Setting]:
+def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]) -> Iterator[RunSetting]:
     """Yield the settings of a run and those of its trainings; of the dense baseline what is not as in the other.
 
     Args:
@@ -184,7 +184,7 @@ def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]
     """
     for name in ("dense", "trained_on", "data", "evaluation"):
         if value := getattr(plan, name):
-            yield Setting(name, without_secrets(value), TYPED if name in typed else CHAIN)
+            yield RunSetting(name, without_secrets(value), TYPED if name in typed else CHAIN)
     values: dict[str, str] = {}
     for stage in stages:
         training, prefix = required_training(plan, stage), f"{stage}."
@@ -193,7 +193,7 @@ def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]
         own = {name: str(value) for name, value in own.items()}
         for name, value in own.items():
             if values.get(name) != value or name in given:
-                yield Setting(prefix + name, without_secrets(value), TYPED if name in given else RECIPE)
+                yield RunSetting(prefix + name, without_secrets(value), TYPED if name in given else RECIPE)
         values = values or own
 
 

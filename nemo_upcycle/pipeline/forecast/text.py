@@ -77,7 +77,7 @@ def _asked(stage: StageForecast) -> dict[str, str]:
 
 
 def _common(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return what all mappings hold alike; nothing if not even their executor."""
+    """Keep the entries that all mappings hold alike; none if not even their executor is."""
     first = rows[0] if rows else {}
     found = {name: value for name, value in first.items() if all(row.get(name) == value for row in rows)}
     return found if "" in found else {}

@@ -16,7 +16,7 @@ from nemo_upcycle.planning import advice
 from nemo_upcycle.planning.advice import (
     MOST_BEYOND,
     DenseParent,
-    Training,
+    TrainingBudget,
     advice_line,
     known_parent_tokens,
     nearest_outcomes,
@@ -31,8 +31,8 @@ from tests.models import LLAMA3_8B
 LLAMA = known_recipe("llama3_8b_e8t2")
 ADDRESS = LLAMA.inputs["dense"]
 PARENT = DenseParent(15e12, LLAMA.dense.total_params)
-OPTIONS = [Training("dense", "dense", 1e11), Training("upcycle e8t2", "upcycled_e8t2", 1e11)]
-NEW = Training("new e8t2", "moe_from_nothing_e8t2", 1e11)
+OPTIONS = [TrainingBudget("dense", "dense", 1e11), TrainingBudget("upcycle e8t2", "upcycled_e8t2", 1e11)]
+NEW = TrainingBudget("new e8t2", "moe_from_nothing_e8t2", 1e11)
 
 
 def _law(upcycled: float, parameters: float = PARENT.parameters, error: float = 0.01) -> Law:

@@ -11,7 +11,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.start import choices as module
 from nemo_upcycle.start.choices import TRAINERS, Choices, Wanted, choose, choose_trainer, shortages
-from nemo_upcycle.start.parent import Parent
+from nemo_upcycle.start.parent import FoundParent
 from nemo_upcycle.start.texts import Texts
 from nemo_upcycle.trainers import paper
 
@@ -21,7 +21,7 @@ MANY = Texts({}, 2_000_000, 2 * 10**9, "")
 
 def _chosen(shape: str = "llama3_8b", texts: Texts = MANY, **wanted: object) -> Choices:
     given = {"spec": {}, "gpus": 0} | wanted
-    return choose(Parent("/models/mine", known_shape(shape), None), texts, ("nemo", ""), Wanted(**given))  # type: ignore[arg-type]
+    return choose(FoundParent("/models/mine", known_shape(shape), None), texts, ("nemo", ""), Wanted(**given))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("shape", "seq_length"), [("smollm2_135m", 128), ("qwen3_600m", 128)])

@@ -12,11 +12,11 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.start.choices import Choices, Wanted, choose
 from nemo_upcycle.start.files import blend_text, recipe_text, run_command, write_files
-from nemo_upcycle.start.parent import Parent
+from nemo_upcycle.start.parent import FoundParent
 from nemo_upcycle.start.texts import Texts
 
 
-PARENT = Parent("/models/mine", known_shape("llama3_8b"), None)
+PARENT = FoundParent("/models/mine", known_shape("llama3_8b"), None)
 TEXTS = Texts({"train": ["/texts/**/*.txt"], "options": {"text_key": "body"}}, 2_000_000, 2 * 10**9, "")
 
 
