@@ -1,7 +1,8 @@
-"""What an engineer trusts after a training: export and evaluation compute what the dense parent computes.
+"""What an engineer trusts after a training: evaluation computes what the dense parent computes.
 
 The parent in Hugging Face's own implementation is the reference, not the export: both read a checkpoint by the same
 table of parameters, and would be wrong together. Copied experts make the upcycled model the parent's function.
+`tests/unit/models/test_parents.py` has the export.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.convert.export import export_checkpoint
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.evaluation.megatron.chunks import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import score
@@ -25,7 +24,6 @@ from tests.distributed.test_mixed_checkpoint import save_upcycled
 from tests.models import (
     hugging_face_logits,
     sample_tokens,
-    weights_of,
     write_mistral,
     write_olmo2,
     write_phi3,
@@ -95,25 +93,3 @@ def test_a_checkpoint_scores_and_continues_as_its_parent_does(
     for _ in range(WRITTEN):
         follows = torch.cat([follows, hugging_face_logits(parent, follows)[:, -1:].argmax(dim=-1)], dim=1)
     assert written == follows[:, PROMPT:].tolist()
-
-
-def test_an_export_computes_what_its_parent_does(parent: Path, tmp_path: Path) -> None:
-    saved, spec = parent.parent / "saved", _spec_of(parent)
-
-    def export() -> None:
-        export_checkpoint(saved, parent, tmp_path / "hf", spec=spec, dtype=torch.float32)
-
-    if not read_architecture(parent).upcycled(spec).hf_class:
-        with pytest.raises(SpecError, match="Hugging Face class for this MoE"):
-            export()
-        return
-    export()
-    wanted, found = weights_of(parent), weights_of(tmp_path / "hf")
-    for name, tensor in wanted.items():
-        parts = (
-            [name.replace("qkv_proj", part) for part in ("q_proj", "k_proj", "v_proj")] if "qkv" in name else [name]
-        )
-        assert "mlp" in name or "moe" in name or torch.equal(torch.cat([found[part] for part in parts]), tensor), name
-    tokens = sample_tokens(VOCAB)
-    logits = hugging_face_logits(parent, tokens)
-    assert float((hugging_face_logits(tmp_path / "hf", tokens) - logits).norm() / logits.norm()) <= 2e-6

@@ -21,11 +21,10 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.online.receipt import UpcycleReceipt
-from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from tests.megatron_ranks import group_ranks
-from tests.models import build_chunks, write_nemotron_h
+from tests.models import write_nemotron_h
 
 
 if importlib.util.find_spec("mamba_ssm") is None:
@@ -69,6 +68,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _chunk(parent: Path, spec: UpcycleSpec | None, layout: Layout, **changes: Any) -> Any:
     """Build this rank's HybridModel of Transformer Engine's modules, as Bridge's provider does."""
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
     from nemo_upcycle.trainers.bridge.models import upcycled_provider
 
@@ -97,17 +97,11 @@ def _chunk(parent: Path, spec: UpcycleSpec | None, layout: Layout, **changes: An
     )
     provider.finalize()
     provider.hybrid_stack_spec, provider.moe_grouped_gemm = hybrid_stack_spec, spec is not None
-    provider._pg_collection = _groups()
+    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     model = provider.provide()
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     return model
-
-
-def _groups() -> Any:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def _moe_layers(spec: UpcycleSpec | None) -> list[int]:
@@ -119,13 +113,13 @@ def _moe_layers(spec: UpcycleSpec | None) -> list[int]:
 Filled = dict[str, torch.Tensor]
 
 
-def _filled(parent: Path, spec: UpcycleSpec | None, layout: Layout, rank: int) -> tuple[Filled, UpcycleReceipt]:
+def _filled(parent: Path, spec: UpcycleSpec, layout: Layout, rank: int) -> tuple[Filled, UpcycleReceipt]:
     """Return a rank's parameters by their names in the whole model, and the receipt."""
     with megatron_rank(layout, rank) as (_, expert_rank, _, _):
         model = _chunk(parent, spec, layout)
         with open_dense(parent) as dense:
-            receipt = upcycle_into([model], dense, spec) if spec else load_dense_into([model], dense)
-        first = expert_rank * (spec.num_experts if spec else 0) // layout.ep
+            receipt = upcycle_into([model], dense, spec)
+        first = expert_rank * spec.num_experts // layout.ep
         offset = model.decoder.layers[0].layer_number - 1
         return {_whole(name, offset, first): p.detach() for name, p in model.named_parameters()}, receipt
 
@@ -135,7 +129,7 @@ def _whole(name: str, offset: int, first_expert: int) -> str:
     return re.sub(r"(?<=\.weight)\d+$", lambda match: str(int(match[0]) + first_expert), name)
 
 
-def _gathered(parent: Path, spec: UpcycleSpec | None, layout: Layout) -> Filled:
+def _gathered(parent: Path, spec: UpcycleSpec, layout: Layout) -> Filled:
     """Return the parameters of all ranks, put together as Megatron cuts them."""
     shards: dict[str, dict[int, torch.Tensor]] = {}
     for rank in range(layout.gpus):
@@ -194,14 +188,6 @@ def test_every_layout_has_the_parents_tensors_and_copies_of_its_networks(parent:
         assert torch.equal(filled[name], tensor), name
 
 
-@pytest.mark.parametrize("layout", [ONE_RANK, Layout(gpus=4, tp=2, pp=2)], ids=str)
-def test_the_dense_baseline_has_the_bits_of_bridges_own_loader(parent: Path, layout: Layout) -> None:
-    filled, expected = _gathered(parent, None, layout), _by_bridge(parent)
-    assert filled.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(filled[name], tensor), name
-
-
 @pytest.mark.parametrize("kind", SPECS)
 def test_every_kind_of_upcycling_has_the_same_bits_in_two_layouts(parent: Path, kind: str) -> None:
     spec = SPECS[kind]
@@ -222,17 +208,11 @@ def test_transformers_computes_the_parents_function_with_what_is_filled(parent: 
     spec = replace(SPECS[kind], router_score="sigmoid")
     filled = _gathered(parent, spec, Layout(gpus=4, tp=2, ep=2, etp=2))
     dense = AutoModelForCausalLM.from_pretrained(parent).eval()
-    settings = dense.config.to_dict() | {
-        "hybrid_override_pattern": PATTERN.replace("-", "E"),
-        "layers_block_type": None,
-    }
     width = dense.config.intermediate_size // spec.granularity
-    settings |= {
-        "n_routed_experts": spec.num_experts,
-        "num_experts_per_tok": spec.top_k,
-        "moe_intermediate_size": width,
-    }
-    moe = type(dense)(NemotronHConfig(**settings | {"moe_shared_expert_intermediate_size": width})).eval()
+    settings = dense.config.to_dict() | {"hybrid_override_pattern": PATTERN.replace("-", "E")}
+    settings |= {"layers_block_type": None, "moe_intermediate_size": width, "n_routed_experts": spec.num_experts}
+    settings |= {"num_experts_per_tok": spec.top_k, "moe_shared_expert_intermediate_size": width}
+    moe = type(dense)(NemotronHConfig(**settings)).eval()
     moe.load_state_dict(_as_transformers(filled, moe.state_dict()))
     tokens_BS = torch.arange(48).reshape(2, 24)
     with torch.no_grad():
@@ -244,11 +224,9 @@ def test_transformers_computes_the_parents_function_with_what_is_filled(parent: 
 def _as_transformers(filled: Filled, moe: Filled) -> Filled:
     """Return Megatron's parameters by the names of transformers' class; a shared expert that is not there is zeros."""
     found = {name: torch.zeros_like(tensor) for name, tensor in moe.items()}
-    found |= {"model.embeddings.weight": filled["embedding.word_embeddings.weight"]}
-    found |= {
-        "model.norm_f.weight": filled["decoder.final_norm.weight"],
-        "lm_head.weight": filled["output_layer.weight"],
-    }
+    found["model.embeddings.weight"] = filled["embedding.word_embeddings.weight"]
+    found["model.norm_f.weight"] = filled["decoder.final_norm.weight"]
+    found["lm_head.weight"] = filled["output_layer.weight"]
     for name, tensor in filled.items():
         layer, _, inner = name.removeprefix("decoder.layers.").partition(".")
         ours = f"model.layers.{layer}."
@@ -329,10 +307,3 @@ def test_a_model_that_computes_otherwise_is_refused_by_name(parent: Path, change
         with open_dense(parent) as dense, pytest.raises(UpcycleError, match=message):
             upcycle_into([model], dense, SPEC)
     assert all(parameter.isnan().all() for parameter in model.parameters())
-
-
-def test_a_gpt_model_is_refused_by_name(parent: Path) -> None:
-    with megatron_rank(ONE_RANK, 0), open_dense(parent) as dense:
-        with pytest.raises(UpcycleError, match=r"layers of NemotronHForCausalLM: got Mamba layers \(M\)"):
-            build_chunks(parent, num_experts=4)
-        assert dense.architecture.mamba
