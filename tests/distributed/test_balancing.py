@@ -107,7 +107,7 @@ def _alone() -> Steps:
 
 
 def _together(layout: str) -> Steps:
-    """Measure each case on one of four ranks: in Megatron as it is, and in ours."""
+    """Measure each case on one of four ranks."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.moe.router import TopKRouter
 
@@ -115,8 +115,7 @@ def _together(layout: str) -> Steps:
     sizes, found = LAYOUTS[layout], Steps()
     for case, settings in LOSSES.items():
         MoEAuxLossAutoScaler.set_loss_scale, TopKRouter.get_aux_loss_coeff = staticmethod(megatrons), asked
-        found[case, "Megatron's"] = take_step(sizes, settings, SPEC)
-        found[case, "ours"] = take_step(sizes, settings, SPEC, prepare=_corrected)
+        found[case] = take_step(sizes, settings, SPEC, prepare=_corrected)
     for case, (spec, settings, _) in BIASES.items():
         found[case] = take_step(sizes, settings, spec, prepare=_corrected)
     return found
@@ -137,45 +136,28 @@ def _of_one_rank(alone: Steps, layout: str, case: str) -> dict[str, Any]:
     return alone[case, CELLS // _size(layout, "dp") if _kind(case) == "global" else CELLS]
 
 
-def _share(alone: Steps, ranks: Ranks, layout: str, case: str, version: str) -> float:
-    """Return the gradients over those of one rank, which must point the same way."""
-    got = by_layer([rank[case, version] for rank in ranks(layout)], "gradients")
-    expected = by_layer([_of_one_rank(alone, layout, case)], "gradients")
-    share = float((got * expected).sum() / expected.square().sum())
-    assert float((got - share * expected).norm() / got.norm()) < 1e-5
-    return share
-
-
 EVERY_LAYOUT = pytest.mark.parametrize("layout", quick(LAYOUTS, "tp2 cp2", "tp2 dp2, ep2"))
 
 
 @EVERY_LAYOUT
 @pytest.mark.parametrize("case", LOSSES)
 def test_coefficients_act_as_set_on_every_layout(alone: Steps, ranks: Ranks, layout: str, case: str) -> None:
-    assert _share(alone, ranks, layout, case, "ours") == pytest.approx(1.0, rel=1e-5)
-    for rank in ranks(layout):
-        acting = {loss.name: (loss.coefficient, loss.acting) for loss in rank[case, "ours"]["prepared"]}
+    """The receipt names what is undone: Megatron alone divides losses by sizes of the layout."""
+    found, of_one_rank = [rank[case] for rank in ranks(layout)], _of_one_rank(alone, layout, case)
+    gradients, wanted = by_layer(found, "gradients"), by_layer([of_one_rank], "gradients")
+    assert float((gradients - wanted).norm() / wanted.norm()) < 1e-5
+    divided_by = _size(layout, "dp") if _kind(case) == "global" else 1
+    if IS_015:
+        divided_by *= _size(layout, "cp") * (_size(layout, "tp") if case.endswith("per token") else 1)
+    for rank in found:
+        acting = {loss.name: (loss.coefficient, loss.acting) for loss in rank["prepared"]}
         assert acting == {name: (value, value) for name, value in SET[_kind(case)].items()}
-    got, expected = ranks(layout)[0][case, "ours"]["health"], _of_one_rank(alone, layout, case)["health"]
+    assert (f"divides it by {divided_by} " in found[0]["prepared"][0].why) == (divided_by > 1)
+    got, expected = found[0]["health"], of_one_rank["health"]
     for name in SHOWN[_kind(case)]:
         assert got[name] == pytest.approx(expected[name], rel=1e-4)
         assert all(value > 0.5 for value in got[name])
     assert got["load_max"] == pytest.approx(expected["load_max"], abs=1e-6)
-
-
-@EVERY_LAYOUT
-@pytest.mark.parametrize("case", LOSSES)
-def test_megatron_alone_divides_them_by_sizes_of_the_layout(
-    alone: Steps, ranks: Ranks, layout: str, case: str
-) -> None:
-    """The faults that are corrected, as long as they are there; the receipt names what is undone."""
-    divided_by = _size(layout, "dp") if _kind(case) == "global" else 1
-    if IS_015:
-        divided_by *= _size(layout, "cp") * (_size(layout, "tp") if case.endswith("per token") else 1)
-    assert _share(alone, ranks, layout, case, "Megatron's") == pytest.approx(1 / divided_by, rel=1e-5)
-    first = ranks(layout)[0][case, "ours"]["prepared"][0]
-    assert (f"divides it by {divided_by} " in first.why) == (divided_by > 1)
-    assert (first.why == "as set") == (divided_by == 1)
 
 
 @EVERY_LAYOUT

@@ -149,36 +149,25 @@ def random_growth(seed: int) -> Case:
     """Return a parent with experts, and a spec of more of them that the seed decides."""
     draw = random.Random(seed)
     kind, layers = draw.choice([*GROWN]), draw.choice([1, 2, 3])
-    experts, copies = draw.choice([2, 3, 4, 6]), draw.choice([2, 3])
-    chosen, norm = draw.randint(1, experts), draw.random() < 0.5
+    experts, copies, norm = draw.choice([2, 3, 4, 6]), draw.choice([2, 3]), draw.random() < 0.5
+    chosen, first = draw.randint(1, experts), draw.randrange(layers)
     count = {"Mixtral": "num_local_experts", "Glm4Moe": "n_routed_experts"}.get(kind, "num_experts")
     sizes: dict[str, Any] = {count: experts, "num_experts_per_tok": chosen, "layers": layers}
     sizes |= {"tied": draw.random() < 0.3, "intermediate_size": draw.choice([48, 96])}
     spec: dict[str, Any] = {"num_experts": copies * experts, "seed": draw.randrange(1000)}
     spec |= {"top_k": copies * chosen, "router_std": draw.choice([0.0, 0.0, 0.0, 0.02])}
-    if chosen == 1 and not norm:
-        spec["top_k"] = draw.randint(1, copies)
-    elif chosen > 1 and draw.random() < 0.15:
-        spec["top_k"] = chosen
-    if kind in ("Qwen3Moe", "Qwen2Moe", "Olmoe", "FlexOlmo"):
+    if kind == "Glm4Moe":
+        sizes |= {"first_k_dense_replace": first, "n_shared_experts": draw.choice([1, 2])}
+        spec |= {"router_score": "sigmoid", "routed_scaling_factor": 2.5}
+    elif kind != "Mixtral":
         sizes["norm_topk_prob"] = norm
         spec["router_order"] = "topk_softmax" if norm else "softmax_topk"
-    elif spec["top_k"] < copies:
-        spec["top_k"] = copies
-    first = draw.randrange(layers)
-    if kind == "Glm4Moe":
-        factor, heads = draw.choice([1.0, 2.5]), draw.random() < 0.5
-        sizes |= {
-            "routed_scaling_factor": factor,
-            "first_k_dense_replace": first,
-            "n_shared_experts": draw.choice([1, 2]),
-        }
-        sizes |= {"attention_bias": heads, "use_qk_norm": not heads, "partial_rotary_factor": draw.choice([0.5, 1.0])}
-        spec |= {"router_score": "sigmoid", "routed_scaling_factor": factor}
     if kind in ("Qwen3Moe", "Qwen2Moe"):
         sizes["mlp_only_layers"] = [*range(first)]
     if first and kind in ("Glm4Moe", "Qwen3Moe", "Qwen2Moe"):
         spec["moe_layers"] = ",".join(map(str, range(first, layers)))
+    if chosen > 1 and draw.random() < 0.15:
+        spec["top_k"] = chosen
     if draw.random() < 0.15:
         spec["method"] = draw.choice(["noise", "drop"])
     return Case(kind, sizes, spec)

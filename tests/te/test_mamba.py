@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,58 +197,6 @@ def test_every_kind_of_upcycling_has_the_same_bits_in_two_layouts(parent: Path, 
         assert torch.equal(cut[name], tensor), name
     moe_layers = {int(re.findall(r"\d+", name)[0]) for name in whole if "router" in name}
     assert moe_layers == set(_moe_layers(spec))
-
-
-@pytest.mark.parametrize("kind", ["copies", "granular"])
-def test_transformers_computes_the_parents_function_with_what_is_filled(parent: Path, kind: str) -> None:
-    """Its class computes Mamba's layers on a processor, and routes by sigmoid scores."""
-    from transformers import AutoModelForCausalLM, NemotronHConfig
-
-    spec = replace(SPECS[kind], router_score="sigmoid")
-    filled = _gathered(parent, spec, Layout(gpus=4, tp=2, ep=2, etp=2))
-    dense = AutoModelForCausalLM.from_pretrained(parent).eval()
-    width = dense.config.intermediate_size // spec.granularity
-    settings = dense.config.to_dict() | {"hybrid_override_pattern": PATTERN.replace("-", "E")}
-    settings |= {"layers_block_type": None, "moe_intermediate_size": width, "n_routed_experts": spec.num_experts}
-    settings |= {"num_experts_per_tok": spec.top_k, "moe_shared_expert_intermediate_size": width}
-    moe = type(dense)(NemotronHConfig(**settings)).eval()
-    moe.load_state_dict(_as_transformers(filled, moe.state_dict()))
-    tokens_BS = torch.arange(48).reshape(2, 24)
-    with torch.no_grad():
-        wanted_BSV, got_BSV = dense(tokens_BS).logits, moe(tokens_BS).logits
-    torch.testing.assert_close(got_BSV, wanted_BSV, rtol=1e-4, atol=1e-5 * wanted_BSV.abs().max().item())
-    assert wanted_BSV.std() > 0.1
-
-
-def _as_transformers(filled: Filled, moe: Filled) -> Filled:
-    """Return Megatron's parameters by the names of transformers' class; a shared expert that is not there is zeros."""
-    found = {name: torch.zeros_like(tensor) for name, tensor in moe.items()}
-    found["model.embeddings.weight"] = filled["embedding.word_embeddings.weight"]
-    found["model.norm_f.weight"] = filled["decoder.final_norm.weight"]
-    found["lm_head.weight"] = filled["output_layer.weight"]
-    for name, tensor in filled.items():
-        layer, _, inner = name.removeprefix("decoder.layers.").partition(".")
-        ours = f"model.layers.{layer}."
-        if inner.endswith(("layer_norm_weight", "pre_mlp_layernorm.weight")):
-            found[ours + "norm.weight"] = tensor
-        elif inner.startswith("mixer."):
-            found[ours + inner.replace("conv1d_", "conv1d.")] = tensor
-        elif inner == "self_attention.linear_proj.weight":
-            found[ours + "mixer.o_proj.weight"] = tensor
-        elif inner == "self_attention.linear_qkv.weight":
-            groups = [group.split([32, 16, 16]) for group in tensor.chunk(2)]
-            for part, rows in zip("qkv", zip(*groups, strict=True), strict=True):
-                found[ours + f"mixer.{part}_proj.weight"] = torch.cat(rows)
-        elif inner == "mlp.router.weight":
-            found[ours + "mixer.gate.weight"] = tensor
-        elif inner.startswith("mlp.shared_experts."):
-            part = "up" if "fc1" in inner else "down"
-            found[ours + f"mixer.shared_experts.{part}_proj.weight"] = tensor
-        elif match := re.fullmatch(r"mlp\.experts\.linear_fc(\d)\.weight(\d+)", inner):
-            part = "up" if match[1] == "1" else "down"
-            found[ours + f"mixer.experts.{part}_proj"][int(match[2])] = tensor
-    assert found.keys() == moe.keys()
-    return found
 
 
 def test_the_provider_has_bridges_own_settings_of_the_function(parent: Path) -> None:

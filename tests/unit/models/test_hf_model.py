@@ -19,21 +19,14 @@ from nemo_upcycle.models.hf_model import empty_model, load_tokenizer
 from nemo_upcycle.utils.files import read_json, write_json
 from nemo_upcycle.verify.verification import verify
 from tests.folders import converted
-from tests.models import as_transformers_5, hugging_face_logits, write_llama, write_tokenizer
+from tests.models import LLAMA3_SCALING, as_transformers_5, hugging_face_logits, write_llama, write_tokenizer
 from tests.parents import YARN, write_gemma3, write_granite4, write_olmo3
 
 
 TOKENS_BS = torch.arange(200).view(1, -1)
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
-@pytest.fixture(params=[None, LLAMA3], ids=["theta", "llama3"])
+@pytest.fixture(params=[None, LLAMA3_SCALING | {"original_max_position_embeddings": 64}], ids=["theta", "llama3"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Tensor]:
     """A dense folder as transformers 5 saves it, and its logits."""
     folder = tmp_path / "dense"

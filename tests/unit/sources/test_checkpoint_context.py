@@ -26,6 +26,7 @@ from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_cont
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 from tests.distributed.ranks import run_ranks
 from tests.folders import SPEC, change_config
+from tests.models import LLAMA3_SCALING
 from tests.unit.convert.exports import write_checkpoint
 
 
@@ -37,8 +38,7 @@ SIZES = {
     **{"rotary_base": 100000, "apply_rope_fusion": False},
 }
 MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.02}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-SCALED = {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}}
+SCALED = {"rope_scaling": LLAMA3_SCALING}
 MISTRAL = {"architectures": ["MistralForCausalLM"]}
 
 
