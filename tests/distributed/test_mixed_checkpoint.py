@@ -57,9 +57,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quick([(2, {"pp": 2}), (4, {"tp": 2, "ep": 2})], (2, {"pp": 2})),
     ids=lambda value: str(value).replace("'", ""),
 )
-def test_mixed_layers_are_exported_from_their_own_keys(
-    dense: Path, tmp_path: Path, ranks: int, layout: dict[str, int]
-) -> None:
+def test_mixed_layers_are_exported_whole(dense: Path, tmp_path: Path, ranks: int, layout: dict[str, int]) -> None:
     run_ranks(save_upcycled, ranks, str(dense), str(tmp_path / "saved/weights"), SPEC, layout)
     export_checkpoint(tmp_path / "saved", dense, tmp_path / "hf", spec=SPEC, dtype=torch.float32)
     with one_rank():

@@ -81,9 +81,7 @@ def _asked(parent: str, layout: dict[str, int]) -> tuple[list[list[float]], list
 
 
 @pytest.mark.parametrize(("ranks", "layout"), quick([(1, {}), (2, {"tp": 2}), (2, {"pp": 2})], (1, {})), ids=str)
-def test_a_checkpoint_scores_and_continues_as_its_parent_does(
-    parent: Path, ranks: int, layout: dict[str, int]
-) -> None:
+def test_a_checkpoint_scores_and_writes_as_its_parent_does(parent: Path, ranks: int, layout: dict[str, int]) -> None:
     likelihoods, written = run_ranks(_asked, ranks, str(parent), layout)[0]
     texts = torch.tensor(_texts())
     logits = hugging_face_logits(parent, texts)[:, :-1].log_softmax(dim=-1)

@@ -132,9 +132,7 @@ def test_every_layout_gives_the_log_likelihoods_of_the_exported_folder(
 
 
 @pytest.mark.parametrize(("ranks", "layout"), quick(LAYOUTS, (2, {"pp": 2})), ids=str)
-def test_every_layout_continues_prompts_as_the_exported_folder_does(
-    folder: Path, ranks: int, layout: dict[str, int]
-) -> None:
+def test_every_layout_continues_as_the_exported_folder_does(folder: Path, ranks: int, layout: dict[str, int]) -> None:
     answers = run_ranks(_continuations, ranks, str(folder), layout)
     for number, ((tokens, _), written) in enumerate(zip(_sequences(), answers[0], strict=False)):
         follows = list(tokens)
@@ -147,9 +145,7 @@ def test_every_layout_continues_prompts_as_the_exported_folder_does(
 @pytest.mark.parametrize(
     ("layout", "name"), [({"tp": 4}, "tp"), ({"ep": 3}, "ep"), ({"pp": 2}, "tp x cp x pp"), ({"tp": 0}, "tp")]
 )
-def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(
-    folder: Path, layout: dict[str, int], name: str
-) -> None:
+def test_a_layout_that_does_not_fit_is_refused(folder: Path, layout: dict[str, int], name: str) -> None:
     with pytest.raises(UpcycleError) as refused:
         load_chunks(folder / "moe/saved", folder / "dense", SPECS["moe"], layout_here(**layout), torch.float32)
     assert refused.value.subject == name

@@ -26,19 +26,11 @@ from tests.tiers import quick
 from tests.unit.calibration.samples import made
 
 
-SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 16,
-    "intermediate_size": 2 * BLOCK + 128,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-}
-PARENTS: dict[str, dict[str, Any]] = {
-    "untied": {},
-    "tied": {"tied": True},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-}
+Reference = dict[str, dict[str, torch.Tensor]]
+WIDTH = 2 * BLOCK + 128
+SIZES = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": WIDTH, "head_dim": 4}
+SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+PARENTS = {"untied": {}, "tied": {"tied": True}, "biases": {"attention_bias": True, "mlp_bias": True}}
 
 
 def _write_qwen2_moe(folder: Path, **sizes: Any) -> Path:
@@ -55,7 +47,7 @@ WRITERS = {
     "olmo2": write_olmo2,
     "phi3": write_phi3,
     "mixtral": write_mixtral,
-    "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=2 * BLOCK + 128),
+    "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=WIDTH),
     "qwen2_moe": _write_qwen2_moe,
 }
 #: Text models among other parts, and the class of the text model where it is not the usual one.
@@ -116,11 +108,8 @@ def _upcycle(folder: str, layout: dict[str, int], changes: dict[str, Any], cases
             settings = moe_settings(dense.architecture, spec) | window_fields(dense.architecture) | changes
             chunks = build_chunks(dense.architecture, layout=layout, **settings)
             receipt = upcycle_into(chunks, dense, spec)
-        answers[name] = {
-            "shards": global_shards(chunks),
-            "read": receipt.bytes_read,
-            "needed": receipt.bytes_needed,
-        }
+        read = receipt.bytes_read, receipt.bytes_needed
+        answers[name] = {"shards": global_shards(chunks), "read": read}
     return answers
 
 
@@ -148,7 +137,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+def reference(folder: Path) -> Reference:
     ranks = run_ranks(_upcycle, 1, str(folder), {}, {}, CASES)
     return {case: gather(_shards(ranks, case)) for case in CASES}
 
@@ -159,11 +148,7 @@ def reference(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     ids=lambda value: str(value).replace("'", ""),
 )
 def test_gathered_bits_do_not_depend_on_the_layout(
-    folder: Path,
-    reference: dict[str, dict[str, torch.Tensor]],
-    ranks: int,
-    layout: dict[str, int],
-    changes: dict[str, Any],
+    folder: Path, reference: Reference, ranks: int, layout: dict[str, int], changes: dict[str, Any]
 ) -> None:
     answers = run_ranks(_upcycle, ranks, str(folder), layout, changes, _cases(layout))
     for case, (parent, spec) in _cases(layout).items():
@@ -177,7 +162,8 @@ def test_gathered_bits_do_not_depend_on_the_layout(
             assert torch.equal(gathered[key], embedding), f"{key} of {case}"
         for answer in answers:
             # Noise and drop look at whole matrices of which tensor parallelism leaves a rank a part.
-            assert answer[case]["read"] == answer[case]["needed"] or spec.method != "copy"
+            read, needed = answer[case]["read"]
+            assert read == needed or spec.method != "copy"
 
 
 def _upcycle_before_a_step(folder: str, distributed: bool) -> tuple[list[GlobalShard], list[GlobalShard]]:
@@ -207,9 +193,7 @@ def _upcycle_before_a_step(folder: str, distributed: bool) -> tuple[list[GlobalS
 
 
 @pytest.mark.parametrize("distributed", quick([False, True], True), ids=["plain optimizer", "distributed optimizer"])
-def test_parameters_in_an_optimizers_buffers_are_filled(
-    folder: Path, reference: dict[str, dict[str, torch.Tensor]], distributed: bool
-) -> None:
+def test_parameters_in_an_optimizers_buffers_are_filled(folder: Path, reference: Reference, distributed: bool) -> None:
     answers = run_ranks(_upcycle_before_a_step, 4, str(folder), distributed)
     before, after = (gather([answer[time] for answer in answers]) for time in (0, 1))
     assert before.keys() == after.keys() == reference["shared"].keys()

@@ -19,63 +19,39 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import as_written
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import check_source
-from tests.models import (
-    hugging_face_logits,
-    sample_tokens,
-    write_exaone4,
-    write_llama,
-    write_olmo2,
-    write_phi3,
-    write_qwen2,
-    write_qwen3,
-    write_smollm3,
-)
-from tests.parents import (
-    write_arcee,
-    write_cwm,
-    write_exaone3,
-    write_gemma3,
-    write_gemma4,
-    write_granite,
-    write_granite4,
-    write_hyperclovax,
-    write_internlm3,
-    write_iquest_coder,
-    write_ministral3,
-    write_moe,
-    write_olmo3,
-    write_seed_oss,
-)
+from tests import models, parents
+from tests.models import hugging_face_logits, sample_tokens
 
 
 VOCABULARY = 250
 #: A folder's logits, once it is sure that no tensor is missing and none too many.
 logits = partial(hugging_face_logits, strict=True)
 PARENTS = {
-    "Llama": write_llama,
-    "Qwen2": write_qwen2,
-    "Qwen3": write_qwen3,
-    "OLMo 2": write_olmo2,
-    "OLMo 3": write_olmo3,
-    "Phi-3": write_phi3,
-    "SmolLM3": write_smollm3,
-    "EXAONE 4": write_exaone4,
-    "Granite 3": write_granite,
-    "Granite 4": write_granite4,
-    "Gemma 3": write_gemma3,
-    "InternLM3": write_internlm3,
-    "IQuest-Coder": write_iquest_coder,
-    "EXAONE 3": write_exaone3,
-    "Seed-OSS": write_seed_oss,
-    "Arcee": write_arcee,
-    **({"HyperCLOVA X": write_hyperclovax} if hasattr(transformers, "HyperCLOVAXConfig") else {}),
-    **({"Ministral 3": write_ministral3} if hasattr(transformers, "Ministral3ForCausalLM") else {}),
-    **({"Gemma 4": write_gemma4} if hasattr(transformers, "Gemma4Config") else {}),
-    **({"CWM": write_cwm} if hasattr(transformers, "CwmForCausalLM") else {}),
+    "Llama": models.write_llama,
+    "Qwen2": models.write_qwen2,
+    "Qwen3": models.write_qwen3,
+    "OLMo 2": models.write_olmo2,
+    "OLMo 3": parents.write_olmo3,
+    "Phi-3": models.write_phi3,
+    "SmolLM3": models.write_smollm3,
+    "EXAONE 4": models.write_exaone4,
+    "Granite 3": parents.write_granite,
+    "Granite 4": parents.write_granite4,
+    "Gemma 3": parents.write_gemma3,
+    "InternLM3": parents.write_internlm3,
+    "IQuest-Coder": parents.write_iquest_coder,
+    "EXAONE 3": parents.write_exaone3,
+    "Seed-OSS": parents.write_seed_oss,
+    "Arcee": parents.write_arcee,
+    **({"HyperCLOVA X": parents.write_hyperclovax} if hasattr(transformers, "HyperCLOVAXConfig") else {}),
+    **({"Ministral 3": parents.write_ministral3} if hasattr(transformers, "Ministral3ForCausalLM") else {}),
+    **({"Gemma 4": parents.write_gemma4} if hasattr(transformers, "Gemma4Config") else {}),
+    **({"CWM": parents.write_cwm} if hasattr(transformers, "CwmForCausalLM") else {}),
 }
 #: Parents with experts.
 GROWN = {
-    kind: partial(write_moe, kind=kind) for kind in ("Mixtral", "Qwen3Moe", "Qwen2Moe", "Glm4Moe", "Olmoe", "FlexOlmo")
+    kind: partial(parents.write_moe, kind=kind)
+    for kind in ("Mixtral", "Qwen3Moe", "Qwen2Moe", "Glm4Moe", "Olmoe", "FlexOlmo")
 }
 #: Those whose heads make up the hidden size.
 _NO_HEAD_DIM = ("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3", "Granite 3", "Granite 4", "HyperCLOVA X")
@@ -95,10 +71,10 @@ class Case(NamedTuple):
     spec: dict[str, Any]
 
 
-def random_case(seed: int, parents: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", "Phi-3")) -> Case:
+def random_case(seed: int, kinds: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", "Phi-3")) -> Case:
     """Return a parent, one of these, and a spec that the seed decides."""
     draw = random.Random(seed)
-    parent = draw.choice(parents)
+    parent = draw.choice(kinds)
     groups, per_group = draw.choice([1, 2, 4]), draw.choice([1, 2, 3])
     head_dim = draw.choice([8, 16, 32])
     heads = groups * per_group

@@ -26,7 +26,6 @@ from tests.parents import (
     write_granite,
     write_granite4,
     write_internlm3,
-    write_iquest_coder,
     write_mixtral,
     write_moe,
     write_olmo3,
@@ -125,21 +124,14 @@ PARENTS = {
     ),
 }
 WEEKLY = {
-    "Qwen3-VL, drop": Parent(
-        partial(write_wrapped, kind="Qwen3VL"), "Qwen3VLMoeForConditionalGeneration", FINE | {"method": "drop"}
-    ),
-    "OLMo 3, windows everywhere": Parent(partial(write_olmo3, layer_types=["sliding_attention"] * 4), ""),
     "OLMo 3, YaRN": Parent(partial(write_olmo3, rope_scaling=YARN | {"attention_factor": 1.2}), ""),
     "Phi-3.5, short": Parent(
         partial(write_phi3, **(LONGROPE | {"original_max_position_embeddings": 128, "max_position_embeddings": 512})),
         "MixtralForCausalLM",
     ),
-    "Phi-4-mini": Parent(partial(write_phi3, partial_rotary_factor=0.75, tied=True, **SHORTER), ""),
     "EXAONE 4, no window": Parent(partial(write_exaone4, window=None, layer_types=["full_attention"] * 4), ""),
     "InternLM3": Parent(
         partial(write_internlm3, rope_scaling={"rope_type": "dynamic", "factor": 6.0}), "MixtralForCausalLM"
     ),
-    "IQuest-Coder": Parent(write_iquest_coder, "MixtralForCausalLM", FINE),
-    "Granite 3, biases": Parent(partial(write_granite, attention_bias=True), "GraniteMoeForCausalLM", online=False),
     "Qwen3-MoE, softmax first": Parent(partial(write_qwen3_moe, norm_topk_prob=False), "Qwen3MoeForCausalLM", FIRST),
 }

@@ -63,9 +63,7 @@ def test_what_transformers_computes_as_a_llama_is_loaded_as_it_loads_it(tmp_path
 
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4Config"), reason="this release does not know Gemma 4")
 @pytest.mark.parametrize(("sizes", "spec"), [({}, {}), ({"attention_k_eq_v": False}, FINE | {"router_init": "zero"})])
-def test_a_gemma_4_keeps_its_network_and_its_function_but_for_the_epsilon_of_norms(
-    tmp_path: Path, sizes: dict[str, Any], spec: dict[str, Any]
-) -> None:
+def test_a_gemma_4_keeps_its_network_and_function(tmp_path: Path, sizes: dict[str, Any], spec: dict[str, Any]) -> None:
     for epsilon, most in ((1e-12, 2 * TOLERANCE), (1e-6, 1e-4)):
         found = outcome(
             Case("Gemma 4", sizes | {"rms_norm_eps": epsilon}, {"num_experts": 4, "router_std": 1.0} | spec),
@@ -86,9 +84,7 @@ EDGES = [(spec | {"router_std": std}, std in exact) for spec, exact, inexact in 
 
 
 @pytest.mark.parametrize(("spec", "is_exact"), quick(EDGES, *(edge for edge in EDGES if not edge[1])), ids=str)
-def test_what_float32_loses_of_a_router_is_said_where_it_shows(
-    tmp_path: Path, spec: dict[str, Any], is_exact: bool
-) -> None:
+def test_what_float32_loses_of_a_router_is_said(tmp_path: Path, spec: dict[str, Any], is_exact: bool) -> None:
     found = outcome(Case("Llama", {"layers": 2}, spec), tmp_path)
     assert found.is_exact is is_exact
     assert found.relative <= TOLERANCE if is_exact else found.relative >= VISIBLE

@@ -17,7 +17,6 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.cpu.one_rank import megatron_rank
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hybrid import hybrid_pattern, layer_parts
 from nemo_upcycle.models.mapping import find_mapping
@@ -44,17 +43,14 @@ LAYOUTS = [
 ]
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({"tied_embeddings": True}, {}),
-    "qkv_bias": ({"qkv_bias": True}, {}),
     "qk_norm": ({"hf_class": "Qwen3ForCausalLM", "qk_norm": True, "tied_embeddings": True}, {}),
     "biases": ({"qkv_bias": True, "attention_out_bias": True, "ffn_bias": True}, {}),
     "gelu": ({"gated": False, "activation": "gelu"}, {}),
     "granular": ({}, {"num_experts": 8, "top_k": 4, "granularity": 2}),
     "shared": ({}, {"num_experts": 8, "top_k": 4, "granularity": 2, "shared_experts": 1}),
-    "mixed": ({}, {"moe_layers": (1, 2)}),
     "mixed_shared": ({}, {"moe_layers": (0, 3), "num_experts": 8, "granularity": 2, "shared_experts": 2}),
     "noise": ({}, {"method": "noise", "noise_std": 0.1}),
     "drop": ({}, {"method": "drop"}),
-    "softmax_first": ({}, {"router_order": "softmax_topk", "router_init": "zero"}),
 }
 RECIPES = {"delayed": "DelayedScaling", "tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}
 GROUPED = pytest.mark.parametrize("grouped", [True, False], ids=["TEGroupedMLP", "SequentialMLP"])
@@ -73,22 +69,17 @@ def _with_te(chunks: list[Any], **changes: Any) -> list[Any]:
     chunks_te = []
     for chunk in chunks:
         config = replace(chunk.config, **changes)
-        chunks_te.append(
-            GPTModel(
-                config,
-                # for every layer get_gpt_layer_with_transformer_engine_spec, with or without experts
-                get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk.vp_stage),
-                chunk.vocab_size,
-                chunk.max_sequence_length,
-                pre_process=chunk.pre_process,
-                post_process=chunk.post_process,
-                share_embeddings_and_output_weights=chunk.share_embeddings_and_output_weights,
-                position_embedding_type="rope",
-                rotary_base=chunk.rotary_base,
-                vp_stage=chunk.vp_stage,
-            )
-        )
+        # for every layer get_gpt_layer_with_transformer_engine_spec, with or without experts
+        layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk.vp_stage)
+        chunks_te.append(GPTModel(config, layers, **_rest(chunk)))
     return chunks_te
+
+
+def _rest(chunk: Any) -> dict[str, Any]:
+    """Return what another model in the place of a chunk gets beside configuration and layers."""
+    names = ("vocab_size", "max_sequence_length", "pre_process", "post_process", "rotary_base", "vp_stage")
+    names += ("share_embeddings_and_output_weights",)
+    return {"position_embedding_type": "rope"} | {name: getattr(chunk, name) for name in names}
 
 
 def _filled(chunks: list[Any], source: MemorySource, spec: UpcycleSpec | None) -> dict[Any, torch.Tensor]:
@@ -176,15 +167,8 @@ def _as_hybrid(chunks: list[Any], arch: Architecture, spec: UpcycleSpec | None, 
         HybridModel(
             replace(chunk.config, moe_grouped_gemm=spec is not None, **sizes),
             hybrid_stack_with_qk_norm() if arch.qk_norm else hybrid_stack_spec,
-            chunk.vocab_size,
-            chunk.max_sequence_length,
             hybrid_layer_pattern=pattern,
-            pre_process=chunk.pre_process,
-            post_process=chunk.post_process,
-            share_embeddings_and_output_weights=chunk.share_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_base=chunk.rotary_base,
-            vp_stage=chunk.vp_stage,
+            **_rest(chunk),
         )
         for chunk in chunks
     ]
@@ -230,7 +214,7 @@ def _saved(chunk: Any) -> dict[Any, torch.Tensor]:
 
 
 @GROUPED
-@pytest.mark.parametrize("model", ["shared", "mixed", "biases"])
+@pytest.mark.parametrize("model", ["shared", "mixed_shared", "biases"])
 def test_a_checkpoint_has_the_same_tensors(model: str, grouped: bool) -> None:
     """The mapping table finds what was trained with Transformer Engine as it finds what the local spec saves."""
     shapes, fields = MODELS[model]
@@ -250,16 +234,3 @@ def test_a_checkpoint_has_the_same_tensors(model: str, grouped: bool) -> None:
 def test_a_dense_model() -> None:
     arch = small_architecture(num_layers=4)
     _check_same(arch, None, Layout(gpus=4, tp=2, pp=2), partial(_checked, grouped=False))
-
-
-def test_parameters_of_another_class_are_refused() -> None:
-    class Sharded(torch.nn.Parameter):
-        pass
-
-    arch = small_architecture()
-    with megatron_rank(ONE_RANK, 0):
-        chunks = _with_te(_local(arch, SPEC, ONE_RANK))
-        linear = chunks[0].decoder.layers[0].self_attention.linear_qkv
-        linear.weight = Sharded(linear.weight.data)
-        with pytest.raises(SpecError, match=r"linear_qkv\.weight.*Sharded.*FSDP"):
-            upcycle_into(chunks, MemorySource(arch), SPEC)

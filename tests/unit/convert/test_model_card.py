@@ -85,9 +85,7 @@ def test_a_card_that_says_nothing_is_no_mistake(dense: Path, tmp_path: Path, car
 @pytest.mark.parametrize(
     ("address", "told"), [("asset://small", "asset://small"), ("/data/models/dense", "dense"), (None, "dense")]
 )
-def test_an_exports_card_says_training_rounding_and_what_the_caller_knows(
-    dense: Path, tmp_path: Path, address: str | None, told: str
-) -> None:
+def test_an_exports_card_says_what_is_known(dense: Path, tmp_path: Path, address: str | None, told: str) -> None:
     parent, checkpoint = _parent(dense, tmp_path / "dense"), write_checkpoint(tmp_path / "ck", dense, SPEC)
     lines = [{"step": 1, "tokens": 1024, "loss": 3.5}, {"step": 2, "tokens": 2048, "loss": 3.25}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')

@@ -216,7 +216,7 @@ def test_a_model_has_the_first_class_that_holds_it(config: dict[str, Any], field
         ("Exaone4", {}, None),
     ],
 )
-def test_a_window_is_to_be_opened_where_a_class_can_then_hold_the_model(
+def test_a_window_is_opened_where_it_helps(
     hf_class: str, fields: dict[str, Any], opened: dict[str, Any] | None
 ) -> None:
     spec = UpcycleSpec(**fields)

@@ -56,9 +56,7 @@ def test_a_tokenizer_of_transformers_5_gives_the_same_tokens(tmp_path: Path) -> 
 
 
 @torch.no_grad()
-def test_what_transformers_5_saved_computes_the_same_here_loaded_converted_and_written_again(
-    saved: tuple[Path, torch.Tensor], tmp_path: Path
-) -> None:
+def test_what_transformers_5_saved_computes_the_same_here(saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     folder, logits_BSV = saved
     model, _ = evaluation.load_model(folder)
     assert torch.equal(model(TOKENS_BS).logits, logits_BSV)

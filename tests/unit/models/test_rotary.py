@@ -25,9 +25,7 @@ PUBLISHED: list[tuple[int, float, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("head_dim", "theta", "scaling"), PUBLISHED, ids=str)
-def test_frequencies_and_factor_are_those_of_transformers(
-    head_dim: int, theta: float, scaling: dict[str, Any]
-) -> None:
+def test_frequencies_and_factor_are_transformers(head_dim: int, theta: float, scaling: dict[str, Any]) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -163,9 +163,7 @@ def test_a_parent_of_another_function_is_refused(
         ("window_size", 3, "model.yaml"),
     ],
 )
-def test_what_no_class_can_hold_and_settings_of_other_types_are_refused(
-    checkpoint: Path, dense: Path, name: str, value: Any, said: str
-) -> None:
+def test_what_no_class_can_hold_is_refused(checkpoint: Path, dense: Path, name: str, value: Any, said: str) -> None:
     _set(checkpoint, **{name: value})
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(checkpoint, dense, SPEC)
@@ -232,9 +230,7 @@ def test_the_arguments_of_megatron_are_obeyed(
 
 
 @pytest.mark.parametrize("changes", [{}, {"hybrid_layer_pattern": "*E|*E", "num_layers": 4}], ids=["gpt", "hybrid"])
-def test_beside_the_arguments_of_megatron_no_spec_is_needed(
-    dense: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_beside_megatrons_arguments_no_spec_is_needed(dense: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     export_checkpoint(_megatron(tmp_path / "ck", dense, **changes), dense, tmp_path / "hf")
     config = read_json(tmp_path / "hf/config.json")
     assert (config["num_experts_per_tok"], config["router_aux_loss_coef"]) == (2, 0.03)
