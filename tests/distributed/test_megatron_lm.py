@@ -16,7 +16,7 @@ from nemo_upcycle.evaluation.run import evaluate
 from nemo_upcycle.suites.suite import build_suite
 from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_mixed_checkpoint import save_upcycled
+from tests.distributed.saved import save_upcycled
 from tests.models import write_llama, write_tokenizer
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 

@@ -20,7 +20,7 @@ from nemo_upcycle.evaluation.megatron.score import score
 from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_mixed_checkpoint import save_upcycled
+from tests.distributed.saved import save_upcycled
 from tests.models import (
     hugging_face_logits,
     sample_tokens,

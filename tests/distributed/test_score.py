@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,20 @@ from nemo_upcycle.evaluation.megatron.chunks import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import score
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_mixed_checkpoint import save_upcycled
+from tests.distributed.saved import save_upcycled
 from tests.models import hugging_face_logits, write_llama
 from tests.tiers import quick
 
 
 VOCAB = 250
 #: `router_std` and noise make models that depend on every expert and on the routing.
+NOISE = UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0)
 SPECS = {
-    "moe": UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0),
-    "softmax first": UpcycleSpec(
-        num_experts=4, top_k=2, method="noise", router_std=1.0, router_order="softmax_topk", output_scale="none"
-    ),
-    "tied": UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0),
-    "balanced": UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=0.3, router_score="sigmoid"),
+    "moe": NOISE,
+    "softmax first": replace(NOISE, router_order="softmax_topk", output_scale="none"),
+    "tied": NOISE,
+    "mixed": replace(NOISE, num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers=(0, 3)),
+    "balanced": replace(NOISE, router_std=0.3, router_score="sigmoid"),
 }
 #: Their trainings balance experts by biases, not by a loss.
 BALANCED = {"moe_router_enable_expert_bias": True, "moe_router_load_balancing_type": "none"}
@@ -117,6 +118,7 @@ def expected(folder: Path) -> dict[str, list[tuple[list[float], bool]]]:
         ("moe", 4, {"tp": 2, "ep": 2}),
         ("softmax first", 2, {"pp": 2, "vp": 2}),
         ("tied", 2, {"tp": 2}),
+        ("mixed", 2, {"pp": 2}),
         ("balanced", 2, {"ep": 2}),
     ),
     ids=str,

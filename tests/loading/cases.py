@@ -185,41 +185,6 @@ _LAYERS_DIFFER = {
 }
 
 
-def has_class(case: Case) -> bool:
-    """Return whether some class holds what the case makes, as docs/classes.md has it."""
-    spec, layers = UpcycleSpec(**case.spec), case.sizes["layers"]
-    pattern, windowed = list(spec.moe_pattern(layers)), bool(case.sizes.get("sliding_window"))
-    kinds = case.sizes.get("layer_types") or ["sliding_attention"]
-    if case.parent in ("EXAONE 4", "Gemma 3") or (case.parent == "OLMo 3" and "sliding_attention" in kinds):
-        return False
-    has_softmax = all(pattern) and spec.router_score == "softmax" and spec.sums_to_one
-    if case.parent == "CWM":
-        windowed = layers > 1 if case.sizes["layer_types"] is None else "sliding_attention" in kinds
-    if case.parent == "SmolLM3":
-        every = case.sizes["no_rope_layer_interval"]
-        turns = case.sizes["no_rope_layers"] or [(layer + 1) % every for layer in range(layers)]
-        if not all(turns):
-            return has_softmax
-    if case.parent == "Gemma 4":
-        return has_softmax and not spec.shared_experts
-    if case.parent == "Arcee" or case.sizes.get("use_post_norm"):
-        return False
-    if case.parent.startswith(("Granite", "Hyper")):
-        return has_softmax
-    if case.parent.startswith("OLMo"):
-        return all(pattern) and spec.router_score == "softmax" and not spec.shared_experts
-    if spec.router_score == "sigmoid":
-        return pattern == sorted(pattern) and not windowed
-    if case.parent == "Qwen3":
-        return not spec.shared_experts
-    if case.sizes.get("partial_rotary_factor", 1) != 1:
-        return False
-    if windowed:
-        return has_softmax
-    heads = case.sizes["num_attention_heads"] * case.sizes.get("head_dim", 1)
-    return has_softmax or case.parent in _NO_HEAD_DIM or heads == case.sizes["hidden_size"]
-
-
 class Outcome(NamedTuple):
     """What became of a case.
 

@@ -75,25 +75,18 @@ def _chunk(parent: Path, spec: UpcycleSpec | None, layout: Layout, **changes: An
     for layer in _moe_layers(spec):
         at = layer + ("|" in pattern[: layer + 1]) if layout.pp > 1 else layer
         pattern = pattern[:at] + "E" + pattern[at + 1 :]
-    provider = upcycled_provider(
-        parent,
-        spec,
-        **{
-            "tensor_model_parallel_size": layout.tp,
-            "pipeline_model_parallel_size": layout.pp,
-            "expert_model_parallel_size": layout.ep,
-            "expert_tensor_parallel_size": layout.etp,
-            "sequence_parallel": layout.tp > 1,
-            "hybrid_layer_pattern": pattern,
-            "bf16": False,
-            "params_dtype": torch.float32,
-            "pipeline_dtype": torch.float32,
-            "use_cpu_initialization": True,
-            "gradient_accumulation_fusion": False,
-            "moe_token_dispatcher_type": "allgather",  # the other makes a tensor on the GPU
-        }
-        | changes,
-    )
+    settings = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": layout.tp > 1,
+        "hybrid_layer_pattern": pattern,
+        "moe_token_dispatcher_type": "allgather",  # the other makes a tensor on the GPU
+        **{"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32},
+        **{"use_cpu_initialization": True, "gradient_accumulation_fusion": False},
+    }
+    provider = upcycled_provider(parent, spec, **settings | changes)
     provider.finalize()
     provider.hybrid_stack_spec, provider.moe_grouped_gemm = hybrid_stack_spec, spec is not None
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()

@@ -21,7 +21,7 @@ from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.sources.mapped_files import MappedFiles
-from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json, write_json
+from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json
 from nemo_upcycle.utils.streams import StreamedFile
 from tests.folders import SPEC, change_config, converted
 from tests.models import require_same_weights, weights_of
@@ -84,15 +84,6 @@ def test_the_same_again_is_done_and_another_is_refused(dense: Path, tmp_path: Pa
         with pytest.raises(UpcycleError, match=r"got (the same folder|one inside the other)"):
             converted(dense, output)
     assert is_complete(tmp_path / "moe")
-
-
-def test_a_plan_that_is_none_is_something_else(dense: Path, tmp_path: Path) -> None:
-    converted(dense, tmp_path / "moe")
-    marker = read_json(tmp_path / "moe" / MODEL_MARKER)
-    for made_from in (None, [], "plan", {}, *({"spec": spec} for spec in (None, {"top_k": 99}, {"method": []}))):
-        write_json(tmp_path / "moe" / MODEL_MARKER, marker | {"made_from": made_from})
-        with pytest.raises(UpcycleError, match="finished folder made from something else"):
-            converted(dense, tmp_path / "moe")
 
 
 def test_a_tokenizer_that_comes_later_is_added(copy: Path, tmp_path: Path) -> None:
