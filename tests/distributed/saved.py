@@ -12,9 +12,7 @@ from nemo_upcycle.models.hf_config import read_architecture
 from tests.models import build_chunks, moe_settings
 
 
-def save_upcycled(
-    folder: str, output: str, spec: UpcycleSpec, layout: dict[str, int], fields: dict[str, Any] | None = None
-) -> None:
+def save_upcycled(folder: str, output: str, spec: UpcycleSpec, layout: dict[str, int], fields: Any = None) -> None:
     """Save a model that was not trained; biases that balance experts, where its parent has none, are made some."""
     from megatron.core import dist_checkpointing
 

@@ -74,9 +74,7 @@ def exported(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(2, {"pp": 2}), (4, {"tp": 2, "ep": 2})], ids=str)
-def test_a_checkpoint_answers_as_its_export(
-    folder: Path, exported: dict[str, Any], ranks: int, layout: dict[str, int]
-) -> None:
+def test_a_checkpoint_answers_as_its_export(folder: Path, exported: Any, ranks: int, layout: dict[str, int]) -> None:
     first, *others = run_ranks(_evaluate, ranks, str(folder), layout)
     assert others == ["served, status 0"] * (ranks - 1)
     found = compare_items(exported, first)

@@ -34,7 +34,10 @@ from tests.tiers import quick
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
-VOCAB, LENGTH, PROMPT, WRITTEN = 250, 24, 12, 8
+VOCAB, LENGTH, MOST = 250, 24, 6
+#: Tokens of each prompt, and after how many its continuation ends, if it may be as long.
+PROMPTS, ENDS = [12, 7, 9, 7, 20], [2, 5, 8, 1, 3]
+LAYOUTS: list[tuple[int, dict[str, int]]] = [(1, {}), (2, {"tp": 2}), (2, {"ep": 2}), (2, {"pp": 2})]
 PARENTS = {
     "qwen3": write_qwen3,  # norms of query and key, each with weights of its own
     "mistral": lambda folder: write_mistral(folder, window=5),  # shorter than the texts, and than the prompts
@@ -67,7 +70,7 @@ def _spec_of(parent: Path) -> UpcycleSpec:
 
 
 def _texts() -> list[list[int]]:
-    return sample_tokens(VOCAB, batch=3, length=LENGTH).tolist()
+    return sample_tokens(VOCAB, batch=5, length=LENGTH).tolist()
 
 
 def _asked(parent: str, layout: dict[str, int]) -> tuple[list[list[float]], list[list[int]]]:
@@ -75,19 +78,24 @@ def _asked(parent: str, layout: dict[str, int]) -> tuple[list[list[float]], list
     dense = Path(parent)
     chunks, arch = load_chunks(dense.parent / "saved", dense, _spec_of(dense), layout_here(**layout), torch.float32)
     scored = score(chunks, [(text, LENGTH - 1) for text in _texts()], vocab_size=arch.vocab_size)
-    prompts = [text[:PROMPT] for text in _texts()]
-    written = generate(chunks, prompts, most=WRITTEN, ends=lambda *_: False, vocab_size=arch.vocab_size)
+    prompts = [text[:length] for text, length in zip(_texts(), PROMPTS, strict=True)]
+
+    def ends(number: int, tokens: list[int]) -> bool:
+        return len(tokens) == ENDS[number]
+
+    written = generate(chunks, prompts, most=MOST, ends=ends, vocab_size=arch.vocab_size, batch_size=2)
     return [likelihoods for likelihoods, _ in scored], written
 
 
-@pytest.mark.parametrize(("ranks", "layout"), quick([(1, {}), (2, {"tp": 2}), (2, {"pp": 2})], (1, {})), ids=str)
+@pytest.mark.parametrize(("ranks", "layout"), quick(LAYOUTS, (2, {"pp": 2})), ids=str)
 def test_a_checkpoint_scores_and_writes_as_its_parent_does(parent: Path, ranks: int, layout: dict[str, int]) -> None:
     likelihoods, written = run_ranks(_asked, ranks, str(parent), layout)[0]
     texts = torch.tensor(_texts())
     logits = hugging_face_logits(parent, texts)[:, :-1].log_softmax(dim=-1)
     expected = logits.gather(2, texts[:, 1:, None])[..., 0]
     torch.testing.assert_close(torch.tensor(likelihoods), expected, rtol=1e-5, atol=2e-5)
-    follows = texts[:, :PROMPT]
-    for _ in range(WRITTEN):
-        follows = torch.cat([follows, hugging_face_logits(parent, follows)[:, -1:].argmax(dim=-1)], dim=1)
-    assert written == follows[:, PROMPT:].tolist()
+    for text, start, end, got in zip(texts, PROMPTS, ENDS, written, strict=True):
+        follows = text[None, :start]
+        for _ in range(min(end, MOST)):
+            follows = torch.cat([follows, hugging_face_logits(parent, follows)[:, -1:].argmax(dim=-1)], dim=1)
+        assert got == follows[0, start:].tolist()

@@ -48,11 +48,6 @@ PARENTS = {
     **({"Gemma 4": parents.write_gemma4} if hasattr(transformers, "Gemma4Config") else {}),
     **({"CWM": parents.write_cwm} if hasattr(transformers, "CwmForCausalLM") else {}),
 }
-#: Parents with experts.
-GROWN = {
-    kind: partial(parents.write_moe, kind=kind)
-    for kind in ("Mixtral", "Qwen3Moe", "Qwen2Moe", "Glm4Moe", "Olmoe", "FlexOlmo")
-}
 #: Those whose heads make up the hidden size.
 _NO_HEAD_DIM = ("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3", "Granite 3", "Granite 4", "HyperCLOVA X")
 
@@ -61,7 +56,7 @@ class Case(NamedTuple):
     """A parent and what is made of it.
 
     Args:
-        parent: a key of `PARENTS` or `GROWN`.
+        parent: a key of `PARENTS`.
         sizes: settings of the parent's configuration.
         spec: fields of the `UpcycleSpec`.
     """
@@ -121,34 +116,6 @@ def random_case(seed: int, kinds: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", 
     return Case(parent, sizes, spec)
 
 
-def random_growth(seed: int) -> Case:
-    """Return a parent with experts, and a spec of more of them that the seed decides."""
-    draw = random.Random(seed)
-    kind, layers = draw.choice([*GROWN]), draw.choice([1, 2, 3])
-    experts, copies, norm = draw.choice([2, 3, 4, 6]), draw.choice([2, 3]), draw.random() < 0.5
-    chosen, first = draw.randint(1, experts), draw.randrange(layers)
-    count = {"Mixtral": "num_local_experts", "Glm4Moe": "n_routed_experts"}.get(kind, "num_experts")
-    sizes: dict[str, Any] = {count: experts, "num_experts_per_tok": chosen, "layers": layers}
-    sizes |= {"tied": draw.random() < 0.3, "intermediate_size": draw.choice([48, 96])}
-    spec: dict[str, Any] = {"num_experts": copies * experts, "seed": draw.randrange(1000)}
-    spec |= {"top_k": copies * chosen, "router_std": draw.choice([0.0, 0.0, 0.0, 0.02])}
-    if kind == "Glm4Moe":
-        sizes |= {"first_k_dense_replace": first, "n_shared_experts": draw.choice([1, 2])}
-        spec |= {"router_score": "sigmoid", "routed_scaling_factor": 2.5}
-    elif kind != "Mixtral":
-        sizes["norm_topk_prob"] = norm
-        spec["router_order"] = "topk_softmax" if norm else "softmax_topk"
-    if kind in ("Qwen3Moe", "Qwen2Moe"):
-        sizes["mlp_only_layers"] = [*range(first)]
-    if first and kind in ("Glm4Moe", "Qwen3Moe", "Qwen2Moe"):
-        spec["moe_layers"] = ",".join(map(str, range(first, layers)))
-    if chosen > 1 and draw.random() < 0.15:
-        spec["top_k"] = chosen
-    if draw.random() < 0.15:
-        spec["method"] = draw.choice(["noise", "drop"])
-    return Case(kind, sizes, spec)
-
-
 def _of_phi3(draw: random.Random, head_dim: int) -> dict[str, Any]:
     """Return what only a Phi-3 has: a part of its heads turned, LongRoPE shorter than the text, a window."""
     part = draw.choice([1.0, 1.0, 0.75])
@@ -206,7 +173,7 @@ def outcome(case: Case, folder: Path) -> Outcome:
         SpecError: no class holds such a model.
         AssertionError: a tensor is missing, or one too many.
     """
-    dense = (PARENTS | GROWN)[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
+    dense = PARENTS[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
     return outcome_of(dense, UpcycleSpec(**case.spec), folder)
 
 

@@ -72,9 +72,7 @@ def _spell_anew(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "hf_class", "text", "changes"), quick(HERE, HERE[0], HERE[-2]), ids=str)
-def test_the_text_part_is_a_parent(
-    tmp_path: Path, kind: str, hf_class: str, text: str, changes: dict[str, Any]
-) -> None:
+def test_the_text_is_a_parent(tmp_path: Path, kind: str, hf_class: str, text: str, changes: dict[str, Any]) -> None:
     folder, tokens = tmp_path / "dense", sample_tokens(250)
     write_tokenizer(write_wrapped(folder, kind, text=text, **{"vocab_size": 259} | changes))
     wanted = _whole_logits(folder, kind, tokens)

@@ -43,7 +43,6 @@ LAYOUTS = [
 #: Parts of Mamba's tensors, in rows: 8 heads of 16, 2 groups with 8 states.
 IN_PROJ, CONV = [128, 128, 16, 16, 8], [128, 16, 16]
 SPECS = {
-    "copies": SPEC,
     "granular": UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1),
     "mixed": UpcycleSpec(num_experts=4, top_k=2, moe_layers="every-2"),
     "noise": UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.1),

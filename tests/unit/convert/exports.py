@@ -55,10 +55,8 @@ def write_checkpoint(
     moe_arch = arch.upcycled(spec) if spec else arch
     generator = torch.Generator().manual_seed(3)
     state: dict[str, Any] = {}
-    for layer, mappings in [
-        (None, MODEL_MAPPINGS),
-        *((n, layer_mappings(moe_arch, n)) for n in range(moe_arch.num_layers)),
-    ]:
+    layers = [(None, MODEL_MAPPINGS), *((n, layer_mappings(moe_arch, n)) for n in range(moe_arch.num_layers))]
+    for layer, mappings in layers:
         for mapping in mappings:
             shape = shard_shape(mapping, moe_arch, Shard())
             shape = (moe_arch.num_experts, *shape) if mapping.is_expert else shape

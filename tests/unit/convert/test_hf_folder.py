@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,9 +106,7 @@ def test_the_coefficient_of_the_recipes_is_written_where_no_checkpoint_says_one(
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["the same", "other weights"])
-def test_a_stopped_export_goes_on_with_the_same_weights(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool
-) -> None:
+def test_a_stopped_export_goes_on_with_the_same(dense: Path, tmp_path: Path, monkeypatch: Any, same: bool) -> None:
     checkpoint, output = write_checkpoint(tmp_path / "ck", dense, SPEC), tmp_path / "hf"
     monkeypatch.setattr(export, "MAX_SHARD_BYTES", 100_000)
     written, write = [], StreamedFile.write

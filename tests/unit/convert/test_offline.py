@@ -50,9 +50,7 @@ def test_a_parent_that_says_less_or_in_other_words_is_converted(dense: Path, tmp
     assert read_json(tmp_path / "wanted/config.json") == read_json(tmp_path / "moe/config.json")
 
 
-def test_half_precision_and_blocks_change_nothing(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_and_blocks_do_not_show(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices that are too large to be kept are made again for every copy."""
     converted(dense, tmp_path / "once", UpcycleSpec(**FINE), dtype=torch.bfloat16)
     monkeypatch.setattr("nemo_upcycle.convert.expansion.BLOCK_BYTES", 1000)
@@ -125,26 +123,14 @@ def test_a_type_that_no_file_holds_is_refused_before_anything_is_written(copy: P
     assert done.inexact_because[0].startswith("float64 weights are rounded to float32 (")
 
 
-@pytest.mark.parametrize(
-    ("stored", "dtype", "reason"),
-    [
-        (torch.bfloat16, torch.float32, ""),
-        (torch.float32, torch.bfloat16, "float32 weights are rounded to bfloat16 (model."),
-        (torch.float16, torch.bfloat16, "float16 weights are rounded to bfloat16 (model."),
-    ],
-)
-def test_a_type_that_rounds_is_not_exact(copy: Path, tmp_path: Path, stored: Any, dtype: Any, reason: str) -> None:
-    done = converted(_retyped(copy, stored), tmp_path / "moe", dtype=dtype)
-    assert done.exact is (not reason)
-    assert "".join(done.inexact_because).startswith(reason)
-
-
 def test_factors_and_norms_that_a_type_rounds_are_told(copy: Path, tmp_path: Path) -> None:
     """Without `dtype`, all is written in the embedding's type."""
     done = converted(_retyped(copy, torch.float16, norms=False), tmp_path / "norms")
     assert done.inexact_because == (
         "float32 weights are rounded to float16 (model.layers.0.input_layernorm.weight and 8 more)",
     )
+    done = converted(copy, tmp_path / "same size", dtype=torch.bfloat16)
+    assert done.inexact_because[0].startswith("float16 weights are rounded to bfloat16 (model.")
     _retyped(copy, torch.bfloat16)
     spec = UpcycleSpec(num_experts=6, top_k=3, granularity=3)
     done = converted(copy, tmp_path / "odd", spec)
@@ -223,9 +209,7 @@ def test_a_stopped_run_goes_on_with_the_rest(dense: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("change", ["spec", "weights", "type"])
-def test_files_made_from_something_else_are_not_kept(
-    copy: Path, tmp_path: Path, monkeypatch: Any, change: str
-) -> None:
+def test_files_made_of_something_else_are_not_kept(copy: Path, tmp_path: Path, monkeypatch: Any, change: str) -> None:
     _kill_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         converted(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
@@ -291,9 +275,7 @@ DOWN = "model.layers.3.mlp.down_proj.weight"
     ],
     ids=["nan", "overflow"],
 )
-def test_a_broken_source_is_refused_and_leaves_nothing(
-    copy: Path, tmp_path: Path, change: Any, options: dict[str, Any], words: str
-) -> None:
+def test_a_broken_source_leaves_nothing(copy: Path, tmp_path: Path, change: Any, options: Any, words: str) -> None:
     index = read_json(copy / "model.safetensors.index.json")["weight_map"]
     tensors = load_file(copy / index[DOWN])
     save_file(tensors | {DOWN: change(tensors[DOWN])}, copy / index[DOWN], {"format": "pt"})

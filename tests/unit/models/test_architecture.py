@@ -216,9 +216,7 @@ def test_a_model_has_the_first_class_that_holds_it(config: dict[str, Any], field
         ("Exaone4", {}, None),
     ],
 )
-def test_a_window_is_opened_where_it_helps(
-    hf_class: str, fields: dict[str, Any], opened: dict[str, Any] | None
-) -> None:
+def test_a_window_is_opened_if_it_helps(hf_class: str, fields: dict[str, Any], opened: dict[str, Any] | None) -> None:
     spec = UpcycleSpec(**fields)
     with pytest.raises(SpecError) as caught:
         families.require_class(architecture_from_config(_config(hf_class)).upcycled(spec))

@@ -20,7 +20,6 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import MoeFamily, llama
 from nemo_upcycle.models.families.base import Settings
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.models.mapping_table import MAPPINGS
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from nemo_upcycle.verify.verification import verify
 from tests.families import registered
@@ -114,14 +113,6 @@ def test_a_checkpoint_is_read_and_exported_under_fused_names(tmp_path: Path) -> 
             for start, stop in ((0, 0), (5, 70), (64, 96), (70, 128)):  # in one part, over its end, a whole one
                 bounds = [(start, stop), (3, 64)]
                 assert torch.equal(fused.read(layer + "self_attn.qkv_proj.weight", bounds), whole[start:stop, 3:])
-
-
-def test_every_family_names_each_part_of_a_parameter() -> None:
-    parts = {mapping.role: len(mapping.parts) for mapping in MAPPINGS}
-    for family in (*families.parents(), *families.targets()):
-        assert {role: len(names) for role, names in family.names.items()} == {
-            role: parts[role] for role in family.names
-        }
 
 
 def test_a_page_names_every_parent() -> None:

@@ -69,9 +69,7 @@ def test_copies_are_chosen_together_in_float32(mixtral: Path, chosen: int, field
 
 
 @pytest.mark.parametrize(("chosen", "top_k", "scale"), [(1, 1, 2.0), (1, 2, 1.0), (4, 8, 1.0)])
-def test_any_copy_will_do_where_a_parent_takes_one_expert(
-    tmp_path: Path, chosen: int, top_k: int, scale: float
-) -> None:
+def test_any_copy_will_do_where_a_parent_takes_one(tmp_path: Path, chosen: int, top_k: int, scale: float) -> None:
     folder = write_qwen3_moe(tmp_path / "dense", norm_topk_prob=False, num_experts_per_tok=chosen)
     fields = {"num_experts": 8, "top_k": top_k, "router_std": 0.0, "router_order": "softmax_topk"}
     error = _grown(folder, tmp_path / "moe", **fields)
@@ -139,7 +137,6 @@ def test_a_conversion_goes_on_with_the_same_utilities_alone(mixtral: Path, tmp_p
         ("[1, 2, 3]", "3 numbers"),
         ("[[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]", "3 lists"),
         ("[1, 2, -3, 4]", "-3"),
-        ("[1, 2, .inf, 4]", "not finite"),
         ("text", "str"),
     ],
 )
@@ -168,8 +165,8 @@ def test_utilities_that_do_not_fit_are_refused(mixtral: Path, tmp_path: Path, ut
     ],
     ids=str,
 )
-def test_what_is_refused_is_taken_once_the_fix_is_done(
-    mixtral: Path, glm4_moe: Path, kind: str, fields: dict[str, Any], refused: str
+def test_what_is_refused_is_taken_once_fixed(
+    mixtral: Path, glm4_moe: Path, kind: str, fields: Any, refused: str
 ) -> None:
     arch = replace(read_architecture(mixtral if kind == "Mixtral" else glm4_moe), top_k=1)
     with pytest.raises(SpecError) as caught:

@@ -21,22 +21,15 @@ def test_qkv_rows_are_grouped_as_megatron_wants_them() -> None:
     assert shard.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
 
 
-@pytest.mark.parametrize(
-    ("name", "role", "expert"),
-    [
-        ("mlp.experts.local_experts.11.linear_fc1.weight", "expert_fc1", 11),
-        ("mlp.experts.linear_fc2.weight3", "expert_fc2", 3),
-        ("self_attention.linear_qkv.layer_norm_weight", "attention_norm", None),
-        ("input_layernorm.weight", "attention_norm", None),
-        ("pre_mlp_layernorm.weight", "ffn_norm", None),
-    ],
-)
-def test_names_of_both_layer_specs_are_found(name: str, role: str, expert: int | None) -> None:
-    found = find_mapping(name, in_layer=True)
-    assert found is not None
-    assert (found[0].role, found[1]) == (role, expert)
-
-
-def test_unknown_names_are_not_guessed() -> None:
+def test_names_of_both_layer_specs_are_found_and_no_others() -> None:
+    known = {
+        "mlp.experts.local_experts.11.linear_fc1.weight": ("expert_fc1", 11),
+        "mlp.experts.linear_fc2.weight3": ("expert_fc2", 3),
+        "self_attention.linear_qkv.layer_norm_weight": ("attention_norm", None),
+        "pre_mlp_layernorm.weight": ("ffn_norm", None),
+    }
+    for name, wanted in known.items():
+        mapping, expert = find_mapping(name, in_layer=True) or pytest.fail(name)
+        assert (mapping.role, expert) == wanted
     unknown = ("self_attention.linear_qkv.biases", "mlp.experts.linear_fc1.weight", "embedding.word_embeddings.weight")
     assert [find_mapping(name, in_layer=True) for name in unknown] == [None] * 3

@@ -21,23 +21,11 @@ from tests.models import write_random
 
 #: Sizes of NVIDIA's Nemotron-H 8B (arXiv 2504.03624, table 1), with 4 of its 52 layers.
 CONFIG: dict[str, Any] = {
-    "architectures": ["NemotronHForCausalLM"],
-    "model_type": "nemotron_h",
-    "hybrid_override_pattern": "M-M*-",
-    "num_hidden_layers": 5,
-    "hidden_size": 4096,
-    "intermediate_size": 21504,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "attention_head_dim": 128,
-    "mamba_num_heads": 128,
-    "mamba_head_dim": 64,
-    "n_groups": 8,
-    "ssm_state_size": 128,
-    "vocab_size": 131072,
-    "mlp_hidden_act": "relu2",
-    "layer_norm_epsilon": 1e-5,
-    "time_step_limit": [0.0, float("inf")],
+    **{"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-"},
+    **{"num_hidden_layers": 5, "hidden_size": 4096, "intermediate_size": 21504, "num_attention_heads": 32},
+    **{"num_key_value_heads": 8, "attention_head_dim": 128, "mamba_num_heads": 128, "mamba_head_dim": 64},
+    **{"n_groups": 8, "ssm_state_size": 128, "vocab_size": 131072, "mlp_hidden_act": "relu2"},
+    **{"layer_norm_epsilon": 1e-5, "time_step_limit": [0.0, float("inf")]},
 }
 TINY = CONFIG | {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "attention_head_dim": 8}
 TINY |= {"num_key_value_heads": 2, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 4}

@@ -62,7 +62,6 @@ def _spec(copies: int = 4, chosen: int = 2, granularity: int = 1, **fields: Any)
 SPECS: list[dict[str, Any]] = [
     {},
     {"granularity": 2},
-    {"granularity": 4},
     {"granularity": 8},
     {"moe_layers": "every-2"},
     {"moe_layers": (2,)},

@@ -113,14 +113,7 @@ def test_an_export_takes_from_the_context_what_nobody_said(
     assert notes[0] == notes[1] == list(server_caveats(read_architecture(tmp_path / "said")))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("top_k", 4),
-        ("moe_layers", "every-2"),
-        ("granularity", 2),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), [("top_k", 4), ("moe_layers", "every-2"), ("granularity", 2)])
 def test_a_spec_that_the_context_contradicts_is_refused(saved: Path, dense: Path, name: str, value: Any) -> None:
     with pytest.raises(SpecError) as caught:
         open_checkpoint(saved / "plain", dense, UpcycleSpec(**{"num_experts": 4, name: value}))

@@ -29,6 +29,10 @@ TENSORS = {
 }
 
 
+#: Where the metadata have "a".
+PLACE = MetadataIndex("a", torch.Size((0, 0)))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     dcp.save(TENSORS, checkpoint_id=tmp_path / "weights", no_dist=True)
@@ -61,7 +65,7 @@ def _add_chunk(offset: int) -> Callable[[Any], None]:
         entry = metadata.state_dict_metadata["a"]
         entry.size = torch.Size((8, 6))
         entry.chunks.append(ChunkStorageMetadata(torch.Size((offset, 0)), torch.Size((4, 6))))
-        place = metadata.storage_data[MetadataIndex("a", torch.Size((0, 0)))]
+        place = metadata.storage_data[PLACE]
         metadata.storage_data[MetadataIndex("a", torch.Size((offset, 0)))] = place
 
     return change
@@ -90,10 +94,6 @@ def _set_place(name: str, **changes: Any) -> Callable[[Any], None]:
     return change
 
 
-def _no_place(metadata: Any) -> None:
-    del metadata.storage_data[MetadataIndex("a", torch.Size((0, 0)))]
-
-
 def _set(**changes: Any) -> Callable[[Any], None]:
     """Describe "a" as another tensor, `sizes` as that of its piece as well."""
 
@@ -108,7 +108,7 @@ def _set(**changes: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_no_place, r"\.metadata: got damaged data of a \(no place"),
+        (lambda metadata: metadata.storage_data.pop(PLACE), r"\.metadata: got damaged data of a \(no place"),
         (_set(properties=TensorProperties(dtype=torch.bfloat16)), r"distcp: got damaged data of a \(ValueError"),
         (_set(size=torch.Size((5, 6)), sizes=torch.Size((5, 6))), r"distcp: got damaged data of a \(RuntimeError"),
         (_set(sizes=torch.Size((24,))), r"unreadable metadata \(a is not described as torch does it"),

@@ -50,9 +50,7 @@ def test_a_slice_beyond_the_tensor_is_refused(tmp_path: Path, bounds: list[tuple
         MappedFiles(tmp_path).read("norm", Stored("f", torch.float32, (4, 3), (3, 1), 0), bounds)
 
 
-def test_a_cold_slice_is_fetched_of_columns_the_rows_and_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cold_slice_is_fetched_of_columns_the_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[tuple[int, int]] = []
     preadv = os.preadv
 

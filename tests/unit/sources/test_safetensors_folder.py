@@ -33,8 +33,6 @@ def test_slices_equal_the_whole_and_only_they_are_counted(folder: Path) -> None:
         assert torch.equal(dense.read("model.norm.weight"), tensors["model.norm.weight"])
         dense.prefetch(name)
         assert dense.bytes_read == 6 * 30 * 4 + 64 * 4
-        with pytest.raises(CheckpointError, match=r"down_proj\.weight: slice .* reaches beyond its shape \[64, 96\]"):
-            dense.read(name, [(0, 64), (90, 97)])
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_a_type_with_less_precision_is_compared_in_that_type(dense: Path, tmp_pa
     ],
     ids=["exact", "large logits", "half networks"],
 )
-def test_tokens_with_parts_of_several_networks_are_counted(
+def test_tokens_of_parts_of_networks_are_counted(
     dense: Path, tmp_path: Path, fields: dict[str, Any], torn: range
 ) -> None:
     found = verify(dense, _made(dense, tmp_path / "moe", **fields)).torn
@@ -203,9 +203,7 @@ def test_weights_that_are_no_numbers_are_named(dense: Path, tmp_path: Path, name
         ({"num_experts_per_tok": 5}, "num_experts_per_tok", "5"),
     ],
 )
-def test_a_config_that_is_not_the_weights_own(
-    dense: Path, tmp_path: Path, change: Any, subject: str, got: str
-) -> None:
+def test_a_config_that_is_not_the_weights(dense: Path, tmp_path: Path, change: Any, subject: str, got: str) -> None:
     moe = change_config(_made(dense, tmp_path / "moe"), **change)
     with pytest.raises(CheckpointError) as caught:
         verify(dense, moe)
