@@ -6,6 +6,7 @@ layouts cut blocks in their middle. The vocabulary's padding is another for each
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,13 +34,9 @@ SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4}
 PARENTS = {"untied": {}, "tied": {"tied": True}, "biases": {"attention_bias": True, "mlp_bias": True}}
 
 
-def _write_qwen2_moe(folder: Path, **sizes: Any) -> Path:
+def _four_heads(write: Callable[..., Path], folder: Path, **settings: Any) -> Path:
     """Write one whose heads make up the hidden size, as its class wants them."""
-    return write_moe(folder, "Qwen2Moe", **(sizes | {"num_attention_heads": 4}))
-
-
-def _write_seeing(folder: Path, **settings: Any) -> Path:
-    return write_wrapped(folder, **(settings | {"num_attention_heads": 4}))
+    return write(folder, **(settings | {"num_attention_heads": 4}))
 
 
 WRITERS = {
@@ -48,13 +45,14 @@ WRITERS = {
     "phi3": write_phi3,
     "mixtral": write_mixtral,
     "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=WIDTH),
-    "qwen2_moe": _write_qwen2_moe,
+    "qwen2_moe": partial(_four_heads, write_moe, kind="Qwen2Moe"),
 }
 #: Text models among other parts, and the class of the text model where it is not the usual one.
 SEEING = {"Mistral3": "", "Ministral3": "Mistral3", "Qwen2_5_VL": "", "Qwen3VL": "", "Gemma3": "", "Exaone4_5_": ""}
 SEEING = {name: around for name, around in SEEING.items() if hasattr(transformers, f"{name}Config")}
 WRITERS |= {
-    name: partial(_write_seeing, kind=around or name, text=name if around else "") for name, around in SEEING.items()
+    name: partial(_four_heads, write_wrapped, kind=around or name, text=name if around else "")
+    for name, around in SEEING.items()
 }
 COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
@@ -113,10 +111,6 @@ def _upcycle(folder: str, layout: dict[str, int], changes: dict[str, Any], cases
     return answers
 
 
-def _shards(ranks: list[dict[str, dict[str, Any]]], case: str) -> list[list[GlobalShard]]:
-    return [rank[case]["shards"] for rank in ranks]
-
-
 def _fit(whole: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Cut vocabulary padding, which depends on the tensor-parallel size and must be zero."""
     if whole.shape != reference.shape:
@@ -139,7 +133,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Reference:
     ranks = run_ranks(_upcycle, 1, str(folder), {}, {}, CASES)
-    return {case: gather(_shards(ranks, case)) for case in CASES}
+    return {case: gather([rank[case]["shards"] for rank in ranks]) for case in CASES}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +146,7 @@ def test_gathered_bits_do_not_depend_on_the_layout(
 ) -> None:
     answers = run_ranks(_upcycle, ranks, str(folder), layout, changes, _cases(layout))
     for case, (parent, spec) in _cases(layout).items():
-        gathered = gather(_shards(answers, case))
+        gathered = gather([answer[case]["shards"] for answer in answers])
         copied_output = {"output_layer.weight"} if parent == "tied" else set()  # on the last pipeline stage
         assert gathered.keys() - copied_output == reference[case].keys() - copied_output
         for key, expected in reference[case].items():

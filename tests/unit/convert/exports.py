@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -73,9 +73,3 @@ def _leaves_nothing(folder: Path, error: type[Exception] | tuple[type[Exception]
     with pytest.raises(error, match=words):
         yield
     assert sorted(folder.rglob("*")) == before
-
-
-class _Usage(NamedTuple):
-    total: int
-    used: int
-    free: int

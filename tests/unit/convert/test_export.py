@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from nemo_upcycle.utils.files import MARKER, MODEL_MARKER, is_complete, read_jso
 from tests.folders import SPEC, change_config
 from tests.loading.cases import logits
 from tests.models import require_same_weights, sample_tokens, write_llama
-from tests.unit.convert.exports import _fill, _leaves_nothing, _Usage, write_checkpoint
+from tests.unit.convert.exports import _fill, _leaves_nothing, write_checkpoint
 
 
 FLOAT32 = {"dtype": torch.float32}
@@ -121,7 +122,7 @@ def test_checkpoint_and_parent_are_never_replaced(dense: Path, tmp_path: Path) -
 def test_a_full_disk_is_refused_and_the_earlier_export_kept(dense: Path, tmp_path: Path, monkeypatch: Any) -> None:
     checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
     export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for output in ("hf", "new"):
         with _leaves_nothing(tmp_path, UpcycleError, r"disk space.*got 1000 bytes free.*Fix: free some space"):
             export_checkpoint(checkpoint, dense, tmp_path / output, spec=SPEC)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,23 +209,23 @@ def test_a_stopped_run_goes_on_with_the_rest(dense: Path, tmp_path: Path, monkey
     assert {path.name for path in (tmp_path / "moe").iterdir()} == names
 
 
-@pytest.mark.parametrize("change", ["spec", "weights", "type"])
-def test_files_made_of_something_else_are_not_kept(copy: Path, tmp_path: Path, monkeypatch: Any, change: str) -> None:
+@pytest.mark.parametrize(
+    ("spec", "dtype", "added"),
+    [(replace(SPEC, seed=5), None, 0), (SPEC, torch.bfloat16, 0), (SPEC, None, 1)],
+    ids=["spec", "type", "weights"],
+)
+def test_files_made_of_something_else_are_not_kept(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: UpcycleSpec, dtype: Any, added: int
+) -> None:
     _kill_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         converted(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     monkeypatch.undo()
-    spec, options = SPEC, {}
-    if change == "spec":
-        spec = UpcycleSpec(num_experts=4, top_k=2, seed=5)
-    elif change == "type":
-        options = {"dtype": torch.bfloat16}
-    else:
-        for file in copy.glob("*.safetensors"):  # the same names, shapes and sizes
-            save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-    done = converted(copy, tmp_path / "moe", spec, max_shard_bytes=SHARD_BYTES, **options)
-    assert done.files_kept == 0
-    converted(copy, tmp_path / "afresh", spec, max_shard_bytes=SHARD_BYTES, **options)
+    for file in copy.glob("*.safetensors"):  # the same names, shapes and sizes
+        save_file({name: tensor + added for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    options = {"dtype": dtype, "max_shard_bytes": SHARD_BYTES}
+    assert converted(copy, tmp_path / "moe", spec, **options).files_kept == 0
+    converted(copy, tmp_path / "afresh", spec, **options)
     require_same_weights(tmp_path / "moe", tmp_path / "afresh")
 
 

@@ -65,7 +65,6 @@ SPECS: list[dict[str, Any]] = [
     {"granularity": 8},
     {"moe_layers": "every-2"},
     {"moe_layers": (2,)},
-    {"router_std": 0.02},
     {"router_std": 5.0},
     {"chosen": 3, "router_init": "uniform"},
     {"chosen": 3, "granularity": 3},

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -25,11 +24,6 @@ from nemo_upcycle.models.sharding import Shard
 from nemo_upcycle.online.plan import RankCoords
 from nemo_upcycle.planning.layout import Layout
 from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
-
-
-def _rank(rank: int, layout: dict[str, int]) -> AbstractContextManager[Any]:
-    """Be one rank of a cluster of which no other rank exists."""
-    return megatron_rank(Layout(gpus=_ranks(layout), **layout), rank)
 
 
 def _ranks(layout: dict[str, int]) -> int:
@@ -130,7 +124,7 @@ def test_every_rank_of_any_cluster_gets_what_belongs_there(cluster: Any) -> None
     event(f"{_ranks(layout)} ranks")
     dense = MemorySource(arch)
     for rank in range(_ranks(layout)):
-        with _rank(rank, layout):
+        with megatron_rank(Layout(gpus=_ranks(layout), **layout), rank):
             chunks = build_chunks(arch, layout=layout, **moe_settings(arch, spec), **drawn)
             coords = _coords(rank, layout)
             for chunk in chunks:
@@ -151,7 +145,7 @@ def test_every_rank_of_any_cluster_gets_what_belongs_there(cluster: Any) -> None
 
 def test_an_output_layer_that_the_model_lacks_is_missed() -> None:
     """A model that ties what the checkpoint does not would drop the checkpoint's output layer unseen."""
-    with _rank(0, {"tp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1}):
+    with megatron_rank(Layout(gpus=1), 0):
         chunks = build_chunks(small_architecture(tied_embeddings=True), num_experts=8)
         with pytest.raises(CheckpointError, match="output layer of the model: got none"):
             upcycle_into(chunks, MemorySource(small_architecture()), UpcycleSpec())
@@ -162,7 +156,7 @@ def test_parameters_that_are_no_plain_tensors_are_refused() -> None:
     from torch.distributed.tensor import distribute_tensor
 
     arch = small_architecture()
-    with _rank(0, dict.fromkeys(("tp", "pp", "vp", "ep", "etp"), 1)):
+    with megatron_rank(Layout(gpus=1), 0):
         chunks = build_chunks(arch, num_experts=4)
         norm = chunks[0].decoder.final_layernorm
         norm.weight = torch.nn.Parameter(distribute_tensor(norm.weight.data, init_device_mesh("cpu", (1,))))

@@ -32,7 +32,7 @@ from tests.unit.sources.test_distributed_checkpoint import _Runs
 
 
 FINE = UpcycleSpec(
-    num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers="1", router_order="softmax_topk", seed=7
+    num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers="1", router_order="softmax_topk"
 )
 SIZES = {
     **{"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2},

@@ -31,10 +31,8 @@ def _dense(folder: Path, change: Change | None) -> Path:
     return change_weights(folder, {"lm_head.weight": head})
 
 
-def _one_number(weight_VD: torch.Tensor) -> torch.Tensor:
-    changed_VD = weight_VD.clone()
-    changed_VD[-1, -1] += 1
-    return changed_VD
+def _other_row(weight_VD: torch.Tensor) -> torch.Tensor:
+    return torch.cat([weight_VD[:-1], weight_VD[-1:] + 1])
 
 
 @pytest.mark.parametrize("change", [torch.clone, torch.Tensor.double], ids=["same type", "wider type"])
@@ -47,9 +45,7 @@ def test_the_same_head_is_as_good_as_none(tmp_path: Path, change: Change) -> Non
     assert verify(dense, tmp_path / "moe").equal
 
 
-@pytest.mark.parametrize(
-    "change", [torch.neg, _one_number, lambda weight_VD: weight_VD[:-1].clone()], ids=["all", "one", "fewer rows"]
-)
+@pytest.mark.parametrize("change", [torch.neg, _other_row, lambda weight_VD: weight_VD[:-1].clone()])
 def test_another_head_is_refused_before_anything_is_written(tmp_path: Path, change: Change) -> None:
     dense, bare = _dense(tmp_path / "dense", change), _dense(tmp_path / "bare", None)
     with pytest.raises(CheckpointError, match=WORDS):
