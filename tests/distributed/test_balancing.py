@@ -52,11 +52,7 @@ BIASES: dict[str, tuple[UpcycleSpec, dict[str, Any], dict[str, float]]] = {
         {"moe_router_enable_expert_bias": True, KIND: "none"} | BY_SIGNS,
         BY_SIGNS,
     ),
-    "quantiles": (
-        SPEC,
-        {KIND: "quantile_balancing", COEFFICIENT: 0.0},
-        {"moe_router_quantile_balancing_ema": 0.0},
-    ),
+    "quantiles": (SPEC, {KIND: "quantile_balancing", COEFFICIENT: 0.0}, {"moe_router_quantile_balancing_ema": 0.0}),
 }
 if IS_015:
     del BIASES["quantiles"]

@@ -21,14 +21,7 @@ from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
 from tests.distributed.ranks import run_ranks
 from tests.distributed.saved import save_upcycled
-from tests.models import (
-    hugging_face_logits,
-    sample_tokens,
-    write_mistral,
-    write_olmo2,
-    write_phi3,
-    write_qwen3,
-)
+from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_olmo2, write_phi3, write_qwen3
 from tests.parents import write_granite, write_mixtral, write_moe, write_olmo3, write_qwen3_moe, write_wrapped
 from tests.tiers import quick
 

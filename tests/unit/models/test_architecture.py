@@ -99,7 +99,7 @@ _WANTED = {
     "GraniteMoeHybridForCausalLM": {"layer_types": ["attention"] * 32, "position_embedding_type": "rope"}
     | {"num_local_experts": 0},
     "Ministral3ForCausalLM": {
-        "rope_scaling": {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384},
+        "rope_scaling": {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384}
     },
 }
 _NULLABLE = ("rope_theta", "rms_norm_eps", "max_position_embeddings", "hidden_act", "hidden_activation", "head_dim")

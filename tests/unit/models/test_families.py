@@ -69,15 +69,6 @@ TARGET = _Target(
 )
 
 
-def _made_online(folder: Path, output: Path, spec: UpcycleSpec) -> Path:
-    """Upcycle into a Megatron model on one rank, and export that."""
-    arch = read_architecture(folder)
-    (model,) = build_chunks(folder, **moe_settings(arch, spec))
-    with open_dense(folder) as dense:
-        upcycle_into([model], dense, spec)
-    return export_weights(LiveWeights(model), arch.upcycled(spec), folder, output, dtype=torch.float32)
-
-
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("method", ["copy", "drop"])
 def test_a_target_family_from_outside_holds_what_no_other_can(tmp_path: Path, method: str) -> None:
@@ -86,11 +77,14 @@ def test_a_target_family_from_outside_holds_what_no_other_can(tmp_path: Path, me
     with open_dense(folder) as dense, pytest.raises(SpecError, match="Hugging Face class for this MoE"):
         convert(dense, tmp_path / "offline", spec)
     with registered(TARGET):
-        online = _made_online(folder, tmp_path / "online", spec)
+        arch, online = read_architecture(folder), tmp_path / "online"
+        (model,) = build_chunks(folder, **moe_settings(arch, spec))
         with open_dense(folder) as dense:
+            upcycle_into([model], dense, spec)
             convert(dense, tmp_path / "offline", spec)
+        export_weights(LiveWeights(model), arch.upcycled(spec), folder, online, dtype=torch.float32)
         require_same_weights(online, tmp_path / "offline")
-        assert read_architecture(online) == read_architecture(folder).upcycled(spec)
+        assert read_architecture(online) == arch.upcycled(spec)
         assert verify(folder, online, logits=False).equal is (method == "copy")
     wanted, found = weights_of(folder), weights_of(online)
     down = wanted["model.layers.0.mlp.down_proj.weight"] * spec.down_scale * 0.5

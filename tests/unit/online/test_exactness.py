@@ -96,9 +96,7 @@ SHARED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("network", "fields"),
-    [*every_value(NETWORKS | BIASED, SPECS), *every_value(NETWORKS, SHARED)],
-    ids=str,
+    ("network", "fields"), [*every_value(NETWORKS | BIASED, SPECS), *every_value(NETWORKS, SHARED)], ids=str
 )
 def test_exact_specs_give_the_dense_models_logits(network: str, fields: dict[str, Any]) -> None:
     spec = _spec(**fields)

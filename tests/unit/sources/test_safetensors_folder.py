@@ -80,12 +80,7 @@ def _entry(start: int, stop: int, **changes: object) -> dict:
 
 @pytest.mark.parametrize(
     "header",
-    [
-        {"a": _entry(0, 16), "b": _entry(8, 24)},
-        {"a": _entry(0, 16)},
-        {"a": _entry(0, 24, shape=[7])},
-        {"a": 3},
-    ],
+    [{"a": _entry(0, 16), "b": _entry(8, 24)}, {"a": _entry(0, 16)}, {"a": _entry(0, 24, shape=[7])}, {"a": 3}],
 )
 def test_a_header_that_does_not_fit_the_data_is_refused(dense: Path, tmp_path: Path, header: Any) -> None:
     folder = Path(shutil.copytree(dense, tmp_path / "copy"))
