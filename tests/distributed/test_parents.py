@@ -27,9 +27,9 @@ from tests.tiers import quick
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
-VOCAB, LENGTH, MOST = 250, 24, 6
+VOCAB, LENGTH, MOST = 250, 24, 4
 #: Tokens of each prompt, and after how many its continuation ends, if it may be as long.
-PROMPTS, ENDS = [12, 7, 9, 7, 20], [2, 5, 8, 1, 3]
+PROMPTS, ENDS = [12, 7, 9, 7, 20], [2, 3, 8, 1, 2]
 LAYOUTS: list[tuple[int, dict[str, int]]] = [(1, {}), (2, {"tp": 2}), (2, {"ep": 2}), (2, {"pp": 2})]
 PARENTS = {
     "qwen3": write_qwen3,  # norms of query and key, each with weights of its own
