@@ -38,6 +38,11 @@ LLAMA3_8B = {
 }
 
 
+#: That of Llama 3.1 8B.
+LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_SCALING |= {"original_max_position_embeddings": 8192}
+
+
 def write_class(
     kind: str, folder: Path, *, tied: bool = False, layers: int = 4, shards: int = 1, **changes: Any
 ) -> Path:

@@ -11,25 +11,16 @@ GlobalShard = tuple[str, tuple[int, ...], torch.Tensor]
 
 def global_shards(chunks: list[torch.nn.Module]) -> list[GlobalShard]:
     """Return this rank's shards."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 
     found: list[GlobalShard] = []
-
-    def visit(value: object) -> None:
-        if isinstance(value, ShardedTensor):
-            found.append((value.key, tuple(value.global_offset), value.data.detach().clone()))
-        elif isinstance(value, dict):
-            for inner in value.values():
-                visit(inner)
-        elif isinstance(value, list | tuple):
-            for inner in value:
-                visit(inner)
-
     for chunk in chunks:
         state = chunk.sharded_state_dict()
         state = {k: v for k, v in state.items() if isinstance(v, ShardedTensor | ShardedTensorFactory)}
         apply_factories(state)
-        visit(state)
+        shards = (value for value in nested_values(state) if isinstance(value, ShardedTensor))
+        found += [(shard.key, tuple(shard.global_offset), shard.data.detach().clone()) for shard in shards]
     return found
 
 

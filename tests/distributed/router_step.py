@@ -32,7 +32,6 @@ def take_step(
     settings: dict[str, Any],
     spec: UpcycleSpec,
     micro_batches: int | None = None,
-    *,
     prepare: Callable[[list[Any], Any], Any] | None = None,
 ) -> dict[str, Any]:
     """Take one step; the language model's loss has no weight: routers have the gradient of the auxiliary losses alone.

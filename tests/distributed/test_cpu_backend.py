@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from tests.distributed.ranks import run_ranks
 from tests.functional.runs import Runs
 from tests.tiers import quick
 
@@ -77,34 +75,3 @@ def test_dropout_is_repeated_by_recomputation(runs: Runs, alone: list[list[float
     plain, recomputed = (_train(runs, 2, dropout | more, tp=2) for more in ({}, again))
     assert recomputed[1] == pytest.approx(plain[1], rel=1e-6)
     assert abs(plain[0][0] - alone[0][0]) > 1e-3
-
-
-def _draws() -> dict[str, list[float]]:
-    """Draw inside and outside Megatron's random states on two tensor- and expert-parallel ranks."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import random
-
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
-    torch.manual_seed(5)
-    random.model_parallel_cuda_manual_seed(5)
-    tracker = random.get_cuda_rng_tracker()
-    outside = torch.rand(2).tolist()
-    torch.manual_seed(5)
-    drawn: dict[str, list[float]] = {"outside": outside}
-    for name in ("model", "model_again", "data", "expert"):
-        with tracker.fork(f"{name.split('_')[0]}-parallel-rng"):
-            drawn[name] = torch.rand(3).tolist()
-    drawn["outside_after"] = torch.rand(2).tolist()
-    return drawn
-
-
-def test_random_states_differ_only_where_they_should() -> None:
-    first, second = run_ranks(_draws, 2)
-    assert first["outside"] == first["outside_after"] == second["outside"] == second["outside_after"]
-    assert first["data"] == second["data"]
-    assert first["model"] != second["model"]
-    assert first["expert"] != second["expert"]
-    assert first["model"] != first["model_again"]

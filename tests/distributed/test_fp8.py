@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_upcycle import UpcycleSpec, upcycle_into
 from tests.distributed.ranks import run_ranks
-from tests.models import build_chunks, small_architecture
+from tests.models import MemorySource, build_chunks, small_architecture
 
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+ARCH = small_architecture(num_layers=3)
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 def _model(recipe: str | None, *, layout: dict[str, int] | None = None, **changes: Any) -> Any:
     fp8 = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_amax_history_len": 4, "fp8_amax_compute_algo": "max"}
     torch.manual_seed(0)
-    arch = small_architecture(num_layers=3)
-    (model,) = build_chunks(arch, num_experts=4, layout=layout, **((fp8 if recipe else {}) | changes))
+    (model,) = build_chunks(ARCH, num_experts=4, layout=layout, **((fp8 if recipe else {}) | changes))
     return model
 
 
@@ -148,26 +149,12 @@ def test_recomputed_layers_take_the_scales_of_the_first_time() -> None:
         assert torch.equal(other["grads"], plain["grads"])
 
 
-def _fill(name: str, parameter: torch.Tensor, rank: int) -> None:
-    """Fill a parameter by its name; an expert by its number in the whole model."""
-    before, found, after = name.partition("local_experts.")
-    if found:
-        number, _, rest = after.partition(".")
-        name = f"{before}{int(number) + 2 * rank}.{rest}"
-    numbers = torch.Generator().manual_seed(sum(map(ord, name)))
-    if parameter.dim() > 1:
-        parameter.data.copy_(torch.randn(parameter.shape, generator=numbers) * 0.05)
-
-
 def _first_losses(layout: dict[str, int]) -> dict[str, float]:
     """Return the loss of one rank's part of a model that all ranks fill alike, by recipe."""
-    from megatron.core import parallel_state
-
-    losses = {}
+    losses, spec = {}, UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.5)
     for recipe in RECIPES:
         model = _model(recipe, layout=layout)
-        for name, parameter in sorted(model.named_parameters()):
-            _fill(name, parameter, parallel_state.get_expert_model_parallel_rank())
+        upcycle_into([model], MemorySource(ARCH), spec)
         losses[recipe] = _step(model)
     return losses
 
@@ -195,16 +182,6 @@ def test_ranks_share_the_scales_of_delayed_scaling() -> None:
     assert first == second
 
 
-def _refused(recipe: str | None, changes: dict[str, Any]) -> Any:
-    from nemo_upcycle.errors import UpcycleError
-
-    try:
-        _loss(_model(recipe, **changes))
-    except UpcycleError as error:
-        return error.got
-    return None
-
-
 @pytest.mark.parametrize(
     ("recipe", "changes", "got"),
     [
@@ -213,4 +190,5 @@ def _refused(recipe: str | None, changes: dict[str, Any]) -> Any:
     ],
 )
 def test_what_is_not_emulated_is_refused(recipe: str | None, changes: dict[str, Any], got: str) -> None:
-    assert run_ranks(_refused, 1, recipe, changes) == [got]
+    with pytest.raises(RuntimeError, match=f"Error: .*got {got}, expected"):
+        run_ranks(functools.partial(_recorded, recipe, **changes), 1)

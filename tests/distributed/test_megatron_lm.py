@@ -16,7 +16,7 @@ from nemo_upcycle.evaluation.run import evaluate
 from nemo_upcycle.suites.suite import build_suite
 from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_mixed_checkpoint import save_upcycled
+from tests.distributed.saved import save_upcycled
 from tests.models import write_llama, write_tokenizer
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
@@ -74,9 +74,7 @@ def exported(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(2, {"pp": 2}), (4, {"tp": 2, "ep": 2})], ids=str)
-def test_a_checkpoint_answers_as_its_exported_folder(
-    folder: Path, exported: dict[str, Any], ranks: int, layout: dict[str, int]
-) -> None:
+def test_a_checkpoint_answers_as_its_export(folder: Path, exported: Any, ranks: int, layout: dict[str, int]) -> None:
     first, *others = run_ranks(_evaluate, ranks, str(folder), layout)
     assert others == ["served, status 0"] * (ranks - 1)
     found = compare_items(exported, first)
@@ -100,9 +98,7 @@ def _add_tokens(tokenizer: Any) -> None:
     ("ranks", "part", "damage", "got"),
     [(2, "load_chunks", _break_weight, "NaN or infinity"), (1, "load_tokenizer", _add_tokens, "300 tokens")],
 )
-def test_nan_and_a_tokenizer_of_another_vocabulary_are_named_and_not_scored(
-    folder: Path, ranks: int, part: str, damage: Any, got: str
-) -> None:
+def test_nan_and_another_vocabulary_are_named(folder: Path, ranks: int, part: str, damage: Any, got: str) -> None:
     first, *others = run_ranks(_evaluate, ranks, str(folder), {}, part, damage)
     assert first == got
     assert others == ["served, status 0"] * (ranks - 1)

@@ -1,7 +1,8 @@
-"""What an engineer trusts after a training: export and evaluation compute what the dense parent computes.
+"""What an engineer trusts after a training: evaluation computes what the dense parent computes.
 
 The parent in Hugging Face's own implementation is the reference, not the export: both read a checkpoint by the same
 table of parameters, and would be wrong together. Copied experts make the upcycled model the parent's function.
+`tests/unit/models/test_parents.py` has the export.
 """
 
 from __future__ import annotations
@@ -13,30 +14,23 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.convert.export import export_checkpoint
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.evaluation.megatron.chunks import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import score
 from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_mixed_checkpoint import save_upcycled
-from tests.models import (
-    hugging_face_logits,
-    sample_tokens,
-    weights_of,
-    write_mistral,
-    write_olmo2,
-    write_phi3,
-    write_qwen3,
-)
+from tests.distributed.saved import save_upcycled
+from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_olmo2, write_phi3, write_qwen3
 from tests.parents import write_granite, write_mixtral, write_moe, write_olmo3, write_qwen3_moe, write_wrapped
 from tests.tiers import quick
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
-VOCAB, LENGTH, PROMPT, WRITTEN = 250, 24, 12, 8
+VOCAB, LENGTH, MOST = 250, 24, 4
+#: Tokens of each prompt, and after how many its continuation ends, if it may be as long.
+PROMPTS, ENDS = [12, 7, 9, 7, 20], [2, 3, 8, 1, 2]
+LAYOUTS: list[tuple[int, dict[str, int]]] = [(1, {}), (2, {"tp": 2}), (2, {"ep": 2}), (2, {"pp": 2})]
 PARENTS = {
     "qwen3": write_qwen3,  # norms of query and key, each with weights of its own
     "mistral": lambda folder: write_mistral(folder, window=5),  # shorter than the texts, and than the prompts
@@ -69,7 +63,7 @@ def _spec_of(parent: Path) -> UpcycleSpec:
 
 
 def _texts() -> list[list[int]]:
-    return sample_tokens(VOCAB, batch=3, length=LENGTH).tolist()
+    return sample_tokens(VOCAB, batch=5, length=LENGTH).tolist()
 
 
 def _asked(parent: str, layout: dict[str, int]) -> tuple[list[list[float]], list[list[int]]]:
@@ -77,43 +71,24 @@ def _asked(parent: str, layout: dict[str, int]) -> tuple[list[list[float]], list
     dense = Path(parent)
     chunks, arch = load_chunks(dense.parent / "saved", dense, _spec_of(dense), layout_here(**layout), torch.float32)
     scored = score(chunks, [(text, LENGTH - 1) for text in _texts()], vocab_size=arch.vocab_size)
-    prompts = [text[:PROMPT] for text in _texts()]
-    written = generate(chunks, prompts, most=WRITTEN, ends=lambda *_: False, vocab_size=arch.vocab_size)
+    prompts = [text[:length] for text, length in zip(_texts(), PROMPTS, strict=True)]
+
+    def ends(number: int, tokens: list[int]) -> bool:
+        return len(tokens) == ENDS[number]
+
+    written = generate(chunks, prompts, most=MOST, ends=ends, vocab_size=arch.vocab_size, batch_size=2)
     return [likelihoods for likelihoods, _ in scored], written
 
 
-@pytest.mark.parametrize(("ranks", "layout"), quick([(1, {}), (2, {"tp": 2}), (2, {"pp": 2})], (1, {})), ids=str)
-def test_a_checkpoint_scores_and_continues_as_its_parent_does(
-    parent: Path, ranks: int, layout: dict[str, int]
-) -> None:
+@pytest.mark.parametrize(("ranks", "layout"), quick(LAYOUTS, (2, {"pp": 2})), ids=str)
+def test_a_checkpoint_scores_and_writes_as_its_parent_does(parent: Path, ranks: int, layout: dict[str, int]) -> None:
     likelihoods, written = run_ranks(_asked, ranks, str(parent), layout)[0]
     texts = torch.tensor(_texts())
     logits = hugging_face_logits(parent, texts)[:, :-1].log_softmax(dim=-1)
     expected = logits.gather(2, texts[:, 1:, None])[..., 0]
     torch.testing.assert_close(torch.tensor(likelihoods), expected, rtol=1e-5, atol=2e-5)
-    follows = texts[:, :PROMPT]
-    for _ in range(WRITTEN):
-        follows = torch.cat([follows, hugging_face_logits(parent, follows)[:, -1:].argmax(dim=-1)], dim=1)
-    assert written == follows[:, PROMPT:].tolist()
-
-
-def test_an_export_computes_what_its_parent_does(parent: Path, tmp_path: Path) -> None:
-    saved, spec = parent.parent / "saved", _spec_of(parent)
-
-    def export() -> None:
-        export_checkpoint(saved, parent, tmp_path / "hf", spec=spec, dtype=torch.float32)
-
-    if not read_architecture(parent).upcycled(spec).hf_class:
-        with pytest.raises(SpecError, match="Hugging Face class for this MoE"):
-            export()
-        return
-    export()
-    wanted, found = weights_of(parent), weights_of(tmp_path / "hf")
-    for name, tensor in wanted.items():
-        parts = (
-            [name.replace("qkv_proj", part) for part in ("q_proj", "k_proj", "v_proj")] if "qkv" in name else [name]
-        )
-        assert "mlp" in name or "moe" in name or torch.equal(torch.cat([found[part] for part in parts]), tensor), name
-    tokens = sample_tokens(VOCAB)
-    logits = hugging_face_logits(parent, tokens)
-    assert float((hugging_face_logits(tmp_path / "hf", tokens) - logits).norm() / logits.norm()) <= 2e-6
+    for text, start, end, got in zip(texts, PROMPTS, ENDS, written, strict=True):
+        follows = text[None, :start]
+        for _ in range(min(end, MOST)):
+            follows = torch.cat([follows, hugging_face_logits(parent, follows)[:, -1:].argmax(dim=-1)], dim=1)
+        assert got == follows[0, start:].tolist()

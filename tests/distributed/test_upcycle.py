@@ -6,6 +6,7 @@ layouts cut blocks in their middle. The vocabulary's padding is another for each
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,28 +27,16 @@ from tests.tiers import quick
 from tests.unit.calibration.samples import made
 
 
-SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 16,
-    "intermediate_size": 2 * BLOCK + 128,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-}
-PARENTS: dict[str, dict[str, Any]] = {
-    "untied": {},
-    "tied": {"tied": True},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-}
+Reference = dict[str, dict[str, torch.Tensor]]
+WIDTH = 2 * BLOCK + 128
+SIZES = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": WIDTH, "head_dim": 4}
+SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+PARENTS = {"untied": {}, "tied": {"tied": True}, "biases": {"attention_bias": True, "mlp_bias": True}}
 
 
-def _write_qwen2_moe(folder: Path, **sizes: Any) -> Path:
+def _four_heads(write: Callable[..., Path], folder: Path, **settings: Any) -> Path:
     """Write one whose heads make up the hidden size, as its class wants them."""
-    return write_moe(folder, "Qwen2Moe", **(sizes | {"num_attention_heads": 4}))
-
-
-def _write_seeing(folder: Path, **settings: Any) -> Path:
-    return write_wrapped(folder, **(settings | {"num_attention_heads": 4}))
+    return write(folder, **(settings | {"num_attention_heads": 4}))
 
 
 WRITERS = {
@@ -55,14 +44,15 @@ WRITERS = {
     "olmo2": write_olmo2,
     "phi3": write_phi3,
     "mixtral": write_mixtral,
-    "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=2 * BLOCK + 128),
-    "qwen2_moe": _write_qwen2_moe,
+    "qwen3_moe": partial(write_qwen3_moe, moe_intermediate_size=WIDTH),
+    "qwen2_moe": partial(_four_heads, write_moe, kind="Qwen2Moe"),
 }
 #: Text models among other parts, and the class of the text model where it is not the usual one.
 SEEING = {"Mistral3": "", "Ministral3": "Mistral3", "Qwen2_5_VL": "", "Qwen3VL": "", "Gemma3": "", "Exaone4_5_": ""}
 SEEING = {name: around for name, around in SEEING.items() if hasattr(transformers, f"{name}Config")}
 WRITERS |= {
-    name: partial(_write_seeing, kind=around or name, text=name if around else "") for name, around in SEEING.items()
+    name: partial(_four_heads, write_wrapped, kind=around or name, text=name if around else "")
+    for name, around in SEEING.items()
 }
 COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
@@ -116,16 +106,9 @@ def _upcycle(folder: str, layout: dict[str, int], changes: dict[str, Any], cases
             settings = moe_settings(dense.architecture, spec) | window_fields(dense.architecture) | changes
             chunks = build_chunks(dense.architecture, layout=layout, **settings)
             receipt = upcycle_into(chunks, dense, spec)
-        answers[name] = {
-            "shards": global_shards(chunks),
-            "read": receipt.bytes_read,
-            "needed": receipt.bytes_needed,
-        }
+        read = receipt.bytes_read, receipt.bytes_needed
+        answers[name] = {"shards": global_shards(chunks), "read": read}
     return answers
-
-
-def _shards(ranks: list[dict[str, dict[str, Any]]], case: str) -> list[list[GlobalShard]]:
-    return [rank[case]["shards"] for rank in ranks]
 
 
 def _fit(whole: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -148,9 +131,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+def reference(folder: Path) -> Reference:
     ranks = run_ranks(_upcycle, 1, str(folder), {}, {}, CASES)
-    return {case: gather(_shards(ranks, case)) for case in CASES}
+    return {case: gather([rank[case]["shards"] for rank in ranks]) for case in CASES}
 
 
 @pytest.mark.parametrize(
@@ -159,15 +142,11 @@ def reference(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     ids=lambda value: str(value).replace("'", ""),
 )
 def test_gathered_bits_do_not_depend_on_the_layout(
-    folder: Path,
-    reference: dict[str, dict[str, torch.Tensor]],
-    ranks: int,
-    layout: dict[str, int],
-    changes: dict[str, Any],
+    folder: Path, reference: Reference, ranks: int, layout: dict[str, int], changes: dict[str, Any]
 ) -> None:
     answers = run_ranks(_upcycle, ranks, str(folder), layout, changes, _cases(layout))
     for case, (parent, spec) in _cases(layout).items():
-        gathered = gather(_shards(answers, case))
+        gathered = gather([answer[case]["shards"] for answer in answers])
         copied_output = {"output_layer.weight"} if parent == "tied" else set()  # on the last pipeline stage
         assert gathered.keys() - copied_output == reference[case].keys() - copied_output
         for key, expected in reference[case].items():
@@ -177,7 +156,8 @@ def test_gathered_bits_do_not_depend_on_the_layout(
             assert torch.equal(gathered[key], embedding), f"{key} of {case}"
         for answer in answers:
             # Noise and drop look at whole matrices of which tensor parallelism leaves a rank a part.
-            assert answer[case]["read"] == answer[case]["needed"] or spec.method != "copy"
+            read, needed = answer[case]["read"]
+            assert read == needed or spec.method != "copy"
 
 
 def _upcycle_before_a_step(folder: str, distributed: bool) -> tuple[list[GlobalShard], list[GlobalShard]]:
@@ -207,9 +187,7 @@ def _upcycle_before_a_step(folder: str, distributed: bool) -> tuple[list[GlobalS
 
 
 @pytest.mark.parametrize("distributed", quick([False, True], True), ids=["plain optimizer", "distributed optimizer"])
-def test_parameters_in_an_optimizers_buffers_are_filled(
-    folder: Path, reference: dict[str, dict[str, torch.Tensor]], distributed: bool
-) -> None:
+def test_parameters_in_an_optimizers_buffers_are_filled(folder: Path, reference: Reference, distributed: bool) -> None:
     answers = run_ranks(_upcycle_before_a_step, 4, str(folder), distributed)
     before, after = (gather([answer[time] for answer in answers]) for time in (0, 1))
     assert before.keys() == after.keys() == reference["shared"].keys()

@@ -19,63 +19,34 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import as_written
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import check_source
-from tests.models import (
-    hugging_face_logits,
-    sample_tokens,
-    write_exaone4,
-    write_llama,
-    write_olmo2,
-    write_phi3,
-    write_qwen2,
-    write_qwen3,
-    write_smollm3,
-)
-from tests.parents import (
-    write_arcee,
-    write_cwm,
-    write_exaone3,
-    write_gemma3,
-    write_gemma4,
-    write_granite,
-    write_granite4,
-    write_hyperclovax,
-    write_internlm3,
-    write_iquest_coder,
-    write_ministral3,
-    write_moe,
-    write_olmo3,
-    write_seed_oss,
-)
+from tests import models, parents
+from tests.models import hugging_face_logits, sample_tokens
 
 
 VOCABULARY = 250
 #: A folder's logits, once it is sure that no tensor is missing and none too many.
 logits = partial(hugging_face_logits, strict=True)
 PARENTS = {
-    "Llama": write_llama,
-    "Qwen2": write_qwen2,
-    "Qwen3": write_qwen3,
-    "OLMo 2": write_olmo2,
-    "OLMo 3": write_olmo3,
-    "Phi-3": write_phi3,
-    "SmolLM3": write_smollm3,
-    "EXAONE 4": write_exaone4,
-    "Granite 3": write_granite,
-    "Granite 4": write_granite4,
-    "Gemma 3": write_gemma3,
-    "InternLM3": write_internlm3,
-    "IQuest-Coder": write_iquest_coder,
-    "EXAONE 3": write_exaone3,
-    "Seed-OSS": write_seed_oss,
-    "Arcee": write_arcee,
-    **({"HyperCLOVA X": write_hyperclovax} if hasattr(transformers, "HyperCLOVAXConfig") else {}),
-    **({"Ministral 3": write_ministral3} if hasattr(transformers, "Ministral3ForCausalLM") else {}),
-    **({"Gemma 4": write_gemma4} if hasattr(transformers, "Gemma4Config") else {}),
-    **({"CWM": write_cwm} if hasattr(transformers, "CwmForCausalLM") else {}),
-}
-#: Parents with experts.
-GROWN = {
-    kind: partial(write_moe, kind=kind) for kind in ("Mixtral", "Qwen3Moe", "Qwen2Moe", "Glm4Moe", "Olmoe", "FlexOlmo")
+    "Llama": models.write_llama,
+    "Qwen2": models.write_qwen2,
+    "Qwen3": models.write_qwen3,
+    "OLMo 2": models.write_olmo2,
+    "OLMo 3": parents.write_olmo3,
+    "Phi-3": models.write_phi3,
+    "SmolLM3": models.write_smollm3,
+    "EXAONE 4": models.write_exaone4,
+    "Granite 3": parents.write_granite,
+    "Granite 4": parents.write_granite4,
+    "Gemma 3": parents.write_gemma3,
+    "InternLM3": parents.write_internlm3,
+    "IQuest-Coder": parents.write_iquest_coder,
+    "EXAONE 3": parents.write_exaone3,
+    "Seed-OSS": parents.write_seed_oss,
+    "Arcee": parents.write_arcee,
+    **({"HyperCLOVA X": parents.write_hyperclovax} if hasattr(transformers, "HyperCLOVAXConfig") else {}),
+    **({"Ministral 3": parents.write_ministral3} if hasattr(transformers, "Ministral3ForCausalLM") else {}),
+    **({"Gemma 4": parents.write_gemma4} if hasattr(transformers, "Gemma4Config") else {}),
+    **({"CWM": parents.write_cwm} if hasattr(transformers, "CwmForCausalLM") else {}),
 }
 #: Those whose heads make up the hidden size.
 _NO_HEAD_DIM = ("Qwen2", "OLMo 2", "OLMo 3", "Phi-3", "SmolLM3", "Granite 3", "Granite 4", "HyperCLOVA X")
@@ -85,7 +56,7 @@ class Case(NamedTuple):
     """A parent and what is made of it.
 
     Args:
-        parent: a key of `PARENTS` or `GROWN`.
+        parent: a key of `PARENTS`.
         sizes: settings of the parent's configuration.
         spec: fields of the `UpcycleSpec`.
     """
@@ -95,10 +66,10 @@ class Case(NamedTuple):
     spec: dict[str, Any]
 
 
-def random_case(seed: int, parents: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", "Phi-3")) -> Case:
+def random_case(seed: int, kinds: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", "Phi-3")) -> Case:
     """Return a parent, one of these, and a spec that the seed decides."""
     draw = random.Random(seed)
-    parent = draw.choice(parents)
+    parent = draw.choice(kinds)
     groups, per_group = draw.choice([1, 2, 4]), draw.choice([1, 2, 3])
     head_dim = draw.choice([8, 16, 32])
     heads = groups * per_group
@@ -145,45 +116,6 @@ def random_case(seed: int, parents: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2"
     return Case(parent, sizes, spec)
 
 
-def random_growth(seed: int) -> Case:
-    """Return a parent with experts, and a spec of more of them that the seed decides."""
-    draw = random.Random(seed)
-    kind, layers = draw.choice([*GROWN]), draw.choice([1, 2, 3])
-    experts, copies = draw.choice([2, 3, 4, 6]), draw.choice([2, 3])
-    chosen, norm = draw.randint(1, experts), draw.random() < 0.5
-    count = {"Mixtral": "num_local_experts", "Glm4Moe": "n_routed_experts"}.get(kind, "num_experts")
-    sizes: dict[str, Any] = {count: experts, "num_experts_per_tok": chosen, "layers": layers}
-    sizes |= {"tied": draw.random() < 0.3, "intermediate_size": draw.choice([48, 96])}
-    spec: dict[str, Any] = {"num_experts": copies * experts, "seed": draw.randrange(1000)}
-    spec |= {"top_k": copies * chosen, "router_std": draw.choice([0.0, 0.0, 0.0, 0.02])}
-    if chosen == 1 and not norm:
-        spec["top_k"] = draw.randint(1, copies)
-    elif chosen > 1 and draw.random() < 0.15:
-        spec["top_k"] = chosen
-    if kind in ("Qwen3Moe", "Qwen2Moe", "Olmoe", "FlexOlmo"):
-        sizes["norm_topk_prob"] = norm
-        spec["router_order"] = "topk_softmax" if norm else "softmax_topk"
-    elif spec["top_k"] < copies:
-        spec["top_k"] = copies
-    first = draw.randrange(layers)
-    if kind == "Glm4Moe":
-        factor, heads = draw.choice([1.0, 2.5]), draw.random() < 0.5
-        sizes |= {
-            "routed_scaling_factor": factor,
-            "first_k_dense_replace": first,
-            "n_shared_experts": draw.choice([1, 2]),
-        }
-        sizes |= {"attention_bias": heads, "use_qk_norm": not heads, "partial_rotary_factor": draw.choice([0.5, 1.0])}
-        spec |= {"router_score": "sigmoid", "routed_scaling_factor": factor}
-    if kind in ("Qwen3Moe", "Qwen2Moe"):
-        sizes["mlp_only_layers"] = [*range(first)]
-    if first and kind in ("Glm4Moe", "Qwen3Moe", "Qwen2Moe"):
-        spec["moe_layers"] = ",".join(map(str, range(first, layers)))
-    if draw.random() < 0.15:
-        spec["method"] = draw.choice(["noise", "drop"])
-    return Case(kind, sizes, spec)
-
-
 def _of_phi3(draw: random.Random, head_dim: int) -> dict[str, Any]:
     """Return what only a Phi-3 has: a part of its heads turned, LongRoPE shorter than the text, a window."""
     part = draw.choice([1.0, 1.0, 0.75])
@@ -220,41 +152,6 @@ _LAYERS_DIFFER = {
 }
 
 
-def has_class(case: Case) -> bool:
-    """Return whether some class holds what the case makes, as docs/classes.md has it."""
-    spec, layers = UpcycleSpec(**case.spec), case.sizes["layers"]
-    pattern, windowed = list(spec.moe_pattern(layers)), bool(case.sizes.get("sliding_window"))
-    kinds = case.sizes.get("layer_types") or ["sliding_attention"]
-    if case.parent in ("EXAONE 4", "Gemma 3") or (case.parent == "OLMo 3" and "sliding_attention" in kinds):
-        return False
-    has_softmax = all(pattern) and spec.router_score == "softmax" and spec.sums_to_one
-    if case.parent == "CWM":
-        windowed = layers > 1 if case.sizes["layer_types"] is None else "sliding_attention" in kinds
-    if case.parent == "SmolLM3":
-        every = case.sizes["no_rope_layer_interval"]
-        turns = case.sizes["no_rope_layers"] or [(layer + 1) % every for layer in range(layers)]
-        if not all(turns):
-            return has_softmax
-    if case.parent == "Gemma 4":
-        return has_softmax and not spec.shared_experts
-    if case.parent == "Arcee" or case.sizes.get("use_post_norm"):
-        return False
-    if case.parent.startswith(("Granite", "Hyper")):
-        return has_softmax
-    if case.parent.startswith("OLMo"):
-        return all(pattern) and spec.router_score == "softmax" and not spec.shared_experts
-    if spec.router_score == "sigmoid":
-        return pattern == sorted(pattern) and not windowed
-    if case.parent == "Qwen3":
-        return not spec.shared_experts
-    if case.sizes.get("partial_rotary_factor", 1) != 1:
-        return False
-    if windowed:
-        return has_softmax
-    heads = case.sizes["num_attention_heads"] * case.sizes.get("head_dim", 1)
-    return has_softmax or case.parent in _NO_HEAD_DIM or heads == case.sizes["hidden_size"]
-
-
 class Outcome(NamedTuple):
     """What became of a case.
 
@@ -276,7 +173,7 @@ def outcome(case: Case, folder: Path) -> Outcome:
         SpecError: no class holds such a model.
         AssertionError: a tensor is missing, or one too many.
     """
-    dense = (PARENTS | GROWN)[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
+    dense = PARENTS[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
     return outcome_of(dense, UpcycleSpec(**case.spec), folder)
 
 

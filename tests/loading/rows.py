@@ -9,32 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.models import (
-    write_exaone4,
-    write_llama,
-    write_olmo2,
-    write_phi3,
-    write_qwen2,
-    write_qwen3,
-    write_smollm3,
-)
-from tests.parents import (
-    YARN,
-    write_arcee,
-    write_exaone3,
-    write_gemma3,
-    write_granite,
-    write_granite4,
-    write_internlm3,
-    write_iquest_coder,
-    write_mixtral,
-    write_moe,
-    write_olmo3,
-    write_olmoe,
-    write_qwen3_moe,
-    write_seed_oss,
-    write_wrapped,
-)
+from tests import models, parents
 
 
 COPIES = {"num_experts": 4, "top_k": 2}
@@ -72,74 +47,80 @@ class Parent(NamedTuple):
 
 #: What `make test` runs.
 PARENTS = {
-    "OLMo 2": Parent(write_olmo2, "FlexOlmoForCausalLM", ZERO),
-    "OLMo 2, biases": Parent(partial(write_olmo2, attention_bias=True), "FlexOlmoForCausalLM", FINE, online=False),
-    "OLMo 3": Parent(write_olmo3, ""),
-    "Phi-3.5, shared expert": Parent(partial(write_phi3, **LONGROPE), "Qwen2MoeForCausalLM", SHARED),
-    "Phi-3, drop": Parent(write_phi3, "Qwen2MoeForCausalLM", SHARED | {"method": "drop"}),
+    "OLMo 2": Parent(models.write_olmo2, "FlexOlmoForCausalLM", ZERO),
+    "OLMo 2, biases": Parent(
+        partial(models.write_olmo2, attention_bias=True), "FlexOlmoForCausalLM", FINE, online=False
+    ),
+    "OLMo 3": Parent(parents.write_olmo3, ""),
+    "Phi-3.5, shared expert": Parent(partial(models.write_phi3, **LONGROPE), "Qwen2MoeForCausalLM", SHARED),
+    "Phi-3, drop": Parent(models.write_phi3, "Qwen2MoeForCausalLM", SHARED | {"method": "drop"}),
     "Phi-4-mini, sigmoid": Parent(
-        partial(write_phi3, partial_rotary_factor=0.75, **SHORTER), "Glm4MoeForCausalLM", SIGMOID
+        partial(models.write_phi3, partial_rotary_factor=0.75, **SHORTER), "Glm4MoeForCausalLM", SIGMOID
     ),
-    "SmolLM3": Parent(write_smollm3, "GraniteMoeSWAForCausalLM"),
-    "EXAONE 4": Parent(write_exaone4, ""),
-    "Gemma 3": Parent(write_gemma3, ""),
-    "Gemma 3 that sees": Parent(partial(write_wrapped, kind="Gemma3", tied=True), ""),
-    "LLaVA": Parent(partial(write_wrapped, kind="Llava", tied=True), "MixtralForCausalLM"),
-    "Qwen3-VL": Parent(partial(write_wrapped, kind="Qwen3VL"), "Qwen3VLMoeForConditionalGeneration", FINE),
-    "Qwen2": Parent(partial(write_qwen2, tied=True, layers=2), "Qwen2MoeForCausalLM", FINE),
-    "Qwen3, YaRN": Parent(partial(write_qwen3, layers=2, rope_scaling=YARN), "Qwen3MoeForCausalLM"),
+    "SmolLM3": Parent(models.write_smollm3, "GraniteMoeSWAForCausalLM"),
+    "EXAONE 4": Parent(models.write_exaone4, ""),
+    "Gemma 3": Parent(parents.write_gemma3, ""),
+    "Gemma 3 that sees": Parent(partial(parents.write_wrapped, kind="Gemma3", tied=True), ""),
+    "LLaVA": Parent(partial(parents.write_wrapped, kind="Llava", tied=True), "MixtralForCausalLM"),
+    "Qwen3-VL": Parent(partial(parents.write_wrapped, kind="Qwen3VL"), "Qwen3VLMoeForConditionalGeneration", FINE),
+    "Qwen2": Parent(partial(models.write_qwen2, tied=True, layers=2), "Qwen2MoeForCausalLM", FINE),
+    "Qwen3, YaRN": Parent(partial(models.write_qwen3, layers=2, rope_scaling=parents.YARN), "Qwen3MoeForCausalLM"),
     "Qwen3, biases": Parent(
-        partial(write_qwen3, layers=2, attention_bias=True), "Qwen3MoeForCausalLM", FINE, online=False
+        partial(models.write_qwen3, layers=2, attention_bias=True), "Qwen3MoeForCausalLM", FINE, online=False
     ),
-    "Granite 3, tied and granular": Parent(partial(write_granite, tied=True), "GraniteMoeForCausalLM", FINE),
-    "Granite 4, shared expert": Parent(write_granite4, "GraniteMoeSharedForCausalLM", SHARED),
-    "EXAONE 3, shared expert": Parent(partial(write_exaone3, tied=True), "Qwen2MoeForCausalLM", SHARED),
-    "Arcee": Parent(write_arcee, ""),
+    "Granite 3, tied and granular": Parent(partial(parents.write_granite, tied=True), "GraniteMoeForCausalLM", FINE),
+    "Granite 4, shared expert": Parent(parents.write_granite4, "GraniteMoeSharedForCausalLM", SHARED),
+    "EXAONE 3, shared expert": Parent(partial(parents.write_exaone3, tied=True), "Qwen2MoeForCausalLM", SHARED),
+    "Arcee": Parent(parents.write_arcee, ""),
     "Seed-OSS, sigmoid": Parent(
-        partial(write_seed_oss, layers=2, head_dim=32), "Glm4MoeForCausalLM", SIGMOID | {"shared_experts": 1}
+        partial(parents.write_seed_oss, layers=2, head_dim=32), "Glm4MoeForCausalLM", SIGMOID | {"shared_experts": 1}
     ),
-    "Seed-OSS": Parent(partial(write_seed_oss, layers=2, head_dim=32), "GraniteMoeSWAForCausalLM", SHARED),
+    "Seed-OSS": Parent(partial(parents.write_seed_oss, layers=2, head_dim=32), "GraniteMoeSWAForCausalLM", SHARED),
     "Llama, stretched": Parent(
-        partial(write_llama, layers=2, rope_scaling={"rope_type": "linear", "factor": 3.0}), "MixtralForCausalLM"
+        partial(models.write_llama, layers=2, rope_scaling={"rope_type": "linear", "factor": 3.0}),
+        "MixtralForCausalLM",
     ),
-    "Llama, tied": Parent(partial(write_llama, layers=2, tied=True), "Qwen2MoeForCausalLM", ZERO),
+    "Llama, tied": Parent(partial(models.write_llama, layers=2, tied=True), "Qwen2MoeForCausalLM", ZERO),
     "Llama, mixed": Parent(
-        partial(write_llama, layers=2), "Qwen2MoeForCausalLM", COPIES | {"moe_layers": "0"}, dtype=BFLOAT16
+        partial(models.write_llama, layers=2), "Qwen2MoeForCausalLM", COPIES | {"moe_layers": "0"}, dtype=BFLOAT16
     ),
     "Llama, noise": Parent(
-        partial(write_llama, layers=2), "MixtralForCausalLM", COPIES | {"method": "noise", "router_init": "uniform"}
+        partial(models.write_llama, layers=2),
+        "MixtralForCausalLM",
+        COPIES | {"method": "noise", "router_init": "uniform"},
     ),
     "Llama, granular drop": Parent(
-        partial(write_llama, layers=2), "MixtralForCausalLM", FINE | {"method": "drop"}, dtype=BFLOAT16
+        partial(models.write_llama, layers=2), "MixtralForCausalLM", FINE | {"method": "drop"}, dtype=BFLOAT16
     ),
-    "Mixtral, noise": Parent(write_mixtral, "MixtralForCausalLM", GROWN | {"method": "noise", "router_std": 0.02}),
-    "Qwen2-MoE": Parent(partial(write_moe, kind="Qwen2Moe"), "Qwen2MoeForCausalLM", FIRST),
+    "Mixtral, noise": Parent(
+        parents.write_mixtral, "MixtralForCausalLM", GROWN | {"method": "noise", "router_std": 0.02}
+    ),
+    "Qwen2-MoE": Parent(partial(parents.write_moe, kind="Qwen2Moe"), "Qwen2MoeForCausalLM", FIRST),
     "Glm4-MoE": Parent(
-        partial(write_moe, kind="Glm4Moe"), "Glm4MoeForCausalLM", SIGMOID | GROWN | {"moe_layers": "1"}
+        partial(parents.write_moe, kind="Glm4Moe"), "Glm4MoeForCausalLM", SIGMOID | GROWN | {"moe_layers": "1"}
     ),
-    "FlexOlmo": Parent(partial(write_moe, kind="FlexOlmo"), "FlexOlmoForCausalLM", FIRST),
-    "OLMoE, drop": Parent(partial(write_olmoe, norm_topk_prob=True), "OlmoeForCausalLM", GROWN | {"method": "drop"}),
+    "FlexOlmo": Parent(partial(parents.write_moe, kind="FlexOlmo"), "FlexOlmoForCausalLM", FIRST),
+    "OLMoE, drop": Parent(
+        partial(parents.write_olmoe, norm_topk_prob=True), "OlmoeForCausalLM", GROWN | {"method": "drop"}
+    ),
     "Qwen3-MoE, dense layer": Parent(
-        partial(write_qwen3_moe, mlp_only_layers=[0]),
+        partial(parents.write_qwen3_moe, mlp_only_layers=[0]),
         *("Qwen3MoeForCausalLM", GROWN | {"num_experts": 12, "top_k": 6, "moe_layers": "1"}),
     ),
 }
 WEEKLY = {
-    "Qwen3-VL, drop": Parent(
-        partial(write_wrapped, kind="Qwen3VL"), "Qwen3VLMoeForConditionalGeneration", FINE | {"method": "drop"}
-    ),
-    "OLMo 3, windows everywhere": Parent(partial(write_olmo3, layer_types=["sliding_attention"] * 4), ""),
-    "OLMo 3, YaRN": Parent(partial(write_olmo3, rope_scaling=YARN | {"attention_factor": 1.2}), ""),
+    "OLMo 3, YaRN": Parent(partial(parents.write_olmo3, rope_scaling=parents.YARN | {"attention_factor": 1.2}), ""),
     "Phi-3.5, short": Parent(
-        partial(write_phi3, **(LONGROPE | {"original_max_position_embeddings": 128, "max_position_embeddings": 512})),
+        partial(
+            models.write_phi3, **(LONGROPE | {"original_max_position_embeddings": 128, "max_position_embeddings": 512})
+        ),
         "MixtralForCausalLM",
     ),
-    "Phi-4-mini": Parent(partial(write_phi3, partial_rotary_factor=0.75, tied=True, **SHORTER), ""),
-    "EXAONE 4, no window": Parent(partial(write_exaone4, window=None, layer_types=["full_attention"] * 4), ""),
+    "EXAONE 4, no window": Parent(partial(models.write_exaone4, window=None, layer_types=["full_attention"] * 4), ""),
     "InternLM3": Parent(
-        partial(write_internlm3, rope_scaling={"rope_type": "dynamic", "factor": 6.0}), "MixtralForCausalLM"
+        partial(parents.write_internlm3, rope_scaling={"rope_type": "dynamic", "factor": 6.0}), "MixtralForCausalLM"
     ),
-    "IQuest-Coder": Parent(write_iquest_coder, "MixtralForCausalLM", FINE),
-    "Granite 3, biases": Parent(partial(write_granite, attention_bias=True), "GraniteMoeForCausalLM", online=False),
-    "Qwen3-MoE, softmax first": Parent(partial(write_qwen3_moe, norm_topk_prob=False), "Qwen3MoeForCausalLM", FIRST),
+    "Qwen3-MoE, softmax first": Parent(
+        partial(parents.write_qwen3_moe, norm_topk_prob=False), "Qwen3MoeForCausalLM", FIRST
+    ),
 }

@@ -19,7 +19,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.utils.files import read_json
 from tests.loading.cases import PARENTS as FOLDERS
-from tests.loading.cases import Case, has_class, logits, outcome, outcome_of, random_case, random_growth
+from tests.loading.cases import Case, logits, outcome, outcome_of, random_case
 from tests.loading.rows import PARENTS as ROWS
 from tests.loading.rows import WEEKLY
 from tests.models import sample_tokens
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 CASES = int(os.environ.get("CASES", "12"))
 PARENTS = [named.split(",")] if (named := os.environ.get("PARENTS")) else []
-TOLERANCE, VISIBLE = 2e-6, 1e-3
+TOLERANCE = 2e-6
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
 #: What becomes a model that stands alone and is exact.
 EXACT = {
@@ -63,9 +63,7 @@ def test_what_transformers_computes_as_a_llama_is_loaded_as_it_loads_it(tmp_path
 
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4Config"), reason="this release does not know Gemma 4")
 @pytest.mark.parametrize(("sizes", "spec"), [({}, {}), ({"attention_k_eq_v": False}, FINE | {"router_init": "zero"})])
-def test_a_gemma_4_keeps_its_network_and_its_function_but_for_the_epsilon_of_norms(
-    tmp_path: Path, sizes: dict[str, Any], spec: dict[str, Any]
-) -> None:
+def test_a_gemma_4_keeps_its_network_and_function(tmp_path: Path, sizes: dict[str, Any], spec: dict[str, Any]) -> None:
     for epsilon, most in ((1e-12, 2 * TOLERANCE), (1e-6, 1e-4)):
         found = outcome(
             Case("Gemma 4", sizes | {"rms_norm_eps": epsilon}, {"num_experts": 4, "router_std": 1.0} | spec),
@@ -75,38 +73,19 @@ def test_a_gemma_4_keeps_its_network_and_its_function_but_for_the_epsilon_of_nor
         assert found.relative <= most
 
 
-#: Routers, and with which deviations a model of hidden size 64 is exact, and is not.
-ROUTERS: list[tuple[dict[str, Any], tuple[float, ...], tuple[float, ...]]] = [
-    ({"num_experts": 4}, (1e-8, 0.02, 1000.0), ()),
-    (FINE, (0.02, 0.1, 0.5, 1.0, 1000.0), (1e-7, 1e-8)),
-    ({"num_experts": 4, "router_score": "sigmoid"}, (1e-8, 0.02, 0.1, 0.5, 1.0), (1000.0, 20.0)),
-    (FINE | {"router_score": "sigmoid"}, (0.02, 0.1, 0.5), (1e-8, 5.0)),
-]
-EDGES = [(spec | {"router_std": std}, std in exact) for spec, exact, inexact in ROUTERS for std in (*exact, *inexact)]
-
-
-@pytest.mark.parametrize(("spec", "is_exact"), quick(EDGES, *(edge for edge in EDGES if not edge[1])), ids=str)
-def test_what_float32_loses_of_a_router_is_said_where_it_shows(
-    tmp_path: Path, spec: dict[str, Any], is_exact: bool
-) -> None:
-    found = outcome(Case("Llama", {"layers": 2}, spec), tmp_path)
-    assert found.is_exact is is_exact
-    assert found.relative <= TOLERANCE if is_exact else found.relative >= VISIBLE
+def test_small_logits_of_a_router_tie_in_the_classes_of_transformers(tmp_path: Path) -> None:
+    found = outcome(Case("Llama", {"layers": 2}, FINE | {"router_std": 1e-8}), tmp_path)
+    assert not found.is_exact
+    assert found.relative >= 1e-3
 
 
 @pytest.mark.parametrize("seed", quick(range(CASES), *range(min(CASES, 4))))
 def test_a_random_model_loads_whole_and_keeps_its_word(tmp_path: Path, seed: int) -> None:
     case = random_case(seed, *PARENTS)
-    if not has_class(case):
-        with pytest.raises(SpecError, match="Hugging Face class for this MoE"):
-            outcome(case, tmp_path)
+    try:
+        found = outcome(case, tmp_path)
+    except SpecError as refused:
+        if "Hugging Face class for this MoE" not in refused.subject:
+            raise
         return
-    found = outcome(case, tmp_path)
-    assert not found.is_exact or found.relative <= TOLERANCE, (case, found)
-
-
-@pytest.mark.parametrize("seed", quick(range(CASES), *range(min(CASES, 4))))
-def test_a_random_model_that_gets_more_experts_keeps_its_word(tmp_path: Path, seed: int) -> None:
-    case = random_growth(seed)
-    found = outcome(case, tmp_path)
     assert not found.is_exact or found.relative <= TOLERANCE, (case, found)

@@ -10,8 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.convert.offline import convert
+from nemo_upcycle import open_dense
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.evaluation import backends
 from nemo_upcycle.models.families.gemma4 import EXPERTS
@@ -20,6 +19,7 @@ from nemo_upcycle.models.hf_model import errors_only
 from nemo_upcycle.sources.base import left_out
 from nemo_upcycle.sources.checks import check_source
 from nemo_upcycle.verify.verification import verify
+from tests.folders import converted
 from tests.loading.cases import logits
 from tests.models import sample_tokens, write_tokenizer
 from tests.parents import MINISTRAL3, write_wrapped
@@ -72,14 +72,13 @@ def _spell_anew(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "hf_class", "text", "changes"), quick(HERE, HERE[0], HERE[-2]), ids=str)
-def test_the_text_part_of_a_model_that_sees_is_a_parent(
-    tmp_path: Path, kind: str, hf_class: str, text: str, changes: dict[str, Any]
-) -> None:
+def test_the_text_is_a_parent(tmp_path: Path, kind: str, hf_class: str, text: str, changes: dict[str, Any]) -> None:
     folder, tokens = tmp_path / "dense", sample_tokens(250)
     write_tokenizer(write_wrapped(folder, kind, text=text, **{"vocab_size": 259} | changes))
     wanted = _whole_logits(folder, kind, tokens)
     weights = load_file(folder / "model.safetensors")
-    arch, spec = read_architecture(folder), UpcycleSpec(num_experts=4, top_k=2)
+    total_bytes = sum(tensor.nbytes for tensor in weights.values())
+    arch = read_architecture(folder)
     for spelled in ("as written", "anew"):
         if spelled == "anew":
             _spell_anew(folder)
@@ -90,18 +89,15 @@ def test_the_text_part_of_a_model_that_sees_is_a_parent(
             assert dense.bytes_read == 4 * numbers
         assert arch.total_params == numbers
         assert sum(part["tensors"] for part in beside.values()) + len(list(dense.names())) == len(weights)
-        assert sum(part["bytes"] for part in beside.values()) == 4 * (
-            sum(map(torch.numel, weights.values())) - numbers
-        )
+        assert sum(part["bytes"] for part in beside.values()) == total_bytes - 4 * numbers
         assert float((logits(folder, tokens) - wanted).norm() / wanted.norm()) <= EXACT
     buffers = arch.num_layers if arch.keeps_network else 0  # its layers' factors, which transformers does not count
     assert backends.load_model(folder)[0].num_parameters() + buffers == numbers
     if not hf_class:
-        with open_dense(folder) as dense, pytest.raises(SpecError, match="Hugging Face class for this MoE"):
-            convert(dense, tmp_path / "moe", spec, progress=False)
+        with pytest.raises(SpecError, match="Hugging Face class for this MoE"):
+            converted(folder, tmp_path / "moe")
         return
-    with open_dense(folder) as dense:
-        done = convert(dense, tmp_path / "moe", spec, text_only=True, progress=False)
+    done = converted(folder, tmp_path / "moe", text_only=True)
     assert (done.hf_class, done.exact, done.left_out) == (hf_class, hf_class != EXPERTS, beside)
     assert float((logits(tmp_path / "moe", tokens) - wanted).norm() / wanted.norm()) <= EXACT
     (tmp_path / "text").write_text("A picture says more than a thousand words.")
@@ -135,11 +131,9 @@ if transformers.__version__ < "5":  # hands its text model what one of Qwen2-MoE
 def test_the_upcycled_model_still_sees(tmp_path: Path, kind: str, shard_bytes: int) -> None:
     folder, (picture, count) = write_wrapped(tmp_path / "dense", kind, tied=kind in ("SmolVLM", "Gemma4")), SEEN[kind]
     (folder / "preprocessor_config.json").write_text("{}")
-    spec = UpcycleSpec(num_experts=4, top_k=2)
+    done, again = (converted(folder, tmp_path / "moe", max_shard_bytes=shard_bytes) for _ in range(2))
     with open_dense(folder) as dense:
-        done = convert(dense, tmp_path / "moe", spec, max_shard_bytes=shard_bytes, progress=False)
         beside = {other.name for other in dense.others()}
-        again = convert(dense, tmp_path / "moe", spec, max_shard_bytes=shard_bytes, progress=False)
     made_kind = AROUND.get(kind, kind)
     assert (done.hf_class, done.left_out, again.bytes_written) == (f"{made_kind}ForConditionalGeneration", {}, 0)
     parent, made = (
@@ -155,13 +149,8 @@ def test_the_upcycled_model_still_sees(tmp_path: Path, kind: str, shard_bytes: i
     wanted = _whole_logits(folder, kind, tokens, **picture)
     found = _whole_logits(tmp_path / "moe", made_kind, tokens, **picture)
     assert float((found - wanted).norm() / wanted.norm()) <= EXACT
-    blind = _whole_logits(
-        folder,
-        kind,
-        tokens,
-        **{name: value * 0.5 if value.is_floating_point() else value for name, value in picture.items()},
-    )
-    assert float((blind - wanted).norm() / wanted.norm()) > EXACT
+    darker = {name: value * 0.5 if value.is_floating_point() else value for name, value in picture.items()}
+    assert float((_whole_logits(folder, kind, tokens, **darker) - wanted).norm() / wanted.norm()) > EXACT
     alone, among = logits(tmp_path / "moe", tokens), _whole_logits(tmp_path / "moe", made_kind, tokens)
     assert float((alone - among).norm() / among.norm()) <= EXACT
     assert verify(folder, tmp_path / "moe", logits=False).equal is done.exact

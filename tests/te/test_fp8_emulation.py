@@ -56,9 +56,7 @@ def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])
 @pytest.mark.parametrize("length", [1, 2, 16])
 @pytest.mark.parametrize("margin", [0, 2])
-def test_delayed_scaling_moves_as_in_transformer_engine(
-    margin: int, length: int, algorithm: str, monkeypatch: Any
-) -> None:
+def test_delayed_scaling_moves_as_theirs(margin: int, length: int, algorithm: str, monkeypatch: Any) -> None:
     """By its update in Python, which is not the default: the kernel leaves alone what is not seen, and divides.
 
     Torch multiplies a number by a tensor's reciprocal instead, which rounds once more; in float64 that does not show.

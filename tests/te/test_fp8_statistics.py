@@ -20,9 +20,7 @@ def inspect(tmp_path: Path) -> Iterator[SimpleNamespace]:
     api.end_debug()
 
 
-def test_every_linear_layer_is_asked_at_its_steps_and_what_it_logs_is_described(
-    inspect: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_layer_is_asked_and_its_log_described(inspect: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformer_engine.pytorch as te
     from nvdlfw_inspect.logging import MetricLogger
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +20,10 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.online.receipt import UpcycleReceipt
-from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from tests.megatron_ranks import group_ranks
-from tests.models import build_chunks, write_nemotron_h
+from tests.models import write_nemotron_h
 
 
 if importlib.util.find_spec("mamba_ssm") is None:
@@ -45,7 +43,6 @@ LAYOUTS = [
 #: Parts of Mamba's tensors, in rows: 8 heads of 16, 2 groups with 8 states.
 IN_PROJ, CONV = [128, 128, 16, 16, 8], [128, 16, 16]
 SPECS = {
-    "copies": SPEC,
     "granular": UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1),
     "mixed": UpcycleSpec(num_experts=4, top_k=2, moe_layers="every-2"),
     "noise": UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.1),
@@ -69,6 +66,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _chunk(parent: Path, spec: UpcycleSpec | None, layout: Layout, **changes: Any) -> Any:
     """Build this rank's HybridModel of Transformer Engine's modules, as Bridge's provider does."""
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
     from nemo_upcycle.trainers.bridge.models import upcycled_provider
 
@@ -76,38 +74,25 @@ def _chunk(parent: Path, spec: UpcycleSpec | None, layout: Layout, **changes: An
     for layer in _moe_layers(spec):
         at = layer + ("|" in pattern[: layer + 1]) if layout.pp > 1 else layer
         pattern = pattern[:at] + "E" + pattern[at + 1 :]
-    provider = upcycled_provider(
-        parent,
-        spec,
-        **{
-            "tensor_model_parallel_size": layout.tp,
-            "pipeline_model_parallel_size": layout.pp,
-            "expert_model_parallel_size": layout.ep,
-            "expert_tensor_parallel_size": layout.etp,
-            "sequence_parallel": layout.tp > 1,
-            "hybrid_layer_pattern": pattern,
-            "bf16": False,
-            "params_dtype": torch.float32,
-            "pipeline_dtype": torch.float32,
-            "use_cpu_initialization": True,
-            "gradient_accumulation_fusion": False,
-            "moe_token_dispatcher_type": "allgather",  # the other makes a tensor on the GPU
-        }
-        | changes,
-    )
+    settings = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": layout.tp > 1,
+        "hybrid_layer_pattern": pattern,
+        "moe_token_dispatcher_type": "allgather",  # the other makes a tensor on the GPU
+        **{"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32},
+        **{"use_cpu_initialization": True, "gradient_accumulation_fusion": False},
+    }
+    provider = upcycled_provider(parent, spec, **settings | changes)
     provider.finalize()
     provider.hybrid_stack_spec, provider.moe_grouped_gemm = hybrid_stack_spec, spec is not None
-    provider._pg_collection = _groups()
+    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     model = provider.provide()
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     return model
-
-
-def _groups() -> Any:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def _moe_layers(spec: UpcycleSpec | None) -> list[int]:
@@ -119,13 +104,13 @@ def _moe_layers(spec: UpcycleSpec | None) -> list[int]:
 Filled = dict[str, torch.Tensor]
 
 
-def _filled(parent: Path, spec: UpcycleSpec | None, layout: Layout, rank: int) -> tuple[Filled, UpcycleReceipt]:
+def _filled(parent: Path, spec: UpcycleSpec, layout: Layout, rank: int) -> tuple[Filled, UpcycleReceipt]:
     """Return a rank's parameters by their names in the whole model, and the receipt."""
     with megatron_rank(layout, rank) as (_, expert_rank, _, _):
         model = _chunk(parent, spec, layout)
         with open_dense(parent) as dense:
-            receipt = upcycle_into([model], dense, spec) if spec else load_dense_into([model], dense)
-        first = expert_rank * (spec.num_experts if spec else 0) // layout.ep
+            receipt = upcycle_into([model], dense, spec)
+        first = expert_rank * spec.num_experts // layout.ep
         offset = model.decoder.layers[0].layer_number - 1
         return {_whole(name, offset, first): p.detach() for name, p in model.named_parameters()}, receipt
 
@@ -135,7 +120,7 @@ def _whole(name: str, offset: int, first_expert: int) -> str:
     return re.sub(r"(?<=\.weight)\d+$", lambda match: str(int(match[0]) + first_expert), name)
 
 
-def _gathered(parent: Path, spec: UpcycleSpec | None, layout: Layout) -> Filled:
+def _gathered(parent: Path, spec: UpcycleSpec, layout: Layout) -> Filled:
     """Return the parameters of all ranks, put together as Megatron cuts them."""
     shards: dict[str, dict[int, torch.Tensor]] = {}
     for rank in range(layout.gpus):
@@ -194,14 +179,6 @@ def test_every_layout_has_the_parents_tensors_and_copies_of_its_networks(parent:
         assert torch.equal(filled[name], tensor), name
 
 
-@pytest.mark.parametrize("layout", [ONE_RANK, Layout(gpus=4, tp=2, pp=2)], ids=str)
-def test_the_dense_baseline_has_the_bits_of_bridges_own_loader(parent: Path, layout: Layout) -> None:
-    filled, expected = _gathered(parent, None, layout), _by_bridge(parent)
-    assert filled.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(filled[name], tensor), name
-
-
 @pytest.mark.parametrize("kind", SPECS)
 def test_every_kind_of_upcycling_has_the_same_bits_in_two_layouts(parent: Path, kind: str) -> None:
     spec = SPECS[kind]
@@ -212,66 +189,6 @@ def test_every_kind_of_upcycling_has_the_same_bits_in_two_layouts(parent: Path, 
         assert torch.equal(cut[name], tensor), name
     moe_layers = {int(re.findall(r"\d+", name)[0]) for name in whole if "router" in name}
     assert moe_layers == set(_moe_layers(spec))
-
-
-@pytest.mark.parametrize("kind", ["copies", "granular"])
-def test_transformers_computes_the_parents_function_with_what_is_filled(parent: Path, kind: str) -> None:
-    """Its class computes Mamba's layers on a processor, and routes by sigmoid scores."""
-    from transformers import AutoModelForCausalLM, NemotronHConfig
-
-    spec = replace(SPECS[kind], router_score="sigmoid")
-    filled = _gathered(parent, spec, Layout(gpus=4, tp=2, ep=2, etp=2))
-    dense = AutoModelForCausalLM.from_pretrained(parent).eval()
-    settings = dense.config.to_dict() | {
-        "hybrid_override_pattern": PATTERN.replace("-", "E"),
-        "layers_block_type": None,
-    }
-    width = dense.config.intermediate_size // spec.granularity
-    settings |= {
-        "n_routed_experts": spec.num_experts,
-        "num_experts_per_tok": spec.top_k,
-        "moe_intermediate_size": width,
-    }
-    moe = type(dense)(NemotronHConfig(**settings | {"moe_shared_expert_intermediate_size": width})).eval()
-    moe.load_state_dict(_as_transformers(filled, moe.state_dict()))
-    tokens_BS = torch.arange(48).reshape(2, 24)
-    with torch.no_grad():
-        wanted_BSV, got_BSV = dense(tokens_BS).logits, moe(tokens_BS).logits
-    torch.testing.assert_close(got_BSV, wanted_BSV, rtol=1e-4, atol=1e-5 * wanted_BSV.abs().max().item())
-    assert wanted_BSV.std() > 0.1
-
-
-def _as_transformers(filled: Filled, moe: Filled) -> Filled:
-    """Return Megatron's parameters by the names of transformers' class; a shared expert that is not there is zeros."""
-    found = {name: torch.zeros_like(tensor) for name, tensor in moe.items()}
-    found |= {"model.embeddings.weight": filled["embedding.word_embeddings.weight"]}
-    found |= {
-        "model.norm_f.weight": filled["decoder.final_norm.weight"],
-        "lm_head.weight": filled["output_layer.weight"],
-    }
-    for name, tensor in filled.items():
-        layer, _, inner = name.removeprefix("decoder.layers.").partition(".")
-        ours = f"model.layers.{layer}."
-        if inner.endswith(("layer_norm_weight", "pre_mlp_layernorm.weight")):
-            found[ours + "norm.weight"] = tensor
-        elif inner.startswith("mixer."):
-            found[ours + inner.replace("conv1d_", "conv1d.")] = tensor
-        elif inner == "self_attention.linear_proj.weight":
-            found[ours + "mixer.o_proj.weight"] = tensor
-        elif inner == "self_attention.linear_qkv.weight":
-            groups = [group.split([32, 16, 16]) for group in tensor.chunk(2)]
-            for part, rows in zip("qkv", zip(*groups, strict=True), strict=True):
-                found[ours + f"mixer.{part}_proj.weight"] = torch.cat(rows)
-        elif inner == "mlp.router.weight":
-            found[ours + "mixer.gate.weight"] = tensor
-        elif inner.startswith("mlp.shared_experts."):
-            part = "up" if "fc1" in inner else "down"
-            found[ours + f"mixer.shared_experts.{part}_proj.weight"] = tensor
-        elif match := re.fullmatch(r"mlp\.experts\.linear_fc(\d)\.weight(\d+)", inner):
-            part = "up" if match[1] == "1" else "down"
-            found[ours + f"mixer.experts.{part}_proj"][int(match[2])] = tensor
-    assert found.keys() == moe.keys()
-    return found
 
 
 def test_the_provider_has_bridges_own_settings_of_the_function(parent: Path) -> None:
@@ -329,10 +246,3 @@ def test_a_model_that_computes_otherwise_is_refused_by_name(parent: Path, change
         with open_dense(parent) as dense, pytest.raises(UpcycleError, match=message):
             upcycle_into([model], dense, SPEC)
     assert all(parameter.isnan().all() for parameter in model.parameters())
-
-
-def test_a_gpt_model_is_refused_by_name(parent: Path) -> None:
-    with megatron_rank(ONE_RANK, 0), open_dense(parent) as dense:
-        with pytest.raises(UpcycleError, match=r"layers of NemotronHForCausalLM: got Mamba layers \(M\)"):
-            build_chunks(parent, num_experts=4)
-        assert dense.architecture.mamba

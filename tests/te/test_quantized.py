@@ -18,9 +18,9 @@ from nemo_upcycle.cpu.device import with_cuda_type_names
 from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.online.quantized import is_quantized, kept_values
 from nemo_upcycle.planning.layout import Layout
-from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
+from tests.models import MemorySource, small_architecture
 from tests.te.quantizing import MOST, OnCpu, buffer_of, cast, dequantize, quantize
-from tests.te.test_upcycle import _with_te
+from tests.te.test_upcycle import _local, _with_te
 
 
 ARCH = small_architecture(num_layers=2, ffn_size=128)  # MXFP8 takes multiples of 32 on every rank
@@ -59,12 +59,12 @@ def build(
     spec: UpcycleSpec, layout: Layout, recipe: str | None = None, *, grouped: bool = True, **changes: Any
 ) -> list[Any]:
     """Return a rank's chunks in BF16, or with parameters in a recipe's FP8 or FP4."""
-    sizes = {name: getattr(layout, name) for name in ("tp", "cp", "pp", "vp", "ep", "etp")}
-    local = build_chunks(ARCH, layout=sizes, **moe_settings(ARCH, spec))
     low = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_param": True} if recipe else {}
     if recipe == "nvfp4":
         low = {"fp4": "e2m1", "fp4_recipe": "nvfp4", "fp4_param": True}
-    return _with_te(local, moe_grouped_gemm=grouped, bf16=True, params_dtype=torch.bfloat16, **low, **changes)
+    return _with_te(
+        _local(ARCH, spec, layout), moe_grouped_gemm=grouped, bf16=True, params_dtype=torch.bfloat16, **low, **changes
+    )
 
 
 def parameters_of(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:

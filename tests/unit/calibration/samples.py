@@ -26,10 +26,8 @@ def calibrated(dense: Path, file: Path, **fields: Any) -> UpcycleSpec:
     return spec
 
 
-def made(
-    dense: Path, file: Path, spec: UpcycleSpec, sample: Sample | None = None, **options: Any
-) -> CalibrationReport:
+def made(dense: Path, file: Path, spec: UpcycleSpec, sample: Sample | None = None, **more: Any) -> CalibrationReport:
     """Make the calibration file of a spec."""
     with open_dense(dense) as source:
         sample = sample or random_sample(source.architecture.vocab_size, spec.copies)
-        return calibrate(source, file, spec, sample, **options)
+        return calibrate(source, file, spec, sample, **more)

@@ -47,12 +47,8 @@ def test_routers_are_made_of_what_enters_the_networks_of_the_model_itself(tmp_pa
     assert Calibration(tmp_path / "file").lineage["data"] == sample.about
 
 
-def _batches() -> list[torch.Tensor]:
-    return [torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n)) + 0.5 for n in (3, 5, 2, 4, 6)]
-
-
 def test_rows_are_the_directions_of_the_means_and_spread_by_one() -> None:
-    batches = _batches()
+    batches = [torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n)) + 0.5 for n in (3, 5, 2, 4, 6)]
     rows_CD = router_rows(batches, [0, 1, 1, 2, 3], COPIES, map)
     means = [batches[0], torch.cat(batches[1:3]), batches[3], batches[4]]
     unit_CD = torch.stack([tokens.double().mean(0) / tokens.double().mean(0).norm() for tokens in means])

@@ -14,9 +14,10 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.sources.checks import check_source
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import MARKER, MODEL_MARKER
+from tests.folders import SPEC
 from tests.parents import write_wrapped
 from tests.unit.cli.conftest import Command, refused
-from tests.unit.convert.exports import SPEC, write_checkpoint
+from tests.unit.convert.exports import write_checkpoint
 from tests.unit.sources.test_checkpoint_context import _megatron
 from tests.unit.sources.test_checkpoints import write
 

@@ -1,32 +1,22 @@
-"""Conversions and checkpoints to export: of a small model as a layout saves it, and random ones of any spec."""
+"""Checkpoints to export: of a small model as a layout saves it, and random ones of any spec."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
-from nemo_upcycle.convert.offline import Conversion, convert
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import layer_mappings
 from nemo_upcycle.models.mapping_table import MODEL_MAPPINGS
 from nemo_upcycle.models.sharding import Shard, shard_shape
 from nemo_upcycle.online.upcycle import load_dense_into
 from tests.models import build_chunks
-
-
-COPY = {"num_experts": 4, "top_k": 2}
-SPEC = UpcycleSpec(**COPY)
-
-
-def _convert(folder: Path, output: Path, spec: UpcycleSpec = SPEC, **options: Any) -> Conversion:
-    with open_dense(folder) as source:
-        return convert(source, output, spec, **options)
 
 
 def _fill(folder: Path, *, moe: bool, layout: dict[str, int] | None = None) -> list[Any]:
@@ -36,7 +26,7 @@ def _fill(folder: Path, *, moe: bool, layout: dict[str, int] | None = None) -> l
         if not moe:
             load_dense_into(chunks, source)
             return chunks
-        upcycle_into(chunks, source, UpcycleSpec(**COPY, router_std=1.0))
+        upcycle_into(chunks, source, UpcycleSpec(num_experts=4, top_k=2, router_std=1.0))
     for chunk in chunks:
         for layer in chunk.decoder.layers:
             first = layer.mlp.local_expert_indices[0]
@@ -65,10 +55,8 @@ def write_checkpoint(
     moe_arch = arch.upcycled(spec) if spec else arch
     generator = torch.Generator().manual_seed(3)
     state: dict[str, Any] = {}
-    for layer, mappings in [
-        (None, MODEL_MAPPINGS),
-        *((n, layer_mappings(moe_arch, n)) for n in range(moe_arch.num_layers)),
-    ]:
+    layers = [(None, MODEL_MAPPINGS), *((n, layer_mappings(moe_arch, n)) for n in range(moe_arch.num_layers))]
+    for layer, mappings in layers:
         for mapping in mappings:
             shape = shard_shape(mapping, moe_arch, Shard())
             shape = (moe_arch.num_experts, *shape) if mapping.is_expert else shape
@@ -85,9 +73,3 @@ def _leaves_nothing(folder: Path, error: type[Exception] | tuple[type[Exception]
     with pytest.raises(error, match=words):
         yield
     assert sorted(folder.rglob("*")) == before
-
-
-class _Usage(NamedTuple):
-    total: int
-    used: int
-    free: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,21 +16,15 @@ from nemo_upcycle.convert.export import export_checkpoint, export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.trainers.equivalence import megatron_logits, one_rank
-from nemo_upcycle.utils.files import MARKER, MODEL_MARKER, is_complete, read_json, write_json
+from nemo_upcycle.utils.files import MARKER, MODEL_MARKER, is_complete, read_json
+from tests.folders import SPEC, change_config
 from tests.loading.cases import logits
 from tests.models import require_same_weights, sample_tokens, write_llama
-from tests.unit.convert.exports import SPEC, _fill, _leaves_nothing, _Usage, write_checkpoint
+from tests.unit.convert.exports import _fill, _leaves_nothing, write_checkpoint
 
 
 FLOAT32 = {"dtype": torch.float32}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random experts, written without Megatron."""
-    return write_checkpoint(tmp_path_factory.mktemp("written") / "ck", dense, SPEC)
 
 
 def test_every_layout_exports_to_the_same_bits_and_its_own_function(saved: Path, dense: Path, tmp_path: Path) -> None:
@@ -61,11 +56,10 @@ def test_a_dense_model_comes_back_bit_by_bit(saved: Path, dense: Path, tmp_path:
         export_checkpoint(saved / "dense", dense, tmp_path / "other", spec=SPEC)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_broken_weights_are_refused_by_name(dense: Path, tmp_path: Path, value: float) -> None:
+def test_broken_weights_are_refused_by_name(dense: Path, tmp_path: Path) -> None:
     with one_rank():
         (model,) = _fill(dense, moe=True)
-        model.decoder.layers[2].mlp.experts.local_experts[3].linear_fc2.weight.data[5, 7] = value
+        model.decoder.layers[2].mlp.experts.local_experts[3].linear_fc2.weight.data[5, 7] = float("nan")
         arch = read_architecture(dense).upcycled(SPEC)
         name = r"model\.layers\.2\.block_sparse_moe\.experts\.3\.w2\.weight: got 1 values that are NaN"
         with _leaves_nothing(tmp_path, CheckpointError, name):
@@ -91,7 +85,7 @@ def test_weights_that_spec_or_parent_do_not_name_are_never_left_out(dense: Path,
         export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=UpcycleSpec(**FINE))
     export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=spec)
     qwen = Path(shutil.copytree(dense, tmp_path / "qwen"))
-    write_json(qwen / "config.json", read_json(qwen / "config.json") | {"architectures": ["Qwen2ForCausalLM"]})
+    change_config(qwen, architectures=["Qwen2ForCausalLM"])
     checkpoint = write_checkpoint(tmp_path / "biased", qwen, SPEC)
     with _leaves_nothing(tmp_path, CheckpointError, r"self_attention\.linear_qkv\.bias.* and 1 more.*its own parent"):
         export_checkpoint(checkpoint, dense, tmp_path / "unbiased", spec=SPEC)
@@ -125,24 +119,10 @@ def test_checkpoint_and_parent_are_never_replaced(dense: Path, tmp_path: Path) -
     assert written[0] != written[1]
 
 
-def test_memory_is_given_back_on_the_way(
-    checkpoint: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    export_checkpoint(checkpoint, dense, tmp_path / "seldom", spec=SPEC)
-    released, release = [], DistributedCheckpoint.release
-    monkeypatch.setattr("nemo_upcycle.convert.megatron_weights._RELEASE_BYTES", 100_000)
-    monkeypatch.setattr(DistributedCheckpoint, "release", lambda self: (released.append(self), release(self)))
-    export_checkpoint(checkpoint, dense, tmp_path / "often", spec=SPEC)
-    assert len(released) > 5
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("seldom", "often")]
-    assert files[0] == files[1]
-
-
-def test_a_full_disk_is_refused_and_the_earlier_export_kept(
-    checkpoint: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_refused_and_the_earlier_export_kept(dense: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
     export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for output in ("hf", "new"):
         with _leaves_nothing(tmp_path, UpcycleError, r"disk space.*got 1000 bytes free.*Fix: free some space"):
             export_checkpoint(checkpoint, dense, tmp_path / output, spec=SPEC)
@@ -157,7 +137,6 @@ def test_a_full_disk_is_refused_and_the_earlier_export_kept(
         ({"intermediate_size": 128}, SPEC, "another parent"),
         ({"vocab_size": 400}, SPEC, r"embed_tokens\.weight: got \[272, 64\], expected \[400, 64\]"),
         ({"num_hidden_layers": 5}, SPEC, r"num_layers of .*got 4, expected 5"),
-        ({"num_hidden_layers": 3}, SPEC, r"num_layers of .*got 4, expected 3"),
         ({"tie_word_embeddings": True}, SPEC, r"tied_embeddings of .*got False, expected True"),
     ],
 )

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemo_upcycle import open_dense
 from nemo_upcycle.convert import export
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names
-from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_config import ROUTER_AUX_LOSS
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json, write_json
 from nemo_upcycle.utils.streams import StreamedFile
+from tests.folders import SPEC, converted
 from tests.models import write_llama, write_tokenizer
-from tests.unit.convert.exports import SPEC, write_checkpoint
+from tests.unit.convert.exports import write_checkpoint
 
 
 COMPANIONS = (
@@ -46,8 +46,7 @@ def dense(tmp_path: Path) -> Path:
 def test_code_of_the_parents_does_not_travel_and_licences_do(dense: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
     export_checkpoint(checkpoint, dense, tmp_path / "export", spec=SPEC)
-    with open_dense(dense) as source:
-        convert(source, tmp_path / "convert", SPEC, progress=False)
+    converted(dense, tmp_path / "convert")
     baseline = write_checkpoint(tmp_path / "baseline", dense, None)
     export_checkpoint(baseline, dense, tmp_path / "dense-again")
     own = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
@@ -73,8 +72,8 @@ def test_a_link_out_of_the_parents_folder_is_refused(dense: Path, tmp_path: Path
         words = rf"{name}: got a link to .*secret, expected a file in .*put the file itself"
         with pytest.raises(UpcycleError, match=words):
             export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
-        with open_dense(dense) as source, pytest.raises(UpcycleError, match=words):
-            convert(source, tmp_path / "moe", SPEC, progress=False)
+        with pytest.raises(UpcycleError, match=words):
+            converted(dense, tmp_path / "moe")
         (dense / name).unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ck", "dense", "secret"]
 
@@ -101,16 +100,13 @@ def test_links_of_the_hubs_cache_and_within_the_folder_are_followed(dense: Path,
 
 def test_the_coefficient_of_the_recipes_is_written_where_no_checkpoint_says_one(dense: Path, tmp_path: Path) -> None:
     moe_settings = pytest.importorskip("nemo_upcycle.recipes.common").moe_settings
-    with open_dense(dense) as source:
-        convert(source, tmp_path / "moe", SPEC, progress=False)
+    converted(dense, tmp_path / "moe")
     coefficient = read_json(tmp_path / "moe/config.json")["router_aux_loss_coef"]
     assert coefficient == ROUTER_AUX_LOSS == moe_settings(SPEC)["moe_aux_loss_coeff"]
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["the same", "other weights"])
-def test_a_stopped_export_goes_on_with_the_first_file_that_is_missing_of_the_same_weights(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool
-) -> None:
+def test_a_stopped_export_goes_on_with_the_same(dense: Path, tmp_path: Path, monkeypatch: Any, same: bool) -> None:
     checkpoint, output = write_checkpoint(tmp_path / "ck", dense, SPEC), tmp_path / "hf"
     monkeypatch.setattr(export, "MAX_SHARD_BYTES", 100_000)
     written, write = [], StreamedFile.write

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import CardInfo, export_checkpoint
 from nemo_upcycle.convert.model_card import add_scores, training_facts
-from nemo_upcycle.convert.offline import convert
+from tests.folders import SPEC, converted
 from tests.models import write_llama, write_tokenizer
-from tests.unit.convert.exports import SPEC, write_checkpoint
+from tests.unit.convert.exports import write_checkpoint
 
 
 LICENCE = {"license": "llama3", "license_name": "the licence", "license_link": "LICENSE", "language": ["en", "de"]}
@@ -34,9 +34,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _convert(parents: list[Path], output: Path, spec: UpcycleSpec = SPEC) -> tuple[dict[str, Any], str]:
-    with open_dense(parents) as dense:
-        convert(dense, output, spec, progress=False)
-    return _read(output)
+    return _read(converted(parents, output, spec).output)
 
 
 def _parent(dense: Path, folder: Path, card: str | None = CARD) -> Path:
@@ -87,9 +85,7 @@ def test_a_card_that_says_nothing_is_no_mistake(dense: Path, tmp_path: Path, car
 @pytest.mark.parametrize(
     ("address", "told"), [("asset://small", "asset://small"), ("/data/models/dense", "dense"), (None, "dense")]
 )
-def test_an_exports_card_says_training_rounding_and_what_the_caller_knows(
-    dense: Path, tmp_path: Path, address: str | None, told: str
-) -> None:
+def test_an_exports_card_says_what_is_known(dense: Path, tmp_path: Path, address: str | None, told: str) -> None:
     parent, checkpoint = _parent(dense, tmp_path / "dense"), write_checkpoint(tmp_path / "ck", dense, SPEC)
     lines = [{"step": 1, "tokens": 1024, "loss": 3.5}, {"step": 2, "tokens": 2048, "loss": 3.25}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
@@ -104,9 +100,7 @@ def test_an_exports_card_says_training_rounding_and_what_the_caller_knows(
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])
-def test_the_card_loads_the_model_in_three_lines(
-    tmp_path: Path, tokenizer: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_card_loads_the_model_in_three_lines(tmp_path: Path, tokenizer: bool, monkeypatch: Any) -> None:
     dense = write_llama(tmp_path / "dense", layers=1, vocab_size=259, tied=True)
     if tokenizer:
         write_tokenizer(dense)

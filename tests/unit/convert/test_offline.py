@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.sources.mapped_files import MappedFiles
-from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json, write_json
+from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json
 from nemo_upcycle.utils.streams import StreamedFile
+from tests.folders import SPEC, change_config, converted
 from tests.models import require_same_weights, weights_of
-from tests.unit.convert.exports import SPEC, _convert, _Usage, write_checkpoint
+from tests.unit.convert.exports import write_checkpoint
 
 
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
@@ -40,81 +42,60 @@ def _retyped(folder: Path, dtype: torch.dtype, *, norms: bool = True) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "change", [{"architectures": None}, {"hidden_act": "swish"}, {"architectures": None, "model_type": "llama"}]
-)
-def test_a_parent_that_says_less_or_in_other_words_is_converted(
-    dense: Path, copy: Path, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    _convert(dense, tmp_path / "wanted")
-    config = read_json(copy / "config.json") | change
-    for name, value in change.items():
-        if value is None:
-            del config[name]
-    write_json(copy / "config.json", config)
-    _convert(copy, tmp_path / "moe")
+@pytest.mark.parametrize("change", [{"architectures": ...}, {"hidden_act": "swish"}])
+def test_a_parent_that_says_less_or_in_other_words_is_converted(dense: Path, tmp_path: Path, change: Any) -> None:
+    copy = Path(shutil.copytree(dense, tmp_path / "copy"))
+    converted(dense, tmp_path / "wanted")
+    converted(change_config(copy, **change), tmp_path / "moe")
     require_same_weights(tmp_path / "wanted", tmp_path / "moe")
     assert read_json(tmp_path / "wanted/config.json") == read_json(tmp_path / "moe/config.json")
 
 
-def test_half_precision_and_small_blocks_change_nothing(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_and_blocks_do_not_show(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices that are too large to be kept are made again for every copy."""
-    _convert(dense, tmp_path / "once", UpcycleSpec(**FINE), dtype=torch.bfloat16)
+    converted(dense, tmp_path / "once", UpcycleSpec(**FINE), dtype=torch.bfloat16)
     monkeypatch.setattr("nemo_upcycle.convert.expansion.BLOCK_BYTES", 1000)
     monkeypatch.setattr("nemo_upcycle.convert.expansion.KEPT_BYTES", 0)
-    _convert(dense, tmp_path / "blocks", UpcycleSpec(**FINE), dtype=torch.bfloat16, max_shard_bytes=50_000)
+    converted(dense, tmp_path / "blocks", UpcycleSpec(**FINE), dtype=torch.bfloat16, max_shard_bytes=50_000)
     files = [load_file(file) for file in (tmp_path / "blocks").glob("*.safetensors")]
     assert len(files) > 10
     assert all(sum(tensor.nbytes for tensor in tensors.values()) <= 50_000 for tensors in files)
     require_same_weights(tmp_path / "once", tmp_path / "blocks")
 
 
-def test_the_same_again_is_done_already_and_another_is_refused(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_again_is_done_and_another_is_refused(dense: Path, tmp_path: Path, monkeypatch: Any) -> None:
     (not_ours := tmp_path / "other").mkdir()
     (not_ours / "notes").write_text("mine")
-    first = _convert(dense, tmp_path / "moe")
+    first = converted(dense, tmp_path / "moe")
     marker = read_json(tmp_path / "moe" / MODEL_MARKER)
     assert (marker["bytes"], marker["tensors"]) == (first.bytes_total, len(weights_of(tmp_path / "moe")))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}
     assert not any(path.name.startswith(".") for path in (*times, *tmp_path.iterdir()))
     monkeypatch.chdir(dense.parent)
-    again = _convert(Path(dense.name), tmp_path / "moe")
+    again = converted(Path(dense.name), tmp_path / "moe")
     assert (first.files_kept, again.files_kept, again.bytes_written) == (0, again.files, 0)
     with pytest.raises(UpcycleError, match="finished folder made from something else"):
-        _convert(dense, tmp_path / "moe", UpcycleSpec(num_experts=4, top_k=3))
+        converted(dense, tmp_path / "moe", UpcycleSpec(num_experts=4, top_k=3))
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}
     with pytest.raises(UpcycleError, match="files that are not ours"):
-        _convert(dense, not_ours)
+        converted(dense, not_ours)
     for output in (dense, dense / "moe", dense.parent):
         with pytest.raises(UpcycleError, match=r"got (the same folder|one inside the other)"):
-            _convert(dense, output)
+            converted(dense, output)
     assert is_complete(tmp_path / "moe")
-
-
-def test_a_plan_that_is_none_is_something_else(dense: Path, tmp_path: Path) -> None:
-    _convert(dense, tmp_path / "moe")
-    marker = read_json(tmp_path / "moe" / MODEL_MARKER)
-    for made_from in (None, [], "plan", {}, *({"spec": spec} for spec in (None, {"top_k": 99}, {"method": []}))):
-        write_json(tmp_path / "moe" / MODEL_MARKER, marker | {"made_from": made_from})
-        with pytest.raises(UpcycleError, match="finished folder made from something else"):
-            _convert(dense, tmp_path / "moe")
 
 
 def test_a_tokenizer_that_comes_later_is_added(copy: Path, tmp_path: Path) -> None:
     (copy / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    _convert(copy, tmp_path / "moe")
+    converted(copy, tmp_path / "moe")
     (tmp_path / "tokenizer.json").rename(copy / "tokenizer.json")
-    assert _convert(copy, tmp_path / "moe").bytes_written == 0
+    assert converted(copy, tmp_path / "moe").bytes_written == 0
     assert (tmp_path / "moe/tokenizer.json").read_bytes() == (copy / "tokenizer.json").read_bytes()
     assert "tokenizer.json" in read_json(tmp_path / "moe" / MODEL_MARKER)["companions"]
 
 
 def test_a_finished_folder_that_lost_a_file_or_half_of_one_is_not_done(dense: Path, tmp_path: Path) -> None:
-    _convert(dense, tmp_path / "moe")
+    converted(dense, tmp_path / "moe")
     for name, kept_bytes in (("model.safetensors", 5000), ("config.json", 0), ("tokenizer.json", 0)):
         file = tmp_path / "moe" / name
         whole = file.read_bytes()
@@ -122,14 +103,14 @@ def test_a_finished_folder_that_lost_a_file_or_half_of_one_is_not_done(dense: Pa
         if kept_bytes:
             file.write_bytes(whole[:kept_bytes])
         with pytest.raises(UpcycleError, match=rf"moe: got no whole {name}.*Fix: remove the folder and run"):
-            _convert(dense, tmp_path / "moe")
+            converted(dense, tmp_path / "moe")
         file.write_bytes(whole)
 
 
 def test_a_link_to_an_empty_folder_is_filled(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    _convert(dense, tmp_path / "link")
+    converted(dense, tmp_path / "link")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
     assert is_complete(tmp_path / "real")
 
@@ -137,43 +118,26 @@ def test_a_link_to_an_empty_folder_is_filled(dense: Path, tmp_path: Path) -> Non
 def test_a_type_that_no_file_holds_is_refused_before_anything_is_written(copy: Path, tmp_path: Path) -> None:
     _retyped(copy, torch.float64)
     with pytest.raises(UpcycleError, match=r"got float64, expected .*Fix: add --dtype float32"):
-        _convert(copy, tmp_path / "moe")
+        converted(copy, tmp_path / "moe")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
-    done = _convert(copy, tmp_path / "moe", dtype=torch.float32)
+    done = converted(copy, tmp_path / "moe", dtype=torch.float32)
     assert done.inexact_because[0].startswith("float64 weights are rounded to float32 (")
-
-
-@pytest.mark.parametrize(
-    ("stored", "dtype", "reason"),
-    [
-        (torch.float32, torch.float32, ""),
-        (torch.bfloat16, torch.float32, ""),
-        (torch.float16, torch.float32, ""),
-        (torch.float32, torch.bfloat16, "float32 weights are rounded to bfloat16 (model."),
-        (torch.bfloat16, torch.float16, "bfloat16 weights are rounded to float16 (model."),
-        (torch.float16, torch.bfloat16, "float16 weights are rounded to bfloat16 (model."),
-    ],
-)
-def test_a_type_that_rounds_is_not_exact(
-    copy: Path, tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, reason: str
-) -> None:
-    done = _convert(_retyped(copy, stored), tmp_path / "moe", dtype=dtype)
-    assert done.exact is (not reason)
-    assert "".join(done.inexact_because).startswith(reason)
 
 
 def test_factors_and_norms_that_a_type_rounds_are_told(copy: Path, tmp_path: Path) -> None:
     """Without `dtype`, all is written in the embedding's type."""
-    done = _convert(_retyped(copy, torch.float16, norms=False), tmp_path / "norms")
+    done = converted(_retyped(copy, torch.float16, norms=False), tmp_path / "norms")
     assert done.inexact_because == (
         "float32 weights are rounded to float16 (model.layers.0.input_layernorm.weight and 8 more)",
     )
+    done = converted(copy, tmp_path / "same size", dtype=torch.bfloat16)
+    assert done.inexact_because[0].startswith("float16 weights are rounded to bfloat16 (model.")
     _retyped(copy, torch.bfloat16)
     spec = UpcycleSpec(num_experts=6, top_k=3, granularity=3)
-    done = _convert(copy, tmp_path / "odd", spec)
+    done = converted(copy, tmp_path / "odd", spec)
     assert done.inexact_because == ("the factor 3 on the down projection is rounded in bfloat16",)
-    assert _convert(copy, tmp_path / "float32", spec, dtype=torch.float32).exact
-    assert _convert(copy, tmp_path / "even", UpcycleSpec(num_experts=4, top_k=2, granularity=2)).exact
+    assert converted(copy, tmp_path / "float32", spec, dtype=torch.float32).exact
+    assert converted(copy, tmp_path / "even", UpcycleSpec(num_experts=4, top_k=2, granularity=2)).exact
 
 
 def test_weights_without_config_are_refused_before_anything_is_written(copy: Path, tmp_path: Path) -> None:
@@ -189,14 +153,14 @@ def test_a_nemo_source_that_changed_is_not_done(dense: Path, tmp_path: Path) -> 
     """Its files lie in `weights/`, and a change of one bit leaves their sizes alone."""
     source = write_checkpoint(tmp_path / "nemo", dense, None)
     shutil.copy(dense / "config.json", source / "config.json")
-    assert _convert(source, tmp_path / "moe").files_kept == 0
-    assert _convert(source, tmp_path / "moe").files_kept == 1
+    assert converted(source, tmp_path / "moe").files_kept == 0
+    assert converted(source, tmp_path / "moe").files_kept == 1
     file = next((source / "weights").glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(UpcycleError, match="finished folder made from something else"):
-        _convert(source, tmp_path / "moe")
+        converted(source, tmp_path / "moe")
     assert len(read_json(tmp_path / "moe" / MODEL_MARKER)["made_from"]["sources"]) == 1
 
 
@@ -214,13 +178,11 @@ def _kill_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Expansion, "write_tensors", write)
 
 
-def test_a_stopped_run_goes_on_with_what_is_missing(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _convert(dense, tmp_path / "whole", max_shard_bytes=SHARD_BYTES)
+def test_a_stopped_run_goes_on_with_the_rest(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted(dense, tmp_path / "whole", max_shard_bytes=SHARD_BYTES)
     _kill_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+        converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     monkeypatch.undo()
     assert not (tmp_path / "moe").exists()
     aside = tmp_path / ".moe.partial"
@@ -235,7 +197,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(
         require_disk(folder, *given)
 
     monkeypatch.setattr(safetensors_writer, "require_disk", room)
-    done = _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    done = converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     assert done.files_kept == 3
     assert done.bytes_written < done.bytes_total
     for file in (tmp_path / "whole").glob("*.safetensors"):
@@ -243,29 +205,27 @@ def test_a_stopped_run_goes_on_with_what_is_missing(
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     for name in (".lock", ".conversion.json"):  # as a kill at the very end leaves them
         (tmp_path / "moe" / name).write_text("{}")
-    assert _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).bytes_written == 0
+    assert converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).bytes_written == 0
     assert {path.name for path in (tmp_path / "moe").iterdir()} == names
 
 
-@pytest.mark.parametrize("change", ["spec", "weights", "type"])
-def test_files_made_from_something_else_are_not_kept(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+@pytest.mark.parametrize(
+    ("spec", "dtype", "added"),
+    [(replace(SPEC, seed=5), None, 0), (SPEC, torch.bfloat16, 0), (SPEC, None, 1)],
+    ids=["spec", "type", "weights"],
+)
+def test_files_made_of_something_else_are_not_kept(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: UpcycleSpec, dtype: Any, added: int
 ) -> None:
     _kill_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        _convert(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+        converted(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     monkeypatch.undo()
-    spec, options = SPEC, {}
-    if change == "spec":
-        spec = UpcycleSpec(num_experts=4, top_k=2, seed=5)
-    elif change == "type":
-        options = {"dtype": torch.bfloat16}
-    else:
-        for file in copy.glob("*.safetensors"):  # the same names, shapes and sizes
-            save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-    done = _convert(copy, tmp_path / "moe", spec, max_shard_bytes=SHARD_BYTES, **options)
-    assert done.files_kept == 0
-    _convert(copy, tmp_path / "afresh", spec, max_shard_bytes=SHARD_BYTES, **options)
+    for file in copy.glob("*.safetensors"):  # the same names, shapes and sizes
+        save_file({name: tensor + added for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    options = {"dtype": dtype, "max_shard_bytes": SHARD_BYTES}
+    assert converted(copy, tmp_path / "moe", spec, **options).files_kept == 0
+    converted(copy, tmp_path / "afresh", spec, **options)
     require_same_weights(tmp_path / "moe", tmp_path / "afresh")
 
 
@@ -282,22 +242,14 @@ def test_a_read_error_keeps_what_is_finished(dense: Path, tmp_path: Path, monkey
         patch.setattr(os, "preadv", fails_once)
         patch.setattr(MappedFiles, "_is_cached", lambda *_: False)
         with pytest.raises(CheckpointError, match="Input/output error"):
-            _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+            converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     assert not (tmp_path / "moe").exists()
-    done = _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    done = converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     assert 1 <= done.files_kept < done.files
-    _convert(dense, tmp_path / "whole", max_shard_bytes=SHARD_BYTES)
-    require_same_weights(tmp_path / "moe", tmp_path / "whole")
 
 
-def test_a_full_disk_is_told_before_or_while_writing(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(UpcycleError, match=r"disk space for convert moe.*Fix: free some space"):
-        _convert(dense, tmp_path / "moe")
-    assert not list(tmp_path.iterdir())
-    monkeypatch.undo()
+def test_a_disk_that_is_full_while_writing_is_told(dense: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """`test_export.py` has one that is full before."""
     fsync, calls = os.fsync, []
 
     def full(file: int) -> None:
@@ -308,9 +260,9 @@ def test_a_full_disk_is_told_before_or_while_writing(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UpcycleError, match=r"got full, expected room.*finished files are kept"):
-        _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+        converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     monkeypatch.undo()
-    assert _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).files_kept >= 3
+    assert converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).files_kept >= 3
 
 
 DOWN = "model.layers.3.mlp.down_proj.weight"
@@ -321,16 +273,13 @@ DOWN = "model.layers.3.mlp.down_proj.weight"
     [
         (lambda w: w.fill_(float("nan")), {}, rf"{DOWN}: got 6144 values that are NaN or infinite"),
         (lambda w: w.mul_(1e6), {"dtype": torch.float16}, rf"{DOWN}: got larger ones.*float16 can hold"),
-        (lambda w: w[:, :90].contiguous(), {}, rf"shape of {DOWN}: got \[64, 90\], expected \[64, 96\]"),
     ],
-    ids=["nan", "overflow", "shape"],
+    ids=["nan", "overflow"],
 )
-def test_a_broken_source_is_refused_and_leaves_nothing(
-    copy: Path, tmp_path: Path, change: Any, options: dict[str, Any], words: str
-) -> None:
+def test_a_broken_source_leaves_nothing(copy: Path, tmp_path: Path, change: Any, options: Any, words: str) -> None:
     index = read_json(copy / "model.safetensors.index.json")["weight_map"]
     tensors = load_file(copy / index[DOWN])
     save_file(tensors | {DOWN: change(tensors[DOWN])}, copy / index[DOWN], {"format": "pt"})
     with pytest.raises(CheckpointError, match=words):
-        _convert(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES, **options)
+        converted(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]

@@ -41,10 +41,8 @@ def _stock_config() -> dict[str, Any]:
     assert use_cpu_backend()
     assert use_cpu_backend()
     spec = functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
-    plain, mixed = (
-        llm.Llama3Config8B(num_moe_experts=8, moe_grouped_gemm=True),
-        llm.Llama3Config8B(transformer_layer_spec=spec),
-    )
+    plain = llm.Llama3Config8B(num_moe_experts=8, moe_grouped_gemm=True)
+    mixed = llm.Llama3Config8B(transformer_layer_spec=spec)
     shown = run.Config(llm.Llama31Config8B, num_moe_experts=8)
     configure_for_cpu(shown)
     assert shown.apply_rope_fusion is False

@@ -31,9 +31,7 @@ def test_numbers_that_become_zero_or_are_cut_are_counted_at_a_scale_of_earlier_p
 
 
 @pytest.mark.parametrize("recipe", RECIPES[1:])
-def test_scales_of_their_own_cut_nothing_and_lose_what_is_small_beside_the_largest(
-    losses: Fp8Losses, recipe: str
-) -> None:
+def test_scales_of_their_own_cut_nothing_and_lose_what_is_small(losses: Fp8Losses, recipe: str) -> None:
     numbers = torch.full((128, 128), 1.0)
     numbers[0, :64] = 1e-20
     Fp8Recipe(recipe).quantize(numbers, GRADIENT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -39,20 +40,12 @@ def _weight(neurons: int = NEURONS, mean: float = 0.0, std: float = 0.1) -> torc
     return torch.randn(neurons, WIDTH, generator=torch.Generator().manual_seed(5)) * std + mean
 
 
-def _changed(
-    spec: UpcycleSpec,
-    dense_FD: torch.Tensor,
-    *,
-    layer: int = 2,
-    expert: int = 1,
-    part: str = "up",
-    cuts: tuple[int, ...] = (),
-) -> torch.Tensor:
+def _changed(spec: UpcycleSpec, dense_FD: torch.Tensor, *, part: str = "up", cuts: Sequence[int] = ()) -> torch.Tensor:
     """Return an expert's matrix as ranks make it that each hold the neurons between two cuts."""
     bounds = (0, *cuts, len(dense_FD))
     locals_FD = [dense_FD[start:stop].clone() for start, stop in pairwise(bounds)]
     for start, local_FD in zip(bounds, locals_FD, strict=False):
-        METHODS[spec.method].change(spec, ExpertMatrix(layer, expert, part, start, local_FD, dense_FD.clone))
+        METHODS[spec.method].change(spec, ExpertMatrix(2, 1, part, start, local_FD, dense_FD.clone))
     return torch.cat(locals_FD)
 
 

@@ -16,9 +16,7 @@ from tests.models import build_chunks, moe_settings
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("looks_first", [True, False])
-def test_a_method_that_overflows_the_models_type_is_refused(
-    monkeypatch: pytest.MonkeyPatch, dense: Path, looks_first: bool
-) -> None:
+def test_a_method_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch, dense: Path, looks_first: bool) -> None:
     def blow_up(self: Method, spec: UpcycleSpec, matrix: ExpertMatrix) -> None:
         if looks_first:
             matrix.whole_FD()

@@ -22,18 +22,6 @@ from tests.models import LLAMA3_8B
 HIDDEN = 4096
 
 
-@pytest.mark.parametrize("kind", ["normal", "uniform", "zero"])
-def test_the_routers_numbers_do_not_depend_on_what_was_drawn_before(kind: str) -> None:
-    spec = UpcycleSpec(num_experts=8, top_k=2, router_init=kind)
-    router_ED = router_weight(spec, 5, 96)
-    assert router_ED.shape == (8, 96)
-    assert router_ED.dtype == torch.float32
-    assert bool(router_ED.any()) is (kind != "zero")
-    torch.manual_seed(99)
-    router_weight(spec, 4, 96)
-    assert torch.equal(router_weight(spec, 5, 96), router_ED)
-
-
 def test_a_row_does_not_depend_on_how_many_experts_there_are() -> None:
     few, many = UpcycleSpec(num_experts=4, top_k=2), UpcycleSpec(num_experts=64, top_k=2)
     for width in (97, HIDDEN):  # an odd width, too: no row begins where a vector of the processor does

@@ -12,16 +12,7 @@ from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models import families
 from nemo_upcycle.models.hf_config import architecture_from_config, moe_config, read_architecture
 from nemo_upcycle.spec import UpcycleSpec
-from tests.models import LLAMA3_8B
-
-
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+from tests.models import LLAMA3_8B, LLAMA3_SCALING
 
 
 def test_llama_3_8b_and_its_eight_experts() -> None:
@@ -34,17 +25,12 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
 #: Settings of which the last one is refused.
 REFUSED: list[dict[str, Any]] = [
     {"num_key_value_heads": 5},
-    {"vocab_size": "many"},
-    {"num_hidden_layers": 0},
     {"num_hidden_layers": 10**6},
     {"hidden_size": 4097},
     {"hidden_act": "gelu"},
-    {"hidden_act": []},
     {"head_dim": -16},
-    {"rms_norm_eps": "small"},
     {"rope_theta": 10**400},
     {"rope_scaling": "llama3"},
-    {"rope_parameters": []},
     {"partial_rotary_factor": 0.5},
     {"tie_word_embeddings": "false"},
     {"use_sliding_window": True},
@@ -70,17 +56,11 @@ def test_a_setting_that_does_not_fit_is_refused_by_name(changes: dict[str, Any])
     ("changes", "subject", "got"),
     [
         ({"architectures": ["Gemma2ForCausalLM"]}, "architectures", "Gemma2ForCausalLM"),
-        ({"architectures": []}, "architectures", "nothing"),
         ({"architectures": {"a": 1}}, "architectures", "{'a': 1}"),
-        ({"architectures": "LlamaForCausalLM"}, "architectures", "LlamaForCausalLM"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config", "quantized weights (gptq)"),
         ({"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta", "500000.0"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 3}}, "rope_theta", "500000.0"),
         ({"rope_theta": None, "rope_parameters": {"rope_theta": float("nan")}}, "rope_theta", "nan"),
-        (
-            {"rope_theta": None, "rope_scaling": {"rope_theta": 2.0}, "rope_parameters": {"rope_theta": 3}},
-            *("rope_scaling: rope_theta", "2.0"),
-        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor", "0.25"),
         (
             {"original_max_position_embeddings": 4096, "rope_scaling": LLAMA3_SCALING},
@@ -93,9 +73,7 @@ def test_a_setting_that_does_not_fit_is_refused_by_name(changes: dict[str, Any])
         ({"rope_scaling": {"rope_type": "yarm"}}, "rope_scaling: rope_type", "yarm"),
     ],
 )
-def test_settings_that_contradict_each_other_or_are_not_known_are_refused(
-    changes: dict[str, Any], subject: str, got: str
-) -> None:
+def test_settings_that_contradict_or_are_not_known_are_refused(changes: Any, subject: str, got: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         architecture_from_config(LLAMA3_8B | changes)
     assert (caught.value.subject, str(caught.value.got)) == (f"config.json: {subject}", got)
@@ -118,11 +96,10 @@ TARGETS = [family.hf_class for family in families.targets() if not family.saved_
 _WINDOWED = ("mistral", "mixtral", "phi3", "exaone4", "olmo3", "gemma3_text", "cwm", "granitemoe_swa")
 #: What a class wants to be told: its own defaults are of a model that is no parent.
 _WANTED = {
-    "GraniteMoeHybridForCausalLM": {
-        **{"num_local_experts": 0, "layer_types": ["attention"] * 32, "position_embedding_type": "rope"},
-    },
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["attention"] * 32, "position_embedding_type": "rope"}
+    | {"num_local_experts": 0},
     "Ministral3ForCausalLM": {
-        "rope_scaling": {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384},
+        "rope_scaling": {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384}
     },
 }
 _NULLABLE = ("rope_theta", "rms_norm_eps", "max_position_embeddings", "hidden_act", "hidden_activation", "head_dim")
@@ -196,38 +173,28 @@ SIGMOID = {"router_score": "sigmoid"}
 @pytest.mark.parametrize(
     ("config", "fields", "found"),
     [
-        (_config("Llama"), EVERY_2, "Qwen2Moe"),
-        (_config("Llama"), FINE | SIGMOID, "Glm4Moe"),
         (_config("Llama"), SIGMOID | EVERY_2, "dense layers behind an MoE layer (Glm4-MoE)"),
         (_config("Llama"), {"routed_scaling_factor": 2.5}, "a routed_scaling_factor (Mixtral, "),
         (_config("Llama", head_dim=64), EVERY_2, "heads that do not make up the hidden size (Qwen2-MoE)"),
         (_config("Llama", mlp_bias=True), {}, "biases of the feed-forward network (Mixtral, "),
         (_config("Llama", attention_bias=True), {}, "GraniteMoeSWA"),
         (_config("Llama", attention_bias=True), EVERY_2, "a bias of the attention's output (Mixtral, "),
-        (_config("Qwen2"), FINE, "Qwen2Moe"),
         (_config("Qwen3"), FINE, "shared experts (Qwen3-MoE)"),
-        (_config("Qwen3"), EVERY_2, "Qwen3Moe"),
         (_config("Mistral", sliding_window=4096), {}, "Mixtral"),
         (_config("Mistral", sliding_window=4096), EVERY_2, "a sliding window ("),
         (_config("Mistral", sliding_window=4096), FINE, "GraniteMoeSWA"),
         (_config("Mistral", sliding_window=8192), FINE, "Qwen2Moe"),  # no sequence is longer
-        (_config("Mistral", sliding_window=None), FINE, "Qwen2Moe"),
         (_config("Olmo2"), SIGMOID, "norms after attention and network (Glm4-MoE)"),
         (_config("Olmo2"), FINE, "shared experts (FlexOlmo)"),
-        (_config("Olmo2"), EVERY_2, "dense layers (FlexOlmo)"),
         (_config("Granite"), SIGMOID, "sigmoid scores (Mixtral, "),
         (_config("Granite"), EVERY_2, "dense layers (GraniteMoe"),
-        (_config("Granite"), FINE, "GraniteMoeShared"),
         (_config("Phi3", partial_rotary_factor=0.75), {}, "heads that are rotated in part (Mixtral, "),
         (_config("SmolLM3"), SIGMOID, "layers without positions (Glm4-MoE)"),
-        (_config("SmolLM3"), {}, "GraniteMoeSWA"),
         (_config("SmolLM3", no_rope_layers=[1] * 32), {}, "Mixtral"),
     ],
     ids=str,
 )
-def test_a_model_has_the_first_class_that_can_hold_it(
-    config: dict[str, Any], fields: dict[str, Any], found: str
-) -> None:
+def test_a_model_has_the_first_class_that_holds_it(config: dict[str, Any], fields: dict[str, Any], found: str) -> None:
     made = architecture_from_config(config).upcycled(UpcycleSpec(**fields))
     if "(" in found:
         with pytest.raises(SpecError) as caught:
@@ -249,9 +216,7 @@ def test_a_model_has_the_first_class_that_can_hold_it(
         ("Exaone4", {}, None),
     ],
 )
-def test_a_window_is_to_be_opened_where_a_class_can_then_hold_the_model(
-    hf_class: str, fields: dict[str, Any], opened: dict[str, Any] | None
-) -> None:
+def test_a_window_is_opened_if_it_helps(hf_class: str, fields: dict[str, Any], opened: dict[str, Any] | None) -> None:
     spec = UpcycleSpec(**fields)
     with pytest.raises(SpecError) as caught:
         families.require_class(architecture_from_config(_config(hf_class)).upcycled(spec))
@@ -262,11 +227,11 @@ def test_a_window_is_to_be_opened_where_a_class_can_then_hold_the_model(
 
 def test_servers_that_would_drop_a_bias_are_named() -> None:
     biased, plain = _config("Qwen3", attention_bias=True), _config("Qwen3")
-    caveats = [
+    said, none = (
         families.server_caveats(architecture_from_config(one).upcycled(UpcycleSpec())) for one in (biased, plain)
-    ]
-    assert any(caveat.startswith("vLLM: it drops the bias") for caveat in caveats[0])
-    assert caveats[1] == ()
+    )
+    assert any(caveat.startswith("vLLM: it drops the bias") for caveat in said)
+    assert none == ()
 
 
 def test_a_window_that_the_parents_class_does_not_know_is_not_handed_on() -> None:

@@ -17,12 +17,7 @@ QUANTILES = {KIND: "quantile_balancing", "moe_router_quantile_balancing_ema": 0.
 
 
 def _config(**changes: Any) -> Any:
-    plain = {
-        "num_moe_experts": 4,
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_router_enable_expert_bias": False,
-        "moe_aux_loss_coeff": 0.0,
-    }
+    plain = {"num_moe_experts": 4, KIND: "aux_loss", "moe_router_enable_expert_bias": False, "moe_aux_loss_coeff": 0.0}
     return SimpleNamespace(**(plain | changes))
 
 

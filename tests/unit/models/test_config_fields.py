@@ -62,9 +62,7 @@ def test_fields_of_experts_are_looked_at_value_by_value_where_there_are_experts(
         assert (caught.value.field, caught.value.got) == (f"model.config.{name}", value)
 
 
-def test_a_field_that_only_a_newer_megatron_has_is_refused_unless_it_is_at_its_default(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_field_of_a_newer_megatron_is_refused_unless_it_is_at_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_run import Config
 
     known = {name: meaning for name, meaning in meanings().items() if name not in ("test_mode", "flash_decode")}

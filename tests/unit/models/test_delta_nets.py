@@ -15,18 +15,9 @@ from nemo_upcycle.models.sharding import Shard, hf_parts, hf_shape, hf_shapes, s
 
 
 CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3_5ForCausalLM"],
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 2,
-    "vocab_size": 16,
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 8,
-    "linear_key_head_dim": 2,
-    "linear_value_head_dim": 3,
+    **{"architectures": ["Qwen3_5ForCausalLM"], "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2, "vocab_size": 16},
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 2, "linear_value_head_dim": 3},
 }
 ARCH = architecture_from_config(CONFIG)
 

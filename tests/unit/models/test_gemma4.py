@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
 from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.utils.files import read_json
+from tests.folders import converted
 
 
 _FULL = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
@@ -47,18 +48,15 @@ def test_each_layer_has_its_heads_and_the_network_is_kept_beside_the_experts(tmp
     spec = UpcycleSpec(num_experts=4, top_k=2, granularity=2)
     with open_dense(tmp_path / "dense") as dense:
         assert dense.architecture.total_params == sum(tensor.numel() for tensor in parent.values())
-        convert(dense, tmp_path / "moe", spec, progress=False)
-        with pytest.raises(SpecError, match="shared experts beside the network that is kept"):
-            convert(
-                dense, tmp_path / "no", UpcycleSpec(num_experts=4, granularity=2, shared_experts=1), progress=False
-            )
+    converted(tmp_path / "dense", tmp_path / "moe", spec)
+    with pytest.raises(SpecError, match="shared experts beside the network that is kept"):
+        converted(tmp_path / "dense", tmp_path / "no", replace(spec, shared_experts=1))
     moe = load_file(tmp_path / "moe/model.safetensors")
     assert moe.keys() > parent.keys()
     assert all(torch.equal(moe[name], tensor) for name, tensor in parent.items())
     layer = "model.layers.3."
-    assert torch.equal(
-        moe[layer + "pre_feedforward_layernorm_2.weight"], parent[layer + "pre_feedforward_layernorm.weight"]
-    )
+    norm = parent[layer + "pre_feedforward_layernorm.weight"]
+    assert torch.equal(moe[layer + "pre_feedforward_layernorm_2.weight"], norm)
     gate, up = moe[layer + "experts.gate_up_proj"][1].chunk(2)
     assert torch.equal(gate, parent[layer + "mlp.gate_proj.weight"][12:])
     assert torch.equal(up, parent[layer + "mlp.up_proj.weight"][12:])
@@ -75,9 +73,7 @@ def test_heads_are_read_as_newer_releases_write_them() -> None:
     assert architecture_from_config(SMALL | {"rope_parameters": None}) == architecture_from_config(SMALL)
     kept = {name: value for name, value in SMALL.items() if "global" not in name}
     assert architecture_from_config(kept | {"per_layer_config": {"5": own}}) == architecture_from_config(SMALL)
-    with pytest.raises(
-        CheckpointError, match=r"per_layer_config: .* expected the same in layers 5, and none in others"
-    ):
+    with pytest.raises(CheckpointError, match=r"per_layer_config: .* expected the same in layers 5, and none in"):
         architecture_from_config(kept | {"per_layer_config": {"4": own, "5": own}})
 
 
@@ -96,7 +92,5 @@ def test_what_is_not_known_of_a_gemma_4_is_refused(changes: dict[str, Any], text
 
 
 def test_no_trainer_builds_one() -> None:
-    with pytest.raises(
-        CheckpointError, match=r"layers of Gemma4ForCausalLM: got heads of two sizes.* Fix: convert it"
-    ):
+    with pytest.raises(CheckpointError, match=r"layers of Gemma4ForCausalLM: got heads of two sizes.* Fix: convert"):
         megatron_fields(architecture_from_config(SMALL))

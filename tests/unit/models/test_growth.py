@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
-from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.growth import growth_spec, inexact_because, needs_float32_routing, source_experts
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online.upcycle import load_dense_into
-from nemo_upcycle.utils.files import read_json, write_json
+from nemo_upcycle.utils.files import read_json
 from nemo_upcycle.verify.verification import verify
+from tests.folders import change_config, change_weights, converted
 from tests.loading.cases import logits
 from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, small_architecture, weights_of
 from tests.parents import write_mixtral, write_moe, write_qwen3_moe
@@ -43,8 +42,7 @@ def _error(folder: Path, moe: Path) -> float:
 def _grown(folder: Path, moe: Path, **fields: Any) -> float:
     """Convert, check that what is said of exactness and what verify finds agree, and return the error of logits."""
     spec = UpcycleSpec(**fields)
-    with open_dense(folder) as dense:
-        done = convert(dense, moe, spec, progress=False)
+    done = converted(folder, moe, spec)
     arch = read_architecture(folder)
     assert (done.hf_class, done.exact) == (arch.hf_class, not inexact_because(arch, spec))
     utility = Path(spec.expert_utility) if spec.expert_utility else None
@@ -65,17 +63,13 @@ def _grown(folder: Path, moe: Path, **fields: Any) -> float:
     ],
     ids=str,
 )
-def test_copies_are_chosen_together_in_float32(
-    mixtral: Path, chosen: int, fields: dict[str, Any], needs: bool
-) -> None:
+def test_copies_are_chosen_together_in_float32(mixtral: Path, chosen: int, fields: Any, needs: bool) -> None:
     arch = replace(read_architecture(mixtral), top_k=chosen, norm_topk="router_order" not in fields)
     assert needs_float32_routing(arch, UpcycleSpec(num_experts=8, **fields)) is needs
 
 
 @pytest.mark.parametrize(("chosen", "top_k", "scale"), [(1, 1, 2.0), (1, 2, 1.0), (4, 8, 1.0)])
-def test_any_copy_will_do_where_the_parent_takes_one_expert(
-    tmp_path: Path, chosen: int, top_k: int, scale: float
-) -> None:
+def test_any_copy_will_do_where_a_parent_takes_one(tmp_path: Path, chosen: int, top_k: int, scale: float) -> None:
     folder = write_qwen3_moe(tmp_path / "dense", norm_topk_prob=False, num_experts_per_tok=chosen)
     fields = {"num_experts": 8, "top_k": top_k, "router_std": 0.0, "router_order": "softmax_topk"}
     error = _grown(folder, tmp_path / "moe", **fields)
@@ -130,13 +124,11 @@ def test_a_conversion_goes_on_with_the_same_utilities_alone(mixtral: Path, tmp_p
     utility, moe = tmp_path / "utility.yaml", tmp_path / "moe"
     spec = UpcycleSpec(num_experts=6, expert_utility=str(utility))
     utility.write_text("[1, 2, 3, 4]", encoding="utf-8")
-    with open_dense(mixtral) as dense:
-        first, again = (convert(dense, moe, spec, max_shard_bytes=100_000, progress=False) for _ in range(2))
-        assert (first.files_kept, again.files_kept, again.bytes_written) == (0, first.files, 0)
-        assert first.files > 1
-        utility.write_text("[4, 3, 2, 1]", encoding="utf-8")
-        with pytest.raises(UpcycleError, match="made from something else"):
-            convert(dense, moe, spec, progress=False)
+    first, again = (converted(mixtral, moe, spec, max_shard_bytes=100_000) for _ in range(2))
+    assert (first.files_kept, again.files_kept, again.bytes_written) == (0, first.files, 0)
+    utility.write_text("[4, 3, 2, 1]", encoding="utf-8")
+    with pytest.raises(UpcycleError, match="made from something else"):
+        converted(mixtral, moe, spec)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +137,6 @@ def test_a_conversion_goes_on_with_the_same_utilities_alone(mixtral: Path, tmp_p
         ("[1, 2, 3]", "3 numbers"),
         ("[[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]", "3 lists"),
         ("[1, 2, -3, 4]", "-3"),
-        ("[1, 2, .inf, 4]", "not finite"),
         ("text", "str"),
     ],
 )
@@ -168,16 +159,14 @@ def test_utilities_that_do_not_fit_are_refused(mixtral: Path, tmp_path: Path, ut
         ("Mixtral", {"routed_scaling_factor": 2.5}, "routed_scaling_factor"),
         ("Mixtral", {"top_k": 1, "router_order": "softmax_topk"}, "router_order"),
         ("Mixtral", {"top_k": 1, "router_score": "sigmoid"}, "router_score"),
-        ("Mixtral", {"granularity": 2, "routed_scaling_factor": 2.5, "moe_layers": "0"}, "granularity"),
         ("Mixtral", {"router_init": "prompts", "calibration": "file"}, "router_init"),
         ("Mixtral", {"expert_utility": "nowhere.yaml"}, "expert_utility"),
         ("Glm4Moe", {"top_k": 1, "router_order": "softmax_topk"}, "moe_layers"),
-        ("Glm4Moe", {"granularity": 2}, "granularity"),
     ],
     ids=str,
 )
-def test_what_a_parent_does_not_become_is_refused_and_taken_once_the_fix_is_done(
-    mixtral: Path, glm4_moe: Path, kind: str, fields: dict[str, Any], refused: str
+def test_what_is_refused_is_taken_once_fixed(
+    mixtral: Path, glm4_moe: Path, kind: str, fields: Any, refused: str
 ) -> None:
     arch = replace(read_architecture(mixtral if kind == "Mixtral" else glm4_moe), top_k=1)
     with pytest.raises(SpecError) as caught:
@@ -200,13 +189,9 @@ def test_utilities_of_a_dense_parent_and_a_second_parent_are_refused(mixtral: Pa
 def glm4_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As GLM saves it: weights in bfloat16, biases in float32, and a layer of multi-token prediction."""
     folder = write_moe(tmp_path_factory.mktemp("glm4_moe") / "dense", kind="Glm4Moe")
-    weights = weights_of(folder)
-    weights = {name: weight if name.endswith(BIAS) else weight.bfloat16() for name, weight in weights.items()}
-    weights["model.layers.2.eh_proj.weight"] = torch.ones(64, 128, dtype=torch.bfloat16)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = read_json(folder / "config.json") | {"num_nextn_predict_layers": 1}
-    write_json(folder / "config.json", config)
-    return folder
+    weights = {name: weight.bfloat16() for name, weight in weights_of(folder).items() if not name.endswith(BIAS)}
+    change_weights(folder, weights | {"model.layers.2.eh_proj.weight": torch.ones(64, 128, dtype=torch.bfloat16)})
+    return change_config(folder, num_nextn_predict_layers=1)
 
 
 BIAS = "e_score_correction_bias"
@@ -216,8 +201,7 @@ GLM4 = UpcycleSpec(
 
 
 def test_biases_stay_float32_in_a_folder_of_bfloat16(glm4_moe: Path, tmp_path: Path) -> None:
-    with open_dense(glm4_moe) as dense:
-        done = convert(dense, tmp_path / "moe", GLM4, progress=False)
+    done = converted(glm4_moe, tmp_path / "moe", GLM4)
     assert (done.exact, done.dtype) == (True, "bfloat16")
     assert verify(glm4_moe, tmp_path / "moe", logits=False).equal
     made, own = (weights_of(one) for one in (tmp_path / "moe", glm4_moe))
@@ -228,8 +212,7 @@ def test_biases_stay_float32_in_a_folder_of_bfloat16(glm4_moe: Path, tmp_path: P
     assert read_json(tmp_path / "moe/config.json")["num_nextn_predict_layers"] == 0
     wanted, got = (hugging_face_logits(one, sample_tokens(250)) for one in (glm4_moe, tmp_path / "moe"))
     assert float((got - wanted).norm() / wanted.norm()) <= EXACT
-    made[name] = made[name].bfloat16()
-    save_file(made, tmp_path / "moe/model.safetensors", metadata={"format": "pt"})
+    change_weights(tmp_path / "moe", {name: made[name].bfloat16()})
     assert not verify(glm4_moe, tmp_path / "moe", logits=False).equal
 
 

@@ -12,29 +12,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.hf_folder import write_config
-from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.evaluation import backends as evaluation
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hf_model import empty_model, load_tokenizer
 from nemo_upcycle.utils.files import read_json, write_json
 from nemo_upcycle.verify.verification import verify
-from tests.models import as_transformers_5, hugging_face_logits, write_llama, write_tokenizer
+from tests.folders import converted
+from tests.models import LLAMA3_SCALING, as_transformers_5, hugging_face_logits, write_llama, write_tokenizer
 from tests.parents import YARN, write_gemma3, write_granite4, write_olmo3
 
 
 TOKENS_BS = torch.arange(200).view(1, -1)
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
-@pytest.fixture(params=[None, LLAMA3], ids=["theta", "llama3"])
+@pytest.fixture(params=[None, LLAMA3_SCALING | {"original_max_position_embeddings": 64}], ids=["theta", "llama3"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Tensor]:
     """A dense folder as transformers 5 saves it, and its logits."""
     folder = tmp_path / "dense"
@@ -64,15 +56,12 @@ def test_a_tokenizer_of_transformers_5_gives_the_same_tokens(tmp_path: Path) -> 
 
 
 @torch.no_grad()
-def test_what_transformers_5_saved_computes_the_same_here_loaded_converted_and_written_again(
-    saved: tuple[Path, torch.Tensor], tmp_path: Path
-) -> None:
+def test_what_transformers_5_saved_computes_the_same_here(saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     folder, logits_BSV = saved
     model, _ = evaluation.load_model(folder)
     assert torch.equal(model(TOKENS_BS).logits, logits_BSV)
     assert torch.equal(hugging_face_logits(folder, TOKENS_BS), logits_BSV)
-    with open_dense(folder) as source:
-        moe = convert(source, tmp_path / "moe", UpcycleSpec(num_experts=4, top_k=2)).output
+    moe = converted(folder, tmp_path / "moe").output
     assert verify(folder, moe).equal
     assert (_plain_logits(moe) - logits_BSV).abs().max() < 1e-4
     written = tmp_path / "written"

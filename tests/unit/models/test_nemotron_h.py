@@ -8,41 +8,28 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.convert.offline import convert
+from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.mapping import layer_mappings
 from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields
 from nemo_upcycle.models.sharding import hf_shapes
+from tests.folders import SPEC, converted
 from tests.models import write_random
 
 
 #: Sizes of NVIDIA's Nemotron-H 8B (arXiv 2504.03624, table 1), with 4 of its 52 layers.
 CONFIG: dict[str, Any] = {
-    "architectures": ["NemotronHForCausalLM"],
-    "model_type": "nemotron_h",
-    "hybrid_override_pattern": "M-M*-",
-    "num_hidden_layers": 5,
-    "hidden_size": 4096,
-    "intermediate_size": 21504,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "attention_head_dim": 128,
-    "mamba_num_heads": 128,
-    "mamba_head_dim": 64,
-    "n_groups": 8,
-    "ssm_state_size": 128,
-    "vocab_size": 131072,
-    "mlp_hidden_act": "relu2",
-    "layer_norm_epsilon": 1e-5,
-    "time_step_limit": [0.0, float("inf")],
+    **{"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-"},
+    **{"num_hidden_layers": 5, "hidden_size": 4096, "intermediate_size": 21504, "num_attention_heads": 32},
+    **{"num_key_value_heads": 8, "attention_head_dim": 128, "mamba_num_heads": 128, "mamba_head_dim": 64},
+    **{"n_groups": 8, "ssm_state_size": 128, "vocab_size": 131072, "mlp_hidden_act": "relu2"},
+    **{"layer_norm_epsilon": 1e-5, "time_step_limit": [0.0, float("inf")]},
 }
 TINY = CONFIG | {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "attention_head_dim": 8}
 TINY |= {"num_key_value_heads": 2, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 4}
 TINY |= {"vocab_size": 64}
-SPEC = UpcycleSpec(num_experts=4, top_k=2)
 
 
 def test_the_layers_are_those_of_the_pattern() -> None:
@@ -91,13 +78,11 @@ def test_flops_count_attention_where_it_is() -> None:
     "changes",
     [
         {"hybrid_override_pattern": "MEM*E"},
-        {"hybrid_override_pattern": "*-*-"},
         {"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe"]},
         {"num_hidden_layers": 52},
         {"mlp_hidden_act": "silu"},
         {"conv_kernel": 3},
         {"layer_norm_epsilon": 1e-6},
-        {"use_conv_bias": False},
         {"mlp_bias": True},
         {"time_step_limit": [0.0, 0.1]},
         {"n_groups": 3},
@@ -113,9 +98,7 @@ def test_what_no_layer_of_megatron_computes_is_refused_by_name(changes: dict[str
 
 
 def test_what_has_no_mamba_layers_refuses_it_by_name(tmp_path: Path) -> None:
-    parent = write_random(tmp_path / "dense", TINY)
-    arch = architecture_from_config(TINY)
-    with open_dense(parent) as dense, pytest.raises(SpecError, match=r"Mamba layers \(Mixtral, .*Megatron-Bridge"):
-        convert(dense, tmp_path / "moe", SPEC, progress=False)
+    with pytest.raises(SpecError, match=r"Mamba layers \(Mixtral, .*Megatron-Bridge"):
+        converted(write_random(tmp_path / "dense", TINY), tmp_path / "moe")
     with pytest.raises(CheckpointError, match=r"layers of NemotronHForCausalLM: got Mamba layers \(M\)"):
-        megatron_fields(arch)
+        megatron_fields(architecture_from_config(TINY))

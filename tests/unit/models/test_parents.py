@@ -15,7 +15,6 @@ import transformers
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
-from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.models.hf_config import read_architecture
@@ -25,6 +24,7 @@ from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
 from nemo_upcycle.utils.files import read_json
 from nemo_upcycle.verify.verification import verify
+from tests.folders import converted
 from tests.loading.cases import logits
 from tests.loading.rows import LONG, LONGROPE, PARENTS, WEEKLY, Parent
 from tests.models import (
@@ -57,15 +57,14 @@ def test_what_is_made_of_a_parent_computes_what_it_does(tmp_path: Path, name: st
     assert arch.total_params == numbers
     is_exact = row.dtype is torch.float32 and not inexact_because(arch, spec)
     if row.hf_class:
-        with open_dense(folder) as dense:
-            done = convert(dense, tmp_path / "offline", spec, dtype=row.dtype, progress=False)
+        done = converted(folder, tmp_path / "offline", spec, dtype=row.dtype)
         assert (read_architecture(tmp_path / "offline").hf_class, done.exact) == (row.hf_class, is_exact)
         assert verify(folder, tmp_path / "offline", logits=False).equal is is_exact
         if is_exact and hasattr(transformers, row.hf_class):
             assert _error(logits(tmp_path / "offline", sample_tokens(250)), wanted) <= EXACT
     else:
-        with open_dense(folder) as dense, pytest.raises(SpecError, match="Hugging Face class for this MoE"):
-            convert(dense, tmp_path / "offline", spec, progress=False)
+        with pytest.raises(SpecError, match="Hugging Face class for this MoE"):
+            converted(folder, tmp_path / "offline", spec)
         assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     _check_online(row, folder, wanted if is_exact else None, tmp_path)
 

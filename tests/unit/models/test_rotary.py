@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from nemo_upcycle.models.rotary import attention_factor, rope_frequencies
-from tests.models import small_architecture
+from tests.models import LLAMA3_SCALING, small_architecture
 
 
 #: As their config.json has them: Llama 3.1 8B, Qwen3 8B for 131,072 positions, gpt-oss 20B.
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PUBLISHED: list[tuple[int, float, dict[str, Any]]] = [
-    (128, 500000.0, LLAMA3 | {"original_max_position_embeddings": 8192}),
+    (128, 500000.0, LLAMA3_SCALING),
     (128, 1000000.0, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
     (
         *(64, 150000.0),
@@ -26,9 +25,7 @@ PUBLISHED: list[tuple[int, float, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("head_dim", "theta", "scaling"), PUBLISHED, ids=str)
-def test_frequencies_and_factor_are_those_of_transformers(
-    head_dim: int, theta: float, scaling: dict[str, Any]
-) -> None:
+def test_frequencies_and_factor_are_transformers(head_dim: int, theta: float, scaling: dict[str, Any]) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

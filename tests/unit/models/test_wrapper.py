@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
-from nemo_upcycle.models.wrapper import INDEX, text_settings
+from nemo_upcycle.models.wrapper import INDEX
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 32}
@@ -52,11 +52,6 @@ def test_settings_are_those_that_transformers_takes(config: dict[str, Any], fiel
     assert {name: getattr(found, name) for name in fields} == fields
 
 
-def test_a_model_that_stands_alone_comes_back_as_it_is() -> None:
-    config = {"architectures": ["LlamaForCausalLM"], "rope_scaling": {"mrope_section": [1]}}
-    assert text_settings(config, "config.json") is config
-
-
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -87,9 +82,7 @@ def test_what_is_not_known_is_said_with_what_is_near(config: dict[str, Any], wor
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("said", [None, False, True])
 @pytest.mark.parametrize("has_output", [False, True])
-def test_files_say_whether_the_embedding_is_tied(
-    tmp_path: Path, has_output: bool, said: bool | None, sharded: bool
-) -> None:
+def test_files_say_whether_it_is_tied(tmp_path: Path, has_output: bool, said: bool | None, sharded: bool) -> None:
     names = ["language_model.model.norm.weight", *["language_model.lm_head.weight"] * has_output]
     (tmp_path / "config.json").write_text(json.dumps(_config("Mistral3", SIZES, tie_word_embeddings=said)))
     if sharded:

@@ -15,29 +15,32 @@ from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
 from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
-from tests.tiers import every_pair, every_value
+from tests.tiers import every_value
 
 
+BIASES = {"qkv_bias": True, "attention_out_bias": True, "ffn_bias": True}
+GELU = {"gated": False, "activation": "gelu"}
 NETWORKS: dict[str, dict[str, Any]] = {
     "swiglu": {},
     "geglu": {"activation": "gelu"},
-    "gelu": {"gated": False, "activation": "gelu"},
+    "gelu": GELU,
     "squared_relu": {"gated": False, "activation": "squared_relu"},
+    "qwen3": {"hf_class": "Qwen3ForCausalLM", "qk_norm": True},  # norms of query and key stay as they are
+    "tied": {"qkv_bias": True, "tied_embeddings": True},
 }
-BIASES = {"qkv_bias": True, "attention_out_bias": True, "ffn_bias": True}
-QWEN3 = {"hf_class": "Qwen3ForCausalLM", "qk_norm": True}
+BIASED = {"biases": BIASES, "gelu, biases": GELU | BIASES}
 EXACT, VISIBLE = 2e-6, 1e-3
 
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
 
-def _error(network: dict[str, Any], spec: UpcycleSpec, **changes: Any) -> float:
+def _error(network: dict[str, Any], spec: UpcycleSpec) -> float:
     """Return the relative error of an upcycled model's logits."""
-    arch = small_architecture(**network)
+    arch = small_architecture(num_layers=4, **network)
     tokens = sample_tokens(arch.vocab_size)
     dense = build_chunks(arch, num_experts=None)
-    moe = build_chunks(arch, **(moe_settings(arch, spec) | changes))
+    moe = build_chunks(arch, **moe_settings(arch, spec))
     source = MemorySource(arch)
     load_dense_into(dense, source)
     receipt = upcycle_into(moe, source, spec)
@@ -48,10 +51,6 @@ def _error(network: dict[str, Any], spec: UpcycleSpec, **changes: Any) -> float:
     return float((megatron_logits(moe[0].eval(), tokens) - wanted).norm() / wanted.norm())
 
 
-def _name(value: Any) -> str:
-    return "biases" if value is BIASES else str(value)
-
-
 def _spec(copies: int = 4, chosen: int = 2, granularity: int = 1, **fields: Any) -> UpcycleSpec:
     """Return a spec of so many copies of the network, of which a token passes through so many."""
     fields = {"router_std": 1.0} | fields
@@ -59,94 +58,50 @@ def _spec(copies: int = 4, chosen: int = 2, granularity: int = 1, **fields: Any)
     return UpcycleSpec(**(counts | fields))
 
 
-@pytest.mark.parametrize(
-    ("network", "biases", "granularity"), every_pair(NETWORKS, ({}, BIASES), (1, 2, 4, 8)), ids=_name
-)
-def test_granularity_is_exact_for_every_activation(network: str, biases: dict, granularity: int) -> None:
-    spec = _spec(granularity=granularity)
-    assert spec.is_exact
-    assert _error(NETWORKS[network] | biases, spec) <= EXACT
-
-
-@pytest.mark.parametrize(
-    ("network", "counts"), every_value(NETWORKS, ((1, 1), (2, 1), (2, 2), (4, 3), (8, 5), (8, 8))), ids=str
-)
-def test_shared_experts_are_exact(network: str, counts: tuple[int, int]) -> None:
-    granularity, shared = counts
-    spec = _spec(granularity=granularity, shared_experts=shared)
-    assert spec.is_exact
-    assert _error(NETWORKS[network], spec) <= EXACT
-
-
-@pytest.mark.parametrize(
-    ("layers", "fields"),
-    every_value(
-        ("every-2", "first-1-dense", "first-3-dense", (0, 3), (2,)), ({}, {"granularity": 2, "shared_experts": 1})
-    ),
-    ids=str,
-)
-def test_dense_layers_between_are_exact(fields: dict, layers: Any) -> None:
-    spec = _spec(moe_layers=layers, **fields)
-    assert spec.is_exact
-    assert _error({"num_layers": 4}, spec) <= EXACT
-
-
-#: Of so many chosen copies, and what else the spec says.
-ROUTERS: list[tuple[int, dict[str, Any]]] = [
-    (2, {"router_std": 0.02}),
-    (2, {"router_std": 5.0}),
-    (3, {"router_init": "uniform"}),
-    (1, {"granularity": 2}),
-    (3, {"granularity": 3}),
-    (2, {"routed_scaling_factor": 2.5}),
-    (2, {"router_init": "zero"}),
-    (4, {"router_init": "zero", "granularity": 2}),
+#: What a spec says, beside four copies of which two are chosen.
+SPECS: list[dict[str, Any]] = [
+    {},
+    {"granularity": 2},
+    {"granularity": 8},
+    {"moe_layers": "every-2"},
+    {"moe_layers": (2,)},
+    {"router_std": 5.0},
+    {"chosen": 3, "router_init": "uniform"},
+    {"chosen": 3, "granularity": 3},
+    {"routed_scaling_factor": 2.5},
+    {"chosen": 4, "router_init": "zero", "granularity": 2},
     # all experts chosen: softmax before or after top-k is the same
-    (4, {"router_order": "softmax_topk", "granularity": 2}),
-    (4, {"router_order": "softmax_topk", "routed_scaling_factor": 0.5, "output_scale": "exact"}),
+    {"chosen": 4, "router_order": "softmax_topk", "granularity": 2},
+    {"chosen": 4, "router_order": "softmax_topk", "routed_scaling_factor": 0.5, "output_scale": "exact"},
     # the router's weights must be zero, else the sum of the chosen experts' weights is not known
-    (1, {"router_order": "softmax_topk", "router_init": "zero"}),
-    (3, {"router_order": "softmax_topk", "router_init": "zero", "routed_scaling_factor": 2.5}),
-    (2, {"router_order": "softmax_topk", "router_std": 0.0}),
-    (2, {"router_score": "sigmoid"}),
-    (3, {"router_score": "sigmoid", "router_init": "uniform", "routed_scaling_factor": 2.5}),
-    (1, {"router_score": "sigmoid", "granularity": 4, "router_std": 0.02}),
-    (1, {"router_score": "sigmoid", "router_init": "zero"}),
-    (1, {"router_score": "sigmoid", "router_init": "zero", "routed_scaling_factor": 2.5}),
+    {"chosen": 1, "router_order": "softmax_topk", "router_init": "zero"},
+    {"chosen": 3, "router_order": "softmax_topk", "router_init": "zero", "routed_scaling_factor": 2.5},
+    {"router_order": "softmax_topk", "router_std": 0.0},
+    {"router_score": "sigmoid"},
+    {"chosen": 3, "router_score": "sigmoid", "router_init": "uniform", "routed_scaling_factor": 2.5},
+    {"chosen": 1, "router_score": "sigmoid", "granularity": 4, "router_std": 0.02},
+    {"chosen": 1, "router_score": "sigmoid", "router_init": "zero", "routed_scaling_factor": 2.5},
+    # change nothing
+    {"method": "noise", "noise_std": 0.0},
+    {"method": "drop", "drop_ratio": 0.0},
+    {"output_scale": "none"},
+]
+#: The same with shared experts, which have no biases in Megatron.
+SHARED: list[dict[str, Any]] = [
+    *({"granularity": parts, "shared_experts": shared} for parts, shared in ((1, 1), (2, 2), (4, 3), (8, 5), (8, 8))),
+    {"granularity": 2, "shared_experts": 1, "moe_layers": "first-3-dense"},
+    {"granularity": 4, "shared_experts": 2, "moe_layers": "every-2", "router_score": "sigmoid", "seed": 3}
+    | {"router_std": 0.02, "routed_scaling_factor": 2.5},
 ]
 
 
-@pytest.mark.parametrize(("router", "biases"), every_value(ROUTERS, ({}, BIASES)), ids=_name)
-def test_routers_are_exact_where_the_weights_sum_is_known(router: tuple[int, dict], biases: dict) -> None:
-    chosen, fields = router
-    spec = _spec(chosen=chosen, **fields)
-    assert spec.is_exact
-    assert _error(biases, spec) <= EXACT
-
-
-EVERYTHING: dict[str, Any] = {
-    **{"granularity": 4, "shared_experts": 2, "moe_layers": "every-2", "router_score": "sigmoid", "seed": 3},
-    **{"router_std": 0.02, "routed_scaling_factor": 2.5},
-}
-
-
 @pytest.mark.parametrize(
-    ("network", "fields"),
-    [
-        (QWEN3, {}),  # norms of query and key stay as they are
-        (QWEN3, {"granularity": 4, "shared_experts": 2}),
-        (QWEN3, {"moe_layers": "every-2"}),
-        ({"num_layers": 4, "qkv_bias": True, "tied_embeddings": True}, EVERYTHING),
-        ({}, {"method": "noise", "noise_std": 0.0}),  # changes nothing
-        ({}, {"method": "drop", "drop_ratio": 0.0}),
-        ({}, {"output_scale": "none"}),
-    ],
+    ("network", "fields"), [*every_value(NETWORKS | BIASED, SPECS), *every_value(NETWORKS, SHARED)], ids=str
 )
-def test_norms_everything_together_and_what_changes_nothing_are_exact(
-    network: dict[str, Any], fields: dict[str, Any]
-) -> None:
-    assert _spec(**fields).is_exact
-    assert _error(network, _spec(**fields)) <= EXACT
+def test_exact_specs_give_the_dense_models_logits(network: str, fields: dict[str, Any]) -> None:
+    spec = _spec(**fields)
+    assert spec.is_exact
+    assert _error((NETWORKS | BIASED)[network], spec) <= EXACT
 
 
 @pytest.mark.parametrize(
@@ -154,20 +109,15 @@ def test_norms_everything_together_and_what_changes_nothing_are_exact(
     [
         (_spec(method="noise", noise_std=0.05), "noise_std=0.05 changes every weight"),
         (_spec(method="drop", drop_ratio=0.25), "drop_ratio=0.25 draws neurons anew"),
-        (
-            UpcycleSpec(num_experts=8, top_k=3, granularity=2, router_std=1.0),
-            "top_k=3 is no multiple of granularity=2",
-        ),
+        (_spec(granularity=2, top_k=3), "top_k=3 is no multiple of granularity=2"),
         (_spec(copies=6, chosen=1, granularity=2, router_init="zero"), "a zero router ties all experts"),
         (_spec(router_order="softmax_topk"), "only with a zero router"),
-        (_spec(chosen=1, router_score="sigmoid"), "only with a zero router"),
         (
             _spec(copies=8, granularity=2, router_score="sigmoid", router_std=5.0),
             "with router_std=5 two copies can have the same sigmoid score",
         ),
         (_spec(copies=3, router_score="sigmoid", router_std=1000.0), "with router_std=1e+03 float32 loses the sum"),
         (_spec(granularity=2, output_scale="none"), "output_scale=none leaves 0.5 of the dense output"),
-        (_spec(routed_scaling_factor=2.5, output_scale="none"), "output_scale=none leaves 2.5 of the dense output"),
         (_spec(router_order="softmax_topk", router_init="zero", output_scale="none"), "leaves 0.5 of"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -15,22 +15,10 @@ from nemo_upcycle.utils.files import read_json, write_json
 
 def _receipt(number: int) -> UpcycleReceipt:
     record = ParameterRecord(f"weight{number}", (2,), "float32", "copied", ())
-    return UpcycleReceipt(
-        source="dense",
-        source_files={},
-        spec=None,
-        exact=True,
-        inexact_because=[],
-        dense_params=10,
-        total_params=40,
-        active_params=20,
-        parameters=[record],
-        bytes_read=number,
-        bytes_needed=10 * number,
-        bytes_written=100 * number,
-        seconds=float(number),
-        peak_rss_gib=0.5 * number,
-    )
+    said = {"source": "dense", "source_files": {}, "spec": None, "exact": True, "inexact_because": []}
+    counts = {"dense_params": 10, "total_params": 40, "active_params": 20, "bytes_read": number}
+    counts |= {"bytes_needed": 10 * number, "bytes_written": 100 * number}
+    return UpcycleReceipt(**said, **counts, parameters=[record], seconds=float(number), peak_rss_gib=0.5 * number)
 
 
 def test_bytes_add_up_and_times_are_the_slowest_ranks() -> None:

@@ -90,13 +90,9 @@ def test_a_save_that_began_without_the_room_of_the_last_one_is_a_full_disk(tmp_p
 
 
 def test_what_the_system_says_of_a_full_disk_counts_wherever_it_was_said(tmp_path: Path) -> None:
-    try:
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        except OSError as cause:
-            raise RuntimeError("of a library") from cause
-    except RuntimeError as error:
-        found = full_disk(error, tmp_path / "checkpoints")
+    error = RuntimeError("of a library")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    found = full_disk(error, tmp_path / "checkpoints")
     assert found is not None
     assert str(found.got).startswith("No space left on device, ")
     assert "no checkpoint is finished yet" in found.fix

@@ -29,6 +29,10 @@ TENSORS = {
 }
 
 
+#: Where the metadata have "a".
+PLACE = MetadataIndex("a", torch.Size((0, 0)))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     dcp.save(TENSORS, checkpoint_id=tmp_path / "weights", no_dist=True)
@@ -61,7 +65,7 @@ def _add_chunk(offset: int) -> Callable[[Any], None]:
         entry = metadata.state_dict_metadata["a"]
         entry.size = torch.Size((8, 6))
         entry.chunks.append(ChunkStorageMetadata(torch.Size((offset, 0)), torch.Size((4, 6))))
-        place = metadata.storage_data[MetadataIndex("a", torch.Size((0, 0)))]
+        place = metadata.storage_data[PLACE]
         metadata.storage_data[MetadataIndex("a", torch.Size((offset, 0)))] = place
 
     return change
@@ -90,10 +94,6 @@ def _set_place(name: str, **changes: Any) -> Callable[[Any], None]:
     return change
 
 
-def _no_place(metadata: Any) -> None:
-    del metadata.storage_data[MetadataIndex("a", torch.Size((0, 0)))]
-
-
 def _set(**changes: Any) -> Callable[[Any], None]:
     """Describe "a" as another tensor, `sizes` as that of its piece as well."""
 
@@ -108,7 +108,7 @@ def _set(**changes: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_no_place, r"\.metadata: got damaged data of a \(no place"),
+        (lambda metadata: metadata.storage_data.pop(PLACE), r"\.metadata: got damaged data of a \(no place"),
         (_set(properties=TensorProperties(dtype=torch.bfloat16)), r"distcp: got damaged data of a \(ValueError"),
         (_set(size=torch.Size((5, 6)), sizes=torch.Size((5, 6))), r"distcp: got damaged data of a \(RuntimeError"),
         (_set(sizes=torch.Size((24,))), r"unreadable metadata \(a is not described as torch does it"),
@@ -116,7 +116,6 @@ def _set(**changes: Any) -> Callable[[Any], None]:
         (_set_place("a", offset=-1), "unreadable metadata"),
         (_set_place("a", offset=10**9), r"damaged data of a \(the file ends before it"),
         (_set_place("a", transform_descriptors=["zstd"]), r"damaged data of a \(compressed"),
-        (lambda metadata: metadata.storage_data.clear(), "no place in the metadata"),
         (lambda metadata: setattr(metadata, "storage_data", None), "unreadable metadata"),
     ],
 )
@@ -157,14 +156,6 @@ def test_a_damaged_byte_anywhere_leads_to_an_error_or_to_other_numbers(folder: P
     assert refused > 20
 
 
-def _append(folder: Path, evil: io.BytesIO) -> None:
-    """Put another archive behind a file's data, and let the metadata say that it is "a"."""
-    path = folder / "__0_0.distcp"
-    offset = path.stat().st_size
-    path.write_bytes(path.read_bytes() + evil.getvalue())
-    _edit(folder, _set_place("a", offset=offset, length=len(evil.getvalue())))
-
-
 class _Runs:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -178,7 +169,10 @@ def test_code_in_a_piece_or_in_the_place_of_metadata_is_refused_and_not_run(fold
     with zipfile.ZipFile(evil, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(_Runs(trace)))
         archive.writestr("archive/data/0", TENSORS["a"].numpy().tobytes())
-    _append(folder, evil)
+    path = folder / "__0_0.distcp"
+    offset = path.stat().st_size
+    path.write_bytes(path.read_bytes() + evil.getvalue())
+    _edit(folder, _set_place("a", offset=offset, length=len(evil.getvalue())))
     with pytest.raises(CheckpointError, match="damaged data of a"):
         DistributedCheckpoint(folder).read("a")
     (folder / ".metadata").write_bytes(pickle.dumps(_Runs(trace)))
@@ -210,14 +204,11 @@ def _set_attribute(module: str, owner: str, attribute: str) -> bytes:
     ("module", "owner", "attribute"),
     [
         ("pathlib", "Path", "is_file"),
-        ("pathlib", "PosixPath", "is_file"),
         ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata", "__eq__"),
-        ("torch.distributed.checkpoint.metadata", "MetadataIndex", "__eq__"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo", "__eq__"),
         ("torch.serialization", "_get_layout", "__doc__"),
     ],
 )
-def test_metadata_that_changes_a_class_is_refused_and_changes_nothing(
+def test_metadata_that_changes_a_class_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, owner: str, attribute: str
 ) -> None:
     target = pkgutil.resolve_name(f"{module}:{owner}")

@@ -20,9 +20,7 @@ MIB = 1 << 20
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_slice_of_any_layout_has_the_right_bits_and_lies_where_it_is_said_to(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_slice_has_the_right_bits_and_place(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     start, transposed = data.draw(st.integers(0, 9)), data.draw(st.booleans())
@@ -52,9 +50,7 @@ def test_a_slice_beyond_the_tensor_is_refused(tmp_path: Path, bounds: list[tuple
         MappedFiles(tmp_path).read("norm", Stored("f", torch.float32, (4, 3), (3, 1), 0), bounds)
 
 
-def test_a_cold_slice_is_fetched_and_nothing_beyond_it_of_columns_the_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cold_slice_is_fetched_of_columns_the_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[tuple[int, int]] = []
     preadv = os.preadv
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_weights
@@ -16,7 +15,7 @@ from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.sources.several_parents import Branches
-from nemo_upcycle.utils.files import read_json, write_json
+from tests.folders import SPEC, change_config, change_weights, converted
 from tests.models import build_chunks, require_same_weights, weights_of, write_llama
 
 
@@ -31,27 +30,22 @@ def folders(tmp_path: Path) -> list[Path]:
     for number in (1, 2):
         folder = Path(shutil.copytree(found[0], tmp_path / f"other{number}"))
         torch.manual_seed(number)
-        tensors = load_file(folder / "model.safetensors")
-        save_file({name: t + torch.randn(t.shape) * 0.05 for name, t in tensors.items()}, folder / "model.safetensors")
-        found.append(folder)
+        moved = {name: tensor + torch.randn(tensor.shape) * 0.05 for name, tensor in weights_of(folder).items()}
+        found.append(change_weights(folder, moved))
     return found
-
-
-def _tensors(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
-    return [weights_of(folder) for folder in folders]
 
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("rest", ["first", "mean"])
 def test_experts_are_the_models_in_turn_and_the_rest_is_one(folders: list[Path], tmp_path: Path, rest: str) -> None:
-    (model,), spec = build_chunks(folders[0], num_experts=4), UpcycleSpec(num_experts=4, top_k=2)
+    (model,) = build_chunks(folders[0], num_experts=4)
     with open_dense(folders, non_expert_weights=rest) as dense:
-        receipt = upcycle_into([model], dense, spec)
-        convert(dense, tmp_path / "offline", spec, progress=False)
-        arch = dense.architecture.upcycled(spec)
+        receipt = upcycle_into([model], dense, SPEC)
+        convert(dense, tmp_path / "offline", SPEC, progress=False)
+        arch = dense.architecture.upcycled(SPEC)
     export_weights(LiveWeights(model), arch, folders[0], tmp_path / "online", dtype=torch.float32)
     require_same_weights(tmp_path / "online", tmp_path / "offline")
-    moe, tensors = weights_of(tmp_path / "offline"), _tensors(folders)
+    moe, *tensors = map(weights_of, (tmp_path / "offline", *folders))
     for expert in range(4):
         down = moe[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"]
         assert torch.equal(down, tensors[expert % 3][NETWORK])
@@ -65,11 +59,9 @@ def test_experts_are_the_models_in_turn_and_the_rest_is_one(folders: list[Path],
 
 
 def test_all_parts_of_one_network_come_from_one_model(folders: list[Path], tmp_path: Path) -> None:
-    spec = UpcycleSpec(num_experts=6, top_k=2, granularity=2)
-    with open_dense(folders) as dense:
-        convert(dense, tmp_path / "moe", spec, dtype=torch.float32, progress=False)
+    converted(folders, tmp_path / "moe", UpcycleSpec(num_experts=6, top_k=2, granularity=2))
     moe = weights_of(tmp_path / "moe")
-    up = [tensors["model.layers.1.mlp.up_proj.weight"].chunk(2) for tensors in _tensors(folders)]
+    up = [weights_of(folder)["model.layers.1.mlp.up_proj.weight"].chunk(2) for folder in folders]
     for expert in range(6):
         copy, part = divmod(expert, 2)
         assert torch.equal(moe[f"model.layers.1.block_sparse_moe.experts.{expert}.w3.weight"], up[copy][part])
@@ -77,16 +69,15 @@ def test_all_parts_of_one_network_come_from_one_model(folders: list[Path], tmp_p
 
 def test_a_mean_is_taken_in_float32_and_cast_back(folders: list[Path]) -> None:
     for folder in folders:
-        tensors = load_file(folder / "model.safetensors")
-        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    expected = sum(each[ATTENTION].float() for each in _tensors(folders)) / 3
+        change_weights(folder, {name: tensor.bfloat16() for name, tensor in weights_of(folder).items()})
+    expected = sum(weights_of(folder)[ATTENTION].float() for folder in folders) / 3
     with open_dense(folders, non_expert_weights="mean") as dense:
         got = dense.read(ATTENTION, [(3, 9), (10, 40)])
         assert torch.equal(got, expected[3:9, 10:40].bfloat16())
         assert dense.bytes_read == 3 * got.nbytes
         assert [branch.path for branch in dense.branches()] == folders
     with open_dense(folders) as dense:
-        assert torch.equal(dense.read(ATTENTION), _tensors(folders)[0][ATTENTION])
+        assert torch.equal(dense.read(ATTENTION), weights_of(folders[0])[ATTENTION])
         assert dense.bytes_read == 64 * 64 * 2
 
 
@@ -104,15 +95,12 @@ def test_one_model_is_no_mixture(folders: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "field", "first"),
     [
-        ("rope_theta", 5e5, "rope_theta", 100000.0),
         ("num_hidden_layers", 3, "num_layers", 2),
-        ("rms_norm_eps", 1e-6, "norm_eps", 1e-5),
         ("architectures", ["Qwen2ForCausalLM"], "hf_class", "LlamaForCausalLM"),
     ],
 )
 def test_architectures_must_agree(folders: list[Path], name: str, value: Any, field: str, first: object) -> None:
-    path = folders[2] / "config.json"
-    write_json(path, read_json(path) | {name: value})
+    change_config(folders[2], **{name: value})
     with pytest.raises(CheckpointError) as caught:
         open_dense(folders)
     assert caught.value.subject == f"{field} of {folders[2]}"
@@ -120,15 +108,12 @@ def test_architectures_must_agree(folders: list[Path], name: str, value: Any, fi
 
 
 def test_tensors_must_agree(folders: list[Path]) -> None:
-    tensors = load_file(folders[1] / "model.safetensors")
-    save_file(tensors | {NETWORK: tensors[NETWORK].bfloat16()}, folders[1] / "model.safetensors")
-    words = r"dtype of .*down_proj\.weight of .*other1: got torch\.bfloat16, expected torch\.float32"
-    with pytest.raises(CheckpointError, match=words):
-        open_dense(folders)
-    save_file(tensors | {NETWORK: tensors[NETWORK].T.contiguous()}, folders[1] / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"shape of .*down_proj\.weight of .*other1: got \(96, 64\)"):
-        open_dense(folders)
-    del tensors[NETWORK]
-    save_file(tensors, folders[1] / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"other1: tensor '.*down_proj\.weight' does not exist"):
-        open_dense(folders)
+    tensor = weights_of(folders[1])[NETWORK]
+    for changed, words in (
+        (tensor.bfloat16(), r"dtype of .*down_proj\.weight of .*other1: got torch\.bfloat16, expected torch\.float32"),
+        (tensor.T.contiguous(), r"shape of .*down_proj\.weight of .*other1: got \(96, 64\)"),
+        (None, r"other1: tensor '.*down_proj\.weight' does not exist"),
+    ):
+        change_weights(folders[1], {NETWORK: changed})
+        with pytest.raises(CheckpointError, match=words):
+            open_dense(folders)

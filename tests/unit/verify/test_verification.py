@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from importlib.metadata import version
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.convert.offline import convert
-from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.verify import verification
 from nemo_upcycle.verify.verification import Verification, verify
-from tests.models import write_llama, write_tokenizer
+from tests.folders import change_config, change_weights, converted
+from tests.models import weights_of, write_llama, write_tokenizer
 from tests.parents import write_mixtral
-from tests.tiers import every_value, quick
+from tests.tiers import quick
 
 
 COPY = {"num_experts": 4, "top_k": 2}
@@ -31,8 +29,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _made(dense: Path, folder: Path, dtype: torch.dtype | None = None, **fields: Any) -> Path:
-    with open_dense(dense) as source:
-        return convert(source, folder, UpcycleSpec(**(COPY | fields)), dtype=dtype).output
+    return converted(dense, folder, UpcycleSpec(**(COPY | fields)), dtype=dtype).output
 
 
 def _lines(found: Verification) -> dict[str, str]:
@@ -56,9 +53,7 @@ def _lines(found: Verification) -> dict[str, str]:
     ),
     ids=["copy", "granular", "shared", "sigmoid", "before top-k", "odd", "mixed"],
 )
-def test_exact_models_are_equal_by_weights_and_by_logits(
-    dense: Path, tmp_path: Path, fields: dict[str, Any], down: str
-) -> None:
+def test_exact_models_are_equal_by_weights_and_logits(dense: Path, tmp_path: Path, fields: Any, down: str) -> None:
     found = verify(dense, _made(dense, tmp_path / "moe", **fields), layers=True)
     assert found.equal
     assert found.weights_exact
@@ -76,13 +71,11 @@ def test_exact_models_are_equal_by_weights_and_by_logits(
     ("fields", "kind", "line"),
     [
         ({"method": "drop", "drop_ratio": 0.25}, "expert up", "factors 1; 25 to 25 % of the neurons changed"),
-        ({"method": "drop", "drop_ratio": 0.5}, "expert down", "factors 1; 50 to 50 % of the neurons changed"),
         ({"method": "noise"}, "expert gate", "100 to 100 % of the neurons changed"),
         (FINE | {"output_scale": "none"}, "expert down", "24 of 24 identical"),
         ({"router_order": "softmax_topk"}, "expert down", "0 of 12 identical; factors 2"),
-        (FINE | {"router_score": "sigmoid", "router_std": 5.0}, "expert down", "factors 2"),
     ],
-    ids=["drop 25", "drop 50", "noise", "unscaled", "random before top-k", "large sigmoid"],
+    ids=["drop", "noise", "unscaled", "random before top-k"],
 )
 def test_what_is_not_exact_is_named(dense: Path, tmp_path: Path, fields: dict[str, Any], kind: str, line: str) -> None:
     moe = _made(dense, tmp_path / "moe", **fields)
@@ -102,91 +95,70 @@ def test_a_type_with_less_precision_is_compared_in_that_type(dense: Path, tmp_pa
     assert _lines(found)["everything else"].endswith("identical")
 
 
-TORN = {"num_experts": 64, "top_k": 8, "granularity": 8, "shared_experts": 1}
-_BF16 = torch.bfloat16
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fields", "dtype", "torn"),
+    ("fields", "torn"),
     [
-        (FINE, None, range(1)),
-        (FINE | {"router_score": "sigmoid", "router_std": 5.0}, None, range(1, 513)),
-        (FINE | {"top_k": 3}, None, range(512, 513)),
-        (TORN, _BF16, range(1, 100)),
-        (COPY, _BF16, None),
+        (FINE, range(1)),
+        (FINE | {"router_score": "sigmoid", "router_std": 5.0}, range(1, 513)),
+        (FINE | {"top_k": 3}, range(512, 513)),
     ],
-    ids=["float32", "large logits", "half networks", "16 bits", "whole networks"],
+    ids=["exact", "large logits", "half networks"],
 )
-def test_tokens_with_parts_of_several_networks_are_counted_in_the_models_own_type(
-    dense: Path, tmp_path: Path, fields: dict[str, Any], dtype: torch.dtype | None, torn: range | None
+def test_tokens_of_parts_of_networks_are_counted(
+    dense: Path, tmp_path: Path, fields: dict[str, Any], torn: range
 ) -> None:
-    if fields["num_experts"] == 64 and version("transformers")[0] > "4":
-        pytest.skip("its grouped products take no rows of 24 bytes")
-    found = verify(dense, _made(dense, tmp_path / "moe", dtype, **fields)).torn
-    assert (found is None) is (torn is None)
-    if found is not None and torn is not None:
-        assert (found.dtype, found.tokens) == ("bfloat16" if dtype else "float32", 512)
-        assert found.torn in torn
-        assert found.torn == round(found.share * 512)
+    found = verify(dense, _made(dense, tmp_path / "moe", **fields)).torn
+    assert found is not None
+    assert found.torn in torn
+    assert found.torn == round(found.share * 512)
+    assert verify(dense, _made(dense, tmp_path / "copies")).torn is None
 
 
 @pytest.mark.parametrize(("dtype", "tears"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_copies_of_a_parents_experts_are_torn_in_16_bits(tmp_path: Path, dtype: torch.dtype, tears: bool) -> None:
     parent = write_tokenizer(write_mixtral(tmp_path / "dense", vocab_size=259, num_local_experts=8))
-    with open_dense(parent) as source:
-        spec = UpcycleSpec(num_experts=16, top_k=4, router_std=0.0)
-        done = convert(source, tmp_path / "moe", spec, dtype=dtype)
+    done = converted(parent, tmp_path / "moe", UpcycleSpec(num_experts=16, top_k=4, router_std=0.0), dtype=dtype)
     assert done.needs_float32_routing
     torn = verify(parent, done.output).torn
     assert torn is not None
-    assert (torn.tokens, torn.torn > 0) == (512, tears)
+    assert (torn.dtype, torn.tokens, torn.torn > 0) == (str(dtype).removeprefix("torch."), 512, tears)
 
 
 def test_a_foreign_top_1_model_is_compared_though_no_spec_makes_one(dense: Path, tmp_path: Path) -> None:
     for name, fields, is_exact in (("whole", {}, True), ("torn", {"num_experts": 4, "granularity": 2}, False)):
         moe = _made(dense, tmp_path / name, **fields)
-        config = json.loads((moe / "config.json").read_text())
-        (moe / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
-        found = verify(dense, moe)
+        found = verify(dense, change_config(moe, num_experts_per_tok=1))
         assert found.equal is found.weights_exact is is_exact
 
 
 def test_a_float16_half_that_loses_the_last_bit_of_small_weights_is_named(dense: Path, tmp_path: Path) -> None:
-    half = tmp_path / "float16"
-    half.mkdir()
-    for path in dense.iterdir():
-        (half / path.name).write_bytes(path.read_bytes())
-    tensors = {name: tensor.half() for name, tensor in load_file(half / "model.safetensors").items()}
+    tensors = {name: tensor.half() for name, tensor in weights_of(dense).items()}
     tensors["model.layers.0.mlp.down_proj.weight"][0] = 3 * 2.0**-24  # halved, it is no number of float16
-    save_file(tensors, half / "model.safetensors", {"format": "pt"})
+    half = change_weights(Path(shutil.copytree(dense, tmp_path / "float16")), tensors)
     spec = UpcycleSpec(**FINE, shared_experts=1)
-    with open_dense(half) as source:
-        done = convert(source, tmp_path / "moe", spec)
+    done = converted(half, tmp_path / "moe", spec)
     why = ("the factor 0.5 on the shared experts' down projection rounds numbers below 0.00012 in float16",)
     assert (done.exact, done.inexact_because) == (False, why)
     found = verify(half, done.output, logits=False)
     assert found.weights_exact
     assert found.weights_rounded == why
     assert not found.equal
-    with open_dense(half) as source:
-        assert convert(source, tmp_path / "bfloat16", spec, dtype=torch.float32).exact
+    assert converted(half, tmp_path / "float32", spec, dtype=torch.float32).exact
 
 
 def test_every_type_of_a_child_is_held_against_its_parents(dense: Path, tmp_path: Path) -> None:
     moe = _made(dense, tmp_path / "moe")
-    tensors = load_file(moe / "model.safetensors")
     name = "model.layers.2.input_layernorm.weight"
-    tensors[name] = tensors[name].bfloat16()
-    save_file(tensors, moe / "model.safetensors", {"format": "pt"})
+    change_weights(moe, {name: weights_of(moe)[name].bfloat16()})
     (reason,) = verify(dense, moe, logits=False).weights_rounded
     assert reason.startswith("float32 weights are rounded to bfloat16")
 
 
 def _change(folder: Path, name: str, value: float) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name].view(-1)[-1] = value
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tensor = weights_of(folder)[name]
+    tensor.view(-1)[-1] = value
+    change_weights(folder, {name: tensor})
 
 
 @pytest.mark.parametrize(
@@ -214,16 +186,10 @@ def test_routers_that_tear_copies_apart_are_found(dense: Path, tmp_path: Path) -
     assert not verify(dense, moe, logits=False).equal
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    every_value(
-        ["model.layers.1.block_sparse_moe.experts.0.w2.weight", "model.layers.2.block_sparse_moe.gate.weight"],
-        [float("nan"), float("inf")],
-    ),
-)
-def test_weights_that_are_no_numbers_are_named(dense: Path, tmp_path: Path, name: str, value: float) -> None:
+@pytest.mark.parametrize("name", ["1.block_sparse_moe.experts.0.w2.weight", "2.block_sparse_moe.gate.weight"])
+def test_weights_that_are_no_numbers_are_named(dense: Path, tmp_path: Path, name: str) -> None:
     moe = _made(dense, tmp_path / "moe")
-    _change(moe, name, value)
+    _change(moe, f"model.layers.{name}", float("nan"))
     with pytest.raises(CheckpointError, match=f"{name}: got 1 values that are NaN or infinite"):
         verify(dense, moe)
 
@@ -237,21 +203,12 @@ def test_weights_that_are_no_numbers_are_named(dense: Path, tmp_path: Path, name
         ({"num_experts_per_tok": 5}, "num_experts_per_tok", "5"),
     ],
 )
-def test_a_configuration_that_is_not_the_weights_own(
-    dense: Path, tmp_path: Path, change: dict[str, int], subject: str, got: str
-) -> None:
-    moe = _made(dense, tmp_path / "moe")
-    (moe / "config.json").write_text(json.dumps(json.loads((moe / "config.json").read_text()) | change))
+def test_a_config_that_is_not_the_weights(dense: Path, tmp_path: Path, change: Any, subject: str, got: str) -> None:
+    moe = change_config(_made(dense, tmp_path / "moe"), **change)
     with pytest.raises(CheckpointError) as caught:
         verify(dense, moe)
     assert subject in caught.value.subject
     assert got in str(caught.value.got)
-
-
-@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
-def test_a_tolerance_is_a_number(dense: Path, tolerance: float) -> None:
-    with pytest.raises(SpecError, match="tolerance: got"):
-        verify(dense, dense, tolerance=tolerance)
 
 
 def test_the_text_is_the_one_asked_for(dense: Path, tmp_path: Path) -> None:

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.verify.weights import compare_weights
+from tests.folders import SPEC, change_config, converted
 from tests.models import hugging_face_logits, sample_tokens, write_llama
-
-
-SPEC = UpcycleSpec(num_experts=4, top_k=2)
-
-
-def _change(folder: Path, changes: dict[str, Any]) -> Path:
-    """Rewrite a folder's config.json; what is `...` is left out."""
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({name: v for name, v in config.items() if v is not ...}))
-    return folder
-
-
-def _converted(dense: Path, folder: Path, spec: UpcycleSpec = SPEC) -> Path:
-    with open_dense(dense) as source:
-        return convert(source, folder, spec, progress=False).output
 
 
 def _equal(dense: Path, moe: Path) -> bool:
@@ -46,31 +30,12 @@ def _equal(dense: Path, moe: Path) -> bool:
         ({"sliding_window": 16}, "window"),
     ],
 )
-def test_a_child_with_other_settings_is_not_the_parents(
-    dense: Path, tmp_path: Path, change: dict[str, Any], name: str
-) -> None:
-    moe = _converted(dense, tmp_path / "moe")
+def test_a_child_with_other_settings_is_not_the_parents(dense: Path, tmp_path: Path, change: Any, name: str) -> None:
+    moe = converted(dense, tmp_path / "moe").output
     assert _equal(dense, moe)
     with pytest.raises(CheckpointError) as caught:
-        _equal(dense, _change(moe, change))
+        _equal(dense, change_config(moe, **change))
     assert caught.value.subject.rpartition(": ")[2] == name
-
-
-@pytest.mark.parametrize(
-    ("spec", "experts", "bias"),
-    [
-        (SPEC, "block_sparse_moe.experts.0.", "w1"),
-        (UpcycleSpec(num_experts=4, top_k=2, granularity=2, shared_experts=1), "mlp.experts.0.", "down_proj"),
-    ],
-    ids=["mixtral", "qwen2_moe"],
-)
-def test_biases_that_a_config_says_and_no_file_has_are_named(
-    dense: Path, tmp_path: Path, spec: UpcycleSpec, experts: str, bias: str
-) -> None:
-    moe = _change(_converted(dense, tmp_path / "moe", spec), {"mlp_bias": True})
-    words = rf"moe: tensors missing: got model\.layers\.0\.{experts}{bias}\.bias, .* and \d+ more, expected exactly"
-    with pytest.raises(CheckpointError, match=words):
-        _equal(dense, moe)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +45,8 @@ def test_a_parent_that_leaves_its_settings_unsaid_has_an_exact_child(tmp_path: P
     """Llama 2's config has no rotary base: 10,000 for a Llama, a million for a Mixtral."""
     dense = write_llama(tmp_path / "dense", layers=2, rope_theta=10000.0, rms_norm_eps=1e-6)
     unsaid = ("rope_theta", "rms_norm_eps", "tie_word_embeddings", "hidden_act", "max_position_embeddings", "head_dim")
-    _change(dense, dict.fromkeys(unsaid, ...))
-    moe = _converted(dense, tmp_path / "moe", spec)
+    change_config(dense, **dict.fromkeys(unsaid, ...))
+    moe = converted(dense, tmp_path / "moe", spec).output
     assert _equal(dense, moe)
     parent, child = (hugging_face_logits(folder, sample_tokens(250)) for folder in (dense, moe))
     assert parent.abs().max() > 1.0
