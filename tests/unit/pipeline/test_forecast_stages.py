@@ -83,10 +83,9 @@ def test_a_changed_setting_is_named_and_what_follows_runs_again(demo: Any, tmp_p
     demo.evaluation = "full"
     found = forecast_of(demo, tmp_path)
     assert _states(found)["export"] == "done"
-    evaluate, report = found.stages[-2:]
-    assert (evaluate.finding.state, report.finding.state) == (State.RUN, State.RUN)
-    assert evaluate.finding.why == "finished before, but evaluation changed"
-    assert report.finding.why == "finished before, but evaluate changed"
+    evaluate, report = (stage.finding for stage in found.stages[-2:])
+    assert (evaluate.state, evaluate.why) == (State.RUN, "finished before, but evaluation changed")
+    assert (report.state, report.why) == (State.RUN, "finished before, but evaluate changed")
 
 
 @pytest.mark.parametrize("lost", ["import", "upcycle"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,8 +52,7 @@ class FakeApi:
     def lacks_claim(self, namespace: str, name: str) -> bool:
         return name == self.lacks
 
-    def lacks_queue(self, namespace: str, name: str) -> bool:
-        return name == self.lacks
+    lacks_queue = lacks_claim
 
     def why_pods_wait(self, namespace: str, selector: str) -> str:
         return self.why
@@ -77,15 +77,14 @@ def test_every_stage_of_every_recipe_fits_the_published_schemas(recipe: str, tmp
             ((name, text),) = scheduler.render(job).items()
             document = yaml.safe_load(text)
             schema.validate(document)
+            assert not schema.is_valid(document | {"spec": document["spec"] | {"misspelt": 1}})
             assert name == f"{document['metadata']['name']}.yaml"
 
 
 def test_names_are_labels_whatever_the_folder_is_called(tmp_path: Path) -> None:
     for folder in ("8B Läufe_v2", "ÄÖ", "x" * 90, "demo-"):
         name = manifests.base_name(dataclasses.replace(_job(tmp_path, "dense_ct"), run_dir=tmp_path / folder))
-        assert name.replace("-", "").isalnum()
-        assert name.isascii()
-        assert name[0].isalpha()
+        assert re.fullmatch("[A-Za-z][A-Za-z0-9-]*", name)
         assert len(f"{name}-20-worker-999") < 64
 
 
@@ -131,7 +130,6 @@ STAGE = "run.executor.stages.pretrain"
         ({"gpus_per_node": 4}, f"{STAGE}.gpus_per_node", 4),
         ({"gpus_per_node": 0}, f"{STAGE}.gpus_per_node", 0),
         ({"shared_memory_gib": 64}, f"{STAGE}.shared_memory_gib", 64),
-        ({"secret_env_vars": {"HF_TOKEN": ""}}, "run.executor.secret_env_vars.HF_TOKEN", "''"),
         ({"secret_env_vars": {"HF_TOKEN": "hub/"}}, "run.executor.secret_env_vars.HF_TOKEN", "'hub/'"),
         ({"env_vars": {"A-B": "1"}}, "run.executor.env_vars", "'A-B'"),
         ({"run_as": "me"}, "run.executor.run_as", "me"),
@@ -139,7 +137,6 @@ STAGE = "run.executor.stages.pretrain"
         ({"tolerations": [{"key": "a", "operator": "Exist"}]}, "run.executor.tolerations.operator", "Exist"),
         ({"report_within_s": 40}, "run.executor.report_within_s", 40),
         ({"image_pull_policy": "Always"}, "run.executor.image_pull_policy", "Always"),
-        ({"priority_class": "high"}, "run.executor.priority_class", "high"),
         ({"performance": {"NCCL_NVLS_ENABEL": None}}, "run.executor.performance", "NCCL_NVLS_ENABEL"),
     ],
 )
@@ -228,13 +225,11 @@ def _status(*conditions: str, **fields: Any) -> dict[str, Any]:
     ("found", "expected"),
     [
         ({}, None),
-        ({"status": {}}, None),
         (_status("Complete"), JobState(Phase.ENDED, "Because: of this")),
         (_status("Suspended", "Failed"), JobState(Phase.ENDED, "Because: of this")),
         (_status("Created", "Succeeded"), JobState(Phase.ENDED, "Because: of this")),
         (_status("Created", "Running"), JobState(Phase.RUNNING)),
         (_status("Created", "Restarting"), JobState(Phase.WAITING, "Because: of this")),
-        (_status("Created"), JobState(Phase.WAITING)),
         *(({"spec": spec}, SUSPENDED) for spec in ({"suspend": True}, {"runPolicy": {"suspend": True}})),
         ({"status": {"jobsStatus": [{"name": "node", "active": 1, "ready": 0}]}}, JobState(Phase.WAITING)),
         ({"status": {"jobsStatus": [{"name": "node", "active": 1, "ready": 1}]}}, JobState(Phase.RUNNING)),
@@ -251,17 +246,15 @@ def test_deleted_and_silent_jobs_have_ended_with_the_reason(tmp_path: Path, monk
     identity = scheduler.submit(_job(tmp_path), [])
     assert scheduler.states([identity])[identity].phase is Phase.WAITING
     now_s[0] += 61
-    state = scheduler.states([identity])[identity]
-    assert state.phase is Phase.ENDED
-    assert "no controller has reported" in state.reason
+    assert scheduler.states([identity])[identity].phase is Phase.ENDED
     scheduler.cancel([identity, "never-was"])
     assert scheduler.states([identity])[identity] == JobState(Phase.ENDED, "deleted")
 
 
 def test_a_waiting_job_says_what_its_pods_wait_for(tmp_path: Path) -> None:
     scheduler, api = _scheduler(tmp_path)
-    api.jobs["a"], api.why = _status("Created"), "ImagePullBackOff: no such image"
-    assert scheduler.states(["a"])["a"] == JobState(Phase.WAITING, "ImagePullBackOff: no such image")
+    api.jobs["a"], api.why = _status("Created"), "no such image"
+    assert scheduler.states(["a"])["a"] == JobState(Phase.WAITING, "no such image")
 
 
 def test_a_server_that_does_not_answer_ends_nothing_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,14 +280,6 @@ def test_kept_manifest_with_a_secret_is_its_owners_alone(tmp_path: Path) -> None
         assert "hf_abc" not in "".join(scheduler.masked().render(job).values())
 
 
-@pytest.mark.parametrize("definition", KINDS)
-def test_a_misspelt_field_does_not_fit_the_schema(definition: str, tmp_path: Path) -> None:
-    document = manifests.manifest(executor(definition, tmp_path), _job(tmp_path), "a")
-    document["spec"]["sppec"] = 1
-    with pytest.raises(jsonschema.ValidationError, match="sppec"):
-        jsonschema.validate(document, closed_schema(definition), jsonschema.Draft7Validator)
-
-
 def test_a_pytorchjob_has_a_master_and_workers_and_restarts_only_trainings(tmp_path: Path) -> None:
     settings = executor("pytorchjob-1.9", tmp_path)
     spec = manifests.manifest(settings, _job(tmp_path, nodes=3, ranks_per_node=8, is_training=True), "a")["spec"]
@@ -309,9 +294,7 @@ def test_a_pytorchjob_has_a_master_and_workers_and_restarts_only_trainings(tmp_p
 
 def test_a_patch_carries_volumes_and_a_training_starts_torchrun(tmp_path: Path) -> None:
     document = manifests.manifest(executor("trainjob-2.3", tmp_path), _job(tmp_path, ranks_per_node=2), "a")
-    (job,) = document["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    pod = job["template"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
+    (container,) = _template(document)["spec"]["containers"]
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts == {str(tmp_path), "/data", "/dev/shm"}
     assert "env" not in container, "Trainer refuses it there"
@@ -334,9 +317,8 @@ def test_overrides_are_merged_into_the_pod_and_win(definition: str, tmp_path: Pa
         "nodeSelector": {"rack": "a", "pool": None},
         "serviceAccountName": None,
     }
-    spec = _template(manifests.manifest(executor(definition, tmp_path, overrides=overrides), _job(tmp_path), "a"))[
-        "spec"
-    ]
+    document = manifests.manifest(executor(definition, tmp_path, overrides=overrides), _job(tmp_path), "a")
+    spec = _template(document)["spec"]
     (container,) = spec["containers"]
     assert [mount["mountPath"] for mount in container["volumeMounts"]] == [str(tmp_path), "/data", "/shm"]
     assert spec["nodeSelector"] == {"rack": "a"}

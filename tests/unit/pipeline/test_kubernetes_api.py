@@ -21,13 +21,8 @@ def api(tmp_path: Path) -> KubernetesApi:
     """A connection that was not tried yet."""
     cluster = {"name": "a", "cluster": {"server": "https://127.0.0.1:9"}}
     context = {"name": "a", "context": {"cluster": "a", "user": "a"}}
-    named = {
-        "clusters": [cluster],
-        "contexts": [context],
-        "users": [{"name": "a", "user": {}}],
-        "current-context": "a",
-    }
-    (tmp_path / "kubeconfig").write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **named}))
+    named = {"clusters": [cluster], "contexts": [context], "users": [{"name": "a", "user": {}}]}
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(named | {"current-context": "a"}))
     return KubernetesApi(str(tmp_path / "kubeconfig"), "")
 
 
@@ -47,7 +42,6 @@ def _refusal(status: int, message: str, **details: str) -> Any:
         (403, "User 'me' cannot create", {}, "rights to trainjobs in namespace team: got User 'me' cannot create"),
         (401, "Unauthorized", {}, "log in again"),
         (403, "admission webhook 'v' denied the request: no runtime", {}, "refused: admission webhook 'v' denied"),
-        (422, "Invalid value", {}, "refused: Invalid value"),
         (503, "later", {}, "Kubernetes API server: got 503 Refused: later"),
     ],
 )
