@@ -44,7 +44,6 @@ def _receipt(folder: Path, content: Any) -> str:
     [
         ({"spec": [1]}, "got no receipt"),
         ({"spec": {"num_experts": 4, "new_field": 1}}, "unexpected keyword argument 'new_field'"),
-        ({"spec": {"num_experts": 4, "noise_std": "much"}}, "noise_std: got much"),
     ],
 )
 def test_a_receipt_that_is_none_is_told(typed: tuple[str, ...], tmp_path: Path, receipt: Any, said: str) -> None:
@@ -53,8 +52,7 @@ def test_a_receipt_that_is_none_is_told(typed: tuple[str, ...], tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "expected"),
-    [("--top-k", "4", 2), ("--router-order", "softmax_topk", "topk_softmax")],
+    ("option", "value", "expected"), [("--top-k", "4", 2), ("--router-order", "softmax_topk", "topk_softmax")]
 )
 def test_an_option_that_contradicts_the_receipt_is_refused(
     typed: tuple[str, ...], tmp_path: Path, command: Command, option: str, value: str, expected: object
@@ -63,7 +61,6 @@ def test_an_option_that_contradicts_the_receipt_is_refused(
     error = refused(*typed, *receipt, option, value)
     assert (error.subject, str(error.got)) == (option, value)
     assert str(error.expected).startswith(f"{expected} (spec.")
-    assert f"omit {option}" in str(error)
     assert not (tmp_path / "hf").exists()
     command.text(*typed, *receipt, option, str(expected))
 

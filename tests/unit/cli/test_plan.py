@@ -79,7 +79,6 @@ def test_the_text_says_what_the_numbers_count_on(command: Command, tmp_path: Pat
         ),
         (PAPER, "llama3_8b_e8t2(num_nodes=64", "data."),
         (f"{PAPER} --grad-dtype bf16", "trainer.plugins.grad_reduce_in_fp32=False", "-"),
-        (f"{PAPER} --tokens 27,000,000,000", "trainer.max_steps=6437", "-"),
         (
             "--recipe smollm2_135m_e8t2 --gpus 20 --global-batch 20 --capacity-factor 2",
             "num_nodes=4, num_gpus_per_node=5|model.config.moe_expert_capacity_factor=2.0",
@@ -89,23 +88,13 @@ def test_the_text_says_what_the_numbers_count_on(command: Command, tmp_path: Pat
         ("--recipe qwen3_600m_e8t2_sft --gpus 1", 'nemo llm finetune --factory "qwen3_600m_e8t2_sft(', "micro_batch"),
         (f"{DROPLESS} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
         (f"{DROPLESS} {CURRENT}", "", "fp8_param_gather=True"),
-        (f"{DENSE} {CURRENT} {LOW}", "trainer.plugins.fp8_param_gather=True", "-"),
-        (
-            f"{DROPLESS} --dispatcher hybridep --backend bridge",
-            "moe_flex_dispatcher_backend=hybridep",
-            "rank_capacity_factor",
-        ),
         (
             f"{DROPLESS} --dispatcher ncclep --imbalance 1.6 --backend bridge",
             "moe_flex_dispatcher_backend=ncclep|model.moe_expert_rank_capacity_factor=1.6",
             "-",
         ),
         (QWEN, "-m nemo_upcycle.bridge", "--mode"),
-        (
-            f"--recipe qwen3_8b_e8t2_sft {BRIDGE}",
-            "qwen3_8b_e8t2_sft_64gpu_h100_bf16_config --mode pretrain dataset.folder=",
-            "-",
-        ),
+        (f"--recipe qwen3_8b_e8t2_sft {BRIDGE}", "h100_bf16_config --mode pretrain dataset.folder=", "-"),
         (f"{MOE} --backend bridge {CURRENT} {LOW}", "mixed_precision=bf16_with_fp8_current_scaling_mixed", "-"),
         (f"--model asset://smollm2-135m --experts 8 {BRIDGE}", "mixed_precision=bf16_mixed", "-"),
     ],
@@ -123,10 +112,7 @@ def test_the_command_of_a_row_holds_what_is_planned(command: Command, typed: str
         (f"{MOE} --gpu gb200 --precision mxfp8", "NeMo trains in mxfp8, only in bf16, fp8-delayed, fp8-current, fp8"),
         (f"--recipe qwen3_8b_dense_ct {BRIDGE}", "No recipe for Bridge is qwen3_8b_dense_ct (--backend nemo has"),
         (f"{QWEN} --grad-dtype bf16", "sums gradients in bf16, only in fp32"),
-        (
-            f"{QWEN} --precision fp8-blockwise {LOW}",
-            "trains in fp8-blockwise, parameters too, only in fp8-delayed, fp8-current, mxfp8, nvfp4",
-        ),
+        (f"{QWEN} --precision fp8-blockwise {LOW}", "trains in fp8-blockwise, parameters too, only in fp8-delayed"),
     ],
 )
 def test_what_no_recipe_has_gets_no_command(command: Command, typed: str, why: str) -> None:
@@ -154,9 +140,7 @@ def test_what_is_advised_fits(gpus: str, recipe: str, capsys: pytest.CaptureFixt
 
 def test_where_nothing_fits_there_is_no_command_but_advice(command: Command) -> None:
     moe = ("plan", *MOE.split()[:2], "--rows", "2", "--gpus")
-    text = command.text(*moe, "8", status=1)
-    assert "Nothing fits 8 GPUs" in text
-    assert "nemo llm" not in text
+    assert "Nothing fits 8 GPUs" in command.text(*moe, "8", status=1)
     assert [row["command"] for row in command.values(*moe, "8", status=1)["rows"]] == [None, None]
     text = command.text(*moe, "8", "--layout", "tp=4", status=1)
     assert "This layout does not fit, nor does any other of 8 GPUs. With --gpus 16 " in text
@@ -169,7 +153,7 @@ def test_where_nothing_fits_there_is_no_command_but_advice(command: Command) -> 
 @pytest.mark.parametrize(
     ("columns", "layout"),
     every_value(
-        (60, 80, 120, 250),
+        (60, 120, 250),
         ("", "--layout tp=2,pp=4,vp=8,cp=2,ep=8,etp=2,mbs=2", "--layout tp=2,pp=17,ep=4,embedding=1,loss=1"),
     ),
 )
@@ -182,9 +166,8 @@ def test_it_stays_within_the_terminal(
     text, _, command = capsys.readouterr().out.partition("row 1:\n")
     heading, _, rest = text.partition("\n\n")  # behind it the table, which is as wide as its cells
     assert {"layout", "GiB", "cost"} < set(rest.partition("\n")[0].split())
-    lines = [*heading.splitlines(), *rest.partition("\n\n")[2].splitlines()]
-    assert max(map(len, lines)) <= columns
-    for line in command.splitlines():  # a single word may be longer
+    lines = [*heading.splitlines(), *rest.partition("\n\n")[2].splitlines(), *command.splitlines()]
+    for line in lines:  # a single word may be longer
         assert len(line) <= columns or len(shlex.split(line.removesuffix("\\"))) == 1
 
 
@@ -198,7 +181,6 @@ LLAMA31 |= {"original_max_position_embeddings": 8192}
         ({"rope_scaling": LLAMA31 | {"factor": 8.0}}, "llama31_8b_dense_ct"),
         ({"rope_scaling": LLAMA31 | {"factor": 32.0}}, None),
         ({"rope_theta": 283461213.0}, None),
-        ({"rms_norm_eps": 1e-6}, None),
         ({"hidden_act": "gelu_pytorch_tanh"}, None),
     ],
 )
@@ -222,16 +204,12 @@ def test_a_recipe_without_the_argument_gets_every_setting_of_nemos_precision(pre
     assert given == {name: str(wanted[name]) for name in names}
 
 
-NVIDIAS = "--gpus 64 --layout tp=4,pp=4"
-
-
 @pytest.mark.parametrize(
     ("faster", "slower"),
     [
         (f"{DROPLESS} --routing balanced", f"{DROPLESS} --routing natural"),
-        (f"{PAPER} --capacity-factor 0 --software mcore-0.17", f"{PAPER} --capacity-factor 0 --software mcore-0.15"),
         (f"{PAPER} --capacity-factor 0 --software 26.04.01", f"{PAPER} --capacity-factor 0"),
-        (NVIDIAS, f"{NVIDIAS} --overlap ''"),
+        ("--gpus 64 --layout tp=4,pp=4", "--gpus 64 --layout tp=4,pp=4 --overlap ''"),
     ],
 )
 def test_an_option_changes_the_speed(command: Command, tmp_path: Path, faster: str, slower: str) -> None:
@@ -266,8 +244,8 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
     assert command.values(*model)["model"]["total_params"] == 46_702_792_704
     assert "No recipe of this package trains this model" in command.text(*model, "--rows", "1")
     more = command.values(*model, "--experts", "16")["model"]
-    layers, routers, networks = 32, 8 * 4096, 8 * 3 * 4096 * 14336
-    assert more["total_params"] == 46_702_792_704 + layers * (routers + networks)
+    routers, networks = 8 * 4096, 8 * 3 * 4096 * 14336
+    assert more["total_params"] == 46_702_792_704 + 32 * (routers + networks)
     assert refused(*model, "--experts", "16", "--granularity", "2").subject == "--granularity"
 
 
@@ -281,7 +259,6 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
         (f"{MOE} --software mcore-1", "--software", "mcore-1"),
         (f"{MOE} --tokens 27G", "--tokens", "'27G'"),
         (f"{MOE} --gpus 0", "--gpus", 0),
-        (f"{MOE} --rows 0", "--rows", 0),
         (f"{MOE} --price-per-gpu-hour nan", "--price-per-gpu-hour", "nan"),
         (f"{MOE} --micro-batch 3", "--global-batch", 512),
         (f"{MOE} --seq-length {'8' * 400}", "--seq-length", "8" * 400),
@@ -294,7 +271,6 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
         (f"{PAPER} --precision fp8-delayed --recompute moe_act", "--recompute", "moe_act with fp8-delayed"),
         (f"{PAPER} --recompute none,moe", "--recompute", "none"),
         (f"{MOE} --layout ''", "--layout", "nothing"),
-        (f"{MOE} --layout tp=3", "--layout tp", 3),
         (f"{MOE} --layout mbs=0", "--layout mbs", 0),
         (f"{MOE} --layout mbs=2 --micro-batch 1", "--micro-batch", "1 beside mbs=2"),
         (f"{SMALL} --recompute moe_act", "--recompute", "moe_act"),
@@ -302,7 +278,6 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
         (f"{DENSE} --capacity-factor 2", "--capacity-factor", 2.0),
         (f"{DENSE} --recompute moe_act", "--recompute", "moe_act"),
         ("--recipe llama3_8b_e8t --gpus 8", "--recipe", "llama3_8b_e8t"),
-        ("--model no/such/folder --gpus 8", "model 'no/such/folder'", "no such folder"),
         ("--gpus 8 --experts 8 --top-k 0", "--top-k", 0),  # a zero is a value
         ("--gpus 8 --experts 0", "--experts", 0),
         ("--gpus 8 --granularity 2", "--granularity", 2),
