@@ -101,9 +101,7 @@ def test_a_mount_that_is_a_link_on_this_machine_keeps_its_name_in_the_pods(tmp_p
 def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_path: Path) -> None:
     scheduler, api = _scheduler(tmp_path)
     job = _job(tmp_path)
-    (planned,) = scheduler.render(job)
     first = scheduler.submit(job, [])
-    assert planned == f"{first}.yaml"
     (job.folder / f"{first}.yaml").rename(tmp_path / "elsewhere.yaml")
     scheduler.check([job])
     second = scheduler.submit(job, [])
@@ -136,7 +134,6 @@ STAGE = "run.executor.stages.pretrain"
         ({"tolerations": [{"key": "a", "operator_": "Exists"}]}, "run.executor.tolerations", "operator_"),
         ({"tolerations": [{"key": "a", "operator": "Exist"}]}, "run.executor.tolerations.operator", "Exist"),
         ({"report_within_s": 40}, "run.executor.report_within_s", 40),
-        ({"image_pull_policy": "Always"}, "run.executor.image_pull_policy", "Always"),
         ({"performance": {"NCCL_NVLS_ENABEL": None}}, "run.executor.performance", "NCCL_NVLS_ENABEL"),
     ],
 )
@@ -168,40 +165,22 @@ def test_pods_run_as_who_launches_or_who_is_named(tmp_path: Path, monkeypatch: p
     assert pod("") == (None, [])
 
 
-def test_a_recipe_that_trains_on_what_is_there_needs_no_gpu(tmp_path: Path) -> None:
-    scheduler, _ = _scheduler(tmp_path, stages={})
-    scheduler.check([_job(tmp_path, ranks_per_node=2, is_training=True, profile=Profile(accelerator="auto"))])
-
-
 def test_pods_of_a_training_get_performance_settings_that_the_site_changes(tmp_path: Path) -> None:
-    scheduler, _ = _scheduler(
-        tmp_path,
-        run_as="",
-        env_vars={"NCCL_NVLS_ENABLE": "1", "TORCH_NCCL_HIGH_PRIORITY": None},
-        performance={"TOKENIZERS_PARALLELISM": None, "CUDA_DEVICE_MAX_CONNECTIONS": 8},
-        secret_env_vars={"NVTE_FWD_LAYERNORM_SM_MARGIN": "sms/forward"},
-    )
+    fields: dict[str, Any] = {"env_vars": {"NCCL_NVLS_ENABLE": "1", "TORCH_NCCL_HIGH_PRIORITY": None}}
+    fields |= {"performance": {"TOKENIZERS_PARALLELISM": None, "CUDA_DEVICE_MAX_CONNECTIONS": 8}}
+    fields |= {"secret_env_vars": {"NVTE_FWD_LAYERNORM_SM_MARGIN": "sms/forward"}}
+    scheduler, _ = _scheduler(tmp_path, **fields)
     profile = Profile(accelerator="gpu", tp=2, ep=8, dispatcher="alltoall")
     job = _job(tmp_path, ranks_per_node=8, is_training=True, profile=profile)
     (text,) = scheduler.render(job).values()
     found = [(entry["name"], entry.get("value")) for entry in yaml.safe_load(text)["spec"]["trainer"]["env"]]
     values = dict(found)
     assert len(found) == len(values), "a name twice"
-    assert values["NCCL_NVLS_ENABLE"] == "1"
-    assert values["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
-    assert values["NVTE_BWD_LAYERNORM_SM_MARGIN"] == "16"
-    assert values["NVTE_FWD_LAYERNORM_SM_MARGIN"] is None, "a secret's"
+    wanted = {"NCCL_NVLS_ENABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "NVTE_BWD_LAYERNORM_SM_MARGIN": "16"}
+    assert values.items() >= (wanted | {"NVTE_FWD_LAYERNORM_SM_MARGIN": None}).items(), "the last is a secret's"
     assert not {"TORCH_NCCL_HIGH_PRIORITY", "TOKENIZERS_PARALLELISM"} & set(values)
     (other,) = scheduler.render(_job(tmp_path, "import")).values()
     assert "NVTE_BWD" not in other
-
-
-@pytest.mark.parametrize(("grace_s", "seconds"), [(0, 30), (600, 600)])
-def test_a_pod_has_its_grace_period_to_save(grace_s: int, seconds: int, tmp_path: Path) -> None:
-    scheduler, _ = _scheduler(tmp_path, termination_grace_s=grace_s)
-    (limit,) = scheduler.save_limits(_job(tmp_path, is_training=True))
-    assert limit.seconds == seconds
-    assert limit.fix.startswith("run.executor.stages.pretrain.termination_grace_s={seconds}")
 
 
 @pytest.mark.parametrize("lacking", ["runs", "datasets", "gpus"])
@@ -264,8 +243,7 @@ def test_a_server_that_does_not_answer_ends_nothing_that_runs(tmp_path: Path, mo
     assert scheduler.states(["a"])["a"].phase is Phase.RUNNING
     api.answers = False
     state = scheduler.states(["a"])["a"]
-    assert state.phase is Phase.RUNNING
-    assert "Kubernetes API server" in state.reason
+    assert (state.phase, "Kubernetes API server" in state.reason) == (Phase.RUNNING, True)
     with pytest.raises(UpcycleError, match="Kubernetes API server"):
         scheduler.check([_job(tmp_path)])
 
@@ -290,16 +268,6 @@ def test_a_pytorchjob_has_a_master_and_workers_and_restarts_only_trainings(tmp_p
     export = manifests.manifest(settings, _job(tmp_path, "export"), "a")["spec"]
     assert export["runPolicy"]["backoffLimit"] == 0
     assert {name: role["restartPolicy"] for name, role in export["pytorchReplicaSpecs"].items()} == {"Master": "Never"}
-
-
-def test_a_patch_carries_volumes_and_a_training_starts_torchrun(tmp_path: Path) -> None:
-    document = manifests.manifest(executor("trainjob-2.3", tmp_path), _job(tmp_path, ranks_per_node=2), "a")
-    (container,) = _template(document)["spec"]["containers"]
-    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounts == {str(tmp_path), "/data", "/dev/shm"}
-    assert "env" not in container, "Trainer refuses it there"
-    command = document["spec"]["trainer"]["command"]
-    assert command[5:10] == ["python", "-m", "torch.distributed.run", "--no-python", "python"]
 
 
 @pytest.mark.parametrize("definition", KINDS)

@@ -69,9 +69,8 @@ def test_a_claim_is_missing_only_if_the_server_says_so(api: KubernetesApi, monke
 @pytest.mark.parametrize(
     ("reason", "message", "why"),
     [
-        ("ContainerCreating", None, ""),
+        ("ContainerCreating", None, "Unschedulable: 0/4 nodes"),
         ("ImagePullBackOff", "no such image", "ImagePullBackOff: no such image"),
-        ("", "", "Unschedulable: 0/4 nodes"),
     ],
 )
 def test_pods_say_why_they_wait(
@@ -79,8 +78,7 @@ def test_pods_say_why_they_wait(
 ) -> None:
     waits = SimpleNamespace(state=SimpleNamespace(waiting=SimpleNamespace(reason=reason, message=message)))
     unscheduled = SimpleNamespace(type="PodScheduled", status="False", reason="Unschedulable", message="0/4 nodes")
-    container, condition = ([waits], None) if reason else (None, [unscheduled])
-    status = SimpleNamespace(container_statuses=container, conditions=condition)
+    status = SimpleNamespace(container_statuses=[waits], conditions=[unscheduled])
     pods = SimpleNamespace(items=[SimpleNamespace(status=status)])
     monkeypatch.setattr(api._core, "list_namespaced_pod", lambda *_, **__: pods)
     assert api.why_pods_wait("team", "a=b") == why
