@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
@@ -28,10 +27,8 @@ FINE = ("--experts", "8", "--top-k", "4", "--granularity", "2")
     [
         (SPEC, "computes the parent's function", {"exact": True, "needs_float32_routing": False, "files_kept": 0}),
         (FINE, "with router logits in float32: in 16 bits", {"exact": True, "needs_float32_routing": True}),
-        (("--dtype", "bfloat16"), "not exact: float32 weights are rounded to bfloat16 (model.", {"exact": False}),
         (("--branch", "DENSE", "--non-expert-weights", "mean"), "experts come from 2 dense models", {"exact": False}),
     ],
-    ids=["copies", "granular", "rounded", "several parents"],
 )
 def test_it_is_told_how_exact_the_result_is(
     dense: Path, tmp_path: Path, command: Command, more: tuple[str, ...], said: str, facts: dict[str, object]
@@ -111,22 +108,9 @@ def test_a_file_larger_than_the_system_takes(dense: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "moe").exists()
 
 
-def test_a_stopped_run_keeps_files_of_the_size_asked_for(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    typed = ["convert", str(dense), str(tmp_path / "moe"), *SPEC, "--max-shard-size", "60 KB"]
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", Mock(side_effect=[None] * 4 + [KeyboardInterrupt]))
-        assert main(typed) == 130
-    assert "run again to resume" in capsys.readouterr().err
-    done = command.values(*typed)
-    assert done["max_shard_bytes"] == 60_000
-    assert 3 <= done["files_kept"] < done["files"]
-    assert max(path.stat().st_size for path in (tmp_path / "moe").glob("*.safetensors")) < 70_000
-
-
 @pytest.mark.parametrize("size", ["5", "GB", "0GB", "1e3GB", "9999999GB"])
 def test_a_size_that_is_none_is_refused(size: str) -> None:
+    assert file_size("60 KB") == 60_000
     with pytest.raises(UpcycleError) as caught:
         file_size(size)
     assert caught.value.subject == "size of a file"
@@ -149,14 +133,12 @@ def test_kept_files_are_reported_with_the_command_that_checks_them(
 ) -> None:
     command = ["convert", str(dense), str(tmp_path / "moe"), *SPEC]
     assert main(command) == 0
-    file = tmp_path / "moe/model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-2] ^= 64
-    file.write_bytes(content)
+    with (tmp_path / "moe/model.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\xff")
     capsys.readouterr()
     assert main(command) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "kept from before" in line]
     told, _, verify = line.partition("nemo-upcycle ")
     assert told == "1 of 1 files kept from before, by size and header; to check their content: "
     assert main(shlex.split(verify)) == 1
-    assert "equal: no" in capsys.readouterr().out

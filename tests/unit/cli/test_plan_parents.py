@@ -102,29 +102,14 @@ PARENTS |= {
         | {"text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064}},
         6.74,
     ),
-    "Gemma 3 4B": (
-        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
-        | {"text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}},
-        3.88,
-    ),
     "Qwen2.5-VL 7B": (
         {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "vocab_size": 152064, "num_key_value_heads": 4}
         | _sizes(3584, 18944, 28, 28, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}, rope_theta=1e6),
         7.62,
     ),
-    "Qwen3-VL 4B": (
-        {"architectures": ["Qwen3VLForConditionalGeneration"], "tie_word_embeddings": True}
-        | {"text_config": {"model_type": "qwen3_vl_text"} | _sizes(2560, 9728, 36, 32, num_key_value_heads=8)},
-        4.02,
-    ),
-    "Ministral 3 3B": (
-        {"architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": True}
-        | {"text_config": {"model_type": "ministral3"} | _sizes(3072, 9216, 26, 32)},
-        3.43,
-    ),
 }
-_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA3 |= {"original_max_position_embeddings": 8192}
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
 PARENTS |= {
     "InternLM3 8B": (
         {"architectures": ["InternLM3ForCausalLM"], "vocab_size": 128512, "bias": False, "qkv_bias": False}
@@ -139,7 +124,7 @@ PARENTS |= {
     "EXAONE 3.5 2.4B": (
         {"architectures": ["ExaoneForCausalLM"], "vocab_size": 102400, "layer_norm_epsilon": 1e-5, "num_layers": 30}
         | {"hidden_size": 2560, "intermediate_size": 7168, "num_attention_heads": 32, "activation_function": "silu"}
-        | {"rope_theta": 1e6, "rope_scaling": _LLAMA3 | {"factor": 8.0}, "tie_word_embeddings": True, "head_dim": 80},
+        | {"rope_theta": 1e6, "rope_scaling": LLAMA3 | {"factor": 8}, "tie_word_embeddings": True, "head_dim": 80},
         2.40,
     ),
     "Seed-OSS 36B": (
@@ -158,7 +143,7 @@ PARENTS |= {
         4.62,
     ),
     "CWM 32B": (
-        {"architectures": ["CwmForCausalLM"], "vocab_size": 128256, "rope_scaling": _LLAMA3 | {"factor": 16.0}}
+        {"architectures": ["CwmForCausalLM"], "vocab_size": 128256, "rope_scaling": LLAMA3 | {"factor": 16.0}}
         | _sizes(6144, 21504, 64, 48, layer_types=["full_attention", *["sliding_attention"] * 3] * 16),
         32.6,
     ),
