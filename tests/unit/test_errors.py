@@ -17,16 +17,9 @@ TOP_K = SpecError(field="top_k", got="<9>", expected="1 to <num_experts> (8)", f
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (UpcycleError("no model"), "no model"),
-        (
-            CheckpointError("a <b>", got=None, expected=None, fix="see <c>."),
-            "a <b>: got None, expected None. Fix: see <c>.",
-        ),
+        (CheckpointError("a <b>", got=None, expected=1, fix="see <c>."), "a <b>: got None, expected 1. Fix: see <c>."),
         (TOP_K, "top_k: got <9>, expected 1 to num_experts (8). Fix: set top_k=2."),
-        (
-            SpecError.unknown("<m>", "copi", {"noise", "copy"}),
-            "<m> 'copi' does not exist. Did you mean 'copy'? Valid: copy, noise.",
-        ),
+        (SpecError.unknown("<m>", "copi", {"copy"}), "<m> 'copi' does not exist. Did you mean 'copy'? Valid: copy."),
     ],
 )
 def test_an_error_is_rendered_from_its_data(error: UpcycleError, text: str) -> None:

@@ -30,10 +30,8 @@ SIGMOID_FIRST = {"router_score": "sigmoid", "router_order": "softmax_topk"}
         (PROMPTS, "router_prompts", "none"),
         (SIGMOID_FIRST, "router_order", "softmax_topk"),
         ({"router_std": float("nan")}, "router_std", "nan"),
-        ({"router_std": "wide"}, "router_std", "wide"),
         ({"method": "noise", "noise_std": float("nan")}, "noise_std", "nan"),
         ({"routed_scaling_factor": 0.0}, "routed_scaling_factor", 0.0),
-        ({"moe_layers": None}, "moe_layers", None),
         ({"moe_layers": [True, False]}, "moe_layers", [True, False]),
     ],
 )

@@ -54,7 +54,6 @@ _REFERRED_TO = [f"a{level}: {f'${{a{level - 1}}}' * 9}\n" for level in range(1, 
         "a0: &a0 [x]\n" + "".join(f"a{level}: &a{level} [*a{level - 1}]\n" for level in range(1, 100)),
         "a: &a [*a]",
         "a: b\nb: c\nd: ${${a}}",
-        "- " * 1000 + "x",
         f"a: {'x' * 2**20}",
     ],
 )

@@ -19,7 +19,6 @@ from nemo_upcycle.utils.files import (
     read_json,
     read_text,
     require_apart,
-    require_disk,
     write_json,
 )
 
@@ -41,10 +40,6 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
             pass
         assert (folder / "a").read_text() == "first"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
-    with output_folder(tmp_path / "out") as folder:
-        (folder / "b").write_text("second")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_system_without_locks_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,17 +52,15 @@ def test_a_file_system_without_locks_is_written(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("marker", [{"stage": "pretrain"}, {"made_by": "another"}, {}, None])
+@pytest.mark.parametrize("marker", [{"made_by": "another"}, {}, None])
 def test_only_what_the_same_maker_made_is_replaced(tmp_path: Path, marker: dict[str, str] | None) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "weights").write_text("of days")
     if marker is not None:
         write_json(target / MARKER, marker)
-    with (
-        pytest.raises(UpcycleError, match="not made by maker" if marker is not None else "files that are not ours"),
-        output_folder(target, "maker"),
-    ):
+    why = "not made by maker" if marker is not None else "files that are not ours"
+    with pytest.raises(UpcycleError, match=why), output_folder(target, "maker"):
         pass
     assert (target / "weights").read_text() == "of days"
     write_json(target / MARKER, {"made_by": "maker"})
@@ -76,16 +69,12 @@ def test_only_what_the_same_maker_made_is_replaced(tmp_path: Path, marker: dict[
     assert [path.name for path in target.iterdir()] == ["a"]
 
 
-def test_an_empty_folder_is_filled_by_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("here", "real"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
+def test_an_empty_folder_is_filled_that_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for target in (Path(), tmp_path / "link"):
-        with output_folder(target, "maker") as folder:
-            (folder / "a").write_text("x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
-    assert (tmp_path / "here/a").read_text() == (tmp_path / "link/a").read_text() == "x"
+    with output_folder(Path(), "maker") as folder:
+        (folder / "a").write_text("x")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here", tmp_path / "here/a"]
 
 
 def test_a_mount_point_is_refused_before_the_work() -> None:
@@ -129,11 +118,6 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     write_json(tmp_path / "a.json", {"x": 1})
     assert read_json(tmp_path / "a.json") == {"x": 1}
-
-
-def test_a_full_disk_is_told_before_writing(tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"disk space for the export.*expected at least 1048576\.00 GiB"):
-        require_disk(tmp_path / "new" / "folder", 2**50, "the export")
 
 
 _KILLED_BETWEEN = """
