@@ -21,17 +21,14 @@ FOLDER = Path(__file__).parent
 PAIRS = FOLDER / "pairs.yaml"
 #: File name -> recipe and its arguments.
 GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama3_8b_e8t2": ("llama3_8b_e8t2", {}),
+    **{name: (name, {}) for name in ("llama3_8b_e8t2", "qwen3_14b_e8t2", "qwen3_32b_dense_ct")},
+    **{name: (name, {}) for name in ("llama32_1b_e8t2_sft", "smollm2_135m_e8t2")},
     "llama3_8b_e8t2-fast": ("llama3_8b_e8t2", {"performance_mode": True}),
     "llama3_8b_e8t2-dropless-fp8-deepep": (
         "llama3_8b_e8t2",
         {"capacity_factor": 0.0, "fp8_recipe": "delayed", "dispatcher": "deepep"},
     ),
     "llama3_70b_e8t2-fp8": ("llama3_70b_e8t2", {"performance_mode": True, "fp8_recipe": "blockwise"}),
-    "qwen3_14b_e8t2": ("qwen3_14b_e8t2", {}),
-    "qwen3_32b_dense_ct": ("qwen3_32b_dense_ct", {}),
-    "llama32_1b_e8t2_sft": ("llama32_1b_e8t2_sft", {}),
-    "smollm2_135m_e8t2": ("smollm2_135m_e8t2", {}),
 }
 #: Bridge's setting -> NeMo's, whose values are the same in a pair of recipes.
 _LAYOUT = (

@@ -70,13 +70,7 @@ def forecast_text(recipe: str, cluster: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def forecast_of(
-    chain: Any,
-    run_dir: Path,
-    cluster: Any = None,
-    stages: Any = None,
-    typed: Any = None,
-) -> Any:
+def forecast_of(chain: Any, run_dir: Path, cluster: Any = None, stages: Any = None, typed: Any = None) -> Any:
     """Return the forecast of a chain.
 
     Args:

@@ -16,20 +16,11 @@ ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 
 
-def _dockerfile(trainer: str) -> str:
-    return (DOCKER / f"Dockerfile.{trainer}").read_text(encoding="utf-8")
-
-
 def test_table_of_containers_has_those_that_doctor_knows() -> None:
     rows = re.findall(r"^\| (\d\d\.\d\d) \|(.*)\|$", (DOCKER / "README.md").read_text("utf-8"), flags=re.MULTILINE)
     bridges = {release: cells.split("|")[-5].strip() for release, cells in rows}
     known = {release: bridge for bridge, (release, _) in doctor._CONTAINERS.items()}
     assert {release: ".".join(bridge.split(".")[:2]) for release, bridge in bridges.items()} == known
-
-
-@pytest.mark.parametrize("trainer", sorted(doctor._BASES))
-def test_image_builds_on_the_container_that_doctor_names(trainer: str) -> None:
-    assert f"\nARG BASE=nvcr.io/nvidia/nemo:{doctor._BASES[trainer]}\nFROM $BASE\n" in _dockerfile(trainer)
 
 
 def _laid_over(trainer: str) -> set[str]:
@@ -40,8 +31,10 @@ def _laid_over(trainer: str) -> set[str]:
 
 
 @pytest.mark.parametrize("trainer", sorted(doctor._BASES))
-def test_image_lays_over_what_doctor_does_by_the_packages_own_pins(trainer: str) -> None:
-    arguments = _dockerfile(trainer).replace("\\\n", " ").split("--ignore-installed --no-deps ")[1].splitlines()[0]
+def test_image_builds_on_the_container_of_doctor_and_lays_over_what_it_does(trainer: str) -> None:
+    text = (DOCKER / f"Dockerfile.{trainer}").read_text(encoding="utf-8")
+    assert f"\nARG BASE=nvcr.io/nvidia/nemo:{doctor._BASES[trainer]}\nFROM $BASE\n" in text
+    arguments = text.replace("\\\n", " ").split("--ignore-installed --no-deps ")[1].splitlines()[0]
     assert set(shlex.split(arguments)) == _laid_over(trainer)
 
 
@@ -53,12 +46,7 @@ def test_page_of_installing_lays_over_the_same() -> None:
 
 def test_pages_and_code_name_no_other_container() -> None:
     others = (":!tests", ":!CHANGELOG.md", ":!examples/bridge_contribution")  # what is for Bridge has its container
-    names = subprocess.run(
-        ["git", "grep", "-hoE", r"(nvcr\.io/nvidia/nemo:|nemo-)[0-9]{2}\.[0-9]{2}", "--", *others],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    command = ["git", "grep", "-hoE", r"(nvcr\.io/nvidia/nemo:|nemo-)[0-9]{2}\.[0-9]{2}", "--", *others]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert names
     assert {name[-5:] for name in names} <= set(doctor._BASES.values())

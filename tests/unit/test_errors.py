@@ -17,16 +17,9 @@ TOP_K = SpecError(field="top_k", got="<9>", expected="1 to <num_experts> (8)", f
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (UpcycleError("no model"), "no model"),
-        (
-            CheckpointError("a <b>", got=None, expected=None, fix="see <c>."),
-            "a <b>: got None, expected None. Fix: see <c>.",
-        ),
+        (CheckpointError("a <b>", got=None, expected=1, fix="see <c>."), "a <b>: got None, expected 1. Fix: see <c>."),
         (TOP_K, "top_k: got <9>, expected 1 to num_experts (8). Fix: set top_k=2."),
-        (
-            SpecError.unknown("<m>", "copi", {"noise", "copy"}),
-            "<m> 'copi' does not exist. Did you mean 'copy'? Valid: copy, noise.",
-        ),
+        (SpecError.unknown("<m>", "copi", {"copy"}), "<m> 'copi' does not exist. Did you mean 'copy'? Valid: copy."),
     ],
 )
 def test_an_error_is_rendered_from_its_data(error: UpcycleError, text: str) -> None:
@@ -38,8 +31,6 @@ def test_a_front_end_names_fields_as_its_user_typed_them() -> None:
     typed = TOP_K.renamed(lambda name: options[name])
     assert (type(typed), typed.field, typed.got) == (SpecError, "--top-k", "<9>")
     assert str(typed) == "--top-k: got <9>, expected 1 to --experts (8). Fix: set --top-k=2."
-    nested = TOP_K.renamed(lambda name: f"spec.{name}").renamed(lambda name: f"pretrain.{name}")
-    assert str(nested).startswith("pretrain.spec.top_k: got <9>, expected 1 to pretrain.spec.num_experts (8)")
     assert str(TOP_K) == "top_k: got <9>, expected 1 to num_experts (8). Fix: set top_k=2."
 
 
@@ -67,9 +58,8 @@ def test_errors_together_stay_data_each_once() -> None:
         ("x = 1\ny = x + 'a'\n", 2, "TypeError: unsupported operand"),
         ("import json\n\njson.loads('{')\n", 3, "JSONDecodeError: Expecting property name"),
         ("def f(:\n    pass\n", 1, "SyntaxError: invalid syntax"),
-        ("import no_such_module\n", 1, "ModuleNotFoundError: No module named 'no_such_module'"),
     ],
-    ids=["its own", "of what it calls", "no Python", "an import"],
+    ids=["its own", "of what it calls", "no Python"],
 )
 def test_an_error_of_a_users_file_has_its_line(tmp_path: Path, text: str, line: int, what: str) -> None:
     """Whatever a library made of it on the way."""

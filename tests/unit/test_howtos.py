@@ -37,9 +37,8 @@ def test_what_the_page_of_mergekit_types_makes_its_models_experts(tmp_path: Path
     for factor, name in enumerate(names, 1):
         folder = write_tokenizer(write_llama(tmp_path / "models" / name, vocab_size=259, layers=2))
         weights = load_file(folder / "model.safetensors")
-        save_file(
-            {key: factor * value for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
-        )
+        weights = {key: factor * value for key, value in weights.items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
     page = (ROOT / "docs/mergekit.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```bash\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -57,25 +56,17 @@ def test_howto_works_as_written(page: str, tree: Path) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(python|diff|bash)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     assert {"python", "bash"} <= {language for language, _ in blocks}
+    variables = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(tree)}
+    variables |= {"GIT_CEILING_DIRECTORIES": str(tree.parent)}
     for language, block in blocks:
         if language == "python":
             path, _, code = block.partition("\n")
             (tree / path.removeprefix("# ")).write_text(code, encoding="utf-8")
         else:
-            command = ["git", "apply", "-"] if language == "diff" else ["bash", "-e", "-c", block]
-            done = subprocess.run(
-                command,
-                cwd=tree,
-                input=block if language == "diff" else None,
-                env=os.environ
-                | {
-                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                    "PYTHONPATH": str(tree),
-                    "GIT_CEILING_DIRECTORIES": str(tree.parent),
-                },
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            command, given = ["bash", "-e", "-c", block], None
+            if language == "diff":
+                command, given = ["git", "apply", "-"], block
+            own = os.environ | variables
+            done = subprocess.run(command, cwd=tree, input=given, env=own, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
             assert "no tests ran" not in done.stdout

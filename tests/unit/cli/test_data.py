@@ -6,13 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.cli.main import _run
-from nemo_upcycle.errors import UpcycleError
 from tests.unit.cli.conftest import refused
-from tests.unit.start.conftest import texts_folder
-
-
-__all__ = ["texts_folder"]
 
 
 @pytest.mark.parametrize(
@@ -31,9 +25,3 @@ def test_texts_that_are_not_there_and_a_pattern_without_quotes_are_named(tmp_pat
         Path(name).touch()
     error = refused("data", *names, str(tmp_path / "made"), "tokenizer=mine")
     assert (error.got, error.fix) == ("2 files or folders", "write the pattern in quotes, or name a folder")
-
-
-def test_the_field_of_the_texts_is_found_and_kept(texts_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UpcycleError):  # this environment is no engine
-        _run(["data", str(texts_folder.parent / "body.parquet"), str(texts_folder.parent / "made"), "--check"])
-    assert "its texts are in `body` (sources.texts.options.text_key=body)" in capsys.readouterr().err

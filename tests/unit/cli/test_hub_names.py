@@ -11,7 +11,7 @@ import pytest
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.data.dense import ensure_dense
-from tests.model_hub import TOKEN, ModelHub, serving
+from tests.model_hub import ModelHub, serving
 from tests.models import write_llama, write_tokenizer
 from tests.unit.cli.conftest import Command, refused
 
@@ -83,17 +83,8 @@ def test_a_model_that_cannot_be_had_says_how_to(
     assert not (tmp_path / "moe").exists()
 
 
-@pytest.mark.usefixtures("hub")
-def test_a_gated_model_is_had_with_the_token_of_the_environment(
-    command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert TOKEN not in command.text("convert", "acme/gated", "moe", *SPEC)
-
-
-@pytest.mark.parametrize("name", ["hf://acme/tiny", "acme/tiny-moe"])
-def test_plan_reads_the_configuration_of_the_hub_alone(hub: Path, command: Command, name: str) -> None:
-    assert command.values("plan", "--model", name, "--gpus", "1")["model"]["total_params"] > 0
+def test_plan_reads_the_configuration_of_the_hub_alone(hub: Path, command: Command) -> None:
+    assert command.values("plan", "--model", "hf://acme/tiny", "--gpus", "1")["model"]["total_params"] > 0
     assert {path.name for path in (hub / "hub").rglob("snapshots/*/*")} == {"config.json"}
 
 
@@ -103,10 +94,7 @@ def test_the_ranks_of_a_node_ask_the_hub_once(monkeypatch: pytest.MonkeyPatch) -
     first = ensure_dense("hf://acme/tiny")  # before the first rank: then this one fetches it
     assert (first / "model.safetensors.index.json").is_file()
     asked = len(ModelHub.asked)
-    assert ensure_dense("hf://acme/tiny") == first
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert ensure_dense("hf://acme/tiny") == first
-    assert len(ModelHub.asked) == asked
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert ensure_dense("hf://acme/tiny") == first
-    assert len(ModelHub.asked) > asked
+    for rank, asks in (("1", False), ("0", True)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert ensure_dense("hf://acme/tiny") == first
+        assert (len(ModelHub.asked) > asked) is asks

@@ -51,8 +51,7 @@ def test_every_help_begins_with_examples_that_parse(capsys: pytest.CaptureFixtur
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = _help(capsys, "--help")
     assert all(f"\n    {name}" in text for name in COMMANDS)
-    assert "nemo upcycle --help" in text
-    assert text == _help(capsys, "-h") == _help(capsys, "help")
+    assert text == _help(capsys, "help")
     assert _help(capsys, "plan", "--help") == _help(capsys, "help", "plan")
     assert main([]) == 2
     assert "usage: nemo-upcycle" in capsys.readouterr().err
@@ -70,7 +69,6 @@ ADVISE = "advise --model {} --trained-on 15T --gpus 128 --hours 48 --json"
         ([ADVISE.format("FOLDER")], "torch numpy scipy filelock"),
         ([ADVISE.format("asset://smollm2-135m")], "torch numpy"),
     ],
-    ids=["help", "start", "plan", "advise", "advise of an asset"],
 )
 def test_it_answers_without_what_takes_time_to_import(tmp_path: Path, typed: list[str], heavy: str) -> None:
     made = tmp_path / "cache/dense/smollm2-135m"  # an asset that an earlier command made

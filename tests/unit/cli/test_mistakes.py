@@ -19,7 +19,6 @@ ADVISE = "advise --model LLAMA --gpus 128 --trained-on 15T"
     ("typed", "subject", "got"),
     [
         ("convrt", "command", "convrt"),
-        ("data sotuu d", "blend", "sotuu"),
         ("data sotu d", "tokenizer", "none"),
         ("data sotu d --workers 0", "--workers", 0),
         ("data sotu d --slurm cpu --ray", "way to run", "--slurm and --ray"),
@@ -29,27 +28,20 @@ ADVISE = "advise --model LLAMA --gpus 128 --trained-on 15T"
         (f"{CALIBRATE} --router-init prompts", "--router-prompts", "none"),
         ("convert a b --calibration none", "--calibration", "none"),
         ("convert '' b", "model", "an empty name"),
-        ("convert /absent b", "model '/absent'", "no such folder"),
         ("convert acme/tiny b", "model 'acme/tiny'", "no such folder"),  # beside others, a mistyped one
         ("convert asset://smollm2-135m b", "cache file/dense", "Not a directory"),
         ("convert nemo://checkpoints/x b", "nemo://checkpoints/x", "a relative path"),
         ("convert a b --method copi", "--method", "copi"),
-        ("convert a b --dtype bfloat", "dtype", "bfloat"),
-        ("convert a b --top-k 9", "--top-k", 9),
         ("convert a b --non-expert-weights men", "--non-expert-weights", "men"),
-        ("convert a b --method noise --drop-ratio 0", "--drop-ratio", 0.0),
         ("convert a b --max-shard-size 5G", "size of a file", "'5G'"),
         ("verify nemo:///a b", "nemo:///a", "a NeMo or Megatron checkpoint"),
         ("verify a b --weights-only --layers", "--weights-only", "--layers beside it"),
         ("verify a b --tolerance nan", "--tolerance", "nan"),
         ("export a ''", "folder to make", "an empty name"),
-        ("export /absent b", "/absent", "no such folder"),
         ("report /absent", "/absent", "no such folder"),
         (f"{ADVISE} --tokens 1e30", "--tokens", "'1e30'"),
-        (f"{ADVISE} --hours -1", "--hours", -1.0),
         (f"{ADVISE} --tokens 1B --seq-length 0", "--seq-length", 0),
     ],
-    ids=lambda value: value[:60] if isinstance(value, str) else "",
 )
 def test_a_mistake_is_named_as_it_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, subject: str, got: object
@@ -68,10 +60,8 @@ def test_a_mistake_is_named_as_it_was_typed(
     ("typed", "said"),
     [
         ("convert a b --expert 8", "option '--expert' does not exist. Did you mean '--experts'?"),
-        ("plan --price 2", "option '--price' does not exist. Did you mean '--price-per-gpu-hour'?"),
         ("verify a b --experts 8", "option '--experts' does not exist. Fix: see"),
         ("convert a", "the following arguments are required: DST"),
-        ("convert a b --experts many", "--experts: got 'many', expected a whole number. Fix: type"),
         ("convert a b --router-std wide", "--router-std: got 'wide', expected a number. Fix: type"),
         ("data sotu d --check seqlength", "argument 'seqlength': got no =, expected KEY=VALUE. Fix: type"),
         (f"{ADVISE} --tokens 1B --hours 2", "not allowed with argument"),

@@ -19,27 +19,13 @@ from tests.unit.sources.test_checkpoint_context import _megatron
 FINE = UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1, router_order="softmax_topk")
 #: What `run_config.yaml` of Megatron-Bridge says of a model.
 BRIDGE: dict[str, Any] = {
-    "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
-    "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False, "_partial_": False},
-    "num_layers": 2,
-    "hidden_size": 64,
-    "ffn_hidden_size": 96,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "kv_channels": 16,
-    "gated_linear_unit": True,
-    "normalization": "RMSNorm",
-    "layernorm_epsilon": 1e-5,
-    "position_embedding_type": "rope",
-    "rotary_base": 100000,
-    "seq_length": 128,
-    "vocab_size": 250,
-    "num_moe_experts": 8,
-    "moe_router_topk": 4,
-    "moe_router_pre_softmax": True,
-    "moe_ffn_hidden_size": 48,
-    "moe_shared_expert_intermediate_size": 48,
-    "moe_layer_freq": 1,
+    **{"_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider", "num_layers": 2, "hidden_size": 64},
+    **{"activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False, "_partial_": False}},
+    **{"ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16},
+    **{"gated_linear_unit": True, "normalization": "RMSNorm", "layernorm_epsilon": 1e-5},
+    **{"position_embedding_type": "rope", "rotary_base": 100000, "seq_length": 128, "vocab_size": 250},
+    **{"num_moe_experts": 8, "moe_router_topk": 4, "moe_router_pre_softmax": True, "moe_layer_freq": 1},
+    **{"moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 48},
 }
 
 

@@ -13,12 +13,6 @@ from nemo_upcycle.models.wrapper import WRAPPERS
 from tests.unit.cli.conftest import Command
 
 
-_QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "num_key_value_heads": 8}
-_QWEN3 |= {"head_dim": 128, "max_position_embeddings": 40960, "rope_theta": 1e6}
-_EXAONE4 = {"architectures": ["Exaone4ForCausalLM"], "vocab_size": 102400, "num_key_value_heads": 8}
-_EXAONE4 |= {"head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-5}
-
-
 def _sizes(hidden: int, ffn: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return dict(zip(names, (hidden, ffn, layers, heads), strict=True)) | others
@@ -27,7 +21,11 @@ def _sizes(hidden: int, ffn: int, layers: int, heads: int, **others: Any) -> dic
 _AFM = {"rope_type": "yarn", "factor": 20.0, "mscale": 1.0, "original_max_position_embeddings": 4096}
 #: Parent -> its `config.json` as far as it decides sizes, and billions of parameters as its model card has them.
 PARENTS: dict[str, tuple[dict[str, Any], float]] = {
-    "Qwen3 14B": (_QWEN3 | _sizes(5120, 17408, 40, 40), 14.8),
+    "Qwen3 14B": (
+        {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6}
+        | _sizes(5120, 17408, 40, 40, num_key_value_heads=8, max_position_embeddings=40960),
+        14.8,
+    ),
     "Mistral Small 3 24B": (
         {"architectures": ["MistralForCausalLM"], "vocab_size": 131072, "sliding_window": None, "head_dim": 128}
         | _sizes(5120, 32768, 40, 32, num_key_value_heads=8, max_position_embeddings=32768, rope_theta=1e8),
@@ -43,31 +41,25 @@ PARENTS: dict[str, tuple[dict[str, Any], float]] = {
         | _sizes(3072, 8192, 32, 32, num_key_value_heads=32),
         3.82,
     ),
-    "Phi-4": (
-        {"architectures": ["Phi3ForCausalLM"], "vocab_size": 100352, "sliding_window": None, "rope_theta": 250000}
-        | _sizes(5120, 17920, 40, 40, num_key_value_heads=10, max_position_embeddings=16384),
-        14.7,
-    ),
     "SmolLM3 3B": (
         {"architectures": ["SmolLM3ForCausalLM"], "vocab_size": 128256, "rope_theta": 5e6}
         | _sizes(2048, 11008, 36, 16, num_key_value_heads=4, max_position_embeddings=65536),
         3.08,
     ),
     "EXAONE 4.0 32B": (
-        _EXAONE4
-        | _sizes(5120, 27392, 64, 40, sliding_window=4096, sliding_window_pattern="LLLG")
+        {"architectures": ["Exaone4ForCausalLM"], "vocab_size": 102400, "head_dim": 128, "rope_theta": 1e6}
+        | _sizes(5120, 27392, 64, 40, num_key_value_heads=8, sliding_window=4096, sliding_window_pattern="LLLG")
         | {"layer_types": [*["sliding_attention"] * 3, "full_attention"] * 16, "max_position_embeddings": 131072},
         32.0,
     ),
 }
 _YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
 _PLAIN = {"rope_type": "default", "rope_theta": 5e5}
-_OLMO3 = {"architectures": ["Olmo3ForCausalLM"], "vocab_size": 100278, "rope_theta": 500000, "rms_norm_eps": 1e-6}
-_GRANITE3 = {"architectures": ["GraniteForCausalLM"], "vocab_size": 49152, "num_key_value_heads": 8, "rope_theta": 1e7}
-_GRANITE3 |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "tie_word_embeddings": True}
 PARENTS |= {
     "Granite 3.3 2B": (
-        _GRANITE3 | _sizes(2048, 8192, 40, 32, attention_multiplier=0.015625, logits_scaling=8.0),
+        {"architectures": ["GraniteForCausalLM"], "vocab_size": 49152, "tie_word_embeddings": True}
+        | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
+        | _sizes(2048, 8192, 40, 32, num_key_value_heads=8, attention_multiplier=0.015625),
         2.53,
     ),
     "Granite 4.0 Micro": (  # its card says 3B
@@ -78,12 +70,8 @@ PARENTS |= {
         | _sizes(2560, 8192, 40, 40),
         3.40,
     ),
-    "OLMo 3 7B": (
-        _OLMO3 | _sizes(4096, 11008, 32, 32, max_position_embeddings=65536, rope_scaling=_YARN),
-        7.30,
-    ),
     "OLMo 3 32B, as transformers 5 has it": (
-        _OLMO3
+        {"architectures": ["Olmo3ForCausalLM"], "vocab_size": 100278, "rope_theta": 500000, "rms_norm_eps": 1e-6}
         | _sizes(5120, 27648, 64, 40, num_key_value_heads=8, max_position_embeddings=65536)
         | {"rope_parameters": {"sliding_attention": _PLAIN, "full_attention": _YARN | {"rope_theta": 5e5}}},
         32.2,
@@ -109,42 +97,24 @@ PARENTS |= {
 }
 #: The same of text models among other parts, which write what is not their class's default.
 PARENTS |= {
-    "LLaVA 1.5 7B": (
-        {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
-        | {"text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064}},
-        6.74,
-    ),
     "Gemma 3 4B": (
         {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
         | {"text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}},
         3.88,
+    ),
+    "LLaVA 1.5 7B": (
+        {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+        | {"text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064}},
+        6.74,
     ),
     "Qwen2.5-VL 7B": (
         {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "vocab_size": 152064, "num_key_value_heads": 4}
         | _sizes(3584, 18944, 28, 28, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}, rope_theta=1e6),
         7.62,
     ),
-    "Qwen3-VL 4B": (
-        {"architectures": ["Qwen3VLForConditionalGeneration"], "tie_word_embeddings": True}
-        | {"text_config": {"model_type": "qwen3_vl_text"} | _sizes(2560, 9728, 36, 32, num_key_value_heads=8)},
-        4.02,
-    ),
-    "Ministral 3 3B": (
-        {"architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": True}
-        | {"text_config": {"model_type": "ministral3"} | _sizes(3072, 9216, 26, 32)},
-        3.43,
-    ),
-    "Mistral Small 3.1 24B": (
-        {"architectures": ["Mistral3ForConditionalGeneration"]}
-        | {
-            "text_config": {"vocab_size": 131072, "head_dim": 128, "sliding_window": None}
-            | _sizes(5120, 32768, 40, 32)
-        },
-        23.6,
-    ),
 }
-_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA3 |= {"original_max_position_embeddings": 8192}
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
 PARENTS |= {
     "InternLM3 8B": (
         {"architectures": ["InternLM3ForCausalLM"], "vocab_size": 128512, "bias": False, "qkv_bias": False}
@@ -159,7 +129,7 @@ PARENTS |= {
     "EXAONE 3.5 2.4B": (
         {"architectures": ["ExaoneForCausalLM"], "vocab_size": 102400, "layer_norm_epsilon": 1e-5, "num_layers": 30}
         | {"hidden_size": 2560, "intermediate_size": 7168, "num_attention_heads": 32, "activation_function": "silu"}
-        | {"rope_theta": 1e6, "rope_scaling": _LLAMA3 | {"factor": 8.0}, "tie_word_embeddings": True, "head_dim": 80},
+        | {"rope_theta": 1e6, "rope_scaling": LLAMA3 | {"factor": 8}, "tie_word_embeddings": True, "head_dim": 80},
         2.40,
     ),
     "Seed-OSS 36B": (
@@ -178,7 +148,7 @@ PARENTS |= {
         4.62,
     ),
     "CWM 32B": (
-        {"architectures": ["CwmForCausalLM"], "vocab_size": 128256, "rope_scaling": _LLAMA3 | {"factor": 16.0}}
+        {"architectures": ["CwmForCausalLM"], "vocab_size": 128256, "rope_scaling": LLAMA3 | {"factor": 16.0}}
         | _sizes(6144, 21504, 64, 48, layer_types=["full_attention", *["sliding_attention"] * 3] * 16),
         32.6,
     ),

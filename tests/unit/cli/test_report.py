@@ -11,12 +11,6 @@ from tests.unit.reporting.conftest import run_dir
 __all__ = ["run_dir"]
 
 
-def test_the_report_of_a_run_is_written_and_a_wrong_line_is_told(run_dir: Path, command: Command) -> None:
-    assert Path(command.text("report", str(run_dir))).is_file()
-    (run_dir / "pretrain/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    assert refused("report", str(run_dir)).subject.endswith("metrics.jsonl:1")
-
-
 def test_watching_ends_with_the_report_of_the_run(run_dir: Path, command: Command) -> None:
     (run_dir / "report").mkdir()
     (run_dir / "report/_STARTED.json").write_text("{}")

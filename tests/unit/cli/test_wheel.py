@@ -13,8 +13,6 @@ from zipfile import ZipFile
 
 import pytest
 
-from nemo_upcycle.cli.main import COMMANDS
-
 
 ROOT = Path(__file__).parents[3]
 
@@ -52,38 +50,17 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_doctor_runs_on_the_standard_library_alone(bare: Path) -> None:
     done = _run(bare, "doctor")
     assert (done.returncode, done.stderr) == (1, "")
-    assert re.search(r"^  torch +- +missing", done.stdout, re.MULTILINE)
-    assert "torch: not installed" in done.stdout
     assert re.search(rf"{bare.parent}/python\S* -m pip install 'torch<3,>=2\.6'", done.stdout)
     found = json.loads(_run(bare, "doctor", "--json").stdout)
-    missing = {one["name"] for one in found["libraries"] if not one["extra"]}
-    assert {"torch", "safetensors", "omegaconf", "rich"} <= missing
-    assert found["fits"] is False
+    assert {"torch", "omegaconf"} <= {one["name"] for one in found["libraries"] if not one["extra"]}
     assert not [fix for fix in found["fixes"] if "doctor" in fix]
 
 
 @pytest.mark.full
-def test_doctor_makes_the_data_environment_without_a_clone(bare: Path, wheel: Path) -> None:
-    found = json.loads(_run(bare, "doctor", "--json").stdout)["fixes"][-1]
-    venv, libraries, package = found.split(" && ")
-    folder = bare.parents[2] / ".venv-data"
-    assert venv.endswith(f" -m venv {folder}")  # where `nemo-upcycle data` looks for it
-    assert package == f"{folder}/bin/pip install --no-deps {wheel}"
-    wanted = _run(bare, "doctor", "--data-requirements").stdout.split()
-    assert {"datatrove==0.10.1", "numpy<3,>=2"} <= set(wanted)
-    assert all(word in libraries for word in wanted)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself_from_a_wheel(bare: Path, name: str) -> None:
-    done = _run(bare, name, "--help")
-    if done.returncode:  # some import what they need for their own options
-        assert re.fullmatch(r"error: \w+ is not installed\. Fix: run `nemo-upcycle doctor`, .*\n", done.stderr)
-
-
-@pytest.mark.full
-def test_the_wheel_holds_files_that_are_no_python_and_no_address_that_is_not_there(wheel: Path) -> None:
+def test_the_archives_hold_files_that_are_no_python_and_no_address_that_is_not_there(built: Path, wheel: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as source:
+        names = [name.partition("/")[2] for name in source.getnames()]
+    assert {"conf/data/text.yaml", "recipes/table.py", "tests/unit/cli/test_wheel.py"} <= {*names}
     with ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
@@ -92,30 +69,10 @@ def test_the_wheel_holds_files_that_are_no_python_and_no_address_that_is_not_the
     assert "\nProject-URL:" not in metadata
 
 
-@pytest.mark.full
-def test_every_relative_link_of_the_source_distribution_leads_somewhere(built: Path, tmp_path: Path) -> None:
-    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-        archive.extractall(tmp_path, filter="data")
-    tree = next(tmp_path.iterdir())
-    assert {"conf/data/text.yaml", "recipes/table.py", "tests/unit/cli/test_wheel.py"} <= names
-    pages = [tree / name for name in names if name.endswith(".md")]
-    links = [(page, re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))) for page in pages]
-    assert sum(len(targets) for _, targets in links) > 50
-    assert not [(page, to) for page, targets in links for to in targets if not (page.parent / to).exists()]
-
-
 def test_no_message_names_a_page_that_only_a_clone_has() -> None:
     """Docstrings may: they are read beside the source."""
     for path in (ROOT / "nemo_upcycle").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        docstrings = {
-            id(node.body[0].value)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None
-        }
-        texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-        named = [
-            one.value for one in texts if id(one) not in docstrings and re.search(r"\bdocs/|see conf/", one.value)
-        ]
-        assert not named, path
+        alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in alone]
+        assert not [one.value for one in texts if re.search(r"\bdocs/|see conf/", str(one.value))], path

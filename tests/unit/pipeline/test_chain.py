@@ -110,16 +110,9 @@ def restarted(chain: Chain, commands: Mapping[str, str]) -> Chain:
 
 
 def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    chain = chain_of(
-        tmp_path,
-        {
-            "a": "echo hello; touch a",
-            "b": "until test -e c; do sleep 0.05; done; touch b",
-            "c": "test -e b || touch c",
-            "d": "test -e b && touch d",
-        },
-        {"c": ("a",), "d": ("b", "c")},
-    )
+    commands = {"a": "echo hello; touch a", "b": "until test -e c; do sleep 0.05; done; touch b"}
+    commands |= {"c": "test -e b || touch c", "d": "test -e b && touch d"}
+    chain = chain_of(tmp_path, commands, {"c": ("a",), "d": ("b", "c")})
     chain.submit()
     assert set(chain.ids) == {"a", "b"}
     assert watch(chain)
@@ -156,9 +149,7 @@ def test_refused_job_takes_back_those_of_the_same_call(tmp_path: Path) -> None:
     more.cluster.answers["b"] = UpcycleError("refused")  # type: ignore[attr-defined]
     with pytest.raises(UpcycleError, match="refused"):
         more.submit()
-    recorded = recorded_jobs(tmp_path)
-    assert recorded
-    assert recorded["jobs"] == more.ids == more.alive() == chain.ids
+    assert (recorded_jobs(tmp_path) or {})["jobs"] == more.ids == more.alive() == chain.ids
     chain.cluster.cancel(list(chain.ids.values()))
 
 
@@ -262,9 +253,8 @@ def test_message_is_of_the_stage_that_failed_with_its_last_words(tmp_path: Path,
     with pytest.raises(UnfinishedError, match="Stage 'a'") as caught:
         watch(chain)
     text = str(caught.value)
-    assert "log.txt: out of memory" in text
-    assert "sbatch.txt: slurmstepd: killed" in text
-    assert "line 1\n" not in text
+    said = ("log.txt: out of memory", "sbatch.txt: slurmstepd: killed", "line 1\n")
+    assert [words in text for words in said] == [True, True, False]
 
 
 def test_job_that_no_controller_takes_up_ends_the_chain_and_is_taken_back(tmp_path: Path) -> None:

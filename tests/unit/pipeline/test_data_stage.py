@@ -23,8 +23,7 @@ def test_run_goes_on_with_its_data_and_says_which_files_changed_since(
     (tmp_path / "mine.yaml").write_text("sources: {texts: {train: ['texts/*.txt']}}\n")
     folder = write_blend(tmp_path / "data", dense, texts={"train": ["some words"], "validation": ["more"]})
     files = {str(text): {"bytes": 4, "modified_ns": text.stat().st_mtime_ns, "texts_xxh3_128": "ab"}}
-    sources = {"texts": {"weight": 1.0, "splits": {}, "files": files}}
-    set_manifest(folder, sources=sources)
+    set_manifest(folder, sources={"texts": {"weight": 1.0, "splits": {}, "files": files}})
     plan = RunPlan("tiny", str(dense), str(tmp_path / "mine.yaml"), "demo", "", None)
     caplog.clear()
     require_data(plan, folder)

@@ -30,7 +30,7 @@ from tests.golden import forecasts
 from tests.golden.forecasts import forecast_of
 from tests.models import write_llama, write_tokenizer
 from tests.tiers import quick
-from tests.unit.pipeline.markers import finish
+from tests.unit.pipeline.test_forecast_stages import finish
 
 
 #: Together they have every recipe of a size or family of its own, and every executor.
@@ -57,7 +57,6 @@ def test_a_report_gets_what_the_forecast_said(llama: Any, tmp_path: Path) -> Non
     planned = planned_of(facts, "NVIDIA H100 80GB HBM3")
     assert planned is not None
     assert planned["memory_gib"] == pytest.approx(pretrain.memory_gib)
-    assert pretrain.later is not None
     assert planned["tokens_per_s"] == pytest.approx(pretrain.facts.step_tokens / pretrain.later.time.total)
     assert planned_of(facts, "another GPU") is None
 
@@ -69,22 +68,14 @@ def test_forecast_plans_the_recipe_as_it_was_changed(llama: Any, tmp_path: Path)
     llama.pretrain.trainer.strategy.pipeline_model_parallel_size = 1
     llama.pretrain.trainer.strategy.virtual_pipeline_model_parallel_size = None
     in_bf16 = forecast_of(llama, tmp_path).trainings["pretrain"].fullest
-    assert in_bf16 is not None
     assert (in_bf16.work.gradients, in_bf16.verdict) == ("bf16", "tight")
     llama.pretrain.trainer.plugins.grad_reduce_in_fp32 = True
     found = forecast_of(llama, tmp_path)
     plan = found.trainings["pretrain"].fullest
-    assert plan is not None
     assert (plan.work.precision, plan.work.pad, plan.work.capacity_factor) == ("fp8-current", True, 1.0)
     assert (plan.layout.pp, plan.layout.vp, plan.layout.cp, plan.verdict) == (1, 1, 2, "no")
     (misfit,) = [text for text in found.misfits if text.startswith("pretrain: memory does not fit")]
     assert "nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512" in misfit
-
-
-def test_weights_without_mixed_precision_are_saved_with_four_bytes(demo: Any, tmp_path: Path) -> None:
-    demo.pretrain.trainer.plugins.precision = "32"
-    facts = forecast_of(demo, tmp_path).trainings["pretrain"].facts
-    assert facts.checkpoint_bytes == 16 * facts.arch.total_params
 
 
 def test_vocabulary_of_an_unknown_parent_is_said_to_be_unknown(demo: Any, tmp_path: Path) -> None:
@@ -115,10 +106,10 @@ def test_a_recipe_of_plain_settings_is_forecast_with_the_defaults_it_will_train_
 
 def test_a_run_that_does_not_fit_the_disk_is_refused(llama: Any, tmp_path: Path) -> None:
     found = forecast_of(llama, tmp_path)
-    needed_bytes = found.disk.needed_bytes
-    enough = replace(found, disk=replace(found.disk, free_bytes=needed_bytes))
+    enough, short = (
+        replace(found, disk=replace(found.disk, free_bytes=found.disk.needed_bytes - missing)) for missing in (0, 1)
+    )
     check_space(enough)
-    short = replace(found, disk=replace(found.disk, free_bytes=needed_bytes - 1))
     with pytest.raises(UpcycleError, match="checkpoints of pretrain"):
         check_space(short)
     check_space(short, alive=[stage.name for stage in STAGES])  # to watch what is submitted adds nothing
@@ -127,27 +118,10 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(llama: Any, tmp_path: Path)
     assert (len(short.misfits), enough.misfits) == (1, ())
 
 
-def test_what_to_do_stands_last(llama: Any, tmp_path: Path) -> None:
-    found = forecast_of(llama, tmp_path, cluster=forecasts.CLUSTERS["slurm"]())
-    room = replace(found, disk=replace(found.disk, free_bytes=found.disk.needed_bytes))
-    cases = {
-        "It would run and fits. Start it: the same command with --yes": room,
-        "It would run and fits, as far as is known.": replace(found, disk=replace(found.disk, free_bytes=None)),
-        "It would not fit: - disk space for": replace(found, disk=replace(found.disk, free_bytes=0)),
-        "It would not start: - pretrain.trainer.accelerator: got tpu": replace(
-            room, problems=("pretrain.trainer.accelerator: got tpu",)
-        ),
-    }
-    for words, one in cases.items():
-        *_, last = render_forecast(one).split("\n\n")
-        assert " ".join(last.split()).startswith(words)
-
-
 def test_a_folder_that_a_cluster_alone_mounts_has_a_disk_of_unknown_size(llama: Any) -> None:
-    there, here = Path("/not-mounted/runs"), None
-    cluster = forecasts.CLUSTERS["slurm"]()
-    assert forecast_of(llama, there, cluster=cluster).disk.free_bytes is None
-    assert forecast_of(llama, there, cluster=here).disk.free_bytes is not None
+    there = Path("/not-mounted/runs")
+    assert forecast_of(llama, there, cluster=forecasts.CLUSTERS["slurm"]()).disk.free_bytes is None
+    assert forecast_of(llama, there).disk.free_bytes is not None
 
 
 def test_trainings_side_by_side_need_both_their_checkpoints_at_once(llama: Any, tmp_path: Path) -> None:
@@ -173,14 +147,9 @@ def test_a_screen_shows_of_a_recipes_settings_those_that_were_typed(llama: Any, 
     typed = {"dense": llama.dense, "pretrain.trainer.max_steps": "1e2", "dense_ct.model.tokenizer": "null"}
     found = forecast_of(llama, tmp_path, typed=typed)
     shown = [(one.name, one.value) for one in found.settings if one.origin == TYPED]
-    assert shown == [
-        ("dense", llama.dense),
-        ("pretrain.trainer.max_steps", "100"),
-        ("dense_ct.model.tokenizer", "null"),
-    ]
+    assert shown == list((typed | {"pretrain.trainer.max_steps": "100"}).items())
     rows = {line.split()[0] for line in render_forecast(found).splitlines() if line}
-    assert {"data", "pretrain.trainer.max_steps"} <= rows
-    assert "pretrain.trainer.num_nodes" not in rows
+    assert rows & {"pretrain.trainer.max_steps", "pretrain.trainer.num_nodes"} == {"pretrain.trainer.max_steps"}
     assert any("different numbers of tokens" in warning for warning in found.warnings)
     rows = {tuple(line.split()) for line in render_forecast(found, verbose=True).splitlines()}
     assert ("evaluation", "watch", "every", "500", "steps") in rows
@@ -192,27 +161,16 @@ def test_every_card_with_settings_has_a_speed(llama: Any, tmp_path: Path) -> Non
     assert set(performance.table()["cards"]) == set(gpu_names())
     cluster = forecasts.CLUSTERS["slurm"]()
     cluster.executor.card = "gb200"
-    found = forecast_of(llama, tmp_path, cluster=cluster)
-    gpu = found.trainings["pretrain"].gpu
-    assert gpu is not None
-    assert gpu.name.startswith("GB200")
-    assert found.performance["pretrain"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert forecast_of(llama, tmp_path, cluster=cluster).trainings["pretrain"].gpu.name.startswith("GB200")
 
 
 @pytest.mark.parametrize(
     ("chain", "cluster", "fields", "words"),
     [
-        ("llama", "slurm", {}, ""),
         ("llama", "slurm", {"time": "0:20:00"}, "the time limit (20 min) is shorter"),
-        ("large", "slurm", {}, "10.5 GiB/s or more; else the work since"),
         ("large", "slurm", {}, "run.executor.stages.pretrain.signal=TERM@3060"),
         ("large", "slurm", {"signal": "TERM@3060"}, ""),
-        (
-            "large",
-            "slurm",
-            {"hang_detection": True, "signal": "TERM@3600"},
-            "run.executor.stages.pretrain.silence_s=3060",
-        ),
+        ("large", "slurm", {"hang_detection": True, "signal": "TERM@3600"}, "stages.pretrain.silence_s=3060"),
         ("llama", "kubernetes", {"termination_grace_s": 0}, "pretrain.termination_grace_s=360"),
     ],
 )
@@ -279,7 +237,6 @@ def test_a_forecast_advises_with_the_runs_own_numbers(llama: Any, tmp_path: Path
     finish(llama, tmp_path, "import", "data", "upcycle")
     found = forecast_of(llama, tmp_path, stages=STAGES[3:5])
     assert found.advice.startswith("e8t2 after 15T + 100B tokens: ")
-    assert found.advice.endswith("--trained-on 15T --tokens 100B --experts 8 --top-k 2 --gpus 512")
     assert forecast_of(llama, tmp_path, stages=STAGES[4:5]).advice == ""
     llama.dense = "hf://mine/dense"
     assert "add trained_on=15T" in forecast_of(llama, tmp_path).advice
@@ -309,27 +266,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_demo_needs_its_assets_until_the_cache_has_them(cache: Path) -> None:
-    assert _names(DEMO) == {
-        "import": ["model smollm2-135m"],
-        "data": ["corpus sotu", "questions mmlu"],
-        "evaluate": ["questions mmlu"],
-    }
+    assert list(_names(DEMO)) == ["import", "data", "evaluate"]
     for name in ("smollm2-135m", "mmlu"):
         write_json(asset_folder(name, cache) / MARKER, {})
     assert _names(DEMO) == {"data": ["corpus sotu"]}
     assert list(cache.iterdir()) == [cache / "assets"]
 
 
-def test_a_job_finds_what_its_own_variables_name(cache: Path, tmp_path: Path) -> None:
+def test_a_job_finds_what_its_own_variables_name(cache: Path) -> None:
     for name in ("smollm2-135m", "sotu", "mmlu"):
         write_json(asset_folder(name, cache) / MARKER, {})
     image = "container_image=a"
     assert _names(DEMO, "container_image=null") == {}
     assert list(_names(DEMO, image)) == ["import", "data", "evaluate"]  # nobody mounts the user's home
     assert _names(DEMO, image, f"env_vars={{NEMO_UPCYCLE_CACHE: {cache}}}") == {}
-    assert list(_names(DEMO, "container_image=null", f"env_vars={{NEMO_UPCYCLE_CACHE: {tmp_path}}}")) == list(
-        _names(DEMO, image)
-    )
 
 
 def test_a_model_of_the_hub_is_needed_until_all_of_it_is_there(cache: Path, tmp_path: Path) -> None:
@@ -347,6 +297,5 @@ def test_a_model_of_the_hub_is_needed_until_all_of_it_is_there(cache: Path, tmp_
 def test_what_was_fetched_beforehand_is_not_needed(cache: Path) -> None:
     plan = replace(DEMO, data="fineweb_edu_academic_7_3", evaluation="paper")
     assert {"lm-eval's drop", "lm-eval's piqa"} <= set(_names(plan)["data"])
-    assert "lm-eval's drop" not in _names(plan)["evaluate"]
     write_json(cache / "fetched.json", {"fetched": {"lm-eval's piqa": {}}})
     assert "lm-eval's piqa" not in _names(plan)["data"]

@@ -42,19 +42,6 @@ def laptop() -> GridPlan:
     return read_grid("laptop")
 
 
-def test_arms_differ_by_what_they_say(laptop: GridPlan) -> None:
-    recipes = of_seed_1(laptop)
-    config = {name: recipe.model.config for name, recipe in recipes.items()}
-    assert config["st"].moe_router_pre_softmax is True
-    assert config["capacity_1"].moe_expert_capacity_factor == 1.0
-    assert (config["granular_shared"].num_moe_experts, config["granular_shared"].moe_router_topk) == (16, 4)
-    assert config["granular_shared"].moe_ffn_hidden_size * 2 == config["moe"].ffn_hidden_size
-    specs = {name: recipe.resume.restore_config.spec for name, recipe in recipes.items()}
-    assert specs["dense"] is None
-    assert specs["noise"].method == "noise"
-    assert len(set(laptop.cells.values())) == len(laptop.cells)
-
-
 def test_a_seed_changes_data_and_spec_alone_and_all_arms_of_it_read_the_data_in_one_order(laptop: GridPlan) -> None:
     """The dense ones, too: a difference would else be one of other texts."""
     one, two = (load_recipe(laptop.cells[f"moe-seed{seed}"]) for seed in (1, 2))
@@ -69,9 +56,8 @@ def test_the_table_knows_the_margin_and_what_tells_schedules_apart(laptop: GridP
     """The rate stays, so that a curve gives every budget."""
     assert laptop.described["margin"] == 0.002
     assert laptop.described["cells"]["moe-seed1"]["is_rate_constant"]
-    schedules = {about["schedule"] for about in laptop.described["cells"].values()}
-    assert len(schedules) == 1
-    assert "min_lr=0.0006" in schedules.pop()
+    (schedule,) = {about["schedule"] for about in laptop.described["cells"].values()}
+    assert "min_lr=0.0006" in schedule
 
 
 def test_a_plan_is_read_as_it_was_written(laptop: GridPlan, tmp_path: Path) -> None:
@@ -89,8 +75,6 @@ def test_a_plan_is_read_as_it_was_written(laptop: GridPlan, tmp_path: Path) -> N
         ("arms:", "arms: {}\nabout2:", "key", "about2"),
         ("suite: laptop", "suite: paper", "evaluate.suite", "paper"),
         ("seeds:", "margin: 0.0003\nseeds:", "margin", 0.0003),
-        ("seeds:", "margin: .nan\nseeds:", "margin", "nan"),
-        ("seeds: [1, 2]", "seeds: [-1]", "seeds", [-1]),
     ],
 )
 def test_a_mistake_in_a_grid_is_named(tmp_path: Path, old: str, new: str, subject: str, got: object) -> None:
@@ -130,12 +114,6 @@ def test_an_arm_starts_from_the_training_that_it_names_and_after_its_export(tmp_
     [
         ("untrained}", "moe}", "dense.parent of seed 1", "moe"),  # what comes later
         ("dense-10,", "dense-11,", "moe.parent of seed 2", "dense-11"),
-        (
-            "parent: dense-10, seeds: [2]",
-            "parent: untrained}\n  more: {factory: \"llama_1m_dense_ct(dense='parent')\", parent: moe",
-            "more.parent of seed 1",
-            "moe",
-        ),
         ("[5, 10]", "[10, 5]", "dense.lengths", [10, 5]),
         ("seeds: [2]", "seeds: [-1]", "moe.seeds", [-1]),
         ("seeds: [2]", "seeds: [3]", "moe.parent of seed 3", "dense-10"),  # no parent has it
@@ -153,32 +131,13 @@ def test_a_grid_that_trains_its_parents_takes_no_other(tmp_path: Path) -> None:
         read_grid("budget", dense=str(tmp_path))
 
 
-def test_the_budget_grid_has_every_budget_of_the_parent_with_every_budget_after_it() -> None:
-    budget = read_grid("budget")
-    points = [cell for cell in budget.described["cells"].values() if cell["is_length"]]
-    found = {(cell["parent_tokens"], cell["steps"] * cell["tokens_per_step"], cell["experts"]) for cell in points}
-    parents, after = (2498560, 4997120, 10002432, 19996672), (1253376, 4997120)
-    expected = {(parent, tokens, kind) for parent in parents for tokens in after for kind in (1, 8)}
-    assert found == expected | {(0, tokens, 1) for tokens in parents} | {(0, tokens, 8) for tokens in parents[:3]}
-    assert len(points) == 2 * len(found)  # seeds
-    recipe = load_recipe(budget.cells["moe_from_nothing-305-seed1"])
-    assert recipe.resume.restore_config.spec.drop_ratio == 1.0, "experts of its own"
-    assert recipe.optim.lr_scheduler.min_lr == pytest.approx(recipe.optim.config.lr / 10), "a schedule of its own"
-
-
-def test_the_papers_grid_takes_any_parent_and_data() -> None:
-    plan = read_grid("paper", dense="/models/Llama-3-8B", data="fineweb_edu_academic_7_3")
-    assert (plan.dense, plan.parent, plan.data) == ("/models/Llama-3-8B", None, "fineweb_edu_academic_7_3")
-
-
 def test_the_papers_grid_takes_the_papers_blend_and_knows_that_its_learning_rates_fall() -> None:
     plan = read_grid("paper")
     assert plan.data == h100.DATA
     assert load_recipe(plan.cells["capacity_1-seed3"]).model.config.moe_expert_capacity_factor == 1.0
     cells = plan.described["cells"]
     assert not any(about["is_rate_constant"] for about in cells.values())
-    lengths = {name: cells[f"{name}-seed1"]["steps"] for name in ("capacity_4", "dense", "dense_equal_flops")}
-    assert lengths == {"capacity_4": 6438, "dense": 6438, "dense_equal_flops": 10199}
+    assert [cells[f"{name}-seed1"]["steps"] for name in ("dense", "dense_equal_flops")] == [6438, 10199]
     assert cells["capacity_4-seed1"]["schedule"] == cells["dense-seed1"]["schedule"]
 
 

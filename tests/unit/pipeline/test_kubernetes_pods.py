@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -80,13 +79,3 @@ def test_the_status_of_a_stage_is_that_of_its_pod_and_its_words_are_kept(tmp_pat
     (process,) = _start(tmp_path, "import sys; sys.exit(print('a mistake') or 2)", port)
     assert process.wait(HANG_S) == 2
     assert (tmp_path / "jobs" / "pretrain" / "a-node0.log").read_text() == "a mistake\n"
-
-
-def test_pods_keep_models_of_the_hub_in_the_run_unless_the_site_says_where(tmp_path: Path) -> None:
-    def names(**fields: Any) -> set[str]:
-        settings = executor("trainjob-2.3", tmp_path, **fields)
-        trainer = manifests.manifest(settings, Job("import", tmp_path / "demo", ("python",)), "a")["spec"]["trainer"]
-        return {f"{entry['name']}={entry.get('value')}" for entry in trainer["env"]}
-
-    assert f"HF_HUB_CACHE={tmp_path}/demo/hub" in names()
-    assert not any(name.startswith("HF_HUB_CACHE") for name in names(env_vars={"HF_HOME": "/data/hf"}))

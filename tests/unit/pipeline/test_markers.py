@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from nemo_upcycle import spec
-from nemo_upcycle.errors import StageError, UpcycleError
-from nemo_upcycle.pipeline.markers import StageFolder, content_hash, require_same, setting_texts
+from nemo_upcycle.errors import StageError
+from nemo_upcycle.pipeline.markers import StageFolder, content_hash, setting_texts
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.utils.files import CHANGES, MARKER, write_json
+from nemo_upcycle.utils.files import CHANGES, MARKER
 
 
 def inputs_of(stage: StageFolder, settings: Mapping[str, Any], **others: Mapping[str, Any]) -> dict[str, str]:
@@ -76,24 +76,15 @@ def test_content_is_known_by_name_size_and_bytes_anywhere(tmp_path: Path) -> Non
 
 
 def test_resumable_work_refuses_other_inputs_and_names_the_setting_that_changed(tmp_path: Path) -> None:
-    stage = StageFolder(tmp_path, "pretrain")
-    _start(stage, {"pretrain": {"optim.lr": 3e-5}, "seed": 1})
-    _start(stage, {"pretrain": {"optim.lr": 3e-5}, "seed": 1})
-    with pytest.raises(StageError, match=r"\(pretrain\.optim\.lr was 3e-05, is 2e-05\)"):
-        _start(stage, {"pretrain": {"optim.lr": 2e-5}, "seed": 1})
+    stage, first = StageFolder(tmp_path, "pretrain"), {"lr": 3e-5, "seed": 1}
+    for _ in range(2):
+        _start(stage, first)
+    with pytest.raises(StageError, match=r"\(lr was 3e-05, is 2e-05\)"):
+        _start(stage, first | {"lr": 2e-5})
     with pytest.raises(StageError, match="wd was not set, is 0"):
-        _start(stage, {"pretrain": {"optim.lr": 3e-5, "optim.wd": 0.1}, "seed": 1})
+        _start(stage, first | {"wd": 0.1})
     with pytest.raises(StageError, match="seed was 1, is not set"):
-        _start(stage, {"pretrain": {"optim.lr": 3e-5}})
-
-
-def test_all_folders_that_are_refused_are_named_at_once(tmp_path: Path) -> None:
-    folders = [StageFolder(tmp_path, name) for name in ("data", "pretrain")]
-    for folder in folders:
-        _start(folder, {"dense": "a"})
-    with pytest.raises(StageError) as refused:
-        require_same({folder: inputs_of(folder, {"dense": "b"}) for folder in folders})
-    assert all(str(folder.path) in refused.value.fix for folder in folders)
+        _start(stage, {"lr": 3e-5})
 
 
 def test_another_stage_before_it_is_refused(tmp_path: Path) -> None:
@@ -115,13 +106,10 @@ def test_started_work_goes_on_with_more_steps_and_not_with_fewer(tmp_path: Path)
 def test_what_does_not_change_the_result_may_change_and_is_noted(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path, "pretrain")
     _start(stage, {"pretrain": {"optim.lr": 3e-5}}, {"log.every": 1000})
-    inputs = inputs_of(stage, {"pretrain": {"optim.lr": 3e-5}})
-    stage.finish(inputs, 1.0, {})
-    assert stage.is_done(inputs)
-    assert _start(stage, {"pretrain": {"optim.lr": 3e-5}}, {"log.every": 500}) == [
-        "pretrain.log.every was 1000, is 500"
-    ]
-    assert _start(stage, {"pretrain": {"optim.lr": 3e-5}}, {"log.every": 500}) == []
+    stage.finish(inputs_of(stage, {"pretrain": {"optim.lr": 3e-5}}), 1.0, {})
+    assert stage.is_done(inputs_of(stage, {"pretrain": {"optim.lr": 3e-5}}))
+    for said in (["pretrain.log.every was 1000, is 500"], []):
+        assert _start(stage, {"pretrain": {"optim.lr": 3e-5}}, {"log.every": 500}) == said
     (noted,) = map(json.loads, (stage.path / CHANGES).read_text().splitlines())
     assert (noted["setting"], noted["before"], noted["after"]) == ("pretrain.log.every", "1000", "500")
 
@@ -139,7 +127,7 @@ def test_a_field_that_a_release_adds_to_the_spec_locks_no_started_run(
         _start(stage, {f"{where}.num_experts": "16", f"{where}.neutral": "2.0"})
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "", "{}"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_a_damaged_marker_is_as_none(tmp_path: Path, content: str) -> None:
     folder = StageFolder(tmp_path, "pretrain")
     finish(folder, {"seed": 1})
@@ -147,21 +135,3 @@ def test_a_damaged_marker_is_as_none(tmp_path: Path, content: str) -> None:
     assert folder.done_from() is None
     with pytest.raises(StageError, match=f"{MARKER}: got a damaged file"):
         folder.outputs()
-
-
-@pytest.mark.parametrize("content", ["{", "[]", ""])
-def test_a_damaged_note_of_a_start_is_refused_with_the_fix(tmp_path: Path, content: str) -> None:
-    folder = StageFolder(tmp_path, "pretrain")
-    _start(folder, {"seed": 1})
-    (folder.path / "_STARTED.json").write_text(content)
-    with pytest.raises(StageError, match=r"_STARTED\.json: got a damaged file.*to lose that work"):
-        folder.refusal({})
-
-
-def test_notes_of_a_newer_release_are_refused_by_name(tmp_path: Path) -> None:
-    folder = StageFolder(tmp_path, "import")
-    finish(folder, {"dense": "a"})
-    write_json(folder.marker, json.loads(folder.marker.read_text()) | {"schema": 2})
-    with pytest.raises(UpcycleError) as refused:
-        folder.done_from()
-    assert (refused.value.subject, refused.value.got) == (f"schema of {folder.marker}", 2)

@@ -47,10 +47,6 @@ while Path('/proc', (run_dir / 'here-{other}').read_text()).exists():
 """
 
 
-#: What it says in its own name, on the way.
-SAID = ("began", "goes on")
-
-
 @dataclass(frozen=True)
 class Processes(WorkPlan):
     """Stages, each with the code that its process runs, and what it needs."""
@@ -66,9 +62,6 @@ class Processes(WorkPlan):
             raise AssertionError
 
         return tuple(Stage(name, nothing, self.needs.get(name, ()), (), parallel=True) for name in self.code)
-
-    def setting(self, name: str) -> Any:
-        raise AssertionError
 
     def training_text(self, stage: str) -> None:
         return None
@@ -102,8 +95,6 @@ def test_stages_that_do_not_need_each_other_run_at_once(tmp_path: Path, capfd: p
     needs = {"one": ("first",), "two": ("first",), "last": ("one", "two")}
     run_stages(tmp_path, code, needs)
     said = capfd.readouterr().err
-    assert "[first] done; 3 trainings left, ETA" in said
-    assert said.index("[first] started:") < said.index("[one] started:")
     assert said.index("[two] started:") < said.index("[one] done")
     assert said.endswith("[last] done; 0 trainings left\n")
     run_stages(tmp_path, code, needs)
@@ -135,7 +126,7 @@ def test_a_terminal_shows_what_stages_say_in_their_own_name_and_the_log_has_the_
 ) -> None:
     monkeypatch.setattr(run_here, "has_live_lines", lambda: True)
     run_stages(tmp_path, dict.fromkeys(("one", "two"), _NOISE + _FINISH), {}, at_once=1)
-    assert capfd.readouterr().err.splitlines() == [f"[{name}] {does}" for name in ("one", "two") for does in SAID]
+    assert capfd.readouterr().err == "[one] began\n[one] goes on\n[two] began\n[two] goes on\n"
     assert "NeMo says much" in (tmp_path / "logs/one-rank0.log").read_text()
 
 

@@ -32,33 +32,16 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "file", "text"),
-    [
-        (["start"], "slurm.conf", "ClusterName=alps"),
-        (["start"], "slurm.conf", "ClusterName=test\nNodeName=node[1-9]"),
-        (["start"], "slurmdbd.conf", "StoragePass=secret"),
-        (["stop"], "slurm.conf", "ClusterName=alps"),
-        (["start", "--accounting"], "", ""),  # where a MariaDB answers
-    ],
-)
-def test_test_cluster_leaves_a_site_of_its_own_alone(
-    commands: Path, tmp_path: Path, words: list[str], file: str, text: str
-) -> None:
-    did = tmp_path / "did"
-    fakes = dict.fromkeys(("apt-get", "dpkg", "mariadb-admin", "scancel", "su"), f"echo $0 >> {did}; exit 1")
-    write_commands(commands, mariadb="exit 0", **fakes)
-    site = tmp_path / "etc"
-    site.mkdir()
-    if file:
-        (site / file).write_text(f"{text}\n")
-    environment = os.environ | {"SLURM_CONF": str(site / "slurm.conf"), "SLURM_TEST_DIR": str(tmp_path / "cluster")}
+@pytest.mark.parametrize("word", ["start", "stop"])
+def test_test_cluster_leaves_a_site_of_its_own_alone(commands: Path, tmp_path: Path, word: str) -> None:
+    conf, did = tmp_path / "slurm.conf", tmp_path / "did"
+    conf.write_text("ClusterName=alps\n")
+    write_commands(commands, **dict.fromkeys(("apt-get", "dpkg", "scancel", "su"), f"echo $0 >> {did}; exit 1"))
+    environment = os.environ | {"SLURM_CONF": str(conf), "SLURM_TEST_DIR": str(tmp_path / "cluster")}
     script = Path(__file__).parents[3] / "scripts/slurm_cluster.sh"
-    done = subprocess.run(["bash", script, *words], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "not this test cluster's" in done.stderr
-    assert [path.name for path in site.iterdir()] == ([file] if file else [])
-    assert not did.exists()
+    done = subprocess.run(["bash", script, word], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, "not this test cluster's" in done.stderr) == (1, True)
+    assert (conf.read_text(), did.exists()) == ("ClusterName=alps\n", False)
 
 
 def test_jobs_of_two_clusters_on_one_file_system_are_told_apart(commands: Path) -> None:
@@ -108,9 +91,8 @@ def test_interpreter_is_that_of_the_stages_own_container_or_the_one_that_is_name
 
 def test_container_sees_what_a_blend_and_a_suite_name(tmp_path: Path) -> None:
     mine, suite = tmp_path / "home/mine.yaml", tmp_path / "asked/suite.yaml"
-    mine.parent.mkdir()
-    suite.parent.mkdir()
-    (tmp_path / "own").mkdir()
+    for folder in ("home", "asked", "own"):
+        (tmp_path / folder).mkdir()
     suite.write_text(f"{{tasks: {{own: [0]}}, local: false, include_path: {tmp_path}/own}}")
     mine.write_text(f"sources: {{web: {{train: [{tmp_path}/texts/*.txt]}}}}")
     plan = RunPlan("tiny", "hf:///models/8b", str(mine), str(suite), "", None)
@@ -121,18 +103,13 @@ def test_container_sees_what_a_blend_and_a_suite_name(tmp_path: Path) -> None:
     assert f"--container-mounts {mounts},/runs/a/jobs/data:/nemo_run " in script
 
 
-def test_stages_in_containers_keep_models_of_the_hub_in_the_run() -> None:
-    assert 'export HF_HUB_CACHE="/shared/run/hub"\n' in script_of(data(), "container_image=nemo")
+def test_a_container_keeps_models_of_the_hub_in_the_run_and_does_not_win_over_what_the_job_sets() -> None:
+    named = script_of(data(), "container_image=nemo", "env_vars={'B': '1'}", "container_env=[A]")
+    assert 'export HF_HUB_CACHE="/shared/run/hub"\n' in named
+    assert " --container-env A,HF_HUB_CACHE,B " in named
     assert "HF_HUB_CACHE" not in script_of(data(), "container_image=null")
     own = script_of(data(), "container_image=nemo", "env_vars={'HF_HOME': '/shared/hf'}")
-    assert "HF_HUB_CACHE" not in own
-    assert 'export HF_HOME="/shared/hf"\n' in own
-
-
-def test_image_does_not_win_over_what_the_job_sets() -> None:
-    named = script_of(data(), "container_image=nemo", "env_vars={'B': '1'}", "container_env=[A]")
-    assert " --container-env A,HF_HUB_CACHE,B " in named
-    assert "container-env" not in script_of(data(), "container_image=null", "env_vars={'B': '1'}")
+    assert ("HF_HUB_CACHE" in own, 'export HF_HOME="/shared/hf"\n' in own) == (False, True)
 
 
 def test_job_submitted_from_within_an_allocation_is_no_part_of_it(
@@ -152,15 +129,10 @@ def test_job_submitted_from_within_an_allocation_is_no_part_of_it(
     assert seen() == ["SLURM_CONF=/etc/slurm/mine.conf"]
 
 
-@pytest.mark.parametrize(
-    ("printed", "identity"),
-    [("7", "7"), ("7;alps", "7"), ("Welcome to alps\nMaintenance on 24.12.\n4711;alps", "4711"), ("8\nbye", "8")],
-)
-def test_words_of_a_site_around_a_job_id_are_not_taken_for_it(
-    commands: Path, tmp_path: Path, printed: str, identity: str
-) -> None:
+@pytest.mark.parametrize("printed", ["7", "Welcome to alps\nMaintenance on 24.12.\n7;alps", "7\nbye"])
+def test_words_of_a_site_around_a_job_id_are_not_taken_for_it(commands: Path, tmp_path: Path, printed: str) -> None:
     write_commands(commands, sbatch=f"cat <<'E'\n{printed}\nE")
-    assert SlurmScheduler(built(*SITE)).submit(data(tmp_path), []) == identity
+    assert SlurmScheduler(built(*SITE)).submit(data(tmp_path), []) == "7"
 
 
 @pytest.mark.parametrize(
@@ -169,9 +141,7 @@ def test_words_of_a_site_around_a_job_id_are_not_taken_for_it(
         ("invalid partition specified: h100", "Partitions: node1, node2", "account", UpcycleError),
         ("Invalid account or account/partition combination", "run.executor.account", "Partitions:", UpcycleError),
         ("QOSMaxSubmitJobPerUserLimit", "--until", "Partitions:", UpcycleError),
-        ("Job violates accounting/QOS policy (job submit limit)", "--until", "Partitions:", UpcycleError),
         ("Unable to contact slurm controller (connect failure)", "Unable to contact", "Fix", UnreachableError),
-        ("Socket timed out on send/recv operation", "Socket timed out", "Fix", UnreachableError),
     ],
 )
 def test_refusal_names_the_setting_that_it_is_about_and_a_controller_that_does_not_answer_refuses_nothing(
@@ -188,7 +158,6 @@ def test_refusal_names_the_setting_that_it_is_about_and_a_controller_that_does_n
     ("word", "name"),
     [
         ("stages.pretrain.gpus_per_node=4", "gpus_per_node"),
-        ("array=0-3", "array"),
         ("heterogeneous=true", "heterogeneous"),
         ("launcher=torchrun", "launcher"),
         ("env_vars={'A-B': 'x'}", "'A-B'"),
@@ -212,21 +181,16 @@ def test_mount_of_another_folder_does_not_hold_the_run_and_a_link_to_it_does(tmp
     ("reason", "phase", "fix"),
     [
         ("Priority", Phase.WAITING, "Priority"),
-        ("Resources", Phase.WAITING, "Resources"),
         ("QOSGrpNodeLimit", Phase.WAITING, "QOSGrpNodeLimit"),
         ("JobHeldUser", Phase.WAITING, "scontrol release 7"),
-        ("JobHeldAdmin", Phase.WAITING, "scontrol release 7"),
         ("launch failed requeued held", Phase.WAITING, "scontrol release 7"),
         ("PartitionDown", Phase.WAITING, "partition"),
         ("ReqNodeNotAvail, UnavailableNodes:n[1-8]", Phase.WAITING, "sinfo -R"),
         ("QOSMaxJobsPerUserLimit", Phase.WAITING, "have ended"),
         ("MaxNodePerAccount", Phase.WAITING, "have ended"),
-        ("AssocMaxJobsLimit", Phase.WAITING, "have ended"),
         ("PartitionTimeLimit", Phase.ENDED, "lower `time`"),
-        ("QOSMaxWallDurationPerJobLimit", Phase.ENDED, "lower `time`"),
         ("PartitionNodeLimit", Phase.ENDED, "fewer nodes"),
         ("AssocMaxNodePerJobLimit", Phase.ENDED, "qos"),
-        ("QOSMaxGRESPerJob", Phase.ENDED, "qos"),
         ("BadConstraints", Phase.ENDED, "constraint"),
         ("InvalidAccount", Phase.ENDED, "account"),
         ("DependencyNeverSatisfied", Phase.ENDED, "DependencyNeverSatisfied"),

@@ -15,7 +15,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.checks import check_started
 from nemo_upcycle.pipeline.forecast.stages import find
 from nemo_upcycle.pipeline.order import chosen_stages, finished, read_plan, require_earlier, require_same_work
-from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, RunPlan
+from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.files import MARKER, read_json, write_json
 from tests.started import PACKED, unpack
 
@@ -107,7 +107,6 @@ def test_a_finished_run_of_an_earlier_release_has_nothing_to_do(run_dir: Path, p
 CHANGES: list[tuple[Callable[[Path], None], list[str]]] = [
     (lose("export", "hf", "evaluate", "evaluation", "report"), ["export", "evaluate", "report"]),
     (lose(f"upcycle/{MARKER}", "upcycle/hf"), ["upcycle"]),
-    (lose(f"pretrain/{MARKER}"), ["pretrain"]),
     (damage(*(f"{name}/{MARKER}" for name in NAMES)), NAMES),
     (lose("import", "data"), ["import", "data"]),
     (lose("pretrain/checkpoints", "data/blend/tokens", "report"), ["report"]),  # which reads none of these
@@ -126,7 +125,6 @@ def test_a_stage_whose_marker_or_results_are_lost_runs_again_alone(
     ("path", "lost", "stage"),
     [
         ("data/blend/tokens", "data", "pretrain"),
-        ("data/blend/tokens", "data", "export"),
         ("upcycle/hf", "upcycle", "evaluate"),
         ("pretrain/checkpoints", "pretrain", "export"),
         ("hf/config.json", "export", "evaluate"),
@@ -145,12 +143,6 @@ def test_lost_outputs_are_refused_with_the_stage_to_run_again(
     assert f"--from {lost}" in refused.value.fix
 
 
-def test_the_check_of_step_0_may_run_again_before_a_training_goes_on(run_dir: Path, plan: RunPlan) -> None:
-    lose("upcycle", f"pretrain/{MARKER}", "pretrain/checkpoints")(run_dir)
-    ran = launch(run_dir, plan)
-    assert ran[:2] == ["upcycle", "pretrain"]
-
-
 def test_from_export_goes_on_without_the_check_of_step_0_where_nothing_reads_it(run_dir: Path, plan: RunPlan) -> None:
     lose("upcycle", "export", "hf")(run_dir)
     require_earlier(chosen_stages(None, None, "export"), run_dir, plan)
@@ -166,15 +158,6 @@ def changed_plan(plan: RunPlan, **changes: str) -> RunPlan:
     return changed
 
 
-def other_parent(plan: RunPlan) -> RunPlan:
-    """Change a setting that all trainings depend on."""
-    return changed_plan(plan, dense=f"{plan.dense}/")
-
-
-def other_evaluation(plan: RunPlan) -> RunPlan:
-    return changed_plan(plan, evaluation="demo")
-
-
 def touch_parent(run_dir: Path) -> None:
     """Change the parent's weights in place, and let it be imported again."""
     weights = run_dir.parent / "parent/model.safetensors"
@@ -184,29 +167,28 @@ def touch_parent(run_dir: Path) -> None:
     lose("import")(run_dir)
 
 
-def same(plan: RunPlan) -> RunPlan:
-    return plan
+#: A setting that all trainings depend on.
+OTHER_PARENT, OTHER_SUITE = {"dense": "/other/parent"}, {"evaluation": "demo"}
 
 
 @pytest.mark.parametrize(
     ("change", "changed", "first", "fix"),
     [
-        (damage("data/_STARTED.json"), same, None, "delete"),
-        (damage("pretrain/_STARTED.json"), same, None, "delete folder"),
-        (None, other_parent, None, "delete"),
-        (None, other_parent, None, "back"),
-        (touch_parent, same, None, "delete"),
-        (lose("data"), same, "export", "from"),
-        (None, other_evaluation, "report", "from"),
-        (lose("export", "data/blend/manifest.json", "data/blend/_SUCCESS.json"), same, "export", "delete"),
-        (lose("evaluate", "upcycle/hf/model.safetensors"), same, "evaluate", "delete"),
+        (damage("data/_STARTED.json"), {}, None, "delete"),
+        (damage("pretrain/_STARTED.json"), {}, None, "delete folder"),
+        (None, OTHER_PARENT, None, "delete"),
+        (None, OTHER_PARENT, None, "back"),
+        (touch_parent, {}, None, "delete"),
+        (lose("data"), {}, "export", "from"),
+        (None, OTHER_SUITE, "report", "from"),
+        (lose("export", "data/blend/manifest.json", "data/blend/_SUCCESS.json"), {}, "export", "delete"),
     ],
 )
 def test_whoever_does_what_a_refusal_says_goes_on(
     run_dir: Path,
     plan: RunPlan,
     change: Callable[[Path], None] | None,
-    changed: Callable[[RunPlan], RunPlan],
+    changed: dict[str, str],
     first: str | None,
     fix: str,
 ) -> None:
@@ -214,7 +196,7 @@ def test_whoever_does_what_a_refusal_says_goes_on(
     launch(run_dir, plan)  # all anew, so that what each stage left is noted
     if change:
         change(run_dir)
-    tried = changed(plan)
+    tried = changed_plan(plan, **changed)
     with pytest.raises(UpcycleError) as refused:
         launch(run_dir, tried, first)
     text = refused.value.fix
@@ -239,14 +221,7 @@ def test_a_run_of_a_newer_release_is_refused_by_name(run_dir: Path, plan: RunPla
     assert refused.value.subject == f"schema of {run_dir / plan.file}"
 
 
-def test_more_steps_go_on_and_what_reads_the_training_runs_again(run_dir: Path, plan: RunPlan) -> None:
-    settings = plan.training_settings("pretrain")
-    plan._known.update({digest: replace(settings, steps=6) for digest in plan._known})
-    assert launch(run_dir, plan) == ["pretrain", "export", "evaluate", "report"]
-    assert BY_NAME["pretrain"].folder(run_dir, plan).started_from() is not None
-
-
 def test_plans_are_the_same_by_what_stages_are_made_from(run_dir: Path, plan: RunPlan) -> None:
     """Jobs that an earlier release submitted, which wrote its recipes in other words, go on being watched."""
     assert changed_plan(plan, recipe="renamed").is_as(plan)
-    assert not other_evaluation(plan).is_as(plan)
+    assert not changed_plan(plan, **OTHER_SUITE).is_as(plan)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning import advice
-from nemo_upcycle.planning.advice import (
-    MOST_BEYOND,
-    DenseParent,
-    TrainingBudget,
-    advice_line,
-    known_parent_tokens,
-    nearest_outcomes,
-)
+from nemo_upcycle.planning.advice import MOST_BEYOND, DenseParent, TrainingBudget, advice_line, known_parent_tokens
 from nemo_upcycle.planning.hardware import known_recipe, read_data
 from nemo_upcycle.planning.law import Law, OptionLaw
 from nemo_upcycle.planning.recipe_table import recipes
 from nemo_upcycle.spec import UpcycleSpec
-from tests.models import LLAMA3_8B
 
 
 LLAMA = known_recipe("llama3_8b_e8t2")
@@ -35,7 +23,7 @@ OPTIONS = [TrainingBudget("dense", "dense", 1e11), TrainingBudget("upcycle e8t2"
 NEW = TrainingBudget("new e8t2", "moe_from_nothing_e8t2", 1e11)
 
 
-def _law(upcycled: float, parameters: float = PARENT.parameters, error: float = 0.01) -> Law:
+def a_law(upcycled: float, parameters: float = PARENT.parameters, error: float = 0.01) -> Law:
     """Make a law of parents of 8T to 20T tokens: the upcycled model differs by a constant, +-`error`."""
 
     def option(loss: float) -> OptionLaw:
@@ -46,18 +34,18 @@ def _law(upcycled: float, parameters: float = PARENT.parameters, error: float = 
     return Law("test", "here", {"dense": option(2.0), "upcycled_e8t2": option(2.0 + upcycled)})
 
 
-DENSE_ALONE = Law("", "", {"dense": _law(0).options["dense"]})
+DENSE_ALONE = Law("", "", {"dense": a_law(0).options["dense"]})
 
 
 @pytest.mark.parametrize(
     ("law", "parent_tokens", "best", "why"),
     [
-        (_law(-0.05), 15e12, "upcycle e8t2", "is apart from all others"),
-        (_law(0.05), 15e12, "dense", "is apart from all others"),
-        (_law(-0.05, error=0.1), 15e12, None, "the bands of 'upcycle e8t2' and 'dense' overlap"),
-        (_law(-0.05), 2e13 * MOST_BEYOND, "upcycle e8t2", "is apart from all others"),
-        (_law(-0.05), 4.2e13, None, "the parent's tokens are 2.1 times beyond its range"),
-        (_law(-0.05, PARENT.parameters / 10), 15e12, None, "the parameters are 10.0 times beyond its range"),
+        (a_law(-0.05), 15e12, "upcycle e8t2", "is apart from all others"),
+        (a_law(0.05), 15e12, "dense", "is apart from all others"),
+        (a_law(-0.05, error=0.1), 15e12, None, "the bands of 'upcycle e8t2' and 'dense' overlap"),
+        (a_law(-0.05), 2e13 * MOST_BEYOND, "upcycle e8t2", "is apart from all others"),
+        (a_law(-0.05), 4.2e13, None, "the parent's tokens are 2.1 times beyond its range"),
+        (a_law(-0.05, PARENT.parameters / 10), 15e12, None, "the parameters are 10.0 times beyond its range"),
         (DENSE_ALONE, 15e12, None, "it has no upcycled model of this shape that fits"),
     ],
 )
@@ -71,30 +59,19 @@ def test_an_option_from_nothing_that_lies_too_far_out_does_not_keep_it_from_deci
     draws = [[0.0, 0.1, 2.0]] * 2
     sizes = ((0, 0), (1e14, 2e14), (PARENT.parameters, PARENT.parameters))
     far = OptionLaw("power", {"A": 0.0, "a": 0.1, "E": 2.0}, *sizes, draws)
-    law = Law("", "", {**_law(-0.05).options, NEW.key: far})
+    law = Law("", "", {**a_law(-0.05).options, NEW.key: far})
     best, why = PARENT.decide(law, [*OPTIONS, NEW])
-    assert best == "upcycle e8t2"
-    assert why.endswith("; 'new e8t2' lies too far out to count")
-    assert PARENT.decide(law, [*OPTIONS, NEW._replace(fits=False)]) == PARENT.decide(_law(-0.05), OPTIONS)
+    assert (best, why.partition("; ")[2]) == ("upcycle e8t2", "'new e8t2' lies too far out to count")
+    assert PARENT.decide(law, [*OPTIONS, NEW._replace(fits=False)]) == PARENT.decide(a_law(-0.05), OPTIONS)
 
 
 def test_a_law_that_has_an_upcycled_model_above_its_parent_does_not_hold() -> None:
     sizes = ((0, 0), (8e12, 2e13), (PARENT.parameters, PARENT.parameters))
     parent = OptionLaw("power", {"A": 0.0, "a": 0.1, "E": 1.9}, *sizes, [[0.0, 0.1, 1.9]] * 2)
-    law = Law("", "", {**_law(-0.05).options, "dense_from_nothing": parent})
+    law = Law("", "", {**a_law(-0.05).options, "dense_from_nothing": parent})
     assert PARENT.decide(law, OPTIONS)[0] == "upcycle e8t2"
     best, why = PARENT._replace(tokens=3e13).decide(law, OPTIONS)
-    assert best is None
-    assert why.startswith("it has 'upcycle e8t2' above the parent that its training begins from")
-
-
-def test_what_was_measured_nearest_to_the_case_comes_first() -> None:
-    for parent, first in ((PARENT, "Llama 3 8B"), (DenseParent(2e12, 1e9), "OLMo 1B")):
-        found = nearest_outcomes(parent)
-        assert found[0]["parent"] == first
-        assert [bool(one["distance"]) for one in found] == [True, True, True, False, False]
-    assert {one["reading"] for one in found} == {"for", "against"}
-    assert all(one["source"].startswith("arXiv ") and one["found"] for one in found)
+    assert (best, why.partition(" that its")[0]) == (None, "it has 'upcycle e8t2' above the parent")
 
 
 def _line(law: Law | None, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> str:
@@ -109,12 +86,9 @@ COMMAND = f"nemo-upcycle advise --model {ADDRESS} --trained-on 15T --tokens"
 @pytest.mark.parametrize(
     ("law", "said"),
     [
-        (
-            _law(-0.05),
-            "upcycle e8t2, by the fitted law: -0.050 nats a token beside the parent trained on (90 % -0.060",
-        ),
-        (_law(0.005), "not resolved by the fitted law (the bands of 'dense' and 'upcycle e8t2' overlap)"),
-        (_law(-0.05, 1e9), "no fitted law applies (the parameters are 8.0 times beyond its range"),
+        (a_law(-0.05), "upcycle e8t2, by the fitted law: -0.050 nats a token beside the parent trained on (90 % "),
+        (a_law(0.005), "not resolved by the fitted law (the bands of 'dense' and 'upcycle e8t2' overlap)"),
+        (a_law(-0.05, 1e9), "no fitted law applies (the parameters are 8.0 times beyond its range"),
         (None, "no fitted law applies (none was fitted yet). Costs"),
     ],
 )
@@ -134,13 +108,13 @@ def test_a_line_says_what_the_fitted_law_decides(law: Law | None, said: str, mon
 def test_a_shape_that_the_law_does_not_have_is_named(
     spec: UpcycleSpec, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = _line(_law(-0.05), monkeypatch, arch=LLAMA.dense.upcycled(spec))
+    line = _line(a_law(-0.05), monkeypatch, arch=LLAMA.dense.upcycled(spec))
     assert f"no fitted law applies ({words}). Costs" in line
     assert ("--granularity 2" in line) is (spec.granularity == 2)
 
 
 def test_a_baseline_of_more_tokens_counts_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    law = _law(-0.05)
+    law = a_law(-0.05)
     power = {"A": 2.0, "a": 0.0, "b": 0.05, "E": 2.0}
     dense = replace(law.options["dense"], coefficients=power, draws=[list(power.values())] * 2)
     law = replace(law, options={**law.options, "dense": dense})
@@ -151,7 +125,7 @@ def test_a_baseline_of_more_tokens_counts_with_them(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("changes", "what", "command"),
     [
-        ({"address": "/models/mine"}, "what the parent was trained on; add trained_on=15T", "--trained-on N --tokens"),
+        ({"address": "/my model"}, "what the parent was trained on; add trained_on=15T", "'/my model' --trained-on N"),
         ({"tokens": 0.0}, "how long it trains", f"{COMMAND} N --experts 8 --top-k 2 --gpus 512"),
         ({"arch": None, "tokens": 0.0, "gpus": None}, "before the parent is fetched", f"{COMMAND} N --gpus N"),
     ],
@@ -161,20 +135,7 @@ def test_what_is_not_known_is_said_with_the_command_that_answers(
 ) -> None:
     line = _line(None, monkeypatch, **changes)
     assert line.startswith("not known")
-    assert what in line
-    assert command in line
-
-
-def test_the_command_of_a_line_is_one_that_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    parent = tmp_path / "my model"
-    parent.mkdir()
-    (parent / "config.json").write_text(json.dumps(LLAMA3_8B))
-    line = _line(None, monkeypatch, address=str(parent), trained_on="15T", tokens=100_000_595_968.0)
-    words = shlex.split(line.partition("nemo-upcycle ")[2])
-    assert main([*words, "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["options"]["upcycle e8t2"]["tokens"] == 1e11
+    assert (what in line, command in line) == (True, True)
 
 
 def test_tokens_are_the_users_or_those_of_a_published_parent() -> None:

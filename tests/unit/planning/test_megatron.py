@@ -14,9 +14,6 @@ import pytest
 from benchmarks.published import shape
 from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.growth import growth_spec
-from nemo_upcycle.models.sharding import Shard
-from nemo_upcycle.online.plan import RankCoords, param_plans
 from nemo_upcycle.planning.hardware import known_recipe, known_shape
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.memory import worst_memory
@@ -24,7 +21,6 @@ from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import ModelPlan
 from tests.megatron_layers import NOT_LOCAL, kept_by_stage
 from tests.megatron_ranks import allocated_bytes, build_rank, group_ranks
 from tests.tiers import quick
@@ -115,19 +111,6 @@ def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int, gradie
         optimizer = _optimizer_bytes(plan, layout, rank)
         planned = (plan.weights_bytes, plan.gradients_bytes, optimizer, plan.params, plan.expert_params)
         assert got == planned, (rank, ranks)
-
-
-@pytest.mark.parametrize("parent", [SMALL, QWEN2_MOE, GLM4_MOE], ids=["Llama", "Qwen2-MoE", "Glm4-MoE"])
-def test_a_read_plan_has_each_parameter_of_a_rank(parent: Architecture) -> None:
-    spec = growth_spec(parent, 16) if parent.num_experts else UpcycleSpec(num_experts=16, top_k=4, granularity=2)
-    arch, layout, names = parent.upcycled(spec), parse_layout("tp=2,pp=2,ep=4", 16), set[str]()
-    for rank in (0, 8):
-        coords = RankCoords(Shard(0, 2), Shard(0, 1), Shard(0, 4))
-        with megatron_rank(layout, rank):
-            [chunk] = build_rank(arch, layout)
-        for plan in param_plans(chunk, ModelPlan(parent, arch, spec), coords):
-            names |= {*plan.names} - {name for name, _ in chunk.named_buffers()}
-        assert names >= {name for name, _ in chunk.named_parameters()}
 
 
 #: Terms in which nothing is rounded and nothing stands for another kernel's bookkeeping.

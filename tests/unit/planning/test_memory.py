@@ -11,7 +11,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import parse_layout
-from nemo_upcycle.planning.memory import GIB, Memory, in_flight, layer_bytes, least_bytes, stage_memory, worst_memory
+from nemo_upcycle.planning.memory import GIB, Memory, in_flight, layer_bytes, stage_memory, worst_memory
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
@@ -25,39 +25,22 @@ WORK = Workload(seq_length=8192, global_batch=512, capacity_factor=1.0, pad=True
 
 
 @pytest.mark.parametrize(
-    ("text", "gpus", "gib"),
-    [
-        ("tp=4,ep=8", 8, 101.2),
-        ("ep=8", 16, 78.1),
-        ("pp=4,ep=8", 32, 29.6),
-    ],
+    ("text", "gpus", "gib"), [("tp=4,ep=8", 8, 101.2), ("ep=8", 16, 78.1), ("pp=4,ep=8", 32, 29.6)]
 )
 def test_model_states_by_hand(text: str, gpus: int, gib: float) -> None:
     """6 + 12 / shards bytes for each parameter of the worst stage."""
     layout = parse_layout(text, gpus)
-    worst = max(
-        (StagePlan(LLAMA, layout, WORK, stage) for stage in range(layout.pp)),
-        key=lambda plan: plan.weights_bytes,
-    )
-    assert (worst.weights_bytes + worst.gradients_bytes + worst.optimizer_bytes()) / GIB == pytest.approx(
-        gib, abs=0.06
-    )
+    stages = (StagePlan(LLAMA, layout, WORK, stage) for stage in range(layout.pp))
+    worst = max(plan.weights_bytes + plan.gradients_bytes + plan.optimizer_bytes() for plan in stages)
+    assert worst / GIB == pytest.approx(gib, abs=0.06)
 
 
-def test_muon_keeps_one_moment_of_matrices_and_spreads_whole_parameters_where_it_is_asked_to() -> None:
+def test_muon_keeps_one_moment_of_matrices() -> None:
     """Of a rank that shares nothing 8 bytes for a matrix of a layer, 12 for all else; `tests/bridge` asks Megatron."""
-    alone, spread = parse_layout("ep=8", 8), parse_layout("ep=8", 16)
     others = 2 * LLAMA.vocab_size * LLAMA.hidden_size + (2 * LLAMA.num_layers + 1) * LLAMA.hidden_size
-    whole = StagePlan(LLAMA, alone, replace(WORK, optimizer="muon"), 0)
+    whole = StagePlan(LLAMA, parse_layout("ep=8", 8), replace(WORK, optimizer="muon"), 0)
     assert whole.optimizer_bytes() == 8 * whole.params + 4 * others
     assert whole.weights_bytes == 2 * whole.params
-    shared = replace(WORK, optimizer="dist_muon")
-    for layout in (alone, spread):
-        held = stage_memory(LLAMA, layout, shared, 0).optimizer
-        assert held < whole.optimizer_bytes()
-        assert least_bytes(LLAMA, layout, shared) <= stage_memory(LLAMA, layout, shared, 0).total
-        ranks = [StagePlan(LLAMA, layout, shared, 0).optimizer_bytes(n, n % layout.expert_dp) for n in range(8)]
-        assert max(ranks) <= held
 
 
 def test_activations_of_a_mamba_mixer_by_hand() -> None:
@@ -65,8 +48,6 @@ def test_activations_of_a_mamba_mixer_by_hand() -> None:
     held = layer_bytes(NEMOTRON_H, layout, work, moe=False, fp8=False, parts="M")
     inner, states = 128 * 64, 8 * 128
     assert held.plain == 2 * (2 * 4096 + 2 * inner + 2 * states + 128 + 3 * inner)
-    held = layer_bytes(NEMOTRON_H, layout, work, moe=False, fp8=False, parts="-")
-    assert held.plain == 2 * (2 * 4096 + 2 * 21504)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +62,8 @@ def test_the_ranks_together_hold_every_parameter_once(arch: Architecture, text: 
         held += layout.ep * plan.expert_params
         for param in (param for chunk in plan.chunks for param in chunk if not param.mapping.is_expert):
             role = param.mapping.role
-            is_cut = role != "router" and (
-                len(param.shape) > 1 or (role.startswith("mamba_") and role != "mamba_norm")
-            )
+            is_cut = len(param.shape) > 1 or (role.startswith("mamba_") and role != "mamba_norm")
+            is_cut &= role != "router"
             held += param.numel * (layout.tp if is_cut else 1)
     assert held == arch.total_params + 2 * (layout.padded_vocab(arch) - arch.vocab_size) * arch.hidden_size
 
@@ -96,13 +76,10 @@ def test_what_is_dropped_or_uneven_changes_the_routed_buffers_only() -> None:
 
     even, dropless = memory(), memory(capacity_factor=None, pad=False, imbalance=1.5)
     assert dropless["routed"] == pytest.approx(1.5 * even["routed"], rel=1e-3)
-    assert memory(capacity_factor=2.0, pad=False, imbalance=3.0)["routed"] == pytest.approx(
-        2 * even["routed"], rel=1e-3
-    )
-    # Every token once for each of eight experts: four times the slots of top-2, however uneven.
-    assert memory(capacity_factor=None, pad=False, imbalance=9.0)["routed"] == pytest.approx(
-        4 * even["routed"], rel=1e-3
-    )
+    # At most every token once for each of eight experts: four times the slots of top-2, however uneven.
+    for factor, imbalance, times in ((2.0, 3.0, 2), (None, 9.0, 4)):
+        found = memory(capacity_factor=factor, pad=False, imbalance=imbalance)["routed"]
+        assert found == pytest.approx(times * even["routed"], rel=1e-3)
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
         assert dropless[name] == even[name]
 
@@ -135,21 +112,18 @@ def test_low_precision_has_copies_with_scales_keeps_smaller_inputs_and_may_leave
 
 
 def test_micro_batches_in_flight() -> None:
-    work = replace(WORK, global_batch=512)
-    assert in_flight(parse_layout("pp=4", 4), work, 0) == [4]
-    assert in_flight(parse_layout("pp=4", 4), work, 3) == [1]
+    assert [in_flight(parse_layout("pp=4", 4), WORK, stage) for stage in (0, 3)] == [[4], [1]]
     # Korthikanti et al.: layers x (1 + (pp - 1) / (pp vp)) on the first stage, in chunks of which there are pp vp.
     for stages, virtual in ((4, 8), (8, 4), (2, 2)):
-        held = sum(in_flight(parse_layout(f"pp={stages},vp={virtual}", stages), work, 0))
+        held = sum(in_flight(parse_layout(f"pp={stages},vp={virtual}", stages), WORK, 0))
         assert held == stages * virtual + stages - 1
     # Never more than there are.
-    assert sum(in_flight(parse_layout("pp=4,vp=8", 128), replace(work, global_batch=128), 0)) <= 4 * 8
+    assert sum(in_flight(parse_layout("pp=4,vp=8", 128), replace(WORK, global_batch=128), 0)) <= 4 * 8
 
 
 def test_the_last_stage_has_the_logits() -> None:
     layout = parse_layout("tp=2,pp=4", 8)
     assert stage_memory(LLAMA, layout, WORK, 0).logits == 0
     assert stage_memory(LLAMA, layout, WORK, 3).logits == 8192 * 128256 // 2 * 10
-    stage, worst = worst_memory(LLAMA, layout, WORK)
+    _, worst = worst_memory(LLAMA, layout, WORK)
     assert worst.total == max(stage_memory(LLAMA, layout, WORK, number).total for number in range(4))
-    assert stage in range(4)

@@ -15,15 +15,9 @@ from tests.tiers import every_value
 BASES = ("llama3_8b", "llama3_70b")
 
 
-@pytest.mark.parametrize(("base", "name"), every_value(BASES, ("delayed", "tensorwise", "current", "blockwise")))
-def test_fp8_run_names_its_recipe_everywhere(recipes: Any, base: str, name: str) -> None:
-    recipe = getattr(recipes, f"{base}_e8t2").pretrain_recipe(fp8_recipe=name)
-    config, precision = recipe.model.config, recipe.trainer.plugins
-    assert precision.fp8_recipe == config.fp8_recipe == {"current": "tensorwise"}.get(name, name)
-    assert precision.fp8 == config.fp8 == "hybrid"
-    assert precision.fp8_param_gather is False
-    assert config.moe_router_padding_for_fp8 is True
-    assert precision.grad_reduce_in_fp32 is True
+def test_current_scaling_has_two_names(recipes: Any) -> None:
+    one, other = (recipes.llama3_8b_e8t2.pretrain_recipe(fp8_recipe=name) for name in ("current", "tensorwise"))
+    assert one == other
 
 
 OVERRIDES = {
@@ -35,7 +29,6 @@ OVERRIDES = {
     "tensor_parallelism": (4, "trainer.strategy.tensor_model_parallel_size", 4),
     "pipeline_parallelism": (2, "trainer.strategy.pipeline_model_parallel_size", 2),
     "virtual_pipeline_parallelism": (1, "trainer.strategy.virtual_pipeline_model_parallel_size", None),
-    "context_parallelism": (4, "trainer.strategy.context_parallel_size", 4),
     "expert_parallelism": (4, "trainer.strategy.expert_model_parallel_size", 4),
     "expert_tensor_parallelism": (2, "trainer.strategy.expert_tensor_parallel_size", 2),
 }
@@ -71,10 +64,8 @@ def test_recipe_shows_every_override_in_signature_and_docstring(recipes: Any) ->
 
 def test_overlap_and_recomputation_can_be_turned_off(recipes: Any) -> None:
     def callbacks(**arguments: Any) -> set[str]:
-        return {
-            item.__fn_or_cls__.__name__
-            for item in recipes.llama3_8b_e8t2.pretrain_recipe(**arguments).trainer.callbacks
-        }
+        recipe = recipes.llama3_8b_e8t2.pretrain_recipe(**arguments)
+        return {item.__fn_or_cls__.__name__ for item in recipe.trainer.callbacks}
 
     both = {"MegatronCommOverlapCallback", "RecomputeFirstSteps"}
     assert callbacks() - callbacks(comm_overlap=False, recompute_moe_steps=0) == both
@@ -89,11 +80,7 @@ def test_overlap_and_recomputation_can_be_turned_off(recipes: Any) -> None:
         ({"dispatcher": "alltoal"}, "Did you mean 'alltoall'"),
         ({"router_order": "topk"}, "Valid: softmax_topk, topk_softmax"),
         ({"pad_to_capacity": True}, "every expert would compute every token"),
-        ({"capacity_factor": 5.0}, "at most num_experts / top_k \\(4\\)"),
-        (
-            {"pad_to_capacity": True, "capacity_factor": 0.0},
-            "capacity_factor: got None, expected a number with padding",
-        ),
+        ({"pad_to_capacity": True, "capacity_factor": 0.0}, "capacity_factor: got None, expected a number with"),
         ({"performance_mode": True, "dispatcher": "deepep"}, "expected alltoall with pad_to_capacity"),
     ],
 )

@@ -8,7 +8,6 @@ from typing import Any
 import fiddle as fdl
 import pytest
 
-from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.models.flops import flops_per_token
 from tests.golden import GOLDEN, PAIRS, golden_path, pairs_text, text_of
 
@@ -17,32 +16,6 @@ from tests.golden import GOLDEN, PAIRS, golden_path, pairs_text, text_of
 LLAMA, DEMO = "llama3_8b", "smollm2_135m"
 NAMES = tuple(f"{base}_{kind}" for base in (LLAMA, DEMO, "qwen3_600m") for kind in ("e8t2", "dense_ct"))
 ABLATIONS = sorted((Path(__file__).parents[3] / "conf/ablations/arms").glob("*.yaml"))
-#: Tokens of a step of the H100 recipes.
-STEP_TOKENS = 512 * 8192
-
-
-def test_llama3_8b_e8t2_has_the_papers_numbers(recipes: Any) -> None:
-    from nemo_upcycle.trainers.nemo.checks import check_recipe, ranks_of
-    from nemo_upcycle.trainers.nemo.recipes import spec_of
-
-    recipe = recipes.llama3_8b_e8t2.pretrain_recipe()
-    strategy, config = recipe.trainer.strategy, recipe.model.config
-    layout = {"tensor_model": 2, "pipeline_model": 4, "virtual_pipeline_model": 8, "expert_model": 8}
-    for name, size in (layout | {"expert_tensor": 1, "context": 1}).items():
-        assert getattr(strategy, f"{name}_parallel_size") == size
-    assert strategy.sequence_parallel is True
-    assert ranks_of(recipe) == (64, 8)
-    assert (config.num_moe_experts, config.moe_router_topk) == (8, 2)
-    assert (config.moe_expert_capacity_factor, config.moe_aux_loss_coeff) == (4.0, 0.01)
-    assert recipe.data.seq_length == 8192
-    assert fdl.build(recipe.data.tokenizer).vocab_size == 128_256
-    assert recipe.optim.config.lr == 3e-5
-    assert (recipe.optim.lr_scheduler.min_lr, recipe.optim.lr_scheduler.warmup_steps) == (3e-7, 100)
-    assert recipe.trainer.max_steps * recipe.data.global_batch_size * 8192 == pytest.approx(100e9, rel=1e-4)
-    assert spec_of(recipe) == UpcycleSpec(num_experts=8, top_k=2)
-    assert recipe.resume.restore_config.path == "hf://meta-llama/Meta-Llama-3-8B"
-    assert recipe.trainer.plugins.grad_reduce_in_fp32 is True
-    check_recipe(recipe)
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
@@ -59,7 +32,7 @@ def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
     check_recipe(recipe)
     assert recipe.log.name == path.stem
     assert recipe.trainer.num_nodes == 16
-    tokens = recipe.trainer.max_steps * STEP_TOKENS
+    tokens = recipe.trainer.max_steps * 512 * 8192
     if path.stem == "dense_ct_equal_flops":
         dense, moe = (
             flops_per_token(architecture_of(getattr(recipes, name).model().config, 128_256), 8192, causal=False)
@@ -77,9 +50,8 @@ def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
 
 
 def test_all_ablations_of_the_paper_exist() -> None:
-    assert {path.stem for path in ABLATIONS} >= {
-        *("capacity_1", "capacity_2", "capacity_4", "dropless", "router_st", "dense_ct")
-    }
+    arms = {"capacity_1", "capacity_2", "capacity_4", "dropless", "router_st", "dense_ct"}
+    assert {path.stem for path in ABLATIONS} >= arms
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -93,47 +65,32 @@ def test_pairs_have_the_numbers_of_the_recipes() -> None:
     assert pairs_text() == PAIRS.read_text(encoding="utf-8")
 
 
-def test_every_golden_file_is_of_a_recipe() -> None:
-    assert {path.stem for path in golden_path("x").parent.glob("*.yaml")} == {*GOLDEN, PAIRS.stem}
-
-
 @pytest.mark.parametrize("base", [LLAMA, "llama31_8b", "llama3_70b", "qwen3_8b"])
 def test_recipe_builds_without_gpu(recipes: Any, base: str) -> None:
     """All but the trainer's devices; Megatron's own checks accept the model, in FP8 as well."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
-    for name, arguments in (
-        (f"{base}_e8t2", {"performance_mode": True, "fp8_recipe": "blockwise"}),
-        (f"{base}_dense_ct", {}),
-    ):
+    fast = {"performance_mode": True, "fp8_recipe": "blockwise"}
+    for name, arguments in ((f"{base}_e8t2", fast), (f"{base}_dense_ct", {})):
         recipe = getattr(recipes, name).pretrain_recipe(**arguments)
         recipe.trainer.accelerator, recipe.trainer.devices, recipe.trainer.num_nodes = "cpu", 1, 1
         config = fdl.build(recipe.model.config)
-        assert config.hidden_size == (8192 if base == "llama3_70b" else 4096)
         assert bool(config.num_moe_experts) is name.endswith("e8t2")
         assert getattr(config, "scale_factor", None) == (8.0 if base == "llama31_8b" else None)
         assert config.seq_length == recipe.data.seq_length == 8192
-        trainer = fdl.build(recipe.trainer)
-        assert trainer.strategy.pipeline_model_parallel_size == recipe.trainer.strategy.pipeline_model_parallel_size
+        fdl.build(recipe.trainer)
         fdl.build(recipe.optim)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
-    """Of its own data it keeps the sizes; the dense baseline has the same data, and so the same order.
-
-    Without one it says what it trains on.
-    """
+    """Of its own data it keeps the sizes; the dense baseline has the same data, and so the same order."""
     from nemo_upcycle.data.blend_module import blend_data
     from nemo_upcycle.trainers.nemo.checks import check_recipe
 
     module = getattr(recipes, name)
     recipe, usual = module.pretrain_recipe(data="data/mine"), module.pretrain_recipe()
-    kind, words = ("MockDataModule", "mock data") if name.startswith(LLAMA) else ("blend_data", "the blend `sotu`")
-    assert usual.data.__fn_or_cls__.__name__ == kind
-    (line,) = [one for one in (module.pretrain_recipe.__doc__ or "").splitlines() if "data (str | None)" in one]
-    assert words in line
     assert recipe.data.__fn_or_cls__ is blend_data
     assert (recipe.data.folder, recipe.data.dense) == ("data/mine", recipe.resume.restore_config.path)
     for size in ("seq_length", "micro_batch_size", "global_batch_size", "num_workers"):
@@ -143,17 +100,3 @@ def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
     assert baseline.pretrain_recipe(data="data/mine").data == recipe.data
     recipe.data = usual.data
     assert recipe == usual
-
-
-def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> None:
-    from nemo_upcycle.models.megatron_config import check_spec
-    from nemo_upcycle.recipes.common import use_spec
-
-    spec = UpcycleSpec(
-        num_experts=16, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2", router_order="softmax_topk"
-    )
-    recipe = use_spec(recipes.smollm2_135m_e8t2.pretrain_recipe(), spec)
-    check_spec(recipe.model.config, spec)
-    config = recipe.model.config
-    assert (config.moe_ffn_hidden_size, config.moe_shared_expert_intermediate_size) == (768, 768)
-    assert recipe.resume.restore_config.spec.granularity == 2

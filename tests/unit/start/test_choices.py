@@ -24,10 +24,9 @@ def _chosen(shape: str = "llama3_8b", texts: Texts = MANY, **wanted: object) -> 
     return choose(FoundParent("/models/mine", known_shape(shape), None), texts, ("nemo", ""), Wanted(**given))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("shape", "seq_length"), [("smollm2_135m", 128), ("qwen3_600m", 128)])
-def test_without_gpus_it_is_a_trial_of_ten_short_steps(shape: str, seq_length: int) -> None:
-    made = _chosen(shape)
-    assert (made.gpus, made.seq_length, made.steps, made.global_batch, made.suite) == (0, seq_length, 10, 2, "trial")
+def test_without_gpus_it_is_a_trial_of_ten_short_steps() -> None:
+    made = _chosen("smollm2_135m")
+    assert (made.gpus, made.seq_length, made.steps, made.global_batch, made.suite) == (0, 128, 10, 2, "trial")
     assert made.peak <= paper.HIGH
 
 
@@ -43,19 +42,8 @@ def test_on_gpus_a_plan_fits_and_the_texts_are_read_once(gpus: int, texts: Texts
     assert (made.peak, made.end) == (paper.PEAK, paper.END)
 
 
-def test_what_is_asked_for_is_taken(tmp_path: Path) -> None:
-    made = _chosen("smollm2_135m", spec={"num_experts": 4, "granularity": 2, "top_k": 2}, steps=3)
-    assert (made.spec.num_experts, made.spec.granularity, made.steps) == (4, 2, 3)
-    assert ("experts", "4, top-2", "asked for") in made.rows
-
-
 @pytest.mark.parametrize(
-    ("wanted", "said"),
-    [
-        ({"gpus": 1, "gpu": "h100"}, "give --gpus 16"),
-        ({"gpus": 8, "gpu": "h1000"}, "h1000"),
-        ({"spec": {"top_k": 9}}, "top_k"),
-    ],
+    ("wanted", "said"), [({"gpus": 1, "gpu": "h100"}, "give --gpus 16"), ({"gpus": 8, "gpu": "h1000"}, "h1000")]
 )
 def test_what_does_not_fit_is_refused_with_what_does(wanted: dict[str, object], said: str) -> None:
     with pytest.raises(UpcycleError, match=said):

@@ -34,10 +34,8 @@ def test_a_recipe_is_python_and_says_what_was_chosen(trainer: str, gpus: int) ->
     assert "UpcycleSpec(num_experts=8, top_k=2)" in text
     assert f"seq_length={made.seq_length}" in text
     if made.plan and made.plan.layout.tp > 1:
-        assert (
-            f"{'tensor_parallelism' if trainer == 'nemo' else 'tensor_model_parallel_size'}={made.plan.layout.tp}"
-            in text
-        )
+        name = "tensor_parallelism" if trainer == "nemo" else "tensor_model_parallel_size"
+        assert f"{name}={made.plan.layout.tp}" in text
 
 
 def test_a_blend_reads_what_was_found(tmp_path: Path) -> None:

@@ -44,27 +44,17 @@ def test_of_many_documents_the_share_follows_from_their_number() -> None:
     assert held.share == 0.001
 
 
-@pytest.mark.parametrize("documents", [1, 3])
-def test_too_few_documents_are_refused(documents: int) -> None:
-    sample = [(f"{number}", 100.0) for number in range(documents)]
+def test_too_few_documents_are_refused() -> None:
     with pytest.raises(UpcycleError, match="hold some back"):
-        Texts({}, documents, 100 * documents, "", sample).hold_out(256)
+        Texts({}, 3, 300, "", [(f"{number}", 100.0) for number in range(3)]).hold_out(256)
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda folder: folder / "nosuch", "no such file or folder"),
-        (lambda folder: folder / "notes.md", "no file of texts"),
-        (lambda folder: folder / "empty.txt", "an empty file"),
-        (lambda folder: folder / "nothing", "no file of texts"),
-    ],
+    ("name", "said"),
+    [("nosuch", "no such file or folder"), ("notes.md", "no file of texts"), ("empty.txt", "an empty file")],
 )
-def test_what_is_no_text_is_named(texts_folder: Path, make: object, said: str) -> None:
-    folder = texts_folder.parent
-    (folder / "notes.md").write_text("notes")
-    (folder / "empty.txt").touch()
-    (folder / "nothing").mkdir()
-    assert callable(make)
+def test_what_is_no_text_is_named(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "notes.md").write_text("notes")
+    (tmp_path / "empty.txt").touch()
     with pytest.raises(UpcycleError, match=said):
-        find_texts(str(make(folder)), None)
+        find_texts(str(tmp_path / name), None)

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-
-import pytest
 
 from nemo_upcycle.utils.console import collector_paused
 
 
-@pytest.fixture(autouse=True)
-def collector() -> Iterator[None]:
-    """Switch the collector on, which a training of a test before may have left off."""
-    was_on = gc.isenabled()
-    gc.unfreeze()
-    gc.enable()
-    yield
-    if not was_on:
-        gc.disable()
-
-
 def test_the_collector_is_on_again_and_does_not_look_through_what_was_made() -> None:
+    gc.unfreeze()
+    gc.enable()  # which a training of a test before may have left off
     with collector_paused():
         assert not gc.isenabled()
         made = [[number] for number in range(100_000)]

@@ -19,7 +19,6 @@ from nemo_upcycle.utils.files import (
     read_json,
     read_text,
     require_apart,
-    require_disk,
     write_json,
 )
 
@@ -28,14 +27,8 @@ def test_a_failed_block_leaves_nothing_and_keeps_the_old_result(tmp_path: Path) 
     target = tmp_path / "out"
     with output_folder(target) as folder:
         (folder / "a").write_text("first")
-
-    def fail() -> None:
-        with output_folder(target) as folder:
-            (folder / "a").write_text("second")
-            raise RuntimeError
-
     with pytest.raises(RuntimeError):
-        fail()
+        _stop(target, None, RuntimeError(), kept=False)
     assert (target / "a").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -47,10 +40,6 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
             pass
         assert (folder / "a").read_text() == "first"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
-    with output_folder(tmp_path / "out") as folder:
-        (folder / "b").write_text("second")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_system_without_locks_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,17 +52,15 @@ def test_a_file_system_without_locks_is_written(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("marker", [{"stage": "pretrain"}, {"made_by": "another"}, {}, None])
+@pytest.mark.parametrize("marker", [{"made_by": "another"}, {}, None])
 def test_only_what_the_same_maker_made_is_replaced(tmp_path: Path, marker: dict[str, str] | None) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "weights").write_text("of days")
     if marker is not None:
         write_json(target / MARKER, marker)
-    with (
-        pytest.raises(UpcycleError, match="not made by maker" if marker is not None else "files that are not ours"),
-        output_folder(target, "maker"),
-    ):
+    why = "not made by maker" if marker is not None else "files that are not ours"
+    with pytest.raises(UpcycleError, match=why), output_folder(target, "maker"):
         pass
     assert (target / "weights").read_text() == "of days"
     write_json(target / MARKER, {"made_by": "maker"})
@@ -82,16 +69,12 @@ def test_only_what_the_same_maker_made_is_replaced(tmp_path: Path, marker: dict[
     assert [path.name for path in target.iterdir()] == ["a"]
 
 
-def test_an_empty_folder_is_filled_by_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("here", "real"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
+def test_an_empty_folder_is_filled_that_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for target in (Path(), tmp_path / "link"):
-        with output_folder(target, "maker") as folder:
-            (folder / "a").write_text("x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
-    assert (tmp_path / "here/a").read_text() == (tmp_path / "link/a").read_text() == "x"
+    with output_folder(Path(), "maker") as folder:
+        (folder / "a").write_text("x")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here", tmp_path / "here/a"]
 
 
 def test_a_mount_point_is_refused_before_the_work() -> None:
@@ -99,7 +82,7 @@ def test_a_mount_point_is_refused_before_the_work() -> None:
         pass
 
 
-@pytest.mark.parametrize("target", ["run/ck", "run", "run/ck/hf", ".", "run/link"])
+@pytest.mark.parametrize("target", ["run/ck", "run", "run/ck/hf", "run/link"])
 def test_a_result_lies_apart_from_what_it_is_made_of(tmp_path: Path, target: str) -> None:
     (tmp_path / "run/ck").mkdir(parents=True)
     (tmp_path / "run/link").symlink_to(tmp_path / "run/ck")
@@ -137,11 +120,6 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == {"x": 1}
 
 
-def test_a_full_disk_is_told_before_writing(tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"disk space for the export.*expected at least 1048576\.00 GiB"):
-        require_disk(tmp_path / "new" / "folder", 2**50, "the export")
-
-
 _KILLED_BETWEEN = """
 import os, signal, sys
 from pathlib import Path
@@ -165,13 +143,8 @@ def test_a_kill_between_old_and_new_loses_neither(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / ".out.replaced/a").read_text() == "first"
     assert (tmp_path / ".out.partial/a").read_text() == "second"
-    with pytest.raises(RuntimeError), output_folder(target):  # the next call puts the old one back first
-        raise RuntimeError
-    assert (target / "a").read_text() == "first"
-    left = tmp_path / ".out.partial"
-    left.mkdir()
-    (left / "half").write_text("of a killed run")
-    with output_folder(target) as folder:
+    with output_folder(target) as folder:  # puts the old one back first
+        assert (target / "a").read_text() == "first"
         (folder / "b").write_text("third")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -195,7 +168,7 @@ def test_the_old_result_comes_back_where_the_new_one_cannot_take_its_place(
     assert (target / "a").read_text() == "first"
 
 
-def _stop(target: Path, plan: int, error: BaseException, *, kept: bool) -> None:
+def _stop(target: Path, plan: int | None, error: BaseException, *, kept: bool) -> None:
     with output_folder(target, plan=plan) as folder:
         assert (folder / "half").is_file() is kept
         (folder / "half").write_text("x")

