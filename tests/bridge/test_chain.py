@@ -22,7 +22,6 @@ from tests.functional.tiny import write_finished_inputs
 from tests.waiting import HANG_S
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 OWN = """
 from pathlib import Path
 from nemo_upcycle import UpcycleSpec

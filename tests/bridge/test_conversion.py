@@ -20,9 +20,6 @@ from tests.models import write_llama, write_olmo2, write_phi3, write_qwen2
 from tests.parents import write_granite, write_olmo3
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
-
-
 DENSE = {"Phi-3": write_phi3, "OLMo 2": write_olmo2, "OLMo 3": write_olmo3}
 DENSE |= {"Granite 3": write_granite}
 

@@ -20,7 +20,6 @@ from tests.bridge.runs import SEQUENCE, VOCABULARY, hooked, run_config, train_on
 from tests.distributed.ranks import run_ranks
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 
 

@@ -22,7 +22,6 @@ from tests.distributed.ranks import run_ranks
 from tests.models import write_nemotron_h, write_qwen3
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 MIXED = SPEC | {"moe_layers": "every-2"}
 SHARED: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "shared_experts": 1, "method": "noise"}

@@ -17,7 +17,6 @@ from tests.distributed.ranks import run_ranks
 from tests.models import write_llama, write_tokenizer
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -23,9 +23,6 @@ from tests.functional.tiny import write_finished_inputs
 from tests.waiting import HANG_S
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a parent, its tokenised texts and a suite."""

@@ -26,7 +26,6 @@ from tests.parents import (
 from tests.tiers import quick
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 # Not OLMo 3 with YaRN, all of whose layers transformers 5.12 turns by it; 4.57 turns those alone that see all tokens:
 # tests/unit/models/test_parents.py. Ministral 3 has YaRN.
 WRITERS = {

@@ -36,7 +36,6 @@ from tests.loading.cases import logits
 from tests.models import sample_tokens, write_llama, write_qwen3
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 MIXED = SPEC | {"moe_layers": "every-2"}
 GRANULAR: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "router_std": 1.0}
