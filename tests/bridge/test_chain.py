@@ -1,9 +1,7 @@
-"""What Bridge's side alone has of the chain: a HybridModel, any layout at step 0, ends by signals and by faults."""
+"""What Bridge's side alone has of the chain: a HybridModel, any layout at step 0, ends by faults."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.utils.files import read_json
 from tests.bridge.runs import differences
 from tests.contract.trainers import losses, metrics, write_plan
 from tests.distributed.ranks import run_ranks
 from tests.functional.stages import run_stages
-from tests.functional.started import STAGE, environment, start_training
+from tests.functional.started import STAGE, environment
 from tests.functional.tiny import write_finished_inputs
 from tests.waiting import HANG_S
 
@@ -92,27 +89,6 @@ def _build_for_step_0(parent: Path, settings: dict[str, object]) -> int:
 #: Stages before the training, which then gets a process of its own.
 BEFORE = ("import", "data", "upcycle")
 ALONE = ("train.exit_signal_handler=true", "model.expert_model_parallel_size=1", "validation.eval_iters=0")
-
-
-def test_a_training_that_is_told_to_stop_saves_and_goes_on(inputs: Path, tmp_path: Path) -> None:
-    """As on a GPU: all processes of the job get the signal, those that load data, too."""
-    settings = (*ALONE, "train.train_iters=350", "checkpoint.save_interval=1000", "dataset.num_workers=2")
-    plan_of(inputs, tmp_path, *settings)
-    run_stages(tmp_path, BEFORE)
-    job = start_training(tmp_path, until_step=3)
-    os.killpg(job.pid, signal.SIGTERM)
-    _, said = job.communicate(timeout=HANG_S)
-    assert job.returncode == 75, said
-    kept = newest_checkpoint(tmp_path / "pretrain/checkpoints")
-    assert kept is not None
-    assert f"stage 'pretrain' stopped early: {steps_in(kept)} of 350 steps are kept" in said
-    assert "Traceback" not in said
-
-    again = start_training(tmp_path, until_step=steps_in(kept) + 3)
-    os.killpg(again.pid, signal.SIGKILL)
-    again.communicate()
-    steps = [line["step"] for line in metrics(tmp_path / "pretrain")]
-    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
