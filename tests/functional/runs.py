@@ -121,23 +121,14 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
         holder, _, field = name.rpartition(".")
         setattr(attrgetter(holder)(recipe), field, value)
     place_recipe(recipe, Path(folder), Path(parent), Path(options.get("blend", data)))
-    if "record" in options:
-        recipe.trainer.callbacks.append(run.Config(Record, path=options["record"]))
-    if "resilient" in options:
+    if options.get("resilient"):
         from nemo_upcycle.recipes.h100 import resilient
 
         every = recipe.log.ckpt.every_n_train_steps
         resilient(recipe).log.ckpt.every_n_train_steps = every
-        for name, value in options["resilient"].items():
-            setattr(recipe.log.ckpt, name, value)
-    if "send" in options:
-        recipe.trainer.callbacks.append(run.Config(Send, **options["send"]))
-    if "hang" in options:
-        recipe.trainer.callbacks.append(run.Config(Hang, **options["hang"]))
-    if "poison" in options:
-        recipe.trainer.callbacks.append(run.Config(Poison, step=options["poison"]))
-    if "kill" in options:
-        recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
+    for name, kind in {"record": Record, "send": Send, "hang": Hang, "poison": Poison, "kill": Kill}.items():
+        if name in options:
+            recipe.trainer.callbacks.append(run.Config(kind, **options[name]))
     return recipe
 
 

@@ -26,9 +26,8 @@ def test_resumed_and_lengthened_run_reads_the_same_samples(tmp_path: Path) -> No
     def read(name: str, steps: int) -> list[str]:
         """Train to a step; return the samples of the run so far, those of one rank after those of the other."""
         record = tmp_path / f"{name}.samples"
-        lines = runs.train(
-            name, RANKS, ep=RANKS, steps=steps, every=2, validate_every=2, blend=str(blend), record=str(record)
-        )
+        options = {"every": 2, "validate_every": 2, "blend": str(blend), "record": {"path": str(record)}}
+        lines = runs.train(name, RANKS, ep=RANKS, steps=steps, **options)
         assert lines[-1]["step"] == steps
         return [line for rank in range(RANKS) for line in Path(f"{record}.{rank}").read_text().splitlines()]
 

@@ -34,7 +34,7 @@ def alone(runs: Runs) -> list[dict[str, Any]]:
 def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, alone: list[dict[str, Any]]) -> None:
     """Step 0 is in the metrics once, after a start from scratch over a killed run too; training does not notice."""
     with pytest.raises(RuntimeError, match="rank 0 died"):
-        runs.train("validated", 1, steps=6, every=4, validate_every=2, kill=1)
+        runs.train("validated", 1, steps=6, every=4, validate_every=2, kill={"step": 1})
     lines = runs.train("validated", 1, steps=6, every=4, validate_every=2)
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4, 6]
     steps = [line for line in lines if "loss" in line]
