@@ -17,6 +17,7 @@ from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.pipeline.executors.ft import ft_command
 from nemo_upcycle.trainers.nemo.stopping import step_kept
 from tests.functional.runs import Runs
+from tests.functional.soak import TRAININGS, soak_training
 from tests.tiers import quick
 from tests.waiting import HANG_S
 
@@ -136,3 +137,11 @@ def _weights(runs: Runs, run: str) -> dict[str, bytes]:
 
     checkpoint = DistributedCheckpoint(runs.checkpoint(run) / "weights")
     return {name: checkpoint.read(name).numpy().tobytes() for name in checkpoint.names()}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("ranks", "asynchronous"), TRAININGS)
+def test_killed_training_resumes_and_ends_bit_equal(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
+    """The short form of `make soak`: four kills, half of them aimed."""
+    seen = soak_training(tmp_path, 4, ranks=ranks, asynchronous=asynchronous)
+    assert sum(seen.values()) == 4
