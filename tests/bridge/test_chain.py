@@ -11,27 +11,12 @@ import pytest
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import read_json
 from tests.bridge.runs import differences
+from tests.contract.test_mistakes import OWN
 from tests.contract.trainers import losses, metrics, write_plan
 from tests.distributed.ranks import run_ranks
 from tests.functional.stages import run_stages
 from tests.functional.started import STAGE, environment
-from tests.functional.tiny import write_finished_inputs
 from tests.waiting import HANG_S
-
-
-OWN = """
-from pathlib import Path
-from nemo_upcycle import UpcycleSpec
-from tests.bridge.recipes import in_own_words
-
-def linked(): return in_own_words(Path("{link}"), UpcycleSpec(num_experts=4, top_k=2))
-"""
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a parent, its tokenised texts and a suite."""
-    return write_finished_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def plan_of(inputs: Path, run_dir: Path, *settings: str, recipe: str = "tiny") -> RunPlan:
@@ -113,7 +98,7 @@ def _command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_the_command_runs_a_part_of_the_chain(inputs: Path, tmp_path: Path) -> None:
     """With a recipe of a user's own, which names the parent by a link, and no tokenizer."""
     (tmp_path / "link").symlink_to(inputs / "parent")
-    (tmp_path / "own.py").write_text(OWN.format(link=tmp_path / "link"))
+    (tmp_path / "own.py").write_text(OWN.replace("FILES", str(tmp_path)))
     words = [f"dense={inputs / 'parent'}", f"data={inputs / 'blend'}", f"evaluation={inputs / 'evaluation.yaml'}"]
     words += ["recipe=own:linked", "gpus=2", "pretrain.train.train_iters=2", "dir=run", "--until", "pretrain", "--yes"]
     done = _command(*words, cwd=tmp_path)

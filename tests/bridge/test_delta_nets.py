@@ -7,15 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.bridge.runs import (
-    SEQUENCE,
-    VOCABULARY,
-    differences,
-    export,
-    fill_twice,
-    is_as_converted,
-    train_on_ranks,
-)
+from tests.bridge.runs import SEQUENCE, VOCABULARY, differences, export, fill_twice, is_as_converted, train_on_ranks
 from tests.distributed.ranks import run_ranks
 from tests.loading.cases import logits
 from tests.models import sample_tokens

@@ -85,12 +85,7 @@ class _Windows(torch.utils.data.Dataset[Any]):
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(VOCABULARY, (SEQUENCE + 1,), generator=generator)
         places = torch.arange(SEQUENCE)
-        return {
-            "tokens": tokens[:-1],
-            "labels": tokens[1:],
-            "loss_mask": torch.ones(SEQUENCE),
-            "position_ids": places,
-        }
+        return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(SEQUENCE), "position_ids": places}
 
 
 def _windows() -> Any:

@@ -9,15 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.online.receipt import read_receipt
-from tests.bridge.runs import (
-    VOCABULARY,
-    differences,
-    export,
-    fill_twice,
-    is_as_converted,
-    refusal,
-    train_on_ranks,
-)
+from tests.bridge.runs import VOCABULARY, differences, export, fill_twice, is_as_converted, refusal, train_on_ranks
 from tests.distributed.ranks import run_ranks
 from tests.models import write_nemotron_h, write_qwen3
 

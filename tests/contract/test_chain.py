@@ -78,21 +78,15 @@ def test_the_report_says_what_was_trained_and_what_the_models_write(finished: Pa
     results = read_json(finished / "results.json")
     for stage in ("pretrain", "dense_ct"):
         done = results["training"][stage]
-        settings = done["settings"]
-        assert (settings["global_batch_size"], settings["seq_length"], settings["max_steps"]) == (4, 64, 6)
-        assert (settings["ranks"], settings["data"]) == (2, "blend tiny (blend)")
-        assert done["highest_lr"] == pytest.approx(settings["max_lr"])
-        assert done["tokens"] == 6 * 4 * 64
+        assert (done["tokens"], done["settings"]["ranks"]) == (6 * 4 * 64, 2)
         assert done["tflops_per_gpu"]["full"] > done["tflops_per_gpu"]["causal"] > 0
         assert done["memory_gib"] > 0.1
     assert len(results["samples"]) == 2
     for sample in results["samples"]:
         assert list(sample["continuations"]) == ["dense", "trained", "dense_ct"]
         assert all(sample["continuations"].values())
-    report = (finished / "report.md").read_text()
-    assert "heldout_perplexity" in report
-    assert "The chain works, and the MoE equals its parent at step 0. 6 steps cannot show" in report
-    assert report.count("| the text itself |") == 2
+    said = "The chain works, and the MoE equals its parent at step 0. 6 steps cannot show"
+    assert said in (finished / "report.md").read_text()
 
 
 def test_a_second_run_skips_every_stage(finished: Path, inputs: Path) -> None:

@@ -91,7 +91,6 @@ def test_what_is_right_is_accepted(parent: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"lr": -1.0}, "lr"),
         ({"lr": 1e-7}, "min_lr"),
         ({"global_batch": 5}, "global_batch"),
         ({"tp": 4}, "tp"),
@@ -99,7 +98,6 @@ def test_what_is_right_is_accepted(parent: Path, kind: str) -> None:
         ({"model.moe_router_topk": 9}, "model.moe_router_topk"),
         ({"model.hidden_dropout": 1.0}, "model.hidden_dropout"),
         ({"model.mtp_num_layers": 1}, "model.mtp_num_layers"),
-        ({"upcycle.router_lr_mult": -1}, "upcycle.router_lr_mult"),
         ({"upcycle.aux_loss_end": 0.1}, "upcycle.aux_loss_steps"),
     ],
 )

@@ -12,7 +12,7 @@ from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.schedules import Anneal, part_of
 from nemo_upcycle.utils.files import read_json
 from tests.contract.trainers import IS_BRIDGE, differing, losses, train, training_text, weights
-from tests.functional.tiny import BATCH, LAYERS, prepare
+from tests.functional.tiny import BATCH, LAYERS
 from tests.tiers import quick
 
 
@@ -32,12 +32,6 @@ LAYOUTS = [(1, {}), (2, {"ep": 2}), (4, {"tp": 2, "pp": 2}), *([] if IS_BRIDGE e
 BF16 = {} if IS_BRIDGE else {"trainer.plugins.precision": "bf16-mixed", "trainer.plugins.params_dtype": torch.bfloat16}
 
 OF_NEMO_ALONE = pytest.mark.skipif(IS_BRIDGE, reason="it is about NeMo's checkpoints, and jobs")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A parent, and its tokenised texts."""
-    return prepare(tmp_path_factory.mktemp("inputs"), vocab_size=260)
 
 
 @pytest.fixture(scope="module")

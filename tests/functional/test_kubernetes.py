@@ -75,9 +75,6 @@ def test_the_server_refuses_a_misspelt_field(scheduler: KubernetesScheduler, kub
     wrong["spec"]["runPolicies"] = {}
     with pytest.raises(UpcycleError, match=r'unknown field "spec\.runPolicies"'):
         api.create(resource_of(settings), wrong, dry_run=True)
-    settings.tolerations = [{"key": "a", "operator": "Exists", "effects": "NoSchedule"}]
-    with pytest.raises(UpcycleError, match=r"effects"):
-        scheduler.check([_job(tmp_path)])
 
 
 def test_a_field_that_trainer_2_2_lacks_is_refused_with_the_fix(kubeconfig: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
@@ -35,9 +36,10 @@ def alone(runs: Runs) -> list[dict[str, Any]]:
 @pytest.mark.full
 def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, alone: list[dict[str, Any]]) -> None:
     """Step 0 is in the metrics once, after a start from scratch over a killed run too; training does not notice."""
+    options = {"steps": 6, "every": 4, "validate_every": 2}
     with pytest.raises(RuntimeError, match="rank 0 died"):
-        runs.train("validated", 1, steps=6, every=4, validate_every=2, kill={"step": 1})
-    lines = runs.train("validated", 1, steps=6, every=4, validate_every=2)
+        runs.train("validated", 1, send={"step": 1, "ranks": [0], "number": int(signal.SIGKILL)}, **options)
+    lines = runs.train("validated", 1, **options)
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4, 6]
     steps = [line for line in lines if "loss" in line]
     assert [line["loss"] for line in steps] == [line["loss"] for line in alone]

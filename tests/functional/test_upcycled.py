@@ -19,14 +19,7 @@ from tests.functional.test_examples import ROTARY
 from tests.functional.tiny import EVALUATION, LAYERS, texts
 from tests.functional.typed import Answer, type_commands
 from tests.gpu.one_card import Sizes, prepare, train
-from tests.models import (
-    hugging_face_logits,
-    sample_tokens,
-    write_exaone4,
-    write_llama,
-    write_smollm3,
-    write_tokenizer,
-)
+from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_llama, write_smollm3, write_tokenizer
 from tests.parents import write_gemma, write_qwen3_moe
 from tests.tiers import quick
 
@@ -59,10 +52,7 @@ def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     factory = "tests.functional.stock.llama(parent='INPUTS/llama',dir='INPUTS/runs',data='INPUTS/blend')"
     command = f"llm pretrain --factory {factory}"
     refused, wrong_size, done = _type(
-        inputs,
-        f"{command} optim.config.lr=-1 --yes",
-        f"{command} model.config.num_layers=3 --yes",
-        f"{command} --yes",
+        inputs, f"{command} optim.config.lr=-1 --yes", f"{command} model.config.num_layers=3 --yes", f"{command} --yes"
     )
     assert refused.status == 2, refused.text
     assert "  optim.config.lr: got -1" in refused.text
@@ -99,11 +89,7 @@ def test_a_parent_with_experts_goes_through_the_chain(inputs: Path) -> None:
 
 
 #: Parents whose MoE hardly a Hugging Face class holds.
-WRITERS: dict[str, Callable[..., Path]] = {
-    "EXAONE 4": write_exaone4,
-    "SmolLM3": write_smollm3,
-    "Gemma": write_gemma,
-}
+WRITERS: dict[str, Callable[..., Path]] = {"EXAONE 4": write_exaone4, "SmolLM3": write_smollm3, "Gemma": write_gemma}
 
 
 def _train_still(parent: str, data: str, folder: str) -> None:
