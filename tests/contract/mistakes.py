@@ -46,7 +46,7 @@ OF_NEMO = {
     f"{DEMO} --yaml FILES/key.yaml": "'flies'",
     "upcycle ablate --grid FILES/grid.yaml dir=FILES/new": "llama_1m_e8t2",
     "upcycle ablate --grid laptop dir=FILES/new dense=/nope data=bogus --dryrun": "2 mistakes:\n  model '/nope': ",
-    "upcycle ablate --grid FILES/untried.yaml dir=FILES/new --dryrun": "2 mistakes:\n  untried: arms.moe.model.config.",
+    "upcycle ablate --grid FILES/untried.yaml dir=FILES/new --dryrun": "2 mistakes:\n  untried: arms.moe.model.",
     # a part of the chain
     f"{DEMO} --until pretrian": "--until: stage 'pretrian' does not exist. Did you mean 'pretrain'?",
     f"{DEMO} --until": "--until: got no value",

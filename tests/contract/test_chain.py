@@ -148,7 +148,7 @@ def _with_loaders() -> str:
     from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal
 
     recipe = load_recipe(text)
-    recipe.trainer.callbacks.insert(0, run.Config(SaveOnSignal))
+    recipe.trainer.callbacks.append(run.Config(SaveOnSignal))  # behind what writes a step's line
     return dump_recipe(recipe)
 
 
