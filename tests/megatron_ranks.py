@@ -16,6 +16,7 @@ from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES
 from nemo_upcycle.utils.attributes import temporarily_set
+from tests.models import PARALLEL
 
 
 #: Ways of building a rank besides Megatron's local spec: real Transformer Engine modules, without and with FP8.
@@ -135,12 +136,8 @@ def transformer_config(arch: Architecture, layout: Layout) -> Any:
         params_dtype=torch.bfloat16,
         bf16=True,
         pipeline_dtype=torch.bfloat16,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
+        **{setting: getattr(layout, name) for name, setting in PARALLEL.items() if name != "vp"},
         virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
         num_layers_in_first_pipeline_stage=layout.first,
         num_layers_in_last_pipeline_stage=layout.last,
         account_for_embedding_in_pipeline_split=bool(layout.embedding),

@@ -37,6 +37,16 @@ LLAMA3_8B = {
     "rms_norm_eps": 1e-5,
 }
 
+#: Sizes of a layout -> Megatron's setting.
+PARALLEL = {
+    "tp": "tensor_model_parallel_size",
+    "cp": "context_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
 
 #: That of Llama 3.1 8B.
 LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -300,17 +310,11 @@ def build_chunks(
     use_cpu_backend()
     from nemo_upcycle.online.decoder_layers import decoder_layers
 
-    sizes = {"tp": 1, "cp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1} | (layout or {})
+    sizes = dict.fromkeys(PARALLEL, 1) | (layout or {})
     virtual = sizes["vp"] if sizes["vp"] > 1 else None
+    parallel = {PARALLEL[name]: virtual if name == "vp" else size for name, size in sizes.items()}
     if not ps.model_parallel_is_initialized():
-        ps.initialize_model_parallel(
-            tensor_model_parallel_size=sizes["tp"],
-            pipeline_model_parallel_size=sizes["pp"],
-            virtual_pipeline_model_parallel_size=virtual,
-            context_parallel_size=sizes["cp"],
-            expert_model_parallel_size=sizes["ep"],
-            expert_tensor_parallel_size=sizes["etp"],
-        )
+        ps.initialize_model_parallel(**parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
     arch = dense if isinstance(dense, Architecture) else read_architecture(dense)
     settings = {
@@ -324,11 +328,8 @@ def build_chunks(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "use_cpu_initialization": True,
-        "tensor_model_parallel_size": sizes["tp"],
-        "pipeline_model_parallel_size": sizes["pp"],
-        "virtual_pipeline_model_parallel_size": virtual,
-        "expert_model_parallel_size": sizes["ep"],
-        "expert_tensor_parallel_size": sizes["etp"],
+        **parallel,
+        "context_parallel_size": 1,
         "sequence_parallel": sizes["tp"] > 1,
         "pipeline_dtype": torch.float32,
     }

@@ -13,17 +13,10 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from tests.distributed.ranks import run_ranks
+from tests.models import PARALLEL
 
 
 SEQUENCE, VOCABULARY = 32, 256
-#: Sizes of a layout -> Bridge's setting.
-SIZES = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vp": "virtual_pipeline_model_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-}
 
 
 def run_config(
@@ -62,7 +55,7 @@ def run_config(
     from nemo_upcycle.trainers.bridge.bridged import bridged_provider
     from nemo_upcycle.trainers.bridge.models import upcycled_config, upcycled_provider
 
-    sizes = {SIZES[name]: size for name, size in layout.items()}
+    sizes = {PARALLEL[name]: size for name, size in layout.items()}
     settings: dict[str, Any] = {
         "bf16": False,
         "params_dtype": torch.float32,

@@ -18,7 +18,6 @@ from tests.bridge.runs import hooked, run_config
 from tests.distributed.ranks import run_ranks
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 QUANTILES = {"moe_router_load_balancing_type": "quantile_balancing", "moe_aux_loss_coeff": 0.0}
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import pytest
-
 from tests.blends import ORDER, write_blend
 from tests.distributed.ranks import run_ranks
 from tests.models import write_tokenizer
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SEQUENCE, BATCH = 16, 2
 
 

@@ -23,7 +23,6 @@ from tests.parents import write_gemma, write_wrapped
 from tests.tiers import quick
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 
 

@@ -1,9 +1,7 @@
-"""What Bridge's side alone has of the chain: a HybridModel, any layout at step 0, ends by signals and by faults."""
+"""What Bridge's side alone has of the chain: a HybridModel, any layout at step 0, ends by faults."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,32 +9,15 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.trainers.bridge.training import BridgeTraining
 from nemo_upcycle.utils.files import read_json
 from tests.bridge.runs import differences
+from tests.contract.test_mistakes import OWN
 from tests.contract.trainers import losses, metrics, train, write_plan
 from tests.distributed.ranks import run_ranks
 from tests.functional.stages import run_stages
-from tests.functional.started import STAGE, environment, start_training
-from tests.functional.tiny import write_finished_inputs
+from tests.functional.started import STAGE, environment
 from tests.waiting import HANG_S
-
-
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
-OWN = """
-from pathlib import Path
-from nemo_upcycle import UpcycleSpec
-from tests.bridge.recipes import in_own_words
-
-def linked(): return in_own_words(Path("{link}"), UpcycleSpec(num_experts=4, top_k=2))
-"""
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a parent, its tokenised texts and a suite."""
-    return write_finished_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def plan_of(inputs: Path, run_dir: Path, *settings: str, recipe: str = "tiny") -> RunPlan:
@@ -94,27 +75,6 @@ BEFORE = ("import", "data", "upcycle")
 ALONE = ("train.exit_signal_handler=true", "model.expert_model_parallel_size=1", "validation.eval_iters=0")
 
 
-def test_a_training_that_is_told_to_stop_saves_and_goes_on(inputs: Path, tmp_path: Path) -> None:
-    """As on a GPU: all processes of the job get the signal, those that load data, too."""
-    settings = (*ALONE, "train.train_iters=350", "checkpoint.save_interval=1000", "dataset.num_workers=2")
-    plan_of(inputs, tmp_path, *settings)
-    run_stages(tmp_path, BEFORE)
-    job = start_training(tmp_path, until_step=3)
-    os.killpg(job.pid, signal.SIGTERM)
-    _, said = job.communicate(timeout=HANG_S)
-    assert job.returncode == 75, said
-    kept = newest_checkpoint(tmp_path / "pretrain/checkpoints")
-    assert kept is not None
-    assert f"stage 'pretrain' stopped early: {steps_in(kept)} of 350 steps are kept" in said
-    assert "Traceback" not in said
-
-    again = start_training(tmp_path, until_step=steps_in(kept) + 3)
-    os.killpg(again.pid, signal.SIGKILL)
-    again.communicate()
-    steps = [line["step"] for line in metrics(tmp_path / "pretrain")]
-    assert steps == list(range(1, len(steps) + 1))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_training_that_fails_ends(inputs: Path, tmp_path: Path, workers: int) -> None:
     """Its loaders, too, which have been told that SIGTERM is not for them."""
@@ -137,7 +97,7 @@ def _command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_the_command_runs_a_part_of_the_chain(inputs: Path, tmp_path: Path) -> None:
     """With a recipe of a user's own, which names the parent by a link, and no tokenizer."""
     (tmp_path / "link").symlink_to(inputs / "parent")
-    (tmp_path / "own.py").write_text(OWN.format(link=tmp_path / "link"))
+    (tmp_path / "own.py").write_text(OWN.replace("FILES", str(tmp_path)))
     words = [f"dense={inputs / 'parent'}", f"data={inputs / 'blend'}", f"evaluation={inputs / 'evaluation.yaml'}"]
     words += ["recipe=own:linked", "gpus=2", "pretrain.train.train_iters=2", "dir=run", "--until", "pretrain", "--yes"]
     done = _command(*words, cwd=tmp_path)

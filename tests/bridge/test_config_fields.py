@@ -12,7 +12,6 @@ from nemo_upcycle.models.config_fields import meanings
 from tests.bridge.runs import refusal
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC = {"num_experts": 4, "top_k": 2}
 
 

@@ -16,7 +16,6 @@ from tests.distributed.ranks import run_ranks
 from tests.models import write_llama
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC = {"num_experts": 4, "top_k": 2}
 
 

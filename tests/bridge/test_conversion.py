@@ -14,17 +14,13 @@ from benchmarks.bridge_contribution import CONTRIBUTION as FOLDER
 from benchmarks.bridge_contribution import EDITS, apply
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
-from tests.bridge.runs import SIZES, offline
+from tests.bridge.runs import offline
 from tests.distributed.ranks import run_ranks
-from tests.models import write_llama, write_olmo2, write_phi3, write_qwen2
-from tests.parents import write_granite, write_olmo3
+from tests.loading.cases import PARENTS
+from tests.models import PARALLEL, write_llama, write_olmo2, write_qwen2
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
-
-
-DENSE = {"Phi-3": write_phi3, "OLMo 2": write_olmo2, "OLMo 3": write_olmo3}
-DENSE |= {"Granite 3": write_granite}
+DENSE = {name: PARENTS[name] for name in ("Phi-3", "OLMo 2", "OLMo 3", "Granite 3")}
 
 
 def _folder(name: str, folder: Path) -> Path:
@@ -82,7 +78,7 @@ def _loaded(folder: Path, layout: dict[str, int]) -> tuple[Any, Any]:
     bridge = AutoBridge.from_hf_pretrained(str(folder))
     provider = bridge.to_megatron_provider(load_weights=True)
     settings: dict[str, Any] = {"params_dtype": torch.float32, "bf16": False, "sequence_parallel": "tp" in layout}
-    for name, value in (settings | {SIZES[name]: size for name, size in layout.items()}).items():
+    for name, value in (settings | {PARALLEL[name]: size for name, size in layout.items()}).items():
         setattr(provider, name, value)
     provider.finalize()
     if not parallel_state.is_initialized():

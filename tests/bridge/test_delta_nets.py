@@ -7,15 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.bridge.runs import (
-    SEQUENCE,
-    VOCABULARY,
-    differences,
-    export,
-    fill_twice,
-    is_as_converted,
-    train_on_ranks,
-)
+from tests.bridge.runs import SEQUENCE, VOCABULARY, differences, export, fill_twice, is_as_converted, train_on_ranks
 from tests.distributed.ranks import run_ranks
 from tests.loading.cases import logits
 from tests.models import sample_tokens
@@ -23,7 +15,6 @@ from tests.parents import write_qwen35
 from tests.tiers import quick
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 LAYOUTS = [{}, {"tp": 2}, {"pp": 2}, {"ep": 2}, {"tp": 2, "ep": 2, "etp": 1}]
 

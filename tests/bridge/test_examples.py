@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.files import read_json
 from tests.distributed.ranks import run_ranks
@@ -13,7 +11,6 @@ from tests.functional.tiny import write_parent
 from tests.functional.typed import type_commands
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SCRIPT = Path(__file__).parents[2] / "examples/bridge_run.py"
 SETTINGS = """
 model.expert_model_parallel_size=2 train.train_iters=1 train.global_batch_size=2 validation.eval_iters=0

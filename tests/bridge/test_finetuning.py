@@ -20,7 +20,6 @@ from tests.bridge.runs import SEQUENCE, VOCABULARY, hooked, run_config, train_on
 from tests.distributed.ranks import run_ranks
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 
 
@@ -86,12 +85,7 @@ class _Windows(torch.utils.data.Dataset[Any]):
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(VOCABULARY, (SEQUENCE + 1,), generator=generator)
         places = torch.arange(SEQUENCE)
-        return {
-            "tokens": tokens[:-1],
-            "labels": tokens[1:],
-            "loss_mask": torch.ones(SEQUENCE),
-            "position_ids": places,
-        }
+        return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(SEQUENCE), "position_ids": places}
 
 
 def _windows() -> Any:

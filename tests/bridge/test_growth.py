@@ -22,7 +22,6 @@ from tests.models import write_tokenizer
 from tests.parents import write_mixtral, write_moe, write_qwen3_moe
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 #: Biases that choose experts are no weights: a learning rate of zero moves them all the same.
 STAYS: dict[str, Any] = {"model": {"moe_router_bias_update_rate": 0.0}}
 WRITE: dict[str, Callable[[Path], Path]] = {

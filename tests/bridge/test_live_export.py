@@ -19,7 +19,6 @@ from tests.models import write_llama, write_qwen2, write_qwen3, write_tokenizer
 from tests.tiers import every_pair
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 #: Class -> its dense parent, and fields of the spec.
 CLASSES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {

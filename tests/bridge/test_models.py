@@ -12,12 +12,11 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.planning.hardware import known_shape
-from tests.bridge.runs import VOCABULARY, fill_twice, run_config
+from tests.bridge.runs import VOCABULARY, run_config
 from tests.distributed.ranks import run_ranks
 from tests.models import write_llama, write_tokenizer
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -42,11 +41,6 @@ def test_a_parent_that_bridges_model_cannot_be_is_refused(
     parent = replace(known_shape("llama3_8b"), **changes)
     with pytest.raises(SpecError, match=words):
         getattr(models, style)(parent, UpcycleSpec(num_experts=8, top_k=2), seq_length=64, **pattern)
-
-
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
-def test_a_dense_model_is_filled_as_bridge_fills_it(dense: Path, tmp_path: Path, layout: dict[str, int]) -> None:
-    assert run_ranks(fill_twice, 2, dense, tmp_path / "run", layout) == [[], []]
 
 
 @pytest.mark.parametrize("case", ["forgotten", "forgotten by a builder", "another model later"])

@@ -13,7 +13,6 @@ from nemo_upcycle.models.hf_config import read_architecture
 from tests.unit.cli.test_plan_parents import PARENTS
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 
 

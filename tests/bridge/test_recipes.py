@@ -18,7 +18,6 @@ from tests.functional.tiny import write_parent
 from tests.models import LLAMA3_8B
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 DENSE = "NEMO_UPCYCLE_DENSE"
 
 

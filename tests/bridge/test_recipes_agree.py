@@ -20,7 +20,6 @@ from tests.golden import LAYOUT, PAIRS, TRAINING
 from tests.models import LLAMA3_8B
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 DENSE = "NEMO_UPCYCLE_DENSE"
 PRECISIONS = {"bf16": "bf16", "fp8cs": "fp8-current", "fp8sc": "fp8-blockwise", "fp8mx": "mxfp8"}
 _NAME = re.compile(

@@ -9,43 +9,17 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from tests.distributed.ranks import run_ranks
-from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_olmo2, write_phi3, write_smollm3
-from tests.parents import (
-    write_arcee,
-    write_cwm,
-    write_exaone3,
-    write_gemma3,
-    write_granite,
-    write_granite4,
-    write_hyperclovax,
-    write_ministral3,
-    write_olmo3,
-    write_qwen35,
-    write_seed_oss,
-)
+from tests.loading.cases import PARENTS
+from tests.models import hugging_face_logits, sample_tokens
+from tests.parents import write_qwen35
 from tests.tiers import quick
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 # Not OLMo 3 with YaRN, all of whose layers transformers 5.12 turns by it; 4.57 turns those alone that see all tokens:
 # tests/unit/models/test_parents.py. Ministral 3 has YaRN.
-WRITERS = {
-    "OLMo 2": write_olmo2,
-    "OLMo 3": write_olmo3,
-    "SmolLM3": write_smollm3,
-    "EXAONE 4": write_exaone4,
-    "Granite 3": write_granite,
-    "Granite 4": write_granite4,
-    "Phi-3": write_phi3,
-    "Gemma 3": write_gemma3,
-    "Ministral 3": write_ministral3,
-    "EXAONE 3": write_exaone3,
-    "Seed-OSS": write_seed_oss,
-    "CWM": write_cwm,
-    "Qwen3.5": write_qwen35,
-    "HyperCLOVA X": write_hyperclovax,
-    "Arcee": write_arcee,
-}
+LLAMAS = ("Llama", "Qwen2", "Qwen3", "InternLM3", "IQuest-Coder")
+WRITERS = {name: write for name, write in PARENTS.items() if name not in (*LLAMAS, "Gemma 4")}
+WRITERS |= {"Qwen3.5": write_qwen35}
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
 
 

@@ -17,9 +17,6 @@ from tests.bridge.runs import SEQUENCE, VOCABULARY
 from tests.models import write_llama
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
-
-
 def _recipe(folder: Path) -> Any:
     """Make a configuration as Bridge's recipes are: of another model, from random weights, in a layout of its own."""
     from megatron.bridge.models.gpt_provider import GPTModelProvider

@@ -20,7 +20,6 @@ from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.utils.files import read_json
 from nemo_upcycle.utils.progress import show_messages
 from tests.bridge.runs import (
-    SEQUENCE,
     VOCABULARY,
     differences,
     export,
@@ -32,22 +31,17 @@ from tests.bridge.runs import (
     train_on_ranks,
 )
 from tests.distributed.ranks import run_ranks
-from tests.loading.cases import logits
-from tests.models import sample_tokens, write_llama, write_qwen3
+from tests.models import write_llama
 
 
-pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 MIXED = SPEC | {"moe_layers": "every-2"}
-GRANULAR: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "router_std": 1.0}
 
 
 @pytest.mark.parametrize(
     ("style", "fields", "layout"),
     [
-        ("provider", SPEC, {}),
         ("provider", SPEC, {"tp": 2}),
-        ("provider", SPEC, {"pp": 2}),
         ("provider", SPEC, {"pp": 2, "vp": 2}),
         ("provider", SPEC, {"ep": 4}),
         ("provider", SPEC, {"tp": 2, "ep": 2, "etp": 1}),
@@ -64,14 +58,6 @@ def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
     train_on_ranks(ranks, dense, tmp_path / "run", fields, style=style, **layout)
     assert is_as_converted(dense, tmp_path / "run", fields)
     assert (tmp_path / "run/receipt.json").is_file()
-
-
-def test_a_granular_qwen3_computes_its_parents_function(tmp_path: Path) -> None:
-    dense = write_qwen3(tmp_path / "dense", vocab_size=VOCABULARY)
-    train_on_ranks(2, dense, tmp_path / "run", GRANULAR, ep=2)
-    tokens = sample_tokens(VOCABULARY, length=SEQUENCE)
-    wanted, got = logits(dense, tokens), logits(export(dense, tmp_path / "run", tmp_path / "hf"), tokens)
-    assert float((got - wanted).norm() / wanted.norm()) <= 2e-6
 
 
 @pytest.mark.parametrize("style", ["provider", "builder"])
@@ -120,7 +106,6 @@ def test_the_dense_baseline_starts_from_the_same_checkpoint(dense: Path, tmp_pat
         ({"model.tensor_model_parallel_size": 3}, "vocab_size: got 256, expected a multiple of TP"),
         ({"model.init_model_with_meta_device": True}, "init_model_with_meta_device"),
         ({"checkpoint.save": "msc://mine/run", "checkpoint.load": "msc://mine/run"}, "MultiStorageClient is on"),
-        ({"checkpoint.save": "s3://mine/run", "checkpoint.load": "s3://mine/run"}, "MultiStorageClient is on"),
     ],
     ids=str,
 )
@@ -131,14 +116,7 @@ def test_a_configuration_that_contradicts_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "precision",
-    [
-        "bf16_with_fp8_delayed_scaling_mixed",
-        "bf16_with_fp8_current_scaling_mixed",
-        "bf16_with_mxfp8_mixed",
-        "bf16_with_fp8_subchannel_scaling_mixed",
-        "bf16_with_nvfp4_mixed",
-    ],
+    "precision", ["bf16_with_fp8_delayed_scaling_mixed", "bf16_with_mxfp8_mixed", "bf16_with_nvfp4_mixed"]
 )
 def test_a_run_may_keep_its_parameters_in_fp8_or_fp4(dense: Path, tmp_path: Path, precision: str) -> None:
     """But not with master weights of 8 bits."""

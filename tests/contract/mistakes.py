@@ -18,15 +18,12 @@ OF_NEMO = {
     f"{DEMO} data=bogus": "blend 'bogus' does not exist. Valid: PATH.yaml, ",
     f"{DEMO} data=FILES/not.yaml": "expected valid YAML",
     f"{DEMO} evaluation=dmeo": "Did you mean 'demo'?",
-    "upcycle pipeline --factory llama3_8b_e8t2 dense=asset://smollm2-135m --dryrun": "num_layers: got 32, expected 30",
     f"{DEMO} dir=FILES": "got a folder with a.txt, ",
     f"{DEMO} pretrain=wrong_recipe.mine": "FILES/wrong_recipe.py, line 2: got NameError: name 'llm' is not defined",
     f"{DEMO} dir=/dev/null/x": "/dev/null is a file, expected a writable folder",
     # values
-    f"{DEMO} pretrain.trainer.max_steps=0": "pretrain.trainer.max_steps: got 0, expected a whole number from 1 on",
     f"{DEMO} pretrain.trainer.num_nodes=2": "pretrain.trainer.num_nodes: got 2, expected 1 on this machine",
     f"{DEMO} pretrain.resume.restore_config.spec=None": "expected an UpcycleSpec",
-    f"{DEMO} dense_ct.optim.config.lr=1e400": "dense_ct.optim.config.lr: got inf",
     f"{DEMO} dir=a dir=b --dryrun": "argument 'dir': got a and b, expected one value",
     f"{DEMO} trained_on=lots --dryrun": "trained_on: got 'lots', expected a number: 100B",
     # clusters
@@ -39,24 +36,17 @@ OF_NEMO = {
     f"{DEMO} pretrain.trainer.max_step=3": "Did you mean 'pretrain.trainer.max_steps'?",
     f"{DEMO} pretrian.trainer.max_steps=3": "Did you mean 'pretrain'?",
     f"{DEMO} daat=text": "Did you mean 'data'?",
-    f"{DEMO} pretrain.trainer.max_steps=many": (
-        "setting 'pretrain.trainer.max_steps': got 'many', expected int. Fix: write, for example, "
-    ),
+    f"{DEMO} pretrain.trainer.max_steps=many": "max_steps': got 'many', expected int. Fix: write, for example, ",
     f"{DEMO} dir=": "argument 'dir=': got no value",
     # the command itself
     "upcycle pipeline --factory smollm2_135m_e8t3": "Did you mean 'smollm2_135m_e8t2'?",
-    "upcycle pipeline --factory llama3_8b_e8t2 data=sotu": "trainer.num_nodes: got 64, expected 1 on this machine",
     "upcycle pipeline --factory smollm2_135m_e8t2(processs=2)": "Did you mean 'processes'?",
     "upcycle pipeline dir=FILES/new": "no dense, no pretrain",
     f"{DEMO} --dryrn": "Did you mean '--dryrun'?",
     f"{DEMO} --yaml FILES/key.yaml": "'flies'",
     "upcycle ablate --grid FILES/grid.yaml dir=FILES/new": "llama_1m_e8t2",
-    "upcycle ablate --grid laptop dir=FILES/new dense=/nope data=bogus --dryrun": (
-        "2 mistakes:\n  model '/nope': got no such folder"
-    ),
-    "upcycle ablate --grid FILES/untried.yaml dir=FILES/new --dryrun": (
-        "2 mistakes:\n  untried: arms.moe.model.config.recompute_granularity: got banana, "
-    ),
+    "upcycle ablate --grid laptop dir=FILES/new dense=/nope data=bogus --dryrun": "2 mistakes:\n  model '/nope': ",
+    "upcycle ablate --grid FILES/untried.yaml dir=FILES/new --dryrun": "2 mistakes:\n  untried: arms.moe.model.",
     # a part of the chain
     f"{DEMO} --until pretrian": "--until: stage 'pretrian' does not exist. Did you mean 'pretrain'?",
     f"{DEMO} --until": "--until: got no value",
@@ -64,17 +54,12 @@ OF_NEMO = {
     f"{DEMO} --from upcycle": "stage 'import' in",
     # NeMo's own command
     f"{LLM} resume.restore_config.spec.top_k=9": "top_k: got 9",
-    f"{LLM} trainer.num_nodes=-1 --dryrun": "trainer.num_nodes: got -1",
-    f"{LLM} trainer.max_step=3": "Did you mean 'trainer.max_steps'?",
-    f"{LLM} trainer.max_steps=2 trainer.max_steps=3": "argument 'trainer.max_steps': got 2 and 3",
-    f"{LLM} resume.restore_config.path=FILES/parent": "num_layers: got 30, expected 4, as FILES/parent has",
     "llm pretrain --factory wrong_import.mine": "FILES/wrong_import.py, line 1: got ModuleNotFoundError: No module ",
     "llm pretrain --factory llama3_8b_e8t2(data='/nope') --dryrun": "data folder /nope: got ",
     f"{LLM}(data='FILES/blend',dense='FILES/parent') data.seq_length=16 trainer.max_steps=2 data.dense=FILES/other": (
         "tokenizer of FILES/blend: got sha256 "
     ),
     "llm pretrain --factory llama3_8b_e8t2": "model.config.apply_rope_fusion: got True, expected False on this ",
-    f"{LLM} model.config.layernorm_epsilon=1": "model.config.layernorm_epsilon: got 1.0, expected 1e-05, as in ",
 }
 SMALL = "smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config"
 DENSE_CT = "tests.bridge.recipes:tiny_dense_ct"

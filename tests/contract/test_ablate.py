@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.reporting.grid_evidence import EVIDENCE
-from nemo_upcycle.reporting.grid_table import write_grid
 from tests.contract.trainers import IS_BRIDGE, losses, setting_name
-from tests.functional.command import NEMO, start
+from tests.functional.started import NEMO, Command
 from tests.functional.tiny import write_finished_inputs
-from tests.waiting import HANG_S
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
@@ -39,9 +36,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_finished_inputs(tmp_path_factory.mktemp("ablate"))
     (folder / "suite.yaml").write_text(SUITE)
     (folder / "grid.yaml").write_text(GRID.replace("FOLDER", str(folder)))
-    command = [NEMO, "upcycle", "ablate", "--grid", "grid.yaml", "dir=run", "at_once=2", "--yes"]
-    job = start(["env", f"PYTHONPATH={Path(__file__).parents[2]}", *command], folder)
-    assert job.wait(timeout=2 * HANG_S) == 0, (folder / "console.txt").read_text()
+    words = ("upcycle", "ablate", "--grid", "grid.yaml", "dir=run", "at_once=2", "--yes")
+    job = Command(folder / "console.txt", NEMO, *words, OMP_NUM_THREADS="2")
+    assert job.wait() == 0, job.text()
     return folder / "run"
 
 
@@ -62,12 +59,3 @@ def test_seeds_change_the_order_of_the_data_and_the_router(finished: Path) -> No
     assert losses(finished / "dense-seed1") != losses(finished / "dense-seed2")
     receipts = [json.loads((finished / f"moe-seed{seed}/receipt.json").read_text()) for seed in (1, 2)]
     assert [(receipt["spec"]["seed"], receipt["ranks"]) for receipt in receipts] == [(1, 2), (2, 2)]
-
-
-def test_the_evidence_alone_gives_the_same_table(finished: Path, tmp_path: Path) -> None:
-    text = (finished / "table/table.md").read_text()
-    assert "| moe - dense |" in text
-    assert "Seeds of an arm: 2;" in text
-    (tmp_path / EVIDENCE).write_bytes((finished / "table" / EVIDENCE).read_bytes())
-    assert write_grid(tmp_path).read_text() == text
-    assert (tmp_path / "table.json").read_bytes() == (finished / "table/table.json").read_bytes()

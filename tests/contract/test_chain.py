@@ -1,21 +1,30 @@
-"""The chain of stages around trainings: killed in the middle, run again, with other settings, with more steps."""
+"""The chain of stages around trainings: killed, told to stop, run again, with other settings, with more steps."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nemo_upcycle.init.calibration_file import NAME, Calibration
 from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json
-from tests.contract.trainers import losses, metrics, setting_name, training_text, write_plan
+from tests.contract.trainers import IS_BRIDGE, losses, metrics, setting_name, train, training_text, write_plan
 from tests.functional.stages import STAGES, run_in_own_process, run_stages
+from tests.functional.started import start_training
 from tests.functional.tiny import EVALUATION, write_finished_inputs
+from tests.waiting import HANG_S
 
 
 pytestmark = pytest.mark.slow
+#: What a plan names of the inputs.
+NAMED = ("parent", "blend", "evaluation.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _plan(inputs: Path, run_dir: Path, **changes: float) -> None:
     """Write the plan of a chain on two ranks: the baseline's first has no loss of its own."""
     texts = [training_text({"ep": 2} | changes, ranks=2), training_text({"pp": 2}, kind="dense_ct", ranks=2)]
-    write_plan(run_dir, inputs / "parent", inputs / "blend", inputs / "evaluation.yaml", *texts)
+    write_plan(run_dir, *(inputs / name for name in NAMED), *texts)
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +78,15 @@ def test_the_report_says_what_was_trained_and_what_the_models_write(finished: Pa
     results = read_json(finished / "results.json")
     for stage in ("pretrain", "dense_ct"):
         done = results["training"][stage]
-        settings = done["settings"]
-        assert (settings["global_batch_size"], settings["seq_length"], settings["max_steps"]) == (4, 64, 6)
-        assert (settings["ranks"], settings["data"]) == (2, "blend tiny (blend)")
-        assert done["highest_lr"] == pytest.approx(settings["max_lr"])
-        assert done["tokens"] == 6 * 4 * 64
+        assert (done["tokens"], done["settings"]["ranks"]) == (6 * 4 * 64, 2)
         assert done["tflops_per_gpu"]["full"] > done["tflops_per_gpu"]["causal"] > 0
         assert done["memory_gib"] > 0.1
     assert len(results["samples"]) == 2
     for sample in results["samples"]:
         assert list(sample["continuations"]) == ["dense", "trained", "dense_ct"]
         assert all(sample["continuations"].values())
-    report = (finished / "report.md").read_text()
-    assert "heldout_perplexity" in report
-    assert "The chain works, and the MoE equals its parent at step 0. 6 steps cannot show" in report
-    assert report.count("| the text itself |") == 2
+    said = "The chain works, and the MoE equals its parent at step 0. 6 steps cannot show"
+    assert said in (finished / "report.md").read_text()
 
 
 def test_a_second_run_skips_every_stage(finished: Path, inputs: Path) -> None:
@@ -126,3 +129,73 @@ def test_a_started_training_takes_more_steps_and_no_other_learning_rate(
     answer = run_in_own_process("report", run_dir)
     assert answer.status == 2
     assert "[report] not started: stage 'export' has not finished" in answer.text
+
+
+WITH_LOADERS = (
+    {"train.exit_signal_handler": "true", "dataset.num_workers": 2, "validation.eval_iters": 0}
+    if IS_BRIDGE
+    else {"data.num_workers": 2, "trainer.limit_val_batches": 0, "trainer.val_check_interval": 1}
+)
+
+
+def _with_loaders() -> str:
+    text = training_text({"steps": 350, "save_every": 1000} | WITH_LOADERS)
+    if IS_BRIDGE:
+        return text
+    import nemo_run as run
+
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe
+    from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal
+
+    recipe = load_recipe(text)
+    recipe.trainer.callbacks.append(run.Config(SaveOnSignal))  # behind what writes a step's line
+    return dump_recipe(recipe)
+
+
+@pytest.mark.full
+def test_a_training_with_loaders_saves_when_the_whole_job_is_told_to_stop_and_goes_on(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """A scheduler's SIGTERM reaches every process of a job; loaders of data last until the checkpoint is there."""
+    run_dir = tmp_path / "run"
+    write_plan(run_dir, *(inputs / name for name in NAMED), _with_loaders())
+    run_stages(run_dir, STAGES[:3])
+    job = start_training(run_dir, until_step=3)
+    os.killpg(job.pid, signal.SIGTERM)
+    _, said = job.communicate(timeout=HANG_S)
+    assert job.returncode == 75, said
+    kept = newest_checkpoint(run_dir / "pretrain/checkpoints")
+    assert kept is not None
+    assert f"stage 'pretrain' stopped early: {steps_in(kept)} of 350 steps are kept" in said
+    assert "Traceback" not in said
+
+    again = start_training(run_dir, until_step=steps_in(kept) + 3)
+    os.killpg(again.pid, signal.SIGKILL)
+    again.communicate()
+    steps = [line["step"] for line in metrics(run_dir / "pretrain")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def _calibrated(folder: Path) -> str:
+    """Write a prompt for each of eight copies; return a training whose router is made of them."""
+    (folder / "prompts.yaml").write_text("".join(f"- the {word} of it\n" for word in "abcdefgh"))
+    settings: dict[str, Any] = {"spec.router_init": "prompts", "spec.router_prompts": str(folder / "prompts.yaml")}
+    return training_text(settings | {"spec.router_spread": 0.5, "steps": 2}, ranks=2)
+
+
+def test_a_chain_makes_its_own_calibration_and_trains_with_it(inputs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    write_plan(run_dir, *(inputs / name for name in NAMED), _calibrated(tmp_path))
+    run_stages(run_dir, STAGES[:4], ranks=2)
+    step0, trained = read_json(run_dir / "receipt.json"), read_json(run_dir / "pretrain/receipt.json")
+    assert step0["within_tolerance"] is True
+    digest = Calibration(run_dir / "upcycle" / NAME).sha256
+    assert step0["calibration"] == {"path": str(run_dir / "upcycle" / NAME), "sha256": digest}
+    assert trained["calibration"] == {"path": str(run_dir / "pretrain" / NAME), "sha256": digest}
+    assert (trained["spec"]["router_spread"], trained["ranks"]) == (0.5, 2)
+
+
+@pytest.mark.full
+def test_a_training_by_itself_makes_the_file_on_the_first_rank(inputs: Path, tmp_path: Path) -> None:
+    train(_calibrated(tmp_path), tmp_path / "run", inputs / "parent", inputs / "blend", ranks=2)
+    assert read_json(tmp_path / "run/receipt.json")["calibration"]["path"] == str(tmp_path / "run" / NAME)

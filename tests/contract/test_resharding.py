@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.test_training import alone, inputs
+from tests.contract.test_training import alone
 from tests.contract.trainers import IS_BRIDGE, losses, train, training_text, weights
 from tests.tiers import quick
 
 
-__all__ = ["alone", "inputs"]
+__all__ = ["alone"]
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 RESHARDABLE = (
     "checkpoint.dist_ckpt_optim_fully_reshardable" if IS_BRIDGE else "trainer.strategy.ckpt_optim_fully_reshardable"

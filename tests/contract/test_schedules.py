@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.trainers.schedules import Anneal, part_of
 from nemo_upcycle.utils.files import read_json
 from tests.contract.trainers import IS_BRIDGE, differing, losses, train, training_text, weights
-from tests.functional.tiny import BATCH, LAYERS, prepare
+from tests.functional.tiny import BATCH, LAYERS
 from tests.tiers import quick
 
 
@@ -30,11 +31,7 @@ OF_NEMO = [(1, {"optim.lr_scheduler.constant_steps": 1, "steps": 3}), (1, {"opti
 LAYOUTS = [(1, {}), (2, {"ep": 2}), (4, {"tp": 2, "pp": 2}), *([] if IS_BRIDGE else OF_NEMO)]
 BF16 = {} if IS_BRIDGE else {"trainer.plugins.precision": "bf16-mixed", "trainer.plugins.params_dtype": torch.bfloat16}
 
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A parent, and its tokenised texts."""
-    return prepare(tmp_path_factory.mktemp("inputs"), vocab_size=260)
+OF_NEMO_ALONE = pytest.mark.skipif(IS_BRIDGE, reason="it is about NeMo's checkpoints, and jobs")
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +108,41 @@ def test_a_killed_run_resumes_with_the_same_values(
     assert used[0][-1] == ANNEAL.at(5)
     assert losses(tmp_path / "run") == losses(unstopped)
     assert differing(weights(tmp_path / "run"), weights(unstopped)) == []
+
+
+@OF_NEMO_ALONE
+def test_settings_may_change_when_a_run_resumes_and_a_checkpoint_has_none(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from nemo import lightning as nl
+    from nemo.lightning.io import load_context
+
+    settings = {"upcycle.router_lr_mult": 4.0, "upcycle.router_warmup_steps": 3, "upcycle.aux_loss_steps": 5}
+    train(training_text(settings | {"steps": 2}), tmp_path, *inputs)
+    model = load_context(last_checkpoint(tmp_path) / "context", subpath="model")
+    assert type(model.optim) is nl.MegatronOptimizerModule
+    assert model.config.moe_aux_loss_coeff == 0.01
+    changed = {"upcycle.router_lr_mult": 0.0, "upcycle.expert_lr_mult": 2.0}
+    (used,) = train(training_text(changed | {"steps": 4}), tmp_path, *inputs)
+    assert used[-1] == 0.01  # the model's own again
+    names = differing(weights(tmp_path, 2), weights(tmp_path, 4))
+    assert {part_of(name) for name in names} == {"experts", "rest"}
+
+
+NO_LOSS = {"upcycle.aux_loss_steps": 2, "model.moe_router_load_balancing_type": "none"}
+
+
+@OF_NEMO_ALONE
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("dense_ct", {"upcycle.router_warmup_steps": 2}, "router of the model: got none"),
+        ("moe", NO_LOSS, "'none' balancing"),
+    ],
+    ids=["dense-warmup", "no-loss"],
+)
+def test_settings_without_effect_are_refused(
+    inputs: tuple[Path, Path], tmp_path: Path, kind: str, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"SpecError: .*{words}"):
+        train(training_text(settings, kind=kind), tmp_path, *inputs)

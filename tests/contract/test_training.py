@@ -9,18 +9,12 @@ import pytest
 
 from nemo_upcycle.utils.files import read_json
 from tests.contract.trainers import IS_BRIDGE, differing, fp8, losses, metrics, train, training_text, weights
-from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE, prepare
+from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE
 from tests.tiers import quick
 
 
 pytestmark = pytest.mark.slow
 LAYOUTS = [(2, {"ep": 2}), (2, {"tp": 2}), (2, {"pp": 2}), (8, {"tp": 2, "pp": 2, "ep": 2})]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A parent whose rows two ranks share, and its tokenised texts."""
-    return prepare(tmp_path_factory.mktemp("inputs"), vocab_size=260)
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,7 @@ RECIPES = {
 }
 WARMUP = next(row for row in SETTINGS if row.nemo == "optim.lr_scheduler.warmup_steps")
 #: Beginnings of settings: of the model, of the spec, and of what this package adds to a training.
-_GROUPS = {
-    "nemo": {"model": "model.config", "spec": "resume.restore_config.spec", "upcycle": "optim"},
-    "bridge": {},
-}
+_GROUPS = {"nemo": {"model": "model.config", "spec": "resume.restore_config.spec", "upcycle": "optim"}, "bridge": {}}
 
 
 def setting_name(name: str) -> str:

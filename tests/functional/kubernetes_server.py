@@ -52,15 +52,7 @@ def server(folder: Path) -> Iterator[Path]:
         *("--initial-advertise-peer-urls", peers, "--initial-cluster", f"default={peers}"),
     ]
     serve = [
-        *(
-            BINARIES / "apiserver",
-            "--etcd-servers",
-            clients,
-            "--bind-address",
-            "127.0.0.1",
-            "--secure-port",
-            str(port),
-        ),
+        *(BINARIES / "apiserver", "--etcd-servers", clients, "--bind-address", "127.0.0.1", "--secure-port", port),
         *("--cert-dir", folder / "certificates", "--client-ca-file", folder / "client.crt"),
         *("--kubeconfig", kubeconfig, "--authorization-kubeconfig", kubeconfig),
         *("--authentication-kubeconfig", kubeconfig, "--authentication-skip-lookup"),

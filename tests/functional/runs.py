@@ -17,22 +17,11 @@ from tests.functional.kills import arm
 from tests.functional.tiny import prepare, shrink
 
 
-class Kill(pl.Callback):
-    """Ends its process as `kill -9` does, after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 class Send(pl.Callback):
-    """Sends SIGTERM to its own process, on some ranks, in the middle of a step; or before training, at step -1."""
+    """Sends a signal to its own process, on some ranks, in the middle of a step; or before training, at step -1."""
 
-    def __init__(self, step: int, ranks: list[int]) -> None:
-        self.step, self.ranks = step, ranks
+    def __init__(self, step: int, ranks: list[int], number: int = signal.SIGTERM) -> None:
+        self.step, self.ranks, self.number = step, ranks, number
 
     def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self._send(trainer, -1)
@@ -42,7 +31,7 @@ class Send(pl.Callback):
 
     def _send(self, trainer: pl.Trainer, step: int) -> None:
         if step == self.step and trainer.global_rank in self.ranks:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 class Hang(pl.Callback):
@@ -121,23 +110,14 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
         holder, _, field = name.rpartition(".")
         setattr(attrgetter(holder)(recipe), field, value)
     place_recipe(recipe, Path(folder), Path(parent), Path(options.get("blend", data)))
-    if "record" in options:
-        recipe.trainer.callbacks.append(run.Config(Record, path=options["record"]))
-    if "resilient" in options:
+    if options.get("resilient"):
         from nemo_upcycle.recipes.h100 import resilient
 
         every = recipe.log.ckpt.every_n_train_steps
         resilient(recipe).log.ckpt.every_n_train_steps = every
-        for name, value in options["resilient"].items():
-            setattr(recipe.log.ckpt, name, value)
-    if "send" in options:
-        recipe.trainer.callbacks.append(run.Config(Send, **options["send"]))
-    if "hang" in options:
-        recipe.trainer.callbacks.append(run.Config(Hang, **options["hang"]))
-    if "poison" in options:
-        recipe.trainer.callbacks.append(run.Config(Poison, step=options["poison"]))
-    if "kill" in options:
-        recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
+    for name, kind in {"record": Record, "send": Send, "hang": Hang, "poison": Poison}.items():
+        if name in options:
+            recipe.trainer.callbacks.append(run.Config(kind, **options[name]))
     return recipe
 
 

@@ -1,22 +1,67 @@
-"""A training stage in a process of its own, with whatever trains, to be sent signals."""
+"""Commands in processes of their own, to be waited for and to be sent signals."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.waiting import wait_until
+from tests.waiting import HANG_S, wait_until
 
 
+ROOT = Path(__file__).parents[2]
 STAGE = (sys.executable, "-m", "nemo_upcycle.pipeline")
+NEMO = str(Path(sys.executable).with_name("nemo"))
+#: `nemo upcycle pipeline` as a script of a user's.
+CHAIN = ROOT / "tests/functional/tiny_pipeline.py"
+
+
+class Command:
+    """A script of Python's with its words, in a session of its own and in the folder of its log.
+
+    Args:
+        log: where it says what it says; a further start adds to it.
+        words: the script and what is typed behind it.
+        variables: beside those of this process that are not of a rank.
+    """
+
+    def __init__(self, log: Path, *words: object, **variables: str) -> None:
+        self.log, self.words = log, [sys.executable, *map(str, words)]
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
+        with log.open("ab") as said:
+            self.process = subprocess.Popen(
+                self.words,
+                cwd=log.parent,
+                env=plain | {"PYTHONPATH": str(ROOT)} | variables,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        """Read the log."""
+        return self.log.read_text(errors="replace")
+
+    def wait(self) -> int:
+        """Return its exit status."""
+        return self.process.wait(timeout=2 * HANG_S)
+
+    def wait_for(self, found: Callable[[], object]) -> None:
+        """Wait for something while it runs."""
+        wait_until(found, self.process, self.text)
+
+    def wait_for_lines(self, path: Path, lines: int) -> None:
+        """Wait until it has written a file of so many lines."""
+        self.wait_for(lambda: path.is_file() and path.read_text().count("\n") >= lines)
 
 
 def environment() -> dict[str, str]:
     """Return the variables of a rank that no launcher starts, with a port that no other test has."""
     port = 20_000 + os.getpid() % 10_000
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_PORT": str(port)}
+    return os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(port)}
 
 
 def start_training(run_dir: Path, until_step: int) -> subprocess.Popen[str]:

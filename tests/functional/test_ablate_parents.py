@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.contract.test_ablate import SUITE
-from tests.functional.command import NEMO, start
+from tests.functional.started import NEMO, Command
 from tests.functional.tiny import write_texts
-from tests.waiting import HANG_S
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
@@ -43,8 +42,9 @@ def test_both_start_where_their_parent_ended_and_the_moe_from_nothing_does_not(t
     write_texts(tmp_path / "texts")
     (tmp_path / "suite.yaml").write_text(SUITE)
     (tmp_path / "grid.yaml").write_text(GRID)
-    job = start([NEMO, "upcycle", "ablate", "--grid", "grid.yaml", "dir=run", "--yes"], tmp_path)
-    assert job.wait(timeout=2 * HANG_S) == 0, (tmp_path / "console.txt").read_text()
+    words = ("upcycle", "ablate", "--grid", "grid.yaml", "dir=run", "--yes")
+    job = Command(tmp_path / "console.txt", NEMO, *words, OMP_NUM_THREADS="2")
+    assert job.wait() == 0, job.text()
     nothing, dense, moe, own = (
         tmp_path / f"run/{cell}-seed1" for cell in ("dense_from_nothing-4", "dense-3", "moe-3", "moe_from_nothing-4")
     )

@@ -6,10 +6,8 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -25,7 +23,7 @@ from nemo_upcycle.suites.items import suite_items
 from nemo_upcycle.utils.files import read_json
 from tests.functional.tiny import write_parent
 from tests.lm_eval_tasks import write_task
-from tests.waiting import HANG_S, wait_until
+from tests.waiting import HANG_S
 
 
 pytestmark = pytest.mark.slow
@@ -87,19 +85,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _start(blend: Path, output: Path, *words: str, under: str = "") -> subprocess.Popen[str]:
-    """Start the command, in a shell `under` which it runs."""
-    command = [sys.executable, "-m", "nemo_upcycle.cli", "data", str(blend), str(output), *words]
-    return subprocess.Popen(
-        ["bash", "-c", f'{under} exec "$@"', "bash", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-    )
-
-
 def _bytes(folder: Path) -> dict[str, str]:
     """Return the hash of every file that training or a reader of the folder opens."""
     files = [*folder.glob("tokens/*"), *folder.glob("tokenizer/*"), *folder.glob("*.json*")]
@@ -134,19 +119,6 @@ def small(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     return read_json(folder / "manifest.json")
-
-
-def test_every_document_is_accounted_for(built: Path) -> None:
-    sources = _manifest(built)["sources"]
-    for source in sources.values():
-        for step in source["steps"].values():
-            assert step["in"] == step["kept"] + sum(step["removed"].values())
-    assert sources["web"]["steps"]["read"]["in"] == 3 * 204
-    assert sum(sources["web"]["steps"]["read"]["removed"].values()) == 3 * 3
-    assert sources["web"]["steps"]["deduplicate"]["removed"] == {"duplicate": 3}
-    assert sources["mine"]["steps"]["deduplicate"]["removed"] == {"duplicate": 1}
-    assert sources["mine"]["steps"]["decontaminate"]["removed"] == {"dropped": 2}
-    assert sources["questions"]["splits"]["train"]["documents"] > 40
 
 
 def test_training_opens_the_folder(built: Path, texts: Path) -> None:
@@ -219,34 +191,9 @@ def test_check_reads_and_writes_nothing(texts: Path, tmp_path: Path, capsys: pyt
 
 @pytest.mark.full
 def test_a_disk_that_is_full_at_the_first_write_refuses_no_later_start(texts: Path, tmp_path: Path) -> None:
-    with _start(texts / "small.yaml", tmp_path / "data", under='ulimit -f 1; trap "" XFSZ;') as process:
-        _, errors = process.communicate(timeout=HANG_S)
-    assert process.returncode == 2
-    assert "File too large" in errors
-    assert main(["data", str(texts / "small.yaml"), str(tmp_path / "data")]) == 0
-
-
-@pytest.mark.full
-def test_a_source_that_is_lost_in_part_ends_the_build_until_it_may_be(
-    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = "".join(json.dumps({"text": _text(n)}) + "\n" for n in range(2000))
-    (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-50_000])
-    command = ["data", str(tmp_path / "half.jsonl.gz"), str(tmp_path / "data")]
-    command += [f"tokenizer={texts / 'parent'}", "seq_length=16"]
-    assert main(command) == 1
-    assert "truncated compressed file" in capsys.readouterr().err
-    assert not (tmp_path / "data/_SUCCESS.json").exists()
-    assert main([*command, "sources.texts.max_lost=0.6"]) == 0
-    assert "warning: source texts: " in capsys.readouterr().err
-
-
-@pytest.mark.full
-def test_ctrl_c_stops_and_says_how_to_go_on(texts: Path, tmp_path: Path) -> None:
-    with _start(texts / "small.yaml", tmp_path / "data") as process:
-        wait_until((tmp_path / "data/build/plan.json").exists, process)
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=HANG_S)
-    assert process.returncode == 130
-    assert "run again to resume" in errors
-    assert not (tmp_path / "data/_SUCCESS.json").exists()
+    command = ["data", str(texts / "small.yaml"), str(tmp_path / "data")]
+    shell = ["bash", "-c", 'ulimit -f 1; trap "" XFSZ; exec "$@"', "bash", sys.executable, "-m", "nemo_upcycle.cli"]
+    done = subprocess.run([*shell, *command], capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert done.returncode == 2
+    assert "File too large" in done.stderr
+    assert main(command) == 0

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
-from tests.functional.command import pretrain_command, start
-from tests.functional.tiny import prepare
-from tests.waiting import HANG_S, wait_until
+from tests.functional.started import NEMO, Command
+from tests.functional.tiny import BATCH, SEQUENCE, SIZES, prepare
+from tests.waiting import wait_until
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
@@ -33,23 +33,28 @@ def _group(leader: int) -> list[psutil.Process]:
 
 
 def test_the_command_saves_asynchronously_on_two_threads_and_obeys_sigint(tmp_path: Path) -> None:
-    inputs = prepare(tmp_path / "inputs", intermediate_size=FFN)
-    settings = {"model__config__ffn_hidden_size": FFN, "model__config__num_layers": 4, "trainer__max_steps": 100_000}
-    settings |= {"log__ckpt__every_n_train_steps": 3, "trainer__strategy__ckpt_async_save": True}
-    process = start(pretrain_command(*inputs, tmp_path / "run", **settings), tmp_path)
-    run_dir, console = tmp_path / "run/smollm2_135m_e8t2", tmp_path / "console.txt"
+    dense, data = prepare(tmp_path / "inputs", intermediate_size=FFN)
+    settings = {f"model.config.{name}": value for name, value in (SIZES | {"ffn_hidden_size": FFN}).items()}
+    settings |= {"data.folder": f"'{data}'", "data.seq_length": SEQUENCE, "data.global_batch_size": BATCH}
+    settings |= {"trainer.limit_val_batches": 0, "trainer.val_check_interval": 1, "trainer.max_steps": 100_000}
+    settings |= {"log.ckpt.every_n_train_steps": 3, "trainer.strategy.ckpt_async_save": True}
+    factory = f"smollm2_135m_e8t2(dir='{tmp_path / 'run'}', dense='{dense}')"
+    words = [f"{name}={value}" for name, value in settings.items()]
+    typed = [NEMO, "llm", "pretrain", "--factory", factory, *words, "--yes"]
+    command = Command(tmp_path / "console.txt", *typed, OMP_NUM_THREADS="2")
+    run_dir = tmp_path / "run/smollm2_135m_e8t2"
     metrics = run_dir / "metrics.jsonl"
-    wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 12, process, console.read_text)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(HANG_S) == -signal.SIGINT
+    command.wait_for_lines(metrics, 12)
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait() == -signal.SIGINT
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][:12] == list(range(1, 13))
     kept = newest_checkpoint(run_dir / "checkpoints")
     assert kept is not None
     assert (step_of(kept) or 0) >= 2
-    said = console.read_text()
+    said = command.text()
     assert "TPU available" not in said
     assert "Total params" not in said  # Lightning's, of one rank
     last_words = said.strip().splitlines()[-1]
     assert last_words.startswith("Stopped by SIGINT after step ")
     assert f"kept: {kept}. The same command goes on from there." in last_words
-    wait_until(lambda: not _group(process.pid), said=lambda: "something that it started lives on")
+    wait_until(lambda: not _group(command.process.pid), said=lambda: "something that it started lives on")

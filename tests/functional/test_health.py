@@ -14,15 +14,7 @@ from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE
 
 pytestmark = pytest.mark.slow
 TOP_K, STEPS = 2, 3
-PER_STEP = {
-    "load_min",
-    "load_max",
-    "load_cv",
-    "load_entropy",
-    "dead_experts",
-    "dropped",
-    "load_balancing_loss",
-}
+PER_STEP = {"load_min", "load_max", "load_cv", "load_entropy", "dead_experts", "dropped", "load_balancing_loss"}
 
 
 class Witness(pl.Callback):

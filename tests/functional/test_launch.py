@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle.utils.files import MARKER
+from tests.functional.started import CHAIN, Command
 from tests.functional.tiny import write_blend_file, write_inputs
 from tests.unit.pipeline.test_local import processes_of
-from tests.waiting import HANG_S, wait_until
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -27,33 +23,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("launch"))
 
 
-class Launcher:
-    """The command, running."""
+def _launch(inputs: Path, *words: str, **variables: str) -> Command:
+    log = inputs / "console.txt"
+    log.unlink(missing_ok=True)
+    factory = f"tiny(inputs='{inputs}')"
+    return Command(log, CHAIN, "--factory", factory, *words, "--yes", NEMORUN_HOME=f"{inputs}/home", **variables)
 
-    def __init__(self, inputs: Path, *words: str, **variables: str) -> None:
-        self.log = inputs / "console.txt"
-        factory = f"tiny(inputs='{inputs}')"
-        self.command = [sys.executable, str(ROOT / "tests/functional/tiny_pipeline.py"), "--factory", factory, *words]
-        environment = os.environ | {"NEMORUN_HOME": str(inputs / "home"), "PYTHONPATH": str(ROOT)} | variables
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*self.command, "--yes"], env=environment, stdout=log, stderr=log, cwd=inputs, start_new_session=True
-            )
 
-    def text(self) -> str:
-        """Read the log of the command."""
-        return self.log.read_text(errors="replace")
-
-    def wait_for_step(self, step: int) -> None:
-        """Wait until the training has done a step."""
-        wait_until(lambda: f"\nstep {step}/6 " in self.text(), self.process, self.text)
+def _wait_for_step(launcher: Command, step: int) -> None:
+    launcher.wait_for(lambda: f"\nstep {step}/6 " in launcher.text())
 
 
 def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None:
-    launcher = Launcher(inputs, HOLD_AT="3")
-    launcher.wait_for_step(3)
+    launcher = _launch(inputs, HOLD_AT="3")
+    _wait_for_step(launcher, 3)
     launcher.process.send_signal(signal.SIGINT)
-    assert launcher.process.wait(HANG_S) == 130
+    assert launcher.wait() == 130
     assert processes_of(inputs) == []
     assert not (inputs / "run/pretrain" / MARKER).exists()
     last = launcher.text().splitlines()[-2:]
@@ -64,7 +49,7 @@ def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None
     assert "step=1" in last[0]
     head, _, command = last[1].partition(": ")
     assert head == "Resume with the same command"
-    assert shlex.split(command) == ["python", *launcher.command[1:], "--yes"]
+    assert shlex.split(command) == ["python", *launcher.words[1:]]
     assert (inputs / "run/command.txt").read_text() == command + "\n"
     recipe = (inputs / "run/recipes/pretrain.yaml").read_text()
     assert "trainer.max_steps: 6\n" in recipe
@@ -74,24 +59,24 @@ def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None
 def test_edited_files_and_another_interval_of_checkpoints_do_not_end_a_started_run(inputs: Path) -> None:
     blend = inputs / "texts/blend.yaml"
     blend.write_text("# a comment\n" + blend.read_text())
-    launcher = Launcher(inputs, "pretrain.log.ckpt.every_n_train_steps=3", HOLD_AT="3")
-    launcher.wait_for_step(3)
+    launcher = _launch(inputs, "pretrain.log.ckpt.every_n_train_steps=3", HOLD_AT="3")
+    _wait_for_step(launcher, 3)
     assert "[data] done before, from the same inputs" in launcher.text()
     assert "\nstep 2/6 " not in launcher.text()  # it is in the checkpoint that the test before left
     assert "changed setting: pretrain.log.ckpt.every_n_train_steps was 2, is 3\n" in launcher.text()
     write_blend_file(inputs / "texts", "max_epochs: 8")  # a later stage must not look at it
     launcher.process.send_signal(signal.SIGINT)
-    assert launcher.process.wait(HANG_S) == 130
+    assert launcher.wait() == 130
     assert "finished stages: import, data, upcycle;" in launcher.text()
-    launcher = Launcher(inputs)
-    assert launcher.process.wait(HANG_S) == 2
+    launcher = _launch(inputs)
+    assert launcher.wait() == 2
     assert "data.max_epochs was not set, is 8" in launcher.text()
     write_blend_file(inputs / "texts")
 
 
 def test_the_same_command_resumes_and_starts_nothing_after_a_failed_rank(inputs: Path) -> None:
-    launcher = Launcher(inputs, FAIL_AT="4")
-    assert launcher.process.wait(HANG_S) == 1
+    launcher = _launch(inputs, FAIL_AT="4")
+    assert launcher.wait() == 1
     assert "\nstep 3/6 " in launcher.text()
     assert "\nstep 2/6 " not in launcher.text()  # it is in the checkpoint that the test before left
     assert launcher.text().endswith("RuntimeError: rank 1 met its fate\n")

@@ -29,8 +29,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _type(command: list[str], folder: Path, files: Path, programs: str = "") -> Answer:
-    ((answer,),) = run_ranks(type_commands, 1, [command], str(folder), str(files), programs, process_group=False)
+def _type(command: list[str], folder: Path, files: Path) -> Answer:
+    ((answer,),) = run_ranks(type_commands, 1, [command], str(folder), str(files), process_group=False)
     return answer
 
 

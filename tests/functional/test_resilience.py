@@ -17,6 +17,7 @@ from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.pipeline.executors.ft import ft_command
 from nemo_upcycle.trainers.nemo.stopping import step_kept
 from tests.functional.runs import Runs
+from tests.functional.soak import TRAININGS, soak_training
 from tests.tiers import quick
 from tests.waiting import HANG_S
 
@@ -24,7 +25,7 @@ from tests.waiting import HANG_S
 pytestmark = pytest.mark.slow
 STEPS = 6
 STOPPED = StageStopped.exit_status
-OPTIONS: dict[str, Any] = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}}
+OPTIONS: dict[str, Any] = {"steps": STEPS, "every": 2, "ep": 2, "resilient": True}
 TRAINED = ("step", "loss", "grad_norm", "lr", "expert_load")
 
 
@@ -40,10 +41,6 @@ def undisturbed(runs: Runs) -> list[dict[str, Any]]:
 
 def _trained(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: line[key] for key in TRAINED} for line in lines]
-
-
-def _names(runs: Runs, run: str) -> list[str]:
-    return sorted(path.name for path in (runs.folder / run / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -77,23 +74,13 @@ def test_sigterm_in_the_last_step_leaves_a_finished_training(runs: Runs, undistu
 
 @pytest.mark.full
 def test_a_loss_that_is_not_a_number_ends_all_ranks_and_is_not_saved(runs: Runs) -> None:
-    options = {"steps": STEPS, "every": 2, "resilient": {}, "asynchronous": True}
-    (first, kept), second = runs.endings("poisoned", 2, poison=3, **options)
+    options = {"steps": STEPS, "every": 2, "resilient": True, "asynchronous": True}
+    (first, kept), second = runs.endings("poisoned", 2, poison={"step": 3}, **options)
     assert (first, kept) == second
     assert "loss of step 4: got nan, expected a finite number; the last good checkpoint is" in first
     assert "step=1-last. Fix: " in first
     assert kept == 2
     assert [line["step"] for line in runs.metrics("poisoned")] == [1, 2, 3]
-
-
-@pytest.mark.full
-def test_two_checkpoints_are_kept_and_one_each_four_steps(runs: Runs) -> None:
-    options = {"every": 1, "resilient": {"keep_every": 4}}
-    runs.train("kept", 2, steps=STEPS, asynchronous=True, **options)
-    assert _names(runs, "kept") == [f"model_name=0--step={step}" for step in ("3", "4", "5-last")]
-    runs.train("kept", 2, steps=STEPS + 3, **options)
-    assert _names(runs, "kept") == [f"model_name=0--step={step}" for step in ("3", "7", "8-last")]
-    assert runs.checkpoint("kept") == Path(runs.folder / "kept/checkpoints/model_name=0--step=8-last")
 
 
 @pytest.mark.full
@@ -150,3 +137,11 @@ def _weights(runs: Runs, run: str) -> dict[str, bytes]:
 
     checkpoint = DistributedCheckpoint(runs.checkpoint(run) / "weights")
     return {name: checkpoint.read(name).numpy().tobytes() for name in checkpoint.names()}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("ranks", "asynchronous"), TRAININGS)
+def test_killed_training_resumes_and_ends_bit_equal(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
+    """The short form of `make soak`: four kills, half of them aimed."""
+    seen = soak_training(tmp_path, 4, ranks=ranks, asynchronous=asynchronous)
+    assert sum(seen.values()) == 4

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +19,9 @@ import pytest
 from nemo_upcycle.utils.files import MARKER, read_json
 from tests.functional.soak import training_result
 from tests.functional.stages import STAGES
+from tests.functional.started import CHAIN, ROOT, Command
 from tests.functional.tiny import write_inputs
-from tests.waiting import HANG_S, wait_until
-
-
-ROOT = Path(__file__).parents[2]
+from tests.waiting import wait_until
 
 
 def _answer(*command: str) -> str | None:
@@ -67,8 +64,7 @@ class Run:
 
     def __init__(self, inputs: Path, run_dir: Path) -> None:
         self.inputs, self.run_dir = inputs, run_dir
-        self.log = run_dir.with_name(f"{run_dir.name}.txt")
-        self.process: subprocess.Popen[bytes] | None = None
+        self.command: Command
 
     def start(
         self,
@@ -85,32 +81,15 @@ class Run:
         values = {"partition": partition, "time": time_limit, "signal_s": signal_s, "ft": str(hang_detection).lower()}
         executor.write_text(EXECUTOR.format(root=ROOT, **values))
         factory = f"tiny(inputs='{self.inputs}', dir='{self.run_dir}', nodes=2)"
-        script = str(ROOT / "tests/functional/tiny_pipeline.py")
-        command = [sys.executable, script, "--factory", factory, f"run.executor={executor}", *words, "--yes"]
+        chain = [CHAIN, "--factory", factory, f"run.executor={executor}", *words, "--yes"]
         disturb = {"SLOW_S": str(slow), "HUNG": str(self.run_dir / "hung") if hang else ""}
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(self.inputs / "home")} | disturb
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.inputs)
+        log = self.run_dir.with_name(f"{self.run_dir.name}.txt")
+        self.command = Command(log, *chain, NEMORUN_HOME=str(self.inputs / "home"), **disturb)
         return self
-
-    def text(self) -> str:
-        """Read the log of the command."""
-        return self.log.read_text(errors="replace")
-
-    def wait(self) -> int:
-        """Return its exit status."""
-        assert self.process
-        return self.process.wait(timeout=HANG_S)
-
-    def wait_for(self, found: Callable[[], object], what: str) -> None:
-        """Wait for something while the command runs."""
-        assert self.process
-        wait_until(found, self.process, lambda: f"waited for {what}\n{self.text()}")
 
     def wait_for_step(self, step: int) -> None:
         """Wait until the upcycled model's training has done a step."""
-        metrics = self.run_dir / "pretrain/metrics.jsonl"
-        self.wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= step, f"step {step}")
+        self.command.wait_for_lines(self.run_dir / "pretrain/metrics.jsonl", step)
 
     def job(self, stage: str = "pretrain") -> str:
         """Return the id of a stage's job."""
@@ -137,7 +116,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(inputs: Path) -> Run:
     """The whole chain, with nothing in its way."""
     run = Run(inputs, inputs / "undisturbed").start(slow=0.5)
-    assert run.wait() == 0, run.text()
+    assert run.command.wait() == 0, run.command.text()
     return run
 
 
@@ -150,20 +129,19 @@ def prepared(undisturbed: Run, inputs: Path, request: pytest.FixtureRequest) -> 
         shutil.rmtree(run_dir / name)
     run = Run(inputs, run_dir)
     yield run
-    if run.process and run.process.poll() is None:
-        run.process.kill()
+    run.command.process.kill()
     if (run_dir / "jobs.json").is_file():
         subprocess.run(["scancel", *read_json(run_dir / "jobs.json")["jobs"].values()], check=True)
 
 
 def test_every_stage_is_a_job(undisturbed: Run) -> None:
     assert all((undisturbed.run_dir / name / MARKER).is_file() for name in STAGES)
-    submitted = [line for line in undisturbed.text().splitlines() if "submitted: " in line]
+    submitted = [line for line in undisturbed.command.text().splitlines() if "submitted: " in line]
     assert [line.partition("]")[0].strip("[") for line in submitted] == list(STAGES)
-    assert "Report: " in undisturbed.text()
+    assert "Report: " in undisturbed.command.text()
     again = Run(undisturbed.inputs, undisturbed.run_dir).start(slow=0.5)
-    assert again.wait() == 0
-    assert again.text().count("submitted: ") == len(STAGES)  # those of the first start: nothing is done twice
+    assert again.command.wait() == 0
+    assert again.command.text().count("submitted: ") == len(STAGES)  # those of the first start: nothing is done twice
 
 
 PART = ("--from", "pretrain", "--until", "pretrain")
@@ -212,7 +190,7 @@ def test_a_training_goes_on_with_the_same_bits(
     prepared.start(*PART, slow=3.0, partition=partition)
     disturb(prepared)
     start_at_once(prepared.job())
-    assert prepared.wait() == 0, prepared.text()
+    assert prepared.command.wait() == 0, prepared.command.text()
     assert prepared.starts() >= 2  # one more where the ranks fail before Slurm misses the node
     assert training_result(prepared.run_dir / "pretrain") == training_result(undisturbed.run_dir / "pretrain")
 
@@ -226,14 +204,13 @@ def test_a_time_limit_loses_nothing(
     prepared: Run, undisturbed: Run, hang_detection: bool, slow: float, time_limit: str, signal_s: int, times: int
 ) -> None:
     prepared.start(*PART, slow=slow, hang_detection=hang_detection, time_limit=time_limit, signal_s=signal_s)
-    assert prepared.process
     seen = 0
-    while prepared.process.poll() is None:
+    while prepared.command.process.poll() is None:
         if requeues(prepared) > seen:
             seen += 1
             start_at_once(prepared.job())
         time.sleep(0.2)
-    assert prepared.wait() == 0, prepared.text()
+    assert prepared.command.wait() == 0, prepared.command.text()
     assert seen >= times
     assert training_result(prepared.run_dir / "pretrain") == training_result(undisturbed.run_dir / "pretrain")
 
@@ -246,7 +223,7 @@ def requeues(run: Run) -> int:
 
 def test_a_hung_rank_is_restarted_within_the_job(prepared: Run, undisturbed: Run) -> None:
     prepared.start(*PART, slow=0.5, hang_detection=True, hang=True)
-    assert prepared.wait() == 0, prepared.text()
+    assert prepared.command.wait() == 0, prepared.command.text()
     assert (prepared.run_dir / "hung").exists()
     assert prepared.starts() == 1
     assert training_result(prepared.run_dir / "pretrain") == training_result(undisturbed.run_dir / "pretrain")
@@ -257,9 +234,9 @@ def test_scancel_ends_the_chain_and_requeues_nothing(prepared: Run) -> None:
     prepared.wait_for_step(3)
     others = read_json(prepared.run_dir / "jobs.json")["jobs"]
     subprocess.run(["scancel", prepared.job()], check=True)
-    assert prepared.wait() == 1
-    assert "Stage 'pretrain' did not finish: job" in prepared.text()
-    assert "CANCELLED" in prepared.text()
+    assert prepared.command.wait() == 1
+    assert "Stage 'pretrain' did not finish: job" in prepared.command.text()
+    assert "CANCELLED" in prepared.command.text()
     assert prepared.starts() == 1
     subprocess.run(["scancel", *others.values()], check=True)
 
@@ -269,7 +246,7 @@ def test_a_failed_stage_takes_the_rest_out_of_the_queue(inputs: Path, tmp_path: 
     (tmp_path / "other.txt").write_text("the state of our union")  # held out, so that nothing is left to train on
     (tmp_path / "same.yaml").write_text("sources: {mine: {train: [same.txt], heldout: [other.txt]}}\n")
     run = Run(inputs, inputs / "failed").start(f"data={tmp_path}/same.yaml")
-    assert run.wait() == 1
-    assert "Stage 'data' did not finish: job" in run.text()
+    assert run.command.wait() == 1
+    assert "Stage 'data' did not finish: job" in run.command.text()
     queue = _answer("squeue", "--noheader", "--format=%i") or ""
     assert not set(queue.split()) & set(read_json(run.run_dir / "jobs.json")["jobs"].values())

@@ -1,18 +1,21 @@
-"""What NeMo's recipe alone promises: validations, a full disk, a short trial, checkpoints that are plain NeMo's."""
+"""What NeMo's recipe alone promises: validations, a full disk, trials, data in order, checkpoints of plain NeMo."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_upcycle.sources.checkpoints import steps_in
+from tests.blends import write_blend
 from tests.functional.runs import Runs
-from tests.functional.tiny import PADDED_VOCAB
+from tests.functional.tiny import BATCH, PADDED_VOCAB
 from tests.waiting import HANG_S
 
 
@@ -33,9 +36,10 @@ def alone(runs: Runs) -> list[dict[str, Any]]:
 @pytest.mark.full
 def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, alone: list[dict[str, Any]]) -> None:
     """Step 0 is in the metrics once, after a start from scratch over a killed run too; training does not notice."""
+    options = {"steps": 6, "every": 4, "validate_every": 2}
     with pytest.raises(RuntimeError, match="rank 0 died"):
-        runs.train("validated", 1, steps=6, every=4, validate_every=2, kill=1)
-    lines = runs.train("validated", 1, steps=6, every=4, validate_every=2)
+        runs.train("validated", 1, send={"step": 1, "ranks": [0], "number": int(signal.SIGKILL)}, **options)
+    lines = runs.train("validated", 1, **options)
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4, 6]
     steps = [line for line in lines if "loss" in line]
     assert [line["loss"] for line in steps] == [line["loss"] for line in alone]
@@ -68,6 +72,31 @@ def test_a_trial_keeps_its_end_wherever_its_validations_fall(runs: Runs, options
     lines = runs.train(name, 1, steps=3, every=2, **options)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert steps_in(runs.checkpoint(name)) == 3
+
+
+#: Together about as many tokens as ten sequences.
+SOURCES = {"talks": (0.7, {"train": [10], "validation": [12]}), "books": (0.3, {"train": [6], "validation": [8]})}
+
+
+@pytest.mark.full
+def test_resumed_and_lengthened_run_reads_the_same_samples(runs: Runs, tmp_path: Path) -> None:
+    """The first half ends within the first epoch; Megatron alone would lay out both epochs anew."""
+    blend = write_blend(tmp_path / "blend", runs.parent, SOURCES)
+
+    def read(name: str, steps: int) -> list[str]:
+        """Train to a step; return the samples of the run so far, those of one rank after those of the other."""
+        record = tmp_path / f"{name}.samples"
+        options = {"every": 2, "validate_every": 2, "blend": str(blend), "record": {"path": str(record)}}
+        lines = runs.train(name, 2, ep=2, steps=steps, **options)
+        assert lines[-1]["step"] == steps
+        return [line for rank in range(2) for line in Path(f"{record}.{rank}").read_text().splitlines()]
+
+    whole = read("whole", 4)
+    assert len(whole) == 4 * BATCH
+    assert len(read("halves", 2)) == 2 * BATCH
+    assert read("halves", 4) == whole
+    settings = json.loads((runs.folder / "halves/training.json").read_text())
+    assert settings["data"] == "blend tiny (blend)"
 
 
 _PLAIN_NEMO = """

@@ -13,32 +13,26 @@ import torch
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.trainers.base import last_checkpoint
 from tests.blends import write_blend
+from tests.contract.trainers import losses
 from tests.distributed.ranks import run_ranks
+from tests.functional.test_examples import ROTARY
 from tests.functional.tiny import EVALUATION, LAYERS, texts
 from tests.functional.typed import Answer, type_commands
-from tests.models import (
-    hugging_face_logits,
-    sample_tokens,
-    write_exaone4,
-    write_llama,
-    write_smollm3,
-    write_tokenizer,
-)
+from tests.gpu.one_card import Sizes, prepare, train
+from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_llama, write_smollm3, write_tokenizer
 from tests.parents import write_gemma, write_qwen3_moe
 from tests.tiers import quick
 
 
 pytestmark = pytest.mark.slow
-SCALING = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small parents with the constants of Llama 3.2 and of Qwen3's with experts, tokenised texts, an evaluation."""
     folder = tmp_path_factory.mktemp("inputs")
-    scaling = SCALING | {"original_max_position_embeddings": 8192}
     both: dict[str, Any] = {"tied": True, "vocab_size": 259, "layers": LAYERS}
-    llama = write_llama(folder / "llama", rope_theta=500000.0, rope_scaling=scaling, **both)
+    llama = write_llama(folder / "llama", **ROTARY, **both)
     grown = both | {"tied": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
     qwen3_moe = write_qwen3_moe(folder / "qwen3_moe", **grown)
     for parent in (llama, qwen3_moe):
@@ -54,23 +48,11 @@ def _type(inputs: Path, *commands: str) -> list[Answer]:
     return list(answers)
 
 
-def _steps(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
-
-
-def _losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in _steps(folder)]
-
-
 def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     factory = "tests.functional.stock.llama(parent='INPUTS/llama',dir='INPUTS/runs',data='INPUTS/blend')"
     command = f"llm pretrain --factory {factory}"
     refused, wrong_size, done = _type(
-        inputs,
-        f"{command} optim.config.lr=-1 --yes",
-        f"{command} model.config.num_layers=3 --yes",
-        f"{command} --yes",
+        inputs, f"{command} optim.config.lr=-1 --yes", f"{command} model.config.num_layers=3 --yes", f"{command} --yes"
     )
     assert refused.status == 2, refused.text
     assert "  optim.config.lr: got -1" in refused.text
@@ -81,7 +63,7 @@ def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     assert "model.config.num_moe_experts: None -> 8" in done.text
     (receipt,) = (inputs / "runs").rglob("receipt.json")
     assert json.loads(receipt.read_text())["exact"] is True
-    assert len(_losses(receipt.parent)) == 3
+    assert len(losses(receipt.parent)) == 3
 
 
 @pytest.mark.full
@@ -95,8 +77,8 @@ def test_a_parent_with_experts_goes_through_the_chain(inputs: Path) -> None:
     receipt, trained = (json.loads((run / name / "receipt.json").read_text()) for name in ("", "pretrain"))
     assert (receipt["exact"], receipt["within_tolerance"], receipt["parent_experts"]) == (True, True, 4)
     assert trained["bytes_read"] == trained["bytes_needed"]
-    losses, own = (_losses(run / stage) for stage in ("pretrain", "dense_ct"))
-    assert losses[0] == pytest.approx(own[0], rel=1e-5)
+    trained_losses, own = (losses(run / stage) for stage in ("pretrain", "dense_ct"))
+    assert trained_losses[0] == pytest.approx(own[0], rel=1e-5)
     for name, experts in (("upcycle/hf", 8), ("hf", 8), ("dense_ct/hf", 4)):
         arch = read_architecture(run / name)
         assert (arch.hf_class, arch.num_experts, arch.top_k) == ("Qwen3MoeForCausalLM", experts, experts // 2)
@@ -107,11 +89,7 @@ def test_a_parent_with_experts_goes_through_the_chain(inputs: Path) -> None:
 
 
 #: Parents whose MoE hardly a Hugging Face class holds.
-WRITERS: dict[str, Callable[..., Path]] = {
-    "EXAONE 4": write_exaone4,
-    "SmolLM3": write_smollm3,
-    "Gemma": write_gemma,
-}
+WRITERS: dict[str, Callable[..., Path]] = {"EXAONE 4": write_exaone4, "SmolLM3": write_smollm3, "Gemma": write_gemma}
 
 
 def _train_still(parent: str, data: str, folder: str) -> None:
@@ -145,3 +123,18 @@ def test_a_saved_run_is_evaluated_as_the_model_that_was_trained(tmp_path: Path, 
     got: Any = run_ranks(_logits, 1, str(last_checkpoint(run)), str(parent))[0]
     wanted = hugging_face_logits(parent, sample_tokens(259))
     assert float((got[..., :259] - wanted).norm() / wanted.norm()) <= 2e-6
+
+
+#: The recipe for H100s, without Transformer Engine: the run that `tests/gpu` makes on a card.
+SIZES = {"layers": 2, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "head_dim": 16, "padded_vocab": 512}
+SMALL = Sizes(**SIZES, sequence=64, batch=4, steps=4)
+
+
+@pytest.mark.full
+def test_llama3_8b_e8t2_trains_on_one_rank(tmp_path: Path) -> None:
+    lines = train(SMALL, *prepare(tmp_path, SMALL), tmp_path / "run", "bf16")
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == SMALL.steps
+    assert losses[-1] < losses[0]
+    assert len(lines[0]["expert_load"]) == SMALL.layers
+    assert (tmp_path / "run" / "receipt.json").is_file()

@@ -18,7 +18,7 @@ class Answer(NamedTuple):
     written: list[str]
 
 
-def type_commands(commands: list[list[str]], folder: str, watched: str, programs: str = "") -> list[Answer]:
+def type_commands(commands: list[list[str]], folder: str, watched: str) -> list[Answer]:
     """Run `nemo`, or the script that is named first, with these words: one after the other, in this process.
 
     Python finds the modules that lie in `watched`, as recipes of a user's.
@@ -28,8 +28,6 @@ def type_commands(commands: list[list[str]], folder: str, watched: str, programs
     os.chdir(folder)
     sys.path.insert(0, watched)
     os.environ["COLUMNS"] = "200"
-    if programs:
-        os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
     answers = []
     for words in commands:
         is_script = words[0].endswith(".py")

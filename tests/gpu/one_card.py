@@ -133,10 +133,7 @@ def planned_gib(sizes: Sizes, precision: str) -> dict[str, float]:
     dense = architecture_from_config(sizes.hf_config())
     arch = replace(dense, vocab_size=sizes.padded_vocab).upcycled(SPEC)
     work = Workload(
-        seq_length=sizes.sequence,
-        global_batch=sizes.batch,
-        capacity_factor=CAPACITY_FACTOR,
-        precision=precision,
+        seq_length=sizes.sequence, global_batch=sizes.batch, capacity_factor=CAPACITY_FACTOR, precision=precision
     )
     return replace(stage_memory(arch, Layout(gpus=1), work, 0), context=0).gib()
 

@@ -7,7 +7,6 @@ Blockwise scaling is compared on Hopper, MXFP8 on Blackwell: elsewhere Transform
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -16,15 +15,10 @@ import torch
 from nemo_upcycle.cpu.fp8_linear import _Fp8Product
 from nemo_upcycle.cpu.fp8_quantize import Quantized
 from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, RECIPES, WEIGHT, DelayedScales, Fp8Recipe
+from tests.gpu.needs import NEEDS_CARD
 
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
-        reason="needs a CUDA device and Transformer Engine",
-    ),
-]
+pytestmark = NEEDS_CARD
 ROLES = {"input": INPUT, "weight": WEIGHT, "gradient": GRADIENT}
 SHAPE = (256, 384)
 

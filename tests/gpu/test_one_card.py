@@ -8,7 +8,6 @@ the same runs and keeps the numbers.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from functools import cache
@@ -24,17 +23,12 @@ from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.recipes import llama3_8b_dense_ct, llama3_8b_e8t2
 from nemo_upcycle.trainers.equivalence import megatron_logits, one_rank
 from nemo_upcycle.verify.logits import compare_logits
+from tests.gpu.needs import NEEDS_CARD
 from tests.gpu.one_card import PRECISIONS, Sizes, cut_down, planned_gib, prepare, train
 from tests.models import hugging_face_logits, sample_tokens
 
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
-        reason="needs a CUDA device and Transformer Engine",
-    ),
-]
+pytestmark = NEEDS_CARD
 SIZES = Sizes()
 
 

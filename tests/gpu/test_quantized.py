@@ -7,7 +7,6 @@ on one H100, and on one B200 for MXFP8 and NVFP4. `tests/te/test_quantized.py` h
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -20,6 +19,7 @@ from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.online.quantized import is_quantized
 from nemo_upcycle.planning.layout import Layout
+from tests.gpu.needs import NEEDS_CARD
 from tests.gpu.one_card import PRECISIONS, Sizes, prepare, train
 from tests.models import MemorySource
 from tests.te.test_quantized import (
@@ -35,13 +35,7 @@ from tests.te.test_quantized import (
 )
 
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
-        reason="needs a CUDA device and Transformer Engine",
-    ),
-]
+pytestmark = NEEDS_CARD
 SPEC, ONE_RANK = UpcycleSpec(num_experts=4, top_k=2), Layout(gpus=1)
 #: Of a value and of the largest in its tensor: how far a format may be from it.
 TOLERANCES = {"nvfp4": (0.25, 0.1)}

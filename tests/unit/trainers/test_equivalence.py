@@ -22,25 +22,16 @@ from nemo_upcycle.trainers import equivalence, paged_models
 from nemo_upcycle.trainers.equivalence import check_step0, megatron_logits
 from nemo_upcycle.trainers.nemo.recipes import model_config
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
+from tests.functional.tiny import SIZES
 from tests.models import hugging_face_logits, sample_tokens, write_llama
 
 
-SIZES = {
-    "num_layers": 3,
-    "hidden_size": 64,
-    "ffn_hidden_size": 96,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "kv_channels": 16,
-    "seq_length": 64,
-    "rotary_base": 100000.0,
-}
 EXACT = UpcycleSpec(num_experts=4, top_k=2)
 
 
 def _config(spec: UpcycleSpec | None, tied: bool) -> Any:
     recipe = smollm2_135m_e8t2.pretrain_recipe()
-    for name, value in (SIZES | {"share_embeddings_and_output_weights": tied}).items():
+    for name, value in (SIZES | {"num_layers": 3, "share_embeddings_and_output_weights": tied}).items():
         setattr(recipe.model.config, name, value)
     recipe.model.config.num_moe_experts = spec.num_experts if spec else None
     return model_config(recipe)
@@ -89,6 +80,14 @@ def _layers_and_ends(model: torch.nn.Module) -> set[str]:
     return {name.removeprefix("decoder.layers.").partition(".")[0] for name in names}
 
 
+def test_a_tied_embedding_is_given_back(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "dense", vocab_size=259, layers=3, tied=True)
+    with one_rank(), open_dense(folder) as dense:
+        paged, _ = paged_models.paged_megatron(_config(EXACT, True), dense, EXACT)
+        equivalence._run(paged, dense, sample_tokens(259))
+        assert all(one.is_meta for one in paged.model.parameters())
+
+
 def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "dense", vocab_size=259, layers=3)
     with one_rank(), open_dense(folder) as dense:
@@ -98,14 +97,6 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
         megatron_logits(paged.model, sample_tokens(259), "cpu")
         assert len(there) == 6, there
         assert all(len(one) == 1 for one in there), there
-        assert all(one.is_meta for one in paged.model.parameters())
-
-
-def test_a_tied_embedding_is_given_back(tmp_path: Path) -> None:
-    folder = write_llama(tmp_path / "dense", vocab_size=259, layers=3, tied=True)
-    with one_rank(), open_dense(folder) as dense:
-        paged, _ = paged_models.paged_megatron(_config(EXACT, True), dense, EXACT)
-        equivalence._run(paged, dense, sample_tokens(259))
         assert all(one.is_meta for one in paged.model.parameters())
 
 

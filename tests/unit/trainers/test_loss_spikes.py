@@ -22,11 +22,7 @@ def test_a_spike_is_written_and_does_not_move_the_window(tmp_path: Path) -> None
     assert spikes.add(21, limit - 0.001, tmp_path) is None
     assert not metrics.exists()
     assert spikes.add(22, 9.0, tmp_path) == pytest.approx(limit, rel=1e-2)
-    assert json.loads(metrics.read_text()) == {
-        "step": 22,
-        "loss_spike": 9.0,
-        "limit": pytest.approx(limit, rel=1e-2),
-    }
+    assert json.loads(metrics.read_text()) == {"step": 22, "loss_spike": 9.0, "limit": pytest.approx(limit, rel=1e-2)}
     assert spikes.limit() == pytest.approx(limit, rel=1e-2)
 
 

@@ -57,16 +57,11 @@ MADE: dict[str, tuple[Callable[..., Path], type]] = {
         partial(write_phi3, partial_rotary_factor=0.75, rope_scaling=LONG, original_max_position_embeddings=16),
         LongRopePhi3Config,
     ),
-    **{
-        name: (write, LlamaConfig)
-        for name, write in {
-            "Granite": write_granite,
-            "Granite 4": write_granite4,
-            "OLMo 3": write_olmo3,
-            "SmolLM3": write_smollm3,
-            "EXAONE 4": write_exaone4,
-        }.items()
-    },
+    "Granite": (write_granite, LlamaConfig),
+    "Granite 4": (write_granite4, LlamaConfig),
+    "OLMo 3": (write_olmo3, LlamaConfig),
+    "SmolLM3": (write_smollm3, LlamaConfig),
+    "EXAONE 4": (write_exaone4, LlamaConfig),
 }
 
 

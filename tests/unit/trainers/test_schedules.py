@@ -16,7 +16,6 @@ from nemo_upcycle.trainers.schedules import Anneal, LearningRateFactors, part_of
     [
         ("module.module.decoder.layers.0.mlp.router.weight", "router"),
         ("module.module.decoder.layers.3.mlp.experts.local_experts.7.linear_fc1.weight", "experts"),
-        ("module.decoder.layers.3.mlp.experts.linear_fc2.weight5", "experts"),
         ("mtp.layers.0.transformer_layer.mlp.experts.linear_fc1.weight0", "experts"),
         ("module.decoder.layers.3.mlp.shared_experts.linear_fc1.weight", "rest"),
         ("module.decoder.layers.3.mlp.linear_fc1.weight", "rest"),

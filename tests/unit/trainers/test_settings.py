@@ -69,11 +69,6 @@ def test_a_learning_rate_of_zero_and_a_list_of_coefficients_are_allowed() -> Non
         check_values(_with(model__config__moe_aux_loss_coeff=[0.01, -1]), "nemo")
 
 
-def test_a_rate_below_its_floor_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"optimizer.min_lr: got 1e-05, expected at most optimizer.lr \(1e-07\)"):
-        check_values(_with(optimizer__lr=1e-7, optimizer__min_lr=1e-5), "bridge")
-
-
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [

@@ -1,0 +1,17 @@
+"""What every test of this folder needs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+
+NEEDS_CARD = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
+        reason="needs a CUDA device and Transformer Engine",
+    ),
+]
