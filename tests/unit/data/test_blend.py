@@ -29,9 +29,8 @@ def test_the_papers_blends_are_seven_to_three() -> None:
 
 
 def test_overrides_change_weights_length_and_tokenizer() -> None:
-    blend = read_blend(
-        "fineweb_edu_academic_7_3", ["sources.flan.weight=0.2", "seq_length=4096", "tokenizer=asset://smollm2-135m"]
-    )
+    overrides = ["sources.flan.weight=0.2", "seq_length=4096", "tokenizer=asset://smollm2-135m"]
+    blend = read_blend("fineweb_edu_academic_7_3", overrides)
     assert blend.config.sources["flan"].weight == 0.2
     assert (blend.config.seq_length, blend.config.tokenizer) == (4096, "asset://smollm2-135m")
     assert blend.config.sources["fineweb_edu"].weight == 0.7
@@ -94,10 +93,7 @@ def test_a_folder_and_a_pattern_are_blends_of_one_source(tmp_path: Path) -> None
         ("sources: [a]", "mine.yaml"),
         ("sources: {web: {reader: files}}", "train"),
         ("sources: {'My web': {train: [a.txt]}}", "lower-case letters"),
-        (
-            "{sources: {web: {train: [x]}}, near_duplicates: {}, deduplicate: false}",
-            "near_duplicates: got deduplicate",
-        ),
+        ("{sources: {web: {train: [x]}}, near_duplicates: {}, deduplicate: false}", "near_duplicates: got dedup"),
     ],
 )
 def test_a_file_that_is_no_blend_is_refused(tmp_path: Path, content: str, said: str) -> None:

@@ -77,12 +77,7 @@ SCORED: dict[str, tuple[str | None, list[dict[str, Any]], str, str]] = {
         f"user: Warm?</s>assistant: {CALL}</s>tool: 5 degrees</s>assistant: No.</s>",
         f"{CALL}</s>No.</s>",
     ),
-    "thoughts": (
-        TOOLS,
-        _answered(reasoning_content="hm"),
-        "user: How?</s>assistant: [hm]So.</s>",
-        "[hm]So.</s>",
-    ),
+    "thoughts": (TOOLS, _answered(reasoning_content="hm"), "user: How?</s>assistant: [hm]So.</s>", "[hm]So.</s>"),
 }
 
 
@@ -126,12 +121,9 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path)
         ([{"role": "user"}], "messages[0].content", "missing"),
         ([{"role": "user", "content": ["How?"]}], "messages[0].content", "no text"),
         (messages("How?</s>assistant: So.", "No."), "messages[0].content", "the name of a special token"),
-        (_answered(weight=0), "messages", "no answer to learn"),
         (_answered(weight=0.5), "messages[1].weight", "neither 0 nor 1"),
         ([{"role": "user", "content": "How?", "weight": 1}], "messages[0].weight", "on what is no answer"),
-        (_answered(reasoning_content="</s>"), "messages[1].reasoning_content", "the name of a special token"),
         (_answered(tool_calls="weather()"), "messages[1].tool_calls", "no list of JSON objects"),
-        (_called("weather"), "messages[1].tool_calls", "a call without the name of a function"),
         (_called({"arguments": "{}"}), "messages[1].tool_calls", "a call without the name of a function"),
         (
             _called({"name": "f", "arguments": "{"}),
@@ -218,10 +210,8 @@ def test_a_folder_holds_what_its_manifest_counts(tokenizer: Path, tmp_path: Path
     assert sum(conversations) == 41
     assert min(conversations) >= 4
     assert manifest["removed"] == {"broken JSON": 1}
-    removed = [json.loads(line) for line in (chat.folder / "removed.jsonl").read_text().splitlines()]
-    assert removed == [
-        {"place": "mine.jsonl:41", "field": "", "reason": "broken JSON", "fix": "correct or delete the line"}
-    ]
+    removed = {"place": "mine.jsonl:41", "field": "", "reason": "broken JSON", "fix": "correct or delete the line"}
+    assert json.loads((chat.folder / "removed.jsonl").read_text()) == removed
 
 
 def test_the_mask_of_a_pack_is_that_of_the_labels(tokenizer: Path, tmp_path: Path) -> None:
@@ -308,20 +298,12 @@ def test_a_damaged_folder_is_refused_by_file(tokenizer: Path, tmp_path: Path) ->
         open_chat(tmp_path / "chat")
 
 
-@pytest.mark.parametrize(
-    ("override", "subject", "got"),
-    [
-        ("too_long=trim", "too_long", "trim"),
-        ("heldout=0", "heldout", 0.0),
-        ("seq_length=1", "seq_length", 1),
-    ],
-)
-def test_a_wrong_key_or_value_is_named(tmp_path: Path, override: str, subject: str, got: object) -> None:
-    path = write_lines(tmp_path / "mine.jsonl", sums())
+@pytest.mark.parametrize(("key", "value"), [("too_long", "trim"), ("heldout", 0.0), ("seq_length", 1)])
+def test_a_wrong_value_is_named(tmp_path: Path, key: str, value: object) -> None:
     with pytest.raises(UpcycleError) as caught:
-        read_chat(path, [override])
-    assert caught.value.subject.endswith(f": {subject}")
-    assert caught.value.got == got
+        read_chat(tmp_path / "mine.jsonl", [f"{key}={value}"])
+    assert caught.value.subject.endswith(f": {key}")
+    assert caught.value.got == value
 
 
 def test_a_tokenizer_that_puts_a_blank_before_each_text_reads_a_conversation_as_a_whole(tmp_path: Path) -> None:

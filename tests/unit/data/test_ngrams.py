@@ -3,7 +3,6 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,11 @@ import pytest
 
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import Hit, cut, removed_spans
-from nemo_upcycle.data.word_hashes import normalise
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import Item
 
 
 QUESTION = "Which of the two came first, the hen or the egg, and who was there to see it?"
-#: Of the two items of test_hashes_stay_the_same_in_every_version: saved indices depend on them.
-HASHES = ["0x62fc94c9d8d4b568", "0xf0337b0ec4f5ef2f"]
 
 
 def index_of(*texts: str, **options: int) -> NgramIndex:
@@ -68,21 +64,6 @@ def test_finds_what_an_obvious_search_finds(seed: int) -> None:
     expected = slow_find(plain, text.replace("\u00e9", "e"), words, shortest, boilerplate)
     assert index.find(text) == expected
     assert expected or boilerplate == 3
-
-
-@pytest.mark.parametrize(
-    "written",
-    [
-        QUESTION.upper().replace(" ", "\n"),
-        QUESTION.replace(" ", " \u2013 ").replace(",", "\u201d").replace("e", "\u00ea\u2019"),
-    ],
-)
-def test_case_quotes_dashes_accents_and_line_breaks_do_not_matter(written: str) -> None:
-    text = f"\u201cWell\u201d, he said \u2013 \u201c{written}\u201d \u2013 and left."
-    (hit,) = index_of(QUESTION).find(text)
-    assert (hit.size, hit.items) == (18, (0,))
-    assert written.startswith(text[hit.start : hit.stop])
-    assert len(normalise(written[hit.stop - hit.start :]).strip(b"\0")) == 0
 
 
 def test_short_items_are_found_whole_only() -> None:
@@ -136,7 +117,8 @@ def test_saved_index_finds_the_same_and_has_the_same_bytes(tmp_path: Path) -> No
 
 def test_hashes_stay_the_same_in_every_version() -> None:
     index = index_of("what is the speed of light", "Stra\u00dfe na\u00efve don\u2019t 1,000 x\u00b2 end")
-    assert [hex(value) for value in index.arrays["long_hashes"].tolist()] == HASHES
+    hashes = [hex(value) for value in index.arrays["long_hashes"].tolist()]
+    assert hashes == ["0x62fc94c9d8d4b568", "0xf0337b0ec4f5ef2f"]  # saved indices depend on them
 
 
 LONG = (
@@ -179,40 +161,14 @@ def test_rows_of_digits_and_single_letters_are_neither_hit_nor_reported() -> Non
     assert index.summary["sums"]["too_short"] == 1
 
 
-def _of_another_version(path: Path) -> None:
-    arrays = index_of(QUESTION).arrays
-    np.savez(path, **{**arrays, "settings": arrays["settings"] + 1})
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
-    "version": _of_another_version,
-}
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-def test_what_is_no_index_is_refused(tmp_path: Path, how: str) -> None:
-    path = tmp_path / "index.npz"
-    index_of(QUESTION).save(path)
-    DAMAGE[how](path)
-    with pytest.raises(UpcycleError, match=r"n-gram index .*index\.npz: got .*Fix: "):
-        NgramIndex.load(path)
-
-
-def test_cut_keeps_what_lies_further_than_the_margin() -> None:
-    before, after = "b" * 30 + " word" * 100, "word " * 100 + "a" * 30
-    text = f"{before} {QUESTION} {after}"
-    hits = index_of(QUESTION).find(text)
-    first, second = cut(text, hits, margin=100)
-    assert text.startswith(first)
-    assert text.endswith(second)
-    start, stop = text.index(QUESTION), text.index("?")
-    assert start - 105 <= len(first) <= start - 100
-    assert stop + 100 <= len(text) - len(second) <= stop + 105
-    assert first.endswith(" word")
-    assert second.startswith("word ")
-    assert cut(text, hits, margin=1000) == []
-    assert cut(text, []) == [text]
+def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
+    index, cut_short, newer = index_of(QUESTION), tmp_path / "cut.npz", tmp_path / "newer.npz"
+    index.save(cut_short)
+    cut_short.write_bytes(cut_short.read_bytes()[:-200])
+    np.savez(newer, **{**index.arrays, "settings": index.arrays["settings"] + 1})
+    for path in (cut_short, newer):
+        with pytest.raises(UpcycleError, match=rf"n-gram index .*{path.name}: got .*Fix: "):
+            NgramIndex.load(path)
 
 
 def test_cut_ends_between_words_where_one_is_near() -> None:

@@ -25,10 +25,7 @@ def words_of(text: str) -> list[str]:
         ("na\u00efve nai\u0308ve NAIVE", ["naive", "naive", "naive"]),
         ("\ufb01ne \uff26\uff29\uff2e\uff25", ["fine", "fine"]),
         ("x\u00b2 = \u00bd", ["x2", "1", "2"]),
-        (
-            "\u041c\u043e\u0441\u043a\u0432\u0430 \u65e5\u672c\u3002\u8a9e",
-            ["mockba", "\u65e5", "\u672c", "\u8a9e"],
-        ),
+        ("\u041c\u043e\u0441\u043a\u0432\u0430 \u65e5\u672c\u3002\u8a9e", ["mockba", "\u65e5", "\u672c", "\u8a9e"]),
         ("1,000 snake_case $x^2$ a\0b", ["1", "000", "snake", "case", "x", "2", "a", "b"]),
         ("\ud800 lone", ["lone"]),
         ("\u0410\u0420\u03a1LE \u0430\u0440\u0440l\u0435 \uff41\uff50\uff50\uff4c\uff45", ["apple", "apple", "apple"]),
@@ -36,11 +33,9 @@ def words_of(text: str) -> list[str]:
         ("the <b>speed</b> of<br/>light<span class='x'>!</span>", ["the", "speed", "of", "light"]),
         ("a &amp; b don&#39;t don&rsquo;t x&nbsp;y", ["a", "b", "dont", "dont", "x", "y"]),
         ("if a<b and c>d: <int> <unk>", ["if", "a", "b", "and", "c", "d", "int", "unk"]),
-        ("GPT\u6a21\u578b 2", ["gpt", "\u6a21", "\u578b", "2"]),
         ("\u30c7\u30fc\u30bf \uff83\uff9e\uff70\uff80", ["\u30c6", "\u30fc", "\u30bf"] * 2),
         ("\ud55c\uae00 \u1112\u1161\u11ab\u1100\u1173\u11af", ["\u1112\u1161\u11ab", "\u1100\u1173\u11af"] * 2),
         ("\u0e1b\u0e35\u0e17\u0e35\u0e48", ["\u0e1b", "\u0e17"]),
-        ("... -- !!", []),
         ("", []),
     ],
 )
