@@ -14,7 +14,7 @@ from nemo_upcycle.data.blend_module import blend_data, describe_data
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER
 from nemo_upcycle.utils.progress import show_messages
-from tests.blends import ORDER, set_manifest, write_blend
+from tests.blends import ORDER, write_blend
 from tests.distributed.ranks import run_ranks
 
 
@@ -120,9 +120,7 @@ def test_first_rank_says_what_the_run_reads(folder: Path, tiny_dense: Path) -> N
 @pytest.mark.parametrize(
     ("steps", "read_before", "warned"), [(640, 0, False), (660, 0, True), (320, 600, False), (320, 700, True)]
 )
-def test_more_epochs_than_the_blend_allows_are_warned_of_and_the_parents_count(
-    folder: Path, tiny_dense: Path, steps: int, read_before: int, *, warned: bool
-) -> None:
+def test_too_many_epochs_are_told(folder: Path, tiny_dense: Path, steps: int, read_before: int, warned: bool) -> None:
     """Talks, 3,630 tokens, are 70 % of 32 tokens a step: 4 epochs end with step 648, or 1,296 sequences."""
     (said,) = run_ranks(_said, 1, folder, tiny_dense, steps, {"skip_samples": read_before})
     assert (f"its parent read {16 * read_before:,} tokens of it before" in said) is bool(read_before)
@@ -142,9 +140,6 @@ def _said(folder: Path, dense: Path, steps: int, options: dict[str, Any]) -> str
 def test_data_are_checked_before_they_are_trained_on(tiny_dense: Path, tmp_path: Path) -> None:
     folder = write_blend(tmp_path / "blend", tiny_dense, tokenizer={"sha256": "0" * 64})
     with pytest.raises(UpcycleError, match="tokenizer of "):
-        _module(folder, tiny_dense)
-    set_manifest(folder, format=0)
-    with pytest.raises(UpcycleError, match="format of "):
         _module(folder, tiny_dense)
 
 

@@ -42,11 +42,10 @@ def _read(folder: Path, line: Any) -> Conversation:
     return found
 
 
-def _tokens(folder: Path, conversation: list[dict[str, Any]], template: str | None = None) -> list[Tokens]:
-    chat = ChatTemplate(load_tokenizer(folder), template, "the parent")
-    found = list(chat.tokens([Conversation("mine.jsonl:1", conversation)]))
-    assert all(isinstance(one, Tokens) for one in found)
-    return found  # type: ignore[return-value]
+def _tokens(folder: Path, conversation: Conversation | list[dict[str, Any]], template: str | None = None) -> list[Any]:
+    if isinstance(conversation, list):
+        conversation = Conversation("mine.jsonl:1", conversation)
+    return list(ChatTemplate(load_tokenizer(folder), template, "the parent").tokens([conversation]))
 
 
 def _texts(folder: Path, tokens: Tokens) -> tuple[str, str]:
@@ -84,7 +83,7 @@ SCORED: dict[str, tuple[str | None, list[dict[str, Any]], str, str]] = {
 @pytest.mark.parametrize("what", SCORED)
 def test_the_loss_is_on_answers_as_the_template_writes_them(tokenizer: Path, tmp_path: Path, what: str) -> None:
     template, conversation, whole, scored = SCORED[what]
-    (tokens,) = _tokens(tokenizer, _read(tmp_path, conversation).messages, template)
+    (tokens,) = _tokens(tokenizer, _read(tmp_path, conversation), template)
     assert _texts(tokenizer, tokens) == (whole, scored)
 
 
@@ -98,8 +97,7 @@ def test_a_template_that_rewrites_earlier_answers_gives_a_sequence_for_each_answ
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path) -> None:
     other = TEMPLATE.replace("assistant: {% endif", "Assistant: {% endif")
-    chat = ChatTemplate(load_tokenizer(tokenizer), other, "the parent")
-    (found,) = chat.tokens([Conversation("mine.jsonl:1", messages("How?", "So."))])
+    (found,) = _tokens(tokenizer, messages("How?", "So."), other)
     assert isinstance(found, Problem)
     assert found.field == "messages[1]"
 
@@ -110,7 +108,6 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path)
         ("{", "", "broken JSON"),
         ("[1]", "", "no JSON object"),
         ('{"text": "How?"}', "messages", "missing"),
-        ('{"messages": "How?"}', "messages", "no list of messages"),
         ('{"messages": [], "x": 1}', "messages", "no list of messages"),
         ('{"messages": ["How?"]}', "messages[0]", "no JSON object"),
         (messages("How?"), "messages", "no answer to learn"),
@@ -146,7 +143,7 @@ def test_there_is_no_loss_on_an_answer_of_weight_0(tokenizer: Path, tmp_path: Pa
     turns = messages("How?", "So.", "Why?", "Thus.", "And?", "Ah.")
     turns[1]["weight"], turns[3]["weight"], turns[5]["weight"] = 0, 1, 0
     conversation = _read(tmp_path, turns)
-    (tokens,) = _tokens(tokenizer, conversation.messages)
+    (tokens,) = _tokens(tokenizer, conversation)
     whole, scored = _texts(tokenizer, tokens)
     assert whole == "user: How?</s>\nassistant: So.</s>\nuser: Why?</s>\nassistant: Thus.</s>"
     assert scored == "Thus.</s>"
@@ -174,9 +171,8 @@ NO_TOOL = TOOLS.replace("in messages", "in messages if message.role != 'tool'")
 def test_what_the_template_does_not_write_is_refused_by_name(
     tokenizer: Path, tmp_path: Path, template: str, conversation: list[dict[str, Any]], tools: Any, field: str
 ) -> None:
-    chat = ChatTemplate(load_tokenizer(tokenizer), template, "the parent")
     line = json.dumps({"messages": conversation, "tools": tools})
-    (found,) = chat.tokens([_read(tmp_path, line)])
+    (found,) = _tokens(tokenizer, _read(tmp_path, line), template)
     assert isinstance(found, Problem)
     assert (found.place, found.field) == ("mine.jsonl:1", field)
     assert "chat_template" in found.fix
@@ -201,11 +197,11 @@ def test_packs_hold_every_sequence_once_and_are_full() -> None:
 def test_a_folder_holds_what_its_manifest_counts(tokenizer: Path, tmp_path: Path) -> None:
     manifest = _build(tokenizer, tmp_path, [*sums(), "{", messages("1 + 1?", "2.", "again?")])
     chat = open_chat(tmp_path / "chat")
-    rows = [np.load(chat.folder / name, allow_pickle=True) for name in ("training.npy", "validation.npy")]
+    rows = np.load(chat.folder / "training.npy", allow_pickle=True)
     train = manifest["splits"]["train"]
-    assert sum(int(row["loss_mask"].sum()) for row in rows[0]) == train["answer_tokens"]
-    assert sum(len(row["input_ids"]) for row in rows[0]) == train["tokens"]
-    assert all(len(row["input_ids"]) - len(row["seq_start_id"]) <= 96 for row in rows[0])
+    assert sum(int(row["loss_mask"].sum()) for row in rows) == train["answer_tokens"]
+    assert sum(len(row["input_ids"]) for row in rows) == train["tokens"]
+    assert all(len(row["input_ids"]) - len(row["seq_start_id"]) <= 96 for row in rows)
     conversations = [manifest["splits"][split]["conversations"] for split in ("train", "validation", "heldout")]
     assert sum(conversations) == 41
     assert min(conversations) >= 4

@@ -29,9 +29,7 @@ def test_a_source_is_named_by_its_first_file_with_its_weight(folder: Path) -> No
     assert paths == ["0.3", str(folder / BOOKS.format(0)), "0.7", str(folder / TALKS)]
 
 
-def test_order_of_sources_and_address_of_the_folder_do_not_count(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_order_and_address_of_sources_do_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's indices are named after the paths."""
     expected = open_blend(folder).paths(SEQUENCE)
     set_manifest(folder, sources=dict(reversed(read_json(folder / "manifest.json")["sources"].items())))
@@ -47,17 +45,6 @@ def test_validation_omits_sources_shorter_than_a_sequence(tiny_dense: Path, tmp_
     paths = blend.paths(seq_length=100)
     assert paths["validation"][1::2] == [str(blend.folder / "tokens/talks_validation_00_text_document")]
     assert paths["test"] == paths["validation"]
-
-
-def test_epochs_follow_from_weights_and_tokens(folder: Path) -> None:
-    blend = open_blend(folder)
-    talks = blend.manifest["sources"]["talks"]["splits"]["train"]["tokens"]
-    tokens = 2 * talks / 0.7
-    assert blend.epochs(tokens)["talks"] == pytest.approx(2.0)
-    limit = blend.manifest["max_epochs"]
-    assert list(blend.read_too_often(tokens / 2 * limit * 0.999)) == []
-    said = "\n".join(blend.read_too_often(tokens * limit))
-    assert f"source talks is read {2 * limit:.1f} times, more often than max_epochs ({limit:g})" in said
 
 
 def _cut(path: Path) -> None:

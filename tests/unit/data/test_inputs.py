@@ -26,11 +26,8 @@ def _write(folder: Path, *names: str) -> None:
 def test_patterns_are_relative_to_the_yaml_file_and_sorted(tmp_path: Path) -> None:
     _write(tmp_path, "a/2.txt", "a/1.jsonl.gz", "a/b/3.parquet", "v.txt")
     found = list_inputs(_blend(tmp_path, train=["a/**/*", "a/2.txt"], validation=["v.txt"]), "web", tmp_path)
-    assert [(Path(file.path).name, file.reader, file.size_bytes) for file in found["train"]] == [
-        ("1.jsonl.gz", "jsonl", 12),
-        ("2.txt", "text", 7),
-        ("3.parquet", "parquet", 13),
-    ]
+    listed = [(Path(file.path).name, file.reader, file.size_bytes) for file in found["train"]]
+    assert listed == [("1.jsonl.gz", "jsonl", 12), ("2.txt", "text", 7), ("3.parquet", "parquet", 13)]
     assert [file.path for file in found["validation"]] == [str(tmp_path / "v.txt")]
     assert found["heldout"] == []
 
@@ -39,12 +36,8 @@ def test_folders_of_a_blend_hold_its_files_and_no_addresses(tmp_path: Path) -> N
     _write(tmp_path, "home/mine.yaml", "web/one.txt", "books/a/1.txt")
     home = tmp_path / "home"
     train = [f"{tmp_path}/web/one.txt", f"{tmp_path}/books/*/[0-9].txt", "hf://datasets/a/b.parquet"]
-    assert folders_of(_blend(home, train=train, heldout=["here/*.txt"])) == [
-        home,
-        tmp_path / "web",
-        tmp_path / "books",
-        home / "here",
-    ]
+    found = folders_of(_blend(home, train=train, heldout=["here/*.txt"]))
+    assert found == [home, tmp_path / "web", tmp_path / "books", home / "here"]
     assert folders_of(_blend(home, reader="redpajama_v2", train=[str(tmp_path / "web")])) == [home, tmp_path / "web"]
     own = _blend(home, reader="lm_eval", train=["mmlu"], options={"include_path": "own"})
     assert folders_of(own) == [home, home / "own"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
@@ -103,11 +104,10 @@ def test_text_without_words_has_no_hits(text: str) -> None:
 
 
 def test_saved_index_finds_the_same_and_has_the_same_bytes(tmp_path: Path) -> None:
-    built = index_of(QUESTION, "what is the speed of light")
-    built.save(tmp_path / "deep" / "one.npz")
-    index_of(QUESTION, "what is the speed of light").save(tmp_path / "two.npz")
-    assert (tmp_path / "deep" / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["one.npz"]
+    built, again = (index_of(QUESTION, "what is the speed of light") for _ in range(2))
+    built.save(tmp_path / "deep/one.npz")
+    again.save(tmp_path / "two.npz")
+    assert (tmp_path / "deep/one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     loaded = NgramIndex.load(tmp_path / "two.npz")
     text = f"{QUESTION} What is the speed of light?"
     assert loaded.find(text) == built.find(text) != []
@@ -184,3 +184,49 @@ def test_cut_joins_margins_that_meet_in_any_order_of_hits() -> None:
     spans = removed_spans(text, hits, 50)
     assert spans == [(49, 455), (549, 655)]
     assert cut(text, hits, 50) == [text[:49], text[455:549], text[655:]]
+
+
+#: In scripts without blanks: questions, and text around them.
+QUESTIONS = {
+    "zh": "下列哪一种气体在地球大气层中所占的比例最大。",
+    "zh, short": "世界上面积最大的海洋是哪一个。",
+    "ja": "次のうち、地球の大気中に最も多く含まれている気体はどれですか。",
+    "ko": "다음 중 지구 대기에서 가장 많은 비율을 차지하는 기체는 무엇입니까?",
+    "th": "ก๊าซชนิดใดมีสัดส่วนมากที่สุดในชั้นบรรยากาศของโลก",
+    "lo": "ອາຍແກັສຊະນິດໃດມີຫຼາຍທີ່ສຸດໃນຊັ້ນບັນຍາກາດຂອງໂລກ",
+    "km": "តើឧស្ម័នមួយណាមានច្រើនជាងគេនៅក្នុងបរិយាកាសរបស់ផែនដី",
+}
+AROUND = {
+    "zh": "我们昨天去了城里的图书馆、借了几本关于历史和地理的书、然后回家吃了晚饭。",
+    "ja": "昨日は町の図書館へ行って歴史や地理の本を何冊か借りてから家に帰って夕食を食べました。",
+    "ko": "우리는 어제 시내 도서관에 가서 역사와 지리에 관한 책을 몇 권 빌린 다음 집으로 돌아와 저녁을 먹었다.",
+    "th": "เมื่อวานเราไปห้องสมุดในเมืองยืมหนังสือประวัติศาสตร์และภูมิศาสตร์มาหลายเล่มแล้วกลับบ้านไปกินข้าวเย็น",
+    "lo": "ມື້ວານນີ້ພວກເຮົາໄປຫໍສະໝຸດໃນເມືອງຢືມປຶ້ມປະຫວັດສາດຫຼາຍຫົວແລ້ວກັບບ້ານໄປກິນເຂົ້າແລງ",
+    "km": "ម្សិលមិញយើងបានទៅបណ្ណាល័យក្នុងទីក្រុងខ្ចីសៀវភៅប្រវត្តិសាស្ត្រជាច្រើនក្បាលហើយត្រឡប់មកផ្ទះវិញ",
+}
+ASKED = NgramIndex.build([Item("quiz", name, (text,)) for name, text in QUESTIONS.items()], short_words=8)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("between", ["\n", ""])
+def test_question_is_found_on_its_line_and_inside_text(name: str, form: str, between: str) -> None:
+    around, question = AROUND[name[:2]], QUESTIONS[name]
+    text = unicodedata.normalize(form, f"{around}{between}{question}{between}{around}")
+    (hit,) = ASKED.find(text)
+    assert ASKED.item(hit.items[0])[1] == name
+    found = unicodedata.normalize("NFC", text[hit.start : hit.stop])
+    assert found[:-1] in unicodedata.normalize("NFC", question)
+    assert len(found) >= 0.9 * len(question)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_blanks_inside_a_question_do_not_matter(name: str) -> None:
+    question, around = QUESTIONS[name], AROUND[name[:2]]
+    (hit,) = ASKED.find(f"{around}{' '.join(question)}{around}")
+    assert ASKED.item(hit.items[0])[1] == name
+
+
+@pytest.mark.parametrize("language", AROUND)
+def test_other_text_is_not_found(language: str) -> None:
+    assert ASKED.search(AROUND[language] * 3) == ([], [])
