@@ -25,25 +25,14 @@ STEPS = {"dense": 8, "moe": 8, "st": 4}
 
 
 def described() -> dict[str, Any]:
+    alike = {"tokens_per_step": 100, "schedule": "lr=1, constant", "is_rate_constant": True}
     cells = {
-        f"{arm}-seed{seed}": {
-            "arm": arm,
-            "seed": seed,
-            "steps": steps,
-            "tokens_per_step": 100,
-            "schedule": "lr=1, constant",
-            "is_rate_constant": True,
-        }
+        f"{arm}-seed{seed}": {"arm": arm, "seed": seed, "steps": steps, **alike}
         for arm, steps in STEPS.items()
         for seed in (1, 2)
     }
-    return {
-        "about": "three arms",
-        "arms": dict.fromkeys(STEPS, "what it is"),
-        "cells": cells,
-        "references": {"moe": "dense", "st": "moe"},
-        "margin": 0.002,
-    }
+    grid = {"about": "three arms", "arms": dict.fromkeys(STEPS, "what it is"), "margin": 0.002}
+    return grid | {"cells": cells, "references": {"moe": "dense", "st": "moe"}}
 
 
 def evaluation(bits: tuple[float, ...]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.heldout import BITS
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.reporting.opening import opening
@@ -42,10 +42,8 @@ def test_the_results_hold_the_inputs(results: dict[str, Any]) -> None:
         for metric, entry in evaluation["metrics"].items():
             assert results["evaluation"][name][metric] == {"value": entry["value"], "stderr": entry["stderr"]}
     assert results["step0"]["max_relative_loglikelihood_difference"] == pytest.approx(0.001)  # -130 to -130.13
-    metric = "heldout_perplexity/bits_per_byte"
-    assert results["paired"]["trained_minus_dense_ct"][metric] == paired_difference(
-        EVALUATIONS["dense_ct"], EVALUATIONS["trained"], metric, tests=6
-    )
+    expected = paired_difference(EVALUATIONS["dense_ct"], EVALUATIONS["trained"], BITS, tests=6)
+    assert results["paired"]["trained_minus_dense_ct"][BITS] == expected
     assert set(results["paired"]) == {"trained_minus_dense_ct", "trained_minus_dense", "dense_ct_minus_dense"}
     assert results["receipt"]["parameters_made_by"] == {"copied": 1, "copied into 4 experts": 1}
 
@@ -59,15 +57,6 @@ def test_the_training_summary(results: dict[str, Any]) -> None:
     assert load["last"] == pytest.approx({"balanced": 0.25, "min": 0.2, "max": 0.3, "cv": 0.2})  # 0.05 / 0.25
     assert load["first"]["cv"] == pytest.approx((3 * 0.15**2 + 0.45**2) ** 0.5 / 2 / 0.25)
     assert "expert_load" not in results["training"]["dense_ct"]
-
-
-def test_the_environment_is_this_machine(results: dict[str, Any]) -> None:
-    environment = results["environment"]
-    assert environment["versions"].keys() >= {"nemo_upcycle", "python", "torch", "transformers", "lm_eval"}
-    assert environment["cores"] >= 1
-    assert environment["memory_gib"] > 0
-    assert environment["processor"]
-    assert environment["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", environment["commit"])
 
 
 def test_the_report_prints_these_numbers(reported: Path) -> None:
@@ -86,11 +75,9 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
     assert "| bits per byte (heldout_perplexity) | 1.731 ± 0.063 | 1.732 ± 0.063 | 1.597 ± 0.063 |" in text
     assert "saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
     assert "`seed=4321`" in text
-    assert text.split("\n\n")[1:3] == [
-        "Tiny-100M, 100.0M parameters → MoE of 4 experts, top-2: 300.0M, 150.0M active for a token. Trained by"
-        " Megatron-Bridge for 3 steps on 3,000 tokens, in 0:06 on 2 ranks (CPU).",
-        "The chain works, and the MoE equals its parent at step 0. 3 steps cannot show what training brings.",
-    ]
+    trained, verdict = text.split("\n\n")[1:3]
+    assert trained.endswith("Trained by Megatron-Bridge for 3 steps on 3,000 tokens, in 0:06 on 2 ranks (CPU).")
+    assert verdict.endswith("the MoE equals its parent at step 0. 3 steps cannot show what training brings.")
     uneven = "the busiest had 2.8 times a balanced load (layer 0, step 1), and 1.2 times at the last step."
     assert f"**The experts were at times loaded unevenly:** {uneven}" in text.split("\n\n")[4]
 
@@ -148,12 +135,9 @@ def test_the_report_says_so_when_the_dense_baseline_wins(reported: Path) -> None
     assert "+0.0289 ± 0.0091 | the baseline is better |" in text.split("\n\n")[3]
     results = json.loads((reported / "results.json").read_text())
     results["training"]["pretrain"]["steps"] = 2000  # of 3 steps the headline judges nothing
-    assert opening(results).split("\n\n")[1] == (
-        "The MoE is better than its parent (-0.135 ± 0.052) and worse than the dense baseline (+0.0289 ± 0.0091), by"
-        " bits per byte of held-out text."
-    )
-    found = rows(reported / "report.md")
-    assert found["acc (quiz)"][0].endswith("(no difference shown)")
+    verdict = "better than its parent (-0.135 ± 0.052) and worse than the dense baseline (+0.0289 ± 0.0091)"
+    assert verdict in opening(results).split("\n\n")[1]
+    assert rows(reported / "report.md")["acc (quiz)"][0].endswith("(no difference shown)")
 
 
 def test_the_cards_of_the_exported_models_get_the_scores(run_dir: Path) -> None:
@@ -207,9 +191,7 @@ _LACKING = ('{"loss": 1.0}', '{"step": 4, "loss": 1.0, "tokens": 4000}', "[1]")
         ("dense_ct/metrics.jsonl", '{"step": 0, "validation_loss": 3.0}\n', "no step with a loss"),
     ],
 )
-def test_a_file_that_is_missing_or_lacks_something_is_named(
-    run_dir: Path, file: str, content: str | None, words: str
-) -> None:
+def test_a_file_that_lacks_something_is_named(run_dir: Path, file: str, content: str | None, words: str) -> None:
     path = run_dir / file
     before = path.read_text()
     path.unlink()
