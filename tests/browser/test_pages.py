@@ -16,7 +16,7 @@ from nemo_upcycle.reporting.figures import DPI, SMALL
 from nemo_upcycle.reporting.live import REFRESH_S, write_page
 from nemo_upcycle.reporting.progress import read_progress
 from nemo_upcycle.reporting.report import write_report
-from tests.browser.runs import write_wide_run
+from tests.unit.reporting.conftest import EVALUATIONS, metrics, write_run
 from tests.waiting import HANG_S
 
 
@@ -28,6 +28,9 @@ HEIGHT, LETTERS = 900, 9
 #: Where screenshots are kept, to be looked at.
 PICTURES = ROOT / "runs/test-browser"
 
+UNBROKEN = "unbroken" * 30
+LAYERS = {"load_cv": [0.1, 0.3], "load_entropy": [0.9, 0.95], "dropped": [0.0, 0.1], "dead_experts": [1, 0]}
+
 pytestmark = [
     pytest.mark.full,
     pytest.mark.weekly,
@@ -35,10 +38,29 @@ pytestmark = [
 ]
 
 
+def _write_wide_run(folder: Path) -> Path:
+    """Write a run whose report has what could be cut: long names, wide tables, unbroken words, all figures."""
+    write_run(folder)
+    (folder / "command.txt").write_text(f"nemo upcycle pipeline --factory {UNBROKEN} dir={folder} --yes\n")
+    for name, value in EVALUATIONS.items():
+        texts = dict.fromkeys(("document", "prompt", "goes_on", "continuation"), UNBROKEN)
+        (folder / f"evaluation/{name}.json").write_text(json.dumps(value | {"samples": [texts]}))
+    for stage in ("pretrain", "dense_ct"):
+        lines = metrics(stage)[::2]  # of steps
+        many = [{"step": 0, "validation_loss": 4.0}]
+        for step in range(1, 401):
+            line = lines[(step - 1) % 3] | {"step": step, "tokens": 1000 * step, "loss": 3 + 1 / step}
+            many.append(line | ({"router": LAYERS} if "expert_load" in line else {}))
+        score = {"heldout_perplexity/bits_per_byte": {"value": 1.5, "stderr": 0.01}}
+        many += [{"step": 400, "validation_loss": 3.1}, {"step": 400, "evaluation": score}]
+        (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in many))
+    return folder
+
+
 @pytest.fixture(scope="module", params=["light", "dark"])
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both pages measure of themselves at each width."""
-    run_dir = write_wide_run(tmp_path_factory.mktemp("browser") / f"run_{'of_a_long_name' * 6}")
+    run_dir = _write_wide_run(tmp_path_factory.mktemp("browser") / f"run_{'of_a_long_name' * 6}")
     pages = [run_dir.parent / name for name in ("live.html", "report.html")]  # alone: nothing lies beside them
     write_page(run_dir, read_progress(run_dir))
     shutil.copy(run_dir / "report.html", pages[0])

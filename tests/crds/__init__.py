@@ -12,11 +12,7 @@ from tests.golden.forecasts import jobs_of_chain
 
 
 #: A published definition: the kind of the executor that is for it.
-KINDS = {
-    "trainjob-2.2": "trainjob",
-    "trainjob-2.3": "trainjob",
-    "pytorchjob-1.9": "pytorchjob",
-}
+KINDS = {"trainjob-2.2": "trainjob", "trainjob-2.3": "trainjob", "pytorchjob-1.9": "pytorchjob"}
 RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "qwen3_8b_e8t2", "smollm2_135m_e8t2")
 
 
@@ -50,10 +46,7 @@ def jobs_of(recipe: str, run_dir: Path) -> list[Job]:
     return jobs_of_chain(getattr(recipes, recipe).pipeline_recipe(dir=str(run_dir)), run_dir)
 
 
-_PREFERENCE = {
-    "weight": 1,
-    "preference": {"matchExpressions": [{"key": "rack", "operator": "In", "values": ["a"]}]},
-}
+_PREFERENCE = {"weight": 1, "preference": {"matchExpressions": [{"key": "rack", "operator": "In", "values": ["a"]}]}}
 
 
 def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
@@ -66,30 +59,17 @@ def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
         "image_pull_policy": "Always" if kind == "pytorchjob" else "",
     }
     settings = {
-        "namespace": "team",
-        "image": "nvcr.io/nvidia/nemo:26.02",
-        "claim": "runs",
-        "mount_path": str(mount),
-        "volumes": {"datasets": "/data"},
-        "kind": kind,
-        "run_as": "1000:1000",
-        "queue": "gpus",
-        "cpus": 16,
-        "memory_gib": 64,
-        "extra_resources": {"rdma/ib": 8},
-        "shared_memory_gib": 32,
+        **{"namespace": "team", "kind": kind, "queue": "gpus", "image": "nvcr.io/nvidia/nemo:26.02"},
+        **{"claim": "runs", "mount_path": str(mount), "volumes": {"datasets": "/data"}, "run_as": "1000:1000"},
+        **{"cpus": 16, "memory_gib": 64, "shared_memory_gib": 32, "extra_resources": {"rdma/ib": 8}},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         "node_selector": {"pool": "h100"},
         "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [_PREFERENCE]}},
-        "labels": {"team": "llm"},
-        "annotations": {"note": "a test"},
+        **{"labels": {"team": "llm"}, "annotations": {"note": "a test"}},
         "overrides": {"schedulingGates": [{"name": "example.com/gate"}]},
-        "pull_secrets": ["ngc"],
-        "service_account": "trainer",
-        "env_vars": {"NCCL_DEBUG": "WARN"},
-        "secret_env_vars": {"HF_TOKEN": "hub/token"},
-        "report_within_s": 60,
-        "active_deadline_s": 86400,
+        **{"pull_secrets": ["ngc"], "service_account": "trainer"},
+        **{"env_vars": {"NCCL_DEBUG": "WARN"}, "secret_env_vars": {"HF_TOKEN": "hub/token"}},
+        **{"report_within_s": 60, "active_deadline_s": 86400},
         "security_context": {"capabilities": {"add": ["IPC_LOCK"]}},
         "stages": {"pretrain": {"gpus_per_node": 8}, "dense_ct": {"gpus_per_node": 8}},
     }

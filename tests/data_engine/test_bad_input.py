@@ -8,17 +8,15 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
-import pytest
-
-
-pytest.importorskip("datatrove")
 import pyarrow
 import pyarrow.parquet
+import pytest
 import zstandard
 
 from nemo_upcycle.data.engine import lines
 from nemo_upcycle.errors import UpcycleError
-from tests.data_engine.blend import execute, jsonl, outcome, removed, sentence, stats, texts, write_plan
+from tests.data_engine.blend import jsonl, sentence, write_plan
+from tests.data_engine.runs import execute, outcome, removed, stats, texts
 
 
 GOOD = [sentence(n) for n in range(6)]
@@ -35,17 +33,13 @@ def _between(bad: bytes) -> bytes:
         (b'{"text": "unfinished\n', "broken JSON"),
         (b'{"text": "half of a pair: \\ud800"}\n', "broken JSON"),
         (b'["no object"]\n', "no JSON object"),
-        (b'"no object"\n', "no JSON object"),
-        (b"17\n", "no JSON object"),
         (b'{"content": "another field"}\n', "no field text"),
-        (b'{"text": null}\n', "no field text"),
         (b'{"text": ["a", "list"]}\n', "text is no text"),
-        ('{"text": "привет"}\n'.encode("cp1251"), "not UTF-8"),
         ('{"text": "café'.encode() + b'\xc3"}\n', "not UTF-8"),  # half of a character
         (json.dumps({"text": "\0" * 50 + "some words"}).encode() + b"\n", "not text"),
         ('{"text": "1 \ufffd\ufffd\ufffd\ufffd"}\n'.encode(), "not text"),
+        ('{"text": "don\xe2\x80\x99t"}\n'.encode(), "not text"),  # UTF-8 read as Latin-1
         ('{"text": "wide"}\n'.encode("utf-16-be"), "broken JSON"),  # ASCII with zeros between
-        (b"\xff\xfe\x00\x00binary\n", "not UTF-8"),
         (b"[" * 100_000 + b"\n", "broken JSON"),
     ],
 )
@@ -87,9 +81,7 @@ def _zstd(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("zst", _zstd)])
-def test_damaged_files_give_what_is_before_the_damage(
-    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
-) -> None:
+def test_damage_costs_what_is_behind_it(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
     many = [f"{sentence(n)} {sha256(str(n).encode()).hexdigest()}" for n in range(6000)]  # several blocks
     content = jsonl(*many)
     whole = compress(content[:2000]) + compress(content[2000:])  # two members, or frames
@@ -156,8 +148,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert counts["lost"]["no field content"]["bytes"] == file.stat().st_size
     assert set(counts["fields"]) == {"text", "id"}
     file.write_bytes(file.read_bytes()[:-20])
-    kept, lost = outcome(tmp_path / "cut", file, reader="parquet")
-    assert (kept, lost) == ([], [("damaged Parquet file (ArrowInvalid)", 1)])
+    assert outcome(tmp_path / "cut", file, reader="parquet") == ([], [("damaged Parquet file (ArrowInvalid)", 1)])
 
 
 def test_strict_names_the_place(tmp_path: Path) -> None:

@@ -12,16 +12,13 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
-import pytest
-
-
-pytest.importorskip("datatrove")
 import pyarrow
 import pyarrow.parquet
+import pytest
 import zstandard
 
-from nemo_upcycle.data.engine.encodings import count_bad, decode
-from tests.data_engine.blend import outcome, stats
+from nemo_upcycle.data.engine.encodings import decode
+from tests.data_engine.runs import outcome, stats
 
 
 GOOD = [
@@ -89,13 +86,7 @@ def test_encoding_is_told_by_the_bytes(tmp_path: Path, encoding: str, compress: 
 
 @pytest.mark.parametrize(
     ("text", "encoding"),
-    [
-        (RUSSIAN, "cp1251"),
-        (RUSSIAN, "koi8-r"),
-        (CHINESE, "gb18030"),
-        (CHINESE, "big5"),
-        ("さくらの花が、咲いた。", "sjis"),
-    ],
+    [(RUSSIAN, "cp1251"), (RUSSIAN, "koi8-r"), (CHINESE, "gb18030"), ("さくらの花が、咲いた。", "sjis")],
 )
 def test_other_encodings_are_not_taken_for_latin1(text: str, encoding: str) -> None:
     with pytest.raises(UnicodeDecodeError):
@@ -105,7 +96,6 @@ def test_other_encodings_are_not_taken_for_latin1(text: str, encoding: str) -> N
 def test_what_is_no_text_is_one_line_of_the_list(tmp_path: Path) -> None:
     noise = random.Random(5).randbytes(100_000)
     assert _read(tmp_path / "noise", "some.jsonl", noise, "jsonl") == ([], [("not text", 1)])
-    assert _read(tmp_path / "packed", "some.jsonl", gzip.compress(noise), "jsonl") == ([], [("not text", 1)])
     assert _read(tmp_path / "text", "some.txt", noise, "text") == ([], [("not text", 1)])
     with zipfile.ZipFile(stored := BytesIO(), "w") as archive:
         archive.writestr("some.jsonl", _lines(LONG))
@@ -114,25 +104,13 @@ def test_what_is_no_text_is_one_line_of_the_list(tmp_path: Path) -> None:
 
 
 def test_few_nuls_are_taken_out_and_many_end_the_document(tmp_path: Path) -> None:
-    many = ["word " * 100 + "\0end", "word " * 1000 + "\0" * 5000, "kept"]
+    of_a_terminal = "\x1b[1mNAME\x1b[0m\n\tN\bNA\bAM\bME\bE - a page"
+    many = ["word " * 100 + "\0end", "word " * 1000 + "\0" * 5000, of_a_terminal]
     kept, lost = _read(tmp_path, "some.jsonl", _lines(many).encode(), "jsonl")
-    assert kept == ["word " * 100 + "end", "kept"]
+    assert kept == ["word " * 100 + "end", of_a_terminal]
     assert lost == [("NULs", 1), ("not text", 2)]
     counts = stats(tmp_path / "work")["steps"]["read"]
     assert counts == {"in": 3, "kept": 2, "removed": {"not text": 1}}
-
-
-@pytest.mark.parametrize(
-    ("text", "bad"),
-    [
-        ("\x1b[1mNAME\x1b[0m\n\tN\bNA\bAM\bME\bE - a page\f", 0),  # of a terminal
-        ("caf\ufffd, th\ufffd", 2),
-        ("don\xe2\x80\x99t", 2),  # UTF-8 read as Latin-1
-        ("a\0b\x7f\x01", 3),
-    ],
-)
-def test_bad_characters_are_counted(text: str, bad: int) -> None:
-    assert count_bad(text, text.encode()) == bad
 
 
 def test_big_file_is_not_held_in_memory(tmp_path: Path) -> None:

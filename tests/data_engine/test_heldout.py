@@ -9,19 +9,10 @@ from typing import Any
 
 import pytest
 
-
-pytest.importorskip("datatrove")
-
 from nemo_upcycle.data.engine import overlap
 from nemo_upcycle.data.finished import HELDOUT_OVERLAP
-from tests.data_engine.blend import (
-    execute,
-    removed,
-    stats,
-    texts,
-    write_jsonl,
-    write_plan,
-)
+from tests.data_engine.blend import write_jsonl, write_plan
+from tests.data_engine.runs import execute, removed, stats, texts
 
 
 def words(seed: int, count: int = 300) -> str:
@@ -61,19 +52,9 @@ def test_copy_leaves_training_and_text_inside_a_longer_document_leaves_the_held_
     assert (line["step"], line["reason"]) == ("overlap", "mostly in training text")
     assert line["where"].endswith("held.jsonl:2")
     assert removed(work, 1)[0]["where"].endswith("train.jsonl:1")
-    assert _summary(work)["rows"] == [
-        {
-            "source": "source",
-            "split": "heldout",
-            "documents": 4,
-            "above": 2,
-            "removed": 1,
-            "words": 4 * 300,
-            "shared": 300 + 300 + 100,
-            "words_after": 3 * 300,
-            "shared_after": 100,
-        }
-    ]
+    counts = {"documents": 4, "above": 2, "removed": 1, "words": 4 * 300, "shared": 300 + 300 + 100}
+    counts |= {"words_after": 3 * 300, "shared_after": 100}
+    assert _summary(work)["rows"] == [{"source": "source", "split": "heldout", **counts}]
 
 
 def _reworded(text: str, seed: int, share: float = 0.1) -> str:

@@ -7,40 +7,37 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-
-pytest.importorskip("datatrove")
-
 from nemo_upcycle.data.environment import VARIABLE
-from tests.data_engine.blend import Slurm, blend, command, run, stats
+from tests.data_engine.blend import blend
+from tests.data_engine.runs import Slurm, command, run, stats
 from tests.waiting import HANG_S, wait_until
 
 
+def _processes() -> dict[int, tuple[str, int]]:
+    """Return the state and the parent of every process."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent, *_ = entry.read_text().rpartition(")")[2].split()
+            found[int(entry.parent.name)] = state, int(parent)
+    return found
+
+
 def _descendants(pid: int) -> set[int]:
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
+    processes = _processes()
     found: set[int] = set()
-    while new := {child for child, parent in parents.items() if parent in found | {pid}} - found:
+    while new := {child for child, (_, parent) in processes.items() if parent in found | {pid}} - found:
         found |= new
     return found
 
 
 def _alive(pids: set[int]) -> set[int]:
-    states = {}
-    for pid in pids:
-        try:
-            states[pid] = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-    return {pid for pid, state in states.items() if state != "Z"}
+    return {pid for pid, (state, _) in _processes().items() if pid in pids and state != "Z"}
 
 
 def _start(plan: Path, after_s: float) -> tuple[subprocess.Popen[str], set[int]]:
@@ -60,13 +57,7 @@ def _begun(plan: Path) -> list[Path]:
 STARTER = "import sys; from nemo_upcycle.data.environment import run_engine; run_engine(sys.argv[1:])"
 
 
-def _wait_for_end(pids: set[int]) -> None:
-    wait_until(lambda: not _alive(pids))
-
-
-def test_killed_starter_takes_the_engine_and_the_jobs_of_slurm_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_starter_takes_engine_and_jobs_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = Slurm(tmp_path / "bin", monkeypatch)
     for name, line in {"sbatch": "echo Submitted batch job 17", "squeue": "echo 17_0", "scancel": ""}.items():
         slurm.says(name, line)
@@ -78,7 +69,7 @@ def test_killed_starter_takes_the_engine_and_the_jobs_of_slurm_along(
     assert len(family) >= 2  # the engine and its child
     process.kill()
     process.wait()
-    _wait_for_end(family)
+    wait_until(lambda: not _alive(family))
     assert slurm.calls("scancel") == ["17"]
 
 
@@ -93,7 +84,7 @@ def test_shell_may_end_and_hang_up_before_the_engine_under_nohup(tmp_path: Path)
     shell.kill()
     shell.wait()
     os.kill(engine, signal.SIGHUP)
-    _wait_for_end({engine})
+    wait_until(lambda: not _alive({engine}))
     assert stats(plan.parent, 5)["steps"]["read"]["in"] == 2002
 
 

@@ -8,14 +8,9 @@ from typing import Any
 
 import pytest
 
-
-pytest.importorskip("datatrove")
-
-from tests.data_engine.blend import execute, removed, stats, texts, write_jsonl, write_plan
+from tests.data_engine.blend import MINHASH, write_jsonl, write_plan
+from tests.data_engine.runs import execute, removed, stats, texts
 from tests.near import NEAR
-
-
-SETTINGS = {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
 
 
 def document(seed: int, paragraphs: int = 5) -> str:
@@ -30,7 +25,7 @@ ORIGINALS = [document(n) for n in range(4)]
 
 def _run(folder: Path, *tasks: list[str], **plan: Any) -> Path:
     files = [write_jsonl(folder / f"{number}.jsonl", *many) for number, many in enumerate(tasks)]
-    return execute(write_plan(folder, [{"files": [file]} for file in files], near_duplicates=SETTINGS, **plan))
+    return execute(write_plan(folder, [{"files": [file]} for file in files], near_duplicates=MINHASH, **plan))
 
 
 @pytest.mark.parametrize("kind", NEAR)

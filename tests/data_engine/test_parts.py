@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-
-pytest.importorskip("datatrove")
-
 from nemo_upcycle.data.inputs import cut_between_lines
 from nemo_upcycle.data.readers import InputFile
-from tests.data_engine.blend import execute, removed, sentence, stats, texts, write_plan
+from tests.data_engine.blend import sentence, write_plan
+from tests.data_engine.runs import execute, removed, stats, texts
 
 
 def _write(path: Path, end: str = "\n") -> InputFile:

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-
-pytest.importorskip("datatrove")
-
-from tests.data_engine.blend import execute, stats, texts, write_jsonl, write_plan
+from tests.data_engine.blend import write_jsonl, write_plan
+from tests.data_engine.runs import execute, stats, texts
 
 
 KINDS = ["email", "ip", "card", "ssn"]

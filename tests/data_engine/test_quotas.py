@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-
-pytest.importorskip("datatrove")
-
-from tests.data_engine.blend import QUESTION, execute, sentence, stats, tokens, write_index, write_jsonl, write_plan
+from tests.data_engine.blend import QUESTION, sentence, write_index, write_jsonl, write_plan
+from tests.data_engine.runs import execute, stats, tokens
 
 
 def _plan(folder: Path, most: int | None, **more: object) -> Path:
@@ -41,9 +39,8 @@ def test_source_gives_what_was_asked_for_of_what_is_left(tmp_path: Path, dedupli
         for some, every in zip(_trained(work), _trained(whole), strict=True):
             rest = iter(every)
             assert all(one in rest for one in some)  # in their order
-            assert sum(map(len, some)) == pytest.approx(
-                part * sum(map(len, every)), rel=0.25
-            )  # its part of every task
+            its_part = part * sum(map(len, every))
+            assert sum(map(len, some)) == pytest.approx(its_part, rel=0.25)
         assert all(set(stats(work, rank)["steps"]["tokenise"]["removed"]) == {"max_tokens"} for rank in range(3))
         assert len(tokens(work, 0, "validation")) == len(tokens(whole, 0, "validation"))
         assert all(file["whole"] for rank in range(3) for file in stats(work, rank)["files"].values())

@@ -13,17 +13,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
-import pytest
-
-
-pytest.importorskip("datatrove")
 import pyarrow
 import pyarrow.parquet
+import pytest
 from xxhash import xxh3_128
 
 from nemo_upcycle.data.engine import lines
 from nemo_upcycle.errors import UpcycleError
-from tests.data_engine.blend import execute, jsonl, removed, run, sentence, stats, texts, write_plan
+from tests.data_engine.blend import jsonl, sentence, write_plan
+from tests.data_engine.runs import execute, removed, run, stats, texts
 
 
 MANY = [f"{sentence(n)} {sha256(str(n).encode()).hexdigest()}" for n in range(4000)]
@@ -45,27 +43,19 @@ class Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
+    protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
 
-    def do_HEAD(self) -> None:
-        if content := self._content():
-            self.send_response(HTTPStatus.OK)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-
     def do_GET(self) -> None:
-        content = self._content()
-        if content is None:
+        file, place = self.server.folder / self.path.lstrip("/"), self.headers.get("Range")
+        self.server.asked[self.path, place] += self.command == "GET"
+        fails = self.command == "GET" and self.server.asked[self.path, place] == 1
+        if status := self._status(file, fails=fails):
+            self.send_error(status)
             return
-        place = self.headers.get("Range")
-        self.server.asked[self.path, place] += 1
-        fails = self.server.asked[self.path, place] == 1
-        if "passing" in self.path and fails:
-            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
-            return
-        self.protocol_version = "HTTP/1.1"
+        content = file.read_bytes()
         self.close_connection = True
         self.send_response(HTTPStatus.PARTIAL_CONTENT if place else HTTPStatus.OK)
         if place:
@@ -74,19 +64,19 @@ class _Handler(BaseHTTPRequestHandler):
             content = content[int(start) : int(end) + 1]
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if "cut" in self.path and fails else content)
+        if self.command == "GET":
+            self.wfile.write(content[: len(content) // 2] if "cut" in self.path and fails else content)
 
-    def _content(self) -> bytes | None:
-        file = self.server.folder / self.path.lstrip("/")
+    do_HEAD = do_GET
+
+    def _status(self, file: Path, *, fails: bool) -> HTTPStatus | None:
         if "forbidden" in self.path:
-            self.send_error(HTTPStatus.FORBIDDEN)
-        elif "refused" in self.path:
-            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR)
-        elif not file.is_file():
-            self.send_error(HTTPStatus.NOT_FOUND)
-        else:
-            return file.read_bytes()
-        return None
+            return HTTPStatus.FORBIDDEN
+        if "refused" in self.path:
+            return HTTPStatus.INTERNAL_SERVER_ERROR
+        if not file.is_file():
+            return HTTPStatus.NOT_FOUND
+        return HTTPStatus.SERVICE_UNAVAILABLE if "passing" in self.path and fails else None
 
 
 @pytest.fixture
@@ -104,24 +94,16 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "_WAITS_S", (0.01, 0.01))
 
 
-def _digest(*many: str) -> str:
-    """Return what the manifest says of texts, whatever they were read from."""
-    return xxh3_128("".join(f"{text}\0" for text in many).encode()).hexdigest()
-
-
 def test_files_of_a_server(tmp_path: Path, server: Server) -> None:
     (server.folder / "some.jsonl.gz").write_bytes(gzip.compress(jsonl("one", "two") + b"{\n" + jsonl("three")))
     files = [server.address("some.jsonl.gz"), server.address("gone.jsonl")]
     work = execute(write_plan(tmp_path, [{"files": files}]))
     assert texts(work) == ["one", "two", "three"]
-    assert [(line["reason"], line["where"]) for line in removed(work)] == [
-        ("broken JSON", f"{files[0]}:3"),
-        ("missing file", f"{files[1]}:0"),
-    ]
+    lost = [(line["reason"], line["where"]) for line in removed(work)]
+    assert lost == [("broken JSON", f"{files[0]}:3"), ("missing file", f"{files[1]}:0")]
     size_bytes = (server.folder / "some.jsonl.gz").stat().st_size
-    assert stats(work)["files"] == {
-        files[0]: {"bytes": size_bytes, "whole": True, "texts_xxh3_128": _digest("one", "two", "three")}
-    }
+    digest = xxh3_128(b"one\0two\0three\0").hexdigest()
+    assert stats(work)["files"] == {files[0]: {"bytes": size_bytes, "whole": True, "texts_xxh3_128": digest}}
 
 
 @pytest.mark.parametrize("name", ["passing.jsonl", "cut.jsonl", "cut.jsonl.gz", "passing.parquet"])

@@ -6,37 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-
-
-pytest.importorskip("datatrove")
 from tokenizers import Tokenizer
 
 from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.data.engine.tokenise import FASTOKENS, TOKENIZERS, choose_library, load_encode
-from tests.data_engine.blend import (
-    END,
-    everything,
-    execute,
-    run,
-    sentence,
-    stats,
-    texts,
-    tokenizer_json,
-    tokens,
-    write_jsonl,
-    write_plan,
-)
+from tests.data_engine.blend import END, sentence, tokenizer_json, write_jsonl, write_plan
+from tests.data_engine.runs import everything, execute, run, stats, texts, tokens
 
 
-TEXTS = [
-    *map(sentence, range(300)),
-    "",
-    f"a{END}b <pad>",
-    "if x:\n        y    = 1",
-    "日本語 👩\u200d👧 \x1b",
-    "é",
-    "e\u0301 decomposed",
-]
+ODD = ["", f"a{END}b <pad>", "if x:\n        y    = 1", "日本語 👩\u200d👧 \x1b", "é", "e\u0301 decomposed"]
+TEXTS = [*map(sentence, range(300)), *ODD]
 
 
 def _plan(folder: Path, **more: object) -> Path:
@@ -92,9 +71,8 @@ def test_length_limit_of_the_tokenizer_cuts_no_text(tmp_path: Path, library: str
 
 def test_tokenizer_that_fastokens_cannot_load(tmp_path: Path) -> None:
     words = {"type": "WordLevel", "vocab": {END: 0, "?": 1, "the": 2}, "unk_token": "?"}
-    plan = _changed_tokenizer(
-        tmp_path, model=words, pre_tokenizer={"type": "Whitespace"}, added_tokens=[], decoder=None
-    )
+    others = {"pre_tokenizer": {"type": "Whitespace"}, "added_tokens": [], "decoder": None}
+    plan = _changed_tokenizer(tmp_path, model=words, **others)
     done = run(plan)
     assert done.returncode == 0
     assert done.stderr.startswith("fastokens cannot load the tokenizer (")

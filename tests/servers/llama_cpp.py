@@ -60,16 +60,8 @@ def to_gguf(folder: Path, file: Path, dtype: str) -> None:
         NotServedError: it cannot.
     """
     script = HOME / "llama.cpp/convert_hf_to_gguf.py"
-    command = [
-        sys.executable,
-        str(script),
-        str(folder.resolve()),
-        "--outfile",
-        str(file.resolve()),
-        "--outtype",
-        dtype,
-    ]
-    _run(command, file.parent)
+    words = [script, folder.resolve(), "--outfile", file.resolve(), "--outtype", dtype]
+    _run([sys.executable, *map(str, words)], file.parent)
 
 
 def _ask(script: str, file: Path, count: int, *words: str) -> Any:

@@ -36,13 +36,7 @@ MIXED_IN_16_BITS = ("granular", "from data")
 MODELS = {
     ("Llama", False): ["plain", "sigmoid, shared"],
     ("Llama", True): [
-        "plain",
-        "granular",
-        "shared",
-        "every second layer",
-        "softmax first",
-        "softmax first, shared",
-        "from data",
+        *("plain", "granular", "shared", "every second layer", "softmax first", "softmax first, shared", "from data"),
     ],
     ("Qwen2", True): ["plain", "softmax first"],
     ("Qwen3", False): ["plain", "every second layer", "softmax first"],

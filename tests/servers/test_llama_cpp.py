@@ -21,6 +21,8 @@ from tests.servers.models import CASES, COUNT, MIXED_IN_16_BITS, MODELS, TYPES, 
 
 
 pytestmark = pytest.mark.skipif(not (HOME / "llama.cpp").is_dir(), reason="`make test-servers` fetches llama.cpp")
+Parents = dict[tuple[str, bool], Path]
+Tokens = Callable[[str, bool, str], list[int]]
 PROMPT = [504, 3575, 282, 260, 3116]
 #: What `convert` says -> what llama.cpp's converter says.
 REFUSALS = {
@@ -37,7 +39,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def parents(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
+def parents(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Parents:
     """Small random parents with that tokenizer."""
     made = {}
     for parent, tied in MODELS:
@@ -50,9 +52,7 @@ def parents(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
 
 
 @pytest.fixture(scope="module")
-def wanted(
-    parents: dict[tuple[str, bool], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, bool, str], list[int]]:
+def wanted(parents: Parents, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     """The tokens of a parent in llama.cpp, in each type; in float32 they are those of transformers."""
 
     @cache
@@ -69,13 +69,7 @@ def wanted(
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("parent", "tied", "name"), CASES)
 def test_a_model_gives_its_parents_tokens_or_convert_says_that_it_does_not(
-    parents: dict[tuple[str, bool], Path],
-    wanted: Callable[[str, bool, str], list[int]],
-    tmp_path: Path,
-    parent: str,
-    tied: bool,
-    name: str,
-    dtype: str,
+    parents: Parents, wanted: Tokens, tmp_path: Path, parent: str, tied: bool, name: str, dtype: str
 ) -> None:
     spec = spec_of(name, parents[parent, tied], tmp_path)
     with open_dense(parents[parent, tied]) as source:
@@ -93,16 +87,12 @@ def test_a_model_gives_its_parents_tokens_or_convert_says_that_it_does_not(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_smollm2_upcycled_gives_its_parents_tokens_and_chats_with_its_template(
-    smollm2: Path, tmp_path: Path, dtype: str
-) -> None:
+def test_smollm2_gives_its_parents_tokens_and_chats(smollm2: Path, tmp_path: Path, dtype: str) -> None:
     with open_dense(smollm2) as source:
         convert(source, tmp_path / "moe", UpcycleSpec(), dtype=TYPES[dtype], progress=False)
     files = [tmp_path / "dense.gguf", tmp_path / "moe.gguf"]
-    wanted, got = (
-        greedy(folder, file, dtype, PROMPT, 24)
-        for folder, file in zip((smollm2, tmp_path / "moe"), files, strict=True)
-    )
+    folders = (smollm2, tmp_path / "moe")
+    wanted, got = (greedy(folder, file, dtype, PROMPT, 24) for folder, file in zip(folders, files, strict=True))
     assert len(wanted) == 24
     assert got == wanted
     answered, turns = (chat(file, 32, ["What is the capital of France?", "And of Italy?"]) for file in files)

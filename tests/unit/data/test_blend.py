@@ -28,33 +28,20 @@ def test_the_papers_blends_are_seven_to_three() -> None:
         assert len(academic) == 5
 
 
-def test_overrides_change_weights_length_and_tokenizer() -> None:
-    blend = read_blend(
-        "fineweb_edu_academic_7_3", ["sources.flan.weight=0.2", "seq_length=4096", "tokenizer=asset://smollm2-135m"]
-    )
-    assert blend.config.sources["flan"].weight == 0.2
-    assert (blend.config.seq_length, blend.config.tokenizer) == (4096, "asset://smollm2-135m")
-    assert blend.config.sources["fineweb_edu"].weight == 0.7
-
-
 @pytest.mark.parametrize(
     ("override", "subject", "got"),
     [
         ("sources.speches.weight=2", "source", "speches"),
-        ("sources.speeches.weight=0", "sources.speeches.weight", 0.0),
         ("sources.speeches.weight=.inf", "sources.speeches.weight", float("inf")),
         ("sources.speeches.on_hit=cutt", "sources.speeches.on_hit", "cutt"),
         ("sources.speeches.tokens=0", "sources.speeches.tokens", 0.0),
         ("sources.speeches.train=[]", "sources.speeches.train", "none"),
-        ("sources.speeches.max_lost=2", "sources.speeches.max_lost", 2.0),
         ("sources.speeches.pii=[iban]", "sources.speeches.pii", "iban"),
         ("hold_out.validation=0.9", "hold_out.validation", 0.9),
         ("near_duplicates.bands=0", "near_duplicates.bands", 0),
         ("near_duplicates.ngrams=5", "near_duplicates: key", "ngrams"),
         ("heldout_overlap=1.5", "heldout_overlap", 1.5),
         ("seed=-1", "seed", -1),
-        ("max_epochs=0", "max_epochs", 0.0),
-        ("pii=[mail]", "pii", "mail"),
     ],
 )
 def test_mistakes_are_named(override: str, subject: str, got: object) -> None:
@@ -65,10 +52,9 @@ def test_mistakes_are_named(override: str, subject: str, got: object) -> None:
 
 
 def test_a_file_of_texts_is_a_blend_of_one_source(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl.gz"
-    blend = read_blend(path, ["sources.texts.options.text_key=content"])
-    assert blend.config.sources["texts"].train == [str(path)]
-    assert blend.config.sources["texts"].options == {"text_key": "content"}
+    blend = read_blend(tmp_path / "mine.jsonl.gz", ["sources.texts.options.text_key=content"])
+    texts = blend.config.sources["texts"]
+    assert (texts.train, texts.options) == ([f"{tmp_path}/mine.jsonl.gz"], {"text_key": "content"})
     assert blend.folder == tmp_path
 
 
@@ -91,13 +77,9 @@ def test_a_folder_and_a_pattern_are_blends_of_one_source(tmp_path: Path) -> None
     [
         ("seq_length: 3", "mine.yaml"),
         ("sources: {}", "sources: got"),
-        ("sources: [a]", "mine.yaml"),
         ("sources: {web: {reader: files}}", "train"),
         ("sources: {'My web': {train: [a.txt]}}", "lower-case letters"),
-        (
-            "{sources: {web: {train: [x]}}, near_duplicates: {}, deduplicate: false}",
-            "near_duplicates: got deduplicate",
-        ),
+        ("{sources: {web: {train: [x]}}, near_duplicates: {}, deduplicate: false}", "near_duplicates: got dedup"),
     ],
 )
 def test_a_file_that_is_no_blend_is_refused(tmp_path: Path, content: str, said: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 
 from nemo_upcycle.data.blend_samples import clamp_interval, whole_indices
@@ -23,9 +23,7 @@ from tests.waiting import HANG_S, wait_until
 def test_an_interval_beyond_the_run_ends_behind_it_and_is_said_where_a_validation_was_wanted(
     interval: float, batches: int, clamped: float, said: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=3, val_check_interval=interval, limit_val_batches=batches, logger=False
-    )
+    trainer = SimpleNamespace(max_steps=3, val_check_interval=interval, limit_val_batches=batches)
     with temporarily_set(show_messages(), "propagate", True):
         clamp_interval(trainer)
     assert trainer.val_check_interval == clamped

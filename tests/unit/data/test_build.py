@@ -72,13 +72,8 @@ def blend(tmp_path: Path) -> Blend:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, list[str]]]] = {
-    "none": (lambda folder: None, {}),
     "a file more": (lambda folder: (folder / "added.txt").touch(), {"new": ["added.txt"]}),
     "a file less": (lambda folder: (folder / "a.txt").unlink(), {"gone": ["a.txt"]}),
-    "another name": (
-        lambda folder: (folder / "a.txt").rename(folder / "c.txt"),
-        {"new": ["c.txt"], "gone": ["a.txt"]},
-    ),
     "another size": (lambda folder: (folder / "b.txt").write_text("longer than it was"), {"changed": ["b.txt"]}),
     "another time": (lambda folder: os.utime(folder / "b.txt", ns=(5, 5)), {"changed": ["b.txt"]}),
 }
@@ -87,6 +82,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, list[str]]]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_files_that_are_others_are_named(blend: Blend, tmp_path: Path, change: str) -> None:
     act, expected = CHANGES[change]
+    assert changed_files(blend, tmp_path / "data") == {}
     act(tmp_path)
     wanted = {how: [str(tmp_path / name) for name in names] for how, names in expected.items()}
     assert changed_files(blend, tmp_path / "data") == wanted

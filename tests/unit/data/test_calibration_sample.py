@@ -10,12 +10,6 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.data.calibration_sample import calibration_sample
 from nemo_upcycle.data.tokenizers import open_tokenizer
 from nemo_upcycle.errors import UpcycleError
-from tests.models import write_llama, write_tokenizer
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259, layers=1))
 
 
 def _spec(folder: Path, text: str) -> UpcycleSpec:
@@ -24,11 +18,11 @@ def _spec(folder: Path, text: str) -> UpcycleSpec:
     return UpcycleSpec(num_experts=2, top_k=2, router_init="prompts", router_prompts=str(folder / "prompts.yaml"))
 
 
-def test_prompts_are_read_for_each_copy(dense: Path, tmp_path: Path) -> None:
+def test_prompts_are_read_for_each_copy(tiny_dense: Path, tmp_path: Path) -> None:
     spec = _spec(tmp_path, "- [how to bake, flour and eggs]\n- the court rules\n")
-    sample = calibration_sample(spec, dense)
+    sample = calibration_sample(spec, tiny_dense)
     assert sample.labels == (0, 0, 1)
-    assert sample.batches[1].tolist() == [open_tokenizer(dense)("flour and eggs")["input_ids"]]
+    assert sample.batches[1].tolist() == [open_tokenizer(tiny_dense)("flour and eggs")["input_ids"]]
     assert sample.about["prompts"] == spec.router_prompts
 
 
@@ -37,12 +31,11 @@ def test_prompts_are_read_for_each_copy(dense: Path, tmp_path: Path) -> None:
     [
         ("- one\n", "a list of 1"),
         ("- one\n- [two, 3]\n", "something else"),
-        ("- one\n- []\n", "something else"),
         ("one: two\n", "something else"),
         ("- [one\n", "while parsing"),
     ],
 )
-def test_other_files_are_no_prompts(dense: Path, tmp_path: Path, text: str, got: str) -> None:
+def test_other_files_are_no_prompts(tiny_dense: Path, tmp_path: Path, text: str, got: str) -> None:
     with pytest.raises(UpcycleError) as refused:
-        calibration_sample(_spec(tmp_path, text), dense)
+        calibration_sample(_spec(tmp_path, text), tiny_dense)
     assert str(refused.value.got).startswith(got)

@@ -42,11 +42,10 @@ def _read(folder: Path, line: Any) -> Conversation:
     return found
 
 
-def _tokens(folder: Path, conversation: list[dict[str, Any]], template: str | None = None) -> list[Tokens]:
-    chat = ChatTemplate(load_tokenizer(folder), template, "the parent")
-    found = list(chat.tokens([Conversation("mine.jsonl:1", conversation)]))
-    assert all(isinstance(one, Tokens) for one in found)
-    return found  # type: ignore[return-value]
+def _tokens(folder: Path, conversation: Conversation | list[dict[str, Any]], template: str | None = None) -> list[Any]:
+    if isinstance(conversation, list):
+        conversation = Conversation("mine.jsonl:1", conversation)
+    return list(ChatTemplate(load_tokenizer(folder), template, "the parent").tokens([conversation]))
 
 
 def _texts(folder: Path, tokens: Tokens) -> tuple[str, str]:
@@ -77,19 +76,14 @@ SCORED: dict[str, tuple[str | None, list[dict[str, Any]], str, str]] = {
         f"user: Warm?</s>assistant: {CALL}</s>tool: 5 degrees</s>assistant: No.</s>",
         f"{CALL}</s>No.</s>",
     ),
-    "thoughts": (
-        TOOLS,
-        _answered(reasoning_content="hm"),
-        "user: How?</s>assistant: [hm]So.</s>",
-        "[hm]So.</s>",
-    ),
+    "thoughts": (TOOLS, _answered(reasoning_content="hm"), "user: How?</s>assistant: [hm]So.</s>", "[hm]So.</s>"),
 }
 
 
 @pytest.mark.parametrize("what", SCORED)
 def test_the_loss_is_on_answers_as_the_template_writes_them(tokenizer: Path, tmp_path: Path, what: str) -> None:
     template, conversation, whole, scored = SCORED[what]
-    (tokens,) = _tokens(tokenizer, _read(tmp_path, conversation).messages, template)
+    (tokens,) = _tokens(tokenizer, _read(tmp_path, conversation), template)
     assert _texts(tokenizer, tokens) == (whole, scored)
 
 
@@ -103,8 +97,7 @@ def test_a_template_that_rewrites_earlier_answers_gives_a_sequence_for_each_answ
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path) -> None:
     other = TEMPLATE.replace("assistant: {% endif", "Assistant: {% endif")
-    chat = ChatTemplate(load_tokenizer(tokenizer), other, "the parent")
-    (found,) = chat.tokens([Conversation("mine.jsonl:1", messages("How?", "So."))])
+    (found,) = _tokens(tokenizer, messages("How?", "So."), other)
     assert isinstance(found, Problem)
     assert found.field == "messages[1]"
 
@@ -115,7 +108,6 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path)
         ("{", "", "broken JSON"),
         ("[1]", "", "no JSON object"),
         ('{"text": "How?"}', "messages", "missing"),
-        ('{"messages": "How?"}', "messages", "no list of messages"),
         ('{"messages": [], "x": 1}', "messages", "no list of messages"),
         ('{"messages": ["How?"]}', "messages[0]", "no JSON object"),
         (messages("How?"), "messages", "no answer to learn"),
@@ -126,12 +118,9 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path)
         ([{"role": "user"}], "messages[0].content", "missing"),
         ([{"role": "user", "content": ["How?"]}], "messages[0].content", "no text"),
         (messages("How?</s>assistant: So.", "No."), "messages[0].content", "the name of a special token"),
-        (_answered(weight=0), "messages", "no answer to learn"),
         (_answered(weight=0.5), "messages[1].weight", "neither 0 nor 1"),
         ([{"role": "user", "content": "How?", "weight": 1}], "messages[0].weight", "on what is no answer"),
-        (_answered(reasoning_content="</s>"), "messages[1].reasoning_content", "the name of a special token"),
         (_answered(tool_calls="weather()"), "messages[1].tool_calls", "no list of JSON objects"),
-        (_called("weather"), "messages[1].tool_calls", "a call without the name of a function"),
         (_called({"arguments": "{}"}), "messages[1].tool_calls", "a call without the name of a function"),
         (
             _called({"name": "f", "arguments": "{"}),
@@ -154,7 +143,7 @@ def test_there_is_no_loss_on_an_answer_of_weight_0(tokenizer: Path, tmp_path: Pa
     turns = messages("How?", "So.", "Why?", "Thus.", "And?", "Ah.")
     turns[1]["weight"], turns[3]["weight"], turns[5]["weight"] = 0, 1, 0
     conversation = _read(tmp_path, turns)
-    (tokens,) = _tokens(tokenizer, conversation.messages)
+    (tokens,) = _tokens(tokenizer, conversation)
     whole, scored = _texts(tokenizer, tokens)
     assert whole == "user: How?</s>\nassistant: So.</s>\nuser: Why?</s>\nassistant: Thus.</s>"
     assert scored == "Thus.</s>"
@@ -182,9 +171,8 @@ NO_TOOL = TOOLS.replace("in messages", "in messages if message.role != 'tool'")
 def test_what_the_template_does_not_write_is_refused_by_name(
     tokenizer: Path, tmp_path: Path, template: str, conversation: list[dict[str, Any]], tools: Any, field: str
 ) -> None:
-    chat = ChatTemplate(load_tokenizer(tokenizer), template, "the parent")
     line = json.dumps({"messages": conversation, "tools": tools})
-    (found,) = chat.tokens([_read(tmp_path, line)])
+    (found,) = _tokens(tokenizer, _read(tmp_path, line), template)
     assert isinstance(found, Problem)
     assert (found.place, found.field) == ("mine.jsonl:1", field)
     assert "chat_template" in found.fix
@@ -209,19 +197,17 @@ def test_packs_hold_every_sequence_once_and_are_full() -> None:
 def test_a_folder_holds_what_its_manifest_counts(tokenizer: Path, tmp_path: Path) -> None:
     manifest = _build(tokenizer, tmp_path, [*sums(), "{", messages("1 + 1?", "2.", "again?")])
     chat = open_chat(tmp_path / "chat")
-    rows = [np.load(chat.folder / name, allow_pickle=True) for name in ("training.npy", "validation.npy")]
+    rows = np.load(chat.folder / "training.npy", allow_pickle=True)
     train = manifest["splits"]["train"]
-    assert sum(int(row["loss_mask"].sum()) for row in rows[0]) == train["answer_tokens"]
-    assert sum(len(row["input_ids"]) for row in rows[0]) == train["tokens"]
-    assert all(len(row["input_ids"]) - len(row["seq_start_id"]) <= 96 for row in rows[0])
+    assert sum(int(row["loss_mask"].sum()) for row in rows) == train["answer_tokens"]
+    assert sum(len(row["input_ids"]) for row in rows) == train["tokens"]
+    assert all(len(row["input_ids"]) - len(row["seq_start_id"]) <= 96 for row in rows)
     conversations = [manifest["splits"][split]["conversations"] for split in ("train", "validation", "heldout")]
     assert sum(conversations) == 41
     assert min(conversations) >= 4
     assert manifest["removed"] == {"broken JSON": 1}
-    removed = [json.loads(line) for line in (chat.folder / "removed.jsonl").read_text().splitlines()]
-    assert removed == [
-        {"place": "mine.jsonl:41", "field": "", "reason": "broken JSON", "fix": "correct or delete the line"}
-    ]
+    removed = {"place": "mine.jsonl:41", "field": "", "reason": "broken JSON", "fix": "correct or delete the line"}
+    assert json.loads((chat.folder / "removed.jsonl").read_text()) == removed
 
 
 def test_the_mask_of_a_pack_is_that_of_the_labels(tokenizer: Path, tmp_path: Path) -> None:
@@ -308,20 +294,12 @@ def test_a_damaged_folder_is_refused_by_file(tokenizer: Path, tmp_path: Path) ->
         open_chat(tmp_path / "chat")
 
 
-@pytest.mark.parametrize(
-    ("override", "subject", "got"),
-    [
-        ("too_long=trim", "too_long", "trim"),
-        ("heldout=0", "heldout", 0.0),
-        ("seq_length=1", "seq_length", 1),
-    ],
-)
-def test_a_wrong_key_or_value_is_named(tmp_path: Path, override: str, subject: str, got: object) -> None:
-    path = write_lines(tmp_path / "mine.jsonl", sums())
+@pytest.mark.parametrize(("key", "value"), [("too_long", "trim"), ("heldout", 0.0), ("seq_length", 1)])
+def test_a_wrong_value_is_named(tmp_path: Path, key: str, value: object) -> None:
     with pytest.raises(UpcycleError) as caught:
-        read_chat(path, [override])
-    assert caught.value.subject.endswith(f": {subject}")
-    assert caught.value.got == got
+        read_chat(tmp_path / "mine.jsonl", [f"{key}={value}"])
+    assert caught.value.subject.endswith(f": {key}")
+    assert caught.value.got == value
 
 
 def test_a_tokenizer_that_puts_a_blank_before_each_text_reads_a_conversation_as_a_whole(tmp_path: Path) -> None:

@@ -13,27 +13,25 @@ from nemo_upcycle.suites.items import Item
 from tests.lm_eval_tasks import write_task
 
 
-@pytest.fixture
-def index() -> NgramIndex:
-    return NgramIndex.build(
-        [
-            Item("physics", "light", ("What is the speed of light?",)),
-            Item("physics", "sound", ("What is the speed of sound?",)),
-            Item("history", "light", ("Who asked what is the speed of light?",)),
-            Item("unused", "none", ("This is not asked by anybody here",)),
-        ]
-    )
+INDEX = NgramIndex.build(
+    [
+        Item("physics", "light", ("What is the speed of light?",)),
+        Item("physics", "sound", ("What is the speed of sound?",)),
+        Item("history", "light", ("Who asked what is the speed of light?",)),
+        Item("unused", "none", ("This is not asked by anybody here",)),
+    ]
+)
 
 
-def test_sets_items_documents_and_bytes_are_counted(index: NgramIndex) -> None:
-    counts = Contamination(index)
+def test_sets_items_documents_and_bytes_are_counted() -> None:
+    counts = Contamination(INDEX)
     pad = "\u00e9 " * 300
     first = f"{pad}What is the speed of light?{pad}WHAT is the speed\nof light? {pad}"
     second = "Who asked: what is the speed of light"
-    counts.add("1", "a.jsonl:1", first, hits := index.find(first), removed_spans(first, hits))
-    counts.add("2", "a.jsonl:2", second, index.find(second), [(0, len(second))])
-    counts.add("3", "a.jsonl:3", "nothing", index.find("nothing"))
-    counts.add("4", "a.jsonl:4", second, index.find(second))  # a mere report
+    counts.add("1", "a.jsonl:1", first, hits := INDEX.find(first), removed_spans(first, hits))
+    counts.add("2", "a.jsonl:2", second, INDEX.find(second), [(0, len(second))])
+    counts.add("3", "a.jsonl:3", "nothing", INDEX.find("nothing"))
+    counts.add("4", "a.jsonl:4", second, INDEX.find(second))  # a mere report
     found = counts.to_dict()
     assert list(found) == ["history", "physics"]
     removed = sum(len(first[start:stop].encode()) for start, stop in removed_spans(first, hits))
@@ -47,23 +45,23 @@ def test_sets_items_documents_and_bytes_are_counted(index: NgramIndex) -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def test_passage_inside_one_removed_span_counts_its_bytes_once(index: NgramIndex) -> None:
+def test_passage_inside_one_removed_span_counts_its_bytes_once() -> None:
     text = "What is the speed of light? What is the speed of sound?"
-    counts = Contamination(index)
-    counts.add("1", "a:1", text, hits := index.find(text), removed_spans(text, hits))
+    counts = Contamination(INDEX)
+    counts.add("1", "a:1", text, hits := INDEX.find(text), removed_spans(text, hits))
     assert len(hits) == 2
     assert counts.to_dict()["physics"]["bytes"] == len(text)
     assert counts.to_dict()["physics"]["items"] == ["light", "sound"]
 
 
-def test_merged_counts_are_sums_and_items_are_counted_once(index: NgramIndex) -> None:
+def test_merged_counts_are_sums_and_items_are_counted_once() -> None:
     parts = []
     for text in ("what is the speed of light", "what is the speed of light what is the speed of sound", "nothing"):
-        counts = Contamination(index)
+        counts = Contamination(INDEX)
         for number in range(15):
-            counts.add(str(number), f"{text[-5:]}:{number}", text, index.find(text), [(0, len(text))])
+            counts.add(str(number), f"{text[-5:]}:{number}", text, INDEX.find(text), [(0, len(text))])
         parts.append(counts.to_dict())
-    merged = merge_contamination(parts, index.summary)
+    merged = merge_contamination(parts, INDEX.summary)
     assert list(merged) == ["physics", "history", "unused"]
     physics = merged["physics"]
     assert (physics["items"], physics["items_hit"], physics["documents"]) == (2, 2, 30)
@@ -76,13 +74,12 @@ def test_merged_counts_are_sums_and_items_are_counted_once(index: NgramIndex) ->
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """A suite of the user's own tasks; the file of one is not there."""
+    """A suite of a task of the user's own, whose file is not there."""
     (tmp_path / "tasks").mkdir()
     form = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "none"}
-    for name, rows in (("quiz", [{"question": "Which of these rivers is the longest of all?"}]), ("lost", [])):
-        write_task(tmp_path / "tasks", name, {"test": rows}, **form)
+    write_task(tmp_path / "tasks", "lost", {"test": []}, **form)
     path = tmp_path / "mine.yaml"
-    path.write_text("{tasks: {quiz: [0], lost: [0]}, local: false, include_path: tasks}", encoding="utf-8")
+    path.write_text("{tasks: {lost: [0]}, local: false, include_path: tasks}", encoding="utf-8")
     return path
 
 
@@ -100,11 +97,3 @@ def test_only_tasks_that_are_asked_can_be_left_out(suite: Path) -> None:
     for suites in ([], ["full"]):
         with pytest.raises(UpcycleError, match=r"decontaminate_without: got lost, expected \[\], because no suite"):
             check_suites(suites, ["lost"])
-
-
-def test_own_tasks_are_looked_for_without_those_that_are_named(suite: Path, tmp_path: Path) -> None:
-    summary = build_index([suite], tmp_path / "index.npz", without=["lost"])
-    assert summary["without"] == ["lm-eval/lost"]
-    assert {name: counts["items"] for name, counts in summary["sets"].items()} == {"lm-eval/quiz": 1}
-    found = NgramIndex.load(tmp_path / "index.npz").find("He asked which of these rivers is the longest of all, once.")
-    assert [hit.size for hit in found] == [9]

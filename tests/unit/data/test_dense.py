@@ -29,35 +29,14 @@ def test_the_hub_is_asked_for_one_set_of_weights_and_every_companion():
     assert list(utils.filter_repo_objects(wanted + others, **patterns)) == wanted
 
 
-@pytest.mark.parametrize(
-    ("missing", "message"),
-    [
-        ("config.json", r"config\.json"),
-        ("model.safetensors", r"model\.safetensors"),
-        ("tokenizer.json", r"tokenizer in .*got none, expected one of tokenizer\.json"),
-    ],
-)
-def test_refuses_a_folder_that_lacks_a_part(tiny_dense, tmp_path, missing, message):
-    folder = tmp_path / "part"
-    shutil.copytree(tiny_dense, folder)
-    (folder / missing).unlink()
-    with pytest.raises(UpcycleError, match=message):
-        import_dense(str(folder), tmp_path / "out")
-
-
-@pytest.fixture
-def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A cache that cannot be written, and no network."""
-    monkeypatch.setenv("NEMO_UPCYCLE_CACHE", "/dev/null/cache")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.mark.usefixtures("nothing_is_fetched")
-@pytest.mark.parametrize(
-    "source", ["asset://smollm2-135m", "hf://meta-llama/Meta-Llama-3-8B", "meta-llama/Llama-3.2-1B"]
-)
-def test_names_of_assets_and_of_the_hub_are_taken_as_they_are(source: str) -> None:
-    check_address(source)
+def test_refuses_a_folder_that_lacks_a_part(tiny_dense, tmp_path):
+    messages = {"config.json": r"config\.json", "model.safetensors": r"model\.safetensors"}
+    messages |= {"tokenizer.json": r"tokenizer in .*got none, expected one of tokenizer\.json"}
+    for missing, message in messages.items():
+        folder = shutil.copytree(tiny_dense, tmp_path / missing)
+        (folder / missing).unlink()
+        with pytest.raises(UpcycleError, match=message):
+            import_dense(str(folder), tmp_path / "out")
 
 
 def test_a_configuration_alone_says_what_the_parent_is_where_nothing_is_read(tmp_path: Path) -> None:
@@ -77,14 +56,6 @@ def test_a_configuration_alone_says_what_the_parent_is_where_nothing_is_read(tmp
         check_address(str(whole))
 
 
-@pytest.mark.usefixtures("nothing_is_fetched")
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        ("asset://mmlu", "model asset 'mmlu' does not exist"),
-        ("nemo:///checkpoints/x", "got a NeMo or Megatron checkpoint, expected a Hugging Face folder"),
-    ],
-)
-def test_refuses_what_cannot_be_a_dense_model(source: str, words: str) -> None:
-    with pytest.raises(UpcycleError, match=words):
-        check_address(source)
+def test_refuses_an_asset_that_is_no_dense_model() -> None:
+    with pytest.raises(UpcycleError, match="model asset 'mmlu' does not exist"):
+        check_address("asset://mmlu")

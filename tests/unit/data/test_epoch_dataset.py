@@ -83,16 +83,6 @@ def test_one_epoch_of_five_reads_every_token_once(tmp_path: Path, files: list[in
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_more_epochs_only_append_to_the_order(tmp_path: Path) -> None:
-    lengths = _lengths(40)
-    prefix, tokens = _write(tmp_path, lengths), sum(lengths)
-    longest = _tokens(_open(prefix, 7 * tokens // SEQUENCE))
-    for num_samples in (None, 3, tokens // SEQUENCE + 1, 3 * tokens // SEQUENCE):
-        read = _tokens(_open(prefix, num_samples))
-        assert len(read) < len(longest)
-        assert (read == longest[: len(read)]).all()
-
-
 def test_first_epoch_is_in_the_order_of_megatron(tmp_path: Path) -> None:
     prefix = _write(tmp_path, _lengths(40))
     assert (_tokens(_open(prefix, 3)) == _tokens(_open(prefix, 3, is_stock=True))).all()

@@ -29,9 +29,7 @@ def test_a_source_is_named_by_its_first_file_with_its_weight(folder: Path) -> No
     assert paths == ["0.3", str(folder / BOOKS.format(0)), "0.7", str(folder / TALKS)]
 
 
-def test_order_of_sources_and_address_of_the_folder_do_not_count(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_order_and_address_of_sources_do_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's indices are named after the paths."""
     expected = open_blend(folder).paths(SEQUENCE)
     set_manifest(folder, sources=dict(reversed(read_json(folder / "manifest.json")["sources"].items())))
@@ -41,26 +39,12 @@ def test_order_of_sources_and_address_of_the_folder_do_not_count(
 
 
 def test_validation_omits_sources_shorter_than_a_sequence(tiny_dense: Path, tmp_path: Path) -> None:
-    sources = {
-        "talks": (1.0, {"train": [9], "validation": [20, 1]}),
-        "books": (1.0, {"train": [9], "validation": [1]}),
-        "notes": (1.0, {"train": [9]}),
-    }
+    splits = {"talks": {"validation": [20, 1]}, "books": {"validation": [1]}, "notes": {}}
+    sources = {name: (1.0, {"train": [9], **held}) for name, held in splits.items()}
     blend = open_blend(write_blend(tmp_path / "blend", tiny_dense, sources))
     paths = blend.paths(seq_length=100)
     assert paths["validation"][1::2] == [str(blend.folder / "tokens/talks_validation_00_text_document")]
     assert paths["test"] == paths["validation"]
-
-
-def test_epochs_follow_from_weights_and_tokens(folder: Path) -> None:
-    blend = open_blend(folder)
-    talks = blend.manifest["sources"]["talks"]["splits"]["train"]["tokens"]
-    tokens = 2 * talks / 0.7
-    assert blend.epochs(tokens)["talks"] == pytest.approx(2.0)
-    limit = blend.manifest["max_epochs"]
-    assert list(blend.read_too_often(tokens / 2 * limit * 0.999)) == []
-    said = "\n".join(blend.read_too_often(tokens * limit))
-    assert f"source talks is read {2 * limit:.1f} times, more often than max_epochs ({limit:g})" in said
 
 
 def _cut(path: Path) -> None:
@@ -73,20 +57,20 @@ def _lose_a_token(folder: Path) -> None:
     set_manifest(folder, sources=sources)
 
 
-DAMAGE: list[tuple[str, str, Callable[[Path], object]]] = [
-    ("data folder {}", "no _SUCCESS.json", lambda folder: (folder / MARKER).unlink()),
-    ("format of {}/manifest.json", "texts 1", lambda folder: set_manifest(folder, format=1)),
-    ("tokens of source books, train in {}", "", _lose_a_token),
-    (f"{{}}/{BOOKS.format(1)}.bin", "", lambda folder: _cut(folder / f"{BOOKS.format(1)}.bin")),
-    (f"{{}}/{BOOKS.format(1)}.idx", "", lambda folder: _cut(folder / f"{BOOKS.format(1)}.idx")),
-    (f"{{}}/{TALKS}.bin", "no such file", lambda folder: (folder / f"{TALKS}.bin").unlink()),
-    (f"{{}}/{TALKS}.idx", "no such file", lambda folder: (folder / f"{TALKS}.idx").unlink()),
-    (f"{{}}/{TALKS}.idx", "3 bytes", lambda folder: (folder / f"{TALKS}.idx").write_bytes(b"abc")),
-    (f"{{}}/{TALKS}.idx", "other bytes", lambda folder: (folder / f"{TALKS}.idx").write_bytes(bytes(999))),
-]
-
-
-@pytest.mark.parametrize(("subject", "got", "damage"), DAMAGE)
+@pytest.mark.parametrize(
+    ("subject", "got", "damage"),
+    [
+        ("data folder {}", "no _SUCCESS.json", lambda folder: (folder / MARKER).unlink()),
+        ("format of {}/manifest.json", "texts 1", lambda folder: set_manifest(folder, format=1)),
+        ("tokens of source books, train in {}", "", _lose_a_token),
+        (f"{{}}/{BOOKS.format(1)}.bin", "", lambda folder: _cut(folder / f"{BOOKS.format(1)}.bin")),
+        (f"{{}}/{BOOKS.format(1)}.idx", "", lambda folder: _cut(folder / f"{BOOKS.format(1)}.idx")),
+        (f"{{}}/{TALKS}.bin", "no such file", lambda folder: (folder / f"{TALKS}.bin").unlink()),
+        (f"{{}}/{TALKS}.idx", "no such file", lambda folder: (folder / f"{TALKS}.idx").unlink()),
+        (f"{{}}/{TALKS}.idx", "3 bytes", lambda folder: (folder / f"{TALKS}.idx").write_bytes(b"abc")),
+        (f"{{}}/{TALKS}.idx", "other bytes", lambda folder: (folder / f"{TALKS}.idx").write_bytes(bytes(999))),
+    ],
+)
 def test_damaged_folder_is_refused(folder: Path, subject: str, got: str, damage: Callable[[Path], object]) -> None:
     open_blend(folder)
     damage(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.data.blend import Blend, read_blend
-from nemo_upcycle.data.first_look import Look, check_look, check_texts, reading
+from nemo_upcycle.data.first_look import Look, check_look, check_texts
 from nemo_upcycle.data.readers import InputFile
 from nemo_upcycle.errors import UpcycleError
 
@@ -25,7 +25,6 @@ def _look(documents: int, lost: int, **fields: int) -> Look:
 @pytest.mark.parametrize(
     ("look", "field"),
     [
-        (_look(0, 50, content=900, url=90), "content"),
         (_look(20, 30, content=900, url=90), "content"),
         (_look(0, 50, question=900, answer=800), ""),
         (_look(40, 10, content=900), ""),
@@ -48,8 +47,3 @@ def test_empty_files_are_refused_and_addresses_left_to_the_build(blend: Blend) -
     with pytest.raises(UpcycleError, match="2 files, all empty"):
         check_texts(blend, "texts", [InputFile(f"/{name}.jsonl", "jsonl", 0) for name in "ab"])
     check_texts(blend, "texts", [InputFile("hf://datasets/a.jsonl", "jsonl", 0)])
-
-
-def test_a_blend_reads_another_field(blend: Blend) -> None:
-    assert reading(blend, "texts", "body").config.sources["texts"].options == {"text_key": "body"}
-    assert blend.config.sources["texts"].options == {}

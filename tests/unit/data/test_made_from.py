@@ -23,7 +23,6 @@ BLEND: dict[str, Any] = {"format": 2, "blend": {"seed": 1}, "strict": False}
         (NOTED | {"files": [["/a", 4, 8]]}, "another chat's (since data was made 1 is changed (/a))"),
         (NOTED | {"format": 0}, 0),
         (BLEND, "files that are not ours"),
-        ({}, "files that are not ours"),
     ],
 )
 def test_what_differs_is_named(earlier: dict[str, Any], got: object) -> None:

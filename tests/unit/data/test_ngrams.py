@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,11 @@ import pytest
 
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import Hit, cut, removed_spans
-from nemo_upcycle.data.word_hashes import normalise
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import Item
 
 
 QUESTION = "Which of the two came first, the hen or the egg, and who was there to see it?"
-#: Of the two items of test_hashes_stay_the_same_in_every_version: saved indices depend on them.
-HASHES = ["0x62fc94c9d8d4b568", "0xf0337b0ec4f5ef2f"]
 
 
 def index_of(*texts: str, **options: int) -> NgramIndex:
@@ -70,21 +67,6 @@ def test_finds_what_an_obvious_search_finds(seed: int) -> None:
     assert expected or boilerplate == 3
 
 
-@pytest.mark.parametrize(
-    "written",
-    [
-        QUESTION.upper().replace(" ", "\n"),
-        QUESTION.replace(" ", " \u2013 ").replace(",", "\u201d").replace("e", "\u00ea\u2019"),
-    ],
-)
-def test_case_quotes_dashes_accents_and_line_breaks_do_not_matter(written: str) -> None:
-    text = f"\u201cWell\u201d, he said \u2013 \u201c{written}\u201d \u2013 and left."
-    (hit,) = index_of(QUESTION).find(text)
-    assert (hit.size, hit.items) == (18, (0,))
-    assert written.startswith(text[hit.start : hit.stop])
-    assert len(normalise(written[hit.stop - hit.start :]).strip(b"\0")) == 0
-
-
 def test_short_items_are_found_whole_only() -> None:
     index = index_of("what is the speed of light", "how fast is it", "what is the speed of sound in air at sea level")
     assert [hit.items for hit in index.find("Ask: what is the speed of light? And how fast is it?")] == [(0,)]
@@ -122,11 +104,10 @@ def test_text_without_words_has_no_hits(text: str) -> None:
 
 
 def test_saved_index_finds_the_same_and_has_the_same_bytes(tmp_path: Path) -> None:
-    built = index_of(QUESTION, "what is the speed of light")
-    built.save(tmp_path / "deep" / "one.npz")
-    index_of(QUESTION, "what is the speed of light").save(tmp_path / "two.npz")
-    assert (tmp_path / "deep" / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["one.npz"]
+    built, again = (index_of(QUESTION, "what is the speed of light") for _ in range(2))
+    built.save(tmp_path / "deep/one.npz")
+    again.save(tmp_path / "two.npz")
+    assert (tmp_path / "deep/one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     loaded = NgramIndex.load(tmp_path / "two.npz")
     text = f"{QUESTION} What is the speed of light?"
     assert loaded.find(text) == built.find(text) != []
@@ -136,7 +117,8 @@ def test_saved_index_finds_the_same_and_has_the_same_bytes(tmp_path: Path) -> No
 
 def test_hashes_stay_the_same_in_every_version() -> None:
     index = index_of("what is the speed of light", "Stra\u00dfe na\u00efve don\u2019t 1,000 x\u00b2 end")
-    assert [hex(value) for value in index.arrays["long_hashes"].tolist()] == HASHES
+    hashes = [hex(value) for value in index.arrays["long_hashes"].tolist()]
+    assert hashes == ["0x62fc94c9d8d4b568", "0xf0337b0ec4f5ef2f"]  # saved indices depend on them
 
 
 LONG = (
@@ -179,40 +161,14 @@ def test_rows_of_digits_and_single_letters_are_neither_hit_nor_reported() -> Non
     assert index.summary["sums"]["too_short"] == 1
 
 
-def _of_another_version(path: Path) -> None:
-    arrays = index_of(QUESTION).arrays
-    np.savez(path, **{**arrays, "settings": arrays["settings"] + 1})
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
-    "version": _of_another_version,
-}
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-def test_what_is_no_index_is_refused(tmp_path: Path, how: str) -> None:
-    path = tmp_path / "index.npz"
-    index_of(QUESTION).save(path)
-    DAMAGE[how](path)
-    with pytest.raises(UpcycleError, match=r"n-gram index .*index\.npz: got .*Fix: "):
-        NgramIndex.load(path)
-
-
-def test_cut_keeps_what_lies_further_than_the_margin() -> None:
-    before, after = "b" * 30 + " word" * 100, "word " * 100 + "a" * 30
-    text = f"{before} {QUESTION} {after}"
-    hits = index_of(QUESTION).find(text)
-    first, second = cut(text, hits, margin=100)
-    assert text.startswith(first)
-    assert text.endswith(second)
-    start, stop = text.index(QUESTION), text.index("?")
-    assert start - 105 <= len(first) <= start - 100
-    assert stop + 100 <= len(text) - len(second) <= stop + 105
-    assert first.endswith(" word")
-    assert second.startswith("word ")
-    assert cut(text, hits, margin=1000) == []
-    assert cut(text, []) == [text]
+def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
+    index, cut_short, newer = index_of(QUESTION), tmp_path / "cut.npz", tmp_path / "newer.npz"
+    index.save(cut_short)
+    cut_short.write_bytes(cut_short.read_bytes()[:-200])
+    np.savez(newer, **{**index.arrays, "settings": index.arrays["settings"] + 1})
+    for path in (cut_short, newer):
+        with pytest.raises(UpcycleError, match=rf"n-gram index .*{path.name}: got .*Fix: "):
+            NgramIndex.load(path)
 
 
 def test_cut_ends_between_words_where_one_is_near() -> None:
@@ -228,3 +184,49 @@ def test_cut_joins_margins_that_meet_in_any_order_of_hits() -> None:
     spans = removed_spans(text, hits, 50)
     assert spans == [(49, 455), (549, 655)]
     assert cut(text, hits, 50) == [text[:49], text[455:549], text[655:]]
+
+
+#: In scripts without blanks: questions, and text around them.
+QUESTIONS = {
+    "zh": "下列哪一种气体在地球大气层中所占的比例最大。",
+    "zh, short": "世界上面积最大的海洋是哪一个。",
+    "ja": "次のうち、地球の大気中に最も多く含まれている気体はどれですか。",
+    "ko": "다음 중 지구 대기에서 가장 많은 비율을 차지하는 기체는 무엇입니까?",
+    "th": "ก๊าซชนิดใดมีสัดส่วนมากที่สุดในชั้นบรรยากาศของโลก",
+    "lo": "ອາຍແກັສຊະນິດໃດມີຫຼາຍທີ່ສຸດໃນຊັ້ນບັນຍາກາດຂອງໂລກ",
+    "km": "តើឧស្ម័នមួយណាមានច្រើនជាងគេនៅក្នុងបរិយាកាសរបស់ផែនដី",
+}
+AROUND = {
+    "zh": "我们昨天去了城里的图书馆、借了几本关于历史和地理的书、然后回家吃了晚饭。",
+    "ja": "昨日は町の図書館へ行って歴史や地理の本を何冊か借りてから家に帰って夕食を食べました。",
+    "ko": "우리는 어제 시내 도서관에 가서 역사와 지리에 관한 책을 몇 권 빌린 다음 집으로 돌아와 저녁을 먹었다.",
+    "th": "เมื่อวานเราไปห้องสมุดในเมืองยืมหนังสือประวัติศาสตร์และภูมิศาสตร์มาหลายเล่มแล้วกลับบ้านไปกินข้าวเย็น",
+    "lo": "ມື້ວານນີ້ພວກເຮົາໄປຫໍສະໝຸດໃນເມືອງຢືມປຶ້ມປະຫວັດສາດຫຼາຍຫົວແລ້ວກັບບ້ານໄປກິນເຂົ້າແລງ",
+    "km": "ម្សិលមិញយើងបានទៅបណ្ណាល័យក្នុងទីក្រុងខ្ចីសៀវភៅប្រវត្តិសាស្ត្រជាច្រើនក្បាលហើយត្រឡប់មកផ្ទះវិញ",
+}
+ASKED = NgramIndex.build([Item("quiz", name, (text,)) for name, text in QUESTIONS.items()], short_words=8)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("between", ["\n", ""])
+def test_question_is_found_on_its_line_and_inside_text(name: str, form: str, between: str) -> None:
+    around, question = AROUND[name[:2]], QUESTIONS[name]
+    text = unicodedata.normalize(form, f"{around}{between}{question}{between}{around}")
+    (hit,) = ASKED.find(text)
+    assert ASKED.item(hit.items[0])[1] == name
+    found = unicodedata.normalize("NFC", text[hit.start : hit.stop])
+    assert found[:-1] in unicodedata.normalize("NFC", question)
+    assert len(found) >= 0.9 * len(question)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_blanks_inside_a_question_do_not_matter(name: str) -> None:
+    question, around = QUESTIONS[name], AROUND[name[:2]]
+    (hit,) = ASKED.find(f"{around}{' '.join(question)}{around}")
+    assert ASKED.item(hit.items[0])[1] == name
+
+
+@pytest.mark.parametrize("language", AROUND)
+def test_other_text_is_not_found(language: str) -> None:
+    assert ASKED.search(AROUND[language] * 3) == ([], [])

@@ -5,7 +5,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from nemo_upcycle.data.word_hashes import HashFilter, normalise, origin, word_blocks
+from nemo_upcycle.data.word_hashes import normalise, origin, word_blocks
 
 
 def words_of(text: str) -> list[str]:
@@ -17,30 +17,22 @@ def words_of(text: str) -> list[str]:
     [
         ("Don't stop-now", ["dont", "stop", "now"]),
         ("Don\u2019t stop\u2014now", ["dont", "stop", "now"]),
-        ("DON\u02bcT stop\u2011now", ["dont", "stop", "now"]),
         ("rock \u2018n\u2019 roll", ["rock", "n", "roll"]),
         ("one\r\n\ttwo\u00a0three\u2003four", ["one", "two", "three", "four"]),
         ("co\u00adoperate zero\u200bwidth", ["cooperate", "zerowidth"]),
         ("Stra\u00dfe STRASSE", ["strasse", "strasse"]),
         ("na\u00efve nai\u0308ve NAIVE", ["naive", "naive", "naive"]),
-        ("\ufb01ne \uff26\uff29\uff2e\uff25", ["fine", "fine"]),
         ("x\u00b2 = \u00bd", ["x2", "1", "2"]),
-        (
-            "\u041c\u043e\u0441\u043a\u0432\u0430 \u65e5\u672c\u3002\u8a9e",
-            ["mockba", "\u65e5", "\u672c", "\u8a9e"],
-        ),
+        ("\u041c\u043e\u0441\u043a\u0432\u0430 \u65e5\u672c\u3002\u8a9e", ["mockba", "\u65e5", "\u672c", "\u8a9e"]),
         ("1,000 snake_case $x^2$ a\0b", ["1", "000", "snake", "case", "x", "2", "a", "b"]),
         ("\ud800 lone", ["lone"]),
         ("\u0410\u0420\u03a1LE \u0430\u0440\u0440l\u0435 \uff41\uff50\uff50\uff4c\uff45", ["apple", "apple", "apple"]),
-        ("\u039d\u03c5\u03bd \u039d\u03a5\u039d", ["vuv", "vuv"]),
         ("the <b>speed</b> of<br/>light<span class='x'>!</span>", ["the", "speed", "of", "light"]),
         ("a &amp; b don&#39;t don&rsquo;t x&nbsp;y", ["a", "b", "dont", "dont", "x", "y"]),
         ("if a<b and c>d: <int> <unk>", ["if", "a", "b", "and", "c", "d", "int", "unk"]),
-        ("GPT\u6a21\u578b 2", ["gpt", "\u6a21", "\u578b", "2"]),
         ("\u30c7\u30fc\u30bf \uff83\uff9e\uff70\uff80", ["\u30c6", "\u30fc", "\u30bf"] * 2),
         ("\ud55c\uae00 \u1112\u1161\u11ab\u1100\u1173\u11af", ["\u1112\u1161\u11ab", "\u1100\u1173\u11af"] * 2),
         ("\u0e1b\u0e35\u0e17\u0e35\u0e48", ["\u0e1b", "\u0e17"]),
-        ("... -- !!", []),
         ("", []),
     ],
 )
@@ -75,15 +67,6 @@ def test_word_longer_than_a_block_is_hashed_in_parts() -> None:
     blocks = list(word_blocks(normalise("a" * 200_000 + " the end"), 2))
     assert blocks[-1].stops[-1] == 200_008
     assert len(blocks) > 5
-
-
-def test_filter_passes_every_member_and_few_others() -> None:
-    rng = np.random.default_rng(0)
-    members, others = (rng.integers(0, 2**64, 100_000, np.uint64) for _ in range(2))
-    chosen = HashFilter(members)
-    assert len(chosen.may_hold(members)) == len(members)
-    assert len(chosen.may_hold(others)) < 0.02 * len(others)
-    assert not len(HashFilter(members[:0]).may_hold(others))
 
 
 @pytest.mark.parametrize("style", ["{n:4d}  {line}", "{n}: {line}", "{n}|{line}", "{n}\t{line}"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,21 +24,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return import_dense("asset://smollm2-135m", tmp_path_factory.mktemp("smollm2") / "dense")
 
 
-def _load(folder: Path, **options: Any) -> Any:
-    """Load with transformers, and refuse any key that was missing or left over."""
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
-    return model
-
-
 @pytest.mark.full
 def test_weights_are_those_of_transformers_own_loader_and_know_the_capital_of_france(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, file = _load(folder, dtype=torch.bfloat16), fetch_asset("smollm2-135m")
-    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16).state_dict()
+    load, file = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16), fetch_asset("smollm2-135m")
+    model, info = load(folder, output_loading_info=True)
+    assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    theirs = load(file.parent, gguf_file=file.name).state_dict()
     ours = model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())

@@ -33,7 +33,5 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 2 layers with random weights, large enough that its answers differ."""
-    folder = write_llama(
-        tmp_path_factory.mktemp("tiny") / "llama", layers=2, vocab_size=259, max_position_embeddings=512
-    )
-    return write_tokenizer(folder)
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    return write_tokenizer(write_llama(folder, layers=2, vocab_size=259, max_position_embeddings=512))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 
@@ -17,7 +16,7 @@ from nemo_upcycle.evaluation.arms import (
     pooled_spread,
     sums_after,
 )
-from nemo_upcycle.evaluation.heldout import bits_per_byte, by_source, document_sums
+from nemo_upcycle.evaluation.heldout import bits_per_byte, document_sums
 from nemo_upcycle.evaluation.statistics import Spread
 
 
@@ -30,23 +29,11 @@ def documents(*bits: float) -> dict[str, tuple[float, float]]:
 
 
 def test_windows_are_added_up_to_documents() -> None:
-    items = [
-        {"cluster": "a", "scores": {"bits_per_byte": [-1.0, 10]}},
-        {"cluster": "b", "scores": {"bits_per_byte": [-4.0, 20]}},
-        {"cluster": "a", "scores": {"bits_per_byte": [-2.0, 5]}},
-    ]
+    windows = (("a", [-1.0, 10]), ("b", [-4.0, 20]), ("a", [-2.0, 5]))
+    items = [{"cluster": name, "scores": {"bits_per_byte": sums}} for name, sums in windows]
     assert document_sums({"items": {"text": items}}, "text") == {"a": (-3.0, 15), "b": (-4.0, 20)}
     with pytest.raises(UpcycleError, match="Did you mean 'text'"):
         document_sums({"items": {"text": items}}, "texts")
-
-
-def test_each_source_has_its_own_bits_per_byte() -> None:
-    # 100 bytes of 1 bit and 100 of 3: 2.0; without one 3.0, without the other 1.0: jackknife 1.0
-    named = dict(zip(("law/a", "web/1", "law/b"), documents(1.0, 0.5, 3.0).values(), strict=True))
-    assert by_source(named) == {
-        "law": {"value": pytest.approx(2.0), "stderr": pytest.approx(1.0), "documents": 2},
-        "web": {"value": pytest.approx(0.5), "stderr": None, "documents": 1},
-    }
 
 
 def test_between_two_points_documents_are_linear_in_the_logarithm_of_the_tokens() -> None:
@@ -140,9 +127,8 @@ def test_other_documents_are_refused() -> None:
 
 
 def test_better_from_is_where_it_stays_better() -> None:
-    def verdicts(*names: str) -> list[dict[str, Any]]:
-        return [{"tokens": 100 * number, "verdict": name} for number, name in enumerate(names)]
-
-    assert better_from(verdicts("tie", "better", "tie", "better", "better")) == 300
-    assert better_from(verdicts("better", "better", "worse")) is None
-    assert better_from(verdicts("better")) == 0
+    names = ("tie", "better", "tie", "better", "better", "worse")
+    points = [{"tokens": 100 * number, "verdict": name} for number, name in enumerate(names)]
+    assert better_from(points[:-1]) == 300
+    assert better_from(points) is None
+    assert better_from(points[3:5]) == 300

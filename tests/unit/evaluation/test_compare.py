@@ -8,38 +8,20 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.compare import (
-    compare_items,
-    jackknife_stderr,
-    left_out,
-    parts_of,
-    statistic,
-)
+from nemo_upcycle.evaluation.compare import compare_items, jackknife_stderr, left_out, parts_of, statistic
 
 
 def evaluation(
-    name: str, likelihoods: list[list[float]], accuracies: list[float], texts: list[float]
+    name: str, likelihoods: list[list[float]], accuracies: list[float], texts: list[float], size_bytes: int = 50
 ) -> dict[str, Any]:
-    """An evaluation of some questions, and of windows of 10 words and 50 bytes each."""
-    questions = [
-        {
-            "id": number,
-            "hash": f"question {number}",
-            "loglikelihoods": values,
-            "answer": values.index(max(values)),
-            "scores": {"acc": accuracy},
-        }
-        for number, (values, accuracy) in enumerate(zip(likelihoods, accuracies, strict=True))
-    ]
-    windows = [
-        {
-            "id": number,
-            "hash": f"window {number}",
-            "loglikelihoods": [value],
-            "scores": {"word_perplexity": [value, 10], "bits_per_byte": [value, 50]},
-        }
-        for number, value in enumerate(texts)
-    ]
+    """An evaluation of some questions, and of windows of 10 words and some bytes each."""
+    questions, windows = [], []
+    for number, (values, accuracy) in enumerate(zip(likelihoods, accuracies, strict=True)):
+        question = {"id": number, "hash": f"question {number}", "loglikelihoods": values, "scores": {"acc": accuracy}}
+        questions.append(question | {"answer": values.index(max(values))})
+    for number, value in enumerate(texts):
+        scores = {"word_perplexity": [value, 10], "bits_per_byte": [value, size_bytes]}
+        windows.append({"id": number, "hash": f"window {number}", "loglikelihoods": [value], "scores": scores})
     items = {"quiz": questions, "text": windows}
     metrics = {
         "quiz/acc": {"higher_is_better": True},

@@ -21,53 +21,36 @@ from tests.chats import TEMPLATE
 
 
 SUITE = "tasks: {ifeval: [0]}\nlocal: false\nchat_template: true\nfiles: {ifeval: ifeval.jsonl}\n"
-#: In the form of google/IFEval, in words of our own.
+
+
+def prompt(key: int, text: str, asked: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return a prompt in the form of google/IFEval, in words of our own, with its instructions."""
+    return {"key": key, "prompt": text, "instruction_id_list": [*asked], "kwargs": [*asked.values()]}
+
+
+_PLAIN = {"punctuation:no_comma": {}, "change_case:english_lowercase": {}}
+_SKY = {"detectable_format:number_bullet_lists": {"num_bullets": 3}, "keywords:existence": {"keywords": ["sky"]}}
+_SHORT = {"length_constraints:number_words": {"relation": "less than", "num_words": 5}}
 PROMPTS = [
-    {
-        "key": 1,
-        "prompt": "Say hello without a single comma, and write no capital letter.",
-        "instruction_id_list": ["punctuation:no_comma", "change_case:english_lowercase"],
-        "kwargs": [{}, {}],
-    },
-    {
-        "key": 2,
-        "prompt": "Name a colour in three bullet points, and mention the word sky.",
-        "instruction_id_list": ["detectable_format:number_bullet_lists", "keywords:existence"],
-        "kwargs": [{"num_bullets": 3}, {"keywords": ["sky"]}],
-    },
-    {
-        "key": 3,
-        "prompt": "Write fewer than five words.",
-        "instruction_id_list": ["length_constraints:number_words"],
-        "kwargs": [{"relation": "less than", "num_words": 5}],
-    },
+    prompt(1, "Say hello without a single comma, and write no capital letter.", _PLAIN),
+    prompt(2, "Name a colour in three bullet points, and mention the word sky.", _SKY),
+    prompt(3, "Write fewer than five words.", _SHORT),
 ]
-SENTENCES = {
-    "key": 4,
-    "prompt": "Write two sentences.",
-    "instruction_id_list": ["length_constraints:number_sentences"],
-    "kwargs": [{"relation": "at least", "num_sentences": 2}],
-}
 #: What is written to each prompt: one follows one of two instructions, one both, one none.
 WRITTEN = {1: "hello there, friend", 2: "* the sky\n* the sea\n* ink", 3: "Blue is the colour of it"}
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    pytest.importorskip("langdetect", reason='pip install "lm-eval[ifeval]"')
-    pytest.importorskip("immutabledict", reason='pip install "lm-eval[ifeval]"')
     return build_named_suite(_write(tmp_path, PROMPTS), [], tmp_path / "suite")
 
 
 def test_instructions_are_checked_by_lm_evals_own_code(suite: Path, tmp_path: Path) -> None:
     prompts: list[str] = []
     result = ask(_writer(tmp_path, prompts), suite, samples=False)
-    assert [item["scores"]["inst_level_strict_acc"] for item in result["items"]["ifeval"]] == [[1, 2], [2, 2], [0, 1]]
-    assert [bool(item["scores"]["prompt_level_strict_acc"]) for item in result["items"]["ifeval"]] == [
-        False,
-        True,
-        False,
-    ]
+    scores = [item["scores"] for item in result["items"]["ifeval"]]
+    assert [score["inst_level_strict_acc"] for score in scores] == [[1, 2], [2, 2], [0, 1]]
+    assert [bool(score["prompt_level_strict_acc"]) for score in scores] == [False, True, False]
     assert result["metrics"]["ifeval/prompt_level_strict_acc"]["value"] == pytest.approx(1 / 3)
     assert result["metrics"]["ifeval/inst_level_strict_acc"]["value"] == pytest.approx(3 / 5)
     assert result["metrics"]["ifeval/inst_level_strict_acc"]["stderr"] > 0
@@ -85,9 +68,6 @@ def test_a_model_writes_to_prompts_of_its_template(suite: Path, tmp_path: Path, 
     tasks.loaded["ifeval"].tasks[0].set_config("generation_kwargs", {"max_gen_toks": 16}, update=True)  # not 1,280
     result = evaluate(folder, suite, tmp_path / "results", name="tuned", limit=1, tasks=tasks)
     assert len(result["items"]["ifeval"]) == 1
-    assert set(result["metrics"]) == {
-        f"ifeval/{level}_level_{way}_acc" for level in ("prompt", "inst") for way in ("strict", "loose")
-    }
 
 
 def test_a_blend_can_be_kept_clear_of_the_prompts(suite: Path, tmp_path: Path) -> None:
@@ -107,7 +87,9 @@ def test_what_counts_sentences_is_asked_for_where_a_prompt_does(suite: Path, tmp
     if lm_eval_tasks._counts_sentences():
         pytest.skip("NLTK's punkt_tab is here")
     load_suite_tasks(suite)
-    asks = build_named_suite(_write(tmp_path / "more", [*PROMPTS, SENTENCES]), [], tmp_path / "more/suite")
+    two = {"length_constraints:number_sentences": {"relation": "at least", "num_sentences": 2}}
+    more = [*PROMPTS, prompt(4, "Write two sentences.", two)]
+    asks = build_named_suite(_write(tmp_path / "more", more), [], tmp_path / "more/suite")
     with pytest.raises(UpcycleError, match=r"punkt_tab.*nltk\.downloader"):
         load_suite_tasks(asks)
 
@@ -154,5 +136,6 @@ def _writer(folder: Path, prompts: list[str]) -> Any:
             return [WRITTEN[request.doc["key"]] for request in requests]
 
     write_chat_tokenizer(folder)
-    lm = Writer()
-    return SimpleNamespace(**{"lm": lm, "name": "hf", "device": "cpu", "batch_size": 1}, continue_prompts=lambda _: [])
+    return SimpleNamespace(
+        **{"lm": Writer(), "name": "hf", "device": "cpu", "batch_size": 1}, continue_prompts=lambda _: []
+    )

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.evaluation.backends import load_model
 from nemo_upcycle.evaluation.compare import compare_items
-from nemo_upcycle.evaluation.heldout import by_source, document_sums
+from nemo_upcycle.evaluation.heldout import ANSWER_BITS, BITS, by_source, document_sums
+from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.evaluation.run import _extract, evaluate
 from nemo_upcycle.models.hf_model import load_tokenizer
 from nemo_upcycle.suites.suite import build_named_suite, build_suite, load_suite_tasks
@@ -24,6 +27,10 @@ from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, Sui
 from nemo_upcycle.utils.files import MARKER
 from tests.lm_eval_tasks import write_task
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
+
+
+#: Of the subject of the first question.
+MORE = [{**QUESTIONS[0], "question": f"What is {number} + {number}?", "answer": number} for number in (1, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -38,33 +45,23 @@ def result(tiny_llama: Path, suite: Path, tmp_path_factory: pytest.TempPathFacto
     return evaluate(tiny_llama, suite, tmp_path_factory.mktemp("evaluation"), name="tiny")
 
 
-@pytest.fixture(scope="module")
-def windows(suite: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in (suite / "heldout_perplexity.jsonl").open()]
-
-
 def loglikelihood(folder: Path, context: str, continuation: str) -> float:
     """log P(continuation | context), added up token by token; <s> is the context of an empty one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    context_ids, continuation_ids = (
-        tokenizer.encode(text, add_special_tokens=False) for text in (context, continuation)
-    )
-    tokens = (context_ids or [tokenizer.bos_token_id]) + continuation_ids
+    before, after = (tokenizer.encode(text, add_special_tokens=False) for text in (context, continuation))
+    tokens = (before or [tokenizer.bos_token_id]) + after
     with torch.no_grad():
-        logits_SV = model(torch.tensor([tokens])).logits[0].double()
-    total = 0.0
-    for place in range(len(tokens) - len(continuation_ids), len(tokens)):
-        total += float(logits_SV[place - 1, tokens[place]] - logits_SV[place - 1].logsumexp(0))
-    return total
+        logits_SV = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+    return sum(float(logits_SV[place - 1, tokens[place]]) for place in range(len(tokens) - len(after), len(tokens)))
 
 
-def test_perplexity_is_that_of_a_plain_loop(result: dict[str, Any], windows: list[str], tiny_llama: Path) -> None:
+def test_perplexity_is_that_of_a_plain_loop(result: dict[str, Any], suite: Path, tiny_llama: Path) -> None:
+    windows = [json.loads(line)["text"] for line in (suite / "heldout_perplexity.jsonl").open()]
     expected = [loglikelihood(tiny_llama, "", window) for window in windows]
     found = [item["loglikelihoods"] for item in result["items"]["heldout_perplexity"]]
-    assert len(found) == 5
     assert [value for (value,) in found] == pytest.approx(expected, rel=1e-5)
     metrics = {name.split("/")[1]: entry["value"] for name, entry in result["metrics"].items() if "heldout" in name}
     total, text_bytes = -sum(expected), sum(len(window.encode()) for window in windows)
@@ -94,9 +91,8 @@ def test_questions_are_scored_as_in_a_plain_loop(result: dict[str, Any], tiny_ll
 
 
 def test_examples_of_the_same_subject_stand_above_the_question(tiny_llama: Path, tmp_path: Path) -> None:
-    more = [{**QUESTIONS[0], "question": f"What is {number} + {number}?", "answer": number} for number in (1, 2)]
     config = SuiteConfig({"mmlu_letter": [1], "mmlu_answer": [1]}, questions=QuestionsConfig(examples=1))
-    suite = build_suite([QUESTIONS[0], *more], [], tmp_path / "suite", config)
+    suite = build_suite([QUESTIONS[0], *MORE], [], tmp_path / "suite", config)
     found = evaluate(tiny_llama, suite, tmp_path / "out", name="tiny")
     row = json.loads((suite / "mmlu_letter_1shot.jsonl").read_text().splitlines()[0])
     (example,) = row["examples"]
@@ -105,19 +101,14 @@ def test_examples_of_the_same_subject_stand_above_the_question(tiny_llama: Path,
         listed = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", question["choices"], strict=True))
         return f"{question['question']}{listed}\nAnswer:"
 
-    subject = row["subject"].replace("_", " ")
-    prompt = (
-        f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        f"{letters(example)} {'ABCD'[example['answer']]}\n\n{letters(row)}"
-    )
-    expected = [loglikelihood(tiny_llama, prompt, f" {letter}") for letter in "ABCD"]
-    assert found["items"]["mmlu_letter_1shot"][0]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
-    prompt = (
-        f"Question: {example['question']}\nAnswer: {example['choices'][example['answer']]}\n\n"
-        f"Question: {row['question']}\nAnswer:"
-    )
-    expected = [loglikelihood(tiny_llama, prompt, f" {answer}") for answer in row["choices"]]
-    assert found["items"]["mmlu_answer_1shot"][0]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
+    head = f"The following are multiple choice questions (with answers) about {row['subject']}."
+    shown = f"Question: {example['question']}\nAnswer: {example['choices'][example['answer']]}"
+    for task, prompt, answers in (
+        ("letter", f"{head}\n\n{letters(example)} {'ABCD'[example['answer']]}\n\n{letters(row)}", "ABCD"),
+        ("answer", f"{shown}\n\nQuestion: {row['question']}\nAnswer:", row["choices"]),
+    ):
+        expected = [loglikelihood(tiny_llama, prompt, f" {answer}") for answer in answers]
+        assert found["items"][f"mmlu_{task}_1shot"][0]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
 
 
 OWN = {
@@ -134,30 +125,24 @@ def own_suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A suite of a user's own tasks, in a folder beside it; the data of one are not there."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "tasks").mkdir()
-    more = [{**QUESTIONS[0], "question": f"What is {number} + {number}?", "answer": number} for number in (1, 2)]
     for task, rows in (("quiz", QUESTIONS), ("lost", [])):
-        write_task(folder / "tasks", task, {"train": more, "test": rows}, **OWN)
-    text = "tasks: {lost: [0], quiz: [0, 1]}\nlocal: false\ninclude_path: tasks\n"
-    (folder / "mine.yaml").write_text(text, encoding="utf-8")
+        write_task(folder / "tasks", task, {"train": MORE, "test": rows}, **OWN)
+    (folder / "mine.yaml").write_text("{tasks: {lost: [0], quiz: [0, 1]}, local: false, include_path: tasks}")
     return folder
 
 
-def test_own_tasks_are_scored_with_each_number_of_examples_and_what_is_missing_is_said(
-    own_suite: Path, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_own_tasks_are_scored_and_missing_data_are_said(own_suite: Path, tiny_llama: Path, tmp_path: Path) -> None:
     suite = build_named_suite(own_suite / "mine.yaml", [], tmp_path / "suite")
     tasks = load_suite_tasks(suite)
     found = evaluate(tiny_llama, suite, tmp_path / "out", name="tiny", tasks=tasks)
     assert list(found["metrics"]) == ["quiz/acc", "quiz_1shot/acc"]
     assert "lost.test.jsonl" in found["missing"]["lost"]
     assert json.loads((tmp_path / "out/tiny.json").read_text())["missing"] == found["missing"]
-    question = "Question: What is 1 + 1?\nAnswer:"
-    expected = [loglikelihood(tiny_llama, question, f" {answer}") for answer in QUESTIONS[0]["choices"]]
-    assert found["items"]["quiz"][0]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
-    assert found["items"]["quiz_1shot"][0]["loglikelihoods"] != pytest.approx(expected, rel=1e-3)
+    alone, shown = (found["items"][task][0]["loglikelihoods"] for task in ("quiz", "quiz_1shot"))
+    assert shown != pytest.approx(alone, rel=1e-3)
     again = evaluate(tiny_llama, suite, tmp_path / "out", name="again", tasks=tasks)  # of the same objects
-    alone = build_suite([], [], tmp_path / "alone", SuiteConfig({"quiz": [1]}, False, str(own_suite / "tasks")))
-    fresh = evaluate(tiny_llama, alone, tmp_path / "out", name="fresh")
+    only = build_suite([], [], tmp_path / "only", SuiteConfig({"quiz": [1]}, False, str(own_suite / "tasks")))
+    fresh = evaluate(tiny_llama, only, tmp_path / "out", name="fresh")
     assert again["items"] == found["items"]
     assert fresh["items"]["quiz_1shot"] == found["items"]["quiz_1shot"]
 
@@ -184,8 +169,7 @@ def test_the_command_says_what_is_not_scored_and_ends_there_if_it_shall(
     said = capfd.readouterr()
     assert "fatal: " not in said.err, "of git, which is in no repository there"
     assert said.out.startswith(f"{tmp_path / 'out/dense.json'}: "), "it has no experts"
-    last = said.out.splitlines()[-1]
-    assert last.startswith("lost: not scored, its data cannot be had: ")
+    assert said.out.splitlines()[-1].startswith("lost: not scored, its data cannot be had: ")
     assert main([*words, "--json"]) == 0
     assert list(json.loads(capfd.readouterr().out)["missing"]) == ["lost"]
     assert main([*words, "--strict"]) == 2
@@ -212,13 +196,10 @@ def test_the_error_of_held_out_text_is_that_of_other_documents(result: dict[str,
     assert [found["documents"] for found in sources.values()] == [1, 1]  # two documents, five windows
     first, second = (found["value"] for found in sources.values())
     # Of two documents the jackknife is half of what they differ by.
-    stderr = result["metrics"]["heldout_perplexity/bits_per_byte"]["stderr"]
-    assert stderr == pytest.approx(abs(first - second) / 2, rel=1e-6)
+    assert result["metrics"][BITS]["stderr"] == pytest.approx(abs(first - second) / 2, rel=1e-6)
 
 
-def test_samples_are_the_likeliest_tokens(
-    result: dict[str, Any], tiny_llama: Path, suite: Path, tmp_path: Path
-) -> None:
+def test_samples_are_likeliest_tokens(result: dict[str, Any], tiny_llama: Path, suite: Path, tmp_path: Path) -> None:
     """Without a cache, token by token; whatever a folder says of temperature and penalties."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -230,12 +211,9 @@ def test_samples_are_the_likeliest_tokens(
         while len(tokens) < start + 24 and tokens[-1] != tokenizer.eos_token_id:
             with torch.no_grad():
                 tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-        expected = tokenizer.decode(tokens[start:]).removesuffix(tokenizer.eos_token)
-        assert sample["continuation"] == expected
+        assert sample["continuation"] == tokenizer.decode(tokens[start:]).removesuffix(tokenizer.eos_token)
     prompts = json.loads((suite / MARKER).read_text())["prompts"]
-    assert [{**prompt, "continuation": ""} for prompt in prompts] == [
-        {**sample, "continuation": ""} for sample in result["samples"]
-    ]
+    assert all(sample.items() >= prompt.items() for sample, prompt in zip(result["samples"], prompts, strict=True))
     sampling = shutil.copytree(tiny_llama, tmp_path / "sampling")
     settings = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=3.0, max_length=4)
     settings.save_pretrained(sampling)
@@ -244,9 +222,7 @@ def test_samples_are_the_likeliest_tokens(
     assert evaluate(tiny_llama, suite, tmp_path, name="without", limit=1, samples=False)["samples"] == []
 
 
-def test_the_file_says_what_was_measured(
-    tiny_llama: Path, suite: Path, result: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_file_says_what_was_measured(tiny_llama: Path, suite: Path, result: dict[str, Any], tmp_path: Path) -> None:
     moved = shutil.copytree(suite, tmp_path / "moved")  # a suite works wherever it lies
     again = evaluate(tiny_llama, moved, tmp_path, name="again", limit=2, batch_size=1)
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads(json.dumps(again))
@@ -260,19 +236,14 @@ def test_the_file_says_what_was_measured(
     assert compare_items(first_two, again)["max_relative_loglikelihood_difference"] < 1e-5
 
 
-def test_a_tokenizer_that_adds_its_own_first_token_changes_no_perplexity(
-    tiny_llama: Path, suite: Path, result: dict[str, Any], tmp_path: Path
-) -> None:
+def test_first_tokens_are_never_doubled(tiny_llama: Path, suite: Path, result: dict[str, Any], tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "with_bos")
     tokenizer = load_tokenizer(folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
+    special = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
     tokenizer.save_pretrained(folder)
     found = evaluate(folder, suite, tmp_path, name="with_bos")
-    assert (
-        found["metrics"]["heldout_perplexity/bits_per_byte"] == result["metrics"]["heldout_perplexity/bits_per_byte"]
-    )
+    assert found["metrics"][BITS] == result["metrics"][BITS]
     assert found["items"]["mmlu_answer"] != result["items"]["mmlu_answer"]
 
 
@@ -297,3 +268,62 @@ def test_what_is_no_model_is_an_error(tiny_llama: Path, suite: Path, tmp_path: P
         load_model(tmp_path)
     with pytest.raises(UpcycleError, match="build the suite"):
         evaluate(tiny_llama, tmp_path, tmp_path, name="none")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model", ["hf", "nemo_upcycle"])
+def test_lm_evals_own_models_and_ours_are_known(tiny_llama: Path, tmp_path: Path, model: str) -> None:
+    write_task(tmp_path, "quiz", {"test": QUESTIONS}, **OWN)
+    named = "pretrained" if model == "hf" else "checkpoint"
+    words = f"run --model {model} --model_args {named}={tiny_llama} --tasks quiz --include_path {tmp_path}".split()
+    command = [sys.executable, "-m", "nemo_upcycle.evaluation", *words, "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "no model for this name" not in done.stderr
+    if model == "hf":
+        assert done.returncode == 0, done.stderr
+        assert "|quiz |" in done.stdout
+    else:  # it takes checkpoints, and says so
+        assert "checkpoint" in done.stderr.splitlines()[-1]
+
+
+#: Answers that were held back, of three conversations.
+ANSWERS = [
+    {"document": f"mine.jsonl:{number}", "turn": turn, "prompt": f"user: {number}?\nassistant:", "answer": answer}
+    for number, answers in enumerate(((" One.", " Two, or three."), (" É.",), (" No.",)))
+    for turn, answer in enumerate(answers)
+]
+
+
+@pytest.fixture(scope="module")
+def answered(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("answers")
+    build_suite([], [], folder / "suite", SuiteConfig(tasks={"heldout_answers": [0]}), ANSWERS)
+    return evaluate(tiny_llama, folder / "suite", folder, name="tiny")
+
+
+def test_bits_of_answers_are_those_of_a_plain_loop(answered: dict[str, Any], tiny_llama: Path) -> None:
+    nats = sum(loglikelihood(tiny_llama, row["prompt"], row["answer"]) for row in ANSWERS)
+    size_bytes = sum(len(row["answer"].encode()) for row in ANSWERS)
+    assert answered["metrics"][ANSWER_BITS]["value"] == pytest.approx(-nats / math.log(2) / size_bytes, rel=1e-4)
+    assert answered["metrics"][ANSWER_BITS]["higher_is_better"] is False
+
+
+def test_the_answers_of_a_conversation_are_one_observation(answered: dict[str, Any]) -> None:
+    paired = paired_difference(answered, answered, ANSWER_BITS)
+    assert (paired["difference"], paired["items"], paired["clusters"]) == (0, 4, 3)
+    assert answered["metrics"][ANSWER_BITS]["stderr"] > 0
+
+
+def test_models_are_let_continue_the_prompts(answered: dict[str, Any]) -> None:
+    asked = {row["prompt"] for row in ANSWERS}
+    assert len(answered["samples"]) == 2
+    assert all(sample["prompt"] in asked and "continuation" in sample for sample in answered["samples"])
+
+
+def test_a_number_of_answers_is_drawn_the_same_whatever_their_order(tmp_path: Path) -> None:
+    config = SuiteConfig(tasks={"heldout_answers": [0]}, heldout=HeldoutConfig(answers=2))
+    for name, rows in (("one", ANSWERS), ("other", ANSWERS[::-1])):
+        build_suite([], [], tmp_path / name, config, rows)
+    texts = [(tmp_path / name / "heldout_answers.jsonl").read_text() for name in ("one", "other")]
+    assert texts[0] == texts[1]
+    assert len(texts[0].splitlines()) == 2

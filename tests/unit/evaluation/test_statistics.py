@@ -49,9 +49,7 @@ def test_spreads_are_pooled_by_their_degrees() -> None:
         ([0.1, 0.2, 0.3, 0.1, 0.3], Spread(0.1, 8), Spread(0.1, 4)),  # five seeds speak for themselves
     ],
 )
-def test_few_seeds_take_the_spread_of_all_unless_their_own_is_another(
-    values: list[float], others: Spread | None, expected: Spread | None
-) -> None:
+def test_few_seeds_take_the_spread_of_all(values: list[float], others: Spread | None, expected: Spread | None) -> None:
     found = seed_spread(values, others)
     assert (found is None) == (expected is None)
     if found and expected:
@@ -98,7 +96,5 @@ def test_seeds_to_resolve_are_the_fewest() -> None:
         (0.003, 0.0, 0.0, "worse"),
     ],
 )
-def test_a_verdict_follows_from_interval_and_power(
-    difference: float, half: float, could: float, expected: str
-) -> None:
+def test_verdicts_follow_from_interval_and_power(difference: float, half: float, could: float, expected: str) -> None:
     assert verdict(difference, half, could, margin=0.002) == expected

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,18 +10,11 @@ import torch
 from nemo_upcycle.monitoring.router_health import RouterHealth
 
 
-def _health(layers: Sequence[int] | None = None, **changes: Any) -> RouterHealth:
-    config = {
-        "num_layers": 3,
-        "num_moe_experts": 4,
-        "moe_router_topk": 2,
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_router_enable_expert_bias": False,
-        "moe_z_loss_coeff": None,
-        "ffn_hidden_size": 64,
-        "moe_ffn_hidden_size": 64,
-    }
-    return RouterHealth([], SimpleNamespace(**(config | changes)), layers=layers)
+def _health(granularity: int = 1) -> RouterHealth:
+    sizes = {"num_layers": 3, "num_moe_experts": 4, "moe_router_topk": 2}
+    sizes |= {"ffn_hidden_size": 64, "moe_ffn_hidden_size": 64 // granularity}
+    losses = {"moe_router_load_balancing_type": "aux_loss", "moe_z_loss_coeff": None}
+    return RouterHealth([], SimpleNamespace(**sizes, **losses, moe_router_enable_expert_bias=False))
 
 
 #: A balanced layer, one that used a single expert and dropped half of its slots, and one without experts.
@@ -57,6 +48,5 @@ def test_an_expert_below_one_percent_of_its_share_counts_as_dead() -> None:
 def test_the_distance_is_from_the_mean_of_the_copies(granularity: int, expected: float) -> None:
     """Experts 1, 3, 1, 3: half of their mean away from it; as two copies of two shards they are equal."""
     experts_LEW = torch.tensor([1.0, 3, 1, 3], dtype=torch.float64)[None, :, None].expand(3, 4, 5)
-    health = _health(moe_ffn_hidden_size=64 // granularity)
-    found = health.describe(SUMMED | {"experts": experts_LEW})
+    found = _health(granularity).describe(SUMMED | {"experts": experts_LEW})
     assert found["expert_distance"] == [pytest.approx(expected), pytest.approx(expected), None]

@@ -5,54 +5,36 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from nemo_upcycle.reporting.report import write_report
+from tests.unit.evaluation.test_compare import evaluation as items_of
 
 
 RECEIPT = {
-    "max_abs_logit_diff": 6.25e-5,
-    "max_abs_logit_diff_same_stack": 7.5e-6,
-    "mean_abs_logit_diff": 1e-6,
-    "same_argmax": 1.0,
-    "max_abs_logit": 31.5,
-    "tokens_compared": 512,
-    "tolerance": 2e-4,
-    "tolerance_same_stack": 2e-5,
-    "within_tolerance": True,
-    "source": "models/dense",
     "spec": {"num_experts": 4, "top_k": 2, "seed": 4321},
-    "exact": True,
-    "dense_params": 100_000_000,
-    "total_params": 300_000_000,
-    "active_params": 150_000_000,
-    "bytes_read": 2**28,
-    "bytes_needed": 2**28,
-    "bytes_written": 3 * 2**29,
-    "seconds": 1.25,
-    "ranks": 1,
+    **{"source": "models/dense", "exact": True},
     "layout": {"tensor": 1, "expert": 1},
     "parameters": [
         {"name": "embedding", "made_by": "copied", "dtype": "float32"},
         {"name": "experts", "made_by": "copied into 4 experts", "dtype": "float32"},
     ],
+    **{"max_abs_logit_diff": 6.25e-5, "tolerance": 2e-4, "within_tolerance": True},
+    **{"max_abs_logit_diff_same_stack": 7.5e-6, "tolerance_same_stack": 2e-5},
+    **{"max_abs_logit": 31.5, "tokens_compared": 512, "same_argmax": 1.0},
+    **{"dense_params": 100_000_000, "total_params": 300_000_000, "active_params": 150_000_000},
+    **{"bytes_read": 2**28, "bytes_needed": 2**28, "bytes_written": 3 * 2**29, "seconds": 1.25, "ranks": 1},
 }
 
 
 PLAN = {"recipe": "smollm2_135m_e8t2", "dense": "hf:///models/Tiny-100M", "trainer": "bridge"}
 SETTINGS = {
     "data": "NeMo's mock data (random tokens)",
-    "max_steps": 3,
-    "ranks": 2,
-    "micro_batch_size": 1,
-    "global_batch_size": 4,
-    "seq_length": 250,
-    "precision": "bf16-mixed",
-    "optimizer": "adam",
-    "weight_decay": 0.1,
-    "max_lr": 3e-5,
+    **{"max_steps": 3, "ranks": 2, "micro_batch_size": 1, "global_batch_size": 4, "seq_length": 250},
+    **{"precision": "bf16-mixed", "optimizer": "adam", "weight_decay": 0.1, "max_lr": 3e-5},
     "schedule": {"name": "CosineAnnealing", "warmup_steps": 1, "constant_steps": 0, "min_lr": 3e-7},
     "flops_per_token": {"full": 3e9, "causal": 2.5e9},
     "lr_factors": {"router": 4.0, "experts": 1.0, "warmup_steps": 100, "freezes": "experts"},
@@ -62,14 +44,8 @@ SETTINGS = {
 
 def evaluation(name: str, likelihoods: list[float], accuracies: list[float]) -> dict[str, Any]:
     """An evaluation of windows of 100 bytes, and of questions; the values are what the report has to print."""
-    windows = [
-        {"id": i, "hash": f"w{i}", "loglikelihoods": [value], "scores": {"bits_per_byte": [value, 100]}}
-        for i, value in enumerate(likelihoods)
-    ]
-    questions = [
-        {"id": i, "hash": f"q{i}", "loglikelihoods": [-1.0, -2.0], "answer": 0, "scores": {"acc": value}}
-        for i, value in enumerate(accuracies)
-    ]
+    items = items_of(name, [[-1.0, -2.0]] * len(accuracies), accuracies, likelihoods, size_bytes=100)["items"]
+    bits = -fmean(likelihoods) / 100 / math.log(2)
     return {
         "name": name,
         "model": {"folder": f"models/{name}", "class": "LlamaForCausalLM", "parameters": 1, "config_sha256": ""},
@@ -78,14 +54,10 @@ def evaluation(name: str, likelihoods: list[float], accuracies: list[float]) -> 
         "versions": {"lm_eval": "0.4.13"},
         "seconds": {"load": 1.0, "total": 2.0},
         "metrics": {
-            "heldout_perplexity/bits_per_byte": {
-                "value": -sum(likelihoods) / len(likelihoods) / 100 / math.log(2),
-                "stderr": 0.0321,
-                "higher_is_better": False,
-            },
-            "quiz/acc": {"value": sum(accuracies) / len(accuracies), "stderr": 0.25, "higher_is_better": True},
+            "heldout_perplexity/bits_per_byte": {"value": bits, "stderr": 0.0321, "higher_is_better": False},
+            "quiz/acc": {"value": fmean(accuracies), "stderr": 0.25, "higher_is_better": True},
         },
-        "items": {"heldout_perplexity": windows, "quiz": questions},
+        "items": {"heldout_perplexity": items["text"], "quiz": items["quiz"]},
         "groups": {},
     }
 

@@ -39,19 +39,13 @@ def test_validation_is_the_line_and_training_the_background() -> None:
     assert validation.get_xydata().tolist() == [[0, 3.6], [3000, 3.5]]
     assert validation.get_marker() == "o"
     assert training.get_xydata().tolist() == [[line["tokens"], line["loss"]] for line in STEPS]
-    assert validation.get_zorder() > training.get_zorder()
-    assert validation.get_linewidth() > training.get_linewidth()
     assert (validation.get_alpha() or 1) > training.get_alpha()
-    assert set(lines) >= {"baseline, validation", "baseline, training"}
     assert list(lines["parent, validation"].get_ydata()) == [3.5, 3.5]
 
 
-def test_the_parent_is_no_line_where_validation_did_not_begin_with_it() -> None:
+def test_what_validation_began_with_is_the_line_to_compare_with() -> None:
     lines = lines_of(loss_figure({"pretrain": Curve(STEPS, [(1000, 3.5)]), "dense_ct": Curve(DENSE, [])}))
     assert set(lines) == {"MoE, validation", "MoE, training", "baseline, training"}
-
-
-def test_without_the_dense_baseline_the_moe_itself_is_the_line_to_compare_with() -> None:
     lines = lines_of(loss_figure({"pretrain": Curve(STEPS, [(0, 3.75), (1000, 3.5)])}))
     assert list(lines["MoE at step 0, validation"].get_ydata()) == [3.75, 3.75]
 
@@ -100,15 +94,6 @@ def test_every_figure_is_whole(steps: int) -> None:
     assert [faults_of(figure) for figure in figures] == [[]] * 5
     ends = [axes.get_xlim()[1] for figure in figures[1:4] for axes in figure.axes]  # type: ignore[union-attr]
     assert ends == pytest.approx([last] * 5, rel=0.02)
-
-
-@pytest.mark.parametrize(("steps", "said"), [(6, True), (99, True), (100, False), (2000, False)])
-def test_a_few_steps_say_what_they_show(steps: int, said: bool) -> None:
-    figure = loss_figure({"pretrain": Curve(long_run(steps), [])})
-    title = figure.axes[0].get_title()
-    assert f"{steps:,} steps" in title
-    assert ("so few show that the chain works" in title) == said
-    assert "nats per token" in figure.axes[0].get_ylabel()
 
 
 def test_many_steps_become_means_of_a_few() -> None:

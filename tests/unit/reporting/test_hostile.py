@@ -63,17 +63,14 @@ def hostile(run_dir: Path, secret: Path) -> Path:
     return folder
 
 
-def _loads(page: Page) -> list[str]:
-    return [str(attributes[key]) for _, attributes in page.tags for key in ("src", "href") if key in attributes]
-
-
 def test_texts_of_a_run_are_shown_as_typed_and_not_obeyed(hostile: Path, secret: Path) -> None:
     write_report(hostile)
     page = Page((hostile / "report.html").read_text())
     known = "html head meta title style body header nav a h1 h2 p img pre code ul"
     known += " li div table thead tbody tr th td span strong"
     assert {tag for tag, _ in page.tags} <= {*known.split()}
-    assert all(one.startswith(("#section-", "data:image/png;base64,")) for one in _loads(page))
+    loads = [str(attributes[key]) for _, attributes in page.tags for key in ("src", "href") if key in attributes]
+    assert all(one.startswith(("#section-", "data:image/png;base64,")) for one in loads)
     assert base64.b64encode(secret.read_bytes()).decode()[:24] not in (hostile / "report.html").read_text()
     typed = TYPED.replace("SECRET", str(secret))
     # Commands, task names in tables and the headline, samples, versions, settings, receipts, machine: each as a whole.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -40,13 +39,6 @@ def test_the_page_has_the_tables_of_the_report(page: Page, reported: Path) -> No
     assert "trained baseline" in page.text
 
 
-def test_figures_are_inside(page: Page, reported: Path) -> None:
-    figures = [str(attributes["src"]) for attributes in page.all("img")]
-    assert len(figures) == len(list(reported.glob("*.png")))
-    first = base64.b64decode(figures[0].removeprefix("data:image/png;base64,"))
-    assert first == (reported / "loss.png").read_bytes()  # of the opening
-
-
 def test_every_section_is_in_the_contents(page: Page) -> None:
     targets = {str(attributes["href"]) for attributes in page.all("a") if str(attributes["href"]).startswith("#")}
     assert targets == {f"#{attributes['id']}" for attributes in page.all("h2")}
@@ -60,14 +52,8 @@ def test_a_page_opens_with_what_became_what_the_verdict_six_numbers_and_one_figu
     assert (opening.count("tr"), opening.count("img"), opening.count("h2")) == (1 + 6, 1, 0)
     headline, numbers = page.text.split("measured")[:2]
     assert "the MoE equals its parent at step 0" in headline
-    verdicts = (
-        "the MoE is better",
-        "the baseline is better",
-        "baseline 3.750",
-        "equal up to rounding",
-        "even enough; at most 2.80, layer 0, step 1",
-        "times the baseline's",
-    )
+    verdicts = ["the MoE is better", "the baseline is better", "baseline 3.750", "equal up to rounding"]
+    verdicts += ["even enough; at most 2.80, layer 0, step 1", "times the baseline's"]
     places = [numbers.index(verdict) for verdict in verdicts]
     assert places == sorted(places)
 

@@ -55,10 +55,8 @@ def test_the_page_says_what_runs_and_what_is_known_so_far(under_way: Path) -> No
 
 def test_before_the_first_step_and_after_the_end_it_says_so(under_way: Path) -> None:
     (under_way / "dense_ct/_ENDED").write_text("failed\n")
-    progress = read_progress(under_way)
-    assert "Nothing runs: dense_ct is failed, the same command goes on from there." in live.compose(
-        under_way, progress
-    )
+    text = live.compose(under_way, read_progress(under_way))
+    assert "Nothing runs: dense_ct is failed, the same command goes on from there." in text
     for path in under_way.glob("*/*.jsonl"):
         path.unlink()
     for path in (*under_way.glob("*/_*"), under_way / "receipt.json"):
@@ -76,10 +74,8 @@ def test_a_stage_that_runs_again_takes_those_with_it_that_read_it(under_way: Pat
         (under_way / stage).mkdir()
         (under_way / stage / "_SUCCESS.json").write_text(json.dumps({"stage": stage, "seconds": 1.0, "outputs": {}}))
         start(under_way, stage, 1500, needs)
-    assert [(state.name, state.how) for state in stage_states(under_way)] == [
-        ("pretrain", "done"),
-        ("dense_ct", "running"),
-    ]
+    states = [(state.name, state.how) for state in stage_states(under_way)]
+    assert states == [("pretrain", "done"), ("dense_ct", "running")]
     assert not read_progress(under_way).is_over
 
 
@@ -91,9 +87,7 @@ def test_a_line_tells_how_far_a_training_is(under_way: Path) -> None:
     assert training_line(under_way / "pretrain", since_s=4e9) == training_line(under_way / "export") == ""
 
 
-def test_the_page_is_written_until_the_report_is_there_and_never_over_it(
-    under_way: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_is_written_until_the_report_is_there(under_way: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_POLL_S", 0.01)
     page = under_way / "report.html"
     watching = threading.Thread(target=live.watch, args=(under_way,))

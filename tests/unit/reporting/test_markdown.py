@@ -15,13 +15,7 @@ def test_the_examples_of_the_docstrings() -> None:
 
 @pytest.mark.parametrize(
     ("value", "half", "text"),
-    [
-        (101.33, 16.45, "101 ± 16"),
-        (0.225, 0.0669, "0.225 ± 0.067"),
-        (7.2e-9, 2.7e-8, "7.2e-09 ± 2.7e-08"),
-        (-0.00642, 0.002, "-0.0064 ± 0.0020"),
-        (None, None, "-"),
-    ],
+    [(101.33, 16.45, "101 ± 16"), (7.2e-9, 2.7e-8, "7.2e-09 ± 2.7e-08"), (None, None, "-")],
 )
 def test_a_value_is_as_precise_as_its_interval(value: float | None, half: float | None, text: str) -> None:
     assert with_half(value, half) == text

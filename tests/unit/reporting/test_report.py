@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.heldout import BITS
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.reporting.opening import opening
@@ -23,6 +23,15 @@ def rows(report: Path) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
+def add_to_steps(run_dir: Path, *added: dict[str, Any]) -> None:
+    """Add to the lines of the first steps of the MoE."""
+    path = run_dir / "pretrain/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line, more in zip([line for line in lines if "loss" in line], added, strict=False):
+        line |= more
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 @pytest.fixture
 def results(reported: Path) -> dict[str, Any]:
     return json.loads((reported / "results.json").read_text())
@@ -33,48 +42,21 @@ def test_the_results_hold_the_inputs(results: dict[str, Any]) -> None:
         for metric, entry in evaluation["metrics"].items():
             assert results["evaluation"][name][metric] == {"value": entry["value"], "stderr": entry["stderr"]}
     assert results["step0"]["max_relative_loglikelihood_difference"] == pytest.approx(0.001)  # -130 to -130.13
-    assert results["step0"]["changed_answers"] == 1
-    assert results["step0"]["items"] == 7
-    assert results["receipt"]["max_abs_logit_diff"] == 6.25e-5
-    metric = "heldout_perplexity/bits_per_byte"
-    assert results["paired"]["trained_minus_dense_ct"][metric] == paired_difference(
-        EVALUATIONS["dense_ct"], EVALUATIONS["trained"], metric, tests=6
-    )
+    expected = paired_difference(EVALUATIONS["dense_ct"], EVALUATIONS["trained"], BITS, tests=6)
+    assert results["paired"]["trained_minus_dense_ct"][BITS] == expected
     assert set(results["paired"]) == {"trained_minus_dense_ct", "trained_minus_dense", "dense_ct_minus_dense"}
     assert results["receipt"]["parameters_made_by"] == {"copied": 1, "copied into 4 experts": 1}
-    assert results["online_receipt"] is None
-    assert results["stage_seconds"] == {"pretrain": 61.0, "dense_ct": 30.0}
 
 
 def test_the_training_summary(results: dict[str, Any]) -> None:
     done = results["training"]["pretrain"]
     load = done.pop("expert_load")
-    assert done == {
-        "steps": 3,
-        "tokens": 3000,
-        "seconds": 6.0,
-        "tokens_per_s": 500.0,
-        "first_loss": 3.25,
-        "last_loss": 2.75,
-        "first_validation_loss": 3.5,
-        "last_validation_loss": 3.25,
-        "highest_lr": 1e-4,
-        "last_lr": 1e-4,
-        "memory_gib": 2.5,
-        "settings": SETTINGS,
-    }
+    expected = {"steps": 3, "tokens": 3000, "seconds": 6.0, "tokens_per_s": 500.0, "memory_gib": 2.5}
+    expected |= {"first_loss": 3.25, "last_loss": 2.75, "first_validation_loss": 3.5, "last_validation_loss": 3.25}
+    assert done == expected | {"highest_lr": 1e-4, "last_lr": 1e-4, "settings": SETTINGS}
     assert load["last"] == pytest.approx({"balanced": 0.25, "min": 0.2, "max": 0.3, "cv": 0.2})  # 0.05 / 0.25
     assert load["first"]["cv"] == pytest.approx((3 * 0.15**2 + 0.45**2) ** 0.5 / 2 / 0.25)
     assert "expert_load" not in results["training"]["dense_ct"]
-
-
-def test_the_environment_is_this_machine(results: dict[str, Any]) -> None:
-    environment = results["environment"]
-    assert environment["versions"].keys() >= {"nemo_upcycle", "python", "torch", "transformers", "lm_eval"}
-    assert environment["cores"] >= 1
-    assert environment["memory_gib"] > 0
-    assert environment["processor"]
-    assert environment["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", environment["commit"])
 
 
 def test_the_report_prints_these_numbers(reported: Path) -> None:
@@ -90,23 +72,14 @@ def test_the_report_prints_these_numbers(reported: Path) -> None:
     assert found["bytes written"] == ["1.50 GiB"]
     assert found["pretrain"] == ["1:01", "`pretrain/_SUCCESS.json`"]
     text = (reported / "report.md").read_text()
-    assert (
-        "| bits per byte (heldout_perplexity) | 1.731 ± 0.063 | 1.732 ± 0.063 | 1.597 ± 0.063 | 1.568 ± 0.063 |"
-        in text
-    )
-    assert (
-        "MoE and baseline saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
-    )
+    assert "| bits per byte (heldout_perplexity) | 1.731 ± 0.063 | 1.732 ± 0.063 | 1.597 ± 0.063 |" in text
+    assert "saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
     assert "`seed=4321`" in text
-    assert text.split("\n\n")[1:3] == [
-        "Tiny-100M, 100.0M parameters → MoE of 4 experts, top-2: 300.0M, 150.0M active for a token. Trained by"
-        " Megatron-Bridge for 3 steps on 3,000 tokens, in 0:06 on 2 ranks (CPU).",
-        "The chain works, and the MoE equals its parent at step 0. 3 steps cannot show what training brings.",
-    ]
-    uneven = (
-        "**The experts were at times loaded unevenly:** the busiest had 2.8 times a balanced load (layer 0, step 1)"
-    )
-    assert f"{uneven}, and 1.2 times at the last step." in text.split("\n\n")[4]
+    trained, verdict = text.split("\n\n")[1:3]
+    assert trained.endswith("Trained by Megatron-Bridge for 3 steps on 3,000 tokens, in 0:06 on 2 ranks (CPU).")
+    assert verdict.endswith("the MoE equals its parent at step 0. 3 steps cannot show what training brings.")
+    uneven = "the busiest had 2.8 times a balanced load (layer 0, step 1), and 1.2 times at the last step."
+    assert f"**The experts were at times loaded unevenly:** {uneven}" in text.split("\n\n")[4]
 
 
 def test_the_command_and_the_resolved_recipes_are_named(run_dir: Path) -> None:
@@ -124,14 +97,10 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     other = SETTINGS | {"data": "blend tiny (blend)", "ranks": 1, "lr_factors": {}}
     del other["balancing"]
     (run_dir / "dense_ct/training.json").write_text(json.dumps(other))
-    path = run_dir / "pretrain/metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        if "loss" in line:  # the rates of a last step twice as slow as the mean of all
-            rates = {"tokens_per_s": 250.0, "tflops_per_gpu": {"full": 100.0, "causal": 90.0}}
-            line |= rates | {"mfu": {"bf16": {"full": 0.1, "causal": 0.09}}, "memory_gib": 70.5 - line["step"]}
-    lines[0]["memory_share"] = 0.875
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # the rates of a last step twice as slow as the mean of all
+    rates = {"tokens_per_s": 250.0, "tflops_per_gpu": {"full": 100.0, "causal": 90.0}}
+    rates |= {"mfu": {"bf16": {"full": 0.1, "causal": 0.09}}, "memory_gib": 68.5}
+    add_to_steps(run_dir, rates | {"memory_gib": 69.5, "memory_share": 0.875}, rates, rates)
     found = rows(write_report(run_dir, {"pretrain": {"memory_gib": 66.25, "tokens_per_s": 480.0}}))
     assert found["memory of the fullest rank, planned"] == ["66.25 GiB", "-"]
     assert found["tokens per second, planned"] == ["480", "-"]
@@ -166,12 +135,9 @@ def test_the_report_says_so_when_the_dense_baseline_wins(reported: Path) -> None
     assert "+0.0289 ± 0.0091 | the baseline is better |" in text.split("\n\n")[3]
     results = json.loads((reported / "results.json").read_text())
     results["training"]["pretrain"]["steps"] = 2000  # of 3 steps the headline judges nothing
-    assert opening(results).split("\n\n")[1] == (
-        "The MoE is better than its parent (-0.135 ± 0.052) and worse than the dense baseline (+0.0289 ± 0.0091), by"
-        " bits per byte of held-out text."
-    )
-    found = rows(reported / "report.md")
-    assert found["acc (quiz)"][0].endswith("(no difference shown)")
+    verdict = "better than its parent (-0.135 ± 0.052) and worse than the dense baseline (+0.0289 ± 0.0091)"
+    assert verdict in opening(results).split("\n\n")[1]
+    assert rows(reported / "report.md")["acc (quiz)"][0].endswith("(no difference shown)")
 
 
 def test_the_cards_of_the_exported_models_get_the_scores(run_dir: Path) -> None:
@@ -191,13 +157,7 @@ def test_the_cards_of_the_exported_models_get_the_scores(run_dir: Path) -> None:
 
 _WITHOUT = """
 import sys
-
-class Absent:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] in ("torch", "transformers", "megatron", "nemo", "lightning"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
+sys.modules |= dict.fromkeys(("torch", "transformers", "megatron", "nemo", "lightning"))  # not to be imported
 from nemo_upcycle.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -213,8 +173,8 @@ def test_the_command_needs_no_torch(run_dir: Path) -> None:
     assert "+0.0289 ± 0.0091 (trained baseline is better)" in (run_dir / "report.md").read_text()
 
 
-_LINES, _SETTINGS = "pretrain/metrics.jsonl", "pretrain/training.json"
-_LACKING = ('{"loss": 1.0}', '{"step": 4, "loss": 1.0, "tokens": 4000}', '{"validation_loss": 1.0}', "[1]", "7")
+_LINES = "pretrain/metrics.jsonl"
+_LACKING = ('{"loss": 1.0}', '{"step": 4, "loss": 1.0, "tokens": 4000}', "[1]")
 
 
 @pytest.mark.parametrize(
@@ -222,25 +182,16 @@ _LACKING = ('{"loss": 1.0}', '{"step": 4, "loss": 1.0, "tokens": 4000}', '{"vali
     [
         ("receipt.json", None, "what stage 'upcycle' writes"),
         (_LINES, None, "what stage 'pretrain' writes"),
-        (_SETTINGS, None, "what stage 'pretrain' writes"),
-        ("dense_ct/metrics.jsonl", None, "what stage 'dense_ct' writes"),
-        ("evaluation/step0.json", None, "what stage 'evaluate' writes"),
         ("evaluation/dense_ct.json", None, "what stage 'evaluate' writes"),
         (_LINES, '+{"step": 4, "lo', r"metrics\.jsonl:7"),
         *((_LINES, f"+{line}\n", r"metrics\.jsonl:7: got .* expected one JSON object") for line in _LACKING),
         ("receipt.json", "{}", "got no spec, expected what stage 'upcycle' writes"),
-        ("receipt.json", "[1]", "got no JSON object"),
-        ("receipt.json", json.dumps(RECEIPT | {"spec": None}), "got no spec"),
         ("receipt.json", json.dumps(RECEIPT | {"ranks": "<b>"}), "got ranks: '<b>'"),
-        (_SETTINGS, json.dumps(SETTINGS | {"schedule": None}), "got no schedule"),
-        ("evaluation/trained.json", "{}", "got no metrics, expected what stage 'evaluate' writes"),
         ("pretrain/_SUCCESS.json", "[]", "got no JSON object"),
         ("dense_ct/metrics.jsonl", '{"step": 0, "validation_loss": 3.0}\n', "no step with a loss"),
     ],
 )
-def test_a_file_that_is_missing_or_lacks_something_is_named(
-    run_dir: Path, file: str, content: str | None, words: str
-) -> None:
+def test_a_file_that_lacks_something_is_named(run_dir: Path, file: str, content: str | None, words: str) -> None:
     path = run_dir / file
     before = path.read_text()
     path.unlink()
@@ -278,18 +229,10 @@ def test_a_group_stands_for_its_tasks_and_receipts_beside_each_other(run_dir: Pa
 
 def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
     """Means of the layers that have experts, dead experts counted; what was not measured at a step is a dash."""
-    path = run_dir / "pretrain/metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    steps[0]["router"] = {
-        "dead_experts": [1, 2, None],
-        "dropped": [0.0, 0.5, None],
-        "expert_distance": [0.25, 0.75, None],
-    }
-    steps[-1]["router"] = {"dead_experts": [0, 0, None], "dropped": [0.0, 0.125, None]}
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_report(run_dir)
-    found = rows(run_dir / "report.md")
+    first = {"dead_experts": [1, 2, None], "dropped": [0.0, 0.5, None], "expert_distance": [0.25, 0.75, None]}
+    last = {"dead_experts": [0, 0, None], "dropped": [0.0, 0.125, None]}
+    add_to_steps(run_dir, {"router": first}, {}, {"router": last})
+    found = rows(write_report(run_dir))
     assert found["dead experts, all layers (less than 1 % of a balanced share)"] == ["3", "0"]
     worst = json.loads((run_dir / "results.json").read_text())["training"]["pretrain"]["expert_load"]["worst"]
     assert worst == {"max_violation": pytest.approx(1.8), "step": 1, "layer": 0, "dead_experts": 3}
@@ -298,27 +241,33 @@ def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
 
 
 def test_what_fp8_lost_is_shown_of_the_first_and_the_last_step_that_say_so(run_dir: Path) -> None:
-    write_report(run_dir)
-    assert "FP8, first step" not in (run_dir / "report.md").read_text()
-    path = run_dir / "pretrain/metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    steps[0]["fp8"] = {"input": {"amax": 3.0, "underflow": 0.25}, "gradient": {"amax": 0.5, "underflow": 0.0}}
-    steps[1]["fp8"] = {"input": {"amax": 4.0, "underflow": 0.125}, "gradient": {"scale_inv_max": 2.0}}
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_report(run_dir)
-    found = rows(run_dir / "report.md")
+    assert "FP8, first step" not in write_report(run_dir).read_text()
+    first = {"input": {"amax": 3.0, "underflow": 0.25}, "gradient": {"amax": 0.5, "underflow": 0.0}}
+    last = {"input": {"amax": 4.0, "underflow": 0.125}, "gradient": {"scale_inv_max": 2.0}}
+    add_to_steps(run_dir, {"fp8": first}, {"fp8": last})
+    found = rows(write_report(run_dir))
     assert found["input of the trained MoE"] == ["3 / 4", "0.25 / 0.125", "- / -"]
     assert found["gradient of the trained MoE"] == ["0.5 / -", "0 / -", "- / 2"]
 
 
 def test_settings_that_were_changed_in_a_started_run_are_listed(run_dir: Path) -> None:
-    write_report(run_dir)
-    assert "changed after the start" not in (run_dir / "report.md").read_text()
+    assert "changed after the start" not in write_report(run_dir).read_text()
     stage = StageFolder(run_dir, "pretrain")
     for steps in (1000, 500):
         stage.start({}, setting_texts({"pretrain": {"log.ckpt.every_n_train_steps": steps}}), resumable=True)
-    write_report(run_dir)
-    listed = {name.replace("\\", ""): cells for name, cells in rows(run_dir / "report.md").items()}
+    listed = {name.replace("\\", ""): cells for name, cells in rows(write_report(run_dir)).items()}
     before, after, _ = listed["pretrain.log.ckpt.every_n_train_steps"]
     assert (before, after) == ("1000", "500")
+
+
+def test_stages_stand_in_the_order_in_which_they_need_each_other(run_dir: Path) -> None:
+    needs = {"pretrain": ["upcycle"], "dense_ct": ["import"], "upcycle": ["import"], "import": []}
+    needs |= {"evaluate": ["import", "pretrain", "dense_ct"], "suite": ["evaluate"]}
+    for stage, names in needs.items():
+        (run_dir / stage).mkdir(exist_ok=True)
+        marker = {"stage": stage, "seconds": 1.0, "inputs": dict.fromkeys((f"stage {name}" for name in names), "")}
+        content = {"tasks": {}} if stage == "suite" else marker
+        (run_dir / stage / "_SUCCESS.json").write_text(json.dumps(content))
+    write_report(run_dir)
+    results = json.loads((run_dir / "results.json").read_text())
+    assert list(results["stage_seconds"]) == ["import", "upcycle", "pretrain", "dense_ct", "evaluate"]

@@ -15,31 +15,20 @@ from nemo_upcycle.suites.lm_eval_tasks import check_task_names, load_tasks, ques
 from tests.lm_eval_tasks import write_task
 
 
+_CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
+_LETTERS = "\nA. {{choices[0]}}\nB. {{choices[1]}}\nAnswer:"
 #: As lm-eval's own tasks are written: letters, texts of answers after a passage, beginnings to choose from, free text.
 FORMATS: dict[str, dict[str, Any]] = {
-    "lettered": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nAnswer:",
-        "doc_to_choice": ["A", "B"],
-        "doc_to_target": "answer",
-    },
+    "lettered": _CHOICE | {"doc_to_text": "{{question.strip()}}" + _LETTERS, "doc_to_choice": ["A", "B"]},
     "passage": {
-        "output_type": "multiple_choice",
+        **_CHOICE,
         "doc_to_text": "{{support.lstrip()}}\nQuestion: {{question}}\nAnswer:",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
         "should_decontaminate": True,
         "doc_to_decontamination_query": "{{support}} {{question}}",
     },
-    "listed": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "Passage: {{support}}\nQuestion: {{question}}\nChoices:\nA. {{choices[0]}}\nB. {{choices[1]}}\n"
-        "Answer:",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-    },
+    "listed": _CHOICE | {"doc_to_text": "Passage: {{support}}\nQuestion: {{question}}\nChoices:" + _LETTERS},
     "beginnings": {
-        "output_type": "multiple_choice",
+        **_CHOICE,
         "doc_to_text": "{{answer}}",
         "doc_to_choice": "{{[question ~ ' ' ~ choices[0], question ~ ' ' ~ choices[1]]}}",
         "doc_to_target": "{{support}}",
@@ -50,11 +39,7 @@ FORMATS: dict[str, dict[str, Any]] = {
         "doc_to_target": "{{choices[answer]}}",
         "target_delimiter": "\n",
     },
-    "several": {
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "choices",
-    },
+    "several": {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "choices"},
 }
 
 
@@ -109,31 +94,25 @@ def test_documents_are_read_as_questions(
     tasks_folder: Path, layout: str, stem: str, options: tuple[str, ...], answers: tuple[str, ...]
 ) -> None:
     (task,) = load_tasks([f"own_{layout}"], tasks_folder)[f"own_{layout}"]
-    found = question_of(task, task.eval_docs[1])
+    document = task.eval_docs[1]
+    found = question_of(task, document)
     assert (found.stem.split(), found.options, found.answers) == (stem.split(), options, answers)
-    prompt = (
-        task.doc_to_choice(task.eval_docs[1])[1] if layout == "beginnings" else task.doc_to_text(task.eval_docs[1])
-    )
-    assert found.prompt == prompt
+    is_choice = layout == "beginnings"
+    assert found.prompt == (task.doc_to_choice(document)[1] if is_choice else task.doc_to_text(document))
 
 
 def test_items_are_the_documents_that_are_evaluated_in_all_their_forms(tasks_folder: Path) -> None:
     items = list(lm_eval_items(["own_passage", "own_lettered"], tasks_folder))
-    assert [(item.name, item.id) for item in items] == [
-        ("lm-eval/own_passage", "own_passage/0"),
-        ("lm-eval/own_passage", "own_passage/1"),
-        ("lm-eval/own_lettered", "own_lettered/0"),
-        ("lm-eval/own_lettered", "own_lettered/1"),
-    ]
+    ids = [f"{name}/{number}" for name in ("own_passage", "own_lettered") for number in (0, 1)]
+    assert [(item.name, item.id) for item in items] == [(f"lm-eval/{one[:-2]}", one) for one in ids]
     index = NgramIndex.build(items)
-    question = "Which test question number 1 is asked?"
     for text in (
-        f"He wondered: {question} Nobody knew.",
-        f"{question} the test other",
-        f"{question}\nthe test one\nthe test other",
-        f"{question}\n(A) the test one\n(B) the test other",
-        f"The passage of test 1. {question}",
-        f"The passage of test 1.\nQuestion: {question}\nAnswer: the test other",
+        f"He wondered: {STEM} Nobody knew.",
+        f"{STEM} the test other",
+        f"{STEM}\nthe test one\nthe test other",
+        f"{STEM}\n(A) the test one\n(B) the test other",
+        f"The passage of test 1. {STEM}",
+        f"The passage of test 1.\nQuestion: {STEM}\nAnswer: the test other",
     ):
         assert any(1 in hit.items for hit in index.find(text)), text
     assert index.find("Which train question number 1 is asked? the train other") == []

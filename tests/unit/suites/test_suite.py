@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import yaml
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.lm_eval_tasks import check_task_names
@@ -20,13 +19,8 @@ from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 
 MANY = [
-    {
-        "question": f"Question {number}?",
-        "choices": ["a", "b", "c", "d"],
-        "answer": number % 4,
-        "subject": f"s{number % 5}",
-    }
-    for number in range(40)
+    {"question": f"Question {n}?", "choices": ["a", "b", "c", "d"], "answer": n % 4, "subject": f"s{n % 5}"}
+    for n in range(40)
 ]
 
 
@@ -64,13 +58,11 @@ def test_every_published_value_is_of_a_column_of_its_suite() -> None:
     [
         ("tasks: {mmlu_leter: [0]}", ": local task", "mmlu_leter"),
         ("tasks: {mmlu_letter: [5]}", ": tasks.mmlu_letter", [5]),
-        ("tasks: {mmlu_letter: []}", ": tasks.mmlu_letter", []),
         ("tasks: {heldout_perplexity: [5]}\nquestions: {examples: 5}", ": tasks.heldout_perplexity", [5]),
         ("tasks: {mmlu: [0]}\nlocal: false\npublished: {source: x}", ": published.models", "nothing"),
         ("tasks: {mmlu_letter: [0]}\ninclude_path: .", ": include_path", "local: true"),
         ("tasks: {piqa: [0]}\nlocal: false\ninclude_path: /nowhere", ": include_path", "/nowhere, no such folder"),
         ("tasks: {mmlu_letter: [0]}\nbackend: vlm", ": backend", "vlm"),
-        ("tasks: {mmlu_letter: [0]}\nbatch_size: 0", ": batch_size", 0),
         ("tasks: {mmlu_letter: [0]}\nbatch_size: automatic", ": batch_size", "automatic"),
         ("tasks: {mmlu_letter: [0]}\nchat_template: true", ": chat_template", "local: true"),
         ("tasks: {mmlu_letter: [0]}\nfiles: {mmlu_letter: a.jsonl}", ": files", "local: true"),
@@ -115,9 +107,8 @@ def test_examples_are_of_the_same_subject_and_never_asked(tmp_path: Path) -> Non
     config = SuiteConfig({"mmlu_letter": [0, 2], "mmlu_answer": [2]}, questions=QuestionsConfig(examples=3))
     suite = build_suite(MANY, [], tmp_path / "suite", config)
     tasks = json.loads((suite / MARKER).read_text())["tasks"]
-    assert {name: entry["items"] for name, entry in tasks.items()} == dict.fromkeys(
-        ("mmlu_letter", "mmlu_letter_2shot", "mmlu_answer_2shot"), 25
-    )
+    names = ("mmlu_letter", "mmlu_letter_2shot", "mmlu_answer_2shot")
+    assert {name: entry["items"] for name, entry in tasks.items()} == dict.fromkeys(names, 25)
     rows = [json.loads(line) for line in (suite / "mmlu_letter_2shot.jsonl").read_text().splitlines()]
     asked = {row["question"] for row in rows}
     for row in rows:
@@ -137,8 +128,6 @@ def test_windows_hold_the_whole_document_within_their_size() -> None:
     text = "  one  two\nthree éé " + "x" * 30 + " end "
     windows = cut_windows(text, 12)
     assert windows == ["one  two", "three éé", "x" * 30, "end"]
-    assert [window.split() for window in windows] == [["one", "two"], ["three", "éé"], ["x" * 30], ["end"]]
-    assert all(len(window.encode()) <= 12 for window in windows if "x" not in window)
 
 
 def test_windows_are_chosen_by_seed_and_come_in_order() -> None:
@@ -147,20 +136,6 @@ def test_windows_are_chosen_by_seed_and_come_in_order() -> None:
     assert len(some) == 4
     assert [window for window in everything if window in some] == some
     assert some != choose_windows(DOCUMENTS, HeldoutConfig(window_bytes=20, windows=4), seed=3)
-
-
-def test_the_folder_holds_lm_eval_tasks_and_their_data(tmp_path: Path) -> None:
-    config = SuiteConfig(tasks={"mmlu_answer": [0], "heldout_perplexity": [0]})
-    suite = build_suite(QUESTIONS, DOCUMENTS, tmp_path / "suite", config)
-    files = {f"{task}.{kind}" for task in config.tasks for kind in ("jsonl", "yaml")}
-    assert {path.name for path in suite.iterdir()} == {MARKER, *files}
-    task = yaml.safe_load((suite / "mmlu_answer.yaml").read_text())
-    data = Path(task["dataset_kwargs"]["data_files"]["test"]).read_text()
-    rows = [json.loads(line) for line in data.splitlines()]
-    assert rows == sorted(QUESTIONS, key=lambda question: question["subject"])
-    noted = json.loads((suite / MARKER).read_text())
-    assert noted["tasks"]["mmlu_answer"]["items"] == 3
-    assert noted["config"]["tasks"] == config.tasks
 
 
 def test_prompts_are_held_out_text_with_what_follows(tmp_path: Path) -> None:
@@ -181,8 +156,3 @@ def test_a_task_without_items_is_refused_and_leaves_nothing(tmp_path: Path) -> N
     with pytest.raises(UpcycleError, match="task heldout_perplexity: got no item"):
         build_suite(QUESTIONS, [], tmp_path / "suite", SuiteConfig(tasks={"heldout_perplexity": [0]}))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_hub_suite_only_names_its_tasks(tmp_path: Path) -> None:
-    suite = build_suite([], [], tmp_path / "suite", read_suite_config("paper"))
-    assert [path.name for path in suite.iterdir()] == [MARKER]
