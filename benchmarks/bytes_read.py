@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.safetensors_writer import safetensors_header
+from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.online.plan import RankCoords, param_plans
@@ -28,7 +29,7 @@ from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.mapped_files import row_major
 from nemo_upcycle.tensor_plan import ModelPlan
 from nemo_upcycle.utils.progress import track
-from tests.megatron_ranks import build_rank, megatron_rank
+from tests.megatron_ranks import build_rank
 
 
 RESULTS = Path(__file__).parent / "results" / "bytes_read.md"

@@ -52,8 +52,7 @@ MODELS = {
 }
 
 _FILL = (
-    "tests.te.test_upcycle::test_every_rank_of_a_layout",
-    "tests.te.test_upcycle::test_llama_3_8b_on_a_rank_of_512",
+    "tests.te.test_upcycle::test_every_kind_of_model",
     "tests.bridge.test_upcycling::test_the_checkpoint_has_the_bits_of_an_offline_conversion",
 )
 _EXPORT = (

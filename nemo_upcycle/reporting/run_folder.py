@@ -25,7 +25,7 @@ MODELS = {
 #: File -> keys that the report prints, and so must find, and the types of their values.
 _NUMBER = int | float
 _COUNTS = ("dense_params", "total_params", "active_params", "bytes_read", "bytes_needed", "bytes_written", "seconds")
-_RECEIPT = {"spec": dict, "exact": bool, **dict.fromkeys((*_COUNTS, "ranks"), _NUMBER), "layout": dict}
+_RECEIPT = {"spec": dict, "source": str, "exact": bool, **dict.fromkeys((*_COUNTS, "ranks"), _NUMBER), "layout": dict}
 _EVALUATION = dict.fromkeys(("metrics", "items", "groups", "settings", "versions", "seconds", "model"), dict)
 _CONTAMINATION = {"sets": dict, "report": dict}
 _STEP = ("step", "tokens", "seconds")
