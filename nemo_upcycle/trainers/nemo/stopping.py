@@ -83,8 +83,8 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
     - The handler stays until training is torn down. NeMo's is gone before the last checkpoint is written.
     - The status is 75 and not 0: a scheduler must not take an early end for a finished training.
 
-    Put it behind `MetricsLogger`, for the last step to have its line, and before `StopOnSignal`, which ends at once while
-    there is nothing to save yet.
+    Put it behind `MetricsLogger`, for the last step to have its line, and before `StopOnSignal`, which ends at once
+    while there is nothing to save yet.
 
     Example:
         >>> recipe.trainer.callbacks += [run.Config(SaveOnSignal), run.Config(StopOnSignal)]  # doctest: +SKIP
