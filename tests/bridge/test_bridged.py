@@ -16,14 +16,11 @@ from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.utils.files import read_json, write_json
-from tests.bridge.runs import SEQUENCE, VOCABULARY, fill, refusal, train_on_ranks
+from tests.bridge.runs import SEQUENCE, SPEC, VOCABULARY, fill, refusal, train_on_ranks
 from tests.distributed.ranks import run_ranks
-from tests.models import save_random, text_sizes, write_class, write_llama, write_qwen2
+from tests.models import save_random, text_sizes, write_class, write_qwen2
 from tests.parents import write_gemma, write_wrapped
 from tests.tiers import quick
-
-
-SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 
 
 def write_mimo(folder: Path, **changes: Any) -> Path:
@@ -167,12 +164,11 @@ def _compare(
     return differing, float((ours - wanted).abs().max() / wanted.abs().max())
 
 
-def test_a_known_parent_becomes_the_same_through_bridge(tmp_path: Path) -> None:
+def test_a_known_parent_becomes_the_same_through_bridge(dense: Path, tmp_path: Path) -> None:
     """Of a Llama the two receipts have the same hashes of every parameter, and what it is made of."""
-    parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
     made = {}
     for style in ("provider", "whole"):
-        run_ranks(_fill, 1, parent, tmp_path / style, style)
+        run_ranks(_fill, 1, dense, tmp_path / style, style)
         receipt = read_json(tmp_path / style / "receipt.json")
         made[style] = {one["name"]: one["sha256"] for one in receipt.pop("parameters")}, receipt["total_params"]
     assert made["provider"] == made["whole"]

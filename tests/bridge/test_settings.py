@@ -13,7 +13,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.executors.ft import ft_command
 from nemo_upcycle.pipeline.plan import open_training
-from tests.bridge.runs import differences, export, run_config
+from tests.bridge.runs import bridges_pretrain, differences, export, run_config
 from tests.bridge.test_chain import BEFORE, plan_of
 from tests.contract.trainers import metrics, train, training_text
 from tests.distributed.ranks import run_ranks
@@ -37,12 +37,7 @@ def test_settings_without_the_callbacks_that_carry_them_out_are_refused(dense: P
 
 
 def _train_alone(dense: Path, folder: Path) -> None:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
-
+    pretrain = bridges_pretrain()
     from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
     from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
@@ -50,7 +45,7 @@ def _train_alone(dense: Path, folder: Path) -> None:
     config = UpcyclingConfig.of(run_config(dense, folder, spec))
     config.upcycle.router_lr_mult = 2.0
     upcycle_on_start(config, dense, spec)
-    pretrain(config, forward_step)
+    pretrain(config)
 
 
 @pytest.mark.parametrize(
