@@ -1,4 +1,4 @@
-"""NeMo's stock recipes, upcycled: real trainings at toy width, by NeMo's command and through the chain."""
+"""NeMo's stock recipes, upcycled: real trainings at toy width, by NeMo's command."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.trainers.base import last_checkpoint
 from tests.blends import write_blend
 from tests.contract.trainers import losses
 from tests.distributed.ranks import run_ranks
 from tests.functional.test_examples import ROTARY
-from tests.functional.tiny import EVALUATION, LAYERS, texts
+from tests.functional.tiny import LAYERS, texts
 from tests.functional.typed import Answer, type_commands
 from tests.gpu.one_card import Sizes, prepare, train
 from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_llama, write_smollm3, write_tokenizer
-from tests.parents import write_gemma, write_qwen3_moe
+from tests.parents import write_gemma
 from tests.tiers import quick
 
 
@@ -29,16 +28,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small parents with the constants of Llama 3.2 and of Qwen3's with experts, tokenised texts, an evaluation."""
+    """A small parent with the constants of Llama 3.2, and its tokenised texts."""
     folder = tmp_path_factory.mktemp("inputs")
-    both: dict[str, Any] = {"tied": True, "vocab_size": 259, "layers": LAYERS}
-    llama = write_llama(folder / "llama", **ROTARY, **both)
-    grown = both | {"tied": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-    qwen3_moe = write_qwen3_moe(folder / "qwen3_moe", **grown)
-    for parent in (llama, qwen3_moe):
-        write_tokenizer(parent)
+    llama = write_tokenizer(write_llama(folder / "llama", **ROTARY, tied=True, vocab_size=259, layers=LAYERS))
     write_blend(folder / "blend", llama, texts=texts())
-    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
     return folder
 
 
@@ -64,28 +57,6 @@ def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     (receipt,) = (inputs / "runs").rglob("receipt.json")
     assert json.loads(receipt.read_text())["exact"] is True
     assert len(losses(receipt.parent)) == 3
-
-
-@pytest.mark.full
-def test_a_parent_with_experts_goes_through_the_chain(inputs: Path) -> None:
-    command = "upcycle pipeline --factory tests.functional.stock.grown_chain(inputs='INPUTS')"
-    planned, done = _type(inputs, f"{command} --dryrun", f"{command} --yes")
-    assert planned.status == 0, planned.text
-    assert "no law of models whose parent has experts is published" in planned.text
-    assert done.status == 0, done.text
-    run = inputs / "grown"
-    receipt, trained = (json.loads((run / name / "receipt.json").read_text()) for name in ("", "pretrain"))
-    assert (receipt["exact"], receipt["within_tolerance"], receipt["parent_experts"]) == (True, True, 4)
-    assert trained["bytes_read"] == trained["bytes_needed"]
-    trained_losses, own = (losses(run / stage) for stage in ("pretrain", "dense_ct"))
-    assert trained_losses[0] == pytest.approx(own[0], rel=1e-5)
-    for name, experts in (("upcycle/hf", 8), ("hf", 8), ("dense_ct/hf", 4)):
-        arch = read_architecture(run / name)
-        assert (arch.hf_class, arch.num_experts, arch.top_k) == ("Qwen3MoeForCausalLM", experts, experts // 2)
-    report = (run / "report.md").read_text()
-    assert "→ MoE of 8 experts, top-4" in report
-    assert "dense parent" not in report
-    assert "dense baseline" not in report
 
 
 #: Parents whose MoE hardly a Hugging Face class holds.
