@@ -151,28 +151,22 @@ def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -
     return folder
 
 
-def as_transformers_5(folder: Path, *, tokenizer: bool = False) -> Path:
-    """Rewrite what transformers 4 saved as transformers 5.24 does: one environment holds only one of them.
-
-    Args:
-        folder: with `config.json`.
-        tokenizer: whether its tokenizer is rewritten, too.
-    """
+def as_transformers_5(folder: Path) -> Path:
+    """Rewrite what transformers 4 saved as transformers 5.24 does: one environment holds only one of them."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
     config |= {"rope_parameters": scaling | {"rope_theta": config.pop("rope_theta")}, "transformers_version": "5.24.0"}
     config["dtype"] = config.pop("torch_dtype", None) or config["dtype"]
     path.write_text(json.dumps(config), encoding="utf-8")
-    if tokenizer:
-        path = folder / "tokenizer_config.json"
-        said = json.loads(path.read_text(encoding="utf-8"))
-        said["extra_special_tokens"] = said.pop("additional_special_tokens", ["<unk>"])
-        for name in ("added_tokens_decoder", "use_fast"):
-            said.pop(name, None)
-        said |= {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
-        path.write_text(json.dumps(said), encoding="utf-8")
-        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["extra_special_tokens"] = said.pop("additional_special_tokens", ["<unk>"])
+    for name in ("added_tokens_decoder", "use_fast"):
+        said.pop(name, None)
+    said |= {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
+    path.write_text(json.dumps(said), encoding="utf-8")
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
     return folder
 
 

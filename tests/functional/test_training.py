@@ -151,7 +151,7 @@ def test_a_checkpoint_opens_in_plain_nemo(runs: Runs, alone: list[dict[str, Any]
     )
     assert done.returncode == 0, done.stderr[-3000:]
     _, parameters, router_sum = next(line for line in done.stdout.splitlines() if line.startswith("LOADED")).split()
-    receipt = json.loads(runs.receipt("alone").read_text())
+    receipt = json.loads((runs.folder / "alone/receipt.json").read_text())
     assert int(parameters) == receipt["total_params"] + (PADDED_VOCAB - 259) * 64
     router = DistributedCheckpoint(checkpoint / "weights").read("module.decoder.layers.mlp.router.weight")[3]
     assert float(router_sum) == pytest.approx(float(router.double().sum()), rel=1e-12)

@@ -16,7 +16,7 @@ from tests.contract.trainers import losses
 from tests.distributed.ranks import run_ranks
 from tests.functional.test_examples import ROTARY
 from tests.functional.tiny import LAYERS, texts
-from tests.functional.typed import Answer, type_commands
+from tests.functional.typed import type_commands
 from tests.gpu.one_card import Sizes, prepare, train
 from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_llama, write_smollm3, write_tokenizer
 from tests.parents import write_gemma
@@ -35,18 +35,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _type(inputs: Path, *commands: str) -> list[Answer]:
-    words = [command.replace("INPUTS", str(inputs)).split() for command in commands]
-    (answers,) = run_ranks(type_commands, 1, words, str(inputs), str(inputs), process_group=False, timeout_s=600)
-    return list(answers)
-
-
 def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     factory = "tests.functional.stock.llama(parent='INPUTS/llama',dir='INPUTS/runs',data='INPUTS/blend')"
-    command = f"llm pretrain --factory {factory}"
-    refused, wrong_size, done = _type(
-        inputs, f"{command} optim.config.lr=-1 --yes", f"{command} model.config.num_layers=3 --yes", f"{command} --yes"
-    )
+    command = f"llm pretrain --factory {factory}".replace("INPUTS", str(inputs)).split()
+    commands = [[*command, *words, "--yes"] for words in (["optim.config.lr=-1"], ["model.config.num_layers=3"], [])]
+    (answers,) = run_ranks(type_commands, 1, commands, str(inputs), str(inputs), process_group=False, timeout_s=600)
+    refused, wrong_size, done = answers
     assert refused.status == 2, refused.text
     assert "  optim.config.lr: got -1" in refused.text
     assert wrong_size.status == 2, wrong_size.text
