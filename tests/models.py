@@ -53,6 +53,10 @@ LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, 
 LLAMA3_SCALING |= {"original_max_position_embeddings": 8192}
 
 
+#: Kinds whose other configuration is that of a model that sees, too.
+TEXT_CONFIGS = ("Gemma3", "Gemma4", "Qwen3_5")
+
+
 def write_class(
     kind: str, folder: Path, *, tied: bool = False, layers: int = 4, shards: int = 1, **changes: Any
 ) -> Path:
@@ -72,7 +76,7 @@ def write_class(
 
     torch.manual_seed(7)
     settings = text_sizes(tied=tied, layers=layers, **changes)
-    config_class = getattr(transformers, f"{kind}TextConfig" if kind in ("Gemma3", "Gemma4") else f"{kind}Config")
+    config_class = getattr(transformers, f"{kind}TextConfig" if kind in TEXT_CONFIGS else f"{kind}Config")
     return save_random(transformers.AutoModelForCausalLM.from_config(config_class(**settings)), folder, shards)
 
 

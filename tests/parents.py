@@ -71,13 +71,7 @@ _NETS = {
 #: Positions of a text are the same on all axes of a picture.
 _NETS_ROPE = {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
 QWEN35: dict[str, Any] = _NETS | {"rope_parameters": _NETS_ROPE, "pad_token_id": 0}
-
-
-def write_qwen35(folder: Path, *, layers: int = 4, **changes: Any) -> Path:
-    """Write a random Qwen3.5, text alone."""
-    torch.manual_seed(7)
-    config = transformers.Qwen3_5TextConfig(**text_sizes(layers=layers, **QWEN35 | changes))
-    return save_random(transformers.Qwen3_5ForCausalLM(config), folder)
+write_qwen35 = partial(write_class, "Qwen3_5", **QWEN35)
 
 
 def write_as(kind: str, folder: Path, *, layers: int = 2, **changes: Any) -> Path:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import by_step, steps_in
@@ -117,17 +116,6 @@ def _bridge_text(kind: str, ranks: int, values: dict[str, Any], evaluate: dict[s
     words = tuple(f"{name}={value}" for name, value in values.items())
     recipe = f"tests.bridge.recipes:{kind}"
     return BridgeTraining(recipe, words, nodes=1, ranks_per_node=ranks, changes=json.dumps(changes)).to_text()
-
-
-def grown_texts(parent: Path) -> list[str]:
-    """Make the training of twice a parent's four experts, in Bridge on two ranks, and that of the parent as it is."""
-    if IS_BRIDGE:
-        return [training_text(kind=kind, ranks=2) for kind in ("tiny_grown", "dense_ct")]
-    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
-    from tests.functional.stock import made_from
-
-    specs = (UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), None)
-    return [dump_recipe(made_from(str(parent), spec)) for spec in specs]
 
 
 def write_plan(run_dir: Path, parent: Path, data: Path, evaluation: Path, *texts: str | None) -> RunPlan:
