@@ -37,15 +37,10 @@ def write_mimo(folder: Path, **changes: Any) -> Path:
 
 def write_qwen2_audio(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(7)
-    hears = {
-        "encoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "encoder_ffn_dim": 48,
-        "d_model": 32,
-        "num_mel_bins": 8,
-    }
+    hears = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "d_model": 32}
+    hears |= {"num_mel_bins": 8, "max_source_positions": 16}
     text = {"model_type": "qwen2"} | text_sizes(head_dim=None, layers=2, **changes)
-    config = transformers.Qwen2AudioConfig(text_config=text, audio_config=hears | {"max_source_positions": 16})
+    config = transformers.Qwen2AudioConfig(text_config=text, audio_config=hears)
     save_random(transformers.Qwen2AudioForConditionalGeneration(config), folder)
     published = {  # transformers 5.12 writes one part of the name twice
         name.replace("language_model.model.model.", "language_model.model."): tensor
@@ -135,13 +130,8 @@ def _compare(
     moe, made_by = fill(parent, folder, fields, style="whole", model=model, **layout)
     bridge = AutoBridge.from_hf_pretrained(str(parent))
     provider = bridge.to_megatron_provider(load_weights=False)
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "params_dtype",
-        "pipeline_dtype",
-        "bf16",
-    ):
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    for name in (*sizes, "params_dtype", "pipeline_dtype", "bf16"):
         setattr(provider, name, getattr(made_by, name))
     provider.mtp_num_layers, provider.transformer_layer_spec = None, local_layer_spec
     provider.finalize()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.sources.checkpoints import steps_in
+from nemo_upcycle.trainers.base import last_checkpoint
 from tests.blends import write_blend
 from tests.functional.runs import Runs
 from tests.functional.tiny import BATCH, PADDED_VOCAB
@@ -52,14 +53,14 @@ def test_a_full_disk_is_named_and_the_run_goes_on_with_more_room(runs: Runs, alo
         pytest.skip("this user may not mount a small disk")
     try:
         ((ending, kept),) = runs.endings("disk/run", 1, steps=6, every=2)
-        whole = runs.checkpoint("disk/run")
+        whole = last_checkpoint(runs.folder / "disk/run")
         assert kept == steps_in(whole) == 2
         assert ending.startswith(f"disk of {whole.parent}: got 0 bytes of room beside ")
         assert f"goes on from {whole}, which is whole" in ending
         subprocess.run(["mount", "-o", "remount,size=60m", disk], check=True)
         lines = runs.train("disk/run", 1, steps=6, every=2)
         assert [line["loss"] for line in lines] == [line["loss"] for line in alone]
-        assert [path.name for path in whole.parent.iterdir()] == [runs.checkpoint("disk/run").name]
+        assert [path.name for path in whole.parent.iterdir()] == [last_checkpoint(runs.folder / "disk/run").name]
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
 
@@ -70,7 +71,7 @@ def test_a_trial_keeps_its_end_wherever_its_validations_fall(runs: Runs, options
     name = f"trial {len(options)}"
     lines = runs.train(name, 1, steps=3, every=2, **options)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
-    assert steps_in(runs.checkpoint(name)) == 3
+    assert steps_in(last_checkpoint(runs.folder / name)) == 3
 
 
 #: Together about as many tokens as ten sequences.
@@ -100,7 +101,6 @@ def test_resumed_and_lengthened_run_reads_the_same_samples(runs: Runs, tmp_path:
 
 _PLAIN_NEMO = """
 import sys
-
 sys.modules["nemo_upcycle"] = None  # no import finds it
 checkpoint = sys.argv[1]
 import torch
@@ -141,7 +141,7 @@ print("LOADED", sum(parameter.numel() for parameter in megatron.parameters()), f
 def test_a_checkpoint_opens_in_plain_nemo(runs: Runs, alone: list[dict[str, Any]]) -> None:
     from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 
-    checkpoint = runs.checkpoint("alone")
+    checkpoint = last_checkpoint(runs.folder / "alone")
     done = subprocess.run(
         [sys.executable, "-c", _PLAIN_NEMO, str(checkpoint)],
         capture_output=True,
