@@ -18,7 +18,6 @@ from tests.models import LLAMA3_SCALING, write_llama, write_tokenizer
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
 @pytest.mark.parametrize("style", ["upcycled_provider", "upcycled_config"])
@@ -26,7 +25,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
     ("changes", "pattern", "words"),
     [
         ({"scaled_embedding": True}, {}, "multiplies its embedding by sqrt"),
-        ({"rope_scaling": DYNAMIC}, {}, "rope_scaling of the dense checkpoint"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {}, "rope_scaling of the dense checkpoint"),
         ({"rope_scaling": LLAMA3_SCALING}, {"hybrid_layer_pattern": "*E" * 32}, "HybridModel scales no rotary"),
     ],
     ids=["scaled embedding", "RoPE scaling", "RoPE scaling of a HybridModel"],

@@ -91,8 +91,7 @@ def test_a_saved_run_is_evaluated_as_the_model_that_was_trained(tmp_path: Path, 
 
 
 #: The recipe for H100s, without Transformer Engine: the run that `tests/gpu` makes on a card.
-SIZES = {"layers": 2, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "head_dim": 16, "padded_vocab": 512}
-SMALL = Sizes(**SIZES, sequence=64, batch=4, steps=4)
+SMALL = Sizes(hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, padded_vocab=512, sequence=64, steps=4)
 
 
 @pytest.mark.full
