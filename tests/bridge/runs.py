@@ -186,20 +186,17 @@ def offline(dense: Path, output: Path, fields: dict[str, Any]) -> Path:
     return output
 
 
-def ends_as_converted(
-    dense: Path, run: Path, fields: dict[str, Any] | None, *, parent: Path | None = None, **options: Any
-) -> bool:
+def ends_as_converted(dense: Path, run: Path, fields: dict[str, Any] | None, **options: Any) -> bool:
     """Train on the ranks of a layout, and tell whether what is exported has the bits of an offline conversion.
 
     Args:
         dense: the dense checkpoint.
         run: the folder of the checkpoints.
         fields: fields of the spec; None for the dense model, which has the bits of its checkpoint.
-        parent: what the run starts from; None for `dense`.
-        options: arguments of `train`.
+        options: arguments of `train`; `parent` is what the run starts from, if not from `dense`.
     """
     ranks = max(options.get("tp", 1) * options.get("pp", 1), options.get("ep", 1))
-    train_on_ranks(ranks, parent or dense, run, fields, **options)
+    train_on_ranks(ranks, options.pop("parent", dense), run, fields, **options)
     exported = export(dense, run, run.with_name(f"{run.name}-exported"))
     wanted = offline(dense, run.with_name(f"{run.name}-offline"), fields) if fields else dense
     return not differences(exported, wanted)
