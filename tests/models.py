@@ -53,6 +53,10 @@ LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, 
 LLAMA3_SCALING |= {"original_max_position_embeddings": 8192}
 
 
+#: Kinds whose other configuration is that of a model that sees, too.
+TEXT_CONFIGS = ("Gemma3", "Gemma4", "Qwen3_5")
+
+
 def write_class(
     kind: str, folder: Path, *, tied: bool = False, layers: int = 4, shards: int = 1, **changes: Any
 ) -> Path:
@@ -72,7 +76,7 @@ def write_class(
 
     torch.manual_seed(7)
     settings = text_sizes(tied=tied, layers=layers, **changes)
-    config_class = getattr(transformers, f"{kind}TextConfig" if kind in ("Gemma3", "Gemma4") else f"{kind}Config")
+    config_class = getattr(transformers, f"{kind}TextConfig" if kind in TEXT_CONFIGS else f"{kind}Config")
     return save_random(transformers.AutoModelForCausalLM.from_config(config_class(**settings)), folder, shards)
 
 
@@ -151,28 +155,22 @@ def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -
     return folder
 
 
-def as_transformers_5(folder: Path, *, tokenizer: bool = False) -> Path:
-    """Rewrite what transformers 4 saved as transformers 5.24 does: one environment holds only one of them.
-
-    Args:
-        folder: with `config.json`.
-        tokenizer: whether its tokenizer is rewritten, too.
-    """
+def as_transformers_5(folder: Path) -> Path:
+    """Rewrite what transformers 4 saved as transformers 5.24 does: one environment holds only one of them."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
     config |= {"rope_parameters": scaling | {"rope_theta": config.pop("rope_theta")}, "transformers_version": "5.24.0"}
     config["dtype"] = config.pop("torch_dtype", None) or config["dtype"]
     path.write_text(json.dumps(config), encoding="utf-8")
-    if tokenizer:
-        path = folder / "tokenizer_config.json"
-        said = json.loads(path.read_text(encoding="utf-8"))
-        said["extra_special_tokens"] = said.pop("additional_special_tokens", ["<unk>"])
-        for name in ("added_tokens_decoder", "use_fast"):
-            said.pop(name, None)
-        said |= {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
-        path.write_text(json.dumps(said), encoding="utf-8")
-        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["extra_special_tokens"] = said.pop("additional_special_tokens", ["<unk>"])
+    for name in ("added_tokens_decoder", "use_fast"):
+        said.pop(name, None)
+    said |= {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
+    path.write_text(json.dumps(said), encoding="utf-8")
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
     return folder
 
 

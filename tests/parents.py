@@ -24,12 +24,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 #: Attention sees a window but in every fourth layer.
 write_olmo3 = partial(write_class, "Olmo3", window=5, head_dim=None, pad_token_id=0)
 #: Factors of a Granite, none of which is its class's default.
-GRANITE = {
-    "embedding_multiplier": 12.0,
-    "attention_multiplier": 0.15,
-    "residual_multiplier": 0.22,
-    "logits_scaling": 6.0,
-}
+GRANITE = {"embedding_multiplier": 12.0, "attention_multiplier": 0.15, "residual_multiplier": 0.22}
+GRANITE |= {"logits_scaling": 6.0}
 
 
 write_granite = partial(write_class, "Granite", layers=2, head_dim=None, pad_token_id=0, **GRANITE)
@@ -60,24 +56,12 @@ write_cwm = partial(write_class, "Cwm", window=5, pad_token_id=0)
 
 
 #: Gated delta nets but in every fourth layer, which has a gate of attention: transformers 5 alone has the class.
-_NETS = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "head_dim": 32,
-    "rope_theta": None,
-}
+_NETS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 32, "rope_theta": None}
+_NETS |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 #: Positions of a text are the same on all axes of a picture.
 _NETS_ROPE = {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
 QWEN35: dict[str, Any] = _NETS | {"rope_parameters": _NETS_ROPE, "pad_token_id": 0}
-
-
-def write_qwen35(folder: Path, *, layers: int = 4, **changes: Any) -> Path:
-    """Write a random Qwen3.5, text alone."""
-    torch.manual_seed(7)
-    config = transformers.Qwen3_5TextConfig(**text_sizes(layers=layers, **QWEN35 | changes))
-    return save_random(transformers.Qwen3_5ForCausalLM(config), folder)
+write_qwen35 = partial(write_class, "Qwen3_5", **QWEN35)
 
 
 def write_as(kind: str, folder: Path, *, layers: int = 2, **changes: Any) -> Path:

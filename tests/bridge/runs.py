@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from tests.distributed.ranks import run_ranks
@@ -17,6 +20,8 @@ from tests.models import PARALLEL
 
 
 SEQUENCE, VOCABULARY = 32, 256
+#: Fields of the spec of most runs.
+SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 
 
 def run_config(
@@ -98,6 +103,15 @@ def _local_layers(config: Any, vp_stage: int | None = None) -> Any:
     return get_gpt_decoder_block_spec(config.transformer, use_transformer_engine=False, vp_stage=vp_stage)
 
 
+def bridges_pretrain() -> Callable[..., None]:
+    """Return Bridge's `pretrain`, for this rank's processor, of a configuration and callbacks."""
+    use_cpu_backend()
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    return partial(pretrain, forward_step_func=forward_step)
+
+
 def train(
     dense: Path,
     folder: Path | str,
@@ -125,12 +139,7 @@ def train(
         live: with it, where the trained model is exported to at the end.
         options: arguments of `run_config`.
     """
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
-
+    pretrain = bridges_pretrain()
     from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
     spec = None if fields is None else UpcycleSpec(**fields)
@@ -148,7 +157,7 @@ def train(
         if start:
             config.train.train_iters += 1
             (dense / "model.safetensors").unlink(missing_ok=True)
-        pretrain(config, forward_step, callbacks=callbacks)
+        pretrain(config, callbacks=callbacks)
 
 
 def train_on_ranks(
@@ -177,10 +186,31 @@ def offline(dense: Path, output: Path, fields: dict[str, Any]) -> Path:
     return output
 
 
-def is_as_converted(dense: Path, run: Path, fields: dict[str, Any]) -> bool:
-    """Tell whether what is exported of a run has the bits of an offline conversion."""
+def ends_as_converted(dense: Path, run: Path, fields: dict[str, Any] | None, **options: Any) -> bool:
+    """Train on the ranks of a layout, and tell whether what is exported has the bits of an offline conversion.
+
+    Args:
+        dense: the dense checkpoint.
+        run: the folder of the checkpoints.
+        fields: fields of the spec; None for the dense model, which has the bits of its checkpoint.
+        options: arguments of `train`; `parent` is what the run starts from, if not from `dense`.
+    """
+    ranks = max(options.get("tp", 1) * options.get("pp", 1), options.get("ep", 1))
+    train_on_ranks(ranks, options.pop("parent", dense), run, fields, **options)
     exported = export(dense, run, run.with_name(f"{run.name}-exported"))
-    return not differences(exported, offline(dense, run.with_name(f"{run.name}-offline"), fields))
+    wanted = offline(dense, run.with_name(f"{run.name}-offline"), fields) if fields else dense
+    return not differences(exported, wanted)
+
+
+def whole_as_in_two_halves(dense: Path, folder: Path, **options: Any) -> Path:
+    """Check that two steps and two more have the bits of four, and that two alone do not; return the model."""
+    train_on_ranks(2, dense, folder / "whole", SPEC, steps=4, **options)
+    for steps in (2, 4):
+        train_on_ranks(2, dense, folder / "twice", SPEC, steps=steps, **options)
+    whole, twice = (export(dense, folder / run, folder / f"{run}-hf") for run in ("whole", "twice"))
+    assert not differences(whole, twice)
+    assert differences(whole, export(dense, folder / "twice/iter_0000002", folder / "first-hf"))
+    return whole
 
 
 def differences(left: Path, right: Path) -> list[str]:
@@ -237,8 +267,6 @@ def fill(parent: Path, folder: Path, fields: dict[str, Any] | None, **options: A
     Returns:
         The chunk, and the provider that it was made by.
     """
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
     use_cpu_backend()
     config = hooked(parent, folder, fields, **options)
     config._checkpoint_load_required = False  # as Bridge's pretrain sets it

@@ -14,7 +14,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.utils.files import read_json
-from tests.bridge.runs import hooked, run_config
+from tests.bridge.runs import bridges_pretrain, hooked, run_config
 from tests.distributed.ranks import run_ranks
 
 
@@ -24,12 +24,8 @@ QUANTILES = {"moe_router_load_balancing_type": "quantile_balancing", "moe_aux_lo
 
 def _train(dense: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Train on this rank; return weights and biases before the first step and after each."""
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
+    pretrain = bridges_pretrain()
     from megatron.bridge.training.callbacks import Callback, CallbackContext
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
 
     from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
 
@@ -47,7 +43,7 @@ def _train(dense: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]
 
         on_train_step_end = on_train_start
 
-    pretrain(config, forward_step, callbacks=[*upcycle_callbacks(config, folder), Watch()])
+    pretrain(config, callbacks=[*upcycle_callbacks(config, folder), Watch()])
     return seen
 
 

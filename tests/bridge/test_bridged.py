@@ -16,14 +16,11 @@ from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.utils.files import read_json, write_json
-from tests.bridge.runs import SEQUENCE, VOCABULARY, fill, refusal, train_on_ranks
+from tests.bridge.runs import SEQUENCE, SPEC, VOCABULARY, fill, refusal, train_on_ranks
 from tests.distributed.ranks import run_ranks
-from tests.models import save_random, text_sizes, write_class, write_llama, write_qwen2
+from tests.models import save_random, text_sizes, write_class, write_qwen2
 from tests.parents import write_gemma, write_wrapped
 from tests.tiers import quick
-
-
-SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 
 
 def write_mimo(folder: Path, **changes: Any) -> Path:
@@ -40,15 +37,10 @@ def write_mimo(folder: Path, **changes: Any) -> Path:
 
 def write_qwen2_audio(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(7)
-    hears = {
-        "encoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "encoder_ffn_dim": 48,
-        "d_model": 32,
-        "num_mel_bins": 8,
-    }
+    hears = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "d_model": 32}
+    hears |= {"num_mel_bins": 8, "max_source_positions": 16}
     text = {"model_type": "qwen2"} | text_sizes(head_dim=None, layers=2, **changes)
-    config = transformers.Qwen2AudioConfig(text_config=text, audio_config=hears | {"max_source_positions": 16})
+    config = transformers.Qwen2AudioConfig(text_config=text, audio_config=hears)
     save_random(transformers.Qwen2AudioForConditionalGeneration(config), folder)
     published = {  # transformers 5.12 writes one part of the name twice
         name.replace("language_model.model.model.", "language_model.model."): tensor
@@ -138,13 +130,8 @@ def _compare(
     moe, made_by = fill(parent, folder, fields, style="whole", model=model, **layout)
     bridge = AutoBridge.from_hf_pretrained(str(parent))
     provider = bridge.to_megatron_provider(load_weights=False)
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "params_dtype",
-        "pipeline_dtype",
-        "bf16",
-    ):
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    for name in (*sizes, "params_dtype", "pipeline_dtype", "bf16"):
         setattr(provider, name, getattr(made_by, name))
     provider.mtp_num_layers, provider.transformer_layer_spec = None, local_layer_spec
     provider.finalize()
@@ -167,12 +154,11 @@ def _compare(
     return differing, float((ours - wanted).abs().max() / wanted.abs().max())
 
 
-def test_a_known_parent_becomes_the_same_through_bridge(tmp_path: Path) -> None:
+def test_a_known_parent_becomes_the_same_through_bridge(dense: Path, tmp_path: Path) -> None:
     """Of a Llama the two receipts have the same hashes of every parameter, and what it is made of."""
-    parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
     made = {}
     for style in ("provider", "whole"):
-        run_ranks(_fill, 1, parent, tmp_path / style, style)
+        run_ranks(_fill, 1, dense, tmp_path / style, style)
         receipt = read_json(tmp_path / style / "receipt.json")
         made[style] = {one["name"]: one["sha256"] for one in receipt.pop("parameters")}, receipt["total_params"]
     assert made["provider"] == made["whole"]

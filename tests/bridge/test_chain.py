@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tests.contract.test_mistakes import OWN
 from tests.contract.trainers import losses, metrics, train, write_plan
 from tests.distributed.ranks import run_ranks
 from tests.functional.stages import run_stages
-from tests.functional.started import STAGE, environment
+from tests.functional.started import NEMO, STAGE, Command, environment
 from tests.waiting import HANG_S
 
 
@@ -89,24 +88,20 @@ def test_a_training_that_fails_ends(inputs: Path, tmp_path: Path, workers: int) 
     assert "FileExistsError" in job.stderr.rstrip().splitlines()[-1]
 
 
-def _command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("nemo")), "upcycle", "pipeline", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment(), check=False)
-
-
 def test_the_command_runs_a_part_of_the_chain(inputs: Path, tmp_path: Path) -> None:
     """With a recipe of a user's own, which names the parent by a link, and no tokenizer."""
     (tmp_path / "link").symlink_to(inputs / "parent")
     (tmp_path / "own.py").write_text(OWN.replace("FILES", str(tmp_path)))
     words = [f"dense={inputs / 'parent'}", f"data={inputs / 'blend'}", f"evaluation={inputs / 'evaluation.yaml'}"]
     words += ["recipe=own:linked", "gpus=2", "pretrain.train.train_iters=2", "dir=run", "--until", "pretrain", "--yes"]
-    done = _command(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    typed = (tmp_path / "console.txt", NEMO, "upcycle", "pipeline", *words)
+    done = Command(*typed)
+    assert done.wait() == 0, done.text()
     assert "train.train_iters: 2\n" in (tmp_path / "run/recipes/pretrain.yaml").read_text()
     assert [line["step"] for line in metrics(tmp_path / "run/pretrain")] == [1, 2]
-    again = _command(*words, cwd=tmp_path)
-    assert again.returncode == 0
-    assert "[pretrain] done before" in again.stderr
+    again = Command(*typed)
+    assert again.wait() == 0
+    assert "[pretrain] done before" in again.text()
 
 
 def test_a_recipe_named_again_trains_its_parent_as_the_baseline(inputs: Path, tmp_path: Path) -> None:

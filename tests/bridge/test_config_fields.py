@@ -9,10 +9,7 @@ import pytest
 
 from nemo_upcycle.models import config_fields
 from nemo_upcycle.models.config_fields import meanings
-from tests.bridge.runs import refusal
-
-
-SPEC = {"num_experts": 4, "top_k": 2}
+from tests.bridge.runs import SPEC, refusal
 
 
 def test_every_field_is_in_the_table() -> None:

@@ -11,19 +11,14 @@ import torch
 
 from benchmarks.bridge_contribution import CONTRIBUTION
 from nemo_upcycle import UpcycleSpec
-from tests.bridge.runs import VOCABULARY, run_config
+from tests.bridge.runs import SPEC, run_config
 from tests.distributed.ranks import run_ranks
-from tests.models import write_llama
-
-
-SPEC = {"num_experts": 4, "top_k": 2}
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2, "ep": 2, "etp": 1}, {"pp": 2}], ids=str)
 def test_upcycling_as_contributed_fills_a_model_with_the_bits_of_this_packages(
-    tmp_path: Path, layout: dict[str, int]
+    dense: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
     for differing in run_ranks(_differing, 2, dense, tmp_path / "run", layout):
         assert differing
         assert all(".router." in name for name in differing), differing

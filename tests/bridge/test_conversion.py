@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.bridge_contribution import CONTRIBUTION as FOLDER
 from benchmarks.bridge_contribution import EDITS, apply
+from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
 from tests.bridge.runs import offline
@@ -87,8 +88,6 @@ def _loaded(folder: Path, layout: dict[str, int]) -> tuple[Any, Any]:
 
 
 def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
     use_cpu_backend()
     bridge, model = _loaded(folder, layout)
     return {name: tensor.clone() for name, tensor in bridge.export_hf_weights(model, cpu=True, show_progress=False)}
@@ -124,8 +123,6 @@ def test_the_contribution_is_applied_once_or_not_at_all(tmp_path: Path) -> None:
 
 def _by_contribution(folders: list[Path]) -> list[Any]:
     """Return of each folder the classes of the bridges, the models that both make, and what the second exports."""
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
     use_cpu_backend()
     ours = [_loaded(folder, {}) for folder in folders]
     kinds = [type(bridge._model_bridge).__name__ for bridge, _ in ours]

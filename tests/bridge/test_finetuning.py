@@ -16,11 +16,8 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_model import load_model
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
-from tests.bridge.runs import SEQUENCE, VOCABULARY, hooked, run_config, train_on_ranks
+from tests.bridge.runs import SEQUENCE, SPEC, VOCABULARY, hooked, run_config, train_on_ranks
 from tests.distributed.ranks import run_ranks
-
-
-SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 
 
 @pytest.mark.parametrize("style", ["provider", "builder"])

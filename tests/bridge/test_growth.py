@@ -13,12 +13,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.utils.files import read_json
-from tests.blends import write_blend
-from tests.bridge.runs import VOCABULARY, differences, export, offline, train_on_ranks
-from tests.contract.trainers import training_text, write_plan
-from tests.functional.stages import run_stages
-from tests.functional.tiny import EVALUATION, texts
-from tests.models import write_tokenizer
+from tests.bridge.runs import VOCABULARY, ends_as_converted
 from tests.parents import write_mixtral, write_moe, write_qwen3_moe
 
 
@@ -43,33 +38,12 @@ def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
     parent: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:
     fields = growth_spec(read_architecture(parent), 8).to_dict() | {"router_std": 0.02, "method": "drop"}
-    ranks = max(layout.values())
-    train_on_ranks(ranks, parent, tmp_path / "run", fields, **(STAYS | layout))
-    exported = export(parent, tmp_path / "run", tmp_path / "hf")
-    assert read_architecture(exported).num_experts == 8
-    assert differences(exported, offline(parent, tmp_path / "offline", fields)) == []
+    assert ends_as_converted(parent, tmp_path / "run", fields, **(STAYS | layout))
+    assert read_architecture(tmp_path / "run-exported").num_experts == 8
     receipt = read_json(tmp_path / "run/receipt.json")
     assert (receipt["parent_experts"], receipt["spec"]) == (4, UpcycleSpec(**fields).to_dict())
 
 
 def test_the_baseline_is_the_parent_as_it_is(parent: Path, tmp_path: Path) -> None:
-    train_on_ranks(2, parent, tmp_path / "run", None, ep=2, **STAYS)
+    assert ends_as_converted(parent, tmp_path / "run", None, ep=2, **STAYS)
     assert read_json(tmp_path / "run/receipt.json")["exact"] is True
-    assert differences(export(parent, tmp_path / "run", tmp_path / "hf"), parent) == []
-
-
-def test_a_parent_with_experts_goes_through_the_chain(tmp_path: Path) -> None:
-    parent = write_tokenizer(write_mixtral(tmp_path / "parent", vocab_size=259))
-    write_blend(tmp_path / "blend", parent, texts=texts())
-    (tmp_path / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
-    trainings = [training_text(kind=kind, ranks=2) for kind in ("tiny_grown", "dense_ct")]
-    write_plan(run := tmp_path / "run", parent, tmp_path / "blend", tmp_path / "evaluation.yaml", *trainings)
-    run_stages(run, ranks=2)
-    assert read_json(run / "receipt.json")["within_tolerance"] is True
-    sizes = {name: read_architecture(run / name) for name in ("upcycle/hf", "hf", "dense_ct/hf")}
-    assert [(arch.hf_class, arch.num_experts, arch.top_k) for arch in sizes.values()] == [
-        ("MixtralForCausalLM", 8, 4),
-        ("MixtralForCausalLM", 8, 4),
-        ("MixtralForCausalLM", 4, 2),
-    ]
-    assert "→ MoE of 8 experts, top-4" in (run / "report.md").read_text()

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.online.receipt import read_receipt
-from tests.bridge.runs import VOCABULARY, differences, export, fill_twice, is_as_converted, refusal, train_on_ranks
+from tests.bridge.runs import SPEC, VOCABULARY, ends_as_converted, fill_twice, refusal, train_on_ranks
 from tests.distributed.ranks import run_ranks
 from tests.models import write_nemotron_h, write_qwen3
 
 
-SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 MIXED = SPEC | {"moe_layers": "every-2"}
 SHARED: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "shared_experts": 1, "method": "noise"}
 
@@ -37,37 +36,28 @@ SHARED: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "share
 def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
     dense: Path, tmp_path: Path, pattern: str, fields: dict[str, Any], layout: dict[str, Any]
 ) -> None:
-    ranks = max(layout.get("tp", 1) * layout.get("pp", 1), layout.get("ep", 1))
-    train_on_ranks(ranks, dense, tmp_path / "run", fields, pattern=pattern, **layout)
-
-    assert is_as_converted(dense, tmp_path / "run", fields)
+    assert ends_as_converted(dense, tmp_path / "run", fields, pattern=pattern, **layout)
 
 
 def test_the_dense_baseline_becomes_its_own_class_again(dense: Path, tmp_path: Path) -> None:
-    options = {"pattern": "*-*-|*-*-", "pp": 2}
-    train_on_ranks(2, dense, tmp_path / "run", **options)
-    assert differences(export(dense, tmp_path / "run", tmp_path / "hf"), dense) == []
+    assert ends_as_converted(dense, tmp_path / "run", None, pattern="*-*-|*-*-", pp=2)
 
 
 def test_norms_of_query_and_key_are_filled(tmp_path: Path) -> None:
     """Megatron's own layers of a HybridModel have none."""
     parent = write_qwen3(tmp_path / "dense", vocab_size=VOCABULARY)
-    options = {"pattern": "*E*E*E*E", "tp": 2}
-    train_on_ranks(2, parent, tmp_path / "run", SPEC, **options)
-    assert is_as_converted(parent, tmp_path / "run", SPEC)
+    assert ends_as_converted(parent, tmp_path / "run", SPEC, pattern="*E*E*E*E", tp=2)
 
 
 @pytest.mark.parametrize("fields", [SPEC, MIXED], ids=["all layers", "every second"])
 def test_a_dense_hybrid_checkpoint_is_a_parent(dense: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
     """From `*-` to `*E`, which Megatron-Core's own loader refuses."""
-    options = {"pattern": "*-*-*-*-", "tp": 2}
-    train_on_ranks(2, dense, tmp_path / "dense", **options)
+    train_on_ranks(2, dense, tmp_path / "dense", pattern="*-*-*-*-", tp=2)
     parent = tmp_path / "dense/iter_0000001"
     (parent / "config.json").write_bytes((dense / "config.json").read_bytes())
 
-    options = {"pattern": "*E*E*E*E" if fields is SPEC else "*E*-*E*-", "ep": 2}
-    train_on_ranks(2, parent, tmp_path / "run", fields, **options)
-    assert is_as_converted(dense, tmp_path / "run", fields)
+    pattern = "*E*E*E*E" if fields is SPEC else "*E*-*E*-"
+    assert ends_as_converted(dense, tmp_path / "run", fields, parent=parent, pattern=pattern, ep=2)
 
 
 BORDERS = "*E|*E|*E|*E"

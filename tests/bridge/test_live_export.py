@@ -13,13 +13,12 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
-from tests.bridge.runs import VOCABULARY, differences, offline, train_on_ranks
+from tests.bridge.runs import SPEC, VOCABULARY, differences, offline, train_on_ranks
 from tests.distributed.ranks import run_ranks
 from tests.models import write_llama, write_qwen2, write_qwen3, write_tokenizer
 from tests.tiers import every_pair
 
 
-SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 #: Class -> its dense parent, and fields of the spec.
 CLASSES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "MixtralForCausalLM": (write_llama, SPEC),

@@ -12,15 +12,12 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.planning.hardware import known_shape
-from tests.bridge.runs import VOCABULARY, run_config
+from tests.bridge.runs import VOCABULARY, bridges_pretrain, run_config
 from tests.distributed.ranks import run_ranks
-from tests.models import write_llama, write_tokenizer
+from tests.models import LLAMA3_SCALING, write_llama, write_tokenizer
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
-LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA31 |= {"original_max_position_embeddings": 8192}
 
 
 @pytest.mark.parametrize("style", ["upcycled_provider", "upcycled_config"])
@@ -28,8 +25,8 @@ LLAMA31 |= {"original_max_position_embeddings": 8192}
     ("changes", "pattern", "words"),
     [
         ({"scaled_embedding": True}, {}, "multiplies its embedding by sqrt"),
-        ({"rope_scaling": DYNAMIC}, {}, "rope_scaling of the dense checkpoint"),
-        ({"rope_scaling": LLAMA31}, {"hybrid_layer_pattern": "*E" * 32}, "HybridModel scales no rotary frequencies"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {}, "rope_scaling of the dense checkpoint"),
+        ({"rope_scaling": LLAMA3_SCALING}, {"hybrid_layer_pattern": "*E" * 32}, "HybridModel scales no rotary"),
     ],
     ids=["scaled embedding", "RoPE scaling", "RoPE scaling of a HybridModel"],
 )
@@ -50,12 +47,7 @@ def test_a_model_that_nothing_filled_is_refused_before_the_first_step(dense: Pat
 
 
 def _field_of_refusal(dense: Path, run: Path, case: str) -> str:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
-
+    pretrain = bridges_pretrain()
     from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
     config = run_config(dense, run, SPEC, style="builder" if "builder" in case else "provider")
@@ -63,7 +55,7 @@ def _field_of_refusal(dense: Path, run: Path, case: str) -> str:
         upcycle_on_start(config, dense, SPEC)
         config.model = run_config(dense, run, SPEC).model
     with pytest.raises(SpecError) as refused:
-        pretrain(config, forward_step)
+        pretrain(config)
     return refused.value.field
 
 
@@ -73,13 +65,8 @@ def test_a_model_of_an_architecture_may_start_from_random_weights(dense: Path, t
 
 
 def _train_from_random_weights(dense: Path, run: Path) -> None:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
-
-    pretrain(run_config(read_architecture(dense), run, SPEC), forward_step)
+    pretrain = bridges_pretrain()
+    pretrain(run_config(read_architecture(dense), run, SPEC))
 
 
 def test_a_run_without_a_tokenizer_gets_the_parents_or_is_refused(tmp_path: Path) -> None:

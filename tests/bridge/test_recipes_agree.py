@@ -39,29 +39,19 @@ PAIRED = [name for name in ALL if "nemo" in models()[re.split("_e8t2|_dense", na
 FAST = [name for name in ALL if "_fp8mx_" in name]
 #: NeMo has no such dispatcher; the training is that of its recipe, and nothing is dropped without a capacity.
 WITH_HYBRIDEP = [name for name in ALL if "_hybridep_" in name or ("_gb200_" in name and "_e8t2_" in name)]
+_OF_MODEL = (
+    *("moe_token_dispatcher_type", "moe_flex_dispatcher_backend", "moe_hybridep_num_sms"),
+    *("moe_hybridep_num_sms_preprocessing", "high_priority_a2a_comm_stream"),
+    *("use_transformer_engine_op_fuser", "moe_mlp_glu_interleave_size", "moe_pad_expert_input_to_capacity"),
+    *("moe_expert_capacity_factor", "recompute_granularity", "cuda_graph_impl", "cuda_graph_scope"),
+    "use_te_rng_tracker",
+)
 #: What Bridge's own recipe for GB200 sets, and ours too.
 OF_BRIDGES = (
-    "model.moe_token_dispatcher_type",
-    "model.moe_flex_dispatcher_backend",
-    "model.moe_hybridep_num_sms",
-    "model.moe_hybridep_num_sms_preprocessing",
-    "model.high_priority_a2a_comm_stream",
-    "model.use_transformer_engine_op_fuser",
-    "model.moe_mlp_glu_interleave_size",
-    "model.moe_pad_expert_input_to_capacity",
-    "model.moe_expert_capacity_factor",
-    "model.recompute_granularity",
-    "model.cuda_graph_impl",
-    "model.cuda_graph_scope",
-    "model.use_te_rng_tracker",
-    "rng.te_rng_tracker",
-    "comm_overlap.overlap_moe_expert_parallel_comm",
-    "comm_overlap.delay_wgrad_compute",
-    "ddp.grad_reduce_in_fp32",
-    "mixed_precision.fp8",
-    "mixed_precision.fp8_recipe",
-    "mixed_precision.fp8_dot_product_attention",
-    "mixed_precision.grad_reduce_in_fp32",
+    *(f"model.{name}" for name in _OF_MODEL),
+    *("rng.te_rng_tracker", "comm_overlap.overlap_moe_expert_parallel_comm", "comm_overlap.delay_wgrad_compute"),
+    *("ddp.grad_reduce_in_fp32", "mixed_precision.fp8", "mixed_precision.fp8_recipe"),
+    *("mixed_precision.fp8_dot_product_attention", "mixed_precision.grad_reduce_in_fp32"),
 )
 #: 73.1 of 79.1 GiB, in NeMo's layout.
 TIGHT = {"qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config", "qwen3_8b_dense_sft_64gpu_h100_bf16_config"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,13 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.pipeline.executors.ft import ft_command
 from nemo_upcycle.pipeline.plan import open_training
-from tests.bridge.runs import differences, export, run_config
+from tests.bridge.runs import bridges_pretrain, differences, export, run_config
 from tests.bridge.test_chain import BEFORE, plan_of
 from tests.contract.trainers import metrics, train, training_text
 from tests.distributed.ranks import run_ranks
 from tests.functional.stages import run_stages
-from tests.functional.started import environment
+from tests.functional.started import under_ft_launcher
 from tests.waiting import HANG_S
 
 
@@ -37,12 +34,7 @@ def test_settings_without_the_callbacks_that_carry_them_out_are_refused(dense: P
 
 
 def _train_alone(dense: Path, folder: Path) -> None:
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
-
+    pretrain = bridges_pretrain()
     from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
     from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
@@ -50,7 +42,7 @@ def _train_alone(dense: Path, folder: Path) -> None:
     config = UpcyclingConfig.of(run_config(dense, folder, spec))
     config.upcycle.router_lr_mult = 2.0
     upcycle_on_start(config, dense, spec)
-    pretrain(config, forward_step)
+    pretrain(config)
 
 
 @pytest.mark.parametrize(
@@ -109,18 +101,13 @@ def test_a_forecast_knows_the_optimizer(inputs: Path) -> None:
 
 @pytest.mark.full
 def test_a_hung_rank_is_restarted_and_the_run_ends_with_the_same_weights(inputs: Path, tmp_path: Path) -> None:
-    variables = environment() | {"GROUP_RANK": "0"}
     for folder, once in (("whole", ""), ("hung", str(tmp_path / "once"))):
         run_dir = tmp_path / folder
         plan_of(inputs, run_dir)
         run_stages(run_dir, BEFORE)
-        rank = (sys.executable, "-m", "tests.bridge.ft_rank", str(run_dir), once)
-        command = ft_command(rank, 1, 2, python=sys.executable, silence_s=20.0, save_s=60.0, restarts=2)
-        root = Path(__file__).parents[2]
-        done = subprocess.run(
-            command, cwd=root, capture_output=True, text=True, timeout=HANG_S, env=variables, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        process = under_ft_launcher("tests.bridge.ft_rank", run_dir, once)
+        _, said = process.communicate(timeout=HANG_S)
+        assert process.returncode == 0, said[-3000:]
         export(inputs / "parent", run_dir / "pretrain/checkpoints", run_dir / "hf")
     assert (tmp_path / "once").exists()
     assert differences(tmp_path / "whole/hf", tmp_path / "hung/hf") == []

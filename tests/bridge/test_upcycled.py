@@ -13,8 +13,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.utils.progress import show_messages
-from tests.bridge.runs import SEQUENCE, VOCABULARY
-from tests.models import write_llama
+from tests.bridge.runs import SEQUENCE
 
 
 def _recipe(folder: Path) -> Any:
@@ -42,12 +41,11 @@ def _recipe(folder: Path) -> Any:
 
 @pytest.mark.parametrize("spec", [UpcycleSpec(num_experts=4, top_k=2), None], ids=["upcycled", "dense baseline"])
 def test_layout_stays_and_model_rates_and_schedule_become_the_papers(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, spec: UpcycleSpec | None
+    dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, spec: UpcycleSpec | None
 ) -> None:
     from nemo_upcycle.bridge import upcycled
     from nemo_upcycle.trainers.bridge.upcycling import hook_of
 
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
     given = _recipe(tmp_path / "run")
     show_messages().addHandler(caplog.handler)
     with caplog.at_level(logging.INFO, show_messages().name):
@@ -65,9 +63,8 @@ def test_layout_stays_and_model_rates_and_schedule_become_the_papers(
     assert (given.optimizer.lr, given.model.num_layers, given.train.train_iters) == (3e-4, 2, 300000)
 
 
-def test_data_that_are_not_finished_are_refused(tmp_path: Path) -> None:
+def test_data_that_are_not_finished_are_refused(dense: Path, tmp_path: Path) -> None:
     from nemo_upcycle.bridge import upcycled
 
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
     with pytest.raises(UpcycleError, match="data"):
         upcycled(_recipe(tmp_path / "run"), str(dense), UpcycleSpec(), tmp_path / "data")

@@ -101,9 +101,9 @@ OF_BRIDGE = {
     f"upcycle pipeline dense=asset://smollm2-135m recipe={SMALL.replace('e8t2', 'dense_ct')} dir=run": (
         "recipe: got smollm2_135m_dense_ct_"
     ),
-    "upcycle ablate --grid FILES/bridge_grid.yaml dir=run": "arms.moe: spec: got",
+    "upcycle ablate --grid FILES/grid.yaml dir=run": "arms.moe: spec: got",
     "upcycle ablate --grid mini dir=run --dryrun": "arms.dense: factory: got llama_1m_dense_ct(dense='parent') ",
-    "upcycle ablate --grid FILES/bridge_untried.yaml dir=run --dryrun": (
-        "2 mistakes:\n  bridge_untried: arms.moe.model.recompute_granularity 'banana' does not exist. Valid: "
+    "upcycle ablate --grid FILES/untried.yaml dir=run --dryrun": (
+        "2 mistakes:\n  untried: arms.moe.model.recompute_granularity 'banana' does not exist. Valid: "
     ),
 }

@@ -11,14 +11,20 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.init.calibration_file import NAME, Calibration
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json
+from tests.blends import write_blend
 from tests.contract.trainers import IS_BRIDGE, losses, metrics, setting_name, train, training_text, write_plan
 from tests.functional.stages import STAGES, run_in_own_process, run_stages
 from tests.functional.started import start_training
-from tests.functional.tiny import EVALUATION, write_finished_inputs
+from tests.functional.tiny import EVALUATION, texts, write_finished_inputs
+from tests.models import write_tokenizer
+from tests.parents import write_mixtral, write_qwen3_moe
 from tests.waiting import HANG_S
 
 
@@ -199,3 +205,38 @@ def test_a_chain_makes_its_own_calibration_and_trains_with_it(inputs: Path, tmp_
 def test_a_training_by_itself_makes_the_file_on_the_first_rank(inputs: Path, tmp_path: Path) -> None:
     train(_calibrated(tmp_path), tmp_path / "run", inputs / "parent", inputs / "blend", ranks=2)
     assert read_json(tmp_path / "run/receipt.json")["calibration"]["path"] == str(tmp_path / "run" / NAME)
+
+
+def _grown(parent: Path) -> list[str]:
+    """Make the training of twice a parent's four experts, in Bridge on two ranks, and that of the parent as it is."""
+    if IS_BRIDGE:
+        return [training_text(kind=kind, ranks=2) for kind in ("tiny_grown", "dense_ct")]
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+    from tests.functional.stock import made_from
+
+    specs = (UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), None)
+    return [dump_recipe(made_from(str(parent), spec)) for spec in specs]
+
+
+@pytest.mark.full
+def test_a_parent_with_experts_goes_through_the_chain(tmp_path: Path) -> None:
+    write, kind = (write_mixtral, "Mixtral") if IS_BRIDGE else (write_qwen3_moe, "Qwen3Moe")
+    parent = write_tokenizer(write(tmp_path / "parent", vocab_size=259, rope_theta=1e6, rms_norm_eps=1e-6))
+    assert "no law of models whose parent has experts is published" in advice_of(str(parent), None, {})
+    write_blend(tmp_path / "blend", parent, texts=texts())
+    (tmp_path / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    run_dir = tmp_path / "run"
+    write_plan(run_dir, *(tmp_path / name for name in NAMED), *_grown(parent))
+    run_stages(run_dir, ranks=2 if IS_BRIDGE else 1)
+    receipt, trained = (read_json(run_dir / name / "receipt.json") for name in ("", "pretrain"))
+    assert (receipt["within_tolerance"], receipt["parent_experts"]) == (True, 4)
+    assert receipt["exact"] or IS_BRIDGE
+    assert trained["bytes_read"] == trained["bytes_needed"]
+    assert losses(run_dir / "pretrain")[0] == pytest.approx(losses(run_dir / "dense_ct")[0], rel=1e-5)
+    for name, experts in (("upcycle/hf", 8), ("hf", 8), ("dense_ct/hf", 4)):
+        arch = read_architecture(run_dir / name)
+        assert (arch.hf_class, arch.num_experts, arch.top_k) == (f"{kind}ForCausalLM", experts, experts // 2)
+    report = (run_dir / "report.md").read_text()
+    assert "→ MoE of 8 experts, top-4" in report
+    assert "dense parent" not in report
+    assert "dense baseline" not in report

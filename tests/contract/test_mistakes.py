@@ -42,9 +42,13 @@ evaluate: {suite: FILES/evaluation.yaml, every_n_steps: 2}
 seeds: [1]
 arms: {moe: {ARM}}
 """
+if IS_BRIDGE:
+    PREFIX, ARM = "model", 'recipe: "tests.bridge.recipes:tiny", gpus: 2'
+else:
+    PREFIX, ARM = "model.config", "factory: tests.contract.nemo_recipes.moe"
 #: What only a trial shows, after what is there and each value by itself are as they should be.
-UNTRIED = "recompute_granularity: banana, PREFIX.moe_token_dispatcher_type: banana"
-BRIDGE_ARM = 'recipe: "tests.bridge.recipes:tiny", gpus: 2, spec: {router_int: zero}'
+UNTRIED = f"{ARM}, set: {{{PREFIX}.recompute_granularity: banana, {PREFIX}.moe_token_dispatcher_type: banana}}"
+WRONG = f"{ARM}, spec: {{router_int: zero}}" if IS_BRIDGE else "factory: llama_1m_e8t3"
 #: File -> its text, with a mistake in it.
 FILES = {
     "wrong_recipe.py": "def mine():\n    return llm.llama3_8b.pretrain_recipe()\n",
@@ -53,14 +57,8 @@ FILES = {
     "not.yaml": "files: [\n",
     "key.yaml": "data: text\nflies: 1\n",
     "a.txt": "the state of our union",
-    "grid.yaml": GRID.replace("ARM", "factory: llama_1m_e8t3"),
-    "bridge_grid.yaml": GRID.replace("ARM", BRIDGE_ARM),
-    "untried.yaml": GRID.replace(
-        "ARM", f"factory: tests.contract.nemo_recipes.moe, set: {{model.config.{UNTRIED}}}"
-    ).replace("PREFIX", "model.config"),
-    "bridge_untried.yaml": GRID.replace(
-        "ARM", f'recipe: "tests.bridge.recipes:tiny", gpus: 2, set: {{model.{UNTRIED}}}'
-    ).replace("PREFIX", "model"),
+    "grid.yaml": GRID.replace("ARM", WRONG),
+    "untried.yaml": GRID.replace("ARM", UNTRIED),
 }
 
 

@@ -129,15 +129,12 @@ def test_settings_may_change_when_a_run_resumes_and_a_checkpoint_has_none(
     assert {part_of(name) for name in names} == {"experts", "rest"}
 
 
-NO_LOSS = {"upcycle.aux_loss_steps": 2, "model.moe_router_load_balancing_type": "none"}
-
-
 @OF_NEMO_ALONE
 @pytest.mark.parametrize(
     ("kind", "settings", "words"),
     [
         ("dense_ct", {"upcycle.router_warmup_steps": 2}, "router of the model: got none"),
-        ("moe", NO_LOSS, "'none' balancing"),
+        ("moe", {"upcycle.aux_loss_steps": 2, "model.moe_router_load_balancing_type": "none"}, "'none' balancing"),
     ],
     ids=["dense-warmup", "no-loss"],
 )

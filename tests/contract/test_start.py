@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,9 +14,9 @@ import transformers
 from nemo_upcycle.data.environment import data_python
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json
+from tests.functional.started import Command
 from tests.models import write_llama, write_qwen3, write_tokenizer
 from tests.parents import write_wrapped
-from tests.waiting import HANG_S
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
@@ -48,10 +46,8 @@ def test_a_model_and_texts_end_in_a_report(tmp_path: Path, write: object) -> Non
         (tmp_path / f"texts/{number:02}.txt").write_text(text)
     words = [str(Path(sys.executable).with_name("nemo-upcycle")), "start", "parent", "texts", "--gpus", "0"]
     words += ["--steps", "4", "--dir", "mine", "--yes"]
-    done = subprocess.run(
-        words, cwd=tmp_path, env=os.environ.copy(), capture_output=True, text=True, timeout=HANG_S, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    done = Command(tmp_path / "console.txt", *words)
+    assert done.wait() == 0, done.text()[-4000:]
     run = tmp_path / "mine/parent_e8t2"
     assert read_json(run / "receipt.json")["within_tolerance"] is True
     parent, made = (read_json(folder / "config.json") for folder in (tmp_path / "parent", run / "hf"))

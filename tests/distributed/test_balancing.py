@@ -173,7 +173,7 @@ def test_a_recipe_on_two_ranks_trains_as_on_one_and_its_receipt_says_what_acts(t
     }
     for ranks in (1, 2):
         lines[ranks] = runs.train(f"{ranks}", ranks, steps=3, tp=ranks, settings=settings)
-        (receipts[ranks],) = json.loads(runs.receipt(f"{ranks}").read_text())["auxiliary_losses"]
+        (receipts[ranks],) = json.loads((tmp_path / f"{ranks}/receipt.json").read_text())["auxiliary_losses"]
     assert len(lines[1]) == 3
     for got, expected in zip(lines[2], lines[1], strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)

@@ -16,6 +16,7 @@ from nemo_upcycle.pipeline.executors.local import held_port
 
 
 _ADDRESS = ("trainer.kubeflow.org", "v1alpha1", "default", "trainjobs")
+_READY = {"name": "node", "ready": 1, "succeeded": 0, "failed": 0, "active": 1, "suspended": 0}
 
 
 class Operator(threading.Thread):
@@ -46,7 +47,7 @@ class Operator(threading.Thread):
                     continue
                 if name not in self.pods:
                     self.pods[name] = self._start(job)
-                    self._report(name, {"jobsStatus": [_counts(ready=1)]})
+                    self._report(name, {"jobsStatus": [_READY]})
                 statuses = [pod.poll() for pod in self.pods[name]]
                 if None not in statuses:
                     kind = "Failed" if any(statuses) else "Complete"
@@ -85,10 +86,6 @@ class Operator(threading.Thread):
 
     def _report(self, name: str, status: dict[str, Any]) -> None:
         self._api.patch_namespaced_custom_object_status(*_ADDRESS, name, {"status": status})
-
-
-def _counts(**counts: int) -> dict[str, Any]:
-    return {"name": "node", "ready": 0, "succeeded": 0, "failed": 0, "active": 1, "suspended": 0} | counts
 
 
 def _condition(kind: str, message: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.crds import published
-from tests.waiting import HANG_S
+from tests.waiting import wait_until
 
 
 BINARIES = Path(os.environ.get("NEMO_UPCYCLE_K8S") or Path(__file__).parents[2] / ".cache" / "k8s")
@@ -74,25 +74,21 @@ def define(kubeconfig: Path, name: str) -> None:
     plural = crd["metadata"]["name"]
     if _state(kubeconfig, plural):
         definitions.delete_custom_resource_definition(plural)
-        wait_for(lambda: not _state(kubeconfig, plural) or None)
+        wait_for(lambda: not _state(kubeconfig, plural))
     definitions.create_custom_resource_definition(crd)
-    wait_for(lambda: _state(kubeconfig, plural).get("Established") or None)
+    wait_for(lambda: _state(kubeconfig, plural).get("Established"))
     time.sleep(1)  # it serves a moment after it says so
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
-    """Return what a condition gives as soon as that is neither None nor an error."""
-    deadline_s = time.monotonic() + HANG_S
-    while True:
-        try:
-            if (found := condition()) is not None:
-                return found
-            error: Exception = TimeoutError(f"{condition} hangs")
-        except Exception as raised:
-            error = raised
-        if time.monotonic() > deadline_s:
-            raise error
-        time.sleep(0.2)
+    """Return what a condition gives as soon as that is true, and no error."""
+
+    def found() -> Any:
+        with contextlib.suppress(Exception):
+            return condition()
+        return None
+
+    return wait_until(found, poll_s=0.2)
 
 
 def _definitions(kubeconfig: Path) -> Any:

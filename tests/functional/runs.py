@@ -176,13 +176,3 @@ class Runs:
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """Return the lines of a run's metrics."""
         return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-
-    def receipt(self, name: str) -> Path:
-        """Return the receipt's path."""
-        return self.folder / name / "receipt.json"
-
-    def checkpoint(self, name: str) -> Path:
-        """Return the last checkpoint."""
-        from nemo_upcycle.trainers.base import last_checkpoint
-
-        return last_checkpoint(self.folder / name)

@@ -17,6 +17,7 @@ import pytest
 
 from nemo_upcycle.utils.files import MARKER
 from tests.distributed.ranks import run_ranks
+from tests.functional.kills import Strike, arm
 
 
 STAGES = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
@@ -39,11 +40,13 @@ def kill_when(path: Path, lines: int = 0) -> None:
         time.sleep(0.001)
 
 
-def _stage(name: str, run_dir: str, kill_at: tuple[str, int] | None) -> Answer:
+def _stage(name: str, run_dir: str, kill_at: tuple[str, int] | Strike | None) -> Answer:
     sys.stderr = io.StringIO()  # where messages and progress go
     from nemo_upcycle.pipeline.runner import run_stage
 
-    if kill_at:
+    if isinstance(kill_at, Strike):
+        arm(kill_at)
+    elif kill_at:
         threading.Thread(target=kill_when, args=(Path(run_dir) / kill_at[0], kill_at[1]), daemon=True).start()
     status = 0
     try:
@@ -53,8 +56,10 @@ def _stage(name: str, run_dir: str, kill_at: tuple[str, int] | None) -> Answer:
     return Answer(status, sys.stderr.getvalue())
 
 
-def run_in_own_process(name: str, run_dir: Path, ranks: int = 1, kill_at: tuple[str, int] | None = None) -> Answer:
-    """Run a stage as NeMo-Run's task does; return the first rank's answer."""
+def run_in_own_process(
+    name: str, run_dir: Path, ranks: int = 1, kill_at: tuple[str, int] | Strike | None = None
+) -> Answer:
+    """Run a stage as NeMo-Run's task does, and kill it where that is asked for; return the first rank's answer."""
     return run_ranks(_stage, ranks, name, str(run_dir), kill_at, process_group=False)[0]
 
 

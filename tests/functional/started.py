@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nemo_upcycle.pipeline.executors.ft import ft_command
 from tests.waiting import HANG_S, wait_until
 
 
@@ -29,12 +30,11 @@ class Command:
 
     def __init__(self, log: Path, *words: object, **variables: str) -> None:
         self.log, self.words = log, [sys.executable, *map(str, words)]
-        plain = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
         with log.open("ab") as said:
             self.process = subprocess.Popen(
                 self.words,
                 cwd=log.parent,
-                env=plain | {"PYTHONPATH": str(ROOT)} | variables,
+                env=_plain() | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
@@ -56,6 +56,22 @@ class Command:
     def wait_for_lines(self, path: Path, lines: int) -> None:
         """Wait until it has written a file of so many lines."""
         self.wait_for(lambda: path.is_file() and path.read_text().count("\n") >= lines)
+
+
+def under_ft_launcher(module: str, *words: object) -> subprocess.Popen[str]:
+    """Start a module on two ranks as on a node outside Slurm."""
+    rank = (sys.executable, "-m", module, *map(str, words))
+    command = ft_command(rank, 1, 2, python=sys.executable, silence_s=20.0, save_s=60.0, restarts=2)
+    variables = _plain() | {"GROUP_RANK": "0"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _plain() -> dict[str, str]:
+    """Return this process's variables but those of a launcher, and where these tests are."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
+    return plain | {"PYTHONPATH": str(ROOT)}
 
 
 def environment() -> dict[str, str]:

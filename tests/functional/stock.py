@@ -1,8 +1,7 @@
-"""The recipes of `examples/` at toy width: factories for `nemo llm pretrain` and `nemo upcycle pipeline`."""
+"""The recipes of `examples/` at toy width: factories for `nemo llm pretrain`."""
 
 # No postponed annotations: NeMo-Run reads those of factories.
 
-from pathlib import Path
 from typing import Any
 
 import nemo_run as run
@@ -11,7 +10,7 @@ import torch
 from nemo import lightning as nl
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.recipes import pipeline, upcycled_from
+from nemo_upcycle.recipes import upcycled_from
 from tests.functional.tiny import BATCH, SEQUENCE, SIZES
 
 
@@ -45,14 +44,3 @@ def made_from(parent: str, spec: UpcycleSpec | None, **others: Any) -> run.Parti
 def llama(parent: str, dir: str = "runs", data: str = "") -> run.Partial:
     """NeMo's recipe of Llama 3.2 1B, upcycled."""
     return cut(stock_nemo_recipe.stock_llama32_e8t2(parent, dir, data or None))
-
-
-def grown_chain(inputs: str) -> run.Partial:
-    """The chain of a parent with experts, with twice as many and as it is, made from its folder."""
-    folder = Path(inputs)
-    parent, data = str(folder / "qwen3_moe"), str(folder / "blend")
-    moe = made_from(parent, UpcycleSpec(num_experts=8, top_k=4, router_std=0.0))
-    baseline = made_from(parent, None, name="parent")
-    evaluation = str(folder / "evaluation.yaml")
-    made = {"dir": str(folder / "grown"), "dense": parent, "data": data, "evaluation": evaluation}
-    return run.Partial(pipeline, **made, pretrain=moe, dense_ct=baseline)

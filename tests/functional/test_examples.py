@@ -13,22 +13,13 @@ import torch
 from tests.distributed.ranks import run_ranks
 from tests.functional.tiny import SEQUENCE, SIZES, write_finished_inputs
 from tests.functional.typed import Answer, type_commands
-from tests.models import hugging_face_logits
+from tests.models import LLAMA3_SCALING, hugging_face_logits
 from tests.tiers import quick
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: As in Llama 3.2 1B.
-ROTARY = {
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
+ROTARY = {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING | {"factor": 32.0}}
 
 
 @pytest.fixture(scope="module")

@@ -72,14 +72,7 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
     recipe.log.tensorboard = run.Config(TensorBoardLogger, save_dir="board", name="board")
     if moe_layers := options.get("moe_layers"):
         use_spec(recipe, UpcycleSpec(moe_layers=moe_layers))
-    adjust(
-        recipe,
-        virtual_pipeline_parallelism=options.get("vp"),
-        expert_tensor_parallelism=options.get("etp"),
-        capacity_factor=options.get("capacity"),
-        pad_to_capacity=options.get("pad"),
-        recompute_moe_steps=options.get("recompute"),
-    )
+    adjust(recipe, **options.get("adjust", {}))
     check_recipe(recipe)
     job, witness = fdl.build(recipe), Witness()
     if options.get("witness"):
@@ -139,7 +132,7 @@ def test_a_pipeline_stage_without_routers_blocks_no_rank(jobs: Jobs) -> None:
 
 
 def test_recomputation_ends_in_time_and_counts_once(jobs: Jobs, alone: tuple[list[dict[str, Any]], Any]) -> None:
-    lines, seen = jobs.watched("recompute", recompute=2, witness=True)
+    lines, seen = jobs.watched("recompute", adjust={"recompute_moe_steps": 2}, witness=True)
     assert seen["recomputed"] == [True, True, False]
     for got, expected in zip(lines, alone[0], strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
@@ -150,8 +143,8 @@ def test_recomputation_ends_in_time_and_counts_once(jobs: Jobs, alone: tuple[lis
 
 @pytest.mark.full
 def test_padding_does_not_count_as_load(jobs: Jobs, alone: tuple[list[dict[str, Any]], Any]) -> None:
-    dropping, _ = jobs.watched("dropping", capacity=0.5)
-    padded, _ = jobs.watched("padded", capacity=0.5, pad=True)
+    dropping, _ = jobs.watched("dropping", adjust={"capacity_factor": 0.5})
+    padded, _ = jobs.watched("padded", adjust={"capacity_factor": 0.5, "pad_to_capacity": True})
     for got, expected in zip(padded, dropping, strict=True):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert got["router"]["dropped"] == pytest.approx(expected["router"]["dropped"], abs=5e-3)

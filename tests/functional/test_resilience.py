@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_upcycle.errors import StageStopped
-from nemo_upcycle.pipeline.executors.ft import ft_command
 from nemo_upcycle.trainers.nemo.stopping import step_kept
 from tests.functional.runs import Runs
-from tests.functional.soak import TRAININGS, soak_training
+from tests.functional.soak import TRAININGS, soak_training, training_result
+from tests.functional.started import under_ft_launcher
 from tests.tiers import quick
 from tests.waiting import HANG_S
 
@@ -26,6 +23,7 @@ pytestmark = pytest.mark.slow
 STEPS = 6
 STOPPED = StageStopped.exit_status
 OPTIONS: dict[str, Any] = {"steps": STEPS, "every": 2, "ep": 2, "resilient": True}
+RANK = "tests.functional.ft_rank"
 TRAINED = ("step", "loss", "grad_norm", "lr", "expert_load")
 
 
@@ -89,20 +87,22 @@ def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
 ) -> None:
     """The second rank sleeps in the fourth step; the checkpoint of the second one is there."""
     folder, once = runs.folder / "hung", runs.folder / "hung-once"
-    process = _under_ft_launcher(runs, folder, OPTIONS | {"hang": {"step": 3, "once": str(once)}})
+    options = OPTIONS | {"hang": {"step": 3, "once": str(once)}}
+    process = under_ft_launcher(RANK, runs.parent, runs.data, folder, json.dumps(options))
     _, said = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, said[-3000:]
     assert once.exists()
     assert "step 3/6" in said
     assert said.count("training data: blend tiny") >= 2  # started again
     assert _trained(runs.metrics("hung")) == undisturbed
-    assert _weights(runs, "hung") == _weights(runs, "undisturbed")
+    assert training_result(folder)["tensors"] == training_result(runs.folder / "undisturbed")["tensors"]
 
 
 @pytest.mark.full
 def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
     folder = runs.folder / "launcher-told"
-    process = _under_ft_launcher(runs, folder, OPTIONS | {"steps": 500, "every": 1000})
+    options = OPTIONS | {"steps": 500, "every": 1000}
+    process = under_ft_launcher(RANK, runs.parent, runs.data, folder, json.dumps(options))
     assert process.stderr
     said = []
     for line in process.stderr:
@@ -114,29 +114,6 @@ def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, An
     kept = step_kept(folder)
     assert kept >= 2
     assert f"Stopped by SIGTERM after step {kept} of 500" in words
-
-
-def _under_ft_launcher(runs: Runs, folder: Path, options: dict[str, Any]) -> subprocess.Popen[str]:
-    """Start a training as on a node outside Slurm: with this process's variables but those of a launcher."""
-    inputs = (str(runs.parent), str(runs.data), str(folder), json.dumps(options))
-    command = (sys.executable, "-m", "tests.functional.ft_rank", *inputs)
-    command = ft_command(command, 1, 2, python=sys.executable, silence_s=20.0, save_s=60.0, restarts=2)
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
-    return subprocess.Popen(
-        command,
-        cwd=Path(__file__).parents[2],
-        env=plain | {"GROUP_RANK": "0"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _weights(runs: Runs, run: str) -> dict[str, bytes]:
-    from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
-
-    checkpoint = DistributedCheckpoint(runs.checkpoint(run) / "weights")
-    return {name: checkpoint.read(name).numpy().tobytes() for name in checkpoint.names()}
 
 
 @pytest.mark.full

@@ -31,13 +31,9 @@ def _answer(*command: str) -> str | None:
     return None if done.returncode else done.stdout
 
 
-def _partitions() -> set[str]:
-    return set((_answer("sinfo", "--noheader", "--format=%R") or "").split())
-
-
 def has_test_cluster() -> bool:
     """Return whether the Slurm of scripts/slurm_cluster.sh answers here."""
-    return {"batch", "low"} <= _partitions()
+    return {"batch", "low"} <= {*(_answer("sinfo", "--noheader", "--format=%R") or "").split()}
 
 
 pytestmark = [

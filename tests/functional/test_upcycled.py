@@ -1,4 +1,4 @@
-"""NeMo's stock recipes, upcycled: real trainings at toy width, by NeMo's command and through the chain."""
+"""NeMo's stock recipes, upcycled: real trainings at toy width, by NeMo's command."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.trainers.base import last_checkpoint
 from tests.blends import write_blend
 from tests.contract.trainers import losses
 from tests.distributed.ranks import run_ranks
 from tests.functional.test_examples import ROTARY
-from tests.functional.tiny import EVALUATION, LAYERS, texts
-from tests.functional.typed import Answer, type_commands
+from tests.functional.tiny import LAYERS, texts
+from tests.functional.typed import type_commands
 from tests.gpu.one_card import Sizes, prepare, train
 from tests.models import hugging_face_logits, sample_tokens, write_exaone4, write_llama, write_smollm3, write_tokenizer
-from tests.parents import write_gemma, write_qwen3_moe
+from tests.parents import write_gemma
 from tests.tiers import quick
 
 
@@ -29,31 +28,19 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small parents with the constants of Llama 3.2 and of Qwen3's with experts, tokenised texts, an evaluation."""
+    """A small parent with the constants of Llama 3.2, and its tokenised texts."""
     folder = tmp_path_factory.mktemp("inputs")
-    both: dict[str, Any] = {"tied": True, "vocab_size": 259, "layers": LAYERS}
-    llama = write_llama(folder / "llama", **ROTARY, **both)
-    grown = both | {"tied": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-    qwen3_moe = write_qwen3_moe(folder / "qwen3_moe", **grown)
-    for parent in (llama, qwen3_moe):
-        write_tokenizer(parent)
+    llama = write_tokenizer(write_llama(folder / "llama", **ROTARY, tied=True, vocab_size=259, layers=LAYERS))
     write_blend(folder / "blend", llama, texts=texts())
-    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
     return folder
-
-
-def _type(inputs: Path, *commands: str) -> list[Answer]:
-    words = [command.replace("INPUTS", str(inputs)).split() for command in commands]
-    (answers,) = run_ranks(type_commands, 1, words, str(inputs), str(inputs), process_group=False, timeout_s=600)
-    return list(answers)
 
 
 def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     factory = "tests.functional.stock.llama(parent='INPUTS/llama',dir='INPUTS/runs',data='INPUTS/blend')"
-    command = f"llm pretrain --factory {factory}"
-    refused, wrong_size, done = _type(
-        inputs, f"{command} optim.config.lr=-1 --yes", f"{command} model.config.num_layers=3 --yes", f"{command} --yes"
-    )
+    command = f"llm pretrain --factory {factory}".replace("INPUTS", str(inputs)).split()
+    commands = [[*command, *words, "--yes"] for words in (["optim.config.lr=-1"], ["model.config.num_layers=3"], [])]
+    (answers,) = run_ranks(type_commands, 1, commands, str(inputs), str(inputs), process_group=False, timeout_s=600)
+    refused, wrong_size, done = answers
     assert refused.status == 2, refused.text
     assert "  optim.config.lr: got -1" in refused.text
     assert wrong_size.status == 2, wrong_size.text
@@ -64,28 +51,6 @@ def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     (receipt,) = (inputs / "runs").rglob("receipt.json")
     assert json.loads(receipt.read_text())["exact"] is True
     assert len(losses(receipt.parent)) == 3
-
-
-@pytest.mark.full
-def test_a_parent_with_experts_goes_through_the_chain(inputs: Path) -> None:
-    command = "upcycle pipeline --factory tests.functional.stock.grown_chain(inputs='INPUTS')"
-    planned, done = _type(inputs, f"{command} --dryrun", f"{command} --yes")
-    assert planned.status == 0, planned.text
-    assert "no law of models whose parent has experts is published" in planned.text
-    assert done.status == 0, done.text
-    run = inputs / "grown"
-    receipt, trained = (json.loads((run / name / "receipt.json").read_text()) for name in ("", "pretrain"))
-    assert (receipt["exact"], receipt["within_tolerance"], receipt["parent_experts"]) == (True, True, 4)
-    assert trained["bytes_read"] == trained["bytes_needed"]
-    trained_losses, own = (losses(run / stage) for stage in ("pretrain", "dense_ct"))
-    assert trained_losses[0] == pytest.approx(own[0], rel=1e-5)
-    for name, experts in (("upcycle/hf", 8), ("hf", 8), ("dense_ct/hf", 4)):
-        arch = read_architecture(run / name)
-        assert (arch.hf_class, arch.num_experts, arch.top_k) == ("Qwen3MoeForCausalLM", experts, experts // 2)
-    report = (run / "report.md").read_text()
-    assert "→ MoE of 8 experts, top-4" in report
-    assert "dense parent" not in report
-    assert "dense baseline" not in report
 
 
 #: Parents whose MoE hardly a Hugging Face class holds.
@@ -126,8 +91,7 @@ def test_a_saved_run_is_evaluated_as_the_model_that_was_trained(tmp_path: Path, 
 
 
 #: The recipe for H100s, without Transformer Engine: the run that `tests/gpu` makes on a card.
-SIZES = {"layers": 2, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "head_dim": 16, "padded_vocab": 512}
-SMALL = Sizes(**SIZES, sequence=64, batch=4, steps=4)
+SMALL = Sizes(hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, padded_vocab=512, sequence=64, steps=4)
 
 
 @pytest.mark.full

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle import UpcycleSpec, upcycle_into
+from nemo_upcycle import upcycle_into
 from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.layout import Layout
 from tests.models import MemorySource, small_architecture
-from tests.te.test_upcycle import LAYOUTS, MODELS, ONE_RANK, SPEC, _filled, _local, _with_te
+from tests.te.test_upcycle import LAYOUTS, ONE_RANK, SPEC, _filled, _local, _with_te, kind_of
 
 
 SIZE = 8
@@ -38,10 +38,9 @@ def _apart(interleaved: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("model", ["tied", "biases", "noise", "drop", "granular"])
 def test_a_rank_has_the_same_rows_in_another_order(model: str, layout: Layout) -> None:
-    shapes, fields = MODELS[model]
-    if shapes.get("ffn_bias") and layout.etp > 1:
+    arch, spec = kind_of(model)
+    if arch.ffn_bias and layout.etp > 1:
         pytest.skip("Megatron-Core has biases of experts only without expert-tensor parallelism")
-    arch, spec = small_architecture(num_layers=4, **shapes), UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields))
     source = MemorySource(arch)
     for rank in range(layout.gpus):
         with megatron_rank(layout, rank):
@@ -56,8 +55,7 @@ def test_a_rank_has_the_same_rows_in_another_order(model: str, layout: Layout) -
 
 def test_shared_experts_take_turns_where_their_own_setting_says_so() -> None:
     checkpointing = pytest.importorskip("megatron.bridge.training.checkpointing")
-    shapes, fields = MODELS["shared"]
-    arch, spec = small_architecture(**shapes), UpcycleSpec(**fields)
+    arch, spec = kind_of("shared")
     shared = {"use_grouped_gemm_for_shared_expert": True, "moe_shared_expert_glu_interleave_size": SIZE}
     with megatron_rank(ONE_RANK, 0):
         local, source = _local(arch, spec, ONE_RANK), MemorySource(arch)

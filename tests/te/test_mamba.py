@@ -22,7 +22,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
-from tests.megatron_ranks import group_ranks
+from tests.distributed.gather import gather, global_shards
 from tests.models import write_nemotron_h
 
 
@@ -40,9 +40,8 @@ LAYOUTS = [
     Layout(gpus=4, tp=2, pp=2),
     Layout(gpus=4, tp=2, ep=2, etp=2),
 ]
-#: Parts of Mamba's tensors, in rows: 8 heads of 16, 2 groups with 8 states.
-IN_PROJ, CONV = [128, 128, 16, 16, 8], [128, 16, 16]
 SPECS = {
+    "copy": SPEC,
     "granular": UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1),
     "mixed": UpcycleSpec(num_experts=4, top_k=2, moe_layers="every-2"),
     "noise": UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.1),
@@ -104,46 +103,20 @@ def _moe_layers(spec: UpcycleSpec | None) -> list[int]:
 Filled = dict[str, torch.Tensor]
 
 
-def _filled(parent: Path, spec: UpcycleSpec, layout: Layout, rank: int) -> tuple[Filled, UpcycleReceipt]:
-    """Return a rank's parameters by their names in the whole model, and the receipt."""
-    with megatron_rank(layout, rank) as (_, expert_rank, _, _):
-        model = _chunk(parent, spec, layout)
-        with open_dense(parent) as dense:
-            receipt = upcycle_into([model], dense, spec)
-        first = expert_rank * spec.num_experts // layout.ep
-        offset = model.decoder.layers[0].layer_number - 1
-        return {_whole(name, offset, first): p.detach() for name, p in model.named_parameters()}, receipt
-
-
-def _whole(name: str, offset: int, first_expert: int) -> str:
-    name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match[0]) + offset), name)
-    return re.sub(r"(?<=\.weight)\d+$", lambda match: str(int(match[0]) + first_expert), name)
+def _filled(parent: Path, spec: UpcycleSpec, layout: Layout) -> tuple[Any, UpcycleReceipt]:
+    """Build and fill the model of the rank that this process stands for."""
+    model = _chunk(parent, spec, layout)
+    with open_dense(parent) as dense:
+        return model, upcycle_into([model], dense, spec)
 
 
 def _gathered(parent: Path, spec: UpcycleSpec, layout: Layout) -> Filled:
-    """Return the parameters of all ranks, put together as Megatron cuts them."""
-    shards: dict[str, dict[int, torch.Tensor]] = {}
+    """Return what Megatron saves of all ranks, put together."""
+    shards = []
     for rank in range(layout.gpus):
-        coords = group_ranks(layout, rank)
-        for name, tensor in _filled(parent, spec, layout, rank)[0].items():
-            assert not tensor.isnan().any(), f"{name} was not filled"
-            position = coords.etp if ".experts.linear" in name else coords.tp
-            known = shards.setdefault(name, {}).setdefault(position, tensor)
-            assert torch.equal(known, tensor), f"ranks differ in {name}"
-    return {name: _joined(name, [parts[rank] for rank in sorted(parts)]) for name, parts in shards.items()}
-
-
-def _joined(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
-    if len(shards) == 1 or re.search(r"layer_norm_weight|layernorm\.weight|final_norm|router", name):
-        assert all(torch.equal(shard, shards[0]) for shard in shards)
-        return shards[0]
-    if re.search(r"linear_proj|out_proj|linear_fc2", name):
-        return torch.cat(shards, 1)
-    sizes = IN_PROJ if "in_proj" in name else CONV if "conv1d" in name else None
-    if sizes is None:
-        return torch.cat(shards)
-    parts = [shard.split([size // len(shards) for size in sizes]) for shard in shards]
-    return torch.cat([torch.cat(part) for part in zip(*parts, strict=True)])
+        with megatron_rank(layout, rank):
+            shards.append(global_shards([_filled(parent, spec, layout)[0]]))
+    return gather(shards)
 
 
 def _by_bridge(parent: Path) -> Filled:
@@ -168,22 +141,26 @@ def _as_experts(dense: Filled, layers: list[int], experts: int) -> Filled:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_has_the_parents_tensors_and_copies_of_its_networks(parent: Path, layout: Layout) -> None:
-    filled = _gathered(parent, SPEC, layout)
+def test_a_model_has_the_parents_tensors_and_copies_of_its_networks(parent: Path) -> None:
+    with megatron_rank(ONE_RANK, 0):
+        filled = dict(_filled(parent, SPEC, ONE_RANK)[0].named_parameters())
     expected = _as_experts(_by_bridge(parent), _moe_layers(SPEC), SPEC.num_experts)
     routers = {name for name in filled if name.endswith("mlp.router.weight")}
     assert len(routers) == PATTERN.count("-")
     assert filled.keys() - routers == expected.keys()
+    assert not any(filled[name].isnan().any() for name in routers)
     for name, tensor in expected.items():
         assert torch.equal(filled[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", SPECS)
-def test_every_kind_of_upcycling_has_the_same_bits_in_two_layouts(parent: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [*(("copy", layout) for layout in LAYOUTS[1:-1]), *((kind, LAYOUTS[-1]) for kind in SPECS)],
+    ids=str,
+)
+def test_every_layout_has_the_bits_of_one_rank(parent: Path, kind: str, layout: Layout) -> None:
     spec = SPECS[kind]
-    whole = _gathered(parent, spec, ONE_RANK)
-    cut = _gathered(parent, spec, Layout(gpus=4, tp=2, ep=2, etp=2))
+    whole, cut = _gathered(parent, spec, ONE_RANK), _gathered(parent, spec, layout)
     assert whole.keys() == cut.keys()
     for name, tensor in whole.items():
         assert torch.equal(cut[name], tensor), name
@@ -217,8 +194,9 @@ def test_the_builders_configuration_is_the_same(parent: Path) -> None:
 
 
 def test_the_receipt_counts_mambas_parameters(parent: Path) -> None:
-    filled, receipt = _filled(parent, SPEC, ONE_RANK, 0)
-    assert receipt.total_params == sum(tensor.numel() for tensor in filled.values())
+    with megatron_rank(ONE_RANK, 0):
+        model, receipt = _filled(parent, SPEC, ONE_RANK)
+    assert receipt.total_params == sum(parameter.numel() for parameter in model.parameters())
     with SafetensorsFolder(parent) as folder:
         assert receipt.dense_params == sum(folder.read(name).numel() for name in folder.names())
     assert receipt.exact

@@ -20,11 +20,10 @@ from nemo_upcycle.online.quantized import is_quantized, kept_values
 from nemo_upcycle.planning.layout import Layout
 from tests.models import MemorySource, small_architecture
 from tests.te.quantizing import MOST, OnCpu, buffer_of, cast, dequantize, quantize
-from tests.te.test_upcycle import _local, _with_te
+from tests.te.test_upcycle import ONE_RANK, _local, _with_te
 
 
 ARCH = small_architecture(num_layers=2, ffn_size=128)  # MXFP8 takes multiples of 32 on every rank
-ONE_RANK = Layout(gpus=1)
 CLASSES = {
     "delayed": "Float8Tensor",
     "tensorwise": "Float8Tensor",

@@ -56,6 +56,12 @@ RECIPES = {"delayed": "DelayedScaling", "tensorwise": "Float8CurrentScaling", "b
 GROUPED = pytest.mark.parametrize("grouped", [True, False], ids=["TEGroupedMLP", "SequentialMLP"])
 
 
+def kind_of(model: str) -> tuple[Architecture, UpcycleSpec]:
+    """Return the shapes and the spec of a key of `MODELS`, or of a plain model."""
+    shapes, fields = MODELS.get(model, ({}, {}))
+    return small_architecture(num_layers=4, **shapes), UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields))
+
+
 def _local(arch: Architecture, spec: UpcycleSpec | None, layout: Layout) -> list[Any]:
     sizes = {name: getattr(layout, name) for name in ("tp", "cp", "pp", "vp", "ep", "etp")}
     return build_chunks(arch, layout=sizes, **(moe_settings(arch, spec) if spec else {"num_experts": None}))
@@ -144,11 +150,9 @@ KINDS = [
 @GROUPED
 @pytest.mark.parametrize(("model", "layout"), KINDS, ids=str)
 def test_every_kind_of_model(model: str, layout: Layout, grouped: bool) -> None:
-    shapes, fields = MODELS.get(model, ({}, {}))
-    if shapes.get("ffn_bias") and layout.etp > 1:
+    arch, spec = kind_of(model)
+    if arch.ffn_bias and layout.etp > 1:
         pytest.skip("Megatron-Core has biases of experts only without expert-tensor parallelism")
-    spec = UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields))
-    arch = small_architecture(num_layers=4, **shapes)
     _check_same(arch, spec, layout, partial(_checked, grouped=grouped))
 
 
@@ -184,8 +188,7 @@ def _as_hybrid(chunks: list[Any], arch: Architecture, spec: UpcycleSpec | None, 
 )
 def test_a_hybrid_model_has_the_bits_of_a_gpt_model(model: str, layout: Layout) -> None:
     pytest.importorskip("megatron.bridge", reason="Megatron-Core 0.15 has no HybridModel")
-    shapes, fields = MODELS[model]
-    arch, spec = small_architecture(num_layers=4, **shapes), UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields))
+    arch, spec = kind_of(model)
     _check_same(arch, spec, layout, lambda local: _as_hybrid(local, arch, spec, layout))
 
 
@@ -217,9 +220,8 @@ def _saved(chunk: Any) -> dict[Any, torch.Tensor]:
 @pytest.mark.parametrize("model", ["shared", "mixed_shared", "biases"])
 def test_a_checkpoint_has_the_same_tensors(model: str, grouped: bool) -> None:
     """The mapping table finds what was trained with Transformer Engine as it finds what the local spec saves."""
-    shapes, fields = MODELS[model]
-    arch, layout = small_architecture(num_layers=4, **shapes), Layout(gpus=4, tp=2, ep=2)
-    spec, source = UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields)), MemorySource(arch)
+    arch, spec = kind_of(model)
+    layout, source = Layout(gpus=4, tp=2, ep=2), MemorySource(arch)
     with megatron_rank(layout, 3):
         local = _local(arch, spec, layout)
         chunks = _with_te(local, moe_grouped_gemm=grouped)

@@ -32,7 +32,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.T
     folder = tmp_path / "dense"
     write_tokenizer(write_llama(folder, vocab_size=259, layers=2, rope_theta=500000.0, rope_scaling=request.param))
     logits_BSV = _plain_logits(folder)
-    as_transformers_5(folder, tokenizer=True)
+    as_transformers_5(folder)
     assert (_plain_logits(folder) - logits_BSV).abs().max() > 0.1  # what transformers 4 makes of it, and says nothing
     return folder, logits_BSV
 
@@ -46,7 +46,7 @@ def _plain_logits(folder: Path) -> torch.Tensor:
 
 def test_a_tokenizer_of_transformers_5_gives_the_same_tokens(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "new")
-    folder = as_transformers_5(write_llama(tmp_path / "new", layers=1), tokenizer=True)
+    folder = as_transformers_5(write_llama(tmp_path / "new", layers=1))
     tokenizer, before = load_tokenizer(folder), load_tokenizer(write_tokenizer(tmp_path / "old"))
     text = "some words <unk></s>"
     assert tokenizer(text)["input_ids"] == before(text)["input_ids"]

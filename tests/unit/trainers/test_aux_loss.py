@@ -27,11 +27,6 @@ def _config(**changes: Any) -> Any:
     return build_chunks(small_architecture(num_layers=1), **{"num_experts": 4, **changes})[0].config
 
 
-def _warnings(caplog: pytest.LogCaptureFixture) -> set[str]:
-    """Return what was warned of; pytest catches it twice, where the package's logger was there before the test."""
-    return {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
-
-
 @pytest.mark.parametrize("settings", UNUSUAL, ids=lambda value: next(iter(value)))
 def test_every_coefficient_acts_as_set_on_one_rank(settings: dict[str, Any]) -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -87,4 +82,6 @@ def test_a_job_warns_of_a_loss_that_does_not_act_as_set(
     monkeypatch.setattr(show_messages(), "propagate", True)
     _report([ActingCoefficient("seq_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])
     text = "a coefficient of 0.01 acts as 0.00125 (divided); a coefficient 8 times as large compensates"
-    assert _warnings(caplog) == {f"seq_aux_loss: {text}"}
+    # pytest catches it twice, where the package's logger was there before the test
+    said = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
+    assert said == {f"seq_aux_loss: {text}"}

@@ -25,6 +25,7 @@ from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config
 from nemo_upcycle.trainers.nemo.phi3mini import LongRopePhi3Config
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe, model_config
 from tests.models import (
+    LLAMA3_SCALING,
     sample_tokens,
     write_exaone4,
     write_llama,
@@ -40,8 +41,7 @@ from tests.parents import write_gemma, write_granite, write_granite4, write_olmo
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
-SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-SCALED |= {"original_max_position_embeddings": 16}
+SCALED = LLAMA3_SCALING | {"original_max_position_embeddings": 16}
 LONG = {"type": "longrope", "short_factor": [1.0 + 0.1 * n for n in range(6)]}
 LONG |= {"long_factor": [2.0 + n for n in range(6)]}
 #: Family -> how its parent is written, and NeMo's configuration of it.

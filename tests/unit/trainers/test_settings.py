@@ -29,8 +29,7 @@ def _with(**values: Any) -> SimpleNamespace:
         *owners, name = path.split("__")
         at = root
         for owner in owners:
-            vars(at).setdefault(owner, SimpleNamespace())
-            at = getattr(at, owner)
+            at = vars(at).setdefault(owner, SimpleNamespace())
         setattr(at, name, value)
     return root
 
