@@ -14,7 +14,7 @@ from nemo_upcycle.cli.common import file_size
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MODEL_MARKER
-from tests.parents import write_moe, write_wrapped
+from tests.parents import write_wrapped
 from tests.unit.cli.conftest import Command, refused
 
 
@@ -55,18 +55,6 @@ def test_a_parent_that_sees_is_written_whole_or_it_says_why_not(
     assert said in text
     assert ("the text model alone, without visual" in text, bool(found["left_out"])) == (alone, alone)
     assert (found["hf_class"] == "Qwen3MoeForCausalLM", bool(found["unseen_because"])) == (alone, more[1:] != ())
-
-
-@pytest.mark.parametrize(
-    ("kind", "given"), [("Glm4Moe", ["--top-k=2"]), ("Mixtral", ["--top-k=1", "--router-order=softmax_topk"])]
-)
-def test_a_parent_with_experts_is_converted_once_the_fix_is_done(
-    tmp_path: Path, command: Command, kind: str, given: list[str]
-) -> None:
-    parent = write_moe(tmp_path / "dense", kind=kind, num_experts_per_tok=1)
-    typed = ["convert", str(parent), str(tmp_path / "moe"), "--experts", "8", *given]
-    fix = str(refused(*typed)).removesuffix(".").partition("Fix: set ")[2].split(", ")
-    command.text(*typed, *fix, "--router-std", "0")
 
 
 @pytest.mark.parametrize(
