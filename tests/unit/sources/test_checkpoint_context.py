@@ -29,6 +29,7 @@ from tests.folders import SPEC, change_config
 from tests.models import LLAMA3_SCALING
 from tests.unit.convert.exports import write_checkpoint
 from tests.unit.sources.test_distributed_checkpoint import _Runs
+from tests.unit.sources.test_megatron_checkpoint import dump_context
 
 
 FINE = UpcycleSpec(
@@ -44,10 +45,7 @@ MISTRAL = {"architectures": ["MistralForCausalLM"]}
 
 
 def _write_contexts(folder: str) -> None:
-    """Let NeMo write the contexts, as its trainer does."""
-    from nemo import lightning as nl
     from nemo.collections import llm
-    from nemo.lightning.io.pl import TrainerContext
 
     fine = {"num_moe_experts": 8, "moe_router_topk": 4, "moe_router_pre_softmax": True, "moe_ffn_hidden_size": 48}
     fine |= {"moe_shared_expert_intermediate_size": 48, "moe_layer_freq": [0, 1]}
@@ -58,9 +56,7 @@ def _write_contexts(folder: str) -> None:
         "scaled": llm.Llama31Config8B(**SIZES, **MOE),
     }
     for name, config in configs.items():
-        trainer = nl.Trainer(accelerator="cpu", devices=1)
-        context = TrainerContext(model=llm.LlamaModel(config), trainer=trainer, extra={})
-        context.io_dump(Path(folder) / name / "context", yaml_attrs=["model"])
+        dump_context(llm.LlamaModel(config), Path(folder) / name / "context")
 
 
 @pytest.fixture(scope="module")
