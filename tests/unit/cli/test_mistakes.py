@@ -30,10 +30,7 @@ ADVISE = "advise --model LLAMA --gpus 128 --trained-on 15T"
         ("convert '' b", "model", "an empty name"),
         ("convert acme/tiny b", "model 'acme/tiny'", "no such folder"),  # beside others, a mistyped one
         ("convert asset://smollm2-135m b", "cache file/dense", "Not a directory"),
-        ("convert nemo://checkpoints/x b", "nemo://checkpoints/x", "a relative path"),
         ("convert a b --method copi", "--method", "copi"),
-        ("convert a b --non-expert-weights men", "--non-expert-weights", "men"),
-        ("convert a b --max-shard-size 5G", "size of a file", "'5G'"),
         ("verify nemo:///a b", "nemo:///a", "a NeMo or Megatron checkpoint"),
         ("verify a b --weights-only --layers", "--weights-only", "--layers beside it"),
         ("verify a b --tolerance nan", "--tolerance", "nan"),

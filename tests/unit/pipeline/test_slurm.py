@@ -181,7 +181,6 @@ def test_mount_of_another_folder_does_not_hold_the_run_and_a_link_to_it_does(tmp
     ("reason", "phase", "fix"),
     [
         ("Priority", Phase.WAITING, "Priority"),
-        ("QOSGrpNodeLimit", Phase.WAITING, "QOSGrpNodeLimit"),
         ("JobHeldUser", Phase.WAITING, "scontrol release 7"),
         ("launch failed requeued held", Phase.WAITING, "scontrol release 7"),
         ("PartitionDown", Phase.WAITING, "partition"),
