@@ -105,9 +105,7 @@ def test_a_size_that_is_none_is_refused(size: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"companions": [{}]}'])
-def test_a_damaged_marker_asks_for_the_run_not_for_the_file(
-    dense: Path, tmp_path: Path, content: str, command: Command
-) -> None:
+def test_a_damaged_marker_asks_for_another_folder(dense: Path, tmp_path: Path, content: str, command: Command) -> None:
     typed = ["convert", str(dense), str(tmp_path / "moe"), *SPEC]
     command.text(*typed)
     (tmp_path / "moe" / MODEL_MARKER).write_text(content)
@@ -116,9 +114,7 @@ def test_a_damaged_marker_asks_for_the_run_not_for_the_file(
     assert error.fix.startswith("choose another")
 
 
-def test_kept_files_are_reported_with_the_command_that_checks_them(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kept_files_are_told_with_a_check(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["convert", str(dense), str(tmp_path / "moe"), *SPEC]
     assert main(command) == 0
     with (tmp_path / "moe/model.safetensors").open("r+b") as file:

@@ -57,9 +57,7 @@ def _inputs(site: Site, *license: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_parent_and_texts_are_listed_with_hashes_and_a_damaged_file_is_fetched_again(
-    site: Site, command: Command
-) -> None:
+def test_what_is_fetched_is_listed_with_hashes_and_fetched_again_if_damaged(site: Site, command: Command) -> None:
     done = site.fetch(*_inputs(site), "--json")
     assert done.returncode == 0, done.stderr
     answer, fetched = json.loads(done.stdout), site.folder / "fetched"

@@ -64,9 +64,7 @@ def test_a_mistake_is_named_as_it_was_typed(
         (f"{ADVISE} --tokens 1B --hours 2", "not allowed with argument"),
     ],
 )
-def test_what_cannot_be_parsed_is_one_line_with_the_fix(
-    capsys: pytest.CaptureFixture[str], typed: str, said: str
-) -> None:
+def test_what_is_not_parsed_is_a_line_with_the_fix(capsys: pytest.CaptureFixture[str], typed: str, said: str) -> None:
     assert main(typed.split()) == 2
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)

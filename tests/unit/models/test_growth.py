@@ -165,9 +165,7 @@ def test_utilities_that_do_not_fit_are_refused(mixtral: Path, tmp_path: Path, ut
     ],
     ids=str,
 )
-def test_what_is_refused_is_taken_once_fixed(
-    mixtral: Path, glm4_moe: Path, kind: str, fields: Any, refused: str
-) -> None:
+def test_what_is_refused_works_once_fixed(mixtral: Path, glm4_moe: Path, kind: str, fields: Any, refused: str) -> None:
     arch = replace(read_architecture(mixtral if kind == "Mixtral" else glm4_moe), top_k=1)
     with pytest.raises(SpecError) as caught:
         arch.upcycled(UpcycleSpec(**({"num_experts": 8} | fields)))

@@ -80,9 +80,7 @@ def test_inputs_that_only_this_machine_sees_are_refused(tmp_path: Path, monkeypa
         (["container_image=nemo", "python=/opt/bin/python", "stages.data.python=py3"], "/opt/bin/python", "py3"),
     ],
 )
-def test_interpreter_is_that_of_the_stages_own_container_or_the_one_that_is_named(
-    words: list[str], pretrain: str, data_stage: str
-) -> None:
+def test_interpreter_is_the_containers_or_the_one_named(words: list[str], pretrain: str, data_stage: str) -> None:
     for job, python in ((training(), pretrain), (data(), data_stage)):
         assert f" {python} -m nemo_upcycle.pipeline {job.name} " in script_of(job, *words)
     launched = script_of(training(), *words, "stages.pretrain.hang_detection=true")
