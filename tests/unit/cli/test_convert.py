@@ -99,9 +99,8 @@ def test_a_file_larger_than_the_system_takes(dense: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("size", ["5", "GB", "0GB", "1e3GB", "9999999GB"])
 def test_a_size_that_is_none_is_refused(size: str) -> None:
     assert file_size("60 KB") == 60_000
-    with pytest.raises(UpcycleError) as caught:
+    with pytest.raises(UpcycleError, match="size of a file: got"):
         file_size(size)
-    assert caught.value.subject == "size of a file"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"companions": [{}]}'])

@@ -110,9 +110,7 @@ def test_a_container_keeps_models_of_the_hub_in_the_run_and_does_not_win_over_wh
     assert ("HF_HUB_CACHE" in own, 'export HF_HOME="/shared/hf"\n' in own) == (False, True)
 
 
-def test_job_submitted_from_within_an_allocation_is_no_part_of_it(
-    commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_leaves_the_allocation_around_it(commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_commands(commands, sbatch=f"env > {tmp_path}/env; echo 7")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm/mine.conf")
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")

@@ -82,10 +82,6 @@ def _set(checkpoint: Path, **changes: Any) -> None:
     path.write_text(yaml.safe_dump(model))
 
 
-def _parent(dense: Path, folder: Path, **changes: Any) -> Path:
-    return change_config(Path(shutil.copytree(dense, folder)), **changes)
-
-
 @pytest.mark.parametrize(
     ("name", "spec", "said"),
     [
@@ -135,7 +131,7 @@ def test_a_spec_that_the_context_contradicts_is_refused(saved: Path, dense: Path
 def test_a_parent_of_another_function_is_refused(
     saved: Path, dense: Path, tmp_path: Path, context: str, changes: dict[str, Any], refused: str | None
 ) -> None:
-    parent = _parent(dense, tmp_path / "parent", **changes)
+    parent = change_config(Path(shutil.copytree(dense, tmp_path / "parent")), **changes)
     if refused is None:
         open_checkpoint(saved / context, parent, None)
         return
