@@ -21,6 +21,9 @@ LONG = {"short_factor": [1.0 + 0.1 * n for n in range(8)], "long_factor": [2.0 +
 LONGROPE = {"rope_scaling": LONG | {"type": "longrope"}, "original_max_position_embeddings": 16}
 #: The same where three quarters of a head are turned.
 SHORTER = LONGROPE | {"rope_scaling": {name: values[:6] for name, values in LONG.items()} | {"type": "longrope"}}
+LLAMA = partial(models.write_llama, layers=2)
+QWEN3 = partial(models.write_qwen3, layers=2)
+SEED_OSS = partial(parents.write_seed_oss, layers=2, head_dim=32)
 #: Of a parent with four experts.
 GROWN = {"num_experts": 8, "top_k": 4, "router_std": 0.0}
 FIRST = GROWN | {"router_order": "softmax_topk"}
@@ -64,34 +67,21 @@ PARENTS = {
     "LLaVA": Parent(partial(parents.write_wrapped, kind="Llava", tied=True), "MixtralForCausalLM"),
     "Qwen3-VL": Parent(partial(parents.write_wrapped, kind="Qwen3VL"), "Qwen3VLMoeForConditionalGeneration", FINE),
     "Qwen2": Parent(partial(models.write_qwen2, tied=True, layers=2), "Qwen2MoeForCausalLM", FINE),
-    "Qwen3, YaRN": Parent(partial(models.write_qwen3, layers=2, rope_scaling=parents.YARN), "Qwen3MoeForCausalLM"),
-    "Qwen3, biases": Parent(
-        partial(models.write_qwen3, layers=2, attention_bias=True), "Qwen3MoeForCausalLM", FINE, online=False
-    ),
+    "Qwen3, YaRN": Parent(partial(QWEN3, rope_scaling=parents.YARN), "Qwen3MoeForCausalLM"),
+    "Qwen3, biases": Parent(partial(QWEN3, attention_bias=True), "Qwen3MoeForCausalLM", FINE, online=False),
     "Granite 3, tied and granular": Parent(partial(parents.write_granite, tied=True), "GraniteMoeForCausalLM", FINE),
     "Granite 4, shared expert": Parent(parents.write_granite4, "GraniteMoeSharedForCausalLM", SHARED),
     "EXAONE 3, shared expert": Parent(partial(parents.write_exaone3, tied=True), "Qwen2MoeForCausalLM", SHARED),
     "Arcee": Parent(parents.write_arcee, ""),
-    "Seed-OSS, sigmoid": Parent(
-        partial(parents.write_seed_oss, layers=2, head_dim=32), "Glm4MoeForCausalLM", SIGMOID | {"shared_experts": 1}
-    ),
-    "Seed-OSS": Parent(partial(parents.write_seed_oss, layers=2, head_dim=32), "GraniteMoeSWAForCausalLM", SHARED),
+    "Seed-OSS, sigmoid": Parent(SEED_OSS, "Glm4MoeForCausalLM", SIGMOID | {"shared_experts": 1}),
+    "Seed-OSS": Parent(SEED_OSS, "GraniteMoeSWAForCausalLM", SHARED),
     "Llama, stretched": Parent(
-        partial(models.write_llama, layers=2, rope_scaling={"rope_type": "linear", "factor": 3.0}),
-        "MixtralForCausalLM",
+        partial(LLAMA, rope_scaling={"rope_type": "linear", "factor": 3.0}), "MixtralForCausalLM"
     ),
-    "Llama, tied": Parent(partial(models.write_llama, layers=2, tied=True), "Qwen2MoeForCausalLM", ZERO),
-    "Llama, mixed": Parent(
-        partial(models.write_llama, layers=2), "Qwen2MoeForCausalLM", COPIES | {"moe_layers": "0"}, dtype=BFLOAT16
-    ),
-    "Llama, noise": Parent(
-        partial(models.write_llama, layers=2),
-        "MixtralForCausalLM",
-        COPIES | {"method": "noise", "router_init": "uniform"},
-    ),
-    "Llama, granular drop": Parent(
-        partial(models.write_llama, layers=2), "MixtralForCausalLM", FINE | {"method": "drop"}, dtype=BFLOAT16
-    ),
+    "Llama, tied": Parent(partial(LLAMA, tied=True), "Qwen2MoeForCausalLM", ZERO),
+    "Llama, mixed": Parent(LLAMA, "Qwen2MoeForCausalLM", COPIES | {"moe_layers": "0"}, dtype=BFLOAT16),
+    "Llama, noise": Parent(LLAMA, "MixtralForCausalLM", COPIES | {"method": "noise", "router_init": "uniform"}),
+    "Llama, granular drop": Parent(LLAMA, "MixtralForCausalLM", FINE | {"method": "drop"}, dtype=BFLOAT16),
     "Mixtral, noise": Parent(
         parents.write_mixtral, "MixtralForCausalLM", GROWN | {"method": "noise", "router_std": 0.02}
     ),

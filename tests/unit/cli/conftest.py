@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from nemo_upcycle.cli.main import _run, main
 from nemo_upcycle.errors import UpcycleError
+from tests.model_hub import serving
 from tests.models import LLAMA3_8B, write_llama, write_tokenizer
 
 
@@ -17,6 +19,21 @@ from tests.models import LLAMA3_8B, write_llama, write_tokenizer
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama of two layers with a tokenizer, which nobody may change."""
     return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259, layers=2))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A hub with a model, the same behind its terms, and texts: what it serves, and its address."""
+    root = tmp_path_factory.mktemp("hub")
+    for name in ("tiny", "gated"):
+        dense = write_tokenizer(write_llama(root / f"acme/{name}", vocab_size=259, layers=1, shards=2))
+        (dense / "original").mkdir()
+        (dense / "original/model.safetensors").write_bytes(b"not ours")
+    (root / "acme/texts").mkdir()
+    for name in ("first", "second"):
+        (root / f"acme/texts/{name}.jsonl").write_text(json.dumps({"text": name * 100}) + "\n")
+    with serving(root) as endpoint:
+        yield root, endpoint
 
 
 class Command:

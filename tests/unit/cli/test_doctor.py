@@ -62,9 +62,7 @@ def test_doctor_says_when_the_package_is_not_installed(monkeypatch: pytest.Monke
     assert refused("doctor").got == "not installed"
 
 
-def test_doctor_advises_transformer_engine_only_where_there_is_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+def test_transformer_engine_is_advised_only_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     _without(monkeypatch, "transformer-engine")
     assert command.values("doctor")["fixes"] == []
     assert "all fits" in command.text("doctor")
@@ -96,9 +94,7 @@ def test_doctor_makes_the_environment_for_data(monkeypatch: pytest.MonkeyPatch, 
     assert command.values("doctor")["data_engine"] is None
 
 
-def test_doctor_adds_an_extra_of_its_clone_and_without_one_its_libraries(
-    monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+def test_it_adds_an_extra_of_its_clone_or_its_libraries(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     pip = f"{sys.executable} -m pip install"
     _without(monkeypatch, "gguf", "nemo-toolkit", "transformer-engine", "transformers")
     fixes = command.values("doctor")["fixes"]
@@ -141,9 +137,7 @@ def test_doctor_puts_nemos_own_releases_before_those_of_the_container_26_02(
     assert "scipy 1.99 is the container's own" in text
 
 
-def test_doctor_is_content_with_a_container_that_has_what_it_asks_for(
-    monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+def test_a_container_that_has_all_it_asks_for_fits(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     """In the image of docker/Dockerfile.nemo, what NVIDIA has in releases of its own stays."""
     own = {"nemo-toolkit": "2.7.0", "scipy": "1.99"}
     for gguf, missing in (("", "gguf<1,>=0.17"), ("0.17.1", "")):
@@ -167,9 +161,7 @@ def test_doctor_names_the_container_to_take_where_nothing_can_be_laid_over(
     assert f"container: {said}; take 26.02 for NeMo 2.7, 26.08 for Megatron-Bridge" in text
 
 
-def test_doctor_asks_for_what_megatron_bridge_needs_in_its_container(
-    monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+def test_it_asks_for_what_bridge_needs_in_its_container(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     _in_container(monkeypatch, "0.6.0+b558c98", **{"transformers": "5.12.1"})
     found = command.values("doctor")
     assert found["container"] == "26.08"

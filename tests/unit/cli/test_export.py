@@ -66,9 +66,7 @@ def test_an_option_that_contradicts_the_receipt_is_refused(
     command.text(*typed, *receipt, option, str(expected))
 
 
-def test_spec_and_parent_are_found_in_the_runs_receipt(
-    checkpoint: Path, dense: Path, tmp_path: Path, command: Command
-) -> None:
+def test_a_runs_receipt_says_spec_and_parent(checkpoint: Path, dense: Path, tmp_path: Path, command: Command) -> None:
     run = shutil.copytree(checkpoint.parents[1], tmp_path / "run")
     _receipt(run, {"spec": {"num_experts": 4, "top_k": 2}, "source": str(dense)})
     found = command.values("export", str(run / "pretrain/ck"), str(tmp_path / "hf"))

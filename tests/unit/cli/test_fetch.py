@@ -6,14 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.model_hub import COMMIT, TOKEN, ModelHub, serving
-from tests.models import write_llama, write_tokenizer
+from tests.model_hub import COMMIT, TOKEN, ModelHub
 from tests.unit.cli.conftest import Command, refused
 from tests.waiting import wait_until
 
@@ -49,21 +47,9 @@ class Site(NamedTuple):
         return subprocess.run(words, env=variables, cwd=self.folder, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    root = tmp_path_factory.mktemp("hub")
-    for name in ("tiny", "gated"):
-        write_tokenizer(write_llama(root / f"acme/{name}", vocab_size=259, layers=1, shards=2))
-    (root / "acme/texts").mkdir()
-    for name in ("first", "second"):
-        (root / f"acme/texts/{name}.jsonl").write_text(json.dumps({"text": name * 100}) + "\n")
-    with serving(root) as endpoint:
-        yield root, endpoint
-
-
 @pytest.fixture
-def site(hub: tuple[Path, str], tmp_path: Path) -> Site:
-    return Site(*hub, tmp_path)
+def site(served: tuple[Path, str], tmp_path: Path) -> Site:
+    return Site(*served, tmp_path)
 
 
 def _inputs(site: Site, *license: str) -> tuple[str, ...]:
@@ -71,9 +57,7 @@ def _inputs(site: Site, *license: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_parent_and_texts_are_listed_with_hashes_and_a_damaged_file_is_fetched_again(
-    site: Site, command: Command
-) -> None:
+def test_what_is_fetched_is_listed_with_hashes_and_fetched_again_if_damaged(site: Site, command: Command) -> None:
     done = site.fetch(*_inputs(site), "--json")
     assert done.returncode == 0, done.stderr
     answer, fetched = json.loads(done.stdout), site.folder / "fetched"

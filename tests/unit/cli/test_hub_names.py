@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.data.dense import ensure_dense
-from tests.model_hub import ModelHub, serving
-from tests.models import write_llama, write_tokenizer
+from tests.model_hub import ModelHub
 from tests.unit.cli.conftest import Command, refused
 
 
@@ -20,22 +15,10 @@ SPEC = ("--experts", "2", "--top-k", "2")
 NOWHERE = "http://127.0.0.1:9"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    root = tmp_path_factory.mktemp("hub")
-    dense = write_tokenizer(write_llama(root / "acme/tiny", vocab_size=259, layers=1, shards=2))
-    (dense / "original").mkdir()
-    (dense / "original/model.safetensors").write_bytes(b"not ours")
-    with open_dense(dense) as source:
-        convert(source, root / "acme/tiny-moe", UpcycleSpec(num_experts=2, top_k=2))
-    shutil.copytree(dense, root / "acme/gated")
-    with serving(root) as endpoint:
-        yield endpoint
-
-
 @pytest.fixture
-def hub(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub's client with this server, and an empty cache in the current folder, which it gives."""
+    _, server = served
     for name, value in (("ENDPOINT", server), ("HF_HUB_CACHE", "hub"), ("HF_TOKEN_PATH", "token")):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     template = server + "/{repo_id}/resolve/{revision}/{filename}"
@@ -46,8 +29,10 @@ def hub(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_convert_and_verify_download_what_the_hub_names(
-    hub: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    hub: Path, served: tuple[Path, str], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    root, _ = served
+    command.text("convert", str(root / "acme/tiny"), str(root / "acme/tiny-moe"), *SPEC)
     made = command.values("convert", "hf://acme/tiny", "moe", "--branch", "acme/tiny", *SPEC)
     assert made["inexact_because"][0].startswith("experts come from 2 dense models")
     assert (hub / "moe/tokenizer.json").is_file()

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.models.hf_config import read_architecture
-from tests.models import write_llama
 from tests.unit.cli.conftest import Command, refused
 from tests.unit.convert.exports import write_checkpoint
 from tests.unit.sources.test_checkpoint_context import _megatron
@@ -23,15 +21,10 @@ BRIDGE: dict[str, Any] = {
     **{"activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False, "_partial_": False}},
     **{"ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16},
     **{"gated_linear_unit": True, "normalization": "RMSNorm", "layernorm_epsilon": 1e-5},
-    **{"position_embedding_type": "rope", "rotary_base": 100000, "seq_length": 128, "vocab_size": 250},
+    **{"position_embedding_type": "rope", "rotary_base": 100000, "seq_length": 128, "vocab_size": 259},
     **{"num_moe_experts": 8, "moe_router_topk": 4, "moe_router_pre_softmax": True, "moe_layer_freq": 1},
     **{"moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 48},
 }
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("dense"), layers=2, attention_bias=False)
 
 
 def _bridge(folder: Path, dense: Path, **changes: Any) -> Path:

@@ -8,10 +8,10 @@ import pytest
 
 from nemo_upcycle.start import choices
 from tests.unit.cli.conftest import Command, refused
-from tests.unit.start.conftest import parent_folder, texts_folder
+from tests.unit.start.conftest import texts_folder
 
 
-__all__ = ["parent_folder", "texts_folder"]
+__all__ = ["texts_folder"]
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +21,9 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_upcycle.cli.start.shortages", lambda *_: ())
 
 
-def test_it_writes_two_files_and_says_how_to_go_on(parent_folder: Path, texts_folder: Path, command: Command) -> None:
+def test_it_writes_two_files_and_says_how_to_go_on(dense: Path, texts_folder: Path, command: Command) -> None:
     folder = texts_folder.parent / "run"
-    words = ["start", str(parent_folder), str(texts_folder), "--gpus", "0", "--dir", str(folder), "--experts", "4"]
+    words = ["start", str(dense), str(texts_folder), "--gpus", "0", "--dir", str(folder), "--experts", "4"]
     answer = command.values(*words)
     assert sorted(path.name for path in folder.iterdir()) == ["blend.yaml", "recipe.py"]
     assert answer["choices"]["experts"] == {"value": "4, top-2", "because": "asked for"}
@@ -39,6 +39,6 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("gpu", "said"), [("64", "'64' does not exist"), ("h100", "give --gpus N")])
-def test_a_kind_of_gpus_needs_their_number(parent_folder: Path, texts_folder: Path, gpu: str, said: str) -> None:
-    words = ["start", str(parent_folder), str(texts_folder), "--dir", str(texts_folder.parent / "run"), "--gpu", gpu]
+def test_a_kind_of_gpus_needs_their_number(dense: Path, texts_folder: Path, gpu: str, said: str) -> None:
+    words = ["start", str(dense), str(texts_folder), "--dir", str(texts_folder.parent / "run"), "--gpu", gpu]
     assert said in str(refused(*words))

@@ -34,11 +34,6 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_mixtral(tmp_path_factory.mktemp("mixtral") / "dense")
 
 
-def _error(folder: Path, moe: Path) -> float:
-    wanted, got = (logits(one, sample_tokens(250)) for one in (folder, moe))
-    return float((got - wanted).norm() / wanted.norm())
-
-
 def _grown(folder: Path, moe: Path, **fields: Any) -> float:
     """Convert, check that what is said of exactness and what verify finds agree, and return the error of logits."""
     spec = UpcycleSpec(**fields)
@@ -48,7 +43,8 @@ def _grown(folder: Path, moe: Path, **fields: Any) -> float:
     utility = Path(spec.expert_utility) if spec.expert_utility else None
     assert verify(folder, moe, logits=False, expert_utility=utility).equal is done.exact
     assert read_architecture(moe).num_experts == spec.num_experts
-    return _error(folder, moe)
+    wanted, got = (logits(one, sample_tokens(250)) for one in (folder, moe))
+    return float((got - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize(
@@ -166,9 +162,7 @@ def test_utilities_that_do_not_fit_are_refused(mixtral: Path, tmp_path: Path, ut
     ],
     ids=str,
 )
-def test_what_is_refused_is_taken_once_fixed(
-    mixtral: Path, glm4_moe: Path, kind: str, fields: Any, refused: str
-) -> None:
+def test_what_is_refused_works_once_fixed(mixtral: Path, glm4_moe: Path, kind: str, fields: Any, refused: str) -> None:
     arch = replace(read_architecture(mixtral if kind == "Mixtral" else glm4_moe), top_k=1)
     with pytest.raises(SpecError) as caught:
         arch.upcycled(UpcycleSpec(**({"num_experts": 8} | fields)))

@@ -144,21 +144,10 @@ def test_a_window_counts_where_a_sequence_is_longer(parent: dict, changes: dict,
     assert upcycle_into(chunks, MemorySource(small_architecture(**parent)), SPEC).exact is exact
 
 
-UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
-
-
-@pytest.mark.parametrize(
-    ("changes", "subject"),
-    [
-        ({UP: None}, "tensors missing"),
-        ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, "tensors not used by this architecture"),
-        ({DOWN: torch.zeros(64, 90)}, f"shape of {DOWN}"),
-    ],
-)
-def test_weights_that_are_not_what_config_json_says_are_refused(copy: Path, changes: dict, subject: str) -> None:
+def test_weights_that_are_not_what_config_json_says_are_refused(copy: Path) -> None:
     chunks = build_chunks(copy, num_experts=4)
-    change_weights(copy, changes)
-    with open_dense(copy) as source, _refuses(chunks, subject):
+    change_weights(copy, {"model.layers.1.mlp.up_proj.weight": None})
+    with open_dense(copy) as source, _refuses(chunks, "tensors missing"):
         upcycle_into(chunks, source, SPEC)
 
 

@@ -194,9 +194,7 @@ def test_stage_is_not_done_while_one_that_it_needs_is_not(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kept", [[-1, -1], [3, 3], [-1, 3, 3, 6, 6, 6]], ids=str)
-def test_training_goes_on_while_it_gets_further(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: list[int]
-) -> None:
+def test_training_goes_on_as_it_gets_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: list[int]) -> None:
     """`kept` is the step of its newest checkpoint at each start and at each end."""
     cluster, found = Processes(), iter(kept)
     monkeypatch.setattr(chain_module, "_step_kept", lambda job: next(found))

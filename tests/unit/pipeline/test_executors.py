@@ -213,9 +213,7 @@ def test_every_batch_script_ends_by_its_stages_marker(tmp_path: Path, ranks: str
 
 
 @pytest.mark.parametrize(("tasks", "requeued"), [(3, True), (2, False)])
-def test_a_batch_script_requeues_the_data_stage_while_tasks_get_finished(
-    tmp_path: Path, tasks: int, requeued: bool
-) -> None:
+def test_a_script_requeues_the_data_stage_while_tasks_get_finished(tmp_path: Path, tasks: int, requeued: bool) -> None:
     finished = tmp_path / "data/blend/build/logs/tokenise/completions"
     finished.mkdir(parents=True)
     for task in range(2):

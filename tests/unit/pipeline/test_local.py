@@ -65,9 +65,7 @@ def test_a_mistake_that_every_rank_finds_is_shown_once(tmp_path: Path, capfd: py
 
 
 @pytest.mark.slow
-def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_ends_ranks_and_children_that_ignore_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "GRACE_S", 0.5)
     code = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"

@@ -115,9 +115,7 @@ def test_what_does_not_change_the_result_may_change_and_is_noted(tmp_path: Path)
 
 
 @pytest.mark.parametrize("where", ["pretrain.resume.restore_config.spec", "pretrain.spec"])  # NeMo's, and Bridge's
-def test_a_field_that_a_release_adds_to_the_spec_locks_no_started_run(
-    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_field_of_the_spec_locks_no_run(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = StageFolder(tmp_path, "pretrain")
     _start(stage, {f"{where}.num_experts": "16", f"{where}.method": '"copy"'})
     later = make_dataclass("Later", [("neutral", float, 1.0)], bases=(UpcycleSpec,), frozen=True, kw_only=True)

@@ -108,9 +108,7 @@ def test_a_rack_of_grace_nodes_holds_a_divisor_of_them(nodes: int, expected: int
         (None, ["a b"]),
     ],
 )
-def test_a_rank_is_bound_to_its_gpus_memory_node_or_starts_unbound(
-    numactl: str | None, expected: list[str], tmp_path: Path
-) -> None:
+def test_a_rank_is_bound_near_its_gpu_or_unbound(numactl: str | None, expected: list[str], tmp_path: Path) -> None:
     if numactl:
         (tmp_path / "numactl").write_text(f"#!/bin/bash\n{numactl}\n")
         (tmp_path / "numactl").chmod(0o755)
@@ -120,9 +118,7 @@ def test_a_rank_is_bound_to_its_gpus_memory_node_or_starts_unbound(
     assert done.stdout.splitlines() == expected
 
 
-def test_this_machine_gets_none_without_a_gpu_and_what_its_environment_lacks_with_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_this_machine_gets_what_its_environment_lacks_or_none_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert performance.settings_here(_job()) == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -101,9 +101,7 @@ def test_stages_that_do_not_need_each_other_run_at_once(tmp_path: Path, capfd: p
     assert capfd.readouterr().err.count("done before, from the same inputs") == 4
 
 
-def test_nothing_starts_after_a_failed_stage_and_the_others_finish(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_after_a_failure_nothing_starts_and_others_finish(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = {
         "bad": _WAIT_FOR.format(other="good") + "sys.exit('it broke')",
         "good": _WAIT_FOR.format(other="bad") + _WAIT_FOR_END.format(other="bad") + _FINISH,

@@ -80,9 +80,7 @@ def test_inputs_that_only_this_machine_sees_are_refused(tmp_path: Path, monkeypa
         (["container_image=nemo", "python=/opt/bin/python", "stages.data.python=py3"], "/opt/bin/python", "py3"),
     ],
 )
-def test_interpreter_is_that_of_the_stages_own_container_or_the_one_that_is_named(
-    words: list[str], pretrain: str, data_stage: str
-) -> None:
+def test_interpreter_is_the_containers_or_the_one_named(words: list[str], pretrain: str, data_stage: str) -> None:
     for job, python in ((training(), pretrain), (data(), data_stage)):
         assert f" {python} -m nemo_upcycle.pipeline {job.name} " in script_of(job, *words)
     launched = script_of(training(), *words, "stages.pretrain.hang_detection=true")
@@ -112,9 +110,7 @@ def test_a_container_keeps_models_of_the_hub_in_the_run_and_does_not_win_over_wh
     assert ("HF_HUB_CACHE" in own, 'export HF_HOME="/shared/hf"\n' in own) == (False, True)
 
 
-def test_job_submitted_from_within_an_allocation_is_no_part_of_it(
-    commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_leaves_the_allocation_around_it(commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_commands(commands, sbatch=f"env > {tmp_path}/env; echo 7")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm/mine.conf")
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
@@ -181,7 +177,6 @@ def test_mount_of_another_folder_does_not_hold_the_run_and_a_link_to_it_does(tmp
     ("reason", "phase", "fix"),
     [
         ("Priority", Phase.WAITING, "Priority"),
-        ("QOSGrpNodeLimit", Phase.WAITING, "QOSGrpNodeLimit"),
         ("JobHeldUser", Phase.WAITING, "scontrol release 7"),
         ("launch failed requeued held", Phase.WAITING, "scontrol release 7"),
         ("PartitionDown", Phase.WAITING, "partition"),

@@ -105,9 +105,7 @@ def test_a_line_says_what_the_fitted_law_decides(law: Law | None, said: str, mon
         (UpcycleSpec(shared_experts=1, moe_layers="every-2"), "it has no e8t2 with shared experts in some layers"),
     ],
 )
-def test_a_shape_that_the_law_does_not_have_is_named(
-    spec: UpcycleSpec, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shape_that_the_law_lacks_is_named(spec: UpcycleSpec, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     line = _line(a_law(-0.05), monkeypatch, arch=LLAMA.dense.upcycled(spec))
     assert f"no fitted law applies ({words}). Costs" in line
     assert ("--granularity 2" in line) is (spec.granularity == 2)

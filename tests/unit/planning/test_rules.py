@@ -101,9 +101,7 @@ def test_fp8_needs_tokens_in_multiples_of_sixteen() -> None:
         ({"num_heads": 8, "head_dim": 8}, "tp=8,ep=8", "fp8-delayed", r"tp: got 8.*\(now 8\)"),
     ],
 )
-def test_fp8_needs_matrices_that_its_kernels_multiply(
-    changes: dict[str, int], layout: str, precision: str, words: str
-) -> None:
+def test_fp8_needs_matrices_of_its_kernels(changes: dict[str, int], layout: str, precision: str, words: str) -> None:
     arch, work, parsed = replace(LLAMA, **changes), replace(WORK, precision=precision), parse_layout(layout, 64)
     assert first_violation(parsed, arch, replace(work, precision="bf16")) is None
     with pytest.raises(SpecError, match=words):

@@ -29,6 +29,7 @@ from tests.folders import SPEC, change_config
 from tests.models import LLAMA3_SCALING
 from tests.unit.convert.exports import write_checkpoint
 from tests.unit.sources.test_distributed_checkpoint import _Runs
+from tests.unit.sources.test_megatron_checkpoint import dump_context
 
 
 FINE = UpcycleSpec(
@@ -44,10 +45,7 @@ MISTRAL = {"architectures": ["MistralForCausalLM"]}
 
 
 def _write_contexts(folder: str) -> None:
-    """Let NeMo write the contexts, as its trainer does."""
-    from nemo import lightning as nl
     from nemo.collections import llm
-    from nemo.lightning.io.pl import TrainerContext
 
     fine = {"num_moe_experts": 8, "moe_router_topk": 4, "moe_router_pre_softmax": True, "moe_ffn_hidden_size": 48}
     fine |= {"moe_shared_expert_intermediate_size": 48, "moe_layer_freq": [0, 1]}
@@ -58,9 +56,7 @@ def _write_contexts(folder: str) -> None:
         "scaled": llm.Llama31Config8B(**SIZES, **MOE),
     }
     for name, config in configs.items():
-        trainer = nl.Trainer(accelerator="cpu", devices=1)
-        context = TrainerContext(model=llm.LlamaModel(config), trainer=trainer, extra={})
-        context.io_dump(Path(folder) / name / "context", yaml_attrs=["model"])
+        dump_context(llm.LlamaModel(config), Path(folder) / name / "context")
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +80,6 @@ def _set(checkpoint: Path, **changes: Any) -> None:
     model = yaml.safe_load(path.read_text())
     model["config"] |= changes
     path.write_text(yaml.safe_dump(model))
-
-
-def _parent(dense: Path, folder: Path, **changes: Any) -> Path:
-    return change_config(Path(shutil.copytree(dense, folder)), **changes)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +131,7 @@ def test_a_spec_that_the_context_contradicts_is_refused(saved: Path, dense: Path
 def test_a_parent_of_another_function_is_refused(
     saved: Path, dense: Path, tmp_path: Path, context: str, changes: dict[str, Any], refused: str | None
 ) -> None:
-    parent = _parent(dense, tmp_path / "parent", **changes)
+    parent = change_config(Path(shutil.copytree(dense, tmp_path / "parent")), **changes)
     if refused is None:
         open_checkpoint(saved / context, parent, None)
         return

@@ -80,11 +80,3 @@ def test_a_file_that_got_shorter_is_an_error_and_no_crash(tmp_path: Path) -> Non
     os.truncate(tmp_path / "f", 8 * 4096)
     with pytest.raises(CheckpointError, match=r"f: got the end of the file, expected to read bytes 32768 to 65536"):
         files.read("t", stored)
-
-
-def test_released_pages_come_back(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"\x07" * 8192)
-    files = MappedFiles(tmp_path)
-    part = files.read("t", Stored("f", torch.uint8, (8192,), (1,), 0))
-    files.release()
-    assert part.eq(7).all()

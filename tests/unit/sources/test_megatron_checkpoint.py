@@ -28,22 +28,26 @@ from tests.unit.convert.exports import save
 LAYOUTS = {"one": {}, "tp2pp2": {"tp": 2, "pp": 2}}
 
 
-def _write_contexts(tokenizer: str, output: str) -> None:
-    """Let NeMo write the contexts of checkpoints, as its trainer does."""
+def dump_context(model: Any, folder: Path) -> None:
+    """Let NeMo write a model's context, as its trainer does."""
     from nemo import lightning as nl
+    from nemo.lightning.io.pl import TrainerContext
+
+    trainer = nl.Trainer(accelerator="cpu", devices=1)
+    TrainerContext(model=model, trainer=trainer, extra={}).io_dump(folder, yaml_attrs=["model"])
+
+
+def _write_contexts(tokenizer: str, output: str) -> None:
     from nemo.collections import llm
     from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config8B, Qwen3Model
-    from nemo.lightning.io.pl import TrainerContext
 
     sizes = {"hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
     sizes |= {"rotary_base": 100000, "layernorm_epsilon": 1e-5}
     llama = llm.Llama31Config8B(**sizes, num_layers=4, apply_rope_fusion=False)
     qwen3 = Qwen3Config8B(**sizes, num_layers=2, kv_channels=16, vocab_size=259)
     for name, model, config in (("context", llm.LlamaModel, llama), ("qwen3/context", Qwen3Model, qwen3)):
-        trainer = nl.Trainer(accelerator="cpu", devices=1)
-        made = model(config, tokenizer=AutoTokenizer(tokenizer))
-        TrainerContext(model=made, trainer=trainer, extra={}).io_dump(Path(output, name), yaml_attrs=["model"])
+        dump_context(model(config, tokenizer=AutoTokenizer(tokenizer)), Path(output, name))
 
 
 @pytest.fixture(scope="module")

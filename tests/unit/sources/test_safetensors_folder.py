@@ -1,4 +1,4 @@
-"""Reading slices of a safetensors folder, and what happens to a damaged one."""
+"""Opening a safetensors folder, reading it from threads, and what happens to a damaged one."""
 
 from __future__ import annotations
 
@@ -20,19 +20,6 @@ from tests.models import weights_of, write_llama
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_llama(tmp_path / "dense", shards=3)
-
-
-def test_slices_equal_the_whole_and_only_they_are_counted(folder: Path) -> None:
-    tensors = weights_of(folder)
-    with open_dense(folder) as dense:
-        assert set(dense.names()) == set(tensors)
-        name = "model.layers.1.mlp.down_proj.weight"
-        part = dense.read(name, [(3, 9), (10, 40)])
-        assert torch.equal(part, tensors[name][3:9, 10:40])
-        assert dense.bytes_read == 6 * 30 * 4
-        assert torch.equal(dense.read("model.norm.weight"), tensors["model.norm.weight"])
-        dense.prefetch(name)
-        assert dense.bytes_read == 6 * 30 * 4 + 64 * 4
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.start.texts import Texts, find_texts
 
 
-def test_a_folder_of_several_kinds_and_a_column_by_another_name_are_read(
-    texts_folder: Path, parent_folder: Path
-) -> None:
+def test_a_folder_of_many_kinds_and_a_column_by_another_name_are_read(texts_folder: Path, parent_folder: Path) -> None:
     texts = find_texts(str(texts_folder), parent_folder)
     assert texts.source == {"train": [f"{texts_folder}/**/*{end}" for end in (".txt", ".txt.gz")]}
     assert texts.documents == 40

@@ -150,9 +150,7 @@ def test_a_kill_between_old_and_new_loses_neither(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_old_result_comes_back_where_the_new_one_cannot_take_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_old_result_comes_back_where_the_new_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, rename = tmp_path / "out", Path.rename
     with output_folder(target) as folder:
         (folder / "a").write_text("first")

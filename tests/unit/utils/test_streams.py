@@ -54,9 +54,7 @@ def test_what_is_written_and_copied_stands_in_order(
     assert (tmp_path / "out").read_bytes() == b"head" + copied + bytes(range(12)) + copied
 
 
-def test_a_full_disk_is_no_reason_to_try_otherwise(
-    tmp_path: Path, part: ByteRange, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_not_got_round(tmp_path: Path, part: ByteRange, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "copy_file_range", _failing(errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
         _write(tmp_path / "out", part)

@@ -105,9 +105,7 @@ def test_a_type_with_less_precision_is_compared_in_that_type(dense: Path, tmp_pa
     ],
     ids=["exact", "large logits", "half networks"],
 )
-def test_tokens_of_parts_of_networks_are_counted(
-    dense: Path, tmp_path: Path, fields: dict[str, Any], torn: range
-) -> None:
+def test_tokens_of_torn_networks_are_counted(dense: Path, tmp_path: Path, fields: dict[str, Any], torn: range) -> None:
     found = verify(dense, _made(dense, tmp_path / "moe", **fields)).torn
     assert found is not None
     assert found.torn in torn
