@@ -131,10 +131,11 @@ $(BRIDGE_VENV)/.complete: scripts/te_env.sh scripts/bridge.txt
 	PYTHON=$(PYTHON) scripts/te_env.sh $(BRIDGE_VENV) bridge
 
 # Layer 2 and Transformer Engine's modules on Megatron-Core 0.19, then Bridge itself. `python -m
-# benchmarks.verification_cards` reads the reports.
+# benchmarks.verification_cards` reads the reports. Each week every row of every table: `make test-bridge ROWS=`.
+ROWS = -m "not weekly"
 test-bridge: bridge-env
-	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/te.xml tests/te
-	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 2 --dist loadfile tests/bridge tests/contract tests/distributed/test_balancing.py $(addprefix tests/unit/,init online convert verify monitoring planning data/test_epoch_dataset.py)
+	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/te.xml $(ROWS) tests/te
+	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 2 --dist loadfile $(ROWS) tests/bridge tests/contract tests/distributed/test_balancing.py $(addprefix tests/unit/,init online convert verify monitoring planning data/test_epoch_dataset.py)
 
 # Models filled, beside Bridge's own loader too, a training with a resume, the chain's mistakes: for every change. One
 # worker: each rank's process is forked of one that has imported Bridge.

@@ -120,6 +120,8 @@ def _collect(pipes: list[Connection], deadline_s: float) -> list[Any]:
 
 def _rank_main(pipe: Connection, payload: bytes, variables: dict[str, str], group: bool, timeout_s: float) -> None:
     faulthandler.dump_traceback_later(max(timeout_s - 5.0, 1.0), file=sys.__stderr__)
+    for kernel in ("FLASH", "FUSED", "UNFUSED"):  # Megatron's choice for a model that was built before the fork
+        os.environ.pop(f"NVTE_{kernel}_ATTN", None)
     os.environ.update(variables)
     try:
         answer = (True, _call(payload, group, timeout_s))
