@@ -23,7 +23,7 @@ def test_a_parent_of_real_size_has_the_parameters_that_are_planned(tmp_path: Pat
     from nemo_upcycle.trainers.bridge.models import upcycled_provider
 
     use_cpu_backend()
-    (tmp_path / "config.json").write_text(json.dumps(PARENTS[name][0]))
+    (tmp_path / "config.json").write_text(json.dumps(PARENTS[name][1]))
     arch = read_architecture(tmp_path).upcycled(SPEC)
     on_meta = {"init_model_with_meta_device": True, "use_cpu_initialization": True, "perform_initialization": False}
     provider = upcycled_provider(tmp_path, SPEC, seq_length=4096, **on_meta)

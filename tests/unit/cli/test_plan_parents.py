@@ -66,6 +66,17 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         _config("Ministral3", 131072, 5120, 16384, 40, 32, 8, head_dim=128)
         | {"rope_parameters": _YARN | {"rope_theta": 1e9}},
     ),
+    "LLaVA 1.5 7B": (
+        6.74,
+        {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+        | {"text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064}},
+    ),
+    "Qwen2.5-VL 7B": (
+        7.62,
+        _config("Qwen2_5_VL", 152064, 3584, 18944, 28, 28, 4, rope_theta=1e6)
+        | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+        | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
+    ),
     "Gemma 3 4B": (  # a text model among other parts, which writes what is not its class's default
         3.88,
         {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
