@@ -81,7 +81,7 @@ def define(kubeconfig: Path, name: str) -> None:
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
-    """Return what a condition gives as soon as that is true, and no error."""
+    """Wait until a condition holds, errors aside, and return its value."""
 
     def found() -> Any:
         with contextlib.suppress(Exception):

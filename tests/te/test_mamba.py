@@ -111,7 +111,7 @@ def _filled(parent: Path, spec: UpcycleSpec, layout: Layout) -> tuple[Any, Upcyc
 
 
 def _gathered(parent: Path, spec: UpcycleSpec, layout: Layout) -> Filled:
-    """Return what Megatron saves of all ranks, put together."""
+    """Gather the tensors of all ranks' checkpoints."""
     shards = []
     for rank in range(layout.gpus):
         with megatron_rank(layout, rank):

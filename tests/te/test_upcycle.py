@@ -82,7 +82,7 @@ def _with_te(chunks: list[Any], **changes: Any) -> list[Any]:
 
 
 def _rest(chunk: Any) -> dict[str, Any]:
-    """Return what another model in the place of a chunk gets beside configuration and layers."""
+    """Make the arguments of another model in the place of a chunk, beside configuration and layers."""
     names = ("vocab_size", "max_sequence_length", "pre_process", "post_process", "rotary_base", "vp_stage")
     names += ("share_embeddings_and_output_weights",)
     return {"position_embedding_type": "rope"} | {name: getattr(chunk, name) for name in names}
@@ -206,7 +206,7 @@ def test_fp8_changes_no_parameter(recipe: str, grouped: bool) -> None:
 
 
 def _saved(chunk: Any) -> dict[Any, torch.Tensor]:
-    """Return what Megatron saves of a chunk, by role, layer and place in the whole."""
+    """List the tensors of a chunk that Megatron saves, by role, layer and place in the whole."""
     saved = {}
     for key, offset, data in global_shards([chunk]):
         in_layer = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.*)", key)

@@ -14,7 +14,7 @@ from tests.unit.cli.conftest import Command
 
 
 def _config(name: str, *sizes: int, **others: Any) -> dict[str, Any]:
-    """Return what decides a parent's size: vocabulary, hidden size, network, layers, heads, and heads of keys."""
+    """Make a parent's `config.json` of its sizes: vocabulary, hidden size, network, layers, heads, heads of keys."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     found = dict(zip((*names, "num_key_value_heads"), sizes, strict=False))
     return {"architectures": [f"{name}ForCausalLM"]} | found | others
