@@ -16,6 +16,7 @@ from tests.contract.trainers import losses, metrics, train, write_plan
 from tests.distributed.ranks import run_ranks
 from tests.functional.stages import run_stages
 from tests.functional.started import NEMO, STAGE, Command, environment
+from tests.parents import write_mixtral
 from tests.waiting import HANG_S
 
 
@@ -102,6 +103,13 @@ def test_the_command_runs_a_part_of_the_chain(inputs: Path, tmp_path: Path) -> N
     again = Command(*typed)
     assert again.wait() == 0
     assert "[pretrain] done before" in again.text()
+
+
+def test_a_baseline_of_a_parent_with_experts_keeps_them(tmp_path: Path) -> None:
+    parent = write_mixtral(tmp_path / "parent", vocab_size=259)
+    model = BridgeTraining("tests.bridge.recipes:tiny_grown", ranks_per_node=2, changes="null").config(parent).model
+    assert (model.num_moe_experts, model.moe_router_topk, model.expert_model_parallel_size) == (4, 2, 2)
+    assert model.moe_ffn_hidden_size == 96
 
 
 def test_a_recipe_named_again_trains_its_parent_as_the_baseline(inputs: Path, tmp_path: Path) -> None:

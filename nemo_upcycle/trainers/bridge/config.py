@@ -112,7 +112,7 @@ def load_config(
             expected="a provider",
             fix="make it by upcycled_provider",
         )
-    if changes is None:
+    if changes is None and not config.model.num_moe_experts:  # a parent may have experts of its own
         _forget_experts(config)
     data_class: Any = ChatDataset if tunes(recipe) else BlendDataset
     data = config.dataset
