@@ -18,7 +18,7 @@ from tests.functional.tiny import prepare
 from tests.tiers import quick
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 SUITE = "tasks: {heldout_perplexity: [0]}\nheldout: {window_bytes: 60, windows: 9}\ndtype: float32\n"
 BITS = "heldout_perplexity/bits_per_byte"
 #: Drops tokens in training, which neither the evaluation nor the export may do.
@@ -60,7 +60,6 @@ def test_the_numbers_are_those_of_the_exported_checkpoint(
         assert lines[step][BITS]["value"] == live["metrics"][BITS]["value"]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS[1:], ids=str)
 def test_a_training_has_the_same_bits_with_and_without_it(
     inputs: tuple[Path, Path], tmp_path: Path, ranks: int, layout: dict[str, Any]
@@ -72,7 +71,6 @@ def test_a_training_has_the_same_bits_with_and_without_it(
     assert differing(weights(watched), weights(alone)) == []
 
 
-@pytest.mark.full
 def test_a_step_that_a_stop_left_unscored_is_scored_by_the_next_start(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:

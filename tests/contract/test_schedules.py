@@ -16,7 +16,7 @@ from tests.functional.tiny import BATCH, LAYERS
 from tests.tiers import quick
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 #: Everything at once: the settings of the runs that stop and resume.
 ALL = {
     "upcycle.router_lr_mult": 4.0,
@@ -92,7 +92,6 @@ def test_the_router_uses_the_scheduled_coefficient(whole: tuple[Path, list[float
     assert read_json(folder / "training.json")["balancing"] == "aux_loss 0.01, to 0.002 in the first 5 steps (cosine)"
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"ep": 2} | BF16)], ids=["alone", "ep2"])
 def test_a_killed_run_resumes_with_the_same_values(
     inputs: tuple[Path, Path], whole: tuple[Path, list[float]], tmp_path: Path, ranks: int, layout: dict[str, Any]

@@ -21,6 +21,7 @@ from tests.distributed.router_step import CELLS, IS_015, by_layer, take_step
 from tests.tiers import quick
 
 
+pytestmark = pytest.mark.full
 SPEC = UpcycleSpec(num_experts=4, top_k=2, router_std=0.5)
 #: Of four ranks.
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -157,7 +158,6 @@ def test_biases_move_on_every_layout_as_on_one_rank(alone: Steps, ranks: Ranks, 
     assert (alone[case]["receipt"], alone[case]["prepared"]) == (BIASES[case][-1], [])
 
 
-@pytest.mark.full
 @pytest.mark.skipif(find_spec("nemo") is None, reason="it trains in NeMo")
 def test_a_recipe_on_two_ranks_trains_as_on_one_and_its_receipt_says_what_acts(tmp_path: Path) -> None:
     """With tokens counted, Megatron loses the tensor-parallel size; context parallelism has no attention here."""

@@ -10,6 +10,7 @@ from tests.functional.runs import Runs
 from tests.tiers import quick
 
 
+pytestmark = pytest.mark.full
 SPEC = "resume.restore_config.spec"
 #: Experts that differ.
 NOISE = {f"{SPEC}.method": "noise", f"{SPEC}.noise_std": 0.5}
@@ -67,7 +68,6 @@ def test_biases_that_balance_experts_move(runs: Runs) -> None:
     assert abs(moved[2][0] - fixed[2][0]) > 1e-4
 
 
-@pytest.mark.full
 def test_dropout_is_repeated_by_recomputation(runs: Runs, alone: list[list[float]]) -> None:
     dropout = {f"model.config.{kind}_dropout": 0.2 for kind in ("hidden", "attention")}
     again = {"granularity": "full", "method": "uniform", "num_layers": 1}

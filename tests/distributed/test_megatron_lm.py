@@ -21,6 +21,7 @@ from tests.models import write_llama, write_tokenizer
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 
+pytestmark = pytest.mark.full
 SPEC = UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0)
 TASKS = {"mmlu_letter": [0], "mmlu_answer": [0], "heldout_perplexity": [0]}
 

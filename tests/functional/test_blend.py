@@ -26,7 +26,7 @@ from tests.lm_eval_tasks import write_task
 from tests.waiting import HANG_S
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 _WORDS = [f"word{number}" for number in range(500)]
 #: Three sources, with everything in them that is removed, without questions of tasks of the user's own.
 BLEND = """
@@ -189,7 +189,6 @@ def test_check_reads_and_writes_nothing(texts: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.full
 def test_a_disk_that_is_full_at_the_first_write_refuses_no_later_start(texts: Path, tmp_path: Path) -> None:
     command = ["data", str(texts / "small.yaml"), str(tmp_path / "data")]
     shell = ["bash", "-c", 'ulimit -f 1; trap "" XFSZ; exec "$@"', "bash", sys.executable, "-m", "nemo_upcycle.cli"]

@@ -12,7 +12,7 @@ from tests.functional.runs import Runs, tiny_recipe
 from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 TOP_K, STEPS = 2, 3
 PER_STEP = {"load_min", "load_max", "load_cv", "load_entropy", "dead_experts", "dropped", "load_balancing_loss"}
 
@@ -119,7 +119,6 @@ def test_counts_and_losses_match_what_the_routers_decide(alone: tuple[list[dict[
     assert all(0 < before < after < 1 for before, after in zip(first, last, strict=True))
 
 
-@pytest.mark.full
 def test_a_pipeline_stage_without_routers_blocks_no_rank(jobs: Jobs) -> None:
     """The second pipeline stage has dense layers only: it has nothing to say and takes part all the same."""
     lines, _ = jobs.watched("dense-stage", 2, pp=2, moe_layers=[0, 1])
@@ -141,7 +140,6 @@ def test_recomputation_ends_in_time_and_counts_once(jobs: Jobs, alone: tuple[lis
         assert got["router"] == expected["router"]
 
 
-@pytest.mark.full
 def test_padding_does_not_count_as_load(jobs: Jobs, alone: tuple[list[dict[str, Any]], Any]) -> None:
     dropping, _ = jobs.watched("dropping", adjust={"capacity_factor": 0.5})
     padded, _ = jobs.watched("padded", adjust={"capacity_factor": 0.5, "pad_to_capacity": True})

@@ -19,7 +19,7 @@ from tests.tiers import quick
 from tests.waiting import HANG_S
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 STEPS = 6
 STOPPED = StageStopped.exit_status
 OPTIONS: dict[str, Any] = {"steps": STEPS, "every": 2, "ep": 2, "resilient": True}
@@ -56,21 +56,18 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_equal(
     assert _trained(runs.metrics(name)) == undisturbed
 
 
-@pytest.mark.full
 def test_sigterm_before_the_first_step_ends_at_once(runs: Runs) -> None:
     with pytest.raises(RuntimeError, match="died"):
         runs.endings("early", 2, send={"step": -1, "ranks": [0, 1]}, **OPTIONS)
     assert not list((runs.folder / "early").glob("checkpoints/*/weights"))
 
 
-@pytest.mark.full
 def test_sigterm_in_the_last_step_leaves_a_finished_training(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
     options = OPTIONS | {"every": 4}
     assert runs.endings("late", 2, send={"step": STEPS - 1, "ranks": [0]}, **options) == [(STOPPED, STEPS)] * 2
     assert _trained(runs.metrics("late")) == undisturbed
 
 
-@pytest.mark.full
 def test_a_loss_that_is_not_a_number_ends_all_ranks_and_is_not_saved(runs: Runs) -> None:
     options = {"steps": STEPS, "every": 2, "resilient": True, "asynchronous": True}
     (first, kept), second = runs.endings("poisoned", 2, poison={"step": 3}, **options)
@@ -81,7 +78,6 @@ def test_a_loss_that_is_not_a_number_ends_all_ranks_and_is_not_saved(runs: Runs)
     assert [line["step"] for line in runs.metrics("poisoned")] == [1, 2, 3]
 
 
-@pytest.mark.full
 def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
     runs: Runs, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -98,7 +94,6 @@ def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
     assert training_result(folder)["tensors"] == training_result(runs.folder / "undisturbed")["tensors"]
 
 
-@pytest.mark.full
 def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
     folder = runs.folder / "launcher-told"
     options = OPTIONS | {"steps": 500, "every": 1000}
@@ -116,7 +111,6 @@ def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, An
     assert f"Stopped by SIGTERM after step {kept} of 500" in words
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(("ranks", "asynchronous"), TRAININGS)
 def test_killed_training_resumes_and_ends_bit_equal(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
     """The short form of `make soak`: four kills, half of them aimed."""

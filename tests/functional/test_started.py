@@ -20,7 +20,7 @@ from tests.functional.stages import run_in_own_process
 from tests.started import PACKED, unpack
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 HERE = SimpleNamespace(executor=None, detach=False, confirm=lambda: True)
 
 

@@ -19,7 +19,7 @@ from tests.functional.tiny import BATCH, PADDED_VOCAB
 from tests.waiting import HANG_S
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,6 @@ def alone(runs: Runs) -> list[dict[str, Any]]:
     return runs.train("alone", 1, steps=6, every=2)
 
 
-@pytest.mark.full
 def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, alone: list[dict[str, Any]]) -> None:
     """Step 0 is in the metrics once, after a start from scratch over a killed run too; training does not notice."""
     options = {"steps": 6, "every": 4, "validate_every": 2}
@@ -78,7 +77,6 @@ def test_a_trial_keeps_its_end_wherever_its_validations_fall(runs: Runs, options
 SOURCES = {"talks": (0.7, {"train": [10], "validation": [12]}), "books": (0.3, {"train": [6], "validation": [8]})}
 
 
-@pytest.mark.full
 def test_resumed_and_lengthened_run_reads_the_same_samples(runs: Runs, tmp_path: Path) -> None:
     """The first half ends within the first epoch; Megatron alone would lay out both epochs anew."""
     blend = write_blend(tmp_path / "blend", runs.parent, SOURCES)
@@ -137,7 +135,6 @@ print("LOADED", sum(parameter.numel() for parameter in megatron.parameters()), f
 """
 
 
-@pytest.mark.full
 def test_a_checkpoint_opens_in_plain_nemo(runs: Runs, alone: list[dict[str, Any]]) -> None:
     from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 

@@ -21,7 +21,7 @@ from tests.contract.trainers import differing, losses, train, training_text, wei
 from tests.tiers import quick
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
 FROZEN = {"steps": 1, "lr": 0.0, "min_lr": 0.0}
 #: Without rows of padding, which no exported model has.
@@ -76,7 +76,6 @@ def test_an_export_adds_loras_adapters_up(inputs: tuple[Path, Path], adapted: Pa
     assert losses(adapted, "validation_loss")[-1] == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.full
 def test_a_resumed_lora_ends_with_the_same_bits(inputs: tuple[Path, Path], adapted: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="rank 0 died"):
         train(_adapt(), tmp_path, *inputs, kill_at=6)
@@ -84,7 +83,6 @@ def test_a_resumed_lora_ends_with_the_same_bits(inputs: tuple[Path, Path], adapt
     assert differing(weights(adapted), weights(tmp_path)) == []
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     ("ranks", "change", "equal"),
     # each stage draws adapters of its own, which add nothing at first

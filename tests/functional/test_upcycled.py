@@ -23,7 +23,7 @@ from tests.parents import write_gemma
 from tests.tiers import quick
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,6 @@ def test_a_saved_run_is_evaluated_as_the_model_that_was_trained(tmp_path: Path, 
 SMALL = Sizes(hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16, padded_vocab=512, sequence=64, steps=4)
 
 
-@pytest.mark.full
 def test_llama3_8b_e8t2_trains_on_one_rank(tmp_path: Path) -> None:
     lines = train(SMALL, *prepare(tmp_path, SMALL), tmp_path / "run", "bf16")
     losses = [line["loss"] for line in lines]
