@@ -88,10 +88,14 @@ def test_a_finished_run_is_not_upcycled_again(inputs: tuple[Path, Path], alone: 
 
 
 #: Of float32, and recipes of FP8; Bridge has been tried with one.
-PRECISIONS = ["float32", "delayed", *([] if IS_BRIDGE else ["tensorwise", "blockwise", "mxfp8"])]
+PRECISIONS = [
+    "float32",
+    pytest.param("delayed", marks=pytest.mark.full),
+    *quick([] if IS_BRIDGE else ["tensorwise", "blockwise", "mxfp8"]),
+]
 
 
-@pytest.mark.parametrize("precision", quick(PRECISIONS, "float32", "delayed"))
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not_stopped(
     inputs: tuple[Path, Path], alone: Path, tmp_path: Path, precision: str
 ) -> None:

@@ -44,6 +44,7 @@ def test_the_first_loss_is_the_parents_on_the_answers_of_each_conversation_alone
     assert losses(tmp_path / "run", "validation_loss")[-1] == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("divided", quick(["ep", "tp", "pp", "data"], "ep"))
 def test_losses_do_not_depend_on_the_layout(
     inputs: tuple[Path, Path], one_rank: Path, tmp_path: Path, divided: str

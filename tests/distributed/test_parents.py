@@ -47,7 +47,13 @@ PARENTS = {
 }
 
 
-@pytest.fixture(scope="module", params=PARENTS)
+#: What `make test` asks: attention in a window, experts, layers that are dense or not, factors.
+DAILY = {"mistral", "mixtral", "glm4_moe", "granite"}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name in DAILY else pytest.mark.full) for name in PARENTS]
+)
 def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A parent; beside it a checkpoint of the model that is upcycled from it."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -57,6 +57,7 @@ def _inputs(site: Site, *license: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_what_is_fetched_is_listed_with_hashes_and_fetched_again_if_damaged(site: Site, command: Command) -> None:
     done = site.fetch(*_inputs(site), "--json")
     assert done.returncode == 0, done.stderr

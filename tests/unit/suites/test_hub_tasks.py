@@ -84,6 +84,7 @@ def run(hub: StandIn, folder: Path, code: str, *words: object, **variables: str)
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_task_without_data_is_left_out_with_its_reason(hub: StandIn, own: Path, tmp_path: Path) -> None:
     some, strict, none = "splitless good script empty closed nowhere logiqa ill", "good script", "splitless nowhere"
     (loaded, missing), first, of_all = run(hub, tmp_path, LOAD, own, some, strict, none)
