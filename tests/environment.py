@@ -12,13 +12,15 @@ import sys
 from collections.abc import MutableMapping
 
 
-#: Beginnings of the names that are cleared: hubs and accounts, schedulers, launchers of ranks, CUDA, threads, console.
+#: Beginnings of the names that are cleared: hubs and accounts, schedulers, launchers of ranks, CUDA, threads, console,
+#: Python's own.
 CLEARED = (
     *("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "DATASETS_", "TOKENIZERS_", "WANDB_", "NEMO"),
     *("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "OMPI_", "PET_", "TORCHELASTIC_", "KUBE"),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_", "FT_"),
     *("CUDA_", "NVIDIA_", "NCCL_", "NVTE_", "GLOO_", "TORCH_", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "RAYON_"),
     *("LC_", "LANGUAGE", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "TTY_", "PYTHONIOENCODING"),
+    "PYTHONDONTWRITEBYTECODE",
 )
 #: What stays of them: where something of this machine is, and which of its cards the user lends to the tests.
 KEPT = (
@@ -41,6 +43,7 @@ HOSTILE = {
     **{"LANG": "C", "LC_ALL": "C", "COLUMNS": "40", "LINES": "5", "FORCE_COLOR": "1", "TERM": "dumb"},
     **dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9"),  # not https: a few tests fetch packages
     **{"NEMORUN_HOME": "/nowhere/runs", "NEMO_HOME": "/nowhere/nemo", "NEMO_UPCYCLE_VERBOSE": "1"},
+    "PYTHONDONTWRITEBYTECODE": "1",
     **{"KUBECONFIG": "/nowhere/config", "KUBERNETES_SERVICE_HOST": "nowhere", "KUBERNETES_SERVICE_PORT": "1"},
 }
 

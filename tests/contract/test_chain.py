@@ -116,6 +116,7 @@ def test_changed_evaluation_settings_rerun_only_evaluate_and_report(finished: Pa
     assert len((run_dir / "suite/heldout_perplexity.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.full
 def test_a_started_training_takes_more_steps_and_no_other_learning_rate(
     finished: Path, inputs: Path, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def _calibrated(folder: Path) -> str:
     return training_text(settings | {"spec.router_spread": 0.5, "steps": 2}, ranks=2)
 
 
+@pytest.mark.full
 def test_a_chain_makes_its_own_calibration_and_trains_with_it(inputs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     write_plan(run_dir, *(inputs / name for name in NAMED), _calibrated(tmp_path))

@@ -13,6 +13,7 @@ from tests.distributed.ranks import run_ranks
 from tests.models import MemorySource, build_chunks, small_architecture
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 ARCH = small_architecture(num_layers=3)
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -159,7 +160,6 @@ def _first_losses(layout: dict[str, int]) -> dict[str, float]:
     return losses
 
 
-@pytest.mark.slow
 def test_ranks_that_share_the_experts_compute_as_one() -> None:
     """Step 0, before scales of experts on other ranks are shared: the same loss."""
     (alone,) = run_ranks(_first_losses, 1, {})
@@ -174,7 +174,6 @@ def _shared_scales() -> list[list[float]]:
     return [module.fp8_scales.scale.tolist() for module in model.modules() if getattr(module, "fp8_scales", None)]
 
 
-@pytest.mark.slow
 def test_ranks_share_the_scales_of_delayed_scaling() -> None:
     """As Transformer Engine does: an expert's with those of the experts in its place on other ranks."""
     first, second = run_ranks(_shared_scales, 2)

@@ -46,5 +46,5 @@ def type_commands(commands: list[list[str]], folder: str, watched: str) -> list[
             console.seek(0)
             text = console.read().decode()
         written = {*Path(folder).rglob("*"), *Path(watched).rglob("*")} - before
-        answers.append(Answer(status, text, sorted(map(str, written))))
+        answers.append(Answer(status, text, sorted(str(path) for path in written if "__pycache__" not in path.parts)))
     return answers

@@ -55,7 +55,9 @@ def _start(tmp_path: Path, code: str, port: int, nodes: int = 1, ranks: int = 1)
     ]
 
 
-@pytest.mark.parametrize(("nodes", "ranks", "world_size"), [(1, 1, "none"), (2, 2, "4")])
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "world_size"), [(1, 1, "none"), pytest.param(2, 2, "4", marks=pytest.mark.full)]
+)
 def test_nodes_find_each_other_and_sigterm_leaves_their_ranks_the_time_to_save(
     nodes: int, ranks: int, world_size: str, port: int, tmp_path: Path
 ) -> None:

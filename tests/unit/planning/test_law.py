@@ -46,6 +46,7 @@ def law() -> Law:
     return fit_law([*_points(), *too_few], "synthetic", "here", draws=8)
 
 
+@pytest.mark.full
 def test_a_fit_finds_the_form_and_the_coefficients_that_made_the_points(law: Law) -> None:
     option = law.options["upcycled_e8t2"]
     assert option.form == "interaction"
