@@ -4,8 +4,8 @@
     python -m tests.mutants --sample 5 --seed 3      some, for one seed the same
     python -m tests.mutants jackknife_of_one_seed    these
 
-A test file that no wrong edit fails protects nothing. Tests marked `full` are left out: a mutant has to die in
-`make test`. Before all, the tests of the chosen mutants must pass in an unchanged copy. Ends with 1 where a mutant
+A test file that no wrong edit fails protects nothing. Tests marked `weekly` are left out: a mutant has to die in
+`make test-ci`. Before all, the tests of the chosen mutants must pass in an unchanged copy. Ends with 1 where a mutant
 survives or cannot be tried.
 """
 
@@ -106,7 +106,7 @@ def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
         TimeoutError: they hang.
     """
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--color=no"]
-    command += ["-m", "not full", *tests]
+    command += ["-m", "not weekly", *tests]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
         process = subprocess.Popen(
             command,
