@@ -135,7 +135,7 @@ $(BRIDGE_VENV)/.complete: scripts/te_env.sh scripts/bridge.txt
 ROWS = -m "not weekly"
 test-bridge: bridge-env
 	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/te.xml $(ROWS) tests/te
-	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 2 --dist loadfile $(ROWS) tests/bridge tests/contract tests/distributed/test_balancing.py $(addprefix tests/unit/,init online convert verify monitoring planning data/test_epoch_dataset.py)
+	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 3 --dist loadfile $(ROWS) tests/bridge tests/contract tests/distributed/test_balancing.py $(addprefix tests/unit/,init online convert verify monitoring planning data/test_epoch_dataset.py)
 
 # Models filled, beside Bridge's own loader too, a training with a resume, the chain's mistakes: for every change. One
 # worker: each rank's process is forked of one that has imported Bridge.

@@ -1,7 +1,9 @@
 """Lets the test files that take longest run first, so that no worker of xdist is left alone with one at the end.
 
 make test PYTEST_ADDOPTS=--junitxml=runs/test.xml
-python -m tests.durations runs/test.xml             records in durations.json how long each takes
+python -m tests.durations runs/test.xml ...         records in durations.json how long each takes
+
+A file of several reports, as one of both trainers, takes as long as in the slowest.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,14 +28,17 @@ def longest_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], math.inf))
 
 
-def record(report: Path) -> None:
-    """Write the seconds of each file of a report by pytest."""
-    seconds: Counter[str] = Counter()
-    for case in ElementTree.parse(report).iter("testcase"):
-        seconds[case.attrib["classname"].replace(".", "/") + ".py"] += round(float(case.attrib["time"]), 1)
-    rounded = {name: round(took, 1) for name, took in sorted(seconds.items()) if name != ".py"}
+def record(reports: Iterable[Path]) -> None:
+    """Write the seconds of each file of pytest's reports."""
+    longest: Counter[str] = Counter()
+    for report in reports:
+        seconds: Counter[str] = Counter()
+        for case in ElementTree.parse(report).iter("testcase"):
+            seconds[case.attrib["classname"].replace(".", "/") + ".py"] += float(case.attrib["time"])
+        longest |= seconds
+    rounded = {name: round(took, 1) for name, took in sorted(longest.items()) if name != ".py"}
     RECORDED.write_text(json.dumps(rounded, indent=0) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    record(Path(sys.argv[1]))
+    record(map(Path, sys.argv[1:]))

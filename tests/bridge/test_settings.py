@@ -100,6 +100,7 @@ def test_a_forecast_knows_the_optimizer(inputs: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.weekly
 def test_a_hung_rank_is_restarted_and_the_run_ends_with_the_same_weights(inputs: Path, tmp_path: Path) -> None:
     for folder, once in (("whole", ""), ("hung", str(tmp_path / "once"))):
         run_dir = tmp_path / folder

@@ -12,7 +12,7 @@ from tests.functional.started import NEMO, Command
 from tests.functional.tiny import write_finished_inputs
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.full]
+pytestmark = [pytest.mark.slow, pytest.mark.full, *([pytest.mark.weekly] if IS_BRIDGE else [])]
 ARM = 'recipe: "tests.bridge.recipes:KIND", gpus: 2' if IS_BRIDGE else "factory: tests.contract.nemo_recipes.KIND"
 GRID = f"""
 about: two arms

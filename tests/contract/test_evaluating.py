@@ -60,7 +60,7 @@ def test_the_numbers_are_those_of_the_exported_checkpoint(
         assert lines[step][BITS]["value"] == live["metrics"][BITS]["value"]
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS[1:], ids=str)
+@pytest.mark.parametrize(("ranks", "layout"), quick(LAYOUTS[1:], (2, {"tp": 2}), (2, PADDED)), ids=str)
 def test_a_training_has_the_same_bits_with_and_without_it(
     inputs: tuple[Path, Path], tmp_path: Path, ranks: int, layout: dict[str, Any]
 ) -> None:
