@@ -20,7 +20,7 @@ help:
 	@echo "make venv      the environments, $(VENV) and $(DATA_VENV): NeMo, all tools, the data engine (about 3 minutes)"
 	@echo "make demo      upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (7 minutes, no GPU)"
 	@echo "make demo-bridge  the same on Megatron-Bridge (Python 3.12; its environment is built first, 13 minutes)"
-	@echo "make test      the tests of every day (9 minutes)"
+	@echo "make test      the tests of every day (6 minutes)"
 	@echo "make lint      format, style, spelling, types, import layers"
 	@echo "make help-all  every other command: servers, clusters, other environments"
 

@@ -59,6 +59,7 @@ def test_training_json_holds_the_settings_that_act(inputs: tuple[Path, Path], al
     assert max(losses(alone, "lr")) == pytest.approx(1e-3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("ranks", "layout"), quick(LAYOUTS, (2, {"tp": 2})), ids=str)
 def test_every_layout_starts_at_the_same_loss(
     inputs: tuple[Path, Path], alone: Path, tmp_path: Path, ranks: int, layout: dict[str, int]

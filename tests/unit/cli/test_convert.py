@@ -78,6 +78,7 @@ def _command(dense: Path, output: Path) -> str:
     return shlex.join([sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(output), *SPEC])
 
 
+@pytest.mark.full
 def test_a_closed_output_or_a_poor_terminal_stops_nothing(dense: Path, tmp_path: Path) -> None:
     command = _command(dense, tmp_path / "m\u00f6e")
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -88,6 +89,7 @@ def test_a_closed_output_or_a_poor_terminal_stops_nothing(dense: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_file_larger_than_the_system_takes(dense: Path, tmp_path: Path) -> None:
     command = f"ulimit -f 100; {_command(dense, tmp_path / 'moe')}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, check=False, text=True)

@@ -99,11 +99,10 @@ def test_a_type_with_less_precision_is_compared_in_that_type(dense: Path, tmp_pa
 @pytest.mark.parametrize(
     ("fields", "torn"),
     [
-        (FINE, range(1)),
-        (FINE | {"router_score": "sigmoid", "router_std": 5.0}, range(1, 513)),
-        (FINE | {"top_k": 3}, range(512, 513)),
+        pytest.param(FINE, range(1), id="exact", marks=pytest.mark.full),
+        pytest.param(FINE | {"router_score": "sigmoid", "router_std": 5.0}, range(1, 513), id="large logits"),
+        pytest.param(FINE | {"top_k": 3}, range(512, 513), id="half networks", marks=pytest.mark.full),
     ],
-    ids=["exact", "large logits", "half networks"],
 )
 def test_tokens_of_torn_networks_are_counted(dense: Path, tmp_path: Path, fields: dict[str, Any], torn: range) -> None:
     found = verify(dense, _made(dense, tmp_path / "moe", **fields)).torn
