@@ -11,16 +11,10 @@ import nemo_run as run
 import torch
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 
-from nemo_upcycle.models.families import olmo2
-from nemo_upcycle.models.layer_settings import NORMS
 from nemo_upcycle.online.decoder_layers import decoder_layers
 
 
-_LAYERS = partial(
-    decoder_layers,
-    use_transformer_engine=True,
-    **{name: getattr(olmo2.FAMILY, name) for name in NORMS},
-)
+_LAYERS = partial(decoder_layers, use_transformer_engine=True, pre_norm=False, post_norm=True, wide_qk_norm=True)
 
 
 @dataclass
