@@ -99,8 +99,8 @@ def _answers(dense: Path, moe: Path) -> list[tuple[str, ...]]:
     return [("convert", str(dense), str(moe)), ("plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64")]
 
 
-@pytest.mark.full
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_reader_that_goes_does_not_fail_the_work(dense: Path, tmp_path: Path, command: Command) -> None:
     reads, writes = os.pipe()
     os.close(reads)
@@ -113,8 +113,8 @@ def test_a_reader_that_goes_does_not_fail_the_work(dense: Path, tmp_path: Path, 
     command.text("verify", str(dense), str(tmp_path / "moe"), "--weights-only")
 
 
-@pytest.mark.full
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_an_output_without_room_is_told_and_fails_if_it_is_all(dense: Path, tmp_path: Path, command: Command) -> None:
     moe = tmp_path / "moe"
