@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help help-all demo demo-tune demo-bridge check test test-ci test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-bridge-sample test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang release test-release browser-env test-browser
+.PHONY: help help-all demo demo-tune demo-bridge check test test-all test-weekly test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-bridge-sample test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang release test-release browser-env test-browser
 
 help:
 	@echo "make venv      the environments, $(VENV) and $(DATA_VENV): NeMo, all tools, the data engine (about 3 minutes)"
@@ -27,8 +27,8 @@ help:
 help-all: help
 	@echo "make demo-tune  upcycle that model and tune it on conversations, beside the dense model (about 7 minutes, no GPU)"
 	@echo "make check   the tests that import no NeMo (meant for under 2 minutes)"
-	@echo "make test-ci  what a change must pass: the tests of every day, slow tests, some mutants (meant for under 30 minutes)"
-	@echo "make test-all  all tests that need no GPU, every row of every table (meant for under an hour)"
+	@echo "make test-all  what a change must pass: the tests of every day, slow tests, some mutants (meant for under 30 minutes)"
+	@echo "make test-weekly  the other rows of every table, and the soak (meant for under an hour)"
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
 	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 14 GiB of memory, 11 of disk)"
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
@@ -78,8 +78,8 @@ demo-bridge: bridge-env $(DATA_VENV)/.complete
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 CHECK := -n 2 -m "not full and not slow" --without-nemo tests/unit tests/loading tests/mutants
 TEST := -n 2 -m "not full"
-TEST_CI := -n 3 -m "not weekly"
-TEST_ALL := -n 3
+TEST_ALL := -n 3 -m "not weekly"
+TEST_WEEKLY := -n 3 -m weekly
 
 check: venv
 	$(PYTEST) $(CHECK)
@@ -87,13 +87,12 @@ check: venv
 test: venv
 	$(PYTEST) $(TEST)
 
-test-ci: venv
-	$(PYTEST) $(TEST_CI)
-	$(BIN)/python -m tests.mutants --sample 5
-
 test-all: venv
 	$(PYTEST) $(TEST_ALL)
 	$(BIN)/python -m tests.mutants --sample 5
+
+test-weekly: soak
+	$(PYTEST) $(TEST_WEEKLY)
 
 # No variable of the user's may change what a test finds.
 test-hostile: venv

@@ -5,7 +5,7 @@
     python -m tests.mutants jackknife_of_one_seed    these
 
 A test file that no wrong edit fails protects nothing. Tests marked `weekly` are left out: a mutant has to die in
-`make test-ci`. Before all, the tests of the chosen mutants must pass in an unchanged copy. Ends with 1 where a mutant
+`make test-all`. Before all, the tests of the chosen mutants must pass in an unchanged copy. Ends with 1 where a mutant
 survives or cannot be tried.
 """
 
