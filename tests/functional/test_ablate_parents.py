@@ -12,7 +12,8 @@ from tests.functional.started import NEMO, Command
 from tests.functional.tiny import write_texts
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.full]
+# A smaller grid is in tests/contract/test_ablate.py.
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.weekly]
 _SET = "data.global_batch_size: 4, data.micro_batch_size: 4, data.seq_length: 64, model.config.seq_length: 64"
 GRID = f"""
 data: texts/blend.yaml
