@@ -140,13 +140,6 @@ def _settings(done: dict[str, Any]) -> dict[str, str]:
     }
     if "balancing" in settings:
         rows["balancing of the experts"] = str(settings["balancing"])
-    factors = settings.get("lr_factors", {})
-    if factors.get("warmup_steps") or any(factors.get(part, 1) != 1 for part in ("router", "experts")):
-        steps = factors["warmup_steps"]
-        frozen = f", {factors['freezes']} frozen for {steps} steps" if steps else ""
-        rows["factors on the learning rate"] = (
-            f"router {number(factors['router'], 6)}, experts {number(factors['experts'], 6)}{frozen}"
-        )
     return rows
 
 

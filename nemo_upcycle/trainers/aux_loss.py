@@ -23,7 +23,6 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from nemo_upcycle.models.balancing import balancing_bias
 from nemo_upcycle.online.receipt import ActingCoefficient
-from nemo_upcycle.trainers.schedules import Anneal
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
 
@@ -175,24 +174,21 @@ def gradient_of_losses(router: TopKRouter, logits: torch.Tensor) -> torch.Tensor
         return torch.autograd.grad(scores, logits, torch.zeros_like(scores))[0]
 
 
-def describe_balancing(config: Any, anneal: Anneal | None) -> dict[str, str]:
+def describe_balancing(config: Any) -> dict[str, str]:
     """Describe for `training.json` how the experts are balanced; return nothing for a dense model.
 
     Args:
         config: configuration of the model.
-        anneal: change of the coefficient over the training; None: it stays.
 
     Example:
-        >>> describe_balancing(config, Anneal(start=0.01, end=0.001, steps=2000))  # doctest: +SKIP
-        {'balancing': 'aux_loss 0.01, to 0.001 in the first 2000 steps (cosine)'}
+        >>> describe_balancing(config)  # doctest: +SKIP
+        {'balancing': 'aux_loss 0.01'}
     """
-    return {"balancing": ", ".join(_methods(config, anneal)) or "none"} if config.num_moe_experts else {}
+    return {"balancing": ", ".join(_methods(config)) or "none"} if config.num_moe_experts else {}
 
 
-def _methods(config: Any, anneal: Anneal | None) -> Iterator[str]:
+def _methods(config: Any) -> Iterator[str]:
     yield from (f"{kind} {value:g}" for kind, value in _balancing(config).items())
-    if anneal and anneal.steps:
-        yield f"to {anneal.end:g} in the first {anneal.steps} steps ({anneal.shape})"
     if config.moe_z_loss_coeff:
         yield f"z_loss {config.moe_z_loss_coeff:g}"
     yield from (f"{name} {value:g}" for name, value in balancing_bias(config).items())

@@ -98,7 +98,6 @@ def test_what_is_right_is_accepted(parent: Path, kind: str) -> None:
         ({"model.moe_router_topk": 9}, "model.moe_router_topk"),
         ({"model.hidden_dropout": 1.0}, "model.hidden_dropout"),
         ({"model.mtp_num_layers": 1}, "model.mtp_num_layers"),
-        ({"upcycle.aux_loss_end": 0.1}, "upcycle.aux_loss_steps"),
     ],
 )
 def test_what_is_wrong_is_refused_by_the_settings_name(parent: Path, settings: dict[str, Any], name: str) -> None:

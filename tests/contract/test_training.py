@@ -52,7 +52,6 @@ def test_training_json_holds_the_settings_that_act(inputs: tuple[Path, Path], al
     expected: dict[str, Any] = {"max_steps": 6, "ranks": 1, "micro_batch_size": 1, "global_batch_size": BATCH}
     expected |= {"seq_length": SEQUENCE, "optimizer": "adam", "weight_decay": 0.1, "max_lr": 1e-3}
     expected |= {"data": f"blend tiny ({inputs[1].name})", "balancing": "aux_loss 0.01"}
-    expected |= {"lr_factors": {"router": 1.0, "experts": 1.0, "warmup_steps": 0, "freezes": "experts"}}
     assert {name: settings[name] for name in expected} == expected
     assert settings["precision"].startswith("32")
     assert settings["schedule"]["min_lr"] == 1e-5

@@ -83,11 +83,9 @@ def training_text(
 
 
 def _nemo_text(kind: str, ranks: int, values: dict[str, Any], evaluate: dict[str, Any], **arguments: Any) -> str:
-    import fiddle as fdl
     import nemo_run as run
 
     from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
-    from nemo_upcycle.trainers.nemo.optimizer import UpcycleOptimizer
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe
     from nemo_upcycle.trainers.settings import setting
     from tests.golden import factory_of
@@ -98,7 +96,6 @@ def _nemo_text(kind: str, ranks: int, values: dict[str, Any], evaluate: dict[str
     trainer.limit_val_batches, trainer.val_check_interval = 1.0 if "sft" in kind else 1, 3
     trainer.num_sanity_val_steps = 1
     recipe.log.ckpt.keep_last = 100
-    fdl.update_callable(recipe.optim, UpcycleOptimizer)  # of a baseline too, to be told what is not for it
     for name, value in values.items():
         owner, _, last = name.rpartition(".")
         setattr(setting(recipe, owner), last, value)
@@ -136,7 +133,7 @@ def write_plan(run_dir: Path, parent: Path, data: Path, evaluation: Path, *texts
     return plan
 
 
-def train(text: str, folder: Path, parent: Path, data: Path, *, ranks: int = 1, kill_at: int = 0) -> list[list[float]]:
+def train(text: str, folder: Path, parent: Path, data: Path, *, ranks: int = 1, kill_at: int = 0) -> None:
     """Train on as many ranks.
 
     Args:
@@ -146,32 +143,17 @@ def train(text: str, folder: Path, parent: Path, data: Path, *, ranks: int = 1, 
         data: finished data.
         ranks: as many as the training has.
         kill_at: lines of `metrics.jsonl` at which a rank kills itself.
-
-    Returns:
-        For each rank the balancing coefficient at every forward pass of a router in training.
     """
-    return run_ranks(_train, ranks, text, folder, parent, data, kill_at, process_group=False)
+    run_ranks(_train, ranks, text, folder, parent, data, kill_at, process_group=False)
 
 
-def _train(text: str, folder: Path, parent: Path, data: Path, kill_at: int) -> list[float]:
+def _train(text: str, folder: Path, parent: Path, data: Path, kill_at: int) -> None:
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    seen: list[float] = []
-    route = TopKRouter.routing
-
-    def watched(self: Any, *args: Any, **options: Any) -> Any:
-        if self.training:
-            seen.append(self.config.moe_aux_loss_coeff)
-        return route(self, *args, **options)
-
-    TopKRouter.routing = watched
     if kill_at:
         threading.Thread(target=kill_when, args=(folder / "metrics.jsonl", kill_at), daemon=True).start()
     open_training(TRAINER, text).train(folder, parent, data)
-    return seen
 
 
 def metrics(folder: Path, name: str = "loss") -> list[dict[str, Any]]:

@@ -167,8 +167,6 @@ def test_a_recipe_on_two_ranks_trains_as_on_one_and_its_receipt_says_what_acts(t
     settings = {
         "model.config.calculate_per_token_loss": True,
         "model.config.moe_aux_loss_coeff": 5.0,  # outweighs the rest
-        "optim.aux_loss_end": 2.0,
-        "optim.aux_loss_steps": 2,
         "trainer.strategy.ddp.average_in_collective": False,  # Megatron counts tokens instead
     }
     for ranks in (1, 2):

@@ -5,40 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.checkpointing import maybe_finalize_async_save
-from megatron.bridge.training.config import (
-    ConfigContainer,
-    OptimizerConfigOverrideProvider,
-    OptimizerConfigOverrideProviderContext,
-    TensorInspectConfig,
-)
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.bridge.training.config import ConfigContainer, TensorInspectConfig
 
-from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.monitoring.fp8_statistics import features, require_inspect
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.trainers.base import FT_SOCKET, Evaluations
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, mixed_precision_of, settings_of
 from nemo_upcycle.trainers.loss_spikes import LossSpikes
-from nemo_upcycle.trainers.schedules import (
-    EXPERTS,
-    MARKS,
-    ROUTER,
-    Anneal,
-    LearningRateFactors,
-    annealed_configs,
-    describe,
-    part_of,
-    scale_within_step,
-)
-from nemo_upcycle.utils.progress import show_messages
 
 
 def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evaluations | None = None) -> list[Callback]:
@@ -57,16 +37,11 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     """
     settings = settings_of(config)
     settings.check()
-    factors, anneal = settings.schedules()
-    if not factors.is_neutral:
-        _set_groups(config)
     _take_statistics(config, settings.fp8_statistics_every, folder)
     metrics = BridgeMetrics(folder)
     callbacks: list[Callback] = [BridgeLossGuard(settings, folder), metrics]  # a broken step is not written
     if scored := evaluations or settings.evaluations():
         callbacks.append(BridgeEvaluations(scored, folder, metrics))
-    if not factors.is_neutral or anneal.steps:
-        callbacks.append(BridgeSchedules(factors, anneal))
     if FT_SOCKET in os.environ and not (config.ft and config.ft.enable_ft_package):
         callbacks.append(Heartbeat())
     settings.callbacks = tuple(map(type, callbacks))  # type: ignore[attr-defined]  # see `require_callbacks`
@@ -79,78 +54,6 @@ def _take_statistics(config: ConfigContainer, every: int, folder: Path) -> None:
     if every and torch.cuda.is_available() and not config.tensor_inspect:
         asked = features(every, mixed_precision_of(config))
         config.tensor_inspect = TensorInspectConfig(enabled=True, features=asked, log_dir=str(folder))
-
-
-@dataclass
-class GroupsByPart(OptimizerConfigOverrideProvider):
-    """Puts router, experts and the rest into parameter groups of their own, marked in `lr_mult`.
-
-    A run has to start with it to resume with it: other groups cannot take over a checkpoint's.
-    """
-
-    def build_config_overrides(self, context: OptimizerConfigOverrideProviderContext) -> dict[ParamKey, Any]:
-        """Return Bridge's own overrides, and the marks."""
-        marked = {_key_of(part): {"lr_mult": MARKS[part]} for part in (ROUTER, EXPERTS)}
-        return {**(super().build_config_overrides(context) or {}), **marked}
-
-
-def _key_of(part: str) -> ParamKey:
-    return ParamKey(with_name_predicate=ParamWithNamePredicate(part, lambda _, name: part_of(name) == part))
-
-
-def _set_groups(config: ConfigContainer) -> None:
-    provider = config.optimizer_config_override_provider
-    if type(provider) not in (OptimizerConfigOverrideProvider, GroupsByPart):
-        raise SpecError(
-            "config.optimizer_config_override_provider",
-            got=type(provider).__name__,
-            expected="Bridge's own: learning rates by part have groups of their own",
-            fix="derive yours from nemo_upcycle.trainers.bridge.callbacks.GroupsByPart, or omit one of both",
-        )
-    if config.optimizer.optimizer_cuda_graph:
-        expected = "False: a graph keeps learning rates"
-        raise SpecError("config.optimizer.optimizer_cuda_graph", got=True, expected=expected, fix="set it to False")
-    config.optimizer_config_override_provider = GroupsByPart()
-
-
-class BridgeSchedules(Callback):
-    """Scales the learning rates of router and experts, and anneals the load-balancing coefficient.
-
-    Args:
-        factors: factors on the learning rates.
-        anneal: anneal of the coefficient, which starts at the model's.
-    """
-
-    def __init__(self, factors: LearningRateFactors, anneal: Anneal) -> None:
-        self._factors, self._anneal = factors, anneal
-        self._router_configs: list[Any] = []
-
-    def on_train_start(self, context: CallbackContext) -> None:
-        """Reach into the optimizer's step and the routers' configurations."""
-        state, model = context.state, context.state.cfg.model
-        if not self._factors.is_neutral:  # the number of finished steps goes up after the optimizer's step
-            scale_within_step(
-                context.optimizer, "lr_mult", lambda part: self._factors.of(part, state.train_state.step)
-            )
-        if self._anneal.steps:
-            transformer = getattr(model, "transformer", model)
-            self._router_configs = annealed_configs(transformer, context.model, "upcycle.aux_loss_steps")
-            self._anneal = replace(self._anneal, start=transformer.moe_aux_loss_coeff)
-        if torch.distributed.get_rank() == 0:
-            for line in describe(self._factors, self._anneal):
-                show_messages().info("%s", line)
-
-    def on_train_step_start(self, context: CallbackContext) -> None:
-        """Set the step's load-balancing coefficient."""
-        self._set(self._anneal.at(context.state.train_state.step))
-
-    def on_train_end(self, context: CallbackContext) -> None:
-        """Restore the model's configuration."""
-        self._set(self._anneal.start)
-
-    def _set(self, coefficient: float) -> None:
-        for config in self._router_configs:
-            config.moe_aux_loss_coeff = coefficient
 
 
 class BridgeLossGuard(Callback):

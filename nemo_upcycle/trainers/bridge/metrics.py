@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from nemo_upcycle.trainers.aux_loss import describe_balancing
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
-from nemo_upcycle.trainers.bridge.settings import mixed_precision_of, settings_of
+from nemo_upcycle.trainers.bridge.settings import mixed_precision_of
 from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
 from nemo_upcycle.utils.progress import show_messages
 
@@ -146,7 +145,6 @@ def _data_of(config: ConfigContainer) -> str:
 def _settings(config: ConfigContainer) -> dict[str, Any]:
     """Describe the settings of a run for `training.json`: data, batch, sequence length, precision, learning rate."""
     data, scheduler, optimizer = config.dataset, config.scheduler, config.optimizer
-    factors, anneal = settings_of(config).schedules()
     precision = mixed_precision_of(config)
     name = "bf16" if precision and precision.bf16 else "fp16" if precision and precision.fp16 else "32"
     return {
@@ -165,6 +163,5 @@ def _settings(config: ConfigContainer) -> dict[str, Any]:
             "warmup_steps": scheduler.lr_warmup_iters,
             "min_lr": optimizer.min_lr,
         },
-        "lr_factors": asdict(factors),
-        **describe_balancing(getattr(config.model, "transformer", config.model), anneal),
+        **describe_balancing(getattr(config.model, "transformer", config.model)),
     }

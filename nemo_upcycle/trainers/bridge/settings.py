@@ -11,7 +11,6 @@ from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.paper import high_rate
-from nemo_upcycle.trainers.schedules import Anneal, LearningRateFactors, schedules_of
 from nemo_upcycle.utils.validation import check_number, check_whole
 
 
@@ -20,13 +19,6 @@ class UpcycleSettings:
     """Settings of a training of an upcycled model that act through `upcycle_callbacks`.
 
     Args:
-        router_lr_mult: factor on the router's learning rate, at every step.
-        expert_lr_mult: factor on the routed experts' learning rate, at every step.
-        router_warmup_steps: number of first optimizer steps in which the router trains and the experts are frozen.
-        router_warmup_freezes: `experts`, or `all` to freeze everything but the router in these steps.
-        aux_loss_end: coefficient of the load-balancing loss after `aux_loss_steps`; it starts at the model's.
-        aux_loss_steps: optimizer steps until then; 0 keeps the model's coefficient.
-        aux_loss_shape: `cosine` or `linear`.
         spike_window: losses that are looked back at; see `LossSpikes`.
         spike_threshold: spreads above their median that make a spike.
         stop_on_spike: end the run at a spike; else it is a warning and a line in `metrics.jsonl`.
@@ -36,16 +28,9 @@ class UpcycleSettings:
         fp8_statistics_every: steps between two statistics of Transformer Engine about FP8, on a GPU; 0 for none.
 
     Example:
-        >>> config.upcycle.router_lr_mult = 4.0  # doctest: +SKIP
+        >>> config.upcycle.stop_on_spike = True  # doctest: +SKIP
     """
 
-    router_lr_mult: float = 1.0
-    expert_lr_mult: float = 1.0
-    router_warmup_steps: int = 0
-    router_warmup_freezes: str = "experts"
-    aux_loss_end: float = 0.0
-    aux_loss_steps: int = 0
-    aux_loss_shape: str = "cosine"
     spike_window: int = 128
     spike_threshold: float = 8.0
     stop_on_spike: bool = False
@@ -53,15 +38,6 @@ class UpcycleSettings:
     evaluate_suite: str = "watch"
     evaluate_limit: int | None = None
     fp8_statistics_every: int = 0
-
-    def schedules(self) -> tuple[LearningRateFactors, Anneal]:
-        """Return the factors on learning rates and the anneal; the model says where the latter starts.
-
-        Raises:
-            SpecError: a value is out of range or unknown.
-        """
-        names = [one.name for one in fields(self) if one.name.startswith(("router_", "expert_", "aux_loss_"))]
-        return schedules_of(**{name: getattr(self, name) for name in names})
 
     def evaluations(self) -> Evaluations | None:
         """Return the settings of evaluations during training."""
@@ -75,7 +51,6 @@ class UpcycleSettings:
         Raises:
             SpecError: one is out of range or unknown.
         """
-        self.schedules()
         check_whole("spike_window", self.spike_window, 1)
         check_number("spike_threshold", self.spike_threshold, 0.0)
         check_whole("evaluate_every", self.evaluate_every, 0)

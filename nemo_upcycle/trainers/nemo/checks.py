@@ -22,7 +22,6 @@ from nemo_upcycle.planning.hardware import known_parent
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
-from nemo_upcycle.trainers.schedules import schedules_of
 from nemo_upcycle.trainers.settings import check_masters, check_packs, check_values, setting
 from nemo_upcycle.utils.validation import is_whole
 
@@ -106,11 +105,6 @@ def check_settings(recipe: run.Partial, where: str = "") -> None:
     check_values(recipe, "nemo", where)
     if reads_chat(recipe):
         _check_tuning(recipe, where)
-    names = inspect.signature(schedules_of).parameters  # of `UpcycleOptimizer`; NeMo's own has none of them
-    try:
-        schedules_of(**{name: value for name in names if (value := setting(recipe, f"optim.{name}")) is not None})
-    except SpecError as error:
-        raise error.renamed(lambda name: f"{where}optim.{name}") from None
     try:
         restore = setting(recipe, "resume.restore_config")
         if hasattr(restore, "spec"):

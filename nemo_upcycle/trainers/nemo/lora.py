@@ -18,8 +18,6 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from nemo.collections.llm.peft.lora import LoRA
 from nemo.utils.callbacks.dist_ckpt_io import AsyncCompatibleCheckpointIO
 
-from nemo_upcycle.trainers.schedules import ROUTER, part_of
-
 
 @dataclass
 class UpcycleLoRA(LoRA):
@@ -38,7 +36,7 @@ class UpcycleLoRA(LoRA):
         """Freeze all but the routers; what is recomputed passes gradients on only where its input has one."""
         super().freeze_model(model)
         for name, parameter in model.named_parameters():
-            if part_of(name) == ROUTER:
+            if ".mlp.router." in name:
                 parameter.requires_grad = True
         for module in model.modules():
             if isinstance(module, LanguageModelEmbedding):

@@ -2,7 +2,6 @@
 
 # No postponed annotations, and Optional: NeMo-Run parses `trainer.callbacks[0].gpu=h100` by them.
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
@@ -157,9 +156,7 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "max_lr": optim.config.lr,
         "schedule": schedule | {name: getattr(scheduler, name) for name in parts if hasattr(scheduler, name)},
     }
-    settings |= describe_balancing(pl_module.config, getattr(optim, "aux_loss", None))  # of `UpcycleOptimizer`
-    factors = getattr(optim, "factors", None)
-    settings |= {"lr_factors": asdict(factors)} if factors else {}
+    settings |= describe_balancing(pl_module.config)
     adapters = next((one for one in trainer.callbacks if isinstance(one, UpcycleLoRA)), None)
     settings |= {"lora": {"rank": adapters.dim, "alpha": adapters.alpha}} if adapters else {}
     return settings

@@ -23,7 +23,6 @@ from nemo_upcycle.models.megatron_config import moe_fields, router_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.nemo.checks import check_settings
 from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
-from nemo_upcycle.trainers.nemo.optimizer import UpcycleOptimizer
 from nemo_upcycle.trainers.nemo.recipes import train_on
 from nemo_upcycle.trainers.nemo.resume import UpcycleResume
 from nemo_upcycle.trainers.nemo.stopping import StopOnSignal
@@ -37,7 +36,6 @@ from nemo_upcycle.utils.ranks import is_first_rank
 _REPLACEMENTS = {
     "trainer.strategy": (nl.MegatronStrategy, UpcycleStrategy),
     "resume": (nl.AutoResume, UpcycleResume),
-    "optim": (nl.MegatronOptimizerModule, UpcycleOptimizer),
 }
 #: A setting in NeMo's recipes of Mistral and Qwen that no class of NeMo takes, so it has no effect.
 _LEFT_OVER = "ckpt_include_optimizer"

@@ -37,7 +37,6 @@ SETTINGS = {
     **{"precision": "bf16-mixed", "optimizer": "adam", "weight_decay": 0.1, "max_lr": 3e-5},
     "schedule": {"name": "CosineAnnealing", "warmup_steps": 1, "constant_steps": 0, "min_lr": 3e-7},
     "flops_per_token": {"full": 3e9, "causal": 2.5e9},
-    "lr_factors": {"router": 4.0, "experts": 1.0, "warmup_steps": 100, "freezes": "experts"},
     "balancing": "aux_loss 0.01, z_loss 0.001",
 }
 
