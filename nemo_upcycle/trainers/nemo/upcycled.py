@@ -103,8 +103,7 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: 
         delattr(recipe.trainer.strategy, _LEFT_OVER)
     _take_ours(recipe, "resume")
     recipe.resume.restore_config = run.Config(UpcycleConfig, path=str(dense), spec=None)
-    if spec:  # the optimizer's settings are neutral, but only a run that starts with it can resume with it
-        _take_ours(recipe, "optim")
+    if spec:
         settings = router_fields(spec) if _own_experts(recipe.model.config) else moe_settings(spec)
         for name, value in settings.items():
             if name not in recipe.model.config.__arguments__ or name in router_fields(spec):
