@@ -25,7 +25,7 @@ def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evalua
     """Return the callbacks of a run, and complete its configuration for them; on every rank, before `pretrain`.
 
     Args:
-        config: the run; changed in place where learning rates differ by part.
+        config: the run; changed in place where statistics about FP8 are asked for.
         folder: for `metrics.jsonl`, `training.json` and what is evaluated.
         evaluations: what is scored on the way; None: what `config.upcycle` says.
 
