@@ -111,12 +111,13 @@ SEEN: dict[str, tuple[dict[str, torch.Tensor], int]] = {
     "Llava": ({"pixel_values": _PICTURE}, 4),
     "Idefics3": ({"pixel_values": _PICTURE[None]}, 1),
     "Qwen3VL": ({"pixel_values": torch.rand(8, 1176), "image_grid_thw": torch.tensor([[1, 2, 4]])}, 2),
-    "Qwen3_5": ({"pixel_values": torch.rand(8, 1176), "image_grid_thw": torch.tensor([[1, 2, 4]])}, 2),
     "SmolVLM": ({"pixel_values": _PICTURE[None]}, 1),
     "InternVL": ({"pixel_values": _PICTURE}, 1),
 }
 #: Class around experts, where it is another.
 AROUND = {"Qwen3VL": "Qwen3VLMoe", "Qwen3_5": "Qwen3_5Moe"}
+if hasattr(transformers, "Qwen3_5Config"):
+    SEEN["Qwen3_5"] = SEEN["Qwen3VL"]
 if hasattr(transformers, "Gemma4Config"):
     _PLACES = torch.tensor([[[column, row] for row in range(4) for column in range(4)]])
     SEEN["Gemma4"] = {"pixel_values": torch.rand(1, 16, 48), "image_position_ids": _PLACES}, 4
