@@ -78,6 +78,7 @@ def test_a_loss_that_is_not_a_number_ends_all_ranks_and_is_not_saved(runs: Runs)
     assert [line["step"] for line in runs.metrics("poisoned")] == [1, 2, 3]
 
 
+@pytest.mark.weekly
 def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
     runs: Runs, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -111,7 +112,7 @@ def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, An
     assert f"Stopped by SIGTERM after step {kept} of 500" in words
 
 
-@pytest.mark.parametrize(("ranks", "asynchronous"), TRAININGS)
+@pytest.mark.parametrize(("ranks", "asynchronous"), quick(TRAININGS, (2, True)))
 def test_killed_training_resumes_and_ends_bit_equal(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
     """The short form of `make soak`: four kills, half of them aimed."""
     seen = soak_training(tmp_path, 4, ranks=ranks, asynchronous=asynchronous)

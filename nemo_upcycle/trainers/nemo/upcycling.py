@@ -7,6 +7,7 @@ run writes open in plain NeMo.
 
 # No postponed annotations, and Optional: NeMo-Run parses `resume.restore_config.path=...` by them.
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,15 @@ class UpcycleStrategy(nl.MegatronStrategy):
         }
         _report(receipt)
         self.barrier("UpcycleStrategy.selective_restore")
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any], selective_restore: bool = False) -> None:
+        """Load the states; schedulers of another expert parallelism had more or fewer groups of parameters."""
+        super().load_optimizer_state_dict(checkpoint, selective_restore)
+        for optimizer, scheduler in zip(self.optimizers, checkpoint.get("lr_schedulers", ()), strict=False):
+            groups = optimizer.param_groups
+            if len(scheduler["base_lrs"]) != len(groups):
+                scheduler["base_lrs"] = [group["initial_lr"] for group in groups]
+                scheduler["_last_lr"] = [group["lr"] for group in groups]
 
 
 def _check_gather(ddp: Any) -> None:
