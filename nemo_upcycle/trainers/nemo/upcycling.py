@@ -181,7 +181,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
         super().load_optimizer_state_dict(checkpoint, selective_restore)
         for optimizer, scheduler in zip(self.optimizers, checkpoint.get("lr_schedulers", ()), strict=False):
             groups = optimizer.param_groups
-            if len(scheduler["base_lrs"]) != len(groups):
+            if len(scheduler.get("base_lrs", groups)) != len(groups):
                 scheduler["base_lrs"] = [group["initial_lr"] for group in groups]
                 scheduler["_last_lr"] = [group["lr"] for group in groups]
 
