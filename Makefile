@@ -27,8 +27,8 @@ help:
 help-all: help
 	@echo "make demo-tune  upcycle that model and tune it on conversations, beside the dense model (about 7 minutes, no GPU)"
 	@echo "make check   the tests that import no NeMo (meant for under 2 minutes)"
-	@echo "make test-all  what a change must pass: the tests of every day, slow tests, some mutants (meant for under 30 minutes)"
-	@echo "make test-weekly  the other rows of every table, and the soak (meant for under an hour)"
+	@echo "make test-all  what a change must pass: the tests of every day, slow tests, some mutants (25 minutes)"
+	@echo "make test-weekly  the other rows of every table, and the soak (35 minutes)"
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
 	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 14 GiB of memory, 11 of disk)"
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
