@@ -33,8 +33,8 @@ RECIPES = {
     "dense_sft": "smollm2_135m_dense_sft",
 }
 WARMUP = next(row for row in SETTINGS if row.nemo == "optim.lr_scheduler.warmup_steps")
-#: Beginnings of settings: of the model, of the spec, and of what this package adds to a training.
-_GROUPS = {"nemo": {"model": "model.config", "spec": "resume.restore_config.spec", "upcycle": "optim"}, "bridge": {}}
+#: Beginnings of settings: of the model, and of the spec.
+_GROUPS = {"nemo": {"model": "model.config", "spec": "resume.restore_config.spec"}, "bridge": {}}
 
 
 def setting_name(name: str) -> str:
@@ -42,7 +42,7 @@ def setting_name(name: str) -> str:
 
     Args:
         name: the planner's name of a size; `steps`, `save_every`, `lr`, `min_lr`, `warmup`; `model.FIELD`,
-            `spec.FIELD`, `upcycle.FIELD`; or a name of the trainer's own.
+            `spec.FIELD`; or a name of the trainer's own.
     """
     rows = {"steps": STEPS, "save_every": SAVE_EVERY, "lr": LR, "min_lr": MIN_LR, "warmup": WARMUP}
     group, _, field = name.partition(".")
