@@ -10,11 +10,10 @@ import importlib.util
 import json
 import os
 import platform
-import runpy
 import shlex
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, distribution, metadata, version
+from importlib.metadata import PackageNotFoundError, distribution, metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from nemo_upcycle.cli.common import show
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.utils.requirements import Requirement, requirement
+from nemo_upcycle.trainers.bridge import FITS, NEWER, RELEASES, TOO_OLD, fit_of, newer_release
+from nemo_upcycle.utils.requirements import Requirement, installed_release, requirement, value_in
 
 
 EPILOG = """example:
@@ -47,7 +47,7 @@ _ALONE = {"verify": "transformers>=4.56"}
 _LAID_OVER = ("megatron-core", "nvidia-modelopt", "filelock")
 #: Libraries that nothing imports: the package names them for their bound alone.
 _ONLY_BOUNDED = ("grpcio-tools", "ml-dtypes")
-_OK, _OWN, _MISSING, _WRONG = "ok", "the container's", "missing", "does not fit"
+_OK, _OWN, _NEWER, _MISSING, _WRONG = "ok", "the container's", "newer", "missing", "does not fit"
 #: Release of Megatron-Bridge -> NVIDIA's container nvcr.io/nvidia/nemo that has it, and what trains there;
 #: docker/README.md has all that is in each.
 _CONTAINERS = {
@@ -56,6 +56,7 @@ _CONTAINERS = {
     "0.4": ("26.04", "bridge"),
     "0.5": ("26.06", "bridge"),
     "0.6": ("26.08", "bridge"),
+    "0.7": ("26.10", "bridge"),
 }
 #: the containers that docker/Dockerfile.nemo and docker/Dockerfile.bridge build on
 _BASES = {"nemo": "26.02", "bridge": "26.08"}
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         "libraries": libraries,
         "container": container,
         "gpus": gpus,
-        "torch_for_cuda": _value_in("torch", "version.py", "cuda"),
+        "torch_for_cuda": value_in("torch", "version.py", "cuda"),
         "data_engine": engine,
         "fixes": list(fixes),
     }
@@ -133,17 +134,9 @@ def _extras() -> dict[str, str]:
 
 
 def _installed(package: str) -> str | None:
-    # Of these what Python would import: in NVIDIA's containers they are folders of sources, which some replace.
-    if package in ("megatron-core", "megatron-bridge"):
-        sources = _value_in(package.replace("-", "."), "package_info.py", "__version__")
-        if sources:
-            return str(sources)
     if package == "transformer-engine" and not _has_torch_binding():
         return None
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return installed_release(package)
 
 
 def _has_torch_binding() -> bool:
@@ -159,6 +152,8 @@ def _has_torch_binding() -> bool:
 def _described(one: Requirement) -> dict[str, Any]:
     installed = _installed(one.name)
     state = _MISSING if installed is None else _OK if one.allows(installed) else _WRONG
+    if one.name == RELEASES.name and installed:  # the start of a training asks the same
+        state = {FITS: _OK, NEWER: _NEWER, TOO_OLD: _WRONG}[fit_of(installed)]
     if state == _WRONG and _container()[0] in _BASES.values() and one.name not in _LAID_OVER:
         state = _OWN
     return {
@@ -204,7 +199,7 @@ def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
     clone, pip = _clone(), f"{shlex.quote(sys.executable)} -m pip install"
     fixes = {}
     for extra, purpose in _extras().items():
-        bad = [one for one in libraries if one["extra"] == extra and one["state"] != _OK]
+        bad = [one for one in libraries if one["extra"] == extra and one["state"] not in (_OK, _NEWER)]
         if not bad or (extra == "gpu" and not has_gpus):
             continue
         if clone and extra not in _ALONE:
@@ -280,18 +275,6 @@ def _data_engine() -> str | None:
         return None
 
 
-def _value_in(package: str, file: str, name: str) -> Any:
-    """Return a value of a plain file of a package, without the slow import of the package; None without that file."""
-    try:
-        spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # without the package that this one is in
-        return None
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (path := Path(folder, file)).is_file():
-            return runpy.run_path(str(path)).get(name)
-    return None
-
-
 def _text(answer: dict[str, Any], fixes: dict[str, str]) -> str:
     python = answer["python"]
     lines = [f"nemo-upcycle {answer['nemo_upcycle']}, Python {python['version']} (needs {python['needs']})"]
@@ -314,6 +297,7 @@ def _text(answer: dict[str, Any], fixes: dict[str, str]) -> str:
         for one in answer["libraries"]
         if one["state"] == _OWN
     ]
+    lines += [newer_release(one["installed"]) for one in answer["libraries"] if one["state"] == _NEWER]
     lines += ["to fix or to add:", *(f"  {fix}  # {purpose}" for fix, purpose in fixes.items())] if fixes else []
     fits = all(one["state"] in (_OK, _MISSING) for one in answer["libraries"])
     return "\n".join([*lines, "all fits"] if fits and not fixes else lines)
@@ -325,4 +309,6 @@ def _advice() -> str:
     name = f"nvcr.io/nvidia/nemo:{release}" if release else "one of NVIDIA's, but none that is known"
     if release in _BASES.values():
         return f"{name}; docker/Dockerfile.{trainer} adds what it lacks"
+    if release and trainer == "bridge" and fit_of(_installed(RELEASES.name) or "") != TOO_OLD:
+        return f"{name}, in which this package has not run; docker/Dockerfile.bridge builds on {_BASES['bridge']}"
     return f"{name}; take {_BASES['nemo']} for NeMo 2.7, {_BASES['bridge']} for Megatron-Bridge (docker/README.md)"

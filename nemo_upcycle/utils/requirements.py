@@ -1,12 +1,16 @@
-"""What a package's metadata require, read with the standard library alone: `doctor` runs where nothing else does.
+"""Read what is installed, and which releases fit, with the standard library alone: `doctor` may have nothing else.
 
 It knows what this package's own metadata use: names, extras, the bounds >=, < and ==, and no markers but extras.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from typing import NamedTuple
+import runpy
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 _LINE = re.compile(r"([\w.-]+?)(?:\[([\w,-]+)\])?((?:(?:>=|<|==)[\w.]+,?)*)(?:\s*;\s*extra == \"([\w-]+)\")?")
@@ -38,6 +42,36 @@ class Requirement(NamedTuple):
     def allows(self, version: str) -> bool:
         """Return whether a version is within the bounds, pre-releases too."""
         return all(_holds(version, operator, bound) for operator, bound in _BOUND.findall(self.bounds))
+
+    def is_below(self, version: str) -> bool:
+        """Return whether a version is beyond the upper bound, and beyond no other."""
+        return not self.allows(version) and all(
+            operator == "<" or _holds(version, operator, bound) for operator, bound in _BOUND.findall(self.bounds)
+        )
+
+
+def installed_release(package: str) -> str | None:
+    """Return the release of a package that Python would import; None if it is not installed."""
+    # In NVIDIA's containers these are folders of sources, which some users replace: the metadata may be older.
+    is_replaced = package in ("megatron-core", "megatron-bridge")
+    if is_replaced and (sources := value_in(package.replace("-", "."), "package_info.py", "__version__")):
+        return str(sources)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def value_in(package: str, file: str, name: str) -> Any:
+    """Return a value of a plain file of a package, without the slow import of the package; None without that file."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # without the package that this one is in
+        return None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder, file)).is_file():
+            return runpy.run_path(str(path)).get(name)
+    return None
 
 
 def requirement(line: str) -> Requirement:

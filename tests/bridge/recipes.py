@@ -101,7 +101,7 @@ def _tiny(spec: UpcycleSpec | None, **layout: Any) -> Any:
     from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
 
     types = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
-    config = upcycled_pretraining("asset://smollm2-135m", spec, seq_length=SEQUENCE, **types, **layout)
+    config = upcycled_pretraining(None, spec, seq_length=SEQUENCE, **types, **layout)
     config.mixed_precision = None
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 6, BATCH, 1
     config.validation.eval_interval, config.validation.eval_iters = 3, 1

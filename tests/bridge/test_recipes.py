@@ -9,9 +9,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.files import read_json
 from tests.functional.tiny import write_parent
@@ -65,6 +67,38 @@ def test_the_planners_command_is_understood_by_bridge(
     assert config.mixed_precision == ("bf16_with_fp8_subchannel_scaling_mixed" if options else "bf16_mixed")
 
 
+def test_an_explicit_parent_wins_over_the_variable(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
+
+    monkeypatch.setenv(DENSE, str(write_parent(tmp_path / "other")))
+    assert _parent(upcycled_pretraining(str(dense), None, seq_length=64)) == dense
+    assert _parent(upcycled_pretraining(None, None, seq_length=64)) == tmp_path / "other"
+
+
+def test_the_chains_parent_wins_over_both(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_upcycle.trainers.bridge.recipes.common import made_for, upcycled_pretraining
+
+    monkeypatch.setenv(DENSE, "/other")
+    with made_for(dense, None):
+        assert _parent(upcycled_pretraining("/another", None, seq_length=64)) == dense
+
+
+def test_a_run_without_a_parent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
+
+    monkeypatch.delenv(DENSE, raising=False)
+    with pytest.raises(SpecError, match=DENSE):
+        upcycled_pretraining(None, None, seq_length=64)
+
+
+def _parent(config: Any) -> Path:
+    from nemo_upcycle.trainers.bridge.config import required_hook
+
+    return required_hook(config).paths[0]
+
+
 #: What stands for `run_recipe.py`, which is not in Bridge's package.
 _RUN_RECIPE = """
 import sys
@@ -89,3 +123,4 @@ def test_torchrun_starts_a_recipe_by_the_planners_command(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     assert newest_checkpoint(tmp_path / "run") == tmp_path / "run/iter_0000001"
     assert read_json(tmp_path / "run/receipt.json")["ranks"] == 2
+    assert done.stderr.count(f"parent: {dense}\n") == 1, "the first rank says it"

@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.requirements import requirement
+from nemo_upcycle.utils.progress import show_messages
+from nemo_upcycle.utils.ranks import is_first_rank
+from nemo_upcycle.utils.requirements import installed_release, requirement
 
 
-#: The releases that this package knows.
-RELEASES = requirement("megatron-bridge>=0.6.2,<0.7")
+#: The releases that this package was written for; the extra `bridge` of pyproject.toml has the same bounds.
+RELEASES = requirement("megatron-bridge>=0.6.0,<0.8")
+#: How a release fits, see `fit_of`.
+FITS, NEWER, TOO_OLD = "fits", "newer", "too old"
+
+
+def fit_of(release: str) -> str:
+    """Return how a release of Megatron-Bridge fits: `FITS`, `NEWER` (it is used, with a warning) or `TOO_OLD`.
+
+    Args:
+        release: a version; a local part (+b558c98) does not count.
+
+    Example:
+        >>> fit_of("0.5.1"), fit_of("0.7.1"), fit_of("0.8.0")
+        ('too old', 'fits', 'newer')
+    """
+    if RELEASES.allows(release):
+        return FITS
+    return NEWER if RELEASES.is_below(release) else TOO_OLD
+
+
+def newer_release(release: str) -> str:
+    """Say that a release is newer than those that this package was written for."""
+    return f"Megatron-Bridge {release} is newer than this package knows ({RELEASES.bounds}). It may fail."
 
 
 def require_bridge() -> None:
-    """Check that Megatron-Bridge is installed, in a release that this package knows.
+    """Check that Megatron-Bridge is installed, in a release that is not too old; warn once of one that is newer.
 
     Raises:
         UpcycleError: it is not.
     """
-    try:
-        got = version("megatron-bridge")
-    except PackageNotFoundError:
-        got = "none"
-    if got == "none" or not RELEASES.allows(got):
+    release = installed_release("megatron-bridge")
+    if release is None or fit_of(release) == TOO_OLD:
         raise UpcycleError(
             "Megatron-Bridge",
-            got=got,
+            got=release or "none",
             expected=RELEASES.bounds,
             fix=f'pip install "{RELEASES.argument}" with Python 3.12, or take NVIDIA\'s container of it',
         )
+    if fit_of(release) == NEWER and is_first_rank():
+        _warn(newer_release(release))
+
+
+@cache
+def _warn(text: str) -> None:
+    show_messages().warning("%s", text)

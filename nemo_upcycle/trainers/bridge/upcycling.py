@@ -163,6 +163,8 @@ class UpcycleHook:
         if config.checkpoint.async_save and not torch.cuda.is_available():
             expected = "False without a GPU: Bridge divides by the number of GPUs"
             raise SpecError(field="config.checkpoint.async_save", got=True, expected=expected, fix="set it to False")
+        if torch.distributed.get_rank() == 0:
+            show_messages().info("parent: %s", ", ".join(map(str, self.paths)))
         losses = correct_losses(chunks[0].config)
         if _goes_on(config, self.paths, self.spec):
             fit_layout(config)

@@ -148,6 +148,8 @@ class UpcycleStrategy(nl.MegatronStrategy):
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # NeMo lets Megatron's wrapper copy weights on a stream of its own
         chunks, paths = list(self.megatron_parallel), [restore.path, *(restore.branches or [])]
+        if torch.distributed.get_rank() == 0:
+            show_messages().info("parent: %s", ", ".join(paths))
         self._receipt = fill_chunks(chunks, paths, restore.spec, restore.non_expert_weights)
 
     def selective_restore(self) -> None:
@@ -208,8 +210,7 @@ def _report(receipt: UpcycleReceipt) -> None:
         return
     merged.write(Path(AppState().log_dir) / "receipt.json")
     show_messages().info(
-        "%s: %.1fM -> %.1fM parameters, read %.2f GiB, wrote %.2f GiB in %.1f s on %d ranks",
-        merged.source,
+        "%.1fM -> %.1fM parameters, read %.2f GiB, wrote %.2f GiB in %.1f s on %d ranks",
         merged.dense_params / 1e6,
         merged.total_params / 1e6,
         merged.bytes_read / 2**30,

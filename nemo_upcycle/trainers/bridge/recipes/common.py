@@ -18,6 +18,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
@@ -27,11 +28,10 @@ from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 from nemo_upcycle.utils.progress import show_messages
 
 
-#: Names the dense checkpoint of a recipe, for Bridge's recipes have no arguments.
+#: Names the parent where no argument does: Bridge's recipes have no arguments.
 DENSE = "NEMO_UPCYCLE_DENSE"
-
-
-_CHANGES: ContextVar[Mapping[str, Any] | None] = ContextVar("changes of a spec")
+#: The parent that a chain was given, and its changes of the spec.
+_MADE_FOR: ContextVar[tuple[str, Mapping[str, Any] | None] | None] = ContextVar("parent of a chain", default=None)
 
 
 @contextmanager
@@ -39,29 +39,43 @@ def made_for(dense: Path, changes: Mapping[str, Any] | None) -> Iterator[None]:
     """Let recipes that are made while the block runs start from a checkpoint, by specs that differ in some fields.
 
     Args:
-        dense: the checkpoint's folder.
+        dense: the checkpoint's folder, which replaces the recipe's own parent.
         changes: fields of the specs that are to differ; None: recipes train the checkpoint as it is.
     """
-    before, token = os.environ.get(DENSE), _CHANGES.set(changes)
-    os.environ[DENSE] = str(dense)
+    token = _MADE_FOR.set((str(dense), changes))
     try:
         yield
     finally:
-        _CHANGES.reset(token)
-        del os.environ[DENSE]
-        if before is not None:
-            os.environ[DENSE] = before
+        _MADE_FOR.reset(token)
 
 
-def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: int, **settings: Any) -> UpcyclingConfig:
+def parent_of(dense: str | None, default: str = "") -> str:
+    """Choose the parent of a recipe: the argument, else NEMO_UPCYCLE_DENSE, else the default.
+
+    Args:
+        dense: the argument; None if none was given.
+        default: parent that the recipe is named after; empty if there is none.
+
+    Raises:
+        SpecError: nothing names a parent.
+    """
+    source = dense or os.environ.get(DENSE) or default
+    if not source:
+        raise SpecError("dense", got=dense, expected="a parent", fix=f"pass a folder or hf://ORG/NAME, or set {DENSE}")
+    return source
+
+
+def upcycled_pretraining(
+    dense: str | None, spec: UpcycleSpec | None, *, seq_length: int, **settings: Any
+) -> UpcyclingConfig:
     """Make Bridge's pretraining of an upcycled model, or of its parent, by the paper's numbers and on mock data.
 
     Bridge's own numbers are for random weights; see `trainers.paper`. A run says at its start what it trains by, and
     of mock data that it is: set `config.dataset`.
 
     Args:
-        dense: the dense checkpoint: a folder, `hf://ORG/NAME` or `asset://smollm2-135m`; the variable
-            NEMO_UPCYCLE_DENSE takes its place. What is not on this machine is fetched.
+        dense: the dense checkpoint: a folder, `hf://ORG/NAME` or `asset://smollm2-135m`, fetched if it is not on this
+            machine; None takes the variable NEMO_UPCYCLE_DENSE.
         spec: how to upcycle it; None continues it as it is.
         seq_length: S.
         settings: further ones of the model: layout and kernels.
@@ -78,7 +92,7 @@ def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: in
 
 def upcycled(
     config: ConfigContainer,
-    dense: str,
+    dense: str | None,
     spec: UpcycleSpec | None,
     data: str | Path | None = None,
     *,
@@ -100,14 +114,14 @@ def upcycled(
         settings: further ones of the model, which go before the configuration's.
 
     Raises:
-        SpecError: the run cannot be filled, or would not keep what it is filled with.
+        SpecError: no parent is named, or the run cannot be filled, or would not keep what it is filled with.
         UpcycleError: there is no such checkpoint, or the data are not finished.
 
     Example:
         >>> config = upcycled(my_config(), "/models/mine", UpcycleSpec(), "/data/mine")  # doctest: +SKIP
         >>> pretrain(config, forward_step, callbacks=upcycle_callbacks(config, "/runs/mine"))  # doctest: +SKIP
     """
-    source, changes = os.environ.get(DENSE, dense), _CHANGES.get({})
+    source, changes = _MADE_FOR.get() or (parent_of(dense), {})
     spec = None if spec is None or changes is None else replace(spec, **changes)
     folder = Path(source) if Path(source).is_dir() else ensure_dense(source)  # weights are checked when they are read
     seq_length = seq_length or config.dataset.seq_length
