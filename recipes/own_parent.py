@@ -9,17 +9,15 @@ from nemo.collections.llm.recipes import llama3_8b
 from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
 
+from nemo_upcycle.data.blend import DEMO
 from nemo_upcycle.data.blend_module import blend_data
 from nemo_upcycle.recipes.common import checkpoints, in_float32_if_faster, recompute_layers, start_from, validate
 from nemo_upcycle.recipes.h100 import RECOMPUTE_MOE_STEPS
 from nemo_upcycle.recipes.h100_arguments import adjust, moe_kernels
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
+from nemo_upcycle.trainers.base import CPU_RANKS
 from nemo_upcycle.trainers.nemo.parent_model import parent_model
-
-
-#: Ranks of a trial without a GPU; a recipe that asks for more is one for GPUs, wherever it is made.
-_CPU_RANKS = 2
 
 
 def upcycled_from(
@@ -67,8 +65,8 @@ def upcycled_from(
         pipeline_parallelism: stages that the layers are cut into.
         context_parallelism: ranks that share a sequence.
         expert_parallelism: ranks that the experts are spread over; a model without experts has none.
-        data: a finished folder of `nemo-upcycle data`; None: the blend `sotu`, some speeches, built on first use. A
-            chain sets it.
+        data: a finished folder of `nemo-upcycle data`. A chain sets it. None: without a GPU the demo's speeches; a
+            training on GPUs is refused when it starts.
         dir: folder for logs and checkpoints; a chain sets it.
         name: the name that the run gets.
         accelerator: `gpu` for those of a cluster, of which the machine that makes the recipe may have none, or `cpu`;
@@ -95,7 +93,7 @@ def upcycled_from(
         ... )
     """
     if accelerator is None:
-        has_gpus = torch.cuda.is_available() or num_nodes * num_gpus_per_node > _CPU_RANKS
+        has_gpus = torch.cuda.is_available() or num_nodes * num_gpus_per_node > CPU_RANKS
         accelerator = "gpu" if has_gpus else "cpu"
     model = parent_model(dense, seq_length)
     trainer = llama3_8b.trainer(
@@ -115,7 +113,7 @@ def upcycled_from(
         data=run.Config(
             blend_data,
             dense=dense,
-            **({"folder": data} if data else {"blend": "sotu"}),
+            **({"folder": data} if data else {"blend": DEMO}),
             seq_length=seq_length,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks.callback import Callback
 from nemo import lightning as nl
 from nemo.collections.llm.api import pretrain
 
+from nemo_upcycle.data.blend import DEMO
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.planning.recipe_table import SPEC
 from nemo_upcycle.recipes import smollm2_135m_dense_ct as dense_ct
@@ -152,4 +153,5 @@ def pipeline_recipe(dir: str = "runs/smollm2_135m_e8t2", processes: Optional[int
         dense=dense_ct.DENSE,
         pretrain=fit_laptop(pretrain_recipe(num_gpus_per_node=processes, expert_parallelism=processes)),
         dense_ct=dense_ct.pretrain_recipe(num_gpus_per_node=processes),
+        data=DEMO,
     )

@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import nemo_run as run
 
+from nemo_upcycle.data.blend import DEMO
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.planning.recipe_table import SPEC, ModelRow, models
 from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
@@ -145,6 +146,7 @@ def _few_steps(row: ModelRow, dense_name: str, name: str, dense_model: Model, do
             dense=dense,
             pretrain=recipe(num_gpus_per_node=processes, expert_parallelism=processes, dense=dense),
             dense_ct=baseline(num_gpus_per_node=processes, dense=dense),
+            data=DEMO,
         )
 
     model = _model(row, name, f"upcycled {row.title} configuration: {row.sizes}", **moe_settings(SPEC))

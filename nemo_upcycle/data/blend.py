@@ -20,6 +20,10 @@ SPLITS = ("train", "validation", "heldout")
 ON_HIT = ("cut", "drop")
 #: What can be replaced in texts: e-mail and IP addresses, numbers of cards and of the USA's social security.
 PII = ("email", "ip", "card", "ssn")
+#: The blend of the demo: some speeches.
+DEMO = "sotu"
+#: How often a training may read its texts unless the user says otherwise.
+MOST_EPOCHS = 100
 #: The one source of texts that are given in place of a blend.
 ONLY = "texts"
 #: What makes a path a pattern.
@@ -200,6 +204,16 @@ def only_source(name: str | Path) -> list[str]:
     if not ends:
         raise UpcycleError(f"folder {path}", got="no file of texts", expected=readable(), fix="name another folder")
     return [f"{path}/**/*{end}" for end in sorted(ends)]
+
+
+def no_data(why: str) -> UpcycleError:
+    """Return the error for a training that names no data and may not read the demo's.
+
+    Args:
+        why: the reason, for the text.
+    """
+    fix = "add data=FOLDER, a finished folder of `nemo-upcycle data`; a chain takes a blend as well"
+    return UpcycleError("data", got=f"none, and {why}", expected="the texts to train on", fix=fix)
 
 
 def is_pattern(text: str) -> bool:

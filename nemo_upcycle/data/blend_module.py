@@ -12,11 +12,13 @@ from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 from torch.utils.data import Subset
 
+from nemo_upcycle.data.blend import DEMO
 from nemo_upcycle.data.blend_samples import (
     clamp_interval,
     describe_blend,
     index_folder,
     log_tokens_read,
+    require_few_epochs,
     whole_indices,
 )
 from nemo_upcycle.data.build import cached_blend
@@ -80,7 +82,7 @@ def blend_data(
         seed=finished.manifest["seed"] if seed is None else seed,
         pin_memory=torch.cuda.is_available(),
     )
-    module.skip_samples = skip_samples or 0
+    module.skip_samples, module.reads_demo = skip_samples or 0, folder is None and blend == DEMO
     return module
 
 
@@ -88,6 +90,7 @@ class BlendDataModule(PreTrainingDataModule):
     """NeMo's data module, made by `blend_data`: it reads epoch by epoch and keeps the index cache whole."""
 
     skip_samples = 0
+    reads_demo = False
     _train_ds: Any  # NeMo's
 
     @property
@@ -116,6 +119,8 @@ class BlendDataModule(PreTrainingDataModule):
         blend = self.blend
         step_tokens = self.global_batch_size * self.seq_length
         steps = trainer_max_steps + 1  # a run that is finished may start again, and finds samples
+        if self.reads_demo:
+            require_few_epochs(blend, trainer_max_steps * step_tokens)
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first:
             log_tokens_read(blend, trainer_max_steps, step_tokens, self.skip_samples * self.seq_length)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.blend import MOST_EPOCHS, no_data
 from nemo_upcycle.data.finished import MANIFEST, FinishedBlend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json, sha256_file, take_lock, write_json
@@ -105,6 +106,20 @@ def log_tokens_read(blend: FinishedBlend, steps: int, step_tokens: int, parent_t
     also = " with its parent's reading" if parent_tokens else ""
     for text in blend.read_too_often(parent_tokens + steps * step_tokens, also):
         messages.warning("%s", text)
+
+
+def require_few_epochs(blend: FinishedBlend, tokens: int) -> None:
+    """Check that a training does not read the demo's texts more often than `MOST_EPOCHS`.
+
+    Args:
+        blend: the demo's texts, which the training reads because it names no data.
+        tokens: tokens of the training.
+
+    Raises:
+        UpcycleError: it reads them more often.
+    """
+    if (epochs := tokens / blend.manifest["splits"]["train"]["tokens"]) > MOST_EPOCHS:
+        raise no_data(f"the training would read the demo's speeches {epochs:,.0f} times")
 
 
 def clamp_interval(trainer: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.blend import no_data
 from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.data.environment import data_python, engine_version
@@ -79,6 +80,16 @@ def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *
     starts = [] if shown else [stage.name for stage in stages if not stage.folder(run_dir, plan).marker.is_file()]
     remote = is_here and imports
     check_trainings(plan, lambda name, training: training.check_parent(name, plan.dense, remote=remote), starts)
+
+
+def check_demo_data(plan: WorkPlan) -> None:
+    """Refuse the demo's texts, which a chain reads unless it names data, if a training is for GPUs.
+
+    Raises:
+        UpcycleError: a training is for GPUs.
+    """
+    if found := next((name for name, training in plan.trainings.items() if training.is_for_gpus), ""):
+        raise no_data(f"{found} trains on GPUs")
 
 
 def check_trainings(plan: RunPlan, check: Callable[[str, Training], None], starts: Collection[str] = ()) -> None:

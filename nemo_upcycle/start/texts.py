@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.blend import ONLY, only_source, read_blend
+from nemo_upcycle.data.blend import DEMO, ONLY, only_source, read_blend
 from nemo_upcycle.data.engine.encodings import COMPRESSED
 from nemo_upcycle.data.engine.records import split_of
 from nemo_upcycle.data.first_look import Look, check_look, filled_files, look_at, reading
@@ -18,8 +18,6 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.console import short_count
 
 
-#: Texts without any: the demo's.
-DEMO = "sotu"
 #: Tokens that the demo's texts have to train on, and documents.
 _DEMO_TOKENS, _DEMO_DOCUMENTS = 580_000, 64
 #: Of a sample: documents at most.

@@ -19,6 +19,8 @@ from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.trainers.settings import STEPS, free_settings, step0_settings
 
 
+#: Ranks that a training without a GPU has at most.
+CPU_RANKS = 2
 #: Set by NVIDIA's `ft_launcher` for the ranks that it watches: the socket of the process that does.
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
@@ -278,6 +280,12 @@ class Training(ABC):
     @abstractmethod
     def ranks(self) -> tuple[int, int]:
         """Nodes, and ranks on each."""
+
+    @property
+    def is_for_gpus(self) -> bool:
+        """Whether it asks for GPUs: a trial on a CPU has at most `CPU_RANKS` ranks."""
+        nodes, per_node = self.ranks
+        return nodes * per_node > CPU_RANKS
 
     @property
     def reads_chat(self) -> bool:

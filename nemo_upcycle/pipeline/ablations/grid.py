@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.blend import DEMO
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import TASK
 from nemo_upcycle.evaluation.statistics import MARGIN, ROUNDING
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest, open_arm
 from nemo_upcycle.pipeline.ablations.stages import SUITE, UNTRAINED, GridPlan
+from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.trainers.base import Evaluations
@@ -70,7 +72,7 @@ class GridConfig:
     arms: dict[str, ArmConfig]
     about: str = ""
     dense: str = ""
-    data: str = "sotu"
+    data: str | None = None
     parent: ParentConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     seeds: list[int] = field(default_factory=lambda: [1234])
@@ -163,7 +165,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     plan = GridPlan(
         path.stem,
         "" if parent else address,
-        data or _from_here(grid.data, folder),
+        data or _from_here(grid.data or DEMO, folder),
         parent,
         grid.parent.vocabulary if grid.parent and parent else None,
         suite,
@@ -175,6 +177,8 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     if plan.inputs.reads_chat:
         got, expected = f"{plan.data}: conversations", "texts, which a grid trains on"
         raise UpcycleError("data", got=got, expected=expected, fix="name a blend, or a folder of nemo-upcycle data")
+    if not (data or grid.data):
+        check_demo_data(plan)
     return plan
 
 

@@ -10,7 +10,9 @@ from typing import Any, Optional
 
 import nemo_run as run
 
+from nemo_upcycle.data.blend import DEMO
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
@@ -45,7 +47,7 @@ def pipeline(
     dense: str,
     recipe: str,
     dense_ct: Optional[str] = None,
-    data: str = "sotu",
+    data: Optional[str] = None,
     evaluation: str = "demo",
     gpus: Optional[int] = None,
     gpus_per_node: Optional[int] = None,
@@ -68,7 +70,8 @@ def pipeline(
         recipe: the recipe of the upcycled model, by Bridge's naming; `package.module:function` for one of your own.
         dense_ct: recipe of the dense baseline; None omits it, the upcycled model's again trains the parent in its way.
         data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
-            of recipes that tune, conversations (a name in conf/chat, a YAML file, or JSON lines).
+            of recipes that tune, conversations (a name in conf/chat, a YAML file, or JSON lines); None: the demo's
+            speeches, only without GPUs.
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
         gpus: ranks of both trainings; None takes the recipe's, from its name.
         gpus_per_node: how many of them a node has; None: as many as one with the GPU in the recipe's name, else 8.
@@ -99,7 +102,10 @@ def pipeline(
         trainings["dense_ct"] = replace(trainings["dense_ct"], changes="null")
     baseline = trainings["dense_ct"].to_text() if dense_ct else None
     texts = trainings["pretrain"].to_text(), baseline
-    plan = RunPlan(recipe, dense, data, evaluation, *texts, trainer="bridge", trained_on=trained_on)
+    read = DEMO if data is None else data
+    plan = RunPlan(recipe, dense, read, evaluation, *texts, trainer="bridge", trained_on=trained_on)
+    if data is None:
+        check_demo_data(plan)
     launch_chain(ctx, dir, plan, first=from_stage, last=until_stage, only=only_stage, render=render)
 
 

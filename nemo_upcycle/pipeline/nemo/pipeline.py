@@ -8,8 +8,10 @@ from typing import Any, Optional
 
 import nemo_run as run
 
+from nemo_upcycle.data.blend import DEMO
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.answers import answered
+from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, entrypoint, factories, mistake_of
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.forecast.advice import advice_of
@@ -19,6 +21,7 @@ from nemo_upcycle.planning.advice import known_parent_tokens
 from nemo_upcycle.trainers.nemo.checks import (
     check_calibration,
     check_data,
+    check_own_data,
     check_parents,
     check_recipe,
 )
@@ -41,7 +44,7 @@ def pipeline(
     dense: str,
     pretrain: run.Partial,
     dense_ct: Optional[run.Partial] = None,
-    data: str = "sotu",
+    data: Optional[str] = None,
     evaluation: str = "demo",
     trained_on: Optional[str] = None,
     from_stage: Optional[str] = None,
@@ -60,7 +63,8 @@ def pipeline(
         dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         pretrain: recipe of the upcycled model.
         dense_ct: recipe of the dense baseline; None omits it.
-        data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`.
+        data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
+            None: the demo's speeches, only without GPUs.
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
         trained_on: tokens that the parent was trained on (15T), for the advice; None: those of a published parent.
         from_stage: `--from STAGE`: start with this one; those before it must be finished.
@@ -73,7 +77,11 @@ def pipeline(
     """
     baseline = dump_recipe(dense_ct) if dense_ct else None
     trainings = dump_recipe(pretrain), baseline
-    plan = RunPlan(pretrain.log.name, dense, data, evaluation, *trainings, trained_on=trained_on)
+    plan = RunPlan(
+        pretrain.log.name, dense, DEMO if data is None else data, evaluation, *trainings, trained_on=trained_on
+    )
+    if data is None:
+        check_demo_data(plan)
     launch_chain(ctx, dir, plan, first=from_stage, last=until_stage, only=only_stage, render=render)
 
 
@@ -116,6 +124,7 @@ def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
 
     def check() -> None:
         check_recipe(task)
+        check_own_data(task)
         check_calibration(task, here=is_here)
         known_parent_tokens("", setting(task, _TRAINED_ON), _TRAINED_ON)
         if is_local(ctx.executor):

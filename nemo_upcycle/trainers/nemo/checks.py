@@ -9,6 +9,7 @@ from typing import Any
 import nemo_run as run
 from torch.nn.parallel import DistributedDataParallel
 
+from nemo_upcycle.data.blend import DEMO, no_data
 from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.dense import local_parent, read_parent
 from nemo_upcycle.data.finished import open_blend
@@ -19,6 +20,7 @@ from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.planning.hardware import known_parent
+from nemo_upcycle.trainers.base import CPU_RANKS
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
@@ -41,6 +43,26 @@ def ranks_of(recipe: run.Partial, where: str = "") -> tuple[int, int]:
         SpecError: a number is missing or not valid.
     """
     return _whole(recipe, "num_nodes", 1, where), _whole(recipe, "devices", None, where)
+
+
+def is_for_gpus(recipe: run.Partial) -> bool:
+    """Return whether a recipe asks for GPUs: by its accelerator, or by more ranks than a CPU has."""
+    nodes, per_node = ranks_of(recipe)
+    return getattr(recipe.trainer, "accelerator", None) in ("gpu", "cuda") or nodes * per_node > CPU_RANKS
+
+
+def check_own_data(recipe: run.Partial) -> None:
+    """Refuse the demo's texts for a recipe that trains by itself on GPUs; a chain gives it other data.
+
+    Raises:
+        UpcycleError: the recipe names no data, and would train on the demo's speeches.
+    """
+    from nemo_upcycle.data.blend_module import blend_data
+
+    data = recipe.data
+    is_demo = data.__fn_or_cls__ is blend_data and data.folder is None and data.blend == DEMO
+    if is_demo and is_for_gpus(recipe):
+        raise no_data("the recipe trains on GPUs")
 
 
 def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> int:

@@ -26,6 +26,7 @@ from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.checks import (
     check_parent,
     check_recipe,
+    is_for_gpus,
     parent_within_reach,
     precision_name,
     ranks_of,
@@ -68,6 +69,11 @@ class NeMoTraining(Training):
     def ranks(self) -> tuple[int, int]:
         """See `Training.ranks`."""
         return ranks_of(self.recipe)
+
+    @property
+    def is_for_gpus(self) -> bool:
+        """See `Training.is_for_gpus`."""
+        return is_for_gpus(self.recipe)
 
     @property
     def reads_chat(self) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from nemo_upcycle.data.blend_samples import clamp_interval, whole_indices
+from nemo_upcycle.data.blend_samples import clamp_interval, require_few_epochs, whole_indices
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.files import MARKER, read_json
@@ -28,6 +29,13 @@ def test_an_interval_beyond_the_run_ends_behind_it_and_is_said_where_a_validatio
         clamp_interval(trainer)
     assert trainer.val_check_interval == clamped
     assert any(record.name == "nemo_upcycle" for record in caplog.records) is said
+
+
+def test_the_demos_texts_are_not_read_a_thousand_times() -> None:
+    blend: Any = SimpleNamespace(manifest={"splits": {"train": {"tokens": 1000}}})
+    require_few_epochs(blend, 100_000)
+    with pytest.raises(UpcycleError, match="would read the demo's speeches 1,000 times"):
+        require_few_epochs(blend, 1_000_000)
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.checks import check_started
+from nemo_upcycle.pipeline.checks import check_demo_data, check_started
+from nemo_upcycle.trainers.bridge.training import BridgeTraining
 from nemo_upcycle.utils.files import write_json
 from tests.unit.pipeline.test_order import plan_of
 
@@ -22,6 +24,13 @@ def test_a_folder_of_something_else_is_refused_with_one_that_is_not(tmp_path: Pa
     fixed = Path(refused.value.fix.partition("dir=")[2])
     assert fixed.is_relative_to(tmp_path)
     check_started(fixed, plan_of())
+
+
+def test_a_chain_for_gpus_never_reads_the_demos_texts() -> None:
+    plans = [replace(plan_of(), pretrain=BridgeTraining("tiny", ranks_per_node=ranks).to_text()) for ranks in (2, 8)]
+    check_demo_data(plans[0])
+    with pytest.raises(UpcycleError, match=r"pretrain trains on GPUs, .* Fix: add data=FOLDER"):
+        check_demo_data(plans[1])
 
 
 def test_what_is_there_before_a_run_starts_does_not_matter(tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.cpu.backend import use_cpu_backend
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.recipes import upcycled_from
 from nemo_upcycle.trainers.equivalence import check_step0
-from nemo_upcycle.trainers.nemo.checks import check_parent, check_recipe
+from nemo_upcycle.trainers.nemo.checks import check_own_data, check_parent, check_recipe
 from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config
 from nemo_upcycle.trainers.nemo.phi3mini import LongRopePhi3Config
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe, model_config
@@ -86,3 +87,12 @@ def test_a_recipe_of_a_folder_has_its_settings_and_at_step_0_its_function(
     receipt = check_step0(*configs, folder, SPEC, sample_tokens(259), None)
     assert receipt.exact
     assert receipt.equivalence["within_tolerance"], receipt.equivalence
+
+
+def test_a_recipe_for_gpus_names_its_data(tmp_path: Path) -> None:
+    sizes = {"seq_length": 64, "global_batch_size": 2, "max_steps": 3, "lr": 1e-4}
+    make = partial(upcycled_from, str(write_tokenizer(write_llama(tmp_path, vocab_size=259))), spec=SPEC, **sizes)
+    check_own_data(make(accelerator="cpu"))
+    check_own_data(make(accelerator="gpu", data="/data/mine"))
+    with pytest.raises(UpcycleError, match="add data=FOLDER"):
+        check_own_data(make(accelerator="gpu"))
