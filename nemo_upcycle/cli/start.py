@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,19 +14,20 @@ from nemo_upcycle.cli.common import add_spec_options, folder_to_make, given_spec
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import gpu_names
 from nemo_upcycle.planning.memory import GIB
-from nemo_upcycle.start.choices import TRAINERS, Choices, Wanted, choose, choose_trainer, shortages
+from nemo_upcycle.start.choices import TRAINERS, Choices, Wanted, choose, choose_trainer, gpus_here, shortages
 from nemo_upcycle.start.files import (
     BLEND,
     RECIPE,
     blend_text,
-    program,
+    command_of_a_run,
+    differing_lines,
     recipe_text,
     run_command,
-    run_words,
     write_files,
 )
 from nemo_upcycle.start.parent import find_model
 from nemo_upcycle.start.texts import find_texts
+from nemo_upcycle.utils.command_line import CommandLine, own_program
 from nemo_upcycle.utils.console import in_columns, short_count
 from nemo_upcycle.utils.validation import check_whole
 
@@ -41,6 +42,8 @@ It writes recipe.py and blend.yaml, to be edited, and never over others; the com
 import, data, check of step 0, training, dense baseline, export, evaluation on held-out text of yours, report.
 exit status: 0 written, with --yes also run; 1 the run did not finish; 2 something is missing, all of it named."""
 _T = TypeVar("_T")
+#: Lines of a file that differs which are shown.
+_SHOWN_LINES = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,23 +92,58 @@ def run(args: argparse.Namespace) -> int:
         problems += shortages(choices, folder)
     if problems or not (parent and texts and choices):
         raise UpcycleError.together(problems)
-    command = run_command(folder, parent, choices)
+    gpus, _ = gpus_here()
+    is_here = choices.gpus <= gpus
+    command = run_command(folder, parent, choices, is_here=is_here)
     files = {RECIPE: recipe_text(parent, choices), BLEND: blend_text(texts, choices)}
-    is_new = write_files(folder, files, lambda: command)
+    differing = differing_lines(folder, files)
+    is_new = not differing and write_files(folder, files)
     found, forecast = {"model": parent.description, "texts": texts.description}, _forecast(choices)
     chosen = {name: {"value": value, "because": why} for name, value, why in choices.rows}
     paths = [str(folder / name) for name in files]
-    answer: dict[str, Any] = found | {"choices": chosen, "forecast": forecast, "files": paths, "command": command}
+    answer: dict[str, Any] = found | {"choices": chosen, "forecast": forecast, "files": paths}
+    answer |= {"differing": differing} if differing else {"command": str(command)}
     lines = [*in_columns([*found.items()]), "", *in_columns(choices.rows), "", *in_columns([*forecast.items()])]
-    verb = "written" if is_new else "there already, the same"
-    lines += ["", f"{verb}: {', '.join(paths)}", "", f"run it:  {command}"]
+    if differing:
+        lines += ["", *_differences(folder, differing)]
+    else:
+        verb = "written" if is_new else "there already, the same"
+        lines += ["", f"{verb}: {', '.join(paths)}", "", f"{'run it' if is_here else 'check it'}:  {command}"]
+    if not differing and not is_here:
+        lines += [f"This machine has {gpus} GPUs: replace ACCOUNT, PARTITION and IMAGE (null without containers) by"]
+        lines += ["your cluster's. The same command with --yes in place of --dryrun submits the run."]
     show(args, answer, "\n".join(lines))
+    sys.stdout.flush()
+    if differing:
+        own = run_command(folder, parent, choices, is_here=True).changed({}, "--dryrun")
+        there = command_of_a_run(folder) or own
+        raise _other_files(folder, differing, there)
     if not args.yes:
         return 0
-    sys.stdout.flush()
-    path = os.pathsep.join(filter(None, [str(folder.absolute()), os.environ.get("PYTHONPATH")]))
-    words = [program(), *run_words(folder.absolute(), parent, choices)[1:]]
-    os.execve(words[0], words, os.environ | {"PYTHONPATH": path})  # signals are the chain's from here on
+    if not is_here:
+        raise UpcycleError("--yes", got=f"{gpus} GPUs here", expected=f"{choices.gpus}", fix=f"type `{command}`")
+    command = run_command(folder.absolute(), parent, choices, is_here=True)
+    words = [str(own_program("nemo")), *command.words[1:]]
+    variables = os.environ | {"PYTHONPATH": command.python_path}
+    os.execve(words[0], words, variables)  # signals are the chain's from here on
+
+
+def _differences(folder: Path, differing: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield the first lines in which the files of a folder (-) differ from those of this command (+)."""
+    for name, lines in differing.items():
+        more = [f"... {len(lines) - _SHOWN_LINES} lines more"] if len(lines) > _SHOWN_LINES else []
+        yield from (f"{folder / name} is another: - there, + by this command", *lines[:_SHOWN_LINES], *more)
+
+
+def _other_files(folder: Path, differing: Iterable[str], there: CommandLine) -> UpcycleError:
+    """Return the error of a folder whose files are of another start, or edited; `there` goes on with them."""
+    names = " and ".join(differing)
+    return UpcycleError(
+        f"--dir {folder}",
+        got=f"{names} with other content",
+        expected="none, or the same",
+        fix=f"give another --dir, or delete {names}; or go on with what is there: `{there}`",
+    )
 
 
 def _missing_packages() -> list[UpcycleError]:

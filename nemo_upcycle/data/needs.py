@@ -49,6 +49,7 @@ class Need:
         is_in: whether caches have it; asks no network.
         license: its licence, where that is known.
         inputs: arguments of the pipeline that ask for it: `dense`, `data` or `evaluation`.
+        is_certain: whether `is_in` sees every copy; libraries have caches of their own.
     """
 
     what: str
@@ -57,6 +58,7 @@ class Need:
     is_in: Callable[[Caches], bool]
     license: str = ""
     inputs: tuple[str, ...] = ()
+    is_certain: bool = True
 
 
 def asset_need(name: str) -> Need:
@@ -88,4 +90,4 @@ def task_need(name: str, include_path: str | None = None) -> Need:
         path = caches.folder / FETCHED
         return path.is_file() and what in read_json(path)["fetched"]
 
-    return Need(what, HUB, fetch, is_in, "see the card of the data set")
+    return Need(what, HUB, fetch, is_in, "see the card of the data set", is_certain=False)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.planning.recipe_table import bridge_recipes, recipes
 from nemo_upcycle.utils.console import end_soon
 from nemo_upcycle.utils.masking import without_secrets
 
@@ -33,6 +34,28 @@ def refuse_bridge(words: Sequence[str]) -> None:
                 "here, name a recipe of NeMo's with --factory"
             ),
         )
+
+
+def of_another_trainer(name: str) -> UpcycleError | None:
+    """Return the error of a recipe that is not registered here; None if no trainer has it.
+
+    Args:
+        name: the recipe's name, as `--factory` takes it.
+
+    Example:
+        >>> of_another_trainer("nothing") is None
+        True
+    """
+    is_bridges = name in bridge_recipes()
+    if not is_bridges and not recipes("nemo").get(name, (None, False))[1]:
+        return None
+    other, here = ("Megatron-Bridge", "NeMo") if is_bridges else ("NeMo", "Megatron-Bridge")
+    return UpcycleError(
+        f"factory {name}",
+        got=f"a recipe for {other} alone",
+        expected=f"a recipe for {here}, which is installed here",
+        fix=f"where {other} is installed, type `nemo upcycle pipeline --factory {name} --dryrun` (docs/bridge.md)",
+    )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean, mistake_in_file
-from nemo_upcycle.pipeline.answers import answered
+from nemo_upcycle.pipeline.answers import answered, of_another_trainer
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
 from nemo_upcycle.utils.attributes import temporarily_set
 
@@ -110,7 +110,7 @@ class CheckedContext(run.cli.RunContext):
         name, _, arguments = str(self.factory).partition("(")
         known = factories(fn)
         if name not in known:
-            return UpcycleError.unknown(f"factory of {fn.__name__}", name, known)
+            return of_another_trainer(name) or UpcycleError.unknown(f"factory of {fn.__name__}", name, known)
         overrides = [tuple(map(str.strip, word.partition("="))) for word in arguments.rstrip(")").split(",") if word]
         bad_override = _first_bad_override(run.Partial(known[name]), overrides, where=f"argument of {name}")
         return bad_override or UpcycleError(f"factory {self.factory}: {_first_line(error)}.")

@@ -24,13 +24,10 @@ from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, requi
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Stage, WorkPlan
 from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
-from nemo_upcycle.utils.console import command_line, end_soon
+from nemo_upcycle.utils.command_line import COMMAND, CommandLine
+from nemo_upcycle.utils.console import end_soon
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.masking import without_secrets, write_private
-
-
-#: What was typed, in the run's folder.
-COMMAND = "command.txt"
 
 
 def absolute_argument(name: str, *, folder: bool = False) -> str:
@@ -172,7 +169,7 @@ def launch(
         own_plan, copies = plan.with_copies(run_dir)
         _require_no_other_jobs(chain, run_dir, own_plan)
         _write_plan(run_dir, own_plan, copies)
-        (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
+        (run_dir / COMMAND).write_text(f"{CommandLine.typed().anywhere()}\n", encoding="utf-8")
         _write_recipes(run_dir, own_plan)
         price, is_seen = getattr(ctx.executor, "price_per_gpu_hour", None), plan.file == PLAN and not ctx.detach
         with watched(run_dir, price) if is_seen else nullcontext():
@@ -240,7 +237,7 @@ def _run_chain(chain: Chain, *, detach: bool) -> None:
             ids = " ".join(chain.alive().values())
             sys.stderr.write(
                 f"\nStopped watching; the jobs continue: {ids} ({chain.run_dir / JOBS}).\n"
-                f"Watch them again with the same command: {command_line()}\n"
+                f"Watch them again with the same command: {CommandLine.typed()}\n"
             )
             raise SystemExit(128 + (stop.signum or 0))
 

@@ -23,7 +23,8 @@ from nemo_upcycle.pipeline.order import before, finished, unfinished
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
 from nemo_upcycle.pipeline.runner import DONE_BEFORE
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
-from nemo_upcycle.utils.console import command_line, end_soon
+from nemo_upcycle.utils.command_line import CommandLine
+from nemo_upcycle.utils.console import end_soon
 from nemo_upcycle.utils.progress import duration
 from nemo_upcycle.utils.validation import check_whole
 
@@ -171,5 +172,5 @@ def stopped(signum: int, stages: Sequence[Stage], run_dir: Path, plan: WorkPlan)
     names = " and ".join(f"'{stage.name}'" for stage in stages)
     return (
         f"\nStopped by {signal.Signals(signum).name} in stage {names}. Kept in {run_dir}: {kept}.\n"
-        f"Resume with the same command: {command_line()}\n"
+        f"Resume with the same command: {CommandLine.typed()}\n"
     )

@@ -5,7 +5,7 @@ The first screen is in `opening`, sections about the models' answers in `evaluat
 
 from __future__ import annotations
 
-import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,16 @@ from nemo_upcycle.reporting.markdown import (
 )
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import MODELS
+from nemo_upcycle.trainers.settings import STEPS
+from nemo_upcycle.utils.command_line import CommandLine
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
 
 
 #: The models of the training stages.
 _TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
+#: Steps of a longer training, at least.
+_LONGER_STEPS = 200
 
 
 def command(results: dict[str, Any]) -> str:
@@ -262,13 +266,21 @@ def setting(results: dict[str, Any]) -> str:
 
 
 def next_steps(results: dict[str, Any], run_dir: Path) -> str:
-    """Return the commands for a longer training and more tasks."""
-    model = Path(results["evaluation_settings"]["trained"]["model"]["folder"])
-    baseline = " dense_ct.trainer.max_steps=200" if "dense_ct" in results["evaluation"] else ""
+    """Return the commands for a longer training and more tasks; nothing if the run did not note its own command."""
+    typed = CommandLine.read(results["command"] or "")
+    if typed is None:
+        return ""
+    name = STEPS.bridge if results["trainer"] == "bridge" else STEPS.nemo
+    steps = {
+        f"{stage}.{name}": max(_LONGER_STEPS, 2 * done["settings"]["max_steps"])
+        for stage, done in results["training"].items()
+    }
+    longer = typed.changed({"dir": f"{run_dir.absolute()}-longer"} | steps)
+    model = f"pretrained={results['evaluation_settings']['trained']['model']['folder']},dtype=bfloat16"
+    words = ["run", "--model", "hf", "--model_args", model, "--tasks", "mmlu,piqa", "--batch_size", "8"]
+    tasks = replace(typed, words=(typed.sibling("lm_eval"), *words), python_path="")
     commands = f"""# train for longer, into a new folder
-nemo upcycle pipeline --factory {shlex.quote(results["recipe"])} {shlex.quote(f"dir={run_dir}-longer")} \\
-    pretrain.trainer.max_steps=200{baseline} --yes
+{longer}
 # evaluate the trained model with lm-eval itself, on any of its tasks (needs the Hugging Face hub)
-lm_eval run --model hf --model_args {shlex.quote(f"pretrained={model},dtype=bfloat16")} --tasks mmlu,piqa \\
-    --batch_size 8"""
+{tasks}"""
     return section("How to go on", fenced(commands, "bash"))

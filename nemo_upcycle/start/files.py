@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-import shlex
-import shutil
-import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,16 +12,21 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.data.blend import ONLY
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.start.choices import Choices
 from nemo_upcycle.start.parent import FoundParent
 from nemo_upcycle.start.texts import Texts
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.commands import recomputation
+from nemo_upcycle.utils.command_line import COMMAND, CommandLine, shown_program
 
 
 #: In the folder that is named.
 RECIPE, BLEND = "recipe.py", "blend.yaml"
+#: An executor for GPUs that this machine lacks; a site fills in the words in capitals.
+CLUSTER = (
+    *("run.executor=slurm", "run.executor.account=ACCOUNT", "run.executor.partition=PARTITION"),
+    "run.executor.container_image=IMAGE",
+)
 _NEMO = '''"""{title}, upcycled to {experts}; by `nemo-upcycle start`, to be edited."""
 
 from pathlib import Path
@@ -189,51 +192,58 @@ def blend_text(texts: Texts, choices: Choices) -> str:
     return told + text
 
 
-def write_files(folder: Path, files: Mapping[str, str], go_on: Callable[[], str]) -> bool:
-    """Write files that are not there; leave equal ones.
+def differing_lines(folder: Path, files: Mapping[str, str]) -> dict[str, list[str]]:
+    """Compare files with those of a folder, which may have been edited.
 
     Args:
         folder: where they go.
         files: name -> content.
-        go_on: gives the command that goes on with what is there.
+
+    Returns:
+        Name -> lines of the folder's file (-) and of the new one (+), for each file that is there and differs.
+    """
+    found = {}
+    for name, text in files.items():
+        path = folder / name
+        if path.is_file() and (there := path.read_text(encoding="utf-8")) != text:
+            lines = difflib.unified_diff(there.splitlines(), text.splitlines(), n=0, lineterm="")
+            found[name] = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    return found
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> bool:
+    """Write the files that a folder lacks.
+
+    Args:
+        folder: where they go.
+        files: name -> content.
 
     Returns:
         Whether anything was written.
-
-    Raises:
-        UpcycleError: one is there and differs: it may have been edited.
     """
-    there = {name: (folder / name).read_text(encoding="utf-8") for name in files if (folder / name).is_file()}
-    if differing := [name for name, text in there.items() if text != files[name]]:
-        fix = f"go on with what is there: {go_on()}; or give another --dir, or delete {' and '.join(differing)}"
-        raise UpcycleError(
-            f"--dir {folder}",
-            got=f"{' and '.join(differing)} with other content",
-            expected="none, or the same",
-            fix=fix,
-        )
+    missing = [name for name in files if not (folder / name).is_file()]
     folder.mkdir(parents=True, exist_ok=True)
-    for name in files.keys() - there.keys():
+    for name in missing:
         (folder / name).write_text(files[name], encoding="utf-8")
-    return len(there) < len(files)
+    return bool(missing)
 
 
-def run_words(folder: Path, parent: FoundParent, choices: Choices) -> list[str]:
-    """List the words of the command that runs the files of a folder, whose recipe is found by PYTHONPATH."""
-    return ["nemo", "upcycle", "pipeline", *_FORMS[choices.trainer][2](folder, parent, choices), "--yes"]
+def run_command(folder: Path, parent: FoundParent, choices: Choices, *, is_here: bool) -> CommandLine:
+    """Return the command that runs the files of a folder, as it is typed where `nemo-upcycle start` was.
+
+    Args:
+        folder: holds the recipe, which is found by PYTHONPATH.
+        parent: the dense model.
+        choices: the run.
+        is_here: whether this machine has its GPUs; else the command is a dry run for a cluster.
+    """
+    words = [shown_program("nemo"), "upcycle", "pipeline", *_FORMS[choices.trainer][2](folder, parent, choices)]
+    words += ["--yes"] if is_here else [*CLUSTER, "--dryrun"]
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return CommandLine(tuple(words), path)
 
 
-def run_command(folder: Path, parent: FoundParent, choices: Choices) -> str:
-    """Return the command as it is typed where `nemo-upcycle start` was."""
-    words = [program(shown=True), *run_words(folder, parent, choices)[1:]]
-    return f"PYTHONPATH={shlex.quote(str(folder))} {shlex.join(words)}"
-
-
-def program(*, shown: bool = False) -> str:
-    """Return this environment's `nemo`; to be shown, its name alone where a shell finds that one."""
-    own = Path(sys.executable).with_name("nemo")
-    found = shutil.which("nemo")
-    is_found = found is not None and Path(found).absolute() == own.absolute()
-    if shown and is_found:
-        return "nemo"
-    return os.path.relpath(own) if shown and own.is_relative_to(Path.cwd()) else str(own)
+def command_of_a_run(folder: Path) -> CommandLine | None:
+    """Return the newest command that ran the files of a folder; None if none did."""
+    noted = sorted(folder.glob(f"*/{COMMAND}"), key=lambda path: path.stat().st_mtime)
+    return CommandLine.read(noted[-1].read_text(encoding="utf-8")) if noted else None

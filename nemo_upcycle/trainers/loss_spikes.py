@@ -7,6 +7,8 @@ import statistics
 from collections import deque
 from pathlib import Path
 
+from nemo_upcycle.trainers.settings import LR
+from nemo_upcycle.utils.command_line import COMMAND, CommandLine
 from nemo_upcycle.utils.progress import show_messages
 
 
@@ -59,3 +61,20 @@ class LossSpikes:
         middle = statistics.median(self._losses)
         deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in self._losses)
         return middle + self._threshold * max(deviation, 0.01 * middle)
+
+
+def how_to_go_on(folder: Path, trainer: str, rate: float) -> str:
+    """Say how to train on after a loss that ended a training: again, or anew with half the learning rate.
+
+    Args:
+        folder: folder of the training, in that of a run or by itself.
+        trainer: `nemo` or `bridge`.
+        rate: highest learning rate of the training.
+    """
+    noted, name = folder.parent / COMMAND, LR.of(trainer)
+    typed = CommandLine.read(noted.read_text(encoding="utf-8")) if noted.is_file() else None
+    anew = f"train in a new folder with a lower {name}"
+    if typed:
+        values = {"dir": f"{folder.parent}-lower-rate", f"{folder.name}.{name}": f"{rate / 2:g}"}
+        anew += f": `{typed.changed(values)}`"
+    return f"start again to go on from there; if it happens at the same step again, {anew}"

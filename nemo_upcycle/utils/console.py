@@ -5,17 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import re
-import shlex
 import shutil
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-
-from nemo_upcycle.utils.masking import masked_text, without_secrets
 
 
 #: Loggers of the libraries that trainers use.
@@ -25,14 +20,6 @@ LIBRARIES = ("megatron", "lightning.pytorch", "lightning.fabric", "nv_one_logger
 def is_verbose() -> bool:
     """Return whether the user asked for the libraries' messages with NEMO_UPCYCLE_VERBOSE=1."""
     return bool(os.environ.get("NEMO_UPCYCLE_VERBOSE"))
-
-
-def command_line() -> str:
-    """Return the command line as it was typed, with secrets hidden."""
-    program, *words = sys.argv
-    words = [masked_text(word) if re.search(r"\benv_vars\b", word) else without_secrets(word) for word in words]
-    typed = [Path(program).name] if os.access(program, os.X_OK) else ["python", program]
-    return shlex.join([*typed, *words])
 
 
 def in_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

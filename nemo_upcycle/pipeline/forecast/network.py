@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.needs import Caches
+from nemo_upcycle.data.needs import HUB, Caches
 from nemo_upcycle.data.network import run_needs
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, hub_variables
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.plan import Stage
@@ -18,6 +19,10 @@ from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.base import TrainingFacts
 from nemo_upcycle.utils.cache import CACHE_VARIABLE
 from nemo_upcycle.utils.files import MARKER
+
+
+#: Variables that keep huggingface_hub from its network, and what it takes for yes.
+_OFFLINE, _TRUE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), ("1", "ON", "YES", "TRUE")
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,22 @@ class NetworkForecast:
         stages: stage -> places and what is fetched from each, in the stages' order; stages that need no network are
             left out.
         command: the command that fetches everything beforehand; several are joined by &&.
+        offline: stage -> what it lacks while a variable keeps it from the Hugging Face hub.
     """
 
     stages: Mapping[str, Mapping[str, Sequence[str]]]
     command: str
+    offline: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Stages that cannot fetch what they lack, each in a line."""
+        variables = " or ".join(f"{name}=1" for name in _OFFLINE)
+        fix = f"where there is a network, type `{self.command}`; or unset the variable"
+        return tuple(
+            str(UpcycleError(stage, got=f"{variables} and no {', '.join(what)}", expected="it in a cache", fix=fix))
+            for stage, what in self.offline.items()
+        )
 
 
 def forecast_network(
@@ -50,7 +67,7 @@ def forecast_network(
         jobs: stage -> its job.
         facts: stage -> facts of its training, as far as they are known.
     """
-    inputs, found = plan.inputs, {}
+    inputs, found, offline = plan.inputs, {}, {}
     needs = run_needs(inputs.dense, inputs.data, inputs.suite)
     fetched, commands = {need.what for need in needs}, [_fetch(plan, "dense", "data", "evaluation")]
     for stage in stages:
@@ -63,14 +80,17 @@ def forecast_network(
         if {need.what for need in asked} - fetched:
             commands.append(_fetch(replace(plan, evaluation=suite), "evaluation"))
         places: dict[str, list[str]] = {}
-        for need in (*own, *asked):
-            if not need.is_in(caches):
-                places.setdefault(need.place, []).append(need.what)
+        missing = [need for need in (*own, *asked) if not need.is_in(caches)]
+        for need in missing:
+            places.setdefault(need.place, []).append(need.what)
+        on_hub = [need.what for need in missing if need.place == HUB and need.is_certain]
+        if on_hub and any(str(variables.get(name, "")).upper() in _TRUE for name in _OFFLINE):
+            offline[stage.name] = on_hub
         if known and known.uses_wandb and variables.get("WANDB_MODE", "online") == "online":
             places["Weights & Biases"] = ["metrics (the variable WANDB_MODE=offline keeps them in files)"]
         if places:
             found[stage.name] = places
-    return NetworkForecast(found, " && ".join(dict.fromkeys(commands)))
+    return NetworkForecast(found, " && ".join(dict.fromkeys(commands)), offline)
 
 
 def _fetch(plan: RunPlan, *inputs: str) -> str:

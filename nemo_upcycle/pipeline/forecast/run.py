@@ -153,7 +153,8 @@ def forecast(
             for stage in trained
             if stage.runs
             for error in required_training(plan, stage.name).problems(stage.name, plan.dense)
-        ),
+        )
+        + network.problems,
         read_too_often=tuple(_read_too_often(plan, data_folder_of(run_dir, plan), trainings)),
     )
 

@@ -10,7 +10,7 @@ import nemo_run as run
 
 from nemo_upcycle.data.blend import DEMO
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.answers import answered
+from nemo_upcycle.pipeline.answers import answered, of_another_trainer
 from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, entrypoint, factories, mistake_of
 from nemo_upcycle.pipeline.executors.base import is_local
@@ -111,7 +111,8 @@ class _OthersContext(run.cli.RunContext):
         try:
             task = super().parse_fn(fn, args, **default_kwargs)
         except Exception:
-            if mistake := mistake_of(str(self.factory)):
+            name = str(self.factory)
+            if mistake := mistake_of(name) or of_another_trainer(name.partition("(")[0]):
                 raise mistake from None
             raise
         restore = setting(task, "resume.restore_config")

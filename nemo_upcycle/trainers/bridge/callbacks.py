@@ -18,7 +18,7 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.trainers.base import FT_SOCKET, Evaluations
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, mixed_precision_of, settings_of
-from nemo_upcycle.trainers.loss_spikes import LossSpikes
+from nemo_upcycle.trainers.loss_spikes import LossSpikes, how_to_go_on
 
 
 def upcycle_callbacks(config: ConfigContainer, folder: Path, evaluations: Evaluations | None = None) -> list[Callback]:
@@ -93,8 +93,7 @@ class BridgeLossGuard(Callback):
             f"loss of step {step}",
             got=value,
             expected=f"at most {limit:.4f}; the last good checkpoint is {kept or 'the dense one'}",
-            fix="start again to go on from there; if it happens at the same step again, lower optimizer.lr or look at "
-            "that step's data",
+            fix=how_to_go_on(self._folder, "bridge", context.state.cfg.optimizer.lr),
         )
 
 

@@ -13,7 +13,7 @@ from nemo.utils.app_state import AppState
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
-from nemo_upcycle.trainers.loss_spikes import LossSpikes
+from nemo_upcycle.trainers.loss_spikes import LossSpikes, how_to_go_on
 
 
 class LossGuard(Callback):
@@ -21,7 +21,7 @@ class LossGuard(Callback):
 
     Megatron's own check (`ddp.check_for_nan_in_grad`) looks at every bucket of gradients on every rank, and the rank
     that finds something ends alone while the others wait for it. Here the first rank looks at two numbers that are
-    sums over all ranks, and all end together. Switch Megatron's on to learn which rank computes the value first.
+    sums over all ranks, and all end together. Megatron's tells which rank computes the value first, in a new run.
 
     A spike, see `LossSpikes`, is a warning and a line in `metrics.jsonl`.
 
@@ -61,8 +61,7 @@ class LossGuard(Callback):
             f"{what} of step {trainer.global_step}",
             got=got,
             expected=f"{expected}; the last good checkpoint is {kept or 'the dense one'}",
-            fix="start again to go on from there; if it happens at the same step again, lower optim.config.lr or look "
-            "at that step's data, else set trainer.strategy.ddp.check_for_nan_in_grad=true to find the rank",
+            fix=how_to_go_on(Path(AppState().log_dir), "nemo", pl_module.optim.config.lr),
         )
 
     def _judge(self, trainer: pl.Trainer) -> tuple[str, float, str] | None:

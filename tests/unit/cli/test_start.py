@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.cli.main import main
 from nemo_upcycle.start import choices
 from tests.unit.cli.conftest import Command, refused
 from tests.unit.start.conftest import texts_folder
@@ -42,3 +44,24 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
 def test_a_kind_of_gpus_needs_their_number(dense: Path, texts_folder: Path, gpu: str, said: str) -> None:
     words = ["start", str(dense), str(texts_folder), "--dir", str(texts_folder.parent / "run"), "--gpu", gpu]
     assert said in str(refused(*words))
+
+
+def test_gpus_that_are_elsewhere_are_never_started_here(dense: Path, texts_folder: Path, command: Command) -> None:
+    words = ["start", str(dense), str(texts_folder), "--gpus", "64", "--dir", str(texts_folder.parent / "run")]
+    assert command.values(*words)["command"].endswith(" run.executor.container_image=IMAGE --dryrun")
+    error = str(refused(*words, "--yes"))
+    assert error.startswith("--yes: got 0 GPUs here, expected 64. Fix: type `PYTHONPATH=")
+
+
+def test_a_folder_of_another_start_is_forecast_and_compared(
+    dense: Path, texts_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["start", str(dense), str(texts_folder), "--gpus", "0", "--dir", str(texts_folder.parent / "run")]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "--steps", "7"]) == 2
+    said = capsys.readouterr()
+    assert "memory  " in said.out
+    assert re.search(r"^-.*max_steps=10\b.*\n\+.*max_steps=7\b", said.out, re.MULTILINE)
+    assert "got recipe.py with other content" in said.err
+    assert "upcycle pipeline --factory recipe.chain --dryrun" in said.err

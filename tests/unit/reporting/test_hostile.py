@@ -11,6 +11,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from nemo_upcycle.reporting.report import write_report
+from nemo_upcycle.utils.command_line import CommandLine
 from tests.unit.reporting.conftest import RECEIPT
 from tests.unit.reporting.test_html import Page
 
@@ -59,7 +60,8 @@ def hostile(run_dir: Path, secret: Path) -> Path:
     (folder / "pretrain/receipt.json").write_text(json.dumps(RECEIPT))
     for path in folder.rglob("*.json"):
         _change(path, typed)
-    (folder / "command.txt").write_text(f"{typed}\n```\n{typed}\n")
+    line = CommandLine(("nemo", f"{typed}\n```\n{typed}"))
+    (folder / "command.txt").write_text(f"{line}\n")
     return folder
 
 

@@ -8,12 +8,20 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.data.blend import read_blend
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.start.choices import Choices, Wanted, choose
-from nemo_upcycle.start.files import blend_text, recipe_text, run_command, write_files
+from nemo_upcycle.start.files import (
+    CLUSTER,
+    blend_text,
+    command_of_a_run,
+    differing_lines,
+    recipe_text,
+    run_command,
+    write_files,
+)
 from nemo_upcycle.start.parent import FoundParent
 from nemo_upcycle.start.texts import Texts
+from nemo_upcycle.utils.command_line import CommandLine
 
 
 PARENT = FoundParent("/models/mine", known_shape("llama3_8b"), None)
@@ -45,18 +53,40 @@ def test_a_blend_reads_what_was_found(tmp_path: Path) -> None:
     assert (config.seq_length, config.hold_out.heldout) == (128, 0.001)
 
 
-def test_files_are_written_once_and_never_over_others(tmp_path: Path) -> None:
+def test_files_are_written_once_and_differences_are_named(tmp_path: Path) -> None:
     files = {"recipe.py": "one\n", "blend.yaml": "two\n"}
-    assert write_files(tmp_path / "new", files, str)
-    assert not write_files(tmp_path / "new", files, str)
+    assert write_files(tmp_path / "new", files)
+    assert not write_files(tmp_path / "new", files)
+    assert differing_lines(tmp_path / "new", files) == {}
     (tmp_path / "new/recipe.py").write_text("edited\n")
-    with pytest.raises(UpcycleError, match=r"recipe\.py with other content.*go on with what is there: COMMAND"):
-        write_files(tmp_path / "new", files, lambda: "COMMAND")
-    assert (tmp_path / "new/recipe.py").read_text() == "edited\n"
+    assert differing_lines(tmp_path / "new", files) == {"recipe.py": ["-edited", "+one"]}
 
 
+@pytest.fixture
+def _shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+
+@pytest.mark.usefixtures("_shell")
 def test_the_command_finds_the_recipe_wherever_its_folder_is(tmp_path: Path) -> None:
     made = _chosen("nemo", 0)
-    assert run_command(Path("runs/my run"), PARENT, made).startswith("PYTHONPATH='runs/my run' ")
-    bridge = run_command(tmp_path, PARENT, replace(made, trainer="bridge"))
+    assert str(run_command(Path("runs/my run"), PARENT, made, is_here=True)).startswith("PYTHONPATH='runs/my run' ")
+    bridge = str(run_command(tmp_path, PARENT, replace(made, trainer="bridge"), is_here=True))
     assert "recipe=recipe:pretrain dense_ct=recipe:dense_ct gpus=2" in bridge
+
+
+def test_the_command_keeps_a_python_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/site")
+    assert run_command(Path("run"), PARENT, _chosen("nemo", 0), is_here=True).python_path == "run:/site"
+
+
+def test_gpus_elsewhere_are_a_clusters() -> None:
+    command = run_command(Path("run"), PARENT, _chosen("nemo", 64), is_here=False)
+    assert command.words[-5:] == (*CLUSTER, "--dryrun")
+
+
+def test_the_newest_run_of_a_folder_is_gone_on_with(tmp_path: Path) -> None:
+    assert command_of_a_run(tmp_path) is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/command.txt").write_text("cd /here && nemo upcycle pipeline dir=a --yes\n")
+    assert command_of_a_run(tmp_path) == CommandLine(("nemo", "upcycle", "pipeline", "dir=a", "--yes"), "", "/here")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.utils.console import command_line
+from nemo_upcycle.utils.command_line import CommandLine
 from nemo_upcycle.utils.masking import MASK, is_secret, masked, masked_text, without_secrets, write_private
 
 
@@ -91,7 +91,7 @@ def test_command_line_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatch) -
     words = ["run.executor.env_vars={HF_TOKEN: hf_abc, A: b}", "run.executor.stages.data.env_vars={MY_KEY: x y}"]
     monkeypatch.setattr("sys.argv", ["nemo", "upcycle", "tokenizer=/t", "sources.web.tokens=5", *words])
     sys.argv.append("run.executor.container_image=docker://me:pw@reg#image")
-    line = command_line()
+    line = str(CommandLine.typed())
     assert [words for words in ("me:pw", "hf_abc", "x y") if words in line] == []
     assert all(kept in line for kept in ("tokenizer=/t", "web.tokens=5", "A: b"))
 
