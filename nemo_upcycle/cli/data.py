@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.cli.common import folder_to_make, require_overrides, show
 from nemo_upcycle.data.blend import ONLY, Blend, is_pattern, only_source, read_blend
-from nemo_upcycle.data.first_look import with_text_field
+from nemo_upcycle.data.readers import READERS, InputFile
+from nemo_upcycle.data.schemas import TEXT, kept_and_lost, read_schemas, schema_text, split_by_field
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.conf import packaged, packaged_names
 from nemo_upcycle.utils.files import is_complete
@@ -95,20 +96,26 @@ def _require_one(args: argparse.Namespace) -> None:
 
 
 def _blend_of(args: argparse.Namespace) -> Blend:
-    """Read the blend; of texts that are given in its place find the field that holds them, and say so."""
+    """Read the blend; of texts that are given in its place find the fields that hold them, and say so."""
     blend = read_blend(args.blend, args.overrides)
     if not only_source(args.blend):
         return blend
     from nemo_upcycle.data.build import noted_options
     from nemo_upcycle.data.inputs import check_files
 
-    if made_with := noted_options(args.output, ONLY):
+    if (made_with := noted_options(args.output, ONLY)) is not None:
         words = [f"sources.{ONLY}.options.{name}={value}" for name, value in made_with.items()]
         return read_blend(args.blend, [*words, *args.overrides])
-    blend, field = with_text_field(blend, ONLY, check_files(blend, ONLY)["train"])
-    if field:
-        setting = f"sources.{ONLY}.options.text_key={field}"
-        sys.stderr.write(f"source {ONLY}: no field `text`; its texts are in `{field}` ({setting})\n")
+    is_stated = "text_key" in blend.config.sources[ONLY].options
+    blend, _ = split_by_field(blend, ONLY, check_files(blend, ONLY)["train"])
+    sources = {} if is_stated else blend.config.sources
+    for name, source in sources.items():
+        field = source.options.get("text_key", TEXT)
+        if len(sources) > 1:
+            sys.stderr.write(f"source {name}: texts in `{field}`, {blend.share(name):.1%} of a run\n")
+        elif field != TEXT:
+            setting = f"sources.{name}.options.text_key={field}"
+            sys.stderr.write(f"source {name}: no field `text`; its texts are in `{field}` ({setting})\n")
     return blend
 
 
@@ -145,22 +152,34 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
             "trains": source.trains,
             "files": {split: len(files) for split, files in checked.inputs[name].items()},
             "bytes": sum(file.size_bytes or 0 for files in checked.inputs[name].values() for file in files),
+            "schemas": _schemas(blend, name, checked.inputs[name]["train"]),
         }
         for name, source in blend.config.sources.items()
     }
-    lines = [f"{blend.name}: {len(rows)} sources, tokenizer {checked.tokenizer}, {checked.engine}"]
+    lines = [
+        f"{blend.name}: {len(rows)} source{'s' * (len(rows) > 1)}, tokenizer {checked.tokenizer}, {checked.engine}"
+    ]
     for name, row in rows.items():
         files = ", ".join(f"{count:,} {split}" for split, count in row["files"].items() if count)
         trains = f"; trains {', '.join(row['trains'])}" if row["trains"] else ""
         lines.append(
             f"  {name}: {row['weight']:.1%}, files {files}, {row['bytes'] / 1e6:,.1f} MB; {row['license']}{trains}"
         )
+        lines += [f"    {schema_text(schema)}" for schema in row["schemas"]]
     train_bytes = {
         name: sum(file.size_bytes or 0 for file in files["train"]) for name, files in checked.inputs.items()
     }
     lines += expected_draw(blend, train_bytes)
     show(args, {"blend": blend.name, "sources": rows, "engine": checked.engine}, "\n".join(lines))
     return 0
+
+
+def _schemas(blend: Blend, source: str, files: list[InputFile]) -> list[dict[str, Any]]:
+    """Describe the fields of a source's files on this machine, and the bytes that are kept and lost."""
+    config = blend.config.sources[source]
+    if "text_key" not in READERS[config.reader].options:
+        return []
+    return kept_and_lost(files, read_schemas(files), config.options.get("text_key", TEXT))
 
 
 def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:

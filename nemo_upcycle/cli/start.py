@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     files = {RECIPE: recipe_text(parent, choices), BLEND: blend_text(texts, choices)}
     differing = differing_lines(folder, files)
     is_new = not differing and write_files(folder, files)
-    found, forecast = {"model": parent.description, "texts": texts.description}, _forecast(choices)
+    found, forecast = {"model": parent.description, **texts.described}, _forecast(choices)
     chosen = {name: {"value": value, "because": why} for name, value, why in choices.rows}
     paths = [str(folder / name) for name in files]
     answer: dict[str, Any] = found | {"choices": chosen, "forecast": forecast, "files": paths}

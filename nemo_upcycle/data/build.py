@@ -222,13 +222,14 @@ def update_blend(
     return describe_anew(blend, output)
 
 
-def noted_options(output: Path, source: str) -> dict[str, Any]:
-    """Return the options of a source that a folder was made with; nothing where no text was read, or of another's."""
+def noted_options(output: Path, source: str) -> dict[str, Any] | None:
+    """Return the options of a source that a folder was made with; None if it has no such source, or read no text."""
     if is_complete(output):
         made_from = read_json(marker_of(output)).get("made_from")
     else:
         made_from = _noted(output / BUILD / MADE_FROM) if (output / BUILD / BEGUN).is_file() else {}
-    return dict(_with_defaults(made_from).get("blend", {}).get("sources", {}).get(source, {}).get("options", {}))
+    noted = _with_defaults(made_from).get("blend", {}).get("sources", {}).get(source)
+    return dict(noted["options"]) if noted else None
 
 
 def cached_blend(name: str, dense: str) -> Path:

@@ -57,9 +57,18 @@ class Look:
     @property
     def text_field(self) -> str:
         """The one field that can be the text, where most have none of the name that was looked for; "" if not."""
-        longest = next(iter(self.fields), "")
-        rivals = [name for name, length in self.fields.items() if length > _AS_LONG * self.fields[longest]]
-        return longest if not self.is_text and rivals == [longest] else ""
+        return "" if self.is_text else the_long_one(self.fields)
+
+
+def the_long_one(fields: Mapping[str, int]) -> str:
+    """Return the field that is much longer than all others; "" if there is none.
+
+    Args:
+        fields: name of a field -> characters of its texts.
+    """
+    longest = max(fields, key=lambda name: fields[name], default="")
+    rivals = [name for name, length in fields.items() if length > _AS_LONG * fields[longest]]
+    return longest if rivals == [longest] else ""
 
 
 def look_at(
@@ -79,13 +88,22 @@ def look_at(
     names = names_inside([file.path for file in files])
     first = [{**dataclasses.asdict(file), "name": names[file.path]} for file in files[: documents + 1]]
     request = {"files": first, "documents": documents, "bytes": size_bytes, "tokenizer": tokenizer and str(tokenizer)}
+    return Look(**ask_engine(request))
+
+
+def ask_engine(request: Mapping[str, Any]) -> Any:
+    """Return the answer of `nemo_upcycle.data.engine.sample`, which runs in the data environment.
+
+    Raises:
+        UpcycleError: there is no data environment, or a file cannot be read.
+    """
     command = [str(data_python()), "-m", f"{ENGINE}.sample"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
         raise UpcycleError(
             (done.stderr.strip().splitlines() or ["the data engine failed"])[-1].removeprefix("error: ")
         )
-    return Look(**json.loads(done.stdout))
+    return json.loads(done.stdout)
 
 
 def filled_files(source: str, files: Sequence[InputFile]) -> list[InputFile]:
@@ -129,27 +147,4 @@ def check_look(blend: Blend, source: str, look: Look) -> None:
         fix = f"set sources.{source}.options.text_key={next(iter(look.fields))}"
     raise UpcycleError(
         f"source {source}", got=f"{count:,} of its first {look.records:,} documents: {got}", expected=expected, fix=fix
-    )
-
-
-def with_text_field(blend: Blend, source: str, files: Sequence[InputFile]) -> tuple[Blend, str]:
-    """Return a blend whose source reads the one field that holds its texts, and its name; "" where all is plain.
-
-    Args:
-        blend: a blend.
-        source: name of the source.
-        files: its files.
-    """
-    here = [file for file in files if file.size_bytes and not is_address(file.path)]
-    is_open = here and "text_key" not in blend.config.sources[source].options
-    field = look_at(here).text_field if is_open else ""
-    return (reading(blend, source, field) if field else blend), field
-
-
-def reading(blend: Blend, source: str, field: str) -> Blend:
-    """Return a blend whose source has its texts in a field."""
-    config = blend.config.sources[source]
-    changed = dataclasses.replace(config, options=config.options | {"text_key": field})
-    return dataclasses.replace(
-        blend, config=dataclasses.replace(blend.config, sources=blend.config.sources | {source: changed})
     )

@@ -32,8 +32,9 @@ def count_lost(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tasks: counts of the engine, one a task.
 
     Returns:
-        `share`, the larger one of that of documents and of bytes, 0 to 1; and by reason `documents`, `bytes` and the
-        `first` place. A file whose size nobody says counts as many bytes as the others have on average.
+        `share`, the larger one of that of documents and of bytes, 0 to 1; and by reason `documents`, `bytes`, the
+        `first` place, and `whole`, the files that are lost as a whole, each of which counts as one document. A file
+        whose size nobody says counts as many bytes as the others have on average.
 
     Example:
         >>> lost = {"broken JSON": {"documents": 1, "bytes": 30, "files": 0, "first": "a.jsonl:7"}}
@@ -47,6 +48,8 @@ def count_lost(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for reason, one in task["lost"].items():
             into = reasons.setdefault(reason, {"documents": 0, "bytes": 0, "first": one["first"]})
             into["documents"] += one["documents"]
+            if whole := one.get("whole", 0):
+                into["whole"] = into.get("whole", 0) + whole
             into["bytes"] += one["bytes"] + one["files"] * file_bytes
             size_bytes += one["files"] * file_bytes
     lost = {key: sum(one[key] for one in reasons.values()) for key in ("documents", "bytes")}
@@ -57,9 +60,16 @@ def count_lost(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def lost_text(lost: Mapping[str, Any]) -> list[str]:
     """Describe the counts of `count_lost`, one line a reason."""
     return [
-        f"{one['documents']:,} documents, {one['bytes']:,} bytes: {reason}, first at {one['first']}"
+        f"{_lost_count(one)}, {one['bytes']:,} bytes: {reason}, first at {one['first']}"
         for reason, one in lost["reasons"].items()
     ]
+
+
+def _lost_count(one: Mapping[str, Any]) -> str:
+    """Count lost documents, and files that are lost as a whole."""
+    whole = one.get("whole", 0)
+    counts = {"document": one["documents"] - whole, "whole file": whole}
+    return " and ".join(f"{count:,} {name}{'s' * (count != 1)}" for name, count in counts.items() if count)
 
 
 def require_read(blend: Blend, source: str, tasks: Sequence[Mapping[str, Any]]) -> None:

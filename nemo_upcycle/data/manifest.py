@@ -119,6 +119,7 @@ def finish_blend(
             name: {
                 **_of_the_source(blend, name),
                 **({"most_tokens": tokens} if (tokens := config.sources[name].tokens) else {}),
+                **({"text_key": key} if (key := config.sources[name].options.get("text_key")) else {}),
                 "splits": merged[name],
                 "lost": count_lost([entry for entry in stats if entry["source"] == name]),
                 "steps": _sum_steps(entry for entry in stats if entry["source"] == name),

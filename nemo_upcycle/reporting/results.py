@@ -34,7 +34,7 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         `heldout_overlap` (of the data's manifest, or None), `samples` (held-out prompts with each model's
         continuation), `training` (stage -> settings, first and last losses, tokens, rates, memory, expert load,
         routers), `receipt` and `online_receipt` (without the list of parameters), `evaluation_settings`,
-        `stage_seconds`, `dense`, `trainer`, `command`, `recipes` and `environment`.
+        `stage_seconds`, `dense`, `trainer`, `command`, `recipes`, `environment` and `texts` (the manifest's sources).
 
     Raises:
         UpcycleError: two models were evaluated on different items.
@@ -67,6 +67,7 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         "published": next(iter(evaluations.values()))["suite"]["config"].get("published"),
         "contamination": _contamination(run.contamination, evaluations["dense"]["metrics"]),
         "heldout_overlap": run.heldout_overlap,
+        "texts": run.texts,
         "samples": _samples(evaluations),
         "training": {
             stage: summarise_curve(curve)

@@ -71,6 +71,7 @@ class RunRecord:
         stage_seconds: wall time of the stages that finished, each after those that it needs.
         contamination: `contamination.json` of the data; None where there is none.
         heldout_overlap: of the data's `manifest.json`: held-out text in training text; None where none was looked for.
+        texts: of the data's `manifest.json`: its sources, with what was kept and lost of each.
     """
 
     recipe: str
@@ -87,6 +88,7 @@ class RunRecord:
     stage_seconds: dict[str, float]
     contamination: dict[str, Any] | None = None
     heldout_overlap: dict[str, Any] | None = None
+    texts: dict[str, Any] = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -101,6 +103,7 @@ def read_run(folder: Path) -> RunRecord:
     trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
     contamination = _data_of(folder, markers) / CONTAMINATION
     online, command = folder / "pretrain/receipt.json", folder / "command.txt"
+    manifest = read_manifest(folder, markers)
     plan = _read(folder / "pipeline.json", "import", {"recipe": str, "dense": str})
     return RunRecord(
         recipe=plan["recipe"],
@@ -124,7 +127,8 @@ def read_run(folder: Path) -> RunRecord:
         recipes={stage: recipe for stage in trained if (folder / (recipe := f"recipes/{stage}.yaml")).is_file()},
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
         contamination=_read(contamination, "data", _CONTAMINATION) if contamination.is_file() else None,
-        heldout_overlap=read_manifest(folder, markers).get("heldout_overlap"),
+        heldout_overlap=manifest.get("heldout_overlap"),
+        texts=manifest.get("sources", {}),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.finished import overlap_shares, overlap_unit
+from nemo_upcycle.data.losses import lost_text
 from nemo_upcycle.reporting.markdown import (
     code,
     fenced,
@@ -54,6 +55,7 @@ def training(results: dict[str, Any]) -> str:
     return section(
         "Training",
         _data(stages),
+        texts(results["texts"]),
         overlap(results["heldout_overlap"]),
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
         _changes(stages),
@@ -104,6 +106,27 @@ def _data(stages: dict[str, Any]) -> str:
     if len(set(data.values())) == 1:
         data = {"": next(iter(data.values()))}
     return "\n\n".join(f"Data{whose}: {plain(text)}." for whose, text in data.items())
+
+
+def texts(found: dict[str, Any]) -> str:
+    """Return how much of each source was read, trained on and lost; nothing for conversations.
+
+    Args:
+        found: `sources` of the data's manifest.
+    """
+    rows = []
+    for name, source in found.items():
+        if not {"steps", "splits", "lost"} <= source.keys():  # earlier versions did not count what was lost
+            continue
+        train, lost = source["splits"]["train"], source["lost"]
+        lost_bytes = sum(one["bytes"] for one in lost["reasons"].values())
+        read = f"{source['steps']['read']['in']:,}"
+        kept = [f"{train['documents']:,}", size_text(train["bytes"]), size_text(lost_bytes) if lost_bytes else "none"]
+        rows.append([name, read, *kept, source.get("text_key", "text"), "; ".join(lost_text(lost)) or "-"])
+    if not rows:
+        return ""
+    header = ["source", "documents read", "trained on", "bytes trained on", "bytes lost", "field", "why lost"]
+    return table(header, rows, words=2) + "\n\nSource: `manifest.json` of the data."
 
 
 def overlap(found: dict[str, Any] | None) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from nemo_upcycle.data.blend import ONLY
 from nemo_upcycle.start.choices import Choices
 from nemo_upcycle.start.parent import FoundParent
 from nemo_upcycle.start.texts import Texts
@@ -184,7 +183,7 @@ _FORMS: dict[str, tuple[str, Callable[[Choices], tuple[list[str], list[str]]], C
 
 def blend_text(texts: Texts, choices: Choices) -> str:
     """Write the blend."""
-    content: dict[str, Any] = {"sources": {ONLY: texts.source}, "seq_length": choices.seq_length}
+    content: dict[str, Any] = {"sources": texts.sources, "seq_length": choices.seq_length}
     if held := choices.hold_out:
         content |= {"hold_out": {"validation": held.share, "heldout": held.share}, "seed": held.seed}
     told = "# The texts of this run, by `nemo-upcycle start`, to be edited; `hold_out` is not trained on.\n"

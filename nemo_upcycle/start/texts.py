@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.blend import DEMO, ONLY, only_source, read_blend
+from nemo_upcycle.data.blend import DEMO, ONLY, Blend, only_source, read_blend
 from nemo_upcycle.data.engine.encodings import COMPRESSED
 from nemo_upcycle.data.engine.records import split_of
-from nemo_upcycle.data.first_look import Look, check_look, filled_files, look_at, reading
+from nemo_upcycle.data.first_look import Look, check_look, filled_files, look_at
 from nemo_upcycle.data.inputs import check_files
 from nemo_upcycle.data.readers import readable, suffix_of
+from nemo_upcycle.data.schemas import PACKED, TEXT, Schema, kept_and_lost, schema_text, split_by_field
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.console import short_count
 
@@ -22,8 +23,6 @@ from nemo_upcycle.utils.console import short_count
 _DEMO_TOKENS, _DEMO_DOCUMENTS = 580_000, 64
 #: Of a sample: documents at most.
 _SAMPLED = 2000
-#: Bytes of text for a stored one, of files that no sample has read to their end: compressed, Parquet.
-_PACKED = 2.5
 #: Bytes of a token where no tokenizer is at hand.
 _BYTES_A_TOKEN = 4.0
 #: Held back at least, for each of the two splits: sequences of validation, and documents.
@@ -45,19 +44,19 @@ class Texts:
     """The texts of a run.
 
     Attributes:
-        source: its keys in a blend.
+        sources: name of a source -> its keys in a blend; the sources differ in the field that holds the text.
         documents: their number, from the sample.
         tokens: their number, from the sample.
-        description: what was found.
-        sample: id and tokens of each document, where the sample has read all.
+        described: name of a source -> documents, tokens, and bytes kept and lost.
+        sample: source, id and tokens of each document, where the sample has read all.
         has_splits: whether the source names what is held back itself.
     """
 
-    source: dict[str, Any]
+    sources: dict[str, dict[str, Any]]
     documents: int
     tokens: int
-    description: str
-    sample: list[tuple[str, float]] | None = None
+    described: dict[str, str]
+    sample: list[tuple[str, str, float]] | None = None
     has_splits: bool = False
 
     def hold_out(self, seq_length: int) -> HoldOutShare | None:
@@ -78,14 +77,16 @@ class Texts:
             share = max(50 / self.documents, 8 * seq_length / self.tokens, 0.001)
             return HoldOutShare(min(round(share, 4), _SHARES[-1]), _SEEDS[0])
         for share, seed in ((share, seed) for share in _SHARES for seed in _SEEDS):
-            tokens, documents = Counter[str](), Counter[str]()
-            for identity, size in self.sample:
+            tokens, documents = Counter[tuple[str, str]](), Counter[str]()
+            for source, identity, size in self.sample:
                 split = split_of(identity, seed, {"validation": share, "heldout": share})
-                tokens[split] += int(size)
+                tokens[split, source] += int(size)
                 documents[split] += 1
+            trained = min(tokens["train", source] for source in self.sources)
+            watched = max(tokens["validation", source] for source in self.sources)
             least = min(_DOCUMENTS, len(self.sample) // 3)
             enough = min(documents["validation"], documents["heldout"]) >= max(1, least)
-            if enough and min(tokens["validation"], tokens["train"]) > _SEQUENCES * seq_length:
+            if enough and min(watched, trained) > _SEQUENCES * seq_length:
                 return HoldOutShare(share, seed)
         raise UpcycleError(
             "texts",
@@ -109,23 +110,32 @@ def find_texts(name: str | None, tokenizer: Path | None) -> Texts:
         config = read_blend(DEMO).config.sources["speeches"]
         source = {key: getattr(config, key) for key in ("reader", "license", "train", "validation", "heldout")}
         about = f"the demo's, {_DEMO_DOCUMENTS} speeches, about {short_count(_DEMO_TOKENS)} tokens"
-        return Texts(source, _DEMO_DOCUMENTS, _DEMO_TOKENS, about, has_splits=True)
+        return Texts({ONLY: source}, _DEMO_DOCUMENTS, _DEMO_TOKENS, {ONLY: about}, has_splits=True)
     if not only_source(name):
         got = "no file of texts" if Path(name).exists() else "no such file or folder"
         fix = "give a file, a folder, or a pattern in quotes"
         raise UpcycleError(f"texts {name}", got=got, expected=readable(), fix=fix)
-    blend = read_blend(name)
-    files = check_files(blend, ONLY)["train"]
+    files = check_files(blend := read_blend(name), ONLY)["train"]
     filled_files(ONLY, files)
+    blend, schemas = split_by_field(blend, ONLY, files)
     own = tokenizer / "tokenizer.json" if tokenizer else None
-    sample: dict[str, Any] = {"documents": _SAMPLED, "tokenizer": own if own and own.is_file() else None}
-    look = look_at(files, **sample)
-    if field := look.text_field:
-        blend = reading(blend, ONLY, field)
-        files = check_files(blend, ONLY)["train"]
-        look = look_at(files, **sample)
-    check_look(blend, ONLY, look)
-    config = blend.config.sources[ONLY]
+    found = [_read(blend, source, own if own and own.is_file() else None, schemas) for source in blend.config.sources]
+    samples = [one.sample for one in found]
+    whole = None if None in samples else [part for sample in samples for part in sample or ()]
+    total = sum(one.tokens for one in found)
+    keys = {key: value for one in found for key, value in one.sources.items()}
+    if len(found) > 1:  # every text is read equally often
+        shares = {key: round(one.tokens / total, 4) for one in found for key in one.sources}
+        keys = {key: value | {"weight": shares[key]} for key, value in keys.items()}
+    lines = {key: value for one in found for key, value in one.described.items()}
+    return Texts(keys, sum(one.documents for one in found), total, lines, whole)
+
+
+def _read(blend: Blend, source: str, tokenizer: Path | None, schemas: Sequence[Schema]) -> Texts:
+    """Read a sample of one source."""
+    files, config = check_files(blend, source)["train"], blend.config.sources[source]
+    look = look_at(files, documents=_SAMPLED, tokenizer=tokenizer)
+    check_look(blend, source, look)
     sizes = [file.size_bytes or 0 for file in files]
     rate = look.tokens_per_byte or 1 / _BYTES_A_TOKEN
     is_whole = len(look.read_bytes) == len(files) and look.read_bytes[-1] is None
@@ -133,15 +143,16 @@ def find_texts(name: str | None, tokenizer: Path | None) -> Texts:
     text_bytes = sampled if is_whole else sampled * _growth(look, sizes, [file.path for file in files])
     documents = round(len(look.documents) * text_bytes / sampled)
     about = "" if is_whole else "about "
-    kinds = Counter(suffix_of(file.path) for file in files)
-    described = ", ".join(f"{count:,} {end}" for end, count in kinds.items())
-    where = f", in their field `{field}`" if field else ""
+    rows = kept_and_lost(files, schemas, config.options.get("text_key", TEXT))
+    schema = "; ".join(map(schema_text, rows)) or ", ".join(
+        f"{count:,} {end}" for end, count in Counter(suffix_of(file.path) for file in files).items()
+    )
     return Texts(
-        {"train": config.train, **({"options": config.options} if config.options else {})},
+        {source: {"train": config.train} | ({"options": config.options} if config.options else {})},
         documents,
         max(1, round(text_bytes * rate)),
-        f"{described}: {about}{documents:,} documents, about {short_count(text_bytes * rate)} tokens{where}",
-        [(identity, size * rate) for identity, size in look.documents] if is_whole else None,
+        {source: f"{about}{documents:,} documents, about {short_count(text_bytes * rate)} tokens; {schema}"},
+        [(source, identity, size * rate) for identity, size in look.documents] if is_whole else None,
     )
 
 
@@ -150,7 +161,7 @@ def _growth(look: Look, sizes: list[int], paths: list[str]) -> float:
 
     def read() -> Iterator[float]:
         for size, path, read_bytes in zip(sizes, paths, look.read_bytes, strict=False):
-            packed = _PACKED if path.endswith((*COMPRESSED, ".parquet")) else 1.0
+            packed = PACKED if path.endswith((*COMPRESSED, ".parquet")) else 1.0
             yield size if read_bytes is None else min(size, read_bytes / packed)
 
     return max(1.0, sum(sizes) / max(1.0, sum(read())))

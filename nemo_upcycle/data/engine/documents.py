@@ -36,13 +36,14 @@ class ReadDocuments(LedgerStep):
                 start, stop, _ = options.get("part", (0, stored, 1))
                 texts = self.ledger.texts[file] = xxh3_128()
                 for place, identity, size_bytes, record in records_of(file, name, task.reader, options):
+                    is_whole = size_bytes is None and isinstance(record, dict)  # Parquet without the column
                     if size_bytes is None and stop is not None:
                         size_bytes = max(0, stop - start - (self.ledger.bytes_in - before))
                     self.ledger.records_in += 1
                     self.ledger.bytes_in += size_bytes or 0
                     document = self._document(place, identity, record, options, texts)
                     if isinstance(document, str):
-                        self.ledger.lost(document, identity, place, size_bytes)
+                        self.ledger.lost(document, identity, place, size_bytes, is_whole=is_whole)
                         continue
                     document.metadata["listed"] = bool(listed) and int(place.rpartition(":")[2]) - 1 in listed
                     yield document

@@ -72,8 +72,10 @@ class Ledger:
             self._aside.parent.mkdir(exist_ok=True)
             self._lines = self._aside.open("w", encoding="utf-8")
 
-    def lost(self, reason: str, identity: str, where: str, size_bytes: int | None, **more: Any) -> None:
-        """Count unreadable bytes, and write their line; None is a file of unknown size.
+    def lost(
+        self, reason: str, identity: str, where: str, size_bytes: int | None, *, is_whole: bool = False, **more: Any
+    ) -> None:
+        """Count unreadable bytes, and write their line; None is a file of unknown size, `is_whole` a whole file.
 
         Raises:
             UpcycleError: the plan is strict.
@@ -86,6 +88,8 @@ class Ledger:
         lost["documents"] += 1
         lost["bytes"] += size_bytes or 0
         lost["files"] += size_bytes is None
+        if is_whole:
+            lost["whole"] = lost.get("whole", 0) + 1
         self.removed("read", reason, identity, where, size_bytes or 0, **more)
 
     def removed(self, step: str, reason: str, identity: str, where: str, size_bytes: int, **more: Any) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from nemo_upcycle.data.engine.lines import NOT_THERE
+from nemo_upcycle.data.engine.lines import NOT_THERE, open_input
 from nemo_upcycle.data.engine.records import own_identity, records_of, text_of, texts_there
 from nemo_upcycle.data.readers import FORMATS
 from nemo_upcycle.errors import UpcycleError
@@ -20,8 +20,8 @@ from nemo_upcycle.errors import UpcycleError
 
 #: Characters that are tokenised to estimate the tokens of all.
 _TOKENISED = 200_000
-#: Documents by which the lengths of fields are compared.
-_MEASURED = 50
+#: Documents by which the lengths of fields are compared, and records that tell the fields of a file.
+_MEASURED, _OF_A_FILE = 50, 20
 
 
 def sample(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +79,52 @@ def sample(request: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def schemas(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Read the first records of each file.
+
+    Args:
+        files: `path`, `reader` and `options` of each.
+
+    Returns:
+        For each file `records`, how many were read; `fields`: name of a text field -> records that have it, and their
+        characters; None: the whole file is one text; `rows`: all records, if the file says it.
+    """
+    return [_schema({**file, "name": file["path"]}) for file in files]
+
+
+def _schema(file: Mapping[str, Any]) -> dict[str, Any]:
+    if FORMATS[file["reader"]].is_document:
+        return {"records": 1, "fields": None}
+    rows = None
+    options = {**FORMATS[file["reader"]].defaults, **file["options"]}
+    records = _first(file, options | {"text_key": ""})
+    if len(records) == 1 and isinstance(records[0], dict) and not any(records[0].values()):  # columns of Parquet
+        texts = {name: _first(file, options | {"text_key": name}) for name in records[0]}
+        count, rows = max(map(len, texts.values()), default=0), _rows(file["path"])
+        records = [
+            {name: row.get(name) for name, rows in texts.items() for row in rows[n : n + 1] if isinstance(row, dict)}
+            for n in range(count)
+        ]
+    fields: dict[str, list[int]] = {}
+    for record in records:
+        for name, length in texts_there(record).items() if isinstance(record, dict) else ():
+            having, characters = fields.get(name, (0, 0))
+            fields[name] = [having + 1, characters + length]
+    return {"records": len(records), "fields": fields, "rows": rows}
+
+
+def _rows(path: str) -> int:
+    """Count the rows of a file of Parquet."""
+    import pyarrow.parquet
+
+    with open_input(path) as handle:
+        return int(pyarrow.parquet.read_metadata(handle).num_rows)
+
+
+def _first(file: Mapping[str, Any], options: Mapping[str, Any]) -> list[Any]:
+    return [record for *_, record in islice(_records(file, options), _OF_A_FILE)]
+
+
 def _records(file: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     return records_of(file["path"], file["name"], file["reader"], options)
 
@@ -102,6 +148,7 @@ def _tokens_per_byte(tokenizer: str | None, texts: list[str]) -> float | None:
 
 if __name__ == "__main__":
     try:
-        json.dump(sample(json.load(sys.stdin)), sys.stdout)
+        request = json.load(sys.stdin)
+        json.dump(schemas(request["schemas"]) if "schemas" in request else sample(request), sys.stdout)
     except UpcycleError as error:
         sys.exit(f"error: {error}")

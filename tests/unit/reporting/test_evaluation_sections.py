@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.losses import lost_text
 from nemo_upcycle.reporting.report import write_report
 from tests.unit.reporting.conftest import EVALUATIONS
 from tests.unit.reporting.test_report import rows
@@ -18,6 +19,15 @@ def change(run_dir: Path, edit: Any) -> None:
         evaluation = json.loads(path.read_text())
         edit(evaluation)
         path.write_text(json.dumps(evaluation))
+
+
+#: A source of a manifest, of which a file of Parquet had another column.
+LAW = {
+    "text_key": "body",
+    "steps": {"read": {"in": 41, "kept": 40, "removed": {}}},
+    "splits": {"train": {"documents": 40, "tokens": 9, "bytes": 10**7}},
+    "lost": {"reasons": {"no field body": {"documents": 1, "bytes": 5343, "whole": 1, "first": "a.parquet:0"}}},
+}
 
 
 def test_sources_and_what_of_the_items_and_held_out_texts_was_trained_on(run_dir: Path) -> None:
@@ -33,7 +43,9 @@ def test_sources_and_what_of_the_items_and_held_out_texts_was_trained_on(run_dir
     counts = {"documents": 14, "above": 2, "removed": 1, "ngrams": 1000, "shared": 123}
     row = {"source": "law", "split": "heldout", **counts, "ngrams_after": 900, "shared_after": 9}
     overlap = {"most": 0.5, "words": 13, "every": 1, "rows": [row]}
-    (run_dir / "data/blend/manifest.json").write_text(json.dumps({"heldout_overlap": overlap}))
+    (run_dir / "data/blend/manifest.json").write_text(
+        json.dumps({"heldout_overlap": overlap, "sources": {"law": LAW}})
+    )
     found = rows(write_report(run_dir))
     # 110 and 130 nats over 200 bytes: 240 / 200 / ln 2 = 1.7312; without one 1.8755, without the other 1.5869;
     # a jackknife of 0.1443, of one degree of freedom: t is 12.71
@@ -41,6 +53,7 @@ def test_sources_and_what_of_the_items_and_held_out_texts_was_trained_on(run_dir
     assert found["web (1 documents)"] == ["1.731", "1.731", "1.601", "1.574"]
     assert found["quiz"] == ["1,000", "12", "3"]
     assert found["law, heldout"] == ["14", "2", "1", "12.3 %", "1.0 %"]
+    assert found["law"] == ["41", "40", "9.5 MiB", "5343 bytes", "body", lost_text(LAW["lost"])[0].replace("_", r"\_")]
     assert json.loads((run_dir / "results.json").read_text())["heldout_overlap"] == overlap
 
 

@@ -16,7 +16,7 @@ from nemo_upcycle.start.texts import Texts
 from nemo_upcycle.trainers import paper
 
 
-MANY = Texts({}, 2_000_000, 2 * 10**9, "")
+MANY = Texts({}, 2_000_000, 2 * 10**9, {})
 
 
 def _chosen(shape: str = "llama3_8b", texts: Texts = MANY, **wanted: object) -> Choices:

@@ -25,7 +25,7 @@ from nemo_upcycle.utils.command_line import CommandLine
 
 
 PARENT = FoundParent("/models/mine", known_shape("llama3_8b"), None)
-TEXTS = Texts({"train": ["/texts/**/*.txt"], "options": {"text_key": "body"}}, 2_000_000, 2 * 10**9, "")
+TEXTS = Texts({"texts": {"train": ["/texts/**/*.txt"], "options": {"text_key": "body"}}}, 2_000_000, 2 * 10**9, {})
 
 
 def _chosen(trainer: str, gpus: int) -> Choices:
