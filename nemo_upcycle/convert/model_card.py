@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_upcycle.convert.hf_folder import tokenizer_file_names
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
@@ -22,6 +20,7 @@ from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.conf import parse_yaml
 from nemo_upcycle.utils.files import MODEL_MARKER, whole_file
+from nemo_upcycle.utils.writers import code, literal, plain, table, yaml_text
 
 
 CARD = "README.md"
@@ -39,9 +38,7 @@ _TEMPLATE = """---
 
 # {title}
 
-{made}| | |
-|---|---|
-{rows}
+{made}{rows}
 
 ## Load it
 
@@ -101,18 +98,18 @@ def write_card(
     made = f"A Mixture-of-Experts model ({arch.num_experts} experts, {arch.top_k} for a token), {made}\n\n"
     has_tokenizer = any(name.startswith(("tokenizer", "vocab")) for name in tokenizer_file_names(parents[0]))
     text = _TEMPLATE.format(
-        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
-        title=title,
+        front=yaml_text(front).rstrip(),
+        title=plain(title),
         made=made if arch.num_experts else "",
-        rows="\n".join(f"| {name} | {text} |" for name, text in rows.items()),
+        rows=table(["", ""], rows.items(), words=1),
         imported=f"AutoTokenizer, {loads_as}" if has_tokenizer else loads_as,
         hf_class=loads_as,
         tokenizer='tokenizer = AutoTokenizer.from_pretrained(".")\n' if has_tokenizer else "",
-        notes="\n".join(["## What to know", "", *(f"- {note}" for note in notes), "", ""]) if notes else "",
+        notes="\n".join(["## What to know", "", *(f"- {plain(note)}" for note in notes), "", ""]) if notes else "",
         licence_title=_LICENCE,
         licence=_licence(front, cards),
     )
-    (folder / CARD).write_text(text, encoding="utf-8")
+    _write(folder / CARD, text)
 
 
 def add_scores(folder: Path, text: str) -> None:
@@ -131,8 +128,12 @@ def add_scores(folder: Path, text: str) -> None:
     parts = [part for part in parts if not part.startswith(f"{_SCORES}\n")]
     place = next((number for number, part in enumerate(parts) if part.startswith(f"{_LICENCE}\n")), len(parts))
     parts.insert(place, f"{_SCORES}\n\n{text}\n\n")
-    with whole_file(path) as aside:
-        aside.write_text("".join(parts), encoding="utf-8", errors="replace")
+    _write(path, "".join(parts))
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as aside:  # half of a character of two is no text: it is replaced
+        aside.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _besides(arch: Architecture) -> dict[str, str]:
@@ -186,9 +187,9 @@ def _front(names: list[str | None], cards: list[dict[str, Any]], arch: Architect
 def _licence(front: dict[str, Any], cards: list[dict[str, Any]]) -> str:
     if "license" in front:
         name = front.get("license_name", front["license"])
-        return f"The parent's: {name}. Its licence files, where it has some, lie in this folder."
+        return f"The parent's: {plain(name)}. Its licence files, where it has some, lie in this folder."
     if any("license" in card for card in cards):
-        return "The parents have several: " + "; ".join(str(card.get("license", "none named")) for card in cards)
+        return "The parents have several: " + "; ".join(plain(card.get("license", "none named")) for card in cards)
     return "The parent's folder names none: see where it came from."
 
 
@@ -199,7 +200,9 @@ def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
     for name in ("calibration", "expert_utility", "router_prompts"):  # a path says where a file lay on one machine
         if name in fields:
             fields[name] = Path(fields[name]).name
-    return {"Upcycled by": f"`UpcycleSpec({', '.join(f'{name}={value!r}' for name, value in fields.items())})`"}
+    return {
+        "Upcycled by": code(f"UpcycleSpec({', '.join(f'{name}={literal(value)}' for name, value in fields.items())})")
+    }
 
 
 def _called(folder: Path, address: str | None, card: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ so nothing is checked here.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.hf_config import both_ropes
 from nemo_upcycle.utils.files import MARKER, output_folder, require_disk, write_json
 from nemo_upcycle.utils.progress import track
+from nemo_upcycle.utils.writers import plain, yaml_text
 
 
 _DTYPE = torch.bfloat16
@@ -89,8 +89,7 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None) -> Path:
 def _write_card(fields: dict[str, Any], folder: Path, name: str, base_model: str | None) -> None:
     """Keep what the file says of licence and languages: it holds for whatever is made of the model."""
     known = {"base_model": base_model, "license": fields["general.license"], "language": fields["general.languages"]}
-    front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in known.items())
-    text = f"---\n{front}---\n\nThe weights of {name}, dequantised.\n"
+    text = f"---\n{yaml_text(known)}---\n\nThe weights of {plain(name)}, dequantised.\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

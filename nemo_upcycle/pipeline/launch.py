@@ -25,9 +25,11 @@ from nemo_upcycle.pipeline.plan import KEPT, PLAN, Stage, WorkPlan
 from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.command_line import COMMAND, CommandLine
+from nemo_upcycle.utils.conf import parse_yaml
 from nemo_upcycle.utils.console import end_soon
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.masking import without_secrets, write_private
+from nemo_upcycle.utils.writers import EXPONENT, yaml_text
 
 
 def absolute_argument(name: str, *, folder: bool = False) -> str:
@@ -186,8 +188,18 @@ def _write_recipes(run_dir: Path, plan: WorkPlan) -> None:
     folder.mkdir(exist_ok=True)
     for stage, training in plan.trainings.items():
         settings = without_secrets(training.named_settings())
-        lines = [f"{name}: {value}\n" for name, value in settings.items()]
+        lines = [yaml_text({name: _value(text)}, width=sys.maxsize) for name, text in settings.items()]
         (folder / f"{stage}.yaml").write_text("".join(lines), encoding="utf-8")
+
+
+def _value(text: str) -> Any:
+    """Return the value of a setting; the text of one that is no YAML."""
+    if EXPONENT.fullmatch(text):
+        return float(text)
+    try:
+        return parse_yaml(text, "setting")
+    except UpcycleError:
+        return text
 
 
 def _write_plan(folder: Path, plan: WorkPlan, copies: Mapping[Path, str]) -> None:

@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import yaml
-
 from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
@@ -19,7 +17,7 @@ from nemo_upcycle.pipeline.disk_use import DiskUse
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder, content_hash, setting_texts, sha256
 from nemo_upcycle.trainers.base import Training, TrainingFacts, TrainingSettings
-from nemo_upcycle.utils.conf import is_conf_file, read_conf
+from nemo_upcycle.utils.conf import conf_text, is_conf_file, read_conf
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 from nemo_upcycle.utils.schema import KEY, numbered, require_known
 
@@ -90,7 +88,7 @@ class WorkPlan(ABC):
         for name in self.files:
             content = self.content_of(name)
             if isinstance(content, dict):
-                text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+                text = conf_text(content)
                 place = Path(KEPT, sha256(text)[:12], Path(getattr(self, name)).name)
                 names[name], texts[place] = str(run_dir / place), text
         return replace(self, **names), texts

@@ -8,19 +8,10 @@ from typing import Any
 
 from nemo_upcycle.evaluation.backends import NEW_TOKENS
 from nemo_upcycle.evaluation.statistics import Spread, half_width
-from nemo_upcycle.reporting.markdown import (
-    difference,
-    label,
-    number,
-    plain,
-    section,
-    sources,
-    table,
-    with_half,
-    with_stderr,
-)
+from nemo_upcycle.reporting.markdown import difference, label, number, section, sources, with_half, with_stderr
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS
+from nemo_upcycle.utils.writers import plain, table
 
 
 def verdict(paired: dict[str, Any], a: str, b: str) -> str:

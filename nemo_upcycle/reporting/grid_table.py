@@ -12,10 +12,11 @@ from nemo_upcycle.evaluation.arms import ONE_SEED
 from nemo_upcycle.evaluation.statistics import LEAST_SEEDS
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence
-from nemo_upcycle.reporting.markdown import mean_with_interval, number, section, table, with_verdict
+from nemo_upcycle.reporting.markdown import mean_with_interval, number, section, with_verdict
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.sections import overlap
 from nemo_upcycle.utils.files import MARKER, read_json, read_text, whole_file, write_json
+from nemo_upcycle.utils.writers import code, plain, table
 
 
 #: Columns of a difference: two standard errors, and the smallest one that would have been seen.
@@ -141,10 +142,10 @@ def render_table(values: Mapping[str, Any]) -> str:
     seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     unscored = [f"{arm} of seed {seed}" for arm, result in arms.items() for seed in result["unscored_seeds"]]
     parts = (
-        f"# Grid {values['grid']}",
-        f"{values['about']}. Seeds of an arm: {seeds}; lower is better. ± is half of a 95 % interval (t); of what an"
-        " arm reaches, over seeds.",
-        f"Not scored at the end, and left out: {', '.join(unscored)}." if unscored else "",
+        f"# Grid {plain(values['grid'])}",
+        f"{plain(values['about'])}. Seeds of an arm: {seeds}; lower is better. ± is half of a 95 % interval (t); of"
+        " what an arm reaches, over seeds.",
+        f"Not scored at the end, and left out: {plain(', '.join(unscored))}." if unscored else "",
         _missing(values.get("missing", [])),
         _arms(arms),
         _differences(values),
@@ -156,7 +157,7 @@ def render_table(values: Mapping[str, Any]) -> str:
 
 
 def _missing(names: list[str]) -> str:
-    return f"Not finished, and left out: {', '.join(f'`{name}`' for name in names)}." if names else ""
+    return f"Not finished, and left out: {', '.join(map(code, names))}." if names else ""
 
 
 def _arms(arms: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting import figures
 from nemo_upcycle.reporting.html import render_html
-from nemo_upcycle.reporting.markdown import number, plain, section, table
+from nemo_upcycle.reporting.markdown import number, section
 from nemo_upcycle.reporting.opening import became, load_rows, parent_name, uneven
 from nemo_upcycle.reporting.progress import (
     LAST,
@@ -35,6 +35,7 @@ from nemo_upcycle.reporting.results import summarise_curve
 from nemo_upcycle.utils.files import whole_file
 from nemo_upcycle.utils.masking import without_secrets
 from nemo_upcycle.utils.progress import duration
+from nemo_upcycle.utils.writers import plain, table
 
 
 _TITLES = {"pretrain": "MoE", "dense_ct": "baseline"}

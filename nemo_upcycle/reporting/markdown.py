@@ -1,46 +1,16 @@
-"""Markdown and number formats of the report."""
+"""Sections and number formats of the report."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 
-#: Characters with a meaning in Markdown or its tables; an underscore inside a word has none.
-_SPECIAL = re.compile(r"[\\`*\[\]<>|#$&~]|(?<![^\W_])_|_(?![^\W_])")
-#: What a terminal obeys.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 #: From here on a number is written with an exponent.
 _LARGE = 1e7
 #: Half of a 95 % interval in standard errors, of many items.
 HALF = 1.96
-_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-
-
-class Markdown(str):
-    """Text that is Markdown already, as `plain` and `code` return it: `table` does not escape it again."""
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 0) -> str:
-    """Return a Markdown table of cells that are shown as they are: the first column aligned left, the others right.
-
-    Args:
-        header: titles of the columns.
-        rows: cells of the rows.
-        words: number of columns at the end that hold words, which are aligned left.
-
-    Example:
-        >>> print(table(["stage", "s"], [["import", "3"]]))
-        | stage | s |
-        |---|---:|
-        | import | 3 |
-    """
-    numbers = len(header) - 1 - words
-    lines = [[cell if isinstance(cell, Markdown) else plain(cell) for cell in row] for row in (header, *rows)]
-    title, *below = (f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n".join([title, f"|{'|'.join(['---', *['---:'] * numbers, *['---'] * words])}|", *below])
 
 
 def section(title: str, *parts: str) -> str:
@@ -61,51 +31,6 @@ def sources(*files: str) -> str:
         'Sources: `receipt.json`, `pretrain/receipt.json`.'
     """
     return f"Sources: {', '.join(f'`{file}`' for file in files)}."
-
-
-def plain(text: object) -> Markdown:
-    """Return a value on one line, escaped so that Markdown shows it as it is, also inside a table.
-
-    Whatever comes from a file or a name of a run goes through this, `code` or `fenced`; `table` does so by itself.
-
-    Example:
-        >>> print(plain("one | <b>two</b>\\n*three* of my_task"))
-        one \\| \\<b\\>two\\</b\\> \\*three\\* of my_task
-    """
-    return Markdown(_SPECIAL.sub(r"\\\g<0>", _one_line(text)))
-
-
-def code(text: object) -> Markdown:
-    """Return a value as code inside a line, whatever it holds.
-
-    Example:
-        >>> print(code("model"), code("a`b"))
-        `model` `` a`b ``
-    """
-    line = _one_line(text)
-    ticks = "`" * (1 + _longest_ticks(line))
-    return Markdown(f"{ticks}{line}{ticks}" if len(ticks) == 1 else f"{ticks} {line} {ticks}")
-
-
-def fenced(text: str, language: str) -> str:
-    """Return lines as a block of code that nothing in them ends.
-
-    Example:
-        >>> print(fenced("ls", "bash"))
-        ```bash
-        ls
-        ```
-    """
-    ticks = "`" * max(3, 1 + _longest_ticks(text))
-    return f"{ticks}{language}\n{_CONTROL.sub(_UNKNOWN, text)}\n{ticks}"
-
-
-def _one_line(text: object) -> str:
-    return _CONTROL.sub(_UNKNOWN, " ".join(str(text).split()))
-
-
-def _longest_ticks(text: str) -> int:
-    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 from nemo_upcycle.evaluation.heldout import ANSWER_BITS, BITS
 from nemo_upcycle.reporting.evaluation_sections import verdict
 from nemo_upcycle.reporting.figures import is_short
-from nemo_upcycle.reporting.markdown import difference, label, millions, number, plain, table
+from nemo_upcycle.reporting.markdown import difference, label, millions, number
 from nemo_upcycle.utils.progress import duration
+from nemo_upcycle.utils.writers import plain, table
 
 
 #: The most sensitive metrics of the local suites -> what they score, for people.

@@ -10,12 +10,12 @@ from nemo_upcycle.convert.model_card import add_scores
 from nemo_upcycle.reporting import evaluation_sections, figures, sections
 from nemo_upcycle.reporting.environment import describe_environment
 from nemo_upcycle.reporting.html import render_html
-from nemo_upcycle.reporting.markdown import plain
 from nemo_upcycle.reporting.opening import opening
 from nemo_upcycle.reporting.results import collect_results
 from nemo_upcycle.reporting.run_folder import read_run
 from nemo_upcycle.utils.files import read_json, whole_file, write_json
 from nemo_upcycle.utils.masking import without_secrets
+from nemo_upcycle.utils.writers import plain
 
 
 def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None = None) -> Path:

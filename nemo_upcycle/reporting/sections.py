@@ -11,22 +11,14 @@ from typing import Any
 
 from nemo_upcycle.data.finished import overlap_shares, overlap_unit
 from nemo_upcycle.data.losses import lost_text
-from nemo_upcycle.reporting.markdown import (
-    code,
-    fenced,
-    millions,
-    number,
-    plain,
-    section,
-    sources,
-    table,
-)
+from nemo_upcycle.reporting.markdown import millions, number, section, sources
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import MODELS
 from nemo_upcycle.trainers.settings import STEPS
 from nemo_upcycle.utils.command_line import CommandLine
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
+from nemo_upcycle.utils.writers import code, fenced, plain, table
 
 
 #: The models of the training stages.

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_upcycle.start.choices import Choices
 from nemo_upcycle.start.parent import FoundParent
 from nemo_upcycle.start.texts import Texts
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.commands import recomputation
 from nemo_upcycle.utils.command_line import COMMAND, CommandLine, shown_program
+from nemo_upcycle.utils.conf import conf_text
+from nemo_upcycle.utils.writers import Code, literal, python_code
 
 
 #: In the folder that is named.
@@ -26,7 +26,7 @@ CLUSTER = (
     *("run.executor=slurm", "run.executor.account=ACCOUNT", "run.executor.partition=PARTITION"),
     "run.executor.container_image=IMAGE",
 )
-_NEMO = '''"""{title}, upcycled to {experts}; by `nemo-upcycle start`, to be edited."""
+_NEMO = '''"""Upcycle a dense model with the settings below. `nemo-upcycle start` wrote this file; edit it freely."""
 
 from pathlib import Path
 
@@ -36,14 +36,14 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.recipes import pipeline, upcycled_from
 
 HERE = Path(__file__).resolve().parent
-DENSE = {dense!r}
+DENSE = {dense}
 SPEC = UpcycleSpec({spec})
 
 
 def training(spec):  # None: the dense baseline
     recipe = upcycled_from(
         DENSE, spec=spec, seq_length={seq_length}, global_batch_size={global_batch}, micro_batch_size={micro_batch},
-        max_steps={steps}, lr={peak:g}, min_lr={end:g}, warmup_steps={warmup}, name="{run}",
+        max_steps={steps}, lr={peak}, min_lr={end}, warmup_steps={warmup}, name={run},
         {arguments},
     ){settings}
     return recipe
@@ -52,16 +52,16 @@ def training(spec):  # None: the dense baseline
 @run.cli.factory(target=pipeline)
 def chain() -> run.Partial:
     return run.Partial(
-        pipeline, dir=str(HERE / "{run}"), dense=DENSE, data=str(HERE / "{blend}"), evaluation="{suite}",
+        pipeline, dir=str(HERE / {run}), dense=DENSE, data=str(HERE / {blend}), evaluation={suite},
         pretrain=training(SPEC), dense_ct=training(None),
     )
 '''
-_BRIDGE = '''"""{title}, upcycled to {experts}; by `nemo-upcycle start`, to be edited."""
+_BRIDGE = '''"""Upcycle a dense model with the settings below. `nemo-upcycle start` wrote this file; edit it freely."""
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
 
-DENSE = {dense!r}
+DENSE = {dense}
 SPEC = UpcycleSpec({spec})
 
 
@@ -72,7 +72,7 @@ def pretrain(spec=SPEC):
     )
     train, optimizer, scheduler = config.train, config.optimizer, config.scheduler
     train.train_iters, train.global_batch_size, train.micro_batch_size = {steps}, {global_batch}, {micro_batch}
-    optimizer.lr, optimizer.min_lr, scheduler.lr_warmup_iters = {peak:g}, {end:g}, {warmup}
+    optimizer.lr, optimizer.min_lr, scheduler.lr_warmup_iters = {peak}, {end}, {warmup}
     config.validation.eval_interval, config.validation.eval_iters = {validate_every}, {validations}
     config.checkpoint.save_interval, config.checkpoint.most_recent_k = {save_every}, 1
     return config
@@ -98,25 +98,23 @@ def run_name(parent: FoundParent, choices: Choices) -> str:
 def recipe_text(parent: FoundParent, choices: Choices) -> str:
     """Write the recipe for the trainer that was chosen."""
     values: dict[str, Any] = {
-        "title": parent.address.rstrip("/").rpartition("/")[2],
-        "experts": f"{choices.spec.num_experts} experts, top-{choices.spec.top_k}",
         "dense": parent.address,
-        "spec": ", ".join(f"{name}={value!r}" for name, value in choices.spec_fields.items()),
+        "spec": Code(", ".join(f"{name}={literal(value)}" for name, value in choices.spec_fields.items())),
         "micro_batch": choices.layout.micro_batch,
         "validate_every": 0 if choices.plan is None else min(max(1, choices.steps // 2), 500),
         "validations": 1 if choices.plan is None else 8,
         "save_every": min(choices.steps, paper.CHECKPOINT_STEPS),
         "run": run_name(parent, choices),
         "blend": BLEND,
+        "suite": choices.suite,
+        "peak": Code(f"{choices.peak:g}"),
+        "end": Code(f"{choices.end:g}"),
     }
-    values |= {
-        name: getattr(choices, name) for name in ("seq_length", "global_batch", "steps", "peak", "end", "warmup")
-    }
+    values |= {name: getattr(choices, name) for name in ("seq_length", "global_batch", "steps", "warmup")}
     arguments, settings = _FORMS[choices.trainer][1](choices)
     more = "".join(f"\n    {setting}" for setting in settings)
     behind = textwrap.fill(", ".join(arguments), 110, subsequent_indent=" " * 8, break_long_words=False)
-    values |= {"arguments": behind, "settings": more}
-    return str(_FORMS[choices.trainer][0].format(**values, suite=choices.suite))
+    return python_code(_FORMS[choices.trainer][0], **values, arguments=Code(behind), settings=Code(more))
 
 
 def _of_nemo(choices: Choices) -> tuple[list[str], list[str]]:
@@ -187,8 +185,7 @@ def blend_text(texts: Texts, choices: Choices) -> str:
     if held := choices.hold_out:
         content |= {"hold_out": {"validation": held.share, "heldout": held.share}, "seed": held.seed}
     told = "# The texts of this run, by `nemo-upcycle start`, to be edited; `hold_out` is not trained on.\n"
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-    return told + text
+    return told + conf_text(content, width=120)
 
 
 def differing_lines(folder: Path, files: Mapping[str, str]) -> dict[str, list[str]]:

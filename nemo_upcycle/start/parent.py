@@ -17,6 +17,10 @@ from nemo_upcycle.utils.console import short_count
 from nemo_upcycle.utils.files import is_complete
 
 
+#: Characters of a run's name: a folder's name has room for 255 bytes.
+_NAME_CHARS = 60
+
+
 @dataclass(frozen=True)
 class FoundParent:
     """A dense model.
@@ -34,7 +38,8 @@ class FoundParent:
     @property
     def name(self) -> str:
         """Its name, as a folder of runs and a module of Python can have it."""
-        return re.sub(r"\W+", "_", self.address.rstrip("/").rpartition("/")[2]).strip("_").lower() or "model"
+        words = re.sub(r"\W+", "_", self.address.rstrip("/").rpartition("/")[2]).strip("_").lower()
+        return words[:_NAME_CHARS].strip("_") or "model"
 
     @property
     def description(self) -> str:

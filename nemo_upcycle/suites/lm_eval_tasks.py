@@ -19,6 +19,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.conf import packaged, require_bounded
 from nemo_upcycle.utils.progress import show_messages
+from nemo_upcycle.utils.writers import yaml_text
 
 
 #: Of what a library says of a data set that it cannot load.
@@ -216,11 +217,9 @@ def _load(name: str, managers: Sequence[Any], file: str | None = None) -> Loaded
 
 def _over_file(manager: Any, name: str, file: str, folder: Path) -> str:
     """Return a file, in a folder, that defines a task as it is, over JSON lines."""
-    import yaml
-
     defined = {"include": str(manager.task_index[name].yaml_path), "task": name, **_ASKED_OF_A_FILE}
     path = folder / "task.yaml"
-    path.write_text(yaml.safe_dump(defined | {"dataset_kwargs": {"data_files": file}}), encoding="utf-8")
+    path.write_text(yaml_text(defined | {"dataset_kwargs": {"data_files": file}}), encoding="utf-8")
     return str(path)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.writers import yaml_text
 
 
 #: The tasks that can be built locally: lm-eval's definition of each, without its name and the path of its data.
@@ -84,8 +85,6 @@ def write_task(folder: Path, final: Path, task: str, shots: int, rows: Sequence[
     Raises:
         UpcycleError: there is no item.
     """
-    import yaml
-
     name = task_name(task, shots)
     if not rows:
         raise UpcycleError(
@@ -106,7 +105,7 @@ def write_task(folder: Path, final: Path, task: str, shots: int, rows: Sequence[
     }
     if shots:
         definition["doc_to_text"] = _with_examples(definition["doc_to_text"], _SHOWN_ANSWERS[task])
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False, width=1000), encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(yaml_text(definition, width=1000), encoding="utf-8")
 
 
 def _with_examples(prompt: str, answer: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import types
 import typing
 from collections.abc import Sequence
@@ -21,17 +20,16 @@ import yaml
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.masking import MASK, is_secret, masked_text
+from nemo_upcycle.utils.references import MAX_CHARACTERS, VALUE_CHARACTERS, escaped, require_size, resolved
 from nemo_upcycle.utils.validation import check_fields
+from nemo_upcycle.utils.writers import yaml_text
 
 
 _T = TypeVar("_T")
-#: Characters of a file with aliases and references written out, `_VALUE` more for each value, and how deep its values
-#: may lie in each other. OmegaConf takes some 10 s for so much.
-MAX_CHARACTERS, MAX_DEPTH, _VALUE = 2**20, 50, 20
 #: PyYAML's in C is faster by a factor of 8, where it was built.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-#: A reference of OmegaConf's: the dots of a relative one, and the key, which a resolver may stand before.
-_REFERENCE = re.compile(r"\$\{(?:[\w.]+:)?[\s\"']*(\.*)([^{}:,\"']*)")
+#: The kind of files that may compute values.
+_COMPUTES = "executors"
 #: folder of `conf/` -> the file of it that explains the keys
 _TEMPLATES = {"data": "text", "chat": "messages", "evaluation": "demo", "ablations": "laptop", "executors": "slurm"}
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
@@ -91,7 +89,8 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
             raise UpcycleError.unknown(what, str(name), [*names, "PATH.yaml"])
         path, folder = packaged(kind) / f"{name}.yaml", Path()
     text = _bounded_text(path, where := f"{what} {path}")
-    content = copy.deepcopy((_content.__wrapped__ if "${" in text else _content)(text, where))  # variables may change
+    read = _content.__wrapped__ if "${" in text else _content  # variables may change
+    content = copy.deepcopy(read(text, where, kind == _COMPUTES))
     if not isinstance(content, dict) or not content:
         got = type(content).__name__ if content else "nothing"
         raise UpcycleError(where, got=got, expected="keys", fix=f"write them as in {template(kind)}")
@@ -100,13 +99,13 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
 
 
 @lru_cache  # a command reads its suite and its blend several times, which takes OmegaConf 50 ms each
-def _content(text: str, where: str) -> Any:
+def _content(text: str, where: str, computes: bool) -> Any:
     """Read a text of OmegaConf's."""
     from omegaconf import OmegaConf, errors
 
     try:
         require_bounded(text, where)
-        return _resolved(OmegaConf.create(text), where)
+        return resolved(OmegaConf.create(text), where, computes=computes)
     except (errors.OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise _invalid(where, error) from None
 
@@ -171,8 +170,8 @@ def require_bounded(text: str, where: str) -> None:
             open_at[-1].height = max(open_at[-1].height, height + 1)
         elif isinstance(event, yaml.NodeEvent):
             open_at.append(_Open(event.anchor, size))
-            size += _VALUE + (len(event.value) if isinstance(event, yaml.ScalarEvent) else 0)
-        _require_size(where, size, "aliases", len(open_at) + open_at[-1].height - 2)
+            size += VALUE_CHARACTERS + (len(event.value) if isinstance(event, yaml.ScalarEvent) else 0)
+        require_size(where, size, "aliases", len(open_at) + open_at[-1].height - 2)
         if isinstance(event, yaml.CollectionEndEvent | yaml.ScalarEvent):
             node = open_at.pop()
             open_at[-1].height = max(open_at[-1].height, node.height + 1)
@@ -210,64 +209,27 @@ def overridden(conf: Conf, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         for override in overrides:
             require_bounded(override.partition("=")[2], where)
-        merged = OmegaConf.merge(conf.content, *(OmegaConf.from_dotlist([override]) for override in overrides))
-        return dict(_resolved(merged, where))
+        merged = OmegaConf.merge(
+            escaped(conf.content), *(OmegaConf.from_dotlist([override]) for override in overrides)
+        )
+        return dict(resolved(merged, where))
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError):
         got, expected = masked_text(" ".join(overrides)), "KEY=VALUE, each value as YAML writes it"
         raise UpcycleError(where, got=got, expected=expected, fix="put a value with [, {, : or # in quotes") from None
 
 
-def _resolved(config: Any, where: str) -> Any:
-    """Return a configuration of OmegaConf's as plain values, with its references written out if that stays small."""
-    from omegaconf import OmegaConf
+def conf_text(content: Any, width: int = 80) -> str:
+    r"""Return values as YAML that `read_conf` reads as the same values, references in them included.
 
-    content = OmegaConf.to_container(config)
-    sizes: dict[tuple[str, ...], int] = {}
+    Args:
+        content: plain values.
+        width: see `yaml_text`.
 
-    def size_of(value: Any, at: tuple[str, ...], depth: int) -> int:
-        if at in sizes:
-            return sizes[at]
-        sizes[at] = 0  # of one that refers to itself, which OmegaConf refuses
-        if isinstance(value, dict | list):
-            entries = value.items() if isinstance(value, dict) else enumerate(value)
-            size = _VALUE + sum(size_of(one, (*at, str(key)), depth) for key, one in entries)
-        else:
-            size = _VALUE + len(str(value))
-            for dots, key in _REFERENCE.findall(value) if isinstance(value, str) else ():
-                if key.endswith("$"):
-                    got, fix = f"{value} of {'.'.join(at)}", "write out the inner one"
-                    raise UpcycleError(where, got=got, expected="no reference in a reference", fix=fix)
-                place = (*at[: -len(dots)], *_parts(key)) if dots else _parts(key)
-                if (found := _found(content, place)) is not None:
-                    size += size_of(found, place, depth + 1)
-        _require_size(where, size, "references", depth)
-        sizes[at] = size
-        return size
-
-    size_of(content, (), 0)
-    return OmegaConf.to_container(config, resolve=True)
-
-
-def _parts(key: str) -> tuple[str, ...]:
-    """Return the keys that lead to what a reference names, as `a.b[0]`."""
-    return tuple(part for part in re.split(r"[.\[\]]+", key.strip()) if part)
-
-
-def _found(content: Any, place: tuple[str, ...]) -> Any:
-    """Look up the value at a place; None if there is none, as for a variable of the environment."""
-    for key in place:
-        entries = dict(enumerate(content)) if isinstance(content, list) else content
-        content = {str(name): one for name, one in entries.items()}.get(key) if isinstance(entries, dict) else None
-    return content
-
-
-def _require_size(where: str, size: int, what: str, depth: int) -> None:
-    if size > MAX_CHARACTERS:
-        got = f"{size:,} characters with its {what} written out, {_VALUE} more for each value"
-        raise UpcycleError(where, got=got, expected=f"at most {MAX_CHARACTERS:,}", fix="make it smaller")
-    if depth > MAX_DEPTH:
-        got = f"more than {MAX_DEPTH} values in each other, with {what}"
-        raise UpcycleError(where, got=got, expected=f"at most {MAX_DEPTH}", fix="make it flatter")
+    Example:
+        >>> conf_text({"a": "${b}"})
+        'a: \\${b}\n'
+    """
+    return yaml_text(escaped(content), width)
 
 
 def _bounded_text(path: Path, where: str) -> str:

@@ -23,6 +23,7 @@ from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenE
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, resource_of
 from nemo_upcycle.utils.conf import packaged
 from nemo_upcycle.utils.masking import is_secret, write_private
+from nemo_upcycle.utils.writers import yaml_text
 
 
 #: Settings that all stages share: a job is looked up by its name alone.
@@ -113,7 +114,7 @@ class KubernetesScheduler(Cluster):
 
     def render_as(self, job: Job, identity: str) -> dict[str, str]:
         """See `Cluster.render_as`."""
-        return {f"{identity}.yaml": manifests.as_yaml(self._manifest(job, identity))}
+        return {f"{identity}.yaml": yaml_text(self._manifest(job, identity), width=119)}
 
     def _manifest(self, job: Job, name: str) -> dict[str, Any]:
         fast = performance.variables(self.performance(job))
@@ -133,7 +134,7 @@ class KubernetesScheduler(Cluster):
             document = self._manifest(job, name)
             job.folder.mkdir(parents=True, exist_ok=True)
             holds_secret = any(map(is_secret, settings.env_vars))
-            write_private(job.folder / f"{name}.yaml", manifests.as_yaml(document), private=holds_secret)
+            write_private(job.folder / f"{name}.yaml", yaml_text(document, width=119), private=holds_secret)
             try:
                 self._connected().create(resource_of(settings), document)
             except TakenError:  # by an earlier run in a folder of the same name

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import hub_variables
 from nemo_upcycle.pipeline.executors.jobs import Job
@@ -106,11 +104,6 @@ def manifest(
         "metadata": {"name": name, "namespace": settings.namespace, **metadata},
         "spec": render(settings, job, name, variables or {}),
     }
-
-
-def as_yaml(document: dict[str, Any]) -> str:
-    """Return a manifest as text, for people and `kubectl create -f`."""
-    return yaml.safe_dump(document, sort_keys=False, default_flow_style=False, width=119)
 
 
 def _trainjob_spec(settings: KubernetesExecutor, job: Job, name: str, fast: Mapping[str, str]) -> dict[str, Any]:
