@@ -13,6 +13,7 @@ The folder that is made holds, when it is finished:
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ from nemo_upcycle.utils.files import (
     resolved,
     write_json,
 )
+from nemo_upcycle.utils.masking import without_secrets, write_private
 
 
 logger = logging.getLogger(__name__)
@@ -125,7 +127,7 @@ def build_blend(
         >>> build_blend(read_blend("sotu", ["tokenizer=asset://smollm2-135m"]), Path("runs/data"))  # doctest: +SKIP
     """
     named_tokenizer(blend.config.tokenizer)
-    made_from = {"format": FORMAT, "blend": texts_of(blend.config), "strict": strict}
+    made_from = without_secrets({"format": FORMAT, "blend": texts_of(blend.config), "strict": strict})
     _require_ours(output, made_from)  # first: the folder of somebody else keeps no lock
     if not is_complete(output):
         data_python()
@@ -143,7 +145,7 @@ def build_blend(
         tokenizer = save_tokenizer(checked.tokenizer, output / TOKENIZER)
         plan = make_plan(blend, checked.inputs, output, tokenizer) | {"strict": strict}
         items = _index(blend, work)
-        write_json(work / "plan.json", plan)
+        write_private(work / "plan.json", json.dumps(plan, indent=2) + "\n")  # the engine needs addresses as they are
         run_engine([str(work / "plan.json"), *engine_options], size_check(blend, work, plan))
         manifest = finish_blend(blend, output, len(plan["tasks"]), tokenizer, checked.engine, items)
         write_json(output / MARKER, {"made_from": made_from, "tokens": manifest["splits"]["train"]["tokens"]})
@@ -284,7 +286,7 @@ def _with_defaults(made_from: Any) -> dict[str, Any]:
     default = texts_of(BlendConfig({"": SourceConfig([])}))
     blend = default | made_from["blend"]
     sources = {name: default["sources"][""] | source for name, source in blend["sources"].items()}
-    return dict(made_from) | {"blend": blend | {"sources": sources}}
+    return without_secrets(dict(made_from) | {"blend": blend | {"sources": sources}})
 
 
 def _is_begun(path: Path) -> bool:

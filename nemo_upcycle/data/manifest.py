@@ -30,6 +30,7 @@ from nemo_upcycle.data.indexed_dataset import join_datasets
 from nemo_upcycle.data.losses import count_lost
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.files import aside_of, read_json, read_json_lines, whole_file, write_json
+from nemo_upcycle.utils.masking import without_secrets
 from nemo_upcycle.utils.progress import ProgressLine
 from nemo_upcycle.utils.schema import numbered
 
@@ -107,7 +108,8 @@ def finish_blend(
     if items is not None:
         removed = merge_contamination((entry["contamination"] for entry in stats), items["sets"])
         left = merge_contamination((entry["report"] for entry in stats), items["report"]["sets"])
-        write_json(output / CONTAMINATION, items | {"sets": removed, "report": items["report"] | {"sets": left}})
+        hits = items | {"sets": removed, "report": items["report"] | {"sets": left}}
+        write_json(output / CONTAMINATION, without_secrets(hits))
     overlap = read_json(work / HELDOUT_OVERLAP) if (work / HELDOUT_OVERLAP).is_file() else None
     manifest = {
         "format": FORMAT,
@@ -140,7 +142,7 @@ def finish_blend(
         "tasks": len(stats),
         "made_by": {"nemo_upcycle": __version__, "engine": engine},
     }
-    write_json(output / MANIFEST, manifest := numbered(manifest))
+    write_json(output / MANIFEST, manifest := without_secrets(numbered(manifest)))
     return manifest
 
 
@@ -194,8 +196,8 @@ def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[st
     files: dict[str, Any] = {}
     for entry in stats:
         for path, file in entry["files"].items() if entry["source"] == source else ():
-            name = path.removeprefix(within)
-            if name != path:  # rendered by each build anew
+            name = without_secrets(path.removeprefix(within))
+            if path.startswith(within):  # rendered by each build anew
                 file = {key: value for key, value in file.items() if key != "modified_ns"}
             if name in files:  # read in parts
                 digests = f"{files[name]['texts_xxh3_128']}-{file['texts_xxh3_128']}"

@@ -1,7 +1,7 @@
 """Hide secrets in what is printed and recorded; what needs them is written for its owner alone.
 
 A secret is told by its name, where a text gives it one, and by its value: a token of a service that marks its own, and
-what an address has before its host.
+what an address has before its host or, under the name of a secret or a signature, in its query.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ _TOKENS = (
 #: Those, and `user:password@` of an address; a name alone, as in ssh://git@host, is no secret.
 _VALUE = re.compile(rf"(?<![\w-])(?:{'|'.join(_TOKENS)})|(?<=://)[^\s/?#'\"@:]*:[^\s/?#'\"]*@")
 _SECRET = re.compile(_NAME, re.IGNORECASE)
+#: The value of a secret in the query of an address, as in `?token=...`, and in the signed addresses of S3, Azure and
+#: Google; a `?` of a pattern for files has no `=` behind it.
+_QUERY = re.compile(
+    r"(?P<name>[?&;](?:[\w.%-]*(?:token|secret|passw|passphrase|pwd|credential|signature|auth(?!or)|(?:access|api|_|-)key)"
+    r"(?!izer)[\w.%-]*|key(?:id)?|apikey|pass|sig|sas|code|AWSAccessKeyId)=)[^&;\s'\"#<>,{}\]]+",
+    re.IGNORECASE,
+)
 _QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*')"""
 #: NAME=VALUE as in a shell, and NAME: VALUE as in YAML, where a blank ends no value.
 _SAID = re.compile(
@@ -66,14 +73,15 @@ def without_secrets(value: _T) -> _T:
         value: a text, or what JSON holds.
 
     Example:
-        >>> without_secrets(["postgres://me:pw@host/db", "hf_" + 34 * "a", "ssh://git@host"])
-        ['postgres://***@host/db', '***', 'ssh://git@host']
+        >>> without_secrets(["postgres://me:pw@host/db", "https://host/a?part=1&sig=x%2Fy", "ssh://git@host"])
+        ['postgres://***@host/db', 'https://host/a?part=1&sig=***', 'ssh://git@host']
     """
     hidden: Any = value
     if isinstance(value, str):
         hidden = _VALUE.sub(lambda found: f"{MASK}@" if found[0].endswith("@") else MASK, value)
+        hidden = _QUERY.sub(rf"\g<name>{MASK}", hidden) if "=" in hidden else hidden
     elif isinstance(value, Mapping):
-        hidden = {name: without_secrets(one) for name, one in value.items()}
+        hidden = {without_secrets(name): without_secrets(one) for name, one in value.items()}
     elif isinstance(value, list):
         hidden = [without_secrets(one) for one in value]
     elif isinstance(value, tuple):

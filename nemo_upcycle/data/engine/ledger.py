@@ -15,6 +15,7 @@ from xxhash import xxh3_128
 from nemo_upcycle.data.engine.tasks import EnginePlan, Task, aside, load_plan
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import write_json
+from nemo_upcycle.utils.masking import without_secrets
 
 
 #: Counts of a task that are known after a first pass over its documents.
@@ -100,7 +101,8 @@ class Ledger:
     def note(self, step: str, reason: str, identity: str, where: str, size_bytes: int, **more: Any) -> None:
         """Write a line, for a part of a document that was removed."""
         if self._lines:
-            line = {"step": step, "reason": reason, "id": identity, "where": where, "bytes": size_bytes, **more}
+            named = without_secrets({"id": identity, "where": where})
+            line = {"step": step, "reason": reason, **named, "bytes": size_bytes, **more}
             self._lines.write(json.dumps(line) + "\n")
 
     def removed_document(self, step: str, reason: str, document: Document, **more: Any) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep
 from nemo_upcycle.data.engine.tasks import EnginePlan, aside, outputs
+from nemo_upcycle.utils.masking import without_secrets
 
 
 #: Texts -> the ids of all of them, and where each begins and the last one ends.
@@ -137,7 +138,7 @@ class TextsFile:
     def write_batch(self, documents: Sequence[Document], ids: NDArray[np.uint32], _: NDArray[np.int64]) -> int:
         """Write documents, and return the number of tokens that they would have with their end-of-text tokens."""
         for document in documents:
-            line = json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False)
+            line = json.dumps({"id": without_secrets(document.id), "text": document.text}, ensure_ascii=False)
             self.handle.write(line + "\n")
         return len(ids) + len(documents)
 
