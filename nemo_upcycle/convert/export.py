@@ -30,6 +30,7 @@ from nemo_upcycle.models.families import require_class, server_caveats
 from nemo_upcycle.models.mapping import as_written, constant_tensors, hf_constants, mapping_of_hf, stored_as
 from nemo_upcycle.models.sharding import Shard, float32_names, hf_parts, hf_shapes, shard_shape
 from nemo_upcycle.models.stacked import as_in_file
+from nemo_upcycle.models.tokenizer_files import check_tokenizer
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import left_out, left_out_text
 from nemo_upcycle.sources.checks import require_finite, rounded
@@ -138,6 +139,7 @@ def export_weights(
     require_class(arch)
     require_dtype(dtype)
     require_apart(output, dense_folder)
+    check_tokenizer(dense_folder)
     output = output.resolve()
     whole = None if about.text_only or not arch.num_experts else Whole.of_folder(dense_folder, arch)
     arch = whole.moe_arch if whole else arch

@@ -19,28 +19,34 @@ if TYPE_CHECKING:
 
 #: What travels with the weights unchanged: a tokenizer saved again by a newer library may not open in an older one.
 _TOKENIZER_FILES = (
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.model.v[0-9]",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "chat_template*",
+    "chat_template.json",
+    "chat_template.jinja",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
 )
+#: Texts of lawyers, under these names with one of these endings.
+_LICENCES, _TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"), {"", ".txt", ".md", ".rst", ".html", ".pdf"}
 #: What travels beside them with a whole model that sees.
-_PROCESSOR_FILES = ("*processor_config.json",)
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 #: Keys that make a loader import code that somebody else wrote.
 _CODE_KEYS = {"auto_map", "custom_pipelines", "custom_generate"}
 
 
 def tokenizer_file_names(dense_folder: Path, *, sees: bool = False) -> list[str]:
-    """Return the parent's tokenizer, chat templates, generation settings and licences; code is none of them.
+    """Return the parent's tokenizer, chat templates, generation settings and licences; any other file stays behind.
 
     Args:
         dense_folder: the parent's.
@@ -49,9 +55,9 @@ def tokenizer_file_names(dense_folder: Path, *, sees: bool = False) -> list[str]
     Raises:
         UpcycleError: one is a link to somewhere else: it would publish a file that nobody meant.
     """
-    patterns = (*_TOKENIZER_FILES, *(_PROCESSOR_FILES if sees else ()))
+    patterns = (*_TOKENIZER_FILES, *_LICENCES, *(_PROCESSOR_FILES if sees else ()))
     found = {path for pattern in patterns for path in dense_folder.glob(pattern) if path.is_file()}
-    found = {path for path in found if path.suffix != ".py"}
+    found -= {path for name in _LICENCES for path in dense_folder.glob(name) if path.suffix.lower() not in _TEXTS}
     folder = dense_folder.resolve()
     # The hub's cache keeps a snapshot as links into the blobs of the same model.
     homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]

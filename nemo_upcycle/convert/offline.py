@@ -29,6 +29,7 @@ from nemo_upcycle.init.calibration_file import calibration_of
 from nemo_upcycle.models.families import server_caveats
 from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
 from nemo_upcycle.models.mapping import extra_params, mapping_of
+from nemo_upcycle.models.tokenizer_files import check_tokenizer
 from nemo_upcycle.models.wrapper import INDEX
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource, left_out, left_out_text
@@ -198,6 +199,7 @@ def _check_folder(dense: DenseSource) -> None:
             fix="export the checkpoint first (nemo-upcycle export), then convert that",
         )
     tokenizer_file_names(dense.path)
+    check_tokenizer(dense.path)
 
 
 @contextmanager

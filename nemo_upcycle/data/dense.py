@@ -16,6 +16,7 @@ from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import check_parent
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.tokenizer_files import check_tokenizer
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import is_complete
 
@@ -192,10 +193,10 @@ def is_configuration(folder: Path) -> bool:
 
 
 def require_tokenizer(folder: Path) -> None:
-    """Check that `folder` holds a tokenizer; without one, transformers guesses from the path's name.
+    """Check that `folder` holds a tokenizer that opens; without one, transformers guesses from the path's name.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: it does not, or the file is damaged.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(
@@ -204,6 +205,7 @@ def require_tokenizer(folder: Path) -> None:
             expected=f"one of {', '.join(_TOKENIZER_FILES)}",
             fix="copy the model's tokenizer files into the folder",
         )
+    check_tokenizer(folder)
 
 
 def tokenizer_folder(source: str) -> Path:

@@ -23,6 +23,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import targets
 from nemo_upcycle.models.hf_model import errors_only, load_model, load_tokenizer
 from nemo_upcycle.models.mapping import extra_params, mapping_of
+from nemo_upcycle.models.tokenizer_files import check_tokenizer
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.dtypes import dtype_name
@@ -110,7 +111,7 @@ def verify(
     Raises:
         CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is of another parent.
         SpecError: the tolerance is no number, 0 or more.
-        UpcycleError: a model does not fit into memory, there is no tokenizer, or no text.
+        UpcycleError: a model does not fit into memory, there is no tokenizer or a damaged one, or no text.
 
     Example:
         >>> verify(Path("models/Llama-3-8B"), Path("models/Llama-3-8B-E8T2")).equal  # doctest: +SKIP
@@ -127,6 +128,7 @@ def verify(
                 fix="give the parent's folder first, then the MoE's",
             )
         if logits:
+            check_tokenizer(moe)
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
         # a wrong text shows before the long work
         tokens_BS = _tokens(dense, text_file, parent.architecture.vocab_size) if logits else None

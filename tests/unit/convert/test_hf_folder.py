@@ -67,7 +67,7 @@ def test_code_of_the_parents_does_not_travel_and_licences_do(dense: Path, tmp_pa
 def test_a_link_out_of_the_parents_folder_is_refused(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("key")
     checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
-    for name in ("tokenizer.key", "additional_chat_templates/key.jinja"):
+    for name in ("tokenizer.model", "additional_chat_templates/key.jinja"):
         (dense / name).symlink_to(tmp_path / "secret")
         words = rf"{name}: got a link to .*secret, expected a file in .*put the file itself"
         with pytest.raises(UpcycleError, match=words):

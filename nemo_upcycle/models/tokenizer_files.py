@@ -1,0 +1,48 @@
+"""Open the tokenizer in a model's folder, without transformers: its import takes seconds."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.utils.files import read_json
+
+
+#: Read beside the tokenizer itself.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FIX = "copy it again from where the model came from"
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that the tokenizer files of a folder can be read; a folder without any is no mistake.
+
+    Args:
+        folder: a Hugging Face folder.
+
+    Raises:
+        CheckpointError: the tokenizer is damaged.
+        UpcycleError: one of its settings is.
+    """
+    for name in _SETTINGS:
+        if (folder / name).is_file():
+            read_json(folder / name)
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        stat = path.stat()
+        _open(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache
+def _open(path: Path, size_bytes: int, modified_ns: int) -> None:
+    """Open a tokenizer.json, once as long as it stays the same."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:  # not installed: then nothing here can use the tokenizer, either
+        read_json(path)
+        return
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a plain Exception
+        got = f"a damaged tokenizer ({' '.join(str(error).split())})"
+        raise CheckpointError(str(path), got=got, expected="one that opens", fix=_FIX) from None
