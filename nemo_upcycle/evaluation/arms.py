@@ -19,6 +19,7 @@ from nemo_upcycle.evaluation.heldout import METRIC, Sums, bits_per_byte
 from nemo_upcycle.evaluation.statistics import (
     MARGIN,
     Spread,
+    error_of,
     half_width,
     pooled,
     resolvable,
@@ -27,6 +28,7 @@ from nemo_upcycle.evaluation.statistics import (
     spread_of,
     spread_without_seeds,
     verdict,
+    with_interval,
 )
 
 
@@ -46,11 +48,8 @@ def mean_of(values: Sequence[float]) -> dict[str, Any]:
         >>> mean_of([1.0, 1.2])["value"], mean_of([1.0])
         (1.1, {'value': 1.0, 'low': None, 'high': None})
     """
-    value, spread = statistics.fmean(values), spread_of(values)
-    if spread is None:
-        return {"value": value, "low": None, "high": None}
-    half = half_width(spread.of_mean(len(values)))
-    return {"value": value, "low": value - half, "high": value + half}
+    spread = spread_of(values)
+    return with_interval(statistics.fmean(values), spread and spread.of_mean(len(values)))
 
 
 def pooled_spread(families: Iterable[Mapping[str, Mapping[int, Sums]]]) -> Spread | None:
@@ -154,8 +153,7 @@ def is_judged(found: Mapping[str, Any]) -> bool:
 
 
 def _documents(found: Mapping[str, Any]) -> Spread | None:
-    error = found["stderr_documents"]
-    return None if error is None else Spread(error, found["documents"] - 1)
+    return error_of(found["stderr_documents"], found["documents"])
 
 
 def _without(sums: Sums) -> list[float]:
@@ -165,6 +163,9 @@ def _without(sums: Sums) -> list[float]:
 
 def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
     """Return the first number of tokens from which on an arm is always better; None where it is not at the end.
+
+    The walk begins at the end and stops at the first point that is not better. Tests in an order that is fixed
+    beforehand need no correction for their number, so the statement is as sure as one verdict of the table.
 
     Args:
         along: what `difference_of_arms` returned after more and more `tokens`.

@@ -88,6 +88,24 @@ def value_of(metric: str, total: float, units: float) -> float:
     return math.exp(-mean) if metric.endswith("perplexity") else mean
 
 
+def observations(evaluation: dict[str, Any], metric: str) -> int:
+    """Count the independent observations of a metric: documents, subjects, or items that belong to neither.
+
+    Args:
+        evaluation: result of `evaluate`.
+        metric: key of its `metrics`, see `paired_difference`.
+    """
+    task = metric.rpartition("/")[0]
+    leaves = evaluation["groups"].get(task, [task])
+    return len({(leaf, cluster_of(item)) for leaf in leaves for item in evaluation["items"].get(leaf, ())})
+
+
+def cluster_of(item: dict[str, Any]) -> Hashable:
+    """Return the document or subject that an item belongs to; its own number if it belongs to none."""
+    found: Hashable = item.get("cluster", item["id"])
+    return found
+
+
 def compare_items(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """Compare two evaluations item by item.
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.compare import cluster_sums, item_pairs, jackknife_stderr, left_out, statistic
-from nemo_upcycle.evaluation.statistics import Spread, half_width
+from nemo_upcycle.evaluation.compare import cluster_of, cluster_sums, item_pairs, jackknife_stderr, left_out, statistic
+from nemo_upcycle.evaluation.statistics import error_of, half_width
 
 
 def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str, tests: int = 1) -> dict[str, Any]:
@@ -41,14 +41,15 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str, tests: 
     leaves = a["groups"].get(task, [task])
     pairs = [(leaf, pair) for leaf in leaves for pair in item_pairs(a, b, leaf)]
     scores = [[pair[side]["scores"][name] for _, pair in pairs] for side in (0, 1)]
-    keys = [(leaf, pair[0].get("cluster", pair[0]["id"])) for leaf, pair in pairs]
+    keys = [(leaf, cluster_of(pair[0])) for leaf, pair in pairs]
     sums = [cluster_sums(name, side, keys) for side in scores]
     value = statistic(name, scores[1]) - statistic(name, scores[0])
     without = zip(*(left_out(name, side) for side in sums), strict=True)
     identical = scores[0] == scores[1]
     stderr = None if identical else jackknife_stderr([other - one for one, other in without])
     clusters = len(sums[0])
-    half = None if stderr is None else half_width(Spread(stderr, clusters - 1), tests=tests)
+    error = error_of(stderr, clusters)
+    half = None if error is None else half_width(error, tests=tests)
     return {
         "difference": value,
         "stderr": stderr,

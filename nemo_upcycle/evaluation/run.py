@@ -14,7 +14,15 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.backends import Backend, close_model, open_model
-from nemo_upcycle.evaluation.compare import INSTRUCTIONS, RATIOS, cluster_sums, jackknife_stderr, left_out, statistic
+from nemo_upcycle.evaluation.compare import (
+    INSTRUCTIONS,
+    RATIOS,
+    cluster_of,
+    cluster_sums,
+    jackknife_stderr,
+    left_out,
+    statistic,
+)
 from nemo_upcycle.evaluation.heldout import METRIC
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.suites.lm_eval_tasks import LoadedTask, quiet
@@ -230,8 +238,7 @@ def _extract(results: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
 
 def _sums(metric: str, items: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
     """Return the two sums that make a metric, of each cluster of a task's items."""
-    clusters = [item.get("cluster", item["id"]) for item in items]
-    return cluster_sums(metric, [item["scores"][metric] for item in items], clusters)
+    return cluster_sums(metric, [item["scores"][metric] for item in items], [cluster_of(item) for item in items])
 
 
 def _bits_per_byte(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -142,6 +142,35 @@ def half_width(*errors: Spread | None, tests: int = 1) -> float:
     return math.hypot(*(t_quantile(1 - tail, error.degrees) * error.value for error in errors if error))
 
 
+def error_of(stderr: float | None, observations: int) -> Spread | None:
+    """Give a standard error the degrees of freedom of its observations; None if it is not known, or of one alone.
+
+    Args:
+        stderr: a standard error, as of a jackknife.
+        observations: how many independent items, documents or subjects it was made of.
+    """
+    if stderr is None or not math.isfinite(stderr) or observations < 2:
+        return None
+    return Spread(stderr, observations - 1)
+
+
+def with_interval(value: float, error: Spread | None) -> dict[str, float | None]:
+    """Return a value and its interval, `low` to `high`; both are None without an error.
+
+    Args:
+        value: the middle of the interval.
+        error: its standard error; None if it is not known.
+
+    Example:
+        >>> with_interval(1.0, None)
+        {'value': 1.0, 'low': None, 'high': None}
+    """
+    if error is None:
+        return {"value": value, "low": None, "high": None}
+    half = half_width(error)
+    return {"value": value, "low": value - half, "high": value + half}
+
+
 @cache
 def t_quantile(probability: float, degrees: int) -> float:
     """Give the quantile of Student's t.

@@ -7,15 +7,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from nemo_upcycle.evaluation.backends import NEW_TOKENS
-from nemo_upcycle.evaluation.statistics import Spread, half_width
-from nemo_upcycle.reporting.markdown import difference, label, number, section, sources, with_half, with_stderr
-from nemo_upcycle.reporting.results import PAIRS
+from nemo_upcycle.reporting.markdown import difference, label, mean_with_interval, number, section, sources
+from nemo_upcycle.reporting.results import FEW_STEPS, PAIRS, TRAINED, is_trial
 from nemo_upcycle.reporting.run_folder import MODELS
 from nemo_upcycle.utils.writers import plain, table
 
 
 def verdict(paired: dict[str, Any], a: str, b: str) -> str:
-    """Name the better model; a difference counts only if its interval excludes 0."""
+    """Name the better model; a difference counts only if its interval excludes 0. Of a trial nothing is said."""
+    if paired["is_trial"]:
+        return ""
     if paired["identical"]:
         return "the same on every item"
     if paired["stderr"] is None or paired["higher_is_better"] is None:
@@ -41,6 +42,7 @@ def evaluation(results: dict[str, Any]) -> str:
         "![held-out text over tokens](heldout.png)" if "heldout" in results["figures"] else "",
         "± is half of a 95 % interval. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
         table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
+        _too_few(results),
         "Both models saw the same items, so the interval of a difference is narrower than those of the values. The"
         " intervals hold for all differences of the table at once (Bonferroni); a model is called better only where"
         " its own leaves 0 out. Windows of one document, and questions of one subject, count as one observation. This"
@@ -72,7 +74,7 @@ def _models(results: dict[str, Any]) -> dict[str, str]:
 def _values(results: dict[str, Any]) -> str:
     models = _models(results)
     rows = [
-        [label(metric), *(with_stderr(**results["evaluation"][name][metric]) for name in models)]
+        [label(metric), *(mean_with_interval(results["evaluation"][name][metric]) for name in models)]
         for metric in next(iter(results["paired"].values()))
     ]
     return table(["metric", *models.values()], rows)
@@ -86,17 +88,11 @@ def _sources(results: dict[str, Any], models: dict[str, str]) -> str:
     rows = [
         [
             f"{source} ({about['documents']} documents)",
-            *(_source(its[source]) for its in by_model.values()),
+            *(mean_with_interval(its[source]) for its in by_model.values()),
         ]
         for source, about in next(iter(by_model.values())).items()
     ]
     return table(["bits per byte, by source", *(models[name] for name in by_model)], rows)
-
-
-def _source(found: dict[str, Any]) -> str:
-    """Format the bits per byte of a source, of which there may be few documents."""
-    stderr = found["stderr"]
-    return with_half(found["value"], stderr and half_width(Spread(stderr, found["documents"] - 1)))
 
 
 def _missing(tasks: dict[str, str]) -> str:
@@ -131,7 +127,7 @@ def _beside_published(results: dict[str, Any], models: dict[str, str]) -> str:
     if not columns:
         return ""
     rows = [
-        [label(name), *(f"{value:.2f}" for value in its), *(_percent(**ours[model][name]) for model in models)]
+        [label(name), *(f"{value:.2f}" for value in its), *(_percent(ours[model][name]) for model in models)]
         for name, its in columns.items()
     ]
     means = [statistics.fmean(side) for side in zip(*columns.values(), strict=True)]
@@ -146,8 +142,9 @@ def _beside_published(results: dict[str, Any], models: dict[str, str]) -> str:
     )
 
 
-def _percent(value: float, stderr: float | None) -> str:
-    return with_stderr(100 * value, 100 * stderr if stderr else stderr)
+def _percent(found: dict[str, float | None]) -> str:
+    keys = ("value", "low", "high")
+    return mean_with_interval({key: None if (one := found[key]) is None else 100 * one for key in keys})
 
 
 def _evaluation_files(names: Iterable[str]) -> str:
@@ -155,7 +152,15 @@ def _evaluation_files(names: Iterable[str]) -> str:
 
 
 def _judged(paired: dict[str, Any], a: str, b: str) -> str:
-    return f"{difference(paired)} ({verdict(paired, MODELS[a], MODELS[b])})"
+    words = verdict(paired, MODELS[a], MODELS[b])
+    return f"{difference(paired)} ({words})" if words else difference(paired)
+
+
+def _too_few(results: dict[str, Any]) -> str:
+    """Say which trainings are too short for a verdict; nothing if none is."""
+    steps = {MODELS[TRAINED[stage]]: done["steps"] for stage, done in results["training"].items()}
+    short = [f"{title} {count:,}" for title, count in steps.items() if is_trial(count)]
+    return f"Below {FEW_STEPS} steps there is no verdict: {', '.join(short)}." if short else ""
 
 
 def samples(results: dict[str, Any]) -> str:

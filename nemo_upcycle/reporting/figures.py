@@ -7,8 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.reporting import markdown
-from nemo_upcycle.reporting.results import busiest
+from nemo_upcycle.reporting.results import busiest, is_trial
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import Curve
 
@@ -19,16 +18,9 @@ if TYPE_CHECKING:
 STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("baseline", "#D55E00", "s")}
 #: Most points of a curve and columns of a heat map: more cannot be distinguished in a page's width.
 _COLUMNS = 200
-#: A run with fewer steps only shows that the chain works; its figures and report carry a note.
-FEW_STEPS = 100
 #: Inches that a figure is wide, and its size of small print in points: 10 pixels where the page has 420.
 _WIDE_IN, SMALL = 5.0, 9
 DPI = 200
-
-
-def is_short(steps: int) -> bool:
-    """Say whether a run has so few steps that it shows only that the chain works."""
-    return steps < FEW_STEPS
 
 
 def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float] | None = None) -> Figure:
@@ -50,7 +42,7 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
     tokens_axis(axes, max(curve.steps[-1]["tokens"] * factors[stage] for stage, curve in curves.items()), label)
     steps = max(curve.steps[-1]["step"] for curve in curves.values())
     models = " and ".join(STYLES[stage][0] for stage in curves)
-    note = "\nso few show that the chain works, no more" if is_short(steps) else ""
+    note = "\nso few show that the chain works, no more" if is_trial(steps) else ""
     axes.set_title(f"Loss of {models}, {steps:,} steps{note}", fontsize=10)
     axes.set(ylabel="loss (nats per token)")
     legend_below(figure, axes)
@@ -207,11 +199,10 @@ def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
     axes = figure.subplots()
     for stage, scores in scored.items():
         name, colour, marker = STYLES[stage]
-        tokens, values, errors = zip(*scores, strict=True)
+        tokens, values, halves = zip(*scores, strict=True)
         axes.plot(tokens, values, color=colour, marker=marker, markersize=4, label=name)
         low, high = (
-            [value + side * (error or 0.0) for value, error in zip(values, errors, strict=True)]
-            for side in (-markdown.HALF, markdown.HALF)
+            [value + side * (half or 0.0) for value, half in zip(values, halves, strict=True)] for side in (-1, 1)
         )
         axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
     tokens_axis(axes, max(curves[stage].steps[-1]["tokens"] for stage in scored))

@@ -222,7 +222,9 @@ def _differences(values: Mapping[str, Any]) -> str:
         " is taken not to matter, and a difference that large would have been seen with 80 %; not resolved where"
         " it holds 0 otherwise. Where a learning rate falls, the middle of a training is compared with that of"
         " one of the same steps and schedule alone. FLOPs are made equal between two points of the reference's"
-        " curve, linear in the logarithm of the tokens."
+        " curve, linear in the logarithm of the tokens. Better from: the first tokens from which on every point is"
+        " better. The walk begins at the end and stops at the first point that is not better, so it needs no"
+        " correction for the number of points; the intervals along a curve do not hold all at once."
     )
     return section("Differences", *tables, about)
 

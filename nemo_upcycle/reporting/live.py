@@ -108,7 +108,7 @@ def compose(run_dir: Path, progress: Progress, price: float | None = None, *, is
         _becomes(progress),
         plain(_doing(progress, "Not finished" if is_last else "Running")),
         table(["", "so far", "beside it"], rows, words=1) if rows else "",
-        uneven(training.get("pretrain", {}).get("expert_load")),
+        uneven(training["pretrain"]) if "pretrain" in training else "",
         "![loss over tokens](loss.png)" if progress.curves else "",
         f"Written {now}, {'for the last time' if is_last else again}.",
         section("Stages", table(["stage", "state", "time"], stages, words=2)),

@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 #: From here on a number is written with an exponent.
 _LARGE = 1e7
-#: Half of a 95 % interval in standard errors, of many items.
-HALF = 1.96
+#: Significant digits of an interval, and most of them if fewer hide on which side of it 0 lies.
+_DIGITS, _MOST_DIGITS = 2, 8
 
 
 def section(title: str, *parts: str) -> str:
@@ -52,21 +52,27 @@ def _is_number(value: object) -> TypeGuard[float]:
 def with_half(value: float | None, half: float | None) -> str:
     """Format a value and half of its 95 % interval, rounded to two digits of the latter.
 
+    More digits are printed if two do not show whether the interval holds 0: a verdict can be read from the text.
+
     Example:
-        >>> with_half(1.12345, 0.0288), with_half(0.35, 0.0), with_half(12.0, None)
-        ('1.123 ± 0.029', '0.35 ± 0', '12')
+        >>> with_half(1.12345, 0.0288), with_half(0.35, 0.0), with_half(12.0, None), with_half(-0.114, 0.112)
+        ('1.123 ± 0.029', '0.35 ± 0', '12', '-0.114 ± 0.112')
     """
     if not _is_number(value) or not _is_number(half) or not math.isfinite(half) or not half:
         return f"{number(value)} ± 0" if value is not None and half == 0 else number(value)
-    decimals = max(0, 1 - int(f"{half:e}".partition("e")[2]))
+    for digits in range(_DIGITS, _MOST_DIGITS):
+        texts = _rounded(value, half, digits)
+        if (abs(float(texts[0])) > float(texts[1])) == (abs(value) > half):
+            break
+    return " ± ".join(texts)
+
+
+def _rounded(value: float, half: float, digits: int) -> tuple[str, str]:
+    """Round half of an interval to some digits, and the value as far."""
+    decimals = max(0, digits - 1 - int(f"{half:e}".partition("e")[2]))
     if decimals > 6 or abs(value) >= _LARGE:
-        return f"{number(value)} ± {number(half, 2)}"
-    return f"{value:.{decimals}f} ± {half:.{decimals}f}"
-
-
-def with_stderr(value: float | None, stderr: float | None) -> str:
-    """Format a value whose standard error is known: half of the interval is `HALF` of them."""
-    return with_half(value, HALF * stderr if _is_number(stderr) else stderr)
+        return number(value, digits + 2), number(half, digits)
+    return f"{value:.{decimals}f}", f"{half:.{decimals}f}"
 
 
 def difference(found: Mapping[str, Any]) -> str:
@@ -81,7 +87,7 @@ def difference(found: Mapping[str, Any]) -> str:
 
 
 def mean_with_interval(mean: Mapping[str, Any]) -> str:
-    """Format a result of `mean_of`, with half of its interval if there is one."""
+    """Format a result of `with_interval` or `mean_of`, with half of its interval if there is one."""
     return with_half(mean["value"], _half(mean))
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from nemo_upcycle.evaluation.heldout import ANSWER_BITS, BITS
 from nemo_upcycle.reporting.evaluation_sections import verdict
-from nemo_upcycle.reporting.figures import is_short
 from nemo_upcycle.reporting.markdown import difference, label, millions, number
+from nemo_upcycle.reporting.results import is_trial
 from nemo_upcycle.utils.progress import duration
 from nemo_upcycle.utils.writers import plain, table
 
@@ -25,7 +25,7 @@ def opening(results: dict[str, Any]) -> str:
         _became(results),
         _verdict(results),
         table(["", "measured", "verdict"], _numbers(results), words=1),
-        uneven(results["training"]["pretrain"].get("expert_load")),
+        uneven(results["training"]["pretrain"]),
         "![loss over tokens](loss.png)",
         _about(results),
     )
@@ -76,9 +76,9 @@ def _verdict(results: dict[str, Any]) -> str:
         for name, title in others.items()
         if (paired := results["paired"].get(f"trained_minus_{name}", {}).get(metric))
     ]
-    if is_short(done["steps"]):
+    if is_trial(done["steps"]):
         equal = ", and the MoE equals its parent at step 0" if results["receipt"].get("within_tolerance") else ""
-        return plain(f"The chain works{equal}. {done['steps']:,} steps cannot show what training brings.")
+        return plain(f"The chain works{equal}. {done['steps']:,} steps are too few to measure a benefit.")
     return plain(f"The MoE is {' and '.join(compared)}, by {_name(metric)}.")
 
 
@@ -87,6 +87,7 @@ def _compared(paired: dict[str, Any]) -> str:
         "the MoE is better": "better than",
         "the other is better": "worse than",
         "not judged": "not judged against",
+        "": "not judged against",
     }
     return words.get(verdict(paired, "the other", "the MoE"), "not distinguishable from")
 
@@ -105,8 +106,8 @@ def _numbers(results: dict[str, Any]) -> list[list[str]]:
     metric, training = _metric(results), results["training"]
     rows = []
     for name, title in (("dense", "the parent"), ("dense_ct", "the baseline")):
-        if paired := results["paired"].get(f"trained_minus_{name}", {}).get(metric):
-            judged = verdict(paired, title, "the MoE")
+        paired = results["paired"].get(f"trained_minus_{name}", {}).get(metric)
+        if paired and (judged := verdict(paired, title, "the MoE")):
             rows.append([f"trained MoE - {title}: {_name(metric)}", difference(paired), judged])
     return [*rows, _loss(training), _step_zero(results), *load_rows(training), _speed(training)]
 
@@ -141,8 +142,10 @@ def load_rows(training: dict[str, Any]) -> list[list[str]]:
     if not load:
         return []
     last, worst = _times_balance(load)
-    judged = "uneven" if last >= _UNEVEN else "even enough"
-    where = f"{judged}; at most {worst:.2f}, layer {load['worst']['layer']}, step {load['worst']['step']}"
+    judged = "uneven; " if last >= _UNEVEN else "even enough; "
+    if is_trial(training["pretrain"]["steps"]):
+        judged = ""
+    where = f"{judged}at most {worst:.2f}, layer {load['worst']['layer']}, step {load['worst']['step']}"
     return [["busiest expert at the end, times its balanced load", f"{last:.2f}", where]]
 
 
@@ -151,13 +154,14 @@ def _times_balance(load: dict[str, Any]) -> tuple[float, float]:
     return load["last"]["max"] / load["last"]["balanced"], load["worst"]["max_violation"] + 1
 
 
-def uneven(load: dict[str, Any] | None) -> str:
-    """Say what is bad about the experts' load; nothing where it is even enough, or not known.
+def uneven(done: dict[str, Any]) -> str:
+    """Warn of an uneven expert load; return nothing if it is even enough, not known, or of a trial.
 
     Args:
-        load: `expert_load` of a training's summary.
+        done: summary of a training, with its `steps` and, if known, `expert_load`.
     """
-    if not load or max(_times_balance(load)) < _UNEVEN:
+    load = done.get("expert_load")
+    if not load or is_trial(done["steps"]) or max(_times_balance(load)) < _UNEVEN:
         return ""
     last, worst = _times_balance(load)
     were = "are" if last >= _UNEVEN else "were at times"

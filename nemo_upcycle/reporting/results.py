@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from nemo_upcycle.evaluation.compare import compare_items
+from nemo_upcycle.evaluation.compare import compare_items, observations
 from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
 from nemo_upcycle.evaluation.paired import paired_difference
+from nemo_upcycle.evaluation.statistics import error_of, with_interval
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import Curve, RunRecord
 from nemo_upcycle.suites.local_tasks import LOCAL_TASKS
@@ -17,6 +18,21 @@ from nemo_upcycle.suites.local_tasks import LOCAL_TASKS
 
 #: Which models are compared: the second against the first.
 PAIRS = (("dense_ct", "trained"), ("dense", "trained"), ("dense", "dense_ct"))
+#: The models of the training stages.
+TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
+#: A training of fewer steps shows that the chain works, and nothing about the models.
+FEW_STEPS = 100
+
+
+def is_trial(steps: int) -> bool:
+    """Return whether a training has too few steps for a verdict or an alarm.
+
+    Reports, their figures and the page of a running chain all ask here.
+
+    Args:
+        steps: optimizer steps done.
+    """
+    return steps < FEW_STEPS
 
 
 def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, Any]:
@@ -27,9 +43,10 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         environment: result of `describe_environment`.
 
     Returns:
-        `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item), `paired`
-        (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks), `sources` (model -> source of
-        held-out text -> bits per byte), `missing` (task -> why it is not scored), `published` (the suite's, or None),
+        `evaluation` (model -> metric -> value, stderr, low, high), `step0` (parent against step 0, item by item),
+        `paired` (`B_minus_A` -> metric -> difference, and whether a training of the two `is_trial`; groups of tasks
+        stand for their tasks), `sources` (model -> source of held-out text -> bits per byte with its interval),
+        `missing` (task -> why it is not scored), `published` (the suite's, or None),
         `contamination` (task -> items, and how many of them the texts contain; None of one that was not looked for),
         `heldout_overlap` (of the data's manifest, or None), `samples` (held-out prompts with each model's
         continuation), `training` (stage -> settings, first and last losses, tokens, rates, memory, expert load,
@@ -42,10 +59,12 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
     evaluations = run.evaluations
     pairs = [(a, b) for a, b in PAIRS if a in evaluations and b in evaluations]
     tests = sum(len(_main_metrics(evaluations[a])) for a, _ in pairs)
+    trials = {TRAINED[stage] for stage, curve in run.curves.items() if is_trial(curve.steps[-1]["step"])}
     return {
         "evaluation": {
             name: {
-                metric: {"value": entry["value"], "stderr": entry["stderr"]}
+                metric: {"stderr": entry["stderr"]}
+                | with_interval(entry["value"], error_of(entry["stderr"], observations(evaluation, metric)))
                 for metric, entry in evaluation["metrics"].items()
             }
             for name, evaluation in evaluations.items()
@@ -54,12 +73,16 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         "paired": {
             f"{b}_minus_{a}": {
                 metric: paired_difference(evaluations[a], evaluations[b], metric, tests)
+                | {"is_trial": not trials.isdisjoint((a, b))}
                 for metric in _main_metrics(evaluations[a])
             }
             for a, b in pairs
         },
         "sources": {
-            name: by_source(document_sums(evaluation))
+            name: {
+                source: found | with_interval(found["value"], error_of(found["stderr"], found["documents"]))
+                for source, found in by_source(document_sums(evaluation)).items()
+            }
             for name, evaluation in evaluations.items()
             if all("cluster" in item for item in evaluation["items"].get(TASK, [{}]))
         },

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_upcycle.data.finished import CONTAMINATION, MANIFEST
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import BITS
+from nemo_upcycle.evaluation.statistics import error_of, half_width
 from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, read_json_lines, read_text
 from nemo_upcycle.utils.schema import require_known
 
@@ -44,7 +45,8 @@ class Curve:
     Attributes:
         steps: entries that the stage wrote, one a training step, in order.
         validation: tokens seen and validation loss, in order.
-        scores: tokens seen, and the bits per byte of held-out text on the live model with their error, in order.
+        scores: tokens seen, the bits per byte of held-out text on the live model, and half of their 95 % interval
+            over documents (None of one document), in order.
     """
 
     steps: list[dict[str, Any]]
@@ -216,9 +218,15 @@ def read_curve(path: Path) -> Curve:
         for line in lines
         if line.get("validation_loss") is not None
     ]
-    scored = [(line["step"] * step_tokens, line["evaluation"].get(BITS)) for line in lines if "evaluation" in line]
-    scores = [(tokens, score["value"], score["stderr"]) for tokens, score in scored if score]
-    return Curve(steps, validation, scores)
+    scored = [line for line in lines if line.get("evaluation", {}).get(BITS)]
+    return Curve(steps, validation, [(line["step"] * step_tokens, *_bits(line)) for line in scored])
+
+
+def _bits(line: dict[str, Any]) -> tuple[float, float | None]:
+    """Return the bits per byte of a line's evaluation, and half of their 95 % interval."""
+    score, documents = line["evaluation"][BITS], sum(of["documents"] for of in line.get("sources", {}).values())
+    error = error_of(score["stderr"], documents)
+    return score["value"], half_width(error) if error else None
 
 
 def _read(path: Path, stage: str, keys: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:

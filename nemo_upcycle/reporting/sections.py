@@ -12,6 +12,7 @@ from typing import Any
 from nemo_upcycle.data.finished import overlap_shares, overlap_unit
 from nemo_upcycle.data.losses import lost_text
 from nemo_upcycle.reporting.markdown import millions, number, section, sources
+from nemo_upcycle.reporting.results import TRAINED
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import MODELS
 from nemo_upcycle.trainers.settings import STEPS
@@ -21,8 +22,6 @@ from nemo_upcycle.utils.progress import duration
 from nemo_upcycle.utils.writers import code, fenced, plain, table
 
 
-#: The models of the training stages.
-_TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
 #: Steps of a longer training, at least.
 _LONGER_STEPS = 200
 
@@ -49,7 +48,7 @@ def training(results: dict[str, Any]) -> str:
         _data(stages),
         texts(results["texts"]),
         overlap(results["heldout_overlap"]),
-        table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
+        table(["", *(MODELS[TRAINED[stage]] for stage in stages)], rows),
         _changes(stages),
         _fp8(stages),
         "![loss over FLOPs](loss_flops.png)" if "loss_flops" in results["figures"] else "",
@@ -83,7 +82,7 @@ def _fp8(stages: dict[str, Any]) -> str:
     keys = [key for key in titles if any(key in one for fp8 in found.values() for one in fp8["last"].values())]
     rows = [
         [
-            f"{kind} of the {MODELS[_TRAINED[stage]]}",
+            f"{kind} of the {MODELS[TRAINED[stage]]}",
             *(" / ".join(number(fp8[step].get(kind, {}).get(key), 3) for step in ("first", "last")) for key in keys),
         ]
         for stage, fp8 in found.items()
@@ -94,7 +93,7 @@ def _fp8(stages: dict[str, Any]) -> str:
 
 def _data(stages: dict[str, Any]) -> str:
     """Describe the models' training data, once if they are the same."""
-    data = {f" of the {MODELS[_TRAINED[stage]]}": done["settings"]["data"] for stage, done in stages.items()}
+    data = {f" of the {MODELS[TRAINED[stage]]}": done["settings"]["data"] for stage, done in stages.items()}
     if len(set(data.values())) == 1:
         data = {"": next(iter(data.values()))}
     return "\n\n".join(f"Data{whose}: {plain(text)}." for whose, text in data.items())

@@ -91,7 +91,7 @@ def test_the_report_says_what_was_trained_and_what_the_models_write(finished: Pa
     for sample in results["samples"]:
         assert list(sample["continuations"]) == ["dense", "trained", "dense_ct"]
         assert all(sample["continuations"].values())
-    said = "The chain works, and the MoE equals its parent at step 0. 6 steps cannot show"
+    said = "The chain works, and the MoE equals its parent at step 0. 6 steps are too few"
     assert said in (finished / "report.md").read_text()
 
 

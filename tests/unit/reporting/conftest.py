@@ -96,6 +96,22 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of 300 steps, enough for verdicts and alarms."""
+    folder = lengthen(write_run(tmp_path_factory.mktemp("judged") / "demo"))
+    write_report(folder)
+    return folder
+
+
+def lengthen(folder: Path) -> Path:
+    """Let the trainings of a run have a hundred times as many steps, and return its folder."""
+    for path in folder.glob("*/metrics.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line | {"step": 100 * line["step"]}) + "\n" for line in lines))
+    return folder
+
+
 def write_run(folder: Path) -> Path:
     """Write what the stages of a run leave, and return its folder."""
     (folder / "evaluation").mkdir(parents=True)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from nemo_upcycle.evaluation.heldout import BITS
 from nemo_upcycle.reporting.figures import heldout_figure, load_figure, loss_figure, routers_figure
-from nemo_upcycle.reporting.run_folder import Curve
+from nemo_upcycle.reporting.run_folder import Curve, read_curve
 from tests.unit.reporting.conftest import metrics
 from tests.unit.reporting.drawn import faults_of
 
@@ -59,13 +62,28 @@ def test_losses_stand_over_flops_too_where_they_are_known() -> None:
     assert [line.get_xdata().tolist() for line in tokens.values()] == [[1000, 2000, 3000]] * 2
 
 
+def test_a_live_score_has_the_interval_of_its_documents(tmp_path: Path) -> None:
+    line = {
+        "step": 1,
+        "loss": 3.0,
+        "tokens": 1000,
+        "seconds": 1.0,
+        "evaluation": {BITS: {"value": 2.0, "stderr": 0.1}},
+    }
+    sources = {"law": {"documents": 3}, "web": {"documents": 2}}
+    text = "".join(json.dumps(line | more) + "\n" for more in ({"sources": sources}, {}))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    scores = read_curve(tmp_path / "metrics.jsonl").scores
+    assert scores == [(1000, 2.0, pytest.approx(0.2776, abs=1e-4)), (1000, 2.0, None)]  # t of 4 degrees: 2.776
+
+
 def test_held_out_text_has_a_band_of_its_interval() -> None:
     figure = heldout_figure({"pretrain": Curve(STEPS, [], [(0, 2.0, 0.1), (3000, 1.5, None)])})
     assert figure is not None
     (axes,) = figure.axes
     assert axes.lines[0].get_xydata().tolist() == [[0, 2.0], [3000, 1.5]]
     corners = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}
-    assert {(0.0, 2.0 - 0.196), (0.0, 2.0 + 0.196), (3000.0, 1.5)} <= corners  # 1.96 standard errors
+    assert {(0.0, 2.0 - 0.1), (0.0, 2.0 + 0.1), (3000.0, 1.5)} <= corners
     assert heldout_figure({"pretrain": Curve(STEPS, [])}) is None
 
 

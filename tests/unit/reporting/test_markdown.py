@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import doctest
 
+import pytest
+
 from nemo_upcycle.reporting import markdown
 from nemo_upcycle.reporting.markdown import with_half
 
@@ -9,6 +11,12 @@ from nemo_upcycle.reporting.markdown import with_half
 def test_the_examples_of_the_docstrings() -> None:
     assert doctest.testmod(markdown).attempted >= 5
     assert doctest.testmod(markdown).failed == 0
+
+
+@pytest.mark.parametrize(("value", "half"), [(-0.1131, 0.1068), (0.1099, 0.1101), (1.0004e-7, 1.0001e-7), (4.0, 4.1)])
+def test_a_verdict_can_be_read_from_the_printed_numbers(value: float, half: float) -> None:
+    shown, its = map(float, with_half(value, half).split(" ± "))
+    assert (abs(shown) > its) == (abs(value) > half)
 
 
 def test_a_value_is_as_precise_as_its_interval() -> None:
