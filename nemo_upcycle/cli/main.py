@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -43,7 +44,7 @@ Runs of NeMo or Megatron-Bridge, all stages from import to report and grids of t
 example:
   nemo-upcycle start asset://smollm2-135m         the demo's model and texts"""
 _EPILOG = """nemo-upcycle help COMMAND, or COMMAND --help: an example and the options.
-exit status: 0 done, or yes; 1 the answer is no; 2 bad usage or input."""
+exit status: 0 done, or yes; 1 the answer is no; 2 bad usage or input, or the command failed."""
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
@@ -108,7 +109,7 @@ def _prepare_streams() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status: 0, 1 (the answer is no), 2 (bad usage or input), 130 or 143 (stopped)."""
+    """Run a command; return its exit status: 0, 1 (the answer is no), 2 (it failed), 130 or 143 (it was stopped)."""
     _prepare_streams()
     try:
         with _signals():
@@ -118,11 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_status
     except OSError as error:
         sys.stderr.write(f"error: {_format_os_error(error)}\n")
-    except ModuleNotFoundError as error:
-        if (error.name or "nemo_upcycle").startswith("nemo_upcycle"):
-            raise
-        fix = "run `nemo-upcycle doctor`, which prints the command that adds it"
-        sys.stderr.write(f"error: {error.name} is not installed. Fix: {fix}.\n")
+    except Exception as error:  # 1 would say that the answer is no
+        sys.stderr.write(without_secrets(_unexpected(error)))
     except KeyboardInterrupt as stop:
         sys.stderr.write("\nstopped; run again to resume\n")
         return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
@@ -150,6 +148,16 @@ def _signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _unexpected(error: Exception) -> str:
+    """Return the text for an error that nobody made a message of: with a traceback, unless a package is missing."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing and not missing.startswith("nemo_upcycle"):
+        fix = "run `nemo-upcycle doctor`, which prints the command that adds it"
+        return f"error: {missing} is not installed. Fix: {fix}.\n"
+    lines, name = "".join(traceback.format_exception(error)), type(error).__name__
+    return f"{lines}error: the command failed unexpectedly ({name}). Fix: report the lines above.\n"
 
 
 _FIXES = {

@@ -127,6 +127,17 @@ def test_an_output_without_room_is_told_and_fails_if_it_is_all(dense: Path, tmp_
     command.text("verify", str(dense), str(moe), "--weights-only")
 
 
+def test_a_crash_is_no_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def crash(args: argparse.Namespace) -> int:
+        raise RuntimeError("strides")
+
+    monkeypatch.setattr("nemo_upcycle.cli.doctor.run", crash)
+    assert main(["doctor"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert (lines[0], lines[-2]) == ("Traceback (most recent call last):", "RuntimeError: strides")
+    assert lines[-1].startswith("error: the command failed unexpectedly (RuntimeError)")
+
+
 @pytest.mark.parametrize(("sent", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_ends_it_with_a_word(sent: str, status: int) -> None:
     code = (
