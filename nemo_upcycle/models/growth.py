@@ -283,7 +283,7 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
         )
     elif chosen == 1 and spec.router_kind.pre_softmax and spec.output_scale == "none" and spec.top_k != copies:
         reasons.append(f"output_scale=none leaves {spec.top_k / copies:.4g} of the parent's expert")
-    if chosen == 1 and spec.router_score == "sigmoid":
+    if chosen == spec.top_k == 1 and spec.router_score == "sigmoid":
         reasons.append("Megatron divides no single sigmoid score by itself, as the parent's class does")
     if router_moves(spec):
         reasons.append(f"router_std={spec.router_std:.3g} tells the copies of an expert apart in the router")

@@ -234,6 +234,15 @@ def test_a_model_without_a_place_for_biases_or_gate_is_refused(glm4_moe: Path, t
         load_dense_into([model], dense)
 
 
+def test_copies_of_a_single_sigmoid_expert_are_exact(tmp_path: Path) -> None:
+    folder = write_moe(tmp_path / "dense", kind="Glm4Moe", num_experts_per_tok=1)
+    done = converted(folder, tmp_path / "moe", replace(GLM4, top_k=2))
+    assert done.exact
+    wanted, got = (hugging_face_logits(one, sample_tokens(250)) for one in (folder, done.output))
+    assert float((got - wanted).norm() / wanted.norm()) <= EXACT
+    assert not converted(folder, tmp_path / "one", replace(GLM4, top_k=1)).exact  # in Megatron
+
+
 def test_what_cannot_be_grown_is_refused_by_name(tmp_path: Path) -> None:
     folder = write_moe(tmp_path / "dense", kind="Glm4Moe", norm_topk_prob=False)
     with pytest.raises(CheckpointError, match="not divided by their sum"):
