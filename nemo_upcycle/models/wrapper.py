@@ -67,6 +67,9 @@ _ROPES = ("rope_parameters", "rope_scaling")
 _OF_PICTURES = ("mrope_section", "mrope_interleaved")
 #: Text models that are published by themselves with such settings, too.
 _PARTS = ("qwen3_5_text", "qwen3_5_moe_text")
+#: Settings of a text part that transformers reads in the class of text alone -> value that changes nothing. Logits of
+#: the classes around it are those of the output layer, undivided.
+_UNREAD = {"logits_scaling": 1.0}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -167,7 +170,7 @@ def text_settings(config: Any, where: str) -> Any:
         )
     kind = text.get("model_type") or wrapper.text_type
     text = {key: value for key, value in text.items() if key not in ("architectures", "vision_config")}
-    text |= _ropes(text)
+    text |= _ropes(text) | {key: value for key, value in _UNREAD.items() if key in text}
     unsaid = dict(zip(_SIZES, _UNSAID.get(kind, ()), strict=False)) | _OTHER.get(kind, {})
     if not any(isinstance(text.get(key), dict) and "rope_theta" in text[key] for key in _ROPES):
         unsaid |= {"rope_theta": _THETA[kind]} if kind in _THETA else {}
@@ -191,6 +194,7 @@ def around_text(whole: dict[str, Any], text: dict[str, Any], wrapper: Wrapper) -
     old, config = str(whole.get("model_type")), whole | {"architectures": [wrapper.hf_class]}
     said = whole.get("text_config", whole)
     axes = {key: rope[key] for rope in map(said.get, _ROPES) if rope for key in _OF_PICTURES if key in rope}
+    text |= {key: said[key] for key in _UNREAD if key in said}  # which a server may read
     text |= {key: {"rope_type": "default"} | (text.get(key) or {}) | axes for key in _ROPES if axes}
     if text["architectures"] == config["architectures"]:
         del text["architectures"]

@@ -22,7 +22,7 @@ from nemo_upcycle.verify.verification import verify
 from tests.folders import converted
 from tests.loading.cases import logits
 from tests.models import sample_tokens, write_tokenizer
-from tests.parents import MINISTRAL3, write_wrapped
+from tests.parents import GRANITE, MINISTRAL3, write_wrapped
 from tests.tiers import quick
 
 
@@ -37,6 +37,7 @@ ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("Mistral3", "MixtralForCausalLM", "Ministral3", MINISTRAL3),
     ("Llava", "MixtralForCausalLM", "", {"tied": True}),
     ("Llava", "MixtralForCausalLM", "Mistral", {"window": 5}),
+    ("Llava", "GraniteMoeForCausalLM", "Granite", GRANITE | {"head_dim": None}),
     ("InternVL", "Qwen2MoeForCausalLM", "", {}),
     ("InternVL", "Qwen3MoeForCausalLM", "Qwen3", {"tied": True}),
     ("Gemma3", "", "", {"tied": True, "layers": 6}),
@@ -71,7 +72,7 @@ def _spell_anew(folder: Path) -> None:
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(("kind", "hf_class", "text", "changes"), quick(HERE, HERE[0], HERE[-2]), ids=str)
+@pytest.mark.parametrize(("kind", "hf_class", "text", "changes"), quick(HERE, ROWS[4], HERE[-2]), ids=str)
 def test_the_text_is_a_parent(tmp_path: Path, kind: str, hf_class: str, text: str, changes: dict[str, Any]) -> None:
     folder, tokens = tmp_path / "dense", sample_tokens(250)
     write_tokenizer(write_wrapped(folder, kind, text=text, **{"vocab_size": 259} | changes))
