@@ -26,14 +26,21 @@ from nemo_upcycle.convert.safetensors_writer import (
 from nemo_upcycle.convert.whole import CAVEAT, Whole, unseen_because
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import require_class, server_caveats
-from nemo_upcycle.models.mapping import as_written, constant_tensors, hf_constants, mapping_of_hf, stored_as
+from nemo_upcycle.models.families import load_options, require_class, server_caveats
+from nemo_upcycle.models.mapping import (
+    as_written,
+    constant_tensors,
+    folded_scale,
+    hf_constants,
+    mapping_of_hf,
+    stored_as,
+)
 from nemo_upcycle.models.sharding import Shard, float32_names, hf_parts, hf_shapes, shard_shape
 from nemo_upcycle.models.stacked import as_in_file
 from nemo_upcycle.models.tokenizer_files import check_tokenizer
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import left_out, left_out_text
-from nemo_upcycle.sources.checks import require_finite, rounded
+from nemo_upcycle.sources.checks import FOLDED, require_finite, rounded, rounded_by
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import MODEL_MARKER, output_folder, require_apart, sha256_file, write_json
@@ -150,6 +157,7 @@ def export_weights(
         stored[name] = weights.dtype(stored_as(mapping, arch), layer, expert)
     float32 = float32_names(arch)
     lossy = list(rounded({name: own for name, own in stored.items() if name not in float32}, dtype))
+    lossy += rounded_by({FOLDED: folded_scale(arch)}, dtype)
     wrapper = whole.wrapper if whole else None
     copied = {"Copied as they are": left_out_text(left_out(whole.others))} if whole else {}
     if plan is not None and whole:
@@ -159,7 +167,7 @@ def export_weights(
         tokenizer_files = copy_tokenizer_files(dense_folder, folder, sees=whole is not None)
         writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES, float32=float32, whole=whole)
         writer.write(folder, _write_tensors(weights, arch, dtype), f"export {output.name}")
-        notes = [*about.notes, *server_caveats(arch), *((CAVEAT,) if whole else ())]
+        notes = [*about.notes, *server_caveats(arch, dtype.itemsize), *((CAVEAT,) if whole else ())]
         if arch.num_experts and not about.text_only and (why := unseen_because(dense_folder, arch)):
             notes.append(f"the text model alone: {why}")
         write_card(
@@ -172,6 +180,7 @@ def export_weights(
             notes=[*lossy, *notes],
             parent=about.parent,
             whole_class=wrapper.hf_class if wrapper else "",
+            options=load_options(arch, dtype.itemsize),
         )
         marker = {
             "made_by": MADE_BY,

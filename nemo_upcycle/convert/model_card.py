@@ -44,7 +44,7 @@ _TEMPLATE = """---
 
 ```python
 from transformers import {imported}
-model = {hf_class}.from_pretrained(".", dtype="auto")  # this folder, or its name on the hub
+model = {hf_class}.from_pretrained(".", dtype="auto"{options})  # this folder, or its name on the hub
 {tokenizer}```
 
 {notes}{licence_title}
@@ -64,6 +64,7 @@ def write_card(
     notes: Sequence[str] = (),
     parent: str | None = None,
     whole_class: str = "",
+    options: str = "",
 ) -> None:
     """Write the model card.
 
@@ -77,6 +78,7 @@ def write_card(
         notes: what is not exact, not known or assumed.
         parent: how the user named the first of the parents.
         whole_class: the class around the model, where the parent's other parts are.
+        options: further arguments of `from_pretrained`.
     """
     family = find_family(arch.hf_class)
     loads_as, around = whole_class or (family.saved_as if family else "") or arch.hf_class, ""
@@ -104,6 +106,7 @@ def write_card(
         rows=table(["", ""], rows.items(), words=1),
         imported=f"AutoTokenizer, {loads_as}" if has_tokenizer else loads_as,
         hf_class=loads_as,
+        options=options and f", {options}",
         tokenizer='tokenizer = AutoTokenizer.from_pretrained(".")\n' if has_tokenizer else "",
         notes="\n".join(["## What to know", "", *(f"- {plain(note)}" for note in notes), "", ""]) if notes else "",
         licence_title=_LICENCE,

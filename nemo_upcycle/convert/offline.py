@@ -26,9 +26,9 @@ from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, Safetensors
 from nemo_upcycle.convert.whole import CAVEAT, Whole, unseen_because
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.init.calibration_file import calibration_of
-from nemo_upcycle.models.families import server_caveats
+from nemo_upcycle.models.families import load_options, server_caveats
 from nemo_upcycle.models.growth import inexact_because, needs_float32_routing
-from nemo_upcycle.models.mapping import extra_params, mapping_of
+from nemo_upcycle.models.mapping import extra_params, folded_scale, mapping_of
 from nemo_upcycle.models.tokenizer_files import check_tokenizer
 from nemo_upcycle.models.wrapper import INDEX
 from nemo_upcycle.package_info import __version__
@@ -149,7 +149,7 @@ def convert(
     reasons = (
         *inexact_because(dense.architecture, spec),
         *dense.inexact_because(),
-        *rounded_because(dense, dtype, spec),
+        *rounded_because(dense, dtype, spec, folded=folded_scale(moe_arch)),
     )
     kept, written_bytes = len(writer.files), 0
     if _is_done(output, plan):
@@ -244,7 +244,18 @@ def _finish(
     parents = [source.path for source in dense.branches()]
     whole, tool = expansion.whole, "nemo-upcycle convert"
     notes, name = _caveats(expansion), whole.wrapper.hf_class if whole else ""
-    write_card(folder, parents, moe_arch, title=title, tool=tool, facts=facts, notes=notes, whole_class=name)
+    options = load_options(moe_arch, expansion.dtype.itemsize)
+    write_card(
+        folder,
+        parents,
+        moe_arch,
+        title=title,
+        tool=tool,
+        facts=facts,
+        notes=notes,
+        whole_class=name,
+        options=options,
+    )
     write_config(dense.path, folder, moe_arch, expansion.dtype, wrapper=whole.wrapper if whole else None)
     tokenizer_files = copy_tokenizer_files(dense.path, folder, sees=whole is not None)
     marker = {
@@ -257,7 +268,7 @@ def _finish(
 
 
 def _caveats(expansion: Expansion) -> tuple[str, ...]:
-    return (*server_caveats(expansion.moe_arch), *((CAVEAT,) if expansion.whole else ()))
+    return (*server_caveats(expansion.moe_arch, expansion.dtype.itemsize), *((CAVEAT,) if expansion.whole else ()))
 
 
 def _plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, targets
-from nemo_upcycle.models.families.base import ACTIVATIONS, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
+from nemo_upcycle.models.families.base import ACTIVATIONS, FOLDED_SCALE, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
 from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE, PROPORTIONAL
 from nemo_upcycle.models.wrapper import WRAPPERS, Wrapper, read_config, text_settings
 
@@ -188,6 +188,22 @@ def read_architecture(folder: Path) -> Architecture:
     return architecture_from_config(read_config(folder), str(path))
 
 
+def trained_architecture(folder: Path) -> Architecture:
+    """Return the architecture of the Megatron model that a Hugging Face folder of this package holds.
+
+    Its `routed_scaling_factor` may stand in the folder's down projections.
+
+    Args:
+        folder: with `config.json`.
+
+    Raises:
+        CheckpointError: as in `read_architecture`, or the factor is no number.
+    """
+    arch, path = read_architecture(folder), folder / "config.json"
+    folded = Settings({FOLDED_SCALE: 1.0} | read_config(folder), str(path)).number(FOLDED_SCALE)
+    return replace(arch, routed_scaling_factor=arch.routed_scaling_factor * folded)
+
+
 def _settings_of(config: Any, where: str) -> tuple[Family, Settings]:
     """Return family and settings of a parsed `config.json`, as transformers 4 or 5 writes it, defaults included.
 
@@ -307,7 +323,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     assert isinstance(family, MoeFamily), arch.hf_class
     parent = _family_of(dense_config, "config.json")
     settings = family.expert_settings(arch)
-    dropped = {"attention_bias", "mlp_bias", "hidden_activation", "layer_types", _PART}
+    dropped = {"attention_bias", "mlp_bias", "hidden_activation", "layer_types", _PART, FOLDED_SCALE}
     dropped |= {*parent.spelling, *parent.own_settings}
     scaling = arch.rope_scaling or {}
     # Where it is the longest, it is what a class takes for it; written, it would take the place of a factor.
@@ -334,6 +350,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "hidden_size": arch.hidden_size,
         "num_attention_heads": arch.num_heads,
         **({_SHORT: scaling[_SHORT]} if is_beside else {}),
+        **({FOLDED_SCALE: folded} if (folded := family.folded_scale(arch)) != 1 else {}),
         **ropes,
         **settings,
     }

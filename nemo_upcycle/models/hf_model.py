@@ -20,7 +20,7 @@ from nemo_upcycle.models.hf_config import read_architecture, rope_settings
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.rotary import PROPORTIONAL
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
-from nemo_upcycle.models.stacked import lies_transposed, stacks
+from nemo_upcycle.models.stacked import EAGER, lies_transposed, needs_eager_experts, stacks
 from nemo_upcycle.models.wrapper import INDEX, SINGLE, Wrapper, read_config, wrapper_of
 from nemo_upcycle.utils.files import read_json
 
@@ -58,14 +58,24 @@ def load_model(folder: Path, **options: Any) -> Any:
     import transformers
 
     wrapper, pair = wrapper_of(read_json(folder / "config.json")), _computed_as(read_config(folder))
-    config = _config(folder)
-    if not (wrapper or pair):
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **_LOCAL, **options)
-    options["state_dict"] = _state_dict(folder, wrapper, pair[1] if pair else None)
-    family = pair[1] if pair else find_family(read_architecture(folder).hf_class)
-    assert family
-    name = family.saved_as or family.hf_class
-    return getattr(transformers, name).from_pretrained(None, config=config, **_LOCAL, **options)
+    config, source = _config(folder), str(folder)
+    kind: Any = transformers.AutoModelForCausalLM
+    if wrapper or pair:
+        options["state_dict"] = _state_dict(folder, wrapper, pair[1] if pair else None)
+        family = pair[1] if pair else find_family(read_architecture(folder).hf_class)
+        assert family
+        kind, source = getattr(transformers, family.saved_as or family.hf_class), ""
+    loaded = kind.from_pretrained(source or None, config=config, **_LOCAL, **options)
+    _choose_experts(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
+
+
+def _choose_experts(model: Any) -> None:
+    """Let transformers 5 multiply expert by expert if its grouped product refuses the experts' matrices."""
+    if hasattr(model, "set_experts_implementation"):
+        matrices = [each for name, each in model.named_parameters() if ".experts." in name and each.dim() == 3]
+        if any(needs_eager_experts(each.shape[1:], each.itemsize) for each in matrices):
+            model.set_experts_implementation(EAGER)
 
 
 def require_known(folder: Path) -> None:

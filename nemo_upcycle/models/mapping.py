@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import BALANCING_BIASES, Architecture
-from nemo_upcycle.models.families import Family, find_family
+from nemo_upcycle.models.families import Family, MoeFamily, find_family
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
 from nemo_upcycle.models.mapping_table import (
     ATTENTION_MAPPINGS,
@@ -91,16 +91,24 @@ def mapping_of(role: str, arch: Architecture) -> ParamMapping:
 
     Where no Hugging Face class can hold the model, the parts stand for the names.
     """
-    return _mapping_of(role, find_family(arch.hf_class), arch.gated, arch.shared_gate)
+    family = find_family(arch.hf_class)
+    return _mapping_of(role, family, arch.gated, arch.shared_gate, folded_scale(arch))
+
+
+def folded_scale(arch: Architecture) -> float:
+    """Return the factor of `MoeFamily.folded_scale`; 1 for a dense model, or one that no class holds."""
+    family = find_family(arch.hf_class)
+    return family.folded_scale(arch) if isinstance(family, MoeFamily) else 1.0
 
 
 @functools.cache
-def _mapping_of(role: str, family: Family | None, gated: bool, shared_gate: bool) -> ParamMapping:
+def _mapping_of(role: str, family: Family | None, gated: bool, shared_gate: bool, folded: float) -> ParamMapping:
     mapping = BY_ROLE[role]
     names = family.names.get(role, mapping.parts) if family else mapping.parts
     factors = family.hf_factors if family and not shared_gate else {}
     offset = family.hf_offsets.get(role, 0.0) if family else 0.0
-    mapping = replace(mapping, hf=names, hf_factor=factors.get(role, 1.0), hf_offset=offset)
+    factor = factors.get(role, 1.0) * (folded if role.startswith("expert_fc2") else 1.0)
+    mapping = replace(mapping, hf=names, hf_factor=factor, hf_offset=offset)
     if mapping.sharding is Sharding.GATED and not gated:
         return replace(mapping, parts=mapping.parts[1:], hf=names[-1:], sharding=Sharding.NEURON_ROWS)
     return mapping
@@ -157,9 +165,12 @@ def as_written(arch: Architecture) -> Architecture:
     """Return the architecture that the Hugging Face folder of a model has.
 
     An MoE model always gets an output matrix of its own, without which SGLang reads no MoE class, vLLM not Glm4-MoE
-    and llama.cpp not Qwen2-MoE. SGLang does not say so. A Gemma 4 stays tied, as its class is by default.
+    and llama.cpp not Qwen2-MoE. SGLang does not say so. A Gemma 4 stays tied, as its class is by default. A
+    `routed_scaling_factor` that the class lacks stands in the down projections.
     """
-    return replace(arch, tied_embeddings=arch.tied_embeddings and (arch.num_experts is None or arch.keeps_network))
+    tied = arch.tied_embeddings and (arch.num_experts is None or arch.keeps_network)
+    scale = arch.routed_scaling_factor / folded_scale(arch)
+    return replace(arch, tied_embeddings=tied, routed_scaling_factor=scale)
 
 
 def stored_as(mapping: ParamMapping, arch: Architecture) -> ParamMapping:
@@ -207,7 +218,8 @@ def mapping_of_hf(hf_name: str, arch: Architecture) -> tuple[ParamMapping, int, 
     Raises:
         CheckpointError: the table has no such tensor.
     """
-    for mapping, part, pattern in _hf_patterns(find_family(arch.hf_class), arch.gated, arch.shared_gate):
+    family = find_family(arch.hf_class)
+    for mapping, part, pattern in _hf_patterns(family, arch.gated, arch.shared_gate, folded_scale(arch)):
         if match := pattern.fullmatch(hf_name):
             numbers = match.groupdict()
             return mapping, part, int(numbers.get("layer", 0)), int(numbers.get("expert", 0))
@@ -216,10 +228,11 @@ def mapping_of_hf(hf_name: str, arch: Architecture) -> tuple[ParamMapping, int, 
 
 @functools.cache
 def _hf_patterns(
-    family: Family | None, gated: bool, shared_gate: bool
+    family: Family | None, gated: bool, shared_gate: bool, folded: float
 ) -> list[tuple[ParamMapping, int, re.Pattern[str]]]:
     """Return mapping, part and pattern of every Hugging Face name of a family."""
-    mappings = [_mapping_of(role, family, gated, shared_gate) for role in (family.names if family else ())]
+    roles = family.names if family else ()
+    mappings = [_mapping_of(role, family, gated, shared_gate, folded) for role in roles]
     return [(mapping, part, _pattern(name)) for mapping in mappings for part, name in enumerate(mapping.hf)]
 
 

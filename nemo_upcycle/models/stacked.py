@@ -14,6 +14,24 @@ if TYPE_CHECKING:
     import torch
 
 _TRANSPOSED = "].T"
+#: Value of `experts_implementation`, an argument of `from_pretrained` in transformers 5: multiply expert by expert.
+EAGER = "eager"
+#: By default transformers 5 multiplies all experts at once, and torch's product wants rows of so many bytes.
+GROUPED_BYTES = 16
+
+
+def needs_eager_experts(widths: Iterable[int], itemsize: int) -> bool:
+    """Return whether transformers 5 must multiply expert by expert.
+
+    Args:
+        widths: row lengths of the experts' matrices (numbers).
+        itemsize: size of a number (bytes).
+
+    Example:
+        >>> needs_eager_experts([4096, 172], 2), needs_eager_experts([4096, 172], 4)
+        (True, False)
+    """
+    return any(width * itemsize % GROUPED_BYTES for width in widths)
 
 
 def is_stacked(name: str) -> bool:

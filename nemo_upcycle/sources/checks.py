@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -21,6 +21,8 @@ from nemo_upcycle.utils.dtypes import dtype_name
 
 #: Bytes of a block in which two tensors are compared, and the rows that one rank of many compares.
 _BLOCK_BYTES, _SAMPLE_ROWS = 32 << 20, 64
+#: What a factor is on that `MoeFamily.folded_scale` gives.
+FOLDED = "down projection in place of routed_scaling_factor"
 
 
 class BrokenWeights(CheckpointError):
@@ -150,7 +152,9 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
-def rounded_because(dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | None = None) -> tuple[str, ...]:
+def rounded_because(
+    dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | None = None, *, folded: float = 1.0
+) -> tuple[str, ...]:
     """Return why weights lose digits when they are cast to a type and scaled in it; empty when they lose none.
 
     Args:
@@ -159,6 +163,7 @@ def rounded_because(dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | 
         spec: has the factors on what stands behind an expert's activation. One that is no power of two is rounded; in
             16 bits that shows in the logits. One below 1 takes a bit from the smallest numbers; other types than
             float16 have them below 1e-38 only.
+        folded: `mapping.folded_scale` of a Hugging Face folder's model.
 
     Example:
         >>> with open_dense("models/float32") as dense:  # doctest: +SKIP
@@ -168,12 +173,20 @@ def rounded_because(dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | 
     arch = dense.architecture
     names = hf_names(arch) if find_family(arch.hf_class) else dense.names()
     weights = rounded({name: dense.dtype(name) for name in names if name not in float32_names(arch)}, dtype)
-    factors = (
-        f"the factor {factor:.4g} on the {what} {how}"
-        for what, factor in (_factors(spec, dense) if spec else {}).items()
-        if (how := _rounding(factor, dtype))
-    )
-    return (*weights, *factors)
+    factors = (_factors(spec, dense) if spec else {}) | {FOLDED: folded}
+    return (*weights, *rounded_by(factors, dtype))
+
+
+def rounded_by(factors: Mapping[str, float], dtype: torch.dtype) -> Iterator[str]:
+    """Yield, for every factor that loses digits of weights of a type, what it is on and what it rounds.
+
+    Args:
+        factors: what each is on -> the factor.
+        dtype: the type.
+    """
+    for what, factor in factors.items():
+        if how := _rounding(factor, dtype):
+            yield f"the factor {factor:.4g} on the {what} {how}"
 
 
 def rounded(stored: dict[str, torch.dtype], dtype: torch.dtype) -> Iterator[str]:

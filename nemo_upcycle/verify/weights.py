@@ -16,8 +16,9 @@ import torch
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.growth import growth_spec, inexact_because
+from nemo_upcycle.models.hf_config import trained_architecture
 from nemo_upcycle.models.layer_settings import MULTIPLIERS
-from nemo_upcycle.models.mapping import constant_tensors, hf_constants, hf_names
+from nemo_upcycle.models.mapping import constant_tensors, folded_scale, hf_constants, hf_names
 from nemo_upcycle.models.sharding import float32_names
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import check_source, require_finite, rounded, rounded_because
@@ -130,7 +131,8 @@ def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path |
             model is of another parent.
     """
     check_source(dense)
-    arch, moe_arch = dense.architecture, moe.architecture
+    arch = dense.architecture
+    moe_arch = moe.architecture if arch.num_experts else trained_architecture(moe.path)
     _check_child(arch, moe)
     routers = _Routers()
     groups: dict[str, WeightGroup] = {}
@@ -163,7 +165,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource, expert_utility: Path |
     if not moe_arch.norm_topk and not router.pre_softmax and router.sums_to_one(spec):
         is_exact = False  # no spec makes it: scores of several experts that keep the sum they have
     is_exact &= routers.tied and not inexact_because(arch, _spec_of(arch, moe_arch, routers, expert_utility))
-    lossy = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
+    lossy = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec, folded=folded_scale(moe_arch))]
     return WeightComparison(tuple(groups.values()), is_exact, tuple(lossy), spec.granularity)
 
 
@@ -281,12 +283,12 @@ def _relation(
 
 
 def _same(theirs: torch.Tensor, ours: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return where one is the other times a factor: bit by bit for 1, else up to rounding in their type."""
+    """Return where one is the other times a factor: bit by bit for 1, else up to two roundings in their type."""
     if scale == 1.0:
         return theirs == ours
     scaled = ours.float() * scale
     limits = torch.finfo(ours.dtype)
-    return (theirs.float() - scaled).abs() <= limits.eps * scaled.abs() + limits.tiny
+    return (theirs.float() - scaled).abs() <= 1.01 * limits.eps * scaled.abs() + limits.tiny
 
 
 def _factor(theirs: torch.Tensor, ours: torch.Tensor, expected: float) -> float:

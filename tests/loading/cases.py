@@ -113,6 +113,8 @@ def random_case(seed: int, kinds: Sequence[str] = (*PARENTS, "Qwen3", "OLMo 2", 
         spec["router_order"] = "softmax_topk"
     if draw.random() < 0.15:
         spec["method"] = draw.choice(["noise", "drop"])
+    if "router_score" not in spec and draw.random() < 0.3:
+        spec["routed_scaling_factor"] = draw.choice([2.5, 4.0])
     return Case(parent, sizes, spec)
 
 

@@ -15,6 +15,8 @@ from tests import models, parents
 COPIES = {"num_experts": 4, "top_k": 2}
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
 SHARED = COPIES | {"granularity": 2, "shared_experts": 1}
+#: Of classes that have no such setting.
+SCALED = {"routed_scaling_factor": 2.5}
 SIGMOID = COPIES | {"router_score": "sigmoid", "routed_scaling_factor": 2.5}
 ZERO = COPIES | {"router_order": "softmax_topk", "router_init": "zero"}
 LONG = {"short_factor": [1.0 + 0.1 * n for n in range(8)], "long_factor": [2.0 + n for n in range(8)]}
@@ -66,12 +68,14 @@ PARENTS = {
     "Gemma 3 that sees": Parent(partial(parents.write_wrapped, kind="Gemma3", tied=True), ""),
     "LLaVA": Parent(partial(parents.write_wrapped, kind="Llava", tied=True), "MixtralForCausalLM"),
     "Qwen3-VL": Parent(partial(parents.write_wrapped, kind="Qwen3VL"), "Qwen3VLMoeForConditionalGeneration", FINE),
-    "Qwen2": Parent(partial(models.write_qwen2, tied=True, layers=2), "Qwen2MoeForCausalLM", FINE),
+    "Qwen2": Parent(partial(models.write_qwen2, tied=True, layers=2), "Qwen2MoeForCausalLM", FINE | SCALED),
     "Qwen3, YaRN": Parent(partial(QWEN3, rope_scaling=parents.YARN), "Qwen3MoeForCausalLM"),
     "Qwen3, biases": Parent(partial(QWEN3, attention_bias=True), "Qwen3MoeForCausalLM", FINE, online=False),
     "Granite 3, tied and granular": Parent(partial(parents.write_granite, tied=True), "GraniteMoeForCausalLM", FINE),
     "Granite 4, shared expert": Parent(parents.write_granite4, "GraniteMoeSharedForCausalLM", SHARED),
-    "EXAONE 3, shared expert": Parent(partial(parents.write_exaone3, tied=True), "Qwen2MoeForCausalLM", SHARED),
+    "EXAONE 3, shared expert": Parent(
+        partial(parents.write_exaone3, tied=True), "Qwen2MoeForCausalLM", SHARED | SCALED
+    ),
     "Arcee": Parent(parents.write_arcee, ""),
     "Seed-OSS, sigmoid": Parent(SEED_OSS, "Glm4MoeForCausalLM", SIGMOID | {"shared_experts": 1}),
     "Seed-OSS": Parent(SEED_OSS, "GraniteMoeSWAForCausalLM", SHARED),
@@ -79,7 +83,7 @@ PARENTS = {
         partial(LLAMA, rope_scaling={"rope_type": "linear", "factor": 3.0}), "MixtralForCausalLM"
     ),
     "Llama, tied": Parent(partial(LLAMA, tied=True), "Qwen2MoeForCausalLM", ZERO),
-    "Llama, mixed": Parent(LLAMA, "Qwen2MoeForCausalLM", COPIES | {"moe_layers": "0"}, dtype=BFLOAT16),
+    "Llama, mixed": Parent(LLAMA, "Qwen2MoeForCausalLM", COPIES | SCALED | {"moe_layers": "0"}, dtype=BFLOAT16),
     "Llama, noise": Parent(LLAMA, "MixtralForCausalLM", COPIES | {"method": "noise", "router_init": "uniform"}),
     "Llama, granular drop": Parent(LLAMA, "MixtralForCausalLM", FINE | {"method": "drop"}, dtype=BFLOAT16),
     "Mixtral, noise": Parent(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import FAMILIES, Architecture
 from nemo_upcycle.models.families.base import Family, MoeFamily
-from nemo_upcycle.spec import find_router_kind
+from nemo_upcycle.models.stacked import EAGER, GROUPED_BYTES, needs_eager_experts
+from nemo_upcycle.spec import ROUTER_KINDS, UpcycleSpec
 
 
 #: Modules of this package, each with its `FAMILY`. Of the targets that can hold a model, the first is taken.
@@ -141,29 +145,90 @@ def require_class(moe_arch: Architecture) -> None:
     near = [family for family in targets() if bool(family.saved_as) is moe_arch.keeps_network]
     for family in near:
         titles.setdefault(next(family.unsupported(moe_arch)), []).append(family.title)
-    fix = "keep the model in NeMo: it trains and evaluates there"
-    if moe_arch.keeps_network:
-        fix = "route with router_order=topk_softmax, with experts in every layer and no shared ones"
-    if moe_arch.mamba or moe_arch.quantile_bias or moe_arch.output_gate:
-        fix = "keep the model in Megatron-Bridge"
-    wide = replace(moe_arch, sliding_window=None, window_pattern=None, local_rope_theta=None)
-    if moe_arch.window and any(not any(family.unsupported(wide)) for family in targets()):
-        fix += ", or if training sequences were no longer than the window, set sliding_window in config.json to null,"
-        fix += " or where it has layer_types each of them to full_attention"
-    for family in near:
-        if list(family.unsupported(moe_arch)) == [f"{moe_arch.router_score} scores"]:
-            kind = find_router_kind(family.router_score, pre_softmax=False)
-            route = f"router_score='{kind.score}' with router_order='{kind.order}'"
-            fix += f", or route by {route}, as {family.title} does"
+    only_bridge = moe_arch.mamba or moe_arch.quantile_bias or moe_arch.output_gate
+    where = "Megatron-Bridge" if only_bridge else "NeMo: it trains and evaluates there"
+    advice = [] if moe_arch.keeps_network else [f"keep the model in {where}"]
+    advice += _changes_that_help(moe_arch, near)
     raise SpecError(
         "Hugging Face class for this MoE",
         got="; ".join(f"{reason} ({', '.join(names)})" for reason, names in titles.items()),
         expected=f"what {' or '.join(family.title for family in near)} can hold",
-        fix=fix,
+        fix=", or ".join(advice) or "use another parent",
+        field="spec",
     )
 
 
-def server_caveats(moe_arch: Architecture) -> tuple[str, ...]:
-    """Return which servers are known not to serve a folder of this model as it is, and why."""
+#: What makes every layer of a model attend to all tokens.
+_OPENED: dict[str, Any] = {"sliding_window": None, "window_pattern": None, "local_rope_theta": None}
+_OPEN = (
+    "if training sequences were no longer than the window, set sliding_window in config.json to null, and each of its"
+    " layer_types to full_attention"
+)
+
+
+def _changes_that_help(moe_arch: Architecture, near: list[MoeFamily]) -> list[str]:
+    """List the smallest changes of a spec, or of the parent's window, with which some class holds the model.
+
+    Args:
+        moe_arch: the model's architecture.
+        near: the classes.
+    """
+    network = moe_arch.ffn_size if moe_arch.keeps_network else 0
+    layers, shared, window = (
+        [({}, {}), ({"moe_pattern": None}, {"moe_layers": "all"})] if moe_arch.moe_pattern else [({}, {})],
+        [({}, {}), ({"shared_ffn_size": network}, {"shared_experts": 0})]
+        if moe_arch.shared_ffn_size > network
+        else [({}, {})],
+        [({}, {}), (_OPENED, {_OPEN: None})] if moe_arch.window else [({}, {})],
+    )
+    found: dict[str, int] = {}
+    for parts in itertools.product(_routes(moe_arch), layers, shared, window):
+        fields, changes = ({key: value for part in parts for key, value in part[at].items()} for at in (0, 1))
+        changed = replace(moe_arch, **fields)
+        if any(not any(family.unsupported(changed)) for family in near):
+            sets = [f"<{name}>={value}" for name, value in changes.items() if name != _OPEN]
+            text = [f"set {' and '.join(sets)}"] if sets else []
+            found[" and ".join([*text, *([_OPEN] if _OPEN in changes else [])])] = len(changes)
+    return [text for text, size in found.items() if size == min(found.values())]
+
+
+def _routes(moe_arch: Architecture) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield the fields of an `Architecture` for every kind of router, its own first, and what a spec sets for them."""
+    own, experts, top_k = moe_arch.router_kind, moe_arch.num_experts or 0, moe_arch.top_k or 1
+    yield {}, {}
+    for kind, chosen in itertools.product(ROUTER_KINDS.values(), dict.fromkeys((top_k, max(top_k, 2)))):
+        route = {"router_score": kind.score, "router_order": kind.order, "top_k": chosen}
+        try:
+            spec = UpcycleSpec(num_experts=experts, **route)
+        except SpecError:  # of a single expert
+            continue
+        fields = {"router_score": kind.score, "norm_topk": spec.sums_to_one, "top_k": chosen}
+        was = {"router_score": own.score, "router_order": own.order, "top_k": top_k}
+        yield fields, {name: value for name, value in route.items() if value != was[name]}
+
+
+def load_options(moe_arch: Architecture, itemsize: int) -> str:
+    """Return the arguments that `from_pretrained` of transformers 5 needs for a folder of this model; "" for none.
+
+    Args:
+        moe_arch: the model's architecture.
+        itemsize: size of a number in the folder (bytes).
+    """
+    widths = (moe_arch.hidden_size, moe_arch.expert_ffn_size or 0) if moe_arch.num_experts else ()
+    return f'experts_implementation="{EAGER}"' if needs_eager_experts(widths, itemsize) else ""
+
+
+def server_caveats(moe_arch: Architecture, itemsize: int) -> tuple[str, ...]:
+    """Return which servers are known not to serve a folder of this model as it is, and why.
+
+    Args:
+        moe_arch: the model's architecture.
+        itemsize: size of a number in the folder (bytes).
+    """
     family = find_family(moe_arch.hf_class)
-    return tuple(family.caveats(moe_arch)) if isinstance(family, MoeFamily) else ()
+    caveats = list(family.caveats(moe_arch)) if isinstance(family, MoeFamily) else []
+    if options := load_options(moe_arch, itemsize):
+        sizes = f"{moe_arch.hidden_size} and {moe_arch.expert_ffn_size}"
+        rows = f"rows of a multiple of {GROUPED_BYTES // itemsize} numbers, and the experts' have {sizes}"
+        caveats.insert(0, f"transformers 5: its grouped product needs {rows}. Load the folder with {options}")
+    return tuple(caveats)

@@ -25,6 +25,8 @@ _PATTERNS = ("rope_pattern", "window_pattern")
 #: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `shared_gate`,
 #: `qkv_bias`, `balancing_bias`), so that zeros stand for it.
 ZERO_FILLED = "zero_filled"
+#: Our own key of `config.json`: the `MoeFamily.folded_scale` of the model.
+FOLDED_SCALE = "folded_routed_scaling_factor"
 #: What transformers' configuration classes of the Llama family have in common. Without a default of its own, heads
 #: share no keys, and the head dim is their part of the hidden size.
 COMMON_DEFAULTS: dict[str, Any] = {
@@ -282,7 +284,6 @@ class MoeFamily(Family, ABC):
         """
         place = "before and after" if arch.pre_norm and arch.post_norm else "after" if arch.post_norm else "before"
         width = "over all heads" if arch.wide_qk_norm else "by head"
-        is_scaled = arch.routed_scaling_factor != 1
         # Reason -> whether it is one of this class, and whether it holds.
         own = {
             "norms of query and key": ("query_norm" not in self.names, arch.qk_norm),
@@ -301,7 +302,6 @@ class MoeFamily(Family, ABC):
             "biases of the feed-forward network": arch.ffn_bias,
             f"{arch.router_score} scores": arch.router_score != self.router_score,
             "quantile_balancing: biases of the router's logits": arch.quantile_bias,
-            "a routed_scaling_factor": is_scaled and "routed_scaling_factor" not in self.defaults,
             f"norms {place} attention and network": arch.norm_places != (self.pre_norm, self.post_norm),
             f"norms of query and key {width}": arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm,
             "layers without positions": arch.rope_pattern is not None and "rope_pattern" not in self.layer_patterns,
@@ -309,6 +309,21 @@ class MoeFamily(Family, ABC):
             "multipliers of scores and embedding": arch.attention_multiplier is not None and not self.has_multipliers,
             "heads that are rotated in part": arch.rotary_percent != 1 and not self.has_partial_rotary,
         } | {reason: holds for reason, (lacks, holds) in own.items() if lacks}
+
+    def folded_scale(self, arch: Architecture) -> float:
+        """Return the factor on the experts' outputs that stands in their down projections.
+
+        It is r = routed_scaling_factor where the class has no such setting, else 1. The routed output is linear in the
+        down projections: r sum(p_e W_e h_e) = sum(p_e (r W_e) h_e). Shared experts and the router stay as they are. A
+        power of two is exact in every type; any other r rounds each weight once, and `sources.checks.rounded_because`
+        says so in 16 bits.
+
+        Args:
+            arch: the MoE model's architecture.
+        """
+        # a family that says by itself what it holds may have the setting under another name
+        is_kept = "routed_scaling_factor" in self.defaults or type(self).unsupported is not MoeFamily.unsupported
+        return 1.0 if is_kept else arch.routed_scaling_factor
 
     @staticmethod
     def in_moe_layers(shapes: Mapping[str, tuple[int, ...]], arch: Architecture) -> dict[str, tuple[int, ...]]:

@@ -30,8 +30,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import Family, MoeFamily, parents, targets
-from nemo_upcycle.models.families.base import ZERO_FILLED
+from nemo_upcycle.models.families import Family, MoeFamily, find_family, parents, targets
+from nemo_upcycle.models.families.base import FOLDED_SCALE, ZERO_FILLED
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.mapping import constant_tensors, hf_constants
 from nemo_upcycle.models.mapping_table import DELTA_MAPPINGS, MAPPINGS, Sharding
@@ -94,8 +94,11 @@ class UpcycledExport(MegatronModelBridge):
         weights = super().stream_weights_megatron_to_hf(
             models, hf_pretrained, cpu, show_progress, conversion_tasks, merge_adapter_weights, weight_dtype
         )
+        config = getattr(hf_pretrained, "config", hf_pretrained).to_dict()
+        scale = getattr(unwrap_model(models)[0].config, "moe_router_topk_scaling_factor", None) or 1.0
+        require_unfolded(self.family.hf_class, config.get(FOLDED_SCALE, scale))
         try:
-            arch = architecture_from_config(getattr(hf_pretrained, "config", hf_pretrained).to_dict())
+            arch = architecture_from_config(config)
         except CheckpointError:  # of Bridge's own class, with what no upcycled model has
             yield from weights
             return
@@ -122,6 +125,26 @@ class UpcycledExport(MegatronModelBridge):
         """Return whether a factor makes up for a gate: always, where the class has none."""
         gates = self.family.names.get("shared_gate", ())
         return not gates or any(name.endswith(gate.rpartition("}")[2]) for name in absent for gate in gates)
+
+
+def require_unfolded(hf_class: str, scale: float) -> None:
+    """Check that a class has a place for a model's `routed_scaling_factor`, for Bridge multiplies no weights by it.
+
+    Args:
+        hf_class: the class.
+        scale: the model's factor.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    family = find_family(hf_class)
+    if isinstance(family, MoeFamily) and scale != 1 and "routed_scaling_factor" not in family.defaults:
+        raise CheckpointError(
+            f"export of a {family.title} by Megatron-Bridge",
+            got=f"moe_router_topk_scaling_factor={scale:g}, for which the class has no setting",
+            expected="none",
+            fix="export the checkpoint with `nemo-upcycle export`, which multiplies the down projections by it",
+        )
 
 
 def _factors(family: Family, arch: Architecture) -> dict[str, float]:

@@ -318,7 +318,7 @@ def _check_quantiles(tokens: int, spec: UpcycleSpec) -> None:
 
 def _check_template(source: str | None, spec: UpcycleSpec) -> None:
     """Check that Bridge's own exports have a folder of the upcycled model's class, and register what they need."""
-    import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
+    from nemo_upcycle.trainers.bridge.conversion import require_unfolded
 
     experts = read_architecture(Path(source)).num_experts if source and Path(source).is_dir() else spec.num_experts
     if not source or experts != spec.num_experts:
@@ -328,6 +328,7 @@ def _check_template(source: str | None, spec: UpcycleSpec) -> None:
             expected=f"a folder with {spec.num_experts} experts, for names and configuration, not the parent's",
             fix="make one with nemo-upcycle convert",
         )
+    require_unfolded(read_architecture(Path(source)).hf_class, spec.routed_scaling_factor)
 
 
 def _name_of(hook: Any) -> str:

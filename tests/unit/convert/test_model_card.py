@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from nemo_upcycle import UpcycleSpec
@@ -114,6 +115,16 @@ def test_the_card_loads_the_model_in_three_lines(tmp_path: Path, tokenizer: bool
     exec(lines, found)
     assert type(found["model"]).__name__ == "MixtralForCausalLM"
     assert ("tokenizer" in found) == tokenizer
+
+
+def test_card_and_command_name_the_argument_for_uneven_experts(tmp_path: Path) -> None:
+    dense = write_llama(tmp_path / "dense", layers=1, intermediate_size=344)
+    fine = UpcycleSpec(num_experts=8, top_k=4, granularity=2)
+    for dtype, needed in ((torch.bfloat16, True), (torch.float32, False)):  # 172 numbers: 344 and 688 bytes
+        done = converted(dense, tmp_path / str(dtype), fine, dtype=dtype)
+        (lines,) = re.findall(r"^```python\n(.*?)^```$", _read(done.output)[1], re.DOTALL | re.MULTILINE)
+        assert ('dtype="auto", experts_implementation="eager")' in lines) is needed
+        assert any("experts_implementation" in caveat for caveat in done.caveats) is needed
 
 
 def test_scores_replace_earlier_ones_and_go_into_no_card_of_somebody_else(dense: Path, tmp_path: Path) -> None:

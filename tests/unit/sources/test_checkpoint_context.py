@@ -102,7 +102,7 @@ def test_an_export_takes_from_the_context_what_nobody_said(
         assert (tmp_path / "said" / file).read_bytes() == (tmp_path / "unsaid" / file).read_bytes()
     assert read_json(tmp_path / "unsaid/config.json").items() >= said.items()
     notes = [read_json(tmp_path / output / MODEL_MARKER)["notes"] for output in ("said", "unsaid")]
-    assert notes[0] == notes[1] == list(server_caveats(read_architecture(tmp_path / "said")))
+    assert notes[0] == notes[1] == list(server_caveats(read_architecture(tmp_path / "said"), 2))
 
 
 @pytest.mark.parametrize(("name", "value"), [("top_k", 4), ("moe_layers", "every-2"), ("granularity", 2)])

@@ -21,6 +21,7 @@ from tests.tiers import quick
 
 COPY = {"num_experts": 4, "top_k": 2}
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
+SHARED = FINE | {"shared_experts": 1, "routed_scaling_factor": 2.5}
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +43,14 @@ def _lines(found: Verification) -> dict[str, str]:
         [
             ({}, "12 of 12 identical"),
             (FINE, "0 of 24 identical; factors 2"),
-            (FINE | {"shared_experts": 1}, "12 of 24 identical; factors 1, 2"),
+            (SHARED, "12 of 24 identical; factors 1, 2"),
             (FINE | {"router_score": "sigmoid"}, "0 of 24 identical; factors 2"),
             ({"router_order": "softmax_topk", "router_init": "zero"}, "0 of 12 identical; factors 2"),
             ({"num_experts": 6, "top_k": 4, "router_order": "softmax_topk", "router_init": "zero"}, "factors 1.5"),
             ({"moe_layers": "first-2-dense"}, "4 of 4 identical"),
         ],
         ({}, "12 of 12 identical"),
-        (FINE | {"shared_experts": 1}, "12 of 24 identical; factors 1, 2"),
+        (SHARED, "12 of 24 identical; factors 1, 2"),
     ),
     ids=["copy", "granular", "shared", "sigmoid", "before top-k", "odd", "mixed"],
 )
@@ -65,6 +66,11 @@ def test_exact_models_are_equal_by_weights_and_logits(dense: Path, tmp_path: Pat
     assert found.logits.tokens == 512
     assert len(found.logits.layer_relative) == 4
     assert max(found.logits.layer_relative) < 1e-5
+
+
+def test_experts_that_no_grouped_product_takes_are_compared(tmp_path: Path) -> None:
+    dense = write_tokenizer(write_llama(tmp_path / "dense", vocab_size=259, layers=1, intermediate_size=90))
+    assert verify(dense, _made(dense, tmp_path / "moe", **FINE)).equal  # 45 float32 numbers: 180 bytes
 
 
 @pytest.mark.parametrize(
