@@ -239,7 +239,7 @@ def advice_line(
     words += ["--trained-on", short_count(parent_tokens) if parent_tokens else "N"]
     words += ["--tokens", short_count(tokens) if tokens else "N"]
     if arch is None:
-        return f"not known before the parent is fetched; ask: {shlex.join([*words, '--gpus', str(gpus or 'N')])}"
+        return f"not known before the parent is fetched; ask: `{shlex.join([*words, '--gpus', str(gpus or 'N')])}`"
     experts, top_k = arch.num_experts or 1, arch.top_k or 1
     granularity = arch.ffn_size // (arch.expert_ffn_size or arch.ffn_size)
     shape = shape_name(experts, top_k, granularity)
@@ -249,10 +249,10 @@ def advice_line(
     words += ["--granularity", str(granularity)] if granularity > 1 else []
     command = shlex.join([*words, "--gpus", str(gpus or "N")])
     if not tokens:
-        return f"not known: how long it trains; ask: {command}"
+        return f"not known: how long it trains; ask: `{command}`"
     if parent_tokens is None:
-        return f"not known: what the parent was trained on; add {name}=15T (its tokens), or ask: {command}"
+        return f"not known: what the parent was trained on; add {name}=15T (its tokens), or ask: `{command}`"
     parent = DenseParent(parent_tokens, arch.dense.total_params)
     decided = _verdict_of_law(parent, shape, tokens, dense_tokens or tokens)
     after = f"{short_count(parent_tokens)} + {short_count(tokens)} tokens"
-    return f"{shape} after {after}: {decided}. Costs and more: {command}"
+    return f"{shape} after {after}: {decided}. Costs and more: `{command}`"

@@ -275,4 +275,4 @@ def _memory_text(training: TrainingForecast, what: str) -> str:
     gib = f"{training.memory_gib:.1f} of {training.gpu.memory_gib if training.gpu else 0} GiB"
     recipe = training.facts.recipe.partition("_pretrain_")[0]  # the beginning of Bridge's names
     search = f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"
-    return f"memory {what} ({gib} a GPU); search a layout: {search}"
+    return f"memory {what} ({gib} a GPU); search a layout: `{search}`"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
 
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
@@ -20,7 +20,7 @@ from nemo_upcycle.utils.masking import without_secrets
 
 
 WIDTH = 119
-_INDENT = "  "
+_INDENT, _GOES_ON = "  ", " \\"
 #: Rows of the table of trainings that a screen has room for.
 _DECISIVE = (
     *("parameters", "layout", "batch", "tokens", "GPU", "memory a GPU", "step", "time", "cost", "jobs", "checkpoint"),
@@ -62,8 +62,11 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
     return without_secrets("\n".join(lines))
 
 
-def _wrapped(text: str, hanging: str, room: int = WIDTH - len(_INDENT)) -> list[str]:
-    return textwrap.wrap(text, room, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
+def _wrapped(text: str, hanging: str, room: int = WIDTH - len(_INDENT) - len(_GOES_ON)) -> list[str]:
+    """Break a text into lines; a command in backticks goes on as a shell takes it."""
+    lines = textwrap.wrap(text, room, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
+    ends = accumulate(line.count("`") for line in lines)
+    return [line + _GOES_ON * (end % 2) for line, end in zip(lines, ends, strict=True)]
 
 
 def _listed(texts: Iterable[str]) -> Iterator[str]:
@@ -231,7 +234,7 @@ def _network_lines(network: NetworkForecast, *, verbose: bool) -> Iterator[str]:
     for stage, places in network.stages.items() if verbose else ():
         for place, names in places.items():
             yield from _wrapped(f"{stage:<{width}}  {place}: {', '.join(names)}", " " * (width + 4))
-    fetch = f"for a run without one, first: {network.command}"
+    fetch = f"for a run without one, first: `{network.command}`"
     if not verbose:
         where = dict.fromkeys(place for places in network.stages.values() for place in places)
         fetch = f"{', '.join(network.stages)}: from {', '.join(where)}; {fetch}"
