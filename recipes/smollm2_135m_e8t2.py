@@ -28,9 +28,6 @@ def model() -> run.Config[pl.LightningModule]:
         run.Config[pl.LightningModule]: the dense model's own configuration with its MoE fields switched on.
 
     Examples:
-        CLI usage:
-            $ nemo llm pretrain model=smollm2_135m_e8t2 ...
-
         Python API usage:
             >>> model_config = model()
     """

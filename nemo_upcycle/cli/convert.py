@@ -106,6 +106,6 @@ def _text(done: Conversion, source: str) -> str:
     if done.files_kept:
         lines.append(
             f"{done.files_kept} of {done.files} files kept from before, by size and header; to check their content:"
-            f" nemo-upcycle verify {shlex.join([source, str(done.output)])} --weights-only"
+            f" `nemo-upcycle verify {shlex.quote(source)} {shlex.quote(str(done.output))} --weights-only`"
         )
     return "\n".join(lines)

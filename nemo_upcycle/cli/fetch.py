@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 from nemo_upcycle.cli.common import folder_to_make, require_overrides, show
@@ -111,7 +112,7 @@ def _show(args: argparse.Namespace, folder: Path, found: Fetched) -> int:
     lines += [f"  {what}, from {one['place']}; {one['license']}" for what, one in found.fetched.items()]
     lines += [f"  not fetched: {what}: {why}" for what, why in found.failed.items()]
     lines += [f"  damaged: {folder / name} is {how}; fetch again what it belongs to" for name, how in damaged.items()]
-    exports = " ".join(f"{name}={value}" for name, value in variables.items())
+    exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     settings = ", ".join(f'{name}: "{value}"' for name, value in variables.items())
     lines += [f"Where there is no network:\n  export {exports}", f"  of an executor:  env_vars: {{{settings}}}"]
     show(args, answer, "\n".join(lines))

@@ -177,12 +177,18 @@ def _format_os_error(error: OSError) -> UpcycleError:
     )
 
 
-def _run(argv: list[str]) -> int:
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; it imports a command when it parses the command's arguments."""
     parser = _Parser(prog="nemo-upcycle", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)
+    return parser
+
+
+def _run(argv: list[str]) -> int:
+    parser = command_parser()
     while argv[:1] == ["help"]:
         argv = [*argv[1:2], "--help"]
     if not argv:

@@ -15,6 +15,7 @@ from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidenc
 from nemo_upcycle.reporting.markdown import mean_with_interval, number, section, with_verdict
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.sections import overlap
+from nemo_upcycle.utils.command_line import COMMAND
 from nemo_upcycle.utils.files import MARKER, read_json, read_text, whole_file, write_json
 from nemo_upcycle.utils.writers import code, plain, table
 
@@ -70,7 +71,8 @@ def _finished(run_dir: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     """
     cells = {name: cell for name, cell in described["cells"].items() if (run_dir / name / MARKER).is_file()}
     if not cells:
-        fix = "run nemo upcycle ablate with this folder as dir"
+        typed = run_dir / COMMAND
+        fix = "type the command of the grid again" + (f", in {typed}" if typed.is_file() else "")
         raise UpcycleError(str(run_dir), got="no finished training", expected="one or more", fix=fix)
     missing = [name for name in described["cells"] if name not in cells]
     if not missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def find_model(source: str) -> FoundParent:
         UpcycleError: there is none, its class is not known, or weights or a tokenizer are missing.
     """
     if source.startswith("nemo://"):
-        fix = f"export it first: nemo-upcycle export {source.removeprefix('nemo://')} FOLDER; then give that folder"
+        folder = source.removeprefix("nemo://")
+        fix = f"export it first: `nemo-upcycle export {shlex.quote(folder)} FOLDER`; then give that folder"
         raise CheckpointError(
             f"model {source}", got="a NeMo or Megatron checkpoint", expected="a Hugging Face folder", fix=fix
         )
