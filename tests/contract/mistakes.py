@@ -40,6 +40,8 @@ OF_NEMO = {
     f"{DEMO} dir=": "argument 'dir=': got no value",
     # the command itself
     "upcycle pipeline --factory smollm2_135m_e8t3": "Did you mean 'smollm2_135m_e8t2'?",
+    "upcycle pipeline --factory qwen35_4b_e8t2": "got a recipe for Megatron-Bridge alone, expected a recipe for NeMo",
+    "llm pretrain --factory qwen35_4b_e8t2": "type `nemo upcycle pipeline --factory qwen35_4b_e8t2 --dryrun`",
     "upcycle pipeline --factory smollm2_135m_e8t2(processs=2)": "Did you mean 'processes'?",
     "upcycle pipeline dir=FILES/new": "no dense, no pretrain",
     f"{DEMO} --dryrn": "Did you mean '--dryrun'?",
@@ -91,6 +93,7 @@ OF_BRIDGE = {
     f"{TINY} --detach": "--detach: got ",
     f"{TINY} --render out": "--render: got ",
     f"{TINY} recip=x": "'recip'",
+    "upcycle pipeline --factory smollm2_135m_e8t2_sft dir=run": "got a recipe for NeMo alone, expected a recipe for",
     f"{TINY} trained_on=lots": "trained_on: got 'lots',",
     f"{TINY} --from evaluate": "",
     TINY.replace("FILES/parent", "/nope"): "model '/nope': got ",

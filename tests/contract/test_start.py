@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import transformers
+from lm_eval._cli.harness import HarnessCLI
 
 from nemo_upcycle.data.environment import data_python
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.files import read_json
 from tests.functional.started import Command
 from tests.models import write_llama, write_qwen3, write_tokenizer
@@ -57,6 +61,22 @@ def test_a_model_and_texts_end_in_a_report(tmp_path: Path, write: object) -> Non
     report = (run / "report.md").read_text(encoding="utf-8")
     assert report.startswith("# parent_e8t2\n")
     assert "bits per byte" in report
+    _go_on(run)
     for stage in ("pretrain", "dense_ct"):
         metrics = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
         assert max(line["step"] for line in metrics if "loss" in line) == 4
+
+
+def _go_on(run: Path) -> None:
+    """Type what the report says next: a longer training as a dry run, another evaluation as far as its words."""
+    (block,) = re.findall(
+        r"^## How to go on\n\n```bash\n(.*?)^```", (run / "report.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    longer, tasks = (line for line in block.splitlines() if not line.startswith("#"))
+    done = Command.pasted(run / "next.txt", longer.replace(" --yes", " --dryrun"))
+    assert done.wait() == 0, done.text()
+    assert re.search(r" tokens +\S+ in 200 steps ", done.text()), done.text()
+    words = shlex.split(tasks.partition(" && ")[2])
+    assert Path(words[0]).name == "lm_eval"
+    with temporarily_set(sys, "argv", words):
+        assert HarnessCLI().parse_args().tasks == ["mmlu", "piqa"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nemo_upcycle.pipeline.executors.ft import ft_command
@@ -29,12 +29,23 @@ class Command:
     """
 
     def __init__(self, log: Path, *words: object, **variables: str) -> None:
-        self.log, self.words = log, [sys.executable, *map(str, words)]
+        self._start(log, [sys.executable, *map(str, words)], _plain() | variables)
+
+    @classmethod
+    def pasted(cls, log: Path, line: str, **variables: str) -> Command:
+        """Start a line that the product printed, in a shell that knows neither its environment nor its modules."""
+        command = cls.__new__(cls)
+        plain = {name: value for name, value in _plain().items() if name != "PYTHONPATH"}
+        command._start(log, ["bash", "-c", line], plain | variables)
+        return command
+
+    def _start(self, log: Path, words: list[str], variables: Mapping[str, str]) -> None:
+        self.log, self.words = log, words
         with log.open("ab") as said:
             self.process = subprocess.Popen(
-                self.words,
+                words,
                 cwd=log.parent,
-                env=_plain() | variables,
+                env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,

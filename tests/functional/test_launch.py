@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.utils.command_line import CommandLine
 from nemo_upcycle.utils.files import MARKER
 from tests.functional.started import CHAIN, Command
 from tests.functional.tiny import write_blend_file, write_inputs
@@ -47,10 +47,12 @@ def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None
         "last checkpoint of pretrain: "
     )
     assert "step=1" in last[0]
-    head, _, command = last[1].partition(": ")
+    head, _, line = last[1].partition(": ")
     assert head == "Resume with the same command"
-    assert shlex.split(command) == ["python", *launcher.words[1:]]
-    assert (inputs / "run/command.txt").read_text() == command + "\n"
+    command = CommandLine.read(line)
+    assert command is not None
+    assert command.words[1:] == tuple(launcher.words[1:])
+    assert (inputs / "run/command.txt").read_text() == f"cd {inputs} && {line}\n"
     recipe = (inputs / "run/recipes/pretrain.yaml").read_text()
     assert "trainer.max_steps: 6\n" in recipe
     assert "resume.restore_config.spec.num_experts: 8\n" in recipe
@@ -75,7 +77,9 @@ def test_edited_files_and_another_interval_of_checkpoints_do_not_end_a_started_r
 
 
 def test_the_same_command_resumes_and_starts_nothing_after_a_failed_rank(inputs: Path) -> None:
-    launcher = _launch(inputs, FAIL_AT="4")
+    log, line = inputs / "console.txt", (inputs / "run/command.txt").read_text()
+    log.unlink()
+    launcher = Command.pasted(log, f"cd / && {line}", FAIL_AT="4", NEMORUN_HOME=f"{inputs}/home")
     assert launcher.wait() == 1
     assert "\nstep 3/6 " in launcher.text()
     assert "\nstep 2/6 " not in launcher.text()  # it is in the checkpoint that the test before left

@@ -229,6 +229,18 @@ def test_a_training_needs_a_network_for_its_suite_and_its_logger(
     assert again.command.count("fetch") == 1
 
 
+def test_an_offline_hub_is_a_problem_for_what_no_cache_has(
+    llama: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(cache))
+    assert forecast_of(llama, tmp_path).network.problems == ()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = forecast_of(llama, tmp_path)
+    assert any(
+        one.startswith("import: got HF_HUB_OFFLINE=1") and "no model meta-llama/" in one for one in found.problems
+    )
+
+
 def test_a_forecast_advises_with_the_runs_own_numbers(llama: Any, tmp_path: Path) -> None:
     """The baseline is trained on as many tokens; those of the parent are a published one's, or the user's."""
     finish(llama, tmp_path, "import", "data", "upcycle")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from nemo.utils.app_state import AppState
 
-from nemo_upcycle.trainers.loss_spikes import LEAST
+from nemo_upcycle.trainers.loss_spikes import LEAST, how_to_go_on
 from nemo_upcycle.trainers.nemo.loss_guard import LossGuard
 
 
@@ -41,3 +41,12 @@ def test_a_spike_ends_the_run_where_that_is_asked_for(stops: bool, folder: Path)
         _judge(guard, 2.0, step)
     assert _judge(guard, 2.5, LEAST) == (("loss", 2.5, "at most 2.1600") if stops else None)
     assert (folder / "metrics.jsonl").exists()
+
+
+def test_a_run_that_ends_again_is_told_a_command_that_a_new_folder_takes(folder: Path) -> None:
+    stage = folder / "runs/a/pretrain"
+    stage.mkdir(parents=True)
+    assert how_to_go_on(stage, "nemo", 3e-5).endswith("train in a new folder with a lower optim.config.lr")
+    (stage.parent / "command.txt").write_text("nemo upcycle pipeline --factory x dir=runs/a --only pretrain --yes\n")
+    command = f"nemo upcycle pipeline --factory x dir={stage.parent}-lower-rate pretrain.optimizer.lr=1.5e-05 --yes"
+    assert how_to_go_on(stage, "bridge", 3e-5).endswith(f"with a lower optimizer.lr: `{command}`")
