@@ -64,8 +64,8 @@ def find_model(source: str) -> FoundParent:
         UpcycleError: there is none, its class is not known, or weights or a tokenizer are missing.
     """
     if source.startswith("nemo://"):
-        folder = source.removeprefix("nemo://")
-        fix = f"export it first: `nemo-upcycle export {shlex.quote(folder)} FOLDER`; then give that folder"
+        checkpoint = source.removeprefix("nemo://")
+        fix = f"export it first: `nemo-upcycle export {shlex.quote(checkpoint)} FOLDER`; then give that folder"
         raise CheckpointError(
             f"model {source}", got="a NeMo or Megatron checkpoint", expected="a Hugging Face folder", fix=fix
         )

@@ -57,11 +57,12 @@ class LossGuard(Callback):
         if hasattr(checkpoints, "maybe_finalize_save_checkpoint"):  # one that is still being written is a good one
             checkpoints.maybe_finalize_save_checkpoint(blocking=True)
         kept = newest_checkpoint(Path(AppState().log_dir) / "checkpoints")
+        optim: Any = pl_module.optim
         raise UpcycleError(
             f"{what} of step {trainer.global_step}",
             got=got,
             expected=f"{expected}; the last good checkpoint is {kept or 'the dense one'}",
-            fix=how_to_go_on(Path(AppState().log_dir), "nemo", pl_module.optim.config.lr),
+            fix=how_to_go_on(Path(AppState().log_dir), "nemo", optim.config.lr),
         )
 
     def _judge(self, trainer: pl.Trainer) -> tuple[str, float, str] | None:
