@@ -18,6 +18,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.base import CPU_RANKS
 from nemo_upcycle.trainers.nemo.parent_model import parent_model
+from nemo_upcycle.utils.validation import check_named, check_number, check_whole
 
 
 def upcycled_from(
@@ -77,6 +78,7 @@ def upcycled_from(
 
     Raises:
         UpcycleError: there is no such parent, or NeMo cannot train it.
+        SpecError: a number is out of range, or a name is empty.
 
     Example:
         >>> recipe = upcycled_from(  # doctest: +SKIP
@@ -92,6 +94,17 @@ def upcycled_from(
         ...     data="/data/mine",
         ... )
     """
+    whole = {"seq_length": seq_length, "global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
+    whole |= {"max_steps": max_steps, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node}
+    whole |= {"tensor_parallelism": tensor_parallelism, "pipeline_parallelism": pipeline_parallelism}
+    whole |= {"context_parallelism": context_parallelism, "expert_parallelism": expert_parallelism}
+    for argument, value in whole.items():
+        check_whole(argument, value, 1)
+    check_whole("warmup_steps", warmup_steps, 0)
+    check_number("lr", lr, 0.0)
+    check_number("min_lr", lr / 10 if min_lr is None else min_lr, 0.0, lr)
+    for argument, text in {"dense": dense, "data": data, "dir": dir, "name": name}.items():
+        check_named(argument, text)
     if accelerator is None:
         has_gpus = torch.cuda.is_available() or num_nodes * num_gpus_per_node > CPU_RANKS
         accelerator = "gpu" if has_gpus else "cpu"

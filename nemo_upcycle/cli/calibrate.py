@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from nemo_upcycle.cli.common import add_spec_options, given_spec, show
+from nemo_upcycle.cli.common import add_spec_options, show, used_spec
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import size_text
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
-    spec = UpcycleSpec(**given_spec(args))
+    spec = UpcycleSpec(**used_spec(args))
     from nemo_upcycle.calibration.collect import calibrate, require_use
     from nemo_upcycle.data.calibration_sample import calibration_sample
     from nemo_upcycle.data.dense import local_model

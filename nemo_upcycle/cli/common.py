@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.init.methods import METHODS
 from nemo_upcycle.spec import (
     MOE_LAYERS,
@@ -88,6 +88,32 @@ def add_spec_options(parser: argparse.ArgumentParser, title: str = "what to make
 def given_spec(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the spec that the command line sets."""
     return {field: getattr(args, field) for field in _SPEC_FIELDS if hasattr(args, field)}
+
+
+def used_spec(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of the spec that the command line sets, if its method and its router use them all.
+
+    Raises:
+        SpecError: a field would be ignored.
+    """
+    given = given_spec(args)
+    method, router = (given.get(name, getattr(UpcycleSpec, name)) for name in ("method", "router_init"))
+    uses = {one.strength: ("method", name) for name, one in METHODS.items() if one.strength and name != method}
+    if router in ROUTER_INITS and not ROUTER_INITS[router].from_data:
+        uses |= dict.fromkeys(("router_spread", "router_prompts"), ("router_init", "prompts"))
+    elif router in ROUTER_INITS:
+        uses["router_std"] = ("router_init", "normal")
+    if router == "zero":
+        uses["router_std"] = ("router_init", "normal")
+    for field, (name, value) in uses.items():
+        if field in given and method in METHODS:
+            raise SpecError(
+                field=field,
+                got=given[field],
+                expected=f"<{name}>={value} with it: it is ignored otherwise",
+                fix=f"add <{name}>={value}, or omit <{field}>",
+            )
+    return given
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -7,9 +7,7 @@ import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.cli.common import add_dtype, add_spec_options, file_size, folder_to_make, given_spec, show
-from nemo_upcycle.errors import SpecError
-from nemo_upcycle.init.methods import METHODS
+from nemo_upcycle.cli.common import add_dtype, add_spec_options, file_size, folder_to_make, show, used_spec
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -63,16 +61,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
-    given = given_spec(args)
-    spec = UpcycleSpec(**given)
-    for method in METHODS.values():
-        if method.strength in given and method.strength != METHODS[spec.method].strength:
-            raise SpecError(
-                field=method.strength,
-                got=given[method.strength],
-                expected=f"it with --method {method.name} only",
-                fix=f"add --method {method.name}, or omit this option",
-            )
+    spec = UpcycleSpec(**used_spec(args))
     from nemo_upcycle.convert.offline import convert
     from nemo_upcycle.data.dense import local_model
     from nemo_upcycle.sources.resolve import check_non_expert_weights, open_dense

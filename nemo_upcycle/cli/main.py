@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
@@ -74,6 +75,7 @@ class _Parser(argparse.ArgumentParser):
         self.set_defaults(command=module, parser=self)
         _check_options(self, args)
         namespace, unknown = super().parse_known_args(args, namespace)
+        _refuse_empty(self, args, namespace)
         if "overrides" in namespace:  # argparse takes them in one place only
             namespace.overrides += [word for word in unknown if not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-") and word != "--"]
@@ -213,6 +215,19 @@ def _options(args: argparse.Namespace) -> dict[str, str]:
     of_spec = {action.dest for action in actions if action.default is argparse.SUPPRESS}
     hidden = of_spec if of_spec.isdisjoint(vars(args)) else set()
     return {action.dest: action.option_strings[-1] for action in actions if action.dest not in hidden}
+
+
+def _refuse_empty(parser: argparse.ArgumentParser, argv: Sequence[str], namespace: argparse.Namespace) -> None:
+    """Refuse an empty name, which would mean the current folder."""
+    if "" not in argv and not any(word.startswith("--") and word.endswith("=") for word in argv):
+        return
+    for action in parser._actions:
+        value = getattr(namespace, action.dest, None)
+        if value == "" or (value == Path() and "." not in argv):
+            name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+            raise UpcycleError(
+                str(name), got="an empty name", expected="a name", fix="give one; . is the current folder"
+            )
 
 
 def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemo_upcycle.cli.common import add_spec_options, folder_to_make, given_spec, show
+from nemo_upcycle.cli.common import add_spec_options, folder_to_make, show, used_spec
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import gpu_names
 from nemo_upcycle.planning.memory import GIB
@@ -27,9 +28,10 @@ from nemo_upcycle.start.files import (
 )
 from nemo_upcycle.start.parent import find_model
 from nemo_upcycle.start.texts import find_texts
+from nemo_upcycle.trainers.base import CPU_RANKS
 from nemo_upcycle.utils.command_line import CommandLine, own_program
 from nemo_upcycle.utils.console import in_columns, short_count
-from nemo_upcycle.utils.validation import check_whole
+from nemo_upcycle.utils.validation import check_number, check_whole
 
 
 EPILOG = """examples:
@@ -42,6 +44,8 @@ It writes recipe.py and blend.yaml, to be edited, and never over others; the com
 import, data, check of step 0, training, dense baseline, export, evaluation on held-out text of yours, report.
 exit status: 0 written, with --yes also run; 1 the run did not finish; 2 something is missing, all of it named."""
 _T = TypeVar("_T")
+#: More GPUs than any cluster has.
+_MOST_GPUS = 100_000
 #: Lines of a file that differs which are shown.
 _SHOWN_LINES = 20
 
@@ -56,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--gpus", type=int, metavar="N", help="(default: those of this machine; 0: a trial on its CPU)")
     how.add_argument("--gpu", metavar="NAME", help=f"{', '.join(gpu_names())} (default: h100)")
     how.add_argument("--steps", type=int, metavar="N", help="(default: 10 on a CPU; on GPUs the texts once)")
+    text = "how often the texts are read, in place of --steps; needed above 100"
+    how.add_argument("--epochs", type=float, metavar="N", help=text)
     how.add_argument("--dir", type=folder_to_make, metavar="DIR", help="folder of the files and the run (runs/MODEL)")
     how.add_argument("--yes", action="store_true", help="go on at once, and run the chain")
     add_spec_options(parser)
@@ -67,9 +73,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: something is missing; the text lists all of it.
     """
-    for name, low in (("gpus", 0), ("steps", 1)):
+    for name, low, high in (("gpus", 0, _MOST_GPUS), ("steps", 1, math.inf)):
         if (value := getattr(args, name)) is not None:
-            check_whole(name, value, low)
+            check_whole(name, value, low, high)
+    if args.epochs is not None:
+        check_number("epochs", args.epochs, 1e-6)
+        if args.steps is not None:
+            raise UpcycleError("--epochs", got="--steps as well", expected="one of them", fix="omit the other")
     problems: list[UpcycleError] = []
 
     def tried(find: Callable[..., _T], *given: Any) -> _T | None:
@@ -85,8 +95,11 @@ def run(args: argparse.Namespace) -> int:
     problems += _missing_packages()
     choices: Choices | None = None
     if parent and texts:
-        wanted = Wanted(given_spec(args), args.gpus, args.gpu, args.steps)
+        wanted = Wanted(used_spec(args), args.gpus, args.gpu, args.steps, args.epochs)
         choices = tried(choose, parent, texts, trainer or ("nemo", ""), wanted)
+    if choices and args.texts is None and choices.gpus > CPU_RANKS:
+        got = f"none, and {choices.gpus:,} GPUs"
+        problems.append(UpcycleError("TEXTS", got=got, expected="your texts: the demo's are few", fix="name them"))
     folder = args.dir or Path("runs") / (parent.name if parent else "")
     if choices and not args.gpus:  # those that are asked for may be a cluster's
         problems += shortages(choices, folder)

@@ -26,6 +26,8 @@ DEMO = "sotu"
 MOST_EPOCHS = 100
 #: The one source of texts that are given in place of a blend.
 ONLY = "texts"
+#: Files of other kinds in a folder of texts; with more, another folder was named by mistake.
+_MOST_OTHERS = 20_000
 #: What makes a path a pattern.
 GLOB = "*?["
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
@@ -191,7 +193,7 @@ def only_source(name: str | Path) -> list[str]:
         name: a file of texts, a pattern or address of some, or a folder, whose files of all kinds are read.
 
     Raises:
-        UpcycleError: a folder has no file of texts.
+        UpcycleError: a folder has no file of texts, or it is no folder of texts.
     """
     from nemo_upcycle.data.readers import format_of, readable, suffix_of  # slow
 
@@ -200,7 +202,16 @@ def only_source(name: str | Path) -> list[str]:
         return []
     if not path.is_dir():
         return [text if "://" in text else str(path)] if format_of(text) or is_pattern(text) else []
-    ends = {suffix_of(file) for _, _, files in os.walk(path, followlinks=True) for file in files} - {""}
+    ends, others = set[str](), 0
+    for _, _, files in os.walk(path, followlinks=True):
+        ends.update(map(suffix_of, files))
+        others += sum(not suffix_of(file) for file in files)
+        is_root = path == Path(path.anchor)
+        if others > _MOST_OTHERS or is_root:
+            got = "the root of this machine" if is_root else f"over {_MOST_OTHERS:,} files of other kinds"
+            fix = "name the folder of the texts alone"
+            raise UpcycleError(f"folder {path}", got=got, expected="a folder of texts", fix=fix)
+    ends.discard("")
     if not ends:
         raise UpcycleError(f"folder {path}", got="no file of texts", expected=readable(), fix="name another folder")
     return [f"{path}/**/*{end}" for end in sorted(ends)]

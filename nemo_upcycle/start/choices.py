@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.blend import MOST_EPOCHS, BlendConfig
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class
@@ -46,6 +48,8 @@ _TRIAL_RANKS = 2
 #: Bytes of a parameter with its gradient and Adam's states on a CPU, without the states, which ranks share, and of a
 #: rank's program itself.
 _CPU_BYTES, _COPY_BYTES, _PROGRAM_BYTES = 18, 6, 2 << 30
+#: How often the texts may be read before the table warns.
+_FEW_EPOCHS = BlendConfig.max_epochs
 #: Bytes of a parameter in the folders of step 0 and of the export.
 _MODEL_BYTES = 2
 #: Where NVIDIA's driver lists its GPUs.
@@ -61,12 +65,14 @@ class Wanted:
         gpus: number of GPUs; 0: a trial on the CPU.
         gpu: kind of the GPUs.
         steps: steps of the training.
+        epochs: how often the texts are read, in place of `steps`.
     """
 
     spec: Mapping[str, Any]
     gpus: int | None = None
     gpu: str | None = None
     steps: int | None = None
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,8 @@ def spec_of(parent: FoundParent, fields: Mapping[str, Any]) -> tuple[UpcycleSpec
     """
     if experts := parent.arch.num_experts:
         count = fields.get("num_experts", 2 * experts)
-        spec, usual = growth_spec(parent.arch, count, fields.get("top_k")), UpcycleSpec()
+        others = {name: value for name, value in fields.items() if name not in ("num_experts", "top_k")}
+        spec, usual = replace(growth_spec(parent.arch, count, fields.get("top_k")), **others), UpcycleSpec()
         stated = {name: value for name, value in asdict(spec).items() if value != getattr(usual, name)}
         stated = {"num_experts": count, "top_k": spec.top_k} | stated
     else:
@@ -214,7 +221,8 @@ def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: 
     if not number:
         small = dense.total_params < _LARGE_PARAMS
         seq_length = min(_SHORT if small else _SHORTER, dense.max_positions)
-        steps, batch = wanted.steps or TRIAL_STEPS, TRIAL_BATCH
+        batch = TRIAL_BATCH
+        steps, why_steps = _steps(texts, wanted, batch * seq_length, TRIAL_STEPS)
         plan, peak, warmup = None, TRIAL_PEAK, min(TRIAL_WARMUP, steps - 1)
         can_part = len(os.sched_getaffinity(0)) >= _TRIAL_RANKS and spec.num_experts % _TRIAL_RANKS == 0
         ranks = _TRIAL_RANKS if can_part else 1
@@ -227,12 +235,14 @@ def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: 
             )
         )
         rows.append(("sequences", f"{seq_length} tokens, {batch} a step", "short, for a CPU"))
-        rows.append(("steps", f"{steps}", "a trial: shows that all works; a training: --gpus N --gpu NAME"))
+        trial = "a trial: shows that all works; a training: --gpus N --gpu NAME"
+        rows.append(("steps", f"{steps:,}", why_steps or trial))
         rows.append(("learning rate", f"{peak:g}, warm-up {warmup}", "the demo's, for few steps"))
     else:
         seq_length = _length(texts, dense)
         batch = _batch(texts, seq_length, number)
-        steps = wanted.steps or max(1, min(paper.STEPS, texts.tokens // (batch * seq_length)))
+        once = max(1, min(paper.STEPS, texts.tokens // (batch * seq_length)))
+        steps, why_steps = _steps(texts, wanted, batch * seq_length, once)
         warmup = min(paper.WARMUP_STEPS, steps // 10)
         peak = paper.PEAK
         plan = _plan(arch, known_gpu(kind), number, seq_length, batch, steps, trainer[0])
@@ -243,11 +253,16 @@ def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: 
         rows.append(
             ("sequences", f"{seq_length:,} tokens, {batch:,} a step", "by the texts and the parent's positions")
         )
-        rows.append(("steps", f"{steps:,}", "the texts once" if wanted.steps is None else "asked for"))
+        is_once = steps * batch * seq_length <= texts.tokens
+        default = "the texts once" if is_once else f"the fewest: a step has a sequence for each of {number:,} GPUs"
+        rows.append(("steps", f"{steps:,}", why_steps or default))
         rows.append(("learning rate", f"{peak:g}, warm-up {warmup}", "the paper's"))
     rows.append(("baseline", "the dense parent, on the same texts", "to compare with"))
     epochs = steps * batch * seq_length / texts.tokens
-    rows.append(("texts", f"{short_count(steps * batch * seq_length)} tokens, {epochs:.2g} epochs", "from the sample"))
+    often = f"MORE THAN {_FEW_EPOCHS:g} TIMES: repeated texts teach less and less; give more texts or fewer steps"
+    number_text = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2g}"
+    why = often if epochs > _FEW_EPOCHS else "from the sample"
+    rows.append(("epochs", f"{number_text}: {short_count(steps * batch * seq_length)} tokens are read", why))
     return Choices(
         spec=spec,
         spec_fields=stated,
@@ -265,6 +280,34 @@ def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: 
         rows=tuple(rows),
         arch=arch,
         dense=dense,
+    )
+
+
+def _steps(texts: Texts, wanted: Wanted, step_tokens: int, default: int) -> tuple[int, str]:
+    """Return the steps of the training, and why if the user asks for them.
+
+    Args:
+        texts: the texts.
+        wanted: how many steps or epochs the user asks for.
+        step_tokens: tokens of a step.
+        default: number of steps if the user asks for neither.
+
+    Raises:
+        UpcycleError: the texts are read more often than `MOST_EPOCHS`, and nobody asks for so many epochs.
+    """
+    if wanted.epochs:
+        return max(1, math.ceil(wanted.epochs * texts.tokens / step_tokens)), f"{wanted.epochs:g} epochs asked for"
+    steps = wanted.steps or default
+    epochs = steps * step_tokens / texts.tokens
+    if epochs <= MOST_EPOCHS:
+        return steps, "asked for" if wanted.steps else ""
+    most = MOST_EPOCHS * texts.tokens // step_tokens
+    fewer, without = (f"--steps {most}", " in place of --steps") if most and wanted.steps else ("fewer --gpus", "")
+    raise UpcycleError(
+        "--steps" if wanted.steps else "--gpus",
+        got=f"{steps:,} steps of {step_tokens:,} tokens, which read the texts {epochs:,.0f} times",
+        expected=f"at most {MOST_EPOCHS} times",
+        fix=f"give more texts, or {fewer}; or ask for it: --epochs {math.ceil(epochs)}{without}",
     )
 
 

@@ -51,6 +51,20 @@ def check_whole(name: str, value: object, low: int, high: float = math.inf, of: 
         raise SpecError(field=name, got=value, expected=f"a whole number, {low} {limit}", fix=fix)
 
 
+def check_named(name: str, value: object) -> None:
+    """Check that a name or a path is not empty, which would mean the current folder.
+
+    Args:
+        name: the setting's.
+        value: its value; None is not checked.
+
+    Raises:
+        SpecError: it is empty.
+    """
+    if value is not None and not str(value).strip():
+        raise SpecError(field=name, got="an empty name", expected="a name or a path", fix=f"give <{name}>")
+
+
 def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
     """Check that a setting is a finite number within a range.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,25 @@ def test_on_gpus_a_plan_fits_and_the_texts_are_read_once(gpus: int, texts: Texts
 def test_what_does_not_fit_is_refused_with_what_does(wanted: dict[str, object], said: str) -> None:
     with pytest.raises(UpcycleError, match=said):
         _chosen(**wanted)
+
+
+@pytest.mark.parametrize("wanted", [{"steps": 1_000_000}, {"gpus": 4096, "gpu": "h100"}])
+def test_texts_are_read_a_thousand_times_only_if_asked(wanted: dict[str, Any]) -> None:
+    few = replace(MANY, tokens=100_000, documents=100)
+    with pytest.raises(UpcycleError) as refused:
+        _chosen("smollm2_135m", few if "steps" in wanted else replace(few, tokens=10_000), **wanted)
+    assert refused.value.expected == "at most 100 times"
+    assert "--epochs" in refused.value.fix
+
+
+def test_epochs_choose_the_steps_and_many_are_said() -> None:
+    texts = replace(MANY, tokens=100_000, documents=100)
+    made = _chosen("smollm2_135m", texts, epochs=200)
+    assert made.steps * made.global_batch * made.seq_length == pytest.approx(200 * texts.tokens, rel=1e-3)
+    (row,) = [row for row in made.rows if row[0] == "epochs"]
+    assert row[1].startswith("200: ")
+    assert row[2].startswith("MORE THAN 4 TIMES")
+    assert "from the sample" in _chosen("smollm2_135m", texts).rows[-1]
 
 
 def test_a_machine_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.cpu.backend import use_cpu_backend
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import architecture_of
@@ -96,3 +96,14 @@ def test_a_recipe_for_gpus_names_its_data(tmp_path: Path) -> None:
     check_own_data(make(accelerator="gpu", data="/data/mine"))
     with pytest.raises(UpcycleError, match="add data=FOLDER"):
         check_own_data(make(accelerator="gpu"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "value"),
+    [("lr", float("nan")), ("max_steps", 0), ("min_lr", 1.0), ("warmup_steps", -1), ("num_nodes", 0), ("data", "")],
+)
+def test_a_recipe_of_numbers_that_make_no_sense_is_refused(wrong: str, value: object) -> None:
+    sizes = {"seq_length": 64, "global_batch_size": 2, "max_steps": 3, "lr": 1e-4}
+    with pytest.raises(SpecError) as refused:
+        upcycled_from("/nosuch", spec=SPEC, **(sizes | {wrong: value}))
+    assert refused.value.field == wrong

@@ -26,6 +26,7 @@ from nemo_upcycle.trainers.bridge.models import kept_settings, upcycled_provider
 from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 from nemo_upcycle.utils.progress import show_messages
+from nemo_upcycle.utils.validation import check_named, check_whole
 
 
 #: Names the parent where no argument does: Bridge's recipes have no arguments.
@@ -84,6 +85,8 @@ def upcycled_pretraining(
         >>> config = upcycled_pretraining("/models/mine", UpcycleSpec(), seq_length=8192)  # doctest: +SKIP
         >>> config.dataset = BlendDataset(folder="/data/mine", seq_length=8192)  # doctest: +SKIP
     """
+    check_named("dense", dense)
+    check_whole("seq_length", seq_length, 1)
     config = _pretrain_common()
     config.dataset.seq_length, config.train.micro_batch_size = seq_length, 1
     config.env_vars = dict(COMMON_RECIPE_ENV_VARS)
