@@ -11,6 +11,7 @@ from typing import Any
 from nemo_upcycle.cli.common import folder_to_make, show
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.conf import packaged, packaged_names
+from nemo_upcycle.utils.validation import check_whole
 
 
 EPILOG = f"""examples:
@@ -24,6 +25,11 @@ another one than it was trained under, without dropping tokens.
 exit status: 0 done; 2 a value or a file is wrong.
 
 The package's own suites are in {packaged("evaluation")}; demo.yaml explains every key."""
+
+
+_SIZES = ("tp", "pp", "vp", "ep")
+#: What a launcher sets for each rank.
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +72,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.backend is not None and args.backend not in BACKENDS:
         raise UpcycleError.unknown("--backend", args.backend, BACKENDS)
+    _check_values(args)
+    ranks = _ranks()
     args.name = args.name or _name_of(args.model)
     suite, is_built = Path(args.suite), (Path(args.suite) / MARKER).is_file()
     config = read_json(suite / MARKER)["config"] if is_built else vars(read_suite_config(args.suite))
-    megatron: dict[str, Any] = {name: getattr(args, name) for name in ("tp", "pp", "vp", "ep")}
+    megatron: dict[str, Any] = {name: getattr(args, name) for name in _SIZES}
     megatron["dense"] = str(args.dense) if args.dense else None
     backend = args.backend or config["backend"]
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and (chosen := choose_backend(args.model, backend, config["dtype"])) != "megatron":
         raise UpcycleError(
             "torchrun",
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             expected="one: it spreads the model over all GPUs by itself",
             fix="start the command without torchrun",
         )
-    if int(os.environ.get("RANK", "0")) > 0:  # serves the first rank, which reports what is wrong
+    if ranks > 1 and int(os.environ["RANK"]) > 0:  # serves the first rank, which reports what is wrong
         try:
             open_model(
                 args.model,
@@ -115,6 +122,50 @@ def run(args: argparse.Namespace) -> int:
     answer = {"output": path, **{key: result[key] for key in ("metrics", "missing", "model", "seconds")}}
     show(args, answer, "\n".join([f"{path}: {result['model']['class']}, {result['settings']['dtype']}", *lines]))
     return 0
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    """Check numbers and the name, and that a Hugging Face folder is given no layout.
+
+    Raises:
+        UpcycleError: a value is wrong.
+    """
+    if args.limit is not None:
+        check_whole("limit", args.limit, 1)
+    for size in _SIZES:
+        check_whole(size, getattr(args, size), 1)
+    if args.name and (Path(args.name).name != args.name or args.name.startswith(".") or not args.name.isprintable()):
+        expected, fix = "the name of a file, without folders", "name the folder as DIR, the model as --name"
+        raise UpcycleError("--name", got=repr(args.name), expected=expected, fix=fix)
+    named = [f"--{size} {value}" for size in _SIZES if (value := getattr(args, size)) != 1]
+    named += ["--dense"] if args.dense else []
+    if named and (args.model / "config.json").is_file():
+        raise UpcycleError(
+            named[0],
+            got=f"{args.model}, a Hugging Face folder",
+            expected="a checkpoint with it: a folder is spread over all GPUs by itself",
+            fix=f"omit {' and '.join(named)}",
+        )
+
+
+def _ranks() -> int:
+    """Return the number of ranks that torchrun or another launcher started.
+
+    Raises:
+        UpcycleError: variables of ranks are there, but not all: the shell has them from something else.
+    """
+    there = [name for name in _RANK_VARIABLES if os.environ.get(name)]
+    ranks, number = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
+    is_launched = len(there) == len(_RANK_VARIABLES) and ranks.isdecimal() and number.isdecimal()
+    if is_launched or ("RANK" not in there and ranks in ("", "1")):
+        return int(ranks or 1)
+    left_over = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+    raise UpcycleError(
+        " and ".join(f"{name}={os.environ[name]}" for name in left_over),
+        got="variables of this shell, and no launcher",
+        expected=f"none, or all of {', '.join(_RANK_VARIABLES)}",
+        fix=f"type `unset {' '.join(left_over)}` first, or start the ranks with torchrun",
+    )
 
 
 def _name_of(model: Path) -> str:

@@ -69,8 +69,9 @@ class ProgressLine:
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Count `amount` more units as done; `note` is shown after the ETA."""
         self._done += amount
+        self.total = max(self.total, self._done)  # an estimate that was too low
         if self._bar:
-            self._bar.update(self._task, advance=amount, note=note)
+            self._bar.update(self._task, advance=amount, total=self.total, note=note)
         elif self.enabled and time.monotonic() - self._last_line_s >= _LINE_EVERY_S:
             self._write(note)
 

@@ -31,6 +31,10 @@ ADVISE = "advise --model LLAMA --gpus 128 --trained-on 15T"
         ("start mine '' --gpus 0", "TEXTS", "an empty name"),
         ("start mine --gpus 0 --gpu=", "--gpu", "an empty name"),
         ("evaluate '' demo c", "MODEL", "an empty name"),
+        ("evaluate . demo c --limit -1", "--limit", -1),
+        ("evaluate . demo c --tp 0", "--tp", 0),
+        ("evaluate . demo c --name ../../evil", "--name", "'../../evil'"),
+        ("evaluate . demo c --tp 3", "--tp 3", "., a Hugging Face folder"),
         ("evaluate a demo c --data ''", "--data", "an empty name"),
         ("data / d tokenizer=mine", "folder /", "the root of this machine"),
         ("start a b --gpus 1000000000", "--gpus", 1000000000),
@@ -79,3 +83,12 @@ def test_what_is_not_parsed_is_a_line_with_the_fix(capsys: pytest.CaptureFixture
     assert (out, len(err.splitlines())) == ("", 1)
     assert err.startswith("error: ")
     assert said in err
+
+
+@pytest.mark.parametrize(("variable", "value"), [("WORLD_SIZE", "8"), ("RANK", "3"), ("WORLD_SIZE", "many")])
+def test_ranks_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    error = refused("evaluate", "a", "demo", "c")
+    assert (error.subject, error.fix.partition(" first")[0]) == (f"{variable}={value}", f"type `unset {variable}`")
