@@ -229,7 +229,7 @@ def test_a_start_says_its_schedule_and_what_few_mean_to_do(dense: Path, tmp_path
     assert "256 rows that only pad the vocabulary" in reason
     assert f"not the parent's function: {reason}" in said
     schedule = "1 steps of 4 sequences of 32 tokens; learning rate 0.0003 to 0.0003, cosine, 0 steps of warm-up"
-    assert said.count(schedule) == said.count(high_rate(3e-4)) == 1
+    assert said.count(f"parent: {dense}") == said.count(schedule) == said.count(high_rate(3e-4)) == 1
     assert len([line for line in said if "mock data" in line]) == 1
 
 

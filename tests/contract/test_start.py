@@ -52,6 +52,7 @@ def test_a_model_and_texts_end_in_a_report(tmp_path: Path, write: object) -> Non
     words += ["--steps", "4", "--dir", "mine", "--yes"]
     done = Command(tmp_path / "console.txt", *words)
     assert done.wait() == 0, done.text()[-4000:]
+    assert done.text().count(f"parent: {tmp_path / 'parent'}\n") == 2, "both trainings name it"
     run = tmp_path / "mine/parent_e8t2"
     assert read_json(run / "receipt.json")["within_tolerance"] is True
     parent, made = (read_json(folder / "config.json") for folder in (tmp_path / "parent", run / "hf"))
