@@ -201,6 +201,8 @@ def source_slices(
             found.append(SourceSlice(part, source, 1, (row_start, row_start + rows)))
             row_start += rows
         return tuple(found)
+    if shard.size > arch.num_kv_heads:
+        return tuple(_part_of_group(mapping, arch, shard, local_shape))
     groups = arch.num_kv_heads // shard.size
     if arch.output_gate:
         return tuple(_gated_slices(arch, shard, local_shape[0] // groups, rest))
@@ -210,6 +212,24 @@ def source_slices(
         found.append(SourceSlice(part, source, groups, (row_start, row_start + rows)))
         row_start += rows
     return tuple(found)
+
+
+def _part_of_group(
+    mapping: ParamMapping, arch: Architecture, shard: Shard, local_shape: tuple[int, ...]
+) -> Iterator[SourceSlice]:
+    """Yield the slices of a rank's part of a key-value group, whose rows several ranks share evenly.
+
+    Megatron-Core cuts the rows of the whole parameter so from 0.16 on, and gathers what they compute.
+    """
+    ranks, rows = shard.size // arch.num_kv_heads, local_shape[0]
+    group = Shard(shard.rank // ranks, arch.num_kv_heads)
+    first = shard.rank % ranks * rows
+    for slice_ in source_slices(mapping, arch, group, (ranks * rows, *local_shape[1:])):
+        begin, end = max(slice_.rows[0], first), min(slice_.rows[1], first + rows)
+        if begin < end:
+            start = slice_.source[0][0] + begin - slice_.rows[0]
+            source = ((start, start + end - begin), *slice_.source[1:])
+            yield replace(slice_, source=source, rows=(begin - first, end - first))
 
 
 def in_hf_order(slices: Iterable[SourceSlice]) -> tuple[SourceSlice, ...]:

@@ -126,6 +126,13 @@ def group_plans(
         CheckpointError: a shape is wrong.
         SpecError: a parameter cannot be filled through views.
     """
+    if plan.moe_arch.wide_qk_norm and coords.dense.size > (groups := plan.moe_arch.num_kv_heads):
+        raise SpecError(
+            field="tensor_model_parallel_size",
+            got=coords.dense.size,
+            expected=f"at most {groups}, the key-value heads: norms over all heads count each once",
+            fix="lower it",
+        )
     grouped: dict[TensorPlan, list[tuple[int, str, torch.Tensor, torch.Tensor]]] = {}
     moe_arch = plan.moe_arch
     first_expert = coords.experts.rank * (moe_arch.num_experts or 0) // coords.experts.size

@@ -120,7 +120,7 @@ def layer_bytes(
     width, gates = arch.hidden_size, 2 if arch.gated else 1
     attention, norm, network = {}, {}, {}
     if "*" in parts:
-        attention = {term: tokens * size for term, size in _attention_bytes(arch, work, saved, fp8).items()}
+        attention = {term: tokens * size for term, size in _attention_bytes(arch, work, saved, fp8, layout.tp).items()}
     if "M" in parts and arch.mamba:
         # What the input projection, the convolution with the scan, the inner norm and the output projection keep.
         inner = arch.mamba.rows("x")
@@ -181,15 +181,17 @@ def layer_bytes(
     return LayerBytes({term: value for term, value in terms.items() if term not in freed}, working)
 
 
-def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool) -> dict[str, float]:
-    """Return the bytes that attention and its norm keep of a token, by term."""
-    heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool, tp: int) -> dict[str, float]:
+    """Return the bytes that attention and its norm keep of a token on all ranks of a tensor group, by term."""
+    heads, groups = arch.num_heads * arch.head_dim, max(arch.num_kv_heads, tp) * arch.head_dim
     terms = {
         "attention norm": 2 * sum(arch.norm_places) * arch.hidden_size,
         "qkv input": saved * arch.hidden_size,
         "attention": 4 * (heads + groups),
         "softmax statistics": 4 * arch.num_heads,
     }
+    if tp > arch.num_kv_heads:  # every rank keeps what the group gathers, for the value is a view of it
+        terms["gathered query, key and value"] = 2 * tp * (heads + 2 * arch.num_kv_heads * arch.head_dim)
     if work.recomputes("core_attn"):  # keeps the value, a view of the output of the linear layer that makes all three
         terms["attention"] += 2 * (heads + groups)
     if arch.qk_norm:

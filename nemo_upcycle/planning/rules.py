@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.planning import hardware
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.workload import Workload
 
@@ -29,20 +30,23 @@ class RuleViolation(NamedTuple):
     expected: str
 
 
-def check_layout(layout: Layout, arch: Architecture, work: Workload) -> None:
+def check_layout(
+    layout: Layout, arch: Architecture, work: Workload, software: str = hardware.DEFAULT_SOFTWARE
+) -> None:
     """Check every rule.
 
     Args:
         layout: the layout.
         arch: the trained model's architecture.
         work: work of a step.
+        software: the generation of Megatron-Core that trains, one of `hardware.SOFTWARE`.
 
     Raises:
         SpecError: the layout breaks one; the text names it and the nearest change that makes the layout valid.
     """
-    if rule := first_violation(layout, arch, work):
+    if rule := first_violation(layout, arch, work, software):
         name, got, expected = rule
-        raise SpecError(field=name, got=got, expected=expected, fix=_fix(name, layout, arch, work))
+        raise SpecError(field=name, got=got, expected=expected, fix=_fix(name, layout, arch, work, software))
 
 
 def neutral_work(layout: Layout) -> Workload:
@@ -51,13 +55,16 @@ def neutral_work(layout: Layout) -> Workload:
     return Workload(seq_length=16 * max(1, layout.tp) * max(1, layout.cp), global_batch=sizes)
 
 
-def first_violation(layout: Layout, arch: Architecture, work: Workload) -> RuleViolation | None:
+def first_violation(
+    layout: Layout, arch: Architecture, work: Workload, software: str = hardware.DEFAULT_SOFTWARE
+) -> RuleViolation | None:
     """Return the first rule that a layout breaks; None if it is allowed.
 
     Rules are checked one by one: a later one makes sense only if the earlier ones hold.
     """
     layout_rules = (
         _value_rules(layout),
+        _heads_rules(layout, arch, software),
         _model_rules(layout, arch),
         _stage_rules(layout, arch),
         _rank_rules(layout),
@@ -74,8 +81,29 @@ def _value_rules(layout: Layout) -> Iterator[RuleViolation]:
             yield RuleViolation(name, value, "0 or 1")
 
 
+def _heads_rules(layout: Layout, arch: Architecture, software: str) -> Iterator[RuleViolation]:
+    """Yield the rule of attention: ranks share out the key-value heads, or several share a head.
+
+    The second is Megatron-Core's from 0.16 on. This package's norms over all heads (OLMo 2) count each head once.
+    """
+    tp, groups = layout.tp, arch.num_kv_heads  # which divide the heads
+    if groups % tp == 0:
+        return
+    shares = tp % groups == 0 and arch.num_heads % tp == 0
+    if shares and software != hardware.DEFAULT_SOFTWARE and not arch.wide_qk_norm:
+        return
+    expected = f"a divisor of the key-value heads ({groups}): {_listed(divisors(groups))}"
+    if arch.wide_qk_norm:
+        expected += "; norms of query and key over all heads allow no other"
+    elif software != hardware.DEFAULT_SOFTWARE:
+        expected += f"; or a multiple of them that divides the heads ({arch.num_heads})"
+    elif shares:
+        expected += "; multiples work in Megatron-Bridge, whose Megatron-Core is 0.16 or newer"
+    yield RuleViolation("tp", tp, expected)
+
+
 def _model_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
-    tensor = {"the key-value heads": arch.num_kv_heads}  # which divide the heads
+    tensor: dict[str, int] = {}
     if arch.mamba:
         tensor["the Mamba layers' groups"] = arch.mamba.num_groups  # which divide their heads
     if arch.delta:
@@ -190,7 +218,7 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(shown[:12]) + (" ..." if len(shown) > 12 else "")
 
 
-def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
+def _fix(name: str, layout: Layout, arch: Architecture, work: Workload, software: str) -> str:
     """Return the nearest change of one setting that makes the layout valid.
 
     The setting that the rule names is tried first, then sizes that were chosen, then the rest.
@@ -199,25 +227,25 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
     chosen = [key for key in chosen if key != "gpus"]
     order = dict.fromkeys([*name.split(" x "), *chosen, "global_batch", "seq_length", *_SIZES, "gpus"])
     for key in order:
-        for text, rule in _changes(key, layout, arch, work):
+        for text, rule in _changes(key, layout, arch, work, software):
             if rule is None:
                 return text
     for key in name.split(" x "):  # no single change is enough: one that satisfies at least this rule
-        for text, rule in _changes(key, layout, arch, work):
+        for text, rule in _changes(key, layout, arch, work, software):
             if rule is None or rule.name != name:
                 return text
     return "change several sizes: nemo-upcycle plan without --layout finds good ones"
 
 
 def _changes(
-    key: str, layout: Layout, arch: Architecture, work: Workload
+    key: str, layout: Layout, arch: Architecture, work: Workload, software: str
 ) -> Iterator[tuple[str, RuleViolation | None]]:
     """Yield changes of a setting, the nearest first, and the rule that each still breaks."""
     for value in _candidates(key, layout, arch, work):
         text = f"omit <{key}>" if value is None else f"set <{key}>={value}"
         text = f"train in {value}" if key == "precision" else text
         changed = with_size(layout, work, key, value)
-        yield text, first_violation(changed[0], arch, changed[1])
+        yield text, first_violation(changed[0], arch, changed[1], software)
 
 
 def _candidates(key: str, layout: Layout, arch: Architecture, work: Workload) -> Sequence[int | str | None]:

@@ -173,6 +173,9 @@ class ThroughputModel:
         # Rotary embedding, and the core's inputs and output.
         self._moved(layer, tokens / layout.tp * 8 * (queries + keys), work)
         self._tensor_traffic(layer, tokens, layout, work)
+        if layout.tp > arch.num_kv_heads:  # ranks that share a key-value head gather query, key and value, and scatter
+            gathered = 2 * 2 * tokens * (queries + gates + 2 * keys) * (layout.tp - 1) / layout.tp
+            self._link(layer, layout, gathered, layout.tp, layout.tp)
         # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
         ring = 3 * 2 * 2 * keys / layout.tp * tokens * (layout.cp - 1)
         self._link(layer, layout, ring, layout.tp * layout.cp, layout.cp, hidden=layer.attention)

@@ -9,6 +9,7 @@ from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning import rules
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
+from nemo_upcycle.trainers.commands import BACKENDS
 from nemo_upcycle.trainers.settings import sizes_of
 
 
@@ -57,7 +58,8 @@ def check_layout(
         if arch.num_experts and not 1 <= (arch.top_k or 0) <= arch.num_experts:
             expected = f"1 to num_moe_experts ({arch.num_experts})"
             raise SpecError(field="top_k", got=arch.top_k, expected=expected, fix="set <top_k>=2")
-        rules.check_layout(layout, arch, _work(config, data, layout, precision))
+        software = BACKENDS[trainer].software
+        rules.check_layout(layout, arch, _work(config, data, layout, precision), software)
         if arch.num_experts and layout.tp > 1 and not getattr(strategy, "sequence_parallel", False):
             raise SpecError(
                 field="sequence_parallel",

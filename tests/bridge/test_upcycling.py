@@ -33,7 +33,7 @@ MIXED = SPEC | {"moe_layers": "every-2"}
         ("provider", SPEC, {"tp": 2}),
         ("provider", SPEC, {"pp": 2, "vp": 2}),
         ("provider", SPEC, {"ep": 4}),
-        ("provider", SPEC, {"tp": 2, "ep": 2, "etp": 1}),
+        ("provider", SPEC, {"tp": 4, "ep": 4, "etp": 1}),  # two ranks share a key-value head
         ("provider", MIXED, {"pp": 2}),
         ("builder", SPEC, {"ep": 2}),
         ("builder", MIXED, {"pp": 2}),

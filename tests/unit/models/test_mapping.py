@@ -21,6 +21,23 @@ def test_qkv_rows_are_grouped_as_megatron_wants_them() -> None:
     assert shard.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
 
 
+@pytest.mark.parametrize("has_gate", [False, True])
+@pytest.mark.parametrize("role", ["qkv", "qkv_bias"])
+def test_ranks_that_share_a_key_value_head_have_its_rows(role: str, has_gate: bool) -> None:
+    arch = small_architecture(num_heads=8, num_kv_heads=2, output_gate=has_gate)
+    mapping = mapping_of(role, arch)
+
+    def made(shard: Shard) -> torch.Tensor:
+        shape = shard_shape(mapping, arch, shard)
+        rows = torch.full(shape[:1], -1)
+        for slice_ in source_slices(mapping, arch, shard, shape):
+            part = torch.arange(*slice_.source[0]) + 1000 * slice_.part
+            slice_.view(rows).copy_(slice_.seen(part))
+        return rows
+
+    assert torch.equal(torch.cat([made(Shard(rank, 8)) for rank in range(8)]), made(Shard()))
+
+
 def test_names_of_both_layer_specs_are_found_and_no_others() -> None:
     known = {
         "mlp.experts.local_experts.11.linear_fc1.weight": ("expert_fc1", 11),

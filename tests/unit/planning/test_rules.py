@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.planning.hardware import known_recipe
+from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.workload import Workload
@@ -28,10 +28,17 @@ def test_good_layouts(text: str) -> None:
     check_layout(parse_layout(text, 128), LLAMA, WORK)
 
 
+def test_newer_software_shares_key_value_heads() -> None:
+    check_layout(parse_layout("tp=16,ep=8", 16), LLAMA, WORK, BRIDGE_SOFTWARE)
+    for tp, arch in ((24, LLAMA), (64, LLAMA), (16, replace(LLAMA, wide_qk_norm=True))):  # 8 key-value heads of 32
+        assert first_violation(parse_layout(f"tp={tp}", tp), arch, WORK, BRIDGE_SOFTWARE).name == "tp"
+
+
 @pytest.mark.parametrize(
     ("text", "gpus", "batch", "words"),
     [
         ("tp=3", 6, 512, ["tp: got 3", "key-value heads (8): 1, 2, 4, 8"]),
+        ("tp=16", 16, 512, ["tp: got 16", "key-value heads (8): 1, 2, 4, 8; multiples work in Megatron-Bridge"]),
         ("ep=6", 12, 512, ["ep: got 6", "num_experts (8)"]),
         ("pp=5", 20, 512, ["pp: got 5", "num_layers (32)", "Fix: set pp=4"]),
         ("pp=4,vp=3", 8, 512, ["vp: got 3", "layers of a pipeline stage (8)", "Fix: set vp=2"]),
