@@ -348,8 +348,8 @@ def _speed(plan: Plan) -> tuple[float, int]:
 def layouts(request: PlanRequest) -> Iterator[Layout]:
     """Yield every layout of even stages that obeys the rules; tensor parallelism stays within NVLink.
 
-    Ranks that share a key-value head, which newer releases of Megatron-Core allow, were not measured: no layout that is
-    proposed has such ranks.
+    Ranks that share a key-value head, which newer releases of Megatron-Core allow, were not measured: none of the
+    layouts has such ranks.
     """
     arch, node = request.arch, min(_MOST_TP, request.gpu.nvlink_gpus)
     micro_batches = _MICRO_BATCHES if request.micro_batch is None else (request.micro_batch,)
