@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.cli.common import folder_to_make, require_overrides, show
 from nemo_upcycle.data.blend import ONLY, Blend, is_pattern, only_source, read_blend
-from nemo_upcycle.data.readers import READERS, InputFile
+from nemo_upcycle.data.readers import READERS, InputFile, readable
 from nemo_upcycle.data.schemas import TEXT, kept_and_lost, read_schemas, schema_text, split_by_field
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.conf import packaged, packaged_names
@@ -90,6 +90,10 @@ def _require_one(args: argparse.Namespace) -> None:
     if len(others) > 1 and all(Path(word).exists() for word in (args.blend, *others[:-1])):
         fix = "write the pattern in quotes, or name a folder"
         raise UpcycleError("texts", got=f"{len(others)} files or folders", expected="one name", fix=fix)
+    path = Path(args.blend).expanduser()
+    if path.is_file() and path.suffix not in (".yaml", ".yml") and not only_source(args.blend):
+        fix = "write its text into one of these"
+        raise UpcycleError(f"texts {args.blend}", got="a file of another kind", expected=readable(), fix=fix)
     is_path = os.sep in args.blend and "://" not in args.blend and not is_pattern(args.blend)
     if is_path and not Path(args.blend).expanduser().exists() and not is_complete(args.output):
         raise UpcycleError(f"texts {args.blend}", got="no such file or folder", expected="one", fix="check the path")

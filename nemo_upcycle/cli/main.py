@@ -85,7 +85,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if wrong := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
-            message = f"{wrong[1]}: got {wrong[3]}, expected a {'whole ' if wrong[2] == 'int' else ''}number"
+            kind, number = ("a whole number", "8") if wrong[2] == "int" else ("a number", "0.5")
+            raise UpcycleError(wrong[1], got=wrong[3], expected=kind, fix=f"write, for example, {wrong[1]} {number}")
         example = _examples(self.description or "")[0]
         raise UpcycleError(f"{message}. Fix: type, for example, `{example}`; options: {self.prog} --help.")
 

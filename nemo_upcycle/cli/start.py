@@ -15,7 +15,16 @@ from nemo_upcycle.cli.common import add_spec_options, folder_to_make, show, used
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import gpu_names
 from nemo_upcycle.planning.memory import GIB
-from nemo_upcycle.start.choices import TRAINERS, Choices, Wanted, choose, choose_trainer, gpus_here, shortages
+from nemo_upcycle.start.choices import (
+    TRAINERS,
+    Choices,
+    Wanted,
+    choose,
+    choose_trainer,
+    gpus_here,
+    shortages,
+    writable_part,
+)
 from nemo_upcycle.start.files import (
     BLEND,
     RECIPE,
@@ -101,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
         got = f"none, and {choices.gpus:,} GPUs"
         problems.append(UpcycleError("TEXTS", got=got, expected="your texts: the demo's are few", fix="name them"))
     folder = args.dir or Path("runs") / (parent.name if parent else "")
-    if choices and not args.gpus:  # those that are asked for may be a cluster's
+    existing = tried(writable_part, folder)
+    if choices and existing and not args.gpus:  # those that are asked for may be a cluster's
         problems += shortages(choices, folder)
     if problems or not (parent and texts and choices):
         raise UpcycleError.together(problems)

@@ -163,7 +163,8 @@ def convert(
                 folder, expansion.write_tensors, label, writers=writers, progress=progress
             )
             _finish(expansion, writer, folder, output.name, reasons, plan)
-    total_params = sum(math.prod(shape) for shape in expansion.shapes.values())
+    tied = "lm_head.weight" if moe_arch.tied_embeddings else ()  # a copy of the embedding
+    total_params = sum(math.prod(shape) for name, shape in expansion.shapes.items() if not name.endswith(tied))
     return Conversion(
         output=output,
         hf_class=whole.wrapper.hf_class if whole else moe_arch.hf_class,

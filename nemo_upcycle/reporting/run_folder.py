@@ -30,6 +30,8 @@ _RECEIPT = {"spec": dict, "source": str, "exact": bool, **dict.fromkeys((*_COUNT
 _EVALUATION = dict.fromkeys(("metrics", "items", "groups", "settings", "versions", "seconds", "model"), dict)
 _CONTAMINATION = {"sets": dict, "report": dict}
 _STEP = ("step", "tokens", "seconds")
+#: Numbers that a line may have beside them.
+_NUMBERS = ("loss", "validation_loss", "lr", "memory_gib")
 _SETTINGS = {
     **dict.fromkeys(("precision", "optimizer", "data"), str),
     **dict.fromkeys(("schedule", "flops_per_token"), dict),
@@ -199,11 +201,12 @@ def read_curve(path: Path) -> Curve:
     lines = []
     for where, line in read_json_lines(path):
         wanted = _STEP if line.get("loss") is not None else _STEP[:1]
-        if not all(isinstance(line.get(key), int | float) for key in wanted):
+        optional = [key for key in _NUMBERS if line.get(key) is not None]
+        if not all(isinstance(line.get(key), int | float) for key in (*wanted, *optional)):
             raise UpcycleError(
                 where,
                 got=str(line)[:80],
-                expected="one JSON object with " + ", ".join(wanted),
+                expected=f"one JSON object with numbers: {', '.join(dict.fromkeys((*wanted, *optional)))}",
                 fix=f"delete the line, or run stage '{path.parent.name}' again",
             )
         lines.append(line)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from nemo_upcycle.start.parent import FoundParent
 from nemo_upcycle.start.texts import HoldOutShare, Texts
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.utils.console import short_count
+from nemo_upcycle.utils.files import size_text
 
 
 #: Name of a trainer -> the module that says it is installed, and how a text calls it.
@@ -348,8 +350,8 @@ def shortages(choices: Choices, folder: Path) -> Iterator[UpcycleError]:
     if free < needed:
         yield UpcycleError(
             f"disk of {existing}",
-            got=f"{free / GIB:.0f} GiB free",
-            expected=f"{needed / GIB:.0f} GiB",
+            got=f"{size_text(free)} free",
+            expected=size_text(needed),
             fix="give --dir on a larger disk, or fewer --experts",
         )
     if choices.plan is None and (memory := _available_bytes()) and memory < choices.needed_memory_bytes:
@@ -359,6 +361,21 @@ def shortages(choices: Choices, folder: Path) -> Iterator[UpcycleError]:
             expected=f"{choices.needed_memory_bytes / GIB:.1f} GiB for a trial on the CPU",
             fix="give fewer --experts, a smaller model, or --gpus N",
         )
+
+
+def writable_part(folder: Path) -> Path:
+    """Return the part of a path that exists, after a file was written there.
+
+    Raises:
+        UpcycleError: no file can.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return existing
+    except OSError as error:
+        why = str(error.strerror).lower() if existing.is_dir() else "it is a file"
+    raise UpcycleError(f"Cannot write in {existing}: {why}. Give another --dir.")
 
 
 def _available_bytes() -> int | None:

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
+from subprocess import CalledProcessError
 from typing import Any
 
 from nemo_upcycle.data.engine.processes import stop_with_parent
@@ -50,6 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         sys.stderr.write(
             f"error: {error.name} is not installed. Fix: `nemo-upcycle doctor` prints what makes its environment.\n"
+        )
+    except CalledProcessError as error:  # its own message stands above
+        sys.stderr.write(
+            f"error: {error.cmd[0]}: it failed with status {error.returncode}."
+            f" Fix: check --slurm {arguments.slurm}, --time and --qos; `sinfo` lists the partitions.\n"
         )
     except OSError as error:
         sys.stderr.write(

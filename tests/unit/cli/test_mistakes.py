@@ -20,6 +20,8 @@ ADVISE = "advise --model LLAMA --gpus 128 --trained-on 15T"
     [
         ("convrt", "command", "convrt"),
         ("data sotu d", "tokenizer", "none"),
+        ("data file d tokenizer=mine", "texts file", "a file of another kind"),
+        ("start a b --gpus 3.5", "--gpus", "'3.5'"),
         ("data sotu d --workers 0", "--workers", 0),
         ("data sotu d --slurm cpu --ray", "way to run", "--slurm and --ray"),
         ("data sotu d --time 1:00:00", "--time", "no --slurm"),
@@ -72,7 +74,10 @@ def test_a_mistake_is_named_as_it_was_typed(
         ("convert a b --expert 8", "option '--expert' does not exist. Did you mean '--experts'?"),
         ("verify a b --experts 8", "option '--experts' does not exist. Fix: see"),
         ("convert a", "the following arguments are required: DST"),
-        ("convert a b --router-std wide", "--router-std: got 'wide', expected a number. Fix: type"),
+        (
+            "convert a b --router-std wide",
+            "--router-std: got 'wide', expected a number. Fix: write, for example, --router",
+        ),
         ("data sotu d --check seqlength", "argument 'seqlength': got no =, expected KEY=VALUE. Fix: type"),
         (f"{ADVISE} --tokens 1B --hours 2", "not allowed with argument"),
     ],

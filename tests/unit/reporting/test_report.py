@@ -200,6 +200,7 @@ def test_the_command_needs_no_torch(run_dir: Path) -> None:
 
 _LINES = "pretrain/metrics.jsonl"
 _LACKING = ('{"loss": 1.0}', '{"step": 4, "loss": 1.0, "tokens": 4000}', "[1]")
+_LACKING += ('{"step": 4, "loss": "none", "tokens": 4000, "seconds": 1}',)
 
 
 @pytest.mark.parametrize(

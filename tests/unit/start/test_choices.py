@@ -11,7 +11,7 @@ import pytest
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.start import choices as module
-from nemo_upcycle.start.choices import TRAINERS, Choices, Wanted, choose, choose_trainer, shortages
+from nemo_upcycle.start.choices import TRAINERS, Choices, Wanted, choose, choose_trainer, shortages, writable_part
 from nemo_upcycle.start.parent import FoundParent
 from nemo_upcycle.start.texts import Texts
 from nemo_upcycle.trainers import paper
@@ -75,6 +75,12 @@ def test_a_machine_that_is_too_small_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
     subjects = [error.subject for error in shortages(_chosen("smollm2_135m"), tmp_path / "runs/new")]
     assert subjects == [f"disk of {tmp_path}", "memory of this machine"]
+
+
+def test_a_folder_that_takes_no_file_is_named() -> None:
+    for folder, why in ((Path("/dev/null"), "it is a file"), (Path("/proc/mine"), "no such file")):
+        with pytest.raises(UpcycleError, match=f"Cannot write in /.*: {why}"):
+            writable_part(folder)
 
 
 @pytest.mark.parametrize(
