@@ -128,6 +128,7 @@ def verify(
                 fix="give the parent's folder first, then the MoE's",
             )
         if logits:
+            check_tokenizer(dense)
             check_tokenizer(moe)
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
         # a wrong text shows before the long work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 from nemo_upcycle.convert import export
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names
+from nemo_upcycle.data.dense import tokenizer_folder
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_config import ROUTER_AUX_LOSS
+from nemo_upcycle.start.parent import find_model
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json, write_json
 from nemo_upcycle.utils.streams import StreamedFile
+from nemo_upcycle.verify.verification import verify
 from tests.folders import SPEC, converted
 from tests.models import write_llama, write_tokenizer
 from tests.unit.convert.exports import write_checkpoint
@@ -76,6 +80,35 @@ def test_a_link_out_of_the_parents_folder_is_refused(dense: Path, tmp_path: Path
             converted(dense, tmp_path / "moe")
         (dense / name).unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ck", "dense", "secret"]
+
+
+def test_files_that_no_class_needs_stay_behind(dense: Path, tmp_path: Path) -> None:
+    kept = ("tokenizer.model", "tokenizer.model.v3", "vocab.txt", "chat_template.json", "LICENCE.txt", "qwen.tiktoken")
+    left = ("tokenizer.pkl", "tokenizer.bin", "tokenizer_secrets.json", "LICENSE.pkl", "NOTICE.py", ".env", "vocab.pt")
+    for name in (*kept, *left):
+        (dense / name).write_text("of the parent")
+    found = tokenizer_file_names(dense)
+    assert set(kept) <= set(found)
+    assert not set(left) & set(found)
+
+
+def test_a_damaged_tokenizer_is_refused_before_any_work(dense: Path, tmp_path: Path) -> None:
+    checkpoint, moe = write_checkpoint(tmp_path / "ck", dense, SPEC), converted(dense, tmp_path / "moe").output
+    calls: dict[str, Callable[[], object]] = {
+        "convert": lambda: converted(dense, tmp_path / "out"),
+        "export": lambda: export_checkpoint(checkpoint, dense, tmp_path / "out", spec=SPEC),
+        "start": lambda: find_model(str(dense)),
+        "data": lambda: tokenizer_folder(str(dense)),
+        "verify": lambda: verify(dense, moe),
+    }
+    for folder, name in ((dense, "tokenizer.json"), (dense, "tokenizer_config.json"), (moe, "tokenizer.json")):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:300])
+        for call in [calls["verify"]] if folder == moe else calls.values():
+            with pytest.raises(UpcycleError, match=rf"{folder / name}: got (a damaged tokenizer|unreadable JSON)"):
+                call()
+        (folder / name).write_bytes(whole)
+    assert not (tmp_path / "out").exists()
 
 
 def test_links_of_the_hubs_cache_and_within_the_folder_are_followed(dense: Path, tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from nemo_upcycle.reporting.live import write_page
+from nemo_upcycle.reporting.progress import read_progress
 from nemo_upcycle.reporting.report import write_report
 from nemo_upcycle.utils.command_line import CommandLine
-from tests.unit.reporting.conftest import RECEIPT
+from tests.hostile import HOSTILE
+from tests.unit.reporting.conftest import RECEIPT, write_run
 from tests.unit.reporting.test_html import Page
 
 
@@ -21,6 +24,12 @@ pytestmark = pytest.mark.slow
 
 FOLDER = "rep![q](x)<b>"
 TYPED = "![z](SECRET) <script>alert(1)</script> `a` ```b``` | c [x](javascript:alert(2)) _d_ *e* $f^$ &lt; ~~g~~ \\h"
+#: Those that are no words on a line, and those that are; a command doubles single quotes.
+_LINES = ("new_lines", "code_on_a_new_line", "heading", "right_to_left", "line_separators", "control", "surrogate")
+_WORDS = " ".join(" ".join(text.split()) for name, text in HOSTILE.items() if name not in (*_LINES, "long_words"))
+TYPED += f" {_WORDS}".replace("'", "")
+_TAGS = "html head meta title style body header nav a h1 h2 p img pre code ul li"
+_KNOWN = {*_TAGS.split(), "div", "table", "thead", "tbody", "tr", "th", "td", "span", "strong"}
 #: What the code itself compares, and must find as it is.
 _KEPT = ("hash", "config_sha256")
 
@@ -55,22 +64,23 @@ def secret(tmp_path: Path) -> Path:
 @pytest.fixture
 def hostile(run_dir: Path, secret: Path) -> Path:
     """A run's folder in which every text is `TYPED`."""
+    return _typed_into(run_dir, TYPED.replace("SECRET", str(secret)))
+
+
+def _typed_into(run_dir: Path, typed: str) -> Path:
     folder = run_dir.rename(run_dir.with_name(FOLDER))
-    typed = TYPED.replace("SECRET", str(secret))
     (folder / "pretrain/receipt.json").write_text(json.dumps(RECEIPT))
     for path in folder.rglob("*.json"):
         _change(path, typed)
     line = CommandLine(("nemo", f"{typed}\n```\n{typed}"))
-    (folder / "command.txt").write_text(f"{line}\n")
+    (folder / "command.txt").write_bytes(f"{line}\n".encode(errors="replace"))
     return folder
 
 
 def test_texts_of_a_run_are_shown_as_typed_and_not_obeyed(hostile: Path, secret: Path) -> None:
     write_report(hostile)
     page = Page((hostile / "report.html").read_text())
-    known = "html head meta title style body header nav a h1 h2 p img pre code ul"
-    known += " li div table thead tbody tr th td span strong"
-    assert {tag for tag, _ in page.tags} <= {*known.split()}
+    assert {tag for tag, _ in page.tags} <= _KNOWN
     loads = [str(attributes[key]) for _, attributes in page.tags for key in ("src", "href") if key in attributes]
     assert all(one.startswith(("#section-", "data:image/png;base64,")) for one in loads)
     assert base64.b64encode(secret.read_bytes()).decode()[:24] not in (hostile / "report.html").read_text()
@@ -101,3 +111,22 @@ def test_only_figures_that_the_report_drew_are_embedded(run_dir: Path, secret: P
     assert not (run_dir / "loss.png").is_symlink()
     drawn = json.loads((run_dir / "results.json").read_text())["figures"]
     assert len(Page(text).all("img")) == len(drawn) > 2
+
+
+def test_lines_and_controls_make_no_heading_and_no_tag(tmp_path: Path) -> None:
+    shapes = []
+    for name, typed in (("usual", "a"), ("hostile", "\n".join(HOSTILE[name] for name in _LINES))):
+        (tmp_path / name).mkdir()
+        folder = _typed_into(write_run(tmp_path / name / "demo"), typed)
+        write_report(folder)
+        tags = [tag for tag, _ in Page((folder / "report.html").read_text()).tags]
+        assert set(tags) <= _KNOWN
+        shapes.append([tag for tag in tags if tag in ("h1", "h2", "table", "tr")])
+    assert shapes[0] == shapes[1]
+
+
+def test_the_page_of_a_run_under_way_obeys_no_text(hostile: Path) -> None:
+    write_page(hostile, read_progress(hostile))
+    page = Page((hostile / "report.html").read_text())
+    assert {tag for tag, _ in page.tags} <= _KNOWN
+    assert FOLDER in page.text

@@ -150,3 +150,27 @@ def test_what_is_neither_a_name_nor_a_file_is_refused(name: str | Path) -> None:
     with pytest.raises(UpcycleError) as caught:
         read_conf("evaluation", name, "suite")
     assert (caught.value.field, caught.value.got) == ("suite", str(name))
+
+
+ENVIRONMENT = ("${oc.env:SECRET}", "a ${ oc.env:SECRET,none}", "${oc.decode:'${oc.env:SECRET}'}", "${oc.select:a}")
+
+
+@pytest.mark.parametrize("kind", ["data", "chat", "evaluation", "ablations"])
+@pytest.mark.parametrize("value", ENVIRONMENT)
+def test_only_files_of_executors_read_the_environment(
+    kind: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hush")
+    (path := tmp_path / "mine.yaml").write_text(f'sources: {{web: {{license: "{value}"}}}}', encoding="utf-8")
+    with pytest.raises(UpcycleError) as refused:
+        read_conf(kind, path, "file")
+    assert refused.value.subject == f"file {path}: sources.web.license"
+    assert "hush" not in str(refused.value)
+    with pytest.raises(UpcycleError, match="only the file of an executor reads the environment"):
+        overridden(Conf({"a": "b"}, path, tmp_path), [f"license={value}"])
+
+
+def test_the_file_of_an_executor_reads_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCOUNT", "mine")
+    (path := tmp_path / "site.yaml").write_text("account: ${oc.env:ACCOUNT}", encoding="utf-8")
+    assert read_conf("executors", path, "executor").content == {"account": "mine"}
