@@ -14,6 +14,7 @@ from nemo_upcycle.cli.common import file_size
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MODEL_MARKER
+from tests.models import write_llama, write_tokenizer
 from tests.parents import write_wrapped
 from tests.unit.cli.conftest import Command, refused
 
@@ -113,6 +114,12 @@ def test_a_damaged_marker_asks_for_another_folder(dense: Path, tmp_path: Path, c
     error = refused(*typed)
     assert (error.subject.rpartition("/")[2], error.got) == (MODEL_MARKER, "a damaged file")
     assert error.fix.startswith("choose another")
+
+
+def test_tied_embeddings_count_once_as_on_the_card(tmp_path: Path, command: Command) -> None:
+    parent = write_tokenizer(write_llama(tmp_path / "dense", vocab_size=259, tie_word_embeddings=True))
+    made = command.values("convert", str(parent), str(tmp_path / "moe"), *SPEC)
+    assert f"{made['total_params']:,} parameters" in (tmp_path / "moe/README.md").read_text(encoding="utf-8")
 
 
 def test_kept_files_are_told_with_a_check(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
