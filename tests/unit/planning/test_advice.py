@@ -95,7 +95,7 @@ COMMAND = f"nemo-upcycle advise --model {ADDRESS} --trained-on 15T --tokens"
 def test_a_line_says_what_the_fitted_law_decides(law: Law | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     line = _line(law, monkeypatch)
     assert line.startswith(f"e8t2 after 15T + 100B tokens: {said}")
-    assert line.endswith(f"Costs and more: {COMMAND} 100B --experts 8 --top-k 2 --gpus 512")
+    assert line.endswith(f"Costs and more: `{COMMAND} 100B --experts 8 --top-k 2 --gpus 512`")
 
 
 @pytest.mark.parametrize(
