@@ -62,8 +62,9 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
     return without_secrets("\n".join(lines))
 
 
-def _wrapped(text: str, hanging: str, room: int = WIDTH - len(_INDENT) - len(_GOES_ON)) -> list[str]:
+def _wrapped(text: str, hanging: str, room: int = WIDTH - len(_INDENT)) -> list[str]:
     """Break a text into lines; a command in backticks goes on as a shell takes it."""
+    room -= len(_GOES_ON) * ("`" in text)
     lines = textwrap.wrap(text, room, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
     ends = accumulate(line.count("`") for line in lines)
     return [line + _GOES_ON * (end % 2) for line, end in zip(lines, ends, strict=True)]
