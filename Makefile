@@ -136,10 +136,11 @@ test-bridge: bridge-env
 	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/te.xml $(ROWS) tests/te
 	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 3 --dist loadfile $(ROWS) tests/bridge tests/contract tests/distributed/test_balancing.py $(addprefix tests/unit/,init online convert verify monitoring planning data/test_epoch_dataset.py)
 
-# Models filled, beside Bridge's own loader too, a training with a resume, the chain's mistakes: for every change. One
+# Models filled, beside Bridge's own loader too, a training with a resume, the chain's mistakes, and experts of odd width in
+# transformers 5: for every change. One
 # worker: each rank's process is forked of one that has imported Bridge.
 test-bridge-sample: $(SAMPLE_VENV)/.complete
-	$(SAMPLE_VENV)/bin/python -m pytest -m "not weekly" tests/contract/test_mistakes.py $(addprefix tests/bridge/,test_models.py test_bridged.py test_config_fields.py test_delta_nets.py::test_a_training_that_goes_on_has_the_bits_of_one_that_was_not_stopped) $(addprefix tests/bridge/test_upcycling.py::,test_a_second_start_in_the_same_process_is_not_upcycled_again test_paths_are_compared_resolved)
+	$(SAMPLE_VENV)/bin/python -m pytest -m "not weekly" tests/contract/test_mistakes.py $(addprefix tests/bridge/,test_models.py test_bridged.py test_config_fields.py test_delta_nets.py::test_a_training_that_goes_on_has_the_bits_of_one_that_was_not_stopped) $(addprefix tests/bridge/test_upcycling.py::,test_a_second_start_in_the_same_process_is_not_upcycled_again test_paths_are_compared_resolved) tests/unit/verify/test_verification.py::test_experts_that_no_grouped_product_takes_are_compared
 
 test-k8s: venv
 	scripts/k8s_apiserver.sh

@@ -175,12 +175,13 @@ GEMMA4 = {"hidden_size_per_layer_input": 0, "head_dim": 128}
 
 def _require_good_advice(config: dict[str, Any], fields: dict[str, Any], fix: str) -> None:
     """Apply every change that a refusal advises; each is said once and accepted."""
-    advice = fix.split(", or ")
-    assert len({*advice}) == len(advice)
-    for text in advice:
+    seen: list[dict[str, Any]] = []
+    for text in fix.split(", or "):
         opens = {"sliding_window": None} if "config.json" in text else {}
-        changes = {name: yaml.safe_load(value) for name, value in re.findall(r"<(\w+)>=([\w-]+)", text)}
-        if opens or changes:
+        changes = {name: yaml.safe_load(value) for name, value in re.findall(r"(\w+)>?='?([\w-]+)", text)}
+        assert opens | changes not in seen
+        seen.append(opens | changes)
+        if seen[-1]:
             made = architecture_from_config(config | opens).upcycled(UpcycleSpec(**(fields | changes)))
             families.require_class(made)
 
