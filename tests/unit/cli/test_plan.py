@@ -245,7 +245,7 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, command: Command) 
         (f"{PAPER} --explain 2", "--explain", 2),
         (f"{PAPER} --precision fp8-delayed --recompute moe_act", "--recompute", "moe_act with fp8-delayed"),
         (f"{PAPER} --recompute none,moe", "--recompute", "none"),
-        (f"{MOE} --layout ''", "--layout", "nothing"),
+        (f"{MOE} --layout ''", "--layout", "an empty name"),
         (f"{MOE} --layout mbs=0", "--layout mbs", 0),
         (f"{MOE} --layout mbs=2 --micro-batch 1", "--micro-batch", "1 beside mbs=2"),
         (f"{SMALL} --recompute moe_act", "--recompute", "moe_act"),
