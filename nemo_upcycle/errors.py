@@ -121,6 +121,21 @@ class UpcycleError(Exception):
         return error
 
 
+def failures(checks: Iterable[Callable[[], object]]) -> list[UpcycleError]:
+    """Call every check, and return the errors that they raise.
+
+    Args:
+        checks: functions that raise an UpcycleError if something is wrong.
+    """
+    found: list[UpcycleError] = []
+    for check in checks:
+        try:
+            check()
+        except UpcycleError as error:
+            found += error.parts
+    return found
+
+
 def mistake_in_file(error: BaseException) -> UpcycleError | None:
     """Return the error of a user's file in which another error arose, with its line; None where that arose elsewhere.
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nemo_upcycle.data.blend import no_data
 from nemo_upcycle.data.chat.finished import open_chat
-from nemo_upcycle.data.dense import check_address
+from nemo_upcycle.data.dense import check_address, is_configuration
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.data.inputs import check_files, require_disjoint
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.data.needs import Caches
+from nemo_upcycle.data.network import run_needs
+from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.chain import JOBS
-from nemo_upcycle.pipeline.executors.settings import CLUSTERS, cluster_for
+from nemo_upcycle.pipeline.executors.base import Cluster
+from nemo_upcycle.pipeline.executors.jobs import Job
+from nemo_upcycle.pipeline.executors.settings import CLUSTERS
 from nemo_upcycle.pipeline.inputs import Inputs
-from nemo_upcycle.pipeline.markers import StageFolder
-from nemo_upcycle.pipeline.order import kind_of, require_same_work
+from nemo_upcycle.pipeline.order import kind_of, require_earlier, require_same_work
 from nemo_upcycle.pipeline.plan import KEPT, Stage, WorkPlan
+from nemo_upcycle.pipeline.stage_jobs import jobs_of
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.advice import known_parent_tokens
 from nemo_upcycle.suites.lm_eval_tasks import check_needs
@@ -34,52 +39,169 @@ from nemo_upcycle.utils.files import resolved
 _NO_MATTER = re.compile(rf"^(\.|lost\+found$|logs$|{re.escape(JOBS)}$|{KEPT}$)|\.(log|out|err)$")
 
 
-def check_run(run_dir: Path, plan: RunPlan, ctx: Any, stages: Sequence[Stage], *, shown: bool = False) -> None:
-    """Check every argument of the pipeline.
+@dataclass(frozen=True)
+class Findings:
+    """What the list of checks found.
+
+    Args:
+        wrong: mistakes in what was asked for: no forecast can be made of it.
+        lacking: what is missing or wrong where the stages would run, and what would end a training at its start.
+        jobs: the jobs of the stages; empty where they cannot be made.
+        unchecked: what was not looked at, a line each.
+    """
+
+    wrong: tuple[UpcycleError, ...] = ()
+    lacking: tuple[UpcycleError, ...] = ()
+    jobs: tuple[Job, ...] = ()
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[UpcycleError, ...]:
+        """All that is wrong."""
+        return (*self.wrong, *self.lacking)
+
+
+def check_work(
+    run_dir: Path,
+    plan: WorkPlan,
+    stages: Sequence[Stage],
+    cluster: Cluster | None,
+    *,
+    own: Iterable[Callable[[], object]] = (),
+    then: Iterable[Callable[[], object]] = (),
+    places: Mapping[str, str],
+    starting: Collection[str],
+    network: bool,
+    storage: bool,
+) -> Findings:
+    """Find all that would keep stages from their work. No other list of checks exists.
+
+    `--dryrun`, `--render` and `--yes` of `nemo upcycle pipeline` and `ablate` call this function. They differ in
+    `network` and `storage` alone: a dry run and `--render` need neither a network nor the cluster's storage. All three
+    then refuse what the forecast calls hopeless (`forecast.run.hopeless`). `--yes` alone asks the scheduler
+    (`Cluster.check`), which knows partitions, accounts and limits; a disk that is too small, of which the dry run
+    and `--yes` tell, is a warning of `--render`, whose jobs may run elsewhere.
 
     Args:
         run_dir: the run's folder.
         plan: plan of the run.
-        ctx: NeMo-Run's context of the command.
-        stages: stages that will run.
-        shown: whether the run is only shown: then neither the network nor this machine needs to have what it takes.
+        stages: stages that were asked for.
+        cluster: where they run; None: this machine.
+        own: checks of this kind of run; each raises an UpcycleError.
+        then: checks that need inputs and recipes which are right.
+        places: stage -> what stands before its settings in errors, for each training to look at.
+        starting: names of the stages whose inputs are looked at.
+        network: whether to ask the hub, and servers of data.
+        storage: whether the storage of the run is mounted here, so that the dense weights can be opened.
+    """
+    inputs, dense = plan.inputs, plan.inputs.dense
+    folders: list[Callable[[], object]] = [partial(check_folder, run_dir)] if storage or is_seen(run_dir) else []
+    reads_dense, reads_data = (not {"import", "dense"}.isdisjoint(starting) and bool(dense)), "data" in starting
+    parent = [partial(check_address, dense)] if reads_dense else []
+    data = [partial(check_data, inputs, remote=network)] if reads_data else []
+    no_parent = failures(parent)
+    wrong = [*failures(folders), *no_parent, *failures(data), *failures(own)]
+    if not wrong:
+        wrong = failures([partial(check_started, run_dir, plan), *then])
+    lacking: list[UpcycleError] = []
+    if storage and parent and not wrong:
+        lacking += failures([partial(check_address, dense, whole=True)])
+    if not no_parent:
+        for name, where in places.items():
+            problems = [error for error in plan.trainings[name].problems(where, dense) if not _is_in(error, wrong)]
+            lacking += problems
+    jobs: list[Job] = []
+    no_jobs = failures([lambda: jobs.extend(jobs_of(stages, run_dir, plan))])
+    wrong += [error for error in no_jobs if not _is_in(error, wrong)]
+    if cluster:
+        lacking += cluster.wrong_settings(jobs)
+    else:
+        lacking += failures(_checks_here(plan, stages, places))
+    missing = () if wrong else _unasked(run_dir, plan, cluster, network=network, storage=storage)
+    return Findings(tuple(wrong), tuple(lacking), tuple(jobs), tuple(missing))
+
+
+def _is_in(error: UpcycleError, others: Sequence[UpcycleError]) -> bool:
+    return str(error) in map(str, others)
+
+
+def _unasked(run_dir: Path, plan: WorkPlan, cluster: Cluster | None, *, network: bool, storage: bool) -> Iterator[str]:
+    """Yield what was not looked at without a network or the storage of a cluster, a line each."""
+    folder = Path(plan.inputs.dense.removeprefix("hf://")).expanduser()
+    if plan.inputs.dense and is_configuration(folder):
+        yield f"{folder} holds the parent's config.json alone: its weights and tokenizer are checked where it is whole"
+    needs = [] if network else run_needs(plan.inputs.dense, plan.inputs.data, plan.inputs.suite)
+    if names := [need.what for need in needs if not need.is_in(Caches.of(os.environ))]:
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        yield f"the network: whether {names[0]}{more} can be fetched"
+    if not storage and not is_seen(run_dir):
+        yield f"{run_dir}: it is not mounted here"
+    if cluster and not storage:
+        yield f"{cluster.label}: whether it takes these jobs; --yes asks it before it submits"
+
+
+def check_run(
+    run_dir: Path, plan: RunPlan, stages: Sequence[Stage], cluster: Cluster | None, *, detach: bool, shown: bool
+) -> Findings:
+    """Check a run of the pipeline; see `check_work`.
+
+    Args:
+        run_dir: the run's folder.
+        plan: plan of the run.
+        stages: stages that were asked for.
+        cluster: where they run; None: this machine.
+        detach: whether the launcher shall not wait for the jobs.
+        shown: whether the run is only shown, by a dry run or `--render`.
+    """
+    inputs = plan.inputs
+    left = [stage.name for stage in stages if not _is_done(stage, run_dir, plan)]
+    fetches = cluster is None and not shown and "import" in left
+    trainings = plan.trainings.items()
+    own: list[Callable[[], object]] = [
+        partial(check_detach, detach, cluster),
+        partial(check_asked, inputs),
+        lambda: known_parent_tokens(plan.dense, plan.trained_on),
+        *(partial(_check_kind_of_data, inputs, name, training) for name, training in trainings),
+        *(partial(training.check, name) for name, training in trainings),
+    ]
+    then: list[Callable[[], object]] = [
+        *(partial(training.check_parent, name, plan.dense, remote=fetches) for name, training in trainings),
+        partial(require_earlier, stages, run_dir, plan),
+    ]
+    return check_work(
+        run_dir,
+        plan,
+        stages,
+        cluster,
+        own=own,
+        then=then,
+        places={name: name for name in plan.trainings if name in left},
+        starting=[stage.name for stage in plan.stages],
+        network=not shown,
+        storage=not shown or cluster is None,
+    )
+
+
+def _is_done(stage: Stage, run_dir: Path, plan: WorkPlan) -> bool:
+    try:
+        return stage.is_done(run_dir, plan)
+    except UpcycleError:  # of inputs that cannot be read; they are in the list
+        return False
+
+
+def check_detach(detach: bool, cluster: Cluster | None) -> None:
+    """Check that the jobs of a command with `--detach` go on without the launcher.
 
     Raises:
-        UpcycleError: an argument is not valid; the text names it.
+        UpcycleError: they do not.
     """
-    cluster = cluster_for(ctx.executor)
-    if not (shown and cluster):  # its storage may not be mounted where it is only shown
-        check_folder(run_dir)
-    if ctx.detach and not (cluster and cluster.can_detach):
+    if detach and not (cluster and cluster.can_detach):
         raise UpcycleError(
             "--detach",
             got="an executor that needs the launcher",
             expected=" or ".join(cluster.label for cluster in CLUSTERS if cluster.can_detach),
             fix="omit it, and start the command inside tmux or with nohup",
         )
-    inputs = plan.inputs
-    check_address(inputs.dense, whole=not shown)
-    check_data(inputs, remote=not shown)
-    check_asked(inputs)
-    known_parent_tokens(plan.dense, plan.trained_on)
-    is_here = cluster is None and not shown
-    if is_here:
-        check_here(plan, stages)
-    check_trainings(plan, lambda name, training: training.check(name))
-    for name, training in plan.trainings.items():
-        if training.reads_chat != inputs.reads_chat:
-            kinds = ("texts", "conversations")
-            raise UpcycleError(
-                "data",
-                got=f"{inputs.data}: {kinds[inputs.reads_chat]}",
-                expected=f"{kinds[training.reads_chat]}, which {name} reads",
-                fix="name other data, or take a recipe that tunes (..._sft) or one that does not",
-            )
-    check_started(run_dir, plan)
-    imports = any(stage.name == "import" for stage in stages) and not StageFolder(run_dir, "import").marker.is_file()
-    starts = [] if shown else [stage.name for stage in stages if not stage.folder(run_dir, plan).marker.is_file()]
-    remote = is_here and imports
-    check_trainings(plan, lambda name, training: training.check_parent(name, plan.dense, remote=remote), starts)
 
 
 def check_demo_data(plan: WorkPlan) -> None:
@@ -92,43 +214,36 @@ def check_demo_data(plan: WorkPlan) -> None:
         raise no_data(f"{found} trains on GPUs")
 
 
-def check_trainings(plan: RunPlan, check: Callable[[str, Training], None], starts: Collection[str] = ()) -> None:
-    """Check all trainings, and that those which are to start will get to their first step.
-
-    Args:
-        plan: plan of the run.
-        check: given a stage's name and its training, raises an UpcycleError if that is wrong.
-        starts: names of stages that are about to run.
-
-    Raises:
-        UpcycleError: a training is wrong, or would not start; the text lists all that is wrong.
-    """
-    found: list[UpcycleError] = []
-    for name, training in plan.trainings.items():
-        try:
-            check(name, training)
-            found += training.problems(name, plan.dense) if name in starts else ()
-        except UpcycleError as error:
-            found += training.problems(name, plan.dense) or (error,)
-    if found:
-        raise UpcycleError.together(found)
+def _check_kind_of_data(inputs: Inputs, name: str, training: Training) -> None:
+    if training.reads_chat != inputs.reads_chat:
+        kinds = ("texts", "conversations")
+        raise UpcycleError(
+            "data",
+            got=f"{inputs.data}: {kinds[inputs.reads_chat]}",
+            expected=f"{kinds[training.reads_chat]}, which {name} reads",
+            fix="name other data, or take a recipe that tunes (..._sft) or one that does not",
+        )
 
 
-def check_here(plan: RunPlan, stages: Sequence[Stage]) -> None:
-    """Check that this machine has what its stages need; a forecast does not ask for it.
-
-    Raises:
-        UpcycleError: this machine does not have it.
-    """
+def _checks_here(plan: WorkPlan, stages: Sequence[Stage], places: Mapping[str, str]) -> Iterator[Callable[[], object]]:
+    """Yield checks that this machine has what its stages need; a forecast does not ask for it."""
     names = [stage.name for stage in stages]
-    if plan.inputs.blend and "data" in names:
-        engine_version(data_python())  # of what builds the blend
+    if "data" in names:
+        yield partial(_check_engine, plan.inputs)
     if "evaluate" in names:
-        config = plan.inputs.suite_config
-        check_needs([] if config.local else list(config.tasks), config.files)
-    for name, training in plan.trainings.items():
-        if name in names:
-            training.check_here(name)
+        yield partial(_check_suite, plan.inputs)
+    for name, where in places.items():
+        yield partial(plan.trainings[name].check_here, where)
+
+
+def _check_engine(inputs: Inputs) -> None:
+    if inputs.blend:
+        engine_version(data_python())  # of what builds the blend
+
+
+def _check_suite(inputs: Inputs) -> None:
+    config = inputs.suite_config
+    check_needs([] if config.local else list(config.tasks), config.files)
 
 
 def check_started(run_dir: Path, plan: WorkPlan) -> None:
@@ -205,6 +320,12 @@ def check_data(inputs: Inputs, *, remote: bool) -> None:
     require_disjoint(listed)
     for suite in blend.config.decontaminate:
         read_suite_config(suite)
+
+
+def is_seen(run_dir: Path) -> bool:
+    """Return whether a folder lies on storage that this machine sees: some folder above it, not the root, is here."""
+    here = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
+    return here != Path(here.anchor)
 
 
 def check_folder(run_dir: Path) -> None:

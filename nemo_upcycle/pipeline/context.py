@@ -164,6 +164,19 @@ class PipelineContext(CheckedContext):
             self.executor = read_executor(self._described, self._overrides)
         return rest
 
+    def without_settings(self, beginnings: tuple[str, ...]) -> Any:
+        """Parse the command line again without a YAML file and some settings; None where neither was given.
+
+        Args:
+            beginnings: beginnings of the settings to leave out.
+        """
+        fn, words = self._parsed
+        rest = [word for word in words if not word.startswith(beginnings)]
+        if rest == words and not self.yaml:
+            return None
+        with temporarily_set(self, "yaml", None):
+            return self.parse_fn(fn, rest)
+
     def confirm(self) -> bool:
         """Ask whether to start, unless `--yes` was given."""
         return bool(self._should_continue(self.skip_confirmation))
@@ -178,6 +191,7 @@ class PipelineContext(CheckedContext):
             )
         task = self.parse_fn(fn, experiment_args)
         _check_complete(fn, task)
+        self._parsed = fn, experiment_args
         fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
 
 

@@ -11,6 +11,7 @@ from nemo_upcycle.data.chat.config import Chat, is_chat, read_chat
 from nemo_upcycle.data.inputs import folders_of
 from nemo_upcycle.suites.suite_config import SuiteConfig, folders_of_suite, read_suite_config
 from nemo_upcycle.utils.conf import is_conf_file
+from nemo_upcycle.utils.files import require_local
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,17 @@ class Inputs:
     @cached_property
     def blend(self) -> Blend | None:
         """The blend that is built; None where there is none, or a finished folder is used."""
-        return None if self.is_finished or self.reads_chat else read_blend(self.data)
+        return None if self.is_finished or self.reads_chat else read_blend(require_local("data", self.data))
 
     @cached_property
     def chat(self) -> Chat | None:
         """The conversations that are packed; None where there are none, or a finished folder is used."""
-        return read_chat(self.data) if self.reads_chat and not self.is_finished else None
+        return read_chat(require_local("data", self.data)) if self.reads_chat and not self.is_finished else None
 
     @cached_property
     def suite_config(self) -> SuiteConfig:
         """What the suite asks."""
-        return read_suite_config(self.suite)
+        return read_suite_config(require_local("evaluation", self.suite))
 
     @cached_property
     def paths(self) -> tuple[Path, ...]:

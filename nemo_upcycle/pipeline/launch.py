@@ -3,66 +3,45 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.readers import format_of
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
-from nemo_upcycle.pipeline.checks import check_here, check_run
+from nemo_upcycle.pipeline.checks import Findings, check_run
 from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
-from nemo_upcycle.pipeline.forecast.run import Forecast, check_space, forecast, unchecked
+from nemo_upcycle.pipeline.forecast.run import Forecast, check_space, forecast, hopeless
 from nemo_upcycle.pipeline.forecast.text import render_forecast
 from nemo_upcycle.pipeline.live import watched
-from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
+from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Stage, WorkPlan
 from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.command_line import COMMAND, CommandLine
 from nemo_upcycle.utils.conf import parse_yaml
 from nemo_upcycle.utils.console import end_soon
-from nemo_upcycle.utils.files import in_use
+from nemo_upcycle.utils.files import in_use, require_local
 from nemo_upcycle.utils.masking import without_secrets, write_private
 from nemo_upcycle.utils.writers import EXPONENT, yaml_text
 
 
 def absolute_argument(name: str, *, folder: bool = False) -> str:
     """Return the absolute path of an argument that names a folder, YAML or a file of data: a job may run elsewhere."""
+    if "://" in name:  # an address
+        return name
     path = Path(name).expanduser()
     is_path = path.suffix in (".yaml", ".yml") or (
         folder and (path.is_dir() or path.suffix == ".json" or bool(format_of(path.name)))
     )
     return str(path.absolute()) if is_path else name
-
-
-def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str = sys.executable) -> list[Job]:
-    """Return the jobs of stages, in their order.
-
-    Args:
-        stages: stages to run.
-        run_dir: the run's folder.
-        plan: the plan of the run.
-        python: the interpreter where the stages run.
-    """
-    # What was started, if a recipe refers to something defined in it.
-    scripts = list(dict.fromkeys(script for training in plan.trainings.values() if (script := training.script)))
-    reads = (*plan.inputs.paths, *(path for path in map(Path, scripts) if path.is_absolute()))
-    jobs = []
-    for stage in stages:
-        training = plan.trainings.get(stage.name) if stage.parallel else None
-        nodes, ranks = training.ranks if training else (1, 1)
-        facts = plan.facts[stage.name] if training else None
-        profile = facts.profile if facts else None
-        command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *scripts)
-        kind = {"is_training": stage.parallel, "is_resumable": stage.resumable}
-        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **kind, reads=reads, profile=profile))
-    return jobs
 
 
 def launch_chain(
@@ -74,6 +53,7 @@ def launch_chain(
     last: str | None = None,
     only: str | None = None,
     render: str | None = None,
+    wrong: Sequence[UpcycleError] = (),
 ) -> None:
     """Check a run of the chain, show its forecast, and submit or run its stages.
 
@@ -85,6 +65,7 @@ def launch_chain(
         last: name of the one to end after, or None.
         only: name of the only one, in place of both.
         render: folder for everything that would be submitted; nothing is submitted then.
+        wrong: mistakes that the command itself has found.
 
     Raises:
         UpcycleError: an argument is not valid, a training would not start, or a stage did not finish.
@@ -94,43 +75,55 @@ def launch_chain(
     folders = {name: absolute_argument(getattr(plan, name), folder=True) for name in ("dense", "data")}
     plan = replace(plan, **folders, evaluation=absolute_argument(plan.evaluation))
     stages = chosen_stages(first, last, only)
-    cluster = cluster_for(ctx.executor)
+    cluster, shown = cluster_for(ctx.executor), bool(ctx.dryrun or render)
     with ended_by_ctrl_c():
-        check_run(run_dir, plan, ctx, stages, shown=bool(ctx.dryrun or render))
-        require_earlier(stages, run_dir, plan)
-    jobs = jobs_of(stages, run_dir, plan)
-    if render:
-        render_jobs(jobs, cluster, plan, Path(render))
-        return
-    shown = cluster and cluster.masked()
-    expected = forecast(stages, run_dir, plan, shown, jobs, ctx.typed)
-    if ctx.dryrun:
-        problems = dict.fromkeys((*expected.problems, *_lacking(cluster, jobs, plan, stages)))
-        expected = replace(expected, problems=tuple(problems))
-    if ctx.dryrun or not ctx.skip_confirmation:
+        wrong = [*wrong, *failures([partial(require_local, "dir", dir), partial(_check_render, render, cluster)])]
+        found = check_run(run_dir, plan, stages, cluster, detach=ctx.detach, shown=shown)
+    if wrong or found.wrong:
+        raise UpcycleError.together([*wrong, *found.all])
+    expected, jobs = _forecast(ctx, stages, run_dir, plan, cluster, found), found.jobs
+    if ctx.dryrun and not render:
         sys.stdout.write(render_forecast(expected, verbose=ctx.verbose) + "\n")
-    if ctx.dryrun and (expected.problems or expected.misfits):
-        end_soon()
-        raise SystemExit(1)
-    if ctx.dryrun:
+        if expected.problems or expected.misfits:
+            end_soon()
+            raise SystemExit(1)
         return
     if expected.problems:
-        raise UpcycleError("\n".join(expected.problems))
+        raise UpcycleError.together(expected.problems)
+    for misfit in expected.misfits if render else expected.memory_misfits:
+        sys.stderr.write(f"Warning: {misfit}\n")
+    if render and cluster:
+        render_jobs(jobs, cluster, plan, Path(render), expected.unchecked)
+        return
+    if not ctx.skip_confirmation:
+        sys.stdout.write(render_forecast(expected, verbose=ctx.verbose) + "\n")
     if launch(ctx, run_dir, plan, jobs, forecast=expected) and stages[-1] is STAGES[-1] and not ctx.detach:
         report = run_dir / "report.md"
         made, verdict = report.read_text(encoding="utf-8").split("\n\n")[1:3]
         sys.stdout.write(f"\n{made}\n{verdict}\n\nReport: {report.with_suffix('.html')}\n")
 
 
-def _lacking(cluster: Cluster | None, jobs: Sequence[Job], plan: RunPlan, stages: Sequence[Stage]) -> Iterator[str]:
-    """Yield what a cluster's settings or this machine lack for a run that is only shown."""
+def _check_render(render: str | None, cluster: Cluster | None) -> None:
+    """Check that `--render` names a folder, and that a cluster's jobs can be written there."""
+    if render and cluster is None:
+        expected, fix = f"run.executor={'|'.join(KINDS)}", f"add run.executor={next(iter(KINDS))}"
+        raise UpcycleError("--render", got="no cluster", expected=expected, fix=fix)
+    require_local("--render", render or "")
+
+
+def _forecast(
+    ctx: Any, stages: Sequence[Stage], run_dir: Path, plan: RunPlan, cluster: Cluster | None, found: Findings
+) -> Forecast:
+    """Forecast a checked run, with all that the checks and the forecast itself found wrong."""
+    shown = cluster and cluster.masked()
     try:
-        if cluster:
-            cluster.check_settings(jobs)
-        else:
-            check_here(plan, stages)
-    except UpcycleError as error:
-        yield str(error)
+        expected = forecast(stages, run_dir, plan, shown, found.jobs, ctx.typed)
+    except Exception:
+        if not found.lacking:
+            raise
+        raise UpcycleError.together(found.lacking) from None  # it cannot be made of such settings
+    problems = {str(error): error for error in (*found.lacking, *expected.problems, *hopeless(expected))}
+    return replace(expected, problems=tuple(problems.values()), unchecked=found.unchecked)
 
 
 def launch(
@@ -160,7 +153,6 @@ def launch(
     """
     cluster, chain = cluster_for(ctx.executor), None
     if cluster:
-        cluster.check_settings(jobs)  # before the scheduler is asked anything
         chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir)
         chain.check()
     if forecast:
@@ -254,16 +246,21 @@ def _run_chain(chain: Chain, *, detach: bool) -> None:
             raise SystemExit(128 + (stop.signum or 0))
 
 
-def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: WorkPlan, folder: Path) -> None:
+def render_jobs(
+    jobs: Sequence[Job], cluster: Cluster, plan: RunPlan, folder: Path, unchecked: Sequence[str] = ()
+) -> None:
     """Write what would be submitted, and the plan that the stages read.
 
+    Args:
+        jobs: checked jobs.
+        cluster: their scheduler.
+        plan: plan of the run.
+        folder: folder for the files.
+        unchecked: what was not looked at.
+
     Raises:
-        UpcycleError: no cluster is named, its settings are not complete, or the folder cannot be written.
+        UpcycleError: the folder cannot be written.
     """
-    if cluster is None:
-        expected, fix = f"run.executor={'|'.join(KINDS)}", f"add run.executor={next(iter(KINDS))}"
-        raise UpcycleError("--render", got="no cluster", expected=expected, fix=fix)
-    cluster.check_settings(jobs)
     try:
         names = [path.name for job in jobs for path in cluster.write(job, folder)]
         for name, text in cluster.render_chain(jobs).items():
@@ -278,5 +275,5 @@ def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: WorkPlan, fo
     sys.stdout.write(
         f"Written to {folder}: {', '.join(names)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN}"
         f"{f' and {folder / KEPT}' if copies else ''} there before you submit them.\n"
-        + (f"Not checked: {missing}.\n" if (missing := unchecked(plan.inputs.dense)) else "")
+        + "".join(f"Not checked: {text}.\n" for text in unchecked)
     )

@@ -228,6 +228,7 @@ class Stage:
         settings: fields of the plan that it depends on.
         parallel: whether it runs on all ranks of the training job.
         resumable: whether a new start continues where a killed one stopped.
+        computes: whether it computes with the models of the run: it needs a GPU if a training of the run does.
         reads: stages whose outputs it opens; None: those that it comes after.
         content: the function that lists the files that hold what it left for others, by which these know it; takes the
             run's folder and plan and what its work returned. None: it left nothing.
@@ -244,6 +245,7 @@ class Stage:
     settings: tuple[str, ...]
     parallel: bool = False
     resumable: bool = False
+    computes: bool = False
     reads: tuple[str, ...] | None = None
     content: Callable[[Path, Any, Mapping[str, Any]], Iterable[Path]] | None = None
     outputs: Callable[[Path, Any], object] | None = None

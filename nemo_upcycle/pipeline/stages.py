@@ -311,7 +311,7 @@ STAGES = (
         outputs=_require_exported,
         disk=_export_disk,
     ),
-    Stage("evaluate", evaluate_stage, ("import", "data", "upcycle", "export"), ("evaluation",)),
+    Stage("evaluate", evaluate_stage, ("import", "data", "upcycle", "export"), ("evaluation",), computes=True),
     Stage("report", report_stage, ("evaluate",), ("trained_on",)),  # as the markers of started runs have it
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -89,7 +89,7 @@ def forecast_of(chain: Any, run_dir: Path, cluster: Any = None, stages: Any = No
 
 def jobs_of_chain(chain: Any, run_dir: Path) -> list[Any]:
     """Return the jobs of all stages of a chain, as the pipeline makes them for a container."""
-    from nemo_upcycle.pipeline.launch import jobs_of
+    from nemo_upcycle.pipeline.stage_jobs import jobs_of
     from nemo_upcycle.pipeline.stages import STAGES
 
     return jobs_of(STAGES, run_dir, plan_of(chain), "python")

@@ -3,25 +3,25 @@
 # No postponed annotations, and Optional[...]: NeMo-Run parses values by them.
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import nemo_run as run
 
-from nemo_upcycle.data.dense import check_address
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.stages import GridPlan
-from nemo_upcycle.pipeline.checks import check_data, check_folder, check_started
+from nemo_upcycle.pipeline.checks import Findings, check_detach, check_work
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
-from nemo_upcycle.pipeline.executors.base import is_local
+from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
-from nemo_upcycle.pipeline.launch import absolute_argument, jobs_of, launch
+from nemo_upcycle.pipeline.executors.settings import cluster_for
+from nemo_upcycle.pipeline.launch import absolute_argument, launch
 from nemo_upcycle.pipeline.order import require_outputs
 from nemo_upcycle.pipeline.run_here import check_at_once
-from nemo_upcycle.utils.files import MARKER
+from nemo_upcycle.utils.files import MARKER, require_local
 
 
 class AblateContext(PipelineContext):
@@ -54,45 +54,45 @@ def ablate(
     Raises:
         UpcycleError: an arm could not start, or one did not finish.
     """
-    run_dir = Path(dir).expanduser().absolute()
+    run_dir, cluster = Path(dir).expanduser().absolute(), cluster_for(ctx.executor)
     with ended_by_ctrl_c():
         plan = read_grid(
             absolute_argument(grid),
             absolute_argument(dense, folder=True) if dense else None,
             absolute_argument(data, folder=True) if data else None,
         )
-        check_started(run_dir, plan)
-        if wrong := [*_problems(ctx, run_dir, plan)]:
-            raise UpcycleError.together(wrong)
-        require_outputs(plan.stages, run_dir, plan)
-    check_at_once(at_once, is_here=is_local(ctx.executor))
+        found = _check(run_dir, plan, cluster, detach=ctx.detach, dryrun=ctx.dryrun)
+        wrong = failures(
+            [partial(require_local, "dir", dir), partial(check_at_once, at_once, is_here=cluster is None)]
+        )
+        if wrong or found.all:
+            raise UpcycleError.together([*wrong, *found.all])
     sys.stdout.write(_summary(plan, run_dir))
-    if ctx.dryrun or not launch(ctx, run_dir, plan, jobs_of(plan.stages, run_dir, plan), at_once=at_once):
+    if ctx.dryrun:
+        sys.stdout.write("".join(f"Not checked: {text}.\n" for text in found.unchecked))
         return
-    if not ctx.detach:
+    if launch(ctx, run_dir, plan, found.jobs, at_once=at_once) and not ctx.detach:
         sys.stdout.write("\n" + (run_dir / "table" / "table.md").read_text(encoding="utf-8"))
 
 
-def _problems(ctx: Any, run_dir: Path, plan: GridPlan) -> Iterator[UpcycleError]:
-    """Yield why what is left of a grid would not start: parent, data, and of each arm the training."""
+def _check(run_dir: Path, plan: GridPlan, cluster: Cluster | None, *, detach: bool, dryrun: bool) -> Findings:
+    """Check what is left of a grid: parent, data, the cluster, and one training of each arm."""
     left = [stage.name for stage in plan.stages if not stage.is_done(run_dir, plan)]
-    checks: list[Callable[[], object]] = [partial(check_folder, run_dir)]
-    if "dense" in left and plan.dense:
-        checks.append(partial(check_address, plan.dense, whole=not ctx.dryrun))
-    if "data" in left:
-        checks.append(partial(check_data, plan.inputs, remote=not ctx.dryrun))
     arms = {cell: f"arms.{about['arm']}" for cell, about in plan.described["cells"].items()} | {"parent": "parent"}
     # Of an arm one training: neither seeds nor lengths decide whether it starts.
-    trainings = {f"{plan.name}: {arms[name]}": plan.trainings[name] for name in left if name in arms}
-    if is_local(ctx.executor) and not ctx.dryrun:
-        checks += [partial(training.check_here, where) for where, training in trainings.items()]
-    for check in checks:
-        try:
-            check()
-        except UpcycleError as error:
-            yield error
-    for where, training in trainings.items():
-        yield from training.problems(where, plan.dense)
+    places = {f"{plan.name}: {arms[name]}": name for name in left if name in arms}
+    return check_work(
+        run_dir,
+        plan,
+        plan.stages,
+        cluster,
+        own=[partial(check_detach, detach, cluster)],
+        then=[partial(require_outputs, plan.stages, run_dir, plan)],
+        places={name: where for where, name in places.items()},
+        starting=left,
+        network=not dryrun,
+        storage=not dryrun or cluster is None,
+    )
 
 
 def _summary(plan: GridPlan, run_dir: Path) -> str:

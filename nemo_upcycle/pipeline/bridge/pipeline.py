@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Optional
 
 import nemo_run as run
 
 from nemo_upcycle.data.blend import DEMO
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.launch import launch_chain
@@ -104,9 +105,8 @@ def pipeline(
     texts = trainings["pretrain"].to_text(), baseline
     read = DEMO if data is None else data
     plan = RunPlan(recipe, dense, read, evaluation, *texts, trainer="bridge", trained_on=trained_on)
-    if data is None:
-        check_demo_data(plan)
-    launch_chain(ctx, dir, plan, first=from_stage, last=until_stage, only=only_stage, render=render)
+    wrong = failures([partial(check_demo_data, plan)]) if data is None else []
+    launch_chain(ctx, dir, plan, first=from_stage, last=until_stage, only=only_stage, render=render, wrong=wrong)
 
 
 def training_of(

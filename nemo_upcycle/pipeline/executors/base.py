@@ -7,13 +7,16 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, SaveLimit
 from nemo_upcycle.pipeline.executors.performance import settings_for
+from nemo_upcycle.planning.hardware import gpu_names
 from nemo_upcycle.utils.masking import masked, masked_text, write_private
+from nemo_upcycle.utils.validation import check_number
 
 
 if TYPE_CHECKING:
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 
 #: The card of an executor that names none: the recipes are written for it.
 USUAL_CARD = "h100"
+#: How the subject of an error about a key that does not exist ends.
+_UNKNOWN_KEY = ": key"
+#: Settings that the stages of a run have in common.
+_OF_ALL_STAGES = ("price_per_gpu_hour", "write_gib_s")
 #: What a field holds that a site has to fill in, as in OmegaConf.
 MISSING = "???"
 
@@ -57,6 +64,9 @@ class Cluster(ABC):
     performance_part: str = ""
     #: Whether the scheduler holds a job back until those that it depends on have succeeded.
     holds_back: bool = False
+    #: The field that limits the time of a job, and what to do if that is too short.
+    time_setting: str = "time"
+    time_fix: str = "raise it"
     #: Whether its jobs go on, each after those that it needs, without the launcher.
     can_detach: bool = False
 
@@ -74,12 +84,31 @@ class Cluster(ABC):
         return self.label
 
     @abstractmethod
+    def wrong_for_all(self) -> list[UpcycleError]:
+        """List the settings of all stages that are missing or cannot work; ask no scheduler."""
+
+    @abstractmethod
+    def wrong_for(self, job: Job) -> list[UpcycleError]:
+        """List the settings of a stage that would be ignored or cannot work; ask no scheduler."""
+
+    def wrong_settings(self, jobs: Sequence[Job]) -> list[UpcycleError]:
+        """List the settings that are missing, would be ignored, or do not fit these jobs; ask no scheduler."""
+        found = self.wrong_for_all()
+        if any(error.subject.endswith(_UNKNOWN_KEY) for error in found):  # no stage has settings then
+            return found
+        for job in jobs:
+            of_job = self.wrong_for(job) or failures([partial(self.render, job)])
+            found += [error for error in of_job if MISSING not in str(error)]  # which is in the list already
+        return found
+
     def check_settings(self, jobs: Sequence[Job]) -> None:
-        """Check without the scheduler that the site's settings are complete and fit these jobs.
+        """Check the settings; see `wrong_settings`.
 
         Raises:
-            UpcycleError: they do not; the text has the setting to change.
+            UpcycleError: some are wrong; the text has each setting to change.
         """
+        if wrong := self.wrong_settings(jobs):
+            raise UpcycleError.together(wrong)
 
     @abstractmethod
     def check(self, jobs: Sequence[Job]) -> None:
@@ -180,6 +209,10 @@ class Cluster(ABC):
         """Return the times within which a training has to save; none where no scheduler sets one."""
         return ()
 
+    def goes_on(self, job: Job) -> bool:
+        """Return whether a stage goes on in another job when the time of one is over."""
+        return False
+
     def settings_for(self, stage: str) -> Any:
         """Return the executor with the fields that its table of stages sets for one of them."""
         return dataclasses.replace(self.executor, **getattr(self.executor, "stages", {}).get(stage, {}))
@@ -206,26 +239,46 @@ def hub_variables(job: Job, given: Mapping[str, Any]) -> dict[str, str]:
     return {} if {"HF_HOME", "HF_HUB_CACHE"} & set(given) else {"HF_HUB_CACHE": str(job.run_dir / "hub")}
 
 
-def require_settings(executor: Any, where: str, why: Mapping[str, str]) -> None:
-    """Check that a site has filled in the required fields, and that the table of stages sets fields that exist.
+def wrong_site(executor: Any, where: str, why: Mapping[str, str]) -> list[UpcycleError]:
+    """List the required fields that a site has left out, and the fields that have no such value or do not exist.
 
     Args:
         executor: executor with the fields of its class, and `stages`.
         where: the file that the user may change, for the message.
         why: required field -> its meaning.
-
-    Raises:
-        UpcycleError: a field is missing or does not exist.
     """
+    found = []
     for name, what in why.items():
         if getattr(executor, name) == MISSING:
             fix = f"give run.executor.{name}=..., or {where}"
-            raise UpcycleError(f"run.executor.{name}", got="nothing", expected=what, fix=fix)
+            found.append(UpcycleError(f"run.executor.{name}", got="nothing", expected=what, fix=fix))
     fields = {field.name for field in dataclasses.fields(executor) if field.init} - {"stages"}
     for stage, settings in executor.stages.items():
-        for name in settings:
+        for name, value in settings.items():
+            setting = f"run.executor.stages.{stage}"
             if name not in fields:
-                raise UpcycleError.unknown(f"run.executor.stages.{stage}: key", name, fields)
+                found.append(UpcycleError.unknown(setting + _UNKNOWN_KEY, name, fields))
+            elif name in _OF_ALL_STAGES:
+                expected, fix = "nothing: it is the same for all stages", f"set run.executor.{name}"
+                found.append(UpcycleError(f"{setting}.{name}", got=value, expected=expected, fix=fix))
+    price = executor.price_per_gpu_hour
+    return found + failures(
+        [
+            lambda: require_card(executor.card),
+            lambda: check_number("run.executor.write_gib_s", executor.write_gib_s, 0.001),
+            lambda: check_number("run.executor.price_per_gpu_hour", 0 if price is None else price, 0),
+        ]
+    )
+
+
+def require_card(name: str) -> None:
+    """Check that the planner knows a kind of GPU.
+
+    Raises:
+        UpcycleError: it does not.
+    """
+    if name not in gpu_names():
+        raise UpcycleError.unknown("run.executor.card", name, gpu_names())
 
 
 def require_variables(names: Iterable[str]) -> None:
@@ -241,14 +294,25 @@ def require_variables(names: Iterable[str]) -> None:
             raise UpcycleError("run.executor.env_vars", got=f"'{name}'", expected=expected, fix=fix)
 
 
-def require_gpus(job: Job, per_node: int) -> None:
-    """Check that a node has a GPU for each rank of a job.
+def require_gpus(job: Job, per_node: int | None, fix: str = "set it") -> None:
+    """Check that a stage which needs GPUs asks for them, and that a node has one for each rank of a training.
+
+    A training needs GPUs as `TrainingFacts.needs_gpus` says; evaluation needs one if a training of the run does.
+
+    Args:
+        job: job of the stage.
+        per_node: GPUs that it asks for, per node; None: some, and their number is not known.
+        fix: what to do where it asks for none.
 
     Raises:
-        UpcycleError: there are fewer.
+        UpcycleError: it asks for none, or for too few.
     """
-    if per_node < job.ranks_per_node:
-        setting = f"run.executor.stages.{job.name}.gpus_per_node"
+    setting = f"run.executor.stages.{job.name}.gpus_per_node"
+    if job.gpus and per_node == 0:
+        trains = f"{job.gpus}, one a rank: the recipe trains on GPUs"
+        needs = trains if job.is_training else "1 or more: it runs models that are trained on GPUs"
+        raise UpcycleError(setting, got=0, expected=needs, fix=fix)
+    if per_node and job.is_training and per_node < job.ranks_per_node:
         expected = f"at least {job.ranks_per_node}, the ranks per node"
         fix = f"raise it, or set {job.name}.trainer.devices={per_node} and more trainer.num_nodes"
         raise UpcycleError(setting, got=per_node, expected=expected, fix=fix)

@@ -24,6 +24,7 @@ class Job:
         reads: folders and files outside the run's folder that it reads: the dense model, the data, the suite.
         is_resumable: whether a new start goes on where an earlier one stopped; trainings do.
         profile: how a training uses its GPUs; None for other stages, and where it is not known yet.
+        gpus: GPUs that each node must have; 0 for a stage that runs without, or where it is not known yet.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Job:
     is_resumable: bool = False
     reads: tuple[Path, ...] = ()
     profile: Profile | None = None
+    gpus: int = 0
 
     @property
     def folder(self) -> Path:

@@ -11,16 +11,11 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import manifests, performance
-from nemo_upcycle.pipeline.executors.base import (
-    Cluster,
-    UnreachableError,
-    require_gpus,
-    require_settings,
-    require_variables,
-)
+from nemo_upcycle.pipeline.executors.base import Cluster, UnreachableError, wrong_site
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase, SaveLimit
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, resource_of
+from nemo_upcycle.pipeline.executors.kubernetes_values import wrong_values
 from nemo_upcycle.utils.conf import packaged
 from nemo_upcycle.utils.masking import is_secret, write_private
 from nemo_upcycle.utils.writers import yaml_text
@@ -33,14 +28,6 @@ _NAMES_TRIED = 20
 _POD_GRACE_S = 30
 #: An operator that starts again has to be scheduled, to start and to get its lease, 15 s after the last holder's end.
 _LEAST_REPORT_S = 60
-#: The fields of a toleration, and the possible values of those that have few.
-_TOLERATION: dict[str, tuple[str, ...]] = {
-    "key": (),
-    "operator": ("Exists", "Equal"),
-    "value": (),
-    "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute"),
-    "tolerationSeconds": (),
-}
 
 
 class KubernetesScheduler(Cluster):
@@ -53,6 +40,7 @@ class KubernetesScheduler(Cluster):
 
     name, label, settings_class = "kubernetes", "Kubernetes", KubernetesExecutor
     poll_s = 5.0
+    time_setting = "active_deadline_s"
 
     def __init__(self, executor: KubernetesExecutor, api: KubernetesApi | None = None) -> None:
         super().__init__(executor)
@@ -66,9 +54,9 @@ class KubernetesScheduler(Cluster):
         mine = self.executor
         return f"{self.label}, namespace {mine.namespace}, kind {mine.kind}, context {mine.context or 'current'}"
 
-    def check_settings(self, jobs: Sequence[Job]) -> None:
-        """See `Cluster.check_settings`: what the site must set, what the kind of job lacks, paths below the claims."""
-        require_settings(
+    def wrong_for_all(self) -> list[UpcycleError]:
+        """See `Cluster.wrong_for_all`."""
+        found = wrong_site(
             self.executor,
             f"set it in a copy of {packaged('executors') / 'kubernetes.yaml'}",
             {
@@ -81,13 +69,16 @@ class KubernetesScheduler(Cluster):
             for name, value in settings.items():
                 if name in _COMMON:
                     setting, expected = f"run.executor.stages.{stage}.{name}", "nothing: it is the same for all stages"
-                    raise UpcycleError(setting, got=value, expected=expected, fix=f"set run.executor.{name}")
+                    found.append(UpcycleError(setting, got=value, expected=expected, fix=f"set run.executor.{name}"))
         if (silence_s := self.executor.report_within_s) < _LEAST_REPORT_S:
             expected = f"{_LEAST_REPORT_S} or more: an operator that starts again is silent so long"
-            raise UpcycleError("run.executor.report_within_s", got=silence_s, expected=expected, fix="raise it")
-        for job in jobs:
-            _require_sound(job, self.settings_for(job.name))
-            self.render(job)  # the kind of job and the names of performance settings are looked at
+            name = "run.executor.report_within_s"
+            found.append(UpcycleError(name, got=silence_s, expected=expected, fix="raise it"))
+        return found
+
+    def wrong_for(self, job: Job) -> list[UpcycleError]:
+        """See `Cluster.wrong_for`."""
+        return wrong_values(job, self.settings_for(job.name))
 
     def check(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check`: the claims, and a dry run of every job with all checks of the server."""
@@ -245,43 +236,3 @@ def _next_number(job: Job) -> int:
     pattern = re.compile(rf"{re.escape(manifests.base_name(job))}-(\d+)\.yaml")
     found = (pattern.fullmatch(path.name) for path in job.folder.glob("*.yaml"))
     return max((int(match[1]) for match in found if match), default=0) + 1
-
-
-def _require_sound(job: Job, settings: KubernetesExecutor) -> None:
-    """Check the settings of a stage, as far as no server has to be asked.
-
-    Raises:
-        UpcycleError: a setting cannot work.
-    """
-    for path in (job.run_dir, *job.reads):
-        if not any(manifests.pod_path(path).is_relative_to(mount) for mount in settings.mounts.values()):
-            raise UpcycleError(
-                f"dir {path}" if path == job.run_dir else str(path),
-                got="a path that the pods do not see",
-                expected=f"one below {' or '.join(settings.mounts.values())}",
-                fix="put it there, or set run.executor.claim, mount_path and volumes",
-            )
-    of_stage = f"run.executor.stages.{job.name}"
-    has_slices = any("gpu" in name or "/mig-" in name for name in settings.extra_resources)
-    if settings.gpus_per_node:
-        require_gpus(job, settings.gpus_per_node)
-    elif job.profile and job.profile.accelerator == "gpu" and not has_slices:
-        expected = f"{job.ranks_per_node}, one a rank: the recipe trains on GPUs"
-        raise UpcycleError(f"{of_stage}.gpus_per_node", got=0, expected=expected, fix="set it")
-    if settings.memory_gib and settings.shared_memory_gib >= settings.memory_gib:
-        expected = f"less than memory_gib ({settings.memory_gib}), of which /dev/shm is a part"
-        got, fix = settings.shared_memory_gib, "lower it, or raise memory_gib"
-        raise UpcycleError(f"{of_stage}.shared_memory_gib", got=got, expected=expected, fix=fix)
-    for toleration in settings.tolerations:
-        for name, value in toleration.items():
-            if name not in _TOLERATION:
-                raise UpcycleError.unknown("run.executor.tolerations", name, _TOLERATION)
-            if _TOLERATION[name] and value not in _TOLERATION[name]:
-                raise UpcycleError.unknown(f"run.executor.tolerations.{name}", value, _TOLERATION[name])
-    require_variables((*settings.env_vars, *settings.secret_env_vars))
-    for name, source in settings.secret_env_vars.items():
-        secret, slash, key = source.partition("/")
-        if not secret or (slash and not key):
-            expected = "SECRET/KEY, or the name of a secret that has the variable's name as a key"
-            fix = "name a secret of the namespace: kubectl get secrets"
-            raise UpcycleError(f"run.executor.secret_env_vars.{name}", got=f"'{source}'", expected=expected, fix=fix)

@@ -109,6 +109,10 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
             found = _checked(f"{prefix}stages.{stage}.", settings or {}, schema, explained)
             mine = stages.setdefault(stage, {})
             mine |= _added({**common, **mine}, settings or {}, found)
+    for name in typed:  # what every stage sets itself would be ignored
+        if all(name in stages.get(stage, {}) for stage in BY_NAME) and not isinstance(typed[name], _Entries):
+            expected, fix = f"nothing: {shown} sets it for each stage", f"set run.executor.stages.STAGE.{name}"
+            raise UpcycleError(f"run.executor.{name}", got=typed[name], expected=expected, fix=fix)
     executor: run.Executor = schema(**common, stages=stages)
     return executor
 

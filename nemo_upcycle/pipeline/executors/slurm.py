@@ -15,15 +15,16 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import nemo_run as run
 from nemo_run.core.execution.slurm import SlurmBatchRequest
 
-from nemo_upcycle.errors import UpcycleError, did_you_mean
+from nemo_upcycle.errors import UpcycleError, did_you_mean, failures
 from nemo_upcycle.pipeline.executors import performance
-from nemo_upcycle.pipeline.executors.base import MISSING, Cluster, UnreachableError, hub_variables, require_settings
+from nemo_upcycle.pipeline.executors.base import MISSING, Cluster, UnreachableError, hub_variables, wrong_site
 from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, USUAL_GIB_S, ft_command
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase, SaveLimit
 from nemo_upcycle.pipeline.executors.slurm_answers import (
@@ -46,9 +47,9 @@ from nemo_upcycle.pipeline.executors.slurm_script import (
     in_vain,
     missing_mounts,
     require_plain,
-    require_supported,
     setup_lines,
 )
+from nemo_upcycle.pipeline.executors.slurm_values import wrong_values
 from nemo_upcycle.utils.conf import template
 from nemo_upcycle.utils.files import resolved
 
@@ -74,6 +75,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
         performance: name -> value that replaces the one in `conf/performance.yaml`; None removes a setting.
         price_per_gpu_hour: price, for --dryrun; None if it is not known.
         write_gib_s: GiB a second that all nodes together write to the file system of `dir`, for --dryrun.
+        counts_gpus: whether Slurm hands out GPUs; False where it does not know them (no GRES): jobs then ask for none.
         shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
         python: the interpreter of the stages; None: `python` of the container, or this one without a container.
         packager: what is sent along: nothing, the package is installed on the nodes.
@@ -89,6 +91,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
     performance: dict[str, Any] = field(default_factory=dict)
     price_per_gpu_hour: Optional[float] = None  # noqa: UP045
     write_gib_s: float = USUAL_GIB_S
+    counts_gpus: bool = True
     shared_dir: bool = False
     python: Optional[str] = None  # noqa: UP045
 
@@ -123,6 +126,7 @@ class SlurmScheduler(Cluster):
     name, label, settings_class = "slurm", "Slurm", StagedSlurmExecutor
     holds_back = can_detach = True
     performance_part = performance.SLURM
+    time_fix = "raise it, or set run.executor.stages.{stage}.signal=TERM@600 and at least an hour"
 
     @classmethod
     def takes(cls, executor: Any) -> bool:
@@ -145,23 +149,30 @@ class SlurmScheduler(Cluster):
         mine = self.settings_for(stage)
         return getattr(mine, "python", None) or ("python" if mine.container_image else sys.executable)
 
-    def check_settings(self, jobs: Sequence[Job]) -> None:
-        """See `Cluster.check_settings`: what the site must set."""
+    def wrong_for_all(self) -> list[UpcycleError]:
+        """See `Cluster.wrong_for_all`."""
+        found = []
         if isinstance(self.executor, StagedSlurmExecutor):
-            require_settings(self.executor, f"copy {template('executors')} and fill it in", REQUIRED)
-        for job in jobs:
-            for path in (job.run_dir, *job.reads, Path(self.python_of(job.name))):
-                require_plain(path, in_container=bool(self.settings_for(job.name).container_image))
+            found = wrong_site(self.executor, f"copy {template('executors')} and fill it in", REQUIRED)
+        if not isinstance(tunnel := self.executor.tunnel, run.LocalTunnel):
+            expected = "LocalTunnel: the run's folder is written and read here"
+            fix = "start the command on the cluster's login node"
+            found.append(UpcycleError("run.executor.tunnel", got=type(tunnel).__name__, expected=expected, fix=fix))
+        return found
+
+    def wrong_for(self, job: Job) -> list[UpcycleError]:
+        """See `Cluster.wrong_for`."""
+        mine = self.settings_for(job.name)
+        paths = (job.run_dir, *job.reads, Path(self.python_of(job.name)))
+        in_container = bool(mine.container_image)
+        found = failures(partial(require_plain, path, in_container=in_container) for path in paths)
+        return found + wrong_values(mine, job)
 
     def check(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check`: with `sbatch --test-only` every job, and that the nodes see what it reads."""
         self.check_settings(jobs)
-        tunnel, fix = self.executor.tunnel, "start the command on the cluster's login node"
-        if not isinstance(tunnel, run.LocalTunnel):
-            expected = "LocalTunnel: the run's folder is written and read here"
-            raise UpcycleError("run.executor.tunnel", got=type(tunnel).__name__, expected=expected, fix=fix)
         if shutil.which("sbatch") is None:
-            fix += ", or write the scripts with --render DIR"
+            fix = "start the command on the cluster's login node, or write the scripts with --render DIR"
             raise UpcycleError("sbatch", got="not on the PATH", expected="Slurm's commands", fix=fix)
         for job in jobs:
             tried = ask("sbatch", "--test-only", input=self.render(job)[f"{job.name}.sh"], env=environment())
@@ -186,7 +197,6 @@ class SlurmScheduler(Cluster):
     def sized(self, job: Job) -> run.SlurmExecutor:
         """Return the executor of a stage, with the nodes and ranks of its job."""
         mine = self.settings_for(job.name)
-        require_supported(mine, job)
         # Not as `env_vars`: NeMo-Run writes these without quotes, and their names in capitals.
         fast = self.performance(job)
         variables = (hub_variables(job, mine.env_vars) if mine.container_image else {}) | performance.variables(fast)
@@ -307,6 +317,10 @@ class SlurmScheduler(Cluster):
             lost, fix = "the ranks are taken for hung and started again", f"{setting}.silence_s={{seconds}}"
             limits.append(SaveLimit(mine.silence_s, what, lost, fix))
         return limits
+
+    def goes_on(self, job: Job) -> bool:
+        """See `Cluster.goes_on`: a resumable stage that is told to stop before the end of its time is requeued."""
+        return job.is_resumable and bool(self.settings_for(job.name).signal)
 
     def cancel_command(self, identity: str) -> str:
         """See `Cluster.cancel_command`."""

@@ -1,4 +1,4 @@
-"""The batch script around a stage: requeue it while it makes progress; refuse what no script can do."""
+"""The batch script around a stage: requeue it while it makes progress; refuse paths that no script can hold."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import nemo_run as run
 from nemo_run.config import RUNDIR_NAME
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import require_gpus, require_variables
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.markers import ENDED, FAILED
 from nemo_upcycle.utils.files import MARKER
@@ -166,32 +164,6 @@ def require_plain(path: Path, *, in_container: bool) -> None:
     if _REPLACED in str(path) and not in_container:
         got = f"'{_REPLACED}' in it, which NeMo-Run replaces in its batch scripts"
         raise UpcycleError(f"path '{path}'", got=got, expected="another name", fix=fix)
-
-
-#: Field of NeMo-Run's executor that a job of one stage, one process a rank, cannot have -> what to do instead.
-_UNSUPPORTED = {
-    "array": "omit it: a stage is one job",
-    "heterogeneous": "omit it: all nodes of a stage are alike; set what differs between stages in `stages`",
-    "launcher": "omit it: srun starts every rank; hang_detection=true starts them under ft_launcher",
-}
-
-
-def require_supported(mine: run.SlurmExecutor, job: Job) -> None:
-    """Check that a batch script can do what the settings of a stage ask for.
-
-    Args:
-        mine: the executor with the settings of the stage.
-        job: the job of the stage.
-
-    Raises:
-        UpcycleError: a setting would be ignored, or would fail on the nodes.
-    """
-    for name, fix in _UNSUPPORTED.items():
-        if value := getattr(mine, name, None):
-            raise UpcycleError(f"run.executor.{name}", got=value, expected="nothing", fix=fix)
-    require_variables(mine.env_vars)
-    if job.is_training and mine.gpus_per_node is not None:
-        require_gpus(job, mine.gpus_per_node)
 
 
 def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:

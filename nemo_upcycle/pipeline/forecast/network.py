@@ -41,12 +41,12 @@ class NetworkForecast:
     offline: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
-    def problems(self) -> tuple[str, ...]:
-        """Stages that cannot fetch what they lack, each in a line."""
+    def problems(self) -> tuple[UpcycleError, ...]:
+        """Stages that cannot fetch what they lack."""
         variables = " or ".join(f"{name}=1" for name in _OFFLINE)
         fix = f"where there is a network, type `{self.command}`; or unset the variable"
         return tuple(
-            str(UpcycleError(stage, got=f"{variables} and no {', '.join(what)}", expected="it in a cache", fix=fix))
+            UpcycleError(stage, got=f"{variables} and no {', '.join(what)}", expected="it in a cache", fix=fix)
             for stage, what in self.offline.items()
         )
 

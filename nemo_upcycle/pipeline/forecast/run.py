@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_upcycle.data.dense import is_configuration
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.data_stage import data_folder_of
@@ -16,12 +15,13 @@ from nemo_upcycle.pipeline.executors.performance import settings_here
 from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast, forecast_network
-from nemo_upcycle.pipeline.forecast.stages import StageForecast, forecast_stages
+from nemo_upcycle.pipeline.forecast.stages import TIME, StageForecast, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
 from nemo_upcycle.pipeline.plan import Stage, required_training
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import is_complete, size_text
 from nemo_upcycle.utils.masking import without_secrets
+from nemo_upcycle.utils.progress import duration
 
 
 #: Who chose a setting.
@@ -57,8 +57,8 @@ class Forecast:
         settings: all of them.
         performance: NVIDIA's settings of the trainings, by stage.
         advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
-        unchecked: what could not be checked, in a line; "" if everything was.
-        problems: what would keep a training from its first step, each in a line.
+        unchecked: what was not looked at, a line each.
+        problems: what would keep the run from its end, as far as the checks and `hopeless` tell.
         read_too_often: what to say of each source of finished data that a training reads more often than they allow.
     """
 
@@ -71,8 +71,8 @@ class Forecast:
     settings: tuple[RunSetting, ...]
     performance: Mapping[str, Mapping[str, str]]
     advice: str
-    unchecked: str = ""
-    problems: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+    problems: tuple[UpcycleError, ...] = ()
     read_too_often: tuple[str, ...] = ()
 
     @property
@@ -83,12 +83,16 @@ class Forecast:
     @property
     def misfits(self) -> tuple[str, ...]:
         """What there is no room for, each with what to do: memory of GPUs, the disk."""
-        found = [
+        return (*self.memory_misfits, *map(str, filter(None, [_disk_misfit(self)])))
+
+    @property
+    def memory_misfits(self) -> tuple[str, ...]:
+        """Trainings that do not fit the memory of their GPUs by an estimate that may be wrong; see `hopeless`."""
+        return tuple(
             f"{name}: {_memory_text(training, 'does not fit')}"
             for name, training in self.trainings.items()
-            if training.stage.runs and training.fullest and training.fullest.verdict == "no"
-        ]
-        return (*found, *map(str, filter(None, [_disk_misfit(self)])))
+            if training.stage.runs and training.is_too_large and not training.is_far_too_large
+        )
 
     @property
     def is_known(self) -> bool:
@@ -147,14 +151,7 @@ def forecast(
         settings=tuple(_run_settings(plan, [stage.name for stage in trained], typed or {})),
         performance=performance,
         advice=advice_of(plan.dense, plan.trained_on, facts) if upcycles else "",
-        unchecked=unchecked(plan.dense),
-        problems=tuple(
-            str(error)
-            for stage in trained
-            if stage.runs
-            for error in required_training(plan, stage.name).problems(stage.name, plan.dense)
-        )
-        + network.problems,
+        problems=network.problems,
         read_too_often=tuple(_read_too_often(plan, data_folder_of(run_dir, plan), trainings)),
     )
 
@@ -165,14 +162,6 @@ def _read_too_often(plan: RunPlan, folder: Path, trainings: Mapping[str, Trainin
     blend = open_blend(folder)
     for name, training in trainings.items():
         yield from (f"{name}: {text}" for text in blend.read_too_often(training.tokens))
-
-
-def unchecked(dense: str) -> str:
-    """Describe in a line what cannot be checked here: a parent whose weights lie elsewhere; "" if all can."""
-    folder = Path(dense.removeprefix("hf://")).expanduser()
-    if not is_configuration(folder):
-        return ""
-    return f"{folder} holds the parent's config.json alone: its weights and tokenizer are checked where it is whole"
 
 
 def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]) -> Iterator[RunSetting]:
@@ -196,6 +185,26 @@ def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]
             if values.get(name) != value or name in given:
                 yield RunSetting(prefix + name, without_secrets(value), TYPED if name in given else RECIPE)
         values = values or own
+
+
+def hopeless(forecast: Forecast) -> Iterator[UpcycleError]:
+    """Yield what no error of an estimate explains: far too little memory of a GPU, or time of a job.
+
+    Estimates are within 25 %. What they exceed by less is a warning, or a misfit of the dry run.
+    """
+    for name, training in forecast.trainings.items():
+        if not training.stage.runs:
+            continue
+        if training.is_far_too_large:
+            yield UpcycleError(f"{name}: {_memory_text(training, 'does not fit')}")
+        if training.limit_s is not None and (needed_s := training.time_needed_s(training.limit_s)):
+            again = "" if training.stage.is_requeued else " and nothing starts it again"
+            yield UpcycleError(
+                f"run.executor.stages.{name}.{training.stage.time_setting}",
+                got=training.stage.resources[TIME],
+                expected=f"more than {duration(needed_s)}: that long it takes{again}",
+                fix=training.stage.time_fix.format(stage=name),
+            )
 
 
 def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
@@ -228,8 +237,6 @@ def _disk_misfit(forecast: Forecast, alive: Collection[str] = ()) -> UpcycleErro
 
 
 def _warnings(forecast: Forecast) -> Iterator[str]:
-    if forecast.unchecked:
-        yield forecast.unchecked
     for name, training in forecast.trainings.items():
         if training.stage.runs:
             yield from _training_warnings(name, training)

@@ -19,6 +19,8 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 THIS_MACHINE, NO_EXECUTOR = "this machine", "no executor named"
 #: Why a stage runs that nothing is known of.
 NOT_RUN = "not run yet"
+#: What a cluster's table of resources calls the time limit of a job.
+TIME = "time"
 
 
 class State(Enum):
@@ -61,6 +63,9 @@ class StageForecast:
         ranks_per_node: processes on each of them.
         resources: resource -> amount that it asks the executor for.
         save_limits: the save limits of a training, within which it has to save.
+        is_requeued: whether it goes on in another job when the time of one is over.
+        time_setting: field of the executor that sets the time of a job.
+        time_fix: what to do if that is too short, with `{stage}` in the place of the stage's name.
     """
 
     name: str
@@ -70,6 +75,9 @@ class StageForecast:
     ranks_per_node: int
     resources: Mapping[str, str] = field(default_factory=dict)
     save_limits: Sequence[SaveLimit] = ()
+    is_requeued: bool = False
+    time_setting: str = TIME
+    time_fix: str = ""
 
     @property
     def runs(self) -> bool:
@@ -111,6 +119,9 @@ def _stage_forecast(finding: Finding, job: Job, cluster: Cluster | None) -> Stag
         ranks_per_node=job.ranks_per_node,
         resources=cluster.resources(job),
         save_limits=cluster.save_limits(job) if job.is_training else (),
+        is_requeued=cluster.goes_on(job),
+        time_setting=cluster.time_setting,
+        time_fix=cluster.time_fix,
     )
 
 

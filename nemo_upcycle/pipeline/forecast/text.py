@@ -50,7 +50,8 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
         ("Settings", in_columns([[one.name, *([one.origin] if verbose else []), one.value] for one in settings])),
         (f"Performance settings by {TABLE}", _performance_lines(forecast.performance) if verbose else ()),
         ("Warnings", _listed(forecast.warnings)),
-        ("It would not start:", _listed(forecast.problems)),
+        ("Not checked", _listed(forecast.unchecked)),
+        ("It would not start:", _listed(map(str, forecast.problems))),
         ("It would not fit:", _listed(forecast.misfits)),
     )
     for title, body in sections:

@@ -11,7 +11,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.executors.jobs import SaveLimit
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import gpu_of_training, plans_of
-from nemo_upcycle.pipeline.forecast.stages import StageForecast, State
+from nemo_upcycle.pipeline.forecast.stages import TIME, StageForecast, State
 from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan
@@ -19,8 +19,8 @@ from nemo_upcycle.trainers.base import TrainingFacts
 from nemo_upcycle.utils.validation import check_number
 
 
-#: What a cluster's table of resources calls the time limit of a job.
-TIME = "time"
+#: How far the truth may be from an estimate of memory or time, as a factor (docs/planning.md).
+WORST_ERROR = 1.25
 _TIME_LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
@@ -100,6 +100,30 @@ class TrainingForecast:
         if self.limit_s is None or self.seconds_left is None:
             return None
         return math.ceil(self.seconds_left / self.limit_s)
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether a GPU's memory is estimated to be too small."""
+        return self.fullest is not None and self.fullest.verdict == "no"
+
+    @property
+    def is_far_too_large(self) -> bool:
+        """Whether it is too small even if the estimate is as wrong as estimates are at most."""
+        return self.fullest is not None and self.memory_gib > WORST_ERROR * self.fullest.request.gpu.memory_gib
+
+    def time_needed_s(self, limit_s: float) -> float | None:
+        """Return the seconds that a job must have if its limit is far too short; None if it is long enough.
+
+        Args:
+            limit_s: seconds that a job may take.
+        """
+        if self.seconds_left is None or self.seconds_left <= limit_s:
+            return None
+        if not self.stage.is_requeued:
+            return self.seconds_left if self.seconds_left > WORST_ERROR * limit_s else None
+        # Told to stop so long before the end, it needs time for a step before that.
+        needed_s = min((limit.seconds for limit in self.stage.save_limits), default=0) + self.slowest_step_s
+        return needed_s if needed_s >= limit_s else None
 
     @property
     def checkpoints_kept(self) -> int:

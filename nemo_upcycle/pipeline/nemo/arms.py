@@ -16,7 +16,13 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.nemo.checks import check_recipe
 from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
-from nemo_upcycle.trainers.nemo.recipes import dump_recipe, train_on
+from nemo_upcycle.trainers.nemo.recipes import (
+    PLACED_PARTS,
+    dump_recipe,
+    ignored_settings,
+    placed_settings,
+    train_on,
+)
 from nemo_upcycle.trainers.nemo.upcycled import use_spec
 from nemo_upcycle.trainers.settings import setting
 
@@ -46,6 +52,11 @@ class NeMoArm(Arm):
                 use_spec(self.recipe, UpcycleSpec(**(dict(spec.__arguments__) | dict(fields))))
                 parse_cli_args(self.recipe, overrides)  # what is set wins
             check_recipe(self.recipe)
+            placed = placed_settings(self.recipe)
+            if any(word.partition("=")[0] in placed for word in overrides):
+                usual = context.parse_fn(pretrain, [word for word in overrides if not word.startswith(PLACED_PARTS)])
+                if ignored := [*ignored_settings(self.recipe, usual)]:
+                    raise UpcycleError.together(ignored)
         except UpcycleError as error:
             raise error.within(request.where) from None
         except TypeError as error:  # a field that the spec does not have

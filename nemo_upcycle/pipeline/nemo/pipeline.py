@@ -3,13 +3,14 @@
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Optional
 
 import nemo_run as run
 
 from nemo_upcycle.data.blend import DEMO
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.answers import answered, of_another_trainer
 from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, entrypoint, factories, mistake_of
@@ -25,7 +26,7 @@ from nemo_upcycle.trainers.nemo.checks import (
     check_parents,
     check_recipe,
 )
-from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+from nemo_upcycle.trainers.nemo.recipes import PLACED_PARTS, dump_recipe, ignored_settings
 from nemo_upcycle.trainers.nemo.starting import lacking_here, wrong_in
 from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
@@ -80,9 +81,23 @@ def pipeline(
     plan = RunPlan(
         pretrain.log.name, dense, DEMO if data is None else data, evaluation, *trainings, trained_on=trained_on
     )
-    if data is None:
-        check_demo_data(plan)
-    launch_chain(ctx, dir, plan, first=from_stage, last=until_stage, only=only_stage, render=render)
+    wrong = [*_ignored(ctx, {"pretrain": pretrain, "dense_ct": dense_ct})]
+    wrong += failures([partial(check_demo_data, plan)]) if data is None else []
+    part = {"first": from_stage, "last": until_stage, "only": only_stage}
+    launch_chain(ctx, dir, plan, **part, render=render, wrong=wrong)
+
+
+def _ignored(ctx: Any, recipes: Mapping[str, Optional[run.Partial]]) -> Iterator[UpcycleError]:
+    """Yield the settings of the command line or a YAML file that the stages would replace.
+
+    Args:
+        ctx: NeMo-Run's context of the command.
+        recipes: stage -> recipe of its training.
+    """
+    usual = ctx.without_settings(tuple(f"{stage}.{part}" for stage in recipes for part in PLACED_PARTS))
+    for stage, recipe in recipes.items() if usual else ():
+        if recipe and (before := getattr(usual, stage, None)):
+            yield from ignored_settings(recipe, before, f"{stage}.")
 
 
 class PretrainContext(CheckedContext):

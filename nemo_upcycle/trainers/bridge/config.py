@@ -37,7 +37,7 @@ from nemo_upcycle.utils.children import shield_children
 #: Where a run's checkpoints go, and what Bridge prints; as a run's stage names them.
 CHECKPOINTS, LOG = "checkpoints", "bridge.log"
 #: Settings that follow from the folder of the stage, and of the data.
-_PLACED = ("checkpoint.save", "checkpoint.load", "dataset.folder")
+_PLACED = ("checkpoint.save", "checkpoint.load", "dataset.folder", "logger.tensorboard_dir")
 
 
 def find_recipe(name: str) -> Callable[[], ConfigContainer]:
@@ -210,7 +210,9 @@ def _change(config: ConfigContainer, typed: str) -> None:
     if isinstance(before, int | float) and isinstance(after, str):  # Bridge looks at no type
         raise UpcycleError(key, got=f"'{after}'", expected="a number, or true or false", fix="give one")
     for name, value in zip(_PLACED, placed, strict=True):
-        if setting(config, name) != value:
+        now = setting(config, name)
+        is_off = now is None and name == "logger.tensorboard_dir"
+        if now != value and not is_off:
             expected = "no such setting: the run's folder decides"
             raise UpcycleError(name, got=typed, expected=expected, fix="omit it, or change dir")
 

@@ -12,10 +12,25 @@ import fiddle as fdl
 import nemo_run as run
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-from nemo_upcycle.errors import SpecError
+from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import router_fields
 from nemo_upcycle.trainers.nemo.imports import quiet_imports
+
+
+#: Parts of a recipe with settings that follow from the run's folder, its parent and its data.
+PLACED_PARTS = ("log", "resume", "data")
+#: What decides in the place of such a setting, and what to do instead of giving it.
+_DECIDES = {
+    "log": ("the run's folder decides", "omit it, or change dir"),
+    "resume": ("the run's folder and its parent decide", "omit it, or change dir or dense"),
+    "data": ("the run's data and parent decide", "omit it, or change data=... or dense=..."),
+}
+#: Settings that NeMo ignores where it is told the folder, or with which a stage would not find its own checkpoints.
+_OF_THE_RUN = (
+    *("log.version", "log.use_datetime_version", "log.ckpt.dirpath"),
+    *("resume.resume_from_directory", "resume.resume_from_path", "resume.resume_if_exists"),
+)
 
 
 def dump_recipe(recipe: run.Partial) -> str:
@@ -84,6 +99,30 @@ def place_recipe(recipe: run.Partial, folder: Path, dense_folder: Path, data_fol
     recipe.log.log_dir = None
     recipe.resume.restore_config.path = str(dense_folder)
     train_on(recipe, data_folder, str(dense_folder))
+
+
+def placed_settings(recipe: run.Partial) -> list[str]:
+    """Name the settings of a recipe that a run replaces, or that would let a stage lose its own checkpoints."""
+    placed = copy.deepcopy(recipe)
+    place_recipe(placed, Path("STAGE"), Path("DENSE"), Path("DATA"))
+    given, after = dict(settings(recipe)), dict(settings(placed))
+    return [name for name, value in given.items() if name in _OF_THE_RUN or after.get(name) != value]
+
+
+def ignored_settings(recipe: run.Partial, usual: run.Partial, where: str = "") -> Iterator[UpcycleError]:
+    """Yield the settings that a user has changed and that a run would replace or ignore.
+
+    Args:
+        recipe: recipe with the user's settings.
+        usual: the same recipe without settings of `PLACED_PARTS`.
+        where: prefix of its overrides, for the text of errors.
+    """
+    given, before = dict(settings(recipe)), dict(settings(usual))
+    for name in placed_settings(recipe):
+        if given[name] != before.get(name):
+            expected, fix = _DECIDES[name.partition(".")[0]]
+            setting, got = f"{where}{name.removesuffix('.is')}", given[name].strip('"')
+            yield UpcycleError(setting, got=got, expected=f"no such setting: {expected}", fix=fix)
 
 
 def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:

@@ -33,7 +33,11 @@ class Processes(Cluster):
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.answers: dict[str, UpcycleError] = {}
 
-    def check_settings(self, jobs: Sequence[Job]) -> None: ...
+    def wrong_for_all(self) -> list[UpcycleError]:
+        return []
+
+    def wrong_for(self, job: Job) -> list[UpcycleError]:
+        return []
 
     def check(self, jobs: Sequence[Job]) -> None: ...
 

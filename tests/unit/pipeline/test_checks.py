@@ -1,17 +1,58 @@
-"""Whose a folder is, before a run writes into it."""
+"""The list of checks: the same of a run that is shown and of a start; whose a folder is."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.checks import check_demo_data, check_started
+from nemo_upcycle.pipeline.checks import check_demo_data, check_run, check_started
+from nemo_upcycle.pipeline.executors.base import Cluster
+from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
+from nemo_upcycle.pipeline.stage_jobs import jobs_of
+from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.trainers.bridge.training import BridgeTraining
 from nemo_upcycle.utils.files import write_json
+from tests.golden.forecasts import plan_of as plan_of_chain
 from tests.unit.pipeline.test_order import plan_of
+
+
+PAGE = Path(__file__).parents[3] / "docs/clusters.md"
+#: The file that the page shows, and as it was: the baseline and the evaluation get no GPU.
+SHOWN = re.search(r"```yaml\n(# h100.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+WITHOUT_GPUS = re.compile(r"^  (dense_ct|evaluate): .*\n", re.MULTILINE)
+
+
+def _cluster(folder: Path, text: str) -> Cluster:
+    (folder / "site.yaml").write_text(text, encoding="utf-8")
+    cluster = cluster_for(read_executor(str(folder / "site.yaml")))
+    assert cluster is not None
+    return cluster
+
+
+def test_a_shown_run_and_a_start_find_the_same(demo: Any, tmp_path: Path) -> None:
+    assert SHOWN is not None
+    cluster, plan = _cluster(tmp_path, f"{SHOWN[1]}array: 0-3\n"), plan_of_chain(demo)
+    found = [
+        check_run(tmp_path / "run", plan, STAGES, cluster, detach=False, shown=is_shown) for is_shown in (True, False)
+    ]
+    shown, started = ([str(error) for error in one.all] for one in found)
+    assert shown == started
+    assert shown[0].startswith("run.executor.array: got 0-3")
+
+
+def test_stages_that_need_gpus_and_ask_for_none_are_named(llama: Any, tmp_path: Path) -> None:
+    assert SHOWN is not None
+    jobs = jobs_of(STAGES, Path("/shared/run"), plan_of_chain(llama))
+    assert _cluster(tmp_path, SHOWN[1]).wrong_settings(jobs) == []
+    wrong = _cluster(tmp_path, WITHOUT_GPUS.sub("", SHOWN[1])).wrong_settings(jobs)
+    names = [f"run.executor.stages.{stage}.gpus_per_node" for stage in ("dense_ct", "evaluate")]
+    assert [error.subject for error in wrong] == names
+    assert _cluster(tmp_path, f"{WITHOUT_GPUS.sub('', SHOWN[1])}counts_gpus: false").wrong_settings(jobs) == []
 
 
 def test_a_folder_of_something_else_is_refused_with_one_that_is_not(tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ import nemo_run as run
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import require_settings
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
-from nemo_upcycle.pipeline.executors.slurm import REQUIRED, SlurmScheduler
+from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 
 
 SITE = ["account=me", "partition=h100", "container_image=null"]
@@ -36,9 +35,8 @@ def script_of(job: Job, *words: str) -> str:
 @pytest.mark.parametrize("missing", ["account", "partition", "container_image"])
 def test_what_a_site_must_fill_in_is_named(missing: str) -> None:
     given = [word for word in SITE if not word.startswith(missing)]
-    with pytest.raises(UpcycleError) as refused:
-        require_settings(built(*given), "copy conf/executors/slurm.yaml", REQUIRED)
-    assert (refused.value.subject, refused.value.got) == (f"run.executor.{missing}", "nothing")
+    (refused,) = SlurmScheduler(built(*given)).wrong_settings([training()])
+    assert (refused.subject, refused.got) == (f"run.executor.{missing}", "nothing")
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_settings_that_cannot_work_are_refused_by_name(
     fields: dict[str, Any], subject: str, got: object, tmp_path: Path
 ) -> None:
     scheduler, _ = _scheduler(tmp_path, **{"stages": {}, "gpus_per_node": 8, **fields})
-    job = _job(tmp_path, ranks_per_node=8, is_training=True, profile=Profile(accelerator="gpu"))
+    job = _job(tmp_path, ranks_per_node=8, is_training=True, gpus=8)
     with pytest.raises(UpcycleError) as refused:
         scheduler.check([job])
     assert (refused.value.subject, refused.value.got) == (subject.replace("DIR", str(job.run_dir)), got)

@@ -15,7 +15,7 @@ from nemo_upcycle.pipeline.executors.base import UnreachableError
 from nemo_upcycle.pipeline.executors.jobs import Job, Phase
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_script import in_vain, missing_mounts
-from nemo_upcycle.pipeline.launch import jobs_of
+from nemo_upcycle.pipeline.stage_jobs import jobs_of
 from nemo_upcycle.pipeline.stages import BY_NAME, RunPlan
 from tests.unit.pipeline.test_executors import SITE, built, data, script_of, training, write_commands
 
@@ -161,7 +161,7 @@ def test_refusal_names_the_setting_that_it_is_about_and_a_controller_that_does_n
 )
 def test_setting_that_cannot_work_is_refused_by_name(word: str, name: str) -> None:
     with pytest.raises(UpcycleError, match=name):
-        SlurmScheduler(built(*SITE, word)).render(training())
+        SlurmScheduler(built(*SITE, word)).check_settings([training()])
 
 
 def test_mount_of_another_folder_does_not_hold_the_run_and_a_link_to_it_does(tmp_path: Path) -> None:

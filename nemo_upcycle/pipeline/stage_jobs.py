@@ -1,0 +1,38 @@
+"""The jobs of a run's stages: command, ranks, GPUs, and the files that each reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.pipeline.executors.jobs import Job
+from nemo_upcycle.pipeline.plan import Stage, WorkPlan
+
+
+def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str = sys.executable) -> list[Job]:
+    """Return the jobs of stages, in their order.
+
+    Args:
+        stages: stages to run.
+        run_dir: the run's folder.
+        plan: the plan of the run.
+        python: the interpreter where the stages run.
+    """
+    # What was started, if a recipe refers to something defined in it.
+    scripts = list(dict.fromkeys(script for training in plan.trainings.values() if (script := training.script)))
+    reads = (*plan.inputs.paths, *(path for path in map(Path, scripts) if path.is_absolute()))
+    on_gpus = any(known and known.needs_gpus for known in plan.facts.values())
+    jobs = []
+    for stage in stages:
+        training = plan.trainings.get(stage.name) if stage.parallel else None
+        nodes, ranks = training.ranks if training else (1, 1)
+        facts = plan.facts[stage.name] if training else None
+        profile = facts.profile if facts else None
+        command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *scripts)
+        gpus = ranks if facts and facts.needs_gpus else int(stage.computes and on_gpus)
+        about: dict[str, Any] = {"is_training": stage.parallel, "is_resumable": stage.resumable, "reads": reads}
+        about |= {"profile": profile, "gpus": gpus}
+        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **about))
+    return jobs
