@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
@@ -17,6 +17,7 @@ from nemo_upcycle.utils.console import is_verbose, quiet_libraries
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.progress import duration, show_messages
 from nemo_upcycle.utils.ranks import is_first_rank
+from nemo_upcycle.utils.sieve import sifted
 
 
 logger = logging.getLogger(__name__)
@@ -35,15 +36,21 @@ def run_stage(name: str, dir: str) -> None:
         dir: the run's folder, with its plan.
     """
     show_messages()
-    if not is_verbose():
+    run_dir, quiet = Path(dir), not is_verbose()
+    if quiet:
         quiet_libraries()
-    run_dir = Path(dir)
     try:
-        plan = read_plan(run_dir)
-        _run(plan.stage(name), run_dir, plan)
+        with sifted(libraries_log(run_dir, name)) if quiet and is_first_rank() else nullcontext():
+            plan = read_plan(run_dir)
+            _run(plan.stage(name), run_dir, plan)
     except UpcycleError as error:  # refused before it started: nothing is recorded, another job may hold the folder
         sys.stderr.write(f"[{name}] {error}\n")
         raise SystemExit(error.exit_status) from None
+
+
+def libraries_log(run_dir: Path, stage: str) -> Path:
+    """Return the file of the messages of libraries that a stage keeps off the console."""
+    return run_dir / "logs" / f"{stage}-libraries.log"
 
 
 @contextmanager
