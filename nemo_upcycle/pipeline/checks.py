@@ -106,10 +106,9 @@ def check_work(
     lacking: list[UpcycleError] = []
     if storage and parent and not wrong:
         lacking += failures([partial(check_address, dense, whole=True)])
-    if not no_parent:
-        for name, where in places.items():
-            problems = [error for error in plan.trainings[name].problems(where, dense) if not _is_in(error, wrong)]
-            lacking += problems
+    for name, where in places.items() if not no_parent else ():
+        found = _problems(plan.trainings[name], where, dense)
+        lacking += [error for error in found if not _is_in(error, wrong)]
     jobs: list[Job] = []
     no_jobs = failures([lambda: jobs.extend(jobs_of(stages, run_dir, plan))])
     wrong += [error for error in no_jobs if not _is_in(error, wrong)]
@@ -119,6 +118,14 @@ def check_work(
         lacking += failures(_checks_here(plan, stages, places))
     missing = () if wrong else _unasked(run_dir, plan, cluster, network=network, storage=storage)
     return Findings(tuple(wrong), tuple(lacking), tuple(jobs), tuple(missing))
+
+
+def _problems(training: Training, where: str, dense: str) -> Sequence[UpcycleError]:
+    """List what would keep a training from its first step; the recipe of some trainers fails as it is made."""
+    try:
+        return training.problems(where, dense)
+    except UpcycleError as error:
+        return error.parts
 
 
 def _is_in(error: UpcycleError, others: Sequence[UpcycleError]) -> bool:

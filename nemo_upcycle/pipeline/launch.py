@@ -28,8 +28,9 @@ from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.command_line import COMMAND, CommandLine
 from nemo_upcycle.utils.conf import parse_yaml
 from nemo_upcycle.utils.console import end_soon
-from nemo_upcycle.utils.files import in_use, require_local
+from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.masking import without_secrets, write_private
+from nemo_upcycle.utils.validation import require_local
 from nemo_upcycle.utils.writers import EXPONENT, yaml_text
 
 

@@ -9,6 +9,23 @@ from typing import Any
 
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
+from nemo_upcycle.trainers.base import TrainingFacts
+
+
+#: A model of so many parameters is not trained on CPUs on purpose: with the accelerator `auto`, it needs GPUs.
+LEAST_FOR_GPUS = 1_000_000_000
+
+
+def needs_gpus(facts: TrainingFacts | None) -> bool:
+    """Return whether a training cannot run without GPUs: its accelerator is `gpu`, or `auto` for a large model.
+
+    Args:
+        facts: facts of the training; None: not known, and then False.
+    """
+    if facts is None:
+        return False
+    accelerator, is_large = facts.profile.accelerator, facts.arch.total_params >= LEAST_FOR_GPUS
+    return accelerator in ("gpu", "cuda") or (accelerator == "auto" and is_large)
 
 
 def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str = sys.executable) -> list[Job]:
@@ -23,7 +40,7 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str 
     # What was started, if a recipe refers to something defined in it.
     scripts = list(dict.fromkeys(script for training in plan.trainings.values() if (script := training.script)))
     reads = (*plan.inputs.paths, *(path for path in map(Path, scripts) if path.is_absolute()))
-    on_gpus = any(known and known.needs_gpus for known in plan.facts.values())
+    on_gpus = any(map(needs_gpus, plan.facts.values()))
     jobs = []
     for stage in stages:
         training = plan.trainings.get(stage.name) if stage.parallel else None
@@ -31,7 +48,7 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan, python: str 
         facts = plan.facts[stage.name] if training else None
         profile = facts.profile if facts else None
         command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *scripts)
-        gpus = ranks if facts and facts.needs_gpus else int(stage.computes and on_gpus)
+        gpus = ranks if needs_gpus(facts) else int(stage.computes and on_gpus)
         about: dict[str, Any] = {"is_training": stage.parallel, "is_resumable": stage.resumable, "reads": reads}
         about |= {"profile": profile, "gpus": gpus}
         jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **about))

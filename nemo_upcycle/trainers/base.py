@@ -23,8 +23,6 @@ from nemo_upcycle.trainers.settings import STEPS, free_settings, step0_settings
 CPU_RANKS = 2
 #: Set by NVIDIA's `ft_launcher` for the ranks that it watches: the socket of the process that does.
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
-#: A model of so many parameters is not trained on CPUs by mistake: with the accelerator `auto`, it needs GPUs.
-LEAST_FOR_GPUS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -215,12 +213,6 @@ class TrainingFacts:
     rate: float | None
     warmup_steps: int
     positions: int | None
-
-    @property
-    def needs_gpus(self) -> bool:
-        """Whether it cannot run without GPUs: its accelerator is `gpu`, or `auto` with 1B parameters or more."""
-        accelerator = self.profile.accelerator
-        return accelerator in ("gpu", "cuda") or (accelerator == "auto" and self.arch.total_params >= LEAST_FOR_GPUS)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -43,22 +43,6 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def require_local(name: str, path: str) -> str:
-    """Return the name of a folder or file, and check that it is no address: `Path` makes a folder `s3:` of one.
-
-    Args:
-        name: the argument's name.
-        path: its value.
-
-    Raises:
-        UpcycleError: it is an address.
-    """
-    if "://" in path:
-        fix = "copy it there, or mount the storage where all nodes see it"
-        raise UpcycleError(name, got=path, expected="a path on this machine", fix=fix)
-    return path
-
-
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a hidden sibling of `path` to write; it replaces `path` when the block ends without an error.

@@ -116,6 +116,22 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
             raise SpecError(field="capacity_factor", got=got, expected=expected, fix=fix)
 
 
+def require_local(name: str, path: str) -> str:
+    """Return the name of a folder or file, and check that it is no address: `Path` makes a folder `s3:` of one.
+
+    Args:
+        name: the argument's name.
+        path: its value.
+
+    Raises:
+        UpcycleError: it is an address.
+    """
+    if "://" in path:
+        fix = "copy it here, or mount the storage where all nodes see it"
+        raise UpcycleError(name, got=path, expected="a path on this machine", fix=fix)
+    return path
+
+
 def number_of_tokens(text: str, option: str = "--tokens") -> float:
     """Return the number that a text such as `100B`, `1.5T`, `27e9` or `27,000,000,000` stands for.
 

@@ -21,7 +21,8 @@ from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.launch import absolute_argument, launch
 from nemo_upcycle.pipeline.order import require_outputs
 from nemo_upcycle.pipeline.run_here import check_at_once
-from nemo_upcycle.utils.files import MARKER, require_local
+from nemo_upcycle.utils.files import MARKER
+from nemo_upcycle.utils.validation import require_local
 
 
 class AblateContext(PipelineContext):

@@ -297,7 +297,7 @@ def require_variables(names: Iterable[str]) -> None:
 def require_gpus(job: Job, per_node: int | None, fix: str = "set it") -> None:
     """Check that a stage which needs GPUs asks for them, and that a node has one for each rank of a training.
 
-    A training needs GPUs as `TrainingFacts.needs_gpus` says; evaluation needs one if a training of the run does.
+    A training needs GPUs as `stage_jobs.needs_gpus` says; evaluation needs one if a training of the run does.
 
     Args:
         job: job of the stage.
