@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.ranks import is_first_rank
 from nemo_upcycle.utils.requirements import installed_release, requirement
 
@@ -56,4 +55,6 @@ def require_bridge() -> None:
 
 @cache
 def _warn(text: str) -> None:
+    from nemo_upcycle.utils.progress import show_messages  # imports rich, and `doctor` runs without any library
+
     show_messages().warning("%s", text)
