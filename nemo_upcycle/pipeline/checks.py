@@ -161,7 +161,8 @@ def check_run(
         shown: whether the run is only shown, by a dry run or `--render`.
     """
     inputs = plan.inputs
-    left = [stage.name for stage in stages if not _is_done(stage, run_dir, plan)]
+    is_known = not failures(partial(training.check, name) for name, training in plan.trainings.items())
+    left = [stage.name for stage in stages if not (is_known and _is_done(stage, run_dir, plan))]
     fetches = cluster is None and not shown and "import" in left
     trainings = plan.trainings.items()
     own: list[Callable[[], object]] = [

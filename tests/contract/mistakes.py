@@ -93,7 +93,7 @@ OF_BRIDGE = {
     f"{TINY} --detach": "--detach: got ",
     f"{TINY} --render out": "--render: got ",
     f"{TINY} recip=x": "'recip'",
-    "upcycle pipeline --factory smollm2_135m_e8t2_sft dir=run": "got a recipe for NeMo alone, expected a recipe for",
+    "upcycle pipeline --factory llama32_1b_e8t2_sft dir=run": "got a recipe for NeMo alone, expected a recipe for",
     f"{TINY} trained_on=lots": "trained_on: got 'lots',",
     f"{TINY} --from evaluate": "",
     TINY.replace("FILES/parent", "/nope"): "model '/nope': got ",
