@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from nemo_upcycle.cli.common import add_spec_options, folder_to_make, show, used_spec
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import gpu_names
+from nemo_upcycle.planning.layout import CPU_RANKS
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.start.choices import (
     TRAINERS,
@@ -37,7 +38,6 @@ from nemo_upcycle.start.files import (
 )
 from nemo_upcycle.start.parent import find_model
 from nemo_upcycle.start.texts import find_texts
-from nemo_upcycle.trainers.base import CPU_RANKS
 from nemo_upcycle.utils.command_line import CommandLine, own_program
 from nemo_upcycle.utils.console import in_columns, short_count
 from nemo_upcycle.utils.validation import check_number, check_whole

@@ -54,7 +54,7 @@ def of_another_trainer(name: str) -> UpcycleError | None:
         f"factory {name}",
         got=f"a recipe for {other} alone",
         expected=f"a recipe for {here}, which is installed here",
-        fix=f"where {other} is installed, type `nemo upcycle pipeline --factory {name} --dryrun` (docs/bridge.md)",
+        fix=f"where {other} is installed, type `nemo upcycle pipeline --factory {name} --dryrun`",
     )
 
 

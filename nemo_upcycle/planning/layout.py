@@ -17,6 +17,8 @@ from nemo_upcycle.models.architecture import Architecture
 
 #: NeMo pads the vocabulary to a multiple of this times TP (`make_vocab_size_divisible_by`).
 VOCABULARY_MULTIPLE = 128
+#: Largest number of ranks of a training without GPUs.
+CPU_RANKS = 2
 
 
 class Chunk(NamedTuple):

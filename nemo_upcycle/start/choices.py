@@ -19,7 +19,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, gpu_names, gpu_of_device, known_gpu
-from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.layout import CPU_RANKS, Layout
 from nemo_upcycle.planning.memory import GIB, checkpoint_bytes
 from nemo_upcycle.planning.search import Plan, PlanRequest, find, nearest_gpus
 from nemo_upcycle.planning.workload import Workload
@@ -45,8 +45,6 @@ _FEW_STEPS, _FEW_SEQUENCES = 200, 128
 _LONGEST = 8192
 #: Layouts among which a plain one is looked for: without interleaved stages and with whole experts.
 _LAYOUTS = 100
-#: Ranks of a trial where there are as many cores; the experts are spread over them.
-_TRIAL_RANKS = 2
 #: Bytes of a parameter with its gradient and Adam's states on a CPU, without the states, which ranks share, and of a
 #: rank's program itself.
 _CPU_BYTES, _COPY_BYTES, _PROGRAM_BYTES = 18, 6, 2 << 30
@@ -226,8 +224,8 @@ def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: 
         batch = TRIAL_BATCH
         steps, why_steps = _steps(texts, wanted, batch * seq_length, TRIAL_STEPS)
         plan, peak, warmup = None, TRIAL_PEAK, min(TRIAL_WARMUP, steps - 1)
-        can_part = len(os.sched_getaffinity(0)) >= _TRIAL_RANKS and spec.num_experts % _TRIAL_RANKS == 0
-        ranks = _TRIAL_RANKS if can_part else 1
+        can_part = len(os.sched_getaffinity(0)) >= CPU_RANKS and spec.num_experts % CPU_RANKS == 0
+        ranks = CPU_RANKS if can_part else 1
         layout = Layout(gpus=ranks, ep=ranks)
         rows.append(
             (

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.layout import CPU_RANKS, Layout
 from nemo_upcycle.planning.memory import checkpoint_bytes
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
@@ -19,8 +19,6 @@ from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.trainers.settings import STEPS, free_settings, step0_settings
 
 
-#: Ranks that a training without a GPU has at most.
-CPU_RANKS = 2
 #: Set by NVIDIA's `ft_launcher` for the ranks that it watches: the socket of the process that does.
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 

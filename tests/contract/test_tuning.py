@@ -8,6 +8,7 @@ import pytest
 
 from nemo_upcycle.evaluation.heldout import ANSWER_BITS
 from nemo_upcycle.pipeline.checks import check_asked
+from nemo_upcycle.reporting.markdown import label
 from nemo_upcycle.utils.files import read_json
 from tests.contract.packs import answer_loss, write_packs
 from tests.contract.trainers import IS_BRIDGE, differing, losses, train, training_text, weights, write_plan
@@ -87,4 +88,4 @@ def test_a_chain_tunes_killed_in_the_middle_and_compares_four_models(
     assert results["paired"]["trained_minus_dense_ct"][ANSWER_BITS]["clusters"] >= 5
     assert results["training"]["pretrain"]["settings"]["data"].startswith("conversations sums, ")
     assert "conversations sums, " in (run / "hf/README.md").read_text()
-    assert "bits per byte of held-out answers" in (run / "report.md").read_text()
+    assert label(ANSWER_BITS) in (run / "report.md").read_text()

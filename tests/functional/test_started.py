@@ -14,6 +14,7 @@ from nemo_upcycle.pipeline import launch
 from nemo_upcycle.pipeline.checks import check_started
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.order import finished, read_plan
+from nemo_upcycle.pipeline.stage_jobs import jobs_of
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.utils.files import read_json
 from tests.functional.stages import run_in_own_process
@@ -47,7 +48,7 @@ def test_a_run_of_an_earlier_release_goes_on(
     plan = replace(plan, pretrain=dump_recipe(recipe))
     check_started(run_dir, plan)
     monkeypatch.setattr(launch, "run_stages", _run_stages)
-    launch.launch(HERE, run_dir, plan, launch.jobs_of(STAGES, run_dir, plan))
+    launch.launch(HERE, run_dir, plan, jobs_of(STAGES, run_dir, plan))
     said = capsys.readouterr().err
     ran = [stage.name for stage in STAGES if f"[{stage.name}] done in" in said]
     assert ran == ["import", "pretrain", "export", "evaluate", "report"]

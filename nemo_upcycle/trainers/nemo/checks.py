@@ -20,7 +20,7 @@ from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.planning.hardware import known_parent
-from nemo_upcycle.trainers.base import CPU_RANKS
+from nemo_upcycle.planning.layout import CPU_RANKS
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of

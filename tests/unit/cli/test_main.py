@@ -64,7 +64,7 @@ ADVISE = "advise --model {} --trained-on 15T --gpus 128 --hours 48 --json"
     ("typed", "heavy"),
     [
         ([f"{name} --help" for name in COMMANDS], "torch transformers"),
-        (["start asset://smollm2-135m --gpus 8 --dir FOLDER/run"], "torch numpy filelock"),
+        (["start asset://smollm2-135m --gpus 2 --dir FOLDER/run"], "torch numpy filelock"),
         (["plan --recipe llama3_8b_e8t2 --gpus 128 --json"], "torch filelock"),
         ([ADVISE.format("FOLDER")], "torch numpy scipy filelock"),
         ([ADVISE.format("asset://smollm2-135m")], "torch numpy"),

@@ -30,4 +30,4 @@ def test_models_are_compared_by_weights_and_by_logits(dense: Path, moe: str, com
 def test_a_damaged_tokenizer_is_told(dense: Path, moe: str, tmp_path: Path) -> None:
     copy = shutil.copytree(dense, tmp_path / "dense")
     (copy / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')
-    assert refused("verify", str(copy), moe).subject == f"{copy}: tokenizer"
+    assert refused("verify", str(copy), moe).subject == f"{copy}/tokenizer.json"
