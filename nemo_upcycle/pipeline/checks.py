@@ -41,7 +41,7 @@ _NO_MATTER = re.compile(rf"^(\.|lost\+found$|logs$|{re.escape(JOBS)}$|{KEPT}$)|\
 
 @dataclass(frozen=True)
 class Findings:
-    """What the list of checks found.
+    """Findings of the list of checks.
 
     Args:
         wrong: mistakes in what was asked for: no forecast can be made of it.

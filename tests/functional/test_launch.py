@@ -91,7 +91,7 @@ def test_the_same_command_resumes_and_starts_nothing_after_a_failed_rank(inputs:
 
 
 @pytest.mark.weekly
-def test_the_advice_of_a_lower_rate_is_a_command_that_runs(inputs: Path) -> None:
+def test_the_advised_lower_rate_is_a_command_that_runs(inputs: Path) -> None:
     """After the tests before: the run was stopped, and began with another rate."""
     advice = how_to_go_on(inputs / "run/pretrain", "nemo", 1e-3)
     command = advice.partition("`")[2].rstrip("`").replace(" --yes", " --dryrun")

@@ -1,4 +1,4 @@
-"""What a job would reject is refused by `--dryrun`, `--render` and `--yes` alike, with the same words."""
+"""Refuse what a job would reject, by `--dryrun`, `--render` and `--yes` alike, with the same words."""
 
 from __future__ import annotations
 

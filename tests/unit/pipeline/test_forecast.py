@@ -229,7 +229,7 @@ def test_a_training_needs_a_network_for_its_suite_and_its_logger(
     assert again.command.count("fetch") == 1
 
 
-def test_an_offline_hub_is_a_problem_for_what_no_cache_has(
+def test_an_offline_hub_is_a_problem_without_a_cache(
     llama: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(cache))

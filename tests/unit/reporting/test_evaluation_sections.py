@@ -21,7 +21,7 @@ def change(run_dir: Path, edit: Any) -> None:
         path.write_text(json.dumps(evaluation))
 
 
-#: A source of a manifest, of which a file of Parquet had another column.
+#: A source of a manifest: the text of its Parquet file is in another column.
 LAW = {
     "text_key": "body",
     "steps": {"read": {"in": 41, "kept": 40, "removed": {}}},

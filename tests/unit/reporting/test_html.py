@@ -45,7 +45,7 @@ def test_every_section_is_in_the_contents(page: Page) -> None:
     assert len(targets) > 5
 
 
-def test_a_page_opens_with_what_became_what_the_verdict_six_numbers_and_one_figure(judged: Path) -> None:
+def test_a_page_opens_with_verdict_numbers_and_one_figure(judged: Path) -> None:
     page = Page((judged / "report.html").read_text())
     tags = [tag for tag, _ in page.tags]
     opening = tags[tags.index("h1") : tags.index("nav")]

@@ -43,7 +43,7 @@ def test_a_spike_ends_the_run_where_that_is_asked_for(stops: bool, folder: Path)
     assert (folder / "metrics.jsonl").exists()
 
 
-def test_a_run_that_ends_again_is_told_a_command_that_a_new_folder_takes(folder: Path) -> None:
+def test_a_run_that_fails_again_is_told_a_working_command(folder: Path) -> None:
     stage = folder / "runs/a/pretrain"
     stage.mkdir(parents=True)
     assert how_to_go_on(stage, "nemo", 3e-5).endswith("train in a new folder with a lower optim.config.lr")

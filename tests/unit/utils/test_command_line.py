@@ -1,4 +1,4 @@
-"""A command as it is printed is one that can be typed."""
+"""Every printed command can be typed."""
 
 from __future__ import annotations
 
