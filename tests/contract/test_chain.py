@@ -160,6 +160,7 @@ def _with_loaders() -> str:
 
 
 @pytest.mark.full
+@pytest.mark.weekly
 def test_a_training_with_loaders_saves_when_the_whole_job_is_told_to_stop_and_goes_on(
     inputs: Path, tmp_path: Path
 ) -> None:
