@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _differences(folder: Path, differing: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Yield the first lines in which the files of a folder (-) differ from those of this command (+)."""
+    """Yield the first differing lines: the folder's files (-), the files of this command (+)."""
     for name, lines in differing.items():
         more = [f"... {len(lines) - _SHOWN_LINES} lines more"] if len(lines) > _SHOWN_LINES else []
         yield from (f"{folder / name} is another: - there, + by this command", *lines[:_SHOWN_LINES], *more)

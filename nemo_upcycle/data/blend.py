@@ -193,7 +193,7 @@ def only_source(name: str | Path) -> list[str]:
         name: a file of texts, a pattern or address of some, or a folder, whose files of all kinds are read.
 
     Raises:
-        UpcycleError: a folder has no file of texts, or it is no folder of texts.
+        UpcycleError: a folder has no text files, or is the root or another folder of mostly other files.
     """
     from nemo_upcycle.data.readers import format_of, readable, suffix_of  # slow
 

@@ -32,9 +32,9 @@ def count_lost(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tasks: counts of the engine, one a task.
 
     Returns:
-        `share`, the larger one of that of documents and of bytes, 0 to 1; and by reason `documents`, `bytes`, the
-        `first` place, and `whole`, the files that are lost as a whole, each of which counts as one document. A file
-        whose size nobody says counts as many bytes as the others have on average.
+        `share`: lost share of the documents or of the bytes, whichever is larger, 0 to 1. By reason: `documents`,
+        `bytes`, the `first` place, and `whole` (files lost entirely; each counts as one document). A file of unknown
+        size counts the average bytes of the others.
 
     Example:
         >>> lost = {"broken JSON": {"documents": 1, "bytes": 30, "files": 0, "first": "a.jsonl:7"}}
