@@ -1,8 +1,8 @@
 """A tuned model chats in llama.cpp, by the chat template that its GGUF carries: what it is given, and what it answers.
 
     scripts/llama_cpp.sh
-    nemo upcycle pipeline --factory smollm2_135m_e8t2_sft dir=runs/demo-tune --until export --yes
-    python -m benchmarks.chat runs/demo-tune > benchmarks/results/chat.md
+    nemo upcycle pipeline --factory smollm2_135m_e8t2_sft dir=runs/demo-smollm2_135m_e8t2_sft --until export --yes
+    python -m benchmarks.chat runs/demo-smollm2_135m_e8t2_sft > benchmarks/results/chat.md
 
 Asks the dense parent and the tuned MoE the same questions, greedily, in bfloat16. Ends with an error where the tokens
 of a prompt are not those that transformers makes of the same messages.

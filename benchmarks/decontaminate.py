@@ -6,7 +6,7 @@
 10,000 documents each, are searched for all of MMLU; each hit is listed with its words, to be judged by eye. The texts
 come from Debian packages (`apt-get download`; a package that is not there is left out and named) and the Python that
 runs this. datatrove's n-gram filter runs in an environment of its own, made on first use, on the same documents with
-the same renderings and 13 words. The share of the writing step is measured in the data environment (`make data-env`).
+the same renderings and 13 words. The share of the writing step is measured in the data environment (`make venv`).
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def writing_lines(documents: dict[str, list[str]], index: NgramIndex, folder: Pa
 
     python = ROOT / ".venv-data" / "bin" / "python"
     if not python.exists():
-        return ["The share of the writing step was not measured: `make data-env` makes its environment."]
+        return ["The share of the writing step was not measured: `make venv` makes its environment."]
     tokenizer = Path(ensure_dense("asset://smollm2-135m")) / "tokenizer.json"
     index.save(folder / "ngrams.npz")
     lines = [

@@ -251,7 +251,7 @@ def main(arguments: list[str]) -> None:
         worker(arguments[1], Path(arguments[2]), Path(arguments[3]))
         return
     if not PYTHON.exists():
-        raise SystemExit(f"{PYTHON} is missing: make data-env")
+        raise SystemExit(f"{PYTHON} is missing: make venv")
     from benchmarks.upcycle import tabulate
 
     how = f"{REPEATS} runs in turn, one thread{', MEGATRON_LM set' if MEGATRON_LM else ''}"

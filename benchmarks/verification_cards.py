@@ -1,6 +1,6 @@
 """Cards in the form of Megatron-Bridge's model verification cards, from what the tests of Bridge's side really ran.
 
-    make test-bridge && python -m benchmarks.verification_cards runs/test-bridge/*.xml
+    make test-in ENV=bridge && python -m benchmarks.verification_cards runs/test-bridge/*.xml
 
 An item is `verified` in NVIDIA's sense only when its command ran on the model itself, on the named hardware. These
 tests run small models of the same architecture without a GPU, so every item says `unverified`, which tests stand

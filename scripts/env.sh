@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# Makes an environment from package indexes alone; what must be compiled has scripts of its own.
+# Makes an environment: `make venv` and `make test-in ENV=NAME` call it.
 #
-#   scripts/env.sh FOLDER dev|data|docs|tf5|vllm|browser|bridge-sample|release       (`make venv`, `make data-env`, ...)
+#   scripts/env.sh FOLDER dev|data|docs|tf5|vllm|browser|bridge-sample|release
+#   scripts/env.sh FOLDER te|bridge|sglang            with packages that are compiled here: te_env.sh, sglang_env.sh
 #
 # PYTHON chooses the interpreter. Where uv is on PATH it installs the versions of uv.lock, else pip the newest that fit;
 # `UV=` in the environment, or `make UV=`, leaves uv out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+case $2 in
+    dev|data|docs|tf5|vllm|browser|bridge-sample|release) ;;
+    te|bridge) exec scripts/te_env.sh "$1" "$2" ;;
+    sglang) exec scripts/sglang_env.sh "$1" ;;
+    *) sed -n '3,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac
 
 env=$1
 uv=${UV-$(command -v uv || true)}
@@ -65,8 +73,5 @@ case $2 in
         install "torch==2.12.0" --requirement scripts/bridge.txt
         install --no-deps "megatron-bridge==0.6.2" -e .
         cp tests/bridge/stand_in/transformer_engine.py "$("$env/bin/python" -c 'import site; print(site.getsitepackages()[0])')" ;;
-    *)
-        echo "$0: got $2, expected dev, data, docs, tf5, vllm, browser, bridge-sample or release" >&2
-        exit 1 ;;
 esac
 touch "$env/.complete"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the environment of `make test-sglang`: SGLang as it is released, which needs a card, on a machine without one.
+# Makes the environment of `make test-in ENV=sglang`: SGLang as it is released, which needs a card, on a machine without one.
 #
-#   scripts/sglang_env.sh FOLDER       (`make sglang-env`: .venv-sglang, 11 GB)
+#   scripts/sglang_env.sh FOLDER       (11 GB)
 #
 # Needs Linux, a C compiler and Python 3.11 or newer; PYTHON chooses it.
 set -euo pipefail

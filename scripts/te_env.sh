@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes an environment with real Transformer Engine modules, which can be built, not run, without a GPU.
 #
-#   scripts/te_env.sh FOLDER          beside the Megatron-Core of NeMo 2.7, for tests/te (`make te-env`: .venv-te)
-#   scripts/te_env.sh FOLDER bridge   beside Megatron-Bridge, for tests/bridge, too (`make bridge-env`: .venv-bridge)
+#   scripts/te_env.sh FOLDER te       beside the Megatron-Core of NeMo 2.7, for tests/te (`make test-in ENV=te`)
+#   scripts/te_env.sh FOLDER bridge   beside Megatron-Bridge, for tests/bridge, too (`make test-in ENV=bridge`)
 #
 # Needs Linux, a C++17 compiler and a Python that this package supports, for Bridge 3.12; a CUDA toolkit of the machine
 # is not used.
@@ -13,13 +13,13 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 "${PYTHON:-python3}" -m venv "$1"
 env=$(cd "$1" && pwd)
 install() { "$env/bin/pip" install --progress-bar off "$@"; }
-case ${2:-nemo} in
-    nemo) engine=2.10.0 packages=("megatron-core==0.15.3" "numpy<2") ;;
+case $2 in
+    te) engine=2.10.0 packages=("megatron-core==0.15.3" "numpy<2") ;;
     bridge)
         engine=2.16.1 packages=(--requirement "$root/scripts/bridge.txt")
         "$env/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' ||
             { echo "$0: Megatron-Bridge needs Python 3.12: PYTHON=python3.12" >&2; exit 1; } ;;
-    *) echo "$0: got $2, expected nothing or bridge" >&2; exit 1 ;;
+    *) echo "$0: got $2, expected te or bridge" >&2; exit 1 ;;
 esac
 
 # "===" compares the text: this is the CUDA 13 build of the package index. A CPU build in a folder that pip searches too
@@ -49,7 +49,7 @@ NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE \
     install --no-deps --no-build-isolation "transformer-engine-torch==$engine"
 
 # This package without its NeMo extras.
-if [ "${2:-nemo}" = bridge ]; then
+if [ "$2" = bridge ]; then
     # This Transformer Engine calls a cuBLAS newer than the one that torch 2.12 asks for; torch runs with it.
     install --no-deps "megatron-bridge==0.6.2" "nvidia-cublas==13.10.0.20"
     # mamba-ssm as Python code: Megatron's Mamba layers can then be built, not run, and the module with their CUDA

@@ -1,7 +1,7 @@
 """The variables that tests run with: the user's own must change no result, and tests must not use the user's accounts.
 
 `clean` is called before anything is imported that reads them, in pytest's own process and in each worker of xdist;
-subprocesses inherit what it leaves. `python -m tests.environment COMMAND ...` (`make test-hostile`) runs a command
+subprocesses inherit what it leaves. `python -m tests.environment COMMAND ...` (`make weekly`) runs a command
 under variables that are as much in the way as a proxy, an allocation of Slurm and a rank's own shell can be.
 """
 
@@ -30,7 +30,7 @@ KEPT = (
 #: What every test has. Proxies stay, for what a machine can fetch only through them; servers of tests need none.
 SET = {"LANG": "C.UTF-8", "TERM": "xterm", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
 SET |= {"NEMO_UPCYCLE_REPORT_EVERY_S": "0"}  # a process beside each chain of the tests would cost them minutes
-#: What `make test-hostile` sets.
+#: What `make weekly` sets.
 HOSTILE = {
     **{"HF_HUB_OFFLINE": "1", "HF_TOKEN": "bad", "HF_HOME": "/nowhere/hf", "TRANSFORMERS_OFFLINE": "1"},
     **{"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"},

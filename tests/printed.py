@@ -17,7 +17,7 @@ FIELD, VALUE = "\N{REPLACEMENT CHARACTER}", "8"
 _START = r"(?:[A-Z_]+=\S* )*(?:nemo|nemo-upcycle|torchrun|make|python -m (?:nemo_upcycle|benchmarks|tests)\S*)(?: |$)"
 _COMMAND = re.compile(_START)
 #: Texts of sources that begin like a command.
-_PROSE = re.compile(r"make (?!-C|[a-z-]+$)|nemo-upcycle (calibration|[^ ]+ with) ")
+_PROSE = re.compile(r"make (?!-C|[a-z-]+(?: [A-Z]+=\S*)*$)|nemo-upcycle (calibration|[^ ]+ with) ")
 
 
 class Printed(NamedTuple):

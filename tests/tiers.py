@@ -1,4 +1,4 @@
-"""Which rows of a table `make test` runs; the others are marked `full` and `weekly`, for `make test-weekly`."""
+"""Which rows of a table `make test` runs; the others are marked `full` and `weekly`, for `make weekly`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--without-nemo`, for `make check`: NeMo, NeMo-Run and Lightning are as if they were not installed.
+"""`--without-nemo`: NeMo, NeMo-Run and Lightning are as if they were not installed.
 
 A test file that imports one of them as it is imported is skipped, and so is a test that comes to import one later, in
 a function, a fixture or on ranks.

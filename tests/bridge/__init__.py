@@ -1,1 +1,1 @@
-"""Tests in the environment of `make bridge-env`: Megatron-Bridge, Megatron-Core 0.19, transformers 5."""
+"""Tests in the environment of `make test-in ENV=bridge`: Megatron-Bridge, Megatron-Core 0.19, transformers 5."""

@@ -12,7 +12,7 @@ from tests.functional.tiny import write_finished_inputs
 from tests.models import write_llama
 
 
-#: `make test-bridge` has an environment with it.
+#: `make test-in ENV=bridge` has an environment with it.
 collect_ignore_glob = [] if find_spec("megatron.bridge") else ["test_*.py"]
 
 

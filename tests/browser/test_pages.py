@@ -34,7 +34,7 @@ LAYERS = {"load_cv": [0.1, 0.3], "load_entropy": [0.9, 0.95], "dropped": [0.0, 0
 pytestmark = [
     pytest.mark.full,
     pytest.mark.weekly,
-    pytest.mark.skipif(not PYTHON.is_file(), reason="`make test-browser` makes the browser's environment"),
+    pytest.mark.skipif(not PYTHON.is_file(), reason="`make test-in ENV=browser` makes the browser's environment"),
 ]
 
 

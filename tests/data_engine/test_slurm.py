@@ -1,6 +1,6 @@
 """What Slurm's commands may answer, played by scripts, and the tasks as jobs of a real Slurm, where there is one.
 
-SLURM_PARTITION=debug make test-data
+SLURM_PARTITION=debug make test-in ENV=data
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kills runs at many moments, starts them again, and compares what comes out with a run that nobody disturbed.
 
-    python -m tests.functional.soak --kills 60 training pipeline        (`make soak`)
+    python -m tests.functional.soak --kills 60 training pipeline        (`make weekly`)
 
 Half of the kills are aimed: inside the first save, inside the removal of an old checkpoint, between a stage's work and
 its marker; the others come after a random time. A run that cannot finish afterwards, or whose result differs by a

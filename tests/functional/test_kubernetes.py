@@ -33,7 +33,7 @@ from tests.functional.tiny import write_inputs
 
 pytestmark = [
     pytest.mark.full,
-    pytest.mark.skipif(not IS_BUILT, reason="no API server here: `make test-k8s` builds it"),
+    pytest.mark.skipif(not IS_BUILT, reason="no API server here: `make test-in ENV=k8s` builds it"),
     pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning"),
     pytest.mark.filterwarnings("ignore:HTTPResponse.getheader:DeprecationWarning"),  # the client, of urllib3's names
 ]

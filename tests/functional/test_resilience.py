@@ -115,6 +115,6 @@ def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, An
 
 @pytest.mark.parametrize(("ranks", "asynchronous"), quick(TRAININGS, (2, True)))
 def test_killed_training_resumes_and_ends_bit_equal(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
-    """The short form of `make soak`: four kills, half of them aimed."""
+    """The short form of the soak in `make weekly`: four kills, half of them aimed."""
     seen = soak_training(tmp_path, 4, ranks=ranks, asynchronous=asynchronous)
     assert sum(seen.values()) == 4

@@ -1,6 +1,6 @@
 """Jobs of a real Slurm whose ranks are shell commands: what reaches them, and what follows from how they end.
 
-scripts/slurm_cluster.sh start && python -m pytest tests/functional/test_slurm_jobs.py   (`make test-slurm` does both)
+scripts/slurm_cluster.sh start && python -m pytest tests/functional/test_slurm_jobs.py   (`make test-in ENV=slurm` does both)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What `convert` writes loads in this transformers, whole, and computes the parent's function where it says so.
 
-Under the release of the main environment in `make test-all`, under the newest one in `make test-tf5`. How many random
+Under the release of the main environment in `make test-all`, under the newest one in `make test-in ENV=tf5`. How many random
 models are made is the variable CASES, of which parents PARENTS (`SmolLM3,EXAONE 4`); `make test` takes four of them.
 """
 

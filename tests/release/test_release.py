@@ -13,7 +13,7 @@ from tests.functional import tiny
 
 
 ROOT = Path(__file__).parents[2]
-#: `make test-release` builds it anew.
+#: `make release` builds it anew.
 BIN = ROOT / "build/release/.venv/bin"
 
 

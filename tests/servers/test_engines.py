@@ -17,7 +17,7 @@ from tests.servers.models import CASES, COUNT, MODELS, TYPES, clear_prompt, spec
 
 #: The one that this environment has.
 ENGINE = next((name for name in ("vllm", "sglang") if find_spec(name)), None)
-pytestmark = pytest.mark.skipif(ENGINE is None, reason="`make test-vllm` and `make test-sglang` have one each")
+pytestmark = pytest.mark.skipif(ENGINE is None, reason="`make test-in ENV=vllm` and `ENV=sglang` have one each")
 Parents = dict[tuple[str, bool], tuple[Path, list[int], list[int]]]
 #: vLLM's attention on a CPU wants heads of 32 numbers or more.
 SIZES = {"layers": 2, "head_dim": 32, "hidden_size": 128}

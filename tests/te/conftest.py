@@ -1,4 +1,4 @@
-"""Lets real Transformer Engine modules be built without a GPU, in the environment of `make te-env`.
+"""Lets real Transformer Engine modules be built without a GPU, in the environment of `make test-in ENV=te`.
 
 They cannot compute there. But names, shapes, the way they are cut and what fills them do not depend on that: CUDA need
 only seem to be there, as an H100, while they are made.
@@ -39,7 +39,7 @@ _CUDA = {
 def _cuda_seems_to_be_there() -> Iterator[None]:
     """Skip without Transformer Engine; put the stand-ins in place only for these modules, and only without CUDA."""
     if importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("Transformer Engine is not in this environment: `make test-te` has one with it")
+        pytest.skip("Transformer Engine is not in this environment: `make test-in ENV=te` has one with it")
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             cuda = Path(sysconfig.get_path("purelib"), "nvidia", "cu13")

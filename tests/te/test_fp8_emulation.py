@@ -1,6 +1,6 @@
 """The CPU's FP8 numbers are Transformer Engine's: bit for bit those of its own references, which run without a GPU.
 
-The reference of current scaling came with Transformer Engine 2.16, the one of `make test-bridge`; with an older one
+The reference of current scaling came with Transformer Engine 2.16, the one of `make test-in ENV=bridge`; with an older one
 the tests that need it are skipped.
 """
 

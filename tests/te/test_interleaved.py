@@ -24,7 +24,7 @@ def _megatron_interleaves(_cuda_seems_to_be_there: None) -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     if not hasattr(TransformerConfig, "moe_mlp_glu_interleave_size"):
-        pytest.skip("this Megatron-Core interleaves nothing: `make test-bridge` has one that does")
+        pytest.skip("this Megatron-Core interleaves nothing: `make test-in ENV=bridge` has one that does")
 
 
 def _apart(interleaved: torch.Tensor) -> torch.Tensor:

@@ -73,6 +73,15 @@ def _module(name: str) -> None:
     assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
 
 
+def _make(words: list[str]) -> None:
+    """Check the targets of a command of `make`, and the environment that it names."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert {word for word in words if re.fullmatch(r"[a-z-]+", word)} <= targets
+    script = (ROOT / "scripts/test_in.sh").read_text()
+    environments = set(re.findall(r"^    ([a-z0-9-]+)\)", script, flags=re.MULTILINE))
+    assert {word[4:] for word in words if word.startswith("ENV=")} <= {*environments, "NAME"}
+
+
 def _check(words: list[str]) -> None:
     program, *rest = words
     if program == "nemo-upcycle":
@@ -80,8 +89,7 @@ def _check(words: list[str]) -> None:
     elif program == "nemo":
         _nemo(rest)
     elif program == "make":
-        targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-        assert {word for word in rest if re.fullmatch(r"[a-z0-9-]+", word) and word != VALUE} <= targets
+        _make(rest)
     elif "-m" in rest:
         at = rest.index("-m")
         _module(rest[at + 1])

@@ -54,14 +54,6 @@ def test_every_yaml_loads_and_every_key_is_explained(path: Path) -> None:
             assert any(other.lstrip().startswith("#") for other in around), f"{path.name}: {line}"
 
 
-def test_make_targets_of_the_documents_exist() -> None:
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {word for command in _commands() for word in re.findall(r"\bmake ([a-z0-9-]+)", command)}
-    texts = [page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "CONTRIBUTING.md"]]
-    assert {"demo", "venv"} <= named
-    assert named | {word for text in texts for word in re.findall(r"`make ([a-z0-9-]+)", text)} <= targets
-
-
 def test_nemo_commands_of_the_pages_name_registered_recipes() -> None:
     recipes = {*table_recipes("nemo"), *(path.stem for path in (ROOT / "recipes").glob("*_*.py"))}
     factory = re.compile(r"--factory \"?([a-z0-9_]+)(?![a-z0-9_.])")  # with a dot it is of a module of a user

@@ -1,4 +1,4 @@
-"""What `make check` runs: no test that imports NeMo."""
+"""`--without-nemo` runs no test that imports NeMo."""
 
 from __future__ import annotations
 
