@@ -1,6 +1,9 @@
 """The chain as jobs of a real Slurm with two nodes: stopped in every way that a scheduler has, and gone on.
 
-scripts/slurm_cluster.sh start && python -m pytest tests/functional/test_slurm.py   (`make test-in ENV=slurm` does both)
+`make test-in ENV=slurm` does both of these:
+
+    scripts/slurm_cluster.sh start
+    python -m pytest tests/functional/test_slurm.py
 """
 
 from __future__ import annotations

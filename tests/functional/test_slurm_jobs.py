@@ -1,6 +1,9 @@
 """Jobs of a real Slurm whose ranks are shell commands: what reaches them, and what follows from how they end.
 
-scripts/slurm_cluster.sh start && python -m pytest tests/functional/test_slurm_jobs.py   (`make test-in ENV=slurm` does both)
+`make test-in ENV=slurm` does both of these:
+
+    scripts/slurm_cluster.sh start
+    python -m pytest tests/functional/test_slurm_jobs.py
 """
 
 from __future__ import annotations

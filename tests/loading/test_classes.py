@@ -1,7 +1,7 @@
 """What `convert` writes loads in this transformers, whole, and computes the parent's function where it says so.
 
-Under the release of the main environment in `make test-all`, under the newest one in `make test-in ENV=tf5`. How many random
-models are made is the variable CASES, of which parents PARENTS (`SmolLM3,EXAONE 4`); `make test` takes four of them.
+`make test-all` runs it under the release of the main environment, `make test-in ENV=tf5` under the newest one. The
+variable CASES is the number of random models, PARENTS their parents (`SmolLM3,EXAONE 4`); `make test` takes four.
 """
 
 from __future__ import annotations

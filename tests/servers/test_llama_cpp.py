@@ -20,7 +20,7 @@ from tests.servers.llama_cpp import HOME, NotServedError, chat, greedy
 from tests.servers.models import CASES, COUNT, MIXED_IN_16_BITS, MODELS, TYPES, continuation, spec_of
 
 
-pytestmark = pytest.mark.skipif(not (HOME / "llama.cpp").is_dir(), reason="`make test-in ENV=llama-cpp` fetches llama.cpp")
+pytestmark = pytest.mark.skipif(not (HOME / "llama.cpp").is_dir(), reason="run make test-in ENV=llama-cpp")
 Parents = dict[tuple[str, bool], Path]
 Tokens = Callable[[str, bool, str], list[int]]
 PROMPT = [504, 3575, 282, 260, 3116]

@@ -1,7 +1,7 @@
 """The CPU's FP8 numbers are Transformer Engine's: bit for bit those of its own references, which run without a GPU.
 
-The reference of current scaling came with Transformer Engine 2.16, the one of `make test-in ENV=bridge`; with an older one
-the tests that need it are skipped.
+The reference of current scaling came with Transformer Engine 2.16, which `make test-in ENV=bridge` has. The tests that
+need it are skipped with an older one.
 """
 
 from __future__ import annotations

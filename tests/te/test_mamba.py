@@ -27,7 +27,7 @@ from tests.models import write_nemotron_h
 
 
 if importlib.util.find_spec("mamba_ssm") is None:
-    pytest.skip("mamba-ssm is not in this environment: `make test-in ENV=bridge` has one with it", allow_module_level=True)
+    pytest.skip("mamba-ssm is missing: run make test-in ENV=bridge", allow_module_level=True)
 #: Of the parent, and where its stages end.
 PATTERN, STAGES = "M-M*-M-*-", "M-M*|-M-*-"
 SPEC = UpcycleSpec(num_experts=4, top_k=2)

@@ -1,4 +1,4 @@
-"""Stands in for Transformer Engine where it is imported and never computes: on CPUs, in `make test-in ENV=bridge-sample`.
+"""Stands in for Transformer Engine where it is imported and never computes: `make test-in ENV=bridge-sample`.
 
 Bridge does not import without it, and its binding takes minutes to compile. Whatever is asked of this package or of a
 part of it is an empty class, of which nothing is made; names that begin with an underscore are not there.
