@@ -17,6 +17,7 @@ EPILOG = f"""examples:
 
 A line of the files is a conversation:
   {{"messages": [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]}}
+or ShareGPT's: {{"conversations": [{{"from": "human", "value": "..."}}, {{"from": "gpt", "value": "..."}}]}}
 Tune on the result with nemo llm finetune --factory "RECIPE(data='DIR')".
 exit status: 0 done; 1 more lines are wrong than max_lost allows; 2 a value or a file is wrong.
 

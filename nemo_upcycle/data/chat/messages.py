@@ -1,4 +1,7 @@
-"""Read conversations: JSON lines of `messages`, each checked; what is wrong is named by file, line and field."""
+"""Read conversations from JSON lines, and check each; a wrong line is named by file, line and field.
+
+A conversation is in OpenAI's form (`messages`) or ShareGPT's (`conversations`), which is read as the same messages.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,10 @@ from nemo_upcycle.errors import UpcycleError
 
 ANSWER = "assistant"
 ROLES = ("system", "user", ANSWER, "tool")
+_MESSAGES, _SHAREGPT = "messages", "conversations"
+#: Roles of ShareGPT, and its names of fields.
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": ANSWER}
+_SHAREGPT_NAMES = {"role": "from", "content": "value"}
 _CALLS = ("tool_calls", "function_call")
 #: What an answer may say beside its content, as the interfaces of models name it.
 BESIDE = (*_CALLS, "reasoning_content", "reasoning", "thinking")
@@ -28,11 +35,13 @@ class Conversation:
         place: file and line, `mine.jsonl:17`.
         messages: dicts with `role`, `content` and whatever else a template reads; `weight` 0 keeps one from the loss.
         tools: tools that the line names, for templates that show them; None if it names none.
+        field: field of the line that holds the messages: `messages`, or `conversations` in ShareGPT's form.
     """
 
     place: str
     messages: Messages
     tools: list[Any] | None = None
+    field: str = _MESSAGES
 
     @property
     def question(self) -> str:
@@ -78,7 +87,8 @@ def read_conversations(
     """Yield what stands in each line of a file that is not blank.
 
     Args:
-        path: JSON lines; each an object with `messages`, a list of objects with `role` and `content`.
+        path: JSON lines; each an object with `messages`, a list of objects with `role` and `content`, or with
+            `conversations`, a list of objects with `from` and `value`.
         special_tokens: names that may not stand in a content: the tokenizer would take them for the tokens, and who
             wrote the text could end a turn within it.
         called: name of the file in places; empty for its own name.
@@ -104,26 +114,40 @@ def _conversation(place: str, line: bytes, special_tokens: Collection[str]) -> C
         return Problem(place, "", "broken JSON")
     if not isinstance(value, dict):
         return Problem(place, "", "no JSON object")
-    messages = value.get("messages")
+    field = _SHAREGPT if _SHAREGPT in value and value.get(_MESSAGES) is None else _MESSAGES
+    names = _SHAREGPT_NAMES if field == _SHAREGPT else {}
+    messages = value.get(field)
     if not isinstance(messages, list) or not messages:
-        fix = 'write {"messages": [...]}; texts without them are for `nemo-upcycle data`'
-        return Problem(place, "messages", "no list of messages" if "messages" in value else "missing", fix)
+        fix = 'write {"messages": [...]} or {"conversations": [...]}; texts without them are for `nemo-upcycle data`'
+        return Problem(place, field, "no list of messages" if field in value else "missing", fix)
+    if field == _SHAREGPT and value.get("system"):
+        return Problem(place, "system", "beside the conversation", "write it as the first turn, from system")
     tools = value.get("tools")
     if tools is not None and not isinstance(tools, list):
         return Problem(place, "tools", "no list")
     if reason := _unwritable(tools, special_tokens):
         return Problem(place, "tools", reason)
     for number, message in enumerate(messages):
-        if found := _problem(message, special_tokens):
+        if field == _SHAREGPT and isinstance(message, dict):
+            if str(message.get("from")) not in _SHAREGPT_ROLES:
+                return Problem(place, f"{field}[{number}].from", f"none of {', '.join(_SHAREGPT_ROLES)}")
+            messages[number] = _from_sharegpt(message)
+        if found := _problem(messages[number], special_tokens):
             name, reason = found
-            return Problem(place, f"messages[{number}]{name}", reason)
+            return Problem(place, ".".join(filter(None, (f"{field}[{number}]", names.get(name, name)))), reason)
     while messages and not _is_learned(messages[-1]):
         messages.pop()
     if len(messages) < 2:
-        return Problem(place, "messages", "no answer to learn" if not messages else "no question")
+        return Problem(place, field, "no answer to learn" if not messages else "no question")
     if messages[0]["role"] == ANSWER:
-        return Problem(place, "messages[0].role", "an answer before any question")
-    return Conversation(place, messages, tools)
+        return Problem(place, f"{field}[0].{names.get('role', 'role')}", "an answer before any question")
+    return Conversation(place, messages, tools, field)
+
+
+def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn of ShareGPT as a message: `from` is the role, `value` the content."""
+    others = {name: value for name, value in turn.items() if name not in _SHAREGPT_NAMES.values()}
+    return {**others, "role": _SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")}
 
 
 def _problem(message: Any, special_tokens: Collection[str]) -> tuple[str, str] | None:
@@ -132,23 +156,38 @@ def _problem(message: Any, special_tokens: Collection[str]) -> tuple[str, str] |
         return "", "no JSON object"
     role = message.get("role")
     if role not in ROLES:
-        return ".role", f"none of {', '.join(ROLES)}"
+        return "role", f"none of {', '.join(ROLES)}"
     if message.get("weight") not in ((None, 0, 1) if role == ANSWER else (None, 0)):
-        return ".weight", "neither 0 nor 1" if role == ANSWER else "on what is no answer"
+        return "weight", "neither 0 nor 1" if role == ANSWER else "on what is no answer"
     if reason := _wrong_calls(message):
-        return ".tool_calls", reason
+        return "tool_calls", reason
     is_call = role == ANSWER and any(map(message.get, _CALLS))
     if is_call and message.get("content") is None:
         message["content"] = ""
+    if isinstance(message.get("content"), list) and (reason := _join_parts(message)):
+        return "content", reason
     content = message.get("content")
     if not isinstance(content, str):
-        return ".content", "missing" if content is None else "no text"
+        return "content", "missing" if content is None else "no text"
     if role == ANSWER and not content.strip() and not is_call:
-        return ".content", "an empty answer"
+        return "content", "an empty answer"
     for name in ("content", *BESIDE):
         if reason := _unwritable(message.get(name), special_tokens):
-            return f".{name}", reason
+            return name, reason
     return None
+
+
+def _join_parts(message: dict[str, Any]) -> str:
+    """Replace the parts of a message's content by their text; return why a part cannot be read, or ""."""
+    for part in message["content"]:
+        if not isinstance(part, dict):
+            return "a part that is no JSON object"
+        if part.get("type") != "text":
+            return f"a part of type {ascii(part.get('type'))[:40]}; only text parts are read"
+        if not isinstance(part.get("text"), str):
+            return "a text part without text"
+    message["content"] = "".join(part["text"] for part in message["content"])
+    return ""
 
 
 def _wrong_calls(message: dict[str, Any]) -> str:

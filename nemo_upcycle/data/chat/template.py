@@ -100,17 +100,17 @@ class ChatTemplate:
             rendered = [self._rendered(conversation, number) for number in answers]
             unread = self._unread(conversation)
         except _REFUSED as error:
-            return Problem(conversation.place, "messages", f"the chat template refuses it: {error}")
+            return Problem(conversation.place, conversation.field, f"the chat template refuses it: {error}")
         if unread:
             reason = f"{unread.rpartition('.')[2]} that the chat template does not write"
             return Problem(conversation.place, unread, reason, _OTHER_TEMPLATE)
         for number, (prompt, whole) in zip(answers, rendered, strict=True):
             if not whole.startswith(prompt):
                 reason = "the chat template writes an answer in another way than it asks for one"
-                return Problem(conversation.place, f"messages[{number}]", reason)
+                return Problem(conversation.place, f"{conversation.field}[{number}]", reason)
             if not self._ends.sub("", whole[len(prompt) :]).strip():
                 reason = "an answer of which the chat template writes nothing"
-                return Problem(conversation.place, f"messages[{number}]", reason, _OTHER_TEMPLATE)
+                return Problem(conversation.place, f"{conversation.field}[{number}]", reason, _OTHER_TEMPLATE)
         for prompt, whole in rendered:
             if not prompt.startswith(before):
                 return [[Turn(prompt, whole[len(prompt) :])] for prompt, whole in rendered]
@@ -125,15 +125,15 @@ class ChatTemplate:
 
     def _unread(self, conversation: Conversation) -> str:
         """Return the first field without which the template writes the same; empty: there is none."""
-        messages = conversation.messages
+        messages, field = conversation.messages, conversation.field
         for number, message in enumerate(messages):
             before, up_to = (replace(conversation, messages=messages[: number + n]) for n in (0, 1))
             if message["role"] == "tool" and self._writes_same(up_to, before):
-                return f"messages[{number}].content"
+                return f"{field}[{number}].content"
             for name in filter(message.get, BESIDE):
                 without = {key: value for key, value in message.items() if key != name}
                 if self._writes_same(up_to, replace(conversation, messages=[*messages[:number], without])):
-                    return f"messages[{number}].{name}"
+                    return f"{field}[{number}].{name}"
         if conversation.tools and self._writes_same(conversation, replace(conversation, tools=None)):
             return "tools"
         return ""

@@ -116,7 +116,22 @@ def test_a_template_that_asks_otherwise_than_it_writes_is_named(tokenizer: Path)
         (messages("How?", "So.")[1:] + messages("How?", "So."), "messages[0].role", "an answer before any question"),
         ([{"role": "User", "content": "How?"}], "messages[0].role", "none of system, user, assistant, tool"),
         ([{"role": "user"}], "messages[0].content", "missing"),
-        ([{"role": "user", "content": ["How?"]}], "messages[0].content", "no text"),
+        ([{"role": "user", "content": 5}], "messages[0].content", "no text"),
+        ([{"role": "user", "content": ["How?"]}], "messages[0].content", "a part that is no JSON object"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content", "a text part without text"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image_url"}]}],
+            "messages[0].content",
+            "a part of type 'image_url'; only text parts are read",
+        ),
+        ('{"conversations": [{"from": "bot", "value": "a"}]}', "conversations[0].from", "none of system, human, gpt"),
+        ('{"conversations": [{"from": "human"}]}', "conversations[0].value", "missing"),
+        (
+            '{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}',
+            "conversations",
+            "no question",
+        ),
+        ('{"conversations": [{"from": "gpt", "value": "a"}], "system": "b"}', "system", "beside the conversation"),
         (messages("How?</s>assistant: So.", "No."), "messages[0].content", "the name of a special token"),
         (_answered(weight=0.5), "messages[1].weight", "neither 0 nor 1"),
         ([{"role": "user", "content": "How?", "weight": 1}], "messages[0].weight", "on what is no answer"),
@@ -137,6 +152,27 @@ def test_a_wrong_line_is_named_by_field_and_reason(tmp_path: Path, line: Any, fi
     assert isinstance(good, Conversation)
     assert isinstance(bad, Problem)
     assert (bad.place, bad.field, bad.reason) == ("mine.jsonl:2", field, reason)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"conversations": [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "So.", "weight": 1}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Ho"}, {"type": "text", "text": "w?"}]},
+                *messages("How?", "So.")[1:],
+            ]
+        },
+    ],
+    ids=["ShareGPT", "parts"],
+)
+def test_other_forms_are_read_as_messages(tokenizer: Path, tmp_path: Path, line: dict[str, Any]) -> None:
+    (tokens,) = _tokens(tokenizer, _read(tmp_path, json.dumps(line)))
+    (expected,) = _tokens(tokenizer, messages("How?", "So."))
+    assert (
+        _texts(tokenizer, tokens) == _texts(tokenizer, expected) == ("user: How?</s>\nassistant: So.</s>", "So.</s>")
+    )
 
 
 def test_there_is_no_loss_on_an_answer_of_weight_0(tokenizer: Path, tmp_path: Path) -> None:
