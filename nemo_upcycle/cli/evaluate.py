@@ -180,9 +180,7 @@ def _name_of(model: Path) -> str:
 
 def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:
     """Build a named suite beside the results."""
-    from nemo_upcycle.data.chat.config import is_chat
-    from nemo_upcycle.data.chat.finished import open_chat
-    from nemo_upcycle.data.finished import open_blend
+    from nemo_upcycle.data.chat.finished import open_data
     from nemo_upcycle.suites.local_tasks import is_answers, is_text
     from nemo_upcycle.suites.suite import build_named_suite
 
@@ -195,10 +193,8 @@ def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:
             expected="the folder of a blend, or of conversations, that holds some out",
             fix="add --data FOLDER, as nemo-upcycle data, chat or a run's data stage made it",
         )
-    if args.data and is_chat(str(args.data)):
-        return build_named_suite(args.suite, [], args.output / "suite", open_chat(args.data).answers())
-    documents = open_blend(args.data).heldout() if args.data else []
-    return build_named_suite(args.suite, documents, args.output / "suite")
+    held_out = open_data(args.data).held_out if args.data else {"heldout_documents": []}
+    return build_named_suite(args.suite, output=args.output / "suite", **held_out)
 
 
 def _batch_size(text: str) -> int | str:

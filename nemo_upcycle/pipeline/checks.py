@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from nemo_upcycle.data.blend import no_data
-from nemo_upcycle.data.chat.finished import open_chat
+from nemo_upcycle.data.chat.finished import open_data
 from nemo_upcycle.data.dense import check_address, is_configuration
 from nemo_upcycle.data.environment import data_python, engine_version
-from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.data.inputs import check_files, require_disjoint
 from nemo_upcycle.data.needs import Caches
 from nemo_upcycle.data.network import run_needs
@@ -315,7 +314,7 @@ def check_data(inputs: Inputs, *, remote: bool) -> None:
         remote: whether to ask for files behind addresses, too, which needs the network.
     """
     if inputs.is_finished:
-        (open_chat if inputs.reads_chat else open_blend)(inputs.data)
+        open_data(inputs.data)
     if inputs.chat:
         inputs.chat.paths(fetch=False)
     if (blend := inputs.blend) is None:

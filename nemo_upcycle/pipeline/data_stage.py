@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.chat.config import is_chat
+from nemo_upcycle.data.chat.finished import open_data
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import StageFolder
@@ -25,28 +25,24 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
 
     A finished folder is used where it lies.
     """
-    from nemo_upcycle.data.finished import open_blend
-
     dense_folder = dense_folder_of(run_dir)
     folder = data_folder_of(run_dir, plan)
     seq_length = _seq_length(plan, dense_folder)
-    if plan.inputs.reads_chat:
-        return _pack_chat(plan, dense_folder, folder, seq_length)
-    if plan.inputs.is_finished:
-        open_blend(folder).require_tokenizer_of(str(dense_folder))
-    else:
-        build_data(plan.inputs.data, str(dense_folder), folder, seq_length)
+    if not plan.inputs.is_finished:
+        build = _pack_chat if plan.inputs.reads_chat else build_data
+        build(plan.inputs.data, str(dense_folder), folder, seq_length)
         _say_changes(plan.inputs, folder)
-    blend = open_blend(folder)
-    blend.paths(seq_length or blend.manifest["seq_length"])  # before hours of other work: is there text enough?
-    if not blend.heldout():
+    data = open_data(folder)
+    data.require_tokenizer_of(str(dense_folder))
+    data.require_length(seq_length or data.manifest["seq_length"])  # before hours of other work
+    if not any(data.held_out.values()):
         raise StageError(
             f"held-out documents of {folder}",
             got="none",
             expected="some, to measure perplexity on",
             fix="name heldout files in the blend, or raise hold_out.heldout",
         )
-    return made_data(folder, blend.manifest)
+    return made_data(folder, data.manifest)
 
 
 def _seq_length(plan: WorkPlan, dense_folder: Path) -> int | None:
@@ -63,19 +59,12 @@ def made_data(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
 
-def _pack_chat(plan: WorkPlan, dense_folder: Path, folder: Path, seq_length: int | None) -> dict[str, Any]:
+def _pack_chat(chat: str, dense: str, folder: Path, seq_length: int | None) -> None:
     from nemo_upcycle.data.chat.build_chat import build_chat
     from nemo_upcycle.data.chat.config import read_chat
-    from nemo_upcycle.data.chat.finished import open_chat
 
-    if not plan.inputs.is_finished:
-        length = [f"seq_length={seq_length}"] if seq_length else []
-        build_chat(read_chat(plan.inputs.data, [f"tokenizer={dense_folder}", *length]), folder)
-    chat = open_chat(folder)
-    chat.require_tokenizer_of(str(dense_folder))
-    if seq_length:
-        chat.require_length(seq_length)
-    return made_data(folder, chat.manifest)
+    length = [f"seq_length={seq_length}"] if seq_length else []
+    build_chat(read_chat(chat, [f"tokenizer={dense}", *length]), folder)
 
 
 def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> None:
@@ -137,7 +126,7 @@ def sample_tokens(folder: Path) -> Any:
     import torch
 
     wanted, parts = SAMPLE_WINDOWS * SAMPLE_WINDOW_TOKENS, [torch.zeros(0, dtype=torch.int64)]
-    for tokens in _held_back(folder):
+    for tokens in open_data(folder).validation_tokens():
         if sum(map(len, parts)) < wanted:
             parts.append(torch.from_numpy(tokens.astype("int64")))
     if len(tokens := torch.cat(parts)) < wanted:
@@ -150,70 +139,17 @@ def sample_tokens(folder: Path) -> Any:
     return tokens[:wanted].view(SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS)
 
 
-def _held_back(folder: Path) -> Iterator[Any]:
-    """Yield the tokens of a folder's validation documents, or of its packs of conversations: few, so all of them."""
-    if is_chat(str(folder)):
-        import numpy as np
-
-        from nemo_upcycle.data.chat.finished import PACKS
-
-        for split in reversed(PACKS):
-            yield from (row["input_ids"] for row in np.load(folder / PACKS[split], allow_pickle=True))
-        return
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    from nemo_upcycle.data.finished import open_blend
-
-    blend = open_blend(folder)
-    for prefix in (prefix for prefixes in blend.tokens["validation"].values() for prefix in prefixes):
-        dataset = IndexedDataset(str(blend.folder / prefix))
-        yield from (dataset[number] for number in range(len(dataset)))
-
-
 def require_data(plan: WorkPlan, folder: Path) -> None:
     """Check that data which a run has made are whole, and say which files changed since.
 
     Raises:
         UpcycleError: a file is gone, or of another size.
     """
-    from nemo_upcycle.data.chat.finished import open_chat
-    from nemo_upcycle.data.finished import open_blend
-
-    if plan.inputs.is_finished:
-        return
-    if plan.inputs.reads_chat:
-        open_chat(folder)
-    else:
-        open_blend(folder)
+    if not plan.inputs.is_finished:
+        open_data(folder)
         _say_changes(plan.inputs, folder)
 
 
 def data_files(folder: Path) -> list[Path]:
     """Return the files that identify data to other stages: those that trainings read, and the held-out texts."""
-    from nemo_upcycle.data.chat.finished import PACKS
-    from nemo_upcycle.data.finished import HELDOUT, open_blend
-
-    names = [*PACKS.values(), HELDOUT]
-    if not is_chat(str(folder)):
-        tokens = open_blend(folder).tokens.values()
-        prefixes = sorted(prefix for sources in tokens for found in sources.values() for prefix in found)
-        names = [*(prefix + ending for prefix in prefixes for ending in (".idx", ".bin")), HELDOUT]
-    return [path for name in names if (path := folder / name).is_file()]
-
-
-def data_card(folder: Path) -> str:
-    """Describe the data for a model card."""
-    from nemo_upcycle.data.chat.finished import open_chat
-    from nemo_upcycle.data.finished import open_blend
-
-    return open_chat(folder).card if is_chat(str(folder)) else open_blend(folder).card
-
-
-def suite_inputs(folder: Path) -> dict[str, Any]:
-    """Read what was held back for evaluation, as `build_named_suite` takes it: documents, or answers."""
-    from nemo_upcycle.data.chat.finished import open_chat
-    from nemo_upcycle.data.finished import open_blend
-
-    if is_chat(str(folder)):
-        return {"heldout_documents": [], "answers": open_chat(folder).answers()}
-    return {"heldout_documents": open_blend(folder).heldout()}
+    return [path for name in open_data(folder).files if (path := folder / name).is_file()]

@@ -12,18 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nemo_upcycle.data.chat.finished import open_data
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.online.receipt import read_receipt, spec_of
 from nemo_upcycle.pipeline.data_stage import (
-    data_card,
     data_files,
     data_folder_of,
     data_stage,
     dense_folder_of,
     require_data,
     sample_tokens,
-    suite_inputs,
 )
 from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use
 from nemo_upcycle.pipeline.inputs import Inputs
@@ -168,7 +167,7 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     dense_folder = dense_folder_of(run_dir)
     receipt = run_dir / "pretrain" / "receipt.json"  # it has the spec, too, and loads no recipe
     spec = spec_of(read_receipt(receipt).get("spec"), receipt, {})
-    data = {"Data": data_card(data_folder_of(run_dir, plan))}
+    data = {"Data": open_data(data_folder_of(run_dir, plan)).card}
 
     def export(stage: str, output: Path, title: str, **options: Any) -> str:
         checkpoint = last_checkpoint(run_dir / stage)
@@ -191,7 +190,7 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.suites.suite import build_named_suite, load_suite_tasks
 
     suite = run_dir / "suite"
-    build_named_suite(plan.evaluation, output=suite, **suite_inputs(data_folder_of(run_dir, plan)))
+    build_named_suite(plan.evaluation, output=suite, **open_data(data_folder_of(run_dir, plan)).held_out)
     tasks = load_suite_tasks(suite)  # once: every model is asked the same
     dense_folder = dense_folder_of(run_dir)
     models = {

@@ -73,13 +73,13 @@ class Chat:
         return [entry.removeprefix(_ASSET) for entry in self.config.files if entry.startswith(_ASSET)]
 
     def paths(self, *, fetch: bool = True) -> list[Path]:
-        """Return the files, in the order in which they are read.
+        """Return the files, each once, in the order in which they are read.
 
         Args:
             fetch: whether assets are fetched; otherwise they are left out.
 
         Raises:
-            UpcycleError: an entry names no file, or a file stands there twice.
+            UpcycleError: an entry names no file.
         """
         found: list[Path] = []
         for entry in self.config.files:
@@ -94,11 +94,7 @@ class Chat:
                     fix="check the path",
                 )
             found += matches
-        if twice := {path for path in found if found.count(path) > 1}:
-            raise UpcycleError(
-                f"{self.name}: files", got=f"{min(twice)} twice", expected="each file once", fix="name it once"
-            )
-        return found
+        return list(dict.fromkeys(found))
 
     def template_text(self) -> str | None:
         """Return the chat template that is given in the place of the tokenizer's.

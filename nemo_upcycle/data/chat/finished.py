@@ -1,13 +1,14 @@
-"""Read a finished folder of conversations: its packs for training, and its held-out answers."""
+"""Read a finished folder of conversations, or a finished folder of either kind."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.chat.config import KIND
-from nemo_upcycle.data.finished import Finished
+from nemo_upcycle.data.chat.config import KIND, is_chat
+from nemo_upcycle.data.finished import HELDOUT, Finished, open_blend
 from nemo_upcycle.data.indexed_dataset import require_size
 from nemo_upcycle.errors import UpcycleError
 
@@ -31,23 +32,36 @@ class FinishedChat(Finished):
 
     @property
     def card(self) -> str:
-        """Describe the data for a model card."""
+        """See `Finished.card`."""
         train = self.manifest["splits"]["train"]
         return (
             f"conversations {self.name}, {train['conversations']:,} with {train['answers']:,} answers of"
             f" {train['answer_tokens']:,} tokens to train on ({self.manifest['license']})"
         )
 
+    @property
+    def files(self) -> list[str]:
+        """See `Finished.files`."""
+        return [*PACKS.values(), HELDOUT]
+
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """See `Finished.held_out`."""
+        return {"heldout_documents": [], "answers": self.answers()}
+
+    def validation_tokens(self) -> Iterator[Any]:
+        """See `Finished.validation_tokens`: of all packs, since few are validated on."""
+        import numpy as np
+
+        for split in ("validation", "train"):
+            yield from (row["input_ids"] for row in np.load(self.folder / PACKS[split], allow_pickle=True))
+
     def answers(self) -> list[dict[str, Any]]:
         """Return the answers that were held back: `document`, its `turn`, the `prompt` before it, and the `answer`."""
         return self.lines()
 
     def require_length(self, seq_length: int) -> None:
-        """Check that a training takes packs of the length that these have.
-
-        Raises:
-            UpcycleError: it does not.
-        """
+        """See `Finished.require_length`: the packs have it."""
         if seq_length != (made := self.manifest["seq_length"]):
             raise UpcycleError(
                 "data.seq_length",
@@ -85,3 +99,15 @@ def open_chat(folder: str | Path) -> FinishedChat:
     for name, size_bytes in manifest["files"].items():
         require_size(folder / name, size_bytes)
     return FinishedChat(folder, manifest)
+
+
+def open_data(folder: str | Path) -> Finished:
+    """Open a finished folder of texts or of conversations.
+
+    Args:
+        folder: the output of `nemo-upcycle data` or `nemo-upcycle chat`.
+
+    Raises:
+        UpcycleError: see `open_blend` and `open_chat`.
+    """
+    return open_chat(folder) if is_chat(str(folder)) else open_blend(folder)

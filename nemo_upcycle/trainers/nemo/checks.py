@@ -309,14 +309,9 @@ def check_data(recipe: run.Partial) -> None:
     from nemo_upcycle.data.blend_module import blend_data
 
     data = recipe.data
-    if reads_chat(recipe) and data.folder is not None:
-        chat = open_chat(data.folder)
-        chat.require_length(data.seq_length)
-        if Path(data.dense.removeprefix("nemo://")).is_dir():
-            chat.require_tokenizer_of(data.dense)
-    if data.__fn_or_cls__ is not blend_data or data.folder is None:
+    if not (reads_chat(recipe) or data.__fn_or_cls__ is blend_data) or data.folder is None:
         return
-    blend = open_blend(data.folder)
-    blend.paths(data.seq_length)
+    found = open_chat(data.folder) if reads_chat(recipe) else open_blend(data.folder)
+    found.require_length(data.seq_length)
     if Path(data.dense.removeprefix("nemo://")).is_dir():
-        blend.require_tokenizer_of(data.dense)
+        found.require_tokenizer_of(data.dense)
