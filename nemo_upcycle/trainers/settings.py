@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from nemo_upcycle.errors import SpecError, UpcycleError
@@ -145,7 +145,7 @@ SETTINGS: tuple[Setting, ...] = (
     _model("moe_pad_expert_input_to_capacity", shown=True),
     _model("recompute_granularity", shown=True),
     _model("recompute_modules", shown=True),
-    # Megatron-Core 0.15 takes any other name for none; 0.19 lists the names, which `trial.wrong_choices` asks for.
+    # Megatron-Core 0.15 takes any other name for none; 0.19 lists the names, which `trial.wrong_choices` checks.
     Setting("model.config.moe_router_dtype", "", _one_of("fp32", "fp64")),
     _model("hidden_dropout", _SHARE),
     _model("attention_dropout", _SHARE),
@@ -254,29 +254,24 @@ def all_wrong(
     trainer: str,
     where: str,
     check: Callable[[], object],
-    construct: Callable[[], Iterator[UpcycleError]],
-) -> Iterator[UpcycleError]:
-    """Yield all that keeps a training from its first step; of settings that contradict each other nothing is made.
+    construct: Callable[[], Iterable[UpcycleError]],
+) -> list[UpcycleError]:
+    """Return all that keeps a training from its first step; construct it only if nothing else is wrong.
 
     Args:
         recipe: NeMo's recipe, or Bridge's configuration.
         trainer: `nemo` or `bridge`.
         where: prefix of its overrides, for the text of errors.
         check: raises an UpcycleError if something beside the values of settings is wrong.
-        construct: constructs what the job would; yields why that fails.
+        construct: constructs what the job would; returns why that fails.
     """
-    found = [*wrong_values(recipe, trainer, where)]
-    yield from found
+    found: list[UpcycleError] = [*wrong_values(recipe, trainer, where)]
     values = [error.field for error in found]
     try:
         check()
     except UpcycleError as error:
-        if others := [part for part in error.parts if part.field not in values]:
-            yield from others
-            return
-    for failure in construct():
-        if f"{where}{failure.field}" not in values:
-            yield failure.renamed(lambda name: f"{where}{name}")
+        found += [part for part in error.parts if part.field not in values]
+    return found or [failure.renamed(lambda name: f"{where}{name}") for failure in construct()]
 
 
 def wrong_values(recipe: Any, trainer: str, where: str = "") -> Iterator[SpecError]:

@@ -1,7 +1,7 @@
 """Construct what a job constructs on its ranks, on the meta device and under groups that are not there.
 
 Megatron's classes check their settings themselves, some only when a module is made of them. What fails here fails in
-the job, after hours of other stages. Of a failure the setting is searched for without which it goes away.
+the job, after hours of other stages.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from packaging.version import Version
@@ -45,88 +45,43 @@ ON_META: dict[str, Any] = {
     "delay_wgrad_compute": False,
     "overlap_moe_expert_parallel_comm": False,
 }
-#: Failures of a training that are searched for, one behind the other.
-_MOST = 12
-_LONGEST = 200
-#: What is raised where something is not installed, or a device not there.
+#: Errors of a construction that may come from this machine: a package or a device is missing.
 _OF_MACHINES = (ImportError, AttributeError, NameError, RuntimeError)
 
 
-class Culprit(NamedTuple):
-    """A setting without which a construction does not fail as it does.
+def construction_errors(construct: Callable[[], list[UpcycleError]], unit: str) -> list[UpcycleError]:
+    """Return the errors of a construction.
+
+    An error that may come from this machine refuses nothing: it is printed.
 
     Args:
-        name: the setting's; empty where no single one explains the failure.
-        text: what the failure says, on a line.
-        error: the failure.
-    """
-
-    name: str
-    text: str
-    error: Exception
-
-
-def culprits(construct: Callable[[Collection[str]], object], settings: Mapping[str, Any]) -> Iterator[Culprit]:
-    """Yield the settings for which something cannot be constructed; each is left out when the next is searched for.
-
-    Args:
-        construct: constructs it, with their defaults for the settings that it is given the names of; raises if it
-            cannot.
-        settings: name -> value, of those that have another value than their default.
-    """
-    left_out: list[str] = []
-    while (error := _failure(construct, left_out)) and len(left_out) < _MOST:
-        text = _text_of(error)
-        rest = [name for name in settings if name not in left_out]
-        mentioned = [name for name in rest if _is_mentioned(name, settings[name], text)]
-        others = [name for name in rest if name not in mentioned]
-
-        def text_without(*names: str, left_out: tuple[str, ...] = tuple(left_out)) -> str | None:
-            failure = _failure(construct, (*left_out, *names))
-            return _text_of(failure) if failure else None
-
-        name = next((one for one in mentioned if text_without(one) != text), "")
-        if not name and text_without(*others) is None:
-            while len(others) > 1:
-                half = others[: len(others) // 2]
-                others = half if text_without(*half) is None else others[len(half) :]
-            name = others[0]
-        yield Culprit(name, text, error)
-        if not name:
-            return
-        left_out.append(name)
-
-
-def wrong_settings(
-    construct: Callable[[Collection[str]], object], settings: Mapping[str, Any], unit: str
-) -> Iterator[UpcycleError]:
-    """Yield why something cannot be constructed, setting by setting.
-
-    A failure that no single setting explains, or that is of this machine rather than of a value, may be the trial's
-    own: it is said, and refuses nothing.
-
-    Args:
-        construct: see `culprits`.
-        settings: see `culprits`.
-        unit: what to call the whole.
+        construct: constructs, and returns what is wrong with the result.
+        unit: name of what is constructed, for the text of errors.
 
     Example:
-        >>> def construct(left_out):
-        ...     assert "depth" in left_out, "no such depth"
-        >>> [str(error) for error in wrong_settings(construct, {"width": 3, "depth": -1}, "box")]
-        ['depth: got -1, expected another value (no such depth). Fix: set it to another, or omit it.']
+        >>> def construct():
+        ...     raise ValueError("no such depth")
+        >>> [str(error) for error in construction_errors(construct, "box")]
+        ['box cannot be constructed: ValueError: no such depth.']
     """
-    for name, text, error in culprits(construct, settings):
-        if not name or isinstance(error, _OF_MACHINES):
-            sys.stderr.write(f"Not tried before the start, {unit}: {text}\n")
-        elif isinstance(error, UpcycleError) and error.fix:
-            yield UpcycleError(field=name, got=error.got, expected=error.expected, fix=error.fix)
-        else:
-            expected, fix = f"another value ({text})", "set it to another, or omit it"
-            yield UpcycleError(field=name, got=settings[name], expected=expected, fix=fix)
+    found: list[UpcycleError] = []
+    error = failure_of(lambda: found.extend(construct()))
+    if error is None:
+        return found
+    if isinstance(error, UpcycleError):
+        return [error]
+    if isinstance(error, _OF_MACHINES):
+        sys.stderr.write(f"Not constructed before the start: {unit}: {text_of(error)}\n")
+        return []
+    return [UpcycleError(f"{unit} cannot be constructed: {text_of(error)}.")]
 
 
-def _failure(construct: Callable[[Collection[str]], object], left_out: Collection[str]) -> Exception | None:
+def failure_of(construct: Callable[[], object]) -> Exception | None:
+    """Construct without any output and without a trace in the environment, and return the error.
+
+    Args:
+        construct: raises if something cannot be constructed.
+    """
     environment = dict(os.environ)
     try:
         with (
@@ -135,7 +90,7 @@ def _failure(construct: Callable[[Collection[str]], object], left_out: Collectio
             contextlib.redirect_stdout(io.StringIO()),
         ):
             warnings.simplefilter("ignore")
-            construct(left_out)
+            construct()
     except Exception as error:
         return getattr(error, "proxy_base_exception", error)  # Fiddle's stand-in adds the whole configuration
     finally:
@@ -144,17 +99,10 @@ def _failure(construct: Callable[[Collection[str]], object], left_out: Collectio
     return None
 
 
-def _text_of(error: Exception) -> str:
-    """Put the text of an error on one line; of an assertion without words, what it asserts."""
-    text = error.problem if isinstance(error, UpcycleError) else str(error)
-    if not text:
-        text = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-    text = " ".join(text.split()).rstrip(".")
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-
-
-def _is_mentioned(name: str, value: Any, text: str) -> bool:
-    return name.rpartition(".")[2] in text or (isinstance(value, str) and value in text)
+def text_of(error: Exception) -> str:
+    """Return the class and the text of an error on one line; of an assertion without text, its line of code."""
+    text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return f"{type(error).__name__}: {' '.join(text.split())}".rstrip(".: ")
 
 
 def wrong_choices(config: Any, where: str) -> Iterator[UpcycleError]:

@@ -106,40 +106,49 @@ def test_what_is_wrong_is_refused_by_the_settings_name(parent: Path, settings: d
     assert caught.value.parts[0].field == f"pretrain.{setting_name(name)}"
 
 
-#: Values that a training is made of and that end its job before the first step, by the names of its trainer.
-FATAL: dict[str, Any] = {
-    f"model.{name}": value
-    for name, value in {
-        "recompute_granularity": "banana",
-        "moe_token_dispatcher_type": "banana",
-        "moe_router_dtype": "banana",
-        "rotary_base": 1,
-        "layernorm_epsilon": 1,
-    }.items()
-} | (
-    {
-        "optimizer.optimizer": "banana",
-        "validation.eval_iters": -1,
-        "logger.log_interval": 0,
-        "tokenizer.tokenizer_type": "null",
-    }
-    if IS_BRIDGE
-    else {
-        "optim.config.optimizer": "banana",
-        "trainer.accelerator": "tpu",
-        "trainer.limit_val_batches": -1,
-        "trainer.val_check_interval": 0,
-        "trainer.log_every_n_steps": 0,
-    }
-)
+#: Values that end a job before its first step, by the names of its trainer; those of a group are listed together.
+WRONG: list[dict[str, Any]]
+#: Setting, value, and words of the trainer's own error.
+FATAL: tuple[str, Any, str]
+if IS_BRIDGE:
+    WRONG = [
+        {"validation.eval_iters": -1, "logger.log_interval": 0},
+        {
+            "model.recompute_granularity": "banana",
+            "model.moe_router_dtype": "banana",
+            "optimizer.optimizer": "banana",
+            "tokenizer.tokenizer_type": "null",
+        },
+        {"model.rotary_base": 1, "model.layernorm_epsilon": 1},
+    ]
+    FATAL = ("model.moe_router_group_topk", 2, "moe_router_num_groups must be specified")
+else:
+    WRONG = [
+        {
+            "model.moe_router_dtype": "banana",
+            "optim.config.optimizer": "banana",
+            "trainer.accelerator": "tpu",
+            "trainer.val_check_interval": 0,
+            "trainer.log_every_n_steps": 0,
+        },
+        {"model.rotary_base": 1, "model.layernorm_epsilon": 1},
+    ]
+    FATAL = ("model.recompute_granularity", "banana", 'banana must be "full"or "selective".')
 
 
-@pytest.mark.parametrize("settings", [*({name: value} for name, value in FATAL.items()), FATAL], ids=len)
-def test_all_that_ends_a_job_before_its_first_step_is_listed_at_once(parent: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", WRONG, ids=len)
+def test_lists_wrong_values_together(parent: Path, settings: dict[str, Any]) -> None:
     problems = _training(settings, ranks=2).problems("pretrain", str(parent))
     assert {error.field.partition(" ")[0] for error in problems} == {
         f"pretrain.{setting_name(name)}" for name in settings
     }
+
+
+def test_shows_the_trainers_own_error_of_a_construction(parent: Path) -> None:
+    name, value, words = FATAL
+    (problem,) = _training({name: value}, ranks=2).problems("pretrain", str(parent))
+    assert str(problem).startswith("pretrain: the training cannot be constructed: ValueError: ")
+    assert words in str(problem)
     assert not torch.distributed.is_initialized()
 
 

@@ -46,8 +46,8 @@ if IS_BRIDGE:
     PREFIX, ARM = "model", 'recipe: "tests.bridge.recipes:tiny", gpus: 2'
 else:
     PREFIX, ARM = "model.config", "factory: tests.contract.nemo_recipes.moe"
-#: What only a trial shows, after what is there and each value by itself are as they should be.
-UNTRIED = f"{ARM}, set: {{{PREFIX}.recompute_granularity: banana, {PREFIX}.moe_token_dispatcher_type: banana}}"
+#: A mistake that only the construction of the model shows.
+UNTRIED = f"{ARM}, set: {{{PREFIX}.moe_router_group_topk: 2}}"
 WRONG = f"{ARM}, spec: {{router_int: zero}}" if IS_BRIDGE else "factory: llama_1m_e8t3"
 #: File -> its text, with a mistake in it.
 FILES = {

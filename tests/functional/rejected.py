@@ -97,7 +97,7 @@ OF_ALL = {
     "pretrain.data.micro_batch_size=7": "pretrain.data.global_batch_size: got 2, expected a multiple",
     "pretrain.trainer.strategy.tensor_model_parallel_size=5": "tensor_model_parallel_size",
     "pretrain.resume.restore_config.spec.top_k=9": "pretrain.resume.restore_config.spec.top_k: got 9",
-    "pretrain.model.config.recompute_granularity=banana": "pretrain.model.config.recompute_granularity",
+    "pretrain.model.config.recompute_granularity=banana": "pretrain: the training cannot be constructed: ValueError: ",
     "pretrain.model.config.num_layers=29": "pretrain.model.config.num_layers: got 29",
     # inputs
     "dir=s3://bucket/run": "dir: got s3://bucket/run, expected a path on this machine",

@@ -151,9 +151,9 @@ def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
         if is_here:
             yield from lacking_here(task)
         if is_first_rank():
-            yield from wrong_in(task, dense)
+            yield from wrong_in(task, dense, f"recipe {task.log.name}")
 
-    if wrong := [*all_wrong(task, "nemo", "", check, construct)]:
+    if wrong := all_wrong(task, "nemo", "", check, construct):
         raise UpcycleError.together(wrong)
     if is_here and is_first_rank():
         check_parents(task, remote=True)

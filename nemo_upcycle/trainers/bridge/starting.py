@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,64 +18,37 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.trainers.bridge.config import required_hook
-from nemo_upcycle.trainers.settings import setting
-from nemo_upcycle.trainers.trial import construct_ranks, wrong_choices, wrong_settings
+from nemo_upcycle.trainers.trial import construct_ranks, construction_errors, wrong_choices
 
 
-#: Optimizers of Megatron's own, beside those that register themselves.
-_OPTIMIZERS = ("adam", "sgd", "lion")
+#: Optimizers of Megatron: its own, and those that register themselves.
+_OPTIMIZERS = {"adam", "sgd", "lion", *_EMERGING_OPTIMIZERS}
 
 
-def wrong_in(config: ConfigContainer, layout: Layout, unit: str) -> Iterator[UpcycleError]:
-    """Yield why a job of a configuration would end before its first step, as far as construction shows it.
+def wrong_in(config: ConfigContainer, layout: Layout, unit: str) -> list[UpcycleError]:
+    """Return why a job of a configuration would end before its first step, as far as construction shows it.
 
     Args:
         config: a result of `load_config`.
         layout: the job's.
-        unit: what to call the whole.
+        unit: name of the training, for the text of errors.
     """
     hook = required_hook(config)
     parent = read_architecture(hook.paths[0])
     arch = parent.upcycled(hook.spec) if hook.spec else parent
     wrong = list(wrong_choices(config.model, "model."))
-    if (name := config.optimizer.optimizer.removeprefix("dist_")) not in (*_OPTIMIZERS, *_EMERGING_OPTIMIZERS):
-        wrong.append(UpcycleError.unknown("optimizer.optimizer", name, (*_OPTIMIZERS, *_EMERGING_OPTIMIZERS)))
+    if (name := config.optimizer.optimizer.removeprefix("dist_")) not in _OPTIMIZERS:
+        wrong.append(UpcycleError.unknown("optimizer.optimizer", name, _OPTIMIZERS))
     elif name in _EMERGING_OPTIMIZERS and find_spec("emerging_optimizers") is None:
         expected, fix = "package emerging-optimizers", "pip install emerging-optimizers"
         wrong.append(UpcycleError(field="optimizer.optimizer", got=f"{name} without it", expected=expected, fix=fix))
     if (kind := config.tokenizer.tokenizer_type) is None:
         fix = "omit it where the recipe has one, or set it to NullTokenizer, with tokenizer.vocab_size"
         wrong.append(UpcycleError(field="tokenizer.tokenizer_type", got=kind, expected="a kind of tokenizer", fix=fix))
-    yield from wrong
-    others: list[UpcycleError] = []
-
-    def construct(left_out: Collection[str]) -> None:
-        changed = copy.deepcopy(config)
-        for path in (*left_out, *(error.field for error in wrong)):
-            owner, _, name = path.rpartition(".")
-            part = setting(changed, owner)
-            setattr(part, name, _defaults(part)[name])
-        others[:] = _construct(changed, layout, arch)
-
-    yield from wrong_settings(construct, dict(_settings(config)), unit)
-    yield from (error.renamed(lambda name: name.replace(".config.", ".")) for error in others)
-
-
-def _defaults(part: Any) -> dict[str, Any]:
-    """Return the defaults of a configuration's fields, where they have some."""
-    made = {one.name: one.default_factory() for one in dataclasses.fields(part) if callable(one.default_factory)}
-    fixed = {one.name: one.default for one in dataclasses.fields(part)}
-    return {name: value for name, value in (fixed | made).items() if value is not dataclasses.MISSING}
-
-
-def _settings(config: ConfigContainer) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(config):
-        part = getattr(config, field.name)
-        if dataclasses.is_dataclass(part):
-            for name, default in _defaults(part).items():
-                value = getattr(part, name)
-                if isinstance(value, bool | int | float | str | list) and value != default:
-                    yield f"{field.name}.{name}", value
+    if wrong:
+        return wrong
+    found = construction_errors(lambda: _construct(copy.deepcopy(config), layout, arch), unit)
+    return [error.renamed(lambda name: name.replace(".config.", ".")) for error in found]
 
 
 def _construct(config: ConfigContainer, layout: Layout, arch: Architecture) -> list[UpcycleError]:

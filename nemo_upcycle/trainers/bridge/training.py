@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -248,9 +247,9 @@ def _problems(training: BridgeTraining, stage: str, dense: str) -> tuple[Upcycle
     config = training.config(folder)
     from nemo_upcycle.trainers.bridge.starting import wrong_in
 
-    def construct() -> Iterator[UpcycleError]:
+    def construct() -> list[UpcycleError]:
         layout = layout_of(config.model, training.nodes * training.ranks_per_node, config.train.micro_batch_size)
-        return wrong_in(config, layout, f"recipe {training.recipe}")
+        return wrong_in(config, layout, f"{stage}: the training")
 
     check = partial(_check_config, training, stage, folder)
     return (*all_wrong(config, training.name, f"{stage}.", check, construct),)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,6 @@ from nemo.collections.llm.api import _validate_config
 from nemo.lightning import _strategy_lib
 from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
-from nemo_upcycle.cpu.configuration import CPU_FIELDS
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.monitoring.fp8_statistics import require_inspect
@@ -24,49 +22,26 @@ from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.checks import parent_within_reach, ranks_of
 from nemo_upcycle.trainers.nemo.recipes import spec_of
 from nemo_upcycle.trainers.settings import setting
-from nemo_upcycle.trainers.trial import construct_ranks, culprits, wrong_settings
+from nemo_upcycle.trainers.trial import construct_ranks, construction_errors, failure_of, text_of
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
-#: Parts of a recipe that are constructed.
-_PARTS = ("model.config", "trainer", "trainer.strategy", "trainer.plugins", "optim.config", "optim.lr_scheduler")
 #: Arguments of Lightning's trainer that are no numbers and names alone, or change the process.
 _NOT_TRIED = ("accelerator", "devices", "num_nodes", "precision", "logger", "deterministic", "benchmark")
 
 
-def wrong_in(recipe: Any, dense: str) -> Iterator[UpcycleError]:
-    """Yield why a job of a recipe would end before its first step, as far as construction shows it.
+def wrong_in(recipe: Any, dense: str, unit: str) -> list[UpcycleError]:
+    """Return why a job of a recipe would end before its first step, as far as construction shows it.
 
     Args:
         recipe: recipe of a training job.
         dense: the parent's address; where the parent is known, the model has to be what is made of it.
+        unit: name of the training, for the text of errors.
     """
     parent = parent_within_reach(dense)
     spec = spec_of(recipe) if setting(recipe, "resume.restore_config.spec") else None
     arch = parent.upcycled(spec) if parent and spec else parent
-
-    others: list[UpcycleError] = []
-
-    def construct(left_out: Collection[str]) -> None:
-        changed = copy.deepcopy(recipe)
-        for path in left_out:
-            owner, _, name = path.rpartition(".")
-            delattr(setting(changed, owner), name)
-        others[:] = _construct(changed, arch)
-
-    yield from wrong_settings(construct, dict(_settings(recipe)), f"recipe {recipe.log.name}")
-    yield from others
-
-
-def _settings(recipe: Any) -> Iterator[tuple[str, Any]]:
-    for path in _PARTS:
-        part = setting(recipe, path)
-        if isinstance(part, fdl.Buildable):
-            parameters = part.__signature_info__.parameters
-            for name, value in part.__arguments__.items():
-                is_needed = name in parameters and parameters[name].default is inspect.Parameter.empty
-                if not is_needed and not isinstance(value, fdl.Buildable):
-                    yield f"{path}.{name}", value
+    return construction_errors(lambda: _construct(recipe, arch), unit)
 
 
 def _construct(recipe: Any, arch: Architecture | None) -> list[UpcycleError]:
@@ -127,18 +102,7 @@ def lacking_here(recipe: Any, where: str = "", *, in_stage: bool = False) -> Ite
     if in_stage and not here:
         return
 
-    def construct(without: Collection[str]) -> None:
-        config = copy.deepcopy(recipe.model.config)
-        for path in without:
-            name = path.rpartition(".")[2]
-            setattr(config, name, CPU_FIELDS[name])
-        with temporarily_set(TransformerConfig, "__post_init__", inspect.unwrap(TransformerConfig.__post_init__)):
-            fdl.build(config)
-
-    config = recipe.model.config
-    kernels = {name: value for name in CPU_FIELDS if (value := getattr(config, name, None)) not in (None, False)}
-    settings = {f"{where}model.config.{name}": value for name, value in kernels.items()}
-    for name, text, _ in culprits(construct, settings):
-        if name:
-            fix = "train in NVIDIA's NeMo container, which has what it needs; without a GPU set it to False"
-            yield UpcycleError(name, got=settings[name], expected=f"False on this machine ({text})", fix=fix)
+    with temporarily_set(TransformerConfig, "__post_init__", inspect.unwrap(TransformerConfig.__post_init__)):
+        failure = failure_of(lambda: fdl.build(recipe.model.config))
+    if failure:
+        yield UpcycleError(f"{where}model.config cannot be constructed on this machine: {text_of(failure)}.")

@@ -236,8 +236,10 @@ def _problems(training: NeMoTraining, stage: str, dense: str) -> tuple[UpcycleEr
         training.check(stage)
         training.check_parent(stage, dense, remote=False)
 
-    recipe = training.recipe
-    return (*all_wrong(recipe, training.name, f"{stage}.", check, lambda: wrong_in(recipe, dense)),)
+    def construct() -> list[UpcycleError]:
+        return wrong_in(training.recipe, dense, f"{stage}: the training")
+
+    return (*all_wrong(training.recipe, training.name, f"{stage}.", check, construct),)
 
 
 def _is(callback: Any, name: str) -> bool:

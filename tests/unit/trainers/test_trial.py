@@ -1,35 +1,25 @@
-"""The search for the setting at which a construction fails; `tests/contract/test_contract.py` has what it finds."""
+"""Errors of a construction; `tests/contract/test_contract.py` constructs trainings."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
-
 import pytest
 
-from nemo_upcycle.errors import SpecError
-from nemo_upcycle.trainers.trial import wrong_settings
+from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.trainers.trial import construction_errors
 
 
-SETTINGS: dict[str, Any] = {f"part.field_{number}": number for number in range(9)} | {"part.kind": "banana"}
+def test_an_error_of_this_machine_is_printed_and_refuses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    def construct() -> list[UpcycleError]:
+        raise ImportError("no module banana")
+
+    assert construction_errors(construct, "box") == []
+    assert capsys.readouterr().err == "Not constructed before the start: box: ImportError: no module banana\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("no setting of it"), ImportError("no module field_3")])
-def test_what_may_be_the_trials_own_failure_is_said_and_refuses_nothing(
-    error: Exception, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def construct(left_out: Collection[str]) -> None:
-        if "part.field_3" not in left_out or isinstance(error, ValueError):
-            raise error
+def test_own_errors_keep_their_words() -> None:
+    own = SpecError(field="kind", got="banana", expected="a fruit of another form", fix="peel it")
 
-    assert list(wrong_settings(construct, SETTINGS, "box")) == []
-    assert capsys.readouterr().err == f"Not tried before the start, box: {error}\n"
+    def construct() -> list[UpcycleError]:
+        raise own
 
-
-def test_the_words_of_an_own_error_stay() -> None:
-    def construct(left_out: Collection[str]) -> None:
-        if "part.kind" not in left_out:
-            raise SpecError(field="kind", got="banana", expected="a fruit of another form", fix="peel it")
-
-    (error,) = wrong_settings(construct, SETTINGS, "box")
-    assert str(error) == "part.kind: got banana, expected a fruit of another form. Fix: peel it."
+    assert construction_errors(construct, "box") == [own]
