@@ -27,13 +27,18 @@ WRITE: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.fixture(scope="module", params=WRITE)
+MIXED = {"tp": 2, "ep": 2, "etp": 1}
+#: One layout for each parent, and every layout for a parent with a dense layer.
+CASES = [*((name, MIXED) for name in WRITE), ("Qwen3-MoE", {"ep": 4}), ("Qwen3-MoE", {"pp": 2})]
+
+
+@pytest.fixture(scope="module")
 def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A parent of four experts, two for a token."""
     return WRITE[request.param](tmp_path_factory.mktemp("parent") / "dense")
 
 
-@pytest.mark.parametrize("layout", [{"ep": 4}, {"tp": 2, "ep": 2, "etp": 1}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize(("parent", "layout"), CASES, indirect=["parent"], ids=str)
 def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
     parent: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:
@@ -44,6 +49,7 @@ def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
     assert (receipt["parent_experts"], receipt["spec"]) == (4, UpcycleSpec(**fields).to_dict())
 
 
+@pytest.mark.parametrize("parent", WRITE, indirect=True)
 def test_the_baseline_is_the_parent_as_it_is(parent: Path, tmp_path: Path) -> None:
     assert ends_as_converted(parent, tmp_path / "run", None, ep=2, **STAYS)
     assert read_json(tmp_path / "run/receipt.json")["exact"] is True

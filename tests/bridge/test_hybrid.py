@@ -23,12 +23,10 @@ SHARED: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "share
     [
         ("*E*-*E*-", MIXED, {}),
         ("*E*E*E*E", SPEC, {"pp": 2}),
-        ("*E*E*E|*E", SPEC, {"pp": 2}),
         ("*E*-*|E*-", MIXED, {"pp": 2}),
         ("*E*E*E*E", SHARED, {"tp": 2, "ep": 2, "etp": 1}),
         ("*E*E|*E*E", SPEC, {"tp": 2, "pp": 2, "ep": 2}),
         ("*E*E*E*E", SPEC, {"style": "builder", "ep": 2}),
-        ("*E|*E|*E|*E", SPEC, {"style": "builder", "pp": 2, "vp": 2}),
         ("*|E*-*|E|*-", MIXED, {"style": "builder", "pp": 2, "vp": 2}),
     ],
     ids=str,

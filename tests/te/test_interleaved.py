@@ -35,12 +35,17 @@ def _apart(interleaved: torch.Tensor) -> torch.Tensor:
     return TEGroupedMLP._remove_glu_interleaving(columns, SIZE).T.reshape(interleaved.shape)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("model", ["tied", "biases", "noise", "drop", "granular"])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        *(("tied", layout) for layout in LAYOUTS),
+        *((model, Layout(gpus=4, tp=2, pp=2, ep=2)) for model in ("biases", "noise", "drop", "granular")),
+        *((model, Layout(gpus=4, tp=2, ep=2, etp=2)) for model in ("noise", "drop", "granular")),
+    ],
+    ids=str,
+)
 def test_a_rank_has_the_same_rows_in_another_order(model: str, layout: Layout) -> None:
     arch, spec = kind_of(model)
-    if arch.ffn_bias and layout.etp > 1:
-        pytest.skip("Megatron-Core has biases of experts only without expert-tensor parallelism")
     source = MemorySource(arch)
     for rank in range(layout.gpus):
         with megatron_rank(layout, rank):
