@@ -42,7 +42,7 @@ case ${1:-} in
         # One worker: each rank's process is forked from one that has imported Bridge.
         run_in .venv-bridge-sample -m "not weekly" tests/contract/test_mistakes.py \
             tests/bridge/test_models.py tests/bridge/test_bridged.py tests/bridge/test_config_fields.py \
-            tests/bridge/test_delta_nets.py::test_a_training_that_goes_on_has_the_bits_of_one_that_was_not_stopped \
+            tests/bridge/test_delta_nets.py::test_a_resumed_training_has_the_same_bits \
             tests/bridge/test_upcycling.py::test_a_second_start_in_the_same_process_is_not_upcycled_again \
             tests/bridge/test_upcycling.py::test_paths_are_compared_resolved \
             tests/unit/verify/test_verification.py::test_experts_that_no_grouped_product_takes_are_compared ;;

@@ -51,7 +51,7 @@ def _trained(dense: Path, folder: Path, **options: Any) -> list[Any]:
     return run_ranks(_train, 2, dense, folder, {"ep": 2, **options}, process_group=False)
 
 
-def test_the_receipt_says_that_the_loss_of_the_global_batch_acts_as_set(dense: Path, tmp_path: Path) -> None:
+def test_the_receipt_says_how_the_global_loss_acts(dense: Path, tmp_path: Path) -> None:
     model = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.02, "moe_z_loss_coeff": 1e-3}
     _trained(dense, tmp_path / "run", model=model)
     loss, z_loss = read_json(tmp_path / "run/receipt.json")["auxiliary_losses"]
@@ -111,9 +111,7 @@ def test_a_checkpoint_is_evaluated_with_its_biases_and_exported_to_no_class(
         export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
 
 
-def test_finetuning_keeps_the_biases_and_refuses_a_loss_in_which_padding_would_count(
-    dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]
-) -> None:
+def test_finetuning_keeps_the_biases(dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]) -> None:
     from nemo_upcycle.trainers.bridge.finetuning import finetune_from
 
     finetune_from(config := run_config(dense, tmp_path / "sft", None), whole[0])

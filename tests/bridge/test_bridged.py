@@ -169,7 +169,7 @@ def _fill(parent: Path, folder: Path, style: str) -> None:
 
 
 @pytest.mark.full
-def test_a_training_that_goes_on_has_the_bits_of_one_that_was_not_stopped(parents: Path, tmp_path: Path) -> None:
+def test_a_resumed_training_has_the_same_bits(parents: Path, tmp_path: Path) -> None:
     parent, options = written(parents, "Nemotron"), {"lr": 1e-3, "ep": 2}
     train_on_ranks(2, parent, tmp_path / "whole", SPEC, steps=3, **options)
     for steps in (2, 3):

@@ -36,7 +36,7 @@ def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
     assert ends_as_converted(parent, tmp_path / "run", SPEC, **layout)
 
 
-def test_a_training_that_goes_on_has_the_bits_of_one_that_was_not_stopped(parent: Path, tmp_path: Path) -> None:
+def test_a_resumed_training_has_the_same_bits(parent: Path, tmp_path: Path) -> None:
     whole = whole_as_in_two_halves(parent, tmp_path, lr=1e-3, ep=2)
     tokens = sample_tokens(VOCABULARY, length=SEQUENCE)
     assert not logits(whole, tokens).equal(logits(parent, tokens))

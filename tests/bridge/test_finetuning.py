@@ -46,9 +46,7 @@ def test_a_folder_that_was_not_upcycled_is_refused(dense: Path, tmp_path: Path) 
         finetune_from(run_config(dense, tmp_path / "sft", None), dense)
 
 
-def test_loras_adapters_train_resume_and_are_exported_with_the_run_they_started_from(
-    dense: Path, tmp_path: Path
-) -> None:
+def test_lora_adapters_train_resume_and_are_exported(dense: Path, tmp_path: Path) -> None:
     """The exported model loses on the batch behind the checkpoint what Bridge says of its step."""
     train_on_ranks(1, dense, tmp_path / "run", SPEC)
     for name, stops in (("whole", [None]), ("parts", [2, None])):

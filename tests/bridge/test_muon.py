@@ -25,7 +25,7 @@ from tests.megatron_ranks import build_rank, group_ranks
 MUON = {"optimizer": "muon", "use_distributed_optimizer": False}
 
 
-def test_a_training_that_goes_on_has_the_bits_of_one_that_was_not_stopped(dense: Path, tmp_path: Path) -> None:
+def test_a_resumed_training_has_the_same_bits(dense: Path, tmp_path: Path) -> None:
     whole_as_in_two_halves(dense, tmp_path, lr=1e-3, ep=2, optimizer=MUON | {"bf16": False})
 
 

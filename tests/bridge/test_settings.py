@@ -19,7 +19,7 @@ from tests.functional.started import under_ft_launcher
 from tests.waiting import HANG_S
 
 
-def test_a_spike_ends_the_run_on_all_ranks_where_that_is_asked_for(inputs: Path, tmp_path: Path) -> None:
+def test_a_spike_ends_the_run_on_all_ranks(inputs: Path, tmp_path: Path) -> None:
     settings = {"upcycle.spike_threshold": 0.0, "upcycle.stop_on_spike": "true", "steps": 60, "pp": 2}
     text = training_text(settings | {"lr": 0.0, "min_lr": 0.0}, ranks=2)
     with pytest.raises(RuntimeError, match=r"loss of step \d+: got [\d.]+, expected at most"):
@@ -57,9 +57,7 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: Any) -
     assert caught.value.field == name
 
 
-def test_statistics_about_fp8_are_bridges_own_on_a_gpu_and_need_their_package(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fp8_statistics_on_a_gpu_are_bridges_own(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_upcycle.monitoring import fp8_statistics
     from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
     from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
@@ -101,7 +99,7 @@ def test_a_forecast_knows_the_optimizer(inputs: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.weekly
-def test_a_hung_rank_is_restarted_and_the_run_ends_with_the_same_weights(inputs: Path, tmp_path: Path) -> None:
+def test_a_hung_rank_is_restarted_without_a_trace(inputs: Path, tmp_path: Path) -> None:
     for folder, once in (("whole", ""), ("hung", str(tmp_path / "once"))):
         run_dir = tmp_path / folder
         plan_of(inputs, run_dir)

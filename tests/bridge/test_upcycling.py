@@ -198,7 +198,7 @@ def test_a_parent_that_has_changed_since_is_refused(tmp_path: Path) -> None:
         train_on_ranks(1, parent, tmp_path / "run", SPEC, steps=2)
 
 
-def test_a_run_in_an_object_store_has_its_receipt_there_and_goes_on(dense: Path, tmp_path: Path) -> None:
+def test_a_run_in_an_object_store_resumes(dense: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     profile = {"storage_provider": {"type": "file", "options": {"base_path": str(store)}}}
     (tmp_path / "msc.json").write_text(json.dumps({"profiles": {"mine": profile}}))

@@ -77,7 +77,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return found
 
 
-def test_nothing_is_cut_off_and_what_is_wide_scrolls_in_its_own_box(opened: list[dict[str, Any]]) -> None:
+def test_wide_content_scrolls_in_its_own_box(opened: list[dict[str, Any]]) -> None:
     for page in opened:
         assert page["scroll_width"] <= page["width"]
         assert (page["cut"], page["hidden"], page["tiny"]) == ([], [], [])
@@ -96,7 +96,7 @@ def test_figures_are_whole_and_their_smallest_letters_can_be_read(opened: list[d
             assert image["width"] / image["pixels"] * DPI * SMALL / 72 > LETTERS
 
 
-def test_a_page_loads_nothing_and_that_of_a_run_under_way_alone_reloads_itself(opened: list[dict[str, Any]]) -> None:
+def test_only_a_running_page_reloads_itself(opened: list[dict[str, Any]]) -> None:
     assert [page["loaded"] for page in opened] == [[]] * 4
     assert {(page["page"], page["refresh"]) for page in opened} == {("live", str(REFRESH_S)), ("report", None)}
 

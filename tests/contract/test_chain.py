@@ -161,9 +161,7 @@ def _with_loaders() -> str:
 
 @pytest.mark.full
 @pytest.mark.weekly
-def test_a_training_with_loaders_saves_when_the_whole_job_is_told_to_stop_and_goes_on(
-    inputs: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_job_with_loaders_saves_and_resumes(inputs: Path, tmp_path: Path) -> None:
     """A scheduler's SIGTERM reaches every process of a job; loaders of data last until the checkpoint is there."""
     run_dir = tmp_path / "run"
     write_plan(run_dir, *(inputs / name for name in NAMED), _with_loaders())

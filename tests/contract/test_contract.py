@@ -53,7 +53,7 @@ def test_facts_are_those_of_the_training(parent: Path) -> None:
     assert dense.checkpoint_bytes < facts.checkpoint_bytes
 
 
-def test_a_training_says_what_it_makes_of_a_parent_and_of_what_it_reads(parent: Path) -> None:
+def test_a_training_tells_its_spec_and_data(parent: Path) -> None:
     training = _training({"spec.seed": 7})
     assert training.spec(parent) == UpcycleSpec(num_experts=EXPERTS, top_k=2, seed=7)
     assert training.seq_length(parent) == SEQUENCE

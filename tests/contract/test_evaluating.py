@@ -71,9 +71,7 @@ def test_a_training_has_the_same_bits_with_and_without_it(
     assert differing(weights(watched), weights(alone)) == []
 
 
-def test_a_step_that_a_stop_left_unscored_is_scored_by_the_next_start(
-    inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_an_unscored_step_is_scored_by_the_next_start(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     for kill_at in (2, 5):  # before the first checkpoint, which forgets the line of step 0; and after it
         with pytest.raises(RuntimeError, match="rank 0 died"):

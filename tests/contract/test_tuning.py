@@ -35,9 +35,7 @@ def one_rank(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def test_the_first_loss_is_the_parents_on_the_answers_of_each_conversation_alone(
-    inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_first_loss_is_the_parents_on_answers_alone(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """The parent in Hugging Face reads one conversation at a time; the upcycled model reads packs of several."""
     settings = {"steps": 1, "lr": 0.0, "min_lr": 0.0} | UNPADDED
     train(training_text(settings, kind="moe_sft"), tmp_path / "run", *inputs)

@@ -120,7 +120,7 @@ def test_file_that_gives_nothing_costs_only_itself(tmp_path: Path, reader: str) 
     assert texts(work, 1) == GOOD
 
 
-def test_fields_of_records_without_a_text_are_weighed_by_what_is_in_them(tmp_path: Path) -> None:
+def test_fields_without_a_text_are_weighed_by_content(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_bytes(b"".join(json.dumps({"id": "a", "content": text, "n": 1}).encode() + b"\n" for text in GOOD))
     assert outcome(tmp_path, file)[1] == [("no field text", number) for number in range(1, 7)]

@@ -42,7 +42,7 @@ def _summary(work: Path) -> dict[str, Any]:
     return json.loads((work / HELDOUT_OVERLAP).read_text())
 
 
-def test_copy_leaves_training_and_text_inside_a_longer_document_leaves_the_held_out(tmp_path: Path) -> None:
+def test_copies_leave_training_or_held_out_texts(tmp_path: Path) -> None:
     work = _run(tmp_path, [SHORT, LONG, QUOTE, OTHER], HELD)
     assert texts(work, 1) == [LONG, QUOTE, OTHER]
     assert _held(work) == [HELD[0], HELD[2], HELD[3]]

@@ -51,7 +51,7 @@ def test_first_of_a_chain_stays_though_others_have_more_pairs(tmp_path: Path) ->
     assert texts(_run(tmp_path / "two", [chain[0], chain[5]])) == [chain[0], chain[5]]
 
 
-def test_documents_that_share_some_passages_or_have_fewer_words_than_an_ngram_stay(tmp_path: Path) -> None:
+def test_documents_that_share_some_passages_stay(tmp_path: Path) -> None:
     alike = [f"{document(1, 2)}\n\n{document(n, 5)}" for n in range(20, 40)]
     many = [*alike, "four words of it", "four words of its"]
     assert texts(_run(tmp_path, many)) == many

@@ -14,7 +14,7 @@ def _look(path: Path, documents: int = 50) -> dict[str, Any]:
     return sample({"files": [file], "documents": documents, "bytes": 1 << 20, "tokenizer": None})
 
 
-def test_documents_have_their_ids_and_bytes_and_a_part_is_no_whole_file(tmp_path: Path) -> None:
+def test_documents_have_their_ids_and_bytes(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"träume {number}", "id": "own" if number else None}) for number in range(5)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     look = _look(tmp_path / "a.jsonl")

@@ -159,7 +159,7 @@ def test_biases_move_on_every_layout_as_on_one_rank(alone: Steps, ranks: Ranks, 
 
 
 @pytest.mark.skipif(find_spec("nemo") is None, reason="it trains in NeMo")
-def test_a_recipe_on_two_ranks_trains_as_on_one_and_its_receipt_says_what_acts(tmp_path: Path) -> None:
+def test_a_recipe_on_two_ranks_trains_as_on_one(tmp_path: Path) -> None:
     """With tokens counted, Megatron loses the tensor-parallel size; context parallelism has no attention here."""
     from tests.functional.runs import Runs
 

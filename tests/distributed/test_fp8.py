@@ -129,7 +129,7 @@ def _delayed(**changes: Any) -> dict[str, Any]:
     return {"losses": losses, "scales": scales, "grads": grads, "weight": layer.weight.abs().max().item()}
 
 
-def test_scales_move_after_each_pass_and_a_weight_keeps_its_own_for_a_step() -> None:
+def test_scales_move_after_each_pass() -> None:
     (found,) = run_ranks(_delayed, 1)
     inputs, weights, gradients, used = zip(*found["scales"], strict=True)
     assert 1 not in (*inputs, *weights, *gradients)

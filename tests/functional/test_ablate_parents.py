@@ -39,7 +39,7 @@ def _bits(cell: Path, step: int) -> float:
     return float(found["metrics"]["heldout_perplexity/bits_per_byte"]["value"])
 
 
-def test_both_start_where_their_parent_ended_and_the_moe_from_nothing_does_not(tmp_path: Path) -> None:
+def test_both_arms_start_where_their_parent_ended(tmp_path: Path) -> None:
     write_texts(tmp_path / "texts")
     (tmp_path / "suite.yaml").write_text(SUITE)
     (tmp_path / "grid.yaml").write_text(GRID)

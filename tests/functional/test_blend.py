@@ -134,7 +134,7 @@ def test_training_opens_the_folder(built: Path, texts: Path) -> None:
     assert dataset[0][-1] == _manifest(built)["tokenizer"]["eos_id"]
 
 
-def test_questions_of_the_packages_and_of_own_tasks_are_reported_and_what_was_not_looked_for(built: Path) -> None:
+def test_contaminated_questions_are_reported(built: Path) -> None:
     contamination = read_json(built / "contamination.json")
     found = contamination["sets"]["mmlu"]
     assert (found["documents"], contamination["sets"]["lm-eval/rivers"]["documents"]) == (1, 1)
@@ -145,7 +145,7 @@ def test_questions_of_the_packages_and_of_own_tasks_are_reported_and_what_was_no
     assert said.endswith("; not looked for: lm-eval/lost")
 
 
-def test_the_same_again_is_done_already_and_another_blend_or_a_damaged_folder_is_refused(
+def test_another_blend_in_the_same_folder_is_refused(
     texts: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = shutil.copytree(small, tmp_path / "data")
@@ -189,7 +189,7 @@ def test_check_reads_and_writes_nothing(texts: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "data").exists()
 
 
-def test_a_disk_that_is_full_at_the_first_write_refuses_no_later_start(texts: Path, tmp_path: Path) -> None:
+def test_a_full_disk_refuses_no_later_start(texts: Path, tmp_path: Path) -> None:
     command = ["data", str(texts / "small.yaml"), str(tmp_path / "data")]
     shell = ["bash", "-c", 'ulimit -f 1; trap "" XFSZ; exec "$@"', "bash", sys.executable, "-m", "nemo_upcycle.cli"]
     done = subprocess.run([*shell, *command], capture_output=True, text=True, timeout=HANG_S, check=False)

@@ -49,7 +49,7 @@ def _on_tiny_parent(files: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.full
-def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Path, tmp_path: Path) -> None:
+def test_a_mistake_inside_a_stage_ends_in_status_2(files: Path, tmp_path: Path) -> None:
     command = _on_tiny_parent(files, tmp_path / "run")
     answer = _type(command, tmp_path, files)
     assert answer.status == 2, answer.text
@@ -65,7 +65,7 @@ def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Pat
     assert answer.written == []
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_plan(files: Path, tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_folder_is_refused(files: Path, tmp_path: Path) -> None:
     command = _on_tiny_parent(files, tmp_path / "run")
     with in_use(tmp_path / "run"):
         answer = _type(command, tmp_path, files)

@@ -68,7 +68,7 @@ def test_sigterm_in_the_last_step_leaves_a_finished_training(runs: Runs, undistu
     assert _trained(runs.metrics("late")) == undisturbed
 
 
-def test_a_loss_that_is_not_a_number_ends_all_ranks_and_is_not_saved(runs: Runs) -> None:
+def test_a_nan_loss_ends_all_ranks_unsaved(runs: Runs) -> None:
     options = {"steps": STEPS, "every": 2, "resilient": True, "asynchronous": True}
     (first, kept), second = runs.endings("poisoned", 2, poison={"step": 3}, **options)
     assert (first, kept) == second

@@ -44,7 +44,7 @@ def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, 
     assert [line["loss"] for line in steps] == [line["loss"] for line in alone]
 
 
-def test_a_full_disk_is_named_and_the_run_goes_on_with_more_room(runs: Runs, alone: list[dict[str, Any]]) -> None:
+def test_a_run_resumes_after_a_full_disk(runs: Runs, alone: list[dict[str, Any]]) -> None:
     """A checkpoint of 11 MiB fits, a second one beside it does not."""
     disk = runs.folder / "disk"
     disk.mkdir()

@@ -89,7 +89,7 @@ def test_a_resumed_lora_ends_with_the_same_bits(inputs: tuple[Path, Path], adapt
     [(2, {}, 4), (2, {"pp": 2}, 1), (1, RECOMPUTED, 4)],
     ids=["data", "pp", "recompute"],
 )
-def test_loras_losses_do_not_depend_on_the_layout_or_on_what_is_recomputed(
+def test_loras_losses_are_independent_of_the_layout(
     inputs: tuple[Path, Path], adapted: Path, tmp_path: Path, ranks: int, change: dict[str, Any], equal: int
 ) -> None:
     train(_adapt(change, ranks), tmp_path, *inputs, ranks=ranks)

@@ -47,7 +47,7 @@ def test_a_parent_gives_the_tokens_of_transformers(parents: Parents, parent: str
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("parent", "tied", "name"), CASES)
-def test_a_model_gives_its_parents_tokens_or_convert_says_that_it_does_not(
+def test_a_model_gives_its_parents_tokens(
     parents: Parents, tmp_path: Path, parent: str, tied: bool, name: str, dtype: str
 ) -> None:
     folder, prompt, wanted = parents[parent, tied]

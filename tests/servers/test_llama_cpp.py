@@ -68,7 +68,7 @@ def wanted(parents: Parents, tmp_path_factory: pytest.TempPathFactory) -> Tokens
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("parent", "tied", "name"), CASES)
-def test_a_model_gives_its_parents_tokens_or_convert_says_that_it_does_not(
+def test_a_model_gives_its_parents_tokens(
     parents: Parents, wanted: Tokens, tmp_path: Path, parent: str, tied: bool, name: str, dtype: str
 ) -> None:
     spec = spec_of(name, parents[parent, tied], tmp_path)

@@ -31,7 +31,7 @@ def _laid_over(trainer: str) -> set[str]:
 
 
 @pytest.mark.parametrize("trainer", sorted(doctor._BASES))
-def test_image_builds_on_the_container_of_doctor_and_lays_over_what_it_does(trainer: str) -> None:
+def test_an_image_builds_on_doctors_container(trainer: str) -> None:
     text = (DOCKER / f"Dockerfile.{trainer}").read_text(encoding="utf-8")
     assert f"\nARG BASE=nvcr.io/nvidia/nemo:{doctor._BASES[trainer]}\nFROM $BASE\n" in text
     arguments = text.replace("\\\n", " ").split("--ignore-installed --no-deps ")[1].splitlines()[0]

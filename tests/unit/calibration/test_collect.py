@@ -75,7 +75,7 @@ def test_the_file_is_the_same_whatever_the_number_of_threads(dense: Path, tmp_pa
     assert len(digests) == 1
 
 
-def test_a_finished_file_is_found_and_one_of_other_settings_is_not_overwritten(dense: Path, tmp_path: Path) -> None:
+def test_a_file_of_other_settings_is_not_overwritten(dense: Path, tmp_path: Path) -> None:
     spec, file = UpcycleSpec(**PROMPTS), tmp_path / "file"
     first, again = made(dense, file, spec), made(dense, file, spec)
     assert (first.made, again.made, again.sha256) == (True, False, first.sha256)

@@ -57,7 +57,7 @@ def test_doctor_runs_on_the_standard_library_alone(bare: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_archives_hold_files_that_are_no_python_and_no_address_that_is_not_there(built: Path, wheel: Path) -> None:
+def test_the_archives_hold_data_files_and_no_dead_link(built: Path, wheel: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as source:
         names = [name.partition("/")[2] for name in source.getnames()]
     assert {"conf/data/text.yaml", "recipes/table.py", "tests/unit/cli/test_wheel.py"} <= {*names}

@@ -93,7 +93,7 @@ def test_a_tokenizer_that_comes_later_is_added(copy: Path, tmp_path: Path) -> No
     assert "tokenizer.json" in read_json(tmp_path / "moe" / MODEL_MARKER)["companions"]
 
 
-def test_a_finished_folder_that_lost_a_file_or_half_of_one_is_not_done(dense: Path, tmp_path: Path) -> None:
+def test_a_finished_folder_that_lost_data_is_not_done(dense: Path, tmp_path: Path) -> None:
     converted(dense, tmp_path / "moe")
     for name, kept_bytes in (("model.safetensors", 5000), ("config.json", 0), ("tokenizer.json", 0)):
         file = tmp_path / "moe" / name

@@ -57,7 +57,7 @@ def _stock_config() -> dict[str, Any]:
     }
 
 
-def test_a_stock_configuration_is_adapted_but_recorded_as_written_and_a_run_config_visibly() -> None:
+def test_a_stock_configuration_is_recorded_as_written() -> None:
     (made,) = run_ranks(_stock_config, 1)
     assert made["fusions"] == [False, False, False]
     assert made["recorded"] == {"num_moe_experts": 8, "moe_grouped_gemm": True}

@@ -21,7 +21,7 @@ from tests.waiting import HANG_S, wait_until
     ("interval", "batches", "clamped", "said"),
     [(2000, 1, 4, True), (4, 1, 4, True), (3, 1, 3, False), (1.0, 1, 1.0, False), (2000, 0, 4, False)],
 )
-def test_an_interval_beyond_the_run_ends_behind_it_and_is_said_where_a_validation_was_wanted(
+def test_an_interval_beyond_the_run_is_reported(
     interval: float, batches: int, clamped: float, said: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = SimpleNamespace(max_steps=3, val_check_interval=interval, limit_val_batches=batches)

@@ -40,7 +40,7 @@ def test_words_do_not_depend_on_typography(text: str, words: list[str]) -> None:
     assert words_of(text) == words
 
 
-def test_each_character_is_normalised_on_its_own_so_that_places_can_be_mapped_back() -> None:
+def test_each_character_is_normalised_on_its_own() -> None:
     every = [chr(code) for code in range(0x3000) if unicodedata.category(chr(code)) != "Cs"]
     text = "".join(f"{char}a" for char in every)
     assert normalise(text) == b"".join(normalise(char) for char in text)

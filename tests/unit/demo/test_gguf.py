@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.full
-def test_weights_are_those_of_transformers_own_loader_and_know_the_capital_of_france(folder: Path) -> None:
+def test_weights_are_those_of_transformers_own_loader(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     load, file = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.bfloat16), fetch_asset("smollm2-135m")

@@ -107,7 +107,7 @@ def test_one_seed_gets_no_verdict(others: Spread | None) -> None:
     assert (found["low"] is None) == (others is None)
 
 
-def test_what_is_equal_to_the_last_bit_is_a_tie_of_one_seed_too() -> None:
+def test_bit_equal_arms_tie_with_one_seed() -> None:
     arm = {1: documents(1.0, 1.3)}
     found = judge(difference_of_arms(arm, arm), Spread(1.0, 3), margin=0.0)
     assert (found["verdict"], found["low"], found["high"]) == ("tie", 0.0, 0.0)

@@ -156,7 +156,7 @@ def test_what_cannot_be_asked_is_known_before_the_model_is_loaded(own_suite: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_says_what_is_not_scored_and_ends_there_if_it_shall(
+def test_strict_evaluation_ends_at_missing_tasks(
     own_suite: Path,
     tiny_llama: Path,
     tmp_path: Path,

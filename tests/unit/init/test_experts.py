@@ -75,7 +75,7 @@ def test_a_down_projection_is_changed_through_its_transposed_view(spec: UpcycleS
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.999, 1.0])
-def test_floor_of_ratio_times_neurons_are_drawn_anew_the_same_in_gate_up_and_down(ratio: float) -> None:
+def test_gate_up_and_down_redraw_the_same_neurons(ratio: float) -> None:
     spec = UpcycleSpec(method="drop", drop_ratio=ratio)
     # 0.41 * 600 is 245.99999999999997.
     assert len(dropped_neurons(UpcycleSpec(method="drop", drop_ratio=0.41), 0, 0, 600)) == 246

@@ -255,6 +255,6 @@ def test_servers_that_would_drop_a_bias_are_named() -> None:
     assert none == ()
 
 
-def test_a_window_that_the_parents_class_does_not_know_is_not_handed_on() -> None:
+def test_a_window_unknown_to_the_parent_is_dropped() -> None:
     config = LLAMA3_8B | {"sliding_window": 16}
     assert moe_config(config, architecture_from_config(config).upcycled(UpcycleSpec()), 0.01)["sliding_window"] is None

@@ -115,7 +115,7 @@ def test_a_page_names_every_parent() -> None:
         assert f"\n| {family.title}" in parents or f", {family.title}" in parents or f"; {family.title}" in parents
 
 
-def test_the_readme_counts_the_families_and_a_page_names_those_with_recipes_of_nemos() -> None:
+def test_the_readme_counts_the_families() -> None:
     root = Path(__file__).parents[3]
     assert f"{len(families.parents())} families" in (root / "README.md").read_text(encoding="utf-8")
     text = " ".join((root / "docs/own_model.md").read_text(encoding="utf-8").split())

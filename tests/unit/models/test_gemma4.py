@@ -39,7 +39,7 @@ def _write(folder: Path) -> Path:
     return folder
 
 
-def test_each_layer_has_its_heads_and_the_network_is_kept_beside_the_experts(tmp_path: Path) -> None:
+def test_each_layer_has_its_own_heads(tmp_path: Path) -> None:
     parent = load_file(_write(tmp_path / "dense") / "model.safetensors")
     assert parent["model.layers.0.self_attn.q_proj.weight"].shape == (32, 16)
     assert parent["model.layers.5.self_attn.q_proj.weight"].shape == (48, 16)

@@ -80,7 +80,7 @@ def _of_two_bases(folder: Path) -> Path:
     return folder
 
 
-def test_a_rotary_embedding_for_each_kind_of_layer_is_read_as_both_releases_spell_it(tmp_path: Path) -> None:
+def test_rotary_embeddings_of_layer_kinds_have_two_spellings(tmp_path: Path) -> None:
     folder = write_gemma3(tmp_path / "dense", rope_local_base_freq=3000.0)
     arch, tokens = read_architecture(folder), torch.arange(32).view(1, -1)
     wanted = hugging_face_logits(folder, tokens)

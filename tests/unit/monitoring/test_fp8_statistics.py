@@ -34,7 +34,7 @@ def test_of_weights_that_are_kept_in_fp8_only_scales_are_asked_for() -> None:
         assert asked["activation"] == asked["gradient"] == every
 
 
-def test_shares_are_the_mean_of_the_layers_and_amax_and_scales_their_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_are_averaged_over_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = [Fp8Statistics(), Fp8Statistics()]
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     package = SimpleNamespace(api=SimpleNamespace(transformer_engine=SimpleNamespace(step=lambda: None)))

@@ -69,7 +69,7 @@ def test_a_model_has_the_dense_function_and_the_bits_of_the_conversion(dense: Pa
         assert float((got - wanted).norm() / wanted.norm()) < 1e-5
 
 
-def test_rows_are_the_files_times_the_spread_and_the_receipt_names_the_file(dense: Path, tmp_path: Path) -> None:
+def test_router_rows_are_the_files_times_the_spread(dense: Path, tmp_path: Path) -> None:
     spec = replace(calibrated(dense, tmp_path / "file", **CASES["granular, shared"]), router_spread=0.5)
     model, file = _model(dense, spec), Calibration(tmp_path / "file")
     with open_dense(dense) as source:

@@ -31,7 +31,7 @@ def test_bytes_add_up_and_times_are_the_slowest_ranks() -> None:
     assert named == [("weight3", 0), ("weight5", 1), ("weight4", 2)]
 
 
-def test_a_receipt_says_of_the_spec_what_is_not_the_default_or_all_of_it(tmp_path: Path) -> None:
+def test_a_receipt_omits_defaults_of_the_spec(tmp_path: Path) -> None:
     spec = UpcycleSpec(num_experts=8, top_k=2, granularity=2)
     assert spec.to_dict() == {"num_experts": 8, "top_k": 2, "granularity": 2}
     assert spec_of(spec.to_dict(), tmp_path, {}) == spec_of(asdict(spec), tmp_path, {}) == spec

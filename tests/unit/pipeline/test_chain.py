@@ -259,7 +259,7 @@ def test_message_is_of_the_stage_that_failed_with_its_last_words(tmp_path: Path,
     assert [words in text for words in said] == [True, True, False]
 
 
-def test_job_that_no_controller_takes_up_ends_the_chain_and_is_taken_back(tmp_path: Path) -> None:
+def test_an_ignored_job_ends_the_chain(tmp_path: Path) -> None:
     api = FakeApi()
     settings = KubernetesExecutor(image="i", claim="c", mount_path="/", report_within_s=0)
     cluster = KubernetesScheduler(settings, api)  # type: ignore[arg-type]

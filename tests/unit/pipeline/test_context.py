@@ -5,7 +5,7 @@ from __future__ import annotations
 from nemo_upcycle.pipeline.context import mistake_of
 
 
-def test_a_factory_of_a_module_that_python_does_not_find_is_told_so() -> None:
+def test_a_factory_of_an_unknown_module_is_refused() -> None:
     mistake = mistake_of("no_such_recipes.mine(nodes=2)")
     assert mistake is not None
     assert mistake.got == "no module no_such_recipes"

@@ -97,7 +97,7 @@ def test_what_is_left_blank_is_the_fields_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("word", "flag"), [("true", "#SBATCH --exclusive\n"), ("user", "#SBATCH --exclusive=user\n")])
-def test_a_word_is_true_or_false_where_a_field_takes_both_that_and_text(word: str, flag: str) -> None:
+def test_a_field_of_bool_or_text_reads_booleans(word: str, flag: str) -> None:
     on, off = (script_of(training(), f"stages.pretrain.exclusive={value}") for value in (word, "false"))
     assert flag in on
     assert "exclusive" not in off
@@ -186,7 +186,7 @@ def test_a_batch_script_requeues_while_the_step_advances(
         ("UNLIMITED", 70_000, "", True),
     ],
 )
-def test_a_training_that_starts_up_for_most_of_its_time_is_not_requeued_for_ever(
+def test_a_slow_start_is_not_requeued_forever(
     tmp_path: Path, limit: str, set_up_s: int, said: str, requeued: bool
 ) -> None:
     (tmp_path / "jobs/pretrain").mkdir(parents=True)
@@ -231,7 +231,7 @@ def test_paths_that_a_batch_script_cannot_hold_are_refused(run_dir: str) -> None
     assert refused.value.subject == f"path '{run_dir}'"
 
 
-def test_hang_detection_starts_one_launcher_a_node_with_the_cores_of_its_ranks() -> None:
+def test_hang_detection_starts_one_launcher_a_node() -> None:
     script = script_of(training(), "stages.pretrain.hang_detection=true", "env_vars={'http_proxy': 'a b'}")
     for words in ("#SBATCH --ntasks-per-node=1\n", "#SBATCH --cpus-per-task=96\n", "--nproc-per-node=8 "):
         assert words in script

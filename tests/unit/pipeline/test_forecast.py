@@ -90,7 +90,7 @@ def test_vocabulary_of_an_unknown_parent_is_said_to_be_unknown(demo: Any, tmp_pa
     assert found.trainings["pretrain"].facts.arch.vocab_size == 259
 
 
-def test_a_recipe_of_plain_settings_is_forecast_with_the_defaults_it_trains_with(demo: Any, tmp_path: Path) -> None:
+def test_plain_settings_are_forecast_with_their_defaults(demo: Any, tmp_path: Path) -> None:
     """Batches that a recipe does not name are those of its data module, plugins and callbacks are none."""
     from nemo.collections.llm.gpt.data import MockDataModule
 
@@ -115,7 +115,7 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(llama: Any, tmp_path: Path)
     assert (len(short.misfits), enough.misfits) == (1, ())
 
 
-def test_a_folder_that_a_cluster_alone_mounts_has_a_disk_of_unknown_size(llama: Any) -> None:
+def test_a_clusters_folder_has_a_disk_of_unknown_size(llama: Any) -> None:
     there = Path("/not-mounted/runs")
     assert forecast_of(llama, there, cluster=forecasts.CLUSTERS["slurm"]()).disk.free_bytes is None
     assert forecast_of(llama, there).disk.free_bytes is not None
@@ -171,7 +171,7 @@ def test_every_card_with_settings_has_a_speed(llama: Any, tmp_path: Path) -> Non
         ("llama", "kubernetes", {"termination_grace_s": 0}, "pretrain.termination_grace_s=360"),
     ],
 )
-def test_a_step_or_save_that_a_job_has_no_time_for_is_said_with_the_setting(
+def test_a_step_or_save_without_time_names_its_setting(
     chain: str, cluster: str, fields: dict[str, Any], words: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     scheduler = forecasts.CLUSTERS[cluster]()
@@ -194,7 +194,7 @@ def test_a_save_is_planned_at_the_speed_of_the_site(llama: Any, tmp_path: Path) 
     assert refused.value.field == "run.executor.write_gib_s"
 
 
-def test_nccl_ep_is_planned_with_the_buffers_that_it_is_given_and_refused_without(llama: Any) -> None:
+def test_nccl_ep_is_refused_without_buffers(llama: Any) -> None:
     facts = NeMoTraining(dump_recipe(llama.pretrain)).facts(llama.dense)
     facts = replace(facts, capacity_factor=None, recompute="none", first_steps=0)
 
@@ -292,7 +292,7 @@ def test_a_job_finds_what_its_own_variables_name(cache: Path) -> None:
     assert _names(DEMO, image, f"env_vars={{NEMO_UPCYCLE_CACHE: {cache}}}") == {}
 
 
-def test_a_model_of_the_hub_is_needed_until_all_of_it_is_there(cache: Path, tmp_path: Path) -> None:
+def test_a_hub_model_is_needed_until_it_is_whole(cache: Path, tmp_path: Path) -> None:
     plan = replace(DEMO, dense="hf://acme/tiny", data=str(tmp_path), evaluation="laptop")
     assert _names(plan) == {"import": ["model acme/tiny"]}
     kept = tmp_path / "hf/hub/models--acme--tiny"

@@ -42,7 +42,7 @@ def laptop() -> GridPlan:
     return read_grid("laptop")
 
 
-def test_a_seed_changes_data_and_spec_alone_and_all_arms_of_it_read_the_data_in_one_order(laptop: GridPlan) -> None:
+def test_arms_of_a_seed_read_data_in_one_order(laptop: GridPlan) -> None:
     """The dense ones, too: a difference would else be one of other texts."""
     one, two = (load_recipe(laptop.cells[f"moe-seed{seed}"]) for seed in (1, 2))
     assert (one.resume.restore_config.spec.seed, two.resume.restore_config.spec.seed) == (1, 2)
@@ -85,7 +85,7 @@ def test_a_mistake_in_a_grid_is_named(tmp_path: Path, old: str, new: str, subjec
     assert str(refused.value.got) == str(got)
 
 
-def test_a_grid_trains_on_texts_and_its_arms_have_settings_and_fields_that_exist(tmp_path: Path) -> None:
+def test_a_grids_arms_have_existing_settings(tmp_path: Path) -> None:
     with pytest.raises(UpcycleError, match=r"arms\.dense: .* Did you mean 'trainer\.max_steps'"):
         grid_of(tmp_path, MINI.replace("trainer.max_steps: 10", "trainer.max_step: 10"))
     with pytest.raises(UpcycleError, match=r"arms\.st: spec: got"):
@@ -94,7 +94,7 @@ def test_a_grid_trains_on_texts_and_its_arms_have_settings_and_fields_that_exist
         grid_of(tmp_path, MINI.replace("data: sotu", "data: messages"))
 
 
-def test_an_arm_starts_from_the_training_that_it_names_and_after_its_export(tmp_path: Path) -> None:
+def test_an_arm_starts_after_the_export_it_names(tmp_path: Path) -> None:
     plan = grid_of(tmp_path, OWN_PARENTS)
     assert list(plan.cells) == ["dense-5-seed1", "dense-10-seed1", "dense-5-seed2", "dense-10-seed2", "moe-seed2"]
     assert plan.parents["moe-seed2"] == "dense-10-seed2"
@@ -131,7 +131,7 @@ def test_a_grid_that_trains_its_parents_takes_no_other(tmp_path: Path) -> None:
         read_grid("budget", dense=str(tmp_path))
 
 
-def test_the_papers_grid_takes_the_papers_blend_and_knows_that_its_learning_rates_fall() -> None:
+def test_the_papers_grid_takes_the_papers_blend() -> None:
     plan = read_grid("paper")
     assert plan.data == h100.DATA
     assert load_recipe(plan.cells["capacity_1-seed3"]).model.config.moe_expert_capacity_factor == 1.0

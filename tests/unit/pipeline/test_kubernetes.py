@@ -88,7 +88,7 @@ def test_names_are_labels_whatever_the_folder_is_called(tmp_path: Path) -> None:
         assert len(f"{name}-20-worker-999") < 64
 
 
-def test_a_mount_that_is_a_link_on_this_machine_keeps_its_name_in_the_pods(tmp_path: Path) -> None:
+def test_a_linked_mount_keeps_its_name_in_the_pods(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     mount = tmp_path / "runs"
     mount.symlink_to(tmp_path / "real")

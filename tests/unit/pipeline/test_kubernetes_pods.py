@@ -58,7 +58,7 @@ def _start(tmp_path: Path, code: str, port: int, nodes: int = 1, ranks: int = 1)
 @pytest.mark.parametrize(
     ("nodes", "ranks", "world_size"), [(1, 1, "none"), pytest.param(2, 2, "4", marks=pytest.mark.full)]
 )
-def test_nodes_find_each_other_and_sigterm_leaves_their_ranks_the_time_to_save(
+def test_sigterm_leaves_ranks_the_time_to_save(
     nodes: int, ranks: int, world_size: str, port: int, tmp_path: Path
 ) -> None:
     processes = _start(tmp_path, SAVES, port, nodes, ranks)
@@ -77,7 +77,7 @@ def test_nodes_find_each_other_and_sigterm_leaves_their_ranks_the_time_to_save(
     assert [log.read_text().count("saved") for log in logs] == [ranks] * nodes
 
 
-def test_the_status_of_a_stage_is_that_of_its_pod_and_its_words_are_kept(tmp_path: Path, port: int) -> None:
+def test_a_stage_has_its_pods_status(tmp_path: Path, port: int) -> None:
     (process,) = _start(tmp_path, "import sys; sys.exit(print('a mistake') or 2)", port)
     assert process.wait(HANG_S) == 2
     assert (tmp_path / "jobs" / "pretrain" / "a-node0.log").read_text() == "a mistake\n"

@@ -33,7 +33,7 @@ def processes_of(folder: Path) -> list[str]:
     ("ranks", "own"),
     [(None, ["None None None None None 1"]), (2, ["0 0 2 127.0.0.1 None 1", "1 1 2 127.0.0.1 None 1"])],
 )
-def test_a_process_gets_torchruns_and_the_users_variables_and_is_no_rank_of_the_job_around_it(
+def test_a_process_is_no_rank_of_the_surrounding_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int | None, own: list[str]
 ) -> None:
     """The command in a shell of an allocation, or after a job script's `export WORLD_SIZE=8`."""

@@ -44,7 +44,7 @@ def test_a_stage_is_done_from_the_settings_that_it_finished_from(tmp_path: Path)
     assert not stage.is_done(inputs_of(stage, {"dense": "b"}))
 
 
-def test_a_stage_before_counts_by_its_settings_and_by_what_it_left_and_by_nothing_measured(tmp_path: Path) -> None:
+def test_a_marker_depends_on_settings_and_outputs_alone(tmp_path: Path) -> None:
     first, second = StageFolder(tmp_path, "import"), StageFolder(tmp_path, "data", ("import",))
     finish(first, {"dense": "a"}, content="1")
     started = inputs_of(second, {}, **{"import": {"dense": "a"}})

@@ -119,7 +119,7 @@ def test_after_a_failure_nothing_starts_and_others_finish(tmp_path: Path, capfd:
 _NOISE = "sys.stderr.write('[' + name + '] began\\nNeMo says much\\n[' + name + '] goes on\\n'); "
 
 
-def test_a_terminal_shows_what_stages_say_in_their_own_name_and_the_log_has_the_rest(
+def test_a_terminal_shows_only_what_stages_say_themselves(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_here, "has_live_lines", lambda: True)
@@ -131,7 +131,7 @@ def test_a_terminal_shows_what_stages_say_in_their_own_name_and_the_log_has_the_
 @pytest.mark.parametrize(
     ("end", "words"), [("sys.exit('it broke')", "NeMo says much"), ("sys.exit(2)", "[bad] goes on")]
 )
-def test_a_stage_that_ends_badly_on_a_terminal_shows_the_end_of_its_log_or_its_message_once(
+def test_a_failed_stage_shows_its_end_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, end: str, words: str
 ) -> None:
     monkeypatch.setattr(run_here, "has_live_lines", lambda: True)
@@ -173,7 +173,7 @@ def test_an_error_of_the_launcher_ends_what_runs(tmp_path: Path) -> None:
         ("os.kill(os.getpid(), 9)", 1, "stage 'bad' was ended by SIGKILL (out of memory?)"),
     ],
 )
-def test_a_mistake_keeps_its_status_and_a_killed_stage_is_said_to_be_killed(
+def test_a_killed_stage_is_reported_as_killed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], code: str, status: int, words: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -101,7 +101,7 @@ def test_container_sees_what_a_blend_and_a_suite_name(tmp_path: Path) -> None:
     assert f"--container-mounts {mounts},/runs/a/jobs/data:/nemo_run " in script
 
 
-def test_a_container_keeps_models_of_the_hub_in_the_run_and_does_not_win_over_what_the_job_sets() -> None:
+def test_a_container_keeps_hub_models_in_the_run() -> None:
     named = script_of(data(), "container_image=nemo", "env_vars={'B': '1'}", "container_env=[A]")
     assert 'export HF_HUB_CACHE="/shared/run/hub"\n' in named
     assert " --container-env A,HF_HUB_CACHE,B " in named
@@ -126,7 +126,7 @@ def test_job_leaves_the_allocation_around_it(commands: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("printed", ["7", "Welcome to alps\nMaintenance on 24.12.\n7;alps", "7\nbye"])
-def test_words_of_a_site_around_a_job_id_are_not_taken_for_it(commands: Path, tmp_path: Path, printed: str) -> None:
+def test_a_job_id_is_found_among_a_sites_words(commands: Path, tmp_path: Path, printed: str) -> None:
     write_commands(commands, sbatch=f"cat <<'E'\n{printed}\nE")
     assert SlurmScheduler(built(*SITE)).submit(data(tmp_path), []) == "7"
 
@@ -140,7 +140,7 @@ def test_words_of_a_site_around_a_job_id_are_not_taken_for_it(commands: Path, tm
         ("Unable to contact slurm controller (connect failure)", "Unable to contact", "Fix", UnreachableError),
     ],
 )
-def test_refusal_names_the_setting_that_it_is_about_and_a_controller_that_does_not_answer_refuses_nothing(
+def test_a_refusal_names_its_setting(
     commands: Path, tmp_path: Path, answer: str, hint: str, no_hint: str, kind: type[UpcycleError]
 ) -> None:
     write_commands(commands, sbatch=f'echo "sbatch: error: {answer}" >&2; exit 1')
@@ -164,7 +164,7 @@ def test_setting_that_cannot_work_is_refused_by_name(word: str, name: str) -> No
         SlurmScheduler(built(*SITE, word)).check_settings([training()])
 
 
-def test_mount_of_another_folder_does_not_hold_the_run_and_a_link_to_it_does(tmp_path: Path) -> None:
+def test_a_mount_holds_the_run_by_its_link(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "lustre").symlink_to(tmp_path / "scratch")
     job = data(Path("/lustre/run"))
@@ -206,7 +206,7 @@ def test_reason_of_one_of_several_partitions_ends_nothing(commands: Path) -> Non
 SECRET = "env_vars={HF_TOKEN: hf_abc, HF_HOME: /hf}"
 
 
-def test_script_with_a_secret_is_its_owners_alone_and_is_shown_without_it(tmp_path: Path) -> None:
+def test_a_script_with_a_secret_is_its_owners_alone(tmp_path: Path) -> None:
     own = ["stages.data.env_vars={WANDB_API_KEY: 'a \"b'}", "stages.data.setup_lines=export X_PASSWORD='c d'; true"]
     for words, secrets in (([], ()), ([SECRET], ("hf_abc",)), (own, ('a \\"b', "c d"))):
         cluster = SlurmScheduler(built(*SITE, *words))

@@ -143,7 +143,7 @@ def test_lost_outputs_are_refused_with_the_stage_to_run_again(
     assert f"--from {lost}" in refused.value.fix
 
 
-def test_from_export_goes_on_without_the_check_of_step_0_where_nothing_reads_it(run_dir: Path, plan: RunPlan) -> None:
+def test_export_resumes_without_the_check_of_step_0(run_dir: Path, plan: RunPlan) -> None:
     lose("upcycle", "export", "hf")(run_dir)
     require_earlier(chosen_stages(None, None, "export"), run_dir, plan)
     with pytest.raises(UpcycleError, match="--from upcycle"):  # evaluate reads its model

@@ -94,7 +94,7 @@ def test_published_peaks_are_predicted() -> None:
         assert peak.predicted()[1] == pytest.approx(peak.peak_gib, rel=0.15), peak.row.name
 
 
-def test_low_precision_has_copies_with_scales_keeps_smaller_inputs_and_may_leave_out_bf16() -> None:
+def test_low_precision_keeps_copies_scales_and_smaller_inputs() -> None:
     layout = parse_layout("pp=4,vp=8,ep=8", 128)
 
     def memory(precision: str, stage: int = 1, low_params: bool = False) -> Memory:

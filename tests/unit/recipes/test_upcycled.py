@@ -70,7 +70,7 @@ def test_a_dense_recipe_of_nemo_becomes_one_that_upcycles(recipes: Any, name: st
 
 
 @pytest.mark.parametrize("name", quick(GROWN, "mixtral_8x7b", "qwen3_30b_a3b"))
-def test_a_recipe_of_a_parent_with_experts_gets_more_of_them_and_keeps_the_rest(recipes: Any, name: str) -> None:
+def test_a_parent_with_experts_gets_more_experts(recipes: Any, name: str) -> None:
     from nemo_upcycle.trainers.nemo.recipes import spec_of
     from nemo_upcycle.trainers.nemo.upcycled import use_spec
 

@@ -127,7 +127,7 @@ def falling_grid(steps: dict[str, int], **schedules: str) -> dict[str, Any]:
     return found
 
 
-def test_arms_of_other_lengths_are_compared_at_their_ends_alone_where_the_learning_rate_falls(run_dir: Path) -> None:
+def test_arms_of_other_lengths_are_compared_at_their_ends(run_dir: Path) -> None:
     """Half of the steps at twice the FLOPs: what the MoE reaches at its end is no match for the parent on its way."""
     values = compared(run_dir, falling_grid({"moe": 4}))
     found = values["differences"]["moe"]
@@ -214,7 +214,7 @@ def test_evidence_alone_gives_the_same_table_and_page(run_dir: Path, tmp_path: P
     assert write_grid(folder).read_text() == text
 
 
-def test_share_of_held_out_text_in_the_training_text_of_a_grid_is_in_its_table(run_dir: Path) -> None:
+def test_the_table_shows_contaminated_held_out_text(run_dir: Path) -> None:
     assert "Held-out text" not in write_table(run_dir, "mine", described()).read_text()
     counts = {"documents": 14, "above": 2, "removed": 1, "ngrams": 1000, "shared": 123}
     row = {"source": "law", "split": "heldout", **counts, "ngrams_after": 900, "shared_after": 9}

@@ -59,7 +59,7 @@ def test_a_page_opens_with_verdict_numbers_and_one_figure(judged: Path) -> None:
     assert places == sorted(places)
 
 
-def test_no_line_breaks_inside_a_number_and_tables_scroll_in_a_box_of_their_own(reported: Path) -> None:
+def test_numbers_stay_on_one_line_and_tables_scroll(reported: Path) -> None:
     text = (reported / "report.html").read_text()
     assert text.count("<table>") == text.count('<div class="table">\n<table>') > 5
     for found in ("1.60 ± 0.14", "+0.0289 ± 0.0091", "256.0 MiB", "70.00 %", "6.25e-05", "3,000"):

@@ -266,7 +266,7 @@ def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
     assert found["distance of the experts from their mean, relative (0: copies)"] == ["0.5", "-"]
 
 
-def test_what_fp8_lost_is_shown_of_the_first_and_the_last_step_that_say_so(run_dir: Path) -> None:
+def test_fp8_losses_are_shown_for_first_and_last_step(run_dir: Path) -> None:
     assert "FP8, first step" not in write_report(run_dir).read_text()
     first = {"input": {"amax": 3.0, "underflow": 0.25}, "gradient": {"amax": 0.5, "underflow": 0.0}}
     last = {"input": {"amax": 4.0, "underflow": 0.125}, "gradient": {"scale_inv_max": 2.0}}

@@ -72,7 +72,7 @@ def _fill_room_of(checkpoint: Path) -> None:
     os.truncate(more, 2 * shutil.disk_usage(checkpoint).free)
 
 
-def test_a_save_that_began_without_the_room_of_the_last_one_is_a_full_disk(tmp_path: Path) -> None:
+def test_a_save_without_room_is_a_full_disk(tmp_path: Path) -> None:
     whole, half = write(tmp_path, 9), write(tmp_path, 11)
     _mark(half)
     anything = CheckpointException("write", {0: (RuntimeError("unexpected pos 704 vs 598"), None)})  # type: ignore
@@ -89,7 +89,7 @@ def test_a_save_that_began_without_the_room_of_the_last_one_is_a_full_disk(tmp_p
     assert full_disk(anything, tmp_path) is None, "nothing was being saved"
 
 
-def test_what_the_system_says_of_a_full_disk_counts_wherever_it_was_said(tmp_path: Path) -> None:
+def test_a_full_disk_is_recognised_wherever_it_is_reported(tmp_path: Path) -> None:
     error = RuntimeError("of a library")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     found = full_disk(error, tmp_path / "checkpoints")

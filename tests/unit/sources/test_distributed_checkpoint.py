@@ -71,7 +71,7 @@ def _add_chunk(offset: int) -> Callable[[Any], None]:
     return change
 
 
-def test_pieces_are_put_together_and_refused_where_they_overlap_or_leave_a_gap(folder: Path) -> None:
+def test_pieces_that_overlap_or_leave_a_gap_are_refused(folder: Path) -> None:
     metadata = (folder / ".metadata").read_bytes()
     _edit(folder, _add_chunk(4))
     with DistributedCheckpoint(folder) as checkpoint:
@@ -164,7 +164,7 @@ class _Runs:
         return os.system, (f"touch {self.path}",)
 
 
-def test_code_in_a_piece_or_in_the_place_of_metadata_is_refused_and_not_run(folder: Path, tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(folder: Path, tmp_path: Path) -> None:
     trace, evil = tmp_path / "trace", io.BytesIO()
     with zipfile.ZipFile(evil, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(_Runs(trace)))

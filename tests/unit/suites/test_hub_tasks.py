@@ -122,7 +122,7 @@ print(json.dumps([pairs, len(task.training_docs()), len(task.validation_docs())]
 
 
 @pytest.mark.slow
-def test_logiqa_is_asked_as_lm_eval_asks_it_from_files_without_a_script(hub: StandIn, tmp_path: Path) -> None:
+def test_logiqa_is_asked_as_lm_eval_asks_it(hub: StandIn, tmp_path: Path) -> None:
     pairs, *others = run(hub, tmp_path, LOGIQA)
     assert len(pairs) == 18
     assert all(ours == theirs for ours, theirs in pairs)

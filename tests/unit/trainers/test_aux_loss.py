@@ -57,7 +57,7 @@ def test_a_model_without_auxiliary_losses_reports_no_coefficient(changes: dict[s
     assert correct_losses(_config(**changes)) == []
 
 
-def test_a_coefficient_that_starts_at_zero_is_corrected_for_the_steps_that_raise_it(
+def test_a_coefficient_that_rises_from_zero_is_corrected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler

@@ -17,9 +17,7 @@ from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
 from nemo_upcycle.trainers.nemo.starting import lacking_here
 
 
-def test_statistics_about_fp8_start_before_the_model_is_built_and_need_their_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fp8_statistics_start_before_the_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr(metrics, "start_inspect", lambda *given: started.append(given))
     monkeypatch.setattr(AppState(), "log_dir", tmp_path)

@@ -94,7 +94,7 @@ def _chosen_by_rank(folders: list[str], dense: str) -> tuple[str, str, int]:
     return str(trainer.ckpt_path or ""), error, torch.distributed.get_world_size()
 
 
-def test_the_first_rank_chooses_for_ranks_that_see_an_older_state_of_the_folder(dense: Path, tmp_path: Path) -> None:
+def test_the_first_rank_chooses_for_ranks_with_stale_folders(dense: Path, tmp_path: Path) -> None:
     now, stale, empty = (tmp_path / name for name in ("now", "stale", "empty"))
     chosen = write(now, 7)
     write(stale, 6)

@@ -12,7 +12,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, parse_yaml, read_conf
 
 
-def test_reads_a_file_of_the_package_by_name_and_a_users_by_path(tmp_path: Path) -> None:
+def test_the_packages_file_has_a_name_a_users_a_path(tmp_path: Path) -> None:
     content, path, folder = read_conf("evaluation", "demo", "suite")
     assert (path.name, content["local"], folder) == ("demo.yaml", True, Path())
     mine = tmp_path / "mine.yml"

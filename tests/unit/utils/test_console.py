@@ -7,7 +7,7 @@ import gc
 from nemo_upcycle.utils.console import collector_paused
 
 
-def test_the_collector_is_on_again_and_does_not_look_through_what_was_made() -> None:
+def test_the_garbage_collector_is_on_again() -> None:
     gc.unfreeze()
     gc.enable()  # which a training of a test before may have left off
     with collector_paused():

@@ -103,7 +103,7 @@ def test_command_line_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatch) -
     assert all(kept in line for kept in ("tokenizer=/t", "web.tokens=5", "A: b"))
 
 
-def test_a_file_that_shows_a_secret_is_its_owners_alone_whatever_it_was(tmp_path: Path) -> None:
+def test_a_file_with_a_secret_is_its_owners_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.sh"
     path.touch(mode=0o644)
     write_private(path, "--container-image docker://me:pw@reg#image")

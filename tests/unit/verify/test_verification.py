@@ -135,7 +135,7 @@ def test_a_foreign_top_1_model_is_compared_though_no_spec_makes_one(dense: Path,
         assert found.equal is found.weights_exact is is_exact
 
 
-def test_a_float16_half_that_loses_the_last_bit_of_small_weights_is_named(dense: Path, tmp_path: Path) -> None:
+def test_float16_that_rounds_small_weights_is_named(dense: Path, tmp_path: Path) -> None:
     tensors = {name: tensor.half() for name, tensor in weights_of(dense).items()}
     tensors["model.layers.0.mlp.down_proj.weight"][0] = 3 * 2.0**-24  # halved, it is no number of float16
     half = change_weights(Path(shutil.copytree(dense, tmp_path / "float16")), tensors)
