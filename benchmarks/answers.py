@@ -32,7 +32,6 @@ ASKED = (
     "nemo-upcycle --help",
     *(f"nemo-upcycle {name} --help" for name in COMMANDS),
     "nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 64",
-    "nemo-upcycle advise --model asset://smollm2-135m --trained-on 2T --tokens 1B --gpus 8",
     "nemo-upcycle data sotu blend tokenizer=asset://smollm2-135m --check",
     "nemo-upcycle convert . moe --experts 1000000000",
     "nemo-upcycle report .",

@@ -27,7 +27,6 @@ from nemo_upcycle.utils.masking import without_secrets
 COMMANDS = {
     "start": "a model and texts -> recipe, blend and forecast; with --yes a trained MoE and its report",
     "plan": "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU",
-    "advise": "go on dense, upcycle, or an MoE from nothing: costs, what was measured near, and what the law says",
     "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",
     "chat": "conversations -> packed sequences to tune on, with a loss on the answers alone",
     "fetch": "what a run takes from networks -> one folder, for machines without a network",

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from nemo_upcycle.cli.common import OptionRow, add_options, show
-from nemo_upcycle.cli.plan_request import Subject, add_shared_options, request_of, subject_of
+from nemo_upcycle.cli.plan_request import Subject, request_of, subject_of
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import hardware, table
@@ -23,6 +23,7 @@ from nemo_upcycle.planning.search import (
 from nemo_upcycle.planning.workload import (
     DISPATCHERS,
     GRADIENTS,
+    PRECISIONS,
     RECOMPUTES,
     ROUTINGS,
 )
@@ -55,7 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--model", metavar="MODEL", help=text)
     model, cluster = (parser.add_argument_group(title) for title in ("model and step", "cluster"))
-    add_shared_options(model, cluster)
+    upcycling: dict[str, OptionRow] = {
+        "num_experts": (int, "N", "upcycle --model to N experts, or to more"),
+        "top_k": (int, "K", "experts that a token passes through (default: 2, or what keeps --model's function)"),
+        "granularity": (int, "G", "parts of a dense network (default: 1)"),
+        "seq_length": (int, "TOKENS", "tokens of a sequence (default: 8192)"),
+        "global_batch": (int, "SEQUENCES", "sequences of a step (default: 512)"),
+    }
+    add_options(model, upcycling)
+    precisions = f"{', '.join(PRECISIONS)}; the last two on Blackwell (default: bf16)"
+    add_options(model, {"precision": (str, "NAME", precisions)}, "bf16")
+    cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    add_options(cluster, {"gpu": (str, "NAME", f"{', '.join(hardware.gpu_names())} (default: h100)")}, "h100")
+    add_options(cluster, {"price_per_gpu_hour": (float, "PRICE", "in your currency")})
     dispatchers = f"{', '.join(DISPATCHERS)} (default: the recipe's alltoall; hybridep for --model on Blackwell)"
     beside = "what runs beside computation; the recipes have none, --model what NVIDIA's recipes have for the layout"
     step: dict[str, OptionRow] = {

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.cli.common import OptionRow, add_options
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import check_parent
@@ -16,7 +15,7 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
-from nemo_upcycle.planning.workload import FORCED_IMBALANCE, PRECISIONS, USUAL_IMBALANCE, Workload
+from nemo_upcycle.planning.workload import FORCED_IMBALANCE, USUAL_IMBALANCE, Workload
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.commands import BACKENDS
 from nemo_upcycle.utils.validation import check_capacity, check_number, check_whole
@@ -47,28 +46,6 @@ class Subject:
     folder: Path | None = None
 
 
-def add_shared_options(model: argparse._ArgumentGroup, cluster: argparse._ArgumentGroup) -> None:
-    """Add the options of `plan` that `advise` has, too."""
-    upcycling: dict[str, OptionRow] = {
-        "num_experts": (int, "N", "upcycle --model to N experts, or to more"),
-        "top_k": (int, "K", "experts that a token passes through (default: 2, or what keeps --model's function)"),
-        "granularity": (int, "G", "parts of a dense network (default: 1)"),
-        "seq_length": (int, "TOKENS", "tokens of a sequence (default: 8192)"),
-        "global_batch": (int, "SEQUENCES", "sequences of a step (default: 512)"),
-    }
-    add_options(model, upcycling)
-    precisions = f"{', '.join(PRECISIONS)}; the last two on Blackwell (default: bf16)"
-    add_options(model, {"precision": (str, "NAME", precisions)}, "bf16")
-    cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
-    add_options(cluster, {"gpu": (str, "NAME", f"{', '.join(hardware.gpu_names())} (default: h100)")}, "h100")
-    add_options(cluster, {"price_per_gpu_hour": (float, "PRICE", "in your currency")})
-
-
-def router_order(top_k: int | None) -> str:
-    """Return the router's order, which does not change what training costs: with one expert the other is refused."""
-    return "softmax_topk" if top_k == 1 else "topk_softmax"
-
-
 def subject_of(args: argparse.Namespace) -> Subject:
     """Return the model that the command line names.
 
@@ -92,7 +69,9 @@ def subject_of(args: argparse.Namespace) -> Subject:
         spec = growth_spec(arch, args.num_experts, args.top_k)
         return Subject(arch.upcycled(spec), arch, spec, None, _DEFAULTS, folder)
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
-    spec = UpcycleSpec(num_experts=args.num_experts, router_order=router_order(args.top_k), **given)
+    # Both orders cost the same; with one expert only softmax_topk is accepted.
+    order = "softmax_topk" if args.top_k == 1 else "topk_softmax"
+    spec = UpcycleSpec(num_experts=args.num_experts, router_order=order, **given)
     moe_arch = arch.upcycled(spec)
     return Subject(moe_arch, arch, spec, hardware.recipe_for(arch, moe_arch), _DEFAULTS, folder)
 

@@ -3,7 +3,7 @@
 Everything of this package that says "better", "worse" or "tie" asks here. Two errors make an interval: that of other
 documents, and that of other seeds. Each has its own degrees of freedom, so each gets its own quantile before their
 squares are added: of few seeds the interval is then rather too wide than too narrow. Where the spread of few seeds is
-taken from others, it is assumed to be like theirs; benchmarks/coverage.py shows what that is worth.
+taken from others, it is assumed to be like theirs; benchmarks/results/coverage.md shows what that is worth.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from nemo_upcycle.pipeline.order import kind_of, require_earlier, require_same_w
 from nemo_upcycle.pipeline.plan import KEPT, Stage, WorkPlan
 from nemo_upcycle.pipeline.stage_jobs import jobs_of
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.planning.advice import known_parent_tokens
 from nemo_upcycle.suites.lm_eval_tasks import check_needs
 from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.suites.suite_config import read_suite_config
@@ -167,7 +166,6 @@ def check_run(
     own: list[Callable[[], object]] = [
         partial(check_detach, detach, cluster),
         partial(check_asked, inputs),
-        lambda: known_parent_tokens(plan.dense, plan.trained_on),
         *(partial(_check_kind_of_data, inputs, name, training) for name, training in trainings),
         *(partial(training.check, name) for name, training in trainings),
     ]

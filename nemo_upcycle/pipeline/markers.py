@@ -32,6 +32,8 @@ STEPS = " steps"
 _SHORT, _LISTED = 200, 5
 #: What is hashed of a file: so many pieces, of this size.
 _PIECES, _PIECE_BYTES = 16, 1 << 16
+#: Settings that 0.2 noted and that changed no result. A run of 0.2 may name them; nothing reads them now.
+RETIRED = ("trained_on",)
 #: What the names of inputs begin with. A hash that is not known is empty, and equals every other.
 SETTING, STAGE, CONTENT = "setting ", "stage ", "content "
 
@@ -226,7 +228,8 @@ class StageFolder:
         if not isinstance(notes, dict) or any(not isinstance(notes.get(key), dict) for key in keys):
             return None
         require_known(notes, path)
-        return notes | {"inputs": _plain(notes["inputs"])}
+        inputs = {name: text for name, text in notes["inputs"].items() if name.removeprefix(SETTING) not in RETIRED}
+        return notes | {"inputs": _plain(inputs)}
 
     def refusal(self, inputs: Mapping[str, str]) -> str:
         """Return why work that was started in the folder may not go on from these inputs; empty if it may.

@@ -15,7 +15,7 @@ from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.disk_use import DiskUse
 from nemo_upcycle.pipeline.inputs import Inputs
-from nemo_upcycle.pipeline.markers import STEPS, StageFolder, content_hash, setting_texts, sha256
+from nemo_upcycle.pipeline.markers import RETIRED, STEPS, StageFolder, content_hash, setting_texts, sha256
 from nemo_upcycle.trainers.base import Training, TrainingFacts, TrainingSettings
 from nemo_upcycle.utils.conf import conf_text, is_conf_file, read_conf
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
@@ -66,7 +66,7 @@ class WorkPlan(ABC):
         require_known(content, run_dir / cls.file)
         content.pop(KEY, None)
         known = content.pop("training_settings_of", {})
-        plan = cls(**content)
+        plan = cls(**{name: value for name, value in content.items() if name not in RETIRED})
         plan._known.update({digest: TrainingSettings(**values) for digest, values in known.items()})
         return plan
 

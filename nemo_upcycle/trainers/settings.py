@@ -174,7 +174,6 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("", "validation.eval_iters", _from(0)),
     Setting("trainer.accelerator", "", _one_of("gpu", "cpu", "auto", "cuda")),
     Setting("data.num_workers", "dataset.num_workers", _from(0), free=True),
-    Setting("resume.restore_config.trained_on", "", free=True),
     *(
         Setting("", f"upcycle.{name}", free=True)
         for name in (

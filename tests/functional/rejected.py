@@ -109,7 +109,6 @@ OF_ALL = {
     "data=chatterbot": "data: got chatterbot: conversations, expected texts",
     "evaluation=dmeo": "Did you mean 'demo'?",
     "evaluation=answers": "evaluation answers: got ",
-    "trained_on=lots": "trained_on: got 'lots', expected a number",
     "--from pretrain": "stage 'import' in ",
     # several at once
     "run.executor.partition=??? pretrain.optim.config.lr=-1 data=bogus": "run.executor.partition: got nothing",

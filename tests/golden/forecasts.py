@@ -53,7 +53,6 @@ def forecast_text(recipe: str, cluster: str) -> str:
         mock.patch.dict("os.environ", {"NEMO_UPCYCLE_CACHE": "/nowhere", "HF_HOME": "/nowhere"}),
         mock.patch("torch.cuda.is_available", return_value=False),
         mock.patch.object(common, "cpu_has_fast_bf16", return_value=True),
-        mock.patch("nemo_upcycle.planning.advice.fitted_law", return_value=None),  # changes with its grid
     ):
         chain = getattr(recipes, recipe).pipeline_recipe(dir=f"/runs/{recipe}")
         run_dir, site, is_full = Path(chain.dir), CLUSTERS[cluster](), (recipe, cluster) in IN_FULL
@@ -102,5 +101,4 @@ def plan_of(chain: Any) -> Any:
 
     dense_ct = dump_recipe(chain.dense_ct) if chain.dense_ct else None
     recipes = dump_recipe(chain.pretrain), dense_ct
-    trained_on = chain.trained_on
-    return RunPlan(chain.pretrain.log.name, chain.dense, chain.data, chain.evaluation, *recipes, trained_on=trained_on)
+    return RunPlan(chain.pretrain.log.name, chain.dense, chain.data, chain.evaluation, *recipes)

@@ -13,7 +13,6 @@ from nemo_upcycle.data.blend import DEMO
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import TASK
 from nemo_upcycle.evaluation.statistics import MARGIN, ROUNDING
-from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest, open_arm
 from nemo_upcycle.pipeline.ablations.stages import SUITE, UNTRAINED, GridPlan
 from nemo_upcycle.pipeline.checks import check_demo_data
@@ -139,7 +138,11 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                 "is_rate_constant": facts.is_rate_constant,
             }
             if arm.parent:
-                described[cell] |= _origin(arm, facts.arch, grid) | {"parent_tokens": read}
+                described[cell] |= {
+                    "is_length": bool(arm.lengths),
+                    "experts": facts.arch.num_experts or 1,
+                    "parent_tokens": read,
+                }
     short_first = sorted(cells, key=lambda name: _place(described[name]))
     if len(trainers) > 1:
         got, expected = "recipes of NeMo and of Megatron-Bridge", "those of one"
@@ -213,26 +216,6 @@ def _trainings(
 def _place(cell: Mapping[str, Any]) -> tuple[int, int]:
     """Sort the trainings of a grid: short ones of a seed first, and parents before their own."""
     return cell["seed"], cell.get("parent_tokens", 0) + cell["steps"] * cell["tokens_per_step"]
-
-
-def _origin(arm: ArmConfig, arch: Architecture, grid: GridConfig) -> dict[str, Any]:
-    """Describe for the table an arm with a parent of the grid's own, but for the parent's tokens.
-
-    Args:
-        arm: the arm.
-        arch: the architecture of its model; it does not know the vocabulary.
-        grid: the arm's grid.
-    """
-    arch = replace(arch, vocab_size=grid.parent.vocabulary if grid.parent else 0)
-    return {
-        "parent": arm.parent,
-        "is_length": bool(arm.lengths),
-        "experts": arch.num_experts or 1,
-        "topk": arch.top_k or 1,
-        "granularity": arch.ffn_size // (arch.expert_ffn_size or arch.ffn_size),
-        "active_parameters": arch.active_params,
-        "total_parameters": arch.total_params,
-    }
 
 
 def _check(path: str, grid: GridConfig) -> None:

@@ -52,7 +52,6 @@ def pipeline(
     evaluation: str = "demo",
     gpus: Optional[int] = None,
     gpus_per_node: Optional[int] = None,
-    trained_on: Optional[str] = None,
     from_stage: Optional[str] = None,
     until_stage: Optional[str] = None,
     only_stage: Optional[str] = None,
@@ -76,7 +75,6 @@ def pipeline(
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
         gpus: ranks of both trainings; None takes the recipe's, from its name.
         gpus_per_node: how many of them a node has; None: as many as one with the GPU in the recipe's name, else 8.
-        trained_on: tokens that the parent was trained on (15T), for the advice; None: those of a published parent.
         from_stage: `--from STAGE`: start with this one; those before it must be finished.
         until_stage: `--until STAGE`: end after this one.
         only_stage: `--only STAGE`: this one alone.
@@ -104,7 +102,7 @@ def pipeline(
     baseline = trainings["dense_ct"].to_text() if dense_ct else None
     texts = trainings["pretrain"].to_text(), baseline
     read = DEMO if data is None else data
-    plan = RunPlan(recipe, dense, read, evaluation, *texts, trainer="bridge", trained_on=trained_on)
+    plan = RunPlan(recipe, dense, read, evaluation, *texts, trainer="bridge")
     wrong = failures([partial(check_demo_data, plan)]) if data is None else []
     launch_chain(ctx, dir, plan, first=from_stage, last=until_stage, only=only_stage, render=render, wrong=wrong)
 

@@ -12,7 +12,6 @@ from nemo_upcycle.pipeline.data_stage import data_folder_of
 from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.performance import settings_here
-from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast, forecast_network
 from nemo_upcycle.pipeline.forecast.stages import TIME, StageForecast, forecast_stages
@@ -56,7 +55,6 @@ class Forecast:
         network: what stages take from networks.
         settings: all of them.
         performance: NVIDIA's settings of the trainings, by stage.
-        advice: whether upcycling is expected to pay with the run's numbers, in a line; "" where nothing is upcycled.
         unchecked: what was not looked at, a line each.
         problems: what would keep the run from its end, as far as the checks and `hopeless` tell.
         read_too_often: what to say of each source of finished data that a training reads more often than they allow.
@@ -70,7 +68,6 @@ class Forecast:
     network: NetworkForecast
     settings: tuple[RunSetting, ...]
     performance: Mapping[str, Mapping[str, str]]
-    advice: str
     unchecked: tuple[str, ...] = ()
     problems: tuple[UpcycleError, ...] = ()
     read_too_often: tuple[str, ...] = ()
@@ -140,7 +137,6 @@ def forecast(
     performance = {stage.name: performance_of(by_name[stage.name]) for stage in trained}
     running = [stage for stage, found in zip(stages, stage_forecasts, strict=True) if found.runs]
     network = forecast_network(running, plan, cluster, by_name, facts)
-    upcycles = any(stage.name == "pretrain" and stage.runs for stage in stage_forecasts)
     return Forecast(
         run_dir=run_dir,
         recipe=plan.recipe,
@@ -150,7 +146,6 @@ def forecast(
         network=network,
         settings=tuple(_run_settings(plan, [stage.name for stage in trained], typed or {})),
         performance=performance,
-        advice=advice_of(plan.dense, plan.trained_on, facts) if upcycles else "",
         problems=network.problems,
         read_too_often=tuple(_read_too_often(plan, data_folder_of(run_dir, plan), trainings)),
     )
@@ -172,7 +167,7 @@ def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]
         stages: names of the stages that train.
         typed: argument or setting -> value of all that was typed.
     """
-    for name in ("dense", "trained_on", "data", "evaluation"):
+    for name in ("dense", "data", "evaluation"):
         if value := getattr(plan, name):
             yield RunSetting(name, without_secrets(value), TYPED if name in typed else CHAIN)
     values: dict[str, str] = {}

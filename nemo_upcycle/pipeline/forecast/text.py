@@ -44,7 +44,6 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
             _stage_lines(forecast.stages, common, verbose=verbose),
         ),
         ("Trainings", _training_lines(trainings, verbose=verbose)),
-        ("Does it pay", _wrapped(forecast.advice, _INDENT)),
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk, verbose=verbose)),
         ("Network", _network_lines(forecast.network, verbose=verbose)),
         ("Settings", in_columns([[one.name, *([one.origin] if verbose else []), one.value] for one in settings])),

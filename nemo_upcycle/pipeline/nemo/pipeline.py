@@ -2,7 +2,6 @@
 
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
-import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Optional
@@ -15,10 +14,8 @@ from nemo_upcycle.pipeline.answers import answered, of_another_trainer
 from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.context import CheckedContext, PipelineContext, entrypoint, factories, mistake_of
 from nemo_upcycle.pipeline.executors.base import is_local
-from nemo_upcycle.pipeline.forecast.advice import advice_of
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.planning.advice import known_parent_tokens
 from nemo_upcycle.trainers.nemo.checks import (
     check_calibration,
     check_data,
@@ -28,14 +25,9 @@ from nemo_upcycle.trainers.nemo.checks import (
 )
 from nemo_upcycle.trainers.nemo.recipes import PLACED_PARTS, dump_recipe, ignored_settings
 from nemo_upcycle.trainers.nemo.starting import lacking_here, wrong_in
-from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
 from nemo_upcycle.trainers.settings import all_wrong, setting
 from nemo_upcycle.utils.ranks import is_first_rank
-
-
-#: Where a recipe says what its parent was trained on.
-_TRAINED_ON = "resume.restore_config.trained_on"
 
 
 @entrypoint(PipelineContext)
@@ -47,7 +39,6 @@ def pipeline(
     dense_ct: Optional[run.Partial] = None,
     data: Optional[str] = None,
     evaluation: str = "demo",
-    trained_on: Optional[str] = None,
     from_stage: Optional[str] = None,
     until_stage: Optional[str] = None,
     only_stage: Optional[str] = None,
@@ -67,7 +58,6 @@ def pipeline(
         data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`;
             None: the demo's speeches, only without GPUs.
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
-        trained_on: tokens that the parent was trained on (15T), for the advice; None: those of a published parent.
         from_stage: `--from STAGE`: start with this one; those before it must be finished.
         until_stage: `--until STAGE`: end after this one.
         only_stage: `--only STAGE`: this one alone.
@@ -78,9 +68,7 @@ def pipeline(
     """
     baseline = dump_recipe(dense_ct) if dense_ct else None
     trainings = dump_recipe(pretrain), baseline
-    plan = RunPlan(
-        pretrain.log.name, dense, DEMO if data is None else data, evaluation, *trainings, trained_on=trained_on
-    )
+    plan = RunPlan(pretrain.log.name, dense, DEMO if data is None else data, evaluation, *trainings)
     wrong = [*_ignored(ctx, {"pretrain": pretrain, "dense_ct": dense_ct})]
     wrong += failures([partial(check_demo_data, plan)]) if data is None else []
     part = {"first": from_stage, "last": until_stage, "only": only_stage}
@@ -135,14 +123,13 @@ class _OthersContext(run.cli.RunContext):
 
 
 def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
-    """Check a training that `nemo llm pretrain` or `finetune` was told to start; with `--dryrun` of one, advise."""
+    """Check a training that `nemo llm pretrain` or `finetune` was told to start."""
     is_here, dense = is_local(ctx.executor) and not ctx.dryrun, setting(task, "resume.restore_config.path")
 
     def check() -> None:
         check_recipe(task)
         check_own_data(task)
         check_calibration(task, here=is_here)
-        known_parent_tokens("", setting(task, _TRAINED_ON), _TRAINED_ON)
         if is_local(ctx.executor):
             check_data(task)
             check_parents(task, remote=False)
@@ -157,7 +144,4 @@ def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
         raise UpcycleError.together(wrong)
     if is_here and is_first_rank():
         check_parents(task, remote=True)
-    if ctx.dryrun and setting(task, "resume.restore_config.spec") and is_first_rank():
-        facts = {"pretrain": NeMoTraining(dump_recipe(task)).facts(dense)}
-        sys.stdout.write(f"Does it pay: {advice_of(dense, setting(task, _TRAINED_ON), facts, name=_TRAINED_ON)}\n")
     return task

@@ -58,8 +58,6 @@ class UpcycleConfig(RestoreConfig):
             of what `path` makes; only its weights are taken. `path` and `spec` still say what the model was made of.
         non_expert_weights: with branches, where all other weights come from: the "first" checkpoint or the "mean" of
             all.
-        trained_on: tokens that the dense checkpoint was trained on, as 15T, for the advice of `--dryrun`; no training
-            depends on it.
 
     Example:
         >>> recipe.resume.restore_config = run.Config(  # doctest: +SKIP
@@ -72,7 +70,6 @@ class UpcycleConfig(RestoreConfig):
     branches: Optional[list[str]] = None
     checkpoint: Optional[str] = None
     non_expert_weights: str = "first"
-    trained_on: Optional[str] = None
     load_artifacts: bool = False  # the folder holds no NeMo context; the tokenizer comes with the data
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The forecast of a run as it was changed: trainings, disk, settings, saves, advice; golden files hold the rest."""
+"""The forecast of a run as it was changed: trainings, disk, settings, saves; golden files hold the rest."""
 
 from __future__ import annotations
 
@@ -240,20 +240,6 @@ def test_an_offline_hub_is_a_problem_without_a_cache(
         one.startswith("import: got HF_HUB_OFFLINE=1") and "no model meta-llama/" in one
         for one in map(str, found.problems)
     )
-
-
-def test_a_forecast_advises_with_the_runs_own_numbers(llama: Any, tmp_path: Path) -> None:
-    """The baseline is trained on as many tokens; those of the parent are a published one's, or the user's."""
-    finish(llama, tmp_path, "import", "data", "upcycle")
-    found = forecast_of(llama, tmp_path, stages=STAGES[3:5])
-    assert found.advice.startswith("e8t2 after 15T + 100B tokens: ")
-    assert forecast_of(llama, tmp_path, stages=STAGES[4:5]).advice == ""
-    llama.dense = "hf://mine/dense"
-    assert "add trained_on=15T" in forecast_of(llama, tmp_path).advice
-    llama.trained_on = "300B"
-    found = forecast_of(llama, tmp_path)
-    assert found.advice.startswith("e8t2 after 300B + 100B tokens: ")
-    assert ("trained_on", "300B") in [(one.name, one.value) for one in found.settings]
 
 
 DEMO = RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", "", None)

@@ -16,7 +16,7 @@ from nemo_upcycle.pipeline.checks import check_started
 from nemo_upcycle.pipeline.forecast.stages import find
 from nemo_upcycle.pipeline.order import chosen_stages, finished, read_plan, require_earlier, require_same_work
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
-from nemo_upcycle.utils.files import MARKER, read_json, write_json
+from nemo_upcycle.utils.files import MARKER, STARTED, read_json, write_json
 from tests.started import PACKED, unpack
 
 
@@ -101,6 +101,17 @@ def test_a_finished_run_of_an_earlier_release_has_nothing_to_do(run_dir: Path, p
     assert finished(run_dir, plan) == NAMES
     assert launch(run_dir, plan) == []
     assert {read_json(run_dir / name / MARKER)["schema"] for name in NAMES} == {1}
+
+
+def test_a_setting_that_left_changes_no_stage(run_dir: Path, plan: RunPlan) -> None:
+    write_json(run_dir / plan.file, read_json(run_dir / plan.file) | {"trained_on": "300B"})
+    for name in (MARKER, STARTED):
+        notes = read_json(run_dir / "report" / name)
+        notes["inputs"]["setting trained_on"] = "300B"
+        write_json(run_dir / "report" / name, notes)
+    started = read_plan(run_dir)
+    assert isinstance(started, RunPlan)
+    assert launch(run_dir, started) == []
 
 
 #: What a user does to the folder, and the stages that run again.

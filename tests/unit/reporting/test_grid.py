@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -10,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.grid_points import points_csv
-from benchmarks.result_pages import RESULTS
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
-from nemo_upcycle.reporting.grid_evidence import EVIDENCE, collect_evidence, read_evidence, write_evidence
+from nemo_upcycle.reporting.grid_evidence import EVIDENCE, collect_evidence, write_evidence
 from nemo_upcycle.reporting.grid_table import BEGIN, END, render_table, write_grid, write_table
 from nemo_upcycle.utils.files import MARKER
 
@@ -274,14 +271,3 @@ def test_what_is_of_one_seed_gets_no_verdict(run_dir: Path) -> None:
     assert values["tests"]["end"] == 1
     text = render_table({"grid": "mine", "about": "", **values})
     assert "(one seed)" in next(line for line in text.splitlines() if line.startswith("| st - moe |"))
-
-
-def test_points_of_trainings_from_parents_have_what_a_law_is_fitted_to() -> None:
-    folder = RESULTS / "budget"
-    texts = points_csv(read_evidence(folder / EVIDENCE)), (folder / "points.csv").read_text(encoding="utf-8")
-    (names, *made), (kept_names, *kept) = (list(csv.reader(text.splitlines())) for text in texts)
-    assert names == kept_names
-    losses = slice(names.index("loss"), names.index("steps"))
-    for row, expected in zip(made, kept, strict=True):
-        assert list(map(float, row[losses])) == pytest.approx(list(map(float, expected[losses])))
-        assert (row[: losses.start], row[losses.stop :]) == (expected[: losses.start], expected[losses.stop :])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.result_pages import RESULTS
 from nemo_upcycle.reporting.grid_figure import MOST_SERIES, drawn_arms, grid_figure
 from tests.unit.reporting.drawn import faults_of
 
 
-VALUES: dict[str, Any] = json.loads((RESULTS / "laptop/table.json").read_text(encoding="utf-8"))
+TABLE = Path(__file__).parents[3] / "docs/results/laptop/table.json"
+VALUES: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
