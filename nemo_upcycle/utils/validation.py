@@ -132,15 +132,11 @@ def require_local(name: str, path: str) -> str:
     return path
 
 
-def number_of_tokens(text: str, option: str = "--tokens") -> float:
+def number_of_tokens(text: str) -> float:
     """Return the number that a text such as `100B`, `1.5T`, `27e9` or `27,000,000,000` stands for.
 
-    Args:
-        text: the option's value.
-        option: its name.
-
     Raises:
-        SpecError: it stands for none.
+        SpecError: it stands for none; names `--tokens`.
     """
     unit = _UNITS.get(text[-1:].upper())
     number = text[:-1] if unit else text
@@ -152,7 +148,7 @@ def number_of_tokens(text: str, option: str = "--tokens") -> float:
         value = 0.0
     if not 1 <= value <= _MOST_TOKENS:
         expected = f"a number: 100B, 1.5T, 500M or 1e11, at most {_MOST_TOKENS:g}"
-        raise SpecError(option, got=repr(text), expected=expected, fix=f"set {option} 100B")
+        raise SpecError("--tokens", got=repr(text), expected=expected, fix="set --tokens 100B")
     return value
 
 
