@@ -1,7 +1,7 @@
 """Measure the processor seconds that each command takes until it answers, and what of them imports take.
 
     python -m benchmarks.answers          all, in 3 minutes; the table goes into results/answers.md
-    python -m benchmarks.answers plan     prints what begins so behind `nemo-upcycle` or `nemo`
+    python -m benchmarks.answers plan     prints the commands that begin with `nemo-upcycle plan` or `nemo plan`
 
 Processor seconds do not depend on what else a machine does as those of a clock do; take them on a quiet one all the
 same. NeMo's commands import NeMo before they read what was typed.
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.arguments import chosen
 from nemo_upcycle.cli.main import COMMANDS
 
 
@@ -92,7 +93,8 @@ def row(command: str, taken: Taken) -> str:
 
 def main() -> None:
     """Print the table, and write it into its page where all commands were asked."""
-    begun = tuple(f"{program} {sys.argv[1]}" for program in ("nemo-upcycle", "nemo")) if sys.argv[1:] else ("",)
+    words = chosen(__doc__, sys.argv[1:], [*COMMANDS, "upcycle", "llm"])
+    begun = tuple(f"{program} {word}" for program in ("nemo-upcycle", "nemo") for word in words) or ("",)
     asked = [command for command in ASKED if command.startswith(begun)]
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     print("\n".join(lines))

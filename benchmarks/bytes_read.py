@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.arguments import chosen
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.safetensors_writer import safetensors_header
 from nemo_upcycle.cpu.one_rank import megatron_rank
@@ -97,6 +99,7 @@ def union_bytes(found: dict[str, set[tuple[int, int]]]) -> int:
 
 def main() -> None:
     """Measure every rank, print, and keep the table."""
+    chosen(__doc__, sys.argv[1:])
     spec = UpcycleSpec(num_experts=8, top_k=2)
     read_over, fetched_over, node_over, needed_gib = [], [], [], []
     with TemporaryDirectory() as folder:

@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory, gettempdir
 
 import yaml
 
+from benchmarks.arguments import chosen
 from benchmarks.bytes_read import write_sparse
 from benchmarks.upcycle import dense_folder, tabulate
 
@@ -151,7 +152,7 @@ def table(models: list[str]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Measure, print, and keep the table."""
-    tabulate(arguments, MODELS, table, RESULTS, f"{REPEATS} runs in turn, for llama8b one")
+    tabulate(chosen(__doc__, arguments, MODELS), MODELS, table, RESULTS, f"{REPEATS} runs in turn, for llama8b one")
 
 
 if __name__ == "__main__":

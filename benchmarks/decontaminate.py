@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory, gettempdir
 
+from benchmarks.arguments import chosen
 from nemo_upcycle.data.ngrams import SHORT_WORDS, NgramIndex
 from nemo_upcycle.data.passages import Hit
 from nemo_upcycle.data.word_hashes import normalise
@@ -309,6 +310,7 @@ def writing_lines(documents: dict[str, list[str]], index: NgramIndex, folder: Pa
 
 def main() -> None:
     """Measure, print, and keep the tables."""
+    chosen(__doc__, sys.argv[1:])
     items = list(suite_items("full"))
     start_s = time.process_time()
     both = NgramIndex.build(items, short_words=SHORT_WORDS)

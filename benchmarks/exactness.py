@@ -9,12 +9,14 @@ the logits over their norm. Where nothing else is said the router is random with
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.arguments import chosen
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits, one_rank
@@ -130,6 +132,7 @@ def table() -> str:
 
 def main() -> None:
     """Measure, print, and keep the table."""
+    chosen(__doc__, sys.argv[1:])
     from importlib.metadata import version
 
     with one_rank():

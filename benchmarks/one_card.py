@@ -7,12 +7,14 @@ Writes benchmarks/results/one_card.md. The runs are those of `tests/gpu`, which 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
 
+from benchmarks.arguments import chosen
 from tests.gpu.one_card import PRECISIONS, Sizes, planned_gib, prepare, train
 
 
@@ -21,6 +23,7 @@ RESULTS = Path(__file__).parent / "results" / "one_card.md"
 
 def main() -> None:
     """Measure every precision, print, and keep the table."""
+    chosen(__doc__, sys.argv[1:])
     sizes = Sizes()
     rows = [
         "| precision | step, s | TFLOP/s (full) | MFU of its peak | reserved, GiB | planned, GiB | loss |",

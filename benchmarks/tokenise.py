@@ -27,6 +27,8 @@ from statistics import median
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
+from benchmarks.arguments import chosen
+
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "tokenise.md"
@@ -250,6 +252,7 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--worker"]:
         worker(arguments[1], Path(arguments[2]), Path(arguments[3]))
         return
+    arguments = chosen(__doc__, arguments, WRITERS)
     if not PYTHON.exists():
         raise SystemExit(f"{PYTHON} is missing: make venv")
     from benchmarks.upcycle import tabulate

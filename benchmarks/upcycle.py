@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import chosen
+
 
 RESULTS = Path(__file__).parent / "results" / "upcycle.md"
 #: Name -> experts and top-k; `smollm2` is the real model, `llama1b` has the shapes of Llama 3.2 1B and random weights.
@@ -218,6 +220,7 @@ def main(arguments: list[str]) -> None:
         with one_rank():
             print(json.dumps(WORKERS[worker](dense_folder(model), *MODELS[model])))
         return
+    arguments = chosen(__doc__, arguments, MODELS)
     for model in arguments or MODELS:
         dense_folder(model)
     tabulate(arguments, MODELS, table, RESULTS, f"{REPEATS} runs in turn")
