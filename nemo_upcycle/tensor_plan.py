@@ -195,7 +195,7 @@ class ModelPlan:
         if mapping.role in _ROUTER_ROLES and not grows:
             return TensorPlan(mapping, layer, shard=shard)
         tied = mapping.role == "output" and dense.tied_embeddings
-        source = self.source_of("embedding" if tied else mapping.role if grows else mapping.dense_role, dense)
+        source = mapping_of("embedding" if tied else mapping.role if grows else mapping.dense_role, dense)
         copy, first_neuron = 0, 0
         is_copied = grows and (mapping.is_expert or mapping.role in _ROUTER_ROLES)
         sources = source_experts(dense, spec, layer) if is_copied else ()
@@ -220,15 +220,6 @@ class ModelPlan:
             slices = tuple(_rows_of(slices[0], sources))
             method = RowNoise(sources) if spec and mapping.role == "router" and router_moves(spec) else None
         return TensorPlan(mapping, layer, slices, shard, branch, factors, method, offset)
-
-    def source_of(self, role: str, dense: Architecture) -> ParamMapping:
-        """Find the parent's parameter, with its tensors, that a parameter is made of; Bridge's mapping names its own.
-
-        Args:
-            role: the parent's, in the mapping table.
-            dense: the parent, as it is in the layer.
-        """
-        return mapping_of(role, dense)
 
     def hf_tensor(self, hf_name: str) -> tuple[TensorPlan, int]:
         """Decide what a tensor of the Hugging Face model is made of; with the number of its routed expert."""

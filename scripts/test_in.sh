@@ -41,7 +41,7 @@ case ${1:-} in
     bridge-sample) # models filled, also beside Bridge's own loader; a training with a resume; mistakes; odd experts
         # One worker: each rank's process is forked from one that has imported Bridge.
         run_in .venv-bridge-sample -m "not weekly" tests/contract/test_mistakes.py \
-            tests/bridge/test_models.py tests/bridge/test_bridged.py tests/bridge/test_config_fields.py \
+            tests/bridge/test_models.py tests/bridge/test_parents.py tests/bridge/test_config_fields.py \
             tests/bridge/test_delta_nets.py::test_a_resumed_training_has_the_same_bits \
             tests/bridge/test_upcycling.py::test_a_second_start_in_the_same_process_is_not_upcycled_again \
             tests/bridge/test_upcycling.py::test_paths_are_compared_resolved \

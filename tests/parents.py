@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle.models.families import find_family
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import mapping_of_hf
-from tests.models import save_random, text_sizes, write_class
+from tests.models import save_random, text_sizes, write_class, write_qwen2
 
 
 #: Positions that a model was stretched to, four times as many as it was trained with, for texts of 32 tokens.
@@ -89,6 +89,20 @@ def write_as(kind: str, folder: Path, *, layers: int = 2, **changes: Any) -> Pat
 write_internlm3, write_iquest_coder, write_exaone3 = (
     partial(write_as, kind) for kind in ("InternLM3", "IQuestCoder", "Exaone")
 )
+
+
+def write_mimo(folder: Path, *, predicts: bool = True, **changes: Any) -> Path:
+    """Write a random MiMo: a Qwen2 with a layer of multi-token prediction behind it, if it predicts further tokens."""
+    write_qwen2(folder, **changes)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MiMoForCausalLM"], "model_type": "mimo", "attention_bias": True}
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": int(predicts)}))
+    if predicts:
+        layer = {"final_layernorm.weight": (64,), "input_proj.weight": (64, 128), "self_attn.q_proj.bias": (64,)}
+        tensors = {f"model.mtp_layers.0.{name}": torch.ones(shape) for name, shape in layer.items()}
+        tensors |= load_file(folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def write_granite4(folder: Path, *, tied: bool = True, layers: int = 2, **changes: Any) -> Path:

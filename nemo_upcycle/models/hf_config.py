@@ -12,6 +12,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, targets
 from nemo_upcycle.models.families.base import ACTIVATIONS, FOLDED_SCALE, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
+from nemo_upcycle.models.families.refused import FINISH_WITH_0_2, REFUSED
 from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE, PROPORTIONAL
 from nemo_upcycle.models.wrapper import WRAPPERS, Wrapper, read_config, text_settings
 
@@ -55,6 +56,13 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
     """Return the error for a class that is not known: the nearest that is, and what one of its own would take."""
     names, kind, text = config.get("architectures"), str(config.get("model_type") or ""), config.get("text_config")
     name = ", ".join(map(str, names)) if isinstance(names, list) else str(names or "")
+    if reason := REFUSED.get(name):
+        return CheckpointError(
+            f"{where}: architectures",
+            got=f"{name}: {reason}",
+            expected="a class that has a family",
+            fix=f"use another checkpoint. {FINISH_WITH_0_2}",
+        )
     known: list[Family | Wrapper] = [*parents(), *targets(), *WRAPPERS]
     classes = {one.hf_class.partition("For")[0].lower(): one for one in known}
     kinds = {one.model_type: one for one in known}

@@ -191,10 +191,13 @@ def _state_dict(folder: Path, wrapper: Wrapper | None, theirs: Family | None) ->
     from safetensors import safe_open
 
     arch, index, tensors = read_architecture(folder), folder / INDEX, dict[str, Any]()
+    family = find_family(arch.hf_class)
     for file in sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [SINGLE]:
         with safe_open(folder / file, "pt") as opened:
             names = opened.keys()
-            for name in (name for name in names if not (wrapper and wrapper.part_of(name))):
+            for name in names:
+                if (wrapper and wrapper.part_of(name)) or (family and family.is_mtp(name, arch.num_layers)):
+                    continue
                 tensors[wrapper.text_name(name) if wrapper else name] = opened.get_tensor(name)
     return dict(_renamed(tensors, arch, theirs)) if theirs else tensors
 

@@ -105,10 +105,10 @@ def param_plans(model: Any, plan: ModelPlan, coords: RankCoords) -> list[ParamPl
             expected="output_layer.weight: the parent has one of its own",
             fix="set share_embeddings_and_output_weights to False",
         )
-    return group_plans(mapped, model.config, plan, coords)
+    return _group_plans(mapped, model.config, plan, coords)
 
 
-def group_plans(
+def _group_plans(
     mapped: Iterable[tuple[str, torch.Tensor, int | None, ParamMapping, int | None]],
     config: Any,
     plan: ModelPlan,

@@ -86,7 +86,7 @@ def upcycle_into(
     seconds, bytes_read = time.monotonic() - start_s, dense.bytes_read - bytes_before
     if hashes:
         pairs = zip(records, (tensor for plan in plans for tensor in plan.tensors), strict=True)
-        records = [replace(record, sha256=sha256_of(tensor)) for record, tensor in pairs]
+        records = [replace(record, sha256=_sha256_of(tensor)) for record, tensor in pairs]
     return make_receipt(chunks[0], dense, spec, plans, records, seconds=seconds, bytes_read=bytes_read)
 
 
@@ -265,7 +265,7 @@ def make_receipt(
     )
 
 
-def sha256_of(tensor: torch.Tensor) -> str:
+def _sha256_of(tensor: torch.Tensor) -> str:
     """Hash a parameter's bytes, for the receipt."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 

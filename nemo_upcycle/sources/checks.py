@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import find_family
 from nemo_upcycle.models.growth import expert_scale
 from nemo_upcycle.models.mapping import hf_names, mapping_of
@@ -44,7 +42,9 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
     arch = dense.architecture
     shapes = hf_shapes(arch)
     # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
-    present = {name for name in dense.names() if not (name.endswith("rotary_emb.inv_freq") or _is_mtp(name, arch))}
+    present = {name for name in dense.names() if not name.endswith("rotary_emb.inv_freq")}
+    if family := find_family(arch.hf_class):
+        present = {name for name in present if not family.is_mtp(name, arch.num_layers)}
     if arch.tied_embeddings:
         present.discard(mapping_of("output", arch).hf[0])
     for what, names in (
@@ -69,12 +69,6 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
     for source in dense.branches():
         if arch.tied_embeddings and mapping_of("output", arch).hf[0] in source.names():
             _check_tied(source, sampled)
-
-
-def _is_mtp(name: str, arch: Architecture) -> bool:
-    """Return whether a tensor belongs to multi-token prediction, behind the layers of a class that may have it."""
-    family, layer = find_family(arch.hf_class), re.match(r"model\.layers\.(\d+)\.", name)
-    return bool(family and family.has_mtp and layer and int(layer[1]) >= arch.num_layers)
 
 
 def _check_tied(dense: DenseSource, sampled: bool) -> None:

@@ -44,8 +44,7 @@ def run_config(
         dense: the dense checkpoint.
         folder: for the checkpoints.
         spec: of the model.
-        style: `provider`, or `builder` for the configuration that is to replace it, or `whole` for a provider of all
-            parts of a model.
+        style: `provider`, or `builder` for the configuration that is to replace it.
         steps: to train.
         vocab_size: of the model; rows that the parent does not have only pad.
         pattern: the layers of a HybridModel; None: a GPTModel.
@@ -57,7 +56,6 @@ def run_config(
     from megatron.bridge.recipes.common import _pretrain_common
 
     from nemo_upcycle.cpu.configuration import local_hybrid_stack
-    from nemo_upcycle.trainers.bridge.bridged import bridged_provider
     from nemo_upcycle.trainers.bridge.models import upcycled_config, upcycled_provider
 
     sizes = {PARALLEL[name]: size for name, size in layout.items()}
@@ -77,7 +75,7 @@ def run_config(
             {"hybrid_stack_spec": local_hybrid_stack()} if pattern else {"transformer_layer_spec": _local_layers}
         )
     config = _pretrain_common()
-    make = {"provider": upcycled_provider, "builder": upcycled_config, "whole": bridged_provider}[style]
+    make = upcycled_config if style == "builder" else upcycled_provider
     config.model = make(dense, spec, **settings, **sizes)
     config.mixed_precision = None
     config.tokenizer.tokenizer_type, config.tokenizer.vocab_size = "NullTokenizer", VOCABULARY - 1

@@ -24,11 +24,11 @@ SPEC = UpcycleSpec(num_experts=4, top_k=2)
 @pytest.mark.parametrize(
     ("changes", "pattern", "words"),
     [
-        ({"scaled_embedding": True}, {}, "multiplies its embedding by sqrt"),
+        ({"scaled_embedding": True}, {"hybrid_layer_pattern": "*E" * 32}, "multiplies its embedding by sqrt"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {}, "rope_scaling of the dense checkpoint"),
         ({"rope_scaling": LLAMA3_SCALING}, {"hybrid_layer_pattern": "*E" * 32}, "HybridModel scales no rotary"),
     ],
-    ids=["scaled embedding", "RoPE scaling", "RoPE scaling of a HybridModel"],
+    ids=["scaled embedding of a HybridModel", "RoPE scaling", "RoPE scaling of a HybridModel"],
 )
 def test_a_parent_that_bridges_model_cannot_be_is_refused(
     changes: dict[str, Any], pattern: dict[str, str], words: str, style: str

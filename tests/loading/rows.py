@@ -111,6 +111,7 @@ WEEKLY = {
         "MixtralForCausalLM",
     ),
     "EXAONE 4, no window": Parent(partial(models.write_exaone4, window=None, layer_types=["full_attention"] * 4), ""),
+    "MiMo": Parent(partial(parents.write_mimo, layers=2, predicts=False), "Glm4MoeForCausalLM", SIGMOID),
     "InternLM3": Parent(
         partial(parents.write_internlm3, rope_scaling={"rope_type": "dynamic", "factor": 6.0}), "MixtralForCausalLM"
     ),

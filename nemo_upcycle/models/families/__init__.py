@@ -39,6 +39,7 @@ _MODULES = (
     "cwm",
     "hyperclovax",
     "arcee",
+    "mimo",
     "nemotron_h",
     "qwen3_5",
     "mixtral",

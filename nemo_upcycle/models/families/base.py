@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ LOCAL_BASE = "rope_local_base_freq"
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
 #: The same of networks without a gate.
 SQUARED_RELU = {"relu2": "squared_relu"}
+#: Up to the number of the layer, of a tensor in one.
+_NUMBERED = re.compile(r"model\.(?P<mtp>mtp_)?layers\.(?P<number>\d+)\.")
 #: Fields of an `Architecture` that few classes have in some layers alone.
 _PATTERNS = ("rope_pattern", "window_pattern")
 #: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `shared_gate`,
@@ -120,7 +123,7 @@ class Family:
         hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1; none where
             shared experts have a gate of their own.
         hf_offsets: role -> what the Hugging Face tensor has more than the Megatron parameter, where it is not 0.
-        has_mtp: whether its checkpoints may hold layers of multi-token prediction behind its own; they are left out.
+        has_mtp: whether its checkpoints may hold layers of multi-token prediction, which are left out.
         constant_values: how the names of constants end that are not zero -> their number.
         own_settings: what its `config.json` says of itself alone, and another class would take for its own.
         saved_as: the class in `architectures`, where a dense family and one of experts have the same.
@@ -200,6 +203,16 @@ class Family:
         """Return which layers see a window: as the file says it, else all but each n-th, counted from `first`."""
         kinds = self._layer_types(settings, num_layers, (WINDOW, FULL))
         return [kind == WINDOW for kind in kinds] if kinds else [(n + first) % every != 0 for n in range(num_layers)]
+
+    def is_mtp(self, name: str, num_layers: int) -> bool:
+        """Return whether a tensor belongs to multi-token prediction: behind the model's layers, or apart from them.
+
+        Args:
+            name: the tensor's name in the checkpoint.
+            num_layers: L.
+        """
+        layer = _NUMBERED.match(name) if self.has_mtp else None
+        return bool(layer and (layer["mtp"] or int(layer["number"]) >= num_layers))
 
     def mamba(self, settings: Settings) -> MambaLayers | None:
         """Return the Mamba layers and where they are; None for a class that has none.

@@ -36,7 +36,6 @@ from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.mapping import constant_tensors, hf_constants
 from nemo_upcycle.models.mapping_table import DELTA_MAPPINGS, MAPPINGS, Sharding
 from nemo_upcycle.models.stacked import is_stacked
-from nemo_upcycle.trainers.bridge.bridged_fill import hf_names_of
 from nemo_upcycle.trainers.bridge.models import provider_fields
 
 
@@ -102,7 +101,7 @@ class UpcycledExport(MegatronModelBridge):
         except CheckpointError:  # of Bridge's own class, with what no upcycled model has
             yield from weights
             return
-        made = {name for task in conversion_tasks if task for name in hf_names_of(task.mapping)}
+        made = {name for task in conversion_tasks if task for name in _hf_names(task.mapping)}
         absent = [name for name in hf_constants(arch) if name not in made]
         factors = _factors(self.family, arch) if self._lacks_gate(absent) else {}
         constants: dict[str, torch.Tensor] = {}
@@ -125,6 +124,11 @@ class UpcycledExport(MegatronModelBridge):
         """Return whether a factor makes up for a gate: always, where the class has none."""
         gates = self.family.names.get("shared_gate", ())
         return not gates or any(name.endswith(gate.rpartition("}")[2]) for name in absent for gate in gates)
+
+
+def _hf_names(mapping: Any) -> list[str]:
+    """Return the Hugging Face tensors of one of Bridge's mappings."""
+    return [mapping.hf_param] if isinstance(mapping.hf_param, str) else list(mapping.hf_param.values())
 
 
 def require_unfolded(hf_class: str, scale: float) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.bridge.models.gemma.gemma_provider import GemmaModelProvider
 from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
@@ -31,7 +32,6 @@ from nemo_upcycle.models.layer_settings import window_fields
 from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields, router_fields
 from nemo_upcycle.online.decoder_layers import decoder_layers, layers_of
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.bridge.bridged import bridged_provider, needs_bridge
 
 
 #: The frequencies that Megatron's own scaling has: Llama 3.1's. Its factor alone can be set.
@@ -89,15 +89,13 @@ def upcycled_provider(
         >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), hybrid_layer_pattern=pattern)  # doctest: +SKIP
     """
     provider: GPTModelProvider | HybridModelProvider
-    if not isinstance(dense, Architecture) and needs_bridge(Path(dense)):
-        provider = bridged_provider(dense, spec, **changes)
-        provider.register_pre_wrap_hook(partial(refuse_unfilled, str(dense)))
-        return provider
     arch = _architecture(dense)
     arch = arch.upcycled(spec) if spec else arch
     if not (arch.mamba or "hybrid_layer_pattern" in changes):
-        provider = GPTModelProvider(**(provider_fields(arch) | _routing(spec) | changes))
+        kind = GemmaModelProvider if arch.scaled_embedding else GPTModelProvider  # which multiplies the embedding
+        provider = kind(**(provider_fields(arch) | _routing(spec) | changes))
     else:
+        _refuse_scaled_embedding(arch)
         fields = _transformer(arch, hybrid=True) | _hybrid_model(arch)
         fields["attention_backend"] = AttnBackend.auto  # a GPTModel's: a process keeps to one
         if arch.qk_norm:
@@ -122,6 +120,7 @@ def upcycled_config(
         SpecError: Bridge's model class cannot be it.
     """
     arch = _architecture(dense)
+    _refuse_scaled_embedding(arch)
     arch, hybrid = arch.upcycled(spec) if spec else arch, bool(arch.mamba or "hybrid_layer_pattern" in changes)
     model_class = UpcycledHybridConfig if hybrid else UpcycledModelConfig
     outer = {name: value for name, value in changes.items() if name in model_class.__dataclass_fields__}
@@ -236,15 +235,18 @@ def hybrid_stack_with_qk_norm() -> ModuleSpec:
 
 
 def _architecture(dense: str | Path | Architecture) -> Architecture:
-    arch = dense if isinstance(dense, Architecture) else read_architecture(Path(dense))
+    return dense if isinstance(dense, Architecture) else read_architecture(Path(dense))
+
+
+def _refuse_scaled_embedding(arch: Architecture) -> None:
+    """Refuse a Gemma where Bridge has no model class that multiplies the embedding."""
     if arch.scaled_embedding:
         raise SpecError(
             "dense",
             got=f"{arch.hf_class}, which multiplies its embedding by sqrt(hidden_size)",
-            expected="a parent that Bridge's GPT model can be",
-            fix="upcycle it in NeMo",
+            expected="a parent that a HybridModel, or a builder's model, can be",
+            fix="make the model with upcycled_provider, without hybrid_layer_pattern",
         )
-    return arch
 
 
 def _routing(spec: UpcycleSpec | None) -> dict[str, Any]:

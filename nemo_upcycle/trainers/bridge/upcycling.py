@@ -25,15 +25,15 @@ from nemo_upcycle.data.dense import require_tokenizer
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.balancing import QUANTILES
 from nemo_upcycle.models.delta_nets import check_gates
+from nemo_upcycle.models.families.refused import FINISH_WITH_0_2
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
+from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.aux_loss import correct_losses
 from nemo_upcycle.trainers.bridge import require_bridge
-from nemo_upcycle.trainers.bridge.bridged import BridgedParent, is_bridged, open_parent
-from nemo_upcycle.trainers.bridge.bridged_fill import fill_bridged
 from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.resharding import fit_layout
@@ -89,9 +89,6 @@ def upcycle_on_start(
         config.tokenizer.tokenizer_model = str(Path(dense).absolute())
     _check(config, spec, Path(dense))
     model = config.model
-    if branches and is_bridged(model, Path(dense)):
-        fix = "give one, or a class with a family (register of nemo_upcycle.models.families)"
-        raise SpecError(field="branches", got=list(branches), expected="none: Bridge fills from one parent", fix=fix)
     transformer = getattr(model, "transformer", model)
     transformer.perform_initialization = False  # it would be overwritten
     paths = tuple(Path(path).absolute() for path in (dense, *branches))
@@ -178,12 +175,9 @@ class UpcycleHook:
                 )
             if isinstance(config.dataset, ChatDataset):
                 config.dataset.chat.require_tokenizer_of(str(self.paths[0]))
-            if is_bridged(config.model, self.paths[0]):
-                receipt = fill_bridged(chunks, self.paths[0], self.spec)
-            else:
-                receipt = fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights)
+            receipt = fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights)
             receipt.auxiliary_losses = losses
-            with open_parent(config.model, self.paths[0]) as dense:
+            with open_dense(self.paths[0]) as dense:
                 padding = config.model.vocab_size - dense.architecture.vocab_size
             if padding:
                 receipt.exact = False
@@ -224,12 +218,8 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
     virtual = transformer.virtual_pipeline_model_parallel_size
     if hybrid:
         hybrid.require_stages(transformer.pipeline_model_parallel_size, virtual or 1)
-    bridged = is_bridged(model, dense)
-    parent = read_architecture(dense) if not bridged and (dense / "config.json").is_file() else None
-    if bridged:
-        BridgedParent.of(dense).check(model, spec)
-    else:
-        check_spec(transformer, spec, hybrid, parent)
+    parent = read_architecture(dense) if (dense / "config.json").is_file() else None
+    check_spec(transformer, spec, hybrid, parent)
     if parent:
         check_gates(transformer, parent)
     if not checkpoint.save:
@@ -269,11 +259,6 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
         ("checkpoint.finetune", checkpoint.finetune, "it would begin at step 0 again, and overwrite"),
         ("checkpoint.non_persistent_ckpt_type", is_local and "local", "no rank sees the others' checkpoints"),
         ("checkpoint.also_save_hf_checkpoint", saves_hf, "Bridge exports interleaved rows of experts as they lie"),
-        (
-            "checkpoint.also_save_hf_checkpoint",
-            spec and bridged and checkpoint.also_save_hf_checkpoint,
-            "no Hugging Face class with experts is known for this parent; nothing exports such a run",
-        ),
         (
             "model.virtual_pipeline_model_parallel_size",
             isinstance(model, HybridModelProvider) and virtual,
@@ -348,7 +333,7 @@ def _goes_on(config: ConfigContainer, paths: Sequence[Path], spec: UpcycleSpec |
             folder = config.checkpoint.load
             verdict[0] = checkpoint_exists(folder) or _has_global_non_persistent_checkpoint(folder, config.checkpoint)
             if verdict[0]:
-                _check_receipt(config.model, config.checkpoint.save, paths, spec)
+                _check_receipt(config.checkpoint.save, paths, spec)
                 show_messages().info("%s: the run goes on from its checkpoint, nothing is upcycled", folder)
         except UpcycleError as error:
             verdict[0] = error
@@ -358,7 +343,7 @@ def _goes_on(config: ConfigContainer, paths: Sequence[Path], spec: UpcycleSpec |
     return bool(verdict[0])
 
 
-def _check_receipt(model: Any, folder: str, paths: Sequence[Path], spec: UpcycleSpec | None) -> None:
+def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None) -> None:
     """Check that the run that goes on was made of this checkpoint, by this spec."""
     made = load_receipt(folder)
     if made is None:
@@ -368,6 +353,13 @@ def _check_receipt(model: Any, folder: str, paths: Sequence[Path], spec: Upcycle
             expected="a new folder, or one of an upcycled run",
             fix="give config.checkpoint.save and .load another folder",
         )
+    if any("Megatron-Bridge" in record["made_by"] for record in made.get("parameters", [])):
+        raise UpcycleError(
+            f"{folder}/{RECEIPT}",
+            got="a parent that Megatron-Bridge's own mapping filled, which 0.3 no longer does",
+            expected="a parent that has a family",
+            fix=f"start in a new folder. {FINISH_WITH_0_2}",
+        )
     made_by, wanted = made.get("spec"), spec.to_dict() if spec else None
     if made_by and spec:  # the fields that differ say more than all of them
         before, now = asdict(UpcycleSpec(**made_by)), asdict(spec)
@@ -375,7 +367,7 @@ def _check_receipt(model: Any, folder: str, paths: Sequence[Path], spec: Upcycle
         made_by, wanted = ({field: one[field] for field in changed} for one in (before, now))
     dense = paths[0].resolve()
     same = dense == Path(made.get("source", "")).resolve()
-    found = _source_files(model, dense) if same and len(paths) == 1 else None
+    found = _source_files(dense) if same and len(paths) == 1 else None
     for name, got, expected, differs in (
         ("spec", made_by, wanted, made_by != wanted),
         ("source", made.get("source"), str(dense), not same),
@@ -390,10 +382,10 @@ def _check_receipt(model: Any, folder: str, paths: Sequence[Path], spec: Upcycle
             )
 
 
-def _source_files(model: Any, dense: Path) -> dict[str, str] | None:
+def _source_files(dense: Path) -> dict[str, str] | None:
     """Return stamps that identify the files of the dense checkpoint; None if it is no longer there."""
     try:
-        with open_parent(model, dense) as source:
+        with open_dense(dense) as source:
             return source.fingerprint()
     except UpcycleError:
         return None

@@ -1,0 +1,19 @@
+"""MiMo: a Qwen2 whose checkpoints hold layers of multi-token prediction, too."""
+
+from __future__ import annotations
+
+from nemo_upcycle.models.families import qwen2
+from nemo_upcycle.models.families.base import Family
+
+
+FAMILY = Family(
+    title="MiMo",
+    hf_class="MiMoForCausalLM",
+    model_type="mimo",
+    names=qwen2.FAMILY.names,
+    defaults=qwen2.FAMILY.defaults,
+    spelling={"attention_bias": "qkv_bias"},  # it says true, and means query, key and value alone
+    has_mtp=True,
+    own_settings=("num_nextn_predict_layers",),
+    computed_as="Qwen2ForCausalLM",
+)

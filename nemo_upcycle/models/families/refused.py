@@ -1,0 +1,12 @@
+"""Dense classes that have no family, each with the reason. Release 0.2 read them by Megatron-Bridge's own mapping."""
+
+from __future__ import annotations
+
+
+#: Class in `architectures` -> the reason.
+REFUSED = {
+    "NemotronForCausalLM": "its norms are LayerNorms with biases, which no family has",
+    "Qwen2AudioForConditionalGeneration": "it is not in WRAPPERS of nemo_upcycle.models.wrapper",
+}
+#: How to go on with a run that 0.2 filled by Megatron-Bridge's own mapping.
+FINISH_WITH_0_2 = 'A run that 0.2 started with it needs 0.2: pip install "nemo-upcycle==0.2.0"'

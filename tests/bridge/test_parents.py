@@ -1,0 +1,53 @@
+"""Parents that Bridge has a bridge for, filled beside its own loader; and those that it alone could read."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.utils.files import read_json, write_json
+from tests.bridge.runs import SPEC, VOCABULARY, fill_twice, train_on_ranks
+from tests.distributed.ranks import run_ranks
+from tests.models import write_class
+from tests.parents import write_gemma, write_mimo
+
+
+class MiMoConfig(transformers.Qwen2Config):  # type: ignore[misc]
+    """The configuration that MiMo's own repository has as code."""
+
+    model_type = "mimo"
+
+
+transformers.AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
+WRITERS: dict[str, Any] = {"MiMo": partial(write_mimo, predicts=False), "Gemma": write_gemma}
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_parent_has_the_bits_of_bridges_own_loader(tmp_path: Path, name: str, layout: dict[str, int]) -> None:
+    folder = WRITERS[name](tmp_path / "dense", vocab_size=VOCABULARY)
+    assert run_ranks(fill_twice, 2, folder, tmp_path / "run", layout) == [[], []]
+
+
+def test_a_parent_that_only_bridge_reads_is_refused(tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge.models import upcycled_provider
+
+    folder = write_class("Nemotron", tmp_path, norm_eps=1e-5)
+    with pytest.raises(CheckpointError, match=r"LayerNorms with biases.*nemo-upcycle==0\.2\.0"):
+        upcycled_provider(folder, UpcycleSpec(**SPEC))
+
+
+def test_a_run_that_bridge_filled_is_finished_by_the_release_before(tmp_path: Path) -> None:
+    dense, run = write_gemma(tmp_path / "dense", vocab_size=VOCABULARY), tmp_path / "run"
+    train_on_ranks(1, dense, run, SPEC)
+    receipt = read_json(run / "receipt.json")
+    receipt["parameters"][0]["made_by"] = "copied by Megatron-Bridge's AutoMapping"
+    write_json(run / "receipt.json", receipt)
+    with pytest.raises(RuntimeError, match=r"nemo-upcycle==0\.2\.0"):
+        train_on_ranks(1, dense, run, SPEC, steps=2)
