@@ -8,7 +8,7 @@ import logging
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.attributes import temporarily_set
-from nemo_upcycle.utils.conf import packaged, require_bounded
+from nemo_upcycle.utils.conf import packaged
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.writers import yaml_text
 
@@ -183,12 +183,8 @@ def _counts_sentences() -> bool:
 def _managers(names: Sequence[str], include_path: str | Path | None) -> list[Any]:
     """Return those of lm-eval's managers that know the names: that of our own files and the user's, and its own."""
     from lm_eval.tasks import TaskManager
-    from yaml import YAMLError
 
     folders = [packaged("evaluation") / "tasks", *([Path(include_path)] if include_path else [])]
-    for path in Path(include_path).rglob("*.yaml") if include_path else ():
-        with suppress(OSError, UnicodeDecodeError, YAMLError):  # lm-eval passes over it
-            require_bounded(path.read_text(encoding="utf-8"), f"lm-eval's task {path}")
     with quiet():
         own = TaskManager(include_path=folders, include_defaults=False)
     managers = [own] if set(names) <= set(own.all_tasks) else [own, _lm_evals_own()]

@@ -1,8 +1,4 @@
-"""Read YAML, the package's own of `conf/` by name and the user's by path, and check it against a dataclass.
-
-Aliases and references let a file of a few lines stand for more values than a machine holds. All YAML is read here, so
-that what it would be, written out, is known before it is built.
-"""
+"""Read YAML, the package's own of `conf/` by name and the user's by path, and check it against a dataclass."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ import yaml
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.masking import MASK, is_secret, masked_text
-from nemo_upcycle.utils.references import MAX_CHARACTERS, VALUE_CHARACTERS, escaped, require_size, resolved
+from nemo_upcycle.utils.references import escaped, resolved
 from nemo_upcycle.utils.validation import check_fields
 from nemo_upcycle.utils.writers import yaml_text
 
@@ -88,7 +84,7 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
         if str(name) not in (names := packaged_names(kind)):
             raise UpcycleError.unknown(what, str(name), [*names, "PATH.yaml"])
         path, folder = packaged(kind) / f"{name}.yaml", Path()
-    text = _bounded_text(path, where := f"{what} {path}")
+    text = _text(path, where := f"{what} {path}")
     read = _content.__wrapped__ if "${" in text else _content  # variables may change
     content = copy.deepcopy(read(text, where, kind == _COMPUTES))
     if not isinstance(content, dict) or not content:
@@ -104,7 +100,6 @@ def _content(text: str, where: str, computes: bool) -> Any:
     from omegaconf import OmegaConf, errors
 
     try:
-        require_bounded(text, where)
         return resolved(OmegaConf.create(text), where, computes=computes)
     except (errors.OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise _invalid(where, error) from None
@@ -118,13 +113,13 @@ def read_yaml(path: Path, what: str = "file") -> Any:
         what: what it describes, for errors.
 
     Raises:
-        UpcycleError: the file is missing, unreadable, no YAML, or beyond the bounds.
+        UpcycleError: the file is missing, unreadable or no YAML.
 
     Example:
         >>> read_yaml(packaged("evaluation") / "demo.yaml")["seed"]
         1234
     """
-    return parse_yaml(_bounded_text(path, f"{what} {path}"), f"{what} {path}")
+    return parse_yaml(_text(path, f"{what} {path}"), f"{what} {path}")
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -135,57 +130,16 @@ def parse_yaml(text: str, where: str) -> Any:
         where: where it stands, for errors.
 
     Raises:
-        UpcycleError: it is no YAML, or beyond the bounds.
+        UpcycleError: it is no YAML.
 
     Example:
         >>> parse_yaml("{a: [1, 2]}", "mine")
         {'a': [1, 2]}
     """
     try:
-        require_bounded(text, where)
         return yaml.load(text, Loader=_LOADER)
     except (yaml.YAMLError, ValueError) as error:
         raise _invalid(where, error) from None
-
-
-def require_bounded(text: str, where: str) -> None:
-    """Check what YAML would be with its aliases written out, before anything is built of it.
-
-    Args:
-        text: the YAML.
-        where: where it stands, for errors.
-
-    Raises:
-        UpcycleError: it is too long or too deep.
-        yaml.YAMLError: it is no YAML.
-    """
-    size, known, open_at = 0, dict[str, tuple[int, int]](), [_Open(None, 0)]
-    for event in yaml.parse(text, Loader=_LOADER):
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in known:
-                got, fix = f"*{event.anchor} before the end of an anchor of this name", "write out what is meant"
-                raise UpcycleError(where, got=got, expected="aliases behind their anchors", fix=fix)
-            inner_size, height = known[event.anchor]
-            size += inner_size
-            open_at[-1].height = max(open_at[-1].height, height + 1)
-        elif isinstance(event, yaml.NodeEvent):
-            open_at.append(_Open(event.anchor, size))
-            size += VALUE_CHARACTERS + (len(event.value) if isinstance(event, yaml.ScalarEvent) else 0)
-        require_size(where, size, "aliases", len(open_at) + open_at[-1].height - 2)
-        if isinstance(event, yaml.CollectionEndEvent | yaml.ScalarEvent):
-            node = open_at.pop()
-            open_at[-1].height = max(open_at[-1].height, node.height + 1)
-            if node.anchor:
-                known[node.anchor] = (size - node.size_before, node.height)
-
-
-@dataclasses.dataclass
-class _Open:
-    """A value whose end has not been read; `height` is how deep those lie that were read in it."""
-
-    anchor: str | None
-    size_before: int
-    height: int = 0
 
 
 def overridden(conf: Conf, overrides: Sequence[str]) -> dict[str, Any]:
@@ -207,8 +161,6 @@ def overridden(conf: Conf, overrides: Sequence[str]) -> dict[str, Any]:
 
     where = f"overrides of {conf.path}"
     try:
-        for override in overrides:
-            require_bounded(override.partition("=")[2], where)
         merged = OmegaConf.merge(
             escaped(conf.content), *(OmegaConf.from_dotlist([override]) for override in overrides)
         )
@@ -232,12 +184,9 @@ def conf_text(content: Any, width: int = 80) -> str:
     return yaml_text(escaped(content), width)
 
 
-def _bounded_text(path: Path, where: str) -> str:
+def _text(path: Path, where: str) -> str:
     """Return the text of a YAML file."""
     try:
-        if (size_bytes := path.stat().st_size) > MAX_CHARACTERS:
-            got, fix = f"{size_bytes:,} bytes", "name another file, or make it smaller"
-            raise UpcycleError(where, got=got, expected=f"YAML of at most {MAX_CHARACTERS:,}", fix=fix)
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UpcycleError(where, got=error.strerror, expected="a YAML file", fix="check the path") from None

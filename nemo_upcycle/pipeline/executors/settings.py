@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import nemo_run as run
-import yaml
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import performance
@@ -25,7 +24,6 @@ from nemo_upcycle.utils.conf import (
     packaged_names,
     parse_yaml,
     read_conf,
-    require_bounded,
 )
 
 
@@ -157,8 +155,7 @@ def _typed(words: Sequence[str], schema: type) -> tuple[dict[str, Any], dict[str
             found[name] = text
         else:
             found[name] = text  # which the field does not take, if it is no YAML
-            with suppress(yaml.YAMLError):
-                require_bounded(text, f"run.executor.{key}")
+            with suppress(UpcycleError):
                 found[name] = parse_yaml(text, f"run.executor.{key}")
     return common, stages
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, parse_yaml, read_conf
+from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, read_conf
 
 
 def test_the_packages_file_has_a_name_a_users_a_path(tmp_path: Path) -> None:
@@ -39,40 +39,6 @@ def test_refuses_what_is_not_a_yaml_mapping(tmp_path: Path, content: bytes | Non
         read_conf("evaluation", path, "suite")
     assert (caught.value.subject, caught.value.expected) == (f"suite {path}", expected)
     assert str(caught.value.got).startswith(got)
-
-
-_TIMES_9 = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)]
-_REFERRED_TO = [f"a{level}: {f'${{a{level - 1}}}' * 9}\n" for level in range(1, 12)]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "a0: &a0 [x]\n" + "".join(_TIMES_9),
-        "a0: xxxxxxxx\n" + "".join(_REFERRED_TO),
-        "a:\n  a0: xxxxxxxx\n" + "".join(f"  {line}" for line in _REFERRED_TO).replace("${", "${."),
-        "a0: &a0 [x]\n" + "".join(f"a{level}: &a{level} [*a{level - 1}]\n" for level in range(1, 100)),
-        "a: &a [*a]",
-        "a: b\nb: c\nd: ${${a}}",
-        f"a: {'x' * 2**20}",
-    ],
-)
-def test_refuses_what_would_be_too_much(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(UpcycleError) as caught:
-        read_conf("evaluation", path, "suite")
-    assert caught.value.subject == f"suite {path}"
-    assert caught.value.expected != "valid YAML"
-
-
-def test_what_is_not_written_in_a_file_is_bounded_too() -> None:
-    content = "{" + ", ".join(line.strip() for line in ["a0: &a0 [x]", *_TIMES_9]) + "}"
-    with pytest.raises(UpcycleError, match="aliases written out"):
-        parse_yaml(content, "mine")
-    conf = Conf({"a": 1}, Path("mine.yaml"), Path())
-    with pytest.raises(UpcycleError, match=r"overrides of mine\.yaml: got .* aliases written out"):
-        overridden(conf, [f"b={content}"])
 
 
 def test_a_few_aliases_and_references_are_written_out(tmp_path: Path) -> None:
