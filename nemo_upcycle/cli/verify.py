@@ -21,7 +21,7 @@ EPILOG = """examples:
 Logits are compared in float32, with streamed weights. With granularity, or where a parent's experts were copied, the
 command counts the tokens whose routing, in the MoE model's own type, mixes networks: such a model needs float32
 routing, which the verdict assumes.
-exit status: 0 equal within the tolerance; 1 not; 2 a folder is damaged or a value is wrong."""
+exit status: 0 equal up to rounding; 1 not; 2 a folder is damaged or a value is wrong."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,19 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = "Hugging Face folder, or hf://ORG/NAME on the hub (downloaded)"
     parser.add_argument("dense", metavar="DENSE", help=f"the parent: {where}, or asset://smollm2-135m")
     parser.add_argument("moe", metavar="MOE", help=f"the MoE model: {where}")
-    parser.add_argument(
-        "--text", metavar="FILE", type=Path, help="text to run on (default: a short one of the package)"
-    )
     parser.add_argument("--layers", action="store_true", help="compare every layer, to find where the models diverge")
     parser.add_argument(
         "--weights-only", action="store_true", help="compare the weights only, without running the models"
-    )
-    parser.add_argument(
-        "--tolerance",
-        metavar="X",
-        type=float,
-        default=1e-4,
-        help="largest difference of logits over the largest logit (default: 1e-4)",
     )
     text = "of a parent with experts: the file that says which have more copies"
     parser.add_argument("--expert-utility", metavar="FILE", type=Path, help=text)
@@ -53,26 +43,22 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a folder is damaged or a value is wrong.
     """
-    for option in ("layers", "text"):
-        if args.weights_only and getattr(args, option):
-            raise UpcycleError(
-                "--weights-only",
-                got=f"--{option} beside it",
-                expected="none that needs the models to run",
-                fix="omit one of the two",
-            )
+    if args.weights_only and args.layers:
+        raise UpcycleError(
+            "--weights-only",
+            got="--layers beside it",
+            expected="none that needs the models to run",
+            fix="omit one of the two",
+        )
     from nemo_upcycle.data.dense import local_model
-    from nemo_upcycle.verify.verification import check_tolerance, verify
+    from nemo_upcycle.verify.verification import verify
 
-    check_tolerance(args.tolerance)
     dense, moe = (Path(local_model(source)) for source in (args.dense, args.moe))
     result = verify(
         dense,
         moe,
-        args.text,
         layers=args.layers,
         logits=not args.weights_only,
-        tolerance=args.tolerance,
         expert_utility=args.expert_utility,
     )
     show(args, asdict(result), _text(result))

@@ -265,12 +265,5 @@ class LiveWeights:
         """Return a parameter's name in the model."""
         number = self._hybrid.index(LayerPart(layer, mapping.in_attention)) if self._hybrid else layer
         prefix = f"decoder.layers.{number}." if mapping.in_layer else ""
-        for template in mapping.megatron:
-            if (name := prefix + template.format(expert=expert)) in self._names:
-                return name
-        raise CheckpointError(
-            f"{mapping.role} of layer {layer}",
-            got="no such parameter",
-            expected=mapping.megatron[-1],
-            fix="use one rank",
-        )
+        names = (prefix + template.format(expert=expert) for template in mapping.megatron)
+        return next(name for name in names if name in self._names)

@@ -27,7 +27,6 @@ CARD = "README.md"
 _SCORES, _LICENCE = "## Scores", "## Licence"
 #: What a parent's card says that holds for what is made of it.
 _INHERITED = ("license", "license_name", "license_link", "language")
-_MAX_BYTES = 1 << 20
 _FROM_DENSE = (
     "upcycled from a dense model ([arXiv 2412.09952](https://arxiv.org/abs/2412.09952)): the experts are made of its "
     "feed-forward network."
@@ -230,8 +229,6 @@ def _front_matter(folder: Path) -> dict[str, Any]:
     """Return the metadata of a model's own card; nothing where it has none that can be read."""
     path = folder / CARD
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            return {}
         before, start, rest = path.read_text(encoding="utf-8").partition("---\n")
         front, end, _ = rest.partition("\n---")
         values = parse_yaml(front, str(path)) if not before.strip() and start and end else None

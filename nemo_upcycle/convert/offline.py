@@ -304,7 +304,7 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if is_complete(output) and _marker(output).get("made_from") == plan:
+    if is_complete(output) and read_json(output / MODEL_MARKER).get("made_from") == plan:
         return True
     raise UpcycleError(
         str(output),
@@ -320,7 +320,11 @@ def _check_done(output: Path, writer: SafetensorsWriter) -> None:
     Raises:
         UpcycleError: a file is missing or has another size or header.
     """
-    others = ["config.json", *([INDEX] if len(writer.files) > 1 else []), *_marker(output)["companions"]]
+    others = [
+        "config.json",
+        *([INDEX] if len(writer.files) > 1 else []),
+        *read_json(output / MODEL_MARKER)["companions"],
+    ]
     lost = [name for name in others if not (output / name).is_file()]
     lost += [file for file in writer.files if not writer.is_whole(output, file)]
     if lost:
@@ -332,30 +336,9 @@ def _check_done(output: Path, writer: SafetensorsWriter) -> None:
         )
 
 
-def _marker(output: Path) -> dict[str, Any]:
-    """Make the marker of a finished folder.
-
-    Raises:
-        UpcycleError: it is damaged.
-    """
-    try:
-        marker = read_json(output / MODEL_MARKER)
-    except UpcycleError:
-        marker = None
-    names = marker.get("companions", []) if isinstance(marker, dict) else None
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
-        return {**marker, "companions": names}
-    raise UpcycleError(
-        str(output / MODEL_MARKER),
-        got="a damaged file",
-        expected="the marker of a finished folder",
-        fix="choose another name, or remove the folder and run the same command again",
-    )
-
-
 def _add_tokenizer_files(dense_folder: Path, output: Path, *, sees: bool) -> None:
     """Copy files, say a tokenizer, that the parent's folder got after the conversion."""
-    marker = _marker(output)
+    marker = read_json(output / MODEL_MARKER)
     if not set(tokenizer_file_names(dense_folder, sees=sees)) <= set(marker["companions"]):
         names = copy_tokenizer_files(dense_folder, output, sees=sees)
         write_json(output / MODEL_MARKER, marker | {"companions": names})

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import sha256_file
 
@@ -68,8 +68,6 @@ class Calibration:
         """Read the rows of a layer's router, [C, D] in float32, whose logits spread by one over the prompts."""
         from safetensors import safe_open
 
-        if not self.has(layer):
-            raise CheckpointError.unknown(f"{self.path}: tensor", ROUTER.format(layer=layer), self._names)
         with safe_open(self.path, "pt") as file:
             rows: torch.Tensor = file.get_tensor(ROUTER.format(layer=layer))
             return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,6 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
     near = difflib.get_close_matches(name.partition("For")[0].lower(), classes, n=1, cutoff=_CLOSE)
     near_kind = difflib.get_close_matches(kind, kinds, n=1, cutoff=_CLOSE)
     nearest = classes[near[0]] if near else kinds[near_kind[0]] if near_kind else None
-    by = "" if nearest else " by its settings"
-    nearest = nearest or _nearest(config.keys())
     fix = "use a checkpoint of a class that is known, as nemo_upcycle.models.families lists them"
     if inside:
         nearest = inside
@@ -85,27 +82,13 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
             " nemo_upcycle.models.families): names of tensors, defaults of its settings, limits, a copy of that one's"
             " where the same; else use another checkpoint"
         )
-    what = "the class of its text model" if inside else f"the nearest{by}"
+    what = "the class of its text model" if inside else "the nearest"
     return CheckpointError(
         f"{where}: architectures",
         got=" ".join(part for part in (name, kind and f"model_type {kind}") if part) or "nothing",
         expected="a class that is known" + (f"; {what} is {nearest.hf_class}" if nearest else ""),
         fix=fix,
     )
-
-
-def _nearest(settings: Set[str]) -> Family | None:
-    """Return the dense family that reads most of a file's settings, Llama before others; None for no such decoder."""
-    llama, *others = parents()
-    if not settings >= {"intermediate_size", "num_attention_heads", "rms_norm_eps"}:
-        return None
-    common = {*llama.defaults, "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"}
-
-    def likeness(family: Family) -> int:
-        own = {*family.defaults, *family.own_settings} - common
-        return 2 * len(own & {*settings}) - len(own)
-
-    return max((llama, *others), key=likeness)
 
 
 def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:

@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.sharding import tensor_shape
@@ -109,7 +108,6 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
 
     Args:
         folder: the folder.
-        architecture: the model's, where its class is not known; its tensors then have the names of the files.
 
     Raises:
         CheckpointError: a file is missing, truncated or not safetensors, or the architecture is not known.
@@ -119,10 +117,10 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
         ...     gate_FD = dense.read("model.layers.0.mlp.gate_proj.weight")
     """
 
-    def __init__(self, folder: Path, architecture: Architecture | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.path = folder
-        self.architecture = architecture or read_architecture(folder)
-        self._wrapper = None if architecture else wrapper_of(read_json(folder / "config.json"))
+        self.architecture = read_architecture(folder)
+        self._wrapper = wrapper_of(read_json(folder / "config.json"))
         self._others: list[OtherTensor] = []
         self._tensors = {}
         self._headers: dict[str, str] = {}

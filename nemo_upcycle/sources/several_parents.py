@@ -55,7 +55,7 @@ class Branches:
             in float32 of them all, cast back to the type on disk.
 
     Raises:
-        CheckpointError: there are fewer than two sources, or they differ in architecture, tensors or types.
+        CheckpointError: they differ in architecture, tensors or types.
 
     Example:
         >>> code, law = open_dense("models/code"), open_dense("models/law")  # doctest: +SKIP
@@ -64,13 +64,6 @@ class Branches:
     """
 
     def __init__(self, sources: Sequence[DenseSource], non_expert_weights: str = "first") -> None:
-        if len(sources) < 2:
-            raise CheckpointError(
-                "branches",
-                got=str(sources[0].path) if sources else "none",
-                expected="two dense checkpoints or more",
-                fix="name more, or use the only one as it is" if sources else "name some",
-            )
         self._sources, self._non_expert_weights = tuple(sources), non_expert_weights
         self.path = sources[0].path
         self.architecture: Architecture = sources[0].architecture

@@ -25,8 +25,6 @@ from nemo_upcycle.sources.mapped_files import MappedFiles, Stored
 from nemo_upcycle.utils.dtypes import dtype_name
 
 
-#: Descriptions of a run are some kilobytes; random states, which lie beside them, some megabytes.
-_MAX_BYTES = 64 << 20
 #: What opening a damaged or foreign piece leads to.
 DAMAGE = (
     zipfile.BadZipFile,
@@ -108,8 +106,6 @@ def read_saved(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             member = next(one for one in archive.infolist() if one.filename.endswith("/data.pkl"))
-            if member.file_size > _MAX_BYTES:
-                raise ValueError(f"a description of {member.file_size} bytes")
             with archive.open(member) as handle:
                 return _InertUnpickler(handle).load()
     except (OSError, ValueError):
@@ -154,28 +150,16 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[i
 
 
 def _tensors_of(metadata: _Metadata) -> dict[str, Any]:
-    entries = metadata.state_dict_metadata
-    tensors = {name: entry for name, entry in entries.items() if hasattr(entry, "chunks")}
-    for name, entry in tensors.items():
-        _require(isinstance(name, str) and isinstance(entry.properties.dtype, torch.dtype), name)
-        for chunk in entry.chunks:
-            _require(len(chunk.offsets) == len(chunk.sizes) == len(entry.size), name)
-    return tensors
+    return {name: entry for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "chunks")}
 
 
 def _spans_of(metadata: _Metadata) -> dict[tuple[str, tuple[int, ...]], FileSpan]:
     spans = {}
     for index, info in metadata.storage_data.items():
         if (offset := getattr(index, "offset", None)) is not None:
-            span = FileSpan(info.relative_path, info.offset, info.length, getattr(info, "transform_descriptors", None))
-            _require(isinstance(span.file, str) and span.offset >= 0 and span.length >= 0, index.fqn)
-            spans[index.fqn, tuple(offset)] = span
+            transforms = getattr(info, "transform_descriptors", None)
+            spans[index.fqn, tuple(offset)] = FileSpan(info.relative_path, info.offset, info.length, transforms)
     return spans
-
-
-def _require(holds: bool, name: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is not described as torch does it")
 
 
 class Window(io.RawIOBase):

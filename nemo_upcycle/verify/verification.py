@@ -8,7 +8,6 @@ some of the experts that share a row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, one_hot
 
-from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import targets
 from nemo_upcycle.models.hf_model import errors_only, load_model, load_tokenizer
@@ -76,24 +75,12 @@ class Verification:
     torn: TornTokens | None
 
 
-def check_tolerance(tolerance: float) -> None:
-    """Check a tolerance, before anything is fetched for it.
-
-    Raises:
-        SpecError: it is no number, 0 or more.
-    """
-    if not 0 <= tolerance < math.inf:
-        raise SpecError(field="tolerance", got=tolerance, expected="a number, 0 or more", fix="use the default, 1e-4")
-
-
 def verify(
     dense: Path,
     moe: Path,
-    text_file: Path | None = None,
     *,
     layers: bool = False,
     logits: bool = True,
-    tolerance: float = TOLERANCE,
     expert_utility: Path | None = None,
 ) -> Verification:
     """Compare a dense Hugging Face folder with the MoE folder made from it.
@@ -101,23 +88,19 @@ def verify(
     Args:
         dense: the parent, with its tokenizer.
         moe: its class is in `models/families`.
-        text_file: UTF-8 text to run on; a short one of the package's when None.
         layers: whether to compare what every layer hands on, to find where the models part.
         logits: whether to load and run the models, one after the other, in float32, and a granular one in its own type
             as well; else only weights are compared.
-        tolerance: largest difference of logits over the largest logit, to count as equal.
         expert_utility: for a parent with experts, the file that says which have more copies, if there was one.
 
     Raises:
         CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is of another parent.
-        SpecError: the tolerance is no number, 0 or more.
-        UpcycleError: a model does not fit into memory, there is no tokenizer or a damaged one, or no text.
+        UpcycleError: a model does not fit into memory, or there is no tokenizer or a damaged one.
 
     Example:
         >>> verify(Path("models/Llama-3-8B"), Path("models/Llama-3-8B-E8T2")).equal  # doctest: +SKIP
         True
     """
-    check_tolerance(tolerance)
     with open_dense(dense) as parent, SafetensorsFolder(moe) as child:
         hf_class = child.architecture.hf_class
         if not child.architecture.num_experts:
@@ -131,8 +114,8 @@ def verify(
             check_tokenizer(dense)
             check_tokenizer(moe)
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
-        # a wrong text shows before the long work
-        tokens_BS = _tokens(dense, text_file, parent.architecture.vocab_size) if logits else None
+        # a wrong tokenizer shows before the long work
+        tokens_BS = _tokens(dense, parent.architecture.vocab_size) if logits else None
         weights = compare_weights(parent, child, expert_utility)
         own_type, moe_arch = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture
         experts = parent.architecture.num_experts
@@ -142,8 +125,8 @@ def verify(
         network_E = [n % experts if experts else n // weights.granularity for n in range(moe_arch.num_experts or 0)]
         if weights.granularity > 1 or (experts and weights.exact):
             torn = _count_torn(moe, moe_arch, tokens_BS, own_type, network_E)
-    equal = found.relative <= tolerance if found else weights.exact and not weights.rounded
-    return Verification(dense, moe, hf_class, equal, tolerance, *weights, found, torn)
+    equal = found.relative <= TOLERANCE if found else weights.exact and not weights.rounded
+    return Verification(dense, moe, hf_class, equal, TOLERANCE, *weights, found, torn)
 
 
 def _require_memory(needed_bytes: int) -> None:
@@ -159,14 +142,8 @@ def _require_memory(needed_bytes: int) -> None:
         )
 
 
-def _tokens(dense: Path, text_file: Path | None, vocab_size: int) -> torch.Tensor:
-    """Return token ids of the text, [B, S], all of them in the model's vocabulary."""
-    try:
-        text = (text_file or _SAMPLE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UpcycleError(
-            str(text_file), got=getattr(error, "strerror", None) or error, expected="UTF-8 text", fix="check the file"
-        ) from None
+def _tokens(dense: Path, vocab_size: int) -> torch.Tensor:
+    """Return token ids of the package's text, [B, S], all of them in the model's vocabulary."""
     try:
         with errors_only():
             tokenizer = load_tokenizer(dense)
@@ -177,10 +154,9 @@ def _tokens(dense: Path, text_file: Path | None, vocab_size: int) -> torch.Tenso
             expected="tokenizer files",
             fix="copy the model's tokenizer files there, or compare the weights alone (--weights-only)",
         ) from None
+    text = _SAMPLE.read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text)["input_ids"][: WINDOWS * WINDOW_TOKENS])
     length = min(WINDOW_TOKENS, len(ids))
-    if length < 2:
-        raise UpcycleError(str(text_file), got=f"{length} tokens", expected="some words", fix="choose another text")
     if (largest := int(ids.max())) >= vocab_size:
         raise UpcycleError(
             f"{dense}: tokenizer",

@@ -13,10 +13,9 @@ import pytest
 from nemo_upcycle.cli.common import file_size
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import MODEL_MARKER
 from tests.models import write_llama, write_tokenizer
 from tests.parents import write_wrapped
-from tests.unit.cli.conftest import Command, refused
+from tests.unit.cli.conftest import Command
 
 
 SPEC = ("--experts", "2", "--top-k", "2")
@@ -62,8 +61,8 @@ def test_a_parent_that_sees_is_written_whole_or_it_says_why_not(
     ("output", "words"),
     [
         ("file/moe", "Not a directory, expected access and room. Fix: a part of the path is a file"),
-        ("x" * 300, "File name too long, expected access and room. Fix: choose a shorter name"),
         ("loop/moe", "got links that form a loop, expected a path"),
+        ("x" * 300, "File name too long, expected access and room. Fix: choose a shorter name"),
     ],
 )
 def test_where_nothing_can_be_written_says_what_to_do(
@@ -104,16 +103,6 @@ def test_a_size_that_is_none_is_refused(size: str) -> None:
     assert file_size("60 KB") == 60_000
     with pytest.raises(UpcycleError, match="size of a file: got"):
         file_size(size)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"companions": [{}]}'])
-def test_a_damaged_marker_asks_for_another_folder(dense: Path, tmp_path: Path, content: str, command: Command) -> None:
-    typed = ["convert", str(dense), str(tmp_path / "moe"), *SPEC]
-    command.text(*typed)
-    (tmp_path / "moe" / MODEL_MARKER).write_text(content)
-    error = refused(*typed)
-    assert (error.subject.rpartition("/")[2], error.got) == (MODEL_MARKER, "a damaged file")
-    assert error.fix.startswith("choose another")
 
 
 def test_tied_embeddings_count_once_as_on_the_card(tmp_path: Path, command: Command) -> None:

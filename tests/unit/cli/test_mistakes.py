@@ -47,7 +47,6 @@ CALIBRATE = "calibrate a b --experts 4 --top-k 4 --granularity 2"
         ("convert a b --method copi", "--method", "copi"),
         ("verify nemo:///a b", "nemo:///a", "a NeMo or Megatron checkpoint"),
         ("verify a b --weights-only --layers", "--weights-only", "--layers beside it"),
-        ("verify a b --tolerance nan", "--tolerance", "nan"),
         ("export a ''", "folder to make", "an empty name"),
         ("report /absent", "/absent", "no such folder"),
     ],

@@ -61,15 +61,6 @@ def test_settings_are_those_that_transformers_takes(config: dict[str, Any], fiel
         (_config("New", {"model_type": "qwen3"}), "the class of its text model is Qwen3ForCausalLM. Fix: .* WRAPPERS"),
         ({"architectures": ["Qwen4ForCausalLM"]}, "got Qwen4ForCausalLM, .* nearest is Qwen3ForCausalLM. .*register"),
         ({"model_type": "ministral4"}, "the nearest is Ministral3ForCausalLM"),
-        (
-            {"architectures": ["ErnieForCausalLM"], **SIZES, "rms_norm_eps": 1e-6},
-            "by its settings is LlamaForCausalLM.",
-        ),
-        (
-            {"architectures": ["NewForCausalLM"], **SIZES, "rms_norm_eps": 1, "residual_multiplier": 2}
-            | {"embedding_multiplier": 2, "attention_multiplier": 2, "logits_scaling": 2, "use_new": 1},
-            "the nearest by its settings is GraniteForCausalLM",
-        ),
         ({"architectures": ["BloomForCausalLM"]}, "got BloomForCausalLM, expected a class that is known. Fix: use"),
     ],
     ids=str,

@@ -14,7 +14,6 @@ from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.sources.several_parents import Branches
 from tests.folders import SPEC, change_config, change_weights, converted
 from tests.models import build_chunks, require_same_weights, weights_of, write_llama
 
@@ -85,9 +84,6 @@ def test_one_model_is_no_mixture(folders: list[Path]) -> None:
     with open_dense(folders[:1], non_expert_weights="mean") as dense:
         assert dense.branches() == (dense,)
         assert not dense.inexact_because()
-        for sources in ([dense], []):
-            with pytest.raises(CheckpointError, match="branches: got"):
-                Branches(sources)
     with pytest.raises(SpecError, match=r"'meen' does not exist\. Did you mean 'mean'"):
         open_dense(folders, non_expert_weights="meen")
 
