@@ -37,7 +37,6 @@ DAMAGE = (
     TypeError,
     ValueError,
 )
-_MAX_DESCRIPTION_BYTES = 1 << 16
 
 
 class Inert:
@@ -201,7 +200,7 @@ def open_piece(window: Window, sizes: tuple[int, ...], dtype: torch.dtype) -> St
         records = {member.filename.partition("/")[2]: member for member in archive.infolist()}
     start, stop = _record(window, records["data.pkl"])
     window.seek(start)
-    description = _InertUnpickler(io.BytesIO(window.read(min(stop - start, _MAX_DESCRIPTION_BYTES)))).load()
+    description = _InertUnpickler(io.BytesIO(window.read(stop - start))).load()
     if isinstance(description.args[0], Inert):  # a parameter, of a tensor
         description = description.args[0]
     (_, _, key, _, count), offset, shape, stride = description.args[:4]
