@@ -214,19 +214,6 @@ def test_a_config_that_is_not_the_weights(dense: Path, tmp_path: Path, change: A
     assert got in str(caught.value.got)
 
 
-def test_the_text_is_the_one_asked_for(dense: Path, tmp_path: Path) -> None:
-    moe, text = _made(dense, tmp_path / "moe"), tmp_path / "text"
-    text.write_text("some words")
-    found = verify(dense, moe, text)
-    assert found.logits is not None
-    assert found.logits.tokens == len("some words")
-    for content, got in (("", "0 tokens"), (None, "No such file or directory")):
-        text.write_text(content) if content is not None else text.unlink()
-        with pytest.raises(UpcycleError) as caught:
-            verify(dense, moe, text)
-        assert (caught.value.subject, caught.value.got) == (str(text), got)
-
-
 def test_another_parent_and_another_tokenizer_are_refused(dense: Path, tmp_path: Path) -> None:
     moe = _made(dense, tmp_path / "moe")
     bare = write_llama(tmp_path / "bare", vocab_size=259, layers=3)
