@@ -52,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--workers", type=int, metavar="N", help="tasks at a time (default: the cores of this machine)")
     how.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of this partition")
     how.add_argument("--time", metavar="D-HH:MM:SS", help="with --slurm: time limit of a task (default: 24:00:00)")
-    how.add_argument("--qos", metavar="NAME", help="with --slurm: quality of service")
     how.add_argument("--ray", action="store_true", help="run the tasks on the Ray cluster of RAY_ADDRESS")
     how.add_argument("--strict", action="store_true", help="end at the first broken input (default: count and go on)")
     how.add_argument("--update", action="store_true", help="build a finished folder again if its files changed since")
@@ -127,17 +126,14 @@ def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the engine's options; refuse those that contradict each other."""
     if args.workers is not None and args.workers < 1:
         raise UpcycleError("--workers", got=args.workers, expected="1 or more", fix="set --workers 8")
-    for name in ("slurm", "time", "qos"):
+    for name in ("slurm", "time"):
         if "=" in (value := getattr(args, name) or ""):
             raise UpcycleError(f"--{name}", got=value, expected="no KEY=VALUE", fix=f"give --{name} its own value")
     if args.slurm and args.ray:
         raise UpcycleError("way to run", got="--slurm and --ray", expected="one of them", fix="omit one")
-    for name in ("time", "qos"):
-        if getattr(args, name) and not args.slurm:
-            raise UpcycleError(f"--{name}", got="no --slurm", expected="both", fix=f"add --slurm, or omit --{name}")
-    named = [
-        (f"--{name}", str(getattr(args, name))) for name in ("workers", "slurm", "time", "qos") if getattr(args, name)
-    ]
+    if args.time and not args.slurm:
+        raise UpcycleError("--time", got="no --slurm", expected="both", fix="add --slurm, or omit --time")
+    named = [(f"--{name}", str(getattr(args, name))) for name in ("workers", "slurm", "time") if getattr(args, name)]
     return (*(word for pair in named for word in pair), *(["--ray"] if args.ray else []))
 
 
@@ -202,7 +198,7 @@ def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:
         }
         lines.append(f"  {name}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on")
         lines += [f"    removed: {count:,} documents, {why}" for why, count in removed.items()]
-        if (lost := source.get("lost")) and lost["reasons"]:  # earlier versions did not count it
+        if (lost := source["lost"])["reasons"]:
             lines.append(f"    lost: {lost['share']:.1%} of what was to be read")
             lines += [f"      {line}" for line in lost_text(lost)]
         if cut := source["cut"]["documents"]:

@@ -27,7 +27,7 @@ exit status: 0 done; 2 a value or a file is wrong.
 The package's own suites are in {packaged("evaluation")}; demo.yaml explains every key."""
 
 
-_SIZES = ("tp", "pp", "vp", "ep")
+_SIZES = ("tp", "pp", "ep")
 #: What a launcher sets for each rank.
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -53,9 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dense", type=Path, metavar="FOLDER", help="the parent (default: from the receipt)")
     for option, text in (("tp", "share every matrix"), ("pp", "share the layers"), ("ep", "share the experts")):
         group.add_argument(f"--{option}", type=int, default=1, metavar="N", help=f"ranks that {text} (default: 1)")
-    group.add_argument(
-        "--vp", type=int, default=1, metavar="N", help="pieces of a pipeline rank's layers (default: 1)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

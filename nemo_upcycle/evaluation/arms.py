@@ -13,7 +13,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.compare import jackknife_stderr, left_out
 from nemo_upcycle.evaluation.heldout import METRIC, Sums, bits_per_byte
 from nemo_upcycle.evaluation.statistics import (
@@ -75,21 +74,13 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -
 
     Args:
         arm: sums by seed.
-        reference: sums of the other arm; seeds that one of them lacks are left out.
+        reference: sums of the other arm, of the same documents and at least one common seed; other seeds are left out.
 
     Returns:
         `difference` (bits per byte, arm minus reference: below 0 the arm is better), `stderr_documents`, `seeds`
         (`seed` and `difference` of each), and `documents` (how many). `judge` adds what follows from it.
-
-    Raises:
-        UpcycleError: the two have no seed in common, or were not scored on the same documents.
     """
     common = sorted(set(arm) & set(reference))
-    names = list(arm[common[0]]) if common else []
-    if not common or any(list(side[seed]) != names for side in (arm, reference) for seed in common):
-        raise UpcycleError(
-            "two arms", got="no seed in common, or other documents", expected="both", fix="train both in one grid"
-        )
     seeds = {seed: bits_per_byte(arm[seed]) - bits_per_byte(reference[seed]) for seed in common}
     without = [
         [after - before for before, after in zip(_without(reference[seed]), _without(arm[seed]), strict=True)]
@@ -99,7 +90,7 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -
         "difference": statistics.fmean(seeds.values()),
         "stderr_documents": jackknife_stderr([statistics.fmean(values) for values in zip(*without, strict=True)]),
         "seeds": [{"seed": seed, "difference": own} for seed, own in seeds.items()],
-        "documents": len(names),
+        "documents": len(arm[common[0]]),
     }
 
 

@@ -86,7 +86,7 @@ def evaluate(
         tasks = tasks or load_suite_tasks(suite)
         model = open_model(
             model_folder,
-            backend=backend or config.get("backend", "hf"),
+            backend=backend or config["backend"],
             dtype=config["dtype"],
             batch_size=batch_size or config["batch_size"],
             label=name,
@@ -126,7 +126,7 @@ def ask(
     sampled_s = time.monotonic()
     merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
     tasks = tasks or load_suite_tasks(suite)
-    if config.get("chat_template") and not getattr(model.lm.tokenizer, "chat_template", None):
+    if config["chat_template"] and not getattr(model.lm.tokenizer, "chat_template", None):
         raise UpcycleError(
             "chat template of the model's tokenizer",
             got="none",
@@ -142,7 +142,7 @@ def ask(
         }
     for shots, asked in runs.items():
         if asked:
-            results = _run(model.lm, asked, shots, limit, chat_template=config.get("chat_template", False))
+            results = _run(model.lm, asked, shots, limit, chat_template=config["chat_template"])
             for part, values in _extract(results, f"_{shots}shot" if shots else "").items():
                 merged[part].update(values)
     return {

@@ -29,8 +29,7 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
     folder = data_folder_of(run_dir, plan)
     seq_length = _seq_length(plan, dense_folder)
     if not plan.inputs.is_finished:
-        build = _pack_chat if plan.inputs.reads_chat else build_data
-        build(plan.inputs.data, str(dense_folder), folder, seq_length)
+        build_data(plan.inputs.data, str(dense_folder), folder, seq_length)
         _say_changes(plan.inputs, folder)
     data = open_data(folder)
     data.require_tokenizer_of(str(dense_folder))
@@ -59,32 +58,29 @@ def made_data(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
 
-def _pack_chat(chat: str, dense: str, folder: Path, seq_length: int | None) -> None:
-    from nemo_upcycle.data.chat.build_chat import build_chat
-    from nemo_upcycle.data.chat.config import read_chat
-
-    length = [f"seq_length={seq_length}"] if seq_length else []
-    build_chat(read_chat(chat, [f"tokenizer={dense}", *length]), folder)
-
-
-def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> None:
-    """Build a blend, or resume a stopped build.
+def build_data(data: str, dense: str, folder: Path, seq_length: int | None) -> None:
+    """Build a blend or resume a stopped build, or pack conversations.
 
     Args:
-        blend: name or path of the blend.
+        data: name or path of the blend or the conversations.
         dense: the dense model whose tokenizer is used.
         folder: folder to write.
-        seq_length: tokens of a sequence; None: the blend's own.
+        seq_length: tokens of a sequence; None: as the configuration of the data says.
 
     Raises:
         StageStopped: a signal stopped it; it can resume.
     """
     from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.data.build import build_blend
+    from nemo_upcycle.data.chat.build_chat import build_chat
+    from nemo_upcycle.data.chat.config import is_chat, read_chat
 
+    settings = [f"tokenizer={dense}", *([f"seq_length={seq_length}"] if seq_length else [])]
+    if is_chat(data):
+        build_chat(read_chat(data, settings), folder)
+        return
     try:
-        length = [f"seq_length={seq_length}"] if seq_length else []
-        build_blend(read_blend(blend, [f"tokenizer={dense}", *length]), folder)
+        build_blend(read_blend(data, settings), folder)
     except KeyboardInterrupt:  # the engine was told to stop
         text = "stage 'data' stopped early: its finished tasks are kept, and the same command resumes from there"
         raise StageStopped(text) from None

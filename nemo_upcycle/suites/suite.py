@@ -126,10 +126,10 @@ def load_suite_tasks(suite: Path, *, strict: bool = False) -> SuiteTasks:
     config = read_json(suite / MARKER)["config"]
     if config["local"]:
         return SuiteTasks({}, {})
-    strict = strict or config.get("strict", False)
-    files = config.get("files")
     return SuiteTasks(
-        *load_available_tasks(list(config["tasks"]), config.get("include_path"), files=files, strict=strict)
+        *load_available_tasks(
+            list(config["tasks"]), config["include_path"], files=config["files"], strict=strict or config["strict"]
+        )
     )
 
 

@@ -46,8 +46,8 @@ class FinishedChat(Finished):
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """See `Finished.held_out`."""
-        return {"heldout_documents": [], "answers": self.answers()}
+        """See `Finished.held_out`: `document`, `turn`, `prompt` and `answer` of each answer."""
+        return {"heldout_documents": [], "answers": self.lines()}
 
     def validation_tokens(self) -> Iterator[Any]:
         """See `Finished.validation_tokens`: of all packs, since few are validated on."""
@@ -55,10 +55,6 @@ class FinishedChat(Finished):
 
         for split in ("validation", "train"):
             yield from (row["input_ids"] for row in np.load(self.folder / PACKS[split], allow_pickle=True))
-
-    def answers(self) -> list[dict[str, Any]]:
-        """Return the answers that were held back: `document`, its `turn`, the `prompt` before it, and the `answer`."""
-        return self.lines()
 
     def require_length(self, seq_length: int) -> None:
         """See `Finished.require_length`: the packs have it."""

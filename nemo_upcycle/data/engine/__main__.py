@@ -1,7 +1,7 @@
 """The engine's command: `python -m nemo_upcycle.data.engine DIR/build/plan.json --workers N`, in the data environment.
 
-    --slurm PARTITION [--time T] [--qos Q]   the tasks as jobs of Slurm, N at a time; from a login node
-    --ray                                    on a running Ray cluster
+    --slurm PARTITION [--time T]   the tasks as jobs of Slurm, N at a time; from a login node
+    --ray                          on a running Ray cluster
 
 Rerun, it resumes where it was stopped or killed; the output is the same, byte for byte.
 """
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         from nemo_upcycle.data.engine.pipelines import RunOn
         from nemo_upcycle.data.engine.supervise import Stopped, run_plan
 
-        run_on = RunOn(arguments.workers, arguments.slurm, arguments.time, arguments.qos, arguments.ray)
+        run_on = RunOn(arguments.workers, arguments.slurm, arguments.time, arguments.ray)
         _check(run_on)
         try:
             run_plan(load_plan(arguments.plan.resolve()), run_on)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     except CalledProcessError as error:  # its own message stands above
         sys.stderr.write(
             f"error: {error.cmd[0]}: it failed with status {error.returncode}."
-            f" Fix: check --slurm {arguments.slurm}, --time and --qos; `sinfo` lists the partitions.\n"
+            f" Fix: check --slurm {arguments.slurm}, and --time; `sinfo` lists the partitions.\n"
         )
     except OSError as error:
         sys.stderr.write(
@@ -84,7 +84,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     runs.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of Slurm")
     runs.add_argument("--ray", action="store_true", help="run the tasks on a Ray cluster")
     parser.add_argument("--time", default="24:00:00", help="time limit of a Slurm job (24:00:00)")
-    parser.add_argument("--qos", default="", help="quality of service of the Slurm jobs (the cluster's default)")
     return parser.parse_args(argv)
 
 

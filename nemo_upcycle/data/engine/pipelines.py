@@ -41,14 +41,12 @@ class RunOn:
         workers: tasks at a time.
         slurm: the partition.
         time_limit: time limit of a Slurm job, as sbatch takes it.
-        qos: quality of service of the Slurm jobs.
         ray: whether they run on the Ray cluster.
     """
 
     workers: int = 1
     slurm: str | None = None
     time_limit: str = "24:00:00"
-    qos: str = ""
     ray: bool = False
 
 
@@ -203,7 +201,7 @@ def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn, environment: P
             **shared,
             time=run_on.time_limit,
             partition=run_on.slurm,
-            qos=run_on.qos,
+            qos="",  # the cluster's default, or SBATCH_QOS
             workers=run_on.workers,
             job_name=f"data-{stage.name}",
             venv_path=str(environment / "bin" / "activate"),

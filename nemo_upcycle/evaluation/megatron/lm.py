@@ -41,7 +41,6 @@ class MegatronLM(HFLM):
         dense: the dense parent's Hugging Face folder; None: the one in the run's receipt. Its tokenizer is used.
         tp: ranks that share every matrix.
         pp: ranks that share the layers.
-        vp: pieces of a pipeline rank's layers.
         ep: ranks that share the experts.
         dtype: the type to compute in.
         batch_size: sequences in one pass, or `auto`.
@@ -66,7 +65,6 @@ class MegatronLM(HFLM):
         *,
         tp: int = 1,
         pp: int = 1,
-        vp: int = 1,
         ep: int = 1,
         dtype: str = "bfloat16",
         batch_size: int | str | None = "auto",
@@ -84,7 +82,7 @@ class MegatronLM(HFLM):
             )
         model = find_model(Path(checkpoint), Path(dense) if dense else None, given=others)
         self.tokenizer = _tokenizer_of(model.dense)
-        layout = layout_here(tp=int(tp), pp=int(pp), vp=int(vp), ep=int(ep))
+        layout = layout_here(tp=int(tp), pp=int(pp), ep=int(ep))
         self.chunks, self.arch = load_chunks(model.checkpoint, model.dense, model.spec, layout, dtype_of(dtype))
         self.checkpoint, self.dense, self.vocab_size = model.checkpoint, model.dense, self.arch.vocab_size
         self._info = {

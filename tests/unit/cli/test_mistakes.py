@@ -24,7 +24,7 @@ CALIBRATE = "calibrate a b --experts 4 --top-k 4 --granularity 2"
         ("data sotu d --workers 0", "--workers", 0),
         ("data sotu d --slurm cpu --ray", "way to run", "--slurm and --ray"),
         ("data sotu d --time 1:00:00", "--time", "no --slurm"),
-        ("data sotu d --slurm cpu --qos seed=2", "--qos", "seed=2"),
+        ("data sotu d --slurm cpu --time seed=2", "--time", "seed=2"),
         (CALIBRATE, "--router-init", "normal"),
         (f"{CALIBRATE} --router-init prompts", "--router-prompts", "none"),
         ("convert a b --calibration none", "--calibration", "none"),

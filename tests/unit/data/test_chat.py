@@ -263,7 +263,7 @@ def test_no_question_of_an_answer_that_is_held_back_is_trained_on(tokenizer: Pat
     """Of two conversations that begin alike, both or none is held back."""
     lines = [one for a in range(20) for one in (messages(f"{a}?", "Yes."), messages(f"{a}?", "No."))]
     _build(tokenizer, tmp_path, lines)
-    asked = {row["prompt"] for row in open_chat(tmp_path / "chat").answers()}
+    asked = {row["prompt"] for row in open_chat(tmp_path / "chat").held_out["answers"]}
     decode = load_tokenizer(tokenizer).decode
     trained = "".join(decode(row["input_ids"]) for row in np.load(tmp_path / "chat/training.npy", allow_pickle=True))
     assert len(asked) == 2
@@ -272,7 +272,7 @@ def test_no_question_of_an_answer_that_is_held_back_is_trained_on(tokenizer: Pat
 
 def test_held_out_answers_end_where_the_model_has_to_stop(tokenizer: Path, tmp_path: Path) -> None:
     _build(tokenizer, tmp_path, [*sums(), *(asks_tool(f"Warm in {n}?") for n in range(40))], "max_lost=0.5")
-    rows = open_chat(tmp_path / "chat").answers()
+    rows = open_chat(tmp_path / "chat").held_out["answers"]
     assert {row["turn"] for row in rows} >= {0, 1}
     for row in rows:
         assert row["prompt"].endswith("</s>\nassistant: ")

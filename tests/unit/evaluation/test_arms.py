@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import (
     ONE_SEED,
     better_from,
@@ -32,8 +31,6 @@ def test_windows_are_added_up_to_documents() -> None:
     windows = (("a", [-1.0, 10]), ("b", [-4.0, 20]), ("a", [-2.0, 5]))
     items = [{"cluster": name, "scores": {"bits_per_byte": sums}} for name, sums in windows]
     assert document_sums({"items": {"text": items}}, "text") == {"a": (-3.0, 15), "b": (-4.0, 20)}
-    with pytest.raises(UpcycleError, match="Did you mean 'text'"):
-        document_sums({"items": {"text": items}}, "texts")
 
 
 def test_between_two_points_documents_are_linear_in_the_logarithm_of_the_tokens() -> None:
@@ -117,13 +114,6 @@ def test_seeds_are_compared_with_their_own_kind() -> None:
     arm = {1: documents(1.0, 1.1), 3: documents(3.0, 3.1)}
     reference = {3: documents(3.0, 3.1), 2: documents(2.0, 2.1)}
     assert difference_of_arms(arm, reference)["seeds"] == [{"seed": 3, "difference": 0.0}]
-    with pytest.raises(UpcycleError, match="no seed in common"):
-        difference_of_arms({1: documents(1.0)}, {2: documents(1.0)})
-
-
-def test_other_documents_are_refused() -> None:
-    with pytest.raises(UpcycleError, match="train both in one grid"):
-        difference_of_arms({1: documents(1.0, 1.0)}, {1: documents(1.0)})
 
 
 def test_better_from_is_where_it_stays_better() -> None:

@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.paired import paired_difference
 from tests.unit.evaluation.test_compare import A, B, evaluation
 
@@ -58,8 +57,3 @@ def test_windows_of_one_document_count_as_one_observation() -> None:
     assert found["difference"] == pytest.approx(-2 * unit)
     assert found["stderr"] == pytest.approx(1 * unit)
     assert (found["items"], found["clusters"]) == (6, 2)
-
-
-def test_an_unknown_metric_is_refused() -> None:
-    with pytest.raises(UpcycleError, match="Did you mean 'quiz/acc'"):
-        paired_difference(A, B, "quiz/ac")
