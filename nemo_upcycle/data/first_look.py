@@ -20,6 +20,7 @@ from nemo_upcycle.errors import UpcycleError
 
 #: Documents that are read to check a source.
 FIRST = 50
+#: Bytes of text after which no further file is read.
 _MOST_BYTES = 4 << 20
 #: A field whose texts together are longer than this part of the longest one's may be the text as well.
 _AS_LONG = 0.25
@@ -71,15 +72,12 @@ def the_long_one(fields: Mapping[str, int]) -> str:
     return longest if rivals == [longest] else ""
 
 
-def look_at(
-    files: Sequence[InputFile], *, documents: int = FIRST, size_bytes: int = _MOST_BYTES, tokenizer: Path | None = None
-) -> Look:
+def look_at(files: Sequence[InputFile], *, documents: int = FIRST, tokenizer: Path | None = None) -> Look:
     """Read the first documents of files with the engine's readers, in its environment.
 
     Args:
         files: the files of a source, in their order.
         documents: number to read at most.
-        size_bytes: bytes of text after which no further file is read.
         tokenizer: a `tokenizer.json`, to estimate tokens by.
 
     Raises:
@@ -87,7 +85,7 @@ def look_at(
     """
     names = names_inside([file.path for file in files])
     first = [{**dataclasses.asdict(file), "name": names[file.path]} for file in files[: documents + 1]]
-    request = {"files": first, "documents": documents, "bytes": size_bytes, "tokenizer": tokenizer and str(tokenizer)}
+    request = {"files": first, "documents": documents, "bytes": _MOST_BYTES, "tokenizer": tokenizer and str(tokenizer)}
     return Look(**ask_engine(request))
 
 

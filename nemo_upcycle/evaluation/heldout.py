@@ -19,14 +19,13 @@ ANSWER_BITS = f"heldout_answers/{METRIC}"
 Sums = dict[str, tuple[float, float]]
 
 
-def document_sums(evaluation: Mapping[str, Any], task: str = TASK) -> Sums:
+def document_sums(evaluation: Mapping[str, Any]) -> Sums:
     """Return the sums of every held-out document of an evaluation, over its windows.
 
     Args:
-        evaluation: what `ask` returned.
-        task: task of held-out texts that the suite asks.
+        evaluation: what `ask` returned for a suite with `TASK`.
     """
-    items = evaluation["items"][task]
+    items = evaluation["items"][TASK]
     documents = [item["cluster"] for item in items]
     sums = cluster_sums(METRIC, [item["scores"][METRIC] for item in items], documents)
     return dict(zip(dict.fromkeys(documents), sums, strict=True))

@@ -97,16 +97,7 @@ class MegatronLM(HFLM):
         atexit.register(self.close)
 
     @classmethod
-    def live(
-        cls,
-        chunks: Sequence[Any],
-        tokenizer: Path,
-        vocab_size: int,
-        max_length: int,
-        *,
-        batch_size: int | str = "auto",
-        label: str = "evaluate",
-    ) -> MegatronLM:
+    def live(cls, chunks: Sequence[Any], tokenizer: Path, vocab_size: int, max_length: int) -> MegatronLM:
         """Return the model of a training job, on every rank of it: the first one asks, the others `serve`.
 
         Args:
@@ -114,14 +105,12 @@ class MegatronLM(HFLM):
             tokenizer: folder of the tokenizer.
             vocab_size: V without padding.
             max_length: tokens of a sequence.
-            batch_size: sequences in one pass, or `auto`.
-            label: name of the model in the progress report.
         """
         lm = cls.__new__(cls)
         super(HFLM, lm).__init__()
         lm.chunks, lm.tokenizer, lm.vocab_size = list(chunks), _tokenizer_of(tokenizer), vocab_size
         lm._info = {}
-        lm._prepare(batch_size, max_length, None, label)
+        lm._prepare("auto", max_length, None, "evaluate")
         return lm
 
     def _prepare(self, batch_size: int | str | None, max_length: int, bos: bool | None, label: str) -> None:

@@ -15,7 +15,7 @@ from nemo_upcycle.evaluation.arms import (
     pooled_spread,
     sums_after,
 )
-from nemo_upcycle.evaluation.heldout import bits_per_byte, document_sums
+from nemo_upcycle.evaluation.heldout import TASK, bits_per_byte, document_sums
 from nemo_upcycle.evaluation.statistics import Spread
 
 
@@ -30,7 +30,7 @@ def documents(*bits: float) -> dict[str, tuple[float, float]]:
 def test_windows_are_added_up_to_documents() -> None:
     windows = (("a", [-1.0, 10]), ("b", [-4.0, 20]), ("a", [-2.0, 5]))
     items = [{"cluster": name, "scores": {"bits_per_byte": sums}} for name, sums in windows]
-    assert document_sums({"items": {"text": items}}, "text") == {"a": (-3.0, 15), "b": (-4.0, 20)}
+    assert document_sums({"items": {TASK: items}}) == {"a": (-3.0, 15), "b": (-4.0, 20)}
 
 
 def test_between_two_points_documents_are_linear_in_the_logarithm_of_the_tokens() -> None:
