@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +30,7 @@ HELDOUT_OVERLAP = "overlap/summary.json"
 
 
 @dataclass(frozen=True)
-class Finished(ABC):
+class Finished:
     """A finished folder and its manifest, of texts or of conversations.
 
     Attributes:
@@ -51,33 +50,6 @@ class Finished(ABC):
     def name(self) -> str:
         """Name the blend or the conversations."""
         return str(self.manifest[self.key])
-
-    @property
-    @abstractmethod
-    def card(self) -> str:
-        """Describe the data for a model card."""
-
-    @property
-    @abstractmethod
-    def files(self) -> list[str]:
-        """List the files that trainings and evaluations read, relative to the folder."""
-
-    @property
-    @abstractmethod
-    def held_out(self) -> dict[str, Any]:
-        """Read what was held out for evaluation, by argument of `build_named_suite`: documents, or answers."""
-
-    @abstractmethod
-    def validation_tokens(self) -> Iterator[Any]:
-        """Yield arrays of token ids, those of the validation split first."""
-
-    @abstractmethod
-    def require_length(self, seq_length: int) -> None:
-        """Check that a training can read the data in sequences of a length.
-
-        Raises:
-            UpcycleError: it cannot.
-        """
 
     @classmethod
     def read(cls, folder: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -179,7 +151,7 @@ class FinishedBlend(Finished):
 
     @property
     def card(self) -> str:
-        """See `Finished.card`: sources, their shares and licences."""
+        """Describe the data for a model card: sources, their shares and licences."""
         tokens = self.manifest["splits"]["train"]["tokens"]
         sources = (
             f"{source} ({100 * share:.3g} %; {self.manifest['sources'][source]['license']})"
@@ -189,17 +161,17 @@ class FinishedBlend(Finished):
 
     @property
     def files(self) -> list[str]:
-        """See `Finished.files`."""
+        """List the files that trainings and evaluations read, relative to the folder."""
         prefixes = sorted(prefix for split in self.tokens for prefix in self._prefixes(split))
         return [*(f"{prefix}{end}" for prefix in prefixes for end in (".idx", ".bin")), HELDOUT]
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """See `Finished.held_out`."""
+        """Read what was held out for evaluation, by argument of `build_named_suite`."""
         return {"heldout_documents": self.heldout()}
 
     def validation_tokens(self) -> Iterator[Any]:
-        """See `Finished.validation_tokens`."""
+        """Yield the token ids of each validation document."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         for prefix in self._prefixes("validation"):
@@ -210,7 +182,11 @@ class FinishedBlend(Finished):
         return [prefix for prefixes in self.tokens[split].values() for prefix in prefixes]
 
     def require_length(self, seq_length: int) -> None:
-        """See `Finished.require_length`: every source has a sequence to train on, and one to validate on."""
+        """Check that every source has a sequence to train on, and one of them a sequence to validate on.
+
+        Raises:
+            UpcycleError: see `paths`.
+        """
         self.paths(seq_length)
 
     def paths(self, seq_length: int) -> dict[str, list[str]]:

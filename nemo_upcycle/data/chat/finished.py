@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.chat.config import KIND, is_chat
-from nemo_upcycle.data.finished import HELDOUT, Finished, open_blend
+from nemo_upcycle.data.finished import HELDOUT, Finished, FinishedBlend, open_blend
 from nemo_upcycle.data.indexed_dataset import require_size
 from nemo_upcycle.errors import UpcycleError
 
@@ -26,13 +26,8 @@ class FinishedChat(Finished):
     kind, format, key, command = KIND, FORMAT, "chat", "nemo-upcycle chat"
 
     @property
-    def packs(self) -> int:
-        """Return the packs to train on."""
-        return int(self.manifest["splits"]["train"]["packs"])
-
-    @property
     def card(self) -> str:
-        """See `Finished.card`."""
+        """Describe the data for a model card."""
         train = self.manifest["splits"]["train"]
         return (
             f"conversations {self.name}, {train['conversations']:,} with {train['answers']:,} answers of"
@@ -41,23 +36,27 @@ class FinishedChat(Finished):
 
     @property
     def files(self) -> list[str]:
-        """See `Finished.files`."""
+        """List the files that trainings and evaluations read, relative to the folder."""
         return [*PACKS.values(), HELDOUT]
 
     @property
     def held_out(self) -> dict[str, Any]:
-        """See `Finished.held_out`: `document`, `turn`, `prompt` and `answer` of each answer."""
+        """Read the held-out answers (`document`, `turn`, `prompt`, `answer`), by argument of `build_named_suite`."""
         return {"heldout_documents": [], "answers": self.lines()}
 
     def validation_tokens(self) -> Iterator[Any]:
-        """See `Finished.validation_tokens`: of all packs, since few are validated on."""
+        """Yield the token ids of each pack, validation first: few packs are validated on."""
         import numpy as np
 
         for split in ("validation", "train"):
             yield from (row["input_ids"] for row in np.load(self.folder / PACKS[split], allow_pickle=True))
 
     def require_length(self, seq_length: int) -> None:
-        """See `Finished.require_length`: the packs have it."""
+        """Check that a training takes packs of the length that these have.
+
+        Raises:
+            UpcycleError: it does not.
+        """
         if seq_length != (made := self.manifest["seq_length"]):
             raise UpcycleError(
                 "data.seq_length",
@@ -73,8 +72,8 @@ class FinishedChat(Finished):
             steps: steps of the run.
             step_packs: packs of a step, over all ranks.
         """
-        epochs = steps * step_packs / self.packs
-        return f"data: {self.card}, in {self.packs:,} packs; {steps} steps read {epochs:.2f} epochs"
+        packs = self.manifest["splits"]["train"]["packs"]
+        return f"data: {self.card}, in {packs:,} packs; {steps} steps read {steps * step_packs / packs:.2f} epochs"
 
 
 def open_chat(folder: str | Path) -> FinishedChat:
@@ -88,7 +87,7 @@ def open_chat(folder: str | Path) -> FinishedChat:
             size.
 
     Example:
-        >>> open_chat("data/answers").packs  # doctest: +SKIP
+        >>> open_chat("data/answers").manifest["splits"]["train"]["packs"]  # doctest: +SKIP
         312
     """
     folder, manifest = FinishedChat.read(folder)
@@ -97,7 +96,7 @@ def open_chat(folder: str | Path) -> FinishedChat:
     return FinishedChat(folder, manifest)
 
 
-def open_data(folder: str | Path) -> Finished:
+def open_data(folder: str | Path) -> FinishedBlend | FinishedChat:
     """Open a finished folder of texts or of conversations.
 
     Args:

@@ -10,9 +10,9 @@ import nemo_run as run
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_upcycle.data.blend import DEMO, no_data
-from nemo_upcycle.data.chat.finished import open_chat
+from nemo_upcycle.data.chat.finished import FinishedChat, open_chat
 from nemo_upcycle.data.dense import local_parent, read_parent
-from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.data.finished import FinishedBlend, open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
 from nemo_upcycle.init.calibration_file import calibration_of
 from nemo_upcycle.models.architecture import Architecture
@@ -311,7 +311,7 @@ def check_data(recipe: run.Partial) -> None:
     data = recipe.data
     if not (reads_chat(recipe) or data.__fn_or_cls__ is blend_data) or data.folder is None:
         return
-    found = open_chat(data.folder) if reads_chat(recipe) else open_blend(data.folder)
+    found: FinishedBlend | FinishedChat = (open_chat if reads_chat(recipe) else open_blend)(data.folder)
     found.require_length(data.seq_length)
     if Path(data.dense.removeprefix("nemo://")).is_dir():
         found.require_tokenizer_of(data.dense)
