@@ -62,12 +62,11 @@ class Finished:
         require_complete(folder, "data folder", f"run `{cls.command} {cls.key.upper()} DIR` with it as DIR")
         manifest = read_json(path := folder / MANIFEST)
         require_known(manifest, path)
-        found = manifest if isinstance(manifest, dict) else {"kind": "no JSON object"}
-        form = found.get("kind", "texts"), found.get("format", "")
+        form = manifest.get("kind", "texts"), manifest.get("format", "")
         if form != (cls.kind, cls.format):
             got, fix = " ".join(map(str, form)).strip(), f"make the folder with `{cls.command}` of this version"
             raise UpcycleError(f"format of {path}", got=got, expected=f"{cls.kind} {cls.format}", fix=fix)
-        return folder, found
+        return folder, manifest
 
     def lines(self) -> list[dict[str, Any]]:
         """Read the lines of the held-out file."""
