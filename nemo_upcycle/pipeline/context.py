@@ -25,6 +25,7 @@ from nemo_run.config import get_type_namespace
 from nemo_upcycle.errors import UpcycleError, did_you_mean, mistake_in_file
 from nemo_upcycle.pipeline.answers import answered, of_another_trainer
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
+from nemo_upcycle.pipeline.markers import RETIRED
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
@@ -313,6 +314,8 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
         is_config = isinstance(at, fdl.Buildable)
         names = [one for one in dir(at) if not one.startswith("_")] if is_config else []
         if name not in names:
+            if name in RETIRED:
+                return UpcycleError(f"{where} '{key}' left in 0.3.0. It changed no result: omit it.")
             owner = getattr(getattr(at, "__fn_or_cls__", type(at)), "__name__", "")
             hint = did_you_mean(name, names, prefix=so_far)
             valid = f" Valid: {', '.join(sorted(names))}." if 0 < len(names) <= 12 else ""

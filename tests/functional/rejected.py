@@ -109,6 +109,7 @@ OF_ALL = {
     "data=chatterbot": "data: got chatterbot: conversations, expected texts",
     "evaluation=dmeo": "Did you mean 'demo'?",
     "evaluation=answers": "evaluation answers: got ",
+    "trained_on=300B": "setting 'trained_on' left in 0.3.0",  # a command line of 0.2
     "--from pretrain": "stage 'import' in ",
     # several at once
     "run.executor.partition=??? pretrain.optim.config.lr=-1 data=bogus": "run.executor.partition: got nothing",
