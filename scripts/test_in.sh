@@ -17,7 +17,7 @@
 #   command        `nemo llm pretrain` with the real 135M model, then resumed (3 minutes, 14 GiB of memory, 11 GB of disk)
 #
 # PYTHON=FOLDER/bin/python3.12 chooses the interpreter of a new environment. bridge takes ROWS= for every row of every
-# table, and leaves its reports in runs/test-bridge, which `python -m benchmarks.verification_cards` reads.
+# table.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,8 +34,8 @@ run_in() {
 case ${1:-} in
     bridge)
         rows=${ROWS-not weekly}
-        run_in .venv-bridge --junitxml runs/test-bridge/te.xml -m "$rows" tests/te
-        run_in .venv-bridge --junitxml runs/test-bridge/bridge.xml -m "$rows" -n 3 --dist loadfile \
+        run_in .venv-bridge -m "$rows" tests/te
+        run_in .venv-bridge -m "$rows" -n 3 --dist loadfile \
             tests/bridge tests/contract tests/distributed/test_balancing.py \
             tests/unit/{init,online,convert,verify,monitoring,planning} tests/unit/data/test_epoch_dataset.py ;;
     bridge-sample) # models filled, also beside Bridge's own loader; a training with a resume; mistakes; odd experts
