@@ -96,7 +96,10 @@ def _built(config: Any, arch: Architecture) -> Any:
 
             extend_instance(model.embedding, EmbeddingScalingMixin)
         return model
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     config.finalize()
+    config._pg_collection = ProcessGroupCollection.use_mpu_process_groups()  # Bridge's Gemma asks for its stage
     with torch.device("meta"):  # a HybridModelProvider asks no setting
         return config.provide(pre_process=True, post_process=True)
 

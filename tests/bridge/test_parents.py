@@ -12,9 +12,9 @@ import transformers
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.utils.files import read_json, write_json
-from tests.bridge.runs import SPEC, VOCABULARY, fill_twice, train_on_ranks
+from tests.bridge.runs import SEQUENCE, SPEC, VOCABULARY, fill_twice, train_on_ranks
 from tests.distributed.ranks import run_ranks
-from tests.models import write_class
+from tests.models import sample_tokens, write_class
 from tests.parents import write_gemma, write_mimo
 
 
@@ -38,6 +38,21 @@ def test_a_parent_has_the_bits_of_bridges_own_loader(tmp_path: Path, name: str, 
 def _fill_twice(parent: Path, folder: Path, layout: dict[str, int]) -> list[str]:
     """Fill as `fill_twice` does, in a process that has imported this module and so knows MiMo's configuration."""
     return fill_twice(parent, folder, layout)
+
+
+def test_step_0_of_a_gemma_equals_its_parent(tmp_path: Path) -> None:
+    folder = write_gemma(tmp_path / "dense", vocab_size=VOCABULARY)
+    assert run_ranks(_step_0, 1, folder, process_group=False) == [(True, True)]
+
+
+def _step_0(folder: Path) -> tuple[bool, bool]:
+    from nemo_upcycle.trainers.bridge.models import upcycled_provider
+    from nemo_upcycle.trainers.equivalence import check_step0
+
+    spec, tokens = UpcycleSpec(**SPEC), sample_tokens(VOCABULARY, length=SEQUENCE)
+    moe, dense = (upcycled_provider(folder, one, seq_length=SEQUENCE) for one in (spec, None))
+    receipt = check_step0(moe, dense, folder, spec, tokens, None)
+    return receipt.exact, receipt.equivalence["within_tolerance"]
 
 
 def test_a_parent_that_only_bridge_reads_is_refused(tmp_path: Path) -> None:
