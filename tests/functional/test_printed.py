@@ -53,8 +53,8 @@ PLACES = {"recipe": "runs/a", "start": "mine/parent_e8t2", "own module": "runs/a
 #: Way of a run to end -> part of the answer to the command that is printed then; the next are of `start` alone.
 ENDINGS = {
     "a trial": r" tokens +\S+ in 200 steps ",
-    "a stop": r" in \S+/PLACE\. ",
-    "a stop, noted": r" in \S+/PLACE\. ",
+    "a stop": r" in /.*/PLACE\. ",
+    "a stop, noted": r" in /.*/PLACE\. ",
     "the end": r" tokens +\S+ in 600 steps ",
     "a refused loss": r"\n *pretrain\.optim\.config\.lr +0\.0005\n",
 }
