@@ -10,7 +10,7 @@ from nemo_upcycle.cli.common import OptionRow, add_options, show
 from nemo_upcycle.cli.plan_request import Subject, request_of, subject_of
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning import hardware, table
+from nemo_upcycle.planning import table
 from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.search import (
     Plan,
@@ -88,8 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--low-precision-params", dest="low_params", action=switch, help=text)
     text = f"{', '.join(GRADIENTS)}: what gradients are summed in (default: the recipe's; for --model bf16)"
     model.add_argument("--grad-dtype", dest="gradients", metavar="NAME", help=text)
-    text = f"{', '.join(hardware.SOFTWARE)}, or NVIDIA's container, 26.02 (default: the back end's)"
-    cluster.add_argument("--software", metavar="NAME", help=text)
     recomputes = f"{', '.join(RECOMPUTES)}, or several modules: layernorm,moe_act (default: the fastest that fits)"
     layout: dict[str, OptionRow] = {
         "layout": (str, "tp=2,pp=4,...", "evaluate this one; its keys are listed below"),

@@ -150,9 +150,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
 
 
 def _software(args: argparse.Namespace) -> str:
-    """Return the generation of Megatron-Core: the named one, else that of the back end; Blackwell has Bridge's."""
-    if args.software is not None:
-        return hardware.known_software(args.software)
+    """Return the generation of Megatron-Core of the back end; Blackwell has Bridge's."""
     is_new = args.recipe is None and hardware.known_gpu(args.gpu).is_blackwell
     return hardware.BRIDGE_SOFTWARE if is_new else BACKENDS[args.backend].software
 

@@ -17,7 +17,6 @@ from nemo_upcycle.planning.hardware import gpu_names
 from nemo_upcycle.planning.layout import CPU_RANKS
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.start.choices import (
-    TRAINERS,
     Choices,
     Wanted,
     choose,
@@ -65,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a file, a folder, or a pattern in quotes (.jsonl, .parquet, .txt, compressed or not); omitted: the demo's"
     parser.add_argument("texts", metavar="TEXTS", nargs="?", help=text)
     how = parser.add_argument_group("how to train")
-    how.add_argument("--trainer", metavar="|".join(TRAINERS), help="(default: the one that is installed)")
     how.add_argument("--gpus", type=int, metavar="N", help="(default: those of this machine; 0: a trial on its CPU)")
     how.add_argument("--gpu", metavar="NAME", help=f"{', '.join(gpu_names())} (default: h100)")
     how.add_argument("--steps", type=int, metavar="N", help="(default: 10 on a CPU; on GPUs the texts once)")
@@ -100,12 +98,12 @@ def run(args: argparse.Namespace) -> int:
 
     parent = tried(find_model, args.model)
     texts = tried(find_texts, args.texts, parent.tokenizer if parent else None)
-    trainer = tried(choose_trainer, args.trainer)
+    trainer = tried(choose_trainer)
     problems += _missing_packages()
     choices: Choices | None = None
     if parent and texts:
         wanted = Wanted(used_spec(args), args.gpus, args.gpu, args.steps, args.epochs)
-        choices = tried(choose, parent, texts, trainer or ("nemo", ""), wanted)
+        choices = tried(choose, parent, texts, trainer or "nemo", wanted)
     if choices and args.texts is None and choices.gpus > CPU_RANKS:
         got = f"none, and {choices.gpus:,} GPUs"
         problems.append(UpcycleError("TEXTS", got=got, expected="your texts: the demo's are few", fix="name them"))

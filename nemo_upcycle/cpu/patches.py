@@ -92,16 +92,12 @@ def track_random_states() -> None:
 
     class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
         def add(self, name: str, seed: int) -> None:
-            if seed in self.seeds_ or name in self.states_:
-                raise RuntimeError(f"random state '{name}' with seed {seed}: the name or the seed already exists")
             self._is_initialized = True
             self.seeds_.add(seed)
             self.states_[name] = torch.Generator().manual_seed(seed).get_state()
 
         @contextmanager
         def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-            if name not in self.states_:
-                raise RuntimeError(f"random state '{name}' does not exist; seed the model-parallel states first")
             outside = torch.get_rng_state()
             torch.set_rng_state(self.states_[name])
             try:

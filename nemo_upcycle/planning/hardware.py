@@ -121,23 +121,8 @@ SOFTWARE: dict[str, dict[str, float]] = {
     },
 }
 SOFTWARE["mcore-0.18"] = SOFTWARE["mcore-0.17"]
-#: NVIDIA's container, by year and month -> its generation.
-CONTAINERS = {"25.09": "mcore-0.15", "25.11": "mcore-0.15", "26.02": "mcore-0.16", "26.04": "mcore-0.17"}
-CONTAINERS |= {"26.06": "mcore-0.18", "26.08": "mcore-0.18"}
 #: NeMo 2.7's, and the last one, which Megatron-Bridge is taken to have.
 DEFAULT_SOFTWARE, BRIDGE_SOFTWARE = "mcore-0.15", "mcore-0.18"
-
-
-def known_software(name: str) -> str:
-    """Return a generation of Megatron-Core by its name or that of a container, `26.02` or `26.02.01`.
-
-    Raises:
-        SpecError: the name is not known.
-    """
-    name = CONTAINERS.get(".".join(name.split(".")[:2]), name)
-    if name not in SOFTWARE:
-        raise SpecError.unknown("software", name, [*SOFTWARE, *CONTAINERS])
-    return name
 
 
 def known_machine(gpu: Gpu, software: str) -> Machine:

@@ -34,7 +34,7 @@ def describe_environment() -> dict[str, Any]:
         "commit": package_commit(Path(nemo_upcycle.__file__).parent),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "gpus": _gpus(),
     }

@@ -134,23 +134,17 @@ class Choices:
         return _CPU_BYTES * self.arch.total_params + copies + _PROGRAM_BYTES * ranks
 
 
-def choose_trainer(wanted: str | None) -> tuple[str, str]:
-    """Return the trainer and the reason.
+def choose_trainer() -> str:
+    """Return the trainer of this environment.
 
     Raises:
-        UpcycleError: none is installed, or not the one that is wanted.
+        UpcycleError: none is installed.
     """
-    there = [name for name, (module, _) in TRAINERS.items() if _has(module)]
-    if wanted is not None and wanted not in TRAINERS:
-        raise UpcycleError.unknown("trainer", wanted, TRAINERS)
-    if not there or (wanted and wanted not in there):
-        got = f"{TRAINERS[there[0]][1]} alone" if there else "none"
-        fix = "run `nemo-upcycle doctor`, which prints what installs one"
-        expected = f"{TRAINERS[wanted][1]} in this environment" if wanted else "NeMo or Megatron-Bridge installed here"
-        raise UpcycleError(
-            "trainer", got=got, expected=expected, fix=fix + f"; or omit --trainer {wanted}" * bool(there)
-        )
-    return wanted or there[0], "asked for" if wanted else "installed here"
+    for name, (module, _) in TRAINERS.items():
+        if _has(module):
+            return name
+    fix = "run `nemo-upcycle doctor`, which prints the command that installs one"
+    raise UpcycleError("trainer", got="none", expected="NeMo or Megatron-Bridge installed here", fix=fix)
 
 
 def _has(module: str) -> bool:
@@ -188,7 +182,7 @@ def spec_of(parent: FoundParent, fields: Mapping[str, Any]) -> tuple[UpcycleSpec
     return spec, stated
 
 
-def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: Wanted) -> Choices:
+def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> Choices:
     """Choose a run.
 
     Args:
@@ -201,12 +195,12 @@ def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: 
         UpcycleError: nothing that fits does what is wanted.
     """
     spec, stated = spec_of(parent, wanted.spec)
-    if lacks := [what for field, what in _LACKS[trainer[0]].items() if getattr(parent.arch, field)]:
+    if lacks := [what for field, what in _LACKS[trainer].items() if getattr(parent.arch, field)]:
         raise UpcycleError(
             "trainer",
-            got=f"{TRAINERS[trainer[0]][1]}, whose models have no {', '.join(lacks)}",
+            got=f"{TRAINERS[trainer][1]}, whose models have no {', '.join(lacks)}",
             expected=f"one that can be {parent.arch.hf_class}",
-            fix=f"install {TRAINERS['bridge'][1]} and give --trainer bridge",
+            fix=f"type it in an environment with {TRAINERS['bridge'][1]}",
         )
     dense, arch = parent.arch, parent.arch.upcycled(spec)
     number, kind = gpus_here() if wanted.gpus is None else (wanted.gpus, None)
@@ -216,7 +210,7 @@ def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: 
     why = "asked for" if "num_experts" in wanted.spec else "the paper's"
     rows = [
         ("experts", f"{spec.num_experts}, top-{spec.top_k}", why),
-        ("trainer", TRAINERS[trainer[0]][1], trainer[1]),
+        ("trainer", TRAINERS[trainer][1], "installed here"),
     ]
     if not number:
         small = dense.total_params < _LARGE_PARAMS
@@ -245,7 +239,7 @@ def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: 
         steps, why_steps = _steps(texts, wanted, batch * seq_length, once)
         warmup = min(paper.WARMUP_STEPS, steps // 10)
         peak = paper.PEAK
-        plan = _plan(arch, known_gpu(kind), number, seq_length, batch, steps, trainer[0])
+        plan = _plan(arch, known_gpu(kind), number, seq_length, batch, steps, trainer)
         layout = plan.layout
         why = "asked for" if wanted.gpus is not None else "found here"
         rows.append(("where", f"{number} x {plan.request.gpu.name}", why))
@@ -266,7 +260,7 @@ def choose(parent: FoundParent, texts: Texts, trainer: tuple[str, str], wanted: 
     return Choices(
         spec=spec,
         spec_fields=stated,
-        trainer=trainer[0],
+        trainer=trainer,
         plan=plan,
         layout=layout,
         seq_length=seq_length,

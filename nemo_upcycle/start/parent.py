@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_upcycle.data.dense import cached_asset, find_parent, require_tokenizer, tokenizer_folder
-from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import check_parent, find_family
 from nemo_upcycle.models.hf_config import read_architecture
@@ -72,10 +72,7 @@ def find_model(source: str) -> FoundParent:
     kind, name = find_parent(source)
     if kind == "asset":
         arch, made = known_parent(source), cached_asset(name)
-        if arch is None:
-            raise UpcycleError(
-                f"model {source}", got="no model to start from", expected="another", fix="give a folder"
-            )
+        assert arch is not None  # every asset that is a model has a row in conf/planning/parents.yaml
         return FoundParent(source, arch, made if is_complete(made) else None)
     folder = tokenizer_folder(source) if kind == "hub" else Path(name).absolute()
     arch = read_architecture(folder)

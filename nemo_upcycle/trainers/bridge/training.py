@@ -192,8 +192,7 @@ class BridgeTraining(Training):
         from nemo_upcycle.trainers.bridge.config import required_hook
 
         spec = required_hook(config).spec
-        if spec is None:
-            raise UpcycleError("recipe", got=self.recipe, expected="an upcycled model's", fix="name another one")
+        assert spec is not None  # `check` refuses a pretraining that does not upcycle
         return spec
 
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:

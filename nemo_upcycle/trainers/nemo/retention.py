@@ -38,8 +38,6 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
 
     def __init__(self, keep_last: int = 1, keep_every: Optional[int] = None, **settings: Any) -> None:  # noqa: UP045
         steps = settings.get("every_n_train_steps")
-        if keep_last < 1:
-            raise SpecError("log.ckpt.keep_last", got=keep_last, expected="1 or more", fix="set keep_last=1")
         if keep_every is not None and (keep_every < 1 or keep_every % (steps or 1)):
             raise SpecError(
                 "log.ckpt.keep_every",

@@ -22,7 +22,7 @@ MANY = Texts({}, 2_000_000, 2 * 10**9, {})
 
 def _chosen(shape: str = "llama3_8b", texts: Texts = MANY, **wanted: object) -> Choices:
     given = {"spec": {}, "gpus": 0} | wanted
-    return choose(FoundParent("/models/mine", known_shape(shape), None), texts, ("nemo", ""), Wanted(**given))  # type: ignore[arg-type]
+    return choose(FoundParent("/models/mine", known_shape(shape), None), texts, "nemo", Wanted(**given))  # type: ignore[arg-type]
 
 
 def test_without_gpus_it_is_a_trial_of_ten_short_steps() -> None:
@@ -83,26 +83,16 @@ def test_a_folder_that_takes_no_file_is_named() -> None:
             writable_part(folder)
 
 
-@pytest.mark.parametrize(
-    ("installed", "wanted", "expected"),
-    [
-        (["nemo"], None, "nemo"),
-        (["megatron.bridge"], None, "bridge"),
-        (["nemo", "megatron.bridge"], "bridge", "bridge"),
-        (["nemo"], "bridge", "got NeMo alone"),
-        ([], None, "nemo-upcycle doctor"),
-        (["nemo"], "trainer", "does not exist"),
-    ],
-)
-def test_the_trainer_is_one_that_is_installed(
-    monkeypatch: pytest.MonkeyPatch, installed: list[str], wanted: str | None, expected: str
-) -> None:
+@pytest.mark.parametrize("installed", [["nemo"], ["megatron.bridge"], ["nemo", "megatron.bridge"]])
+def test_takes_the_trainer_that_is_installed(monkeypatch: pytest.MonkeyPatch, installed: list[str]) -> None:
     monkeypatch.setattr(module, "_has", installed.__contains__)
-    if expected in TRAINERS:
-        assert choose_trainer(wanted)[0] == expected
-        return
-    with pytest.raises(UpcycleError, match=expected):
-        choose_trainer(wanted)
+    assert TRAINERS[choose_trainer()][0] == installed[0]
+
+
+def test_names_doctor_if_no_trainer_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has", lambda _: False)
+    with pytest.raises(UpcycleError, match="nemo-upcycle doctor"):
+        choose_trainer()
 
 
 def test_the_drivers_gpus_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ TEXTS = Texts({"texts": {"train": ["/texts/**/*.txt"], "options": {"text_key": "
 
 
 def _chosen(trainer: str, gpus: int) -> Choices:
-    return choose(PARENT, TEXTS, (trainer, ""), Wanted({}, gpus=gpus, gpu="h100" if gpus else None))
+    return choose(PARENT, TEXTS, trainer, Wanted({}, gpus=gpus, gpu="h100" if gpus else None))
 
 
 @pytest.mark.parametrize("trainer", ["nemo", "bridge"])

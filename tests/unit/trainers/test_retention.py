@@ -64,7 +64,6 @@ def test_half_removed_checkpoint_is_removed_once_enough_newer_ones_are_whole(tmp
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "message"),
     [
-        (0, None, "log.ckpt.keep_last: got 0, expected 1 or more. Fix: set keep_last=1."),
         (1, 7, r"log.ckpt.keep_every: got 7, expected a multiple of every_n_train_steps \(5\)"),
     ],
 )
