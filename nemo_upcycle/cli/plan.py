@@ -10,7 +10,7 @@ from nemo_upcycle.cli.common import OptionRow, add_options, show
 from nemo_upcycle.cli.plan_request import Subject, request_of, subject_of
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning import table
+from nemo_upcycle.planning import hardware, table
 from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.search import (
     Plan,
