@@ -58,9 +58,6 @@ def test_a_dense_hybrid_checkpoint_is_a_parent(dense: Path, tmp_path: Path, fiel
     assert ends_as_converted(dense, tmp_path / "run", fields, parent=parent, pattern=pattern, ep=2)
 
 
-BORDERS = "*E|*E|*E|*E"
-
-
 @pytest.mark.parametrize(
     ("pattern", "layout", "changes", "words"),
     [
@@ -70,7 +67,6 @@ BORDERS = "*E|*E|*E|*E"
         ("*E*E*E*E", {}, {"hybrid_layer_pattern": "*EM*E*E*E"}, "position_embedding_type: got rope, expected none: "),
         ("*E*E*E*E", {}, {"hybrid_layer_pattern": None}, "config.model.hybrid_layer_pattern: got None"),
         ("*E*E|*E*E", {}, {}, "hybrid_layer_pattern: got 2 segments"),
-        (BORDERS, {"pp": 2, "vp": 2}, {}, "virtual_pipeline_model_parallel_size: got 2, expected nothing"),
         ("*E*E*E*E", {}, {"also_save_hf_checkpoint": True}, "nemo-upcycle export"),
     ],
     ids=str,

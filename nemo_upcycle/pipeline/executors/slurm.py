@@ -151,14 +151,9 @@ class SlurmScheduler(Cluster):
 
     def wrong_for_all(self) -> list[UpcycleError]:
         """See `Cluster.wrong_for_all`."""
-        found = []
         if isinstance(self.executor, StagedSlurmExecutor):
-            found = wrong_site(self.executor, f"copy {template('executors')} and fill it in", REQUIRED)
-        if not isinstance(tunnel := self.executor.tunnel, run.LocalTunnel):
-            expected = "LocalTunnel: the run's folder is written and read here"
-            fix = "start the command on the cluster's login node"
-            found.append(UpcycleError("run.executor.tunnel", got=type(tunnel).__name__, expected=expected, fix=fix))
-        return found
+            return wrong_site(self.executor, f"copy {template('executors')} and fill it in", REQUIRED)
+        return []
 
     def wrong_for(self, job: Job) -> list[UpcycleError]:
         """See `Cluster.wrong_for`."""

@@ -260,11 +260,6 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
         ("checkpoint.non_persistent_ckpt_type", is_local and "local", "no rank sees the others' checkpoints"),
         ("checkpoint.also_save_hf_checkpoint", saves_hf, "Bridge exports interleaved rows of experts as they lie"),
         (
-            "model.virtual_pipeline_model_parallel_size",
-            isinstance(model, HybridModelProvider) and virtual,
-            "Bridge's provider of a HybridModel has none; upcycled_config makes a builder's, which has",
-        ),
-        (
             "checkpoint.also_save_hf_checkpoint",
             hybrid and checkpoint.also_save_hf_checkpoint,
             "Bridge numbers a HybridModel's layers as they are; nemo-upcycle export writes the parent's class",
