@@ -130,15 +130,7 @@ def require_overrides(args: argparse.Namespace) -> None:
 
 
 def folder_to_make(text: str) -> Path:
-    """Return the path of the folder to make, as an argument names it.
-
-    Raises:
-        UpcycleError: the name is empty, which would mean the current folder.
-    """
-    if not text:
-        raise UpcycleError(
-            "folder to make", got="an empty name", expected="a path", fix="name one; . is the current folder"
-        )
+    """Return the path of the folder to make, as an argument names it; `main` refuses an empty name."""
     return Path(text).expanduser()
 
 

@@ -47,7 +47,7 @@ CALIBRATE = "calibrate a b --experts 4 --top-k 4 --granularity 2"
         ("convert a b --method copi", "--method", "copi"),
         ("verify nemo:///a b", "nemo:///a", "a NeMo or Megatron checkpoint"),
         ("verify a b --weights-only --layers", "--weights-only", "--layers beside it"),
-        ("export a ''", "folder to make", "an empty name"),
+        ("export a ''", "DST", "an empty name"),
         ("report /absent", "/absent", "no such folder"),
     ],
 )
