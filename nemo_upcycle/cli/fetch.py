@@ -11,6 +11,7 @@ from nemo_upcycle.cli.common import folder_to_make, require_overrides, show
 from nemo_upcycle.data.needs import note_fetched
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import CACHE_VARIABLE
+from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import show_messages
 
 
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     fetched, failed = dict[str, str](), dict[str, str]()
     needs = run_needs(*inputs)
     for number, need in enumerate(needs, 1):
-        messages.info("[%d of %d] %s, from %s", number, len(needs), need.what, need.place)
+        size = f", {size_text(need.size_bytes)}" if need.size_bytes else ""
+        messages.info("[%d of %d] %s, from %s%s", number, len(needs), need.what, need.place, size)
         try:
             need.fetch()
         except UpcycleError as error:

