@@ -103,6 +103,11 @@ PARENTS: dict[str, tuple[float, dict[str, Any]]] = {
         14.74,
         _config("HyperCLOVAX", 110592, 6144, 14336, 38, 48, 8, head_dim=128, logits_scaling=0.125),
     ),
+    "MiMo 7B": (
+        7.62,  # its model card counts 0.21 billion of a prediction layer, too
+        _config("MiMo", 151680, 4096, 11008, 36, 32, 8, attention_bias=True, num_nextn_predict_layers=1)
+        | {"max_position_embeddings": 32768, "rope_theta": 640000},
+    ),
     "AFM 4.5B": (
         4.62,
         _config("Arcee", 128005, 2560, 18432, 36, 20, 4, head_dim=128, max_position_embeddings=65536)
