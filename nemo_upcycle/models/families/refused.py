@@ -8,5 +8,5 @@ REFUSED = {
     "NemotronForCausalLM": "its norms are LayerNorms with biases, which no family has",
     "Qwen2AudioForConditionalGeneration": "it is not in WRAPPERS of nemo_upcycle.models.wrapper",
 }
-#: How to go on with a run that 0.2 filled by Megatron-Bridge's own mapping.
-FINISH_WITH_0_2 = 'A run that 0.2 started with it needs 0.2: pip install "nemo-upcycle==0.2.0"'
+#: What a user can do with a run that 0.2 filled by Megatron-Bridge's own mapping.
+FINISH_WITH_0_2 = "Release 0.2.0 can finish a run that it started so"
