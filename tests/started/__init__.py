@@ -11,7 +11,7 @@ from nemo_upcycle.pipeline.markers import settings_hash
 
 
 #: By release: all that a run needs to go on, packed by `python -m tests.started`.
-PACKED = {"0.2.0": Path(__file__).with_name("0.2.0.tar.gz")}
+PACKED = {release: Path(__file__).with_name(f"{release}.tar.gz") for release in ("0.2.0", "0.3.0")}
 #: Where the runs stood that were packed.
 PLACE = "/started"
 #: Stages of the chain, and the notes of each that name the stages before it by the hashes of their settings.
