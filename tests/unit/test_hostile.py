@@ -55,7 +55,7 @@ words = pytest.mark.parametrize(
 @cache
 def _usual(trainer: str, gpus: int) -> tuple[FoundParent, Choices]:
     parent, texts = FoundParent("", known_shape("llama3_8b"), None), Texts({}, 2_000_000, 2 * 10**9, {})
-    return parent, choose(parent, texts, (trainer, ""), Wanted({}, gpus=gpus, gpu="h100" if gpus else None))
+    return parent, choose(parent, texts, trainer, Wanted({}, gpus=gpus, gpu="h100" if gpus else None))
 
 
 def _chosen(text: str, trainer: str, gpus: int) -> tuple[FoundParent, Choices]:
