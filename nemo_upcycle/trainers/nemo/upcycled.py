@@ -211,6 +211,9 @@ def _check_dense(recipe: Any) -> None:
             expected="one of llm.pretrain",
             fix="upcycle in a pretraining; what it leaves can be tuned",
         )
+    for name in ("trainer.strategy", "model.config", "data"):
+        if not isinstance(found := setting(recipe, name), run.Config):
+            raise SpecError(name, got=found, expected="a run.Config", fix=f"give the recipe {name} as a run.Config")
     config = recipe.model.config
     if (experts := setting(config, "num_moe_experts")) and not _own_experts(config):
         raise SpecError(
