@@ -192,13 +192,15 @@ def _data_command() -> str:
 
 def _where_from() -> list[str]:
     """Return the arguments of pip that this package was installed with: a wheel, a folder, a clone of git."""
+    clone = Path(__file__).parents[2]
+    if (clone / "pyproject.toml").is_file():  # metadata beside it, which setuptools leaves there, names no address
+        return ["-e", str(clone)]
     source = json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}")
     if not source:
         return [f"{_PACKAGE}=={__version__}"]
     if commit := source.get("vcs_info"):
         return [f"{commit['vcs']}+{source['url']}@{commit['commit_id']}"]
-    path = source["url"].removeprefix("file://")
-    return ["-e", path] if source.get("dir_info", {}).get("editable") else [path]
+    return [source["url"].removeprefix("file://")]
 
 
 def _gpus() -> list[str]:
