@@ -28,6 +28,7 @@ STAGES = {
     "EXAONE 4.0 32B": 8,
     "Seed-OSS 36B": 8,
     "InternLM3 8B": 2,
+    "MiMo 7B": 2,
     "IQuest-Coder 40B": 16,
     "CWM 32B": 8,
     "HyperCLOVA X SEED Think 14B": 2,
