@@ -1,4 +1,4 @@
-"""Which rows of a table `make test` runs; the others are marked `full` and `weekly`, for `make weekly`."""
+"""Choose the rows of a table that `make test` runs; `make weekly` runs the others, marked `full` and `weekly`."""
 
 from __future__ import annotations
 

@@ -39,9 +39,9 @@ _EXTRAS = {
     "demo": "the demo's model",
     "gpu": "FP8 and grouped GEMM on NVIDIA GPUs; NVIDIA's NeMo container has it",
 }
-#: Libraries that go before those of NVIDIA's container, as docker/Dockerfile.nemo installs them.
+#: Libraries that docker/Dockerfile.nemo installs in front of the container's own releases.
 _LAID_OVER = ("megatron-core", "nvidia-modelopt", "filelock")
-#: Libraries whose release must fit in a container, too; of all others the container's own stays.
+#: Libraries whose release must fit in a container, too. All other libraries stay as the container has them.
 _NEEDED = (*_LAID_OVER, "nemo-toolkit", RELEASES.name)
 #: Libraries that nothing imports: the package names them for their bound alone.
 _ONLY_BOUNDED = ("grpcio-tools", "ml-dtypes")

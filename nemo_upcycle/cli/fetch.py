@@ -22,9 +22,9 @@ EPILOG = """examples:
   nemo-upcycle fetch /shared/fetched data=fineweb_edu_academic_7_3 --for llama3_8b_e8t2
   nemo-upcycle fetch /shared/fetched --for runs/demo
 
-The inputs are those of `nemo upcycle pipeline`, of NeMo and Megatron-Bridge alike. A run's are in its folder, as in
-that of --render. Files of this machine are used where they lie, and not copied. Models and data sets of the hub go
-into a cache of its own library below DIR. Run it again to continue; another recipe may go into the same DIR.
+Name the inputs as for `nemo upcycle pipeline`, or the folder of a run or of --render, which holds them. Files of
+this machine are used where they lie, and not copied. Models and data sets of the hub go into a cache of its own
+library below DIR. Run it again to continue; another recipe may go into the same DIR.
 exit status: 0 all is there; 1 something could not be fetched; 2 a value or a file is wrong."""
 _INPUTS = ("dense", "data", "evaluation")
 #: Variables that would name another cache of the hub than HF_HOME does.

@@ -63,7 +63,7 @@ def test_a_parent_that_only_bridge_reads_is_refused(tmp_path: Path) -> None:
         upcycled_provider(folder, UpcycleSpec(**SPEC))
 
 
-def test_a_run_that_bridge_filled_is_finished_by_the_release_before(tmp_path: Path) -> None:
+def test_names_the_release_that_finishes_a_bridge_filled_run(tmp_path: Path) -> None:
     dense, run = write_gemma(tmp_path / "dense", vocab_size=VOCABULARY), tmp_path / "run"
     train_on_ranks(1, dense, run, SPEC)
     receipt = read_json(run / "receipt.json")

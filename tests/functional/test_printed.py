@@ -1,4 +1,4 @@
-"""The commands that a run prints are typed elsewhere: of a recipe, of `start`, of a user's module, however it ends."""
+"""Type the commands that a run printed in another folder: a recipe's run, a `start` run and a user's module."""
 
 from __future__ import annotations
 
