@@ -225,7 +225,7 @@ def random_router(layer: int, hidden: int, copies: int, granularity: int, seed: 
 
 # ---- 3. Write the new model, one tensor at a time -------------------------------------------------------------------
 def moe_config(config: dict[str, Any], dtype: torch.dtype, args: Namespace) -> dict[str, Any]:
-    """Return the `config.json` of the new model: the parent's settings, and those of the experts."""
+    """Return the `config.json` of the new model: the parent's settings and the experts' settings."""
     # transformers 4 reads rope_theta and rope_scaling, transformers 5 reads rope_parameters. Write both.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0

@@ -154,7 +154,7 @@ def _in_container() -> bool:
 
 
 def _missing(libraries: list[dict[str, Any]]) -> list[str]:
-    """Return what pip has to add; not Transformer Engine, which needs a compiler."""
+    """Return the requirements that pip must add, except Transformer Engine, which needs a compiler."""
     return [
         one["install"]
         for one in libraries

@@ -106,7 +106,7 @@ def test_what_is_wrong_is_refused_by_the_settings_name(parent: Path, settings: d
     assert caught.value.parts[0].field == f"pretrain.{setting_name(name)}"
 
 
-#: Values that end a job before its first step, by the names of its trainer; those of a group are listed together.
+#: Values that end a job before its first step, by the names of its trainer. A group lists its values together.
 WRONG: list[dict[str, Any]]
 #: Setting, value, and words of the trainer's own error.
 FATAL: tuple[str, Any, str]
