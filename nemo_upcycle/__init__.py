@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
-
-if "".join(getattr(sys, "argv", ())[:1]).endswith("nemo-upcycle"):  # the command: Ctrl-C as it starts, no traceback
-    import _signal  # signal takes longer to import
-
-    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
-        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.init import methods, routers  # noqa: F401 - they hand their names to the spec
-from nemo_upcycle.models import families  # noqa: F401 - they hand themselves to the architecture
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.utils.checkout import require_one_checkout
-from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
+from nemo_upcycle.utils.checkout import explain_missing_parts
 
 
 if TYPE_CHECKING:
@@ -28,8 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UpcycleReceipt", "UpcycleSpec", "__version__", "load_dense_into", "open_dense", "upcycle_into"]
 
-require_one_checkout()
-need_no_cuda_to_import()
+explain_missing_parts()
 
 _HOMES = {
     "UpcycleSpec": "spec",

@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.trainers.bridge import require_bridge
+from nemo_upcycle.utils.checkout import require_one_checkout
 
 
 def __getattr__(name: str) -> Any:
@@ -30,8 +31,9 @@ def main() -> None:
         sys.stderr.write("usage: python -m nemo_upcycle.bridge SCRIPT [ARGUMENT ...]\n")
         raise SystemExit(UpcycleError.exit_status)
     try:
+        require_one_checkout()
         require_bridge()
-    except UpcycleError as error:  # Megatron-Bridge is not installed
+    except UpcycleError as error:
         sys.stderr.write(f"Error: {error}\n")
         raise SystemExit(error.exit_status) from None
     from nemo_upcycle.cpu.backend import use_cpu_backend

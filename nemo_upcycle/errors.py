@@ -192,6 +192,10 @@ class CheckpointError(UpcycleError):
     """A checkpoint is missing, truncated, of another architecture, or does not fit the model."""
 
 
+class CheckoutError(UpcycleError, ImportError):
+    """A part of the package is not installed, or is another checkout's."""
+
+
 class LostError(UpcycleError):
     """More of the input could not be read than its settings allow: nothing is finished."""
 

@@ -1,23 +1,24 @@
 """Recipes, named and shaped like NeMo's own. Importing the package registers every module in it with NeMo-Run.
 
 Beside Megatron-Bridge, where NeMo's language models are not, it registers the chains in Bridge.
+
+Raises:
+    CheckoutError: this folder is of another checkout than the package that imports it.
 """
 
 import importlib
 import pkgutil
-import sys
 from importlib.util import find_spec
 
 from nemo_upcycle.trainers.nemo.imports import quiet_imports
+from nemo_upcycle.utils.checkout import require_one_checkout
 from nemo_upcycle.utils.console import collector_paused
+from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 
 
+require_one_checkout()
+need_no_cuda_to_import()
 if find_spec("nemo"):
-    from nemo_upcycle.pipeline.answers import answered, refuse_bridge
-
-    if sys.argv[1:3] == ["upcycle", "pipeline"]:
-        with answered():  # before NeMo is imported, which takes longest
-            refuse_bridge(sys.argv[3:])
     with quiet_imports():
         from nemo.collections.llm.api import finetune, pretrain
 

@@ -7,12 +7,13 @@ import signal
 
 import pytest
 
-import nemo_upcycle  # noqa: F401 - before Megatron, which alone cannot be imported where there is nvcc and no card
+from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 from tests.durations import longest_first
 from tests.environment import clean
 from tests.without_nemo import WithoutNeMo, hide_nemo
 
 
+need_no_cuda_to_import()  # some tests import Megatron first
 clean(os.environ)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts behind `&` ignore Ctrl-C
 

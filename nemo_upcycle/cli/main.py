@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.checkout import require_one_checkout
 from nemo_upcycle.utils.masking import without_secrets
 
 
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     try:
         with _signals():
+            require_one_checkout()
             return _run(list(sys.argv[1:] if argv is None else argv))
     except UpcycleError as error:
         sys.stderr.write(f"error: {without_secrets(str(error))}\n")
@@ -143,7 +145,7 @@ def _signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
         yield
         return
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # silent until here: nemo_upcycle/__init__.py
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # silent until here: cli/entry.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGTERM, stop)
     try:

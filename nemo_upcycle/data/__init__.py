@@ -1,0 +1,6 @@
+"""Training data: blends of texts, the engine that tokenises them, and the data sets that trainings read."""
+
+from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
+
+
+need_no_cuda_to_import()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.starting import away_from_here
 
 
 VARIABLE = "NEMO_UPCYCLE_DATA_PYTHON"
@@ -49,7 +50,8 @@ def engine_version(python: Path) -> str:
         UpcycleError: the engine does not start, or has another version.
     """
     try:
-        done = subprocess.run([str(python), "-m", ENGINE, "--version"], capture_output=True, text=True, check=False)
+        command = away_from_here([str(python), "-m", ENGINE, "--version"])
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise UpcycleError(f"data engine of {python}", got=error.strerror, expected="a Python", fix=_FIX) from None
     if done.returncode or f"nemo-upcycle {__version__}," not in done.stdout or "missing" in done.stdout:
@@ -74,7 +76,7 @@ def run_engine(arguments: Sequence[str], check: Callable[[], None] = lambda: Non
         StageError: the engine failed.
         KeyboardInterrupt: a signal stopped it.
     """
-    command = [str(data_python()), "-m", ENGINE, *arguments]
+    command = away_from_here([str(data_python()), "-m", ENGINE, *arguments])
     stop = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # first: the engine may start before this continues
     process = subprocess.Popen(command)

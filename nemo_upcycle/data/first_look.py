@@ -16,6 +16,7 @@ from nemo_upcycle.data.engine.records import names_inside
 from nemo_upcycle.data.environment import ENGINE, data_python
 from nemo_upcycle.data.readers import NO_FIELD, READERS, InputFile
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.starting import away_from_here
 
 
 #: Documents that are read to check a source.
@@ -95,7 +96,7 @@ def ask_engine(request: Mapping[str, Any]) -> Any:
     Raises:
         UpcycleError: there is no data environment, or a file cannot be read.
     """
-    command = [str(data_python()), "-m", f"{ENGINE}.sample"]
+    command = away_from_here([str(data_python()), "-m", f"{ENGINE}.sample"])
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
         raise UpcycleError(

@@ -1,1 +1,6 @@
 """Router health, FLOPs and throughput; knows no trainer."""
+
+from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
+
+
+need_no_cuda_to_import()

@@ -3,13 +3,17 @@
 import runpy
 import sys
 
+from nemo_upcycle.pipeline.answers import answered
 from nemo_upcycle.pipeline.executors.local import end_with_launcher
 from nemo_upcycle.pipeline.runner import run_stage
+from nemo_upcycle.utils.checkout import require_one_checkout
 from nemo_upcycle.utils.console import end_soon
 
 
 if __name__ == "__main__":
     end_with_launcher()
+    with answered():
+        require_one_checkout()
     stage, folder, *scripts = sys.argv[1:]
     for script in scripts:  # a recipe names things of the script that launched it: `__main__.MyCallback`
         globals().update(runpy.run_path(script, run_name="__external_main__"))

@@ -6,19 +6,17 @@ the argument and the closest match, and with status 2; 1 is for a stage that did
 
 import importlib
 import inspect
-import logging
 import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Union, get_args
+from typing import Any, ClassVar
 
 import catalogue
 import fiddle as fdl
 import nemo_run as run
 from nemo_run.cli.api import EXECUTOR_CLASSES
-from nemo_run.cli.cli_parser import TypeParser, parse_cli_args, parse_factory, type_parser
+from nemo_run.cli.cli_parser import parse_cli_args, parse_factory
 from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
@@ -26,25 +24,12 @@ from nemo_upcycle.errors import UpcycleError, did_you_mean, mistake_in_file
 from nemo_upcycle.pipeline.answers import answered, of_another_trainer
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
 from nemo_upcycle.pipeline.markers import RETIRED
+from nemo_upcycle.pipeline.parser import command_options, parsing
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
 #: Options of the pipeline, and the argument that each sets.
 OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_stage", "--render": "render"}
-_parse_in_order = TypeParser.parse_union
-
-
-def _parse_numbers_first(parser: TypeParser, value: str, kinds: Any) -> Any:
-    """Parse the value of a setting of several kinds, as a number where that is one of them.
-
-    NeMo-Run tries them in their order, and every word is a text: `trainer.devices=2` would be none of a number.
-    """
-    numbers_first = sorted(get_args(kinds), key=lambda kind: kind not in (int, float))
-    return _parse_in_order(parser, value, Union[tuple(numbers_first)])  # noqa: UP007
-
-
-TypeParser.parse_union = _parse_numbers_first
-type_parser.custom_parsers[types.UnionType] = type_parser.parse_union  # `int | None`, which it does not know
 
 
 class CheckedContext(run.cli.RunContext):
@@ -73,7 +58,7 @@ class CheckedContext(run.cli.RunContext):
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:
         """Parse the arguments of the executor."""
         try:
-            with _silent():
+            with parsing():
                 return super().parse_args(args, lazy)
         except Exception as error:
             name = next((word.partition("=")[2] for word in args if word.startswith("executor=")), None)
@@ -85,7 +70,7 @@ class CheckedContext(run.cli.RunContext):
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
         """Parse the arguments of the task."""
         try:
-            with _silent():
+            with parsing():
                 return super().parse_fn(fn, args, **default_kwargs)
         except Exception as error:
             raise self._explained(fn, args, error) from None
@@ -95,14 +80,15 @@ class CheckedContext(run.cli.RunContext):
         if mistake := mistake_of(str(self.factory)):
             return mistake
         try:
-            with _silent():
+            with parsing():
                 config = LazyEntrypoint(fn, factory=self.factory).resolve(ctx=self)
         except UpcycleError as cause:
             return getattr(cause, "proxy_base_exception", cause)
         except Exception as cause:
             return self._explained_factory(fn, cause)
         try:
-            overrides = LazyEntrypoint(fn, factory=self.factory, yaml=self.yaml, overwrites=args)._args_
+            with parsing():
+                overrides = LazyEntrypoint(fn, factory=self.factory, yaml=self.yaml, overwrites=args)._args_
         except Exception as cause:
             return UpcycleError(f"{_first_line(cause)}.")
         return _first_bad_override(config, overrides) or UpcycleError(f"{_first_line(error)}.")
@@ -196,11 +182,6 @@ class PipelineContext(CheckedContext):
         fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
 
 
-def _silent() -> AbstractContextManager[None]:
-    """Silence NeMo-Run's parser, which logs the whole configuration before it raises an error."""
-    return temporarily_set(logging.getLogger("nemo_run.cli.cli_parser"), "disabled", True)
-
-
 def factories(target: Any) -> dict[str, Any]:
     """Look up what is registered for a function or a class, by name."""
     return {keys[1]: factory for keys, factory in catalogue._get_all((get_type_namespace(target),)).items()}
@@ -221,7 +202,8 @@ def mistake_of(factory: str) -> UpcycleError | None:
     module = factory.partition("(")[0].rpartition(".")[0]
     try:
         importlib.import_module(module)
-        parse_factory(object, "", object, factory)
+        with parsing():
+            parse_factory(object, "", object, factory)
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             return mistake_in_file(error)
@@ -258,8 +240,7 @@ def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTION
 
 def _check_words(words: Sequence[str], own: Iterable[str] = ()) -> None:
     """Refuse what NeMo-Run ignores: an option that does not exist, a word that sets nothing, the first of two."""
-    options = re.findall(r"--[a-z][a-z-]+", inspect.getsource(run.cli.RunContext.cli_command))  # it keeps no list
-    options += own
+    options = [*command_options(), *own]
     given: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -298,7 +279,7 @@ def _first_bad_override(config: Any, overrides: Any, where: str = "setting") -> 
     """Return the error of the first override, a key, an operator and a value, that NeMo-Run cannot apply."""
     for key, operator, value in overrides:
         try:
-            with _silent():
+            with parsing():
                 parse_cli_args(config, [f"{key}{operator}{value}"])
         except Exception as cause:
             return _override_error(config, str(key), str(value), cause, where)

@@ -20,6 +20,7 @@ from nemo_upcycle.reporting.live import EVERY_S
 from nemo_upcycle.reporting.progress import training_line
 from nemo_upcycle.utils.console import is_verbose
 from nemo_upcycle.utils.progress import duration
+from nemo_upcycle.utils.starting import away_from_here
 
 
 #: Seconds from one report of a run that is under way to the next; 0: none is written.
@@ -49,7 +50,7 @@ def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
     if every_s <= 0:
         yield
         return
-    command = [sys.executable, "-m", "nemo_upcycle.reporting.live", str(run_dir), str(every_s)]
+    command = away_from_here([sys.executable, "-m", "nemo_upcycle.reporting.live", str(run_dir), str(every_s)])
     command += [] if price is None else [str(price)]
     log = run_dir / "logs" / "live_report.log"
     log.parent.mkdir(parents=True, exist_ok=True)

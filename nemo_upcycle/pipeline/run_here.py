@@ -26,6 +26,7 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.command_line import CommandLine
 from nemo_upcycle.utils.console import end_soon
 from nemo_upcycle.utils.progress import duration
+from nemo_upcycle.utils.starting import away_from_here
 from nemo_upcycle.utils.validation import check_whole
 
 
@@ -149,7 +150,7 @@ def _run(job: Job, executor: Any, stop: local.StopSignals, at_once: int, is_quie
     ranks = job.ranks_per_node if job.is_training else None
     variables = performance.variables(performance.settings_here(job))
     variables |= variables_for(at_once * (ranks or 1), executor)
-    return local.run_ranks(job.command, ranks, variables, _logs_of(job), stop, is_quiet=is_quiet)
+    return local.run_ranks(away_from_here(job.command), ranks, variables, _logs_of(job), stop, is_quiet=is_quiet)
 
 
 def _logs_of(job: Job) -> Path:

@@ -26,7 +26,7 @@ from tests.waiting import HANG_S
 
 
 #: The first makes the others importable without CUDA. Of the last two an environment has one.
-_PRELOAD = ["nemo_upcycle", "torch", "nemo.collections.llm", "megatron.bridge.training.pretrain"]
+_PRELOAD = ["nemo_upcycle.trainers", "torch", "nemo.collections.llm", "megatron.bridge.training.pretrain"]
 
 
 def run_ranks(

@@ -23,6 +23,7 @@ from nemo_upcycle.data.engine.processes import stop_with_parent
 from nemo_upcycle.data.engine.tasks import load_plan
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.checkout import require_one_checkout
 
 
 _PACKAGES = ("datatrove", "fastokens", "tokenizers", "pyarrow", "numpy")
@@ -33,8 +34,9 @@ _STOPPED = "\nstopped; what is finished is kept\n"
 def main(argv: list[str] | None = None) -> int:
     """Run the engine and return the exit status: 0, 2 (bad input, or a failure) or 128 and the signal's number."""
     stop_with_parent()
-    arguments = _parse(argv)
     try:
+        require_one_checkout()
+        arguments = _parse(argv)
         from nemo_upcycle.data.engine.pipelines import RunOn
         from nemo_upcycle.data.engine.supervise import Stopped, run_plan
 

@@ -194,7 +194,9 @@ class SlurmScheduler(Cluster):
         mine = self.settings_for(job.name)
         # Not as `env_vars`: NeMo-Run writes these without quotes, and their names in capitals.
         fast = self.performance(job)
-        variables = (hub_variables(job, mine.env_vars) if mine.container_image else {}) | performance.variables(fast)
+        # Without a container a job starts where sbatch was typed, where another clone may lie: from Python 3.11 on.
+        usual = hub_variables(job, mine.env_vars) if mine.container_image else {"PYTHONSAFEPATH": "1"}
+        variables = usual | performance.variables(fast)
         variables = {name: value for name, value in (variables | mine.env_vars).items() if value is not None}
         exports = [f'export {name}="{escaped(str(value))}"' for name, value in variables.items()]
         lines = [*setup_lines(job, signal_s(mine.signal)), *exports, *([mine.setup_lines] if mine.setup_lines else [])]

@@ -1,1 +1,6 @@
 """The commands of NeMo's recipes."""
+
+from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
+
+
+need_no_cuda_to_import()

@@ -12,6 +12,7 @@ from nemo_run.cli.cli_parser import parse_cli_args
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest
 from nemo_upcycle.pipeline.context import CheckedContext
+from nemo_upcycle.pipeline.parser import parsing
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.nemo.checks import check_recipe
@@ -50,7 +51,8 @@ class NeMoArm(Arm):
                 if spec is None:
                     raise UpcycleError("spec", got=dict(fields), expected="none of a dense recipe", fix="omit it")
                 use_spec(self.recipe, UpcycleSpec(**(dict(spec.__arguments__) | dict(fields))))
-                parse_cli_args(self.recipe, overrides)  # what is set wins
+                with parsing():
+                    parse_cli_args(self.recipe, overrides)  # what is set wins
             check_recipe(self.recipe)
             placed = placed_settings(self.recipe)
             if any(word.partition("=")[0] in placed for word in overrides):

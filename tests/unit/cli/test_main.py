@@ -147,11 +147,14 @@ def test_a_signal_ends_it_with_a_word(sent: str, status: int) -> None:
 
 
 def test_ctrl_c_as_the_command_starts_prints_no_traceback(tmp_path: Path) -> None:
-    """Where Python has read the command's name and imports the package: before that it is Python's own to say."""
-    (tmp_path / "typing.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    code = (
-        "import signal, sys; sys.argv = ['/usr/bin/nemo-upcycle', 'doctor']; sys.modules.pop('typing', None)\n"
-        f"sys.path.insert(0, {str(tmp_path)!r}); import nemo_upcycle\n"
-    )
+    (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from nemo_upcycle.cli.entry import main; main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_little_is_imported_before_ctrl_c_is_silent() -> None:
+    code = "import sys, nemo_upcycle.cli.entry; print(*(name for name in sys.modules if 'nemo_upcycle.' in name))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    own = {f"nemo_upcycle.{name}" for name in ("package_info", "utils", "utils.checkout", "cli", "cli.entry")}
+    assert set(done.stdout.split()) == own

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Union
+
+import pytest
+from nemo_run.cli.cli_parser import type_parser
+
 from nemo_upcycle.pipeline.context import mistake_of
+from nemo_upcycle.pipeline.parser import command_options, parsing
 
 
 def test_a_factory_of_an_unknown_module_is_refused() -> None:
@@ -10,3 +16,19 @@ def test_a_factory_of_an_unknown_module_is_refused() -> None:
     assert mistake is not None
     assert mistake.got == "no module no_such_recipes"
     assert mistake_of("smollm2_135m_e8t2") is None
+
+
+def test_nemo_runs_parser_is_changed_only_while_it_is_used() -> None:
+    either, optional = Union[str, int], int | None  # noqa: UP007
+    for _ in range(2):
+        assert type_parser.parse("2", either) == "2"
+        with pytest.raises(Exception, match="Unsupported"):
+            type_parser.parse("3", optional)
+        with parsing(), parsing():
+            assert type_parser.parse("2", either) == 2
+            assert type_parser.parse("3", optional) == 3
+            assert type_parser.parse("none", optional) is None
+
+
+def test_options_are_those_of_nemo_runs_command() -> None:
+    assert {"--factory", "--dryrun", "--yes", "--no-confirm", "--detach", "--to-yaml"} <= {*command_options()}

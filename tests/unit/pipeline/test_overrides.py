@@ -14,6 +14,7 @@ from nemo_run.cli.cli_parser import parse_attribute
 from nemo_run.cli.lazy import LazyEntrypoint
 
 from nemo_upcycle import recipes
+from nemo_upcycle.pipeline.parser import parsing
 
 
 SAMPLES: dict[Any, tuple[str, Any]] = {
@@ -28,7 +29,8 @@ BUILT = {"lr_scheduler", "no_weight_decay_cond", "config"}
 
 
 def _typed(*overrides: str) -> Any:
-    return LazyEntrypoint(pretrain, factory="smollm2_135m_e8t2", overwrites=list(overrides)).resolve()
+    with parsing():
+        return LazyEntrypoint(pretrain, factory="smollm2_135m_e8t2", overwrites=list(overrides)).resolve()
 
 
 def _ours(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from tests.functional.tiny import write_parent, write_texts
 
 #: Stands for the Python of the data environment, which reads the first documents as it does.
 PYTHON = f"""#!/bin/bash
-[[ "$2" = *.sample ]] && exec {sys.executable} "$@"
+[[ "$3" = *.sample ]] && exec {sys.executable} "$@"
 [ "${{@: -1}}" = --version ] && echo "nemo-upcycle {__version__}, datatrove" && exit
 """
 #: Its engine is told to stop by its parent, as Slurm tells it.

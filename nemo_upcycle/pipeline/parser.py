@@ -1,0 +1,62 @@
+"""The one place that changes NeMo-Run: its parser of command lines, while a command of this package uses it."""
+
+import functools
+import logging
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Union, get_args
+
+import nemo_run as run
+import typer
+from nemo_run.cli.cli_parser import TypeParser, type_parser
+
+from nemo_upcycle.utils.attributes import temporarily_set
+
+
+_parse_in_order = TypeParser.parse_union
+
+
+def _parse_numbers_first(parser: TypeParser, value: str, kinds: Any) -> Any:
+    """Parse the value of a setting of several kinds, as a number where that is one of them.
+
+    NeMo-Run tries them in their order, and every word is a text: `trainer.devices=2` would be none of a number.
+    """
+    numbers_first = sorted(get_args(kinds), key=lambda kind: kind not in (int, float))
+    return _parse_in_order(parser, value, Union[tuple(numbers_first)])  # noqa: UP007
+
+
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Let NeMo-Run parse settings while the block runs: numbers first, `int | None` too, and without its log.
+
+    NeMo-Run has no setting for any of them. It has one parser in a process, which is as it was behind the block. It
+    logs the whole configuration before it raises an error.
+    """
+    known = type_parser.custom_parsers  # a module of a user's, imported while the block runs, may add to it
+    before = dict(known)
+    known[types.UnionType] = functools.partial(_parse_numbers_first, type_parser)
+    TypeParser.get_parser.cache_clear()  # it keeps the function that it found for a kind
+    try:
+        with (
+            temporarily_set(logging.getLogger("nemo_run.cli.cli_parser"), "disabled", True),
+            temporarily_set(TypeParser, "parse_union", _parse_numbers_first),
+        ):
+            yield
+    finally:
+        del known[types.UnionType]
+        known.update(before)
+        TypeParser.get_parser.cache_clear()
+
+
+def command_options() -> list[str]:
+    """List the options that every command of NeMo-Run takes, as its own command declares them.
+
+    Example:
+        >>> "--dryrun" in command_options()
+        True
+    """
+    app = typer.Typer(add_completion=False)
+    run.cli.RunContext.cli_command(app, "any", command_options)
+    declared = [option for one in typer.main.get_command(app).params for option in (*one.opts, *one.secondary_opts)]
+    return [option for option in declared if option.startswith("--")]
