@@ -282,7 +282,7 @@ def hit_lines(documents: dict[str, list[str]], indices: list[NgramIndex], datatr
 
 def writing_lines(documents: dict[str, list[str]], index: NgramIndex, folder: Path) -> list[str]:
     """Measure the pass's share of the step that writes tokens, in the data environment."""
-    from nemo_upcycle.data.dense import ensure_dense
+    from nemo_upcycle.sources.fetch import ensure_dense
 
     python = ROOT / ".venv-data" / "bin" / "python"
     if not python.exists():

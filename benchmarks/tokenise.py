@@ -212,7 +212,7 @@ def measure(name: str, path: Path, tokenizer: Path) -> dict[str, Any]:
 
 def table(names: list[str]) -> str:
     """Return the results as Markdown."""
-    from nemo_upcycle.data.dense import ensure_dense
+    from nemo_upcycle.sources.fetch import ensure_dense
 
     path, tokenizer = corpus(), Path(ensure_dense("asset://smollm2-135m")) / "tokenizer.json"
     sizes = [len(json.loads(line)["text"].encode()) for line in path.open(encoding="utf-8")]

@@ -55,7 +55,7 @@ WATCHED = "NEMO_UPCYCLE_BENCHMARK_WATCHED"
 
 def dense_folder(name: str) -> Path:
     """Return the dense checkpoint, made or fetched on first use."""
-    from nemo_upcycle.data.dense import ensure_dense
+    from nemo_upcycle.sources.fetch import ensure_dense
 
     if name == "smollm2":
         return ensure_dense("asset://smollm2-135m")

@@ -11,7 +11,7 @@ from nemo_upcycle.utils.checkout import explain_missing_parts
 if TYPE_CHECKING:
     from nemo_upcycle.online.receipt import UpcycleReceipt
     from nemo_upcycle.online.upcycle import load_dense_into, upcycle_into
-    from nemo_upcycle.sources import open_dense
+    from nemo_upcycle.sources.resolve import open_dense
     from nemo_upcycle.spec import UpcycleSpec
 
 __all__ = ["UpcycleReceipt", "UpcycleSpec", "__version__", "load_dense_into", "open_dense", "upcycle_into"]
@@ -21,7 +21,7 @@ explain_missing_parts()
 _HOMES = {
     "UpcycleSpec": "spec",
     "UpcycleReceipt": "online.receipt",
-    "open_dense": "sources",
+    "open_dense": "sources.resolve",
     "upcycle_into": "online.upcycle",
     "load_dense_into": "online.upcycle",
 }

@@ -19,7 +19,7 @@ from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields, rou
 from nemo_upcycle.models.rotary import turn_as
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
 from nemo_upcycle.models.wrapper import wrapper_of
-from nemo_upcycle.sources import DenseSource
+from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 
 

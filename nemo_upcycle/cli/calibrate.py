@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     spec = UpcycleSpec(**used_spec(args))
     from nemo_upcycle.calibration.collect import calibrate, require_use
     from nemo_upcycle.data.calibration_sample import calibration_sample
-    from nemo_upcycle.data.dense import local_model
-    from nemo_upcycle.sources import open_dense
+    from nemo_upcycle.sources.fetch import local_model
+    from nemo_upcycle.sources.resolve import open_dense
 
     require_use(spec)
     with open_dense(local_model(args.source)) as dense:

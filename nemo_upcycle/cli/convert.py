@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """
     spec = UpcycleSpec(**used_spec(args))
     from nemo_upcycle.convert.offline import convert
-    from nemo_upcycle.data.dense import local_model
+    from nemo_upcycle.sources.fetch import local_model
     from nemo_upcycle.sources.resolve import check_non_expert_weights, open_dense
 
     check_non_expert_weights(args.non_expert_weights)

@@ -82,7 +82,7 @@ def _model_of(source: str) -> tuple[Path, Architecture]:
     Raises:
         UpcycleError: it cannot be reached, or its architecture is not known.
     """
-    from nemo_upcycle.data.dense import configuration_folder
+    from nemo_upcycle.sources.fetch import configuration_folder
 
     folder = configuration_folder(source, nemo=True)
     if (folder / "config.json").is_file():

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             expected="none that needs the models to run",
             fix="omit one of the two",
         )
-    from nemo_upcycle.data.dense import local_model
+    from nemo_upcycle.sources.fetch import local_model
     from nemo_upcycle.verify.verification import verify
 
     dense, moe = (Path(local_model(source)) for source in (args.dense, args.moe))

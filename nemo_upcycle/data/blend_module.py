@@ -23,9 +23,9 @@ from nemo_upcycle.data.blend_samples import (
 )
 from nemo_upcycle.data.build import cached_blend
 from nemo_upcycle.data.chat_module import PackedChatModule
-from nemo_upcycle.data.dense import read_parent
 from nemo_upcycle.data.epoch_dataset import EpochDataset
 from nemo_upcycle.data.finished import MANIFEST, TOKENIZER, FinishedBlend, open_blend
+from nemo_upcycle.sources.fetch import read_parent
 
 
 def blend_data(

@@ -23,7 +23,6 @@ from typing import Any
 
 from nemo_upcycle.data.blend import SPLITS, Blend, BlendConfig, SourceConfig, read_blend
 from nemo_upcycle.data.contamination import build_index, check_suites
-from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.engine.lines import is_address
 from nemo_upcycle.data.engine.tasks import BEGUN
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
@@ -48,6 +47,7 @@ from nemo_upcycle.data.manifest import (
 )
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.sources.fetch import ensure_dense, tokenizer_folder
 from nemo_upcycle.utils.files import (
     MARKER,
     aside_of,

@@ -328,7 +328,7 @@ def _measured(folder: Path, what: str, split: dict[str, Any]) -> dict[str, int]:
 
 
 def _tokenizer_folder(dense: str) -> Path | None:
-    from nemo_upcycle.data.dense import ensure_dense  # slow, and not installed everywhere
+    from nemo_upcycle.sources.fetch import ensure_dense  # slow, and not installed everywhere
     from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 
     path = Path(dense.removeprefix("nemo://"))

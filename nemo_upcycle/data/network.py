@@ -11,11 +11,12 @@ from pathlib import Path
 from nemo_upcycle.data.blend import SPLITS, Blend, read_blend
 from nemo_upcycle.data.chat.config import is_chat, read_chat
 from nemo_upcycle.data.copies import copied_files, copy_files
-from nemo_upcycle.data.dense import ModelAddress, find_parent, import_dense, on_this_machine
 from nemo_upcycle.data.engine.lines import is_address
 from nemo_upcycle.data.inputs import list_named, reader_of
 from nemo_upcycle.data.needs import HUB, Caches, Need, asset_need, task_need
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.sources.fetch import import_dense, on_this_machine
+from nemo_upcycle.sources.find import ModelAddress, find_parent
 from nemo_upcycle.suites.suite import asks_mmlu
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.cache import cache_folder
@@ -56,7 +57,7 @@ def _parent_needs(dense: str) -> Iterator[Need]:
 
 
 def _has_model(parent: ModelAddress, caches: Caches) -> bool:
-    from nemo_upcycle.sources import open_dense  # imports torch
+    from nemo_upcycle.sources.resolve import open_dense  # imports torch
 
     with suppress(UpcycleError), open_dense(on_this_machine(parent, offline=True, cache=caches.hub)):
         return True

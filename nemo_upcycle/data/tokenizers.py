@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.dense import require_tokenizer
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_model import load_tokenizer, other_special_tokens
+from nemo_upcycle.sources.find import require_tokenizer
 from nemo_upcycle.utils.files import aside_of
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from nemo_upcycle.data.blend import no_data
 from nemo_upcycle.data.chat.finished import open_data
-from nemo_upcycle.data.dense import check_address, is_configuration
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.inputs import check_files, require_disjoint
 from nemo_upcycle.data.needs import Caches
@@ -26,6 +25,7 @@ from nemo_upcycle.pipeline.order import kind_of, require_earlier, require_same_w
 from nemo_upcycle.pipeline.plan import KEPT, Stage, WorkPlan
 from nemo_upcycle.pipeline.stage_jobs import jobs_of
 from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.sources.find import check_address, is_configuration
 from nemo_upcycle.suites.lm_eval_tasks import check_needs
 from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.suites.suite_config import read_suite_config

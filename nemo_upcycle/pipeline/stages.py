@@ -89,7 +89,7 @@ class RunPlan(WorkPlan):
 
 def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Get the parent."""
-    from nemo_upcycle.data.dense import import_dense
+    from nemo_upcycle.sources.fetch import import_dense
 
     return {"dense_folder": str(import_dense(plan.dense, run_dir / "dense").resolve())}
 

@@ -1,7 +1,1 @@
-"""Checkpoints read by slice, never whole."""
-
-from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.resolve import open_dense
-
-
-__all__ = ["DenseSource", "open_dense"]
+"""Find and fetch checkpoints, and read them by slice, never whole."""

@@ -7,13 +7,14 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_upcycle.data.dense import cached_asset, find_parent, require_tokenizer, tokenizer_folder
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import check_parent, find_family
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning.hardware import known_parent
+from nemo_upcycle.sources.fetch import cached_asset, tokenizer_folder
+from nemo_upcycle.sources.find import find_parent, require_tokenizer
 from nemo_upcycle.utils.console import short_count
 from nemo_upcycle.utils.files import is_complete
 

@@ -31,9 +31,9 @@ from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.models.sharding import float32_names
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.online.upcycle import make_receipt
-from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import rounded_because
+from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.paged_models import PagedWeights, paged_hugging_face, paged_megatron
 from nemo_upcycle.trainers.paging import PagedModel

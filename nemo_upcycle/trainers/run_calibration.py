@@ -58,7 +58,7 @@ def take_calibration(source: Path, target: Path) -> None:
 def _make(spec: UpcycleSpec, file: Path, dense_folder: Path) -> None:
     from nemo_upcycle.calibration.collect import calibrate
     from nemo_upcycle.data.calibration_sample import calibration_sample
-    from nemo_upcycle.sources import open_dense
+    from nemo_upcycle.sources.resolve import open_dense
 
     with open_dense(dense_folder) as dense:
         calibrate(dense, file, spec, calibration_sample(spec, dense_folder), replace=True)

@@ -23,7 +23,7 @@ from nemo_upcycle.models.families import targets
 from nemo_upcycle.models.hf_model import errors_only, load_model, load_tokenizer
 from nemo_upcycle.models.mapping import extra_params, mapping_of
 from nemo_upcycle.models.tokenizer_files import check_tokenizer
-from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.progress import ProgressLine

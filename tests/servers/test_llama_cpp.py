@@ -12,9 +12,9 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
-from nemo_upcycle.data.dense import import_dense
 from nemo_upcycle.data.tokenizers import open_tokenizer
 from nemo_upcycle.models.hf_model import load_model
+from nemo_upcycle.sources.fetch import import_dense
 from tests.loading.cases import PARENTS
 from tests.servers.llama_cpp import HOME, NotServedError, chat, greedy
 from tests.servers.models import CASES, COUNT, MIXED_IN_16_BITS, MODELS, TYPES, continuation, spec_of

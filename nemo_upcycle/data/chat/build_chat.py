@@ -25,12 +25,12 @@ from nemo_upcycle.data.chat.finished import FORMAT, PACKING, PACKS, REMOVED, Fin
 from nemo_upcycle.data.chat.messages import Conversation, Problem, read_conversations
 from nemo_upcycle.data.chat.packing import write_packs
 from nemo_upcycle.data.chat.template import ChatTemplate, Tokens
-from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.finished import HELDOUT, MANIFEST, TOKENIZER
 from nemo_upcycle.data.made_from import cached_folder, named_tokenizer, require_same, stamps
 from nemo_upcycle.data.tokenizers import open_tokenizer, save_tokenizer
 from nemo_upcycle.errors import LostError, UpcycleError
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.sources.fetch import ensure_dense, tokenizer_folder
 from nemo_upcycle.utils.files import MARKER, is_complete, marker_of, output_folder, read_json, write_json
 from nemo_upcycle.utils.progress import track
 from nemo_upcycle.utils.schema import numbered

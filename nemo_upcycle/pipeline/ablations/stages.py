@@ -187,7 +187,7 @@ def parent_folder(run_dir: Path, stage: str) -> Path:
 
 def import_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Get the dense parent."""
-    from nemo_upcycle.data.dense import import_dense
+    from nemo_upcycle.sources.fetch import import_dense
 
     return {"folder": str(import_dense(plan.dense, run_dir / "dense" / "hf").resolve())}
 

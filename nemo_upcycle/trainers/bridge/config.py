@@ -21,7 +21,7 @@ from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError, mistake_in_file
 from nemo_upcycle.planning.recipe_table import tunes
-from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.sources.same_parent import parent_digest
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations

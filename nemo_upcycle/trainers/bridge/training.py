@@ -14,7 +14,6 @@ from shutil import copyfile
 from types import SimpleNamespace
 from typing import Any
 
-from nemo_upcycle.data.dense import cached_asset, tokenizer_folder
 from nemo_upcycle.errors import StageStopped, UpcycleError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import architecture_of
@@ -23,6 +22,7 @@ from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.planning.recipe_table import tunes
 from nemo_upcycle.planning.workload import OPTIMIZERS
 from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps_in
+from nemo_upcycle.sources.fetch import cached_asset, tokenizer_folder
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.bridge import require_bridge

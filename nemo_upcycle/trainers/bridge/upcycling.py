@@ -21,7 +21,6 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists, is_hf_checkpoint_dir
 from megatron.training.models.base import ModelConfig
 
-from nemo_upcycle.data.dense import require_tokenizer
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.balancing import QUANTILES
 from nemo_upcycle.models.delta_nets import check_gates
@@ -30,7 +29,8 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
-from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.find import require_tokenizer
+from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.aux_loss import correct_losses
 from nemo_upcycle.trainers.bridge import require_bridge
@@ -81,7 +81,7 @@ def upcycle_on_start(
     require_bridge()
     for path in (dense, *branches):
         if "://" in str(path):
-            fix = "copy it there (nemo_upcycle.data.dense.ensure_dense fetches hf://ORG/NAME)"
+            fix = "copy it there (nemo_upcycle.sources.fetch.ensure_dense fetches hf://ORG/NAME)"
             raise SpecError(field="dense", got=path, expected="a folder that every rank sees", fix=fix)
     config.tokenizer.use_tokenizer_vocab_size = False  # the dense checkpoint's vocabulary counts, not the tokenizer's
     if config.tokenizer.tokenizer_type == "HuggingFaceTokenizer" and not config.tokenizer.tokenizer_model:

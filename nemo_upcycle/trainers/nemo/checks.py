@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_upcycle.data.blend import DEMO, no_data
 from nemo_upcycle.data.chat.finished import FinishedChat, open_chat
-from nemo_upcycle.data.dense import local_parent, read_parent
 from nemo_upcycle.data.finished import FinishedBlend, open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
 from nemo_upcycle.init.calibration_file import calibration_of
@@ -21,6 +20,8 @@ from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.planning.hardware import known_parent
 from nemo_upcycle.planning.layout import CPU_RANKS
+from nemo_upcycle.sources.fetch import read_parent
+from nemo_upcycle.sources.find import local_parent
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of

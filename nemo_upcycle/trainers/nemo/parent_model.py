@@ -17,7 +17,6 @@ from nemo.collections.llm.gpt.model.phi3mini import Phi3Config, Phi3Model
 from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config, Qwen2Model
 from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config, Qwen3Model, Qwen3MoEConfig
 
-from nemo_upcycle.data.dense import local_parent, tokenizer_folder
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function, activation_of
 from nemo_upcycle.models.architecture import Architecture
@@ -28,6 +27,8 @@ from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.models.rotary import LONGROPE, nemo_scaling
 from nemo_upcycle.online.decoder_layers import decoder_layers, layers_of
 from nemo_upcycle.planning.hardware import known_parent
+from nemo_upcycle.sources.fetch import tokenizer_folder
+from nemo_upcycle.sources.find import local_parent
 from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config, Olmo2Model
 from nemo_upcycle.trainers.nemo.phi3mini import LongRopePhi3Config
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import fiddle as fdl
 
-from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.errors import SpecError, StageStopped, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
@@ -20,6 +19,7 @@ from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.planning.recipe_table import models
+from nemo_upcycle.sources.find import check_address
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of

@@ -21,11 +21,11 @@ from nemo.utils.app_state import AppState
 
 from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.cpu.configuration import configure_for_cpu
-from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources.checkpoint_context import read_context
+from nemo_upcycle.sources.fetch import ensure_dense
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.aux_loss import correct_losses

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data.dense import ensure_dense
+from nemo_upcycle.sources.fetch import ensure_dense
 from tests.model_hub import ModelHub
 from tests.unit.cli.conftest import Command, refused
 

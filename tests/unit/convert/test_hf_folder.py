@@ -12,9 +12,9 @@ import pytest
 from nemo_upcycle.convert import export
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names
-from nemo_upcycle.data.dense import tokenizer_folder
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_config import ROUTER_AUX_LOSS
+from nemo_upcycle.sources.fetch import tokenizer_folder
 from nemo_upcycle.start.parent import find_model
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json, write_json
 from nemo_upcycle.utils.streams import StreamedFile

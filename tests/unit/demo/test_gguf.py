@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from nemo_upcycle.data.dense import import_dense
 from nemo_upcycle.demo.assets import fetch_asset
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.sources.fetch import import_dense
 from nemo_upcycle.utils.files import is_complete
 
 

@@ -16,7 +16,7 @@ from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online.upcycle import load_dense_into, upcycle_into
 from nemo_upcycle.recipes import smollm2_135m_e8t2
-from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import equivalence, paged_models
 from nemo_upcycle.trainers.equivalence import check_step0, megatron_logits

@@ -15,7 +15,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.recipes import upcycled
-from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.trainers.equivalence import check_step0
 from nemo_upcycle.trainers.nemo.checks import check_parent
 from nemo_upcycle.trainers.nemo.parent_model import parent_model

@@ -16,9 +16,9 @@ from megatron.bridge.recipes.utils.environment_utils import COMMON_RECIPE_ENV_VA
 from megatron.bridge.training.config import ConfigContainer
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
-from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.sources.fetch import ensure_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.bridge.blend import BlendDataset

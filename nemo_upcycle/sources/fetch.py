@@ -1,6 +1,6 @@
-"""Find the model that a user names, or fetch it: one way for every command, stage and recipe.
+"""Fetch the model that an address names: from the hub, from an asset, or from the folder where it lies.
 
-What takes long to import is imported inside functions: commands that answer at once find their models here, too.
+Commands that answer at once import this module, so it imports torch inside functions.
 """
 
 from __future__ import annotations
@@ -10,101 +10,33 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
-from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import check_parent
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.models.tokenizer_files import check_tokenizer
+from nemo_upcycle.sources.find import ModelAddress, find_parent, local_parent, require_tokenizer
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import is_complete
 
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
 WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # for the card of what is made of the model
 OF_TOKENIZER = ["*.json", "tokenizer*", "merges.txt"]
 # subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors; of the
 # subfolders' files only additional_chat_templates/*.jinja are wanted
 _UNWANTED = ["*/*.safetensors", "*/*.json", "tokenizer*/*", "consolidated*"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-
-class ModelAddress(NamedTuple):
-    """What the user names as a model.
-
-    Attributes:
-        kind: `asset`, `hub` (a name there), `nemo` (a NeMo or Megatron checkpoint) or `folder`.
-        name: the asset's, that on the hub, or the path.
-    """
-
-    kind: str
-    name: str
-
-
-def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
-    """Find the model that an address names. Every command, stage and recipe finds its models here; nothing is fetched.
-
-    Args:
-        source: `asset://NAME`, `hf://ORG/NAME`, plain `ORG/NAME`, a folder as a plain path, `hf:///absolute/path` or
-            `nemo:///absolute/path`.
-        nemo: whether a NeMo or Megatron checkpoint will do.
-
-    Raises:
-        UpcycleError: there is no such scheme or asset, or such a folder (CheckpointError).
-
-    Example:
-        >>> find_parent("hf://meta-llama/Meta-Llama-3-8B")
-        ModelAddress(kind='hub', name='meta-llama/Meta-Llama-3-8B')
-    """
-    if source in ("", "hf://", "nemo://"):
-        raise UpcycleError("model", got="an empty name", expected="a folder or hf://ORG/NAME", fix="name one")
-    scheme, separator, rest = source.partition("://")
-    if not separator:
-        scheme, rest = "", source
-    elif scheme == "asset":
-        from nemo_upcycle.demo.assets import ASSETS
-
-        models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
-        if rest not in models:
-            raise UpcycleError.unknown("model asset", rest, models)
-        return ModelAddress("asset", rest)
-    elif scheme == "nemo" and nemo:
-        return ModelAddress("nemo", rest)
-    elif scheme == "nemo":
-        raise CheckpointError(
-            source,
-            got="a NeMo or Megatron checkpoint",
-            expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
-            fix="export it to Hugging Face's format first, with NeMo's llm.export_ckpt",
-        )
-    elif scheme != "hf":
-        raise UpcycleError.unknown("address scheme", scheme, ("asset", "hf", "nemo"))
-    path = Path(rest).expanduser()
-    if path.is_dir():
-        return ModelAddress("folder", str(path))
-    is_mistyped = not scheme and path.parent.is_dir()  # models/lama beside models/llama is no name on the hub
-    if is_mistyped or not _HUB_NAME.fullmatch(rest):
-        raise CheckpointError(
-            f"model {rest!r}",
-            got="no such folder",
-            expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
-            fix="check the path",
-        )
-    return ModelAddress("hub", rest)
 
 
 def on_this_machine(
     parent: ModelAddress, wanted: Sequence[str] = WANTED, *, offline: bool = False, cache: Path | None = None
 ) -> Path:
-    """Return the folder of a model: of an asset in the cache, of one on the hub downloaded.
+    """Return the folder of a model: make an asset in the cache, download a model of the hub.
 
     Args:
         parent: the model.
         wanted: patterns of the files to download from the hub.
-        offline: whether to take what the hub's cache has, without asking whether that is all.
-        cache: the hub's cache; None: that of the environment.
+        offline: whether to use the hub's cache without asking the hub if it is complete.
+        cache: folder of the hub's cache; None: the environment's.
 
     Raises:
         UpcycleError: the model cannot be made or downloaded.
@@ -130,7 +62,7 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
             a local folder, plain or as `hf:///absolute/path` (used where it lies).
         output: folder for a converted model; untouched when nothing is converted.
         sampled: whether to read samples of the weights only, see `check_source`.
-        offline: whether to take what is in the hub's cache without asking the hub whether it is complete.
+        offline: whether to use the hub's cache without asking the hub if it is complete.
 
     Returns:
         A folder with `config.json`, safetensors and tokenizer files, checked to be a whole dense Llama-family model.
@@ -149,63 +81,14 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
         folder = convert_gguf(fetch_asset(parent.name), output, base_model=ASSETS[parent.name].base_model)
     else:
         folder = on_this_machine(parent, offline=offline)
-    from nemo_upcycle.sources import open_dense
     from nemo_upcycle.sources.checks import check_source
+    from nemo_upcycle.sources.resolve import open_dense
 
     # Opening reads the configuration and every header, and checks that no file is cut short.
     with open_dense(folder) as dense:
         check_source(dense, sampled=sampled)
     require_tokenizer(folder)
     return folder
-
-
-def check_address(source: str, *, whole: bool = False) -> Architecture | None:
-    """Check the address of a dense model quickly: open a folder, fetch nothing.
-
-    Args:
-        source: address of the model, see `import_dense`.
-        whole: whether a folder must hold weights and tokenizer; a configuration is enough to show what a run would do.
-
-    Returns:
-        The architecture of a folder's model; None for a model that is still to be fetched.
-
-    Raises:
-        UpcycleError: there is no such scheme, asset or folder, or the folder is not such a model (CheckpointError).
-    """
-    parent = find_parent(source)
-    if parent.kind != "folder":
-        return None
-    if not whole and is_configuration(Path(parent.name)):
-        architecture = read_architecture(Path(parent.name))
-        check_parent(architecture, parent.name)
-        return architecture
-    require_tokenizer(Path(parent.name))
-    from nemo_upcycle.sources import open_dense
-
-    with open_dense(parent.name) as dense:
-        return dense.architecture
-
-
-def is_configuration(folder: Path) -> bool:
-    """Return whether a folder holds a model's configuration and no weights, whatever their format."""
-    weights = ("*.safetensors*", "*.bin*", "*.pt*", "*.gguf")
-    return (folder / "config.json").is_file() and not any(True for kind in weights for _ in folder.glob(kind))
-
-
-def require_tokenizer(folder: Path) -> None:
-    """Check that `folder` holds a tokenizer that opens; without one, transformers guesses from the path's name.
-
-    Raises:
-        CheckpointError: it does not, or the file is damaged.
-    """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(
-            f"tokenizer in {folder}",
-            got="none",
-            expected=f"one of {', '.join(_TOKENIZER_FILES)}",
-            fix="copy the model's tokenizer files into the folder",
-        )
-    check_tokenizer(folder)
 
 
 def tokenizer_folder(source: str) -> Path:
@@ -220,24 +103,6 @@ def tokenizer_folder(source: str) -> Path:
     folder = on_this_machine(find_parent(source), OF_TOKENIZER)
     require_tokenizer(folder)
     return folder
-
-
-def local_parent(source: str) -> Architecture | None:
-    """Return the architecture of a dense model that lies on this machine; None for one that is still to be fetched.
-
-    Args:
-        source: address of the model, see `import_dense`; or a NeMo or Megatron checkpoint, with or without tokenizer.
-
-    Raises:
-        UpcycleError: there is no such thing, or it is not such a model (CheckpointError).
-    """
-    from nemo_upcycle.sources import open_dense
-    from nemo_upcycle.sources.megatron_checkpoint import is_megatron
-
-    if not source.startswith("nemo://") and not is_megatron(Path(source)):
-        return check_address(source)
-    with open_dense(source) as dense:
-        return dense.architecture
 
 
 def read_parent(source: str) -> Architecture:

@@ -1,0 +1,151 @@
+"""Find the model that an address names, and check it as far as it is on this machine; fetch nothing.
+
+Commands that answer at once import this module, so it imports torch inside functions.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import check_parent
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.tokenizer_files import check_tokenizer
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class ModelAddress(NamedTuple):
+    """The address of a model, taken apart.
+
+    Attributes:
+        kind: `asset`, `hub`, `nemo` (a NeMo or Megatron checkpoint) or `folder`.
+        name: name of the asset, name on the hub, or path.
+    """
+
+    kind: str
+    name: str
+
+
+def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
+    """Find the model that an address names, for every command, stage and recipe; fetch nothing.
+
+    Args:
+        source: `asset://NAME`, `hf://ORG/NAME`, plain `ORG/NAME`, a folder as a plain path, `hf:///absolute/path` or
+            `nemo:///absolute/path`.
+        nemo: whether a NeMo or Megatron checkpoint will do.
+
+    Raises:
+        UpcycleError: the scheme or the asset does not exist, or the folder does not (CheckpointError).
+
+    Example:
+        >>> find_parent("hf://meta-llama/Meta-Llama-3-8B")
+        ModelAddress(kind='hub', name='meta-llama/Meta-Llama-3-8B')
+    """
+    if source in ("", "hf://", "nemo://"):
+        raise UpcycleError("model", got="an empty name", expected="a folder or hf://ORG/NAME", fix="name one")
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        scheme, rest = "", source
+    elif scheme == "asset":
+        from nemo_upcycle.demo.assets import ASSETS
+
+        models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
+        if rest not in models:
+            raise UpcycleError.unknown("model asset", rest, models)
+        return ModelAddress("asset", rest)
+    elif scheme == "nemo" and nemo:
+        return ModelAddress("nemo", rest)
+    elif scheme == "nemo":
+        raise CheckpointError(
+            source,
+            got="a NeMo or Megatron checkpoint",
+            expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
+            fix="export it to Hugging Face's format first, with NeMo's llm.export_ckpt",
+        )
+    elif scheme != "hf":
+        raise UpcycleError.unknown("address scheme", scheme, ("asset", "hf", "nemo"))
+    path = Path(rest).expanduser()
+    if path.is_dir():
+        return ModelAddress("folder", str(path))
+    is_mistyped = not scheme and path.parent.is_dir()  # models/lama beside models/llama is no name on the hub
+    if is_mistyped or not _HUB_NAME.fullmatch(rest):
+        raise CheckpointError(
+            f"model {rest!r}",
+            got="no such folder",
+            expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
+            fix="check the path",
+        )
+    return ModelAddress("hub", rest)
+
+
+def check_address(source: str, *, whole: bool = False) -> Architecture | None:
+    """Check the address of a dense model quickly: open a folder, fetch nothing.
+
+    Args:
+        source: address of the model, see `find_parent`.
+        whole: whether a folder must hold weights and tokenizer; a configuration is enough to show what a run would do.
+
+    Returns:
+        The architecture of a folder's model; None for a model that is still to be fetched.
+
+    Raises:
+        UpcycleError: there is no such scheme, asset or folder, or the folder is not such a model (CheckpointError).
+    """
+    parent = find_parent(source)
+    if parent.kind != "folder":
+        return None
+    if not whole and is_configuration(Path(parent.name)):
+        architecture = read_architecture(Path(parent.name))
+        check_parent(architecture, parent.name)
+        return architecture
+    require_tokenizer(Path(parent.name))
+    from nemo_upcycle.sources.resolve import open_dense
+
+    with open_dense(parent.name) as dense:
+        return dense.architecture
+
+
+def local_parent(source: str) -> Architecture | None:
+    """Return the architecture of a dense model that lies on this machine; None for one that is still to be fetched.
+
+    Args:
+        source: address of the model, see `find_parent`; or a NeMo or Megatron checkpoint, with or without tokenizer.
+
+    Raises:
+        UpcycleError: the model does not exist, or is not a parent that can be upcycled (CheckpointError).
+    """
+    from nemo_upcycle.sources.megatron_checkpoint import is_megatron
+    from nemo_upcycle.sources.resolve import open_dense
+
+    if not source.startswith("nemo://") and not is_megatron(Path(source)):
+        return check_address(source)
+    with open_dense(source) as dense:
+        return dense.architecture
+
+
+def is_configuration(folder: Path) -> bool:
+    """Return whether a folder holds a model's configuration and no weights, whatever their format."""
+    weights = ("*.safetensors*", "*.bin*", "*.pt*", "*.gguf")
+    return (folder / "config.json").is_file() and not any(True for kind in weights for _ in folder.glob(kind))
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Check that `folder` holds a tokenizer that opens; without one, transformers guesses from the path's name.
+
+    Raises:
+        CheckpointError: it does not, or the file is damaged.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"tokenizer in {folder}",
+            got="none",
+            expected=f"one of {', '.join(_TOKENIZER_FILES)}",
+            fix="copy the model's tokenizer files into the folder",
+        )
+    check_tokenizer(folder)
