@@ -56,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
     folder = args.output.absolute()
     variables = {CACHE_VARIABLE: str(folder), "HF_HOME": str(folder / "hf")}
     _use_caches(variables)
-    from nemo_upcycle.data.network import run_needs
+    from nemo_upcycle.pipeline.inputs import Inputs
+    from nemo_upcycle.pipeline.needs import run_needs
 
     fetched, failed = dict[str, str](), dict[str, str]()
-    needs = run_needs(*inputs)
+    needs = run_needs(Inputs(*inputs))
     for number, need in enumerate(needs, 1):
         size = f", {size_text(need.size_bytes)}" if need.size_bytes else ""
         messages.info("[%d of %d] %s, from %s%s", number, len(needs), need.what, need.place, size)

@@ -7,10 +7,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.suites.suite_config import SuiteConfig, read_suite_config
 from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, packaged_names, read_conf
 from nemo_upcycle.utils.validation import one_of, valid
 
@@ -146,6 +148,15 @@ class Blend:
     def share(self, source: str) -> float:
         """Return a source's share of the training tokens, 0 to 1."""
         return self.config.sources[source].weight / sum(one.weight for one in self.config.sources.values())
+
+    @cached_property
+    def suites(self) -> dict[str, SuiteConfig]:
+        """Suite of `decontaminate` -> its configuration.
+
+        Raises:
+            UpcycleError: see `read_suite_config`.
+        """
+        return {name: read_suite_config(name) for name in self.config.decontaminate}
 
 
 def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:

@@ -94,7 +94,7 @@ def folders_of(blend: Blend) -> list[Path]:
             fixed = list(itertools.takewhile(lambda part: not is_pattern(part), path.parts))
             folder = Path(*fixed)
             folders.append(folder if len(fixed) < len(path.parts) or folder.is_dir() else folder.parent)
-    folders += [folder for suite in blend.config.decontaminate for folder in folders_of_suite(suite)]
+    folders += [folder for suite, config in blend.suites.items() for folder in folders_of_suite(suite, config)]
     return list(dict.fromkeys(folders))
 
 

@@ -14,7 +14,6 @@ from nemo_upcycle.data.chat.finished import open_data
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.inputs import check_files, require_disjoint
 from nemo_upcycle.data.needs import Caches
-from nemo_upcycle.data.network import run_needs
 from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.chain import JOBS
 from nemo_upcycle.pipeline.executors.base import Cluster
@@ -28,7 +27,6 @@ from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.find import check_address, is_configuration
 from nemo_upcycle.suites.lm_eval_tasks import check_needs
 from nemo_upcycle.suites.local_tasks import is_answers, is_text
-from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.trainers.base import Training
 from nemo_upcycle.utils.files import resolved
 
@@ -135,7 +133,7 @@ def _unasked(run_dir: Path, plan: WorkPlan, cluster: Cluster | None, *, network:
     folder = Path(plan.inputs.dense.removeprefix("hf://")).expanduser()
     if plan.inputs.dense and is_configuration(folder):
         yield f"{folder} holds the parent's config.json alone: its weights and tokenizer are checked where it is whole"
-    needs = [] if network else run_needs(plan.inputs.dense, plan.inputs.data, plan.inputs.suite)
+    needs = [] if network else plan.needs
     if names := [need.what for need in needs if not need.is_in(Caches.of(os.environ))]:
         more = f" and {len(names) - 1} more" if names[1:] else ""
         yield f"the network: whether {names[0]}{more} can be fetched"
@@ -323,8 +321,7 @@ def check_data(inputs: Inputs, *, remote: bool) -> None:
         if remote or not any("://" in entry for entry in (*source.train, *source.validation, *source.heldout))
     }
     require_disjoint(listed)
-    for suite in blend.config.decontaminate:
-        read_suite_config(suite)
+    _ = blend.suites  # raises if one is missing
 
 
 def is_seen(run_dir: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a run reads: the dense parent, the data and the suite. Each name is resolved once."""
+"""Inputs of a run: the dense parent, the data and the suite. Each file is read once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nemo_upcycle.utils.validation import require_local
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a run, by the names that its plan has; what a name stands for is read when it is first asked for.
+    """The inputs of a run, by their names in its plan; each is read when it is first asked for.
 
     Args:
-        dense: address of the dense parent.
-        data: a blend or conversations (a name in `conf`, a YAML file, JSON lines), or a finished folder.
-        suite: a name in `conf/evaluation`, or a YAML file.
+        dense: address of the dense parent; empty: none.
+        data: a blend or conversations (a name in `conf`, a YAML file, JSON lines), or a finished folder; empty: none.
+        suite: a name in `conf/evaluation`, or a YAML file; empty: none.
     """
 
     dense: str
@@ -30,8 +30,8 @@ class Inputs:
 
     @cached_property
     def is_finished(self) -> bool:
-        """Whether the data are a finished folder."""
-        return Path(self.data).is_dir()
+        """Whether there is nothing to build: the data are a finished folder, or there are none."""
+        return not self.data or Path(self.data).is_dir()
 
     @cached_property
     def reads_chat(self) -> bool:
@@ -60,5 +60,6 @@ class Inputs:
         if self.chat:
             texts = [path.parent for path in self.chat.paths(fetch=False)]
         named = [text for text in (self.dense, self.data, self.suite) if not is_conf_file(text)]
-        paths = (*texts, *folders_of_suite(self.suite), *(Path(text.removeprefix("hf://")) for text in named))
+        asked = folders_of_suite(self.suite, self.suite_config)
+        paths = (*texts, *asked, *(Path(text.removeprefix("hf://")) for text in named))
         return tuple(dict.fromkeys(path for path in paths if path.is_absolute()))

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_upcycle.data.finished import MANIFEST
+from nemo_upcycle.data.needs import Need
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.disk_use import DiskUse
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import RETIRED, STEPS, StageFolder, content_hash, setting_texts, sha256
+from nemo_upcycle.pipeline.needs import run_needs
 from nemo_upcycle.trainers.base import Training, TrainingFacts, TrainingSettings
 from nemo_upcycle.utils.conf import conf_text, is_conf_file, read_conf
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
@@ -127,6 +129,11 @@ class WorkPlan(ABC):
     @abstractmethod
     def inputs(self) -> Inputs:
         """What its stages read: parent, data, suite."""
+
+    @cached_property
+    def needs(self) -> list[Need]:
+        """What its stages take from networks, each once."""
+        return run_needs(self.inputs)
 
     @cached_property
     def trainings(self) -> dict[str, Training]:

@@ -127,13 +127,13 @@ def _check_not_local(config: SuiteConfig, path: Path, folder: Path) -> None:
             )
 
 
-def folders_of_suite(name: str | Path) -> list[Path]:
-    """Return the folders that a suite reads from on this machine: those of its YAML file and of the user's files.
+def folders_of_suite(name: str | Path, config: SuiteConfig) -> list[Path]:
+    """Return the folders that a suite reads from on this machine: its YAML file's and its task files'.
 
-    Raises:
-        UpcycleError: see `read_suite_config`.
+    Args:
+        name: name or path that the configuration was read from.
+        config: configuration of the suite.
     """
-    config = read_suite_config(name)
     here = [Path(name).absolute().parent] if is_conf_file(str(name)) else []
     own = [Path(config.include_path)] if config.include_path else []
     return [*here, *own, *sorted({Path(file).parent for file in config.files.values()})]

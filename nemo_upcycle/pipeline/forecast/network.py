@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.needs import HUB, Caches
-from nemo_upcycle.data.network import run_needs
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, hub_variables
 from nemo_upcycle.pipeline.executors.jobs import Job
+from nemo_upcycle.pipeline.inputs import Inputs
+from nemo_upcycle.pipeline.needs import run_needs
 from nemo_upcycle.pipeline.plan import Stage
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.base import TrainingFacts
@@ -67,8 +68,7 @@ def forecast_network(
         jobs: stage -> its job.
         facts: stage -> facts of its training, as far as they are known.
     """
-    inputs, found, offline = plan.inputs, {}, {}
-    needs = run_needs(inputs.dense, inputs.data, inputs.suite)
+    found, offline, needs = {}, {}, plan.needs
     fetched, commands = {need.what for need in needs}, [_fetch(plan, "dense", "data", "evaluation")]
     for stage in stages:
         variables = _variables(cluster, jobs[stage.name]) if cluster else os.environ
@@ -76,7 +76,7 @@ def forecast_network(
         caches = Caches.of(variables)
         own = [need for need in needs if set(need.inputs) & set(stage.settings)]
         suite = known.evaluations.suite if known and known.evaluations else ""
-        asked = run_needs("", "", suite) if suite and not (Path(suite) / MARKER).is_file() else []
+        asked = run_needs(Inputs("", "", suite)) if suite and not (Path(suite) / MARKER).is_file() else []
         if {need.what for need in asked} - fetched:
             commands.append(_fetch(replace(plan, evaluation=suite), "evaluation"))
         places: dict[str, list[str]] = {}

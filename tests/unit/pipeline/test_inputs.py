@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data.network import run_needs
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.checks import check_asked, check_data
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.launch import absolute_argument
+from nemo_upcycle.pipeline.needs import run_needs
 from tests.chats import sums, write_lines
 
 
@@ -41,6 +41,6 @@ def test_a_plan_reads_conversations_where_they_lie(tmp_path: Path, monkeypatch: 
 
 
 def test_the_demos_conversations_are_fetched_beforehand() -> None:
-    needs = {need.what: need for need in run_needs("", "chatterbot", "answers")}
+    needs = {need.what: need for need in run_needs(Inputs("", "chatterbot", "answers"))}
     assert needs["conversations chatterbot"].inputs == ("data",)
     assert "questions mmlu" in needs

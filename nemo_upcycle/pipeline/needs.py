@@ -1,4 +1,4 @@
-"""Find everything that a run needs from networks: its parent, its blend and the questions of its suites."""
+"""List everything that a run needs from networks: its parent, its texts and the questions of its suites."""
 
 from __future__ import annotations
 
@@ -8,36 +8,30 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from nemo_upcycle.data.blend import SPLITS, Blend, read_blend
-from nemo_upcycle.data.chat.config import is_chat, read_chat
+from nemo_upcycle.data.blend import SPLITS, Blend
 from nemo_upcycle.data.copies import copied_files, copy_files
 from nemo_upcycle.data.engine.lines import is_address
 from nemo_upcycle.data.inputs import list_named, reader_of
 from nemo_upcycle.data.needs import HUB, Caches, Need, asset_need, task_need
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.sources.fetch import import_dense, on_this_machine
 from nemo_upcycle.sources.find import ModelAddress, find_parent
 from nemo_upcycle.suites.suite import asks_mmlu
-from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.suites.suite_config import SuiteConfig
 from nemo_upcycle.utils.cache import cache_folder
 
 
-def run_needs(dense: str, data: str, evaluation: str) -> list[Need]:
-    """List the needs of a run from networks, each once.
-
-    Args:
-        dense: address of the dense parent; empty: none.
-        data: a blend (a name in conf/data, or a YAML file), conversations (a name in conf/chat, a YAML file, or JSON
-            lines), or a finished folder, which needs nothing; empty: none.
-        evaluation: a name in conf/evaluation, or a YAML file; empty: none.
+def run_needs(inputs: Inputs) -> list[Need]:
+    """List the needs of a run from networks, each once. A finished folder of data needs nothing.
 
     Raises:
-        UpcycleError: an argument is not valid.
+        UpcycleError: an input is not valid.
     """
     of = {
-        "dense": _parent_needs(dense) if dense else (),
-        "data": _data_needs(data) if data and not Path(data).is_dir() else (),
-        "evaluation": _suite_needs(evaluation) if evaluation else (),
+        "dense": _parent_needs(inputs.dense) if inputs.dense else (),
+        "data": _data_needs(inputs),
+        "evaluation": _suite_needs(inputs.suite_config) if inputs.suite else (),
     }
     found: dict[str, Need] = {}
     for name, needs in of.items():
@@ -64,11 +58,11 @@ def _has_model(parent: ModelAddress, caches: Caches) -> bool:
     return False
 
 
-def _data_needs(data: str) -> Iterator[Need]:
-    if is_chat(data):
-        yield from map(asset_need, read_chat(data).assets)
-    else:
-        yield from _blend_needs(read_blend(data))
+def _data_needs(inputs: Inputs) -> Iterator[Need]:
+    if inputs.chat:
+        yield from map(asset_need, inputs.chat.assets)
+    if inputs.blend:
+        yield from _blend_needs(inputs.blend)
 
 
 def _blend_needs(blend: Blend) -> Iterator[Need]:
@@ -85,7 +79,7 @@ def _blend_needs(blend: Blend) -> Iterator[Need]:
                 partial(_copy_source, blend, name),
                 partial(_has_source, blend, name),
             )
-    for suite in blend.config.decontaminate:
+    for suite in blend.suites.values():
         yield from _suite_needs(suite)
 
 
@@ -97,8 +91,7 @@ def _has_source(blend: Blend, source: str, caches: Caches) -> bool:
     return copied_files(blend, source, caches.folder) is not None
 
 
-def _suite_needs(suite: str) -> Iterator[Need]:
-    config = read_suite_config(suite)
+def _suite_needs(config: SuiteConfig) -> Iterator[Need]:
     if asks_mmlu(config):
         yield asset_need("mmlu")
     elif not config.local:
