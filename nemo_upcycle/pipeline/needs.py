@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from nemo_upcycle.data.blend import SPLITS, Blend
+from nemo_upcycle.data.blend import SPLITS, Blend, read_blend
 from nemo_upcycle.data.copies import copied_files, copy_files
 from nemo_upcycle.data.engine.lines import is_address
 from nemo_upcycle.data.inputs import list_named, reader_of
@@ -59,9 +59,11 @@ def _has_model(parent: ModelAddress, caches: Caches) -> bool:
 
 
 def _data_needs(inputs: Inputs) -> Iterator[Need]:
-    if inputs.chat:
+    if "://" in inputs.data:  # texts by address, which `nemo-upcycle data` takes and a run does not
+        yield from _blend_needs(read_blend(inputs.data))
+    elif inputs.chat:
         yield from map(asset_need, inputs.chat.assets)
-    if inputs.blend:
+    elif inputs.blend:
         yield from _blend_needs(inputs.blend)
 
 

@@ -1,4 +1,4 @@
-"""Conversations where a chain takes its data: told from texts, and refused where recipe or suite ask for the other."""
+"""Read the inputs of a run once; tell conversations from texts, and refuse a suite that asks for the other kind."""
 
 from __future__ import annotations
 
@@ -44,3 +44,20 @@ def test_the_demos_conversations_are_fetched_beforehand() -> None:
     needs = {need.what: need for need in run_needs(Inputs("", "chatterbot", "answers"))}
     assert needs["conversations chatterbot"].inputs == ("data",)
     assert "questions mmlu" in needs
+
+
+def test_inputs_are_read_once(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text("{tasks: {piqa: [0]}, local: false}")
+    suite, train = tmp_path / "suite.yaml", "[hf://datasets/a/b.txt]"
+    (tmp_path / "texts.yaml").write_text(f"{{sources: {{a: {{train: {train}}}}}, decontaminate: ['{suite}']}}")
+    inputs = Inputs("", str(tmp_path / "texts.yaml"), str(suite))
+    needs = [need.what for need in run_needs(inputs)]
+    assert needs == ["source a (hf://datasets/a/b.txt)", "lm-eval's piqa"]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert [need.what for need in run_needs(inputs)] == needs
+
+
+def test_texts_by_address_are_fetched() -> None:
+    (need,) = run_needs(Inputs("", "hf://datasets/a/b.jsonl", ""))
+    assert need.what == "source texts (hf://datasets/a/b.jsonl)"
