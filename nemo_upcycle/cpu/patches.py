@@ -315,13 +315,6 @@ def _next_size(tokens: int) -> int:
     return -(-tokens // unit) * unit
 
 
-class _Done:
-    """What Megatron waits for; gloo has finished before it gets it."""
-
-    def wait(self) -> None:
-        """Return at once."""
-
-
 def communicate_in_place() -> None:
     """Let the distributed optimizer sum its gradients and hand out its parameters within their own buffers.
 
@@ -332,19 +325,16 @@ def communicate_in_place() -> None:
     from megatron.core.distributed import param_and_grad_buffer
 
     def all_reduce(output: torch.Tensor, input: torch.Tensor, op: Any, group: Any, async_op: bool = False) -> None:
-        torch.distributed.all_reduce(input, op=op, group=group)
+        options = torch.distributed.AllreduceOptions()
+        options.reduceOp = op
+        group.allreduce([input], options).wait()  # torch.distributed.all_reduce would be coalesced, in a copy
 
     def all_gather(output: torch.Tensor, input: torch.Tensor, group: Any, async_op: bool = False) -> None:
         for owner, shard in enumerate(output.chunk(group.size())):
             torch.distributed.broadcast(shard, group=group, group_src=owner)
 
-    @contextmanager
-    def one_by_one(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[_Done]:
-        yield _Done()
-
     param_and_grad_buffer.dist_reduce_scatter_func = all_reduce
     param_and_grad_buffer.dist_all_gather_func = all_gather
-    param_and_grad_buffer._coalescing_manager = one_by_one
 
 
 PATCHES: tuple[Callable[[], None], ...] = (

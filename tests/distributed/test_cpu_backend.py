@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
+import torch
 
+from nemo_upcycle.cpu.backend import use_cpu_backend
+from tests.distributed.ranks import run_ranks
 from tests.functional.runs import Runs
 from tests.tiers import quick
 
@@ -75,3 +79,28 @@ def test_dropout_is_repeated_by_recomputation(runs: Runs, alone: list[list[float
     plain, recomputed = (_train(runs, 2, dropout | more, tp=2) for more in ({}, again))
     assert recomputed[1] == pytest.approx(plain[1], rel=1e-6)
     assert abs(plain[0][0] - alone[0][0]) > 1e-3
+
+
+def _gradient_that_one_rank_has_late(distributed: bool) -> float:
+    """Return a gradient of ones, summed over the ranks while the backward pass goes on."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    use_cpu_backend()
+    parallel_state.initialize_model_parallel()
+    layer = torch.nn.Linear(512, 512, bias=False)
+    overlap = DistributedDataParallelConfig(overlap_grad_reduce=True, use_distributed_optimizer=distributed)
+    model = DistributedDataParallel(
+        TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), overlap, layer
+    )
+    model.zero_grad_buffer()
+    time.sleep(torch.distributed.get_rank())
+    model(torch.ones(1, 512)).sum().backward()
+    model.finish_grad_sync()
+    return float(layer.weight.main_grad.min())
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_gradients_are_complete_before_a_step(distributed: bool) -> None:
+    assert run_ranks(_gradient_that_one_rank_has_late, 2, distributed)[0] == 1.0
