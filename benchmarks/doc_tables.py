@@ -19,13 +19,17 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from nemo_upcycle.cli.main import COMMANDS, examples_of
 from nemo_upcycle.cli.main import main as tool
 from nemo_upcycle.models import families
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.planning.recipe_table import SPEC, ModelRow, Run, models
+from nemo_upcycle.planning.hardware import known_shape
+from nemo_upcycle.planning.recipe_table import KnownRecipe, Run
+from nemo_upcycle.recipes import known_recipe, known_recipes, modules
+from nemo_upcycle.spec import UpcycleSpec
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -45,25 +49,33 @@ def table(headings: str, rows: Iterator[tuple[Any, ...]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def models() -> Iterator[tuple[str, ModuleType, KnownRecipe]]:
+    """Yield the planned models of `recipes/` by name, with their file and the recipe of the upcycled model."""
+    for model, file in modules().items():
+        if f"{model}_e8t2" in known_recipes():
+            yield model, file, known_recipe(f"{model}_e8t2")
+
+
 def model_rows() -> Iterator[tuple[Any, ...]]:
-    """Yield the models of `conf/planning/recipes.yaml` with the names of their recipes."""
-    for row in models().values():
-        names = [f"`{row.name}_e8t2`", *([f"`{row.name}_e8t2_sft`"] if row.tuning else [])]
-        where = "NeMo, Bridge" if len(row.trainers) > 1 else "Bridge"
-        yield row.title, ", ".join(names), row.sizes, where, f"`{row.dense}`"
+    """Yield the models with the names of their recipes."""
+    for model, _, known in models():
+        names = [f"`{name}`" for name in (f"{model}_e8t2", f"{model}_e8t2_sft") if name in known_recipes()]
+        where = "NeMo, Bridge" if "nemo" in known.trainers else "Bridge"
+        sizes = f"{known.arch.total_params / 1e9:.2f}B parameters, {known.arch.active_params / 1e9:.2f}B active"
+        yield known.title, ", ".join(names), sizes, where, f"`{known.inputs['dense']}`"
 
 
 def run_rows() -> Iterator[tuple[Any, ...]]:
     """Yield the trainings of these models, and the memory of the fullest GPU: with MoE layers recomputed, or not."""
-    for row in models().values():
-        for gpu, runs in row.runs.items():
+    for model, file, known in models():
+        for gpu, runs in file.LAYOUTS.items():
             for kind, run in runs.items():
-                recomputed = kind in ("e8t2", "hybridep") and not row.few_steps
-                gib = [_gib(row, gpu, kind, run, "moe")] if recomputed else []
-                gib += [_gib(row, gpu, kind, run, "none")] if not gib or (kind == "e8t2" and gpu == "h100") else []
+                recomputed = kind in ("e8t2", "hybridep") and known.h100
+                gib = [_gib(model, gpu, kind, run, "moe")] if recomputed else []
+                gib += [_gib(model, gpu, kind, run, "none")] if not gib or (kind == "e8t2" and gpu == "h100") else []
                 layout = f"{run} EP8".removeprefix("data parallelism alone ") if _ep(kind, run) > 1 else str(run)
                 yield (
-                    f"`{row.name}`",
+                    f"`{model}`",
                     gpu.upper(),
                     kind,
                     run.precision or "bf16",
@@ -77,10 +89,10 @@ def _ep(kind: str, run: Run) -> int:
     return 8 if run.gpus > 1 and kind != "dense" else 1
 
 
-def _gib(row: ModelRow, gpu: str, kind: str, run: Run, recompute: str) -> str:
+def _gib(model: str, gpu: str, kind: str, run: Run, recompute: str) -> str:
     """Say the GiB of the fullest GPU, and how they fit where they are tight."""
     layout = f"tp={run.tp},pp={run.pp},vp={run.vp or 1},cp={run.cp},ep={_ep(kind, run)},mbs=1"
-    name = f"{row.name}_{'dense_ct' if kind == 'dense' else 'e8t2'}"
+    name = f"{model}_{'dense_ct' if kind == 'dense' else 'e8t2'}"
     words = ["plan", "--recipe", name, "--gpus", str(run.gpus), "--gpu", gpu, "--layout", layout, "--json"]
     words += ["--recompute", recompute, "--precision", PRECISIONS[run.precision], "--backend", "bridge"]
     has_hybridep = kind == "hybridep" or (gpu == "gb200" and kind != "dense")
@@ -94,7 +106,7 @@ def _gib(row: ModelRow, gpu: str, kind: str, run: Run, recompute: str) -> str:
 
 def class_rows() -> Iterator[tuple[Any, ...]]:
     """Yield the classes of MoE models with what each cannot hold, beside what none of most holds."""
-    plain = models()["llama3_8b"].shape.upcycled(SPEC)
+    plain = known_shape("llama3_8b").upcycled(UpcycleSpec(num_experts=8, top_k=2))
     limits = {family: _limits(family, plain) for family in families.targets()}
     common = [reason for reason in next(iter(limits.values())) if sum(reason in one for one in limits.values()) > 8]
     for family, reasons in limits.items():

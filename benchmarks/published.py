@@ -103,7 +103,7 @@ def published_peaks() -> list[Peak]:
 
 
 def shape(name: str) -> Architecture:
-    """Make the architecture of a model by its name here or, for the recipes' parents, in `recipes.yaml`."""
+    """Make the architecture of a model by its name here or, for the recipes' parents, in `parents.yaml`."""
     if name not in _data()["shapes"]:
         return known_shape(name)
     values = _data()["shapes"][name].items()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.recipes import bridge_functions
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.utils.checkout import require_one_checkout
 
@@ -40,7 +41,7 @@ def main() -> None:
     from nemo_upcycle.trainers.bridge.recipes import register
 
     use_cpu_backend()
-    register()
+    register(bridge_functions())
     import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
 
     del sys.argv[0]

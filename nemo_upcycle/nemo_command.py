@@ -10,10 +10,19 @@ from importlib.util import find_spec
 
 from nemo_upcycle.pipeline.answers import answered, refuse_bridge
 from nemo_upcycle.utils.checkout import require_one_checkout
+from nemo_upcycle.utils.console import collector_paused
 
 
 with answered():
     require_one_checkout()
     if find_spec("nemo") and sys.argv[1:3] == ["upcycle", "pipeline"]:
         refuse_bridge(sys.argv[3:])
-importlib.import_module("nemo_upcycle.recipes")  # registers the recipes and the commands
+# They register the recipes and the commands.
+if find_spec("nemo"):
+    importlib.import_module("nemo_upcycle.pipeline.nemo.recipes")
+elif find_spec("megatron"):
+    if find_spec("megatron.bridge"):
+        with collector_paused():
+            importlib.import_module("megatron.bridge")  # which NeMo-Run imports next, as an entry point of its own
+    importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
+    importlib.import_module("nemo_upcycle.pipeline.bridge.pipeline")

@@ -11,8 +11,7 @@ module: it imports a file `workspace.py` of the current folder by itself, and th
 from typing import Optional  # NeMo-Run reads the values of a command line by these annotations
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.recipes import pipeline, upcycled
-from nemo_upcycle.recipes.common import checkpoints, start_from
+from nemo_upcycle.recipes import checkpoints, pipeline, start_from, upcycled
 
 
 # isort: split

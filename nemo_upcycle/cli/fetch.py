@@ -102,7 +102,7 @@ def _inputs(args: argparse.Namespace) -> list[str]:
         read = read_plan(folder).inputs
         known = dict(zip(_INPUTS, (read.dense, read.data, read.suite), strict=True))
     elif args.run:
-        from nemo_upcycle.planning.hardware import known_recipe
+        from nemo_upcycle.recipes import known_recipe
 
         known = known_recipe(args.run).inputs
     inputs = known | given

@@ -14,8 +14,10 @@ from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware
+from nemo_upcycle.planning.recipe_table import KnownRecipe
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import FORCED_IMBALANCE, USUAL_IMBALANCE, Workload
+from nemo_upcycle.recipes import known_recipe, recipe_for
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.commands import BACKENDS
 from nemo_upcycle.utils.validation import check_capacity, check_number, check_whole
@@ -41,7 +43,7 @@ class Subject:
     arch: Architecture
     dense: Architecture
     spec: UpcycleSpec | None
-    recipe: hardware.KnownRecipe | None
+    recipe: KnownRecipe | None
     defaults: dict[str, Any]
     folder: Path | None = None
 
@@ -55,14 +57,14 @@ def subject_of(args: argparse.Namespace) -> Subject:
     if args.recipe is not None:
         of_a_model = {"--experts": args.num_experts, "--top-k": args.top_k, "--granularity": args.granularity}
         _refuse(of_a_model, "none beside --recipe", "use --model FOLDER --experts N --top-k K")
-        known = hardware.known_recipe(args.recipe)
+        known = known_recipe(args.recipe)
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder, arch = _model_of(args.model)
     arch.require_trained()
     rope_kind(arch)  # training refuses another kind, too
     if args.num_experts is None:
         _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")
-        return Subject(arch, arch, None, hardware.recipe_for(arch, arch), _DEFAULTS, folder)
+        return Subject(arch, arch, None, recipe_for(arch, arch), _DEFAULTS, folder)
     if arch.num_experts:
         check_parent(arch, "--experts")
         _refuse({"--granularity": args.granularity}, "none: experts of a parent are copied whole", "omit {}")
@@ -73,7 +75,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
     order = "softmax_topk" if args.top_k == 1 else "topk_softmax"
     spec = UpcycleSpec(num_experts=args.num_experts, router_order=order, **given)
     moe_arch = arch.upcycled(spec)
-    return Subject(moe_arch, arch, spec, hardware.recipe_for(arch, moe_arch), _DEFAULTS, folder)
+    return Subject(moe_arch, arch, spec, recipe_for(arch, moe_arch), _DEFAULTS, folder)
 
 
 def _model_of(source: str) -> tuple[Path, Architecture]:

@@ -1,4 +1,7 @@
-"""`python -m nemo_upcycle.pipeline STAGE FOLDER [SCRIPT]`: one stage of a run, as it is started on this machine."""
+"""Run one stage of a run, as the launcher on this machine and every job of Slurm and Kubernetes do.
+
+    python -m nemo_upcycle.pipeline STAGE RUN_DIR [SCRIPT ...]
+"""
 
 import runpy
 import sys

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.planning.recipe_table import bridge_recipes, recipes
+from nemo_upcycle.recipes import known_recipes
 from nemo_upcycle.utils.console import end_soon
 from nemo_upcycle.utils.masking import without_secrets
 
@@ -46,9 +46,10 @@ def of_another_trainer(name: str) -> UpcycleError | None:
         >>> of_another_trainer("nothing") is None
         True
     """
-    is_bridges = name in bridge_recipes()
-    if not is_bridges and not recipes("nemo").get(name, (None, False))[1]:
+    known = known_recipes().get(name)
+    if known is None or known.spec is None:
         return None
+    is_bridges = bool(known.bridge)
     other, here = ("Megatron-Bridge", "NeMo") if is_bridges else ("NeMo", "Megatron-Bridge")
     return UpcycleError(
         f"factory {name}",

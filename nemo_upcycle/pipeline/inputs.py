@@ -1,4 +1,4 @@
-"""Inputs of a run: the dense parent, the data and the suite. Each file is read once."""
+"""Inputs of a run: the dense parent, the data and the suite. A command reads each file once."""
 
 from __future__ import annotations
 

@@ -1,17 +1,15 @@
-"""The speeds that a GPU and its machine reach; GPUs, recipes and parents by name, read from `conf/planning`."""
+"""The speeds that a GPU and its machine reach; GPUs and parents by name, read from `conf/planning`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.planning import recipe_table
+from nemo_upcycle.models.architecture import Architecture, DeltaLayers
 from nemo_upcycle.planning.workload import FORCED_IMBALANCE, Precision
-from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.conf import packaged, read_yaml
 
 
@@ -135,37 +133,6 @@ def known_machine(gpu: Gpu, software: str) -> Machine:
     return replace(Machine(**gpu.reached), **SOFTWARE[software])
 
 
-@dataclass(frozen=True)
-class KnownRecipe:
-    """What the planner has to know of a recipe.
-
-    Args:
-        name: name of the recipe.
-        dense: architecture that the run starts from.
-        spec: spec of the upcycling; None for continued dense training.
-        defaults: work of a step, by the names of the command's options.
-        h100: whether it takes the arguments of the H100 recipes, which group the experts' products.
-        inputs: `dense`, `data` and `evaluation` of its pipeline; of a dense recipe, which has none, `dense` alone.
-    """
-
-    name: str
-    dense: Architecture
-    spec: UpcycleSpec | None
-    defaults: dict[str, Any]
-    h100: bool = True
-    inputs: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def arch(self) -> Architecture:
-        """The architecture that is trained."""
-        return self.dense.upcycled(self.spec) if self.spec else self.dense
-
-    @property
-    def tunes(self) -> bool:
-        """Whether it tunes on packs of conversations, of which a micro batch takes one."""
-        return self.name.endswith("_sft")
-
-
 @lru_cache(maxsize=8)
 def read_data(name: str) -> Any:
     """Return a file of `conf/planning` as plain values."""
@@ -205,47 +172,30 @@ def gpu_of_device(device: str) -> Gpu | None:
     return None if known is None or any(form in name for form in _OTHER_FORMS) else known_gpu(known)
 
 
+@cache
+def parents() -> dict[str, tuple[list[str], Architecture]]:
+    """Read the addresses and the shape of each dense parent of `conf/planning/parents.yaml`, by its name."""
+    return {name: (row["addresses"], _shape(dict(row["shape"]))) for name, row in read_data("parents.yaml").items()}
+
+
+def _shape(values: dict[str, Any]) -> Architecture:
+    if nets := dict(values.pop("delta", {})):
+        every = nets.pop("attention_every")
+        pattern = tuple((layer + 1) % every != 0 for layer in range(values["num_layers"]))
+        values["delta"] = DeltaLayers(pattern=pattern, **nets)
+    return Architecture(**values)
+
+
 def known_shape(name: str) -> Architecture:
-    """Return the architecture of a recipe's parent by its name in `recipes.yaml`."""
-    return recipe_table.models()[name].shape
-
-
-def known_recipe(name: str) -> KnownRecipe:
-    """Return a recipe.
-
-    Raises:
-        SpecError: the name is not known.
-    """
-    known = recipe_table.recipes()
-    if name not in known:
-        raise SpecError.unknown("recipe", name, known)
-    row, upcycled, tuned = known[name]
-    h100, inputs = not row.few_steps and not tuned, recipe_table.chain_inputs(name)
-    spec = recipe_table.SPEC if upcycled else None
-    return KnownRecipe(name, row.shape, spec, row.defaults(upcycled, tuned), h100, inputs)
+    """Return the architecture of a dense parent by its name, such as `llama3_8b`."""
+    return parents()[name][1]
 
 
 def known_parent(address: str) -> Architecture | None:
-    """Return the architecture of a parent by its address in a recipe; None of one that no recipe names.
+    """Return the architecture of a dense parent by its address; None if no recipe starts from it.
 
     Example:
         >>> known_parent("asset://smollm2-135m").num_layers
         30
     """
-    known = map(known_recipe, recipe_table.recipes())
-    return next((one.dense for one in known if one.inputs["dense"] == address), None)
-
-
-def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:
-    """Return the recipe that makes a model of a dense one; None if there is none. Everything computed must be equal.
-
-    Example:
-        >>> llama = known_shape("llama3_8b")
-        >>> recipe_for(llama, llama.upcycled(UpcycleSpec(num_experts=8, top_k=2))).name
-        'llama3_8b_e8t2'
-    """
-    for known in map(known_recipe, recipe_table.recipes()):
-        shape = replace(known.dense, max_positions=dense.max_positions)  # any value makes the same model
-        if (shape, shape.upcycled(known.spec) if known.spec else shape) == (dense, arch):
-            return known
-    return None
+    return next((shape for addresses, shape in parents().values() if address in addresses), None)

@@ -9,9 +9,9 @@ import shlex
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, KnownRecipe
+from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.recipe_table import bridge_recipes
+from nemo_upcycle.planning.recipe_table import KnownRecipe
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
@@ -211,8 +211,7 @@ class BridgeCommands(Commands):
 
     def why_no_recipe(self, recipe: KnownRecipe) -> str:
         """See `Commands.why_no_recipe`."""
-        found = recipe.name in bridge_recipes()
-        return "" if found else f"No recipe for Bridge is {recipe.name} (--backend nemo has it)"
+        return "" if recipe.bridge else f"No recipe for Bridge is {recipe.name} (--backend nemo has it)"
 
     def why_not(self, work: Workload) -> str:
         """See `Commands.why_not`: its precisions decide what gradients are summed in."""
@@ -242,7 +241,7 @@ class BridgeCommands(Commands):
         launcher = f"torchrun --nnodes {layout.gpus // per_node} --nproc-per-node {per_node} -m nemo_upcycle.bridge"
         parts = [
             *([f"NEMO_UPCYCLE_DENSE={shlex.quote(dense)}"] if dense else []),
-            f"{launcher} Megatron-Bridge/scripts/training/run_recipe.py --recipe {bridge_recipes()[recipe.name]}",
+            f"{launcher} Megatron-Bridge/scripts/training/run_recipe.py --recipe {recipe.bridge}",
             *(["--mode pretrain", "dataset.folder=$PWD/data"] if recipe.tunes else []),  # it upcycles as it starts
             *(shlex.quote(f"{name}={value}") for name, value in settings.items()),
             "checkpoint.save=$PWD/run checkpoint.load=$PWD/run",

@@ -91,10 +91,11 @@ def random() -> Any:
 
 
 def _tuned(config: Any) -> Any:
+    from nemo_upcycle.planning.recipe_table import Schedule, Tuning
     from nemo_upcycle.trainers.bridge.recipes.runs import tuned
 
-    tuning = {"seq_length": SEQUENCE, "global_batch_size": BATCH, "max_steps": 6, "lr": 1e-3, "warmup_steps": 1}
-    return tuned(config, tuning)
+    schedule = Schedule(SEQUENCE, BATCH, steps=6, lr=1e-3, min_lr=1e-4, warmup_steps=1)
+    return tuned(config, Tuning(parent="", schedule=schedule))
 
 
 def _tiny(spec: UpcycleSpec | None, **layout: Any) -> Any:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.recipes import bridge_functions
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
+from nemo_upcycle.trainers.bridge.recipes import register
 from nemo_upcycle.utils.files import read_json
 from tests.functional.tiny import write_parent
 from tests.models import LLAMA3_8B
@@ -34,9 +36,7 @@ def llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "name", ["llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config", "llama3_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config"]
 )
 def test_a_recipe_is_found_under_bridges_own(llama3_8b: None, name: str) -> None:
-    from nemo_upcycle.trainers.bridge.recipes import register
-
-    register()
+    register(bridge_functions())
     config = getattr(importlib.import_module("megatron.bridge.recipes"), name)()  # where its run_recipe.py looks
     model = config.model
     assert (model.num_layers, model.num_moe_experts, model.moe_router_topk, model.vocab_size) == (32, 8, 2, 128256)
@@ -51,14 +51,13 @@ def test_the_planners_command_is_understood_by_bridge(
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
     from nemo_upcycle.cli.main import main
-    from nemo_upcycle.trainers.bridge.recipes import named_recipes
 
     layout = ["--layout", "tp=2,pp=4,vp=8,ep=8", "--backend", "bridge", "--json"]
     assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "256", *layout, *options]) == 0
     command = json.loads(capsys.readouterr().out)["rows"][0]["command"]
     assert "--recipe llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config" in command
 
-    config = named_recipes()["llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config"]()
+    config = bridge_functions()["llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config"]()
     settings = [part for part in shlex.split(command) if "=" in part and not part.startswith("checkpoint")]
     config = process_config_with_overrides(config, cli_overrides=settings)
     model = config.model

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from nemo_upcycle.planning.hardware import known_gpu, known_recipe
-from nemo_upcycle.planning.recipe_table import bridge_recipes, models
-from nemo_upcycle.planning.recipe_table import recipes as table_recipes
+from nemo_upcycle.planning.hardware import known_gpu
+from nemo_upcycle.recipes import bridge_functions, known_recipe, known_recipes
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.settings import setting
 from tests.golden import LAYOUT, PAIRS, TRAINING
@@ -27,15 +25,9 @@ _NAME = re.compile(
 )
 
 
-def _named_recipes() -> dict[str, Callable[[], Any]]:
-    from nemo_upcycle.trainers.bridge.recipes import named_recipes
-
-    return named_recipes()
-
-
-ALL = list(_named_recipes())
+ALL = list(bridge_functions())
 #: The others are of models that NeMo cannot be.
-PAIRED = [name for name in ALL if "nemo" in models()[re.split("_e8t2|_dense", name)[0]].trainers]
+PAIRED = [name for name in ALL if not name.startswith("qwen35")]
 FAST = [name for name in ALL if "_fp8mx_" in name]
 #: NeMo has no such dispatcher; the training is that of its recipe, and nothing is dropped without a capacity.
 WITH_HYBRIDEP = [name for name in ALL if "_hybridep_" in name or ("_gb200_" in name and "_e8t2_" in name)]
@@ -60,7 +52,7 @@ TIGHT = {"qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config", "qwen3_8b_dense_s
 @pytest.fixture
 def parent(name: str, tmp_path: Path) -> Path:
     """The folder of a recipe's parent with its configuration: nothing is read of the weights before the start."""
-    shape = models()[re.split("_e8t2|_dense", name)[0]].shape
+    shape = known_recipe(_part(name, "recipe")).dense
     config: dict[str, Any] = LLAMA3_8B | {
         "model_type": "qwen3_5_text" if shape.delta else "llama",
         "architectures": [shape.hf_class],
@@ -105,7 +97,7 @@ def test_a_recipe_has_the_numbers_of_nemos(
 
     monkeypatch.setattr("nemo_upcycle.trainers.bridge.recipes.common.ensure_dense", fetch)
     nemo, on_h100 = numbers[_pair(name)], _part(name, "gpu") == "h100"
-    config = _named_recipes()[name]()
+    config = bridge_functions()[name]()
     same = TRAINING | (LAYOUT if on_h100 else {})  # layouts for others are the planner's
     expected = {ours: nemo.get(theirs) or None for ours, theirs in same.items()}
     if "_sft_" in name:  # all packs that are held back: no more than there are, in Bridge
@@ -149,12 +141,8 @@ def test_a_recipe_fits_its_gpus_by_the_planner(name: str, parent: Path) -> None:
 
 
 def test_every_recipe_of_nemos_has_its_pair_but_those_by_lora(numbers: dict[str, Any]) -> None:
-    by_lora = {
-        name
-        for name, (row, _, tuned) in table_recipes("nemo").items()
-        if tuned and "peft_scheme" in (row.tuning or {})
-    }
-    assert {_part(name, "recipe") for name in PAIRED} == set(table_recipes("nemo")) - by_lora
+    in_nemo = {name for name, known in known_recipes().items() if "nemo" in known.trainers and not known.lora}
+    assert {_part(name, "recipe") for name in PAIRED} == in_nemo
     assert {_pair(name) for name in PAIRED} <= set(numbers)
 
 
@@ -169,7 +157,7 @@ def test_a_fast_run_on_gb200_has_what_bridges_own_has(
     model = AutoBridge.from_hf_config(Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]))
     monkeypatch.setattr(AutoBridge, "from_hf_pretrained", lambda *_, **__: model)  # which would ask the hub
     monkeypatch.setenv(DENSE, str(parent))
-    ours, theirs = _named_recipes()[name](), qwen3_moe.qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config()
+    ours, theirs = bridge_functions()[name](), qwen3_moe.qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config()
     assert {one: setting(ours, one) for one in OF_BRIDGES} == {one: setting(theirs, one) for one in OF_BRIDGES}
     assert ours.env_vars == theirs.env_vars
     assert theirs.mixed_precision.fp8_param_gather
@@ -191,7 +179,7 @@ def test_bridge_and_megatron_accept_what_is_set_on_such_gpus(
     gpu = SimpleNamespace(name=f"NVIDIA {card.upper()}", major=9 if card == "h100" else 10, minor=0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: gpu)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (gpu.major, gpu.minor))
-    config = _named_recipes()[name]()
+    config = bridge_functions()[name]()
     if name in WITH_HYBRIDEP:
         domain, experts = known_gpu(card).nvlink_gpus, config.model.expert_model_parallel_size
         assert (config.model.moe_token_dispatcher_type, config.model.moe_router_dtype) == ("flex", "fp32")
@@ -210,7 +198,7 @@ def test_every_upcycled_model_has_a_chain_with_its_baseline(numbers: dict[str, A
     from nemo_upcycle.pipeline.bridge.pipeline import pipeline
 
     chains = [factory() for factory in list_factories(f"{pipeline.__module__}.{pipeline.__name__}")]
-    assert {one.recipe for one in chains} == set(bridge_recipes().values())
+    assert {one.recipe for one in chains} == {known.bridge for known in known_recipes().values()} - {""}
     for one in chains:
         assert {one.recipe, one.dense_ct} <= set(ALL)
         dense = "_dense" if "_sft_" in one.recipe else "_dense_ct"

@@ -111,7 +111,7 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
         setattr(attrgetter(holder)(recipe), field, value)
     place_recipe(recipe, Path(folder), Path(parent), Path(options.get("blend", data)))
     if options.get("resilient"):
-        from nemo_upcycle.recipes.h100 import resilient
+        from nemo_upcycle.trainers.nemo.paper_recipe import resilient
 
         every = recipe.log.ckpt.every_n_train_steps
         resilient(recipe).log.ckpt.every_n_train_steps = every

@@ -62,10 +62,10 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
     import nemo_run as run
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from nemo_upcycle.recipes.common import use_spec
-    from nemo_upcycle.recipes.h100 import adjust
+    from nemo_upcycle.recipes import use_spec
     from nemo_upcycle.spec import UpcycleSpec
     from nemo_upcycle.trainers.nemo.checks import check_recipe
+    from nemo_upcycle.trainers.recipe_arguments import adjust
 
     recipe = tiny_recipe(parent, data, folder, {"steps": STEPS, **options})
     recipe.trainer.strategy.ddp.overlap_param_gather = False  # else a sample may hold weights of the step before

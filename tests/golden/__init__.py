@@ -3,7 +3,7 @@
     python -m tests.golden
 
 The keys are what an override on the command line calls the settings. Eight recipes are there whole; of each one that
-the table (`conf/planning/recipes.yaml`) makes, `pairs.yaml` has what its pair in Megatron-Bridge is compared with.
+the files of `recipes/`, `pairs.yaml` has what its pair in Megatron-Bridge is compared with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.planning.recipe_table import recipes as table_recipes
+from nemo_upcycle.recipes import known_recipes
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -104,9 +104,11 @@ def pairs_text() -> str:
     from nemo_upcycle import recipes
 
     lines = ["# What recipes in Bridge are compared with, made by `python -m tests.golden`."]
-    for name, (row, upcycled, tuned) in table_recipes("nemo").items():
+    for name, known in known_recipes().items():
+        if "nemo" not in known.trainers:
+            continue
         factory = factory_of(getattr(recipes, name))
-        fast = {f"{name}-fast": {"performance_mode": True}} if upcycled and not (tuned or row.few_steps) else {}
+        fast = {f"{name}-fast": {"performance_mode": True}} if known.spec and known.h100 else {}
         for key, arguments in ({name: {}} | fast).items():
             lines.append(f"{key}: {json.dumps(paired(factory(**arguments)))}")
     return "\n".join(lines) + "\n"

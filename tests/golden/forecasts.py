@@ -46,13 +46,13 @@ def forecast_text(recipe: str, cluster: str) -> str:
     """Return what a golden file should hold."""
     from nemo_upcycle import recipes
     from nemo_upcycle.pipeline.forecast.text import render_forecast
-    from nemo_upcycle.recipes import common
+    from nemo_upcycle.trainers.nemo import recipe_parts
 
     # The demo's recipes ask the machine for a GPU and for fast BF16; a forecast looks into its caches.
     with (
         mock.patch.dict("os.environ", {"NEMO_UPCYCLE_CACHE": "/nowhere", "HF_HOME": "/nowhere"}),
         mock.patch("torch.cuda.is_available", return_value=False),
-        mock.patch.object(common, "cpu_has_fast_bf16", return_value=True),
+        mock.patch.object(recipe_parts, "cpu_has_fast_bf16", return_value=True),
     ):
         chain = getattr(recipes, recipe).pipeline_recipe(dir=f"/runs/{recipe}")
         run_dir, site, is_full = Path(chain.dir), CLUSTERS[cluster](), (recipe, cluster) in IN_FULL

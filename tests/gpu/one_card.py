@@ -128,7 +128,7 @@ def planned_gib(sizes: Sizes, precision: str) -> dict[str, float]:
     from nemo_upcycle.planning.layout import Layout
     from nemo_upcycle.planning.memory import stage_memory
     from nemo_upcycle.planning.workload import Workload
-    from nemo_upcycle.recipes.llama3_8b_e8t2 import SPEC
+    from nemo_upcycle.recipes.llama3_8b import SPEC
 
     dense = architecture_from_config(sizes.hf_config())
     arch = replace(dense, vocab_size=sizes.padded_vocab).upcycled(SPEC)

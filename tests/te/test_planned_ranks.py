@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from nemo_upcycle.cpu.one_rank import megatron_rank
-from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.recipes import known_recipe
 from tests.megatron_ranks import TRANSFORMER_ENGINE, build_rank
 
 

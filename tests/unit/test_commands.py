@@ -10,7 +10,7 @@ import pytest
 
 from nemo_upcycle.cli.main import COMMANDS, command_parser
 from nemo_upcycle.pipeline.context import OPTIONS
-from nemo_upcycle.planning.recipe_table import bridge_recipes, recipes
+from nemo_upcycle.recipes import known_recipes, nemo_functions
 from tests.printed import ROOT, VALUE, Printed, loose, printed
 
 
@@ -52,7 +52,7 @@ def _nemo(words: list[str]) -> None:
         return
     verb, rest = words[1].replace(VALUE, "pretrain"), iter(words[2:])
     assert (words[0], verb) in {("upcycle", name) for name in _TAKES} | {("llm", "pretrain"), ("llm", "finetune")}
-    known = {*recipes(), *bridge_recipes(), *(path.stem for path in (ROOT / "recipes").glob("*_*.py"))}
+    known = {*known_recipes(), *nemo_functions()}
     for word in rest:
         name, equals, _ = word.partition("=")
         if word == "--factory":
@@ -115,7 +115,7 @@ def test_a_printed_command_is_one_that_its_program_takes(where: str, capsys: pyt
 
 def test_commands_are_found_wherever_they_are_printed() -> None:
     found = {Path(one.where).parts[0] for one in PRINTED}
-    assert {"README.md", "docs", "docker", "conf", "examples", "nemo_upcycle", "recipes"} <= found
+    assert {"README.md", "docs", "docker", "conf", "examples", "nemo_upcycle"} <= found
     assert len(PRINTED) > 300
     assert Printed("", "PYTHONPATH=a nemo upcycle pipeline --factory b && make c").words[-1] == "b"
 

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from benchmarks import doc_tables
-from nemo_upcycle.planning.recipe_table import recipes as table_recipes
+from nemo_upcycle.recipes import nemo_functions
 
 
 ROOT = Path(__file__).parents[2]
@@ -55,11 +55,10 @@ def test_every_yaml_loads_and_every_key_is_explained(path: Path) -> None:
 
 
 def test_nemo_commands_of_the_pages_name_registered_recipes() -> None:
-    recipes = {*table_recipes("nemo"), *(path.stem for path in (ROOT / "recipes").glob("*_*.py"))}
     factory = re.compile(r"--factory \"?([a-z0-9_]+)(?![a-z0-9_.])")  # with a dot it is of a module of a user
     named = {match for command in _commands() if "nemo" in command for match in factory.findall(command)}
     assert {"smollm2_135m_e8t2", "llama3_8b_e8t2"} <= named
-    assert named <= recipes
+    assert named <= {*nemo_functions()}
 
 
 def test_python_of_the_pages_compiles() -> None:

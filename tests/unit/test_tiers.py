@@ -29,7 +29,7 @@ def test_nothing_was_imported():
 
 def test_no_test_imports_nemo_without_it(tmp_path: Path) -> None:
     (tmp_path / "test_later.py").write_text(TESTS.replace("NAMES", str(NEMO)))
-    (tmp_path / "test_at_import.py").write_text("import nemo_upcycle.recipes.table\n")
+    (tmp_path / "test_at_import.py").write_text("import nemo_upcycle.pipeline.nemo.recipes\n")
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "--without-nemo", "--rootdir", str(tmp_path)]
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]

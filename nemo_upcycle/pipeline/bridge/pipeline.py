@@ -17,8 +17,9 @@ from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.planning.hardware import gpu_names, known_gpu, known_recipe
-from nemo_upcycle.planning.recipe_table import bridge_recipes
+from nemo_upcycle.planning.hardware import gpu_names, known_gpu
+from nemo_upcycle.planning.recipe_table import KnownRecipe
+from nemo_upcycle.recipes import known_recipes, where_recipes_are
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
@@ -160,13 +161,13 @@ def _fields(words: Iterable[str]) -> dict[str, Any]:
     return fields
 
 
-def chain(name: str) -> Callable[..., run.Partial]:
+def chain(known: KnownRecipe) -> Callable[..., run.Partial]:
     """Register and return the chain of an upcycled model and its dense baseline: name and inputs are those in NeMo.
 
     Args:
-        name: the name of the recipe, one that `bridge_recipes` names.
+        known: the recipe; Bridge has it.
     """
-    recipe, inputs = bridge_recipes()[name], known_recipe(name).inputs
+    name, inputs = known.name, known.inputs
 
     @run.cli.factory(target=pipeline, name=name)
     def pipeline_recipe(dir: str = f"runs/{name}", dense: str = inputs["dense"]) -> run.Partial:
@@ -184,11 +185,13 @@ def chain(name: str) -> Callable[..., run.Partial]:
                 $ nemo upcycle pipeline --factory NAME dir=runs/first pretrain.train.train_iters=4 --yes
                 $ nemo upcycle pipeline --factory NAME run.executor=slurm dir=/shared/runs/first --yes
         """
-        baseline = recipe.replace("_e8t2_", "_dense_" if known_recipe(name).tunes else "_dense_ct_")
-        return run.Partial(pipeline, dir=dir, recipe=recipe, dense_ct=baseline, **(inputs | {"dense": dense}))
+        trained = {"recipe": known.bridge, "dense_ct": known.bridge_baseline}
+        return run.Partial(pipeline, dir=dir, **trained, **(inputs | {"dense": dense}))
 
     return pipeline_recipe
 
 
-for name in bridge_recipes():
-    chain(name)
+pipeline.cli_entrypoint.help_str += f"\n\n {where_recipes_are()}"
+for found in known_recipes().values():
+    if found.bridge:
+        chain(found)

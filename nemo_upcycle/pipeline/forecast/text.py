@@ -14,6 +14,7 @@ from nemo_upcycle.pipeline.forecast.network import NetworkForecast
 from nemo_upcycle.pipeline.forecast.run import RECIPE, Forecast
 from nemo_upcycle.pipeline.forecast.stages import NOT_RUN, StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
+from nemo_upcycle.recipes import recipe_file
 from nemo_upcycle.utils.console import in_columns
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.masking import without_secrets
@@ -34,7 +35,9 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
         forecast: the forecast.
         verbose: whether to show all stages' details, every setting with its origin, and NVIDIA's settings, too.
     """
-    heading = f"Forecast of {forecast.recipe} in {forecast.run_dir}. Nothing has been submitted or written yet."
+    file = recipe_file(forecast.recipe)
+    recipe = f"{forecast.recipe} ({file})" if file else forecast.recipe
+    heading = f"Forecast of {recipe} in {forecast.run_dir}. Nothing has been submitted or written yet."
     lines, trainings = _wrapped(heading, ""), list(forecast.trainings.values())
     common = {} if verbose else _common([_asked(stage) for stage in forecast.stages if stage.runs])
     settings = [one for one in forecast.settings if verbose or one.origin != RECIPE]

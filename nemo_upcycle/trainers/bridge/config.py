@@ -20,14 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError, mistake_in_file
-from nemo_upcycle.planning.recipe_table import tunes
 from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.sources.same_parent import parent_digest
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.trainers.bridge import tunes
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
-from nemo_upcycle.trainers.bridge.recipes import named_recipes
 from nemo_upcycle.trainers.bridge.recipes.common import made_for
 from nemo_upcycle.trainers.bridge.upcycling import UpcycleHook, hook_of
 from nemo_upcycle.trainers.settings import setting
@@ -36,6 +35,8 @@ from nemo_upcycle.utils.children import shield_children
 
 #: Where a run's checkpoints go, and what Bridge prints; as a run's stage names them.
 CHECKPOINTS, LOG = "checkpoints", "bridge.log"
+#: Where a name without a module is looked for; a plan holds names.
+_RECIPES = "nemo_upcycle.recipes"
 #: Settings that follow from the folder of the stage, and of the data.
 _PLACED = ("checkpoint.save", "checkpoint.load", "dataset.folder", "logger.tensorboard_dir")
 
@@ -51,7 +52,7 @@ def find_recipe(name: str) -> Callable[[], ConfigContainer]:
         UpcycleError: there is none, and the text has this package's closest match; or it takes arguments.
     """
     if ":" not in name:
-        recipes = named_recipes()
+        recipes = importlib.import_module(_RECIPES).bridge_functions()
         if name not in recipes:
             raise UpcycleError.unknown("recipe", name, recipes)
         return recipes[name]

@@ -19,13 +19,12 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
-from nemo_upcycle.planning.recipe_table import tunes
 from nemo_upcycle.planning.workload import OPTIMIZERS
 from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps_in
 from nemo_upcycle.sources.fetch import cached_asset, tokenizer_folder
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
-from nemo_upcycle.trainers.bridge import require_bridge
+from nemo_upcycle.trainers.bridge import require_bridge, tunes
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout, layout_of
 from nemo_upcycle.trainers.run_calibration import with_calibration

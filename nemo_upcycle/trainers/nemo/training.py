@@ -16,9 +16,8 @@ from nemo_upcycle.errors import SpecError, StageStopped, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE
+from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, parents
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
-from nemo_upcycle.planning.recipe_table import models
 from nemo_upcycle.sources.find import check_address
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
@@ -259,7 +258,7 @@ def _model_of(recipe: Any, dense: str) -> tuple[Architecture, bool]:
     parent = check_address(dense) if dense and Path(dense.removeprefix("hf://")).expanduser().is_dir() else None
     vocabulary = (parent.vocab_size if parent else None) or getattr(config, "vocab_size", None)
     if not vocabulary:
-        known = (row.shape for row in models().values())
+        known = (shape for _, shape in parents().values())
         vocabulary = next(
             (
                 shape.vocab_size

@@ -179,13 +179,15 @@ def test_a_command_is_given_only_where_the_recipe_computes_the_parents_function(
 
 @pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-current", "fp8-blockwise"])
 def test_a_recipe_without_the_argument_gets_every_setting_of_nemos_precision(precision: str, command: Command) -> None:
-    from nemo_upcycle.recipes.h100_arguments import FP8_RECIPES
+    from nemo.collections.llm.recipes.precision import mixed_precision
+
+    from nemo_upcycle.trainers.recipe_arguments import FP8_RECIPES
 
     options = ("--precision", precision, "--layout", "cp=2")
     words = shlex.split(_row(command, *DENSE.split(), *options)["command"])
     given = dict(word.removeprefix("trainer.plugins.").split("=") for word in words if "trainer.plugins." in word)
     kind = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}[precision]
-    wanted = FP8_RECIPES[kind]().__arguments__ | {"fp8_param_gather": False}
+    wanted = getattr(mixed_precision, FP8_RECIPES[kind])().__arguments__ | {"fp8_param_gather": False}
     names = {name for name in wanted if name.startswith(("fp8", "first_last", "num_layers_at"))} - {"fp8_margin"}
     assert given == {name: str(wanted[name]) for name in names}
 

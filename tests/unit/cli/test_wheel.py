@@ -60,7 +60,7 @@ def test_doctor_runs_on_the_standard_library_alone(bare: Path) -> None:
 def test_the_archives_hold_data_files_and_no_dead_link(built: Path, wheel: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as source:
         names = [name.partition("/")[2] for name in source.getnames()]
-    assert {"conf/data/text.yaml", "recipes/table.py", "tests/unit/cli/test_wheel.py"} <= {*names}
+    assert {"conf/data/text.yaml", "recipes/llama3_8b.py", "tests/unit/cli/test_wheel.py"} <= {*names}
     with ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))

@@ -132,7 +132,7 @@ def test_links_of_the_hubs_cache_and_within_the_folder_are_followed(dense: Path,
 
 
 def test_the_coefficient_of_the_recipes_is_written_where_no_checkpoint_says_one(dense: Path, tmp_path: Path) -> None:
-    moe_settings = pytest.importorskip("nemo_upcycle.recipes.common").moe_settings
+    moe_settings = pytest.importorskip("nemo_upcycle.trainers.nemo.upcycled").moe_settings
     converted(dense, tmp_path / "moe")
     coefficient = read_json(tmp_path / "moe/config.json")["router_aux_loss_coef"]
     assert coefficient == ROUTER_AUX_LOSS == moe_settings(SPEC)["moe_aux_loss_coeff"]

@@ -30,7 +30,8 @@ def large() -> Any:
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
     from nemo_upcycle import recipes
+    from nemo_upcycle.trainers.nemo import recipe_parts
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(recipes.common, "cpu_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(recipe_parts, "cpu_has_fast_bf16", lambda: True)
     return recipes.smollm2_135m_e8t2.pipeline_recipe(processes=2)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-import nemo_upcycle.recipes  # noqa: F401  registers them, as the command `nemo` does
+import nemo_upcycle.pipeline.nemo.recipes  # noqa: F401  registers them, as the command `nemo` does
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.stages import GridPlan
 from nemo_upcycle.pipeline.order import before
-from nemo_upcycle.recipes import h100
+from nemo_upcycle.recipes import llama3_8b
 from nemo_upcycle.trainers.nemo.recipes import load_recipe
 
 
@@ -133,7 +133,7 @@ def test_a_grid_that_trains_its_parents_takes_no_other(tmp_path: Path) -> None:
 
 def test_the_papers_grid_takes_the_papers_blend() -> None:
     plan = read_grid("paper")
-    assert plan.data == h100.DATA
+    assert plan.data == llama3_8b.DATA
     assert load_recipe(plan.cells["capacity_1-seed3"]).model.config.moe_expert_capacity_factor == 1.0
     cells = plan.described["cells"]
     assert not any(about["is_rate_constant"] for about in cells.values())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import Layout, parse_layout
+from nemo_upcycle.recipes import known_recipe
 
 
 LLAMA = known_recipe("llama3_8b_e8t2").arch

@@ -14,12 +14,13 @@ import pytest
 from benchmarks.published import shape
 from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.planning.hardware import known_recipe, known_shape
+from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.memory import worst_memory
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.recipes import known_recipe
 from nemo_upcycle.spec import UpcycleSpec
 from tests.megatron_layers import NOT_LOCAL, kept_by_stage
 from tests.megatron_ranks import allocated_bytes, build_rank, group_ranks

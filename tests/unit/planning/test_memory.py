@@ -9,11 +9,11 @@ import pytest
 from benchmarks.published import published_peaks
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.memory import GIB, Memory, in_flight, layer_bytes, stage_memory, worst_memory
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.recipes import known_recipe
 from nemo_upcycle.spec import UpcycleSpec
 from tests.unit.models.test_nemotron_h import CONFIG
 

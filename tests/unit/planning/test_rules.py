@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, known_recipe
+from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.recipes import known_recipe
 
 
 LLAMA = known_recipe("llama3_8b_e8t2").arch

@@ -9,10 +9,11 @@ import pytest
 from benchmarks.published import shape
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.planning.hardware import known_gpu, known_recipe
+from nemo_upcycle.planning.hardware import known_gpu
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest, evaluate_layout, nearest_gpus, search, usual_overlap
 from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.recipes import known_recipe
 from nemo_upcycle.spec import UpcycleSpec
 from tests.unit.models.test_nemotron_h import CONFIG
 

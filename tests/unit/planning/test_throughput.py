@@ -11,10 +11,11 @@ import pytest
 from benchmarks.published import published_rows, shape
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token, mean_context
-from nemo_upcycle.planning.hardware import Machine, gpu_of_device, known_gpu, known_recipe
+from nemo_upcycle.planning.hardware import Machine, gpu_of_device, known_gpu
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.recipes import known_recipe
 
 
 LLAMA = known_recipe("llama3_8b_e8t2").arch

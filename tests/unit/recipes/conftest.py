@@ -9,6 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def recipes() -> Any:
+    import nemo_upcycle.pipeline.nemo.recipes  # noqa: F401  registers them, as the command `nemo` does
     from nemo_upcycle import recipes
 
     return recipes

@@ -47,7 +47,7 @@ def test_override_changes_its_setting_in_plain_and_fast_run(recipes: Any, base: 
 
 def test_recipe_shows_every_override_in_signature_and_docstring(recipes: Any) -> None:
     """NeMo-Run parses the command line by the first; its users read the second."""
-    from nemo_upcycle.recipes.h100_arguments import adjust
+    from nemo_upcycle.trainers.recipe_arguments import adjust
 
     recipe = recipes.llama3_8b_e8t2.pretrain_recipe
     signature = inspect.signature(recipe)

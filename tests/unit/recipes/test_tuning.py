@@ -8,10 +8,10 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.planning.recipe_table import recipes as recipes_of_the_table
+from nemo_upcycle.recipes import known_recipes
 
 
-NAMES = tuple(name for name in recipes_of_the_table() if name.endswith("_sft"))
+NAMES = tuple(known.name for known in known_recipes().values() if known.tunes and "nemo" in known.trainers)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,7 +25,7 @@ def test_a_recipe_is_nemos_finetune_of_the_pretraining_recipe(recipes: Any, name
     module = getattr(recipes, name)
     base = getattr(recipes, name.replace("_sft", "").replace("_dense", "_dense_ct")).pretrain_recipe()
     recipe = module.finetune_recipe()
-    assert resolve_factory(finetune, name) is module.finetune_recipe
+    assert resolve_factory(finetune, name)() == recipe
     assert recipe.__fn_or_cls__ is finetune
     assert recipe.data.__fn_or_cls__ is chat_data
     assert recipe.tokenizer == "data"
@@ -44,7 +44,7 @@ def test_a_chain_tunes_the_dense_model_alike(recipes: Any, name: str) -> None:
     from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 
     chain = getattr(recipes, name).pipeline_recipe()
-    assert resolve_factory(pipeline, name) is getattr(recipes, name).pipeline_recipe
+    assert resolve_factory(pipeline, name)() == chain
     for setting in ("data", "optim.config", "trainer.max_steps"):
         assert _setting(chain.pretrain, setting) == _setting(chain.dense_ct, setting)
     assert chain.pretrain.data.dense == chain.dense

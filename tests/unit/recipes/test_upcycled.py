@@ -196,7 +196,7 @@ def test_it_says_what_it_changed_and_nothing_else(recipes: Any, caplog: pytest.L
 
 
 def test_use_spec_tells_a_recipe_that_does_not_upcycle_what_to_call(recipes: Any) -> None:
-    from nemo_upcycle.recipes.common import use_spec
+    from nemo_upcycle.recipes import use_spec
 
     for recipe in (_stock("llama32_1b"), recipes.smollm2_135m_dense_ct.pretrain_recipe()):
         with pytest.raises(SpecError, match=r"upcycled\("):
@@ -205,7 +205,9 @@ def test_use_spec_tells_a_recipe_that_does_not_upcycle_what_to_call(recipes: Any
 
 def test_this_packages_recipe_is_what_upcycled_makes_of_its_dense_baseline(recipes: Any) -> None:
     dense = recipes.smollm2_135m_dense_ct
-    made = recipes.upcycled(dense.pretrain_recipe(name="mine"), dense=dense.DENSE, spec=SPEC)
+    made = recipes.upcycled(
+        dense.pretrain_recipe(name="mine"), dense=recipes.known_recipe("smollm2_135m_e8t2").inputs["dense"], spec=SPEC
+    )
     assert made == recipes.smollm2_135m_e8t2.pretrain_recipe(name="mine")
 
 

@@ -1,21 +1,20 @@
-"""The trainings of recipes, with the numbers of NeMo's; a row of `conf/planning/recipes.yaml` adds the layout.
+"""Build the trainings of Megatron-Bridge's recipes in `recipes/`, with the numbers of NeMo's.
 
-The table and `recipes/h100.py` give the reasons: what arXiv 2412.09952 states, what it does not.
+A recipe's file and `trainers/nemo/paper_recipe.py` give the reasons: what arXiv 2412.09952 states, what it does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
-from nemo_upcycle.planning.recipe_table import SPEC
+from nemo_upcycle.planning.recipe_table import Run, Schedule, Tuning
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
-from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
+from nemo_upcycle.trainers.bridge.recipes.common import parent_of, upcycled_pretraining
 from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 
 
@@ -25,33 +24,48 @@ NVL72 = 72
 PRECISIONS = {"fp8cs": "bf16_with_fp8_current_scaling_mixed", "fp8sc": "bf16_with_fp8_subchannel_scaling_mixed"}
 
 
-def upcycled_run(dense: str, **settings: Any) -> UpcyclingConfig:
+def upcycled_run(
+    dense: str | None, parent: str, layout: Run, schedule: Schedule, spec: UpcycleSpec, **settings: Any
+) -> UpcyclingConfig:
     """Make the paper's training: EP8, capacity factor 4, which drops nothing with 8 experts and top-2.
 
     MoE layers are recomputed throughout, for routers start unbalanced; NeMo's recipes do so in the first 500 steps.
 
     Args:
-        dense: the dense checkpoint, see `upcycled_pretraining`.
-        settings: the layout, see `_paper_run`, and what else differs in the model.
+        dense: the dense checkpoint, see `upcycled_pretraining`; None takes `parent`, or NEMO_UPCYCLE_DENSE.
+        parent: the recipe's own dense checkpoint.
+        layout: GPUs and layout.
+        schedule: steps, batches and learning rates.
+        spec: how to upcycle.
+        settings: what else differs in the model.
     """
     own: dict[str, Any] = {
         "recompute_granularity": "selective",
         "recompute_modules": ["moe"],
         "moe_expert_capacity_factor": 4.0,
     }
-    return _paper_run(dense, SPEC, **(own | settings))
+    return _paper_run(dense, parent, layout, schedule, spec, **(own | settings))
 
 
-def hybridep_run(dense: str, *, nvlink_gpus: int = 8, **settings: Any) -> UpcyclingConfig:
+def hybridep_run(
+    dense: str | None,
+    parent: str,
+    layout: Run,
+    schedule: Schedule,
+    spec: UpcycleSpec,
+    *,
+    nvlink_gpus: int = 8,
+    **settings: Any,
+) -> UpcyclingConfig:
     """Make `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE have it.
 
     Args:
-        dense: the dense checkpoint.
+        dense, parent, layout, schedule, spec: see `upcycled_run`.
         nvlink_gpus: number of GPUs that NVLink joins: 8 in a usual machine, or `NVL72`.
         settings: see `upcycled_run`.
     """
     flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep", "moe_router_dtype": "fp32"}
-    config = upcycled_run(dense, moe_expert_capacity_factor=None, **flex, **settings)
+    config = upcycled_run(dense, parent, layout, schedule, spec, moe_expert_capacity_factor=None, **flex, **settings)
     config.env_vars |= {
         "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": min(config.model.expert_model_parallel_size, nvlink_gpus),
         "NUM_OF_TOKENS_PER_CHUNK_COMBINE_API": 128,
@@ -61,15 +75,14 @@ def hybridep_run(dense: str, *, nvlink_gpus: int = 8, **settings: Any) -> Upcycl
     return config
 
 
-def mxfp8_run(dense: str, **layout: int) -> UpcyclingConfig:
+def mxfp8_run(dense: str | None, parent: str, layout: Run, schedule: Schedule, spec: UpcycleSpec) -> UpcyclingConfig:
     """Make the fast run in MXFP8 on racks of GB200: HybridEP, no capacity, nothing recomputed. It has not been run.
 
     What it sets beside the layout is what Bridge's own recipe of Qwen3-MoE for GB200 sets (`recipes/qwen/gb200`), but
     that parameters stay in BF16 until MXFP8 ones have been filled on a GPU.
 
     Args:
-        dense: the dense checkpoint.
-        layout: see `_paper_run`.
+        dense, parent, layout, schedule, spec: see `upcycled_run`.
     """
     settings: dict[str, Any] = {
         "recompute_granularity": None,
@@ -83,7 +96,7 @@ def mxfp8_run(dense: str, **layout: int) -> UpcyclingConfig:
         "cuda_graph_scope": ["moe_router", "moe_preprocess"],
         "use_te_rng_tracker": True,
     }
-    config = hybridep_run(dense, nvlink_gpus=NVL72, **settings, **layout)
+    config = hybridep_run(dense, parent, layout, schedule, spec, nvlink_gpus=NVL72, **settings)
     config.rng.te_rng_tracker = True
     config.mixed_precision = get_mixed_precision_config("bf16_with_mxfp8_mixed")
     config.mixed_precision.fp8_param_gather = config.mixed_precision.reuse_grad_buf_for_mxfp8_param_ag = False
@@ -102,101 +115,93 @@ def mxfp8_run(dense: str, **layout: int) -> UpcyclingConfig:
     return config
 
 
-def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
+def fast_run(dense: str | None, parent: str, layout: Run, schedule: Schedule, spec: UpcycleSpec) -> UpcyclingConfig:
     """Make the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
 
     Parameters stay in BF16 until FP8 ones (`fp8_param_gather`) have been filled on a GPU. Gradients are reduced in
     BF16, as in Bridge's `perf_recipes`.
 
     Args:
-        dense: the dense checkpoint.
-        precision: the name of Bridge's mixed precision.
-        layout: see `_paper_run`.
+        dense, parent, layout, schedule, spec: see `upcycled_run`.
     """
-    config = _paper_run(dense, SPEC, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True, **layout)
-    config.mixed_precision = get_mixed_precision_config(precision)
+    capacity = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+    config = _paper_run(dense, parent, layout, schedule, spec, **capacity)
+    config.mixed_precision = get_mixed_precision_config(PRECISIONS[layout.precision])
     config.mixed_precision.fp8_param_gather = False
     config.mixed_precision.grad_reduce_in_fp32 = config.ddp.grad_reduce_in_fp32 = False
     return config
 
 
-def dense_run(dense: str, **layout: int) -> UpcyclingConfig:
+def dense_run(dense: str | None, parent: str, layout: Run, schedule: Schedule) -> UpcyclingConfig:
     """Make the training of the dense baseline, by the same data, batches and learning rates.
 
     Args:
-        dense: the dense checkpoint.
-        layout: see `_paper_run`.
+        dense, parent, layout, schedule: see `upcycled_run`.
     """
-    return _paper_run(dense, None, **layout)
+    return _paper_run(dense, parent, layout, schedule, None)
 
 
-def small_run(dense: str, spec: UpcycleSpec | None) -> UpcyclingConfig:
+def small_run(dense: str | None, parent: str, schedule: Schedule, spec: UpcycleSpec | None) -> UpcyclingConfig:
     """Make a training of a few steps, on one GPU, or on none.
 
     Args:
-        dense: the dense checkpoint.
+        dense, parent, schedule: see `upcycled_run`.
         spec: how to upcycle it; None for the dense baseline.
     """
-    config = upcycled_pretraining(dense, spec, seq_length=512)
-    config.optimizer.lr, config.optimizer.min_lr, config.scheduler.lr_warmup_iters = 1e-4, 1e-5, 2
-    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 6, 2, 1
+    config = upcycled_pretraining(parent_of(dense, parent), spec, seq_length=schedule.seq_length)
+    _train_by(config, schedule)
+    config.train.micro_batch_size = 1
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
     config.checkpoint.save_interval, config.checkpoint.most_recent_k = 10, 1
     return config
 
 
-def tuned(config: UpcyclingConfig, tuning: Mapping[str, Any]) -> UpcyclingConfig:
-    """Let one of these trainings tune on conversations instead, from the dense checkpoint on; see `recipes/tuning.py`.
+def tuned(config: UpcyclingConfig, tuning: Tuning) -> UpcyclingConfig:
+    """Let one of these trainings tune on conversations instead, from the dense checkpoint on.
+
+    It upcycles its dense parent as it starts, by Bridge's `pretrain`, for its `finetune` has to find a checkpoint. The
+    data are a finished folder of `nemo-upcycle chat`, which `dataset.folder` names.
 
     Args:
         config: the training; changed in place. Its layout stays, but for context parallelism.
-        tuning: `seq_length` (places of a pack), `global_batch_size` (packs of a step), `max_steps`, `warmup_steps` and
-            `lr`, the highest learning rate, which falls to a tenth.
+        tuning: batches, steps and learning rates.
     """
-    seq_length, highest = tuning["seq_length"], tuning["lr"]
-    config.dataset = ChatDataset(folder="", seq_length=seq_length, num_workers=config.dataset.num_workers)
-    config.model.seq_length, config.model.context_parallel_size = seq_length, 1
-    config.train.train_iters, config.train.global_batch_size = tuning["max_steps"], tuning["global_batch_size"]
-    config.validation.eval_interval = config.checkpoint.save_interval = max(1, tuning["max_steps"] // 4)
+    schedule = tuning.schedule
+    config.dataset = ChatDataset(folder="", seq_length=schedule.seq_length, num_workers=config.dataset.num_workers)
+    config.model.seq_length, config.model.context_parallel_size = schedule.seq_length, 1
+    _train_by(config, schedule)
+    config.validation.eval_interval = config.checkpoint.save_interval = max(1, schedule.steps // 4)
     config.validation.eval_iters = 32  # the chain takes all packs that are held back for it, if that is less
-    config.optimizer.lr, config.optimizer.min_lr = highest, float(f"{highest / 10:g}")
-    config.scheduler.lr_warmup_iters = tuning["warmup_steps"]
     return config
 
 
+def _train_by(config: UpcyclingConfig, schedule: Schedule) -> None:
+    config.optimizer.lr, config.optimizer.min_lr = schedule.lr, schedule.min_lr
+    config.scheduler.lr_warmup_iters = schedule.warmup_steps
+    config.train.train_iters, config.train.global_batch_size = schedule.steps, schedule.global_batch
+
+
 def _paper_run(
-    dense: str,
-    spec: UpcycleSpec | None,
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    vp: int | None = None,
-    cp: int = 1,
-    seq_length: int = 8192,
-    **model: Any,
+    dense: str | None, parent: str, layout: Run, schedule: Schedule, spec: UpcycleSpec | None, **model: Any
 ) -> UpcyclingConfig:
     """Make the paper's training in a layout.
 
     Args:
-        dense: the dense checkpoint.
+        dense, parent, layout, schedule: see `upcycled_run`.
         spec: how to upcycle it; None for the dense baseline.
-        tp: tensor parallelism of the attention; above 1 with sequence parallelism.
-        pp: pipeline stages.
-        vp: chunks of each stage.
-        cp: ranks that share a sequence.
-        seq_length: S.
         model: further settings of the model.
     """
     model |= {
-        "tensor_model_parallel_size": tp,
-        "sequence_parallel": tp > 1,
-        "pipeline_model_parallel_size": pp,
-        "virtual_pipeline_model_parallel_size": vp,
+        "tensor_model_parallel_size": layout.tp,
+        "sequence_parallel": layout.tp > 1,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vp,
         "pipeline_dtype": torch.bfloat16,
-        "context_parallel_size": cp,
+        "context_parallel_size": layout.cp,
     }
     if spec is not None:
         model |= {"expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1}
-    config = upcycled_pretraining(dense, spec, seq_length=seq_length, **model)
+    config = upcycled_pretraining(parent_of(dense, parent), spec, seq_length=schedule.seq_length, **model)
+    _train_by(config, schedule)
     config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # virtual stages send many times as often
     return config

@@ -12,12 +12,18 @@ from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_
 from nemo_upcycle.data.blend import DEMO
 from nemo_upcycle.data.blend_module import blend_data
 from nemo_upcycle.planning.layout import CPU_RANKS
-from nemo_upcycle.recipes.common import checkpoints, in_float32_if_faster, recompute_layers, start_from, validate
-from nemo_upcycle.recipes.h100 import RECOMPUTE_MOE_STEPS
-from nemo_upcycle.recipes.h100_arguments import adjust, moe_kernels
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
+from nemo_upcycle.trainers.nemo.paper_recipe import RECOMPUTE_MOE_STEPS
 from nemo_upcycle.trainers.nemo.parent_model import parent_model
+from nemo_upcycle.trainers.nemo.recipe_parts import (
+    checkpoints,
+    in_float32_if_faster,
+    recompute_layers,
+    validate,
+)
+from nemo_upcycle.trainers.nemo.upcycled import start_from
+from nemo_upcycle.trainers.recipe_arguments import adjust, moe_kernels
 from nemo_upcycle.utils.validation import check_named, check_number, check_whole
 
 

@@ -1,4 +1,4 @@
-"""What every upcycling recipe does to the NeMo recipe it derives from."""
+"""Change NeMo's recipes in the ways that several recipes share."""
 
 from __future__ import annotations
 
@@ -9,21 +9,10 @@ import torch
 from nemo import lightning as nl
 
 from nemo_upcycle.cpu.backend import cpu_has_fast_bf16
+from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.nemo.retention import RetainedCheckpoints
-from nemo_upcycle.trainers.nemo.upcycled import moe_settings, start_from, upcycled, use_spec
-
-
-__all__ = [
-    "change_model",
-    "checkpoints",
-    "in_float32_if_faster",
-    "moe_settings",
-    "recompute_layers",
-    "start_from",
-    "upcycled",
-    "use_spec",
-    "validate",
-]
+from nemo_upcycle.trainers.nemo.upcycled import moe_settings
+from nemo_upcycle.trainers.recipe_arguments import moe_kernels
 
 
 def change_model(model: run.Config, **fields: Any) -> run.Config:
@@ -31,6 +20,17 @@ def change_model(model: run.Config, **fields: Any) -> run.Config:
     for name, value in fields.items():
         setattr(model.config, name, value)
     return model
+
+
+def with_experts(model: run.Config, spec: UpcycleSpec, *, capacity_factor: float | None) -> run.Config:
+    """Turn a dense model's configuration into that of the upcycled model, for GPUs, in place.
+
+    Args:
+        model: configuration of the dense model.
+        spec: how to upcycle.
+        capacity_factor: token slots of an expert over those of perfect balance; None: no limit.
+    """
+    return change_model(model, **moe_settings(spec), **moe_kernels(capacity_factor=capacity_factor))
 
 
 def validate(trainer: run.Config[nl.Trainer], times: int) -> None:

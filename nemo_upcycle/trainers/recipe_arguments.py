@@ -1,8 +1,7 @@
 """The settings that every upcycling recipe takes as arguments, stated once in `adjust`.
 
-`with_overrides` adds them to a recipe. It is a decorator, because NeMo's users read a recipe's own signature and
-docstring, and NeMo-Run parses the command line by them: each recipe keeps `pretrain_recipe(dir, name, ...)` as NeMo
-writes it, and the shared arguments appear in both.
+`with_overrides` adds them to a recipe of `recipes/`, in signature and docstring: NeMo-Run parses the command line by
+the first, and its users read the second. Importing this module imports no trainer, as a recipe's file does.
 """
 
 import functools
@@ -10,13 +9,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Optional
 
-import nemo_run as run
-from nemo.collections.llm.recipes.precision import mixed_precision
-from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
-
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.spec import ROUTER_KINDS
-from nemo_upcycle.trainers.nemo.recompute import RecomputeFirstSteps
 from nemo_upcycle.utils.validation import check_capacity
 
 
@@ -24,9 +18,9 @@ from nemo_upcycle.utils.validation import check_capacity
 DISPATCHERS = ("alltoall", "deepep")
 #: Megatron's names of Transformer Engine's FP8 recipes, and the NeMo precision of each.
 FP8_RECIPES = {
-    "delayed": mixed_precision.bf16_with_fp8_mixed,
-    "tensorwise": mixed_precision.bf16_with_fp8_current_scaling_mixed,
-    "blockwise": mixed_precision.bf16_with_fp8_subchannel_scaling_mixed,
+    "delayed": "bf16_with_fp8_mixed",
+    "tensorwise": "bf16_with_fp8_current_scaling_mixed",
+    "blockwise": "bf16_with_fp8_subchannel_scaling_mixed",
 }
 
 
@@ -41,7 +35,7 @@ def moe_kernels(capacity_factor: Optional[float]) -> dict[str, Any]:
 
 
 def adjust(
-    recipe: run.Partial,
+    recipe: Any,
     *,
     fp8_recipe: Optional[str] = None,
     capacity_factor: Optional[float] = None,
@@ -57,7 +51,7 @@ def adjust(
     context_parallelism: Optional[int] = None,
     expert_parallelism: Optional[int] = None,
     expert_tensor_parallelism: Optional[int] = None,
-) -> run.Partial:
+) -> Any:
     """Change single settings of an upcycling recipe, in place. None keeps a setting.
 
     Args:
@@ -83,6 +77,11 @@ def adjust(
     Raises:
         SpecError: a name is unknown, or settings contradict each other.
     """
+    import nemo_run as run
+    from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+
+    from nemo_upcycle.trainers.nemo.recompute import RecomputeFirstSteps
+
     config, strategy = recipe.model.config, recipe.trainer.strategy
     if capacity_factor is not None:
         config.moe_expert_capacity_factor = capacity_factor or None
@@ -129,43 +128,84 @@ def adjust(
     return recipe
 
 
-def with_overrides(recipe: Callable[..., run.Partial]) -> Callable[..., run.Partial]:
-    """Give a recipe the arguments of `adjust`, in signature and docstring, and apply them to its result.
+#: What the arguments of NeMo's recipes mean, in the form of NeMo's docstrings; `adjust` describes the others.
+_MEANINGS = {
+    "dir": "(str | None): Directory for saving logs and checkpoints.",
+    "name": "(str): Name of the run.",
+    "num_nodes": "(int): Number of compute nodes to use.",
+    "num_gpus_per_node": "(int): Number of GPUs (without CUDA: processes) per node.",
+    "performance_mode": "(bool): The fast run: capacity factor 1 with padding, of a dense model NeMo's optimizations.",
+    "expert_parallelism": "(int | None): Degree of expert parallelism; None: the recipe's own.",
+    "dense": "(str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.",
+    "data": "(str | None): A finished folder of `nemo-upcycle data`; None: data for trying.",
+    "start": "(str | None): A checkpoint of a training of this model to start from, in place of the dense one.",
+    "peft_scheme": "(str | None): lora: train adapters and routers; none: all weights.",
+    "fn": "(Callable | None): The function that trains; None: NeMo's own.",
+}
+_TUNING = {"data": "(str | None): A finished folder of `nemo-upcycle chat`; None: the demo's conversations."}
+
+
+def with_help(recipe: Callable[..., Any]) -> Callable[..., Any]:
+    """Add arguments, returned value and commands to the docstring of a recipe of NeMo's, and return the recipe.
 
     Args:
-        recipe: `pretrain_recipe` of an upcycled model; its last argument, and the last in its docstring, is `fn`.
+        recipe: a function of a file of `recipes/`; the default of its argument `name` is what the command line calls
+            it.
+    """
+    parameters, tunes = inspect.signature(recipe).parameters, "start" in inspect.signature(recipe).parameters
+    known = _overrides_help() | _MEANINGS | (_TUNING if tunes else {})
+    verb, name = "finetune" if tunes else "pretrain", parameters["name"].default
+    lines = [inspect.getdoc(recipe) or "", "", "Args:"]
+    lines += [f"    {argument} {known[argument]}" for argument in parameters]
+    lines += ["", "Returns:", "    run.Partial: Configuration of the training.", "", "Examples:", "    CLI usage:"]
+    lines += [
+        f"        $ nemo llm {verb} --factory {name} --dryrun",
+        f"        $ nemo llm {verb} --factory \"{name}(dense='/models/dense', data='data/mine')\" --yes",
+    ]
+    recipe.__doc__ = "\n".join(lines)
+    return recipe
+
+
+def _overrides_help() -> dict[str, str]:
+    """Return the line of each argument of `adjust`."""
+    lines = (inspect.getdoc(adjust) or "").partition("Args:\n")[2].partition("\n\n")[0].splitlines()
+    found = (line.strip().partition(" ") for line in lines)
+    return {argument: meaning for argument, _, meaning in found}
+
+
+def with_overrides(recipe: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a recipe the arguments of `adjust` before its last one, apply them to its result, and add its help.
+
+    Args:
+        recipe: the function of a file of `recipes/` that makes an upcycled model's training; its last argument is
+            `fn`.
 
     Returns:
-        The function to register with `run.cli.factory`.
+        The function to call and to register.
 
     Example:
-        >>> @run.cli.factory(target=pretrain, name=NAME)  # doctest: +SKIP
-        ... @with_overrides
-        ... def pretrain_recipe(dir=None, name=NAME, num_nodes=64, ..., fn=pretrain): ...
+        >>> @with_overrides  # doctest: +SKIP
+        ... def e8t2(dir=None, name="llama3_8b_e8t2", num_nodes=64, ..., fn=None): ...
     """
     own = inspect.signature(recipe)
     *first, last = own.parameters.values()
-    added = [
-        parameter.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        for parameter in list(inspect.signature(adjust).parameters.values())[1:]
-    ]
+    overrides = list(inspect.signature(adjust).parameters.values())[1:]
+    added = [one.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for one in overrides]
     signature = own.replace(parameters=[*first, *added, last])
 
     @functools.wraps(recipe)
-    def wrapped(*args: Any, **kwargs: Any) -> run.Partial:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
-        overrides = {parameter.name: given.pop(parameter.name, None) for parameter in added}
-        return adjust(recipe(**given), **overrides)
+        changes = {one.name: given.pop(one.name, None) for one in added}
+        return adjust(recipe(**given), **changes)
 
-    described = (inspect.getdoc(adjust) or "").partition("Args:\n")[2].partition("\n\n")[0].partition("\n")[2]
-    wrapped.__doc__ = (inspect.getdoc(recipe) or "").replace("    fn (", f"{described}\n    fn (", 1)
     annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     wrapped.__annotations__ = annotations | {"return": signature.return_annotation}
     wrapped.__signature__ = signature  # type: ignore[attr-defined]
-    return wrapped
+    return with_help(wrapped)
 
 
-def _dispatch(config: run.Config, dispatcher: str) -> None:
+def _dispatch(config: Any, dispatcher: str) -> None:
     if dispatcher not in DISPATCHERS:
         raise SpecError.unknown("dispatcher", dispatcher, DISPATCHERS)
     is_deepep = dispatcher == "deepep"
@@ -175,22 +215,24 @@ def _dispatch(config: run.Config, dispatcher: str) -> None:
         config.moe_router_dtype = "fp32"  # DeepEP sends weights in float32 only
 
 
-def _replace_callback(recipe: run.Partial, kind: type, callback: Optional[run.Config]) -> None:
+def _replace_callback(recipe: Any, kind: type, callback: Any) -> None:
     kept = [item for item in recipe.trainer.callbacks or [] if item.__fn_or_cls__ is not kind]
     recipe.trainer.callbacks = [*kept, callback] if callback else kept
 
 
-def _compute_in_fp8(recipe: run.Partial, name: str) -> None:
+def _compute_in_fp8(recipe: Any, name: str) -> None:
     """Let Transformer Engine multiply in FP8; weights stay in bfloat16.
 
     `trainer.plugins.fp8_param_gather=True`, which two of NeMo's three precisions have, keeps them in FP8: they are
     filled, too, but no GPU has done it yet.
     """
+    from nemo.collections.llm.recipes.precision import mixed_precision
+
     name = {"current": "tensorwise"}.get(name, name)
     if name not in FP8_RECIPES:
         raise SpecError.unknown("fp8_recipe", name, [*FP8_RECIPES, "current"])
     in_fp32 = recipe.trainer.plugins.grad_reduce_in_fp32
-    recipe.trainer.plugins = FP8_RECIPES[name]()
+    recipe.trainer.plugins = getattr(mixed_precision, FP8_RECIPES[name])()
     recipe.trainer.plugins.fp8_param_gather, recipe.trainer.plugins.grad_reduce_in_fp32 = False, in_fp32
     config = recipe.model.config
     # The precision sets these, too, but after the model's configuration has checked itself.
@@ -199,7 +241,7 @@ def _compute_in_fp8(recipe: run.Partial, name: str) -> None:
     config.moe_router_padding_for_fp8 = not config.moe_pad_expert_input_to_capacity
 
 
-def _check(config: run.Config) -> None:
+def _check(config: Any) -> None:
     pad = config.moe_pad_expert_input_to_capacity
     check_capacity(config.moe_expert_capacity_factor, pad, config.num_moe_experts, config.moe_router_topk)
     if pad and config.moe_enable_deepep:

@@ -1,26 +1,46 @@
-"""The recipes of the table: found as modules, of the models that it says, fitting their machines by the planner."""
+"""The recipes of all files: registered, with the numbers at the top of each, and fitting their GPUs by the planner."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from nemo_upcycle.planning.hardware import known_gpu, known_recipe
-from nemo_upcycle.planning.recipe_table import ModelRow, models
-from nemo_upcycle.planning.recipe_table import recipes as table_recipes
+from nemo_upcycle.planning.hardware import known_gpu, known_parent
+from nemo_upcycle.planning.recipe_table import KnownRecipe
+from nemo_upcycle.recipes import known_recipe, known_recipes, recipe_file
 from tests.golden import factory_of
 
 
-PRETRAINED = [name for name in table_recipes("nemo") if not name.endswith("_sft")]
+FILE = "recipes/llama3_8b.py"
+IN_NEMO = [known for known in known_recipes().values() if "nemo" in known.trainers]
+PRETRAINED = [known.name for known in IN_NEMO if not known.tunes]
 ON_H100 = [name for name in PRETRAINED if known_recipe(name).h100]
 
 
+def test_a_recipes_file_imports_no_trainer() -> None:
+    code = "import sys; from nemo_upcycle.recipes import modules; print(len(modules()), *sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert int(answer[0]) == 18
+    assert {name.partition(".")[0] for name in answer}.isdisjoint({"nemo", "nemo_run", "megatron", "lightning"})
+
+
+@pytest.mark.parametrize("known", known_recipes().values(), ids=lambda known: known.name)
+def test_a_recipes_parent_is_a_row_with_its_address(known: KnownRecipe) -> None:
+    assert known_parent(known.inputs["dense"]) == known.dense
+
+
+def test_a_recipes_file_is_named_for_both_trainers() -> None:
+    of_bridge = "llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config"
+    assert [recipe_file(name) for name in ("llama3_8b_e8t2_sft", of_bridge, "of_a_user")] == [FILE, FILE, ""]
+
+
 @pytest.mark.parametrize("name", PRETRAINED)
-def test_a_recipe_is_a_module_with_what_its_row_says(recipes: Any, name: str) -> None:
+def test_a_recipe_is_registered_with_its_files_numbers(recipes: Any, name: str) -> None:
     import lightning.pytorch as pl
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.api import resolve_factory
@@ -28,22 +48,21 @@ def test_a_recipe_is_a_module_with_what_its_row_says(recipes: Any, name: str) ->
     from nemo_upcycle.pipeline.nemo.pipeline import pipeline
     from nemo_upcycle.trainers.nemo.recipes import spec_of
 
-    module, known = importlib.import_module(f"nemo_upcycle.recipes.{name}"), known_recipe(name)
-    assert (module, name) == (getattr(recipes, name), module.NAME)
-    assert resolve_factory(pretrain, name) is module.pretrain_recipe
-    assert resolve_factory(pl.LightningModule, name) is module.model
+    module, known = getattr(recipes, name), known_recipe(name)
     recipe = module.pretrain_recipe()
+    assert resolve_factory(pretrain, name)() == recipe
+    assert resolve_factory(pl.LightningModule, name)() == module.model()
     _has_the_numbers_that_the_planner_takes(recipe, name)
     assert (spec_of(recipe) if recipe.resume.restore_config.spec else None) == known.spec
     assert ("performance_mode" in inspect.signature(module.pretrain_recipe).parameters) is known.h100
     assert recipe.resume.restore_config.path == known.inputs["dense"]
     if known.spec:
-        assert resolve_factory(pipeline, name) is module.pipeline_recipe
         chain = module.pipeline_recipe()
+        assert resolve_factory(pipeline, name)() == chain
         assert {key: getattr(chain, key) for key in known.inputs} == known.inputs
 
 
-@pytest.mark.parametrize("name", [name for name in table_recipes("nemo") if name.endswith("_sft")])
+@pytest.mark.parametrize("name", [known.name for known in IN_NEMO if known.tunes])
 def test_a_tuning_has_the_numbers_that_the_planner_takes(recipes: Any, name: str) -> None:
     recipe = factory_of(getattr(recipes, name))()
     known = known_recipe(name)
@@ -62,12 +81,12 @@ def _has_the_numbers_that_the_planner_takes(recipe: Any, name: str) -> None:
     assert found == {key: known[key] for key in found}
 
 
-@pytest.mark.parametrize("row", (row for row in models().values() if "nemo" in row.trainers), ids=lambda row: row.name)
-def test_a_rows_shape_is_that_of_nemos_configuration(recipes: Any, row: ModelRow) -> None:
+@pytest.mark.parametrize("known", [one for one in IN_NEMO if not (one.spec or one.tunes)], ids=lambda one: one.name)
+def test_a_parents_shape_is_that_of_nemos_configuration(recipes: Any, known: KnownRecipe) -> None:
     """But for its positions: sequences of NeMo's classes may be shorter than the parent's."""
     from nemo_upcycle.models.megatron_config import architecture_of
 
-    config, shape = getattr(recipes, f"{row.name}_dense_ct").model().config, row.shape
+    config, shape = getattr(recipes, known.name).model().config, known.dense
     found = architecture_of(config, getattr(config, "vocab_size", None) or shape.vocab_size)
     names = ("hf_class", "rope_theta", "rope_scaling", "max_positions", "norm_eps")
     assert replace(found, **{name: getattr(shape, name) for name in names}) == shape
@@ -76,7 +95,7 @@ def test_a_rows_shape_is_that_of_nemos_configuration(recipes: Any, row: ModelRow
 
 
 @pytest.mark.parametrize("name", ON_H100)
-def test_a_rows_layouts_fit_by_the_planner(recipes: Any, name: str) -> None:
+def test_layouts_for_h100_fit_by_the_planner(recipes: Any, name: str) -> None:
     from nemo_upcycle.pipeline.forecast.recipe_to_plan import plans_of
     from nemo_upcycle.trainers.nemo.checks import check_recipe
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe

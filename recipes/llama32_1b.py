@@ -1,0 +1,151 @@
+"""Llama 3.2 1B, upcycled to 8 experts, top-2, and its dense baseline.
+
+The upcycled model has 6.87B parameters, 2.04B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+"""
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+from nemo_upcycle.planning.recipe_table import Run, Schedule, Tuning
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
+
+
+TITLE = "Llama 3.2 1B"
+PARENT = "hf://meta-llama/Llama-3.2-1B"
+SPEC = UpcycleSpec(num_experts=8, top_k=2)
+#: Token slots of an expert over those of perfect balance: with 8 experts and top-2 it drops nothing.
+CAPACITY_FACTOR = 4.0
+#: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
+#: Layouts fit 80 GB of an H100 with room, by the planner.
+LAYOUTS = {
+    "h100": {
+        "e8t2": Run(gpus=64),
+        "dense": Run(gpus=64, cp=2),
+    },
+}
+TRAINING = Schedule(seq_length=8192, global_batch=512, steps=23_842, lr=3e-5, min_lr=3e-7, warmup_steps=100)
+#: One card has 32M tokens; with LoRA the rate is that of NeMo's own recipes.
+#: The base model has no chat template.
+TUNING = Tuning(
+    parent="hf://meta-llama/Llama-3.2-1B-Instruct",
+    schedule=Schedule(seq_length=2048, global_batch=32, steps=500, lr=1e-4, min_lr=1e-5, warmup_steps=25),
+    gpus=1,
+    lora=True,
+)
+DATA, EVALUATION = "redpajama_v2_academic_7_3", "paper"
+
+
+def dense_model() -> Any:
+    """Make the dense model in NeMo."""
+    from nemo.collections.llm.recipes.llama32_1b import model
+
+    return model()
+
+
+def moe_model() -> Any:
+    """Make the upcycled model in NeMo."""
+    from nemo_upcycle.trainers.nemo.recipe_parts import with_experts
+
+    return with_experts(dense_model(), SPEC, capacity_factor=CAPACITY_FACTOR)
+
+
+@with_overrides
+def e8t2(
+    dir: Optional[str] = None,
+    name: str = "llama32_1b_e8t2",
+    num_nodes: int = 8,
+    num_gpus_per_node: int = 8,
+    performance_mode: bool = False,
+    dense: str = PARENT,
+    data: Optional[str] = None,
+    fn: Optional[Callable] = None,
+) -> Any:
+    """Upcycle Llama 3.2 1B online and train on as arXiv 2412.09952 does, in NeMo."""
+    from nemo.collections.llm.recipes import llama3_8b
+
+    from nemo_upcycle.trainers.nemo.paper_recipe import fast_run, upcycled_recipe
+
+    named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
+    recipe = upcycled_recipe(llama3_8b, moe_model(), LAYOUTS["h100"]["e8t2"], TRAINING, SPEC, dense, data, **named)
+    return fast_run(recipe, LAYOUTS["h100"]["e8t2"]) if performance_mode else recipe
+
+
+@with_help
+def dense_ct(
+    dir: Optional[str] = None,
+    name: str = "llama32_1b_dense_ct",
+    num_nodes: int = 8,
+    num_gpus_per_node: int = 8,
+    performance_mode: bool = False,
+    dense: str = PARENT,
+    data: Optional[str] = None,
+    fn: Optional[Callable] = None,
+) -> Any:
+    """Train Llama 3.2 1B on as a dense model, in NeMo: the baseline of `llama32_1b_e8t2` on the same data."""
+    from nemo.collections.llm.recipes import llama3_8b
+
+    from nemo_upcycle.trainers.nemo.paper_recipe import dense_recipe
+
+    named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
+    named["performance_mode"] = performance_mode
+    return dense_recipe(llama3_8b, dense_model(), LAYOUTS["h100"]["dense"], TRAINING, dense, data, **named)
+
+
+@with_help
+def e8t2_sft(
+    dir: Optional[str] = None,
+    name: str = "llama32_1b_e8t2_sft",
+    num_nodes: int = 1,
+    num_gpus_per_node: int = 1,
+    expert_parallelism: Optional[int] = 1,
+    dense: str = TUNING.parent,
+    data: Optional[str] = None,
+    start: Optional[str] = None,
+    peft_scheme: Optional[str] = "lora",
+) -> Any:
+    """Upcycle Llama 3.2 1B online and tune it on conversations, with a loss on the answers alone, in NeMo."""
+    from nemo_upcycle.trainers.nemo.tuning_recipe import is_lora, tuned
+
+    experts = expert_parallelism or (1 if is_lora(peft_scheme) else None)
+    named = {"num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "dense": dense}
+    recipe = e8t2(dir, name, expert_parallelism=experts, **named)
+    return tuned(recipe, TUNING, data=data, start=start, peft_scheme=peft_scheme)
+
+
+@with_help
+def dense_sft(
+    dir: Optional[str] = None,
+    name: str = "llama32_1b_dense_sft",
+    num_nodes: int = 1,
+    num_gpus_per_node: int = 1,
+    dense: str = TUNING.parent,
+    data: Optional[str] = None,
+    start: Optional[str] = None,
+    peft_scheme: Optional[str] = "lora",
+) -> Any:
+    """Tune Llama 3.2 1B on conversations as a dense model, in NeMo: the baseline of `llama32_1b_e8t2_sft`."""
+    from nemo_upcycle.trainers.nemo.tuning_recipe import tuned
+
+    recipe = dense_ct(dir, name, num_nodes, num_gpus_per_node, dense=dense)
+    return tuned(recipe, TUNING, data=data, start=start, peft_scheme=peft_scheme)
+
+
+def llama32_1b_e8t2_pretrain_64gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the training in Megatron-Bridge, on 64 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
+
+    return upcycled_run(dense, PARENT, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC)
+
+
+def llama32_1b_dense_ct_pretrain_64gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the dense baseline in Megatron-Bridge, on 64 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
+
+    return dense_run(dense, PARENT, LAYOUTS["h100"]["dense"], TRAINING)
+
+
+#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+BRIDGE_CHAINS = {
+    "e8t2": (llama32_1b_e8t2_pretrain_64gpu_h100_bf16_config, llama32_1b_dense_ct_pretrain_64gpu_h100_bf16_config),
+}

@@ -1,0 +1,162 @@
+"""Llama 3 70B, upcycled to 8 experts, top-2, and its dense baseline.
+
+The upcycled model has 465.16B parameters, 126.93B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+
+The paper has no 70B. TP8 EP8 PP16 is what Parallel Folding (arXiv 2504.14960) reports for Llama3-8x70B: 41.6 % MFU on
+256 H100 with sequences of 4096. Chosen here: sequences of 8192, cut in two (CP2), so that a rank holds as many tokens
+as there; one layer in each chunk (VPP5); 512 H100, on which model states take about 32 GiB of each (derived, not
+measured). A checkpoint with optimizer states takes about 6.5 TB.
+"""
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+from nemo_upcycle.planning.recipe_table import Run, Schedule
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
+
+
+TITLE = "Llama 3 70B"
+PARENT = "hf://meta-llama/Meta-Llama-3-70B"
+SPEC = UpcycleSpec(num_experts=8, top_k=2)
+#: Token slots of an expert over those of perfect balance: with 8 experts and top-2 it drops nothing.
+CAPACITY_FACTOR = 4.0
+#: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
+#: Layouts for H100 fit 80 GB with room by the planner. The others are the planner's; no Blackwell has run them.
+#: `fast`: capacity factor 1 with padding; in NeMo its TP and CP are taken.
+LAYOUTS = {
+    "h100": {
+        "e8t2": Run(gpus=512, tp=8, cp=2, pp=16, vp=5),
+        "fast": Run(gpus=512, tp=8, cp=2, pp=16, vp=5, precision="fp8sc"),
+        "dense": Run(gpus=512, tp=4, cp=2, pp=4, vp=5),
+    },
+    "b200": {
+        "e8t2": Run(gpus=256, tp=2, pp=8, vp=10),
+        "dense": Run(gpus=256, tp=2, pp=8, vp=10),
+    },
+    "gb200": {
+        "e8t2": Run(gpus=256, tp=2, pp=8, vp=10),
+        "fast": Run(gpus=256, tp=4, cp=2, pp=8, vp=10, precision="fp8mx"),
+        "dense": Run(gpus=256, tp=2, pp=8, vp=10),
+    },
+}
+TRAINING = Schedule(seq_length=8192, global_batch=512, steps=23_842, lr=3e-5, min_lr=3e-7, warmup_steps=100)
+DATA, EVALUATION = "redpajama_v2_academic_7_3", "paper"
+
+
+def dense_model() -> Any:
+    """Make the dense model in NeMo."""
+    from nemo.collections.llm.recipes.llama3_70b import model
+
+    return model()
+
+
+def moe_model() -> Any:
+    """Make the upcycled model in NeMo."""
+    from nemo_upcycle.trainers.nemo.recipe_parts import with_experts
+
+    return with_experts(dense_model(), SPEC, capacity_factor=CAPACITY_FACTOR)
+
+
+@with_overrides
+def e8t2(
+    dir: Optional[str] = None,
+    name: str = "llama3_70b_e8t2",
+    num_nodes: int = 64,
+    num_gpus_per_node: int = 8,
+    performance_mode: bool = False,
+    dense: str = PARENT,
+    data: Optional[str] = None,
+    fn: Optional[Callable] = None,
+) -> Any:
+    """Upcycle Llama 3 70B online and train on as arXiv 2412.09952 does, in NeMo."""
+    from nemo.collections.llm.recipes import llama3_70b
+
+    from nemo_upcycle.trainers.nemo.paper_recipe import fast_run, upcycled_recipe
+
+    named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
+    recipe = upcycled_recipe(llama3_70b, moe_model(), LAYOUTS["h100"]["e8t2"], TRAINING, SPEC, dense, data, **named)
+    return fast_run(recipe, LAYOUTS["h100"]["fast"]) if performance_mode else recipe
+
+
+@with_help
+def dense_ct(
+    dir: Optional[str] = None,
+    name: str = "llama3_70b_dense_ct",
+    num_nodes: int = 64,
+    num_gpus_per_node: int = 8,
+    performance_mode: bool = False,
+    dense: str = PARENT,
+    data: Optional[str] = None,
+    fn: Optional[Callable] = None,
+) -> Any:
+    """Train Llama 3 70B on as a dense model, in NeMo: the baseline of `llama3_70b_e8t2` on the same data."""
+    from nemo.collections.llm.recipes import llama3_70b
+
+    from nemo_upcycle.trainers.nemo.paper_recipe import dense_recipe
+
+    named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
+    named["performance_mode"] = performance_mode
+    return dense_recipe(llama3_70b, dense_model(), LAYOUTS["h100"]["dense"], TRAINING, dense, data, **named)
+
+
+def llama3_70b_e8t2_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the training in Megatron-Bridge, on 512 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
+
+    return upcycled_run(dense, PARENT, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC)
+
+
+def llama3_70b_e8t2_pretrain_512gpu_h100_fp8sc_config(dense: Optional[str] = None) -> Any:
+    """Make the fast run in Megatron-Bridge, on 512 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import fast_run
+
+    return fast_run(dense, PARENT, LAYOUTS["h100"]["fast"], TRAINING, SPEC)
+
+
+def llama3_70b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the dense baseline in Megatron-Bridge, on 512 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
+
+    return dense_run(dense, PARENT, LAYOUTS["h100"]["dense"], TRAINING)
+
+
+def llama3_70b_e8t2_pretrain_256gpu_b200_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the training in Megatron-Bridge, on 256 B200."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
+
+    return upcycled_run(dense, PARENT, LAYOUTS["b200"]["e8t2"], TRAINING, SPEC)
+
+
+def llama3_70b_dense_ct_pretrain_256gpu_b200_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the dense baseline in Megatron-Bridge, on 256 B200."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
+
+    return dense_run(dense, PARENT, LAYOUTS["b200"]["dense"], TRAINING)
+
+
+def llama3_70b_e8t2_pretrain_256gpu_gb200_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the training in Megatron-Bridge, on 256 GB200."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import NVL72, hybridep_run
+
+    return hybridep_run(dense, PARENT, LAYOUTS["gb200"]["e8t2"], TRAINING, SPEC, nvlink_gpus=NVL72)
+
+
+def llama3_70b_e8t2_pretrain_256gpu_gb200_fp8mx_config(dense: Optional[str] = None) -> Any:
+    """Make the fast run in Megatron-Bridge, on 256 GB200."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import mxfp8_run
+
+    return mxfp8_run(dense, PARENT, LAYOUTS["gb200"]["fast"], TRAINING, SPEC)
+
+
+def llama3_70b_dense_ct_pretrain_256gpu_gb200_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the dense baseline in Megatron-Bridge, on 256 GB200."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
+
+    return dense_run(dense, PARENT, LAYOUTS["gb200"]["dense"], TRAINING)
+
+
+#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+BRIDGE_CHAINS = {
+    "e8t2": (llama3_70b_e8t2_pretrain_512gpu_h100_bf16_config, llama3_70b_dense_ct_pretrain_512gpu_h100_bf16_config),
+}

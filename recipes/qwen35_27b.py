@@ -1,0 +1,49 @@
+"""Qwen3.5 27B, upcycled to 8 experts, top-2, and its dense baseline.
+
+The upcycled model has 146.69B parameters, 44.01B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+
+Qwen3.5 trains in Megatron-Bridge alone: the Megatron-Core of NeMo 2.7 has no gated delta nets. This is the text
+model; sizes are those of the published config.json, layouts the planner's.
+"""
+
+from typing import Any, Optional
+
+from nemo_upcycle.planning.recipe_table import Run, Schedule
+from nemo_upcycle.spec import UpcycleSpec
+
+
+TITLE = "Qwen3.5 27B"
+PARENT = "hf://Qwen/Qwen3.5-27B"
+SPEC = UpcycleSpec(num_experts=8, top_k=2)
+#: Token slots of an expert over those of perfect balance: with 8 experts and top-2 it drops nothing.
+CAPACITY_FACTOR = 4.0
+#: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
+#: Layouts fit 80 GB of an H100 with room, by the planner.
+LAYOUTS = {
+    "h100": {
+        "e8t2": Run(gpus=512, tp=4, cp=2, pp=4, vp=8),
+        "dense": Run(gpus=512, tp=4, pp=2, vp=16),
+    },
+}
+TRAINING = Schedule(seq_length=8192, global_batch=512, steps=23_842, lr=3e-5, min_lr=3e-7, warmup_steps=100)
+DATA, EVALUATION = "redpajama_v2_academic_7_3", "paper"
+
+
+def qwen35_27b_e8t2_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the training in Megatron-Bridge, on 512 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
+
+    return upcycled_run(dense, PARENT, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC)
+
+
+def qwen35_27b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the dense baseline in Megatron-Bridge, on 512 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
+
+    return dense_run(dense, PARENT, LAYOUTS["h100"]["dense"], TRAINING)
+
+
+#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+BRIDGE_CHAINS = {
+    "e8t2": (qwen35_27b_e8t2_pretrain_512gpu_h100_bf16_config, qwen35_27b_dense_ct_pretrain_512gpu_h100_bf16_config),
+}

@@ -1,0 +1,113 @@
+"""Qwen3 32B, upcycled to 8 experts, top-2, and its dense baseline.
+
+The upcycled model has 208.93B parameters, 57.93B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+"""
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+from nemo_upcycle.planning.recipe_table import Run, Schedule
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
+
+
+TITLE = "Qwen3 32B"
+PARENT = "hf://Qwen/Qwen3-32B"  # there is no base model of this size
+SPEC = UpcycleSpec(num_experts=8, top_k=2)
+#: Token slots of an expert over those of perfect balance: with 8 experts and top-2 it drops nothing.
+CAPACITY_FACTOR = 4.0
+#: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
+#: Layouts fit 80 GB of an H100 with room, by the planner.
+LAYOUTS = {
+    "h100": {
+        "e8t2": Run(gpus=512, tp=4, cp=2, pp=8, vp=8),
+        "dense": Run(gpus=512, tp=4, pp=2, vp=16),
+    },
+}
+TRAINING = Schedule(seq_length=8192, global_batch=512, steps=23_842, lr=3e-5, min_lr=3e-7, warmup_steps=100)
+DATA, EVALUATION = "redpajama_v2_academic_7_3", "paper"
+
+
+def dense_model() -> Any:
+    """Make the dense model in NeMo."""
+    from nemo.collections.llm.recipes.qwen3_32b import model
+
+    from nemo_upcycle.trainers.nemo.recipe_parts import change_model
+
+    return change_model(
+        model(),
+        seq_length=TRAINING.seq_length,
+        apply_rope_fusion=True,  # fusions of NeMo's Llama 3
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        masked_softmax_fusion=True,
+    )
+
+
+def moe_model() -> Any:
+    """Make the upcycled model in NeMo."""
+    from nemo_upcycle.trainers.nemo.recipe_parts import with_experts
+
+    return with_experts(dense_model(), SPEC, capacity_factor=CAPACITY_FACTOR)
+
+
+@with_overrides
+def e8t2(
+    dir: Optional[str] = None,
+    name: str = "qwen3_32b_e8t2",
+    num_nodes: int = 64,
+    num_gpus_per_node: int = 8,
+    performance_mode: bool = False,
+    dense: str = PARENT,
+    data: Optional[str] = None,
+    fn: Optional[Callable] = None,
+) -> Any:
+    """Upcycle Qwen3 32B online and train on as arXiv 2412.09952 does, in NeMo."""
+    from nemo.collections.llm.recipes import llama3_8b
+
+    from nemo_upcycle.trainers.nemo.paper_recipe import fast_run, upcycled_recipe
+
+    named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
+    recipe = upcycled_recipe(llama3_8b, moe_model(), LAYOUTS["h100"]["e8t2"], TRAINING, SPEC, dense, data, **named)
+    return fast_run(recipe, LAYOUTS["h100"]["e8t2"]) if performance_mode else recipe
+
+
+@with_help
+def dense_ct(
+    dir: Optional[str] = None,
+    name: str = "qwen3_32b_dense_ct",
+    num_nodes: int = 64,
+    num_gpus_per_node: int = 8,
+    performance_mode: bool = False,
+    dense: str = PARENT,
+    data: Optional[str] = None,
+    fn: Optional[Callable] = None,
+) -> Any:
+    """Train Qwen3 32B on as a dense model, in NeMo: the baseline of `qwen3_32b_e8t2` on the same data."""
+    from nemo.collections.llm.recipes import llama3_8b
+
+    from nemo_upcycle.trainers.nemo.paper_recipe import dense_recipe
+
+    named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
+    named["performance_mode"] = performance_mode
+    return dense_recipe(llama3_8b, dense_model(), LAYOUTS["h100"]["dense"], TRAINING, dense, data, **named)
+
+
+def qwen3_32b_e8t2_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the training in Megatron-Bridge, on 512 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
+
+    return upcycled_run(dense, PARENT, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC)
+
+
+def qwen3_32b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the dense baseline in Megatron-Bridge, on 512 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
+
+    return dense_run(dense, PARENT, LAYOUTS["h100"]["dense"], TRAINING)
+
+
+#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+BRIDGE_CHAINS = {
+    "e8t2": (qwen3_32b_e8t2_pretrain_512gpu_h100_bf16_config, qwen3_32b_dense_ct_pretrain_512gpu_h100_bf16_config),
+}

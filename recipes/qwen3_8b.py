@@ -1,0 +1,239 @@
+"""Qwen3 8B, upcycled to 8 experts, top-2, and its dense baseline.
+
+The upcycled model has 46.24B parameters, 13.63B active. Both are trained on 100B tokens as in arXiv 2412.09952.
+
+36 layers make nine virtual stages of one layer. The baseline has the layout of Llama 3 8B's, which has the same
+width: NeMo's own recipe is for a single node, with batches of 32 sequences.
+"""
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+from nemo_upcycle.planning.recipe_table import Run, Schedule, Tuning
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
+
+
+TITLE = "Qwen3 8B"
+PARENT = "hf://Qwen/Qwen3-8B-Base"
+SPEC = UpcycleSpec(num_experts=8, top_k=2)
+#: Token slots of an expert over those of perfect balance: with 8 experts and top-2 it drops nothing.
+CAPACITY_FACTOR = 4.0
+#: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
+#: Layouts for H100 fit 80 GB with room by the planner. The others are the planner's; no Blackwell has run them.
+#: `fast`: capacity factor 1 with padding; in NeMo its TP and CP are taken.
+#: `hybridep`: e8t2 with HybridEP, in Bridge.
+LAYOUTS = {
+    "h100": {
+        "e8t2": Run(gpus=512, tp=2, pp=4, vp=9),
+        "hybridep": Run(gpus=512, tp=2, pp=4, vp=9),
+        "fast": Run(gpus=128, cp=2, pp=4, vp=9, precision="fp8sc"),
+        "dense": Run(gpus=512, cp=2),
+    },
+    "b200": {
+        "e8t2": Run(gpus=64),
+        "dense": Run(gpus=64),
+    },
+    "gb200": {
+        "e8t2": Run(gpus=64),
+        "fast": Run(gpus=64, cp=2, precision="fp8mx"),
+        "dense": Run(gpus=64),
+    },
+}
+TRAINING = Schedule(seq_length=8192, global_batch=512, steps=23_842, lr=3e-5, min_lr=3e-7, warmup_steps=100)
+#: 128 packs a step, at a rate below the peak of the pretraining. MoEsturizer (OpenReview HDZ2GBwrWo) tunes models
+#: of 8B on 150,000 conversations.
+TUNING = Tuning(
+    parent=PARENT,
+    schedule=Schedule(seq_length=4096, global_batch=128, steps=1_000, lr=1e-5, min_lr=1e-6, warmup_steps=50),
+    gpus=64,
+)
+DATA, EVALUATION = "redpajama_v2_academic_7_3", "paper"
+
+
+def dense_model() -> Any:
+    """Make the dense model in NeMo."""
+    from nemo.collections.llm.recipes.qwen3_8b import model
+
+    from nemo_upcycle.trainers.nemo.recipe_parts import change_model
+
+    return change_model(
+        model(),
+        seq_length=TRAINING.seq_length,
+        apply_rope_fusion=True,  # fusions of NeMo's Llama 3
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        masked_softmax_fusion=True,
+    )
+
+
+def moe_model() -> Any:
+    """Make the upcycled model in NeMo."""
+    from nemo_upcycle.trainers.nemo.recipe_parts import with_experts
+
+    return with_experts(dense_model(), SPEC, capacity_factor=CAPACITY_FACTOR)
+
+
+@with_overrides
+def e8t2(
+    dir: Optional[str] = None,
+    name: str = "qwen3_8b_e8t2",
+    num_nodes: int = 64,
+    num_gpus_per_node: int = 8,
+    performance_mode: bool = False,
+    dense: str = PARENT,
+    data: Optional[str] = None,
+    fn: Optional[Callable] = None,
+) -> Any:
+    """Upcycle Qwen3 8B online and train on as arXiv 2412.09952 does, in NeMo."""
+    from nemo.collections.llm.recipes import llama3_8b
+
+    from nemo_upcycle.trainers.nemo.paper_recipe import fast_run, upcycled_recipe
+
+    named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
+    recipe = upcycled_recipe(llama3_8b, moe_model(), LAYOUTS["h100"]["e8t2"], TRAINING, SPEC, dense, data, **named)
+    return fast_run(recipe, LAYOUTS["h100"]["fast"]) if performance_mode else recipe
+
+
+@with_help
+def dense_ct(
+    dir: Optional[str] = None,
+    name: str = "qwen3_8b_dense_ct",
+    num_nodes: int = 64,
+    num_gpus_per_node: int = 8,
+    performance_mode: bool = False,
+    dense: str = PARENT,
+    data: Optional[str] = None,
+    fn: Optional[Callable] = None,
+) -> Any:
+    """Train Qwen3 8B on as a dense model, in NeMo: the baseline of `qwen3_8b_e8t2` on the same data."""
+    from nemo.collections.llm.recipes import llama3_8b
+
+    from nemo_upcycle.trainers.nemo.paper_recipe import dense_recipe
+
+    named = {"dir": dir, "name": name, "num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "fn": fn}
+    named["performance_mode"] = performance_mode
+    return dense_recipe(llama3_8b, dense_model(), LAYOUTS["h100"]["dense"], TRAINING, dense, data, **named)
+
+
+@with_help
+def e8t2_sft(
+    dir: Optional[str] = None,
+    name: str = "qwen3_8b_e8t2_sft",
+    num_nodes: int = 8,
+    num_gpus_per_node: int = 8,
+    expert_parallelism: Optional[int] = None,
+    dense: str = TUNING.parent,
+    data: Optional[str] = None,
+    start: Optional[str] = None,
+    peft_scheme: Optional[str] = None,
+) -> Any:
+    """Upcycle Qwen3 8B online and tune it on conversations, with a loss on the answers alone, in NeMo."""
+    from nemo_upcycle.trainers.nemo.tuning_recipe import is_lora, tuned
+
+    experts = expert_parallelism or (1 if is_lora(peft_scheme) else None)
+    named = {"num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "dense": dense}
+    recipe = e8t2(dir, name, expert_parallelism=experts, **named)
+    return tuned(recipe, TUNING, data=data, start=start, peft_scheme=peft_scheme)
+
+
+@with_help
+def dense_sft(
+    dir: Optional[str] = None,
+    name: str = "qwen3_8b_dense_sft",
+    num_nodes: int = 8,
+    num_gpus_per_node: int = 8,
+    dense: str = TUNING.parent,
+    data: Optional[str] = None,
+    start: Optional[str] = None,
+    peft_scheme: Optional[str] = None,
+) -> Any:
+    """Tune Qwen3 8B on conversations as a dense model, in NeMo: the baseline of `qwen3_8b_e8t2_sft`."""
+    from nemo_upcycle.trainers.nemo.tuning_recipe import tuned
+
+    recipe = dense_ct(dir, name, num_nodes, num_gpus_per_node, dense=dense)
+    return tuned(recipe, TUNING, data=data, start=start, peft_scheme=peft_scheme)
+
+
+def qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the training in Megatron-Bridge, on 512 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
+
+    return upcycled_run(dense, PARENT, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC)
+
+
+def qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_hybridep_config(dense: Optional[str] = None) -> Any:
+    """Make the training with HybridEP in Megatron-Bridge, on 512 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import hybridep_run
+
+    return hybridep_run(dense, PARENT, LAYOUTS["h100"]["hybridep"], TRAINING, SPEC)
+
+
+def qwen3_8b_e8t2_pretrain_128gpu_h100_fp8sc_config(dense: Optional[str] = None) -> Any:
+    """Make the fast run in Megatron-Bridge, on 128 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import fast_run
+
+    return fast_run(dense, PARENT, LAYOUTS["h100"]["fast"], TRAINING, SPEC)
+
+
+def qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the dense baseline in Megatron-Bridge, on 512 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
+
+    return dense_run(dense, PARENT, LAYOUTS["h100"]["dense"], TRAINING)
+
+
+def qwen3_8b_e8t2_pretrain_64gpu_b200_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the training in Megatron-Bridge, on 64 B200."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
+
+    return upcycled_run(dense, PARENT, LAYOUTS["b200"]["e8t2"], TRAINING, SPEC)
+
+
+def qwen3_8b_dense_ct_pretrain_64gpu_b200_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the dense baseline in Megatron-Bridge, on 64 B200."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
+
+    return dense_run(dense, PARENT, LAYOUTS["b200"]["dense"], TRAINING)
+
+
+def qwen3_8b_e8t2_pretrain_64gpu_gb200_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the training in Megatron-Bridge, on 64 GB200."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import NVL72, hybridep_run
+
+    return hybridep_run(dense, PARENT, LAYOUTS["gb200"]["e8t2"], TRAINING, SPEC, nvlink_gpus=NVL72)
+
+
+def qwen3_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config(dense: Optional[str] = None) -> Any:
+    """Make the fast run in Megatron-Bridge, on 64 GB200."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import mxfp8_run
+
+    return mxfp8_run(dense, PARENT, LAYOUTS["gb200"]["fast"], TRAINING, SPEC)
+
+
+def qwen3_8b_dense_ct_pretrain_64gpu_gb200_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the dense baseline in Megatron-Bridge, on 64 GB200."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
+
+    return dense_run(dense, PARENT, LAYOUTS["gb200"]["dense"], TRAINING)
+
+
+def qwen3_8b_e8t2_sft_64gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the tuning of the upcycled model on conversations in Megatron-Bridge, on 64 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import tuned, upcycled_run
+
+    return tuned(upcycled_run(dense, TUNING.parent, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC), TUNING)
+
+
+def qwen3_8b_dense_sft_64gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+    """Make the tuning of the dense model on conversations in Megatron-Bridge, on 64 H100."""
+    from nemo_upcycle.trainers.bridge.recipes.runs import dense_run, tuned
+
+    return tuned(dense_run(dense, TUNING.parent, Run(64), TRAINING), TUNING)
+
+
+#: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.
+BRIDGE_CHAINS = {
+    "e8t2": (qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_config, qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config),
+    "e8t2_sft": (qwen3_8b_e8t2_sft_64gpu_h100_bf16_config, qwen3_8b_dense_sft_64gpu_h100_bf16_config),
+}
