@@ -26,6 +26,7 @@ from nemo_upcycle.data.chat_module import PackedChatModule
 from nemo_upcycle.data.epoch_dataset import EpochDataset
 from nemo_upcycle.data.finished import MANIFEST, TOKENIZER, FinishedBlend, open_blend
 from nemo_upcycle.sources.fetch import read_parent
+from nemo_upcycle.sources.find import Parent
 
 
 def blend_data(
@@ -142,7 +143,7 @@ def mock_tokenizer(dense: str) -> NullTokenizer:
     Args:
         dense: the dense model, as in `UpcycleConfig.path`; only configuration and tokenizer are fetched from the hub.
     """
-    return NullTokenizer(vocab_size=read_parent(dense).vocab_size - 1)  # the last id ends a document
+    return NullTokenizer(vocab_size=read_parent(Parent(dense)).vocab_size - 1)  # the last id ends a document
 
 
 def describe_data(datamodule: Any) -> str:

@@ -24,7 +24,7 @@ from nemo_upcycle.pipeline.order import kind_of, require_earlier, require_same_w
 from nemo_upcycle.pipeline.plan import KEPT, Stage, WorkPlan
 from nemo_upcycle.pipeline.stage_jobs import jobs_of
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.sources.find import check_address, is_configuration
+from nemo_upcycle.sources.find import Parent, is_configuration
 from nemo_upcycle.suites.lm_eval_tasks import check_needs
 from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.trainers.base import Training
@@ -90,20 +90,19 @@ def check_work(
         network: whether to ask the hub, and servers of data.
         storage: whether the storage of the run is mounted here, so that the dense weights can be opened.
     """
-    inputs, dense = plan.inputs, plan.inputs.dense
+    inputs, parent = plan.inputs, plan.inputs.parent
     folders: list[Callable[[], object]] = [partial(check_folder, run_dir)] if storage or is_seen(run_dir) else []
-    reads_dense, reads_data = (not {"import", "dense"}.isdisjoint(starting) and bool(dense)), "data" in starting
-    parent = [partial(check_address, dense)] if reads_dense else []
-    data = [partial(check_data, inputs, remote=network)] if reads_data else []
-    no_parent = failures(parent)
+    reads_dense = not {"import", "dense"}.isdisjoint(starting) and bool(parent.address)
+    data = [partial(check_data, inputs, remote=network)] if "data" in starting else []
+    no_parent = failures([lambda: parent.configured] if reads_dense else [])
     wrong = [*failures(folders), *no_parent, *failures(data), *failures(own)]
     if not wrong:
         wrong = failures([partial(check_started, run_dir, plan), *then])
     lacking: list[UpcycleError] = []
-    if storage and parent and not wrong:
-        lacking += failures([partial(check_address, dense, whole=True)])
+    if storage and reads_dense and not wrong:
+        lacking += failures([lambda: parent.whole])
     for name, where in places.items() if not no_parent else ():
-        found = _problems(plan.trainings[name], where, dense)
+        found = _problems(plan.trainings[name], where, parent)
         lacking += [error for error in found if not _is_in(error, wrong)]
     jobs: list[Job] = []
     no_jobs = failures([lambda: jobs.extend(jobs_of(stages, run_dir, plan))])
@@ -116,10 +115,10 @@ def check_work(
     return Findings(tuple(wrong), tuple(lacking), tuple(jobs), tuple(missing))
 
 
-def _problems(training: Training, where: str, dense: str) -> Sequence[UpcycleError]:
+def _problems(training: Training, where: str, parent: Parent) -> Sequence[UpcycleError]:
     """List what would keep a training from its first step; the recipe of some trainers fails as it is made."""
     try:
-        return training.problems(where, dense)
+        return training.problems(where, parent)
     except UpcycleError as error:
         return error.parts
 
@@ -130,8 +129,8 @@ def _is_in(error: UpcycleError, others: Sequence[UpcycleError]) -> bool:
 
 def _unasked(run_dir: Path, plan: WorkPlan, cluster: Cluster | None, *, network: bool, storage: bool) -> Iterator[str]:
     """Yield what was not looked at without a network or the storage of a cluster, a line each."""
-    folder = Path(plan.inputs.dense.removeprefix("hf://")).expanduser()
-    if plan.inputs.dense and is_configuration(folder):
+    folder = plan.inputs.parent.folder
+    if folder and is_configuration(folder):
         yield f"{folder} holds the parent's config.json alone: its weights and tokenizer are checked where it is whole"
     needs = [] if network else plan.needs
     if names := [need.what for need in needs if not need.is_in(Caches.of(os.environ))]:
@@ -168,7 +167,7 @@ def check_run(
         *(partial(training.check, name) for name, training in trainings),
     ]
     then: list[Callable[[], object]] = [
-        *(partial(training.check_parent, name, plan.dense, remote=fetches) for name, training in trainings),
+        *(partial(training.check_parent, name, inputs.parent, remote=fetches) for name, training in trainings),
         partial(require_earlier, stages, run_dir, plan),
     ]
     return check_work(

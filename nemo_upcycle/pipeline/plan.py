@@ -143,7 +143,7 @@ class WorkPlan(ABC):
     @cached_property
     def facts(self) -> dict[str, TrainingFacts | None]:
         """Stage -> facts of its training; None for one whose facts are not known before the parent is fetched."""
-        return {name: training.facts(self.inputs.dense) for name, training in self.trainings.items()}
+        return {name: training.facts(self.inputs.parent) for name, training in self.trainings.items()}
 
     def training_settings(self, stage: str) -> TrainingSettings:
         """Return the settings of the training of a stage; none where it has no training."""

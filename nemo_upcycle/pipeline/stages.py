@@ -225,7 +225,7 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
         device = read_json(settings).get("card") if settings.is_file() else None
         if not device or not (training := plan.training(stage)):  # a recipe is loaded for a GPU alone
             continue
-        if values := planned_of(training.facts(plan.dense), device):
+        if values := planned_of(training.facts(plan.inputs.parent), device):
             planned[stage] = values
     return planned
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.sources.find import ModelAddress, find_parent, local_parent, require_tokenizer
+from nemo_upcycle.sources.find import ModelAddress, Parent, find_parent, require_tokenizer
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import is_complete
 
@@ -105,16 +105,16 @@ def tokenizer_folder(source: str) -> Path:
     return folder
 
 
-def read_parent(source: str) -> Architecture:
+def read_parent(parent: Parent) -> Architecture:
     """Return the architecture of a dense model; only configuration and tokenizer are fetched from the hub.
 
     Args:
-        source: address of the model, see `local_parent`.
+        parent: the model.
 
     Raises:
         UpcycleError: the model cannot be reached, or is not such a model (CheckpointError).
     """
-    return local_parent(source) or read_architecture(tokenizer_folder(source))
+    return parent.architecture or read_architecture(tokenizer_folder(parent.address))
 
 
 def ensure_dense(source: str) -> Path:

@@ -6,6 +6,8 @@ Commands that answer at once import this module, so it imports torch inside func
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,49 +86,56 @@ def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
     return ModelAddress("hub", rest)
 
 
-def check_address(source: str, *, whole: bool = False) -> Architecture | None:
-    """Check the address of a dense model quickly: open a folder, fetch nothing.
+@dataclass(frozen=True)
+class Parent:
+    """A dense parent, by its address. What lies on this machine is opened once, when it is first asked for.
+
+    Every property raises an UpcycleError if the address is wrong, or the model is not a parent (CheckpointError).
 
     Args:
-        source: address of the model, see `find_parent`.
-        whole: whether a folder must hold weights and tokenizer; a configuration is enough to show what a run would do.
-
-    Returns:
-        The architecture of a folder's model; None for a model that is still to be fetched.
-
-    Raises:
-        UpcycleError: there is no such scheme, asset or folder, or the folder is not such a model (CheckpointError).
+        address: see `find_parent`; or a NeMo or Megatron checkpoint; empty: none.
     """
-    parent = find_parent(source)
-    if parent.kind != "folder":
-        return None
-    if not whole and is_configuration(Path(parent.name)):
-        architecture = read_architecture(Path(parent.name))
-        check_parent(architecture, parent.name)
+
+    address: str
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the address names, if it is on this machine; nothing is checked."""
+        folder = Path(self.address.removeprefix("hf://")).expanduser()
+        return folder if self.address and folder.is_dir() else None
+
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """The architecture; None if the model is still to be fetched. A NeMo or Megatron checkpoint will do."""
+        from nemo_upcycle.sources.megatron_checkpoint import is_megatron
+        from nemo_upcycle.sources.resolve import open_dense
+
+        if not self.address.startswith("nemo://") and not is_megatron(Path(self.address)):
+            return self.configured
+        with open_dense(self.address) as dense:  # with or without tokenizer
+            return dense.architecture
+
+    @cached_property
+    def configured(self) -> Architecture | None:
+        """As `whole`; but a folder with a configuration alone will do, which shows what a run would do."""
+        kind, name = find_parent(self.address)
+        if kind != "folder" or not is_configuration(Path(name)):
+            return self.whole
+        architecture = read_architecture(Path(name))
+        check_parent(architecture, name)
         return architecture
-    require_tokenizer(Path(parent.name))
-    from nemo_upcycle.sources.resolve import open_dense
 
-    with open_dense(parent.name) as dense:
-        return dense.architecture
+    @cached_property
+    def whole(self) -> Architecture | None:
+        """The architecture of a folder with weights and tokenizer; None if the model is still to be fetched."""
+        kind, name = find_parent(self.address)
+        if kind != "folder":
+            return None
+        require_tokenizer(Path(name))
+        from nemo_upcycle.sources.resolve import open_dense
 
-
-def local_parent(source: str) -> Architecture | None:
-    """Return the architecture of a dense model that lies on this machine; None for one that is still to be fetched.
-
-    Args:
-        source: address of the model, see `find_parent`; or a NeMo or Megatron checkpoint, with or without tokenizer.
-
-    Raises:
-        UpcycleError: the model does not exist, or is not a parent that can be upcycled (CheckpointError).
-    """
-    from nemo_upcycle.sources.megatron_checkpoint import is_megatron
-    from nemo_upcycle.sources.resolve import open_dense
-
-    if not source.startswith("nemo://") and not is_megatron(Path(source)):
-        return check_address(source)
-    with open_dense(source) as dense:
-        return dense.architecture
+        with open_dense(name) as dense:
+            return dense.architecture
 
 
 def is_configuration(folder: Path) -> bool:

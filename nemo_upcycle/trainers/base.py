@@ -14,6 +14,7 @@ from nemo_upcycle.planning.layout import CPU_RANKS, Layout
 from nemo_upcycle.planning.memory import checkpoint_bytes
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.trainers.settings import STEPS, free_settings, step0_settings
@@ -305,15 +306,15 @@ class Training(ABC):
         return TrainingSettings.sorted_by(self.named_settings(), steps=steps, free=free, step0=step0)
 
     @abstractmethod
-    def facts(self, dense: str) -> TrainingFacts | None:
+    def facts(self, parent: Parent) -> TrainingFacts | None:
         """Say what it is and takes; None where that is not known before the parent is fetched.
 
         Args:
-            dense: the parent's address.
+            parent: the dense parent.
         """
 
     @abstractmethod
-    def shown_settings(self, dense: str) -> dict[str, Any]:
+    def shown_settings(self, parent: Parent) -> dict[str, Any]:
         """Return the values of the settings that people look at, by the names of their overrides."""
 
     @abstractmethod
@@ -328,12 +329,12 @@ class Training(ABC):
         """
 
     @abstractmethod
-    def check_parent(self, stage: str, dense: str, *, remote: bool) -> None:
+    def check_parent(self, stage: str, parent: Parent, *, remote: bool) -> None:
         """Check that the training can start from a parent.
 
         Args:
             stage: name of the stage, see `check`.
-            dense: the parent's address.
+            parent: the dense parent.
             remote: whether to fetch a parent that is not here, and to fail if that is impossible.
 
         Raises:
@@ -344,12 +345,12 @@ class Training(ABC):
     def check_here(self, stage: str) -> None:
         """Check that this machine has what the training asks for, else raise an UpcycleError."""
 
-    def problems(self, stage: str, dense: str) -> tuple[UpcycleError, ...]:
+    def problems(self, stage: str, parent: Parent) -> tuple[UpcycleError, ...]:
         """List all that would keep the job from its first step, as far as it can be told before anything is built.
 
         Args:
             stage: what stands before its settings in errors: `pretrain`, `dense_ct`, see `check`, or an arm of a grid.
-            dense: the parent's address.
+            parent: the dense parent.
         """
         return ()
 

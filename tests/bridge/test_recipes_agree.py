@@ -12,6 +12,7 @@ import pytest
 
 from nemo_upcycle.planning.hardware import known_gpu
 from nemo_upcycle.recipes import bridge_functions, known_recipe, known_recipes
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.settings import setting
 from tests.golden import LAYOUT, PAIRS, TRAINING
@@ -125,8 +126,8 @@ def test_a_recipe_fits_its_gpus_by_the_planner(name: str, parent: Path) -> None:
     from nemo_upcycle.pipeline.forecast.recipe_to_plan import plans_of
 
     training = training_of(name, [], None)
-    training.check_parent("dense_ct" if "_dense_" in name else "pretrain", str(parent), remote=False)
-    facts = training.facts(str(parent))
+    training.check_parent("dense_ct" if "_dense_" in name else "pretrain", Parent(str(parent)), remote=False)
+    facts = training.facts(Parent(str(parent)))
     assert facts is not None
     assert facts.layout.gpus == int(_part(name, "gpus"))
     known = known_recipe(_part(name, "recipe"))

@@ -10,6 +10,7 @@ import pytest
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.plan import open_training
+from nemo_upcycle.sources.find import Parent
 from tests.bridge.runs import bridges_pretrain, differences, export, run_config
 from tests.bridge.test_chain import BEFORE, plan_of
 from tests.contract.trainers import metrics, train, training_text
@@ -92,7 +93,7 @@ def test_what_only_watches_a_run_may_change_in_one_that_has_started() -> None:
 
 def test_a_forecast_knows_the_optimizer(inputs: Path) -> None:
     text = training_text({"optimizer.optimizer": "dist_muon"})
-    facts = open_training("bridge", text).facts(str(inputs / "parent"))
+    facts = open_training("bridge", text).facts(Parent(str(inputs / "parent")))
     assert facts is not None
     assert facts.optimizer == "dist_muon"
 

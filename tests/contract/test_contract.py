@@ -13,6 +13,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.pipeline.plan import open_training
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.base import Evaluations, Training
 from tests.contract.trainers import IS_BRIDGE, TRAINER, setting_name, training_text
 from tests.functional.tiny import BATCH, EXPERTS, SEQUENCE, write_parent
@@ -34,7 +35,7 @@ def _training(settings: dict[str, Any] | None = None, **options: Any) -> Trainin
 
 def test_facts_are_those_of_the_training(parent: Path) -> None:
     training = _training({"tp": 2, "ep": 2}, ranks=4, evaluate={"suite": "watch", "every_n_steps": 3})
-    facts = training.facts(str(parent))
+    facts = training.facts(Parent(str(parent)))
     assert facts is not None
     assert training.ranks == (1, 4)
     arch = read_architecture(parent).upcycled(SPEC)
@@ -47,7 +48,7 @@ def test_facts_are_those_of_the_training(parent: Path) -> None:
     assert (facts.profile.precision, facts.weight_bytes) == ("32", 4)
     assert facts.evaluations == Evaluations(suite="watch", every_n_steps=3)
     assert not facts.is_rate_constant
-    dense = _training(kind="dense_ct").facts(str(parent))
+    dense = _training(kind="dense_ct").facts(Parent(str(parent)))
     assert dense is not None
     assert (dense.arch.num_experts, dense.capacity_factor, dense.evaluations) == (None, None, None)
     assert dense.checkpoint_bytes < facts.checkpoint_bytes
@@ -70,14 +71,14 @@ def test_settings_are_told_apart_by_what_the_result_depends_on(parent: Path) -> 
     assert {setting_name(name) for name in ("save_every", "tp")} <= found.free.keys()
     assert {setting_name(name) for name in ("lr", "spec.seed")} <= found.fixed.keys()
     assert setting_name("spec.seed") in found.step0
-    shown = training.shown_settings(str(parent))
+    shown = training.shown_settings(Parent(str(parent)))
     names = {"steps": 6, "save_every": 2, "tp": 2, "lr": 5e-4, "global_batch": BATCH, "seq_length": SEQUENCE}
     assert {name: shown[setting_name(name)] for name in names} == names
 
 
 def _check(training: Training, stage: str, parent: Path) -> None:
     training.check(stage)
-    training.check_parent(stage, str(parent), remote=False)
+    training.check_parent(stage, Parent(str(parent)), remote=False)
     training.check_here(stage)
 
 
@@ -85,7 +86,7 @@ def _check(training: Training, stage: str, parent: Path) -> None:
 def test_what_is_right_is_accepted(parent: Path, kind: str) -> None:
     training, stage = _training(kind=kind, ranks=2), "pretrain" if "moe" in kind else "dense_ct"
     _check(training, stage, parent)
-    assert training.problems(stage, str(parent)) == ()
+    assert training.problems(stage, Parent(str(parent))) == ()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ else:
 
 @pytest.mark.parametrize("settings", WRONG, ids=len)
 def test_lists_wrong_values_together(parent: Path, settings: dict[str, Any]) -> None:
-    problems = _training(settings, ranks=2).problems("pretrain", str(parent))
+    problems = _training(settings, ranks=2).problems("pretrain", Parent(str(parent)))
     assert {error.field.partition(" ")[0] for error in problems} == {
         f"pretrain.{setting_name(name)}" for name in settings
     }
@@ -146,7 +147,7 @@ def test_lists_wrong_values_together(parent: Path, settings: dict[str, Any]) -> 
 
 def test_shows_the_trainers_own_error_of_a_construction(parent: Path) -> None:
     name, value, words = FATAL
-    (problem,) = _training({name: value}, ranks=2).problems("pretrain", str(parent))
+    (problem,) = _training({name: value}, ranks=2).problems("pretrain", Parent(str(parent)))
     assert str(problem).startswith("pretrain: the training cannot be constructed: ValueError: ")
     assert words in str(problem)
     assert not torch.distributed.is_initialized()
@@ -156,13 +157,13 @@ def test_shows_the_trainers_own_error_of_a_construction(parent: Path) -> None:
     "layout", [{"tp": 2, "pp": 2, "ep": 2}, {"pp": 4, "cp": 2}, {"tp": 2, "etp": 1, "ep": 8}], ids=str
 )
 def test_a_rank_of_each_stage_of_every_layout_is_constructed(parent: Path, layout: dict[str, int]) -> None:
-    assert _training(layout, ranks=8).problems("pretrain", str(parent)) == ()
-    (problem,) = _training({**layout, "model.layernorm_epsilon": 1}, ranks=8).problems("pretrain", str(parent))
+    assert _training(layout, ranks=8).problems("pretrain", Parent(str(parent))) == ()
+    (problem,) = _training({**layout, "model.layernorm_epsilon": 1}, ranks=8).problems("pretrain", Parent(str(parent)))
     assert problem.expected == "1e-05, as in the parent"
 
 
 def test_facts_warn_of_what_few_mean_to_do(parent: Path) -> None:
-    facts = _training({"lr": 100.0, "warmup": 6}).facts(str(parent))
+    facts = _training({"lr": 100.0, "warmup": 6}).facts(Parent(str(parent)))
     assert facts is not None
     high, unreached = facts.warnings
     assert "goes up to 100" in high

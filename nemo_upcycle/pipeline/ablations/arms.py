@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.base import Evaluations
 
 
@@ -28,18 +29,18 @@ class ArmRequest:
         recipe: name of the recipe in the trainer's command.
         fields: fields of the spec that differ from the recipe's.
         settings: overrides, by name.
+        parent: the dense parent; without an address: the grid trains it.
         steps: length of its training; None: as recipe and settings say.
         gpus: ranks that it trains on; None: as the recipe says.
-        dense: address of the dense parent; "": the grid trains it.
     """
 
     where: str
     recipe: str
     fields: Mapping[str, Any]
     settings: Mapping[str, Any]
+    parent: Parent
     steps: int | None = None
     gpus: int | None = None
-    dense: str = ""
 
     def overrides(self, steps: str) -> list[str]:
         """List the overrides as a command line has them.

@@ -17,6 +17,7 @@ from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest, open_arm
 from nemo_upcycle.pipeline.ablations.stages import SUITE, UNTRAINED, GridPlan
 from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.plan import open_training
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.utils.conf import as_dataclass, read_conf, template
@@ -106,8 +107,8 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         raise UpcycleError(f"{path}: evaluate.suite", got=suite, expected=expected, fix=fix)
     scored = grid.evaluate
     evaluations = Evaluations(suite=SUITE, every_n_steps=scored.every_n_steps, batch_size=scored.batch_size)
-    address = str(dense or grid.dense)
-    built = _trainings(str(path), arms, grid, address, evaluations)
+    dense_parent = Parent(str(dense or grid.dense))
+    built = _trainings(str(path), arms, grid, dense_parent, evaluations)
     cells, parents, trainers = dict[str, str](), dict[str, str](), {one.trainer for _, one in built.values()}
     described: dict[str, dict[str, Any]] = {}
     for seed in dict.fromkeys((*grid.seeds, *(seed for arm in arms.values() for seed in arm.seeds))):
@@ -127,7 +128,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                     raise UpcycleError.unknown(f"{path}: arms.{name}.parent of seed {seed}", arm.parent, names)
             read = start["parent_tokens"] + start["steps"] * start["tokens_per_step"] if start else 0
             cells[cell] = one.cell(seed, cell, evaluations, read)
-            facts = open_training(one.trainer, cells[cell]).facts(address)
+            facts = open_training(one.trainer, cells[cell]).facts(dense_parent)
             assert facts is not None  # an arm of Bridge's is built with its parent
             described[cell] = {
                 "arm": name,
@@ -156,9 +157,9 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     }
     parent: str | None = None
     if grid.parent and not dense:
-        request = ArmRequest(f"{path}: parent", grid.parent.factory, {}, grid.parent.set)
+        request = ArmRequest(f"{path}: parent", grid.parent.factory, {}, grid.parent.set, dense_parent)
         parent = open_arm("factory", request).parent()
-    if not parent and not address:
+    if not parent and not dense_parent.address:
         fix = "add dense=FOLDER, or a parent:"
         raise UpcycleError(f"{path}: dense", got="none", expected="a dense parent", fix=fix)
     if parent and data and Path(data).is_dir():
@@ -167,7 +168,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         raise UpcycleError(f"data {data}", got="a finished folder", expected=expected, fix=fix)
     plan = GridPlan(
         path.stem,
-        "" if parent else address,
+        "" if parent else dense_parent.address,
         data or _from_here(grid.data or DEMO, folder),
         parent,
         grid.parent.vocabulary if grid.parent and parent else None,
@@ -186,7 +187,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
 
 
 def _trainings(
-    path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense: str, evaluations: Evaluations
+    path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, parent: Parent, evaluations: Evaluations
 ) -> dict[str, tuple[str, Arm]]:
     """Return every training of one seed, by its name: the name of its arm, and its recipe in its trainer.
 
@@ -200,7 +201,7 @@ def _trainings(
         for steps in lengths:
             training = name if steps is None else f"{name}-{steps}"
             key, recipe = ("recipe", arm.recipe) if arm.recipe else ("factory", str(arm.factory))
-            request = ArmRequest(f"{path}: arms.{name}", recipe, arm.spec, settings, steps, arm.gpus, dense)
+            request = ArmRequest(f"{path}: arms.{name}", recipe, arm.spec, settings, parent, steps, arm.gpus)
             try:
                 built[training] = name, open_arm(key, request)
             except UpcycleError as error:
@@ -208,7 +209,7 @@ def _trainings(
     if wrong:  # and what of the others only shows when they are tried, which `ablate` asks for later
         for name, one in dict(built.values()).items():
             tried = open_training(one.trainer, one.cell(0, name, evaluations))
-            wrong += tried.problems(f"{path}: arms.{name}", dense)
+            wrong += tried.problems(f"{path}: arms.{name}", parent)
         raise UpcycleError.together(wrong)
     return built
 

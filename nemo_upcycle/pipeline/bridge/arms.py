@@ -29,16 +29,16 @@ class BridgeArm(Arm):
     trainer = "bridge"
 
     def __init__(self, request: ArmRequest) -> None:
-        self._request, where, dense = request, request.where, request.dense
+        self._request, where, parent = request, request.where, request.parent
         if wrong := sorted({*request.fields} - {one.name for one in fields_of(UpcycleSpec)}):
             raise UpcycleError(f"{where}: spec", got=wrong[0], expected="fields of UpcycleSpec", fix="correct it")
-        if not dense:
+        if not parent.address:
             fix = "add dense=FOLDER, or dense: to the grid"
             raise UpcycleError(f"{where}: recipe", got="no dense parent", expected="one that is there", fix=fix)
         try:
             training = self._training({}, {})
-            self._is_upcycled = required_hook(training.config(required_parent(dense))).spec is not None
-            training.check_parent("pretrain" if self._is_upcycled else "dense_ct", dense, remote=False)
+            self._is_upcycled = required_hook(training.config(required_parent(parent))).spec is not None
+            training.check_parent("pretrain" if self._is_upcycled else "dense_ct", parent, remote=False)
         except UpcycleError as error:
             raise error.within(where) from None
 

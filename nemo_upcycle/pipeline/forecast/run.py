@@ -174,7 +174,7 @@ def _run_settings(plan: RunPlan, stages: Sequence[str], typed: Mapping[str, str]
     for stage in stages:
         training, prefix = required_training(plan, stage), f"{stage}."
         given = {name.removeprefix(prefix): value for name, value in typed.items() if name.startswith(prefix)}
-        own = {**given, **training.named_settings(), **training.shown_settings(plan.dense)}
+        own = {**given, **training.named_settings(), **training.shown_settings(plan.inputs.parent)}
         own = {name: str(value) for name, value in own.items()}
         for name, value in own.items():
             if values.get(name) != value or name in given:

@@ -20,8 +20,9 @@ from nemo_upcycle.trainers.nemo.checks import (
     check_calibration,
     check_data,
     check_own_data,
-    check_parents,
+    check_parent,
     check_recipe,
+    parents_of,
 )
 from nemo_upcycle.trainers.nemo.recipes import PLACED_PARTS, dump_recipe, ignored_settings
 from nemo_upcycle.trainers.nemo.starting import lacking_here, wrong_in
@@ -124,7 +125,7 @@ class _OthersContext(run.cli.RunContext):
 
 def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
     """Check a training that `nemo llm pretrain` or `finetune` was told to start."""
-    is_here, dense = is_local(ctx.executor) and not ctx.dryrun, setting(task, "resume.restore_config.path")
+    is_here, parents = is_local(ctx.executor) and not ctx.dryrun, parents_of(task)
 
     def check() -> None:
         check_recipe(task)
@@ -132,16 +133,18 @@ def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
         check_calibration(task, here=is_here)
         if is_local(ctx.executor):
             check_data(task)
-            check_parents(task, remote=False)
+            for parent in parents:
+                check_parent(task, parent, remote=False)
 
     def construct() -> Iterator[UpcycleError]:
         if is_here:
             yield from lacking_here(task)
         if is_first_rank():
-            yield from wrong_in(task, dense, f"recipe {task.log.name}")
+            yield from wrong_in(task, parents[0], f"recipe {task.log.name}")
 
     if wrong := all_wrong(task, "nemo", "", check, construct):
         raise UpcycleError.together(wrong)
     if is_here and is_first_rank():
-        check_parents(task, remote=True)
+        for parent in parents:
+            check_parent(task, parent, remote=True)
     return task

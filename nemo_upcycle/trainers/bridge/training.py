@@ -22,6 +22,7 @@ from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.planning.workload import OPTIMIZERS
 from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps_in
 from nemo_upcycle.sources.fetch import cached_asset, tokenizer_folder
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.bridge import require_bridge, tunes
@@ -84,9 +85,9 @@ class BridgeTraining(Training):
         given |= {f"spec.{name}": str(value) for name, value in (json.loads(self.changes) or {}).items()}
         return {"recipe": self.recipe, "nodes": str(self.nodes), "ranks_per_node": str(self.ranks_per_node)} | given
 
-    def facts(self, dense: str) -> TrainingFacts | None:
+    def facts(self, parent: Parent) -> TrainingFacts | None:
         """See `Training.facts`: Bridge's recipes are complete with their parent's configuration alone."""
-        folder = parent_configuration(dense)
+        folder = parent_configuration(parent)
         if folder is None:
             return None
         config = self.config(folder)
@@ -134,9 +135,9 @@ class BridgeTraining(Training):
             positions=read_architecture(folder).max_positions,
         )
 
-    def shown_settings(self, dense: str) -> dict[str, Any]:
+    def shown_settings(self, parent: Parent) -> dict[str, Any]:
         """See `Training.shown_settings`: those that were given, where the parent is not within reach."""
-        folder = parent_configuration(dense)
+        folder = parent_configuration(parent)
         if folder is None:
             return dict(self.named_settings())
         config = self.config(folder)
@@ -152,9 +153,9 @@ class BridgeTraining(Training):
         if not steps.isdecimal():
             raise UpcycleError(STEPS.bridge, got=f"'{steps}'", expected="a number", fix="give one")
 
-    def check_parent(self, stage: str, dense: str, *, remote: bool) -> None:
+    def check_parent(self, stage: str, parent: Parent, *, remote: bool) -> None:
         """See `Training.check_parent`: with the parent's configuration a recipe is complete, and checked."""
-        folder = tokenizer_folder(dense) if remote else parent_configuration(dense)
+        folder = tokenizer_folder(parent.address) if remote else parent_configuration(parent)
         if folder is not None:
             _check_config(self, stage, folder)
 
@@ -173,9 +174,9 @@ class BridgeTraining(Training):
                 fix="give gpus=1, or name the cluster with run.executor=NAME",
             )
 
-    def problems(self, stage: str, dense: str) -> tuple[UpcycleError, ...]:
+    def problems(self, stage: str, parent: Parent) -> tuple[UpcycleError, ...]:
         """See `Training.problems`: none where the parent's configuration is not within reach."""
-        return _problems(self, stage, dense)
+        return _problems(self, stage, parent)
 
     def config(self, dense_folder: Path) -> Any:
         """Return the configuration of the recipe, with the overrides; the same object every time."""
@@ -238,8 +239,8 @@ class BridgeTraining(Training):
 
 
 @lru_cache
-def _problems(training: BridgeTraining, stage: str, dense: str) -> tuple[UpcycleError, ...]:
-    folder = parent_configuration(dense)
+def _problems(training: BridgeTraining, stage: str, parent: Parent) -> tuple[UpcycleError, ...]:
+    folder = parent_configuration(parent)
     if folder is None:
         return ()
     config = training.config(folder)
@@ -254,25 +255,25 @@ def _problems(training: BridgeTraining, stage: str, dense: str) -> tuple[Upcycle
 
 
 @lru_cache
-def parent_configuration(dense: str) -> Path | None:
+def parent_configuration(parent: Parent) -> Path | None:
     """Return a folder with a parent's configuration; None where it is not within reach. Asks a hub once.
 
     Args:
-        dense: the parent's address.
+        parent: the dense parent.
     """
-    scheme, _, name = dense.rpartition("://")
+    scheme, _, name = parent.address.rpartition("://")
     if scheme == "asset" and not is_complete(cached_asset(name)):
         return None
     try:
-        return tokenizer_folder(dense)
-    except UpcycleError as error:  # a name on the hub: `check_address` opened any folder
+        return tokenizer_folder(parent.address)
+    except UpcycleError as error:  # a name on the hub: `Parent` opened any folder
         sys.stderr.write(f"Not checked against the dense parent: {error}\n")
         return None
 
 
-def required_parent(dense: str) -> Path:
+def required_parent(parent: Parent) -> Path:
     """Return a folder with a parent's configuration, fetched where it has to be."""
-    return parent_configuration(dense) or tokenizer_folder(dense)
+    return parent_configuration(parent) or tokenizer_folder(parent.address)
 
 
 @lru_cache

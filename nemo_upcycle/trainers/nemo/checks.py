@@ -21,7 +21,7 @@ from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, 
 from nemo_upcycle.planning.hardware import known_parent
 from nemo_upcycle.planning.layout import CPU_RANKS
 from nemo_upcycle.sources.fetch import read_parent
-from nemo_upcycle.sources.find import local_parent
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
@@ -212,54 +212,45 @@ def _check_lora(recipe: run.Partial, where: str) -> None:
             raise SpecError(field=f"{where}{name}", got=value, expected=expected, fix=fix)
 
 
-def check_parents(recipe: run.Partial, *, remote: bool) -> None:
-    """Check that a recipe's model has the sizes of the dense models that it starts from.
+def parents_of(recipe: run.Partial) -> list[Parent]:
+    """Return the dense models that a recipe starts from, the parent first."""
+    restore = setting(recipe, "resume.restore_config")
+    return [Parent(source) for source in (setting(restore, "path") or "", *(setting(restore, "branches") or []))]
+
+
+def parent_of(parent: Parent, *, remote: bool = False) -> Architecture | None:
+    """Return the architecture of a parent; None if it is not known.
 
     Args:
-        recipe: recipe of a training job that starts on this machine.
-        remote: whether to ask for a model on the hub, too, which needs the network.
-
-    Raises:
-        UpcycleError: a model is missing, cannot be reached, is not such a model, or has other sizes.
-    """
-    restore = recipe.resume.restore_config
-    for source in (restore.path, *(restore.branches or [])):
-        check_parent(recipe, source, remote=remote)
-
-
-def parent_of(dense: str, *, remote: bool = False) -> Architecture | None:
-    """Return the architecture of a parent by its address; None where it is not known.
-
-    Args:
-        dense: the parent's address; empty: none.
+        parent: the dense parent.
         remote: whether to ask for a model on the hub.
     """
-    if not dense:
+    if not parent.address:
         return None
-    return local_parent(dense) or (read_parent(dense) if remote else known_parent(dense))
+    return read_parent(parent) if remote else parent.architecture or known_parent(parent.address)
 
 
-def parent_within_reach(dense: str) -> Architecture | None:
+def parent_within_reach(parent: Parent) -> Architecture | None:
     """Return a parent's architecture; None where it is not known, or lies where the job runs."""
     try:
-        return parent_of(dense)
+        return parent_of(parent)
     except UpcycleError:
         return None
 
 
-def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bool) -> None:
+def check_parent(recipe: run.Partial, dense: Parent, where: str = "", *, remote: bool) -> None:
     """Check that a recipe's model has the sizes of a parent and the experts made of it, as far as it can be opened.
 
     Args:
         recipe: recipe of a training job.
-        dense: the parent's address.
+        dense: the dense parent.
         where: prefix of the recipe's overrides, for the text of errors.
-        remote: whether to ask for a model on the hub, see `check_parents`.
+        remote: whether to ask for a model on the hub, which needs the network.
 
     Raises:
         UpcycleError: sizes differ, the parent is missing, or it cannot become such a model.
     """
-    asks = remote and not dense.startswith("asset://")  # an asset would be fetched and made
+    asks = remote and not dense.address.startswith("asset://")  # an asset would be fetched and made
     parent = parent_of(dense, remote=asks)
     if parent is None:
         return
@@ -276,7 +267,7 @@ def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bo
             raise UpcycleError(
                 f"{where}model.config.{'transformer_layer_spec.' if name in DECODER else ''}{FIELDS.get(name, name)}",
                 got=got,
-                expected=f"{expected}, as {dense} has",
+                expected=f"{expected}, as {dense.address} has",
                 fix="give the recipe of a model of this family and size, or another dense",
             )
 

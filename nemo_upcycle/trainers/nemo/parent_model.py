@@ -28,7 +28,7 @@ from nemo_upcycle.models.rotary import LONGROPE, nemo_scaling
 from nemo_upcycle.online.decoder_layers import decoder_layers, layers_of
 from nemo_upcycle.planning.hardware import known_parent
 from nemo_upcycle.sources.fetch import tokenizer_folder
-from nemo_upcycle.sources.find import local_parent
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config, Olmo2Model
 from nemo_upcycle.trainers.nemo.phi3mini import LongRopePhi3Config
 
@@ -65,7 +65,7 @@ def parent_model(dense: str, seq_length: int = 4096) -> run.Config[GPTModel]:
     Example:
         >>> recipe.model = parent_model("/models/granite-3.3-8b-base")  # doctest: +SKIP
     """
-    arch = local_parent(dense) or known_parent(dense) or read_architecture(tokenizer_folder(dense))
+    arch = Parent(dense).architecture or known_parent(dense) or read_architecture(tokenizer_folder(dense))
     has_experts, family = bool(arch.num_experts), find_family(arch.hf_class)
     kind, model = _CLASSES.get((family.nemo_module if family else "", has_experts), _FURTHER[has_experts])
     fields = megatron_fields(arch) | window_fields(arch)

@@ -18,6 +18,7 @@ from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dt
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.monitoring.fp8_statistics import require_inspect
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.checks import parent_within_reach, ranks_of
 from nemo_upcycle.trainers.nemo.recipes import spec_of
@@ -30,12 +31,12 @@ from nemo_upcycle.utils.attributes import temporarily_set
 _NOT_TRIED = ("accelerator", "devices", "num_nodes", "precision", "logger", "deterministic", "benchmark")
 
 
-def wrong_in(recipe: Any, dense: str, unit: str) -> list[UpcycleError]:
+def wrong_in(recipe: Any, dense: Parent, unit: str) -> list[UpcycleError]:
     """Return why a job of a recipe would end before its first step, as far as construction shows it.
 
     Args:
         recipe: recipe of a training job.
-        dense: the parent's address; where the parent is known, the model has to be what is made of it.
+        dense: the dense parent; where it is known, the model has to be what is made of it.
         unit: name of the training, for the text of errors.
     """
     parent = parent_within_reach(dense)

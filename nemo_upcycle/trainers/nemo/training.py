@@ -18,7 +18,7 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, parents
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
-from nemo_upcycle.sources.find import check_address
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
@@ -90,11 +90,11 @@ class NeMoTraining(Training):
         """See `Training.named_settings`."""
         return dict(settings(self.recipe))
 
-    def facts(self, dense: str) -> TrainingFacts:
+    def facts(self, parent: Parent) -> TrainingFacts:
         """See `Training.facts`: a recipe says all but the vocabulary of an unknown parent."""
-        arch, knows_vocabulary = _model_of(self.recipe, dense)
+        arch, knows_vocabulary = _model_of(self.recipe, parent)
         recipe = copy.deepcopy(self.recipe)
-        train_on(recipe, "", dense)  # as the stage will
+        train_on(recipe, "", parent.address)  # as the stage will
         trainer, config, data, nodes_and_ranks = recipe.trainer, recipe.model.config, recipe.data, self.ranks
         callbacks = getattr(trainer, "callbacks", None) or []
         first_steps = next((item.steps for item in callbacks if _is(item, "RecomputeFirstSteps")), 0)
@@ -133,10 +133,10 @@ class NeMoTraining(Training):
             is_rate_constant=_is_rate_constant(recipe),
             rate=setting(recipe, LR.nemo),
             warmup_steps=setting(recipe, WARMUP.nemo) or 0,
-            positions=known.max_positions if (known := parent_within_reach(dense)) else None,
+            positions=known.max_positions if (known := parent_within_reach(parent)) else None,
         )
 
-    def shown_settings(self, dense: str) -> dict[str, Any]:
+    def shown_settings(self, parent: Parent) -> dict[str, Any]:
         """See `Training.shown_settings`."""
         values = shown_settings(self.recipe, self.name)
         if setting(self.recipe, "trainer.plugins.fp8"):
@@ -161,9 +161,9 @@ class NeMoTraining(Training):
                 fix="give an upcycled model's recipe: nemo_upcycle.recipes.upcycled(recipe, dense, spec) makes one",
             )
 
-    def check_parent(self, stage: str, dense: str, *, remote: bool) -> None:
+    def check_parent(self, stage: str, parent: Parent, *, remote: bool) -> None:
         """See `Training.check_parent`: its sizes are the model's."""
-        check_parent(self.recipe, dense, f"{stage}.", remote=remote)
+        check_parent(self.recipe, parent, f"{stage}.", remote=remote)
 
     def check_here(self, stage: str) -> None:
         """See `Training.check_here`: nodes, GPUs, and kernels."""
@@ -179,9 +179,9 @@ class NeMoTraining(Training):
         if lacking := list(lacking_here(self.recipe, f"{stage}.", in_stage=True)):
             raise UpcycleError.together(lacking)
 
-    def problems(self, stage: str, dense: str) -> tuple[UpcycleError, ...]:
+    def problems(self, stage: str, parent: Parent) -> tuple[UpcycleError, ...]:
         """See `Training.problems`."""
-        return _problems(self, stage, dense)
+        return _problems(self, stage, parent)
 
     def seq_length(self, dense_folder: Path) -> int:
         """See `Training.seq_length`."""
@@ -228,15 +228,15 @@ class NeMoTraining(Training):
 
 
 @lru_cache
-def _problems(training: NeMoTraining, stage: str, dense: str) -> tuple[UpcycleError, ...]:
+def _problems(training: NeMoTraining, stage: str, parent: Parent) -> tuple[UpcycleError, ...]:
     from nemo_upcycle.trainers.nemo.starting import wrong_in
 
     def check() -> None:
         training.check(stage)
-        training.check_parent(stage, dense, remote=False)
+        training.check_parent(stage, parent, remote=False)
 
     def construct() -> list[UpcycleError]:
-        return wrong_in(training.recipe, dense, f"{stage}: the training")
+        return wrong_in(training.recipe, parent, f"{stage}: the training")
 
     return (*all_wrong(training.recipe, training.name, f"{stage}.", check, construct),)
 
@@ -247,7 +247,7 @@ def _is(callback: Any, name: str) -> bool:
     return bool(kind.__name__ == name and kind.__module__.startswith("nemo_upcycle."))
 
 
-def _model_of(recipe: Any, dense: str) -> tuple[Architecture, bool]:
+def _model_of(recipe: Any, dense: Parent) -> tuple[Architecture, bool]:
     """Return the architecture that a recipe trains, and whether its vocabulary is known; else it counts no embedding.
 
     The vocabulary is that of the dense parent where it is a folder or a parent of this package's recipes, else that of
@@ -255,7 +255,7 @@ def _model_of(recipe: Any, dense: str) -> tuple[Architecture, bool]:
     """
     config = recipe.model.config
     plain = architecture_of(config, 0)
-    parent = check_address(dense) if dense and Path(dense.removeprefix("hf://")).expanduser().is_dir() else None
+    parent = dense.configured if dense.folder else None
     vocabulary = (parent.vocab_size if parent else None) or getattr(config, "vocab_size", None)
     if not vocabulary:
         known = (shape for _, shape in parents().values())

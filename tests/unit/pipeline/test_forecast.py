@@ -21,6 +21,7 @@ from nemo_upcycle.pipeline.forecast.run import TYPED, check_space
 from nemo_upcycle.pipeline.forecast.text import WIDTH, render_forecast
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.planning.hardware import gpu_names, known_gpu
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 from nemo_upcycle.trainers.nemo.training import NeMoTraining
@@ -53,7 +54,7 @@ def test_text_equals_its_golden_file(recipe: str, cluster: str) -> None:
 
 def test_a_report_gets_what_the_forecast_said(llama: Any, tmp_path: Path) -> None:
     pretrain = forecast_of(llama, tmp_path).trainings["pretrain"]
-    facts = NeMoTraining(dump_recipe(llama.pretrain)).facts(llama.dense)
+    facts = NeMoTraining(dump_recipe(llama.pretrain)).facts(Parent(llama.dense))
     planned = planned_of(facts, "NVIDIA H100 80GB HBM3")
     assert planned is not None
     assert planned["memory_gib"] == pytest.approx(pretrain.memory_gib)
@@ -195,7 +196,7 @@ def test_a_save_is_planned_at_the_speed_of_the_site(llama: Any, tmp_path: Path) 
 
 
 def test_nccl_ep_is_refused_without_buffers(llama: Any) -> None:
-    facts = NeMoTraining(dump_recipe(llama.pretrain)).facts(llama.dense)
+    facts = NeMoTraining(dump_recipe(llama.pretrain)).facts(Parent(llama.dense))
     facts = replace(facts, capacity_factor=None, recompute="none", first_steps=0)
 
     def plan(name: str, room: float | None = None) -> Any:

@@ -13,6 +13,7 @@ import pytest
 from nemo_upcycle.planning.hardware import known_gpu, known_parent
 from nemo_upcycle.planning.recipe_table import KnownRecipe
 from nemo_upcycle.recipes import known_recipe, known_recipes, recipe_file
+from nemo_upcycle.sources.find import Parent
 from tests.golden import factory_of
 
 
@@ -103,7 +104,7 @@ def test_layouts_for_h100_fit_by_the_planner(recipes: Any, name: str) -> None:
 
     recipe = getattr(recipes, name).pretrain_recipe()
     check_recipe(recipe)
-    facts = NeMoTraining(dump_recipe(recipe)).facts("")
+    facts = NeMoTraining(dump_recipe(recipe)).facts(Parent(""))
     first, later = plans_of(facts, known_gpu("h100"))
     expected = "tight" if name == "qwen3_8b_dense_ct" else "fits"  # 73.1 of 79.1 GiB
     assert (first.verdict, later.verdict) == (expected, expected)

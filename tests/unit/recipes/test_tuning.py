@@ -9,6 +9,7 @@ import pytest
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.recipes import known_recipes
+from nemo_upcycle.sources.find import Parent
 
 
 NAMES = tuple(known.name for known in known_recipes().values() if known.tunes and "nemo" in known.trainers)
@@ -152,7 +153,7 @@ def test_a_forecast_by_lora_has_states_of_few_weights(recipes: Any) -> None:
         plans, sizes = [], []
         for scheme in ("lora", "none"):
             recipe = getattr(recipes, name).finetune_recipe(peft_scheme=scheme)
-            facts = NeMoTraining.from_text(dump_recipe(recipe)).facts(recipe.resume.restore_config.path)
+            facts = NeMoTraining.from_text(dump_recipe(recipe)).facts(Parent(recipe.resume.restore_config.path))
             sizes.append(facts.checkpoint_bytes)
             plans.append(plans_of(facts, known_gpu(card))[1])
         assert [plan.verdict for plan in plans] == ["fits", "no"]

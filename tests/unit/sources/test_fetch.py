@@ -9,7 +9,7 @@ import pytest
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.fetch import _UNWANTED, WANTED, import_dense
-from nemo_upcycle.sources.find import check_address
+from nemo_upcycle.sources.find import Parent
 from tests.models import write_llama, write_tokenizer
 
 
@@ -21,7 +21,7 @@ def tiny_dense(tmp_path: Path) -> Path:
 def test_a_local_folder_is_used_where_it_lies(tiny_dense: Path, tmp_path: Path) -> None:
     for source in (str(tiny_dense), f"hf://{tiny_dense}"):
         assert import_dense(source, tmp_path / "out") == tiny_dense
-        check_address(source)
+        assert Parent(source).configured
     assert not (tmp_path / "out").exists()
 
 

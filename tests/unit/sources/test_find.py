@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.sources.find import check_address
+from nemo_upcycle.sources import resolve
+from nemo_upcycle.sources.find import Parent
+from nemo_upcycle.sources.resolve import open_dense
 from tests.models import write_llama, write_tokenizer
 
 
@@ -16,18 +18,26 @@ def test_a_configuration_alone_says_what_the_parent_is_where_nothing_is_read(tmp
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "config.json").write_bytes((whole / "config.json").read_bytes())
-    assert check_address(str(alone)) == check_address(str(whole), whole=True)
+    assert Parent(str(alone)).configured == Parent(str(whole)).whole
     with pytest.raises(UpcycleError, match=r"got none, expected one of tokenizer\.json"):
-        check_address(str(alone), whole=True)
+        _ = Parent(str(alone)).whole
     (alone / "model.safetensors.index.json").write_text("{}")  # weights, which are not whole
     with pytest.raises(UpcycleError):
-        check_address(str(alone))
+        _ = Parent(str(alone)).configured
     weights = whole / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UpcycleError, match=r"model\.safetensors"):
-        check_address(str(whole))
+        _ = Parent(str(whole)).configured
 
 
 def test_refuses_an_asset_that_is_no_dense_model() -> None:
     with pytest.raises(UpcycleError, match="model asset 'mmlu' does not exist"):
-        check_address("asset://mmlu")
+        _ = Parent("asset://mmlu").configured
+
+
+def test_a_parent_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tokenizer(write_llama(tmp_path / "parent"))
+    parent, opened = Parent(str(folder)), []
+    monkeypatch.setattr(resolve, "open_dense", lambda name: opened.append(name) or open_dense(name))
+    assert parent.configured is parent.whole is parent.architecture
+    assert opened == [str(folder)]

@@ -15,6 +15,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.recipes import upcycled
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.trainers.equivalence import check_step0
 from nemo_upcycle.trainers.nemo.checks import check_parent
@@ -35,7 +36,7 @@ def test_step_0_has_the_bits_of_a_conversion(tmp_path: Path, kind: str) -> None:
     recipe.model = parent_model(str(folder), 64)
     recipe.model.config.apply_rope_fusion = False  # a kernel that is not here
     made = load_recipe(dump_recipe(upcycled(recipe, str(folder), spec)))
-    check_parent(made, str(folder), remote=False)
+    check_parent(made, Parent(str(folder)), remote=False)
     configs = model_config(made), model_config(made, arch)
     receipt = check_step0(*configs, folder, spec, sample_tokens(259), tmp_path / "online")
     assert (receipt.exact, receipt.equivalence["within_tolerance"]) == (True, True), receipt.equivalence
@@ -55,7 +56,7 @@ def test_a_recipe_of_other_experts_than_the_parents_is_refused(tmp_path: Path) -
     made = upcycled(recipe, str(folder), spec)
     made.model.config.moe_ffn_hidden_size = 96
     with pytest.raises(UpcycleError, match=r"model.config.moe_ffn_hidden_size: got 96, expected 48"):
-        check_parent(made, str(folder), remote=False)
+        check_parent(made, Parent(str(folder)), remote=False)
     made.resume.restore_config.spec.num_experts = 6
     with pytest.raises(UpcycleError, match=r"restore_config.spec.num_experts: got 6, expected a multiple of"):
-        check_parent(made, str(folder), remote=False)
+        check_parent(made, Parent(str(folder)), remote=False)

@@ -20,6 +20,7 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import DECODER
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.recipes import upcycled_from
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.equivalence import check_step0
 from nemo_upcycle.trainers.nemo.checks import check_own_data, check_parent, check_recipe
 from nemo_upcycle.trainers.nemo.olmo2 import Olmo2Config
@@ -78,7 +79,7 @@ def test_a_recipe_of_a_folder_has_its_settings_and_at_step_0_its_function(
     made = upcycled_from(str(folder), spec=SPEC, seq_length=64, global_batch_size=2, max_steps=3, lr=1e-4)
     recipe = load_recipe(dump_recipe(made))
     check_recipe(recipe)
-    check_parent(recipe, str(folder), remote=False)
+    check_parent(recipe, Parent(str(folder)), remote=False)
     assert recipe.model.config.__fn_or_cls__ is kind
     arch, parent = architecture_of(recipe.model.config, 259), read_architecture(folder)
     for field in ("tied_embeddings", "qkv_bias", "rotary_percent", "rope_pattern", "attention_multiplier", *DECODER):

@@ -12,6 +12,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import plans_of
 from nemo_upcycle.planning.hardware import known_gpu
 from nemo_upcycle.recipes import upcycled_from
+from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.nemo.checks import check_recipe
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 from nemo_upcycle.trainers.nemo.training import NeMoTraining
@@ -64,7 +65,7 @@ def test_a_parent_of_real_size_dry_runs(tmp_path: Path, name: str) -> None:
         config = recipe.model.config
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     check_recipe(recipe)
-    facts = NeMoTraining(dump_recipe(recipe)).facts("hf://of/its-config-alone")
+    facts = NeMoTraining(dump_recipe(recipe)).facts(Parent("hf://of/its-config-alone"))
     assert facts is not None
     _, plan = plans_of(facts, known_gpu("h100"))
     assert plan.verdict == "fits", plan.memory.total / 2**30
