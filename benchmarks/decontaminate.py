@@ -35,6 +35,7 @@ from nemo_upcycle.data.passages import Hit
 from nemo_upcycle.data.word_hashes import normalise
 from nemo_upcycle.demo.assets import fetch_asset
 from nemo_upcycle.suites.items import Item, suite_items
+from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.files import write_json
 from tests.planted import carriers, change_words, questions
 
@@ -311,7 +312,7 @@ def writing_lines(documents: dict[str, list[str]], index: NgramIndex, folder: Pa
 def main() -> None:
     """Measure, print, and keep the tables."""
     chosen(__doc__, sys.argv[1:])
-    items = list(suite_items("full"))
+    items = list(suite_items(read_suite_config("full")))
     start_s = time.process_time()
     both = NgramIndex.build(items, short_words=SHORT_WORDS)
     built_s = time.process_time() - start_s

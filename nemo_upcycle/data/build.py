@@ -94,7 +94,7 @@ def check_blend(blend: Blend, work: Path) -> CheckedBlend:
             of a source hold no text, ...
     """
     named = named_tokenizer(blend.config.tokenizer)
-    check_suites(blend.config.decontaminate, blend.config.decontaminate_without)
+    check_suites(blend.suites, blend.config.decontaminate_without)
     engine = engine_version(data_python())
     tokenizer = tokenizer_folder(named)
     inputs = {source: list_inputs(blend, source, work) for source in blend.config.sources}
@@ -300,5 +300,5 @@ def _index(blend: Blend, work: Path) -> dict[str, Any] | None:
         return None
     path, summary = work / NGRAMS, work / "ngrams.json"
     if not (path.is_file() and summary.is_file()):
-        write_json(summary, build_index(blend.config.decontaminate, path, blend.config.decontaminate_without))
+        write_json(summary, build_index(blend.suites, path, blend.config.decontaminate_without))
     return dict(read_json(summary))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,20 @@ from nemo_upcycle.data.passages import Hit
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import set_name, suite_items
 from nemo_upcycle.suites.lm_eval_tasks import TaskDataError
-from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.suites.suite_config import SuiteConfig
 
 
 EXAMPLES = 20
 _EXAMPLE_CHARACTERS = 200
 
 
-def check_suites(suites: Sequence[str | Path], without: Sequence[str] = ()) -> None:
+def check_suites(suites: Mapping[str, SuiteConfig], without: Sequence[str] = ()) -> None:
     """Check the arguments of `build_index`, without the data of any task.
 
     Raises:
-        UpcycleError: an unknown suite, or a task that none of them asks of lm-eval.
+        UpcycleError: none of the suites asks one of these tasks of lm-eval.
     """
-    asked = [task for suite in suites if not (config := read_suite_config(suite)).local for task in config.tasks]
+    asked = [task for config in suites.values() if not config.local for task in config.tasks]
     for name in without:
         if not asked:
             expected, fix = "[], because no suite of decontaminate asks a task of lm-eval", "omit it"
@@ -35,12 +35,11 @@ def check_suites(suites: Sequence[str | Path], without: Sequence[str] = ()) -> N
             raise UpcycleError.unknown("decontaminate_without: task", name, asked)
 
 
-def build_index(suites: Sequence[str | Path], path: Path, without: Sequence[str] = ()) -> dict[str, Any]:
+def build_index(suites: Mapping[str, SuiteConfig], path: Path, without: Sequence[str] = ()) -> dict[str, Any]:
     """Write the index of the n-grams of all items of some suites.
 
     Args:
-        suites: names of `conf/evaluation` or paths of YAML files. Those of lm-eval's own tasks need the Hugging Face
-            hub, or its cache.
+        suites: suite -> its configuration. Those of lm-eval's own tasks need the Hugging Face hub, or its cache.
         path: the file to write.
         without: tasks of these suites that are not looked for.
 
@@ -50,14 +49,14 @@ def build_index(suites: Sequence[str | Path], path: Path, without: Sequence[str]
         of the short n-grams as `report`: what they find in the remaining text is reported.
 
     Raises:
-        UpcycleError: an unknown suite or task, or data that cannot be fetched: no set is left out in silence.
+        UpcycleError: an unknown task, or data that cannot be fetched: no set is left out in silence.
 
     Example:
-        >>> build_index(["demo"], Path("ngrams.npz"))["sets"]["mmlu"]["items"]  # doctest: +SKIP
+        >>> build_index(read_blend("sotu").suites, Path("ngrams.npz"))["sets"]["mmlu"]["items"]  # doctest: +SKIP
         24
     """
     try:
-        items = {(item.name, item.id): item for suite in suites for item in suite_items(suite, without)}
+        items = {(item.name, item.id): item for config in suites.values() for item in suite_items(config, without)}
     except TaskDataError as error:
         error.fix += "; or name the task in decontaminate_without, to train without looking for its questions"
         raise
@@ -66,7 +65,7 @@ def build_index(suites: Sequence[str | Path], path: Path, without: Sequence[str]
     settings = {"shortest": SHORTEST, "boilerplate": BOILERPLATE}
     long, short = (len(index.arrays[f"{name}_hashes"]) for name in ("long", "short"))
     return {
-        "suites": [str(suite) for suite in suites],
+        "suites": list(suites),
         "without": [set_name(name) for name in without],
         **{"words": WORDS, **settings, "ngrams": long, "sets": index.summary},
         "report": {"words": SHORT_WORDS, **settings, "ngrams": short, "sets": index.short_summary},

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_upcycle.suites.lm_eval_tasks import load_tasks, question_of
 from nemo_upcycle.suites.suite import choose_questions, local_questions
-from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.suites.suite_config import SuiteConfig
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,18 @@ class Item:
     renderings: tuple[str, ...]
 
 
-def suite_items(suite: str | Path, without: Collection[str] = ()) -> Iterator[Item]:
+def suite_items(config: SuiteConfig, without: Collection[str] = ()) -> Iterator[Item]:
     """Yield the items that a suite asks, in a fixed order.
 
     The held-out documents of a suite are no items: they come from the blend itself, which keeps them out of training.
 
     Args:
-        suite: a name of `conf/evaluation` or the path of a YAML file. One of lm-eval's own tasks needs the Hugging
-            Face hub, or its cache.
+        config: configuration of the suite. One of lm-eval's own tasks needs the Hugging Face hub, or its cache.
         without: names of lm-eval's tasks to leave out.
 
     Raises:
-        UpcycleError: an unknown suite or task, or data that cannot be fetched.
+        UpcycleError: an unknown task, or data that cannot be fetched.
     """
-    config = read_suite_config(suite)
     if not config.local:
         names = [name for name in config.tasks if name not in without]
         yield from lm_eval_items(names, config.include_path, config.files)

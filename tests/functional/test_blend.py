@@ -20,6 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.suites.items import suite_items
+from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.files import read_json
 from tests.functional.tiny import write_parent
 from tests.lm_eval_tasks import write_task
@@ -63,7 +64,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [json.dumps({"id": f"{part}-{n}", "text": _text(1000 * part + n)}) for n in range(200)]
         lines[7:7] = ["{broken", json.dumps(["no object"]), json.dumps({"id": "none"}), lines[3]]
         (folder / f"web/{part}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    question = max((item.renderings[0] for item in suite_items("demo")), key=len)
+    question = max((item.renderings[0] for item in suite_items(read_suite_config("demo"))), key=len)
     (folder / "mine/planted.txt").write_text(f"{_text(1, 200)} {question} {_text(2, 200)}")
     (folder / "mine/rivers.txt").write_text(_text(9005))
     (folder / "mine/again.txt").write_text(_text(9001))

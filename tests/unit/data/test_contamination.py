@@ -10,6 +10,7 @@ from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import removed_spans
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import Item
+from nemo_upcycle.suites.suite_config import read_suite_config
 from tests.lm_eval_tasks import write_task
 
 
@@ -87,13 +88,13 @@ def test_no_set_is_left_out_in_silence(suite: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UpcycleError, match=r"task lost: got .*lost\.test\.jsonl.* or name the task in decontaminate_without"
     ):
-        build_index([suite], tmp_path / "index.npz")
+        build_index({"mine": read_suite_config(suite)}, tmp_path / "index.npz")
     assert not (tmp_path / "index.npz").exists()
 
 
 def test_only_tasks_that_are_asked_can_be_left_out(suite: Path) -> None:
     with pytest.raises(UpcycleError, match=r"decontaminate_without: task 'last' does not exist\. Did you mean 'lost'"):
-        check_suites([suite], ["last"])
-    for suites in ([], ["full"]):
+        check_suites({"mine": read_suite_config(suite)}, ["last"])
+    for suites in ({}, {"full": read_suite_config("full")}):
         with pytest.raises(UpcycleError, match=r"decontaminate_without: got lost, expected \[\], because no suite"):
             check_suites(suites, ["lost"])

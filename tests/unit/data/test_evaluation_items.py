@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], NgramIndex]:
     path = tmp_path_factory.mktemp("index") / "ngrams.npz"
-    summary = build_index(["demo", "full"], path)
+    summary = build_index({name: read_suite_config(name) for name in ("demo", "full")}, path)
     return summary, NgramIndex.load(path)
 
 
@@ -36,9 +36,9 @@ def test_summary_counts_every_question_once(built: tuple[dict[str, Any], NgramIn
 def test_items_of_a_suite_are_the_questions_that_it_asks() -> None:
     config = read_suite_config("demo")
     asked = choose_questions(questions(), config.questions, config.seed)
-    items = list(suite_items("demo"))
+    items = list(suite_items(config))
     assert [item.renderings[0] for item in items] == [question["question"] for question in asked]
-    assert {item.id for item in items} <= {item.id for item in suite_items("full")}
+    assert {item.id for item in items} <= {item.id for item in suite_items(read_suite_config("full"))}
 
 
 def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, Any], NgramIndex]) -> None:

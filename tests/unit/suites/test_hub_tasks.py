@@ -161,13 +161,14 @@ from pathlib import Path
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.contamination import build_index
 from nemo_upcycle.data.inputs import list_inputs
+from nemo_upcycle.suites.suite_config import read_suite_config
 
 work = Path(sys.argv[2])
 blend = read_blend(sys.argv[1])
 files = {
     name: [file.path for file in list_inputs(blend, name, work)["train"]] for name in blend.config.sources
 }
-summary = build_index(["paper"], work / "index.npz")
+summary = build_index({"paper": read_suite_config("paper")}, work / "index.npz")
 lines = {Path(path).stem: len(Path(path).read_text().splitlines()) for path in files["questions"]}
 print(json.dumps([{name: len(paths) for name, paths in files.items()}, lines, summary["sets"]]))
 """
