@@ -1,6 +1,6 @@
 """Run one stage of a run, as the launcher on this machine and every job of Slurm and Kubernetes do.
 
-    python -m nemo_upcycle.pipeline STAGE RUN_DIR [SCRIPT ...]
+python -m nemo_upcycle.pipeline STAGE RUN_DIR [SCRIPT ...]
 """
 
 import runpy

@@ -13,7 +13,7 @@ from nemo_upcycle.models.families import check_parent, find_family
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning.hardware import known_parent
-from nemo_upcycle.sources.fetch import cached_asset, tokenizer_folder
+from nemo_upcycle.sources.fetch import OF_TOKENIZER, cached_asset, on_this_machine
 from nemo_upcycle.sources.find import find_parent, require_tokenizer
 from nemo_upcycle.utils.console import short_count
 from nemo_upcycle.utils.files import is_complete
@@ -70,19 +70,19 @@ def find_model(source: str) -> FoundParent:
         raise CheckpointError(
             f"model {source}", got="a NeMo or Megatron checkpoint", expected="a Hugging Face folder", fix=fix
         )
-    kind, name = find_parent(source)
-    if kind == "asset":
-        arch, made = known_parent(source), cached_asset(name)
+    found = find_parent(source)
+    if found.kind == "asset":
+        arch, made = known_parent(source), cached_asset(found.name)
         assert arch is not None  # every asset that is a model has a row in conf/planning/parents.yaml
         return FoundParent(source, arch, made if is_complete(made) else None)
-    folder = tokenizer_folder(source) if kind == "hub" else Path(name).absolute()
+    folder = on_this_machine(found, OF_TOKENIZER).absolute()
     arch = read_architecture(folder)
     check_parent(arch, source)
     arch.require_trained()
     rope_kind(arch)
     require_tokenizer(folder)
-    if kind == "folder" and not any(folder.glob("*.safetensors")):
+    if found.kind == "folder" and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"model {source}", got="no weights", expected="*.safetensors beside config.json", fix="copy them there"
         )
-    return FoundParent(source if kind == "hub" else str(folder), arch, folder)
+    return FoundParent(source if found.kind == "hub" else str(folder), arch, folder)
