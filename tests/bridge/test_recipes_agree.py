@@ -16,7 +16,7 @@ from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.settings import setting
 from tests.golden import LAYOUT, PAIRS, TRAINING
-from tests.models import LLAMA3_8B
+from tests.models import LLAMA3_8B, write_tokenizer
 
 
 DENSE = "NEMO_UPCYCLE_DENSE"
@@ -72,8 +72,7 @@ def parent(name: str, tmp_path: Path) -> Path:
     if shape.delta:
         config |= {"linear_num_value_heads": shape.delta.num_value_heads, "rms_norm_eps": shape.norm_eps}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    return tmp_path
+    return write_tokenizer(tmp_path)
 
 
 @pytest.fixture(scope="module")
