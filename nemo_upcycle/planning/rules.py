@@ -157,7 +157,9 @@ def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
 def _rank_rules(layout: Layout) -> Iterator[RuleViolation]:
     for names in (("tp", "cp", "pp"), ("etp", "ep", "pp")):
         if layout.gpus % (product := math.prod(getattr(layout, name) for name in names)):
-            yield RuleViolation(" x ".join(names), product, f"a divisor of the GPUs ({layout.gpus})")
+            cut = [name for name in names if getattr(layout, name) > 1]
+            named = cut[0] if len(cut) == 1 else " x ".join(names)
+            yield RuleViolation(named, product, f"a divisor of the GPUs ({layout.gpus})")
 
 
 def _data_rules(layout: Layout, work: Workload) -> Iterator[RuleViolation]:
