@@ -90,7 +90,7 @@ def _nemo_text(kind: str, ranks: int, values: dict[str, Any], evaluate: dict[str
     from nemo_upcycle.trainers.settings import setting
     from tests.golden import factory_of
 
-    module = importlib.import_module(f"nemo_upcycle.recipes.{RECIPES[kind]}")
+    module = getattr(importlib.import_module("nemo_upcycle.recipes"), RECIPES[kind])
     recipe = shrink(factory_of(module)(num_gpus_per_node=ranks, **arguments), max_steps=6, checkpoint_every=2)
     trainer = recipe.trainer
     trainer.limit_val_batches, trainer.val_check_interval = 1.0 if "sft" in kind else 1, 3
