@@ -13,7 +13,7 @@ endif
 help:
 	@echo "make venv      create $(VENV) (NeMo and all tools) and .venv-data (the data engine): 3 minutes"
 	@echo "make demo      upcycle a real 135M Llama to 8 experts, train, export, evaluate, report:"
-	@echo "               7 minutes, no GPU; into runs/demo"
+	@echo "               9 minutes, no GPU; into runs/demo"
 	@echo "make test      run the daily tests: 6 minutes"
 	@echo "make lint      check format, style, spelling, types and import layers: a minute"
 	@echo
