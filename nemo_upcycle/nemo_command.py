@@ -9,14 +9,18 @@ import sys
 from importlib.util import find_spec
 
 from nemo_upcycle.pipeline.answers import answered, refuse_bridge
+from nemo_upcycle.pipeline.early import refuse_early
 from nemo_upcycle.utils.checkout import require_one_checkout
 from nemo_upcycle.utils.console import collector_paused
 
 
 with answered():
     require_one_checkout()
-    if find_spec("nemo") and sys.argv[1:3] == ["upcycle", "pipeline"]:
-        refuse_bridge(sys.argv[3:])
+    if sys.argv[1:3] == ["upcycle", "pipeline"]:
+        if find_spec("nemo"):
+            refuse_bridge(sys.argv[3:])
+        elif find_spec("megatron"):
+            refuse_early(sys.argv[3:])
 # They register the recipes and the commands.
 if find_spec("nemo"):
     importlib.import_module("nemo_upcycle.pipeline.nemo.recipes")
