@@ -35,10 +35,10 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
         forecast: the forecast.
         verbose: whether to show all stages' details, every setting with its origin, and NVIDIA's settings, too.
     """
-    file = recipe_file(forecast.recipe)
-    recipe = f"{forecast.recipe} ({file})" if file else forecast.recipe
-    heading = f"Forecast of {recipe} in {forecast.run_dir}. Nothing has been submitted or written yet."
+    heading = f"Forecast of {forecast.recipe} in {forecast.run_dir}. Nothing has been submitted or written yet."
     lines, trainings = _wrapped(heading, ""), list(forecast.trainings.values())
+    if file := recipe_file(forecast.recipe):
+        lines.append(f"The recipe is {file}.")
     common = {} if verbose else _common([_asked(stage) for stage in forecast.stages if stage.runs])
     settings = [one for one in forecast.settings if verbose or one.origin != RECIPE]
     sections: tuple[tuple[str, Iterable[str]], ...] = (

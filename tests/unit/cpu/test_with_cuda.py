@@ -16,7 +16,7 @@ def _modules_with_cuda() -> list[str]:
     """Import what a training job imports where torch finds a CUDA device; return the modules of the CPU backend."""
     torch.cuda.is_available = lambda: True
     current_device = torch.cuda.current_device
-    import nemo_upcycle.recipes
+    import nemo_upcycle.pipeline.nemo.recipes
     import nemo_upcycle.trainers.nemo.upcycling  # noqa: F401
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
