@@ -80,7 +80,7 @@ OF_BRIDGE = {
     f"{GIVEN} recipe=own:of_two gpus=1": "recipe own:of_two: got 2 parents: FILES/parent, FILES/another,",
     f"{GIVEN} recipe=tests.bridge.recipes:tiny": "gpus: got None,",
     f"{GIVEN} recipe=tests.bridge.recipes:tiny gpus=16": "gpus: got 16 ",
-    f"{GIVEN} recipe=tests.bridge.recipes:tiny gpus=3": "model_parallel_size x pipeline_model_parallel_size: got 2,",
+    f"{GIVEN} recipe=tests.bridge.recipes:tiny gpus=3": "pretrain.model.expert_model_parallel_size: got 2,",
     f"{TINY} pretrain.train.train_itres=4": "train.train_itres=4: ",
     f"{TINY} pretrain.train.train_iters=few": "train.train_iters: got 'few',",
     f"{TINY} pretrain.dataset.seq_length=32": "pretrain.model.seq_length: got 64,",
