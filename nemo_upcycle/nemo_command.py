@@ -1,7 +1,7 @@
 """Where the command `nemo` begins for this package: NeMo-Run imports this module, its entry point `upcycle`.
 
 Importing the library only imports. What has to be answered before NeMo is imported, which takes longest, is answered
-here: whether all parts are of one checkout, and whether the words are those of the trainer that is installed.
+here: that all parts are of one checkout, and that the words name a recipe and stages of the installed trainer.
 """
 
 import importlib

@@ -15,7 +15,7 @@ from nemo_upcycle.spec import UpcycleSpec
 TITLE = "Qwen3.5 4B"
 PARENT = "hf://Qwen/Qwen3.5-4B-Base"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert over those of perfect balance: with 8 experts and top-2 it drops nothing.
+#: Token slots of an expert, as a multiple of a balanced share: with 8 experts and top-2 a factor of 4 drops nothing.
 CAPACITY_FACTOR = 4.0
 #: GPU -> training -> GPUs and layout. Experts are spread over eight ranks (EP8) and never cut.
 #: Layouts fit 80 GB of an H100 with room, by the planner.

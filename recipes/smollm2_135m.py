@@ -14,7 +14,7 @@ from nemo_upcycle.trainers.recipe_arguments import with_help
 TITLE = "SmolLM2-135M"
 PARENT = "asset://smollm2-135m"
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
-#: Token slots of an expert over those of perfect balance; None: no limit.
+#: Token slots of an expert, as a multiple of a balanced share; None: no limit.
 CAPACITY_FACTOR = None
 #: GPU -> training -> GPUs and layout.
 LAYOUTS = {

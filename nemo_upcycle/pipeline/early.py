@@ -24,7 +24,7 @@ def refuse_early(words: Sequence[str]) -> None:
         words: the words of the command line, behind the command.
 
     Raises:
-        UpcycleError: one is wrong; the text is that of the check that follows the import.
+        UpcycleError: one of them is wrong; the check behind the import says the same.
     """
     options = [*command_options(), *OPTIONS]
     for word in words:

@@ -1,4 +1,4 @@
-"""What the planner and the launchers know of a recipe: the constants at the top of a file of `recipes/`.
+"""Describe recipes to the planner and the launchers, by the constants at the top of a file of `recipes/`.
 
 The planner stands below the recipes and never imports them: a command hands it the recipe that it asks about.
 """
@@ -93,7 +93,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class KnownRecipe:
-    """What the planner has to know of a recipe.
+    """A recipe, described to the planner and the launchers.
 
     Args:
         name: name on the command line.
@@ -102,10 +102,10 @@ class KnownRecipe:
         spec: spec of the upcycling; None for a dense baseline.
         schedule: batches and steps.
         inputs: `dense`, `data` and `evaluation` of its chain; a dense recipe has no chain, and `dense` alone.
-        trainers: `nemo`, `bridge` or both: those that have the recipe.
-        capacity_factor: token slots of an expert over those of perfect balance; None: no limit.
+        trainers: `nemo`, `bridge` or both.
+        capacity_factor: token slots of an expert, as a multiple of a balanced share; None: no limit.
         h100: whether NeMo's recipe takes the arguments of the paper's recipes, such as `capacity_factor`.
-        tunes: whether it tunes on packs of conversations, of which a micro-batch takes one.
+        tunes: whether it tunes on packs of conversations; a micro-batch has one pack.
         lora: whether it trains LoRA's adapters.
         bridge: function of Megatron-Bridge's recipe; empty where Bridge has none.
         bridge_baseline: function of its dense baseline.

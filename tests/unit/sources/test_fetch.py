@@ -25,7 +25,7 @@ def test_a_local_folder_is_used_where_it_lies(tiny_dense: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_the_hub_is_asked_for_one_set_of_weights_and_every_companion() -> None:
+def test_one_set_of_weights_and_every_companion_is_fetched() -> None:
     utils = pytest.importorskip("huggingface_hub.utils")
     wanted = ["model.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "README.md"]
     wanted += ["additional_chat_templates/tool_use.jinja"]

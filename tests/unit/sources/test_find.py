@@ -13,7 +13,7 @@ from nemo_upcycle.sources.resolve import open_dense
 from tests.models import write_llama, write_tokenizer
 
 
-def test_a_configuration_alone_says_what_the_parent_is_where_nothing_is_read(tmp_path: Path) -> None:
+def test_a_configuration_alone_describes_a_parent(tmp_path: Path) -> None:
     whole = write_tokenizer(write_llama(tmp_path / "whole"))
     alone = tmp_path / "alone"
     alone.mkdir()

@@ -50,7 +50,7 @@ def test_importing_the_package_only_imports(tmp_path: Path) -> None:
 
 @INSTALLED
 @pytest.mark.slow
-def test_a_clone_with_another_clones_environment_is_named_with_the_fix(other: Path) -> None:
+def test_another_clones_environment_is_named_with_the_fix(other: Path) -> None:
     command = [Path(sys.executable).with_name("nemo-upcycle"), "doctor"]
     environment = os.environ | {"PYTHONPATH": str(other)}
     found = subprocess.run(command, env=environment, cwd=other, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.starting import away_from_here
 
 
-def test_a_process_is_not_of_the_clone_that_one_stands_in(tmp_path: Path) -> None:
+def test_a_process_is_of_its_installed_clone(tmp_path: Path) -> None:
     (tmp_path / "nemo_upcycle").mkdir()
     (tmp_path / "nemo_upcycle/__init__.py").write_text("raise SystemExit('of another clone')\n")
     (tmp_path / "runpy.py").write_text("raise SystemExit('of the current folder')\n")

@@ -1,4 +1,4 @@
-"""What the recipes of Megatron-Bridge in `recipes/` are built from."""
+"""Build the recipes of Megatron-Bridge in `recipes/`."""
 
 from __future__ import annotations
 
