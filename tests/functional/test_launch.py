@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.trainers.loss_spikes import how_to_go_on
 from nemo_upcycle.utils.command_line import CommandLine
 from nemo_upcycle.utils.files import MARKER
 from tests.functional.started import CHAIN, Command
@@ -88,14 +86,3 @@ def test_the_same_command_resumes_and_starts_nothing_after_a_failed_rank(inputs:
     assert launcher.text().endswith("RuntimeError: rank 1 met its fate\n")
     assert [name for name in ("dense_ct", "export", "evaluate", "report") if (inputs / "run" / name).exists()] == []
     assert processes_of(inputs) == []
-
-
-@pytest.mark.weekly
-def test_the_advised_lower_rate_is_a_command_that_runs(inputs: Path) -> None:
-    """After the tests before: the run was stopped, and began with another rate."""
-    advice = how_to_go_on(inputs / "run/pretrain", "nemo", 1e-3)
-    command = advice.partition("`")[2].rstrip("`").replace(" --yes", " --dryrun")
-    done = Command.pasted(inputs / "advice.txt", command)
-    done.wait()
-    assert f" in {inputs}/run-lower-rate. Nothing has been submitted" in done.text(), done.text()
-    assert re.search(r"pretrain\.optim\.config\.lr +0\.0005\n", done.text())
