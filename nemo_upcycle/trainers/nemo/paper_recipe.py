@@ -163,7 +163,7 @@ def fast_run(recipe: run.Partial, layout: Run) -> run.Partial:
 
     Args:
         recipe: an upcycled model's.
-        layout: the fast run's, or that of the plain run where there is none; its TP and CP are taken.
+        layout: layout whose TP and CP the fast run takes.
     """
     recipe.trainer.callbacks = [
         *(recipe.trainer.callbacks or []),

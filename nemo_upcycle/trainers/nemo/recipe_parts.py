@@ -23,12 +23,12 @@ def change_model(model: run.Config, **fields: Any) -> run.Config:
 
 
 def with_experts(model: run.Config, spec: UpcycleSpec, *, capacity_factor: float | None) -> run.Config:
-    """Turn a dense model's configuration into that of the upcycled model, for GPUs, in place.
+    """Add experts to a dense model's configuration, for GPUs, in place.
 
     Args:
         model: configuration of the dense model.
         spec: how to upcycle.
-        capacity_factor: token slots of an expert over those of perfect balance; None: no limit.
+        capacity_factor: token slots of an expert, as a multiple of a balanced share; None: no limit.
     """
     return change_model(model, **moe_settings(spec), **moe_kernels(capacity_factor=capacity_factor))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def register(recipes: Mapping[str, Callable[..., Any]]) -> None:
-    """Let Bridge find recipes: it looks in its package of recipes, and for H100 alone in those of families.
+    """Add recipes to `megatron.bridge.recipes`, where Bridge looks for names.
 
     Args:
         recipes: name -> function.
