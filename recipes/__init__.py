@@ -22,12 +22,14 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.recipe_table import ANSWERS, CONVERSATIONS, KnownRecipe
+from nemo_upcycle.utils import moved
 from nemo_upcycle.utils.checkout import require_one_checkout
 from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 
 
 require_one_checkout()
 need_no_cuda_to_import()
+__path__.append(moved.__path__[0])
 #: Names for recipes of one's own, and where they are.
 _NEMO = {
     "pipeline": "nemo_upcycle.pipeline.nemo.recipes",
@@ -44,7 +46,7 @@ _KINDS = ("e8t2", "dense_ct", "e8t2_sft", "dense_sft")
 @cache
 def modules() -> dict[str, ModuleType]:
     """Import the files of this folder, by the models' names."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__[:1]))
     return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
 
 

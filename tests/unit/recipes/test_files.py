@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import pkgutil
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +17,7 @@ from nemo_upcycle.planning.hardware import known_gpu, known_parent
 from nemo_upcycle.planning.recipe_table import KnownRecipe
 from nemo_upcycle.recipes import known_recipe, known_recipes, recipe_file
 from nemo_upcycle.sources.find import Parent
+from nemo_upcycle.utils import moved
 from tests.golden import factory_of
 
 
@@ -28,6 +32,14 @@ def test_a_recipes_file_imports_no_trainer() -> None:
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert int(answer[0]) == 18
     assert {name.partition(".")[0] for name in answer}.isdisjoint({"nemo", "nemo_run", "megatron", "lightning"})
+
+
+@pytest.mark.parametrize("old", [module.name for module in pkgutil.iter_modules(moved.__path__)])
+def test_a_moved_module_names_its_new_place(old: str) -> None:
+    with pytest.raises(ImportError, match=f"nemo_upcycle.recipes.{old} has moved") as raised:
+        importlib.import_module(f"nemo_upcycle.recipes.{old}")
+    for place in re.findall(r"nemo_upcycle\.[a-z0-9_.]+[a-z0-9]", str(raised.value))[1:]:
+        assert importlib.util.find_spec(place), place
 
 
 @pytest.mark.parametrize("known", known_recipes().values(), ids=lambda known: known.name)
