@@ -26,7 +26,8 @@ help:
 	@echo "make demo RECIPE=smollm2_135m_e8t2_sft   run another recipe, here: tune on conversations"
 	@echo "make demo ENV=bridge                     run on Megatron-Bridge (PYTHON=python3.12)"
 	@echo "make test-in ENV=NAME                    run the tests of another environment or server:"
-	@echo "               bridge bridge-sample te data tf5 vllm sglang llama-cpp slurm k8s browser command"
+	@echo "               bridge bridge-next bridge-sample te data tf5 vllm sglang llama-cpp slurm k8s browser"
+	@echo "               command"
 	@echo "               (make test-in says what each one tests and needs)"
 
 venv: $(VENV)/.complete .venv-data/.complete
@@ -42,7 +43,7 @@ $(VENV)/.complete: scripts/env.sh pyproject.toml uv.lock
 # An environment that takes long to build is built again only after a change of its own list.
 $(patsubst %,.venv-%/.complete,data docs tf5 vllm browser bridge-sample): scripts/env.sh pyproject.toml uv.lock
 .venv-bridge-sample/.complete: scripts/bridge.txt tests/bridge/stand_in/transformer_engine.py
-.venv-bridge/.complete: scripts/te_env.sh scripts/bridge.txt
+.venv-bridge/.complete .venv-bridge-next/.complete: scripts/te_env.sh scripts/bridge.txt
 .venv-te/.complete: scripts/te_env.sh
 .venv-sglang/.complete: scripts/sglang_env.sh
 

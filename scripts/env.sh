@@ -2,7 +2,7 @@
 # Makes an environment: `make venv` and `make test-in ENV=NAME` call it.
 #
 #   scripts/env.sh FOLDER dev|data|docs|tf5|vllm|browser|bridge-sample|release
-#   scripts/env.sh FOLDER te|bridge|sglang            with packages that are compiled here: te_env.sh, sglang_env.sh
+#   scripts/env.sh FOLDER te|bridge|bridge-next|sglang   with packages that are compiled here: te_env.sh, sglang_env.sh
 #
 # PYTHON chooses the interpreter. Where uv is on PATH it installs the versions of uv.lock, else pip the newest that fit;
 # `UV=` in the environment, or `make UV=`, leaves uv out.
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 case $2 in
     dev|data|docs|tf5|vllm|browser|bridge-sample|release) ;;
-    te|bridge) exec scripts/te_env.sh "$1" "$2" ;;
+    te|bridge|bridge-next) exec scripts/te_env.sh "$1" "$2" ;;
     sglang) exec scripts/sglang_env.sh "$1" ;;
     *) sed -n '3,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

@@ -4,6 +4,7 @@
 #   make test-in ENV=NAME
 #
 #   bridge         Megatron-Bridge with a compiled Transformer Engine (Python 3.12; 19 minutes, 13 to build)
+#   bridge-next    the same on commits of Bridge 0.7 and Megatron-Core 0.20 from GitHub, or on folders: BRIDGE_SRC= LM_SRC=
 #   bridge-sample  the part of bridge that needs no compiler (Python 3.12; 2 minutes, 1 to install)
 #   te             real Transformer Engine modules in CPU memory (a minute, 11 to build)
 #   data           the engine of the data stage (3 minutes); SLURM_PARTITION=NAME: on a Slurm, too
@@ -16,8 +17,8 @@
 #   browser        reports in Chromium at two widths, screenshots in runs/test-browser (a minute, 1 to install; 0.7 GB)
 #   command        `nemo llm pretrain` with the real 135M model, then resumed (3 minutes, 14 GiB of memory, 11 GB of disk)
 #
-# PYTHON=FOLDER/bin/python3.12 chooses the interpreter of a new environment. bridge takes ROWS= for every row of every
-# table.
+# PYTHON=FOLDER/bin/python3.12 chooses the interpreter of a new environment. bridge and bridge-next take ROWS= for every
+# row of every table.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,10 +33,10 @@ run_in() {
 }
 
 case ${1:-} in
-    bridge)
+    bridge|bridge-next)
         rows=${ROWS-not weekly}
-        run_in .venv-bridge -m "$rows" tests/te
-        run_in .venv-bridge -m "$rows" -n 3 --dist loadfile \
+        run_in ".venv-$1" -m "$rows" tests/te
+        run_in ".venv-$1" -m "$rows" -n 3 --dist loadfile \
             tests/bridge tests/contract tests/distributed/test_balancing.py \
             tests/unit/{init,online,convert,verify,monitoring,planning} tests/unit/data/test_epoch_dataset.py ;;
     bridge-sample) # models filled, also beside Bridge's own loader; a training with a resume; mistakes; odd experts

@@ -78,7 +78,7 @@ def _make(words: list[str]) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {word for word in words if re.fullmatch(r"[a-z-]+", word)} <= targets
     script = (ROOT / "scripts/test_in.sh").read_text()
-    environments = set(re.findall(r"^    ([a-z0-9-]+)\)", script, flags=re.MULTILINE))
+    environments = "|".join(re.findall(r"^    ([a-z0-9|-]+)\)", script, flags=re.MULTILINE)).split("|")
     assert {word[4:] for word in words if word.startswith("ENV=")} <= {*environments, "NAME"}
 
 
