@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ _OWN = re.compile(
 )
 #: What Bridge alone takes.
 _BRIDGES = re.compile(r"\brecipe=|\btrain\.train_iters|pretrain\.spec\.")
+#: The module of `nemo upcycle pipeline`, which registers its recipes.
+_PIPELINE = "nemo_upcycle.pipeline.bridge.pipeline" if IS_BRIDGE else "nemo_upcycle.pipeline.nemo.recipes"
 #: Stands for a recipe in a help text.
 _NAME = "qwen3_600m_e8t2"
 
@@ -40,8 +43,8 @@ def _parse(words: list[str]) -> Any:
     """Parse the words behind `nemo`, and start nothing."""
     from nemo_upcycle.pipeline.ablations.launch import ablate
     from nemo_upcycle.pipeline.context import CheckedContext, _check_words
-    from nemo_upcycle.recipes import pipeline
 
+    pipeline = import_module(_PIPELINE).pipeline
     if words[0] == "upcycle":
         function = ablate if words[1] == "ablate" else pipeline
         context_class = function.cli_entrypoint.run_ctx_cls
