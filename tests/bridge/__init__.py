@@ -1,1 +1,1 @@
-"""Tests in the environment of `make test-in ENV=bridge`: Megatron-Bridge, Megatron-Core 0.19, transformers 5."""
+"""Tests in the environments of `make test-in`, `ENV=bridge` and `ENV=bridge-next`: Megatron-Bridge, transformers 5."""
