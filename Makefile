@@ -32,17 +32,19 @@ help:
 
 venv: $(VENV)/.complete .venv-data/.complete
 
-# scripts/env.sh says what each environment holds. Where uv is on PATH, the versions are those of uv.lock; `make UV=`
-# takes pip.
-$(VENV)/.complete: scripts/env.sh pyproject.toml uv.lock
+# scripts/env.sh says what each environment holds. Versions are those of scripts/constraints, with uv and with pip.
+$(VENV)/.complete: scripts/env.sh pyproject.toml scripts/constraints/nemo.txt
 	PYTHON=$(PYTHON) scripts/env.sh $(VENV) dev
 
 .venv-%/.complete:
 	PYTHON=$(PYTHON) scripts/env.sh .venv-$* $*
 
 # An environment that takes long to build is built again only after a change of its own list.
-$(patsubst %,.venv-%/.complete,data docs tf5 vllm browser bridge-sample): scripts/env.sh pyproject.toml uv.lock
-.venv-bridge-sample/.complete: scripts/bridge.txt tests/bridge/stand_in/transformer_engine.py
+$(patsubst %,.venv-%/.complete,data docs tf5 vllm browser bridge-sample): scripts/env.sh pyproject.toml
+.venv-data/.complete: scripts/constraints/data.txt
+.venv-docs/.complete: scripts/constraints/nemo.txt
+.venv-tf5/.complete: scripts/constraints/tf5.txt
+.venv-bridge-sample/.complete: scripts/constraints/bridge.txt scripts/bridge.txt tests/bridge/stand_in/transformer_engine.py
 .venv-bridge/.complete .venv-bridge-next/.complete: scripts/te_env.sh scripts/bridge.txt
 .venv-te/.complete: scripts/te_env.sh
 .venv-sglang/.complete: scripts/sglang_env.sh
