@@ -12,7 +12,7 @@ env=$(cd "$1" && pwd)
 "$env/bin/pip" install --progress-bar off --upgrade pip
 # "===": the CUDA build of the package index, whose libraries SGLang's kernels are linked with, not another one of that
 # number from a folder that pip searches too.
-"$env/bin/pip" install --progress-bar off "sglang==0.5.23" "torch===2.14.1" omegaconf rich filelock "pytest>=8,<10"
+"$env/bin/pip" install --progress-bar off "sglang==0.5.23" "torch===2.14.1" omegaconf rich "pytest>=8,<10"
 "$env/bin/pip" install --progress-bar off --no-deps -e "$root"
 
 # The kernels' library asks the driver's for one function, which no test calls; without a driver, this is all of it.

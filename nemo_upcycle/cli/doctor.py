@@ -40,7 +40,7 @@ _EXTRAS = {
     "gpu": "FP8 and grouped GEMM on NVIDIA GPUs; NVIDIA's NeMo container has it",
 }
 #: Libraries that docker/Dockerfile.nemo installs in front of the container's own releases.
-_LAID_OVER = ("megatron-core", "nvidia-modelopt", "filelock")
+_LAID_OVER = ("megatron-core", "nvidia-modelopt")
 #: Libraries whose release must fit in a container, too. All other libraries stay as the container has them.
 _NEEDED = (*_LAID_OVER, "nemo-toolkit", RELEASES.name)
 #: Libraries that nothing imports: the package names them for their bound alone.
@@ -96,8 +96,9 @@ def _requirements() -> list[Requirement]:
 
 
 def _libraries() -> list[dict[str, Any]]:
-    """Return every library that the package's metadata names, with its version and whether that fits."""
-    requirements, other = _requirements(), "nemo" if _trainer() == "bridge" else "bridge"
+    """Return Megatron-Bridge and every library that the package's metadata names, and whether its version fits."""
+    requirements = [*_requirements(), RELEASES._replace(extra="bridge")]
+    other = "nemo" if _trainer() == "bridge" else "bridge"
     return [
         _described(one)
         for extra in _EXTRAS

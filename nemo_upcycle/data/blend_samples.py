@@ -18,7 +18,8 @@ from typing import Any
 from nemo_upcycle.data.blend import MOST_EPOCHS, no_data
 from nemo_upcycle.data.finished import MANIFEST, FinishedBlend
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import MARKER, is_complete, read_json, sha256_file, take_lock, write_json
+from nemo_upcycle.utils.files import MARKER, is_complete, read_json, sha256_file, write_json
+from nemo_upcycle.utils.locks import take_lock
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.ranks import is_first_rank
 

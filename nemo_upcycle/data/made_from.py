@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import writable_cache
+from nemo_upcycle.utils.locks import take_lock
 
 
 #: Path, size and time of a file.
@@ -114,6 +113,6 @@ def cached_folder(kind: str, name: str, made_from: Sequence[Any], build: Callabl
     """
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     output = writable_cache(kind) / f"{name}-{digest}"
-    with FileLock(f"{output}.lock"):
+    with take_lock(Path(f"{output}.lock"), timeout_s=-1):
         build(output)
     return output

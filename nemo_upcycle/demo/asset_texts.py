@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from nemo_upcycle.demo.assets import ASSETS, fetch_asset
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.conf import read_yaml
 from nemo_upcycle.utils.files import read_json_lines, whole_file
+from nemo_upcycle.utils.locks import take_lock
 
 
 #: The asset's files that answer questions; others chat, or give several answers to one question.
@@ -73,7 +72,7 @@ def fetch_conversations(name: str) -> Path:
     if name not in known:
         raise UpcycleError.unknown("asset of conversations", name, known)
     path = writable_cache("conversations") / f"{name}-{ASSETS[name].version}.jsonl"
-    with FileLock(f"{path}.lock"):
+    with take_lock(Path(f"{path}.lock"), timeout_s=-1):
         if not path.is_file():
             folder = fetch_asset(name)
             with whole_file(path) as aside:

@@ -24,6 +24,7 @@ from nemo_upcycle.utils.files import (
     sha256_file,
     write_json,
 )
+from nemo_upcycle.utils.locks import take_lock
 
 
 logger = logging.getLogger(__name__)
@@ -127,15 +128,13 @@ def fetch_asset(name: str) -> Path:
         >>> fetch_asset("mmlu").name  # doctest: +SKIP
         'mmlu.jsonl'
     """
-    from filelock import FileLock  # slow
-
     asset = ASSETS[name]
     folder = asset_folder(name, cache_folder())
     result = folder / PurePosixPath(asset.member).name
     if is_complete(folder):
         return result
     require_disk(writable_cache("assets"), asset.disk_bytes, f"asset {name}")
-    with FileLock(folder.parent / f".{folder.name}.lock"):  # two runs may ask for it at once
+    with take_lock(folder.parent / f".{folder.name}.lock", timeout_s=-1):  # two runs may ask for it at once
         if not is_complete(folder):
             _fetch(asset, folder)
     return result

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from shutil import which
 
-from filelock import FileLock
-
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import scratch_folder, whole_file
+from nemo_upcycle.utils.locks import take_lock
 
 
 #: Articles of a dictionary are joined to documents of this length.
@@ -42,7 +41,7 @@ def package_texts(name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise UpcycleError("package", got=repr(name), expected="a name like dict-gcide", fix="correct the name")
     path = writable_cache("packages") / f"{name}.jsonl"
-    with FileLock(f"{path}.lock"):
+    with take_lock(Path(f"{path}.lock"), timeout_s=-1):
         if not path.is_file():
             _write(name, path)
     return path

@@ -17,6 +17,7 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.sources.find import ModelAddress, Parent, find_parent, require_tokenizer
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import is_complete
+from nemo_upcycle.utils.locks import take_lock
 
 
 WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
@@ -130,13 +131,11 @@ def ensure_dense(source: str) -> Path:
         >>> ensure_dense("asset://smollm2-135m")  # doctest: +SKIP
         PosixPath('/home/me/.cache/nemo-upcycle/dense/smollm2-135m')
     """
-    from filelock import FileLock
-
     kind, name = find_parent(source)
     if kind not in ("asset", "hub"):  # used where it lies
         return import_dense(source, Path(), sampled=True)
     output = cached_asset(name)
-    with FileLock(f"{output}.lock"):
+    with take_lock(Path(f"{output}.lock"), timeout_s=-1):
         if kind == "asset":
             return output if is_complete(output) else import_dense(source, output, sampled=True)
         if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0):

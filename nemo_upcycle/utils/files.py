@@ -8,18 +8,18 @@ taken for a result. One process at a time writes a folder: the hidden folder in 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.locks import take_lock
 
 
 MARKER = "_SUCCESS.json"
@@ -194,28 +194,6 @@ def forget_work(folder: Path, *names: str) -> None:
     """Delete what only the making of a folder needed: the lock, and files of these names."""
     for name in (_LOCK, *names):
         (folder / name).unlink(missing_ok=True)
-
-
-def take_lock(path: Path, timeout_s: float = 0) -> AbstractContextManager[Any]:
-    """Lock a file for this process, until the returned context or the process ends, even by `kill -9`.
-
-    Some network file systems have no locks: avoiding two writers is then the user's responsibility.
-
-    Args:
-        path: the file, which is created.
-        timeout_s: how long to wait for another process that holds the lock; -1 waits for its end.
-
-    Raises:
-        TimeoutError: another process holds the lock.
-    """
-    from filelock import FileLock
-
-    try:
-        return FileLock(path, timeout=timeout_s, fallback_to_soft=False).acquire()
-    except OSError as error:  # filelock's TimeoutError is one, too, without a number
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            return nullcontext()
-        raise
 
 
 @contextmanager

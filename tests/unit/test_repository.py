@@ -154,6 +154,24 @@ def test_the_lock_is_of_these_dependencies() -> None:
     assert found == wanted, "run `uv lock`"
 
 
+@pytest.mark.parametrize("name", ["nemo", "data", "tf5"])
+def test_constraints_are_made_of_the_lock(name: str) -> None:
+    tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
+    lock = (ROOT / "uv.lock").read_bytes()
+    first, *lines = (ROOT / f"scripts/constraints/{name}.txt").read_text(encoding="utf-8").splitlines()
+    assert first.endswith(hashlib.sha256(lock).hexdigest()), "run scripts/lock.sh"
+    locked = {f"{one['name']}=={one.get('version')}" for one in tomllib.loads(lock.decode())["package"]}
+    assert {line.partition(" ")[0] for line in lines} <= locked
+
+
+def test_bridges_constraints_fit_what_is_asked_for() -> None:
+    lines = (ROOT / "scripts/constraints/bridge.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines)
+    asked = [line for line in (ROOT / "scripts/bridge.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
+    misfits = [need for need in map(Requirement, asked) if pinned.get(need.name) not in need.specifier]
+    assert not misfits, "run scripts/lock.sh"
+
+
 def _locked(entry: dict[str, Any]) -> tuple[str, SpecifierSet]:
     return entry["name"], SpecifierSet(entry.get("specifier", ""))
 

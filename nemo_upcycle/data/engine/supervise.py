@@ -21,7 +21,8 @@ from nemo_upcycle.data.engine.processes import die_with_parent
 from nemo_upcycle.data.engine.tasks import BEGUN, EnginePlan, clear_asides
 from nemo_upcycle.data.engine.tokenise import choose_library
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import read_json, take_lock, write_json
+from nemo_upcycle.utils.files import read_json, write_json
+from nemo_upcycle.utils.locks import take_lock
 from nemo_upcycle.utils.progress import ProgressLine
 
 

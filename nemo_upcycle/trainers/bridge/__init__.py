@@ -10,7 +10,7 @@ from nemo_upcycle.utils.ranks import is_first_rank
 from nemo_upcycle.utils.requirements import installed_release, requirement
 
 
-#: The releases that this package was written for; the extra `bridge` of pyproject.toml has the same bounds.
+#: The releases that this package was written for. The extra `bridge` of pyproject.toml does not name Megatron-Bridge.
 RELEASES = requirement("megatron-bridge>=0.6.0,<0.8")
 #: How a release fits, see `fit_of`.
 FITS, NEWER, TOO_OLD = "fits", "newer", "too old"

@@ -12,9 +12,6 @@ from nemo_upcycle.trainers.bridge import RELEASES, require_bridge
 from nemo_upcycle.utils.progress import show_messages
 
 
-ROOT = Path(__file__).parents[3]
-
-
 def _install(folder: Path, release: str) -> None:
     sources = folder / "megatron/bridge"
     sources.mkdir(parents=True)
@@ -53,7 +50,3 @@ def test_doctor_and_gate_judge_a_release_alike(
         require_bridge()
     said = f"Megatron-Bridge {release} is newer than this package knows"
     assert caplog.text.count(said) == (state == "newer"), "said once"
-
-
-def test_the_extra_has_the_bounds_of_the_gate() -> None:
-    assert f'bridge = ["{RELEASES.argument}", ' in (ROOT / "pyproject.toml").read_text("utf-8")
