@@ -13,7 +13,16 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-KEPT = {"torch", "megatron-core", "megatron-bridge", "transformers", "transformer-engine", "numpy", "filelock", "nemo-run"}
+KEPT = {
+    "torch",
+    "megatron-core",
+    "megatron-bridge",
+    "transformers",
+    "transformer-engine",
+    "numpy",
+    "filelock",
+    "nemo-run",
+}
 
 
 def _metadata(name: str, release: str, lines: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -147,11 +148,11 @@ def test_the_lock_is_of_these_dependencies() -> None:
     needs = {f"extra == '{extra}'": lines for extra, lines in stated["project"]["optional-dependencies"].items()}
     needs[""] = stated["project"]["dependencies"]
     wanted = {(marker, *_stated(line)) for marker, lines in needs.items() for line in lines}
-    assert {(one.get("marker", ""), *_locked(one)) for one in locked["requires-dist"]} == wanted, "run `uv lock`"
+    assert {(one.get("marker", ""), *_locked(one)) for one in locked["requires-dist"]} == wanted, "run scripts/lock.sh"
     groups = stated["dependency-groups"]
     wanted = {(group, *_stated(line)) for group in groups for line in _lines_of(group, groups)}
     found = {(group, *_locked(one)) for group, entries in locked["requires-dev"].items() for one in entries}
-    assert found == wanted, "run `uv lock`"
+    assert found == wanted, "run scripts/lock.sh"
 
 
 @pytest.mark.parametrize("name", ["nemo", "data", "tf5"])
@@ -165,10 +166,12 @@ def test_constraints_are_made_of_the_lock(name: str) -> None:
 
 
 def test_bridges_constraints_fit_what_is_asked_for() -> None:
-    lines = (ROOT / "scripts/constraints/bridge.txt").read_text(encoding="utf-8").splitlines()
-    pinned = dict(line.split("==") for line in lines)
-    asked = [line for line in (ROOT / "scripts/bridge.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
-    misfits = [need for need in map(Requirement, asked) if pinned.get(need.name) not in need.specifier]
+    pinned = dict(
+        line.split("==") for line in (ROOT / "scripts/constraints/bridge.txt").read_text("utf-8").splitlines()
+    )
+    lines = (ROOT / "scripts/bridge.txt").read_text("utf-8").splitlines()
+    asked = [Requirement(line) for line in lines if not line.startswith("#")]
+    misfits = [need for need in asked if pinned.get(need.name) not in need.specifier]
     assert not misfits, "run scripts/lock.sh"
 
 
