@@ -11,8 +11,8 @@ import sys
 
 # Before Megatron, which alone does not import where there is a CUDA toolkit and no card.
 from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.bridge import upcycled_pretraining
 from nemo_upcycle.cpu.backend import use_cpu_backend
-from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
 
 
 # isort: split

@@ -2,12 +2,13 @@
 
 torchrun ... -m nemo_upcycle.bridge Megatron-Bridge/scripts/training/run_recipe.py --recipe NAME KEY=VALUE ...
 
-A script of one's own imports from here `upcycled` and `upcycled_pretraining`.
+A script of one's own imports from here `with_upcycling`, `with_parent`, `upcycled` and `upcycled_pretraining`.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -19,9 +20,13 @@ from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.utils.checkout import require_one_checkout
 
 
+#: The variable that named the parent until 0.3.
+_OLD = "NEMO_UPCYCLE_DENSE"
+
+
 def __getattr__(name: str) -> Any:
     """Import what a script of one's own needs, without a trainer where this module only runs one."""
-    if name not in ("upcycled", "upcycled_pretraining"):
+    if name not in ("with_upcycling", "with_parent", "upcycled", "upcycled_pretraining"):
         raise AttributeError(name)
     return getattr(importlib.import_module("nemo_upcycle.trainers.bridge.recipes.common"), name)
 
@@ -34,6 +39,13 @@ def main() -> None:
     try:
         require_one_checkout()
         require_bridge()
+        if _OLD in os.environ:
+            raise UpcycleError(
+                _OLD,
+                got=os.environ[_OLD],
+                expected="nothing: it no longer names the parent",
+                fix="unset it, and give upcycling.hf_model_path=..., of a baseline hf_model_path=...",
+            )
     except UpcycleError as error:
         sys.stderr.write(f"Error: {error}\n")
         raise SystemExit(error.exit_status) from None

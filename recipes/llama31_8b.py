@@ -8,7 +8,7 @@ The paper did not train it; RoPE scaling is kept. Sequences have 8192 tokens in 
 from collections.abc import Callable
 from typing import Any, Optional
 
-from nemo_upcycle.planning.recipe_table import Run, Schedule
+from nemo_upcycle.planning.recipe_table import Run, Schedule, on_gpus
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
 
@@ -99,60 +99,78 @@ def dense_ct(
     return dense_recipe(llama31_8b, dense_model(), LAYOUTS["h100"]["dense"], TRAINING, dense, data, **named)
 
 
-def llama31_8b_e8t2_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["e8t2"].gpus, "h100")
+def llama31_8b_e8t2_pretrain_512gpu_h100_bf16_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
-    return upcycled_run(dense, PARENT, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC)
+    return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
 
 
-def llama31_8b_e8t2_pretrain_128gpu_h100_fp8cs_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["fast"].gpus, "h100")
+def llama31_8b_e8t2_pretrain_128gpu_h100_fp8cs_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the fast run in Megatron-Bridge, on 128 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import fast_run
 
-    return fast_run(dense, PARENT, LAYOUTS["h100"]["fast"], TRAINING, SPEC)
+    return fast_run(dense, LAYOUTS["h100"]["fast"], TRAINING, spec, data=data)
 
 
-def llama31_8b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["dense"].gpus, "h100")
+def llama31_8b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: str = PARENT, data: Optional[str] = None) -> Any:
     """Make the dense baseline in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
 
-    return dense_run(dense, PARENT, LAYOUTS["h100"]["dense"], TRAINING)
+    return dense_run(dense, LAYOUTS["h100"]["dense"], TRAINING, data=data)
 
 
-def llama31_8b_e8t2_pretrain_64gpu_b200_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["b200"]["e8t2"].gpus, "b200")
+def llama31_8b_e8t2_pretrain_64gpu_b200_bf16_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training in Megatron-Bridge, on 64 B200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
-    return upcycled_run(dense, PARENT, LAYOUTS["b200"]["e8t2"], TRAINING, SPEC)
+    return upcycled_run(dense, LAYOUTS["b200"]["e8t2"], TRAINING, spec, data=data)
 
 
-def llama31_8b_dense_ct_pretrain_64gpu_b200_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["b200"]["dense"].gpus, "b200")
+def llama31_8b_dense_ct_pretrain_64gpu_b200_bf16_config(dense: str = PARENT, data: Optional[str] = None) -> Any:
     """Make the dense baseline in Megatron-Bridge, on 64 B200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
 
-    return dense_run(dense, PARENT, LAYOUTS["b200"]["dense"], TRAINING)
+    return dense_run(dense, LAYOUTS["b200"]["dense"], TRAINING, data=data)
 
 
-def llama31_8b_e8t2_pretrain_64gpu_gb200_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["gb200"]["e8t2"].gpus, "gb200")
+def llama31_8b_e8t2_pretrain_64gpu_gb200_bf16_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training in Megatron-Bridge, on 64 GB200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import NVL72, hybridep_run
 
-    return hybridep_run(dense, PARENT, LAYOUTS["gb200"]["e8t2"], TRAINING, SPEC, nvlink_gpus=NVL72)
+    return hybridep_run(dense, LAYOUTS["gb200"]["e8t2"], TRAINING, spec, nvlink_gpus=NVL72, data=data)
 
 
-def llama31_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["gb200"]["fast"].gpus, "gb200")
+def llama31_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the fast run in Megatron-Bridge, on 64 GB200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import mxfp8_run
 
-    return mxfp8_run(dense, PARENT, LAYOUTS["gb200"]["fast"], TRAINING, SPEC)
+    return mxfp8_run(dense, LAYOUTS["gb200"]["fast"], TRAINING, spec, data=data)
 
 
-def llama31_8b_dense_ct_pretrain_64gpu_gb200_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["gb200"]["dense"].gpus, "gb200")
+def llama31_8b_dense_ct_pretrain_64gpu_gb200_bf16_config(dense: str = PARENT, data: Optional[str] = None) -> Any:
     """Make the dense baseline in Megatron-Bridge, on 64 GB200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
 
-    return dense_run(dense, PARENT, LAYOUTS["gb200"]["dense"], TRAINING)
+    return dense_run(dense, LAYOUTS["gb200"]["dense"], TRAINING, data=data)
 
 
 #: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.

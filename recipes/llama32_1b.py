@@ -6,7 +6,7 @@ The upcycled model has 6.87B parameters, 2.04B active. Both are trained on 100B 
 from collections.abc import Callable
 from typing import Any, Optional
 
-from nemo_upcycle.planning.recipe_table import Run, Schedule, Tuning
+from nemo_upcycle.planning.recipe_table import Run, Schedule, Tuning, on_gpus
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
 
@@ -131,18 +131,22 @@ def dense_sft(
     return tuned(recipe, TUNING, data=data, start=start, peft_scheme=peft_scheme)
 
 
-def llama32_1b_e8t2_pretrain_64gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["e8t2"].gpus, "h100")
+def llama32_1b_e8t2_pretrain_64gpu_h100_bf16_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training in Megatron-Bridge, on 64 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
-    return upcycled_run(dense, PARENT, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC)
+    return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
 
 
-def llama32_1b_dense_ct_pretrain_64gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["dense"].gpus, "h100")
+def llama32_1b_dense_ct_pretrain_64gpu_h100_bf16_config(dense: str = PARENT, data: Optional[str] = None) -> Any:
     """Make the dense baseline in Megatron-Bridge, on 64 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
 
-    return dense_run(dense, PARENT, LAYOUTS["h100"]["dense"], TRAINING)
+    return dense_run(dense, LAYOUTS["h100"]["dense"], TRAINING, data=data)
 
 
 #: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.

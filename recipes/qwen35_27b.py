@@ -8,7 +8,7 @@ model; sizes are those of the published config.json, layouts the planner's.
 
 from typing import Any, Optional
 
-from nemo_upcycle.planning.recipe_table import Run, Schedule
+from nemo_upcycle.planning.recipe_table import Run, Schedule, on_gpus
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -29,18 +29,22 @@ TRAINING = Schedule(seq_length=8192, global_batch=512, steps=23_842, lr=3e-5, mi
 DATA, EVALUATION = "redpajama_v2_academic_7_3", "paper"
 
 
-def qwen35_27b_e8t2_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["e8t2"].gpus, "h100")
+def qwen35_27b_e8t2_pretrain_512gpu_h100_bf16_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
-    return upcycled_run(dense, PARENT, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC)
+    return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
 
 
-def qwen35_27b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["dense"].gpus, "h100")
+def qwen35_27b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: str = PARENT, data: Optional[str] = None) -> Any:
     """Make the dense baseline in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
 
-    return dense_run(dense, PARENT, LAYOUTS["h100"]["dense"], TRAINING)
+    return dense_run(dense, LAYOUTS["h100"]["dense"], TRAINING, data=data)
 
 
 #: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.

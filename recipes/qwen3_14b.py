@@ -6,7 +6,7 @@ The upcycled model has 89.64B parameters, 25.47B active. Both are trained on 100
 from collections.abc import Callable
 from typing import Any, Optional
 
-from nemo_upcycle.planning.recipe_table import Run, Schedule
+from nemo_upcycle.planning.recipe_table import Run, Schedule, on_gpus
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
 
@@ -93,18 +93,22 @@ def dense_ct(
     return dense_recipe(llama3_8b, dense_model(), LAYOUTS["h100"]["dense"], TRAINING, dense, data, **named)
 
 
-def qwen3_14b_e8t2_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["e8t2"].gpus, "h100")
+def qwen3_14b_e8t2_pretrain_512gpu_h100_bf16_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
-    return upcycled_run(dense, PARENT, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC)
+    return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
 
 
-def qwen3_14b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["dense"].gpus, "h100")
+def qwen3_14b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: str = PARENT, data: Optional[str] = None) -> Any:
     """Make the dense baseline in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
 
-    return dense_run(dense, PARENT, LAYOUTS["h100"]["dense"], TRAINING)
+    return dense_run(dense, LAYOUTS["h100"]["dense"], TRAINING, data=data)
 
 
 #: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.

@@ -6,7 +6,7 @@ The upcycled model has 2.45B parameters, 0.86B active. Both are trained for a fe
 from collections.abc import Callable
 from typing import Any, Optional
 
-from nemo_upcycle.planning.recipe_table import Run, Schedule, Tuning
+from nemo_upcycle.planning.recipe_table import Run, Schedule, Tuning, on_gpus
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.recipe_arguments import with_help
 
@@ -129,32 +129,40 @@ def dense_sft(
     return tuned(recipe, TUNING, data=data, start=start, peft_scheme=peft_scheme)
 
 
-def qwen3_600m_e8t2_pretrain_1gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["e8t2"].gpus, "h100")
+def qwen3_600m_e8t2_pretrain_1gpu_h100_bf16_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training in Megatron-Bridge, on 1 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import small_run
 
-    return small_run(dense, PARENT, TRAINING, SPEC)
+    return small_run(dense, TRAINING, spec, data=data)
 
 
-def qwen3_600m_dense_ct_pretrain_1gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["dense"].gpus, "h100")
+def qwen3_600m_dense_ct_pretrain_1gpu_h100_bf16_config(dense: str = PARENT, data: Optional[str] = None) -> Any:
     """Make the dense baseline in Megatron-Bridge, on 1 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import small_run
 
-    return small_run(dense, PARENT, TRAINING, None)
+    return small_run(dense, TRAINING, None, data=data)
 
 
-def qwen3_600m_e8t2_sft_1gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(TUNING.gpus, "h100", tunes=True)
+def qwen3_600m_e8t2_sft_1gpu_h100_bf16_config(
+    dense: str = TUNING.parent, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the tuning of the upcycled model on conversations in Megatron-Bridge, on 1 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import small_run, tuned
 
-    return tuned(small_run(dense, TUNING.parent, TRAINING, SPEC), TUNING)
+    return tuned(small_run(dense, TRAINING, spec), TUNING, data)
 
 
-def qwen3_600m_dense_sft_1gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(TUNING.gpus, "h100", tunes=True)
+def qwen3_600m_dense_sft_1gpu_h100_bf16_config(dense: str = TUNING.parent, data: Optional[str] = None) -> Any:
     """Make the tuning of the dense model on conversations in Megatron-Bridge, on 1 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import small_run, tuned
 
-    return tuned(small_run(dense, TUNING.parent, TRAINING, None), TUNING)
+    return tuned(small_run(dense, TRAINING, None), TUNING, data)
 
 
 #: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.

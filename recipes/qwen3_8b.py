@@ -9,7 +9,7 @@ width: NeMo's own recipe is for a single node, with batches of 32 sequences.
 from collections.abc import Callable
 from typing import Any, Optional
 
-from nemo_upcycle.planning.recipe_table import Run, Schedule, Tuning
+from nemo_upcycle.planning.recipe_table import Run, Schedule, Tuning, on_gpus
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.recipe_arguments import with_help, with_overrides
 
@@ -155,81 +155,106 @@ def dense_sft(
     return tuned(recipe, TUNING, data=data, start=start, peft_scheme=peft_scheme)
 
 
-def qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["e8t2"].gpus, "h100")
+def qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
-    return upcycled_run(dense, PARENT, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC)
+    return upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec, data=data)
 
 
-def qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_hybridep_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["hybridep"].gpus, "h100")
+def qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_hybridep_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training with HybridEP in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import hybridep_run
 
-    return hybridep_run(dense, PARENT, LAYOUTS["h100"]["hybridep"], TRAINING, SPEC)
+    return hybridep_run(dense, LAYOUTS["h100"]["hybridep"], TRAINING, spec, data=data)
 
 
-def qwen3_8b_e8t2_pretrain_128gpu_h100_fp8sc_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["fast"].gpus, "h100")
+def qwen3_8b_e8t2_pretrain_128gpu_h100_fp8sc_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the fast run in Megatron-Bridge, on 128 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import fast_run
 
-    return fast_run(dense, PARENT, LAYOUTS["h100"]["fast"], TRAINING, SPEC)
+    return fast_run(dense, LAYOUTS["h100"]["fast"], TRAINING, spec, data=data)
 
 
-def qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["h100"]["dense"].gpus, "h100")
+def qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config(dense: str = PARENT, data: Optional[str] = None) -> Any:
     """Make the dense baseline in Megatron-Bridge, on 512 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
 
-    return dense_run(dense, PARENT, LAYOUTS["h100"]["dense"], TRAINING)
+    return dense_run(dense, LAYOUTS["h100"]["dense"], TRAINING, data=data)
 
 
-def qwen3_8b_e8t2_pretrain_64gpu_b200_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["b200"]["e8t2"].gpus, "b200")
+def qwen3_8b_e8t2_pretrain_64gpu_b200_bf16_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training in Megatron-Bridge, on 64 B200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import upcycled_run
 
-    return upcycled_run(dense, PARENT, LAYOUTS["b200"]["e8t2"], TRAINING, SPEC)
+    return upcycled_run(dense, LAYOUTS["b200"]["e8t2"], TRAINING, spec, data=data)
 
 
-def qwen3_8b_dense_ct_pretrain_64gpu_b200_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["b200"]["dense"].gpus, "b200")
+def qwen3_8b_dense_ct_pretrain_64gpu_b200_bf16_config(dense: str = PARENT, data: Optional[str] = None) -> Any:
     """Make the dense baseline in Megatron-Bridge, on 64 B200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
 
-    return dense_run(dense, PARENT, LAYOUTS["b200"]["dense"], TRAINING)
+    return dense_run(dense, LAYOUTS["b200"]["dense"], TRAINING, data=data)
 
 
-def qwen3_8b_e8t2_pretrain_64gpu_gb200_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["gb200"]["e8t2"].gpus, "gb200")
+def qwen3_8b_e8t2_pretrain_64gpu_gb200_bf16_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the training in Megatron-Bridge, on 64 GB200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import NVL72, hybridep_run
 
-    return hybridep_run(dense, PARENT, LAYOUTS["gb200"]["e8t2"], TRAINING, SPEC, nvlink_gpus=NVL72)
+    return hybridep_run(dense, LAYOUTS["gb200"]["e8t2"], TRAINING, spec, nvlink_gpus=NVL72, data=data)
 
 
-def qwen3_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["gb200"]["fast"].gpus, "gb200")
+def qwen3_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config(
+    dense: str = PARENT, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the fast run in Megatron-Bridge, on 64 GB200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import mxfp8_run
 
-    return mxfp8_run(dense, PARENT, LAYOUTS["gb200"]["fast"], TRAINING, SPEC)
+    return mxfp8_run(dense, LAYOUTS["gb200"]["fast"], TRAINING, spec, data=data)
 
 
-def qwen3_8b_dense_ct_pretrain_64gpu_gb200_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(LAYOUTS["gb200"]["dense"].gpus, "gb200")
+def qwen3_8b_dense_ct_pretrain_64gpu_gb200_bf16_config(dense: str = PARENT, data: Optional[str] = None) -> Any:
     """Make the dense baseline in Megatron-Bridge, on 64 GB200."""
     from nemo_upcycle.trainers.bridge.recipes.runs import dense_run
 
-    return dense_run(dense, PARENT, LAYOUTS["gb200"]["dense"], TRAINING)
+    return dense_run(dense, LAYOUTS["gb200"]["dense"], TRAINING, data=data)
 
 
-def qwen3_8b_e8t2_sft_64gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(TUNING.gpus, "h100", tunes=True)
+def qwen3_8b_e8t2_sft_64gpu_h100_bf16_config(
+    dense: str = TUNING.parent, spec: UpcycleSpec = SPEC, data: Optional[str] = None
+) -> Any:
     """Make the tuning of the upcycled model on conversations in Megatron-Bridge, on 64 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import tuned, upcycled_run
 
-    return tuned(upcycled_run(dense, TUNING.parent, LAYOUTS["h100"]["e8t2"], TRAINING, SPEC), TUNING)
+    return tuned(upcycled_run(dense, LAYOUTS["h100"]["e8t2"], TRAINING, spec), TUNING, data)
 
 
-def qwen3_8b_dense_sft_64gpu_h100_bf16_config(dense: Optional[str] = None) -> Any:
+@on_gpus(TUNING.gpus, "h100", tunes=True)
+def qwen3_8b_dense_sft_64gpu_h100_bf16_config(dense: str = TUNING.parent, data: Optional[str] = None) -> Any:
     """Make the tuning of the dense model on conversations in Megatron-Bridge, on 64 H100."""
     from nemo_upcycle.trainers.bridge.recipes.runs import dense_run, tuned
 
-    return tuned(dense_run(dense, TUNING.parent, Run(64), TRAINING), TUNING)
+    return tuned(dense_run(dense, Run(64), TRAINING), TUNING, data)
 
 
 #: What a chain trains in Megatron-Bridge: the upcycled model, and its dense baseline.

@@ -9,7 +9,7 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online.receipt import read_receipt, spec_of
-from nemo_upcycle.sources.checkpoint_context import read_context
+from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context
 from nemo_upcycle.sources.checkpoints import UNFINISHED, complete_checkpoints, is_marked
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -46,7 +46,8 @@ def find_model(
     Args:
         path: a checkpoint, a folder of them, or a run: as in `find_checkpoint`.
         dense: the dense parent's folder; None: what the receipt says.
-        receipt_path: the run's receipt; None: the nearest one above the checkpoint.
+        receipt_path: the run's receipt; None: the nearest one above the checkpoint, or that of the run that a
+            fine-tuning started from.
         given: fields of the spec that the user states.
 
     Raises:
@@ -58,7 +59,8 @@ def find_model(
         PosixPath('runs/demo/dense')
     """
     checkpoint, given = find_checkpoint(path), given or {}
-    receipt_path = receipt_path or _nearest_receipt(checkpoint)
+    context = read_context(checkpoint)
+    receipt_path = receipt_path or _nearest_receipt(checkpoint) or _receipt_of_source(context)
     receipt = read_receipt(receipt_path) if receipt_path else {}
     dense = dense or (Path(receipt["source"]) if isinstance(receipt.get("source"), str) else None)
     if dense is None:
@@ -68,7 +70,6 @@ def find_model(
             expected="its Hugging Face folder",
             fix="add --dense FOLDER, or --receipt FILE of the run",
         )
-    context = read_context(checkpoint)
     if not (context or receipt.get("spec")) and given:
         _require_unseen(given, checkpoint)
     known: dict[str, Any] = {}
@@ -128,6 +129,13 @@ def find_checkpoint(path: Path) -> Path:
         expected="a finished checkpoint, a folder of them, or a run",
         fix="name the checkpoint",
     )
+
+
+def _receipt_of_source(context: CheckpointContext | None) -> Path | None:
+    """Return the receipt of the upcycled run that a fine-tuning in Megatron-Bridge started from."""
+    source = context.settings.get("started_from") if context else None
+    path = Path(source) / _RECEIPT if source else None
+    return path if path and path.is_file() else None
 
 
 def _nearest_receipt(checkpoint: Path) -> Path | None:

@@ -51,10 +51,13 @@ def configure_for_cpu(config: Any) -> None:
     is_silu = getattr(config, "activation_func", None) is torch.nn.functional.silu
     if "bias_activation_fusion" in names and not (is_silu and getattr(config, "gated_linear_unit", False)):
         config.bias_activation_fusion = False  # Megatron has no weighted one for experts of other activations
+    if "transformer" in names:  # a builder's configuration
+        configure_for_cpu(config.transformer)
     if "transformer_layer_spec" in names:
         config.transformer_layer_spec = _local_layer_spec(config.transformer_layer_spec)
     if "hybrid_stack_spec" in names:
-        config.hybrid_stack_spec = local_hybrid_stack_with_qk_norm if config.qk_layernorm else local_hybrid_stack
+        stack = local_hybrid_stack_with_qk_norm if config.qk_layernorm else local_hybrid_stack
+        config.hybrid_stack_spec = stack() if "transformer" in names else stack  # a provider calls it
 
 
 #: Where NeMo and Megatron-Bridge have their layer specs, under the same names.
@@ -68,12 +71,21 @@ _WITH_TRANSFORMER_ENGINE = (
 
 def _local_layer_spec(spec: Any) -> Any:
     """Return NeMo's, Bridge's or Megatron's own spec without Transformer Engine in the place of theirs with it."""
+    if spec is None:  # a builder's default
+        return _local_layers
     module = getattr(spec, "__module__", None)
     if module in _LAYER_SPECS and spec.__name__ in _WITH_TRANSFORMER_ENGINE:
         return sys.modules[module].local_layer_spec
     if isinstance(spec, functools.partial) and "use_transformer_engine" in spec.keywords:
         return functools.partial(spec, use_transformer_engine=False)  # mixed dense and MoE layers come this way
     return spec
+
+
+def _local_layers(config: Any, vp_stage: int | None = None) -> Any:
+    """Return the layers of a builder's GPTModel without Transformer Engine."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return get_gpt_decoder_block_spec(config.transformer, use_transformer_engine=False, vp_stage=vp_stage)
 
 
 def local_hybrid_stack() -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.cpu.configuration import configure_for_cpu
+
 
 def seed_random_states() -> None:
     """Seed Megatron's named random states, too.
@@ -106,10 +108,32 @@ def keep_random_states() -> None:
     torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
 
 
+def build_without_transformer_engine() -> None:
+    """Configure a builder's model for the CPU before it is built.
+
+    Without it the layers are Transformer Engine's, whose modules need a GPU.
+    """
+    from megatron.training.models.base import ModelBuilder
+
+    keep = ModelBuilder.__init__
+
+    @functools.wraps(keep)
+    def configure_then_keep(self: Any, model_config: Any) -> None:
+        configure_for_cpu(model_config)
+        keep(self, model_config)
+
+    ModelBuilder.__init__ = configure_then_keep
+
+
 NEMO_PATCHES: tuple[Callable[[], None], ...] = (
     seed_random_states,
     leave_loaded_tensors,
     print_progress_alone,
     adapt_layers_of_megatron,
 )
-BRIDGE_PATCHES: tuple[Callable[[], None], ...] = (start_without_cuda, use_compiled_helpers, keep_random_states)
+BRIDGE_PATCHES: tuple[Callable[[], None], ...] = (
+    start_without_cuda,
+    use_compiled_helpers,
+    keep_random_states,
+    build_without_transformer_engine,
+)

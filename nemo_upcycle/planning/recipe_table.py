@@ -5,8 +5,9 @@ The planner stands below the recipes and never imports them: a command hands it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.spec import UpcycleSpec
@@ -14,6 +15,7 @@ from nemo_upcycle.spec import UpcycleSpec
 
 #: What a chain of a tuning trains on and is asked: the demo's conversations, for trying.
 CONVERSATIONS, ANSWERS = "chatterbot", "answers"
+_Recipe = TypeVar("_Recipe", bound=Callable[..., Any])
 #: Rank of LoRA's adapters, by default.
 RANK = 8
 
@@ -89,6 +91,41 @@ class Tuning:
     schedule: Schedule
     gpus: int = 1
     lora: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """The GPUs that a recipe of Megatron-Bridge's is for.
+
+    Args:
+        gpus: ranks; None: the command says it.
+        gpu: name in `conf/planning/gpus.yaml`; empty: any with eight to a node.
+        tunes: whether it tunes on conversations; None: its configuration says it.
+    """
+
+    gpus: int | None = None
+    gpu: str = ""
+    tunes: bool | None = None
+
+
+def on_gpus(gpus: int, gpu: str = "", *, tunes: bool = False) -> Callable[[_Recipe], _Recipe]:
+    """Say which GPUs a recipe of Megatron-Bridge's is for, see `Job`.
+
+    Example:
+        >>> @on_gpus(16, "h100")
+        ... def moe(dense="/models/mine", data=None): ...
+    """
+
+    def add(recipe: _Recipe) -> _Recipe:
+        recipe.job = Job(gpus, gpu, tunes)  # type: ignore[attr-defined]
+        return recipe
+
+    return add
+
+
+def job_of(recipe: Any) -> Job:
+    """Return the GPUs that a recipe of Megatron-Bridge's is for; unknown ones if it does not say it."""
+    return getattr(recipe, "job", Job())
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,11 @@ def _bridge_settings(path: Path) -> dict[str, Any]:
         settings["activation_func"] = {"_target_": "openai_gelu"}
     if settings.get("rope_scaling"):
         settings |= scaling_settings(settings.get("rope_scaling_factor", 8.0))
+    settings["started_from"] = (described.get("checkpoint") or {}).get("pretrained_checkpoint")
     adapters = described.get("peft") or {}
     if adapters.get("_target_", "").endswith(".LoRA"):
         settings["lora_alpha"] = float(adapters.get("alpha", 32))  # Bridge's own
-        settings["lora_base"] = described["checkpoint"]["pretrained_checkpoint"]
+        settings["lora_base"] = settings["started_from"]
     return settings
 
 

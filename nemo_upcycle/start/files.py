@@ -59,7 +59,7 @@ def chain() -> run.Partial:
 _BRIDGE = '''"""Upcycle a dense model with the settings below. `nemo-upcycle start` wrote this file; edit it freely."""
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
+from nemo_upcycle.bridge import upcycled_pretraining
 
 DENSE = {dense}
 SPEC = UpcycleSpec({spec})

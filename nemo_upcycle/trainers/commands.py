@@ -240,10 +240,10 @@ class BridgeCommands(Commands):
         per_node = layout.node_gpus(plan.request.gpu.per_node)
         launcher = f"torchrun --nnodes {layout.gpus // per_node} --nproc-per-node {per_node} -m nemo_upcycle.bridge"
         parts = [
-            *([f"NEMO_UPCYCLE_DENSE={shlex.quote(dense)}"] if dense else []),
             f"{launcher} Megatron-Bridge/scripts/training/run_recipe.py --recipe {recipe.bridge}",
             *(["--mode pretrain", "dataset.folder=$PWD/data"] if recipe.tunes else []),  # it upcycles as it starts
             *(shlex.quote(f"{name}={value}") for name, value in settings.items()),
+            *([shlex.quote(f"{'upcycling.' if recipe.spec else ''}hf_model_path={dense}")] if dense else []),
             "checkpoint.save=$PWD/run checkpoint.load=$PWD/run",
         ]
         return " ".join(parts)

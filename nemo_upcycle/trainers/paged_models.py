@@ -62,7 +62,7 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
     """Return a Megatron model on one rank, whose parts are filled when they compute, and of what.
 
     Args:
-        config: a NeMo `GPTConfig`, or a provider of Megatron-Bridge, of any layout; it is not changed.
+        config: a NeMo `GPTConfig`, or a model of Megatron-Bridge's, of any layout; it is not changed.
         dense: the open dense checkpoint.
         spec: what to make of it; None for a dense model.
 
@@ -96,12 +96,26 @@ def _built(config: Any, arch: Architecture) -> Any:
 
             extend_instance(model.embedding, EmbeddingScalingMixin)
         return model
+    config.finalize()
+    return build_bridges(config, pre_process=True, post_process=True)
+
+
+def build_bridges(config: Any, **place: Any) -> Any:
+    """Build a chunk of a model of Megatron-Bridge's on the meta device.
+
+    Args:
+        config: Bridge's provider, or the configuration of one of its builders.
+        place: where the chunk is: `pre_process`, `post_process`, `vp_stage`.
+    """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    config.finalize()
-    config._pg_collection = ProcessGroupCollection.use_mpu_process_groups()  # Bridge's Gemma asks for its stage
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device("meta"):  # a HybridModelProvider asks no setting
-        return config.provide(pre_process=True, post_process=True)
+        if hasattr(config, "get_builder_cls"):
+            configure_for_cpu(config)
+            return config.get_builder_cls()(config).build_model(groups, **place)
+        config._pg_collection = groups  # Bridge's Gemma asks for its stage
+        return config.provide(**place)
 
 
 def _on_one_rank(config: Any, vocab_size: int) -> Any:

@@ -2,91 +2,96 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.planning.recipe_table import on_gpus
 from tests.bridge.runs import run_config
 
 
 SEQUENCE, BATCH = 64, 4
 
 
-def tiny() -> Any:
+def tiny(dense: str) -> Any:
     """An upcycled model on two ranks, with expert parallelism."""
-    return _tiny(UpcycleSpec(num_experts=4, top_k=2), expert_model_parallel_size=2)
+    return _tiny(dense, UpcycleSpec(num_experts=4, top_k=2), expert_model_parallel_size=2)
 
 
-def tiny_hybrid() -> Any:
+def tiny_hybrid(dense: str) -> Any:
     """The same as a HybridModel."""
     spec = UpcycleSpec(num_experts=4, top_k=2)
-    return _tiny(spec, expert_model_parallel_size=2, hybrid_layer_pattern="*E*E*E*E")
+    return _tiny(dense, spec, expert_model_parallel_size=2, hybrid_layer_pattern="*E*E*E*E")
 
 
-def tiny_dense_ct() -> Any:
+def tiny_dense_ct(dense: str) -> Any:
     """Its dense baseline, in two pipeline stages: the first rank has no loss of its own."""
-    return _tiny(None, pipeline_model_parallel_size=2)
+    return _tiny(dense, None, pipeline_model_parallel_size=2)
 
 
-def tiny_grown() -> Any:
+def tiny_grown(dense: str) -> Any:
     """Twice the experts of a parent that has four, two for a token, on two ranks."""
-    return _tiny(UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), expert_model_parallel_size=2)
+    return _tiny(dense, UpcycleSpec(num_experts=8, top_k=4, router_std=0.0), expert_model_parallel_size=2)
 
 
-def moe() -> Any:
+def moe(dense: str) -> Any:
     """An upcycled model on one rank: `tests.contract.trainers` sets all else."""
-    return _tiny(UpcycleSpec(num_experts=8, top_k=2))
+    return _tiny(dense, UpcycleSpec(num_experts=8, top_k=2))
 
 
-def dense_ct() -> Any:
+def dense_ct(dense: str) -> Any:
     """Its dense baseline."""
-    return _tiny(None)
+    return _tiny(dense, None)
 
 
-def moe_sft() -> Any:
+@on_gpus(1, tunes=True)
+def moe_sft(dense: str) -> Any:
     """A tuning of the upcycled model on conversations."""
-    return _tuned(moe())
+    return _tuned(moe(dense))
 
 
-def dense_sft() -> Any:
+@on_gpus(1, tunes=True)
+def dense_sft(dense: str) -> Any:
     """That of the dense model."""
-    return _tuned(dense_ct())
+    return _tuned(dense_ct(dense))
 
 
-def builder() -> Any:
-    """A model in the form of Bridge's builders, which the chain does not take."""
+def tiny_builder(dense: str) -> Any:
+    """The same in the form of Bridge's builders."""
+    from megatron.bridge.recipes.common import _pretrain_common
+
+    from nemo_upcycle.bridge import upcycled
     from nemo_upcycle.trainers.bridge.models import upcycled_config
-    from nemo_upcycle.trainers.bridge.upcycling import hook_of, upcycle_on_start
 
-    config = tiny()
-    hook = hook_of(config)
-    assert hook is not None
-    config.model = upcycled_config(hook.paths[0], hook.spec, seq_length=SEQUENCE)
-    upcycle_on_start(config, hook.paths[0], hook.spec)
-    return config
+    spec, config = UpcycleSpec(num_experts=4, top_k=2), _pretrain_common()
+    config.model = upcycled_config(dense, spec, seq_length=SEQUENCE, expert_model_parallel_size=2, **_TYPES)
+    config.dataset.seq_length, config.train.micro_batch_size = SEQUENCE, 1
+    return _small(upcycled(config, dense, spec))
 
 
 def in_own_words(dense: Path, spec: UpcycleSpec | None, *branches: Path) -> Any:
     """A run whose parent is written in, made of Bridge's own configuration; it names no tokenizer."""
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
 
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+    from nemo_upcycle.bridge import with_parent, with_upcycling
 
     config = run_config(dense, "run", spec, vocab_size=259, steps=2)
     config.tokenizer = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=None)
-    upcycle_on_start(config, dense, spec, branches=branches)
-    return config
+    if spec is None:
+        return with_parent(config, dense)
+    return with_upcycling(config, dense, branches=[*map(str, branches)], **asdict(spec))
 
 
 def random() -> Any:
     """A run that starts from random weights."""
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.recipes.common import _pretrain_common
 
     config = _pretrain_common()
-    config.model = _tiny(None).model
-    config.model._pre_wrap_hooks = []
+    config.model = GPTModelProvider(num_layers=2, hidden_size=64, num_attention_heads=4)
     return config
 
 
@@ -98,11 +103,16 @@ def _tuned(config: Any) -> Any:
     return tuned(config, Tuning(parent="", schedule=schedule))
 
 
-def _tiny(spec: UpcycleSpec | None, **layout: Any) -> Any:
-    from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
+_TYPES = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
 
-    types = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
-    config = upcycled_pretraining(None, spec, seq_length=SEQUENCE, **types, **layout)
+
+def _tiny(dense: str, spec: UpcycleSpec | None, **layout: Any) -> Any:
+    from nemo_upcycle.bridge import upcycled_pretraining
+
+    return _small(upcycled_pretraining(dense, spec, seq_length=SEQUENCE, **_TYPES, **layout))
+
+
+def _small(config: Any) -> Any:
     config.mixed_precision = None
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 6, BATCH, 1
     config.validation.eval_interval, config.validation.eval_iters = 3, 1

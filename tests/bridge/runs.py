@@ -55,7 +55,6 @@ def run_config(
     """
     from megatron.bridge.recipes.common import _pretrain_common
 
-    from nemo_upcycle.cpu.configuration import local_hybrid_stack
     from nemo_upcycle.trainers.bridge.models import upcycled_config, upcycled_provider
 
     sizes = {PARALLEL[name]: size for name, size in layout.items()}
@@ -70,10 +69,6 @@ def run_config(
     settings |= model or {}
     if pattern:
         settings["hybrid_layer_pattern"] = pattern
-    if style == "builder":  # of a provider the CPU backend chooses it
-        settings |= (
-            {"hybrid_stack_spec": local_hybrid_stack()} if pattern else {"transformer_layer_spec": _local_layers}
-        )
     config = _pretrain_common()
     make = upcycled_config if style == "builder" else upcycled_provider
     config.model = make(dense, spec, **settings, **sizes)
@@ -95,10 +90,21 @@ def run_config(
     return config
 
 
-def _local_layers(config: Any, vp_stage: int | None = None) -> Any:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+def as_builder(model: Any) -> Any:
+    """Return a provider's model in the form of a builder, as Bridge's main branch has its recipes."""
+    from dataclasses import fields
 
-    return get_gpt_decoder_block_spec(config.transformer, use_transformer_engine=False, vp_stage=vp_stage)
+    from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
+    from megatron.bridge.models.transformer_config import TransformerConfig
+
+    if hasattr(model, "transformer"):
+        return model
+    parts = {kind: {one.name for one in fields(kind) if one.init} for kind in (TransformerConfig, GPTModelConfig)}
+    inner, outer = (
+        {name: getattr(model, name) for name in names if hasattr(model, name) and "layer_spec" not in name}
+        for names in parts.values()
+    )
+    return GPTModelConfig(transformer=TransformerConfig(**inner), **outer)
 
 
 def bridges_pretrain() -> Callable[..., None]:
@@ -138,17 +144,13 @@ def train(
         options: arguments of `run_config`.
     """
     pretrain = bridges_pretrain()
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    spec = None if fields is None else UpcycleSpec(**fields)
-    config = run_config(dense, folder, spec, **options)
+    config = hooked(dense, folder, fields, **options)
     config.checkpoint.load = load or config.checkpoint.save
     config.checkpoint.async_save = async_save
     callbacks: list[Any] = []
     if hf_source is not None:
         config.checkpoint.also_save_hf_checkpoint, config.checkpoint.hf_source_path = True, str(hf_source)
         callbacks.append(_export_at_the_end(hf_source, live))
-    upcycle_on_start(config, dense, spec)
     if save_later is not None:
         config.checkpoint.save = str(save_later)
     for start in range(starts):
@@ -219,14 +221,12 @@ def differences(left: Path, right: Path) -> list[str]:
         return sorted(changed | (set(one.names()) ^ set(other.names())))
 
 
-def hooked(dense: Path, folder: Path, fields: dict[str, Any] | None, **options: Any) -> Any:
-    """Return a run's configuration that upcycles on start."""
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+def hooked(dense: Path, folder: Path | str, fields: dict[str, Any] | None, **options: Any) -> Any:
+    """Return a run's configuration that starts from a dense checkpoint."""
+    from nemo_upcycle.bridge import with_parent, with_upcycling
 
-    spec = None if fields is None else UpcycleSpec(**fields)
-    config = run_config(dense, folder, spec, **options)
-    upcycle_on_start(config, dense, spec)
-    return config
+    config = run_config(dense, folder, None if fields is None else UpcycleSpec(**fields), **options)
+    return with_parent(config, dense) if fields is None else with_upcycling(config, dense, **fields)
 
 
 def refusal(dense: Path, folder: Path, fields: dict[str, Any], changes: dict[str, Any], **options: Any) -> str:
@@ -239,17 +239,18 @@ def refusal(dense: Path, folder: Path, fields: dict[str, Any], changes: dict[str
         changes: part and field -> value.
         options: arguments of `run_config`.
     """
-    from nemo_upcycle.trainers.bridge.upcycling import hook_of, upcycle_on_start
+    from nemo_upcycle.trainers.bridge.hooks import pre_wrap_hooks
+    from nemo_upcycle.trainers.bridge.upcycling import prepare
 
-    spec = UpcycleSpec(**fields)
-    config = run_config(dense, folder, spec, **options)
+    config = hooked(dense, folder, fields, **options)
     for name, value in changes.items():
         part, field = name.split(".")
         owner = getattr(config, part)
         setattr(getattr(owner, "transformer", owner), field, value)
+    before = len(pre_wrap_hooks(config.model))
     with pytest.raises(SpecError) as refused:
-        upcycle_on_start(config, dense, spec)
-    assert hook_of(config) is None
+        prepare(config)
+    assert len(pre_wrap_hooks(config.model)) == before
     return str(refused.value)
 
 
@@ -266,7 +267,10 @@ def fill(parent: Path, folder: Path, fields: dict[str, Any] | None, **options: A
         The chunk, and the provider that it was made by.
     """
     use_cpu_backend()
+    from nemo_upcycle.trainers.bridge.upcycling import prepare
+
     config = hooked(parent, folder, fields, **options)
+    prepare(config)
     config._checkpoint_load_required = False  # as Bridge's pretrain sets it
     config.model.finalize()
     config.model.initialize_model_parallel(seed=1)

@@ -138,8 +138,8 @@ def _loaded(checkpoint: Path, dense: Path) -> list[list[float]]:
 def test_quantiles_that_could_not_be_are_refused_before_anything_is_built(
     dense: Path, tmp_path: Path, model: dict[str, Any], experts: int, words: str
 ) -> None:
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+    from nemo_upcycle.trainers.bridge.upcycling import check
 
-    spec = UpcycleSpec(num_experts=experts, top_k=2)
+    config = hooked(dense, tmp_path / "run", {"num_experts": experts, "top_k": 2}, model=model)
     with pytest.raises(SpecError, match=words):
-        upcycle_on_start(run_config(dense, tmp_path / "run", spec, model=model), dense, spec)
+        check(config)

@@ -27,16 +27,18 @@ def plan_of(inputs: Path, run_dir: Path, *settings: str, recipe: str = "tiny") -
     return write_plan(run_dir, *named, training.to_text())
 
 
-def test_a_hybrid_model_goes_through_the_chain_as_a_gpt_model_does(inputs: Path, tmp_path: Path) -> None:
+def test_each_form_of_a_model_goes_through_the_chain_alike(inputs: Path, tmp_path: Path) -> None:
     stages = ("import", "data", "upcycle", "pretrain")
-    for recipe in ("tiny", "tiny_hybrid"):
+    forms = ("tiny", "tiny_hybrid", "tiny_builder")
+    for recipe in forms:
         plan_of(inputs, tmp_path / recipe, recipe=recipe)
         run_stages(tmp_path / recipe, stages, ranks=2)
         assert read_json(tmp_path / recipe / "receipt.json")["within_tolerance"] is True
-    assert differences(tmp_path / "tiny/upcycle/hf", tmp_path / "tiny_hybrid/upcycle/hf") == []
-    own, other = (tmp_path / recipe / "pretrain" for recipe in ("tiny_hybrid", "tiny"))
-    assert losses(own) == pytest.approx(losses(other), rel=1e-5)
-    assert all(len(line["router"]["load_cv"]) == 4 for line in metrics(own))
+    for form in forms[1:]:
+        assert differences(tmp_path / "tiny/upcycle/hf", tmp_path / form / "upcycle/hf") == []
+        own, other = (tmp_path / recipe / "pretrain" for recipe in (form, "tiny"))
+        assert losses(own) == pytest.approx(losses(other), rel=1e-5)
+        assert all(len(line["router"]["load_cv"]) == 4 for line in metrics(own))
 
 
 @pytest.mark.parametrize(

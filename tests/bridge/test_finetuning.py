@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.convert.export import export_checkpoint
+from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_model import load_model
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
@@ -58,8 +57,7 @@ def test_lora_adapters_train_resume_and_are_exported(dense: Path, tmp_path: Path
     assert all(".adapter." in name for name in trained)
     assert [name for name in trained if not torch.equal(*(one.read(name) for one in checkpoints))] == []
     assert all(checkpoints[0].read(name).abs().max() > 0 for name in trained)
-    last, spec = tmp_path / "whole/iter_0000004", UpcycleSpec(**SPEC)
-    export_checkpoint(last, dense, tmp_path / "hf", spec=spec, dtype=torch.float32)
+    assert main(["export", str(tmp_path / "whole/iter_0000004"), str(tmp_path / "hf"), "--dtype", "float32"]) == 0
     lines = (tmp_path / "whole/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     samples = [_Windows()[number] for number in range(16, 20)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.planning.hardware import known_shape
-from tests.bridge.runs import VOCABULARY, bridges_pretrain, run_config
+from tests.bridge.runs import VOCABULARY, bridges_pretrain, hooked, run_config
 from tests.distributed.ranks import run_ranks
 from tests.models import LLAMA3_SCALING, write_llama, write_tokenizer
 
@@ -40,23 +40,30 @@ def test_a_parent_that_bridges_model_cannot_be_is_refused(
         getattr(models, style)(parent, UpcycleSpec(num_experts=8, top_k=2), seq_length=64, **pattern)
 
 
-@pytest.mark.parametrize("case", ["forgotten", "forgotten by a builder", "another model later"])
-def test_a_model_that_nothing_filled_is_refused_before_the_first_step(dense: Path, tmp_path: Path, case: str) -> None:
-    assert run_ranks(_field_of_refusal, 1, dense, tmp_path / "run", case, process_group=False) == ["config.model"]
+@pytest.mark.parametrize("style", ["provider", "builder"])
+def test_a_model_that_nothing_filled_refuses_its_first_step(dense: Path, tmp_path: Path, style: str) -> None:
+    assert run_ranks(_field_of_refusal, 1, dense, tmp_path / "run", style, process_group=False) == ["config.model"]
     assert not (tmp_path / "run").exists()
 
 
-def _field_of_refusal(dense: Path, run: Path, case: str) -> str:
+def _field_of_refusal(dense: Path, run: Path, style: str) -> str:
     pretrain = bridges_pretrain()
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    config = run_config(dense, run, SPEC, style="builder" if "builder" in case else "provider")
-    if "later" in case:
-        upcycle_on_start(config, dense, SPEC)
-        config.model = run_config(dense, run, SPEC).model
+    config = run_config(dense, run, SPEC, style=style)
     with pytest.raises(SpecError) as refused:
         pretrain(config)
     return refused.value.field
+
+
+def test_a_model_that_is_set_later_is_filled(dense: Path, tmp_path: Path) -> None:
+    run_ranks(_train_another_model, 1, dense, tmp_path / "run", process_group=False)
+    assert (tmp_path / "run/iter_0000001").is_dir()
+
+
+def _train_another_model(dense: Path, run: Path) -> None:
+    pretrain = bridges_pretrain()
+    config = hooked(dense, run, asdict(SPEC))
+    config.model = run_config(dense, run, SPEC).model
+    pretrain(config)
 
 
 def test_a_model_of_an_architecture_may_start_from_random_weights(dense: Path, tmp_path: Path) -> None:
@@ -70,16 +77,16 @@ def _train_from_random_weights(dense: Path, run: Path) -> None:
 
 
 def test_a_run_without_a_tokenizer_gets_the_parents_or_is_refused(tmp_path: Path) -> None:
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+    from nemo_upcycle.trainers.bridge.upcycling import prepare
 
     dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
-    config = run_config(dense, tmp_path / "run", SPEC)
+    config = hooked(dense, tmp_path / "run", asdict(SPEC))
     config.tokenizer.tokenizer_type = "HuggingFaceTokenizer"
     with pytest.raises(CheckpointError, match=rf"tokenizer in {dense}: got none"):
-        upcycle_on_start(config, dense, SPEC)
+        prepare(config)
     write_tokenizer(dense)
-    upcycle_on_start(config, dense, SPEC)
+    prepare(config)
     assert config.tokenizer.tokenizer_model == str(dense)
     config.tokenizer.tokenizer_model = "/models/mine"
-    upcycle_on_start(config, dense, SPEC)
+    prepare(config)
     assert config.tokenizer.tokenizer_model == "/models/mine"

@@ -9,33 +9,20 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.recipes import bridge_functions
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.trainers.bridge.recipes import register
 from nemo_upcycle.utils.files import read_json
 from tests.functional.tiny import write_parent
-from tests.models import LLAMA3_8B
-
-
-DENSE = "NEMO_UPCYCLE_DENSE"
-
-
-@pytest.fixture
-def llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configuration of Llama 3 8B, fetched: nothing is read of the weights before the start."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B | {"model_type": "llama"}))
-    monkeypatch.setattr("nemo_upcycle.trainers.bridge.recipes.common.ensure_dense", lambda source: tmp_path)
 
 
 @pytest.mark.parametrize(
     "name", ["llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config", "llama3_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config"]
 )
-def test_a_recipe_is_found_under_bridges_own(llama3_8b: None, name: str) -> None:
+def test_a_recipe_is_found_under_bridges_own(name: str) -> None:
     register(bridge_functions())
     config = getattr(importlib.import_module("megatron.bridge.recipes"), name)()  # where its run_recipe.py looks
     model = config.model
@@ -45,9 +32,7 @@ def test_a_recipe_is_found_under_bridges_own(llama3_8b: None, name: str) -> None
 
 
 @pytest.mark.parametrize("options", [[], ["--precision", "fp8-blockwise", "--dispatcher", "hybridep"]], ids=str)
-def test_the_planners_command_is_understood_by_bridge(
-    llama3_8b: None, capsys: pytest.CaptureFixture[str], options: list[str]
-) -> None:
+def test_the_planners_command_is_understood_by_bridge(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
     from nemo_upcycle.cli.main import main
@@ -66,36 +51,16 @@ def test_the_planners_command_is_understood_by_bridge(
     assert config.mixed_precision == ("bf16_with_fp8_subchannel_scaling_mixed" if options else "bf16_mixed")
 
 
-def test_an_explicit_parent_wins_over_the_variable(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
+def test_a_parent_given_on_the_command_line_replaces_the_recipes_own(dense: Path) -> None:
+    from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
-    monkeypatch.setenv(DENSE, str(write_parent(tmp_path / "other")))
-    assert _parent(upcycled_pretraining(str(dense), None, seq_length=64)) == dense
-    assert _parent(upcycled_pretraining(None, None, seq_length=64)) == tmp_path / "other"
+    from nemo_upcycle.trainers.bridge.upcycling import follow_node
 
-
-def test_the_chains_parent_wins_over_both(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_upcycle.trainers.bridge.recipes.common import made_for, upcycled_pretraining
-
-    monkeypatch.setenv(DENSE, "/other")
-    with made_for(dense, None):
-        assert _parent(upcycled_pretraining("/another", None, seq_length=64)) == dense
-
-
-def test_a_run_without_a_parent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
-
-    monkeypatch.delenv(DENSE, raising=False)
-    with pytest.raises(SpecError, match=DENSE):
-        upcycled_pretraining(None, None, seq_length=64)
-
-
-def _parent(config: Any) -> Path:
-    from nemo_upcycle.trainers.bridge.config import required_hook
-
-    return required_hook(config).paths[0]
+    config = bridge_functions()["llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config"]()
+    config = process_config_with_overrides(config, cli_overrides=[f"upcycling.hf_model_path={dense}"])
+    follow_node(config)
+    assert config.parents == (str(dense),)
+    assert (config.model.hidden_size, config.model.num_moe_experts, config.model.seq_length) == (64, 8, 8192)
 
 
 #: What stands for `run_recipe.py`, which is not in Bridge's package.
@@ -105,7 +70,7 @@ from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 from tests.bridge.recipes import tiny
 
-config = tiny()
+config = tiny(sys.argv[2])
 config.train.train_iters, config.validation.eval_iters = 1, 0
 config.checkpoint.save = config.checkpoint.load = sys.argv[1]
 pretrain(config, forward_step)
@@ -116,8 +81,8 @@ def test_torchrun_starts_a_recipe_by_the_planners_command(tmp_path: Path) -> Non
     dense = write_parent(tmp_path / "dense")
     (tmp_path / "run_recipe.py").write_text(_RUN_RECIPE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["nemo_upcycle.bridge", tmp_path / "run_recipe.py", tmp_path / "run"]
-    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), DENSE: str(dense)}
+    command += ["nemo_upcycle.bridge", tmp_path / "run_recipe.py", tmp_path / "run", dense]
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert newest_checkpoint(tmp_path / "run") == tmp_path / "run/iter_0000001"

@@ -19,7 +19,6 @@ from tests.golden import LAYOUT, PAIRS, TRAINING
 from tests.models import LLAMA3_8B, write_tokenizer
 
 
-DENSE = "NEMO_UPCYCLE_DENSE"
 PRECISIONS = {"bf16": "bf16", "fp8cs": "fp8-current", "fp8sc": "fp8-blockwise", "fp8mx": "mxfp8"}
 _NAME = re.compile(
     r"(?P<recipe>.*?)(_pretrain)?_(?P<gpus>\d+)gpu_(?P<gpu>[a-z0-9]+)_(?P<precision>[a-z0-9]+)(_hybridep)?_config"
@@ -83,19 +82,9 @@ def numbers() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PAIRED)
-def test_a_recipe_has_the_numbers_of_nemos(
-    name: str, parent: Path, numbers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_has_the_numbers_of_nemos(name: str, numbers: dict[str, Any]) -> None:
     from nemo_upcycle.trainers.bridge.chat import ChatDataset
-    from nemo_upcycle.trainers.bridge.upcycling import hook_of
 
-    addresses: list[str] = []
-
-    def fetch(address: str) -> Path:
-        addresses.append(address)
-        return parent
-
-    monkeypatch.setattr("nemo_upcycle.trainers.bridge.recipes.common.ensure_dense", fetch)
     nemo, on_h100 = numbers[_pair(name)], _part(name, "gpu") == "h100"
     config = bridge_functions()[name]()
     same = TRAINING | (LAYOUT if on_h100 else {})  # layouts for others are the planner's
@@ -111,10 +100,8 @@ def test_a_recipe_has_the_numbers_of_nemos(
         assert not config.model.moe_pad_expert_input_to_capacity
     assert {ours: setting(config, ours) or None for ours in expected} == expected
     assert ("_sft_" in name) == isinstance(config.dataset, ChatDataset) == (nemo.get("tokenizer") == "data")
-    hook = hook_of(config)
-    assert hook is not None
-    assert hook.spec == (None if nemo["spec"] is None else UpcycleSpec(**nemo["spec"]))
-    assert addresses == [nemo["resume.restore_config.path"]]
+    assert config.spec == (None if nemo["spec"] is None else UpcycleSpec(**nemo["spec"]))
+    assert config.parents == (nemo["resume.restore_config.path"],)
     if on_h100 and "_bf16_" in name:
         assert int(_part(name, "gpus")) == nemo["trainer.num_nodes"] * nemo["trainer.devices"]
 
@@ -156,8 +143,10 @@ def test_a_fast_run_on_gb200_has_what_bridges_own_has(
 
     model = AutoBridge.from_hf_config(Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]))
     monkeypatch.setattr(AutoBridge, "from_hf_pretrained", lambda *_, **__: model)  # which would ask the hub
-    monkeypatch.setenv(DENSE, str(parent))
-    ours, theirs = bridge_functions()[name](), qwen3_moe.qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config()
+    ours, theirs = (
+        bridge_functions()[name](str(parent)),
+        qwen3_moe.qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config(),
+    )
     assert {one: setting(ours, one) for one in OF_BRIDGES} == {one: setting(theirs, one) for one in OF_BRIDGES}
     assert ours.env_vars == theirs.env_vars
     assert theirs.mixed_precision.fp8_param_gather
@@ -172,14 +161,13 @@ def test_bridge_and_megatron_accept_what_is_set_on_such_gpus(
     """All that they check before the start, on the first of as many ranks; the GPU is not there, and is described."""
     from megatron.bridge.training.config import runtime_config_update
 
-    monkeypatch.setenv(DENSE, str(parent))
     for variable, value in (("WORLD_SIZE", int(_part(name, "gpus"))), ("RANK", 0)):
         monkeypatch.setenv(variable, str(value))
     card = _part(name, "gpu")
     gpu = SimpleNamespace(name=f"NVIDIA {card.upper()}", major=9 if card == "h100" else 10, minor=0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: gpu)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (gpu.major, gpu.minor))
-    config = bridge_functions()[name]()
+    config = bridge_functions()[name](str(parent))
     if name in WITH_HYBRIDEP:
         domain, experts = known_gpu(card).nvlink_gpus, config.model.expert_model_parallel_size
         assert (config.model.moe_token_dispatcher_type, config.model.moe_router_dtype) == ("flex", "fp32")

@@ -11,7 +11,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.sources.find import Parent
-from tests.bridge.runs import bridges_pretrain, differences, export, run_config
+from tests.bridge.runs import SPEC, bridges_pretrain, differences, export, hooked, run_config
 from tests.bridge.test_chain import BEFORE, plan_of
 from tests.contract.trainers import metrics, train, training_text
 from tests.distributed.ranks import run_ranks
@@ -36,13 +36,8 @@ def test_settings_without_the_callbacks_that_carry_them_out_are_refused(dense: P
 
 def _train_alone(dense: Path, folder: Path) -> None:
     pretrain = bridges_pretrain()
-    from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    spec = UpcycleSpec(num_experts=4, top_k=2)
-    config = UpcyclingConfig.of(run_config(dense, folder, spec))
+    config = hooked(dense, folder, SPEC)
     config.upcycle.stop_on_spike = True
-    upcycle_on_start(config, dense, spec)
     pretrain(config)
 
 
@@ -61,7 +56,7 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: Any) -
 def test_fp8_statistics_on_a_gpu_are_bridges_own(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_upcycle.monitoring import fp8_statistics
     from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
-    from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
+    from nemo_upcycle.trainers.bridge.node import UpcyclingConfig
 
     config = UpcyclingConfig.of(run_config(dense, tmp_path / "run", UpcycleSpec(num_experts=4, top_k=2)))
     config.upcycle.fp8_statistics_every = 10

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import logging
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,20 @@ import pytest
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.trainers.paper import high_rate
+from nemo_upcycle.utils.conf import read_yaml
 from nemo_upcycle.utils.files import read_json
 from nemo_upcycle.utils.progress import show_messages
-from tests.bridge.runs import SPEC, VOCABULARY, ends_as_converted, hooked, refusal, run_config, train, train_on_ranks
+from tests.bridge.runs import (
+    SPEC,
+    VOCABULARY,
+    bridges_pretrain,
+    ends_as_converted,
+    hooked,
+    refusal,
+    run_config,
+    train,
+    train_on_ranks,
+)
 from tests.distributed.ranks import run_ranks
 from tests.models import write_llama
 
@@ -107,7 +116,7 @@ def test_a_run_may_keep_its_parameters_in_fp8_or_fp4(dense: Path, tmp_path: Path
     """But not with master weights of 8 bits."""
     from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
-    from nemo_upcycle.trainers.bridge.upcycling import hook_of
+    from nemo_upcycle.trainers.bridge.upcycling import check
 
     config = hooked(dense, tmp_path, SPEC)
     config.mixed_precision = get_mixed_precision_config(precision)
@@ -115,19 +124,18 @@ def test_a_run_may_keep_its_parameters_in_fp8_or_fp4(dense: Path, tmp_path: Path
     setattr(config.mixed_precision, f"{kind}_param_gather", True)
     config.mixed_precision.setup(config.model, config.optimizer, config.ddp)
     assert getattr(config.model, f"{kind}_param")
-    hook_of(config).check()
+    check(config)
     if config.mixed_precision.fp8_recipe == "delayed" and kind == "fp8":
         config.optimizer.use_precision_aware_optimizer = True
         with pytest.raises(SpecError, match="use_precision_aware_optimizer: got True, expected False with fp8_param_"):
-            hook_of(config).check()
+            check(config)
 
 
-def test_a_parent_that_is_no_folder_is_refused(dense: Path, tmp_path: Path) -> None:
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+def test_a_parent_that_is_not_there_is_refused(dense: Path, tmp_path: Path) -> None:
+    from nemo_upcycle.bridge import with_upcycling
 
-    config = run_config(dense, tmp_path, UpcycleSpec(**SPEC))
-    with pytest.raises(SpecError, match="dense: got hf://ORG/NAME, expected a folder"):
-        upcycle_on_start(config, "hf://ORG/NAME", UpcycleSpec(**SPEC))
+    with pytest.raises(UpcycleError, match="no such folder"):
+        with_upcycling(run_config(dense, tmp_path, UpcycleSpec(**SPEC)), "/models/none", **SPEC)
 
 
 @pytest.mark.parametrize("has_source", [False, True])
@@ -140,44 +148,68 @@ def test_bridges_own_export_wants_a_folder_of_the_models_class(dense: Path, tmp_
     assert "expected a folder with 4 experts" in said
 
 
-def test_a_provider_that_loads_weights_itself_is_refused(dense: Path, tmp_path: Path) -> None:
+def test_bridges_own_provider_loses_the_hook_that_loads_weights(dense: Path, tmp_path: Path) -> None:
     from megatron.bridge import AutoBridge
 
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+    from nemo_upcycle.bridge import with_upcycling
+    from nemo_upcycle.trainers.bridge.hooks import pre_wrap_hooks
 
     config = run_config(dense, tmp_path, None)
     config.model = AutoBridge.from_hf_pretrained(str(dense)).to_megatron_provider()
-    with pytest.raises(SpecError, match=r"expected one that loads nothing"):
-        upcycle_on_start(config, dense, None)
-
-
-def test_the_hook_belongs_to_a_copy_in_a_copy_of_its_run(dense: Path, tmp_path: Path) -> None:
-    from nemo_upcycle.trainers.bridge.upcycling import hook_of
-
-    config = hooked(dense, tmp_path, SPEC)
-    copied = copy.deepcopy(config)
-    config.checkpoint.save = "/elsewhere"
-    hook = hook_of(copied)
-    assert hook is not None
-    assert hook.config is copied
-    assert hook.config.checkpoint.save == str(tmp_path)
+    assert len(pre_wrap_hooks(config.model)) == 1
+    model = with_upcycling(config, dense, **SPEC).model
+    assert [hook.func.__name__ for hook in pre_wrap_hooks(model)] == ["refuse_unfilled"]
 
 
 @pytest.mark.parametrize("style", ["provider", "builder"])
-def test_the_hook_is_pickled_without_its_run(dense: Path, tmp_path: Path, style: str) -> None:
-    from nemo_upcycle.trainers.bridge.upcycling import hook_of
+def test_bridges_overrides_change_the_node_and_the_model_follows(dense: Path, tmp_path: Path, style: str) -> None:
+    from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+    from nemo_upcycle.trainers.bridge.upcycling import prepare
 
     config = hooked(dense, tmp_path, SPEC, style=style)
-    hook = hook_of(config)
-    assert hook is not None
-    read = pickle.loads(pickle.dumps(hook.fill)).__self__
-    assert (read.spec, read.paths, read.non_expert_weights) == (UpcycleSpec(**SPEC), (dense,), "first")
-    with pytest.raises(UpcycleError, match="call upcycle_on_start"):
-        read.check()
-    del config
-    gc.collect()
-    with pytest.raises(UpcycleError, match="a model of another configuration"):
-        hook.check()
+    typed = ["upcycling.num_experts=8", "upcycling.top_k=4", "upcycling.moe_layers=every-2"]
+    typed.append(f"model.{'transformer.' if style == 'builder' else ''}expert_model_parallel_size=2")
+    config = process_config_with_overrides(config, cli_overrides=typed)
+    prepare(config)
+    model = config.model
+    assert (model.num_moe_experts, model.moe_router_topk, model.expert_model_parallel_size) == (8, 4, 2)
+    assert model.moe_layer_freq == [1, 0, 1, 0]
+
+
+def test_the_node_stands_in_the_saved_configuration(dense: Path, tmp_path: Path) -> None:
+    train_on_ranks(1, dense, tmp_path / "run", SPEC)
+    saved = read_yaml(tmp_path / "run/iter_0000001/run_config.yaml")
+    assert saved["upcycling"].items() >= (SPEC | {"hf_model_path": str(dense), "method": "copy"}).items()
+
+
+def test_a_run_whose_node_is_lost_is_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"got random weights, expected those of .*dense"):
+        run_ranks(_train_without_node, 1, dense, tmp_path / "run", process_group=False)
+
+
+def _train_without_node(dense: Path, folder: Path) -> None:
+    from dataclasses import fields
+
+    pretrain = bridges_pretrain()
+    from megatron.bridge.training.config import ConfigContainer
+
+    config = hooked(dense, folder, SPEC)
+    pretrain(ConfigContainer(**{one.name: getattr(config, one.name) for one in fields(ConfigContainer) if one.init}))
+
+
+def test_a_copy_of_a_run_fills_its_own_model(dense: Path, tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge.hooks import pre_wrap_hooks
+    from nemo_upcycle.trainers.bridge.upcycling import UpcycleHook, prepare
+
+    config = hooked(dense, tmp_path, SPEC)
+    prepare(config)
+    copied = copy.deepcopy(config)
+    prepare(copied)
+    for run in (config, copied):
+        (hook,) = (one.__self__ for one in pre_wrap_hooks(run.model) if hasattr(one, "__self__"))
+        assert isinstance(hook, UpcycleHook)
+        assert hook.config is run
 
 
 def test_paths_are_compared_resolved(dense: Path, tmp_path: Path) -> None:

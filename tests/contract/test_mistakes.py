@@ -30,9 +30,7 @@ from tests.bridge.recipes import in_own_words
 
 PARENT, ANOTHER, SPEC = Path("FILES/parent"), Path("FILES/another"), UpcycleSpec(num_experts=4, top_k=2)
 
-def of_another(): return in_own_words(ANOTHER, SPEC)
 def of_two(): return in_own_words(PARENT, SPEC, ANOTHER)
-def another(): return in_own_words(ANOTHER, None)
 def linked(): return in_own_words(Path("FILES/link"), SPEC)
 """
 GRID = """

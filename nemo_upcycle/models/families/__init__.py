@@ -133,6 +133,19 @@ def check_parent(arch: Architecture, where: str) -> None:
         )
 
 
+def why_not_exported(arch: Architecture) -> str:
+    """Say why no Hugging Face class can hold a model; "" if one can.
+
+    Args:
+        arch: the model's architecture.
+    """
+    try:
+        require_class(arch)
+    except SpecError as error:
+        return f"the model cannot be exported to Hugging Face: {error.got}"
+    return ""
+
+
 def require_class(moe_arch: Architecture) -> None:
     """Check that a Hugging Face class can hold a model.
 

@@ -12,7 +12,6 @@ from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest
 from nemo_upcycle.pipeline.bridge.pipeline import training_of
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations
-from nemo_upcycle.trainers.bridge.config import required_hook
 from nemo_upcycle.trainers.bridge.training import BridgeTraining, required_parent
 
 
@@ -37,7 +36,7 @@ class BridgeArm(Arm):
             raise UpcycleError(f"{where}: recipe", got="no dense parent", expected="one that is there", fix=fix)
         try:
             training = self._training({}, {})
-            self._is_upcycled = required_hook(training.config(required_parent(parent))).spec is not None
+            self._is_upcycled = training.config(required_parent(parent)).spec is not None
             training.check_parent("pretrain" if self._is_upcycled else "dense_ct", parent, remote=False)
         except UpcycleError as error:
             raise error.within(where) from None

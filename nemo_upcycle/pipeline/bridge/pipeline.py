@@ -3,7 +3,6 @@
 # No postponed annotations here, and Optional[...]: NeMo-Run parses values by them.
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,13 +16,17 @@ from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.planning.hardware import gpu_names, known_gpu
-from nemo_upcycle.planning.recipe_table import KnownRecipe
+from nemo_upcycle.planning.hardware import known_gpu
+from nemo_upcycle.planning.recipe_table import KnownRecipe, job_of
 from nemo_upcycle.recipes import known_recipes, where_recipes_are
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
 from nemo_upcycle.utils.validation import check_whole
+
+
+#: Prefixes of fields of the node `upcycling`; the second was that of 0.3.
+_NODE = ("upcycling.", "spec.")
 
 
 class BridgeContext(PipelineContext):
@@ -62,7 +65,7 @@ def pipeline(
 
     Run it again after a stop of any kind, with the same `dir`: finished stages are skipped, training resumes from its
     last checkpoint. `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` change a recipe as Bridge's command line does, and
-    `pretrain.spec.FIELD=VALUE` its UpcycleSpec.
+    `pretrain.upcycling.FIELD=VALUE` its UpcycleSpec.
 
     Args:
         ctx: NeMo-Run's context of the command.
@@ -74,8 +77,8 @@ def pipeline(
             of recipes that tune, conversations (a name in conf/chat, a YAML file, or JSON lines); None: the demo's
             speeches, only without GPUs.
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
-        gpus: ranks of both trainings; None takes the recipe's, from its name.
-        gpus_per_node: how many of them a node has; None: as many as one with the GPU in the recipe's name, else 8.
+        gpus: ranks of both trainings; None takes those that the recipe is for.
+        gpus_per_node: how many of them a node has; None: as many as one with the recipe's GPU has, else 8.
         from_stage: `--from STAGE`: start with this one; those before it must be finished.
         until_stage: `--until STAGE`: end after this one.
         only_stage: `--only STAGE`: this one alone.
@@ -115,34 +118,35 @@ def training_of(
 
     Args:
         recipe: name of the recipe.
-        settings: `KEY=VALUE`, as Bridge's command line takes them; `spec.FIELD=VALUE` of the UpcycleSpec.
-        gpus: ranks; None takes those in the recipe's name.
-        gpus_per_node: how many of them a node has; None: as many as one with the GPU in the recipe's name, else 8.
+        settings: `KEY=VALUE`, as Bridge's command line takes them; `upcycling.FIELD=VALUE` of the UpcycleSpec.
+        gpus: ranks; None takes those that the recipe is for.
+        gpus_per_node: how many of them a node has; None: as many as one with the recipe's GPU has, else 8.
 
     Raises:
         UpcycleError: the ranks are not known, or no whole nodes.
     """
-    named = re.search(r"_(\d+)gpu_([a-z0-9]*)", recipe)
-    ranks = int(named[1]) if gpus is None and named else gpus
+    from nemo_upcycle.trainers.bridge.config import find_recipe  # imports Bridge
+
+    job = job_of(find_recipe(recipe))
+    ranks = job.gpus if gpus is None else gpus
     if ranks is None:
         raise UpcycleError(
             "gpus",
             got=None,
-            expected="how many ranks train: the name of the recipe does not say it",
-            fix="give gpus=N",
+            expected=f"how many ranks train: recipe {recipe} does not say it",
+            fix="give gpus=N, or write @on_gpus(N) above the recipe",
         )
     check_whole("gpus", ranks, 1)
     if gpus_per_node is None:
-        gpus_per_node = known_gpu(named[2]).per_node if named and named[2] in gpu_names() else 8
+        gpus_per_node = known_gpu(job.gpu).per_node if job.gpu else 8
     check_whole("gpus_per_node", gpus_per_node, 1)
     per_node = min(ranks, gpus_per_node)
     if ranks % per_node:
         raise UpcycleError(
             "gpus", got=ranks, expected=f"a multiple of gpus_per_node ({gpus_per_node})", fix="change one of them"
         )
-    prefix = "spec."
-    others = tuple(word for word in settings if not word.startswith(prefix))
-    changes = json.dumps(_fields(word.removeprefix(prefix) for word in settings if word.startswith(prefix)))
+    others = tuple(word for word in settings if not word.startswith(_NODE))
+    changes = json.dumps(_fields(word.partition(".")[2] for word in settings if word.startswith(_NODE)))
     return BridgeTraining(recipe, others, ranks // per_node, per_node, changes=changes)
 
 
@@ -151,13 +155,15 @@ def _fields(words: Iterable[str]) -> dict[str, Any]:
     fields, default = dict[str, Any](), asdict(UpcycleSpec())
     for name, _, value in (word.partition("=") for word in words):
         if name not in default:
-            raise UpcycleError.unknown("pretrain.spec: field", name, default)
+            raise UpcycleError.unknown("pretrain.upcycling: field", name, default)
         kind = type(default[name])
         try:
             fields[name] = kind(value)
         except ValueError:
             expected = "a whole number" if kind is int else "a number"
-            raise UpcycleError(f"pretrain.spec.{name}", got=f"'{value}'", expected=expected, fix="give one") from None
+            raise UpcycleError(
+                f"pretrain.upcycling.{name}", got=f"'{value}'", expected=expected, fix="give one"
+            ) from None
     return fields
 
 

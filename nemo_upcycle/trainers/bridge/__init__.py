@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 
 from nemo_upcycle.errors import UpcycleError
@@ -14,16 +13,6 @@ from nemo_upcycle.utils.requirements import installed_release, requirement
 RELEASES = requirement("megatron-bridge>=0.6.0,<0.8")
 #: How a release fits, see `fit_of`.
 FITS, NEWER, TOO_OLD = "fits", "newer", "too old"
-
-
-def tunes(recipe: str) -> bool:
-    """Return whether a recipe of Bridge's tunes on conversations: its name then has the word `sft`.
-
-    Example:
-        >>> tunes("llama3_8b_e8t2_sft_64gpu_h100_bf16_config"), tunes("my_sft.recipes:pretraining")
-        (True, False)
-    """
-    return re.search(r"(^|_)sft(_|$)", recipe.rpartition(":")[2]) is not None
 
 
 def fit_of(release: str) -> str:

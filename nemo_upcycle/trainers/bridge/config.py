@@ -8,27 +8,24 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.bridge.training.config import ConfigContainer
-from megatron.training.models.base import ModelConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError, mistake_in_file
-from nemo_upcycle.sources.resolve import open_dense
-from nemo_upcycle.sources.same_parent import parent_digest
-from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.planning.recipe_table import job_of
 from nemo_upcycle.trainers.base import Evaluations
-from nemo_upcycle.trainers.bridge import tunes
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
-from nemo_upcycle.trainers.bridge.recipes.common import made_for
-from nemo_upcycle.trainers.bridge.upcycling import UpcycleHook, hook_of
+from nemo_upcycle.trainers.bridge.node import UpcyclingConfig
+from nemo_upcycle.trainers.bridge.recipes.common import with_parent
+from nemo_upcycle.trainers.bridge.upcycling import follow_node
 from nemo_upcycle.trainers.settings import setting
 from nemo_upcycle.utils.children import shield_children
 
@@ -41,7 +38,7 @@ _RECIPES = "nemo_upcycle.recipes"
 _PLACED = ("checkpoint.save", "checkpoint.load", "dataset.folder", "logger.tensorboard_dir")
 
 
-def find_recipe(name: str) -> Callable[[], ConfigContainer]:
+def find_recipe(name: str) -> Callable[..., ConfigContainer]:
     """Return a recipe of this package's, or of a user's.
 
     Args:
@@ -61,14 +58,15 @@ def find_recipe(name: str) -> Callable[[], ConfigContainer]:
         sys.path.insert(0, here)
     try:
         found: Any = getattr(importlib.import_module(module), function)
-        inspect.signature(found).bind()
+        takes = {"dense": ""} if takes_dense(found) else {}
+        inspect.signature(found).bind(**takes)
     except UpcycleError:
         raise
     except Exception as error:
         raise mistake_in_file(error) or UpcycleError(
             "recipe",
             got=name,
-            expected=f"a function without arguments that can be imported ({error})",
+            expected=f"a function that can be imported, whose only required argument may be dense ({error})",
             fix="check the name, and that PYTHONPATH has its folder",
         ) from None
     return found
@@ -76,54 +74,47 @@ def find_recipe(name: str) -> Callable[[], ConfigContainer]:
 
 def load_config(
     recipe: str, settings: Sequence[str], dense: Path, changes: Mapping[str, Any] | None
-) -> ConfigContainer:
+) -> UpcyclingConfig:
     """Return the configuration of a recipe that starts from a dense checkpoint.
 
     Args:
         recipe: see `find_recipe`.
         settings: `KEY=VALUE`, as Bridge's command line takes them.
         dense: the dense checkpoint, in the place of the recipe's own.
-        changes: fields of the recipe's spec that are to differ; None: the recipe's dense baseline, without a spec.
+        changes: fields of the node `upcycling` that are to differ; None: train the parent in the recipe's way.
 
     Raises:
-        UpcycleError: there is no such recipe, it upcycles nothing, or another checkpoint, or a setting does not exist
-            or takes no such value.
+        UpcycleError: there is no such recipe, it starts from no dense checkpoint or from several, or a setting does
+            not exist or takes no such value.
     """
-    make = find_recipe(recipe)
-    with made_for(dense, changes):  # Bridge's recipes have no arguments
-        try:
-            config = make()
-        except Exception as error:
-            if mistake := mistake_in_file(error):
-                raise mistake from None
-            raise
-    if hook_of(config) is None:
+    config = _made(recipe, dense)
+    parents = getattr(config, "parents", ())
+    if len(parents) != 1:
         raise UpcycleError(
             f"recipe {recipe}",
-            got="one that starts from random weights",
-            expected="upcycle_on_start in it",
-            fix="take one of this package's, or call upcycle_on_start(config, dense, spec) in yours",
+            got=f"{len(parents)} parents: {', '.join(parents)}" if parents else "one that starts from random weights",
+            expected="one dense checkpoint, which the stages around the training are about",
+            fix="train it by a script: pretrain(config, forward_step)" if parents else "make it by with_upcycling",
         )
-    _check_parents(recipe, required_hook(config).paths, dense)
-    _check_spec(recipe, required_hook(config).spec, changes)
-    if isinstance(config.model, ModelConfig):
-        raise UpcycleError(
-            f"recipe {recipe}",
-            got=type(config.model).__name__,
-            expected="a provider",
-            fix="make it by upcycled_provider",
-        )
-    if changes is None and not config.model.num_moe_experts:  # a parent may have experts of its own
-        _forget_experts(config)
-    data_class: Any = ChatDataset if tunes(recipe) else BlendDataset
-    data = config.dataset
-    if isinstance(data, ChatDataset) != tunes(recipe):
+    if changes is None:
+        config = with_parent(config, dense)
+    elif (node := config.upcycling) is None:
+        if changes:
+            raise UpcycleError(f"recipe {recipe}", got="no node upcycling", expected="one", fix="omit the changes")
+        config.hf_model_path = str(dense)
+    else:
+        node.hf_model_path = str(dense)
+        node.change(replace(node.spec, **changes))
+    follow_node(config)
+    is_chat = isinstance(data := config.dataset, ChatDataset)
+    if is_chat != tunes(recipe):
         raise UpcycleError(
             f"recipe {recipe}",
             got=f"a {type(data).__name__}",
-            expected="a ChatDataset, by its name's `sft`" if tunes(recipe) else "`sft` in the name of one that tunes",
-            fix="change the data of the recipe, or its name",
+            expected="conversations (a ChatDataset) where @on_gpus says tunes=True, texts elsewhere",
+            fix="make them agree",
         )
+    data_class: Any = ChatDataset if is_chat else BlendDataset
     config.dataset = data_class(  # before the settings, which may be the data's
         folder="", seq_length=data.seq_length, num_workers=data.num_workers, pin_memory=torch.cuda.is_available()
     )
@@ -132,68 +123,28 @@ def load_config(
     return config
 
 
-def _check_spec(recipe: str, spec: UpcycleSpec | None, changes: Mapping[str, Any] | None) -> None:
-    """Check that a recipe's spec is what `load_config` asked for."""
-    if changes is None and spec is not None:
-        raise UpcycleError(
-            "dense_ct",
-            got=recipe,
-            expected="a baseline's recipe, or one whose spec upcycled or upcycled_pretraining takes",
-            fix="name another one",
-        )
-    if changes and (spec is None or replace(spec, **changes) != spec):
-        raise UpcycleError(
-            f"recipe {recipe}",
-            got=f"no spec that takes {dict(changes)}",
-            expected="one made by upcycled_pretraining",
-            fix="omit the changes, or make the recipe's configuration by that",
-        )
-
-
-def _forget_experts(config: ConfigContainer) -> None:
-    """Set back what a recipe sets of its experts after its model is made, in place."""
-    model, overlap = config.model, config.comm_overlap
-    for field in fields(model):
-        if field.name.startswith(("moe_", "expert_")) and field.default is not MISSING:
-            setattr(model, field.name, field.default)
-    if pattern := getattr(model, "hybrid_layer_pattern", None):
-        model.hybrid_layer_pattern = pattern.replace("E", "-")  # networks
-    if modules := model.recompute_modules:
-        model.recompute_modules = [
-            name for name in modules if name not in ("moe", "moe_act", "shared_experts")
-        ] or None
-    if overlap is not None:
-        overlap.overlap_moe_expert_parallel_comm = False
-
-
-def _check_parents(recipe: str, paths: Sequence[Path], dense: Path) -> None:
-    """Check that a recipe starts from the checkpoint that a run imports, asks for step 0 and reports about."""
-    parents = ", ".join(map(str, paths))
-    if len(paths) > 1:
-        raise UpcycleError(
-            f"recipe {recipe}",
-            got=f"{len(paths)} parents: {parents}",
-            expected="one, which the stages around the training are about",
-            fix="train it by a script: pretrain(config, forward_step)",
-        )
-    if not _is_same_model(paths[0], dense):
-        raise UpcycleError(
-            "dense",
-            got=str(dense),
-            expected=f"{parents}, which recipe {recipe} starts from",
-            fix=f"give dense={parents}, or make the recipe by upcycled_pretraining, which takes the one that is given",
-        )
-
-
-def _is_same_model(one: Path, other: Path) -> bool:
-    """Return whether two folders are one, or hold the same weights, as an asset's in the cache and in a run do."""
-    if one.resolve() == other.resolve():
-        return True
+def _made(recipe: str, dense: Path) -> Any:
+    """Call a recipe, with the dense checkpoint where it has such an argument."""
+    make = find_recipe(recipe)
     try:
-        with open_dense(one) as ours, open_dense(other) as theirs:
-            return ours.architecture == theirs.architecture and parent_digest(ours) == parent_digest(theirs)
-    except UpcycleError:  # of one of them the configuration alone is here
-        return False
+        return make(dense=str(dense)) if takes_dense(make) else make()
+    except Exception as error:
+        if mistake := mistake_in_file(error):
+            raise mistake from None
+        raise
+
+
+def tunes(recipe: str) -> bool:
+    """Return whether a recipe trains on conversations: `on_gpus` says it, else the data of its configuration."""
+    make = find_recipe(recipe)
+    if (said := job_of(make).tunes) is not None:
+        return said
+    return not takes_dense(make) and isinstance(make().dataset, ChatDataset)
+
+
+def takes_dense(recipe: Callable[..., Any]) -> bool:
+    """Return whether a recipe has the argument `dense`, for its parent."""
+    return "dense" in inspect.signature(recipe).parameters
 
 
 def _change(config: ConfigContainer, typed: str) -> None:
@@ -216,13 +167,6 @@ def _change(config: ConfigContainer, typed: str) -> None:
         if now != value and not is_off:
             expected = "no such setting: the run's folder decides"
             raise UpcycleError(name, got=typed, expected=expected, fix="omit it, or change dir")
-
-
-def required_hook(config: ConfigContainer) -> UpcycleHook:
-    """Return the hook that upcycles, from a configuration of `load_config`."""
-    hook = hook_of(config)
-    assert hook is not None
-    return hook
 
 
 def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections import UserList
-from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.config_fields import table
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import window_fields
 from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields, router_fields
 from nemo_upcycle.online.decoder_layers import decoder_layers, layers_of
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.bridge.hooks import refuse_first_step
 
 
 #: The frequencies that Megatron's own scaling has: Llama 3.1's. Its factor alone can be set.
@@ -55,25 +53,14 @@ _MOE_KERNELS: dict[str, Any] = {
 }
 
 
-#: Kinds of settings that change nothing of a filled model, and where layouts are handled: `config_fields.yaml`.
-_STAYING = (
-    "who computes what, and when",
-    "memory and recomputation",
-    "types of products, with weights in their own",
-    "kernels",
-    "how tokens reach their experts, and what the router learns",
-)
-_LAYOUT = ("online.plan.split_name", "online.plan.RankCoords", "online.quantized.quantize")
-
-
 def upcycled_provider(
     dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any
 ) -> GPTModelProvider | HybridModelProvider:
     """Return Bridge's provider of the model that a spec makes of a dense checkpoint.
 
     With a `hybrid_layer_pattern` among the changes it is a HybridModel's, else a GPTModel's; of a parent with Mamba
-    layers it always is, by default with the parent's pattern, without borders. A model of a folder trains when
-    `upcycle_on_start` has filled it or a checkpoint was loaded, and refuses its first step else.
+    layers it always is, by default with the parent's pattern, without borders. A model of a folder trains when its run
+    has filled it (`with_upcycling`) or a checkpoint was loaded, and refuses its first step else.
 
     Args:
         dense: the dense checkpoint's folder; or its architecture, of which a model may start from random weights.
@@ -88,22 +75,11 @@ def upcycled_provider(
         >>> pattern = hybrid_pattern([True] * 32, segments=4)  # of nemo_upcycle.models.hybrid
         >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), hybrid_layer_pattern=pattern)  # doctest: +SKIP
     """
-    provider: GPTModelProvider | HybridModelProvider
-    arch = _architecture(dense)
-    arch = arch.upcycled(spec) if spec else arch
-    if not (arch.mamba or "hybrid_layer_pattern" in changes):
-        kind = GemmaModelProvider if arch.scaled_embedding else GPTModelProvider  # which multiplies the embedding
-        provider = kind(**(provider_fields(arch) | _routing(spec) | changes))
-    else:
-        _refuse_scaled_embedding(arch)
-        fields = _transformer(arch, hybrid=True) | _hybrid_model(arch)
-        fields["attention_backend"] = AttnBackend.auto  # a GPTModel's: a process keeps to one
-        if arch.qk_norm:
-            fields["hybrid_stack_spec"] = hybrid_stack_with_qk_norm
-        provider = HybridModelProvider(**(fields | _routing(spec) | changes))
+    parent = _architecture(dense)
+    model = provider_of(Origin(parent, spec), **changes)
     if not isinstance(dense, Architecture):
-        provider.register_pre_wrap_hook(partial(refuse_unfilled, str(dense)))
-    return provider
+        refuse_first_step(model, str(dense))
+    return model
 
 
 def upcycled_config(
@@ -119,12 +95,65 @@ def upcycled_config(
     Raises:
         SpecError: Bridge's model class cannot be it.
     """
-    arch = _architecture(dense)
+    model = builder_of(Origin(_architecture(dense), spec), **changes)
+    if isinstance(dense, Architecture):
+        set_warmup_length(model)
+    else:
+        refuse_first_step(model, str(dense))
+    return model
+
+
+def set_warmup_length(model: GPTModelConfig | HybridModelConfig) -> None:
+    """Set the length of sequences where the warm-up of Bridge 0.6 looks for it.
+
+    From then on a builder's configuration changes it there alone, so a run does it when all its settings are known.
+    """
+    model.transformer.seq_length = vars(model)["seq_length"]  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made of; each model has its own as `_made_of`, which Bridge neither saves nor changes.
+
+    Args:
+        parent: architecture of the dense checkpoint.
+        spec: how it is upcycled; None for the dense model itself.
+    """
+
+    parent: Architecture
+    spec: UpcycleSpec | None
+
+    @cached_property
+    def arch(self) -> Architecture:
+        """The architecture of the model."""
+        return self.parent.upcycled(self.spec) if self.spec else self.parent
+
+
+def provider_of(origin: Origin, **changes: Any) -> GPTModelProvider | HybridModelProvider:
+    """Return a provider, which fills nothing and refuses nothing; see `upcycled_provider`."""
+    model: GPTModelProvider | HybridModelProvider
+    arch = origin.arch
+    if not (arch.mamba or "hybrid_layer_pattern" in changes):
+        kind = GemmaModelProvider if arch.scaled_embedding else GPTModelProvider  # which multiplies the embedding
+        model = kind(**(provider_fields(arch) | _routing(origin.spec) | changes))
+    else:
+        fields = _hybrid_fields(origin)
+        fields["attention_backend"] = AttnBackend.auto  # a GPTModel's: a process keeps to one
+        if arch.qk_norm:
+            fields["hybrid_stack_spec"] = hybrid_stack_with_qk_norm
+        model = HybridModelProvider(**(fields | changes))
+    set_origin(model, origin)
+    return model
+
+
+def builder_of(origin: Origin, **changes: Any) -> GPTModelConfig | HybridModelConfig:
+    """Return a builder's configuration, which fills nothing and refuses nothing; see `upcycled_config`."""
+    arch = origin.arch
     _refuse_scaled_embedding(arch)
-    arch, hybrid = arch.upcycled(spec) if spec else arch, bool(arch.mamba or "hybrid_layer_pattern" in changes)
+    hybrid = bool(arch.mamba or "hybrid_layer_pattern" in changes)
     model_class = UpcycledHybridConfig if hybrid else UpcycledModelConfig
     outer = {name: value for name, value in changes.items() if name in model_class.__dataclass_fields__}
-    inner = _routing(spec) | {name: value for name, value in changes.items() if name not in outer}
+    inner = _routing(origin.spec) | {name: value for name, value in changes.items() if name not in outer}
     settings = _hybrid_model(arch) if hybrid else _model(arch)
     if hybrid and arch.qk_norm:
         settings["hybrid_stack_spec"] = hybrid_stack_with_qk_norm()
@@ -132,67 +161,30 @@ def upcycled_config(
         settings["transformer_layer_spec"] = layers
     transformer = TransformerConfig(**(_transformer(arch, hybrid=hybrid) | inner))
     config = model_class(transformer=transformer, **(settings | outer))
-    config.transformer.seq_length = config.seq_length  # where the warm-up of Bridge 0.6 looks for it
-    if not isinstance(dense, Architecture):
-        config.pre_wrap_hooks = UserList([partial(refuse_unfilled, str(dense))])  # see `upcycle_on_start`
+    set_origin(config, origin)
     return config
 
 
-def kept_settings(model: Any) -> dict[str, Any]:
-    """Return the settings of a model's configuration that stay with another parent: layout, precision, kernels.
-
-    Args:
-        model: Bridge's provider, or the configuration of one of its builders.
-    """
-    model = getattr(model, "transformer", model)
-    names = {name for kind, fields in table()["free"].items() if kind in _STAYING for name in fields}
-    names |= {name for place in _LAYOUT for name in table()["handled"][place]}
-    usual = GPTModelProvider.__dataclass_fields__
-    given = {name: getattr(model, name) for name in names if name in usual and hasattr(model, name)}
-    changed = {name: value for name, value in given.items() if value != usual[name].default and not callable(value)}
-    return changed | {name: getattr(model, name) for name in ("fp16", "bf16", "params_dtype", "pipeline_dtype")}
+def set_origin(model: Any, origin: Origin) -> None:
+    """Note what a model was made of, past the checks that a configuration has of its fields."""
+    model.__dict__["_made_of"] = origin
 
 
-def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
-    """Let newly built chunks refuse their first pass if nothing has given them weights by then.
-
-    Until then their norms and biases are NaN. Whatever fills or loads a model replaces them; a computation that does
-    not call the chunk, such as a schedule that takes its layers apart, ends with a loss of NaN.
-
-    Args:
-        dense: the checkpoint to fill them from.
-        chunks: chunks of the model on this rank.
-
-    Returns:
-        The chunks.
-    """
-
-    def look(chunk: Any, _: Any) -> None:
-        handles.pop(chunk).remove()
-        if any(bool(vector.isnan().any()) for vector in _vectors(chunk)):
-            raise SpecError(
-                field="config.model",
-                got="random weights",
-                expected=f"those of {dense}, or of a checkpoint",
-                fix="call upcycle_on_start(config, dense, spec) last of all, with this model in the configuration; or "
-                "for random weights make the model of nemo_upcycle.models.hf_config.read_architecture(dense)",
-            )
-
-    for chunk in chunks:
-        with torch.no_grad():
-            for vector in _vectors(chunk):
-                vector.fill_(math.nan)
-    handles = {chunk: chunk.register_forward_pre_hook(look) for chunk in chunks}
-    return chunks
-
-
-def _vectors(chunk: Any) -> Iterator[torch.Tensor]:
-    """Yield a chunk's norms and biases: no precision of weights changes them."""
-    return (parameter for parameter in chunk.parameters() if parameter.ndim == 1)
+def made_of(model: Any) -> Origin | None:
+    """Return what a model of this package was made of; None for another model."""
+    return vars(model).get("_made_of")
 
 
 class _SavedWithSizes:
-    """A builder's configuration that is saved with TP and PP where Bridge 0.6 looks for them in a checkpoint."""
+    """A builder's configuration that is saved with TP and PP where Bridge 0.6 looks for them in a checkpoint.
+
+    A deep copy is one of all its parts: Bridge 0.6.2's own is a copy of its `TransformerConfig` alone.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SavedWithSizes:
+        made = copy.copy(self)
+        vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return made
 
     def as_dict(self) -> dict[str, Any]:
         """Return the model's entry in a checkpoint's `run_config.yaml`, as one of Bridge's own class."""
@@ -247,6 +239,11 @@ def _refuse_scaled_embedding(arch: Architecture) -> None:
             expected="a parent that a HybridModel, or a builder's model, can be",
             fix="make the model with upcycled_provider, without hybrid_layer_pattern",
         )
+
+
+def _hybrid_fields(origin: Origin) -> dict[str, Any]:
+    _refuse_scaled_embedding(origin.arch)
+    return _transformer(origin.arch, hybrid=True) | _hybrid_model(origin.arch) | _routing(origin.spec)
 
 
 def _routing(spec: UpcycleSpec | None) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
-from megatron.bridge.training.config import ConfigContainer, MockGPTDatasetConfig
+from megatron.bridge.training.config import MockGPTDatasetConfig
 from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
 from nemo_upcycle.errors import SpecError
@@ -59,20 +59,13 @@ class UpcycleSettings:
             check_whole("evaluate_limit", self.evaluate_limit, 1)
 
 
-@dataclass(kw_only=True)
-class UpcyclingConfig(ConfigContainer):
-    """Bridge's configuration of a run with the settings of this package.
+def __getattr__(name: str) -> Any:
+    """Find the class that checkpoints of 0.3 name here, in `run_config.yaml`."""
+    if name != "UpcyclingConfig":
+        raise AttributeError(name)
+    from nemo_upcycle.trainers.bridge.node import UpcyclingConfig
 
-    Args:
-        upcycle: see `UpcycleSettings`.
-    """
-
-    upcycle: UpcycleSettings = field(default_factory=UpcycleSettings)
-
-    @classmethod
-    def of(cls, config: ConfigContainer) -> UpcyclingConfig:
-        """Return a configuration with the settings, which shares all else with one that has none."""
-        return cls(**{one.name: getattr(config, one.name) for one in fields(config) if one.init})
+    return UpcyclingConfig
 
 
 def settings_of(config: Any) -> UpcycleSettings:

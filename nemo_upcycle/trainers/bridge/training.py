@@ -25,7 +25,7 @@ from nemo_upcycle.sources.fetch import cached_asset, tokenizer_folder
 from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
-from nemo_upcycle.trainers.bridge import require_bridge, tunes
+from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout, layout_of
 from nemo_upcycle.trainers.run_calibration import with_calibration
@@ -71,8 +71,8 @@ class BridgeTraining(Training):
 
     @property
     def reads_chat(self) -> bool:
-        """See `Training.reads_chat`: its name says it."""
-        return tunes(self.recipe)
+        """See `Training.reads_chat`."""
+        return _reads_chat(self.recipe)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -188,11 +188,8 @@ class BridgeTraining(Training):
 
     def spec(self, dense_folder: Path) -> UpcycleSpec:
         """See `Training.spec`."""
-        config = self.config(dense_folder)
-        from nemo_upcycle.trainers.bridge.config import required_hook
-
-        spec = required_hook(config).spec
-        assert spec is not None  # `check` refuses a pretraining that does not upcycle
+        spec = self.config(dense_folder).spec
+        assert isinstance(spec, UpcycleSpec)  # `check` refuses a pretraining that does not upcycle
         return spec
 
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
@@ -208,14 +205,14 @@ class BridgeTraining(Training):
         """See `Training.train`."""
         require_bridge()
         from nemo_upcycle.cpu.backend import use_cpu_backend
-        from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, required_hook, run_config
+        from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, run_config
         from nemo_upcycle.trainers.bridge.run_folder import RECEIPT
 
         use_cpu_backend()  # before the model's configuration is made: Megatron checks it at once
         config = self.config(dense_folder)
         place_config(config, folder, data_folder)
-        hook = required_hook(config)
-        hook.spec = with_calibration(hook.spec, folder, dense_folder)
+        if node := config.upcycling:
+            node.change(with_calibration(node.spec, folder, dense_folder))
         evaluations = self.evaluations
         if evaluations and suite:
             evaluations = replace(evaluations, suite=str(suite))
@@ -277,6 +274,14 @@ def required_parent(parent: Parent) -> Path:
 
 
 @lru_cache
+def _reads_chat(recipe: str) -> bool:
+    require_bridge()
+    from nemo_upcycle.trainers.bridge.config import tunes
+
+    return tunes(recipe)
+
+
+@lru_cache
 def _config(training: BridgeTraining, dense_folder: Path) -> Any:
     require_bridge()
     from nemo_upcycle.trainers.bridge.config import load_config
@@ -306,12 +311,11 @@ def _optimizer(optimizer: Any) -> str:
 
 def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> None:
     config = training.config(dense_folder)
-    from nemo_upcycle.trainers.bridge.config import required_hook
     from nemo_upcycle.trainers.bridge.settings import settings_of
+    from nemo_upcycle.trainers.bridge.upcycling import check
 
     check_values(config, training.name, f"{stage}.")
-    hook = required_hook(config)
-    if stage in ("pretrain", "dense_ct") and (hook.spec is None) != (stage == "dense_ct"):  # an arm may be either
+    if stage in ("pretrain", "dense_ct") and (config.spec is None) != (stage == "dense_ct"):  # an arm may be either
         wanted = "a baseline's recipe" if stage == "dense_ct" else "an upcycled model's"
         name = "dense_ct" if stage == "dense_ct" else "recipe"
         raise UpcycleError(name, got=training.recipe, expected=wanted, fix="name another one")
@@ -337,6 +341,6 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
         raise error.renamed(lambda name: f"{stage}.upcycle.{name}") from None
     try:
         check_layout(config.model, config.model, data, ranks, training.name, _precision(config))
-        hook.check()
+        check(config)
     except UpcycleError as error:
         raise error.renamed(lambda name: f"{stage}.{name}".replace(".config.", ".") if "." in name else name) from None

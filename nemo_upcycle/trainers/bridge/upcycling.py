@@ -6,8 +6,6 @@ optimizer: master weights are made of what it filled in. Bridge loads Hugging Fa
 
 from __future__ import annotations
 
-import weakref
-from collections import UserList
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,25 +15,28 @@ import torch
 from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.training.checkpointing import _has_global_non_persistent_checkpoint
-from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists, is_hf_checkpoint_dir
-from megatron.training.models.base import ModelConfig
 
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.balancing import QUANTILES
 from nemo_upcycle.models.delta_nets import check_gates
+from nemo_upcycle.models.families import why_not_exported
 from nemo_upcycle.models.families.refused import FINISH_WITH_0_2
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
-from nemo_upcycle.sources.find import require_tokenizer
+from nemo_upcycle.sources.fetch import tokenizer_folder
 from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.aux_loss import correct_losses
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
+from nemo_upcycle.trainers.bridge.hooks import add_pre_wrap_hook, pre_wrap_hooks
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
+from nemo_upcycle.trainers.bridge.model_changes import follow
+from nemo_upcycle.trainers.bridge.models import Origin, set_warmup_length
+from nemo_upcycle.trainers.bridge.node import UpcyclingConfig, architecture_at, folder_of
 from nemo_upcycle.trainers.bridge.resharding import fit_layout
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
 from nemo_upcycle.trainers.bridge.settings import describe, mixed_precision_of, require_callbacks
@@ -48,165 +49,126 @@ from nemo_upcycle.utils.validation import is_whole
 _BRIDGES_LOADING = "load_weights_hf_to_megatron"
 
 
-def upcycle_on_start(
-    config: ConfigContainer,
-    dense: str | Path,
-    spec: UpcycleSpec | None,
-    *,
-    branches: Sequence[str | Path] = (),
-    non_expert_weights: str = "first",
-) -> None:
-    """Let a run of Bridge's start from a dense checkpoint; call it last, when the configuration is complete.
+def __getattr__(name: str) -> Any:
+    """Name the new form of a function that 0.3 had here."""
+    if name == "upcycle_on_start":
+        raise ImportError(
+            "upcycle_on_start has left. Write config = with_upcycling(config, dense, num_experts=8, top_k=2), of "
+            "nemo_upcycle.bridge; without a spec with_parent(config, dense).",
+            name=__name__,
+        )
+    raise AttributeError(name)
 
-    A run that has a checkpoint of its own goes on from it and reads nothing of the dense one. The receipt is written
-    beside the checkpoints, as `receipt.json`, before the first of them. A run without a tokenizer gets the parent's.
+
+def prepare(config: UpcyclingConfig) -> None:
+    """Complete and check a run that starts from a dense checkpoint, and let Bridge call what fills its model.
+
+    Bridge calls it at the start of every rank, through `UpcyclingConfig.validate`, when all settings are known. A run
+    that has a checkpoint of its own goes on from it and reads nothing of the dense one. The receipt is written beside
+    the checkpoints, as `receipt.json`, before the first of them. A run without a tokenizer gets the parent's.
 
     Args:
-        config: the run; changed in place. Its model is one of `nemo_upcycle.trainers.bridge.models`, or Bridge's own.
-        dense: folder of the dense checkpoint, the same on all ranks.
-        spec: how to upcycle it; None loads it into a dense model as it is (continued training of the parent).
-        branches: further dense checkpoints of the same architecture (Branch-Train-MiX).
-        non_expert_weights: with branches, where all other weights come from: the `first` checkpoint or the `mean`.
+        config: the run; changed in place.
 
     Raises:
-        SpecError: the configuration contradicts the spec, or would overwrite or lose what is filled in.
-        CheckpointError: neither the run nor the parent has a tokenizer.
-
-    Example:
-        >>> config = my_pretraining()  # doctest: +SKIP
-        >>> config.model = upcycled_provider("/models/Llama-3-8B", spec := UpcycleSpec(num_experts=8, top_k=2))
-        >>> upcycle_on_start(config, "/models/Llama-3-8B", spec)
-        >>> pretrain(config, forward_step)
+        SpecError: the configuration contradicts its node, or would overwrite or lose what is filled in.
+        UpcycleError: the parent does not exist, or neither it nor the run has a tokenizer.
     """
     require_bridge()
-    for path in (dense, *branches):
-        if "://" in str(path):
-            fix = "copy it there (nemo_upcycle.sources.fetch.ensure_dense fetches hf://ORG/NAME)"
-            raise SpecError(field="dense", got=path, expected="a folder that every rank sees", fix=fix)
-    config.tokenizer.use_tokenizer_vocab_size = False  # the dense checkpoint's vocabulary counts, not the tokenizer's
-    if config.tokenizer.tokenizer_type == "HuggingFaceTokenizer" and not config.tokenizer.tokenizer_model:
-        require_tokenizer(Path(dense))
-        config.tokenizer.tokenizer_model = str(Path(dense).absolute())
-    _check(config, spec, Path(dense))
-    model = config.model
-    transformer = getattr(model, "transformer", model)
+    follow_node(config)
+    tokenizer = config.tokenizer
+    if tokenizer.tokenizer_type == "HuggingFaceTokenizer" and not tokenizer.tokenizer_model:
+        tokenizer.tokenizer_model = str(tokenizer_folder(config.parents[0]).absolute())
+    check(config)
+    transformer: Any = getattr(config.model, "transformer", config.model)
     transformer.perform_initialization = False  # it would be overwritten
-    paths = tuple(Path(path).absolute() for path in (dense, *branches))
-    hook = UpcycleHook(config, spec, paths, non_expert_weights).fill
-    if isinstance(model, ModelConfig):
-        # No list: Bridge empties lists of functions when a command line changes settings, and leaves other sequences.
-        model.pre_wrap_hooks = UserList([*model.pre_wrap_hooks, hook])
-    else:
-        model.register_pre_wrap_hook(hook)
+    if transformer is not config.model:
+        set_warmup_length(config.model)
+    hooks = (getattr(hook, "__self__", None) for hook in pre_wrap_hooks(config.model))
+    for hook in hooks:
+        if isinstance(hook, UpcycleHook):  # of the run that this one is a copy of, or of an earlier start
+            hook.config = config
+            return
+    add_pre_wrap_hook(config.model, UpcycleHook(config).fill)
+
+
+def follow_node(config: UpcyclingConfig) -> None:
+    """Let a run's model follow its node: what the node says now decides what the model is."""
+    follow(config.model, Origin(architecture_at(config.parents[0]), config.spec))
 
 
 class UpcycleHook:
     """Fills the chunks of a run that has no checkpoint of its own: its method `fill` is what Bridge calls.
 
-    It has a weak reference to the run, so that Bridge can pickle it with a model's settings; an unpickled hook belongs
-    to no run, and the hook in a copy of the run belongs to the copy.
+    Bridge may copy a model's settings, and pickle them: a copy shares the hook, and what is pickled has no run.
 
     Args:
         config: the run.
-        spec: how to upcycle, see `upcycle_on_start`.
-        paths: paths of the dense checkpoints, the parent's first.
-        non_expert_weights: "first" or "mean", see `upcycle_on_start`.
     """
 
-    def __init__(
-        self, config: ConfigContainer, spec: UpcycleSpec | None, paths: tuple[Path, ...], non_expert_weights: str
-    ) -> None:
-        self.spec, self.paths, self.non_expert_weights = spec, paths, non_expert_weights
-        self._config = weakref.ref(config)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_config": None}
+    def __init__(self, config: UpcyclingConfig) -> None:
+        self.config = config
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UpcycleHook:
-        config = self.config
-        return UpcycleHook(memo.get(id(config), config), self.spec, self.paths, self.non_expert_weights)
+        return UpcycleHook(self.config)
 
-    @property
-    def config(self) -> ConfigContainer:
-        """The run.
-
-        Raises:
-            UpcycleError: it is gone.
-        """
-        config = self._config() if self._config else None
-        if config is None:
-            raise UpcycleError(
-                "upcycling",
-                got="a model of another configuration, or one that was read back",
-                expected="the configuration that upcycle_on_start was called with",
-                fix="call upcycle_on_start(config, dense, spec) last of all",
-            )
-        return config
-
-    def check(self) -> None:
-        """Check that the run can be filled and keeps what it was filled with.
-
-        Raises:
-            SpecError: it cannot, or does not.
-        """
-        _check(self.config, self.spec, self.paths[0])
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": None}
 
     def fill(self, chunks: list[Any]) -> list[Any]:
         """Fill a rank's chunks, and write the receipt on the first rank."""
         config = self.config
-        self.check()  # again: settings from the command line come later than the recipe's
+        paths = [folder_of(address) for address in config.parents]
         require_callbacks(config)
         store_contiguous()
         if config.checkpoint.async_save and not torch.cuda.is_available():
             expected = "False without a GPU: Bridge divides by the number of GPUs"
             raise SpecError(field="config.checkpoint.async_save", got=True, expected=expected, fix="set it to False")
         if torch.distributed.get_rank() == 0:
-            show_messages().info("parent: %s", ", ".join(map(str, self.paths)))
+            show_messages().info("parent: %s", ", ".join(map(str, paths)))
         losses = correct_losses(chunks[0].config)
-        if _goes_on(config, self.paths, self.spec):
+        if _goes_on(config, paths):
             fit_layout(config)
-        else:
-            if config._checkpoint_load_required:
-                raise SpecError(
-                    field="config.checkpoint.load",
-                    got="no checkpoint, in Bridge's finetune",
-                    expected="one: finetune starts from a checkpoint, upcycling makes the first",
-                    fix="call pretrain(config, forward_step), on any data; finetune_from(config, run) follows it",
-                )
-            if isinstance(config.dataset, ChatDataset):
-                config.dataset.chat.require_tokenizer_of(str(self.paths[0]))
-            receipt = fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights)
-            receipt.auxiliary_losses = losses
-            with open_dense(self.paths[0]) as dense:
-                padding = config.model.vocab_size - dense.architecture.vocab_size
-            if padding:
-                receipt.exact = False
-                receipt.inexact_because.append(f"{padding} rows that only pad the vocabulary take part in the loss")
-            if merged := merge_receipts(receipt):
-                save_receipt(merged, config.checkpoint.save)
-                said = describe(config)
-                if merged.inexact_because:
-                    said.append(f"not the parent's function: {'; '.join(merged.inexact_because)}")
-                for line in said:  # no warnings: Bridge drops those
-                    show_messages().info("%s", line)
-            torch.distributed.barrier()
+            return chunks
+        if config._checkpoint_load_required:
+            raise SpecError(
+                field="config.checkpoint.load",
+                got="no checkpoint, in Bridge's finetune",
+                expected="one: finetune starts from a checkpoint, upcycling makes the first",
+                fix="call pretrain(config, forward_step), on any data; finetune_from(config, run) follows it",
+            )
+        if isinstance(config.dataset, ChatDataset):
+            config.dataset.chat.require_tokenizer_of(str(paths[0]))
+        how = config.upcycling.non_expert_weights if config.upcycling else "first"
+        receipt = fill_chunks(chunks, paths, config.spec, how)
+        receipt.auxiliary_losses = losses
+        with open_dense(paths[0]) as dense:
+            padding = config.model.vocab_size - dense.architecture.vocab_size
+        if padding:
+            receipt.exact = False
+            receipt.inexact_because.append(f"{padding} rows that only pad the vocabulary take part in the loss")
+        if merged := merge_receipts(receipt):
+            save_receipt(merged, config.checkpoint.save)
+            said = describe(config)
+            if config.spec and (why := why_not_exported(architecture_at(config.parents[0]).upcycled(config.spec))):
+                said.append(why)
+            if merged.inexact_because:
+                said.append(f"not the parent's function: {'; '.join(merged.inexact_because)}")
+            for line in said:  # no warnings: Bridge drops those
+                show_messages().info("%s", line)
+        torch.distributed.barrier()
         return chunks
 
 
-def hook_of(config: ConfigContainer) -> UpcycleHook | None:
-    """Return the hook that `upcycle_on_start` has registered in a run; None if there is none."""
-    owners = (getattr(hook, "__self__", None) for hook in _hooks(config.model))
-    return next((owner for owner in owners if isinstance(owner, UpcycleHook)), None)
+def check(config: UpcyclingConfig) -> None:
+    """Check that a run can be filled, and keeps what it is filled with.
 
-
-def _hooks(model: Any) -> Sequence[Any]:
-    return model.pre_wrap_hooks if isinstance(model, ModelConfig) else getattr(model, "_pre_wrap_hooks", [])
-
-
-def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> None:
-    """Check that the run can be filled and keeps what it was filled with."""
-    model, checkpoint = config.model, config.checkpoint
-    transformer = getattr(model, "transformer", model)
+    Raises:
+        SpecError: it cannot, or does not.
+    """
+    model, checkpoint, spec = config.model, config.checkpoint, config.spec
+    parent = architecture_at(config.parents[0])
+    transformer: Any = getattr(model, "transformer", model)
     hybrid = hybrid_of(model)
     if hybrid is None and isinstance(model, HybridModelConfig | HybridModelProvider):
         raise SpecError(
@@ -218,10 +180,8 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
     virtual = transformer.virtual_pipeline_model_parallel_size
     if hybrid:
         hybrid.require_stages(transformer.pipeline_model_parallel_size, virtual or 1)
-    parent = read_architecture(dense) if (dense / "config.json").is_file() else None
     check_spec(transformer, spec, hybrid, parent)
-    if parent:
-        check_gates(transformer, parent)
+    check_gates(transformer, parent)
     if not checkpoint.save:
         raise SpecError(field="config.checkpoint.save", got=None, expected="a folder, for the receipt", fix="set it")
     check_folder(checkpoint.save)
@@ -252,7 +212,7 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
     has_own_type = precision is None and not optimizer.use_distributed_optimizer
     in_another_type = has_own_type and optimizer.bf16 and transformer.params_dtype == torch.float32
     untried = "no checkpoint of it was saved or exported: it does not start without a GPU"
-    loads = [hook for hook in _hooks(model) if _name_of(hook) == _BRIDGES_LOADING]
+    loads = [hook for hook in pre_wrap_hooks(model) if _name_of(hook) == _BRIDGES_LOADING]
     for name, got, why in (
         ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, "it would overwrite"),
         ("checkpoint.load", is_hf_checkpoint_dir(checkpoint.load) and checkpoint.load, "it would overwrite"),
@@ -279,7 +239,7 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None, dense: Path) -> No
             field="config.model",
             got=f"a provider that loads a Hugging Face model itself ({_BRIDGES_LOADING})",
             expected="one that loads nothing: it would overwrite, or find no such weights",
-            fix="make it with upcycled_provider, or by to_megatron_provider(load_weights=False)",
+            fix="make it by to_megatron_provider(load_weights=False)",
         )
     if spec and checkpoint.also_save_hf_checkpoint:
         _check_template(checkpoint.hf_source_path, spec)
@@ -316,7 +276,7 @@ def _name_of(hook: Any) -> str:
     return getattr(getattr(hook, "func", hook), "__name__", "")
 
 
-def _goes_on(config: ConfigContainer, paths: Sequence[Path], spec: UpcycleSpec | None) -> bool:
+def _goes_on(config: UpcyclingConfig, paths: Sequence[Path]) -> bool:
     """Return whether the run has a checkpoint that Bridge is going to load; the first rank looks for all.
 
     Raises:
@@ -328,7 +288,7 @@ def _goes_on(config: ConfigContainer, paths: Sequence[Path], spec: UpcycleSpec |
             folder = config.checkpoint.load
             verdict[0] = checkpoint_exists(folder) or _has_global_non_persistent_checkpoint(folder, config.checkpoint)
             if verdict[0]:
-                _check_receipt(config.checkpoint.save, paths, spec)
+                _check_receipt(config.checkpoint.save, paths, config.spec)
                 show_messages().info("%s: the run goes on from its checkpoint, nothing is upcycled", folder)
         except UpcycleError as error:
             verdict[0] = error

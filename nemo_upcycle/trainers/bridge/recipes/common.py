@@ -1,13 +1,9 @@
-"""What the recipes of upcycled models have in common."""
+"""Let a configuration of Bridge's start from a dense checkpoint: upcycled, or as it is."""
 
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,153 +14,196 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.sources.fetch import ensure_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
-from nemo_upcycle.trainers.bridge.models import kept_settings, upcycled_provider
-from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
-from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+from nemo_upcycle.trainers.bridge.changes import changed_settings
+from nemo_upcycle.trainers.bridge.hooks import refuse_first_step
+from nemo_upcycle.trainers.bridge.model_changes import copied, follow, forget_experts, model_like
+from nemo_upcycle.trainers.bridge.models import Origin, made_of
+from nemo_upcycle.trainers.bridge.node import Upcycling, UpcyclingConfig, architecture_at
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import check_named, check_whole
 
 
-#: Names the parent where no argument does: Bridge's recipes have no arguments.
-DENSE = "NEMO_UPCYCLE_DENSE"
-#: The parent that a chain was given, and its changes of the spec.
-_MADE_FOR: ContextVar[tuple[str, Mapping[str, Any] | None] | None] = ContextVar("parent of a chain", default=None)
+#: Whose rates, schedule, steps and batch size `upcycled` takes.
+RATES = ("paper", "keep")
 
 
-@contextmanager
-def made_for(dense: Path, changes: Mapping[str, Any] | None) -> Iterator[None]:
-    """Let recipes that are made while the block runs start from a checkpoint, by specs that differ in some fields.
+def with_upcycling(config: ConfigContainer, hf_model_path: str | Path, **node: Any) -> UpcyclingConfig:
+    """Let a training of Bridge's start from a dense checkpoint, upcycled into the model that a spec makes of it.
 
-    Args:
-        dense: the checkpoint's folder, which replaces the recipe's own parent.
-        changes: fields of the specs that are to differ; None: recipes train the checkpoint as it is.
-    """
-    token = _MADE_FOR.set((str(dense), changes))
-    try:
-        yield
-    finally:
-        _MADE_FOR.reset(token)
-
-
-def parent_of(dense: str | None, default: str = "") -> str:
-    """Choose the parent of a recipe: the argument, else NEMO_UPCYCLE_DENSE, else the default.
+    The node `upcycling` of what it returns holds the parent and the spec; Bridge's overrides change it
+    (`upcycling.top_k=1`), and the model follows. Layout, precision, kernels, rates, schedule, data and folders stay.
+    Change what it returns as you would change Bridge's configuration.
 
     Args:
-        dense: the argument; None if none was given.
-        default: parent that the recipe is named after; empty if there is none.
+        config: Bridge's recipe, or a configuration of one's own; it stays as it is, and the result shares its parts.
+        hf_model_path: the dense checkpoint: a folder that every rank sees, ORG/NAME, hf://ORG/NAME, or an asset.
+        node: further fields of the node: those of `UpcycleSpec`, `branches` and `non_expert_weights`.
 
     Raises:
-        SpecError: nothing names a parent.
+        SpecError: a field of the node is not known or not valid, or Bridge's model class cannot be such a model.
+        UpcycleError: there is no such checkpoint.
+
+    Example:
+        >>> config = with_upcycling(config, "/models/Llama-3-8B", num_experts=8, top_k=2)  # doctest: +SKIP
+        >>> config.model.expert_model_parallel_size = 8  # doctest: +SKIP
+        >>> pretrain(config, forward_step)  # doctest: +SKIP
     """
-    source = dense or os.environ.get(DENSE) or default
-    if not source:
-        raise SpecError("dense", got=dense, expected="a parent", fix=f"pass a folder or hf://ORG/NAME, or set {DENSE}")
-    return source
+    known = [name for name in Upcycling.__dataclass_fields__ if name != "hf_model_path"]
+    if unknown := [name for name in node if name not in known]:
+        raise SpecError.unknown("field of the node upcycling", unknown[0], known)
+    return _start_from(config, str(hf_model_path), node)
+
+
+def with_parent(config: ConfigContainer, hf_model_path: str | Path) -> UpcyclingConfig:
+    """Let a training of Bridge's start from a dense checkpoint as it is: the baseline, without the node `upcycling`.
+
+    Args:
+        config: Bridge's recipe, an upcycled training, or a configuration of one's own; it stays as it is.
+        hf_model_path: see `with_upcycling`.
+
+    Raises:
+        UpcycleError: there is no such checkpoint.
+    """
+    return _start_from(config, str(hf_model_path), None)
+
+
+def _start_from(
+    given: ConfigContainer, hf_model_path: str, node: dict[str, Any] | None, **settings: Any
+) -> UpcyclingConfig:
+    """Return a configuration with a parent and a node, and the model that they ask for.
+
+    Args:
+        given: the configuration before; a model of this package keeps all settings but those of parent and node.
+        hf_model_path: the dense checkpoint.
+        node: fields of the node; None: the parent is trained as it is.
+        settings: settings of the model, which go before those that it has.
+    """
+    check_named("hf_model_path", hf_model_path)
+    config = UpcyclingConfig.of(given)
+    config.upcycling = None if node is None else Upcycling(hf_model_path=hf_model_path, **node)
+    config.hf_model_path = hf_model_path if node is None else None
+    origin, before = Origin(architecture_at(hf_model_path), config.spec), given.model and made_of(given.model)
+    if before is None:
+        settings = {"seq_length": config.dataset.seq_length} | settings
+        config.model = model_like(given.model, origin, **settings)
+        refuse_first_step(config.model, hf_model_path)
+    else:
+        config.model = copied(given.model)
+        follow(config.model, origin)
+        if before.arch.num_experts and not origin.arch.num_experts:
+            forget_experts(config.model)
+            if config.comm_overlap is not None:
+                config.comm_overlap = copy.copy(config.comm_overlap)
+                config.comm_overlap.overlap_moe_expert_parallel_comm = False
+    config.tokenizer, config.checkpoint = copy.copy(config.tokenizer), copy.copy(config.checkpoint)
+    config.tokenizer.use_tokenizer_vocab_size = False  # the parent's vocabulary counts
+    if config.tokenizer.tokenizer_type == "NullTokenizer" and before is None:
+        config.tokenizer.vocab_size = config.model.vocab_size - 1
+    config.checkpoint.dist_ckpt_optim_fully_reshardable = True  # the states of its optimizer fit another layout
+    return config
 
 
 def upcycled_pretraining(
-    dense: str | None, spec: UpcycleSpec | None, *, seq_length: int, **settings: Any
+    dense: str, spec: UpcycleSpec | None, *, seq_length: int, data: str | Path | None = None, **settings: Any
 ) -> UpcyclingConfig:
-    """Make Bridge's pretraining of an upcycled model, or of its parent, by the paper's numbers and on mock data.
+    """Make Bridge's pretraining of an upcycled model, or of its parent, by the paper's numbers.
 
-    Bridge's own numbers are for random weights; see `trainers.paper`. A run says at its start what it trains by, and
-    of mock data that it is: set `config.dataset`.
+    Bridge's own numbers are for random weights; see `trainers.paper`. Without `data` it trains on Bridge's mock data,
+    and says so at its start.
 
     Args:
-        dense: the dense checkpoint: a folder, `hf://ORG/NAME` or `asset://smollm2-135m`, fetched if it is not on this
-            machine; None takes the variable NEMO_UPCYCLE_DENSE.
+        dense: the dense checkpoint, see `with_upcycling`.
         spec: how to upcycle it; None continues it as it is.
         seq_length: S.
+        data: see `upcycled`.
         settings: further ones of the model: layout and kernels.
 
     Example:
-        >>> config = upcycled_pretraining("/models/mine", UpcycleSpec(), seq_length=8192)  # doctest: +SKIP
-        >>> config.dataset = BlendDataset(folder="/data/mine", seq_length=8192)  # doctest: +SKIP
+        >>> upcycled_pretraining("/models/mine", UpcycleSpec(), seq_length=8192, data="/data/mine")  # doctest: +SKIP
     """
-    check_named("dense", dense)
     check_whole("seq_length", seq_length, 1)
     config = _pretrain_common()
     config.dataset.seq_length, config.train.micro_batch_size = seq_length, 1
     config.env_vars = dict(COMMON_RECIPE_ENV_VARS)
-    return upcycled(config, dense, spec, seq_length=seq_length, **settings)
+    return upcycled(config, dense, spec, data, seq_length=seq_length, **settings)
 
 
 def upcycled(
     config: ConfigContainer,
-    dense: str | None,
+    dense: str | Path,
     spec: UpcycleSpec | None,
     data: str | Path | None = None,
     *,
+    rates: str = "paper",
     seq_length: int | None = None,
     **settings: Any,
 ) -> UpcyclingConfig:
-    """Turn any pretraining of Bridge's into one that starts from a dense checkpoint, and say what changes.
+    """Turn any pretraining of Bridge's into one by the paper's numbers that starts from a dense checkpoint.
 
-    Layout, precision, kernels, recomputation, micro-batches, logging and folders stay; model, tokenizer, learning
-    rates, schedule, steps and batches become the parent's and the paper's, and optimizer states are saved so that
-    another layout can read them. Change what it returns as you would change Bridge's.
+    It is `with_upcycling` (without a spec `with_parent`) and the paper's rates, schedule, steps and batch size. It
+    prints each setting that it changes, as an override that Bridge's command line takes.
 
     Args:
-        config: Bridge's recipe, or a configuration of one's own; it shares what does not change with the result.
-        dense: the dense checkpoint, see `upcycled_pretraining`.
+        config: Bridge's recipe, or a configuration of one's own; it stays as it is.
+        dense: the dense checkpoint, see `with_upcycling`.
         spec: how to upcycle it; None continues it as it is: the dense baseline.
         data: a finished folder of `nemo-upcycle data`; None keeps the configuration's data.
+        rates: `paper`; or `keep`, for the rates, schedule, steps and batch size that the configuration has.
         seq_length: S; None takes that of the configuration's data.
         settings: further ones of the model, which go before the configuration's.
 
     Raises:
-        SpecError: no parent is named, or the run cannot be filled, or would not keep what it is filled with.
+        SpecError: Bridge's model class cannot be such a model, or `rates` is neither.
         UpcycleError: there is no such checkpoint, or the data are not finished.
 
     Example:
         >>> config = upcycled(my_config(), "/models/mine", UpcycleSpec(), "/data/mine")  # doctest: +SKIP
         >>> pretrain(config, forward_step, callbacks=upcycle_callbacks(config, "/runs/mine"))  # doctest: +SKIP
     """
-    source, changes = _MADE_FOR.get() or (parent_of(dense), {})
-    spec = None if spec is None or changes is None else replace(spec, **changes)
-    folder = Path(source) if Path(source).is_dir() else ensure_dense(source)  # weights are checked when they are read
-    seq_length = seq_length or config.dataset.seq_length
-    given, config = config.model, UpcyclingConfig.of(config)
-    kept = kept_settings(given) if given else {}
-    model = upcycled_provider(folder, spec, **(kept | {"seq_length": seq_length} | settings))
-    config.model = model
+    if rates not in RATES:
+        raise SpecError.unknown("rates", rates, RATES)
+    given, seq_length = config, seq_length or config.dataset.seq_length
+    node = None if spec is None else asdict(spec)
+    config = _start_from(given, str(dense), node, seq_length=seq_length, **settings)
     if data:
         config.dataset = BlendDataset(folder=str(open_blend(Path(data)).folder), seq_length=seq_length)
     is_text = not isinstance(config.dataset, BlendDataset | GPTDatasetConfig)
     values = {
         "tokenizer.tokenizer_type": "HuggingFaceTokenizer" if is_text else "NullTokenizer",
         "tokenizer.tokenizer_model": None,  # of texts, the parent's
-        "tokenizer.vocab_size": None if is_text else model.vocab_size - 1,
+        "tokenizer.vocab_size": None if is_text else config.model.vocab_size - 1,
         "dataset.seq_length": seq_length,
-        "train.train_iters": paper.STEPS,
-        "train.global_batch_size": max(1, paper.TOKENS_A_STEP // seq_length),
-        "validation.eval_interval": 2000,
-        "checkpoint.save_interval": paper.CHECKPOINT_STEPS,
         "checkpoint.load": config.checkpoint.save,
-        "checkpoint.most_recent_k": 2,  # Bridge keeps all
-        "checkpoint.dist_ckpt_optim_fully_reshardable": True,
-        "optimizer.lr": paper.PEAK,
-        "optimizer.min_lr": paper.END,
-        "optimizer.adam_eps": 1e-5,  # NeMo's
-        "scheduler.lr_decay_style": "cosine",
-        "scheduler.lr_decay_iters": None,
-        "scheduler.lr_warmup_iters": paper.WARMUP_STEPS,
-        "scheduler.lr_warmup_fraction": None,
-        # Bridge's scheduler has 0.033, which takes the place of the optimizer's 0.1.
-        "scheduler.start_weight_decay": config.optimizer.weight_decay,
-        "scheduler.end_weight_decay": config.optimizer.weight_decay,
         "dist.distributed_timeout_minutes": 60,  # the first rank alone lays out the order of the samples
     }
+    if rates == "paper":
+        values |= {
+            "train.train_iters": paper.STEPS,
+            "train.global_batch_size": max(1, paper.TOKENS_A_STEP // seq_length),
+            "validation.eval_interval": 2000,
+            "checkpoint.save_interval": paper.CHECKPOINT_STEPS,
+            "checkpoint.most_recent_k": 2,  # Bridge keeps all
+            "optimizer.lr": paper.PEAK,
+            "optimizer.min_lr": paper.END,
+            "optimizer.adam_eps": 1e-5,  # NeMo's
+            "scheduler.lr_decay_style": "cosine",
+            "scheduler.lr_decay_iters": None,
+            "scheduler.lr_warmup_iters": paper.WARMUP_STEPS,
+            "scheduler.lr_warmup_fraction": None,
+            # Bridge's scheduler has 0.033, which takes the place of the optimizer's 0.1.
+            "scheduler.start_weight_decay": config.optimizer.weight_decay,
+            "scheduler.end_weight_decay": config.optimizer.weight_decay,
+        }
     for name, value in values.items():
         part, _, field = name.partition(".")
-        setattr(config, part, changed := copy.copy(getattr(config, part)))
-        before = getattr(changed, field)
-        setattr(changed, field, value)
-        if given and before != value:
-            show_messages().info("  %s: %s -> %s", name, before, value)
-    upcycle_on_start(config, folder, spec)
+        if getattr(owner := getattr(config, part), field) != value:
+            setattr(config, part, owner := copy.copy(owner))
+            setattr(owner, field, value)
+    if given.model:
+        show_messages().info("Changed settings, as overrides:")
+        for line in changed_settings(UpcyclingConfig.of(given), config):
+            show_messages().info("  %s", line)
     return config

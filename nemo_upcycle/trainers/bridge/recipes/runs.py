@@ -14,8 +14,8 @@ from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from nemo_upcycle.planning.recipe_table import Run, Schedule, Tuning
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
-from nemo_upcycle.trainers.bridge.recipes.common import parent_of, upcycled_pretraining
-from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
+from nemo_upcycle.trainers.bridge.node import UpcyclingConfig
+from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
 
 
 #: GPUs that NVLink joins in a rack of GB200.
@@ -25,18 +25,18 @@ PRECISIONS = {"fp8cs": "bf16_with_fp8_current_scaling_mixed", "fp8sc": "bf16_wit
 
 
 def upcycled_run(
-    dense: str | None, parent: str, layout: Run, schedule: Schedule, spec: UpcycleSpec, **settings: Any
+    dense: str, layout: Run, schedule: Schedule, spec: UpcycleSpec, data: str | None = None, **settings: Any
 ) -> UpcyclingConfig:
     """Make the paper's training: EP8, capacity factor 4, which drops nothing with 8 experts and top-2.
 
     MoE layers are recomputed throughout, for routers start unbalanced; NeMo's recipes do so in the first 500 steps.
 
     Args:
-        dense: the dense checkpoint, see `upcycled_pretraining`; None takes `parent`, or NEMO_UPCYCLE_DENSE.
-        parent: the recipe's own dense checkpoint.
+        dense: the dense checkpoint, see `with_upcycling`.
         layout: GPUs and layout.
         schedule: steps, batches and learning rates.
         spec: how to upcycle.
+        data: a finished folder of `nemo-upcycle data`; None: Bridge's mock data.
         settings: what else differs in the model.
     """
     own: dict[str, Any] = {
@@ -44,15 +44,15 @@ def upcycled_run(
         "recompute_modules": ["moe"],
         "moe_expert_capacity_factor": 4.0,
     }
-    return _paper_run(dense, parent, layout, schedule, spec, **(own | settings))
+    return _paper_run(dense, layout, schedule, spec, data, **(own | settings))
 
 
 def hybridep_run(
-    dense: str | None,
-    parent: str,
+    dense: str,
     layout: Run,
     schedule: Schedule,
     spec: UpcycleSpec,
+    data: str | None = None,
     *,
     nvlink_gpus: int = 8,
     **settings: Any,
@@ -60,12 +60,12 @@ def hybridep_run(
     """Make `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE have it.
 
     Args:
-        dense, parent, layout, schedule, spec: see `upcycled_run`.
+        dense, layout, schedule, spec, data: see `upcycled_run`.
         nvlink_gpus: number of GPUs that NVLink joins: 8 in a usual machine, or `NVL72`.
         settings: see `upcycled_run`.
     """
     flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep", "moe_router_dtype": "fp32"}
-    config = upcycled_run(dense, parent, layout, schedule, spec, moe_expert_capacity_factor=None, **flex, **settings)
+    config = upcycled_run(dense, layout, schedule, spec, data, moe_expert_capacity_factor=None, **flex, **settings)
     config.env_vars |= {
         "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": min(config.model.expert_model_parallel_size, nvlink_gpus),
         "NUM_OF_TOKENS_PER_CHUNK_COMBINE_API": 128,
@@ -75,14 +75,16 @@ def hybridep_run(
     return config
 
 
-def mxfp8_run(dense: str | None, parent: str, layout: Run, schedule: Schedule, spec: UpcycleSpec) -> UpcyclingConfig:
+def mxfp8_run(
+    dense: str, layout: Run, schedule: Schedule, spec: UpcycleSpec, data: str | None = None
+) -> UpcyclingConfig:
     """Make the fast run in MXFP8 on racks of GB200: HybridEP, no capacity, nothing recomputed. It has not been run.
 
     What it sets beside the layout is what Bridge's own recipe of Qwen3-MoE for GB200 sets (`recipes/qwen/gb200`), but
     that parameters stay in BF16 until MXFP8 ones have been filled on a GPU.
 
     Args:
-        dense, parent, layout, schedule, spec: see `upcycled_run`.
+        dense, layout, schedule, spec, data: see `upcycled_run`.
     """
     settings: dict[str, Any] = {
         "recompute_granularity": None,
@@ -96,7 +98,7 @@ def mxfp8_run(dense: str | None, parent: str, layout: Run, schedule: Schedule, s
         "cuda_graph_scope": ["moe_router", "moe_preprocess"],
         "use_te_rng_tracker": True,
     }
-    config = hybridep_run(dense, parent, layout, schedule, spec, nvlink_gpus=NVL72, **settings)
+    config = hybridep_run(dense, layout, schedule, spec, data, nvlink_gpus=NVL72, **settings)
     config.rng.te_rng_tracker = True
     config.mixed_precision = get_mixed_precision_config("bf16_with_mxfp8_mixed")
     config.mixed_precision.fp8_param_gather = config.mixed_precision.reuse_grad_buf_for_mxfp8_param_ag = False
@@ -115,40 +117,42 @@ def mxfp8_run(dense: str | None, parent: str, layout: Run, schedule: Schedule, s
     return config
 
 
-def fast_run(dense: str | None, parent: str, layout: Run, schedule: Schedule, spec: UpcycleSpec) -> UpcyclingConfig:
+def fast_run(
+    dense: str, layout: Run, schedule: Schedule, spec: UpcycleSpec, data: str | None = None
+) -> UpcyclingConfig:
     """Make the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
 
     Parameters stay in BF16 until FP8 ones (`fp8_param_gather`) have been filled on a GPU. Gradients are reduced in
     BF16, as in Bridge's `perf_recipes`.
 
     Args:
-        dense, parent, layout, schedule, spec: see `upcycled_run`.
+        dense, layout, schedule, spec, data: see `upcycled_run`.
     """
     capacity = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
-    config = _paper_run(dense, parent, layout, schedule, spec, **capacity)
+    config = _paper_run(dense, layout, schedule, spec, data, **capacity)
     config.mixed_precision = get_mixed_precision_config(PRECISIONS[layout.precision])
     config.mixed_precision.fp8_param_gather = False
     config.mixed_precision.grad_reduce_in_fp32 = config.ddp.grad_reduce_in_fp32 = False
     return config
 
 
-def dense_run(dense: str | None, parent: str, layout: Run, schedule: Schedule) -> UpcyclingConfig:
+def dense_run(dense: str, layout: Run, schedule: Schedule, data: str | None = None) -> UpcyclingConfig:
     """Make the training of the dense baseline, by the same data, batches and learning rates.
 
     Args:
-        dense, parent, layout, schedule: see `upcycled_run`.
+        dense, layout, schedule, data: see `upcycled_run`.
     """
-    return _paper_run(dense, parent, layout, schedule, None)
+    return _paper_run(dense, layout, schedule, None, data)
 
 
-def small_run(dense: str | None, parent: str, schedule: Schedule, spec: UpcycleSpec | None) -> UpcyclingConfig:
+def small_run(dense: str, schedule: Schedule, spec: UpcycleSpec | None, data: str | None = None) -> UpcyclingConfig:
     """Make a training of a few steps, on one GPU, or on none.
 
     Args:
-        dense, parent, schedule: see `upcycled_run`.
+        dense, schedule, data: see `upcycled_run`.
         spec: how to upcycle it; None for the dense baseline.
     """
-    config = upcycled_pretraining(parent_of(dense, parent), spec, seq_length=schedule.seq_length)
+    config = upcycled_pretraining(dense, spec, seq_length=schedule.seq_length, data=data)
     _train_by(config, schedule)
     config.train.micro_batch_size = 1
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
@@ -156,7 +160,7 @@ def small_run(dense: str | None, parent: str, schedule: Schedule, spec: UpcycleS
     return config
 
 
-def tuned(config: UpcyclingConfig, tuning: Tuning) -> UpcyclingConfig:
+def tuned(config: UpcyclingConfig, tuning: Tuning, data: str | None = None) -> UpcyclingConfig:
     """Let one of these trainings tune on conversations instead, from the dense checkpoint on.
 
     It upcycles its dense parent as it starts, by Bridge's `pretrain`, for its `finetune` has to find a checkpoint. The
@@ -165,9 +169,12 @@ def tuned(config: UpcyclingConfig, tuning: Tuning) -> UpcyclingConfig:
     Args:
         config: the training; changed in place. Its layout stays, but for context parallelism.
         tuning: batches, steps and learning rates.
+        data: a finished folder of `nemo-upcycle chat`; None: `dataset.folder` is set later.
     """
     schedule = tuning.schedule
-    config.dataset = ChatDataset(folder="", seq_length=schedule.seq_length, num_workers=config.dataset.num_workers)
+    config.dataset = ChatDataset(
+        folder=data or "", seq_length=schedule.seq_length, num_workers=config.dataset.num_workers
+    )
     config.model.seq_length, config.model.context_parallel_size = schedule.seq_length, 1
     _train_by(config, schedule)
     config.validation.eval_interval = config.checkpoint.save_interval = max(1, schedule.steps // 4)
@@ -182,12 +189,12 @@ def _train_by(config: UpcyclingConfig, schedule: Schedule) -> None:
 
 
 def _paper_run(
-    dense: str | None, parent: str, layout: Run, schedule: Schedule, spec: UpcycleSpec | None, **model: Any
+    dense: str, layout: Run, schedule: Schedule, spec: UpcycleSpec | None, data: str | None = None, **model: Any
 ) -> UpcyclingConfig:
     """Make the paper's training in a layout.
 
     Args:
-        dense, parent, layout, schedule: see `upcycled_run`.
+        dense, layout, schedule, data: see `upcycled_run`.
         spec: how to upcycle it; None for the dense baseline.
         model: further settings of the model.
     """
@@ -201,7 +208,7 @@ def _paper_run(
     }
     if spec is not None:
         model |= {"expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1}
-    config = upcycled_pretraining(parent_of(dense, parent), spec, seq_length=schedule.seq_length, **model)
+    config = upcycled_pretraining(dense, spec, seq_length=schedule.seq_length, data=data, **model)
     _train_by(config, schedule)
     config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # virtual stages send many times as often
     return config

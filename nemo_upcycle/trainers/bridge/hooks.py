@@ -1,0 +1,76 @@
+"""What Bridge calls with a rank's chunks before it wraps them, and the model that refuses its first step unfilled."""
+
+from __future__ import annotations
+
+import math
+from collections import UserList
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.training.models.base import ModelConfig
+
+from nemo_upcycle.errors import SpecError
+
+
+def refuse_first_step(model: Any, dense: str) -> None:
+    """Let a model refuse its first step if nothing has given it weights by then, see `refuse_unfilled`.
+
+    Args:
+        model: Bridge's provider, or the configuration of one of its builders; changed in place.
+        dense: address of the checkpoint to fill it from, for the text of the refusal.
+    """
+    add_pre_wrap_hook(model, partial(refuse_unfilled, dense))
+
+
+def pre_wrap_hooks(model: Any) -> list[Any]:
+    """Return the functions that Bridge calls with a rank's chunks before they are wrapped."""
+    return [*(model.pre_wrap_hooks if isinstance(model, ModelConfig) else getattr(model, "_pre_wrap_hooks", []))]
+
+
+def add_pre_wrap_hook(model: Any, hook: Callable[[list[Any]], list[Any]]) -> None:
+    """Let Bridge call a function with a rank's chunks, after those that it calls already."""
+    if isinstance(model, ModelConfig):
+        # No list: Bridge empties lists of functions when a command line changes settings, and leaves other sequences.
+        model.pre_wrap_hooks = UserList([*model.pre_wrap_hooks, hook])
+    else:
+        model.register_pre_wrap_hook(hook)
+
+
+def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
+    """Let newly built chunks refuse their first pass if nothing has given them weights by then.
+
+    Until then their norms and biases are NaN. Whatever fills or loads a model replaces them; a computation that does
+    not call the chunk, such as a schedule that takes its layers apart, ends with a loss of NaN.
+
+    Args:
+        dense: the checkpoint to fill them from.
+        chunks: chunks of the model on this rank.
+
+    Returns:
+        The chunks.
+    """
+
+    def look(chunk: Any, _: Any) -> None:
+        handles.pop(chunk).remove()
+        if any(bool(vector.isnan().any()) for vector in _vectors(chunk)):
+            raise SpecError(
+                field="config.model",
+                got="random weights",
+                expected=f"those of {dense}, or of a checkpoint",
+                fix="pass on what with_upcycling returned: another configuration lacks its node `upcycling`. For "
+                "random weights make the model of nemo_upcycle.models.hf_config.read_architecture(dense)",
+            )
+
+    for chunk in chunks:
+        with torch.no_grad():
+            for vector in _vectors(chunk):
+                vector.fill_(math.nan)
+    handles = {chunk: chunk.register_forward_pre_hook(look) for chunk in chunks}
+    return chunks
+
+
+def _vectors(chunk: Any) -> Iterator[torch.Tensor]:
+    """Yield a chunk's norms and biases: no precision of weights changes them."""
+    return (parameter for parameter in chunk.parameters() if parameter.ndim == 1)
