@@ -53,7 +53,8 @@ def definition(request: pytest.FixtureRequest, kubeconfig: Path) -> str:
 
 @pytest.fixture
 def scheduler(definition: str, kubeconfig: Path, tmp_path: Path) -> KubernetesScheduler:
-    return KubernetesScheduler(executor(definition, tmp_path, kubeconfig=str(kubeconfig)))
+    stages = {stage: {"gpus_per_node": 8} for stage in ("pretrain", "dense_ct", "evaluate")}
+    return KubernetesScheduler(executor(definition, tmp_path, kubeconfig=str(kubeconfig), stages=stages))
 
 
 def _job(tmp_path: Path, **fields: Any) -> Job:
