@@ -27,7 +27,7 @@ help:
 	@echo "make demo ENV=bridge                     run on Megatron-Bridge (PYTHON=python3.12)"
 	@echo "make test-in ENV=NAME                    run the tests of another environment or server:"
 	@echo "               bridge bridge-next bridge-sample te data tf5 vllm sglang llama-cpp slurm k8s browser"
-	@echo "               command"
+	@echo "               newest command"
 	@echo "               (make test-in says what each one tests and needs)"
 
 venv: $(VENV)/.complete .venv-data/.complete

@@ -15,6 +15,7 @@
 #   slurm          the chain on a Slurm of two nodes, installed as root (30 minutes); ACCOUNTING=--accounting: with slurmdbd
 #   k8s            every stage, sent to a real Kubernetes API server (Debian; a minute, 3 to 14 to build into .cache/)
 #   browser        reports in Chromium at two widths, screenshots in runs/test-browser (a minute, 1 to install; 0.7 GB)
+#   newest         a report: releases newer than the locked ones, and what fails with them (20 minutes; 8 GB in build/)
 #   command        `nemo llm pretrain` with the real 135M model, then resumed (3 minutes, 14 GiB of memory, 11 GB of disk)
 #
 # PYTHON=FOLDER/bin/python3.12 chooses the interpreter of a new environment. bridge and bridge-next take ROWS= for every
@@ -69,6 +70,20 @@ case ${1:-} in
     browser)
         need .venv-browser
         run_in .venv tests/browser ;;
+    newest) # Its status is 1 if a test fails; nothing else depends on it.
+        folder=build/newest
+        rm -rf "$folder"
+        failed=()
+        NEWEST=1 scripts/env.sh "$folder/.venv" dev
+        NEWEST=1 scripts/env.sh "$folder/.venv-data" data
+        "$folder/.venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not full" || failed+=("make test")
+        "$folder/.venv-data/bin/python" -m pytest tests/data_engine || failed+=("make test-in ENV=data")
+        echo "Newer than scripts/constraints/nemo.txt:"
+        "$folder/.venv/bin/python" scripts/newer_releases.py scripts/constraints/nemo.txt
+        echo "Newer than scripts/constraints/data.txt:"
+        "$folder/.venv-data/bin/python" scripts/newer_releases.py scripts/constraints/data.txt
+        echo "Commands with failing tests, named above: ${failed[*]:-none}"
+        [ ${#failed[@]} = 0 ] ;;
     command) # A user's command, on default threads. It looks for a hang, so it has a limit.
         need .venv
         dir=runs/test-command
