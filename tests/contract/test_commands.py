@@ -21,7 +21,7 @@ _OWN = re.compile(
     r"--factory \"?(my_recipes|recipe|my_llama32|stock_llama32|smollm2_135m_e16t4|\N{REPLACEMENT CHARACTER})"
 )
 #: What Bridge alone takes.
-_BRIDGES = re.compile(r"\brecipe=|\btrain\.train_iters|pretrain\.spec\.")
+_BRIDGES = re.compile(r"\brecipe=|\btrain\.train_iters|pretrain\.upcycling\.")
 #: The module of `nemo upcycle pipeline`, which registers its recipes.
 _PIPELINE = "nemo_upcycle.pipeline.bridge.pipeline" if IS_BRIDGE else "nemo_upcycle.pipeline.nemo.recipes"
 #: Stands for a recipe in a help text.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +96,9 @@ def upcycled_config(
         SpecError: Bridge's model class cannot be it.
     """
     model = builder_of(Origin(_architecture(dense), spec), **changes)
-    if isinstance(dense, Architecture):
-        set_warmup_length(model)
-    else:
+    if not isinstance(dense, Architecture):
         refuse_first_step(model, str(dense))
     return model
-
-
-def set_warmup_length(model: GPTModelConfig | HybridModelConfig) -> None:
-    """Set the length of sequences where the warm-up of Bridge 0.6 looks for it.
-
-    From then on a builder's configuration changes it there alone, so a run does it when all its settings are known.
-    """
-    model.transformer.seq_length = vars(model)["seq_length"]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -166,20 +156,30 @@ def builder_of(origin: Origin, **changes: Any) -> GPTModelConfig | HybridModelCo
 
 
 def set_origin(model: Any, origin: Origin) -> None:
-    """Note what a model was made of, past the checks that a configuration has of its fields."""
-    model.__dict__["_made_of"] = origin
+    """Note what a model was made of, as a function: Bridge's export of a live model rewrites all other values."""
+    model.__dict__["_made_of"] = partial(Origin, origin.parent, origin.spec)
 
 
 def made_of(model: Any) -> Origin | None:
     """Return what a model of this package was made of; None for another model."""
-    return vars(model).get("_made_of")
+    make = vars(model).get("_made_of")
+    return make() if make else None
 
 
 class _SavedWithSizes:
     """A builder's configuration that is saved with TP and PP where Bridge 0.6 looks for them in a checkpoint.
 
-    A deep copy is one of all its parts: Bridge 0.6.2's own is a copy of its `TransformerConfig` alone.
+    A deep copy is one of all its parts: Bridge 0.6.2's own is a copy of its `TransformerConfig` alone. The length of
+    sequences stands in both of its parts: the warm-up of Bridge 0.6 looks for it in the `TransformerConfig`.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "seq_length":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+        if {"seq_length", "transformer"} <= self.__dict__.keys():
+            self.__dict__["transformer"].seq_length = self.__dict__["seq_length"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _SavedWithSizes:
         made = copy.copy(self)

@@ -35,7 +35,7 @@ from nemo_upcycle.trainers.bridge.chat import ChatDataset, check_balancing
 from nemo_upcycle.trainers.bridge.hooks import add_pre_wrap_hook, pre_wrap_hooks
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.model_changes import follow
-from nemo_upcycle.trainers.bridge.models import Origin, set_warmup_length
+from nemo_upcycle.trainers.bridge.models import Origin
 from nemo_upcycle.trainers.bridge.node import UpcyclingConfig, architecture_at, folder_of
 from nemo_upcycle.trainers.bridge.resharding import fit_layout
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
@@ -82,8 +82,6 @@ def prepare(config: UpcyclingConfig) -> None:
     check(config)
     transformer: Any = getattr(config.model, "transformer", config.model)
     transformer.perform_initialization = False  # it would be overwritten
-    if transformer is not config.model:
-        set_warmup_length(config.model)
     hooks = (getattr(hook, "__self__", None) for hook in pre_wrap_hooks(config.model))
     for hook in hooks:
         if isinstance(hook, UpcycleHook):  # of the run that this one is a copy of, or of an earlier start
