@@ -46,8 +46,8 @@ def find_model(
     Args:
         path: a checkpoint, a folder of them, or a run: as in `find_checkpoint`.
         dense: the dense parent's folder; None: what the receipt says.
-        receipt_path: the run's receipt; None: the nearest one above the checkpoint, or that of the run that a
-            fine-tuning started from.
+        receipt_path: the run's receipt. None: the nearest receipt above the checkpoint; for a fine-tuning without one,
+            the receipt of its source run.
         given: fields of the spec that the user states.
 
     Raises:

@@ -51,7 +51,7 @@ def test_the_planners_command_is_understood_by_bridge(capsys: pytest.CaptureFixt
     assert config.mixed_precision == ("bf16_with_fp8_subchannel_scaling_mixed" if options else "bf16_mixed")
 
 
-def test_a_parent_given_on_the_command_line_replaces_the_recipes_own(dense: Path) -> None:
+def test_the_command_line_replaces_a_recipes_parent(dense: Path) -> None:
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
     from nemo_upcycle.trainers.bridge.upcycling import follow_node

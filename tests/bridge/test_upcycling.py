@@ -184,7 +184,7 @@ def test_the_node_stands_in_the_saved_configuration(dense: Path, tmp_path: Path)
 
 
 def test_a_run_whose_node_is_lost_is_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"got random weights, expected those of .*dense"):
+    with pytest.raises(RuntimeError, match=r"got random weights, expected weights of .*dense"):
         run_ranks(_train_without_node, 1, dense, tmp_path / "run", process_group=False)
 
 

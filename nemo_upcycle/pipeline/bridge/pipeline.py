@@ -25,7 +25,7 @@ from nemo_upcycle.utils.console import quiet_libraries
 from nemo_upcycle.utils.validation import check_whole
 
 
-#: Prefixes of fields of the node `upcycling`; the second was that of 0.3.
+#: Prefixes of a setting of the node `upcycling`. Commands of 0.3 wrote `spec.`.
 _NODE = ("upcycling.", "spec.")
 
 

@@ -1,4 +1,4 @@
-"""What Bridge calls with a rank's chunks before it wraps them, and the model that refuses its first step unfilled."""
+"""Register functions that Bridge calls with a rank's chunks, and refuse to train a model without weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def refuse_first_step(model: Any, dense: str) -> None:
 
     Args:
         model: Bridge's provider, or the configuration of one of its builders; changed in place.
-        dense: address of the checkpoint to fill it from, for the text of the refusal.
+        dense: address of the checkpoint that should fill it; the refusal names it.
     """
     add_pre_wrap_hook(model, partial(refuse_unfilled, dense))
 
@@ -58,7 +58,7 @@ def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
             raise SpecError(
                 field="config.model",
                 got="random weights",
-                expected=f"those of {dense}, or of a checkpoint",
+                expected=f"weights of {dense} or of a checkpoint",
                 fix="pass on what with_upcycling returned: another configuration lacks its node `upcycling`. For "
                 "random weights make the model of nemo_upcycle.models.hf_config.read_architecture(dense)",
             )

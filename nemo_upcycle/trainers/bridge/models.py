@@ -103,7 +103,7 @@ def upcycled_config(
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model was made of; each model has its own as `_made_of`, which Bridge neither saves nor changes.
+    """The parent and the spec that a model was made of. The model keeps it as `_made_of`, which Bridge does not save.
 
     Args:
         parent: architecture of the dense checkpoint.
@@ -127,7 +127,8 @@ def provider_of(origin: Origin, **changes: Any) -> GPTModelProvider | HybridMode
         kind = GemmaModelProvider if arch.scaled_embedding else GPTModelProvider  # which multiplies the embedding
         model = kind(**(provider_fields(arch) | _routing(origin.spec) | changes))
     else:
-        fields = _hybrid_fields(origin)
+        _refuse_scaled_embedding(arch)
+        fields = _transformer(arch, hybrid=True) | _hybrid_model(arch) | _routing(origin.spec)
         fields["attention_backend"] = AttnBackend.auto  # a GPTModel's: a process keeps to one
         if arch.qk_norm:
             fields["hybrid_stack_spec"] = hybrid_stack_with_qk_norm
@@ -156,12 +157,12 @@ def builder_of(origin: Origin, **changes: Any) -> GPTModelConfig | HybridModelCo
 
 
 def set_origin(model: Any, origin: Origin) -> None:
-    """Note what a model was made of, as a function: Bridge's export of a live model rewrites all other values."""
+    """Keep the origin in the model, as a function: when Bridge exports a live model it rewrites all other values."""
     model.__dict__["_made_of"] = partial(Origin, origin.parent, origin.spec)
 
 
 def made_of(model: Any) -> Origin | None:
-    """Return what a model of this package was made of; None for another model."""
+    """Return the origin of a model of this package, or None for any other model."""
     make = vars(model).get("_made_of")
     return make() if make else None
 
@@ -239,11 +240,6 @@ def _refuse_scaled_embedding(arch: Architecture) -> None:
             expected="a parent that a HybridModel, or a builder's model, can be",
             fix="make the model with upcycled_provider, without hybrid_layer_pattern",
         )
-
-
-def _hybrid_fields(origin: Origin) -> dict[str, Any]:
-    _refuse_scaled_embedding(origin.arch)
-    return _transformer(origin.arch, hybrid=True) | _hybrid_model(origin.arch) | _routing(origin.spec)
 
 
 def _routing(spec: UpcycleSpec | None) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def folder_of(address: str) -> Path:
 
 
 def architecture_at(address: str) -> Architecture:
-    """Return the architecture of a dense checkpoint; fetch its configuration alone, and that of no known parent.
+    """Return the architecture of a dense checkpoint. Download its configuration, unless the parent is known.
 
     Args:
         address: see `Upcycling`.

@@ -34,13 +34,13 @@ def with_upcycling(config: ConfigContainer, hf_model_path: str | Path, **node: A
     """Let a training of Bridge's start from a dense checkpoint, upcycled into the model that a spec makes of it.
 
     The node `upcycling` of what it returns holds the parent and the spec; Bridge's overrides change it
-    (`upcycling.top_k=1`), and the model follows. Layout, precision, kernels, rates, schedule, data and folders stay.
+    (`upcycling.top_k=4`), and the model follows. Layout, precision, kernels, rates, schedule, data and folders stay.
     Change what it returns as you would change Bridge's configuration.
 
     Args:
         config: Bridge's recipe, or a configuration of one's own; it stays as it is, and the result shares its parts.
         hf_model_path: the dense checkpoint: a folder that every rank sees, ORG/NAME, hf://ORG/NAME, or an asset.
-        node: further fields of the node: those of `UpcycleSpec`, `branches` and `non_expert_weights`.
+        node: other fields of the node: any field of `UpcycleSpec`, `branches`, `non_expert_weights`.
 
     Raises:
         SpecError: a field of the node is not known or not valid, or Bridge's model class cannot be such a model.
@@ -76,7 +76,7 @@ def _start_from(
     """Return a configuration with a parent and a node, and the model that they ask for.
 
     Args:
-        given: the configuration before; a model of this package keeps all settings but those of parent and node.
+        given: the configuration to start from. If this package made its model, only parent and node change in it.
         hf_model_path: the dense checkpoint.
         node: fields of the node; None: the parent is trained as it is.
         settings: settings of the model, which go before those that it has.
