@@ -1,4 +1,4 @@
-"""What pip would do to NVIDIA's containers, asked of pip over stand-ins with the containers' names and releases."""
+"""pip leaves NVIDIA's packages as they are. It is asked about stand-ins with their names and releases."""
 
 from __future__ import annotations
 
