@@ -115,7 +115,7 @@ def verify(
             check_tokenizer(moe)
             _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
         # a wrong tokenizer shows before the long work
-        tokens_BS = _tokens(dense, parent.architecture.vocab_size) if logits else None
+        tokens_BS = _tokens(dense, child.architecture) if logits else None
         weights = compare_weights(parent, child, expert_utility)
         own_type, moe_arch = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture
         experts = parent.architecture.num_experts
@@ -142,8 +142,8 @@ def _require_memory(needed_bytes: int) -> None:
         )
 
 
-def _tokens(dense: Path, vocab_size: int) -> torch.Tensor:
-    """Return token ids of the package's text, [B, S], all of them in the model's vocabulary."""
+def _tokens(dense: Path, moe_arch: Architecture) -> torch.Tensor:
+    """Return token ids of the package's text, [B, S], in sequences that the MoE model can take."""
     try:
         with errors_only():
             tokenizer = load_tokenizer(dense)
@@ -156,12 +156,12 @@ def _tokens(dense: Path, vocab_size: int) -> torch.Tensor:
         ) from None
     text = _SAMPLE.read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text)["input_ids"][: WINDOWS * WINDOW_TOKENS])
-    length = min(WINDOW_TOKENS, len(ids))
-    if (largest := int(ids.max())) >= vocab_size:
+    length = min(WINDOW_TOKENS, len(ids), moe_arch.max_positions)
+    if (largest := int(ids.max())) >= moe_arch.vocab_size:
         raise UpcycleError(
             f"{dense}: tokenizer",
             got=f"token {largest} in the text",
-            expected=f"0 to {vocab_size - 1}, the tokens of the model",
+            expected=f"0 to {moe_arch.vocab_size - 1}, the tokens of the model",
             fix="copy the model's own tokenizer files there, or compare the weights alone (--weights-only)",
         )
     return ids[: len(ids) // length * length].view(-1, length)
