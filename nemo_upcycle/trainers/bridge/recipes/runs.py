@@ -159,6 +159,7 @@ def small_run(dense: str, schedule: Schedule, spec: UpcycleSpec | None, data: st
     config.checkpoint.save_interval, config.checkpoint.most_recent_k = 10, 1
     # The form for other layouts is gathered in memory as it is saved: 8 GB more for SmolLM2-135M with 8 experts.
     config.checkpoint.dist_ckpt_optim_fully_reshardable = False
+    config.dataset.num_workers = 0  # on a CPU each loader's process keeps the weights of before the first step
     return config
 
 
