@@ -26,10 +26,10 @@ from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.online.plan import RankCoords, param_plans
+from nemo_upcycle.online.tensor_plan import ModelPlan
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.mapped_files import row_major
-from nemo_upcycle.tensor_plan import ModelPlan
 from nemo_upcycle.utils.progress import track
 from tests.megatron_ranks import build_rank
 

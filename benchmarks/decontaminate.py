@@ -32,10 +32,10 @@ from tempfile import TemporaryDirectory, gettempdir
 from benchmarks.arguments import chosen
 from nemo_upcycle.data.ngrams import SHORT_WORDS, NgramIndex
 from nemo_upcycle.data.passages import Hit
+from nemo_upcycle.data.suites.items import Item, suite_items
+from nemo_upcycle.data.suites.suite_config import read_suite_config
 from nemo_upcycle.data.word_hashes import normalise
-from nemo_upcycle.demo.assets import fetch_asset
-from nemo_upcycle.suites.items import Item, suite_items
-from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.sources.demo.assets import fetch_asset
 from nemo_upcycle.utils.files import write_json
 from tests.planted import carriers, change_words, questions
 

@@ -39,7 +39,7 @@ case ${1:-} in
         run_in ".venv-$1" -m "$rows" tests/te
         run_in ".venv-$1" -m "$rows" -n 3 --dist loadfile \
             tests/bridge tests/contract tests/distributed/test_balancing.py \
-            tests/unit/{init,online,convert,verify,monitoring,planning} tests/unit/data/test_epoch_dataset.py ;;
+            tests/unit/{init,online,convert,planning,trainers/monitoring} tests/unit/data/test_epoch_dataset.py ;;
     bridge-sample) # models filled, also beside Bridge's own loader; a training with a resume; mistakes; odd experts
         # One worker: each rank's process is forked from one that has imported Bridge.
         run_in .venv-bridge-sample -m "not weekly" tests/contract/test_mistakes.py \
@@ -47,10 +47,10 @@ case ${1:-} in
             tests/bridge/test_delta_nets.py::test_a_resumed_training_has_the_same_bits \
             tests/bridge/test_upcycling.py::test_a_second_start_in_the_same_process_is_not_upcycled_again \
             tests/bridge/test_upcycling.py::test_paths_are_compared_resolved \
-            tests/unit/verify/test_verification.py::test_experts_that_no_grouped_product_takes_are_compared ;;
+            tests/unit/convert/test_verification.py::test_experts_that_no_grouped_product_takes_are_compared ;;
     te) run_in .venv-te tests/te ;;
     data) run_in .venv-data tests/data_engine ;;
-    tf5) run_in .venv-tf5 tests/loading tests/unit/verify ;;
+    tf5) run_in .venv-tf5 tests/loading tests/unit/convert/test_verification.py tests/unit/convert/test_compared_weights.py ;;
     vllm) run_in .venv-vllm tests/servers/test_engines.py ;;
     sglang)
         export LD_LIBRARY_PATH=$PWD/.venv-sglang/driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from nemo_upcycle.demo.asset_texts import mmlu_questions
-from nemo_upcycle.demo.assets import fetch_asset
+from nemo_upcycle.sources.demo.asset_texts import mmlu_questions
+from nemo_upcycle.sources.demo.assets import fetch_asset
 
 
 def questions() -> list[dict[str, Any]]:

@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
         UpcycleError: a value or a file is wrong.
     """
     spec = UpcycleSpec(**used_spec(args))
-    from nemo_upcycle.calibration.collect import calibrate, require_use
     from nemo_upcycle.data.calibration_sample import calibration_sample
+    from nemo_upcycle.online.calibration import calibrate, require_use
     from nemo_upcycle.sources.fetch import local_model
     from nemo_upcycle.sources.resolve import open_dense
 

@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
+    from nemo_upcycle.data.suites.suite import load_suite_tasks
+    from nemo_upcycle.data.suites.suite_config import BACKENDS, read_suite_config
     from nemo_upcycle.evaluation.backends import choose_backend, open_model
     from nemo_upcycle.evaluation.run import evaluate
-    from nemo_upcycle.suites.suite import load_suite_tasks
-    from nemo_upcycle.suites.suite_config import BACKENDS, read_suite_config
     from nemo_upcycle.utils.files import MARKER, read_json
 
     if args.backend is not None and args.backend not in BACKENDS:
@@ -178,8 +178,8 @@ def _name_of(model: Path) -> str:
 def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:
     """Build a named suite beside the results."""
     from nemo_upcycle.data.chat.finished import open_data
-    from nemo_upcycle.suites.local_tasks import is_answers, is_text
-    from nemo_upcycle.suites.suite import build_named_suite
+    from nemo_upcycle.data.suites.local_tasks import is_answers, is_text
+    from nemo_upcycle.data.suites.suite import build_named_suite
 
     tasks = config["tasks"] if config["local"] else ()
     texts = [task for task in tasks if is_text(task) or is_answers(task)]

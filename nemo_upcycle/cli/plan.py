@@ -27,7 +27,7 @@ from nemo_upcycle.planning.workload import (
     RECOMPUTES,
     ROUTINGS,
 )
-from nemo_upcycle.trainers.commands import BACKENDS
+from nemo_upcycle.trainers.backends import BACKENDS
 from nemo_upcycle.utils.console import folded, terminal_width
 from nemo_upcycle.utils.validation import check_whole, number_of_tokens
 

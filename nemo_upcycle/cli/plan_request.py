@@ -19,7 +19,7 @@ from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import FORCED_IMBALANCE, USUAL_IMBALANCE, Workload
 from nemo_upcycle.recipes import known_recipe, recipe_for
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.commands import BACKENDS
+from nemo_upcycle.trainers.backends import BACKENDS
 from nemo_upcycle.utils.validation import check_capacity, check_number, check_whole
 
 

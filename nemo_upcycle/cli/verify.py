@@ -12,7 +12,7 @@ from nemo_upcycle.errors import UpcycleError
 
 
 if TYPE_CHECKING:
-    from nemo_upcycle.verify.verification import Verification
+    from nemo_upcycle.convert.verification import Verification
 
 EPILOG = """examples:
   nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --layers
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
             expected="none that needs the models to run",
             fix="omit one of the two",
         )
+    from nemo_upcycle.convert.verification import verify
     from nemo_upcycle.sources.fetch import local_model
-    from nemo_upcycle.verify.verification import verify
 
     dense, moe = (Path(local_model(source)) for source in (args.dense, args.moe))
     result = verify(

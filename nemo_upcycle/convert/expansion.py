@@ -21,10 +21,10 @@ from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.mapping import as_written, constant_tensors
 from nemo_upcycle.models.sharding import float32_names, hf_shapes
 from nemo_upcycle.models.stacked import as_in_file, is_stacked, is_transposed
+from nemo_upcycle.online.tensor_plan import ModelPlan, TensorPlan, change_copies, expand_slice
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import ModelPlan, TensorPlan, change_copies, expand_slice
 from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
 

@@ -14,6 +14,7 @@ one function for each matter. Where there is a CUDA device, no patch is imported
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,11 +22,11 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.monitoring.fp8_statistics import watch_inspect
-
 
 logger = logging.getLogger(__name__)
 
+#: Package of a trainer -> the folder of this package whose module `cpu_patches` holds the patches of that trainer.
+_TRAINERS = {"nemo": "nemo_upcycle.trainers.nemo", "megatron.bridge": "nemo_upcycle.trainers.bridge"}
 _installed = False
 
 
@@ -46,31 +47,16 @@ def use_cpu_backend() -> bool:
         return False
     if not _installed:
         from nemo_upcycle.cpu.patches import PATCHES
-        from nemo_upcycle.cpu.trainer_patches import BRIDGE_PATCHES, NEMO_PATCHES
 
-        trainers = (("nemo", NEMO_PATCHES), ("megatron.bridge", BRIDGE_PATCHES))
-        for patch in (*PATCHES, *(patch for name, patches in trainers if find_spec(name) for patch in patches)):
+        for patch in PATCHES:
             patch()
+        for trainer, folder in _TRAINERS.items():
+            if find_spec(trainer) and find_spec(folder):
+                for patch in importlib.import_module(f"{folder}.cpu_patches").PATCHES:
+                    patch()
         _installed = True
         logger.info("no CUDA device: Megatron and NeMo compute on the CPU")
     return True
-
-
-def watch_fp8(config: Any) -> Any:
-    """Begin to count what FP8 loses in training: emulated, see `Fp8Losses`, or on a GPU, see `Fp8Statistics`.
-
-    None where nothing is emulated, or no statistics were asked for.
-
-    Args:
-        config: the model's.
-    """
-    if torch.cuda.is_available():
-        return watch_inspect()
-    from nemo_upcycle.cpu import fp8_recipe
-    from nemo_upcycle.cpu.fp8_losses import Fp8Losses
-
-    fp8_recipe.watcher = Fp8Losses() if config.fp8 else None
-    return fp8_recipe.watcher
 
 
 def cpu_has_fast_bf16() -> bool:

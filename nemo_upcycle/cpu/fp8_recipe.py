@@ -18,7 +18,7 @@ from nemo_upcycle.errors import UpcycleError
 #: Of a linear layer, in the order of a state's columns.
 INPUT, WEIGHT, GRADIENT = range(3)
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-#: Counts what a training quantises, where `backend.watch_fp8` has set it.
+#: Counts what a training quantises, where `trainers.monitoring.fp8_statistics.watch_fp8` has set it.
 watcher: Any = None
 #: What Transformer Engine would compute in FP8 beside linear layers, or leave out of it.
 _ELSEWHERE = ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_output_proj")

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.suites.suite_config import SuiteConfig, read_suite_config
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.suite_config import SuiteConfig, read_suite_config
 from nemo_upcycle.utils.conf import Conf, as_dataclass, overridden, packaged_names, read_conf
 from nemo_upcycle.utils.validation import one_of, valid
 

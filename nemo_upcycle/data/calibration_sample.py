@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from nemo_upcycle.calibration.collect import Sample
 from nemo_upcycle.data.tokenizers import open_tokenizer
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.online.calibration import Sample
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.conf import read_yaml
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from nemo_upcycle.data.ngrams import BOILERPLATE, SHORT_WORDS, SHORTEST, WORDS, NgramIndex
 from nemo_upcycle.data.passages import Hit
+from nemo_upcycle.data.suites.items import set_name, suite_items
+from nemo_upcycle.data.suites.lm_eval_tasks import TaskDataError
+from nemo_upcycle.data.suites.suite_config import SuiteConfig
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.items import set_name, suite_items
-from nemo_upcycle.suites.lm_eval_tasks import TaskDataError
-from nemo_upcycle.suites.suite_config import SuiteConfig
 
 
 EXAMPLES = 20

@@ -14,8 +14,8 @@ from nemo_upcycle.data.engine.encodings import is_plain
 from nemo_upcycle.data.engine.tasks import MAX_TASKS
 from nemo_upcycle.data.finished import BUILD, TOKENIZER
 from nemo_upcycle.data.readers import READERS, InputFile, Place, Reader
+from nemo_upcycle.data.suites.suite_config import folders_of_suite
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.suite_config import folders_of_suite
 from nemo_upcycle.utils.cache import cache_folder
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.demo.assets import ASSETS, asset_folder, fetch_asset
+from nemo_upcycle.sources.demo.assets import ASSETS, asset_folder, fetch_asset
 from nemo_upcycle.utils.cache import cache_folder
 from nemo_upcycle.utils.files import is_complete, read_json, write_json
 
@@ -82,7 +82,7 @@ def task_need(name: str, include_path: str | None = None) -> Need:
     what = f"lm-eval's {name}"
 
     def fetch() -> None:
-        from nemo_upcycle.suites.lm_eval_tasks import load_tasks
+        from nemo_upcycle.data.suites.lm_eval_tasks import load_tasks
 
         load_tasks([name], include_path)
 

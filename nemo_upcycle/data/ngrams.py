@@ -33,7 +33,7 @@ from nemo_upcycle.utils.files import whole_file
 
 
 if TYPE_CHECKING:
-    from nemo_upcycle.suites.items import Item
+    from nemo_upcycle.data.suites.items import Item
 
 WORDS = 13
 SHORT_WORDS = 8

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.suites.lm_eval_tasks import quiet
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models import hf_model
 from nemo_upcycle.models.wrapper import read_config
-from nemo_upcycle.suites.lm_eval_tasks import quiet
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.files import read_json, sha256_file
 from nemo_upcycle.utils.progress import ProgressLine

@@ -12,6 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.suites.lm_eval_tasks import LoadedTask, quiet
+from nemo_upcycle.data.suites.local_tasks import data_files
+from nemo_upcycle.data.suites.suite import SuiteTasks, load_suite_tasks
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.backends import Backend, close_model, open_model
 from nemo_upcycle.evaluation.compare import (
@@ -25,9 +28,6 @@ from nemo_upcycle.evaluation.compare import (
 )
 from nemo_upcycle.evaluation.heldout import METRIC
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.suites.lm_eval_tasks import LoadedTask, quiet
-from nemo_upcycle.suites.local_tasks import data_files
-from nemo_upcycle.suites.suite import SuiteTasks, load_suite_tasks
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.conf import read_yaml
 from nemo_upcycle.utils.files import MARKER, read_json, require_complete, write_json

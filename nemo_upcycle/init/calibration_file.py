@@ -1,6 +1,6 @@
 """The calibration file: the rows of routers that are made of prompts.
 
-`nemo_upcycle/calibration` writes it. All ranks read the same file, so that every layout has the same bits.
+`nemo_upcycle/online/calibration.py` writes it. All ranks read the same file, so that every layout has the same bits.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from nemo_upcycle.models.mapping_table import ParamMapping, Sharding
 from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape
 from nemo_upcycle.online.quantized import is_quantized, values_to_fill
 from nemo_upcycle.online.receipt import ParameterRecord
+from nemo_upcycle.online.tensor_plan import ModelPlan, TensorPlan
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import ModelPlan, TensorPlan
 from nemo_upcycle.utils.dtypes import dtype_name
 
 

@@ -31,11 +31,11 @@ from nemo_upcycle.models.megatron_config import changed_by, check_model, check_s
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
 from nemo_upcycle.online.quantized import kept_values, quantize
 from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt
+from nemo_upcycle.online.tensor_plan import ModelPlan, change_copies, expand_slice
 from nemo_upcycle.sources.base import DenseSource, left_out
 from nemo_upcycle.sources.checks import check_source, rounded_because
 from nemo_upcycle.sources.resolve import open_dense
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import ModelPlan, change_copies, expand_slice
 from nemo_upcycle.utils.progress import ProgressLine
 
 

@@ -14,6 +14,8 @@ from nemo_upcycle.data.chat.finished import open_data
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.inputs import check_files, require_disjoint
 from nemo_upcycle.data.needs import Caches
+from nemo_upcycle.data.suites.lm_eval_tasks import check_needs
+from nemo_upcycle.data.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.chain import JOBS
 from nemo_upcycle.pipeline.executors.base import Cluster
@@ -25,8 +27,6 @@ from nemo_upcycle.pipeline.plan import KEPT, Stage, WorkPlan
 from nemo_upcycle.pipeline.stage_jobs import jobs_of
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.find import Parent, is_configuration
-from nemo_upcycle.suites.lm_eval_tasks import check_needs
-from nemo_upcycle.suites.local_tasks import is_answers, is_text
 from nemo_upcycle.trainers.base import Training
 from nemo_upcycle.utils.files import resolved
 

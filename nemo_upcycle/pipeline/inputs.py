@@ -9,8 +9,8 @@ from pathlib import Path
 from nemo_upcycle.data.blend import Blend, read_blend
 from nemo_upcycle.data.chat.config import Chat, is_chat, read_chat
 from nemo_upcycle.data.inputs import folders_of
+from nemo_upcycle.data.suites.suite_config import SuiteConfig, folders_of_suite, read_suite_config
 from nemo_upcycle.sources.find import Parent
-from nemo_upcycle.suites.suite_config import SuiteConfig, folders_of_suite, read_suite_config
 from nemo_upcycle.utils.conf import is_conf_file
 from nemo_upcycle.utils.validation import require_local
 

@@ -13,12 +13,12 @@ from nemo_upcycle.data.copies import copied_files, copy_files
 from nemo_upcycle.data.engine.lines import is_address
 from nemo_upcycle.data.inputs import list_named, reader_of
 from nemo_upcycle.data.needs import HUB, Caches, Need, asset_need, task_need
+from nemo_upcycle.data.suites.suite import asks_mmlu
+from nemo_upcycle.data.suites.suite_config import SuiteConfig
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.sources.fetch import import_dense, on_this_machine
 from nemo_upcycle.sources.find import ModelAddress, find_parent
-from nemo_upcycle.suites.suite import asks_mmlu
-from nemo_upcycle.suites.suite_config import SuiteConfig
 from nemo_upcycle.utils.cache import cache_folder
 
 

@@ -182,9 +182,9 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Evaluate parent, step 0, the trained model and the baseline on the same items."""
+    from nemo_upcycle.data.suites.suite import build_named_suite, load_suite_tasks
     from nemo_upcycle.evaluation.run import evaluate
     from nemo_upcycle.reporting.run_folder import MODELS
-    from nemo_upcycle.suites.suite import build_named_suite, load_suite_tasks
 
     suite = run_dir / "suite"
     build_named_suite(plan.evaluation, output=suite, **open_data(data_folder_of(run_dir, plan)).held_out)

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from nemo_upcycle.data.suites.local_tasks import LOCAL_TASKS
 from nemo_upcycle.evaluation.compare import compare_items, observations
 from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.evaluation.statistics import error_of, with_interval
 from nemo_upcycle.reporting.router_metrics import ROUTER_METRICS
 from nemo_upcycle.reporting.run_folder import Curve, RunRecord
-from nemo_upcycle.suites.local_tasks import LOCAL_TASKS
 
 
 #: Which models are compared: the second against the first.

@@ -58,7 +58,7 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
     """Return a local folder that holds the dense model `source`, making or downloading it where needed.
 
     Args:
-        source: `asset://NAME` (a model of `nemo_upcycle.demo`, converted into `output`), `hf://ORG/NAME` or
+        source: `asset://NAME` (a model of `nemo_upcycle.sources.demo`, converted into `output`), `hf://ORG/NAME` or
             plain `ORG/NAME` (the Hugging Face hub, kept in the hub's own cache, which resumes downloads), or
             a local folder, plain or as `hf:///absolute/path` (used where it lies).
         output: folder for a converted model; untouched when nothing is converted.
@@ -76,8 +76,8 @@ def import_dense(source: str, output: Path, *, sampled: bool = False, offline: b
     """
     parent = find_parent(source)
     if parent.kind == "asset":
-        from nemo_upcycle.demo.assets import ASSETS, fetch_asset
-        from nemo_upcycle.demo.gguf import convert_gguf
+        from nemo_upcycle.sources.demo.assets import ASSETS, fetch_asset
+        from nemo_upcycle.sources.demo.gguf import convert_gguf
 
         folder = convert_gguf(fetch_asset(parent.name), output, base_model=ASSETS[parent.name].base_model)
     else:

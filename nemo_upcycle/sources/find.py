@@ -55,7 +55,7 @@ def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
     if not separator:
         scheme, rest = "", source
     elif scheme == "asset":
-        from nemo_upcycle.demo.assets import ASSETS
+        from nemo_upcycle.sources.demo.assets import ASSETS
 
         models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
         if rest not in models:

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 
+from nemo_upcycle.convert.compared_logits import compare_logits
 from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.models.growth import inexact_because
@@ -38,7 +39,6 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.paged_models import PagedWeights, paged_hugging_face, paged_megatron
 from nemo_upcycle.trainers.paging import PagedModel
 from nemo_upcycle.utils.progress import ProgressLine
-from nemo_upcycle.verify.logits import compare_logits
 
 
 #: What rounding may make of logits: across implementations in float32; within one in float64, where Megatron still

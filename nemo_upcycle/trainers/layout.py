@@ -9,7 +9,7 @@ from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning import rules
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
-from nemo_upcycle.trainers.commands import BACKENDS
+from nemo_upcycle.trainers.backends import BACKENDS
 from nemo_upcycle.trainers.settings import sizes_of
 
 

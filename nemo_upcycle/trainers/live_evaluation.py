@@ -97,8 +97,8 @@ class LiveEvaluation:
         return found[0]
 
     def _build(self) -> None:
-        from nemo_upcycle.suites.suite import build_named_suite
-        from nemo_upcycle.suites.suite_config import read_suite_config
+        from nemo_upcycle.data.suites.suite import build_named_suite
+        from nemo_upcycle.data.suites.suite_config import read_suite_config
 
         suite = self._evaluations.suite
         if not (self._suite() / MARKER).is_file():

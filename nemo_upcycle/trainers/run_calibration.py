@@ -56,8 +56,8 @@ def take_calibration(source: Path, target: Path) -> None:
 
 
 def _make(spec: UpcycleSpec, file: Path, dense_folder: Path) -> None:
-    from nemo_upcycle.calibration.collect import calibrate
     from nemo_upcycle.data.calibration_sample import calibration_sample
+    from nemo_upcycle.online.calibration import calibrate
     from nemo_upcycle.sources.resolve import open_dense
 
     with open_dense(dense_folder) as dense:

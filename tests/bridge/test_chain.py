@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from tests.contract.test_mistakes import OWN
 from tests.contract.trainers import losses, metrics, train, write_plan
 from tests.distributed.ranks import run_ranks
 from tests.functional.stages import run_stages
-from tests.functional.started import NEMO, STAGE, Command, environment
+from tests.functional.started import NEMO, ROOT, STAGE, Command, environment
+from tests.package_copy import copy_without_nemo
 from tests.parents import write_mixtral
 from tests.waiting import HANG_S
 
@@ -39,6 +42,17 @@ def test_each_form_of_a_model_goes_through_the_chain_alike(inputs: Path, tmp_pat
         own, other = (tmp_path / recipe / "pretrain" for recipe in (form, "tiny"))
         assert losses(own) == pytest.approx(losses(other), rel=1e-5)
         assert all(len(line["router"]["load_cv"]) == 4 for line in metrics(own))
+
+
+def test_the_chain_runs_without_the_folders_of_nemo(inputs: Path, tmp_path: Path) -> None:
+    plan_of(inputs, tmp_path / "run", "model.expert_model_parallel_size=1")
+    places = os.pathsep.join(map(str, (copy_without_nemo(tmp_path), ROOT)))
+    for stage in ("import", "data", "upcycle", "pretrain", "export"):
+        words = [sys.executable, "-P", "-m", "nemo_upcycle.pipeline", stage, str(tmp_path / "run")]
+        variables = environment() | {"PYTHONPATH": places}
+        done = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=HANG_S, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"[{stage}] done in" in done.stdout
 
 
 @pytest.mark.parametrize(

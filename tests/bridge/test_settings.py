@@ -54,9 +54,9 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: Any) -
 
 
 def test_fp8_statistics_on_a_gpu_are_bridges_own(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_upcycle.monitoring import fp8_statistics
     from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
     from nemo_upcycle.trainers.bridge.node import UpcyclingConfig
+    from nemo_upcycle.trainers.monitoring import fp8_statistics
 
     config = UpcyclingConfig.of(run_config(dense, tmp_path / "run", UpcycleSpec(num_experts=4, top_k=2)))
     config.upcycle.fp8_statistics_every = 10

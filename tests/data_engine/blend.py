@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemo_upcycle.data.ngrams import NgramIndex
-from nemo_upcycle.suites.items import Item
+from nemo_upcycle.data.suites.items import Item
 
 
 END = "<|endoftext|>"

@@ -53,7 +53,7 @@ def take_step(
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from nemo_upcycle.monitoring.router_health import RouterHealth, sum_over_ranks
+    from nemo_upcycle.trainers.monitoring.router_health import RouterHealth, sum_over_ranks
 
     chunks = build_chunks(ARCH, layout=layout, **moe_settings(ARCH, spec) | settings)
     receipt = upcycle_into(chunks, MemorySource(ARCH), spec)

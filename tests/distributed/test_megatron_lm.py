@@ -10,11 +10,11 @@ import torch
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
+from nemo_upcycle.data.suites.suite import build_suite
+from nemo_upcycle.data.suites.suite_config import HeldoutConfig, SuiteConfig
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.run import evaluate
-from nemo_upcycle.suites.suite import build_suite
-from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig
 from tests.distributed.ranks import run_ranks
 from tests.distributed.saved import save_upcycled
 from tests.models import write_llama, write_tokenizer

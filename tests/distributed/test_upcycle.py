@@ -24,7 +24,7 @@ from tests.distributed.ranks import run_ranks
 from tests.models import build_chunks, moe_settings, write_llama, write_olmo2, write_phi3, write_qwen3
 from tests.parents import write_mixtral, write_moe, write_qwen3_moe, write_wrapped
 from tests.tiers import quick
-from tests.unit.calibration.samples import made
+from tests.unit.online.samples import made
 
 
 Reference = dict[str, dict[str, torch.Tensor]]

@@ -19,8 +19,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.data.finished import open_blend
-from nemo_upcycle.suites.items import suite_items
-from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.data.suites.items import suite_items
+from nemo_upcycle.data.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.files import read_json
 from tests.functional.tiny import write_parent
 from tests.lm_eval_tasks import write_task

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from nemo_upcycle import open_dense, upcycle_into
+from nemo_upcycle.convert.compared_logits import compare_logits
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.recipes import llama3_8b_dense_ct, llama3_8b_e8t2
 from nemo_upcycle.trainers.equivalence import megatron_logits, one_rank
-from nemo_upcycle.verify.logits import compare_logits
 from tests.gpu.needs import NEEDS_CARD
 from tests.gpu.one_card import PRECISIONS, Sizes, cut_down, planned_gib, prepare, train
 from tests.models import hugging_face_logits, sample_tokens

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import open_dense
+from nemo_upcycle.convert.verification import verify
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.evaluation import backends
 from nemo_upcycle.models.families.gemma4 import EXPERTS
@@ -18,7 +19,6 @@ from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hf_model import errors_only
 from nemo_upcycle.sources.base import left_out
 from nemo_upcycle.sources.checks import check_source
-from nemo_upcycle.verify.verification import verify
 from tests.folders import converted
 from tests.loading.cases import logits
 from tests.models import sample_tokens, write_tokenizer

@@ -10,7 +10,7 @@ import torch
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.models.hf_model import load_model
-from tests.unit.calibration.samples import calibrated
+from tests.unit.online.samples import calibrated
 
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_upcycle.monitoring import fp8_statistics
+from nemo_upcycle.trainers.monitoring import fp8_statistics
 
 
 @pytest.fixture

@@ -20,6 +20,10 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from nemo_upcycle.cli.start.choices import Choices, Wanted, choose
+from nemo_upcycle.cli.start.files import blend_text, recipe_text, run_command
+from nemo_upcycle.cli.start.parent import FoundParent
+from nemo_upcycle.cli.start.texts import Texts
 from nemo_upcycle.convert.model_card import add_scores, spec_fact, write_card
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.models.hf_config import read_architecture
@@ -27,10 +31,6 @@ from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.reporting.grid_table import render_table
 from nemo_upcycle.reporting.html import render_html
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.start.choices import Choices, Wanted, choose
-from nemo_upcycle.start.files import blend_text, recipe_text, run_command
-from nemo_upcycle.start.parent import FoundParent
-from nemo_upcycle.start.texts import Texts
 from nemo_upcycle.utils.command_line import CommandLine
 from nemo_upcycle.utils.conf import read_conf
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json, write_json
@@ -245,7 +245,7 @@ def test_batch_scripts_quote_the_runs_folder(text: str) -> None:
 
 @hostile
 def test_the_files_of_a_suites_tasks_are_read_back(text: str, tmp_path: Path) -> None:
-    from nemo_upcycle.suites.local_tasks import LOCAL_TASKS, write_task
+    from nemo_upcycle.data.suites.local_tasks import LOCAL_TASKS, write_task
 
     row = {"question": text.replace("\udcff", "")}
     write_task(tmp_path, Path(f"/suites/{text}"), task := next(iter(LOCAL_TASKS)), 0, [row])

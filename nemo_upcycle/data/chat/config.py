@@ -107,7 +107,7 @@ class Chat:
 
     def _matches(self, entry: str) -> list[Path]:
         if entry.startswith(_ASSET):
-            from nemo_upcycle.demo.asset_texts import fetch_conversations
+            from nemo_upcycle.sources.demo.asset_texts import fetch_conversations
 
             return [fetch_conversations(entry.removeprefix(_ASSET))]
         pattern = str(self.folder / Path(entry).expanduser())

@@ -10,8 +10,8 @@ from typing import Any
 
 from nemo_upcycle.data.needs import Need, task_need
 from nemo_upcycle.data.readers import InputFile, Place, Reader, input_file, register
+from nemo_upcycle.data.suites.lm_eval_tasks import load_tasks
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.lm_eval_tasks import load_tasks
 from nemo_upcycle.utils.files import whole_file
 
 

@@ -18,7 +18,7 @@ class Sotu(Reader):
 
     def list_files(self, entries: list[str], options: dict[str, Any], at: Place) -> list[InputFile]:
         """See `Reader.list_files`."""
-        from nemo_upcycle.demo.asset_texts import address_files
+        from nemo_upcycle.sources.demo.asset_texts import address_files
 
         return [input_file(path, "text") for path in address_files(entries)]
 
@@ -35,13 +35,13 @@ class Packages(Reader):
 
     def list_files(self, entries: list[str], options: dict[str, Any], at: Place) -> list[InputFile]:
         """See `Reader.list_files`."""
-        from nemo_upcycle.demo.packages import package_texts
+        from nemo_upcycle.sources.demo.packages import package_texts
 
         return [input_file(package_texts(name), "jsonl") for name in dict.fromkeys(entries)]
 
     def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
         """See `Reader.needs`."""
-        from nemo_upcycle.demo.packages import package_texts
+        from nemo_upcycle.sources.demo.packages import package_texts
 
         return [
             Need(f"package {name}", "Debian's servers", partial(package_texts, name), partial(_has_texts, name))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @register
 class Prompts(RouterInit):
-    """A token goes to the copy whose prompts its activation looks like; `nemo_upcycle/calibration` makes the rows."""
+    """A token goes to the copy whose prompts its activation looks like; `online/calibration.py` makes the rows."""
 
     name, from_data = "prompts", True
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import DEMO
+from nemo_upcycle.data.suites.suite_config import read_suite_config
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import TASK
 from nemo_upcycle.evaluation.statistics import MARGIN, ROUNDING
@@ -18,7 +19,6 @@ from nemo_upcycle.pipeline.ablations.stages import SUITE, UNTRAINED, GridPlan
 from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.sources.find import Parent
-from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.utils.conf import as_dataclass, read_conf, template
 from nemo_upcycle.utils.nested import flat

@@ -224,7 +224,7 @@ def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 def suite_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Build the suite that all trainings are scored with."""
     from nemo_upcycle.data.finished import open_blend
-    from nemo_upcycle.suites.suite import build_named_suite
+    from nemo_upcycle.data.suites.suite import build_named_suite
 
     build_named_suite(plan.suite, open_blend(data_folder_of(run_dir, plan)).heldout(), run_dir / SUITE)
     return {"folder": str(run_dir / SUITE)}

@@ -161,7 +161,7 @@ class BridgeTraining(Training):
 
     def check_here(self, stage: str) -> None:
         """See `Training.check_here`: nodes, and what takes statistics."""
-        from nemo_upcycle.monitoring.fp8_statistics import require_inspect
+        from nemo_upcycle.trainers.monitoring.fp8_statistics import require_inspect
 
         name = "upcycle.fp8_statistics_every"
         every = self.named_settings().get(name, "")

@@ -10,13 +10,18 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
-from nemo_upcycle.cpu.backend import watch_fp8
 from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.monitoring.fp8_statistics import count_step, name_layers, require_inspect, start_inspect
-from nemo_upcycle.monitoring.router_health import RouterHealth
-from nemo_upcycle.monitoring.step_metrics import StepFacts, StepMetrics
 from nemo_upcycle.trainers.aux_loss import describe_balancing
+from nemo_upcycle.trainers.monitoring.fp8_statistics import (
+    count_step,
+    name_layers,
+    require_inspect,
+    start_inspect,
+    watch_fp8,
+)
+from nemo_upcycle.trainers.monitoring.router_health import RouterHealth
+from nemo_upcycle.trainers.monitoring.step_metrics import StepFacts, StepMetrics
 from nemo_upcycle.trainers.nemo.lora import UpcycleLoRA
 from nemo_upcycle.utils.nested import flat
 

@@ -17,9 +17,9 @@ from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dt
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.monitoring.fp8_statistics import require_inspect
 from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.layout import layout_of
+from nemo_upcycle.trainers.monitoring.fp8_statistics import require_inspect
 from nemo_upcycle.trainers.nemo.checks import parent_within_reach, ranks_of
 from nemo_upcycle.trainers.nemo.recipes import spec_of
 from nemo_upcycle.trainers.settings import setting

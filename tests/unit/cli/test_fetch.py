@@ -124,7 +124,8 @@ def test_data_of_tasks_and_data_sets_of_the_hub_are_read_without_a_network(tmp_p
         assert done.returncode == 0, done.stdout + done.stderr
     code = (
         "import sys; from pathlib import Path; from nemo_upcycle.data.blend import read_blend\n"
-        "from nemo_upcycle.data.inputs import list_inputs; from nemo_upcycle.suites.lm_eval_tasks import load_tasks\n"
+        "from nemo_upcycle.data.inputs import list_inputs\n"
+        "from nemo_upcycle.data.suites.lm_eval_tasks import load_tasks\n"
         "files = list_inputs(read_blend(sys.argv[1]), 'flan', Path())['train']\n"
         "tasks = load_tasks(['piqa', 'gsm8k'])\n"
         "print(len(files), all(Path(file.path).stat().st_size == file.size_bytes for file in files))\n"

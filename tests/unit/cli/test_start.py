@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.cli.main import main
-from nemo_upcycle.start import choices
+from nemo_upcycle.cli.start import choices
 from tests.unit.cli.conftest import Command, refused
-from tests.unit.start.conftest import texts_folder
+from tests.unit.cli.start.conftest import texts_folder
 
 
 __all__ = ["texts_folder"]

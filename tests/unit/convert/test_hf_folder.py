@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle.cli.start.parent import find_model
 from nemo_upcycle.convert import export
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names
+from nemo_upcycle.convert.verification import verify
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_config import ROUTER_AUX_LOSS
 from nemo_upcycle.sources.fetch import tokenizer_folder
-from nemo_upcycle.start.parent import find_model
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json, write_json
 from nemo_upcycle.utils.streams import StreamedFile
-from nemo_upcycle.verify.verification import verify
 from tests.folders import SPEC, converted
 from tests.models import write_llama, write_tokenizer
 from tests.unit.convert.exports import write_checkpoint

@@ -8,9 +8,9 @@ import pytest
 from nemo_upcycle.data.contamination import EXAMPLES, Contamination, build_index, check_suites, merge_contamination
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import removed_spans
+from nemo_upcycle.data.suites.items import Item
+from nemo_upcycle.data.suites.suite_config import read_suite_config
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.items import Item
-from nemo_upcycle.suites.suite_config import read_suite_config
 from tests.lm_eval_tasks import write_task
 
 

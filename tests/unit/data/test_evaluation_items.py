@@ -9,9 +9,9 @@ from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.contamination import build_index
 from nemo_upcycle.data.inputs import list_inputs
 from nemo_upcycle.data.ngrams import NgramIndex
-from nemo_upcycle.suites.items import suite_items
-from nemo_upcycle.suites.suite import choose_questions
-from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.data.suites.items import suite_items
+from nemo_upcycle.data.suites.suite import choose_questions
+from nemo_upcycle.data.suites.suite_config import read_suite_config
 from tests.planted import questions
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import Hit, cut, removed_spans
+from nemo_upcycle.data.suites.items import Item
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.items import Item
 
 
 QUESTION = "Which of the two came first, the hen or the egg, and who was there to see it?"

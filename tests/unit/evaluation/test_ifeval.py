@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle.data.suites import lm_eval_tasks
+from nemo_upcycle.data.suites.items import lm_eval_items
+from nemo_upcycle.data.suites.suite import build_named_suite, load_suite_tasks
+from nemo_upcycle.data.suites.suite_config import read_suite_config
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.evaluation.run import ask, evaluate
-from nemo_upcycle.suites import lm_eval_tasks
-from nemo_upcycle.suites.items import lm_eval_items
-from nemo_upcycle.suites.suite import build_named_suite, load_suite_tasks
-from nemo_upcycle.suites.suite_config import read_suite_config
 from tests.chats import TEMPLATE
 
 

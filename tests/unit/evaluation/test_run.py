@@ -15,6 +15,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from nemo_upcycle.cli.main import main
+from nemo_upcycle.data.suites.suite import build_named_suite, build_suite, load_suite_tasks
+from nemo_upcycle.data.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.evaluation.backends import load_model
 from nemo_upcycle.evaluation.compare import compare_items
@@ -22,8 +24,6 @@ from nemo_upcycle.evaluation.heldout import ANSWER_BITS, BITS, by_source, docume
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.evaluation.run import _extract, evaluate
 from nemo_upcycle.models.hf_model import load_tokenizer
-from nemo_upcycle.suites.suite import build_named_suite, build_suite, load_suite_tasks
-from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
 from nemo_upcycle.utils.files import MARKER
 from tests.lm_eval_tasks import write_task
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS

@@ -14,6 +14,7 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_checkpoint, export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.convert.verification import verify
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models import families
 from nemo_upcycle.models.architecture import Architecture
@@ -21,7 +22,6 @@ from nemo_upcycle.models.families import MoeFamily, llama
 from nemo_upcycle.models.families.base import Settings
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
-from nemo_upcycle.verify.verification import verify
 from tests.families import registered
 from tests.models import build_chunks, moe_settings, require_same_weights, weights_of, write_llama, write_phi3
 from tests.unit.convert.exports import write_checkpoint

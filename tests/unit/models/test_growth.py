@@ -13,12 +13,12 @@ import torch
 import yaml
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.convert.verification import verify
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.growth import growth_spec, inexact_because, needs_float32_routing, source_experts
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.utils.files import read_json
-from nemo_upcycle.verify.verification import verify
 from tests.folders import change_config, change_weights, converted
 from tests.loading.cases import logits
 from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, small_architecture, weights_of

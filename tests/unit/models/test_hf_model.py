@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from nemo_upcycle.convert.hf_folder import write_config
+from nemo_upcycle.convert.verification import verify
 from nemo_upcycle.evaluation import backends as evaluation
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hf_model import empty_model, load_tokenizer
 from nemo_upcycle.utils.files import read_json, write_json
-from nemo_upcycle.verify.verification import verify
 from tests.folders import converted
 from tests.models import LLAMA3_SCALING, as_transformers_5, hugging_face_logits, write_llama, write_tokenizer
 from tests.parents import YARN, write_gemma3, write_granite4, write_olmo3

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.convert.verification import verify
 from nemo_upcycle.models.hf_model import load_model
 from nemo_upcycle.utils.files import read_json
-from nemo_upcycle.verify.verification import verify
 from tests.folders import converted
 from tests.models import sample_tokens, write_qwen2, write_tokenizer
 from tests.parents import write_mimo

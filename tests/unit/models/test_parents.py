@@ -15,6 +15,7 @@ import transformers
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
+from nemo_upcycle.convert.verification import verify
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.growth import inexact_because
 from nemo_upcycle.models.hf_config import read_architecture
@@ -23,7 +24,6 @@ from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
 from nemo_upcycle.utils.files import read_json
-from nemo_upcycle.verify.verification import verify
 from tests.folders import converted
 from tests.loading.cases import logits
 from tests.loading.rows import LONG, LONGROPE, PARENTS, WEEKLY, Parent

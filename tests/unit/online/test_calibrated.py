@@ -30,7 +30,7 @@ from tests.models import (
     weights_of,
     write_llama,
 )
-from tests.unit.calibration.samples import calibrated
+from tests.unit.online.samples import calibrated
 
 
 COPIES: dict[str, Any] = {"num_experts": 4, "top_k": 2}

@@ -10,7 +10,6 @@ import nemo_run as run
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 
-from nemo_upcycle.demo.assets import asset_folder
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.jobs import Job
@@ -21,6 +20,7 @@ from nemo_upcycle.pipeline.forecast.run import TYPED, check_space
 from nemo_upcycle.pipeline.forecast.text import WIDTH, render_forecast
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from nemo_upcycle.planning.hardware import gpu_names, known_gpu
+from nemo_upcycle.sources.demo.assets import asset_folder
 from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from nemo_upcycle import open_dense, upcycle_into
+from nemo_upcycle.convert.verification import verify
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.sources.checks import check_source
 from nemo_upcycle.sources.fetch import ensure_dense, import_dense
-from nemo_upcycle.verify.verification import verify
 from tests.folders import SPEC, change_weights, converted
 from tests.models import build_chunks, require_same_weights, weights_of, write_llama, write_tokenizer
 

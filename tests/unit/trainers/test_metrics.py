@@ -10,8 +10,8 @@ import pytest
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.monitoring import fp8_statistics
 from nemo_upcycle.recipes import smollm2_135m_e8t2
+from nemo_upcycle.trainers.monitoring import fp8_statistics
 from nemo_upcycle.trainers.nemo import metrics
 from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
 from nemo_upcycle.trainers.nemo.starting import lacking_here

@@ -1,1 +1,0 @@
-"""Run a dense model layer by layer over prompts, of which routers are made."""

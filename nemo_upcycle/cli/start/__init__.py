@@ -1,0 +1,191 @@
+"""`nemo-upcycle start`: from a model and texts to a recipe, a blend and a forecast; with --yes to a trained MoE."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nemo_upcycle.cli.common import add_spec_options, folder_to_make, show, used_spec
+from nemo_upcycle.cli.start.choices import (
+    Choices,
+    Wanted,
+    choose,
+    choose_trainer,
+    gpus_here,
+    shortages,
+    writable_part,
+)
+from nemo_upcycle.cli.start.files import (
+    BLEND,
+    RECIPE,
+    blend_text,
+    command_of_a_run,
+    differing_lines,
+    recipe_text,
+    run_command,
+    write_files,
+)
+from nemo_upcycle.cli.start.parent import find_model
+from nemo_upcycle.cli.start.texts import find_texts
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.planning.hardware import gpu_names
+from nemo_upcycle.planning.layout import CPU_RANKS
+from nemo_upcycle.planning.memory import GIB
+from nemo_upcycle.utils.command_line import CommandLine, own_program
+from nemo_upcycle.utils.console import in_columns, short_count
+from nemo_upcycle.utils.validation import check_number, check_whole
+
+
+EPILOG = """examples:
+  nemo-upcycle start asset://smollm2-135m         the demo's model and texts
+  nemo-upcycle start /models/mine /texts
+  nemo-upcycle start Qwen/Qwen3-0.6B '/texts/*.jsonl.gz' --experts 16 --dir runs/mine --yes
+  nemo-upcycle start /models/Llama-3-8B /texts --gpus 64 --gpu h100
+
+It writes recipe.py and blend.yaml, to be edited, and never over others; the command that it prints runs the chain:
+import, data, check of step 0, training, dense baseline, export, evaluation on held-out text of yours, report.
+exit status: 0 written, with --yes also run; 1 the run did not finish; 2 something is missing, all of it named."""
+_T = TypeVar("_T")
+#: More GPUs than any cluster has.
+_MOST_GPUS = 100_000
+#: Lines of a file that differs which are shown.
+_SHOWN_LINES = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("model", metavar="MODEL", help="dense: a Hugging Face folder, or ORG/NAME on the hub")
+    text = "a file, a folder, or a pattern in quotes (.jsonl, .parquet, .txt, compressed or not); omitted: the demo's"
+    parser.add_argument("texts", metavar="TEXTS", nargs="?", help=text)
+    how = parser.add_argument_group("how to train")
+    how.add_argument("--gpus", type=int, metavar="N", help="(default: those of this machine; 0: a trial on its CPU)")
+    how.add_argument("--gpu", metavar="NAME", help=f"{', '.join(gpu_names())} (default: h100)")
+    how.add_argument("--steps", type=int, metavar="N", help="(default: 10 on a CPU; on GPUs the texts once)")
+    text = "how often the texts are read, in place of --steps; needed above 100"
+    how.add_argument("--epochs", type=float, metavar="N", help=text)
+    how.add_argument("--dir", type=folder_to_make, metavar="DIR", help="folder of the files and the run (runs/MODEL)")
+    how.add_argument("--yes", action="store_true", help="go on at once, and run the chain")
+    add_spec_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Find, choose, write and show; with --yes run the chain. Return the exit status.
+
+    Raises:
+        UpcycleError: something is missing; the text lists all of it.
+    """
+    for name, low, high in (("gpus", 0, _MOST_GPUS), ("steps", 1, math.inf)):
+        if (value := getattr(args, name)) is not None:
+            check_whole(name, value, low, high)
+    if args.epochs is not None:
+        check_number("epochs", args.epochs, 1e-6)
+        if args.steps is not None:
+            raise UpcycleError("--epochs", got="--steps as well", expected="one of them", fix="omit the other")
+    problems: list[UpcycleError] = []
+
+    def tried(find: Callable[..., _T], *given: Any) -> _T | None:
+        try:
+            return find(*given)
+        except UpcycleError as error:
+            problems.append(error)
+            return None
+
+    parent = tried(find_model, args.model)
+    texts = tried(find_texts, args.texts, parent.tokenizer if parent else None)
+    trainer = tried(choose_trainer)
+    problems += _missing_packages()
+    choices: Choices | None = None
+    if parent and texts:
+        wanted = Wanted(used_spec(args), args.gpus, args.gpu, args.steps, args.epochs)
+        choices = tried(choose, parent, texts, trainer or "nemo", wanted)
+    if choices and args.texts is None and choices.gpus > CPU_RANKS:
+        got = f"none, and {choices.gpus:,} GPUs"
+        problems.append(UpcycleError("TEXTS", got=got, expected="your texts: the demo's are few", fix="name them"))
+    folder = args.dir or Path("runs") / (parent.name if parent else "")
+    existing = tried(writable_part, folder)
+    if choices and existing and not args.gpus:  # those that are asked for may be a cluster's
+        problems += shortages(choices, folder)
+    if problems or not (parent and texts and choices):
+        raise UpcycleError.together(problems)
+    gpus, _ = gpus_here()
+    is_here = choices.gpus <= gpus
+    command = run_command(folder, parent, choices, is_here=is_here)
+    files = {RECIPE: recipe_text(parent, choices), BLEND: blend_text(texts, choices)}
+    differing = differing_lines(folder, files)
+    is_new = not differing and write_files(folder, files)
+    found, forecast = {"model": parent.description, **texts.described}, _forecast(choices)
+    chosen = {name: {"value": value, "because": why} for name, value, why in choices.rows}
+    paths = [str(folder / name) for name in files]
+    answer: dict[str, Any] = found | {"choices": chosen, "forecast": forecast, "files": paths}
+    answer |= {"differing": differing} if differing else {"command": str(command)}
+    lines = [*in_columns([*found.items()]), "", *in_columns(choices.rows), "", *in_columns([*forecast.items()])]
+    if differing:
+        lines += ["", *_differences(folder, differing)]
+    else:
+        verb = "written" if is_new else "there already, the same"
+        lines += ["", f"{verb}: {', '.join(paths)}", "", f"{'run it' if is_here else 'check it'}:  {command}"]
+    if not differing and not is_here:
+        lines += [f"This machine has {gpus} GPUs: replace ACCOUNT, PARTITION and IMAGE (null without containers) by"]
+        lines += ["your cluster's. The same command with --yes in place of --dryrun submits the run."]
+    show(args, answer, "\n".join(lines))
+    sys.stdout.flush()
+    if differing:
+        own = run_command(folder, parent, choices, is_here=True).changed({}, "--dryrun")
+        there = command_of_a_run(folder) or own
+        raise _other_files(folder, differing, there)
+    if not args.yes:
+        return 0
+    if not is_here:
+        raise UpcycleError("--yes", got=f"{gpus} GPUs here", expected=f"{choices.gpus}", fix=f"type `{command}`")
+    command = run_command(folder.absolute(), parent, choices, is_here=True)
+    words = [str(own_program("nemo")), *command.words[1:]]
+    variables = os.environ | {"PYTHONPATH": command.python_path}
+    os.execve(words[0], words, variables)  # signals are the chain's from here on
+
+
+def _differences(folder: Path, differing: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield the first differing lines: the folder's files (-), the files of this command (+)."""
+    for name, lines in differing.items():
+        more = [f"... {len(lines) - _SHOWN_LINES} lines more"] if len(lines) > _SHOWN_LINES else []
+        yield from (f"{folder / name} is another: - there, + by this command", *lines[:_SHOWN_LINES], *more)
+
+
+def _other_files(folder: Path, differing: Iterable[str], there: CommandLine) -> UpcycleError:
+    """Return the error of a folder whose files are of another start, or edited; `there` goes on with them."""
+    names = " and ".join(differing)
+    return UpcycleError(
+        f"--dir {folder}",
+        got=f"{names} with other content",
+        expected="none, or the same",
+        fix=f"give another --dir, or delete {names}; or go on with what is there: `{there}`",
+    )
+
+
+def _missing_packages() -> list[UpcycleError]:
+    """List what the chain imports beside the trainer."""
+    fix = "run `nemo-upcycle doctor`: it prints the command that adds it"
+    return [
+        UpcycleError(f"package {name}", got="not installed", expected=f"it, for {why}", fix=fix)
+        for name, why in (("nemo_run", "the chain"), ("lm_eval", "its evaluation"))
+        if find_spec(name) is None
+    ]
+
+
+def _forecast(choices: Choices) -> dict[str, str]:
+    """Say what a run takes."""
+    arch, plan = choices.arch, choices.plan
+    rows = {"size": f"{short_count(arch.total_params)} parameters, {short_count(arch.active_params)} active"}
+    if plan:
+        gib = plan.request.gpu.memory_gib
+        rows["memory"] = f"{plan.memory.total / GIB:.0f} of {gib:g} GiB a GPU: {plan.verdict}"
+        took = f"{plan.hours:,.1f} h" if plan.hours >= 1 else f"{60 * plan.hours:.0f} min"
+        rows["time"] = f"{took}, {plan.gpu_hours:,.1f} GPU-hours; the baseline less"
+    else:
+        rows["memory"] = f"about {choices.needed_memory_bytes / GIB:.1f} GiB of this machine"
+    return rows | {"disk": f"about {choices.needed_disk_bytes / GIB:.1f} GiB"}

@@ -1,0 +1,139 @@
+"""Read what a suite asks: `conf/evaluation/NAME.yaml` or a file like those."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemo_upcycle.data.suites.local_tasks import LOCAL_TASKS, is_answers, is_text
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.conf import as_dataclass, is_conf_file, read_conf
+from nemo_upcycle.utils.validation import is_whole, one_of, valid
+
+
+#: Types to evaluate in.
+DTYPES = ("float32", "bfloat16", "float16")
+#: What computes.
+BACKENDS = ("auto", "hf", "vllm", "megatron")
+
+
+@dataclass
+class QuestionsConfig:
+    """Which multiple-choice questions to take, None is no limit; and how many of a subject to keep as examples."""
+
+    per_subject: int | None = None
+    total: int | None = None
+    max_characters: int | None = None
+    examples: int = 0
+
+
+@dataclass
+class HeldoutConfig:
+    """How held-out documents are cut, how many windows are taken, and how many answers; None is all."""
+
+    window_bytes: int = 4096
+    windows: int | None = None
+    answers: int | None = None
+
+
+@dataclass
+class Published:
+    """A published table: in percent, by `task/metric`, one value for each of `models`."""
+
+    source: str
+    models: list[str]
+    columns: dict[str, list[float]]
+
+
+@dataclass
+class SuiteConfig:
+    """What to evaluate; `conf/evaluation/demo.yaml` explains every key."""
+
+    tasks: dict[str, list[int]]
+    local: bool = True
+    include_path: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    chat_template: bool = False
+    strict: bool = False
+    seed: int = 1234
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
+    batch_size: int | str = field(
+        default=8, metadata=valid("a whole number from 1 on, or auto", lambda n: n == "auto" or is_whole(n, 1))
+    )
+    dtype: str = field(default="float32", metadata=one_of(DTYPES))
+    backend: str = field(default="auto", metadata=one_of(BACKENDS))
+    published: Published | None = None
+
+
+def read_suite_config(name: str | Path) -> SuiteConfig:
+    """Read a suite configuration.
+
+    Args:
+        name: one of the package's own (`demo`, `offline`, `paper`, ...), or the path of a YAML file.
+
+    Raises:
+        UpcycleError: there is no such configuration, or it has an unknown key, task or a value of the wrong type.
+
+    Example:
+        >>> read_suite_config("demo").heldout.window_bytes
+        1024
+    """
+    content, path, folder = read_conf("evaluation", name, "evaluation suite")
+    config = as_dataclass(str(path), content, SuiteConfig, "evaluation")
+    if config.include_path is not None:
+        config.include_path = str(folder.absolute() / Path(config.include_path).expanduser())
+        if config.local or not Path(config.include_path).is_dir():
+            raise UpcycleError(
+                f"{path}: include_path",
+                got="local: true" if config.local else f"{config.include_path}, no such folder",
+                expected="a folder with task files of lm-eval's kind, relative to this file, and local: false",
+                fix="set local: false" if config.local else "check the path",
+            )
+    _check_not_local(config, path, folder)
+    for task, shots in config.tasks.items() if config.local else ():
+        if task not in LOCAL_TASKS:
+            raise UpcycleError.unknown(f"{path}: local task", task, LOCAL_TASKS)
+        asks = not (is_text(task) or is_answers(task))
+        most = config.questions.examples if asks else 0
+        if not shots or not all(is_whole(number, 0) and number <= most for number in shots):
+            raise UpcycleError(
+                f"{path}: tasks.{task}",
+                got=shots,
+                expected=f"numbers of examples from 0 to {most}",
+                fix="write [0]" if not asks else "keep that many of each subject: questions.examples",
+            )
+    return config
+
+
+def _check_not_local(config: SuiteConfig, path: Path, folder: Path) -> None:
+    """Check what lm-eval's own tasks alone can have, and find the files; of local ones this package has the data."""
+    if config.local and (config.files or config.chat_template):
+        raise UpcycleError(
+            f"{path}: {'files' if config.files else 'chat_template'}",
+            got="local: true",
+            expected="lm-eval's own tasks: of local ones data and prompts are made already",
+            fix="set local: false, or omit it",
+        )
+    for task, file in config.files.items():
+        config.files[task] = str(folder.absolute() / Path(file).expanduser())
+        shots = config.tasks.get(task)
+        if shots != [0] or not Path(config.files[task]).is_file():
+            raise UpcycleError(
+                f"{path}: files.{task}",
+                got=f"tasks.{task}: {shots}" if shots != [0] else f"{file}, which is no file",
+                expected="JSON lines of what the task asks, relative to this file, and no examples",
+                fix="write [0] there" if shots != [0] else "check the path",
+            )
+
+
+def folders_of_suite(name: str | Path, config: SuiteConfig) -> list[Path]:
+    """Return the folders that a suite reads from on this machine: its YAML file's and its task files'.
+
+    Args:
+        name: name or path that the configuration was read from.
+        config: configuration of the suite.
+    """
+    here = [Path(name).absolute().parent] if is_conf_file(str(name)) else []
+    own = [Path(config.include_path)] if config.include_path else []
+    return [*here, *own, *sorted({Path(file).parent for file in config.files.values()})]

@@ -1,0 +1,238 @@
+"""One pass of a dense model over the prompts of each copy: what routers of prompts are made of.
+
+The layers take turns: one is in memory, in float32, computes all prompts and is given up; what it hands on is the
+input of the next. Layers are the classes of transformers, called as its model calls them. No GPU is needed, and the
+file has the same bits whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import normalize
+
+from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.init.calibration_file import FORMAT, LINEAGE, ROUTER, Calibration
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import mapping_of
+from nemo_upcycle.online.streaming import Run, StreamedModel, check_streamed, several_at_a_time
+from nemo_upcycle.package_info import __version__
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.same_parent import parent_digest
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.files import resolved, whole_file
+from nemo_upcycle.utils.progress import ProgressLine
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of prompts, in batches that do not depend on the machine.
+
+    Args:
+        batches: token ids, [B, S] each.
+        labels: the copy whose prompts each batch is of.
+        about: where it is from, as plain values: what the file's lineage says.
+    """
+
+    batches: tuple[torch.Tensor, ...]
+    labels: tuple[int, ...]
+    about: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """How many they are."""
+        return sum(batch.numel() for batch in self.batches)
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What `calibrate` did.
+
+    Attributes:
+        path: the file.
+        sha256: its hash.
+        made: whether it was made now, and not found finished.
+        tokens: length of the sample.
+        layers: how many have routers in it.
+        size_bytes: size of the file.
+        seconds: time taken.
+        peak_rss_gib: most memory of the process, in its whole life.
+    """
+
+    path: Path
+    sha256: str
+    made: bool
+    tokens: int
+    layers: int
+    size_bytes: int
+    seconds: float = 0.0
+    peak_rss_gib: float = 0.0
+
+
+def calibrate(
+    dense: DenseSource, output: Path, spec: UpcycleSpec, sample: Sample, *, replace: bool = False
+) -> CalibrationReport:
+    """Write the calibration file of a spec: the routers of its MoE layers.
+
+    Args:
+        dense: the open dense model, whose folder has a `config.json`; of several, the first is run.
+        output: the file to write.
+        spec: what is to be made of the dense model.
+        sample: what to run it on.
+        replace: whether to replace a file that was made from something else.
+
+    Raises:
+        SpecError: the spec needs no such file.
+        CheckpointError: the dense model cannot be run layer by layer, or the sample is of another tokenizer.
+        UpcycleError: the prompts do not tell copies apart, or another file is in the way.
+
+    Example:
+        >>> with open_dense("models/Llama-3-8B") as dense:  # doctest: +SKIP
+        ...     calibrate(dense, Path("prompts.safetensors"), spec, calibration_sample(spec, dense.path))
+    """
+    start_s, output = time.monotonic(), resolved(output)
+    require_use(spec)
+    moe_arch = dense.architecture.upcycled(spec)
+    check_streamed(dense, sample.batches)
+    lineage = _lineage(dense, spec, sample)
+    if output.exists():
+        found = Calibration(output)
+        if found.lineage == lineage:
+            return _report(found, sample, start_s, made=False)
+        if not replace:
+            fix = "choose another name, or remove it first"
+            raise UpcycleError(str(output), got="a calibration of other settings", expected="no such file", fix=fix)
+    with several_at_a_time() as run:
+        tensors = _routers(dense.branches()[0], moe_arch, spec.copies, sample, run)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as aside:
+        save_file(tensors, aside, metadata={LINEAGE: json.dumps(lineage, sort_keys=True)})
+    return _report(Calibration(output), sample, start_s, made=True)
+
+
+def require_use(spec: UpcycleSpec) -> None:
+    """Check that a spec reads something from a calibration file.
+
+    Raises:
+        SpecError: it does not.
+    """
+    if not spec.needs_calibration:
+        expected = "<router_init>=prompts: all else needs no data"
+        raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="set it")
+
+
+def _lineage(dense: DenseSource, spec: UpcycleSpec, sample: Sample) -> dict[str, Any]:
+    """Tell what the bytes of the file follow from."""
+    arch = dense.architecture
+    sizes = {name: getattr(arch, name) for name in ("hidden_size", "ffn_size", "num_layers")}
+    return {
+        "format": FORMAT,
+        "parent": {"path": str(dense.branches()[0].path.resolve()), "sha256": parent_digest(dense), **sizes},
+        "data": sample.about,
+        "settings": {
+            "router_init": spec.router_init,
+            "copies": spec.copies,
+            "moe_layers": spec.moe_layers,
+            "tokens": sample.tokens,
+        },
+        "version": __version__,
+    }
+
+
+def _report(calibration: Calibration, sample: Sample, start_s: float, *, made: bool) -> CalibrationReport:
+    return CalibrationReport(
+        path=calibration.path,
+        sha256=calibration.sha256,
+        made=made,
+        tokens=sample.tokens,
+        layers=sum(calibration.has(layer) for layer in range(calibration.lineage["parent"]["num_layers"])),
+        size_bytes=calibration.path.stat().st_size,
+        seconds=round(time.monotonic() - start_s, 3),
+        peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+    )
+
+
+def _routers(
+    dense: DenseSource, moe_arch: Architecture, copies: int, sample: Sample, run: Run
+) -> dict[str, torch.Tensor]:
+    """Run all layers up to the last MoE layer, and make the router of each MoE layer."""
+    model, tensors = StreamedModel(dense), dict[str, torch.Tensor]()
+    last = max(layer for layer in range(moe_arch.num_layers) if moe_arch.is_moe_layer(layer))
+    down = mapping_of("fc2", dense.architecture).hf[0].partition("{layer}.")[2].removesuffix(".weight")
+    states, calls = model.embedded(sample.batches)
+    with ProgressLine("calibrate", (last + 1) * len(states)) as line:
+        for layer in range(last + 1):
+            module, entered = model.filled(layer), threading.local()
+
+            def note(_: Any, args: tuple[torch.Tensor, ...], entered: Any = entered) -> None:
+                entered.states_ND = args[0].flatten(0, -2)
+
+            def computed(
+                state_BSD: torch.Tensor, layer: int = layer, module: Any = module, entered: Any = entered
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                call = calls[tuple(state_BSD.shape[:2])][layer]
+                out = module(state_BSD, *call["args"], **call["kwargs"])
+                return out[0] if isinstance(out, tuple) else out, entered.states_ND
+
+            handle = module.get_submodule(down.rpartition(".")[0]).register_forward_pre_hook(note)
+            found = []
+            for one in run(computed, states):
+                found.append(one)
+                line.advance(note=f"layer {layer}")
+            states = [out for out, _ in found]
+            handle.remove()
+            module.to("meta")
+            if moe_arch.is_moe_layer(layer):
+                rows_CD = router_rows([entered_ND for _, entered_ND in found], sample.labels, copies, run)
+                tensors[ROUTER.format(layer=layer)] = rows_CD.float().contiguous()
+    return dict(sorted(tensors.items()))
+
+
+def router_rows(batches: Sequence[torch.Tensor], labels: Sequence[int], copies: int, run: Run) -> torch.Tensor:
+    """Make a router's rows of the directions of the copies' mean activations, so scaled that logits spread by one.
+
+    The spread is the standard deviation of a token's logits over the copies, root mean square over the tokens. What
+    all rows share adds the same number to all logits of a token, moves no softmax and no top-k, and is taken off.
+
+    Args:
+        batches: what enters the MoE of a layer, [N, D] in float32 each.
+        labels: the copy whose prompts each batch is of.
+        copies: C.
+        run: applies a function to items, and yields the results in order.
+
+    Returns:
+        The rows [C, D] in float64.
+
+    Raises:
+        UpcycleError: the rows do not tell copies apart.
+    """
+    sums_CD = torch.zeros(copies, batches[0].shape[1], dtype=torch.float64)
+    for label, batch_ND in zip(labels, batches, strict=True):
+        sums_CD[label] += batch_ND.sum(0, dtype=torch.float64)
+    unit_CD = normalize(sums_CD, dim=1)
+    rows_CD = unit_CD - unit_CD.mean(0)
+    turned_DC = rows_CD.T.float().contiguous()
+
+    def squares(batch_ND: torch.Tensor) -> torch.Tensor:
+        return (batch_ND @ turned_DC).double().square_().mean(1).sum()  # their mean over the copies is zero
+
+    tokens = sum(len(batch) for batch in batches)
+    spread = float(torch.stack(list(run(squares, batches))).sum() / tokens) ** 0.5
+    if not (float(rows_CD.norm()) > 1e-6 * float(unit_CD.norm()) and 0 < spread < float("inf")):
+        raise UpcycleError(
+            "rows of a router from data",
+            got="NaN" if spread != spread else "the same for all copies",
+            expected="rows that tell them apart",
+            fix="give prompts that differ",
+        )
+    scaled_CD: torch.Tensor = rows_CD / spread
+    return scaled_CD

@@ -1,0 +1,81 @@
+"""Supply on a CPU what Megatron-Bridge takes for granted of CUDA, as `cpu.patches` does for Megatron-Core."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from nemo_upcycle.cpu.configuration import configure_for_cpu
+
+
+def start_without_cuda() -> None:
+    """Let Bridge's set-up begin, over gloo, and seed Megatron's named random states.
+
+    Without it: AssertionError, "Megatron requires CUDA"; ValueError, "ProcessGroupNCCL is only supported with GPUs";
+    and dropout finds no random state: Bridge seeds them only when it counts a CUDA device.
+    """
+    from megatron.bridge.training import initialize, setup
+    from megatron.core.tensor_parallel import random
+
+    seed_host, connect = initialize._set_random_seed, initialize._initialize_distributed
+
+    def seed_all(seed_: int, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
+        seed_host(seed_, *args, pg_collection=pg_collection, **kwargs)
+        random.model_parallel_cuda_manual_seed(seed_ + 100 * pg_collection.pp.rank())
+
+    def connect_by_gloo(*args: Any, dist_config: Any, **kwargs: Any) -> Any:
+        dist_config.distributed_backend = "gloo"
+        return connect(*args, dist_config=dist_config, **kwargs)
+
+    initialize._set_random_seed, initialize._initialize_distributed = seed_all, connect_by_gloo
+    setup.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+
+
+def use_compiled_helpers() -> None:
+    """Use the dataset helpers that are there.
+
+    Without it the process ends, "Failed to compile the C++ dataset helper functions": the package from the index has
+    them compiled, and no Makefile.
+    """
+    from megatron.bridge.training import initialize
+
+    if find_spec("megatron.core.datasets.helpers_cpp"):
+        initialize.compile_helpers = lambda: None
+
+
+def keep_random_states() -> None:
+    """Give a checkpoint the CPU generator's state in the place of a device's.
+
+    Without it the first save ends with a RuntimeError, "Found no NVIDIA driver".
+    """
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
+
+
+def build_without_transformer_engine() -> None:
+    """Configure a builder's model for the CPU before it is built.
+
+    Without it the layers are Transformer Engine's, whose modules need a GPU.
+    """
+    from megatron.training.models.base import ModelBuilder
+
+    keep = ModelBuilder.__init__
+
+    @functools.wraps(keep)
+    def configure_then_keep(self: Any, model_config: Any) -> None:
+        configure_for_cpu(model_config)
+        keep(self, model_config)
+
+    ModelBuilder.__init__ = configure_then_keep
+
+
+PATCHES: tuple[Callable[[], None], ...] = (
+    start_without_cuda,
+    use_compiled_helpers,
+    keep_random_states,
+    build_without_transformer_engine,
+)
