@@ -17,6 +17,8 @@ from nemo_upcycle.utils.validation import check_number, check_whole
 if TYPE_CHECKING:
     import torch
 
+    Rows = Callable[["UpcycleSpec", int, int, Sequence[torch.Generator]], torch.Tensor]
+
 #: Init method -> why a model that it makes is not exact, "" if it is: `init/methods` hands in each.
 INIT_METHODS: dict[str, Callable[["UpcycleSpec"], str]] = {}
 #: Score and order -> kind of router, and name -> initialisation of its weights: `init/routers` hands in each.
@@ -339,31 +341,40 @@ def find_router_kind(score: str, *, pre_softmax: bool) -> RouterKind:
     return next((kind for kind in kinds if kind.pre_softmax is pre_softmax), kinds[0])
 
 
-class RouterInit(ABC):
-    """What the routers' weights are at step 0. One file an initialisation in `init/routers`."""
+@dataclass(frozen=True)
+class RouterInit:
+    """An initialisation of the routers' weights, as `init.routers.router_init` registers it.
 
-    #: what `UpcycleSpec.router_init` calls it
-    name: ClassVar[str]
-    #: whether its rows are read from a calibration file; else they are drawn
-    from_data: ClassVar[bool] = False
+    Args:
+        name: `UpcycleSpec.router_init` of models that have it.
+        rows: its function: spec, layer, D and a generator for each copy -> the rows of the copies, [C, D] in float64.
+        from_data: whether the rows are read from a calibration file; else they are drawn.
+        always_zero: whether all weights are zero for every spec.
+    """
 
-    @abstractmethod
-    def rows(
-        self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence["torch.Generator"]
-    ) -> "torch.Tensor":
-        """Return the row of every copy in a layer, [C, D] in float64, each drawn from its own generator."""
+    name: str
+    rows: "Rows"
+    from_data: bool
+    always_zero: bool
 
     def is_zero(self, spec: UpcycleSpec) -> bool:
         """Return whether all weights are zero."""
-        return (spec.router_spread if self.from_data else spec.router_std) == 0
+        return self.always_zero or (spec.router_spread if self.from_data else spec.router_std) == 0
 
     def check(self, spec: UpcycleSpec) -> None:
-        """Check the settings that only some initialisations have.
+        """Check the settings that only initialisations from data have.
 
         Raises:
-            SpecError: one is given that it has not, or is missing.
+            SpecError: one is given to an initialisation that draws its rows, or is missing.
         """
-        if spec.router_prompts:
+        if self.from_data and not spec.router_prompts and not spec.calibration:
+            raise SpecError(
+                field="router_prompts",
+                got="none",
+                expected="a file with the texts of each copy",
+                fix="name it, or the <calibration> that was made of it",
+            )
+        if spec.router_prompts and not self.from_data:
             expected = f"none with <router_init>={self.name}"
             fix = "set <router_init>=prompts, or omit it"
             raise SpecError(field="router_prompts", got=spec.router_prompts, expected=expected, fix=fix)

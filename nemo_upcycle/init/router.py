@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from nemo_upcycle.init.experts import ExpertMatrix
-from nemo_upcycle.init.methods import Method
 from nemo_upcycle.init.rng import block_generator
 from nemo_upcycle.spec import ROUTER_INITS, UpcycleSpec
 
@@ -41,7 +40,7 @@ def _drawn(spec: UpcycleSpec, layer: int, hidden_size: int, count: int) -> torch
 
 
 @dataclass(frozen=True)
-class RowNoise(Method):
+class RowNoise:
     """What tells the copies of a parent's expert apart: noise on their rows of the router, whose sum is zero.
 
     Its standard deviation, before the mean over the copies is taken off, is router_std times that of all weights of
@@ -54,10 +53,10 @@ class RowNoise(Method):
     sources: tuple[int, ...]
 
     def made_by(self, spec: UpcycleSpec) -> str:
-        """Say it for the receipt."""
+        """Return what the receipt says of a router that it changed."""
         return f"router_init={spec.router_init} added, std={spec.router_std} of the parent's, seed={spec.seed}"
 
-    def change(self, spec: UpcycleSpec, matrix: ExpertMatrix) -> None:
+    def change(self, matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
         """Add the noise, computed in float64; every rank has all rows."""
         rows_ED = matrix.local_FD
         _, deviation = replace(matrix, whole_FD=lambda: rows_ED).mean_and_std()

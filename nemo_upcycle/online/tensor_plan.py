@@ -76,7 +76,7 @@ class TensorPlan:
     shard: Shard = _WHOLE
     branch: int | None = None
     factors: tuple[float, ...] = ()
-    method: Method | None = None
+    method: Method | RowNoise | None = None
     offset: float = 0.0
 
     @property
@@ -215,7 +215,7 @@ class ModelPlan:
         branch = copy % self.parents if mapping.is_expert else None
         factors = _factors(mapping, source, expert, dense, spec, hf=hf_part is not None) if spec or grows else ()
         found = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
-        method = found if found and found.computes else None
+        method: Method | RowNoise | None = found if found and found.computes else None
         if sources and mapping.role in _ROUTER_ROLES:
             slices = tuple(_rows_of(slices[0], sources))
             method = RowNoise(sources) if spec and mapping.role == "router" and router_moves(spec) else None
@@ -312,7 +312,7 @@ def change_copies(
         for part, dense_slice, view_FD in zip(plan.parts, plan.slices, views, strict=not plan.is_router):
             whole_FD = functools.cache(functools.partial(_whole_matrix, plan, dense_slice, source, view_FD))
             first = plan.shard.rank * view_FD.shape[0]
-            plan.method.change(spec, ExpertMatrix(plan.layer, expert, part, first, view_FD, whole_FD))
+            plan.method.change(ExpertMatrix(plan.layer, expert, part, first, view_FD, whole_FD), spec)
             require_fits(view_FD, dense_slice.name, source)
             if dense_slice.piece.blocks > 1:
                 dense_slice.piece.view(tensor).copy_(dense_slice.piece.seen(view_FD))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from nemo_upcycle.init.methods import Method, register
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.init.methods import init_method
 
 
-@register
-class Copy(Method):
-    """Leave every copy as it is. Exact."""
+if TYPE_CHECKING:
+    from nemo_upcycle.init.experts import ExpertMatrix
+    from nemo_upcycle.spec import UpcycleSpec
 
-    name, summary = "copy", "exact copies"
-    computes = False
+
+@init_method("exact copies", computes=False)
+def copy(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
+    """Leave every copy as it is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.init.methods import Method, register
+from nemo_upcycle.init.methods import init_method
 
 
 if TYPE_CHECKING:
@@ -15,35 +15,26 @@ if TYPE_CHECKING:
     from nemo_upcycle.spec import UpcycleSpec
 
 
-@register
-class Drop(Method):
-    """Give floor(drop_ratio * F) neurons new weights m + s * n, the same neurons in gate, up and down.
+@init_method("copies with neurons drawn anew", strength="drop_ratio", inexact="draws neurons anew")
+def drop(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
+    """Give floor(drop_ratio * F) neurons new weights m + s * n in float64, the same neurons in gate, up and down.
 
-    n comes from N(0, 1), m and s are the mean and standard deviation of what the matrix held in these neurons. Not
-    exact: it is meant to make the experts differ.
+    n comes from N(0, 1), m and s are the mean and standard deviation of what the matrix held in these neurons. It is
+    meant to make the experts differ.
     """
+    import torch
 
-    name, summary, strength = "drop", "copies with neurons drawn anew", "drop_ratio"
-
-    def inexact_because(self, spec: UpcycleSpec) -> str:
-        """Return that neurons are drawn anew, if any is."""
-        return f"drop_ratio={spec.drop_ratio} draws neurons anew" if spec.drop_ratio > 0 else ""
-
-    def change(self, spec: UpcycleSpec, matrix: ExpertMatrix) -> None:
-        """Draw the neurons anew, in float64."""
-        import torch
-
-        neurons = matrix.whole_FD().shape[0]
-        dropped = dropped_neurons(spec, matrix.layer, matrix.expert, neurons)
-        if not len(dropped):
-            return
-        mean, deviation = matrix.mean_and_std(dropped)
-        is_dropped = torch.zeros(neurons, dtype=torch.bool)
-        is_dropped[dropped] = True
-        for rows, normal_FD in matrix.normal_blocks(spec):
-            chosen = is_dropped[matrix.first + rows.start : matrix.first + rows.stop]
-            here_FD = matrix.local_FD[rows]
-            here_FD[chosen] = (mean + deviation * normal_FD[chosen]).to(here_FD.dtype).to(here_FD.device)
+    neurons = matrix.whole_FD().shape[0]
+    dropped = dropped_neurons(spec, matrix.layer, matrix.expert, neurons)
+    if not len(dropped):
+        return
+    mean, deviation = matrix.mean_and_std(dropped)
+    is_dropped = torch.zeros(neurons, dtype=torch.bool)
+    is_dropped[dropped] = True
+    for rows, normal_FD in matrix.normal_blocks(spec):
+        chosen = is_dropped[matrix.first + rows.start : matrix.first + rows.stop]
+        here_FD = matrix.local_FD[rows]
+        here_FD[chosen] = (mean + deviation * normal_FD[chosen]).to(here_FD.dtype).to(here_FD.device)
 
 
 def dropped_neurons(spec: UpcycleSpec, layer: int, expert: int, neurons: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The routers: kinds, which say score and order, and initialisations of their weights. One file each.
 
-Every module in this folder is imported, so a new kind is a new file here. A kind of another package registers itself
-when its module is imported. None of them imports torch at the top: the planner only wants the names.
+A kind is a class, an initialisation a function. Every module in this folder is imported, so a new one is a new file
+here; one of another package registers itself when its module is imported. None of them imports torch at the top: the
+planner only wants the names.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_upcycle.errors import SpecError
@@ -16,28 +18,51 @@ from nemo_upcycle.spec import ROUTER_INITS, ROUTER_KINDS, ROUTER_ORDERS, ROUTER_
 
 
 if TYPE_CHECKING:
-    from nemo_upcycle.spec import UpcycleSpec
+    from nemo_upcycle.spec import Rows, UpcycleSpec
 
 
-__all__ = ["RouterInit", "RouterKind", "inexact_in_float32", "register"]
+__all__ = ["RouterKind", "inexact_in_float32", "register", "router_init"]
 
-_Type = TypeVar("_Type", bound="type[RouterKind] | type[RouterInit]")
+_Kind = TypeVar("_Kind", bound="type[RouterKind]")
 
 
-def register(type_: _Type) -> _Type:
-    """Make a kind known by its score and order, or an initialisation by its name: a decorator of its class.
+def register(kind: _Kind) -> _Kind:
+    """Register a kind by its score and order: a decorator of its class.
 
     Raises:
         SpecError: these are taken.
     """
-    made = type_()
-    if isinstance(made, RouterInit):
-        _add(ROUTER_INITS, made.name, made)
-    else:
-        _add(ROUTER_KINDS, (made.score, made.order), made)
-        for name, names in ((made.score, ROUTER_SCORES), (made.order, ROUTER_ORDERS)):
-            names += [] if name in names else [name]
-    return type_
+    made = kind()
+    _add(ROUTER_KINDS, (made.score, made.order), made)
+    for name, names in ((made.score, ROUTER_SCORES), (made.order, ROUTER_ORDERS)):
+        names += [] if name in names else [name]
+    return kind
+
+
+def router_init(*, from_data: bool = False, always_zero: bool = False) -> Callable[[Rows], Rows]:
+    """Register a function as the initialisation of routers of its name.
+
+    The function returns the rows of a layer's router, [C, D] in float64, one for each copy of the network. A row is
+    drawn from its own generator and must not depend on how many there are.
+
+    Args:
+        from_data: whether it reads the rows from the spec's calibration file; else it draws them.
+        always_zero: whether all weights are zero for every spec.
+
+    Raises:
+        SpecError: the name is taken.
+
+    Example:
+        >>> @router_init()  # doctest: +SKIP
+        ... def ones(spec, layer, hidden_size, generators):
+        ...     return torch.ones(len(generators), hidden_size, dtype=torch.float64) * spec.router_std
+    """
+
+    def register_rows(rows: Rows) -> Rows:
+        _add(ROUTER_INITS, rows.__name__, RouterInit(rows.__name__, rows, from_data, always_zero))
+        return rows
+
+    return register_rows
 
 
 #: The part of a layer's tokens up to which nothing is said: most texts hold none of them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.init.routers import RouterInit, register
+from nemo_upcycle.init.routers import router_init
 
 
 if TYPE_CHECKING:
@@ -14,16 +14,9 @@ if TYPE_CHECKING:
     from nemo_upcycle.spec import UpcycleSpec
 
 
-@register
-class Normal(RouterInit):
-    """N(0, router_std^2)."""
+@router_init()
+def normal(spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw from N(0, router_std^2)."""
+    from nemo_upcycle.init import rng
 
-    name = "normal"
-
-    def rows(
-        self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]
-    ) -> torch.Tensor:
-        """See `RouterInit.rows`."""
-        from nemo_upcycle.init.rng import normal
-
-        return normal((hidden_size,), generators) * spec.router_std
+    return rng.normal((hidden_size,), generators) * spec.router_std

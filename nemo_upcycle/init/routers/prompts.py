@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.errors import SpecError
-from nemo_upcycle.init.routers import RouterInit, register
+from nemo_upcycle.init.routers import router_init
 
 
 if TYPE_CHECKING:
@@ -15,28 +14,14 @@ if TYPE_CHECKING:
     from nemo_upcycle.spec import UpcycleSpec
 
 
-@register
-class Prompts(RouterInit):
-    """A token goes to the copy whose prompts its activation looks like; `online/calibration.py` makes the rows."""
+@router_init(from_data=True)
+def prompts(spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Read the rows from the calibration file, which `online/calibration.py` makes of the prompts.
 
-    name, from_data = "prompts", True
+    A token goes to the copy whose prompts its activation looks like.
+    """
+    from nemo_upcycle.init.calibration_file import calibration_of
 
-    def rows(
-        self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]
-    ) -> torch.Tensor:
-        """See `RouterInit.rows`: read from the calibration file."""
-        from nemo_upcycle.init.calibration_file import calibration_of
-
-        calibration = calibration_of(spec)
-        assert calibration is not None
-        return calibration.router(layer).double() * spec.router_spread
-
-    def check(self, spec: UpcycleSpec) -> None:
-        """Ask for the prompts, or for what was made of them."""
-        if not spec.router_prompts and not spec.calibration:
-            raise SpecError(
-                field="router_prompts",
-                got="none",
-                expected="a file with the texts of each copy",
-                fix="name it, or the <calibration> that was made of it",
-            )
+    calibration = calibration_of(spec)
+    assert calibration is not None
+    return calibration.router(layer).double() * spec.router_spread

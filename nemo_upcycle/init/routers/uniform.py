@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.init.routers import RouterInit, register
+from nemo_upcycle.init.routers import router_init
 
 
 if TYPE_CHECKING:
@@ -15,17 +15,10 @@ if TYPE_CHECKING:
     from nemo_upcycle.spec import UpcycleSpec
 
 
-@register
-class Uniform(RouterInit):
-    """Between -sqrt(3) router_std and +sqrt(3) router_std, whose standard deviation is router_std."""
+@router_init()
+def uniform(spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw between -sqrt(3) router_std and +sqrt(3) router_std, whose standard deviation is router_std."""
+    from nemo_upcycle.init import rng
 
-    name = "uniform"
-
-    def rows(
-        self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]
-    ) -> torch.Tensor:
-        """See `RouterInit.rows`."""
-        from nemo_upcycle.init.rng import uniform
-
-        bound = math.sqrt(3.0) * spec.router_std
-        return (2.0 * uniform((hidden_size,), generators) - 1.0) * bound
+    bound = math.sqrt(3.0) * spec.router_std
+    return (2.0 * rng.uniform((hidden_size,), generators) - 1.0) * bound

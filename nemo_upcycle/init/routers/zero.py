@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.init.routers import RouterInit, register
+from nemo_upcycle.init.routers import router_init
 
 
 if TYPE_CHECKING:
@@ -14,20 +14,9 @@ if TYPE_CHECKING:
     from nemo_upcycle.spec import UpcycleSpec
 
 
-@register
-class Zero(RouterInit):
-    """Makes softmax before top-k exact."""
+@router_init(always_zero=True)
+def zero(spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Return zeros, which make softmax before top-k exact."""
+    import torch
 
-    name = "zero"
-
-    def is_zero(self, spec: UpcycleSpec) -> bool:
-        """See `RouterInit.is_zero`."""
-        return True
-
-    def rows(
-        self, spec: UpcycleSpec, layer: int, hidden_size: int, generators: Sequence[torch.Generator]
-    ) -> torch.Tensor:
-        """See `RouterInit.rows`."""
-        import torch
-
-        return torch.zeros((len(generators), hidden_size), dtype=torch.float64)
+    return torch.zeros((len(generators), hidden_size), dtype=torch.float64)
