@@ -120,7 +120,8 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
             fix="set " + ", ".join(f"<{one}>={getattr(kept, one)}" for one in changed),
         )
     if spec.needs_calibration:
-        expected = "normal, uniform or zero: the parent's rows are copied, and this is added"
+        drawn = ", ".join(name for name, one in ROUTER_INITS.items() if not one.from_data)
+        expected = f"one of {drawn}: the parent's rows are copied, and this is added"
         raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="omit it")
 
 
