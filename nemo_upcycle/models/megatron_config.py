@@ -185,13 +185,13 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
     return Architecture(hf_class="", vocab_size=vocab_size, attention_out_bias=fields["ffn_bias"], **fields)
 
 
-def router_fields(model: Architecture | UpcycleSpec) -> dict[str, Any]:
+def router_fields(model: Architecture | UpcycleSpec | None) -> dict[str, Any]:
     """Return Megatron's settings of experts and routing; none for a dense model.
 
     Args:
-        model: its architecture, or the spec that makes it.
+        model: its architecture, or the spec that makes it; None: a dense model.
     """
-    if not model.num_experts:
+    if not model or not model.num_experts:
         return {}
     return {
         "num_moe_experts": model.num_experts,
@@ -201,6 +201,19 @@ def router_fields(model: Architecture | UpcycleSpec) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": None if model.routed_scaling_factor == 1 else model.routed_scaling_factor,
         **({"moe_router_enable_expert_bias": True} if getattr(model, "balancing_bias", False) else {}),
     }
+
+
+#: How routers learn to balance, unless a user says otherwise: NeMo's Mixtral has this loss, and He et al. (arXiv
+#: 2410.07524) found its coefficient best as well.
+BALANCING_LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
+
+
+def router_dtype(spec: UpcycleSpec | None) -> dict[str, str]:
+    """Return Megatron's type of the router's logits, if a spec asks for one.
+
+    In bfloat16 the logits of two copies can be equal, and top-k then picks parts of both.
+    """
+    return {"moe_router_dtype": "fp32"} if spec and spec.needs_float32_routing else {}
 
 
 def moe_fields(spec: UpcycleSpec, ffn_size: int, num_layers: int) -> dict[str, Any]:

@@ -26,7 +26,13 @@ from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import window_fields
-from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields, router_fields
+from nemo_upcycle.models.megatron_config import (
+    BALANCING_LOSS,
+    hybrid_symbols,
+    megatron_fields,
+    router_dtype,
+    router_fields,
+)
 from nemo_upcycle.online.decoder_layers import decoder_layers, layers_of
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.hooks import refuse_first_step
@@ -48,8 +54,7 @@ _MOE_KERNELS: dict[str, Any] = {
     "moe_grouped_gemm": True,
     "moe_permute_fusion": True,
     "moe_token_dispatcher_type": "alltoall",
-    "moe_router_load_balancing_type": "aux_loss",
-    "moe_aux_loss_coeff": 1e-2,
+    **BALANCING_LOSS,
 }
 
 
@@ -243,9 +248,7 @@ def _refuse_scaled_embedding(arch: Architecture) -> None:
 
 
 def _routing(spec: UpcycleSpec | None) -> dict[str, Any]:
-    if spec is None:
-        return {}
-    return router_fields(spec) | ({"moe_router_dtype": "fp32"} if spec.needs_float32_routing else {})
+    return router_fields(spec) | router_dtype(spec)
 
 
 def _transformer(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:

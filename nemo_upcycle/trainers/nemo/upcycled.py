@@ -19,7 +19,7 @@ from nemo_upcycle.data.blend_module import mock_tokenizer
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.families import MoeFamily, find_nemo_module, parents
 from nemo_upcycle.models.layer_settings import layer_fields
-from nemo_upcycle.models.megatron_config import moe_fields, router_fields
+from nemo_upcycle.models.megatron_config import BALANCING_LOSS, moe_fields, router_dtype, router_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.nemo.checks import check_settings
 from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
@@ -148,16 +148,10 @@ def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
 
 
 def moe_settings(spec: UpcycleSpec) -> dict[str, Any]:
-    """Return the fields of a NeMo model config that turn the dense family's own config into the upcycled model's.
-
-    The load-balancing loss is the one of NeMo's Mixtral: 0.01, which He et al. (arXiv 2410.07524) found best as well.
-    """
+    """Return the fields of a NeMo model config that turn the dense family's own config into the upcycled model's."""
     fields = router_fields(spec)
-    return {name: fields[name] for name in ("num_moe_experts", "moe_router_topk", "moe_router_pre_softmax")} | {
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 0.01,
-        "moe_token_dispatcher_type": "alltoall",
-    }
+    own = {name: fields[name] for name in ("num_moe_experts", "moe_router_topk", "moe_router_pre_softmax")}
+    return own | BALANCING_LOSS | {"moe_token_dispatcher_type": "alltoall"}
 
 
 def _set_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
@@ -167,11 +161,8 @@ def _set_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
     config = recipe.model.config
     fields = router_fields(spec)
     if not _own_experts(config):
-        fields = moe_fields(spec, config.ffn_hidden_size, config.num_layers) | {
-            "moe_router_load_balancing_type": "aux_loss",
-            # In bfloat16 the logits of two copies can collide, and top-k then picks parts of both.
-            "moe_router_dtype": "fp32" if spec.granularity > 1 else config.moe_router_dtype,
-        }
+        fields = moe_fields(spec, config.ffn_hidden_size, config.num_layers) | router_dtype(spec)
+        fields["moe_router_load_balancing_type"] = BALANCING_LOSS["moe_router_load_balancing_type"]
     for name, value in fields.items():
         now = getattr(config, name)
         if now is None and name == "moe_ffn_hidden_size":  # so Megatron takes it
