@@ -1,6 +1,6 @@
-"""Biases that balance the experts in what chooses them: they begin at zero, so step 0 is the parent's.
+"""How routers balance the experts: a loss, or biases, which begin at zero, so that step 0 is the parent's.
 
-Losses only teach the router; `trainers/aux_loss.py` sees to their coefficients.
+`trainers/aux_loss.py` sees to the coefficients of losses.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from nemo_upcycle.errors import SpecError
 #: Megatron-Core 0.19's balancing: once a step, each expert's bias becomes the quantile of its logits that gives it as
 #: many tokens as every other.
 QUANTILES = "quantile_balancing"
+#: How routers learn to balance, unless a user says otherwise: NeMo's Mixtral has this loss, and He et al. (arXiv
+#: 2410.07524) found its coefficient best as well.
+BALANCING_LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
 _EMA = "moe_router_quantile_balancing_ema"
 _BIASES = "moe_router_enable_expert_bias"
 _KIND = "moe_router_load_balancing_type"

@@ -319,3 +319,8 @@ def require_one(parents: Sequence[Parent]) -> None:
             expected="dense models, whose networks become experts in turn, or one model with experts",
             fix="give that one alone",
         )
+
+
+def router_dtype(spec: UpcycleSpec | None) -> dict[str, str]:
+    """Return Megatron's type of the router's logits if a spec asks for one: in bfloat16 those of two copies tie."""
+    return {"moe_router_dtype": "fp32"} if spec and spec.needs_float32_routing else {}

@@ -203,19 +203,6 @@ def router_fields(model: Architecture | UpcycleSpec | None) -> dict[str, Any]:
     }
 
 
-#: How routers learn to balance, unless a user says otherwise: NeMo's Mixtral has this loss, and He et al. (arXiv
-#: 2410.07524) found its coefficient best as well.
-BALANCING_LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
-
-
-def router_dtype(spec: UpcycleSpec | None) -> dict[str, str]:
-    """Return Megatron's type of the router's logits, if a spec asks for one.
-
-    In bfloat16 the logits of two copies can be equal, and top-k then picks parts of both.
-    """
-    return {"moe_router_dtype": "fp32"} if spec and spec.needs_float32_routing else {}
-
-
 def moe_fields(spec: UpcycleSpec, ffn_size: int, num_layers: int) -> dict[str, Any]:
     """Return all settings of Megatron's that a spec asks for in a model of these sizes.
 

@@ -25,6 +25,7 @@ from nemo_upcycle.pipeline.answers import answered, of_another_trainer
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
 from nemo_upcycle.pipeline.markers import RETIRED
 from nemo_upcycle.pipeline.parser import command_options, parsing
+from nemo_upcycle.trainers.settings import class_name, of_class
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
@@ -292,18 +293,19 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
     parts = key.split(".")
     for part in parts:
         name, *indices = re.findall(r"[^\[\]]+", part) or [part]
-        is_config = isinstance(at, fdl.Buildable)
-        names = [one for one in dir(at) if not one.startswith("_")] if is_config else []
+        is_list = isinstance(at, list)  # of callbacks, which their classes name
+        names = [class_name(one) for one in at] if is_list else []
+        names += [one for one in dir(at) if not one.startswith("_")] if isinstance(at, fdl.Buildable) else []
         if name not in names:
             if name in RETIRED:
                 return UpcycleError(f"{where} '{key}' left in 0.3.0. It changed no result: omit it.")
-            owner = getattr(getattr(at, "__fn_or_cls__", type(at)), "__name__", "")
+            owner = "none of these callbacks" if is_list else f"no setting of {class_name(at)}"
             hint = did_you_mean(name, names, prefix=so_far)
             valid = f" Valid: {', '.join(sorted(names))}." if 0 < len(names) <= 12 else ""
-            return UpcycleError(f"{where} '{key}' does not exist: '{name}' is no setting of {owner}.{hint}{valid}")
+            return UpcycleError(f"{where} '{key}' does not exist: '{name}' is {owner}.{hint}{valid}")
         if part is parts[-1]:
             break
-        at, so_far = getattr(at, name), f"{so_far}{part}."
+        at, so_far = of_class(at, name) if is_list else getattr(at, name), f"{so_far}{part}."
         for index in indices:
             try:
                 at = at[int(index)]

@@ -19,6 +19,7 @@ from typing import Any
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.spec import without_defaults
+from nemo_upcycle.trainers.settings import by_class, free_settings
 from nemo_upcycle.utils.files import CHANGES, ENDED, MARKER, STARTED, read_json, write_json
 from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.schema import numbered, require_known
@@ -34,6 +35,8 @@ _SHORT, _LISTED = 200, 5
 _PIECES, _PIECE_BYTES = 16, 1 << 16
 #: Settings that 0.2 noted and that changed no result. A run of 0.2 may name them; nothing reads them now.
 RETIRED = ("trained_on",)
+#: Settings of NeMo's that its result was said to depend on before 0.4.
+_FREED = tuple(f".{name}" for name in free_settings("nemo") if name.startswith("trainer.callbacks."))
 #: What the names of inputs begin with. A hash that is not known is empty, and equals every other.
 SETTING, STAGE, CONTENT = "setting ", "stage ", "content "
 
@@ -228,7 +231,12 @@ class StageFolder:
         if not isinstance(notes, dict) or any(not isinstance(notes.get(key), dict) for key in keys):
             return None
         require_known(notes, path)
-        inputs = {name: text for name, text in notes["inputs"].items() if name.removeprefix(SETTING) not in RETIRED}
+        paths = by_class(notes["inputs"])
+        inputs = {
+            name: text
+            for name, text in notes["inputs"].items()
+            if name.removeprefix(SETTING) not in RETIRED and not paths[name].endswith(_FREED)
+        }
         return notes | {"inputs": _plain(inputs)}
 
     def refusal(self, inputs: Mapping[str, str]) -> str:

@@ -9,8 +9,10 @@ from typing import Any, Union, get_args
 
 import nemo_run as run
 import typer
+from nemo_run.cli import cli_parser
 from nemo_run.cli.cli_parser import TypeParser, type_parser
 
+from nemo_upcycle.trainers.settings import of_class
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
@@ -26,9 +28,21 @@ def _parse_numbers_first(parser: TypeParser, value: str, kinds: Any) -> Any:
     return _parse_in_order(parser, value, Union[tuple(numbers_first)])  # noqa: UP007
 
 
+_parse_attribute = cli_parser.parse_attribute
+
+
+def _parse_class(attribute: str, nested: Any) -> Any:
+    """Return an attribute; of a list, the element of that class, as in `trainer.callbacks.MetricsLogger.gpu=h100`."""
+    if not isinstance(nested, list):
+        return _parse_attribute(attribute, nested)
+    if (found := of_class(nested, attribute)) is None:
+        raise AttributeError(attribute)
+    return found
+
+
 @contextmanager
 def parsing() -> Iterator[None]:
-    """Let NeMo-Run parse settings while the block runs: numbers first, `int | None` too, and without its log.
+    """Let NeMo-Run parse settings while the block runs: numbers first, `int | None` and classes in lists too, no log.
 
     NeMo-Run has no setting for any of them. It has one parser in a process, which is as it was behind the block. It
     logs the whole configuration before it raises an error.
@@ -41,6 +55,7 @@ def parsing() -> Iterator[None]:
         with (
             temporarily_set(logging.getLogger("nemo_run.cli.cli_parser"), "disabled", True),
             temporarily_set(TypeParser, "parse_union", _parse_numbers_first),
+            temporarily_set(cli_parser, "parse_attribute", _parse_class),
         ):
             yield
     finally:

@@ -17,7 +17,7 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.paper import high_rate
-from nemo_upcycle.trainers.settings import STEPS, free_settings, step0_settings
+from nemo_upcycle.trainers.settings import STEPS, by_class, free_settings, step0_settings
 
 
 #: Set by NVIDIA's `ft_launcher` for the ranks that it watches: the socket of the process that does.
@@ -53,9 +53,11 @@ class TrainingSettings:
             step0: names of settings that the check of step 0 depends on, in the form of `free`.
         """
 
+        paths = by_class(values).items()
+
         def named(names: tuple[str, ...]) -> dict[str, str]:
             begun = tuple(one for one in names if one.endswith("."))
-            return {name: value for name, value in values.items() if name in names or name.startswith(begun)}
+            return {name: values[name] for name, path in paths if path in names or path.startswith(begun)}
 
         others = named((steps, *free))
         fixed = {name: value for name, value in values.items() if name not in others}

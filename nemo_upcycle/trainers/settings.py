@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from nemo_upcycle.errors import SpecError, UpcycleError
@@ -80,6 +81,11 @@ def _model(name: str, rule: Rule | None = None, *, shown: bool = False) -> Setti
 
 def _optimizer(name: str, rule: Rule) -> Setting:
     return Setting(f"optim.config.{name}", f"optimizer.{name}", rule)
+
+
+def _callback(nemo: str, bridge: str, rule: Rule | None = None) -> Setting:
+    """Make the row of a setting that a callback of NeMo's has, addressed by its class, and Bridge's node `upcycle`."""
+    return Setting(f"trainer.callbacks.{nemo}", f"upcycle.{bridge}", rule, free=True)
 
 
 #: A learning rate of 0 is allowed: it measures, and keeps every weight.
@@ -174,13 +180,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("", "validation.eval_iters", _from(0)),
     Setting("trainer.accelerator", "", _one_of("gpu", "cpu", "auto", "cuda")),
     Setting("data.num_workers", "dataset.num_workers", _from(0), free=True),
-    *(
-        Setting("", f"upcycle.{name}", free=True)
-        for name in (
-            *("spike_window", "spike_threshold", "stop_on_spike", "fp8_statistics_every"),
-            *("evaluate_every", "evaluate_suite", "evaluate_limit"),
-        )
-    ),
+    _callback("LossGuard.window", "spike_window", _from(1)),
+    _callback("LossGuard.threshold", "spike_threshold", _RATE._replace(fix="set it to, for example, 8")),
+    _callback("LossGuard.stop_on_spike", "stop_on_spike"),
+    _callback("MetricsLogger.fp8_statistics_every", "fp8_statistics_every", _from(0)),
+    Setting("trainer.callbacks.MetricsLogger.expert_distance_every", "", _from(1), free=True),
+    _callback("EvaluateWhileTraining.every_n_steps", "evaluate_every", _from(0)),
+    _callback("EvaluateWhileTraining.suite", "evaluate_suite"),
+    _callback("EvaluateWhileTraining.limit", "evaluate_limit", _from(1)),
     Setting("model.", "model.", step0=True),
     Setting("resume.restore_config.spec.", "spec.", step0=True),
     Setting("", "recipe", step0=True),
@@ -319,10 +326,41 @@ def check_masters(precision: Any, optimizer: Any, field: str) -> None:
 def setting(recipe: Any, name: str) -> Any:
     """Read the value of a setting by its path; None where something on the way is not there.
 
+    Of a list, a path names an element by its class: `trainer.callbacks.MetricsLogger.gpu`.
+
     Example:
         >>> setting(recipe, "optim.config.lr")  # doctest: +SKIP
         3e-05
     """
     for part in filter(None, name.split(".")):
-        recipe = getattr(recipe, part, None)
+        recipe = of_class(recipe, part) if isinstance(recipe, list) else getattr(recipe, part, None)
     return recipe if name else None
+
+
+def of_class(elements: list[Any], name: str) -> Any:
+    """Return the first element of a class, built or as a configuration; None if there is none."""
+    return next((one for one in elements if class_name(one) == name), None)
+
+
+def class_name(element: Any) -> str:
+    """Return the name of an object's class, or of what a configuration builds."""
+    made: str = getattr(getattr(element, "__fn_or_cls__", type(element)), "__name__", "")
+    return made
+
+
+def by_class(values: Mapping[str, str]) -> dict[str, str]:
+    """Return each setting's name with the classes of callbacks in the place of their numbers.
+
+    Args:
+        values: name -> value of every setting; the class of `callbacks.2` is the value of `callbacks.2.is`.
+
+    Example:
+        >>> by_class({"callbacks.2.is": "a.b.MetricsLogger", "callbacks.2.gpu": "h100"})
+        {'callbacks.2.is': 'callbacks.MetricsLogger.is', 'callbacks.2.gpu': 'callbacks.MetricsLogger.gpu'}
+    """
+
+    def named(found: re.Match[str]) -> str:
+        kind = values.get(f"{found[1]}{found[2]}.is", found[2])
+        return f"{found[1]}{kind.rpartition('.')[2]}."
+
+    return {name: re.sub(r"^(.*\bcallbacks\.)(\d+)\.", named, name) for name in values}

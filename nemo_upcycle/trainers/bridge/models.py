@@ -24,15 +24,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.balancing import BALANCING_LOSS
+from nemo_upcycle.models.growth import router_dtype
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.layer_settings import window_fields
-from nemo_upcycle.models.megatron_config import (
-    BALANCING_LOSS,
-    hybrid_symbols,
-    megatron_fields,
-    router_dtype,
-    router_fields,
-)
+from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields, router_fields
 from nemo_upcycle.online.decoder_layers import decoder_layers, layers_of
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.hooks import refuse_first_step

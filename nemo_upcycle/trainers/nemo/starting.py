@@ -94,12 +94,11 @@ def lacking_here(recipe: Any, where: str = "", *, in_stage: bool = False) -> Ite
             expected=f"at most {here}, the GPUs of this machine" if here else "a GPU: this machine has none",
             fix=f"set it to {here}" if here else "train on one that has, or for a trial set it to cpu",
         )
-    for place, callback in enumerate(getattr(recipe.trainer, "callbacks", None) or []):
-        try:
-            field = f"{where}trainer.callbacks[{place}].fp8_statistics_every"
-            require_inspect(getattr(callback, "fp8_statistics_every", 0), field)
-        except UpcycleError as error:
-            yield error
+    statistics = "trainer.callbacks.MetricsLogger.fp8_statistics_every"
+    try:
+        require_inspect(setting(recipe, statistics) or 0, f"{where}{statistics}")
+    except UpcycleError as error:
+        yield error
     if in_stage and not here:
         return
 

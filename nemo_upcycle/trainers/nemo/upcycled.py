@@ -17,9 +17,11 @@ from nemo.collections.llm.recipes.log.default import default_log, default_resume
 
 from nemo_upcycle.data.blend_module import mock_tokenizer
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.balancing import BALANCING_LOSS
 from nemo_upcycle.models.families import MoeFamily, find_nemo_module, parents
+from nemo_upcycle.models.growth import router_dtype
 from nemo_upcycle.models.layer_settings import layer_fields
-from nemo_upcycle.models.megatron_config import BALANCING_LOSS, moe_fields, router_dtype, router_fields
+from nemo_upcycle.models.megatron_config import moe_fields, router_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.nemo.checks import check_settings
 from nemo_upcycle.trainers.nemo.metrics import MetricsLogger

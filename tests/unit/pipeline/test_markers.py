@@ -133,3 +133,13 @@ def test_a_damaged_marker_is_as_none(tmp_path: Path, content: str) -> None:
     assert folder.done_from() is None
     with pytest.raises(StageError, match=f"{MARKER}: got a damaged file"):
         folder.outputs()
+
+
+def test_a_setting_that_was_fixed_before_0_4_may_change(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path, "pretrain")
+    started = {"setting pretrain.trainer.callbacks.0.stop_on_spike": "true"}
+    started["setting pretrain.trainer.callbacks.0.is"] = "nemo_upcycle.trainers.nemo.loss_guard.LossGuard"
+    stage.start(started, resumable=True)
+    now = {name: text for name, text in started.items() if name.endswith(".is")}
+    assert stage.refusal(now) == ""
+    assert stage.refusal({}) != ""

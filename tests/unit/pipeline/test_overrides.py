@@ -14,7 +14,10 @@ from nemo_run.cli.cli_parser import parse_attribute
 from nemo_run.cli.lazy import LazyEntrypoint
 
 from nemo_upcycle import recipes
+from nemo_upcycle.pipeline.context import _first_bad_override
+from nemo_upcycle.pipeline.nemo import recipes as registered
 from nemo_upcycle.pipeline.parser import parsing
+from nemo_upcycle.trainers.settings import setting
 
 
 SAMPLES: dict[Any, tuple[str, Any]] = {
@@ -29,6 +32,7 @@ BUILT = {"lr_scheduler", "no_weight_decay_cond", "config"}
 
 
 def _typed(*overrides: str) -> Any:
+    assert registered  # importing it makes the recipes known to NeMo-Run
     with parsing():
         return LazyEntrypoint(pretrain, factory="smollm2_135m_e8t2", overwrites=list(overrides)).resolve()
 
@@ -77,3 +81,17 @@ def _value(config: Any, path: str) -> Any:
 def test_a_number_is_one_where_a_text_may_stand_too(typed: str, value: Any) -> None:
     """Lightning takes `devices` as a list, a text or a number, and NeMo-Run takes the first that fits."""
     assert _typed(f"trainer.devices={typed}").trainer.devices == value
+
+
+def test_a_callback_is_addressed_by_its_class() -> None:
+    typed = _typed("trainer.callbacks.MetricsLogger.expert_distance_every=7")
+    assert setting(typed, "trainer.callbacks.MetricsLogger.expert_distance_every") == 7
+
+
+def test_a_class_that_no_callback_has_is_refused_by_name() -> None:
+    key, recipe = "trainer.callbacks.MetricsLoger.gpu", _typed()
+    error = _first_bad_override(recipe, [(key, "=", "h100")])
+    assert str(error) == (
+        f"setting '{key}' does not exist: 'MetricsLoger' is none of these callbacks."
+        " Did you mean 'trainer.callbacks.MetricsLogger'? Valid: MetricsLogger, StopOnSignal."
+    )

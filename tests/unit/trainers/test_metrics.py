@@ -15,6 +15,7 @@ from nemo_upcycle.trainers.monitoring import fp8_statistics
 from nemo_upcycle.trainers.nemo import metrics
 from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
 from nemo_upcycle.trainers.nemo.starting import lacking_here
+from nemo_upcycle.trainers.settings import of_class
 
 
 def test_fp8_statistics_start_before_the_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,10 +35,8 @@ def test_fp8_statistics_start_before_the_model_is_built(tmp_path: Path, monkeypa
     with pytest.raises(SpecError, match="pip install nvdlfw-inspect"):
         asked.setup(trainer, model, "fit")  # type: ignore[arg-type]
     recipe = smollm2_135m_e8t2.pretrain_recipe(dir=str(tmp_path))
-    for place, callback in enumerate(recipe.trainer.callbacks):
-        if callback.__fn_or_cls__ is MetricsLogger:
-            callback.fp8_statistics_every = 10
-            field = f"pretrain.trainer.callbacks[{place}].fp8_statistics_every"
+    of_class(recipe.trainer.callbacks, "MetricsLogger").fp8_statistics_every = 10
+    field = "pretrain.trainer.callbacks.MetricsLogger.fp8_statistics_every"
     assert field in [error.field for error in lacking_here(recipe, "pretrain.")]
 
     monkeypatch.setattr(fp8_statistics, "find_spec", lambda name: object())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.trainers.base import TrainingSettings
 from nemo_upcycle.trainers.settings import (
     SETTINGS,
     Setting,
@@ -88,8 +89,40 @@ def test_master_weights_may_not_be_made_of_parameters_in_fp8(changes: dict[str, 
 
 @pytest.mark.parametrize("row", [row for row in SETTINGS if row.rule and row.nemo], ids=lambda row: row.nemo)
 def test_every_rule_of_nemo_is_about_a_setting_that_a_recipe_has(row: Setting) -> None:
+    import nemo_run as run
+
     from nemo_upcycle.recipes import llama3_8b_e8t2, llama3_8b_e8t2_sft
+    from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
 
     owner, _, name = row.nemo.rpartition(".")
-    found = [setting(make(), owner) for make in (llama3_8b_e8t2.pretrain_recipe, llama3_8b_e8t2_sft.finetune_recipe)]
+    recipes = [llama3_8b_e8t2.pretrain_recipe(), llama3_8b_e8t2_sft.finetune_recipe()]
+    recipes[0].trainer.callbacks.append(run.Config(EvaluateWhileTraining))  # a user adds it
+    found = [setting(recipe, owner) for recipe in recipes]
     assert any(name in {*one.__signature_info__.parameters, *one.__arguments__} for one in found)
+
+
+class MetricsLogger(SimpleNamespace):
+    """Has the name of the class that the table knows."""
+
+
+def test_a_callbacks_setting_is_found_by_its_class() -> None:
+    callbacks = [SimpleNamespace(fp8_statistics_every=1), MetricsLogger(fp8_statistics_every=7)]
+    recipe = _with(trainer__callbacks=callbacks)
+    assert setting(recipe, "trainer.callbacks.MetricsLogger.fp8_statistics_every") == 7
+    assert setting(recipe, "trainer.callbacks.LossGuard.window") is None
+    callbacks[1].fp8_statistics_every = -1
+    with pytest.raises(SpecError, match=r"^pretrain\.trainer\.callbacks\.MetricsLogger\.fp8_statistics_every: got -1"):
+        check_values(recipe, "nemo", "pretrain.")
+
+
+def test_a_callbacks_setting_is_free_whatever_its_place() -> None:
+    values = {
+        "trainer.callbacks.2.is": "nemo_upcycle.trainers.nemo.metrics.MetricsLogger",
+        "trainer.callbacks.2.fp8_statistics_every": "7",
+        "trainer.callbacks.3.is": "mine.Other",
+        "trainer.callbacks.3.fp8_statistics_every": "7",
+    }
+    steps, free, step0 = "trainer.max_steps", free_settings("nemo"), step0_settings("nemo")
+    sorted_values = TrainingSettings.sorted_by(values, steps=steps, free=free, step0=step0)
+    assert sorted_values.free == {"trainer.callbacks.2.fp8_statistics_every": "7"}
+    assert "trainer.callbacks.3.fp8_statistics_every" in sorted_values.fixed
