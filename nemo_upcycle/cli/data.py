@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "blend",
         metavar="BLEND",
         help=f"{', '.join(packaged_names('data'))}, a YAML file, or texts: a folder, a file or a pattern in quotes"
-        " (.jsonl, .txt, .parquet, compressed or not)",
+        f" ({readable()})",
     )
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make, which all workers share")
     parser.add_argument(

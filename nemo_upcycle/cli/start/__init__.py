@@ -33,6 +33,7 @@ from nemo_upcycle.cli.start.files import (
 )
 from nemo_upcycle.cli.start.parent import find_model
 from nemo_upcycle.cli.start.texts import find_texts
+from nemo_upcycle.data.readers import readable
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import gpu_names
 from nemo_upcycle.planning.layout import CPU_RANKS
@@ -61,7 +62,7 @@ _SHOWN_LINES = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("model", metavar="MODEL", help="dense: a Hugging Face folder, or ORG/NAME on the hub")
-    text = "a file, a folder, or a pattern in quotes (.jsonl, .parquet, .txt, compressed or not); omitted: the demo's"
+    text = f"a file, a folder, or a pattern in quotes ({readable()}); omitted: the demo's"
     parser.add_argument("texts", metavar="TEXTS", nargs="?", help=text)
     how = parser.add_argument_group("how to train")
     how.add_argument("--gpus", type=int, metavar="N", help="(default: those of this machine; 0: a trial on its CPU)")
