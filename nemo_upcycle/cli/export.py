@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.cli.common import add_dtype, add_spec_options, folder_to_make, given_spec, show
-from nemo_upcycle.online.receipt import spec_of
+from nemo_upcycle.online.receipt import recorded_spec
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 
 
@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
         UpcycleError: a value or a file is wrong.
     """
     from nemo_upcycle.convert.export import CardInfo, export_checkpoint
-    from nemo_upcycle.convert.found import find_model
+    from nemo_upcycle.convert.found import find_trained_model
 
-    model = find_model(args.checkpoint, args.dense, args.receipt, given_spec(args))
+    model = find_trained_model(args.checkpoint, args.dense, args.receipt, given_spec(args))
     about = CardInfo(facts=_facts(model.receipt, model.receipt_path, model.checkpoint), text_only=args.text_only)
     folder = export_checkpoint(
         model.checkpoint, model.dense, args.output, spec=model.spec, dtype=args.dtype, about=about
@@ -73,6 +73,6 @@ def _facts(receipt: dict[str, Any], path: Path | None, checkpoint: Path) -> dict
     from nemo_upcycle.convert.model_card import spec_fact, training_facts
     from nemo_upcycle.sources.checkpoints import steps_in
 
-    spec = spec_of(receipt.get("spec"), path, {})
+    spec = recorded_spec(receipt.get("spec"), path, {})
     training = training_facts(path.parent / "metrics.jsonl", steps_in(checkpoint)) if path else {}
     return (spec_fact(spec) if spec else {}) | training

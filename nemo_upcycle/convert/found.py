@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.online.receipt import read_receipt, spec_of
+from nemo_upcycle.online.receipt import read_receipt, recorded_spec
 from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context
 from nemo_upcycle.sources.checkpoints import UNFINISHED, complete_checkpoints, is_marked
 from nemo_upcycle.spec import UpcycleSpec
@@ -38,7 +38,7 @@ class FoundModel:
     receipt: dict[str, Any]
 
 
-def find_model(
+def find_trained_model(
     path: Path, dense: Path | None = None, receipt_path: Path | None = None, given: dict[str, Any] | None = None
 ) -> FoundModel:
     """Return the checkpoint at a path with its parent and its spec.
@@ -55,7 +55,7 @@ def find_model(
             other.
 
     Example:
-        >>> find_model(Path("runs/demo")).dense  # doctest: +SKIP
+        >>> find_trained_model(Path("runs/demo")).dense  # doctest: +SKIP
         PosixPath('runs/demo/dense')
     """
     checkpoint, given = find_checkpoint(path), given or {}
@@ -77,7 +77,7 @@ def find_model(
         parent = read_architecture(dense) if (dense / "config.json").is_file() else None
         fields = context.spec_fields_of(parent) if parent else context.spec_fields
         known = {name: value for name, (_, value) in fields.items()}
-    spec = spec_of(receipt.get("spec"), receipt_path, given, known)
+    spec = recorded_spec(receipt.get("spec"), receipt_path, given, known)
     return FoundModel(checkpoint, dense, spec, receipt_path, receipt)
 
 

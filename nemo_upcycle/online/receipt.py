@@ -117,7 +117,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
     return value
 
 
-def spec_of(
+def recorded_spec(
     fields: dict[str, Any] | None, path: Path | None, given: dict[str, Any], unsaid: dict[str, Any] | None = None
 ) -> UpcycleSpec | None:
     """Return the spec of a receipt, or of options; None if there is neither.

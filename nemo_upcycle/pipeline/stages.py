@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from nemo_upcycle.data.chat.finished import open_data
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.online.receipt import read_receipt, spec_of
+from nemo_upcycle.online.receipt import read_receipt, recorded_spec
 from nemo_upcycle.pipeline.data_stage import (
     data_files,
     data_folder_of,
@@ -163,7 +163,7 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
     dense_folder = dense_folder_of(run_dir)
     receipt = run_dir / "pretrain" / "receipt.json"  # it has the spec, too, and loads no recipe
-    spec = spec_of(read_receipt(receipt).get("spec"), receipt, {})
+    spec = recorded_spec(read_receipt(receipt).get("spec"), receipt, {})
     data = {"Data": open_data(data_folder_of(run_dir, plan)).card}
 
     def export(stage: str, output: Path, title: str, **options: Any) -> str:

@@ -116,10 +116,10 @@ def pairs_text() -> str:
 
 def paired(recipe: Any) -> dict[str, Any]:
     """Take the settings of a recipe of NeMo's that its pair in Bridge has."""
-    from nemo_upcycle.trainers.nemo.recipes import settings, spec_of
+    from nemo_upcycle.trainers.nemo.recipes import recipe_spec, settings
 
     wanted = {*LAYOUT.values(), *TRAINING.values(), *_OTHERS}
     found = {key: json.loads(value.replace("'", '"')) for key, value in settings(recipe) if key in wanted}
-    spec = spec_of(recipe) if recipe.resume.restore_config.spec else None
+    spec = recipe_spec(recipe) if recipe.resume.restore_config.spec else None
     changed = {name: value for name, value in asdict(spec).items() if value != _SPEC[name]} if spec else None
     return _DEFAULTS | found | {"spec": changed}

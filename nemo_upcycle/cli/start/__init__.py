@@ -31,7 +31,7 @@ from nemo_upcycle.cli.start.files import (
     run_command,
     write_files,
 )
-from nemo_upcycle.cli.start.parent import find_model
+from nemo_upcycle.cli.start.parent import inspect_parent
 from nemo_upcycle.cli.start.texts import find_texts
 from nemo_upcycle.data.readers import readable
 from nemo_upcycle.errors import UpcycleError
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             problems.append(error)
             return None
 
-    parent = tried(find_model, args.model)
+    parent = tried(inspect_parent, args.model)
     texts = tried(find_texts, args.texts, parent.tokenizer if parent else None)
     trainer = tried(choose_trainer)
     problems += _missing_packages()

@@ -163,7 +163,7 @@ def gpus_here() -> tuple[int, str | None]:
     return len(found), next((name for name in gpu_names() if known_gpu(name) == gpu), None)
 
 
-def spec_of(parent: FoundParent, fields: Mapping[str, Any]) -> tuple[UpcycleSpec, dict[str, Any]]:
+def chosen_spec(parent: FoundParent, fields: Mapping[str, Any]) -> tuple[UpcycleSpec, dict[str, Any]]:
     """Return the spec, and its fields that are stated.
 
     Raises:
@@ -194,7 +194,7 @@ def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> C
     Raises:
         UpcycleError: nothing that fits does what is wanted.
     """
-    spec, stated = spec_of(parent, wanted.spec)
+    spec, stated = chosen_spec(parent, wanted.spec)
     if lacks := [what for field, what in _LACKS[trainer].items() if getattr(parent.arch, field)]:
         raise UpcycleError(
             "trainer",

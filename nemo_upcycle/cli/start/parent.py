@@ -55,7 +55,7 @@ class FoundParent:
         )
 
 
-def find_model(source: str) -> FoundParent:
+def inspect_parent(source: str) -> FoundParent:
     """Find a dense model; of one on the hub configuration and tokenizer are fetched.
 
     Args:

@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from nemo_upcycle.convert.found import find_model
+from nemo_upcycle.convert.found import find_trained_model
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.megatron.chunks import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
@@ -80,7 +80,7 @@ class MegatronLM(HFLM):
             raise UpcycleError(
                 "checkpoint", got="none", expected="a checkpoint, or a run", fix="write checkpoint=FOLDER"
             )
-        model = find_model(Path(checkpoint), Path(dense) if dense else None, given=others)
+        model = find_trained_model(Path(checkpoint), Path(dense) if dense else None, given=others)
         self.tokenizer = _tokenizer_of(model.dense)
         layout = layout_here(tp=int(tp), pp=int(pp), ep=int(ep))
         self.chunks, self.arch = load_chunks(model.checkpoint, model.dense, model.spec, layout, dtype_of(dtype))

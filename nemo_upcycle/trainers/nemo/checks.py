@@ -24,7 +24,7 @@ from nemo_upcycle.sources.fetch import read_parent
 from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
-from nemo_upcycle.trainers.nemo.recipes import spec_of
+from nemo_upcycle.trainers.nemo.recipes import recipe_spec
 from nemo_upcycle.trainers.settings import check_masters, check_packs, check_values, setting
 from nemo_upcycle.utils.validation import is_whole
 
@@ -134,7 +134,7 @@ def check_settings(recipe: run.Partial, where: str = "") -> None:
             precision, optimizer = setting(recipe, "trainer.plugins"), setting(recipe, "optim.config")
             check_masters(precision, optimizer, "optim.config.use_precision_aware_optimizer")
         if setting(restore, "spec"):
-            check_spec(recipe.model.config, spec_of(recipe))
+            check_spec(recipe.model.config, recipe_spec(recipe))
         elif hasattr(restore, "spec"):
             check_fields(recipe.model.config)
     except SpecError as error:  # of a setting, by its path, or of a field of the spec
@@ -256,7 +256,7 @@ def check_parent(recipe: run.Partial, dense: Parent, where: str = "", *, remote:
         return
     require_buildable(parent)
     model = architecture_of(recipe.model.config, parent.vocab_size)
-    spec = spec_of(recipe) if setting(recipe, "resume.restore_config.spec") else None
+    spec = recipe_spec(recipe) if setting(recipe, "resume.restore_config.spec") else None
     try:
         wanted = parent.upcycled(spec) if spec else parent
     except UpcycleError as error:
@@ -282,7 +282,7 @@ def check_calibration(recipe: run.Partial, *, here: bool) -> None:
     Raises:
         UpcycleError: it names none, or the file is missing, damaged, or something else.
     """
-    spec = spec_of(recipe) if setting(recipe, "resume.restore_config.spec") else None
+    spec = recipe_spec(recipe) if setting(recipe, "resume.restore_config.spec") else None
     if spec and (here or not spec.calibration):
         try:
             calibration_of(spec)

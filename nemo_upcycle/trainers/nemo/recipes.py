@@ -64,7 +64,7 @@ def _plain(value: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value)
 
 
-def spec_of(recipe: run.Partial) -> Any:
+def recipe_spec(recipe: run.Partial) -> Any:
     """Return the upcycling spec of a recipe, built (and so checked)."""
     try:
         return fdl.build(recipe.resume.restore_config.spec)

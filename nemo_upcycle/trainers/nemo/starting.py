@@ -21,7 +21,7 @@ from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.monitoring.fp8_statistics import require_inspect
 from nemo_upcycle.trainers.nemo.checks import parent_within_reach, ranks_of
-from nemo_upcycle.trainers.nemo.recipes import spec_of
+from nemo_upcycle.trainers.nemo.recipes import recipe_spec
 from nemo_upcycle.trainers.settings import setting
 from nemo_upcycle.trainers.trial import construct_ranks, construction_errors, failure_of, text_of
 from nemo_upcycle.utils.attributes import temporarily_set
@@ -40,7 +40,7 @@ def wrong_in(recipe: Any, dense: Parent, unit: str) -> list[UpcycleError]:
         unit: name of the training, for the text of errors.
     """
     parent = parent_within_reach(dense)
-    spec = spec_of(recipe) if setting(recipe, "resume.restore_config.spec") else None
+    spec = recipe_spec(recipe) if setting(recipe, "resume.restore_config.spec") else None
     arch = parent.upcycled(spec) if parent and spec else parent
     return construction_errors(lambda: _construct(recipe, arch), unit)
 

@@ -31,7 +31,7 @@ from nemo_upcycle.trainers.nemo.checks import (
     ranks_of,
     reads_chat,
 )
-from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
+from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, recipe_spec, settings, train_on
 from nemo_upcycle.trainers.run_calibration import with_calibration
 from nemo_upcycle.trainers.settings import FP8_RECIPE, LR, SAVE_EVERY, WARMUP, all_wrong, setting, shown_settings
 from nemo_upcycle.utils.console import is_verbose
@@ -189,7 +189,7 @@ class NeMoTraining(Training):
 
     def spec(self, dense_folder: Path) -> UpcycleSpec:
         """See `Training.spec`."""
-        spec: UpcycleSpec = spec_of(self.recipe)
+        spec: UpcycleSpec = recipe_spec(self.recipe)
         return spec
 
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
@@ -207,7 +207,7 @@ class NeMoTraining(Training):
         from nemo_upcycle.trainers.nemo.stopping import step_kept
 
         place_recipe(recipe, folder, dense_folder, data_folder)
-        spec = with_calibration(spec_of(recipe), folder, dense_folder)
+        spec = with_calibration(recipe_spec(recipe), folder, dense_folder)
         if spec and spec.calibration:
             recipe.resume.restore_config.spec.calibration = spec.calibration
         for callback in recipe.trainer.callbacks if suite else ():

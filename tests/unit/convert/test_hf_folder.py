@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.cli.start.parent import find_model
+from nemo_upcycle.cli.start.parent import inspect_parent
 from nemo_upcycle.convert import export
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names
@@ -97,7 +97,7 @@ def test_a_damaged_tokenizer_is_refused_before_any_work(dense: Path, tmp_path: P
     calls: dict[str, Callable[[], object]] = {
         "convert": lambda: converted(dense, tmp_path / "out"),
         "export": lambda: export_checkpoint(checkpoint, dense, tmp_path / "out", spec=SPEC),
-        "start": lambda: find_model(str(dense)),
+        "start": lambda: inspect_parent(str(dense)),
         "data": lambda: tokenizer_folder(str(dense)),
         "verify": lambda: verify(dense, moe),
     }

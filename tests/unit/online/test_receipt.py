@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt, read_receipt, spec_of
+from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt, read_receipt, recorded_spec
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json, write_json
 
@@ -34,7 +34,7 @@ def test_bytes_add_up_and_times_are_the_slowest_ranks() -> None:
 def test_a_receipt_omits_defaults_of_the_spec(tmp_path: Path) -> None:
     spec = UpcycleSpec(num_experts=8, top_k=2, granularity=2)
     assert spec.to_dict() == {"num_experts": 8, "top_k": 2, "granularity": 2}
-    assert spec_of(spec.to_dict(), tmp_path, {}) == spec_of(asdict(spec), tmp_path, {}) == spec
+    assert recorded_spec(spec.to_dict(), tmp_path, {}) == recorded_spec(asdict(spec), tmp_path, {}) == spec
 
 
 def test_a_receipt_of_a_newer_release_is_refused_by_name(tmp_path: Path) -> None:

@@ -59,14 +59,14 @@ def test_a_recipe_is_registered_with_its_files_numbers(recipes: Any, name: str) 
     from nemo_run.cli.api import resolve_factory
 
     from nemo_upcycle.pipeline.nemo.pipeline import pipeline
-    from nemo_upcycle.trainers.nemo.recipes import spec_of
+    from nemo_upcycle.trainers.nemo.recipes import recipe_spec
 
     module, known = getattr(recipes, name), known_recipe(name)
     recipe = module.pretrain_recipe()
     assert resolve_factory(pretrain, name)() == recipe
     assert resolve_factory(pl.LightningModule, name)() == module.model()
     _has_the_numbers_that_the_planner_takes(recipe, name)
-    assert (spec_of(recipe) if recipe.resume.restore_config.spec else None) == known.spec
+    assert (recipe_spec(recipe) if recipe.resume.restore_config.spec else None) == known.spec
     assert ("performance_mode" in inspect.signature(module.pretrain_recipe).parameters) is known.h100
     assert recipe.resume.restore_config.path == known.inputs["dense"]
     if known.spec:

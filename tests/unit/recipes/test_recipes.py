@@ -26,7 +26,7 @@ def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
 
     from nemo_upcycle.models.megatron_config import architecture_of
     from nemo_upcycle.trainers.nemo.checks import check_recipe
-    from nemo_upcycle.trainers.nemo.recipes import spec_of
+    from nemo_upcycle.trainers.nemo.recipes import recipe_spec
 
     recipe = LazyEntrypoint(pretrain, yaml=str(path)).resolve()
     check_recipe(recipe)
@@ -42,7 +42,7 @@ def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
     assert tokens == pytest.approx(27e9, rel=2e-4)
     capacities = {"capacity_1": 1.0, "capacity_2": 2.0, "dropless": None}
     if not path.stem.startswith("dense"):
-        config, spec = recipe.model.config, spec_of(recipe)
+        config, spec = recipe.model.config, recipe_spec(recipe)
         assert config.moe_expert_capacity_factor == capacities.get(path.stem, 4.0)
         assert config.moe_pad_expert_input_to_capacity is (path.stem == "capacity_1")
         assert spec.router_order == ("softmax_topk" if "router" in path.stem else "topk_softmax")

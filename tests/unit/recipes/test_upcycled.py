@@ -49,7 +49,7 @@ def _stock(name: str, **arguments: Any) -> Any:
 @pytest.mark.parametrize("name", quick(UPCYCLED, "llama31_405b", "llama3_70b", *OF_EACH_FAMILY))
 def test_a_dense_recipe_of_nemo_becomes_one_that_upcycles(recipes: Any, name: str) -> None:
     from nemo_upcycle.trainers.nemo.checks import check_recipe
-    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe, spec_of
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe, recipe_spec
 
     nodes = {"num_nodes": count} if (count := UPCYCLED[name]) else {}
     stock = _stock(name, **nodes)
@@ -57,7 +57,7 @@ def test_a_dense_recipe_of_nemo_becomes_one_that_upcycles(recipes: Any, name: st
     recipe = recipes.upcycled(stock, dense=DENSE, spec=SPEC)
     assert stock == before
     check_recipe(recipe)
-    assert spec_of(recipe) == SPEC
+    assert recipe_spec(recipe) == SPEC
     assert recipe.resume.restore_config.path == DENSE
     assert (recipe.optim.config, recipe.optim.lr_scheduler) == (stock.optim.config, stock.optim.lr_scheduler)
     assert recipe.log == stock.log
@@ -71,13 +71,13 @@ def test_a_dense_recipe_of_nemo_becomes_one_that_upcycles(recipes: Any, name: st
 
 @pytest.mark.parametrize("name", quick(GROWN, "mixtral_8x7b", "qwen3_30b_a3b"))
 def test_a_parent_with_experts_gets_more_experts(recipes: Any, name: str) -> None:
-    from nemo_upcycle.trainers.nemo.recipes import spec_of
+    from nemo_upcycle.trainers.nemo.recipes import recipe_spec
     from nemo_upcycle.trainers.nemo.upcycled import use_spec
 
     experts, top_k = GROWN[name]
     spec, stock = UpcycleSpec(num_experts=experts, top_k=top_k), _stock(name)
     recipe = recipes.upcycled(stock, dense=DENSE, spec=spec)
-    assert spec_of(recipe) == spec
+    assert recipe_spec(recipe) == spec
     config = recipe.model.config
     assert (config.num_moe_experts, config.moe_router_topk) == (experts, top_k)
     for kept in ("moe_aux_loss_coeff", "moe_token_dispatcher_type"):

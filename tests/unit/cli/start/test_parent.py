@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.cli.start.parent import find_model
+from nemo_upcycle.cli.start.parent import inspect_parent
 from nemo_upcycle.errors import UpcycleError
 
 
 def test_a_folder_says_family_size_and_positions(parent_folder: Path) -> None:
-    parent = find_model(str(parent_folder))
+    parent = inspect_parent(str(parent_folder))
     assert parent.description == "Llama, 94,912 parameters, 2,048 positions, tokenizer of 259"
     assert (parent.name, parent.address, parent.tokenizer) == ("my_llama", str(parent_folder), parent_folder)
 
@@ -29,9 +29,9 @@ def test_what_is_missing_is_named(tmp_path: Path, parent_folder: Path, files: li
     for name in files:
         shutil.copy(parent_folder / name, tmp_path)
     with pytest.raises(UpcycleError, match=said):
-        find_model(str(tmp_path))
+        inspect_parent(str(tmp_path))
 
 
 def test_a_checkpoint_is_to_be_exported_first() -> None:
     with pytest.raises(UpcycleError, match="nemo-upcycle export /runs/mine FOLDER"):
-        find_model("nemo:///runs/mine")
+        inspect_parent("nemo:///runs/mine")
