@@ -1,4 +1,4 @@
-"""A copy of the package as it is installed, without what only NeMo needs."""
+"""Copy the package as it is installed, but leave out the modules that only NeMo needs."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class RowNoise:
     sources: tuple[int, ...]
 
     def made_by(self, spec: UpcycleSpec) -> str:
-        """Return what the receipt says of a router that it changed."""
+        """Return the receipt's words for a changed router."""
         return f"router_init={spec.router_init} added, std={spec.router_std} of the parent's, seed={spec.seed}"
 
     def change(self, matrix: ExpertMatrix, spec: UpcycleSpec) -> None:

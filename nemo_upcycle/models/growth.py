@@ -322,5 +322,8 @@ def require_one(parents: Sequence[Parent]) -> None:
 
 
 def router_dtype(spec: UpcycleSpec | None) -> dict[str, str]:
-    """Return Megatron's type of the router's logits if a spec asks for one: in bfloat16 those of two copies tie."""
+    """Return Megatron's setting for float32 router logits if a spec needs them.
+
+    In bfloat16 the logits of two copies can be equal, and top-k then mixes the copies.
+    """
     return {"moe_router_dtype": "fp32"} if spec and spec.needs_float32_routing else {}

@@ -48,7 +48,7 @@ class Method:
         return f"{self.strength or 'method'}={strength} {self.inexact}" if self.inexact and strength else ""
 
     def made_by(self, spec: UpcycleSpec) -> str:
-        """Return what the receipt says of a parameter that it changed."""
+        """Return the receipt's words for a changed parameter."""
         kind = self.strength.rpartition("_")[2]  # std or ratio
         strength = f"{kind} {getattr(spec, self.strength)}, " if kind else ""
         return f"{self.name} ({strength}seed {spec.seed})"
@@ -62,9 +62,9 @@ def init_method(
 ) -> Callable[[Change], Change]:
     """Register a function as the init method of its name.
 
-    The function changes `matrix.local_FD`, one matrix of one expert, in place, as far as it is on this rank. The
-    result may depend on seed, layer, expert and neuron, and on the whole matrix, but not on which neurons are here:
-    every layout must give the same bits. `matrix.whole_FD` has to be called before anything is changed.
+    The function changes `matrix.local_FD` in place: this rank's neurons of one matrix of one expert. Every layout must
+    give the same bits, so the result must not depend on which neurons this rank holds. It may depend on seed, layer,
+    expert, neuron and the whole matrix. Call `matrix.whole_FD` before you change anything.
 
     Args:
         summary, strength, inexact, computes: see `Method`.

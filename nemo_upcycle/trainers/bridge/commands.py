@@ -12,7 +12,7 @@ from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.trainers.commands import Commands, parallelism, recomputation, steps_of
 
 
-#: Whether parameters are kept in FP8 or FP4 -> those of Bridge's mixed precisions, which decide it.
+#: Whether parameters stay in FP8 or FP4 -> planner's precision -> Bridge's mixed precision.
 BRIDGE_PRECISIONS = {
     False: {"bf16": "bf16_mixed", "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed"},
     True: {

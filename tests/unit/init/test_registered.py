@@ -1,4 +1,4 @@
-"""What every registered init method and router initialisation promises; a new one is tested without a line here."""
+"""Check every registered init method and router initialisation; new ones are included by themselves."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def small_run(dense: str, schedule: Schedule, spec: UpcycleSpec | None, data: st
     config.train.micro_batch_size = 1
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
     config.checkpoint.save_interval, config.checkpoint.most_recent_k = 10, 1
-    # The form for other layouts is gathered in memory as it is saved: 8 GB more for SmolLM2-135M with 8 experts.
+    # Saving for other layouts gathers the optimizer's state in memory: 8 GB more for SmolLM2-135M with 8 experts.
     config.checkpoint.dist_ckpt_optim_fully_reshardable = False
     config.dataset.num_workers = 0  # on a CPU each loader's process keeps the weights of before the first step
     return config
