@@ -26,7 +26,7 @@ EPILOG = f"""examples:
   nemo-upcycle data blend.yaml /data/blend tokenizer=/models/Llama-3-8B seq_length=4096 --workers 16
   nemo-upcycle data /texts /data/mine tokenizer=/models/Llama-3-8B
   nemo-upcycle data '/texts/*.jsonl.gz' /data/mine tokenizer=/models/Llama-3-8B sources.texts.options.text_key=content
-  nemo-upcycle data fineweb_edu_academic_7_3 /data/web --slurm cpu --time 24:00:00
+  nemo-upcycle data fineweb_edu_academic_7_3 /data/web --slurm mine.yaml --workers 200
   nemo-upcycle data blend.yaml /data/blend --check
 
 Run it again to continue a stopped build. Train on the result with nemo llm pretrain --factory "RECIPE(data='DIR')".
@@ -50,8 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how to run")
     how.add_argument("--workers", type=int, metavar="N", help="tasks at a time (default: the cores of this machine)")
-    how.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of this partition")
-    how.add_argument("--time", metavar="D-HH:MM:SS", help="with --slurm: time limit of a task (default: 24:00:00)")
+    how.add_argument(
+        "--slurm",
+        metavar="PARTITION|FILE",
+        help="run the tasks as jobs of this partition, or with a site's file: account, partition, container, ...",
+    )
+    how.add_argument(
+        "--time", metavar="D-HH:MM:SS", help="with --slurm: time limit of a task (default: 24:00:00, or the file's)"
+    )
     how.add_argument("--ray", action="store_true", help="run the tasks on the Ray cluster of RAY_ADDRESS")
     how.add_argument("--strict", action="store_true", help="end at the first broken input (default: count and go on)")
     how.add_argument("--update", action="store_true", help="build a finished folder again if its files changed since")
@@ -133,8 +139,15 @@ def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:
         raise UpcycleError("way to run", got="--slurm and --ray", expected="one of them", fix="omit one")
     if args.time and not args.slurm:
         raise UpcycleError("--time", got="no --slurm", expected="both", fix="add --slurm, or omit --time")
-    named = [(f"--{name}", str(getattr(args, name))) for name in ("workers", "slurm", "time") if getattr(args, name)]
-    return (*(word for pair in named for word in pair), *(["--ray"] if args.ray else []))
+    words = [f"--workers={args.workers}"] if args.workers else []
+    if args.slurm and args.slurm.endswith((".yaml", ".yml")):
+        from nemo_upcycle.pipeline.executors.data_tasks import data_task_options
+
+        submitted = data_task_options(args.slurm, args.output, args.time)
+        os.environ.update(submitted.variables)
+        return (*words, *submitted.words)
+    words += [f"--{name}={value}" for name in ("slurm", "time") if (value := getattr(args, name))]
+    return (*words, *(["--ray"] if args.ray else []))
 
 
 def _check(args: argparse.Namespace, blend: Blend) -> int:

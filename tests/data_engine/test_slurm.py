@@ -34,10 +34,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     return Slurm(tmp_path / "bin", monkeypatch)
 
 
-def _launch(folder: Path, tasks: int) -> tuple[EnginePlan, Any]:
+def _launch(folder: Path, tasks: int, **site: Any) -> tuple[EnginePlan, Any]:
     plan = load_plan(blend(folder).resolve())
     stage = EngineStage("3_write", stages(plan, "tokenizers")[-1].pipeline, tasks)
-    return plan, executor(plan, stage, RunOn(slurm="any"), Path(sys.prefix))
+    return plan, executor(plan, stage, RunOn(slurm="any", **site))
 
 
 def _jobs(plan: EnginePlan) -> Path:
@@ -50,6 +50,23 @@ def test_jobs_are_written_down_one_by_one(tmp_path: Path, slurm: Slurm) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         runs.run()
     assert json.loads(_jobs(plan).read_text(encoding="utf-8")) == ["1", "2"]
+
+
+def test_jobs_have_the_options_of_the_site(tmp_path: Path, slurm: Slurm) -> None:
+    slurm.says("sbatch", 'echo "Submitted batch job 17"')
+    plan, runs = _launch(
+        tmp_path,
+        1,
+        sbatch={"account": "me", "qos": "low"},
+        srun=("--no-container-mount-home", "--container-mounts=/a b:/a b"),
+        task_python="/env/bin/python",
+    )
+    runs.run()
+    script = (plan.folder / "logs" / "3_write" / "launch_script.slurm").read_text(encoding="utf-8").splitlines()
+    assert {"#SBATCH --account=me", "#SBATCH --qos=low", "#SBATCH --partition=any"} <= set(script)
+    command = "srun --no-container-mount-home '--container-mounts=/a b:/a b' "
+    assert script[-1].startswith(command)
+    assert f" /env/bin/launch_pickled_pipeline {plan.folder}/logs/3_write/executor.pik" in script[-1]
 
 
 def test_queue_that_does_not_answer_says_nothing(tmp_path: Path, slurm: Slurm) -> None:
@@ -103,7 +120,8 @@ PARTITION = os.environ.get("SLURM_PARTITION", "batch")
 @pytest.mark.slow
 def test_same_bytes_as_on_one_machine(tmp_path: Path) -> None:
     plan = blend(tmp_path, finders=2, heldout_overlap=0.5, near_duplicates=MINHASH)
-    done = run(plan, "--slurm", PARTITION, "--workers", "2", "--time", "00:10:00")
+    site = ("--sbatch=account=me", "--srun=--kill-on-bad-exit=1", f"--task-python={sys.executable}")
+    done = run(plan, "--slurm", PARTITION, "--workers", "2", "--time", "00:10:00", *site)
     assert done.returncode == 0, done.stderr
     found = everything(plan.parent)
     clear(plan)

@@ -1,6 +1,7 @@
 """The engine's command: `python -m nemo_upcycle.data.engine DIR/build/plan.json --workers N`, in the data environment.
 
-    --slurm PARTITION [--time T]   the tasks as jobs of Slurm, N at a time; from a login node
+    --slurm PARTITION [--time T]   the tasks as jobs of Slurm, N at a time; from a login node. `nemo-upcycle data
+                                   --slurm FILE` adds the options of a site's executor file
     --ray                          on a running Ray cluster
 
 Rerun, it resumes where it was stopped or killed; the output is the same, byte for byte.
@@ -40,7 +41,15 @@ def main(argv: list[str] | None = None) -> int:
         from nemo_upcycle.data.engine.pipelines import RunOn
         from nemo_upcycle.data.engine.supervise import Stopped, run_plan
 
-        run_on = RunOn(arguments.workers, arguments.slurm, arguments.time, arguments.ray)
+        run_on = RunOn(
+            arguments.workers,
+            arguments.slurm,
+            arguments.time,
+            arguments.ray,
+            dict(word.split("=", 1) for word in arguments.sbatch),
+            tuple(arguments.srun),
+            arguments.task_python,
+        )
         _check(run_on)
         try:
             run_plan(load_plan(arguments.plan.resolve()), run_on)
@@ -86,6 +95,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     runs.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of Slurm")
     runs.add_argument("--ray", action="store_true", help="run the tasks on a Ray cluster")
     parser.add_argument("--time", default="24:00:00", help="time limit of a Slurm job (24:00:00)")
+    parser.add_argument("--sbatch", metavar="NAME=VALUE", action="append", default=[], help="another option of sbatch")
+    parser.add_argument("--srun", metavar="WORD", action="append", default=[], help="another option of srun")
+    parser.add_argument("--task-python", metavar="PATH", help="Python of the tasks' environment (default: this one)")
     return parser.parse_args(argv)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import shlex
+import sys
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +45,18 @@ class RunOn:
         slurm: the partition.
         time_limit: time limit of a Slurm job, as sbatch takes it.
         ray: whether they run on the Ray cluster.
+        sbatch: further options of sbatch: name -> value.
+        srun: further options of srun, as words.
+        task_python: Python of the tasks' environment, which Slurm's nodes must see; None: this one.
     """
 
     workers: int = 1
     slurm: str | None = None
     time_limit: str = "24:00:00"
     ray: bool = False
+    sbatch: Mapping[str, str] = field(default_factory=dict)
+    srun: tuple[str, ...] = ()
+    task_python: str | None = None
 
 
 class StartTask(LedgerStep):
@@ -170,9 +179,10 @@ class _Local(LocalPipelineExecutor):
 class _Slurm(SlurmPipelineExecutor):
     """Records each of its jobs at once: a stage of more than a thousand tasks has several."""
 
-    def __init__(self, path: Path, **options: Any) -> None:
+    def __init__(self, path: Path, srun: tuple[str, ...], folder: Path, **options: Any) -> None:
         super().__init__(**options)
         self.path = str(path)
+        self.srun, self.folder = srun, str(folder)
         self.jobs: list[str] = []
         self.job_id_retriever = self._remember
 
@@ -181,30 +191,38 @@ class _Slurm(SlurmPipelineExecutor):
         write_json(Path(self.path), self.jobs)
         return self.jobs[-1]
 
+    def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
+        """Write the batch script; a task starts by its full path, for a container has a PATH of its own."""
+        srun, _, task = run_script.partition("launch_pickled_pipeline")
+        srun = srun.replace("srun", shlex.join(["srun", *self.srun]), 1)
+        started = shlex.quote(f"{self.folder}/launch_pickled_pipeline")
+        return str(super().get_launch_file_contents(sbatch_args, f"{srun}{started}{task}"))
+
     def launch_merge_stats(self) -> None:
         """Skip the job that merges statistics: behind a failed stage it would stay queued."""
 
 
-def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn, environment: Path) -> Any:
+def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn) -> Any:
     """Return datatrove's executor for a stage.
 
     Args:
         plan: the plan.
         stage: stage to run.
         run_on: where its tasks run.
-        environment: the folder of the data environment, which Slurm's nodes must see, too.
     """
     shared = {"pipeline": stage.pipeline, "tasks": stage.tasks, "logging_dir": str(plan.folder / "logs" / stage.name)}
     if run_on.slurm:
         return _Slurm(
             slurm_jobs(plan),
+            run_on.srun,
+            Path(run_on.task_python or sys.executable).parent,
             **shared,
             time=run_on.time_limit,
             partition=run_on.slurm,
-            qos="",  # the cluster's default, or SBATCH_QOS
+            qos="",  # that of `sbatch`, the cluster's default, or SBATCH_QOS
+            sbatch_args=dict(run_on.sbatch),
             workers=run_on.workers,
             job_name=f"data-{stage.name}",
-            venv_path=str(environment / "bin" / "activate"),
         )
     if run_on.ray:
         return RayPipelineExecutor(**shared, workers=run_on.workers)

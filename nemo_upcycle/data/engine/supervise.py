@@ -12,7 +12,6 @@ import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -196,7 +195,7 @@ def _run_stages(plan: EnginePlan, run_on: RunOn, library: str) -> None:
 
         ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
     for stage in stages(plan, library):
-        runs = executor(plan, stage, run_on, Path(sys.prefix))
+        runs = executor(plan, stage, run_on)
         runs.run()
         if run_on.slurm:
             _wait_for_slurm(plan, runs)

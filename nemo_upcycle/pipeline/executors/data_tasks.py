@@ -1,0 +1,97 @@
+"""Give the data engine's tasks the account, partition and container of a site's Slurm file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_upcycle.data.environment import VARIABLE
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.base import MISSING
+from nemo_upcycle.pipeline.executors.jobs import Job
+from nemo_upcycle.pipeline.executors.settings import read_executor
+from nemo_upcycle.pipeline.executors.slurm import REQUIRED, SlurmScheduler, StagedSlurmExecutor
+from nemo_upcycle.pipeline.executors.slurm_script import missing_mounts
+
+
+#: Settings that sbatch takes by the same name. Cores and memory are omitted: the file sizes the data stage, which is
+#: one job, and a task has one core.
+_SBATCH = ("account", "qos", "constraint", "exclude", "network")
+
+
+@dataclass(frozen=True)
+class DataTaskOptions:
+    """How the data engine submits its tasks.
+
+    Args:
+        words: options of the engine's command line.
+        variables: environment variables of the tasks.
+    """
+
+    words: tuple[str, ...]
+    variables: dict[str, str]
+
+
+def data_task_options(file: str, output: Path, time: str | None = None) -> DataTaskOptions:
+    """Read how to submit the data engine's tasks from a site's Slurm file.
+
+    Args:
+        file: path of the YAML file, as `run.executor` takes it.
+        output: folder that the tasks write to.
+        time: time limit of a task (D-HH:MM:SS); None: that of the file's data stage.
+
+    Raises:
+        UpcycleError: the file describes another scheduler, lacks a value, or has one that sbatch refuses.
+
+    Example:
+        >>> data_task_options("mine.yaml", Path("/shared/data")).words[:4]  # doctest: +SKIP
+        ('--slurm', 'cpu', '--time', '24:00:00')
+    """
+    scheduler = _scheduler_of(file)
+    job = Job("data", output, ("python",))
+    if wrong := scheduler.wrong_for(job):
+        raise UpcycleError.together(wrong)
+    mine = scheduler.settings_for(job.name)
+    if mine.setup_lines:
+        fix = "set stages.data.setup_lines: null if the tasks need none, or run the blend as a stage of a pipeline"
+        raise UpcycleError(f"{file}: setup_lines", got="lines of a batch script", expected="none", fix=fix)
+    variables = {name: str(value) for name, value in mine.env_vars.items() if value is not None}
+    python = variables.pop(VARIABLE, None)
+    options = {name: value for name in _SBATCH if (value := getattr(mine, name))} | (mine.additional_parameters or {})
+    srun = list(mine.srun_args or [])
+    if mine.container_image:
+        if python is None:
+            expected, fix = "the Python of an environment made in the container", "docs/data.md says how to make one"
+            raise UpcycleError(f"{file}: env_vars.{VARIABLE}", got="nothing", expected=expected, fix=fix)
+        mounts = [*mine.container_mounts, *missing_mounts(job, mine.container_mounts)]
+        # An image's own variables win over all that are not named.
+        named = dict.fromkeys([*(mine.container_env or []), *variables])
+        srun += [f"--container-image={mine.container_image}", f"--container-mounts={','.join(mounts)}"]
+        srun += [f"--container-env={','.join(named)}"] if named else []
+    words = ["--slurm", mine.partition, "--time", time or mine.time]
+    words += [f"--sbatch={name}={value}" for name, value in options.items()]
+    words += [f"--srun={word}" for word in srun]
+    words += [f"--task-python={python}"] if python else []
+    return DataTaskOptions(tuple(words), variables)
+
+
+def _scheduler_of(file: str) -> SlurmScheduler:
+    """Read a site's file.
+
+    Raises:
+        UpcycleError: it does not describe Slurm, or a site's own value is missing.
+    """
+    executor = read_executor(file)
+    if not isinstance(executor, StagedSlurmExecutor):
+        fix = "name a file with `executor: slurm`, or use --workers"
+        raise UpcycleError(f"--slurm {file}", got="another scheduler's file", expected="Slurm's", fix=fix)
+    empty: Sequence[str] = [name for name in REQUIRED if getattr(executor, name) in (MISSING, "")]
+    if executor.partition is None:
+        empty = [*empty, "partition"]
+    if empty:
+        wrong = [
+            UpcycleError(f"{file}: {name}", got="nothing", expected=REQUIRED[name], fix="set it") for name in empty
+        ]
+        raise UpcycleError.together(wrong)
+    return SlurmScheduler(executor)
