@@ -61,6 +61,7 @@ case ${1:-} in
         run_in .venv tests/servers/test_llama_cpp.py ;;
     slurm)
         need .venv
+        need .venv-data
         trap "scripts/slurm_cluster.sh stop" EXIT
         scripts/slurm_cluster.sh start ${ACCOUNTING:+"$ACCOUNTING"}
         run_in .venv tests/functional/test_slurm.py tests/functional/test_slurm_jobs.py ;;

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from nemo_upcycle.data.suites.suite import load_suite_tasks
     from nemo_upcycle.data.suites.suite_config import BACKENDS, read_suite_config
-    from nemo_upcycle.evaluation.backends import choose_backend, open_model
+    from nemo_upcycle.evaluation.backends import ModelOptions, choose_backend, open_model
     from nemo_upcycle.evaluation.run import evaluate
     from nemo_upcycle.utils.files import MARKER, read_json
 
@@ -105,11 +105,9 @@ def run(args: argparse.Namespace) -> int:
         suite,
         args.output,
         name=args.name,
-        batch_size=args.batch_size,
         limit=args.limit,
-        backend=backend,
-        megatron=megatron,
         tasks=tasks,
+        options=ModelOptions(backend=backend, batch_size=args.batch_size, megatron=megatron),
     )
     rows = [(name, f"{one['value']:.4f}", one["stderr"]) for name, one in sorted(result["metrics"].items())]
     width = max(len(name) for name, *_ in rows)

@@ -15,7 +15,7 @@ import torch
 
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, write_config
 from nemo_upcycle.convert.megatron_weights import MegatronWeights, open_checkpoint
-from nemo_upcycle.convert.model_card import write_card
+from nemo_upcycle.convert.model_card import CardText, write_card
 from nemo_upcycle.convert.safetensors_writer import (
     MAX_SHARD_BYTES,
     SafetensorsWriter,
@@ -170,18 +170,15 @@ def export_weights(
         notes = [*about.notes, *server_caveats(arch, dtype.itemsize), *((CAVEAT,) if whole else ())]
         if arch.num_experts and not about.text_only and (why := unseen_because(dense_folder, arch)):
             notes.append(f"the text model alone: {why}")
-        write_card(
-            folder,
-            [dense_folder],
-            arch,
+        card = CardText(
             title=about.title or output.name,
             tool=MADE_BY,
             facts={"Type": dtype_name(dtype), **about.facts} | copied,
             notes=[*lossy, *notes],
             parent=about.parent,
-            whole_class=wrapper.hf_class if wrapper else "",
             options=load_options(arch, dtype.itemsize),
         )
+        write_card(folder, [dense_folder], arch, card, whole_class=wrapper.hf_class if wrapper else "")
         marker = {
             "made_by": MADE_BY,
             "version": __version__,

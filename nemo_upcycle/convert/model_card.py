@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,32 +52,38 @@ model = {hf_class}.from_pretrained(".", dtype="auto"{options})  # this folder, o
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardText:
+    """Texts of a model card.
+
+    Args:
+        title: name of the model.
+        tool: command that wrote it.
+        facts: rows of the table: label -> value.
+        notes: sentences on what is not exact, not known or assumed.
+        parent: address by which the user named the first of the parents.
+        options: further arguments of `from_pretrained`.
+    """
+
+    title: str
+    tool: str
+    facts: Mapping[str, str]
+    notes: Sequence[str] = ()
+    parent: str | None = None
+    options: str = ""
+
+
 def write_card(
-    folder: Path,
-    parents: Sequence[Path],
-    arch: Architecture,
-    *,
-    title: str,
-    tool: str,
-    facts: Mapping[str, str],
-    notes: Sequence[str] = (),
-    parent: str | None = None,
-    whole_class: str = "",
-    options: str = "",
+    folder: Path, parents: Sequence[Path], arch: Architecture, card: CardText, *, whole_class: str = ""
 ) -> None:
     """Write the model card.
 
     Args:
-        folder: where to.
+        folder: folder of the model.
         parents: folders of the dense models; the first gives everything but the experts.
-        arch: the model's architecture.
-        title: name of the model.
-        tool: the command that wrote it.
-        facts: lines of the table: what was done, with which numbers.
-        notes: what is not exact, not known or assumed.
-        parent: how the user named the first of the parents.
-        whole_class: the class around the model, where the parent's other parts are.
-        options: further arguments of `from_pretrained`.
+        arch: architecture of the model.
+        card: texts of the card.
+        whole_class: class around the model that has the parent's other parts; empty without them.
     """
     family = find_family(arch.hf_class)
     loads_as, around = whole_class or (family.saved_as if family else "") or arch.hf_class, ""
@@ -86,13 +92,13 @@ def write_card(
     names = [_hub_name(folder) for folder in parents]
     cards = [_front_matter(folder) for folder in parents]
     front = _front(names, cards, arch) | ({"pipeline_tag": "image-text-to-text"} if whole_class else {})
-    addresses = [parent, *[None] * (len(parents) - 1)]
+    addresses = [card.parent, *[None] * (len(parents) - 1)]
     rows = {
         "Made from": ", ".join(map(_called, parents, addresses, cards)),
         "Class": f"{loads_as}{around}: {arch.total_params:,} parameters, {arch.active_params:,} active for a token",
         **_besides(arch),
-        **facts,
-        "Written by": f"{tool}, version {__version__}",
+        **card.facts,
+        "Written by": f"{card.tool}, version {__version__}",
     }
     own = read_architecture(parents[0]).num_experts if arch.num_experts else None
     made = f"made from one of {own}: the experts are copies of its own." if own else _FROM_DENSE
@@ -100,14 +106,16 @@ def write_card(
     has_tokenizer = any(name.startswith(("tokenizer", "vocab")) for name in tokenizer_file_names(parents[0]))
     text = _TEMPLATE.format(
         front=yaml_text(front).rstrip(),
-        title=plain(title),
+        title=plain(card.title),
         made=made if arch.num_experts else "",
         rows=table(["", ""], rows.items(), words=1),
         imported=f"AutoTokenizer, {loads_as}" if has_tokenizer else loads_as,
         hf_class=loads_as,
-        options=options and f", {options}",
+        options=card.options and f", {card.options}",
         tokenizer='tokenizer = AutoTokenizer.from_pretrained(".")\n' if has_tokenizer else "",
-        notes="\n".join(["## What to know", "", *(f"- {plain(note)}" for note in notes), "", ""]) if notes else "",
+        notes="\n".join(["## What to know", "", *(f"- {plain(note)}" for note in card.notes), "", ""])
+        if card.notes
+        else "",
         licence_title=_LICENCE,
         licence=_licence(front, cards),
     )

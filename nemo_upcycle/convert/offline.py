@@ -21,7 +21,7 @@ import torch
 
 from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names, write_config
-from nemo_upcycle.convert.model_card import spec_fact, write_card
+from nemo_upcycle.convert.model_card import CardText, spec_fact, write_card
 from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
 from nemo_upcycle.convert.whole import CAVEAT, Whole, unseen_because
 from nemo_upcycle.errors import CheckpointError, UpcycleError
@@ -243,20 +243,15 @@ def _finish(
     if parts := left_out(dense.others()):
         facts["Copied as they are" if expansion.whole else "Left out"] = left_out_text(parts)
     parents = [source.path for source in dense.branches()]
-    whole, tool = expansion.whole, "nemo-upcycle convert"
-    notes, name = _caveats(expansion), whole.wrapper.hf_class if whole else ""
-    options = load_options(moe_arch, expansion.dtype.itemsize)
-    write_card(
-        folder,
-        parents,
-        moe_arch,
+    whole = expansion.whole
+    card = CardText(
         title=title,
-        tool=tool,
+        tool="nemo-upcycle convert",
         facts=facts,
-        notes=notes,
-        whole_class=name,
-        options=options,
+        notes=_caveats(expansion),
+        options=load_options(moe_arch, expansion.dtype.itemsize),
     )
+    write_card(folder, parents, moe_arch, card, whole_class=whole.wrapper.hf_class if whole else "")
     write_config(dense.path, folder, moe_arch, expansion.dtype, wrapper=whole.wrapper if whole else None)
     tokenizer_files = copy_tokenizer_files(dense.path, folder, sees=whole is not None)
     marker = {

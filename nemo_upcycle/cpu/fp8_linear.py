@@ -63,7 +63,7 @@ class _Fp8Product(torch.autograd.Function):
     """x W^T + b, with a gradient for each, from quantised operands."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - the context and eight more
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,

@@ -29,7 +29,7 @@ from nemo_upcycle.sources.fetch import read_parent
 from nemo_upcycle.sources.find import Parent
 
 
-def blend_data(
+def blend_data(  # noqa: PLR0913 - started runs name its arguments
     dense: str,
     folder: Optional[str] = None,  # noqa: UP045
     blend: Optional[str] = None,  # noqa: UP045

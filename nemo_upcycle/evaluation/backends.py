@@ -7,6 +7,7 @@ import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,21 @@ class AskedBackend(Backend):
         requests = [Instance("generate_until", {}, pair, number) for number, pair in enumerate(arguments)]
         texts = self.lm.generate_until(requests, disable_tqdm=True) if requests else []
         return [{**prompt, "continuation": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How an evaluation opens a model, if not as its suite says.
+
+    Args:
+        backend: `hf`, `vllm`, `megatron` or `auto`; None: the suite's.
+        batch_size: sequences in one forward pass, or `auto`; None: the suite's.
+        megatron: how to open a checkpoint: arguments of `MegatronLM`.
+    """
+
+    backend: str | None = None
+    batch_size: int | str | None = None
+    megatron: Mapping[str, Any] | None = None
 
 
 def open_model(

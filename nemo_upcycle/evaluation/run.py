@@ -16,7 +16,7 @@ from nemo_upcycle.data.suites.lm_eval_tasks import LoadedTask, quiet
 from nemo_upcycle.data.suites.local_tasks import data_files
 from nemo_upcycle.data.suites.suite import SuiteTasks, load_suite_tasks
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.backends import Backend, close_model, open_model
+from nemo_upcycle.evaluation.backends import Backend, ModelOptions, close_model, open_model
 from nemo_upcycle.evaluation.compare import (
     INSTRUCTIONS,
     RATIOS,
@@ -35,6 +35,7 @@ from nemo_upcycle.utils.files import MARKER, read_json, require_complete, write_
 
 #: Bootstrap draws for the few hub metrics without a closed form of the standard error.
 _BOOTSTRAP_DRAWS = 1000
+_AS_THE_SUITE = ModelOptions()
 
 
 def evaluate(
@@ -43,12 +44,10 @@ def evaluate(
     output: Path,
     *,
     name: str,
-    batch_size: int | str | None = None,
     limit: int | None = None,
     samples: bool = True,
-    backend: str | None = None,
-    megatron: Mapping[str, Any] | None = None,
     tasks: SuiteTasks | None = None,
+    options: ModelOptions = _AS_THE_SUITE,
 ) -> dict[str, Any]:
     """Evaluate a model, in the type that the suite names, and write `<output>/<name>.json`.
 
@@ -58,12 +57,10 @@ def evaluate(
             hub, before the model is loaded. One whose data cannot be had is left out, unless the suite is `strict`.
         output: folder for the result.
         name: the model's name in the report, for example `dense`.
-        batch_size: sequences in one forward pass, or `auto`; the suite's own when None.
         limit: take only the first items of each task, for a quick look.
         samples: also let the model continue the suite's prompts.
-        backend: what computes, as in `open_model`; the suite's own when None.
-        megatron: how to open a checkpoint, as in `open_model`.
         tasks: what `load_suite_tasks` returned, to ask several models the same; None to load them.
+        options: how to open the model, if not as the suite says.
 
     Returns:
         What was written: `metrics` (`task/metric` -> `value`, `stderr`, `higher_is_better`), `items` (task -> an entry
@@ -86,11 +83,11 @@ def evaluate(
         tasks = tasks or load_suite_tasks(suite)
         model = open_model(
             model_folder,
-            backend=backend or config["backend"],
+            backend=options.backend or config["backend"],
             dtype=config["dtype"],
-            batch_size=batch_size or config["batch_size"],
+            batch_size=options.batch_size or config["batch_size"],
             label=name,
-            megatron=megatron,
+            megatron=options.megatron,
         )
         loaded_s = time.monotonic() - start_s
         try:

@@ -29,7 +29,7 @@ from nemo_upcycle.models.rotary import Rope, attention_factor, layer_frequencies
 from nemo_upcycle.online.delta_layers import with_nets, without_nets
 
 
-def decoder_layers(
+def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
     config: Any,
     use_transformer_engine: bool,
     vp_stage: int | None = None,

@@ -57,47 +57,58 @@ class Findings:
         return (*self.wrong, *self.lacking)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnChecks:
+    """Checks of one kind of run; each raises an UpcycleError.
+
+    Args:
+        first: checks to make at once.
+        then: checks that need correct inputs and recipes.
+    """
+
+    first: Iterable[Callable[[], object]] = ()
+    then: Iterable[Callable[[], object]] = ()
+
+
 def check_work(
     run_dir: Path,
     plan: WorkPlan,
     stages: Sequence[Stage],
     cluster: Cluster | None,
+    own: OwnChecks,
     *,
-    own: Iterable[Callable[[], object]] = (),
-    then: Iterable[Callable[[], object]] = (),
     places: Mapping[str, str],
     starting: Collection[str],
-    network: bool,
-    storage: bool,
+    shown: bool,
 ) -> Findings:
     """Find all that would keep stages from their work. No other list of checks exists.
 
-    `--dryrun`, `--render` and `--yes` of `nemo upcycle pipeline` and `ablate` call this function. They differ in
-    `network` and `storage` alone: a dry run and `--render` need neither a network nor the cluster's storage. All three
-    then refuse what the forecast calls hopeless (`forecast.run.hopeless`). `--yes` alone asks the scheduler
-    (`Cluster.check`), which knows partitions, accounts and limits; a disk that is too small, of which the dry run
-    and `--yes` tell, is a warning of `--render`, whose jobs may run elsewhere.
+    `--dryrun`, `--render` and `--yes` of `nemo upcycle pipeline` and `ablate` call this function. A dry run and
+    `--render` only show the work: they need neither a network nor the cluster's storage. All three then refuse what
+    the forecast calls hopeless (`forecast.run.hopeless`). `--yes` alone asks the scheduler (`Cluster.check`), which
+    knows partitions, accounts and limits. A disk that is too small is a warning of `--render`, whose jobs may run
+    elsewhere.
 
     Args:
         run_dir: the run's folder.
         plan: plan of the run.
         stages: stages that were asked for.
         cluster: where they run; None: this machine.
-        own: checks of this kind of run; each raises an UpcycleError.
-        then: checks that need inputs and recipes which are right.
+        own: checks of this kind of run.
         places: stage -> what stands before its settings in errors, for each training to look at.
         starting: names of the stages whose inputs are looked at.
-        network: whether to ask the hub, and servers of data.
-        storage: whether the storage of the run is mounted here, so that the dense weights can be opened.
+        shown: whether the work is only shown, by a dry run or `--render`.
     """
+    network = not shown  # to ask the hub, and servers of data
+    storage = not shown or cluster is None  # mounted here, so that the dense weights can be opened
     inputs, parent = plan.inputs, plan.inputs.parent
     folders: list[Callable[[], object]] = [partial(check_folder, run_dir)] if storage or is_seen(run_dir) else []
     reads_dense = not {"import", "dense"}.isdisjoint(starting) and bool(parent.address)
     data = [partial(check_data, inputs, remote=network)] if "data" in starting else []
     no_parent = failures([lambda: parent.configured] if reads_dense else [])
-    wrong = [*failures(folders), *no_parent, *failures(data), *failures(own)]
+    wrong = [*failures(folders), *no_parent, *failures(data), *failures(own.first)]
     if not wrong:
-        wrong = failures([partial(check_started, run_dir, plan), *then])
+        wrong = failures([partial(check_started, run_dir, plan), *own.then])
     lacking: list[UpcycleError] = []
     if storage and reads_dense and not wrong:
         lacking += failures([lambda: parent.whole])
@@ -175,12 +186,10 @@ def check_run(
         plan,
         stages,
         cluster,
-        own=own,
-        then=then,
+        OwnChecks(first=own, then=then),
         places={name: name for name in plan.trainings if name in left},
         starting=[stage.name for stage in plan.stages],
-        network=not shown,
-        storage=not shown or cluster is None,
+        shown=shown,
     )
 
 

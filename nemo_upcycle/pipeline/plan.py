@@ -18,7 +18,8 @@ from nemo_upcycle.pipeline.disk_use import DiskUse
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.markers import RETIRED, STEPS, StageFolder, content_hash, setting_texts, sha256
 from nemo_upcycle.pipeline.needs import run_needs
-from nemo_upcycle.trainers.base import Training, TrainingFacts, TrainingSettings
+from nemo_upcycle.trainers.base import Training, TrainingSettings
+from nemo_upcycle.trainers.facts import TrainingFacts
 from nemo_upcycle.utils.conf import conf_text, is_conf_file, read_conf
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 from nemo_upcycle.utils.schema import KEY, numbered, require_known

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.plan import Stage, WorkPlan
-from nemo_upcycle.trainers.base import TrainingFacts
+from nemo_upcycle.trainers.facts import TrainingFacts
 
 
 #: A model of so many parameters is not trained on CPUs on purpose: with the accelerator `auto`, it needs GPUs.

@@ -183,6 +183,7 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Evaluate parent, step 0, the trained model and the baseline on the same items."""
     from nemo_upcycle.data.suites.suite import build_named_suite, load_suite_tasks
+    from nemo_upcycle.evaluation.backends import ModelOptions
     from nemo_upcycle.evaluation.run import evaluate
     from nemo_upcycle.reporting.run_folder import MODELS
 
@@ -200,11 +201,11 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         models |= {"trained": last_checkpoint(run_dir / "pretrain"), "dense_ct": run_dir / "dense_ct"}
     if not plan.dense_ct:
         del models["dense_ct"]
+    options = ModelOptions(megatron={"dense": str(dense_folder)})
     for number, (name, folder) in enumerate(models.items(), 1):
         logger.info("[evaluate] model %d of %d: %s (%s), %s", number, len(models), name, MODELS[name], folder)
         samples = name != "step0"  # it writes what its parent writes
-        parent = {"dense": str(dense_folder)}
-        evaluate(folder, suite, run_dir / "evaluation", name=name, samples=samples, megatron=parent, tasks=tasks)
+        evaluate(folder, suite, run_dir / "evaluation", name=name, samples=samples, tasks=tasks, options=options)
     return {name: str(folder) for name, folder in models.items()}
 
 

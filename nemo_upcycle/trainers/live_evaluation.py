@@ -13,7 +13,7 @@ import torch
 from nemo_upcycle.data.finished import TOKENIZER, FinishedBlend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
-from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.trainers.facts import Evaluations
 from nemo_upcycle.utils.files import MARKER, read_json, write_json
 from nemo_upcycle.utils.progress import show_messages
 

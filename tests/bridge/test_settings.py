@@ -90,7 +90,7 @@ def test_a_forecast_knows_the_optimizer(inputs: Path) -> None:
     text = training_text({"optimizer.optimizer": "dist_muon"})
     facts = open_training("bridge", text).facts(Parent(str(inputs / "parent")))
     assert facts is not None
-    assert facts.optimizer == "dist_muon"
+    assert facts.computation.optimizer == "dist_muon"
 
 
 @pytest.mark.full

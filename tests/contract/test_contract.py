@@ -14,7 +14,8 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.sources.find import Parent
-from nemo_upcycle.trainers.base import Evaluations, Training
+from nemo_upcycle.trainers.base import Training
+from nemo_upcycle.trainers.facts import Evaluations
 from tests.contract.trainers import IS_BRIDGE, TRAINER, setting_name, training_text
 from tests.functional.tiny import BATCH, EXPERTS, SEQUENCE, write_parent
 
@@ -44,13 +45,13 @@ def test_facts_are_those_of_the_training(parent: Path) -> None:
     assert (layout.gpus, layout.tp, layout.pp, layout.ep, layout.micro_batch) == (4, 2, 1, 2, 1)
     assert (facts.seq_length, facts.global_batch, facts.steps) == (SEQUENCE, BATCH, 6)
     assert facts.step_tokens == SEQUENCE * BATCH
-    assert (facts.save_every, facts.save_setting) == (2, setting_name("save_every"))
-    assert (facts.profile.precision, facts.weight_bytes) == ("32", 4)
+    assert (facts.saving.every_n_steps, facts.saving.setting) == (2, setting_name("save_every"))
+    assert (facts.profile.precision, facts.saving.weight_bytes) == ("32", 4)
     assert facts.evaluations == Evaluations(suite="watch", every_n_steps=3)
-    assert not facts.is_rate_constant
+    assert not facts.rate.is_constant
     dense = _training(kind="dense_ct").facts(Parent(str(parent)))
     assert dense is not None
-    assert (dense.arch.num_experts, dense.capacity_factor, dense.evaluations) == (None, None, None)
+    assert (dense.arch.num_experts, dense.computation.capacity_factor, dense.evaluations) == (None, None, None)
     assert dense.checkpoint_bytes < facts.checkpoint_bytes
 
 
@@ -168,7 +169,7 @@ def test_facts_warn_of_what_few_mean_to_do(parent: Path) -> None:
     high, unreached = facts.warnings
     assert "goes up to 100" in high
     assert "never reaches its peak, 100: 6 steps of warm-up, 6 of training" in unreached
-    longer = replace(facts, rate=1e-5, seq_length=facts.positions + 1)
+    longer = replace(facts, rate=replace(facts.rate, peak=1e-5), seq_length=facts.positions + 1)
     unreached, long = longer.warnings  # 1e-5 is no high rate
     assert "more than the" in long
 

@@ -13,6 +13,7 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.data.suites.suite import build_suite
 from nemo_upcycle.data.suites.suite_config import HeldoutConfig, SuiteConfig
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.backends import ModelOptions
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.run import evaluate
 from tests.distributed.ranks import run_ranks
@@ -52,7 +53,7 @@ def _evaluate(folder: str, layout: dict[str, int], part: str = "", damage: Any =
     megatron = {"dense": f"{folder}/dense", **SPEC_FIELDS, **layout}
     suite, results = Path(folder) / "suite", Path(folder) / "results"
     try:
-        return evaluate(Path(folder) / "saved", suite, results, name="saved", megatron=megatron)
+        return evaluate(Path(folder) / "saved", suite, results, name="saved", options=ModelOptions(megatron=megatron))
     except SystemExit as ended:
         return f"served, status {ended.code}"
     except UpcycleError as error:

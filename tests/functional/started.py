@@ -72,7 +72,7 @@ class Command:
 def under_ft_launcher(module: str, *words: object) -> subprocess.Popen[str]:
     """Start a module on two ranks as on a node outside Slurm."""
     rank = (sys.executable, "-m", module, *map(str, words))
-    command = ft_command(rank, 1, 2, python=sys.executable, silence_s=20.0, save_s=60.0, restarts=2)
+    command = ft_command(rank, 1, 2, silence_s=20.0, save_s=60.0, restarts=2)
     variables = _plain() | {"GROUP_RANK": "0"}
     return subprocess.Popen(
         command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -24,7 +24,7 @@ from nemo_upcycle.cli.start.choices import Choices, Wanted, choose
 from nemo_upcycle.cli.start.files import blend_text, recipe_text, run_command
 from nemo_upcycle.cli.start.parent import FoundParent
 from nemo_upcycle.cli.start.texts import Texts
-from nemo_upcycle.convert.model_card import add_scores, spec_fact, write_card
+from nemo_upcycle.convert.model_card import CardText, add_scores, spec_fact, write_card
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.planning.hardware import known_shape
@@ -141,10 +141,9 @@ def _card(text: str, folder: Path) -> tuple[dict[str, Any], str]:
         (parent / "README.md").write_text(f"---\n{front}---\n", encoding="utf-8")
     spec = UpcycleSpec(num_experts=8, router_init="prompts", router_prompts=f"/x/{text.replace('/', '')}")
     arch, facts = read_architecture(parents[0]).upcycled(spec), spec_fact(spec) | {text: text}
+    card = CardText(title=text, tool=text, facts=facts, notes=[text], parent=f"a://{text}")
     for count in (2, 1):
-        write_card(
-            folder, parents[:count], arch, title=text, tool=text, facts=facts, notes=[text], parent=f"a://{text}"
-        )
+        write_card(folder, parents[:count], arch, card)
     (folder / MODEL_MARKER).write_text("{}")
     add_scores(folder, "fine")
     _, front, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)

@@ -58,7 +58,7 @@ class MegatronLM(HFLM):
             --model_args checkpoint=runs/8b,ep=8 --tasks mmlu --num_fewshot 5
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - lm-eval passes --model_args by name
         self,
         checkpoint: str | None = None,
         dense: str | None = None,

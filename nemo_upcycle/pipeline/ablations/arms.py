@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.find import Parent
-from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.trainers.facts import Evaluations
 
 
 #: The key that names an arm's recipe -> module and class of such an arm; a trainer is imported when it is asked for.

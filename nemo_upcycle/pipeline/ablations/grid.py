@@ -19,7 +19,7 @@ from nemo_upcycle.pipeline.ablations.stages import SUITE, UNTRAINED, GridPlan
 from nemo_upcycle.pipeline.checks import check_demo_data
 from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.sources.find import Parent
-from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.trainers.facts import Evaluations
 from nemo_upcycle.utils.conf import as_dataclass, read_conf, template
 from nemo_upcycle.utils.nested import flat
 
@@ -135,8 +135,8 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                 "seed": seed,
                 "steps": facts.steps,
                 "tokens_per_step": facts.step_tokens,
-                "schedule": facts.schedule,
-                "is_rate_constant": facts.is_rate_constant,
+                "schedule": facts.rate.schedule,
+                "is_rate_constant": facts.rate.is_constant,
             }
             if arm.parent:
                 described[cell] |= {

@@ -13,7 +13,7 @@ import nemo_run as run
 from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.stages import GridPlan
-from nemo_upcycle.pipeline.checks import Findings, check_detach, check_work
+from nemo_upcycle.pipeline.checks import Findings, OwnChecks, check_detach, check_work
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
@@ -87,12 +87,13 @@ def _check(run_dir: Path, plan: GridPlan, cluster: Cluster | None, *, detach: bo
         plan,
         plan.stages,
         cluster,
-        own=[partial(check_detach, detach, cluster)],
-        then=[partial(require_outputs, plan.stages, run_dir, plan)],
+        OwnChecks(
+            first=[partial(check_detach, detach, cluster)],
+            then=[partial(require_outputs, plan.stages, run_dir, plan)],
+        ),
         places={name: where for where, name in places.items()},
         starting=left,
-        network=not dryrun,
-        storage=not dryrun or cluster is None,
+        shown=dryrun,
     )
 
 

@@ -11,8 +11,8 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest
 from nemo_upcycle.pipeline.bridge.pipeline import training_of
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.training import BridgeTraining, required_parent
+from nemo_upcycle.trainers.facts import Evaluations
 
 
 class BridgeArm(Arm):

@@ -24,7 +24,6 @@ def ft_command(
     nodes: int,
     ranks_per_node: int,
     *,
-    python: str = "python",
     endpoint: str = "$MASTER_ADDR:$MASTER_PORT",
     job: str = "upcycle",
     silence_s: float = SILENCE_S,
@@ -38,10 +37,9 @@ def ft_command(
     its callbacks tells the launcher that it is alive, and it has to resume from its own checkpoints.
 
     Args:
-        command: command of a rank.
+        command: command of a rank; its interpreter has nvidia-resiliency-ext.
         nodes: number of nodes; all of them must stay, since a layout fits one number of ranks.
         ranks_per_node: processes on each.
-        python: the interpreter that has nvidia-resiliency-ext.
         endpoint: host and port of the first node, for the launchers to meet; the default is for a shell to expand.
         job: an id that the launchers of one job share, and no other.
         silence_s: seconds between two signs of life of a rank.
@@ -65,5 +63,5 @@ def ft_command(
         "ft-initial-rank-heartbeat-timeout": START_S,
         "ft-rank-heartbeat-timeout": silence_s,
     }
-    launcher = (python, "-m", "nvidia_resiliency_ext.fault_tolerance.launcher", "--no-python")
+    launcher = (command[0], "-m", "nvidia_resiliency_ext.fault_tolerance.launcher", "--no-python")
     return (*launcher, *(f"--{name}={value}" for name, value in options.items()), *command)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from nemo_upcycle.trainers.base import Profile
+from nemo_upcycle.trainers.facts import Profile
 
 
 @dataclass(frozen=True)

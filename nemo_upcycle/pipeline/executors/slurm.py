@@ -251,7 +251,6 @@ class SlurmScheduler(Cluster):
             command,
             job.nodes,
             job.ranks_per_node,
-            python=command[0],
             endpoint=_ENDPOINT,
             job=_JOB_ID,
             silence_s=mine.silence_s,

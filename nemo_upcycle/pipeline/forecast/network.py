@@ -17,7 +17,7 @@ from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.needs import run_needs
 from nemo_upcycle.pipeline.plan import Stage
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.trainers.base import TrainingFacts
+from nemo_upcycle.trainers.facts import TrainingFacts
 from nemo_upcycle.utils.cache import CACHE_VARIABLE
 from nemo_upcycle.utils.files import MARKER
 

@@ -14,7 +14,7 @@ from nemo_upcycle.planning.hardware import Gpu, gpu_of_device, known_gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout
 from nemo_upcycle.planning.workload import USUAL_IMBALANCE, Workload
-from nemo_upcycle.trainers.base import TrainingFacts
+from nemo_upcycle.trainers.facts import TrainingFacts
 
 
 def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str]) -> tuple[Gpu | None, str]:
@@ -53,20 +53,21 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
     Raises:
         SpecError: the planner does not know a setting, or the layout breaks a rule.
     """
+    computation = facts.computation
     work = Workload(
         seq_length=facts.seq_length,
         global_batch=facts.global_batch,
-        capacity_factor=facts.capacity_factor,
-        pad=facts.pad,
-        imbalance=facts.rank_capacity or USUAL_IMBALANCE,
+        capacity_factor=computation.capacity_factor,
+        pad=computation.pad,
+        imbalance=computation.rank_capacity or USUAL_IMBALANCE,
         precision=facts.profile.precision,
-        low_params=facts.low_params,
-        gradients=facts.gradients,
-        optimizer=facts.optimizer,
-        recompute=facts.recompute,
+        low_params=computation.low_params,
+        gradients=computation.gradients,
+        optimizer=computation.optimizer,
+        recompute=computation.recompute,
         dispatcher=_dispatcher(facts),
-        overlap=facts.overlap,
-        lora=facts.lora,
+        overlap=computation.overlap,
+        lora=computation.lora,
     )
     request = PlanRequest(
         arch=facts.arch,
@@ -74,13 +75,13 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
         gpus=facts.layout.gpus,
         work=work,
         tokens=float(facts.steps) * facts.step_tokens,
-        software=facts.software,
-        grouped=facts.grouped,
+        software=computation.software,
+        grouped=computation.grouped,
         micro_batch=facts.layout.micro_batch,
-        recompute=facts.recompute,
+        recompute=computation.recompute,
     )
     first = evaluate_layout(request, facts.layout)
-    if facts.recompute != "moe" or not facts.first_steps:
+    if computation.recompute != "moe" or not computation.first_steps:
         return first, first
     return first, evaluate_layout(replace(request, recompute="none"), facts.layout)
 
@@ -94,7 +95,7 @@ def _dispatcher(facts: TrainingFacts) -> str:
     layout, name = facts.layout, facts.profile.dispatcher
     if layout.ep * layout.etp == 1 or not facts.arch.num_experts:
         return "alltoall"
-    if name == "ncclep" and facts.rank_capacity is None:
+    if name == "ncclep" and facts.computation.rank_capacity is None:
         raise SpecError(
             field="moe_expert_rank_capacity_factor",
             got=None,

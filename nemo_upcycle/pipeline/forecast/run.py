@@ -268,7 +268,7 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
         yield (
             f"{name}: the time limit ({limit_s / 60:.0f} min) is shorter than the time between two checkpoints"
             f" ({loss_s / 60:.0f} min): a job may end before it saved anything;"
-            f" lower {name}.{training.facts.save_setting}"
+            f" lower {name}.{training.facts.saving.setting}"
         )
 
 

@@ -119,7 +119,7 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
     facts, layout, arch, stage = training.facts, training.facts.layout, training.facts.arch, training.stage
     sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.vp, "CP": layout.cp}
     sizes |= {"EP": layout.ep, "ETP": layout.etp} if arch.num_experts else {}
-    lost = min(facts.save_every, facts.steps)
+    lost = min(facts.saving.every_n_steps, facts.steps)
     cells = {
         "recipe": facts.recipe,
         "parameters": f"{_params(arch.total_params)}, {_params(arch.active_params)} active",
@@ -134,7 +134,7 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         "time": f"no estimate of the speed: {training.no_plan}",
         **dict.fromkeys(("cost", "jobs"), ""),
         "checkpoint": (
-            f"{size_text(facts.checkpoint_bytes)} every {facts.save_every:,} steps,"
+            f"{size_text(facts.checkpoint_bytes)} every {facts.saving.every_n_steps:,} steps,"
             f" {training.checkpoints_at_once} at once"
         ),
         "save": (
@@ -157,8 +157,8 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         verdict = {"no": "does not fit"}.get(training.fullest.verdict, training.fullest.verdict)
         cells["memory a GPU"] = f"{training.memory_gib:.1f} of {gib} GiB: {verdict}"
         cells["step"] = f"{training.later.time.total:.2f} s"
-        if facts.first_steps:
-            cells["step"] += f" ({training.first.time.total:.2f} s in the first {facts.first_steps})"
+        if facts.computation.first_steps:
+            cells["step"] += f" ({training.first.time.total:.2f} s in the first {facts.computation.first_steps})"
         tflops = training.later.tflops_per_gpu(causal=False)
         cells["speed"] = f"{tflops:.0f} TFLOP/s a GPU, MFU {100 * training.later.mfu:.1f} %"
     if training.seconds_left is not None:

@@ -15,7 +15,7 @@ from nemo_upcycle.pipeline.forecast.stages import TIME, StageForecast, State
 from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan
-from nemo_upcycle.trainers.base import TrainingFacts
+from nemo_upcycle.trainers.facts import TrainingFacts
 from nemo_upcycle.utils.validation import check_number
 
 
@@ -81,7 +81,7 @@ class TrainingForecast:
     @property
     def seconds_left(self) -> float | None:
         """Seconds of the steps still to do; None without an estimate."""
-        first_steps = max(0, self.facts.first_steps - self.stage.finding.steps_done)
+        first_steps = max(0, self.facts.computation.first_steps - self.stage.finding.steps_done)
         return self._time_s(self.steps_left, min(self.steps_left, first_steps))
 
     @property
@@ -128,13 +128,13 @@ class TrainingForecast:
     @property
     def checkpoints_kept(self) -> int:
         """Checkpoints that stay when the training has ended."""
-        saves = math.ceil(self.facts.steps / self.facts.save_every)
-        return saves if self.facts.keeps is None else min(saves, self.facts.keeps)
+        saves = math.ceil(self.facts.steps / self.facts.saving.every_n_steps)
+        return saves if self.facts.saving.keeps is None else min(saves, self.facts.saving.keeps)
 
     @property
     def checkpoints_at_once(self) -> int:
         """Checkpoints on the disk while the last of them is written."""
-        return min(math.ceil(self.facts.steps / self.facts.save_every), self.checkpoints_kept + 1)
+        return min(math.ceil(self.facts.steps / self.facts.saving.every_n_steps), self.checkpoints_kept + 1)
 
     @property
     def slowest_step_s(self) -> float:
@@ -159,8 +159,8 @@ class TrainingForecast:
     @property
     def longest_loss_s(self) -> float | None:
         """Seconds of work lost by a kill just before a checkpoint is written; None without an estimate."""
-        lost = min(self.facts.save_every, self.facts.steps)
-        losses = [self._time_s(lost, count) for count in (0, min(lost, self.facts.first_steps))]
+        lost = min(self.facts.saving.every_n_steps, self.facts.steps)
+        losses = [self._time_s(lost, count) for count in (0, min(lost, self.facts.computation.first_steps))]
         return max((loss for loss in losses if loss is not None), default=None)
 
 

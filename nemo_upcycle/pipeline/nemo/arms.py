@@ -14,7 +14,7 @@ from nemo_upcycle.pipeline.ablations.arms import Arm, ArmRequest
 from nemo_upcycle.pipeline.context import CheckedContext
 from nemo_upcycle.pipeline.parser import parsing
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.trainers.facts import Evaluations
 from nemo_upcycle.trainers.nemo.checks import check_recipe
 from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
 from nemo_upcycle.trainers.nemo.recipes import (

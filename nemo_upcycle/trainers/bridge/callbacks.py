@@ -14,9 +14,10 @@ from megatron.bridge.training.config import ConfigContainer, TensorInspectConfig
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
-from nemo_upcycle.trainers.base import FT_SOCKET, Evaluations
+from nemo_upcycle.trainers.base import FT_SOCKET
 from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics, loss_on_last_rank
 from nemo_upcycle.trainers.bridge.settings import UpcycleSettings, mixed_precision_of, settings_of
+from nemo_upcycle.trainers.facts import Evaluations
 from nemo_upcycle.trainers.loss_spikes import LossSpikes, how_to_go_on
 from nemo_upcycle.trainers.monitoring.fp8_statistics import features, require_inspect
 

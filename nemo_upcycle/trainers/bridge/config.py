@@ -20,12 +20,12 @@ from nemo_upcycle.data.chat.finished import open_chat
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError, mistake_in_file
 from nemo_upcycle.planning.recipe_table import job_of
-from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
 from nemo_upcycle.trainers.bridge.node import UpcyclingConfig
 from nemo_upcycle.trainers.bridge.recipes.common import with_parent
 from nemo_upcycle.trainers.bridge.upcycling import follow_node
+from nemo_upcycle.trainers.facts import Evaluations
 from nemo_upcycle.trainers.settings import setting
 from nemo_upcycle.utils.children import shield_children
 

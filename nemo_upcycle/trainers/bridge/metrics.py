@@ -15,10 +15,10 @@ from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.trainers.aux_loss import describe_balancing
-from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.chat import ChatDataset
 from nemo_upcycle.trainers.bridge.settings import mixed_precision_of
+from nemo_upcycle.trainers.facts import Evaluations
 from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
 from nemo_upcycle.trainers.monitoring.fp8_statistics import watch_fp8
 from nemo_upcycle.trainers.monitoring.router_health import RouterHealth

@@ -9,7 +9,7 @@ from megatron.bridge.training.config import MockGPTDatasetConfig
 from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.trainers.facts import Evaluations
 from nemo_upcycle.trainers.paper import high_rate
 from nemo_upcycle.utils.validation import check_number, check_whole
 

@@ -24,9 +24,10 @@ from nemo_upcycle.sources.checkpoints import full_disk, newest_checkpoint, steps
 from nemo_upcycle.sources.fetch import cached_asset, tokenizer_folder
 from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.base import Training, last_checkpoint
 from nemo_upcycle.trainers.bridge import require_bridge
 from nemo_upcycle.trainers.commands import fp8_precision
+from nemo_upcycle.trainers.facts import Computation, Evaluations, LearningRate, Profile, Saving, TrainingFacts
 from nemo_upcycle.trainers.layout import check_layout, layout_of
 from nemo_upcycle.trainers.run_calibration import with_calibration
 from nemo_upcycle.trainers.settings import SAVE_EVERY, STEPS, all_wrong, check_packs, check_values, shown_settings
@@ -110,28 +111,38 @@ class BridgeTraining(Training):
         shares["launch"] = getattr(model, "cuda_graph_impl", None) == "full_iteration"
         rate, lowest, style = config.optimizer.lr, config.optimizer.min_lr, config.scheduler.lr_decay_style
         warmup = config.scheduler.lr_warmup_iters
+        arch = architecture_of(model, model.vocab_size)
         return TrainingFacts(
-            **TrainingFacts.of_model(model, architecture_of(model, model.vocab_size), layout, profile),
             recipe=self.recipe,
+            arch=arch,
             knows_vocabulary=True,
+            layout=layout,
+            profile=profile,
             seq_length=config.dataset.seq_length,
             global_batch=config.train.global_batch_size,
             steps=steps,
-            overlap=tuple(name for name, is_on in shares.items() if is_on),
-            gradients="fp32" if (numbers or config.ddp).grad_reduce_in_fp32 else "bf16",
-            optimizer=_optimizer(config.optimizer),
-            low_params=any(getattr(numbers, name, False) for name in ("fp8_param_gather", "fp4_param_gather")),
-            software=BRIDGE_SOFTWARE,
-            weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
-            save_every=config.checkpoint.save_interval or steps,
-            save_setting=SAVE_EVERY.bridge,
+            computation=Computation(
+                **Computation.of_model(model, has_experts=bool(arch.num_experts)),
+                overlap=tuple(name for name, is_on in shares.items() if is_on),
+                gradients="fp32" if (numbers or config.ddp).grad_reduce_in_fp32 else "bf16",
+                optimizer=_optimizer(config.optimizer),
+                low_params=any(getattr(numbers, name, False) for name in ("fp8_param_gather", "fp4_param_gather")),
+                software=BRIDGE_SOFTWARE,
+            ),
+            saving=Saving(
+                weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
+                every_n_steps=config.checkpoint.save_interval or steps,
+                setting=SAVE_EVERY.bridge,
+                keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
+            ),
+            rate=LearningRate(
+                schedule=f"lr={rate}, {style}(min_lr={lowest}, warmup_steps={warmup})",
+                is_constant=style == "constant" or lowest == rate,
+                peak=rate,
+                warmup_steps=warmup or 0,
+            ),
             evaluations=self.evaluations or settings_of(config).evaluations(),
             uses_wandb=bool(config.logger.wandb_project),
-            keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
-            schedule=f"lr={rate}, {style}(min_lr={lowest}, warmup_steps={warmup})",
-            is_rate_constant=style == "constant" or lowest == rate,
-            rate=rate,
-            warmup_steps=warmup or 0,
             positions=read_architecture(folder).max_positions,
         )
 

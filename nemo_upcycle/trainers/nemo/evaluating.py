@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.data.blend_module import BlendDataModule
-from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.trainers.facts import Evaluations
 from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
 from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
 from nemo_upcycle.utils.progress import show_messages

@@ -20,7 +20,8 @@ from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, parents
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.sources.find import Parent
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.base import Training, last_checkpoint
+from nemo_upcycle.trainers.facts import Computation, Evaluations, LearningRate, Profile, Saving, TrainingFacts
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.checks import (
     check_parent,
@@ -111,28 +112,39 @@ class NeMoTraining(Training):
             precision=precision_name(recipe, precision),
         )
         return TrainingFacts(
-            **TrainingFacts.of_model(config, arch, layout, profile),
             recipe=recipe.log.name,
+            arch=arch,
             knows_vocabulary=knows_vocabulary,
+            layout=layout,
+            profile=profile,
             seq_length=data.seq_length,
             global_batch=data.global_batch_size,
             steps=steps,
-            first_steps=first_steps if first_steps < steps else 0,
-            overlap=("tp",) if getattr(overlaps, "tp_comm_overlap", False) else (),
-            gradients=_gradients(recipe),
-            low_params=any(setting(recipe, f"trainer.plugins.{name}") for name in ("fp8_param_gather", "fp8_params")),
-            lora=setting(recipe, "peft.dim") or 0,
-            software=DEFAULT_SOFTWARE,
-            weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,
-            save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
-            save_setting=SAVE_EVERY.nemo,
-            keeps=_kept(recipe.log.ckpt, steps),
+            computation=Computation(
+                **Computation.of_model(config, has_experts=bool(arch.num_experts)),
+                first_steps=first_steps if first_steps < steps else 0,
+                overlap=("tp",) if getattr(overlaps, "tp_comm_overlap", False) else (),
+                gradients=_gradients(recipe),
+                low_params=any(
+                    setting(recipe, f"trainer.plugins.{one}") for one in ("fp8_param_gather", "fp8_params")
+                ),
+                lora=setting(recipe, "peft.dim") or 0,
+                software=DEFAULT_SOFTWARE,
+            ),
+            saving=Saving(
+                weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,
+                every_n_steps=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
+                setting=SAVE_EVERY.nemo,
+                keeps=_kept(recipe.log.ckpt, steps),
+            ),
+            rate=LearningRate(
+                schedule=_schedule(recipe),
+                is_constant=_is_rate_constant(recipe),
+                peak=setting(recipe, LR.nemo),
+                warmup_steps=setting(recipe, WARMUP.nemo) or 0,
+            ),
             evaluations=next(_evaluations(callbacks), None),
             uses_wandb=bool(setting(recipe, "log.wandb")) and not setting(recipe, "log.wandb.offline"),
-            schedule=_schedule(recipe),
-            is_rate_constant=_is_rate_constant(recipe),
-            rate=setting(recipe, LR.nemo),
-            warmup_steps=setting(recipe, WARMUP.nemo) or 0,
             positions=known.max_positions if (known := parent_within_reach(parent)) else None,
         )
 

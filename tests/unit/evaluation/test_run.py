@@ -18,7 +18,7 @@ from nemo_upcycle.cli.main import main
 from nemo_upcycle.data.suites.suite import build_named_suite, build_suite, load_suite_tasks
 from nemo_upcycle.data.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
 from nemo_upcycle.errors import CheckpointError, UpcycleError
-from nemo_upcycle.evaluation.backends import load_model
+from nemo_upcycle.evaluation.backends import ModelOptions, load_model
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.heldout import ANSWER_BITS, BITS, by_source, document_sums
 from nemo_upcycle.evaluation.paired import paired_difference
@@ -224,7 +224,7 @@ def test_samples_are_likeliest_tokens(result: dict[str, Any], tiny_llama: Path, 
 
 def test_a_file_says_what_was_measured(tiny_llama: Path, suite: Path, result: dict[str, Any], tmp_path: Path) -> None:
     moved = shutil.copytree(suite, tmp_path / "moved")  # a suite works wherever it lies
-    again = evaluate(tiny_llama, moved, tmp_path, name="again", limit=2, batch_size=1)
+    again = evaluate(tiny_llama, moved, tmp_path, name="again", limit=2, options=ModelOptions(batch_size=1))
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads(json.dumps(again))
     assert {task: len(items) for task, items in again["items"].items()} == dict.fromkeys(result["items"], 2)
     settings = {"backend": "hf", "dtype": "float32", "device": "cpu", "batch_size": 1, "limit": 2}

@@ -197,11 +197,12 @@ def test_a_save_is_planned_at_the_speed_of_the_site(llama: Any, tmp_path: Path) 
 
 def test_nccl_ep_is_refused_without_buffers(llama: Any) -> None:
     facts = NeMoTraining(dump_recipe(llama.pretrain)).facts(Parent(llama.dense))
-    facts = replace(facts, capacity_factor=None, recompute="none", first_steps=0)
+    computation = replace(facts.computation, capacity_factor=None, recompute="none", first_steps=0)
 
     def plan(name: str, room: float | None = None) -> Any:
         profile = replace(facts.profile, dispatcher=name)
-        return plans_of(replace(facts, profile=profile, rank_capacity=room), known_gpu("h100"))[1]
+        changed = replace(facts, profile=profile, computation=replace(computation, rank_capacity=room))
+        return plans_of(changed, known_gpu("h100"))[1]
 
     assert plan("ncclep", 1.5).memory == plan("hybridep").memory
     assert plan("ncclep", 2.0).memory.routed > plan("ncclep", 1.5).memory.routed

@@ -19,7 +19,7 @@ from nemo_upcycle.pipeline.executors.base import UnreachableError
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
-from nemo_upcycle.trainers.base import Profile
+from nemo_upcycle.trainers.facts import Profile
 from tests.crds import KINDS, RECIPES, closed_schema, executor, jobs_of
 from tests.tiers import quick
 

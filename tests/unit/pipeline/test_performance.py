@@ -17,7 +17,7 @@ import torch
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.performance import ENVIRONMENT, SLURM, settings_for
-from nemo_upcycle.trainers.base import Profile
+from nemo_upcycle.trainers.facts import Profile
 from tests.unit.pipeline.test_executors import script_of
 
 
