@@ -30,7 +30,10 @@ stop() {
     [ ! -e "$SLURM_CONF" ] || scancel --user=root 2>/dev/null || true
     sleep 2
     for file in "$folder"/*.pid; do  # no other daemon of this machine
-        [ ! -e "$file" ] || kill "$(cat "$file")" 2>/dev/null || true
+        [ -e "$file" ] || continue
+        pid=$(cat "$file")
+        kill "$pid" 2>/dev/null || true
+        timeout 30 tail --pid="$pid" -f /dev/null || true  # its port is free for the next start
     done
     [ ! -e "$folder/mariadb.started" ] || mariadb-admin shutdown || true
     sleep 2

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.models.architecture import Architecture, DeltaLayers
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture_parts import DeltaLayers
 from nemo_upcycle.models.layer_settings import layers_with
 
 

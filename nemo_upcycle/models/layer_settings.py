@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture_parts import Attention
 from nemo_upcycle.models.rotary import same_frequencies
 
 
@@ -54,7 +55,7 @@ def wrong_layers(model: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any
         yield "transformer_layer_spec.logits_scaling", getattr(norm, "logits_scaling", 1.0), arch.logits_scaling
 
 
-def window_fields(arch: Architecture) -> dict[str, Any]:
+def window_fields(arch: Attention) -> dict[str, Any]:
     """Return Megatron's settings of a sliding window: the tokens before the current one, and in which layers."""
     if not arch.sliding_window:
         return {}

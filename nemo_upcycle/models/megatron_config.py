@@ -12,7 +12,8 @@ import torch
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.init.calibration_file import require_files
 from nemo_upcycle.models.activation import activation_of
-from nemo_upcycle.models.architecture import Architecture, MambaLayers
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture_parts import MambaLayers
 from nemo_upcycle.models.balancing import check_balancing
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.delta_nets import gate_fields, gates_of, wrong_gates

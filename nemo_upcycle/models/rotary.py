@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture_parts import Rope
 
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ KINDS = ("default", "linear", "llama3", "yarn", LONGROPE)
 _SHORT = "original_max_position_embeddings"
 
 
-def rope_kind(arch: Architecture | Rope) -> str:
+def rope_kind(arch: Rope) -> str:
     """Return how the rotary frequencies are scaled: `default` (not at all), or by one of `KINDS`.
 
     Raises:
@@ -41,18 +42,7 @@ def rope_kind(arch: Architecture | Rope) -> str:
     return str(kind)
 
 
-class Rope(NamedTuple):
-    """What an `Architecture` says of rotary embeddings, by its names."""
-
-    head_dim: int
-    rotary_percent: float
-    rope_theta: float
-    rope_scaling: Mapping[str, Any] | None
-    local_rope_theta: float | None
-    max_positions: int
-
-
-def plain_frequencies(rope: Architecture | Rope, theta: float | None = None) -> torch.Tensor:
+def plain_frequencies(rope: Rope, theta: float | None = None) -> torch.Tensor:
     """Return a rotary embedding's inverse frequencies without scaling, float32 [K / 2].
 
     Args:
@@ -65,14 +55,14 @@ def plain_frequencies(rope: Architecture | Rope, theta: float | None = None) -> 
     return (theta or rope.rope_theta) ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned)
 
 
-def layer_frequencies(rope: Architecture | Rope, windowed: bool) -> torch.Tensor:
+def layer_frequencies(rope: Rope, windowed: bool) -> torch.Tensor:
     """Return the inverse frequencies of a layer, with a window or without."""
     if windowed and rope.local_rope_theta is not None:
         return plain_frequencies(rope, rope.local_rope_theta)
     return rope_frequencies(rope)
 
 
-def rope_frequencies(arch: Architecture | Rope, length: int = 0) -> torch.Tensor:
+def rope_frequencies(arch: Rope, length: int = 0) -> torch.Tensor:
     """Return the rotary embedding's inverse frequencies, float32 [K / 2], scaled as `rope_scaling` says.
 
     Where heads are turned in part, K is that part.
@@ -107,7 +97,7 @@ def rope_frequencies(arch: Architecture | Rope, length: int = 0) -> torch.Tensor
     return (1 - kept) * inverse / factor + kept * inverse
 
 
-def _yarn_frequencies(inverse: torch.Tensor, arch: Architecture | Rope) -> torch.Tensor:
+def _yarn_frequencies(inverse: torch.Tensor, arch: Rope) -> torch.Tensor:
     """Return frequencies of YaRN (arXiv 2309.00071): slow turns are slowed down by the factor, fast ones kept."""
     import torch
 
@@ -125,7 +115,7 @@ def _yarn_frequencies(inverse: torch.Tensor, arch: Architecture | Rope) -> torch
     return inverse * (1 - slowed) + inverse / float(scaling["factor"]) * slowed
 
 
-def attention_factor(arch: Architecture | Rope) -> float:
+def attention_factor(arch: Rope) -> float:
     """Return the factor on sine and cosine: 1 but with YaRN and LongRoPE, whose sequences have the longest one's."""
     scaling = arch.rope_scaling or {}
     if (kind := scaling.get("rope_type")) not in ("yarn", LONGROPE):

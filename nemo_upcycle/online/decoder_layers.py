@@ -23,9 +23,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture_parts import Rope
 from nemo_upcycle.models.delta_nets import has_nets
 from nemo_upcycle.models.layer_settings import DECODER, decoder_settings, layers_with
-from nemo_upcycle.models.rotary import Rope, attention_factor, layer_frequencies, plain_frequencies
+from nemo_upcycle.models.rotary import attention_factor, layer_frequencies, plain_frequencies
 from nemo_upcycle.online.delta_layers import with_nets, without_nets
 
 
@@ -90,7 +91,14 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
         backend = TESpecProvider()
     rope = None
     if rope_theta is not None:
-        rope = Rope(config.kv_channels, rotary_percent, rope_theta, rope_scaling, local_rope_theta, max_positions)
+        rope = Rope(
+            head_dim=config.kv_channels,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            local_rope_theta=local_rope_theta,
+            rotary_percent=rotary_percent,
+            max_positions=max_positions,
+        )
         if rotary_percent != 1 and attention_factor(rope) != 1:  # scores alone are multiplied here
             fix = "use a checkpoint whose heads are rotated as a whole"
             raise SpecError(field="rotary_percent", got=rotary_percent, expected="1 with YaRN's factor", fix=fix)

@@ -8,7 +8,8 @@ from functools import cache, lru_cache
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.models.architecture import Architecture, DeltaLayers
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture_parts import DeltaLayers
 from nemo_upcycle.planning.workload import FORCED_IMBALANCE, Precision
 from nemo_upcycle.utils.conf import packaged, read_yaml
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from nemo_upcycle.models.architecture import Architecture, DeltaLayers, MambaLayers
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture_parts import DeltaLayers, MambaLayers
 from nemo_upcycle.models.flops import mean_context
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout

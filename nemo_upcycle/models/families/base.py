@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import Architecture, MambaLayers
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture_parts import MambaLayers
 
 
 TANH_GELU = "gelu_pytorch_tanh"

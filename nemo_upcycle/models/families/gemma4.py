@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_upcycle.models.architecture import FAMILIES, Architecture, GlobalHeads
+from nemo_upcycle.models.architecture import FAMILIES, Architecture
+from nemo_upcycle.models.architecture_parts import GlobalHeads
 from nemo_upcycle.models.families import gemma, gemma3, llama
 from nemo_upcycle.models.families.base import LOCAL_BASE, Family, Settings
 from nemo_upcycle.models.rotary import PROPORTIONAL

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_upcycle.models.architecture import MambaLayers
+from nemo_upcycle.models.architecture_parts import MambaLayers
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_upcycle.models.architecture import DeltaLayers
+from nemo_upcycle.models.architecture_parts import DeltaLayers
 from nemo_upcycle.models.delta_nets import DELTA_SIZES
 from nemo_upcycle.models.families import llama, qwen3
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, Family, Settings

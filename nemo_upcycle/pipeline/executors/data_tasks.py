@@ -62,7 +62,8 @@ def data_task_options(file: str, output: Path, time: str | None = None) -> DataT
     srun = list(mine.srun_args or [])
     if mine.container_image:
         if python is None:
-            expected, fix = "the Python of an environment made in the container", "docs/data.md says how to make one"
+            expected = "the Python of an environment made in the container"
+            fix = "run `nemo-upcycle doctor` in it: it prints the command that makes one"
             raise UpcycleError(f"{file}: env_vars.{VARIABLE}", got="nothing", expected=expected, fix=fix)
         mounts = [*mine.container_mounts, *missing_mounts(job, mine.container_mounts)]
         # An image's own variables win over all that are not named.
