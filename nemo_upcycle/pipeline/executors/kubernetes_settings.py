@@ -11,113 +11,72 @@ import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import MISSING
-from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
+from nemo_upcycle.pipeline.executors.site import SiteSettings
 
 
 @dataclass(kw_only=True)
-class KubernetesExecutor(run.Executor):
-    """Where and how stages run on Kubernetes.
-
-    NeMo-Run's own `KubeflowExecutor` is not used: it needs a kubeconfig to be constructed, so also to show what it
-    would do; it writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently, and with it volumes,
-    tolerations and pull secrets; it starts the next stage after a failed one; and it never stops waiting for a job
-    that was deleted. Nothing is copied into the pods either: the plan of a run lies in its folder, on a claim that the
-    pods mount.
-
-    Numbers of 0 and empty texts leave a field out, so that the cluster or the runtime decides.
+class NodeResources:
+    """The resources of a node; 0 leaves one to the cluster or the runtime.
 
     Args:
-        namespace: the namespace of the jobs.
-        image: the image of the containers; holds this package, torch, bash and tee.
-        claim: the PersistentVolumeClaim (ReadWriteMany) that runs lie on.
-        mount_path: path of its mount, in the pods and on the machine that launches.
-        volumes: further claims, and where they are mounted.
-        kind: kind of the jobs: `trainjob` (Kubeflow Trainer 2.2 and later) or `pytorchjob` (training operator 1.9).
-        runtime: the ClusterTrainingRuntime of a TrainJob; `TrainingRuntime/NAME` for one of the namespace.
-        queue: LocalQueue of Kueue.
-        cpus: CPUs per node.
-        memory_gib: memory per node.
-        gpus_per_node: GPUs per node.
-        gpu_resource: the cluster's name for them.
-        extra_resources: further resources per node, such as `{"rdma/ib": 8}`.
+        cpus: CPUs.
+        memory_gib: memory.
+        gpus_per_node: GPUs.
+        gpu_resource: the cluster's name for GPUs.
+        extra_resources: further resources, such as `{"rdma/ib": 8}`.
         shared_memory_gib: size of /dev/shm, which counts as memory; training needs it.
-        tolerations: the tolerations of the pods.
-        node_selector: the node selector of the pods.
-        affinity: the affinity of the pods.
-        labels: the labels of the jobs and their pods.
-        annotations: the annotations of the jobs and their pods.
-        priority_class: class of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
-        run_as: `UID:GID` of the pods; their group owns new files on the claims. None takes the user and group of the
-            process that launches, who owns the run's folder; "" leaves the choice to the image or the cluster.
-        security_context: the security context of the container, such as `{capabilities: {add: [IPC_LOCK]}}` for
-            InfiniBand.
-        overrides: further fields of a pod's spec, merged into it last: mappings key by key, lists of named entries by
-            name, other lists as a whole; None removes a field. A TrainJob takes only some of a pod's fields.
-        pull_secrets: names of the secrets to pull the image with.
-        image_pull_policy: `Always`, `IfNotPresent` or `Never` (PyTorchJob).
-        service_account: the service account of the pods.
-        secret_env_vars: variables, and where their values are: `{"HF_TOKEN": "SECRET/KEY"}`.
-        termination_grace_s: time that ranks have to save a checkpoint when they are evicted (Trainer 2.3 and later,
-            PyTorchJob).
-        active_deadline_s: time after which a job is ended.
-        restarts: how often a training starts again, from its last checkpoint, before it has failed (PyTorchJob; a
-            TrainJob's runtime says so itself).
-        python: the image's Python.
-        kubeconfig: path of the kubeconfig; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
-        context: the context of that file; empty for its current one.
-        report_within_s: time after which a job that no controller reports on has ended; an operator whose node is
-            lost is started elsewhere after 5 minutes.
-        card: the kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
-        performance: changes to `conf/performance.yaml`; None removes a setting.
-        price_per_gpu_hour: for --dryrun; None: not known.
-        write_gib_s: what the file system of `dir` writes in GiB a second, from all pods, for --dryrun.
-        stages: per stage, the fields that differ there.
-
-    Example:
-        >>> KubernetesExecutor(image="nvcr.io/nvidia/nemo:26.02", claim="runs", mount_path="/runs").kind
-        'trainjob'
     """
 
-    env_vars: dict[str, Optional[str]] = field(default_factory=dict)  # noqa: UP045 - NeMo-Run cannot parse `str | None`
-    namespace: str = "default"
-    image: str = MISSING
-    claim: str = MISSING
-    mount_path: str = MISSING
-    volumes: dict[str, str] = field(default_factory=dict)
-    kind: str = "trainjob"
-    runtime: str = "torch-distributed"
-    queue: str = ""
     cpus: int = 0
     memory_gib: int = 0
     gpus_per_node: int = 0
     gpu_resource: str = "nvidia.com/gpu"
     extra_resources: dict[str, int] = field(default_factory=dict)
     shared_memory_gib: int = 0
+
+
+@dataclass(kw_only=True)
+class PodSettings:
+    """The pods of a job: image, volumes, placement, user and secrets. Empty texts leave a field out.
+
+    Args:
+        image: image of the containers; it has this package, torch, bash and tee.
+        image_pull_policy: `Always`, `IfNotPresent` or `Never` (PyTorchJob).
+        pull_secrets: names of the secrets to pull the image with.
+        python: the image's Python.
+        claim: PersistentVolumeClaim (ReadWriteMany) that runs lie on.
+        mount_path: path of its mount, in the pods and on the machine that launches.
+        volumes: further claims -> their mount paths.
+        tolerations: tolerations of the pods.
+        node_selector: node selector of the pods.
+        affinity: affinity of the pods.
+        priority_class: class of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
+        service_account: service account of the pods.
+        run_as: `UID:GID` of the pods; their group owns new files on the claims. None takes the user and group of the
+            process that launches, who owns the run's folder; "" leaves the choice to the image or the cluster.
+        security_context: security context of the container, such as `{capabilities: {add: [IPC_LOCK]}}` for
+            InfiniBand.
+        secret_env_vars: variable -> place of its value: `{"HF_TOKEN": "SECRET/KEY"}`.
+        overrides: further fields of a pod's spec, merged into it last: mappings key by key, lists of named entries by
+            name, other lists as a whole; None removes a field. A TrainJob takes only some of a pod's fields.
+    """
+
+    image: str = MISSING
+    image_pull_policy: str = ""
+    pull_secrets: list[str] = field(default_factory=list)
+    python: str = "python"
+    claim: str = MISSING
+    mount_path: str = MISSING
+    volumes: dict[str, str] = field(default_factory=dict)
     tolerations: list[dict[str, Any]] = field(default_factory=list)
     node_selector: dict[str, str] = field(default_factory=dict)
     affinity: dict[str, Any] = field(default_factory=dict)
-    labels: dict[str, str] = field(default_factory=dict)
-    annotations: dict[str, str] = field(default_factory=dict)
     priority_class: str = ""
+    service_account: str = ""
     run_as: Optional[str] = None  # noqa: UP045
     security_context: dict[str, Any] = field(default_factory=dict)
-    overrides: dict[str, Any] = field(default_factory=dict)
-    pull_secrets: list[str] = field(default_factory=list)
-    image_pull_policy: str = ""
-    service_account: str = ""
     secret_env_vars: dict[str, str] = field(default_factory=dict)
-    termination_grace_s: int = 0
-    active_deadline_s: int = 0
-    restarts: int = 0
-    python: str = "python"
-    kubeconfig: str = ""
-    context: str = ""
-    report_within_s: int = 600
-    card: str = "h100"
-    performance: dict[str, Any] = field(default_factory=dict)
-    price_per_gpu_hour: Optional[float] = None  # noqa: UP045
-    write_gib_s: float = USUAL_GIB_S
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mounts(self) -> dict[str, str]:
@@ -134,6 +93,63 @@ class KubernetesExecutor(run.Executor):
             raise UpcycleError("run.executor.run_as", got=named, expected="UID:GID", fix="as `id -u` and `id -g` say")
         user, _, group = named.partition(":")
         return int(user), int(group)
+
+
+@dataclass(kw_only=True)
+class JobSettings:
+    """The jobs, their controllers and their time limits; 0 and empty texts leave one to the cluster or the runtime.
+
+    Args:
+        namespace: namespace of the jobs.
+        kind: kind of the jobs: `trainjob` (Kubeflow Trainer 2.2 and later) or `pytorchjob` (training operator 1.9).
+        runtime: ClusterTrainingRuntime of a TrainJob; `TrainingRuntime/NAME` for one of the namespace.
+        queue: LocalQueue of Kueue.
+        labels: labels of the jobs and their pods.
+        annotations: annotations of the jobs and their pods.
+        termination_grace_s: time that ranks have to save a checkpoint when they are evicted (Trainer 2.3 and later,
+            PyTorchJob).
+        active_deadline_s: time after which a job is ended.
+        restarts: how often a training starts again, from its last checkpoint, before it has failed (PyTorchJob; a
+            TrainJob's runtime says so itself).
+        report_within_s: time after which a job that no controller reports on has ended; an operator whose node is
+            lost is started elsewhere after 5 minutes.
+        kubeconfig: path of the kubeconfig; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
+        context: context of that file; empty for its current one.
+    """
+
+    namespace: str = "default"
+    kind: str = "trainjob"
+    runtime: str = "torch-distributed"
+    queue: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
+    termination_grace_s: int = 0
+    active_deadline_s: int = 0
+    restarts: int = 0
+    report_within_s: int = 600
+    kubeconfig: str = ""
+    context: str = ""
+
+
+@dataclass(kw_only=True)
+class KubernetesExecutor(PodSettings, NodeResources, JobSettings, SiteSettings, run.Executor):
+    """Where and how stages run on Kubernetes.
+
+    NeMo-Run's own `KubeflowExecutor` is not used: it needs a kubeconfig to be constructed, so also to show what it
+    would do; it writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently, and with it volumes,
+    tolerations and pull secrets; it starts the next stage after a failed one; and it never stops waiting for a job
+    that was deleted. Nothing is copied into the pods either: the plan of a run lies in its folder, on a claim that the
+    pods mount.
+
+    Args:
+        env_vars: variables of all stages; None removes one of `conf/performance.yaml`.
+
+    Example:
+        >>> KubernetesExecutor(image="nvcr.io/nvidia/nemo:26.02", claim="runs", mount_path="/runs").kind
+        'trainjob'
+    """
+
+    env_vars: dict[str, Optional[str]] = field(default_factory=dict)  # noqa: UP045 - NeMo-Run cannot parse `str | None`
 
 
 @dataclass(frozen=True)
@@ -182,7 +198,7 @@ RESOURCES = {
 }
 
 
-def resource_of(settings: KubernetesExecutor) -> Resource:
+def resource_of(settings: JobSettings) -> Resource:
     """Return the kind of job that the settings name.
 
     Raises:

@@ -9,7 +9,7 @@ from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.executors import manifests
 from nemo_upcycle.pipeline.executors.base import require_gpus, require_variables
 from nemo_upcycle.pipeline.executors.jobs import Job
-from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, NodeResources, PodSettings
 
 
 #: The fields of a toleration, and the possible values of those that have few.
@@ -57,7 +57,7 @@ def _unseen(job: Job, settings: KubernetesExecutor) -> Iterator[UpcycleError]:
             )
 
 
-def _gpus_per_node(settings: KubernetesExecutor) -> int | None:
+def _gpus_per_node(settings: NodeResources) -> int | None:
     """Count the GPUs of a node that a job asks for; None: slices, whose number is not known."""
     has_slices = any("gpu" in name or "/mig-" in name for name in settings.extra_resources)
     return None if has_slices and not settings.gpus_per_node else settings.gpus_per_node
@@ -90,7 +90,7 @@ def _malformed(job: Job, settings: KubernetesExecutor) -> Iterator[UpcycleError]
             yield UpcycleError(f"run.executor.secret_env_vars.{name}", got=f"'{source}'", expected=expected, fix=fix)
 
 
-def _wrong_tolerations(settings: KubernetesExecutor) -> Iterator[UpcycleError]:
+def _wrong_tolerations(settings: PodSettings) -> Iterator[UpcycleError]:
     for toleration in settings.tolerations:
         for name, value in toleration.items():
             if name not in _TOLERATION:

@@ -15,7 +15,12 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import hub_variables
 from nemo_upcycle.pipeline.executors.jobs import Job
-from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, resource_of
+from nemo_upcycle.pipeline.executors.kubernetes_settings import (
+    KubernetesExecutor,
+    NodeResources,
+    PodSettings,
+    resource_of,
+)
 
 
 #: Who wrote a patch of a runtime; has to look like a label with a domain.
@@ -181,7 +186,7 @@ def _pod(settings: KubernetesExecutor, container: dict[str, Any]) -> dict[str, A
     return {**_given(metadata=metadata), "spec": merged(spec, settings.overrides)}
 
 
-def _pod_security(settings: KubernetesExecutor) -> dict[str, Any]:
+def _pod_security(settings: PodSettings) -> dict[str, Any]:
     """Name the user of the pods; nothing where the image says it."""
     if settings.user is None:
         return {}
@@ -236,7 +241,7 @@ def _environment(settings: KubernetesExecutor, job: Job, fast: Mapping[str, str]
     return variables
 
 
-def _resources(settings: KubernetesExecutor) -> dict[str, Any]:
+def _resources(settings: NodeResources) -> dict[str, Any]:
     asked: dict[str, Any] = _given(cpu=settings.cpus)
     asked |= {"memory": f"{settings.memory_gib}Gi"} if settings.memory_gib else {}
     asked |= {settings.gpu_resource: settings.gpus_per_node} if settings.gpus_per_node else {}

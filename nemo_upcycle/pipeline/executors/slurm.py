@@ -25,8 +25,9 @@ from nemo_run.core.execution.slurm import SlurmBatchRequest
 from nemo_upcycle.errors import UpcycleError, did_you_mean, failures
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.base import MISSING, Cluster, UnreachableError, hub_variables, wrong_site
-from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, USUAL_GIB_S, ft_command
+from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, ft_command
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, Phase, SaveLimit
+from nemo_upcycle.pipeline.executors.site import SiteSettings
 from nemo_upcycle.pipeline.executors.slurm_answers import (
     NO_ANSWER,
     OF_CONTROLLER,
@@ -64,17 +65,14 @@ _KILL_WAIT_S = 30
 
 
 @dataclass(kw_only=True)
-class StagedSlurmExecutor(run.SlurmExecutor):
+class StagedSlurmExecutor(SiteSettings, run.SlurmExecutor):
     """NeMo-Run's `SlurmExecutor` with settings for each stage; a file of conf/executors describes one.
 
+    A training's nodes and ranks are set in its recipe, not in `stages`.
+
     Attributes:
-        stages: stage -> fields that differ from this executor's; a training's nodes and ranks are set in its recipe.
         hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
         silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
-        card: the kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
-        performance: name -> value that replaces the one in `conf/performance.yaml`; None removes a setting.
-        price_per_gpu_hour: price, for --dryrun; None if it is not known.
-        write_gib_s: GiB a second that all nodes together write to the file system of `dir`, for --dryrun.
         counts_gpus: whether Slurm hands out GPUs; False where it does not know them (no GRES): jobs then ask for none.
         shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
         python: the interpreter of the stages; None: `python` of the container, or this one without a container.
@@ -84,13 +82,8 @@ class StagedSlurmExecutor(run.SlurmExecutor):
     account: str = MISSING
     env_vars: dict[str, Optional[str]] = field(default_factory=dict)  # noqa: UP045 - NeMo-Run cannot parse `str | None`
     packager: run.Packager = field(default_factory=run.Packager)
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     hang_detection: bool = False
     silence_s: float = SILENCE_S
-    card: str = "h100"
-    performance: dict[str, Any] = field(default_factory=dict)
-    price_per_gpu_hour: Optional[float] = None  # noqa: UP045
-    write_gib_s: float = USUAL_GIB_S
     counts_gpus: bool = True
     shared_dir: bool = False
     python: Optional[str] = None  # noqa: UP045
