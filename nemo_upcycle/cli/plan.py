@@ -13,7 +13,7 @@ from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import hardware, table
 from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.search import (
-    Plan,
+    LayoutEstimate,
     PlanRequest,
     evaluate_layout,
     find,
@@ -139,7 +139,7 @@ def _size_name(name: str, micro_batch: int | None) -> str:
     return f"--layout {name}" if {*name.split(" x ")} <= SIZES else name
 
 
-def _text(args: argparse.Namespace, plans: list[Plan], answer: dict[str, Any]) -> str:
+def _text(args: argparse.Namespace, plans: list[LayoutEstimate], answer: dict[str, Any]) -> str:
     row = args.explain or 1
     chosen, request = plans[row - 1], plans[0].request
     lines = [
@@ -167,7 +167,7 @@ def _text(args: argparse.Namespace, plans: list[Plan], answer: dict[str, Any]) -
     return "\n".join(lines)
 
 
-def _settings_line(plan: Plan, command: str | None) -> str:
+def _settings_line(plan: LayoutEstimate, command: str | None) -> str:
     """Return the settings that a row's memory and speed count on."""
     work = plan.work
     names = {"gradients": work.gradients, "overlap": "+".join(work.overlap) or "none"}
@@ -213,7 +213,7 @@ def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
     return text + (f" With --gpus {number}{without} something fits." if number else "")
 
 
-def _command(args: argparse.Namespace, subject: Subject, plan: Plan) -> tuple[str | None, str]:
+def _command(args: argparse.Namespace, subject: Subject, plan: LayoutEstimate) -> tuple[str | None, str]:
     """Return the command of a plan, or None and why the recipes have none."""
     backend = BACKENDS[args.backend]
     why = backend.why_no_command(subject.recipe, plan.work)

@@ -10,7 +10,15 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, targets
-from nemo_upcycle.models.families.base import ACTIVATIONS, FOLDED_SCALE, FULL, LOCAL_BASE, WINDOW, MoeFamily, Settings
+from nemo_upcycle.models.families.base import (
+    ACTIVATIONS,
+    FOLDED_SCALE,
+    FULL,
+    LOCAL_BASE,
+    WINDOW,
+    ConfigValues,
+    MoeFamily,
+)
 from nemo_upcycle.models.families.refused import FINISH_WITH_0_2, REFUSED
 from nemo_upcycle.models.rotary import DYNAMIC, KINDS, LONGROPE, PROPORTIONAL
 from nemo_upcycle.models.wrapper import WRAPPERS, Wrapper, read_config, text_settings
@@ -104,55 +112,55 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         CheckpointError: the class is not known, the weights are quantized, a size is missing, a value is of another
             type, or values contradict each other.
     """
-    family, settings = _settings_of(text_settings(config, where), where)
-    heads, hidden = (settings.whole(key) for key in ("num_attention_heads", "hidden_size"))
-    mamba = family.mamba(settings)
-    layers = settings.whole("num_hidden_layers", len(mamba.pattern) if mamba else None, most=10_000)
+    family, given = _values_of(text_settings(config, where), where)
+    heads, hidden = (given.whole(key) for key in ("num_attention_heads", "hidden_size"))
+    mamba = family.mamba(given)
+    layers = given.whole("num_hidden_layers", len(mamba.pattern) if mamba else None, most=10_000)
     if mamba and len(mamba.pattern) != layers:
-        raise settings.wrong("num_hidden_layers", f"{len(mamba.pattern)}, as the pattern {mamba.pattern} has layers")
-    if hidden % heads and "head_dim" not in settings.values:
-        raise settings.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim beside it")
-    groups = settings.whole("num_key_value_heads", heads)
+        raise given.wrong("num_hidden_layers", f"{len(mamba.pattern)}, as the pattern {mamba.pattern} has layers")
+    if hidden % heads and "head_dim" not in given.values:
+        raise given.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim beside it")
+    groups = given.whole("num_key_value_heads", heads)
     if heads % groups:
-        raise settings.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    bias = settings.flag("attention_bias")
-    part = settings.number(_PART) if _PART in settings.values else 1.0
+        raise given.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    bias = given.flag("attention_bias")
+    part = given.number(_PART) if _PART in given.values else 1.0
     if part != 1 and not family.has_partial_rotary:
-        raise settings.wrong(_PART, "1 or nothing", "use a checkpoint whose heads are rotated as a whole")
-    if (norms := settings.flag("qk_norm")) and "query_norm" not in family.names:
-        raise settings.wrong(
+        raise given.wrong(_PART, "1 or nothing", "use a checkpoint whose heads are rotated as a whole")
+    if (norms := given.flag("qk_norm")) and "query_norm" not in family.names:
+        raise given.wrong(
             "qk_norm", f"no norms of query and key in {family.hf_class}", "use a checkpoint of Qwen3's class"
         )
     architecture = Architecture(
         hf_class=family.hf_class,
         num_layers=layers,
         hidden_size=hidden,
-        ffn_size=settings.whole("intermediate_size"),
+        ffn_size=given.whole("intermediate_size"),
         num_heads=heads,
         num_kv_heads=groups,
-        head_dim=settings.whole("head_dim", hidden // heads),
-        vocab_size=settings.whole("vocab_size"),
-        tied_embeddings=settings.flag("tie_word_embeddings"),
-        activation=family.activation(settings),
+        head_dim=given.whole("head_dim", hidden // heads),
+        vocab_size=given.whole("vocab_size"),
+        tied_embeddings=given.flag("tie_word_embeddings"),
+        activation=family.activation(given),
         gated=family.gated,
-        qkv_bias=bias or settings.flag("qkv_bias"),
+        qkv_bias=bias or given.flag("qkv_bias"),
         attention_out_bias=bias,
-        ffn_bias=settings.flag("mlp_bias"),
+        ffn_bias=given.flag("mlp_bias"),
         qk_norm=norms,
         wide_qk_norm=family.wide_qk_norm,
         pre_norm=family.pre_norm,
         post_norm=family.post_norm,
-        zero_centered_norm=settings.flag("zero_centered_norm"),
-        scaled_embedding=settings.flag("scaled_embedding"),
-        norm_eps=settings.number("rms_norm_eps"),
-        rope_theta=settings.number("rope_theta"),
-        rope_scaling=settings.values["rope_scaling"],
+        zero_centered_norm=given.flag("zero_centered_norm"),
+        scaled_embedding=given.flag("scaled_embedding"),
+        norm_eps=given.number("rms_norm_eps"),
+        rope_theta=given.number("rope_theta"),
+        rope_scaling=given.values["rope_scaling"],
         rotary_percent=part,
-        max_positions=settings.whole("max_position_embeddings"),
-        sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
+        max_positions=given.whole("max_position_embeddings"),
+        sliding_window=given.whole("sliding_window") if "sliding_window" in given.values else None,
         mamba=mamba,
     )
-    return replace(architecture, **family.attention(settings, layers), **family.experts(settings, layers))
+    return replace(architecture, **family.attention(given, layers), **family.experts(given, layers))
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -191,11 +199,11 @@ def trained_architecture(folder: Path) -> Architecture:
         CheckpointError: as in `read_architecture`, or the factor is no number.
     """
     arch, path = read_architecture(folder), folder / "config.json"
-    folded = Settings({FOLDED_SCALE: 1.0} | read_config(folder), str(path)).number(FOLDED_SCALE)
+    folded = ConfigValues({FOLDED_SCALE: 1.0} | read_config(folder), str(path)).number(FOLDED_SCALE)
     return replace(arch, routed_scaling_factor=arch.routed_scaling_factor * folded)
 
 
-def _settings_of(config: Any, where: str) -> tuple[Family, Settings]:
+def _values_of(config: Any, where: str) -> tuple[Family, ConfigValues]:
     """Return family and settings of a parsed `config.json`, as transformers 4 or 5 writes it, defaults included.
 
     Raises:
@@ -228,12 +236,12 @@ def _settings_of(config: Any, where: str) -> tuple[Family, Settings]:
         values["num_key_value_heads"] = config.get("num_attention_heads")
     if config.get("sliding_window", "") is None or not family.has_window:
         values.pop("sliding_window", None)
-    return family, Settings(values, where, family.spelling)
+    return family, ConfigValues(values, where, family.spelling)
 
 
-def _given(config: dict[str, Any], where: str, family: Family | None = None) -> Settings:
+def _given(config: dict[str, Any], where: str, family: Family | None = None) -> ConfigValues:
     values = {key: value for key, value in config.items() if value is not None}
-    return Settings(values, where, family.spelling if family else {})
+    return ConfigValues(values, where, family.spelling if family else {})
 
 
 def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -353,11 +361,11 @@ def _aux_loss(config: dict[str, Any]) -> Any:
     return ROUTER_AUX_LOSS if said is None else said
 
 
-def _inside(given: Settings, key: str) -> Settings:
+def _inside(given: ConfigValues, key: str) -> ConfigValues:
     return _given(given.values[key], f"{given.where}: {key}")
 
 
-def _scaling(given: Settings, key: str) -> dict[str, Any] | None:
+def _scaling(given: ConfigValues, key: str) -> dict[str, Any] | None:
     """Return how the rotary frequencies are scaled, its kind under `rope_type`; None for not at all."""
     scaling = given.values[key]
     kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else None

@@ -134,6 +134,24 @@ class HybridLayers:
             symbols[index] = _MOE if is_moe else _DENSE
         return "".join(symbols)
 
+    def require(self, expected: str, why: str) -> None:
+        """Check that the model has the layers that it should have, and experts where they should be.
+
+        Args:
+            expected: the symbols of the layers.
+            why: reason for them, for the message.
+
+        Raises:
+            SpecError: it has other layers.
+        """
+        if self.symbols != expected:
+            raise SpecError(
+                field="hybrid_layer_pattern",
+                got=self.pattern,
+                expected=f"{expected} ({why}), with | between any two layers",
+                fix="set it to that",
+            )
+
 
 def hybrid_pattern(moe_pattern: Sequence[bool], segments: int = 1) -> str:
     """Return the pattern of a HybridModel that computes what a GPTModel computes: attention, network, layer by layer.

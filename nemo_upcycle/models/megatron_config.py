@@ -285,7 +285,7 @@ def check_spec(
         raise error.renamed(lambda name: f"model.config.moe_expert_{name}") from None
     if hybrid:
         expected = hybrid.with_experts(spec.moe_pattern(len(hybrid.networks)))
-        _check_pattern(hybrid, expected, f"moe_layers={spec.moe_layers}")
+        hybrid.require(expected, f"moe_layers={spec.moe_layers}")
         return
     frequency, layers = getattr(config, "moe_layer_freq", 1), config.num_layers
     got_layers = layers if isinstance(frequency, int) else len(frequency)
@@ -293,17 +293,6 @@ def check_spec(
         got = frequency if isinstance(frequency, int) else list(frequency)
         expected = f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})"
         raise SpecError(field="model.config.moe_layer_freq", got=got, expected=expected, fix="make them agree")
-
-
-def _check_pattern(hybrid: HybridLayers, expected: str, why: str) -> None:
-    """Check that a HybridModel has the layers that it should have, and experts where they should be."""
-    if hybrid.symbols != expected:
-        raise SpecError(
-            field="hybrid_layer_pattern",
-            got=hybrid.pattern,
-            expected=f"{expected} ({why}), with | between any two layers",
-            fix="set it to that",
-        )
 
 
 def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:
@@ -340,7 +329,7 @@ def mismatches(model: Any, moe_arch: Architecture) -> Iterator[CheckpointError]:
     config, frequencies = model.config, getattr(getattr(model, "rotary_pos_emb", None), "inv_freq", None)
     fields = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
     if hybrid := hybrid_of(model):
-        _check_pattern(hybrid, hybrid_symbols(moe_arch), "as in the parent")
+        hybrid.require(hybrid_symbols(moe_arch), "as in the parent")
     settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch, hybrid=hybrid is not None)
     settings += _MAMBA.values() if moe_arch.mamba else ()
     settings += ("moe_router_enable_expert_bias",) if moe_arch.balancing_bias else ()

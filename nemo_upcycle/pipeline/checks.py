@@ -20,7 +20,7 @@ from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.chain import JOBS
 from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.jobs import Job
-from nemo_upcycle.pipeline.executors.settings import CLUSTERS
+from nemo_upcycle.pipeline.executors.site_file import CLUSTERS
 from nemo_upcycle.pipeline.inputs import Inputs
 from nemo_upcycle.pipeline.order import kind_of, require_earlier, require_same_work
 from nemo_upcycle.pipeline.plan import KEPT, Stage, WorkPlan

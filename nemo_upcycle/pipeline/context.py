@@ -22,7 +22,7 @@ from nemo_run.config import get_type_namespace
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean, mistake_in_file
 from nemo_upcycle.pipeline.answers import answered, of_another_trainer
-from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
+from nemo_upcycle.pipeline.executors.site_file import executor_names, is_described, read_executor
 from nemo_upcycle.pipeline.markers import RETIRED
 from nemo_upcycle.pipeline.parser import command_options, parsing
 from nemo_upcycle.trainers.settings import class_name, of_class

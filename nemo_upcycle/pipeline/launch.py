@@ -17,7 +17,7 @@ from nemo_upcycle.pipeline.checks import Findings, check_run
 from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.jobs import Job
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
-from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
+from nemo_upcycle.pipeline.executors.site_file import KINDS, cluster_for
 from nemo_upcycle.pipeline.forecast.run import Forecast, check_space, forecast, hopeless
 from nemo_upcycle.pipeline.forecast.text import render_forecast
 from nemo_upcycle.pipeline.live import watched

@@ -148,7 +148,7 @@ def _exit_status(name: str, status: int, run_dir: Path) -> int:
 def _run(job: Job, executor: Any, stop: local.StopSignals, at_once: int, is_quiet: bool) -> int:
     """Run a stage; return its exit status, as `run_ranks` does."""
     ranks = job.ranks_per_node if job.is_training else None
-    variables = performance.variables(performance.settings_here(job))
+    variables = performance.variables(performance.performance_settings_here(job))
     variables |= variables_for(at_once * (ranks or 1), executor)
     return local.run_ranks(away_from_here(job.command), ranks, variables, _logs_of(job), stop, is_quiet=is_quiet)
 

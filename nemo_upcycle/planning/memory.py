@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.parameters import MUON_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES, average_params, stage_plan
+from nemo_upcycle.planning.parameters import MUON_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES, average_params, stage_buffers
 from nemo_upcycle.planning.workload import Workload
 
 
@@ -261,7 +261,7 @@ def least_with_activations(arch: Architecture, layout: Layout, work: Workload) -
 
 def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Memory:
     """Sum up the memory of a pipeline stage's fullest rank; its ranks differ by padding only."""
-    states = stage_plan(arch, layout, replace(work, recompute="none", overlap=()), stage)  # neither changes a state
+    states = stage_buffers(arch, layout, replace(work, recompute="none", overlap=()), stage)  # neither changes a state
     plain, routed, working = _activation_bytes(arch, layout, work, stage)
     tokens = work.seq_length // layout.cp * layout.micro_batch
     logits = tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES

@@ -188,7 +188,7 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-class StagePlan:
+class StageBuffers:
     """The buffers of all ranks of one pipeline stage.
 
     Args:
@@ -258,6 +258,6 @@ def _muon_states(params: list[Param], layout: Layout, work: Workload) -> tuple[l
 
 
 @functools.lru_cache(maxsize=256)
-def stage_plan(arch: Architecture, layout: Layout, work: Workload, stage: int) -> StagePlan:
-    """Return the `StagePlan` of these, which a search asks for more than once."""
-    return StagePlan(arch, layout, work, stage)
+def stage_buffers(arch: Architecture, layout: Layout, work: Workload, stage: int) -> StageBuffers:
+    """Return the `StageBuffers` of these, which a search asks for more than once."""
+    return StageBuffers(arch, layout, work, stage)

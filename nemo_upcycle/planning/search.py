@@ -82,9 +82,9 @@ class PlanRequest:
         """The throughput model of the architecture on these GPUs."""
         return ThroughputModel(self.arch, self.gpu, known_machine(self.gpu, self.software))
 
-    def plans(self, layout: Layout) -> list[Plan]:
+    def plans(self, layout: Layout) -> list[LayoutEstimate]:
         """Return a layout's plan with each kind of recomputation to choose from."""
-        return [Plan(self, layout, self._work(layout, kind)) for kind in self.recomputes]
+        return [LayoutEstimate(self, layout, self._work(layout, kind)) for kind in self.recomputes]
 
     def _work(self, layout: Layout, recompute: str) -> Workload:
         usual = {
@@ -115,7 +115,7 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutEstimate:
     """A layout, evaluated.
 
     Args:
@@ -230,7 +230,7 @@ def usual_overlap(
     return ("ep",) if layout.ep * layout.etp > gpu.nvlink_gpus else ()
 
 
-def evaluate_layout(request: PlanRequest, layout: Layout) -> Plan:
+def evaluate_layout(request: PlanRequest, layout: Layout) -> LayoutEstimate:
     """Return a layout's plan, with the fastest recomputation that fits; if none does, the fastest that is tight.
 
     Args:
@@ -249,7 +249,7 @@ def evaluate_layout(request: PlanRequest, layout: Layout) -> Plan:
     return min(plans, key=lambda plan: plan.memory.total)
 
 
-def search(request: PlanRequest, limit: int = 10) -> list[Plan]:
+def search(request: PlanRequest, limit: int = 10) -> list[LayoutEstimate]:
     """Return the fastest layouts that fit, fastest first; if none does, the nearest.
 
     Each has the recomputation that `evaluate_layout` chooses.
@@ -314,11 +314,11 @@ def _smallest(request: PlanRequest, every: Iterable[Layout], count: int) -> list
     return heapq.nsmallest(count, every, key=lambda layout: _least(request, layout))
 
 
-def find(request: PlanRequest, limit: int) -> list[Plan]:
+def find(request: PlanRequest, limit: int) -> list[LayoutEstimate]:
     """Search, and return an empty list where `search` raises."""
     every = list(layouts(request))
     kinds = [request.plans(layout) for layout in every if _least(request, layout) <= request.room]
-    chosen: dict[int, Plan] = {}
+    chosen: dict[int, LayoutEstimate] = {}
     # Fastest first: of a layout that which recomputes nothing, and where it does not fit all others.
     queue = [(*_speed(plans[0]), number, 0) for number, plans in enumerate(kinds)]
     heapq.heapify(queue)
@@ -340,7 +340,7 @@ def find(request: PlanRequest, limit: int) -> list[Plan]:
     return sorted(nearest, key=lambda plan: plan.memory.total)[:limit]
 
 
-def _speed(plan: Plan) -> tuple[float, int]:
+def _speed(plan: LayoutEstimate) -> tuple[float, int]:
     """Make the key that orders plans; of two that are as fast, the one without context parallelism is simpler."""
     return plan.time.total, plan.layout.cp
 

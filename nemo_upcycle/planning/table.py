@@ -9,12 +9,12 @@ from typing import Any
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.memory import ASSUMPTIONS, GIB
-from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.planning.search import LayoutEstimate
 from nemo_upcycle.utils.console import in_columns
 
 
 #: Header -> the text of a plan's cell, in the order of the table; `row_values` has more.
-_CELLS: dict[str, Callable[[Plan], str]] = {
+_CELLS: dict[str, Callable[[LayoutEstimate], str]] = {
     "layout": lambda plan: plan.layout.sizes,
     "GiB": lambda plan: _gib(plan.memory.total),
     "fits": lambda plan: plan.verdict,
@@ -26,7 +26,7 @@ _CELLS: dict[str, Callable[[Plan], str]] = {
 }
 
 
-def table_text(plans: list[Plan]) -> str:
+def table_text(plans: list[LayoutEstimate]) -> str:
     """Return plans as a table with a row each; with a column of costs where a price is known."""
     names = [name for name in _CELLS if name != "cost" or plans[0].cost is not None]
     rows = [[str(number), *(_CELLS[name](plan) for name in names)] for number, plan in enumerate(plans, 1)]
@@ -38,7 +38,7 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.1f}"
 
 
-def row_values(plan: Plan, command: str | None, why_none: str) -> dict[str, Any]:
+def row_values(plan: LayoutEstimate, command: str | None, why_none: str) -> dict[str, Any]:
     """Return a plan for machines.
 
     Args:
@@ -72,7 +72,7 @@ def row_values(plan: Plan, command: str | None, why_none: str) -> dict[str, Any]
     }
 
 
-def routing_line(plan: Plan) -> str:
+def routing_line(plan: LayoutEstimate) -> str:
     """Describe a plan's assumption about routing, and the cost of natural routing; "" if it costs nothing."""
     other = replace(plan, work=replace(plan.work, routing="natural"))
     slower = other.time.total / plan.time.total - 1
@@ -101,7 +101,7 @@ def model_line(arch: Architecture, seq_length: int) -> str:
     return text
 
 
-def explanation(plan: Plan) -> str:
+def explanation(plan: LayoutEstimate) -> str:
     """Return the arithmetic of a plan: where the bytes and the seconds go, and the assumptions."""
     layout, work, request, step = plan.layout, plan.work, plan.request, plan.time
     count, gpu = layout.micro_batches(work.global_batch), request.gpu

@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.arms import (
+from nemo_upcycle.evaluation.grid_statistics import (
     better_from,
     difference_of_arms,
     is_judged,

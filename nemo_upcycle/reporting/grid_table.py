@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.arms import ONE_SEED
+from nemo_upcycle.evaluation.grid_statistics import ONE_SEED
 from nemo_upcycle.evaluation.statistics import LEAST_SEEDS
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence

@@ -86,7 +86,7 @@ def compose(results: dict[str, Any], run_dir: Path) -> str:
         sections.training(results),
         sections.expert_load(results),
         sections.receipt(results),
-        sections.setting(results),
+        sections.what_ran_on_what(results),
         sections.next_steps(results, run_dir),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -254,7 +254,7 @@ def _measured_with(settings: dict[str, Any]) -> str:
     return f"{settings['dtype']} on {settings['device']}{by}, {amount} at a time"
 
 
-def setting(results: dict[str, Any]) -> str:
+def what_ran_on_what(results: dict[str, Any]) -> str:
     """Show machine, versions, and the time of the stages."""
     environment, settings = results["environment"], results["evaluation_settings"]["dense"]["settings"]
     rows = [

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.recipe_table import KnownRecipe
-from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.planning.search import LayoutEstimate
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
 
@@ -56,7 +56,7 @@ def recomputation(work: Workload) -> dict[str, Any]:
     return {f"recompute_{name}": value for name, value in zip(names, values, strict=True)}
 
 
-def steps_of(plan: Plan) -> int:
+def steps_of(plan: LayoutEstimate) -> int:
     """Return the steps of a plan's training."""
     return max(1, round(plan.request.tokens / plan.work.seq_length / plan.work.global_batch))
 
@@ -87,7 +87,7 @@ class Commands(ABC):
         """Say what else no recipe has of a plan's settings; "" where one has all."""
 
     @abstractmethod
-    def command(self, recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:
+    def command(self, recipe: KnownRecipe, plan: LayoutEstimate, dense: str | None = None) -> str:
         """Write the command that runs a plan.
 
         Args:

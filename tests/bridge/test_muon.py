@@ -12,7 +12,7 @@ import torch
 from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.layout import parse_layout
-from nemo_upcycle.planning.parameters import StagePlan
+from nemo_upcycle.planning.parameters import StageBuffers
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.attributes import temporarily_set
@@ -57,7 +57,7 @@ def _compare_with_plan(optimizer: str) -> None:
             with megatron_rank(layout, rank):
                 got = _allocated(build_rank(arch, layout), optimizer)
             ranks = group_ranks(layout, rank)
-            plan = StagePlan(arch, layout, work, ranks.pp)
+            plan = StageBuffers(arch, layout, work, ranks.pp)
             states = plan.optimizer_bytes(ranks.dp * layout.cp + ranks.cp, ranks.expert_dp)
             assert got == (plan.weights_bytes, plan.gradients_bytes, states), (text, rank)
             assert states <= plan.optimizer_bytes()

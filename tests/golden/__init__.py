@@ -77,7 +77,7 @@ def golden_path(name: str) -> Path:
 def text_of(name: str) -> str:
     """Write what a golden file should hold: a YAML mapping of settings to values."""
     from nemo_upcycle import recipes
-    from nemo_upcycle.trainers.nemo.recipes import settings
+    from nemo_upcycle.trainers.nemo.recipes import every_setting
 
     recipe, arguments = GOLDEN[name]
     config = factory_of(getattr(recipes, recipe))(**arguments)
@@ -85,7 +85,7 @@ def text_of(name: str) -> str:
     # What the processor can decides the demo's precision where there is no GPU.
     lines = [
         f"{key}: {value}"
-        for key, value in settings(config)
+        for key, value in every_setting(config)
         if not (recipe.startswith("smollm2") and key.startswith("trainer.plugins"))
     ]
     return "\n".join([f"# {recipe}({call}), made by `python -m tests.golden`.", *lines]) + "\n"
@@ -116,10 +116,10 @@ def pairs_text() -> str:
 
 def paired(recipe: Any) -> dict[str, Any]:
     """Take the settings of a recipe of NeMo's that its pair in Bridge has."""
-    from nemo_upcycle.trainers.nemo.recipes import recipe_spec, settings
+    from nemo_upcycle.trainers.nemo.recipes import every_setting, recipe_spec
 
     wanted = {*LAYOUT.values(), *TRAINING.values(), *_OTHERS}
-    found = {key: json.loads(value.replace("'", '"')) for key, value in settings(recipe) if key in wanted}
+    found = {key: json.loads(value.replace("'", '"')) for key, value in every_setting(recipe) if key in wanted}
     spec = recipe_spec(recipe) if recipe.resume.restore_config.spec else None
     changed = {name: value for name, value in asdict(spec).items() if value != _SPEC[name]} if spec else None
     return _DEFAULTS | found | {"spec": changed}

@@ -17,7 +17,7 @@ from tests.golden import FOLDER
 
 
 def _cluster(name: str, *site: str) -> Any:
-    from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
+    from nemo_upcycle.pipeline.executors.site_file import cluster_for, read_executor
 
     return cluster_for(read_executor(name, site))
 

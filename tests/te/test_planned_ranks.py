@@ -6,7 +6,7 @@ import pytest
 
 from nemo_upcycle.cpu.one_rank import megatron_rank
 from nemo_upcycle.planning.layout import parse_layout
-from nemo_upcycle.planning.parameters import StagePlan
+from nemo_upcycle.planning.parameters import StageBuffers
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.recipes import known_recipe
 from tests.megatron_ranks import TRANSFORMER_ENGINE, build_rank
@@ -16,7 +16,7 @@ from tests.megatron_ranks import TRANSFORMER_ENGINE, build_rank
 def test_transformer_engine_has_the_planned_parameters(engine: str) -> None:
     arch, layout = known_recipe("llama3_8b_e8t2").arch, parse_layout("tp=2,pp=4,vp=8,ep=8", 64)
     for stage in range(layout.pp):
-        plan = StagePlan(arch, layout, Workload(seq_length=8192, global_batch=512), stage)
+        plan = StageBuffers(arch, layout, Workload(seq_length=8192, global_batch=512), stage)
         with megatron_rank(layout, stage * layout.gpus // layout.pp):
             chunks = build_rank(arch, layout, engine)
         built = [sum(parameter.numel() for parameter in chunk.parameters()) for chunk in chunks]

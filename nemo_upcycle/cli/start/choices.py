@@ -23,7 +23,7 @@ from nemo_upcycle.models.growth import growth_spec
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, gpu_names, gpu_of_device, known_gpu
 from nemo_upcycle.planning.layout import CPU_RANKS, Layout
 from nemo_upcycle.planning.memory import GIB, checkpoint_bytes
-from nemo_upcycle.planning.search import Plan, PlanRequest, find, nearest_gpus
+from nemo_upcycle.planning.search import LayoutEstimate, PlanRequest, find, nearest_gpus
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers import paper
@@ -100,7 +100,7 @@ class Choices:
     spec: UpcycleSpec
     spec_fields: dict[str, Any]
     trainer: str
-    plan: Plan | None
+    plan: LayoutEstimate | None
     layout: Layout
     seq_length: int
     global_batch: int
@@ -319,7 +319,9 @@ def _batch(texts: Texts, seq_length: int, gpus: int) -> int:
     return max(gpus, batch // gpus * gpus)
 
 
-def _plan(arch: Architecture, gpu: Gpu, gpus: int, seq_length: int, batch: int, steps: int, trainer: str) -> Plan:
+def _plan(
+    arch: Architecture, gpu: Gpu, gpus: int, seq_length: int, batch: int, steps: int, trainer: str
+) -> LayoutEstimate:
     """Return the fastest plan that fits, of layouts that need no more than their sizes said."""
     software = _SOFTWARE[trainer]
     work = Workload(seq_length=seq_length, global_batch=batch, routing="natural")

@@ -1,7 +1,6 @@
 """The engine's command: `python -m nemo_upcycle.data.engine DIR/build/plan.json --workers N`, in the data environment.
 
-    --slurm PARTITION [--time T]   the tasks as jobs of Slurm, N at a time; from a login node. `nemo-upcycle data
-                                   --slurm FILE` adds the options of a site's executor file
+    --slurm PARTITION [--time T]   the tasks as jobs of Slurm, N at a time; from a login node
     --ray                          on a running Ray cluster
 
 Rerun, it resumes where it was stopped or killed; the output is the same, byte for byte.

@@ -42,7 +42,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class ConfigValues:
     """The values of a Hugging Face `config.json`, each checked when it is read.
 
     Args:
@@ -164,24 +164,24 @@ class Family:
         """Return the family of a configuration of this class: another where the class has a dense one and an MoE."""
         return self
 
-    def activation(self, settings: Settings) -> str:
+    def activation(self, config: ConfigValues) -> str:
         """Return the activation function, as architectures call it.
 
         Raises:
             CheckpointError: the package does not know it.
         """
         if not self.gated:
-            return settings.choice("hidden_act", SQUARED_RELU, "use a checkpoint with squared ReLU")
-        return settings.choice("hidden_act", ACTIVATIONS, "use a SwiGLU or GEGLU checkpoint")
+            return config.choice("hidden_act", SQUARED_RELU, "use a checkpoint with squared ReLU")
+        return config.choice("hidden_act", ACTIVATIONS, "use a SwiGLU or GEGLU checkpoint")
 
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         """Return the fields of an `Architecture` in which attention is not Llama's.
 
         Raises:
             CheckpointError: layers attend in a way that is not known.
         """
-        self._layer_types(settings, num_layers, (WINDOW if "sliding_window" in settings.values else FULL,))
-        return multipliers(settings) if self.has_multipliers else {}
+        self._layer_types(config, num_layers, (WINDOW if "sliding_window" in config.values else FULL,))
+        return multipliers(config) if self.has_multipliers else {}
 
     @staticmethod
     def _pattern(holds: Iterable[bool]) -> tuple[bool, ...] | None:
@@ -190,19 +190,19 @@ class Family:
         return None if all(pattern) else pattern
 
     @staticmethod
-    def _layer_types(settings: Settings, num_layers: int, known: tuple[str, ...]) -> list[str] | None:
+    def _layer_types(config: ConfigValues, num_layers: int, known: tuple[str, ...]) -> list[str] | None:
         """Return how each layer attends; None where the file does not say it."""
-        kinds = settings.values.get("layer_types", [])
+        kinds = config.values.get("layer_types", [])
         if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
             fix = "use a checkpoint whose layers all attend " + ("to every token" if known == (FULL,) else "so")
-            raise settings.wrong("layer_types", f"{' or '.join(known)} alone", fix)
+            raise config.wrong("layer_types", f"{' or '.join(known)} alone", fix)
         if kinds and len(kinds) != num_layers:
-            raise settings.wrong("layer_types", f"{num_layers}, one a layer")
+            raise config.wrong("layer_types", f"{num_layers}, one a layer")
         return kinds or None
 
-    def _windowed(self, settings: Settings, num_layers: int, every: int, first: int = 1) -> list[bool]:
+    def _windowed(self, config: ConfigValues, num_layers: int, every: int, first: int = 1) -> list[bool]:
         """Return which layers see a window: as the file says it, else all but each n-th, counted from `first`."""
-        kinds = self._layer_types(settings, num_layers, (WINDOW, FULL))
+        kinds = self._layer_types(config, num_layers, (WINDOW, FULL))
         return [kind == WINDOW for kind in kinds] if kinds else [(n + first) % every != 0 for n in range(num_layers)]
 
     def is_mtp(self, name: str, num_layers: int) -> bool:
@@ -215,7 +215,7 @@ class Family:
         layer = _NUMBERED.match(name) if self.has_mtp else None
         return bool(layer and (layer["mtp"] or int(layer["number"]) >= num_layers))
 
-    def mamba(self, settings: Settings) -> MambaLayers | None:
+    def mamba(self, config: ConfigValues) -> MambaLayers | None:
         """Return the Mamba layers and where they are; None for a class that has none.
 
         Raises:
@@ -223,7 +223,7 @@ class Family:
         """
         return None
 
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         """Return the fields of an `Architecture` that describe its experts; none for a dense model."""
         return {}
 
@@ -256,17 +256,17 @@ class Family:
         return {}
 
 
-def multipliers(settings: Settings) -> dict[str, float]:
+def multipliers(config: ConfigValues) -> dict[str, float]:
     """Return the fields of an `Architecture` that a Granite multiplies by, or divides its logits by."""
     names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-    return {name: settings.number(name) for name in names}
+    return {name: config.number(name) for name in names}
 
 
-def zero_filled(settings: Settings) -> list[str]:
+def zero_filled(config: ConfigValues) -> list[str]:
     """Return the parts of a model that are zeros and stand for nothing, as `ZERO_FILLED` names them."""
-    names = settings.values.get(ZERO_FILLED, [])
+    names = config.values.get(ZERO_FILLED, [])
     if not isinstance(names, list):
-        raise settings.wrong(ZERO_FILLED, "a list of names")
+        raise config.wrong(ZERO_FILLED, "a list of names")
     return names
 
 

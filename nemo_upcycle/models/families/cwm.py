@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
 #: How rotary frequencies are scaled where `config.json` does not say it.
@@ -16,10 +16,10 @@ _SCALING = {
 
 
 class _Cwm(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        is_silent = not settings.values["rope_scaling"] and "rope_parameters" not in settings.values
-        windowed = self._windowed(settings, num_layers, every=4, first=0)
-        sees_all = not any(windowed) or "sliding_window" not in settings.values
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        is_silent = not config.values["rope_scaling"] and "rope_parameters" not in config.values
+        windowed = self._windowed(config, num_layers, every=4, first=0)
+        sees_all = not any(windowed) or "sliding_window" not in config.values
         return {
             **({"rope_scaling": _SCALING} if is_silent else {}),
             **({"sliding_window": None} if sees_all else {"window_pattern": self._pattern(windowed)}),

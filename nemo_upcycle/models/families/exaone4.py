@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import olmo2
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
 class _Exaone4(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        if "sliding_window" not in settings.values:
-            return super().attention(settings, num_layers)
-        every = 4 if settings.values.get("layer_types") else settings.whole("sliding_window_pattern", 4)
-        windowed = self._pattern(self._windowed(settings, num_layers, every))
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        if "sliding_window" not in config.values:
+            return super().attention(config, num_layers)
+        every = 4 if config.values.get("layer_types") else config.whole("sliding_window_pattern", 4)
+        windowed = self._pattern(self._windowed(config, num_layers, every))
         return {"window_pattern": windowed, "rope_pattern": windowed}
 
 

@@ -7,16 +7,16 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import olmo2
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, MoeFamily
 from nemo_upcycle.models.families.routed import ROUTED_NAMES, experts_everywhere
 
 
 class FlexOlmo(MoeFamily):
     """Classes of OLMo with experts in every layer, and norms of query and key over all heads."""
 
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         """Return the fields of an `Architecture` that describe its experts."""
-        return experts_everywhere(settings, "num_experts") | {"norm_topk": settings.flag("norm_topk_prob")}
+        return experts_everywhere(config, "num_experts") | {"norm_topk": config.flag("norm_topk_prob")}
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
         """See `MoeFamily.limits`."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import ACTIVATIONS, COMMON_DEFAULTS, TANH_GELU, Family, Settings
+from nemo_upcycle.models.families.base import ACTIVATIONS, COMMON_DEFAULTS, TANH_GELU, ConfigValues, Family
 
 
 class Gemma(Family):
     """Classes of Gemma."""
 
-    def activation(self, settings: Settings) -> str:
+    def activation(self, config: ConfigValues) -> str:
         """Read `hidden_activation` before `hidden_act`: the first configs say gelu there and mean the tanh form."""
-        key = "hidden_activation" if "hidden_activation" in settings.values else "hidden_act"
-        return settings.choice(key, ACTIVATIONS, f"Gemma was trained with {TANH_GELU}: set that")
+        key = "hidden_activation" if "hidden_activation" in config.values else "hidden_act"
+        return config.choice(key, ACTIVATIONS, f"Gemma was trained with {TANH_GELU}: set that")
 
 
 FAMILY = Gemma(

@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import gemma, llama, olmo2, qwen3
-from nemo_upcycle.models.families.base import LOCAL_BASE, Settings
+from nemo_upcycle.models.families.base import LOCAL_BASE, ConfigValues
 
 
 _OTHERS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
 class _Gemma3(gemma.Gemma):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         for name in _OTHERS:
-            if settings.values.get(name):
-                raise settings.wrong(name, "none: no layer of Megatron-Core computes it", "use another checkpoint")
-        every = 6 if settings.values.get("layer_types") else settings.whole("sliding_window_pattern", 6)
+            if config.values.get(name):
+                raise config.wrong(name, "none: no layer of Megatron-Core computes it", "use another checkpoint")
+        every = 6 if config.values.get("layer_types") else config.whole("sliding_window_pattern", 6)
         return {
-            "window_pattern": self._pattern(self._windowed(settings, num_layers, every)),
-            "local_rope_theta": settings.number(LOCAL_BASE),
-            "attention_multiplier": settings.number("query_pre_attn_scalar") ** -0.5,
-            "embedding_multiplier": settings.whole("hidden_size") ** 0.5,
+            "window_pattern": self._pattern(self._windowed(config, num_layers, every)),
+            "local_rope_theta": config.number(LOCAL_BASE),
+            "attention_multiplier": config.number("query_pre_attn_scalar") ** -0.5,
+            "embedding_multiplier": config.whole("hidden_size") ** 0.5,
         }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from nemo_upcycle.models.architecture import FAMILIES, Architecture
 from nemo_upcycle.models.architecture_parts import GlobalHeads
 from nemo_upcycle.models.families import gemma, gemma3, llama
-from nemo_upcycle.models.families.base import LOCAL_BASE, Family, Settings
+from nemo_upcycle.models.families.base import LOCAL_BASE, ConfigValues, Family
 from nemo_upcycle.models.rotary import PROPORTIONAL
 
 
@@ -43,38 +43,38 @@ class Gemma4(gemma.Gemma):
         """No model of Megatron's is one."""
         return False
 
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         """See `Family.attention`."""
         for name, (harmless, expected) in _REFUSED.items():
-            if settings.values.get(name) not in harmless:
-                raise settings.wrong(name, expected, "use a 12B or 31B, or another checkpoint")
-        if "rope_parameters" in settings.values and settings.values[LOCAL_BASE] is None:
+            if config.values.get(name) not in harmless:
+                raise config.wrong(name, expected, "use a 12B or 31B, or another checkpoint")
+        if "rope_parameters" in config.values and config.values[LOCAL_BASE] is None:
             expected = "one for layers with a window and another for those without"
-            raise settings.wrong("rope_parameters", expected, "use another checkpoint")
-        windowed = [*self._windowed(settings, num_layers, 6)[:-1], False]
+            raise config.wrong("rope_parameters", expected, "use another checkpoint")
+        windowed = [*self._windowed(config, num_layers, 6)[:-1], False]
         return {
             "window_pattern": self._pattern(windowed),
-            **({"local_rope_theta": settings.number(LOCAL_BASE)} if "rope_parameters" in settings.values else _UNSAID),
+            **({"local_rope_theta": config.number(LOCAL_BASE)} if "rope_parameters" in config.values else _UNSAID),
             "attention_multiplier": 1.0,
-            "embedding_multiplier": settings.whole("hidden_size") ** 0.5,
-            "global_heads": self._global_heads(settings, windowed),
+            "embedding_multiplier": config.whole("hidden_size") ** 0.5,
+            "global_heads": self._global_heads(config, windowed),
             "keeps_network": True,
         }
 
     @staticmethod
-    def _global_heads(settings: Settings, windowed: list[bool]) -> GlobalHeads:
+    def _global_heads(config: ConfigValues, windowed: list[bool]) -> GlobalHeads:
         """Read them as transformers 5.24 writes them, layer by layer, or as it did before."""
-        same, heads = settings.flag("attention_k_eq_v"), settings.whole("num_attention_heads")
-        groups = settings.whole("num_key_value_heads")
-        given = {"head_dim": settings.whole("global_head_dim")}
-        given |= {"num_key_value_heads": settings.values.get("num_global_key_value_heads", groups)} if same else {}
+        same, heads = config.flag("attention_k_eq_v"), config.whole("num_attention_heads")
+        groups = config.whole("num_key_value_heads")
+        given = {"head_dim": config.whole("global_head_dim")}
+        given |= {"num_key_value_heads": config.values.get("num_global_key_value_heads", groups)} if same else {}
         numbers = [str(layer) for layer, sees in enumerate(windowed) if not sees]
-        layers = settings.values.get(_OWN_HEADS, dict.fromkeys(numbers, given))
+        layers = config.values.get(_OWN_HEADS, dict.fromkeys(numbers, given))
         first = layers.get(numbers[-1], {}) if isinstance(layers, dict) else None
         if not isinstance(first, dict) or layers not in ({}, dict.fromkeys(numbers, first)):
-            raise settings.wrong(_OWN_HEADS, f"the same in layers {', '.join(numbers)}, and none in others")
-        inside = Settings(first, f"{settings.where}: {_OWN_HEADS}")
-        groups, head_dim = inside.whole("num_key_value_heads", groups), settings.whole("head_dim")
+            raise config.wrong(_OWN_HEADS, f"the same in layers {', '.join(numbers)}, and none in others")
+        inside = ConfigValues(first, f"{config.where}: {_OWN_HEADS}")
+        groups, head_dim = inside.whole("num_key_value_heads", groups), config.whole("head_dim")
         if heads % groups:
             raise inside.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
         return GlobalHeads(

@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import gemma4, llama
-from nemo_upcycle.models.families.base import ACTIVATIONS, FULL, WINDOW, MoeFamily, Settings
+from nemo_upcycle.models.families.base import ACTIVATIONS, FULL, WINDOW, ConfigValues, MoeFamily
 
 
 _ROUTER = llama.LAYER + "router."
@@ -25,13 +25,13 @@ def _norm(kind: str, number: str = "") -> tuple[str]:
 
 
 class _Gemma4Moe(gemma4.Gemma4, MoeFamily):
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        experts = settings.whole("num_experts")
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        experts = config.whole("num_experts")
         return {
             "num_experts": experts,
-            "top_k": settings.whole("top_k_experts", most=experts),
-            "expert_ffn_size": settings.whole("moe_intermediate_size"),
-            "shared_ffn_size": settings.whole("intermediate_size"),
+            "top_k": config.whole("top_k_experts", most=experts),
+            "expert_ffn_size": config.whole("moe_intermediate_size"),
+            "shared_ffn_size": config.whole("intermediate_size"),
         }
 
     def limits(self, arch: Architecture) -> dict[str, bool]:

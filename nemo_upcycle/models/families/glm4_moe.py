@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama, qwen3
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, Settings, zero_filled
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, ConfigValues, MoeFamily, zero_filled
 from nemo_upcycle.models.families.routed import ROUTED_NAMES
 
 
@@ -16,22 +16,22 @@ _SHARED = _MLP + "shared_experts."
 
 
 class _Glm4Moe(MoeFamily):
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        if settings.values.get("n_group", 1) != 1:
-            raise settings.wrong("n_group", "1", "use a checkpoint whose experts are not chosen by group")
-        zeros, experts = zero_filled(settings), settings.whole("n_routed_experts")
-        width = settings.whole("moe_intermediate_size")
-        shared = settings.whole("n_shared_experts", 1, least=0) * width
-        dense_layers = settings.whole("first_k_dense_replace", 1, least=0, most=num_layers - 1)
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        if config.values.get("n_group", 1) != 1:
+            raise config.wrong("n_group", "1", "use a checkpoint whose experts are not chosen by group")
+        zeros, experts = zero_filled(config), config.whole("n_routed_experts")
+        width = config.whole("moe_intermediate_size")
+        shared = config.whole("n_shared_experts", 1, least=0) * width
+        dense_layers = config.whole("first_k_dense_replace", 1, least=0, most=num_layers - 1)
         return {
             "num_experts": experts,
-            "top_k": settings.whole("num_experts_per_tok", most=experts),
+            "top_k": config.whole("num_experts_per_tok", most=experts),
             "expert_ffn_size": width,
             "shared_ffn_size": 0 if "shared_expert" in zeros else shared,
             "moe_pattern": tuple(layer >= dense_layers for layer in range(num_layers)) if dense_layers else None,
-            "norm_topk": settings.flag("norm_topk_prob"),
+            "norm_topk": config.flag("norm_topk_prob"),
             "router_score": "sigmoid",
-            "routed_scaling_factor": settings.number("routed_scaling_factor"),
+            "routed_scaling_factor": config.number("routed_scaling_factor"),
             "balancing_bias": "balancing_bias" not in zeros,
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import FULL, Family, Settings, multipliers
+from nemo_upcycle.models.families.base import FULL, ConfigValues, Family, multipliers
 from nemo_upcycle.models.families.granite import DEFAULTS
 
 
@@ -14,16 +14,16 @@ _MAMBA = ("chunk_size", "conv_bias", "d_conv", "d_head", "d_state", "expand", "n
 
 
 class _Granite4(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         fix = "use a Granite 4 without Mamba layers and experts, as granite-4.0-micro"
-        if settings.whole("num_local_experts", 8, least=0):
-            raise settings.wrong("num_local_experts", "0", fix)
-        kinds = settings.values.get("layer_types")
+        if config.whole("num_local_experts", 8, least=0):
+            raise config.wrong("num_local_experts", "0", fix)
+        kinds = config.values.get("layer_types")
         if kinds not in (["attention"] * num_layers, [FULL] * num_layers):  # as transformers 4 and 5 call it
-            raise settings.wrong("layer_types", f"{num_layers} times attention" if kinds else "it", fix)
-        if settings.values.get("position_embedding_type") != "rope":
-            raise settings.wrong("position_embedding_type", "rope", fix)
-        return {"ffn_size": settings.whole("shared_intermediate_size", 1024)} | multipliers(settings)
+            raise config.wrong("layer_types", f"{num_layers} times attention" if kinds else "it", fix)
+        if config.values.get("position_embedding_type") != "rope":
+            raise config.wrong("position_embedding_type", "rope", fix)
+        return {"ffn_size": config.whole("shared_intermediate_size", 1024)} | multipliers(config)
 
 
 FAMILY = _Granite4(

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import MoeFamily, Settings
+from nemo_upcycle.models.families.base import ConfigValues, MoeFamily
 from nemo_upcycle.models.families.granite import DEFAULTS
 from nemo_upcycle.models.families.routed import experts_everywhere
 
@@ -23,9 +23,9 @@ NAMES = llama.NAMES | {
 class GraniteMoe(MoeFamily):
     """Classes of Granite's MoE models."""
 
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         """Return the fields of an `Architecture` that describe its experts."""
-        return experts_everywhere(settings, "num_local_experts")
+        return experts_everywhere(config, "num_local_experts")
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
         """See `MoeFamily.limits`."""

@@ -6,14 +6,14 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import granite4, granite_moe
-from nemo_upcycle.models.families.base import Settings
+from nemo_upcycle.models.families.base import ConfigValues
 from nemo_upcycle.models.families.granite import DEFAULTS
 
 
 class _GraniteMoeShared(granite_moe.GraniteMoe):
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        shared = {"shared_ffn_size": settings.whole("shared_intermediate_size", 1024, least=0)}
-        return super().experts(settings, num_layers) | shared
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        shared = {"shared_ffn_size": config.whole("shared_intermediate_size", 1024, least=0)}
+        return super().experts(config, num_layers) | shared
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         return super().expert_settings(arch) | {"shared_intermediate_size": arch.shared_ffn_size}

@@ -8,7 +8,15 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import granite_moe, granite_moe_shared, llama
-from nemo_upcycle.models.families.base import FULL, WINDOW, ZERO_FILLED, MoeFamily, Settings, multipliers, zero_filled
+from nemo_upcycle.models.families.base import (
+    FULL,
+    WINDOW,
+    ZERO_FILLED,
+    ConfigValues,
+    MoeFamily,
+    multipliers,
+    zero_filled,
+)
 from nemo_upcycle.models.families.granite import DEFAULTS
 from nemo_upcycle.models.families.routed import experts_everywhere
 
@@ -21,14 +29,14 @@ _THETAS = "layer_rope_theta"
 
 
 class _GraniteMoeSwa(granite_moe.GraniteMoe):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        windowed = self._windowed(settings, num_layers, every=4, first=0)
-        theta, sees_all = settings.number("rope_theta"), "sliding_window" not in settings.values or not any(windowed)
-        thetas = settings.values.get(_THETAS) or [theta] * num_layers
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        windowed = self._windowed(config, num_layers, every=4, first=0)
+        theta, sees_all = config.number("rope_theta"), "sliding_window" not in config.values or not any(windowed)
+        thetas = config.values.get(_THETAS) or [theta] * num_layers
         if not isinstance(thetas, list) or len(thetas) != num_layers or any(one not in (0, theta) for one in thetas):
-            raise settings.wrong(_THETAS, f"{num_layers} times {theta:g} or 0, one a layer", "use another checkpoint")
-        heads, factors = settings.whole("num_attention_heads"), multipliers(settings)
-        scale = 1 / math.sqrt(settings.whole("head_dim", settings.whole("hidden_size") // heads))
+            raise config.wrong(_THETAS, f"{num_layers} times {theta:g} or 0, one a layer", "use another checkpoint")
+        heads, factors = config.whole("num_attention_heads"), multipliers(config)
+        scale = 1 / math.sqrt(config.whole("head_dim", config.whole("hidden_size") // heads))
         is_plain = factors == dict.fromkeys(factors, 1.0) | {"attention_multiplier": scale}
         return {
             **({} if is_plain else factors),
@@ -36,10 +44,10 @@ class _GraniteMoeSwa(granite_moe.GraniteMoe):
             "rope_pattern": self._pattern(map(bool, thetas)),
         }
 
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        has_no_bias = {"attention_out_bias": False} if "attention_out_bias" in zero_filled(settings) else {}
-        shared = {"shared_ffn_size": settings.whole("shared_intermediate_size", 0, least=0)}
-        return experts_everywhere(settings, "num_local_experts") | shared | has_no_bias
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        has_no_bias = {"attention_out_bias": False} if "attention_out_bias" in zero_filled(config) else {}
+        shared = {"shared_ffn_size": config.whole("shared_intermediate_size", 0, least=0)}
+        return experts_everywhere(config, "num_local_experts") | shared | has_no_bias
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
         return MoeFamily.limits(self, arch) | {

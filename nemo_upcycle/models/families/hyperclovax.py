@@ -6,15 +6,15 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import granite, llama
-from nemo_upcycle.models.families.base import Family, Settings
+from nemo_upcycle.models.families.base import ConfigValues, Family
 
 
 class _HyperClovaX(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        heads, norms = settings.whole("num_attention_heads"), settings.flag("use_post_norm")
-        scale = settings.whole("head_dim", settings.whole("hidden_size") // heads) ** -0.5
-        values = settings.values | {"attention_multiplier": settings.values.get("attention_multiplier", scale)}
-        factors = super().attention(Settings(values, settings.where), num_layers)
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        heads, norms = config.whole("num_attention_heads"), config.flag("use_post_norm")
+        scale = config.whole("head_dim", config.whole("hidden_size") // heads) ** -0.5
+        values = config.values | {"attention_multiplier": config.values.get("attention_multiplier", scale)}
+        factors = super().attention(ConfigValues(values, config.where), num_layers)
         factors["logits_scaling"] = 1 / factors["logits_scaling"]
         is_plain = factors == dict.fromkeys(factors, 1.0) | {"attention_multiplier": scale}
         return {"post_norm": norms} | ({} if is_plain else factors)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 from nemo_upcycle.models.rotary import DYNAMIC
 
 
 class _InternLm3(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        scaling = settings.values["rope_scaling"] or {}  # of a dynamic one, none up to `max_position_embeddings`
-        kept = None if scaling.get("rope_type") == DYNAMIC else settings.values["rope_scaling"]
-        return super().attention(settings, num_layers) | {"rope_scaling": kept}
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        scaling = config.values["rope_scaling"] or {}  # of a dynamic one, none up to `max_position_embeddings`
+        kept = None if scaling.get("rope_type") == DYNAMIC else config.values["rope_scaling"]
+        return super().attention(config, num_layers) | {"rope_scaling": kept}
 
 
 FAMILY = _InternLm3(

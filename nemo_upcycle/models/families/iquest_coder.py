@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
 class _IQuestCoder(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        if "clip_qkv" in settings.values:
-            raise settings.wrong("clip_qkv", "null", "use a checkpoint whose query, key and value are not cut off")
-        return super().attention(settings, num_layers)
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        if "clip_qkv" in config.values:
+            raise config.wrong("clip_qkv", "null", "use a checkpoint whose query, key and value are not cut off")
+        return super().attention(config, num_layers)
 
 
 FAMILY = _IQuestCoder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
 #: Among the settings of its rotary embedding, what is not of it: how scores grow, and how long sequences may be.
@@ -13,12 +13,12 @@ _GROWTH, _BEGINS = "llama_4_scaling_beta", "original_max_position_embeddings"
 
 
 class _Ministral3(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        scaling = settings.values["rope_scaling"] or {}
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        scaling = config.values["rope_scaling"] or {}
         if scaling.get("rope_type") != "yarn" or not isinstance(scaling.get(_BEGINS), int):
-            raise settings.wrong("rope_scaling", f"yarn, with {_BEGINS}")
+            raise config.wrong("rope_scaling", f"yarn, with {_BEGINS}")
         others = (_GROWTH, "max_position_embeddings")
-        return super().attention(settings, num_layers) | {
+        return super().attention(config, num_layers) | {
             "rope_scaling": {name: value for name, value in scaling.items() if name not in others},
             "max_positions": scaling[_BEGINS],
         }

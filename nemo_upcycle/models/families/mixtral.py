@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, MoeFamily
 from nemo_upcycle.models.families.routed import experts_everywhere
 
 
@@ -15,8 +15,8 @@ _EXPERT = _MOE + "experts.{expert}."
 
 
 class _Mixtral(MoeFamily):
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        return experts_everywhere(settings, "num_local_experts")
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        return experts_everywhere(config, "num_local_experts")
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
         return super().limits(arch) | {

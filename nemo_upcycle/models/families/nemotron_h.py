@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.models.architecture_parts import MambaLayers
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
 _LAYER = "backbone.layers.{layer}."
@@ -24,24 +24,24 @@ _FIXED = {
 
 
 class _NemotronH(Family):
-    def mamba(self, settings: Settings) -> MambaLayers:
-        pattern = _pattern(settings.values)
+    def mamba(self, config: ConfigValues) -> MambaLayers:
+        pattern = _pattern(config.values)
         if "M" not in pattern or not set(pattern) <= {*_KINDS.values()}:
-            raise settings.wrong(
-                "hybrid_override_pattern" if "layers_block_type" not in settings.values else "layers_block_type",
+            raise config.wrong(
+                "hybrid_override_pattern" if "layers_block_type" not in config.values else "layers_block_type",
                 "Mamba-2 layers (M), attention (*) and networks (-)",
                 "use a checkpoint of this class that has no others",
             )
-        limit = settings.values.get("time_step_limit", [])
+        limit = config.values.get("time_step_limit", [])
         if isinstance(limit, list) and any(isinstance(step, float) and 0 < step < 1e300 for step in limit):
-            raise settings.wrong("time_step_limit", "none: Megatron-Core has none", "use another checkpoint")
+            raise config.wrong("time_step_limit", "none: Megatron-Core has none", "use another checkpoint")
         for key, value in _FIXED.items():
-            if settings.values.get(key, value) != value:
-                raise settings.wrong(key, f"{value}, as Megatron-Core's layers have it", "use another checkpoint")
+            if config.values.get(key, value) != value:
+                raise config.wrong(key, f"{value}, as Megatron-Core's layers have it", "use another checkpoint")
         sizes = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
-        heads, head_dim, groups, state_size = (settings.whole(name) for name in sizes)
+        heads, head_dim, groups, state_size = (config.whole(name) for name in sizes)
         if heads % groups:
-            raise settings.wrong("n_groups", f"a divisor of mamba_num_heads ({heads})")
+            raise config.wrong("n_groups", f"a divisor of mamba_num_heads ({heads})")
         return MambaLayers(
             pattern=pattern,
             num_heads=heads,

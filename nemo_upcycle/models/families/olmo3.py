@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import olmo2
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, LOCAL_BASE, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, LOCAL_BASE, ConfigValues, Family
 
 
 class _Olmo3(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        windowed = self._windowed(settings, num_layers, every=4)
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        windowed = self._windowed(config, num_layers, every=4)
         if not any(windowed):
             return {"sliding_window": None}
-        base = settings.number(LOCAL_BASE if settings.values[LOCAL_BASE] else "rope_theta")
-        own = base if settings.values["rope_scaling"] or base != settings.number("rope_theta") else None
+        base = config.number(LOCAL_BASE if config.values[LOCAL_BASE] else "rope_theta")
+        own = base if config.values["rope_scaling"] or base != config.number("rope_theta") else None
         return {"window_pattern": self._pattern(windowed), "local_rope_theta": own}
 
 

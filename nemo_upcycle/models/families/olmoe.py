@@ -7,16 +7,16 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import qwen3
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues
 from nemo_upcycle.models.families.flex_olmo import FlexOlmo
 from nemo_upcycle.models.families.routed import ROUTED_NAMES
 
 
 class _Olmoe(FlexOlmo):
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        if "clip_qkv" in settings.values:
-            raise settings.wrong("clip_qkv", "null", "use a checkpoint whose query, key and value are not cut off")
-        return super().experts(settings, num_layers)
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        if "clip_qkv" in config.values:
+            raise config.wrong("clip_qkv", "null", "use a checkpoint whose query, key and value are not cut off")
+        return super().experts(config, num_layers)
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
         yield "vLLM, SGLang, llama.cpp: none of them was run with this class"

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, Settings, zero_filled
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, ConfigValues, zero_filled
 from nemo_upcycle.models.families.routed import ROUTED_NAMES, RoutedFamily
 
 
@@ -27,15 +27,15 @@ class Qwen2Moe(RoutedFamily):
         """Whether query, key and value always have biases."""
         return bool(self.defaults.get("qkv_bias"))
 
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         """See `Family.experts`."""
-        shared = settings.whole("shared_expert_intermediate_size", 0, least=0)
-        zeros = zero_filled(settings)
+        shared = config.whole("shared_expert_intermediate_size", 0, least=0)
+        zeros = zero_filled(config)
         shared = 0 if "shared_expert" in zeros else shared
-        return super().experts(settings, num_layers) | {
+        return super().experts(config, num_layers) | {
             "shared_ffn_size": shared,
             "shared_gate": shared > 0 and "shared_gate" not in zeros,
-            "qkv_bias": settings.flag("qkv_bias") and "qkv_bias" not in zeros,
+            "qkv_bias": config.flag("qkv_bias") and "qkv_bias" not in zeros,
         }
 
     def limits(self, arch: Architecture) -> dict[str, bool]:

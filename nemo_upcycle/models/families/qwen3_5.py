@@ -7,7 +7,7 @@ from typing import Any
 from nemo_upcycle.models.architecture_parts import DeltaLayers
 from nemo_upcycle.models.delta_nets import DELTA_SIZES
 from nemo_upcycle.models.families import llama, qwen3
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, FULL, ConfigValues, Family
 
 
 #: What `layer_types` calls layers with a gated delta net.
@@ -39,31 +39,31 @@ DEFAULTS = COMMON_DEFAULTS | {
 OFFSETS = {"delta_norm": 1.0}
 
 
-def attention(settings: Settings, kinds: list[str] | None, num_layers: int) -> dict[str, Any]:
+def attention(config: ConfigValues, kinds: list[str] | None, num_layers: int) -> dict[str, Any]:
     """Return the fields of an `Architecture` in which the layers of these classes are not Llama's.
 
     Args:
-        settings: values of the class's `config.json`.
+        config: values of the class's `config.json`.
         kinds: how each layer mixes tokens; None where the file does not say it.
         num_layers: L.
 
     Raises:
         CheckpointError: settings are missing or contradict each other.
     """
-    if settings.values.get("attn_output_gate", True) is not True:
-        raise settings.wrong("attn_output_gate", "true or nothing: the class always has this gate")
-    interval = settings.whole("full_attention_interval")
+    if config.values.get("attn_output_gate", True) is not True:
+        raise config.wrong("attn_output_gate", "true or nothing: the class always has this gate")
+    interval = config.whole("full_attention_interval")
     kinds = kinds or [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(num_layers)]
-    sizes = {name: settings.whole(setting) for name, setting in DELTA_SIZES.items()}
+    sizes = {name: config.whole(setting) for name, setting in DELTA_SIZES.items()}
     nets = DeltaLayers(pattern=tuple(kind == LINEAR for kind in kinds), **sizes)
     if nets.num_value_heads % nets.num_key_heads:
-        raise settings.wrong("linear_num_value_heads", f"a multiple of linear_num_key_heads ({nets.num_key_heads})")
+        raise config.wrong("linear_num_value_heads", f"a multiple of linear_num_key_heads ({nets.num_key_heads})")
     return {"output_gate": True, "delta": nets if any(nets.pattern) else None}
 
 
 class _Qwen35(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        return attention(settings, self._layer_types(settings, num_layers, (LINEAR, FULL)), num_layers)
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        return attention(config, self._layer_types(config, num_layers, (LINEAR, FULL)), num_layers)
 
 
 FAMILY = _Qwen35(

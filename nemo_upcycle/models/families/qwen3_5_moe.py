@@ -8,13 +8,13 @@ from typing import Any
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.delta_nets import DELTA_SIZES
 from nemo_upcycle.models.families import qwen2_moe, qwen3_5
-from nemo_upcycle.models.families.base import FULL, MoeFamily, Settings
+from nemo_upcycle.models.families.base import FULL, ConfigValues, MoeFamily
 
 
 class _Qwen35Moe(qwen2_moe.Qwen2Moe):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        kinds = self._layer_types(settings, num_layers, (qwen3_5.LINEAR, FULL))
-        return qwen3_5.attention(settings, kinds, num_layers)
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        kinds = self._layer_types(config, num_layers, (qwen3_5.LINEAR, FULL))
+        return qwen3_5.attention(config, kinds, num_layers)
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
         return MoeFamily.limits(self, arch) | {

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import MoeFamily, Settings
+from nemo_upcycle.models.families.base import ConfigValues, MoeFamily
 
 
 _MLP = llama.LAYER + "mlp."
@@ -22,37 +22,37 @@ ROUTED_NAMES = {
 }
 
 
-def experts_everywhere(settings: Settings, count: str) -> dict[str, Any]:
+def experts_everywhere(config: ConfigValues, count: str) -> dict[str, Any]:
     """Return the fields of an `Architecture` of classes like Mixtral: experts in every layer, of dense width.
 
     Args:
-        settings: the class's.
+        config: values of the class's `config.json`.
         count: what it calls the number of experts.
     """
-    experts = settings.whole(count)
+    experts = config.whole(count)
     return {
         "num_experts": experts,
-        "top_k": settings.whole("num_experts_per_tok", most=experts),
-        "expert_ffn_size": settings.whole("intermediate_size"),
+        "top_k": config.whole("num_experts_per_tok", most=experts),
+        "expert_ffn_size": config.whole("intermediate_size"),
     }
 
 
 class RoutedFamily(MoeFamily):
     """Qwen's MoE classes: the same settings of routed experts, and the same servers that go wrong."""
 
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         """Return the fields of an `Architecture` that describe routed experts."""
-        step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
+        step, dense = config.whole("decoder_sparse_step", 1), config.values.get("mlp_only_layers", [])
         if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
-            raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {num_layers - 1}")
-        experts = settings.whole("num_experts")
+            raise config.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {num_layers - 1}")
+        experts = config.whole("num_experts")
         pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
         return {
             "num_experts": experts,
-            "top_k": settings.whole("num_experts_per_tok", most=experts),
-            "expert_ffn_size": settings.whole("moe_intermediate_size"),
+            "top_k": config.whole("num_experts_per_tok", most=experts),
+            "expert_ffn_size": config.whole("moe_intermediate_size"),
             "moe_pattern": None if all(pattern) else pattern,
-            "norm_topk": settings.flag("norm_topk_prob"),
+            "norm_topk": config.flag("norm_topk_prob"),
         }
 
     def caveats(self, arch: Architecture) -> Iterator[str]:

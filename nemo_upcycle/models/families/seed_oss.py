@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
 class _SeedOss(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        return super().attention(settings, num_layers) | {"attention_out_bias": settings.flag("attention_out_bias")}
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        return super().attention(config, num_layers) | {"attention_out_bias": config.flag("attention_out_bias")}
 
 
 FAMILY = _SeedOss(

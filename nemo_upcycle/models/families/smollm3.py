@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ConfigValues, Family
 
 
 class _SmolLm3(Family):
-    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        said = settings.values.get("no_rope_layers")  # one where there are positions
+    def attention(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
+        said = config.values.get("no_rope_layers")  # one where there are positions
         if said is None:
-            every = settings.whole("no_rope_layer_interval", 4)
+            every = config.whole("no_rope_layer_interval", 4)
             said = [int((layer + 1) % every != 0) for layer in range(num_layers)]
         if not isinstance(said, list) or len(said) != num_layers or any(turns not in (0, 1) for turns in said):
-            raise settings.wrong("no_rope_layers", f"{num_layers} times 0 or 1, one a layer")
-        return super().attention(settings, num_layers) | {"rope_pattern": self._pattern(map(bool, said))}
+            raise config.wrong("no_rope_layers", f"{num_layers} times 0 or 1, one a layer")
+        return super().attention(config, num_layers) | {"rope_pattern": self._pattern(map(bool, said))}
 
 
 FAMILY = _SmolLm3(

@@ -17,7 +17,7 @@ from nemo_upcycle.pipeline.checks import Findings, OwnChecks, check_detach, chec
 from nemo_upcycle.pipeline.context import PipelineContext, entrypoint
 from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
-from nemo_upcycle.pipeline.executors.settings import cluster_for
+from nemo_upcycle.pipeline.executors.site_file import cluster_for
 from nemo_upcycle.pipeline.launch import absolute_argument, launch
 from nemo_upcycle.pipeline.order import require_outputs
 from nemo_upcycle.pipeline.run_here import check_at_once

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_upcycle.errors import UpcycleError, failures
 from nemo_upcycle.pipeline.executors.jobs import Job, JobState, SaveLimit
-from nemo_upcycle.pipeline.executors.performance import settings_for
+from nemo_upcycle.pipeline.executors.performance import performance_settings
 from nemo_upcycle.planning.hardware import gpu_names
 from nemo_upcycle.utils.masking import masked, masked_text, write_private
 from nemo_upcycle.utils.validation import check_number
@@ -185,7 +185,7 @@ class Cluster(ABC):
             UpcycleError: the site changes one that does not exist.
         """
         mine = self.settings_for(job.name)
-        found = settings_for(
+        found = performance_settings(
             job,
             getattr(mine, "card", USUAL_CARD),
             scheduler=self.performance_part,

@@ -10,7 +10,7 @@ from nemo_upcycle.data.environment import VARIABLE
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import MISSING
 from nemo_upcycle.pipeline.executors.jobs import Job
-from nemo_upcycle.pipeline.executors.settings import read_executor
+from nemo_upcycle.pipeline.executors.site_file import read_executor
 from nemo_upcycle.pipeline.executors.slurm import REQUIRED, SlurmScheduler, StagedSlurmExecutor
 from nemo_upcycle.pipeline.executors.slurm_script import missing_mounts
 

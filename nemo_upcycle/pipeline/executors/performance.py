@@ -38,7 +38,7 @@ def names() -> set[str]:
     return {row["name"] for part in (ENVIRONMENT, SLURM) for row in table()[part]}
 
 
-def settings_for(
+def performance_settings(
     job: Job,
     card: str,
     *,
@@ -128,12 +128,12 @@ def bound(found: Mapping[str, str]) -> list[str]:
     return ["bash", "-c", _BIND % (per_node, per_node), "bash"] if per_node else []
 
 
-def settings_here(job: Job) -> dict[str, str]:
+def performance_settings_here(job: Job) -> dict[str, str]:
     """Return the variables of a training on this machine that its environment does not set; none without a GPU."""
     if not torch.cuda.is_available() or getattr(job.profile, "accelerator", "auto") == "cpu":
         return {}
     words = re.split(r"[^a-z0-9]+", torch.cuda.get_device_name(0).lower())
-    found = settings_for(job, next((card for card in table()["cards"] if card in words), ""))
+    found = performance_settings(job, next((card for card in table()["cards"] if card in words), ""))
     return {name: value for name, value in found.items() if name not in os.environ}
 
 

@@ -12,7 +12,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.executors.base import USUAL_CARD, asks_for_gpus
 from nemo_upcycle.planning.hardware import Gpu, gpu_of_device, known_gpu
 from nemo_upcycle.planning.memory import GIB
-from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout
+from nemo_upcycle.planning.search import LayoutEstimate, PlanRequest, evaluate_layout
 from nemo_upcycle.planning.workload import USUAL_IMBALANCE, Workload
 from nemo_upcycle.trainers.facts import TrainingFacts
 
@@ -43,7 +43,7 @@ def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str
     return known_gpu(name or USUAL_CARD), "as the executor says" if name else "assumed"
 
 
-def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
+def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[LayoutEstimate, LayoutEstimate]:
     """Return the plan of a training in its first steps, and in all others; mostly they are the same.
 
     Args:

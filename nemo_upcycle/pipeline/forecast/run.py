@@ -11,7 +11,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.data_stage import data_folder_of
 from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.jobs import Job
-from nemo_upcycle.pipeline.executors.performance import settings_here
+from nemo_upcycle.pipeline.executors.performance import performance_settings_here
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast, forecast_network
 from nemo_upcycle.pipeline.forecast.stages import TIME, StageForecast, forecast_stages
@@ -133,7 +133,7 @@ def forecast(
     disk = forecast_disk(
         run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back, is_here=cluster is None
     )
-    performance_of = cluster.performance if cluster else settings_here
+    performance_of = cluster.performance if cluster else performance_settings_here
     performance = {stage.name: performance_of(by_name[stage.name]) for stage in trained}
     running = [stage for stage, found in zip(stages, stage_forecasts, strict=True) if found.runs]
     network = forecast_network(running, plan, cluster, by_name, facts)

@@ -14,7 +14,7 @@ from nemo_upcycle.pipeline.forecast.recipe_to_plan import gpu_of_training, plans
 from nemo_upcycle.pipeline.forecast.stages import TIME, StageForecast, State
 from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.memory import GIB
-from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.planning.search import LayoutEstimate
 from nemo_upcycle.trainers.facts import TrainingFacts
 from nemo_upcycle.utils.validation import check_number
 
@@ -44,8 +44,8 @@ class TrainingForecast:
     facts: TrainingFacts
     gpu: Gpu | None
     gpu_origin: str
-    first: Plan | None
-    later: Plan | None
+    first: LayoutEstimate | None
+    later: LayoutEstimate | None
     no_plan: str
     price: float | None
     limit_s: float | None
@@ -63,7 +63,7 @@ class TrainingForecast:
         return 0 if finding.state is State.DONE else max(0, self.facts.steps - finding.steps_done)
 
     @property
-    def fullest(self) -> Plan | None:
+    def fullest(self) -> LayoutEstimate | None:
         """The plan of the steps that need most memory."""
         return max((plan for plan in (self.first, self.later) if plan), key=lambda p: p.memory.total, default=None)
 
@@ -179,7 +179,7 @@ def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any 
     write_gib_s = getattr(executor, "write_gib_s", USUAL_GIB_S)
     check_number("run.executor.write_gib_s", write_gib_s, 0.001)
     gpu, gpu_origin = gpu_of_training(facts.profile.accelerator, executor, stage.resources)
-    plans: tuple[Plan | None, Plan | None] = None, None
+    plans: tuple[LayoutEstimate | None, LayoutEstimate | None] = None, None
     no_plan = "" if gpu else gpu_origin
     if gpu:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.recipe_table import KnownRecipe
-from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.planning.search import LayoutEstimate
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.trainers.commands import Commands, parallelism, recomputation, steps_of
 
@@ -48,7 +48,7 @@ class BridgeCommands(Commands):
         is_fp32 = work.gradients == "fp32"
         return "" if is_fp32 else f"No recipe for Bridge sums gradients in {work.gradients}, only in fp32"
 
-    def command(self, recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:
+    def command(self, recipe: KnownRecipe, plan: LayoutEstimate, dense: str | None = None) -> str:
         """See `Commands.command`."""
         layout, work = plan.layout, plan.work
         model: dict[str, Any] = parallelism(layout, True) | {

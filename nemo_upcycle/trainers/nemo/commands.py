@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE
 from nemo_upcycle.planning.recipe_table import KnownRecipe
-from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.planning.search import LayoutEstimate
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.trainers.commands import FP8_RECIPES, Commands, parallelism, recomputation, steps_of
 
@@ -26,7 +26,7 @@ class NeMoCommands(Commands):
         title = {"hybridep": "HybridEP", "ncclep": "NCCL EP"}.get(work.dispatcher)
         return f"NeMo 2.7 has no {title} (--backend bridge has it)" if title else ""
 
-    def command(self, recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:
+    def command(self, recipe: KnownRecipe, plan: LayoutEstimate, dense: str | None = None) -> str:
         """See `Commands.command`; what a step works on needs no setting where it is the recipe's own."""
         layout, work, defaults, upcycled = plan.layout, plan.work, recipe.defaults, recipe.spec is not None
         per_node, steps = layout.node_gpus(plan.request.gpu.per_node), steps_of(plan)

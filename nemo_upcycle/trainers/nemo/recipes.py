@@ -44,16 +44,16 @@ def load_recipe(text: str) -> run.Partial:
         return ZlibJSONSerializer().deserialize(text)
 
 
-def settings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def every_setting(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Yield every setting of a configuration as its path and its value in YAML, in the order of its arguments."""
     if isinstance(value, fdl.Buildable):
         target = value.__fn_or_cls__
         yield f"{path}.is" if path else "is", f"{target.__module__}.{target.__qualname__}"
         for name, inner in value.__arguments__.items():
-            yield from settings(inner, f"{path}.{name}" if path else name)
+            yield from every_setting(inner, f"{path}.{name}" if path else name)
     elif isinstance(value, (list, tuple)) and any(isinstance(item, fdl.Buildable) for item in value):
         for number, item in enumerate(value):
-            yield from settings(item, f"{path}.{number}")
+            yield from every_setting(item, f"{path}.{number}")
     else:
         yield path, _plain(value)
 
@@ -105,7 +105,7 @@ def placed_settings(recipe: run.Partial) -> list[str]:
     """Name the settings of a recipe that a run replaces, or that would let a stage lose its own checkpoints."""
     placed = copy.deepcopy(recipe)
     place_recipe(placed, Path("STAGE"), Path("DENSE"), Path("DATA"))
-    given, after = dict(settings(recipe)), dict(settings(placed))
+    given, after = dict(every_setting(recipe)), dict(every_setting(placed))
     return [name for name, value in given.items() if name in _OF_THE_RUN or after.get(name) != value]
 
 
@@ -117,7 +117,7 @@ def ignored_settings(recipe: run.Partial, usual: run.Partial, where: str = "") -
         usual: the same recipe without settings of `PLACED_PARTS`.
         where: prefix of its overrides, for the text of errors.
     """
-    given, before = dict(settings(recipe)), dict(settings(usual))
+    given, before = dict(every_setting(recipe)), dict(every_setting(usual))
     for name in placed_settings(recipe):
         if given[name] != before.get(name):
             expected, fix = _DECIDES[name.partition(".")[0]]

@@ -32,7 +32,14 @@ from nemo_upcycle.trainers.nemo.checks import (
     ranks_of,
     reads_chat,
 )
-from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, recipe_spec, settings, train_on
+from nemo_upcycle.trainers.nemo.recipes import (
+    every_setting,
+    load_recipe,
+    model_config,
+    place_recipe,
+    recipe_spec,
+    train_on,
+)
 from nemo_upcycle.trainers.run_calibration import with_calibration
 from nemo_upcycle.trainers.settings import FP8_RECIPE, LR, SAVE_EVERY, WARMUP, all_wrong, setting, shown_settings
 from nemo_upcycle.utils.console import is_verbose
@@ -83,13 +90,13 @@ class NeMoTraining(Training):
     @property
     def script(self) -> str | None:
         """See `Training.script`."""
-        if any(value.startswith("__main__.") for _, value in settings(self.recipe)):
+        if any(value.startswith("__main__.") for _, value in every_setting(self.recipe)):
             return str(Path(sys.modules["__main__"].__file__ or "").absolute())
         return None
 
     def named_settings(self) -> dict[str, str]:
         """See `Training.named_settings`."""
-        return dict(settings(self.recipe))
+        return dict(every_setting(self.recipe))
 
     def facts(self, parent: Parent) -> TrainingFacts:
         """See `Training.facts`: a recipe says all but the vocabulary of an unknown parent."""

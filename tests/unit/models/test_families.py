@@ -19,7 +19,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models import families
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import MoeFamily, llama
-from nemo_upcycle.models.families.base import Settings
+from nemo_upcycle.models.families.base import ConfigValues
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from tests.families import registered
@@ -36,13 +36,13 @@ class _Target(MoeFamily):
         if arch.shared_ffn_size:
             yield "shared experts"
 
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+    def experts(self, config: ConfigValues, num_layers: int) -> dict[str, Any]:
         return {
-            "num_experts": settings.whole("pool"),
-            "top_k": settings.whole("num_experts_per_tok"),
-            "expert_ffn_size": settings.whole("expert_size"),
+            "num_experts": config.whole("pool"),
+            "top_k": config.whole("num_experts_per_tok"),
+            "expert_ffn_size": config.whole("expert_size"),
             "router_score": "sigmoid",
-            "routed_scaling_factor": settings.number("scale"),
+            "routed_scaling_factor": config.number("scale"),
             "moe_pattern": (True, *[False] * (num_layers - 1)),
         }
 

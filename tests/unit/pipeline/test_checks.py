@@ -12,7 +12,7 @@ import pytest
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.checks import check_demo_data, check_run, check_started
 from nemo_upcycle.pipeline.executors.base import Cluster
-from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
+from nemo_upcycle.pipeline.executors.site_file import cluster_for, read_executor
 from nemo_upcycle.pipeline.stage_jobs import jobs_of
 from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.trainers.bridge.training import BridgeTraining

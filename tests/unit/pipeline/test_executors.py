@@ -10,7 +10,7 @@ import pytest
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.jobs import Job
-from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
+from nemo_upcycle.pipeline.executors.site_file import cluster_for, read_executor
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.jobs import Job
-from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
+from nemo_upcycle.pipeline.executors.site_file import cluster_for, read_executor
 from nemo_upcycle.pipeline.forecast.network import forecast_network
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of, plans_of
 from nemo_upcycle.pipeline.forecast.run import TYPED, check_space

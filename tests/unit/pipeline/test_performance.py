@@ -16,7 +16,7 @@ import torch
 
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.jobs import Job
-from nemo_upcycle.pipeline.executors.performance import ENVIRONMENT, SLURM, settings_for
+from nemo_upcycle.pipeline.executors.performance import ENVIRONMENT, SLURM, performance_settings
 from nemo_upcycle.trainers.facts import Profile
 from tests.unit.pipeline.test_executors import script_of
 
@@ -66,7 +66,7 @@ QUEUES, MARGIN, SEGMENTS = "CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_FWD_LAYERNORM_SM
     ],
 )
 def test_settings_follow_card_and_layout(profile: Profile | None, card: str, name: str, expected: str | None) -> None:
-    assert settings_for(_job(profile), card).get(name) == expected
+    assert performance_settings(_job(profile), card).get(name) == expected
 
 
 def test_what_does_not_train_on_gpus_has_none() -> None:
@@ -120,14 +120,14 @@ def test_a_rank_is_bound_near_its_gpu_or_unbound(numactl: str | None, expected: 
 
 def test_this_machine_gets_what_its_environment_lacks_or_none_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert performance.settings_here(_job()) == {}
+    assert performance.performance_settings_here(_job()) == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GB200")
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
-    found = performance.variables(performance.settings_here(_job()))
+    found = performance.variables(performance.performance_settings_here(_job()))
     assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
     assert "NCCL_NVLS_ENABLE" not in found
-    assert performance.settings_here(_job(replace(MOE, accelerator="cpu"))) == {}
+    assert performance.performance_settings_here(_job(replace(MOE, accelerator="cpu"))) == {}
 
 
 def test_a_profile_is_what_megatrons_settings_say() -> None:

@@ -17,7 +17,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.memory import worst_memory
-from nemo_upcycle.planning.parameters import StagePlan
+from nemo_upcycle.planning.parameters import StageBuffers
 from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.recipes import known_recipe
@@ -93,7 +93,7 @@ def _allocated(arch: Architecture, layout: Layout, gradients: str) -> tuple[int,
     return *allocated_bytes(chunks, gradients), sum(parameter.numel() for _, parameter in named), experts
 
 
-def _optimizer_bytes(plan: StagePlan, layout: Layout, rank: int) -> int:
+def _optimizer_bytes(plan: StageBuffers, layout: Layout, rank: int) -> int:
     ranks = group_ranks(layout, rank)
     return plan.optimizer_bytes(ranks.dp * layout.cp + ranks.cp, ranks.expert_dp)
 
@@ -108,7 +108,7 @@ def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int, gradie
     for rank in _ranks(layout):
         with megatron_rank(layout, rank) as ranks:
             got = _allocated(arch, layout, gradients)
-        plan = StagePlan(arch, layout, replace(WORK, gradients=gradients), group_ranks(layout, rank).pp)
+        plan = StageBuffers(arch, layout, replace(WORK, gradients=gradients), group_ranks(layout, rank).pp)
         optimizer = _optimizer_bytes(plan, layout, rank)
         planned = (plan.weights_bytes, plan.gradients_bytes, optimizer, plan.params, plan.expert_params)
         assert got == planned, (rank, ranks)

@@ -11,7 +11,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.memory import GIB, Memory, in_flight, layer_bytes, stage_memory, worst_memory
-from nemo_upcycle.planning.parameters import StagePlan
+from nemo_upcycle.planning.parameters import StageBuffers
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.recipes import known_recipe
 from nemo_upcycle.spec import UpcycleSpec
@@ -30,7 +30,7 @@ WORK = Workload(seq_length=8192, global_batch=512, capacity_factor=1.0, pad=True
 def test_model_states_by_hand(text: str, gpus: int, gib: float) -> None:
     """6 + 12 / shards bytes for each parameter of the worst stage."""
     layout = parse_layout(text, gpus)
-    stages = (StagePlan(LLAMA, layout, WORK, stage) for stage in range(layout.pp))
+    stages = (StageBuffers(LLAMA, layout, WORK, stage) for stage in range(layout.pp))
     worst = max(plan.weights_bytes + plan.gradients_bytes + plan.optimizer_bytes() for plan in stages)
     assert worst / GIB == pytest.approx(gib, abs=0.06)
 
@@ -38,7 +38,7 @@ def test_model_states_by_hand(text: str, gpus: int, gib: float) -> None:
 def test_muon_keeps_one_moment_of_matrices() -> None:
     """Of a rank that shares nothing 8 bytes for a matrix of a layer, 12 for all else; `tests/bridge` asks Megatron."""
     others = 2 * LLAMA.vocab_size * LLAMA.hidden_size + (2 * LLAMA.num_layers + 1) * LLAMA.hidden_size
-    whole = StagePlan(LLAMA, parse_layout("ep=8", 8), replace(WORK, optimizer="muon"), 0)
+    whole = StageBuffers(LLAMA, parse_layout("ep=8", 8), replace(WORK, optimizer="muon"), 0)
     assert whole.optimizer_bytes() == 8 * whole.params + 4 * others
     assert whole.weights_bytes == 2 * whole.params
 
@@ -58,7 +58,7 @@ def test_activations_of_a_mamba_mixer_by_hand() -> None:
 def test_the_ranks_together_hold_every_parameter_once(arch: Architecture, text: str, gpus: int) -> None:
     layout, held = parse_layout(text, gpus), 0
     for stage in range(layout.pp):
-        plan = StagePlan(arch, layout, WORK, stage)
+        plan = StageBuffers(arch, layout, WORK, stage)
         held += layout.ep * plan.expert_params
         for param in (param for chunk in plan.chunks for param in chunk if not param.mapping.is_expert):
             role = param.mapping.role

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nemo_upcycle.evaluation.arms import (
+from nemo_upcycle.evaluation.grid_statistics import (
     ONE_SEED,
     better_from,
     difference_of_arms,
