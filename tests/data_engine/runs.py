@@ -30,7 +30,7 @@ def execute(plan_path: Path, library: str = FASTOKENS) -> Path:
     """Run the stages in this process, and return the folder of the output."""
     plan = load_plan(plan_path.resolve())
     for stage in stages(plan, library):
-        runs = executor(plan, stage, RunOn(), Path(sys.prefix))
+        runs = executor(plan, stage, RunOn())
         for rank in range(stage.tasks):
             runs._run_for_rank(rank)
     return plan.folder

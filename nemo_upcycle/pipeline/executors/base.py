@@ -47,7 +47,7 @@ def is_local(executor: Any) -> bool:
 
 
 class Cluster(ABC):
-    """A scheduler that runs jobs; one subclass an executor, in one file, and a line in `settings.CLUSTERS`.
+    """A scheduler that runs jobs; one subclass an executor, in one file, and a line in `site_file.CLUSTERS`.
 
     Args:
         executor: the user's settings, common to all stages.
