@@ -31,6 +31,9 @@ REFUSALS = {
     "llama.cpp: they do not know this class": "is not supported",
 }
 
+#: Parents that llama.cpp does not convert; their MoE it does.
+UNCONVERTED = ("Granite 4",)
+
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,6 +60,10 @@ def wanted(parents: Parents, tmp_path_factory: pytest.TempPathFactory) -> Tokens
 
     @cache
     def tokens(parent: str, tied: bool, dtype: str) -> list[int]:
+        if parent in UNCONVERTED:
+            if dtype != "f32":
+                pytest.skip("llama.cpp does not convert this parent, and transformers rounds in other places")
+            return continuation(load_model(parents[parent, tied], dtype=torch.float32).eval(), PROMPT)[0]
         dense, file = parents[parent, tied], tmp_path_factory.mktemp("gguf") / "dense.gguf"
         found = greedy(dense, file, dtype, PROMPT, COUNT)
         if dtype == "f32":
