@@ -73,6 +73,7 @@ class Branches:
     def _check(self, source: DenseSource) -> None:
         first, mine, other = self._sources[0], self.architecture, source.architecture
         names = [field.name for field in fields(mine) if field.name not in _MAY_DIFFER]
+        names.sort(key=lambda name: name != "hf_class")  # it explains the others
         pairs = [(name, getattr(mine, name), getattr(other, name)) for name in names]
         if differing := [pair for pair in pairs if pair[1] != pair[2]]:
             raise self._differ(source, *differing[0])
