@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle import init  # noqa: F401 - init methods and routers register the names that a spec checks
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.checkout import explain_missing_parts
 

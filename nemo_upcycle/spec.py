@@ -2,6 +2,7 @@
 
 # No postponed annotations: NeMo-Run reads those of the fields, for overrides on the command line.
 
+import importlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -390,3 +391,7 @@ def _layers(value: str | Sequence[int]) -> str:
     if not is_list or not numbers:
         raise SpecError(field="moe_layers", got=value, expected="layer numbers from 0", fix="set <moe_layers>=0,2,4")
     return ",".join(str(number) for number in sorted(set(numbers)))
+
+
+# A spec checks its names, which stand in the room above: whoever imports this module knows them.
+importlib.import_module("nemo_upcycle.init")
