@@ -110,6 +110,9 @@ def write_granite4(folder: Path, *, tied: bool = True, layers: int = 2, **change
     changes = {"intermediate_size": 96} | GRANITE | changes
     changes |= {"shared_intermediate_size": changes.pop("intermediate_size"), "intermediate_size": 32}
     changes |= {"head_dim": None, "pad_token_id": 0, "num_local_experts": 0, "mamba_n_heads": 1}
+    changes |= {
+        "num_experts_per_tok": 0
+    }  # as granite-4.0-micro has it: llama.cpp takes others for models with experts
     changes |= {"position_embedding_type": "rope", "layer_types": ["attention"] * layers}
     write_class("GraniteMoeHybrid", folder, tied=tied, layers=layers, **changes)
     config = json.loads((folder / "config.json").read_text())
