@@ -42,7 +42,7 @@ def laptop() -> GridPlan:
     return read_grid("laptop")
 
 
-def test_grid_statistics_of_a_seed_read_data_in_one_order(laptop: GridPlan) -> None:
+def test_arms_of_a_seed_read_data_in_one_order(laptop: GridPlan) -> None:
     """The dense ones, too: a difference would else be one of other texts."""
     one, two = (load_recipe(laptop.cells[f"moe-seed{seed}"]) for seed in (1, 2))
     assert (one.resume.restore_config.spec.seed, two.resume.restore_config.spec.seed) == (1, 2)
@@ -142,7 +142,7 @@ def test_the_papers_grid_takes_the_papers_blend() -> None:
 
 
 @pytest.mark.parametrize("name", ["routers", "fp8"])
-def test_grid_statistics_differ_from_their_references_in_what_their_grid_is_about(name: str) -> None:
+def test_arms_differ_from_references_in_what_their_grid_is_about(name: str) -> None:
     plan = read_grid(name)
     recipes, references = of_seed_1(plan), plan.described["references"]
     for arm, reference in references.items():

@@ -96,7 +96,7 @@ def tokens_of(points: list[dict[str, Any]]) -> list[int]:
     return [point["tokens"] for point in points]
 
 
-def test_grid_statistics_are_compared_after_equal_tokens_and_with_equal_flops(run_dir: Path) -> None:
+def test_arms_are_compared_after_equal_tokens_and_with_equal_flops(run_dir: Path) -> None:
     values = compared(run_dir, described())
     moe, st = values["differences"]["moe"], values["differences"]["st"]
     assert tokens_of(moe["along"]) == [0, 100, 200, 400, 800]
@@ -124,7 +124,7 @@ def falling_grid(steps: dict[str, int], **schedules: str) -> dict[str, Any]:
     return found
 
 
-def test_grid_statistics_of_other_lengths_are_compared_at_their_ends(run_dir: Path) -> None:
+def test_arms_of_other_lengths_are_compared_at_their_ends(run_dir: Path) -> None:
     """Half of the steps at twice the FLOPs: what the MoE reaches at its end is no match for the parent on its way."""
     values = compared(run_dir, falling_grid({"moe": 4}))
     found = values["differences"]["moe"]
@@ -138,7 +138,7 @@ def test_grid_statistics_of_other_lengths_are_compared_at_their_ends(run_dir: Pa
     assert row.split(" | ")[2:4] == ["400", "800"]
 
 
-def test_grid_statistics_of_one_length_and_schedule_are_compared_on_their_way(run_dir: Path) -> None:
+def test_arms_of_one_schedule_are_compared_on_their_way(run_dir: Path) -> None:
     for schedule, points in (("lr=1, cosine", [0, 100, 200, 400, 800]), ("lr=2, cosine", [0, 800])):
         found = compared(run_dir, falling_grid({}, moe=schedule))["differences"]["moe"]
         assert tokens_of(found["along"]) == points
@@ -154,7 +154,7 @@ def test_a_training_within_two_percent_of_its_reference_costs_the_same(run_dir: 
     assert (found["tokens"], found["reference_tokens"], found["flops_ratio"]) == (800, 800, pytest.approx(1.015))
 
 
-def test_grid_statistics_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) -> None:
+def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) -> None:
     """The MoE with steps of 200 tokens: its points after 1, 2 and 4 steps are those after 2, 4 and 8 of the parent."""
     other = described()
     for about in other["cells"].values():

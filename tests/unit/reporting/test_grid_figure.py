@@ -26,7 +26,7 @@ def test_nothing_is_cut_and_nothing_covers_the_data(figure: Any) -> None:
     assert faults_of(figure) == []
 
 
-def test_grid_statistics_are_told_apart_and_named_in_words(figure: Any) -> None:
+def test_arms_are_told_apart_and_named_in_words(figure: Any) -> None:
     lines = figure.axes[-1].lines
     labels = [line.get_label() for line in lines]
     assert "granular shared" in labels
@@ -54,7 +54,7 @@ def test_a_difference_stands_in_the_row_of_its_label_with_its_interval(figure: A
         assert ends == pytest.approx([end["low"], end["high"]])
 
 
-def test_grid_statistics_that_cannot_be_compared_have_no_row() -> None:
+def test_arms_that_cannot_be_compared_have_no_row() -> None:
     fewer = copy.deepcopy(VALUES)
     fewer["differences"]["drop"]["end"] = None
     assert len(grid_figure(fewer).axes[0].get_yticks()) == len(VALUES["differences"]) - 1
