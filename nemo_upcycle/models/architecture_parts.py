@@ -1,6 +1,7 @@
 """The parts of an architecture: token mixers, rotary embedding, attention, norms, factors and experts.
 
-Letters are those of `architecture.py`. An `Architecture` has all parts, so a function can ask for one part alone.
+`architecture.py` explains the letters. An `Architecture` inherits every part. A function that needs one part takes
+that part as its argument.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class DeltaLayers:
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalHeads:
-    """Heads of layers without a window, where they are others than those of layers with one, as in Gemma 4.
+    """The attention heads of layers without a window, if they differ from the heads of the other layers (Gemma 4).
 
     Args:
         head_dim: K of these layers.
@@ -120,7 +121,7 @@ class Rope:
 
     @property
     def scales_in_layers(self) -> bool:
-        """Whether layers have these rotary frequencies in Megatron, whose models know none of the kind."""
+        """Whether each layer computes its own frequencies, because Megatron's models cannot."""
         return self.local_rope_theta is not None or (self.rope_scaling or {}).get("rope_type") in ("yarn", "linear")
 
 
@@ -189,7 +190,7 @@ class Norms:
 
     @property
     def norm_places(self) -> tuple[bool, bool]:
-        """Whether norms stand before attention and network, and after them."""
+        """Whether there are norms before attention and network; whether there are norms after them."""
         return self.pre_norm, self.post_norm
 
 

@@ -78,7 +78,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluations:
-    """What a training scores on its way.
+    """The evaluations of the live model while it trains.
 
     Args:
         suite: its name, or the folder of a finished one.
@@ -107,7 +107,8 @@ class Computation:
         gradients: type in which data parallelism sums gradients.
         optimizer: name of the optimizer.
         low_params: whether parameters are kept and gathered in FP8 or FP4.
-        rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
+        rank_capacity: receive buffer of a rank's experts, as a multiple of the tokens at perfect balance; None: no
+            limit.
         lora: rank of the adapters that are trained beside the routers; 0: all weights are trained.
         software: generation of Megatron-Core that trains.
     """

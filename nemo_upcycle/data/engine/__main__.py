@@ -41,13 +41,13 @@ def main(argv: list[str] | None = None) -> int:
         from nemo_upcycle.data.engine.supervise import Stopped, run_plan
 
         run_on = RunOn(
-            arguments.workers,
-            arguments.slurm,
-            arguments.time,
-            arguments.ray,
-            dict(word.split("=", 1) for word in arguments.sbatch),
-            tuple(arguments.srun),
-            arguments.task_python,
+            workers=arguments.workers,
+            slurm=arguments.slurm,
+            time_limit=arguments.time,
+            ray=arguments.ray,
+            sbatch=dict(word.split("=", 1) for word in arguments.sbatch),
+            srun=tuple(arguments.srun),
+            task_python=arguments.task_python,
         )
         _check(run_on)
         try:

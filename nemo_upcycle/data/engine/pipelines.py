@@ -219,7 +219,7 @@ def executor(plan: EnginePlan, stage: EngineStage, run_on: RunOn) -> Any:
             **shared,
             time=run_on.time_limit,
             partition=run_on.slurm,
-            qos="",  # that of `sbatch`, the cluster's default, or SBATCH_QOS
+            qos="",  # datatrove's default is "normal"; `sbatch_args` or SBATCH_QOS may name another
             sbatch_args=dict(run_on.sbatch),
             workers=run_on.workers,
             job_name=f"data-{stage.name}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def data_task_options(file: str, output: Path, time: str | None = None) -> DataT
     Args:
         file: path of the YAML file, as `run.executor` takes it.
         output: folder that the tasks write to.
-        time: time limit of a task (D-HH:MM:SS); None: that of the file's data stage.
+        time: time limit of a task (D-HH:MM:SS); None: the limit of the file's data stage.
 
     Raises:
         UpcycleError: the file describes another scheduler, lacks a value, or has one that sbatch refuses.
@@ -87,12 +86,9 @@ def _scheduler_of(file: str) -> SlurmScheduler:
     if not isinstance(executor, StagedSlurmExecutor):
         fix = "name a file with `executor: slurm`, or use --workers"
         raise UpcycleError(f"--slurm {file}", got="another scheduler's file", expected="Slurm's", fix=fix)
-    empty: Sequence[str] = [name for name in REQUIRED if getattr(executor, name) in (MISSING, "")]
-    if executor.partition is None:
-        empty = [*empty, "partition"]
-    if empty:
-        wrong = [
-            UpcycleError(f"{file}: {name}", got="nothing", expected=REQUIRED[name], fix="set it") for name in empty
-        ]
+    missing = [name for name in REQUIRED if getattr(executor, name) in (MISSING, "")]
+    missing += [] if executor.partition is not None else ["partition"]
+    wrong = [UpcycleError(f"{file}: {name}", got="nothing", expected=REQUIRED[name], fix="set it") for name in missing]
+    if wrong:
         raise UpcycleError.together(wrong)
     return SlurmScheduler(executor)

@@ -10,7 +10,7 @@ from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 
 @dataclass(kw_only=True)
 class SiteSettings:
-    """What a site says of its GPUs and disks, and of single stages.
+    """The GPUs, prices and disks of a site, and the settings that differ between stages.
 
     Args:
         card: kind of GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
