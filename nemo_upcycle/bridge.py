@@ -42,9 +42,9 @@ def main() -> None:
         if _OLD in os.environ:
             raise UpcycleError(
                 _OLD,
-                got=os.environ[_OLD],
-                expected="nothing: it no longer names the parent",
-                fix="unset it, and give upcycling.hf_model_path=..., of a baseline hf_model_path=...",
+                kind="refused",
+                got="no longer names the parent",
+                fix="unset it, and give upcycling.hf_model_path=... (of a baseline: hf_model_path=...)",
             )
     except UpcycleError as error:
         sys.stderr.write(f"Error: {error}\n")

@@ -1,6 +1,6 @@
-"""The package's errors, as data: the thing, the value got, the value expected and the fix.
+"""The package's errors, as data: the kind of mistake, the thing, its value, the expected value and the fix.
 
-Commands turn an `UpcycleError` into one paragraph on stderr and exit status 2; nothing else is shown to the user.
+`str(error)` turns the data into sentences by kind. Commands print them on stderr and end with status 2.
 """
 
 from __future__ import annotations
@@ -12,67 +12,130 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Kind = Literal["value", "missing", "not found", "state", "changed", "refused"]
+
+#: How each kind of mistake is put into words. `got` is a value, a name, a list of files, or, in the last three forms,
+#: the rest of the sentence, such as "has no receipt".
+_FORMS: dict[Kind, str] = {
+    "value": "{subject} is {got}; expected {expected}",
+    "not found": "No {subject} {got}",
+    "changed": "{subject} changed after {expected}: {got}",
+    "missing": "{subject} {got}",
+    "state": "{subject} {got}",
+    "refused": "{subject} {got}",
+}
 
 #: Another field in the words of an error: `<top_k>`.
 _FIELD = re.compile(r"<([^<>]+)>")
 
 
 class UpcycleError(Exception):
-    """A mistake of the user's or of the input's: shown as it is, without a traceback.
+    """A mistake of the user or in the input, shown without a traceback.
+
+    | kind | example |
+    |---|---|
+    | value | `top_k is 9; expected 1 to 8 (num_experts). Lower top_k.` |
+    | missing | `NeMo-Run is not installed. Run: pip install nemo-run.` |
+    | not found | `No folder /nope. Did you mean /nose?` |
+    | state | `runs/x has no receipt. Name another folder.` |
+    | changed | `1 input file changed after data/kd was built: a.jsonl. Rebuild it, or restore the file.` |
+    | refused | `--only cannot be combined with --from. Omit one of them.` |
 
     Args:
         subject: the thing that is wrong; without the other arguments, the whole message.
-        got: its value.
-        expected: the values that are right; a tuple, without a fix: all names that exist.
-        fix: what to do.
-        field: in place of a subject, the setting that is wrong, as the layer that raises calls it. `expected` and
-            `fix` then name other settings as `<name>`, so that `renamed` finds them.
+        kind: the kind of mistake, which decides the form of the sentence.
+        got: its value; for `missing`, `state` and `refused`, the rest of the sentence: "has no receipt".
+        expected: the values that are right; for `missing`, `state` and `refused`, the reason, if any; for `changed`,
+            the event; a tuple, without a fix: all names that exist.
+        fix: what to do, as an imperative: "set <top_k>=2".
+        field: in place of a subject, the setting that is wrong, as the layer that raises calls it. `got`, `expected`
+            and `fix` then name other settings as `<name>`, so that `renamed` finds them.
 
     Example:
         >>> error = SpecError(field="top_k", got=9, expected="1 to <num_experts> (8)", fix="set <top_k>=8")
         >>> str(error)
-        'top_k: got 9, expected 1 to num_experts (8). Fix: set top_k=8.'
+        'top_k is 9; expected 1 to num_experts (8). Set top_k=8.'
         >>> str(error.renamed(lambda name: f"spec.{name}"))
-        'spec.top_k: got 9, expected 1 to spec.num_experts (8). Fix: set spec.top_k=8.'
+        'spec.top_k is 9; expected 1 to spec.num_experts (8). Set spec.top_k=8.'
+        >>> str(UpcycleError("runs/x", kind="state", got="has no receipt", fix="name another folder"))
+        'runs/x has no receipt. Name another folder.'
     """
 
-    #: Of a command that ends so: bad usage or bad input.
+    #: Exit status of a command that ends with this error: bad usage or bad input.
     exit_status = 2
 
     def __init__(
-        self, subject: str = "", *, got: object = None, expected: object = None, fix: str = "", field: str = ""
+        self,
+        subject: str = "",
+        *,
+        kind: Kind = "value",
+        got: object = None,
+        expected: object = None,
+        fix: str = "",
+        field: str = "",
     ) -> None:
-        self.subject, self.got, self.expected, self.fix, self.field = subject or field, got, expected, fix, field
+        self.subject, self.kind, self.got, self.expected = subject or field, kind, got, expected
+        self.fix, self.field = fix, field
         self._parts: tuple[UpcycleError, ...] = ()
         super().__init__(self.subject)
 
     @classmethod
     def unknown(cls, field: str, name: str, valid: Iterable[str]) -> Self:
-        """Return the error for a name that does not exist, with the closest one that does.
+        """Return the error for a name that does not exist, with the closest valid name.
 
         Example:
             >>> str(SpecError.unknown("method", "copi", ["copy", "noise"]))
             "method 'copi' does not exist. Did you mean 'copy'? Valid: copy, noise."
         """
-        return cls(field=field, got=name, expected=tuple(sorted(valid)))
+        return cls(kind="not found", field=field, got=name, expected=tuple(sorted(valid)))
+
+    @classmethod
+    def no_path(cls, what: str, path: str | Path, fix: str = "check the path") -> Self:
+        """Return the error for a file or folder that does not exist, with the closest name beside it.
+
+        Args:
+            what: the kind of path, such as "folder" or "file of texts".
+            path: the path that does not exist.
+            fix: what to do if no name beside it is close.
+
+        Example:
+            >>> str(UpcycleError.no_path("folder", "/nope/run"))
+            'No folder /nope/run. Check the path.'
+        """
+        folder = Path(path).parent
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        near = difflib.get_close_matches(Path(path).name, names, n=1)
+        return cls(what, kind="not found", got=path, fix=f"did you mean {folder / near[0]}?" if near else fix)
 
     def __str__(self) -> str:
-        return f"{self.problem}. Fix: {self._plain(self.fix).rstrip('.')}." if self.fix else self.problem
+        return f"{self.problem}. {_sentence(self._plain(self.fix))}" if self.fix else self.problem
 
     @property
     def problem(self) -> str:
         """The message without the fix."""
-        if self.fix:
-            return f"{self.subject}: got {self.got}, expected {self._plain(self.expected)}"
-        if isinstance(self.expected, tuple):
+        if self.kind == "not found" and isinstance(self.expected, tuple):
             hint = did_you_mean(str(self.got), self.expected)
-            return f"{self.subject} '{self.got}' does not exist.{hint} Valid: {', '.join(self.expected)}."
-        return self.subject
+            return f"{self._title} '{self.got}' does not exist.{hint} Valid: {', '.join(self.expected)}."
+        if not self.fix:
+            return self.subject
+        got = self.got if self.kind == "value" else self._plain(self.got)
+        expected = self._plain(self.expected)
+        text = _FORMS[self.kind].format(subject=self._title, got=got, expected=expected)
+        is_reason = self.expected is not None and "{expected}" not in _FORMS[self.kind]
+        return f"{text}: {expected}" if is_reason else text
+
+    @property
+    def _title(self) -> str:
+        """The subject; with a capital letter if it is several words, and not the name of a setting."""
+        first, _, rest = self.subject.partition(" ")
+        is_phrase = bool(rest) and first.isalpha() and not self.field and self.kind != "not found"
+        return self.subject[:1].upper() + self.subject[1:] if is_phrase else self.subject
 
     def _plain(self, text: object) -> str:
         return _FIELD.sub(r"\1", str(text)) if self.field else str(text)
@@ -87,9 +150,11 @@ class UpcycleError(Exception):
         error.field = name(self.field)
         if self.subject == self.field:
             error.subject = error.field
-        error.fix = _FIELD.sub(lambda found: f"<{name(found[1])}>", self.fix)
+        error.fix = _renamed(self.fix, name)
         if isinstance(self.expected, str):
-            error.expected = _FIELD.sub(lambda found: f"<{name(found[1])}>", self.expected)
+            error.expected = _renamed(self.expected, name)
+        if isinstance(self.got, str) and self.kind != "value":  # which is the user's own text
+            error.got = _renamed(self.got, name)
         return error
 
     @classmethod
@@ -121,6 +186,17 @@ class UpcycleError(Exception):
         return error
 
 
+def _renamed(text: str, name: Callable[[str], str]) -> str:
+    """Return a text with the fields that it names called as the user knows them."""
+    return _FIELD.sub(lambda found: f"<{name(found[1])}>", text)
+
+
+def _sentence(text: str) -> str:
+    """Return a text with a capital letter and a full stop."""
+    end = "" if text.endswith((".", "?")) else "."
+    return f"{text[:1].upper()}{text[1:]}{end}"
+
+
 def failures(checks: Iterable[Callable[[], object]]) -> list[UpcycleError]:
     """Call every check, and return the errors that they raise.
 
@@ -150,8 +226,8 @@ def mistake_in_file(error: BaseException) -> UpcycleError | None:
         for file, line in reversed(places):
             if _is_of_a_user(file):
                 what = cause.msg if isinstance(cause, SyntaxError) else cause
-                got = f"{type(cause).__name__}: {what}"
-                return UpcycleError(f"{file}, line {line}", got=got, expected="no error", fix="correct the file")
+                got = f"raises {type(cause).__name__}: {what}"
+                return UpcycleError(f"{file}, line {line}", kind="state", got=got, fix="correct the file")
         cause = cause.__cause__ or cause.__context__
     return None
 
@@ -222,4 +298,4 @@ class StageStopped(Exception):
     def with_steps(cls, stage: str, kept: int, wanted: int) -> StageStopped:
         """Return the message of a training that kept some of its steps."""
         kept_text = f"{kept} of {wanted} steps are kept"
-        return cls(f"stage '{stage}' stopped early: {kept_text}, and the same command goes on from there")
+        return cls(f"stage '{stage}' stopped early: {kept_text}, and the same command resumes from there")

@@ -137,10 +137,8 @@ class UpcycleSpec:
         self.router_kind.check(self)
         ROUTER_INITS[self.router_init].check(self)
         if self.calibration and not self.needs_calibration:
-            fix = "set <router_init>=prompts, or omit it"
-            raise SpecError(
-                field="calibration", got=self.calibration, expected="none: nothing is read from it", fix=fix
-            )
+            got, fix = "is read only with <router_init>=prompts", "set that, or omit <calibration>"
+            raise SpecError(field="calibration", kind="refused", got=got, fix=fix)
         object.__setattr__(self, "moe_layers", _layers(self.moe_layers))
 
     @property
@@ -217,8 +215,8 @@ class UpcycleSpec:
                 torn,
                 f"top_k={self.top_k} is no multiple of granularity={self.granularity}: tokens get parts of networks",
             ),
-            (tied and not torn, "a zero router ties all experts: top-k then chooses parts of networks"),
-            (free_sum, "only with a zero router is the sum of the chosen experts' weights known"),
+            (tied and not torn, "a zero router scores all experts equally, so top-k chooses parts of networks"),
+            (free_sum, "the sum of the chosen experts' weights is known only with a zero router"),
             (self.output_scale == "none" and part != 1, f"output_scale=none leaves {part:.4g} of the dense output"),
         )
         return tuple(reason for holds, reason in reasons if holds)
@@ -260,8 +258,8 @@ class UpcycleSpec:
             }
             pattern = tuple(rules[kind](layer) for layer in range(num_layers))
         if not any(pattern):
-            expected = f"at least one MoE layer in {num_layers} layers"
-            raise SpecError(field="moe_layers", got=self.moe_layers, expected=expected, fix="set <moe_layers>=all")
+            got = f"{self.moe_layers} gives none of the {num_layers} layers experts"
+            raise SpecError(field="moe_layers", kind="state", got=got, fix="set <moe_layers>=all")
         return pattern
 
     def to_dict(self) -> dict[str, Any]:
@@ -370,14 +368,14 @@ class RouterInit:
         if self.from_data and not spec.router_prompts and not spec.calibration:
             raise SpecError(
                 field="router_prompts",
-                got="none",
-                expected="a file with the texts of each copy",
-                fix="name it, or the <calibration> that was made of it",
+                kind="missing",
+                got="is missing",
+                expected="<router_init>=prompts reads a file with texts for each copy",
+                fix="name that file, or the <calibration> that was made from it",
             )
         if spec.router_prompts and not self.from_data:
-            expected = f"none with <router_init>={self.name}"
-            fix = "set <router_init>=prompts, or omit it"
-            raise SpecError(field="router_prompts", got=spec.router_prompts, expected=expected, fix=fix)
+            got, fix = "is read only with <router_init>=prompts", "set that, or omit <router_prompts>"
+            raise SpecError(field="router_prompts", kind="refused", got=got, fix=fix)
 
 
 def _layers(value: str | Sequence[int]) -> str:

@@ -15,7 +15,7 @@ EPILOG = f"""examples:
   nemo-upcycle chat mine.jsonl data/mine tokenizer=/models/Llama-3-8B-Instruct
   nemo-upcycle chat mine.yaml data/mine tokenizer=hf://ORG/NAME seq_length=4096 --strict
 
-A line of the files is a conversation:
+Each line of the files is a conversation:
   {{"messages": [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]}}
 or ShareGPT's: {{"conversations": [{{"from": "human", "value": "..."}}, {{"from": "gpt", "value": "..."}}]}}
 Tune on the result with nemo llm finetune --factory "RECIPE(data='DIR')".

@@ -31,30 +31,34 @@ OptionRow = tuple[Callable[[str], Any], str, str]
 #: field of the spec -> its option
 _SPEC_FIELDS: dict[str, OptionRow] = {
     "num_experts": (int, "N", "routed experts of an MoE layer"),
-    "top_k": (int, "K", "experts that process a token"),
-    "granularity": (int, "G", "parts that the dense network is cut into; N and K are multiples of G"),
+    "top_k": (int, "K", "experts that process each token"),
+    "granularity": (int, "G", "number of parts of the dense network; N and K are multiples of G"),
     "method": (str, "|".join(METHODS), "; ".join(method.summary for method in METHODS.values())),
-    "noise_std": (float, "X", "standard deviation of the noise over that of the weights"),
-    "drop_ratio": (float, "R", "share of the neurons that drop redraws"),
+    "noise_std": (float, "X", "standard deviation of the noise, relative to the weights"),
+    "drop_ratio": (float, "R", "share of the neurons that the method drop redraws"),
     "shared_experts": (int, "S", "experts that process every token, at most G"),
     "moe_layers": (str, "WHICH", "; ".join((*MOE_LAYERS[:3], "or numbers: 0,2,4"))),
-    "expert_utility": (str, "FILE", "YAML: a number for each expert of the parent; the more useful have more copies"),
+    "expert_utility": (
+        str,
+        "FILE",
+        "YAML file with a number for each expert of the parent; a higher number gives more copies",
+    ),
     "router_init": (
         str,
         "|".join(ROUTER_INITS),
-        "distribution of the router's weights; or prompts, of which they are made",
+        "distribution of the router's weights; prompts: computed from prompts",
     ),
     "router_std": (
         float,
         "X",
-        "standard deviation of the router's weights; of a parent with experts, of what is added",
+        "standard deviation of the router's weights, or of the noise added to a parent's router",
     ),
-    "router_spread": (float, "X", "for prompts: standard deviation of a token's logits over the copies"),
-    "router_prompts": (str, "FILE", "YAML: a list with the texts of each copy, for prompts"),
-    "calibration": (str, "FILE", "made by nemo-upcycle calibrate, for prompts"),
+    "router_spread": (float, "X", "with prompts: standard deviation of a token's logits over the copies"),
+    "router_prompts": (str, "FILE", "with prompts: YAML file with a list of the texts of each copy"),
+    "calibration": (str, "FILE", "with prompts: file written by nemo-upcycle calibrate"),
     "router_order": (str, "|".join(ROUTER_ORDERS), "softmax after or before top-k"),
-    "router_score": (str, "|".join(ROUTER_SCORES), "what the router's logits go through"),
-    "routed_scaling_factor": (float, "X", "factor on the weights of the chosen experts"),
+    "router_score": (str, "|".join(ROUTER_SCORES), "function applied to the router's logits"),
+    "routed_scaling_factor": (float, "X", "factor applied to the weights of the chosen experts"),
     "output_scale": (str, "|".join(OUTPUT_SCALES), "exact: copies compute the parent's function"),
     "seed": (int, "N", "seed of all random numbers"),
 }
@@ -73,7 +77,7 @@ def add_options(group: argparse._ArgumentGroup, fields: Mapping[str, OptionRow],
         group.add_argument(option, dest=field, type=kind, metavar=placeholder, default=default, help=text)
 
 
-def add_spec_options(parser: argparse.ArgumentParser, title: str = "what to make", defaults: bool = True) -> None:
+def add_spec_options(parser: argparse.ArgumentParser, title: str = "the MoE", defaults: bool = True) -> None:
     """Add the options that make an `UpcycleSpec`; with `defaults`, the help shows the spec's own."""
     fields = _SPEC_FIELDS
     if defaults:
@@ -109,8 +113,8 @@ def used_spec(args: argparse.Namespace) -> dict[str, Any]:
         if field in given and method in METHODS:
             raise SpecError(
                 field=field,
-                got=given[field],
-                expected=f"<{name}>={value} with it: it is ignored otherwise",
+                kind="refused",
+                got=f"is ignored unless <{name}> is {value}",
                 fix=f"add <{name}>={value}, or omit <{field}>",
             )
     return given
@@ -172,7 +176,7 @@ def show(args: argparse.Namespace, answer: dict[str, Any], text: str) -> None:
             return
         done = f"; what the command made in {args.output} is whole" if "output" in args else ""
         fix = f"write the answer elsewhere{done}"
-        problem = UpcycleError("standard output", got=error.strerror, expected="room", fix=fix)
+        problem = UpcycleError("Standard output", kind="state", got=f"cannot be written: {error.strerror}", fix=fix)
         if not done:
             raise problem from None
         sys.stderr.write(f"error: {problem}\n")

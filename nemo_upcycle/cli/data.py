@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     changes = changed_files(blend, args.output)
     show(args, manifest | {"changed_files": changes}, _text(manifest, open_blend(args.output)))
     if changes:
-        sys.stderr.write(f"{changes_text(changes, args.output)}: add --update to build it again\n")
+        sys.stderr.write(f"{changes_text(changes, args.output)}. Add --update to build it again.\n")
     return 1 if changes else 0
 
 
@@ -94,14 +94,21 @@ def _require_one(args: argparse.Namespace) -> None:
     others = [word for word in (str(args.output), *args.overrides) if "=" not in word]
     if len(others) > 1 and all(Path(word).exists() for word in (args.blend, *others[:-1])):
         fix = "write the pattern in quotes, or name a folder"
-        raise UpcycleError("texts", got=f"{len(others)} files or folders", expected="one name", fix=fix)
+        raise UpcycleError(
+            "Texts", kind="state", got=f"are {len(others)} files or folders, and one name is read", fix=fix
+        )
     path = Path(args.blend).expanduser()
     if path.is_file() and path.suffix not in (".yaml", ".yml") and not only_source(args.blend):
         fix = "write its text into one of these"
-        raise UpcycleError(f"texts {args.blend}", got="a file of another kind", expected=readable(), fix=fix)
+        raise UpcycleError(
+            f"File {args.blend}",
+            kind="refused",
+            got=f"is not a text format that is read ({readable()})",
+            fix="write its text into one of these",
+        )
     is_path = os.sep in args.blend and "://" not in args.blend and not is_pattern(args.blend)
     if is_path and not Path(args.blend).expanduser().exists() and not is_complete(args.output):
-        raise UpcycleError(f"texts {args.blend}", got="no such file or folder", expected="one", fix="check the path")
+        raise UpcycleError.no_path("file or folder of texts", args.blend)
 
 
 def _blend_of(args: argparse.Namespace) -> Blend:
@@ -134,11 +141,13 @@ def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:
         raise UpcycleError("--workers", got=args.workers, expected="1 or more", fix="set --workers 8")
     for name in ("slurm", "time"):
         if "=" in (value := getattr(args, name) or ""):
-            raise UpcycleError(f"--{name}", got=value, expected="no KEY=VALUE", fix=f"give --{name} its own value")
+            raise UpcycleError(
+                f"--{name}", kind="refused", got=f"{value} is a KEY=VALUE", fix=f"give --{name} its own value"
+            )
     if args.slurm and args.ray:
-        raise UpcycleError("way to run", got="--slurm and --ray", expected="one of them", fix="omit one")
+        raise UpcycleError("--slurm", kind="refused", got="cannot be combined with --ray", fix="omit one of them")
     if args.time and not args.slurm:
-        raise UpcycleError("--time", got="no --slurm", expected="both", fix="add --slurm, or omit --time")
+        raise UpcycleError("--time", kind="refused", got="needs --slurm", fix="add --slurm, or omit --time")
     words = [f"--workers={args.workers}"] if args.workers else []
     if args.slurm and args.slurm.endswith((".yaml", ".yml")):
         from nemo_upcycle.pipeline.executors.data_tasks import data_task_options

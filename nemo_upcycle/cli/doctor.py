@@ -91,7 +91,7 @@ def _requirements() -> list[Requirement]:
         return [requirement(line) for line in metadata(_PACKAGE).get_all("Requires-Dist") or []]
     except PackageNotFoundError:
         raise UpcycleError(
-            _PACKAGE, got="not installed", expected="an installed package", fix="pip install -e . in its folder"
+            _PACKAGE, kind="missing", got="is not installed", fix="run `pip install -e .` in its folder"
         ) from None
 
 

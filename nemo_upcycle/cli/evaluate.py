@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if ranks > 1 and (chosen := choose_backend(args.model, backend, config["dtype"])) != "megatron":
         raise UpcycleError(
             "torchrun",
-            got=f"{ranks} ranks for {args.model}, which {chosen} computes",
-            expected="one: it spreads the model over all GPUs by itself",
+            kind="refused",
+            got=f"started {ranks} ranks, but {chosen} spreads {args.model} over all GPUs by itself",
             fix="start the command without torchrun",
         )
     if ranks > 1 and int(os.environ["RANK"]) > 0:  # serves the first rank, which reports what is wrong
@@ -137,8 +137,11 @@ def _check_values(args: argparse.Namespace) -> None:
     if named and (args.model / "config.json").is_file():
         raise UpcycleError(
             named[0],
-            got=f"{args.model}, a Hugging Face folder",
-            expected="a checkpoint with it: a folder is spread over all GPUs by itself",
+            kind="refused",
+            got=(
+                f"applies to Megatron checkpoints; {args.model} is a Hugging Face folder, which is spread over all "
+                "GPUs by itself"
+            ),
             fix=f"omit {' and '.join(named)}",
         )
 
@@ -157,8 +160,8 @@ def _ranks() -> int:
     left_over = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
     raise UpcycleError(
         " and ".join(f"{name}={os.environ[name]}" for name in left_over),
-        got="variables of this shell, and no launcher",
-        expected=f"none, or all of {', '.join(_RANK_VARIABLES)}",
+        kind="state",
+        got=f"is set in this shell, but no launcher set all of {', '.join(_RANK_VARIABLES)}",
         fix=f"type `unset {' '.join(left_over)}` first, or start the ranks with torchrun",
     )
 
@@ -183,10 +186,10 @@ def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:
     texts = [task for task in tasks if is_text(task) or is_answers(task)]
     if texts and args.data is None:
         raise UpcycleError(
-            f"held-out documents for {', '.join(texts)}",
-            got="none",
-            expected="the folder of a blend, or of conversations, that holds some out",
-            fix="add --data FOLDER, as nemo-upcycle data, chat or a run's data stage made it",
+            f"{', '.join(texts)}",
+            kind="missing",
+            got="needs held-out documents or answers",
+            fix="add --data FOLDER, as made by `nemo-upcycle data`, `nemo-upcycle chat` or a run's data stage",
         )
     held_out = open_data(args.data).held_out if args.data else {"heldout_documents": []}
     return build_named_suite(args.suite, output=args.output / "suite", **held_out)
@@ -196,5 +199,5 @@ def _batch_size(text: str) -> int | str:
     if text == "auto":
         return text
     if not text.isdecimal() or int(text) < 1:
-        raise UpcycleError("--batch-size", got=text, expected="a whole number from 1 on, or auto", fix="write auto")
+        raise UpcycleError("--batch-size", got=text, expected="a whole number, 1 or more, or auto", fix="write auto")
     return int(text)

@@ -97,7 +97,10 @@ def _inputs(args: argparse.Namespace) -> list[str]:
 
         if kind_of(folder := Path(args.run)) is None:
             raise UpcycleError(
-                "--for", got=f"{folder}, no run's folder", expected="a run's folder or a recipe", fix="check the path"
+                "--for",
+                kind="state",
+                got=f"{folder} is neither the folder of a run nor a recipe",
+                fix="check the path",
             )
         read = read_plan(folder).inputs
         known = dict(zip(_INPUTS, (read.dense, read.data, read.suite), strict=True))
@@ -107,9 +110,7 @@ def _inputs(args: argparse.Namespace) -> list[str]:
         known = known_recipe(args.run).inputs
     inputs = known | given
     if not any(inputs.values()):
-        raise UpcycleError(
-            "what to fetch", got="nothing", expected="a recipe, a run or its inputs", fix="add --for RECIPE"
-        )
+        raise UpcycleError("Nothing to fetch was named. Add --for RECIPE.")
     return [inputs.get(name, "") for name in _INPUTS]
 
 

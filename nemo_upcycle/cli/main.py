@@ -27,24 +27,24 @@ from nemo_upcycle.utils.masking import without_secrets
 #: line, what else is to know), `add_arguments(parser)` and `run(args) -> exit status`
 COMMANDS = {
     "start": "a model and texts -> recipe, blend and forecast; with --yes a trained MoE and its report",
-    "plan": "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU",
+    "plan": "layouts that fit a cluster, with memory, speed, duration and cost; needs no GPU",
     "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",
     "chat": "conversations -> packed sequences to tune on, with a loss on the answers alone",
-    "fetch": "what a run takes from networks -> one folder, for machines without a network",
-    "calibrate": "dense model and prompts -> what a router of prompts is read from",
+    "fetch": "downloads of a run -> one folder, for machines without a network",
+    "calibrate": "dense model and prompts -> calibration file for a router from prompts",
     "convert": "checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model",
-    "verify": "parent against MoE: what was done to the weights, and do both compute the same function?",
+    "verify": "parent and MoE -> how the weights changed, and whether both compute the same function",
     "export": "NeMo or Megatron checkpoint, saved under any layout -> Hugging Face folder",
     "evaluate": "NeMo or Megatron checkpoint, or Hugging Face folder -> scores of lm-eval's tasks and held-out texts",
     "report": "run folder -> report.md, report.html, results.json and plots",
-    "doctor": "what is installed, which versions fit, what is missing and the command that adds it",
+    "doctor": "installed versions, whether they fit, and the command that adds missing ones",
 }
-_DESCRIPTION = """Turn a dense model into a Mixture-of-Experts model: tools that start at once, without NeMo or a GPU.
-Runs of NeMo or Megatron-Bridge, all stages from import to report and grids of them: nemo upcycle --help.
+_DESCRIPTION = """Turn a dense model into a Mixture-of-Experts model. These tools need neither NeMo nor a GPU.
+For runs with NeMo or Megatron-Bridge, from import to report: nemo upcycle --help.
 
 example:
   nemo-upcycle start asset://smollm2-135m         the demo's model and texts"""
-_EPILOG = """nemo-upcycle help COMMAND, or COMMAND --help: an example and the options.
+_EPILOG = """nemo-upcycle COMMAND --help shows examples and options.
 exit status: 0 done, or yes; 1 the answer is no; 2 bad usage or input, or the command failed."""
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 
@@ -88,7 +88,7 @@ class _Parser(argparse.ArgumentParser):
             kind, number = ("a whole number", "8") if wrong[2] == "int" else ("a number", "0.5")
             raise UpcycleError(wrong[1], got=wrong[3], expected=kind, fix=f"write, for example, {wrong[1]} {number}")
         example = _examples(self.description or "")[0]
-        raise UpcycleError(f"{message}. Fix: type, for example, `{example}`; options: {self.prog} --help.")
+        raise UpcycleError(f"{message}. Type, for example, `{example}`; `{self.prog} --help` lists the options.")
 
 
 def examples_of(command: str) -> list[str]:
@@ -158,10 +158,10 @@ def _unexpected(error: Exception) -> str:
     """Return the text for an error that nobody made a message of: with a traceback, unless a package is missing."""
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and not missing.startswith("nemo_upcycle"):
-        fix = "run `nemo-upcycle doctor`, which prints the command that adds it"
-        return f"error: {missing} is not installed. Fix: {fix}.\n"
+        fix = "Run `nemo-upcycle doctor`, which prints the command that adds it"
+        return f"error: {missing} is not installed. {fix}.\n"
     lines, name = "".join(traceback.format_exception(error)), type(error).__name__
-    return f"{lines}error: the command failed unexpectedly ({name}). Fix: report the lines above.\n"
+    return f"{lines}error: the command failed unexpectedly ({name}). Please report the lines above.\n"
 
 
 _FIXES = {
@@ -169,7 +169,7 @@ _FIXES = {
     errno.EDQUOT: "free some of your quota and run again",
     errno.EFBIG: "choose a file system that holds larger files, or raise the limit (ulimit -f)",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "a part of the path is a file: check the path",
+    errno.ENOTDIR: "check the path: a part of it is a file",
 }
 
 
@@ -177,7 +177,10 @@ def _format_os_error(error: OSError) -> UpcycleError:
     """Return an error of the operating system with a fix."""
     fix = _FIXES.get(error.errno or 0, "check the path and who may read and write there")
     return UpcycleError(
-        str(error.filename or "file system"), got=error.strerror or error, expected="access and room", fix=fix
+        str(error.filename or "The file system"),
+        kind="state",
+        got=f"cannot be used: {error.strerror or error}",
+        fix=fix,
     )
 
 
@@ -227,9 +230,7 @@ def _refuse_empty(parser: argparse.ArgumentParser, argv: Sequence[str], namespac
         value = getattr(namespace, action.dest, None)
         if value == "" or (value == Path() and "." not in argv):
             name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
-            raise UpcycleError(
-                str(name), got="an empty name", expected="a name", fix="give one; . is the current folder"
-            )
+            raise UpcycleError(str(name), kind="missing", got="is empty", fix="give a name; . is the current folder")
 
 
 def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -240,4 +241,4 @@ def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         if option.startswith("--") and option not in known:
             names = [name.removeprefix("--") for name in known if name.startswith("--")]
             hint = did_you_mean(option.removeprefix("--"), names, prefix="--")
-            raise UpcycleError(f"option '{option}' does not exist.{hint} Fix: see {parser.prog} --help.")
+            raise UpcycleError(f"option '{option}' does not exist.{hint} See {parser.prog} --help.")

@@ -56,18 +56,20 @@ def subject_of(args: argparse.Namespace) -> Subject:
     """
     if args.recipe is not None:
         of_a_model = {"--experts": args.num_experts, "--top-k": args.top_k, "--granularity": args.granularity}
-        _refuse(of_a_model, "none beside --recipe", "use --model FOLDER --experts N --top-k K")
+        _refuse(of_a_model, "cannot be combined with --recipe", "use --model FOLDER --experts N --top-k K")
         known = known_recipe(args.recipe)
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder, arch = _model_of(args.model)
     arch.require_trained()
     rope_kind(arch)  # training refuses another kind, too
     if args.num_experts is None:
-        _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")
+        _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "needs --experts", "add --experts 8")
         return Subject(arch, arch, None, recipe_for(arch, arch), _DEFAULTS, folder)
     if arch.num_experts:
         check_parent(arch, "--experts")
-        _refuse({"--granularity": args.granularity}, "none: experts of a parent are copied whole", "omit {}")
+        _refuse(
+            {"--granularity": args.granularity}, "is not for a parent with experts, which are copied whole", "omit {}"
+        )
         spec = growth_spec(arch, args.num_experts, args.top_k)
         return Subject(arch.upcycled(spec), arch, spec, None, _DEFAULTS, folder)
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
@@ -177,22 +179,22 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
         "--recompute": args.recompute if {"layernorm", "moe_act", "moe"} & {*recompute} else None,
     }
     if args.low_params and args.precision == "bf16":
-        _refuse({"--low-precision-params": True}, "--precision in FP8 or FP4 beside it", "add --precision fp8-current")
+        _refuse({"--low-precision-params": True}, "needs --precision in FP8 or FP4", "add --precision fp8-current")
     if not subject.arch.num_experts:
-        refused, why = of_experts, "none for a dense model"
+        refused, why = of_experts, "is not for a dense model"
     elif args.recipe is not None and args.overlap:
-        refused, why = {"--overlap": args.overlap}, "none beside --recipe: no recipe has it"
+        refused, why = {"--overlap": args.overlap}, "cannot be combined with --recipe: no recipe has it"
     elif not _is_grouped(subject):
         refused = {"--dispatcher": of_experts["--dispatcher"]}
         refused["--recompute"] = args.recompute if "moe_act" in recompute else None
-        why = "none for this recipe, which does not group the experts' products"
+        why = "is not for this recipe, which does not group the experts' products"
     else:
         return
     _refuse(refused, why, "omit {}, or use --model FOLDER")
 
 
-def _refuse(options: dict[str, Any], expected: str, fix: str) -> None:
+def _refuse(options: dict[str, Any], reason: str, fix: str) -> None:
     """Raise for the first option that was given; `{}` in the fix stands for it."""
     for name, value in options.items():
         if value is not None:
-            raise SpecError(name, got="it" if value is True else value, expected=expected, fix=fix.format(name))
+            raise SpecError(name, kind="refused", got=reason, fix=fix.format(name))

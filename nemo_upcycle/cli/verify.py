@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     if args.weights_only and args.layers:
         raise UpcycleError(
             "--weights-only",
-            got="--layers beside it",
-            expected="none that needs the models to run",
-            fix="omit one of the two",
+            kind="refused",
+            got="cannot be combined with --layers: it does not run the models",
+            fix="omit one of them",
         )
     from nemo_upcycle.convert.verification import verify
     from nemo_upcycle.sources.fetch import local_model

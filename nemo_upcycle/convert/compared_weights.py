@@ -199,9 +199,12 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
         or (moe_arch.num_experts or 0) % (arch.ffn_size // width)
     ):
         raise CheckpointError(
-            str(moe.path),
-            got=f"{moe_arch.num_experts} experts of {width} neurons, shared {moe_arch.shared_ffn_size}",
-            expected=f"a part of the dense {arch.ffn_size}, and whole copies of it",
+            f"MoE {moe.path}",
+            kind="state",
+            got=(
+                f"has {moe_arch.num_experts} experts of {width} neurons and {moe_arch.shared_ffn_size} shared "
+                f"neurons, which are no whole copies of the parent's {arch.ffn_size}"
+            ),
             fix="give the MoE's own parent",
         )
     check_source(moe)

@@ -50,8 +50,8 @@ from nemo_upcycle.utils.streams import StreamedFile
 #: Who made a folder, as its marker says: such a folder may be replaced by the next export.
 MADE_BY = "nemo-upcycle export"
 _ASSUMED = (
-    "the checkpoint says nothing of its model (no context/model.yaml, no arguments in common.pt): rotary embedding,"
-    " norm epsilon, activation and window are taken to be the parent's, and the router's scores a softmax"
+    "the checkpoint does not describe its model (no context/model.yaml, no arguments in common.pt): rotary embedding,"
+    " norm epsilon, activation and window are assumed to be the parent's, and the router's scores a softmax"
 )
 
 
@@ -106,10 +106,7 @@ def _hf_tensor(weights: MegatronWeights, hf_name: str, arch: Architecture) -> to
     wanted = shard_shape(mapping, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
     if tuple(whole.shape) != wanted:
         raise CheckpointError(
-            f"shape of {hf_name}",
-            got=list(whole.shape),
-            expected=list(wanted),
-            fix="the checkpoint belongs to another parent",
+            f"shape of {hf_name}", got=list(whole.shape), expected=list(wanted), fix="give the checkpoint's own parent"
         )
     parts = [found for number, found in hf_parts(whole, mapping, arch).items() if number in mapping.together(part)]
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)

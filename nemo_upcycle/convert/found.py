@@ -65,10 +65,7 @@ def find_trained_model(
     dense = dense or (Path(receipt["source"]) if isinstance(receipt.get("source"), str) else None)
     if dense is None:
         raise UpcycleError(
-            "parent",
-            got="none",
-            expected="its Hugging Face folder",
-            fix="add --dense FOLDER, or --receipt FILE of the run",
+            "The parent", kind="missing", got="is missing", fix="add --dense FOLDER, or --receipt FILE of the run"
         )
     if not (context or receipt.get("spec")) and given:
         _require_unseen(given, checkpoint)
@@ -84,9 +81,9 @@ def find_trained_model(
 def _require_unseen(given: dict[str, Any], checkpoint: Path) -> None:
     if missing := [f"--{name.replace('_', '-')}" for name in _UNSEEN if name not in given]:
         raise SpecError(
-            f"router of {checkpoint}",
-            got="neither a context/, arguments in common.pt nor a receipt",
-            expected="what no tensor shows",
+            f"Checkpoint {checkpoint}",
+            kind="missing",
+            got="does not describe its router: it has no context/, no arguments in common.pt and no receipt",
             fix=f"add {' and '.join(missing)}, or --receipt FILE of the run",
         )
 
@@ -100,9 +97,9 @@ def find_checkpoint(path: Path) -> Path:
     if any((folder / ".metadata").is_file() for folder in (path, path / "weights")):
         if is_marked(path):
             raise CheckpointError(
-                str(path),
-                got=f"one that is being written or removed ({path.name}{UNFINISHED})",
-                expected="a finished checkpoint",
+                f"Checkpoint {path}",
+                kind="state",
+                got=f"is being written or removed ({path.name}{UNFINISHED})",
                 fix="name another checkpoint",
             )
         return path
@@ -112,9 +109,7 @@ def find_checkpoint(path: Path) -> Path:
             return ends[-1]
         path = path.parent
     if not path.is_dir():
-        raise CheckpointError(
-            str(path), got="no such folder", expected="a checkpoint, a folder of them, or a run", fix="check the path"
-        )
+        raise CheckpointError.no_path("folder", path, "give a checkpoint, a folder of checkpoints, or a run")
     # A run of the pipeline has a folder of checkpoints for the upcycled model and one for its dense baseline.
     near = [path, path / "checkpoints", path / "pretrain/checkpoints"]
     deep = sorted(folder for depth in ("*", "*/*") for folder in path.glob(f"{depth}/checkpoints"))
@@ -125,9 +120,12 @@ def find_checkpoint(path: Path) -> Path:
     children = [str(one[-1].relative_to(path)) for one in found] or sorted(child.name for child in path.iterdir())
     raise CheckpointError(
         str(path),
-        got=f"{'several' if found else 'no complete checkpoint'} ({', '.join(children[:8]) or 'an empty folder'})",
-        expected="a finished checkpoint, a folder of them, or a run",
-        fix="name the checkpoint",
+        kind="state",
+        got=(
+            f"has {('several checkpoints' if found else 'no finished checkpoint')} "
+            f"({', '.join(children[:8]) or 'an empty folder'})"
+        ),
+        fix="name one checkpoint, a folder of checkpoints, or a run",
     )
 
 

@@ -65,8 +65,8 @@ def tokenizer_file_names(dense_folder: Path, *, sees: bool = False) -> list[str]
         if not any((target := path.resolve()).is_relative_to(home) for home in homes):
             raise UpcycleError(
                 str(path),
-                got=f"a link to {target}",
-                expected=f"a file in {dense_folder}",
+                kind="refused",
+                got=f"is a link to {target}, outside {dense_folder}",
                 fix="put the file itself into the folder, or remove the link",
             )
     return sorted(str(path.relative_to(dense_folder)) for path in found)

@@ -67,9 +67,9 @@ class CheckpointWeights:
             if mapping.in_layer and single in self.checkpoint.names():
                 return single, False
         raise CheckpointError(
-            f"{self.checkpoint.path}: {mapping.role} of layer {layer}",
-            got="no such tensor",
-            expected=" or ".join(mapping.stored),
+            f"Checkpoint {self.checkpoint.path}",
+            kind="missing",
+            got=f"has no {mapping.role} of layer {layer} ({' or '.join(mapping.stored)})",
             fix="export a checkpoint of a Llama-family model, dense or upcycled",
         )
 
@@ -115,7 +115,7 @@ class CheckpointWeights:
                     f"{what} of {self.checkpoint.path}",
                     got=got,
                     expected=f"{expected}, as in the parent",
-                    fix="export with the parent that the model was made from",
+                    fix="export with the model's own parent",
                 )
 
     def require_all_read(self, arch: Architecture) -> None:
@@ -131,10 +131,12 @@ class CheckpointWeights:
         stored = {*model_tensors(self.checkpoint, self._prefix), *model_tensors(self._adapted, self._prefix)}
         if unread := sorted(stored - read):
             raise CheckpointError(
-                f"{self.checkpoint.path}: tensors that the export would leave out",
-                got=", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else ""),
-                expected=f"the tensors of this {arch.hf_class or 'model'} alone",
-                fix="give the spec that it was upcycled by (as --shared-experts, --moe-layers) and its own parent",
+                f"Checkpoint {self.checkpoint.path}",
+                kind="state",
+                got="has tensors that the export would omit: "
+                + ", ".join(unread[:3])
+                + (f" and {len(unread) - 3} more" if len(unread) > 3 else ""),
+                fix="give the spec of the upcycling (such as --shared-experts, --moe-layers) and its own parent",
             )
 
     def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
@@ -159,9 +161,9 @@ class CheckpointWeights:
             if self.lora_alpha is None:
                 raise CheckpointError(
                     adapters[0],
-                    got="LoRA's adapters, and no description with their alpha",
-                    expected="context/model.yaml, or Bridge's run_config.yaml",
-                    fix="copy the checkpoint again, whole",
+                    kind="missing",
+                    got="is a LoRA adapter, and nothing describes its alpha",
+                    fix="copy the checkpoint again, with context/model.yaml or Bridge's run_config.yaml",
                 )
             weight = (weight.float() + self.lora_alpha / into.shape[0] * out @ into).to(weight.dtype)
         return weight
@@ -211,16 +213,19 @@ def open_checkpoint(
         if not is_parents and (spec is None or spec.num_experts != experts):
             raise SpecError(
                 "spec",
-                got=f"num_experts={spec.num_experts}" if spec else "none",
+                got=f"num_experts={spec.num_experts}" if spec else "missing",
                 expected=f"num_experts={experts}, as in {checkpoint}",
-                fix="give the spec that the model was upcycled by",
+                fix="give the spec of the upcycling",
             )
         arch = replace(arch.upcycled(spec) if spec else arch, **weights.balancing_biases)
         if arch.quantile_bias:
             arch = replace(arch, hf_class="")  # every class that has such biases adds them to scores, not to logits
     elif spec is not None:
         raise SpecError(
-            "spec", got=spec, expected=f"none: {checkpoint} is a dense model", fix="omit the spec's options"
+            f"Checkpoint {checkpoint}",
+            kind="refused",
+            got="is a dense model, which has no spec",
+            fix="omit the options of the spec",
         )
     return weights, arch, context
 
@@ -234,10 +239,10 @@ def _newest(run: Path) -> Path:
     if found := newest_checkpoint(run):
         return found
     raise CheckpointError(
-        str(run),
-        got="no checkpoint",
-        expected="the run whose weights these adapters change (checkpoint.pretrained_checkpoint)",
-        fix="put it back where it was",
+        f"Run {run}",
+        kind="missing",
+        got="has no checkpoint, and these adapters change its weights (checkpoint.pretrained_checkpoint)",
+        fix="put the run back where it was",
     )
 
 

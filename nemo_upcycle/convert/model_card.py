@@ -28,8 +28,8 @@ _SCORES, _LICENCE = "## Scores", "## Licence"
 #: What a parent's card says that holds for what is made of it.
 _INHERITED = ("license", "license_name", "license_link", "language")
 _FROM_DENSE = (
-    "upcycled from a dense model ([arXiv 2412.09952](https://arxiv.org/abs/2412.09952)): the experts are made of its "
-    "feed-forward network."
+    "upcycled from a dense model ([arXiv 2412.09952](https://arxiv.org/abs/2412.09952)): the experts are made from"
+    " its feed-forward network."
 )
 _TEMPLATE = """---
 {front}
@@ -95,14 +95,14 @@ def write_card(
     addresses = [card.parent, *[None] * (len(parents) - 1)]
     rows = {
         "Made from": ", ".join(map(_called, parents, addresses, cards)),
-        "Class": f"{loads_as}{around}: {arch.total_params:,} parameters, {arch.active_params:,} active for a token",
+        "Class": f"{loads_as}{around}: {arch.total_params:,} parameters, {arch.active_params:,} active per token",
         **_besides(arch),
         **card.facts,
         "Written by": f"{card.tool}, version {__version__}",
     }
     own = read_architecture(parents[0]).num_experts if arch.num_experts else None
-    made = f"made from one of {own}: the experts are copies of its own." if own else _FROM_DENSE
-    made = f"A Mixture-of-Experts model ({arch.num_experts} experts, {arch.top_k} for a token), {made}\n\n"
+    made = f"made from a parent with {own} experts, which were copied." if own else _FROM_DENSE
+    made = f"A Mixture-of-Experts model ({arch.num_experts} experts, {arch.top_k} per token), {made}\n\n"
     has_tokenizer = any(name.startswith(("tokenizer", "vocab")) for name in tokenizer_file_names(parents[0]))
     text = _TEMPLATE.format(
         front=yaml_text(front).rstrip(),
@@ -113,9 +113,7 @@ def write_card(
         hf_class=loads_as,
         options=card.options and f", {card.options}",
         tokenizer='tokenizer = AutoTokenizer.from_pretrained(".")\n' if has_tokenizer else "",
-        notes="\n".join(["## What to know", "", *(f"- {plain(note)}" for note in card.notes), "", ""])
-        if card.notes
-        else "",
+        notes="\n".join(["## Notes", "", *(f"- {plain(note)}" for note in card.notes), "", ""]) if card.notes else "",
         licence_title=_LICENCE,
         licence=_licence(front, cards),
     )
@@ -152,9 +150,11 @@ def _besides(arch: Architecture) -> dict[str, str]:
     copied = extra_params(arch) - constants
     told = []
     if copied:
-        told.append(f"the embedding again as the output layer, {copied:,} numbers: not all servers share the two")
+        told.append(
+            f"a copy of the embedding as the output layer ({copied:,} numbers), because not all servers share them"
+        )
     if constants:
-        told.append(f"{constants:,} zeros in tensors that the class has and the parent does not")
+        told.append(f"{constants:,} zeros in tensors that the class has and the parent lacks")
     return {"Also in the files": "; ".join(told)} if told else {}
 
 
@@ -171,9 +171,7 @@ def training_facts(metrics: Path, step: int) -> dict[str, str]:
         try:
             values = json.loads(line)
             if values["step"] == step:
-                return {
-                    "Training": f"{step:,} steps, {values['tokens']:,} tokens, loss {values['loss']:.4f} at the last"
-                }
+                return {"Training": f"{step:,} steps, {values['tokens']:,} tokens, last loss {values['loss']:.4f}"}
         except (ValueError, KeyError, TypeError):
             continue
     return {}
@@ -197,10 +195,12 @@ def _front(names: list[str | None], cards: list[dict[str, Any]], arch: Architect
 def _licence(front: dict[str, Any], cards: list[dict[str, Any]]) -> str:
     if "license" in front:
         name = front.get("license_name", front["license"])
-        return f"The parent's: {plain(name)}. Its licence files, where it has some, lie in this folder."
+        return f"The parent's licence: {plain(name)}. Its licence files, if any, are in this folder."
     if any("license" in card for card in cards):
-        return "The parents have several: " + "; ".join(plain(card.get("license", "none named")) for card in cards)
-    return "The parent's folder names none: see where it came from."
+        return "The parents have several licences: " + "; ".join(
+            plain(card.get("license", "none named")) for card in cards
+        )
+    return "The parent's folder names no licence. See where the model came from."
 
 
 def spec_fact(spec: UpcycleSpec) -> dict[str, str]:

@@ -55,9 +55,9 @@ from nemo_upcycle.utils.files import (
 _PLAN = ".conversion.json"
 #: What a file system may refuse in the middle of the work.
 _FULL = {
-    errno.ENOSPC: ("full", "room"),
-    errno.EDQUOT: ("quota used up", "room"),
-    errno.EFBIG: ("a file too large for it", "files of that size: see ulimit -f, or lower --max-shard-size"),
+    errno.ENOSPC: "is full",
+    errno.EDQUOT: "has no quota left",
+    errno.EFBIG: "takes no file of this size (see `ulimit -f`, or lower --max-shard-size)",
 }
 
 
@@ -195,8 +195,8 @@ def _check_folder(dense: DenseSource) -> None:
     if not (dense.path / "config.json").is_file():
         raise CheckpointError(
             str(dense.path),
-            got="no config.json",
-            expected="a Hugging Face folder",
+            kind="missing",
+            got="has no config.json, so it is not a Hugging Face folder",
             fix="export the checkpoint first (nemo-upcycle export), then convert that",
         )
     tokenizer_file_names(dense.path)
@@ -218,12 +218,11 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(aside)
             if not isinstance(error, OSError) or error.errno not in _FULL:
                 raise
-            got, expected = _FULL[error.errno]
             raise UpcycleError(
-                f"disk of {output}",
-                got=got,
-                expected=expected,
-                fix="fix that and run the same command again: finished files are kept",
+                f"Disk of {output}",
+                kind="state",
+                got=_FULL[error.errno],
+                fix="correct that, and run the same command again: finished files are kept",
             ) from None
     forget_work(output, _PLAN)  # not before it is in its place: without a plan nothing is kept
 
@@ -303,8 +302,10 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
         return True
     raise UpcycleError(
         str(output),
-        got="a finished folder made from something else" if is_complete(output) else "files that are not ours",
-        expected="no such folder, or an empty one",
+        kind="state",
+        got="is a finished folder made from other inputs"
+        if is_complete(output)
+        else "holds files that this command did not write",
         fix="choose another name, or remove it first",
     )
 
@@ -325,8 +326,8 @@ def _check_done(output: Path, writer: SafetensorsWriter) -> None:
     if lost:
         raise UpcycleError(
             str(output),
-            got=f"no whole {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""),
-            expected="every file of the finished conversion",
+            kind="state",
+            got=f"lacks the whole {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""),
             fix="remove the folder and run the same command again",
         )
 

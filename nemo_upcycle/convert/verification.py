@@ -106,9 +106,12 @@ def verify(
         if not child.architecture.num_experts:
             raise CheckpointError(
                 str(moe),
-                got=hf_class,
-                expected=f"an MoE model ({', '.join(family.hf_class for family in targets())})",
-                fix="give the parent's folder first, then the MoE's",
+                kind="state",
+                got=f"is a {hf_class}, which has no experts",
+                fix=(
+                    "give the parent's folder first, then the MoE's "
+                    f"({', '.join(family.hf_class for family in targets())})"
+                ),
             )
         if logits:
             check_tokenizer(dense)
@@ -135,10 +138,13 @@ def _require_memory(needed_bytes: int) -> None:
     free_bytes = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), needed_bytes)
     if free_bytes < needed_bytes:
         raise UpcycleError(
-            "memory for the MoE model in float32",
-            got=f"{free_bytes / 2**30:.1f} GiB",
-            expected=f"{needed_bytes / 2**30:.1f} GiB",
-            fix="use a larger machine, or compare the weights alone (--weights-only)",
+            "This machine",
+            kind="state",
+            got=(
+                f"has {free_bytes / 2**30:.1f} GiB of memory free, and the MoE in float32 needs "
+                f"{needed_bytes / 2**30:.1f} GiB"
+            ),
+            fix="use a larger machine, or compare only the weights (--weights-only)",
         )
 
 
@@ -149,20 +155,22 @@ def _tokens(dense: Path, moe_arch: Architecture) -> torch.Tensor:
             tokenizer = load_tokenizer(dense)
     except Exception as error:  # a damaged file makes the tokenizers library raise just that
         raise UpcycleError(
-            f"{dense}: tokenizer",
-            got="none" if isinstance(error, OSError | ValueError | KeyError) else f"a damaged one ({error})",
-            expected="tokenizer files",
-            fix="copy the model's tokenizer files there, or compare the weights alone (--weights-only)",
+            f"Folder {dense}",
+            kind="missing",
+            got="has no tokenizer"
+            if isinstance(error, OSError | ValueError | KeyError)
+            else f"has a damaged tokenizer ({error})",
+            fix="copy the model's tokenizer files there, or compare only the weights (--weights-only)",
         ) from None
     text = _SAMPLE.read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text)["input_ids"][: WINDOWS * WINDOW_TOKENS])
     length = min(WINDOW_TOKENS, len(ids), moe_arch.max_positions)
     if (largest := int(ids.max())) >= moe_arch.vocab_size:
         raise UpcycleError(
-            f"{dense}: tokenizer",
-            got=f"token {largest} in the text",
-            expected=f"0 to {moe_arch.vocab_size - 1}, the tokens of the model",
-            fix="copy the model's own tokenizer files there, or compare the weights alone (--weights-only)",
+            f"Tokenizer of {dense}",
+            kind="state",
+            got=f"makes token {largest}, and the model has {moe_arch.vocab_size}",
+            fix="copy the model's own tokenizer files there, or compare only the weights (--weights-only)",
         )
     return ids[: len(ids) // length * length].view(-1, length)
 
@@ -176,10 +184,10 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
     for folder, model in ((dense, parent), (moe, child)):
         if not model.logits.isfinite().all():
             raise CheckpointError(
-                f"{folder}: logits",
-                got="NaN or infinity",
-                expected="finite ones",
-                fix="check its config.json: the weights themselves are finite",
+                f"Logits of {folder}",
+                kind="state",
+                got="have NaN or infinity, although its weights are finite",
+                fix="check its config.json",
             )
     outputs = (parent.hidden_states, child.hidden_states) if layers else ()
     return compare_logits(parent.logits, child.logits, *outputs)

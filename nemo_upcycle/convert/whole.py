@@ -17,7 +17,7 @@ from nemo_upcycle.utils.streams import ByteRange, StreamedFile
 
 _EMBEDDING = "embed_tokens.weight"
 #: Which servers do not serve such a model, as `server_caveats` says it.
-CAVEAT = "vLLM, SGLang, llama.cpp: none was tried with experts in a model that sees"
+CAVEAT = "vLLM, SGLang, llama.cpp: not tried with experts in a vision-language model"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def unseen_because(dense: Path, moe_arch: Architecture) -> str:
     if not parent:
         return ""
     if not (wrapper := parent.around_experts):
-        return f"no class is known here that holds {' and '.join(parent.parts)} around experts"
+        return f"no known class has both {' and '.join(parent.parts)} and experts"
     family = find_family(wrapper.hf_class)
     reasons = ", ".join(family.unsupported(moe_arch)) if family else ""
     return f"{wrapper.hf_class} has no place for {reasons}" if reasons else ""

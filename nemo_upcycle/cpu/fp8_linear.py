@@ -172,7 +172,7 @@ def _context(config: Any, layer_no: int = -1, is_init: bool = False) -> Abstract
 def _say_once(recipe: str) -> None:
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         logger.warning(
-            "Low precision (%s) is emulated on this CPU: passes take several times as long as in BF16", recipe
+            "Low precision (%s) is emulated on this CPU: steps take several times as long as in BF16", recipe
         )
 
 

@@ -57,8 +57,10 @@ class Fp8Recipe:
         elsewhere = [field for field in _ELSEWHERE if getattr(config, field, False)]
         if name not in RECIPES or elsewhere or not config.fp8_wgrad:
             got = name if name not in RECIPES else elsewhere[0] if elsewhere else "fp8_wgrad=False"
-            expected = f"{', '.join(RECIPES)} on a CPU, in linear layers alone"
-            raise UpcycleError("fp8_recipe", got=got, expected=expected, fix="train so on a GPU, or choose another")
+            expected = f"{', '.join(RECIPES)} on a CPU, in linear layers only"
+            raise UpcycleError(
+                "fp8_recipe", got=got, expected=expected, fix="train on a GPU, or choose another recipe"
+            )
         group = None
         if name == "delayed" and parallel_state.model_parallel_is_initialized():
             group = parallel_state.get_amax_reduction_group(

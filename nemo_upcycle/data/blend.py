@@ -190,9 +190,7 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
             raise UpcycleError(f"{conf.path}: sources", got=repr(name), expected=expected, fix="rename the source")
     if config.near_duplicates and not config.deduplicate:
         fix = "set deduplicate=true, or near_duplicates=null"
-        raise UpcycleError(
-            f"{conf.path}: near_duplicates", got="deduplicate: false", expected="deduplicate: true", fix=fix
-        )
+        raise UpcycleError(f"{conf.path}: near_duplicates", kind="refused", got="needs deduplicate: true", fix=fix)
     file = conf.path if not is_pattern(conf.path.name) else conf.path.parent
     return Blend(file.stem, conf.folder, config)
 
@@ -219,12 +217,17 @@ def only_source(name: str | Path) -> list[str]:
         others += sum(not suffix_of(file) for file in files)
         is_root = path == Path(path.anchor)
         if others > _MOST_OTHERS or is_root:
-            got = "the root of this machine" if is_root else f"over {_MOST_OTHERS:,} files of other kinds"
-            fix = "name the folder of the texts alone"
-            raise UpcycleError(f"folder {path}", got=got, expected="a folder of texts", fix=fix)
+            got = "is the root of this machine" if is_root else f"has over {_MOST_OTHERS:,} files of other kinds"
+            fix = "name a folder that holds only the texts"
+            raise UpcycleError(f"Folder {path}", kind="refused", got=got, fix=fix)
     ends.discard("")
     if not ends:
-        raise UpcycleError(f"folder {path}", got="no file of texts", expected=readable(), fix="name another folder")
+        raise UpcycleError(
+            f"Folder {path}",
+            kind="missing",
+            got=f"has no file of texts that is read ({readable()})",
+            fix="name another folder",
+        )
     return [f"{path}/**/*{end}" for end in sorted(ends)]
 
 
@@ -235,7 +238,7 @@ def no_data(why: str) -> UpcycleError:
         why: the reason, for the text.
     """
     fix = "add data=FOLDER, a finished folder of `nemo-upcycle data`; a chain takes a blend as well"
-    return UpcycleError("data", got=f"none, and {why}", expected="the texts to train on", fix=fix)
+    return UpcycleError("The data", kind="missing", got=f"are missing, and {why}", fix=fix)
 
 
 def is_pattern(text: str) -> bool:

@@ -60,13 +60,13 @@ def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
         cache.mkdir(parents=True, exist_ok=True)
         lock = take_lock(cache / _LOCK)
     except TimeoutError:
-        logger.info("wait for another run, which builds the indices in %s", cache)
+        logger.info("waiting for another run that builds the indices in %s", cache)
         lock = take_lock(cache / _LOCK, timeout_s=-1)
     except OSError as error:
         raise UpcycleError(
-            f"index cache {cache}",
-            got=error.strerror,
-            expected="a folder to write",
+            f"Index cache {cache}",
+            kind="state",
+            got=f"cannot be written: {error.strerror}",
             fix="let the account of the training job write there, or give the recipe's data indices=FOLDER",
         ) from None
     with lock:

@@ -35,16 +35,22 @@ def calibration_sample(spec: UpcycleSpec, dense: Path) -> Sample:
         isinstance(entry, list) and entry and all(isinstance(text, str) for text in entry) for entry in texts
     )
     if len(texts) != copies or not is_list:
-        got = f"a list of {len(texts)}" if texts and is_list else "something else"
-        expected = f"a list of {copies}, a text or a list of texts for each copy"
-        raise UpcycleError(f"prompts in {file}", got=got, expected=expected, fix="write an entry for each: - [TEXT]")
+        got = f"has {len(texts)} entries" if texts and is_list else "is not a list"
+        expected = f"the spec makes {copies} copies, each with a text or a list of texts"
+        raise UpcycleError(
+            f"Prompt file {file}",
+            kind="state",
+            got=got,
+            expected=expected,
+            fix="write one entry for each copy: - [TEXT]",
+        )
     tokenizer, digest = open_tokenizer(dense), hashlib.sha256()
     batches, labels = list[torch.Tensor](), list[int]()
     for label, entry in enumerate(texts):
         for text in entry:
             ids = tokenizer(text)["input_ids"][:_PROMPT_TOKENS]
             if not ids:
-                raise UpcycleError(f"prompts in {file}", got="an empty text", expected="words", fix="write some")
+                raise UpcycleError(f"Prompt file {file}", kind="state", got="has an empty text", fix="write some")
             batches.append(torch.tensor([ids]))
             labels.append(label)
             digest.update(f"{tuple(batches[-1].shape)}".encode() + batches[-1].numpy().tobytes())

@@ -29,8 +29,13 @@ def check_suites(suites: Mapping[str, SuiteConfig], without: Sequence[str] = ())
     asked = [task for config in suites.values() if not config.local for task in config.tasks]
     for name in without:
         if not asked:
-            expected, fix = "[], because no suite of decontaminate asks a task of lm-eval", "omit it"
-            raise UpcycleError("decontaminate_without", got=name, expected=expected, fix=fix)
+            fix = "omit it"
+            raise UpcycleError(
+                "decontaminate_without",
+                kind="refused",
+                got=f"names {name}, but no suite of decontaminate has a task of lm-eval",
+                fix=fix,
+            )
         if name not in asked:
             raise UpcycleError.unknown("decontaminate_without: task", name, asked)
 

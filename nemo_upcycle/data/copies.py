@@ -58,9 +58,9 @@ def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], 
     """
     if (stated := blend.config.sources[source].license) == SourceConfig.license:
         raise UpcycleError(
-            f"sources.{source}.license of blend {blend.name}",
-            got=stated,
-            expected="a licence under which the texts may be copied",
+            f"License of source {source} in blend {blend.name}",
+            kind="missing",
+            got=f"is {stated}, and copying the texts needs one",
             fix="state it in the blend, or copy the files yourself and name the copies there",
         )
     path = _list_of(blend, source, cache)
@@ -108,4 +108,4 @@ def _copy(folder: Path, address: str) -> None:
         with open_input(address) as handle, whole_file(path) as aside, aside.open("wb") as copy:
             shutil.copyfileobj(handle, copy, 1 << 22)
     except NOT_THERE:
-        logger.warning("%s is not there: the build counts it as missing", address)
+        logger.warning("%s does not exist; the build counts it as missing", address)

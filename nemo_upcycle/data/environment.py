@@ -35,10 +35,10 @@ def data_python() -> Path:
     python = next((place for place in places if place.is_file()), None)
     if python is None:
         raise UpcycleError(
-            f"${VARIABLE}" if named else "environment of the data engine",
-            got=f"no {places[0]}",
-            expected="a Python that has datatrove",
-            fix=f"{_FIX}; or set {VARIABLE} to its Python",
+            f"${VARIABLE}" if named else "The environment of the data engine",
+            kind="missing",
+            got=f"is missing: {places[0]} does not exist",
+            fix=f"{_FIX}, or set {VARIABLE} to its Python",
         )
     return python
 
@@ -53,13 +53,15 @@ def engine_version(python: Path) -> str:
         command = away_from_here([str(python), "-m", ENGINE, "--version"])
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise UpcycleError(f"data engine of {python}", got=error.strerror, expected="a Python", fix=_FIX) from None
+        raise UpcycleError(
+            f"Data engine {python}", kind="state", got=f"cannot be started: {error.strerror}", fix=_FIX
+        ) from None
     if done.returncode or f"nemo-upcycle {__version__}," not in done.stdout or "missing" in done.stdout:
         got = done.stdout.strip() or (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise UpcycleError(
-            f"data engine of {python}",
-            got=got,
-            expected=f"nemo-upcycle {__version__} with datatrove",
+            f"Data engine {python}",
+            kind="state",
+            got=f"lacks nemo-upcycle {__version__} or datatrove ({got})",
             fix=_FIX,
         )
     return done.stdout.strip()
@@ -96,9 +98,9 @@ def run_engine(arguments: Sequence[str], check: Callable[[], None] = lambda: Non
         raise KeyboardInterrupt
     if status:
         raise StageError(
-            "data engine",
-            got=f"exit status {status}",
-            expected="0",
-            fix="see its message above; then rerun, the build resumes",
+            "The data engine",
+            kind="state",
+            got=f"ended with status {status}",
+            fix="read its message above, then run the command again, which resumes the build",
         )
     check()

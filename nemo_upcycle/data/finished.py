@@ -86,15 +86,18 @@ class Finished:
 
         folder = _tokenizer_folder(dense)
         if folder is None:
-            logger.warning("%s holds no tokenizer: not compared with that of %s", dense, self.folder)
+            logger.warning("%s has no tokenizer, so it was not compared with the tokenizer of %s", dense, self.folder)
             return
         sha256 = self.manifest["tokenizer"]["sha256"]
         if sha256 != (expected := tokenizer_sha256(open_tokenizer(folder))):
             raise UpcycleError(
                 f"tokenizer of {self.folder}",
-                got=f"sha256 {sha256[:16]}...",
-                expected=f"that of the dense model {dense}, {expected[:16]}...",
-                fix=f"run `{self.command}` with the tokenizer of the model, or start from the model of the data",
+                got=f"{sha256[:16]}... (sha256)",
+                expected=f"{expected[:16]}..., as in the dense model {dense}",
+                fix=(
+                    f"run `{self.command}` with the tokenizer of the model, or start from the model that the data "
+                    "were made for"
+                ),
             )
 
 
@@ -131,9 +134,11 @@ class FinishedBlend(Finished):
             for name, counts in content["report"]["sets"].items()
             if counts["items_hit"]
         )
-        removed = f"; removed text with {', '.join(words)}" if hit_sets else "; no evaluation item was found in it"
+        removed = (
+            f"; removed text with {', '.join(words)}" if hit_sets else "; no evaluation item was found in the texts"
+        )
         shared = f"{content['report']['words']} words in a row with"
-        without = f"; not looked for: {', '.join(names)}" if (names := content.get("without")) else ""
+        without = f"; not searched for: {', '.join(names)}" if (names := content.get("without")) else ""
         return f"{removed}; what is left shares {shared} {', '.join(left) or 'none'}{without}"
 
     @property
@@ -212,10 +217,10 @@ class FinishedBlend(Finished):
     def _require_sequence(self, what: str, tokens: int, seq_length: int) -> None:
         if tokens <= seq_length:
             raise UpcycleError(
-                f"{what} in {self.folder}",
-                got=tokens,
-                expected=f"more than one sequence ({seq_length})",
-                fix="give the blend more text (of validation, a larger hold_out), or lower the length of a sequence",
+                f"Split {what} of {self.folder}",
+                kind="state",
+                got=f"has {tokens} tokens, not more than one sequence ({seq_length})",
+                fix="give the blend more text (for validation: a larger hold_out), or lower the sequence length",
             )
 
     def _weighted(self, split: str, longer_than: int) -> list[str]:
@@ -241,7 +246,7 @@ class FinishedBlend(Finished):
         for source, epochs in self.epochs(tokens).items():
             if epochs > limit:
                 often = f"{epochs:.1f} times{also}, more often than max_epochs ({limit:g})"
-                yield f"data: source {source} is read {often}: lower its weight or the steps"
+                yield f"data: source {source} is read {often}: lower its weight or the number of steps"
 
     def _total(self, source: str) -> int:
         return sum(self.tokens["train"][source].values())
@@ -322,7 +327,10 @@ def _measured(folder: Path, what: str, split: dict[str, Any]) -> dict[str, int]:
     tokens = {prefix: tokens_of(folder / prefix) for prefix in split["prefixes"]}
     if sum(tokens.values()) != split["tokens"]:
         raise UpcycleError(
-            f"tokens of {what} in {folder}", got=sum(tokens.values()), expected=split["tokens"], fix=AGAIN
+            f"Split {what} of {folder}",
+            kind="state",
+            got=f"has {sum(tokens.values())} tokens, and the manifest says {split['tokens']}",
+            fix=AGAIN,
         )
     return {prefix: count for prefix, count in tokens.items() if count}
 

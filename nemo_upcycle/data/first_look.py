@@ -114,8 +114,8 @@ def filled_files(source: str, files: Sequence[InputFile]) -> list[InputFile]:
     here = [file for file in files if not is_address(file.path)]
     filled = [file for file in here if file.size_bytes]
     if here and not filled:
-        got = "an empty file" if len(here) == 1 else f"{len(here):,} files, all empty"
-        raise UpcycleError(f"source {source}", got=got, expected="texts", fix=f"give others than {here[0].path}")
+        got = "is an empty file" if len(here) == 1 else f"has {len(here):,} files, all empty"
+        raise UpcycleError(f"Source {source}", kind="state", got=got, fix=f"give other files than {here[0].path}")
     return filled
 
 
@@ -138,12 +138,17 @@ def check_look(blend: Blend, source: str, look: Look) -> None:
     if look.is_text:
         return
     reason, (count, first) = max(look.lost.items(), key=lambda item: item[1][0])
-    got, expected, fix = f"{reason} (first at {first})", "texts", "correct the files"
+    got, fix = f"{reason} (first at {first})", "correct the files"
     is_named = "text_key" in READERS[blend.config.sources[source].reader].options
     if reason.startswith(NO_FIELD) and is_named and look.fields:
-        got = f"{NO_FIELD} `{reason.removeprefix(NO_FIELD).strip()}`"
-        expected = f"it; they have {', '.join(f'`{name}`' for name in look.fields)}"
+        got = (
+            f"{NO_FIELD} `{reason.removeprefix(NO_FIELD).strip()}`; they have "
+            f"{', '.join(f'`{name}`' for name in look.fields)}"
+        )
         fix = f"set sources.{source}.options.text_key={next(iter(look.fields))}"
     raise UpcycleError(
-        f"source {source}", got=f"{count:,} of its first {look.records:,} documents: {got}", expected=expected, fix=fix
+        f"Source {source}",
+        kind="state",
+        got=f"cannot be read in {count:,} of its first {look.records:,} documents: {got}",
+        fix=fix,
     )

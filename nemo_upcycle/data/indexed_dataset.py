@@ -74,7 +74,7 @@ def tokens_of(prefix: Path) -> int:
     with index.open("rb") as handle:
         magic, _, code, sequences, documents = HEADER.unpack(handle.read(HEADER.size))
         if magic != MAGIC or code not in TOKEN_BYTES:
-            raise UpcycleError(str(index), got="other bytes", expected="an index of Megatron's", fix=AGAIN)
+            raise UpcycleError(str(index), kind="state", got="is not an index of Megatron's", fix=AGAIN)
         require_size(index, HEADER.size + 12 * sequences + 8 * documents)
         if not sequences:
             return 0
@@ -98,7 +98,9 @@ def require_size(path: Path, size_bytes: int, *, at_least: bool = False) -> None
     if actual_bytes is None or actual_bytes < size_bytes or (actual_bytes > size_bytes and not at_least):
         raise UpcycleError(
             str(path),
-            got="no such file" if actual_bytes is None else f"{actual_bytes} bytes",
-            expected=f"{size_bytes} bytes{' or more' if at_least else ''}",
+            kind="state",
+            got="does not exist"
+            if actual_bytes is None
+            else f"has {actual_bytes} bytes instead of {size_bytes}{(' or more' if at_least else '')}",
             fix=AGAIN,
         )

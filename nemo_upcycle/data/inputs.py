@@ -111,10 +111,10 @@ def require_disjoint(inputs: dict[str, dict[str, list[InputFile]]]) -> None:
                 here = f"{source}.{split}"
                 if owner.setdefault(file.path, here) != here:
                     raise UpcycleError(
-                        f"file {file.path}",
-                        got=f"in {owner[file.path]} and {here}",
-                        expected="in one of them",
-                        fix="remove it from the other: no text is trained on twice, nor where it is evaluated",
+                        f"File {file.path}",
+                        kind="refused",
+                        got=f"is in both {owner[file.path]} and {here}",
+                        fix="remove it from one of them: no text is trained on twice, or trained on and evaluated",
                     )
 
 

@@ -79,16 +79,18 @@ def require_read(blend: Blend, source: str, tasks: Sequence[Mapping[str, Any]]) 
         LostError: it is more than the source's `max_lost`.
     """
     lost, most = count_lost(tasks), blend.config.sources[source].max_lost
-    text = f"{lost['share']:.1%} of what was to be read is lost ({'; '.join(lost_text(lost))})"
+    text = f"loses {lost['share']:.1%} of its text ({'; '.join(lost_text(lost))})"
     if lost["share"] > most:
         correct = text_field(blend, source, tasks) or "correct the files"
         enough = math.ceil(100 * lost["share"]) / 100
         raise LostError(
-            f"source {source}",
-            got=text,
-            expected=f"at most {most:.1%}, its max_lost",
-            fix=f"{correct}, and build in another folder; or set sources.{source}.max_lost to {enough:g} and run the"
-            " same command, which continues",
+            f"Source {source}",
+            kind="state",
+            got=f"{text}, more than its max_lost ({most:.1%}) allows",
+            fix=(
+                f"{correct}, and build in another folder; or set sources.{source}.max_lost to {enough:g} and run the "
+                "same command again, which continues"
+            ),
         )
     if lost["share"] > _WARNED:
         sys.stderr.write(f"warning: source {source}: {text}\n")
@@ -170,13 +172,14 @@ def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], tasks
             removed.update({why: n for why, n in one["removed"].items() if step != "read"})
     gone = [*lost_text(count_lost(tasks)), *(f"{count:,} documents: {why}" for why, count in removed.items())]
     field = text_field(blend, source, tasks)
-    without = ", or take the source out of the blend" if len(blend.config.sources) > 1 else ""
+    without = ", or remove the source from the blend" if len(blend.config.sources) > 1 else ""
     raise UpcycleError(
-        f"source {source}",
-        got=f"{bound}{most:,} tokens to train on, in {train['documents']:,} of {read:,} documents"
-        + (f" ({'; '.join(gone)})" if gone else ""),
-        expected=f"more than a sequence ({blend.config.seq_length:,}), for {blend.share(source):.1%} of a run",
-        fix=f"{field or 'give it more text'}{without}, in another folder",
+        f"Source {source}",
+        kind="state",
+        got=f"leaves {bound}{most:,} tokens to train on, in {train['documents']:,} of {read:,} documents"
+        + (f" ({'; '.join(gone)})" if gone else "")
+        + f", and {blend.share(source):.1%} of a run needs more than a sequence ({blend.config.seq_length:,})",
+        fix=f"{field or 'give it more text'}{without}, and build in another folder",
     )
 
 

@@ -26,8 +26,14 @@ def named_tokenizer(tokenizer: str | None) -> str:
         UpcycleError: the configuration names none.
     """
     if tokenizer is None:
-        expected = "the dense model whose tokenizer is used, and chat template"
-        raise UpcycleError("tokenizer", got="none", expected=expected, fix="add tokenizer=FOLDER, or hf://ORG/NAME")
+        expected = "the data are made with the tokenizer and chat template of the dense model"
+        raise UpcycleError(
+            "The tokenizer",
+            kind="missing",
+            got="is missing",
+            expected=expected,
+            fix="add tokenizer=FOLDER, or tokenizer=hf://ORG/NAME",
+        )
     return tokenizer
 
 
@@ -57,15 +63,14 @@ def changes_text(changes: Mapping[str, Sequence[str]], output: Path) -> str:
 
     Example:
         >>> changes_text({"new": ["/texts/a.txt", "/texts/b.txt"]}, Path("data"))
-        'since data was made 2 files are new (/texts/a.txt, /texts/b.txt)'
+        '2 input files are new (/texts/a.txt, /texts/b.txt) since data was built'
     """
     kinds = []
     for how, paths in changes.items():
         more = f", and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-        kinds.append(
-            f"{len(paths):,} {'files are' if len(paths) > 1 else 'is'} {how} ({', '.join(paths[:_NAMED])}{more})"
-        )
-    return f"since {output} was made {', '.join(kinds)}"
+        files = "input files are" if len(paths) > 1 else "input file is"
+        kinds.append(f"{len(paths):,} {files} {how} ({', '.join(paths[:_NAMED])}{more})")
+    return f"{', '.join(kinds)} since {output} was built"
 
 
 def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -83,18 +88,21 @@ def require_same(output: Path, kind: str, earlier: Mapping[str, Any], now: Mappi
     if earlier == now:
         return
     if kind in earlier and earlier["format"] != now["format"]:
-        fix = "an earlier version made it: remove it first, or choose another folder"
-        raise UpcycleError(f"format of {output}", got=earlier["format"], expected=now["format"], fix=fix)
-    got, fix = "files that are not ours", "choose another folder, or remove it first"
+        raise UpcycleError(
+            f"format of {output}",
+            got=earlier["format"],
+            expected=now["format"],
+            fix="remove the folder, which an earlier version made, or choose another one",
+        )
+    got, fix = f"holds files that are not a {kind}", "choose another folder, or remove it first"
     if kind in earlier:
         were, are = ({**noted[kind], "strict": noted["strict"]} for noted in (earlier, now))
         names = [key for key, value in are.items() if were.get(key) != value]
         differs = [f"{', '.join(names)} differ"] if names else []
         if changes := compare(earlier.get("files", []), now.get("files", [])):
             differs.append(changes_text(changes, output))
-        got, fix = f"another {kind}'s ({'; '.join(differs)})", f"use the settings that it was made with, {fix}"
-    expected = f"an empty folder, or this {kind}'s"
-    raise UpcycleError(str(output), got=got, expected=expected, fix=fix)
+        got, fix = f"holds another {kind} ({'; '.join(differs)})", f"use the settings of that {kind}, {fix}"
+    raise UpcycleError(str(output), kind="state", got=got, fix=fix)
 
 
 def cached_folder(kind: str, name: str, made_from: Sequence[Any], build: Callable[[Path], object]) -> Path:

@@ -184,9 +184,9 @@ class NgramIndex:
             return cls(arrays)
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UpcycleError(
-                f"n-gram index {path}",
-                got=error,
-                expected=f"an index of version {_FORMAT}",
+                f"N-gram index {path}",
+                kind="state",
+                got=f"is damaged, or not of version {_FORMAT} ({error})",
                 fix="delete it and prepare the data again",
             ) from None
 

@@ -107,10 +107,10 @@ def split_by_field(blend: Blend, source: str, files: Sequence[InputFile]) -> tup
         return (reading(blend, source, fields[0]) if fields != [TEXT] and fields else blend), schemas
     if len(schemas) < sum(1 for file in files if file.size_bytes):
         raise UpcycleError(
-            f"source {source}",
-            got=f"texts in {' and '.join(map(repr, fields))}, and more than {_OPENED} files",
-            expected="one field",
-            fix="name the files of each field as a source of a blend, with options.text_key",
+            f"Source {source}",
+            kind="refused",
+            got=f"has more than {_OPENED} files, with texts in {' and '.join(map(repr, fields))}",
+            fix="make one source of the blend for each field, with options.text_key",
         )
     stored = {field: sum(one.text_bytes for one in schemas if one.field == field) for field in fields}
     sources, total = dict(blend.config.sources), sum(stored.values())
@@ -135,7 +135,7 @@ def _entries(train: Sequence[str], schemas: Sequence[Schema], field: str) -> lis
         else:
             entries += [one.file.path for one in alike if one.field == field]
     if found := [entry for entry in entries if is_pattern(entry) and entry not in train]:
-        raise UpcycleError(f"file {found[0]}", got="a name with * ? or [", expected="another name", fix="rename it")
+        raise UpcycleError(f"File {found[0]}", kind="refused", got="has * ? or [ in its name", fix="rename it")
     return entries
 
 

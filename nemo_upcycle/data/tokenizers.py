@@ -27,23 +27,23 @@ def open_tokenizer(folder: Path) -> Any:
         tokenizer = load_tokenizer(folder)
     except Exception as error:  # the tokenizers library raises a plain Exception for a damaged file
         raise CheckpointError(
-            f"tokenizer in {folder}",
-            got=str(error).splitlines()[0],
-            expected="files that transformers reads",
+            f"Tokenizer in {folder}",
+            kind="state",
+            got=f"cannot be read by transformers ({str(error).splitlines()[0]})",
             fix="copy the dense model's tokenizer files again",
         ) from None
     if not tokenizer.is_fast:
         raise CheckpointError(
-            f"tokenizer in {folder}",
-            got=f"{type(tokenizer).__name__}, which has no tokenizer.json",
-            expected="a fast tokenizer",
+            f"Tokenizer in {folder}",
+            kind="refused",
+            got=f"is a {type(tokenizer).__name__} without tokenizer.json, and a fast tokenizer is needed",
             fix="convert it with transformers (convert_slow_tokenizer), and save tokenizer.json in the folder",
         )
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
-            f"eos_token of the tokenizer in {folder}",
-            got=None,
-            expected="a token that closes a document",
+            f"Tokenizer in {folder}",
+            kind="missing",
+            got="has no eos_token, which closes a document",
             fix="set eos_token in tokenizer_config.json",
         )
     return tokenizer

@@ -136,15 +136,17 @@ def choose_backend(folder: Path, wanted: str, dtype: str) -> str:
         return "megatron"
     if wanted in ("hf", "megatron") or (wanted == "auto" and dtype == "float32"):
         return "hf"
-    got = expected = ""
+    got = ""
     if importlib.util.find_spec("vllm") is None:
-        got, expected = "no such package", "vllm in this environment"
+        got = "vllm is not installed in this environment"
     elif not torch.cuda.is_available():
-        got, expected = "no GPU", "a GPU that torch sees"
+        got = "torch sees no GPU"
     elif not (names := set(_config(folder).get("architectures") or [])) & set(_classes_of_vllm()):
-        got, expected = ", ".join(sorted(names)) or "no class", "a class that vLLM has"
+        got = f"vLLM does not have {', '.join(sorted(names)) or 'a class of no name'}"
     if got and wanted == "vllm":
-        raise UpcycleError("backend vllm of the suite", got=got, expected=expected, fix="set backend: auto, or hf")
+        raise UpcycleError(
+            "Backend vllm of the suite", kind="refused", got=f"cannot be used: {got}", fix="set backend: auto, or hf"
+        )
     return "hf" if got else "vllm"
 
 
@@ -225,10 +227,10 @@ def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"model {folder}",
-            got="no config.json",
-            expected="a Hugging Face folder with config.json, *.safetensors and tokenizer files",
-            fix="check the path",
+            f"Model folder {folder}",
+            kind="missing",
+            got="has no config.json",
+            fix="give a Hugging Face folder with config.json, *.safetensors and tokenizer files",
         )
     import torch
 
@@ -243,17 +245,17 @@ def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
         tokenizer = hf_model.load_tokenizer(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"model {folder}",
-            got=f"{type(error).__name__}: {error}",
-            expected="a model that transformers can load",
+            f"Model {folder}",
+            kind="state",
+            got=f"cannot be loaded by transformers ({type(error).__name__}: {error})",
             fix="export the model again, with the tokenizer files of the parent",
         ) from error
     wrong = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
     if wrong:
         raise CheckpointError(
-            f"weights of {folder}",
-            got=wrong,
-            expected="exactly the tensors of the model",
+            f"Weights of {folder}",
+            kind="state",
+            got=f"are not those of its class: {wrong}",
             fix="export the model again with `nemo-upcycle export`",
         )
     return model.eval(), tokenizer

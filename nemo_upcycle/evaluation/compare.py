@@ -157,15 +157,15 @@ def item_pairs(a: dict[str, Any], b: dict[str, Any], task: str) -> Iterator[tupl
     """
     hashes_a, hashes_b = ([item["hash"] for item in result["items"].get(task, [])] for result in (a, b))
     if hashes_a != hashes_b or not hashes_a:
-        got, expected = (f"{len(hashes)} items of {task}" for hashes in (hashes_b, hashes_a))
-        raise _different_items(a, b, got, f"the same items, {expected}")
+        reason = f"they have {len(hashes_a)} and {len(hashes_b)} items of {task}, or different ones"
+        raise _different_items(a, b, reason)
     yield from zip(a["items"][task], b["items"][task], strict=True)
 
 
-def _different_items(a: dict[str, Any], b: dict[str, Any], got: object, expected: object) -> UpcycleError:
+def _different_items(a: dict[str, Any], b: dict[str, Any], reason: str) -> UpcycleError:
     return UpcycleError(
-        f"evaluation {b['name']} beside {a['name']}",
-        got=got,
-        expected=expected,
+        f"Evaluations {a['name']} and {b['name']}",
+        kind="refused",
+        got=f"cannot be compared: {reason}",
         fix="evaluate both with the same suite and limit",
     )

@@ -125,9 +125,9 @@ def ask(
     tasks = tasks or load_suite_tasks(suite)
     if config["chat_template"] and not getattr(model.lm.tokenizer, "chat_template", None):
         raise UpcycleError(
-            "chat template of the model's tokenizer",
-            got="none",
-            expected="one: chat_template of the suite is true",
+            "The model's tokenizer",
+            kind="missing",
+            got="has no chat template, and the suite sets chat_template: true",
             fix="evaluate a model that was tuned on conversations, or omit chat_template",
         )
     if config["local"]:

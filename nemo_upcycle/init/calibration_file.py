@@ -43,15 +43,17 @@ class Calibration:
 
         fix = "make it with nemo-upcycle calibrate"
         if not path.is_file():
-            raise UpcycleError(f"calibration file {path}", got="no such file", expected="one", fix=fix)
+            raise UpcycleError.no_path("calibration file", path, fix)
         try:
             with safe_open(path, "pt") as file:
                 metadata, self._names = file.metadata() or {}, frozenset(file.keys())
         except (SafetensorError, OSError) as error:
-            raise UpcycleError(f"calibration file {path}", got=error, expected="a whole file", fix=fix) from None
+            raise UpcycleError(
+                f"Calibration file {path}", kind="state", got=f"is damaged ({error})", fix=fix
+            ) from None
         self.lineage: dict[str, Any] = json.loads(metadata.get(LINEAGE, "{}"))
         if (got := self.lineage.get("format", "another file")) != FORMAT:
-            raise UpcycleError(f"calibration file {path}", got=got, expected=FORMAT, fix=fix)
+            raise UpcycleError(f"format of {path}", got=got, expected=FORMAT, fix=fix)
         self.path = path
         self.sha256 = sha256_file(path)
 
@@ -85,8 +87,9 @@ def calibration_of(spec: UpcycleSpec | None) -> Calibration | None:
     if not spec.calibration:
         raise SpecError(
             field="calibration",
-            got="none",
-            expected=f"the file that <router_init>={spec.router_init} is read from",
+            kind="missing",
+            got="is missing",
+            expected=f"<router_init>={spec.router_init} reads its file",
             fix="make it with nemo-upcycle calibrate, and name it",
         )
     path = Path(spec.calibration).expanduser()
@@ -109,4 +112,4 @@ def require_files(spec: UpcycleSpec) -> None:
     name = "calibration" if spec.calibration else "router_prompts"
     path = Path(getattr(spec, name)).expanduser()
     if getattr(spec, name) and not path.is_file():
-        raise SpecError(field=name, got=f"{path}, no such file", expected="a file", fix="check the path")
+        raise SpecError(field=name, kind="missing", got=f"{path} does not exist", fix="check the path")

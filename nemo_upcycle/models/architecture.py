@@ -88,9 +88,12 @@ class Architecture(Attention, Norms, Multipliers, Experts):
         if self.keeps_network:
             raise CheckpointError(
                 f"layers of {self.hf_class or 'the model'}",
-                got="heads of two sizes, and a network kept beside the experts with a norm behind each (Gemma 4)",
-                expected="layers of Megatron-Core or of this package; Megatron-Bridge's own of Gemma 4 are not filled",
-                fix="convert it (nemo-upcycle convert), and train the folder where its class is known",
+                kind="refused",
+                got=(
+                    "cannot be trained: they have heads of two sizes and a dense network beside the experts (Gemma "
+                    "4), which neither Megatron-Core nor this package builds"
+                ),
+                fix="convert the model (nemo-upcycle convert), and train the folder with a trainer that has its class",
             )
 
     @cached_property
@@ -186,7 +189,7 @@ class Architecture(Attention, Norms, Multipliers, Experts):
             raise CheckpointError(
                 field="granularity",
                 got=spec.granularity,
-                expected=f"a divisor of the feed-forward size {self.ffn_size}",
+                expected=f"a divisor of {self.ffn_size}, the feed-forward size",
                 fix="use one of " + ", ".join(str(number) for number in divisors),
             )
         width = self.ffn_size // spec.granularity

@@ -70,13 +70,11 @@ def check_balancing(config: Any, router_score: str) -> None:
 def _of_signs(config: Any, router_score: str) -> Iterator[tuple[str, bool, str, str]]:
     """Yield what biases that move by a rate exclude: setting, whether it is in the way, what it must be, fix."""
     if getattr(config, _BIASES, False):
-        expected = "false with router_score=softmax: Megatron adds the biases to sigmoid scores"
-        fix = "set the spec's router_score to sigmoid, or balance by a loss"
+        expected = "false with router_score=softmax, because Megatron adds the biases to sigmoid scores"
+        fix = "set the spec's router_score to sigmoid, or use a load-balancing loss"
         yield _BIASES, router_score == "softmax", expected, fix
         name = "moe_pad_expert_input_to_capacity"
-        expected = (
-            f"false with {_BIASES}: padding counts as tokens, so that all experts have as many, and no bias moves"
-        )
+        expected = f"false with {_BIASES}, because padding makes all expert loads equal, and no bias moves"
         yield name, bool(getattr(config, name, False)), expected, f"set it to false, or {_BIASES}"
 
 
@@ -84,14 +82,19 @@ def _of_quantiles(config: Any) -> Iterator[tuple[str, bool, str, str]]:
     """Yield the same for biases by quantiles."""
     if QUANTILES not in (kinds := _kinds(config)):
         return
-    expected = "a balancing that this Megatron-Core has: quantiles come with 0.19, and 0.15 would balance nothing"
+    expected = "a kind that this Megatron-Core has (quantiles need 0.19)"
     fix = f"train in Megatron-Bridge, or set it to aux_loss, or to none with {_BIASES}"
     yield _KIND, not hasattr(config, _EMA), expected, fix
-    yield _KIND, len(kinds) > 1, f"{QUANTILES} alone: it takes no loss beside it", f"set it to {QUANTILES}"
+    yield (
+        _KIND,
+        len(kinds) > 1,
+        f"{QUANTILES} alone, because it cannot be combined with a loss",
+        f"set it to {QUANTILES}",
+    )
     for name, expected in (
-        ("moe_aux_loss_coeff", f"0 with {QUANTILES}: there is no loss"),
+        ("moe_aux_loss_coeff", f"0 with {QUANTILES}, which has no loss"),
         (_BIASES, f"false with {QUANTILES}, which has biases of its own"),
-        ("moe_router_fusion", f"false with {QUANTILES}, which the fused router does not know"),
+        ("moe_router_fusion", f"false with {QUANTILES}, which the fused router does not support"),
     ):
         yield name, bool(getattr(config, name, None)), expected, "set it to that"
 

@@ -96,19 +96,34 @@ def check_fields(config: Any, *parts: Any) -> None:
 
     has_mamba = "M" in (get("hybrid_layer_pattern") or "")
     if has_mamba and (got := get("position_embedding_type")) != "none":
-        expected = "none: the attention of a parent with Mamba layers (M in hybrid_layer_pattern) has none"
+        expected = "none, because attention beside Mamba layers (M in hybrid_layer_pattern) has no positions"
         raise SpecError(field="model.config.position_embedding_type", got=got, expected=expected, fix="set it to none")
     for name, got, taken, because in refusals(get, experts=bool(get("num_moe_experts"))):
         if name == "position_embedding_type" and has_mamba:
             continue
-        raise SpecError(field=f"model.config.{name}", got=got, expected=f"{taken}: {because}", fix="leave it at that")
+        raise SpecError(
+            field=f"model.config.{name}",
+            got=got,
+            expected=f"{taken} ({because})",
+            fix="set it to that, or leave it out",
+        )
     for name, got, default in unknown_fields(config):
-        expected = f"{default}: this release of nemo-upcycle does not know what it changes"
-        raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="leave it at that")
+        raise SpecError(
+            field=f"model.config.{name}",
+            kind="refused",
+            got=f"is {got}",
+            expected="this release of nemo-upcycle does not know its effect on the model",
+            fix=f"leave it at its default, {default}",
+        )
     for name, needed in _INTERLEAVED.values():
-        if (size := get(name)) and not get(needed):
-            expected = f"none without <model.config.{needed}>: other modules read gate above up"
-            raise SpecError(field=f"model.config.{name}", got=size, expected=expected, fix="set both, or neither")
+        if get(name) and not get(needed):
+            raise SpecError(
+                field=f"model.config.{name}",
+                kind="refused",
+                got=f"needs <model.config.{needed}>",
+                expected="modules without it read the rows of gate and up in another order",
+                fix="set both, or neither",
+            )
 
 
 def glu_interleave_size(config: Any, mapping: ParamMapping, name: str, rows: int) -> int | None:

@@ -32,7 +32,7 @@ from nemo_upcycle.spec import INIT_METHODS, ROUTER_INITS, RouterKind, UpcycleSpe
 #: Fields of a spec that follow from a parent with experts, and why.
 _KEPT = {
     "granularity": "the parent's experts are copied whole",
-    "shared_experts": "the parent's own are copied",
+    "shared_experts": "the parent's own shared experts are copied",
     "moe_layers": "as in the parent",
     "router_order": "as in the parent",
     "router_score": "as in the parent",
@@ -116,12 +116,12 @@ def check_growth(parent: Parent, spec: UpcycleSpec) -> None:
         raise SpecError(
             field=name,
             got=getattr(spec, name),
-            expected=f"{getattr(kept, name)}: {_KEPT[name]}",
+            expected=f"{getattr(kept, name)} ({_KEPT[name]})",
             fix="set " + ", ".join(f"<{one}>={getattr(kept, one)}" for one in changed),
         )
     if spec.needs_calibration:
         drawn = ", ".join(name for name, one in ROUTER_INITS.items() if not one.from_data)
-        expected = f"one of {drawn}: the parent's rows are copied, and this is added"
+        expected = f"one of {drawn}, which are added to the rows of the parent's router"
         raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="omit it")
 
 
@@ -162,8 +162,12 @@ def refuse_utility(spec: UpcycleSpec) -> None:
         SpecError: the spec names some.
     """
     if spec.expert_utility:
-        expected = "none: the parent is dense, and has no experts"
-        raise SpecError(field="expert_utility", got=spec.expert_utility, expected=expected, fix="omit it")
+        raise SpecError(
+            field="expert_utility",
+            kind="refused",
+            got="needs a parent with experts, and this one is dense",
+            fix="omit <expert_utility>",
+        )
 
 
 def source_experts(parent: Parent, spec: UpcycleSpec | None, layer: int | None) -> tuple[int, ...]:
@@ -214,26 +218,26 @@ def _utilities(path: Path, state: tuple[int, int] | None, experts: int, layers: 
 
     def wrong(got: object, fix: str = "correct the file") -> SpecError:
         expected = f"a YAML list of {experts} numbers from 0, the utility of each expert, or {layers} such lists"
-        return SpecError(field="expert_utility", got=f"{path}: {got}", expected=expected, fix=fix)
+        return SpecError(field="expert_utility", kind="state", got=f"{path} {got}", fix=f"{fix}. Give {expected}")
 
     if state is None:
-        raise wrong("no such file", "check the path")
+        raise wrong("does not exist", "check the path")
     try:
         from nemo_upcycle.utils.conf import read_yaml  # `doctor` runs without PyYAML
 
         found = read_yaml(path)
     except UpcycleError as error:
-        raise wrong(error.got, error.fix) from None
+        raise wrong(str(error.problem).removeprefix(f"{path} "), error.fix) from None
     rows = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
     if len(rows) not in (1, layers):
-        raise wrong(f"{len(rows)} lists")
+        raise wrong(f"has {len(rows)} lists")
     for row in rows:
         if not isinstance(row, list) or len(row) != experts:
-            raise wrong(f"{len(row)} numbers" if isinstance(row, list) else type(row).__name__)
+            raise wrong(f"has {len(row)} numbers" if isinstance(row, list) else f"is a {type(row).__name__}")
         if bad := [one for one in row if isinstance(one, bool) or not isinstance(one, int | float) or one < 0]:
-            raise wrong(repr(bad[0]))
+            raise wrong(f"has {bad[0]!r}")
         if not math.isfinite(sum(row)):
-            raise wrong("numbers that are not finite")
+            raise wrong("has numbers that are not finite")
     return tuple(tuple(map(float, row)) for row in rows)
 
 
@@ -268,7 +272,7 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
         spec: what is made of it.
     """
     if not parent.num_experts:
-        adds = "norms behind the network and behind the experts count rms_norm_eps once more"
+        adds = "the norms after the network and after the experts add rms_norm_eps once more"
         own = spec.inexact_because or inexact_in_float32(spec, parent.hidden_size)
         return (*own, adds) if parent.keeps_network else own
     chosen, copies = parent.top_k or 1, _copies(parent, spec)
@@ -276,18 +280,20 @@ def inexact_because(parent: Parent, spec: UpcycleSpec) -> tuple[str, ...]:
     if changed := INIT_METHODS[spec.method](spec):
         reasons.append(changed)
     if copies is None:
-        reasons.append("expert_utility gives some experts more copies than others, and a router counts each copy")
+        reasons.append(
+            "expert_utility gives some experts more copies than others, and the router sums over all copies"
+        )
     elif spec.top_k != copies * chosen and not (chosen == 1 and spec.top_k <= copies):
         reasons.append(
-            f"with {copies} copies of each expert, top_k={spec.top_k} takes those of the parent's best"
+            f"with {copies} copies of each expert, top_k={spec.top_k} chooses copies of the parent's best"
             f" {spec.top_k / copies:.3g}, where it takes {chosen}: top_k={copies * chosen} would be exact"
         )
     elif chosen == 1 and spec.router_kind.pre_softmax and spec.output_scale == "none" and spec.top_k != copies:
         reasons.append(f"output_scale=none leaves {spec.top_k / copies:.4g} of the parent's expert")
     if chosen == spec.top_k == 1 and spec.router_score == "sigmoid":
-        reasons.append("Megatron divides no single sigmoid score by itself, as the parent's class does")
+        reasons.append("Megatron does not normalise a single sigmoid score, and the parent's class does")
     if router_moves(spec):
-        reasons.append(f"router_std={spec.router_std:.3g} tells the copies of an expert apart in the router")
+        reasons.append(f"router_std={spec.router_std:.3g} makes the router score copies of an expert differently")
     return tuple(reasons)
 
 
@@ -314,10 +320,10 @@ def require_one(parents: Sequence[Parent]) -> None:
     """
     if len(parents) > 1 and (one := next((arch for arch in parents if arch.num_experts), None)):
         raise CheckpointError(
-            "several parents",
-            got=f"{one.hf_class} among {len(parents)}",
-            expected="dense models, whose networks become experts in turn, or one model with experts",
-            fix="give that one alone",
+            "Several parents",
+            kind="refused",
+            got=f"cannot be mixed if one has experts ({one.hf_class})",
+            fix="give that parent alone, or only dense ones",
         )
 
 

@@ -47,7 +47,10 @@ _FORMER = {"su": LONGROPE}
 def _family_of(config: Any, where: str) -> Family:
     if not isinstance(config, dict):
         raise CheckpointError(
-            where, got=type(config).__name__, expected="a model's configuration", fix="correct config.json"
+            where,
+            kind="state",
+            got=f"holds a {type(config).__name__}, not a model's configuration",
+            fix="correct config.json",
         )
     names, kind = config.get("architectures"), str(config.get("model_type"))
     if names is None:  # a config of transformers' own, before a model was saved with it
@@ -65,9 +68,10 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
     name = ", ".join(map(str, names)) if isinstance(names, list) else str(names or "")
     if reason := REFUSED.get(name):
         return CheckpointError(
-            f"{where}: architectures",
-            got=f"{name}: {reason}",
-            expected="a class that has a family",
+            f"{where}: {name}",
+            kind="refused",
+            got="is not supported",
+            expected=reason,
             fix=f"use another checkpoint. {FINISH_WITH_0_2}",
         )
     known: list[Family | Wrapper] = [*parents(), *targets(), *WRAPPERS]
@@ -77,24 +81,23 @@ def _unknown(config: dict[str, Any], where: str) -> CheckpointError:
     near = difflib.get_close_matches(name.partition("For")[0].lower(), classes, n=1, cutoff=_CLOSE)
     near_kind = difflib.get_close_matches(kind, kinds, n=1, cutoff=_CLOSE)
     nearest = classes[near[0]] if near else kinds[near_kind[0]] if near_kind else None
-    fix = "use a checkpoint of a class that is known, as nemo_upcycle.models.families lists them"
+    fix = "use a checkpoint of a class that nemo_upcycle.models.families lists"
     if inside:
         nearest = inside
         fix = (
-            "if nothing around it changes what its text model does, add the class to WRAPPERS of"
-            " nemo_upcycle.models.wrapper; else use another checkpoint"
+            "if the wrapper does not change what its text model computes, add the class to WRAPPERS in"
+            " nemo_upcycle.models.wrapper. Otherwise use another checkpoint"
         )
     elif nearest:
         fix = (
-            f"if its layers compute what those of {nearest.hf_class} do, give it a family (register of"
-            " nemo_upcycle.models.families): names of tensors, defaults of its settings, limits, a copy of that one's"
-            " where the same; else use another checkpoint"
+            f"if its layers compute the same as those of {nearest.hf_class}, write a family for it, as"
+            " docs/add_family.md shows. Otherwise use another checkpoint"
         )
-    what = "the class of its text model" if inside else "the nearest"
+    what = "the class of its text model" if inside else "the nearest class"
     return CheckpointError(
-        f"{where}: architectures",
-        got=" ".join(part for part in (name, kind and f"model_type {kind}") if part) or "nothing",
-        expected="a class that is known" + (f"; {what} is {nearest.hf_class}" if nearest else ""),
+        f"{where}: class {' '.join(part for part in (name, kind and f'model_type {kind}') if part) or '(none)'}",
+        kind="refused",
+        got="is not supported" + (f" ({what} is {nearest.hf_class})" if nearest else ""),
         fix=fix,
     )
 
@@ -117,7 +120,9 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
     mamba = family.mamba(given)
     layers = given.whole("num_hidden_layers", len(mamba.pattern) if mamba else None, most=10_000)
     if mamba and len(mamba.pattern) != layers:
-        raise given.wrong("num_hidden_layers", f"{len(mamba.pattern)}, as the pattern {mamba.pattern} has layers")
+        raise given.wrong(
+            "num_hidden_layers", f"{len(mamba.pattern)}, the number of layers in the pattern {mamba.pattern}"
+        )
     if hidden % heads and "head_dim" not in given.values:
         raise given.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim beside it")
     groups = given.whole("num_key_value_heads", heads)
@@ -179,10 +184,10 @@ def read_architecture(folder: Path) -> Architecture:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            str(folder),
-            got="no config.json" if folder.is_dir() else "no such folder",
-            expected="a Hugging Face folder with config.json and *.safetensors",
-            fix="check the path",
+            f"Model folder {folder}",
+            kind="missing",
+            got="has no config.json" if folder.is_dir() else "does not exist",
+            fix="give a Hugging Face folder with config.json and *.safetensors",
         )
     return architecture_from_config(read_config(folder), str(path))
 
@@ -217,10 +222,10 @@ def _values_of(config: Any, where: str) -> tuple[Family, ConfigValues]:
         quantized = given.values["quantization_config"]
         method = quantized.get("quant_method", "of some kind") if isinstance(quantized, dict) else quantized
         raise CheckpointError(
-            f"{where}: quantization_config",
-            got=f"quantized weights ({method})",
-            expected="weights in bfloat16, float16 or float32",
-            fix="use the unquantized checkpoint",
+            where,
+            kind="refused",
+            got=f"has quantized weights ({method})",
+            fix="use the checkpoint in bfloat16, float16 or float32",
         )
     if given.flag("use_sliding_window"):
         fix = "train with sequences within the window, and set use_sliding_window to false"
@@ -384,5 +389,5 @@ def _scaling(given: ConfigValues, key: str) -> dict[str, Any] | None:
     for name in sorted(
         inside.values.keys() - {"type", "rope_type", *_NO_SCALING, *_SCALINGS.get(kind, inside.values)}
     ):
-        raise inside.wrong(name, "nothing", "remove it, if every layer and head has the same rotary embedding")
+        raise inside.wrong(name, "nothing", "remove it if every layer and head has the same rotary embedding")
     return None if kind == "default" else scaling | {"rope_type": kind}

@@ -117,8 +117,8 @@ def empty_model(folder: Path) -> Any:
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError(
             f"{type(model).__name__} of {folder}",
-            got=f"values beside its weights: {', '.join(left)}",
-            expected="none, for it is filled part by part",
+            kind="refused",
+            got=f"cannot be filled part by part: it keeps values beside its weights ({', '.join(left)})",
             fix="use a parent of a class in models/families",
         )
     return model
@@ -155,10 +155,13 @@ def _config(folder: Path) -> Any:
         return type(AutoConfig.for_model(theirs.model_type)).from_dict(named)
     if (wrapper or find_family(*_class_of(said))) and said.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"model {folder}",
-            got=f"{read_architecture(folder).hf_class}, which transformers {__version__} does not know",
-            expected="a class of this release",
-            fix="pip install --upgrade transformers, in an environment of its own: trainers want older ones",
+            f"Model {folder}",
+            kind="missing",
+            got=f"needs a newer transformers: {__version__} does not know {read_architecture(folder).hf_class}",
+            fix=(
+                "run `pip install --upgrade transformers` in an environment of its own, because trainers need older "
+                "releases"
+            ),
         )
     rope = rope_settings(said, str(path)) if said.get("rope_parameters") else {}
     if (rope.get("rope_scaling") or {}).get("rope_type") == PROPORTIONAL:  # transformers 4 has no class with it

@@ -58,8 +58,10 @@ class HybridLayers:
             raise SpecError(
                 field="hybrid_layer_pattern",
                 got=self.pattern,
-                expected="attention (*) and network (- or E) in turn, or with Mamba layers (M) as in the dense model",
-                fix='give one like "*E*E" or "ME*E", with | between any two layers',
+                expected=(
+                    "attention (*) and network (- or E) in turn, or the dense model's pattern with Mamba layers (M)"
+                ),
+                fix='write one like "*E*E" or "ME*E", with | between any two layers',
             )
 
     @property
@@ -116,8 +118,11 @@ class HybridLayers:
         if segments != stages * virtual and (segments > 1 or virtual > 1):
             raise SpecError(
                 field="hybrid_layer_pattern",
-                got=f"{segments} segments ({self.pattern})",
-                expected=f"{stages * virtual}: pipeline stages times virtual stages of each",
+                kind="state",
+                got=(
+                    f"{self.pattern} has {segments} segments; the pipeline has {stages * virtual} stages, virtual "
+                    "ones included"
+                ),
                 fix="set | between the layers of different stages, and nowhere else",
             )
 
@@ -148,8 +153,8 @@ class HybridLayers:
             raise SpecError(
                 field="hybrid_layer_pattern",
                 got=self.pattern,
-                expected=f"{expected} ({why}), with | between any two layers",
-                fix="set it to that",
+                expected=f"{expected} ({why})",
+                fix="set it to that; | may stand between any two layers",
             )
 
 

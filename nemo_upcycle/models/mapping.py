@@ -75,10 +75,10 @@ def stored_hybrid(names: Collection[str]) -> HybridLayers | None:
         mapping = find_stored(inner, in_layer=True)
         if mapping is None or mapping in MAMBA_MAPPINGS or not number:
             raise CheckpointError(
-                "layers of a HybridModel",
-                got=name,
-                expected="layers of attention, and of networks, dense or with experts",
-                fix="give a model that has no other ones",
+                f"Layer {name}",
+                kind="refused",
+                got="is neither attention nor a network",
+                fix="give a HybridModel that has only these two",
             )
         symbol = "*" if mapping.in_attention else "E" if mapping in MOE_MAPPINGS else "-"
         if symbols.get(int(number)) != "E":  # its norm is that of a dense network, too
@@ -223,7 +223,7 @@ def mapping_of_hf(hf_name: str, arch: Architecture) -> tuple[ParamMapping, int, 
         if match := pattern.fullmatch(hf_name):
             numbers = match.groupdict()
             return mapping, part, int(numbers.get("layer", 0)), int(numbers.get("expert", 0))
-    raise CheckpointError(f"{hf_name} is not in the mapping table")
+    raise CheckpointError(f"{hf_name} is not in the mapping table.")
 
 
 @functools.cache

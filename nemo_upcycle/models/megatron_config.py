@@ -81,9 +81,12 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
     """
     if arch.mamba and not hybrid:
         raise CheckpointError(
-            f"layers of {arch.hf_class or 'the model'}",
-            got="Mamba layers (M)",
-            expected="attention and a network in each, in a GPTModel and in Megatron checkpoints that are read",
+            arch.hf_class or "The model",
+            kind="refused",
+            got=(
+                "has Mamba layers (M), which need a HybridModel; a GPTModel has none, and Megatron checkpoints with "
+                "them are not read"
+            ),
             fix="upcycle its Hugging Face folder into a HybridModel in Megatron-Bridge",
         )
     arch.require_trained()
@@ -97,9 +100,9 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
     }
     if hybrid and (got := [what for what, holds in special.items() if holds]):
         raise CheckpointError(
-            f"layers of {arch.hf_class or 'the model'}",
-            got=", ".join(got),
-            expected="what the layers of a HybridModel have",
+            arch.hf_class or "The model",
+            kind="refused",
+            got=f"has {', '.join(got)}, which a HybridModel cannot have",
             fix="omit hybrid_layer_pattern: a GPTModel can have them",
         )
 
@@ -268,7 +271,7 @@ def check_spec(
     for name, value in wanted.items():
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):
-            expected = f"{value} (from the UpcycleSpec)" if spec else "none without an UpcycleSpec"
+            expected = f"{value}, as in the UpcycleSpec" if spec else "none without an UpcycleSpec"
             expected = f"{value}, as in the parent" if value and not spec else expected
             raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="make them agree")
     check_fields(config)
@@ -303,7 +306,7 @@ def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:
         raise SpecError(
             field="model.config.moe_router_dtype",
             got=got,
-            expected=f"fp32 or fp64 with granularity={spec.granularity}: in 16 bits top-k mixes copies",
+            expected=f"fp32 or fp64 with granularity={spec.granularity}, because in 16 bits top-k mixes copies",
             fix="set it to fp32",
         )
 
@@ -382,7 +385,7 @@ def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Ite
         exact, where = window_fields(dense).get("window_size"), "every layer"
         if dense.window_pattern:
             where = f"layers {', '.join(str(layer) for layer, sees in enumerate(dense.window_pattern) if sees)}"
-        yield f"window_size={window} is not the parent's attention: {exact} in {where} would be"
+        yield f"window_size={window} differs from the parent's attention; {exact} in {where} would be equal"
     # Gemma multiplies its embedding by the root of D; NeMo's model class does so, Megatron's has no setting for it.
     scales = any(base.__name__ == "EmbeddingScalingMixin" for base in type(getattr(model, "embedding", None)).__mro__)
     if model.pre_process and scales is not dense.scaled_embedding:

@@ -86,9 +86,9 @@ def rope_frequencies(arch: Rope, length: int = 0) -> torch.Tensor:
     if kind == LONGROPE:
         factors = scaling["long_factor" if length > scaling[_SHORT] else "short_factor"]
         if len(factors) != len(inverse):
-            expected = f"{len(inverse)}, one for two of the numbers of a head that are turned"
+            expected = f"{len(inverse)}, one for each pair of rotated numbers of a head"
             fix = "correct rope_scaling in config.json"
-            raise CheckpointError("factors of LongRoPE", got=len(factors), expected=expected, fix=fix)
+            raise CheckpointError("number of LongRoPE factors", got=len(factors), expected=expected, fix=fix)
         return inverse / torch.tensor(factors, dtype=torch.float32)
     factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     # Long waves are stretched by the factor, short ones kept, and those between get a mean of the two.

@@ -44,5 +44,5 @@ def _open(path: Path, size_bytes: int, modified_ns: int) -> None:
     try:
         Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a plain Exception
-        got = f"a damaged tokenizer ({' '.join(str(error).split())})"
-        raise CheckpointError(str(path), got=got, expected="one that opens", fix=_FIX) from None
+        got = f"is damaged ({' '.join(str(error).split())})"
+        raise CheckpointError(str(path), kind="state", got=got, fix=_FIX) from None

@@ -166,7 +166,7 @@ def text_settings(config: Any, where: str) -> Any:
     text = {**config, "model_type": None} if text is None else text
     if not isinstance(text, dict):
         raise CheckpointError(
-            f"{where}: text_config", got=text, expected="settings of a text model", fix="correct config.json"
+            f"{where}: text_config", got=text, expected="the settings of a text model", fix="correct config.json"
         )
     kind = text.get("model_type") or wrapper.text_type
     text = {key: value for key, value in text.items() if key not in ("architectures", "vision_config")}

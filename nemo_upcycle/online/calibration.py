@@ -110,7 +110,7 @@ def calibrate(
             return _report(found, sample, start_s, made=False)
         if not replace:
             fix = "choose another name, or remove it first"
-            raise UpcycleError(str(output), got="a calibration of other settings", expected="no such file", fix=fix)
+            raise UpcycleError(str(output), kind="state", got="is a calibration with other settings", fix=fix)
     with several_at_a_time() as run:
         tensors = _routers(dense.branches()[0], moe_arch, spec.copies, sample, run)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -126,8 +126,12 @@ def require_use(spec: UpcycleSpec) -> None:
         SpecError: it does not.
     """
     if not spec.needs_calibration:
-        expected = "<router_init>=prompts: all else needs no data"
-        raise SpecError(field="router_init", got=spec.router_init, expected=expected, fix="set it")
+        raise SpecError(
+            field="router_init",
+            kind="refused",
+            got=f"is {spec.router_init}, and only prompts needs a calibration",
+            fix="set <router_init>=prompts",
+        )
 
 
 def _lineage(dense: DenseSource, spec: UpcycleSpec, sample: Sample) -> dict[str, Any]:
@@ -229,10 +233,10 @@ def router_rows(batches: Sequence[torch.Tensor], labels: Sequence[int], copies: 
     spread = float(torch.stack(list(run(squares, batches))).sum() / tokens) ** 0.5
     if not (float(rows_CD.norm()) > 1e-6 * float(unit_CD.norm()) and 0 < spread < float("inf")):
         raise UpcycleError(
-            "rows of a router from data",
-            got="NaN" if spread != spread else "the same for all copies",
-            expected="rows that tell them apart",
-            fix="give prompts that differ",
+            "Router rows from the prompts",
+            kind="state",
+            got="are NaN" if spread != spread else "are the same for all copies",
+            fix="give prompts that differ more",
         )
     scaled_CD: torch.Tensor = rows_CD / spread
     return scaled_CD

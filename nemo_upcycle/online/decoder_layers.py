@@ -100,8 +100,12 @@ def decoder_layers(  # noqa: PLR0913 - started runs name its arguments
             max_positions=max_positions,
         )
         if rotary_percent != 1 and attention_factor(rope) != 1:  # scores alone are multiplied here
-            fix = "use a checkpoint whose heads are rotated as a whole"
-            raise SpecError(field="rotary_percent", got=rotary_percent, expected="1 with YaRN's factor", fix=fix)
+            raise SpecError(
+                field="rotary_percent",
+                got=rotary_percent,
+                expected="1 with YaRN's factor",
+                fix="use a checkpoint that rotates whole heads",
+            )
     for spec in {id(layer): layer for layer in block.layer_specs}.values():
         layer = spec.submodules
         attention = layer.self_attention.submodules

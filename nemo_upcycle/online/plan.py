@@ -100,9 +100,9 @@ def param_plans(model: Any, plan: ModelPlan, coords: RankCoords) -> list[ParamPl
     _check_roles(unknown_names, found, moe_arch, parts)
     if model.post_process and not plan.dense.tied_embeddings and "output" not in found.get(None, {}):
         raise CheckpointError(
-            "output layer of the model",
-            got="none",
-            expected="output_layer.weight: the parent has one of its own",
+            "The model",
+            kind="state",
+            got="has no output_layer.weight, but the parent does",
             fix="set share_embeddings_and_output_weights to False",
         )
     return _group_plans(mapped, model.config, plan, coords)
@@ -130,7 +130,9 @@ def _group_plans(
         raise SpecError(
             field="tensor_model_parallel_size",
             got=coords.dense.size,
-            expected=f"at most {groups}, the key-value heads: norms over all heads count each once",
+            expected=(
+                f"at most {groups}, the number of key-value heads, because norms over all heads count each head once"
+            ),
             fix="lower it",
         )
     grouped: dict[TensorPlan, list[tuple[int, str, torch.Tensor, torch.Tensor]]] = {}
@@ -169,7 +171,7 @@ def _checked_shape(
     if too_few:
         expected = f"at least {moe_arch.vocab_size} rows over all ranks"
     if shape != wanted or too_few:
-        fix = "vocabulary and layout must fit the parent's checkpoint"
+        fix = "make vocabulary and layout fit the parent's checkpoint"
         raise CheckpointError(f"shape of {name}", got=list(shape), expected=expected, fix=fix)
     return shape
 
@@ -201,9 +203,11 @@ def _tensor_to_fill(name: str, parameter: torch.Tensor) -> torch.Tensor:
         return values_to_fill(parameter)
     if type(parameter) is not torch.nn.Parameter and not name.endswith(".expert_bias"):
         raise SpecError(
-            f"parameter {name}",
-            got=type(parameter).__name__,
-            expected="torch.nn.Parameter, or one in FP8 or FP4 of Transformer Engine's",
+            f"Parameter {name}",
+            kind="state",
+            got=(
+                f"is a {type(parameter).__name__}, not a torch.nn.Parameter or an FP8 or FP4 one of Transformer Engine"
+            ),
             fix="use no FSDP, and one parameter for each expert",
         )
     return parameter.data
@@ -234,11 +238,11 @@ def _check_roles(
         got = found.get(layer, {})
         surplus += [name for role, name in got.items() if role not in wanted]
         missing += [f"{role} in layer {layer}" for role in sorted(wanted - got.keys())]
-    for what, names in (("without a source", surplus), ("missing: tensors of the parent that nothing takes", missing)):
+    for what, names in (("Model parameters have no source", surplus), ("The model lacks parameters", missing)):
         if names:
             raise CheckpointError(
-                f"model parameters {what}",
+                f"{what}:",
+                kind="state",
                 got=", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else ""),
-                expected="the parent's layers, with experts where the spec puts them",
-                fix="make the model's configuration (biases, shared experts, moe_layer_freq) and the spec agree",
+                fix="make the spec agree with the model's configuration (biases, shared experts, moe_layer_freq)",
             )

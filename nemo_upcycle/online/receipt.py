@@ -111,7 +111,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("spec") or {}, dict):
         raise UpcycleError(
-            str(path), got="no receipt", expected="the receipt of an upcycling", fix="give the receipt.json of the run"
+            str(path), kind="state", got="is not the receipt of an upcycling", fix="give the receipt.json of the run"
         )
     require_known(value, path)
     return value
@@ -139,9 +139,9 @@ def recorded_spec(
     except (TypeError, ValueError, AttributeError) as error:
         raise UpcycleError(
             f"{path}: spec",
-            got=error,
-            expected="the fields of an UpcycleSpec",
-            fix="give the receipt of this version, or name the spec's options",
+            kind="state",
+            got=f"has fields that UpcycleSpec does not have ({error})",
+            fix="give a receipt of this version, or name the options of the spec",
         ) from None
     changed = replace(spec, **given)
     for name in given:
@@ -150,7 +150,7 @@ def recorded_spec(
             raise SpecError(
                 field=name,
                 got=got,
-                expected=f"{expected} (spec.{name} in {path})",
-                fix=f"omit <{name}>, or give the receipt of another run (--receipt FILE)",
+                expected=f"{expected}, as in {path}",
+                fix=f"omit <{name}>, or give another run's receipt (--receipt FILE)",
             )
     return spec

@@ -41,15 +41,15 @@ def check_streamed(dense: DenseSource, batches: Iterable[torch.Tensor]) -> None:
     if got := next((what for what, holds in lacks.items() if holds), ""):
         raise CheckpointError(
             str(path),
-            got=got,
-            expected="a Hugging Face folder of layers with attention and network",
+            kind="refused",
+            got=f"has {got}, and prompts cannot be run through it layer by layer",
             fix="export the checkpoint first (nemo-upcycle export)" if "json" in got else "use router_init=normal",
         )
     if (largest := max(int(batch.max()) for batch in batches)) >= arch.vocab_size:
         raise CheckpointError(
-            "tokens of the sample",
-            got=f"token {largest}",
-            expected=f"numbers below {arch.vocab_size}, the vocabulary of {path}",
+            "token of the sample",
+            got=largest,
+            expected=f"below {arch.vocab_size}, the vocabulary of {path}",
             fix="give prompts in the tokens of this model",
         )
 

@@ -26,12 +26,12 @@ def refuse_bridge(words: Sequence[str]) -> None:
     """
     if given := next((word for word in words if word.startswith("recipe=")), None):
         raise UpcycleError(
-            f"argument '{given}'",
-            got="Megatron-Bridge's argument in an environment of NeMo's",
-            expected="--factory NAME, or Megatron-Bridge, which trains by recipe=",
+            f"Argument '{given}'",
+            kind="refused",
+            got="is for Megatron-Bridge, and this environment has NeMo",
             fix=(
-                'for Bridge, type it where that is installed, and there pip install -e ".[bridge,eval,demo]"; '
-                "here, name a recipe of NeMo's with --factory"
+                "name a recipe of NeMo with --factory; or, for Bridge, type the command in an environment with `pip "
+                'install -e ".[bridge,eval,demo]"`'
             ),
         )
 
@@ -52,10 +52,10 @@ def of_another_trainer(name: str) -> UpcycleError | None:
     is_bridges = bool(known.bridge)
     other, here = ("Megatron-Bridge", "NeMo") if is_bridges else ("NeMo", "Megatron-Bridge")
     return UpcycleError(
-        f"factory {name}",
-        got=f"a recipe for {other} alone",
-        expected=f"a recipe for {here}, which is installed here",
-        fix=f"where {other} is installed, type `nemo upcycle pipeline --factory {name} --dryrun`",
+        f"Recipe {name}",
+        kind="refused",
+        got=f"is only for {other}, and this environment has {here}",
+        fix=f"type `nemo upcycle pipeline --factory {name} --dryrun` where {other} is installed",
     )
 
 

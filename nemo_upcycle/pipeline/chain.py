@@ -90,12 +90,12 @@ class Chain:
 
     def _say_adopted(self, job: Job, identity: str) -> None:
         """Report that a job stays as it was submitted, and how to give it other settings."""
-        sys.stderr.write(f"[{job.name}] submitted before: {identity}\n")
+        sys.stderr.write(f"[{job.name}] was submitted before: {identity}\n")
         kept = ((job.folder / name, text) for name, text in self.cluster.render_as(job, identity).items())
         if any(path.is_file() and path.read_text(encoding="utf-8") != text for path, text in kept):
             sys.stderr.write(
-                f"[{job.name}] {identity} stays as it was submitted, from other settings than now. For these, "
-                f"stop watching, cancel it with `{self.cluster.cancel_command(identity)}` and give the same command.\n"
+                f"[{job.name}] {identity} keeps the settings that it was submitted with. To use the present ones, stop"
+                f" watching, cancel it with `{self.cluster.cancel_command(identity)}` and give the same command.\n"
             )
 
     def submit(self) -> list[str]:
@@ -207,7 +207,7 @@ class Chain:
             self.cluster.cancel([self.ids[job.name]])
         if state.is_orphaned:
             self._say_once(
-                job.name, f"[{job.name}] {self.ids[job.name]} was given up ({state.reason}): submitted again"
+                job.name, f"[{job.name}] {self.ids[job.name]} was lost ({state.reason}) and is submitted again"
             )
             del self.ids[job.name]
             return

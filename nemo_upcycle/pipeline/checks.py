@@ -142,15 +142,15 @@ def _unasked(run_dir: Path, plan: WorkPlan, cluster: Cluster | None, *, network:
     """Yield what was not looked at without a network or the storage of a cluster, a line each."""
     folder = plan.inputs.parent.folder
     if folder and is_configuration(folder):
-        yield f"{folder} holds the parent's config.json alone: its weights and tokenizer are checked where it is whole"
+        yield f"{folder} has only the parent's config.json; weights and tokenizer are checked when the stage starts"
     needs = [] if network else plan.needs
     if names := [need.what for need in needs if not need.is_in(Caches.of(os.environ))]:
         more = f" and {len(names) - 1} more" if names[1:] else ""
-        yield f"the network: whether {names[0]}{more} can be fetched"
+        yield f"whether {names[0]}{more} can be fetched from the network"
     if not storage and not is_seen(run_dir):
-        yield f"{run_dir}: it is not mounted here"
+        yield f"whether {run_dir} is writable: it is not mounted here"
     if cluster and not storage:
-        yield f"{cluster.label}: whether it takes these jobs; --yes asks it before it submits"
+        yield f"whether {cluster.label} accepts these jobs; --yes asks before it submits"
 
 
 def check_run(
@@ -209,8 +209,11 @@ def check_detach(detach: bool, cluster: Cluster | None) -> None:
     if detach and not (cluster and cluster.can_detach):
         raise UpcycleError(
             "--detach",
-            got="an executor that needs the launcher",
-            expected=" or ".join(cluster.label for cluster in CLUSTERS if cluster.can_detach),
+            kind="refused",
+            got=(
+                "needs a cluster's executor "
+                f"({' or '.join(cluster.label for cluster in CLUSTERS if cluster.can_detach)})"
+            ),
             fix="omit it, and start the command inside tmux or with nohup",
         )
 
@@ -229,10 +232,10 @@ def _check_kind_of_data(inputs: Inputs, name: str, training: Training) -> None:
     if training.reads_chat != inputs.reads_chat:
         kinds = ("texts", "conversations")
         raise UpcycleError(
-            "data",
-            got=f"{inputs.data}: {kinds[inputs.reads_chat]}",
-            expected=f"{kinds[training.reads_chat]}, which {name} reads",
-            fix="name other data, or take a recipe that tunes (..._sft) or one that does not",
+            f"Data {inputs.data}",
+            kind="refused",
+            got=f"are {kinds[inputs.reads_chat]}, and {name} reads {kinds[training.reads_chat]}",
+            fix="name other data; recipes called ..._sft read conversations, and all others texts",
         )
 
 
@@ -267,7 +270,7 @@ def check_started(run_dir: Path, plan: WorkPlan) -> None:
     _require_own(run_dir, plan)
     if (kind := kind_of(run_dir)) and not isinstance(plan, kind):
         raise UpcycleError(
-            f"dir {run_dir}", got=kind.kind, expected=f"{plan.kind}, or a new folder", fix="choose another"
+            f"Folder {run_dir}", kind="state", got=f"is {kind.kind}, not {plan.kind}", fix="choose another dir"
         )
     require_same_work(run_dir, plan)
 
@@ -286,10 +289,10 @@ def _require_own(run_dir: Path, plan: WorkPlan) -> None:
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise UpcycleError(
-            f"dir {run_dir}",
-            got=f"a folder with {', '.join(foreign[:3])}{more}",
-            expected="a new folder, an empty one, or a run's",
-            fix=f"choose another: dir={run_dir / 'run'}",
+            f"Folder {run_dir}",
+            kind="state",
+            got=f"has other files: {', '.join(foreign[:3])}{more}",
+            fix=f"choose another folder, such as dir={run_dir / 'run'}",
         )
 
 
@@ -303,10 +306,13 @@ def check_asked(inputs: Inputs) -> None:
     for task in config.tasks if config.local else ():
         if is_text(task) if inputs.reads_chat else is_answers(task):
             raise UpcycleError(
-                f"evaluation {inputs.suite}",
-                got=task,
-                expected=f"no such task: {inputs.data} holds back {'answers' if inputs.reads_chat else 'documents'}",
-                fix=f"name evaluation={'answers' if inputs.reads_chat else 'demo'}, or another suite",
+                f"Suite {inputs.suite}",
+                kind="refused",
+                got=(
+                    f"has the task {task}, and {inputs.data} holds out "
+                    f"{('answers' if inputs.reads_chat else 'documents')}"
+                ),
+                fix=f"name evaluation={('answers' if inputs.reads_chat else 'demo')}, or another suite",
             )
 
 
@@ -344,4 +350,4 @@ def check_folder(run_dir: Path) -> None:
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return
     got = f"{existing} {'is not writable' if existing.is_dir() else 'is a file'}"
-    raise UpcycleError(f"dir {run_dir}", got=got, expected="a writable folder", fix="choose another dir")
+    raise UpcycleError(f"Cannot make dir {run_dir}:", kind="state", got=got, fix="choose another dir")

@@ -105,7 +105,7 @@ class CheckedContext(run.cli.RunContext):
 
 
 #: How the two commands of this package differ.
-_TOOLS = "(A run, by NeMo or Megatron-Bridge; tools that start at once: nemo-upcycle --help.)"
+_TOOLS = "(For runs with NeMo or Megatron-Bridge. Quick tools: nemo-upcycle --help.)"
 
 
 def entrypoint(context: type[CheckedContext]) -> Callable[[Any], Any]:
@@ -173,9 +173,9 @@ class PipelineContext(CheckedContext):
         if self.to_yaml or self.to_toml or self.to_json:
             raise UpcycleError(
                 "--to-yaml, --to-toml, --to-json",
-                got="one",
-                expected="none",
-                fix="omit it; a run keeps its recipes in DIR/recipes",
+                kind="refused",
+                got="are NeMo-Run's, and the pipeline does not read them",
+                fix="omit them: a run keeps its recipes in DIR/recipes",
             )
         task = self.parse_fn(fn, experiment_args)
         _check_complete(fn, task)
@@ -209,7 +209,9 @@ def mistake_of(factory: str) -> UpcycleError | None:
         if error.name != module.partition(".")[0]:
             return mistake_in_file(error)
         fix = f"set PYTHONPATH to the folder of {error.name}.py"
-        return UpcycleError(f"factory {factory}", got=f"no module {error.name}", expected="one", fix=fix)
+        return UpcycleError(
+            f"Factory {factory}", kind="missing", got=f"needs the module {error.name}, which is not found", fix=fix
+        )
     except Exception as error:
         return mistake_in_file(error)
     return None
@@ -234,7 +236,7 @@ def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTION
         given = value if equals else next(rest, "")
         if not given or given.startswith("-"):
             example = {"--render": "FOLDER", "--grid": "laptop"}.get(option, "data")
-            raise UpcycleError(option, got="no value", expected="a value", fix=f"write {option} {example}")
+            raise UpcycleError(option, kind="missing", got="has no value", fix=f"write {option} {example}")
         arguments.append(f"{options[option]}={given}")
     return arguments
 
@@ -249,15 +251,18 @@ def _check_words(words: Sequence[str], own: Iterable[str] = ()) -> None:
             raise UpcycleError.unknown("option", name, options)
         if not (name and equals and value):
             raise UpcycleError(
-                f"argument '{word}'",
-                got="no value",
-                expected="NAME=VALUE",
-                fix="write NAME=VALUE without blanks, as in dir=runs/first",
+                f"Argument '{word}'",
+                kind="state",
+                got="is not NAME=VALUE",
+                fix="write it without blanks, as in dir=runs/first",
             )
         if name in given:
             option = next((option for option, argument in OPTIONS.items() if argument == name), name)
             raise UpcycleError(
-                f"argument '{option}'", got=f"{given[name]} and {value}", expected="one value", fix="omit one of them"
+                f"Argument '{option}'",
+                kind="state",
+                got=f"is given twice: {given[name]} and {value}",
+                fix="omit one of them",
             )
         if re.fullmatch(r"[\w.\[\]]+", name):  # NAME+=VALUE and its like may follow
             given[name] = value
@@ -269,9 +274,9 @@ def _check_complete(fn: Any, task: Any) -> None:
     needed = [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
     if missing := [name for name in needed if name != "ctx" and name not in task.__arguments__]:
         raise UpcycleError(
-            "arguments",
-            got=f"no {', no '.join(missing)}",
-            expected="each of them",
+            "Arguments",
+            kind="missing",
+            got=f"are missing: {', '.join(missing)}",
             fix=f"name a factory that gives them: --factory {next(iter(factories(fn)), 'NAME')}",
         )
 
@@ -298,7 +303,7 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
         names += [one for one in dir(at) if not one.startswith("_")] if isinstance(at, fdl.Buildable) else []
         if name not in names:
             if name in RETIRED:
-                return UpcycleError(f"{where} '{key}' left in 0.3.0. It changed no result: omit it.")
+                return UpcycleError(f"{where} '{key}' was removed in 0.3.0. It changed no result. Omit it.")
             owner = "none of these callbacks" if is_list else f"no setting of {class_name(at)}"
             hint = did_you_mean(name, names, prefix=so_far)
             valid = f" Valid: {', '.join(sorted(names))}." if 0 < len(names) <= 12 else ""
@@ -311,7 +316,10 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
                 at = at[int(index)]
             except (ValueError, IndexError, TypeError):
                 return UpcycleError(
-                    f"{where} '{key}'", got=f"[{index}]", expected="a number in the list", fix="count from 0"
+                    f"{where} '{key}'",
+                    got=f"[{index}]",
+                    expected="a number in the list, counted from 0",
+                    fix="correct the number",
                 )
     parameter = inspect.signature(at.__fn_or_cls__).parameters.get(name)  # a class may take what it does not name
     kind = parameter.annotation if parameter else Any

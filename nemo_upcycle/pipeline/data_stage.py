@@ -36,9 +36,9 @@ def data_stage(run_dir: Path, plan: WorkPlan) -> dict[str, Any]:
     data.require_length(seq_length or data.manifest["seq_length"])  # before hours of other work
     if not any(data.held_out.values()):
         raise StageError(
-            f"held-out documents of {folder}",
-            got="none",
-            expected="some, to measure perplexity on",
+            f"Folder {folder}",
+            kind="missing",
+            got="holds out no documents, and perplexity is measured on them",
             fix="name heldout files in the blend, or raise hold_out.heldout",
         )
     return made_data(folder, data.manifest)
@@ -94,11 +94,11 @@ def _say_changes(inputs: Inputs, folder: Path) -> None:
     try:
         changes = changed_files(inputs.blend, folder) if inputs.blend else {}
     except UpcycleError as error:
-        logger.warning("[data] whether the files of %s changed since it was made is not known: %s", folder, error)
+        logger.warning("[data] cannot check whether the files of %s changed since it was built: %s", folder, error)
         return
     if changes:
         logger.warning(
-            "[data] %s: the run goes on with the texts that it has; another dir= trains on the files as they are",
+            "[data] %s. The run continues with its texts. To train on the files as they are, give another dir=",
             changes_text(changes, folder),
         )
 
@@ -127,9 +127,9 @@ def sample_tokens(folder: Path) -> Any:
             parts.append(torch.from_numpy(tokens.astype("int64")))
     if len(tokens := torch.cat(parts)) < wanted:
         raise StageError(
-            "tokens of the validation split",
-            got=len(tokens),
-            expected=f"{wanted} or more",
+            "The validation split",
+            kind="state",
+            got=f"has {len(tokens)} tokens, fewer than {wanted}",
             fix="give the data a longer validation split",
         )
     return tokens[:wanted].view(SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS)

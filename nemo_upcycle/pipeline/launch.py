@@ -107,8 +107,8 @@ def launch_chain(
 def _check_render(render: str | None, cluster: Cluster | None) -> None:
     """Check that `--render` names a folder, and that a cluster's jobs can be written there."""
     if render and cluster is None:
-        expected, fix = f"run.executor={'|'.join(KINDS)}", f"add run.executor={next(iter(KINDS))}"
-        raise UpcycleError("--render", got="no cluster", expected=expected, fix=fix)
+        fix = f"add run.executor={' or run.executor='.join(KINDS)}"
+        raise UpcycleError("--render", kind="refused", got="needs a cluster", fix=fix)
     require_local("--render", render or "")
 
 
@@ -210,16 +210,16 @@ def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: WorkPlan) -
         return
     if chain is None or recorded["cluster"] != chain.cluster.identity:
         raise UpcycleError(
-            f"dir {run_dir}",
-            got=f"jobs submitted to {recorded['cluster']} ({_listed(recorded['jobs'])})",
-            expected="none of another scheduler",
+            f"Folder {run_dir}",
+            kind="state",
+            got=f"has jobs of another scheduler, {recorded['cluster']} ({_listed(recorded['jobs'])})",
             fix=f"make sure that none of them is left there, and delete {run_dir / JOBS}",
         )
     if kind_of(run_dir) and not plan.is_as(read_plan(run_dir)) and (alive := chain.alive()):
         raise UpcycleError(
-            f"dir {run_dir}",
-            got=f"jobs in the queue, submitted with other arguments ({_listed(alive)})",
-            expected="none",
+            f"Folder {run_dir}",
+            kind="state",
+            got=f"has jobs in the queue that were submitted with other arguments ({_listed(alive)})",
             fix="give the same arguments to watch them, cancel them, or choose another dir",
         )
 
@@ -271,7 +271,7 @@ def render_jobs(
         _write_plan(folder, plan, copies)
     except OSError as error:
         raise UpcycleError(
-            f"--render {folder}", got=error.strerror, expected="a writable folder", fix="name another one"
+            f"--render {folder}", kind="state", got=f"cannot be written: {error.strerror}", fix="name another one"
         ) from None
     sys.stdout.write(
         f"Written to {folder}: {', '.join(names)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN}"

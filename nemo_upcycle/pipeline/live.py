@@ -45,7 +45,7 @@ def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
     try:
         every_s = float(text := os.environ.get(REPORT_EVERY) or str(EVERY_S))
     except ValueError:
-        fix = f"unset it, for {EVERY_S:g}"
+        fix = f"unset it for a page every {EVERY_S:g} s"
         raise UpcycleError(REPORT_EVERY, got=text, expected="seconds, or 0 for no page", fix=fix) from None
     if every_s <= 0:
         yield
@@ -56,7 +56,7 @@ def watched(run_dir: Path, price: float | None = None) -> Iterator[None]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as told:  # a session of its own: Ctrl-C is for the launcher
         writer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True)
-    sys.stderr.write(f"The report as the run goes on: {run_dir / 'report.html'}\n")
+    sys.stderr.write(f"Live report: {run_dir / 'report.html'}\n")
     try:
         yield
     finally:

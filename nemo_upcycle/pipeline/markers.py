@@ -211,10 +211,12 @@ class StageFolder:
         if notes is None and started.is_file():
             raise StageError(
                 str(started),
-                got="a damaged file",
-                expected="what the stage noted",
-                fix=f"delete it if the settings are those the work was started from, else {self.path}, to lose that "
-                "work",
+                kind="state",
+                got="is damaged",
+                fix=(
+                    "delete it if the settings are the ones that the work started from; otherwise delete "
+                    f"{self.path}, and the work is lost"
+                ),
             )
         return notes
 
@@ -309,9 +311,9 @@ class StageFolder:
         """
         done = self._done()
         if done is None:
-            got = "a damaged file" if self.marker.is_file() else "no such file"
-            fix = "run the pipeline again with the same dir: the stage is looked at again"
-            raise StageError(str(self.marker), got=got, expected="what the stage noted", fix=fix)
+            got = "is damaged" if self.marker.is_file() else "does not exist"
+            fix = "run the pipeline again with the same dir, which checks the stage again"
+            raise StageError(str(self.marker), kind="state", got=got, fix=fix)
         outputs: dict[str, Any] = done["outputs"]
         return outputs
 
@@ -330,8 +332,9 @@ def require_same(folders: Mapping[StageFolder, Mapping[str, str]]) -> None:
         first, *others = (str(folder.path) for folder in refusals)
         both = f" and {', '.join(others)}" if others else ""
         raise StageError(
-            first,
-            got=f"work started from other inputs ({next(iter(refusals.values()))})",
-            expected="the inputs it was started from, since its result depends on them",
+            f"The inputs of {first}",
+            kind="changed",
+            got=f"{next(iter(refusals.values()))}",
+            expected="its work started",
             fix=f"set them back, choose another dir, or delete {first}{both} to lose that work",
         )

@@ -49,12 +49,14 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
         if name is not None and name not in BY_NAME:
             raise UpcycleError.unknown(f"{option}: stage", name, BY_NAME)
     if only and (first or last):
-        raise UpcycleError("--only", got="--from or --until as well", expected="one of them", fix="omit the others")
+        raise UpcycleError(
+            "--only", kind="refused", got="cannot be combined with --from or --until", fix="omit the others"
+        )
     names = list(BY_NAME)
     start, stop = names.index(first or only or names[0]), names.index(last or only or names[-1])
     if start > stop:
         later = ", ".join(names[start:])
-        raise UpcycleError("--until", got=last, expected=f"a stage from {first} on", fix=f"name one of {later}")
+        raise UpcycleError("--until", got=last, expected=f"{first} or a later stage", fix=f"name one of {later}")
     return STAGES[start : stop + 1]
 
 
@@ -67,9 +69,9 @@ def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
     needed = before(plan, *(stage.name for stage in stages))
     if missing := unfinished(needed, run_dir, plan):
         raise UpcycleError(
-            f"stage '{missing}' in {run_dir}",
-            got="not done, or from other inputs",
-            expected=f"done, before '{stages[0].name}'",
+            f"Stage '{missing}' in {run_dir}",
+            kind="state",
+            got=f"did not finish, or has other inputs, and '{stages[0].name}' needs it",
             fix=f"start with it: --from {missing}",
         )
     require_outputs(stages, run_dir, plan)
@@ -91,10 +93,10 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: WorkPlan) -> N
             except UpcycleError as error:
                 start = f"start with it: --from {read.name}" if read.name in BY_NAME else "start again"
                 raise UpcycleError(
-                    f"outputs of stage '{read.name}' in {run_dir}",
-                    got=error.problem,
-                    expected=f"all that '{stage.name}' reads",
-                    fix=f"put it back, or delete {read.folder(run_dir, plan).path} and {start}",
+                    f"The outputs of stage '{read.name}' in {run_dir}",
+                    kind="state",
+                    got=f"are not what '{stage.name}' reads ({error.problem})",
+                    fix=f"restore them, or delete {read.folder(run_dir, plan).path} and {start}",
                 ) from None
 
 

@@ -21,7 +21,7 @@ def require_kept(folder: Path, run_dir: Path) -> None:
         index = folder / INDEX
         files = set(read_json(index)["weight_map"].values()) if index.is_file() else {SINGLE}
         if gone := sorted(name for name in files if not (folder / name).is_file()):
-            raise StageError(f"{folder / gone[0]}", got="no such file", expected="weights", fix="run the stage again")
+            raise StageError(f"{folder / gone[0]}", kind="missing", got="does not exist", fix="run the stage again")
 
 
 def weights_in(*folders: Path) -> list[Path]:

@@ -42,11 +42,16 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
     """
     check_whole("at_once", at_once, 1)
     if at_once > 1 and not is_here:
-        fix = "omit it: a scheduler starts what there is room for"
-        raise UpcycleError("at_once", got=f"{at_once} with an executor", expected="1", fix=fix)
+        fix = "omit it: a scheduler starts as many as fit"
+        raise UpcycleError("at_once", kind="refused", got=f"{at_once} cannot be combined with an executor", fix=fix)
     if at_once > 1 and torch.cuda.is_available():
-        fix = "omit it, or use an executor: trainings would share the GPUs"
-        raise UpcycleError("at_once", got=f"{at_once} on GPUs", expected="1", fix=fix)
+        fix = "omit it, or use an executor"
+        raise UpcycleError(
+            "at_once",
+            kind="refused",
+            got=f"{at_once} is not possible on GPUs, which the trainings would share",
+            fix="omit it, or use an executor",
+        )
 
 
 def run_stages(jobs: Sequence[Job], run_dir: Path, plan: WorkPlan, executor: Any = None, at_once: int = 1) -> None:

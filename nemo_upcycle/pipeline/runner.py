@@ -21,7 +21,7 @@ from nemo_upcycle.utils.sieve import sifted
 
 
 logger = logging.getLogger(__name__)
-DONE_BEFORE = "done before, from the same inputs"
+DONE_BEFORE = "done earlier, from the same inputs"
 #: Seconds that the first rank has to say why it ends before another one does.
 _FIRST_SPEAKS_S = 1.0
 
@@ -71,7 +71,7 @@ def _recorded(folder: StageFolder) -> Iterator[None]:
 def _run(stage: Stage, run_dir: Path, plan: WorkPlan) -> None:
     # Abort if an earlier stage failed; not every executor does.
     if (broken := unfinished(before(plan, stage.name), run_dir, plan)) is not None:
-        raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")
+        raise StageError(f"Stage did not start: stage '{broken}' has not finished in {run_dir}.")
     folder, inputs = stage.folder(run_dir, plan), stage.inputs(run_dir, plan)
     first = is_first_rank()
     if folder.is_done(inputs):
@@ -86,7 +86,7 @@ def _run(stage: Stage, run_dir: Path, plan: WorkPlan) -> None:
         if stage.resumable:
             require_same_work(run_dir, plan)
         for change in folder.start(inputs, stage.free_of(plan), resumable=stage.resumable):
-            logger.info("[%s] goes on with a changed setting: %s", stage.name, change)
+            logger.info("[%s] continues with a changed setting: %s", stage.name, change)
         logger.info("[%s] %s", stage.name, (stage.work.__doc__ or "").split("\n")[0])
         start_s = time.monotonic()
         outputs = stage.work(run_dir, plan)

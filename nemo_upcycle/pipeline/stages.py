@@ -119,10 +119,12 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         differences = enumerate(result["layer_relative_diff"])
         first = next((f"at layer {number}" for number, value in differences if value > 1e-5), "after the last layer")
         raise StageError(
-            "step-0 equivalence of the upcycled model",
-            got=f"{result['max_abs_logit_diff']:.3g} ({result['max_abs_logit_diff_same_stack']:.3g} same stack)",
-            expected=f"at most {result['tolerance']:.3g} ({result['tolerance_same_stack']:.3g})",
-            fix=f"look {first}, where they first differ; compare the model's configuration with the parent's",
+            "step-0 difference of the upcycled model",
+            got=f"{result['max_abs_logit_diff']:.3g} (same kernels: {result['max_abs_logit_diff_same_stack']:.3g})",
+            expected=f"at most {result['tolerance']:.3g} (same kernels: {result['tolerance_same_stack']:.3g})",
+            fix=(
+                f"look {first}, where the models first differ, and compare the model's configuration with the parent's"
+            ),
         )
     return result
 
@@ -145,7 +147,9 @@ def pretrain_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Continue pretraining of the parent on the same data."""
     if not plan.dense_ct:
-        logger.info("[dense_ct] left out, so nothing shows what more training alone brings; dense_ct=RECIPE trains it")
+        logger.info(
+            "[dense_ct] omitted; dense_ct=RECIPE trains it, so that the report shows the effect of training alone"
+        )
         return {"left_out": True}
     return _train(run_dir, plan, "dense_ct")
 

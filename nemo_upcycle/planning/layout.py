@@ -163,26 +163,32 @@ def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout
     """
     names = SIZES | {"mbs"}
     sizes: dict[str, int] = {}
-    expected = "name=number, for example tp=2,pp=4,ep=8"
     parts = re.sub(r"\s*=\s*", "=", text).replace(",", " ").split()
     if not parts:
-        raise SpecError(field="layout", got="nothing", expected=expected, fix="name a size")
+        raise SpecError(
+            field="layout", kind="missing", got="is empty", fix="write name=number, for example tp=2,pp=4,ep=8"
+        )
     for part in parts:
         name, _, number = part.partition("=")
         if name not in names and name != "dp":
             raise SpecError.unknown("layout key", name, names)
         if not number.isdecimal() or len(number) > 9:
-            raise SpecError(field="layout", got=repr(part), expected=expected, fix="write a whole number")
+            raise SpecError(
+                field="layout",
+                got=repr(part),
+                expected="name=number, for example tp=2,pp=4,ep=8",
+                fix="write a whole number",
+            )
         field = "micro_batch" if name == "mbs" else name
         if field in sizes:
-            raise SpecError(field="layout", got=f"{name} twice", expected="each size once", fix=f"keep one {name}")
+            raise SpecError(field="layout", kind="state", got=f"has {name} twice", fix="keep one of them")
         sizes[field] = int(number)
     if micro_batch is not None and sizes.setdefault("micro_batch", micro_batch) != micro_batch:
         raise SpecError(
             field="micro_batch",
-            got=f"{micro_batch} beside mbs={sizes['micro_batch']}",
-            expected="the layout's own",
-            fix="give one of them",
+            kind="refused",
+            got=f"is {micro_batch}, and the layout says mbs={sizes['micro_batch']}",
+            fix="give only one of them",
         )
     dp = sizes.pop("dp", None)
     if sizes.get("ep", 1) == 1:
@@ -190,7 +196,7 @@ def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout
     layout = Layout(gpus=gpus, **sizes)
     if dp is not None and layout.tp * layout.cp * layout.pp * dp != gpus:
         needed = layout.tp * layout.cp * layout.pp * dp
-        raise SpecError(field="gpus", got=gpus, expected=f"tp x cp x pp x dp ({needed})", fix="omit dp")
+        raise SpecError(field="gpus", got=gpus, expected=f"{needed} (tp x cp x pp x dp)", fix="omit dp")
     return layout
 
 

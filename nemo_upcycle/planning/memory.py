@@ -26,10 +26,13 @@ GROUP_BYTES = int(0.25 * GIB)
 LOGIT_BYTES = 10
 
 ASSUMPTIONS = (
-    "weights, gradients, optimizer: exactly Megatron-Core's buffers (bf16; --grad-dtype; float32 masters and moments)",
+    "weights, gradients, optimizer: Megatron-Core's own buffers (bf16; --grad-dtype; float32 masters and moments)",
     "activations: saved tensors of a layer x micro-batches in flight (arXiv 2205.05198), flash attention, no dropout",
-    "routed: token slots at the capacity factor, else at --imbalance times the mean, at most every token once",
-    "workspace: what is recomputed of one layer, and its gradients",
+    (
+        "routed: token slots at the capacity factor, or without one at --imbalance times the mean, at most every "
+        "token once"
+    ),
+    "workspace: recomputed tensors of one layer, and their gradients",
     "context: 1.5 GiB for CUDA, cuBLAS and allocator slack, 0.25 GiB for every NCCL group",
 )
 

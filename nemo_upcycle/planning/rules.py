@@ -94,11 +94,11 @@ def _heads_rules(layout: Layout, arch: Architecture, software: str) -> Iterator[
         return
     expected = f"a divisor of the key-value heads ({groups}): {_listed(divisors(groups))}"
     if arch.wide_qk_norm:
-        expected += "; norms of query and key over all heads allow no other"
+        expected += "; with norms of query and key over all heads, no multiple works"
     elif software != hardware.DEFAULT_SOFTWARE:
         expected += f"; or a multiple of them that divides the heads ({arch.num_heads})"
     elif shares:
-        expected += "; multiples work in Megatron-Bridge, whose Megatron-Core is 0.16 or newer"
+        expected += "; multiples of it work only in Megatron-Bridge, with Megatron-Core 0.16 or newer"
     yield RuleViolation("tp", tp, expected)
 
 
@@ -126,8 +126,8 @@ def _model_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
         yield RuleViolation("ep", layout.ep, "1 for a dense model")
     if layout.ep == 1 and layout.etp != layout.tp:
         # Megatron-Core takes experts for dense parameters then, and sums their gradients over dp x cp.
-        why = "else Megatron-Core sums gradients over the wrong ranks" if arch.num_experts else "there are no experts"
-        yield RuleViolation("etp", layout.etp, f"<tp> ({layout.tp}) where <ep> is 1: {why}")
+        why = "Megatron-Core would sum gradients over the wrong ranks" if arch.num_experts else "there are no experts"
+        yield RuleViolation("etp", layout.etp, f"<tp> ({layout.tp}) if <ep> is 1, because {why}")
 
 
 def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
@@ -138,7 +138,7 @@ def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
         if layout.pp == 1:
             yield RuleViolation(name, count, "none without pipeline stages (<pp>=1)")
         if layout.embedding or layout.loss:
-            yield RuleViolation(name, count, "none beside <embedding>=1 or <loss>=1 (Megatron-Core's rule)")
+            yield RuleViolation(name, count, "none together with <embedding>=1 or <loss>=1 (Megatron-Core's rule)")
         if count % layout.vp:
             yield RuleViolation(name, count, f"a multiple of <vp> ({layout.vp})")
     left = arch.num_layers - sum(fixed.values()) + layout.embedding + layout.loss
@@ -148,7 +148,7 @@ def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
         good = divisors(left) if left > 0 and stages else []
         listed = _listed(size + len(fixed) for size in good)
         more = f", and {len(fixed)} more" if fixed else ""
-        expected = f"a divisor of {what}{more}: {listed}" if good else f"stages that share out {what}"
+        expected = f"a divisor of {what}{more}: {listed}" if good else f"a number of stages that divides {what}"
         yield RuleViolation("pp", layout.pp, expected)
     if stages:
         yield from _divides("vp", layout.vp, left // stages, "the layers of a pipeline stage")
@@ -168,7 +168,7 @@ def _data_rules(layout: Layout, work: Workload) -> Iterator[RuleViolation]:
         text = f"tp{' x 2 x cp' if layout.cp > 1 else ''} ({multiple})"
         yield RuleViolation("seq_length", work.seq_length, f"a multiple of {text}")
     if work.lora and layout.ep > 1:
-        yield RuleViolation("ep", layout.ep, "1 with LoRA: NeMo averages experts' adapters over all ranks")
+        yield RuleViolation("ep", layout.ep, "1 with LoRA, because NeMo averages the experts' adapters over all ranks")
     step, batch = layout.dp * layout.micro_batch, work.global_batch
     if batch % step:
         text = f"dp x micro-batch ({layout.dp} x {layout.micro_batch})"
@@ -180,7 +180,7 @@ def _data_rules(layout: Layout, work: Workload) -> Iterator[RuleViolation]:
 
 def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterator[RuleViolation]:
     if arch.num_experts and work.dispatcher != "alltoall" and layout.etp * layout.ep == 1:
-        text = "experts spread over ranks: Megatron-Core's flex dispatcher needs <etp> x <ep> above 1"
+        text = "<etp> x <ep> above 1, as Megatron-Core's flex dispatcher needs"
         yield RuleViolation("ep", 1, text)
     if not work.numbers.fp8:
         return
@@ -236,7 +236,7 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload, software
         for text, rule in _changes(key, layout, arch, work, software):
             if rule is None or rule.name != name:
                 return text
-    return "change several sizes: nemo-upcycle plan without --layout finds good ones"
+    return "change several sizes: `nemo-upcycle plan` without --layout finds good ones"
 
 
 def _changes(

@@ -269,14 +269,14 @@ def search(request: PlanRequest, limit: int = 10) -> list[LayoutEstimate]:
             raise SpecError(
                 field="global_batch",
                 got=batch,
-                expected=f"one that a layout of {request.gpus} GPUs can use",
+                expected=f"a batch that a layout of {request.gpus} GPUs can use",
                 fix=f"set <global_batch>={other}",
             )
     if gpus := nearest_gpus(request):
         raise SpecError(
             field="gpus",
             got=request.gpus,
-            expected=f"a number that holds the model and works on {batch} sequences a step",
+            expected=f"a number that holds the model and divides {batch} sequences a step",
             fix=f"set <gpus>={gpus}",
         )
     # The plain layout breaks a rule, or it would be among the plans: the error names the rule.

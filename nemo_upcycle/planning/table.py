@@ -77,11 +77,11 @@ def routing_line(plan: LayoutEstimate) -> str:
     other = replace(plan, work=replace(plan.work, routing="natural"))
     slower = other.time.total / plan.time.total - 1
     if plan.work.routing == "natural":
-        return "Speed: with natural routing, as in training."
+        return "Speed with natural routing, as in training."
     if slower < 0.005:
         return ""
     return (
-        f"Speed: with balanced routing, as benchmarks force it; natural routing, as in training, takes about "
+        f"Speed with balanced routing, as benchmarks force it. Natural routing, as in training, takes about "
         f"{100 * slower:.0f} % longer (--routing natural)."
     )
 
@@ -95,8 +95,8 @@ def model_line(arch: Architecture, seq_length: int) -> str:
     )
     if (arch.total_params, arch.active_params) == (47_491_321_856, 13_668_454_400):
         text += (
-            "\nThe paper (arXiv 2412.09952, Table 1) prints 34.4B and 11.8B: it counts two of the three matrices of "
-            "each additional expert. Its FLOPs are those of this model."
+            "\nThe paper (arXiv 2412.09952, Table 1) prints 34.4B and 11.8B: it counts only two of the three matrices"
+            " of each additional expert. Its FLOPs agree with this model."
         )
     return text
 

@@ -141,15 +141,18 @@ class Workload:
         if self.pad and self.dispatcher != "alltoall":
             raise SpecError(
                 field="dispatcher",
-                got=f"{self.dispatcher} with padding",
-                expected="alltoall",
+                kind="refused",
+                got=f"{self.dispatcher} cannot pad experts to their capacity",
                 fix="plan without padding, or set <dispatcher>=alltoall",
             )
         if self.precision == "fp8-delayed" and (refused := {"moe_act", "layernorm"} & {*modules}):
             raise SpecError(
                 field="recompute",
-                got=f"{min(refused)} with {self.precision}",
-                expected="another kind: Megatron-Core recomputes neither moe_act nor layernorm under delayed scaling",
+                kind="refused",
+                got=(
+                    f"{min(refused)} cannot be combined with {self.precision}: Megatron-Core recomputes neither "
+                    "moe_act nor layernorm under delayed scaling"
+                ),
                 fix="set <recompute>=moe",
             )
         for name, low in (("seq_length", 1), ("global_batch", 1), ("capacity_factor", 0.01), ("imbalance", 1.0)):

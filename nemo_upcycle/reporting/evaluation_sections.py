@@ -18,11 +18,11 @@ def verdict(paired: dict[str, Any], a: str, b: str) -> str:
     if paired["is_trial"]:
         return ""
     if paired["identical"]:
-        return "the same on every item"
+        return "equal on every item"
     if paired["stderr"] is None or paired["higher_is_better"] is None:
         return "not judged"
     if not paired["significant"]:
-        return "no difference shown"
+        return "no significant difference"
     return f"{b if (paired['difference'] > 0) == paired['higher_is_better'] else a} is better"
 
 
@@ -41,12 +41,12 @@ def evaluation(results: dict[str, Any]) -> str:
         _sources(results, models),
         "![held-out text over tokens](heldout.png)" if "heldout" in results["figures"] else "",
         "± is half of a 95 % interval. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
-        table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
+        table(["difference", *(f"{MODELS[b]} minus {MODELS[a]}" for a, b in pairs.values())], differences),
         _too_few(results),
-        "Both models saw the same items, so the interval of a difference is narrower than those of the values. The"
-        " intervals hold for all differences of the table at once (Bonferroni); a model is called better only where"
-        " its own leaves 0 out. Windows of one document, and questions of one subject, count as one observation. This"
-        " judges these trained models: what another seed would bring takes other trainings.",
+        "Both models saw the same items, so the interval of a difference is narrower than the intervals of the values."
+        " All intervals of the table hold at once (Bonferroni). A model is called better only if the interval of its"
+        " difference excludes 0. Windows of one document count as one observation, and so do questions of one subject."
+        " The verdicts are about these trained models. Trainings with other seeds may differ.",
         _contamination(results["contamination"]),
         _beside_published(results, models),
         _evaluation_files(models),
@@ -108,12 +108,17 @@ def _contamination(tasks: dict[str, Any]) -> str:
         return ""
     words = next(iter(tasks.values()))["left_words"]
     rows = [
-        [task, "not looked for", "-", "-"]
+        [task, "not searched for", "-", "-"]
         if its["items"] is None
         else [task, f"{its['items']:,}", f"{its['removed']:,}", f"{its['left']:,}"]
         for task, its in tasks.items()
     ]
-    header = ["items in the training texts", "looked for", "found and cut out", f"left: {words} words in a row shared"]
+    header = [
+        "evaluation items in the training texts",
+        "searched for",
+        "removed",
+        f"left ({words} shared words in a row)",
+    ]
     return table(header, rows) + "\n\nSource: `contamination.json` of the data."
 
 
@@ -135,9 +140,9 @@ def _beside_published(results: dict[str, Any], models: dict[str, str]) -> str:
     header = ["%", *(f"published: {name}" for name in published["models"]), *models.values()]
     return "\n\n".join(
         [
-            table(header, [*rows, ["mean of these", *(f"{mean:.2f}" for mean in means)]]),
-            f"Published values: {plain(published['source'])}. Other versions of lm-eval, prompts and types of numbers"
-            " move such values by some tenths: compare differences, not values.",
+            table(header, [*rows, ["mean of the rows", *(f"{mean:.2f}" for mean in means)]]),
+            f"Published values: {plain(published['source'])}. Other versions of lm-eval, prompts and number formats"
+            " change such values by some tenths, so compare differences rather than values.",
         ]
     )
 
@@ -167,14 +172,14 @@ def samples(results: dict[str, Any]) -> str:
     """Return how each model continues some held-out texts; nothing where no model was asked to."""
     tables = []
     for sample in results["samples"]:
-        texts = {"prompt": sample["prompt"], "the text itself": sample["goes_on"]}
+        texts = {"prompt": sample["prompt"], "the original text": sample["goes_on"]}
         texts |= {MODELS[name]: text for name, text in sample["continuations"].items()}
         tables.append(table(["", sample["document"]], [list(row) for row in texts.items()], words=1))
     if not tables:
         return ""
     about = (
-        "How the models continue held-out texts that the suite's seed chose: the likeliest token each time,"
-        f" {NEW_TOKENS} at most. A sample shows what the numbers are about; it proves nothing."
+        "How the models continue held-out texts, chosen by the suite's seed: the likeliest token each time, at most"
+        f" {NEW_TOKENS} tokens. Samples illustrate the numbers and prove nothing."
     )
     return section("Samples", about, *tables, _evaluation_files(results["samples"][0]["continuations"]))
 
@@ -183,26 +188,31 @@ def step_zero(results: dict[str, Any]) -> str:
     """Return how equal the parent and the upcycled model are before training."""
     step0, receipt = results["step0"], results["receipt"]
     rows = [
-        ["answers that changed", f"{step0['changed_answers']} of {step0['questions']}"],
+        ["changed answers", f"{step0['changed_answers']} of {step0['questions']}"],
         ["largest relative log-likelihood difference", number(step0["max_relative_loglikelihood_difference"], 3)],
-        ["largest absolute one (nats)", number(step0["max_absolute_loglikelihood_difference"], 3)],
+        [
+            "largest absolute log-likelihood difference (nats)",
+            number(step0["max_absolute_loglikelihood_difference"], 3),
+        ],
         ["log-likelihoods compared", str(step0["loglikelihoods"])],
     ]
-    parts = [table(["through export and lm-eval", "value"], rows), _evaluation_files(["dense", "step0"])]
+    parts = [table(["compared after export, by lm-eval", "value"], rows), _evaluation_files(["dense", "step0"])]
     if "max_abs_logit_diff" in receipt:
         rows = [
             ["parent in Hugging Face", *_logit_row(receipt, "max_abs_logit_diff", "tolerance")],
             ["parent in Megatron", *_logit_row(receipt, "max_abs_logit_diff_same_stack", "tolerance_same_stack")],
         ]
         parts += [
-            table(["MoE in Megatron against", "largest logit difference", "allowed"], rows),
-            "The first row is in float32, the second in float64, where nothing but upcycling is left. In float32 it is"
-            f" {number(receipt.get('max_abs_logit_diff_same_stack_float32'), 3)}; rounding alone costs the parent"
-            f" {number(receipt.get('parent_float32_rounding'), 3)} (its float32 against its float64)."
-            f" Over {receipt['tokens_compared']} tokens; the largest logit is {number(receipt['max_abs_logit'])}, and"
-            f" the likeliest token is the same on {100 * receipt['same_argmax']:.4g} % of them (`receipt.json`).",
+            table(["MoE in Megatron compared with", "largest logit difference", "allowed"], rows),
+            "The first row is in float32. The second is in float64, which removes rounding and leaves the effect of"
+            " upcycling alone. In float32 the second row would be"
+            f" {number(receipt.get('max_abs_logit_diff_same_stack_float32'), 3)}. Rounding alone changes the parent by"
+            f" {number(receipt.get('parent_float32_rounding'), 3)} (float32 against float64)."
+            f" The comparison has {receipt['tokens_compared']} tokens, the largest logit is"
+            f" {number(receipt['max_abs_logit'])}, and the likeliest token is the same on"
+            f" {100 * receipt['same_argmax']:.4g} % of the tokens (`receipt.json`).",
         ]
-    return section("Step 0: MoE against parent", *parts)
+    return section("Step 0: MoE compared with parent", *parts)
 
 
 def _logit_row(receipt: dict[str, Any], value: str, tolerance: str) -> list[str]:

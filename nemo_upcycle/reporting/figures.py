@@ -38,11 +38,11 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
     figure = Figure(figsize=(_WIDE_IN, 3.9), layout="constrained")
     axes = figure.subplots()
     _draw_losses(axes, curves, factors)
-    label = "training FLOPs, counting full attention" if flops_per_token else "tokens trained on"
+    label = "training FLOPs (full attention)" if flops_per_token else "training tokens"
     tokens_axis(axes, max(curve.steps[-1]["tokens"] * factors[stage] for stage, curve in curves.items()), label)
     steps = max(curve.steps[-1]["step"] for curve in curves.values())
     models = " and ".join(STYLES[stage][0] for stage in curves)
-    note = "\nso few show that the chain works, no more" if is_trial(steps) else ""
+    note = "\n(too few to measure a benefit)" if is_trial(steps) else ""
     axes.set_title(f"Loss of {models}, {steps:,} steps{note}", fontsize=10)
     axes.set(ylabel="loss (nats per token)")
     legend_below(figure, axes)
@@ -87,7 +87,7 @@ def short_numbers(value: float) -> str:
     return EngFormatter(sep="").format_eng(float(f"{value:.3g}")).replace("G", "B")
 
 
-def tokens_axis(axes: Any, last: float, label: str = "tokens trained on") -> None:
+def tokens_axis(axes: Any, last: float, label: str = "training tokens") -> None:
     """Let the x axis go from 0 to the last token, or another cost, with few ticks, and room for markers there."""
     from matplotlib.ticker import MaxNLocator
 
@@ -143,10 +143,10 @@ def load_figure(curve: Curve) -> Figure | None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.get_major_locator().set_params(integer=True)
     first, last = [float(busiest_of_layers[:, column].max()) for column in (0, -1)]
-    worst = f"worst layer at first {first:.2f}, at last {last:.2f}"
-    figure.suptitle(f"Busiest expert of a layer{averaging_note(columns, steps)}\n{worst}", fontsize=10)
+    worst = f"worst layer: {first:.2f} at first, {last:.2f} at last"
+    figure.suptitle(f"Load of the busiest expert in each layer{averaging_note(columns, steps)}\n{worst}", fontsize=10)
     axes.set(xlabel="step", ylabel="layer")
-    figure.colorbar(image, ax=axes, label="load over balanced load")
+    figure.colorbar(image, ax=axes, label="load (1: balanced)")
     return figure
 
 
@@ -180,7 +180,7 @@ def routers_figure(curve: Curve) -> Figure | None:
         axes.fill_between(columns[:, 0], columns[:, 2], columns[:, 3], alpha=0.15, linewidth=0)
         axes.set_title(title, fontsize=10)
         tokens_axis(axes, curve.steps[-1]["tokens"])
-    figure.suptitle("Routers: mean of the layers, and the range over them", fontsize=10)
+    figure.suptitle("Routers: mean and range over the layers", fontsize=10)
     return figure
 
 
@@ -206,7 +206,7 @@ def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
         )
         axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
     tokens_axis(axes, max(curves[stage].steps[-1]["tokens"] for stage in scored))
-    axes.set_ylabel("bits per byte of held-out text")
+    axes.set_ylabel("held-out bits per byte")
     axes.set_title("95 % intervals over documents", fontsize=10)
     legend_below(figure, axes)
     return figure

@@ -182,9 +182,9 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
         for when, tokens in (("first", 0), ("last", arm.tokens)):
             if not arm.scores.get(tokens):
                 raise UpcycleError(
-                    f"arm {name}",
-                    got=f"no score at its {when} step",
-                    expected="one of a seed",
+                    f"Arm {name}",
+                    kind="missing",
+                    got=f"has no score at its {when} step",
                     fix=f"see the logs of {name}-seed*",
                 )
         values["arms"][name] = {

@@ -53,8 +53,11 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
             if scored != documents:
                 raise UpcycleError(
                     str(path),
-                    got=f"{len(scored['names'])} documents",
-                    expected=f"the {len(documents['names'])} of the other trainings",
+                    kind="state",
+                    got=(
+                        f"scores {len(scored['names'])} documents, and other trainings of the grid "
+                        f"{len(documents['names'])}, or different ones"
+                    ),
                     fix="score all trainings of a grid with one suite",
                 )
             scores.append({"step": _step_of(path), "nats": [nats for nats, _ in sums.values()]})
@@ -105,6 +108,9 @@ def read_evidence(path: Path) -> dict[str, Any]:
         evidence: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
     except (OSError, EOFError, ValueError) as error:
         raise UpcycleError(
-            str(path), got=error, expected="the evidence of a grid", fix=f"copy table/{EVIDENCE} of its run again"
+            str(path),
+            kind="state",
+            got=f"is not the evidence of a grid ({error})",
+            fix=f"copy table/{EVIDENCE} of its run again",
         ) from None
     return evidence

@@ -81,12 +81,12 @@ def _draw_curves(axes: Any, values: Mapping[str, Any]) -> None:
         axes.plot(tokens, [point["value"] for point in curve], label=in_words(arm), **style)
     axes.set_ylim(lowest - room, top + room)
     tokens_axis(axes, max(arms[arm]["tokens"] for arm in drawn))
-    axes.set_ylabel("bits per byte of held-out text")
+    axes.set_ylabel("held-out bits per byte")
     seeds, others = len(arms[drawn[0]]["seeds"]), len(arms) - len(drawn)
     title = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
     title += f"; {others} more in the table" if others else ""
     highest = max(point["value"] for arm in drawn for point in arms[arm]["curve"])
-    title += "; cut above where most begin" if highest > top + room else ""
+    title += "; cut above the start of most arms" if highest > top + room else ""
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
@@ -111,12 +111,12 @@ def _draw_differences(axes: Any, compared: Mapping[str, Any], values: Mapping[st
     axes.set_yticks(
         range(len(compared)),
         [
-            f"{in_words(name)} - {in_words(of['reference'])}, {short_numbers(of['end']['tokens'])} tokens"
+            f"{in_words(name)} minus {in_words(of['reference'])}, {short_numbers(of['end']['tokens'])} tokens"
             for name, of in compared.items()
         ],
     )
     axes.set_ylim(len(compared) - 0.5, -0.5)
-    axes.set_xlabel("difference in bits per byte (left: better)")
+    axes.set_xlabel("difference in bits per byte (left is better)")
     axes.set_title(_title(compared, values), fontsize=10)
     axes.tick_params(axis="y", labelsize=8)
     for verdict, (colour, marker, is_filled) in _VERDICTS.items():
@@ -135,5 +135,5 @@ def _title(compared: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     return (
         f"95 % intervals over {ends[0]['documents']} documents and {seeds} seeds,\n"
-        f"{values['tests']['end']} of them at once; grey: the margin of ±{values['margin']:g}"
+        f"{values['tests']['end']} intervals hold at once; grey: margin of ±{values['margin']:g}"
     )

@@ -21,7 +21,7 @@ from nemo_upcycle.utils.writers import code, plain, table
 
 
 #: Columns of a difference: two standard errors, and the smallest one that would have been seen.
-_POWER = ("stderr of documents", "stderr of seeds", "seen with 80 % from")
+_POWER = ("stderr over documents", "stderr over seeds", "smallest difference seen with 80 %")
 #: `write_grid` writes between these lines of a page.
 BEGIN, END = "<!-- from the evidence: begin -->", "<!-- from the evidence: end -->"
 
@@ -57,7 +57,7 @@ def write_grid(folder: Path) -> Path:
     before, begin, rest = read_text(page).partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UpcycleError(str(page), got="no such lines", expected=f"{BEGIN} and {END}", fix="write both into it")
+        raise UpcycleError(str(page), kind="missing", got=f"has no lines {BEGIN} and {END}", fix="write both into it")
     table = draw_table(folder).partition("\n\n")[2]
     sections = re.sub(r"(!\[\w+\]\()(\w+\.png\))", rf"\1{page.stem}/\2", table)
     return _write(page, f"{before}{BEGIN}\n\n{sections}\n{END}{after}")
@@ -73,7 +73,7 @@ def _finished(run_dir: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     if not cells:
         typed = run_dir / COMMAND
         fix = "type the command of the grid again" + (f", in {typed}" if typed.is_file() else "")
-        raise UpcycleError(str(run_dir), got="no finished training", expected="one or more", fix=fix)
+        raise UpcycleError(str(run_dir), kind="state", got="has no finished training", fix=fix)
     missing = [name for name in described["cells"] if name not in cells]
     if not missing:
         return dict(described)
@@ -145,9 +145,9 @@ def render_table(values: Mapping[str, Any]) -> str:
     unscored = [f"{arm} of seed {seed}" for arm, result in arms.items() for seed in result["unscored_seeds"]]
     parts = (
         f"# Grid {plain(values['grid'])}",
-        f"{plain(values['about'])}. Seeds of an arm: {seeds}; lower is better. ± is half of a 95 % interval (t); of"
-        " what an arm reaches, over seeds.",
-        f"Not scored at the end, and left out: {plain(', '.join(unscored))}." if unscored else "",
+        f"{plain(values['about'])}. Seeds per arm: {seeds}. Lower is better. ± is half of a 95 % interval (t) over the"
+        " seeds of an arm.",
+        f"Omitted because they were not scored at the end: {plain(', '.join(unscored))}." if unscored else "",
         _missing(values.get("missing", [])),
         _arms(arms),
         _differences(values),
@@ -159,7 +159,7 @@ def render_table(values: Mapping[str, Any]) -> str:
 
 
 def _missing(names: list[str]) -> str:
-    return f"Not finished, and left out: {', '.join(map(code, names))}." if names else ""
+    return f"Omitted because they did not finish: {', '.join(map(code, names))}." if names else ""
 
 
 def _arms(arms: Mapping[str, Any]) -> str:
@@ -177,15 +177,15 @@ def _arms(arms: Mapping[str, Any]) -> str:
         ]
         for arm, result in arms.items()
     ]
-    header = ["arm", "tokens", "FLOPs", "bits per byte at step 0", "at the end", "rank minutes"]
+    header = ["arm", "tokens", "FLOPs", "bits per byte at step 0", "bits per byte at the end", "rank-minutes"]
     return section(
         "Arms",
-        table([*header, *columns.values(), "what it is"], rows),
-        "FLOPs of training, counting full attention. Minutes of the training steps times ranks, of each step the"
-        " fastest seed: other work on the machine only adds. A first step counts as the average of the others; start,"
-        " scoring and checkpoints do not count. Of the routers the last step: token slots dropped, the experts' load"
-        " (standard deviation over mean), distance of the experts from their mean, relative; means over layers and"
-        " seeds.",
+        table([*header, *columns.values(), "description"], rows),
+        "FLOPs are those of training, with full attention. Rank-minutes are minutes of the training steps times ranks."
+        " Each step takes its time from the fastest seed, because other work on the machine can only add time. The"
+        " first step counts as the average of the others. Start, scoring and checkpoints do not count. The last"
+        " columns describe the routers at the last step, as means over layers and seeds: token slots dropped, expert"
+        " load (standard deviation over mean), and relative distance of the experts from their mean.",
         "![curves](curves.png)",
     )
 
@@ -194,7 +194,14 @@ def _differences(values: Mapping[str, Any]) -> str:
     differences, margin = values["differences"], values["margin"]
     tables = []
     if any(of["end"] for of in differences.values()):
-        header = ["after equal tokens", "difference", "tokens", "better from", *_POWER, f"seeds to see {margin:g}"]
+        header = [
+            "after equal tokens",
+            "difference",
+            "tokens",
+            "better from",
+            *_POWER,
+            f"seeds needed to see {margin:g}",
+        ]
         rows = [
             [name, with_verdict(end), f"{end['tokens']:,}", _tokens(of["better_from"]), *_power(end), _seeds(end)]
             for name, of in _named(differences)
@@ -207,32 +214,33 @@ def _differences(values: Mapping[str, Any]) -> str:
             for name, of in _named(differences)
             if (point := of["equal_flops"])
         ]
-        tables.append(table(["with equal FLOPs", "difference", "tokens", "for the reference's", *_POWER], rows))
+        tables.append(table(["with equal FLOPs", "difference", "tokens", "tokens of the reference", *_POWER], rows))
     if any(of["start"] for of in differences.values()):
         rows = [[name, with_verdict(of["start"])] for name, of in _named(differences) if of["start"]]
         tables.append(table(["at step 0", "difference"], rows))
     if not tables:
         return ""
     about = (
-        "At the same seeds, on the same documents, in bits per byte. ± is half of a 95 % interval that holds for"
-        " all differences of its table that get a verdict at once (Bonferroni). It joins two standard errors:"
-        " that of other documents (a jackknife over them) and that of other seeds. A difference of fewer than"
-        f" {LEAST_SEEDS} seeds takes the spread from seed to seed that is pooled over the grid's arms (those from"
-        " random weights by themselves), without what a seed does to all of them: it is taken to be alike, unless"
-        " its own is wider by more than chance, or far narrower (F tests). With equal FLOPs its own counts. Of"
-        f" one seed there is no verdict. It is a tie where the whole interval lies within {margin:g} of 0, which"
-        " is taken not to matter, and a difference that large would have been seen with 80 %; not resolved where"
-        " it holds 0 otherwise. Where a learning rate falls, the middle of a training is compared with that of"
-        " one of the same steps and schedule alone. FLOPs are made equal between two points of the reference's"
-        " curve, linear in the logarithm of the tokens. Better from: the first tokens from which on every point is"
-        " better. The walk begins at the end and stops at the first point that is not better, so it needs no"
-        " correction for the number of points; the intervals along a curve do not hold all at once."
+        "Differences are in bits per byte, between arms with the same seeds on the same documents. ± is half of a"
+        " 95 % interval. The intervals of all differences in a table that get a verdict hold at once (Bonferroni)."
+        " An interval combines two standard errors: one over documents (jackknife) and one over seeds. A difference"
+        f" with fewer than {LEAST_SEEDS} seeds uses the spread over seeds that is pooled over the grid's arms, after"
+        " removing the effect that a seed has on all of them. Arms from random weights are pooled separately. A"
+        " difference whose own spread is significantly wider, or much narrower, uses its own (F tests), and so do"
+        " differences with equal FLOPs. With one seed there is no verdict. A difference is a tie if its whole"
+        f" interval lies within {margin:g} of 0 and a difference that large would have been seen with 80 %. It is not"
+        " resolved if its interval contains 0 otherwise. If a learning rate falls, the middle of a training is"
+        " compared only with trainings of the same steps and schedule. FLOPs are made equal by interpolating the"
+        ' reference\'s curve linearly in the logarithm of the tokens. "Better from" is the number of tokens after'
+        " which every point is better. The search goes back from the end and stops at the first point that is not"
+        " better, so it needs no correction for the number of points. The intervals along a curve do not hold all at"
+        " once."
     )
     return section("Differences", *tables, about)
 
 
 def _named(differences: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(f"{arm} - {of['reference']}", of) for arm, of in differences.items()]
+    return [(f"{arm} minus {of['reference']}", of) for arm, of in differences.items()]
 
 
 def _tokens(tokens: int | None) -> str:
@@ -258,8 +266,8 @@ def _seen(points: Sequence[Mapping[str, Any]]) -> str:
     if not seen:
         return ""
     return (
-        f"These trainings could have shown, with 80 %, a difference of {number(seen[0], 2)} in the best and"
-        f" {number(seen[-1], 2)} in the worst of these rows; {number(seen[len(seen) // 2], 2)} in the middle one."
+        f"With a probability of 80 %, these trainings would have shown a difference of {number(seen[0], 2)} in the"
+        f" best row, {number(seen[len(seen) // 2], 2)} in the median row and {number(seen[-1], 2)} in the worst row."
     )
 
 

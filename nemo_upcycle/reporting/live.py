@@ -99,15 +99,15 @@ def compose(run_dir: Path, progress: Progress, price: float | None = None, *, is
     training = {stage: summarise_curve(curve) for stage, curve in progress.curves.items()}
     rows = [*_losses(progress), *_speeds(progress, training), *_cost(progress, price)]
     if "pretrain" in training:
-        rows[2:2] = [["busiest expert now, times its balanced load", *row[1:]] for row in load_rows(training)]
+        rows[2:2] = [["Load of the busiest expert now (1: balanced)", *row[1:]] for row in load_rows(training)]
     stages = [[state.name, state.how, _took(state)] for state in progress.stages]
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    again = "and again at every stage and every few minutes; this page reloads itself"
+    again = "and rewritten at every stage and every few minutes. This page reloads itself"
     parts = [
         f"# {plain(run_dir.resolve().name)}",
         _becomes(progress),
         plain(_doing(progress, "Not finished" if is_last else "Running")),
-        table(["", "so far", "beside it"], rows, words=1) if rows else "",
+        table(["", "so far", "for comparison"], rows, words=1) if rows else "",
         uneven(training["pretrain"]) if "pretrain" in training else "",
         "![loss over tokens](loss.png)" if progress.curves else "",
         f"Written {now}, {'for the last time' if is_last else again}.",
@@ -119,7 +119,7 @@ def compose(run_dir: Path, progress: Progress, price: float | None = None, *, is
 def _becomes(progress: Progress) -> str:
     plan, receipt = progress.plan, progress.receipt
     if not receipt:
-        return plain(f"{parent_name(plan['dense'])} → MoE, by the recipe {plan['recipe']}.")
+        return plain(f"{parent_name(plan['dense'])} → MoE, with the recipe {plan['recipe']}.")
     return plain(became(plan["dense"], receipt))
 
 
@@ -131,8 +131,8 @@ def _doing(progress: Progress, word: str) -> str:
     if not progress.stages:
         return "No stage has started yet."
     last = progress.stages[-1]
-    then = "the next has not started" if last.how == "done" else "the same command goes on from there"
-    return f"Nothing runs: {last.name} is {last.how}, {then}."
+    then = "and the next stage has not started" if last.how == "done" else "and the same command resumes it"
+    return f"Nothing is running. Stage {last.name} is {last.how}, {then}."
 
 
 def _how_far(progress: Progress, state: StageState) -> str:
@@ -194,8 +194,8 @@ def _cost(progress: Progress, price: float | None) -> list[list[str]]:
     hours = sum((state.seconds or 0) / 3600 * ranks.get(state.name, 0) for state in progress.stages)
     if not hours:
         return []
-    cost = "no price is known" if price is None else f"{hours * price:,.2f} at {price:g} an hour"
-    return [["hours times ranks of the trainings", number(hours, 3), cost]]
+    cost = "no price given" if price is None else f"{hours * price:,.2f} at {price:g} per hour"
+    return [["rank-hours of the trainings", number(hours, 3), cost]]
 
 
 def _main(run_dir: str, every_s: str, price: str = "") -> None:

@@ -51,7 +51,7 @@ def became(dense: str, receipt: dict[str, Any]) -> str:
     """
     spec = receipt["spec"]
     before, total, active = (millions(receipt[f"{name}_params"]) for name in ("dense", "total", "active"))
-    moe = f"MoE of {spec['num_experts']} experts, top-{spec['top_k']}: {total}, {active} active for a token."
+    moe = f"MoE of {spec['num_experts']} experts, top-{spec['top_k']}: {total}, {active} active per token."
     return f"{parent_name(dense)}, {before} parameters → {moe}"
 
 
@@ -97,6 +97,10 @@ def _metric(results: dict[str, Any]) -> str:
     return next((metric for metric in _BITS if metric in metrics), next(iter(metrics)))
 
 
+def _label(metric: str) -> str:
+    return f"Held-out bits per byte ({_BITS[metric]})" if metric in _BITS else label(metric)
+
+
 def _name(metric: str) -> str:
     return f"bits per byte of held-out {_BITS[metric]}" if metric in _BITS else label(metric)
 
@@ -105,10 +109,10 @@ def _numbers(results: dict[str, Any]) -> list[list[str]]:
     """Return rows of question, measurement and verdict, the most important first."""
     metric, training = _metric(results), results["training"]
     rows = []
-    for name, title in (("dense", "the parent"), ("dense_ct", "the baseline")):
+    for name, title in (("dense", "parent"), ("dense_ct", "baseline")):
         paired = results["paired"].get(f"trained_minus_{name}", {}).get(metric)
-        if paired and (judged := verdict(paired, title, "the MoE")):
-            rows.append([f"trained MoE - {title}: {_name(metric)}", difference(paired), judged])
+        if paired and (judged := verdict(paired, f"the {title}", "the MoE")):
+            rows.append([f"{_label(metric)}: trained MoE minus {title}", difference(paired), judged])
     return [*rows, _loss(training), _step_zero(results), *load_rows(training), _speed(training)]
 
 
@@ -119,21 +123,21 @@ def _loss(training: dict[str, Any]) -> list[str]:
     kind, key = ("validation", "last_validation_loss") if validated else ("training", "last_loss")
     others = {"parent": (baseline or done).get("step0_loss"), "baseline": baseline.get(key)}
     beside = ", ".join(f"{title} {loss:.3f}" for title, loss in others.items() if loss is not None)
-    return [f"{kind} loss at the end", f"{done[key]:.3f}", beside or "nothing to compare with"]
+    return [f"{kind.capitalize()} loss at the end", f"{done[key]:.3f}", beside or "nothing to compare with"]
 
 
 def _step_zero(results: dict[str, Any]) -> list[str]:
     receipt, step0 = results["receipt"], results["step0"]
     measured, allowed = receipt.get("max_abs_logit_diff"), receipt.get("tolerance")
     if not receipt["exact"]:
-        text = "this specification cannot be exact"
+        text = "cannot be exact with this spec"
     elif measured is None:
         text = "logits were not compared"
     else:
         equal = "equal up to rounding" if receipt.get("within_tolerance") else "not equal"
         text = f"{equal} (allowed: {number(allowed, 3)})"
     changed = f"; {step0['changed_answers']} of {step0['questions']} answers changed" if step0["questions"] else ""
-    return ["MoE at step 0 - the parent: largest logit difference", number(measured, 3), text + changed]
+    return ["Largest logit difference at step 0: MoE minus parent", number(measured, 3), text + changed]
 
 
 def load_rows(training: dict[str, Any]) -> list[list[str]]:
@@ -142,11 +146,11 @@ def load_rows(training: dict[str, Any]) -> list[list[str]]:
     if not load:
         return []
     last, worst = _times_balance(load)
-    judged = "uneven; " if last >= _UNEVEN else "even enough; "
+    judged = "imbalanced; " if last >= _UNEVEN else "balanced; "
     if is_trial(training["pretrain"]["steps"]):
         judged = ""
-    where = f"{judged}at most {worst:.2f}, layer {load['worst']['layer']}, step {load['worst']['step']}"
-    return [["busiest expert at the end, times its balanced load", f"{last:.2f}", where]]
+    where = f"{judged}at most {worst:.2f} (layer {load['worst']['layer']}, step {load['worst']['step']})"
+    return [["Load of the busiest expert at the end (1: balanced)", f"{last:.2f}", where]]
 
 
 def _times_balance(load: dict[str, Any]) -> tuple[float, float]:
@@ -164,16 +168,16 @@ def uneven(done: dict[str, Any]) -> str:
     if not load or is_trial(done["steps"]) or max(_times_balance(load)) < _UNEVEN:
         return ""
     last, worst = _times_balance(load)
-    were = "are" if last >= _UNEVEN else "were at times"
+    were = "is" if last >= _UNEVEN else "was at times"
     where = f"layer {load['worst']['layer']}, step {load['worst']['step']}"
     costs = (
-        " A step lasts as long as the rank with the busiest expert, and a capacity factor drops the tokens beyond it:"
-        " a larger coefficient of the balancing loss, or more tokens a step, evens it out."
+        " Every rank waits for the rank of the busiest expert, and a capacity factor drops the tokens above it. Raise"
+        " the coefficient of the load-balancing loss, or the number of tokens per step."
     )
     dead = load["worst"].get("dead_experts", 0)
-    died = f" At worst {dead:.0f} of them had less than 1 % of a balanced share." if dead else ""
+    died = f" At worst, {dead:.0f} experts had less than 1 % of a balanced load." if dead else ""
     return (
-        f"**The experts {were} loaded unevenly:** the busiest had {worst:.1f} times a balanced load ({where}),"
+        f"**Expert load {were} imbalanced.** The busiest expert had {worst:.1f} times a balanced load ({where}),"
         f" and {last:.1f} times at the last step.{died}{costs}"
     )
 
@@ -186,7 +190,7 @@ def _speed(training: dict[str, Any]) -> list[str]:
     ratios = [
         f"{speed / other:.2f} times {title} {number(other)}" for title, other in others.items() if speed and other
     ]
-    return ["tokens per second in training", number(speed), ratios[0] if ratios else "nothing to compare with"]
+    return ["Training speed (tokens per second)", number(speed), ratios[0] if ratios else "nothing to compare with"]
 
 
 def _about(results: dict[str, Any]) -> str:
@@ -195,10 +199,10 @@ def _about(results: dict[str, Any]) -> str:
     text = ""
     if "dense_ct" in training:
         tokens = [training[stage]["tokens"] for stage in ("pretrain", "dense_ct")]
-        same = "equally many tokens" if tokens[0] == tokens[1] else f"{tokens[0]:,} and {tokens[1]:,} tokens"
+        same = "the same number of tokens" if tokens[0] == tokens[1] else f"{tokens[0]:,} and {tokens[1]:,} tokens"
         share = receipt["active_params"] / (receipt.get("parent_active_params") or receipt["dense_params"])
         text = (
-            "The baseline is the parent, trained on the same data: MoE and baseline saw"
-            f" {same}; for each, the MoE computes with {share:.2f} times the parameters. "
+            "The baseline is the parent, trained on the same data. MoE and baseline saw"
+            f" {same}. The MoE uses {share:.2f} times as many parameters per token. "
         )
-    return f"{text}± is half of a 95 % interval. Every number is repeated below, with its file."
+    return f"{text}± is half of a 95 % interval. All numbers stand again below, with their files."

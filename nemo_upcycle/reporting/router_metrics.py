@@ -25,15 +25,15 @@ class RouterMetric:
 
 
 ROUTER_METRICS = {
-    "dropped": RouterMetric("token slots dropped, as a part of the wanted ones", "dropped", is_drawn=True),
+    "dropped": RouterMetric("share of token slots dropped", "dropped", is_drawn=True),
     "load_cv": RouterMetric(  # a report computes it from the counts of all experts
-        "load of the experts: standard deviation over mean", "load CV", is_drawn=True, is_row=False
+        "expert load: standard deviation over mean", "load CV", is_drawn=True, is_row=False
     ),
-    "load_entropy": RouterMetric("entropy of the load over that of perfect balance", is_drawn=True),
-    "dead_experts": RouterMetric("dead experts, all layers (less than 1 % of a balanced share)", is_sum=True),
-    "load_balancing_loss": RouterMetric("load-balancing loss without its coefficient (1: balanced)"),
-    "balancing_bias_range": RouterMetric("range of the biases that balance the experts"),
+    "load_entropy": RouterMetric("entropy of the expert load (1: perfect balance)", is_drawn=True),
+    "dead_experts": RouterMetric("dead experts in all layers (below 1 % of a balanced load)", is_sum=True),
+    "load_balancing_loss": RouterMetric("load-balancing loss before its coefficient (1: balanced)"),
+    "balancing_bias_range": RouterMetric("range of the load-balancing biases"),
     "expert_distance": RouterMetric(
-        "distance of the experts from their mean, relative (0: copies)", "expert distance", is_drawn=True
+        "relative distance of experts from their mean (0: copies)", "expert distance", is_drawn=True
     ),
 }

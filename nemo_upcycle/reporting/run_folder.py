@@ -143,11 +143,13 @@ def require_run(folder: Path) -> None:
         UpcycleError: it is not, or there is none.
     """
     if not folder.is_dir():
-        raise UpcycleError(str(folder), got="no such folder", expected="that of a pipeline run", fix="check the path")
+        raise UpcycleError.no_path("run folder", folder)
     if not (folder / "pipeline.json").is_file():
         runs = sorted(str(path.parent) for path in folder.glob("*/pipeline.json"))
-        expected, fix = "the folder of a pipeline run or a grid", f"name {' or '.join(runs[:3]) or 'another'}"
-        raise UpcycleError(str(folder), got="no pipeline.json", expected=expected, fix=fix)
+        _expected, fix = "the folder of a pipeline run or a grid", f"name {' or '.join(runs[:3]) or 'another'}"
+        raise UpcycleError(
+            str(folder), kind="state", got="has no pipeline.json, so it is neither a pipeline run nor a grid", fix=fix
+        )
 
 
 def read_manifest(folder: Path, markers: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -205,15 +207,18 @@ def read_curve(path: Path) -> Curve:
         if not all(isinstance(line.get(key), int | float) for key in (*wanted, *optional)):
             raise UpcycleError(
                 where,
-                got=str(line)[:80],
-                expected=f"one JSON object with numbers: {', '.join(dict.fromkeys((*wanted, *optional)))}",
+                kind="state",
+                got=(
+                    f"is not a JSON object with numbers ({', '.join(dict.fromkeys((*wanted, *optional)))}): "
+                    f"{str(line)[:80]}"
+                ),
                 fix=f"delete the line, or run stage '{path.parent.name}' again",
             )
         lines.append(line)
     steps = [line for line in lines if line.get("loss") is not None]
     if not steps:
         raise UpcycleError(
-            str(path), got="no step with a loss", expected="at least one", fix=f"run stage '{path.parent.name}' again"
+            str(path), kind="state", got="has no step with a loss", fix=f"run stage '{path.parent.name}' again"
         )
     step_tokens = steps[0]["tokens"] // max(1, steps[0]["step"])
     validation = [
@@ -243,8 +248,8 @@ def _read(path: Path, stage: str, keys: Mapping[str, Any] = MappingProxyType({})
         actual = value.get(wrong[0])
         raise UpcycleError(
             str(path),
-            got=f"no {wrong[0]}" if actual is None else f"{wrong[0]}: {str(actual)[:80]!r}",
-            expected=f"what stage '{stage}' writes",
+            kind="state",
+            got=f"has no {wrong[0]}" if actual is None else f"has a wrong {wrong[0]}: {str(actual)[:80]!r}",
             fix=f"run stage '{stage}' again: delete {path} and its marker, then run the pipeline with the same dir",
         )
     return value
@@ -254,8 +259,8 @@ def _made_by(stage: str, path: Path) -> Path:
     if not path.is_file():
         raise UpcycleError(
             str(path),
-            got="no such file",
-            expected=f"what stage '{stage}' writes",
+            kind="missing",
+            got=f"does not exist, and stage '{stage}' writes it",
             fix=f"run the pipeline again with the same dir: it resumes with stage '{stage}'",
         )
     return path

@@ -65,7 +65,12 @@ def _changes(stages: dict[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    header = ["changed after the start, without effect on the result but for more steps", "before", "after", "when"]
+    header = [
+        "setting changed after the start (only the number of steps affects the result)",
+        "before",
+        "after",
+        "when",
+    ]
     return table(header, rows, words=3)
 
 
@@ -73,9 +78,9 @@ def _fp8(stages: dict[str, Any]) -> str:
     """Make the table of the losses of FP8 in the first and the last step that have them; empty where none has."""
     titles = {
         "amax": "largest number",
-        "underflow": "share that becomes zero",
-        "saturated": "share that is cut",
-        "scale_inv_min": "least inverse scale",
+        "underflow": "share rounded to zero",
+        "saturated": "share clipped",
+        "scale_inv_min": "smallest inverse scale",
         "scale_inv_max": "largest inverse scale",
     }
     found = {stage: done["fp8"] for stage, done in stages.items() if "fp8" in done}
@@ -116,7 +121,7 @@ def texts(found: dict[str, Any]) -> str:
         rows.append([name, read, *kept, source.get("text_key", "text"), "; ".join(lost_text(lost)) or "-"])
     if not rows:
         return ""
-    header = ["source", "documents read", "trained on", "bytes trained on", "bytes lost", "field", "why lost"]
+    header = ["source", "documents read", "documents trained on", "bytes trained on", "bytes lost", "field", "reason"]
     return table(header, rows, words=2) + "\n\nSource: `manifest.json` of the data."
 
 
@@ -136,7 +141,7 @@ def overlap(found: dict[str, Any] | None) -> str:
         ]
         for row in found["rows"]
     ]
-    above = f"with more than {100 * found['most']:g} % in training text"
+    above = f"more than {100 * found['most']:g} % in training text"
     header = ["held-out text", "documents", above, "removed", f"share of {overlap_unit(found)} before", "after"]
     return table(header, rows) + "\n\nSource: `manifest.json` of the data."
 
@@ -149,15 +154,15 @@ def _settings(done: dict[str, Any]) -> dict[str, str]:
     warmup = f", {schedule['warmup_steps']} of them warm-up" if schedule.get("warmup_steps") else ""
     steps = f"{schedule['name']}{end} over {settings['max_steps']} steps{warmup}"
     rows = {
-        "learning rate, peak": f"{number(settings['max_lr'], 6)}, {steps}",
-        "batch, sequences a step": f"{settings['global_batch_size']} (micro batch {settings['micro_batch_size']})",
-        "sequence length, tokens": str(settings["seq_length"]),
+        "peak learning rate": f"{number(settings['max_lr'], 6)}, {steps}",
+        "batch (sequences per step)": f"{settings['global_batch_size']} (micro batch {settings['micro_batch_size']})",
+        "sequence length (tokens)": str(settings["seq_length"]),
         "precision": settings["precision"],
         "optimizer": f"{settings['optimizer']}, weight decay {number(settings['weight_decay'], 6)}",
         "ranks of the training job": str(settings["ranks"]),
     }
     if "balancing" in settings:
-        rows["balancing of the experts"] = str(settings["balancing"])
+        rows["load balancing of the experts"] = str(settings["balancing"])
     return rows
 
 
@@ -170,22 +175,22 @@ def _outcome(done: dict[str, Any]) -> dict[str, str]:
         "training loss, last step": number(done["last_loss"]),
         "validation loss, first": number(done["first_validation_loss"]),
         "validation loss, last": number(done["last_validation_loss"]),
-        "time in steps": duration(done["seconds"]),
-        "ranks times hours in steps": number(done["seconds"] / 3600 * done["settings"]["ranks"], 3),
+        "time spent in steps": duration(done["seconds"]),
+        "rank-hours spent in steps": number(done["seconds"] / 3600 * done["settings"]["ranks"], 3),
         "tokens per second": number(done["tokens_per_s"]),
     }
     planned = done.get("planned") or {}
     if planned:
-        rows["tokens per second, planned"] = number(planned["tokens_per_s"])
+        rows["planned tokens per second"] = number(planned["tokens_per_s"])
     conventions = "full attention / causal half"
     if rate := done.get("tflops_per_gpu"):
-        rows[f"TFLOP/s of a rank ({conventions})"] = f"{number(rate['full'], 3)} / {number(rate['causal'], 3)}"
+        rows[f"TFLOP/s per rank ({conventions})"] = f"{number(rate['full'], 3)} / {number(rate['causal'], 3)}"
     for name, mfu in done.get("mfu", {}).items():
         rows[f"MFU, {name.upper()} peak ({conventions})"] = f"{100 * mfu['full']:.1f} % / {100 * mfu['causal']:.1f} %"
     share = f" ({100 * done['memory_share']:.0f} % of its GPU)" if "memory_share" in done else ""
-    rows["peak memory of a rank"] = f"{done['memory_gib']:.2f} GiB{share}"
+    rows["peak memory per rank"] = f"{done['memory_gib']:.2f} GiB{share}"
     if planned:
-        rows["memory of the fullest rank, planned"] = f"{planned['memory_gib']:.2f} GiB"
+        rows["planned memory of the fullest rank"] = f"{planned['memory_gib']:.2f} GiB"
     return rows
 
 
@@ -196,9 +201,9 @@ def expert_load(results: dict[str, Any]) -> str:
         return ""
     rows = [
         [name, *(f"{100 * load[step][key]:.2f} %" for step in ("first", "last"))]
-        for name, key in (("least used expert of any layer", "min"), ("most used expert of any layer", "max"))
+        for name, key in (("least used expert in any layer", "min"), ("most used expert in any layer", "max"))
     ]
-    rows.append(["coefficient of variation, mean of the layers", *(f"{load[s]['cv']:.3f}" for s in ("first", "last"))])
+    rows.append(["coefficient of variation (mean over layers)", *(f"{load[s]['cv']:.3f}" for s in ("first", "last"))])
     router = results["training"]["pretrain"].get("router", {"first": {}, "last": {}})
     rows += [
         [metric.title, *(f"{router[step][key]:.4g}" if key in router[step] else "-" for step in ("first", "last"))]
@@ -210,7 +215,7 @@ def expert_load(results: dict[str, Any]) -> str:
         "![expert load per layer over the steps](experts.png)",
         table(["share of a layer's token slots", "first step", "last step"], rows),
         "![routers over tokens](routers.png)" if "routers" in results["figures"] else "",
-        f"Perfect balance is 1/E = {100 * load['first']['balanced']:.4g} % and a coefficient of 0."
+        f"With perfect balance, each expert has 1/E = {100 * load['first']['balanced']:.4g} % (coefficient 0)."
         " Source: `pretrain/metrics.jsonl`.",
     )
 
@@ -224,14 +229,14 @@ def receipt(results: dict[str, Any]) -> str:
     rows = [
         ["parameters, parent", *(millions(entry["dense_params"]) for entry in receipts)],
         ["parameters, MoE", *(millions(entry["total_params"]) for entry in receipts)],
-        ["of these active for a token", *(millions(entry["active_params"]) for entry in receipts)],
+        ["active parameters per token", *(millions(entry["active_params"]) for entry in receipts)],
         ["bytes read", *(size_text(entry["bytes_read"]) for entry in receipts)],
-        ["bytes the slices needed", *(size_text(entry["bytes_needed"]) for entry in receipts)],
+        ["bytes needed for the slices", *(size_text(entry["bytes_needed"]) for entry in receipts)],
         ["bytes written", *(size_text(entry["bytes_written"]) for entry in receipts)],
-        ["seconds, slowest rank", *(number(entry["seconds"], 3) for entry in receipts)],
+        ["seconds (slowest rank)", *(number(entry["seconds"], 3) for entry in receipts)],
         ["ranks", *(str(entry["ranks"]) for entry in receipts)],
         ["layout", *(_layout(entry["layout"]) for entry in receipts)],
-        ["type of the parameters", *(", ".join(entry["parameter_dtypes"]) or "-" for entry in receipts)],
+        ["parameter type", *(", ".join(entry["parameter_dtypes"]) or "-" for entry in receipts)],
     ]
     spec = ", ".join(code(f"{key}={value}") for key, value in receipts[0]["spec"].items())
     made = "\n".join(f"- {plain(made_by)}: {count}" for made_by, count in receipts[0]["parameters_made_by"].items())
@@ -239,7 +244,7 @@ def receipt(results: dict[str, Any]) -> str:
         "Receipt",
         table(["", *columns], rows),
         f"Specification: {spec}.",
-        f"Tensors by what made them:\n\n{made}" if made else "",
+        f"Tensors by origin:\n\n{made}" if made else "",
         f"Made from {code(receipts[0]['source'])}. {sources(*(file for _, file in columns.values()))}",
     )
 
@@ -269,11 +274,11 @@ def what_ran_on_what(results: dict[str, Any]) -> str:
     wall_times = ""
     if seconds := results["stage_seconds"]:
         stages = [[stage, duration(value), code(f"{stage}/_SUCCESS.json")] for stage, value in seconds.items()]
-        total = ["all of these", duration(sum(seconds.values())), ""]
+        total = ["all stages", duration(sum(seconds.values())), ""]
         wall_times = table(["stage", "wall time", "source"], [*stages, total], words=1)
     return section(
-        "What ran on what",
-        table(["machine and versions, as the report was written", ""], rows, words=1),
+        "Machine and versions",
+        table(["when the report was written", ""], rows, words=1),
         "Sources: this machine, `evaluation/dense.json`.",
         wall_times,
     )
@@ -293,8 +298,8 @@ def next_steps(results: dict[str, Any], run_dir: Path) -> str:
     model = f"pretrained={results['evaluation_settings']['trained']['model']['folder']},dtype=bfloat16"
     words = ["run", "--model", "hf", "--model_args", model, "--tasks", "mmlu,piqa", "--batch_size", "8"]
     tasks = replace(typed, words=(typed.sibling("lm_eval"), *words), python_path="")
-    commands = f"""# train for longer, into a new folder
+    commands = f"""# train longer, in a new folder
 {longer}
-# evaluate the trained model with lm-eval itself, on any of its tasks (needs the Hugging Face hub)
+# evaluate the trained model on any task of lm-eval (needs the Hugging Face hub)
 {tasks}"""
-    return section("How to go on", fenced(commands, "bash"))
+    return section("Next steps", fenced(commands, "bash"))

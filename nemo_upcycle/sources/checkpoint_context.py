@@ -27,7 +27,7 @@ from nemo_upcycle.utils.files import read_json
 
 
 _Type = TypeVar("_Type")
-_KEEP = "keep the model in NeMo: it trains and evaluates there"
+_KEEP = "keep the model in NeMo, which can train and evaluate it"
 _GIVE_CONFIG = "put the Hugging Face config.json of the model beside the checkpoint's weights"
 #: PyTorch's and Megatron's functions -> the architecture's.
 _ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_tanh"}
@@ -90,8 +90,12 @@ class CheckpointContext:
             CheckpointError: it is no dense model that the mapping table knows.
         """
         if experts := self.settings.get("num_moe_experts"):
-            fix = "give a dense parent"
-            raise CheckpointError(f"{self.path}: num_moe_experts", got=experts, expected=None, fix=fix)
+            raise CheckpointError(
+                str(self.path),
+                kind="refused",
+                got=f"describes a model with {experts} experts",
+                fix="give its dense parent",
+            )
         known = [family.nemo_module for family in parents() if family.nemo_module]
         if self.module not in known:
             expected = " or ".join(known)
@@ -117,8 +121,12 @@ class CheckpointContext:
         """Name the Hugging Face class of a dense model."""
         if family := find_dense(arch, self.module):
             return replace(arch, hf_class=family.hf_class)
-        expected = "the layers of a known class of dense models"
-        raise CheckpointError(f"{self.path}: _target_", got=self.module, expected=expected, fix=_GIVE_CONFIG)
+        raise CheckpointError(
+            f"{self.path}: {self.module}",
+            kind="refused",
+            got="has the layers of no dense class that is known",
+            fix=_GIVE_CONFIG,
+        )
 
     def _vocab_size(self, padded: int) -> int:
         return self.settings.get("vocab_size") or _tokenizer_size(self.path.parent) or padded
@@ -142,8 +150,8 @@ class CheckpointContext:
         if "M" in (pattern := get("hybrid_layer_pattern") or ""):
             raise SpecError(
                 field="hybrid_layer_pattern",
-                got=pattern,
-                expected="no Mamba layers (M): Megatron checkpoints with them are not read",
+                kind="refused",
+                got=f"{pattern} has Mamba layers (M), and Megatron checkpoints with them are not read",
                 fix="keep the model in Megatron-Bridge, and upcycle from a Hugging Face folder",
             )
         for name, got, taken, _ in refusals(get, experts=False, parameters=False):
@@ -184,10 +192,7 @@ class CheckpointContext:
             return read()
         except (TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
             raise CheckpointError(
-                str(self.path),
-                got=f"settings of other types ({error})",
-                expected="those of a language model",
-                fix="save it again",
+                str(self.path), kind="state", got=f"does not describe a language model ({error})", fix="save it again"
             ) from None
 
     def _spec_fields(self) -> dict[str, tuple[str, Any]]:
@@ -236,8 +241,8 @@ class CheckpointContext:
                 raise SpecError(
                     field=name,
                     got=got,
-                    expected=f"{expected} ({setting} in {self.path})",
-                    fix=f"omit <{name}>, or give the spec or receipt that the model was upcycled by",
+                    expected=f"{expected}, as {setting} in {self.path}",
+                    fix=f"omit <{name}>, or give the spec or receipt of the upcycling",
                 )
         return given
 
@@ -251,8 +256,8 @@ class CheckpointContext:
             raise CheckpointError(
                 f"{name} of the parent {folder}",
                 got=got,
-                expected=f"{expected} ({setting} in {self.path})",
-                fix="give the parent that the model was made from (--dense), or correct its config.json",
+                expected=f"{expected}, as {setting} in {self.path}",
+                fix="give the model's own parent (--dense), or correct its config.json",
             )
 
     def _differences(self, parent: Architecture) -> Iterator[tuple[str, Any, str, Any]]:
@@ -278,9 +283,11 @@ class CheckpointContext:
         notes = []
         factor = self.settings.get("moe_expert_capacity_factor")
         if self.spec_fields and factor is not None and factor >= 0:
-            notes.append(f"moe_expert_capacity_factor={factor:g} dropped tokens in training; here none is dropped")
+            notes.append(
+                f"moe_expert_capacity_factor={factor:g} dropped tokens in training; the exported model drops none"
+            )
         if self.module != "megatron" and find_nemo_module(self.module) is None:
-            notes.append(f"{self.settings['_target_']} is not known: it is taken for Megatron's with these settings")
+            notes.append(f"{self.settings['_target_']} is unknown and read as a Megatron model with these settings")
         return tuple(notes)
 
 

@@ -120,15 +120,15 @@ def full_disk(error: BaseException, folder: Path) -> UnfinishedError | None:
     told = _told_full(error)
     if not told and not (begun and lacks > 0):
         return None
-    room = f"{told}, {size_text(free)} of room" if told else f"{size_text(free)} of room"
-    half = f" beside {size_text(written)} that are half-written" if begun else ""
+    room = f"{size_text(free)} free ({told})" if told else f"{size_text(free)} free"
+    half = f" beside {size_text(written)} of a half-written one" if begun else ""
     needed = size_text(size) if kept else f"more than {size_text(written)}"
     free_text = f"free at least {size_text(lacks)} there" if kept and lacks > 0 else "free some space there"
-    goes_on = f"goes on from {kept}, which is whole" if kept else "starts again: no checkpoint is finished yet"
+    goes_on = f"resumes from {kept}" if kept else "starts again, because no checkpoint is finished yet"
     return UnfinishedError(
-        f"disk of {folder}",
-        got=f"{room}{half}",
-        expected=f"{needed} for a checkpoint",
+        f"Disk of {folder}",
+        kind="state",
+        got=f"has {room}{half}; a checkpoint needs {needed}",
         fix=f"{free_text}, and give the same command, which {goes_on}",
     )
 

@@ -54,17 +54,20 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
         if names:
             raise CheckpointError(
                 f"{dense.path}: tensors {what}",
-                got=", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
-                expected=f"exactly the {len(shapes)} tensors of {arch.hf_class}",
-                fix="check that config.json and weights belong together",
+                kind="state",
+                got="are " + ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+                fix=(
+                    f"check that config.json and the weights belong together: {arch.hf_class} has {len(shapes)} "
+                    "tensors"
+                ),
             )
     for name, shape in shapes.items():
         if dense.shape(name) != shape:
             raise CheckpointError(
                 f"{dense.path}: shape of {name}",
                 got=list(dense.shape(name)),
-                expected=f"{list(shape)} (from config.json)",
-                fix="check that config.json and weights belong together",
+                expected=f"{list(shape)}, as in config.json",
+                fix="check that config.json and the weights belong together",
             )
     for source in dense.branches():
         if arch.tied_embeddings and mapping_of("output", arch).hf[0] in source.names():
@@ -85,8 +88,8 @@ def _check_tied(dense: DenseSource, sampled: bool) -> None:
     if not same:
         raise CheckpointError(
             f"{dense.path}: {output}",
-            got=f"other numbers than {embedding} has",
-            expected="the same, as tie_word_embeddings in config.json says",
+            kind="state",
+            got=f"differs from {embedding}, but tie_word_embeddings in config.json is true",
             fix=f"set tie_word_embeddings to false to keep both, or remove {output}",
         )
 

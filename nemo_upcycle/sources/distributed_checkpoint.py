@@ -55,16 +55,13 @@ class DistributedCheckpoint(TensorFiles[Any]):
         path = self.path / file
         if path.parent != self.path or not path.is_file():
             raise CheckpointError(
-                str(self.path), got=f"no {file}", expected="every file of the checkpoint", fix="copy it again"
+                f"Checkpoint {self.path}", kind="missing", got=f"has no {file}", fix="copy it again, with every file"
             )
         return path.stat().st_size
 
     def _damaged(self, file: str, name: str, why: str) -> CheckpointError:
         return CheckpointError(
-            str(self.path / file),
-            got=f"damaged data of {name} ({why})",
-            expected="the bytes that the metadata names",
-            fix="copy the checkpoint again",
+            str(self.path / file), kind="state", got=f"is damaged at {name} ({why})", fix="copy the checkpoint again"
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -131,8 +128,8 @@ class DistributedCheckpoint(TensorFiles[Any]):
         if got != wanted or twice:
             raise CheckpointError(
                 f"{self.path}: {name}",
-                got="pieces that overlap" if twice else f"{got} elements",
-                expected=f"{wanted} elements",
+                kind="state",
+                got="has pieces that overlap" if twice else f"has {got} elements instead of {wanted}",
                 fix="save it again",
             )
 
@@ -165,5 +162,8 @@ def model_prefix(checkpoint: DistributedCheckpoint) -> str:
         if name.endswith(ending) and not name.startswith("optimizer."):
             return name.removesuffix(ending)
     raise CheckpointError(
-        str(checkpoint.path), got=f"no {ending}", expected="a GPT checkpoint", fix="give a language model's checkpoint"
+        f"Checkpoint {checkpoint.path}",
+        kind="state",
+        got=f"has no {ending}, so it is not a language model",
+        fix="give a GPT checkpoint",
     )

@@ -184,7 +184,7 @@ def _download(name: str, wanted: Sequence[str], offline: bool, cache: Path | Non
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UpcycleError(
-            "package huggingface-hub", got="not installed", expected="any", fix="pip install huggingface_hub"
+            "huggingface-hub", kind="missing", got="is not installed", fix="run: pip install huggingface_hub"
         ) from None
     try:
         folder = snapshot_download(
@@ -198,26 +198,24 @@ def _download(name: str, wanted: Sequence[str], offline: bool, cache: Path | Non
     except Exception as error:  # huggingface_hub hands on those of its HTTP client
         if isinstance(error, OSError) and error.filename:
             raise UpcycleError(
-                f"the hub's cache, {error.filename}",
-                got=error.strerror,
-                expected="a folder to write, with room",
-                fix="set HF_HOME to one",
+                f"Hub cache {error.filename}",
+                kind="state",
+                got=f"cannot be written: {error.strerror}",
+                fix="set HF_HOME to a folder with room",
             ) from None
         answers = [getattr(one, "response", None) for one in (error, error.__cause__)]
         status = next((answer.status_code for answer in answers if answer is not None), None)
         token = "give this machine a token that has access: `hf auth login`, or HF_TOKEN in the environment"
-        expected = "a folder of that name, or a model on the hub (hf://ORG/NAME) that this machine can reach"
         if status in (401, 403):  # a gated model, or a private one, which the hub says it does not have
-            expected = "access to it"
-            fix = f"check the name; of a gated model accept the terms on its page, then {token}"
+            fix = f"check the name. If the model is gated, accept the terms on its page, then {token}"
         else:
             fix = (
-                f"check the name and the network; of a gated or private model {token}; or run `hf download {name}"
-                " --local-dir FOLDER` on a machine with a network and give that folder; or try asset://smollm2-135m"
+                f"check the name and the network. If the model is gated or private, {token}. Or run `hf download "
+                f"{name} --local-dir FOLDER` on a machine with a network and give that folder. Or try asset://smollm2-135m"
             )
         raise UpcycleError(
-            f"download of {name} from the Hugging Face hub",
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}",
-            expected=expected,
+            f"Download of {name} from the Hugging Face hub",
+            kind="state",
+            got=f"failed ({type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')})",
             fix=fix,
         ) from None

@@ -50,7 +50,9 @@ def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
         ModelAddress(kind='hub', name='meta-llama/Meta-Llama-3-8B')
     """
     if source in ("", "hf://", "nemo://"):
-        raise UpcycleError("model", got="an empty name", expected="a folder or hf://ORG/NAME", fix="name one")
+        raise UpcycleError(
+            "The name of the model", kind="missing", got="is empty", fix="give a folder or hf://ORG/NAME"
+        )
     scheme, separator, rest = source.partition("://")
     if not separator:
         scheme, rest = "", source
@@ -66,9 +68,10 @@ def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
     elif scheme == "nemo":
         raise CheckpointError(
             source,
-            got="a NeMo or Megatron checkpoint",
-            expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
-            fix="export it to Hugging Face's format first, with NeMo's llm.export_ckpt",
+            kind="refused",
+            got="is a NeMo or Megatron checkpoint",
+            expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME is needed",
+            fix="export it with NeMo's llm.export_ckpt first",
         )
     elif scheme != "hf":
         raise UpcycleError.unknown("address scheme", scheme, ("asset", "hf", "nemo"))
@@ -77,11 +80,8 @@ def find_parent(source: str, *, nemo: bool = False) -> ModelAddress:
         return ModelAddress("folder", str(path))
     is_mistyped = not scheme and path.parent.is_dir()  # models/lama beside models/llama is no name on the hub
     if is_mistyped or not _HUB_NAME.fullmatch(rest):
-        raise CheckpointError(
-            f"model {rest!r}",
-            got="no such folder",
-            expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
-            fix="check the path",
+        raise CheckpointError.no_path(
+            "model folder", rest, "give a Hugging Face folder, hf://ORG/NAME or asset://NAME"
         )
     return ModelAddress("hub", rest)
 
@@ -152,9 +152,9 @@ def require_tokenizer(folder: Path) -> None:
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(
-            f"tokenizer in {folder}",
-            got="none",
-            expected=f"one of {', '.join(_TOKENIZER_FILES)}",
-            fix="copy the model's tokenizer files into the folder",
+            f"Folder {folder}",
+            kind="missing",
+            got=f"has no tokenizer ({', '.join(_TOKENIZER_FILES)})",
+            fix="copy the model's tokenizer files into it",
         )
     check_tokenizer(folder)

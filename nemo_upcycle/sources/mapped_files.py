@@ -73,7 +73,7 @@ def bounds_of(folder: Path, name: str, shape: tuple[int, ...], index: Index | No
     """
     bounds = [(0, size) for size in shape] if index is None else [(start, stop) for start, stop in index]
     if len(bounds) != len(shape) or not all(0 <= a <= b <= size for (a, b), size in zip(bounds, shape, strict=True)):
-        raise CheckpointError(f"{folder}: {name}: slice {bounds} reaches beyond its shape {list(shape)}")
+        raise CheckpointError(f"{folder}: slice {bounds} of {name} reaches beyond its shape {list(shape)}.")
     return bounds
 
 
@@ -190,14 +190,14 @@ class MappedFiles:
         while start < stop:
             try:
                 count = os.preadv(descriptor, [self._buffers.block[: stop - start]], start)
-                got = "the end of the file"
+                got = "the file ends before"
             except OSError as error:
                 count, got = 0, str(error)
             if not count:
                 raise CheckpointError(
                     str(self._folder / file),
-                    got=got,
-                    expected=f"to read bytes {start} to {stop}",
+                    kind="state",
+                    got=f"cannot be read from byte {start} to {stop}: {got}",
                     fix="check the file system, and that nobody writes to the checkpoint",
                 )
             start += count
@@ -242,8 +242,8 @@ class TensorFiles(Generic[Entry]):
         if name not in self._tensors and (bare := name.removeprefix("model.")) in self._tensors:
             raise CheckpointError(
                 str(self.path),
-                got=f"{bare}: the body of a model, saved without its head",
-                expected=name,
+                kind="state",
+                got=f"has {bare} instead of {name}: it was saved without its head",
                 fix="load the folder with AutoModelForCausalLM and save that",
             )
         if name not in self._tensors:

@@ -86,10 +86,10 @@ def _saved_context(path: Path) -> CheckpointContext:
     if context := read_context(path):
         return context
     raise CheckpointError(
-        f"architecture of {path}",
-        got="neither context/model.yaml (NeMo's), run_config.yaml (Bridge's) nor config.json",
-        expected="one of them",
-        fix="put the Hugging Face config.json of the model into the folder",
+        str(path),
+        kind="missing",
+        got="does not describe its model: no context/model.yaml (NeMo's), run_config.yaml (Bridge's) or config.json",
+        fix="put the model's Hugging Face config.json into the folder",
     )
 
 
@@ -126,9 +126,9 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
         require_buildable(self.architecture)
         if self.architecture.delta:
             raise CheckpointError(
-                f"layers of {path}",
-                got="gated delta nets",
-                expected="attention and a network in each, in Megatron checkpoints that are read",
+                str(path),
+                kind="refused",
+                got="has gated delta nets, which are not read from Megatron checkpoints",
                 fix="give the model's Hugging Face folder",
             )
         self._tensors = dict(self._find_all())
@@ -150,10 +150,10 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
             is_moe, tied = mapping in MOE_MAPPINGS, self.architecture.tied_embeddings
             if mapping is None or is_moe or (mapping.role == "output" and tied):
                 raise CheckpointError(
-                    f"{self.path}: tensor",
-                    got=key,
-                    expected=f"the tensors of a dense {self.architecture.hf_class}",
-                    fix="give the dense parent" if is_moe else "check that configuration and weights fit",
+                    str(self.path),
+                    kind="state",
+                    got=f"has the tensor {key}, which a dense {self.architecture.hf_class} does not have",
+                    fix="give the dense parent" if is_moe else "check that configuration and weights belong together",
                 )
             yield from self._find(key, mapping_of(mapping.role, self.architecture), layer)
 
@@ -181,11 +181,11 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
             raise CheckpointError(
                 f"{self.path}: shape of {key}",
                 got=list(shape),
-                expected=f"{list(wanted)}, as the configuration says",
+                expected=f"{list(wanted)}, as in the configuration",
                 fix=fix,
             )
         if dtype not in _FLOATS:
-            raise CheckpointError(f"{self.path}: type of {key}", got=dtype, expected="a float", fix=fix)
+            raise CheckpointError(f"{self.path}: type of {key}", got=dtype, expected="a floating-point type", fix=fix)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, without padding."""

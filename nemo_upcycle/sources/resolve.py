@@ -68,11 +68,14 @@ def _open_one(uri: str) -> DenseSource:
     if separator and not path.is_absolute():
         raise CheckpointError(
             uri,
-            got="a name on the hub" if scheme == "hf" else "a relative path",
-            expected=f"a folder on this machine ({scheme}:///absolute/path)",
-            fix=f"download it first: hf download {rest} --local-dir FOLDER; convert and the pipeline do so themselves"
+            kind="refused",
+            got="is a name on the hub" if scheme == "hf" else "is a relative path",
+            fix=(
+                f"download it first (hf download {rest} --local-dir FOLDER), and give {scheme}:///absolute/path. "
+                "`nemo-upcycle convert` and the pipeline download by themselves"
+            )
             if scheme == "hf"
-            else "write the whole path",
+            else f"write {scheme}:///absolute/path",
         )
     kind = _SCHEMES[scheme] if separator else MegatronCheckpoint if is_megatron(path) else SafetensorsFolder
     source: DenseSource = kind(path)

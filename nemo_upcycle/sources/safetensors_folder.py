@@ -33,8 +33,8 @@ from nemo_upcycle.utils.streams import ByteRange
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _broken(path: Path, got: str, expected: str) -> CheckpointError:
-    return CheckpointError(str(path), got=got, expected=expected, fix="download or copy the file again")
+def _broken(path: Path, got: str) -> CheckpointError:
+    return CheckpointError(str(path), kind="state", got=got, fix="download or copy the file again")
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, str]:
@@ -54,8 +54,8 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data_byte: int) -> Sto
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(
             str(path),
-            got=f"{name} of type {entry['dtype']}",
-            expected=f"one of {', '.join(_DTYPES)}: quantized weights are not read",
+            kind="refused",
+            got=f"has {name} in {entry['dtype']}, and weights are read only in {', '.join(_DTYPES)}",
             fix="use the unquantized checkpoint",
         )
     shape = tuple(entry["shape"])
@@ -76,10 +76,10 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
         # transformers would take the single file then. Nothing tells which of the two is the stale one.
         if (folder / SINGLE).is_file() and set(files) != {SINGLE}:
             raise CheckpointError(
-                str(folder),
-                got=f"{INDEX} (naming {min(files)}) and {SINGLE}",
-                expected="one of the two",
-                fix=f"remove {INDEX} with its shards, or {SINGLE}: whichever is the old one",
+                f"Folder {folder}",
+                kind="state",
+                got=f"has both {INDEX} (naming {min(files)}) and {SINGLE}",
+                fix=f"remove the old one: {INDEX} with its shards, or {SINGLE}",
             )
         return dict(sorted(files.items()))
     if (folder / SINGLE).is_file():
@@ -87,13 +87,13 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
     pickled = sorted(path.name for path in folder.glob("*") if path.name.endswith((".bin", ".bin.index.json", ".pth")))
     other = pickled or sorted(path.name for path in folder.glob("*.gguf"))
     way = (
-        "pickled weights are not read, for they can run code; where you trust them: AutoModelForCausalLM"
+        "pickled weights are not read, because they can run code. If you trust them, run AutoModelForCausalLM"
         f".from_pretrained({str(folder)!r}).save_pretrained(FOLDER, safe_serialization=True)"
     )
     raise CheckpointError(
-        str(folder),
-        got=f"no {SINGLE} and no {INDEX}" + (f", but {', '.join(other[:3])}" if other else ""),
-        expected="weights as safetensors",
+        f"Folder {folder}",
+        kind="missing",
+        got=f"has no {SINGLE} and no {INDEX}" + (f", but {', '.join(other[:3])}" if other else ""),
         fix=way if pickled else "convert it to safetensors with transformers" if other else "check the path",
     )
 
@@ -147,9 +147,9 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
         path = self.path / file
         if path.parent != self.path or not path.is_file():
             raise CheckpointError(
-                f"{self.path / INDEX}",
-                got=f"the shard {file}, which is not in the folder",
-                expected="every shard that the index names, beside it",
+                str(self.path / INDEX),
+                kind="missing",
+                got=f"names the shard {file}, which is not in the folder",
                 fix="download the missing shard",
             )
         entries, data_byte, self._headers[file] = _read_header(path)

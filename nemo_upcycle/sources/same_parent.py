@@ -72,6 +72,6 @@ def _other(calibration: Calibration, name: str, got: object, expected: object) -
     return CheckpointError(
         f"{name} of {calibration.path}",
         got=got,
-        expected=expected,
-        fix="make the file anew from this parent, with the settings of this spec (nemo-upcycle calibrate)",
+        expected=f"{expected}, as in this parent and spec",
+        fix="make the file again from this parent and spec (nemo-upcycle calibrate)",
     )

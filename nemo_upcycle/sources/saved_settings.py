@@ -51,14 +51,11 @@ def saved_settings(checkpoint: Path, fix: str) -> tuple[Path, dict[str, Any]] | 
             settings = read(path)
         except UpcycleError as error:
             raise CheckpointError(
-                str(path), got=f"an unreadable description ({error.got})", expected=error.expected, fix=fix
+                str(path), kind="state", got=f"cannot be read ({error.problem.removeprefix(f'{path} ')})", fix=fix
             ) from None
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                str(path),
-                got=f"an unreadable description ({type(error).__name__})",
-                expected="that of a language model",
-                fix=fix,
+                str(path), kind="state", got=f"does not describe a language model ({type(error).__name__})", fix=fix
             ) from None
         if settings:
             return path, settings

@@ -36,10 +36,10 @@ def require_copies(dense: DenseSource, copies: int) -> None:
     """
     if (branches := len(dense.branches())) > copies:
         raise SpecError(
-            "dense sources",
+            "number of parents",
             got=branches,
-            expected=f"at most {copies}, the copies of the network",
-            fix="give fewer, or more experts",
+            expected=f"at most {copies}, the number of copies of the network",
+            fix="give fewer parents, or more experts",
         )
 
 
@@ -156,8 +156,13 @@ class Branches:
 
     def inexact_because(self) -> tuple[str, ...]:
         """Return why step 0 is no parent's function: experts differ, and maybe the rest is a mean."""
-        rest = "the mean of them all" if self._non_expert_weights == "mean" else "the first one's"
-        return (f"experts come from {len(self._sources)} dense models and the rest is {rest}: no parent's function",)
+        rest = "their mean" if self._non_expert_weights == "mean" else "the first one"
+        return (
+            (
+                f"experts come from {len(self._sources)} dense models and the rest is {rest}, so step 0 computes no "
+                "single parent's function"
+            ),
+        )
 
     def __enter__(self) -> Branches:
         return self

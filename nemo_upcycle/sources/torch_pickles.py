@@ -129,9 +129,9 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[i
     if not path.is_file():
         raise CheckpointError(
             str(folder),
-            got="no .metadata",
-            expected="a finished Megatron distributed checkpoint",
-            fix="point to the checkpoint's weights folder; one without .metadata was not finished",
+            kind="missing",
+            got="has no .metadata, so it is not a finished Megatron distributed checkpoint",
+            fix="give the weights folder of a finished checkpoint",
         )
     try:
         raw = path.read_bytes()
@@ -144,7 +144,7 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[i
     except Exception as error:  # whatever a damaged pickle leads to
         reason = str(error) or type(error).__name__
         raise CheckpointError(
-            str(path), got=f"unreadable metadata ({reason})", expected="torch_dist metadata", fix="copy it again"
+            str(path), kind="state", got=f"cannot be read as torch_dist metadata ({reason})", fix="copy it again"
         ) from None
 
 

@@ -196,4 +196,4 @@ def last_checkpoint(folder: Path) -> Path:
     """
     if checkpoint := newest_checkpoint(folder / "checkpoints"):
         return checkpoint
-    raise StageError(f"checkpoint in {folder}", got="none", expected="a finished one", fix="run the stage again")
+    raise StageError(f"Folder {folder}", kind="missing", got="has no finished checkpoint", fix="run the stage again")

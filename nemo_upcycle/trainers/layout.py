@@ -64,7 +64,7 @@ def check_layout(
             raise SpecError(
                 field="sequence_parallel",
                 got=False,
-                expected=f"True with <tp>={layout.tp}: Megatron-Core trains experts in no other way",
+                expected=f"True with <tp>={layout.tp}, because Megatron-Core trains experts in no other way",
                 fix="set <sequence_parallel>=True, or <tp>=1",
             )
         pads = any(getattr(config, name, False) for name in _PADDINGS)
@@ -72,7 +72,7 @@ def check_layout(
             raise SpecError(
                 field="router_padding",
                 got=True,
-                expected="False where experts are padded to their capacity: those tokens are not the router's to pad",
+                expected="False if experts are padded to their capacity",
                 fix="set <router_padding>=False",
             )
     except SpecError as error:

@@ -104,7 +104,10 @@ class LiveEvaluation:
         if not (self._suite() / MARKER).is_file():
             if not read_suite_config(suite).local:
                 raise UpcycleError(
-                    "suite", got=suite, expected="one of local tasks", fix="name watch, or score checkpoints"
+                    field="suite",
+                    got=suite,
+                    expected="a suite of local tasks",
+                    fix="name `watch`, or score checkpoints",
                 )
             build_named_suite(suite, self._blend.heldout(), self._suite())
 

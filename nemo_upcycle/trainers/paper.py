@@ -30,6 +30,6 @@ def high_rate(peak: float | None) -> str:
     if peak is None or peak <= HIGH:
         return ""
     return (
-        f"the learning rate goes up to {peak:g}: above {HIGH:g} a parent's weights are soon lost, unless very many "
-        f"tokens follow; the paper's peak is {PEAK:g}"
+        f"the learning rate rises to {peak:g}: above {HIGH:g}, training soon destroys the parent's weights,"
+        f" unless very many tokens follow; the paper's peak is {PEAK:g}"
     )

@@ -247,7 +247,7 @@ def _check(config: Any) -> None:
     if pad and config.moe_enable_deepep:
         raise SpecError(
             "dispatcher",
-            got="deepep",
-            expected="alltoall with pad_to_capacity",
+            kind="refused",
+            got="deepep cannot pad experts to their capacity",
             fix="set pad_to_capacity=False, or dispatcher='alltoall'",
         )

@@ -56,7 +56,7 @@ class Setting(NamedTuple):
 
 
 def _from(low: int) -> Rule:
-    return Rule(lambda value: is_whole(value, low), f"a whole number from {low} on", "set it to, for example, 100")
+    return Rule(lambda value: is_whole(value, low), f"a whole number, {low} or more", "set it to, for example, 100")
 
 
 def _one_of(*names: str) -> Rule:
@@ -96,7 +96,7 @@ _SHARE = Rule(
 )
 _PERIOD = Rule(
     lambda value: is_whole(value, 1) or (isinstance(value, float) and 0 < value <= 1),
-    "a whole number from 1 on, or a part of the data up to 1.0",
+    "a whole number, 1 or more, or a share of the data up to 1.0",
     "set it to, for example, 100",
 )
 _NONE = Rule(operator.not_, "none", "leave it out: ranks fill plain tensors")
@@ -232,8 +232,8 @@ def check_packs(recipe: Any, trainer: str, where: str = "") -> None:
         SpecError: a setting does not fit.
     """
     for row, expected in (
-        (MICRO_BATCH, "1: a micro batch is a pack"),
-        (CONTEXT, "1: the conversations of a pack are not cut for several ranks"),
+        (MICRO_BATCH, "1, because a micro batch is a pack"),
+        (CONTEXT, "1, because the conversations of a pack are not split over ranks"),
     ):
         if (got := setting(recipe, row.of(trainer)) or 1) != 1:
             raise SpecError(field=f"{where}{row.of(trainer)}", got=got, expected=expected, fix="set it to 1")
@@ -318,7 +318,7 @@ def check_masters(precision: Any, optimizer: Any, field: str) -> None:
         raise SpecError(
             field=field,
             got=True,
-            expected="False with fp8_param_gather under delayed scaling: its master weights would be of 8 bits",
+            expected="False with fp8_param_gather under delayed scaling, because its master weights would have 8 bits",
             fix="set it to False, or use another fp8_recipe",
         )
 

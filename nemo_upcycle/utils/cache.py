@@ -35,6 +35,9 @@ def writable_cache(kind: str) -> Path:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UpcycleError(
-            f"cache {folder}", got=error.strerror, expected="a folder to write", fix=f"set {CACHE_VARIABLE} to one"
+            f"Cache {folder}",
+            kind="state",
+            got=f"cannot be written: {error.strerror}",
+            fix=f"set {CACHE_VARIABLE} to another folder",
         ) from None
     return folder

@@ -42,9 +42,9 @@ class _MissingParts:
         root = _root()
         raise CheckoutError(
             spec.name,
-            got=f"the checkout {root}, which is not installed",
-            expected="an installed package",
-            fix=f"pip install -e {root}",
+            kind="missing",
+            got=f"is in the checkout {root}, which is not installed",
+            fix=f"run: pip install -e {root}",
         )
 
     def exec_module(self, module: ModuleType) -> None:
@@ -66,8 +66,8 @@ def require_one_checkout() -> None:
             if not (found := _resolved(place)).is_relative_to(root):
                 raise CheckoutError(
                     name,
-                    got=f"{found}, of another checkout than {root / 'nemo_upcycle'}",
-                    expected=str(root / name.rpartition(".")[2]),
+                    kind="state",
+                    got=f"comes from {found}, another checkout than {root / 'nemo_upcycle'}",
                     fix=f"run `make venv` in {root} and use its .venv, or pip install -e {root}",
                 )
 

@@ -88,8 +88,8 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
     read = _content.__wrapped__ if "${" in text else _content  # variables may change
     content = copy.deepcopy(read(text, where, kind == _COMPUTES))
     if not isinstance(content, dict) or not content:
-        got = type(content).__name__ if content else "nothing"
-        raise UpcycleError(where, got=got, expected="keys", fix=f"write them as in {template(kind)}")
+        got = f"a {type(content).__name__}" if content else "nothing"
+        raise UpcycleError(where, kind="state", got=f"holds {got}, not keys", fix=f"write them as in {template(kind)}")
     named = {str(key): value for key, value in content.items()}
     return Conf(named, path, Path(named.pop("folder", folder)))
 
@@ -166,8 +166,13 @@ def overridden(conf: Conf, overrides: Sequence[str]) -> dict[str, Any]:
         )
         return dict(resolved(merged, where))
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError):
-        got, expected = masked_text(" ".join(overrides)), "KEY=VALUE, each value as YAML writes it"
-        raise UpcycleError(where, got=got, expected=expected, fix="put a value with [, {, : or # in quotes") from None
+        got = masked_text(" ".join(overrides))
+        raise UpcycleError(
+            where,
+            kind="state",
+            got=f"cannot be read as KEY=VALUE: {got}",
+            fix="put a value with [, {, : or # in quotes",
+        ) from None
 
 
 def conf_text(content: Any, width: int = 80) -> str:
@@ -189,14 +194,18 @@ def _text(path: Path, where: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UpcycleError(where, got=error.strerror, expected="a YAML file", fix="check the path") from None
+        raise UpcycleError(
+            where, kind="state", got=f"cannot be read: {error.strerror}", fix="check the path"
+        ) from None
     except UnicodeDecodeError as error:
-        raise UpcycleError(where, got=error, expected="a YAML file", fix="convert it with iconv") from None
+        raise UpcycleError(
+            where, kind="state", got=f"is not UTF-8 text ({error})", fix="convert it with iconv"
+        ) from None
 
 
 def _invalid(where: str, error: Exception) -> UpcycleError:
     got = masked_text(" ".join(str(error).split()))  # some errors take three lines
-    return UpcycleError(where, got=got, expected="valid YAML", fix="correct that line")
+    return UpcycleError(where, kind="state", got=f"is not valid YAML: {got}", fix="correct that line")
 
 
 def is_conf_file(name: str) -> bool:
@@ -274,7 +283,9 @@ def _made(prefix: str, values: dict[Any, Any], schema: Any, explained: Path) -> 
     for field in dataclasses.fields(schema):
         if field.name not in found and _default(field) is dataclasses.MISSING:
             expected = _described(typing.get_type_hints(schema)[field.name])
-            raise UpcycleError(prefix + field.name, got="nothing", expected=expected, fix=f"see {explained}")
+            raise UpcycleError(
+                prefix + field.name, kind="missing", got=f"is missing; expected {expected}", fix=f"see {explained}"
+            )
     return schema(**found)
 
 

@@ -86,7 +86,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise _unreadable(path, error, "a text file") from None
     except UnicodeDecodeError as error:
-        raise UpcycleError(str(path), got=error, expected="readable UTF-8 text", fix="convert it with iconv") from None
+        raise UpcycleError(
+            str(path), kind="state", got=f"is not UTF-8 text ({error})", fix="convert it with iconv"
+        ) from None
 
 
 def read_json(path: Path) -> Any:
@@ -102,15 +104,16 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5,000 digits
         raise UpcycleError(
             str(path),
-            got=f"unreadable JSON ({error})",
-            expected="valid JSON",
-            fix="it is cut or damaged: restore it, or make it again with what wrote it",
+            kind="state",
+            got=f"is not valid JSON ({error})",
+            fix="restore it, or make it again: it is cut or damaged",
         ) from None
 
 
 def _unreadable(path: Path, error: OSError, expected: str) -> UpcycleError:
-    got = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-    return UpcycleError(str(path), got=got, expected=expected, fix="check the path")
+    if isinstance(error, FileNotFoundError):
+        return UpcycleError.no_path("file", path)
+    return UpcycleError(str(path), kind="state", got=f"cannot be read: {error.strerror}", fix="check the path")
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -128,7 +131,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             value = None
         if not isinstance(value, dict):
             raise UpcycleError(
-                f"{path}:{number}", got=line[:80], expected="one JSON object", fix="correct or delete the line"
+                f"{path}:{number}",
+                kind="state",
+                got=f"is not a JSON object: {line[:80]}",
+                fix="correct or delete the line",
             )
         yield f"{path}:{number}", value
 
@@ -145,7 +151,9 @@ def require_complete(folder: Path, what: str, fix: str) -> None:
         UpcycleError: it does not.
     """
     if not is_complete(folder):
-        raise UpcycleError(f"{what} {folder}", got=f"no {MARKER}", expected=f"a complete {what}", fix=fix)
+        raise UpcycleError(
+            f"{what.capitalize()} {folder}", kind="state", got=f"is not finished: it has no {MARKER}", fix=fix
+        )
 
 
 def marker_of(folder: Path) -> Path:
@@ -174,7 +182,10 @@ def only_writer(target: Path) -> Iterator[Path]:
     target = resolved(target)
     if os.path.ismount(target):
         raise UpcycleError(
-            str(target), got="a mount point", expected="a folder to replace", fix="name a folder inside it"
+            str(target),
+            kind="refused",
+            got="is a mount point, which cannot be replaced",
+            fix="name a folder inside it",
         )
     aside = aside_of(target)
     aside.mkdir(parents=True, exist_ok=True)
@@ -182,7 +193,10 @@ def only_writer(target: Path) -> Iterator[Path]:
         lock = take_lock(aside / _LOCK)
     except (TimeoutError, FileNotFoundError):  # held, or moved to its place with the folder just now
         raise UpcycleError(
-            str(target), got="another process writing it", expected="none", fix="wait for it, or choose another folder"
+            str(target),
+            kind="state",
+            got="is being written by another process",
+            fix="wait for it, or choose another folder",
         ) from None
     with lock:
         yield aside
@@ -206,12 +220,14 @@ def in_use(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise UpcycleError(str(folder), got="a file", expected="a folder to make", fix="choose another name") from None
+        raise UpcycleError(
+            str(folder), kind="state", got="is a file, not a folder", fix="choose another name"
+        ) from None
     try:
         lock = take_lock(folder / _LOCK)
     except TimeoutError:
         raise UpcycleError(
-            str(folder), got="in use by another run", expected="one run", fix="wait for it, or choose another folder"
+            str(folder), kind="state", got="is in use by another run", fix="wait for it, or choose another folder"
         ) from None
     with lock:
         yield
@@ -303,18 +319,13 @@ def require_replaceable(target: Path, made_by: str) -> None:
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    got = "files that are not ours"
+    got = f"holds files that {made_by} did not write"
     if is_complete(target):
         marker = read_json(marker_of(target))
         if isinstance(marker, dict) and marker.get("made_by") == made_by:
             return
-        got = f"a finished folder that was not made by {made_by}"
-    raise UpcycleError(
-        str(target),
-        got=got,
-        expected=f"no such folder, or an earlier result of {made_by}",
-        fix="choose another name, or remove it first",
-    )
+        got = f"is a finished folder that {made_by} did not make"
+    raise UpcycleError(str(target), kind="state", got=got, fix="choose another name, or remove it first")
 
 
 def require_apart(target: Path, *inputs: Path) -> None:
@@ -329,8 +340,8 @@ def require_apart(target: Path, *inputs: Path) -> None:
         if here == there or here in there.parents or there in here.parents:
             raise UpcycleError(
                 str(target),
-                got="the same folder" if here == there else "one inside the other",
-                expected=f"a folder apart from {path}",
+                kind="refused",
+                got=f"is the same folder as {path}" if here == there else f"lies inside {path}, or around it",
                 fix="choose another name",
             )
 
@@ -345,7 +356,7 @@ def resolved(path: Path) -> Path:
         return path.resolve()
     except (RuntimeError, OSError):
         raise UpcycleError(
-            str(path), got="links that form a loop", expected="a path", fix="choose another name"
+            str(path), kind="state", got="has links that form a loop", fix="choose another name"
         ) from None
 
 
@@ -359,10 +370,10 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         raise UpcycleError(
-            f"disk space for {what} in {existing}",
-            got=f"{size_text(free_bytes)} free",
-            expected=f"at least {size_text(needed_bytes)}",
-            fix="free some space or choose another folder",
+            f"Disk of {existing}",
+            kind="state",
+            got=f"has {size_text(free_bytes)} free, and {what} needs at least {size_text(needed_bytes)}",
+            fix="free some space, or choose another folder",
         )
 
 

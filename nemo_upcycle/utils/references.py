@@ -44,9 +44,13 @@ def resolved(config: Any, where: str, *, computes: bool = False) -> Any:
     if not computes:
         for at, text in _texts(OmegaConf.to_container(config)):
             if _COMPUTED.search(text):
-                expected = "a value: only the file of an executor reads the environment, or computes one"
                 key = f"{where}: {'.'.join(at)}"
-                raise UpcycleError(key, got=masked_text(text), expected=expected, fix="write the value itself")
+                raise UpcycleError(
+                    key,
+                    kind="refused",
+                    got=f"is {masked_text(text)}: only an executor's file may read the environment or compute values",
+                    fix="write the value itself",
+                )
     return OmegaConf.to_container(config, resolve=True)
 
 

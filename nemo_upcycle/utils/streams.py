@@ -87,8 +87,8 @@ class StreamedFile:
                 if not (count := len(data)):
                     raise UpcycleError(
                         str(part.path),
-                        got=f"its end at byte {part.start + done}",
-                        expected=f"{left} bytes more",
+                        kind="state",
+                        got=f"ends at byte {part.start + done}, {left} bytes too early",
                         fix="copy the file again, and see that nobody writes to it",
                     )
             done += count

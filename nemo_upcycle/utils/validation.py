@@ -62,7 +62,7 @@ def check_named(name: str, value: object) -> None:
         SpecError: it is empty.
     """
     if value is not None and not str(value).strip():
-        raise SpecError(field=name, got="an empty name", expected="a name or a path", fix=f"give <{name}>")
+        raise SpecError(field=name, kind="missing", got="is empty", fix=f"give <{name}> a name or a path")
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
@@ -98,15 +98,19 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
     """
     most = num_experts / top_k
     problems = (
-        (factor is None and pad, "a number with padding", "set <capacity_factor>=1, or do not pad"),
+        (
+            factor is None and pad,
+            "a number, because experts are padded to their capacity",
+            "set <capacity_factor>=1, or do not pad",
+        ),
         (
             factor is not None and not factor <= most,  # nor NaN
-            f"at most num_experts / top_k ({most:g}), which drops nothing",
+            f"at most num_experts / top_k ({most:g}), which already drops nothing",
             f"set <capacity_factor>={most:g}",
         ),
         (
             factor == most and pad,
-            f"less than {most:g} with padding: every expert would compute every token",
+            f"less than {most:g} with padding, because otherwise every expert would compute every token",
             "lower it, or do not pad",
         ),
     )
@@ -127,8 +131,12 @@ def require_local(name: str, path: str) -> str:
         UpcycleError: it is an address.
     """
     if "://" in path:
-        fix = "copy it here, or mount the storage where all nodes see it"
-        raise UpcycleError(name, got=path, expected="a path on this machine", fix=fix)
+        raise UpcycleError(
+            name,
+            kind="refused",
+            got=f"is {path}, not a path on this machine",
+            fix="copy it here, or mount the storage so that all nodes see it",
+        )
     return path
 
 

@@ -117,7 +117,7 @@ def test_finetuning_keeps_the_biases(dense: Path, tmp_path: Path, whole: tuple[P
     finetune_from(config := run_config(dense, tmp_path / "sft", None), whole[0])
     for name, value in (QUANTILES | {"moe_router_quantile_balancing_ema": 0.0}).items():
         assert getattr(config.model, name) == value
-    with pytest.raises(SpecError, match="moe_router_load_balancing_type: got seq_aux_loss"):
+    with pytest.raises(SpecError, match="moe_router_load_balancing_type is seq_aux_loss"):
         finetune_from(config, whole[0], moe_router_load_balancing_type="seq_aux_loss")
 
 
@@ -131,7 +131,7 @@ def _loaded(checkpoint: Path, dense: Path) -> list[list[float]]:
 @pytest.mark.parametrize(
     ("model", "experts", "words"),
     [
-        (QUANTILES | {"moe_aux_loss_coeff": 0.01}, 4, "moe_aux_loss_coeff: got 0.01, expected 0 with"),
+        (QUANTILES | {"moe_aux_loss_coeff": 0.01}, 4, "moe_aux_loss_coeff is 0.01; expected 0 with"),
         (QUANTILES, 6, "64 tokens of 2 experts each|tokens that all experts can have as many of"),
     ],
 )

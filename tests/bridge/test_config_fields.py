@@ -43,7 +43,7 @@ def test_a_run_refuses_a_field_before_it_starts(
     monkeypatch.setattr(config_fields, "meanings", lambda: known)
     changes = {"model.moe_grouped_gemm": False, f"model.{field}": value}
     said = refusal(dense, tmp_path / "run", SPEC, changes, style=style)
-    assert f"model.config.{field}: got {value}, expected " in said
+    assert f"model.config.{field} is {value}; expected " in said
     assert words in said
 
 

@@ -166,7 +166,7 @@ def test_input_changed_between_the_passes_is_an_error(tmp_path: Path) -> None:
     refused = run(plan, "--workers", "1")
     assert refused.returncode == 2
     assert "other documents than in the first pass" in refused.stderr
-    assert f"Fix: delete {tmp_path} and start again" in refused.stderr
+    assert f"Delete {tmp_path} and start again" in refused.stderr
 
 
 def _limited(plan: Path, limit: str) -> subprocess.CompletedProcess[str]:

@@ -31,7 +31,7 @@ def test_no_two_mutants_have_one_name() -> None:
 
 @pytest.mark.parametrize("text", ["a = 1\n", "a = 2\na = 2\n"])
 def test_edit_of_a_text_that_does_not_occur_once_is_an_error(text: str) -> None:
-    with pytest.raises(ValueError, match=r"occurs \d times in a\.py, expected once"):
+    with pytest.raises(ValueError, match=r"occurs \d times in a\.py; expected once"):
         Mutant("name", "a.py", "a = 2", "a = 3", "", []).applied(text)
 
 

@@ -210,10 +210,10 @@ def test_the_receipt_counts_mambas_parameters(parent: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hybrid_layer_pattern": "ME*EM-ME*"}, "hybrid_layer_pattern: got ME.EM-ME., expected ME.EMEME."),
+        ({"hybrid_layer_pattern": "ME*EM-ME*"}, "hybrid_layer_pattern is ME.EM-ME.; expected ME.EMEME."),
         ({"hybrid_layer_pattern": "MEM*EME*M"}, r"expected MEM.EME.E \(as in the parent"),
-        ({"position_embedding_type": "rope"}, "position_embedding_type: got rope, expected none"),
-        ({"mamba_num_groups": 1, "mamba_state_dim": 16}, "mamba_num_groups: got 1, expected 2"),
+        ({"position_embedding_type": "rope"}, "position_embedding_type is rope; expected none"),
+        ({"mamba_num_groups": 1, "mamba_state_dim": 16}, "mamba_num_groups is 1; expected 2"),
     ],
     ids=["dense layer", "other layers", "positions", "groups"],
 )

@@ -49,7 +49,7 @@ EPILOG = """examples:
   nemo-upcycle start Qwen/Qwen3-0.6B '/texts/*.jsonl.gz' --experts 16 --dir runs/mine --yes
   nemo-upcycle start /models/Llama-3-8B /texts --gpus 64 --gpu h100
 
-It writes recipe.py and blend.yaml, to be edited, and never over others; the command that it prints runs the chain:
+It writes recipe.py and blend.yaml. Edit them freely; existing files are never overwritten. The printed command runs:
 import, data, check of step 0, training, dense baseline, export, evaluation on held-out text of yours, report.
 exit status: 0 written, with --yes also run; 1 the run did not finish; 2 something is missing, all of it named."""
 _T = TypeVar("_T")
@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
     if args.epochs is not None:
         check_number("epochs", args.epochs, 1e-6)
         if args.steps is not None:
-            raise UpcycleError("--epochs", got="--steps as well", expected="one of them", fix="omit the other")
+            raise UpcycleError(
+                "--epochs", kind="refused", got="cannot be combined with --steps", fix="omit one of them"
+            )
     problems: list[UpcycleError] = []
 
     def tried(find: Callable[..., _T], *given: Any) -> _T | None:
@@ -106,8 +108,14 @@ def run(args: argparse.Namespace) -> int:
         wanted = Wanted(used_spec(args), args.gpus, args.gpu, args.steps, args.epochs)
         choices = tried(choose, parent, texts, trainer or "nemo", wanted)
     if choices and args.texts is None and choices.gpus > CPU_RANKS:
-        got = f"none, and {choices.gpus:,} GPUs"
-        problems.append(UpcycleError("TEXTS", got=got, expected="your texts: the demo's are few", fix="name them"))
+        problems.append(
+            UpcycleError(
+                "TEXTS",
+                kind="missing",
+                got=f"are missing, and {choices.gpus:,} GPUs need more than the demo's",
+                fix="name your texts",
+            )
+        )
     folder = args.dir or Path("runs") / (parent.name if parent else "")
     existing = tried(writable_part, folder)
     if choices and existing and not args.gpus:  # those that are asked for may be a cluster's
@@ -143,7 +151,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.yes:
         return 0
     if not is_here:
-        raise UpcycleError("--yes", got=f"{gpus} GPUs here", expected=f"{choices.gpus}", fix=f"type `{command}`")
+        raise UpcycleError(
+            "--yes",
+            kind="refused",
+            got=f"needs {choices.gpus} GPUs, and this machine has {gpus}",
+            fix=f"type `{command}`",
+        )
     command = run_command(folder.absolute(), parent, choices, is_here=True)
     words = [str(own_program("nemo")), *command.words[1:]]
     variables = os.environ | {"PYTHONPATH": command.python_path}
@@ -162,9 +175,9 @@ def _other_files(folder: Path, differing: Iterable[str], there: CommandLine) -> 
     names = " and ".join(differing)
     return UpcycleError(
         f"--dir {folder}",
-        got=f"{names} with other content",
-        expected="none, or the same",
-        fix=f"give another --dir, or delete {names}; or go on with what is there: `{there}`",
+        kind="state",
+        got=f"has {names} with other content",
+        fix=f"give another --dir, delete {names}, or continue with the existing files: `{there}`",
     )
 
 
@@ -172,7 +185,9 @@ def _missing_packages() -> list[UpcycleError]:
     """List what the chain imports beside the trainer."""
     fix = "run `nemo-upcycle doctor`: it prints the command that adds it"
     return [
-        UpcycleError(f"package {name}", got="not installed", expected=f"it, for {why}", fix=fix)
+        UpcycleError(
+            f"Package {name}", kind="missing", got="is not installed", expected=f"it is needed for {why}", fix=fix
+        )
         for name, why in (("nemo_run", "the chain"), ("lm_eval", "its evaluation"))
         if find_spec(name) is None
     ]

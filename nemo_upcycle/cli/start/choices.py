@@ -144,7 +144,7 @@ def choose_trainer() -> str:
         if _has(module):
             return name
     fix = "run `nemo-upcycle doctor`, which prints the command that installs one"
-    raise UpcycleError("trainer", got="none", expected="NeMo or Megatron-Bridge installed here", fix=fix)
+    raise UpcycleError("No trainer", kind="missing", got="is installed here (NeMo or Megatron-Bridge)", fix=fix)
 
 
 def _has(module: str) -> bool:
@@ -197,16 +197,16 @@ def choose(parent: FoundParent, texts: Texts, trainer: str, wanted: Wanted) -> C
     spec, stated = chosen_spec(parent, wanted.spec)
     if lacks := [what for field, what in _LACKS[trainer].items() if getattr(parent.arch, field)]:
         raise UpcycleError(
-            "trainer",
-            got=f"{TRAINERS[trainer][1]}, whose models have no {', '.join(lacks)}",
-            expected=f"one that can be {parent.arch.hf_class}",
-            fix=f"type it in an environment with {TRAINERS['bridge'][1]}",
+            TRAINERS[trainer][1],
+            kind="refused",
+            got=f"cannot train a {parent.arch.hf_class}: its models have no {', '.join(lacks)}",
+            fix=f"type the command in an environment with {TRAINERS['bridge'][1]}",
         )
     dense, arch = parent.arch, parent.arch.upcycled(spec)
     number, kind = gpus_here() if wanted.gpus is None else (wanted.gpus, None)
     kind = wanted.gpu or kind or "h100"
     if wanted.gpu and known_gpu(wanted.gpu) and not number:
-        raise UpcycleError("--gpu", got=wanted.gpu, expected="how many of them, too", fix="give --gpus N")
+        raise UpcycleError("--gpu", kind="refused", got=f"{wanted.gpu} needs the number of GPUs", fix="add --gpus N")
     why = "asked for" if "num_experts" in wanted.spec else "the paper's"
     rows = [
         ("experts", f"{spec.num_experts}, top-{spec.top_k}", why),
@@ -298,10 +298,13 @@ def _steps(texts: Texts, wanted: Wanted, step_tokens: int, default: int) -> tupl
     most = MOST_EPOCHS * texts.tokens // step_tokens
     fewer, without = (f"--steps {most}", " in place of --steps") if most and wanted.steps else ("fewer --gpus", "")
     raise UpcycleError(
-        "--steps" if wanted.steps else "--gpus",
-        got=f"{steps:,} steps of {step_tokens:,} tokens, which read the texts {epochs:,.0f} times",
-        expected=f"at most {MOST_EPOCHS} times",
-        fix=f"give more texts, or {fewer}; or ask for it: --epochs {math.ceil(epochs)}{without}",
+        f"--steps {steps}" if wanted.steps else "--gpus",
+        kind="state",
+        got=f"would read the texts {epochs:,.0f} times ({steps:,} steps of {step_tokens:,} tokens)",
+        fix=(
+            f"give more texts or {fewer}; or allow more than {MOST_EPOCHS} times with --epochs "
+            f"{math.ceil(epochs)}{without}"
+        ),
     )
 
 
@@ -332,9 +335,7 @@ def _plan(
         return next((plan for plan in plans if plan.verdict == "fits"), plans[0])
     other = nearest_gpus(request)
     fix = f"give --gpus {other}" if other else "give fewer --experts"
-    raise UpcycleError(
-        "--gpus", got=gpus, expected=f"enough to hold {short_count(arch.total_params)} parameters", fix=fix
-    )
+    raise UpcycleError("--gpus", got=gpus, expected=f"enough for {short_count(arch.total_params)} parameters", fix=fix)
 
 
 def shortages(choices: Choices, folder: Path) -> Iterator[UpcycleError]:
@@ -343,16 +344,19 @@ def shortages(choices: Choices, folder: Path) -> Iterator[UpcycleError]:
     free, needed = shutil.disk_usage(existing).free, choices.needed_disk_bytes
     if free < needed:
         yield UpcycleError(
-            f"disk of {existing}",
-            got=f"{size_text(free)} free",
-            expected=size_text(needed),
+            f"Disk of {existing}",
+            kind="state",
+            got=f"has {size_text(free)} free, and the run needs {size_text(needed)}",
             fix="give --dir on a larger disk, or fewer --experts",
         )
     if choices.plan is None and (memory := _available_bytes()) and memory < choices.needed_memory_bytes:
         yield UpcycleError(
-            "memory of this machine",
-            got=f"{memory / GIB:.1f} GiB free",
-            expected=f"{choices.needed_memory_bytes / GIB:.1f} GiB for a trial on the CPU",
+            "This machine",
+            kind="state",
+            got=(
+                f"has {memory / GIB:.1f} GiB of memory free, and a trial on the CPU needs "
+                f"{choices.needed_memory_bytes / GIB:.1f} GiB"
+            ),
             fix="give fewer --experts, a smaller model, or --gpus N",
         )
 

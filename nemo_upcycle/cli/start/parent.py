@@ -66,10 +66,8 @@ def inspect_parent(source: str) -> FoundParent:
     """
     if source.startswith("nemo://"):
         checkpoint = source.removeprefix("nemo://")
-        fix = f"export it first: `nemo-upcycle export {shlex.quote(checkpoint)} FOLDER`; then give that folder"
-        raise CheckpointError(
-            f"model {source}", got="a NeMo or Megatron checkpoint", expected="a Hugging Face folder", fix=fix
-        )
+        fix = f"export it first: `nemo-upcycle export {shlex.quote(checkpoint)} FOLDER`, then give that folder"
+        raise CheckpointError(source, kind="refused", got="is a NeMo or Megatron checkpoint", fix=fix)
     found = find_parent(source)
     if found.kind == "asset":
         arch, made = known_parent(source), cached_asset(found.name)
@@ -83,6 +81,6 @@ def inspect_parent(source: str) -> FoundParent:
     require_tokenizer(folder)
     if found.kind == "folder" and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"model {source}", got="no weights", expected="*.safetensors beside config.json", fix="copy them there"
+            f"Model {source}", kind="missing", got="has no *.safetensors beside config.json", fix="copy them there"
         )
     return FoundParent(source if found.kind == "hub" else str(folder), arch, folder)

@@ -89,9 +89,12 @@ class Texts:
             if enough and min(watched, trained) > _SEQUENCES * seq_length:
                 return HoldOutShare(share, seed)
         raise UpcycleError(
-            "texts",
-            got=f"{len(self.sample):,} documents, about {self.tokens:,} tokens",
-            expected=f"enough to hold some back, and more than {_SEQUENCES} sequences of {seq_length:,} tokens",
+            "The texts",
+            kind="state",
+            got=(
+                f"have {len(self.sample):,} documents, about {self.tokens:,} tokens; more than {_SEQUENCES} "
+                f"sequences of {seq_length:,} tokens are needed, and some documents to hold out"
+            ),
             fix="give more texts, or cut long ones into several documents",
         )
 
@@ -112,9 +115,9 @@ def find_texts(name: str | None, tokenizer: Path | None) -> Texts:
         about = f"the demo's, {_DEMO_DOCUMENTS} speeches, about {short_count(_DEMO_TOKENS)} tokens"
         return Texts({ONLY: source}, _DEMO_DOCUMENTS, _DEMO_TOKENS, {ONLY: about}, has_splits=True)
     if not only_source(name):
-        got = "no file of texts" if Path(name).exists() else "no such file or folder"
+        got = "have no file that is read" if Path(name).exists() else "do not exist"
         fix = "give a file, a folder, or a pattern in quotes"
-        raise UpcycleError(f"texts {name}", got=got, expected=readable(), fix=fix)
+        raise UpcycleError(f"Texts {name}", kind="state", got=got, fix=f"{fix} ({readable()})")
     files = check_files(blend := read_blend(name), ONLY)["train"]
     filled_files(ONLY, files)
     blend, schemas = split_by_field(blend, ONLY, files)

@@ -164,10 +164,10 @@ def _split(chat: Chat, conversations: list[Conversation], problems: list[Problem
         if not splits[split]:
             most, fix = _most(problems)
             raise UpcycleError(
-                f"conversations of {chat.name}",
-                got=f"{len(conversations)} that can be taken, none left for {split} ({most})",
-                expected="three or more, with different questions",
-                fix=fix,
+                f"Conversations of {chat.name}",
+                kind="state",
+                got=f"are too few: {len(conversations)} can be used ({most}), and none is left for {split}",
+                fix=f"{fix}, so that three or more with different questions remain",
             )
     return splits
 
@@ -179,10 +179,13 @@ def _require_few(chat: Chat, problems: Sequence[Problem], lines: int) -> None:
         most, fix = _most(wrong)
         enough = math.ceil(100 * len(wrong) / lines) / 100
         raise LostError(
-            f"conversations of {chat.name}",
-            got=f"{len(wrong):,} of {lines:,} lines that cannot be taken ({most})",
-            expected=f"at most {chat.config.max_lost:.0%} of them",
-            fix=f"{fix}; or set max_lost to {enough:g}, to go on without them",
+            f"Conversations of {chat.name}",
+            kind="state",
+            got=(
+                f"cannot be used in {len(wrong):,} of {lines:,} lines ({most}), more than max_lost "
+                f"({chat.config.max_lost:.0%}) allows"
+            ),
+            fix=f"{fix}; or set max_lost to {enough:g} to continue without them",
         )
 
 
@@ -228,9 +231,9 @@ def _write(
     if not kept:
         most, fix = _most(problems)
         raise UpcycleError(
-            f"conversations of {chat.name} for {split}",
-            got=f"none of {len(conversations)} ({most})",
-            expected="one or more that fit",
+            f"Conversations of {chat.name} for {split}",
+            kind="state",
+            got=f"do not fit: all {len(conversations)} were left out ({most})",
             fix=fix,
         )
     if split in PACKS:

@@ -88,10 +88,7 @@ class Chat:
             matches = self._matches(entry)
             if not matches:
                 raise UpcycleError(
-                    f"{self.name}: files",
-                    got=f"{entry}, which is no file",
-                    expected="JSON lines",
-                    fix="check the path",
+                    f"{self.name}: files", kind="missing", got=f"{entry} is not a file", fix="give files of JSON lines"
                 )
             found += matches
         return list(dict.fromkeys(found))

@@ -61,8 +61,8 @@ class FinishedChat(Finished):
             raise UpcycleError(
                 "data.seq_length",
                 got=seq_length,
-                expected=f"{made}, which the packs of {self.folder} have",
-                fix="set it so, or make a folder with seq_length of the training",
+                expected=f"{made}, as in the packs of {self.folder}",
+                fix=f"set it to {made}, or build a folder with the training's seq_length",
             )
 
     def describe(self, steps: int, step_packs: int) -> str:

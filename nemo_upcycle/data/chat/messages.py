@@ -78,7 +78,7 @@ class Problem:
     def error(self) -> UpcycleError:
         """Return it as the error that ends a strict build."""
         where = f"{self.place}: {self.field}" if self.field else self.place
-        return UpcycleError(where, got=self.reason, expected="a conversation", fix=self.fix)
+        return UpcycleError(f"{where}:", kind="state", got=self.reason, fix=self.fix)
 
 
 def read_conversations(
@@ -102,7 +102,9 @@ def read_conversations(
                 if line.strip():
                     yield _conversation(f"{called or path.name}:{number}", line, special_tokens)
     except OSError as error:
-        raise UpcycleError(str(path), got=error.strerror, expected="JSON lines", fix="check the path") from None
+        raise UpcycleError(
+            str(path), kind="state", got=f"cannot be read: {error.strerror}", fix="check the path"
+        ) from None
 
 
 def _conversation(place: str, line: bytes, special_tokens: Collection[str]) -> Conversation | Problem:
@@ -168,7 +170,7 @@ def _problem(message: Any, special_tokens: Collection[str]) -> tuple[str, str] |
         return "content", reason
     content = message.get("content")
     if not isinstance(content, str):
-        return "content", "missing" if content is None else "no text"
+        return "content", "missing" if content is None else "not a string"
     if role == ANSWER and not content.strip() and not is_call:
         return "content", "an empty answer"
     for name in ("content", *BESIDE):

@@ -74,10 +74,10 @@ class ChatTemplate:
         self.tokenizer, self.source = tokenizer, source or tokenizer.chat_template
         if not self.source:
             raise UpcycleError(
-                f"chat template of {where}",
-                got="none: a model that was not tuned for conversations",
-                expected="one that says how a conversation is written",
-                fix="set chat_template to a Jinja file, for example the template of the model's Instruct form",
+                f"The tokenizer of {where}",
+                kind="missing",
+                got="has no chat template: the model was not tuned for conversations",
+                fix="set chat_template to a Jinja file, such as the template of the model's Instruct version",
             )
         if isinstance(self.source, dict):  # several, by name
             self.source = self.source.get("default") or next(iter(self.source.values()))

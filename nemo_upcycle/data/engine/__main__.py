@@ -60,16 +60,17 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
     except ModuleNotFoundError as error:
         sys.stderr.write(
-            f"error: {error.name} is not installed. Fix: `nemo-upcycle doctor` prints what makes its environment.\n"
+            f"error: {error.name} is not installed. Run `nemo-upcycle doctor`, which prints how to add it.\n"
         )
     except CalledProcessError as error:  # its own message stands above
         sys.stderr.write(
             f"error: {error.cmd[0]}: it failed with status {error.returncode}."
-            f" Fix: check --slurm {arguments.slurm}, and --time; `sinfo` lists the partitions.\n"
+            f" Check --slurm {arguments.slurm}, and --time; `sinfo` lists the partitions.\n"
         )
     except OSError as error:
         sys.stderr.write(
-            f"error: {error.filename or 'file system'}: {error.strerror or error}. Fix: access and room.\n"
+            f"error: {error.filename or 'The file system'} cannot be used: {error.strerror or error}."
+            " Check who may write there, and the room on the disk.\n"
         )
     except KeyboardInterrupt:
         sys.stderr.write(_STOPPED)
@@ -89,7 +90,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}, {versions}")
     parser.add_argument("plan", type=Path, help="DIR/build/plan.json")
-    parser.add_argument("--workers", type=int, default=_cores(), help="tasks at a time (all cores it may use)")
+    parser.add_argument("--workers", type=int, default=_cores(), help="tasks at a time (default: all usable cores)")
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of Slurm")
     runs.add_argument("--ray", action="store_true", help="run the tasks on a Ray cluster")
@@ -114,11 +115,23 @@ def _version(name: str) -> str:
 
 def _check(run_on: Any) -> None:
     if run_on.slurm and "SLURM_ARRAY_TASK_ID" in os.environ:
-        raise UpcycleError("--slurm", got="a job of Slurm", expected="a login node", fix="use --workers inside a job")
+        raise UpcycleError(
+            "--slurm",
+            kind="refused",
+            got="cannot be used inside a job of Slurm",
+            fix="start it on a login node, or use --workers",
+        )
     if run_on.slurm and not which("sbatch"):
-        raise UpcycleError("--slurm", got="no sbatch", expected="a login node of a cluster", fix="use --workers")
+        raise UpcycleError(
+            "--slurm",
+            kind="missing",
+            got="needs sbatch, which this machine does not have",
+            fix="start it on a login node, or use --workers",
+        )
     if run_on.ray and not find_spec("ray"):
-        raise UpcycleError("--ray", got="no ray", expected="the package", fix=f"{sys.executable} -m pip install ray")
+        raise UpcycleError(
+            "--ray", kind="missing", got="needs the package ray", fix=f"run: {sys.executable} -m pip install ray"
+        )
 
 
 if __name__ == "__main__":

@@ -143,10 +143,11 @@ class RequireSameDocuments(LedgerStep):
         yield from _numbered(data, digest)
         if digest.hexdigest() != read_json(_digest_path(self.folder, rank)):
             raise UpcycleError(
-                f"input of {self.ledger.task.source} (task {rank})",
-                got="other documents than in the first pass over it",
-                expected="files that nobody changes",
-                fix=f"delete {self.folder.parents[1]} and start again",
+                f"The input of {self.ledger.task.source}",
+                kind="changed",
+                got=f"task {rank}",
+                expected="the first pass over it",
+                fix=f"delete {self.folder.parents[1]} and start again with files that nobody edits",
             )
 
 

@@ -82,9 +82,7 @@ class Ledger:
             UpcycleError: the plan is strict.
         """
         if self.plan.strict:
-            raise UpcycleError(
-                where, got=reason, expected="input without mistakes", fix="correct it, or omit --strict"
-            )
+            raise UpcycleError(f"{where}:", kind="state", got=reason, fix="correct it, or omit --strict")
         lost = self.lost_by.setdefault(reason, {"documents": 0, "bytes": 0, "files": 0, "first": where})
         lost["documents"] += 1
         lost["bytes"] += size_bytes or 0

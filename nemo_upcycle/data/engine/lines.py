@@ -167,9 +167,9 @@ def _cause_of(error: Exception) -> BaseException:
 def _unreadable(url: str, error: BaseException) -> UpcycleError:
     return UpcycleError(
         url,
-        got=(str(error) or type(error).__name__).splitlines()[0][:200],
-        expected="a file that can be read",
-        fix="make it readable, then rerun; the build resumes",
+        kind="state",
+        got=f"cannot be read: {(str(error) or type(error).__name__).splitlines()[0][:200]}",
+        fix="make it readable, then run the command again, which resumes the build",
     )
 
 

@@ -49,7 +49,7 @@ def text_of(record: dict[str, Any] | str, options: Mapping[str, Any]) -> tuple[s
     key = options.get("text_key", "text")
     text = record.get(key)
     if not isinstance(text, str):
-        return "", b"", f"{NO_FIELD} {key}" if text is None else f"{key} is no text"
+        return "", b"", f"{NO_FIELD} {key}" if text is None else f"{key} is not a string"
     content = text.encode()
     if count_bad(text, content) > MOST_BAD * len(text):
         return "", b"", NOT_TEXT

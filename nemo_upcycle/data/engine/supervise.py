@@ -25,7 +25,7 @@ from nemo_upcycle.utils.locks import take_lock
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-_KILLED = "a worker was killed, perhaps for lack of memory. Fix: use fewer --workers, then rerun."
+_KILLED = "A worker was killed, perhaps for lack of memory. Use fewer --workers, then run the command again."
 _LOCK = ".engine.lock"
 _UNKNOWN_JOB = "Invalid job id"  # Slurm's answer for one that ended a while ago
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each stops the engine, but for one that nohup ignores
@@ -53,7 +53,7 @@ def run_plan(plan: EnginePlan, run_on: RunOn) -> None:
         lock = take_lock(plan.folder / _LOCK, timeout_s=_PATIENCE_S)
     except TimeoutError:
         raise UpcycleError(
-            str(plan.folder), got="another engine at work", expected="none", fix="wait for it, or stop it"
+            str(plan.folder), kind="state", got="is in use by another data engine", fix="wait for it, or stop it"
         ) from None
     with lock:
         _require_same_plan(plan)
@@ -72,9 +72,12 @@ def _require_same_plan(plan: EnginePlan) -> None:
         changed = [key for key in now["plan"] if now["plan"].get(key) != before["plan"].get(key)]
         raise UpcycleError(
             str(plan.folder),
-            got=f"work of another plan (other: {', '.join(changed) or 'the tokenizer, the n-grams or the version'})",
-            expected="work of this plan, or none",
-            fix="use the files and settings that it was begun with, choose another folder, or delete this one",
+            kind="state",
+            got=(
+                f"holds work of another plan ({', '.join(changed) or 'the tokenizer, the n-grams or the version'} "
+                "changed)"
+            ),
+            fix="use the files and settings of that plan, choose another folder, or delete this one",
         )
 
 
@@ -139,10 +142,10 @@ def _cancel_jobs(plan: EnginePlan) -> None:
 def _require_no_jobs(plan: EnginePlan) -> None:
     if (jobs := slurm_jobs(plan)).is_file():
         raise UpcycleError(
-            "jobs of an earlier run",
-            got=f"no answer of scancel for {', '.join(read_json(jobs))}",
-            expected="that Slurm cancels them",
-            fix=f"rerun on a login node once Slurm answers; or, if they are gone, delete {jobs}",
+            "Slurm",
+            kind="state",
+            got=f"did not cancel the jobs of an earlier run: {', '.join(read_json(jobs))}",
+            fix=f"run the command again on a login node when Slurm answers; if the jobs are gone, delete {jobs}",
         )
 
 
@@ -168,7 +171,7 @@ def _child(plan: EnginePlan, run_on: RunOn, sender: Any) -> NoReturn:
     try:
         library, reason = _library(plan)
         if reason:
-            sender.send((False, f"{reason}; using {library}, which is slower and gives the same ids"))
+            sender.send((False, f"{reason}; {library} is used instead, which is slower and gives the same ids"))
         _run_stages(plan, run_on, library)
     except BaseException as error:
         status = 1
@@ -186,7 +189,9 @@ def _library(plan: EnginePlan) -> tuple[str, str]:
             return pool.submit(choose_library, plan).result()
         except Exception as error:
             got = (str(error) or type(error).__name__).splitlines()[0]
-            raise UpcycleError(plan.tokenizer, got=got, expected="a tokenizer.json", fix="copy it again") from None
+            raise UpcycleError(
+                plan.tokenizer, kind="state", got=f"is not a usable tokenizer.json ({got})", fix="copy it again"
+            ) from None
 
 
 def _run_stages(plan: EnginePlan, run_on: RunOn, library: str) -> None:
@@ -201,10 +206,10 @@ def _run_stages(plan: EnginePlan, run_on: RunOn, library: str) -> None:
             _wait_for_slurm(plan, runs)
         if missing := runs.get_incomplete_ranks(skip_completed=True):
             raise UpcycleError(
-                f"tasks of {stage.name}",
-                got=f"{len(missing)} of {stage.tasks} not complete, the first one {missing[0]}",
-                expected="all complete",
-                fix=f"read the logs in {plan.folder / 'logs' / stage.name}, then rerun",
+                f"{len(missing)} of {stage.tasks} tasks of {stage.name}",
+                kind="state",
+                got=f"did not finish, the first one is {missing[0]}",
+                fix=f"read the logs in {plan.folder / 'logs' / stage.name}, then run the command again",
             )
 
 
@@ -227,8 +232,8 @@ def _error_text(error: BaseException, log: str) -> str:
     if isinstance(error, BrokenProcessPool):
         return _KILLED
     if isinstance(error, OSError) and error.errno:
-        file = str(error.filename or "file system")
-        fix = f"correct that and rerun; details in {log}"
-        return str(UpcycleError(file, got=error.strerror, expected="access and room", fix=fix))
+        file = str(error.filename or "The file system")
+        fix = f"correct that and run the command again; {log} has the details"
+        return str(UpcycleError(file, kind="state", got=f"cannot be used: {error.strerror}", fix=fix))
     text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return f"the engine failed: {text[:300]}. Fix: read the details in {log}, then rerun."
+    return f"The engine failed: {text[:300]}. Read the details in {log}, then run the command again."

@@ -118,13 +118,15 @@ def load_plan(path: Path) -> EnginePlan:
     content = read_json(path)
     if set("*?[") & set(str(path)):
         raise UpcycleError(
-            "folder",
-            got=path.parent,
-            expected="a name without * ? [, which datatrove interprets",
+            f"Folder {path.parent}",
+            kind="refused",
+            got="has * ? or [ in its name, which datatrove interprets",
             fix="choose another folder",
         )
     if (count := len(content["tasks"])) > MAX_TASKS:
-        raise UpcycleError("tasks", got=count, expected=f"at most {MAX_TASKS}", fix="divide the blend into several")
+        raise UpcycleError(
+            "number of tasks", got=count, expected=f"at most {MAX_TASKS}", fix="divide the blend into several blends"
+        )
     tasks = tuple(Task(**task) for task in content["tasks"])
     return EnginePlan(**{**content, "folder": path.resolve().parent, "tasks": tasks})
 

@@ -50,7 +50,7 @@ def choose_library(plan: EnginePlan) -> tuple[str, str]:
             raise
         return TOKENIZERS, f"fastokens cannot load the tokenizer ({str(error).splitlines()[0][:120]})"
     if not (np.array_equal(got[0], expected[0]) and np.array_equal(got[1], expected[1])):
-        return TOKENIZERS, "fastokens gives other ids than tokenizers for this tokenizer"
+        return TOKENIZERS, "fastokens and tokenizers give different ids for this tokenizer"
     return FASTOKENS, ""
 
 

@@ -28,14 +28,14 @@ class Files(Reader):
             matches = sorted(_expand(entry, at.folder))
             if not matches:
                 is_relative = "://" not in entry and not Path(entry).expanduser().is_absolute()
-                fix = "check it" + "; a relative pattern starts from the folder of the YAML file" * is_relative
-                raise UpcycleError(f"pattern {entry}", got="no file", expected="at least one", fix=fix)
+                fix = "check it" + " (a relative pattern starts from the folder of the YAML file)" * is_relative
+                raise UpcycleError(f"Pattern {entry}", kind="missing", got="matches no file", fix=fix)
             for path, size_bytes in matches:
                 if (format := format_of(path)) is None:
                     raise UpcycleError(
-                        f"file {path}",
-                        got="another kind",
-                        expected=readable(),
+                        f"File {path}",
+                        kind="refused",
+                        got=f"is not a text format that is read ({readable()})",
                         fix="unpack it" if path.endswith(".zip") else "narrow the pattern",
                     )
                 files[path] = InputFile(path, format, size_bytes, options)
@@ -57,9 +57,9 @@ def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:
         return []
     except (ImportError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
         raise UpcycleError(
-            f"address {pattern}",
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
-            expected="files that this machine reaches",
+            f"Address {pattern}",
+            kind="state",
+            got="cannot be reached (" + f"{type(error).__name__}: {error}".splitlines()[0] + ")",
             fix="check the address and the network, or give a folder with a copy of the files",
         ) from None
     # A link is of another type than a file; its own size is not that of the file.

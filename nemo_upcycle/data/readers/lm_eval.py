@@ -72,18 +72,15 @@ def write_training_splits(names: Sequence[str], folder: Path, include_path: Path
 def _require_training_split(task: Any) -> None:
     split = task.config.training_split
     if not task.has_training_docs():
-        got = "none"
+        got = "has no training split"
     elif split and re.split(r"[\[+]", split)[0] in _EVALUATION_SPLITS:
-        got = split
+        got = f"would train on its split {split}, which evaluations ask"
     elif split and split in (task.config.validation_split, task.config.test_split):
-        got = f"{split}, which it evaluates"
+        got = f"would train on its split {split}, which it evaluates"
     else:
         return
     raise UpcycleError(
-        f"training split of lm-eval's task {task.task_name}",
-        got=got,
-        expected="documents that no evaluation asks",
-        fix="remove the task from the blend",
+        f"Lm-eval's task {task.task_name}", kind="refused", got=got, fix="remove the task from the blend"
     )
 
 

@@ -39,11 +39,13 @@ class RedPajamaV2(Reader):
                 if name not in valid:
                     raise UpcycleError.unknown(f"options.{key}", str(name), valid)
         if not options.get("snapshots"):
-            raise UpcycleError("options.snapshots", got="none", expected='a list like ["2023-14"]', fix="name some")
+            raise UpcycleError(
+                "options.snapshots", kind="missing", got="is missing", fix='name some, as in ["2023-14"]'
+            )
         shards = options.get("shards")
         if shards is not None and (not isinstance(shards, int) or shards < 1):
             raise UpcycleError(
-                "options.shards", got=shards, expected="a whole number from 1 on", fix="omit it to take all"
+                "options.shards", got=shards, expected="a whole number, 1 or more", fix="omit it to read all shards"
             )
         names = [
             f"{snapshot}/{shard:04d}/{language}_{bucket}"
@@ -79,9 +81,6 @@ def _base(entry: str, folder: Path) -> str:
     path = folder.absolute() / Path(entry).expanduser()
     if not (path / "documents").is_dir():
         raise UpcycleError(
-            f"RedPajama-V2 in {path}",
-            got="no folder documents",
-            expected="a copy of the release",
-            fix="check the path",
+            f"Copy of RedPajama-V2 {path}", kind="missing", got="has no folder `documents`", fix="check the path"
         )
     return str(path)

@@ -154,18 +154,18 @@ def check_needs(names: Iterable[str], files: Mapping[str, str]) -> None:
         absent = [package for package in _IMPORTED.get(name, ()) if importlib.util.find_spec(package) is None]
         if absent:
             raise UpcycleError(
-                f"packages of lm-eval's task {name}",
-                got=f"no {', '.join(absent)}",
-                expected=", ".join(_IMPORTED[name]),
-                fix=f'pip install "lm-eval[{name}]"',
+                f"Lm-eval's task {name}",
+                kind="missing",
+                got=f"needs packages that are not installed: {', '.join(absent)}",
+                fix=f'run: pip install "lm-eval[{name}]"',
             )
         if name == IFEVAL and not _counts_sentences():
             text = Path(files[name]).read_text(encoding="utf-8") if name in files else _SENTENCES
             if _SENTENCES in text:
                 raise UpcycleError(
-                    f"lm-eval's task {name}",
-                    got="no punkt_tab of NLTK, by which it counts sentences",
-                    expected="the folder tokenizers/punkt_tab in one that NLTK reads",
+                    f"Lm-eval's task {name}",
+                    kind="missing",
+                    got="needs NLTK's punkt_tab to count sentences, and NLTK finds no tokenizers/punkt_tab",
                     fix="run `python -m nltk.downloader punkt_tab` where there is a network, and copy ~/nltk_data",
                 )
 
@@ -205,9 +205,7 @@ def _load(name: str, managers: Sequence[Any], file: str | None = None) -> Loaded
             loaded = manager.load([name if file is None else _over_file(manager, name, file, Path(scratch))])
     except Exception as error:  # lm-eval passes on what its libraries raise, of a dozen kinds
         got, fix = _reason(error)
-        raise TaskDataError(
-            f"data of lm-eval's task {name}", got=got, expected="a data set that the task can read", fix=fix
-        ) from error
+        raise TaskDataError(f"Data of lm-eval's task {name}", kind="state", got=got, fix=fix) from error
     return LoadedTask([loaded["tasks"][key] for key in sorted(loaded["tasks"])], loaded["groups"].get(name))
 
 
@@ -223,19 +221,22 @@ def _reason(error: Exception) -> tuple[str, str]:
     """Return why a task's data cannot be had, in one line, and what to do."""
     text = " ".join(str(error).split())
     if "scripts are no longer supported" in text:
-        got = f"a data set that is a script, {text.rpartition(' ')[2]}, which `datasets` runs no more from 4.0 on"
+        got = f"is a script, {text.rpartition(' ')[2]}, which `datasets` 4.0 and newer do not run"
         return got, "define the task over files without a script, in a folder that `include_path` names"
     if isinstance(error, KeyError):
-        return f"data without {text}, a split or column that it names", "update lm-eval, or define the task anew"
+        return f"has no {text}, a split or column that the task names", "update lm-eval, or define the task anew"
     if "is a gated dataset" in text:
-        return text.rstrip("."), "accept its terms on the hub, then `hf auth login`, or set HF_TOKEN"
+        return (
+            f"cannot be had: {text.rstrip('.')}",
+            "accept its terms on the hub, then `hf auth login`, or set HF_TOKEN",
+        )
     cause: BaseException | None = error
     while cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", 0)
         if status >= 500:
-            return f"status {status} of the Hugging Face hub", "run again: what was fetched is kept"
+            return f"cannot be had: the hub answered with status {status}", "run again: fetched files are kept"
         cause = cause.__cause__ or cause.__context__
-    got = f"{type(error).__name__}: {text}"[:_MOST_CHARACTERS]
+    got = f"cannot be had ({type(error).__name__}: {text}"[:_MOST_CHARACTERS] + ")"
     return got, f"{_REACH_HUB}; or correct the file that defines the task"
 
 
@@ -257,9 +258,9 @@ def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
         if task not in known:
             close = ", ".join(difflib.get_close_matches(task, known))
             raise UpcycleError(
-                "task",
-                got=task,
-                expected=f"a task of lm-eval{f' ({close}?)' if close else ''}",
+                "Lm-eval",
+                kind="state",
+                got=f"has no task {task}" + (f" (did you mean {close}?)" if close else ""),
                 fix="see `lm-eval ls tasks`",
             )
 

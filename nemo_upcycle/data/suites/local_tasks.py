@@ -88,9 +88,9 @@ def write_task(folder: Path, final: Path, task: str, shots: int, rows: Sequence[
     name = task_name(task, shots)
     if not rows:
         raise UpcycleError(
-            f"suite, task {name}",
-            got="no item",
-            expected="at least one",
+            f"Task {name} of the suite",
+            kind="state",
+            got="has no item",
             fix="give more data, or raise the limits of the configuration",
         )
     with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as handle:

@@ -86,9 +86,11 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
         if config.local or not Path(config.include_path).is_dir():
             raise UpcycleError(
                 f"{path}: include_path",
-                got="local: true" if config.local else f"{config.include_path}, no such folder",
-                expected="a folder with task files of lm-eval's kind, relative to this file, and local: false",
-                fix="set local: false" if config.local else "check the path",
+                kind="refused",
+                got="needs local: false" if config.local else f"names {config.include_path}, which is not a folder",
+                fix="set local: false"
+                if config.local
+                else "give a folder with task files for lm-eval, relative to this file",
             )
     _check_not_local(config, path, folder)
     for task, shots in config.tasks.items() if config.local else ():
@@ -110,9 +112,9 @@ def _check_not_local(config: SuiteConfig, path: Path, folder: Path) -> None:
     """Check what lm-eval's own tasks alone can have, and find the files; of local ones this package has the data."""
     if config.local and (config.files or config.chat_template):
         raise UpcycleError(
-            f"{path}: {'files' if config.files else 'chat_template'}",
-            got="local: true",
-            expected="lm-eval's own tasks: of local ones data and prompts are made already",
+            f"{path}: {('files' if config.files else 'chat_template')}",
+            kind="refused",
+            got="cannot be combined with local: true, because local tasks bring their own data and prompts",
             fix="set local: false, or omit it",
         )
     for task, file in config.files.items():
@@ -121,9 +123,13 @@ def _check_not_local(config: SuiteConfig, path: Path, folder: Path) -> None:
         if shots != [0] or not Path(config.files[task]).is_file():
             raise UpcycleError(
                 f"{path}: files.{task}",
-                got=f"tasks.{task}: {shots}" if shots != [0] else f"{file}, which is no file",
-                expected="JSON lines of what the task asks, relative to this file, and no examples",
-                fix="write [0] there" if shots != [0] else "check the path",
+                kind="state",
+                got=f"needs tasks.{task}: [0], and it is {shots}"
+                if shots != [0]
+                else f"names {file}, which is not a file",
+                fix="write [0]: a file has no examples"
+                if shots != [0]
+                else "give a file of JSON lines, relative to this file",
             )
 
 

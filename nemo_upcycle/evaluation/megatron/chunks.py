@@ -205,7 +205,10 @@ def _parameters(
         match = find_mapping(inner, in_layer=layer is not None)
         if match is None:
             raise CheckpointError(
-                f"parameter {name}", got="not in the mapping table", expected="a Llama's", fix="export it"
+                f"Parameter {name}",
+                kind="state",
+                got="is not in the mapping table",
+                fix="export the model, and evaluate the folder",
             )
         mapping, expert = match
         shard = coords.expert if mapping.is_expert else coords.dense

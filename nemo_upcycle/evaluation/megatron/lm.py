@@ -78,7 +78,7 @@ class MegatronLM(HFLM):
         super(HFLM, self).__init__()
         if checkpoint is None:
             raise UpcycleError(
-                "checkpoint", got="none", expected="a checkpoint, or a run", fix="write checkpoint=FOLDER"
+                "checkpoint", kind="missing", got="is missing", fix="write checkpoint=FOLDER, a checkpoint or a run"
             )
         model = find_trained_model(Path(checkpoint), Path(dense) if dense else None, given=others)
         self.tokenizer = _tokenizer_of(model.dense)
@@ -117,9 +117,9 @@ class MegatronLM(HFLM):
         """Set what lm-eval's class reads, and how the ranks talk."""
         if (tokens := len(self.tokenizer)) > self.vocab_size:
             raise UpcycleError(
-                "tokenizer",
-                got=f"{tokens} tokens",
-                expected=f"at most the model's vocabulary of {self.vocab_size}",
+                "The tokenizer",
+                kind="state",
+                got=f"has {tokens} tokens, and the model only {self.vocab_size}",
                 fix="use the tokenizer that the model was trained with",
             )
         self.backend, self.add_bos_token, self.custom_prefix_token_id = "causal", bos, None
@@ -188,10 +188,10 @@ class MegatronLM(HFLM):
         limit = self._max_length + 1
         if (longest := max((predicted for _, predicted in sequences), default=0)) >= limit:
             raise UpcycleError(
-                "answer of a task",
-                got=f"{longest} tokens",
-                expected=f"at most the {self._max_length} of a sequence",
-                fix="raise max_length, if the model was trained for more, or leave the task out",
+                "An answer",
+                kind="state",
+                got=f"has {longest} tokens, and a sequence holds {self._max_length}",
+                fix="raise max_length if the model was trained for more, or omit the task",
             )
         sequences = [(tokens[-limit:], predicted) for tokens, predicted in sequences]
         scored = self._ask("_score", sequences, self.batch_size)
@@ -229,9 +229,12 @@ class MegatronLM(HFLM):
             wanted = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
             if wanted["do_sample"]:
                 raise UpcycleError(
-                    f"generation of task {request.task_name}",
-                    got=f"temperature {wanted['temperature']}",
-                    expected="0: the likeliest tokens",
+                    f"Task {request.task_name}",
+                    kind="refused",
+                    got=(
+                        f"generates with temperature {wanted['temperature']}, and only the likeliest tokens can be "
+                        "generated here"
+                    ),
                     fix="add --gen_kwargs do_sample=False, or evaluate the exported folder with vLLM",
                 )
             stops = tuple(handle_stop_sequences(list(wanted["until"]), eos=eos))
@@ -240,9 +243,9 @@ class MegatronLM(HFLM):
         for (stops, most), numbers in groups.items():
             if (room := self._max_length - most) < 1:
                 raise UpcycleError(
-                    "tokens to generate",
+                    "number of tokens to generate",
                     got=most,
-                    expected=f"fewer than the {self._max_length} of a sequence",
+                    expected=f"fewer than the {self._max_length} tokens of a sequence",
                     fix="add --gen_kwargs max_gen_toks=N",
                 )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
@@ -267,8 +270,8 @@ def _tokenizer_of(dense: Path) -> Any:
         return load_tokenizer(dense)
     except (OSError, ValueError) as error:
         raise UpcycleError(
-            f"tokenizer of {dense}",
-            got=f"{type(error).__name__}: {error}",
-            expected="a Hugging Face tokenizer",
+            f"Tokenizer of {dense}",
+            kind="state",
+            got=f"cannot be loaded ({type(error).__name__}: {error})",
             fix="name the folder of the parent, with its tokenizer files (dense=FOLDER, --dense FOLDER)",
         ) from None

@@ -94,10 +94,12 @@ def _check_finite(answers: dict[int, _Answer]) -> None:
     wrong = [number for number, (likelihoods, _) in answers.items() if not all(map(math.isfinite, likelihoods))]
     if wrong:
         raise UpcycleError(
-            f"log-likelihoods of {len(wrong)} of {len(answers)} texts",
-            got="NaN or infinity",
-            expected="numbers",
-            fix="a diverged run has no score: nemo-upcycle export names the tensor with NaN, if weights have it",
+            f"Log-likelihoods of {len(wrong)} of {len(answers)} texts",
+            kind="state",
+            got="are NaN or infinity",
+            fix=(
+                "check the weights: nemo-upcycle export names the tensor with NaN, if any; a diverged run has no score"
+            ),
         )
 
 

@@ -81,9 +81,7 @@ def init_method(
     def register(change: Change) -> Change:
         name = change.__name__
         if name in METHODS:
-            raise SpecError(
-                "init method", got=f"a second '{name}'", expected="a name of its own", fix="choose another name"
-            )
+            raise SpecError(f"Init method '{name}'", kind="refused", got="exists already", fix="choose another name")
         METHODS[name] = Method(name, summary, change, strength, inexact, computes)
         INIT_METHODS[name] = METHODS[name].inexact_because
         return change

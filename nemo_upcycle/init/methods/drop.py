@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nemo_upcycle.spec import UpcycleSpec
 
 
-@init_method("copies with neurons drawn anew", strength="drop_ratio", inexact="draws neurons anew")
+@init_method("copies with some neurons redrawn", strength="drop_ratio", inexact="redraws some neurons")
 def drop(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
     """Give floor(drop_ratio * F) neurons new weights m + s * n in float64, the same neurons in gate, up and down.
 

@@ -101,7 +101,7 @@ def inexact_in_float32(spec: UpcycleSpec, hidden_size: int) -> tuple[str, ...]:
     deviation = getattr(spec, name) * (1.0 if router.from_data else math.sqrt(hidden_size))
     cause, reasons = f"with {name}={getattr(spec, name):.3g}", list[str]()
     if chosen > 1 and _below(kind.least_logit / deviation) ** copies > _RARE:
-        reasons.append(f"{cause} float32 loses the sum of {kind.score} scores where all logits are far below zero")
+        reasons.append(f"{cause} float32 loses the sum of {kind.score} scores if all logits are far below zero")
     if spec.needs_float32_routing:
         chosen //= spec.granularity
         ways = math.lgamma(copies + 1) - math.lgamma(chosen) - math.lgamma(copies - chosen)
@@ -125,7 +125,7 @@ def _below(place: float) -> float:
 
 def _add(table: dict[Any, Any], key: Any, made: object) -> None:
     if key in table:
-        raise SpecError("router", got=f"a second {key}", expected="a name of its own", fix="choose another name")
+        raise SpecError(f"Router {key}", kind="refused", got="exists already", fix="choose another name")
     table[key] = made
 
 

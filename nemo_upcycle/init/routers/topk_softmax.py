@@ -26,10 +26,16 @@ class TopkSoftmax(RouterKind):
     def check(self, spec: UpcycleSpec) -> None:
         """Refuse a top-1 router, which has no gradient."""
         if spec.top_k == 1:
-            expected = "2 or more with <router_order>=topk_softmax: a single weight is 1, whatever the router says"
+            expected = (
+                "2 or more with <router_order>=topk_softmax, because a single weight is always 1 and the router "
+                "never learns"
+            )
             raise SpecError(
                 field="top_k",
                 got=1,
-                expected=f"{expected}, so that it never learns",
-                fix="set <top_k>=2, or of a dense parent <router_order>=softmax_topk (exact with <router_init>=zero)",
+                expected=expected,
+                fix=(
+                    "set <top_k>=2; with a dense parent, <router_order>=softmax_topk also works (exact with "
+                    "<router_init>=zero)"
+                ),
             )

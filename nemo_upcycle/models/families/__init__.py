@@ -122,14 +122,14 @@ def check_parent(arch: Architecture, where: str) -> None:
     family = _FAMILIES.get(arch.hf_class)
     reason = family.no_parent_because if isinstance(family, MoeFamily) else ""
     if arch.router_score == "sigmoid" and not arch.norm_topk:
-        reason = "whose scores are not divided by their sum (norm_topk_prob), as Megatron divides them"
+        reason = "whose expert weights do not sum to one (norm_topk_prob), as Megatron's do"
     if arch.num_experts and reason:
         growing = [one.hf_class for one in targets() if not one.no_parent_because]
         raise CheckpointError(
             where,
-            got=f"{arch.hf_class}, {reason}",
-            expected=f"a dense model, or one of {', '.join(growing)}",
-            fix="give the dense parent",
+            kind="refused",
+            got=f"cannot be a parent: it is a {arch.hf_class}, {reason}",
+            fix=f"give its dense parent, or a model of class {', '.join(growing)}",
         )
 
 
@@ -142,7 +142,7 @@ def why_not_exported(arch: Architecture) -> str:
     try:
         require_class(arch)
     except SpecError as error:
-        return f"the model cannot be exported to Hugging Face: {error.got}"
+        return f"the model cannot be exported to Hugging Face: it {error.got}"
     return ""
 
 
@@ -160,22 +160,22 @@ def require_class(moe_arch: Architecture) -> None:
     for family in near:
         titles.setdefault(next(family.unsupported(moe_arch)), []).append(family.title)
     only_bridge = moe_arch.mamba or moe_arch.quantile_bias or moe_arch.output_gate
-    where = "Megatron-Bridge" if only_bridge else "NeMo: it trains and evaluates there"
+    where = "Megatron-Bridge" if only_bridge else "NeMo, which can train and evaluate it"
     advice = [] if moe_arch.keeps_network else [f"keep the model in {where}"]
     advice += _changes_that_help(moe_arch, near)
+    reasons = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in titles.items())
     raise SpecError(
-        "Hugging Face class for this MoE",
-        got="; ".join(f"{reason} ({', '.join(names)})" for reason, names in titles.items()),
-        expected=f"what {' or '.join(family.title for family in near)} can hold",
+        "This MoE",
+        kind="refused",
+        got=f"fits no Hugging Face class: {reasons}",
         fix=", or ".join(advice) or "use another parent",
-        field="spec",
     )
 
 
 #: What makes every layer of a model attend to all tokens.
 _OPENED: dict[str, Any] = {"sliding_window": None, "window_pattern": None, "local_rope_theta": None}
 _OPEN = (
-    "if training sequences were no longer than the window, set sliding_window in config.json to null, and each of its"
+    "if no training sequence was longer than the window, set sliding_window in config.json to null, and each of its"
     " layer_types to full_attention"
 )
 

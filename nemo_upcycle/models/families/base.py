@@ -59,9 +59,10 @@ class ConfigValues:
         """Return the error that says what a value should be."""
         value = self.values.get(key)
         spelled = next((own for own, llama in self.spelling.items() if llama == key), key)
-        return CheckpointError(
-            f"{self.where}: {spelled}", got="nothing" if value is None else repr(value), expected=expected, fix=fix
-        )
+        if value is None:
+            got = f"is missing; expected {expected}"
+            return CheckpointError(f"{self.where}: {spelled}", kind="missing", got=got, fix=fix)
+        return CheckpointError(f"{self.where}: {spelled}", got=repr(value), expected=expected, fix=fix)
 
     def whole(self, key: str, default: int | None = None, least: int = 1, most: int = 10**9) -> int:
         """Return a whole number; a size has no default."""

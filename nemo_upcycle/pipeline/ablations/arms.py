@@ -78,7 +78,7 @@ class Arm(ABC):
         Raises:
             UpcycleError: the recipe cannot train a parent.
         """
-        raise UpcycleError("parent", got=self.trainer, expected="a recipe of NeMo's", fix="name a factory")
+        raise UpcycleError("parent", got=self.trainer, expected="a recipe of NeMo", fix="name a factory")
 
 
 def open_arm(key: str, request: ArmRequest) -> Arm:
@@ -95,9 +95,14 @@ def open_arm(key: str, request: ArmRequest) -> Arm:
     try:
         kind = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        fix = "run it where that is installed, or name a recipe of the trainer here; `nemo-upcycle doctor` tells both"
+        fix = (
+            "run it where that trainer is installed, or name a recipe of the trainer here (see `nemo-upcycle doctor`)"
+        )
         raise UpcycleError(
-            f"{request.where}: {key}", got=f"{request.recipe} ({error})", expected="a trainer that is here", fix=fix
+            f"{request.where}: {key} {request.recipe}",
+            kind="missing",
+            got=f"needs a trainer that is not installed here ({error})",
+            fix=fix,
         ) from None
     arm: Arm = kind(request)
     return arm

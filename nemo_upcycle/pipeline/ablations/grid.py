@@ -98,8 +98,14 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     _check(str(path), grid)
     if any(arm.parent for arm in arms.values()) and (dense or not grid.parent):
         fix = "omit dense=" if dense else "add parent:, as laptop.yaml has it"
-        expected = "sizes and vocabulary of what the grid trains from nothing"
-        raise UpcycleError(f"{path}: parent", got="a finished one" if dense else "none", expected=expected, fix=fix)
+        expected = "it describes the model that the grid trains from scratch"
+        raise UpcycleError(
+            f"{path}: parent",
+            kind="refused",
+            got="cannot be combined with dense=" if dense else "is missing",
+            expected=expected,
+            fix=fix,
+        )
     suite = _from_here(grid.evaluate.suite, folder)
     config = read_suite_config(suite)
     if not config.local or TASK not in config.tasks:
@@ -146,8 +152,9 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                 }
     short_first = sorted(cells, key=lambda name: _place(described[name]))
     if len(trainers) > 1:
-        got, expected = "recipes of NeMo and of Megatron-Bridge", "those of one"
-        raise UpcycleError(f"{path}: arms", got=got, expected=expected, fix="make two grids")
+        raise UpcycleError(
+            f"Grid {path}", kind="refused", got="has recipes of both NeMo and Megatron-Bridge", fix="make two grids"
+        )
     table = {
         "about": grid.about,
         "arms": {name: arm.about for name, arm in arms.items()},
@@ -161,11 +168,16 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         parent = open_arm("factory", request).parent()
     if not parent and not dense_parent.address:
         fix = "add dense=FOLDER, or a parent:"
-        raise UpcycleError(f"{path}: dense", got="none", expected="a dense parent", fix=fix)
+        raise UpcycleError(f"Grid {path}", kind="missing", got="has no dense parent", fix=fix)
     if parent and data and Path(data).is_dir():
-        expected = "a blend: the grid trains its parent, and a tokenizer for it"
         fix = "give the dense model of the folder's tokenizer as well (dense=FOLDER)"
-        raise UpcycleError(f"data {data}", got="a finished folder", expected=expected, fix=fix)
+        raise UpcycleError(
+            f"data {data}",
+            kind="refused",
+            got="is a finished folder",
+            expected="the grid trains its own parent and tokenizer, and needs a blend",
+            fix=fix,
+        )
     plan = GridPlan(
         path.stem,
         "" if parent else dense_parent.address,
@@ -179,8 +191,12 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         parents,
     )
     if plan.inputs.reads_chat:
-        got, expected = f"{plan.data}: conversations", "texts, which a grid trains on"
-        raise UpcycleError("data", got=got, expected=expected, fix="name a blend, or a folder of nemo-upcycle data")
+        raise UpcycleError(
+            f"Data {plan.data}",
+            kind="refused",
+            got="are conversations, and a grid trains on texts",
+            fix="name a blend, or a folder of nemo-upcycle data",
+        )
     if not (data or grid.data):
         check_demo_data(plan)
     return plan
@@ -235,13 +251,13 @@ def _check(path: str, grid: GridConfig) -> None:
         lengths = arm.lengths == sorted(set(arm.lengths)) and min(arm.lengths, default=1) > 0
         expected = "numbers of steps, each more than the one before"
         require(lengths, f"arms.{name}.lengths", arm.lengths, expected, "write lengths: [150, 300]")
-        expected = "whole numbers from 0 on"
+        expected = "whole numbers, 0 or more"
         require(min(arm.seeds, default=0) >= 0, f"arms.{name}.seeds", arm.seeds, expected, "write seeds: [1]")
     require(bool(grid.arms), "arms", "none", "at least one", f"see {template('ablations')}")
     from_zero = bool(grid.seeds) and min(grid.seeds) >= 0
-    require(from_zero, "seeds", grid.seeds, "whole numbers from 0 on", "write seeds: [1, 2, 3]")
+    require(from_zero, "seeds", grid.seeds, "whole numbers, 0 or more", "write seeds: [1, 2, 3]")
     least, fix = 2 * ROUNDING, f"write margin: {MARGIN:g}"
-    expected = f"bits per byte, from {least:g} on: less is rounding"
+    expected = f"{least:g} bits per byte or more, because less is rounding"
     require(least <= grid.margin < math.inf, "margin", grid.margin, expected, fix)
     lows = {
         "evaluate.every_n_steps": (grid.evaluate.every_n_steps, 1),
@@ -249,7 +265,7 @@ def _check(path: str, grid: GridConfig) -> None:
         "parent.vocabulary": (grid.parent.vocabulary if grid.parent else None, 300),
     }
     for key, (value, low) in lows.items():
-        require(value is None or value >= low, key, value, f"a whole number from {low} on", f"write {max(low, 2048)}")
+        require(value is None or value >= low, key, value, f"a whole number, {low} or more", f"write {max(low, 2048)}")
 
 
 def _from_here(name: str, folder: Path) -> str:
@@ -265,7 +281,12 @@ def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
         factory = run.get("factory") if isinstance(run, dict) else None
         arm = replace(arm, factory=factory, set=dict(flat(content, ".")) | arm.set)
     if (arm.factory is None) == (arm.recipe is None):
-        expected = "a recipe: `factory`, as --factory takes it, or `recipe`, one by Megatron-Bridge's naming"
-        got = "both" if arm.factory else "none"
-        raise UpcycleError(f"{where}: factory", got=got, expected=expected, fix="name one")
+        expected = "`factory` is a recipe of NeMo, as for --factory, and `recipe` one of Megatron-Bridge"
+        raise UpcycleError(
+            where,
+            kind="state",
+            got="has both factory and recipe" if arm.factory else "has neither factory nor recipe",
+            expected=expected,
+            fix="give one of them",
+        )
     return arm

@@ -80,9 +80,9 @@ def _trained_tokenizer(blend: Blend, vocabulary: int, work: Path) -> Any:
     backend.train_from_iterator(_texts(blend, work), trainer)
     if (got := backend.get_vocab_size()) != vocabulary:
         raise UpcycleError(
-            "vocabulary of the grid",
-            got=f"{got} tokens from the blend's texts",
-            expected=f"{vocabulary}",
+            "The blend's texts",
+            kind="state",
+            got=f"give a vocabulary of {got} tokens, and the grid asks for {vocabulary}",
             fix="ask for fewer, or give more text",
         )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=_FIRST, eos_token=_LAST, pad_token=_PAD)
@@ -113,8 +113,11 @@ def _texts_of(file: InputFile) -> Iterator[str]:
             yield from (json.loads(line)["text"] for line in lines)
     else:
         raise UpcycleError(
-            f"text for the tokenizer, {path}",
-            got=f"reader {file.reader}",
-            expected="plain .txt or .jsonl files",
-            fix="train the grid's parent on a blend of such files, or give a parent (dense=)",
+            f"File {path}",
+            kind="refused",
+            got=(
+                f"is read by the reader {file.reader}, and the grid's tokenizer is trained on plain .txt or .jsonl "
+                "files"
+            ),
+            fix="use a blend of such files, or give a parent (dense=)",
         )

@@ -33,7 +33,7 @@ class BridgeArm(Arm):
             raise UpcycleError(f"{where}: spec", got=wrong[0], expected="fields of UpcycleSpec", fix="correct it")
         if not parent.address:
             fix = "add dense=FOLDER, or dense: to the grid"
-            raise UpcycleError(f"{where}: recipe", got="no dense parent", expected="one that is there", fix=fix)
+            raise UpcycleError(f"{where}: recipe", kind="missing", got="has no dense parent", fix=fix)
         try:
             training = self._training({}, {})
             self._is_upcycled = training.config(required_parent(parent)).spec is not None

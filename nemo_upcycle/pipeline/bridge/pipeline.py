@@ -97,8 +97,8 @@ def pipeline(
     if context.settings["dense_ct"] and not dense_ct:
         raise UpcycleError(
             f"dense_ct.{context.settings['dense_ct'][0]}",
-            got="no recipe of a dense baseline",
-            expected="dense_ct=NAME beside it",
+            kind="refused",
+            got="changes the dense baseline, and no recipe for a baseline is given",
             fix="give dense_ct=NAME, or omit the setting",
         )
     if dense_ct == recipe:
@@ -131,9 +131,9 @@ def training_of(
     ranks = job.gpus if gpus is None else gpus
     if ranks is None:
         raise UpcycleError(
-            "gpus",
-            got=None,
-            expected=f"how many ranks train: recipe {recipe} does not say it",
+            field="gpus",
+            kind="missing",
+            got=f"is missing, and the recipe {recipe} does not say how many ranks train",
             fix="give gpus=N, or write @on_gpus(N) above the recipe",
         )
     check_whole("gpus", ranks, 1)
@@ -143,7 +143,10 @@ def training_of(
     per_node = min(ranks, gpus_per_node)
     if ranks % per_node:
         raise UpcycleError(
-            "gpus", got=ranks, expected=f"a multiple of gpus_per_node ({gpus_per_node})", fix="change one of them"
+            field="gpus",
+            got=ranks,
+            expected=f"a multiple of gpus_per_node ({gpus_per_node})",
+            fix="change one of them",
         )
     others = tuple(word for word in settings if not word.startswith(_NODE))
     changes = json.dumps(_fields(word.partition(".")[2] for word in settings if word.startswith(_NODE)))

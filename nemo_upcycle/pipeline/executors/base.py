@@ -251,16 +251,20 @@ def wrong_site(executor: Any, where: str, why: Mapping[str, str]) -> list[Upcycl
     for name, what in why.items():
         if getattr(executor, name) == MISSING:
             fix = f"give run.executor.{name}=..., or {where}"
-            found.append(UpcycleError(f"run.executor.{name}", got="nothing", expected=what, fix=fix))
+            found.append(
+                UpcycleError(f"run.executor.{name}", kind="missing", got="is missing", expected=what, fix=fix)
+            )
     fields = {field.name for field in dataclasses.fields(executor) if field.init} - {"stages"}
     for stage, settings in executor.stages.items():
-        for name, value in settings.items():
+        for name in settings:
             setting = f"run.executor.stages.{stage}"
             if name not in fields:
                 found.append(UpcycleError.unknown(setting + _UNKNOWN_KEY, name, fields))
             elif name in _OF_ALL_STAGES:
-                expected, fix = "nothing: it is the same for all stages", f"set run.executor.{name}"
-                found.append(UpcycleError(f"{setting}.{name}", got=value, expected=expected, fix=fix))
+                fix = f"set run.executor.{name}"
+                found.append(
+                    UpcycleError(f"{setting}.{name}", kind="refused", got="cannot differ between stages", fix=fix)
+                )
     price = executor.price_per_gpu_hour
     return found + failures(
         [
@@ -290,7 +294,7 @@ def require_variables(names: Iterable[str]) -> None:
     for name in names:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             fix = f"rename it, as {re.sub('[^A-Za-z0-9_]', '_', name)}"
-            expected = "a name of letters, digits and _, no digit first"
+            expected = "letters, digits and _, beginning with no digit"
             raise UpcycleError("run.executor.env_vars", got=f"'{name}'", expected=expected, fix=fix)
 
 
@@ -309,10 +313,10 @@ def require_gpus(job: Job, per_node: int | None, fix: str = "set it") -> None:
     """
     setting = f"run.executor.stages.{job.name}.gpus_per_node"
     if job.gpus and per_node == 0:
-        trains = f"{job.gpus}, one a rank: the recipe trains on GPUs"
-        needs = trains if job.is_training else "1 or more: it runs models that are trained on GPUs"
+        trains = f"{job.gpus}, one for each rank of the recipe"
+        needs = trains if job.is_training else "1 or more, because the stage runs models that need GPUs"
         raise UpcycleError(setting, got=0, expected=needs, fix=fix)
     if per_node and job.is_training and per_node < job.ranks_per_node:
-        expected = f"at least {job.ranks_per_node}, the ranks per node"
+        expected = f"at least {job.ranks_per_node}, the number of ranks per node"
         fix = f"raise it, or set {job.name}.trainer.devices={per_node} and more trainer.num_nodes"
         raise UpcycleError(setting, got=per_node, expected=expected, fix=fix)

@@ -54,16 +54,20 @@ def data_task_options(file: str, output: Path, time: str | None = None) -> DataT
     mine = scheduler.settings_for(job.name)
     if mine.setup_lines:
         fix = "set stages.data.setup_lines: null if the tasks need none, or run the blend as a stage of a pipeline"
-        raise UpcycleError(f"{file}: setup_lines", got="lines of a batch script", expected="none", fix=fix)
+        raise UpcycleError(f"{file}: setup_lines", kind="refused", got="are not run by data tasks", fix=fix)
     variables = {name: str(value) for name, value in mine.env_vars.items() if value is not None}
     python = variables.pop(VARIABLE, None)
     options = {name: value for name in _SBATCH if (value := getattr(mine, name))} | (mine.additional_parameters or {})
     srun = list(mine.srun_args or [])
     if mine.container_image:
         if python is None:
-            expected = "the Python of an environment made in the container"
-            fix = "run `nemo-upcycle doctor` in it: it prints the command that makes one"
-            raise UpcycleError(f"{file}: env_vars.{VARIABLE}", got="nothing", expected=expected, fix=fix)
+            fix = "run `nemo-upcycle doctor` in the container, which prints the command that makes one"
+            raise UpcycleError(
+                f"{file}: env_vars.{VARIABLE}",
+                kind="missing",
+                got="is missing: the container needs a Python environment for the data engine",
+                fix=fix,
+            )
         mounts = [*mine.container_mounts, *missing_mounts(job, mine.container_mounts)]
         # An image's own variables win over all that are not named.
         named = dict.fromkeys([*(mine.container_env or []), *variables])
@@ -85,10 +89,13 @@ def _scheduler_of(file: str) -> SlurmScheduler:
     executor = read_executor(file)
     if not isinstance(executor, StagedSlurmExecutor):
         fix = "name a file with `executor: slurm`, or use --workers"
-        raise UpcycleError(f"--slurm {file}", got="another scheduler's file", expected="Slurm's", fix=fix)
+        raise UpcycleError(f"--slurm {file}", kind="refused", got="is a file for another scheduler", fix=fix)
     missing = [name for name in REQUIRED if getattr(executor, name) in (MISSING, "")]
     missing += [] if executor.partition is not None else ["partition"]
-    wrong = [UpcycleError(f"{file}: {name}", got="nothing", expected=REQUIRED[name], fix="set it") for name in missing]
+    wrong = [
+        UpcycleError(f"{file}: {name}", kind="missing", got="is missing", expected=f"{REQUIRED[name]}", fix="set it")
+        for name in missing
+    ]
     if wrong:
         raise UpcycleError.together(wrong)
     return SlurmScheduler(executor)

@@ -66,12 +66,18 @@ class KubernetesScheduler(Cluster):
             },
         )
         for stage, settings in self.executor.stages.items():
-            for name, value in settings.items():
+            for name in settings:
                 if name in _COMMON:
-                    setting, expected = f"run.executor.stages.{stage}.{name}", "nothing: it is the same for all stages"
-                    found.append(UpcycleError(setting, got=value, expected=expected, fix=f"set run.executor.{name}"))
+                    found.append(
+                        UpcycleError(
+                            f"run.executor.stages.{stage}.{name}",
+                            kind="refused",
+                            got="cannot differ between stages",
+                            fix=f"set run.executor.{name}",
+                        )
+                    )
         if (silence_s := self.executor.report_within_s) < _LEAST_REPORT_S:
-            expected = f"{_LEAST_REPORT_S} or more: an operator that starts again is silent so long"
+            expected = f"{_LEAST_REPORT_S} or more, because an operator that restarts is silent that long"
             name = "run.executor.report_within_s"
             found.append(UpcycleError(name, got=silence_s, expected=expected, fix="raise it"))
         return found
@@ -92,12 +98,21 @@ class KubernetesScheduler(Cluster):
                 api.create(resource_of(settings), document, dry_run=True)
             for claim in settings.mounts:
                 if api.lacks_claim(settings.namespace, claim):
-                    expected = f"a PersistentVolumeClaim of namespace {settings.namespace}"
-                    fix = "name one: kubectl get pvc"
-                    raise UpcycleError("run.executor.claim or volumes", got=claim, expected=expected, fix=fix)
+                    fix = "set run.executor.claim or volumes to one of `kubectl get pvc`"
+                    raise UpcycleError(
+                        f"Claim {claim}",
+                        kind="state",
+                        got=f"does not exist in namespace {settings.namespace}",
+                        fix=fix,
+                    )
             if settings.queue and api.lacks_queue(settings.namespace, settings.queue):
-                expected, fix = f"a LocalQueue of namespace {settings.namespace}", "name one: kubectl get localqueues"
-                raise UpcycleError("run.executor.queue", got=settings.queue, expected=expected, fix=fix)
+                fix = "name one of `kubectl get localqueues`"
+                raise UpcycleError(
+                    "run.executor.queue",
+                    kind="state",
+                    got=f"{settings.queue} does not exist in namespace {settings.namespace}",
+                    fix=fix,
+                )
 
     def render(self, job: Job) -> dict[str, str]:
         """See `Cluster.render`: the manifest that the next `submit` sends."""
@@ -135,8 +150,10 @@ class KubernetesScheduler(Cluster):
                 raise
             return name
         got = f"{_NAMES_TRIED} jobs called {manifests.base_name(job)}-NUMBER"
-        fix = f"delete those of earlier runs, in namespace {settings.namespace}"
-        raise UpcycleError(f"name of stage '{job.name}' in the cluster", got=got, expected="a free name", fix=fix)
+        fix = f"delete jobs of earlier runs in namespace {settings.namespace}"
+        raise UpcycleError(
+            f"Stage '{job.name}'", kind="state", got=f"finds no free name in the cluster: {got} exist", fix=fix
+        )
 
     def _exists_and_goes_on(self, name: str) -> bool:
         found = self._connected().get(resource_of(self.executor), self.executor.namespace, name)

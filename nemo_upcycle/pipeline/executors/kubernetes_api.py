@@ -16,9 +16,9 @@ from nemo_upcycle.pipeline.executors.kubernetes_settings import RESOURCES, Resou
 _TIMEOUT_S = 30
 #: Words in a refusal of the server, and what to change.
 _FIXES = {
-    'unknown field "spec.runtimePatches"': "Trainer is older than 2.2: update it, or set run.executor.kind=pytorchjob",
+    'unknown field "spec.runtimePatches"': "update Trainer to 2.2 or newer, or set run.executor.kind=pytorchjob",
     "terminationGracePeriodSeconds": (
-        "Trainer has this field from 2.3 on: run.executor.termination_grace_s=0, and set "
+        "update Trainer to 2.3 or newer, or set run.executor.termination_grace_s=0 and "
         "terminationGracePeriodSeconds in the runtime's pods"
     ),
 }
@@ -43,8 +43,10 @@ class KubernetesApi:
         try:
             from kubernetes import client, config
         except ImportError:
-            expected, fix = "it, to talk to the cluster", "pip install 'kubernetes>=29,<37'"
-            raise UpcycleError("package 'kubernetes'", got="not installed", expected=expected, fix=fix) from None
+            expected, fix = "it talks to the cluster", "run: pip install 'kubernetes>=29,<37'"
+            raise UpcycleError(
+                "Package kubernetes", kind="missing", got="is not installed", expected=expected, fix=fix
+            ) from None
         self._client: Any = client
         configuration = client.Configuration()
         try:
@@ -56,9 +58,9 @@ class KubernetesApi:
                 config.load_incluster_config(configuration)
         except (config.ConfigException, OSError) as error:
             raise UpcycleError(
-                "credentials of the Kubernetes cluster",
-                got=str(error).rstrip("."),
-                expected="a kubeconfig, or a pod's service account",
+                "Credentials for the Kubernetes cluster",
+                kind="missing",
+                got=f"were not found: {str(error).rstrip('.')}",
                 fix="set KUBECONFIG, run.executor.kubeconfig and run.executor.context, or log in to the cluster",
             ) from None
         self._host = configuration.host
@@ -156,7 +158,7 @@ def reported_state(found: dict[str, Any]) -> JobState | None:
         if name in true:
             return JobState(Phase.ENDED, _words(true[name]))
     if "Suspended" in true or spec.get("suspend") or (spec.get("runPolicy") or {}).get("suspend"):
-        return JobState(Phase.WAITING, "suspended: its queue has not admitted it, or somebody holds it")
+        return JobState(Phase.WAITING, "suspended: its queue has not admitted it, or an administrator holds it")
     if "Restarting" in true:
         return JobState(Phase.WAITING, _words(true["Restarting"]))
     if "Running" in true or any(job.get("ready") or job.get("succeeded") for job in status.get("jobsStatus") or ()):
@@ -177,14 +179,23 @@ def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
     message, details = _answer(error)
     jobs = f"{resource.plural} in namespace {namespace}"
     if error.status == 404 and details.get("kind") == "namespaces":
-        expected = "a namespace of the cluster"
-        return UpcycleError("run.executor.namespace", got=namespace, expected=expected, fix="name another")
+        return UpcycleError(
+            "run.executor.namespace",
+            kind="state",
+            got=f"{namespace} does not exist in the cluster",
+            fix="name another namespace",
+        )
     if error.status == 404 and details.get("name"):
         return _AbsentError()
     if error.status == 404:
-        got, expected = "not known to the cluster", f"{resource.operator} or newer"
+        got = "the cluster does not know"
         fix = f"install it, or choose another kind: {', '.join(RESOURCES)}"
-        return UpcycleError(f"run.executor.kind: {resource.crd}", got=got, expected=expected, fix=fix)
+        return UpcycleError(
+            "run.executor.kind",
+            kind="state",
+            got=f"needs {resource.crd} ({resource.operator} or newer), which {got}",
+            fix=fix,
+        )
     if error.status == 409:
         return TakenError()
     if error.status == 401:
@@ -192,10 +203,12 @@ def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
         return UnreachableError(what, got=message, expected="a valid one", fix="log in again")
     if error.status == 403 and "denied the request" not in message:
         fix = "log in again, choose another run.executor.namespace or context, or ask the cluster's administrator"
-        return UpcycleError(f"rights to {jobs}", got=message, expected="to create, get and delete them", fix=fix)
+        return UpcycleError(
+            "This account", kind="state", got=f"may not create, get and delete {jobs}: {message}", fix=fix
+        )
     if error.status in (400, 403, 422):
-        fix = next((fix for words, fix in _FIXES.items() if words in message), "change what run.executor says of it")
-        return UpcycleError(jobs, got=f"refused: {message}", expected="accepted by the API server", fix=fix)
+        fix = next((fix for words, fix in _FIXES.items() if words in message), "change run.executor accordingly")
+        return UpcycleError("The API server", kind="state", got=f"refused {jobs}: {message}", fix=fix)
     return _unreachable(f"{error.status} {error.reason}: {message}")
 
 

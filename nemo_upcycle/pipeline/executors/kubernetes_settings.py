@@ -90,7 +90,9 @@ class PodSettings:
         if not named:
             return None
         if not re.fullmatch(r"\d+:\d+", named, re.ASCII):
-            raise UpcycleError("run.executor.run_as", got=named, expected="UID:GID", fix="as `id -u` and `id -g` say")
+            raise UpcycleError(
+                "run.executor.run_as", got=named, expected="UID:GID", fix="write the numbers of `id -u` and `id -g`"
+            )
         user, _, group = named.partition(":")
         return int(user), int(group)
 

@@ -50,9 +50,9 @@ def _unseen(job: Job, settings: KubernetesExecutor) -> Iterator[UpcycleError]:
     for path in (job.run_dir, *job.reads):
         if not any(manifests.pod_path(path).is_relative_to(mount) for mount in settings.mounts.values()):
             yield UpcycleError(
-                f"dir {path}" if path == job.run_dir else str(path),
-                got="a path that the pods do not see",
-                expected=f"one below {' or '.join(settings.mounts.values())}",
+                f"Folder {path}" if path == job.run_dir else str(path),
+                kind="state",
+                got=f"is not visible in the pods, which mount {' and '.join(settings.mounts.values())}",
                 fix="put it there, or set run.executor.claim, mount_path and volumes",
             )
 
@@ -69,24 +69,24 @@ def _malformed(job: Job, settings: KubernetesExecutor) -> Iterator[UpcycleError]
         if (value := getattr(settings, name)) < 0:
             yield UpcycleError(f"{of_stage}.{name}", got=value, expected="0 or more", fix="raise it, or omit it")
     if settings.memory_gib and settings.shared_memory_gib >= settings.memory_gib:
-        expected = f"less than memory_gib ({settings.memory_gib}), of which /dev/shm is a part"
+        expected = f"less than memory_gib ({settings.memory_gib}), which includes /dev/shm"
         got, fix = settings.shared_memory_gib, "lower it, or raise memory_gib"
         yield UpcycleError(f"{of_stage}.shared_memory_gib", got=got, expected=expected, fix=fix)
     names = {"namespace": settings.namespace, "claim": settings.claim, "queue": settings.queue}
     names |= {f"volumes.{claim}": claim for claim in settings.volumes}
     for name, value in names.items():
         if value and not _NAME.fullmatch(value):
-            expected = "small letters, digits, - and ., as Kubernetes names its objects"
+            expected = "lower-case letters, digits, - and ., as in all names of Kubernetes"
             yield UpcycleError(f"run.executor.{name}", got=f"'{value}'", expected=expected, fix="correct it")
     for claim, path in settings.mounts.items():
         if not path.startswith("/"):
-            expected, fix = "an absolute path: the pods mount it there", "write it as /runs"
-            yield UpcycleError(f"where claim {claim} is mounted", got=f"'{path}'", expected=expected, fix=fix)
+            expected, fix = "an absolute path", "write it as /runs"
+            yield UpcycleError(f"mount path of claim {claim}", got=f"'{path}'", expected=expected, fix=fix)
     for name, source in settings.secret_env_vars.items():
         secret, slash, key = source.partition("/")
         if not secret or (slash and not key):
-            expected = "SECRET/KEY, or the name of a secret that has the variable's name as a key"
-            fix = "name a secret of the namespace: kubectl get secrets"
+            expected = "SECRET/KEY, or the name of a secret whose key is the variable's name"
+            fix = "name one of `kubectl get secrets`"
             yield UpcycleError(f"run.executor.secret_env_vars.{name}", got=f"'{source}'", expected=expected, fix=fix)
 
 

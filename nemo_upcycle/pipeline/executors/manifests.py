@@ -96,9 +96,13 @@ def manifest(
     resource = resource_of(settings)
     for lacking, instead in resource.lacks.items():
         if value := getattr(settings, lacking):
-            expected = f"nothing: a job of kind {settings.kind} has no field for it"
             fix = f"set it to {type(value)()!r}, and {instead}"
-            raise UpcycleError(f"run.executor.{lacking}", got=value, expected=expected, fix=fix)
+            raise UpcycleError(
+                f"run.executor.{lacking}",
+                kind="refused",
+                got=f"has no field in a job of kind {settings.kind}",
+                fix=fix,
+            )
     labels = {"app.kubernetes.io/name": "nemo-upcycle", "nemo-upcycle/stage": job.name}
     labels |= {QUEUE_LABEL: settings.queue} if settings.queue else {}
     metadata = {"labels": labels | settings.labels, **_given(annotations=settings.annotations)}

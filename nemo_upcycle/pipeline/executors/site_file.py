@@ -39,9 +39,9 @@ _OWN = {
     "stages": "set run.executor.stages.STAGE.FIELD",
     "nodes": "set pretrain.trainer.num_nodes and dense_ct.trainer.num_nodes",
     "ntasks_per_node": "set pretrain.trainer.devices and dense_ct.trainer.devices",
-    "job_dir": "set dir, the run's folder",
-    "dependencies": "leave it out: each stage waits for those that it needs",
-    "retries": "leave it out: a training that stopped starts again as long as it gets further",
+    "job_dir": "set dir",
+    "dependencies": "omit it: each stage waits for the stages that it needs",
+    "retries": "omit it: a stopped training starts again as long as it makes progress",
 }
 
 
@@ -109,8 +109,10 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
             mine |= _added({**common, **mine}, settings or {}, found)
     for name in typed:  # what every stage sets itself would be ignored
         if all(name in stages.get(stage, {}) for stage in BY_NAME) and not isinstance(typed[name], _Entries):
-            expected, fix = f"nothing: {shown} sets it for each stage", f"set run.executor.stages.STAGE.{name}"
-            raise UpcycleError(f"run.executor.{name}", got=typed[name], expected=expected, fix=fix)
+            fix = f"set run.executor.stages.STAGE.{name}"
+            raise UpcycleError(
+                f"run.executor.{name}", kind="refused", got=f"has no effect: {shown} sets it for each stage", fix=fix
+            )
     executor: run.Executor = schema(**common, stages=stages)
     return executor
 
@@ -164,10 +166,12 @@ def _checked(prefix: str, given: dict[str, Any], schema: type, explained: Path) 
     """Return settings as the executor's fields take them; see `field_values`."""
     for name, value in given.items():
         if name in _OWN:
-            raise UpcycleError(prefix + name, got=value, expected="nothing: the chain sets it", fix=_OWN[name])
+            raise UpcycleError(prefix + name, kind="refused", got="is set by the pipeline itself", fix=_OWN[name])
         if name == "time" and type(value) is int:
-            got, fix = f"{value}: YAML reads 24:00:00 as a number", 'put it in quotes, as in "24:00:00"'
-            raise UpcycleError(prefix + name, got=got, expected="text", fix=fix)
+            fix = 'put it in quotes, as in "24:00:00"'
+            raise UpcycleError(
+                prefix + name, got=value, expected="text, because YAML reads 24:00:00 as a number", fix=fix
+            )
     found = field_values(prefix, given, schema, explained)
     for name, value in found.get("env_vars", {}).items():
         if value is None and name not in performance.names():  # of which null removes one

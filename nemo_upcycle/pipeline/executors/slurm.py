@@ -161,7 +161,7 @@ class SlurmScheduler(Cluster):
         self.check_settings(jobs)
         if shutil.which("sbatch") is None:
             fix = "start the command on the cluster's login node, or write the scripts with --render DIR"
-            raise UpcycleError("sbatch", got="not on the PATH", expected="Slurm's commands", fix=fix)
+            raise UpcycleError("`sbatch`", kind="missing", got="is not on the PATH", fix=fix)
         for job in jobs:
             tried = ask("sbatch", "--test-only", input=self.render(job)[f"{job.name}.sh"], env=environment())
             if tried.returncode:
@@ -333,7 +333,7 @@ class SlurmScheduler(Cluster):
             partitions = sorted(set(ask("sinfo", "--noheader", "--format=%R").stdout.split()))
             hint = f"{did_you_mean(partition, partitions)} Partitions: {', '.join(partitions)}."
         kind = UnreachableError if any(words in text for words in NO_ANSWER) else UpcycleError
-        return kind(f"Slurm does not take stage '{job.name}': {last_line(text).rstrip('.')}.{hint}")
+        return kind(f"Slurm refuses stage '{job.name}': {last_line(text).rstrip('.')}.{hint}")
 
     def _check_seen(self, path: Path, job: Job) -> None:
         """Check that the nodes see what a stage reads or writes, as far as its file system tells."""
@@ -346,10 +346,10 @@ class SlurmScheduler(Cluster):
         here = socket.gethostname().partition(".")[0]
         if others := sorted(name for name in names if name.partition(".")[0] != here):
             raise UpcycleError(
-                f"dir {path}" if path == job.run_dir else str(path),
-                got=f"a file system of type {kind}, which this machine alone sees",
-                expected=f"one that the nodes see as well ({', '.join(others[:3])}, ...)",
-                fix="put it on shared storage; or, if it is served to the nodes, run.executor.shared_dir=True",
+                f"Folder {path}" if path == job.run_dir else str(path),
+                kind="state",
+                got=f"is on a file system of type {kind}, which {', '.join(others[:3])} do not see",
+                fix="put it on shared storage; if it is served to the nodes, set run.executor.shared_dir=True",
             )
 
 

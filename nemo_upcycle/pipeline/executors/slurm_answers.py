@@ -92,13 +92,13 @@ def refusal_hint(text: str) -> str:
 
     Example:
         >>> refusal_hint("Invalid account or account/partition combination specified")
-        ' `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions.'
+        ' `sacctmgr show associations user=$USER` lists your accounts and their partitions.'
     """
     if "Invalid account" in text:
-        return " `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions."
+        return " `sacctmgr show associations user=$USER` lists your accounts and their partitions."
     if "policy" in text or "SubmitJob" in text:
         limits = " `sacctmgr show qos` and `sacctmgr show associations user=$USER` have the limits."
-        return f"{limits} Fix: if it is that of the jobs in the queue, submit fewer stages at once with --until STAGE."
+        return f"{limits} If too many jobs are in the queue, submit fewer stages at once with --until STAGE."
     return ""
 
 

@@ -160,10 +160,12 @@ def require_plain(path: Path, *, in_container: bool) -> None:
     fix = "rename the folder, or make a link to it with a plain name"
     if not _PLAIN_PATH.fullmatch(str(path)):
         got = "a character that NeMo-Run's batch script does not quote"
-        raise UpcycleError(f"path '{path}'", got=got, expected="letters, digits and . _ / + = @ % ~ -", fix=fix)
+        raise UpcycleError(
+            f"Path '{path}'", kind="refused", got=f"has {got}", fix=f"{fix} (letters, digits and . _ / + = @ % ~ -)"
+        )
     if _REPLACED in str(path) and not in_container:
-        got = f"'{_REPLACED}' in it, which NeMo-Run replaces in its batch scripts"
-        raise UpcycleError(f"path '{path}'", got=got, expected="another name", fix=fix)
+        got = f"'{_REPLACED}' in it, which NeMo-Run replaces in batch scripts"
+        raise UpcycleError(f"Path '{path}'", kind="refused", got=f"has {got}", fix=fix)
 
 
 def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:

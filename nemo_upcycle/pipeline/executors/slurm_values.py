@@ -38,11 +38,11 @@ _COUNTS = {"cpus_per_task": 1, "cpus_per_gpu": 1, "gpus_per_node": 0, "gpus_per_
 #: Field of NeMo-Run's executor that a job of one stage, one process a rank, cannot have -> what to do instead.
 _UNSUPPORTED = {
     "array": "omit it: a stage is one job",
-    "heterogeneous": "omit it: all nodes of a stage are alike; set what differs between stages in `stages`",
+    "heterogeneous": "omit it: all nodes of a stage are alike; differences between stages belong in `stages`",
     "het_group_indices": "omit it: all nodes of a stage are alike",
     "dependencies": "omit it: each stage waits for the stages that it needs",
     "torchrun_nproc_per_node": "omit it: srun starts every rank; set pretrain.trainer.devices",
-    "retries": "omit it: a training that stopped starts again as long as it gets further",
+    "retries": "omit it: a stopped training starts again as long as it makes progress",
     "launcher": "omit it: srun starts every rank; hang_detection=true starts them under ft_launcher",
 }
 
@@ -57,7 +57,7 @@ def wrong_values(mine: run.SlurmExecutor, job: Job) -> list[UpcycleError]:
     found = [*_unsupported(mine), *_malformed(mine, job), *_wrong_counts(mine, job), *_wrong_mounts(mine)]
     found += failures([lambda: require_variables(mine.env_vars)])
     if getattr(mine, "counts_gpus", True) and not any(error.subject.endswith("gpus_per_node") for error in found):
-        fix = "set it; where this Slurm does not count GPUs (no GRES), set counts_gpus=false"
+        fix = "set it; if this Slurm does not count GPUs (no GRES), set counts_gpus=false"
         found += failures([lambda: require_gpus(job, _gpus_per_node(mine, job), fix)])
     return found
 
@@ -68,8 +68,8 @@ def _of_stage(job: Job, name: str) -> str:
 
 def _unsupported(mine: run.SlurmExecutor) -> Iterator[UpcycleError]:
     for name, fix in _UNSUPPORTED.items():
-        if value := getattr(mine, name, None):
-            yield UpcycleError(f"run.executor.{name}", got=value, expected="nothing", fix=fix)
+        if getattr(mine, name, None):
+            yield UpcycleError(f"run.executor.{name}", kind="refused", got="cannot be set here", fix=fix)
 
 
 def _malformed(mine: run.SlurmExecutor, job: Job) -> Iterator[UpcycleError]:
@@ -82,9 +82,11 @@ def _malformed(mine: run.SlurmExecutor, job: Job) -> Iterator[UpcycleError]:
     if len(given) > 1:
         expected = "one of them: sbatch takes no two"
         fix = f"set {_of_stage(job, given[0])}=null, or the others"
-        yield UpcycleError(" and ".join(_of_stage(job, name) for name in given), got="all", expected=expected, fix=fix)
+        yield UpcycleError(
+            " and ".join(_of_stage(job, name) for name in given), kind="refused", got="cannot be combined", fix=fix
+        )
     if job.is_resumable and mine.signal and not _STOPS.fullmatch(mine.signal):
-        expected = "TERM: the ranks save at that signal, and end at others; with B: they get none"
+        expected = "TERM, the signal at which ranks save; others end them, and with B: they get none"
         yield UpcycleError(_of_stage(job, "signal"), got=mine.signal, expected=expected, fix="write it as TERM@600")
 
 
@@ -95,7 +97,7 @@ def _wrong_counts(mine: run.SlurmExecutor, job: Job) -> Iterator[UpcycleError]:
             expected = f"a whole number, {least} or more"
             yield UpcycleError(_of_stage(job, name), got=value, expected=expected, fix="change it, or omit it")
     if not is_number(silence_s := getattr(mine, "silence_s", 1.0), 1):
-        yield UpcycleError(_of_stage(job, "silence_s"), got=silence_s, expected="a second or more", fix="raise it")
+        yield UpcycleError(_of_stage(job, "silence_s"), got=silence_s, expected="1 or more", fix="raise it")
     for name, own in (("nodes", job.nodes), ("ntasks_per_node", job.ranks_per_node)):
         if (value := getattr(mine, name)) not in (1, own) and job.is_training:
             setting = {"nodes": "num_nodes", "ntasks_per_node": "devices"}[name]

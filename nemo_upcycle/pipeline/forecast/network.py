@@ -45,9 +45,11 @@ class NetworkForecast:
     def problems(self) -> tuple[UpcycleError, ...]:
         """Stages that cannot fetch what they lack."""
         variables = " or ".join(f"{name}=1" for name in _OFFLINE)
-        fix = f"where there is a network, type `{self.command}`; or unset the variable"
+        fix = f"type `{self.command}` on a machine with a network, or unset the variable"
         return tuple(
-            UpcycleError(stage, got=f"{variables} and no {', '.join(what)}", expected="it in a cache", fix=fix)
+            UpcycleError(
+                stage, kind="missing", got=f"needs {', '.join(what)}, and {variables} forbids downloads", fix=fix
+            )
             for stage, what in self.offline.items()
         )
 

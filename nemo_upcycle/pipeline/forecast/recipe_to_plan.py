@@ -98,9 +98,9 @@ def _dispatcher(facts: TrainingFacts) -> str:
     if name == "ncclep" and facts.computation.rank_capacity is None:
         raise SpecError(
             field="moe_expert_rank_capacity_factor",
-            got=None,
-            expected="the size of ncclep's receive buffers, which Megatron-Core asks for",
-            fix="set it to 1.5: more tokens than that end the training",
+            kind="missing",
+            got="is missing, and ncclep needs it for the size of its receive buffers",
+            fix="set it to 1.5; more tokens than that end the training",
         )
     return name
 

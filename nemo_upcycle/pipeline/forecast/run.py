@@ -193,11 +193,11 @@ def hopeless(forecast: Forecast) -> Iterator[UpcycleError]:
         if training.is_far_too_large:
             yield UpcycleError(f"{name}: {_memory_text(training, 'does not fit')}")
         if training.limit_s is not None and (needed_s := training.time_needed_s(training.limit_s)):
-            again = "" if training.stage.is_requeued else " and nothing starts it again"
+            again = "" if training.stage.is_requeued else ", and nothing starts it again"
             yield UpcycleError(
                 f"run.executor.stages.{name}.{training.stage.time_setting}",
-                got=training.stage.resources[TIME],
-                expected=f"more than {duration(needed_s)}: that long it takes{again}",
+                kind="state",
+                got=f"{training.stage.resources[TIME]} is too short: the stage needs {duration(needed_s)}{again}",
                 fix=training.stage.time_fix.format(stage=name),
             )
 
@@ -224,9 +224,12 @@ def _disk_misfit(forecast: Forecast, alive: Collection[str] = ()) -> UpcycleErro
     largest = sorted(disk.uses, key=lambda use: use.new_peak_bytes, reverse=True)[:3]
     parts = ", ".join(f"{use.what} {size_text(use.new_peak_bytes)}" for use in largest)
     return UpcycleError(
-        f"disk space for {forecast.run_dir} in {disk.folder}",
-        got=f"{size_text(disk.free_bytes)} free",
-        expected=f"{size_text(disk.needed_bytes)} ({parts})",
+        f"Disk of {disk.folder}",
+        kind="state",
+        got=(
+            f"has {size_text(disk.free_bytes)} free, and the run in {forecast.run_dir} needs "
+            f"{size_text(disk.needed_bytes)} ({parts})"
+        ),
         fix="choose a dir on a larger disk, free some space, or run a part of the chain with --until",
     )
 
@@ -237,23 +240,23 @@ def _warnings(forecast: Forecast) -> Iterator[str]:
             yield from _training_warnings(name, training)
     yield from forecast.read_too_often
     if not forecast.trainings and any(stage.name == "pretrain" and stage.runs for stage in forecast.stages):
-        yield "memory, time and sizes of the trainings are not known before the parent is fetched"
+        yield "memory, time and sizes are known only after the parent is fetched"
     if len({training.tokens for training in forecast.trainings.values()}) > 1:
         read = " and ".join(f"{training.tokens:,} ({name})" for name, training in forecast.trainings.items())
         yield f"the two models are trained on different numbers of tokens: {read}"
     disk = forecast.disk
     if disk.free_bytes is None:
-        yield f"{forecast.run_dir} lies on what is not mounted here: the room on its disk is not known"
+        yield f"{forecast.run_dir} is not mounted here, so the room on its disk is not known"
     if unknown := [use.unknown for use in disk.uses if use.unknown]:
-        yield f"the disk needed does not count what has no known size: {'; '.join(unknown)}"
+        yield f"the disk estimate omits items of unknown size: {'; '.join(unknown)}"
 
 
 def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
     if training.fullest and training.fullest.verdict == "tight":
-        yield f"{name}: {_memory_text(training, 'is tight: it may run, or fail by fragmentation')}"
+        yield f"{name}: {_memory_text(training, 'is tight: fragmentation may exceed it')}"
     yield from (f"{name}: {text}" for text in training.facts.warnings)
     if not training.facts.knows_vocabulary:
-        yield f"{name}: the vocabulary is not known before the parent is fetched; sizes omit the embeddings"
+        yield f"{name}: sizes omit the embeddings, because the vocabulary is known only after the parent is fetched"
     for limit in training.stage.save_limits:
         if training.save_gib_s(limit) > training.write_gib_s:
             size = size_text(training.facts.checkpoint_bytes)
@@ -267,7 +270,7 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
     if loss_s is not None and limit_s is not None and is_cut and loss_s > limit_s:
         yield (
             f"{name}: the time limit ({limit_s / 60:.0f} min) is shorter than the time between two checkpoints"
-            f" ({loss_s / 60:.0f} min): a job may end before it saved anything;"
+            f" ({loss_s / 60:.0f} min): a job may end before it saves anything;"
             f" lower {name}.{training.facts.saving.setting}"
         )
 

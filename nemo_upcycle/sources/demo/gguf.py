@@ -65,7 +65,7 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None) -> Path:
         from gguf import GGUFReader
     except ImportError:
         raise UpcycleError(
-            "package gguf", got="not installed", expected="0.17 or newer", fix="pip install 'gguf>=0.17'"
+            "Package gguf", kind="missing", got="is not installed", fix="run: pip install 'gguf>=0.17'"
         ) from None
     reader = GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}

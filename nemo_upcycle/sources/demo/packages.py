@@ -51,14 +51,21 @@ def _write(name: str, path: Path) -> None:
     for tool in ("apt-get", "dpkg-deb"):
         if not which(tool):
             raise UpcycleError(
-                f"package {name}", got=f"no {tool}", expected="Debian or Ubuntu", fix="use a blend of your own files"
+                f"{tool}",
+                kind="missing",
+                got="is not installed",
+                expected="packages of texts come from Debian or Ubuntu",
+                fix="use a blend of your own files",
             )
     with scratch_folder(path) as folder:
         _run(name, ["apt-get", "-qq", "download", name], folder)
         packages = list(folder.glob(f"{name}_*.deb"))
         if len(packages) != 1:  # apt takes a name with a dot for a pattern where no package has it
             raise UpcycleError(
-                f"package {name}", got=f"{len(packages)} of that name", expected="one", fix="correct the name"
+                f"Package {name}",
+                kind="state",
+                got=f"matches {len(packages)} downloaded files, not one",
+                fix="correct the name",
             )
         package = packages[0]
         _run(name, ["dpkg-deb", "-x", package.name, "files"], folder)
@@ -70,7 +77,10 @@ def _write(name: str, path: Path) -> None:
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
             if not documents:
                 raise UpcycleError(
-                    f"package {name}", got="no .txt, no .dict.dz", expected="texts", fix="name another package"
+                    f"Package {name}",
+                    kind="state",
+                    got="holds no texts (.txt or .dict.dz)",
+                    fix="name another package",
                 )
 
 
@@ -79,10 +89,10 @@ def _run(name: str, command: list[str], folder: Path) -> None:
     if done.returncode:
         message = " ".join(done.stderr.split())[:300]
         raise UpcycleError(
-            f"package {name}",
-            got=f"{command[0]}: {message}",
-            expected="a package that apt knows",
-            fix="correct the name, run `apt-get update`, or check the network; releases name packages differently",
+            f"Package {name}",
+            kind="state",
+            got=f"could not be downloaded ({command[0]}: {message})",
+            fix="correct the name (releases name packages differently), run `apt-get update`, or check the network",
         )
 
 

@@ -45,9 +45,12 @@ def require_bridge() -> None:
     if release is None or fit_of(release) == TOO_OLD:
         raise UpcycleError(
             "Megatron-Bridge",
-            got=release or "none",
-            expected=RELEASES.bounds,
-            fix=f'pip install "{RELEASES.argument}" with Python 3.12, or take NVIDIA\'s container of it',
+            kind="missing",
+            got=f"is {release}, which is too old" if release else "is not installed",
+            fix=(
+                f'''run `pip install "{RELEASES.argument}"` with Python 3.12, or use NVIDIA's container with it '
+                f'({RELEASES.bounds})'''
+            ),
         )
     if fit_of(release) == NEWER and is_first_rank():
         _warn(newer_release(release))

@@ -93,8 +93,9 @@ class BridgeLossGuard(Callback):
         raise UpcycleError(
             f"loss of step {step}",
             got=value,
-            expected=f"at most {limit:.4f}; the last good checkpoint is {kept or 'the dense one'}",
-            fix=how_to_go_on(self._folder, "bridge", context.state.cfg.optimizer.lr),
+            expected=f"at most {limit:.4f}",
+            fix=f"the last good checkpoint is {kept or 'the dense one'}. "
+            + how_to_go_on(self._folder, "bridge", context.state.cfg.optimizer.lr),
         )
 
 

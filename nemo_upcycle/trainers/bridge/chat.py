@@ -124,7 +124,7 @@ def check_balancing(model: Any) -> None:
     if "seq_aux_loss" in (kinds := model.moe_router_load_balancing_type):  # a name, or a list of them
         raise SpecError(
             field="config.model.moe_router_load_balancing_type",
-            got=kinds,
-            expected="no loss of single sequences: Bridge gives routers no mask of the tokens that pad one",
-            fix="set aux_loss, or none",
+            kind="refused",
+            got=f"cannot be {kinds}: Bridge gives routers no mask for the tokens that pad a sequence",
+            fix="set it to aux_loss or none",
         )

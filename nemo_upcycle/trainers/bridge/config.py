@@ -64,10 +64,10 @@ def find_recipe(name: str) -> Callable[..., ConfigContainer]:
         raise
     except Exception as error:
         raise mistake_in_file(error) or UpcycleError(
-            "recipe",
-            got=name,
-            expected=f"a function that can be imported, whose only required argument may be dense ({error})",
-            fix="check the name, and that PYTHONPATH has its folder",
+            field="recipe",
+            kind="state",
+            got=f"{name} cannot be called ({error})",
+            fix="give a function whose only required argument may be `dense`, and set PYTHONPATH to its folder",
         ) from None
     return found
 
@@ -91,16 +91,19 @@ def load_config(
     parents = getattr(config, "parents", ())
     if len(parents) != 1:
         raise UpcycleError(
-            f"recipe {recipe}",
-            got=f"{len(parents)} parents: {', '.join(parents)}" if parents else "one that starts from random weights",
-            expected="one dense checkpoint, which the stages around the training are about",
+            f"Recipe {recipe}",
+            kind="refused",
+            got=f"has {len(parents)} parents: {', '.join(parents)}" if parents else "starts from random weights",
+            expected="the pipeline needs one dense checkpoint",
             fix="train it by a script: pretrain(config, forward_step)" if parents else "make it by with_upcycling",
         )
     if changes is None:
         config = with_parent(config, dense)
     elif (node := config.upcycling) is None:
         if changes:
-            raise UpcycleError(f"recipe {recipe}", got="no node upcycling", expected="one", fix="omit the changes")
+            raise UpcycleError(
+                f"Recipe {recipe}", kind="refused", got="has no node upcycling to change", fix="omit the changes"
+            )
         config.hf_model_path = str(dense)
     else:
         node.hf_model_path = str(dense)
@@ -109,10 +112,13 @@ def load_config(
     is_chat = isinstance(data := config.dataset, ChatDataset)
     if is_chat != tunes(recipe):
         raise UpcycleError(
-            f"recipe {recipe}",
-            got=f"a {type(data).__name__}",
-            expected="conversations (a ChatDataset) where @on_gpus says tunes=True, texts elsewhere",
-            fix="make them agree",
+            f"Recipe {recipe}",
+            kind="refused",
+            got=(
+                f"has a {type(data).__name__}: @on_gpus(tunes=True) needs conversations (a ChatDataset), and other "
+                "recipes texts"
+            ),
+            fix="make both agree",
         )
     data_class: Any = ChatDataset if is_chat else BlendDataset
     config.dataset = data_class(  # before the settings, which may be the data's
@@ -160,13 +166,13 @@ def _change(config: ConfigContainer, typed: str) -> None:
         raise UpcycleError(f"{typed}: {reason}.") from None
     after = setting(config, key)
     if isinstance(before, int | float) and isinstance(after, str):  # Bridge looks at no type
-        raise UpcycleError(key, got=f"'{after}'", expected="a number, or true or false", fix="give one")
+        raise UpcycleError(key, got=f"'{after}'", expected="a number, true or false", fix="give one")
     for name, value in zip(_PLACED, placed, strict=True):
         now = setting(config, name)
         is_off = now is None and name == "logger.tensorboard_dir"
         if now != value and not is_off:
-            expected = "no such setting: the run's folder decides"
-            raise UpcycleError(name, got=typed, expected=expected, fix="omit it, or change dir")
+            expected = "cannot be set, because the run's folder decides it"
+            raise UpcycleError(name, kind="refused", got=expected, fix="omit it, or change dir")
 
 
 def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> None:

@@ -144,10 +144,13 @@ def require_unfolded(hf_class: str, scale: float) -> None:
     family = find_family(hf_class)
     if isinstance(family, MoeFamily) and scale != 1 and "routed_scaling_factor" not in family.defaults:
         raise CheckpointError(
-            f"export of a {family.title} by Megatron-Bridge",
-            got=f"moe_router_topk_scaling_factor={scale:g}, for which the class has no setting",
-            expected="none",
-            fix="export the checkpoint with `nemo-upcycle export`, which multiplies the down projections by it",
+            "Megatron-Bridge",
+            kind="refused",
+            got=(
+                f"cannot export this {family.title}: its class has no setting for "
+                f"moe_router_topk_scaling_factor={scale:g}"
+            ),
+            fix="use `nemo-upcycle export`, which multiplies the down projections by the factor",
         )
 
 

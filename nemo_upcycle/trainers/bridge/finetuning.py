@@ -41,9 +41,9 @@ def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> N
     if receipt is None or not has_checkpoint:
         raise UpcycleError(
             str(run),
-            got="no checkpoint" if receipt else f"no {RECEIPT}",
-            expected="the folder that config.checkpoint.save of an upcycled run names",
-            fix="check the path",
+            kind="missing",
+            got="has no checkpoint" if receipt else f"has no {RECEIPT}",
+            fix="give the folder that config.checkpoint.save of an upcycled run names",
         )
     spec = UpcycleSpec(**receipt["spec"]) if receipt["spec"] else None
     kept = bias_fields(receipt.get("balancing_bias", {}))

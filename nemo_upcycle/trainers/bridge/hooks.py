@@ -57,10 +57,12 @@ def refuse_unfilled(dense: str, chunks: list[Any]) -> list[Any]:
         if any(bool(vector.isnan().any()) for vector in _vectors(chunk)):
             raise SpecError(
                 field="config.model",
-                got="random weights",
-                expected=f"weights of {dense} or of a checkpoint",
-                fix="pass on what with_upcycling returned: another configuration lacks its node `upcycling`. For "
-                "random weights make the model of nemo_upcycle.models.hf_config.read_architecture(dense)",
+                kind="state",
+                got=f"has no weights of {dense} or of a checkpoint",
+                fix=(
+                    "pass on the configuration that with_upcycling returned, which has the node `upcycling`. For "
+                    "random weights, make the model from nemo_upcycle.models.hf_config.read_architecture(dense)"
+                ),
             )
 
     for chunk in chunks:

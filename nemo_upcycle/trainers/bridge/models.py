@@ -236,9 +236,11 @@ def _refuse_scaled_embedding(arch: Architecture) -> None:
     """Refuse a Gemma where Bridge has no model class that multiplies the embedding."""
     if arch.scaled_embedding:
         raise SpecError(
-            "dense",
-            got=f"{arch.hf_class}, which multiplies its embedding by sqrt(hidden_size)",
-            expected="a parent that a HybridModel, or a builder's model, can be",
+            f"{arch.hf_class}",
+            kind="refused",
+            got=(
+                "multiplies its embedding by sqrt(hidden_size), which neither a HybridModel nor a builder's model does"
+            ),
             fix="make the model with upcycled_provider, without hybrid_layer_pattern",
         )
 
@@ -266,9 +268,9 @@ def _model(arch: Architecture) -> dict[str, Any]:
     scaling = None if arch.scales_in_layers else arch.rope_scaling
     if scaling and any(scaling.get(name) != value for name, value in _LLAMA3_SCALING.items()):
         raise SpecError(
-            "rope_scaling of the dense checkpoint",
-            got=scaling,
-            expected=f"Llama 3.1's: {_LLAMA3_SCALING}, with any factor",
+            "Rope_scaling of the dense checkpoint",
+            kind="refused",
+            got=f"is {scaling}, and this model only has Llama 3.1's ({_LLAMA3_SCALING}, with any factor)",
             fix="upcycle it in NeMo, whose frequencies can be set",
         )
     return {
@@ -288,9 +290,9 @@ def _hybrid_model(arch: Architecture) -> dict[str, Any]:
     settings = _model(arch)
     if settings.pop("rope_scaling"):
         raise SpecError(
-            "rope_scaling of the dense checkpoint",
-            got=arch.rope_scaling,
-            expected="none: Megatron's HybridModel scales no rotary frequencies",
+            "Rope_scaling of the dense checkpoint",
+            kind="refused",
+            got=f"is {arch.rope_scaling}, and Megatron's HybridModel scales no rotary frequencies",
             fix="omit hybrid_layer_pattern: a GPTModel scales them",
         )
     del settings["rope_scaling_factor"]

@@ -57,15 +57,17 @@ def fit_layout(config: ConfigContainer) -> None:
         was = ", ".join(f"{name} {before[name]}" for name in now if before[name] != now[name])
         raise SpecError(
             field="config.model",
-            got=changed,
-            expected=f"{was}, as the checkpoint {folder}: states of its optimizer fit another number of ranks alone",
-            fix="go on with that layout and config.checkpoint.dist_ckpt_optim_fully_reshardable=True, whose next "
-            "checkpoint fits every layout; or set config.checkpoint.load_optim=False, to begin with new states",
+            kind="refused",
+            got=f"has {changed}, and the optimizer states of {folder} fit only {was}",
+            fix=(
+                "train on with that layout and config.checkpoint.dist_ckpt_optim_fully_reshardable=True, whose next "
+                "checkpoint fits every layout; or set config.checkpoint.load_optim=False to start with new states"
+            ),
         )
     if checkpoint.load_rng and not _has_random_numbers(folder):
         checkpoint.load_rng = False
         if torch.distributed.get_rank() == 0:
-            show_messages().info("%s: of another layout; random numbers begin anew", folder)
+            show_messages().info("%s has another layout, so random numbers start again", folder)
 
 
 def _layout(model: dict[str, Any]) -> dict[str, int]:

@@ -27,7 +27,7 @@ def check_folder(folder: str) -> None:
         raise SpecError(
             field="config.checkpoint.save",
             got=folder,
-            expected="a folder, or msc://PROFILE/PATH where Megatron's MultiStorageClient is on",
+            expected="a folder, or msc://PROFILE/PATH if Megatron's MultiStorageClient is on",
             fix="give a folder, or call megatron.core.msc_utils.MultiStorageClientFeature.enable() first",
         )
 

@@ -88,8 +88,8 @@ def require_callbacks(config: Any) -> None:
     if settings != UpcycleSettings() and not hasattr(settings, "callbacks"):
         raise SpecError(
             "config.upcycle",
-            got="settings, and a run without the callbacks that carry them out",
-            expected="both",
+            kind="refused",
+            got="has settings, and the run has none of the callbacks that read them",
             fix="call pretrain(config, forward_step, callbacks=upcycle_callbacks(config, folder))",
         )
 

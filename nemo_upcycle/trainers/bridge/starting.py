@@ -37,11 +37,18 @@ def wrong_in(config: UpcyclingConfig, layout: Layout, unit: str) -> list[Upcycle
     if (name := config.optimizer.optimizer.removeprefix("dist_")) not in _OPTIMIZERS:
         wrong.append(UpcycleError.unknown("optimizer.optimizer", name, _OPTIMIZERS))
     elif name in _EMERGING_OPTIMIZERS and find_spec("emerging_optimizers") is None:
-        expected, fix = "package emerging-optimizers", "pip install emerging-optimizers"
-        wrong.append(UpcycleError(field="optimizer.optimizer", got=f"{name} without it", expected=expected, fix=fix))
-    if (kind := config.tokenizer.tokenizer_type) is None:
-        fix = "omit it where the recipe has one, or set it to NullTokenizer, with tokenizer.vocab_size"
-        wrong.append(UpcycleError(field="tokenizer.tokenizer_type", got=kind, expected="a kind of tokenizer", fix=fix))
+        fix = "run: pip install emerging-optimizers"
+        wrong.append(
+            UpcycleError(
+                field="optimizer.optimizer",
+                kind="missing",
+                got=f"{name} needs the package emerging-optimizers, which is not installed",
+                fix=fix,
+            )
+        )
+    if config.tokenizer.tokenizer_type is None:
+        fix = "omit it if the recipe has a tokenizer, or set it to NullTokenizer, with tokenizer.vocab_size"
+        wrong.append(UpcycleError(field="tokenizer.tokenizer_type", kind="missing", got="is missing", fix=fix))
     if wrong:
         return wrong
     found = construction_errors(lambda: _construct(config, layout, arch), unit)

@@ -180,8 +180,8 @@ class BridgeTraining(Training):
         if self.nodes > 1:
             raise UpcycleError(
                 "gpus",
-                got=f"{self.nodes * self.ranks_per_node} of recipe {self.recipe}",
-                expected="those of this machine",
+                kind="refused",
+                got=f"of recipe {self.recipe} is {self.nodes * self.ranks_per_node}, more than one machine",
                 fix="give gpus=1, or name the cluster with run.executor=NAME",
             )
 
@@ -327,14 +327,14 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
 
     check_values(config, training.name, f"{stage}.")
     if stage in ("pretrain", "dense_ct") and (config.spec is None) != (stage == "dense_ct"):  # an arm may be either
-        wanted = "a baseline's recipe" if stage == "dense_ct" else "an upcycled model's"
+        wanted = "a recipe of a dense baseline" if stage == "dense_ct" else "a recipe that upcycles"
         name = "dense_ct" if stage == "dense_ct" else "recipe"
-        raise UpcycleError(name, got=training.recipe, expected=wanted, fix="name another one")
+        raise UpcycleError(name, got=training.recipe, expected=wanted, fix="name another recipe")
     if config.model.seq_length != config.dataset.seq_length:
         raise UpcycleError(
             f"{stage}.model.seq_length",
             got=config.model.seq_length,
-            expected=f"dataset.seq_length, {config.dataset.seq_length}",
+            expected=f"{config.dataset.seq_length}, as dataset.seq_length",
             fix="set both",
         )
     data = SimpleNamespace(

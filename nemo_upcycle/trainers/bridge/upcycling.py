@@ -53,8 +53,8 @@ def __getattr__(name: str) -> Any:
     """Name the new form of a function that 0.3 had here."""
     if name == "upcycle_on_start":
         raise ImportError(
-            "upcycle_on_start has left. Write config = with_upcycling(config, dense, num_experts=8, top_k=2), of "
-            "nemo_upcycle.bridge; without a spec with_parent(config, dense).",
+            "upcycle_on_start was removed. Write config = with_upcycling(config, dense, num_experts=8, top_k=2) from"
+            " nemo_upcycle.bridge, or with_parent(config, dense) without a spec.",
             name=__name__,
         )
     raise AttributeError(name)
@@ -120,7 +120,7 @@ class UpcycleHook:
         require_callbacks(config)
         store_contiguous()
         if config.checkpoint.async_save and not torch.cuda.is_available():
-            expected = "False without a GPU: Bridge divides by the number of GPUs"
+            expected = "False without a GPU, because Bridge divides by the number of GPUs"
             raise SpecError(field="config.checkpoint.async_save", got=True, expected=expected, fix="set it to False")
         if torch.distributed.get_rank() == 0:
             show_messages().info("parent: %s", ", ".join(map(str, paths)))
@@ -131,9 +131,9 @@ class UpcycleHook:
         if config._checkpoint_load_required:
             raise SpecError(
                 field="config.checkpoint.load",
-                got="no checkpoint, in Bridge's finetune",
-                expected="one: finetune starts from a checkpoint, upcycling makes the first",
-                fix="call pretrain(config, forward_step), on any data; finetune_from(config, run) follows it",
+                kind="refused",
+                got="names no checkpoint, and Bridge's finetune starts from one",
+                fix="call pretrain(config, forward_step), with any data; then finetune_from(config, run)",
             )
         if isinstance(config.dataset, ChatDataset):
             config.dataset.chat.require_tokenizer_of(str(paths[0]))
@@ -144,7 +144,7 @@ class UpcycleHook:
             padding = config.model.vocab_size - dense.architecture.vocab_size
         if padding:
             receipt.exact = False
-            receipt.inexact_because.append(f"{padding} rows that only pad the vocabulary take part in the loss")
+            receipt.inexact_because.append(f"{padding} padding rows of the vocabulary take part in the loss")
         if merged := merge_receipts(receipt):
             save_receipt(merged, config.checkpoint.save)
             said = describe(config)
@@ -171,9 +171,9 @@ def check(config: UpcyclingConfig) -> None:
     if hybrid is None and isinstance(model, HybridModelConfig | HybridModelProvider):
         raise SpecError(
             field="config.model.hybrid_layer_pattern",
-            got=None,
-            expected="which layers the model has",
-            fix="set it; hybrid_override_pattern and the ratios are older forms of it",
+            kind="missing",
+            got="is missing, and a HybridModel needs it",
+            fix="set it (hybrid_override_pattern and the ratios are older forms)",
         )
     virtual = transformer.virtual_pipeline_model_parallel_size
     if hybrid:
@@ -181,13 +181,18 @@ def check(config: UpcyclingConfig) -> None:
     check_spec(transformer, spec, hybrid, parent)
     check_gates(transformer, parent)
     if not checkpoint.save:
-        raise SpecError(field="config.checkpoint.save", got=None, expected="a folder, for the receipt", fix="set it")
+        raise SpecError(
+            field="config.checkpoint.save",
+            kind="missing",
+            got="is missing, and the receipt is written there",
+            fix="set it",
+        )
     check_folder(checkpoint.save)
     if not checkpoint.load or not same_folder(checkpoint.load, checkpoint.save):
         raise SpecError(
             field="config.checkpoint.load",
             got=checkpoint.load,
-            expected=f"checkpoint.save, {checkpoint.save}: a restart would upcycle again",
+            expected=f"{checkpoint.save}, as checkpoint.save, because a restart would upcycle again otherwise",
             fix="set both",
         )
     if not is_whole(tensor := transformer.tensor_model_parallel_size, 1):
@@ -196,8 +201,13 @@ def check(config: UpcyclingConfig) -> None:
         raise SpecError(
             field="config.model.vocab_size",
             got=model.vocab_size,
-            expected=f"a multiple of TP: Bridge pads no vocabulary that is set ({rest} rows are over)",
-            fix="give the model a vocab_size that TP divides: rows that only pad are filled with zeros",
+            expected=(
+                "a multiple of tensor_model_parallel_size, because Bridge does not pad a vocabulary that is set "
+                f"({rest} rows are left over)"
+            ),
+            fix=(
+                "give the model a vocab_size that tensor_model_parallel_size divides; added rows are filled with zeros"
+            ),
         )
     if spec and isinstance(config.dataset, ChatDataset):
         check_balancing(transformer)
@@ -214,7 +224,7 @@ def check(config: UpcyclingConfig) -> None:
     for name, got, why in (
         ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, "it would overwrite"),
         ("checkpoint.load", is_hf_checkpoint_dir(checkpoint.load) and checkpoint.load, "it would overwrite"),
-        ("checkpoint.finetune", checkpoint.finetune, "it would begin at step 0 again, and overwrite"),
+        ("checkpoint.finetune", checkpoint.finetune, "it would start at step 0 again and overwrite the weights"),
         ("checkpoint.non_persistent_ckpt_type", is_local and "local", "no rank sees the others' checkpoints"),
         ("checkpoint.also_save_hf_checkpoint", saves_hf, "Bridge exports interleaved rows of experts as they lie"),
         (
@@ -230,13 +240,16 @@ def check(config: UpcyclingConfig) -> None:
         ("model.init_model_with_meta_device", model.init_model_with_meta_device, "there is nothing to fill"),
     ):
         if got:
-            raise SpecError(field=f"config.{name}", got=got, expected=f"nothing: {why}", fix="unset it")
+            raise SpecError(field=f"config.{name}", kind="refused", got="cannot be set", expected=why, fix="unset it")
     check_masters(precision, optimizer, "config.optimizer.use_precision_aware_optimizer")
     if loads:
         raise SpecError(
             field="config.model",
-            got=f"a provider that loads a Hugging Face model itself ({_BRIDGES_LOADING})",
-            expected="one that loads nothing: it would overwrite, or find no such weights",
+            kind="refused",
+            got=(
+                f"loads a Hugging Face model itself ({_BRIDGES_LOADING}), which would overwrite the upcycled weights "
+                "or find none"
+            ),
             fix="make it by to_megatron_provider(load_weights=False)",
         )
     if spec and checkpoint.also_save_hf_checkpoint:
@@ -248,8 +261,11 @@ def _check_quantiles(tokens: int, spec: UpcycleSpec) -> None:
     if rest := tokens * spec.top_k % spec.num_experts:
         raise SpecError(
             field="config.train.micro_batch_size",
-            got=f"{tokens} tokens of {spec.top_k} experts each, {rest} more than {spec.num_experts} experts share",
-            expected=f"with {QUANTILES}, tokens that all experts can have as many of",
+            kind="refused",
+            got=(
+                f"gives {tokens} tokens of {spec.top_k} experts each, {rest} more than {spec.num_experts} experts "
+                f"can share equally, as {QUANTILES} needs"
+            ),
             fix="change it, or config.dataset.seq_length",
         )
 
@@ -262,8 +278,8 @@ def _check_template(source: str | None, spec: UpcycleSpec) -> None:
     if not source or experts != spec.num_experts:
         raise SpecError(
             field="config.checkpoint.hf_source_path",
-            got=f"{source}, of a model with {experts or 'no'} experts" if source else None,
-            expected=f"a folder with {spec.num_experts} experts, for names and configuration, not the parent's",
+            got=f"{source}, a model with {experts or 'no'} experts" if source else "missing",
+            expected=f"a folder with {spec.num_experts} experts, not the parent's, for names and configuration",
             fix="make one with nemo-upcycle convert",
         )
     require_unfolded(read_architecture(Path(source)).hf_class, spec.routed_scaling_factor)
@@ -287,7 +303,7 @@ def _goes_on(config: UpcyclingConfig, paths: Sequence[Path]) -> bool:
             verdict[0] = checkpoint_exists(folder) or _has_global_non_persistent_checkpoint(folder, config.checkpoint)
             if verdict[0]:
                 _check_receipt(config.checkpoint.save, paths, config.spec)
-                show_messages().info("%s: the run goes on from its checkpoint, nothing is upcycled", folder)
+                show_messages().info("%s: the run resumes from its checkpoint and does not upcycle again", folder)
         except UpcycleError as error:
             verdict[0] = error
     torch.distributed.broadcast_object_list(verdict)
@@ -301,16 +317,16 @@ def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None)
     made = load_receipt(folder)
     if made is None:
         raise UpcycleError(
-            folder,
-            got=f"checkpoints without a {RECEIPT}: they were not made by upcycling",
-            expected="a new folder, or one of an upcycled run",
+            f"Folder {folder}",
+            kind="state",
+            got=f"has checkpoints without a {RECEIPT}, so they were not made by upcycling",
             fix="give config.checkpoint.save and .load another folder",
         )
     if any("Megatron-Bridge" in record["made_by"] for record in made.get("parameters", [])):
         raise UpcycleError(
             f"{folder}/{RECEIPT}",
-            got="a parent that Megatron-Bridge's own mapping filled, which 0.3 no longer does",
-            expected="a parent that has a family",
+            kind="refused",
+            got="names a parent that only Megatron-Bridge's own mapping could fill, and 0.3 does not use it",
             fix=f"start in a new folder. {FINISH_WITH_0_2}",
         )
     made_by, wanted = made.get("spec"), spec.to_dict() if spec else None
@@ -328,10 +344,11 @@ def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None)
     ):
         if differs:
             raise UpcycleError(
-                f"{folder}/{RECEIPT}: {name}",
-                got=got,
-                expected=expected,
-                fix=f"go on with the same {name}, or in a new folder",
+                f"{name} of {folder}/{RECEIPT}",
+                kind="changed",
+                got=f"{got} became {expected}",
+                expected="the run started",
+                fix=f"continue with the same {name}, or start in a new folder",
             )
 
 

@@ -89,8 +89,12 @@ def require_inspect(every: int, field: str) -> None:
         SpecError: nvdlfw-inspect is not installed.
     """
     if every and torch.cuda.is_available() and not find_spec("nvdlfw_inspect"):
-        expected = "0 without nvdlfw-inspect, which takes the statistics"
-        raise SpecError(field=field, got=every, expected=expected, fix="pip install nvdlfw-inspect, or set it to 0")
+        raise SpecError(
+            field=field,
+            kind="missing",
+            got="needs the package nvdlfw-inspect, which is not installed",
+            fix="run: pip install nvdlfw-inspect; or set it to 0",
+        )
 
 
 def features(every: int, precision: Any) -> dict[str, Any]:

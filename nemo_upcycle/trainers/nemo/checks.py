@@ -71,7 +71,7 @@ def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> i
     value = default if value is None else value
     if not is_whole(value, 1):
         raise SpecError(
-            f"{where}trainer.{name}", got=value, expected="a whole number from 1 on", fix=f"set {name} to how many"
+            f"{where}trainer.{name}", got=value, expected="a whole number, 1 or more", fix="set it to 1, or more"
         )
     return value
 
@@ -170,7 +170,7 @@ def _check_tuning(recipe: run.Partial, where: str) -> None:
         raise SpecError(
             field=f"{where}tokenizer",
             got=setting(recipe, "tokenizer"),
-            expected="data: a model from a dense checkpoint brings none",
+            expected="data, because a model from a dense checkpoint brings no tokenizer",
             fix="set it to data",
         )
 
@@ -189,21 +189,24 @@ def _check_lora(recipe: run.Partial, where: str) -> None:
     if kind is not UpcycleLoRA:
         raise SpecError(
             field=f"{where}peft",
-            got=kind.__name__,
-            expected="none, or nemo_upcycle.trainers.nemo.lora.UpcycleLoRA: NeMo's, with whole checkpoints",
-            fix="omit it, and give the recipe's factory peft_scheme='lora'; its rank is peft.dim",
+            kind="refused",
+            got=(
+                f"is {kind.__name__}, which keeps whole checkpoints; only "
+                "nemo_upcycle.trainers.nemo.lora.UpcycleLoRA keeps adapters alone"
+            ),
+            fix="omit it, and give the recipe peft_scheme='lora'; its rank is peft.dim",
         )
     limits = (
         (
             "trainer.strategy.expert_model_parallel_size",
             lambda value: (value or 1) > 1,
-            "1 with peft: NeMo's adapters of experts are averaged over all ranks, whosever experts they have",
+            "1 with peft, because NeMo averages the experts' adapters over all ranks",
             "set it to 1",
         ),
         (
             "model.config.moe_grouped_gemm",
             bool,
-            "False with peft: NeMo gives grouped experts one adapter together, and copies would stay copies",
+            "False with peft, because NeMo gives grouped experts one common adapter, so they stay copies",
             "set it to False",
         ),
     )
@@ -264,11 +267,12 @@ def check_parent(recipe: run.Partial, dense: Parent, where: str = "", *, remote:
     for name in (*SIZES, "tied_embeddings", *(_EXPERTS if wanted.num_experts or model.num_experts else ())):
         got, expected = getattr(model, name), getattr(wanted, name)
         if got != expected:
+            part = "transformer_layer_spec." if name in DECODER else ""
             raise UpcycleError(
-                f"{where}model.config.{'transformer_layer_spec.' if name in DECODER else ''}{FIELDS.get(name, name)}",
+                f"{where}model.config.{part}{FIELDS.get(name, name)}",
                 got=got,
-                expected=f"{expected}, as {dense.address} has",
-                fix="give the recipe of a model of this family and size, or another dense",
+                expected=f"{expected}, as in {dense.address}",
+                fix="use the recipe of a model of this family and size, or another dense",
             )
 
 

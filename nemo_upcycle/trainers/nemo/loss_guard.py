@@ -61,8 +61,9 @@ class LossGuard(Callback):
         raise UpcycleError(
             f"{what} of step {trainer.global_step}",
             got=got,
-            expected=f"{expected}; the last good checkpoint is {kept or 'the dense one'}",
-            fix=how_to_go_on(Path(AppState().log_dir), "nemo", optim.config.lr),
+            expected=expected,
+            fix=f"the last good checkpoint is {kept or 'the dense one'}. "
+            + how_to_go_on(Path(AppState().log_dir), "nemo", optim.config.lr),
         )
 
     def _judge(self, trainer: pl.Trainer) -> tuple[str, float, str] | None:

@@ -113,8 +113,8 @@ def _special(arch: Architecture, kind: type) -> Any:
     family = find_family(arch.hf_class)
     title, special = family.title if family else "a model", ", ".join(what for what, holds in lacks.items() if holds)
     raise SpecError(
-        "dense",
-        got=f"{title} with {special}",
-        expected="a parent that a model of NeMo's can be",
-        fix="train it in Megatron-Bridge: upcycled_pretraining(dense, spec, seq_length=...) makes the recipe",
+        title,
+        kind="refused",
+        got=f"with {special} cannot be trained by NeMo",
+        fix="train it in Megatron-Bridge, with the recipe of upcycled_pretraining(dense, spec, seq_length=...)",
     )

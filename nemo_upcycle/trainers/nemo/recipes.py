@@ -22,9 +22,9 @@ from nemo_upcycle.trainers.nemo.imports import quiet_imports
 PLACED_PARTS = ("log", "resume", "data")
 #: What decides in the place of such a setting, and what to do instead of giving it.
 _DECIDES = {
-    "log": ("the run's folder decides", "omit it, or change dir"),
-    "resume": ("the run's folder and its parent decide", "omit it, or change dir or dense"),
-    "data": ("the run's data and parent decide", "omit it, or change data=... or dense=..."),
+    "log": ("the run's folder decides it", "omit it, or change dir"),
+    "resume": ("the run's folder and its parent decide it", "omit it, or change dir or dense"),
+    "data": ("the run's data and parent decide it", "omit it, or change data=... or dense=..."),
 }
 #: Settings that NeMo ignores where it is told the folder, or with which a stage would not find its own checkpoints.
 _OF_THE_RUN = (
@@ -121,8 +121,8 @@ def ignored_settings(recipe: run.Partial, usual: run.Partial, where: str = "") -
     for name in placed_settings(recipe):
         if given[name] != before.get(name):
             expected, fix = _DECIDES[name.partition(".")[0]]
-            setting, got = f"{where}{name.removesuffix('.is')}", given[name].strip('"')
-            yield UpcycleError(setting, got=got, expected=f"no such setting: {expected}", fix=fix)
+            setting = f"{where}{name.removesuffix('.is')}"
+            yield UpcycleError(setting, kind="refused", got=f"cannot be set: {expected}", fix=fix)
 
 
 def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:

@@ -107,9 +107,9 @@ def _require_never_saved(found: list[Path]) -> None:
     damaged = [path for path in found if was_saved(path) and not is_marked(path)]
     if damaged:
         raise CheckpointError(
-            str(damaged[-1]),
-            got="a checkpoint that lacks files",
-            expected="all that its metadata names",
+            f"Checkpoint {damaged[-1]}",
+            kind="state",
+            got="lacks files that its metadata names",
             fix=f"restore its files, or move {damaged[-1]} away to start from the dense checkpoint again",
         )
 

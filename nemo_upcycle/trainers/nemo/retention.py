@@ -43,7 +43,7 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
                 "log.ckpt.keep_every",
                 got=keep_every,
                 expected=f"a multiple of every_n_train_steps ({steps})",
-                fix="change one of them: only checkpoints that are written can be kept",
+                fix="change one of them: only written checkpoints can be kept",
             )
         self.keep_last = keep_last
         self.keep_every = keep_every

@@ -90,9 +90,9 @@ def lacking_here(recipe: Any, where: str = "", *, in_stage: bool = False) -> Ite
         name, got = ("accelerator", "gpu") if not here else ("devices", per_node)
         yield UpcycleError(
             f"{where}trainer.{name}",
-            got=got,
-            expected=f"at most {here}, the GPUs of this machine" if here else "a GPU: this machine has none",
-            fix=f"set it to {here}" if here else "train on one that has, or for a trial set it to cpu",
+            kind="refused",
+            got=f"is {got}, and this machine has {here} GPUs" if here else f"is {got}, and this machine has no GPU",
+            fix=f"set it to {here}" if here else "train on a machine with GPUs, or set it to cpu for a trial",
         )
     statistics = "trainer.callbacks.MetricsLogger.fp8_statistics_every"
     try:

@@ -167,17 +167,17 @@ class NeMoTraining(Training):
         if not setting(self.recipe, "resume.restore_config.path"):
             raise SpecError(
                 f"{stage}.resume.restore_config",
-                got="none",
-                expected="a dense checkpoint to start from",
-                fix="make the recipe with upcycled(...), a baseline's with start_from(recipe, dense, None)",
+                kind="missing",
+                got="names no dense checkpoint to start from",
+                fix="make the recipe with upcycled(...), or a baseline with start_from(recipe, dense, None)",
             )
         check_recipe(self.recipe, f"{stage}.")
         if stage == "pretrain" and not self.recipe.resume.restore_config.spec:
             raise SpecError(
                 "pretrain.resume.restore_config.spec",
-                got="none",
-                expected="an UpcycleSpec",
-                fix="give an upcycled model's recipe: nemo_upcycle.recipes.upcycled(recipe, dense, spec) makes one",
+                kind="missing",
+                got="is missing, and the stage upcycles",
+                fix="give the recipe of an upcycled model, such as nemo_upcycle.recipes.upcycled(recipe, dense, spec)",
             )
 
     def check_parent(self, stage: str, parent: Parent, *, remote: bool) -> None:

@@ -93,5 +93,5 @@ def is_lora(peft_scheme: str | None) -> bool:
     """Tell whether NeMo's name of a scheme is LoRA's; none is that of all weights."""
     scheme = (peft_scheme or "none").lower()
     if scheme not in ("lora", "none"):
-        raise SpecError("peft_scheme", got=peft_scheme, expected="lora or none", fix="take lora")
+        raise SpecError("peft_scheme", got=peft_scheme, expected="lora or none", fix="set it to lora")
     return scheme == "lora"

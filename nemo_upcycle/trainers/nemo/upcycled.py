@@ -142,8 +142,8 @@ def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
     if not setting(recipe, "resume.restore_config.spec"):
         raise SpecError(
             "resume.restore_config.spec",
-            got="none: a recipe that does not upcycle",
-            expected="one that does",
+            kind="missing",
+            got="is missing, so the recipe does not upcycle",
             fix="make it with nemo_upcycle.recipes.upcycled(recipe, dense=..., spec=...)",
         )
     return _set_spec(recipe, spec)
@@ -194,15 +194,15 @@ def _check_dense(recipe: Any) -> None:
             "recipe",
             got=getattr(recipe, "__name__", type(recipe).__name__),
             expected="a run.Partial of llm.pretrain",
-            fix="give what the pretrain_recipe() of a model returns",
+            fix="give the result of a model's pretrain_recipe()",
         )
     function = recipe.__fn_or_cls__
     if (function.__module__ == pretrain.__module__ and function not in (pretrain, train)) or setting(recipe, "peft"):
         raise SpecError(
-            "recipe",
-            got=f"one of llm.{function.__name__}",
-            expected="one of llm.pretrain",
-            fix="upcycle in a pretraining; what it leaves can be tuned",
+            "Recipe",
+            kind="refused",
+            got=f"is one of llm.{function.__name__}, and upcycling needs llm.pretrain",
+            fix="upcycle in a pretraining, and tune its result",
         )
     for name in ("trainer.strategy", "model.config", "data"):
         if not isinstance(found := setting(recipe, name), run.Config):
@@ -211,8 +211,8 @@ def _check_dense(recipe: Any) -> None:
     if (experts := setting(config, "num_moe_experts")) and not _own_experts(config):
         raise SpecError(
             "model.config.num_moe_experts",
-            got=experts,
-            expected="a dense model, or one whose class has experts",
+            kind="refused",
+            got=f"is {experts}, and only a dense model, or a class with experts, can be upcycled",
             fix="give the parent's recipe, or change the spec of one that upcycles with use_spec(recipe, spec)",
         )
     ours = ("nemo.", "nemo_upcycle.")
@@ -221,9 +221,9 @@ def _check_dense(recipe: Any) -> None:
     if family not in parents() and not (isinstance(family, MoeFamily) and not family.no_parent_because):
         raise SpecError(
             "model.config",
-            got=f"{config.__fn_or_cls__.__name__}, of another family",
-            expected=f"one of {_FAMILIES}",
-            fix="take the recipe of such a model; a Llama by another name has one of the same sizes",
+            kind="refused",
+            got=f"is {config.__fn_or_cls__.__name__}, and only the families {_FAMILIES} are supported",
+            fix="use the recipe of such a model; a Llama under another name can use a recipe of its size",
         )
 
 
@@ -250,7 +250,7 @@ def _take_ours(recipe: run.Partial, name: str) -> None:
             name,
             got=part.__fn_or_cls__.__name__,
             expected=f"NeMo's {theirs.__name__}",
-            fix=f"take that, or derive the class from {ours.__module__}.{ours.__name__}",
+            fix=f"use NeMo's class, or derive yours from {ours.__module__}.{ours.__name__}",
         )
     fdl.update_callable(part, ours)
 

@@ -98,8 +98,8 @@ def _checkpoint(path: Path) -> Path:
     if described and "lora_alpha" in described.settings:
         raise SpecError(
             field="checkpoint",
-            got=f"{found}, of a tuning by LoRA",
-            expected="one without adapters, which only the run that made them goes on with",
+            kind="refused",
+            got=f"{found} has LoRA adapters, and only the run that made them can continue",
             fix="give the checkpoint that the tuning started from, or a run that trained all weights",
         )
     return found
@@ -195,7 +195,7 @@ def _check_gather(ddp: Any) -> None:
         raise SpecError(
             field="trainer.strategy.ddp.overlap_param_gather",
             got=True,
-            expected="False with parameters in MXFP8, which NeMo 2.7 would gather before they are there",
+            expected="False with parameters in MXFP8, because NeMo 2.7 would gather them too early",
             fix="set it to False, also in MegatronCommOverlapCallback",
         )
 

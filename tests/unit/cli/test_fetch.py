@@ -99,7 +99,7 @@ def test_what_may_not_or_cannot_be_had_is_named_and_the_rest_is_fetched(site: Si
     done = site.fetch(dense.replace("tiny", "gated"), *others)
     assert done.returncode == 1, done.stderr
     assert "not fetched: model acme/gated: download of acme/gated" in done.stdout
-    assert "sources.web.license of blend mine: got not stated, expected a licence" in done.stdout
+    assert "sources.web.license of blend mine is not stated; expected a licence" in done.stdout
     assert not (site.folder / "fetched/texts").exists()
     (site.folder / "home").mkdir()
     (site.folder / "home/token").write_text(TOKEN)

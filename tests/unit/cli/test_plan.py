@@ -128,7 +128,7 @@ def test_what_is_advised_fits(gpus: str, recipe: str, capsys: pytest.CaptureFixt
     if main(words):
         given = capsys.readouterr()
         text = " ".join((given.err or given.out).split())
-        advice = re.search(r"(?:Fix: set|With) (--[a-z-]+)[ =](\d+)", text)
+        advice = re.search(r"(?:Set|With) (--[a-z-]+)[ =](\d+)", text)
         assert advice, text
         assert main([*words, *advice.groups()]) == 0
     assert "nemo llm pretrain" in capsys.readouterr().out

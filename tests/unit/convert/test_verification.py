@@ -193,7 +193,7 @@ def test_routers_that_tear_copies_apart_are_found(dense: Path, tmp_path: Path) -
 def test_weights_that_are_no_numbers_are_named(dense: Path, tmp_path: Path, name: str) -> None:
     moe = _made(dense, tmp_path / "moe")
     _change(moe, f"model.layers.{name}", float("nan"))
-    with pytest.raises(CheckpointError, match=f"{name}: got 1 values that are NaN or infinite"):
+    with pytest.raises(CheckpointError, match=f"{name} is 1 values that are NaN or infinite"):
         verify(dense, moe)
 
 

@@ -94,7 +94,7 @@ def test_a_sequence_has_one_token_more_than_its_length(tiny_dense: Path, tmp_pat
     (tokens,) = blend.tokens[short]["talks"].values()
     assert blend.paths(seq_length=tokens - 1)[short]
     what = {"train": "source talks to train on", "validation": "the longest validation source"}[short]
-    said = rf"tokens of {what} in .*: got {tokens}, expected more than one sequence \({tokens}\)"
+    said = rf"tokens of {what} in .*: got {tokens}; expected more than one sequence \({tokens}\)"
     with pytest.raises(UpcycleError, match=said):
         blend.paths(seq_length=tokens)
 
@@ -110,7 +110,7 @@ def test_data_of_another_tokenizer_are_refused(folder: Path, tiny_dense: Path, t
     other = _with_another_tokenizer(write_llama(tmp_path / "other", vocab_size=260))
     blend = open_blend(folder)
     blend.require_tokenizer_of(str(tiny_dense))
-    with pytest.raises(UpcycleError, match=rf"tokenizer of {blend.folder}: got sha256 .*, expected that of .*{other}"):
+    with pytest.raises(UpcycleError, match=rf"tokenizer of {blend.folder} is sha256 .*; expected that of .*{other}"):
         blend.require_tokenizer_of(str(other))
 
 

@@ -96,7 +96,7 @@ def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) ->
     write_json(tmp_path / "engine.json", {"plan": PLAN})
     with pytest.raises(UpcycleError) as caught:
         check()
-    said = "got at most 54 tokens to train on, in 2 of 2 documents, expected more than a sequence (64)"
+    said = "got at most 54 tokens to train on, in 2 of 2 documents; expected more than a sequence (64)"
     assert str(caught.value).startswith(f"source tiny: {said}")
 
 
@@ -107,7 +107,7 @@ def test_source_without_a_sequence_is_refused_once_it_is_tokenised(tmp_path: Pat
     _write(tmp_path, "stats", 0, 10, 4000)
     check()
     _write(tmp_path, "stats", 1, 2, 240)
-    with pytest.raises(UpcycleError, match="source tiny: got 60 tokens to train on, in 2 of 2 documents"):
+    with pytest.raises(UpcycleError, match="source tiny is 60 tokens to train on, in 2 of 2 documents"):
         check()
 
 

@@ -151,7 +151,7 @@ def test_what_cannot_be_asked_is_known_before_the_model_is_loaded(own_suite: Pat
     for name, tasks, strict in (("all", {"lost": [0]}, False), ("one", {"quiz": [0], "lost": [0]}, True)):
         config = SuiteConfig(tasks, False, str(own_suite / "tasks"), strict=strict)
         suite = build_suite([], [], tmp_path / name, config)
-        with pytest.raises(UpcycleError, match=r"data of .*lost: got .*lost\.test\.jsonl"):
+        with pytest.raises(UpcycleError, match=r"data of .*lost is .*lost\.test\.jsonl"):
             evaluate(tmp_path / "no_model", suite, tmp_path / "out", name="none")
     assert not (tmp_path / "out").exists()
 
@@ -173,7 +173,7 @@ def test_strict_evaluation_ends_at_missing_tasks(
     assert main([*words, "--json"]) == 0
     assert list(json.loads(capfd.readouterr().out)["missing"]) == ["lost"]
     assert main([*words, "--strict"]) == 2
-    assert "error: data of lm-eval's task lost: got " in capfd.readouterr().err
+    assert "error: data of lm-eval's task lost is " in capfd.readouterr().err
 
 
 def test_of_several_ways_to_read_an_answer_the_first_counts() -> None:

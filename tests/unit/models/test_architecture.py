@@ -87,7 +87,7 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path, content: st
         read_architecture(tmp_path / "nowhere")
     if content:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config\.json: got .*expected a model's" if content else "no config"):
+    with pytest.raises(CheckpointError, match=r"config\.json is .*expected a model's" if content else "no config"):
         read_architecture(tmp_path)
 
 

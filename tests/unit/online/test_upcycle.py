@@ -152,7 +152,7 @@ def test_weights_that_are_not_what_config_json_says_are_refused(copy: Path) -> N
 
 
 def test_what_is_no_gpt_model_is_refused(dense: Path) -> None:
-    with open_dense(dense) as source, pytest.raises(SpecError, match="model chunk: got Linear"):
+    with open_dense(dense) as source, pytest.raises(SpecError, match="model chunk is Linear"):
         upcycle_into([torch.nn.Linear(2, 2)], source, SPEC)
 
 

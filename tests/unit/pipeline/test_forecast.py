@@ -239,7 +239,7 @@ def test_an_offline_hub_is_a_problem_without_a_cache(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = forecast_of(llama, tmp_path)
     assert any(
-        one.startswith("import: got HF_HUB_OFFLINE=1") and "no model meta-llama/" in one
+        one.startswith("import is HF_HUB_OFFLINE=1") and "no model meta-llama/" in one
         for one in map(str, found.problems)
     )
 

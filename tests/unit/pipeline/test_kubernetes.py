@@ -187,7 +187,7 @@ def test_pods_of_a_training_get_performance_settings_that_the_site_changes(tmp_p
 def test_a_claim_or_queue_that_the_cluster_lacks_is_refused(lacking: str, tmp_path: Path) -> None:
     scheduler, api = _scheduler(tmp_path)
     api.lacks = lacking
-    with pytest.raises(UpcycleError, match=f"got {lacking}, expected a"):
+    with pytest.raises(UpcycleError, match=f"got {lacking}; expected a"):
         scheduler.check([_job(tmp_path)])
 
 

@@ -37,12 +37,12 @@ def _refusal(status: int, message: str, **details: str) -> Any:
 @pytest.mark.parametrize(
     ("status", "message", "details", "words"),
     [
-        (404, "not found", {"kind": "namespaces", "name": "team"}, r"run\.executor\.namespace: got team"),
+        (404, "not found", {"kind": "namespaces", "name": "team"}, r"run\.executor\.namespace is team"),
         (404, "", {}, "Kubeflow Trainer 2.2 or newer"),
-        (403, "User 'me' cannot create", {}, "rights to trainjobs in namespace team: got User 'me' cannot create"),
+        (403, "User 'me' cannot create", {}, "rights to trainjobs in namespace team is User 'me' cannot create"),
         (401, "Unauthorized", {}, "log in again"),
         (403, "admission webhook 'v' denied the request: no runtime", {}, "refused: admission webhook 'v' denied"),
-        (503, "later", {}, "Kubernetes API server: got 503 Refused: later"),
+        (503, "later", {}, "Kubernetes API server is 503 Refused: later"),
     ],
 )
 def test_refusals_say_what_to_change(

@@ -35,6 +35,6 @@ def test_none_is_written_where_the_user_wants_none(under_way: Path, monkeypatch:
     with watched(under_way):
         pass
     monkeypatch.setenv(REPORT_EVERY, "often")
-    with pytest.raises(UpcycleError, match=f"{REPORT_EVERY}: got often"), watched(under_way):
+    with pytest.raises(UpcycleError, match=f"{REPORT_EVERY} is often"), watched(under_way):
         pass
     assert not (under_way / "report.html").exists()

@@ -183,11 +183,11 @@ def test_an_arm_without_a_score_at_its_end_is_named(run_dir: Path) -> None:
     (run_dir / "moe-seed1/evaluation/step=8.json").unlink()
     assert "Not scored at the end, and left out: moe of seed 1." in rendered(run_dir)
     (run_dir / "moe-seed2/evaluation/step=8.json").unlink()
-    with pytest.raises(UpcycleError, match="arm moe: got no score at its last step"):
+    with pytest.raises(UpcycleError, match="arm moe is no score at its last step"):
         rendered(run_dir)
     for seed in (1, 2):
         (run_dir / f"dense-seed{seed}/evaluation/step=0.json").unlink()
-    with pytest.raises(UpcycleError, match="arm dense: got no score at its first step"):
+    with pytest.raises(UpcycleError, match="arm dense is no score at its first step"):
         rendered(run_dir)
 
 
@@ -245,7 +245,7 @@ def test_a_page_without_a_place_for_the_table_is_refused(run_dir: Path) -> None:
     folder, page = run_dir / "mine", run_dir / "mine.md"
     write_evidence(folder / EVIDENCE, collect_evidence(run_dir, "mine", described()))
     page.write_text("my own words\n")
-    with pytest.raises(UpcycleError, match=r"mine\.md: got no such lines"):
+    with pytest.raises(UpcycleError, match=r"mine\.md is no such lines"):
         write_grid(folder)
     assert page.read_text() == "my own words\n"
     assert not (folder / "table.md").exists()
@@ -260,7 +260,7 @@ def test_damaged_evidence_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_evaluations_of_other_documents_are_named(run_dir: Path) -> None:
     (run_dir / "st-seed2/evaluation/step=1.json").write_text(json.dumps(evaluation((1.0, 1.0))))
-    with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json: got 2 documents"):
+    with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json is 2 documents"):
         write_table(run_dir, "mine", described())
 
 

@@ -230,7 +230,7 @@ def test_code_in_the_arguments_is_not_run(dense: Path, tmp_path: Path) -> None:
     assert context.settings["moe_router_topk"] == 2
     assert not (tmp_path / "trace").exists()
     (checkpoint / "common.pt").write_bytes(b"PK\x03\x04 damaged")
-    with pytest.raises(CheckpointError, match=r"common\.pt: got an unreadable .*copy the checkpoint again"):
+    with pytest.raises(CheckpointError, match=r"common\.pt is an unreadable .*copy the checkpoint again"):
         read_context(checkpoint)
 
 

@@ -106,8 +106,8 @@ def test_architectures_must_agree(folders: list[Path], name: str, value: Any, fi
 def test_tensors_must_agree(folders: list[Path]) -> None:
     tensor = weights_of(folders[1])[NETWORK]
     for changed, words in (
-        (tensor.bfloat16(), r"dtype of .*down_proj\.weight of .*other1: got torch\.bfloat16, expected torch\.float32"),
-        (tensor.T.contiguous(), r"shape of .*down_proj\.weight of .*other1: got \(96, 64\)"),
+        (tensor.bfloat16(), r"dtype of .*down_proj\.weight of .*other1 is torch\.bfloat16; expected torch\.float32"),
+        (tensor.T.contiguous(), r"shape of .*down_proj\.weight of .*other1 is \(96, 64\)"),
         (None, r"other1: tensor '.*down_proj\.weight' does not exist"),
     ):
         change_weights(folders[1], {NETWORK: changed})

@@ -64,7 +64,7 @@ def test_half_removed_checkpoint_is_removed_once_enough_newer_ones_are_whole(tmp
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "message"),
     [
-        (1, 7, r"log.ckpt.keep_every: got 7, expected a multiple of every_n_train_steps \(5\)"),
+        (1, 7, r"log.ckpt.keep_every is 7; expected a multiple of every_n_train_steps \(5\)"),
     ],
 )
 def test_refuses_numbers_that_keep_nothing(keep_last: int, keep_every: int | None, message: str) -> None:

@@ -82,7 +82,7 @@ def test_a_learning_rate_of_zero_and_a_list_of_coefficients_are_allowed() -> Non
 def test_master_weights_may_not_be_made_of_parameters_in_fp8(changes: dict[str, Any], refused: bool) -> None:
     values = {"fp8_param_gather": True, "fp8_recipe": "delayed", "use_precision_aware_optimizer": True} | changes
     both = SimpleNamespace(**values)
-    with pytest.raises(SpecError, match=r"optim\.precise: got True") if refused else nullcontext():
+    with pytest.raises(SpecError, match=r"optim\.precise is True") if refused else nullcontext():
         check_masters(both, both, "optim.precise")
     check_masters(None, both, "optim.precise")
 
@@ -111,7 +111,7 @@ def test_a_callbacks_setting_is_found_by_its_class() -> None:
     assert setting(recipe, "trainer.callbacks.MetricsLogger.fp8_statistics_every") == 7
     assert setting(recipe, "trainer.callbacks.LossGuard.window") is None
     callbacks[1].fp8_statistics_every = -1
-    with pytest.raises(SpecError, match=r"^pretrain\.trainer\.callbacks\.MetricsLogger\.fp8_statistics_every: got -1"):
+    with pytest.raises(SpecError, match=r"^pretrain\.trainer\.callbacks\.MetricsLogger\.fp8_statistics_every is -1"):
         check_values(recipe, "nemo", "pretrain.")
 
 

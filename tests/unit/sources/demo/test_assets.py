@@ -63,7 +63,7 @@ def test_a_python_without_pip(add_wheel, tmp_path, monkeypatch):
     (tmp_path / "python").write_text("#!/bin/sh\necho 'No module named pip' >&2; exit 1\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(assets.sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(UpcycleError, match=r"pip: got not installed.*ensurepip"):
+    with pytest.raises(UpcycleError, match=r"pip is not installed.*ensurepip"):
         fetch_asset("nopip")
 
 
