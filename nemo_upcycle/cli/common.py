@@ -130,7 +130,7 @@ def require_overrides(args: argparse.Namespace) -> None:
     """End with the command's usage where one of its overrides is no KEY=VALUE."""
     for word in args.overrides:
         if "=" not in word:
-            args.parser.error(f"argument {word!r}: got no =, expected KEY=VALUE")
+            args.parser.error(f"argument {word!r} is not KEY=VALUE")
 
 
 def folder_to_make(text: str) -> Path:

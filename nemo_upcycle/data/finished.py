@@ -207,9 +207,9 @@ class FinishedBlend(Finished):
             UpcycleError: a source has not one sequence to train on, or none has one to validate on.
         """
         for source, prefixes in self.tokens["train"].items():
-            self._require_sequence(f"tokens of source {source} to train on", sum(prefixes.values()), seq_length)
+            self._require_sequence(f"Source {source}", sum(prefixes.values()), seq_length)
         longest = max((sum(prefixes.values()) for prefixes in self.tokens["validation"].values()), default=0)
-        self._require_sequence("tokens of the longest validation source", longest, seq_length)
+        self._require_sequence("The longest validation source", longest, seq_length)
         train = self._weighted("train", 0)
         validation = self._weighted("validation", seq_length)
         return {"train": train, "validation": validation, "test": list(validation)}
@@ -217,7 +217,7 @@ class FinishedBlend(Finished):
     def _require_sequence(self, what: str, tokens: int, seq_length: int) -> None:
         if tokens <= seq_length:
             raise UpcycleError(
-                f"Split {what} of {self.folder}",
+                f"{what} of {self.folder}",
                 kind="state",
                 got=f"has {tokens} tokens, not more than one sequence ({seq_length})",
                 fix="give the blend more text (for validation: a larger hold_out), or lower the sequence length",

@@ -122,7 +122,7 @@ def compare_items(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         UpcycleError: the two were not evaluated on the same items.
     """
     if set(a["items"]) != set(b["items"]):
-        raise _different_items(a, b, sorted(b["items"]), sorted(a["items"]))
+        raise _different_items(a, b, f"they have the tasks {sorted(a['items'])} and {sorted(b['items'])}")
     count = {"items": 0, "loglikelihoods": 0, "questions": 0, "changed_answers": 0}
     absolute = relative = 0.0
     largest_at: dict[str, Any] | None = None

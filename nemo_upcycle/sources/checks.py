@@ -47,27 +47,22 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
         present = {name for name in present if not family.is_mtp(name, arch.num_layers)}
     if arch.tied_embeddings:
         present.discard(mapping_of("output", arch).hf[0])
+    fix = "check that config.json and the weights belong together"
     for what, names in (
-        ("missing", shapes.keys() - present),
-        ("not used by this architecture", present - shapes.keys()),
+        ("lacks tensors", shapes.keys() - present),
+        (f"has tensors that {arch.hf_class} does not have", present - shapes.keys()),
     ):
         if names:
-            raise CheckpointError(
-                f"{dense.path}: tensors {what}",
-                kind="state",
-                got="are " + ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
-                fix=(
-                    f"check that config.json and the weights belong together: {arch.hf_class} has {len(shapes)} "
-                    "tensors"
-                ),
-            )
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            got = f"{what}: {', '.join(sorted(names)[:5])}{more}"
+            raise CheckpointError(str(dense.path), kind="state", got=got, fix=fix)
     for name, shape in shapes.items():
         if dense.shape(name) != shape:
             raise CheckpointError(
                 f"{dense.path}: shape of {name}",
                 got=list(dense.shape(name)),
                 expected=f"{list(shape)}, as in config.json",
-                fix="check that config.json and the weights belong together",
+                fix=fix,
             )
     for source in dense.branches():
         if arch.tied_embeddings and mapping_of("output", arch).hf[0] in source.names():
@@ -114,9 +109,9 @@ def require_finite(
         require_fits(made, name, source)
     raise BrokenWeights(
         _where(name, source),
-        got=f"{int((~slice_.isfinite()).sum())} values that are NaN or infinite",
-        expected="finite weights",
-        fix="use a checkpoint from before it broke",
+        kind="state",
+        got=f"has {int((~slice_.isfinite()).sum())} values that are NaN or infinite",
+        fix="use an earlier checkpoint",
     )
 
 
@@ -134,8 +129,8 @@ def require_fits(made: torch.Tensor, name: str, source: DenseSource | None = Non
     if not _is_finite(made):
         raise BrokenWeights(
             _where(name, source),
-            got="larger ones",
-            expected=f"numbers that {dtype_name(made.dtype)} can hold",
+            kind="state",
+            got=f"has numbers too large for {dtype_name(made.dtype)}",
             fix="choose bfloat16 or float32",
         )
 

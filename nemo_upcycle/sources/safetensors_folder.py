@@ -43,7 +43,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, str]:
         with safe_open(path, "numpy"):  # reads no tensor
             pass
     except (SafetensorError, OSError) as error:
-        raise _broken(path, f"a truncated or damaged file ({error})", "a safetensors file") from None
+        raise _broken(path, f"is truncated or damaged ({error})") from None
     with path.open("rb") as handle:
         raw = handle.read(int.from_bytes(handle.read(8), "little"))
     entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
@@ -69,7 +69,7 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
         index = read_json(folder / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise _broken(folder / INDEX, "no weight_map", "an index with a weight_map")
+            raise _broken(folder / INDEX, "has no weight_map")
         files: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(str(file), set()).add(name)
@@ -154,7 +154,7 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
             )
         entries, data_byte, self._headers[file] = _read_header(path)
         if absent := sorted(names - entries.keys()):
-            raise _broken(path, f"no {absent[0]}", f"the tensors that {INDEX} places there")
+            raise _broken(path, f"has no {absent[0]}, which {INDEX} places there")
         for name, entry in entries.items():
             if self._wrapper and (part := self._wrapper.part_of(name)):
                 start, stop = (data_byte + offset for offset in entry["data_offsets"])
@@ -163,7 +163,7 @@ class SafetensorsFolder(TensorFiles[Stored], DenseSource):
                 continue
             called = self._wrapper.text_name(name) if self._wrapper else name
             if called in self._tensors:
-                raise _broken(path, f"{name}, which {self._tensors[called].file} holds too", "every tensor once")
+                raise _broken(path, f"has {name}, and so does {self._tensors[called].file}")
             self._tensors[called] = _stored(path, name, entry, data_byte)
 
     def others(self) -> Sequence[OtherTensor]:

@@ -82,7 +82,7 @@ def test_a_run_without_a_tokenizer_gets_the_parents_or_is_refused(tmp_path: Path
     dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
     config = hooked(dense, tmp_path / "run", asdict(SPEC))
     config.tokenizer.tokenizer_type = "HuggingFaceTokenizer"
-    with pytest.raises(CheckpointError, match=rf"tokenizer in {dense} is none"):
+    with pytest.raises(CheckpointError, match=rf"Folder {dense} has no tokenizer"):
         prepare(config)
     write_tokenizer(dense)
     prepare(config)

@@ -23,7 +23,7 @@ from tests.waiting import HANG_S
 def test_a_spike_ends_the_run_on_all_ranks(inputs: Path, tmp_path: Path) -> None:
     settings = {"upcycle.spike_threshold": 0.0, "upcycle.stop_on_spike": "true", "steps": 60, "pp": 2}
     text = training_text(settings | {"lr": 0.0, "min_lr": 0.0}, ranks=2)
-    with pytest.raises(RuntimeError, match=r"loss of step \d+: got [\d.]+; expected at most"):
+    with pytest.raises(RuntimeError, match=r"Loss of step \d+ is [\d.]+; expected at most"):
         train(text, tmp_path, inputs / "parent", inputs / "blend", ranks=2)
     (spike,) = metrics(tmp_path, "loss_spike")
     assert spike["loss_spike"] > spike["limit"]

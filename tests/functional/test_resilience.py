@@ -69,8 +69,8 @@ def test_a_nan_loss_ends_all_ranks_unsaved(runs: Runs) -> None:
     options = {"steps": STEPS, "every": 2, "resilient": True, "asynchronous": True}
     (first, kept), second = runs.endings("poisoned", 2, poison={"step": 3}, **options)
     assert (first, kept) == second
-    assert "loss of step 4 is nan; expected a finite number; the last good checkpoint is" in first
-    assert "step=1-last. Start again to go on from there; " in first
+    assert "Loss of step 4 is nan; expected a finite number. The last good checkpoint is" in first
+    assert "step=1-last. Start again to resume from it; " in first
     assert "train in a new folder with a lower optim.config.lr" in first
     assert kept == 2
     assert [line["step"] for line in runs.metrics("poisoned")] == [1, 2, 3]

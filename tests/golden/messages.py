@@ -6,30 +6,41 @@ The words are the source's own. A value that is known only at run time stands as
 from __future__ import annotations
 
 import ast
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import nemo_upcycle
 from nemo_upcycle import errors
+from nemo_upcycle.data.suites.lm_eval_tasks import TaskDataError
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.base import UnreachableError
+from nemo_upcycle.sources.checks import BrokenWeights
+from nemo_upcycle.spec import UpcycleSpec
 from tests.golden import FOLDER
+
+
+def _is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, UpcycleError)
 
 
 MESSAGES = FOLDER / "messages.txt"
 PACKAGE = Path(nemo_upcycle.__file__).parent
-_CLASSES = {
-    name: value for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, UpcycleError)
-}
+_OTHERS = (BrokenWeights, TaskDataError, UnreachableError)
+_CLASSES = {kind.__name__: kind for kind in (*vars(errors).values(), *_OTHERS) if _is_error(kind)}
+_SPEC = {field.name for field in dataclasses.fields(UpcycleSpec)}
+#: Characters of an expression.
 _LONGEST = 60
 
 
 def messages_text() -> str:
     """Write all messages, file by file, each with its kind and the function that raises it.
 
-    A message about a setting has three lines: in Python, on a command line of `nemo-upcycle`, and in a stage.
+    A message about a field of the spec has three lines: in Python, as an error of `nemo-upcycle`, and as a stage and
+    its report name the setting.
     """
     lines = [
-        "Every message, made by `python -m tests.golden`: Python, then the command line and a stage, if they differ."
+        "All messages, made by `python -m tests.golden`: in Python, then on the command line and in a stage, if other."
     ]
     for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.with_name("recipes").glob("*.py")]):
         found = [line for call, function in _calls(path) for line in _lines(call, function)]
@@ -74,11 +85,20 @@ def _lines(call: ast.Call, function: ast.FunctionDef | ast.Module) -> Iterator[s
     where = "module" if isinstance(function, ast.Module) else function.name
     yield f"  {where} [{error.kind if error.fix or maker else 'text'}]"
     texts = [str(error)]
-    if error.field:
-        texts.append("error: " + str(error.renamed(lambda field: "--" + field.rpartition(".")[2].replace("_", "-"))))
-        texts.append(str(error.renamed(lambda field: f"pretrain.{field}")))
+    if error.field in _SPEC:
+        texts.append(f"error: {error.renamed(_option)}")
+    if error.field in _SPEC or error.field.startswith("model.config."):
+        texts.append(str(error.renamed(_setting)))
     for text in texts:
         yield from (f"    {line}" for line in text.splitlines())
+
+
+def _option(field: str) -> str:
+    return "--" + field.removeprefix("num_").replace("_", "-")
+
+
+def _setting(field: str) -> str:
+    return f"pretrain.{field}" if "." in field else f"pretrain.resume.restore_config.spec.{field}"
 
 
 def _text(value: ast.expr, function: ast.AST, call: ast.Call) -> str:

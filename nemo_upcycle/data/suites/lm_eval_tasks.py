@@ -22,6 +22,8 @@ from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.writers import yaml_text
 
 
+#: Beginning of the text of a `TaskDataError`, before the reason.
+_CANNOT = "cannot be had: "
 #: Of what a library says of a data set that it cannot load.
 _MOST_CHARACTERS = 300
 _REACH_HUB = "run where the Hugging Face hub can be reached, once: the data stay in its cache"
@@ -127,13 +129,13 @@ def load_available_tasks(
         except TaskDataError as error:
             if strict:
                 raise
-            missing[name] = str(error.got)
-            show_messages().warning("%s is not scored, its data cannot be had: %s", name, error.got)
+            missing[name] = str(error.got).removeprefix(_CANNOT)
+            show_messages().warning("%s is not scored, because its data %s", name, error.got)
     if not loaded:
         raise TaskDataError(
-            f"data of {', '.join(names)}",
-            got=f"none of them; of the first: {next(iter(missing.values()), 'no task is named')}",
-            expected="those of one task at least",
+            f"Data of {', '.join(names)}",
+            kind="state",
+            got=f"cannot be had, for the first: {next(iter(missing.values()), 'no task is named')}",
             fix=_REACH_HUB,
         )
     return loaded, missing
@@ -205,7 +207,7 @@ def _load(name: str, managers: Sequence[Any], file: str | None = None) -> Loaded
             loaded = manager.load([name if file is None else _over_file(manager, name, file, Path(scratch))])
     except Exception as error:  # lm-eval passes on what its libraries raise, of a dozen kinds
         got, fix = _reason(error)
-        raise TaskDataError(f"Data of lm-eval's task {name}", kind="state", got=got, fix=fix) from error
+        raise TaskDataError(f"Data of lm-eval's task {name}", kind="state", got=_CANNOT + got, fix=fix) from error
     return LoadedTask([loaded["tasks"][key] for key in sorted(loaded["tasks"])], loaded["groups"].get(name))
 
 
@@ -221,22 +223,19 @@ def _reason(error: Exception) -> tuple[str, str]:
     """Return why a task's data cannot be had, in one line, and what to do."""
     text = " ".join(str(error).split())
     if "scripts are no longer supported" in text:
-        got = f"is a script, {text.rpartition(' ')[2]}, which `datasets` 4.0 and newer do not run"
+        got = f"a data set that is a script, {text.rpartition(' ')[2]}, which `datasets` 4.0 and newer do not run"
         return got, "define the task over files without a script, in a folder that `include_path` names"
     if isinstance(error, KeyError):
-        return f"has no {text}, a split or column that the task names", "update lm-eval, or define the task anew"
+        return f"data without {text}, a split or column that it names", "update lm-eval, or define the task anew"
     if "is a gated dataset" in text:
-        return (
-            f"cannot be had: {text.rstrip('.')}",
-            "accept its terms on the hub, then `hf auth login`, or set HF_TOKEN",
-        )
+        return text.rstrip("."), "accept its terms on the hub, then `hf auth login`, or set HF_TOKEN"
     cause: BaseException | None = error
     while cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", 0)
         if status >= 500:
-            return f"cannot be had: the hub answered with status {status}", "run again: fetched files are kept"
+            return f"status {status} of the Hugging Face hub", "run again: fetched files are kept"
         cause = cause.__cause__ or cause.__context__
-    got = f"cannot be had ({type(error).__name__}: {text}"[:_MOST_CHARACTERS] + ")"
+    got = f"{type(error).__name__}: {text}"[:_MOST_CHARACTERS]
     return got, f"{_REACH_HUB}; or correct the file that defines the task"
 
 

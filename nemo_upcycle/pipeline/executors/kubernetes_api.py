@@ -134,7 +134,7 @@ class KubernetesApi:
             raise _meaning(error, resource, namespace) from None
         except Exception as error:  # urllib3's many, and those of plugins that fetch credentials
             *_, reason = type(error).__name__, *str(error).strip().splitlines()
-            raise _unreachable(f"none from {self._host} ({reason})") from None
+            raise _unreachable(f"does not answer at {self._host} ({reason})") from None
 
     def _is_absent(self, request: Callable[..., Any], *address: str) -> bool:
         try:
@@ -199,8 +199,8 @@ def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
     if error.status == 409:
         return TakenError()
     if error.status == 401:
-        what = f"login to the cluster, for {jobs}"
-        return UnreachableError(what, got=message, expected="a valid one", fix="log in again")
+        what = f"Login to the cluster for {jobs}"
+        return UnreachableError(what, kind="state", got=f"was refused: {message}", fix="log in again")
     if error.status == 403 and "denied the request" not in message:
         fix = "log in again, choose another run.executor.namespace or context, or ask the cluster's administrator"
         return UpcycleError(
@@ -209,12 +209,12 @@ def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
     if error.status in (400, 403, 422):
         fix = next((fix for words, fix in _FIXES.items() if words in message), "change run.executor accordingly")
         return UpcycleError("The API server", kind="state", got=f"refused {jobs}: {message}", fix=fix)
-    return _unreachable(f"{error.status} {error.reason}: {message}")
+    return _unreachable(f"answered {error.status} {error.reason}: {message}")
 
 
 def _unreachable(got: str) -> UnreachableError:
     fix = "check the network, and run.executor.kubeconfig and run.executor.context"
-    return UnreachableError("Kubernetes API server", got=got, expected="an answer", fix=fix)
+    return UnreachableError("The Kubernetes API server", kind="state", got=got, fix=fix)
 
 
 def _answer(error: Any) -> tuple[str, dict[str, Any]]:

@@ -73,7 +73,7 @@ def test_a_mistake_is_named_as_it_was_typed(
             "--router-std is 'wide'; expected a number. Write, for example, --router",
         ),
         ("plan --recipe a --model b --gpus 8", "not allowed with argument"),
-        ("data sotu d --check seqlength", "argument 'seqlength' is no =; expected KEY=VALUE. Type"),
+        ("data sotu d --check seqlength", "argument 'seqlength' is not KEY=VALUE. Type"),
     ],
 )
 def test_what_is_not_parsed_is_a_line_with_the_fix(capsys: pytest.CaptureFixture[str], typed: str, said: str) -> None:

@@ -101,7 +101,7 @@ def test_a_finished_folder_that_lost_data_is_not_done(dense: Path, tmp_path: Pat
         file.unlink()
         if kept_bytes:
             file.write_bytes(whole[:kept_bytes])
-        with pytest.raises(UpcycleError, match=rf"moe is no whole {name}.*Remove the folder and run"):
+        with pytest.raises(UpcycleError, match=rf"moe lacks the whole {name}.*Remove the folder and run"):
             converted(dense, tmp_path / "moe")
         file.write_bytes(whole)
 

@@ -307,7 +307,7 @@ def test_more_wrong_lines_than_allowed_end_the_build_with_what_to_do(tokenizer: 
 
 def test_a_tokenizer_without_chat_template_is_refused_with_what_to_give(tmp_path: Path) -> None:
     plain = write_chat_tokenizer(tmp_path / "base", template=None)
-    with pytest.raises(UpcycleError, match=r"chat template of .*base is none"):
+    with pytest.raises(UpcycleError, match=r"The tokenizer of .*base has no chat template"):
         _build(plain, tmp_path, sums())
     (tmp_path / "own.jinja").write_text(TEMPLATE)
     assert _build(plain, tmp_path, sums(), "chat_template=own.jinja")["splits"]["train"]["packs"]

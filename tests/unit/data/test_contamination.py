@@ -96,5 +96,5 @@ def test_only_tasks_that_are_asked_can_be_left_out(suite: Path) -> None:
     with pytest.raises(UpcycleError, match=r"decontaminate_without: task 'last' does not exist\. Did you mean 'lost'"):
         check_suites({"mine": read_suite_config(suite)}, ["last"])
     for suites in ({}, {"full": read_suite_config("full")}):
-        with pytest.raises(UpcycleError, match=r"decontaminate_without is lost; expected \[\], because no suite"):
+        with pytest.raises(UpcycleError, match=r"decontaminate_without names lost, but no suite"):
             check_suites(suites, ["lost"])

@@ -50,7 +50,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_is_transformers_without_vllm(tiny_llama: Path) -> None:
     assert choose_backend(tiny_llama, "auto", "bfloat16") == "hf"
-    with pytest.raises(UpcycleError, match="backend vllm of the suite is no such package; expected vllm in"):
+    with pytest.raises(UpcycleError, match="Backend vllm of the suite cannot be used: vllm is not installed"):
         choose_backend(tiny_llama, "vllm", "bfloat16")
 
 

@@ -74,7 +74,7 @@ def test_a_question_counts_as_changed_when_only_its_normalised_answer_changes() 
 
 def test_different_items_are_refused() -> None:
     shorter = evaluation("short", [[-1.0, -2.0]], [1.0], [-20.0, -30.0])
-    with pytest.raises(UpcycleError, match="evaluation short beside a is 1 items of quiz; expected the same items"):
+    with pytest.raises(UpcycleError, match="Evaluations a and short cannot be compared: they have 3 and 1 items of quiz"):
         compare_items(A, shorter)
     fewer_tasks = {**A, "items": {"quiz": A["items"]["quiz"]}}
     with pytest.raises(UpcycleError, match="same suite and limit"):

@@ -36,6 +36,6 @@ def test_a_name_that_is_taken_is_refused() -> None:
     def copy(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
         raise AssertionError
 
-    with pytest.raises(SpecError, match="init method is a second 'copy'"):
+    with pytest.raises(SpecError, match="Init method 'copy' exists already"):
         init_method("other copies")(copy)
     assert METHODS["copy"].change is not copy

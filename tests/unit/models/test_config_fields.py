@@ -48,7 +48,7 @@ def test_what_handles_a_field_exists(place: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_field_is_named_with_the_reason(name: str) -> None:
-    with pytest.raises(SpecError, match=rf"model\.config\.{name} is other; expected .+: .+ Fix: "):
+    with pytest.raises(SpecError, match=rf"model\.config\.{name} is other; expected .+ \(.+\)\. Set it"):
         check_fields(_config(**{"num_moe_experts": 4, name: "other"}))
 
 
@@ -70,7 +70,7 @@ def test_a_newer_megatrons_field_must_be_its_default(monkeypatch: pytest.MonkeyP
     check_fields(_config())
     recipe = Config(type(_config()), num_layers=2, normalization="RMSNorm", test_mode=True)
     for config in (_config(test_mode=True), recipe):
-        with pytest.raises(SpecError, match=r"model\.config\.test_mode is True; expected False: .*does not know"):
+        with pytest.raises(SpecError, match=r"model\.config\.test_mode is True: .*does not know"):
             check_fields(config)
 
 

@@ -112,7 +112,7 @@ def test_longrope_needs_its_factor_and_its_frequencies(tmp_path: Path) -> None:
     plain.config.yarn_mscale = 0.0
     fused.config.apply_rope_fusion = True
     other.rotary_pos_emb.inv_freq = other.rotary_pos_emb.inv_freq * 2
-    words = ("yarn_mscale is a factor of 1, expected", "apply_rope_fusion is True", "rotary_base and RoPE scaling")
+    words = ("yarn_mscale is a factor of 1; expected", "apply_rope_fusion is True", "rotary_base and RoPE scaling")
     for model, text in zip((plain, fused, other), words, strict=True):
         with open_dense(folder) as dense, pytest.raises(CheckpointError, match=text):
             load_dense_into([model], dense)

@@ -127,5 +127,5 @@ def test_a_file_of_a_parent_with_other_weights_is_refused(dense: Path, tmp_path:
 def test_a_spec_without_a_file_is_refused(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts").touch()
     spec = UpcycleSpec(**COPIES, router_init="prompts", router_prompts=str(tmp_path / "prompts"))
-    with open_dense(dense) as source, pytest.raises(SpecError, match="calibration is none; expected the file that"):
+    with open_dense(dense) as source, pytest.raises(SpecError, match="calibration is missing: "):
         upcycle_into([_model(dense, spec)], source, spec)

@@ -24,7 +24,7 @@ def test_a_suite_that_asks_what_is_not_held_back_is_refused(data: str, suite: st
 def test_files_of_conversations_are_looked_for_before_anything_starts(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "mine.jsonl", sums(3))
     check_data(Inputs("dense", str(lines), "answers"), remote=False)
-    with pytest.raises(UpcycleError, match=r"which is no file"):
+    with pytest.raises(UpcycleError, match=r"is not a file"):
         check_data(Inputs("dense", str(tmp_path / "other.jsonl"), "answers"), remote=False)
 
 

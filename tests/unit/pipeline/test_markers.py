@@ -131,7 +131,7 @@ def test_a_damaged_marker_is_as_none(tmp_path: Path, content: str) -> None:
     finish(folder, {"seed": 1})
     folder.marker.write_text(content)
     assert folder.done_from() is None
-    with pytest.raises(StageError, match=f"{MARKER} is a damaged file"):
+    with pytest.raises(StageError, match=f"{MARKER} is damaged"):
         folder.outputs()
 
 

@@ -64,10 +64,10 @@ def test_inputs_that_only_this_machine_sees_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(slurm, "filesystem_type", kinds.get)
     cluster = SlurmScheduler(built(*SITE))
     cluster.check([Job("data", tmp_path, ("python",), reads=(tmp_path,))])
-    with pytest.raises(UpcycleError, match=r"^/data is a file system of type ext4, which this machine alone sees"):
+    with pytest.raises(UpcycleError, match=r"^/data is on a file system of type ext4, which "):
         cluster.check([Job("data", tmp_path, ("python",), reads=(Path("/data"),))])
     monkeypatch.setattr(slurm, "filesystem_type", lambda path: "ext4")
-    with pytest.raises(UpcycleError, match=f"^dir {tmp_path} is a file system of type ext4"):
+    with pytest.raises(UpcycleError, match=f"^Folder {tmp_path} is on a file system of type ext4"):
         cluster.check([Job("data", tmp_path, ("python",))])
     SlurmScheduler(built(*SITE, "shared_dir=true")).check([Job("data", tmp_path, ("python",))])
 

@@ -183,11 +183,11 @@ def test_an_arm_without_a_score_at_its_end_is_named(run_dir: Path) -> None:
     (run_dir / "moe-seed1/evaluation/step=8.json").unlink()
     assert "Not scored at the end, and left out: moe of seed 1." in rendered(run_dir)
     (run_dir / "moe-seed2/evaluation/step=8.json").unlink()
-    with pytest.raises(UpcycleError, match="arm moe is no score at its last step"):
+    with pytest.raises(UpcycleError, match="Arm moe has no score at its last step"):
         rendered(run_dir)
     for seed in (1, 2):
         (run_dir / f"dense-seed{seed}/evaluation/step=0.json").unlink()
-    with pytest.raises(UpcycleError, match="arm dense is no score at its first step"):
+    with pytest.raises(UpcycleError, match="Arm dense has no score at its first step"):
         rendered(run_dir)
 
 
@@ -245,7 +245,7 @@ def test_a_page_without_a_place_for_the_table_is_refused(run_dir: Path) -> None:
     folder, page = run_dir / "mine", run_dir / "mine.md"
     write_evidence(folder / EVIDENCE, collect_evidence(run_dir, "mine", described()))
     page.write_text("my own words\n")
-    with pytest.raises(UpcycleError, match=r"mine\.md is no such lines"):
+    with pytest.raises(UpcycleError, match=r"mine\.md has no lines"):
         write_grid(folder)
     assert page.read_text() == "my own words\n"
     assert not (folder / "table.md").exists()

@@ -82,7 +82,7 @@ def test_pieces_that_overlap_or_leave_a_gap_are_refused(folder: Path) -> None:
     checkpoint = DistributedCheckpoint(folder)
     with pytest.raises(CheckpointError, match=r"weights: a is pieces that overlap"):
         checkpoint.read("a")
-    with pytest.raises(CheckpointError, match=r"weights: a is 12 elements; expected 24"):
+    with pytest.raises(CheckpointError, match=r"weights: a has 12 elements instead of 24"):
         checkpoint.read("a", [(4, 8), (0, 6)])
 
 
@@ -127,7 +127,7 @@ def test_metadata_that_does_not_fit_is_refused(folder: Path, change: Callable[[A
 def test_a_file_cut_short_or_missing_is_refused_at_once(folder: Path) -> None:
     for length in (1000, 100, 0):
         os.truncate(folder / "__0_0.distcp", length)
-        with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged data of .*the file ends before it"):
+        with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged at .*the file ends before it"):
             DistributedCheckpoint(folder)
     (folder / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"got no __0_0\.distcp; expected every file"):

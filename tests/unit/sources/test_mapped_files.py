@@ -78,5 +78,5 @@ def test_a_file_that_got_shorter_is_an_error_and_no_crash(tmp_path: Path) -> Non
     stored = Stored("f", torch.float32, (16, 1024), (1024, 1), 0)
     files.read("t", stored, [(0, 1), (0, 1024)])
     os.truncate(tmp_path / "f", 8 * 4096)
-    with pytest.raises(CheckpointError, match=r"f is the end of the file; expected to read bytes 32768 to 65536"):
+    with pytest.raises(CheckpointError, match=r"f cannot be read from byte 32768 to 65536: the file ends before"):
         files.read("t", stored)

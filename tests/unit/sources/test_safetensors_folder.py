@@ -47,7 +47,7 @@ def test_what_is_no_address_is_refused(folder: Path, address: str, words: str) -
 def test_a_damaged_or_missing_file_is_refused_before_anything_is_read(folder: Path, content: bytes | None) -> None:
     file = sorted(folder.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=rf"{file.name} is a truncated or damaged file"):
+    with pytest.raises(CheckpointError, match=rf"{file.name} is truncated or damaged"):
         open_dense(folder)
     file.unlink()
     if content is not None:
@@ -72,7 +72,7 @@ def _entry(start: int, stop: int, **changes: object) -> dict:
 def test_a_header_that_does_not_fit_the_data_is_refused(dense: Path, tmp_path: Path, header: Any) -> None:
     folder = Path(shutil.copytree(dense, tmp_path / "copy"))
     _write(folder / "model.safetensors", header, bytes(24))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is a truncated or damaged file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged"):
         open_dense(folder)
 
 
@@ -89,7 +89,7 @@ def test_the_index_and_the_shards_must_agree(folder: Path) -> None:
     index = json.loads(path.read_text())
     moved = index["weight_map"] | {"model.norm.weight": files[0].name}
     path.write_text(json.dumps(index | {"weight_map": moved}))
-    with pytest.raises(CheckpointError, match=rf"{files[0].name} is no model\.norm\.weight; expected the tensors"):
+    with pytest.raises(CheckpointError, match=rf"{files[0].name} has no model\.norm\.weight, which "):
         open_dense(folder)
     path.write_text(json.dumps(index))
     save_file(load_file(files[0]) | {"model.norm.weight": torch.ones(64)}, files[0])

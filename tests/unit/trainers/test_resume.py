@@ -110,4 +110,4 @@ def test_what_the_first_rank_refuses_every_rank_refuses(dense: Path, tmp_path: P
     folders = [str(tmp_path / "damaged"), str(tmp_path / "whole")]
     answers = run_ranks(_chosen_by_rank, 2, folders, str(dense), process_group=False)
     assert {path for path, _, _ in answers} == {""}
-    assert all("step=9-last is a checkpoint that lacks files" in error for _, error, _ in answers)
+    assert all("step=9-last lacks files" in error for _, error, _ in answers)

@@ -153,6 +153,6 @@ def test_prompts_are_held_out_text_with_what_follows(tmp_path: Path) -> None:
 
 
 def test_a_task_without_items_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match="task heldout_perplexity is no item"):
+    with pytest.raises(UpcycleError, match="Task heldout_perplexity of the suite has no item"):
         build_suite(QUESTIONS, [], tmp_path / "suite", SuiteConfig(tasks={"heldout_perplexity": [0]}))
     assert list(tmp_path.iterdir()) == []
