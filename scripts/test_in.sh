@@ -45,7 +45,7 @@ case ${1:-} in
         run_in .venv-bridge-sample -m "not weekly" tests/contract/test_mistakes.py \
             tests/bridge/test_models.py tests/bridge/test_parents.py tests/bridge/test_config_fields.py \
             tests/bridge/test_delta_nets.py::test_a_resumed_training_has_the_same_bits \
-            tests/bridge/test_upcycling.py::test_a_second_start_in_the_same_process_is_not_upcycled_again \
+            tests/bridge/test_upcycling.py::test_a_second_start_does_not_upcycle_again \
             tests/bridge/test_upcycling.py::test_paths_are_compared_resolved \
             tests/unit/convert/test_verification.py::test_experts_that_no_grouped_product_takes_are_compared ;;
     te) run_in .venv-te tests/te ;;

@@ -71,7 +71,7 @@ def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return folder, _trained(dense, folder, steps=4, model=QUANTILES)
 
 
-def test_biases_by_quantiles_begin_at_zero_and_move_once_a_step(whole: tuple[Path, list[Any]]) -> None:
+def test_quantile_biases_start_at_zero_and_move_once_a_step(whole: tuple[Path, list[Any]]) -> None:
     folder, ranks = whole
     for seen in ranks:
         start, *steps = seen["biases"]
@@ -88,7 +88,7 @@ def test_biases_by_quantiles_begin_at_zero_and_move_once_a_step(whole: tuple[Pat
     assert receipt["exact"] is True
 
 
-def test_a_resumed_run_has_the_biases_of_one_that_was_not_stopped(
+def test_a_resumed_run_has_the_biases_of_an_uninterrupted_one(
     dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]
 ) -> None:
     for steps in (2, 4):
@@ -99,7 +99,7 @@ def test_a_resumed_run_has_the_biases_of_one_that_was_not_stopped(
                 assert torch.equal(values, resumed[kind][-1][name]), name
 
 
-def test_a_checkpoint_is_evaluated_with_its_biases_and_exported_to_no_class(
+def test_a_checkpoint_with_biases_is_evaluated_but_not_exported(
     dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]
 ) -> None:
     folder, ranks = whole
@@ -135,7 +135,7 @@ def _loaded(checkpoint: Path, dense: Path) -> list[list[float]]:
         (QUANTILES, 6, "64 tokens of 2 experts each|tokens that all experts can have as many of"),
     ],
 )
-def test_quantiles_that_could_not_be_are_refused_before_anything_is_built(
+def test_refuses_impossible_quantiles_before_building(
     dense: Path, tmp_path: Path, model: dict[str, Any], experts: int, words: str
 ) -> None:
     from nemo_upcycle.trainers.bridge.upcycling import check

@@ -79,7 +79,7 @@ def test_fp8_statistics_on_a_gpu_are_bridges_own(dense: Path, tmp_path: Path, mo
     assert config.tensor_inspect.features == "mine.yaml"
 
 
-def test_what_only_watches_a_run_may_change_in_one_that_has_started() -> None:
+def test_watchers_may_change_in_a_started_run() -> None:
     watches = {"spike_window": 9, "spike_threshold": 4.0, "evaluate_every": 5, "fp8_statistics_every": 3}
     text = training_text({f"upcycle.{name}": value for name, value in watches.items()})
     found = open_training("bridge", text).settings()

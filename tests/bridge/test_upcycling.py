@@ -57,7 +57,7 @@ def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
 
 
 @pytest.mark.parametrize("style", ["provider", "builder"])
-def test_a_second_start_in_the_same_process_is_not_upcycled_again(dense: Path, tmp_path: Path, style: str) -> None:
+def test_a_second_start_does_not_upcycle_again(dense: Path, tmp_path: Path, style: str) -> None:
     """As an in-process restart makes it: the same hook that has filled before; the dense weights are gone by then."""
     parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
     assert ends_as_converted(dense, tmp_path / "run", SPEC, parent=parent, starts=2, style=style)
@@ -252,7 +252,7 @@ def _train_in_store(dense: Path, profiles: Path, folder: Path, steps: int) -> No
     train(dense, "msc://mine/run", SPEC, steps=steps)
 
 
-def test_a_start_says_its_schedule_and_what_few_mean_to_do(dense: Path, tmp_path: Path) -> None:
+def test_a_start_shows_its_schedule_and_likely_mistakes(dense: Path, tmp_path: Path) -> None:
     """Megatron's loss counts the rows that only pad a vocabulary."""
     (said,) = run_ranks(_messages_of_a_run, 1, dense, tmp_path / "run", process_group=False)
     receipt = read_json(tmp_path / "run/receipt.json")
@@ -283,7 +283,7 @@ def test_asynchronous_saving_is_refused_without_a_gpu(dense: Path, tmp_path: Pat
         train_on_ranks(1, dense, tmp_path / "run", SPEC, async_save=True)
 
 
-def test_a_setting_that_comes_later_than_the_recipe_is_refused_too(dense: Path, tmp_path: Path) -> None:
+def test_refuses_settings_that_come_after_the_recipe(dense: Path, tmp_path: Path) -> None:
     """`--save_dir` alone, say: Bridge reads the command line when the recipe has been made."""
     with pytest.raises(RuntimeError, match=r"checkpoint\.load is .*run; expected checkpoint\.save"):
         train_on_ranks(1, dense, tmp_path / "run", SPEC, save_later=tmp_path / "other")

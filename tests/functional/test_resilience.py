@@ -41,7 +41,7 @@ def _trained(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("ranks", "asynchronous"), quick([([1], True), ([0, 1], False)], ([1], True)), ids=str)
-def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_equal(
+def test_after_sigterm_the_run_resumes_bit_equal(
     runs: Runs, undisturbed: list[dict[str, Any]], ranks: list[int], asynchronous: bool
 ) -> None:
     name = f"told-{len(ranks)}-{asynchronous}"
@@ -77,9 +77,7 @@ def test_a_nan_loss_ends_all_ranks_unsaved(runs: Runs) -> None:
 
 
 @pytest.mark.weekly
-def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
-    runs: Runs, undisturbed: list[dict[str, Any]]
-) -> None:
+def test_ft_launcher_restarts_a_hung_rank_bit_equal(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
     """The second rank sleeps in the fourth step; the checkpoint of the second one is there."""
     folder, once = runs.folder / "hung", runs.folder / "hung-once"
     options = OPTIONS | {"hang": {"step": 3, "once": str(once)}}

@@ -80,7 +80,7 @@ def _logits(checkpoint: str, parent: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", quick([(one,) for one in WRITERS], ("EXAONE 4",)))
-def test_a_saved_run_is_evaluated_as_the_model_that_was_trained(tmp_path: Path, name: str) -> None:
+def test_evaluates_a_saved_run_as_the_trained_model(tmp_path: Path, name: str) -> None:
     parent = write_tokenizer(WRITERS[name](tmp_path / "parent", vocab_size=259))
     write_blend(tmp_path / "blend", parent, texts=texts())
     run = tmp_path / "run"

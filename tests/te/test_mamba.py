@@ -141,7 +141,7 @@ def _as_experts(dense: Filled, layers: list[int], experts: int) -> Filled:
     return found
 
 
-def test_a_model_has_the_parents_tensors_and_copies_of_its_networks(parent: Path) -> None:
+def test_a_model_has_copies_of_the_parents_networks(parent: Path) -> None:
     with megatron_rank(ONE_RANK, 0):
         filled = dict(_filled(parent, SPEC, ONE_RANK)[0].named_parameters())
     expected = _as_experts(_by_bridge(parent), _moe_layers(SPEC), SPEC.num_experts)

@@ -95,7 +95,7 @@ def test_an_error_of_a_users_file_has_its_line(tmp_path: Path, text: str, line: 
     assert str(found.got).startswith(f"raises {what}")
 
 
-def test_an_error_of_pythons_own_is_no_file_of_a_users() -> None:
+def test_errors_in_python_itself_are_not_the_users() -> None:
     with pytest.raises(FileNotFoundError) as caught:
         runpy.run_path("/nope.py")
     below = caught.value.with_traceback(caught.tb.tb_next)  # this file is not Python's

@@ -46,7 +46,7 @@ def test_it_is_told_how_exact_the_result_is(
         (("--router-order", "softmax_topk"), "ForConditionalGeneration has no place for expert weights that do", True),
     ],
 )
-def test_a_parent_that_sees_is_written_whole_or_it_says_why_not(
+def test_writes_a_vision_parent_whole_or_says_why_not(
     tmp_path: Path, command: Command, more: tuple[str, ...], said: str, alone: bool
 ) -> None:
     folder = write_wrapped(tmp_path / "dense", "Qwen3VL")

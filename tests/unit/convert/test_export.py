@@ -27,7 +27,7 @@ from tests.unit.convert.exports import _fill, _leaves_nothing, write_checkpoint
 FLOAT32 = {"dtype": torch.float32}
 
 
-def test_every_layout_exports_to_the_same_bits_and_its_own_function(saved: Path, dense: Path, tmp_path: Path) -> None:
+def test_every_layout_exports_to_the_same_bits(saved: Path, dense: Path, tmp_path: Path) -> None:
     for name in ("one", "four"):
         export_checkpoint(saved / name, dense, tmp_path / name, spec=SPEC, **FLOAT32)
     arch = read_architecture(dense).upcycled(SPEC)
@@ -77,7 +77,7 @@ def test_numbers_too_large_for_the_type_are_refused(dense: Path, tmp_path: Path)
 FINE = {"num_experts": 4, "top_k": 2, "granularity": 2}
 
 
-def test_weights_that_spec_or_parent_do_not_name_are_never_left_out(dense: Path, tmp_path: Path) -> None:
+def test_never_omits_unknown_weights(dense: Path, tmp_path: Path) -> None:
     spec = UpcycleSpec(**FINE, shared_experts=1)
     checkpoint = write_checkpoint(tmp_path / "ck", dense, spec)
     words = r"would leave out is module\.decoder\.layers\.0\.mlp\.shared_experts\.\S+ .*--shared-experts"

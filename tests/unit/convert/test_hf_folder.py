@@ -111,7 +111,7 @@ def test_a_damaged_tokenizer_is_refused_before_any_work(dense: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_links_of_the_hubs_cache_and_within_the_folder_are_followed(dense: Path, tmp_path: Path) -> None:
+def test_follows_links_within_the_folder_and_the_hubs_cache(dense: Path, tmp_path: Path) -> None:
     home = tmp_path / "models--us--small"
     snapshot = home / "snapshots/0a1b"
     snapshot.mkdir(parents=True)
@@ -131,7 +131,7 @@ def test_links_of_the_hubs_cache_and_within_the_folder_are_followed(dense: Path,
         tokenizer_file_names(snapshot)
 
 
-def test_the_coefficient_of_the_recipes_is_written_where_no_checkpoint_says_one(dense: Path, tmp_path: Path) -> None:
+def test_writes_the_recipes_coefficient_if_a_checkpoint_has_none(dense: Path, tmp_path: Path) -> None:
     moe_settings = pytest.importorskip("nemo_upcycle.trainers.nemo.upcycled").moe_settings
     converted(dense, tmp_path / "moe")
     coefficient = read_json(tmp_path / "moe/config.json")["router_aux_loss_coef"]

@@ -43,7 +43,7 @@ def _retyped(folder: Path, dtype: torch.dtype, *, norms: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("change", [{"architectures": ...}, {"hidden_act": "swish"}])
-def test_a_parent_that_says_less_or_in_other_words_is_converted(dense: Path, tmp_path: Path, change: Any) -> None:
+def test_converts_parents_with_other_spellings_of_settings(dense: Path, tmp_path: Path, change: Any) -> None:
     copy = Path(shutil.copytree(dense, tmp_path / "copy"))
     converted(dense, tmp_path / "wanted")
     converted(change_config(copy, **change), tmp_path / "moe")
@@ -114,7 +114,7 @@ def test_a_link_to_an_empty_folder_is_filled(dense: Path, tmp_path: Path) -> Non
     assert is_complete(tmp_path / "real")
 
 
-def test_a_type_that_no_file_holds_is_refused_before_anything_is_written(copy: Path, tmp_path: Path) -> None:
+def test_refuses_an_unsupported_file_type_before_writing(copy: Path, tmp_path: Path) -> None:
     _retyped(copy, torch.float64)
     with pytest.raises(UpcycleError, match=r"got float64; expected .*Add --dtype float32"):
         converted(copy, tmp_path / "moe")

@@ -128,7 +128,7 @@ def test_copies_of_a_parents_experts_are_torn_in_16_bits(tmp_path: Path, dtype: 
     assert (torn.dtype, torn.tokens, torn.torn > 0) == (str(dtype).removeprefix("torch."), 512, tears)
 
 
-def test_a_foreign_top_1_model_is_compared_though_no_spec_makes_one(dense: Path, tmp_path: Path) -> None:
+def test_compares_a_foreign_top_1_model(dense: Path, tmp_path: Path) -> None:
     for name, fields, is_exact in (("whole", {}, True), ("torn", {"num_experts": 4, "granularity": 2}, False)):
         moe = _made(dense, tmp_path / name, **fields)
         found = verify(dense, change_config(moe, num_experts_per_tok=1))

@@ -24,7 +24,7 @@ def folder(tiny_dense: Path, tmp_path: Path) -> Path:
     return write_blend(tmp_path / "blend", tiny_dense)
 
 
-def test_a_source_is_named_by_its_first_file_with_its_weight(folder: Path) -> None:
+def test_a_source_is_named_by_its_first_file(folder: Path) -> None:
     paths = open_blend(folder).paths(SEQUENCE)["train"]
     assert paths == ["0.3", str(folder / BOOKS.format(0)), "0.7", str(folder / TALKS)]
 

@@ -146,7 +146,7 @@ def test_held_out_files_come_before_those_to_train_on(tmp_path: Path) -> None:
     ]
 
 
-def test_held_out_text_is_looked_for_where_some_is_held_out(tmp_path: Path) -> None:
+def test_searches_for_held_out_text_if_there_is_some(tmp_path: Path) -> None:
     """Looking for it reads everything once more."""
     inputs = {"web": {"train": _files("a"), "validation": [], "heldout": []}}
 

@@ -86,7 +86,7 @@ def test_vllm_gets_folder_type_gpus_and_batch(tiny_llama: Path) -> None:
     assert opened.lm.add_bos_token is None
 
 
-def test_auto_batch_is_a_number_on_a_cpu_and_auto_on_gpus(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_batch_is_a_number_only_on_a_cpu(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: Any = {"backend": "auto", "dtype": "float32", "batch_size": "auto", "label": "tiny"}
     assert open_model(tiny_llama, **settings).batch_size == CPU_BATCH
     given: list[Any] = []

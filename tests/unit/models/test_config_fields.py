@@ -74,7 +74,7 @@ def test_a_newer_megatrons_field_must_be_its_default(monkeypatch: pytest.MonkeyP
             check_fields(config)
 
 
-def test_what_a_newer_megatron_turns_on_with_fused_experts_is_known() -> None:
+def test_knows_what_newer_megatron_enables_with_fused_experts() -> None:
     """Megatron-Core 0.20 sets it of its own accord, so that no fix could unset it."""
     kind = dataclasses.make_dataclass("Newer", [("moe_use_grouped_tensor", bool, False)], bases=(type(_config()),))
     config = kind(num_layers=2, hidden_size=8, num_attention_heads=2, normalization="RMSNorm", num_moe_experts=4)

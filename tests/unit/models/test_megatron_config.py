@@ -26,7 +26,7 @@ GRANULAR = UpcycleSpec(num_experts=64, top_k=8, granularity=8)
         ({"model": {"position_embedding_type": "none"}}, "position_embedding_type is none; expected rope"),
     ],
 )
-def test_a_setting_that_changes_the_function_is_refused_and_nothing_is_filled(changes: dict, words: str) -> None:
+def test_refuses_settings_that_change_the_function_before_filling(changes: dict, words: str) -> None:
     arch = small_architecture()
     (chunk,) = build_chunks(arch, num_experts=4, **changes)
     before = [parameter.clone() for parameter in chunk.parameters()]
@@ -70,7 +70,7 @@ def test_gemmas_scaled_embedding_is_asked_for() -> None:
     assert upcycle_into(chunks, source, SPEC).exact
 
 
-def test_granular_models_need_routers_in_float32_unless_they_compute_in_it() -> None:
+def test_granular_models_need_routers_in_float32() -> None:
     arch, half = small_architecture(), {"bf16": True, "params_dtype": torch.bfloat16}
     settings = moe_settings(arch, GRANULAR)
     for others in ({"moe_router_dtype": None}, half | {"moe_router_dtype": "fp64"}, half):

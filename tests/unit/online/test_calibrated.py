@@ -51,7 +51,7 @@ def _model(dense: Path, spec: UpcycleSpec) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_model_has_the_dense_function_and_the_bits_of_the_conversion(dense: Path, tmp_path: Path, case: str) -> None:
+def test_a_model_has_the_bits_of_the_conversion(dense: Path, tmp_path: Path, case: str) -> None:
     spec = calibrated(dense, tmp_path / "file", **CASES[case])
     model = _model(dense, spec)
     with open_dense(dense) as source:

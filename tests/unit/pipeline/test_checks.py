@@ -55,7 +55,7 @@ def test_stages_that_need_gpus_and_ask_for_none_are_named(llama: Any, tmp_path: 
     assert _cluster(tmp_path, f"{WITHOUT_GPUS.sub('', SHOWN[1])}counts_gpus: false").wrong_settings(jobs) == []
 
 
-def test_a_folder_of_something_else_is_refused_with_one_that_is_not(tmp_path: Path) -> None:
+def test_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "data/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

@@ -84,7 +84,7 @@ def test_pods_say_why_they_wait(
     assert api.why_pods_wait("team", "a=b") == why
 
 
-def test_a_missing_client_is_said_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_client_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.raises(UpcycleError, match="pip install 'kubernetes>="):
         KubernetesApi("", "")

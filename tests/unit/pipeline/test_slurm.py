@@ -44,7 +44,7 @@ def test_test_cluster_leaves_a_site_of_its_own_alone(commands: Path, tmp_path: P
     assert (conf.read_text(), did.exists()) == ("ClusterName=alps\n", False)
 
 
-def test_jobs_of_two_clusters_on_one_file_system_are_told_apart(commands: Path) -> None:
+def test_distinguishes_jobs_of_two_clusters_on_one_file_system(commands: Path) -> None:
     assert SlurmScheduler(built(*SITE)).identity == "Slurm, cluster alps"
     write_commands(commands, scontrol="echo 'Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(UnreachableError, match="which cluster this is: Unable to contact"):

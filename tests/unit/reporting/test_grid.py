@@ -146,7 +146,7 @@ def test_arms_of_one_schedule_are_compared_on_their_way(run_dir: Path) -> None:
         assert found["equal_flops"] is None  # 400 tokens are the middle of one, 800 the end of the other
 
 
-def test_a_training_within_two_percent_of_its_reference_costs_the_same(run_dir: Path) -> None:
+def test_a_training_within_two_percent_costs_the_same(run_dir: Path) -> None:
     for seed in (1, 2):
         path = run_dir / f"moe-seed{seed}/training.json"
         path.write_text(json.dumps({"flops_per_token": {"full": 1.015e6}, "ranks": 2}))
@@ -167,7 +167,7 @@ def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) ->
     assert found["end"]["difference"] == pytest.approx(0.0, abs=1e-9)  # 0.1 better, and a doubling behind
 
 
-def test_a_step_that_two_arms_scored_with_other_seeds_is_left_out(run_dir: Path) -> None:
+def test_omits_steps_that_arms_scored_with_other_seeds(run_dir: Path) -> None:
     (run_dir / "moe-seed1/evaluation/step=2.json").unlink()
     (run_dir / "dense-seed2/evaluation/step=2.json").unlink()
     values = compared(run_dir, described())
@@ -227,7 +227,7 @@ def test_the_table_shows_contaminated_held_out_text(run_dir: Path) -> None:
     assert json.loads((run_dir / "table/table.json").read_text())["heldout_overlap"] == overlap
 
 
-def test_a_grid_that_was_stopped_gets_the_table_of_what_is_finished(run_dir: Path) -> None:
+def test_a_stopped_grid_gets_a_table_of_finished_trainings(run_dir: Path) -> None:
     (run_dir / "grid.json").write_text(json.dumps({"name": "mine", "described": described()}))
     for cell in ("st-seed1", "st-seed2", "moe-seed2"):
         (run_dir / cell / MARKER).unlink()

@@ -239,7 +239,7 @@ def test_a_run_without_the_dense_baseline(run_dir: Path) -> None:
     assert list(json.loads((run_dir / "results.json").read_text())["paired"]) == ["trained_minus_dense"]
 
 
-def test_a_group_stands_for_its_tasks_and_receipts_beside_each_other(run_dir: Path) -> None:
+def test_a_group_stands_for_its_tasks(run_dir: Path) -> None:
     online = {**RECEIPT, "ranks": 2, "layout": {"tensor": 1, "expert": 2}, "bytes_read": 2**27}
     (run_dir / "pretrain" / "receipt.json").write_text(json.dumps(online))
     for name, value in EVALUATIONS.items():
@@ -286,7 +286,7 @@ def test_settings_that_were_changed_in_a_started_run_are_listed(run_dir: Path) -
     assert (before, after) == ("1000", "500")
 
 
-def test_stages_stand_in_the_order_in_which_they_need_each_other(run_dir: Path) -> None:
+def test_stages_are_in_the_order_of_their_needs(run_dir: Path) -> None:
     needs = {"pretrain": ["upcycle"], "dense_ct": ["import"], "upcycle": ["import"], "import": []}
     needs |= {"evaluate": ["import", "pretrain", "dense_ct"], "suite": ["evaluate"]}
     for stage, names in needs.items():

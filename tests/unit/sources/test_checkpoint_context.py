@@ -266,7 +266,7 @@ def _special(name: str) -> Architecture:
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_a_checkpoint_belongs_to_a_parent_whose_layers_are_its_own(name: str) -> None:
+def test_a_checkpoint_belongs_to_the_parent_with_its_layers(name: str) -> None:
     arch = _special(name)
     _said(arch).require_parent(arch, Path())
     assert name == "Granite" or _said(arch).model(arch.vocab_size).hf_class == arch.hf_class
@@ -278,7 +278,7 @@ def test_a_checkpoint_belongs_to_a_parent_whose_layers_are_its_own(name: str) ->
             _said(arch).require_parent(replace(arch, **{field: value}), Path())
 
 
-def test_positions_of_an_exaone_in_other_layers_than_its_windows_are_refused() -> None:
+def test_refuses_an_exaone_with_positions_outside_its_windows() -> None:
     context = _said(_special("EXAONE 4"))
     context.settings["no_rope_freq"] = [1, 0] * 4
     with pytest.raises(CheckpointError, match="no_rope_freq"):

@@ -72,7 +72,7 @@ def test_a_cold_slice_is_fetched_of_columns_the_rows_alone(tmp_path: Path, monke
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="Linux")
-def test_a_file_that_got_shorter_is_an_error_and_no_crash(tmp_path: Path) -> None:
+def test_a_file_that_got_shorter_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(64 * 1024))
     files = MappedFiles(tmp_path)
     stored = Stored("f", torch.float32, (16, 1024), (1024, 1), 0)

@@ -44,7 +44,7 @@ def test_what_is_no_address_is_refused(folder: Path, address: str, words: str) -
     ],
     ids=["missing", "empty", "zip", "text", "deep"],
 )
-def test_a_damaged_or_missing_file_is_refused_before_anything_is_read(folder: Path, content: bytes | None) -> None:
+def test_refuses_damaged_or_missing_files_before_reading(folder: Path, content: bytes | None) -> None:
     file = sorted(folder.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=rf"{file.name} is truncated or damaged"):
@@ -122,7 +122,7 @@ def test_pickled_weights_are_named_with_the_way_to_safetensors(dense: Path, tmp_
         open_dense(folder)
 
 
-def test_a_body_that_was_saved_without_its_head_is_told_as_that(dense: Path, tmp_path: Path) -> None:
+def test_names_a_model_saved_without_its_head(dense: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(dense, tmp_path / "copy"))
     weights = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): weight for name, weight in weights.items()}, folder / "model.safetensors")
@@ -130,7 +130,7 @@ def test_a_body_that_was_saved_without_its_head_is_told_as_that(dense: Path, tmp
         source.read("model.norm.weight")
 
 
-def test_an_moe_whose_experts_cannot_become_more_is_refused_with_the_reason(folder: Path) -> None:
+def test_refuses_an_moe_that_cannot_grow(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["GraniteMoeForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
     (folder / "config.json").write_text(json.dumps(config))
@@ -138,7 +138,7 @@ def test_an_moe_whose_experts_cannot_become_more_is_refused_with_the_reason(fold
         open_dense(folder)
 
 
-def test_an_index_beside_a_single_file_is_refused_unless_it_means_that(tmp_path: Path) -> None:
+def test_refuses_an_index_beside_another_single_file(tmp_path: Path) -> None:
     """transformers takes the single file, so an index that is left over would give other weights than expected."""
     folder = write_llama(tmp_path / "dense", layers=1)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"

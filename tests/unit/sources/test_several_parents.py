@@ -36,7 +36,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("rest", ["first", "mean"])
-def test_experts_are_the_models_in_turn_and_the_rest_is_one(folders: list[Path], tmp_path: Path, rest: str) -> None:
+def test_experts_come_from_the_parents_in_turn(folders: list[Path], tmp_path: Path, rest: str) -> None:
     (model,) = build_chunks(folders[0], num_experts=4)
     with open_dense(folders, non_expert_weights=rest) as dense:
         receipt = upcycle_into([model], dense, SPEC)

@@ -103,7 +103,7 @@ def test_a_secret_in_a_mistake_is_not_shown() -> None:
         ({"names": [], "size": [1]}, "size", "[1]", "a whole number or text"),
     ],
 )
-def test_a_value_of_another_type_is_named_with_key_value_and_type(
+def test_names_key_value_and_type_of_a_wrong_value(
     content: dict[str, Any], where: str, got: str, expected: str
 ) -> None:
     with pytest.raises(UpcycleError) as caught:

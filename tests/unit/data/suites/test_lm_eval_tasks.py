@@ -101,7 +101,7 @@ def test_documents_are_read_as_questions(
     assert found.prompt == (task.doc_to_choice(document)[1] if is_choice else task.doc_to_text(document))
 
 
-def test_items_are_the_documents_that_are_evaluated_in_all_their_forms(tasks_folder: Path) -> None:
+def test_items_are_the_evaluated_documents_in_all_forms(tasks_folder: Path) -> None:
     items = list(lm_eval_items(["own_passage", "own_lettered"], tasks_folder))
     ids = [f"{name}/{number}" for name in ("own_passage", "own_lettered") for number in (0, 1)]
     assert [(item.name, item.id) for item in items] == [(f"lm-eval/{one[:-2]}", one) for one in ids]

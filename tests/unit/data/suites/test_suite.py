@@ -77,7 +77,7 @@ def test_a_wrong_configuration_is_refused(tmp_path: Path, text: str, subject: st
     assert caught.value.got == got
 
 
-def test_the_choice_does_not_depend_on_the_order_but_on_the_seed() -> None:
+def test_the_choice_depends_only_on_the_seed() -> None:
     config = QuestionsConfig(per_subject=2, total=7)
     shuffled = random.Random(1).sample(MANY, len(MANY))
     chosen = choose_questions(MANY, config, seed=0)

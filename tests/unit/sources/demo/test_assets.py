@@ -67,7 +67,7 @@ def test_a_python_without_pip(add_wheel, tmp_path, monkeypatch):
         fetch_asset("nopip")
 
 
-def test_the_cache_is_in_the_home_folder_unless_the_environment_says_otherwise(monkeypatch):
+def test_the_cache_is_in_the_home_folder_by_default(monkeypatch):
     monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     assert cache_folder() == Path.home() / ".cache/nemo-upcycle"
     monkeypatch.setenv(CACHE_VARIABLE, "~/big")
