@@ -16,8 +16,8 @@ EPILOG = """examples:
 --router-prompts examples/prompts.yaml
   nemo-upcycle calibrate models/base prompts.safetensors --experts 4 --router-init prompts --router-prompts texts.yaml
 
-Give convert and the training the same settings and --calibration FILE.
-exit status: 0 done; 2 a value or a file is wrong."""
+Give the same settings and --calibration FILE to convert and to the training.
+exit status: 0 done; 2 wrong value or file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,9 +17,9 @@ EPILOG = f"""examples:
 
 Each line of the files is a conversation:
   {{"messages": [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]}}
-or ShareGPT's: {{"conversations": [{{"from": "human", "value": "..."}}, {{"from": "gpt", "value": "..."}}]}}
+or in ShareGPT's form: {{"conversations": [{{"from": "human", "value": "..."}}, {{"from": "gpt", "value": "..."}}]}}
 Tune on the result with nemo llm finetune --factory "RECIPE(data='DIR')".
-exit status: 0 done; 1 more lines are wrong than max_lost allows; 2 a value or a file is wrong.
+exit status: 0 done; 1 more wrong lines than max_lost allows; 2 wrong value or file.
 
 The package's own sets are in {packaged("chat")}; messages.yaml explains every key."""
 
@@ -29,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(packaged_names("chat"))
     parser.add_argument("chat", metavar="CONVERSATIONS", help=f"a .jsonl file, {names}, or a YAML file")
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="other values of the set's keys")
-    parser.add_argument("--strict", action="store_true", help="end at the first line that is wrong (default: list it)")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="changed keys of the YAML file")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first wrong line (default: list it and continue)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

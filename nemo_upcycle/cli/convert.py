@@ -20,15 +20,14 @@ EPILOG = """examples:
   nemo-upcycle convert models/base models/mixed --branch models/code --branch models/law --non-expert-weights mean
   nemo-upcycle convert hf://meta-llama/Meta-Llama-3-8B models/Llama-3-8B-E8T2 --max-shard-size 2GB
 
-The result has the same bits as upcycling in the training job. Run it again to continue a stopped conversion.
-exit status: 0 done; 2 a value or a file is wrong."""
+The result is bit-identical to upcycling in the training job. Run the same command again to continue a stopped
+conversion.
+exit status: 0 done; 2 wrong value or file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    text = (
-        "dense, or with experts: Hugging Face folder, hf://ORG/NAME on the hub (downloaded), or asset://smollm2-135m"
-    )
+    text = "dense model or MoE: Hugging Face folder, hf://ORG/NAME on the hub (downloaded), or asset://smollm2-135m"
     parser.add_argument("source", metavar="SRC", help=text)
     parser.add_argument("output", metavar="DST", type=folder_to_make, help="folder to make")
     add_spec_options(parser)
@@ -40,18 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--non-expert-weights",
         default="first",
         metavar="first|mean",
-        help="take the other weights from the first model, or the mean of all (default: first)",
+        help="source of the other weights: the first model, or the mean of all (default: first)",
     )
     add_dtype(parser)
     parser.add_argument(
-        "--text-only", action="store_true", help="of a model that sees, write the text model without its other parts"
+        "--text-only", action="store_true", help="with a vision-language model: write only the text model"
     )
     parser.add_argument(
         "--max-shard-size",
         type=file_size,
         default="5GB",
         metavar="SIZE",
-        help="largest safetensors file, e.g. 500MB; a stopped run keeps whole files (default: 5GB)",
+        help="largest safetensors file, such as 500MB; a stopped conversion keeps finished files (default: 5GB)",
     )
 
 

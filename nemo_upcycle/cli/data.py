@@ -30,8 +30,8 @@ EPILOG = f"""examples:
   nemo-upcycle data blend.yaml /data/blend --check
 
 Run it again to continue a stopped build. Train on the result with nemo llm pretrain --factory "RECIPE(data='DIR')".
-exit status: 0 done; 1 its files changed since (--update builds it again), or more of a source could not be read
-than its max_lost allows; 2 a value or a file is wrong.
+exit status: 0 done; 1 input files changed after the build (--update rebuilds), or more of a source was unreadable
+than its max_lost allows; 2 wrong value or file.
 
 The package's own blends are in {packaged("data")}; text.yaml explains every key."""
 
@@ -44,24 +44,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(packaged_names('data'))}, a YAML file, or texts: a folder, a file or a pattern in quotes"
         f" ({readable()})",
     )
-    parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make, which all workers share")
-    parser.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="other values of the blend's keys"
-    )
+    parser.add_argument("output", metavar="DIR", type=folder_to_make, help="output folder, which all workers share")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="changed keys of the blend")
     how = parser.add_argument_group("how to run")
-    how.add_argument("--workers", type=int, metavar="N", help="tasks at a time (default: the cores of this machine)")
+    how.add_argument(
+        "--workers", type=int, metavar="N", help="number of parallel tasks (default: the cores of this machine)"
+    )
     how.add_argument(
         "--slurm",
         metavar="PARTITION|FILE",
-        help="run the tasks as jobs of this partition, or with a site's file: account, partition, container, ...",
+        help="run the tasks as Slurm jobs in a partition, or with a site's executor file",
     )
     how.add_argument(
-        "--time", metavar="D-HH:MM:SS", help="with --slurm: time limit of a task (default: 24:00:00, or the file's)"
+        "--time", metavar="D-HH:MM:SS", help="with --slurm: time limit of a task (default: from the file, or 24:00:00)"
     )
     how.add_argument("--ray", action="store_true", help="run the tasks on the Ray cluster of RAY_ADDRESS")
-    how.add_argument("--strict", action="store_true", help="end at the first broken input (default: count and go on)")
-    how.add_argument("--update", action="store_true", help="build a finished folder again if its files changed since")
-    how.add_argument("--check", action="store_true", help="check the blend, count its files and stop")
+    how.add_argument(
+        "--strict", action="store_true", help="stop at the first broken input (default: count it and continue)"
+    )
+    how.add_argument("--update", action="store_true", help="rebuild a finished folder if its input files changed")
+    how.add_argument("--check", action="store_true", help="check the blend and count its files, without building it")
 
 
 def run(args: argparse.Namespace) -> int:

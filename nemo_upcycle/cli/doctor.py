@@ -28,7 +28,7 @@ from nemo_upcycle.utils.requirements import Requirement, installed_release, requ
 EPILOG = """example:
   nemo-upcycle doctor
 
-exit status: 0 what is installed fits; 1 something does not, or a library that everything needs is missing."""
+exit status: 0 all versions fit; 1 a version does not fit, or a required library is missing."""
 _PACKAGE = "nemo-upcycle"
 #: extra -> its purpose
 _EXTRAS = {
@@ -53,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-requirements",
         action="store_true",
-        help="print what pip installs for nemo-upcycle data, in an environment of its own, and stop",
+        help="print only the requirements of nemo-upcycle data, which has its own environment",
     )
     parser.add_argument(
-        "--missing", action="store_true", help="print what pip would have to add for the whole chain, and stop"
+        "--missing", action="store_true", help="print only the requirements that are missing for the whole chain"
     )
 
 

@@ -19,10 +19,9 @@ EPILOG = f"""examples:
   nemo-upcycle evaluate runs/demo/dense runs/demo/suite results --name dense
   torchrun --nproc-per-node 8 -m nemo_upcycle.cli evaluate runs/8b paper results --ep 8
 
-A suite is a name, a YAML file, or a folder that was built before. The result is
-DIR/NAME.json, with every item's log-likelihoods. A checkpoint needs no export; it computes under any layout, also
-another one than it was trained under, without dropping tokens.
-exit status: 0 done; 2 a value or a file is wrong.
+A suite is a name, a YAML file, or a folder that was built earlier. The result, DIR/NAME.json, has the log-likelihoods
+of every item. A checkpoint needs no export and can be evaluated under any layout. No tokens are dropped.
+exit status: 0 done; 2 wrong value or file.
 
 The package's own suites are in {packaged("evaluation")}; demo.yaml explains every key."""
 
@@ -40,15 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder for the result")
     parser.add_argument(
-        "--name", metavar="NAME", help="of the model (default: dense of a dense Hugging Face folder, else trained)"
+        "--name",
+        metavar="NAME",
+        help="name of the model (default: dense for a dense Hugging Face folder, otherwise trained)",
     )
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="blend whose held-out documents are scored")
-    parser.add_argument("--backend", metavar="hf|vllm|megatron|auto", help="what computes (default: the suite's)")
     parser.add_argument(
-        "--batch-size", type=_batch_size, metavar="N|auto", help="sequences in one pass (default: the suite's)"
+        "--data", type=Path, metavar="FOLDER", help="blend or conversations whose held-out part is scored"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="take the first N items of each task")
-    parser.add_argument("--strict", action="store_true", help="end where the data of a task cannot be had")
+    parser.add_argument(
+        "--backend", metavar="hf|vllm|megatron|auto", help="engine that computes (default: from the suite)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_batch_size, metavar="N|auto", help="sequences per forward pass (default: from the suite)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="score only the first N items of each task")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop if the data of a task is unavailable (default: omit the task)"
+    )
     group = parser.add_argument_group("a checkpoint")
     group.add_argument("--dense", type=Path, metavar="FOLDER", help="the parent (default: from the receipt)")
     for option, text in (("tp", "share every matrix"), ("pp", "share the layers"), ("ep", "share the experts")):

@@ -16,16 +16,19 @@ EPILOG = """examples:
   nemo-upcycle export runs/demo/pretrain/checkpoints/last hf-last
   nemo-upcycle export checkpoints/step=1000 hf --dense models/Llama-3-8B
 
-Given a run or a folder of checkpoints, the command exports the newest complete one. The specification and the parent
-come from the run's receipt.json, found above the checkpoint, and from the checkpoint's own context/; --dense and the
-options must agree with both. The weights are the model's own, not the optimizer's float32 copy.
-exit status: 0 done; 2 a value or a file is wrong."""
+Given a run or a folder of checkpoints, the command exports the newest finished checkpoint. Spec and parent come from
+the run's receipt.json and from the checkpoint's own context/. If you give --dense or options, they must agree with
+these. The exported weights are the model's own, not the optimizer's float32 copy.
+exit status: 0 done; 2 wrong value or file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, help="folder with weights/ or .metadata, or a folder above it"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="checkpoint folder (with weights/ or .metadata), or a folder above it",
     )
     parser.add_argument("output", metavar="DST", type=folder_to_make, help="folder to make")
     parser.add_argument("--dense", type=Path, metavar="FOLDER", help="the parent (default: from the receipt)")
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_spec_options(parser, "how the model was upcycled (default: from receipt and checkpoint)", defaults=False)
     add_dtype(parser, "bfloat16")
     parser.add_argument(
-        "--text-only", action="store_true", help="of a parent that sees, write the text model without its other parts"
+        "--text-only", action="store_true", help="with a vision-language parent: write only the text model"
     )
 
 

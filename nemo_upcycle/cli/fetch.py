@@ -22,10 +22,10 @@ EPILOG = """examples:
   nemo-upcycle fetch /shared/fetched data=fineweb_edu_academic_7_3 --for llama3_8b_e8t2
   nemo-upcycle fetch /shared/fetched --for runs/demo
 
-Name the inputs as for `nemo upcycle pipeline`, or the folder of a run or of --render, which holds them. Files of
-this machine are used where they lie, and not copied. Models and data sets of the hub go into a cache of its own
-library below DIR. Run it again to continue; another recipe may go into the same DIR.
-exit status: 0 all is there; 1 something could not be fetched; 2 a value or a file is wrong."""
+Name the inputs as for `nemo upcycle pipeline`, or give the folder of a run or of --render. Files on this machine are
+not copied. Models and data sets from the hub go into the hub's own cache format below DIR. Run the same command again
+to continue. Several recipes can share one DIR.
+exit status: 0 everything is fetched; 1 something could not be fetched; 2 wrong value or file."""
 _INPUTS = ("dense", "data", "evaluation")
 #: Variables that would name another cache of the hub than HF_HOME does.
 _ELSEWHERE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE")
@@ -39,9 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         nargs="*",
         default=[],
-        help=f"{', '.join(_INPUTS)}: as the pipeline takes them",
+        help=f"{', '.join(_INPUTS)}: inputs, named as for the pipeline",
     )
-    parser.add_argument("--for", dest="run", metavar="RECIPE|RUN", help="whose inputs: a recipe, or a run's folder")
+    parser.add_argument(
+        "--for", dest="run", metavar="RECIPE|RUN", help="fetch the inputs of a recipe or of a run's folder"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

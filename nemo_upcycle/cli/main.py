@@ -27,9 +27,9 @@ from nemo_upcycle.utils.masking import without_secrets
 #: line, what else is to know), `add_arguments(parser)` and `run(args) -> exit status`
 COMMANDS = {
     "start": "a model and texts -> recipe, blend and forecast; with --yes a trained MoE and its report",
-    "plan": "layouts that fit a cluster, with memory, speed, duration and cost; needs no GPU",
+    "plan": "model and cluster -> layouts that fit, with memory, speed, duration and cost; needs no GPU",
     "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",
-    "chat": "conversations -> packed sequences to tune on, with a loss on the answers alone",
+    "chat": "conversations -> packed sequences for tuning, with the loss on the answers only",
     "fetch": "downloads of a run -> one folder, for machines without a network",
     "calibrate": "dense model and prompts -> calibration file for a router from prompts",
     "convert": "checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model",
@@ -37,7 +37,7 @@ COMMANDS = {
     "export": "NeMo or Megatron checkpoint, saved under any layout -> Hugging Face folder",
     "evaluate": "NeMo or Megatron checkpoint, or Hugging Face folder -> scores of lm-eval's tasks and held-out texts",
     "report": "run folder -> report.md, report.html, results.json and plots",
-    "doctor": "installed versions, whether they fit, and the command that adds missing ones",
+    "doctor": "this environment -> installed versions, whether they fit, and the command that adds missing ones",
 }
 _DESCRIPTION = """Turn a dense model into a Mixture-of-Experts model. These tools need neither NeMo nor a GPU.
 For runs with NeMo or Megatron-Bridge, from import to report: nemo upcycle --help.

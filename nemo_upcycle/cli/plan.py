@@ -38,12 +38,12 @@ EPILOG = """examples:
   nemo-upcycle plan --model /models/Llama-3-8B --experts 8 --top-k 2 --gpus 64 --tokens 27B --price-per-gpu-hour 2.5
   nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512 --layout tp=2,pp=4,vp=8,cp=1,ep=8,etp=1 --explain 1
 
-keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp expert tensor parallelism; pp pipeline
-  stages, vp virtual stages of each; mbs sequences of a micro-batch; dp data parallelism, which follows from the rest;
-  first, last: layers of the first and the last stage; embedding=1, loss=1: count as a layer when layers are dealt out
+keys of --layout (default: 1): tp, cp, ep and etp are the sizes of tensor, context, expert and expert tensor
+  parallelism; pp pipeline stages; vp virtual stages of each; mbs sequences per micro-batch; dp data parallelism, which
+  follows from the others; first, last: layers of the first and last stage; embedding=1, loss=1: count it as a layer
 
-exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
-TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
+exit status: 0 a layout fits (or is tight); 1 no layout fits; 2 wrong value.
+TFLOP/s and MFU count full attention, as in arXiv 2412.09952; --json also has them for the causal half."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,49 +57,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="MODEL", help=text)
     model, cluster = (parser.add_argument_group(title) for title in ("model and step", "cluster"))
     upcycling: dict[str, OptionRow] = {
-        "num_experts": (int, "N", "upcycle --model to N experts, or to more"),
-        "top_k": (int, "K", "experts that a token passes through (default: 2, or what keeps --model's function)"),
-        "granularity": (int, "G", "parts of a dense network (default: 1)"),
-        "seq_length": (int, "TOKENS", "tokens of a sequence (default: 8192)"),
-        "global_batch": (int, "SEQUENCES", "sequences of a step (default: 512)"),
+        "num_experts": (int, "N", "number of experts to upcycle --model to"),
+        "top_k": (
+            int,
+            "K",
+            "experts that process each token (default: 2, or the number that keeps --model's function)",
+        ),
+        "granularity": (int, "G", "number of parts of the dense network (default: 1)"),
+        "seq_length": (int, "TOKENS", "tokens per sequence (default: 8192)"),
+        "global_batch": (int, "SEQUENCES", "sequences per step (default: 512)"),
     }
     add_options(model, upcycling)
-    precisions = f"{', '.join(PRECISIONS)}; the last two on Blackwell (default: bf16)"
+    precisions = f"{', '.join(PRECISIONS)}; the last two need Blackwell (default: bf16)"
     add_options(model, {"precision": (str, "NAME", precisions)}, "bf16")
     cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
     add_options(cluster, {"gpu": (str, "NAME", f"{', '.join(hardware.gpu_names())} (default: h100)")}, "h100")
-    add_options(cluster, {"price_per_gpu_hour": (float, "PRICE", "in your currency")})
-    dispatchers = f"{', '.join(DISPATCHERS)} (default: the recipe's alltoall; hybridep for --model on Blackwell)"
-    beside = "what runs beside computation; the recipes have none, --model what NVIDIA's recipes have for the layout"
+    add_options(cluster, {"price_per_gpu_hour": (float, "PRICE", "price in your currency, to show the cost")})
+    dispatchers = f"{', '.join(DISPATCHERS)} (default: alltoall, or hybridep with --model on Blackwell)"
+    beside = "overlapped communication (default: none for recipes; with --model, as in NVIDIA's recipes)"
     step: dict[str, OptionRow] = {
-        "capacity_factor": (float, "CF", "of the experts; 0 drops nothing"),
-        "imbalance": (float, "X", "busiest over mean expert rank (1.5; 1.11 with --routing balanced)"),
+        "capacity_factor": (float, "CF", "capacity factor of the experts; 0 drops no tokens"),
+        "imbalance": (
+            float,
+            "X",
+            "load of the busiest expert rank over the mean (default: 1.5; with --routing balanced: 1.11)",
+        ),
         "dispatcher": (str, "NAME", dispatchers),
-        "routing": (str, "NAME", f"{', '.join(ROUTINGS)} (balanced)"),
+        "routing": (str, "NAME", f"{', '.join(ROUTINGS)} (default: balanced)"),
         "overlap": (str, "tp,ep,launch", beside),
         "tokens": (number_of_tokens, "N", "tokens of the run: 100B, 27e9 (default: 100B)"),
     }
     add_options(model, step)
-    model.add_argument("--pad-to-capacity", action="store_true", help="pad every expert up to its capacity")
-    text = (
-        "keep parameters in FP8 or FP4 (default: for --model without --experts that no recipe trains, as NVIDIA does)"
-    )
+    model.add_argument("--pad-to-capacity", action="store_true", help="pad every expert to its capacity")
+    text = "keep parameters in FP8 or FP4 (default: only with a dense --model that no recipe trains)"
     switch = argparse.BooleanOptionalAction
     model.add_argument("--low-precision-params", dest="low_params", action=switch, help=text)
-    text = f"{', '.join(GRADIENTS)}: what gradients are summed in (default: the recipe's; for --model bf16)"
+    text = f"{', '.join(GRADIENTS)}; type in which gradients are summed (default: from the recipe; with --model bf16)"
     model.add_argument("--grad-dtype", dest="gradients", metavar="NAME", help=text)
     recomputes = f"{', '.join(RECOMPUTES)}, or several modules: layernorm,moe_act (default: the fastest that fits)"
     layout: dict[str, OptionRow] = {
-        "layout": (str, "tp=2,pp=4,...", "evaluate this one; its keys are listed below"),
-        "micro_batch": (int, "N", "sequences of a micro-batch (default: searched)"),
+        "layout": (str, "tp=2,pp=4,...", "evaluate this layout; its keys are listed below"),
+        "micro_batch": (int, "N", "sequences per micro-batch (default: searched)"),
         "recompute": (str, "KIND", recomputes),
     }
     group = parser.add_argument_group("layout")
     add_options(group, layout)
-    add_options(group, {"rows": (int, "N", "layouts to show (default: 10)")}, 10)
+    add_options(group, {"rows": (int, "N", "number of layouts to show (default: 10)")}, 10)
     group = parser.add_argument_group("output")
     add_options(group, {"explain": (int, "ROW", "show the arithmetic of a row")})
-    add_options(group, {"backend": (str, "NAME", "whose command: nemo or bridge (default: nemo)")}, "nemo")
+    add_options(
+        group, {"backend": (str, "NAME", "trainer whose command is printed: nemo or bridge (default: nemo)")}, "nemo"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

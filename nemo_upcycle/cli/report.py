@@ -12,11 +12,11 @@ from nemo_upcycle.cli.common import show
 
 EPILOG = """examples:
   nemo-upcycle report runs/demo
-  nemo-upcycle report runs/demo --watch       a run that is under way: report.html, again and again until it is done
-  nemo-upcycle report runs/laptop             a grid: its table and figures again
-  nemo-upcycle report results/laptop          from a grid's evidence.json.gz, and into the page laptop.md beside it
+  nemo-upcycle report runs/demo --watch       a running run: rewrites report.html until it ends
+  nemo-upcycle report runs/laptop             a grid: its table and figures
+  nemo-upcycle report results/laptop          a grid's evidence.json.gz: rewrites laptop.md beside it
 
-exit status: 0 done; 2 the folder lacks a stage's results."""
+exit status: 0 done; 2 results of a stage are missing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run", metavar="RUN", type=Path, help="folder of a pipeline run, of a grid, or of its evidence"
     )
     parser.add_argument(
-        "--watch", action="store_true", help="rewrite report.html while the run goes on; needs no port"
+        "--watch", action="store_true", help="rewrite report.html while the run continues; opens no port"
     )
-    help_price = "with --watch: in your currency, to show what the run has cost"
+    help_price = "with --watch: price in your currency, to show the cost so far"
     parser.add_argument("--price-per-gpu-hour", metavar="PRICE", type=float, help=help_price)
 
 

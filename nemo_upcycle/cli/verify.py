@@ -18,10 +18,10 @@ EPILOG = """examples:
   nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --layers
   nemo-upcycle verify models/Llama-3-8B models/Llama-3-8B-E8T2 --weights-only
 
-Logits are compared in float32, with streamed weights. With granularity, or where a parent's experts were copied, the
-command counts the tokens whose routing, in the MoE model's own type, mixes networks: such a model needs float32
+Logits are compared in float32, with streamed weights. With granularity, or with copied experts of a parent, the
+command also counts the tokens whose routing mixes networks in the model's own type. Such a model needs float32
 routing, which the verdict assumes.
-exit status: 0 equal up to rounding; 1 not; 2 a folder is damaged or a value is wrong."""
+exit status: 0 equal up to rounding; 1 different; 2 damaged folder or wrong value."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = "Hugging Face folder, or hf://ORG/NAME on the hub (downloaded)"
     parser.add_argument("dense", metavar="DENSE", help=f"the parent: {where}, or asset://smollm2-135m")
     parser.add_argument("moe", metavar="MOE", help=f"the MoE model: {where}")
-    parser.add_argument("--layers", action="store_true", help="compare every layer, to find where the models diverge")
+    parser.add_argument(
+        "--layers", action="store_true", help="also compare every layer, to find where the models diverge"
+    )
     parser.add_argument(
         "--weights-only", action="store_true", help="compare the weights only, without running the models"
     )
-    text = "of a parent with experts: the file that says which have more copies"
+    text = "with a parent that has experts: the file that says which experts have more copies"
     parser.add_argument("--expert-utility", metavar="FILE", type=Path, help=text)
 
 

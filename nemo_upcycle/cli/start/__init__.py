@@ -50,8 +50,8 @@ EPILOG = """examples:
   nemo-upcycle start /models/Llama-3-8B /texts --gpus 64 --gpu h100
 
 It writes recipe.py and blend.yaml. Edit them freely; existing files are never overwritten. The printed command runs:
-import, data, check of step 0, training, dense baseline, export, evaluation on held-out text of yours, report.
-exit status: 0 written, with --yes also run; 1 the run did not finish; 2 something is missing, all of it named."""
+import, data, check of step 0, training, dense baseline, export, evaluation on held-out texts of yours, report.
+exit status: 0 files written (with --yes: run finished); 1 the run did not finish; 2 something is missing."""
 _T = TypeVar("_T")
 #: More GPUs than any cluster has.
 _MOST_GPUS = 100_000
@@ -65,13 +65,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"a file, a folder, or a pattern in quotes ({readable()}); omitted: the demo's"
     parser.add_argument("texts", metavar="TEXTS", nargs="?", help=text)
     how = parser.add_argument_group("how to train")
-    how.add_argument("--gpus", type=int, metavar="N", help="(default: those of this machine; 0: a trial on its CPU)")
-    how.add_argument("--gpu", metavar="NAME", help=f"{', '.join(gpu_names())} (default: h100)")
-    how.add_argument("--steps", type=int, metavar="N", help="(default: 10 on a CPU; on GPUs the texts once)")
-    text = "how often the texts are read, in place of --steps; needed above 100"
+    how.add_argument(
+        "--gpus", type=int, metavar="N", help="number of GPUs (default: all of this machine; 0: a trial on its CPU)"
+    )
+    how.add_argument("--gpu", metavar="NAME", help=f"kind of GPU: {', '.join(gpu_names())} (default: h100)")
+    how.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="training steps (default: 10 on a CPU; on GPUs, enough to read the texts once)",
+    )
+    text = "number of times to read the texts, in place of --steps; required above 100"
     how.add_argument("--epochs", type=float, metavar="N", help=text)
-    how.add_argument("--dir", type=folder_to_make, metavar="DIR", help="folder of the files and the run (runs/MODEL)")
-    how.add_argument("--yes", action="store_true", help="go on at once, and run the chain")
+    how.add_argument(
+        "--dir", type=folder_to_make, metavar="DIR", help="folder for the files and the run (default: runs/MODEL)"
+    )
+    how.add_argument("--yes", action="store_true", help="run the chain at once")
     add_spec_options(parser)
 
 
