@@ -71,7 +71,7 @@ def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return folder, _trained(dense, folder, steps=4, model=QUANTILES)
 
 
-def test_biases_by_quantiles_begin_at_zero_and_move_once_a_step(whole: tuple[Path, list[Any]]) -> None:
+def test_quantile_biases_start_at_zero_and_move_once_a_step(whole: tuple[Path, list[Any]]) -> None:
     folder, ranks = whole
     for seen in ranks:
         start, *steps = seen["biases"]
@@ -88,7 +88,7 @@ def test_biases_by_quantiles_begin_at_zero_and_move_once_a_step(whole: tuple[Pat
     assert receipt["exact"] is True
 
 
-def test_a_resumed_run_has_the_biases_of_one_that_was_not_stopped(
+def test_a_resumed_run_has_the_biases_of_an_uninterrupted_one(
     dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]
 ) -> None:
     for steps in (2, 4):
@@ -99,7 +99,7 @@ def test_a_resumed_run_has_the_biases_of_one_that_was_not_stopped(
                 assert torch.equal(values, resumed[kind][-1][name]), name
 
 
-def test_a_checkpoint_is_evaluated_with_its_biases_and_exported_to_no_class(
+def test_a_checkpoint_with_biases_is_evaluated_but_not_exported(
     dense: Path, tmp_path: Path, whole: tuple[Path, list[Any]]
 ) -> None:
     folder, ranks = whole
@@ -117,7 +117,7 @@ def test_finetuning_keeps_the_biases(dense: Path, tmp_path: Path, whole: tuple[P
     finetune_from(config := run_config(dense, tmp_path / "sft", None), whole[0])
     for name, value in (QUANTILES | {"moe_router_quantile_balancing_ema": 0.0}).items():
         assert getattr(config.model, name) == value
-    with pytest.raises(SpecError, match="moe_router_load_balancing_type: got seq_aux_loss"):
+    with pytest.raises(SpecError, match="moe_router_load_balancing_type is seq_aux_loss"):
         finetune_from(config, whole[0], moe_router_load_balancing_type="seq_aux_loss")
 
 
@@ -131,11 +131,11 @@ def _loaded(checkpoint: Path, dense: Path) -> list[list[float]]:
 @pytest.mark.parametrize(
     ("model", "experts", "words"),
     [
-        (QUANTILES | {"moe_aux_loss_coeff": 0.01}, 4, "moe_aux_loss_coeff: got 0.01, expected 0 with"),
+        (QUANTILES | {"moe_aux_loss_coeff": 0.01}, 4, "moe_aux_loss_coeff is 0.01; expected 0 with"),
         (QUANTILES, 6, "64 tokens of 2 experts each|tokens that all experts can have as many of"),
     ],
 )
-def test_quantiles_that_could_not_be_are_refused_before_anything_is_built(
+def test_refuses_impossible_quantiles_before_building(
     dense: Path, tmp_path: Path, model: dict[str, Any], experts: int, words: str
 ) -> None:
     from nemo_upcycle.trainers.bridge.upcycling import check

@@ -43,11 +43,11 @@ def test_a_run_refuses_a_field_before_it_starts(
     monkeypatch.setattr(config_fields, "meanings", lambda: known)
     changes = {"model.moe_grouped_gemm": False, f"model.{field}": value}
     said = refusal(dense, tmp_path / "run", SPEC, changes, style=style)
-    assert f"model.config.{field}: got {value}, expected " in said
+    assert f"model.config.{field} is {value}; expected " in said
     assert words in said
 
 
-def test_an_interleaved_model_is_not_saved_as_hugging_face_by_bridge(dense: Path, tmp_path: Path) -> None:
+def test_bridge_does_not_save_interleaved_models_as_hugging_face(dense: Path, tmp_path: Path) -> None:
     changes = {"model.moe_mlp_glu_interleave_size": 32, "model.moe_grouped_gemm": True}
     said = refusal(dense, tmp_path / "run", SPEC, changes | {"checkpoint.also_save_hf_checkpoint": True})
     assert "checkpoint.also_save_hf_checkpoint" in said

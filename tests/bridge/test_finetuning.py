@@ -20,9 +20,7 @@ from tests.distributed.ranks import run_ranks
 
 
 @pytest.mark.parametrize("style", ["provider", "builder"])
-def test_finetuning_starts_with_the_weights_and_the_vocabulary_of_the_run(
-    dense: Path, tmp_path: Path, style: str
-) -> None:
+def test_finetuning_starts_with_the_runs_weights(dense: Path, tmp_path: Path, style: str) -> None:
     """Its learning rate is zero, and Bridge's recipes would give it the tokenizer's vocabulary, padded to 384 rows."""
     train_on_ranks(1, dense, tmp_path / "run", SPEC, style=style)
     run_ranks(_finetune, 1, dense, tmp_path / "sft", tmp_path / "run", process_group=False)

@@ -61,12 +61,12 @@ def test_a_dense_hybrid_checkpoint_is_a_parent(dense: Path, tmp_path: Path, fiel
 @pytest.mark.parametrize(
     ("pattern", "layout", "changes", "words"),
     [
-        ("*E*E*E*E", {}, {"hybrid_layer_pattern": "*-*-*-*-"}, "got *-*-*-*-, expected *E*E*E*E"),
+        ("*E*E*E*E", {}, {"hybrid_layer_pattern": "*-*-*-*-"}, "got *-*-*-*-; expected *E*E*E*E"),
         ("*E*E*E*E", {}, {"hybrid_layer_pattern": "*E*E*E*-"}, "expected *E*E*E*E"),
         ("*E*E*E*E", {}, {"hybrid_layer_pattern": "**EE*E*E"}, " in turn"),
-        ("*E*E*E*E", {}, {"hybrid_layer_pattern": "*EM*E*E*E"}, "position_embedding_type: got rope, expected none: "),
-        ("*E*E*E*E", {}, {"hybrid_layer_pattern": None}, "config.model.hybrid_layer_pattern: got None"),
-        ("*E*E|*E*E", {}, {}, "hybrid_layer_pattern: got 2 segments"),
+        ("*E*E*E*E", {}, {"hybrid_layer_pattern": "*EM*E*E*E"}, "position_embedding_type is rope; expected none, "),
+        ("*E*E*E*E", {}, {"hybrid_layer_pattern": None}, "config.model.hybrid_layer_pattern is None"),
+        ("*E*E|*E*E", {}, {}, "hybrid_layer_pattern is 2 segments"),
         ("*E*E*E*E", {}, {"also_save_hf_checkpoint": True}, "nemo-upcycle export"),
     ],
     ids=str,

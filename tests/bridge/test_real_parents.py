@@ -17,7 +17,7 @@ SPEC = UpcycleSpec(num_experts=8, top_k=2)
 
 
 @pytest.mark.parametrize("name", PARENTS)
-def test_a_parent_of_real_size_has_the_parameters_that_are_planned(tmp_path: Path, name: str) -> None:
+def test_a_real_parent_has_the_planned_parameters(tmp_path: Path, name: str) -> None:
     from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.cpu.one_rank import one_rank
     from nemo_upcycle.trainers.bridge.models import upcycled_provider

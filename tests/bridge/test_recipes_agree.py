@@ -127,7 +127,7 @@ def test_a_recipe_fits_its_gpus_by_the_planner(name: str, parent: Path) -> None:
     assert (first.verdict, later.verdict) == (expected, expected)
 
 
-def test_every_recipe_of_nemos_has_its_pair_but_those_by_lora(numbers: dict[str, Any]) -> None:
+def test_every_recipe_of_nemo_has_a_pair_except_lora(numbers: dict[str, Any]) -> None:
     in_nemo = {name for name, known in known_recipes().items() if "nemo" in known.trainers and not known.lora}
     assert {_part(name, "recipe") for name in PAIRED} == in_nemo
     assert {_pair(name) for name in PAIRED} <= set(numbers)

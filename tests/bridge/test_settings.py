@@ -23,7 +23,7 @@ from tests.waiting import HANG_S
 def test_a_spike_ends_the_run_on_all_ranks(inputs: Path, tmp_path: Path) -> None:
     settings = {"upcycle.spike_threshold": 0.0, "upcycle.stop_on_spike": "true", "steps": 60, "pp": 2}
     text = training_text(settings | {"lr": 0.0, "min_lr": 0.0}, ranks=2)
-    with pytest.raises(RuntimeError, match=r"loss of step \d+: got [\d.]+, expected at most"):
+    with pytest.raises(RuntimeError, match=r"Loss of step \d+ is [\d.]+; expected at most"):
         train(text, tmp_path, inputs / "parent", inputs / "blend", ranks=2)
     (spike,) = metrics(tmp_path, "loss_spike")
     assert spike["loss_spike"] > spike["limit"]
@@ -79,7 +79,7 @@ def test_fp8_statistics_on_a_gpu_are_bridges_own(dense: Path, tmp_path: Path, mo
     assert config.tensor_inspect.features == "mine.yaml"
 
 
-def test_what_only_watches_a_run_may_change_in_one_that_has_started() -> None:
+def test_watchers_may_change_in_a_started_run() -> None:
     watches = {"spike_window": 9, "spike_threshold": 4.0, "evaluate_every": 5, "fp8_statistics_every": 3}
     text = training_text({f"upcycle.{name}": value for name, value in watches.items()})
     found = open_training("bridge", text).settings()

@@ -57,7 +57,7 @@ def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
 
 
 @pytest.mark.parametrize("style", ["provider", "builder"])
-def test_a_second_start_in_the_same_process_is_not_upcycled_again(dense: Path, tmp_path: Path, style: str) -> None:
+def test_a_second_start_does_not_upcycle_again(dense: Path, tmp_path: Path, style: str) -> None:
     """As an in-process restart makes it: the same hook that has filled before; the dense weights are gone by then."""
     parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
     assert ends_as_converted(dense, tmp_path / "run", SPEC, parent=parent, starts=2, style=style)
@@ -97,7 +97,7 @@ def test_the_dense_baseline_starts_from_the_same_checkpoint(dense: Path, tmp_pat
         ({"dist.use_megatron_fsdp": True}, "use_megatron_fsdp"),
         ({"dist.use_decentralized_pg": True}, "use_decentralized_pg"),
         ({"checkpoint.non_persistent_ckpt_type": "local"}, "non_persistent_ckpt_type"),
-        ({"model.tensor_model_parallel_size": 3}, "vocab_size: got 256, expected a multiple of TP"),
+        ({"model.tensor_model_parallel_size": 3}, "vocab_size is 256; expected a multiple of TP"),
         ({"model.init_model_with_meta_device": True}, "init_model_with_meta_device"),
         ({"checkpoint.save": "msc://mine/run", "checkpoint.load": "msc://mine/run"}, "MultiStorageClient is on"),
     ],
@@ -127,7 +127,7 @@ def test_a_run_may_keep_its_parameters_in_fp8_or_fp4(dense: Path, tmp_path: Path
     check(config)
     if config.mixed_precision.fp8_recipe == "delayed" and kind == "fp8":
         config.optimizer.use_precision_aware_optimizer = True
-        with pytest.raises(SpecError, match="use_precision_aware_optimizer: got True, expected False with fp8_param_"):
+        with pytest.raises(SpecError, match="use_precision_aware_optimizer is True; expected False with fp8_param_"):
             check(config)
 
 
@@ -144,7 +144,7 @@ def test_bridges_own_export_wants_a_folder_of_the_models_class(dense: Path, tmp_
     changes = {"checkpoint.also_save_hf_checkpoint": True, "tokenizer.tokenizer_model": str(dense)}
     changes |= {"checkpoint.hf_source_path": str(dense) if has_source else None}
     said = refusal(dense, tmp_path, SPEC, changes)
-    assert "hf_source_path: got " in said
+    assert "hf_source_path is " in said
     assert "expected a folder with 4 experts" in said
 
 
@@ -184,7 +184,7 @@ def test_the_node_stands_in_the_saved_configuration(dense: Path, tmp_path: Path)
 
 
 def test_a_run_whose_node_is_lost_is_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"got random weights, expected weights of .*dense"):
+    with pytest.raises(RuntimeError, match=r"got random weights; expected weights of .*dense"):
         run_ranks(_train_without_node, 1, dense, tmp_path / "run", process_group=False)
 
 
@@ -252,7 +252,7 @@ def _train_in_store(dense: Path, profiles: Path, folder: Path, steps: int) -> No
     train(dense, "msc://mine/run", SPEC, steps=steps)
 
 
-def test_a_start_says_its_schedule_and_what_few_mean_to_do(dense: Path, tmp_path: Path) -> None:
+def test_a_start_shows_its_schedule_and_likely_mistakes(dense: Path, tmp_path: Path) -> None:
     """Megatron's loss counts the rows that only pad a vocabulary."""
     (said,) = run_ranks(_messages_of_a_run, 1, dense, tmp_path / "run", process_group=False)
     receipt = read_json(tmp_path / "run/receipt.json")
@@ -279,12 +279,12 @@ def _messages_of_a_run(dense: Path, run: Path) -> list[str]:
 
 def test_asynchronous_saving_is_refused_without_a_gpu(dense: Path, tmp_path: Path) -> None:
     """Bridge ends with a ZeroDivisionError on one rank, and the others wait."""
-    with pytest.raises(RuntimeError, match=r"async_save: got True, expected False without a GPU"):
+    with pytest.raises(RuntimeError, match=r"async_save is True; expected False without a GPU"):
         train_on_ranks(1, dense, tmp_path / "run", SPEC, async_save=True)
 
 
-def test_a_setting_that_comes_later_than_the_recipe_is_refused_too(dense: Path, tmp_path: Path) -> None:
+def test_refuses_settings_that_come_after_the_recipe(dense: Path, tmp_path: Path) -> None:
     """`--save_dir` alone, say: Bridge reads the command line when the recipe has been made."""
-    with pytest.raises(RuntimeError, match=r"checkpoint\.load: got .*run, expected checkpoint\.save"):
+    with pytest.raises(RuntimeError, match=r"checkpoint\.load is .*run; expected checkpoint\.save"):
         train_on_ranks(1, dense, tmp_path / "run", SPEC, save_later=tmp_path / "other")
     assert not (tmp_path / "other").exists()

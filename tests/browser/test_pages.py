@@ -83,7 +83,7 @@ def test_wide_content_scrolls_in_its_own_box(opened: list[dict[str, Any]]) -> No
         assert (page["cut"], page["hidden"], page["tiny"]) == ([], [], [])
 
 
-def test_the_first_screen_has_the_verdict_and_a_wide_one_the_losses(opened: list[dict[str, Any]]) -> None:
+def test_the_first_screen_has_the_verdict(opened: list[dict[str, Any]]) -> None:
     for page in opened:
         assert page["verdict"] < HEIGHT / 2
         assert page["asked"] == min(WIDTHS) or page["images"][0]["bottom"] < HEIGHT

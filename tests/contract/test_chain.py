@@ -79,7 +79,7 @@ def test_step_0_equals_the_parent_and_training_improves_it(finished: Path) -> No
     assert bits["dense_ct"] < bits["dense"] - 0.05
 
 
-def test_the_report_says_what_was_trained_and_what_the_models_write(finished: Path) -> None:
+def test_the_report_shows_the_training_and_samples(finished: Path) -> None:
     results = read_json(finished / "results.json")
     for stage in ("pretrain", "dense_ct"):
         done = results["training"][stage]
@@ -116,9 +116,7 @@ def test_changed_evaluation_settings_rerun_only_evaluate_and_report(finished: Pa
 
 
 @pytest.mark.full
-def test_a_started_training_takes_more_steps_and_no_other_learning_rate(
-    finished: Path, inputs: Path, tmp_path: Path
-) -> None:
+def test_a_started_training_takes_only_more_steps(finished: Path, inputs: Path, tmp_path: Path) -> None:
     run_dir = shutil.copytree(finished, tmp_path / "run")
     _plan(inputs, run_dir, lr=5e-4)
     answer = run_in_own_process("pretrain", run_dir)  # the first rank's, before the others would be waited for
@@ -202,7 +200,7 @@ def test_a_chain_makes_its_own_calibration_and_trains_with_it(inputs: Path, tmp_
 
 
 @pytest.mark.full
-def test_a_training_by_itself_makes_the_file_on_the_first_rank(inputs: Path, tmp_path: Path) -> None:
+def test_the_first_rank_makes_the_file(inputs: Path, tmp_path: Path) -> None:
     train(_calibrated(tmp_path), tmp_path / "run", inputs / "parent", inputs / "blend", ranks=2)
     assert read_json(tmp_path / "run/receipt.json")["calibration"]["path"] == str(tmp_path / "run" / NAME)
 

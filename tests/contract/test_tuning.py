@@ -65,9 +65,7 @@ def test_a_resumed_tuning_ends_with_the_same_bits(inputs: tuple[Path, Path], one
 
 
 @pytest.mark.full
-def test_a_chain_tunes_killed_in_the_middle_and_compares_four_models(
-    inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_killed_tuning_chain_resumes_and_compares_four_models(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     parent, _ = inputs
     (tmp_path / "asked.yaml").write_text("tasks: {heldout_answers: [0]}\nlocal: true\nheldout: {answers: 8}\n")
     lines = parent.parent / "sums.jsonl"

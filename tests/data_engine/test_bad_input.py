@@ -154,5 +154,5 @@ def test_parquet(tmp_path: Path) -> None:
 def test_strict_names_the_place(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_bytes(_between(b"{]\n"))
-    with pytest.raises(UpcycleError, match=r"some.jsonl:3: got broken JSON"):
+    with pytest.raises(UpcycleError, match=r"some.jsonl:3: broken JSON"):
         execute(write_plan(tmp_path, [{"files": [str(file)]}], strict=True))

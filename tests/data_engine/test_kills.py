@@ -73,7 +73,7 @@ def test_killed_starter_takes_engine_and_jobs_along(tmp_path: Path, monkeypatch:
     assert slurm.calls("scancel") == ["17"]
 
 
-def test_shell_may_end_and_hang_up_before_the_engine_under_nohup(tmp_path: Path) -> None:
+def test_the_engine_outlives_its_shell_under_nohup(tmp_path: Path) -> None:
     plan = blend(tmp_path, documents=2000, words=60)
     words = ["bash", "-c", 'nohup "$@" & wait', "bash", *command(plan, "--workers", "2")]
     shell = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

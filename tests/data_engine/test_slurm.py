@@ -83,7 +83,7 @@ def test_queue_that_does_not_answer_says_nothing(tmp_path: Path, slurm: Slurm) -
 
 
 @pytest.mark.parametrize("gone", ["exit 0", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"])
-def test_jobs_that_are_gone_are_given_up_and_stay_written_down(tmp_path: Path, slurm: Slurm, gone: str) -> None:
+def test_lost_jobs_stay_on_record(tmp_path: Path, slurm: Slurm, gone: str) -> None:
     slurm.says("sbatch", 'echo "Submitted batch job 17"')
     slurm.says("squeue", f'[ "$calls" -le 3 ] && {{ echo "17_0 any"; exit 0; }}; {gone}')
     plan, runs = _launch(tmp_path, 1)

@@ -77,7 +77,7 @@ def test_linear_layers_compute_in_fp8_and_nothing_else_does() -> None:
     assert found["plain"] == ["output_layer"]
 
 
-def test_first_and_last_layers_stay_out_where_the_recipe_says_so() -> None:
+def test_first_and_last_layers_can_be_excluded() -> None:
     ends = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
     (found,) = run_ranks(functools.partial(_recorded, "tensorwise", **ends), 1)
     assert {name.split(".")[2] for name in found["fp8"]} == {"1"}

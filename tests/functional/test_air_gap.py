@@ -53,7 +53,7 @@ def _stage(name: str, run_dir: Path, variables: dict[str, str]) -> subprocess.Co
     return subprocess.run(command, env=own, capture_output=True, text=True, check=False)
 
 
-def test_the_chain_runs_without_a_network_from_what_was_fetched_and_not_before(plan: RunPlan, tmp_path: Path) -> None:
+def test_the_chain_runs_without_a_network_after_a_fetch(plan: RunPlan, tmp_path: Path) -> None:
     endpoint = Path(plan.data).read_text().partition("[")[2].partition("/acme")[0]
     run_dir = tmp_path / "run"
     plan.write(run_dir)

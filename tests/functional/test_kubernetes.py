@@ -78,7 +78,7 @@ def test_the_server_refuses_a_misspelt_field(scheduler: KubernetesScheduler, kub
         api.create(resource_of(settings), wrong, dry_run=True)
 
 
-def test_a_field_that_trainer_2_2_lacks_is_refused_with_the_fix(kubeconfig: Path, tmp_path: Path) -> None:
+def test_refuses_a_field_that_trainer_2_2_lacks(kubeconfig: Path, tmp_path: Path) -> None:
     define(kubeconfig, "trainjob-2.2")
     settings = executor("trainjob-2.3", tmp_path, kubeconfig=str(kubeconfig))
     with pytest.raises(UpcycleError, match="termination_grace_s=0"):
@@ -90,7 +90,7 @@ def test_a_server_that_is_down_is_said_to_be(kubeconfig: Path, tmp_path: Path) -
     text = yaml.safe_load(kubeconfig.read_text())
     text["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:9"
     gone.write_text(yaml.safe_dump(text))
-    with pytest.raises(UpcycleError, match=r"Kubernetes API server: got none from https://127\.0\.0\.1:9"):
+    with pytest.raises(UpcycleError, match=r"Kubernetes API server does not answer at https://127\.0\.0\.1:9"):
         KubernetesScheduler(executor("pytorchjob-1.9", tmp_path, kubeconfig=str(gone))).check([_job(tmp_path)])
     with pytest.raises(UpcycleError, match="credentials of the Kubernetes cluster"):
         KubernetesApi(str(tmp_path / "nothing"), "")
@@ -123,9 +123,7 @@ def _start(inputs: Path, kubeconfig: Path, name: str, *words: str) -> Command:
 
 
 @pytest.mark.slow
-def test_a_chain_runs_and_a_training_goes_on_after_an_eviction(
-    inputs: Path, kubeconfig: Path, operator: Operator
-) -> None:
+def test_a_training_resumes_after_an_eviction(inputs: Path, kubeconfig: Path, operator: Operator) -> None:
     run, run_dir = _start(inputs, kubeconfig, "whole"), inputs / "whole"
     run.wait_for_lines(run_dir / "pretrain/metrics.jsonl", 3)
     operator.evict(read_json(run_dir / "jobs.json")["jobs"]["pretrain"])

@@ -76,7 +76,7 @@ def test_a_started_run_survives_harmless_edits(inputs: Path) -> None:
     write_blend_file(inputs / "texts")
 
 
-def test_the_same_command_resumes_and_starts_nothing_after_a_failed_rank(inputs: Path) -> None:
+def test_the_same_command_resumes_after_a_failed_rank(inputs: Path) -> None:
     log, line = inputs / "console.txt", (inputs / "run/command.txt").read_text()
     log.unlink()
     launcher = Command.pasted(log, f"cd / && {line}", FAIL_AT="4", NEMORUN_HOME=f"{inputs}/home")

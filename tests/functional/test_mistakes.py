@@ -54,7 +54,7 @@ def test_a_mistake_inside_a_stage_ends_in_status_2(files: Path, tmp_path: Path) 
     answer = _type(command, tmp_path, files)
     assert answer.status == 2, answer.text
     last = answer.text.splitlines()[-1]
-    assert last.startswith("[data] source mine: got ")
+    assert last.startswith("[data] Source mine leaves ")
     assert "expected more than a sequence" in last
     assert "Traceback" not in answer.text
     assert not (tmp_path / "run/upcycle").exists()
@@ -70,7 +70,7 @@ def test_a_second_run_in_the_same_folder_is_refused(files: Path, tmp_path: Path)
     with in_use(tmp_path / "run"):
         answer = _type(command, tmp_path, files)
     assert answer.status == 2, answer.text
-    assert f"{tmp_path / 'run'}: got in use by another run" in answer.text
+    assert f"{tmp_path / 'run'} is in use by another run" in answer.text
     assert answer.written == []
 
 

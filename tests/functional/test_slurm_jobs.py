@@ -81,7 +81,7 @@ def test_stage_that_ends_within_kill_wait_fails_nothing(run_dir: Path, capfd: py
     assert "DependencyNeverSatisfied" in capfd.readouterr().err
 
 
-def test_what_only_slurm_knows_of_an_end_is_in_the_message(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_message_has_slurms_reason_for_an_end(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UnfinishedError) as caught:
         finish(chain_of(run_dir, {"import": "sleep 600"}, stages={"import": {"time": "00:01:00"}}))
     assert "DUE TO TIME LIMIT" in str(caught.value)

@@ -42,9 +42,9 @@ def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     (answers,) = run_ranks(type_commands, 1, commands, str(inputs), str(inputs), process_group=False, timeout_s=600)
     refused, wrong_size, done = answers
     assert refused.status == 2, refused.text
-    assert "  optim.config.lr: got -1" in refused.text
+    assert "  optim.config.lr is -1" in refused.text
     assert wrong_size.status == 2, wrong_size.text
-    assert "model.config.num_layers: got 3, expected 4" in wrong_size.text
+    assert "model.config.num_layers is 3; expected 4" in wrong_size.text
     assert refused.written == wrong_size.written == []
     assert done.status == 0, done.text
     assert "model.config.num_moe_experts: None -> 8" in done.text
@@ -80,7 +80,7 @@ def _logits(checkpoint: str, parent: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", quick([(one,) for one in WRITERS], ("EXAONE 4",)))
-def test_a_saved_run_is_evaluated_as_the_model_that_was_trained(tmp_path: Path, name: str) -> None:
+def test_evaluates_a_saved_run_as_the_trained_model(tmp_path: Path, name: str) -> None:
     parent = write_tokenizer(WRITERS[name](tmp_path / "parent", vocab_size=259))
     write_blend(tmp_path / "blend", parent, texts=texts())
     run = tmp_path / "run"

@@ -1,6 +1,6 @@
 """Write all golden files anew: `python -m tests.golden`, then read the difference."""
 
-from tests.golden import GOLDEN, PAIRS, forecasts, golden_path, pairs_text, text_of
+from tests.golden import GOLDEN, PAIRS, forecasts, golden_path, messages, pairs_text, text_of
 
 
 for name in GOLDEN:
@@ -8,3 +8,4 @@ for name in GOLDEN:
 PAIRS.write_text(pairs_text(), encoding="utf-8")
 for recipe, cluster in forecasts.GOLDEN:
     forecasts.forecast_path(recipe, cluster).write_text(forecasts.forecast_text(recipe, cluster), encoding="utf-8")
+messages.MESSAGES.write_text(messages.messages_text(), encoding="utf-8")

@@ -54,7 +54,7 @@ def test_every_class_computes_what_the_parent_does(tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize("parent", ["InternLM3", "IQuest-Coder", "EXAONE 3"])
 @pytest.mark.skipif(not hasattr(transformers, "ExaoneConfig"), reason="this release does not know these models")
-def test_what_transformers_computes_as_a_llama_is_loaded_as_it_loads_it(tmp_path: Path, parent: str) -> None:
+def test_loads_llamas_by_another_name_as_transformers_does(tmp_path: Path, parent: str) -> None:
     folder, tokens = FOLDERS[parent](tmp_path, tied=True), sample_tokens(250)
     assert read_json(folder / "config.json")["architectures"] == ["LlamaForCausalLM"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -73,7 +73,7 @@ def test_a_gemma_4_keeps_its_network_and_function(tmp_path: Path, sizes: dict[st
         assert found.relative <= most
 
 
-def test_small_logits_of_a_router_tie_in_the_classes_of_transformers(tmp_path: Path) -> None:
+def test_small_router_logits_tie_in_transformers(tmp_path: Path) -> None:
     found = outcome(Case("Llama", {"layers": 2}, FINE | {"router_std": 1e-8}), tmp_path)
     assert not found.is_exact
     assert found.relative >= 1e-3

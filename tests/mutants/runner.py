@@ -65,7 +65,7 @@ class Mutant:
             ValueError: what is to be replaced does not occur once.
         """
         if (count := text.count(self.old)) != 1:
-            raise ValueError(f"the old text occurs {count} times in {self.file}, expected once")
+            raise ValueError(f"the old text occurs {count} times in {self.file}; expected once")
         return text.replace(self.old, self.new)
 
 
@@ -142,7 +142,7 @@ def kill(mutant: Mutant) -> str:
     if status == PASSED:
         return ""
     if status != FAILED:
-        raise ValueError(f"pytest ended with status {status}, expected a failed test\n{printed[-2000:]}")
+        raise ValueError(f"pytest ended with status {status}; expected a failed test\n{printed[-2000:]}")
     return next((line for line in printed.splitlines() if line.startswith(("FAILED ", "ERROR "))), "FAILED")
 
 

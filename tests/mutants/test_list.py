@@ -30,12 +30,12 @@ def test_no_two_mutants_have_one_name() -> None:
 
 
 @pytest.mark.parametrize("text", ["a = 1\n", "a = 2\na = 2\n"])
-def test_edit_of_a_text_that_does_not_occur_once_is_an_error(text: str) -> None:
-    with pytest.raises(ValueError, match=r"occurs \d times in a\.py, expected once"):
+def test_an_edit_needs_a_text_that_occurs_once(text: str) -> None:
+    with pytest.raises(ValueError, match=r"occurs \d times in a\.py; expected once"):
         Mutant("name", "a.py", "a = 2", "a = 3", "", []).applied(text)
 
 
 @pytest.mark.full
-def test_known_mutant_is_killed_by_the_test_that_is_about_it() -> None:
+def test_a_known_mutant_is_killed_by_its_test() -> None:
     killer = kill(MUTANTS["secrets_in_small_letters_shown"])
     assert killer.startswith("FAILED tests/unit/utils/test_masking.py::test_names_of_secrets[my_token]")

@@ -141,7 +141,7 @@ def _as_experts(dense: Filled, layers: list[int], experts: int) -> Filled:
     return found
 
 
-def test_a_model_has_the_parents_tensors_and_copies_of_its_networks(parent: Path) -> None:
+def test_a_model_has_copies_of_the_parents_networks(parent: Path) -> None:
     with megatron_rank(ONE_RANK, 0):
         filled = dict(_filled(parent, SPEC, ONE_RANK)[0].named_parameters())
     expected = _as_experts(_by_bridge(parent), _moe_layers(SPEC), SPEC.num_experts)
@@ -210,10 +210,10 @@ def test_the_receipt_counts_mambas_parameters(parent: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hybrid_layer_pattern": "ME*EM-ME*"}, "hybrid_layer_pattern: got ME.EM-ME., expected ME.EMEME."),
+        ({"hybrid_layer_pattern": "ME*EM-ME*"}, "hybrid_layer_pattern is ME.EM-ME.; expected ME.EMEME."),
         ({"hybrid_layer_pattern": "MEM*EME*M"}, r"expected MEM.EME.E \(as in the parent"),
-        ({"position_embedding_type": "rope"}, "position_embedding_type: got rope, expected none"),
-        ({"mamba_num_groups": 1, "mamba_state_dim": 16}, "mamba_num_groups: got 1, expected 2"),
+        ({"position_embedding_type": "rope"}, "position_embedding_type is rope; expected none"),
+        ({"mamba_num_groups": 1, "mamba_state_dim": 16}, "mamba_num_groups is 1; expected 2"),
     ],
     ids=["dense layer", "other layers", "positions", "groups"],
 )

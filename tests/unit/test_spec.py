@@ -70,7 +70,7 @@ def test_softmax_before_top_k(changes: dict, exact: bool, scale: float) -> None:
     assert (spec.is_exact, spec.down_scale) == (exact, scale)
 
 
-def test_a_router_from_data_is_exact_as_a_drawn_one_is() -> None:
+def test_a_router_from_data_is_exact() -> None:
     prompts = {"router_init": "prompts", "calibration": "file"}
     assert UpcycleSpec(**prompts).is_exact
     assert not UpcycleSpec(**prompts, router_order="softmax_topk").is_exact

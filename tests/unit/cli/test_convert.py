@@ -46,7 +46,7 @@ def test_it_is_told_how_exact_the_result_is(
         (("--router-order", "softmax_topk"), "ForConditionalGeneration has no place for expert weights that do", True),
     ],
 )
-def test_a_parent_that_sees_is_written_whole_or_it_says_why_not(
+def test_writes_a_vision_parent_whole_or_says_why_not(
     tmp_path: Path, command: Command, more: tuple[str, ...], said: str, alone: bool
 ) -> None:
     folder = write_wrapped(tmp_path / "dense", "Qwen3VL")
@@ -60,9 +60,9 @@ def test_a_parent_that_sees_is_written_whole_or_it_says_why_not(
 @pytest.mark.parametrize(
     ("output", "words"),
     [
-        ("file/moe", "Not a directory, expected access and room. Fix: a part of the path is a file"),
-        ("loop/moe", "got links that form a loop, expected a path"),
-        ("x" * 300, "File name too long, expected access and room. Fix: choose a shorter name"),
+        ("file/moe", "Not a directory. Check the path: a part of it is a file"),
+        ("loop/moe", "has links that form a loop. Choose"),
+        ("x" * 300, "File name too long. Choose a shorter name"),
     ],
 )
 def test_where_nothing_can_be_written_says_what_to_do(

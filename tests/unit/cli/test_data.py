@@ -18,7 +18,7 @@ def test_overrides_stand_before_and_after_options(tmp_path: Path, words: list[st
     assert (error.subject.rpartition(" ")[2], error.got) == ("seq_length", 1)
 
 
-def test_texts_that_are_not_there_and_a_pattern_without_quotes_are_named(tmp_path: Path) -> None:
+def test_names_missing_texts_and_patterns_without_quotes(tmp_path: Path) -> None:
     assert refused("data", str(tmp_path / "nosuch.jsonl"), str(tmp_path / "made")).got == "no such file or folder"
     names = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
     for name in names:

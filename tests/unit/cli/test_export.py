@@ -89,7 +89,7 @@ def test_what_no_tensor_shows_must_be_said(typed: tuple[str, ...], tmp_path: Pat
         ("Qwen2_5_VL", (), "Qwen2MoeForCausalLM", "the text model alone: no class is known here that holds visual"),
     ],
 )
-def test_a_parent_that_sees_is_exported_whole_or_its_text_alone(
+def test_exports_a_vision_parent_whole_or_its_text_model(
     tmp_path: Path, command: Command, kind: str, more: tuple[str, ...], hf_class: str, note: str
 ) -> None:
     dense = write_wrapped(tmp_path / "dense", kind)

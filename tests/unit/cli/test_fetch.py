@@ -94,12 +94,12 @@ def test_a_stopped_fetch_continues(site: Site) -> None:
 
 @pytest.mark.slow
 @pytest.mark.full
-def test_what_may_not_or_cannot_be_had_is_named_and_the_rest_is_fetched(site: Site) -> None:
+def test_names_unavailable_inputs_and_fetches_the_rest(site: Site) -> None:
     dense, *others = _inputs(site, "weight: 1.0")
     done = site.fetch(dense.replace("tiny", "gated"), *others)
     assert done.returncode == 1, done.stderr
     assert "not fetched: model acme/gated: download of acme/gated" in done.stdout
-    assert "sources.web.license of blend mine: got not stated, expected a licence" in done.stdout
+    assert "sources.web.license of blend mine is not stated; expected a licence" in done.stdout
     assert not (site.folder / "fetched/texts").exists()
     (site.folder / "home").mkdir()
     (site.folder / "home/token").write_text(TOKEN)
@@ -112,7 +112,7 @@ def test_what_may_not_or_cannot_be_had_is_named_and_the_rest_is_fetched(site: Si
 
 @pytest.mark.slow
 @pytest.mark.full
-def test_data_of_tasks_and_data_sets_of_the_hub_are_read_without_a_network(tmp_path: Path) -> None:
+def test_reads_fetched_data_sets_without_a_network(tmp_path: Path) -> None:
     hub = pytest.importorskip("tests.hub", reason="the stand-in for the hub's data sets is not there")
     pytest.importorskip("lm_eval")
     blend, flan = tmp_path / "mine.yaml", "hf://datasets/allenai/dolmino-mix-1124/data/flan/*.json*"

@@ -112,13 +112,13 @@ def test_a_reader_that_goes_does_not_fail_the_work(dense: Path, tmp_path: Path, 
 @pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_an_output_without_room_is_told_and_fails_if_it_is_all(dense: Path, tmp_path: Path, command: Command) -> None:
+def test_reports_an_output_without_room(dense: Path, tmp_path: Path, command: Command) -> None:
     moe = tmp_path / "moe"
     for words, status in zip(_answers(dense, moe), (0, 2), strict=True):
         with open("/dev/full", "w") as full, _command(*words, stdout=full) as process:
             error = process.communicate()[1]
         assert process.returncode == status
-        assert error.startswith("error: standard output: got No space left on device")
+        assert error.startswith("error: standard output is No space left on device")
         assert (f"{moe} is whole" in error) is (status == 0)
     command.text("verify", str(dense), str(moe), "--weights-only")
 

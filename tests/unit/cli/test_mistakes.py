@@ -66,14 +66,14 @@ def test_a_mistake_is_named_as_it_was_typed(
     ("typed", "said"),
     [
         ("convert a b --expert 8", "option '--expert' does not exist. Did you mean '--experts'?"),
-        ("verify a b --experts 8", "option '--experts' does not exist. Fix: see"),
+        ("verify a b --experts 8", "option '--experts' does not exist. See"),
         ("convert a", "the following arguments are required: DST"),
         (
             "convert a b --router-std wide",
-            "--router-std: got 'wide', expected a number. Fix: write, for example, --router",
+            "--router-std is 'wide'; expected a number. Write, for example, --router",
         ),
         ("plan --recipe a --model b --gpus 8", "not allowed with argument"),
-        ("data sotu d --check seqlength", "argument 'seqlength': got no =, expected KEY=VALUE. Fix: type"),
+        ("data sotu d --check seqlength", "argument 'seqlength' is not KEY=VALUE. Type"),
     ],
 )
 def test_what_is_not_parsed_is_a_line_with_the_fix(capsys: pytest.CaptureFixture[str], typed: str, said: str) -> None:

@@ -128,7 +128,7 @@ def test_what_is_advised_fits(gpus: str, recipe: str, capsys: pytest.CaptureFixt
     if main(words):
         given = capsys.readouterr()
         text = " ".join((given.err or given.out).split())
-        advice = re.search(r"(?:Fix: set|With) (--[a-z-]+)[ =](\d+)", text)
+        advice = re.search(r"(?:Set|With) (--[a-z-]+)[ =](\d+)", text)
         assert advice, text
         assert main([*words, *advice.groups()]) == 0
     assert "nemo llm pretrain" in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_it_stays_within_the_terminal(
         ({"hidden_act": "gelu_pytorch_tanh"}, None),
     ],
 )
-def test_a_command_is_given_only_where_the_recipe_computes_the_parents_function(
+def test_gives_a_command_only_if_the_recipe_is_exact(
     changes: dict[str, Any], recipe: str | None, tmp_path: Path, command: Command
 ) -> None:
     found = _row(command, "--model", write_config(tmp_path, **changes), "--gpus", "64")["command"]
@@ -178,7 +178,7 @@ def test_a_command_is_given_only_where_the_recipe_computes_the_parents_function(
 
 
 @pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-current", "fp8-blockwise"])
-def test_a_recipe_without_the_argument_gets_every_setting_of_nemos_precision(precision: str, command: Command) -> None:
+def test_a_recipe_gets_every_setting_of_nemos_precision(precision: str, command: Command) -> None:
     from nemo.collections.llm.recipes.precision import mixed_precision
 
     from nemo_upcycle.trainers.recipe_arguments import FP8_RECIPES

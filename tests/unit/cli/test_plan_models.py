@@ -47,7 +47,7 @@ def test_a_checkpoint_is_planned_as_its_own_configuration_says(dense: Path, tmp_
             assert (found["total_params"], found["active_params"]) == (expected.total_params, expected.active_params)
 
 
-def test_a_checkpoint_of_what_is_not_modelled_is_refused_by_name(dense: Path, tmp_path: Path) -> None:
+def test_refuses_a_checkpoint_with_unsupported_settings_by_name(dense: Path, tmp_path: Path) -> None:
     folder = _bridge(tmp_path / "bridge", dense, experimental_attention_variant="dsa")
     typed = ("plan", "--model", str(folder), "--gpus", "1")
     assert refused(*typed).got == "dsa"

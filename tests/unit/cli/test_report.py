@@ -20,7 +20,7 @@ def test_watching_ends_with_the_report_of_the_run(run_dir: Path, command: Comman
     assert refused("report", str(run_dir.parent), "--watch").got == "no pipeline.json"
 
 
-def test_a_folder_of_something_else_is_not_sent_to_the_pipeline(tmp_path: Path) -> None:
+def test_does_not_send_other_folders_to_the_pipeline(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     error = refused("report", str(tmp_path))
     assert (error.subject, error.got) == (str(tmp_path), "no pipeline.json")

@@ -50,7 +50,7 @@ def test_gpus_that_are_elsewhere_are_never_started_here(dense: Path, texts_folde
     words = ["start", str(dense), str(texts_folder), "--gpus", "64", "--dir", str(texts_folder.parent / "run")]
     assert command.values(*words)["command"].endswith(" run.executor.container_image=IMAGE --dryrun")
     error = str(refused(*words, "--yes"))
-    assert error.startswith("--yes: got 0 GPUs here, expected 64. Fix: type `PYTHONPATH=")
+    assert error.startswith("--yes needs 64 GPUs, and this machine has 0. Type `PYTHONPATH=")
 
 
 def test_a_folder_of_another_start_is_forecast_and_compared(

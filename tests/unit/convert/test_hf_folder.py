@@ -73,7 +73,7 @@ def test_a_link_out_of_the_parents_folder_is_refused(dense: Path, tmp_path: Path
     checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
     for name in ("tokenizer.model", "additional_chat_templates/key.jinja"):
         (dense / name).symlink_to(tmp_path / "secret")
-        words = rf"{name}: got a link to .*secret, expected a file in .*put the file itself"
+        words = rf"{name} is a link to .*secret; expected a file in .*put the file itself"
         with pytest.raises(UpcycleError, match=words):
             export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
         with pytest.raises(UpcycleError, match=words):
@@ -105,13 +105,13 @@ def test_a_damaged_tokenizer_is_refused_before_any_work(dense: Path, tmp_path: P
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:300])
         for call in [calls["verify"]] if folder == moe else calls.values():
-            with pytest.raises(UpcycleError, match=rf"{folder / name}: got (a damaged tokenizer|unreadable JSON)"):
+            with pytest.raises(UpcycleError, match=rf"{folder / name} is (a damaged tokenizer|unreadable JSON)"):
                 call()
         (folder / name).write_bytes(whole)
     assert not (tmp_path / "out").exists()
 
 
-def test_links_of_the_hubs_cache_and_within_the_folder_are_followed(dense: Path, tmp_path: Path) -> None:
+def test_follows_links_within_the_folder_and_the_hubs_cache(dense: Path, tmp_path: Path) -> None:
     home = tmp_path / "models--us--small"
     snapshot = home / "snapshots/0a1b"
     snapshot.mkdir(parents=True)
@@ -131,7 +131,7 @@ def test_links_of_the_hubs_cache_and_within_the_folder_are_followed(dense: Path,
         tokenizer_file_names(snapshot)
 
 
-def test_the_coefficient_of_the_recipes_is_written_where_no_checkpoint_says_one(dense: Path, tmp_path: Path) -> None:
+def test_writes_the_recipes_coefficient_if_a_checkpoint_has_none(dense: Path, tmp_path: Path) -> None:
     moe_settings = pytest.importorskip("nemo_upcycle.trainers.nemo.upcycled").moe_settings
     converted(dense, tmp_path / "moe")
     coefficient = read_json(tmp_path / "moe/config.json")["router_aux_loss_coef"]

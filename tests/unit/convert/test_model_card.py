@@ -63,7 +63,7 @@ def test_the_card_names_the_parent_and_its_licence(dense: Path, tmp_path: Path) 
     assert str(tmp_path) not in text
 
 
-def test_parents_without_a_name_on_the_hub_and_several_are_named(dense: Path, tmp_path: Path) -> None:
+def test_names_parents_that_are_not_on_the_hub(dense: Path, tmp_path: Path) -> None:
     local = _parent(dense, tmp_path / "local")
     front, text = _convert([local], tmp_path / "moe")
     assert front["base_model"] == "us/grandparent"
@@ -127,7 +127,7 @@ def test_card_and_command_name_the_argument_for_uneven_experts(tmp_path: Path) -
         assert any("experts_implementation" in caveat for caveat in done.caveats) is needed
 
 
-def test_scores_replace_earlier_ones_and_go_into_no_card_of_somebody_else(dense: Path, tmp_path: Path) -> None:
+def test_scores_replace_only_our_own_earlier_scores(dense: Path, tmp_path: Path) -> None:
     _, before = _convert([dense], tmp_path / "moe")
     for value in ("0.25", "0.50"):
         add_scores(tmp_path / "moe", f"| acc | {value} |")

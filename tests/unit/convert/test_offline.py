@@ -43,7 +43,7 @@ def _retyped(folder: Path, dtype: torch.dtype, *, norms: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("change", [{"architectures": ...}, {"hidden_act": "swish"}])
-def test_a_parent_that_says_less_or_in_other_words_is_converted(dense: Path, tmp_path: Path, change: Any) -> None:
+def test_converts_parents_with_other_spellings_of_settings(dense: Path, tmp_path: Path, change: Any) -> None:
     copy = Path(shutil.copytree(dense, tmp_path / "copy"))
     converted(dense, tmp_path / "wanted")
     converted(change_config(copy, **change), tmp_path / "moe")
@@ -101,7 +101,7 @@ def test_a_finished_folder_that_lost_data_is_not_done(dense: Path, tmp_path: Pat
         file.unlink()
         if kept_bytes:
             file.write_bytes(whole[:kept_bytes])
-        with pytest.raises(UpcycleError, match=rf"moe: got no whole {name}.*Fix: remove the folder and run"):
+        with pytest.raises(UpcycleError, match=rf"moe lacks the whole {name}.*Remove the folder and run"):
             converted(dense, tmp_path / "moe")
         file.write_bytes(whole)
 
@@ -114,9 +114,9 @@ def test_a_link_to_an_empty_folder_is_filled(dense: Path, tmp_path: Path) -> Non
     assert is_complete(tmp_path / "real")
 
 
-def test_a_type_that_no_file_holds_is_refused_before_anything_is_written(copy: Path, tmp_path: Path) -> None:
+def test_refuses_an_unsupported_file_type_before_writing(copy: Path, tmp_path: Path) -> None:
     _retyped(copy, torch.float64)
-    with pytest.raises(UpcycleError, match=r"got float64, expected .*Fix: add --dtype float32"):
+    with pytest.raises(UpcycleError, match=r"got float64; expected .*Add --dtype float32"):
         converted(copy, tmp_path / "moe")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
     done = converted(copy, tmp_path / "moe", dtype=torch.float32)
@@ -257,7 +257,7 @@ def test_a_disk_that_is_full_while_writing_is_told(dense: Path, tmp_path: Path, 
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UpcycleError, match=r"got full, expected room.*finished files are kept"):
+    with pytest.raises(UpcycleError, match=r"got full; expected room.*finished files are kept"):
         converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     monkeypatch.undo()
     assert converted(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).files_kept >= 3
@@ -271,6 +271,6 @@ def test_a_broken_source_leaves_nothing(copy: Path, tmp_path: Path) -> None:
     tensors = load_file(copy / index[DOWN])
     tensors[DOWN].fill_(float("nan"))
     save_file(tensors, copy / index[DOWN], {"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"{DOWN}: got 6144 values that are NaN or infinite"):
+    with pytest.raises(CheckpointError, match=f"{DOWN} is 6144 values that are NaN or infinite"):
         converted(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]

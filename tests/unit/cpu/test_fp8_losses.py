@@ -31,7 +31,7 @@ def test_losses_are_counted_at_the_earlier_scale(losses: Fp8Losses) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES[1:])
-def test_scales_of_their_own_cut_nothing_and_lose_what_is_small(losses: Fp8Losses, recipe: str) -> None:
+def test_own_scales_clip_nothing_and_lose_small_numbers(losses: Fp8Losses, recipe: str) -> None:
     numbers = torch.full((128, 128), 1.0)
     numbers[0, :64] = 1e-20
     Fp8Recipe(recipe).quantize(numbers, GRADIENT)

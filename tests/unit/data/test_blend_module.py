@@ -51,7 +51,7 @@ def _read(folder: Path, dense: Path, steps: int, ranks: int = 1, **options: Any)
     return found[0]
 
 
-def test_longer_run_sees_the_same_first_samples_and_another_seed_others(folder: Path, tiny_dense: Path) -> None:
+def test_a_longer_run_sees_the_same_first_samples(folder: Path, tiny_dense: Path) -> None:
     """The longest one reads its data three times."""
     short, long, longest = (_read(folder, tiny_dense, steps) for steps in (2, 60, 600))
     for read in (short, long):
@@ -62,7 +62,7 @@ def test_longer_run_sees_the_same_first_samples_and_another_seed_others(folder: 
     assert _read(folder, tiny_dense, 60, seed=7)["train"][:100] != long["train"][:100]
 
 
-def test_a_training_of_what_another_has_trained_reads_on_behind_it(folder: Path, tiny_dense: Path) -> None:
+def test_a_continued_training_reads_further_in_the_data(folder: Path, tiny_dense: Path) -> None:
     read_before = 350  # into the second epoch
     whole = _read(folder, tiny_dense, 300)
     behind = _read(folder, tiny_dense, 20, ranks=2, skip_samples=read_before)

@@ -100,8 +100,8 @@ def test_second_run_waits_for_the_first(manifest: Path, caplog: pytest.LogCaptur
     assert _names(cache) == {"first", "second"}
 
 
-def test_cache_that_cannot_be_written_is_an_error_with_a_fix(manifest: Path) -> None:
+def test_a_read_only_cache_is_an_error_with_a_fix(manifest: Path) -> None:
     cache = manifest.with_name("indices")
     cache.write_text("a file")
-    with pytest.raises(UpcycleError, match=r"index cache .*indices: got .*, expected a folder to write\. Fix: "):
+    with pytest.raises(UpcycleError, match=r"Index cache .*indices cannot be written: .*\. Let"):
         _built(cache, manifest)

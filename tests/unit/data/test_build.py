@@ -18,7 +18,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER, MODEL_MARKER, write_json
 
 
-def test_settings_that_a_release_did_not_have_count_as_their_defaults(tmp_path: Path) -> None:
+def test_settings_of_later_releases_count_as_defaults(tmp_path: Path) -> None:
     config = BlendConfig({"talks": SourceConfig(["talks/*.txt"])}, seed=7)
     noted = {"format": FORMAT, "blend": texts_of(config), "strict": False}
     del noted["blend"]["pii"], noted["blend"]["sources"]["talks"]["on_hit"]
@@ -30,7 +30,7 @@ def test_settings_that_a_release_did_not_have_count_as_their_defaults(tmp_path: 
         _require_ours(tmp_path, now | {"blend": texts_of(config)})
 
 
-def test_stopped_build_of_other_settings_is_refused_once_texts_were_read(tmp_path: Path) -> None:
+def test_refuses_a_stopped_build_with_other_settings(tmp_path: Path) -> None:
     config = BlendConfig({name: SourceConfig([f"{name}/*.txt"]) for name in ("talks", "books")})
     begun = {"format": FORMAT, "blend": texts_of(config), "strict": False}
     write_json(tmp_path / BUILD / MADE_FROM, begun)

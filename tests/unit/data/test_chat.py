@@ -87,7 +87,7 @@ def test_the_loss_is_on_answers_as_the_template_writes_them(tokenizer: Path, tmp
     assert _texts(tokenizer, tokens) == (whole, scored)
 
 
-def test_a_template_that_rewrites_earlier_answers_gives_a_sequence_for_each_answer(tokenizer: Path) -> None:
+def test_a_rewriting_template_gives_a_sequence_per_answer(tokenizer: Path) -> None:
     found = _tokens(tokenizer, messages("How?", "[hm]So.", "Why?", "[ah]Thus."), FORGETS)
     assert [_texts(tokenizer, tokens) for tokens in found] == [
         ("user: How?</s>assistant: [hm]So.</s>", "[hm]So.</s>"),
@@ -259,7 +259,7 @@ def test_the_mask_of_a_pack_is_that_of_the_labels(tokenizer: Path, tmp_path: Pat
             assert not mask[-1]
 
 
-def test_no_question_of_an_answer_that_is_held_back_is_trained_on(tokenizer: Path, tmp_path: Path) -> None:
+def test_does_not_train_on_questions_of_held_out_answers(tokenizer: Path, tmp_path: Path) -> None:
     """Of two conversations that begin alike, both or none is held back."""
     lines = [one for a in range(20) for one in (messages(f"{a}?", "Yes."), messages(f"{a}?", "No."))]
     _build(tokenizer, tmp_path, lines)
@@ -279,7 +279,7 @@ def test_held_out_answers_end_where_the_model_has_to_stop(tokenizer: Path, tmp_p
         assert row["answer"].endswith(".</s>")
 
 
-def test_a_longer_conversation_is_cut_behind_the_last_answer_that_fits(tokenizer: Path, tmp_path: Path) -> None:
+def test_cuts_long_conversations_after_the_last_answer_that_fits(tokenizer: Path, tmp_path: Path) -> None:
     long = messages("Who?", "Me.", "And who else?", "x" * 100)
     manifest = _build(tokenizer, tmp_path, [*sums(), long])
     assert sum(manifest["splits"][split]["cut"] for split in ("train", "validation", "heldout")) == 1
@@ -287,13 +287,13 @@ def test_a_longer_conversation_is_cut_behind_the_last_answer_that_fits(tokenizer
     assert dropped["removed"] == {"longer than a sequence": 1}
 
 
-def test_a_strict_build_ends_at_the_first_wrong_line_and_leaves_nothing(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"mine\.jsonl:2: messages: got missing"):
+def test_a_strict_build_ends_at_the_first_wrong_line(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"mine\.jsonl:2: messages is missing"):
         _build(tokenizer, tmp_path, [sums()[0], "{}", *sums()[1:]], strict=True)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
 
-def test_more_wrong_lines_than_allowed_end_the_build_with_what_to_do(tokenizer: Path, tmp_path: Path) -> None:
+def test_more_wrong_lines_than_allowed_end_the_build(tokenizer: Path, tmp_path: Path) -> None:
     lines = [*sums(), *([messages("How?")] * 3), *(asks_tool(f"Warm in {n}?") for n in range(6))]
     with pytest.raises(UpcycleError, match="9 of 49 lines") as caught:
         _build(tokenizer, tmp_path, lines)
@@ -305,9 +305,9 @@ def test_more_wrong_lines_than_allowed_end_the_build_with_what_to_do(tokenizer: 
     assert sum(manifest["removed"].values()) == 9
 
 
-def test_a_tokenizer_without_chat_template_is_refused_with_what_to_give(tmp_path: Path) -> None:
+def test_refuses_a_tokenizer_without_chat_template(tmp_path: Path) -> None:
     plain = write_chat_tokenizer(tmp_path / "base", template=None)
-    with pytest.raises(UpcycleError, match=r"chat template of .*base: got none"):
+    with pytest.raises(UpcycleError, match=r"The tokenizer of .*base has no chat template"):
         _build(plain, tmp_path, sums())
     (tmp_path / "own.jinja").write_text(TEMPLATE)
     assert _build(plain, tmp_path, sums(), "chat_template=own.jinja")["splits"]["train"]["packs"]
@@ -326,7 +326,7 @@ def test_the_same_conversations_are_kept_and_others_refused(tokenizer: Path, tmp
 def test_a_damaged_folder_is_refused_by_file(tokenizer: Path, tmp_path: Path) -> None:
     _build(tokenizer, tmp_path, sums())
     (tmp_path / "chat/validation.npy").write_bytes(b"short")
-    with pytest.raises(UpcycleError, match=r"validation\.npy: got 5 bytes"):
+    with pytest.raises(UpcycleError, match=r"validation\.npy is 5 bytes"):
         open_chat(tmp_path / "chat")
 
 
@@ -338,7 +338,7 @@ def test_a_wrong_value_is_named(tmp_path: Path, key: str, value: object) -> None
     assert caught.value.got == value
 
 
-def test_a_tokenizer_that_puts_a_blank_before_each_text_reads_a_conversation_as_a_whole(tmp_path: Path) -> None:
+def test_a_conversation_is_tokenised_as_a_whole(tmp_path: Path) -> None:
     """As those of SentencePiece do: in pieces, blanks would stand where none are."""
     from tokenizers import pre_tokenizers
 

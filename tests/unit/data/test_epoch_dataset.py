@@ -105,7 +105,7 @@ def test_tiny_source_is_read_for_many_epochs(tmp_path: Path, lengths: list[int])
     assert sorted(dataset.shuffle_index) == list(range(len(dataset)))  # a last sample without its last target is none
 
 
-def test_indices_are_memory_mapped_and_shared_by_runs_of_as_many_epochs(tmp_path: Path) -> None:
+def test_runs_of_equal_length_share_memory_mapped_indices(tmp_path: Path) -> None:
     lengths = _lengths(40)
     prefix, once = _write(tmp_path, lengths), sum(lengths) // SEQUENCE
     cache = tmp_path / "indices"

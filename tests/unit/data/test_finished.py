@@ -24,7 +24,7 @@ def folder(tiny_dense: Path, tmp_path: Path) -> Path:
     return write_blend(tmp_path / "blend", tiny_dense)
 
 
-def test_a_source_is_named_by_its_first_file_with_its_weight(folder: Path) -> None:
+def test_a_source_is_named_by_its_first_file(folder: Path) -> None:
     paths = open_blend(folder).paths(SEQUENCE)["train"]
     assert paths == ["0.3", str(folder / BOOKS.format(0)), "0.7", str(folder / TALKS)]
 
@@ -82,7 +82,7 @@ def test_damaged_folder_is_refused(folder: Path, subject: str, got: str, damage:
 
 def test_validation_without_a_split_is_refused(tiny_dense: Path, tmp_path: Path) -> None:
     blend = open_blend(write_blend(tmp_path / "blend", tiny_dense, {"talks": (1.0, {"train": [90]})}))
-    with pytest.raises(UpcycleError, match=r"tokens of the longest validation source in .*: got 0"):
+    with pytest.raises(UpcycleError, match=r"The longest validation source of .* has 0"):
         blend.paths(seq_length=64)
 
 
@@ -94,7 +94,7 @@ def test_a_sequence_has_one_token_more_than_its_length(tiny_dense: Path, tmp_pat
     (tokens,) = blend.tokens[short]["talks"].values()
     assert blend.paths(seq_length=tokens - 1)[short]
     what = {"train": "source talks to train on", "validation": "the longest validation source"}[short]
-    said = rf"tokens of {what} in .*: got {tokens}, expected more than one sequence \({tokens}\)"
+    said = rf"tokens of {what} in .*: got {tokens}; expected more than one sequence \({tokens}\)"
     with pytest.raises(UpcycleError, match=said):
         blend.paths(seq_length=tokens)
 
@@ -110,7 +110,7 @@ def test_data_of_another_tokenizer_are_refused(folder: Path, tiny_dense: Path, t
     other = _with_another_tokenizer(write_llama(tmp_path / "other", vocab_size=260))
     blend = open_blend(folder)
     blend.require_tokenizer_of(str(tiny_dense))
-    with pytest.raises(UpcycleError, match=rf"tokenizer of {blend.folder}: got sha256 .*, expected that of .*{other}"):
+    with pytest.raises(UpcycleError, match=rf"Tokenizer of {blend.folder} is .*; expected .*{other}"):
         blend.require_tokenizer_of(str(other))
 
 

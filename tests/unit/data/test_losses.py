@@ -48,7 +48,7 @@ def test_reasons_of_all_tasks_are_summed_with_the_first_place() -> None:
     assert found["reasons"] == {"broken JSON": {"documents": 3, "bytes": 40, "first": "a.jsonl:7"}}
 
 
-def test_more_than_a_source_may_lose_is_refused_with_status_1() -> None:
+def test_losing_more_than_allowed_ends_with_status_1() -> None:
     tasks = [_task(10, 1000, lost("truncated compressed file", 1, 334))]
     with pytest.raises(LostError) as caught:
         require_read(_blend(), "web", tasks)
@@ -60,7 +60,7 @@ def test_more_than_a_source_may_lose_is_refused_with_status_1() -> None:
 @pytest.mark.parametrize(
     ("reader", "documents", "is_named"), [("files", 6, True), ("files", 5, False), ("packages", 6, False)]
 )
-def test_field_that_holds_most_texts_is_named_where_it_can_be_set(reader: str, documents: int, is_named: bool) -> None:
+def test_names_the_field_that_holds_most_texts(reader: str, documents: int, is_named: bool) -> None:
     tasks = [_task(10, 1000, lost("no field text", documents, 500), id=50, body=450)]
     with pytest.raises(LostError) as caught:
         require_read(_blend(reader=reader), "web", tasks)
@@ -96,7 +96,7 @@ def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) ->
     write_json(tmp_path / "engine.json", {"plan": PLAN})
     with pytest.raises(UpcycleError) as caught:
         check()
-    said = "got at most 54 tokens to train on, in 2 of 2 documents, expected more than a sequence (64)"
+    said = "got at most 54 tokens to train on, in 2 of 2 documents; expected more than a sequence (64)"
     assert str(caught.value).startswith(f"source tiny: {said}")
 
 
@@ -107,11 +107,11 @@ def test_source_without_a_sequence_is_refused_once_it_is_tokenised(tmp_path: Pat
     _write(tmp_path, "stats", 0, 10, 4000)
     check()
     _write(tmp_path, "stats", 1, 2, 240)
-    with pytest.raises(UpcycleError, match="source tiny: got 60 tokens to train on, in 2 of 2 documents"):
+    with pytest.raises(UpcycleError, match="source tiny is 60 tokens to train on, in 2 of 2 documents"):
         check()
 
 
-def test_source_of_which_nothing_is_left_says_what_became_of_it(tmp_path: Path) -> None:
+def test_explains_a_source_with_nothing_left(tmp_path: Path) -> None:
     steps = {"read": {"in": 9, "removed": {"no field text": 7}}, "filter": {"in": 2, "removed": {"too short": 2}}}
     _write(tmp_path, "read", 1, 0, 0, steps=steps, lost=lost("no field text", 7, 70), fields={"id": 9, "body": 60})
     with pytest.raises(UpcycleError) as caught:

@@ -12,7 +12,7 @@ from nemo_upcycle.data.manifest import _files_of, describe_anew, shortfalls
 from tests.blends import write_blend
 
 
-def test_new_weights_of_a_blend_reach_the_manifest_of_its_finished_folder(tiny_dense: Path, tmp_path: Path) -> None:
+def test_new_weights_reach_the_manifest_of_a_finished_blend(tiny_dense: Path, tmp_path: Path) -> None:
     folder = write_blend(tmp_path / "blend", tiny_dense)
     assert open_blend(folder).shares["talks"] == pytest.approx(0.7)
     sources = {name: SourceConfig(train=["x"], weight=weight) for name, weight in (("talks", 1.0), ("books", 3.0))}
@@ -34,7 +34,7 @@ def test_a_file_that_was_read_in_parts_is_one_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("asked", "got", "is_said"), [(0, 5, False), (1000, 981, False), (1000, 979, True)])
-def test_a_source_that_gives_less_than_was_asked_of_it_is_said(asked: float, got: int, is_said: bool) -> None:
+def test_names_a_source_that_gives_less_than_asked(asked: float, got: int, is_said: bool) -> None:
     steps = {"tokenise": {"removed": {}}}
     sources = {"web": {"most_tokens": asked, "splits": {"train": {"tokens": got}}, "steps": steps}}
     assert [str(got) in line for line in shortfalls({"sources": sources})] == [True] * is_said

@@ -50,7 +50,7 @@ def test_each_character_is_normalised_on_its_own() -> None:
         assert letter in normalise(text[place])
 
 
-def test_blocks_give_every_ngram_and_all_ways_to_ask_for_one_agree() -> None:
+def test_blocks_give_every_ngram_in_every_way() -> None:
     text = " ".join(f"w{number % 7919}" for number in range(20_000))
     places: dict[int, int] = {}
     for block in word_blocks(normalise(text), 12):

@@ -67,14 +67,16 @@ def test_items_are_compared_one_by_one() -> None:
     assert same["changed_answers"] == 0
 
 
-def test_a_question_counts_as_changed_when_only_its_normalised_answer_changes() -> None:
+def test_a_changed_normalised_answer_counts_as_changed() -> None:
     other = evaluation("c", [[-1.0, -2.0], [-4.0, -3.0]], [1.0, 1.0], [-20.0, -30.0])
     assert compare_items(A, other)["changed_answers"] == 1
 
 
 def test_different_items_are_refused() -> None:
     shorter = evaluation("short", [[-1.0, -2.0]], [1.0], [-20.0, -30.0])
-    with pytest.raises(UpcycleError, match="evaluation short beside a: got 1 items of quiz, expected the same items"):
+    with pytest.raises(
+        UpcycleError, match="Evaluations a and short cannot be compared: they have 3 and 1 items of quiz"
+    ):
         compare_items(A, shorter)
     fewer_tasks = {**A, "items": {"quiz": A["items"]["quiz"]}}
     with pytest.raises(UpcycleError, match="same suite and limit"):

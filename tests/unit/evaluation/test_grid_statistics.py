@@ -33,7 +33,7 @@ def test_windows_are_added_up_to_documents() -> None:
     assert document_sums({"items": {TASK: items}}) == {"a": (-3.0, 15), "b": (-4.0, 20)}
 
 
-def test_between_two_points_documents_are_linear_in_the_logarithm_of_the_tokens() -> None:
+def test_documents_are_interpolated_in_the_logarithm_of_tokens() -> None:
     scores = {
         0: {1: documents(9.0, 9.0)},
         100: {1: documents(3.0, 2.0), 2: documents(3.0, 3.0)},
@@ -75,7 +75,7 @@ def test_documents_are_uncertain_by_the_mean_of_all_seeds() -> None:
     assert difference_of_arms(arm, reference)["stderr_documents"] == pytest.approx(0.05774, rel=1e-3)
 
 
-def test_the_spread_of_an_arm_is_pooled_over_the_families_of_a_grid() -> None:
+def test_pools_the_spread_of_an_arm_over_families() -> None:
     # 1.0 and 1.2 against 1.1 and 1.36: 0.015 is left of each, 4 * 0.015^2 of one degree; the other family has 0.03
     near = {"a": {1: documents(1.0), 2: documents(1.2)}, "b": {1: documents(1.1), 2: documents(1.36)}}
     far = {"a": {1: documents(2.0), 2: documents(2.2)}, "b": {1: documents(2.1), 2: documents(2.42)}}

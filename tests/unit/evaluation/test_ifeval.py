@@ -61,7 +61,7 @@ def test_instructions_are_checked_by_lm_evals_own_code(suite: Path, tmp_path: Pa
 
 def test_a_model_writes_to_prompts_of_its_template(suite: Path, tmp_path: Path, tiny_llama: Path) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    with pytest.raises(UpcycleError, match=r"chat template of the model's tokenizer: got none"):
+    with pytest.raises(UpcycleError, match=r"tokenizer has no chat template"):
         evaluate(folder, suite, tmp_path / "results", name="base", limit=1)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     tasks = load_suite_tasks(suite)
@@ -98,7 +98,7 @@ def test_what_counts_sentences_is_asked_for_where_a_prompt_does(suite: Path, tmp
     ("text", "match"),
     [
         (SUITE.replace("[0]", "[2]"), r"tasks\.ifeval: \[2\]"),
-        (SUITE.replace("ifeval.jsonl", "nowhere.jsonl"), "nowhere.jsonl, which is no file"),
+        (SUITE.replace("ifeval.jsonl", "nowhere.jsonl"), "nowhere.jsonl, which is not a file"),
     ],
 )
 def test_a_suite_whose_files_cannot_be_is_refused(tmp_path: Path, text: str, match: str) -> None:

@@ -147,11 +147,11 @@ def test_own_tasks_are_scored_and_missing_data_are_said(own_suite: Path, tiny_ll
     assert fresh["items"]["quiz_1shot"] == found["items"]["quiz_1shot"]
 
 
-def test_what_cannot_be_asked_is_known_before_the_model_is_loaded(own_suite: Path, tmp_path: Path) -> None:
+def test_refuses_unknown_tasks_before_loading_the_model(own_suite: Path, tmp_path: Path) -> None:
     for name, tasks, strict in (("all", {"lost": [0]}, False), ("one", {"quiz": [0], "lost": [0]}, True)):
         config = SuiteConfig(tasks, False, str(own_suite / "tasks"), strict=strict)
         suite = build_suite([], [], tmp_path / name, config)
-        with pytest.raises(UpcycleError, match=r"data of .*lost: got .*lost\.test\.jsonl"):
+        with pytest.raises(UpcycleError, match=r"data of .*lost is .*lost\.test\.jsonl"):
             evaluate(tmp_path / "no_model", suite, tmp_path / "out", name="none")
     assert not (tmp_path / "out").exists()
 
@@ -173,7 +173,7 @@ def test_strict_evaluation_ends_at_missing_tasks(
     assert main([*words, "--json"]) == 0
     assert list(json.loads(capfd.readouterr().out)["missing"]) == ["lost"]
     assert main([*words, "--strict"]) == 2
-    assert "error: data of lm-eval's task lost: got " in capfd.readouterr().err
+    assert "error: data of lm-eval's task lost is " in capfd.readouterr().err
 
 
 def test_of_several_ways_to_read_an_answer_the_first_counts() -> None:
@@ -191,7 +191,7 @@ def test_of_several_ways_to_read_an_answer_the_first_counts() -> None:
     assert [item["scores"] for item in extracted["items"]["gsm8k_5shot"]] == [{"exact_match": 0.0}]
 
 
-def test_the_error_of_held_out_text_is_that_of_other_documents(result: dict[str, Any]) -> None:
+def test_the_error_of_held_out_text_is_over_documents(result: dict[str, Any]) -> None:
     sources = by_source(document_sums(result))
     assert [found["documents"] for found in sources.values()] == [1, 1]  # two documents, five windows
     first, second = (found["value"] for found in sources.values())
@@ -320,7 +320,7 @@ def test_models_are_let_continue_the_prompts(answered: dict[str, Any]) -> None:
     assert all(sample["prompt"] in asked and "continuation" in sample for sample in answered["samples"])
 
 
-def test_a_number_of_answers_is_drawn_the_same_whatever_their_order(tmp_path: Path) -> None:
+def test_the_draw_of_answers_ignores_their_order(tmp_path: Path) -> None:
     config = SuiteConfig(tasks={"heldout_answers": [0]}, heldout=HeldoutConfig(answers=2))
     for name, rows in (("one", ANSWERS), ("other", ANSWERS[::-1])):
         build_suite([], [], tmp_path / name, config, rows)

@@ -27,7 +27,7 @@ def test_a_method_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch, den
     spec = UpcycleSpec(num_experts=4, top_k=2, method="noise")
     with open_dense(dense) as source:
         (model,) = build_chunks(dense, params_dtype=torch.float16, **moe_settings(source.architecture, spec))
-        words = r"gate_proj\.weight: got larger ones, expected numbers that float16 can hold"
+        words = r"gate_proj\.weight is larger ones; expected numbers that float16 can hold"
         with pytest.raises(CheckpointError, match=words):
             upcycle_into([model], source, spec)
 
@@ -36,6 +36,6 @@ def test_a_name_that_is_taken_is_refused() -> None:
     def copy(matrix: ExpertMatrix, spec: UpcycleSpec) -> None:
         raise AssertionError
 
-    with pytest.raises(SpecError, match="init method: got a second 'copy'"):
+    with pytest.raises(SpecError, match="Init method 'copy' exists already"):
         init_method("other copies")(copy)
     assert METHODS["copy"].change is not copy

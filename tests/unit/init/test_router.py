@@ -22,7 +22,7 @@ from tests.models import LLAMA3_8B
 HIDDEN = 4096
 
 
-def test_a_row_does_not_depend_on_how_many_experts_there_are() -> None:
+def test_a_row_ignores_the_number_of_experts() -> None:
     few, many = UpcycleSpec(num_experts=4, top_k=2), UpcycleSpec(num_experts=64, top_k=2)
     for width in (97, HIDDEN):  # an odd width, too: no row begins where a vector of the processor does
         assert torch.equal(router_weight(few, 1, width), router_weight(many, 1, width)[:4])
@@ -103,7 +103,7 @@ class _Cubed(RouterKind):
         return 1.0
 
 
-def test_a_new_kind_is_found_from_spec_architecture_and_megatrons_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_kind_is_found_from_all_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     kind, dense = _Cubed(), architecture_from_config(LLAMA3_8B)
     monkeypatch.setitem(ROUTER_KINDS, (kind.score, kind.order), kind)
     monkeypatch.setattr("nemo_upcycle.spec.ROUTER_SCORES", [kind.score])

@@ -87,7 +87,7 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path, content: st
         read_architecture(tmp_path / "nowhere")
     if content:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config\.json: got .*expected a model's" if content else "no config"):
+    with pytest.raises(CheckpointError, match=r"config\.json is .*expected a model's" if content else "no config"):
         read_architecture(tmp_path)
 
 
@@ -134,7 +134,7 @@ def _facts(hf: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("hf_class", [name for name in (*PARENTS, *TARGETS) if _MODEL_TYPES[name] in CONFIG_MAPPING])
 @pytest.mark.parametrize("said", [{}, {"num_key_value_heads": None, "sliding_window": None}], ids=["absent", "null"])
-def test_what_a_config_leaves_unsaid_is_what_transformers_makes_of_it(hf_class: str, said: dict[str, Any]) -> None:
+def test_defaults_of_a_config_are_those_of_transformers(hf_class: str, said: dict[str, Any]) -> None:
     config = {"architectures": [hf_class], "model_type": _MODEL_TYPES[hf_class], **said}
     config |= {name: LLAMA3_8B[name] for name in SIZES}
     config |= {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1408}

@@ -80,10 +80,10 @@ def test_heads_are_read_as_newer_releases_write_them() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input: got 256, expected 0"),
-        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers: got 2, expected 0"),
-        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention: got 'all', expected null or vision"),
-        ({"rope_parameters": _FULL}, "rope_parameters: got .* expected one for layers with a window"),
+        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input is 256; expected 0"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2; expected 0"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'; expected null or vision"),
+        ({"rope_parameters": _FULL}, "rope_parameters is .* expected one for layers with a window"),
     ],
 )
 def test_what_is_not_known_of_a_gemma_4_is_refused(changes: dict[str, Any], text: str) -> None:
@@ -92,5 +92,5 @@ def test_what_is_not_known_of_a_gemma_4_is_refused(changes: dict[str, Any], text
 
 
 def test_no_trainer_builds_one() -> None:
-    with pytest.raises(CheckpointError, match=r"layers of Gemma4ForCausalLM: got heads of two sizes.* Fix: convert"):
+    with pytest.raises(CheckpointError, match=r"layers of Gemma4ForCausalLM is heads of two sizes.* Convert"):
         megatron_fields(architecture_from_config(SMALL))

@@ -89,7 +89,7 @@ def test_what_is_not_exact_is_told_and_shows(mixtral: Path, tmp_path: Path, fiel
     assert _grown(mixtral, tmp_path / "moe", **spec) >= VISIBLE
 
 
-def test_noise_on_the_router_tells_copies_apart_and_moves_the_function_little(mixtral: Path, tmp_path: Path) -> None:
+def test_router_noise_separates_copies_and_changes_little(mixtral: Path, tmp_path: Path) -> None:
     moved = _grown(mixtral, tmp_path / "moe", num_experts=8, top_k=4)
     assert 0 < moved <= 0.1  # most of it by few tokens, whose experts nearly tie
     name = "model.layers.0.block_sparse_moe.gate.weight"
@@ -173,7 +173,7 @@ def test_what_is_refused_works_once_fixed(mixtral: Path, glm4_moe: Path, kind: s
         assert arch.upcycled(UpcycleSpec(**({"num_experts": 8} | fields | fix))).hf_class == arch.hf_class
 
 
-def test_utilities_of_a_dense_parent_and_a_second_parent_are_refused(mixtral: Path) -> None:
+def test_refuses_utilities_of_a_dense_parent(mixtral: Path) -> None:
     with pytest.raises(SpecError, match="the parent is dense"):
         small_architecture().upcycled(UpcycleSpec(expert_utility="utility.yaml"))
     with pytest.raises(CheckpointError, match="one model with experts"):
@@ -222,10 +222,10 @@ def test_no_cast_of_a_megatron_model_rounds_the_biases(glm4_moe: Path) -> None:
 
 
 @pytest.mark.usefixtures("megatron")
-def test_a_model_without_a_place_for_biases_or_gate_is_refused(glm4_moe: Path, tmp_path: Path) -> None:
+def test_refuses_models_without_room_for_biases_or_gate(glm4_moe: Path, tmp_path: Path) -> None:
     settings = moe_settings(read_architecture(glm4_moe), GLM4) | {"moe_router_enable_expert_bias": False}
     (model,) = build_chunks(glm4_moe, **settings)
-    with open_dense(glm4_moe) as dense, pytest.raises(CheckpointError, match="enable_expert_bias: got False"):
+    with open_dense(glm4_moe) as dense, pytest.raises(CheckpointError, match="enable_expert_bias is False"):
         upcycle_into([model], dense, GLM4)
     gated = write_moe(tmp_path / "dense", kind="Qwen2Moe")
     arch = read_architecture(gated)

@@ -19,14 +19,14 @@ GRANULAR = UpcycleSpec(num_experts=64, top_k=8, granularity=8)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"softmax_scale": 1.0}, "softmax_scale: got 1.0, expected None or 0.25"),
+        ({"softmax_scale": 1.0}, "softmax_scale is 1.0; expected None or 0.25"),
         ({"no_rope_freq": 2}, "no_rope_freq: got"),
         ({"model": {"rotary_percent": 0.5}}, "rotary_base and RoPE scaling: got"),
-        ({"model": {"seq_len_interpolation_factor": 4.0}}, "seq_len_interpolation_factor: got 4.0, expected None"),
-        ({"model": {"position_embedding_type": "none"}}, "position_embedding_type: got none, expected rope"),
+        ({"model": {"seq_len_interpolation_factor": 4.0}}, "seq_len_interpolation_factor is 4.0; expected None"),
+        ({"model": {"position_embedding_type": "none"}}, "position_embedding_type is none; expected rope"),
     ],
 )
-def test_a_setting_that_changes_the_function_is_refused_and_nothing_is_filled(changes: dict, words: str) -> None:
+def test_refuses_settings_that_change_the_function_before_filling(changes: dict, words: str) -> None:
     arch = small_architecture()
     (chunk,) = build_chunks(arch, num_experts=4, **changes)
     before = [parameter.clone() for parameter in chunk.parameters()]
@@ -70,12 +70,12 @@ def test_gemmas_scaled_embedding_is_asked_for() -> None:
     assert upcycle_into(chunks, source, SPEC).exact
 
 
-def test_granular_models_need_routers_in_float32_unless_they_compute_in_it() -> None:
+def test_granular_models_need_routers_in_float32() -> None:
     arch, half = small_architecture(), {"bf16": True, "params_dtype": torch.bfloat16}
     settings = moe_settings(arch, GRANULAR)
     for others in ({"moe_router_dtype": None}, half | {"moe_router_dtype": "fp64"}, half):
         upcycle_into(build_chunks(arch, **(settings | others)), MemorySource(arch), GRANULAR)
-    with pytest.raises(SpecError, match=r"moe_router_dtype: got None, expected fp32 or fp64 .*Fix: set it to fp32"):
+    with pytest.raises(SpecError, match=r"moe_router_dtype is None; expected fp32 or fp64 .*Set it to fp32"):
         upcycle_into(
             build_chunks(arch, **(settings | half | {"moe_router_dtype": None})), MemorySource(arch), GRANULAR
         )

@@ -55,13 +55,13 @@ def test_settings_are_those_that_transformers_takes(config: dict[str, Any], fiel
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (_config("Llava", [1]), r"text_config: got \[1\], expected settings"),
+        (_config("Llava", [1]), r"text_config is \[1\]; expected settings"),
         (_config("InternVL", {"model_type": "gpt_oss"}), "got model_type gpt_oss"),
         (_config("Mistral3", SIZES, quantization_config={"quant_method": "fp8"}), r"got quantized weights \(fp8\)"),
         (_config("New", {"model_type": "qwen3"}), "the class of its text model is Qwen3ForCausalLM. Fix: .* WRAPPERS"),
         ({"architectures": ["Qwen4ForCausalLM"]}, "got Qwen4ForCausalLM, .* nearest is Qwen3ForCausalLM. .*register"),
         ({"model_type": "ministral4"}, "the nearest is Ministral3ForCausalLM"),
-        ({"architectures": ["BloomForCausalLM"]}, "got BloomForCausalLM, expected a class that is known. Fix: use"),
+        ({"architectures": ["BloomForCausalLM"]}, "got BloomForCausalLM; expected a class that is known. Use"),
     ],
     ids=str,
 )

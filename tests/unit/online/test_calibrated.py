@@ -51,7 +51,7 @@ def _model(dense: Path, spec: UpcycleSpec) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_model_has_the_dense_function_and_the_bits_of_the_conversion(dense: Path, tmp_path: Path, case: str) -> None:
+def test_a_model_has_the_bits_of_the_conversion(dense: Path, tmp_path: Path, case: str) -> None:
     spec = calibrated(dense, tmp_path / "file", **CASES[case])
     model = _model(dense, spec)
     with open_dense(dense) as source:
@@ -127,5 +127,5 @@ def test_a_file_of_a_parent_with_other_weights_is_refused(dense: Path, tmp_path:
 def test_a_spec_without_a_file_is_refused(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts").touch()
     spec = UpcycleSpec(**COPIES, router_init="prompts", router_prompts=str(tmp_path / "prompts"))
-    with open_dense(dense) as source, pytest.raises(SpecError, match="calibration: got none, expected the file that"):
+    with open_dense(dense) as source, pytest.raises(SpecError, match="calibration is missing: "):
         upcycle_into([_model(dense, spec)], source, spec)

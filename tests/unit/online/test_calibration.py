@@ -28,7 +28,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("write", [write_llama, write_qwen3])
-def test_routers_are_made_of_what_enters_the_networks_of_the_model_itself(tmp_path: Path, write: Any) -> None:
+def test_routers_come_from_the_inputs_of_the_networks(tmp_path: Path, write: Any) -> None:
     folder, sample = write(tmp_path / "dense", layers=3), random_sample(250, COPIES)
     report = made(folder, tmp_path / "file", UpcycleSpec(**PROMPTS, moe_layers="0,2"), sample)
     model, entered = load_model(folder, dtype=torch.float32).eval(), []
@@ -47,7 +47,7 @@ def test_routers_are_made_of_what_enters_the_networks_of_the_model_itself(tmp_pa
     assert Calibration(tmp_path / "file").lineage["data"] == sample.about
 
 
-def test_rows_are_the_directions_of_the_means_and_spread_by_one() -> None:
+def test_rows_are_mean_directions_with_spread_one() -> None:
     batches = [torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n)) + 0.5 for n in (3, 5, 2, 4, 6)]
     rows_CD = router_rows(batches, [0, 1, 1, 2, 3], COPIES, map)
     means = [batches[0], torch.cat(batches[1:3]), batches[3], batches[4]]

@@ -13,7 +13,7 @@ from nemo_upcycle.online.tensor_plan import ModelPlan
 from tests.models import MemorySource, small_architecture
 
 
-def test_the_slices_of_fused_matrices_hold_the_numbers_of_separate_ones() -> None:
+def test_slices_of_fused_matrices_equal_separate_ones() -> None:
     spec = UpcycleSpec(num_experts=8, top_k=4, granularity=2)
     llama = MemorySource(small_architecture())
     arch = replace(llama.architecture, hf_class="Phi3ForCausalLM")

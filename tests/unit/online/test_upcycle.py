@@ -99,7 +99,7 @@ def test_a_dense_model_is_checked_likewise(experts: int | None, parent: dict, su
         load_dense_into(chunks, MemorySource(small_architecture(**parent)))
 
 
-def test_an_activation_of_another_name_that_computes_the_same_is_accepted() -> None:
+def test_accepts_an_equal_activation_with_another_name() -> None:
     chunks = build_chunks(small_architecture(), num_experts=4, activation_func=_tanh_gelu)
     assert upcycle_into(chunks, MemorySource(small_architecture(activation="gelu_tanh")), SPEC).exact
 
@@ -120,7 +120,7 @@ def test_megatrons_and_nemos_own_activation_functions_are_known() -> None:
     [({"window_size": (7, 0)}, True), ({}, False), ({"window_size": (8, 0)}, False)],
     ids=["the same", "none", "one token more, as NeMo imports it"],
 )
-def test_a_sliding_window_is_exact_if_the_model_has_the_same(tmp_path: Path, changes: dict, exact: bool) -> None:
+def test_a_sliding_window_is_exact_in_a_model_with_it(tmp_path: Path, changes: dict, exact: bool) -> None:
     folder = write_mistral(tmp_path / "dense", window=8, layers=2)
     chunks = build_chunks(folder, num_experts=4, **changes)
     with open_dense(folder) as source:
@@ -152,7 +152,7 @@ def test_weights_that_are_not_what_config_json_says_are_refused(copy: Path) -> N
 
 
 def test_what_is_no_gpt_model_is_refused(dense: Path) -> None:
-    with open_dense(dense) as source, pytest.raises(SpecError, match="model chunk: got Linear"):
+    with open_dense(dense) as source, pytest.raises(SpecError, match="model chunk is Linear"):
         upcycle_into([torch.nn.Linear(2, 2)], source, SPEC)
 
 

@@ -132,7 +132,7 @@ def test_a_job_that_leaves_no_marker_ends_the_chain(tmp_path: Path, text: str) -
     assert not (tmp_path / "b").exists()
 
 
-def test_a_signal_stops_the_watching_and_a_new_start_finds_the_job(tmp_path: Path) -> None:
+def test_a_new_start_finds_the_job_after_a_signal(tmp_path: Path) -> None:
     text = f"{_UNTIL_GO}; touch a"
     chain = chain_of(tmp_path, {"a": text})
     with StopSignals() as stop:
@@ -189,7 +189,7 @@ def test_job_of_other_settings_is_watched_with_a_word(tmp_path: Path, capfd: pyt
     chain.cluster.cancel([a, b])
 
 
-def test_stage_is_not_done_while_one_that_it_needs_is_not(tmp_path: Path) -> None:
+def test_a_stage_is_not_done_before_its_inputs(tmp_path: Path) -> None:
     (tmp_path / "b").touch()
     chain = chain_of(tmp_path, {"a": "true", "b": "true"}, {"b": ("a",)})
     assert chain.done() == set()
@@ -239,7 +239,7 @@ class HoldsBack(Processes):
 
 
 @pytest.mark.parametrize("given_up", [Phase.WAITING, Phase.ENDED])
-def test_job_given_up_for_a_stage_that_is_done_is_submitted_again(tmp_path: Path, given_up: Phase) -> None:
+def test_a_lost_job_of_a_done_stage_is_submitted_again(tmp_path: Path, given_up: Phase) -> None:
     commands = {"a": "touch a; exit 1", "b": "touch b; exit 139", "c": "touch c"}
     chain = chain_of(tmp_path, commands, {"b": ("a",), "c": ("a", "b")}, HoldsBack(given_up))
     chain.submit()
@@ -247,7 +247,7 @@ def test_job_given_up_for_a_stage_that_is_done_is_submitted_again(tmp_path: Path
 
 
 @pytest.mark.parametrize("given_up", [Phase.WAITING, Phase.ENDED])
-def test_message_is_of_the_stage_that_failed_with_its_last_words(tmp_path: Path, given_up: Phase) -> None:
+def test_the_message_has_the_failed_stages_last_lines(tmp_path: Path, given_up: Phase) -> None:
     said = "for n in $(seq 50); do echo line $n; done; echo out of memory >&2"
     commands = {"a": f"{said}; echo slurmstepd: killed > jobs/a/sbatch.txt; exit 1", "b": "touch b", "c": "touch c"}
     chain = chain_of(tmp_path, commands, {"b": ("a",), "c": ("b",)}, HoldsBack(given_up))

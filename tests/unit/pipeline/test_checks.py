@@ -42,7 +42,7 @@ def test_a_shown_run_and_a_start_find_the_same(demo: Any, tmp_path: Path) -> Non
     ]
     shown, started = ([str(error) for error in one.all] for one in found)
     assert shown == started
-    assert shown[0].startswith("run.executor.array: got 0-3")
+    assert shown[0].startswith("run.executor.array is 0-3")
 
 
 def test_stages_that_need_gpus_and_ask_for_none_are_named(llama: Any, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_stages_that_need_gpus_and_ask_for_none_are_named(llama: Any, tmp_path: 
     assert _cluster(tmp_path, f"{WITHOUT_GPUS.sub('', SHOWN[1])}counts_gpus: false").wrong_settings(jobs) == []
 
 
-def test_a_folder_of_something_else_is_refused_with_one_that_is_not(tmp_path: Path) -> None:
+def test_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "data/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -70,7 +70,7 @@ def test_a_folder_of_something_else_is_refused_with_one_that_is_not(tmp_path: Pa
 def test_a_chain_for_gpus_never_reads_the_demos_texts() -> None:
     plans = [replace(plan_of(), pretrain=BridgeTraining("tiny", ranks_per_node=ranks).to_text()) for ranks in (2, 8)]
     check_demo_data(plans[0])
-    with pytest.raises(UpcycleError, match=r"pretrain trains on GPUs, .* Fix: add data=FOLDER"):
+    with pytest.raises(UpcycleError, match=r"pretrain trains on GPUs, .* Add data=FOLDER"):
         check_demo_data(plans[1])
 
 

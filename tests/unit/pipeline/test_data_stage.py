@@ -13,7 +13,7 @@ from tests.blends import set_manifest, write_blend
 from tests.functional.tiny import write_parent
 
 
-def test_run_goes_on_with_its_data_and_says_which_files_changed_since(
+def test_a_resumed_run_names_changed_data_files(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("nemo_upcycle"), "propagate", True)

@@ -53,7 +53,7 @@ def test_what_a_site_must_fill_in_is_named(missing: str) -> None:
         ("env_vars: {A: }", "env_vars.A", "null"),
     ],
 )
-def test_a_mistake_in_a_file_is_named_with_file_and_key(tmp_path: Path, text: str, subject: str, got: object) -> None:
+def test_mistakes_in_a_file_name_file_and_key(tmp_path: Path, text: str, subject: str, got: object) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text if text.startswith("executor") else f"executor: slurm\n{text}")
     with pytest.raises(UpcycleError) as caught:
@@ -82,7 +82,7 @@ def test_entries_of_a_mapping_are_added_one_by_one(tmp_path: Path) -> None:
         ("env_vars={a", "run.executor.env_vars", "'{a'"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_named_as_it_was_typed(word: str, subject: str, got: object) -> None:
+def test_mistakes_are_named_as_they_were_typed(word: str, subject: str, got: object) -> None:
     with pytest.raises(UpcycleError) as caught:
         read_executor("slurm", [word])
     assert (caught.value.subject, caught.value.got) == (subject, got)
@@ -249,7 +249,7 @@ def test_a_launcher_leaves_ranks_the_time_that_the_signal_gives(signal: str, sav
 @pytest.mark.parametrize(
     ("signal", "seconds", "what"), [("TERM", 60, "signal TERM"), ("null", 30, "KillWait, 30 s by default")]
 )
-def test_a_job_has_the_time_of_its_signal_or_slurms_own_to_save(signal: str, seconds: int, what: str) -> None:
+def test_a_job_saves_within_its_signals_time(signal: str, seconds: int, what: str) -> None:
     (limit,) = SlurmScheduler(built(*SITE, f"stages.pretrain.signal={signal}")).save_limits(training())
     assert limit.seconds == seconds
     assert limit.what.startswith(what)

@@ -139,7 +139,7 @@ def test_finished_data_warn_of_a_run_that_is_longer(llama: Any, tmp_path: Path) 
     assert [text.partition(": data: source talks is read ")[0] for text in said] == ["pretrain", "dense_ct"]
 
 
-def test_a_screen_shows_of_a_recipes_settings_those_that_were_typed(llama: Any, tmp_path: Path) -> None:
+def test_a_screen_shows_only_typed_settings_of_a_recipe(llama: Any, tmp_path: Path) -> None:
     llama.pretrain.trainer.max_steps = 100
     llama.pretrain.trainer.callbacks.append(run.Config(EvaluateWhileTraining))
     typed = {"dense": llama.dense, "pretrain.trainer.max_steps": "1e2", "dense_ct.model.tokenizer": "null"}
@@ -214,7 +214,7 @@ def test_nccl_ep_is_refused_without_buffers(llama: Any) -> None:
         plan("allgather")
 
 
-def test_a_training_needs_a_network_for_its_suite_and_its_logger(
+def test_suite_and_logger_of_a_training_need_a_network(
     llama: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama.data = str(tmp_path)
@@ -239,7 +239,7 @@ def test_an_offline_hub_is_a_problem_without_a_cache(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = forecast_of(llama, tmp_path)
     assert any(
-        one.startswith("import: got HF_HUB_OFFLINE=1") and "no model meta-llama/" in one
+        one.startswith("import is HF_HUB_OFFLINE=1") and "no model meta-llama/" in one
         for one in map(str, found.problems)
     )
 

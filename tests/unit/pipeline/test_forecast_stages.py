@@ -70,7 +70,7 @@ def test_checkpoints_that_a_run_holds_need_no_space_again(llama: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("part", ["build/tokens", "tokens"])
-def test_tokens_that_a_stopped_data_stage_left_need_no_space_again(llama: Any, tmp_path: Path, part: str) -> None:
+def test_kept_tokens_need_no_space_again(llama: Any, tmp_path: Path, part: str) -> None:
     finish(llama, tmp_path, "import")
     stages = [BY_NAME["data"]]
     (before,) = forecast_of(llama, tmp_path, stages=stages).disk.uses
@@ -95,7 +95,7 @@ def test_a_changed_setting_is_named_and_what_follows_runs_again(demo: Any, tmp_p
     assert (report.state, report.why) == (State.RUN, "finished before, but evaluate changed")
 
 
-def test_a_part_of_the_chain_takes_what_is_before_it_for_done(demo: Any, tmp_path: Path) -> None:
+def test_a_part_of_the_chain_assumes_earlier_stages_are_done(demo: Any, tmp_path: Path) -> None:
     *earlier, only = BY_NAME
     finish(demo, tmp_path, *earlier)
     found = forecast_of(demo, tmp_path, stages=[BY_NAME[only]])

@@ -90,7 +90,7 @@ def test_a_grids_arms_have_existing_settings(tmp_path: Path) -> None:
         grid_of(tmp_path, MINI.replace("trainer.max_steps: 10", "trainer.max_step: 10"))
     with pytest.raises(UpcycleError, match=r"arms\.st: spec: got"):
         grid_of(tmp_path, MINI.replace("router_order: soft", "router_ordr: soft"))
-    with pytest.raises(UpcycleError, match="data: got messages: conversations"):
+    with pytest.raises(UpcycleError, match="data is messages: conversations"):
         grid_of(tmp_path, MINI.replace("data: sotu", "data: messages"))
 
 
@@ -127,7 +127,7 @@ def test_parents_lengths_and_seeds_are_checked(tmp_path: Path, old: str, new: st
 
 
 def test_a_grid_that_trains_its_parents_takes_no_other(tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match="Fix: omit dense="):
+    with pytest.raises(UpcycleError, match="Omit dense="):
         read_grid("budget", dense=str(tmp_path))
 
 

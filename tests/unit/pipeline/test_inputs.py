@@ -15,16 +15,16 @@ from tests.chats import sums, write_lines
 
 
 @pytest.mark.parametrize(("data", "suite"), [("chatterbot", "demo"), ("sotu", "answers")])
-def test_a_suite_that_asks_what_is_not_held_back_is_refused(data: str, suite: str) -> None:
+def test_refuses_suites_about_data_not_held_out(data: str, suite: str) -> None:
     check_asked(Inputs("dense", data, {"demo": "answers", "answers": "demo"}[suite]))
-    with pytest.raises(UpcycleError, match=f"evaluation {suite}: got heldout_"):
+    with pytest.raises(UpcycleError, match=f"evaluation {suite} is heldout_"):
         check_asked(Inputs("dense", data, suite))
 
 
 def test_files_of_conversations_are_looked_for_before_anything_starts(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "mine.jsonl", sums(3))
     check_data(Inputs("dense", str(lines), "answers"), remote=False)
-    with pytest.raises(UpcycleError, match=r"which is no file"):
+    with pytest.raises(UpcycleError, match=r"is not a file"):
         check_data(Inputs("dense", str(tmp_path / "other.jsonl"), "answers"), remote=False)
 
 

@@ -98,7 +98,7 @@ def test_a_linked_mount_keeps_its_name_in_the_pods(tmp_path: Path) -> None:
     assert f"{mount}/demo/jobs/pretrain/" in text
 
 
-def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_path: Path) -> None:
+def test_a_rerun_takes_another_name_in_the_cluster(tmp_path: Path) -> None:
     scheduler, api = _scheduler(tmp_path)
     job = _job(tmp_path)
     first = scheduler.submit(job, [])
@@ -165,7 +165,7 @@ def test_pods_run_as_who_launches_or_who_is_named(tmp_path: Path, monkeypatch: p
     assert pod("") == (None, [])
 
 
-def test_pods_of_a_training_get_performance_settings_that_the_site_changes(tmp_path: Path) -> None:
+def test_training_pods_get_the_sites_performance_settings(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"env_vars": {"NCCL_NVLS_ENABLE": "1", "TORCH_NCCL_HIGH_PRIORITY": None}}
     fields |= {"performance": {"TOKENIZERS_PARALLELISM": None, "CUDA_DEVICE_MAX_CONNECTIONS": 8}}
     fields |= {"secret_env_vars": {"NVTE_FWD_LAYERNORM_SM_MARGIN": "sms/forward"}}
@@ -187,7 +187,7 @@ def test_pods_of_a_training_get_performance_settings_that_the_site_changes(tmp_p
 def test_a_claim_or_queue_that_the_cluster_lacks_is_refused(lacking: str, tmp_path: Path) -> None:
     scheduler, api = _scheduler(tmp_path)
     api.lacks = lacking
-    with pytest.raises(UpcycleError, match=f"got {lacking}, expected a"):
+    with pytest.raises(UpcycleError, match=f"got {lacking}; expected a"):
         scheduler.check([_job(tmp_path)])
 
 
@@ -258,7 +258,7 @@ def test_kept_manifest_with_a_secret_is_its_owners_alone(tmp_path: Path) -> None
         assert "hf_abc" not in "".join(scheduler.masked().render(job).values())
 
 
-def test_a_pytorchjob_has_a_master_and_workers_and_restarts_only_trainings(tmp_path: Path) -> None:
+def test_a_pytorchjob_restarts_only_trainings(tmp_path: Path) -> None:
     settings = executor("pytorchjob-1.9", tmp_path)
     spec = manifests.manifest(settings, _job(tmp_path, nodes=3, ranks_per_node=8, is_training=True), "a")["spec"]
     replicas = spec["pytorchReplicaSpecs"]

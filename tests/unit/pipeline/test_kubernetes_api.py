@@ -37,12 +37,12 @@ def _refusal(status: int, message: str, **details: str) -> Any:
 @pytest.mark.parametrize(
     ("status", "message", "details", "words"),
     [
-        (404, "not found", {"kind": "namespaces", "name": "team"}, r"run\.executor\.namespace: got team"),
+        (404, "not found", {"kind": "namespaces", "name": "team"}, r"run\.executor\.namespace is team"),
         (404, "", {}, "Kubeflow Trainer 2.2 or newer"),
-        (403, "User 'me' cannot create", {}, "rights to trainjobs in namespace team: got User 'me' cannot create"),
+        (403, "User 'me' cannot create", {}, "rights to trainjobs in namespace team is User 'me' cannot create"),
         (401, "Unauthorized", {}, "log in again"),
         (403, "admission webhook 'v' denied the request: no runtime", {}, "refused: admission webhook 'v' denied"),
-        (503, "later", {}, "Kubernetes API server: got 503 Refused: later"),
+        (503, "later", {}, "Kubernetes API server is 503 Refused: later"),
     ],
 )
 def test_refusals_say_what_to_change(
@@ -84,7 +84,7 @@ def test_pods_say_why_they_wait(
     assert api.why_pods_wait("team", "a=b") == why
 
 
-def test_a_missing_client_is_said_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_client_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.raises(UpcycleError, match="pip install 'kubernetes>="):
         KubernetesApi("", "")

@@ -17,7 +17,7 @@ __all__ = ["run_dir", "under_way"]
 
 
 @pytest.mark.slow
-def test_a_report_goes_on_with_the_run_and_says_how_it_ended(under_way: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_report_says_how_the_run_ended(under_way: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(REPORT_EVERY, "60")
     page = under_way / "report.html"
     with watched(under_way):
@@ -35,6 +35,6 @@ def test_none_is_written_where_the_user_wants_none(under_way: Path, monkeypatch:
     with watched(under_way):
         pass
     monkeypatch.setenv(REPORT_EVERY, "often")
-    with pytest.raises(UpcycleError, match=f"{REPORT_EVERY}: got often"), watched(under_way):
+    with pytest.raises(UpcycleError, match=f"{REPORT_EVERY} is often"), watched(under_way):
         pass
     assert not (under_way / "report.html").exists()

@@ -47,7 +47,7 @@ def test_a_process_is_no_rank_of_the_surrounding_job(
     assert sorted(path.read_text() for path in tmp_path.glob("seen*")) == own
 
 
-def test_a_failed_rank_ends_the_others_and_its_last_lines_are_shown(
+def test_a_failed_rank_ends_the_others_and_shows_its_output(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "AFTER_ANOTHER_S", 0.1)

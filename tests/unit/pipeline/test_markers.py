@@ -33,7 +33,7 @@ def _start(stage: StageFolder, settings: Mapping[str, Any], free: dict[str, obje
     return stage.start(inputs_of(stage, settings), setting_texts({"pretrain": free or {}}), resumable=True)
 
 
-def test_a_stage_is_done_from_the_settings_that_it_finished_from(tmp_path: Path) -> None:
+def test_a_stage_is_done_only_for_its_own_settings(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path, "import")
     inputs = inputs_of(stage, {"dense": "a"})
     stage.start(inputs, resumable=False)
@@ -75,7 +75,7 @@ def test_content_is_known_by_name_size_and_bytes_anywhere(tmp_path: Path) -> Non
     assert content_hash([file]) != before
 
 
-def test_resumable_work_refuses_other_inputs_and_names_the_setting_that_changed(tmp_path: Path) -> None:
+def test_resumable_work_names_the_changed_setting(tmp_path: Path) -> None:
     stage, first = StageFolder(tmp_path, "pretrain"), {"lr": 3e-5, "seed": 1}
     for _ in range(2):
         _start(stage, first)
@@ -95,7 +95,7 @@ def test_another_stage_before_it_is_refused(tmp_path: Path) -> None:
         _start(other, {"seed": 1})
 
 
-def test_started_work_goes_on_with_more_steps_and_not_with_fewer(tmp_path: Path) -> None:
+def test_started_work_resumes_only_with_more_steps(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path, "pretrain")
     assert _start(stage, {"pretrain steps": 100}) == []
     assert _start(stage, {"pretrain steps": 200}) == ["pretrain steps was 100, is 200"]
@@ -103,7 +103,7 @@ def test_started_work_goes_on_with_more_steps_and_not_with_fewer(tmp_path: Path)
         _start(stage, {"pretrain steps": 199})
 
 
-def test_what_does_not_change_the_result_may_change_and_is_noted(tmp_path: Path) -> None:
+def test_harmless_changes_are_allowed_and_noted(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path, "pretrain")
     _start(stage, {"pretrain": {"optim.lr": 3e-5}}, {"log.every": 1000})
     stage.finish(inputs_of(stage, {"pretrain": {"optim.lr": 3e-5}}), 1.0, {})
@@ -131,7 +131,7 @@ def test_a_damaged_marker_is_as_none(tmp_path: Path, content: str) -> None:
     finish(folder, {"seed": 1})
     folder.marker.write_text(content)
     assert folder.done_from() is None
-    with pytest.raises(StageError, match=f"{MARKER}: got a damaged file"):
+    with pytest.raises(StageError, match=f"{MARKER} is damaged"):
         folder.outputs()
 
 

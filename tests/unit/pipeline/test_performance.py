@@ -118,7 +118,7 @@ def test_a_rank_is_bound_near_its_gpu_or_unbound(numactl: str | None, expected: 
     assert done.stdout.splitlines() == expected
 
 
-def test_this_machine_gets_what_its_environment_lacks_or_none_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_what_this_environment_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert performance.performance_settings_here(_job()) == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -206,7 +206,7 @@ def test_threads_are_the_users_or_share_the_cores(monkeypatch: pytest.MonkeyPatc
     assert run_here.variables_for(2, mine) == {"OMP_NUM_THREADS": "5", "MINE": "1"}
 
 
-def test_a_stage_that_ended_just_before_the_signal_counts_as_finished(tmp_path: Path) -> None:
+def test_a_stage_that_ended_before_the_signal_is_finished(tmp_path: Path) -> None:
     plan, stage = RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", "", None), STAGES[0]
     folder = stage.folder(tmp_path, plan)
     folder.path.mkdir()

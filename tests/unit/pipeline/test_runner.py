@@ -61,7 +61,7 @@ def data_stage(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
     return run
 
 
-def test_data_stage_told_to_stop_says_so_and_can_go_on(
+def test_a_stopped_data_stage_says_so_and_resumes(
     run_dir: Path, data_stage: Callable[[str], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert data_stage(ENGINE) == StageStopped.exit_status
@@ -83,7 +83,7 @@ def test_failed_stage_records_it(run_dir: Path, data_stage: Callable[[str], int]
     assert (run_dir / "data" / ENDED).read_text() == "failed\n"
 
 
-def test_a_stage_that_fails_on_a_full_disk_still_says_why(
+def test_a_stage_says_why_on_a_full_disk(
     run_dir: Path, data_stage: Callable[[str], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = run_dir / "data" / ENDED

@@ -44,7 +44,7 @@ def test_test_cluster_leaves_a_site_of_its_own_alone(commands: Path, tmp_path: P
     assert (conf.read_text(), did.exists()) == ("ClusterName=alps\n", False)
 
 
-def test_jobs_of_two_clusters_on_one_file_system_are_told_apart(commands: Path) -> None:
+def test_distinguishes_jobs_of_two_clusters_on_one_file_system(commands: Path) -> None:
     assert SlurmScheduler(built(*SITE)).identity == "Slurm, cluster alps"
     write_commands(commands, scontrol="echo 'Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(UnreachableError, match="which cluster this is: Unable to contact"):
@@ -64,10 +64,10 @@ def test_inputs_that_only_this_machine_sees_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(slurm, "filesystem_type", kinds.get)
     cluster = SlurmScheduler(built(*SITE))
     cluster.check([Job("data", tmp_path, ("python",), reads=(tmp_path,))])
-    with pytest.raises(UpcycleError, match=r"^/data: got a file system of type ext4, which this machine alone sees"):
+    with pytest.raises(UpcycleError, match=r"^/data is on a file system of type ext4, which "):
         cluster.check([Job("data", tmp_path, ("python",), reads=(Path("/data"),))])
     monkeypatch.setattr(slurm, "filesystem_type", lambda path: "ext4")
-    with pytest.raises(UpcycleError, match=f"^dir {tmp_path}: got a file system of type ext4"):
+    with pytest.raises(UpcycleError, match=f"^Folder {tmp_path} is on a file system of type ext4"):
         cluster.check([Job("data", tmp_path, ("python",))])
     SlurmScheduler(built(*SITE, "shared_dir=true")).check([Job("data", tmp_path, ("python",))])
 

@@ -38,14 +38,14 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("ending", [None, SystemExit(0), SystemExit(75)], ids=["itself", "0", "75"])
-def test_last_step_kept_is_done_and_an_earlier_one_is_stopped(train: Any, ending: BaseException | None) -> None:
+def test_only_the_last_step_means_done(train: Any, ending: BaseException | None) -> None:
     with pytest.raises(StageStopped, match=r"'pretrain' stopped early: 5 of 10 steps are kept") as caught:
         train([4], ending)
     assert not isinstance(caught.value, UpcycleError)
     assert train([9], ending)["checkpoint"].endswith("step=9-last")
 
 
-def test_no_checkpoint_is_an_error_unless_it_was_told_to_stop(train: Any) -> None:
+def test_no_checkpoint_is_an_error_unless_stopped(train: Any) -> None:
     with pytest.raises(StageError, match="expected a finished one"):
         train([], None)
     with pytest.raises(StageStopped, match="0 of 10 steps"):

@@ -97,7 +97,7 @@ def lose(*paths: str) -> Callable[[Path], None]:
     return delete
 
 
-def test_a_finished_run_of_an_earlier_release_has_nothing_to_do(run_dir: Path, plan: RunPlan) -> None:
+def test_a_finished_earlier_run_has_nothing_to_do(run_dir: Path, plan: RunPlan) -> None:
     assert finished(run_dir, plan) == NAMES
     assert launch(run_dir, plan) == []
     assert {read_json(run_dir / name / MARKER)["schema"] for name in NAMES} == {1}
@@ -125,7 +125,7 @@ CHANGES: list[tuple[Callable[[Path], None], list[str]]] = [
 
 
 @pytest.mark.parametrize(("change", "ran"), CHANGES)
-def test_a_stage_whose_marker_or_results_are_lost_runs_again_alone(
+def test_a_stage_without_marker_or_results_runs_again(
     run_dir: Path, plan: RunPlan, change: Callable[[Path], None], ran: list[str]
 ) -> None:
     change(run_dir)

@@ -38,23 +38,23 @@ def test_newer_software_shares_key_value_heads() -> None:
 @pytest.mark.parametrize(
     ("text", "gpus", "batch", "words"),
     [
-        ("tp=3", 6, 512, ["tp: got 3", "key-value heads (8): 1, 2, 4, 8"]),
-        ("tp=16", 16, 512, ["tp: got 16", "key-value heads (8): 1, 2, 4, 8; multiples work in Megatron-Bridge"]),
-        ("ep=6", 12, 512, ["ep: got 6", "num_experts (8)"]),
-        ("pp=5", 20, 512, ["pp: got 5", "num_layers (32)", "Fix: set pp=4"]),
-        ("pp=4,vp=3", 8, 512, ["vp: got 3", "layers of a pipeline stage (8)", "Fix: set vp=2"]),
-        ("vp=2", 8, 512, ["vp: got 2", "without pipeline stages", "Fix: set vp=1"]),
-        ("tp=2,pp=4", 12, 512, ["tp x cp x pp: got 8", "the GPUs (12)", "Fix: set gpus=8"]),
-        ("tp=1", 64, 100, ["global_batch: got 100", "dp x micro-batch (64 x 1)", "Fix: set global_batch=128"]),
-        ("pp=8,vp=4", 64, 36, ["global_batch: got 36", "a multiple of dp x micro-batch", "Fix: set global_batch=64"]),
-        ("cp=3", 3, 3, ["seq_length: got 8192", "tp x 2 x cp (6)", "Fix: set seq_length=8190"]),
-        ("pp=4,first=6,last=5", 4, 512, ["pp: got 4", "21 layers, and 2 more"]),
-        ("pp=2,first=20,last=20", 64, 512, ["pp: got 2", "share out -8 layers"]),
-        ("pp=2,first=6,loss=1", 4, 512, ["first: got 6", "loss=1", "Fix: set loss=0"]),
-        ("first=3", 8, 512, ["first: got 3", "none without pipeline stages"]),
-        ("tp=2,etp=1", 8, 512, ["etp: got 1", "where ep is 1", "Fix: set etp=2"]),
-        ("tp=0", 8, 512, ["tp: got 0", "1 or more", "Fix: set tp=1"]),
-        ("pp=4,embedding=2", 4, 512, ["embedding: got 2", "0 or 1", "Fix: set embedding=0"]),
+        ("tp=3", 6, 512, ["tp is 3", "key-value heads (8): 1, 2, 4, 8"]),
+        ("tp=16", 16, 512, ["tp is 16", "key-value heads (8): 1, 2, 4, 8; multiples work in Megatron-Bridge"]),
+        ("ep=6", 12, 512, ["ep is 6", "num_experts (8)"]),
+        ("pp=5", 20, 512, ["pp is 5", "num_layers (32)", "Set pp=4"]),
+        ("pp=4,vp=3", 8, 512, ["vp is 3", "layers of a pipeline stage (8)", "Set vp=2"]),
+        ("vp=2", 8, 512, ["vp is 2", "without pipeline stages", "Set vp=1"]),
+        ("tp=2,pp=4", 12, 512, ["tp x cp x pp is 8", "the GPUs (12)", "Set gpus=8"]),
+        ("tp=1", 64, 100, ["global_batch is 100", "dp x micro-batch (64 x 1)", "Set global_batch=128"]),
+        ("pp=8,vp=4", 64, 36, ["global_batch is 36", "a multiple of dp x micro-batch", "Set global_batch=64"]),
+        ("cp=3", 3, 3, ["seq_length is 8192", "tp x 2 x cp (6)", "Set seq_length=8190"]),
+        ("pp=4,first=6,last=5", 4, 512, ["pp is 4", "21 layers, and 2 more"]),
+        ("pp=2,first=20,last=20", 64, 512, ["pp is 2", "share out -8 layers"]),
+        ("pp=2,first=6,loss=1", 4, 512, ["first is 6", "loss=1", "Set loss=0"]),
+        ("first=3", 8, 512, ["first is 3", "none without pipeline stages"]),
+        ("tp=2,etp=1", 8, 512, ["etp is 1", "where ep is 1", "Set etp=2"]),
+        ("tp=0", 8, 512, ["tp is 0", "1 or more", "Set tp=1"]),
+        ("pp=4,embedding=2", 4, 512, ["embedding is 2", "0 or 1", "Set embedding=0"]),
     ],
 )
 def test_rules(text: str, gpus: int, batch: int, words: list[str]) -> None:
@@ -80,22 +80,22 @@ def _take(error: SpecError, layout: object, work: Workload) -> None:
 
 
 def test_dense_models_have_no_experts_to_spread() -> None:
-    with pytest.raises(SpecError, match=r"1 for a dense model\. Fix: set ep=1"):
+    with pytest.raises(SpecError, match=r"1 for a dense model\. Set ep=1"):
         check_layout(parse_layout("ep=2", 8), DENSE, WORK)
-    with pytest.raises(SpecError, match=r"there are no experts\. Fix: set etp=1"):
+    with pytest.raises(SpecError, match=r"there are no experts\. Set etp=1"):
         check_layout(parse_layout("etp=3", 8), DENSE, WORK)
 
 
 def test_deepep_needs_ranks_to_send_to() -> None:
     work = replace(WORK, dispatcher="deepep")
     assert first_violation(parse_layout("ep=8,pp=8", 64), LLAMA, work) is None
-    with pytest.raises(SpecError, match=r"flex dispatcher needs etp x ep above 1\. Fix: set ep=2"):
+    with pytest.raises(SpecError, match=r"flex dispatcher needs etp x ep above 1\. Set ep=2"):
         check_layout(parse_layout("pp=32", 64), LLAMA, work)
 
 
 def test_fp8_needs_tokens_in_multiples_of_sixteen() -> None:
     work = replace(WORK, seq_length=8184, precision="fp8-delayed")
-    with pytest.raises(SpecError, match=r"a multiple of 16 tokens.*Fix: set seq_length=8176"):
+    with pytest.raises(SpecError, match=r"a multiple of 16 tokens.*Set seq_length=8176"):
         check_layout(parse_layout("tp=2", 8), DENSE, work)
     assert first_violation(parse_layout("tp=2", 8), DENSE, replace(work, precision="bf16")) is None
 
@@ -103,10 +103,10 @@ def test_fp8_needs_tokens_in_multiples_of_sixteen() -> None:
 @pytest.mark.parametrize(
     ("changes", "layout", "precision", "words"),
     [
-        ({"hidden_size": 4104}, "tp=1", "fp8-current", r"16 rows and columns \(now 4104\).*Fix: train in bf16"),
-        ({"expert_ffn_size": 14336 // 512}, "ep=8", "fp8-blockwise", r"etp: got 1.*\(now 28\)"),
+        ({"hidden_size": 4104}, "tp=1", "fp8-current", r"16 rows and columns \(now 4104\).*Train in bf16"),
+        ({"expert_ffn_size": 14336 // 512}, "ep=8", "fp8-blockwise", r"etp is 1.*\(now 28\)"),
         ({"expert_ffn_size": 48}, "ep=8", "mxfp8", r"32 rows and columns \(now 48\)"),
-        ({"num_heads": 8, "head_dim": 8}, "tp=8,ep=8", "fp8-delayed", r"tp: got 8.*\(now 8\)"),
+        ({"num_heads": 8, "head_dim": 8}, "tp=8,ep=8", "fp8-delayed", r"tp is 8.*\(now 8\)"),
     ],
 )
 def test_fp8_needs_matrices_of_its_kernels(changes: dict[str, int], layout: str, precision: str, words: str) -> None:

@@ -99,7 +99,7 @@ def test_deepep_sends_a_token_once_to_each_node() -> None:
     assert MODEL.step(one_each[1], replace(one_each[0], dispatcher="deepep")) == MODEL.step(one_each[1], one_each[0])
 
 
-def test_natural_routing_waits_for_a_busier_rank_the_more_experts_there_are() -> None:
+def test_natural_routing_waits_longer_with_more_experts() -> None:
     costs = [
         model.step(layout, replace(_DROPLESS, routing="natural")).total / model.step(layout, _DROPLESS).total
         for model, layout in ((MODEL, parse_layout("ep=8", 256)), (_QWEN, parse_layout("ep=32", 256)))

@@ -60,7 +60,7 @@ def test_a_chain_tunes_the_dense_model_alike(recipes: Any, name: str) -> None:
         ("lora", "model.config.moe_grouped_gemm", True),
     ],
 )
-def test_what_packs_and_lora_do_not_take_is_refused_by_name(recipes: Any, scheme: str, field: str, value: Any) -> None:
+def test_refuses_settings_that_packs_and_lora_lack(recipes: Any, scheme: str, field: str, value: Any) -> None:
     import nemo_run as run
     from nemo.collections.llm.peft import LoRA
 
@@ -101,7 +101,7 @@ def test_loras_rank_is_set_on_the_command_line(recipes: Any) -> None:
     assert (recipe.peft.dim, recipe.peft.alpha) == (16, 32)
 
 
-def test_a_chain_by_lora_tunes_both_models_so_without_expert_parallelism(recipes: Any) -> None:
+def test_a_lora_chain_tunes_both_models_without_expert_parallelism(recipes: Any) -> None:
     from nemo_upcycle.trainers.nemo.checks import check_settings
 
     chain = recipes.smollm2_135m_e8t2_sft.pipeline_recipe(peft_scheme="lora")

@@ -142,7 +142,7 @@ def test_a_recipe_may_keep_its_parameters_in_fp8(recipes: Any) -> None:
     assert recipe.trainer.plugins.fp8_param_gather
 
 
-def test_a_finetuning_a_module_and_a_recipe_that_upcycles_are_refused(recipes: Any) -> None:
+def test_refuses_recipes_that_are_not_dense_pretrainings(recipes: Any) -> None:
     from nemo.collections.llm.recipes import llama32_1b
 
     with pytest.raises(SpecError, match="finetune"):
@@ -153,7 +153,7 @@ def test_a_finetuning_a_module_and_a_recipe_that_upcycles_are_refused(recipes: A
         recipes.upcycled(recipes.smollm2_135m_e8t2.pretrain_recipe(), dense=DENSE, spec=SPEC)
 
 
-def test_a_strategy_of_the_users_own_is_not_replaced_in_silence(recipes: Any) -> None:
+def test_does_not_silently_replace_a_users_strategy(recipes: Any) -> None:
     from nemo import lightning as nl
 
     from nemo_upcycle.trainers.nemo.upcycling import UpcycleStrategy
@@ -168,7 +168,7 @@ def test_a_strategy_of_the_users_own_is_not_replaced_in_silence(recipes: Any) ->
                 recipes.upcycled(recipe, dense=DENSE, spec=SPEC)
 
 
-def test_a_recipe_of_ones_own_without_log_resume_and_optimizer_is_completed(recipes: Any) -> None:
+def test_completes_a_recipe_without_log_resume_and_optimizer(recipes: Any) -> None:
     import nemo_run as run
     from nemo.collections import llm
 
@@ -195,7 +195,7 @@ def test_it_says_what_it_changed_and_nothing_else(recipes: Any, caplog: pytest.L
     assert len(said) <= 14
 
 
-def test_use_spec_tells_a_recipe_that_does_not_upcycle_what_to_call(recipes: Any) -> None:
+def test_use_spec_refuses_a_recipe_that_does_not_upcycle(recipes: Any) -> None:
     from nemo_upcycle.recipes import use_spec
 
     for recipe in (_stock("llama32_1b"), recipes.smollm2_135m_dense_ct.pretrain_recipe()):
@@ -203,7 +203,7 @@ def test_use_spec_tells_a_recipe_that_does_not_upcycle_what_to_call(recipes: Any
             use_spec(recipe, SPEC)
 
 
-def test_this_packages_recipe_is_what_upcycled_makes_of_its_dense_baseline(recipes: Any) -> None:
+def test_a_recipe_equals_its_upcycled_dense_baseline(recipes: Any) -> None:
     dense = recipes.smollm2_135m_dense_ct
     made = recipes.upcycled(
         dense.pretrain_recipe(name="mine"), dense=recipes.known_recipe("smollm2_135m_e8t2").inputs["dense"], spec=SPEC

@@ -30,7 +30,7 @@ LAW = {
 }
 
 
-def test_sources_and_what_of_the_items_and_held_out_texts_was_trained_on(run_dir: Path) -> None:
+def test_shows_sources_and_contamination(run_dir: Path) -> None:
     def name_documents(evaluation: dict[str, Any]) -> None:
         for item, document in zip(evaluation["items"]["heldout_perplexity"], ("law/a", "web/a", "law/b"), strict=True):
             item["cluster"] = document

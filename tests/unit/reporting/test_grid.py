@@ -146,7 +146,7 @@ def test_arms_of_one_schedule_are_compared_on_their_way(run_dir: Path) -> None:
         assert found["equal_flops"] is None  # 400 tokens are the middle of one, 800 the end of the other
 
 
-def test_a_training_within_two_percent_of_its_reference_costs_the_same(run_dir: Path) -> None:
+def test_a_training_within_two_percent_costs_the_same(run_dir: Path) -> None:
     for seed in (1, 2):
         path = run_dir / f"moe-seed{seed}/training.json"
         path.write_text(json.dumps({"flops_per_token": {"full": 1.015e6}, "ranks": 2}))
@@ -167,7 +167,7 @@ def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) ->
     assert found["end"]["difference"] == pytest.approx(0.0, abs=1e-9)  # 0.1 better, and a doubling behind
 
 
-def test_a_step_that_two_arms_scored_with_other_seeds_is_left_out(run_dir: Path) -> None:
+def test_omits_steps_that_arms_scored_with_other_seeds(run_dir: Path) -> None:
     (run_dir / "moe-seed1/evaluation/step=2.json").unlink()
     (run_dir / "dense-seed2/evaluation/step=2.json").unlink()
     values = compared(run_dir, described())
@@ -183,11 +183,11 @@ def test_an_arm_without_a_score_at_its_end_is_named(run_dir: Path) -> None:
     (run_dir / "moe-seed1/evaluation/step=8.json").unlink()
     assert "Not scored at the end, and left out: moe of seed 1." in rendered(run_dir)
     (run_dir / "moe-seed2/evaluation/step=8.json").unlink()
-    with pytest.raises(UpcycleError, match="arm moe: got no score at its last step"):
+    with pytest.raises(UpcycleError, match="Arm moe has no score at its last step"):
         rendered(run_dir)
     for seed in (1, 2):
         (run_dir / f"dense-seed{seed}/evaluation/step=0.json").unlink()
-    with pytest.raises(UpcycleError, match="arm dense: got no score at its first step"):
+    with pytest.raises(UpcycleError, match="Arm dense has no score at its first step"):
         rendered(run_dir)
 
 
@@ -227,7 +227,7 @@ def test_the_table_shows_contaminated_held_out_text(run_dir: Path) -> None:
     assert json.loads((run_dir / "table/table.json").read_text())["heldout_overlap"] == overlap
 
 
-def test_a_grid_that_was_stopped_gets_the_table_of_what_is_finished(run_dir: Path) -> None:
+def test_a_stopped_grid_gets_a_table_of_finished_trainings(run_dir: Path) -> None:
     (run_dir / "grid.json").write_text(json.dumps({"name": "mine", "described": described()}))
     for cell in ("st-seed1", "st-seed2", "moe-seed2"):
         (run_dir / cell / MARKER).unlink()
@@ -245,7 +245,7 @@ def test_a_page_without_a_place_for_the_table_is_refused(run_dir: Path) -> None:
     folder, page = run_dir / "mine", run_dir / "mine.md"
     write_evidence(folder / EVIDENCE, collect_evidence(run_dir, "mine", described()))
     page.write_text("my own words\n")
-    with pytest.raises(UpcycleError, match=r"mine\.md: got no such lines"):
+    with pytest.raises(UpcycleError, match=r"mine\.md has no lines"):
         write_grid(folder)
     assert page.read_text() == "my own words\n"
     assert not (folder / "table.md").exists()
@@ -260,7 +260,7 @@ def test_damaged_evidence_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_evaluations_of_other_documents_are_named(run_dir: Path) -> None:
     (run_dir / "st-seed2/evaluation/step=1.json").write_text(json.dumps(evaluation((1.0, 1.0))))
-    with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json: got 2 documents"):
+    with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json is 2 documents"):
         write_table(run_dir, "mine", described())
 
 

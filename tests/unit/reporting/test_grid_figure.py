@@ -42,7 +42,7 @@ def test_an_arm_of_fewer_seeds_is_in_the_table_alone() -> None:
     assert "moe" not in drawn_arms(fewer)
 
 
-def test_a_difference_stands_in_the_row_of_its_label_with_its_interval(figure: Any) -> None:
+def test_a_difference_is_drawn_in_its_own_row(figure: Any) -> None:
     axes, found = figure.axes[0], VALUES["differences"]
     assert axes.get_title().startswith("95 % intervals over 32 documents and 3 seeds,\n9 of them at once; grey: ")
     labels = [label.get_text().partition(" - ")[0].replace(" ", "_") for label in axes.get_yticklabels()]

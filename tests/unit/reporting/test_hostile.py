@@ -77,7 +77,7 @@ def _typed_into(run_dir: Path, typed: str) -> Path:
     return folder
 
 
-def test_texts_of_a_run_are_shown_as_typed_and_not_obeyed(hostile: Path, secret: Path) -> None:
+def test_texts_of_a_run_are_shown_as_typed(hostile: Path, secret: Path) -> None:
     write_report(hostile)
     page = Page((hostile / "report.html").read_text())
     assert {tag for tag, _ in page.tags} <= _KNOWN
@@ -90,7 +90,7 @@ def test_texts_of_a_run_are_shown_as_typed_and_not_obeyed(hostile: Path, secret:
     assert page.text.count(FOLDER) >= 3  # title, heading, how to go on
 
 
-def test_texts_of_a_run_are_text_for_other_readers_of_the_markdown(hostile: Path) -> None:
+def test_texts_of_a_run_stay_text_in_markdown(hostile: Path) -> None:
     tokens = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(write_report(hostile).read_text())
     inline = [child for token in tokens for child in token.children or ()]
     obeyed = {"html_block", "html_inline", "link_open", "s_open", "em_open"}

@@ -37,7 +37,7 @@ def under_way(run_dir: Path) -> Path:
     return run_dir
 
 
-def test_the_page_says_what_runs_and_what_is_known_so_far(under_way: Path) -> None:
+def test_the_page_shows_the_present_state(under_way: Path) -> None:
     text = live.compose(under_way, read_progress(under_way), price=2.0)
     assert text.split("\n\n")[1:3] == [
         "Tiny-100M, 100.0M parameters → MoE of 4 experts, top-2: 300.0M, 150.0M active for a token.",
@@ -54,7 +54,7 @@ def test_the_page_says_what_runs_and_what_is_known_so_far(under_way: Path) -> No
     assert "unevenly" in live.compose(under_way, read_progress(lengthen(under_way)))
 
 
-def test_before_the_first_step_and_after_the_end_it_says_so(under_way: Path) -> None:
+def test_the_page_says_if_nothing_is_running(under_way: Path) -> None:
     (under_way / "dense_ct/_ENDED").write_text("failed\n")
     text = live.compose(under_way, read_progress(under_way))
     assert "Nothing runs: dense_ct is failed, the same command goes on from there." in text
@@ -70,7 +70,7 @@ def test_before_the_first_step_and_after_the_end_it_says_so(under_way: Path) -> 
     assert "for the last time" in text
 
 
-def test_a_stage_that_runs_again_takes_those_with_it_that_read_it(under_way: Path) -> None:
+def test_a_repeated_stage_repeats_its_readers(under_way: Path) -> None:
     for stage, needs in (("export", ("dense_ct",)), ("report", ("dense_ct", "export"))):
         (under_way / stage).mkdir()
         (under_way / stage / "_SUCCESS.json").write_text(json.dumps({"stage": stage, "seconds": 1.0, "outputs": {}}))

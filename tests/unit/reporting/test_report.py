@@ -210,8 +210,8 @@ _LACKING += ('{"step": 4, "loss": "none", "tokens": 4000, "seconds": 1}',)
         (_LINES, None, "what stage 'pretrain' writes"),
         ("evaluation/dense_ct.json", None, "what stage 'evaluate' writes"),
         (_LINES, '+{"step": 4, "lo', r"metrics\.jsonl:7"),
-        *((_LINES, f"+{line}\n", r"metrics\.jsonl:7: got .* expected one JSON object") for line in _LACKING),
-        ("receipt.json", "{}", "got no spec, expected what stage 'upcycle' writes"),
+        *((_LINES, f"+{line}\n", r"metrics\.jsonl:7 is .* expected one JSON object") for line in _LACKING),
+        ("receipt.json", "{}", "got no spec; expected what stage 'upcycle' writes"),
         ("receipt.json", json.dumps(RECEIPT | {"ranks": "<b>"}), "got ranks: '<b>'"),
         ("pretrain/_SUCCESS.json", "[]", "got no JSON object"),
         ("dense_ct/metrics.jsonl", '{"step": 0, "validation_loss": 3.0}\n', "no step with a loss"),
@@ -239,7 +239,7 @@ def test_a_run_without_the_dense_baseline(run_dir: Path) -> None:
     assert list(json.loads((run_dir / "results.json").read_text())["paired"]) == ["trained_minus_dense"]
 
 
-def test_a_group_stands_for_its_tasks_and_receipts_beside_each_other(run_dir: Path) -> None:
+def test_a_group_stands_for_its_tasks(run_dir: Path) -> None:
     online = {**RECEIPT, "ranks": 2, "layout": {"tensor": 1, "expert": 2}, "bytes_read": 2**27}
     (run_dir / "pretrain" / "receipt.json").write_text(json.dumps(online))
     for name, value in EVALUATIONS.items():
@@ -286,7 +286,7 @@ def test_settings_that_were_changed_in_a_started_run_are_listed(run_dir: Path) -
     assert (before, after) == ("1000", "500")
 
 
-def test_stages_stand_in_the_order_in_which_they_need_each_other(run_dir: Path) -> None:
+def test_stages_are_in_the_order_of_their_needs(run_dir: Path) -> None:
     needs = {"pretrain": ["upcycle"], "dense_ct": ["import"], "upcycle": ["import"], "import": []}
     needs |= {"evaluate": ["import", "pretrain", "dense_ct"], "suite": ["evaluate"]}
     for stage, names in needs.items():

@@ -230,7 +230,7 @@ def test_code_in_the_arguments_is_not_run(dense: Path, tmp_path: Path) -> None:
     assert context.settings["moe_router_topk"] == 2
     assert not (tmp_path / "trace").exists()
     (checkpoint / "common.pt").write_bytes(b"PK\x03\x04 damaged")
-    with pytest.raises(CheckpointError, match=r"common\.pt: got an unreadable .*copy the checkpoint again"):
+    with pytest.raises(CheckpointError, match=r"common\.pt is an unreadable .*copy the checkpoint again"):
         read_context(checkpoint)
 
 
@@ -266,7 +266,7 @@ def _special(name: str) -> Architecture:
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_a_checkpoint_belongs_to_a_parent_whose_layers_are_its_own(name: str) -> None:
+def test_a_checkpoint_belongs_to_the_parent_with_its_layers(name: str) -> None:
     arch = _special(name)
     _said(arch).require_parent(arch, Path())
     assert name == "Granite" or _said(arch).model(arch.vocab_size).hf_class == arch.hf_class
@@ -278,7 +278,7 @@ def test_a_checkpoint_belongs_to_a_parent_whose_layers_are_its_own(name: str) ->
             _said(arch).require_parent(replace(arch, **{field: value}), Path())
 
 
-def test_positions_of_an_exaone_in_other_layers_than_its_windows_are_refused() -> None:
+def test_refuses_an_exaone_with_positions_outside_its_windows() -> None:
     context = _said(_special("EXAONE 4"))
     context.settings["no_rope_freq"] = [1, 0] * 4
     with pytest.raises(CheckpointError, match="no_rope_freq"):

@@ -176,7 +176,7 @@ def test_a_context_that_does_not_fit_is_refused(nemo: Path, name: str, value: An
 def test_what_is_no_context_is_refused(nemo: Path) -> None:
     for content in ("", "[]", "config: 3", "a: [", "\x00"):
         (nemo / "context/model.yaml").write_text(content)
-        with pytest.raises(CheckpointError, match=r"model\.yaml: got an unreadable description.*config\.json"):
+        with pytest.raises(CheckpointError, match=r"model\.yaml is an unreadable description.*config\.json"):
             open_dense(nemo)
     (nemo / "context/model.yaml").unlink()
     with pytest.raises(CheckpointError, match=r"got neither context/model\.yaml .* nor config\.json"):

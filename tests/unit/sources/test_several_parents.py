@@ -36,7 +36,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("rest", ["first", "mean"])
-def test_experts_are_the_models_in_turn_and_the_rest_is_one(folders: list[Path], tmp_path: Path, rest: str) -> None:
+def test_experts_come_from_the_parents_in_turn(folders: list[Path], tmp_path: Path, rest: str) -> None:
     (model,) = build_chunks(folders[0], num_experts=4)
     with open_dense(folders, non_expert_weights=rest) as dense:
         receipt = upcycle_into([model], dense, SPEC)
@@ -106,8 +106,8 @@ def test_architectures_must_agree(folders: list[Path], name: str, value: Any, fi
 def test_tensors_must_agree(folders: list[Path]) -> None:
     tensor = weights_of(folders[1])[NETWORK]
     for changed, words in (
-        (tensor.bfloat16(), r"dtype of .*down_proj\.weight of .*other1: got torch\.bfloat16, expected torch\.float32"),
-        (tensor.T.contiguous(), r"shape of .*down_proj\.weight of .*other1: got \(96, 64\)"),
+        (tensor.bfloat16(), r"dtype of .*down_proj\.weight of .*other1 is torch\.bfloat16; expected torch\.float32"),
+        (tensor.T.contiguous(), r"shape of .*down_proj\.weight of .*other1 is \(96, 64\)"),
         (None, r"other1: tensor '.*down_proj\.weight' does not exist"),
     ):
         change_weights(folders[1], {NETWORK: changed})

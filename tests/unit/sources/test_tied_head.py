@@ -18,8 +18,8 @@ from tests.models import build_chunks, require_same_weights, weights_of, write_l
 
 
 WORDS = (
-    r"lm_head\.weight: got other numbers than model\.embed_tokens\.weight has, expected the same"
-    r".*Fix: set tie_word_embeddings to false .*or remove lm_head\.weight"
+    r"lm_head\.weight is other numbers than model\.embed_tokens\.weight has; expected the same"
+    r".*Set tie_word_embeddings to false .*or remove lm_head\.weight"
 )
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -62,7 +62,7 @@ def test_a_wrong_shape_is_told_before_anything_is_compared(tmp_path: Path) -> No
     folder = _dense(tmp_path / "dense", torch.clone)
     embedding = weights_of(folder)["model.embed_tokens.weight"].flatten()
     change_weights(folder, {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()})
-    words = r"shape of model\.embed_tokens\.weight: got \[.*\], expected \[250, 64\]"
+    words = r"shape of model\.embed_tokens\.weight is \[.*\]; expected \[250, 64\]"
     with open_dense(folder) as source:
         with pytest.raises(CheckpointError, match=words):
             check_source(source)

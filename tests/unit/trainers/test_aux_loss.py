@@ -73,7 +73,7 @@ def test_a_coefficient_that_rises_from_zero_is_corrected(
     assert MoEAuxLossAutoScaler.main_loss_backward_scale == 1.0
 
 
-def test_a_job_warns_of_a_loss_that_does_not_act_as_set(
+def test_a_job_warns_of_a_loss_with_another_effect(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemo_upcycle.trainers.aux_loss import _report

@@ -117,7 +117,7 @@ def test_step_0_has_the_parents_type_where_that_holds_it(tmp_path: Path, method:
         assert float(difference.abs().max()) < 1e-4
 
 
-def test_a_change_of_hugging_faces_side_shows_in_its_own_comparison_alone(
+def test_a_change_in_hugging_face_shows_only_in_its_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_llama(tmp_path / "dense", vocab_size=259, layers=3)

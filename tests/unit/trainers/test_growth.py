@@ -55,8 +55,8 @@ def test_a_recipe_of_other_experts_than_the_parents_is_refused(tmp_path: Path) -
     spec = growth_spec(read_architecture(folder), 8)
     made = upcycled(recipe, str(folder), spec)
     made.model.config.moe_ffn_hidden_size = 96
-    with pytest.raises(UpcycleError, match=r"model.config.moe_ffn_hidden_size: got 96, expected 48"):
+    with pytest.raises(UpcycleError, match=r"model.config.moe_ffn_hidden_size is 96; expected 48"):
         check_parent(made, Parent(str(folder)), remote=False)
     made.resume.restore_config.spec.num_experts = 6
-    with pytest.raises(UpcycleError, match=r"restore_config.spec.num_experts: got 6, expected a multiple of"):
+    with pytest.raises(UpcycleError, match=r"restore_config.spec.num_experts is 6; expected a multiple of"):
         check_parent(made, Parent(str(folder)), remote=False)

@@ -21,7 +21,7 @@ EXPERT_RANKS = "expert_tensor_parallel_size x expert_model_parallel_size x pipel
         ({"expert_model_parallel_size": 6}, 512, "expert_model_parallel_size", "1, 2, 4, 8"),
         ({"virtual_pipeline_model_parallel_size": 3}, 512, "virtual_pipeline_model_parallel_size", "parallel_size=2"),
         ({"expert_model_parallel_size": 1}, 512, "expert_tensor_parallel_size", "expert_model_parallel_size is 1"),
-        ({}, 12, DENSE_RANKS, "a divisor of the GPUs (12). Fix: set trainer.num_nodes x devices=32"),
+        ({}, 12, DENSE_RANKS, "a divisor of the GPUs (12). Set trainer.num_nodes x devices=32"),
         ({}, 8, EXPERT_RANKS, "a divisor of the GPUs (8)"),
     ],
 )
@@ -44,12 +44,12 @@ def test_what_fp8_cannot_multiply_is_refused() -> None:
     recipe = llama3_8b_e8t2.pretrain_recipe(fp8_recipe="current")
     check_recipe(recipe)
     recipe.data.seq_length = recipe.model.config.seq_length = 8184
-    with pytest.raises(SpecError, match=r"data\.seq_length: got 8184, expected a multiple of 16 tokens"):
+    with pytest.raises(SpecError, match=r"data\.seq_length is 8184; expected a multiple of 16 tokens"):
         check_recipe(recipe)
     recipe = llama3_8b_e8t2.pretrain_recipe(fp8_recipe="current", performance_mode=True)
     check_recipe(recipe)
     recipe.model.config.moe_router_padding_for_fp8 = True
-    with pytest.raises(SpecError, match=r"model\.config\.moe_router_padding_for_fp8: got True, expected False"):
+    with pytest.raises(SpecError, match=r"model\.config\.moe_router_padding_for_fp8 is True; expected False"):
         check_recipe(recipe)
 
 

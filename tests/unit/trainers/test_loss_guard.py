@@ -27,7 +27,7 @@ def _judge(guard: LossGuard, loss: float, step: int = 1, norm: float = 1.0) -> A
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss_or_norm_that_is_not_finite_ends_the_run(value: float) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(value: float) -> None:
     what, got, expected = _judge(LossGuard(), value)
     assert (what, str(got), expected) == ("loss", str(value), "a finite number")
     assert _judge(LossGuard(), 2.0, norm=value)[0] == "gradient norm"

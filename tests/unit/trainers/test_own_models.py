@@ -68,9 +68,7 @@ MADE: dict[str, tuple[Callable[..., Path], type]] = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_recipe_of_a_folder_has_its_settings_and_at_step_0_its_function(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_recipe_from_a_folder_is_exact_at_step_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for kernel in ("FLASH", "FUSED", "UNFUSED"):  # Megatron's choice for the model before
         monkeypatch.delenv(f"NVTE_{kernel}_ATTN", raising=False)
     write, kind = MADE[name]

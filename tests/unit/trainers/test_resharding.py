@@ -21,7 +21,7 @@ def test_states_of_as_many_optimizers_stay_as_they_are() -> None:
         assert regrouped(states, 1 if "optimizer" in states else 2) is states
 
 
-def test_one_optimizer_gets_the_settings_of_two_and_its_own_tensors() -> None:
+def test_one_optimizer_gets_the_settings_of_two() -> None:
     """The group of a kind that was saved comes last, which counts: experts keep their own settings."""
     states = {"param_state": "all", 0: of(ALL, form="x"), 1: of(EXPERTS, form="x")}
     made = regrouped(states, 1)

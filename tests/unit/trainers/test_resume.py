@@ -40,12 +40,12 @@ def _mark(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def test_a_run_killed_in_its_first_save_starts_from_the_dense_checkpoint(dense: Path, checkpoints: Path) -> None:
+def test_killed_in_its_first_save_a_run_starts_again(dense: Path, checkpoints: Path) -> None:
     (_mark(checkpoints / "model_name=0--step=1-last") / "weights").mkdir(parents=True)
     assert _choose(dense) is None
 
 
-def test_the_highest_complete_step_is_chosen_and_earlier_ones_are_moved_aside(dense: Path, checkpoints: Path) -> None:
+def test_chooses_the_highest_complete_step(dense: Path, checkpoints: Path) -> None:
     earlier, chosen = write(checkpoints, 9), write(checkpoints, 11)
     numbered, half = write(checkpoints, 9, ending=""), _mark(write(checkpoints, 13))
     (checkpoints / "model_name=0--step=7-last" / "weights").mkdir(parents=True)  # half removed
@@ -57,7 +57,7 @@ def test_the_highest_complete_step_is_chosen_and_earlier_ones_are_moved_aside(de
     assert sorted(path.name for path in aside.iterdir()) == sorted([earlier.name, "model_name=0--step=7-last"])
 
 
-def test_checkpoints_without_a_step_in_their_name_are_left_to_nemo(dense: Path, checkpoints: Path) -> None:
+def test_leaves_checkpoints_without_a_step_to_nemo(dense: Path, checkpoints: Path) -> None:
     """Such a checkpoint is saved over the last one, so that an unfinished one stands for work that is lost."""
     write(checkpoints, 9).rename(checkpoints / "model-last")
     assert _choose(dense) == checkpoints / "model-last"
@@ -110,4 +110,4 @@ def test_what_the_first_rank_refuses_every_rank_refuses(dense: Path, tmp_path: P
     folders = [str(tmp_path / "damaged"), str(tmp_path / "whole")]
     answers = run_ranks(_chosen_by_rank, 2, folders, str(dense), process_group=False)
     assert {path for path, _, _ in answers} == {""}
-    assert all("step=9-last: got a checkpoint that lacks files" in error for _, error, _ in answers)
+    assert all("step=9-last lacks files" in error for _, error, _ in answers)

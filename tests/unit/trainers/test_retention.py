@@ -45,7 +45,7 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
     assert _callback(2)._removable(tmp_path) == []
 
 
-def test_half_removed_checkpoint_is_removed_once_enough_newer_ones_are_whole(tmp_path: Path) -> None:
+def test_removes_a_half_removed_checkpoint_after_newer_ones(tmp_path: Path) -> None:
     """619 GiB would stay for good: it still has its metadata, so that a new start leaves it, too."""
     write(tmp_path, 4, ending="")
     (tmp_path / "model_name=0--step=4" / "weights" / "__0_0.distcp").unlink()
@@ -64,7 +64,7 @@ def test_half_removed_checkpoint_is_removed_once_enough_newer_ones_are_whole(tmp
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "message"),
     [
-        (1, 7, r"log.ckpt.keep_every: got 7, expected a multiple of every_n_train_steps \(5\)"),
+        (1, 7, r"log.ckpt.keep_every is 7; expected a multiple of every_n_train_steps \(5\)"),
     ],
 )
 def test_refuses_numbers_that_keep_nothing(keep_last: int, keep_every: int | None, message: str) -> None:

@@ -25,7 +25,7 @@ def test_hang_detection_acts_under_ft_launcher_only(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("has_cuda", "profiler"), [(False, object()), (True, None)])
-def test_a_straggler_report_is_there_only_with_cuda_and_a_profiler(
+def test_straggler_reports_need_cuda_and_a_profiler(
     monkeypatch: pytest.MonkeyPatch, has_cuda: bool, profiler: Any
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: has_cuda)

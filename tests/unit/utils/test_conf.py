@@ -92,9 +92,9 @@ def test_a_secret_in_a_mistake_is_not_shown() -> None:
 @pytest.mark.parametrize(
     ("content", "where", "got", "expected"),
     [
-        ({"names": "a.txt"}, "names", "'a.txt'", "a list, each text. Fix: write ['a.txt']"),
-        ({"names": [True]}, "names[0]", "true", 'text. Fix: put it in quotes: "true"'),
-        ({"names": [None]}, "names[0]", "null", 'text. Fix: put it in quotes: ""'),
+        ({"names": "a.txt"}, "names", "'a.txt'", "a list, each text. Write ['a.txt']"),
+        ({"names": [True]}, "names[0]", "true", 'text. Put it in quotes: "true"'),
+        ({"names": [None]}, "names[0]", "null", 'text. Put it in quotes: ""'),
         ({}, "names", "nothing", "a list"),
         ({"names": [], "parts": {"x": 3}}, "parts.x", "3", "keys"),
         ({"names": [], "parts": {"x": {"share": True}}}, "parts.x.share", "true", "a number"),
@@ -103,12 +103,12 @@ def test_a_secret_in_a_mistake_is_not_shown() -> None:
         ({"names": [], "size": [1]}, "size", "[1]", "a whole number or text"),
     ],
 )
-def test_a_value_of_another_type_is_named_with_key_value_and_type(
+def test_names_key_value_and_type_of_a_wrong_value(
     content: dict[str, Any], where: str, got: str, expected: str
 ) -> None:
     with pytest.raises(UpcycleError) as caught:
         as_dataclass("mine.yaml", content, Outer, "data")
-    assert f"mine.yaml: {where}: got {got}, expected {expected}" in str(caught.value)
+    assert f"mine.yaml: {where} is {got}; expected {expected}" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["dmo", "../evaluation/demo", "", Path("evaluation/demo")])

@@ -67,5 +67,5 @@ def test_a_source_that_ends_early_is_named(
     if not in_kernel:
         monkeypatch.delattr(os, "copy_file_range")
     os.truncate(part.path, 100_000)
-    with pytest.raises(UpcycleError, match="source: got its end at byte 100000, expected 100778 bytes more"):
+    with pytest.raises(UpcycleError, match="source ends at byte 100000, 100778 bytes too early"):
         _write(tmp_path / "out", part)

@@ -32,7 +32,7 @@ def test_without_gpus_it_is_a_trial_of_ten_short_steps() -> None:
 
 
 @pytest.mark.parametrize(("gpus", "texts"), [(16, MANY), (64, MANY), (64, replace(MANY, tokens=10**11))])
-def test_on_gpus_a_plan_fits_and_the_texts_are_read_once(gpus: int, texts: Texts) -> None:
+def test_on_gpus_the_texts_are_read_once(gpus: int, texts: Texts) -> None:
     made = _chosen(gpus=gpus, gpu="h100", texts=texts)
     assert made.plan
     assert made.plan.verdict == "fits"

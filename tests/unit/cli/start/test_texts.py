@@ -12,7 +12,7 @@ from nemo_upcycle.data.engine.records import split_of
 from nemo_upcycle.errors import UpcycleError
 
 
-def test_a_folder_of_many_kinds_and_a_column_by_another_name_are_read(texts_folder: Path, parent_folder: Path) -> None:
+def test_reads_mixed_folders_and_columns_with_other_names(texts_folder: Path, parent_folder: Path) -> None:
     texts = find_texts(str(texts_folder), parent_folder)
     assert texts.sources == {"texts": {"train": [f"{texts_folder}/**/*{end}" for end in (".txt", ".txt.gz")]}}
     assert texts.documents == 40
@@ -38,7 +38,7 @@ def test_the_demos_texts_have_splits_of_their_own() -> None:
     assert texts.hold_out(512) is None
 
 
-def test_of_few_documents_a_draw_is_found_that_holds_back_enough() -> None:
+def test_few_documents_still_hold_out_enough() -> None:
     sample = [("a", f"a.jsonl:{number}", 300.0) for number in range(12)]
     held = Texts({"a": {}}, 12, 3600, {}, sample).hold_out(128)
     assert held is not None

@@ -101,7 +101,7 @@ def test_documents_are_read_as_questions(
     assert found.prompt == (task.doc_to_choice(document)[1] if is_choice else task.doc_to_text(document))
 
 
-def test_items_are_the_documents_that_are_evaluated_in_all_their_forms(tasks_folder: Path) -> None:
+def test_items_are_the_evaluated_documents_in_all_forms(tasks_folder: Path) -> None:
     items = list(lm_eval_items(["own_passage", "own_lettered"], tasks_folder))
     ids = [f"{name}/{number}" for name in ("own_passage", "own_lettered") for number in (0, 1)]
     assert [(item.name, item.id) for item in items] == [(f"lm-eval/{one[:-2]}", one) for one in ids]
@@ -155,7 +155,7 @@ def test_unanswered_documents_are_left_out(tasks_folder: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["own_test_only", "own_dev", "own_same"])
 def test_what_is_evaluated_is_never_written(tasks_folder: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(UpcycleError, match=rf"training split of lm-eval's task {name}: got .*Fix: remove"):
+    with pytest.raises(UpcycleError, match=rf"training split of lm-eval's task {name} is .*Remove"):
         write_training_splits(["own_free", name], tmp_path / "out", tasks_folder)
     assert not (tmp_path / "out").exists()
 

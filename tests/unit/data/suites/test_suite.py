@@ -77,7 +77,7 @@ def test_a_wrong_configuration_is_refused(tmp_path: Path, text: str, subject: st
     assert caught.value.got == got
 
 
-def test_the_choice_does_not_depend_on_the_order_but_on_the_seed() -> None:
+def test_the_choice_depends_only_on_the_seed() -> None:
     config = QuestionsConfig(per_subject=2, total=7)
     shuffled = random.Random(1).sample(MANY, len(MANY))
     chosen = choose_questions(MANY, config, seed=0)
@@ -153,6 +153,6 @@ def test_prompts_are_held_out_text_with_what_follows(tmp_path: Path) -> None:
 
 
 def test_a_task_without_items_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match="task heldout_perplexity: got no item"):
+    with pytest.raises(UpcycleError, match="Task heldout_perplexity of the suite has no item"):
         build_suite(QUESTIONS, [], tmp_path / "suite", SuiteConfig(tasks={"heldout_perplexity": [0]}))
     assert list(tmp_path.iterdir()) == []

@@ -63,11 +63,11 @@ def test_a_python_without_pip(add_wheel, tmp_path, monkeypatch):
     (tmp_path / "python").write_text("#!/bin/sh\necho 'No module named pip' >&2; exit 1\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(assets.sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(UpcycleError, match=r"pip: got not installed.*ensurepip"):
+    with pytest.raises(UpcycleError, match=r"pip is not installed.*ensurepip"):
         fetch_asset("nopip")
 
 
-def test_the_cache_is_in_the_home_folder_unless_the_environment_says_otherwise(monkeypatch):
+def test_the_cache_is_in_the_home_folder_by_default(monkeypatch):
     monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     assert cache_folder() == Path.home() / ".cache/nemo-upcycle"
     monkeypatch.setenv(CACHE_VARIABLE, "~/big")

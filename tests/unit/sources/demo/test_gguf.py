@@ -55,7 +55,7 @@ def test_configuration_and_card_say_what_the_file_says(folder: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_tokenizer_gives_every_text_back_and_keeps_its_special_tokens(folder: Path) -> None:
+def test_the_tokenizer_gives_every_text_back(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

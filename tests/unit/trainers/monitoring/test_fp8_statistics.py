@@ -25,7 +25,7 @@ def _asked(precision: Any) -> dict[str, list[str]]:
     return asked
 
 
-def test_of_weights_that_are_kept_in_fp8_only_scales_are_asked_for() -> None:
+def test_reads_only_scales_of_weights_kept_in_fp8() -> None:
     every = ["cur_amax", "underflows%", "scale_inv_min", "scale_inv_max"]
     assert _asked(None) == dict.fromkeys(("activation", "weight", "gradient"), every)
     for name in ("fp8_param_gather", "fp8_params"):
@@ -59,7 +59,7 @@ def test_shares_are_averaged_over_layers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert step() == {}
 
 
-def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8_statistics, "find_spec", lambda name: None)
     require_inspect(5, "fp8_statistics_every")  # nothing takes any without a GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

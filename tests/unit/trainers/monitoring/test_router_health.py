@@ -39,7 +39,7 @@ def test_every_layer_is_described() -> None:
     }
 
 
-def test_an_expert_below_one_percent_of_its_share_counts_as_dead() -> None:
+def test_an_expert_below_one_percent_is_dead() -> None:
     counts_LE = torch.tensor([[1000.0, 1000, 1000, 4], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float64)
     assert _health().describe(SUMMED | {"counts": counts_LE})["dead_experts"][:2] == [1, 0]
 
